@@ -1,0 +1,45 @@
+"""The base class of every section of an experiment file."""
+
+from collections.abc import Iterator
+from typing import NamedTuple, Self
+
+from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
+
+
+class Problem(NamedTuple):
+    """One broken rule between the keys of a section."""
+
+    key: str
+    """Dotted key below the section that the message is about; empty for the section itself."""
+    message: str
+    """What is wrong, with the values; what is allowed; what to do."""
+
+
+class Config(BaseModel):
+    """One section of an experiment file: immutable, closed to unknown keys, strict about types.
+
+    A subclass states the rules between its keys in `problems`. All of them are reported at once, by the loader with the
+    line they are on and from Python as a pydantic `ValidationError`.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield every rule between the keys of this section that its values break."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _refuse_problems(self) -> Self:
+        found = list(self.problems())
+        if found:
+            text = "; ".join(f"{p.key}: {p.message}" if p.key else p.message for p in found)
+            raise PydanticCustomError("problems", "{text}", {"text": text, "found": found})
+        return self

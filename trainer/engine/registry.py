@@ -1,0 +1,28 @@
+"""Every engine's options, and the union of them that `engine` accepts. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from trainer.config.base import Config
+
+if TYPE_CHECKING:
+    from trainer.engine.base import Engine
+    from trainer.engine.native import NumericsConfig
+    from trainer.models.gpt import GPT
+    from trainer.optim.registry import OptimConfig
+
+
+class NativeEngineConfig(Config):
+    """Optimizer steps by torch alone."""
+
+    kind: Literal["native"] = "native"
+
+    def build(self, model: GPT, optim: OptimConfig, numerics: NumericsConfig) -> Engine:
+        """Make the engine around an initialised model."""
+        from trainer.engine.native import NativeEngine
+
+        return NativeEngine(model, optim, numerics)
+
+
+EngineConfig = NativeEngineConfig

@@ -1,0 +1,51 @@
+"""What can go wrong for a user, and the exit code that says so.
+
+Each of these is for a person: the command line prints its message as it stands, without a traceback, and exits with
+`exit_code`. The message follows one formula: where: what is wrong, with the values; what is allowed; what to do.
+"""
+
+
+class TurnoutError(Exception):
+    """Base of every error that its reader can fix."""
+
+    exit_code = 1
+
+
+class ConfigError(TurnoutError):
+    """The experiment file, an override or the command line is wrong. One line for each problem."""
+
+    exit_code = 2
+
+
+class DataError(TurnoutError):
+    """A data file is missing, empty, unreadable or not what it was."""
+
+    exit_code = 3
+
+
+class CheckpointError(TurnoutError):
+    """A checkpoint is missing, damaged or belongs to another model."""
+
+    exit_code = 4
+
+
+class CommError(TurnoutError):
+    """A peer was lost or ranks disagree."""
+
+    exit_code = 5
+
+
+class NumericsError(TurnoutError):
+    """Training left the finite numbers and did not come back."""
+
+    exit_code = 6
+
+
+class ResourceError(TurnoutError):
+    """The machine ran out of disk or memory."""
+
+    exit_code = 7
+
+
+PREEMPTED = 75
+"""Exit code of a run that was asked to stop and saved first; starting it again continues it."""

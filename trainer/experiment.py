@@ -1,0 +1,99 @@
+"""The root of an experiment file, and every rule between its sections. Imports no torch."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from trainer.config.base import Config, Problem
+from trainer.data.config import DataConfig
+from trainer.engine.registry import EngineConfig, NativeEngineConfig
+from trainer.models.config import ModelConfig
+from trainer.optim.registry import AdamWConfig, OptimConfig, ScheduleConfig, WarmupCosineConfig
+from trainer.parallel.config import ParallelConfig
+
+
+class TrainConfig(Config):
+    """How long and in which precision to train."""
+
+    steps: PositiveInt = 2000
+    """Optimizer steps."""
+    global_batch_size: PositiveInt = 64
+    """Sequences in one optimizer step, over all ranks and micro-batches."""
+    grad_clip: PositiveFloat | None = 1.0
+    """Largest 2-norm of the whole gradient. Null: not clipped, still measured."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Precision of the matrix products. Parameters and optimizer state are float32 (float64 under float64)."""
+    max_consecutive_skips: PositiveInt = 5
+    """Stop after this many steps in a row without a finite gradient."""
+
+
+class EvalConfig(Config):
+    """When and on how much of the held-out text to evaluate."""
+
+    every: PositiveInt | None = 200
+    """Steps between evaluations; there is one at the end as well. Null: only at the end."""
+    max_tokens_per_domain: PositiveInt | None = 65536
+    """Evenly spaced windows of at most this many tokens in each domain. Null: the whole held-out text."""
+    at_capacity: bool = True
+    """If the model has a capacity, evaluate a second time with it (`eval/loss_capacity`)."""
+
+
+class CheckpointConfig(Config):
+    """When to save, and how many checkpoints to keep."""
+
+    every: PositiveInt | None = 500
+    """Steps between checkpoints; there is one at the end as well. Null: only at the end."""
+    keep: PositiveInt = 3
+    """Newest checkpoints to keep."""
+
+
+class MetricsConfig(Config):
+    """What is written down while training."""
+
+    log_every: PositiveInt = 10
+    """Steps between lines of metrics.jsonl and routing.jsonl."""
+    peak_tflops: PositiveFloat | None = None
+    """Peak of the device in this precision, for `mfu`. Null: not reported where it is unknown."""
+
+
+class ExperimentConfig(Config):
+    """One run, whole: what is learned (`model` to `train`) and where (`parallel`, `engine`)."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    """Name of the run; its folder is RUNS_DIR/NAME."""
+    runs_dir: Annotated[str, Field(min_length=1)] = "runs"
+    """Folder of all runs."""
+    seed: NonNegativeInt = 1337
+    """Initial weights, order of the data and all noise are functions of it."""
+    model: ModelConfig = ModelConfig()
+    """What is computed."""
+    data: DataConfig = DataConfig()
+    """Which text is learned."""
+    optim: OptimConfig = AdamWConfig()
+    """The optimizer."""
+    schedule: ScheduleConfig = WarmupCosineConfig()
+    """The learning rate."""
+    train: TrainConfig = TrainConfig()
+    """How long, in which precision."""
+    eval: EvalConfig = EvalConfig()
+    """Evaluation on held-out text."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Where it is computed."""
+    engine: EngineConfig = NativeEngineConfig()
+    """Who performs the optimizer steps."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When to save."""
+    metrics: MetricsConfig = MetricsConfig()
+    """What is written down."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the sections against each other."""
+        steps, warmup = self.train.steps, self.schedule.warmup_steps
+        if warmup >= steps:
+            yield Problem(
+                "schedule.warmup_steps", f"{warmup} does not fit in train.steps {steps}; use at most {steps - 1}"
+            )
+        domains = [d for source in self.data.sources for d in getattr(source, "domains", None) or [source.domain]]
+        for domain in sorted({d for d in domains if domains.count(d) > 1}):
+            yield Problem("data.sources", f"two sources are of domain {domain}; give each its own `domain`")

@@ -1,0 +1,79 @@
+"""The `optim` and `schedule` sections: every optimizer's and schedule's options. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+
+from trainer.config.base import Config
+from trainer.optim import schedule
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class AdamWConfig(Config):
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101); norms, biases and embeddings are not decayed."""
+
+    kind: Literal["adamw"] = "adamw"
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled decay of weight matrices: attention, feed-forward, experts, router gate, output head."""
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)
+    """Decay rates of the first and second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+
+
+OptimConfig = AdamWConfig
+
+
+class WarmupCosineConfig(Config):
+    """Linear warmup, then half a cosine down to `final_fraction` of the peak at the last step."""
+
+    kind: Literal["warmup_cosine"] = "warmup_cosine"
+    peak_lr: PositiveFloat = 1e-3
+    """Learning rate after warmup."""
+    warmup_steps: NonNegativeInt = 100
+    """Steps of linear warmup."""
+    final_fraction: Fraction = 0.1
+    """Learning rate at the end, as a share of the peak."""
+
+    def build(self, *, total_steps: int) -> Callable[[int], float]:
+        """Return the learning rate as a function of the 0-based step."""
+        return lambda step: schedule.warmup_cosine(
+            step,
+            total_steps=total_steps,
+            peak_lr=self.peak_lr,
+            warmup_steps=self.warmup_steps,
+            final_fraction=self.final_fraction,
+        )
+
+
+class WarmupStableDecayConfig(Config):
+    """Linear warmup, a constant stretch, and a linear decay over the last steps (arXiv 2404.06395)."""
+
+    kind: Literal["warmup_stable_decay"] = "warmup_stable_decay"
+    peak_lr: PositiveFloat = 1e-3
+    """Learning rate after warmup."""
+    warmup_steps: NonNegativeInt = 100
+    """Steps of linear warmup."""
+    decay_fraction: Fraction = 0.2
+    """Share of the run, at its end, over which the learning rate falls."""
+    final_fraction: Fraction = 0.0
+    """Learning rate at the end, as a share of the peak."""
+
+    def build(self, *, total_steps: int) -> Callable[[int], float]:
+        """Return the learning rate as a function of the 0-based step."""
+        return lambda step: schedule.warmup_stable_decay(
+            step,
+            total_steps=total_steps,
+            peak_lr=self.peak_lr,
+            warmup_steps=self.warmup_steps,
+            decay_fraction=self.decay_fraction,
+            final_fraction=self.final_fraction,
+        )
+
+
+ScheduleConfig = Annotated[WarmupCosineConfig | WarmupStableDecayConfig, Field(discriminator="kind")]

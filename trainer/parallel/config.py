@@ -1,0 +1,23 @@
+"""The `parallel` section: where and in which pieces the model is computed, never what is learned. Imports no torch."""
+
+from typing import Literal
+
+from pydantic import PositiveInt
+
+from trainer.config.base import Config
+from trainer.moe.dispatch.registry import DispatcherConfig, LocalDispatcherConfig
+
+
+class ParallelConfig(Config):
+    """Where the model is computed. Nothing here may change what is learned beyond floating-point reordering."""
+
+    micro_batch_size: PositiveInt = 8
+    """Sequences in one forward pass; the global batch is accumulated from such pieces."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes a GPU if there is one."""
+    dispatcher: DispatcherConfig = LocalDispatcherConfig()
+    """How rows reach their experts."""
+    experts_kernel: Literal["auto", "loop", "padded", "grouped", "fused"] = "auto"
+    """How the experts are multiplied. `auto` is resolved from a table of measurements and recorded in the run folder."""
+    compile: bool = False
+    """Compile norms, rotary positions and attention with torch.compile; needs a C++ compiler on the CPU."""
