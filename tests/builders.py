@@ -1,0 +1,95 @@
+"""Small real objects for tests: batches, contexts, models, configs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.data.batch import Batch
+from trainer.engine.native import NativeEngine, NumericsConfig
+from trainer.models.config import ModelConfig
+from trainer.models.gpt import GPT
+from trainer.models.initialize import initialize
+from trainer.moe.config import MoEConfig
+from trainer.moe.routing import RoutingContext
+from trainer.optim.registry import AdamWConfig
+
+
+def make_context(num_sequences: int, seq_len: int, valid: Tensor | None = None, **fields: Any) -> RoutingContext:
+    """A context of B rows of S tokens, all valid unless said otherwise."""
+    tokens = num_sequences * seq_len
+    return RoutingContext(
+        token_ids=torch.zeros(tokens, dtype=torch.int64),
+        valid=torch.ones(tokens, dtype=torch.bool) if valid is None else valid,
+        position=torch.arange(seq_len).repeat(num_sequences),
+        sequence_index=torch.arange(num_sequences).repeat_interleave(seq_len),
+        num_sequences=num_sequences,
+        **fields,
+    )
+
+
+def make_batch(
+    num_rows: int, seq_len: int, *, vocab_size: int = 32, seed: int = 0, first_sample: int = 0, ragged: bool = False
+) -> Batch:
+    """Random tokens; `ragged` gives rows invalid tails and masks some targets."""
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(0, vocab_size, (num_rows, seq_len + 1), generator=generator)
+    column = torch.arange(seq_len).expand(num_rows, seq_len)
+    valid = torch.ones(num_rows, seq_len, dtype=torch.bool)
+    loss_mask = torch.ones_like(valid)
+    if ragged:
+        lengths = torch.randint(1, seq_len + 1, (num_rows, 1), generator=generator)
+        valid = column < lengths
+        loss_mask = torch.rand(num_rows, seq_len, generator=generator) < 0.7
+        loss_mask[:, 0] = True
+    zero = torch.zeros(num_rows, seq_len, dtype=torch.int64)
+    return Batch(
+        tokens=text[:, :-1].contiguous(),
+        targets=text[:, 1:].contiguous(),
+        loss_mask=loss_mask,
+        valid=valid,
+        document_id=zero,
+        position=column.contiguous(),
+        domain=zero,
+        sample_id=zero + torch.arange(first_sample, first_sample + num_rows)[:, None],
+    )
+
+
+def rows_of(batch: Batch, start: int, stop: int) -> Batch:
+    """Some rows of a batch."""
+    return Batch(**{name: getattr(batch, name)[start:stop] for name in Batch.__dataclass_fields__})
+
+
+def tiny_model_config(moe: dict[str, Any] | None = None, **fields: Any) -> ModelConfig:
+    """Two layers, four experts, widths that fit on a screen."""
+    moe = {"num_experts": 4, "d_ff": 12, **(moe or {})}
+    sizes = {"num_layers": 2, "d_model": 16, "num_heads": 4, "num_kv_heads": 2, "d_ff": 24, "seq_len": 8}
+    return ModelConfig.model_validate({**sizes, "init_std": 0.3, **fields, "moe": moe})
+
+
+def make_model(
+    config: ModelConfig,
+    *,
+    vocab_size: int = 32,
+    seed: int = 0,
+    kernel: Any = "loop",
+    dtype: torch.dtype = torch.float32,
+) -> GPT:
+    """An initialised model."""
+    model = GPT(config, vocab_size, experts_kernel=kernel).to(dtype)
+    initialize(model, seed)
+    return model
+
+
+def make_engine(
+    config: ModelConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0, kernel: Any = "loop", **optim: Any
+) -> NativeEngine:
+    """An engine around an initialised model; bfloat16 keeps float32 parameters."""
+    parameters = torch.float64 if dtype is torch.float64 else torch.float32
+    model = make_model(config, seed=seed, kernel=kernel, dtype=parameters)
+    return NativeEngine(model, AdamWConfig(**optim), NumericsConfig(seed=seed, dtype=dtype, grad_clip=1.0))
+
+
+def moe_config(**fields: Any) -> MoEConfig:
+    """A MoE section from plain values."""
+    return MoEConfig.model_validate({"num_experts": 4, "d_ff": 12, **fields})

@@ -1,0 +1,89 @@
+"""Capacity: how many rows an expert accepts, and which assignments that drops. Pure, and before any communication.
+
+# T tokens, k experts per token, A assignments, E experts, B sequences of S tokens, C rows per expert and sequence.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from trainer.moe.config import CapacityConfig
+from trainer.moe.routing import RoutingContext, RoutingDecision
+
+
+def expert_capacity(assignments: int, num_experts: int, *, factor: float, minimum: int) -> int:
+    """Return C = max(minimum, ceil(factor * assignments / num_experts)).
+
+    With `assignments` = k * S this is GShard's and Megatron's formula for one sequence; DeepSpeed, Tutel, MegaBlocks, OLMo-core
+    and FastMoE each round, scale or scope it differently.
+    """
+    # A factor such as 1.1 is not exact in binary: 1.1 * 10 must be 11 rows, not 12.
+    return max(minimum, math.ceil(factor * assignments / num_experts - 1e-9))
+
+
+def limit_to_capacity(decision: RoutingDecision, capacity: CapacityConfig, context: RoutingContext) -> RoutingDecision:
+    """Drop the assignments that come after an expert is full; identity without a factor or under `context.dropless`.
+
+    The returned `capacity` is static: B * C rows per expert for `scope: sequence`, C for `scope: rank`.
+
+    Source: GShard (arXiv 2006.16668) for `choice_major`; Riquelme et al. 2021 (arXiv 2106.05974) for `probability`.
+    """
+    if capacity.factor is None or context.dropless:
+        return decision
+    num_groups = context.num_sequences if capacity.scope == "sequence" else 1
+    num_assignments = decision.expert_index.numel()
+    per_group = expert_capacity(
+        num_assignments // max(1, num_groups), decision.num_experts, factor=capacity.factor, minimum=capacity.min
+    )
+    limited = decision.kept & (decision.expert_index < decision.num_experts)
+    group = context.sequence_index[decision.token_index] if num_groups > 1 else torch.zeros_like(decision.token_index)
+    # Assignments that need no room share one queue of their own behind all others.
+    queue = torch.where(
+        limited, group * decision.num_experts + decision.expert_index, num_groups * decision.num_experts
+    )
+    place = _place_in_queue(queue, _arrival_order(decision, capacity), num_groups * decision.num_experts + 1)
+    kept = decision.kept & (~limited | (place < per_group))
+    weight = decision.combine_weight
+    if capacity.renormalize_after_drop:
+        weight = _renormalize(decision, kept)
+    return replace(decision, kept=kept, combine_weight=weight, capacity=num_groups * per_group)
+
+
+def _arrival_order(decision: RoutingDecision, capacity: CapacityConfig) -> Tensor:
+    """Return (A,) assignments in the order in which they ask for room."""
+    order = torch.arange(decision.expert_index.numel(), device=decision.expert_index.device)
+    if capacity.policy == "position":
+        return order  # token-major, then slot: the list's own order
+    if capacity.policy == "probability":
+        # Two equal tokens at the start of a row have equal weights but for rounding, which the layout can change; compared
+        # to 12 bits they are equal, and the earlier one is kept under every layout.
+        weight = (decision.combine_weight.detach() * 4096).round()
+        return weight.argsort(descending=True, stable=True)
+    if decision.top_k is None:
+        raise ValueError("policy choice_major needs a router with the same number of experts for every token")
+    return order.view(decision.num_tokens, decision.top_k).t().reshape(-1)  # all first choices, then all second ones
+
+
+def _place_in_queue(queue: Tensor, order: Tensor, num_queues: int) -> Tensor:
+    """Return (A,): how many assignments stand before each one in its queue.
+
+    #  queue  [1 0 1 1 0], order = list order   ->   place [0 0 1 2 1]
+    """
+    by_queue = order[queue[order].argsort(stable=True)]  # (A,) grouped by queue, in order of arrival
+    lengths = torch.bincount(queue, minlength=num_queues)
+    start = lengths.cumsum(0) - lengths
+    place = torch.empty_like(queue)
+    place[by_queue] = torch.arange(queue.numel(), device=queue.device) - start[queue[by_queue]]
+    return place
+
+
+def _renormalize(decision: RoutingDecision, kept: Tensor) -> Tensor:
+    """Scale every token's surviving weights to the sum its weights had before the drop."""
+    weight = decision.combine_weight
+    zero = weight.new_zeros(decision.num_tokens)
+    before = zero.index_add(0, decision.token_index, weight * decision.kept)
+    after = zero.index_add(0, decision.token_index, weight * kept)
+    scale = torch.where(after > 0, before / after.where(after > 0, 1.0), 1.0)
+    return weight * scale[decision.token_index]

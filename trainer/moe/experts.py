@@ -1,0 +1,29 @@
+"""The experts of one layer: E feed-forward networks as stacked weights."""
+
+import torch
+from torch import Tensor, nn
+
+from trainer.ops.expert_ffn import Activation
+from trainer.ops.kernels import ExpertsKernel, run_experts
+
+# R rows, E_local experts here, D d_model, F d_ff, H width before the activation (2 F for swiglu).
+
+
+class Experts(nn.Module):
+    """E feed-forward networks without biases; dimension 0 of every parameter is the expert.
+
+    Sees rows grouped by expert and nothing else: no ids, no ranks, no weights.
+    """
+
+    def __init__(
+        self, num_experts: int, d_model: int, d_ff: int, *, activation: Activation, kernel: ExpertsKernel
+    ) -> None:
+        super().__init__()
+        width = 2 * d_ff if activation == "swiglu" else d_ff
+        self.w_in = nn.Parameter(torch.empty(num_experts, width, d_model))  # (E, H, D)
+        self.w_out = nn.Parameter(torch.empty(num_experts, d_model, d_ff))  # (E, D, F)
+        self.activation, self.kernel = activation, kernel
+
+    def forward(self, x: Tensor, rows_per_expert: Tensor) -> Tensor:
+        """Apply expert e to its rows of x (R, D); rows_per_expert (E_local,) sums to R."""
+        return run_experts(self.kernel, x, rows_per_expert, self.w_in, self.w_out, self.activation)

@@ -1,0 +1,117 @@
+"""What a router reads, what it decides, and the contract between them.
+
+# T tokens here, k experts per token, A assignments, E experts, D d_model, B sequences.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+Causality = Literal["strict", "within_sequence", "no"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingOptions:
+    """How one forward pass routes, where that is not the config's business."""
+
+    noise_seed: int | None = None
+    """Seed of all noise; None switches noise off (evaluation)."""
+    dropless: bool = False
+    """Ignore the capacity (evaluation, generation)."""
+    top_k: int | None = None
+    """Experts per token instead of the configured number."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingContext:
+    """What a router may know of its tokens besides their activations; tensors are (T,)."""
+
+    token_ids: Tensor
+    """int64."""
+    valid: Tensor
+    """bool; filling is never dispatched and never counted."""
+    position: Tensor
+    """int64 column in the row."""
+    sequence_index: Tensor
+    """int64 row of this batch, in [0, num_sequences)."""
+    num_sequences: int
+    """B; rows are equally long, so a row has T / B tokens."""
+    noise_key: Tensor | None = None
+    """int64 key of this token's noise, a function of seed, sample and position; None: no noise."""
+    top_k: int | None = None
+    """Experts per token instead of the configured number."""
+    dropless: bool = False
+    """Ignore the capacity."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingDecision:
+    """A sparse (T, E) matrix in coordinate form: which token goes to which expert, and how much it counts.
+
+    Assignments are listed token-major, then slot; sums over a token's experts run in this order.
+    """
+
+    token_index: Tensor
+    """(A,) int64 in [0, num_tokens)."""
+    expert_index: Tensor
+    """(A,) int64, global expert ids; an index >= num_experts is a null expert, which computes nothing."""
+    combine_weight: Tensor
+    """(A,) at least float32, differentiable."""
+    kept: Tensor
+    """(A,) bool; False: dropped, or the token is not valid."""
+    num_tokens: int
+    num_experts: int
+    top_k: int | None = None
+    """k, if every token has exactly k assignments; then A = T * k and assignment a belongs to token a // k."""
+    capacity: int | None = None
+    """Rows an expert may get from this rank; static. None: dropless."""
+
+    @classmethod
+    def from_top_k(cls, expert_index: Tensor, combine_weight: Tensor, *, num_experts: int, valid: Tensor) -> Self:
+        """Make the decision of a router that gives every token k experts.
+
+        Args:
+            expert_index: (T, k) int64.
+            combine_weight: (T, k).
+            num_experts: E.
+            valid: (T,) bool.
+        """
+        num_tokens, top_k = expert_index.shape
+        token_index = torch.arange(num_tokens, device=expert_index.device).repeat_interleave(top_k)  # (A,)
+        return cls(
+            token_index=token_index,
+            expert_index=expert_index.reshape(-1),
+            combine_weight=combine_weight.reshape(-1),
+            kept=valid.repeat_interleave(top_k),
+            num_tokens=num_tokens,
+            num_experts=num_experts,
+            top_k=top_k,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterOutput:
+    """What a router hands on."""
+
+    decision: RoutingDecision
+    logits: Tensor | None
+    """(T, E) at least float32, raw: no selection bias. None: the router has none, and its z-loss is 0."""
+    probs: Tensor | None
+    """(T, E) at least float32, each row sums to 1. None: the router has none, and its balance loss is 0."""
+
+
+class Router(nn.Module, ABC):
+    """Scores tokens. Knows no rank, no capacity and no loss."""
+
+    causal: ClassVar[Causality] = "strict"
+    """`strict`: a token's experts depend on no later token. The capacity policy can weaken it."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, context: RoutingContext) -> RouterOutput:
+        """Route tokens x (T, D)."""
+
+    def update(self, tokens_per_expert: Tensor) -> None:
+        """Learn from the (E,) counts of a whole optimizer step, before drops. Called once after each; default: nothing."""
