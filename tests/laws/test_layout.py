@@ -1,0 +1,93 @@
+"""Law: how a global batch is cut into micro-batches does not change what is learned."""
+
+import pytest
+import torch
+
+from tests.builders import make_batch, make_engine, rows_of, tiny_model_config
+from trainer.data.batch import Batch
+
+STEPS, ROWS, SEQ_LEN = 20, 16, 8
+
+INVARIANT = {
+    "global_batch exact": {"balance": {"coef": 0.1}},
+    "global_batch previous_step": {"balance": {"coef": 0.1, "counts": "previous_step"}},
+    "sequence": {"balance": {"coef": 0.1, "scope": "sequence"}},
+    "capacity by position": {"capacity": {"factor": 0.6, "min": 1}},
+    "capacity choice_major, renormalised": {
+        "capacity": {"factor": 0.6, "min": 1, "policy": "choice_major", "renormalize_after_drop": True}
+    },
+    "capacity by probability": {"capacity": {"factor": 0.6, "min": 1, "policy": "probability"}},
+    "jitter": {"router": {"kind": "top_k", "jitter": 0.3}},
+    "bias_balanced with jitter and capacity": {
+        "router": {"kind": "bias_balanced", "jitter": 0.3, "bias_update_rate": 0.05},
+        "capacity": {"factor": 1.0, "min": 1},
+    },
+    "dense": {"router": {"kind": "dense"}},
+    "round_robin": {"router": {"kind": "round_robin"}},
+    "gshard_first_choice": {"balance": {"coef": 0.1, "convention": "gshard_first_choice"}},
+    "shared expert": {"num_shared_experts": 1},
+}
+
+NOT_INVARIANT = {
+    "micro_batch": {"balance": {"coef": 2.0, "scope": "micro_batch"}},
+    "running": {"balance": {"coef": 2.0, "counts": "running"}},
+    "capacity per rank": {"capacity": {"factor": 0.6, "min": 1, "scope": "rank"}},
+}
+
+
+def _losses(moe: dict, num_pieces: int, dtype: torch.dtype) -> torch.Tensor:
+    """Loss, balance loss and gradient norm of every step, trained in so many micro-batches."""
+    engine = make_engine(tiny_model_config(moe), dtype=dtype)
+    rows = ROWS // num_pieces
+    curve = []
+    for step in range(STEPS):
+        batch: Batch = make_batch(ROWS, SEQ_LEN, seed=step, first_sample=ROWS * step, ragged=step % 2 == 1)
+        pieces = [rows_of(batch, i * rows, (i + 1) * rows) for i in range(num_pieces)]
+        result = engine.train_step(pieces, lr=3e-3)
+        curve.append([result.loss, result.balance_loss or 0.0, result.z_loss or 0.0, result.grad_norm])
+    return torch.tensor(curve, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("moe", INVARIANT.values(), ids=INVARIANT.keys())
+def test_one_and_four_micro_batches_learn_the_same_in_float64(moe: dict) -> None:
+    whole, pieces = _losses(moe, 1, torch.float64), _losses(moe, 4, torch.float64)
+    assert whole[-1, 0] < whole[0, 0] or moe.get("router", {}).get("kind") == "round_robin"
+    torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("moe", INVARIANT.values(), ids=INVARIANT.keys())
+def test_one_and_four_micro_batches_learn_the_same_in_float32(moe: dict) -> None:
+    whole, pieces = _losses(moe, 1, torch.float32), _losses(moe, 4, torch.float32)
+    torch.testing.assert_close(pieces[:, 0], whole[:, 0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("moe", NOT_INVARIANT.values(), ids=NOT_INVARIANT.keys())
+def test_what_is_labelled_not_invariant_is_not(moe: dict) -> None:
+    """The law's own control: if this fails, the curves above do not look at what they claim to compare."""
+    whole, pieces = _losses(moe, 1, torch.float64), _losses(moe, 4, torch.float64)
+    assert (whole - pieces).abs().max() > 1e-6
+
+
+def test_jitter_is_on_in_the_law_above() -> None:
+    with_noise = _losses(INVARIANT["jitter"], 1, torch.float64)
+    without = _losses({"router": {"kind": "top_k"}}, 1, torch.float64)
+    assert (with_noise - without).abs().max() > 1e-6
+
+
+def test_uneven_pieces_and_filling_rows_change_nothing() -> None:
+    moe = {"capacity": {"factor": 0.8, "min": 1}, "balance": {"coef": 0.1}}
+    config = tiny_model_config(moe)
+    whole, pieces = make_engine(config, dtype=torch.float64), make_engine(config, dtype=torch.float64)
+    for step in range(3):
+        batch = make_batch(5, SEQ_LEN, seed=step, first_sample=5 * step)
+        filled = make_batch(6, SEQ_LEN, seed=99)
+        last = Batch(
+            **{
+                name: torch.cat([getattr(batch, name)[3:], torch.zeros_like(getattr(filled, name)[5:])])
+                for name in Batch.__dataclass_fields__
+            }
+        )
+        mine = whole.train_step([batch], lr=1e-2)
+        theirs = pieces.train_step([rows_of(batch, 0, 3), last], lr=1e-2)
+        assert abs(mine.loss - theirs.loss) < 1e-12
+        assert abs(mine.grad_norm - theirs.grad_norm) < 1e-12

@@ -1,0 +1,175 @@
+"""Law: gate weights, layer output, balance loss and z-loss equal a plain loop in float64, gradients included."""
+
+import pytest
+import torch
+
+from tests import reference
+from tests.builders import make_context, moe_config
+from trainer.moe.config import BalanceConfig
+from trainer.moe.dispatch.local import LocalDispatcher
+from trainer.moe.experts import Experts
+from trainer.moe.layer import MoELayer
+from trainer.moe.losses import Denominators, balance_loss, objective, z_loss
+
+NUM_ROWS, SEQ_LEN, D_MODEL, NUM_EXPERTS, D_FF = 3, 5, 6, 4, 7
+TOLERANCE = 1e-10
+
+ROUTERS = [
+    {"kind": "top_k", "top_k": 2},
+    {"kind": "top_k", "top_k": 1, "normalize": False},
+    {"kind": "top_k", "top_k": 4, "score": "sigmoid", "scale": 2.5},
+    {"kind": "top_k", "top_k": 3, "score": "sigmoid", "normalize": False},
+    {"kind": "bias_balanced", "top_k": 2},
+    {"kind": "dense"},
+]
+
+
+def _layer(router: dict, activation: str, kernel: str) -> MoELayer:
+    config = moe_config(num_experts=NUM_EXPERTS, d_ff=D_FF, router=router)
+    layer = MoELayer(
+        router=config.router.build(d_model=D_MODEL, num_experts=NUM_EXPERTS, layer=0),
+        experts=Experts(NUM_EXPERTS, D_MODEL, D_FF, activation=activation, kernel=kernel),
+        dispatcher=LocalDispatcher(),
+        capacity=config.capacity,
+    ).double()
+    generator = torch.Generator().manual_seed(3)
+    for parameter in layer.parameters():
+        parameter.data.normal_(0, 0.5, generator=generator)
+    return layer
+
+
+def _tokens_and_valid() -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(NUM_ROWS, SEQ_LEN, D_MODEL, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    valid = torch.ones(NUM_ROWS, SEQ_LEN, dtype=torch.bool)
+    valid[1, 3:] = False  # a padded tail
+    valid[2, :] = False  # a row that is all filling
+    return x.requires_grad_(), valid.flatten()
+
+
+def _oracle(layer: MoELayer, x: torch.Tensor, valid: torch.Tensor, router: dict) -> reference.Routed:
+    is_dense = router["kind"] == "dense"
+    return reference.route(
+        x.flatten(0, 1),
+        layer.router.gate.weight,
+        valid,
+        top_k=NUM_EXPERTS if is_dense else router["top_k"],
+        score=router.get("score", "sigmoid" if router["kind"] == "bias_balanced" else "softmax"),
+        normalize=router.get("normalize", True) and not is_dense,
+        scale=router.get("scale", 1.0),
+    )
+
+
+def _gradients(value: torch.Tensor, layer: MoELayer, x: torch.Tensor) -> list[torch.Tensor]:
+    inputs = [x, *layer.parameters()]
+    found = torch.autograd.grad(value, inputs, allow_unused=True, retain_graph=True)
+    return [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, found, strict=True)]
+
+
+def _assert_same(mine: torch.Tensor, oracle: torch.Tensor, layer: MoELayer, x: torch.Tensor) -> None:
+    torch.testing.assert_close(mine, oracle, rtol=0, atol=TOLERANCE)
+    probe = torch.linspace(-1, 1, mine.numel(), dtype=torch.float64).view(mine.shape)
+    for ours, theirs in zip(
+        _gradients((mine * probe).sum(), layer, x), _gradients((oracle * probe).sum(), layer, x), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("kernel", ["loop", "padded", "fused"])
+@pytest.mark.parametrize("router", ROUTERS, ids=str)
+def test_layer_output_equals_a_loop_over_tokens_and_experts(router: dict, kernel: str, activation: str) -> None:
+    layer, (x, valid) = _layer(router, activation, kernel), _tokens_and_valid()
+    y, _ = layer(x, make_context(NUM_ROWS, SEQ_LEN, valid))
+    oracle = reference.moe_output(
+        x.flatten(0, 1), _oracle(layer, x, valid, router), layer.experts.w_in, layer.experts.w_out, activation
+    )
+    _assert_same(y.flatten(0, 1), oracle, layer, x)
+    assert (y.flatten(0, 1)[~valid] == 0).all(), "filling must come out as exact zeros"
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=str)
+def test_gate_weights_equal_a_loop(router: dict) -> None:
+    layer, (x, valid) = _layer(router, "swiglu", "loop"), _tokens_and_valid()
+    decision = layer.router(x.flatten(0, 1), make_context(NUM_ROWS, SEQ_LEN, valid)).decision
+    oracle = _oracle(layer, x, valid, router)
+    experts = [e for token in oracle.experts for e in (sorted(token) if router["kind"] == "dense" else token)]
+    assert decision.expert_index[decision.kept].tolist() == experts
+    pairs = [
+        sorted(zip(token, weights, strict=True), key=lambda pair: pair[0])
+        if router["kind"] == "dense"
+        else list(zip(token, weights, strict=True))
+        for token, weights in zip(oracle.experts, oracle.weights, strict=True)
+    ]
+    weights = torch.stack([weight for token in pairs for _, weight in token])
+    _assert_same(decision.combine_weight[decision.kept], weights, layer, x)
+
+
+SCOPES = ["sequence", "global_batch", "micro_batch"]
+
+
+def _scopes(scope: str, valid: torch.Tensor) -> list[list[int]]:
+    tokens = [t for t in range(len(valid)) if valid[t]]
+    if scope == "sequence":
+        return [[t for t in tokens if t // SEQ_LEN == row] for row in range(NUM_ROWS)]
+    return [tokens]
+
+
+@pytest.mark.parametrize("convention", ["canonical", "hf", "megatron", "gshard_first_choice"])
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("router", ROUTERS, ids=str)
+def test_objective_equals_a_loop_for_every_scope_and_convention(router: dict, scope: str, convention: str) -> None:
+    if router["kind"] == "dense" and convention == "gshard_first_choice":
+        return  # refused by the config: a dense router has no first choice
+    layer, (x, valid) = _layer(router, "swiglu", "loop"), _tokens_and_valid()
+    _, stats = layer(x, make_context(NUM_ROWS, SEQ_LEN, valid))
+    config = moe_config(
+        num_experts=NUM_EXPERTS,
+        router=router,
+        z_loss_coef=0.3,
+        balance={"coef": 0.7, "scope": scope, "convention": convention},
+    )
+    routed = _oracle(layer, x, valid, router)
+    loss_sum = (x.sum() * 0.25).exp()  # any differentiable stand-in for a cross-entropy
+    denominators = Denominators(target_tokens=5, routed_tokens=int(valid.sum()))
+    mine = objective(loss_sum, [stats, stats], global_counts=None, denominators=denominators, config=config)
+
+    first_only = convention == "gshard_first_choice"
+    balance = reference.balance_loss(routed, _scopes(scope, valid), first_choice_only=first_only)
+    z = reference.z_loss(routed, [t for t in range(len(valid)) if valid[t]])
+    scale = {"hf": config.top_k, "megatron": 2}.get(convention, 1)  # two MoE layers
+    oracle = loss_sum / 5 + 0.5 * (2 * 0.7 * scale * balance + 2 * 0.3 * z) / int(valid.sum())
+    _assert_same(mine.total, oracle, layer, x)
+    torch.testing.assert_close(mine.balance_loss, (balance / valid.sum()).detach(), rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(mine.z_loss, (z / valid.sum()).detach(), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=str)
+def test_global_counts_replace_this_micro_batch_s_own(router: dict) -> None:
+    layer, (x, valid) = _layer(router, "swiglu", "loop"), _tokens_and_valid()
+    _, stats = layer(x, make_context(NUM_ROWS, SEQ_LEN, valid))
+    routed = _oracle(layer, x, valid, router)
+    elsewhere = torch.tensor([5, 0, 2, 9])
+    total = stats.counts.sum(0) + elsewhere
+    mine = balance_loss(stats, BalanceConfig(scope="global_batch"), global_counts=total)
+    p_sum = torch.stack([routed.probs[t] for t in range(len(valid)) if valid[t]]).sum(0)
+    oracle = sum(NUM_EXPERTS * (int(total[e]) / int(total.sum())) * p_sum[e] for e in range(NUM_EXPERTS))
+    _assert_same(mine, oracle, layer, x)
+
+
+def test_z_loss_leaves_the_selection_bias_out() -> None:
+    layer, (x, valid) = _layer({"kind": "bias_balanced", "top_k": 2}, "swiglu", "loop"), _tokens_and_valid()
+    context = make_context(NUM_ROWS, SEQ_LEN, valid)
+    before = z_loss(layer(x, context)[1])
+    layer.router.bias += torch.tensor([3.0, -3.0, 0.5, 0.0])
+    assert torch.equal(before, z_loss(layer(x, context)[1]))
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_an_even_load_with_even_probabilities_gives_one_per_token(scope: str, top_k: int) -> None:
+    router = {"kind": "top_k", "top_k": top_k, "normalize": False}
+    layer = _layer(router, "swiglu", "loop")
+    layer.router.gate.weight.data.zero_()
+    _, stats = layer(torch.zeros(2, 4, D_MODEL, dtype=torch.float64), make_context(2, 4))
+    config = BalanceConfig(scope=scope)
+    assert balance_loss(stats, config, global_counts=None).item() == pytest.approx(8.0)

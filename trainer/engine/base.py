@@ -1,0 +1,102 @@
+"""What an engine is: it owns gradients and performs optimizer steps.
+
+# L MoE layers, E experts.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from trainer.checkpoint.state import TrainState
+from trainer.data.batch import Batch
+from trainer.models.gpt import GPT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingSums:
+    """What the MoE layers did over many rows."""
+
+    counts: Tensor
+    """(L, E) int64 assignments before drops."""
+    dropped: Tensor
+    """(L,) int64 assignments over capacity."""
+    tokens: Tensor
+    """(L,) int64 valid tokens."""
+    entropy_sum: Tensor | None
+    """(L,) entropy of the router probabilities, in nats; None if the router has none."""
+
+    def __add__(self, other: "RoutingSums") -> "RoutingSums":
+        """Add up two disjoint sets of rows."""
+        return RoutingSums(
+            counts=self.counts + other.counts,
+            dropped=self.dropped + other.dropped,
+            tokens=self.tokens + other.tokens,
+            entropy_sum=None
+            if self.entropy_sum is None or other.entropy_sum is None
+            else self.entropy_sum + other.entropy_sum,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """One optimizer step, over all of its micro-batches."""
+
+    loss: float
+    """Cross-entropy in nats per target token."""
+    balance_loss: float | None
+    """Per routed token and MoE layer, without coefficient: 1 when balanced."""
+    z_loss: float | None
+    grad_norm: float
+    """2-norm of the whole gradient before clipping."""
+    skipped: bool
+    """The gradient was not finite: data and step went on, the weights did not."""
+    num_tokens: int
+    """Valid tokens in the global batch."""
+    routing: RoutingSums | None
+    """None for a dense model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalSums:
+    """Sums over evaluation batches."""
+
+    loss_sum: float
+    """Cross-entropy in nats."""
+    target_tokens: int
+    routing: RoutingSums | None
+
+    def __add__(self, other: "EvalSums") -> "EvalSums":
+        """Add up two disjoint sets of rows."""
+        routing = None if self.routing is None or other.routing is None else self.routing + other.routing
+        return EvalSums(
+            loss_sum=self.loss_sum + other.loss_sum,
+            target_tokens=self.target_tokens + other.target_tokens,
+            routing=routing,
+        )
+
+
+class Engine(ABC):
+    """Performs optimizer steps. Owns gradients: accumulation, reduction, clipping, update."""
+
+    model: GPT
+
+    @abstractmethod
+    def train_step(self, micro_batches: Sequence[Batch], *, lr: float) -> StepResult:
+        """Take one optimizer step over the global batch that the micro-batches make up."""
+
+    @abstractmethod
+    def eval_loss(self, batch: Batch, *, dropless: bool) -> EvalSums:
+        """Evaluate a batch without gradients and without noise; `dropless` ignores the capacity."""
+
+    @abstractmethod
+    def state(self) -> TrainState:
+        """Return everything that the next step depends on, by name."""
+
+    @abstractmethod
+    def load_state(self, state: TrainState) -> None:
+        """Take over a state; names and shapes have been checked against `state()`."""
+
+    def close(self) -> None:  # noqa: B027 - most engines hold nothing to close
+        """Release what the engine holds."""

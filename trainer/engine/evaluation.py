@@ -1,0 +1,103 @@
+"""Evaluation on held-out text: loss and bits per byte by domain, dropless and at capacity.
+
+# L MoE layers, E experts.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trainer.data.corpus import Corpus
+from trainer.data.stream import evaluation_batches
+from trainer.engine.base import Engine, EvalSums
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainResult:
+    """One domain's held-out text, as far as it was evaluated."""
+
+    domain: str
+    sums: EvalSums
+    target_bytes: int
+    """Bytes of text that the target tokens stand for."""
+
+    @property
+    def loss(self) -> float:
+        """Nats per target token."""
+        return self.sums.loss_sum / max(1, self.sums.target_tokens)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between tokenizers."""
+        return self.sums.loss_sum / math.log(2) / max(1, self.target_bytes)
+
+    @property
+    def counts(self) -> list[list[int]]:
+        """(L, E) assignments; empty for a dense model."""
+        return [] if self.sums.routing is None else self.sums.routing.counts.tolist()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalResult:
+    """All domains' held-out text."""
+
+    domains: Sequence[DomainResult]
+    """Dropless: what the model can do."""
+    at_capacity: Sequence[DomainResult] | None
+    """With the capacity of training; None where there is none or it was not asked for."""
+
+    def record(self) -> dict[str, float]:
+        """Return the evaluation keys of metrics.jsonl."""
+        nats = sum(d.sums.loss_sum for d in self.domains)
+        record = {
+            "eval/loss": nats / max(1, sum(d.sums.target_tokens for d in self.domains)),
+            "eval/bits_per_byte": nats / math.log(2) / max(1, sum(d.target_bytes for d in self.domains)),
+        }
+        if self.at_capacity is not None:
+            nats = sum(d.sums.loss_sum for d in self.at_capacity)
+            record["eval/loss_capacity"] = nats / max(1, sum(d.sums.target_tokens for d in self.at_capacity))
+        for d in self.domains:
+            record[f"eval/{d.domain}/loss"] = d.loss
+            record[f"eval/{d.domain}/bits_per_byte"] = d.bits_per_byte
+        return record
+
+
+def evaluate(
+    engine: Engine, corpus: Corpus, *, batch_size: int, max_tokens_per_domain: int | None, at_capacity: bool
+) -> EvalResult:
+    """Evaluate every domain over non-overlapping windows.
+
+    Args:
+        engine: evaluates batches.
+        corpus: whose validation text.
+        batch_size: rows in a forward pass.
+        max_tokens_per_domain: evenly spaced windows of at most so many tokens; None: the whole text.
+        at_capacity: evaluate a second time with the capacity of training, if the model has one.
+    """
+    moe = engine.model.config.moe
+    passes = [True] + ([False] if at_capacity and moe is not None and moe.capacity.factor is not None else [])
+    results = [
+        [
+            _domain(engine, corpus, index, batch_size=batch_size, max_tokens=max_tokens_per_domain, dropless=dropless)
+            for index in range(len(corpus.domains))
+        ]
+        for dropless in passes
+    ]
+    return EvalResult(domains=results[0], at_capacity=results[1] if len(results) > 1 else None)
+
+
+def _domain(
+    engine: Engine, corpus: Corpus, index: int, *, batch_size: int, max_tokens: int | None, dropless: bool
+) -> DomainResult:
+    token_bytes = corpus.tokenizer.token_bytes()
+    target_bytes = 0
+    sums = None
+    for batch in evaluation_batches(
+        corpus, index, seq_len=engine.model.config.seq_len, batch_size=batch_size, max_tokens=max_tokens
+    ):
+        targets = batch.targets[batch.target_mask].numpy()
+        target_bytes += int(token_bytes[targets].sum())
+        here = engine.eval_loss(batch, dropless=dropless)
+        sums = here if sums is None else sums + here
+    assert sums is not None, "every domain has validation text"
+    return DomainResult(domain=corpus.domains[index], sums=sums, target_bytes=target_bytes)

@@ -1,0 +1,36 @@
+"""Initial weights: every tensor is a function of the seed, its name and the global expert id, never of a rank."""
+
+import torch
+from torch import Tensor
+
+from trainer.models.gpt import GPT, initial_std, parameter_role
+from trainer.ops.noise import stable_hash
+
+# E experts.
+
+
+@torch.no_grad()
+def initialize(model: GPT, seed: int) -> None:
+    """Fill every parameter and buffer of a model on its device.
+
+    Expert e of a stacked (E, ...) weight has a random stream of its own, so that the same experts start from the same
+    weights wherever they live.
+    """
+    for name, parameter in model.named_parameters():
+        std = initial_std(name, model.config)
+        match parameter_role(name):
+            case "norm":
+                parameter.fill_(1.0)
+            case "expert":
+                for e in range(parameter.shape[0]):
+                    parameter[e].copy_(_normal(parameter[e], std, stable_hash("init", seed, name, e)))
+            case _:
+                parameter.copy_(_normal(parameter, std, stable_hash("init", seed, name)))
+    for buffer in model.buffers():
+        buffer.zero_()
+
+
+def _normal(like: Tensor, std: float, seed: int) -> Tensor:
+    """Draw on the CPU in float32, so that every device and dtype starts from the same values."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.empty(like.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)

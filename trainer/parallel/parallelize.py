@@ -1,0 +1,30 @@
+"""The only file where model meets machine: which dispatcher moves its rows, which of its parts are compiled."""
+
+import torch
+
+from trainer.models.gpt import GPT
+from trainer.parallel.config import ParallelConfig
+
+
+def parallelize(model: GPT, config: ParallelConfig, *, can_compile: bool) -> GPT:
+    """Give a whole single-device model its layout; nothing it computes changes beyond floating-point reordering.
+
+    1. Every MoE layer gets the configured dispatcher.
+    2. The glue between the matrix products (norms, rotary positions, residual sums) is compiled, where asked for and possible.
+
+    Args:
+        model: may be on the meta device.
+        config: the `parallel` section.
+        can_compile: whether this machine can build compiled kernels.
+    """
+    for moe in model.moe_layers():
+        moe.dispatcher = config.dispatcher.build()
+    if config.compile and can_compile:
+        compile_glue(model)
+    return model
+
+
+def compile_glue(model: GPT) -> None:
+    """Compile everything of a block that is not a mixture: its shapes are fixed, so it is compiled once."""
+    for block in model.blocks:
+        block.attend = torch.compile(block.attend, dynamic=False)
