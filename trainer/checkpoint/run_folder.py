@@ -1,0 +1,103 @@
+"""The folder of one run: where things are in it, who may write to it, and whether a config still belongs to it.
+
+    runs/NAME/
+      config.yaml  environment.json  metrics.jsonl  routing.jsonl  checkpoints/
+
+Imports no torch, so that a config that does not belong to its run folder is refused at once.
+"""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+from trainer.errors import ConfigError, ResourceError
+
+
+class RunFolder:
+    """Paths of one run, and its lock."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.environment = path / "environment.json"
+        self.metrics = path / "metrics.jsonl"
+        self.routing = path / "routing.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self._lock: IO[str] | None = None
+
+    def lock(self) -> None:
+        """Make the folder, and claim it for this process until it ends.
+
+        Raises:
+            ConfigError: if another process trains into it.
+            ResourceError: if it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise ResourceError(
+                f"{self.path}: cannot be written: {error.strerror}; set runs_dir to another place"
+            ) from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it with the process, however that ends
+        except OSError:
+            lock.seek(0)
+            owner = lock.read().strip() or "another process"
+            lock.close()
+            raise ConfigError(
+                f"{self.path}: {owner} is training into it; wait for it, or use another name=..."
+            ) from None
+        lock.truncate(0)
+        lock.write(f"{socket.gethostname()} process {os.getpid()}")
+        lock.flush()
+        self._lock = lock
+
+    def write(self, path: Path, text: str) -> None:
+        """Replace a small file as a whole."""
+        temporary = path.with_name(f".tmp-{path.name}")
+        try:
+            temporary.write_text(text)
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise ResourceError(f"{path}: cannot be written: {error.strerror}") from None
+
+    def write_environment(self, values: dict[str, Any]) -> None:
+        """Record versions and fingerprints."""
+        self.write(self.environment, json.dumps(values, indent=1) + "\n")
+
+
+_IDENTITY = ("model.", "data.tokenizer")
+_LEARNING = ("seed", "data.", "optim.", "schedule.", "train.")
+_HARMLESS = ("train.steps", "train.max_consecutive_skips", "data.cache_dir")
+
+
+def check_belongs(folder: RunFolder, changes: Iterable[tuple[str, Any, Any]]) -> list[str]:
+    """Judge what changed between the config a run folder was started with and the one given now.
+
+    Args:
+        folder: of the run.
+        changes: (dotted key, value in the folder, value now).
+
+    Returns:
+        One warning for each change of what is learned.
+
+    Raises:
+        ConfigError: if the model itself changed; one line for each key.
+    """
+    refused, warnings = [], []
+    for key, old, new in changes:
+        if key == "model" or key.startswith(_IDENTITY):
+            refused.append(
+                f"{folder.path}: was written with {key} {old}, the config has {new}; set {key}={old}, or use a new name=..."
+            )
+        elif key.startswith(_LEARNING) and not key.startswith(_HARMLESS):
+            warnings.append(f"{key} was {old} in {folder.path} and is now {new}")
+    if refused:
+        raise ConfigError("\n".join(refused))
+    return warnings

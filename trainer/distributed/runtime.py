@@ -1,0 +1,59 @@
+"""The process a run lives in: device, threads, memory allocator, versions. The only reader of the environment."""
+
+import ctypes
+import os
+import platform
+import shutil
+from typing import Any
+
+import torch
+
+from trainer.errors import ConfigError
+
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # glibc's names for mallopt
+_KEEP_BELOW_BYTES = 1 << 30
+
+
+def start(device: str) -> torch.device:
+    """Prepare the process and return the device that `parallel.device` names.
+
+    Raises:
+        ConfigError: if a GPU is asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("parallel.device: cuda, but torch sees no GPU here; use auto or cpu")
+    keep_freed_memory()
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def keep_freed_memory() -> bool:
+    """Ask glibc to keep freed blocks of up to 1 GiB instead of handing each back to the system.
+
+    Activations are freed and asked for again every step; by default every large one is a new mapping whose pages are
+    faulted in and zeroed anew. Returns whether there is such a setting here.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # not glibc
+        return False
+    return bool(mallopt(_M_MMAP_THRESHOLD, _KEEP_BELOW_BYTES) and mallopt(_M_TRIM_THRESHOLD, _KEEP_BELOW_BYTES))
+
+
+def has_cpp_compiler() -> bool:
+    """Tell whether torch.compile can build its CPU kernels."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "g++", "clang++"))
+
+
+def describe() -> dict[str, Any]:
+    """Return what environment.json says of this process: versions and hardware, no secrets."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "gpu": gpu,
+        "num_threads": torch.get_num_threads(),
+        "world_size": 1,
+    }
