@@ -1,0 +1,188 @@
+"""The composition root: from a config to everything a run needs. The only module that knows every implementation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.checkpoint.compatible import check_fits
+from trainer.checkpoint.manager import Checkpointer, Loaded
+from trainer.checkpoint.run_folder import RunFolder
+from trainer.config.dump import dump
+from trainer.data.corpus import Corpus, build_corpus
+from trainer.data.stream import TrainStream
+from trainer.data.tokenizers.base import Tokenizer
+from trainer.distributed import runtime
+from trainer.engine.base import Engine
+from trainer.engine.native import NumericsConfig
+from trainer.errors import DataError
+from trainer.experiment import ExperimentConfig
+from trainer.metrics.console import Console
+from trainer.metrics.jsonl import JsonlSink
+from trainer.models.flops import ModelSize, model_size
+from trainer.models.gpt import GPT
+from trainer.models.initialize import initialize
+from trainer.ops.kernels import choose_experts_kernel
+from trainer.parallel.parallelize import parallelize
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """Everything of one training run."""
+
+    config: ExperimentConfig
+    folder: RunFolder
+    corpus: Corpus
+    stream: TrainStream
+    engine: Engine
+    schedule: Callable[[int], float]
+    checkpointer: Checkpointer
+    console: Console
+    metrics: JsonlSink
+    routing: JsonlSink
+    size: ModelSize
+    start_step: int = 0
+    """Completed steps."""
+    position: int = 0
+    """Number of the next training row: with the seed, all there is to resume of the data."""
+    skipped_steps: int = 0
+    """Steps without a finite gradient so far."""
+
+    def checkpoint_info(self, *, step: int, position: int, skipped_steps: int) -> dict[str, Any]:
+        """Return what a checkpoint says of itself beside the state."""
+        return {
+            "position": position,
+            "skipped_steps": skipped_steps,
+            "tokens": position * self.config.model.seq_len,
+            "data_fingerprint": self.corpus.fingerprint,
+            "tokenizer_fingerprint": self.corpus.tokenizer.fingerprint,
+            "model": self.config.model.model_dump(mode="json"),
+            "torch": torch.__version__,
+        }
+
+
+def build_run(config: ExperimentConfig, folder: RunFolder, console: Console) -> Run:
+    """Make a run, resumed from the newest undamaged checkpoint of its folder if there is one. The folder is locked.
+
+    Raises:
+        DataError: if the text is unusable, or not the one the run was started with.
+        CheckpointError: if checkpoints exist and none can be used.
+    """
+    device = runtime.start(config.parallel.device)
+    config = resolve_kernel(config, device)
+    with console.progress_bar("reading text") as bar:
+        corpus = build_corpus(config.data, progress=bar)
+    stream = TrainStream(corpus, seq_len=config.model.seq_len, seed=config.seed)
+    model = build_model(config, corpus.tokenizer, device, warn=console.warning)
+    size = model_size(model)
+    engine = config.engine.build(model, config.optim, numerics(config))
+    run = Run(
+        config=config,
+        folder=folder,
+        corpus=corpus,
+        stream=stream,
+        engine=engine,
+        schedule=config.schedule.build(total_steps=config.train.steps),
+        checkpointer=Checkpointer(folder.checkpoints, keep=config.checkpoint.keep),
+        console=console,
+        metrics=JsonlSink(folder.metrics, warn=console.warning),
+        routing=JsonlSink(folder.routing, warn=console.warning),
+        size=size,
+    )
+    run.checkpointer.clean()
+    loaded = run.checkpointer.load_newest(warn=console.warning)
+    if loaded is not None:
+        _resume(run, loaded)
+    folder.write(folder.config, dump(config))
+    folder.write_environment(
+        {
+            **runtime.describe(),
+            "device": str(device),
+            "data_fingerprint": corpus.fingerprint,
+            "tokenizer_fingerprint": corpus.tokenizer.fingerprint,
+        }
+    )
+    run.metrics.resume_at(run.start_step)
+    run.routing.resume_at(run.start_step)
+    return run
+
+
+def build_model(
+    config: ExperimentConfig, tokenizer: Tokenizer, device: torch.device, *, warn: Callable[[str], None]
+) -> GPT:
+    """Make the initialised model on its device, in its layout."""
+    can_compile = device.type != "cpu" or runtime.has_cpp_compiler()
+    if config.parallel.compile and not can_compile:
+        warn(
+            "parallel.compile: true needs a C++ compiler (g++ or clang++), and there is none: going on without, slower"
+        )
+    kernel = config.parallel.experts_kernel
+    assert kernel != "auto", "resolve_kernel comes first"
+    with torch.device("meta"):
+        model = GPT(config.model, tokenizer.vocab_size, experts_kernel=kernel)
+    model = parallelize(model, config.parallel, can_compile=can_compile)
+    if config.train.dtype == "float64":
+        model = model.double()
+    model.to_empty(device=device)
+    initialize(model, config.seed)
+    return model
+
+
+def resolve_kernel(config: ExperimentConfig, device: torch.device) -> ExperimentConfig:
+    """Replace `experts_kernel: auto` by what it means on this device, so that the run folder records it."""
+    if config.parallel.experts_kernel != "auto":
+        return config
+    moe, dtype = config.model.moe, _DTYPES[config.train.dtype]
+    kernel = "loop"
+    if moe is not None:
+        kernel = choose_experts_kernel(device.type, dtype, num_experts=moe.num_experts, d_ff=moe.d_ff)
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"experts_kernel": kernel})})
+
+
+def numerics(config: ExperimentConfig) -> NumericsConfig:
+    """Return what an engine must know of `train` and `seed`."""
+    return NumericsConfig(seed=config.seed, dtype=_DTYPES[config.train.dtype], grad_clip=config.train.grad_clip)
+
+
+def load_trained(
+    config: ExperimentConfig, tokenizer: Tokenizer, folder: RunFolder, *, step: int | None, warn: Callable[[str], None]
+) -> tuple[Engine, Loaded]:
+    """Return an engine with the weights of a run's checkpoint: of `step`, or the newest.
+
+    Raises:
+        CheckpointError: if there is none, or it is damaged or of another model.
+    """
+    checkpointer = Checkpointer(folder.checkpoints, keep=config.checkpoint.keep)
+    loaded = checkpointer.load_newest(warn=warn) if step is None else checkpointer.load(step)
+    if loaded is None:
+        loaded = checkpointer.load(0)  # says that there is none
+    device = runtime.start(config.parallel.device)
+    config = resolve_kernel(config, device)
+    model = build_model(config, tokenizer, device, warn=warn)
+    engine = config.engine.build(model, config.optim, numerics(config))
+    check_fits(loaded.path, loaded.state, engine.state())
+    engine.load_state(loaded.state)
+    return engine, loaded
+
+
+def _resume(run: Run, loaded: Loaded) -> None:
+    check_fits(loaded.path, loaded.state, run.engine.state())
+    saved, now = loaded.info["data_fingerprint"], run.corpus.fingerprint
+    if saved != now:
+        raise DataError(
+            f"{loaded.path}: was trained on other text than data.sources gives now (fingerprint {saved[:12]}, now "
+            f"{now[:12]}); restore the files, or start a new run with name=..."
+        )
+    run.engine.load_state(loaded.state)
+    run.start_step, run.position = int(loaded.info["step"]), int(loaded.info["position"])
+    run.skipped_steps = int(loaded.info["skipped_steps"])
+    run.console.message(f"resuming from {loaded.path}")
+
+
+def run_folder(config: ExperimentConfig) -> RunFolder:
+    """Return the folder of a config's run."""
+    return RunFolder(Path(config.runs_dir) / config.name)

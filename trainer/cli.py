@@ -1,0 +1,162 @@
+"""The command line: one verb, one short function. Parses, loads the config, calls; torch is imported once that went well."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from trainer.checkpoint.run_folder import RunFolder, check_belongs
+from trainer.config.dump import changed_keys, diff, dump
+from trainer.config.loader import load
+from trainer.config.schema import schema_text
+from trainer.errors import CheckpointError, ConfigError, TurnoutError
+from trainer.experiment import ExperimentConfig
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a verb and exit with its code; a `TurnoutError` is printed as it stands, one line for each problem."""
+    options = _parser().parse_args(arguments)
+    try:
+        code = options.verb(options)
+    except TurnoutError as error:
+        print(error, file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:  # before the first step, or the second Ctrl-C: there is nothing new to save
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except MemoryError as error:
+        print(f"out of memory: {error}", file=sys.stderr)
+        code = 7
+    sys.exit(code)
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train a config, or go on with its run."""
+    config = _load(options)
+    folder = RunFolder(Path(config.runs_dir) / config.name)
+    warnings = []
+    if folder.config.is_file():
+        warnings = check_belongs(folder, changed_keys(_load_file(folder.config), config))
+    folder.lock()
+
+    from trainer.workflows import train_run
+
+    return train_run(config, folder, warnings=warnings)
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Evaluate a run's newest checkpoint on all of its held-out text."""
+    config, folder = _existing_run(options)
+
+    from trainer.workflows import evaluate_checkpoint
+
+    record = evaluate_checkpoint(config, folder, step=options.step)
+    if options.json:
+        print(json.dumps(record))
+    return 0
+
+
+def generate(options: argparse.Namespace) -> int:
+    """Write text with a run's newest checkpoint."""
+    config, folder = _existing_run(options)
+    if options.temperature < 0 or not 0 < options.top_p <= 1 or options.max_tokens < 1 or (options.top_k or 1) < 1:
+        raise ConfigError("generate: use --temperature >= 0, 0 < --top-p <= 1, --top-k >= 1 and --max-tokens >= 1")
+
+    from trainer.workflows import GenerateOptions, generate_text
+
+    return generate_text(
+        config,
+        folder,
+        GenerateOptions(
+            prompt=options.prompt,
+            max_tokens=options.max_tokens,
+            temperature=0.0 if options.greedy else options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed,
+            step=options.step,
+        ),
+    )
+
+
+def config_show(options: argparse.Namespace) -> int:
+    """Print a config with every default."""
+    print(dump(_load(options)), end="")
+    return 0
+
+
+def config_schema(options: argparse.Namespace) -> int:
+    """Print the JSON schema that editors complete and check experiment files with."""
+    print(schema_text(ExperimentConfig), end="")
+    return 0
+
+
+def config_diff(options: argparse.Namespace) -> int:
+    """Print the keys in which two configs differ."""
+    print("\n".join(diff(_load_file(options.a), _load_file(options.b))))
+    return 0
+
+
+def _load(options: argparse.Namespace) -> ExperimentConfig:
+    return load(options.config, options.overrides, ExperimentConfig)
+
+
+def _load_file(path: Path) -> ExperimentConfig:
+    return load(path, [], ExperimentConfig)
+
+
+def _existing_run(options: argparse.Namespace) -> tuple[ExperimentConfig, RunFolder]:
+    """Return config and folder of a run that is named by its folder or by its config file."""
+    if options.config.is_dir():
+        folder = RunFolder(options.config)
+        if not folder.config.is_file():
+            raise CheckpointError(f"{folder.path}: has no config.yaml, so it is not a run folder; train first")
+        return load(folder.config, options.overrides, ExperimentConfig), folder
+    config = _load(options)
+    folder = RunFolder(Path(config.runs_dir) / config.name)
+    if folder.config.is_file():
+        check_belongs(folder, changed_keys(_load_file(folder.config), config))
+    return config, folder
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="turnout", description="Train mixture-of-experts language models.")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(name: str, function: object, parent: argparse._SubParsersAction = verbs) -> argparse.ArgumentParser:
+        text = (function.__doc__ or "").strip()
+        sub = parent.add_parser(name, help=text, description=text)
+        sub.set_defaults(verb=function)
+        return sub
+
+    def takes_config(sub: argparse.ArgumentParser, what: str) -> argparse.ArgumentParser:
+        sub.add_argument("config", type=Path, help=what)
+        sub.add_argument("overrides", nargs="*", metavar="a.b=c", help="keys to change, such as train.steps=40")
+        return sub
+
+    def takes_step(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        sub.add_argument("--step", type=int, help="use the checkpoint of this step instead of the newest")
+        return sub
+
+    takes_config(verb("train", train), "experiment file")
+    sub = takes_step(takes_config(verb("eval", evaluate), "run folder or experiment file"))
+    sub.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
+    sub = takes_step(takes_config(verb("generate", generate), "run folder or experiment file"))
+    sub.add_argument("--prompt", default="", help="text to go on from; default: the start of a document")
+    sub.add_argument("--max-tokens", type=int, default=400, help="how many tokens to write at the most (400)")
+    sub.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (0.8)")
+    sub.add_argument("--top-k", type=int, help="draw from the k likeliest tokens only")
+    sub.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this total mass (1)")
+    sub.add_argument("--greedy", action="store_true", help="the same as --temperature 0")
+    sub.add_argument("--seed", type=int, default=0, help="the same seed writes the same text (0)")
+
+    config = verbs.add_parser("config", help="Show, compare and describe experiment files.")
+    actions = config.add_subparsers(required=True, metavar="ACTION")
+    takes_config(verb("show", config_show, actions), "experiment file")
+    verb("schema", config_schema, actions)
+    sub = verb("diff", config_diff, actions)
+    sub.add_argument("a", type=Path)
+    sub.add_argument("b", type=Path)
+    return parser

@@ -1,0 +1,149 @@
+"""The training loop, and what happens around it at regular steps."""
+
+import time
+
+from trainer.build import Run
+from trainer.distributed.signals import StopRequest
+from trainer.engine.base import StepResult
+from trainer.engine.evaluation import EvalResult, evaluate
+from trainer.errors import NumericsError, ResourceError
+from trainer.metrics.routing import routing_metrics
+
+
+def fit(run: Run) -> EvalResult | None:
+    """Train to `train.steps`, logging, evaluating and saving on the way.
+
+    Returns:
+        The last evaluation; None if the run was asked to stop first (it has saved by then).
+
+    Raises:
+        NumericsError: if `train.max_consecutive_skips` steps in a row had no finite gradient.
+        ResourceError: if the last checkpoint could not be saved.
+    """
+    config, train = run.config, run.config.train
+    pace = _Pace()
+    skipped_in_a_row, evaluation = 0, None
+    with StopRequest() as stop:
+        for step in range(run.start_step, train.steps):
+            batches = run.stream.micro_batches(
+                run.position,
+                global_batch_size=train.global_batch_size,
+                micro_batch_size=config.parallel.micro_batch_size,
+            )
+            lr = run.schedule(step)
+            result = run.engine.train_step(batches, lr=lr)
+            run.position += train.global_batch_size
+            run.skipped_steps += result.skipped
+            skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
+            pace.step(result.num_tokens)
+
+            done, is_last = step + 1, step + 1 == train.steps
+            if every(config.metrics.log_every, done) or is_last or done == run.start_step + 1:
+                log_step(run, done, result, lr=lr, pace=pace)
+            run.console.tick(done)
+            if skipped_in_a_row == train.max_consecutive_skips:
+                raise NumericsError(
+                    f"step {done}: the gradient of {skipped_in_a_row} steps in a row is not finite (its norm is "
+                    f"{result.grad_norm}); the weights are those of step {done - skipped_in_a_row}: lower "
+                    "schedule.peak_lr, or resume from an earlier checkpoint"
+                )
+            if every(config.checkpoint.every, done) or is_last or stop:
+                save(run, done, is_needed=is_last or bool(stop))
+            if stop:
+                run.console.message(f"stopped by {stop.requested_by} after step {done}: saved; start again to go on")
+                return None
+            if every(config.eval.every, done) or is_last:
+                evaluation = evaluate_run(run)
+                record = {"step": done, **evaluation.record()}
+                run.metrics.write(record)
+                run.console.evaluation(record)
+                pace.restart()
+    return evaluation if evaluation is not None else evaluate_run(run)
+
+
+def every(interval: int | None, done: int) -> bool:
+    """Tell whether something that happens every `interval` steps happens after `done` steps; None: never."""
+    return interval is not None and done % interval == 0
+
+
+def evaluate_run(run: Run) -> EvalResult:
+    """Evaluate a run's model as its config says."""
+    return evaluate(
+        run.engine,
+        run.corpus,
+        batch_size=run.config.parallel.micro_batch_size,
+        max_tokens_per_domain=run.config.eval.max_tokens_per_domain,
+        at_capacity=run.config.eval.at_capacity,
+    )
+
+
+def save(run: Run, done: int, *, is_needed: bool) -> None:
+    """Save a checkpoint; a full disk only ends the run where there is no later chance."""
+    info = run.checkpoint_info(step=done, position=run.position, skipped_steps=run.skipped_steps)
+    try:
+        path = run.checkpointer.save(done, run.engine.state(), info)
+    except ResourceError as error:
+        if is_needed:
+            raise
+        run.console.warning(f"{error}. Training goes on")
+        return
+    run.console.checkpoint(path, done)
+
+
+def log_step(run: Run, done: int, result: StepResult, *, lr: float, pace: "_Pace") -> None:
+    """Write a step to metrics.jsonl, its counts to routing.jsonl, and show it."""
+    tokens_per_s, step_s = pace.take()
+    peak = run.config.metrics.peak_tflops
+    flops_per_s = tokens_per_s * run.size.training_flops_per_token
+    routing = result.routing
+    record = {
+        "step": done,
+        "tokens": run.position * run.config.model.seq_len,
+        "loss": result.loss,
+        "balance_loss": result.balance_loss,
+        "z_loss": result.z_loss,
+        "grad_norm": result.grad_norm,
+        "lr": lr,
+        "tokens_per_s": tokens_per_s,
+        "step_s": step_s,
+        "mfu": None if peak is None else flops_per_s / (peak * 1e12),
+        "drop_rate": None,
+        "load_imbalance": None,
+        "dead_experts": None,
+        "router_entropy": None,
+        "skipped_steps": run.skipped_steps,
+    }
+    if routing is not None:
+        record |= routing_metrics(routing.counts, routing.dropped, routing.tokens, routing.entropy_sum)
+        run.routing.write({"step": done, "counts": routing.counts.tolist(), "dropped": routing.dropped.tolist()})
+    run.metrics.write(record)
+    run.console.step(record)
+
+
+class _Pace:
+    """Tokens and seconds since the last logged step; evaluations are not training time."""
+
+    def __init__(self) -> None:
+        self.tokens = self.steps = 0
+        self.seconds = 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin to measure a step now."""
+        self.since = time.perf_counter()
+
+    def step(self, num_tokens: int) -> None:
+        """Note a finished step."""
+        now = time.perf_counter()
+        self.seconds += now - self.since
+        self.since = now
+        self.tokens += num_tokens
+        self.steps += 1
+
+    def take(self) -> tuple[float, float]:
+        """Return tokens per second and seconds per step since the last call."""
+        tokens_per_s, step_s = self.tokens / self.seconds, self.seconds / self.steps
+        self.tokens = self.steps = 0
+        self.seconds = 0.0
+        self.restart()
+        return tokens_per_s, step_s

@@ -1,0 +1,30 @@
+"""What the routing counters of some steps mean, as plain numbers.
+
+# L MoE layers, E experts.
+"""
+
+from torch import Tensor
+
+
+def routing_metrics(counts: Tensor, dropped: Tensor, tokens: Tensor, entropy_sum: Tensor | None) -> dict[str, float | None]:
+    """Return the routing keys of metrics.jsonl.
+
+    Args:
+        counts: (L, E) assignments before drops.
+        dropped: (L,) assignments over capacity.
+        tokens: (L,) valid tokens.
+        entropy_sum: (L,) entropy of the router probabilities, or None.
+
+    Returns:
+        drop_rate: dropped over all assignments. load_imbalance: busiest expert over the mean one, of the worst layer; 1 is even.
+        dead_experts: experts without an assignment, over all layers. router_entropy: nats per token, mean over layers.
+    """
+    load = counts.double()
+    mean = load.mean(-1).clamp(min=1e-12)
+    entropy = None if entropy_sum is None else float((entropy_sum.double() / tokens.clamp(min=1)).mean())
+    return {
+        "drop_rate": float(dropped.sum()) / max(1.0, float(load.sum())),
+        "load_imbalance": float((load.amax(-1) / mean).max()),
+        "dead_experts": float((counts == 0).sum()),
+        "router_entropy": entropy,
+    }

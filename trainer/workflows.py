@@ -1,0 +1,190 @@
+"""What the verbs do once the config is sound: a run from its first line to its last screen, an evaluation, a text."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from trainer.build import Run, build_run, load_trained
+from trainer.checkpoint.run_folder import RunFolder
+from trainer.data.corpus import Corpus, build_corpus
+from trainer.data.unigram import unigram_bits_per_byte
+from trainer.engine.base import Engine
+from trainer.engine.evaluation import EvalResult, evaluate
+from trainer.errors import PREEMPTED
+from trainer.experiment import ExperimentConfig
+from trainer.loop import fit
+from trainer.metrics.console import Console
+from trainer.metrics.jsonl import read_jsonl
+from trainer.metrics.streaming import Utf8Streamer
+from trainer.metrics.summary import DomainScore, ExpertCounts, RunSummary
+from trainer.models.generation import generate
+from trainer.models.sampling import SamplingOptions
+
+_SAMPLE_PROMPT_TOKENS, _SAMPLE_TOKENS = 48, 320
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateOptions:
+    """The options of `generate`."""
+
+    prompt: str
+    max_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float
+    seed: int
+    step: int | None
+
+
+def train_run(config: ExperimentConfig, folder: RunFolder, *, warnings: Sequence[str]) -> int:
+    """Train into a locked folder; return the exit code."""
+    with Console(config.train.steps) as console:
+        for warning in warnings:
+            console.warning(warning)
+        run = build_run(config, folder, console)
+        console.header(_header(run))
+        evaluation = fit(run)
+        if evaluation is None:
+            return PREEMPTED
+        console.summary(_summary(run, evaluation))
+    return 0
+
+
+def evaluate_checkpoint(config: ExperimentConfig, folder: RunFolder, *, step: int | None) -> dict[str, float]:
+    """Evaluate a checkpoint on the whole held-out text (or `eval.max_tokens_per_domain`), show it and return its numbers."""
+    console = Console(file=sys.stderr)
+    with console.progress_bar("reading text") as bar:
+        corpus = build_corpus(config.data, progress=bar)
+    engine, loaded = load_trained(config, corpus.tokenizer, folder, step=step, warn=console.warning)
+    result = evaluate(
+        engine,
+        corpus,
+        batch_size=config.parallel.micro_batch_size,
+        max_tokens_per_domain=config.eval.max_tokens_per_domain,
+        at_capacity=config.eval.at_capacity,
+    )
+    record = result.record()
+    with Console() as screen:
+        screen.summary(
+            RunSummary(
+                title=f"{config.name} at step {loaded.info['step']}",
+                scores=_scores(corpus, result),
+                eval_loss=record["eval/loss"],
+                eval_loss_capacity=record.get("eval/loss_capacity"),
+                experts=_experts(engine, result),
+            )
+        )
+    return {"step": loaded.info["step"], **record}
+
+
+def generate_text(config: ExperimentConfig, folder: RunFolder, options: GenerateOptions) -> int:
+    """Stream a generated text to the terminal; return the exit code."""
+    tokenizer = config.data.tokenizer.build()
+    console = Console(file=sys.stderr)
+    engine, _ = load_trained(config, tokenizer, folder, step=options.step, warn=console.warning)
+    prompt = tokenizer.encode(options.prompt).tolist() or [tokenizer.end_of_document]
+    streamer = Utf8Streamer()
+    tokens = generate(
+        engine.model,
+        prompt,
+        max_new_tokens=options.max_tokens,
+        options=SamplingOptions(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p),
+        generator=torch.Generator().manual_seed(options.seed),
+        stop_token=tokenizer.end_of_document,
+    )
+    print(options.prompt, end="", flush=True)
+    for token in tokens:
+        print(streamer.feed(tokenizer.decode([token])), end="", flush=True)
+    print(streamer.flush())
+    return 0
+
+
+def _header(run: Run) -> list[str | tuple[str, str]]:
+    config, size, corpus = run.config, run.size, run.corpus
+    moe = config.model.moe
+    experts = "dense"
+    if moe is not None:
+        experts = f"{moe.num_experts} experts, {moe.top_k} for each token, router {moe.router.kind}"
+    text = ", ".join(
+        f"{domain} {file.num_bytes / 1e6:.1f} MB" for domain, file in zip(corpus.domains, corpus.train, strict=True)
+    )
+    tokens = config.train.global_batch_size * config.model.seq_len
+    return [
+        f"turnout: training {config.name}",
+        (
+            "model",
+            f"{size.total_parameters / 1e6:.2f}M parameters, {size.active_parameters / 1e6:.2f}M active; {experts}",
+        ),
+        ("text", text),
+        (
+            "steps",
+            f"{config.train.steps} of {tokens} tokens, {config.train.dtype}, experts by {config.parallel.experts_kernel}",
+        ),
+        ("folder", str(run.folder.path)),
+    ]
+
+
+def _summary(run: Run, evaluation: EvalResult) -> RunSummary:
+    logged = [record for record in read_jsonl(run.folder.metrics) if "loss" in record]
+    record = evaluation.record()
+    prompt, sample = _sample(run.engine, run.corpus)
+    return RunSummary(
+        title=f"{run.config.name}: {run.config.train.steps} steps done",
+        steps=[int(line["step"]) for line in logged],
+        losses=[line["loss"] for line in logged],
+        scores=_scores(run.corpus, evaluation),
+        eval_loss=record["eval/loss"],
+        eval_loss_capacity=record.get("eval/loss_capacity"),
+        experts=_experts(run.engine, evaluation),
+        prompt=prompt,
+        sample=sample,
+        written=[
+            ("run folder", str(run.folder.path)),
+            ("checkpoint", str(run.checkpointer.path(run.config.train.steps))),
+            ("metrics", str(run.folder.metrics)),
+            ("more text", f"python -m trainer generate {run.folder.path}"),
+        ],
+    )
+
+
+def _scores(corpus: Corpus, evaluation: EvalResult) -> list[DomainScore]:
+    unigrams = [unigram_bits_per_byte(corpus, index) for index in range(len(corpus.domains))]
+    scores = [
+        DomainScore(name=result.domain, bits_per_byte=result.bits_per_byte, unigram_bits_per_byte=unigram)
+        for result, unigram in zip(evaluation.domains, unigrams, strict=True)
+    ]
+    if len(scores) > 1:
+        target_bytes = [result.target_bytes for result in evaluation.domains]
+        mean = sum(u * b for u, b in zip(unigrams, target_bytes, strict=True)) / max(1, sum(target_bytes))
+        overall = evaluation.record()["eval/bits_per_byte"]
+        scores.append(DomainScore(name="all", bits_per_byte=overall, unigram_bits_per_byte=mean))
+    return scores
+
+
+def _experts(engine: Engine, evaluation: EvalResult) -> ExpertCounts | None:
+    layers = engine.model.config.moe_layers
+    if not layers:
+        return None
+    by_domain = [result.counts for result in evaluation.domains]  # (domains, layers, experts)
+    return ExpertCounts(
+        counts=[[counts[i] for counts in by_domain] for i in range(len(layers))],
+        domains=[result.domain for result in evaluation.domains],
+        layer_names=[f"layer {layer}" for layer in layers],
+    )
+
+
+def _sample(engine: Engine, corpus: Corpus) -> tuple[str, str]:
+    """Return the first held-out bytes of a domain and what the model makes of them."""
+    prompt = corpus.validation[0].tokens[:_SAMPLE_PROMPT_TOKENS].tolist()
+    tokens = generate(
+        engine.model,
+        prompt,
+        max_new_tokens=_SAMPLE_TOKENS,
+        options=SamplingOptions(temperature=0.8),
+        generator=torch.Generator().manual_seed(0),
+        stop_token=corpus.tokenizer.end_of_document,
+    )
+    decode = corpus.tokenizer.decode
+    return decode(prompt).decode("utf-8", "replace"), decode(list(tokens)).decode("utf-8", "replace")
