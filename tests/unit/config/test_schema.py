@@ -1,0 +1,102 @@
+"""The schema that editors use, and the configurations that are shipped."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from trainer.config.layers import Files
+from trainer.config.loader import load
+from trainer.config.schema import json_schema, schema_text
+from trainer.config.slots import Slot
+from trainer.experiment import ExperimentConfig
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def validator() -> jsonschema.Draft202012Validator:
+    schema = json_schema(ExperimentConfig)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+def test_the_committed_schema_is_the_generated_one() -> None:
+    """If not: python -m trainer config schema > configs/schema.json."""
+    assert (CONFIGS / "schema.json").read_text() == schema_text(ExperimentConfig)
+
+
+def test_configurations_are_shipped() -> None:
+    assert {"smoke", "quickstart", "shakespeare_char", "moe_1b"} <= {path.stem for path in SHIPPED}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_a_shipped_configuration_is_valid(path: Path, validator: jsonschema.Draft202012Validator) -> None:
+    if path.parent == CONFIGS:  # what lies deeper is a base: a part of a configuration
+        assert load(path, [], ExperimentConfig).name == path.stem
+    findings: list[Any] = []
+    validator.validate(Files(Slot(ExperimentConfig), findings).read(str(path)).plain())
+    assert findings == []
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_a_shipped_configuration_names_the_schema_for_editors(path: Path) -> None:
+    schema = "../" * (len(path.relative_to(CONFIGS).parts) - 1) + "schema.json"
+    assert path.read_text().startswith(f"# yaml-language-server: $schema={schema}\n")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"name": "x"},
+        {"base": "a.yaml"},
+        {"base": ["a.yaml", "b.yaml"], "name": "x"},
+        {"name": "x", "model": {"moe": None}},
+        {"name": "x", "model": {"moe": {"router": {"top_k": 4}}}},
+        {"name": "x", "schedule": {"kind": "warmup_stable_decay", "decay_fraction": 0.1}},
+        {"name": "x", "data": {"sources": [{"kind": "text", "path": ["a", "b"]}]}},
+        {"name": "x", "optim": {"betas": [0.9, 0.95]}, "train": {"grad_clip": 1}},
+    ],
+)
+def test_editors_accept_what_the_loader_accepts(validator: jsonschema.Draft202012Validator, config: Any) -> None:
+    validator.validate(config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"name": "../x"},
+        {"name": "x", "trian": {}},
+        {"name": "x", "base": []},
+        {"name": "x", "model": {"moe": {"num_expert": 8}}},
+        {"name": "x", "model": {"moe": {"num_experts": 0}}},
+        {"name": "x", "model": {"moe": {"router": {"kind": "topp"}}}},
+        {"name": "x", "schedule": {"kind": "warmup_cosine", "decay_fraction": 0.1}},
+        {"name": "x", "data": {"sources": []}},
+        {"name": "x", "data": {"sources": [{"path": "a"}]}},
+        {"name": "x", "data": {"sources": [{"kind": "text"}]}},
+        {"name": "x", "train": {"dtype": "fp16"}},
+        {"name": "x", "optim": {"betas": [0.9]}},
+    ],
+)
+def test_editors_mark_what_the_loader_refuses(validator: jsonschema.Draft202012Validator, config: Any) -> None:
+    assert not validator.is_valid(config)
+
+
+def test_every_key_is_described_to_a_newcomer() -> None:
+    """Hovering a key says what it is; only `kind`, which names its section, speaks for itself."""
+    schema = json_schema(ExperimentConfig)
+    for name, section in {"root": schema, **schema["$defs"]}.items():
+        assert section["description"], name
+        for key, value in section["properties"].items():
+            assert key == "kind" or "description" in value or "$ref" in value, f"{name}.{key}"
+
+
+def test_the_schema_is_for_editors_not_for_generators() -> None:
+    text = schema_text(ExperimentConfig)
+    assert '"discriminator"' not in text
+    assert json.loads(text)["$schema"] == "https://json-schema.org/draft/2020-12/schema"

@@ -1,0 +1,201 @@
+"""What the schema refuses, in words: a pydantic error becomes a finding for each problem, at its place in the file.
+
+Nothing of pydantic's own wording reaches a user, except for a constraint that no section uses yet.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from trainer.config import slots, wording
+from trainer.config.base import Config, Problem
+from trainer.config.nodes import UNUSABLE, Finding, Key, Node, Place
+from trainer.config.slots import Slot
+
+_RANGES: Final = {
+    "greater_than": ("gt", "more than"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
+class _Spot(NamedTuple):
+    """One pydantic error, found in the configuration."""
+
+    details: ErrorDetails
+    key: Key
+    node: Node | None
+    """The value, if the configuration has one."""
+    slot: Slot
+    """What is expected there."""
+    outer: Slot
+    """What is expected of the section or list that has it."""
+    section: type[Config] | None
+    """The section that has the last key."""
+    siblings: list[type[Config]]
+    """The sections that could stand in its place, by kind."""
+    union: tuple[Key, Slot] | None
+    """Where the value may be of several types and the error is what one of them says."""
+    branch: str
+    """Which of them."""
+
+
+def explain(error: ValidationError, tree: Node, root: type[Config]) -> list[Finding]:
+    """Return one finding for each problem.
+
+    Args:
+        error: what `root` says of the configuration.
+        tree: the configuration that was validated.
+        root: the schema.
+    """
+    spots = [_locate(details, tree, root) for details in error.errors(include_url=False)]
+    spots = [spot for spot in spots if not _reported_before(spot)]
+    # Where the kind itself is wrong, what is said of the other options means nothing.
+    lost = {spot.key[:-1] for spot in spots if spot.key[-1:] == ("kind",) and spot.details["type"] == "literal_error"}
+    findings: list[Finding] = []
+    unions: dict[Key, list[_Spot]] = {}
+    for spot in spots:
+        if spot.union is not None:
+            unions.setdefault(spot.union[0], []).append(spot)
+        elif spot.details["type"] != "extra_forbidden" or spot.key[:-1] not in lost:
+            findings.extend(_findings(spot, tree, root))
+    for branches in unions.values():
+        findings.extend(_union_findings(branches, tree, root))
+    return findings
+
+
+def _locate(details: ErrorDetails, tree: Node, root: type[Config]) -> _Spot:
+    """Follow pydantic's path, which names the member of a union besides the keys, through schema and configuration."""
+    key: Key = ()
+    node: Node | None = tree
+    slot = outer = Slot(root)
+    section: type[Config] | None = None
+    siblings: list[type[Config]] = []
+    union: tuple[Key, Slot] | None = None
+    branch = ""
+    parts = list(details["loc"])
+    while parts:
+        siblings = slots.sections(slot.annotation)
+        section = siblings[0] if siblings else None
+        if len(options := slots.alternatives(slot.annotation)) > 1:
+            label = parts.pop(0)
+            if len(siblings) == len(options):
+                section = slots.section_of(slot, label)
+            else:
+                union, branch = (key, slot), str(label)
+            if not parts:
+                break
+        part = parts.pop(0)
+        outer, slot = slot, slots.entry(slot, part) if isinstance(part, int) else slots.field(section, part)
+        key = (*key, part)
+        node = node.below(part) if node is not None else None
+    return _Spot(details, key, node, slot, outer, section, siblings, union, branch)
+
+
+def _reported_before(spot: _Spot) -> bool:
+    kind = spot.node.below("kind") if spot.node is not None else None
+    return any(node is not None and node.value is UNUSABLE for node in (spot.node, kind))
+
+
+def _union_findings(spots: list[_Spot], tree: Node, root: type[Config]) -> Iterator[Finding]:
+    """Report what the type that was meant says; if the value is of none of them, that alone."""
+    branches: dict[str, list[_Spot]] = {}
+    for spot in spots:
+        branches.setdefault(spot.branch, []).append(spot)
+    for found in branches.values():
+        if not any(spot.union is not None and spot.key == spot.union[0] and _is_type_error(spot) for spot in found):
+            for spot in found:
+                yield from _findings(spot, tree, root)
+            return
+    first = spots[0]
+    assert first.union is not None, "only errors of unions come here"
+    node = _node_at(tree, first.union[0])
+    assert node is not None, "a value that is missing has no type"
+    yield Finding(node.place, first.union[0], wording.wrong_type(node, first.union[1].annotation))
+
+
+def _is_type_error(spot: _Spot) -> bool:
+    kind = spot.details["type"]
+    return kind.endswith(("_type", "_parsing")) or kind in ("int_from_float", "literal_error")
+
+
+def _findings(spot: _Spot, tree: Node, root: type[Config]) -> Iterator[Finding]:
+    context = spot.details.get("ctx", {})
+    key, node, kind = spot.key, spot.node, spot.details["type"]
+    if kind == "problems":
+        yield from (_problem(problem, key, tree) for problem in context["found"])
+    elif kind == "missing" and isinstance(key[-1], int):
+        pair = _node_at(tree, key[:-1])
+        assert pair is not None, "an entry is missing from a list that is there"
+        yield Finding(pair.place, key[:-1], wording.wrong_length(pair, spot.outer.annotation))
+    elif kind == "missing":
+        yield Finding(_key_place(tree, key), key, "required key is missing; add it")
+    elif node is None:  # a default that its own schema refuses
+        yield Finding(_key_place(tree, key), key, _lower(spot.details["msg"]))
+    elif kind == "extra_forbidden":
+        assert spot.section is not None, "only sections have keys"
+        message = wording.unknown_key(str(key[-1]), spot.section, spot.siblings, root)
+        yield Finding(node.key_place, key, message)
+    elif kind == "union_tag_not_found":
+        options = slots.all_kinds(spot.slot.annotation)
+        yield Finding(node.key_place, key, f"needs a kind; add kind: with one of {', '.join(options)}")
+    elif kind == "union_tag_invalid":
+        tag = node.below("kind") or node
+        yield Finding(tag.place, (*key, "kind"), wording.choice(tag.value, slots.all_kinds(spot.slot.annotation)))
+    else:
+        yield Finding(node.place, key, _about_value(spot, node, context))
+
+
+def _about_value(spot: _Spot, node: Node, context: dict[str, Any]) -> str:
+    kind = spot.details["type"]
+    if kind == "literal_error":
+        return wording.choice(node.value, slots.literals(spot.slot.annotation))
+    if _is_type_error(spot):
+        return wording.wrong_type(node, spot.slot.annotation)
+    if kind in _RANGES:
+        name, words = _RANGES[kind]
+        limit = context[name]
+        limit = int(limit) if float(limit).is_integer() else limit
+        return f"must be {words} {limit}, got {wording.given(node)}"
+    if kind == "finite_number":
+        return f"must be a finite number, got {wording.given(node)}"
+    if kind == "string_pattern_mismatch":
+        return wording.pattern(str(node.value), context["pattern"])
+    if kind in ("string_too_short", "too_short") and context["min_length"] == 1:
+        return f"must not be empty; write {'some text' if isinstance(node.value, str) else 'an entry, or remove it'}"
+    if kind == "too_long" and context["field_type"] == "Tuple":
+        return wording.wrong_length(node, spot.slot.annotation)
+    if kind in ("too_short", "too_long"):
+        bound = "at least" if kind == "too_short" else "at most"
+        limit = context.get("min_length", context.get("max_length"))
+        return f"must have {bound} {limit} entries, got {len(node.value)}"
+    return f"{_lower(spot.details['msg'])}, got {wording.given(node)}"
+
+
+def _problem(problem: Problem, outer: Key, tree: Node) -> Finding:
+    key = (*outer, *(problem.key.split(".") if problem.key else ()))
+    return Finding(_key_place(tree, key), key, problem.message)
+
+
+def _node_at(tree: Node, key: Key) -> Node | None:
+    node: Node | None = tree
+    for part in key:
+        node = node.below(part) if node is not None else None
+    return node
+
+
+def _key_place(tree: Node, key: Key) -> Place:
+    """Return the place of a key, or of the nearest section around it that the configuration has."""
+    node = tree
+    for part in key:
+        if (inner := node.below(part)) is None:
+            break
+        node = inner
+    return node.key_place
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]

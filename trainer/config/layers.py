@@ -1,0 +1,157 @@
+"""Layers of a configuration: a file, the files it names under `base:`, and what happens when one lies over another."""
+
+import codecs
+import difflib
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from trainer.config import slots
+from trainer.config.nodes import UNUSABLE, Finding, Node, Place, Unreadable, shown
+from trainer.config.slots import Slot
+from trainer.config.yaml_nodes import compose
+
+MAX_BYTES: Final = 2**20
+"""Largest file."""
+MAX_FILES: Final = 64
+"""Most files in one configuration, counting a file each time it is named."""
+
+
+def merge(under: Node, over: Node, slot: Slot) -> Node:
+    """Lay one value over another.
+
+    Mappings merge key by key. Everything else replaces: scalars, lists, an explicit null, and a mapping whose `kind`
+    selects another section, since the options of one kind mean nothing to another.
+    """
+    if not (isinstance(under.value, dict) and isinstance(over.value, dict)):
+        return over
+    section = slots.section_of(slot, slots.kind_of(under, slot))
+    if "kind" in over.value:
+        other = slots.section_of(slot, over.value["kind"].value)
+        known = slots.sections(slot.annotation)
+        if other is not section or (len(known) > 1 and other is None):
+            return over
+    value = dict(under.value)
+    for key, node in over.value.items():
+        value[key] = merge(value[key], node, slots.field(section, key)) if key in value else node
+    return replace(over, value=value)
+
+
+def with_default_kinds(node: Node, slot: Slot) -> Node:
+    """Add the `kind` that a section has by default where the configuration leaves it out."""
+    if isinstance(node.value, list):
+        return replace(node, value=[with_default_kinds(n, slots.entry(slot, i)) for i, n in enumerate(node.value)])
+    if not isinstance(node.value, dict):
+        return node
+    value = {key: with_default_kinds(n, slots.below(slot, node, key)) for key, n in node.value.items()}
+    kind = slots.kind_of(node, slot)
+    if "kind" not in value and kind is not None and len(slots.sections(slot.annotation)) > 1:
+        value["kind"] = Node(kind, node.place, node.key_place)
+    return replace(node, value=value)
+
+
+class Files:
+    """Reads a file and its bases into one tree."""
+
+    def __init__(self, slot: Slot, findings: list[Finding]) -> None:
+        """Read for the schema in `slot`; `findings` receives the problems that do not keep the rest from being read."""
+        self._slot = slot
+        self._findings = findings
+        self._reading: list[str] = []  # a file, the base it named, the base that one named...
+        self._num_read = 0
+
+    def read(self, name: str) -> Node:
+        """Read a file with its bases under it.
+
+        Args:
+            name: path of the file, as messages shall call it.
+
+        Raises:
+            Unreadable: if it or one of its bases is not a readable YAML mapping, or bases go in a circle.
+        """
+        rank, self._num_read = self._num_read, self._num_read + 1
+
+        def locate(line: int, column: int) -> Place:
+            return Place(rank, line, column, name)
+
+        path = Path(name)
+        tree = compose(_text(path, locate), locate, self._findings)
+        if tree is None or tree.value is None:
+            raise Unreadable(locate(0, 0), "the file is empty; a configuration is key: value pairs")
+        if not isinstance(tree.value, dict):
+            raise Unreadable(tree.place, f"expected key: value pairs, got {_kind_of_root(tree)}")
+        base = tree.value.pop("base", None)
+        if base is None:
+            return tree
+        self._reading.append(os.path.realpath(path))
+        under: Node | None = None
+        for node in self._names(base):
+            layer = self._read_base(path, node)
+            under = layer if under is None else merge(under, layer, self._slot)
+        self._reading.pop()
+        return tree if under is None else merge(under, tree, self._slot)
+
+    def _names(self, base: Node) -> Iterator[Node]:
+        for node in base.value if isinstance(base.value, list) else [base]:
+            if isinstance(node.value, str) and node.value:
+                yield node
+            elif node.value is not UNUSABLE:
+                message = f"expected the path of a file or a list of them, got {node.written or shown(node.value)}"
+                self._findings.append(Finding(node.place, ("base",), message))
+
+    def _read_base(self, path: Path, node: Node) -> Node:
+        name = os.path.normpath(path.parent / node.value)
+        real = name if "\0" in name else os.path.realpath(name)
+        if real in self._reading:
+            chain = [os.path.relpath(p) for p in [*self._reading[self._reading.index(real) :], real]]
+            raise Unreadable(node.place, f"{name} is its own base: {' -> '.join(chain)}; remove one link", ("base",))
+        if self._num_read >= MAX_FILES:
+            raise Unreadable(node.place, f"more than {MAX_FILES} files; a configuration has a few bases", ("base",))
+        try:
+            return self.read(name)
+        except _NotOpened as error:  # the line to repair is the one that names the file
+            raise Unreadable(node.place, f"{shown(name)[1:-1]}: {error.finding.message}", ("base",)) from None
+
+
+class _NotOpened(Unreadable):
+    """The file system has no such text."""
+
+
+def _text(path: Path, locate: Any) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise _NotOpened(locate(0, 0), f"no such file{_similar_file(path)}") from None
+    except IsADirectoryError:
+        raise _NotOpened(locate(0, 0), "is a directory; name a .yaml file in it") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise _NotOpened(locate(0, 0), f"cannot be read: {reason}") from None
+    if len(data) > MAX_BYTES:
+        raise Unreadable(locate(0, 0), f"more than {MAX_BYTES} bytes; a configuration has a few thousand")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise Unreadable(locate(1, 1), "the text is UTF-16; save the file as UTF-8")
+    if data.startswith(codecs.BOM_UTF8):
+        raise Unreadable(locate(1, 1), "a byte-order mark; save the file as UTF-8 without one")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line_start = data.rfind(b"\n", 0, error.start) + 1
+        place = locate(data.count(b"\n", 0, error.start) + 1, len(data[line_start : error.start].decode()) + 1)
+        raise Unreadable(place, f"byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8") from None
+
+
+def _similar_file(path: Path) -> str:
+    try:
+        stems = {p.stem: p.name for p in sorted(path.parent.iterdir()) if p.suffix in (".yaml", ".yml")}
+    except OSError:
+        return f"; there is no folder {path.parent} either"
+    near = difflib.get_close_matches(path.stem, stems, n=1)
+    return f"; did you mean {path.with_name(stems[near[0]])}?" if near else "; check the path"
+
+
+def _kind_of_root(tree: Node) -> str:
+    return {list: "a list", str: "text"}.get(type(tree.value), "a single value")

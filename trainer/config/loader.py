@@ -1,0 +1,46 @@
+"""Load an experiment file: YAML and overrides in, a typed configuration or every problem with its place out."""
+
+import os
+from collections.abc import Sequence
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from trainer.config.base import Config
+from trainer.config.explain import explain
+from trainer.config.layers import Files, with_default_kinds
+from trainer.config.nodes import Finding, Unreadable, report
+from trainer.config.overrides import apply
+from trainer.config.slots import Slot
+
+C = TypeVar("C", bound=Config)
+
+
+def load(path: str | os.PathLike[str], overrides: Sequence[str], root: type[C]) -> C:
+    """Read a file, the files it names under `base:`, and overrides over them.
+
+    Args:
+        path: the YAML file.
+        overrides: `a.b=c`, as typed; see `trainer.config.overrides`.
+        root: the schema of the whole.
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        ConfigError: if anything is wrong, with one line for each problem, in the order of the file.
+    """
+    findings: list[Finding] = []
+    slot = Slot(root)
+    try:
+        tree = Files(slot, findings).read(os.fspath(path))
+    except Unreadable as error:
+        raise report([*findings, error.finding]) from None
+    tree = with_default_kinds(apply(tree, overrides, slot, findings), slot)
+    try:
+        config = root.model_validate(tree.plain())
+    except ValidationError as error:
+        raise report([*findings, *explain(error, tree, root)]) from None
+    if findings:
+        raise report(findings)
+    return config

@@ -1,0 +1,107 @@
+"""Overrides from the command line, `a.b=c`: a layer over the file, with the same rules and the same messages."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from pydantic_core import PydanticUndefined
+
+from trainer.config import slots
+from trainer.config.base import Config
+from trainer.config.layers import merge
+from trainer.config.nodes import Finding, Key, Node, Place, Unreadable, shown
+from trainer.config.slots import Slot
+from trainer.config.yaml_nodes import compose
+
+RANK = 1_000_000
+"""Overrides are reported after all files."""
+
+
+def apply(tree: Node, overrides: Sequence[str], slot: Slot, findings: list[Finding]) -> Node:
+    """Lay overrides over a configuration.
+
+    A value is read as YAML, so `[a, b]`, `{kind: dense}`, `null` and `"64"` mean what they mean in a file. A number in
+    the path is a list index. Each override acts as a file with that one key would; those that set a `kind` act first,
+    so that the options of a new kind can be given in any order.
+
+    Args:
+        tree: the configuration.
+        overrides: as they were typed.
+        slot: what the schema expects of the whole.
+        findings: receives one problem for each override that cannot be read.
+
+    Returns:
+        The new configuration.
+    """
+    parsed: list[tuple[list[str], Node]] = []
+    for number, text in enumerate(overrides, start=1):
+        try:
+            parsed.append(_parse(text, Place(RANK + number, 0, 0, f"<override {number}>"), findings))
+        except Unreadable as error:
+            findings.append(error.finding)
+    parsed.sort(key=lambda one: (0, len(one[0])) if one[0][-1] == "kind" else (1, 0))
+    for path, value in parsed:
+        try:
+            tree = _assign(tree, path, value, slot, ())
+        except Unreadable as error:
+            findings.append(error.finding)
+    return tree
+
+
+def _parse(text: str, place: Place, findings: list[Finding]) -> tuple[list[str], Node]:
+    path, equals, value = text.partition("=")
+    bare = path.lstrip("-")
+    if not equals or not bare:
+        raise Unreadable(place, f"{shown(text)} is not an override; write key=value, such as train.steps=100")
+    if bare != path:
+        raise Unreadable(place, f"{shown(text)}: an override has no dashes; write {shown(text.lstrip('-'))[1:-1]}")
+    parts = path.split(".")
+    if not all(part and part.strip() == part for part in parts):
+        raise Unreadable(
+            place, f"{shown(path)} is not a key; write names joined by dots, such as model.moe.num_experts"
+        )
+    if parts[0] == "base":
+        raise Unreadable(place, "base belongs in a file; name another file, or override the keys themselves", ("base",))
+    node = compose(value, lambda line, column: place, findings, tuple(parts))
+    return parts, node or Node(None, place, place, "")
+
+
+def _assign(node: Node | None, path: list[str], value: Node, slot: Slot, done: Key) -> Node:
+    if path == ["kind"]:  # may replace the whole section
+        path, value = [], Node({"kind": value}, value.place, value.place)
+    if not path:
+        return value if node is None else merge(node, value, slot)
+    part, rest = path[0], path[1:]
+    if node is None or node.value is None:
+        node = _default(slot, value.place)
+    elif not isinstance(node.value, dict | list):
+        node = Node({}, value.place, value.place)
+    if isinstance(node.value, list):
+        index = int(part) if part.isascii() and part.isdecimal() and len(part) < 10 else len(node.value)
+        if index >= len(node.value):
+            allowed = f"an index from 0 to {len(node.value) - 1}" if node.value else "[...], since it is empty"
+            raise Unreadable(
+                value.place, f"{shown(part)[1:-1]} is not an entry of this list; use {allowed}", (*done, part)
+            )
+        entries = list(node.value)
+        entries[index] = _assign(entries[index], rest, value, slots.entry(slot, index), (*done, index))
+        return replace(node, value=entries)
+    below = _assign(node.value.get(part), rest, value, slots.below(slot, node, part), (*done, part))
+    return replace(node, value={**node.value, part: below})
+
+
+def _default(slot: Slot, place: Place) -> Node:
+    """What an override changes where the file has nothing: the default list, or the defaults of a section."""
+    if isinstance(slot.default, list | tuple):
+        return _as_node(slot.default, place)
+    return Node({}, place, place)
+
+
+def _as_node(value: Any, place: Place) -> Node:
+    if isinstance(value, Config):
+        value = value.model_dump()
+    if isinstance(value, dict):
+        return Node({key: _as_node(inner, place) for key, inner in value.items()}, place, place)
+    if isinstance(value, list | tuple):
+        return Node([_as_node(inner, place) for inner in value], place, place)
+    return Node(None if value is PydanticUndefined else value, place, place)

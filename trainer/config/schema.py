@@ -1,0 +1,60 @@
+"""The JSON schema of a configuration, with which editors complete keys and mark mistakes while one types."""
+
+import json
+from typing import Any
+
+from trainer.config.base import Config
+
+_BASE = {
+    "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}],
+    "description": "Files under this one, relative to it. Mappings merge key by key, the rest replaces.",
+}
+
+
+def json_schema(root: type[Config]) -> dict[str, Any]:
+    """Return the schema (draft 2020-12) of the files that `load` accepts for `root`.
+
+    A key that `root` requires may also come from a base. Rules between keys are the loader's alone.
+    """
+    schema = _simplified(root.model_json_schema())
+    required = schema.pop("required", [])
+    alternatives = {"anyOf": [{"required": required}, {"required": ["base"]}]} if required else {}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": root.__name__,
+        **alternatives,
+        **schema,
+        "properties": {"base": _BASE, **schema["properties"]},
+    }
+
+
+def schema_text(root: type[Config]) -> str:
+    """Return the schema as the text of a file."""
+    return json.dumps(json_schema(root), indent=2) + "\n"
+
+
+def _simplified(schema: Any) -> Any:
+    """Leave out what says nothing to an editor: generated titles, OpenAPI's discriminator, defaults of whole sections.
+
+    Where a `kind` chooses, the options of one kind also fit without it, since it may come from a base or by default;
+    only an entry of a list has neither.
+    """
+    if isinstance(schema, list):
+        return [_simplified(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    result = {}
+    for key, value in schema.items():
+        if key in ("properties", "$defs"):  # what is below are names, not keywords
+            result[key] = {name: _simplified(inner) for name, inner in value.items()}
+        elif key == "oneOf":
+            result["anyOf"] = _simplified(value)
+        elif key == "items" and isinstance(value, dict) and "oneOf" in value:
+            result[key] = {"anyOf": [{**option, "required": ["kind"]} for option in value["oneOf"]]}
+        elif key not in ("title", "discriminator") and not (key == "default" and _holds_sections(value)):
+            result[key] = _simplified(value)
+    return result
+
+
+def _holds_sections(default: Any) -> bool:
+    return isinstance(default, dict) or (isinstance(default, list) and any(map(_holds_sections, default)))

@@ -1,0 +1,125 @@
+"""Find the way through a schema: which section, with which keys, is expected at a place of a configuration."""
+
+from collections.abc import Iterator
+from functools import cache
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from pydantic_core import PydanticUndefined
+
+from trainer.config.base import Config
+from trainer.config.nodes import Node
+
+
+class Slot(NamedTuple):
+    """What the schema expects at one place."""
+
+    annotation: Any
+    default: Any = PydanticUndefined
+
+
+UNKNOWN = Slot(Any)
+"""A place that the schema does not have."""
+
+
+def alternatives(annotation: Any) -> list[Any]:
+    """Return the types a value may be of, taking `Annotated` and unions apart and leaving null out."""
+    if get_origin(annotation) is Annotated:
+        return alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [one for part in get_args(annotation) for one in alternatives(part)]
+    return [] if annotation is NoneType else [annotation]
+
+
+def accepts_null(annotation: Any) -> bool:
+    """Whether null is among the values."""
+    if get_origin(annotation) is Annotated:
+        return accepts_null(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return any(accepts_null(part) for part in get_args(annotation))
+    return annotation is NoneType
+
+
+def sections(annotation: Any) -> list[type[Config]]:
+    """Return the sections that may stand here: several where a `kind` chooses."""
+    return [one for one in alternatives(annotation) if isinstance(one, type) and issubclass(one, Config)]
+
+
+def kinds(section: type[Config]) -> tuple[str, ...]:
+    """Return the values of `kind` that stand for a section; most have one or none."""
+    field = section.model_fields.get("kind")
+    return get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ()
+
+
+def all_kinds(annotation: Any) -> list[str]:
+    """Return every value of `kind` that may stand here."""
+    return [kind for section in sections(annotation) for kind in kinds(section)]
+
+
+def literals(annotation: Any) -> list[str]:
+    """Return the fixed values that may stand here."""
+    fixed = (get_args(one) for one in alternatives(annotation) if get_origin(one) is Literal)
+    return [str(value) for values in fixed for value in values]
+
+
+def kind_of(node: Node | None, slot: Slot) -> object:
+    """Return the kind that a mapping has, given or by default; None if neither."""
+    given = node.below("kind") if node is not None else None
+    return given.value if given is not None else getattr(slot.default, "kind", None)
+
+
+def section_of(slot: Slot, kind: object) -> type[Config] | None:
+    """Return the section that stands here if its kind is `kind`."""
+    found = sections(slot.annotation)
+    if len(found) == 1:
+        return found[0]
+    return next((section for section in found if kind in kinds(section)), None)
+
+
+def field(section: type[Config] | None, key: str) -> Slot:
+    """Return what a section expects under a key."""
+    info = section.model_fields.get(key) if section is not None else None
+    if info is None:
+        return UNKNOWN
+    return Slot(
+        info.annotation, info.default if info.default_factory is None else info.get_default(call_default_factory=True)
+    )
+
+
+def entry(slot: Slot, index: int) -> Slot:
+    """Return what a list or tuple expects at an index."""
+    for one in alternatives(slot.annotation):
+        if get_origin(one) is list:
+            return Slot(get_args(one)[0])
+        if get_origin(one) is tuple and index < len(get_args(one)):
+            return Slot(get_args(one)[index])
+    return UNKNOWN
+
+
+def below(slot: Slot, node: Node, part: str | int) -> Slot:
+    """Return what is expected under a key or an index of `node`, which stands in `slot`."""
+    if isinstance(node.value, list):
+        return entry(slot, int(part))
+    return field(section_of(slot, kind_of(node, slot)), str(part))
+
+
+@cache
+def homes(root: type[Config]) -> dict[str, frozenset[str]]:
+    """Return, for each key of the whole schema, the dotted sections that have it."""
+    found: dict[str, set[str]] = {}
+    for where, section in _walk(root, ""):
+        for key in section.model_fields:
+            found.setdefault(key, set()).add(where)
+    return {key: frozenset(where) for key, where in found.items()}
+
+
+def _walk(section: type[Config], where: str) -> Iterator[tuple[str, type[Config]]]:
+    yield where, section
+    for key, info in section.model_fields.items():
+        path = f"{where}.{key}".lstrip(".")
+        for one in alternatives(info.annotation):
+            if get_origin(one) is list:
+                for inner in sections(get_args(one)[0]):
+                    yield from _walk(inner, f"{path}.0")
+        for inner in sections(info.annotation):
+            yield from _walk(inner, path)
