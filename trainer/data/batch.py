@@ -29,7 +29,7 @@ class Batch:
     domain: Tensor
     """int64 index into the corpus's domains."""
     sample_id: Tensor
-    """int64 global number of the row in the run; no two rows of a run share one."""
+    """int64 number of the row in the run, of which no two training rows share one; -1 for filling rows."""
 
     @property
     def target_mask(self) -> Tensor:

@@ -24,7 +24,7 @@ class SplitConfig(Config):
 class DataConfig(Config):
     """Which text is learned."""
 
-    sources: Annotated[list[SourceConfig], Field(min_length=1)] = [InstalledSourceConfig()]
+    sources: Annotated[list[SourceConfig], Field(min_length=1)] = Field(default=[InstalledSourceConfig()])
     """Where text comes from; rows are drawn from all of them by weight."""
     tokenizer: TokenizerConfig = ByteTokenizerConfig()
     """How text becomes tokens."""

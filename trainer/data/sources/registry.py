@@ -20,15 +20,17 @@ class InstalledSourceConfig(Config):
     """Text that every machine with Turnout has: Python's library, its documentation, torch's C++ headers."""
 
     kind: Literal["installed"] = "installed"
-    domains: Annotated[list[Literal["python", "english", "cpp"]], Field(min_length=1)] = ["python", "english", "cpp"]
+    domains: Annotated[list[Literal["python", "english", "cpp"]], Field(min_length=1)] = Field(
+        default=["python", "english", "cpp"]
+    )
     """Which of the three domains to read."""
     weight: PositiveFloat = 1.0
     """Share of the mixture, split evenly over the domains."""
 
     def problems(self) -> Iterator[Problem]:
         """Refuse a domain that is named twice."""
-        if len(set(self.domains)) < len(self.domains):
-            yield Problem("domains", f"{self.domains} names a domain twice")
+        for twice in sorted({d for d in self.domains if self.domains.count(d) > 1}):
+            yield Problem("domains", f"{twice} is named twice; name each domain once")
 
     def build(self) -> Source:
         """Make the source."""

@@ -1,0 +1,83 @@
+from typing import Any
+
+import pytest
+
+from trainer.data.config import SplitConfig
+from trainer.data.splits import DomainSplit, is_held_out, tail_cut
+
+
+def split(texts: list[str], **options: Any) -> list[tuple[str, str]]:
+    config = SplitConfig(**options)
+    domain = DomainSplit(config, num_characters=sum(map(len, texts)) if config.kind == "tail" else None)
+    return [tuple(piece) for text in texts for piece in domain.add(text)] + [tuple(piece) for piece in domain.finish()]
+
+
+def test_the_tail_of_shakespeare_is_cut_where_nanogpt_cuts_it():
+    assert tail_cut(1_115_394, 0.1) == 1_003_854
+
+
+@pytest.mark.parametrize(("length", "fraction", "train"), [(10, 0.9, 1), (10, 0.7, 3), (1, 0.1, 0), (3, 1e-5, 2)])
+def test_the_cut_takes_the_fraction_as_it_is_written(length, fraction, train):
+    assert tail_cut(length, fraction) == train  # int(10 * (1 - 0.9)) is 0 in floating point
+
+
+def test_the_tail_is_counted_in_characters_not_bytes():
+    assert split(["äöü€"], kind="tail", fraction=0.5) == [("train", "äö"), ("validation", "ü€")]
+
+
+def test_a_tail_goes_through_several_documents():
+    assert split(["abc", "defg", "hi"], kind="tail", fraction=0.5) == [
+        ("train", "abc"),
+        ("train", "d"),
+        ("validation", "efg"),
+        ("validation", "hi"),
+    ]
+
+
+def test_a_cut_between_documents_leaves_no_empty_piece():
+    assert split(["ab", "cd"], kind="tail", fraction=0.5) == [("train", "ab"), ("validation", "cd")]
+
+
+def test_auto_takes_the_tail_of_a_single_document():
+    assert split(["abcd"], fraction=0.25) == [("train", "abc"), ("validation", "d")]
+
+
+def test_auto_takes_the_hash_of_several_documents():
+    texts = [f"text {i}" for i in range(50)]
+    assert split(texts, fraction=0.3) == split(texts, fraction=0.3, kind="hash")
+
+
+def test_the_hash_keeps_documents_whole_and_in_order():
+    texts = [f"text {i}" for i in range(50)]
+    pieces = split(texts, fraction=0.3, kind="hash")
+    assert [text for _, text in pieces] == texts
+    assert {side for side, _ in pieces} == {"train", "validation"}
+
+
+def test_equal_texts_are_on_the_same_side():
+    sides = {text: side for side, text in split(["a", "b", "c", "d"], kind="hash", fraction=0.5)}
+    assert all(sides[text] == side for side, text in split(["d", "a", "b", "a", "c"], kind="hash", fraction=0.5))
+
+
+def test_the_hash_holds_out_about_the_fraction():
+    held_out = sum(is_held_out(f"text {i}", 0.2) for i in range(2000))
+    assert 340 < held_out < 460  # 400 expected, standard deviation 18
+
+
+def test_a_larger_fraction_holds_out_the_same_documents_and_more():
+    texts = [f"text {i}" for i in range(200)]
+    assert {t for t in texts if is_held_out(t, 0.1)} < {t for t in texts if is_held_out(t, 0.3)}
+
+
+def test_the_hash_is_the_same_everywhere():
+    # First bytes of the SHA-256: ca 3e 2e 18 3f 25.
+    assert [is_held_out(text, 0.5) for text in "abcdef"] == [False, True, True, True, True, True]
+
+
+def test_a_domain_without_documents_has_no_pieces():
+    assert split([]) == []
+
+
+def test_a_tail_needs_the_length_of_the_text():
+    with pytest.raises(ValueError, match="num_characters"):
+        DomainSplit(SplitConfig(kind="tail"))
