@@ -1,0 +1,226 @@
+#!/usr/bin/env bash
+# Prepares the Python that launch.sh and scripts/test.sh run on, and prints its path on stdout.
+#
+#   scripts/setup.sh launch    what training needs (the default)
+#   scripts/setup.sh dev       that, and what the tests need
+#
+# An environment that you chose (TURNOUT_PYTHON=path, else an active virtualenv, else an active conda environment) is
+# used when it has Python >= 3.11 and torch >= 2.11: the project is installed into it, and its torch stays. Otherwise
+# the project gets its own .venv: TURNOUT_PYTHON or the first suitable python on PATH, and the torch of constraints.txt.
+# A call with nothing to do takes a fraction of a second and needs no network. State and pip's log: .cache/setup/.
+set -euo pipefail
+
+root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
+venv="$root/.venv"
+mark="made-by-turnout-setup" # a file in .venv that names the folder; a .venv without it is never deleted
+level="${1:-launch}"
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+die() {
+    say "$@"
+    exit 1
+}
+
+# What one interpreter is, on one line; must also parse on the old Pythons that it is there to report.
+read -r -d '' probe <<'PYTHON' || true
+import sys
+version = "%d.%d.%d" % tuple(sys.version_info[:3])
+if sys.version_info[:2] < (3, 11):
+    print(version + " old - - - - -")
+    sys.exit()
+import hashlib, importlib.util, os, re
+root = sys.argv[1]
+sys.path = [entry for entry in sys.path if entry]  # "" is the caller's folder, which may hold another trainer/
+torch = "-"
+if importlib.util.find_spec("torch"):
+    from importlib import metadata  # slow
+    try:
+        torch = metadata.version("torch") or "-"  # as pip sees it
+    except (metadata.PackageNotFoundError, KeyError):
+        pass  # the remains of one
+number = re.match(r"(\d+)\.(\d+)", torch)
+torch_fits = "fits" if number and (int(number[1]), int(number[2])) >= (2, 11) else "-"
+spec = importlib.util.find_spec("trainer")
+package = os.path.join(os.path.realpath(root), "trainer", "__init__.py")
+here = spec and spec.origin and os.path.realpath(spec.origin) == package
+makes_venv = importlib.util.find_spec("ensurepip") and importlib.util.find_spec("venv")
+key = hashlib.sha256(version.encode())
+for name in ("pyproject.toml", "constraints.txt"):
+    with open(os.path.join(root, name), "rb") as file:
+        key.update(hashlib.sha256(file.read()).digest())
+print(version, "new" if sys.version_info[:2] > (3, 14) else "ok", torch, torch_fits, "here" if here else "-",
+      "venv" if makes_venv else "-", key.hexdigest(), hashlib.sha256(sys.prefix.encode()).hexdigest()[:16])
+PYTHON
+
+# describe PYTHON: sets the variables below; fails if it does not run or is older than 3.11.
+describe() {
+    local facts
+    facts="$("$1" -c "$probe" "$root" 2>/dev/null)" || facts=""
+    version="" age="" torch="" torch_fits="" here="" makes_venv="" key="" prefix=""
+    read -r version age torch torch_fits here makes_venv key prefix <<<"$facts" || true
+    [ "$age" = ok ] || [ "$age" = new ] # new: newer than the newest that the torch of constraints.txt has wheels for
+}
+
+# ready: true if in the interpreter described last nothing has to be installed for this level (dev includes launch).
+ready() {
+    local stamp
+    if [ "$here" != here ] || [ "$torch" = - ] || [ -e "$state/unfinished" ]; then return 1; fi
+    for stamp in "$state/$level" "$state/dev"; do
+        if [ -f "$stamp" ] && [ "$(<"$stamp")" = "$key" ]; then return 0; fi
+    done
+    return 1
+}
+
+# locate COMMAND: prints its absolute path; fails if there is none.
+locate() {
+    local path
+    path="$(type -P "$1")" || return 1
+    case "$path" in
+    /*) printf '%s\n' "$path" ;;
+    *) printf '%s\n' "$PWD/$path" ;;
+    esac
+}
+
+# Sets `python`, described, `state` and `owner`: whose the environment and its torch are. Fails if .venv must be made.
+choose() {
+    local candidate
+    chosen="" wanted=""
+    if [ -n "${TURNOUT_PYTHON:-}" ]; then
+        chosen="$(locate "$TURNOUT_PYTHON")" || die "TURNOUT_PYTHON=$TURNOUT_PYTHON: no such command"
+    fi
+    case "$chosen" in
+    "" | "$venv"/*) chosen="" ;; # .venv is no choice of another Python
+    *)
+        describe "$chosen" || die "TURNOUT_PYTHON=$TURNOUT_PYTHON: Python ${version:-does not run}; needs 3.11 or newer"
+        wanted="$version"
+        ;;
+    esac
+    owner=user
+    for candidate in "$chosen" "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" "${CONDA_PREFIX:+$CONDA_PREFIX/bin/python}" \
+        "$venv/bin/python"; do
+        python="$candidate"
+        # A marked one is this folder's .venv, for which see below, or another checkout's, which must stay that one's.
+        if [ -z "$python" ] || [ -e "${python%/bin/*}/$mark" ] || ! describe "$python"; then continue; fi
+        if [ "$torch_fits" != fits ]; then continue; fi
+        state="$root/.cache/setup/$prefix"
+        if [ "$python" = "$venv/bin/python" ]; then state="$root/.cache/setup/venv"; fi
+        if ready || "$python" -c 'import torch' 2>/dev/null; then return 0; fi
+        say "$python: torch $torch does not import; this environment is left alone"
+    done
+    owner=setup
+    python="$venv/bin/python"
+    state="$root/.cache/setup/venv"
+    if [ ! -e "$venv/$mark" ]; then
+        if [ ! -e "$venv" ]; then return 1; fi
+        describe "$python" || die "$venv was not made by this script and has no working Python >= 3.11; move it away"
+        return 0
+    fi
+    # A moved .venv names its old place in its scripts; after a killed install pip may take half a package for a whole.
+    if [ "$(<"$venv/$mark")" != "$root" ] || [ -e "$state/unfinished" ] || ! describe "$python"; then return 1; fi
+    [ -z "$wanted" ] || [ "$version" = "$wanted" ]
+}
+
+# Sets `base`: the first python that can make .venv.
+find_base() {
+    local name candidate found="" spare="" crippled=""
+    for name in ${chosen:+"$chosen"} python3 python python3.14 python3.13 python3.12 python3.11; do
+        while read -r candidate; do
+            case "$candidate" in "" | "$venv"/*) continue ;; esac
+            if ! describe "$candidate"; then
+                found="$found, $candidate (${version:-does not run})"
+            elif [ "$makes_venv" != venv ]; then
+                crippled="${crippled:-python${version%.*}}"
+            elif [ "$age" = ok ]; then
+                base="$candidate"
+                return
+            else
+                spare="${spare:-$candidate}"
+            fi
+        done <<<"$(type -aP "$name")"
+        if [ -n "$chosen" ]; then break; fi
+    done
+    base="$spare"
+    if [ -n "$base" ]; then return; fi
+    if [ -n "$crippled" ]; then
+        die "$crippled cannot make a virtual environment: its ensurepip or venv module is missing;" \
+            "install the package $crippled-venv (Debian, Ubuntu: sudo apt install $crippled-venv)"
+    fi
+    found="${found#, }"
+    die "needs Python 3.11 or newer; found ${found:-none}; install one, or set TURNOUT_PYTHON to its path"
+}
+
+make_venv() {
+    find_base
+    if [ -e "$venv" ]; then
+        mv "$venv" "$root/.cache/setup/old-venv.$$" # in one step: half of a .venv never has this name
+    fi
+    rm -rf "$state" "$root"/.cache/setup/old-venv.* "$root"/.cache/setup/new-venv.*
+    mkdir -p "$state" "$root/.cache/setup/new-venv.$$"
+    printf '%s\n' "$root" >"$root/.cache/setup/new-venv.$$/$mark"
+    mv "$root/.cache/setup/new-venv.$$" "$venv"
+    : >"$state/unfinished"
+    "$base" -m venv "$venv" >"$state/log" 2>&1 || failed "$base -m venv $venv failed"
+    describe "$python" || die "$base made a .venv whose python does not run"
+}
+
+failed() {
+    tail -n 15 "$state/log" >&2
+    die "$1 (above: the end of ${state#"$root"/}/log)"
+}
+
+install() {
+    local what=. constraints="$root/constraints.txt" torch_before="$torch"
+    mkdir -p "$state"
+    if [ "$level" = dev ]; then what='.[dev]'; fi
+    if [ "$owner" = user ]; then
+        constraints="$state/constraints.txt"
+        printf 'torch==%s\n' "$torch_before" >"$constraints"
+    fi
+    : >"$state/unfinished"
+    if ! (cd "$root" && "$python" -m pip install -e "$what" -c "$constraints") >"$state/log" 2>&1; then
+        grep -q '^Installing collected packages' "$state/log" || rm -f "$state/unfinished" # nothing was changed yet
+        failed "pip install failed"
+    fi
+    describe "$python" || die "$python no longer runs"
+    if [ "$owner" = user ] && [ "$torch" != "$torch_before" ]; then
+        die "torch changed from $torch_before to $torch in $python; that is a bug in scripts/setup.sh"
+    fi
+    [ "$here" = here ] || die "$python finds another trainer than $root/trainer; is PYTHONPATH set?"
+    rm -f "$state/launch" "$state/dev"
+    printf '%s\n' "$key" >"$state/$level"
+    rm -f "$state/unfinished"
+}
+
+case "$level" in
+launch | dev) ;;
+*) die "unknown level '$level'; use launch or dev" ;;
+esac
+
+if choose && ready; then
+    printf '%s\n' "$python"
+    exit 0
+fi
+
+mkdir -p "$root/.cache/setup"
+if type -P flock >/dev/null; then
+    exec 9>"$root/.cache/setup/lock" # pip inherits it: the lock outlives this script if only this script is killed
+    flock -n 9 || {
+        say "waiting for another setup of this folder"
+        flock 9
+    }
+fi
+
+if ! choose; then
+    if [ -e "$state/unfinished" ]; then say "the last setup was interrupted"; fi
+    say "setting up .venv (about a minute, or as long as downloading torch takes)"
+    make_venv
+elif ready; then
+    printf '%s\n' "$python"
+    exit 0
+elif [ "$owner" = user ]; then
+    say "installing into $(dirname -- "$(dirname -- "$python")"), whose torch $torch stays"
+else
+    say "updating .venv"
+fi
+install
+printf '%s\n' "$python"

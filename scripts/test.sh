@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Checks everything: format, lint, types, import contracts, then the tests. Fails if any of them fails.
+#
+#   ./scripts/test.sh                    everything
+#   ./scripts/test.sh tests/unit -k x    only pytest, with these arguments (paths are relative to the repository)
+set -euo pipefail
+
+cd -- "$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
+python="$(scripts/setup.sh dev)"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # tests are small, and many start several processes
+
+failed=""
+
+# stage NAME COMMAND...: runs one check, prints its name, result and seconds, and its output if it fails.
+stage() {
+    local name="$1" started="$SECONDS" output
+    shift
+    if output="$("$@" 2>&1)"; then
+        printf '%-12s ok      %3d s\n' "$name" "$((SECONDS - started))"
+    else
+        printf '%s\n' "$output"
+        printf '%-12s FAILED  %3d s\n' "$name" "$((SECONDS - started))"
+        failed="$failed, $name"
+    fi
+}
+
+if [ "$#" -eq 0 ]; then
+    stage "ruff format" "$python" -m ruff format --check .
+    stage "ruff check" "$python" -m ruff check .
+    stage "pyrefly" "$python" -m pyrefly check --python-interpreter-path "$python"
+    stage "lint-imports" "$python" -c 'from importlinter.cli import lint_imports_command as run; run()'
+    if [ -n "$failed" ]; then echo "FAILED: ${failed#, } (so this run fails, whatever pytest says below)"; fi
+fi
+
+# Last, so that pytest's own summary closes the output. Its 5, "no tests ran", is a failure like any other.
+code=0
+"$python" -m pytest "$@" || code=$?
+if [ "$code" -eq 0 ] && [ -n "$failed" ]; then code=1; fi
+exit "$code"
