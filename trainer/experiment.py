@@ -90,7 +90,7 @@ class ExperimentConfig(Config):
     def problems(self) -> Iterator[Problem]:
         """Check the sections against each other."""
         steps, warmup = self.train.steps, self.schedule.warmup_steps
-        if warmup >= steps:
+        if warmup is not None and warmup >= steps:
             yield Problem(
                 "schedule.warmup_steps", f"{warmup} does not fit in train.steps {steps}; use at most {steps - 1}"
             )

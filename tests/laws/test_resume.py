@@ -17,7 +17,11 @@ ROWS, SEQ_LEN = 8, 8
 CASES = {
     "top_k": ({}, torch.float32, 1),
     "accumulated, exact counts": ({"balance": {"coef": 0.1}}, torch.float32, 4),
-    "accumulated, counts of the previous step": ({"balance": {"coef": 0.1, "counts": "previous_step"}}, torch.float32, 4),
+    "accumulated, counts of the previous step": (
+        {"balance": {"coef": 0.1, "counts": "previous_step"}},
+        torch.float32,
+        4,
+    ),
     "bias_balanced": ({"router": {"kind": "bias_balanced", "bias_update_rate": 0.05, "jitter": 0.2}}, torch.float32, 1),
     "bias_balanced, accumulated, capacity": (
         {"router": {"kind": "bias_balanced", "bias_update_rate": 0.05}, "capacity": {"factor": 1.0, "min": 1}},

@@ -6,7 +6,9 @@
 from torch import Tensor
 
 
-def routing_metrics(counts: Tensor, dropped: Tensor, tokens: Tensor, entropy_sum: Tensor | None) -> dict[str, float | None]:
+def routing_metrics(
+    counts: Tensor, dropped: Tensor, tokens: Tensor, entropy_sum: Tensor | None
+) -> dict[str, float | None]:
     """Return the routing keys of metrics.jsonl.
 
     Args:

@@ -55,14 +55,28 @@ class ModelConfig(Config):
     def problems(self) -> Iterator[Problem]:
         """Check widths against heads, and that an MoE model has MoE layers."""
         if self.d_model % self.num_heads:
-            yield Problem("num_heads", f"{self.num_heads} does not divide d_model {self.d_model}")
+            yield Problem(
+                "num_heads",
+                f"{self.num_heads} does not divide d_model {self.d_model}; use one of {_divisors(self.d_model)}",
+            )
         elif self.head_dim % 2:
-            yield Problem("num_heads", f"gives heads of {self.head_dim}; rotary positions need an even head width")
+            yield Problem(
+                "num_heads",
+                f"{self.num_heads} gives heads of width {self.head_dim}, and rotary positions need an even one; choose "
+                "num_heads so that d_model / num_heads is even",
+            )
         if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
-            yield Problem("num_kv_heads", f"{self.num_kv_heads} does not divide num_heads {self.num_heads}")
+            yield Problem(
+                "num_kv_heads",
+                f"{self.num_kv_heads} does not divide num_heads {self.num_heads}; use one of {_divisors(self.num_heads)}",
+            )
         if self.moe is not None and not self.moe_layers:
             yield Problem(
                 "moe",
                 f"first_dense_layers {self.moe.first_dense_layers} and every {self.moe.every} leave no MoE layer among "
                 f"num_layers {self.num_layers}; lower them, or set moe: null for a dense model",
             )
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)

@@ -43,7 +43,8 @@ def padded(x: Tensor, rows_per_expert: Tensor, w_in: Tensor, w_out: Tensor, acti
     start = rows_per_expert.cumsum(0) - rows_per_expert
     expert = torch.repeat_interleave(torch.arange(num_experts, device=x.device), rows_per_expert, output_size=len(x))
     cell = expert * width + torch.arange(len(x), device=x.device) - start[expert]  # (R,) place in the padded buffer
-    groups = x.new_zeros(num_experts * width, x.shape[1]).index_copy(0, cell, x).view(num_experts, width, -1)
+    groups = x.new_zeros(num_experts * width, x.shape[1]).index_copy(0, cell, x)
+    groups = groups.view(num_experts, width, x.shape[1])  # (E, M, D)
     h = torch.bmm(groups, w_in.to(x.dtype).transpose(1, 2))  # (E, M, H)
     y = torch.bmm(activate(h, activation), w_out.to(x.dtype).transpose(1, 2))  # (E, M, D)
     return y.flatten(0, 1).index_select(0, cell)

@@ -35,8 +35,8 @@ class WarmupCosineConfig(Config):
     kind: Literal["warmup_cosine"] = "warmup_cosine"
     peak_lr: PositiveFloat = 1e-3
     """Learning rate after warmup."""
-    warmup_steps: NonNegativeInt = 100
-    """Steps of linear warmup."""
+    warmup_steps: NonNegativeInt | None = None
+    """Steps of linear warmup. Null: 100, or a tenth of a run shorter than 1000."""
     final_fraction: Fraction = 0.1
     """Learning rate at the end, as a share of the peak."""
 
@@ -46,7 +46,7 @@ class WarmupCosineConfig(Config):
             step,
             total_steps=total_steps,
             peak_lr=self.peak_lr,
-            warmup_steps=self.warmup_steps,
+            warmup_steps=schedule.default_warmup(total_steps) if self.warmup_steps is None else self.warmup_steps,
             final_fraction=self.final_fraction,
         )
 
@@ -57,8 +57,8 @@ class WarmupStableDecayConfig(Config):
     kind: Literal["warmup_stable_decay"] = "warmup_stable_decay"
     peak_lr: PositiveFloat = 1e-3
     """Learning rate after warmup."""
-    warmup_steps: NonNegativeInt = 100
-    """Steps of linear warmup."""
+    warmup_steps: NonNegativeInt | None = None
+    """Steps of linear warmup. Null: 100, or a tenth of a run shorter than 1000."""
     decay_fraction: Fraction = 0.2
     """Share of the run, at its end, over which the learning rate falls."""
     final_fraction: Fraction = 0.0
@@ -70,7 +70,7 @@ class WarmupStableDecayConfig(Config):
             step,
             total_steps=total_steps,
             peak_lr=self.peak_lr,
-            warmup_steps=self.warmup_steps,
+            warmup_steps=schedule.default_warmup(total_steps) if self.warmup_steps is None else self.warmup_steps,
             decay_fraction=self.decay_fraction,
             final_fraction=self.final_fraction,
         )

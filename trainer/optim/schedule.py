@@ -3,6 +3,11 @@
 import math
 
 
+def default_warmup(total_steps: int) -> int:
+    """Return the steps of warmup where none are configured."""
+    return min(100, total_steps // 10)
+
+
 def warmup_cosine(step: int, *, total_steps: int, peak_lr: float, warmup_steps: int, final_fraction: float) -> float:
     """Learning rate of a 0-based step: linear warmup, then half a cosine that ends at `final_fraction * peak_lr`."""
     if step < warmup_steps:
@@ -14,7 +19,7 @@ def warmup_cosine(step: int, *, total_steps: int, peak_lr: float, warmup_steps: 
 def warmup_stable_decay(
     step: int, *, total_steps: int, peak_lr: float, warmup_steps: int, decay_fraction: float, final_fraction: float
 ) -> float:
-    """Learning rate of a 0-based step: linear warmup, constant, then linear to `final_fraction * peak_lr` at the end."""
+    """Learning rate of a 0-based step: linear warmup, constant, then linear down to `final_fraction * peak_lr`."""
     if step < warmup_steps:
         return peak_lr * (step + 1) / warmup_steps
     decay_steps = round(decay_fraction * total_steps)
