@@ -1,0 +1,133 @@
+"""The engine: clipping, skipping, decay by role, bias updates, evaluation."""
+
+import math
+
+import pytest
+import torch
+
+from tests.builders import make_batch, make_engine, make_model, rows_of, tiny_model_config
+from trainer.engine.native import NativeEngine, NumericsConfig
+from trainer.optim.registry import AdamWConfig
+
+
+def _weights(engine: NativeEngine) -> dict[str, torch.Tensor]:
+    return {name: part.tensor.clone() for name, part in engine.state().slices.items()}
+
+
+def test_the_gradient_norm_is_that_of_plain_autograd() -> None:
+    config = tiny_model_config({"balance": {"coef": 0.0}, "z_loss_coef": 0.0})
+    batch = make_batch(4, 8, ragged=True)
+    model = make_model(config, dtype=torch.float64)
+    (model(batch).loss_sum / batch.target_mask.sum()).backward()
+    by_hand = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None))
+    engine = make_engine(config, dtype=torch.float64)
+    pieces = [rows_of(batch, 0, 1), rows_of(batch, 1, 4)]
+    assert engine.train_step(pieces, lr=0.0).grad_norm == pytest.approx(by_hand, rel=1e-12)
+
+
+@pytest.mark.parametrize("clip", [1e-3, 1e6])
+def test_clipping_scales_the_whole_gradient_once(clip: float) -> None:
+    """With plain sums of gradients as first moments, the moment tells what gradient the optimizer saw."""
+    config = tiny_model_config()
+    model = make_model(config, dtype=torch.float64)
+    numerics = NumericsConfig(seed=0, dtype=torch.float64, grad_clip=clip)
+    engine = NativeEngine(model, AdamWConfig(betas=(0.0, 0.95)), numerics)
+    norm = engine.train_step([make_batch(4, 8)], lr=0.0).grad_norm
+    moments = [t for name, t in _weights(engine).items() if name.startswith("optim.exp_avg.")]
+    seen = math.sqrt(sum(float(m.square().sum()) for m in moments))
+    assert seen == pytest.approx(min(norm, clip), rel=1e-5)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_skips_the_step_and_changes_nothing(poison: float) -> None:
+    config = tiny_model_config({"router": {"kind": "bias_balanced"}, "balance": {"counts": "previous_step"}})
+    engine = make_engine(config)
+    engine.train_step([make_batch(4, 8)], lr=1e-2)
+    before = _weights(engine)
+    weight = engine.model.blocks[0].ffn.experts.w_in
+    good = weight.detach().clone()
+    weight.data[1] = poison
+    result = engine.train_step([make_batch(4, 8, seed=1)], lr=1e-2)
+    weight.data.copy_(good)
+    assert result.skipped and not math.isfinite(result.grad_norm)
+    assert all(torch.equal(before[name], now) for name, now in _weights(engine).items())
+    assert engine.state().values["optimizer_steps"] == 1
+    assert not engine.train_step([make_batch(4, 8, seed=1)], lr=1e-2).skipped
+
+
+def test_a_skipped_step_leaves_the_run_as_if_it_had_not_been() -> None:
+    a, b = make_engine(tiny_model_config()), make_engine(tiny_model_config())
+    head = a.model.head.weight
+    good = head.detach().clone()
+    head.data[0, 0] = float("nan")
+    assert a.train_step([make_batch(4, 8)], lr=1e-2).skipped
+    head.data.copy_(good)
+    for engine in (a, b):
+        engine.train_step([make_batch(4, 8, seed=2)], lr=1e-2)
+    assert all(torch.equal(x, y) for x, y in zip(_weights(a).values(), _weights(b).values(), strict=True))
+
+
+def test_weight_decay_goes_by_role() -> None:
+    """With a learning rate and no gradient to speak of, only decayed weights shrink."""
+    config = tiny_model_config({"num_shared_experts": 1}, qk_norm=True)
+    engine = make_engine(config, weight_decay=0.5, eps=1e6)  # a huge eps makes the update itself nothing
+    before = _weights(engine)
+    engine.train_step([make_batch(4, 8)], lr=0.1)
+    for name, now in _weights(engine).items():
+        if not name.startswith("model."):
+            continue
+        decays = not ("norm" in name or "embedding" in name)
+        expected = before[name] * (0.95 if decays else 1.0)
+        torch.testing.assert_close(now, expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_bias_moves_by_gamma_against_the_load_of_the_whole_step() -> None:
+    router = {"kind": "bias_balanced", "bias_update_rate": 0.25}
+    engine = make_engine(tiny_model_config({"router": router}))
+    batch = make_batch(4, 8)
+    pieces = [rows_of(batch, i, i + 1) for i in range(4)]
+    counts = engine.train_step(pieces, lr=0.0).routing.counts
+    for layer, moe in enumerate(engine.model.moe_layers()):
+        sign = torch.sign(counts[layer].double().mean() - counts[layer])
+        assert torch.equal(moe.router.bias, 0.25 * sign.float())
+        assert moe.router.bias.any()
+
+
+def test_evaluation_changes_nothing_and_knows_no_noise() -> None:
+    moe = {"router": {"kind": "bias_balanced", "jitter": 0.5}, "capacity": {"factor": 0.3, "min": 1}}
+    engine = make_engine(tiny_model_config(moe))
+    batch, before = make_batch(4, 8), _weights(engine)
+    free, limited = engine.eval_loss(batch, dropless=True), engine.eval_loss(batch, dropless=False)
+    assert free.loss_sum == engine.eval_loss(batch, dropless=True).loss_sum != limited.loss_sum
+    assert int(free.routing.dropped.sum()) == 0 < int(limited.routing.dropped.sum())
+    assert all(torch.equal(before[name], now) for name, now in _weights(engine).items())
+    assert free.target_tokens == 32
+
+
+def test_a_dense_model_trains_too() -> None:
+    engine = make_engine(tiny_model_config().model_copy(update={"moe": None}))
+    results = [engine.train_step([make_batch(4, 8)], lr=1e-2) for _ in range(5)]
+    assert results[-1].loss < results[0].loss
+    assert results[0].balance_loss is None and results[0].routing is None
+
+
+def test_a_router_without_probabilities_has_no_balance_or_z_loss() -> None:
+    result = make_engine(tiny_model_config({"router": {"kind": "round_robin"}})).train_step([make_batch(4, 8)], lr=0.0)
+    assert result.balance_loss is None and result.z_loss is None and result.routing.entropy_sum is None
+
+
+def test_a_batch_without_a_single_target_is_harmless() -> None:
+    batch = make_batch(2, 8)
+    batch.valid[:] = False
+    result = make_engine(tiny_model_config()).train_step([batch], lr=1e-2)
+    assert result.loss == 0 and result.grad_norm == 0 and not result.skipped
+
+
+def test_bfloat16_keeps_float32_weights_and_learns_about_the_same() -> None:
+    a = make_engine(tiny_model_config(), dtype=torch.bfloat16, kernel="fused")
+    b = make_engine(tiny_model_config())
+    for step in range(10):
+        first = a.train_step([make_batch(8, 8, seed=step % 2)], lr=1e-2)
+        second = b.train_step([make_batch(8, 8, seed=step % 2)], lr=1e-2)
+    assert all(p.dtype is torch.float32 for p in a.model.parameters())
+    assert abs(first.loss - second.loss) < 0.05 * second.loss

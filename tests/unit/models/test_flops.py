@@ -1,0 +1,45 @@
+"""Parameter and FLOP counts against torch's own counters."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.builders import make_batch, make_model, tiny_model_config
+from trainer.models.flops import model_size
+from trainer.models.gpt import GPT
+
+SHAPES = {
+    "moe": ({}, {}),
+    "all experts": ({"router": {"kind": "dense"}}, {}),
+    "shared, first dense, tied": ({"num_shared_experts": 1, "first_dense_layers": 1}, {"tie_embeddings": True}),
+    "gelu, top 1": ({"router": {"kind": "top_k", "top_k": 1, "normalize": False}}, {"activation": "gelu"}),
+}
+
+
+@pytest.mark.parametrize(("moe", "fields"), SHAPES.values(), ids=SHAPES.keys())
+def test_flops_equal_torch_s_counter_forward_and_backward(moe: dict, fields: dict) -> None:
+    model, batch = make_model(tiny_model_config(moe, **fields)), make_batch(2, 8)
+    size = model_size(model)
+    with sdpa_kernel(SDPBackend.MATH):  # torch does not count the fused attention of the CPU
+        with FlopCounterMode(display=False) as forward:
+            loss = model(batch).loss_sum
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+    assert forward.get_total_flops() == size.forward_flops_per_token * 16
+    assert forward.get_total_flops() + backward.get_total_flops() == size.training_flops_per_token * 16
+
+
+def test_active_parameters_leave_idle_experts_out() -> None:
+    config = tiny_model_config({"num_experts": 4, "router": {"kind": "top_k", "top_k": 1, "normalize": False}})
+    model = make_model(config)
+    size = model_size(model)
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    assert size.total_parameters == sum(p.numel() for p in model.parameters())
+    assert size.total_parameters - size.active_parameters == experts * 3 // 4
+
+
+def test_a_model_on_the_meta_device_can_be_counted() -> None:
+    with torch.device("meta"):
+        model = GPT(tiny_model_config(), 32)
+    assert model_size(model).total_parameters == model_size(make_model(tiny_model_config())).total_parameters

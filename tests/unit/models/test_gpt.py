@@ -1,0 +1,125 @@
+"""The model: cache equals full forward, causality, padding, positions, dense and shared experts."""
+
+import pytest
+import torch
+
+from tests.builders import make_batch, make_model, rows_of, tiny_model_config
+from trainer.data.batch import Batch
+from trainer.models.gpt import GPT, RMSNorm, parameter_role, rotary_table, rotate
+from trainer.moe.routing import RoutingOptions
+
+SHAPES = {
+    "moe": {},
+    "dense": {"moe": None},
+    "qk_norm, tied, gelu": {"qk_norm": True, "tie_embeddings": True, "activation": "gelu"},
+    "one kv head each": {"num_kv_heads": None},
+    "shared expert, first layer dense": {"moe": {"num_shared_experts": 2, "first_dense_layers": 1}},
+    "sigmoid with bias": {"moe": {"router": {"kind": "bias_balanced"}}},
+}
+
+
+def _model(shape: dict) -> GPT:
+    shape = dict(shape)
+    if "moe" in shape and shape["moe"] is None:
+        config = tiny_model_config().model_copy(update=shape)
+        return make_model(config, dtype=torch.float64)
+    return make_model(tiny_model_config(shape.pop("moe", None), **shape), dtype=torch.float64)
+
+
+def _logits(model: GPT, batch: Batch, options: RoutingOptions = RoutingOptions()) -> torch.Tensor:
+    logits = model(batch, options, want_logits=True).logits
+    assert logits is not None
+    return logits
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_the_cache_gives_the_logits_of_a_full_pass(shape: dict) -> None:
+    model, batch = _model(shape), make_batch(2, 8)
+    full = _logits(model, batch)
+    cache = model.new_cache(2, 8, torch.float64)
+    torch.testing.assert_close(model.next_logits(batch.tokens[:, :3], cache), full[:, 2])
+    for column in range(3, 8):
+        torch.testing.assert_close(model.next_logits(batch.tokens[:, column : column + 1], cache), full[:, column])
+
+
+@pytest.mark.parametrize("capacity", [None, 0.5])
+@pytest.mark.parametrize("router", ["top_k", "bias_balanced", "dense", "round_robin"])
+def test_no_later_token_changes_an_earlier_logit(router: str, capacity: float | None) -> None:
+    """Causality of router and capacity together, for everything that declares it."""
+    if router == "dense" and capacity is not None:
+        return  # refused by the config
+    moe = {"router": {"kind": router}, "capacity": {"factor": capacity, "min": 1}}
+    model, batch = make_model(tiny_model_config(moe), dtype=torch.float64), make_batch(2, 8)
+    changed = Batch(**{n: getattr(batch, n).clone() for n in Batch.__dataclass_fields__})
+    changed.tokens[:, 5:] = (changed.tokens[:, 5:] + 7) % 32
+    before, after = _logits(model, batch), _logits(model, changed)
+    # Not bit for bit: an expert's product over another number of rows may add in another order.
+    torch.testing.assert_close(before[:, :5], after[:, :5], rtol=0, atol=1e-13)
+    assert (before[:, 5:] - after[:, 5:]).abs().amin(-1).max() > 1e-3
+
+
+def test_filling_changes_nothing_and_is_never_routed() -> None:
+    model, batch = make_model(tiny_model_config(), dtype=torch.float64), make_batch(3, 8, ragged=True)
+    other = Batch(**{n: getattr(batch, n).clone() for n in Batch.__dataclass_fields__})
+    other.tokens[~batch.valid] = 1
+    other.targets[~batch.valid] = 2
+    a, b = model(batch), model(other)
+    assert torch.equal(a.row_loss, b.row_loss)
+    for mine, theirs in zip(a.moe, b.moe, strict=True):
+        assert torch.equal(mine.counts, theirs.counts) and torch.equal(mine.prob_sum, theirs.prob_sum)
+        assert mine.counts.sum(1).tolist() == (batch.valid.sum(1) * 2).tolist()
+
+
+def test_loss_is_a_sum_over_targets_in_nats() -> None:
+    model, batch = make_model(tiny_model_config(), dtype=torch.float64), make_batch(2, 8, ragged=True)
+    logits = _logits(model, batch)
+    by_hand = [
+        sum(
+            -torch.log_softmax(logits[b, s], -1)[batch.targets[b, s]]
+            for s in range(8)
+            if batch.loss_mask[b, s] and batch.valid[b, s]
+        )
+        for b in range(2)
+    ]
+    torch.testing.assert_close(model(batch).row_loss, torch.stack(by_hand))
+
+
+def test_top_k_can_be_changed_per_call() -> None:
+    model, batch = make_model(tiny_model_config()), make_batch(1, 8)
+    assert model(batch, RoutingOptions(top_k=3)).moe[0].counts.sum() == 24
+    assert model(batch).moe[0].counts.sum() == 16
+
+
+def test_rows_do_not_see_each_other() -> None:
+    moe = {"capacity": {"factor": 0.5, "min": 1}}
+    model, batch = make_model(tiny_model_config(moe), dtype=torch.float64), make_batch(3, 8)
+    torch.testing.assert_close(_logits(model, batch)[1:2], _logits(model, rows_of(batch, 1, 2)))
+
+
+def test_rotary_scores_depend_on_the_distance_alone() -> None:
+    x, y = torch.randn(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+
+    def score(p: int, q: int) -> torch.Tensor:
+        table = rotary_table(torch.tensor([p, q]), 8, 10000.0, torch.float64)
+        return rotate(x[None], table[:, :1])[0] @ rotate(y[None], table[:, 1:])[0]
+
+    torch.testing.assert_close(score(3, 1), score(12, 10))
+    torch.testing.assert_close(score(0, 0), x @ y)
+    assert not torch.isclose(score(3, 1), score(4, 1))
+
+
+def test_norm_divides_by_the_root_mean_square() -> None:
+    norm = RMSNorm(4, eps=0.0)
+    norm.weight.data.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    x = torch.tensor([[3.0, -3.0, 3.0, -3.0]])
+    torch.testing.assert_close(norm(x), torch.tensor([[1.0, -2.0, 3.0, -4.0]]))
+
+
+def test_every_parameter_has_a_role() -> None:
+    config = tiny_model_config({"num_shared_experts": 1, "first_dense_layers": 1}, qk_norm=True)
+    roles = {name: parameter_role(name) for name, _ in make_model(config).named_parameters()}
+    assert roles["embedding.weight"] == "embedding" and roles["head.weight"] == "head"
+    assert {n for n, r in roles.items() if r == "expert"} == {"blocks.1.ffn.experts.w_in", "blocks.1.ffn.experts.w_out"}
+    assert {n for n, r in roles.items() if r == "router"} == {"blocks.1.ffn.router.gate.weight"}
+    assert all(r == "norm" for n, r in roles.items() if n.endswith("norm.weight"))
+    assert roles["blocks.1.ffn.shared.w_in.weight"] == "matrix" == roles["blocks.0.ffn.w_out.weight"]
