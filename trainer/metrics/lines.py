@@ -1,0 +1,76 @@
+"""The permanent lines of a run. The terminal shows them in colour, a log as they stand."""
+
+from rich.text import Text
+
+from trainer.metrics import readable
+from trainer.metrics.glyphs import ALERT, GOOD, QUIET
+from trainer.metrics.progress import BarProgress, Record, TrainingProgress
+
+
+def step_label(step: int, total_steps: int) -> Text:
+    """Open a line: the step, aligned over the whole run."""
+    width = len(f"{max(step, total_steps):,}")
+    return Text("step ", style=QUIET).append(f"{step:>{width},}", style="default")
+
+
+def logged_step(progress: TrainingProgress) -> Text:
+    """Return a logged step as one line, for logs."""
+    record = progress.record
+    cells = (
+        ("loss", readable.number(record.get("loss"), digits=4).rjust(6)),
+        ("tokens/s", readable.rate(record.get("tokens_per_s")).rjust(5)),
+        ("eta", readable.duration(progress.eta_s).rjust(7)),
+        ("imbalance", readable.ratio(record.get("load_imbalance")).rjust(5)),
+        ("dropped", readable.percent(record.get("drop_rate")).rjust(5)),
+        ("lr", readable.learning_rate(record.get("lr")).rjust(7)),
+        ("grad norm", readable.number(record.get("grad_norm"), digits=2).rjust(4)),
+    )
+    line = step_label(progress.step, progress.total_steps).append(f" / {progress.total_steps:,}")
+    for label, value in cells:
+        line.append(f"  {label} {value}")
+    for trouble in progress.troubles:
+        line.append(f"  {trouble}")
+    return line
+
+
+def evaluation(record: Record, progress: TrainingProgress) -> Text:
+    """Return an evaluation as one line; `progress` still holds the evaluation before it."""
+    bits_per_byte = record.get("eval/bits_per_byte")
+    line = step_label(progress.step, progress.total_steps)
+    line.append("  held out ").append(readable.number(bits_per_byte), style="bold default").append(" bits/byte")
+    line.append_text(_change(bits_per_byte, progress.bits_per_byte))
+    line.append("  loss ").append(readable.number(record.get("eval/loss")), style="default")
+    at_capacity = record.get("eval/loss_capacity")
+    if at_capacity is not None:
+        line.append(" (capacity ").append(readable.number(at_capacity), style="default").append(")")
+    return line
+
+
+def checkpoint(path: str, step: int, total_steps: int) -> Text:
+    """Return the notice of a saved checkpoint."""
+    return step_label(step, total_steps).append("  saved ").append(readable.visible(path), style="default")
+
+
+def finished_bar(bar: BarProgress) -> Text:
+    """Return what remains of a finished progress bar."""
+    line = Text(readable.visible(bar.label))
+    took = f"{bar.elapsed_s:.1f}s" if bar.elapsed_s < 10 else readable.duration(bar.elapsed_s)
+    return line.append(f"  {readable.size(bar.done_bytes)} in {took}", style=QUIET)
+
+
+def running_bar(bar: BarProgress) -> Text:
+    """Return a progress bar on its way, for logs."""
+    return Text(f"{readable.visible(bar.label)}  {100 * bar.fraction:.0f}% of {readable.size(bar.total_bytes)}")
+
+
+def warning(text: str) -> Text:
+    """Return a warning."""
+    return Text().append("warning: ", style=f"bold {ALERT}").append(readable.visible(text))
+
+
+def _change(now: float | None, before: float | None) -> Text:
+    """Return the difference to the evaluation before, as wide when there is none."""
+    if now is None or before is None:
+        return Text(" " * 8)
+    change = round(now - before, 3)
+    return Text(f"  {change + 0.0:+.3f}", style=GOOD if change < 0 else ALERT if change > 0 else QUIET)

@@ -1,0 +1,128 @@
+"""The next token from logits: temperature, top-k, nucleus (top-p) and greedy choice, as pure functions.
+
+# B rows, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions:
+    """How tokens are chosen.
+
+    Raises:
+        ValueError: if a value is out of its range.
+    """
+
+    temperature: float = 1.0
+    """Divides the logits; 0 always takes the most probable token."""
+    top_k: int | None = None
+    """Only the k most probable tokens. None: all of them."""
+    top_p: float | None = None
+    """Only the fewest tokens whose probabilities reach p together, after `top_k`. None: all of them."""
+
+    def __post_init__(self) -> None:
+        _check(self.temperature, self.top_k, self.top_p)
+
+    def sample(self, logits: Tensor, *, generator: Generator | None = None) -> Tensor:
+        """Choose a token for each row: (B, V) to (B,) int64. See `sample`."""
+        return sample(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, generator=generator)
+
+
+def filter_logits(
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """Scale logits by the temperature and set those of excluded tokens to -inf.
+
+    Temperature comes first, then top_k, then top_p on what top_k left, renormalised. Among equal logits the lower id is
+    the more probable one. At least one token of each row survives; temperature 0 leaves exactly one.
+
+    Args:
+        logits: (B, V) of any float type; -inf marks a token that is never chosen.
+        temperature: Not negative.
+        top_k: At least 1; more than V is all.
+        top_p: In (0, 1].
+
+    Returns:
+        (B, V), at least float32, with 0 as the highest logit of every row: softmax is the distribution to draw from.
+
+    Raises:
+        ValueError: for an option out of range, a shape that is not (B, V), a NaN or +inf, or a row with no token left.
+
+    Source: Holtzman et al. 2019 (arXiv 1904.09751) for top_p.
+    """
+    _check(temperature, top_k, top_p)
+    _check_logits(logits)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # A stable sort, unlike topk, puts the lower id first among equals.
+    ranked, token_ids = logits.sort(dim=-1, descending=True, stable=True)  # (B, V)
+    # Subtract before dividing, which would overflow at low temperatures; after sorting, as rounding makes new ties.
+    ranked = ranked - ranked[:, :1]
+    if temperature == 0:
+        top_k = 1
+    else:
+        ranked = ranked / max(temperature, torch.finfo(logits.dtype).tiny)
+    if top_k is not None:
+        ranked[:, top_k:] = -math.inf
+    if top_p is not None and top_p < 1:
+        probs = ranked.softmax(dim=-1)
+        mass_before = probs.cumsum(dim=-1) - probs
+        mass_before[:, 0] = 0  # exactly: the most probable token always stays
+        ranked = ranked.masked_fill(mass_before >= top_p, -math.inf)
+    return torch.empty_like(logits).scatter_(-1, token_ids, ranked)
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: Generator | None = None,
+) -> Tensor:
+    """Choose one token for each row of `logits`.
+
+    The same generator state gives the same tokens. Temperature 0 is greedy, ties to the lowest id, and draws nothing
+    from the generator.
+
+    Args:
+        logits: (B, V) of any float type.
+        temperature: See `filter_logits`.
+        top_k: See `filter_logits`.
+        top_p: See `filter_logits`.
+        generator: On the device of `logits`. None: torch's global one.
+
+    Returns:
+        (B,) int64 token ids.
+
+    Raises:
+        ValueError: as `filter_logits`.
+    """
+    filtered = filter_logits(logits, temperature, top_k, top_p)
+    if temperature == 0:
+        return filtered.isfinite().to(torch.uint8).argmax(dim=-1)  # one survivor in each row
+    return torch.multinomial(filtered.softmax(dim=-1), 1, generator=generator).squeeze(-1)
+
+
+def _check(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if not (temperature >= 0 and math.isfinite(temperature)):
+        raise ValueError(
+            f"temperature: {temperature} is not a finite number >= 0; 0 is greedy, 1 is the model as it is"
+        )
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k: {top_k} is less than 1; leave it out to allow every token")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p: {top_p} is not in (0, 1]; leave it out to allow every token")
+
+
+def _check_logits(logits: Tensor) -> None:
+    if logits.dim() != 2 or logits.size(1) == 0 or not logits.is_floating_point():
+        raise ValueError(f"logits: {logits.dtype} of shape {tuple(logits.shape)}; (B, V) of a float type is needed")
+    highest = logits.amax(dim=-1)  # NaN if the row holds one
+    # .item() waits for the device; a sampled token is read on the host right after anyway.
+    if not highest.isfinite().all().item():
+        raise ValueError("logits: a row holds NaN or +inf, or has no token left; the model or the mask is broken")
