@@ -139,7 +139,7 @@ def resolve_kernel(config: ExperimentConfig, device: torch.device) -> Experiment
     moe, dtype = config.model.moe, _DTYPES[config.train.dtype]
     kernel = "loop"
     if moe is not None:
-        kernel = choose_experts_kernel(device.type, dtype, num_experts=moe.num_experts, d_ff=moe.d_ff)
+        kernel = choose_experts_kernel(device.type, dtype, cpu_vendor=runtime.cpu_vendor(), d_ff=moe.d_ff)
     return config.model_copy(update={"parallel": config.parallel.model_copy(update={"experts_kernel": kernel})})
 
 

@@ -17,6 +17,7 @@ from trainer.experiment import ExperimentConfig
 from trainer.loop import fit
 from trainer.metrics.console import Console
 from trainer.metrics.jsonl import read_jsonl
+from trainer.metrics.readable import visible
 from trainer.metrics.streaming import Utf8Streamer
 from trainer.metrics.summary import DomainScore, ExpertCounts, RunSummary
 from trainer.models.generation import generate
@@ -94,10 +95,12 @@ def generate_text(config: ExperimentConfig, folder: RunFolder, options: Generate
         generator=torch.Generator().manual_seed(options.seed),
         stop_token=tokenizer.end_of_document,
     )
+    # On a terminal, bytes that would steer it are shown and not obeyed; a file or pipe gets the text as it is.
+    shown = visible if sys.stdout.isatty() else str
     print(options.prompt, end="", flush=True)
     for token in tokens:
-        print(streamer.feed(tokenizer.decode([token])), end="", flush=True)
-    print(streamer.flush())
+        print(shown(streamer.feed(tokenizer.decode([token]))), end="", flush=True)
+    print(shown(streamer.flush()))
     return 0
 
 

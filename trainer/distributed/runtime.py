@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +47,15 @@ def has_cpp_compiler() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "g++", "clang++"))
 
 
+def cpu_vendor() -> str:
+    """Return the processor's vendor as it names itself, such as GenuineIntel; empty where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
 def describe() -> dict[str, Any]:
     """Return what environment.json says of this process: versions and hardware, no secrets."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -53,6 +63,7 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
+        "cpu_vendor": cpu_vendor(),
         "gpu": gpu,
         "num_threads": torch.get_num_threads(),
         "world_size": 1,

@@ -168,12 +168,13 @@ class ProgressBar:
         self._console._show_bar(self._bar)
 
     def __enter__(self) -> Self:
-        self.update(0)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if not self._bar.elapsed_s:
+            return  # never updated: there was nothing to do, and nothing was shown
         self._bar.label = self._job  # not of the last part only
         self._bar.elapsed_s = self._console._clock() - self._started_s
         self._console._end_bar(self._bar, is_complete=error is None)

@@ -23,7 +23,11 @@ class Experts(nn.Module):
         self.w_in = nn.Parameter(torch.empty(num_experts, width, d_model))  # (E, H, D)
         self.w_out = nn.Parameter(torch.empty(num_experts, d_model, d_ff))  # (E, D, F)
         self.activation, self.kernel = activation, kernel
+        self.is_compiled = False
+        """Compile what runs between the products, where the kernel can."""
 
     def forward(self, x: Tensor, rows_per_expert: Tensor) -> Tensor:
         """Apply expert e to its rows of x (R, D); rows_per_expert (E_local,) sums to R."""
-        return run_experts(self.kernel, x, rows_per_expert, self.w_in, self.w_out, self.activation)
+        return run_experts(
+            self.kernel, x, rows_per_expert, self.w_in, self.w_out, self.activation, is_compiled=self.is_compiled
+        )

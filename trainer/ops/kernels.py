@@ -4,35 +4,75 @@ A choice that is timed when the run starts differs between two starts of one run
 resumed run would no longer be the run it continues.
 """
 
+from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from trainer.ops import expert_ffn, fused_ffn
+from trainer.ops import expert_ffn
 from trainer.ops.expert_ffn import Activation
+from trainer.ops.fused_ffn import (
+    ROWS_MULTIPLE,
+    FusedParts,
+    activate,
+    activate_backward,
+    fused,
+    has_onednn_product,
+    onednn_product,
+    product,
+)
 
-ExpertsKernel = Literal["loop", "padded", "grouped", "fused"]
+ExpertsKernel = Literal["loop", "padded", "grouped", "fused", "fused_onednn"]
 
 _KERNELS = {
     "loop": expert_ffn.loop,
     "padded": expert_ffn.padded,
     "grouped": expert_ffn.grouped,
-    "fused": fused_ffn.fused,
 }
 
 
 def run_experts(
-    kernel: ExpertsKernel, x: Tensor, rows_per_expert: Tensor, w_in: Tensor, w_out: Tensor, activation: Activation
+    kernel: ExpertsKernel,
+    x: Tensor,
+    rows_per_expert: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    activation: Activation,
+    *,
+    is_compiled: bool = False,
 ) -> Tensor:
-    """Run the named kernel; arguments and result as in `expert_ffn`."""
+    """Run the named kernel; arguments and result as in `expert_ffn`.
+
+    `is_compiled` compiles the activation between the products of the fused kernels, once for all layers and sizes.
+    """
+    if kernel in ("fused", "fused_onednn"):
+        parts = _fused_parts(kernel == "fused_onednn", is_compiled, x.device.type, x.dtype)
+        return fused(x, rows_per_expert, w_in, w_out, activation, parts)
     return _KERNELS[kernel](x, rows_per_expert, w_in, w_out, activation)
 
 
-def choose_experts_kernel(device: str, dtype: torch.dtype, *, num_experts: int, d_ff: int) -> ExpertsKernel:
+@cache
+def _fused_parts(onednn: bool, compiled: bool, device: str, dtype: torch.dtype) -> FusedParts:
+    by_onednn = onednn and device == "cpu" and dtype is torch.float32
+    forward, backward = activate, activate_backward
+    if compiled:
+        forward, backward = torch.compile(forward, dynamic=True), torch.compile(backward, dynamic=True)
+    return FusedParts(
+        product=onednn_product if by_onednn else product,
+        # Torch multiplies bfloat16 by oneDNN as well.
+        rows_multiple=ROWS_MULTIPLE if device == "cpu" and (by_onednn or dtype is torch.bfloat16) else 1,
+        activate=forward,
+        activate_backward=backward,
+    )
+
+
+def choose_experts_kernel(device: str, dtype: torch.dtype, *, cpu_vendor: str, d_ff: int) -> ExpertsKernel:
     """Return what `experts_kernel: auto` means for a device type, compute dtype and shape of one expert."""
     if device == "cpu":
-        return "fused"
+        # MKL is written for Intel's processors; on others oneDNN multiplies float32 faster.
+        other = dtype is torch.float32 and cpu_vendor != "GenuineIntel" and has_onednn_product()
+        return "fused_onednn" if other else "fused"
     # grouped_mm wants rows of 16 bytes and has no float64.
     aligned = d_ff * dtype.itemsize % 16 == 0
     return "grouped" if dtype is torch.bfloat16 and aligned else "loop"

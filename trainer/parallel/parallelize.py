@@ -25,6 +25,8 @@ def parallelize(model: GPT, config: ParallelConfig, *, can_compile: bool) -> GPT
 
 
 def compile_glue(model: GPT) -> None:
-    """Compile everything of a block that is not a mixture: its shapes are fixed, so it is compiled once."""
+    """Compile what surrounds the matrix products: attention with its norms, whose shapes are fixed, and the activation."""
     for block in model.blocks:
         block.attend = torch.compile(block.attend, dynamic=False)
+    for moe in model.moe_layers():
+        moe.experts.is_compiled = True

@@ -43,6 +43,7 @@ def _run(kernel: str, rows: list[int], dtype: torch.dtype, activation: str) -> l
         ("padded", torch.float32, 1e-4),
         ("fused", torch.float32, 1e-4),
         ("grouped", torch.float32, 1e-4),
+        ("fused_onednn", torch.float32, 1e-4),
         # bfloat16 keeps 8 bits: sums of up to 130 rows of size about 5 differ in the last of them
         ("padded", torch.bfloat16, 0.05),
         ("fused", torch.bfloat16, 0.05),
@@ -61,6 +62,7 @@ def test_kernel_equals_the_loop(
 def test_the_automatic_choice_is_a_function_of_device_dtype_and_shape() -> None:
     for device in ("cpu", "cuda"):
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            choices = {choose_experts_kernel(device, dtype, num_experts=8, d_ff=512) for _ in range(3)}
+            choices = {choose_experts_kernel(device, dtype, cpu_vendor="GenuineIntel", d_ff=512) for _ in range(3)}
             assert len(choices) == 1
-    assert choose_experts_kernel("cuda", torch.bfloat16, num_experts=8, d_ff=511) == "loop", "rows of 16 bytes"
+    assert choose_experts_kernel("cuda", torch.bfloat16, cpu_vendor="", d_ff=511) == "loop", "rows of 16 bytes"
+    assert choose_experts_kernel("cpu", torch.float32, cpu_vendor="GenuineIntel", d_ff=512) == "fused"

@@ -8,7 +8,7 @@ from trainer.ops.select import first_top_k
 
 
 def _by_passes(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """k times: the first largest of what is left."""
+    """K times: the first largest of what is left."""
     left, chosen = scores.clone(), []
     for _ in range(k):
         best = left.argmax(dim=-1)

@@ -1,0 +1,334 @@
+"""The command line as a user runs it: train, stop, resume, break things, read one line that says what to do."""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+CONFIG = """\
+name: tiny
+seed: 3
+model:
+  num_layers: 2
+  d_model: 32
+  num_heads: 2
+  d_ff: 64
+  seq_len: 32
+  moe: {num_experts: 4, d_ff: 32, router: {kind: bias_balanced, jitter: 0.1}, capacity: {factor: 1.5}}
+data:
+  sources: [{kind: text, path: text.txt, domain: prose}]
+schedule: {kind: warmup_cosine, peak_lr: 1e-2, warmup_steps: 2}
+train: {steps: 20, global_batch_size: 8}
+eval: {every: 10, max_tokens_per_domain: 512}
+parallel: {micro_batch_size: 4}
+checkpoint: {every: 10, keep: 2}
+metrics: {log_every: 1}
+"""
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    """A folder with a config and a text that repeats itself."""
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    (tmp_path / "text.txt").write_text("It was a bright cold day in April, and the clocks were striking. " * 200)
+    return tmp_path
+
+
+def _command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "trainer", *arguments]
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def run(workplace: Path, *arguments: str, limit_bytes: int | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a verb; `limit_bytes` is the largest file it may write, which is how a full disk looks from a file."""
+
+    def limit() -> None:
+        if limit_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+
+    return subprocess.run(
+        _command(*arguments),
+        cwd=workplace,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        preexec_fn=limit,
+    )
+
+
+def refused(result: subprocess.CompletedProcess[str], code: int, *patterns: str) -> None:
+    """Assert an exit code and, for each pattern, one line on standard error; and that nobody sees a traceback."""
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == code, result.stderr
+    assert len(lines) == len(patterns), result.stderr
+    for line, pattern in zip(lines, patterns, strict=True):
+        assert re.search(pattern, line), f"{line!r} does not match {pattern!r}"
+    assert "Traceback" not in result.stdout
+
+
+def metrics(workplace: Path, name: str = "tiny") -> list[dict]:
+    """The training lines of metrics.jsonl, without what depends on the clock."""
+    lines = (workplace / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return [{k: v for k, v in r.items() if k not in ("step_s", "tokens_per_s", "mfu")} for r in records]
+
+
+def checkpoints(workplace: Path) -> Sequence[str]:
+    """Names in the checkpoint folder."""
+    return sorted(p.name for p in (workplace / "runs/tiny/checkpoints").iterdir())
+
+
+def test_a_run_trains_evaluates_saves_and_shows_what_it_learned(workplace: Path) -> None:
+    result = run(workplace, "train", "tiny.yaml")
+    assert result.returncode == 0, result.stderr
+    for words in ("training tiny", "held out", "unigram", "prose", "experts by domain", "sample", "runs/tiny"):
+        assert words in result.stdout
+    records = metrics(workplace)
+    training = [r for r in records if "loss" in r]
+    assert [r["step"] for r in training] == list(range(1, 21))
+    assert training[-1]["loss"] < training[0]["loss"] - 0.5
+    expected = {"step", "tokens", "loss", "balance_loss", "z_loss", "grad_norm", "lr", "drop_rate", "load_imbalance"}
+    assert expected | {"dead_experts", "router_entropy", "skipped_steps"} == set(training[0])
+    evaluations = [r for r in records if "eval/loss" in r]
+    assert [r["step"] for r in evaluations] == [10, 20]
+    assert {"eval/bits_per_byte", "eval/loss_capacity", "eval/prose/loss"} <= set(evaluations[0])
+    assert checkpoints(workplace) == ["step_00000010", "step_00000020"]
+    folder = workplace / "runs/tiny"
+    assert json.loads((folder / "environment.json").read_text())["world_size"] == 1
+    assert "experts_kernel: auto" not in (folder / "config.yaml").read_text()
+    routing = json.loads((folder / "routing.jsonl").read_text().splitlines()[0])
+    assert sum(routing["counts"][0]) == 8 * 32 * 2
+
+
+def test_a_run_s_own_config_gives_the_same_run(workplace: Path) -> None:
+    assert run(workplace, "train", "tiny.yaml").returncode == 0
+    assert run(workplace, "train", "runs/tiny/config.yaml", "name=again").returncode == 0
+    assert metrics(workplace) == metrics(workplace, "again")
+
+
+def test_ten_steps_and_ten_more_are_twenty_bit_for_bit(workplace: Path) -> None:
+    assert run(workplace, "train", "tiny.yaml", "name=whole").returncode == 0
+    # The schedule must be that of 20 steps in both halves, so the first half is stopped by its checkpoint, not by steps.
+    process = subprocess.Popen(
+        _command("train", "tiny.yaml"), cwd=workplace, env=_environment(), stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "saved" in line:
+            process.kill()  # at any moment after step 10: what was written since is thrown away and done again
+            break
+    process.communicate(timeout=60)
+    result = run(workplace, "train", "tiny.yaml")
+    assert result.returncode == 0 and "resuming from" in result.stdout
+    assert [r for r in metrics(workplace) if "loss" in r] == [r for r in metrics(workplace, "whole") if "loss" in r]
+    whole, halves = (
+        json.loads((workplace / "runs" / n / "checkpoints/step_00000020/manifest.json").read_text())["files"]
+        for n in ("whole", "tiny")
+    )
+    assert whole == halves, "the hashes of the weights and moments"
+
+
+def test_ctrl_c_saves_and_the_run_goes_on(workplace: Path) -> None:
+    assert run(workplace, "train", "tiny.yaml", "name=whole", "train.steps=200", "eval.every=null").returncode == 0
+    arguments = ("train", "tiny.yaml", "train.steps=200", "eval.every=null", "checkpoint.every=null")
+    process = subprocess.Popen(
+        _command(*arguments),
+        cwd=workplace,
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step  15 "):
+            process.send_signal(signal.SIGINT)
+            break
+    output, error = process.communicate(timeout=100)
+    assert process.returncode == 75, error
+    assert "stopped by SIGINT" in output and error == ""
+    assert len(checkpoints(workplace)) == 1
+    assert run(workplace, *arguments).returncode == 0
+    whole = [r["loss"] for r in metrics(workplace, "whole") if "loss" in r]
+    assert [r["loss"] for r in metrics(workplace) if "loss" in r] == whole
+
+
+def test_a_finished_run_says_so_and_trains_no_further(workplace: Path) -> None:
+    assert run(workplace, "train", "tiny.yaml", "train.steps=5").returncode == 0
+    before = metrics(workplace)
+    again = run(workplace, "train", "tiny.yaml", "train.steps=5")
+    assert again.returncode == 0 and "resuming from" in again.stdout
+    assert metrics(workplace) == before
+
+
+def test_eval_and_generate_read_a_run_folder(workplace: Path) -> None:
+    assert run(workplace, "train", "tiny.yaml").returncode == 0
+    result = run(workplace, "eval", "runs/tiny", "--json")
+    assert result.returncode == 0, result.stderr
+    numbers = json.loads(result.stdout.splitlines()[-1])
+    logged = [r for r in metrics(workplace) if "eval/loss" in r][-1]
+    assert numbers["eval/loss"] == logged["eval/loss"] and numbers["step"] == 20
+    texts = [
+        run(workplace, "generate", "tiny.yaml", "--prompt", "It was", "--max-tokens", "40", "--seed", seed)
+        for seed in ("1", "1", "2")
+    ]
+    assert all(t.returncode == 0 and t.stdout.startswith("It was") for t in texts), texts[0].stderr
+    assert texts[0].stdout == texts[1].stdout != texts[2].stdout
+    greedy = run(workplace, "generate", "runs/tiny", "--greedy", "--step", "10")
+    assert greedy.returncode == 0
+    refused(run(workplace, "generate", "runs/tiny", "--step", "7"), 4, r"has no checkpoint of step 7; it has 10, 20")
+    refused(run(workplace, "generate", "runs/tiny", "--top-p", "2"), 2, r"0 < --top-p <= 1")
+
+
+BAD_CONFIGS = {
+    "unknown key": (["model.moe.num_expert=4"], r"num_expert: unknown key; did you mean num_experts\?"),
+    "more experts per token than experts": (
+        ["model.moe.router={top_k: 9}"],
+        r"router\.top_k: 9 is more than num_experts 4",
+    ),
+    "a router without gradient": (
+        ["model.moe.router={kind: top_k, top_k: 1}"],
+        r"normalize: true with top_k 1 .*set normalize: false",
+    ),
+    "negative capacity": (["model.moe.capacity.factor=-1"], r"capacity\.factor: must be more than 0, got -1"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD_CONFIGS.values(), ids=BAD_CONFIGS.keys())
+def test_a_bad_config_is_one_line_and_exit_2(workplace: Path, overrides: list[str], message: str) -> None:
+    refused(run(workplace, "train", "tiny.yaml", *overrides), 2, message)
+    assert not (workplace / "runs").exists()
+
+
+BAD_TEXTS = {
+    "missing": (None, r"text\.txt: .*(no such file|not found|does not exist)"),
+    "empty": (b"", r"text\.txt: .*empty"),
+    "not UTF-8": (b"fine so far \xff\xfe and then not\n" * 50, r"text\.txt:1: byte 0xff at offset 12 is not UTF-8"),
+    "too short": (b"short", r"prose"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_TEXTS.values(), ids=BAD_TEXTS.keys())
+def test_a_bad_text_is_one_line_and_exit_3(workplace: Path, content: bytes | None, message: str) -> None:
+    (workplace / "text.txt").unlink()
+    if content is not None:
+        (workplace / "text.txt").write_bytes(content)
+    refused(run(workplace, "train", "tiny.yaml"), 3, message)
+
+
+def _damage_newest(workplace: Path) -> Path:
+    newest = sorted((workplace / "runs/tiny/checkpoints").iterdir())[-1]
+    file = next(newest.glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-7] ^= 4
+    file.write_bytes(data)
+    return newest
+
+
+def test_a_corrupted_checkpoint_is_passed_over_or_exit_4_and_nothing_is_lost(workplace: Path) -> None:
+    assert run(workplace, "train", "tiny.yaml").returncode == 0
+    weights = (workplace / "runs/tiny/checkpoints/step_00000020/manifest.json").read_text()
+    _damage_newest(workplace)
+    refused(run(workplace, "eval", "runs/tiny", "--step", "20"), 4, r"step_00000020.*is damaged \(its SHA-256")
+    result = run(workplace, "train", "tiny.yaml")
+    assert result.returncode == 0 and "resuming from step 10 instead" in result.stdout
+    again = (workplace / "runs/tiny/checkpoints/step_00000020/manifest.json").read_text()
+    assert json.loads(again)["files"] == json.loads(weights)["files"], "done again, bit for bit"
+
+    for step in (workplace / "runs/tiny/checkpoints").iterdir():
+        (step / "manifest.json").write_text("{}")
+    before = checkpoints(workplace)
+    refused(run(workplace, "train", "tiny.yaml"), 4, r"step_00000020.*step_00000010.*no other checkpoint is left")
+    assert checkpoints(workplace) == before
+
+
+def test_a_run_folder_of_a_different_model_is_refused_and_left_alone(workplace: Path) -> None:
+    assert run(workplace, "train", "tiny.yaml").returncode == 0
+    before = metrics(workplace)
+    result = run(workplace, "train", "tiny.yaml", "model.d_model=64", "model.moe.num_experts=8")
+    refused(result, 2, r"runs/tiny: was written with model\.d_model 32, the config has 64", r"num_experts 4.*has 8")
+    assert metrics(workplace) == before
+    (workplace / "runs/tiny/config.yaml").unlink()  # even without its config, the checkpoint tells
+    refused(run(workplace, "train", "tiny.yaml", "model.d_model=64"), 4, r"written by a different model")
+
+
+def test_a_run_on_other_text_is_refused(workplace: Path) -> None:
+    assert run(workplace, "train", "tiny.yaml").returncode == 0
+    (workplace / "text.txt").write_text("Another text altogether, long enough to be cut into rows. " * 100)
+    refused(run(workplace, "train", "tiny.yaml", "train.steps=25"), 3, r"was trained on other text")
+
+
+def test_a_changed_learning_rate_is_a_warning(workplace: Path) -> None:
+    assert run(workplace, "train", "tiny.yaml").returncode == 0
+    result = run(workplace, "train", "tiny.yaml", "train.steps=25", "schedule.peak_lr=5e-3")
+    assert result.returncode == 0 and "schedule.peak_lr was 0.01" in result.stdout
+
+
+def test_a_full_disk_while_saving_leaves_older_checkpoints_and_exits_7(workplace: Path) -> None:
+    first = run(workplace, "train", "tiny.yaml", "train.steps=10", "schedule.warmup_steps=2")
+    assert first.returncode == 0
+    size = max(f.stat().st_size for f in (workplace / "runs/tiny/checkpoints/step_00000010").iterdir())
+    result = run(workplace, "train", "tiny.yaml", "checkpoint.every=5", limit_bytes=size - 1)
+    assert "step 15 not saved" in result.stdout and "Training goes on" in result.stdout
+    refused(result, 7, r"step 20 not saved: .*earlier checkpoints are intact: make room and start the run again")
+    assert checkpoints(workplace) == ["step_00000010"]
+    assert run(workplace, "train", "tiny.yaml").returncode == 0, "with room again, the run is finished"
+
+
+def test_two_runs_cannot_write_into_one_folder(workplace: Path) -> None:
+    process = subprocess.Popen(
+        _command("train", "tiny.yaml", "train.steps=5000", "eval.every=null"),
+        cwd=workplace,
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        while "step" not in process.stdout.readline():
+            time.sleep(0.01)
+        refused(
+            run(workplace, "train", "tiny.yaml", "train.steps=5000"),
+            2,
+            r"runs/tiny: .* process \d+ is training into it",
+        )
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_without_a_compiler_compile_says_so_once_and_goes_on(workplace: Path) -> None:
+    empty = workplace / "bin"
+    empty.mkdir()
+    result = subprocess.run(
+        _command("train", "tiny.yaml", "parallel.compile=true", "train.steps=5"),
+        cwd=workplace,
+        env={**_environment(), "PATH": str(empty), "CXX": ""},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("needs a C++ compiler") == 1
+
+
+def test_config_verbs_show_compare_and_describe(workplace: Path) -> None:
+    shown = run(workplace, "config", "show", "tiny.yaml", "train.steps=7")
+    assert shown.returncode == 0 and "steps: 7" in shown.stdout and "z_loss_coef" in shown.stdout
+    (workplace / "other.yaml").write_text(shown.stdout)
+    difference = run(workplace, "config", "diff", "tiny.yaml", "other.yaml")
+    assert difference.stdout.strip() == "train.steps: 20 -> 7"
+    schema = json.loads(run(workplace, "config", "schema").stdout)
+    assert "model" in schema["properties"]
