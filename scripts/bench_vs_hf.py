@@ -1,12 +1,12 @@
-"""Training throughput against Hugging Face's Mixtral of the same shape, and against a dense model of the same active size.
+"""Training throughput against Hugging Face's Mixtral of the same shape and a dense model of the same active size.
 
     python scripts/bench_vs_hf.py [--rounds 12] [--dtype float32 bfloat16]
 
-One process for each contestant, all alive at once; in every round each takes one optimizer step in turn while the others
-wait, so that a drift of the machine's speed reaches all of them. Every contestant trains float32 weights with AdamW on new
-random tokens each step (routing changes, as in real training), clips its gradient, and uses the same memory allocator
-settings and threads. The first steps, which compile, are not counted. Printed: the median of each, and the median over rounds
-of the ratio to ours in the same round.
+One process for each contestant, all alive at once; in every round each takes one optimizer step in turn while the
+others wait, so that a drift of the machine's speed reaches all of them. Every contestant trains float32 weights with
+AdamW on new random tokens each step (routing changes, as in real training), clips its gradient, and uses the same
+memory allocator settings and threads. The first steps, which compile, are not counted. Printed: the median of each, and
+the median over rounds of the ratio to ours in the same round.
 """
 
 import argparse
@@ -161,7 +161,7 @@ def turnout(name: str, dtype: str) -> tuple[Callable, str]:
 
 
 def hugging_face(name: str, dtype: str) -> tuple[Callable, str]:
-    """Return the training step of transformers' Mixtral: same shape, same losses, same optimizer, autocast for bfloat16."""
+    """Return the training step of transformers' Mixtral: same shape, losses and optimizer, autocast for bfloat16."""
     import torch
     from transformers import MixtralConfig, MixtralForCausalLM
 

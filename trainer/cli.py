@@ -1,4 +1,7 @@
-"""The command line: one verb, one short function. Parses, loads the config, calls; torch is imported once that went well."""
+"""The command line: one verb, one short function.
+
+Parses, loads the config, calls; torch is imported once that went well.
+"""
 
 import argparse
 import json

@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from trainer.config.base import Config, Problem
 from trainer.data.config import DataConfig
+from trainer.data.sources.registry import InstalledSourceConfig
 from trainer.engine.registry import EngineConfig, NativeEngineConfig
 from trainer.models.config import ModelConfig
 from trainer.optim.registry import AdamWConfig, OptimConfig, ScheduleConfig, WarmupCosineConfig
@@ -94,6 +95,10 @@ class ExperimentConfig(Config):
             yield Problem(
                 "schedule.warmup_steps", f"{warmup} does not fit in train.steps {steps}; use at most {steps - 1}"
             )
-        domains = [d for source in self.data.sources for d in getattr(source, "domains", None) or [source.domain]]
+        domains = [
+            domain
+            for source in self.data.sources
+            for domain in (source.domains if isinstance(source, InstalledSourceConfig) else [source.domain])
+        ]
         for domain in sorted({d for d in domains if domains.count(d) > 1}):
             yield Problem("data.sources", f"two sources are of domain {domain}; give each its own `domain`")

@@ -54,7 +54,10 @@ def train_run(config: ExperimentConfig, folder: RunFolder, *, warnings: Sequence
 
 
 def evaluate_checkpoint(config: ExperimentConfig, folder: RunFolder, *, step: int | None) -> dict[str, float]:
-    """Evaluate a checkpoint on the whole held-out text (or `eval.max_tokens_per_domain`), show it and return its numbers."""
+    """Evaluate a checkpoint on the held-out text, show the result and return its numbers.
+
+    The whole text is read, or `eval.max_tokens_per_domain` of it.
+    """
     console = Console(file=sys.stderr)
     with console.progress_bar("reading text") as bar:
         corpus = build_corpus(config.data, progress=bar)
@@ -123,7 +126,8 @@ def _header(run: Run) -> list[str | tuple[str, str]]:
         ("text", text),
         (
             "steps",
-            f"{config.train.steps} of {tokens} tokens, {config.train.dtype}, experts by {config.parallel.experts_kernel}",
+            f"{config.train.steps} of {tokens} tokens, {config.train.dtype}, "
+            f"experts by {config.parallel.experts_kernel}",
         ),
         ("folder", str(run.folder.path)),
     ]

@@ -120,7 +120,8 @@ def test_a_run_s_own_config_gives_the_same_run(workplace: Path) -> None:
 
 def test_ten_steps_and_ten_more_are_twenty_bit_for_bit(workplace: Path) -> None:
     assert run(workplace, "train", "tiny.yaml", "name=whole").returncode == 0
-    # The schedule must be that of 20 steps in both halves, so the first half is stopped by its checkpoint, not by steps.
+    # The schedule must be that of 20 steps in both halves,
+    # so the first half is stopped by its checkpoint, not by steps.
     process = subprocess.Popen(
         _command("train", "tiny.yaml"), cwd=workplace, env=_environment(), stdout=subprocess.PIPE, text=True
     )

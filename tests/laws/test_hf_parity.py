@@ -39,6 +39,7 @@ def test_balance_loss_and_its_gradient_equal_mixtral_s(num_experts: int, top_k: 
     theirs = 0.02 * load_balancing_loss_func(
         (routed.logits,), num_experts, top_k, attention_mask=valid.long() if padded else None
     )
+    assert isinstance(theirs, torch.Tensor)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
     weight = router.gate.weight
     (our_gradient,) = torch.autograd.grad(ours, weight, retain_graph=True)

@@ -10,6 +10,8 @@ from trainer.moe.dispatch.local import LocalDispatcher
 from trainer.moe.experts import Experts
 from trainer.moe.layer import MoELayer
 from trainer.moe.losses import Denominators, balance_loss, objective, z_loss
+from trainer.ops.expert_ffn import Activation
+from trainer.ops.kernels import ExpertsKernel
 
 NUM_ROWS, SEQ_LEN, D_MODEL, NUM_EXPERTS, D_FF = 3, 5, 6, 4, 7
 TOLERANCE = 1e-10
@@ -24,7 +26,7 @@ ROUTERS = [
 ]
 
 
-def _layer(router: dict, activation: str, kernel: str) -> MoELayer:
+def _layer(router: dict, activation: Activation, kernel: ExpertsKernel) -> MoELayer:
     config = moe_config(num_experts=NUM_EXPERTS, d_ff=D_FF, router=router)
     layer = MoELayer(
         router=config.router.build(d_model=D_MODEL, num_experts=NUM_EXPERTS, layer=0),
@@ -50,7 +52,7 @@ def _oracle(layer: MoELayer, x: torch.Tensor, valid: torch.Tensor, router: dict)
     is_dense = router["kind"] == "dense"
     return reference.route(
         x.flatten(0, 1),
-        layer.router.gate.weight,
+        layer.router.get_parameter("gate.weight"),
         valid,
         top_k=NUM_EXPERTS if is_dense else router["top_k"],
         score=router.get("score", "sigmoid" if router["kind"] == "bias_balanced" else "softmax"),
@@ -77,7 +79,9 @@ def _assert_same(mine: torch.Tensor, oracle: torch.Tensor, layer: MoELayer, x: t
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 @pytest.mark.parametrize("kernel", ["loop", "padded", "fused"])
 @pytest.mark.parametrize("router", ROUTERS, ids=str)
-def test_layer_output_equals_a_loop_over_tokens_and_experts(router: dict, kernel: str, activation: str) -> None:
+def test_layer_output_equals_a_loop_over_tokens_and_experts(
+    router: dict, kernel: ExpertsKernel, activation: Activation
+) -> None:
     layer, (x, valid) = _layer(router, activation, kernel), _tokens_and_valid()
     y, _ = layer(x, make_context(NUM_ROWS, SEQ_LEN, valid))
     oracle = reference.moe_output(
@@ -152,7 +156,10 @@ def test_global_counts_replace_this_micro_batch_s_own(router: dict) -> None:
     total = stats.counts.sum(0) + elsewhere
     mine = balance_loss(stats, BalanceConfig(scope="global_batch"), global_counts=total)
     p_sum = torch.stack([routed.probs[t] for t in range(len(valid)) if valid[t]]).sum(0)
-    oracle = sum(NUM_EXPERTS * (int(total[e]) / int(total.sum())) * p_sum[e] for e in range(NUM_EXPERTS))
+    oracle = sum(
+        (NUM_EXPERTS * (int(total[e]) / int(total.sum())) * p_sum[e] for e in range(NUM_EXPERTS)),
+        torch.zeros((), dtype=torch.float64),
+    )
     _assert_same(mine, oracle, layer, x)
 
 
@@ -160,7 +167,7 @@ def test_z_loss_leaves_the_selection_bias_out() -> None:
     layer, (x, valid) = _layer({"kind": "bias_balanced", "top_k": 2}, "swiglu", "loop"), _tokens_and_valid()
     context = make_context(NUM_ROWS, SEQ_LEN, valid)
     before = z_loss(layer(x, context)[1])
-    layer.router.bias += torch.tensor([3.0, -3.0, 0.5, 0.0])
+    layer.router.get_buffer("bias").add_(torch.tensor([3.0, -3.0, 0.5, 0.0]))
     assert torch.equal(before, z_loss(layer(x, context)[1]))
 
 
@@ -169,7 +176,7 @@ def test_z_loss_leaves_the_selection_bias_out() -> None:
 def test_an_even_load_with_even_probabilities_gives_one_per_token(scope: str, top_k: int) -> None:
     router = {"kind": "top_k", "top_k": top_k, "normalize": False}
     layer = _layer(router, "swiglu", "loop")
-    layer.router.gate.weight.data.zero_()
+    layer.router.get_parameter("gate.weight").data.zero_()
     _, stats = layer(torch.zeros(2, 4, D_MODEL, dtype=torch.float64), make_context(2, 4))
-    config = BalanceConfig(scope=scope)
+    config = BalanceConfig.model_validate({"scope": scope})
     assert balance_loss(stats, config, global_counts=None).item() == pytest.approx(8.0)

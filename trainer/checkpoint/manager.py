@@ -1,4 +1,4 @@
-"""Which checkpoints there are: saved as a whole or not at all, the newest undamaged one found again, old ones removed."""
+"""Which checkpoints there are: saved whole or not at all, the newest undamaged one found again, old ones removed."""
 
 import errno
 import os
@@ -88,7 +88,8 @@ class Checkpointer:
             return loaded
         if rejected:
             raise CheckpointError(
-                f"{'; '.join(rejected)}; no other checkpoint is left: restore the file, or start a new run with name=..."
+                f"{'; '.join(rejected)}; no other checkpoint is left: "
+                "restore the file, or start a new run with name=..."
             )
         return None
 
@@ -130,6 +131,7 @@ class Checkpointer:
         free = os.statvfs(self.folder)
         free_mb = free.f_bavail * free.f_frsize / 1e6
         return ResourceError(
-            f"{self.folder}: step {step} not saved: {error.strerror} (it needs {needed / 1e6:.0f} MB, {free_mb:.0f} MB are "
-            "free); earlier checkpoints are intact: make room and start the run again"
+            f"{self.folder}: step {step} not saved: {error.strerror} "
+            f"(it needs {needed / 1e6:.0f} MB, {free_mb:.0f} MB are free); "
+            "earlier checkpoints are intact: make room and start the run again"
         )

@@ -94,7 +94,8 @@ def check_belongs(folder: RunFolder, changes: Iterable[tuple[str, Any, Any]]) ->
     for key, old, new in changes:
         if key == "model" or key.startswith(_IDENTITY):
             refused.append(
-                f"{folder.path}: was written with {key} {old}, the config has {new}; set {key}={old}, or use a new name=..."
+                f"{folder.path}: was written with {key} {old}, the config has {new}; "
+                f"set {key}={old}, or use a new name=..."
             )
         elif key.startswith(_LEARNING) and not key.startswith(_HARMLESS):
             warnings.append(f"{key} was {old} in {folder.path} and is now {new}")

@@ -8,7 +8,8 @@ from typing import Self
 class StopRequest:
     """Listens for Ctrl-C and SIGTERM. The handler only sets a flag: the loop looks at it between two steps.
 
-    The second signal is handled as if nobody listened, so an impatient user always gets out; what was saved before stays.
+    The second signal is handled as if nobody listened, so an impatient user always gets out;
+    what was saved before stays.
     """
 
     def __init__(self) -> None:

@@ -156,7 +156,7 @@ class NativeEngine(Engine):
         return grad_norm, not finite
 
     def _counts_before(self, batches: Sequence[Batch], options: RoutingOptions) -> Tensor | None:
-        """Return the (L, E) counts of the whole step that f is made of, or None where each micro-batch's own will do."""
+        """Return the (L, E) counts of the whole step that make up f, or None where each micro-batch's own will do."""
         if self.moe_config is None or self.moe_config.balance.scope != "global_batch":
             return None
         match self.moe_config.balance.counts:
@@ -178,7 +178,7 @@ class NativeEngine(Engine):
             return torch.zeros_like(self.previous_counts)
         return torch.stack([choice_counts(stats, self.moe_config.balance).sum(0) for stats in output.moe])
 
-    def _autocast(self) -> contextlib.AbstractContextManager[None]:
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
         if self.numerics.dtype is not torch.bfloat16:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)

@@ -18,8 +18,10 @@ def routing_metrics(
         entropy_sum: (L,) entropy of the router probabilities, or None.
 
     Returns:
-        drop_rate: dropped over all assignments. load_imbalance: busiest expert over the mean one, of the worst layer; 1 is even.
-        dead_experts: experts without an assignment, over all layers. router_entropy: nats per token, mean over layers.
+        drop_rate: dropped over all assignments.
+        load_imbalance: busiest expert over the mean one, of the worst layer; 1 is even.
+        dead_experts: experts without an assignment, over all layers.
+        router_entropy: nats per token, mean over layers.
     """
     load = counts.double()
     mean = load.mean(-1).clamp(min=1e-12)

@@ -68,7 +68,8 @@ class ModelConfig(Config):
         if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
             yield Problem(
                 "num_kv_heads",
-                f"{self.num_kv_heads} does not divide num_heads {self.num_heads}; use one of {_divisors(self.num_heads)}",
+                f"{self.num_kv_heads} does not divide num_heads {self.num_heads}; "
+                f"use one of {_divisors(self.num_heads)}",
             )
         if self.moe is not None and not self.moe_layers:
             yield Problem(

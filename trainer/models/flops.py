@@ -19,7 +19,7 @@ class ModelSize:
     active_parameters: int
     """Parameters that one token meets: k of E experts, everything else whole (the embedding included)."""
     forward_flops_per_token: int
-    """Multiplications and additions in matrix products, attention scored over all S x S pairs as torch's counter does."""
+    """Multiplications and additions in matrix products; attention scores all S x S pairs, as torch's counter does."""
 
     @property
     def training_flops_per_token(self) -> int:

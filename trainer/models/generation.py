@@ -20,8 +20,8 @@ def generate(
 ) -> Iterator[int]:
     """Yield new token ids until `max_new_tokens` or `stop_token` (which is not yielded).
 
-    Positions beyond the trained row length were never learned, so when the row is full the second half of it becomes the
-    prompt of a fresh cache.
+    Positions beyond the trained row length were never learned, so when the row is full the second half of it becomes
+    the prompt of a fresh cache.
 
     Args:
         model: in evaluation use; dropless and without noise.

@@ -113,8 +113,8 @@ class Attention(nn.Module):
 def attention_dtype(v: Tensor) -> torch.dtype:
     """Return the dtype that attention runs in: the values' own, but float32 instead of bfloat16 on the CPU.
 
-    Torch's CPU kernel gains nothing from bfloat16: forward and backward of 16 x 8 heads of 256 x 32 took 90 ms in it and
-    69 ms in float32, casts included (one thread, AVX-512 with bfloat16 dot products).
+    Torch's CPU kernel gains nothing from bfloat16: forward and backward of 16 x 8 heads of 256 x 32 took 90 ms in it
+    and 69 ms in float32, casts included (one thread, AVX-512 with bfloat16 dot products).
     """
     return torch.float32 if v.device.type == "cpu" and v.dtype is torch.bfloat16 else v.dtype
 
@@ -289,6 +289,9 @@ def parameter_role(name: str) -> Role:
 
 
 def initial_std(name: str, config: ModelConfig) -> float:
-    """Return the standard deviation of a weight's initial values (GPT-2: residual outputs are scaled by 1/sqrt(2 L))."""
+    """Return the standard deviation of a weight's initial values.
+
+    As in GPT-2, residual outputs are scaled by 1/sqrt(2 L).
+    """
     writes_to_residual = name.endswith(("attention.out.weight", "w_out", "w_out.weight"))
     return config.init_std / math.sqrt(2 * config.num_layers) if writes_to_residual else config.init_std

@@ -16,8 +16,8 @@ from trainer.moe.routing import RoutingContext, RoutingDecision
 def expert_capacity(assignments: int, num_experts: int, *, factor: float, minimum: int) -> int:
     """Return C = max(minimum, ceil(factor * assignments / num_experts)).
 
-    With `assignments` = k * S this is GShard's and Megatron's formula for one sequence; DeepSpeed, Tutel, MegaBlocks, OLMo-core
-    and FastMoE each round, scale or scope it differently.
+    With `assignments` = k * S this is GShard's and Megatron's formula for one sequence; DeepSpeed, Tutel, MegaBlocks,
+    OLMo-core and FastMoE each round, scale or scope it differently.
     """
     # A factor such as 1.1 is not exact in binary: 1.1 * 10 must be 11 rows, not 12.
     return max(minimum, math.ceil(factor * assignments / num_experts - 1e-9))
@@ -57,8 +57,8 @@ def _arrival_order(decision: RoutingDecision, capacity: CapacityConfig) -> Tenso
     if capacity.policy == "position":
         return order  # token-major, then slot: the list's own order
     if capacity.policy == "probability":
-        # Two equal tokens at the start of a row have equal weights but for rounding, which the layout can change; compared
-        # to 12 bits they are equal, and the earlier one is kept under every layout.
+        # Two equal tokens at the start of a row have equal weights but for rounding, which the layout can change;
+        # compared to 12 bits they are equal, and the earlier one is kept under every layout.
         weight = (decision.combine_weight.detach() * 4096).round()
         return weight.argsort(descending=True, stable=True)
     if decision.top_k is None:

@@ -44,11 +44,15 @@ class BalanceConfig(Config):
     counts: Literal["exact", "previous_step", "running"] = "exact"
     """Where a global batch's counts come from when it is accumulated.
 
-    `exact`: a pass without gradients first. `previous_step`: the step before, free. `running`: the micro-batches so far, which
-    is what others do and not layout-invariant.
+    `exact`: a pass without gradients first. `previous_step`: the step before, free. `running`: the micro-batches so
+    far, which is what others do and not layout-invariant.
     """
     convention: Literal["canonical", "hf", "megatron", "gshard_first_choice"] = "canonical"
-    """What `coef` means: ours, or as in transformers (k times ours), Megatron (summed over layers), GShard (first choices)."""
+    """What `coef` means: ours (`canonical`), or what it means in another trainer.
+
+    `hf`: as in transformers, k times ours. `megatron`: as in Megatron, summed over layers. `gshard_first_choice`:
+    as in GShard, from first choices only.
+    """
 
     def problems(self) -> Iterator[Problem]:
         """Refuse options that could have no effect."""

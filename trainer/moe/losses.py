@@ -2,8 +2,8 @@
 
     objective = CE_sum / T_g + 1/L sum over MoE layers of (coef_b * B + coef_z * Z) / N_g
 
-T_g counts target tokens and N_g valid routed tokens of the whole optimizer step, over all ranks and micro-batches, so the
-objective of a step is the plain sum of its micro-batches' shares, however it is cut.
+T_g counts target tokens and N_g valid routed tokens of the whole optimizer step, over all ranks and micro-batches, so
+the objective of a step is the plain sum of its micro-batches' shares, however it is cut.
 
 # B sequences, E experts, L MoE layers.
 """
@@ -37,7 +37,10 @@ class Objective:
     loss: Tensor
     """Cross-entropy, nats per target token; no gradient."""
     balance_loss: Tensor | None
-    """Mean over MoE layers, per routed token, without coefficient: 1 when balanced. None without router probabilities."""
+    """Mean over MoE layers, per routed token, without coefficient: 1 when balanced.
+
+    None without router probabilities.
+    """
     z_loss: Tensor | None
     """Mean over MoE layers, per routed token, without coefficient. None without router logits."""
 

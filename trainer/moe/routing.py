@@ -114,4 +114,7 @@ class Router(nn.Module, ABC):
         """Route tokens x (T, D)."""
 
     def update(self, tokens_per_expert: Tensor) -> None:
-        """Learn from the (E,) counts of a whole optimizer step, before drops. Called once after each; default: nothing."""
+        """Learn from the (E,) counts of a whole optimizer step, before drops.
+
+        Called once after each step; does nothing unless overridden.
+        """

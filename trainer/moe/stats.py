@@ -1,4 +1,6 @@
-"""What one MoE layer reports of one forward pass: sums, per row of the batch. Nothing here is reduced over rows or ranks.
+"""What one MoE layer reports of one forward pass: sums, per row of the batch.
+
+Nothing here is reduced over rows or ranks.
 
 # B sequences, T = B * S tokens, A assignments, E experts.
 """

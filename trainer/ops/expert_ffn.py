@@ -38,7 +38,10 @@ def loop(x: Tensor, rows_per_expert: Tensor, w_in: Tensor, w_out: Tensor, activa
 
 
 def padded(x: Tensor, rows_per_expert: Tensor, w_in: Tensor, w_out: Tensor, activation: Activation) -> Tensor:
-    """Batched products over groups padded to the busiest one's length: (E, M, D). For even loads and many small experts."""
+    """Batched products over groups padded to the busiest one's length: (E, M, D).
+
+    For even loads and many small experts.
+    """
     num_experts, width = w_in.shape[0], int(rows_per_expert.max())  # waits for the device
     start = rows_per_expert.cumsum(0) - rows_per_expert
     expert = torch.repeat_interleave(torch.arange(num_experts, device=x.device), rows_per_expert, output_size=len(x))

@@ -1,9 +1,9 @@
 """The experts' feed-forward as one autograd node: weight gradients are written in place, group sizes are rounded up.
 
 Plain autograd spends its time beside the products: the backward of `w[e]` makes a full-size tensor of zeros for every
-expert and adds them up, and on the CPU a bfloat16 product of a size not met before first builds a kernel for it (2 to 4 ms,
-more than the product itself), while routing gives new sizes every step. Here one expert's rows go through both layers
-before the next one's, so that what lies between them stays in the cache.
+expert and adds them up, and on the CPU a bfloat16 product of a size not met before first builds a kernel for it (2 to
+4 ms, more than the product itself), while routing gives new sizes every step. Here one expert's rows go through both
+layers before the next one's, so that what lies between them stays in the cache.
 
 # R rows, Rp >= R rows with padding, E experts, D d_model, F d_ff, H width before the activation.
 """
@@ -59,7 +59,10 @@ def onednn_product(x: Tensor, w: Tensor) -> Tensor:
 
 
 def has_onednn_product() -> bool:
-    """Tell whether this build of torch has `onednn_product`: the operator is what torch.compile itself uses, not public."""
+    """Tell whether this build of torch has `onednn_product`.
+
+    The operator is what torch.compile itself uses, not public.
+    """
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -106,6 +109,7 @@ class _FusedFFN(torch.autograd.Function):
         return y
 
     @staticmethod
+    # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, Tensor, Tensor, None, None]:
         groups, parts, count = ctx.groups, ctx.parts, len(ctx.groups)
         w_in, w_out, *saved = ctx.saved_tensors

@@ -1,7 +1,7 @@
 """Counter-based noise: a pure function of integer keys, so it does not know the layout, the step order or the device.
 
-Integers are 32-bit values held in int64 tensors: torch has no unsigned arithmetic on every device, and a product of two 32-bit
-values keeps its low 32 bits in int64 even where it wraps.
+Integers are 32-bit values held in int64 tensors: torch has no unsigned arithmetic on every device, and a product of two
+32-bit values keeps its low 32 bits in int64 even where it wraps.
 """
 
 import hashlib

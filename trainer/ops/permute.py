@@ -1,6 +1,7 @@
 """Moving token rows into expert order and back, with the backward written out.
 
-Autograd's own backward of `x[index]` adds rows one by one; here every token's rows are known, so it is a gather as well.
+Autograd's own backward of `x[index]` adds rows one by one;
+here every token's rows are known, so it is a gather as well.
 
 # T tokens, k slots per token, A = T * k assignments, R <= A rows, D width.
 # row_of_slot (T, k): the row that assignment (t, slot) became, or R if it has none (dropped, or not valid).
@@ -26,6 +27,7 @@ class _GatherRows(torch.autograd.Function):
         return x.index_select(0, token_of_row)  # (R, D)
 
     @staticmethod
+    # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None]:
         (row_of_slot,) = ctx.saved_tensors
         grad_rows = _with_zero_row(grad_rows, row_of_slot)
@@ -46,6 +48,7 @@ class _CombineRows(torch.autograd.Function):
         return out
 
     @staticmethod
+    # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rows, weight, token_of_row, row_of_slot = ctx.saved_tensors
         num_rows = rows.shape[0]

@@ -13,7 +13,8 @@ def build_adamw(
 ) -> torch.optim.AdamW:
     """Make the optimizer; its learning rate is set before every step.
 
-    Which parameters decay goes by their role and not by their number of dimensions: stacked expert biases would have two.
+    Which parameters decay goes by their role and not by their number of dimensions:
+    stacked expert biases would have two.
     """
     groups = [
         {"params": list(decayed), "weight_decay": config.weight_decay},

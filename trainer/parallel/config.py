@@ -18,6 +18,6 @@ class ParallelConfig(Config):
     dispatcher: DispatcherConfig = LocalDispatcherConfig()
     """How rows reach their experts."""
     experts_kernel: Literal["auto", "loop", "padded", "grouped", "fused", "fused_onednn"] = "auto"
-    """How the experts are multiplied. `auto` is resolved from a table of measurements and recorded in the run folder."""
+    """How experts are multiplied. `auto` is resolved from a table of measurements and recorded in the run folder."""
     compile: bool = False
     """Compile norms, rotary positions and attention with torch.compile; needs a C++ compiler on the CPU."""

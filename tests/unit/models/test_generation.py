@@ -8,10 +8,10 @@ from trainer.models.generation import generate
 from trainer.models.sampling import SamplingOptions
 
 
-def _text(seed: int = 0, count: int = 20, stop: int | None = None, **options: float) -> list[int]:
+def _text(seed: int = 0, count: int = 20, stop: int | None = None, temperature: float = 1.0) -> list[int]:
     model = make_model(tiny_model_config())
     generator = torch.Generator().manual_seed(seed)
-    sampling = SamplingOptions(**options)
+    sampling = SamplingOptions(temperature=temperature)
     return list(generate(model, [1, 2], max_new_tokens=count, options=sampling, generator=generator, stop_token=stop))
 
 

@@ -26,8 +26,8 @@ def _model(shape: dict) -> GPT:
     return make_model(tiny_model_config(shape.pop("moe", None), **shape), dtype=torch.float64)
 
 
-def _logits(model: GPT, batch: Batch, options: RoutingOptions = RoutingOptions()) -> torch.Tensor:
-    logits = model(batch, options, want_logits=True).logits
+def _logits(model: GPT, batch: Batch) -> torch.Tensor:
+    logits = model(batch, want_logits=True).logits
     assert logits is not None
     return logits
 
@@ -75,9 +75,12 @@ def test_loss_is_a_sum_over_targets_in_nats() -> None:
     logits = _logits(model, batch)
     by_hand = [
         sum(
-            -torch.log_softmax(logits[b, s], -1)[batch.targets[b, s]]
-            for s in range(8)
-            if batch.loss_mask[b, s] and batch.valid[b, s]
+            (
+                -torch.log_softmax(logits[b, s], -1)[batch.targets[b, s]]
+                for s in range(8)
+                if batch.loss_mask[b, s] and batch.valid[b, s]
+            ),
+            torch.zeros((), dtype=torch.float64),
         )
         for b in range(2)
     ]

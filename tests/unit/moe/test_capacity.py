@@ -145,7 +145,7 @@ def test_filling_takes_no_place() -> None:
 @pytest.mark.parametrize("policy", ["position", "choice_major", "probability"])
 def test_only_the_position_policy_is_causal(policy: str) -> None:
     """Change the last token's experts; what happens to the ones before may not depend on it."""
-    config = CapacityConfig(factor=0.5, min=1, policy=policy)
+    config = CapacityConfig.model_validate({"factor": 0.5, "min": 1, "policy": policy})
     early = [[1, 0], [0, 1], [1, 0]]
     weights = [[0.6, 0.4], [0.7, 0.3], [0.55, 0.45]]
     kept = []

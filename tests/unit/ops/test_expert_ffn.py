@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from trainer.ops.kernels import choose_experts_kernel, run_experts
+from trainer.ops.expert_ffn import Activation
+from trainer.ops.kernels import ExpertsKernel, choose_experts_kernel, run_experts
 
 GROUPS = {
     "even": [4, 4, 4, 4],
@@ -16,7 +17,7 @@ GROUPS = {
 D_MODEL, D_FF = 16, 24
 
 
-def _run(kernel: str, rows: list[int], dtype: torch.dtype, activation: str) -> list[torch.Tensor]:
+def _run(kernel: ExpertsKernel, rows: list[int], dtype: torch.dtype, activation: Activation) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
     width = 2 * D_FF if activation == "swiglu" else D_FF
     weights = torch.float64 if dtype is torch.float64 else torch.float32
@@ -52,7 +53,7 @@ def _run(kernel: str, rows: list[int], dtype: torch.dtype, activation: str) -> l
     ids=str,
 )
 def test_kernel_equals_the_loop(
-    kernel: str, dtype: torch.dtype, tolerance: float, rows: list[int], activation: str
+    kernel: ExpertsKernel, dtype: torch.dtype, tolerance: float, rows: list[int], activation: Activation
 ) -> None:
     for mine, oracle in zip(_run(kernel, rows, dtype, activation), _run("loop", rows, dtype, activation), strict=True):
         scale = max(1.0, float(oracle.abs().max()) if oracle.numel() else 1.0)

@@ -75,7 +75,7 @@ def test_gradients_pass_gradcheck_with_dropped_slots() -> None:
 
 
 def test_a_token_s_rows_are_summed_in_slot_order() -> None:
-    """1e16 + 1 - 1e16 is 0 or 1 in float64, depending on the order: the order must be the slots', whatever the rows'."""
+    """1e16 + 1 - 1e16 is 0 or 1 in float64, depending on the order: it must be the slots' order, whatever the rows'."""
     decision = RoutingDecision.from_top_k(
         torch.tensor([[2, 0, 1]]), torch.ones(1, 3, dtype=torch.float64), num_experts=3, valid=torch.tensor([True])
     )

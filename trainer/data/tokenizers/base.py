@@ -19,13 +19,17 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> NDArray[np.integer]:
-        """Return the ids of `text`, without an end of document, in the smallest unsigned dtype that holds the vocabulary."""
+        """Return the ids of `text`, without an end of document.
+
+        The dtype is the smallest unsigned one that holds the vocabulary.
+        """
 
     @abstractmethod
     def decode(self, tokens: Iterable[int]) -> bytes:
         """Return the bytes of `tokens`; an end of document gives none.
 
-        Decoding is concatenation: no token needs its neighbours."""
+        Decoding is concatenation: no token needs its neighbours.
+        """
 
     @abstractmethod
     def token_bytes(self) -> NDArray[np.int64]:

@@ -8,9 +8,12 @@ from trainer.moe.routers.top_k import TopKRouter
 
 
 class BiasBalancedRouter(TopKRouter):
-    """Adds a bias to the scores for selection only; after each step it rises for underused experts and falls for busy ones.
+    """Adds a bias to the scores for selection only.
 
-    Source: Wang et al. 2024 (arXiv 2408.15664), sign update; counts are those before drops, over the whole optimizer step.
+    After each step the bias rises for underused experts and falls for busy ones.
+
+    Source: Wang et al. 2024 (arXiv 2408.15664), sign update;
+    counts are those before drops, over the whole optimizer step.
     """
 
     bias: Tensor

@@ -17,8 +17,8 @@ from trainer.ops.select import first_top_k
 class TopKRouter(Router):
     """Scores by softmax or sigmoid, keeps the k best, weighs by the normalised or raw scores.
 
-    Source: Shazeer et al. 2017 (arXiv 1701.06538); sigmoid scores as in DeepSeek-V3 (arXiv 2412.19437), whose 1e-20 in the
-    normalisation is left out: a sigmoid is never 0 in float32 unless its logit is below -100.
+    Source: Shazeer et al. 2017 (arXiv 1701.06538); sigmoid scores as in DeepSeek-V3 (arXiv 2412.19437), whose 1e-20 in
+    the normalisation is left out: a sigmoid is never 0 in float32 unless its logit is below -100.
     """
 
     causal: ClassVar[Causality] = "strict"
@@ -60,6 +60,6 @@ class TopKRouter(Router):
 
 
 def gate_logits(gate: nn.Linear, x: Tensor) -> Tensor:
-    """Return the logits (T, E) of tokens x (T, D) in float32, or float64 if x is; autocast does not reach the router."""
+    """Return logits (T, E) of tokens x (T, D) in float32, or float64 if x is; autocast does not reach the router."""
     with torch.autocast(x.device.type, enabled=False):
         return gate(x.to(gate.weight.dtype))
