@@ -139,7 +139,15 @@ def resolve_kernel(config: ExperimentConfig, device: torch.device) -> Experiment
     moe, dtype = config.model.moe, _DTYPES[config.train.dtype]
     kernel = "loop"
     if moe is not None:
-        kernel = choose_experts_kernel(device.type, dtype, cpu_vendor=runtime.cpu_vendor(), d_ff=moe.d_ff)
+        tokens = config.parallel.micro_batch_size * config.model.seq_len
+        kernel = choose_experts_kernel(
+            device.type,
+            dtype,
+            cpu_vendor=runtime.cpu_vendor(),
+            rows_per_expert=tokens * moe.top_k // moe.num_experts,
+            d_model=config.model.d_model,
+            d_ff=moe.d_ff,
+        )
     return config.model_copy(update={"parallel": config.parallel.model_copy(update={"experts_kernel": kernel})})
 
 

@@ -23,6 +23,9 @@ from trainer.ops.fused_ffn import (
     product,
 )
 
+_MANY_ROWS = 512
+"""From here on the products of one expert outweigh what surrounds them."""
+
 ExpertsKernel = Literal["loop", "padded", "grouped", "fused", "fused_onednn"]
 
 _KERNELS = {
@@ -67,12 +70,26 @@ def _fused_parts(onednn: bool, compiled: bool, device: str, dtype: torch.dtype) 
     )
 
 
-def choose_experts_kernel(device: str, dtype: torch.dtype, *, cpu_vendor: str, d_ff: int) -> ExpertsKernel:
-    """Return what `experts_kernel: auto` means for a device type, compute dtype and shape of one expert."""
-    if device == "cpu":
-        # MKL is written for Intel's processors; on others oneDNN multiplies float32 faster.
-        other = dtype is torch.float32 and cpu_vendor != "GenuineIntel" and has_onednn_product()
-        return "fused_onednn" if other else "fused"
-    # grouped_mm wants rows of 16 bytes and has no float64.
-    aligned = d_ff * dtype.itemsize % 16 == 0
-    return "grouped" if dtype is torch.bfloat16 and aligned else "loop"
+def choose_experts_kernel(
+    device: str, dtype: torch.dtype, *, cpu_vendor: str, rows_per_expert: int, d_model: int, d_ff: int
+) -> ExpertsKernel:
+    """Return what `experts_kernel: auto` means; docs/benchmarks.md has the measurements behind each line.
+
+    Args:
+        device: "cpu" or "cuda".
+        dtype: of the matrix products.
+        cpu_vendor: as the processor names itself.
+        rows_per_expert: in one forward pass, if the load is even.
+        d_model: D.
+        d_ff: F of one expert.
+    """
+    # grouped_mm wants rows of a multiple of 16 bytes.
+    can_group = all(width * dtype.itemsize % 16 == 0 for width in (d_model, d_ff))
+    if device == "cuda":
+        return "grouped" if dtype is torch.bfloat16 and can_group else "loop"
+    if dtype is not torch.float32:
+        return "fused"
+    if rows_per_expert < _MANY_ROWS:
+        return "grouped" if can_group else "fused"
+    # MKL is written for Intel's processors; on others oneDNN multiplies float32 faster.
+    return "fused_onednn" if cpu_vendor != "GenuineIntel" and has_onednn_product() else "fused"

@@ -60,10 +60,28 @@ def test_kernel_equals_the_loop(
         torch.testing.assert_close(mine / scale, oracle / scale, rtol=0, atol=tolerance)
 
 
-def test_the_automatic_choice_is_a_function_of_device_dtype_and_shape() -> None:
-    for device in ("cpu", "cuda"):
-        for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            choices = {choose_experts_kernel(device, dtype, cpu_vendor="GenuineIntel", d_ff=512) for _ in range(3)}
-            assert len(choices) == 1
-    assert choose_experts_kernel("cuda", torch.bfloat16, cpu_vendor="", d_ff=511) == "loop", "rows of 16 bytes"
-    assert choose_experts_kernel("cpu", torch.float32, cpu_vendor="GenuineIntel", d_ff=512) == "fused"
+def _auto(
+    device: str, dtype: torch.dtype, *, cpu_vendor: str = "GenuineIntel", rows: int = 1024, d_ff: int = 512
+) -> ExpertsKernel:
+    return choose_experts_kernel(device, dtype, cpu_vendor=cpu_vendor, rows_per_expert=rows, d_model=256, d_ff=d_ff)
+
+
+def test_the_automatic_choice_is_a_kernel_that_runs_in_that_dtype() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for rows in (1, 100_000):
+            for vendor in ("GenuineIntel", "AuthenticAMD", ""):
+                kernel = _auto("cpu", dtype, cpu_vendor=vendor, rows=rows)
+                assert kernel == _auto("cpu", dtype, cpu_vendor=vendor, rows=rows)
+                for mine, oracle in zip(
+                    _run(kernel, [5, 0, 3, 1], dtype, "swiglu"),
+                    _run("loop", [5, 0, 3, 1], dtype, "swiglu"),
+                    strict=True,
+                ):
+                    torch.testing.assert_close(mine, oracle, rtol=0.05, atol=0.05)
+
+
+def test_the_automatic_choice_avoids_kernels_that_a_shape_does_not_allow() -> None:
+    assert _auto("cuda", torch.bfloat16) == "grouped"
+    assert _auto("cuda", torch.bfloat16, d_ff=511) == "loop", "rows of 16 bytes"
+    assert _auto("cuda", torch.float64) == "loop"
+    assert _auto("cpu", torch.float32, rows=1, d_ff=511) == "fused"
