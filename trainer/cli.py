@@ -5,6 +5,7 @@ Parses, loads the config, calls; torch is imported once that went well.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from trainer.checkpoint.run_folder import RunFolder, check_belongs
 from trainer.config.dump import changed_keys, diff, dump
 from trainer.config.loader import load
 from trainer.config.schema import schema_text
-from trainer.errors import CheckpointError, ConfigError, TurnoutError
+from trainer.errors import CheckpointError, ConfigError, ResourceError, TurnoutError
 from trainer.experiment import ExperimentConfig
 
 
@@ -29,9 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:  # before the first step, or the second Ctrl-C: there is nothing new to save
         print("interrupted", file=sys.stderr)
         code = 130
-    except MemoryError as error:
-        print(f"out of memory: {error}", file=sys.stderr)
-        code = 7
+    except BrokenPipeError:  # the reader of our output has left, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(f"out of memory: {str(error).splitlines()[0]}; lower parallel.micro_batch_size", file=sys.stderr)
+        code = ResourceError.exit_code
     sys.exit(code)
 
 
@@ -100,6 +106,12 @@ def config_diff(options: argparse.Namespace) -> int:
     """Print the keys in which two configs differ."""
     print("\n".join(diff(_load_file(options.a), _load_file(options.b))))
     return 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell memory that ran out from other failures; torch has a class of its own for it only on a GPU."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
 
 
 def _load(options: argparse.Namespace) -> ExperimentConfig:

@@ -333,3 +333,17 @@ def test_config_verbs_show_compare_and_describe(workplace: Path) -> None:
     assert difference.stdout.strip() == "train.steps: 20 -> 7"
     schema = json.loads(run(workplace, "config", "schema").stdout)
     assert "model" in schema["properties"]
+
+
+def test_a_reader_that_leaves_ends_the_output_and_not_with_a_traceback(workplace: Path) -> None:
+    assert run(workplace, "train", "tiny.yaml", "train.steps=5").returncode == 0
+    generate = " ".join(_command("generate", "runs/tiny", "--max-tokens", "3000"))
+    piped = ["bash", "-c", f"set -o pipefail; {generate} | head -c 10"]
+    result = subprocess.run(piped, cwd=workplace, env=_environment(), capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0 and result.stderr == ""
+
+
+def test_a_model_that_does_not_fit_is_exit_7(workplace: Path) -> None:
+    huge = ["model.d_model=4194304", "model.num_heads=2", "model.moe=null", "model.num_layers=1"]
+    result = run(workplace, "train", "tiny.yaml", *huge)
+    refused(result, 7, r"out of memory: .*allocate.*micro_batch_size")
