@@ -1,8 +1,8 @@
 """The composition root: from a config to everything a run needs. The only module that knows every implementation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +17,14 @@ from trainer.data.tokenizers.base import Tokenizer
 from trainer.distributed import runtime
 from trainer.engine.base import Engine
 from trainer.engine.native import NumericsConfig
-from trainer.errors import DataError
+from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.console import Console
 from trainer.metrics.jsonl import JsonlSink
 from trainer.models.flops import ModelSize, model_size
 from trainer.models.gpt import GPT
 from trainer.models.initialize import initialize
+from trainer.ops.fused_ffn import has_onednn_product
 from trainer.ops.kernels import choose_experts_kernel
 from trainer.parallel.parallelize import parallelize
 
@@ -51,13 +52,16 @@ class Run:
     """Number of the next training row: with the seed, all there is to resume of the data."""
     skipped_steps: int = 0
     """Steps without a finite gradient so far."""
+    skipped_in_a_row: int = 0
+    """How many of them were the last ones."""
 
-    def checkpoint_info(self, *, step: int, position: int, skipped_steps: int) -> dict[str, Any]:
+    def checkpoint_info(self) -> dict[str, Any]:
         """Return what a checkpoint says of itself beside the state."""
         return {
-            "position": position,
-            "skipped_steps": skipped_steps,
-            "tokens": position * self.config.model.seq_len,
+            "position": self.position,
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "tokens": self.position * self.config.model.seq_len,
             "data_fingerprint": self.corpus.fingerprint,
             "tokenizer_fingerprint": self.corpus.tokenizer.fingerprint,
             "model": self.config.model.model_dump(mode="json"),
@@ -122,18 +126,33 @@ def build_model(
         )
     kernel = config.parallel.experts_kernel
     assert kernel != "auto", "resolve_kernel comes first"
-    with torch.device("meta"):
+    with torch.device("meta"), _default_dtype(torch.float64 if config.train.dtype == "float64" else torch.float32):
         model = GPT(config.model, tokenizer.vocab_size, experts_kernel=kernel)
     model = parallelize(model, config.parallel, can_compile=can_compile)
-    if config.train.dtype == "float64":
-        model = model.double()
     model.to_empty(device=device)
     initialize(model, config.seed)
     return model
 
 
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make parameters in `dtype`; buffers that state their own dtype, such as the selection bias, keep it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def resolve_kernel(config: ExperimentConfig, device: torch.device) -> ExperimentConfig:
-    """Replace `experts_kernel: auto` by what it means on this device, so that the run folder records it."""
+    """Replace `experts_kernel: auto` by what it means on this device, so that the run folder records it.
+
+    Raises:
+        ConfigError: if the kernel that is asked for is not in this build of torch.
+    """
+    if config.parallel.experts_kernel == "fused_onednn" and not has_onednn_product():
+        raise ConfigError("parallel.experts_kernel: fused_onednn is not in this build of torch; use fused")
     if config.parallel.experts_kernel != "auto":
         return config
     moe, dtype = config.model.moe, _DTYPES[config.train.dtype]
@@ -167,7 +186,7 @@ def load_trained(
     checkpointer = Checkpointer(folder.checkpoints, keep=config.checkpoint.keep)
     loaded = checkpointer.load_newest(warn=warn) if step is None else checkpointer.load(step)
     if loaded is None:
-        loaded = checkpointer.load(0)  # says that there is none
+        raise CheckpointError(f"{folder.checkpoints}: has no checkpoint; train first")
     device = runtime.start(config.parallel.device)
     config = resolve_kernel(config, device)
     model = build_model(config, tokenizer, device, warn=warn)
@@ -188,9 +207,5 @@ def _resume(run: Run, loaded: Loaded) -> None:
     run.engine.load_state(loaded.state)
     run.start_step, run.position = int(loaded.info["step"]), int(loaded.info["position"])
     run.skipped_steps = int(loaded.info["skipped_steps"])
+    run.skipped_in_a_row = int(loaded.info["skipped_in_a_row"])
     run.console.message(f"resuming from {loaded.path}")
-
-
-def run_folder(config: ExperimentConfig) -> RunFolder:
-    """Return the folder of a config's run."""
-    return RunFolder(Path(config.runs_dir) / config.name)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from trainer.checkpoint.run_folder import RunFolder, check_belongs
-from trainer.config.dump import changed_keys, diff, dump
+from trainer.config.dump import Change, changed_keys, diff, dump
 from trainer.config.loader import load
 from trainer.config.schema import schema_text
 from trainer.errors import CheckpointError, ConfigError, ResourceError, TurnoutError
@@ -21,7 +21,7 @@ from trainer.experiment import ExperimentConfig
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a verb and exit with its code; a `TurnoutError` is printed as it stands, one line for each problem."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         code = options.verb(options)
     except TurnoutError as error:
@@ -33,6 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except BrokenPipeError:  # the reader of our output has left, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:  # a path of the user's that cannot be used, where nothing more specific was said
+        if error.filename is None:
+            raise
+        print(f"{os.fsdecode(error.filename)}: {error.strerror}", file=sys.stderr)
+        code = ResourceError.exit_code
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -44,10 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def train(options: argparse.Namespace) -> int:
     """Train a config, or go on with its run."""
     config = _load(options)
-    folder = RunFolder(Path(config.runs_dir) / config.name)
-    warnings = []
-    if folder.config.is_file():
-        warnings = check_belongs(folder, changed_keys(_load_file(folder.config), config))
+    folder = _folder(config)
+    warnings = check_belongs(folder, _changes(folder, config))
     folder.lock()
 
     from trainer.workflows import train_run
@@ -56,12 +59,12 @@ def train(options: argparse.Namespace) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """Evaluate a run's newest checkpoint on all of its held-out text."""
+    """Evaluate a run's newest checkpoint on its held-out text: all of it with eval.max_tokens_per_domain=null."""
     config, folder = _existing_run(options)
 
     from trainer.workflows import evaluate_checkpoint
 
-    record = evaluate_checkpoint(config, folder, step=options.step)
+    record = evaluate_checkpoint(config, folder, step=options.step, screen=sys.stderr if options.json else sys.stdout)
     if options.json:
         print(json.dumps(record))
     return 0
@@ -70,8 +73,17 @@ def evaluate(options: argparse.Namespace) -> int:
 def generate(options: argparse.Namespace) -> int:
     """Write text with a run's newest checkpoint."""
     config, folder = _existing_run(options)
-    if options.temperature < 0 or not 0 < options.top_p <= 1 or options.max_tokens < 1 or (options.top_k or 1) < 1:
-        raise ConfigError("generate: use --temperature >= 0, 0 < --top-p <= 1, --top-k >= 1 and --max-tokens >= 1")
+    is_sound = (
+        0 <= options.temperature < float("inf")
+        and 0 < options.top_p <= 1
+        and (options.top_k is None or options.top_k >= 1)
+        and options.max_tokens >= 1
+        and 0 <= options.seed < 1 << 63
+    )
+    if not is_sound:
+        raise ConfigError(
+            "generate: use --temperature >= 0, 0 < --top-p <= 1, --top-k >= 1, --max-tokens >= 1 and 0 <= --seed < 2^63"
+        )
 
     from trainer.workflows import GenerateOptions, generate_text
 
@@ -122,18 +134,47 @@ def _load_file(path: Path) -> ExperimentConfig:
     return load(path, [], ExperimentConfig)
 
 
+def _folder(config: ExperimentConfig) -> RunFolder:
+    return RunFolder(Path(config.runs_dir) / config.name)
+
+
+def _changes(folder: RunFolder, config: ExperimentConfig) -> list[Change]:
+    """Return what differs between the config a run folder keeps and the one given now; nothing if it keeps none."""
+    if not folder.config.is_file():
+        return []
+    try:
+        return changed_keys(_load_file(folder.config), config)
+    except ConfigError as error:
+        advice = (
+            f"{folder.config}: is the run's own record; remove it if it is damaged, its checkpoints know their model"
+        )
+        raise ConfigError(f"{error}\n{advice}") from None
+
+
 def _existing_run(options: argparse.Namespace) -> tuple[ExperimentConfig, RunFolder]:
     """Return config and folder of a run that is named by its folder or by its config file."""
     if options.config.is_dir():
         folder = RunFolder(options.config)
         if not folder.config.is_file():
             raise CheckpointError(f"{folder.path}: has no config.yaml, so it is not a run folder; train first")
-        return load(folder.config, options.overrides, ExperimentConfig), folder
-    config = _load(options)
-    folder = RunFolder(Path(config.runs_dir) / config.name)
-    if folder.config.is_file():
-        check_belongs(folder, changed_keys(_load_file(folder.config), config))
+        config = load(folder.config, options.overrides, ExperimentConfig)
+    else:
+        config = _load(options)
+        folder = _folder(config)
+    check_belongs(folder, _changes(folder, config))
     return config, folder
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse, and accept overrides behind an option as well as before it."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    stray = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(options, "overrides")]
+    if stray:
+        parser.error(f"unrecognized arguments: {' '.join(stray)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -102,3 +102,20 @@ class ExperimentConfig(Config):
         ]
         for domain in sorted({d for d in domains if domains.count(d) > 1}):
             yield Problem("data.sources", f"two sources are of domain {domain}; give each its own `domain`")
+        yield from self._kernel_problems()
+
+    def _kernel_problems(self) -> Iterator[Problem]:
+        """Refuse an experts kernel that has no code for this dtype or shape."""
+        moe, dtype = self.model.moe, self.train.dtype
+        if moe is None or self.parallel.experts_kernel != "grouped":
+            return
+        if dtype == "float64":
+            yield Problem("parallel.experts_kernel", "grouped has no float64; use auto")
+            return
+        multiple = 8 if dtype == "bfloat16" else 4
+        for key, width in (("model.d_model", self.model.d_model), ("model.moe.d_ff", moe.d_ff)):
+            if width % multiple:
+                yield Problem(
+                    "parallel.experts_kernel",
+                    f"grouped needs {key} to be a multiple of {multiple} in {dtype}, not {width}; use auto",
+                )

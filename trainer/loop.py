@@ -3,10 +3,12 @@
 import time
 
 from trainer.build import Run
+from trainer.data.corpus import Corpus
 from trainer.distributed.signals import StopRequest
-from trainer.engine.base import StepResult
+from trainer.engine.base import Engine, StepResult
 from trainer.engine.evaluation import EvalResult, evaluate
-from trainer.errors import NumericsError, ResourceError
+from trainer.errors import CheckpointError, NumericsError, ResourceError
+from trainer.experiment import ExperimentConfig
 from trainer.metrics.routing import routing_metrics
 
 
@@ -22,7 +24,7 @@ def fit(run: Run) -> EvalResult | None:
     """
     config, train = run.config, run.config.train
     pace = _Pace()
-    skipped_in_a_row, evaluation = 0, None
+    evaluation = None
     with StopRequest() as stop:
         for step in range(run.start_step, train.steps):
             batches = run.stream.micro_batches(
@@ -34,31 +36,32 @@ def fit(run: Run) -> EvalResult | None:
             result = run.engine.train_step(batches, lr=lr)
             run.position += train.global_batch_size
             run.skipped_steps += result.skipped
-            skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
+            run.skipped_in_a_row = run.skipped_in_a_row + 1 if result.skipped else 0
             pace.step(result.num_tokens)
 
             done, is_last = step + 1, step + 1 == train.steps
             if every(config.metrics.log_every, done) or is_last or done == run.start_step + 1:
                 log_step(run, done, result, lr=lr, pace=pace)
             run.console.tick(done)
-            if skipped_in_a_row == train.max_consecutive_skips:
+            if run.skipped_in_a_row >= train.max_consecutive_skips:
                 raise NumericsError(
-                    f"step {done}: the gradient of {skipped_in_a_row} steps in a row is not finite (its norm is "
-                    f"{result.grad_norm}); the weights are those of step {done - skipped_in_a_row}: lower "
+                    f"step {done}: the gradient of {run.skipped_in_a_row} steps in a row is not finite (its norm is "
+                    f"{result.grad_norm}); the weights are those of step {done - run.skipped_in_a_row}: lower "
                     "schedule.peak_lr, or resume from an earlier checkpoint"
                 )
-            if every(config.checkpoint.every, done) or is_last or stop:
-                save(run, done, is_needed=is_last or bool(stop))
-            if stop:
-                run.console.message(f"stopped by {stop.requested_by} after step {done}: saved; start again to go on")
-                return None
+            # Evaluated first: what a checkpoint is resumed from has its evaluation in metrics.jsonl already.
             if every(config.eval.every, done) or is_last:
-                evaluation = evaluate_run(run)
+                evaluation = evaluate_as_configured(config, run.engine, run.corpus)
                 record = {"step": done, **evaluation.record()}
                 run.metrics.write(record)
                 run.console.evaluation(record)
-                pace.restart()
-    return evaluation if evaluation is not None else evaluate_run(run)
+            if every(config.checkpoint.every, done) or is_last or stop:
+                save(run, done, is_needed=is_last or bool(stop))
+            pace.restart()
+            if stop and not is_last:
+                run.console.message(f"stopped by {stop.requested_by} after step {done}: saved; start again to go on")
+                return None
+    return evaluation or evaluate_as_configured(config, run.engine, run.corpus)
 
 
 def every(interval: int | None, done: int) -> bool:
@@ -66,23 +69,22 @@ def every(interval: int | None, done: int) -> bool:
     return interval is not None and done % interval == 0
 
 
-def evaluate_run(run: Run) -> EvalResult:
-    """Evaluate a run's model as its config says."""
+def evaluate_as_configured(config: ExperimentConfig, engine: Engine, corpus: Corpus) -> EvalResult:
+    """Evaluate as the `eval` section says."""
     return evaluate(
-        run.engine,
-        run.corpus,
-        batch_size=run.config.parallel.micro_batch_size,
-        max_tokens_per_domain=run.config.eval.max_tokens_per_domain,
-        at_capacity=run.config.eval.at_capacity,
+        engine,
+        corpus,
+        batch_size=config.parallel.micro_batch_size,
+        max_tokens_per_domain=config.eval.max_tokens_per_domain,
+        at_capacity=config.eval.at_capacity,
     )
 
 
 def save(run: Run, done: int, *, is_needed: bool) -> None:
-    """Save a checkpoint; a full disk only ends the run where there is no later chance."""
-    info = run.checkpoint_info(step=done, position=run.position, skipped_steps=run.skipped_steps)
+    """Save a checkpoint; a disk that refuses only ends the run where there is no later chance."""
     try:
-        path = run.checkpointer.save(done, run.engine.state(), info)
-    except ResourceError as error:
+        path = run.checkpointer.save(done, run.engine.state(), run.checkpoint_info())
+    except (ResourceError, CheckpointError) as error:
         if is_needed:
             raise
         run.console.warning(f"{error}. Training goes on")

@@ -1,8 +1,10 @@
 """What the verbs do once the config is sound: a run from its first line to its last screen, an evaluation, a text."""
 
+import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TextIO
 
 import torch
 
@@ -11,10 +13,10 @@ from trainer.checkpoint.run_folder import RunFolder
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.data.unigram import unigram_bits_per_byte
 from trainer.engine.base import Engine
-from trainer.engine.evaluation import EvalResult, evaluate
+from trainer.engine.evaluation import EvalResult
 from trainer.errors import PREEMPTED
 from trainer.experiment import ExperimentConfig
-from trainer.loop import fit
+from trainer.loop import evaluate_as_configured, fit
 from trainer.metrics.console import Console
 from trainer.metrics.jsonl import read_jsonl
 from trainer.metrics.readable import visible
@@ -46,6 +48,8 @@ def train_run(config: ExperimentConfig, folder: RunFolder, *, warnings: Sequence
             console.warning(warning)
         run = build_run(config, folder, console)
         console.header(_header(run))
+        if run.start_step >= config.train.steps:
+            console.message(f"already at step {run.start_step} of {config.train.steps}: nothing is left to train")
         evaluation = fit(run)
         if evaluation is None:
             return PREEMPTED
@@ -53,27 +57,25 @@ def train_run(config: ExperimentConfig, folder: RunFolder, *, warnings: Sequence
     return 0
 
 
-def evaluate_checkpoint(config: ExperimentConfig, folder: RunFolder, *, step: int | None) -> dict[str, float]:
-    """Evaluate a checkpoint on the held-out text, show the result and return its numbers.
-
-    The whole text is read, or `eval.max_tokens_per_domain` of it.
-    """
+def evaluate_checkpoint(
+    config: ExperimentConfig, folder: RunFolder, *, step: int | None, screen: TextIO
+) -> dict[str, float]:
+    """Evaluate a checkpoint as the `eval` section says, show it on `screen` and return its numbers."""
     console = Console(file=sys.stderr)
     with console.progress_bar("reading text") as bar:
         corpus = build_corpus(config.data, progress=bar)
     engine, loaded = load_trained(config, corpus.tokenizer, folder, step=step, warn=console.warning)
-    result = evaluate(
-        engine,
-        corpus,
-        batch_size=config.parallel.micro_batch_size,
-        max_tokens_per_domain=config.eval.max_tokens_per_domain,
-        at_capacity=config.eval.at_capacity,
-    )
+    if loaded.info["data_fingerprint"] != corpus.fingerprint:
+        console.warning(
+            "this is not the text the run was trained on: some of what is held out now may have been learned"
+        )
+    result = evaluate_as_configured(config, engine, corpus)
     record = result.record()
-    with Console() as screen:
-        screen.summary(
+    with Console(file=screen) as shown:
+        shown.summary(
             RunSummary(
                 title=f"{config.name} at step {loaded.info['step']}",
+                facts=[("target tokens", str(sum(domain.sums.target_tokens for domain in result.domains)))],
                 scores=_scores(corpus, result),
                 eval_loss=record["eval/loss"],
                 eval_loss_capacity=record.get("eval/loss_capacity"),
@@ -88,7 +90,9 @@ def generate_text(config: ExperimentConfig, folder: RunFolder, options: Generate
     tokenizer = config.data.tokenizer.build()
     console = Console(file=sys.stderr)
     engine, _ = load_trained(config, tokenizer, folder, step=options.step, warn=console.warning)
-    prompt = tokenizer.encode(options.prompt).tolist() or [tokenizer.end_of_document]
+    # A prompt that is not UTF-8 arrives as surrogates; it is shown with replacement characters, and so read.
+    text = options.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    prompt = tokenizer.encode(text).tolist() or [tokenizer.end_of_document]
     streamer = Utf8Streamer()
     tokens = generate(
         engine.model,
@@ -100,7 +104,9 @@ def generate_text(config: ExperimentConfig, folder: RunFolder, options: Generate
     )
     # On a terminal, bytes that would steer it are shown and not obeyed; a file or pipe gets the text as it is.
     shown = visible if sys.stdout.isatty() else str
-    print(options.prompt, end="", flush=True)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # for a terminal that has no UTF-8
+    print(text, end="", flush=True)
     for token in tokens:
         print(shown(streamer.feed(tokenizer.decode([token]))), end="", flush=True)
     print(shown(streamer.flush()))
@@ -137,8 +143,9 @@ def _summary(run: Run, evaluation: EvalResult) -> RunSummary:
     logged = [record for record in read_jsonl(run.folder.metrics) if "loss" in record]
     record = evaluation.record()
     prompt, sample = _sample(run.engine, run.corpus)
+    steps = max(run.start_step, run.config.train.steps)
     return RunSummary(
-        title=f"{run.config.name}: {run.config.train.steps} steps done",
+        title=f"{run.config.name}: {steps} steps done",
         steps=[int(line["step"]) for line in logged],
         losses=[line["loss"] for line in logged],
         scores=_scores(run.corpus, evaluation),
@@ -149,7 +156,7 @@ def _summary(run: Run, evaluation: EvalResult) -> RunSummary:
         sample=sample,
         written=[
             ("run folder", str(run.folder.path)),
-            ("checkpoint", str(run.checkpointer.path(run.config.train.steps))),
+            ("checkpoint", str(run.checkpointer.path(steps))),
             ("metrics", str(run.folder.metrics)),
             ("more text", f"python -m trainer generate {run.folder.path}"),
         ],

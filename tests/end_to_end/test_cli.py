@@ -178,7 +178,8 @@ def test_eval_and_generate_read_a_run_folder(workplace: Path) -> None:
     assert run(workplace, "train", "tiny.yaml").returncode == 0
     result = run(workplace, "eval", "runs/tiny", "--json")
     assert result.returncode == 0, result.stderr
-    numbers = json.loads(result.stdout.splitlines()[-1])
+    numbers = json.loads(result.stdout)  # nothing else is on standard output
+    assert "experts by domain" in result.stderr
     logged = [r for r in metrics(workplace) if "eval/loss" in r][-1]
     assert numbers["eval/loss"] == logged["eval/loss"] and numbers["step"] == 20
     texts = [
@@ -190,7 +191,10 @@ def test_eval_and_generate_read_a_run_folder(workplace: Path) -> None:
     greedy = run(workplace, "generate", "runs/tiny", "--greedy", "--step", "10")
     assert greedy.returncode == 0
     refused(run(workplace, "generate", "runs/tiny", "--step", "7"), 4, r"has no checkpoint of step 7; it has 10, 20")
-    refused(run(workplace, "generate", "runs/tiny", "--top-p", "2"), 2, r"0 < --top-p <= 1")
+    for wrong in (["--top-p", "2"], ["--top-k", "0"], ["--temperature", "nan"], ["--seed", "99999999999999999999"]):
+        refused(run(workplace, "generate", "runs/tiny", *wrong), 2, r"0 < --top-p <= 1")
+    bytes_of_no_text = run(workplace, "generate", "runs/tiny", "--prompt", "\udcff", "--max-tokens", "3")
+    assert bytes_of_no_text.returncode == 0, bytes_of_no_text.stderr
 
 
 BAD_CONFIGS = {
@@ -202,6 +206,10 @@ BAD_CONFIGS = {
     "a router without gradient": (
         ["model.moe.router={kind: top_k, top_k: 1}"],
         r"normalize: true with top_k 1 .*set normalize: false",
+    ),
+    "a kernel without that dtype": (
+        ["parallel.experts_kernel=grouped", "train.dtype=float64"],
+        r"parallel\.experts_kernel: grouped has no float64; use auto",
     ),
     "negative capacity": (["model.moe.capacity.factor=-1"], r"capacity\.factor: must be more than 0, got -1"),
 }
@@ -347,3 +355,46 @@ def test_a_model_that_does_not_fit_is_exit_7(workplace: Path) -> None:
     huge = ["model.d_model=4194304", "model.num_heads=2", "model.moe=null", "model.num_layers=1"]
     result = run(workplace, "train", "tiny.yaml", *huge)
     refused(result, 7, r"out of memory: .*allocate.*micro_batch_size")
+
+
+def test_a_stop_at_an_evaluated_step_loses_no_evaluation(workplace: Path) -> None:
+    arguments = ("train", "tiny.yaml", "eval.every=1", "checkpoint.every=null")
+    process = subprocess.Popen(
+        _command(*arguments),
+        cwd=workplace,
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "held out" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    _, error = process.communicate(timeout=100)
+    assert process.returncode == 75, error
+    assert run(workplace, *arguments).returncode == 0
+    assert [r["step"] for r in metrics(workplace) if "eval/loss" in r] == list(range(1, 21))
+
+
+def test_evaluating_on_other_text_is_allowed_with_a_warning(workplace: Path) -> None:
+    assert run(workplace, "train", "tiny.yaml", "train.steps=5").returncode == 0
+    (workplace / "other.txt").write_text("Another text altogether, long enough to be cut into rows. " * 100)
+    result = run(workplace, "eval", "runs/tiny", "--json", "data.sources.0.path=other.txt")
+    assert result.returncode == 0 and "not the text the run was trained on" in result.stderr
+    refused(run(workplace, "eval", "runs/tiny", "model.d_model=64"), 2, r"was written with model\.d_model 32")
+
+
+def test_a_damaged_record_of_the_run_s_config_says_what_to_do(workplace: Path) -> None:
+    assert run(workplace, "train", "tiny.yaml", "train.steps=5").returncode == 0
+    (workplace / "runs/tiny/config.yaml").write_text("")
+    refused(
+        run(workplace, "train", "tiny.yaml", "train.steps=5"), 2, r"config\.yaml.*empty", r"remove it if it is damaged"
+    )
+
+
+def test_a_path_that_cannot_be_used_is_one_line(workplace: Path) -> None:
+    (workplace / "runs").write_text("a file where a folder should be")
+    result = run(workplace, "train", "tiny.yaml")
+    refused(result, 7, r"runs/tiny: cannot be written|runs/tiny.*Not a directory")

@@ -11,6 +11,7 @@ STEPS, ROWS, SEQ_LEN = 20, 16, 8
 INVARIANT = {
     "global_batch exact": {"balance": {"coef": 0.1}},
     "global_batch previous_step": {"balance": {"coef": 0.1, "counts": "previous_step"}},
+    "no coefficient, logged all the same": {"balance": {"coef": 0.0}},
     "sequence": {"balance": {"coef": 0.1, "scope": "sequence"}},
     "capacity by position": {"capacity": {"factor": 0.6, "min": 1}},
     "capacity choice_major, renormalised": {

@@ -1,6 +1,7 @@
 """Which checkpoints there are: saved whole or not at all, the newest undamaged one found again, old ones removed."""
 
 import errno
+import logging
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from trainer.checkpoint.state import TrainState
 from trainer.errors import CheckpointError, ResourceError
 
 _NAME = re.compile(r"step_(\d{8,})")
+_log = logging.getLogger(__name__)
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -64,7 +66,7 @@ class Checkpointer:
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise self._explain(step, state, error) from None
-        self._purge()
+        self._remove_outdated(step)
         return final
 
     def load_newest(self, *, warn: Callable[[str], None]) -> Loaded | None:
@@ -113,9 +115,18 @@ class Checkpointer:
                 if entry.name.startswith((".tmp-", ".trash-")):
                     shutil.rmtree(entry, ignore_errors=True)
 
-    def _purge(self) -> None:
-        for step in self.steps()[: -self.keep]:
-            self._remove(self.path(step))
+    def _remove_outdated(self, step: int) -> None:
+        """Remove checkpoints that this run did not come from (of later steps), and those beyond `keep`.
+
+        Were a later, damaged one left, it would be counted as one of the newest and `step` itself removed.
+        """
+        later = [other for other in self.steps() if other > step]
+        earlier = [other for other in self.steps() if other <= step]
+        for outdated in later + earlier[: -self.keep]:
+            try:
+                self._remove(self.path(outdated))
+            except OSError as error:  # the new one is safe, and an old one more does no harm
+                _log.warning("%s: cannot be removed: %s", self.path(outdated), error.strerror)
 
     def _remove(self, path: Path) -> None:
         """Take a checkpoint out of sight in one move before its files go, so that a kill leaves no half of it."""
@@ -128,7 +139,8 @@ class Checkpointer:
         if error.errno not in _OUT_OF_SPACE:
             return CheckpointError(f"{self.folder}: step {step} not saved: {error.strerror or error}")
         needed = sum(part.tensor.numel() * part.tensor.element_size() for part in state.slices.values())
-        free = os.statvfs(self.folder)
+        existing = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
+        free = os.statvfs(existing)
         free_mb = free.f_bavail * free.f_frsize / 1e6
         return ResourceError(
             f"{self.folder}: step {step} not saved: {error.strerror} "

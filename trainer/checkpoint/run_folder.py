@@ -8,13 +8,17 @@ Imports no torch, so that a config that does not belong to its run folder is ref
 
 import fcntl
 import json
+import logging
 import os
 import socket
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
+from trainer.config.dump import ABSENT, Change, inline
 from trainer.errors import ConfigError, ResourceError
+
+_log = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -45,13 +49,15 @@ class RunFolder:
             ) from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it with the process, however that ends
-        except OSError:
+        except BlockingIOError:
             lock.seek(0)
             owner = lock.read().strip() or "another process"
             lock.close()
             raise ConfigError(
                 f"{self.path}: {owner} is training into it; wait for it, or use another name=..."
             ) from None
+        except OSError as error:  # a file system without locks: nobody can be told apart there
+            _log.warning("%s: cannot be locked (%s); start no second run in it", self.path, error.strerror)
         lock.truncate(0)
         lock.write(f"{socket.gethostname()} process {os.getpid()}")
         lock.flush()
@@ -61,7 +67,10 @@ class RunFolder:
         """Replace a small file as a whole."""
         temporary = path.with_name(f".tmp-{path.name}")
         try:
-            temporary.write_text(text)
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
             temporary.replace(path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
@@ -77,7 +86,7 @@ _LEARNING = ("seed", "data.", "optim.", "schedule.", "train.")
 _HARMLESS = ("train.steps", "train.max_consecutive_skips", "data.cache_dir")
 
 
-def check_belongs(folder: RunFolder, changes: Iterable[tuple[str, Any, Any]]) -> list[str]:
+def check_belongs(folder: RunFolder, changes: Iterable[Change]) -> list[str]:
     """Judge what changed between the config a run folder was started with and the one given now.
 
     Args:
@@ -90,15 +99,19 @@ def check_belongs(folder: RunFolder, changes: Iterable[tuple[str, Any, Any]]) ->
     Raises:
         ConfigError: if the model itself changed; one line for each key.
     """
+    changes = list(changes)
+    new_kinds = {change.key.rpartition(".")[0] for change in changes if change.key.endswith(".kind")}
     refused, warnings = [], []
     for key, old, new in changes:
+        if ABSENT in (old, new) and key.rpartition(".")[0] in new_kinds:
+            continue  # an option of the other kind: the line about the kind says it all
         if key == "model" or key.startswith(_IDENTITY):
             refused.append(
-                f"{folder.path}: was written with {key} {old}, the config has {new}; "
-                f"set {key}={old}, or use a new name=..."
+                f"{folder.path}: was written with {key} {inline(old)}, the config has {inline(new)}; "
+                f"set '{key}={inline(old)}', or use a new name=..."
             )
         elif key.startswith(_LEARNING) and not key.startswith(_HARMLESS):
-            warnings.append(f"{key} was {old} in {folder.path} and is now {new}")
+            warnings.append(f"{key} was {inline(old)} in {folder.path} and is now {inline(new)}")
     if refused:
         raise ConfigError("\n".join(refused))
     return warnings

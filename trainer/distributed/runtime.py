@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,16 @@ def cpu_vendor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
+def git_commit() -> str | None:
+    """Return the commit of the checkout that this code runs from; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
+
+
 def describe() -> dict[str, Any]:
     """Return what environment.json says of this process: versions and hardware, no secrets."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -64,6 +75,7 @@ def describe() -> dict[str, Any]:
         "torch": torch.__version__,
         "platform": platform.platform(),
         "cpu_vendor": cpu_vendor(),
+        "git_commit": git_commit(),
         "gpu": gpu,
         "num_threads": torch.get_num_threads(),
         "world_size": 1,

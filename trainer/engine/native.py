@@ -17,7 +17,7 @@ from trainer.checkpoint.state import Slice, TrainState
 from trainer.data.batch import Batch
 from trainer.engine.base import Engine, EvalSums, RoutingSums, StepResult
 from trainer.models.gpt import GPT, GPTOutput, parameter_role
-from trainer.moe.losses import Denominators, Objective, choice_counts, objective
+from trainer.moe.losses import Denominators, Objective, choice_counts, global_balance_loss, objective
 from trainer.moe.routing import RoutingOptions
 from trainer.optim.adamw import build_adamw
 from trainer.optim.registry import OptimConfig
@@ -78,9 +78,11 @@ class NativeEngine(Engine):
                 config=self.moe_config,
             )
             share.total.backward()
-            total.add(share)
+            total.add(share, output)
             sums = routing_sums(output)
             routing = sums if routing is None or sums is None else routing + sums
+        if counts is None and total.prob_sum is not None and self._is_logged_only():
+            total.balance_loss = global_balance_loss(choices, total.prob_sum, routed_tokens=denominators.routed_tokens)
         grad_norm, skipped = self._apply_gradients(lr)
         if not skipped and routing is not None:
             self.previous_counts = choices
@@ -168,6 +170,13 @@ class NativeEngine(Engine):
             case _:
                 return None
 
+    def _is_logged_only(self) -> bool:
+        """Tell whether the exact global balance loss is wanted for the log alone."""
+        balance = self.moe_config.balance if self.moe_config else None
+        return (
+            balance is not None and (balance.scope, balance.counts) == ("global_batch", "exact") and balance.coef == 0
+        )
+
     def _is_running(self) -> bool:
         balance = self.moe_config.balance if self.moe_config else None
         return balance is not None and balance.scope == "global_batch" and balance.counts == "running"
@@ -191,11 +200,15 @@ class _Totals:
     loss: Tensor | float = 0.0
     balance_loss: Tensor | None = None
     z_loss: Tensor | None = None
+    prob_sum: Tensor | None = None
+    """(L, E) router probabilities over all rows."""
 
-    def add(self, share: Objective) -> None:
+    def add(self, share: Objective, output: GPTOutput) -> None:
         self.loss = self.loss + share.loss
         if share.balance_loss is not None:
             self.balance_loss = share.balance_loss + (0 if self.balance_loss is None else self.balance_loss)
+            layers = [stats.prob_sum.detach().sum(0) for stats in output.moe if stats.prob_sum is not None]
+            self.prob_sum = torch.stack(layers) + (0 if self.prob_sum is None else self.prob_sum)
         if share.z_loss is not None:
             self.z_loss = share.z_loss + (0 if self.z_loss is None else self.z_loss)
 

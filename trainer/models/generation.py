@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from trainer.models.gpt import GPT
-from trainer.models.sampling import SamplingOptions, sample
+from trainer.models.sampling import SamplingOptions
 
 
 @torch.no_grad()
@@ -38,15 +38,7 @@ def generate(
     cache = model.new_cache(1, seq_len, model.embedding.weight.dtype)
     logits = model.next_logits(torch.tensor([window], device=device), cache)
     for _ in range(max_new_tokens):
-        token = int(
-            sample(
-                logits.cpu(),
-                temperature=options.temperature,
-                top_k=options.top_k,
-                top_p=options.top_p,
-                generator=generator,
-            )
-        )
+        token = int(options.sample(logits.cpu(), generator=generator))
         if token == stop_token:
             return
         yield token

@@ -156,12 +156,15 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.ffn = build_moe(config, layer, kernel) if layer in config.moe_layers else FeedForward(config, config.d_ff)
+        self.compiled_attend: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def forward(
         self, x: Tensor, rotary: Tensor, context: RoutingContext, extend: ExtendCache | None = None
     ) -> tuple[Tensor, MoEStats | None]:
         """Return the residual stream (B, S, D) after this block, and what its MoE layer did."""
-        x, normed = self.attend(x, rotary, extend)
+        # The compiled form is for whole rows: with a cache every call has another length, and would be compiled anew.
+        attend = self.attend if self.compiled_attend is None or extend is not None else self.compiled_attend
+        x, normed = attend(x, rotary, extend)
         if isinstance(self.ffn, MoELayer):
             y, stats = self.ffn(normed, context)
             return x + y, stats

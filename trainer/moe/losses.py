@@ -83,6 +83,20 @@ def objective(
     )
 
 
+def global_balance_loss(counts: Tensor, prob_sum: Tensor, *, routed_tokens: int) -> Tensor:
+    """Return the balance loss of a whole step per token, mean over layers, from its summed counts and probabilities.
+
+    For logging where the loss has no coefficient, so that no counting pass is spent on it; no gradient.
+
+    Args:
+        counts: (L, E) assignments that f is made of.
+        prob_sum: (L, E) router probabilities, summed over the step's tokens.
+        routed_tokens: N_g.
+    """
+    share = counts.to(prob_sum) / counts.sum(-1, keepdim=True).clamp(min=1)
+    return counts.shape[-1] * (share * prob_sum).sum(-1).mean() / routed_tokens
+
+
 def z_loss(stats: MoEStats) -> Tensor:
     """Return one layer's z-loss summed over tokens: the squared logsumexp of the raw logits (arXiv 2202.08906)."""
     assert stats.z_sum is not None, "the router has no logits"

@@ -68,5 +68,6 @@ def account(routed: RouterOutput, limited: RoutingDecision, context: RoutingCont
 def _count(decision: RoutingDecision, row: Tensor, counted: Tensor, rows: int) -> Tensor:
     """Return (B, E) counts of the assignments where `counted` (A,) holds."""
     cells = rows * decision.num_experts
+    counted = counted & (decision.expert_index < decision.num_experts)  # null experts have no column here
     cell = torch.where(counted, row * decision.num_experts + decision.expert_index, cells)
     return torch.bincount(cell, minlength=cells + 1)[:cells].view(rows, decision.num_experts)

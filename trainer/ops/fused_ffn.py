@@ -66,14 +66,6 @@ def has_onednn_product() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def activate(h: Tensor, activation: Activation) -> Tensor:
-    """Apply the non-linearity (n, H) -> (n, F)."""
-    if activation == "gelu":
-        return F.gelu(h)
-    gate, up = h.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
 def activate_backward(da: Tensor, h: Tensor, activation: Activation) -> Tensor:
     """Return the gradient of h (n, H), given that of its activation (n, F)."""
     if activation == "gelu":

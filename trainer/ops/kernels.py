@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from trainer.ops import expert_ffn
-from trainer.ops.expert_ffn import Activation
+from trainer.ops.expert_ffn import Activation, activate
 from trainer.ops.fused_ffn import (
     ROWS_MULTIPLE,
     FusedParts,
-    activate,
     activate_backward,
     fused,
     has_onednn_product,

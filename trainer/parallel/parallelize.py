@@ -31,6 +31,6 @@ def parallelize(model: GPT, config: ParallelConfig, *, can_compile: bool) -> GPT
 def compile_glue(model: GPT) -> None:
     """Compile what surrounds the matrix products: attention and its norms (fixed shapes), and the activation."""
     for block in cast(Iterable[Block], model.blocks):
-        block.attend = torch.compile(block.attend, dynamic=False)
+        block.compiled_attend = torch.compile(block.attend, dynamic=False)
     for moe in model.moe_layers():
         moe.experts.is_compiled = True

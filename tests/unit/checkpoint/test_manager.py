@@ -206,3 +206,38 @@ def test_a_state_of_another_model_is_refused_by_name_and_shape(tmp_path: Path) -
     with pytest.raises(CheckpointError, match=r"torch\.float64 in it and torch\.float32"):
         check_fits(tmp_path, wider, mine)
     check_fits(tmp_path, mine, mine)
+
+
+def test_a_later_damaged_checkpoint_does_not_push_the_good_ones_out(tmp_path: Path) -> None:
+    """Resumed from 20 because 30 is damaged, the run saves at 21: what is kept must be what it came from."""
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    (checkpointer.save(30, _state(), {}) / "manifest.json").write_text("{")
+    checkpointer.save(21, _state(2.0), {})
+    assert checkpointer.steps() == [21]
+    assert checkpointer.load(21).info["step"] == 21
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_fail_the_save(
+    checkpointer: Checkpointer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2, 3):
+        checkpointer.save(step, _state(), {})
+
+    def busy(path: Path) -> None:
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(checkpointer, "_remove", busy)
+    checkpointer.save(4, _state(), {})
+    assert checkpointer.steps() == [1, 2, 3, 4]
+    assert "step_00000001: cannot be removed: Device or resource busy" in caplog.text
+
+
+def test_a_disk_too_full_for_the_folder_itself_is_the_same_error(
+    checkpointer: Checkpointer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(ResourceError, match="step 1 not saved: No space left on device"):
+        checkpointer.save(1, _state(), {})
