@@ -68,6 +68,27 @@ def run(workplace: Path, *arguments: str, limit_bytes: int | None = None) -> sub
     )
 
 
+def stop_at(
+    workplace: Path, arguments: Sequence[str], words: str, number: signal.Signals
+) -> subprocess.CompletedProcess[str]:
+    """Run a verb and send it a signal as soon as a line of its output has `words`; the output is what comes after."""
+    process = subprocess.Popen(
+        _command(*arguments),
+        cwd=workplace,
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if words in line:
+            process.send_signal(number)
+            break
+    output, error = process.communicate(timeout=100)
+    return subprocess.CompletedProcess(arguments, process.returncode, output, error)
+
+
 def refused(result: subprocess.CompletedProcess[str], code: int, *patterns: str) -> None:
     """Assert an exit code and, for each pattern, one line on standard error; and that nobody sees a traceback."""
     lines = result.stderr.strip().splitlines()
@@ -144,22 +165,9 @@ def test_ten_steps_and_ten_more_are_twenty_bit_for_bit(workplace: Path) -> None:
 def test_ctrl_c_saves_and_the_run_goes_on(workplace: Path) -> None:
     assert run(workplace, "train", "tiny.yaml", "name=whole", "train.steps=200", "eval.every=null").returncode == 0
     arguments = ("train", "tiny.yaml", "train.steps=200", "eval.every=null", "checkpoint.every=null")
-    process = subprocess.Popen(
-        _command(*arguments),
-        cwd=workplace,
-        env=_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step  15 "):
-            process.send_signal(signal.SIGINT)
-            break
-    output, error = process.communicate(timeout=100)
-    assert process.returncode == 75, error
-    assert "stopped by SIGINT" in output and error == ""
+    stopped = stop_at(workplace, arguments, "step  15 ", signal.SIGINT)
+    assert stopped.returncode == 75, stopped.stderr
+    assert "stopped by SIGINT" in stopped.stdout and stopped.stderr == ""
     assert len(checkpoints(workplace)) == 1
     assert run(workplace, *arguments).returncode == 0
     whole = [r["loss"] for r in metrics(workplace, "whole") if "loss" in r]
@@ -359,21 +367,8 @@ def test_a_model_that_does_not_fit_is_exit_7(workplace: Path) -> None:
 
 def test_a_stop_at_an_evaluated_step_loses_no_evaluation(workplace: Path) -> None:
     arguments = ("train", "tiny.yaml", "eval.every=1", "checkpoint.every=null")
-    process = subprocess.Popen(
-        _command(*arguments),
-        cwd=workplace,
-        env=_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "held out" in line:
-            process.send_signal(signal.SIGTERM)
-            break
-    _, error = process.communicate(timeout=100)
-    assert process.returncode == 75, error
+    stopped = stop_at(workplace, arguments, "held out", signal.SIGTERM)
+    assert stopped.returncode == 75, stopped.stderr
     assert run(workplace, *arguments).returncode == 0
     assert [r["step"] for r in metrics(workplace) if "eval/loss" in r] == list(range(1, 21))
 
