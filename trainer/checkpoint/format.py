@@ -19,6 +19,7 @@ import safetensors.torch
 from torch import Tensor
 
 from trainer.checkpoint.state import Slice, TrainState
+from trainer.durable import sync_folder
 from trainer.errors import CheckpointError
 
 FORMAT_VERSION = 1
@@ -54,7 +55,7 @@ def write_checkpoint(folder: Path, state: TrainState, info: Mapping[str, Any]) -
     manifest = {"format": FORMAT_VERSION, **info, "values": state.values, "tensors": tensors, "files": files}
     manifest["manifest_sha256"] = _manifest_hash(manifest)
     _write_durably(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
-    flush_folder(folder)
+    sync_folder(folder)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -93,15 +94,6 @@ def read_checkpoint(folder: Path, manifest: Mapping[str, Any]) -> TrainState:
         (part,) = entry["slices"]
         slices[name] = Slice(tensor=loaded[name], global_shape=tuple(entry["global_shape"]), start=part["start"])
     return TrainState(slices=slices, values=dict(manifest["values"]))
-
-
-def flush_folder(folder: Path) -> None:
-    """Make a folder's entries durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_file(path: Path, stated: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.format import flush_folder, read_checkpoint, read_manifest, write_checkpoint
+from trainer.checkpoint.format import read_checkpoint, read_manifest, write_checkpoint
 from trainer.checkpoint.state import TrainState
+from trainer.durable import sync_folder
 from trainer.errors import CheckpointError, ResourceError
 
 _NAME = re.compile(r"step_(\d{8,})")
@@ -62,7 +63,7 @@ class Checkpointer:
             if final.exists():  # a damaged one that this run was not resumed from
                 self._remove(final)
             temporary.rename(final)
-            flush_folder(self.folder)
+            sync_folder(self.folder)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise self._explain(step, state, error) from None

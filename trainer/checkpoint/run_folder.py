@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from trainer.config.dump import ABSENT, Change, inline
+from trainer.durable import replace_file
 from trainer.errors import ConfigError, ResourceError
 
 _log = logging.getLogger(__name__)
@@ -65,15 +66,9 @@ class RunFolder:
 
     def write(self, path: Path, text: str) -> None:
         """Replace a small file as a whole."""
-        temporary = path.with_name(f".tmp-{path.name}")
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            replace_file(path, text)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise ResourceError(f"{path}: cannot be written: {error.strerror}") from None
 
     def write_environment(self, values: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ CACHE/NAME.lock           locked while somebody builds; the lock ends with its p
 import errno
 import fcntl
 import hashlib
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from typing import Self
 
 from trainer.config.base import Config
 from trainer.data.sources.files import readable
+from trainer.durable import sync_folder
 
 
 class FileState(Config):
@@ -76,26 +76,6 @@ def published(folder: Path, *, unless: Callable[[], bool]) -> Iterator[Path]:
         _rename_over(temporary, folder, unless=unless)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # after a rename there is none
-
-
-def write_durably(path: Path, content: str) -> None:
-    """Replace a file by `content`; whoever reads it sees the old or the new one, also after a power failure."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with temporary.open("x", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _lock(descriptor: int, *, waiting: Callable[[], None]) -> bool:

@@ -15,13 +15,14 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from trainer.config.base import Config
-from trainer.data.cache import FileState, published, sole_builder, write_durably
+from trainer.data.cache import FileState, published, sole_builder
 from trainer.data.config import DataConfig
 from trainer.data.ingest import DomainInfo, Progress, ingest
 from trainer.data.shards import TokenFile, is_intact, open_token_file
 from trainer.data.sources.base import Source
 from trainer.data.sources.registry import InstalledSourceConfig, SourceConfig
 from trainer.data.tokenizers.base import Tokenizer
+from trainer.durable import replace_file
 from trainer.errors import DataError, ResourceError
 
 _FORMAT = 1  # raised by whatever changes the files or the documents of a source
@@ -141,7 +142,7 @@ def _reusable(folder: Path, files: Sequence[FileState], *, verify: bool) -> _Man
     if [file.sha256 for file in manifest.files] != [file.sha256 for file in hashed]:
         return None
     manifest = manifest.model_copy(update={"files": hashed})  # touched or moved: remember, to be quick next time
-    write_durably(folder / _MANIFEST, manifest.model_dump_json(indent=1))
+    replace_file(folder / _MANIFEST, manifest.model_dump_json(indent=1))
     return manifest
 
 
@@ -180,7 +181,7 @@ def _build(
             domains=domains,
             fingerprint=_fingerprint(domains, tokenizer),
         )
-        write_durably(temporary / _MANIFEST, manifest.model_dump_json(indent=1))
+        replace_file(temporary / _MANIFEST, manifest.model_dump_json(indent=1))
     return manifest
 
 
