@@ -128,7 +128,7 @@ def build_model(
     assert kernel != "auto", "resolve_kernel comes first"
     with torch.device("meta"), _default_dtype(torch.float64 if config.train.dtype == "float64" else torch.float32):
         model = GPT(config.model, tokenizer.vocab_size, experts_kernel=kernel)
-    model = parallelize(model, config.parallel, can_compile=can_compile)
+    model = parallelize(model, config.parallel, device, can_compile=can_compile)
     model.to_empty(device=device)
     initialize(model, config.seed)
     return model

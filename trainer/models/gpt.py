@@ -23,6 +23,7 @@ from trainer.moe.experts import Experts
 from trainer.moe.layer import MoELayer
 from trainer.moe.routing import RoutingContext, RoutingOptions
 from trainer.moe.stats import MoEStats
+from trainer.ops.attention import CausalAttention, torch_attention
 from trainer.ops.expert_ffn import activate
 from trainer.ops.kernels import ExpertsKernel
 from trainer.ops.noise import token_keys
@@ -93,6 +94,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.d_model, config.d_model, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.core_attention: CausalAttention = torch_attention
 
     def forward(self, x: Tensor, rotary: Tensor, extend: ExtendCache | None = None) -> Tensor:
         """Attend over x (B, S, D) and what is cached; rotary (2, S, d) holds cosines and sines."""
@@ -101,22 +103,10 @@ class Attention(nn.Module):
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        dtype = attention_dtype(v)
-        q, k, v = rotate(q, rotary).to(dtype), rotate(k, rotary).to(dtype), v.to(dtype)
-        if extend is not None:
-            k, v = extend(k, v)
+        q, k = rotate(q, rotary), rotate(k, rotary)
         # With a cache, one new token sees everything; several (the prompt) are only ever the first ones.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=S > 1, enable_gqa=self.num_kv_heads != self.num_heads)
+        y = self.core_attention(q, k, v) if extend is None else torch_attention(q, *extend(k, v))
         return self.out(y.transpose(1, 2).reshape(B, S, -1))
-
-
-def attention_dtype(v: Tensor) -> torch.dtype:
-    """Return the dtype that attention runs in: the values' own, but float32 instead of bfloat16 on the CPU.
-
-    Torch's CPU kernel gains nothing from bfloat16: forward and backward of 16 x 8 heads of 256 x 32 took 90 ms in it
-    and 69 ms in float32, casts included (one thread, AVX-512 with bfloat16 dot products).
-    """
-    return torch.float32 if v.device.type == "cpu" and v.dtype is torch.bfloat16 else v.dtype
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Tensor:
@@ -199,16 +189,25 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer, experts_kernel) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, vocab_size, bias=False)
+        self.compiled_losses: Callable[..., tuple[Tensor, Tensor | None]] | None = None
 
     def forward(self, batch: Batch, options: RoutingOptions = _PLAIN, *, want_logits: bool = False) -> GPTOutput:
         """Return the losses of a micro-batch (and its logits), and what its MoE layers did."""
         context = routing_context(batch, options)
         positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
         hidden, moe = self._hidden(batch.tokens, positions, context, cache=None)
+        losses = self.compiled_losses or self.losses
+        row_loss, logits = losses(hidden, batch.targets, batch.target_mask, want_logits)
+        return GPTOutput(logits=logits, row_loss=row_loss, moe=moe)
+
+    def losses(
+        self, hidden: Tensor, targets: Tensor, target_mask: Tensor, want_logits: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return each row's cross-entropy (B,) of the last residual stream (B, S, D), and the logits if asked for."""
         logits = self._logits(hidden)
-        nats = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")  # (T,)
-        row_loss = (nats.view(batch.targets.shape) * batch.target_mask).sum(1)
-        return GPTOutput(logits=logits if want_logits else None, row_loss=row_loss, moe=moe)
+        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")  # (T,)
+        row_loss = (nats.view(targets.shape) * target_mask).sum(1)
+        return row_loss, logits if want_logits else None
 
     def next_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Return the logits (B, V) of the token after `tokens` (B, S), which are appended to the cache.
@@ -246,6 +245,7 @@ class GPT(nn.Module):
     def _hidden(
         self, tokens: Tensor, positions: Tensor, context: RoutingContext, cache: KVCache | None
     ) -> tuple[Tensor, tuple[MoEStats, ...]]:
+        """Return the residual stream (B, S, D) after the last block, and what the MoE layers did."""
         x = self.embedding(tokens)  # (B, S, D)
         rotary = rotary_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         moe = []
@@ -253,11 +253,11 @@ class GPT(nn.Module):
             x, stats = block(x, rotary, context, None if cache is None else partial(cache.append, layer))
             if stats is not None:
                 moe.append(stats)
-        return self.norm(x), tuple(moe)
+        return x, tuple(moe)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         weight = self.embedding.weight if self.head is None else self.head.weight
-        logits = F.linear(hidden, weight)
+        logits = F.linear(self.norm(hidden), weight)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))  # (..., V)
 
 

@@ -20,4 +20,4 @@ class ParallelConfig(Config):
     experts_kernel: Literal["auto", "loop", "padded", "grouped", "fused", "fused_onednn"] = "auto"
     """How experts are multiplied. `auto` is resolved from a table of measurements and recorded in the run folder."""
     compile: bool = False
-    """Compile norms, rotary positions and attention with torch.compile; needs a C++ compiler on the CPU."""
+    """Compile what runs between the matrix products with torch.compile; needs a C++ compiler on the CPU."""

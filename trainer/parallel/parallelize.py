@@ -6,31 +6,38 @@ from typing import cast
 import torch
 
 from trainer.models.gpt import GPT, Block
+from trainer.ops.attention import blocked_attention
 from trainer.parallel.config import ParallelConfig
 
 
-def parallelize(model: GPT, config: ParallelConfig, *, can_compile: bool) -> GPT:
+def parallelize(model: GPT, config: ParallelConfig, device: torch.device, *, can_compile: bool) -> GPT:
     """Give a whole single-device model its layout; nothing it computes changes beyond floating-point reordering.
 
     1. Every MoE layer gets the configured dispatcher.
-    2. The glue between the matrix products (norms, rotary positions, residual sums) is compiled,
-       where asked for and possible.
+    2. What runs between the matrix products is compiled, where asked for and possible.
 
     Args:
         model: may be on the meta device.
         config: the `parallel` section.
+        device: where it will run.
         can_compile: whether this machine can build compiled kernels.
     """
     for moe in model.moe_layers():
         moe.dispatcher = config.dispatcher.build()
     if config.compile and can_compile:
-        compile_glue(model)
+        compile_glue(model, device)
     return model
 
 
-def compile_glue(model: GPT) -> None:
-    """Compile what surrounds the matrix products: attention and its norms (fixed shapes), and the activation."""
+def compile_glue(model: GPT, device: torch.device) -> None:
+    """Compile what surrounds the matrix products.
+
+    For fixed shapes: norms, attention and losses. For any number of rows: the experts' activation and the combine.
+    """
     for block in cast(Iterable[Block], model.blocks):
+        if device.type == "cpu":
+            block.attention.core_attention = blocked_attention
         block.compiled_attend = torch.compile(block.attend, dynamic=False)
+    model.compiled_losses = torch.compile(model.losses, dynamic=False)
     for moe in model.moe_layers():
-        moe.experts.is_compiled = True
+        moe.dispatcher.is_compiled = moe.experts.is_compiled = True

@@ -1,0 +1,44 @@
+"""Law: `parallel.compile` changes how fast a model learns, not what."""
+
+from typing import cast
+
+import pytest
+import torch
+
+from tests.builders import make_batch, make_engine, tiny_model_config
+from trainer.distributed.runtime import has_cpp_compiler
+from trainer.engine.native import NativeEngine
+from trainer.models.gpt import Block
+from trainer.ops.attention import blocked_attention, torch_attention
+from trainer.parallel.config import ParallelConfig
+from trainer.parallel.parallelize import parallelize
+
+pytestmark = pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler")
+
+STEPS, ROWS, SEQ_LEN = 6, 6, 70  # 70: a whole block of attention and a part of one
+
+MOE = {"capacity": {"factor": 0.6, "min": 1}, "num_shared_experts": 1}
+
+
+def _engine(*, is_compiled: bool) -> NativeEngine:
+    engine = make_engine(tiny_model_config(MOE, seq_len=SEQ_LEN), kernel="fused", dtype=torch.float64)
+    parallelize(engine.model, ParallelConfig(compile=is_compiled), torch.device("cpu"), can_compile=True)
+    expected = blocked_attention if is_compiled else torch_attention
+    assert cast(Block, engine.model.blocks[0]).attention.core_attention is expected, "the law compares two ways"
+    return engine
+
+
+def _curve(engine: NativeEngine) -> torch.Tensor:
+    """Loss, balance loss and gradient norm of every step."""
+    curve = []
+    for step in range(STEPS):
+        batch = make_batch(ROWS, SEQ_LEN, seed=step, first_sample=ROWS * step, ragged=step % 2 == 1)
+        result = engine.train_step([batch], lr=3e-3)
+        curve.append([result.loss, result.balance_loss or 0.0, result.grad_norm])
+    return torch.tensor(curve, dtype=torch.float64)
+
+
+def test_a_compiled_model_learns_the_same() -> None:
+    eager, compiled = _curve(_engine(is_compiled=False)), _curve(_engine(is_compiled=True))
+    assert eager[-1, 0] < eager[0, 0]
+    torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-10)

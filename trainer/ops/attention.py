@@ -1,0 +1,112 @@
+"""Causal attention: torch's own kernel, and products in blocks of queries where those are faster.
+
+Both take queries (B, H, S, d), keys and values (B, Hkv, S, d), every H / Hkv query heads sharing a key head, and return
+(B, H, S, d) in the dtype of the values. Neither looks at autocast: what dtype they work in is said here.
+
+# B rows, H query heads, Hkv key and value heads, G = H / Hkv, N = B * Hkv, S tokens, d head width, n queries a block.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CausalAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+_BLOCK = 64
+"""Queries in a block: each block is multiplied with no later keys than its own."""
+_LONGEST = 512
+"""Beyond this many tokens the kept weights, S^2 / 2 for each head, cost more memory than the time is worth."""
+
+
+def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Run torch's fused kernel; a single query sees all keys (of a cache), several are causal.
+
+    On the CPU bfloat16 is computed in float32: its kernel takes 1.3 times as long in bfloat16, casts included.
+    """
+    dtype = torch.float32 if v.device.type == "cpu" and v.dtype is torch.bfloat16 else v.dtype
+    with torch.autocast(q.device.type, enabled=False):  # it would cast everything to bfloat16 again
+        y = F.scaled_dot_product_attention(
+            q.to(dtype), k.to(dtype), v.to(dtype), is_causal=q.shape[2] > 1, enable_gqa=k.shape[1] != q.shape[1]
+        )
+    return y.to(v.dtype)
+
+
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Multiply block by block, for the CPU and inside torch.compile, which fuses what lies between the products.
+
+    Scores and softmax are at least float32, whatever the dtype of the values; all other products are in that dtype.
+    """
+    (B, H, S, d), Hkv = q.shape, k.shape[1]
+    if S > _LONGEST:
+        return torch_attention(q, k, v)
+    grouped = q.reshape(B * Hkv, H // Hkv, S, d), k.reshape(B * Hkv, S, d), v.reshape(B * Hkv, S, d)
+    with torch.autocast(q.device.type, enabled=False):
+        return _BlockedAttention.apply(*grouped).view(B, H, S, d)
+
+
+class _BlockedAttention(torch.autograd.Function):
+    """q (N, G, S, d), k and v (N, S, d) -> (N, G, S, d).
+
+    #  keys      0 .. 63   64 .. 127   128 .. 191
+    #  block 0   causal
+    #  block 1   all       causal
+    #  block 2   all       all         causal
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        N, G, _, d = q.shape
+        wide = torch.promote_types(v.dtype, torch.float32)
+        scaled, keys = q.to(wide) * d**-0.5, k.to(wide)
+        outs, weights = [], []
+        for start, stop in _blocks(q):
+            scores = torch.bmm(_rows(scaled, start, stop), keys[:, :stop].transpose(1, 2))  # (N, G n, stop)
+            scores = scores.view(N, G, stop - start, stop).masked_fill(_later(start, stop, q.device), float("-inf"))
+            weights.append(torch.softmax(scores, dim=-1).to(v.dtype).view(N, -1, stop))
+            outs.append(torch.bmm(weights[-1], v[:, :stop]).view(N, G, -1, d))
+        out = torch.cat(outs, dim=2)
+        ctx.save_for_backward(q.to(v.dtype), k.to(v.dtype), v, out, *weights)
+        ctx.dtypes = q.dtype, k.dtype
+        return out
+
+    @staticmethod
+    # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, out, *weights = ctx.saved_tensors
+        N, G, _, d = q.shape
+        wide = torch.promote_types(v.dtype, torch.float32)
+        # Of the softmax: dL/ds = w * (dL/dw - sum_j w_j dL/dw_j), and that sum is the output times its gradient.
+        inner = (grad_out.to(wide) * out.to(wide)).sum(-1, keepdim=True)  # (N, G, S, 1)
+        grad_out = grad_out.to(v.dtype)
+        grad_q = []
+        grad_k, grad_v = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        with torch.autocast(q.device.type, enabled=False):
+            for (start, stop), w in zip(_blocks(q), weights, strict=True):
+                grad = _rows(grad_out, start, stop)  # (N, G n, d)
+                grad_w = torch.bmm(grad, v[:, :stop].transpose(1, 2))
+                grad_scores = w.to(wide) * (grad_w.to(wide) - _rows(inner, start, stop)) * d**-0.5
+                grad_scores = grad_scores.to(v.dtype)
+                grad_q.append(torch.bmm(grad_scores, k[:, :stop]).view(N, G, -1, d))
+                grad_k[:, :stop] += torch.bmm(grad_scores.transpose(1, 2), _rows(q, start, stop))
+                grad_v[:, :stop] += torch.bmm(w.transpose(1, 2), grad)
+        dtype_q, dtype_k = ctx.dtypes
+        return torch.cat(grad_q, dim=2).to(dtype_q), grad_k.to(dtype_k), grad_v.to(v.dtype)
+
+
+def _blocks(q: Tensor) -> list[tuple[int, int]]:
+    """Return first and last + 1 query of each block of q (N, G, S, d)."""
+    S = q.shape[2]
+    return [(start, min(start + _BLOCK, S)) for start in range(0, S, _BLOCK)]
+
+
+def _rows(x: Tensor, start: int, stop: int) -> Tensor:
+    """Return a block of x (N, G, S, w) with its heads one below the other: (N, G n, w)."""
+    return x[:, :, start:stop].flatten(1, 2)
+
+
+def _later(start: int, stop: int, device: torch.device) -> Tensor:
+    """Return (n, stop): whether a key comes after a query of the block."""
+    return torch.arange(stop, device=device) > torch.arange(start, stop, device=device)[:, None]
