@@ -74,6 +74,20 @@ def activate_backward(da: Tensor, h: Tensor, activation: Activation) -> Tensor:
     return torch.cat([torch.ops.aten.silu_backward(da * up, gate), da * F.silu(gate)], dim=-1)
 
 
+def activate_backward_to_compile(da: Tensor, h: Tensor, activation: Activation) -> Tensor:
+    """Return what `activate_backward` does, written for one pass: both halves share one exponential.
+
+    In pieces it would be the slower one; compiled it takes half the time.
+    """
+    if activation == "gelu":
+        return torch.ops.aten.gelu_backward(da, h)
+    wide = torch.promote_types(h.dtype, torch.float32)
+    gate, up = h.to(wide).chunk(2, dim=-1)
+    sigmoid = torch.sigmoid(gate)
+    slope = da.to(wide) * sigmoid
+    return torch.cat([slope * up * (1 + gate * (1 - sigmoid)), slope * gate], dim=-1).to(h.dtype)
+
+
 class _FusedFFN(torch.autograd.Function):
     @staticmethod
     def forward(

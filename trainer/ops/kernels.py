@@ -16,6 +16,7 @@ from trainer.ops.fused_ffn import (
     ROWS_MULTIPLE,
     FusedParts,
     activate_backward,
+    activate_backward_to_compile,
     fused,
     has_onednn_product,
     onednn_product,
@@ -59,7 +60,8 @@ def _fused_parts(onednn: bool, compiled: bool, device: str, dtype: torch.dtype) 
     by_onednn = onednn and device == "cpu" and dtype is torch.float32
     forward, backward = activate, activate_backward
     if compiled:
-        forward, backward = torch.compile(forward, dynamic=True), torch.compile(backward, dynamic=True)
+        forward = torch.compile(forward, dynamic=True)
+        backward = torch.compile(activate_backward_to_compile, dynamic=True)
     return FusedParts(
         product=onednn_product if by_onednn else product,
         # Torch multiplies bfloat16 by oneDNN as well.

@@ -7,6 +7,8 @@ here every token's rows are known, so it is a gather as well.
 # row_of_slot (T, k): the row that assignment (t, slot) became, or R if it has none (dropped, or not valid).
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,29 +39,52 @@ class _GatherRows(torch.autograd.Function):
         return grad_x, None, None
 
 
+def _combine(rows: Tensor, weight: Tensor, row_of_slot: Tensor) -> Tensor:
+    """Return (T, D) in the wider dtype: the sum over slots, one after the other, so that its order is the slots'."""
+    rows = _with_zero_row(rows, row_of_slot)
+    out = rows.index_select(0, row_of_slot[:, 0]) * weight[:, :1]
+    for slot in range(1, row_of_slot.shape[1]):
+        out += rows.index_select(0, row_of_slot[:, slot]) * weight[:, slot : slot + 1]
+    return out
+
+
+def _combine_backward(
+    grad_out: Tensor, rows: Tensor, weight_of_row: Tensor, token_of_row: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of rows (R, D) and of their weights (R,)."""
+    grad_of_row = grad_out.index_select(0, token_of_row)  # (R, D)
+    grad_weight = (grad_of_row * rows).sum(-1).to(weight_of_row.dtype)
+    return (grad_of_row * weight_of_row[:, None]).to(rows.dtype), grad_weight
+
+
+@cache
+def _combine_parts(compiled: bool) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
+    if compiled:  # one pass over the rows each, instead of one for every operation
+        return torch.compile(_combine, dynamic=True), torch.compile(_combine_backward, dynamic=True)
+    return _combine, _combine_backward
+
+
 class _CombineRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, token_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, token_of_row: Tensor, row_of_slot: Tensor, is_compiled: bool
+    ) -> Tensor:
         ctx.save_for_backward(rows, weight, token_of_row, row_of_slot)
-        padded = _with_zero_row(rows, row_of_slot)
-        out = padded.index_select(0, row_of_slot[:, 0]) * weight[:, :1]  # (T, D), in the wider dtype
-        for slot in range(1, row_of_slot.shape[1]):  # one after the other: the order of the sum is the slots'
-            out += padded.index_select(0, row_of_slot[:, slot]) * weight[:, slot : slot + 1]
-        return out
+        combine, ctx.combine_backward = _combine_parts(is_compiled)
+        return combine(rows, weight, row_of_slot)
 
     @staticmethod
     # pyrefly: ignore[bad-override]
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         rows, weight, token_of_row, row_of_slot = ctx.saved_tensors
         num_rows = rows.shape[0]
         slot_of_row = weight.new_empty(num_rows + 1, dtype=torch.int64)
         slot_of_row[row_of_slot.reshape(-1)] = torch.arange(row_of_slot.numel(), device=rows.device)
         slot_of_row = slot_of_row[:num_rows]  # (R,) index into the flattened (T, k)
-        grad_of_row = grad_out.index_select(0, token_of_row)  # (R, D)
-        grad_rows = (grad_of_row * weight.reshape(-1)[slot_of_row][:, None]).to(rows.dtype)
+        grad_rows, grad_of_row = ctx.combine_backward(grad_out, rows, weight.reshape(-1)[slot_of_row], token_of_row)
         grad_weight = torch.zeros_like(weight)
-        grad_weight.view(-1)[slot_of_row] = (grad_of_row * rows).sum(-1).to(weight.dtype)
-        return grad_rows, grad_weight, None, None
+        grad_weight.view(-1)[slot_of_row] = grad_of_row
+        return grad_rows, grad_weight, None, None, None
 
 
 def gather_rows(x: Tensor, token_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
@@ -76,7 +101,9 @@ def gather_rows(x: Tensor, token_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
     return _GatherRows.apply(x, token_of_row, row_of_slot)
 
 
-def combine_rows(rows: Tensor, weight: Tensor, token_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
+def combine_rows(
+    rows: Tensor, weight: Tensor, token_of_row: Tensor, row_of_slot: Tensor, *, is_compiled: bool = False
+) -> Tensor:
     """Sum every token's rows with their weights, in slot order; a slot without a row adds nothing.
 
     Args:
@@ -84,8 +111,9 @@ def combine_rows(rows: Tensor, weight: Tensor, token_of_row: Tensor, row_of_slot
         weight: (T, k), at least float32; differentiable.
         token_of_row: (R,) int64.
         row_of_slot: (T, k) int64 in [0, R].
+        is_compiled: make one compiled pass of it, forward and backward.
 
     Returns:
         (T, D) in the wider dtype of rows and weight.
     """
-    return _CombineRows.apply(rows, weight, token_of_row, row_of_slot)
+    return _CombineRows.apply(rows, weight, token_of_row, row_of_slot, is_compiled)

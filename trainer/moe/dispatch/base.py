@@ -26,6 +26,9 @@ class Dispatched:
 class Dispatcher(ABC):
     """Moves rows to experts and back. Knows ranks; knows nothing of gating. Holds no parameters."""
 
+    is_compiled: bool = False
+    """Compile what surrounds the sending, where it can be."""
+
     @abstractmethod
     def dispatch(self, x: Tensor, decision: RoutingDecision) -> Dispatched:
         """Send each kept assignment's row of x (T, D) to its expert."""

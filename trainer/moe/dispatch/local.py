@@ -76,4 +76,4 @@ class LocalDispatcher(Dispatcher):
     def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
         """Sum each token's rows with their weights."""
         order: ExpertOrder = dispatched.handle
-        return combine_rows(y, order.weight, order.token_of_row, order.row_of_slot)
+        return combine_rows(y, order.weight, order.token_of_row, order.row_of_slot, is_compiled=self.is_compiled)
