@@ -9,6 +9,10 @@ class TurnoutError(Exception):
     """Base of every error that its reader can fix."""
 
     exit_code = 1
+    is_of_the_group = False
+    """Every rank has it, or it concerns the exchange itself: there is nobody to tell."""
+    is_this_ranks = False
+    """This rank alone has it, and so is the one to show it; what all ranks have is shown by rank 0."""
 
 
 class ConfigError(TurnoutError):
@@ -33,6 +37,17 @@ class CommError(TurnoutError):
     """A peer was lost or ranks disagree."""
 
     exit_code = 5
+    is_of_the_group = is_this_ranks = True
+
+
+class ElsewhereError(TurnoutError):
+    """Another rank failed and has said so; this one only ends with it, and in silence."""
+
+    is_of_the_group = True
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class NumericsError(TurnoutError):

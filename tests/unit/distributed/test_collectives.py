@@ -1,0 +1,99 @@
+"""What a group exchanges, what it remembers of it, and how one rank's error becomes everyone's."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.ranks import Ranks
+from trainer.distributed.collectives import Group, Journal
+from trainer.distributed.layout import Layout
+from trainer.distributed.mesh import Mesh, build_mesh
+from trainer.distributed.together import raise_together
+from trainer.errors import DataError, ElsewhereError, TurnoutError
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    processes = Ranks()
+    yield processes
+    processes.close()
+
+
+def _mesh(ep_size: int = 1, journal: Journal | None = None) -> Mesh:
+    layout = Layout(world_size=dist.get_world_size(), rank=dist.get_rank(), ep_size=ep_size)
+    return build_mesh(layout, journal or Journal())
+
+
+def exchange_uneven() -> tuple[list, list]:
+    world = _mesh().world
+    me = world.index
+    x = torch.arange(3.0).add(10 * me)[:, None].requires_grad_()
+    send, receive = ([1, 2], [1, 3]) if me == 0 else ([3, 0], [2, 0])
+    y = world.exchange(x, send, receive)
+    (y * (me + 1)).sum().backward()
+    assert x.grad is not None
+    return y.flatten().tolist(), x.grad.flatten().tolist()
+
+
+def test_an_exchange_is_in_the_order_of_the_senders_and_its_gradient_goes_back(ranks: Ranks) -> None:
+    (y0, grad0), (y1, grad1) = ranks.run(2, exchange_uneven)
+    assert (y0, y1) == ([0.0, 10.0, 11.0, 12.0], [1.0, 2.0])
+    assert (grad0, grad1) == ([1.0, 2.0, 2.0], [1.0, 1.0, 1.0])
+
+
+def test_a_group_of_one_exchanges_nothing() -> None:
+    group = Group.of_one()
+    x = torch.arange(4.0)
+    assert group.sum_(x) is x and group.exchange(x, [4], [4]) is x and group.broadcast_(x) is x
+    assert group.gather(x).shape == (1, 4) and group.gather_objects("a") == ["a"]
+    assert group.journal.count == 0
+
+
+def note_four() -> list[str]:
+    journal = Journal()
+    mesh = _mesh(ep_size=2, journal=journal)
+    mesh.world.sum_(torch.zeros(5))
+    mesh.ep.gather(torch.zeros(2))
+    mesh.edp.broadcast_(torch.zeros(1))
+    for _ in range(100):
+        mesh.world.barrier()
+    first, last = journal.operations[0], journal.operations[-1]
+    return [str(journal.count), str(len(journal.operations)), str(first), str(last)]
+
+
+def test_the_journal_keeps_the_last_operations_with_number_group_and_sizes(ranks: Ranks) -> None:
+    for lines in ranks.run(4, note_four):
+        assert lines == ["103", "32", "#72 sum over world [1]", "#103 sum over world [1]"]
+
+
+def fail_on(failing: list[int], kind: type[Exception]) -> tuple[str, str, int | None, bool | None]:
+    world = _mesh().world
+    try:
+        with raise_together(world):
+            if world.index in failing:
+                raise kind(f"cannot read x, says {world.index}")
+    except Exception as error:
+        is_turnout = isinstance(error, TurnoutError)
+        code, shown = (error.exit_code, error.is_this_ranks) if is_turnout else (None, None)
+        return type(error).__name__, str(error), code, shown
+    return "", "", None, None
+
+
+def test_one_rank_s_error_is_everyone_s_and_shown_by_the_one_that_had_it(ranks: Ranks) -> None:
+    message = "rank 1: cannot read x, says 1"
+    expected = [
+        (ElsewhereError.__name__, message, DataError.exit_code, False),
+        (DataError.__name__, message, DataError.exit_code, True),
+        (ElsewhereError.__name__, message, DataError.exit_code, False),
+    ]
+    assert ranks.run(3, fail_on, [1, 2], DataError) == expected
+    assert ranks.run(3, fail_on, [], DataError) == [("", "", None, None)] * 3
+
+
+def test_an_unforeseen_error_keeps_its_type_where_it_happened(ranks: Ranks) -> None:
+    (kind, text, *_), (other, other_text, code, _) = ranks.run(2, fail_on, [0], ZeroDivisionError)
+    assert (kind, text) == ("ZeroDivisionError", "cannot read x, says 0")
+    assert (other, code) == ("ElsewhereError", 1)
+    assert other_text == "rank 0: ZeroDivisionError: cannot read x, says 0"

@@ -1,0 +1,41 @@
+"""Rank order, slices, and what does not fit together."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.distributed.layout import Layout, even_slice, launched
+from trainer.errors import ConfigError
+
+
+def test_ep_ranks_are_neighbours_and_rows_of_the_mesh() -> None:
+    layouts = [Layout(world_size=6, rank=rank, ep_size=3) for rank in range(6)]
+    assert [(layout.edp_rank, layout.ep_rank) for layout in layouts] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert layouts[0].ep_ranks() == [[0, 1, 2], [3, 4, 5]]
+    assert layouts[0].edp_ranks() == [[0, 3], [1, 4], [2, 5]]
+
+
+@given(st.integers(0, 50), st.integers(1, 12))
+def test_slices_cover_everything_once_and_differ_by_at_most_one(total: int, parts: int) -> None:
+    bounds = [even_slice(total, parts, index) for index in range(parts)]
+    assert [i for first, end in bounds for i in range(first, end)] == list(range(total))
+    sizes = [end - first for first, end in bounds]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_degree_that_does_not_divide_names_both_numbers_and_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    monkeypatch.setenv("RANK", "4")
+    assert launched(ep_size=3) == Layout(world_size=6, rank=4, ep_size=3)
+    with pytest.raises(ConfigError) as error:
+        launched(ep_size=4)
+    assert str(error.value) == (
+        "parallel.ep_size: 4 does not divide the 6 ranks that were started; use one of 1, 2, 3, 6, or start a multiple "
+        "of 4 (torchrun --nproc-per-node, --nnodes)"
+    )
+
+
+def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    assert launched(ep_size=1) == Layout()

@@ -1,0 +1,82 @@
+"""Which rank is where: plain numbers, checked before any process group exists. Imports no torch.
+
+rank = edp_rank * ep_size + ep_rank       world 6, ep_size 3    edp 0: ranks 0 1 2
+                                                                edp 1: ranks 3 4 5
+                                          experts split over the columns, copied down the rows
+"""
+
+import os
+from dataclasses import dataclass
+
+from trainer.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """One rank's place among all ranks."""
+
+    world_size: int = 1
+    rank: int = 0
+    ep_size: int = 1
+    """Ranks that share one copy of the experts: neighbours, on one node first."""
+
+    @property
+    def edp_size(self) -> int:
+        """Copies of the experts."""
+        return self.world_size // self.ep_size
+
+    @property
+    def ep_rank(self) -> int:
+        """This rank's number among those that share its copy of the experts."""
+        return self.rank % self.ep_size
+
+    @property
+    def edp_rank(self) -> int:
+        """Which copy of the experts this rank belongs to."""
+        return self.rank // self.ep_size
+
+    def ep_ranks(self) -> list[list[int]]:
+        """Return the ranks of every copy of the experts."""
+        return [list(range(first, first + self.ep_size)) for first in range(0, self.world_size, self.ep_size)]
+
+    def edp_ranks(self) -> list[list[int]]:
+        """Return, for every part of the experts, the ranks that hold it."""
+        return [list(range(first, self.world_size, self.ep_size)) for first in range(self.ep_size)]
+
+
+def launched(*, ep_size: int) -> Layout:
+    """Return this process's place among those that torchrun started; alone without torchrun.
+
+    Raises:
+        ConfigError: if `ep_size` does not fit the number of ranks.
+    """
+    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    check_layout(world_size=world_size, ep_size=ep_size)
+    return Layout(world_size=world_size, rank=rank, ep_size=ep_size)
+
+
+def is_first_rank() -> bool:
+    """Tell whether this process is the one that speaks where all would say the same."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def even_slice(total: int, parts: int, index: int) -> tuple[int, int]:
+    """Return first and last + 1 of part `index` when 0 .. total - 1 is cut into neighbouring parts.
+
+    Sizes differ by at most one: 8 experts over 3 ranks are 0 1 | 2 3 4 | 5 6 7.
+    """
+    return total * index // parts, total * (index + 1) // parts
+
+
+def check_layout(*, world_size: int, ep_size: int) -> None:
+    """Refuse degrees that do not fit together.
+
+    Raises:
+        ConfigError: naming each factor, and what would fit.
+    """
+    if world_size % ep_size:
+        fitting = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
+        raise ConfigError(
+            f"parallel.ep_size: {ep_size} does not divide the {world_size} ranks that were started; use one of "
+            f"{fitting}, or start a multiple of {ep_size} (torchrun --nproc-per-node, --nnodes)"
+        )

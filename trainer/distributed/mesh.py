@@ -1,0 +1,87 @@
+"""This rank's groups: all ranks, those that share its experts, those that hold the same experts."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import cast
+
+import torch
+import torch.distributed as dist
+
+from trainer.distributed.collectives import Group, Journal
+from trainer.distributed.layout import Layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mesh:
+    """Who exchanges what with whom."""
+
+    layout: Layout
+    world: Group
+    """All ranks: they have different tokens and the same dense weights."""
+    ep: Group
+    """Ranks with different experts, which send each other tokens."""
+    edp: Group
+    """Ranks with the same experts."""
+
+    @classmethod
+    def of_one(cls) -> "Mesh":
+        """Return the mesh of a single process."""
+        one = Group.of_one()
+        return cls(layout=Layout(), world=one, ep=one, edp=one)
+
+
+@contextmanager
+def joined(layout: Layout, device: torch.device, *, timeout_s: float) -> Iterator[Mesh]:
+    """Join the other ranks that torchrun started, and leave them at the end; alone, there is nobody to join.
+
+    Args:
+        layout: this rank's place.
+        device: CPU ranks talk by gloo, GPUs by NCCL.
+        timeout_s: how long one exchange may take before a rank counts as lost.
+    """
+    if layout.world_size == 1:
+        yield Mesh.of_one()
+        return
+    timeout = timedelta(seconds=timeout_s)
+    store, rank, world_size = next(dist.rendezvous("env://", layout.rank, layout.world_size, timeout=timeout))
+    # Under torchrun the store outlives the ranks: without a name of its own, a restarted attempt reads the addresses
+    # of the dead ones (pytorch #135712).
+    attempt = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(
+        "gloo" if device.type == "cpu" else "nccl", store=attempt, rank=rank, world_size=world_size, timeout=timeout
+    )
+    try:
+        yield build_mesh(layout, Journal())
+    finally:
+        dist.destroy_process_group()
+
+
+def build_mesh(layout: Layout, journal: Journal) -> Mesh:
+    """Make this rank's groups; with more than one rank, torch's default process group must exist."""
+    if layout.world_size == 1:
+        return Mesh.of_one()
+    everyone = [list(range(layout.world_size))]
+    return Mesh(
+        layout=layout,
+        world=_group("world", everyone, layout, journal),
+        ep=_group("ep", layout.ep_ranks(), layout, journal),
+        edp=_group("edp", layout.edp_ranks(), layout, journal),
+    )
+
+
+def _group(name: str, members: list[list[int]], layout: Layout, journal: Journal) -> Group:
+    """Make all groups of a kind, as every rank must, and return the one that this rank is in."""
+    mine = None
+    for ranks in members:
+        handle: dist.ProcessGroup | None = None
+        if len(ranks) == layout.world_size:
+            handle = dist.group.WORLD
+        elif len(ranks) > 1:
+            handle = cast(dist.ProcessGroup, dist.new_group(ranks))
+        if layout.rank in ranks:
+            mine = Group(name, ranks, me=layout.rank, handle=handle, journal=journal)
+    assert mine is not None, "every rank is in one group of each kind"
+    return mine

@@ -1,0 +1,52 @@
+"""One rank's error is every rank's error: nobody waits for a rank that has given up."""
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from trainer.distributed.collectives import Group
+from trainer.errors import ElsewhereError, TurnoutError
+
+
+@contextmanager
+def raise_together(group: Group) -> Iterator[None]:
+    """Run a block on all ranks of a group; if it failed on any, fail on all of them, with the same exit code.
+
+    The rank that had the error raises it as it is, with its number in front; the others raise an `ElsewhereError`,
+    which is not shown again. A collective that failed is not asked about: its group is of no use any more.
+
+    Raises:
+        TurnoutError: what the first failing rank had, or an `ElsewhereError` with its exit code.
+    """
+    if group.size == 1:
+        yield
+        return
+    error: Exception | None = None
+    try:
+        yield
+    except TurnoutError as caught:
+        if caught.is_of_the_group:
+            raise
+        error = caught
+    except Exception as caught:
+        error = caught
+    reports = group.gather_objects(None if error is None else _report(error))
+    failed = [rank for rank, report in enumerate(reports) if report is not None]
+    if not failed:
+        return
+    first = failed[0]
+    text, exit_code = reports[first]
+    if group.index != first:
+        raise ElsewhereError(f"rank {group.ranks[first]}: {text}", exit_code) from None
+    assert error is not None
+    if isinstance(error, TurnoutError):
+        shown = type(error)(f"rank {group.ranks[first]}: {error}")
+        shown.is_this_ranks = True
+        raise shown from None
+    raise error
+
+
+def _report(error: Exception) -> tuple[str, int]:
+    if isinstance(error, TurnoutError):
+        return str(error), error.exit_code
+    return "".join(traceback.format_exception_only(error)).strip(), 1
