@@ -103,6 +103,29 @@ class ExperimentConfig(Config):
         for domain in sorted({d for d in domains if domains.count(d) > 1}):
             yield Problem("data.sources", f"two sources are of domain {domain}; give each its own `domain`")
         yield from self._kernel_problems()
+        yield from self._dispatcher_problems()
+
+    def _dispatcher_problems(self) -> Iterator[Problem]:
+        """Check who moves rows against how many there can be."""
+        moe, ep_size, kind = self.model.moe, self.parallel.ep_size, self.parallel.dispatcher.kind
+        if moe is None:
+            if ep_size > 1:
+                yield Problem("parallel.ep_size", f"{ep_size}, but the model is dense (model.moe: null); use 1")
+            return
+        if ep_size > moe.num_experts:
+            yield Problem(
+                "parallel.ep_size",
+                f"{ep_size} ranks cannot share {moe.num_experts} experts (model.moe.num_experts); "
+                f"use at most {moe.num_experts}",
+            )
+        if kind == "local" and ep_size > 1:
+            yield Problem("parallel.dispatcher.kind", f"local sends nothing; with ep_size {ep_size} use all_to_all")
+        if kind == "padded_all_to_all" and moe.capacity.factor is None:
+            yield Problem(
+                "parallel.dispatcher.kind",
+                "padded_all_to_all sends capacity-sized buffers, and model.moe.capacity.factor is null (dropless); "
+                "use all_to_all, or set a factor",
+            )
 
     def _kernel_problems(self) -> Iterator[Problem]:
         """Refuse an experts kernel that has no code for this dtype or shape."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.builders import make_batch, make_engine, tiny_model_config
+from trainer.distributed.mesh import Mesh
 from trainer.distributed.runtime import has_cpp_compiler
 from trainer.engine.native import NativeEngine
 from trainer.models.gpt import Block
@@ -22,7 +23,7 @@ MOE = {"capacity": {"factor": 0.6, "min": 1}, "num_shared_experts": 1}
 
 def _engine(*, is_compiled: bool) -> NativeEngine:
     engine = make_engine(tiny_model_config(MOE, seq_len=SEQ_LEN), kernel="fused", dtype=torch.float64)
-    parallelize(engine.model, ParallelConfig(compile=is_compiled), torch.device("cpu"), can_compile=True)
+    parallelize(engine.model, ParallelConfig(compile=is_compiled), Mesh.of_one(), torch.device("cpu"), can_compile=True)
     expected = blocked_attention if is_compiled else torch_attention
     assert cast(Block, engine.model.blocks[0]).attention.core_attention is expected, "the law compares two ways"
     return engine

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from trainer.models.gpt import GPT, initial_std, parameter_role
+from trainer.moe.experts import Experts
 from trainer.ops.noise import stable_hash
 
 # E experts.
@@ -16,18 +17,30 @@ def initialize(model: GPT, seed: int) -> None:
     Expert e of a stacked (E, ...) weight has a random stream of its own, so that the same experts start from the same
     weights wherever they live.
     """
+    first_expert = expert_parameters(model)
     for name, parameter in model.named_parameters():
         std = initial_std(name, model.config)
         match parameter_role(name):
             case "norm":
                 parameter.fill_(1.0)
             case "expert":
-                for e in range(parameter.shape[0]):
-                    parameter[e].copy_(_normal(parameter[e], std, stable_hash("init", seed, name, e)))
+                for i, weight in enumerate(parameter):
+                    e = first_expert[name] + i
+                    weight.copy_(_normal(weight, std, stable_hash("init", seed, name, e)))
             case _:
                 parameter.copy_(_normal(parameter, std, stable_hash("init", seed, name)))
     for buffer in model.buffers():
         buffer.zero_()
+
+
+def expert_parameters(model: GPT) -> dict[str, int]:
+    """Return the names of all stacked (E_local, ...) weights, with the global number of their first expert."""
+    return {
+        f"{prefix}.{name}": module.first
+        for prefix, module in model.named_modules()
+        if isinstance(module, Experts)
+        for name, _ in module.named_parameters()
+    }
 
 
 def _normal(like: Tensor, std: float, seed: int) -> Tensor:

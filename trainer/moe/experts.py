@@ -19,12 +19,20 @@ class Experts(nn.Module):
         self, num_experts: int, d_model: int, d_ff: int, *, activation: Activation, kernel: ExpertsKernel
     ) -> None:
         super().__init__()
+        self.num_experts, self.first = num_experts, 0
+        """How many experts the layer has, and the global number of the first one that is here."""
         width = 2 * d_ff if activation == "swiglu" else d_ff
         self.w_in = nn.Parameter(torch.empty(num_experts, width, d_model))  # (E, H, D)
         self.w_out = nn.Parameter(torch.empty(num_experts, d_model, d_ff))  # (E, D, F)
         self.activation, self.kernel = activation, kernel
         self.is_compiled = False
         """Compile what runs between the products, where the kernel can."""
+
+    def keep(self, first: int, end: int) -> None:
+        """Hold experts first .. end - 1 only; before the weights have values."""
+        self.first = first
+        for name, weight in list(self.named_parameters()):
+            setattr(self, name, nn.Parameter(weight.new_empty(end - first, *weight.shape[1:])))
 
     def forward(self, x: Tensor, rows_per_expert: Tensor) -> Tensor:
         """Apply expert e to its rows of x (R, D); rows_per_expert (E_local,) sums to R."""

@@ -15,33 +15,32 @@ import torch
 from torch import Tensor
 
 
-def _with_zero_row(rows: Tensor, row_of_slot: Tensor) -> Tensor:
-    """Append the row of zeros that index R means, if any slot can ask for it."""
-    if rows.shape[0] == row_of_slot.numel():
-        return rows
-    return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+def _with_zero_row(rows: Tensor, is_full: bool) -> Tensor:
+    """Append the row of zeros that index R means, if a slot can ask for it."""
+    return rows if is_full else torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, token_of_row: Tensor, row_of_slot: Tensor, is_full: bool) -> Tensor:
         ctx.save_for_backward(row_of_slot)
+        ctx.is_full = is_full
         return x.index_select(0, token_of_row)  # (R, D)
 
     @staticmethod
     # pyrefly: ignore[bad-override]
-    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None, None]:
         (row_of_slot,) = ctx.saved_tensors
-        grad_rows = _with_zero_row(grad_rows, row_of_slot)
+        grad_rows = _with_zero_row(grad_rows, ctx.is_full)
         grad_x = grad_rows.index_select(0, row_of_slot[:, 0])  # (T, D)
         for slot in range(1, row_of_slot.shape[1]):
             grad_x += grad_rows.index_select(0, row_of_slot[:, slot])
-        return grad_x, None, None
+        return grad_x, None, None, None
 
 
-def _combine(rows: Tensor, weight: Tensor, row_of_slot: Tensor) -> Tensor:
+def _combine(rows: Tensor, weight: Tensor, row_of_slot: Tensor, is_full: bool) -> Tensor:
     """Return (T, D) in the wider dtype: the sum over slots, one after the other, so that its order is the slots'."""
-    rows = _with_zero_row(rows, row_of_slot)
+    rows = _with_zero_row(rows, is_full)
     out = rows.index_select(0, row_of_slot[:, 0]) * weight[:, :1]
     for slot in range(1, row_of_slot.shape[1]):
         out += rows.index_select(0, row_of_slot[:, slot]) * weight[:, slot : slot + 1]
@@ -67,53 +66,99 @@ def _combine_parts(compiled: bool) -> tuple[Callable[..., Tensor], Callable[...,
 class _CombineRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, token_of_row: Tensor, row_of_slot: Tensor, is_compiled: bool
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        token_of_row: Tensor,
+        row_of_slot: Tensor,
+        is_full: bool,
+        is_compiled: bool,
     ) -> Tensor:
         ctx.save_for_backward(rows, weight, token_of_row, row_of_slot)
         combine, ctx.combine_backward = _combine_parts(is_compiled)
-        return combine(rows, weight, row_of_slot)
+        return combine(rows, weight, row_of_slot, is_full)
 
     @staticmethod
     # pyrefly: ignore[bad-override]
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         rows, weight, token_of_row, row_of_slot = ctx.saved_tensors
-        num_rows = rows.shape[0]
-        slot_of_row = weight.new_empty(num_rows + 1, dtype=torch.int64)
-        slot_of_row[row_of_slot.reshape(-1)] = torch.arange(row_of_slot.numel(), device=rows.device)
-        slot_of_row = slot_of_row[:num_rows]  # (R,) index into the flattened (T, k)
-        grad_rows, grad_of_row = ctx.combine_backward(grad_out, rows, weight.reshape(-1)[slot_of_row], token_of_row)
-        grad_weight = torch.zeros_like(weight)
-        grad_weight.view(-1)[slot_of_row] = grad_of_row
-        return grad_rows, grad_weight, None, None, None
+        num_slots, num_tokens = row_of_slot.numel(), len(grad_out)
+        # A row without a slot gets the number behind the last one, where the weight is 0.
+        slot_of_row = row_of_slot.new_full((len(rows) + 1,), num_slots)
+        slot_of_row[row_of_slot.reshape(-1)] = torch.arange(num_slots, device=rows.device)
+        slot_of_row = slot_of_row[:-1]  # (R,) index into the flattened (T, k)
+        weight_of_row = torch.cat([weight.reshape(-1), weight.new_zeros(1)])[slot_of_row]
+        token_of_row = token_of_row.clamp(max=num_tokens - 1)
+        grad_rows, grad_of_row = ctx.combine_backward(grad_out, rows, weight_of_row, token_of_row)
+        grad_weight = weight.new_zeros(num_slots + 1)
+        grad_weight[slot_of_row] = grad_of_row
+        grad_weight = grad_weight[:-1].view_as(weight)
+        return grad_rows, grad_weight, None, None, None, None
 
 
-def gather_rows(x: Tensor, token_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
+def gather_rows(x: Tensor, token_of_row: Tensor, row_of_slot: Tensor, *, is_full: bool = False) -> Tensor:
     """Copy tokens into rows.
 
     Args:
         x: (T, D).
         token_of_row: (R,) int64.
         row_of_slot: (T, k) int64 in [0, R], the inverse; R for a slot without a row.
+        is_full: every slot has a row, which spares a copy.
 
     Returns:
         (R, D) rows.
     """
-    return _GatherRows.apply(x, token_of_row, row_of_slot)
+    return _GatherRows.apply(x, token_of_row, row_of_slot, is_full)
 
 
 def combine_rows(
-    rows: Tensor, weight: Tensor, token_of_row: Tensor, row_of_slot: Tensor, *, is_compiled: bool = False
+    rows: Tensor,
+    weight: Tensor,
+    token_of_row: Tensor,
+    row_of_slot: Tensor,
+    *,
+    is_full: bool = False,
+    is_compiled: bool = False,
 ) -> Tensor:
     """Sum every token's rows with their weights, in slot order; a slot without a row adds nothing.
 
     Args:
         rows: (R, D).
         weight: (T, k), at least float32; differentiable.
-        token_of_row: (R,) int64.
+        token_of_row: (R,) int64; T for a row that is no token's.
         row_of_slot: (T, k) int64 in [0, R].
+        is_full: every slot has a row, which spares a copy.
         is_compiled: make one compiled pass of it, forward and backward.
 
     Returns:
         (T, D) in the wider dtype of rows and weight.
     """
-    return _CombineRows.apply(rows, weight, token_of_row, row_of_slot, is_compiled)
+    return _CombineRows.apply(rows, weight, token_of_row, row_of_slot, is_full, is_compiled)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, is_inverse: bool) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.is_inverse = is_inverse
+        return _move(x, order, is_inverse)
+
+    @staticmethod
+    # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (order,) = ctx.saved_tensors
+        return _move(grad, order, not ctx.is_inverse), None, None
+
+
+def _move(x: Tensor, order: Tensor, is_inverse: bool) -> Tensor:
+    return torch.empty_like(x).index_copy_(0, order, x) if is_inverse else x.index_select(0, order)
+
+
+def permute(x: Tensor, order: Tensor) -> Tensor:
+    """Return rows order[0], order[1], ... of x (R, D); order (R,) has every number below R once."""
+    return _Permute.apply(x, order, False)
+
+
+def inverse_permute(x: Tensor, order: Tensor) -> Tensor:
+    """Undo `permute`: row i of x (R, D) goes to place order[i]."""
+    return _Permute.apply(x, order, True)

@@ -2,10 +2,10 @@
 
 from typing import Literal
 
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 
 from trainer.config.base import Config
-from trainer.moe.dispatch.registry import DispatcherConfig, LocalDispatcherConfig
+from trainer.moe.dispatch.registry import AllToAllDispatcherConfig, DispatcherConfig
 
 
 class ParallelConfig(Config):
@@ -15,8 +15,12 @@ class ParallelConfig(Config):
     """Sequences in one forward pass; the global batch is accumulated from such pieces."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU if there is one."""
-    dispatcher: DispatcherConfig = LocalDispatcherConfig()
+    ep_size: PositiveInt = 1
+    """Ranks that share the experts; each holds a part of them. Divides the number of ranks."""
+    dispatcher: DispatcherConfig = AllToAllDispatcherConfig()
     """How rows reach their experts."""
+    timeout_s: PositiveFloat = 300.0
+    """Seconds that ranks wait for each other in one exchange before one counts as lost."""
     experts_kernel: Literal["auto", "loop", "padded", "grouped", "fused", "fused_onednn"] = "auto"
     """How experts are multiplied. `auto` is resolved from a table of measurements and recorded in the run folder."""
     compile: bool = False

@@ -5,25 +5,30 @@ from typing import cast
 
 import torch
 
+from trainer.distributed.layout import even_slice
+from trainer.distributed.mesh import Mesh
 from trainer.models.gpt import GPT, Block
 from trainer.ops.attention import blocked_attention
 from trainer.parallel.config import ParallelConfig
 
 
-def parallelize(model: GPT, config: ParallelConfig, device: torch.device, *, can_compile: bool) -> GPT:
+def parallelize(model: GPT, config: ParallelConfig, mesh: Mesh, device: torch.device, *, can_compile: bool) -> GPT:
     """Give a whole single-device model its layout; nothing it computes changes beyond floating-point reordering.
 
-    1. Every MoE layer gets the configured dispatcher.
+    1. Every MoE layer gets the configured dispatcher, and keeps this rank's part of its experts.
     2. What runs between the matrix products is compiled, where asked for and possible.
 
     Args:
-        model: may be on the meta device.
+        model: may be on the meta device; its weights have no values yet.
         config: the `parallel` section.
+        mesh: this rank's groups.
         device: where it will run.
         can_compile: whether this machine can build compiled kernels.
     """
     for moe in model.moe_layers():
-        moe.dispatcher = config.dispatcher.build()
+        moe.dispatcher = config.dispatcher.build(mesh.ep, moe.experts.num_experts)
+        if mesh.ep.size > 1:
+            moe.experts.keep(*even_slice(moe.experts.num_experts, mesh.ep.size, mesh.ep.index))
     if config.compile and can_compile:
         compile_glue(model, device)
     return model

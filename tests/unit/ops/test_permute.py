@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.moe.dispatch.local import LocalDispatcher, group_by_expert
+from trainer.moe.dispatch.local import LocalDispatcher
+from trainer.moe.dispatch.order import group_by_expert
 from trainer.moe.routing import RoutingDecision
 from trainer.ops.permute import combine_rows, gather_rows
 

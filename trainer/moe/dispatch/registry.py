@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
 
 from trainer.config.base import Config
 
 if TYPE_CHECKING:
+    from trainer.distributed.collectives import Group
     from trainer.moe.dispatch.base import Dispatcher
 
 
@@ -15,11 +18,60 @@ class LocalDispatcherConfig(Config):
 
     kind: Literal["local"] = "local"
 
-    def build(self) -> Dispatcher:
+    def build(self, group: Group, num_experts: int) -> Dispatcher:
         """Make the dispatcher."""
         from trainer.moe.dispatch.local import LocalDispatcher
 
+        assert group.size == 1, "a config with ep_size > 1 is refused"
         return LocalDispatcher()
 
 
-DispatcherConfig = LocalDispatcherConfig
+class ExchangeOptions(Config):
+    """What all dispatchers that send rows have in common."""
+
+    wire: Literal["compute", "bfloat16"] = "compute"
+    """Precision of rows on their way: as they are computed, or rounded (which changes what is learned a little)."""
+
+
+class AllToAllDispatcherConfig(ExchangeOptions):
+    """Every row is sent to the rank of its expert: any number of them."""
+
+    kind: Literal["all_to_all"] = "all_to_all"
+
+    def build(self, group: Group, num_experts: int) -> Dispatcher:
+        """Make the dispatcher; nothing is sent where all experts are on one rank."""
+        if group.size == 1:
+            return LocalDispatcherConfig().build(group, num_experts)
+        from trainer.moe.dispatch.all_to_all import AllToAllDispatcher
+
+        return AllToAllDispatcher(group, num_experts, self.wire)
+
+
+class PaddedAllToAllDispatcherConfig(ExchangeOptions):
+    """Every expert is sent as many rows as its capacity, so that no rank waits for a size; needs a capacity."""
+
+    kind: Literal["padded_all_to_all"] = "padded_all_to_all"
+
+    def build(self, group: Group, num_experts: int) -> Dispatcher:
+        """Make the dispatcher."""
+        from trainer.moe.dispatch.padded_all_to_all import PaddedAllToAllDispatcher
+
+        return PaddedAllToAllDispatcher(group, num_experts, self.wire)
+
+
+class AllGatherDispatcherConfig(ExchangeOptions):
+    """Every rank gets all tokens and takes what its experts need: for few ranks, and to check the others against."""
+
+    kind: Literal["all_gather"] = "all_gather"
+
+    def build(self, group: Group, num_experts: int) -> Dispatcher:
+        """Make the dispatcher."""
+        from trainer.moe.dispatch.all_gather import AllGatherDispatcher
+
+        return AllGatherDispatcher(group, num_experts, self.wire)
+
+
+DispatcherConfig = Annotated[
+    LocalDispatcherConfig | AllToAllDispatcherConfig | PaddedAllToAllDispatcherConfig | AllGatherDispatcherConfig,
+    Field(discriminator="kind"),
+]

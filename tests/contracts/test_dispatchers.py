@@ -1,0 +1,147 @@
+"""What every dispatcher must do, on several ranks: the numbers and gradients of all experts in one process."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.builders import make_context
+from tests.ranks import Ranks
+from trainer.distributed.collectives import Journal
+from trainer.distributed.layout import Layout, even_slice
+from trainer.distributed.mesh import build_mesh
+from trainer.moe.capacity import limit_to_capacity
+from trainer.moe.config import CapacityConfig
+from trainer.moe.dispatch.local import LocalDispatcher
+from trainer.moe.dispatch.registry import (
+    AllGatherDispatcherConfig,
+    AllToAllDispatcherConfig,
+    PaddedAllToAllDispatcherConfig,
+)
+from trainer.moe.routing import RoutingDecision
+from trainer.ops.expert_ffn import loop
+
+D, F, SEQUENCES, SEQ_LEN = 6, 5, 2, 4
+TOKENS = SEQUENCES * SEQ_LEN
+
+DROPLESS = {
+    "all_to_all": AllToAllDispatcherConfig(),
+    "all_gather": AllGatherDispatcherConfig(),
+}
+AT_CAPACITY = {**DROPLESS, "padded_all_to_all": PaddedAllToAllDispatcherConfig()}
+
+# (ranks, experts, experts per token)
+SHAPES = {
+    "even": (2, 4, 2),
+    "uneven": (3, 8, 2),
+    "one expert a rank": (4, 4, 2),
+    "every expert for every token": (2, 3, 3),
+    "one choice": (2, 4, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    processes = Ranks()
+    yield processes
+    processes.close()
+
+
+def _choices(case: str, rank: int, num_experts: int, top_k: int) -> tuple[Tensor, Tensor]:
+    """Experts (T, k) and validity (T,) of a rank's tokens."""
+    generator = torch.Generator().manual_seed(17 * rank + 3)
+    chosen = torch.stack([torch.randperm(num_experts, generator=generator)[:top_k] for _ in range(TOKENS)])
+    valid = torch.ones(TOKENS, dtype=torch.bool)
+    match case:
+        case "random":
+            valid[-1] = False
+        case "all to one expert":
+            chosen = (torch.arange(top_k) + num_experts - 1).remainder(num_experts).expand(TOKENS, -1).clone()
+        case "rank 0 has no token":
+            valid[:] = rank != 0
+        case "one token in all":
+            valid[:] = False
+            valid[0] = rank == 1
+        case "everything dropped":
+            valid[:] = False
+    return chosen, valid
+
+
+CASES = ["random", "all to one expert", "rank 0 has no token", "one token in all", "everything dropped"]
+
+
+def _decision(rank: int, case: str, num_experts: int, top_k: int, factor: float | None) -> RoutingDecision:
+    chosen, valid = _choices(case, rank, num_experts, top_k)
+    generator = torch.Generator().manual_seed(rank)
+    weight = torch.rand(TOKENS, top_k, generator=generator, dtype=torch.float64).requires_grad_()
+    decision = RoutingDecision.from_top_k(chosen, weight, num_experts=num_experts, valid=valid)
+    context = make_context(SEQUENCES, SEQ_LEN, valid)
+    return limit_to_capacity(decision, CapacityConfig(factor=factor, min=1), context)
+
+
+def _weights(num_experts: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(99)
+    w_in = torch.randn(num_experts, 2 * F, D, generator=generator, dtype=torch.float64)
+    return w_in, torch.randn(num_experts, D, F, generator=generator, dtype=torch.float64)
+
+
+def _tokens(rank: int) -> Tensor:
+    return torch.randn(TOKENS, D, generator=torch.Generator().manual_seed(rank + 50), dtype=torch.float64)
+
+
+def _through(dispatcher: Any, rank: int, experts: tuple[int, int], decision: RoutingDecision, num_experts: int) -> dict:
+    """Output, and gradients of its squared sum for tokens, combine weights and the experts that are here."""
+    w_in, w_out = (w[slice(*experts)].clone().requires_grad_() for w in _weights(num_experts))
+    x = _tokens(rank).requires_grad_()
+    sent = dispatcher.dispatch(x, decision)
+    assert sent.rows_per_expert.sum() == len(sent.x) and len(sent.rows_per_expert) == experts[1] - experts[0]
+    y = dispatcher.combine(loop(sent.x, sent.rows_per_expert, w_in, w_out, "swiglu"), sent)
+    assert y.shape == x.shape
+    names = ("x", "weight", "w_in", "w_out")
+    gradients = torch.autograd.grad(y.square().sum(), (x, decision.combine_weight, w_in, w_out))
+    return {"y": y.detach(), **dict(zip(names, gradients, strict=True)), "rows": sent.x.detach()}
+
+
+def on_a_rank(config: Any, case: str, num_experts: int, top_k: int, factor: float | None) -> dict:
+    """One rank's part of the experts, behind the dispatcher."""
+    layout = Layout(world_size=dist.get_world_size(), rank=dist.get_rank(), ep_size=dist.get_world_size())
+    mesh = build_mesh(layout, Journal())
+    dispatcher = config.build(mesh.ep, num_experts)
+    decision = _decision(layout.rank, case, num_experts, top_k, factor)
+    here = even_slice(num_experts, layout.ep_size, layout.ep_rank)
+    return _through(dispatcher, layout.rank, here, decision, num_experts)
+
+
+def _compare(ranks: Ranks, config: Any, case: str, shape: tuple[int, int, int], factor: float | None) -> None:
+    world, num_experts, top_k = shape
+    there = ranks.run(world, on_a_rank, config, case, num_experts, top_k, factor)
+    alone = [
+        _through(
+            LocalDispatcher(), rank, (0, num_experts), _decision(rank, case, num_experts, top_k, factor), num_experts
+        )
+        for rank in range(world)
+    ]
+    for mine, oracle in zip(there, alone, strict=True):
+        torch.testing.assert_close(mine["y"], oracle["y"], rtol=0, atol=1e-12)
+        torch.testing.assert_close(mine["x"], oracle["x"], rtol=0, atol=1e-12)
+        torch.testing.assert_close(mine["weight"], oracle["weight"], rtol=0, atol=1e-12)
+    for name in ("w_in", "w_out"):  # a rank that owns an expert has the sum over everyone's tokens
+        whole = torch.cat([mine[name] for mine in there])
+        torch.testing.assert_close(whole, torch.stack([o[name] for o in alone]).sum(0), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("config", DROPLESS.values(), ids=DROPLESS.keys())
+def test_dropless_equals_one_process(ranks: Ranks, config: Any, case: str) -> None:
+    for shape in SHAPES.values():
+        _compare(ranks, config, case, shape, None)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("config", AT_CAPACITY.values(), ids=AT_CAPACITY.keys())
+def test_at_capacity_equals_one_process(ranks: Ranks, config: Any, case: str) -> None:
+    for shape in SHAPES.values():
+        _compare(ranks, config, case, shape, 1.0)
