@@ -105,6 +105,7 @@ def turnout(name: str, dtype: str) -> tuple[Callable, str]:
     from trainer.data.batch import Batch
     from trainer.data.tokenizers.byte import ByteTokenizer
     from trainer.distributed import runtime
+    from trainer.distributed.mesh import Mesh
     from trainer.experiment import ExperimentConfig
     from trainer.models.flops import model_size
 
@@ -131,8 +132,9 @@ def turnout(name: str, dtype: str) -> tuple[Callable, str]:
     )
     device = runtime.start("cpu")
     config = resolve_kernel(config, device)
-    model = build_model(config, ByteTokenizer(), device, warn=print)
-    engine = config.engine.build(model, config.optim, numerics(config))
+    mesh = Mesh.of_one()
+    model = build_model(config, ByteTokenizer(), mesh, device, warn=print)
+    engine = config.engine.build(model, config.optim, numerics(config), mesh)
     real = torch.ones(ROWS, SHAPE["seq_len"], dtype=torch.bool)
     column = torch.arange(SHAPE["seq_len"]).expand(ROWS, -1)
     zero = torch.zeros_like(column)

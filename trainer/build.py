@@ -15,15 +15,18 @@ from trainer.data.corpus import Corpus, build_corpus
 from trainer.data.stream import TrainStream
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.distributed import runtime
+from trainer.distributed.mesh import Mesh
+from trainer.distributed.together import raise_together
 from trainer.engine.base import Engine
 from trainer.engine.native import NumericsConfig
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.console import Console
-from trainer.metrics.jsonl import JsonlSink
+from trainer.metrics.jsonl import JsonlSink, NullSink
 from trainer.models.flops import ModelSize, model_size
 from trainer.models.gpt import GPT
 from trainer.models.initialize import initialize
+from trainer.moe.dispatch.registry import LocalDispatcherConfig
 from trainer.ops.fused_ffn import has_onednn_product
 from trainer.ops.kernels import choose_experts_kernel
 from trainer.parallel.parallelize import parallelize
@@ -36,6 +39,7 @@ class Run:
     """Everything of one training run."""
 
     config: ExperimentConfig
+    mesh: Mesh
     folder: RunFolder
     corpus: Corpus
     stream: TrainStream
@@ -43,8 +47,8 @@ class Run:
     schedule: Callable[[int], float]
     checkpointer: Checkpointer
     console: Console
-    metrics: JsonlSink
-    routing: JsonlSink
+    metrics: JsonlSink | NullSink
+    routing: JsonlSink | NullSink
     size: ModelSize
     start_step: int = 0
     """Completed steps."""
@@ -69,22 +73,30 @@ class Run:
         }
 
 
-def build_run(config: ExperimentConfig, folder: RunFolder, console: Console) -> Run:
+def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mesh: Mesh, device: torch.device) -> Run:
     """Make a run, resumed from the newest undamaged checkpoint of its folder if there is one. The folder is locked.
+
+    Rank 0 reads the text first and alone writes files.
 
     Raises:
         DataError: if the text is unusable, or not the one the run was started with.
         CheckpointError: if checkpoints exist and none can be used.
     """
-    device = runtime.start(config.parallel.device)
     config = resolve_kernel(config, device)
-    with console.progress_bar("reading text") as bar:
-        corpus = build_corpus(config.data, progress=bar)
+    is_writer = mesh.layout.rank == 0
+    corpus = None
+    with raise_together(mesh.world):
+        if is_writer:
+            with console.progress_bar("reading text") as bar:
+                corpus = build_corpus(config.data, progress=bar)
+    if corpus is None:  # what rank 0 has made of it is on the disk now
+        corpus = build_corpus(config.data)
     stream = TrainStream(corpus, seq_len=config.model.seq_len, seed=config.seed)
-    model = build_model(config, corpus.tokenizer, device, warn=console.warning)
-    size = model_size(model)
-    engine = config.engine.build(model, config.optim, numerics(config))
+    size = model_size(whole_model(config, corpus.tokenizer))
+    model = build_model(config, corpus.tokenizer, mesh, device, warn=console.warning)
+    engine = config.engine.build(model, config.optim, numerics(config), mesh)
     run = Run(
+        mesh=mesh,
         config=config,
         folder=folder,
         corpus=corpus,
@@ -93,30 +105,40 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console) -> 
         schedule=config.schedule.build(total_steps=config.train.steps),
         checkpointer=Checkpointer(folder.checkpoints, keep=config.checkpoint.keep),
         console=console,
-        metrics=JsonlSink(folder.metrics, warn=console.warning),
-        routing=JsonlSink(folder.routing, warn=console.warning),
+        metrics=JsonlSink(folder.metrics, warn=console.warning) if is_writer else NullSink(),
+        routing=JsonlSink(folder.routing, warn=console.warning) if is_writer else NullSink(),
         size=size,
     )
-    run.checkpointer.clean()
-    loaded = run.checkpointer.load_newest(warn=console.warning)
+    loaded = _load_newest(run)
     if loaded is not None:
         _resume(run, loaded)
-    folder.write(folder.config, dump(config))
-    folder.write_environment(
-        {
-            **runtime.describe(),
-            "device": str(device),
-            "data_fingerprint": corpus.fingerprint,
-            "tokenizer_fingerprint": corpus.tokenizer.fingerprint,
-        }
-    )
+    with raise_together(mesh.world):
+        if is_writer:
+            folder.write(folder.config, dump(config))
+            folder.write_environment(
+                {
+                    **runtime.describe(),
+                    "device": str(device),
+                    "world_size": mesh.layout.world_size,
+                    "data_fingerprint": corpus.fingerprint,
+                    "tokenizer_fingerprint": corpus.tokenizer.fingerprint,
+                }
+            )
     run.metrics.resume_at(run.start_step)
     run.routing.resume_at(run.start_step)
     return run
 
 
+def whole_model(config: ExperimentConfig, tokenizer: Tokenizer) -> GPT:
+    """Make the model without values, as it is in one process."""
+    kernel = config.parallel.experts_kernel
+    assert kernel != "auto", "resolve_kernel comes first"
+    with torch.device("meta"), _default_dtype(torch.float64 if config.train.dtype == "float64" else torch.float32):
+        return GPT(config.model, tokenizer.vocab_size, experts_kernel=kernel)
+
+
 def build_model(
-    config: ExperimentConfig, tokenizer: Tokenizer, device: torch.device, *, warn: Callable[[str], None]
+    config: ExperimentConfig, tokenizer: Tokenizer, mesh: Mesh, device: torch.device, *, warn: Callable[[str], None]
 ) -> GPT:
     """Make the initialised model on its device, in its layout."""
     can_compile = device.type != "cpu" or runtime.has_cpp_compiler()
@@ -124,11 +146,7 @@ def build_model(
         warn(
             "parallel.compile: true needs a C++ compiler (g++ or clang++), and there is none: going on without, slower"
         )
-    kernel = config.parallel.experts_kernel
-    assert kernel != "auto", "resolve_kernel comes first"
-    with torch.device("meta"), _default_dtype(torch.float64 if config.train.dtype == "float64" else torch.float32):
-        model = GPT(config.model, tokenizer.vocab_size, experts_kernel=kernel)
-    model = parallelize(model, config.parallel, device, can_compile=can_compile)
+    model = parallelize(whole_model(config, tokenizer), config.parallel, mesh, device, can_compile=can_compile)
     model.to_empty(device=device)
     initialize(model, config.seed)
     return model
@@ -178,7 +196,7 @@ def numerics(config: ExperimentConfig) -> NumericsConfig:
 def load_trained(
     config: ExperimentConfig, tokenizer: Tokenizer, folder: RunFolder, *, step: int | None, warn: Callable[[str], None]
 ) -> tuple[Engine, Loaded]:
-    """Return an engine with the weights of a run's checkpoint: of `step`, or the newest.
+    """Return an engine with the weights of a run's checkpoint, of `step` or the newest, all in this process.
 
     Raises:
         CheckpointError: if there is none, or it is damaged or of another model.
@@ -188,12 +206,27 @@ def load_trained(
     if loaded is None:
         raise CheckpointError(f"{folder.checkpoints}: has no checkpoint; train first")
     device = runtime.start(config.parallel.device)
-    config = resolve_kernel(config, device)
-    model = build_model(config, tokenizer, device, warn=warn)
-    engine = config.engine.build(model, config.optim, numerics(config))
+    alone = config.parallel.model_copy(update={"ep_size": 1, "dispatcher": LocalDispatcherConfig()})
+    config = resolve_kernel(config.model_copy(update={"parallel": alone}), device)
+    mesh = Mesh.of_one()
+    model = build_model(config, tokenizer, mesh, device, warn=warn)
+    engine = config.engine.build(model, config.optim, numerics(config), mesh)
     check_fits(loaded.path, loaded.state, engine.state())
     engine.load_state(loaded.state)
     return engine, loaded
+
+
+def _load_newest(run: Run) -> Loaded | None:
+    """Let rank 0 find the newest undamaged checkpoint, and every rank read that one."""
+    world, loaded, step = run.mesh.world, None, None
+    with raise_together(world):
+        if run.mesh.layout.rank == 0:
+            run.checkpointer.clean()
+            loaded = run.checkpointer.load_newest(warn=run.console.warning)
+            step = None if loaded is None else int(loaded.info["step"])
+    step = world.gather_objects(step)[0]
+    with raise_together(world):
+        return run.checkpointer.load(step) if loaded is None and step is not None else loaded
 
 
 def _resume(run: Run, loaded: Loaded) -> None:

@@ -15,6 +15,11 @@ class Slice:
     start: int = 0
     """First index of dimension 0 that is here."""
 
+    @property
+    def is_whole(self) -> bool:
+        """Tell whether this is all of the global tensor."""
+        return tuple(self.tensor.shape) == self.global_shape
+
     @classmethod
     def whole(cls, tensor: Tensor) -> Self:
         """Return a slice that is all of its tensor."""

@@ -15,6 +15,7 @@ from trainer.data.batch import Batch
 from trainer.data.corpus import Corpus
 from trainer.data.sampler import Sampler
 from trainer.data.splits import Side
+from trainer.distributed.layout import even_slice
 from trainer.errors import DataError
 
 FILLING = -1
@@ -56,16 +57,23 @@ class TrainStream:
         real = np.ones((count, self._seq_len), dtype=bool)
         return _batch(windows, document, real=real, domain=location.domain, sample_id=slots)
 
-    def micro_batches(self, first_slot: int, *, global_batch_size: int, micro_batch_size: int) -> list[Batch]:
-        """Return rows first_slot .. first_slot + global_batch_size - 1 in order, cut into equally large batches.
+    def micro_batches(
+        self, first_slot: int, *, global_batch_size: int, micro_batch_size: int, rank: int = 0, world_size: int = 1
+    ) -> list[Batch]:
+        """Return a rank's share of rows first_slot .. first_slot + global_batch_size - 1, cut into equal batches.
 
-        The last one is filled up with rows that are not valid.
+        The step has the same rows for any number of ranks and any micro-batch size. Shares are neighbouring rows and
+        differ by at most one row; all ranks get as many batches, filled up with rows that are not valid.
+
+            7 rows, 2 ranks, batches of 2     rank 0   0 1 | 2 -        rank 1   3 4 | 5 6
         """
         if micro_batch_size < 1:
             raise ValueError(f"micro_batch_size is {micro_batch_size}; a batch has at least one row")
-        rows = self.rows(first_slot, global_batch_size)
-        cuts = range(0, global_batch_size, micro_batch_size)
-        return [fill_rows(_row_slice(rows, cut, cut + micro_batch_size), micro_batch_size) for cut in cuts]
+        start, end = even_slice(global_batch_size, world_size, rank)
+        rows = self.rows(first_slot + start, end - start)
+        largest = -(-global_batch_size // world_size)
+        cuts = range(0, largest, micro_batch_size)
+        return [fill_rows(row_slice(rows, cut, cut + micro_batch_size), micro_batch_size) for cut in cuts]
 
 
 def fill_rows(batch: Batch, num_rows: int) -> Batch:
@@ -189,5 +197,6 @@ def _batch(
     )
 
 
-def _row_slice(batch: Batch, first: int, end: int) -> Batch:
+def row_slice(batch: Batch, first: int, end: int) -> Batch:
+    """Return rows first .. end - 1 of a batch, as far as it has them."""
     return Batch(**{f.name: getattr(batch, f.name)[first:end] for f in fields(Batch)})

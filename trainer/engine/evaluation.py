@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trainer.data.corpus import Corpus
-from trainer.data.stream import evaluation_batches
+from trainer.data.stream import evaluation_batches, row_slice
+from trainer.distributed.layout import Layout
 from trainer.engine.base import Engine, EvalSums
 
 
@@ -63,22 +64,37 @@ class EvalResult:
 
 
 def evaluate(
-    engine: Engine, corpus: Corpus, *, batch_size: int, max_tokens_per_domain: int | None, at_capacity: bool
+    engine: Engine,
+    corpus: Corpus,
+    *,
+    batch_size: int,
+    max_tokens_per_domain: int | None,
+    at_capacity: bool,
+    layout: Layout,
 ) -> EvalResult:
     """Evaluate every domain over non-overlapping windows.
 
     Args:
         engine: evaluates batches.
         corpus: whose validation text.
-        batch_size: rows in a forward pass.
+        batch_size: rows in a forward pass of each rank.
         max_tokens_per_domain: evenly spaced windows of at most so many tokens; None: the whole text.
         at_capacity: evaluate a second time with the capacity of training, if the model has one.
+        layout: every rank evaluates its part of each batch; all get the result of all.
     """
     moe = engine.model.config.moe
     passes = [True] + ([False] if at_capacity and moe is not None and moe.capacity.factor is not None else [])
     results = [
         [
-            _domain(engine, corpus, index, batch_size=batch_size, max_tokens=max_tokens_per_domain, dropless=dropless)
+            _domain(
+                engine,
+                corpus,
+                index,
+                batch_size=batch_size,
+                max_tokens=max_tokens_per_domain,
+                dropless=dropless,
+                layout=layout,
+            )
             for index in range(len(corpus.domains))
         ]
         for dropless in passes
@@ -87,17 +103,29 @@ def evaluate(
 
 
 def _domain(
-    engine: Engine, corpus: Corpus, index: int, *, batch_size: int, max_tokens: int | None, dropless: bool
+    engine: Engine,
+    corpus: Corpus,
+    index: int,
+    *,
+    batch_size: int,
+    max_tokens: int | None,
+    dropless: bool,
+    layout: Layout,
 ) -> DomainResult:
     token_bytes = corpus.tokenizer.token_bytes()
     target_bytes = 0
     sums = None
     for batch in evaluation_batches(
-        corpus, index, seq_len=engine.model.config.seq_len, batch_size=batch_size, max_tokens=max_tokens
+        corpus,
+        index,
+        seq_len=engine.model.config.seq_len,
+        batch_size=batch_size * layout.world_size,
+        max_tokens=max_tokens,
     ):
         targets = batch.targets[batch.target_mask].numpy()
         target_bytes += int(token_bytes[targets].sum())
-        here = engine.eval_loss(batch, dropless=dropless)
+        mine = row_slice(batch, batch_size * layout.rank, batch_size * (layout.rank + 1))
+        here = engine.eval_loss(mine, dropless=dropless)
         sums = here if sums is None else sums + here
     assert sums is not None, "every domain has validation text"
     return DomainResult(domain=corpus.domains[index], sums=sums, target_bytes=target_bytes)

@@ -7,6 +7,7 @@ before the first forward pass. No factor of the number of micro-batches or ranks
 """
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,12 +16,24 @@ from torch import Tensor
 
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.data.batch import Batch
+from trainer.distributed.mesh import Mesh
 from trainer.engine.base import Engine, EvalSums, RoutingSums, StepResult
+from trainer.engine.sums import (
+    SquaredNorm,
+    StepTotals,
+    routing_like,
+    routing_sums,
+    routing_tensors,
+    square_norm,
+    sum_together,
+)
 from trainer.models.gpt import GPT, GPTOutput, parameter_role
-from trainer.moe.losses import Denominators, Objective, choice_counts, global_balance_loss, objective
+from trainer.models.initialize import expert_parameters
+from trainer.moe.losses import Denominators, choice_counts, global_balance_loss, objective
 from trainer.moe.routing import RoutingOptions
 from trainer.optim.adamw import build_adamw
 from trainer.optim.registry import OptimConfig
+from trainer.parallel.replicate import sum_gradients
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -36,13 +49,15 @@ class NumericsConfig:
 
 
 class NativeEngine(Engine):
-    """Accumulates, clips and applies gradients in one process."""
+    """Accumulates, reduces, clips and applies gradients."""
 
-    def __init__(self, model: GPT, optim: OptimConfig, numerics: NumericsConfig) -> None:
+    def __init__(self, model: GPT, optim: OptimConfig, numerics: NumericsConfig, mesh: Mesh | None = None) -> None:
         self.model, self.numerics = model, numerics
+        self.mesh = Mesh.of_one() if mesh is None else mesh
         self.moe_config = model.config.moe
         self.device = model.embedding.weight.device
         self.parameters = dict(model.named_parameters())
+        self.first_expert = expert_parameters(model)
         decays = {name: parameter_role(name) not in ("norm", "embedding") for name in self.parameters}
         self.optimizer = build_adamw(
             optim,
@@ -57,23 +72,24 @@ class NativeEngine(Engine):
     def train_step(self, micro_batches: Sequence[Batch], *, lr: float) -> StepResult:
         """Take one optimizer step over the micro-batches."""
         batches = [batch.to(self.device) for batch in micro_batches]
-        denominators = Denominators(
-            target_tokens=max(1, sum(int(batch.target_mask.sum()) for batch in batches)),
-            routed_tokens=max(1, sum(int(batch.valid.sum()) for batch in batches)),
-        )
+        denominators = self._denominators(batches)
         options = RoutingOptions(noise_seed=self.numerics.seed)
         counts = self._counts_before(batches, options)
         running = torch.zeros_like(self.previous_counts)
-        total, routing, choices = _Totals(), None, running
+        total, routing, choices = StepTotals(), None, running
         for batch in batches:
             with self._autocast():
                 output = self.model(batch, options)
             here = self._choices(output)
             choices = choices + here
+            if self._is_running():
+                counts = choices
+            elif counts is None and self._needs_exact_counts():  # the only micro-batch: known now
+                counts = self.mesh.world.sum_(here.clone())
             share = objective(
                 output.loss_sum,
                 output.moe,
-                global_counts=choices if self._is_running() else counts,
+                global_counts=counts,
                 denominators=denominators,
                 config=self.moe_config,
             )
@@ -81,9 +97,11 @@ class NativeEngine(Engine):
             total.add(share, output)
             sums = routing_sums(output)
             routing = sums if routing is None or sums is None else routing + sums
+        norm = self._sum_gradients()
+        total, choices, routing, norm = self._sum_small(total, choices, routing, norm)
         if counts is None and total.prob_sum is not None and self._is_logged_only():
             total.balance_loss = global_balance_loss(choices, total.prob_sum, routed_tokens=denominators.routed_tokens)
-        grad_norm, skipped = self._apply_gradients(lr)
+        grad_norm, skipped = self._apply_gradients(lr, norm)
         if not skipped and routing is not None:
             self.previous_counts = choices
             for layer, moe in enumerate(self.model.moe_layers()):
@@ -103,10 +121,14 @@ class NativeEngine(Engine):
         batch = batch.to(self.device)
         with torch.no_grad(), self._autocast():
             output = self.model(batch, RoutingOptions(dropless=dropless))
+        routing = routing_sums(output)
+        here = torch.stack([output.row_loss.double().sum(), batch.target_mask.sum().double()])
+        parts = [here] if routing is None else [here, *routing_tensors(routing)]
+        here, *parts = sum_together(parts, self.mesh.world)
         return EvalSums(
-            loss_sum=float(output.row_loss.double().sum()),
-            target_tokens=int(batch.target_mask.sum()),
-            routing=routing_sums(output),
+            loss_sum=float(here[0]),
+            target_tokens=int(here[1]),
+            routing=None if routing is None else routing_like(routing, parts),
         )
 
     def state(self) -> TrainState:
@@ -118,16 +140,25 @@ class NativeEngine(Engine):
             tensors |= {f"optim.{key}.{name}": moments[key] for key in _MOMENTS}
         tensors["engine.previous_counts"] = self.previous_counts
         return TrainState(
-            slices={name: Slice.whole(tensor) for name, tensor in tensors.items()},
+            slices={name: self._slice(name, tensor) for name, tensor in tensors.items()},
             values={"optimizer_steps": self.optimizer_steps},
         )
+
+    def _slice(self, name: str, tensor: Tensor) -> Slice:
+        """Say which part of the global tensor this rank has: some experts, or all of everything else."""
+        parameter = name.partition(".")[2] if name.startswith("model.") else name.split(".", 2)[-1]
+        first = self.first_expert.get(parameter)
+        if first is None or self.moe_config is None:
+            return Slice.whole(tensor)
+        return Slice(tensor=tensor, global_shape=(self.moe_config.num_experts, *tensor.shape[1:]), start=first)
 
     @torch.no_grad()
     def load_state(self, state: TrainState) -> None:
         """Copy a state into weights, buffers, moments and counters."""
         self.optimizer_steps = int(state.values["optimizer_steps"])
         for name, mine in self.state().slices.items():
-            mine.tensor.copy_(state.slices[name].tensor)
+            whole = state.slices[name].tensor
+            mine.tensor.copy_(whole if mine.is_whole else whole[mine.start : mine.start + len(mine.tensor)])
         for p in self.parameters.values():
             self._moments(p)["step"].fill_(self.optimizer_steps)
 
@@ -140,16 +171,50 @@ class NativeEngine(Engine):
                 state[key] = torch.zeros_like(parameter)
         return state
 
-    def _apply_gradients(self, lr: float) -> tuple[float, bool]:
+    def _denominators(self, batches: Sequence[Batch]) -> Denominators:
+        """Count target and routed tokens of the whole step, over all ranks, before its first forward pass."""
+        counts = torch.tensor([[int(b.target_mask.sum()), int(b.valid.sum())] for b in batches], device=self.device)
+        target_tokens, routed_tokens = self.mesh.world.sum_(counts.sum(0)).tolist()
+        return Denominators(target_tokens=max(1, target_tokens), routed_tokens=max(1, routed_tokens))
+
+    def _sum_gradients(self) -> SquaredNorm:
+        """Add up gradients over the ranks that hold the same weights.
+
+        A rank that owns an expert has the sum over its ep peers' tokens already, through the way back of the rows.
+        """
+        dense = [p for name, p in self.parameters.items() if name not in self.first_expert]
+        experts = [self.parameters[name] for name in self.first_expert]
+        sum_gradients(dense, self.mesh.world)
+        sum_gradients(experts, self.mesh.edp)
+        counted = self.mesh.layout.edp_rank == 0  # each expert once, not once for each copy
+        return SquaredNorm(dense=square_norm(dense), experts=square_norm(experts) if counted else square_norm([]))
+
+    def _sum_small(
+        self, total: StepTotals, choices: Tensor, routing: RoutingSums | None, norm: SquaredNorm
+    ) -> tuple[StepTotals, Tensor, RoutingSums | None, SquaredNorm]:
+        """Add up everything that is small over all ranks, in one message."""
+        if self.mesh.world.size == 1:
+            return total, choices, routing, norm
+        parts = [norm.experts.to(self.device), choices, *total.tensors()]
+        routed = [] if routing is None else routing_tensors(routing)
+        experts, choices_sum, *rest = sum_together([*parts, *routed], self.mesh.world)
+        num_totals = len(parts) - 2
+        return (
+            total.replaced(rest[:num_totals]),
+            choices_sum.to(choices.dtype),
+            None if routing is None else routing_like(routing, rest[num_totals:]),
+            SquaredNorm(dense=norm.dense, experts=experts),
+        )
+
+    def _apply_gradients(self, lr: float, norm: SquaredNorm) -> tuple[float, bool]:
         """Clip and step, unless the gradient is not finite; return its norm and whether the step was skipped."""
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        grad_norm = float(norm)  # waits for the device: the decision to step hangs on it
-        finite = torch.isfinite(norm).item()
+        whole = norm.total()
+        grad_norm = float(whole)  # waits for the device: the decision to step hangs on it
+        finite = math.isfinite(grad_norm)
         if finite:
             clip = self.numerics.grad_clip
             if clip is not None and grad_norm > clip:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), clip, norm, foreach=True)
+                torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), clip, whole, foreach=True)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
@@ -166,9 +231,20 @@ class NativeEngine(Engine):
                 return self.previous_counts
             case "exact" if len(batches) > 1 and self.moe_config.balance.coef > 0:
                 with torch.no_grad(), self._autocast():
-                    return torch.stack([self._choices(self.model(batch, options)) for batch in batches]).sum(0)
+                    here = torch.stack([self._choices(self.model(batch, options)) for batch in batches]).sum(0)
+                return self.mesh.world.sum_(here)
             case _:
                 return None
+
+    def _needs_exact_counts(self) -> bool:
+        """Tell whether the balance loss of this rank's only micro-batch hangs on what other ranks chose."""
+        balance = self.moe_config.balance if self.moe_config else None
+        return (
+            balance is not None
+            and self.mesh.world.size > 1
+            and (balance.scope, balance.counts) == ("global_batch", "exact")
+            and balance.coef > 0
+        )
 
     def _is_logged_only(self) -> bool:
         """Tell whether the exact global balance loss is wanted for the log alone."""
@@ -191,36 +267,3 @@ class NativeEngine(Engine):
         if self.numerics.dtype is not torch.bfloat16:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
-
-
-@dataclass(slots=True)
-class _Totals:
-    """Sums of a step's shares, kept as tensors until its end."""
-
-    loss: Tensor | float = 0.0
-    balance_loss: Tensor | None = None
-    z_loss: Tensor | None = None
-    prob_sum: Tensor | None = None
-    """(L, E) router probabilities over all rows."""
-
-    def add(self, share: Objective, output: GPTOutput) -> None:
-        self.loss = self.loss + share.loss
-        if share.balance_loss is not None:
-            self.balance_loss = share.balance_loss + (0 if self.balance_loss is None else self.balance_loss)
-            layers = [stats.prob_sum.detach().sum(0) for stats in output.moe if stats.prob_sum is not None]
-            self.prob_sum = torch.stack(layers) + (0 if self.prob_sum is None else self.prob_sum)
-        if share.z_loss is not None:
-            self.z_loss = share.z_loss + (0 if self.z_loss is None else self.z_loss)
-
-
-def routing_sums(output: GPTOutput) -> RoutingSums | None:
-    """Add up the rows of a micro-batch; None for a dense model."""
-    if not output.moe:
-        return None
-    entropies = [stats.entropy_sum.sum() for stats in output.moe if stats.entropy_sum is not None]
-    return RoutingSums(
-        counts=torch.stack([stats.counts.sum(0) for stats in output.moe]),
-        dropped=torch.stack([stats.dropped.sum() for stats in output.moe]),
-        tokens=torch.stack([stats.tokens.sum() for stats in output.moe]),
-        entropy_sum=torch.stack(entropies) if entropies else None,
-    )

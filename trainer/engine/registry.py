@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from trainer.config.base import Config
 
 if TYPE_CHECKING:
+    from trainer.distributed.mesh import Mesh
     from trainer.engine.base import Engine
     from trainer.engine.native import NumericsConfig
     from trainer.models.gpt import GPT
@@ -18,11 +19,11 @@ class NativeEngineConfig(Config):
 
     kind: Literal["native"] = "native"
 
-    def build(self, model: GPT, optim: OptimConfig, numerics: NumericsConfig) -> Engine:
+    def build(self, model: GPT, optim: OptimConfig, numerics: NumericsConfig, mesh: Mesh) -> Engine:
         """Make the engine around an initialised model."""
         from trainer.engine.native import NativeEngine
 
-        return NativeEngine(model, optim, numerics)
+        return NativeEngine(model, optim, numerics, mesh)
 
 
 EngineConfig = NativeEngineConfig

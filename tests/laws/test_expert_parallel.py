@@ -1,0 +1,142 @@
+"""Law: how many ranks there are, and which experts are where, does not change what is learned."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.builders import make_batch, rows_of, tiny_model_config
+from tests.ranks import Ranks
+from trainer.checkpoint.state import TrainState
+from trainer.data.batch import Batch
+from trainer.data.stream import fill_rows
+from trainer.distributed.collectives import Journal
+from trainer.distributed.layout import Layout, even_slice
+from trainer.distributed.mesh import Mesh, build_mesh
+from trainer.engine.native import NativeEngine, NumericsConfig
+from trainer.models.gpt import GPT
+from trainer.models.initialize import initialize
+from trainer.optim.registry import AdamWConfig
+from trainer.parallel.config import ParallelConfig
+from trainer.parallel.parallelize import parallelize
+
+STEPS, ROWS, SEQ_LEN = 10, 7, 8  # 7 rows: no number of ranks here divides them
+
+LAYOUTS = {
+    "2 ranks, ep 1": (2, 1),
+    "2 ranks, ep 2": (2, 2),
+    "3 ranks, ep 3": (3, 3),
+    "4 ranks, ep 2": (4, 2),
+    "4 ranks, ep 4": (4, 4),
+}
+
+MODELS = {
+    "dropless": {},
+    "previous_step": {"balance": {"coef": 0.1, "counts": "previous_step"}},
+    "sequence": {"balance": {"coef": 0.1, "scope": "sequence"}},
+    "no coefficient, logged all the same": {"balance": {"coef": 0.0}},
+    "bias_balanced, jitter, capacity": {
+        "router": {"kind": "bias_balanced", "jitter": 0.3, "bias_update_rate": 0.05},
+        "capacity": {"factor": 1.0, "min": 1},
+    },
+    "shared expert, dense router": {"router": {"kind": "dense"}, "num_shared_experts": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    processes = Ranks()
+    yield processes
+    processes.close()
+
+
+def _engine(moe: dict, mesh: Mesh, parallel: dict) -> NativeEngine:
+    config = tiny_model_config({"num_experts": 8, "balance": {"coef": 0.1}, **moe})
+    with torch.device("meta"):
+        model = GPT(config, 32).to(torch.float64)
+    section = ParallelConfig(ep_size=mesh.layout.ep_size, **parallel)
+    model = parallelize(model, section, mesh, torch.device("cpu"), can_compile=False)
+    model.to_empty(device="cpu")
+    initialize(model, 5)
+    numerics = NumericsConfig(seed=5, dtype=torch.float64, grad_clip=0.5)
+    return NativeEngine(model, AdamWConfig(), numerics, mesh)
+
+
+def _share(step: int, layout: Layout, num_pieces: int) -> list[Batch]:
+    """This rank's rows of a step, in equally many pieces on every rank."""
+    whole = make_batch(ROWS, SEQ_LEN, seed=step, first_sample=ROWS * step, ragged=step % 2 == 1)
+    first, end = even_slice(ROWS, layout.world_size, layout.rank)
+    size = -(-ROWS // layout.world_size // num_pieces) if num_pieces > 1 else -(-ROWS // layout.world_size)
+    mine = fill_rows(rows_of(whole, first, end), size * num_pieces)
+    return [rows_of(mine, i * size, (i + 1) * size) for i in range(num_pieces)]
+
+
+def train(layout: Layout, moe: dict, parallel: dict, num_pieces: int) -> dict[str, Any]:
+    """Ten steps: what was measured at each, and this rank's state afterwards."""
+    mesh = build_mesh(layout, Journal())
+    engine = _engine(moe, mesh, parallel)
+    curve = []
+    for step in range(STEPS):
+        result = engine.train_step(_share(step, layout, num_pieces), lr=3e-3)
+        routing = result.routing
+        assert routing is not None
+        entropy = 0.0 if routing.entropy_sum is None else float(routing.entropy_sum.sum())
+        curve.append([result.loss, result.balance_loss or 0.0, result.z_loss or 0.0, result.grad_norm, entropy])
+        curve[-1] += [float(result.num_tokens), *routing.dropped.tolist(), *routing.counts.flatten().tolist()]
+    return {"curve": torch.tensor(curve, dtype=torch.float64), "state": engine.state()}
+
+
+def on_a_rank(ep_size: int, moe: dict, parallel: dict, num_pieces: int) -> dict[str, Any]:
+    """`train` as one of many."""
+    layout = Layout(world_size=dist.get_world_size(), rank=dist.get_rank(), ep_size=ep_size)
+    return train(layout, moe, parallel, num_pieces)
+
+
+def _whole(states: list[TrainState]) -> dict[str, torch.Tensor]:
+    """Put the ranks' parts together, and check that copies agree bit for bit."""
+    whole: dict[str, torch.Tensor] = {}
+    filled: dict[str, torch.Tensor] = {}
+    for state in states:
+        for name, part in state.slices.items():
+            tensor = whole.setdefault(name, torch.empty(part.global_shape, dtype=part.tensor.dtype))
+            seen = filled.setdefault(name, torch.zeros(part.global_shape, dtype=torch.bool))
+            here = slice(part.start, part.start + len(part.tensor)) if part.tensor.dim() else ...
+            assert torch.equal(tensor[here][seen[here]], part.tensor[seen[here]]), f"copies of {name} differ"
+            tensor[here], seen[here] = part.tensor, True
+    assert all(seen.all() for seen in filled.values()), "every expert is somewhere"
+    return whole
+
+
+def _compare(ranks: Ranks, layout: tuple[int, int], moe: dict, parallel: dict, num_pieces: int = 1) -> None:
+    world_size, ep_size = layout
+    alone = train(Layout(), moe, {}, 1)
+    assert alone["curve"][-1, 0] < alone["curve"][0, 0]
+    together = ranks.run(world_size, on_a_rank, ep_size, moe, parallel, num_pieces)
+    for mine in together:
+        torch.testing.assert_close(mine["curve"], alone["curve"], rtol=1e-9, atol=1e-9)
+        assert torch.equal(mine["curve"], together[0]["curve"]), "every rank says the same"
+    whole, oracle = _whole([mine["state"] for mine in together]), _whole([alone["state"]])
+    assert whole.keys() == oracle.keys()
+    for name in oracle:
+        torch.testing.assert_close(
+            whole[name], oracle[name], rtol=0, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@pytest.mark.parametrize("moe", MODELS.values(), ids=MODELS.keys())
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_many_ranks_learn_what_one_process_learns(ranks: Ranks, layout: tuple[int, int], moe: dict) -> None:
+    _compare(ranks, layout, moe, {})
+
+
+@pytest.mark.parametrize("kind", ["all_gather", "padded_all_to_all"])
+def test_every_dispatcher_learns_the_same(ranks: Ranks, kind: str) -> None:
+    moe = {"capacity": {"factor": 1.0, "min": 1}}
+    _compare(ranks, (4, 2), moe, {"dispatcher": {"kind": kind}})
+
+
+@pytest.mark.parametrize("moe", [MODELS["dropless"], MODELS["previous_step"]], ids=["exact", "previous_step"])
+def test_accumulation_over_ranks_learns_the_same(ranks: Ranks, moe: dict) -> None:
+    _compare(ranks, (2, 2), moe, {}, num_pieces=2)
