@@ -11,7 +11,9 @@ A run continues by itself from the newest checkpoint of its run folder. The firs
 
 environment:
   TURNOUT_PYTHON    the Python to use; an active environment that has torch is used as it is (see scripts/setup.sh)
-  OMP_NUM_THREADS   threads of the process (default: the cores it may use)
+  NPROC             ranks on this machine (default 1), such as NPROC=2 ./launch.sh CONFIG parallel.ep_size=2
+  NNODES            machines (default 1); then also NODE_RANK, MASTER_ADDR and, if 29500 is taken, MASTER_PORT
+  OMP_NUM_THREADS   threads of each rank (default: the cores it may use, shared out)
 
 exit codes: 0 ok, 1 set-up failed, 2 config, 3 data, 4 checkpoint, 5 communication, 6 numerics, 7 resources,
 75 preempted and saved
@@ -33,12 +35,24 @@ case "${1:-}" in
     ;;
 esac
 
-for name in NPROC NNODES; do
-    if [ "${!name:-1}" != 1 ]; then
-        echo "launch.sh: $name=${!name}: this version trains in one process; unset $name or set it to 1" >&2
+nproc="${NPROC:-1}" nnodes="${NNODES:-1}"
+for name in nproc nnodes; do
+    case "${!name}" in
+    "" | *[!0-9]* | 0*)
+        echo "launch.sh: ${name^^}=${!name}: is not a number of at least 1" >&2
         exit 2
-    fi
+        ;;
+    esac
 done
+if [ "$nnodes" != 1 ]; then
+    for name in NODE_RANK MASTER_ADDR; do
+        if [ -z "${!name:-}" ]; then
+            echo "launch.sh: NNODES=$nnodes needs $name as well (NODE_RANK: 0 on the first node, 1 on the next;" \
+                "MASTER_ADDR: the address of the first)" >&2
+            exit 2
+        fi
+    done
+fi
 
 python="$("$root/scripts/setup.sh" launch)"
 
@@ -47,8 +61,22 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
     # Two threads of one core share its arithmetic units: count cores where the system tells them from threads.
     cores="$(lscpu -p=CORE,SOCKET 2>/dev/null | grep -v '^#' | sort -u | wc -l)" || cores=0
     if [ "$cores" -gt 0 ] && [ "$cores" -lt "$threads" ]; then threads="$cores"; fi
+    threads=$((threads / nproc))
+    if [ "$threads" -lt 1 ]; then threads=1; fi
     export OMP_NUM_THREADS="$threads"
 fi
 
-# -P: the caller's folder may hold another trainer/.
-exec "$python" -P -m trainer train "$config" "$@"
+# -P, PYTHONSAFEPATH: the caller's folder may hold another trainer/.
+if [ "$nproc" = 1 ] && [ "$nnodes" = 1 ]; then exec "$python" -P -m trainer train "$config" "$@"; fi
+
+# torchrun turns every exit code into 1 and repeats every error: a wrong config is refused before it starts.
+"$python" -P -m trainer config show "$config" "$@" >/dev/null
+export PYTHONSAFEPATH=1
+if [ "$nnodes" = 1 ]; then
+    rendezvous=(--standalone)
+else
+    rendezvous=(--nnodes "$nnodes" --node-rank "$NODE_RANK"
+        --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
+fi
+exec "$python" -P -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$nproc" \
+    -m trainer train "$config" "$@"

@@ -15,7 +15,8 @@ from trainer.checkpoint.run_folder import RunFolder, check_belongs
 from trainer.config.dump import Change, changed_keys, diff, dump
 from trainer.config.loader import load
 from trainer.config.schema import schema_text
-from trainer.errors import CheckpointError, ConfigError, ResourceError, TurnoutError
+from trainer.distributed.layout import is_first_rank, launched
+from trainer.errors import CheckpointError, ConfigError, ElsewhereError, ResourceError, TurnoutError
 from trainer.experiment import ExperimentConfig
 
 
@@ -24,8 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     options = _parse(arguments)
     try:
         code = options.verb(options)
+    except ElsewhereError as error:  # the rank that had it has said so
+        code = error.exit_code
     except TurnoutError as error:
-        print(error, file=sys.stderr)
+        if error.is_this_ranks or is_first_rank():
+            print(error, file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:  # before the first step, or the second Ctrl-C: there is nothing new to save
         print("interrupted", file=sys.stderr)
@@ -49,13 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def train(options: argparse.Namespace) -> int:
     """Train a config, or go on with its run."""
     config = _load(options)
+    layout = launched(ep_size=config.parallel.ep_size)
     folder = _folder(config)
     warnings = check_belongs(folder, _changes(folder, config))
-    folder.lock()
 
     from trainer.workflows import train_run
 
-    return train_run(config, folder, warnings=warnings)
+    return train_run(config, folder, layout, warnings=warnings)
 
 
 def evaluate(options: argparse.Namespace) -> int:

@@ -2,14 +2,21 @@
 
 import time
 
+import torch
+
 from trainer.build import Run
+from trainer.checkpoint.gather import gather_state
 from trainer.data.corpus import Corpus
+from trainer.distributed.layout import Layout
 from trainer.distributed.signals import StopRequest
+from trainer.distributed.together import raise_together
 from trainer.engine.base import Engine, StepResult
 from trainer.engine.evaluation import EvalResult, evaluate
 from trainer.errors import CheckpointError, NumericsError, ResourceError
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.routing import routing_metrics
+
+_ALONE = Layout()
 
 
 def fit(run: Run) -> EvalResult | None:
@@ -31,6 +38,8 @@ def fit(run: Run) -> EvalResult | None:
                 run.position,
                 global_batch_size=train.global_batch_size,
                 micro_batch_size=config.parallel.micro_batch_size,
+                rank=run.mesh.layout.rank,
+                world_size=run.mesh.layout.world_size,
             )
             lr = run.schedule(step)
             result = run.engine.train_step(batches, lr=lr)
@@ -40,6 +49,7 @@ def fit(run: Run) -> EvalResult | None:
             pace.step(result.num_tokens)
 
             done, is_last = step + 1, step + 1 == train.steps
+            stopped_by = _agree(run, stop)
             if every(config.metrics.log_every, done) or is_last or done == run.start_step + 1:
                 log_step(run, done, result, lr=lr, pace=pace)
             run.console.tick(done)
@@ -51,17 +61,17 @@ def fit(run: Run) -> EvalResult | None:
                 )
             # Evaluated first: what a checkpoint is resumed from has its evaluation in metrics.jsonl already.
             if every(config.eval.every, done) or is_last:
-                evaluation = evaluate_as_configured(config, run.engine, run.corpus)
+                evaluation = evaluate_as_configured(config, run.engine, run.corpus, run.mesh.layout)
                 record = {"step": done, **evaluation.record()}
                 run.metrics.write(record)
                 run.console.evaluation(record)
-            if every(config.checkpoint.every, done) or is_last or stop:
-                save(run, done, is_needed=is_last or bool(stop))
+            if every(config.checkpoint.every, done) or is_last or stopped_by:
+                save(run, done, is_needed=is_last or stopped_by is not None)
             pace.restart()
-            if stop and not is_last:
-                run.console.message(f"stopped by {stop.requested_by} after step {done}: saved; start again to go on")
+            if stopped_by and not is_last:
+                run.console.message(f"stopped by {stopped_by} after step {done}: saved; start again to go on")
                 return None
-    return evaluation or evaluate_as_configured(config, run.engine, run.corpus)
+    return evaluation or evaluate_as_configured(config, run.engine, run.corpus, run.mesh.layout)
 
 
 def every(interval: int | None, done: int) -> bool:
@@ -69,27 +79,42 @@ def every(interval: int | None, done: int) -> bool:
     return interval is not None and done % interval == 0
 
 
-def evaluate_as_configured(config: ExperimentConfig, engine: Engine, corpus: Corpus) -> EvalResult:
-    """Evaluate as the `eval` section says."""
+def evaluate_as_configured(
+    config: ExperimentConfig, engine: Engine, corpus: Corpus, layout: Layout = _ALONE
+) -> EvalResult:
+    """Evaluate as the `eval` section says, the rows spread over all ranks."""
     return evaluate(
         engine,
         corpus,
         batch_size=config.parallel.micro_batch_size,
         max_tokens_per_domain=config.eval.max_tokens_per_domain,
         at_capacity=config.eval.at_capacity,
+        layout=layout,
     )
 
 
 def save(run: Run, done: int, *, is_needed: bool) -> None:
     """Save a checkpoint; a disk that refuses only ends the run where there is no later chance."""
-    try:
-        path = run.checkpointer.save(done, run.engine.state(), run.checkpoint_info())
-    except (ResourceError, CheckpointError) as error:
-        if is_needed:
-            raise
-        run.console.warning(f"{error}. Training goes on")
-        return
-    run.console.checkpoint(path, done)
+    state = gather_state(run.engine.state(), run.mesh)
+    with raise_together(run.mesh.world):
+        if run.mesh.layout.rank > 0:
+            return
+        try:
+            path = run.checkpointer.save(done, state, run.checkpoint_info())
+        except (ResourceError, CheckpointError) as error:
+            if is_needed:
+                raise
+            run.console.warning(f"{error}. Training goes on")
+            return
+        run.console.checkpoint(path, done)
+
+
+def _agree(run: Run, stop: StopRequest) -> str | None:
+    """Return the signal that asked any rank to stop: all ranks stop after the same step."""
+    if run.mesh.world.size == 1:
+        return stop.requested_by
+    asked = run.mesh.world.sum_(torch.tensor([int(bool(stop))], device=run.mesh.world.device))
+    return (stop.requested_by or "a signal to another rank") if int(asked) else None
 
 
 def log_step(run: Run, done: int, result: StepResult, *, lr: float, pace: "_Pace") -> None:

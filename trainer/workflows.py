@@ -12,6 +12,10 @@ from trainer.build import Run, build_run, load_trained
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.data.unigram import unigram_bits_per_byte
+from trainer.distributed import runtime
+from trainer.distributed.layout import Layout
+from trainer.distributed.mesh import joined
+from trainer.distributed.together import raise_together
 from trainer.engine.base import Engine
 from trainer.engine.evaluation import EvalResult
 from trainer.errors import PREEMPTED
@@ -41,19 +45,29 @@ class GenerateOptions:
     step: int | None
 
 
-def train_run(config: ExperimentConfig, folder: RunFolder, *, warnings: Sequence[str]) -> int:
-    """Train into a locked folder; return the exit code."""
-    with Console(config.train.steps) as console:
+def train_run(config: ExperimentConfig, folder: RunFolder, layout: Layout, *, warnings: Sequence[str]) -> int:
+    """Train into a locked folder, as one of the ranks of a layout; return the exit code."""
+    device = runtime.start(config.parallel.device)
+    screen = None if layout.rank == 0 else io.StringIO()  # one rank speaks for all
+    with (
+        joined(layout, device, timeout_s=config.parallel.timeout_s) as mesh,
+        Console(config.train.steps, file=screen) as console,
+    ):
         for warning in warnings:
             console.warning(warning)
-        run = build_run(config, folder, console)
+        with raise_together(mesh.world):
+            if layout.rank == 0:
+                folder.lock()
+        run = build_run(config, folder, console, mesh, device)
         console.header(_header(run))
         if run.start_step >= config.train.steps:
             console.message(f"already at step {run.start_step} of {config.train.steps}: nothing is left to train")
         evaluation = fit(run)
         if evaluation is None:
             return PREEMPTED
-        console.summary(_summary(run, evaluation))
+        prompt, sample = _sample(run)  # every rank takes part: it needs everyone's experts
+        if layout.rank == 0:
+            console.summary(_summary(run, evaluation, prompt, sample))
     return 0
 
 
@@ -139,10 +153,9 @@ def _header(run: Run) -> list[str | tuple[str, str]]:
     ]
 
 
-def _summary(run: Run, evaluation: EvalResult) -> RunSummary:
+def _summary(run: Run, evaluation: EvalResult, prompt: str, sample: str) -> RunSummary:
     logged = [record for record in read_jsonl(run.folder.metrics) if "loss" in record]
     record = evaluation.record()
-    prompt, sample = _sample(run.engine, run.corpus)
     steps = max(run.start_step, run.config.train.steps)
     return RunSummary(
         title=f"{run.config.name}: {steps} steps done",
@@ -189,16 +202,18 @@ def _experts(engine: Engine, evaluation: EvalResult) -> ExpertCounts | None:
     )
 
 
-def _sample(engine: Engine, corpus: Corpus) -> tuple[str, str]:
+def _sample(run: Run) -> tuple[str, str]:
     """Return the first held-out bytes of a domain and what the model makes of them."""
+    corpus, world = run.corpus, run.mesh.world
     prompt = corpus.validation[0].tokens[:_SAMPLE_PROMPT_TOKENS].tolist()
     tokens = generate(
-        engine.model,
+        run.engine.model,
         prompt,
         max_new_tokens=_SAMPLE_TOKENS,
         options=SamplingOptions(temperature=0.8),
         generator=torch.Generator().manual_seed(0),
         stop_token=corpus.tokenizer.end_of_document,
+        agree=lambda token: int(world.broadcast_(torch.tensor([token], device=world.device))),
     )
     decode = corpus.tokenizer.decode
     return decode(prompt).decode("utf-8", "replace"), decode(list(tokens)).decode("utf-8", "replace")

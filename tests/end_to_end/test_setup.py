@@ -378,13 +378,38 @@ def test_launch_passes_its_arguments_and_the_exit_code_on(clone: Clone) -> None:
     assert re.fullmatch(r"trainer \['train', 'configs/quickstart.yaml', 'train.steps=3'\] threads [1-9]\d*", run.stdout)
 
 
-@pytest.mark.parametrize("name", ["NPROC", "NNODES"])
-def test_more_than_one_process_is_refused(clone: Clone, name: str) -> None:
-    clone.environment[name] = "2"
+@pytest.mark.parametrize(
+    ("name", "value", "complaint"),
+    [
+        ("NPROC", "two", "NPROC=two: is not a number of at least 1"),
+        ("NNODES", "0", "NNODES=0: is not a number of at least 1"),
+        ("NNODES", "2", "NNODES=2 needs NODE_RANK as well"),
+    ],
+)
+def test_a_wrong_number_of_processes_is_refused_before_anything(
+    clone: Clone, name: str, value: str, complaint: str
+) -> None:
+    clone.environment[name] = value
     run = clone.run("launch.sh")
     assert run.returncode == 2
-    assert run.stderr == f"launch.sh: {name}=2: this version trains in one process; unset {name} or set it to 1"
+    assert run.stderr.startswith(f"launch.sh: {complaint}")
     assert clone.new_calls() == []
+
+
+def test_several_processes_are_torchrun_s_after_the_config_was_read(clone: Clone) -> None:
+    fake = Path(clone.environment["PYTHONPATH"]) / "torch/distributed"
+    fake.mkdir(parents=True)
+    (fake.parent / "__init__.py").touch()  # stands before the other fake torch
+    (fake / "run.py").write_text('import os, sys\nprint(sys.argv[1:], os.environ["PYTHONSAFEPATH"])\n')
+    clone.environment |= {"NPROC": "2", "OMP_NUM_THREADS": "1"}
+    run = clone.run("launch.sh", "x.yaml", "parallel.ep_size=2")
+    options = ["--standalone", "--nproc-per-node", "2", "-m", "trainer", "train", "x.yaml", "parallel.ep_size=2"]
+    assert run.stdout == f"{options} 1"
+    clone.environment |= {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}
+    run = clone.run("launch.sh", "x.yaml")
+    assert run.stdout.startswith("['--nnodes', '2', '--node-rank', '1', '--master-addr', '10.0.0.1', '--master-port'")
+    run = clone.run("launch.sh", "x.yaml", TRAINER_EXIT="2")
+    assert (run.returncode, run.stdout) == (2, "")
 
 
 def test_launch_help_installs_nothing_and_a_failed_setup_ends_it(clone: Clone) -> None:

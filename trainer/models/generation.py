@@ -1,6 +1,6 @@
 """Generating text: one token after the other, with a cache of keys and values."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -17,6 +17,7 @@ def generate(
     options: SamplingOptions,
     generator: torch.Generator,
     stop_token: int | None = None,
+    agree: Callable[[int], int] = int,
 ) -> Iterator[int]:
     """Yield new token ids until `max_new_tokens` or `stop_token` (which is not yielded).
 
@@ -30,6 +31,7 @@ def generate(
         options: temperature, top-k, top-p.
         generator: on the CPU; the same seed gives the same text.
         stop_token: ends the text.
+        agree: makes one token of what several ranks drew, where experts are on several ranks and all must go on alike.
     """
     if not prompt:
         raise ValueError("prompt: needs at least one token")
@@ -38,7 +40,7 @@ def generate(
     cache = model.new_cache(1, seq_len, model.embedding.weight.dtype)
     logits = model.next_logits(torch.tensor([window], device=device), cache)
     for _ in range(max_new_tokens):
-        token = int(options.sample(logits.cpu(), generator=generator))
+        token = agree(int(options.sample(logits.cpu(), generator=generator)))
         if token == stop_token:
             return
         yield token
