@@ -55,7 +55,7 @@ class MetricsConfig(Config):
     log_every: PositiveInt = 10
     """Steps between lines of metrics.jsonl and routing.jsonl."""
     peak_tflops: PositiveFloat | None = None
-    """Peak of the device in this precision, for `mfu`. Null: not reported where it is unknown."""
+    """Peak of one rank's device in this precision, for `mfu`. Null: not reported where it is unknown."""
 
 
 class ExperimentConfig(Config):

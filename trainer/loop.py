@@ -133,7 +133,7 @@ def log_step(run: Run, done: int, result: StepResult, *, lr: float, pace: "_Pace
         "lr": lr,
         "tokens_per_s": tokens_per_s,
         "step_s": step_s,
-        "mfu": None if peak is None else flops_per_s / (peak * 1e12),
+        "mfu": None if peak is None else flops_per_s / (peak * 1e12 * run.mesh.layout.world_size),
         "drop_rate": None,
         "load_imbalance": None,
         "dead_experts": None,

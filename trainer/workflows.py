@@ -137,6 +137,8 @@ def _header(run: Run) -> list[str | tuple[str, str]]:
         f"{domain} {file.num_bytes / 1e6:.1f} MB" for domain, file in zip(corpus.domains, corpus.train, strict=True)
     )
     tokens = config.train.global_batch_size * config.model.seq_len
+    layout = run.mesh.layout
+    ranks = [("ranks", f"{layout.world_size}, experts over {layout.ep_size}")] if layout.world_size > 1 else []
     return [
         f"turnout: training {config.name}",
         (
@@ -149,6 +151,7 @@ def _header(run: Run) -> list[str | tuple[str, str]]:
             f"{config.train.steps} of {tokens} tokens, {config.train.dtype}, "
             f"experts by {config.parallel.experts_kernel}",
         ),
+        *ranks,
         ("folder", str(run.folder.path)),
     ]
 
