@@ -19,6 +19,7 @@ from trainer.moe.dispatch.local import LocalDispatcher
 from trainer.moe.dispatch.registry import (
     AllGatherDispatcherConfig,
     AllToAllDispatcherConfig,
+    HierarchicalDispatcherConfig,
     PaddedAllToAllDispatcherConfig,
 )
 from trainer.moe.routing import RoutingDecision
@@ -30,6 +31,7 @@ TOKENS = SEQUENCES * SEQ_LEN
 DROPLESS = {
     "all_to_all": AllToAllDispatcherConfig(),
     "all_gather": AllGatherDispatcherConfig(),
+    "hierarchical": HierarchicalDispatcherConfig(),  # 4 ranks are 2 nodes of 2; fewer ranks go in one hop
 }
 AT_CAPACITY = {**DROPLESS, "padded_all_to_all": PaddedAllToAllDispatcherConfig()}
 
@@ -38,6 +40,7 @@ SHAPES = {
     "even": (2, 4, 2),
     "uneven": (3, 8, 2),
     "one expert a rank": (4, 4, 2),
+    "uneven over two nodes": (4, 6, 2),
     "every expert for every token": (2, 3, 3),
     "one choice": (2, 4, 1),
 }
@@ -107,9 +110,10 @@ def _through(dispatcher: Any, rank: int, experts: tuple[int, int], decision: Rou
 
 def on_a_rank(config: Any, case: str, num_experts: int, top_k: int, factor: float | None) -> dict:
     """One rank's part of the experts, behind the dispatcher."""
-    layout = Layout(world_size=dist.get_world_size(), rank=dist.get_rank(), ep_size=dist.get_world_size())
+    world_size = dist.get_world_size()
+    layout = Layout(world_size=world_size, rank=dist.get_rank(), ep_size=world_size, ranks_per_node=2)
     mesh = build_mesh(layout, Journal())
-    dispatcher = config.build(mesh.ep, num_experts)
+    dispatcher = config.build(mesh, num_experts)
     decision = _decision(layout.rank, case, num_experts, top_k, factor)
     here = even_slice(num_experts, layout.ep_size, layout.ep_rank)
     return _through(dispatcher, layout.rank, here, decision, num_experts)

@@ -90,7 +90,7 @@ def train(layout: Layout, moe: dict, parallel: dict, num_pieces: int) -> dict[st
 
 def on_a_rank(ep_size: int, moe: dict, parallel: dict, num_pieces: int) -> dict[str, Any]:
     """`train` as one of many."""
-    layout = Layout(world_size=dist.get_world_size(), rank=dist.get_rank(), ep_size=ep_size)
+    layout = Layout(world_size=dist.get_world_size(), rank=dist.get_rank(), ep_size=ep_size, ranks_per_node=2)
     return train(layout, moe, parallel, num_pieces)
 
 
@@ -131,10 +131,10 @@ def test_many_ranks_learn_what_one_process_learns(ranks: Ranks, layout: tuple[in
     _compare(ranks, layout, moe, {})
 
 
-@pytest.mark.parametrize("kind", ["all_gather", "padded_all_to_all"])
+@pytest.mark.parametrize("kind", ["all_gather", "padded_all_to_all", "hierarchical"])
 def test_every_dispatcher_learns_the_same(ranks: Ranks, kind: str) -> None:
     moe = {"capacity": {"factor": 1.0, "min": 1}}
-    _compare(ranks, (4, 2), moe, {"dispatcher": {"kind": kind}})
+    _compare(ranks, (4, 4), moe, {"dispatcher": {"kind": kind}})
 
 
 @pytest.mark.parametrize("moe", [MODELS["dropless"], MODELS["previous_step"]], ids=["exact", "previous_step"])

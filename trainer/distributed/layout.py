@@ -19,6 +19,8 @@ class Layout:
     rank: int = 0
     ep_size: int = 1
     """Ranks that share one copy of the experts: neighbours, on one node first."""
+    ranks_per_node: int = 1
+    """Ranks on every machine."""
 
     @property
     def edp_size(self) -> int:
@@ -39,6 +41,22 @@ class Layout:
         """Return the ranks of every copy of the experts."""
         return [list(range(first, first + self.ep_size)) for first in range(0, self.world_size, self.ep_size)]
 
+    @property
+    def nodes_of_ep(self) -> int:
+        """Nodes that one copy of the experts is spread over; 1 if its ranks do not fill whole nodes."""
+        inside = self.ranks_per_node
+        return self.ep_size // inside if 1 < inside < self.ep_size and self.ep_size % inside == 0 else 1
+
+    def ep_inside_ranks(self) -> list[list[int]]:
+        """Return the ranks of every copy of the experts, node by node."""
+        size = self.ep_size // self.nodes_of_ep
+        return [list(range(first, first + size)) for first in range(0, self.world_size, size)]
+
+    def ep_between_ranks(self) -> list[list[int]]:
+        """Return, for every copy of the experts and place on a node, the ranks with that place, one of each node."""
+        size = self.ep_size // self.nodes_of_ep
+        return [ep[place::size] for ep in self.ep_ranks() for place in range(size)]
+
     def edp_ranks(self) -> list[list[int]]:
         """Return, for every part of the experts, the ranks that hold it."""
         return [list(range(first, self.world_size, self.ep_size)) for first in range(self.ep_size)]
@@ -51,8 +69,9 @@ def launched(*, ep_size: int) -> Layout:
         ConfigError: if `ep_size` does not fit the number of ranks.
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     check_layout(world_size=world_size, ep_size=ep_size)
-    return Layout(world_size=world_size, rank=rank, ep_size=ep_size)
+    return Layout(world_size=world_size, rank=rank, ep_size=ep_size, ranks_per_node=ranks_per_node)
 
 
 def is_first_rank() -> bool:

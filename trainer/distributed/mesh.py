@@ -23,6 +23,10 @@ class Mesh:
     """All ranks: they have different tokens and the same dense weights."""
     ep: Group
     """Ranks with different experts, which send each other tokens."""
+    ep_inside: Group
+    """Those of `ep` on this rank's node."""
+    ep_between: Group
+    """Those of `ep` with this rank's place on the other nodes."""
     edp: Group
     """Ranks with the same experts."""
 
@@ -30,7 +34,7 @@ class Mesh:
     def of_one(cls) -> "Mesh":
         """Return the mesh of a single process."""
         one = Group.of_one()
-        return cls(layout=Layout(), world=one, ep=one, edp=one)
+        return cls(layout=Layout(), world=one, ep=one, ep_inside=one, ep_between=one, edp=one)
 
 
 @contextmanager
@@ -68,6 +72,8 @@ def build_mesh(layout: Layout, journal: Journal) -> Mesh:
         layout=layout,
         world=_group("world", everyone, layout, journal),
         ep=_group("ep", layout.ep_ranks(), layout, journal),
+        ep_inside=_group("ep inside a node", layout.ep_inside_ranks(), layout, journal),
+        ep_between=_group("ep between nodes", layout.ep_between_ranks(), layout, journal),
         edp=_group("edp", layout.edp_ranks(), layout, journal),
     )
 

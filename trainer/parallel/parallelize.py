@@ -26,7 +26,7 @@ def parallelize(model: GPT, config: ParallelConfig, mesh: Mesh, device: torch.de
         can_compile: whether this machine can build compiled kernels.
     """
     for moe in model.moe_layers():
-        moe.dispatcher = config.dispatcher.build(mesh.ep, moe.experts.num_experts)
+        moe.dispatcher = config.dispatcher.build(mesh, moe.experts.num_experts)
         if mesh.ep.size > 1:
             moe.experts.keep(*even_slice(moe.experts.num_experts, mesh.ep.size, mesh.ep.index))
     if config.compile and can_compile:

@@ -15,6 +15,15 @@ def test_ep_ranks_are_neighbours_and_rows_of_the_mesh() -> None:
     assert layouts[0].edp_ranks() == [[0, 3], [1, 4], [2, 5]]
 
 
+def test_ep_ranks_on_several_whole_nodes_have_neighbours_and_counterparts() -> None:
+    layout = Layout(world_size=8, ep_size=4, ranks_per_node=2)
+    assert layout.nodes_of_ep == 2
+    assert layout.ep_inside_ranks() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert layout.ep_between_ranks() == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    for other in (Layout(world_size=8, ep_size=4, ranks_per_node=8), Layout(world_size=6, ep_size=3, ranks_per_node=2)):
+        assert other.nodes_of_ep == 1 and other.ep_inside_ranks() == other.ep_ranks()
+
+
 @given(st.integers(0, 50), st.integers(1, 12))
 def test_slices_cover_everything_once_and_differ_by_at_most_one(total: int, parts: int) -> None:
     bounds = [even_slice(total, parts, index) for index in range(parts)]
@@ -26,7 +35,8 @@ def test_slices_cover_everything_once_and_differ_by_at_most_one(total: int, part
 def test_a_degree_that_does_not_divide_names_both_numbers_and_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "6")
     monkeypatch.setenv("RANK", "4")
-    assert launched(ep_size=3) == Layout(world_size=6, rank=4, ep_size=3)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert launched(ep_size=3) == Layout(world_size=6, rank=4, ep_size=3, ranks_per_node=6)
     with pytest.raises(ConfigError) as error:
         launched(ep_size=4)
     assert str(error.value) == (

@@ -51,5 +51,5 @@ class AllGatherDispatcher(AllToAllDispatcher):
     def _to_all(self, x: Tensor, rows: Sequence[int]) -> Tensor:
         """Return all ranks' x one below the other; its gradient is the sum over ranks, in their order."""
         copies = x.repeat(self.group.size, *(1 for _ in x.shape[1:]))
-        exchange = self.send if x.is_floating_point() else self.group.exchange
-        return exchange(copies, [len(x)] * self.group.size, rows)
+        sizes = [[n] * self.group.size for n in rows]
+        return self.send(copies, sizes) if x.is_floating_point() else self.travel(copies, sizes)

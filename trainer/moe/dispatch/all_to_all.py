@@ -18,6 +18,9 @@ from trainer.ops.permute import inverse_permute, permute
 # T tokens, k slots, R rows here, E experts, G ranks that share the experts, D d_model.
 
 
+Wire = Literal["compute", "bfloat16"]
+
+
 @dataclass(frozen=True, slots=True)
 class Sent:
     """What `combine` must know of a `dispatch`."""
@@ -34,7 +37,7 @@ class AllToAllDispatcher(Dispatcher):
     so an expert sees its rows in the same order under every layout.
     """
 
-    def __init__(self, group: Group, num_experts: int, wire: Literal["compute", "bfloat16"] = "compute") -> None:
+    def __init__(self, group: Group, num_experts: int, wire: Wire = "compute") -> None:
         """Prepare the sending.
 
         Args:
@@ -51,19 +54,23 @@ class AllToAllDispatcher(Dispatcher):
         counts = self.group.gather(order.rows_per_expert)  # (G, E)
         self.check(counts, order)
         plan = plan_exchange(counts, self.bounds, self.group.index)  # waits for the device: sizes become shapes
-        arrived = permute(self.send(order.gather(x), plan.send, plan.receive), plan.order)
+        arrived = permute(self.send(order.gather(x), plan.sizes), plan.order)
         return Dispatched(x=arrived, rows_per_expert=plan.rows_per_expert, handle=Sent(order, plan))
 
     def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
         """Send every row back and sum each token's with their weights, in slot order."""
         sent: Sent = dispatched.handle
-        rows = self.send(inverse_permute(y, sent.plan.order), sent.plan.receive, sent.plan.send)
+        rows = self.send(inverse_permute(y, sent.plan.order), sent.plan.sizes_back)
         return sent.order.combine(rows, is_compiled=self.is_compiled)
 
-    def send(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        """Exchange rows in the wire dtype."""
-        wire = rows.bfloat16() if self.wire == "bfloat16" else rows
-        return self.group.exchange(wire, send, receive).to(rows.dtype)
+    def send(self, rows: Tensor, sizes: Sequence[Sequence[int]]) -> Tensor:
+        """Exchange rows in the wire dtype; sizes (G, G) has the rows from each rank to each."""
+        return self.travel(rows.bfloat16() if self.wire == "bfloat16" else rows, sizes).to(rows.dtype)
+
+    def travel(self, rows: Tensor, sizes: Sequence[Sequence[int]]) -> Tensor:
+        """Send rows, ordered by receiver; return those that arrive, ordered by sender."""
+        me = self.group.index
+        return self.group.exchange(rows, sizes[me], [row[me] for row in sizes])
 
     def check(self, counts: Tensor, order: ExpertOrder) -> None:
         """Refuse a table whose row of this rank is not what this rank said: another collective was crossed with it."""

@@ -117,22 +117,15 @@ class ExchangePlan:
 
     sizes: list[list[int]]
     """(G, G) rows from each rank to each rank."""
-    index: int
-    """Whose plan."""
     order: Tensor
     """(R,) int64: arrival number of each row once rows are grouped by expert, and inside an expert by sender."""
     rows_per_expert: Tensor
     """(E_local,) int64."""
 
     @property
-    def send(self) -> list[int]:
-        """(G,) rows for each rank."""
-        return self.sizes[self.index]
-
-    @property
-    def receive(self) -> list[int]:
-        """(G,) rows from each rank."""
-        return [row[self.index] for row in self.sizes]
+    def sizes_back(self) -> list[list[int]]:
+        """(G, G) rows from each rank to each rank on the way back."""
+        return [list(column) for column in zip(*self.sizes, strict=True)]
 
 
 def plan_exchange(counts: Tensor, bounds: Sequence[tuple[int, int]], index: int) -> ExchangePlan:
@@ -153,7 +146,6 @@ def plan_exchange(counts: Tensor, bounds: Sequence[tuple[int, int]], index: int)
     expert = torch.arange(end - first, device=counts.device).repeat(len(bounds))
     return ExchangePlan(
         sizes=sizes,
-        index=index,
         order=expert.repeat_interleave(mine.reshape(-1)).argsort(stable=True),
         rows_per_expert=mine.sum(0),
     )

@@ -26,7 +26,6 @@ class PaddedAllToAllDispatcher(AllToAllDispatcher):
         arrival = torch.arange(size * here * capacity, device=x.device).view(size, here, capacity)
         plan = ExchangePlan(
             sizes=[send] * size,
-            index=self.group.index,
             order=arrival.transpose(0, 1).reshape(-1),
             rows_per_expert=torch.full((here,), size * capacity, device=x.device),
         )
@@ -34,5 +33,5 @@ class PaddedAllToAllDispatcher(AllToAllDispatcher):
         slots = order.row_of_slot
         no_slots = slots.new_full((1, slots.shape[1]), len(order.token_of_row))
         rows = gather_rows(torch.cat([x, x.new_zeros(1, x.shape[1])]), order.token_of_row, torch.cat([slots, no_slots]))
-        arrived = permute(self.send(rows, plan.send, plan.receive), plan.order)
+        arrived = permute(self.send(rows, plan.sizes), plan.order)
         return Dispatched(x=arrived, rows_per_expert=plan.rows_per_expert, handle=Sent(order, plan))

@@ -9,7 +9,7 @@ from pydantic import Field
 from trainer.config.base import Config
 
 if TYPE_CHECKING:
-    from trainer.distributed.collectives import Group
+    from trainer.distributed.mesh import Mesh
     from trainer.moe.dispatch.base import Dispatcher
 
 
@@ -18,11 +18,11 @@ class LocalDispatcherConfig(Config):
 
     kind: Literal["local"] = "local"
 
-    def build(self, group: Group, num_experts: int) -> Dispatcher:
+    def build(self, mesh: Mesh, num_experts: int) -> Dispatcher:
         """Make the dispatcher."""
         from trainer.moe.dispatch.local import LocalDispatcher
 
-        assert group.size == 1, "a config with ep_size > 1 is refused"
+        assert mesh.ep.size == 1, "a config with ep_size > 1 is refused"
         return LocalDispatcher()
 
 
@@ -38,13 +38,13 @@ class AllToAllDispatcherConfig(ExchangeOptions):
 
     kind: Literal["all_to_all"] = "all_to_all"
 
-    def build(self, group: Group, num_experts: int) -> Dispatcher:
+    def build(self, mesh: Mesh, num_experts: int) -> Dispatcher:
         """Make the dispatcher; nothing is sent where all experts are on one rank."""
-        if group.size == 1:
-            return LocalDispatcherConfig().build(group, num_experts)
+        if mesh.ep.size == 1:
+            return LocalDispatcherConfig().build(mesh, num_experts)
         from trainer.moe.dispatch.all_to_all import AllToAllDispatcher
 
-        return AllToAllDispatcher(group, num_experts, self.wire)
+        return AllToAllDispatcher(mesh.ep, num_experts, self.wire)
 
 
 class PaddedAllToAllDispatcherConfig(ExchangeOptions):
@@ -52,11 +52,11 @@ class PaddedAllToAllDispatcherConfig(ExchangeOptions):
 
     kind: Literal["padded_all_to_all"] = "padded_all_to_all"
 
-    def build(self, group: Group, num_experts: int) -> Dispatcher:
+    def build(self, mesh: Mesh, num_experts: int) -> Dispatcher:
         """Make the dispatcher."""
         from trainer.moe.dispatch.padded_all_to_all import PaddedAllToAllDispatcher
 
-        return PaddedAllToAllDispatcher(group, num_experts, self.wire)
+        return PaddedAllToAllDispatcher(mesh.ep, num_experts, self.wire)
 
 
 class AllGatherDispatcherConfig(ExchangeOptions):
@@ -64,14 +64,32 @@ class AllGatherDispatcherConfig(ExchangeOptions):
 
     kind: Literal["all_gather"] = "all_gather"
 
-    def build(self, group: Group, num_experts: int) -> Dispatcher:
+    def build(self, mesh: Mesh, num_experts: int) -> Dispatcher:
         """Make the dispatcher."""
         from trainer.moe.dispatch.all_gather import AllGatherDispatcher
 
-        return AllGatherDispatcher(group, num_experts, self.wire)
+        return AllGatherDispatcher(mesh.ep, num_experts, self.wire)
+
+
+class HierarchicalDispatcherConfig(ExchangeOptions):
+    """As `all_to_all`, in two hops, inside the node and then between nodes, for an `ep_size` of several whole nodes."""
+
+    kind: Literal["hierarchical"] = "hierarchical"
+
+    def build(self, mesh: Mesh, num_experts: int) -> Dispatcher:
+        """Make the dispatcher; one hop where the ranks that share the experts do not fill several nodes."""
+        if mesh.layout.nodes_of_ep == 1:
+            return AllToAllDispatcherConfig(wire=self.wire).build(mesh, num_experts)
+        from trainer.moe.dispatch.hierarchical import HierarchicalDispatcher
+
+        return HierarchicalDispatcher(mesh, num_experts, self.wire)
 
 
 DispatcherConfig = Annotated[
-    LocalDispatcherConfig | AllToAllDispatcherConfig | PaddedAllToAllDispatcherConfig | AllGatherDispatcherConfig,
+    LocalDispatcherConfig
+    | AllToAllDispatcherConfig
+    | PaddedAllToAllDispatcherConfig
+    | AllGatherDispatcherConfig
+    | HierarchicalDispatcherConfig,
     Field(discriminator="kind"),
 ]
