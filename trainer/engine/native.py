@@ -48,6 +48,18 @@ class NumericsConfig:
     grad_clip: float | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accumulated:
+    """A step between its last backward pass and its update; sums are over all ranks."""
+
+    total: StepTotals
+    choices: Tensor
+    """(L, E) what the balance loss counts."""
+    routing: RoutingSums | None
+    norm: SquaredNorm
+    num_tokens: int
+
+
 class NativeEngine(Engine):
     """Accumulates, reduces, clips and applies gradients."""
 
@@ -71,6 +83,13 @@ class NativeEngine(Engine):
 
     def train_step(self, micro_batches: Sequence[Batch], *, lr: float) -> StepResult:
         """Take one optimizer step over the micro-batches."""
+        return self.apply(self.accumulate(micro_batches), lr=lr)
+
+    def accumulate(self, micro_batches: Sequence[Batch]) -> Accumulated:
+        """Run the micro-batches forward and backward.
+
+        The gradient of the whole step, summed over ranks and not clipped, is in `.grad` afterwards.
+        """
         batches = [batch.to(self.device) for batch in micro_batches]
         denominators = self._denominators(batches)
         options = RoutingOptions(noise_seed=self.numerics.seed)
@@ -101,9 +120,20 @@ class NativeEngine(Engine):
         total, choices, routing, norm = self._sum_small(total, choices, routing, norm)
         if counts is None and total.prob_sum is not None and self._is_logged_only():
             total.balance_loss = global_balance_loss(choices, total.prob_sum, routed_tokens=denominators.routed_tokens)
-        grad_norm, skipped = self._apply_gradients(lr, norm)
+        return Accumulated(
+            total=total,
+            choices=choices,
+            routing=routing,
+            norm=norm,
+            num_tokens=denominators.routed_tokens,
+        )
+
+    def apply(self, step: Accumulated, *, lr: float) -> StepResult:
+        """Clip the gradient in `.grad` and step, or skip it if it is not finite."""
+        total, routing = step.total, step.routing
+        grad_norm, skipped = self._apply_gradients(lr, step.norm)
         if not skipped and routing is not None:
-            self.previous_counts = choices
+            self.previous_counts = step.choices
             for layer, moe in enumerate(self.model.moe_layers()):
                 moe.router.update(routing.counts[layer])
         return StepResult(
@@ -112,7 +142,7 @@ class NativeEngine(Engine):
             z_loss=None if total.z_loss is None else float(total.z_loss),
             grad_norm=grad_norm,
             skipped=skipped,
-            num_tokens=denominators.routed_tokens,
+            num_tokens=step.num_tokens,
             routing=routing,
         )
 
