@@ -106,6 +106,25 @@ def generate(options: argparse.Namespace) -> int:
     )
 
 
+def prove(options: argparse.Namespace) -> int:
+    """Prove that every layout up to four ranks learns what one process learns from this config."""
+    config = _load(options)
+    if options.steps < 1 or options.timeout <= 0:
+        raise ConfigError("prove: use --steps >= 1 and --timeout > 0")
+
+    from trainer.prove.proof import prove
+
+    return prove(
+        config,
+        steps=options.steps,
+        dtype=options.dtype,
+        is_small=options.scale == "small",
+        only=options.layouts,
+        json_path=options.json,
+        timeout_s=options.timeout,
+    )
+
+
 def config_show(options: argparse.Namespace) -> int:
     """Print a config with every default."""
     print(dump(_load(options)), end="")
@@ -211,6 +230,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this total mass (1)")
     sub.add_argument("--greedy", action="store_true", help="the same as --temperature 0")
     sub.add_argument("--seed", type=int, default=0, help="the same seed writes the same text (0)")
+
+    sub = takes_config(verb("prove", prove), "experiment file")
+    sub.add_argument("--steps", type=int, default=10, help="optimizer steps of each layout (10)")
+    sub.add_argument("--dtype", choices=["float64", "float32", "bfloat16"], default="float64", help="(float64)")
+    sub.add_argument("--scale", choices=["full", "small"], default="full", help="small: shrink model and batch first")
+    sub.add_argument("--layouts", metavar="TEXT", help="only layouts whose name has this text, such as 'ep 2'")
+    sub.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON as well")
+    sub.add_argument("--timeout", type=float, default=120.0, help="seconds that ranks wait for each other (120)")
 
     config = verbs.add_parser("config", help="Show, compare and describe experiment files.")
     actions = config.add_subparsers(required=True, metavar="ACTION")

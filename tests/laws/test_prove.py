@@ -1,0 +1,105 @@
+"""The proof passes on what is right, over every layout, and names what is wrong: each fault that is planted."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.mutations import NAMED
+from trainer.errors import CommError
+from trainer.experiment import ExperimentConfig
+from trainer.prove.cases import Case, all_cases, labels, reference
+from trainer.prove.compare import compare
+from trainer.prove.evidence import Evidence
+from trainer.prove.proof import prove
+from trainer.prove.ranks import run_case
+
+STEPS, TOLERANCE, TIMEOUT_S = 3, 1e-9, 20.0
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
+    """Six uneven experts with a capacity, a bias, jitter, every loss; seven rows."""
+    folder = tmp_path_factory.mktemp("prove")
+    (folder / "text.txt").write_text("It was a bright cold day in April, and the clocks were striking. " * 200)
+    return ExperimentConfig.model_validate(
+        {
+            "name": "tiny",
+            "model": {
+                "num_layers": 2,
+                "d_model": 16,
+                "num_heads": 2,
+                "seq_len": 16,
+                "init_std": 0.3,
+                "moe": {
+                    "num_experts": 6,
+                    "d_ff": 12,
+                    "router": {"kind": "bias_balanced", "jitter": 0.2, "bias_update_rate": 0.05},
+                    "capacity": {"factor": 1.0, "min": 1},
+                    "balance": {"coef": 0.1},
+                },
+            },
+            "data": {
+                "sources": [{"kind": "text", "path": str(folder / "text.txt"), "domain": "prose"}],
+                "cache_dir": str(folder / "cache"),
+            },
+            "schedule": {"kind": "warmup_cosine", "warmup_steps": 1},
+            "train": {"steps": 10, "global_batch_size": 7, "dtype": "float64", "grad_clip": 0.1},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def oracle(config: ExperimentConfig) -> Evidence:
+    return run_case(config, reference(config), steps=STEPS, timeout_s=TIMEOUT_S)
+
+
+def test_the_matrix_has_every_degree_and_dispatcher(config: ExperimentConfig) -> None:
+    cases = all_cases(config)
+    assert len(cases) >= 12
+    assert {(c.world_size, c.ep_size) for c in cases} == {
+        (1, 1),
+        (2, 1),
+        (2, 2),
+        (3, 1),
+        (3, 3),
+        (4, 1),
+        (4, 2),
+        (4, 4),
+    }
+    assert {c.dispatcher for c in cases} == {"all_to_all", "all_gather", "padded_all_to_all", "hierarchical"}
+    assert labels(config) == []
+
+
+def test_every_layout_is_equal(config: ExperimentConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = prove(
+        config,
+        steps=STEPS,
+        dtype="float64",
+        is_small=False,
+        only=None,
+        json_path=tmp_path / "proof.json",
+        timeout_s=TIMEOUT_S,
+    )
+    output = capsys.readouterr().out
+    assert code == 0, output
+    record = json.loads((tmp_path / "proof.json").read_text())
+    assert len(record["layouts"]) == len(all_cases(config)) == output.count("  equal")
+    assert all(layout["equal"] and max(layout["worst"].values()) <= TOLERANCE for layout in record["layouts"])
+    assert all(layout["flips"] == 0 for layout in record["layouts"])
+
+
+@pytest.mark.parametrize("fault", NAMED, ids=lambda fault: fault.__name__)
+def test_a_planted_fault_is_caught_and_named(
+    config: ExperimentConfig, oracle: Evidence, fault: Callable[[], None]
+) -> None:
+    case = Case(world_size=2, ep_size=2, micro_batch_size=4)
+    try:
+        mine = run_case(config, case, steps=STEPS, timeout_s=TIMEOUT_S, prepare=fault)
+    except CommError as error:
+        assert NAMED[fault] in str(error)
+        return
+    comparison = compare(mine, oracle, tolerance=TOLERANCE)
+    assert not comparison.is_equal
+    assert comparison.cause is not None and NAMED[fault] in comparison.cause, comparison

@@ -1,0 +1,157 @@
+"""Faults as trainers really had them, planted in a rank's process before it starts."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from trainer.distributed.collectives import Group
+from trainer.engine import native
+from trainer.engine.native import NativeEngine
+from trainer.models import initialize
+from trainer.models.gpt import GPT
+from trainer.moe.dispatch.all_to_all import AllToAllDispatcher
+from trainer.moe.dispatch.order import ExpertOrder
+from trainer.moe.experts import Experts
+
+EP_SIZE = 2
+
+
+def expert_gradients_times_ep() -> None:
+    """PyTorch #160285: the way back of the rows has summed already, and a reducer multiplies once more."""
+    whole = native.sum_gradients
+
+    def wrong(parameters: Iterable[torch.nn.Parameter], group: Group) -> None:
+        parameters = list(parameters)
+        whole(parameters, group)
+        if group.name == "edp":
+            for p in parameters:
+                assert p.grad is not None
+                p.grad.mul_(EP_SIZE)
+
+    native.sum_gradients = wrong
+
+
+def dense_gradients_not_summed() -> None:
+    """Every rank steps by its own share."""
+    whole = native.sum_gradients
+    native.sum_gradients = lambda parameters, group: whole(parameters, group) if group.name != "world" else None
+
+
+def norm_of_one_rank() -> None:
+    """DeepSpeed #8475, Automodel #3816: every rank clips by the norm of what it holds."""
+    whole = NativeEngine._sum_small
+
+    def wrong(self: NativeEngine, total: Any, choices: Any, routing: Any, norm: Any) -> Any:
+        *rest, _ = whole(self, total, choices, routing, norm)
+        return (*rest, norm)
+
+    NativeEngine._sum_small = wrong  # type: ignore[method-assign]
+
+
+def balance_loss_divided_by_dp() -> None:
+    """Megatron #3672: an average over ranks where a sum was meant."""
+    whole = native.objective
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        share = whole(*args, **kwargs)
+        assert share.balance_loss is not None
+        config = kwargs["config"]
+        stats = args[1]
+        kwargs["config"] = config.model_copy(
+            update={"balance": config.balance.model_copy(update={"coef": config.balance.coef / 2})}
+        )
+        return replace(whole(args[0], stats, **kwargs), balance_loss=share.balance_loss / 2)
+
+    native.objective = wrong
+
+
+def counts_after_drop() -> None:
+    """The load is counted after the capacity has cut it."""
+    from trainer.moe import layer
+
+    whole = layer.account
+
+    def wrong(routed: Any, decision: Any, context: Any) -> Any:
+        stats = whole(routed, decision, context)
+        kept = replace(routed.decision, kept=decision.kept)
+        return replace(stats, counts=whole(replace(routed, decision=kept), kept, context).counts)
+
+    layer.account = wrong
+
+
+def experts_seeded_by_rank() -> None:
+    """FastMoE #4: every rank draws its experts from the same stream."""
+    whole = initialize.expert_parameters
+
+    def wrong(model: GPT) -> dict[str, int]:
+        return dict.fromkeys(whole(model), 0)
+
+    initialize.expert_parameters = wrong
+
+
+def lost_expert() -> None:
+    """The last expert of a rank computes nothing."""
+    whole = Experts.forward
+
+    def wrong(self: Experts, x: torch.Tensor, rows_per_expert: torch.Tensor) -> torch.Tensor:
+        y = whole(self, x, rows_per_expert)
+        return torch.cat(
+            [y[: len(y) - int(rows_per_expert[-1])], torch.zeros_like(y[len(y) - int(rows_per_expert[-1]) :])]
+        )
+
+    Experts.forward = wrong  # type: ignore[method-assign]
+
+
+def swapped_combine_weights() -> None:
+    """A token's rows come back in another order than their weights."""
+    whole = ExpertOrder.combine
+
+    def wrong(self: ExpertOrder, rows: torch.Tensor, *, is_compiled: bool) -> torch.Tensor:
+        return whole(replace(self, weight=self.weight.flip(1)), rows, is_compiled=is_compiled)
+
+    ExpertOrder.combine = wrong  # type: ignore[method-assign]
+
+
+def skipped_collective() -> None:
+    """A rank that has nothing to send leaves out the exchange (Automodel #935)."""
+    import torch.distributed as dist
+
+    whole = AllToAllDispatcher.travel
+
+    def wrong(self: AllToAllDispatcher, rows: torch.Tensor, sizes: Any) -> torch.Tensor:
+        if dist.get_rank() == 1:
+            return rows.new_zeros(sum(row[1] for row in sizes), rows.shape[1])
+        return whole(self, rows, sizes)
+
+    AllToAllDispatcher.travel = wrong  # type: ignore[method-assign]
+
+
+def bias_by_rank() -> None:
+    """The selection bias follows counts that the other ranks do not have."""
+    import torch.distributed as dist
+
+    from trainer.moe.routers.bias_balanced import BiasBalancedRouter
+
+    whole = BiasBalancedRouter.update
+
+    def wrong(self: BiasBalancedRouter, tokens_per_expert: torch.Tensor) -> None:
+        whole(self, tokens_per_expert.roll(dist.get_rank()))
+
+    BiasBalancedRouter.update = wrong  # type: ignore[method-assign]
+
+
+NAMED: dict[Callable[[], None], str] = {
+    expert_gradients_times_ep: "expert gradients are 2 times those of one process",
+    dense_gradients_not_summed: "ranks hold different copies",
+    norm_of_one_rank: "ranks hold different copies",
+    balance_loss_divided_by_dp: "the balance loss is 0.5 times that of one process",
+    counts_after_drop: "the experts' counts add up to another number",
+    experts_seeded_by_rank: "blocks.0.ffn.experts.w_in starts from other values: initialisation hangs on the rank",
+    lost_expert: "experts [2, 5] of blocks.0.ffn.experts.w_in got no gradient: their rows are lost",
+    swapped_combine_weights: "rows are combined with other weights",
+    skipped_collective: "ranks",
+    bias_by_rank: "ranks hold different copies of blocks.0.ffn.router.bias",
+}
+"""What a proof says of each."""

@@ -1,0 +1,129 @@
+"""What one layout computes: the first step in every detail, and where some more steps lead."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from trainer.build import build_model, numerics, resolve_kernel
+from trainer.checkpoint.gather import gather_state
+from trainer.checkpoint.state import Slice, TrainState
+from trainer.data.corpus import build_corpus
+from trainer.data.stream import TrainStream
+from trainer.distributed.mesh import Mesh
+from trainer.engine.native import NativeEngine
+from trainer.experiment import ExperimentConfig
+
+
+@dataclass(slots=True, kw_only=True)
+class Evidence:
+    """Whole tensors, whatever the layout; on rank 0."""
+
+    losses: list[float] = field(default_factory=list)
+    """Cross-entropy of every step."""
+    balance_losses: list[float] = field(default_factory=list)
+    z_losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    counts: list[Tensor] = field(default_factory=list)
+    """(L, E) assignments of every step, before drops."""
+    dropped: list[Tensor] = field(default_factory=list)
+    """(L,) assignments over capacity in every step."""
+    start: dict[str, Tensor] = field(default_factory=dict)
+    """Weights and buffers before the first step."""
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    """Of the first step, not clipped."""
+    first_update: dict[str, Tensor] = field(default_factory=dict)
+    """Weights and buffers after the first step."""
+    last_update: dict[str, Tensor] = field(default_factory=dict)
+    """Weights and buffers after the last step."""
+    disagreements: list[str] = field(default_factory=list)
+    """Weights and buffers of which two ranks held different copies after the first step, or after the last."""
+
+
+def collect(config: ExperimentConfig, mesh: Mesh, *, steps: int) -> Evidence:
+    """Train some steps under a layout, and write everything down. Every rank of the mesh calls it."""
+    device = torch.device("cpu")
+    config = resolve_kernel(config, device)
+    corpus = build_corpus(config.data)
+    stream = TrainStream(corpus, seq_len=config.model.seq_len, seed=config.seed)
+    model = build_model(config, corpus.tokenizer, mesh, device, warn=_ignore)
+    engine = config.engine.build(model, config.optim, numerics(config), mesh)
+    assert isinstance(engine, NativeEngine)
+    schedule = config.schedule.build(total_steps=config.train.steps)
+    evidence = Evidence(start=_weights(engine, mesh))
+    for step in range(steps):
+        batches = stream.micro_batches(
+            step * config.train.global_batch_size,
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=config.parallel.micro_batch_size,
+            rank=mesh.layout.rank,
+            world_size=mesh.layout.world_size,
+        )
+        gradient = engine.accumulate(batches)
+        if step == 0:
+            evidence.gradients = _whole(_gradients(engine), mesh)
+        result = engine.apply(gradient, lr=schedule(step))
+        if step == 0:
+            evidence.first_update = _weights(engine, mesh)
+            evidence.disagreements = _disagreements(engine, mesh)
+        evidence.losses.append(result.loss)
+        evidence.grad_norms.append(result.grad_norm)
+        if result.balance_loss is not None:
+            evidence.balance_losses.append(result.balance_loss)
+        if result.z_loss is not None:
+            evidence.z_losses.append(result.z_loss)
+        if result.routing is not None:
+            evidence.counts.append(result.routing.counts)
+            evidence.dropped.append(result.routing.dropped)
+    evidence.last_update = _weights(engine, mesh)
+    evidence.disagreements = evidence.disagreements or _disagreements(engine, mesh)
+    return evidence
+
+
+def _gradients(engine: NativeEngine) -> TrainState:
+    like = engine.state().slices
+    slices = {}
+    for name, parameter in engine.parameters.items():
+        place = like[f"model.{name}"]
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        slices[name] = Slice(tensor=gradient, global_shape=place.global_shape, start=place.start)
+    return TrainState(slices=slices)
+
+
+def _weights(engine: NativeEngine, mesh: Mesh) -> dict[str, Tensor]:
+    slices = {
+        name.removeprefix("model."): part for name, part in engine.state().slices.items() if name.startswith("model.")
+    }
+    return _whole(TrainState(slices=slices), mesh)
+
+
+def _disagreements(engine: NativeEngine, mesh: Mesh) -> list[str]:
+    """Return the names of weights and buffers that are not bitwise the same wherever they are copies."""
+    slices = {name: part for name, part in engine.state().slices.items() if name.startswith("model.")}
+    found = []
+    for group, is_shared in ((mesh.world, True), (mesh.edp, False)):
+        names = [name for name, part in slices.items() if part.is_whole == is_shared]
+        digests = torch.stack([_digest(slices[name].tensor) for name in names]) if names else torch.zeros(0, 2)
+        everyone = group.gather(digests.contiguous())  # (ranks, names, 2)
+        differs = (everyone != everyone[:1]).any(-1).any(0).double()
+        mesh.world.sum_(differs)
+        found += [name.removeprefix("model.") for name, count in zip(names, differs.tolist(), strict=True) if count]
+    return found
+
+
+def _digest(tensor: Tensor) -> Tensor:
+    """Return two sums that any change of a bit changes, but for the rarest accident."""
+    values = tensor.detach().double().flatten()
+    return torch.stack([values.sum(), (values * torch.arange(1, len(values) + 1)).sum()])
+
+
+def _whole(state: TrainState, mesh: Mesh) -> dict[str, Tensor]:
+    """Return copies of the whole tensors on rank 0, and nothing elsewhere."""
+    state = gather_state(state, mesh)
+    if mesh.layout.rank > 0:
+        return {}
+    return {name: part.tensor.detach().clone() for name, part in state.slices.items()}
+
+
+def _ignore(message: str) -> None:
+    """Forget a warning: the run itself says it."""

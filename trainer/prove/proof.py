@@ -1,0 +1,64 @@
+"""The proof: one process against every layout, on the user's own config."""
+
+from pathlib import Path
+
+from trainer.data.corpus import build_corpus
+from trainer.errors import TurnoutError
+from trainer.experiment import ExperimentConfig
+from trainer.metrics.console import Console
+from trainer.prove.cases import all_cases, labels, reference, small
+from trainer.prove.compare import compare
+from trainer.prove.ranks import run_case
+from trainer.prove.report import Row, show, write_json
+
+TOLERANCES = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 0.05}
+"""Largest relative error that the order of sums explains."""
+_FIRST_STEPS = 5
+"""Below float64 a near tie parts two correct trajectories sooner or later: so many steps are compared."""
+
+
+def prove(
+    config: ExperimentConfig,
+    *,
+    steps: int,
+    dtype: str,
+    is_small: bool,
+    only: str | None,
+    json_path: Path | None,
+    timeout_s: float,
+) -> int:
+    """Run the matrix and show it; return 0 if every layout learns what one process learns, else 1.
+
+    Args:
+        config: the user's.
+        steps: optimizer steps of each layout.
+        dtype: of the computation, in place of `train.dtype`.
+        is_small: shrink model and batch first.
+        only: only layouts whose name has this text.
+        json_path: where to write the result as JSON.
+        timeout_s: how long ranks wait for each other.
+    """
+    config = small(config) if is_small else config
+    train = {**config.train.model_dump(), "dtype": dtype}
+    config = ExperimentConfig.model_validate({**config.model_dump(), "train": train})
+    with Console().progress_bar("reading text") as bar:
+        build_corpus(config.data, progress=bar)
+    tolerance = TOLERANCES[dtype]
+    first_steps = None if dtype == "float64" else min(steps, _FIRST_STEPS)
+    oracle = run_case(config, reference(config), steps=steps, timeout_s=timeout_s)
+    rows = []
+    for case in all_cases(config):
+        if only is not None and only not in case.name:
+            continue
+        try:
+            mine = run_case(config, case, steps=steps, timeout_s=timeout_s)
+            rows.append(Row(case=case, comparison=compare(mine, oracle, tolerance=tolerance, steps=first_steps)))
+        except TurnoutError as error:
+            rows.append(Row(case=case, comparison=None, error=str(error)))
+    found = labels(config)
+    title = f"{config.name}: {len(rows)} layouts against one process, {steps} steps in {dtype}"
+    show(rows, title=title, tolerance=tolerance, labels=found)
+    if json_path is not None:
+        write_json(json_path, rows, tolerance=tolerance, labels=found)
+    broken = [row for row in rows if row.comparison is None or not (row.comparison.is_equal or found)]
+    return 1 if broken or not rows else 0
