@@ -73,9 +73,9 @@ def counts_after_drop() -> None:
 
     whole = layer.account
 
-    def wrong(routed: Any, decision: Any, context: Any) -> Any:
-        stats = whole(routed, decision, context)
-        kept = replace(routed.decision, kept=decision.kept)
+    def wrong(routed: Any, limited: Any, context: Any) -> Any:
+        stats = whole(routed, limited, context)
+        kept = replace(routed.decision, kept=limited.kept)
         return replace(stats, counts=whole(replace(routed, decision=kept), kept, context).counts)
 
     layer.account = wrong
