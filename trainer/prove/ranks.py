@@ -5,6 +5,7 @@ import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -74,20 +75,23 @@ def run_case(
 
 
 def _receive(pipes: list[Connection], timeout_s: float) -> list[Evidence | TurnoutError | str | None]:
-    """Return each rank's answer; None for one that gives none in time, or dies."""
+    """Return each rank's answer; None for one that died, or did not come back after another one had failed.
+
+    As long as nobody failed nobody is late: a rank that waits for a lost one gives up by itself after `timeout_s`.
+    """
     answers: list[Evidence | TurnoutError | str | None] = [None] * len(pipes)
     missing = dict(enumerate(pipes))
+    has_failed = False
     while missing:
-        ready = wait(list(missing.values()), timeout=timeout_s + 5)
+        ready = wait(list(missing.values()), timeout=timeout_s + 5 if has_failed else None)
         if not ready:
             break
         for rank, pipe in list(missing.items()):
             if pipe in ready:
                 del missing[rank]
-                try:
+                with suppress(EOFError):  # it died: no answer
                     answers[rank] = pickle.loads(pipe.recv_bytes())
-                except EOFError:
-                    continue
+                has_failed = has_failed or not isinstance(answers[rank], Evidence)
     return answers
 
 
