@@ -34,6 +34,7 @@ def fit(run: Run) -> EvalResult | None:
     evaluation = None
     with StopRequest() as stop:
         for step in range(run.start_step, train.steps):
+            run.mesh.world.journal.step = step + 1
             batches = run.stream.micro_batches(
                 run.position,
                 global_batch_size=train.global_batch_size,

@@ -39,7 +39,7 @@ class Journal:
     """The last collectives of this rank, oldest first, and where it is."""
 
     step: int = 0
-    phase: str = "start"
+    """The step being taken, from 1; 0 before the first."""
     count: int = 0
     operations: deque[Operation] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
 
@@ -118,10 +118,6 @@ class Group:
             dist.all_gather_object(values, value, group=self._handle)
         return values
 
-    def barrier(self) -> None:
-        """Wait for everybody."""
-        self.sum_(torch.zeros(1, device=self.device))
-
     def exchange(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """Send the first send[0] rows of x to member 0, the next send[1] to member 1 and so on; differentiable.
 
@@ -152,8 +148,8 @@ class Group:
             yield
         except RuntimeError as error:
             raise CommError(
-                f"rank {self.ranks[self.index]}: {operation} failed at step {self.journal.step} in "
-                f"{self.journal.phase}: {str(error).splitlines()[0]}"
+                f"rank {self.ranks[self.index]}: {operation} failed at step {self.journal.step}: "
+                f"{str(error).splitlines()[0]}"
             ) from error
 
 

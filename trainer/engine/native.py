@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -94,17 +95,16 @@ class NativeEngine(Engine):
         denominators = self._denominators(batches)
         options = RoutingOptions(noise_seed=self.numerics.seed)
         counts = self._counts_before(batches, options)
-        running = torch.zeros_like(self.previous_counts)
-        total, routing, choices = StepTotals(), None, running
+        total, routing, choices = StepTotals(), None, torch.zeros_like(self.previous_counts)
         for batch in batches:
             with self._autocast():
                 output = self.model(batch, options)
             here = self._choices(output)
             choices = choices + here
-            if self._is_running():
+            if self._global_counts == "running":
                 counts = choices
-            elif counts is None and self._needs_exact_counts():  # the only micro-batch: known now
-                counts = self.mesh.world.sum_(here.clone())
+            elif counts is None and self._global_counts == "exact" and self._has_balance_loss:
+                counts = self.mesh.world.sum_(here.clone())  # the only micro-batch: known now
             share = objective(
                 output.loss_sum,
                 output.moe,
@@ -118,7 +118,7 @@ class NativeEngine(Engine):
             routing = sums if routing is None or sums is None else routing + sums
         norm = self._sum_gradients()
         total, choices, routing, norm = self._sum_small(total, choices, routing, norm)
-        if counts is None and total.prob_sum is not None and self._is_logged_only():
+        if self._global_counts == "exact" and not self._has_balance_loss and total.prob_sum is not None:
             total.balance_loss = global_balance_loss(choices, total.prob_sum, routed_tokens=denominators.routed_tokens)
         return Accumulated(
             total=total,
@@ -252,40 +252,27 @@ class NativeEngine(Engine):
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm, not finite
 
+    @property
+    def _global_counts(self) -> Literal["exact", "previous_step", "running"] | None:
+        """Where the counts of a balance loss over the global batch come from; None for another scope or no MoE."""
+        balance = self.moe_config.balance if self.moe_config else None
+        return balance.counts if balance is not None and balance.scope == "global_batch" else None
+
+    @property
+    def _has_balance_loss(self) -> bool:
+        return self.moe_config is not None and self.moe_config.balance.coef > 0
+
     def _counts_before(self, batches: Sequence[Batch], options: RoutingOptions) -> Tensor | None:
         """Return the (L, E) counts of the whole step that make up f, or None where each micro-batch's own will do."""
-        if self.moe_config is None or self.moe_config.balance.scope != "global_batch":
-            return None
-        match self.moe_config.balance.counts:
+        match self._global_counts:
             case "previous_step":
                 return self.previous_counts
-            case "exact" if len(batches) > 1 and self.moe_config.balance.coef > 0:
+            case "exact" if len(batches) > 1 and self._has_balance_loss:
                 with torch.no_grad(), self._autocast():
                     here = torch.stack([self._choices(self.model(batch, options)) for batch in batches]).sum(0)
                 return self.mesh.world.sum_(here)
             case _:
                 return None
-
-    def _needs_exact_counts(self) -> bool:
-        """Tell whether the balance loss of this rank's only micro-batch hangs on what other ranks chose."""
-        balance = self.moe_config.balance if self.moe_config else None
-        return (
-            balance is not None
-            and self.mesh.world.size > 1
-            and (balance.scope, balance.counts) == ("global_batch", "exact")
-            and balance.coef > 0
-        )
-
-    def _is_logged_only(self) -> bool:
-        """Tell whether the exact global balance loss is wanted for the log alone."""
-        balance = self.moe_config.balance if self.moe_config else None
-        return (
-            balance is not None and (balance.scope, balance.counts) == ("global_batch", "exact") and balance.coef == 0
-        )
-
-    def _is_running(self) -> bool:
-        balance = self.moe_config.balance if self.moe_config else None
-        return balance is not None and balance.scope == "global_batch" and balance.counts == "running"
 
     def _choices(self, output: GPTOutput) -> Tensor:
         """Return (L, E): a micro-batch's counts under the configured convention."""
