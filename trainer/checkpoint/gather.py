@@ -1,7 +1,7 @@
 """A state whose experts are on several ranks, put together on the first one: a file knows no ranks."""
 
 from trainer.checkpoint.state import Slice, TrainState
-from trainer.distributed.layout import even_slice
+from trainer.distributed.layout import even_slices
 from trainer.distributed.mesh import Mesh
 
 
@@ -14,10 +14,9 @@ def gather_state(state: TrainState, mesh: Mesh) -> TrainState:
         if part.is_whole:
             slices[name] = part
             continue
-        bounds = [even_slice(part.global_shape[0], mesh.ep.size, i) for i in range(mesh.ep.size)]
         is_first = mesh.ep.index == 0
         send = [len(part.tensor)] + [0] * (mesh.ep.size - 1)
-        receive = [end - first if is_first else 0 for first, end in bounds]
+        receive = [end - first if is_first else 0 for first, end in even_slices(part.global_shape[0], mesh.ep.size)]
         whole = mesh.ep.exchange_plain(part.tensor, send, receive)
         slices[name] = Slice.whole(whole) if is_first else part
     return TrainState(slices=slices, values=state.values)

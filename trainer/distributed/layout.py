@@ -87,6 +87,11 @@ def even_slice(total: int, parts: int, index: int) -> tuple[int, int]:
     return total * index // parts, total * (index + 1) // parts
 
 
+def even_slices(total: int, parts: int) -> list[tuple[int, int]]:
+    """Return every part's first and last + 1, in order."""
+    return [even_slice(total, parts, index) for index in range(parts)]
+
+
 def check_layout(*, world_size: int, ep_size: int) -> None:
     """Refuse degrees that do not fit together.
 

@@ -67,27 +67,22 @@ def build_mesh(layout: Layout, journal: Journal) -> Mesh:
     """Make this rank's groups; with more than one rank, torch's default process group must exist."""
     if layout.world_size == 1:
         return Mesh.of_one()
-    everyone = [list(range(layout.world_size))]
+    everyone = list(range(layout.world_size))
+    handles: dict[tuple[int, ...], dist.ProcessGroup | None] = {tuple(everyone): dist.group.WORLD}
+
+    def group(name: str, members: list[list[int]]) -> Group:
+        """Make all groups of a kind, as every rank must, and return the one that this rank is in."""
+        for ranks in members:
+            if tuple(ranks) not in handles:  # kinds that are the same ranks are the same group
+                handles[tuple(ranks)] = cast(dist.ProcessGroup, dist.new_group(ranks)) if len(ranks) > 1 else None
+        mine = next(ranks for ranks in members if layout.rank in ranks)
+        return Group(name, mine, me=layout.rank, handle=handles[tuple(mine)], journal=journal)
+
     return Mesh(
         layout=layout,
-        world=_group("world", everyone, layout, journal),
-        ep=_group("ep", layout.ep_ranks(), layout, journal),
-        ep_inside=_group("ep inside a node", layout.ep_inside_ranks(), layout, journal),
-        ep_between=_group("ep between nodes", layout.ep_between_ranks(), layout, journal),
-        edp=_group("edp", layout.edp_ranks(), layout, journal),
+        world=group("world", [everyone]),
+        ep=group("ep", layout.ep_ranks()),
+        ep_inside=group("ep inside a node", layout.ep_inside_ranks()),
+        ep_between=group("ep between nodes", layout.ep_between_ranks()),
+        edp=group("edp", layout.edp_ranks()),
     )
-
-
-def _group(name: str, members: list[list[int]], layout: Layout, journal: Journal) -> Group:
-    """Make all groups of a kind, as every rank must, and return the one that this rank is in."""
-    mine = None
-    for ranks in members:
-        handle: dist.ProcessGroup | None = None
-        if len(ranks) == layout.world_size:
-            handle = dist.group.WORLD
-        elif len(ranks) > 1:
-            handle = cast(dist.ProcessGroup, dist.new_group(ranks))
-        if layout.rank in ranks:
-            mine = Group(name, ranks, me=layout.rank, handle=handle, journal=journal)
-    assert mine is not None, "every rank is in one group of each kind"
-    return mine

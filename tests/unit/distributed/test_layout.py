@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.distributed.layout import Layout, even_slice, launched
+from trainer.distributed.layout import Layout, even_slices, launched
 from trainer.errors import ConfigError
 
 
@@ -26,7 +26,7 @@ def test_ep_ranks_on_several_whole_nodes_have_neighbours_and_counterparts() -> N
 
 @given(st.integers(0, 50), st.integers(1, 12))
 def test_slices_cover_everything_once_and_differ_by_at_most_one(total: int, parts: int) -> None:
-    bounds = [even_slice(total, parts, index) for index in range(parts)]
+    bounds = even_slices(total, parts)
     assert [i for first, end in bounds for i in range(first, end)] == list(range(total))
     sizes = [end - first for first, end in bounds]
     assert max(sizes) - min(sizes) <= 1

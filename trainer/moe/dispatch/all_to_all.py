@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trainer.distributed.collectives import Group
-from trainer.distributed.layout import even_slice
+from trainer.distributed.layout import even_slices
 from trainer.errors import CommError
 from trainer.moe.dispatch.base import Dispatched, Dispatcher
 from trainer.moe.dispatch.order import ExchangePlan, ExpertOrder, group_by_expert, plan_exchange
@@ -46,7 +46,7 @@ class AllToAllDispatcher(Dispatcher):
             wire: precision of rows on their way.
         """
         self.group, self.wire = group, wire
-        self.bounds = [even_slice(num_experts, group.size, i) for i in range(group.size)]
+        self.bounds = even_slices(num_experts, group.size)
 
     def dispatch(self, x: Tensor, decision: RoutingDecision) -> Dispatched:
         """Send each kept assignment's row to its expert."""
