@@ -43,32 +43,28 @@ def compare(mine: Evidence, reference: Evidence, *, tolerance: float, steps: int
     """
     end = steps or len(reference.losses)
     errors: list[tuple[str, str, float]] = []  # group, name, error; in the order of the computation
-    for group, here, there in (
-        ("loss", mine.losses, reference.losses),
-        ("balance", mine.balance_losses, reference.balance_losses),
-        ("z", mine.z_losses, reference.z_losses),
-    ):
-        errors += [(group, f"{group} of step 1", _error(a, b)) for a, b in zip(here[:1], there[:1], strict=True)]
+
+    def scalars(step: int, *groups: str) -> None:
+        for group in groups:
+            here, there = mine.scalars(group), reference.scalars(group)
+            if there:
+                errors.append((group, f"{group} of step {step + 1}", _error(here[step], there[step])))
+
+    def weights(step: int, here: dict[str, Tensor], there: dict[str, Tensor]) -> None:
+        for name, tensor in there.items():
+            group = "bias" if name not in reference.gradients else "weights"
+            errors.append((group, f"{name} after step {step + 1}", _tensor_error(here[name], tensor)))
+
+    scalars(0, "loss", "balance", "z")
     for name in reversed(list(reference.gradients)):  # the backward pass begins at the end
         group = f"gradient: {_kind(name)}"
         errors.append((group, f"gradient of {name}", _tensor_error(mine.gradients[name], reference.gradients[name])))
-    errors.append(("norm", "gradient norm of step 1", _error(mine.grad_norms[0], reference.grad_norms[0])))
-    for name, tensor in reference.first_update.items():
-        group = "bias" if name not in reference.gradients else "weights"
-        errors.append((group, f"{name} after step 1", _tensor_error(mine.first_update[name], tensor)))
+    scalars(0, "norm")
+    weights(0, mine.first_update, reference.first_update)
     for step in range(1, end):
-        for group, here, there in (
-            ("loss", mine.losses, reference.losses),
-            ("balance", mine.balance_losses, reference.balance_losses),
-            ("z", mine.z_losses, reference.z_losses),
-            ("norm", mine.grad_norms, reference.grad_norms),
-        ):
-            if there:
-                errors.append((group, f"{group} of step {step + 1}", _error(here[step], there[step])))
+        scalars(step, "loss", "balance", "z", "norm")
     if end == len(reference.losses):
-        for name, tensor in reference.last_update.items():
-            group = "bias" if name not in reference.gradients else "weights"
-            errors.append((group, f"{name} after step {end}", _tensor_error(mine.last_update[name], tensor)))
+        weights(end - 1, mine.last_update, reference.last_update)
     worst: dict[str, float] = {}
     for group, _, error in errors:
         worst[group] = max(worst.get(group, 0.0), error)

@@ -39,6 +39,10 @@ class Evidence:
     disagreements: list[str] = field(default_factory=list)
     """Weights and buffers of which two ranks held different copies after the first step, or after the last."""
 
+    def scalars(self, group: str) -> list[float]:
+        """Return every step's `loss`, `balance` or `z` loss or gradient `norm`."""
+        return {"loss": self.losses, "balance": self.balance_losses, "z": self.z_losses, "norm": self.grad_norms}[group]
+
 
 def collect(config: ExperimentConfig, mesh: Mesh, *, steps: int) -> Evidence:
     """Train some steps under a layout, and write everything down. Every rank of the mesh calls it."""
