@@ -56,7 +56,8 @@ def prove(
         except TurnoutError as error:
             rows.append(Row(case=case, comparison=None, error=str(error)))
     found = labels(config)
-    title = f"{config.name}: {len(rows)} layouts against one process, {steps} steps in {dtype}"
+    compared = "" if first_steps is None or first_steps == steps else f", the first {first_steps} compared"
+    title = f"{config.name}: {len(rows)} layouts against one process, {steps} steps in {dtype}{compared}"
     show(rows, title=title, tolerance=tolerance, labels=found)
     if json_path is not None:
         write_json(json_path, rows, tolerance=tolerance, labels=found)
