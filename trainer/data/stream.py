@@ -63,17 +63,20 @@ class TrainStream:
         """Return a rank's share of rows first_slot .. first_slot + global_batch_size - 1, cut into equal batches.
 
         The step has the same rows for any number of ranks and any micro-batch size. Shares are neighbouring rows and
-        differ by at most one row; all ranks get as many batches, filled up with rows that are not valid.
+        differ by at most one row; all ranks get as many batches, of one size, filled up with rows that are not valid.
+        That size is the least that does with as many batches: filling is computed like everything else.
 
             7 rows, 2 ranks, batches of 2     rank 0   0 1 | 2 -        rank 1   3 4 | 5 6
+            7 rows, 2 ranks, batches of 9     rank 0   0 1 2 -          rank 1   3 4 5 6
         """
         if micro_batch_size < 1:
             raise ValueError(f"micro_batch_size is {micro_batch_size}; a batch has at least one row")
         start, end = even_slice(global_batch_size, world_size, rank)
         rows = self.rows(first_slot + start, end - start)
         largest = -(-global_batch_size // world_size)
-        cuts = range(0, largest, micro_batch_size)
-        return [fill_rows(row_slice(rows, cut, cut + micro_batch_size), micro_batch_size) for cut in cuts]
+        num_batches = -(-largest // micro_batch_size)
+        size = -(-largest // num_batches)
+        return [fill_rows(row_slice(rows, size * i, size * (i + 1)), size) for i in range(num_batches)]
 
 
 def fill_rows(batch: Batch, num_rows: int) -> Batch:

@@ -12,7 +12,7 @@ class ParallelConfig(Config):
     """Where the model is computed. Nothing here may change what is learned beyond floating-point reordering."""
 
     micro_batch_size: PositiveInt = 8
-    """Sequences in one forward pass; the global batch is accumulated from such pieces."""
+    """Most sequences in one forward pass; the global batch is accumulated from pieces of one size."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU if there is one."""
     ep_size: PositiveInt = 1
