@@ -16,7 +16,7 @@ from trainer.config.dump import Change, changed_keys, diff, dump
 from trainer.config.loader import load
 from trainer.config.schema import schema_text
 from trainer.distributed.layout import is_first_rank, launched
-from trainer.errors import CheckpointError, ConfigError, ElsewhereError, ResourceError, TurnoutError
+from trainer.errors import CheckpointError, CommError, ConfigError, ElsewhereError, ResourceError, TurnoutError
 from trainer.experiment import ExperimentConfig
 
 
@@ -26,7 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         code = options.verb(options)
     except ElsewhereError as error:  # the rank that had it has said so
-        code = error.exit_code
+        _end_at_once(error.exit_code)
+    except CommError as error:
+        print(error, file=sys.stderr)
+        _end_at_once(error.exit_code)
     except TurnoutError as error:
         if error.is_this_ranks or is_first_rank():
             print(error, file=sys.stderr)
@@ -141,6 +144,13 @@ def config_diff(options: argparse.Namespace) -> int:
     """Print the keys in which two configs differ."""
     print("\n".join(diff(_load_file(options.a), _load_file(options.b))))
     return 0
+
+
+def _end_at_once(code: int) -> NoReturn:
+    """End without waiting for the exchanges of a broken group, which python's own way out may do for ever."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

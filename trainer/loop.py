@@ -30,11 +30,12 @@ def fit(run: Run) -> EvalResult | None:
         ResourceError: if the last checkpoint could not be saved.
     """
     config, train = run.config, run.config.train
-    pace = _Pace()
+    pace, journal = _Pace(), run.mesh.world.journal
     evaluation = None
     with StopRequest() as stop:
         for step in range(run.start_step, train.steps):
-            run.mesh.world.journal.step = step + 1
+            journal.step, journal.is_in_step = step + 1, step > run.start_step
+            journal.enter("data")
             batches = run.stream.micro_batches(
                 run.position,
                 global_batch_size=train.global_batch_size,
@@ -61,12 +62,15 @@ def fit(run: Run) -> EvalResult | None:
                     "schedule.peak_lr, or resume from an earlier checkpoint"
                 )
             # Evaluated first: what a checkpoint is resumed from has its evaluation in metrics.jsonl already.
+            journal.is_in_step = False
             if every(config.eval.every, done) or is_last:
+                journal.enter("evaluation")
                 evaluation = evaluate_as_configured(config, run.engine, run.corpus, run.mesh.layout)
                 record = {"step": done, **evaluation.record()}
                 run.metrics.write(record)
                 run.console.evaluation(record)
             if every(config.checkpoint.every, done) or is_last or stopped_by:
+                journal.enter("saving")
                 save(run, done, is_needed=is_last or stopped_by is not None)
             pace.restart()
             if stopped_by and not is_last:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.builders import make_context
 from tests.ranks import Ranks
-from trainer.distributed.collectives import Journal
+from trainer.distributed.journal import Journal
 from trainer.distributed.layout import Layout, even_slice
 from trainer.distributed.mesh import build_mesh
 from trainer.moe.capacity import limit_to_capacity

@@ -4,58 +4,32 @@ A group of one rank exchanges nothing and needs no process group, so that one pr
 All sums are SUM: nothing is ever averaged here, and nobody else divides by a number of ranks.
 """
 
-from collections import deque
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.distributed.journal import Journal
+from trainer.distributed.watch import Watch
 from trainer.errors import CommError
-
-_REMEMBERED = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """One collective, as this rank saw it."""
-
-    number: int
-    """Counts this rank's collectives from 1; equal on all ranks as long as they do the same."""
-    name: str
-    group: str
-    sizes: tuple[int, ...]
-    """Elements, or rows sent to each rank."""
-
-    def __str__(self) -> str:
-        return f"#{self.number} {self.name} over {self.group} {list(self.sizes)}"
-
-
-@dataclass(slots=True)
-class Journal:
-    """The last collectives of this rank, oldest first, and where it is."""
-
-    step: int = 0
-    """The step being taken, from 1; 0 before the first."""
-    count: int = 0
-    operations: deque[Operation] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
-
-    def note(self, name: str, group: str, sizes: Sequence[int]) -> Operation:
-        """Write an operation down, before it begins."""
-        self.count += 1
-        operation = Operation(self.count, name, group, tuple(sizes))
-        self.operations.append(operation)
-        return operation
 
 
 class Group:
     """Ranks that exchange tensors with each other. Every one of them must make the same calls in the same order."""
 
     def __init__(
-        self, name: str, ranks: Sequence[int], *, me: int, handle: dist.ProcessGroup | None, journal: Journal
+        self,
+        name: str,
+        ranks: Sequence[int],
+        *,
+        me: int,
+        handle: dist.ProcessGroup | None,
+        journal: Journal,
+        watch: Watch | None = None,
     ) -> None:
         """Describe a group.
 
@@ -65,10 +39,11 @@ class Group:
             me: this rank's number in the world.
             handle: torch's group; None for a group of one.
             journal: where this rank's collectives are written down.
+            watch: tells who is alive, where somebody watches.
         """
         assert (handle is None) == (len(ranks) == 1)
         self.name, self.ranks, self.index = name, tuple(ranks), ranks.index(me)
-        self._handle, self.journal = handle, journal
+        self._handle, self.journal, self.watch = handle, journal, watch
 
     @classmethod
     def of_one(cls) -> "Group":
@@ -143,14 +118,20 @@ class Group:
 
     @contextmanager
     def _watched(self, name: str, sizes: Sequence[int]) -> Iterator[None]:
-        operation = self.journal.note(name, self.name, sizes)
+        operation = self.journal.begin(name, self.name, sizes)
         try:
             yield
-        except RuntimeError as error:
+        except RuntimeError as error:  # stays the running one: this is where the rank gave up
             raise CommError(
-                f"rank {self.ranks[self.index]}: {operation} failed at step {self.journal.step}: "
-                f"{str(error).splitlines()[0]}"
+                f"rank {self.ranks[self.index]}: {operation} failed at step {self.journal.step}: {_reason(error)}"
             ) from error
+        self.journal.end()
+
+
+def _reason(error: RuntimeError) -> str:
+    """Return what the backend says is wrong, without its own source line and advice."""
+    first = str(error).splitlines()[0].partition(" This is typically")[0]
+    return re.sub(r"^\[\S*?:\d+\] ", "", first)
 
 
 class _Exchange(torch.autograd.Function):

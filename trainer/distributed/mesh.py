@@ -10,8 +10,11 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from trainer.distributed.collectives import Group, Journal
+from trainer.distributed.collectives import Group
+from trainer.distributed.journal import Journal
 from trainer.distributed.layout import Layout
+from trainer.distributed.watch import Watch
+from trainer.errors import CommError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,20 +53,35 @@ def joined(layout: Layout, device: torch.device, *, timeout_s: float) -> Iterato
         yield Mesh.of_one()
         return
     timeout = timedelta(seconds=timeout_s)
-    store, rank, world_size = next(dist.rendezvous("env://", layout.rank, layout.world_size, timeout=timeout))
+    rendezvous = dist.rendezvous("env://", layout.rank, layout.world_size, timeout=timeout)
+    store, rank, world_size = next(rendezvous)
     # Under torchrun the store outlives the ranks: without a name of its own, a restarted attempt reads the addresses
     # of the dead ones (pytorch #135712).
     attempt = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    journal = Journal()
+    watch = Watch(
+        attempt,
+        rank=rank,
+        world_size=world_size,
+        journal=journal,
+        timeout_s=timeout_s,
+        on_gpu=device.type != "cpu",
+    )
     dist.init_process_group(
         "gloo" if device.type == "cpu" else "nccl", store=attempt, rank=rank, world_size=world_size, timeout=timeout
     )
     try:
-        yield build_mesh(layout, Journal())
-    finally:
-        dist.destroy_process_group()
+        yield build_mesh(layout, journal, watch)
+    except CommError as error:
+        raise watch.explain(error) from error
+    except BaseException as error:
+        watch.leave(error)
+        raise
+    watch.leave()
+    dist.destroy_process_group()
 
 
-def build_mesh(layout: Layout, journal: Journal) -> Mesh:
+def build_mesh(layout: Layout, journal: Journal, watch: Watch | None = None) -> Mesh:
     """Make this rank's groups; with more than one rank, torch's default process group must exist."""
     if layout.world_size == 1:
         return Mesh.of_one()
@@ -76,7 +94,7 @@ def build_mesh(layout: Layout, journal: Journal) -> Mesh:
             if tuple(ranks) not in handles:  # kinds that are the same ranks are the same group
                 handles[tuple(ranks)] = cast(dist.ProcessGroup, dist.new_group(ranks)) if len(ranks) > 1 else None
         mine = next(ranks for ranks in members if layout.rank in ranks)
-        return Group(name, mine, me=layout.rank, handle=handles[tuple(mine)], journal=journal)
+        return Group(name, mine, me=layout.rank, handle=handles[tuple(mine)], journal=journal, watch=watch)
 
     return Mesh(
         layout=layout,

@@ -30,6 +30,8 @@ def raise_together(group: Group) -> Iterator[None]:
         error = caught
     except Exception as caught:
         error = caught
+    if group.watch is not None:
+        group.watch.meet()  # patient: one rank may read text or write files for longer than an exchange may take
     reports = group.gather_objects(None if error is None else _report(error))
     failed = [rank for rank, report in enumerate(reports) if report is not None]
     if not failed:

@@ -91,12 +91,15 @@ class NativeEngine(Engine):
 
         The gradient of the whole step, summed over ranks and not clipped, is in `.grad` afterwards.
         """
+        journal = self.mesh.world.journal
+        journal.enter("counting")
         batches = [batch.to(self.device) for batch in micro_batches]
         denominators = self._denominators(batches)
         options = RoutingOptions(noise_seed=self.numerics.seed)
         counts = self._counts_before(batches, options)
         total, routing, choices = StepTotals(), None, torch.zeros_like(self.previous_counts)
         for batch in batches:
+            journal.enter("forward")
             with self._autocast():
                 output = self.model(batch, options)
             here = self._choices(output)
@@ -112,10 +115,12 @@ class NativeEngine(Engine):
                 denominators=denominators,
                 config=self.moe_config,
             )
+            journal.enter("backward")
             share.total.backward()
             total.add(share, output)
             sums = routing_sums(output)
             routing = sums if routing is None or sums is None else routing + sums
+        journal.enter("gradient sums")
         norm = self._sum_gradients()
         total, choices, routing, norm = self._sum_small(total, choices, routing, norm)
         if self._global_counts == "exact" and not self._has_balance_loss and total.prob_sum is not None:
@@ -131,6 +136,7 @@ class NativeEngine(Engine):
     def apply(self, step: Accumulated, *, lr: float) -> StepResult:
         """Clip the gradient in `.grad` and step, or skip it if it is not finite."""
         total, routing = step.total, step.routing
+        self.mesh.world.journal.enter("update")
         grad_norm, skipped = self._apply_gradients(lr, step.norm)
         if not skipped and routing is not None:
             self.previous_counts = step.choices

@@ -19,8 +19,8 @@ class ParallelConfig(Config):
     """Ranks that share the experts; each holds a part of them. Divides the number of ranks."""
     dispatcher: DispatcherConfig = AllToAllDispatcherConfig()
     """How rows reach their experts."""
-    timeout_s: PositiveFloat = 300.0
-    """Seconds that ranks wait for each other in one exchange before one counts as lost."""
+    timeout_s: PositiveFloat = 60.0
+    """Seconds that one exchange may take before a rank counts as lost; reading text and saving may take longer."""
     experts_kernel: Literal["auto", "loop", "padded", "grouped", "fused", "fused_onednn"] = "auto"
     """How experts are multiplied. `auto` is resolved from a table of measurements and recorded in the run folder."""
     compile: bool = False

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 
 from tests.ranks import Ranks
-from trainer.distributed.collectives import Group, Journal
+from trainer.distributed.collectives import Group
+from trainer.distributed.journal import Journal
 from trainer.distributed.layout import Layout
 from trainer.distributed.mesh import Mesh, build_mesh
 from trainer.distributed.together import raise_together

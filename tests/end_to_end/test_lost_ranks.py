@@ -1,0 +1,144 @@
+"""A rank that is killed, frozen, stuck or wrong: the others say which one, once, and end in time.
+
+The issue's figure, ten of ten each: `pytest tests/end_to_end/test_lost_ranks.py --times 10`.
+"""
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launched import Started, launched
+
+CONFIG = """\
+name: lost
+model:
+  num_layers: 2
+  d_model: 32
+  num_heads: 2
+  seq_len: 32
+  moe: {num_experts: 5, d_ff: 32, router: {kind: bias_balanced}}
+data:
+  sources: [{kind: text, path: text.txt, domain: prose}]
+train: {steps: 1000000, global_batch_size: 7}
+eval: {every: 50, max_tokens_per_domain: 256}
+checkpoint: {every: 70, keep: 2}
+parallel: {micro_batch_size: 4}
+metrics: {log_every: 1}
+"""
+TIMEOUT_S, BOUND_S = 4.0, 5.0
+"""`parallel.timeout_s`, and how much later the survivors must have ended."""
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    (tmp_path / "text.txt").write_text("It was a bright cold day in April, and the clocks were striking. " * 200)
+    return tmp_path
+
+
+def wait_for_step(folder: Path, ranks: Started, step: int) -> None:
+    metrics = folder / "runs/lost/metrics.jsonl"
+    end = time.monotonic() + 100
+    while not metrics.is_file() or len(metrics.read_text().splitlines()) < step:
+        assert time.monotonic() < end and ranks.codes(range(len(ranks.processes))) == [None] * 3, ranks.said()
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_killed_or_frozen_rank_is_named_by_one_survivor_within_bounds(
+    workplace: Path, how: signal.Signals, victim: int, times: int
+) -> None:
+    survivors = [rank for rank in range(3) if rank != victim]
+    ep_size = f"parallel.ep_size={3 if victim else 1}"
+    arguments = ["-m", "trainer", "train", "tiny.yaml", ep_size, f"parallel.timeout_s={TIMEOUT_S}"]
+    for _ in range(times):
+        (workplace / "runs/lost/metrics.jsonl").unlink(missing_ok=True)
+        with launched(3, arguments, workplace) as ranks:
+            wait_for_step(workplace, ranks, 3)
+            time.sleep(random.random())  # anywhere in a step, an evaluation or a save
+            ranks.processes[victim].send_signal(how)
+            took = ranks.wait_for(survivors, seconds=TIMEOUT_S + BOUND_S)
+            said = ranks.said()
+        print(f"{how.name} rank {victim}: survivors ended after {took:.1f} s\n{said}")
+        assert ranks.codes(survivors) == [5, 5]
+        assert said.count("not heard of") == 1
+        first, *lines = said[said.index(f"rank {victim} is lost at step ") :].splitlines()
+        assert " in " in first
+        for rank, line in zip(range(3), lines, strict=False):
+            assert line.startswith(f"  rank {rank} ")
+            assert "last exchanges: #" in line
+
+
+STUCK = """
+import sys, time, torch
+from trainer.cli import main
+import trainer.loop
+from trainer.engine.native import NativeEngine
+from trainer.errors import DataError
+whole = NativeEngine.train_step
+def train_step(engine, batches, *, lr):
+    if engine.mesh.layout.rank == 1 and engine.optimizer_steps == 2:
+        FAULT
+    return whole(engine, batches, lr=lr)
+NativeEngine.train_step = train_step
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "text"),
+    [
+        ("time.sleep(1000)", 5, "rank 1 is alive, but never came to exchange #"),
+        ("raise DataError('shard 7 is damaged')", 3, "rank 1: shard 7 is damaged"),
+        ("raise ValueError('a bug')", 1, "ValueError: a bug"),
+        ("sys.exit(0)", 1, "rank 1: SystemExit: 0"),
+        ("engine.mesh.world.gather(torch.zeros(2))", 5, "in another exchange than the others"),
+    ],
+)
+def test_a_rank_that_is_stuck_or_fails_alone_is_named_once(workplace: Path, fault: str, code: int, text: str) -> None:
+    (workplace / "stuck.py").write_text(STUCK.replace("FAULT", fault))
+    arguments = ["stuck.py", "train", "tiny.yaml", "parallel.ep_size=3", f"parallel.timeout_s={TIMEOUT_S}"]
+    with launched(3, arguments, workplace) as ranks:
+        ranks.wait_for([0, 2], seconds=100)
+        said = ranks.said()
+        assert ranks.codes([0, 2]) == [code, code], said
+        assert said.count(text) == 1, said
+
+
+MEETING = """
+import signal, sys, os, time, torch
+from trainer.distributed.layout import launched
+from trainer.distributed.mesh import joined
+from trainer.distributed.together import raise_together
+from trainer.errors import TurnoutError
+layout = launched(ep_size=1)
+try:
+    with joined(layout, torch.device("cpu"), timeout_s=3) as mesh:
+        with raise_together(mesh.world):
+            if layout.rank == 0:
+                FAULT
+        mesh.world.sum_(torch.ones(1))
+except TurnoutError as error:
+    print(error, file=sys.stderr, flush=True)
+    os._exit(error.exit_code)
+"""
+
+
+def test_one_rank_may_work_longer_than_an_exchange_may_take(tmp_path: Path) -> None:
+    (tmp_path / "meeting.py").write_text(MEETING.replace("FAULT", "time.sleep(9)"))
+    with launched(3, ["meeting.py"], tmp_path) as ranks:
+        took = ranks.wait_for([0, 1, 2], seconds=100)
+        assert ranks.codes([0, 1, 2]) == [0, 0, 0], ranks.said()
+        assert took >= 9
+
+
+def test_a_rank_that_freezes_while_others_wait_for_its_work_is_named(tmp_path: Path) -> None:
+    (tmp_path / "meeting.py").write_text(MEETING.replace("FAULT", "os.kill(os.getpid(), signal.SIGSTOP)"))
+    with launched(3, ["meeting.py"], tmp_path) as ranks:
+        ranks.wait_for([1, 2], seconds=100)
+        assert ranks.codes([1, 2]) == [5, 5]
+        assert "rank 0 is lost at step 0 in start-up" in ranks.said()

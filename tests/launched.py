@@ -1,0 +1,90 @@
+"""Ranks as torchrun starts them, without it: its store is this process's, so that a test may kill what it likes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(slots=True)
+class Started:
+    """Processes of one run."""
+
+    processes: list[subprocess.Popen[bytes]]
+    errors: list[Path]
+    """What each has written to stderr."""
+
+    def said(self) -> str:
+        return "".join(f"{path.read_text()}" for path in self.errors)
+
+    def wait_for(self, ranks: Sequence[int], *, seconds: float) -> float:
+        """Wait until these ranks have ended; return how long it took.
+
+        Raises:
+            AssertionError: if they have not after so many seconds.
+        """
+        began = time.monotonic()
+        for rank in ranks:
+            left = seconds - (time.monotonic() - began)
+            try:
+                self.processes[rank].wait(max(0.1, left))
+            except subprocess.TimeoutExpired:
+                raise AssertionError(f"rank {rank} goes on after {seconds} s:\n{self.said()}") from None
+        return time.monotonic() - began
+
+    def codes(self, ranks: Sequence[int]) -> list[int | None]:
+        return [self.processes[rank].poll() for rank in ranks]
+
+
+@contextmanager
+def launched(world_size: int, arguments: Sequence[str], folder: Path) -> Iterator[Started]:
+    """Start `python ARGUMENTS` as every rank of a run, and end what is left of them.
+
+    Args:
+        world_size: ranks, all on this machine.
+        arguments: of python.
+        folder: to run in; gets stderr.RANK.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, None, True, timeout=timedelta(seconds=60), wait_for_workers=False)
+    processes, errors = [], []
+    for rank in range(world_size):
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+        }
+        errors.append(folder / f"stderr.{rank}")
+        with errors[-1].open("wb") as error:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, *arguments],
+                    cwd=folder,
+                    env=environment,
+                    stdout=subprocess.DEVNULL,
+                    stderr=error,
+                )
+            )
+    try:
+        yield Started(processes, errors)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+            process.wait()

@@ -1,0 +1,62 @@
+"""What a rank is doing, in its own words: the phase it is in and the last collectives it took part in. No torch."""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+_REMEMBERED = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One collective, as this rank saw it."""
+
+    number: int
+    """Counts this rank's collectives from 1; equal on all ranks as long as they do the same."""
+    name: str
+    group: str
+    sizes: tuple[int, ...]
+    """Elements, or rows sent to each rank."""
+
+    def __str__(self) -> str:
+        return f"#{self.number} {self.name} over {self.group} {list(self.sizes)}"
+
+
+@dataclass(slots=True)
+class Journal:
+    """The last collectives of this rank, oldest first, and where it is."""
+
+    step: int = 0
+    """The step being taken, from 1; 0 before the first."""
+    phase: str = "start-up"
+    """Part of the step, or what is done between two steps."""
+    count: int = 0
+    running: Operation | None = None
+    """The exchange that this rank is in now."""
+    changed_at: float = field(default_factory=time.monotonic)
+    """When something was last written down."""
+    is_in_step: bool = False
+    """Inside a step that is not the first one: nothing takes long here but waiting for others."""
+    operations: deque[Operation] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
+
+    def enter(self, phase: str) -> None:
+        """Write down that another phase begins."""
+        self.phase, self.changed_at = phase, time.monotonic()
+
+    def begin(self, name: str, group: str, sizes: Sequence[int]) -> Operation:
+        """Write an operation down, before it begins."""
+        self.count += 1
+        self.running = Operation(self.count, name, group, tuple(sizes))
+        self.operations.append(self.running)
+        self.changed_at = time.monotonic()
+        return self.running
+
+    def end(self) -> None:
+        """Write down that the operation has come back."""
+        self.running, self.changed_at = None, time.monotonic()
+
+    @property
+    def quiet_s(self) -> float:
+        """Seconds since something was written down."""
+        return time.monotonic() - self.changed_at
