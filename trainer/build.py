@@ -30,6 +30,7 @@ from trainer.moe.dispatch.registry import LocalDispatcherConfig
 from trainer.ops.fused_ffn import has_onednn_product
 from trainer.ops.kernels import choose_experts_kernel
 from trainer.parallel.parallelize import parallelize
+from trainer.parallel.shard import shard
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -149,7 +150,7 @@ def build_model(
     model = parallelize(whole_model(config, tokenizer), config.parallel, mesh, device, can_compile=can_compile)
     model.to_empty(device=device)
     initialize(model, config.seed)
-    return model
+    return shard(model, mesh, dtype=_DTYPES[config.train.dtype]) if config.parallel.data == "shard" else model
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from trainer.models.initialize import initialize
 from trainer.optim.registry import AdamWConfig
 from trainer.parallel.config import ParallelConfig
 from trainer.parallel.parallelize import parallelize
+from trainer.parallel.shard import shard
 
 STEPS, ROWS, SEQ_LEN = 10, 7, 8  # 7 rows: no number of ranks here divides them
 
@@ -60,6 +61,8 @@ def _engine(moe: dict, mesh: Mesh, parallel: dict) -> NativeEngine:
     model = parallelize(model, section, mesh, torch.device("cpu"), can_compile=False)
     model.to_empty(device="cpu")
     initialize(model, 5)
+    if section.data == "shard":
+        model = shard(model, mesh, dtype=torch.float64)
     numerics = NumericsConfig(seed=5, dtype=torch.float64, grad_clip=0.5)
     return NativeEngine(model, AdamWConfig(), numerics, mesh)
 
@@ -129,6 +132,15 @@ def _compare(ranks: Ranks, layout: tuple[int, int], moe: dict, parallel: dict, n
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_many_ranks_learn_what_one_process_learns(ranks: Ranks, layout: tuple[int, int], moe: dict) -> None:
     _compare(ranks, layout, moe, {})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_weights_cut_over_the_ranks_learn_the_same(ranks: Ranks, layout: tuple[int, int]) -> None:
+    _compare(ranks, layout, MODELS["bias_balanced, jitter, capacity"], {"data": "shard"})
+
+
+def test_weights_cut_over_the_ranks_learn_the_same_under_accumulation(ranks: Ranks) -> None:
+    _compare(ranks, (4, 2), MODELS["dropless"], {"data": "shard"}, num_pieces=2)
 
 
 @pytest.mark.parametrize("kind", ["all_gather", "padded_all_to_all", "hierarchical"])

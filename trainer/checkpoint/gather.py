@@ -1,22 +1,67 @@
-"""A state whose experts are on several ranks, put together on the first one: a file knows no ranks."""
+"""A state that is spread over several ranks, put together on the first one: a file knows no ranks."""
 
 from trainer.checkpoint.state import Slice, TrainState
-from trainer.distributed.layout import even_slices
 from trainer.distributed.mesh import Mesh
+from trainer.errors import CheckpointError
+
+Table = list[dict[str, tuple[int, int]]]
+"""For each rank and name: first index of dimension 0 that is there, and how many."""
+
+
+def places(state: TrainState, mesh: Mesh) -> Table:
+    """Return what every rank has. Every rank must call it."""
+    return mesh.world.gather_objects(
+        {name: (part.start, len(part.tensor) if part.tensor.dim() else 1) for name, part in state.slices.items()}
+    )
 
 
 def gather_state(state: TrainState, mesh: Mesh) -> TrainState:
-    """Return the whole state on rank 0; other ranks get what they had. Every rank must call it."""
-    if mesh.ep.size == 1 or mesh.layout.edp_rank > 0:  # another copy of the experts sends to nobody
+    """Return the whole state on rank 0; other ranks get what they had. Every rank must call it.
+
+    Of several ranks with the same part the first one sends it.
+
+    Raises:
+        CheckpointError: if parts overlap or some are missing; on every rank.
+    """
+    if mesh.world.size == 1:
         return state
+    table = places(state, mesh)
     slices = {}
     for name, part in state.slices.items():
-        if part.is_whole:
+        total = part.global_shape[0] if part.global_shape else 1
+        senders = _senders([row[name] for row in table], total, name)
+        if senders == [0]:
             slices[name] = part
             continue
-        is_first = mesh.ep.index == 0
-        send = [len(part.tensor)] + [0] * (mesh.ep.size - 1)
-        receive = [end - first if is_first else 0 for first, end in even_slices(part.global_shape[0], mesh.ep.size)]
-        whole = mesh.ep.exchange_plain(part.tensor, send, receive)
-        slices[name] = Slice.whole(whole) if is_first else part
+        me, is_first = mesh.layout.rank, mesh.layout.rank == 0
+        send = [0] * mesh.world.size
+        send[0] = len(part.tensor) if me in senders else 0
+        receive = [table[r][name][1] if is_first and r in senders else 0 for r in range(mesh.world.size)]
+        arrived = mesh.world.exchange_plain(part.tensor[: send[0]], send, receive)
+        if not is_first:
+            slices[name] = part
+            continue
+        pieces = dict(zip(sorted(senders), arrived.split([receive[r] for r in sorted(senders)]), strict=True))
+        whole = arrived.new_empty(part.global_shape)
+        for rank, piece in pieces.items():
+            start, length = table[rank][name]
+            whole[start : start + length] = piece
+        slices[name] = Slice.whole(whole)
     return TrainState(slices=slices, values=state.values)
+
+
+def _senders(parts: list[tuple[int, int]], total: int, name: str) -> list[int]:
+    """Return the ranks whose parts, one after the other, are the whole of a tensor.
+
+    #  parts of 4 ranks   (0, 2) (2, 3) (0, 2) (2, 3)     total 5     senders 0, 1
+    """
+    senders, end = [], 0
+    while end < total:
+        rank = next((r for r, (start, length) in enumerate(parts) if start == end and length > 0), None)
+        if rank is None:
+            raise CheckpointError(f"{name}: no rank has what begins at index {end} of {total}; ranks have {parts}")
+        senders.append(rank)
+        end += parts[rank][1]
+    if end > total:
+        raise CheckpointError(f"{name}: parts of ranks overlap: {parts} of {total}")
+    return senders

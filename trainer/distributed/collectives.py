@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from trainer.distributed.journal import Journal
 from trainer.distributed.watch import Watch
@@ -60,6 +61,11 @@ class Group:
     def size(self) -> int:
         """Number of ranks."""
         return len(self.ranks)
+
+    def device_mesh(self) -> DeviceMesh:
+        """Return the same ranks in the form that torch's FSDP takes."""
+        assert self._handle is not None, "nobody to share with"
+        return DeviceMesh.from_group(self._handle, self.device.type)
 
     def sum_(self, x: Tensor) -> Tensor:
         """Add up x over the ranks, in place; every rank gets bitwise the same."""
@@ -126,6 +132,11 @@ class Group:
                 f"rank {self.ranks[self.index]}: {operation} failed at step {self.journal.step}: {_reason(error)}"
             ) from error
         self.journal.end()
+
+
+def is_of_exchange(error: BaseException) -> bool:
+    """Tell whether an error comes from an exchange that torch itself makes, as FSDP does."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
 def _reason(error: RuntimeError) -> str:

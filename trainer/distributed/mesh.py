@@ -10,7 +10,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from trainer.distributed.collectives import Group
+from trainer.distributed.collectives import Group, is_of_exchange
 from trainer.distributed.journal import Journal
 from trainer.distributed.layout import Layout
 from trainer.distributed.watch import Watch
@@ -75,6 +75,9 @@ def joined(layout: Layout, device: torch.device, *, timeout_s: float) -> Iterato
     except CommError as error:
         raise watch.explain(error) from error
     except BaseException as error:
+        if is_of_exchange(error):
+            where = f"rank {rank}: an exchange of sharded weights failed at step {journal.step}"
+            raise watch.explain(CommError(f"{where}: {str(error).splitlines()[0]}")) from error
         watch.leave(error)
         raise
     watch.leave()

@@ -20,7 +20,6 @@ from trainer.data.batch import Batch
 from trainer.distributed.mesh import Mesh
 from trainer.engine.base import Engine, EvalSums, RoutingSums, StepResult
 from trainer.engine.sums import (
-    SquaredNorm,
     StepTotals,
     routing_like,
     routing_sums,
@@ -35,6 +34,7 @@ from trainer.moe.routing import RoutingOptions
 from trainer.optim.adamw import build_adamw
 from trainer.optim.registry import OptimConfig
 from trainer.parallel.replicate import sum_gradients
+from trainer.parallel.shard import first_row, is_cut, local
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -57,7 +57,8 @@ class Accumulated:
     choices: Tensor
     """(L, E) what the balance loss counts."""
     routing: RoutingSums | None
-    norm: SquaredNorm
+    grad_norm: Tensor
+    """2-norm of the whole gradient, float64: each weight once, whoever holds it."""
     num_tokens: int
 
 
@@ -121,15 +122,15 @@ class NativeEngine(Engine):
             sums = routing_sums(output)
             routing = sums if routing is None or sums is None else routing + sums
         journal.enter("gradient sums")
-        norm = self._sum_gradients()
-        total, choices, routing, norm = self._sum_small(total, choices, routing, norm)
+        square = self._sum_gradients()
+        total, choices, routing, square = self._sum_small(total, choices, routing, square)
         if self._global_counts == "exact" and not self._has_balance_loss and total.prob_sum is not None:
             total.balance_loss = global_balance_loss(choices, total.prob_sum, routed_tokens=denominators.routed_tokens)
         return Accumulated(
             total=total,
             choices=choices,
             routing=routing,
-            norm=norm,
+            grad_norm=square.sqrt(),
             num_tokens=denominators.routed_tokens,
         )
 
@@ -137,7 +138,7 @@ class NativeEngine(Engine):
         """Clip the gradient in `.grad` and step, or skip it if it is not finite."""
         total, routing = step.total, step.routing
         self.mesh.world.journal.enter("update")
-        grad_norm, skipped = self._apply_gradients(lr, step.norm)
+        grad_norm, skipped = self._apply_gradients(lr, step.grad_norm)
         if not skipped and routing is not None:
             self.previous_counts = step.choices
             for layer, moe in enumerate(self.model.moe_layers()):
@@ -180,13 +181,22 @@ class NativeEngine(Engine):
             values={"optimizer_steps": self.optimizer_steps},
         )
 
+    def gradients(self) -> TrainState:
+        """Return the gradients by the names of their parameters; zeros where there is none."""
+        return TrainState(
+            slices={
+                name: self._slice(f"model.{name}", torch.zeros_like(p) if p.grad is None else p.grad)
+                for name, p in self.parameters.items()
+            }
+        )
+
     def _slice(self, name: str, tensor: Tensor) -> Slice:
-        """Say which part of the global tensor this rank has: some experts, or all of everything else."""
+        """Say which part of the global tensor this rank has: its own experts, and a piece of what is cut over ranks."""
         parameter = name.partition(".")[2] if name.startswith("model.") else name.split(".", 2)[-1]
-        first = self.first_expert.get(parameter)
-        if first is None or self.moe_config is None:
-            return Slice.whole(tensor)
-        return Slice(tensor=tensor, global_shape=(self.moe_config.num_experts, *tensor.shape[1:]), start=first)
+        first, shape = self.first_expert.get(parameter), tuple(tensor.shape)
+        if first is not None and self.moe_config is not None:
+            shape = (self.moe_config.num_experts, *shape[1:])
+        return Slice(tensor=local(tensor), global_shape=shape, start=(first or 0) + first_row(tensor))
 
     @torch.no_grad()
     def load_state(self, state: TrainState) -> None:
@@ -213,44 +223,50 @@ class NativeEngine(Engine):
         target_tokens, routed_tokens = self.mesh.world.sum_(counts.sum(0)).tolist()
         return Denominators(target_tokens=max(1, target_tokens), routed_tokens=max(1, routed_tokens))
 
-    def _sum_gradients(self) -> SquaredNorm:
-        """Add up gradients over the ranks that hold the same weights.
+    def _sum_gradients(self) -> Tensor:
+        """Add up gradients over the ranks that hold the same weights; return this rank's part of the squared norm.
 
-        A rank that owns an expert has the sum over its ep peers' tokens already, through the way back of the rows.
+        A rank that owns an expert has the sum over its ep peers' tokens already, through the way back of the rows. What
+        is cut over ranks was summed by FSDP.
         """
-        dense = [p for name, p in self.parameters.items() if name not in self.first_expert]
-        experts = [self.parameters[name] for name in self.first_expert]
-        sum_gradients(dense, self.mesh.world)
-        sum_gradients(experts, self.mesh.edp)
-        counted = self.mesh.layout.edp_rank == 0  # each expert once, not once for each copy
-        return SquaredNorm(dense=square_norm(dense), experts=square_norm(experts) if counted else square_norm([]))
+        layout, square = self.mesh.layout, torch.zeros((), dtype=torch.float64, device=self.device)
+        for group, is_expert, counts in (
+            (self.mesh.world, False, layout.rank == 0),  # each copy of a weight is counted once
+            (self.mesh.edp, True, layout.edp_rank == 0),
+        ):
+            mine = [p for name, p in self.parameters.items() if (name in self.first_expert) == is_expert]
+            copies = [p for p in mine if not is_cut(p)]
+            sum_gradients(copies, group)
+            counted = mine if counts else [p for p in mine if is_cut(p)]
+            square = square + square_norm([local(p.grad) for p in counted if p.grad is not None]).to(self.device)
+        return square
 
     def _sum_small(
-        self, total: StepTotals, choices: Tensor, routing: RoutingSums | None, norm: SquaredNorm
-    ) -> tuple[StepTotals, Tensor, RoutingSums | None, SquaredNorm]:
+        self, total: StepTotals, choices: Tensor, routing: RoutingSums | None, square: Tensor
+    ) -> tuple[StepTotals, Tensor, RoutingSums | None, Tensor]:
         """Add up everything that is small over all ranks, in one message."""
         if self.mesh.world.size == 1:
-            return total, choices, routing, norm
-        parts = [norm.experts.to(self.device), choices, *total.tensors()]
+            return total, choices, routing, square
+        parts = [square, choices, *total.tensors()]
         routed = [] if routing is None else routing_tensors(routing)
-        experts, choices_sum, *rest = sum_together([*parts, *routed], self.mesh.world)
+        square, choices_sum, *rest = sum_together([*parts, *routed], self.mesh.world)
         num_totals = len(parts) - 2
         return (
             total.replaced(rest[:num_totals]),
             choices_sum.to(choices.dtype),
             None if routing is None else routing_like(routing, rest[num_totals:]),
-            SquaredNorm(dense=norm.dense, experts=experts),
+            square,
         )
 
-    def _apply_gradients(self, lr: float, norm: SquaredNorm) -> tuple[float, bool]:
+    def _apply_gradients(self, lr: float, norm: Tensor) -> tuple[float, bool]:
         """Clip and step, unless the gradient is not finite; return its norm and whether the step was skipped."""
-        whole = norm.total()
-        grad_norm = float(whole)  # waits for the device: the decision to step hangs on it
+        grad_norm = float(norm)  # waits for the device: the decision to step hangs on it
         finite = math.isfinite(grad_norm)
         if finite:
             clip = self.numerics.grad_clip
             if clip is not None and grad_norm > clip:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), clip, whole, foreach=True)
+                gradients = [local(p.grad) for p in self.parameters.values() if p.grad is not None]
+                torch._foreach_mul_(gradients, clip / (grad_norm + 1e-6))
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()

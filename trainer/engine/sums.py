@@ -52,21 +52,8 @@ class StepTotals:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class SquaredNorm:
-    """Squared 2-norms of the gradient, float64; experts are each rank's own until they are added up."""
-
-    dense: Tensor
-    experts: Tensor
-
-    def total(self) -> Tensor:
-        """Return the 2-norm of the whole gradient: each weight once, whoever holds it."""
-        return (self.dense + self.experts).sqrt()
-
-
-def square_norm(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
-    """Return the squared 2-norm of the parameters' gradients, float64."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
+def square_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Return the squared 2-norm of all these gradients together, float64."""
     return torch.nn.utils.get_total_norm(gradients, foreach=True).double().square()
 
 

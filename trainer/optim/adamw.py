@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from trainer.optim.registry import AdamWConfig
 
@@ -14,11 +15,13 @@ def build_adamw(
     """Make the optimizer; its learning rate is set before every step.
 
     Which parameters decay goes by their role and not by their number of dimensions:
-    stacked expert biases would have two.
+    stacked expert biases would have two. Weights that are cut over ranks are groups of their own: torch's fused update
+    takes one kind of tensor at a time.
     """
     groups = [
-        {"params": list(decayed), "weight_decay": config.weight_decay},
-        {"params": list(not_decayed), "weight_decay": 0.0},
+        {"params": [p for p in parameters if isinstance(p, DTensor) == is_cut], "weight_decay": weight_decay}
+        for parameters, weight_decay in ((list(decayed), config.weight_decay), (list(not_decayed), 0.0))
+        for is_cut in (False, True)
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=0.0, betas=config.betas, eps=config.eps, fused=True

@@ -17,6 +17,8 @@ class ParallelConfig(Config):
     """`auto` takes a GPU if there is one."""
     ep_size: PositiveInt = 1
     """Ranks that share the experts; each holds a part of them. Divides the number of ranks."""
+    data: Literal["replicate", "shard"] = "replicate"
+    """Weights that several ranks share: a copy on each, or (for models that fill the memory) cut over them by FSDP2."""
     dispatcher: DispatcherConfig = AllToAllDispatcherConfig()
     """How rows reach their experts."""
     timeout_s: PositiveFloat = 60.0

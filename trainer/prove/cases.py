@@ -1,6 +1,7 @@
 """Which layouts a proof runs: numbers of ranks, experts over ranks, dispatchers, micro-batches. Imports no torch."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from trainer.experiment import ExperimentConfig
 
@@ -14,6 +15,7 @@ class Case:
     world_size: int = 1
     ep_size: int = 1
     dispatcher: str = "all_to_all"
+    data: Literal["replicate", "shard"] = "replicate"
     ranks_per_node: int = MOST_RANKS
     """Below the number of ranks, nodes are pretended on this machine."""
     micro_batch_size: int
@@ -23,7 +25,8 @@ class Case:
         """What the table calls it."""
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks, ep {self.ep_size}"
         how = "" if self.world_size == 1 or self.ep_size == 1 else f", {self.dispatcher}"
-        return f"{ranks}{how}, rows by {self.micro_batch_size}"
+        cut = ", shard" if self.data == "shard" else ""
+        return f"{ranks}{how}{cut}, rows by {self.micro_batch_size}"
 
 
 def reference(config: ExperimentConfig) -> Case:
@@ -46,6 +49,7 @@ def all_cases(config: ExperimentConfig) -> list[Case]:
             cases.append(Case(**here, micro_batch_size=share))
             if share > 1:
                 cases.append(Case(**here, micro_batch_size=-(-share // 2)))
+            cases.append(Case(**here, data="shard", micro_batch_size=-(-share // 2)))
             if ep_size == 1:
                 continue
             kinds = ["all_gather"]
@@ -64,6 +68,7 @@ def as_config(config: ExperimentConfig, case: Case) -> ExperimentConfig:
         "ep_size": case.ep_size,
         "micro_batch_size": case.micro_batch_size,
         "dispatcher": {"kind": case.dispatcher},
+        "data": case.data,
         "experts_kernel": "auto",
         "device": "cpu",
         "compile": False,

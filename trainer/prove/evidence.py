@@ -1,5 +1,6 @@
 """What one layout computes: the first step in every detail, and where some more steps lead."""
 
+import hashlib
 from dataclasses import dataclass, field
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from trainer.build import build_model, numerics, resolve_kernel
 from trainer.checkpoint.gather import gather_state
-from trainer.checkpoint.state import Slice, TrainState
+from trainer.checkpoint.state import TrainState
 from trainer.data.corpus import build_corpus
 from trainer.data.stream import TrainStream
 from trainer.distributed.mesh import Mesh
@@ -65,7 +66,7 @@ def collect(config: ExperimentConfig, mesh: Mesh, *, steps: int) -> Evidence:
         )
         gradient = engine.accumulate(batches)
         if step == 0:
-            evidence.gradients = _whole(_gradients(engine), mesh)
+            evidence.gradients = _whole(engine.gradients(), mesh)
         result = engine.apply(gradient, lr=schedule(step))
         if step == 0:
             evidence.first_update = _weights(engine, mesh)
@@ -84,16 +85,6 @@ def collect(config: ExperimentConfig, mesh: Mesh, *, steps: int) -> Evidence:
     return evidence
 
 
-def _gradients(engine: NativeEngine) -> TrainState:
-    like = engine.state().slices
-    slices = {}
-    for name, parameter in engine.parameters.items():
-        place = like[f"model.{name}"]
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        slices[name] = Slice(tensor=gradient, global_shape=place.global_shape, start=place.start)
-    return TrainState(slices=slices)
-
-
 def _weights(engine: NativeEngine, mesh: Mesh) -> dict[str, Tensor]:
     slices = {
         name.removeprefix("model."): part for name, part in engine.state().slices.items() if name.startswith("model.")
@@ -102,23 +93,22 @@ def _weights(engine: NativeEngine, mesh: Mesh) -> dict[str, Tensor]:
 
 
 def _disagreements(engine: NativeEngine, mesh: Mesh) -> list[str]:
-    """Return the names of weights and buffers that are not bitwise the same wherever they are copies."""
+    """Return the names of weights and buffers that are not bitwise the same on two ranks that have the same part."""
     slices = {name: part for name, part in engine.state().slices.items() if name.startswith("model.")}
+    mine = {name: (part.start, tuple(part.tensor.shape), _digest(part.tensor)) for name, part in slices.items()}
+    everyone = mesh.world.gather_objects(mine)
     found = []
-    for group, is_shared in ((mesh.world, True), (mesh.edp, False)):
-        names = [name for name, part in slices.items() if part.is_whole == is_shared]
-        digests = torch.stack([_digest(slices[name].tensor) for name in names]) if names else torch.zeros(0, 2)
-        everyone = group.gather(digests.contiguous())  # (ranks, names, 2)
-        differs = (everyone != everyone[:1]).any(-1).any(0).double()
-        mesh.world.sum_(differs)
-        found += [name.removeprefix("model.") for name, count in zip(names, differs.tolist(), strict=True) if count]
+    for name in slices:
+        digests: dict[object, object] = {}
+        for start, shape, digest in (parts[name] for parts in everyone):
+            if digests.setdefault((start, shape), digest) != digest:
+                found.append(name.removeprefix("model."))
+                break
     return found
 
 
-def _digest(tensor: Tensor) -> Tensor:
-    """Return two sums that any change of a bit changes, but for the rarest accident."""
-    values = tensor.detach().double().flatten()
-    return torch.stack([values.sum(), (values * torch.arange(1, len(values) + 1)).sum()])
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def _whole(state: TrainState, mesh: Mesh) -> dict[str, Tensor]:

@@ -1,0 +1,87 @@
+"""Weights, gradients and optimizer state cut over the ranks that would hold copies of them (FSDP2, arXiv 2304.11277).
+
+A weight is gathered before its block runs and let go behind it; its gradient is summed over the ranks and only this
+rank's part of the sum is kept. Sums are sums: FSDP's own division by the number of ranks is switched off.
+"""
+
+from collections.abc import Iterable, Set
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from trainer.distributed.collectives import Group
+from trainer.distributed.mesh import Mesh
+from trainer.models.gpt import GPT, Block, parameter_role
+
+
+def shard(model: GPT, mesh: Mesh, *, dtype: torch.dtype) -> GPT:
+    """Cut the weights of an initialised model, in place.
+
+    Dense weights are cut over all ranks, block by block; experts over the ranks that hold the same ones. Where only one
+    rank holds a part of the experts there is nothing to cut.
+
+    Args:
+        model: on its device.
+        mesh: this rank's groups.
+        dtype: of the matrix products. Under bfloat16 the dense blocks' matrices are gathered in it: autocast would
+            round them to the same values, and their gradients too. Norms, routers and embeddings stay what they are,
+            and so do experts, whose kernels write gradients in the precision of the weights.
+    """
+    if mesh.world.size == 1:
+        return model
+    experts = [moe.experts for moe in model.moe_layers()]
+    if mesh.edp.size > 1:
+        for module in experts:
+            _cut(module, mesh.edp)
+    # What is cut already is left out by FSDP itself; what is nobody's copy must be named.
+    alone = {p for module in experts for p in module.parameters()} if mesh.edp.size == 1 else set()
+    for block in cast(Iterable[Block], model.blocks):
+        if dtype is torch.bfloat16:
+            linear = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+            matrices: list[nn.Module] = [m for n, m in linear.items() if parameter_role(f"{n}.weight") == "matrix"]
+            _cut(matrices, mesh.world, gathered_in=dtype)
+        _cut(block, mesh.world, ignored=alone)
+    _cut(model, mesh.world, ignored=alone)
+    register_fsdp_forward_method(model, "next_logits")
+    return model
+
+
+def _cut(
+    module: nn.Module | list[nn.Module],
+    group: Group,
+    *,
+    ignored: Set[nn.Parameter] = frozenset(),
+    gathered_in: torch.dtype | None = None,
+) -> None:
+    policy = MixedPrecisionPolicy(
+        param_dtype=gathered_in,
+        reduce_dtype=None if gathered_in is None else torch.float32,
+        cast_forward_inputs=False,  # autocast does
+    )
+    fully_shard(module, mesh=group.device_mesh(), ignored_params=set(ignored), mp_policy=policy)
+    for part in module if isinstance(module, list) else [module]:
+        sharded = cast(FSDPModule, part)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)  # or gloo is asked for a kind of sum that it does not have
+
+
+def is_cut(tensor: Tensor) -> bool:
+    """Tell whether this rank has a part of the tensor only, by `shard`."""
+    return isinstance(tensor, DTensor)
+
+
+@torch.no_grad()
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor, sharing its memory; all of a tensor that is not cut."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def first_row(tensor: Tensor) -> int:
+    """Return where this rank's part begins along dimension 0: all parts but the last ones have the same length."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    length = -(-tensor.shape[0] // tensor.device_mesh.size())
+    return min(tensor.shape[0], length * tensor.device_mesh.get_local_rank())
