@@ -118,14 +118,14 @@ def skipped_collective() -> None:
     """A rank that has nothing to send leaves out the exchange (Automodel #935)."""
     import torch.distributed as dist
 
-    whole = AllToAllDispatcher.travel
+    whole = AllToAllDispatcher.send
 
     def wrong(self: AllToAllDispatcher, rows: torch.Tensor, sizes: Any) -> torch.Tensor:
         if dist.get_rank() == 1:
             return rows.new_zeros(sum(row[1] for row in sizes), rows.shape[1])
         return whole(self, rows, sizes)
 
-    AllToAllDispatcher.travel = wrong  # type: ignore[method-assign]
+    AllToAllDispatcher.send = wrong  # type: ignore[method-assign]
 
 
 def bias_by_rank() -> None:

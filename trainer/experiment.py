@@ -118,6 +118,13 @@ class ExperimentConfig(Config):
                 f"{ep_size} ranks cannot share {moe.num_experts} experts (model.moe.num_experts); "
                 f"use at most {moe.num_experts}",
             )
+        dispatcher, least = self.parallel.dispatcher, moe.num_experts // ep_size
+        if dispatcher.kind != "local" and 0 < least < dispatcher.chunks:
+            yield Problem(
+                "parallel.dispatcher.chunks",
+                f"{dispatcher.chunks} parts, and a rank may have only {least} experts ({moe.num_experts} over ep_size "
+                f"{ep_size}); use at most {least}",
+            )
         if kind == "local" and ep_size > 1:
             yield Problem("parallel.dispatcher.kind", f"local sends nothing; with ep_size {ep_size} use all_to_all")
         if kind == "padded_all_to_all" and moe.capacity.factor is None:

@@ -34,6 +34,7 @@ DROPLESS = {
     "hierarchical": HierarchicalDispatcherConfig(),  # 4 ranks are 2 nodes of 2; fewer ranks go in one hop
 }
 AT_CAPACITY = {**DROPLESS, "padded_all_to_all": PaddedAllToAllDispatcherConfig()}
+IN_CHUNKS = {name: config.model_copy(update={"chunks": 2}) for name, config in AT_CAPACITY.items()}
 
 # (ranks, experts, experts per token)
 SHAPES = {
@@ -99,13 +100,20 @@ def _through(dispatcher: Any, rank: int, experts: tuple[int, int], decision: Rou
     """Output, and gradients of its squared sum for tokens, combine weights and the experts that are here."""
     w_in, w_out = (w[slice(*experts)].clone().requires_grad_() for w in _weights(num_experts))
     x = _tokens(rank).requires_grad_()
-    sent = dispatcher.dispatch(x, decision)
-    assert sent.rows_per_expert.sum() == len(sent.x) and len(sent.rows_per_expert) == experts[1] - experts[0]
-    y = dispatcher.combine(loop(sent.x, sent.rows_per_expert, w_in, w_out, "swiglu"), sent)
+    seen = []
+
+    def run_experts(x: Tensor, rows_per_expert: Tensor, part: tuple[int, int] | None = None) -> Tensor:
+        mine = slice(*(part or (0, len(w_in))))
+        seen.append(mine)
+        assert rows_per_expert.sum() == len(x) and len(rows_per_expert) == len(w_in[mine])
+        return loop(x, rows_per_expert, w_in[mine], w_out[mine], "swiglu")
+
+    y = dispatcher.run(x, decision, run_experts)
     assert y.shape == x.shape
+    assert [e for mine in seen for e in range(mine.start, mine.stop)] == list(range(len(w_in)))
     names = ("x", "weight", "w_in", "w_out")
     gradients = torch.autograd.grad(y.square().sum(), (x, decision.combine_weight, w_in, w_out))
-    return {"y": y.detach(), **dict(zip(names, gradients, strict=True)), "rows": sent.x.detach()}
+    return {"y": y.detach(), **dict(zip(names, gradients, strict=True))}
 
 
 def on_a_rank(config: Any, case: str, num_experts: int, top_k: int, factor: float | None) -> dict:
@@ -149,3 +157,10 @@ def test_dropless_equals_one_process(ranks: Ranks, config: Any, case: str) -> No
 def test_at_capacity_equals_one_process(ranks: Ranks, config: Any, case: str) -> None:
     for shape in SHAPES.values():
         _compare(ranks, config, case, shape, 1.0)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("config", IN_CHUNKS.values(), ids=IN_CHUNKS.keys())
+def test_chunks_change_nothing(ranks: Ranks, config: Any, case: str) -> None:
+    for shape, factor in (((2, 4, 2), 1.0), ((3, 8, 2), None), ((4, 9, 2), 1.0)):
+        _compare(ranks, config, case, shape, factor)

@@ -142,6 +142,13 @@ CASES = [
          "name: x\nparallel: {dispatcher: {kind: padded_all_to_all}}\n",
          ["x.yaml:2:25: parallel.dispatcher.kind: padded_all_to_all sends capacity-sized buffers, and "
           "model.moe.capacity.factor is null (dropless); use all_to_all, or set a factor"]),
+    Case("more chunks than experts of a rank",
+         "name: x\nparallel: {ep_size: 3, dispatcher: {kind: all_to_all, chunks: 3}}\n",
+         ["x.yaml:2:55: parallel.dispatcher.chunks: 3 parts, and a rank may have only 2 experts (8 over ep_size 3); "
+          "use at most 2"]),
+    Case("weights neither copied nor cut",
+         "name: x\nparallel: {data: zero}\n",
+         ["x.yaml:2:18: parallel.data: 'zero' is not one of replicate, shard"]),
     Case("unknown precision on the wire",
          "name: x\nparallel: {dispatcher: {kind: all_to_all, wire: int8}}\n",
          ["x.yaml:2:49: parallel.dispatcher.wire: 'int8' is not one of compute, bfloat16"]),

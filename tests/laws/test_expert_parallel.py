@@ -143,10 +143,18 @@ def test_weights_cut_over_the_ranks_learn_the_same_under_accumulation(ranks: Ran
     _compare(ranks, (4, 2), MODELS["dropless"], {"data": "shard"}, num_pieces=2)
 
 
-@pytest.mark.parametrize("kind", ["all_gather", "padded_all_to_all", "hierarchical"])
+KINDS = ["all_to_all", "all_gather", "padded_all_to_all", "hierarchical"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_dispatcher_learns_the_same(ranks: Ranks, kind: str) -> None:
     moe = {"capacity": {"factor": 1.0, "min": 1}}
-    _compare(ranks, (4, 4), moe, {"dispatcher": {"kind": kind}})
+    _compare(ranks, (4, 4), moe, {"dispatcher": {"kind": kind, "chunks": 2}})
+
+
+@pytest.mark.parametrize("data", ["replicate", "shard"])
+def test_experts_in_chunks_learn_the_same(ranks: Ranks, data: str) -> None:
+    _compare(ranks, (4, 2), MODELS["dropless"], {"dispatcher": {"kind": "all_to_all", "chunks": 3}, "data": data})
 
 
 @pytest.mark.parametrize("moe", [MODELS["dropless"], MODELS["previous_step"]], ids=["exact", "previous_step"])

@@ -37,7 +37,7 @@ def gather_state(state: TrainState, mesh: Mesh) -> TrainState:
         send = [0] * mesh.world.size
         send[0] = len(part.tensor) if me in senders else 0
         receive = [table[r][name][1] if is_first and r in senders else 0 for r in range(mesh.world.size)]
-        arrived = mesh.world.exchange_plain(part.tensor[: send[0]], send, receive)
+        arrived = mesh.world.exchange(part.tensor[: send[0]], send, receive)
         if not is_first:
             slices[name] = part
             continue

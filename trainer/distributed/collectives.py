@@ -7,6 +7,7 @@ All sums are SUM: nothing is ever averaged here, and nobody else divides by a nu
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from trainer.distributed.journal import Journal
+from trainer.distributed.journal import Journal, Operation
 from trainer.distributed.watch import Watch
 from trainer.errors import CommError
 
@@ -112,26 +113,109 @@ class Group:
         Returns:
             (sum(receive), ...) in the order of the members.
         """
-        assert sum(send) == len(x), f"{sum(send)} rows to send, {len(x)} rows there"
-        return _Exchange.apply(x, self, tuple(send), tuple(receive)) if self._handle is not None else x
+        return self.start_exchange(x, send, receive).wait()
 
-    def exchange_plain(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        """Do what `exchange` does, outside autograd."""
-        out = x.new_empty(sum(receive), *x.shape[1:])
-        with self._watched("exchange", send):
-            dist.all_to_all_single(out, x.contiguous(), list(receive), list(send), group=self._handle)
-        return out
+    def start_exchange(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> "Exchange":
+        """Begin an `exchange`, and let it go on behind what is computed until its `wait`; so does its way back."""
+        assert sum(send) == len(x), f"{sum(send)} rows to send, {len(x)} rows there"
+        return Exchange(x, self, tuple(send), tuple(receive))
+
+    def launch(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> "_Flight":
+        """Begin to exchange rows, outside autograd."""
+        out, x = x.new_empty(sum(receive), *x.shape[1:]), x.contiguous()
+        operation = self.journal.note("exchange", self.name, send)
+        with self._reported(operation):
+            work = dist.all_to_all_single(out, x, list(receive), list(send), group=self._handle, async_op=True)
+        return _Flight(self, operation, work, x, out)
 
     @contextmanager
     def _watched(self, name: str, sizes: Sequence[int]) -> Iterator[None]:
-        operation = self.journal.begin(name, self.name, sizes)
+        operation = self.journal.note(name, self.name, sizes)
+        with self.awaited(operation):
+            yield
+
+    @contextmanager
+    def awaited(self, operation: Operation) -> Iterator[None]:
+        """Write down that an operation is waited for; if it fails it stays the one where the rank gave up."""
+        self.journal.wait_for(operation)
+        with self._reported(operation):
+            yield
+        self.journal.end()
+
+    @contextmanager
+    def _reported(self, operation: Operation) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:  # stays the running one: this is where the rank gave up
+        except RuntimeError as error:
             raise CommError(
                 f"rank {self.ranks[self.index]}: {operation} failed at step {self.journal.step}: {_reason(error)}"
             ) from error
-        self.journal.end()
+
+
+class Exchange:
+    """An exchange that has begun. Backward, the gradient is under way from where `wait` was to where it began."""
+
+    def __init__(self, x: Tensor, group: Group, send: tuple[int, ...], receive: tuple[int, ...]) -> None:
+        self.group, self.send, self.receive = group, send, receive
+        self.flight: _Flight | None = None
+        self._sent = x if group.size == 1 else _Depart.apply(x, self)
+
+    def wait(self) -> Tensor:
+        """Return (sum(receive), ...) in the order of the members."""
+        return self._sent if self.group.size == 1 else _Arrive.apply(self._sent, self)
+
+    def land(self) -> Tensor:
+        """Return what was launched last, once it is there."""
+        assert self.flight is not None
+        flight, self.flight = self.flight, None
+        return flight.land()
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    group: Group
+    operation: Operation
+    work: dist.Work | None
+    x: Tensor
+    """Kept until it has been sent."""
+    out: Tensor
+
+    def land(self) -> Tensor:
+        if self.work is not None:
+            with self.group.awaited(self.operation):
+                self.work.wait()
+        return self.out
+
+
+class _Depart(torch.autograd.Function):
+    """Rows begin to travel. Backward, their gradient is waited for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.flight = exchange.group.launch(x, exchange.send, exchange.receive)
+        return x.view_as(x)  # what `_Arrive` hangs on
+
+    @staticmethod
+    # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.exchange.land(), None
+
+
+class _Arrive(torch.autograd.Function):
+    """Rows are waited for. Backward, their gradient begins to travel; `_Depart` alone may look at what is returned."""
+
+    @staticmethod
+    def forward(ctx: Any, sent: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.land()
+
+    @staticmethod
+    # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        exchange: Exchange = ctx.exchange
+        exchange.flight = exchange.group.launch(grad, exchange.receive, exchange.send)
+        return exchange.flight.out, None
 
 
 def is_of_exchange(error: BaseException) -> bool:
@@ -143,15 +227,3 @@ def _reason(error: RuntimeError) -> str:
     """Return what the backend says is wrong, without its own source line and advice."""
     first = str(error).splitlines()[0].partition(" This is typically")[0]
     return re.sub(r"^\[\S*?:\d+\] ", "", first)
-
-
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, send: tuple[int, ...], receive: tuple[int, ...]) -> Tensor:
-        ctx.group, ctx.send, ctx.receive = group, send, receive
-        return group.exchange_plain(x, send, receive)
-
-    @staticmethod
-    # pyrefly: ignore[bad-override]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.group.exchange_plain(grad, ctx.receive, ctx.send), None, None, None

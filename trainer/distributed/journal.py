@@ -44,13 +44,17 @@ class Journal:
         """Write down that another phase begins."""
         self.phase, self.changed_at = phase, time.monotonic()
 
-    def begin(self, name: str, group: str, sizes: Sequence[int]) -> Operation:
-        """Write an operation down, before it begins."""
+    def note(self, name: str, group: str, sizes: Sequence[int]) -> Operation:
+        """Write an operation down, as it begins."""
         self.count += 1
-        self.running = Operation(self.count, name, group, tuple(sizes))
-        self.operations.append(self.running)
+        operation = Operation(self.count, name, group, tuple(sizes))
+        self.operations.append(operation)
         self.changed_at = time.monotonic()
-        return self.running
+        return operation
+
+    def wait_for(self, operation: Operation) -> None:
+        """Write down that this rank cannot go on before the operation has come back."""
+        self.running, self.changed_at = operation, time.monotonic()
 
     def end(self) -> None:
         """Write down that the operation has come back."""

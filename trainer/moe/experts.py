@@ -34,8 +34,15 @@ class Experts(nn.Module):
         for name, weight in list(self.named_parameters()):
             setattr(self, name, nn.Parameter(weight.new_empty(end - first, *weight.shape[1:])))
 
-    def forward(self, x: Tensor, rows_per_expert: Tensor) -> Tensor:
-        """Apply expert e to its rows of x (R, D); rows_per_expert (E_local,) sums to R."""
-        return run_experts(
-            self.kernel, x, rows_per_expert, self.w_in, self.w_out, self.activation, is_compiled=self.is_compiled
-        )
+    def forward(self, x: Tensor, rows_per_expert: Tensor, part: tuple[int, int] | None = None) -> Tensor:
+        """Apply expert e to its rows of x (R, D); rows_per_expert sums to R.
+
+        Args:
+            x: grouped by expert.
+            rows_per_expert: (E_local,), or of those in `part`.
+            part: first and last + 1 of the experts here that are to be applied; None: all.
+        """
+        w_in, w_out = self.w_in, self.w_out
+        if part is not None:
+            w_in, w_out = w_in[slice(*part)], w_out[slice(*part)]
+        return run_experts(self.kernel, x, rows_per_expert, w_in, w_out, self.activation, is_compiled=self.is_compiled)

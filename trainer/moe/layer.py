@@ -33,9 +33,7 @@ class MoELayer(nn.Module):
         tokens = x.flatten(0, 1)  # (T, D)
         routed = self.router(tokens, context)
         decision = limit_to_capacity(routed.decision, self.capacity, context)
-        sent = self.dispatcher.dispatch(tokens.to(compute_dtype(tokens)), decision)
-        y = self.experts(sent.x, sent.rows_per_expert)  # (R, D)
-        out = self.dispatcher.combine(y, sent).view(x.shape)
+        out = self.dispatcher.run(tokens.to(compute_dtype(tokens)), decision, self.experts).view(x.shape)
         if self.shared is not None:
             out = out + self.shared(x) * context.valid.view(*x.shape[:2], 1)
         return out, account(routed, decision, context)

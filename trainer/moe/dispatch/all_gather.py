@@ -1,17 +1,33 @@
 """Every rank gets every token: the reference for the dispatchers that send only what is needed."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from trainer.moe.dispatch.all_to_all import AllToAllDispatcher, Sent
-from trainer.moe.dispatch.base import Dispatched
-from trainer.moe.dispatch.order import group_by_expert, plan_exchange
+from trainer.distributed.collectives import Exchange
+from trainer.moe.dispatch.all_to_all import AllToAllDispatcher, Bounds, Sent
+from trainer.moe.dispatch.base import Dispatched, RunExperts
+from trainer.moe.dispatch.order import ExchangePlan, ExpertOrder, group_by_expert, plan_exchange
 from trainer.moe.routing import RoutingDecision
 from trainer.ops.permute import inverse_permute, permute
 
 # T tokens, R rows here, E experts, G ranks that share the experts, D d_model.
+
+
+@dataclass(frozen=True, slots=True)
+class _Everything:
+    """All ranks' tokens, and which token each of their rows is a copy of."""
+
+    order: ExpertOrder
+    """Of this rank's rows."""
+    counts: Tensor
+    """(G, E) rows of each rank for each expert."""
+    tokens: Tensor
+    """(all T, D)."""
+    token_of_row: Tensor
+    """(all R,) numbers in `tokens`; by rank, and there in expert order."""
 
 
 class AllGatherDispatcher(AllToAllDispatcher):
@@ -19,37 +35,66 @@ class AllGatherDispatcher(AllToAllDispatcher):
 
     def dispatch(self, x: Tensor, decision: RoutingDecision) -> Dispatched:
         """Gather all ranks' tokens and pick the rows of the experts that are here."""
-        order = group_by_expert(decision)
-        counts = self.group.gather(order.rows_per_expert)  # (G, E)
-        self.check(counts, order)
-        plan = plan_exchange(counts, self.bounds, self.group.index)
-        rows_of = counts.sum(1).tolist()
-        tokens_of = self.group.gather(torch.tensor([len(x)], device=x.device)).flatten().tolist()
-        tokens = self._to_all(x, tokens_of)  # (all T, D)
-        token_of_row = self._to_all(order.token_of_row[:, None], rows_of).flatten()  # in expert order, sender by sender
-        first, end = self.bounds[self.group.index]
-        before, until = counts[:, :first].sum(1).tolist(), counts[:, :end].sum(1).tolist()
-        picked, row, token = [], 0, 0
-        for sender in range(self.group.size):
-            picked.append(token_of_row[row + before[sender] : row + until[sender]] + token)
-            row, token = row + rows_of[sender], token + tokens_of[sender]
-        arrived = permute(tokens.index_select(0, torch.cat(picked)), plan.order)
-        return Dispatched(x=arrived, rows_per_expert=plan.rows_per_expert, handle=Sent(order, plan))
+        everything = self._gather(x, decision)
+        arrived, plan = self._pick(everything, self.bounds)
+        return Dispatched(x=arrived, rows_per_expert=plan.rows_per_expert, handle=Sent(everything.order, plan))
 
     def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
         """Gather all experts' rows, take those of this rank's tokens and sum them in slot order."""
         sent: Sent = dispatched.handle
-        order, sizes, me = sent.order, sent.plan.sizes, self.group.index
-        rows_at = [sum(row[rank] for row in sizes) for rank in range(self.group.size)]
-        everything = self._to_all(inverse_permute(y, sent.plan.order), rows_at)  # by rank, there by sender
-        mine = []
-        for rank, rows in enumerate(everything.split(rows_at)):
-            start = sum(row[rank] for row in sizes[:me])
-            mine.append(rows[start : start + sizes[me][rank]])
-        return order.combine(torch.cat(mine), is_compiled=self.is_compiled)
+        rows = self._mine(self._start_back(y, sent.plan).wait().to(y.dtype), sent.plan)
+        return sent.order.combine(rows, is_compiled=self.is_compiled)
 
-    def _to_all(self, x: Tensor, rows: Sequence[int]) -> Tensor:
-        """Return all ranks' x one below the other; its gradient is the sum over ranks, in their order."""
+    def run(self, x: Tensor, decision: RoutingDecision, experts: RunExperts) -> Tensor:
+        """Return what the experts make of x (T, D): part by part, each on its way back while others are computed."""
+        if len(self.chunks.bounds) == 1:
+            return super().run(x, decision, experts)
+        everything = self._gather(x, self.chunks.renumbered(decision))
+        back = []
+        for bounds, part in zip(self.chunks.bounds, self.chunks.of_rank[self.group.index], strict=True):
+            arrived, plan = self._pick(everything, bounds)
+            back.append((self._start_back(experts(arrived, plan.rows_per_expert, part), plan), plan))
+        rows = torch.cat([self._mine(exchange.wait().to(x.dtype), plan) for exchange, plan in back])
+        return everything.order.combine(rows, is_compiled=self.is_compiled)
+
+    def _gather(self, x: Tensor, decision: RoutingDecision) -> _Everything:
+        order = group_by_expert(decision)
+        counts = self.group.gather(order.rows_per_expert)
+        self.check(counts, order)
+        rows_of = counts.sum(1).tolist()
+        tokens_of = self.group.gather(torch.tensor([len(x)], device=x.device)).flatten().tolist()
+        tokens = self._start_to_all(x, tokens_of).wait().to(x.dtype)
+        numbers = self._start_to_all(order.token_of_row[:, None], rows_of).wait().flatten().split(rows_of)
+        firsts = [sum(tokens_of[:rank]) for rank in range(self.group.size)]
+        token_of_row = torch.cat([number + first for number, first in zip(numbers, firsts, strict=True)])
+        return _Everything(order, counts, tokens, token_of_row)
+
+    def _pick(self, everything: _Everything, bounds: Bounds) -> tuple[Tensor, ExchangePlan]:
+        """Return the rows of the experts within this rank's bounds, in expert order."""
+        counts = everything.counts
+        plan = plan_exchange(counts, bounds, self.group.index)
+        first, end = bounds[self.group.index]
+        before, until = counts[:, :first].sum(1).tolist(), counts[:, :end].sum(1).tolist()
+        by_rank = everything.token_of_row.split(counts.sum(1).tolist())
+        picked = torch.cat([row[b:u] for row, b, u in zip(by_rank, before, until, strict=True)])
+        return permute(everything.tokens.index_select(0, picked), plan.order), plan
+
+    def _start_back(self, y: Tensor, plan: ExchangePlan) -> Exchange:
+        """Begin to give this rank's rows to all: they arrive by rank, and there by whose token they are of."""
+        return self._start_to_all(inverse_permute(y, plan.order), self._rows_at(plan))
+
+    def _mine(self, rows: Tensor, plan: ExchangePlan) -> Tensor:
+        """Return this rank's tokens' rows of those of all."""
+        sizes, me = plan.sizes, self.group.index
+        starts = [sum(row[rank] for row in sizes[:me]) for rank in range(self.group.size)]
+        parts = zip(rows.split(self._rows_at(plan)), starts, sizes[me], strict=True)
+        return torch.cat([part[start : start + size] for part, start, size in parts])
+
+    def _rows_at(self, plan: ExchangePlan) -> list[int]:
+        return [sum(row[rank] for row in plan.sizes) for rank in range(self.group.size)]
+
+    def _start_to_all(self, x: Tensor, rows: Sequence[int]) -> Exchange:
+        """Begin to put all ranks' x one below the other; the gradient is the sum over ranks, in their order."""
         copies = x.repeat(self.group.size, *(1 for _ in x.shape[1:]))
         sizes = [[n] * self.group.size for n in rows]
-        return self.send(copies, sizes) if x.is_floating_point() else self.travel(copies, sizes)
+        return self.start(copies, sizes) if x.is_floating_point() else self.depart(copies, sizes)

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -23,11 +23,24 @@ class Dispatched:
     """Opaque; only the dispatcher that made it reads it."""
 
 
+class RunExperts(Protocol):
+    """What computes rows: all experts that are here, or those from the first to the last of `part`."""
+
+    def __call__(self, x: Tensor, rows_per_expert: Tensor, part: tuple[int, int] | None = None) -> Tensor:
+        """Return (R, D) for rows (R, D) grouped by expert."""
+        ...
+
+
 class Dispatcher(ABC):
     """Moves rows to experts and back. Knows ranks; knows nothing of gating. Holds no parameters."""
 
     is_compiled: bool = False
     """Compile what surrounds the sending, where it can be."""
+
+    def run(self, x: Tensor, decision: RoutingDecision, experts: RunExperts) -> Tensor:
+        """Return (T, D): what the experts make of x (T, D), weighted and summed."""
+        sent = self.dispatch(x, decision)
+        return self.combine(experts(sent.x, sent.rows_per_expert), sent)
 
     @abstractmethod
     def dispatch(self, x: Tensor, decision: RoutingDecision) -> Dispatched:

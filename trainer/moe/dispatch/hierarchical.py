@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from trainer.distributed.collectives import Exchange
 from trainer.distributed.mesh import Mesh
 from trainer.moe.dispatch.all_to_all import AllToAllDispatcher, Wire
 from trainer.ops.permute import permute
@@ -23,13 +24,13 @@ class HierarchicalDispatcher(AllToAllDispatcher):
     order, is what `all_to_all` brings.
     """
 
-    def __init__(self, mesh: Mesh, num_experts: int, wire: Wire) -> None:
+    def __init__(self, mesh: Mesh, num_experts: int, wire: Wire, num_chunks: int) -> None:
         """Prepare the sending; the ep ranks must fill whole nodes."""
-        super().__init__(mesh.ep, num_experts, wire)
+        super().__init__(mesh.ep, num_experts, wire, num_chunks)
         self.inside, self.between = mesh.ep_inside, mesh.ep_between
 
-    def travel(self, rows: Tensor, sizes: Sequence[Sequence[int]]) -> Tensor:
-        """Send rows, ordered by receiver; return those that arrive, ordered by sender."""
+    def depart(self, rows: Tensor, sizes: Sequence[Sequence[int]]) -> Exchange:
+        """Make the hop inside the node, and begin the one between nodes, which is the slow one."""
         places, nodes = self.inside.size, self.between.size
         node, place = self.between.index, self.inside.index
         table = torch.tensor(sizes).view(nodes, places, nodes, places)  # [node, place of sender][of receiver]
@@ -45,7 +46,7 @@ class HierarchicalDispatcher(AllToAllDispatcher):
         rows = permute(rows, _reorder(held.reshape(-1), torch.arange(places * nodes).view(places, nodes).T, device))
         to_node = held.sum(0).tolist()
         from_node = table[:, :, node, place].sum(1).tolist()
-        return self.between.exchange(rows, to_node, from_node)
+        return self.between.start_exchange(rows, to_node, from_node)
 
 
 def _reorder(lengths: Tensor, order: Tensor, device: torch.device) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from trainer.config.base import Config
 
@@ -31,6 +31,8 @@ class ExchangeOptions(Config):
 
     wire: Literal["compute", "bfloat16"] = "compute"
     """Precision of rows on their way: as they are computed, or rounded (which changes what is learned a little)."""
+    chunks: PositiveInt = 1
+    """Parts that a rank's experts are cut into: the rows of one travel while another one is computed."""
 
 
 class AllToAllDispatcherConfig(ExchangeOptions):
@@ -44,7 +46,7 @@ class AllToAllDispatcherConfig(ExchangeOptions):
             return LocalDispatcherConfig().build(mesh, num_experts)
         from trainer.moe.dispatch.all_to_all import AllToAllDispatcher
 
-        return AllToAllDispatcher(mesh.ep, num_experts, self.wire)
+        return AllToAllDispatcher(mesh.ep, num_experts, self.wire, self.chunks)
 
 
 class PaddedAllToAllDispatcherConfig(ExchangeOptions):
@@ -56,7 +58,7 @@ class PaddedAllToAllDispatcherConfig(ExchangeOptions):
         """Make the dispatcher."""
         from trainer.moe.dispatch.padded_all_to_all import PaddedAllToAllDispatcher
 
-        return PaddedAllToAllDispatcher(mesh.ep, num_experts, self.wire)
+        return PaddedAllToAllDispatcher(mesh.ep, num_experts, self.wire, self.chunks)
 
 
 class AllGatherDispatcherConfig(ExchangeOptions):
@@ -68,7 +70,7 @@ class AllGatherDispatcherConfig(ExchangeOptions):
         """Make the dispatcher."""
         from trainer.moe.dispatch.all_gather import AllGatherDispatcher
 
-        return AllGatherDispatcher(mesh.ep, num_experts, self.wire)
+        return AllGatherDispatcher(mesh.ep, num_experts, self.wire, self.chunks)
 
 
 class HierarchicalDispatcherConfig(ExchangeOptions):
@@ -79,10 +81,10 @@ class HierarchicalDispatcherConfig(ExchangeOptions):
     def build(self, mesh: Mesh, num_experts: int) -> Dispatcher:
         """Make the dispatcher; one hop where the ranks that share the experts do not fill several nodes."""
         if mesh.layout.nodes_of_ep == 1:
-            return AllToAllDispatcherConfig(wire=self.wire).build(mesh, num_experts)
+            return AllToAllDispatcherConfig(wire=self.wire, chunks=self.chunks).build(mesh, num_experts)
         from trainer.moe.dispatch.hierarchical import HierarchicalDispatcher
 
-        return HierarchicalDispatcher(mesh, num_experts, self.wire)
+        return HierarchicalDispatcher(mesh, num_experts, self.wire, self.chunks)
 
 
 DispatcherConfig = Annotated[

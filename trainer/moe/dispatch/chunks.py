@@ -1,0 +1,48 @@
+"""A rank's experts in parts, so that the rows of one part travel while another part is computed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from trainer.distributed.layout import even_slices
+from trainer.moe.routing import RoutingDecision
+
+# E experts, G ranks that share the experts.
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """The experts numbered anew, part by part, so that what is sent for one part lies together.
+
+    #  8 experts on 2 ranks, 2 chunks      rank 0: 0 1 | 2 3      rank 1: 4 5 | 6 7
+    #  in the new order                    0 1 4 5 | 2 3 6 7      new number of expert 4 is 2
+    #  bounds, in new numbers              (0, 2) (2, 4)  |  (4, 6) (6, 8)
+    """
+
+    bounds: Sequence[Sequence[tuple[int, int]]]
+    """For each part, first and last + 1 new number of each rank."""
+    new_number: Tensor
+    """(E,) of each expert."""
+    of_rank: Sequence[Sequence[tuple[int, int]]]
+    """For each rank, first and last + 1 of its own experts in each part."""
+
+    @classmethod
+    def of(cls, experts: Sequence[tuple[int, int]], num_chunks: int) -> "Chunks":
+        """Cut each rank's experts, given by their first and last + 1 number, into so many parts."""
+        of_rank = [even_slices(end - first, num_chunks) for first, end in experts]
+        order, bounds = [], []
+        for chunk in range(num_chunks):
+            bounds.append([])
+            for (start, _), parts in zip(experts, of_rank, strict=True):
+                first, end = parts[chunk]
+                bounds[-1].append((len(order), len(order) + end - first))
+                order += range(start + first, start + end)
+        return cls(bounds, torch.tensor(order).argsort(), of_rank)
+
+    def renumbered(self, decision: RoutingDecision) -> RoutingDecision:
+        """Return the decision in new numbers; what is no expert's number (a null expert) stays."""
+        expert, new_number = decision.expert_index, self.new_number.to(decision.expert_index.device)
+        new = torch.where(expert < len(new_number), new_number[expert.clamp(max=len(new_number) - 1)], expert)
+        return replace(decision, expert_index=new)
