@@ -12,6 +12,7 @@ from trainer.experiment import ExperimentConfig
 from trainer.prove.cases import Case, all_cases, labels, reference
 from trainer.prove.compare import compare
 from trainer.prove.evidence import Evidence
+from trainer.prove.pool import LocalRanks
 from trainer.prove.proof import prove
 from trainer.prove.ranks import run_case
 
@@ -52,7 +53,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
 
 @pytest.fixture(scope="module")
 def oracle(config: ExperimentConfig) -> Evidence:
-    return run_case(config, reference(config), steps=STEPS, timeout_s=TIMEOUT_S)
+    return run_case(config, reference(config), LocalRanks(), steps=STEPS, timeout_s=TIMEOUT_S)
 
 
 def test_the_matrix_has_every_degree_and_dispatcher(config: ExperimentConfig) -> None:
@@ -98,7 +99,8 @@ def test_a_planted_fault_is_caught_and_named(
     try:
         # A rank that waits for a collective which never comes waits this long.
         timeout_s = 30.0 if fault is skipped_collective else TIMEOUT_S
-        mine = run_case(config, case, steps=STEPS, timeout_s=timeout_s, prepare=fault)
+        with LocalRanks() as ranks:  # of its own: a fault stays where it was planted
+            mine = run_case(config, case, ranks, steps=STEPS, timeout_s=timeout_s, prepare=fault)
     except CommError as error:
         assert NAMED[fault] in str(error)
         return

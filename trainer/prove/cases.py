@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trainer.experiment import ExperimentConfig
+from trainer.moe.dispatch.registry import ExchangeOptions
 
 MOST_RANKS = 4
 
@@ -15,6 +16,7 @@ class Case:
     world_size: int = 1
     ep_size: int = 1
     dispatcher: str = "all_to_all"
+    chunks: int = 1
     data: Literal["replicate", "shard"] = "replicate"
     ranks_per_node: int = MOST_RANKS
     """Below the number of ranks, nodes are pretended on this machine."""
@@ -24,7 +26,8 @@ class Case:
     def name(self) -> str:
         """What the table calls it."""
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks, ep {self.ep_size}"
-        how = "" if self.world_size == 1 or self.ep_size == 1 else f", {self.dispatcher}"
+        how = "" if self.ep_size == 1 else f", {self.dispatcher}"
+        how += f" in {self.chunks} chunks" if self.chunks > 1 else ""
         cut = ", shard" if self.data == "shard" else ""
         return f"{ranks}{how}{cut}, rows by {self.micro_batch_size}"
 
@@ -56,6 +59,8 @@ def all_cases(config: ExperimentConfig) -> list[Case]:
             if moe is not None and moe.capacity.factor is not None:
                 kinds.append("padded_all_to_all")
             cases += [Case(**here, dispatcher=kind, micro_batch_size=share) for kind in kinds]
+            if num_experts // ep_size > 1:
+                cases.append(Case(**here, chunks=2, micro_batch_size=share))
             if ep_size == 4:
                 cases.append(Case(**here, dispatcher="hierarchical", ranks_per_node=2, micro_batch_size=share))
     return cases
@@ -63,11 +68,13 @@ def all_cases(config: ExperimentConfig) -> list[Case]:
 
 def as_config(config: ExperimentConfig, case: Case) -> ExperimentConfig:
     """Return the config under another layout."""
+    mine = config.parallel.dispatcher
+    dispatcher = mine.model_dump() if mine.kind == case.dispatcher else {"kind": case.dispatcher}
     parallel = {
         **config.parallel.model_dump(),
         "ep_size": case.ep_size,
         "micro_batch_size": case.micro_batch_size,
-        "dispatcher": {"kind": case.dispatcher},
+        "dispatcher": dispatcher | {"chunks": case.chunks},
         "data": case.data,
         "experts_kernel": "auto",
         "device": "cpu",
@@ -82,6 +89,8 @@ def labels(config: ExperimentConfig) -> list[str]:
     if moe is None:
         return []
     found = []
+    if isinstance(config.parallel.dispatcher, ExchangeOptions) and config.parallel.dispatcher.wire == "bfloat16":
+        found.append("parallel.dispatcher.wire: bfloat16")
     if moe.capacity.factor is not None and moe.capacity.scope == "rank":
         found.append("model.moe.capacity.scope: rank")
     if moe.balance.coef > 0 and moe.balance.scope == "micro_batch":

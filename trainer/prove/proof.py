@@ -8,6 +8,7 @@ from trainer.experiment import ExperimentConfig
 from trainer.metrics.console import Console
 from trainer.prove.cases import all_cases, labels, reference, small
 from trainer.prove.compare import compare
+from trainer.prove.pool import LocalRanks
 from trainer.prove.ranks import run_case
 from trainer.prove.report import Row, show, write_json
 
@@ -45,16 +46,17 @@ def prove(
         build_corpus(config.data, progress=bar)
     tolerance = TOLERANCES[dtype]
     first_steps = None if dtype == "float64" else min(steps, _FIRST_STEPS)
-    oracle = run_case(config, reference(config), steps=steps, timeout_s=timeout_s)
     rows = []
-    for case in all_cases(config):
-        if only is not None and only not in case.name:
-            continue
-        try:
-            mine = run_case(config, case, steps=steps, timeout_s=timeout_s)
-            rows.append(Row(case=case, comparison=compare(mine, oracle, tolerance=tolerance, steps=first_steps)))
-        except TurnoutError as error:
-            rows.append(Row(case=case, comparison=None, error=str(error)))
+    with LocalRanks() as ranks:
+        oracle = run_case(config, reference(config), ranks, steps=steps, timeout_s=timeout_s)
+        for case in all_cases(config):
+            if only is not None and only not in case.name:
+                continue
+            try:
+                mine = run_case(config, case, ranks, steps=steps, timeout_s=timeout_s)
+                rows.append(Row(case=case, comparison=compare(mine, oracle, tolerance=tolerance, steps=first_steps)))
+            except TurnoutError as error:
+                rows.append(Row(case=case, comparison=None, error=str(error)))
     found = labels(config)
     compared = "" if first_steps is None or first_steps == steps else f", the first {first_steps} compared"
     title = f"{config.name}: {len(rows)} layouts against one process, {steps} steps in {dtype}{compared}"

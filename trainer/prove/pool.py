@@ -1,0 +1,137 @@
+"""Local ranks: processes that are started once and given one function after another to run together."""
+
+import multiprocessing
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+from trainer.errors import TurnoutError
+
+_LATE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What a rank could not do."""
+
+    error: TurnoutError | None
+    """None for any other exception, and for a rank that was lost."""
+    text: str
+    """The traceback; empty for a rank that was lost."""
+
+    @property
+    def is_lost(self) -> bool:
+        """It died, or did not come back in time."""
+        return self.error is None and not self.text
+
+
+@dataclass(frozen=True, slots=True)
+class _Worker:
+    process: BaseProcess
+    pipe: Connection
+
+
+class LocalRanks:
+    """Runs a function on ranks 0 .. n - 1 of a fresh gloo group, in processes that stay for the next one."""
+
+    def __init__(self) -> None:
+        self._workers: list[_Worker] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float) -> list[Any]:
+        """Return what `function(*args)` returned on each rank, or a `Failure`.
+
+        As long as nobody failed nobody is late: a rank that waits for a lost one gives up by itself after `timeout_s`.
+        After a failure the processes are replaced.
+
+        Args:
+            world_size: ranks.
+            function: of a module; finds torch's default group made.
+            args: the same for all ranks.
+            timeout_s: how long ranks wait for each other.
+        """
+        while len(self._workers) < world_size:
+            self._workers.append(_start())
+        workers = self._workers[:world_size]
+        with tempfile.TemporaryDirectory() as folder:
+            for rank, worker in enumerate(workers):
+                worker.pipe.send((function, args, rank, world_size, str(Path(folder) / "store"), timeout_s))
+            answers = _receive([worker.pipe for worker in workers], timeout_s)
+        if any(isinstance(answer, Failure) for answer in answers):
+            self.close()
+        return answers
+
+    def close(self) -> None:
+        """End the processes."""
+        for worker in self._workers:
+            worker.process.kill()
+            worker.process.join()
+        self._workers = []
+
+
+def _receive(pipes: list[Connection], timeout_s: float) -> list[Any]:
+    answers: list[Any] = [Failure(None, "")] * len(pipes)
+    missing = dict(enumerate(pipes))
+    has_failed = False
+    while missing:
+        ready = wait(list(missing.values()), timeout=timeout_s + _LATE_S if has_failed else None)
+        if not ready:
+            break
+        for rank, pipe in list(missing.items()):
+            if pipe in ready:
+                del missing[rank]
+                with suppress(EOFError):  # it died: no answer
+                    answers[rank] = pickle.loads(pipe.recv_bytes())
+                has_failed = has_failed or isinstance(answers[rank], Failure)
+    return answers
+
+
+def _start() -> _Worker:
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=_work, args=(there,), daemon=True)
+    process.start()
+    there.close()
+    return _Worker(process, here)
+
+
+def _work(pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    with suppress(EOFError):
+        while True:
+            function, args, rank, world_size, store, timeout_s = pipe.recv()
+            try:
+                dist.init_process_group(
+                    "gloo",
+                    store=dist.FileStore(store, world_size),
+                    rank=rank,
+                    world_size=world_size,
+                    timeout=timedelta(seconds=timeout_s),
+                )
+                answer = function(*args)
+            except TurnoutError as error:
+                answer = Failure(error, traceback.format_exc())
+            except BaseException:
+                answer = Failure(None, traceback.format_exc())
+            # Pickled by value: torch's own way lends memory of a process that may end.
+            pipe.send_bytes(pickle.dumps(answer))
+            if dist.is_initialized():
+                dist.destroy_process_group()
