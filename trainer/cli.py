@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -25,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     options = _parse(arguments)
     try:
         code = options.verb(options)
-    except ElsewhereError as error:  # the rank that had it has said so
+    except ElsewhereError as error:  # the rank that had it says so
+        _let_others_speak(1)
         _end_at_once(error.exit_code)
     except CommError as error:
         print(error, file=sys.stderr)
@@ -33,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except TurnoutError as error:
         if error.is_this_ranks or is_first_rank():
             print(error, file=sys.stderr)
+        else:
+            _let_others_speak(10)
         code = error.exit_code
     except KeyboardInterrupt:  # before the first step, or the second Ctrl-C: there is nothing new to save
         print("interrupted", file=sys.stderr)
@@ -144,6 +148,12 @@ def config_diff(options: argparse.Namespace) -> int:
     """Print the keys in which two configs differ."""
     print("\n".join(diff(_load_file(options.a), _load_file(options.b))))
     return 0
+
+
+def _let_others_speak(seconds: float) -> None:
+    """Wait for the rank that says what is wrong: torchrun ends all ranks as soon as one has ended."""
+    sys.stderr.flush()
+    time.sleep(seconds)
 
 
 def _end_at_once(code: int) -> NoReturn:

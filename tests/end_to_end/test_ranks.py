@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 CONFIG = """\
 name: tiny
 model:
@@ -48,7 +49,7 @@ def run(folder: Path, nproc: int, *arguments: str) -> subprocess.CompletedProces
     return subprocess.run(
         [sys.executable, *torchrun, "-m", "trainer", *arguments],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=200,
@@ -102,3 +103,24 @@ def test_what_is_wrong_is_said_by_one_rank(workplace: Path) -> None:
         result = run(workplace, 2, "train", "tiny.yaml", "name=wrong", override)
         assert result.returncode == 1, "torchrun's own code"
         assert result.stderr.count(message) == 1
+
+
+def test_two_hosts_of_two_ranks_learn_what_one_process_does(workplace: Path) -> None:
+    """Each with its own address, found by torchrun's rendezvous; one copy of the experts over both of them."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
+    rendezvous = '--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port 29531'
+    train = "-m trainer train tiny.yaml name=hosts parallel.ep_size=4 'parallel.dispatcher={kind: hierarchical}'"
+    result = subprocess.run(
+        [ROOT / "tests/two_hosts.sh", "bash", "-c", f'exec "$@" {rendezvous} {train}', "bash", *torchrun],
+        cwd=workplace,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    if result.returncode == 77:
+        pytest.skip(f"network namespaces are not permitted here: {result.stderr.strip()}")
+    assert result.returncode == 0, result.stderr
+    assert_same(workplace, "hosts")
+    crossed = int(result.stdout.rsplit("crossed ", 1)[1].split()[0])
+    assert crossed > 1_000_000, "the ranks of the two hosts have talked over the cable"

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.distributed.collectives import Group, is_of_exchange
+from trainer.distributed.interface import interface_towards
 from trainer.distributed.journal import Journal
 from trainer.distributed.layout import Layout
 from trainer.distributed.watch import Watch
@@ -52,6 +53,7 @@ def joined(layout: Layout, device: torch.device, *, timeout_s: float) -> Iterato
     if layout.world_size == 1:
         yield Mesh.of_one()
         return
+    _choose_interface(layout)
     timeout = timedelta(seconds=timeout_s)
     rendezvous = dist.rendezvous("env://", layout.rank, layout.world_size, timeout=timeout)
     store, rank, world_size = next(rendezvous)
@@ -82,6 +84,15 @@ def joined(layout: Layout, device: torch.device, *, timeout_s: float) -> Iterato
         raise
     watch.leave()
     dist.destroy_process_group()
+
+
+def _choose_interface(layout: Layout) -> None:
+    """Tell gloo the interface that the other nodes are behind, unless the user has or all ranks are on this one."""
+    if layout.ranks_per_node == layout.world_size or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    name = interface_towards(os.environ.get("MASTER_ADDR", "localhost"))
+    if name not in (None, "lo"):  # the first node may know itself by a loopback address only
+        os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
 def build_mesh(layout: Layout, journal: Journal, watch: Watch | None = None) -> Mesh:
