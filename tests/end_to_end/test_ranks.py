@@ -124,3 +124,38 @@ def test_two_hosts_of_two_ranks_learn_what_one_process_does(workplace: Path) -> 
     assert_same(workplace, "hosts")
     crossed = int(result.stdout.rsplit("crossed ", 1)[1].split()[0])
     assert crossed > 1_000_000, "the ranks of the two hosts have talked over the cable"
+
+
+def test_the_slurm_script_starts_the_ranks_of_every_node(workplace: Path, tmp_path: Path) -> None:
+    """With a Slurm that is two scripts: both nodes are this machine, so one rank each."""
+    tools = {
+        "scontrol": 'echo 127.0.0.1; echo "not asked for"',
+        "srun": 'while [[ "$1" == --* ]]; do shift; done\n'
+        'SLURM_NODEID=0 "$@" & first=$!\nSLURM_NODEID=1 "$@" & second=$!\nwait $first && wait $second',
+    }
+    for name, text in tools.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
+    overrides = [
+        f"data.sources.0.path={workplace}/text.txt",
+        f"data.cache_dir={workplace}/cache",
+        f"runs_dir={workplace}/runs",
+        "name=slurm",
+        "parallel.ep_size=2",
+    ]
+    result = subprocess.run(
+        [ROOT / "scripts/slurm.sh", workplace / "tiny.yaml", *overrides],
+        env={
+            **os.environ,
+            **slurm,
+            "SLURM_JOB_ID": str(os.getpid()),
+            "OMP_NUM_THREADS": "1",
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        },
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr
+    assert_same(workplace, "slurm")

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Trains on the nodes of a Slurm allocation: one task a node runs launch.sh there, which starts the node's ranks.
+#
+#   sbatch --nodes 2 --gpus-per-node 8 scripts/slurm.sh CONFIG [a.b=c ...]      from the repository, on a shared disk
+#   NPROC=16 sbatch --nodes 2 scripts/slurm.sh CONFIG ...                       16 ranks a node, whatever it has
+#
+# Sent again after a time limit, the same line goes on from the newest checkpoint.
+#SBATCH --job-name=turnout
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --output=slurm-%j.log
+set -euo pipefail
+
+cd -- "${SLURM_SUBMIT_DIR:?submit this with sbatch}"
+if [ ! -x launch.sh ]; then
+    echo "slurm.sh: $PWD has no launch.sh: submit from the repository, sbatch scripts/slurm.sh CONFIG" >&2
+    exit 2
+fi
+
+export NPROC="${NPROC:-${SLURM_GPUS_ON_NODE:-1}}"
+export NNODES="$SLURM_JOB_NUM_NODES"
+MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+export MASTER_ADDR MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
+
+scripts/setup.sh launch >/dev/null # once, not on all nodes at the same time
+# shellcheck disable=SC2016 # each task reads its own number
+exec srun --kill-on-bad-exit=1 bash -c 'NODE_RANK="$SLURM_NODEID" exec ./launch.sh "$@"' launch.sh "$@"
