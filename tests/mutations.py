@@ -1,6 +1,6 @@
 """Faults as trainers really had them, planted in a rank's process before it starts."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,29 +14,33 @@ from trainer.models.gpt import GPT
 from trainer.moe.dispatch.all_to_all import AllToAllDispatcher
 from trainer.moe.dispatch.order import ExpertOrder
 from trainer.moe.experts import Experts
+from trainer.parallel.replicate import GradientSum
 
 EP_SIZE = 2
 
 
 def expert_gradients_times_ep() -> None:
     """PyTorch #160285: the way back of the rows has summed already, and a reducer multiplies once more."""
-    whole = native.sum_gradients
+    whole = GradientSum.finish
 
-    def wrong(parameters: Iterable[torch.nn.Parameter], group: Group) -> None:
-        parameters = list(parameters)
-        whole(parameters, group)
-        if group.name == "edp":
-            for p in parameters:
+    def wrong(self: GradientSum) -> None:
+        whole(self)
+        if self.group.name == "edp":
+            for p in self.parameters:
                 assert p.grad is not None
                 p.grad.mul_(EP_SIZE)
 
-    native.sum_gradients = wrong
+    GradientSum.finish = wrong  # type: ignore[method-assign]
 
 
 def dense_gradients_not_summed() -> None:
     """Every rank steps by its own share."""
-    whole = native.sum_gradients
-    native.sum_gradients = lambda parameters, group: whole(parameters, group) if group.name != "world" else None
+    whole = GradientSum.__init__
+
+    def wrong(self: GradientSum, parameters: Sequence[torch.nn.Parameter], group: Group) -> None:
+        whole(self, parameters, Group.of_one() if group.name == "world" else group)
+
+    GradientSum.__init__ = wrong  # type: ignore[method-assign]
 
 
 def norm_of_one_rank() -> None:

@@ -75,6 +75,13 @@ class Group:
                 dist.all_reduce(x, group=self._handle)
         return x
 
+    def start_sum(self, x: Tensor) -> "Flight":
+        """Begin to add up x over the ranks, in place, and let it go on behind what is computed until it is landed."""
+        operation = self.journal.note("sum", self.name, [x.numel()])
+        with self._reported(operation):
+            work = dist.all_reduce(x, group=self._handle, async_op=True) if self._handle is not None else None
+        return Flight(self, operation, work, x, x)
+
     def gather(self, x: Tensor) -> Tensor:
         """Return (size, *x.shape): everybody's x, which has the same shape everywhere."""
         if self._handle is None:
@@ -120,13 +127,13 @@ class Group:
         assert sum(send) == len(x), f"{sum(send)} rows to send, {len(x)} rows there"
         return Exchange(x, self, tuple(send), tuple(receive))
 
-    def launch(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> "_Flight":
+    def launch(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> "Flight":
         """Begin to exchange rows, outside autograd."""
         out, x = x.new_empty(sum(receive), *x.shape[1:]), x.contiguous()
         operation = self.journal.note("exchange", self.name, send)
         with self._reported(operation):
             work = dist.all_to_all_single(out, x, list(receive), list(send), group=self._handle, async_op=True)
-        return _Flight(self, operation, work, x, out)
+        return Flight(self, operation, work, x, out)
 
     @contextmanager
     def _watched(self, name: str, sizes: Sequence[int]) -> Iterator[None]:
@@ -157,7 +164,7 @@ class Exchange:
 
     def __init__(self, x: Tensor, group: Group, send: tuple[int, ...], receive: tuple[int, ...]) -> None:
         self.group, self.send, self.receive = group, send, receive
-        self.flight: _Flight | None = None
+        self.flight: Flight | None = None
         self._sent = x if group.size == 1 else _Depart.apply(x, self)
 
     def wait(self) -> Tensor:
@@ -172,7 +179,9 @@ class Exchange:
 
 
 @dataclass(frozen=True, slots=True)
-class _Flight:
+class Flight:
+    """An operation that has begun."""
+
     group: Group
     operation: Operation
     work: dist.Work | None
@@ -181,6 +190,7 @@ class _Flight:
     out: Tensor
 
     def land(self) -> Tensor:
+        """Return its result, once it is there."""
         if self.work is not None:
             with self.group.awaited(self.operation):
                 self.work.wait()

@@ -33,7 +33,7 @@ from trainer.moe.losses import Denominators, choice_counts, global_balance_loss,
 from trainer.moe.routing import RoutingOptions
 from trainer.optim.adamw import build_adamw
 from trainer.optim.registry import OptimConfig
-from trainer.parallel.replicate import sum_gradients
+from trainer.parallel.replicate import GradientSum
 from trainer.parallel.shard import first_row, is_cut, local
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -78,6 +78,11 @@ class NativeEngine(Engine):
             decayed=[p for name, p in self.parameters.items() if decays[name]],
             not_decayed=[p for name, p in self.parameters.items() if not decays[name]],
         )
+        copies = {name: p for name, p in self.parameters.items() if not is_cut(p)}
+        self.gradient_sums = (
+            GradientSum([p for name, p in copies.items() if name not in self.first_expert], self.mesh.world),
+            GradientSum([p for name, p in copies.items() if name in self.first_expert], self.mesh.edp),
+        )
         self.optimizer_steps = 0
         shape = (len(model.moe_layers()), self.moe_config.num_experts if self.moe_config else 0)
         # Before the first step no load is known, and an even one makes the balance loss its constant minimum.
@@ -117,6 +122,9 @@ class NativeEngine(Engine):
                 config=self.moe_config,
             )
             journal.enter("backward")
+            if batch is batches[-1]:
+                for gradient_sum in self.gradient_sums:
+                    gradient_sum.expect()
             share.total.backward()
             total.add(share, output)
             sums = routing_sums(output)
@@ -224,19 +232,16 @@ class NativeEngine(Engine):
         return Denominators(target_tokens=max(1, target_tokens), routed_tokens=max(1, routed_tokens))
 
     def _sum_gradients(self) -> Tensor:
-        """Add up gradients over the ranks that hold the same weights; return this rank's part of the squared norm.
+        """Finish adding up gradients over ranks with the same weights; return this rank's part of the squared norm.
 
         A rank that owns an expert has the sum over its ep peers' tokens already, through the way back of the rows. What
         is cut over ranks was summed by FSDP.
         """
+        for gradient_sum in self.gradient_sums:
+            gradient_sum.finish()
         layout, square = self.mesh.layout, torch.zeros((), dtype=torch.float64, device=self.device)
-        for group, is_expert, counts in (
-            (self.mesh.world, False, layout.rank == 0),  # each copy of a weight is counted once
-            (self.mesh.edp, True, layout.edp_rank == 0),
-        ):
+        for is_expert, counts in ((False, layout.rank == 0), (True, layout.edp_rank == 0)):  # of copies the first one
             mine = [p for name, p in self.parameters.items() if (name in self.first_expert) == is_expert]
-            copies = [p for p in mine if not is_cut(p)]
-            sum_gradients(copies, group)
             counted = mine if counts else [p for p in mine if is_cut(p)]
             square = square + square_norm([local(p.grad) for p in counted if p.grad is not None]).to(self.device)
         return square

@@ -3,14 +3,14 @@
 from pathlib import Path
 
 from trainer.data.corpus import build_corpus
-from trainer.errors import TurnoutError
+from trainer.errors import ConfigError, TurnoutError
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.console import Console
 from trainer.prove.cases import all_cases, labels, reference, small
 from trainer.prove.compare import compare
 from trainer.prove.pool import LocalRanks
 from trainer.prove.ranks import run_case
-from trainer.prove.report import Row, show, write_json
+from trainer.prove.report import Row, Table, write_json
 
 TOLERANCES = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 0.05}
 """Largest relative error that the order of sums explains."""
@@ -46,22 +46,27 @@ def prove(
         build_corpus(config.data, progress=bar)
     tolerance = TOLERANCES[dtype]
     first_steps = None if dtype == "float64" else min(steps, _FIRST_STEPS)
+    cases = [case for case in all_cases(config) if only is None or only in case.name]
+    if not cases:
+        names = "\n  ".join(case.name for case in all_cases(config))
+        raise ConfigError(f"--layouts: no layout has the text {only!r} in its name; there are\n  {names}")
+    compared = "" if first_steps in (None, steps) else f", the first {first_steps} compared"
+    found = labels(config)
     rows = []
     with LocalRanks() as ranks:
         oracle = run_case(config, reference(config), ranks, steps=steps, timeout_s=timeout_s)
-        for case in all_cases(config):
-            if only is not None and only not in case.name:
-                continue
+        table = Table(cases, compare(oracle, oracle, tolerance=tolerance).worst, labels=found)
+        title = f"{config.name}: {len(cases)} layouts against one process, {steps} steps in {dtype}{compared}"
+        table.head(title, tolerance=tolerance)
+        for case in cases:
             try:
                 mine = run_case(config, case, ranks, steps=steps, timeout_s=timeout_s)
                 rows.append(Row(case=case, comparison=compare(mine, oracle, tolerance=tolerance, steps=first_steps)))
             except TurnoutError as error:
                 rows.append(Row(case=case, comparison=None, error=str(error)))
-    found = labels(config)
-    compared = "" if first_steps is None or first_steps == steps else f", the first {first_steps} compared"
-    title = f"{config.name}: {len(rows)} layouts against one process, {steps} steps in {dtype}{compared}"
-    show(rows, title=title, tolerance=tolerance, labels=found)
+            table.line(rows[-1])
+    table.foot(rows)
     if json_path is not None:
         write_json(json_path, rows, tolerance=tolerance, labels=found)
     broken = [row for row in rows if row.comparison is None or not (row.comparison.is_equal or found)]
-    return 1 if broken or not rows else 0
+    return 1 if broken else 0

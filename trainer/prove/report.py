@@ -1,7 +1,7 @@
 """The proof on the screen and on the disk."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,23 +19,41 @@ class Row:
     error: str | None = None
 
 
-def show(rows: Sequence[Row], *, title: str, tolerance: float, labels: Sequence[str]) -> None:
-    """Print worst relative errors, a line for each layout, and what is wrong with each one that fails."""
-    groups = [g for g in GROUPS if any(row.comparison and g in row.comparison.worst for row in rows)]
-    width = max(len(row.case.name) for row in rows) if rows else 0
-    print(title)
-    print(f"worst relative error; at most {tolerance:.0e} is equal\n")
-    head = "".join(f"{group.removeprefix('gradient: '):>9}" for group in groups)
-    print(f"{'':{width}}{head}{'flips':>7}")
-    for row in rows:
-        print(f"{row.case.name:{width}}{_cells(row, groups)}  {_verdict(row, labels)}")
-    for row in rows:
-        if row.error is not None:
-            print(f"\n{row.case.name}: {row.error}")
-        elif row.comparison is not None and not row.comparison.is_equal:
-            print(f"\n{row.case.name}: first different is {row.comparison.first_different}\n  {row.comparison.cause}")
-    for label in labels:
-        print(f"\n{label}: not layout-invariant by definition")
+class Table:
+    """Worst relative errors, a line for each layout as soon as it is there."""
+
+    def __init__(self, cases: Sequence[Case], groups: Collection[str], *, labels: Sequence[str]) -> None:
+        """Lay out the columns.
+
+        Args:
+            cases: every layout that will come.
+            groups: what is compared, some of `GROUPS`.
+            labels: settings that are not layout-invariant.
+        """
+        self._groups = [group for group in GROUPS if group in groups]
+        self._width = max((len(case.name) for case in cases), default=0)
+        self._labels = labels
+
+    def head(self, title: str, *, tolerance: float) -> None:
+        """Print what is above the lines."""
+        print(f"{title}\nworst relative error; at most {tolerance:.0e} is equal\n")
+        names = "".join(f"{group.removeprefix('gradient: '):>9}" for group in self._groups)
+        print(f"{'':{self._width}}{names}{'flips':>7}", flush=True)
+
+    def line(self, row: Row) -> None:
+        """Print a layout's result."""
+        print(f"{row.case.name:{self._width}}{_cells(row, self._groups)}  {_verdict(row, self._labels)}", flush=True)
+
+    def foot(self, rows: Sequence[Row]) -> None:
+        """Print what is wrong with each layout that fails, and why some may."""
+        for row in rows:
+            if row.error is not None:
+                print(f"\n{row.case.name}: {row.error}")
+            elif row.comparison is not None and not row.comparison.is_equal:
+                first, cause = row.comparison.first_different, row.comparison.cause
+                print(f"\n{row.case.name}: first different is {first}\n  {cause}")
+        for label in self._labels:
+            print(f"\n{label}: not layout-invariant by definition")
 
 
 def _cells(row: Row, groups: Sequence[str]) -> str:
@@ -64,6 +82,8 @@ def write_json(path: Path, rows: Sequence[Row], *, tolerance: float, labels: Seq
                 "world_size": row.case.world_size,
                 "ep_size": row.case.ep_size,
                 "dispatcher": row.case.dispatcher,
+                "chunks": row.case.chunks,
+                "data": row.case.data,
                 "micro_batch_size": row.case.micro_batch_size,
                 "equal": row.comparison is not None and row.comparison.is_equal,
                 "worst": {} if row.comparison is None else row.comparison.worst,

@@ -1,0 +1,62 @@
+"""Gradients summed behind the backward pass."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.ranks import Ranks
+from trainer.distributed.journal import Journal
+from trainer.distributed.layout import Layout
+from trainer.distributed.mesh import build_mesh
+from trainer.parallel import replicate
+from trainer.parallel.replicate import GradientSum
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    processes = Ranks()
+    yield processes
+    processes.close()
+
+
+def _sums(num_passes: int, who: int | None) -> tuple[list[Tensor], list[list[int]]]:
+    """Gradients after some backward passes of 4 layers, a bucket each; and how many sums had begun at each layer."""
+    replicate._BUCKET_BYTES = 1
+    journal = Journal()
+    mesh = build_mesh(Layout(world_size=dist.get_world_size(), rank=dist.get_rank()), journal)
+    generator = torch.Generator().manual_seed(3)
+    layers = nn.Sequential(*[nn.Linear(3, 3, bias=False) for _ in range(4)]).double()
+    for p in layers.parameters():
+        nn.init.normal_(p, generator=generator)
+    unused = nn.Parameter(torch.ones(2).double())
+    summed = GradientSum([unused, *layers.parameters()], mesh.world)
+    begun: list[list[int]] = []
+    for i in range(num_passes):
+        begun.append([])
+        x: Tensor = torch.full((2, 3), 1.0 + (mesh.world.index if who is None else who) + 10 * i, dtype=torch.float64)
+        if i == num_passes - 1:
+            summed.expect()
+        for layer in layers:
+            x = layer(x)
+            x.register_hook(lambda grad: begun[-1].append(journal.count))
+        x.square().sum().backward()
+    summed.finish()
+    return [torch.zeros(2) if p.grad is None else p.grad for p in (unused, *layers.parameters())], begun
+
+
+@pytest.mark.parametrize("num_passes", [1, 3])
+def test_gradients_are_those_of_all_ranks_and_passes(ranks: Ranks, num_passes: int) -> None:
+    there = [mine for mine, _ in ranks.run(2, _sums, num_passes, None)]
+    alone = [ranks.run(1, _sums, num_passes, who)[0][0] for who in range(2)]
+    for mine in there:
+        for gradient, *shares in zip(mine, *alone, strict=True):
+            torch.testing.assert_close(gradient, torch.stack(shares).sum(0).double(), rtol=1e-12, atol=0)
+
+
+def test_sums_begin_during_the_last_backward_pass_and_no_other(ranks: Ranks) -> None:
+    """At a layer's output, the gradients of the layers above it are under way."""
+    _, begun = ranks.run(2, _sums, 2, None)[0]
+    assert begun == [[0, 0, 0, 0], [0, 1, 2, 3]]
