@@ -16,7 +16,7 @@ environment:
   OMP_NUM_THREADS   threads of each rank (default: the cores it may use, shared out)
 
 exit codes: 0 ok, 1 set-up failed, 2 config, 3 data, 4 checkpoint, 5 communication, 6 numerics, 7 resources,
-75 preempted and saved
+75 preempted and saved; with several ranks torchrun makes 1 of every failure
 TEXT
 }
 

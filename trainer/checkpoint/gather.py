@@ -21,7 +21,7 @@ def gather_state(state: TrainState, mesh: Mesh) -> TrainState:
     Of several ranks with the same part the first one sends it.
 
     Raises:
-        CheckpointError: if parts overlap or some are missing; on every rank.
+        CheckpointError: if parts reach beyond the end or some are missing; on every rank.
     """
     if mesh.world.size == 1:
         return state
@@ -63,5 +63,5 @@ def _senders(parts: list[tuple[int, int]], total: int, name: str) -> list[int]:
         senders.append(rank)
         end += parts[rank][1]
     if end > total:
-        raise CheckpointError(f"{name}: parts of ranks overlap: {parts} of {total}")
+        raise CheckpointError(f"{name}: a part reaches beyond index {total}; ranks have {parts}")
     return senders

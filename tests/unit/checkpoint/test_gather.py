@@ -1,0 +1,69 @@
+"""A state in parts on several ranks, whole on the first one."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.ranks import Ranks
+from trainer.checkpoint.gather import gather_state
+from trainer.checkpoint.state import Slice, TrainState
+from trainer.distributed.journal import Journal
+from trainer.distributed.layout import Layout
+from trainer.distributed.mesh import build_mesh
+from trainer.errors import CheckpointError
+
+WHOLE = torch.arange(10.0).view(5, 2)
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    processes = Ranks()
+    yield processes
+    processes.close()
+
+
+def _gathered(parts: list[tuple[int, int]]) -> tuple[torch.Tensor | None, str]:
+    """What rank 0 has of `WHOLE` once it is gathered, and what went wrong."""
+    mesh = build_mesh(Layout(world_size=dist.get_world_size(), rank=dist.get_rank()), Journal())
+    start, end = parts[mesh.layout.rank]
+    slices = {
+        "cut": Slice(tensor=WHOLE[start:end], global_shape=(5, 2), start=start),
+        "copied": Slice.whole(torch.tensor(3)),
+    }
+    try:
+        state = gather_state(TrainState(slices=slices), mesh)
+    except CheckpointError as error:
+        return None, str(error)
+    assert int(state.slices["copied"].tensor) == 3
+    return state.slices["cut"].tensor, ""
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [(0, 2), (2, 5), (0, 2), (2, 5)],  # two copies
+        [(3, 5), (1, 1), (0, 1), (1, 3)],  # in any order, one of them empty
+        [(0, 5), (0, 5), (0, 5), (0, 5)],
+        [(5, 5), (0, 5), (5, 5), (5, 5)],  # all of it, but not on the first rank
+    ],
+)
+def test_parts_make_the_whole_on_the_first_rank(ranks: Ranks, parts: list[tuple[int, int]]) -> None:
+    whole, error = ranks.run(4, _gathered, parts)[0]
+    assert error == ""
+    assert torch.equal(whole, WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([(0, 2), (3, 5)], "cut: no rank has what begins at index 2 of 5; ranks have [(0, 2), (3, 2)]"),
+        ([(0, 2), (1, 5)], "cut: no rank has what begins at index 2 of 5"),
+    ],
+)
+def test_a_part_that_is_missing_is_an_error_on_every_rank(
+    ranks: Ranks, parts: list[tuple[int, int]], message: str
+) -> None:
+    for whole, error in ranks.run(2, _gathered, parts):
+        assert whole is None and message in error
