@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         code = options.verb(options)
     except ElsewhereError as error:  # the rank that had it says so
-        _let_others_speak(1)
+        _let_others_speak(0.5)
         _end_at_once(error.exit_code)
     except CommError as error:
         print(error, file=sys.stderr)
@@ -35,8 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except TurnoutError as error:
         if error.is_this_ranks or is_first_rank():
             print(error, file=sys.stderr)
-        else:
+        else:  # rank 0 has the same one, says so, and torchrun ends the others; unless it is this rank's alone
             _let_others_speak(10)
+            print(f"rank {os.environ['RANK']}: {error}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:  # before the first step, or the second Ctrl-C: there is nothing new to save
         print("interrupted", file=sys.stderr)

@@ -45,7 +45,7 @@ class ElsewhereError(TurnoutError):
 
     is_of_the_group = True
 
-    def __init__(self, message: str, exit_code: int) -> None:
+    def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
         self.exit_code = exit_code
 

@@ -218,5 +218,7 @@ def _sample(run: Run) -> tuple[str, str]:
         stop_token=corpus.tokenizer.end_of_document,
         agree=lambda token: int(world.broadcast_(torch.tensor([token], device=world.device))),
     )
+    with run.engine.autocast():
+        written = list(tokens)
     decode = corpus.tokenizer.decode
-    return decode(prompt).decode("utf-8", "replace"), decode(list(tokens)).decode("utf-8", "replace")
+    return decode(prompt).decode("utf-8", "replace"), decode(written).decode("utf-8", "replace")

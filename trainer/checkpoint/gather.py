@@ -1,5 +1,7 @@
 """A state that is spread over several ranks, put together on the first one: a file knows no ranks."""
 
+import torch
+
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.distributed.mesh import Mesh
 from trainer.errors import CheckpointError
@@ -42,7 +44,7 @@ def gather_state(state: TrainState, mesh: Mesh) -> TrainState:
             slices[name] = part
             continue
         pieces = dict(zip(sorted(senders), arrived.split([receive[r] for r in sorted(senders)]), strict=True))
-        whole = arrived.new_empty(part.global_shape)
+        whole = torch.empty(part.global_shape, dtype=arrived.dtype)  # on the CPU: a GPU may have no room for it
         for rank, piece in pieces.items():
             start, length = table[rank][name]
             whole[start : start + length] = piece

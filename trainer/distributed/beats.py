@@ -94,6 +94,10 @@ def _accusation(beats: Mapping[int, Beat], silent: Sequence[int], silence_s: flo
     if late:
         beat = beats[late[0]]
         return f"{_ranks(late)} alive, but never came to exchange #{beat.count + 1} (step {beat.step}, {beat.phase})"
+    busy = [rank for rank, beat in beats.items() if beat.state == "works"]
+    if busy and len(busy) < len(beats):  # FSDP's exchanges have no number
+        beat = beats[busy[0]]
+        return f"{_ranks(busy)} alive, but not in the exchange: at {beat.place()}"
     kinds = {rank: _kind(beat) for rank, beat in beats.items()}
     usual = max(set(kinds.values()), key=list(kinds.values()).count)
     others = [rank for rank, kind in kinds.items() if kind != usual]

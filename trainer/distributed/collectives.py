@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from trainer.distributed.journal import Journal, Operation
@@ -77,9 +78,11 @@ class Group:
 
     def start_sum(self, x: Tensor) -> "Flight":
         """Begin to add up x over the ranks, in place, and let it go on behind what is computed until it is landed."""
+        assert self._handle is not None, "nobody to add up with"
         operation = self.journal.note("sum", self.name, [x.numel()])
         with self._reported(operation):
-            work = dist.all_reduce(x, group=self._handle, async_op=True) if self._handle is not None else None
+            work = dist.all_reduce(x, group=self._handle, async_op=True)
+        assert work is not None, "this rank is in the group"
         return Flight(self, operation, work, x, x)
 
     def gather(self, x: Tensor) -> Tensor:
@@ -133,6 +136,7 @@ class Group:
         operation = self.journal.note("exchange", self.name, send)
         with self._reported(operation):
             work = dist.all_to_all_single(out, x, list(receive), list(send), group=self._handle, async_op=True)
+        assert work is not None, "this rank is in the group"
         return Flight(self, operation, work, x, out)
 
     @contextmanager
@@ -165,11 +169,13 @@ class Exchange:
     def __init__(self, x: Tensor, group: Group, send: tuple[int, ...], receive: tuple[int, ...]) -> None:
         self.group, self.send, self.receive = group, send, receive
         self.flight: Flight | None = None
-        self._sent = x if group.size == 1 else _Depart.apply(x, self)
+        self._sent: Tensor | None = x if group.size == 1 else _Depart.apply(x, self)
 
     def wait(self) -> Tensor:
-        """Return (sum(receive), ...) in the order of the members."""
-        return self._sent if self.group.size == 1 else _Arrive.apply(self._sent, self)
+        """Return (sum(receive), ...) in the order of the members. Only once."""
+        sent, self._sent = self._sent, None  # it hangs on this exchange, which must not hang on it as well
+        assert sent is not None
+        return sent if self.group.size == 1 else _Arrive.apply(sent, self)
 
     def land(self) -> Tensor:
         """Return what was launched last, once it is there."""
@@ -184,16 +190,15 @@ class Flight:
 
     group: Group
     operation: Operation
-    work: dist.Work | None
+    work: dist.Work
     x: Tensor
     """Kept until it has been sent."""
     out: Tensor
 
     def land(self) -> Tensor:
         """Return its result, once it is there."""
-        if self.work is not None:
-            with self.group.awaited(self.operation):
-                self.work.wait()
+        with self.group.awaited(self.operation):
+            self.work.wait()
         return self.out
 
 
@@ -207,6 +212,7 @@ class _Depart(torch.autograd.Function):
         return x.view_as(x)  # what `_Arrive` hangs on
 
     @staticmethod
+    @once_differentiable
     # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.exchange.land(), None
@@ -221,9 +227,11 @@ class _Arrive(torch.autograd.Function):
         return exchange.land()
 
     @staticmethod
+    @once_differentiable
     # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         exchange: Exchange = ctx.exchange
+        assert exchange.flight is None, "its gradient is under way already"
         exchange.flight = exchange.group.launch(grad, exchange.receive, exchange.send)
         return exchange.flight.out, None
 

@@ -1,6 +1,7 @@
 """This rank's groups: all ranks, those that share its experts, those that hold the same experts."""
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,10 @@ from trainer.distributed.journal import Journal
 from trainer.distributed.layout import Layout
 from trainer.distributed.watch import Watch
 from trainer.errors import CommError
+
+_START_S = 300.0
+"""Processes import and start for different times: nobody is given up earlier."""
+_NCCL_MARGIN_S = 15.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,36 +59,52 @@ def joined(layout: Layout, device: torch.device, *, timeout_s: float) -> Iterato
         yield Mesh.of_one()
         return
     _choose_interface(layout)
-    timeout = timedelta(seconds=timeout_s)
-    rendezvous = dist.rendezvous("env://", layout.rank, layout.world_size, timeout=timeout)
-    store, rank, world_size = next(rendezvous)
-    # Under torchrun the store outlives the ranks: without a name of its own, a restarted attempt reads the addresses
-    # of the dead ones (pytorch #135712).
-    attempt = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     journal = Journal()
-    watch = Watch(
-        attempt,
-        rank=rank,
-        world_size=world_size,
-        journal=journal,
-        timeout_s=timeout_s,
-        on_gpu=device.type != "cpu",
-    )
-    dist.init_process_group(
-        "gloo" if device.type == "cpu" else "nccl", store=attempt, rank=rank, world_size=world_size, timeout=timeout
-    )
     try:
-        yield build_mesh(layout, journal, watch)
+        watch = _start(layout, device, journal, timeout_s=timeout_s)
+        mesh = build_mesh(layout, journal, watch)
+    except RuntimeError as error:
+        address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+        raise CommError(
+            f"rank {layout.rank}: cannot join the other {layout.world_size - 1} ranks through {address}:{port}: "
+            f"{str(error).splitlines()[0]}; check that every node was started, with the same MASTER_ADDR and "
+            "MASTER_PORT, and that GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME, if set, names the interface between them"
+        ) from error
+    try:
+        yield mesh
     except CommError as error:
         raise watch.explain(error) from error
     except BaseException as error:
         if is_of_exchange(error):
-            where = f"rank {rank}: an exchange of sharded weights failed at step {journal.step}"
+            where = f"rank {layout.rank}: an exchange of sharded weights failed at step {journal.step}"
             raise watch.explain(CommError(f"{where}: {str(error).splitlines()[0]}")) from error
         watch.leave(error)
         raise
     watch.leave()
     dist.destroy_process_group()
+
+
+def _start(layout: Layout, device: torch.device, journal: Journal, *, timeout_s: float) -> Watch:
+    """Find the other ranks, and make torch's default process group."""
+    try:
+        socket.getaddrinfo(os.environ.get("MASTER_ADDR"), None)
+    except OSError as error:  # the store would try again and again
+        raise RuntimeError(f"MASTER_ADDR: {error.strerror}") from error
+    start_s = max(timeout_s, _START_S)
+    rendezvous = dist.rendezvous("env://", layout.rank, layout.world_size, timeout=timedelta(seconds=start_s))
+    store, rank, world_size = next(rendezvous)
+    # Under torchrun the store outlives the ranks: without a name of its own, a restarted attempt reads the addresses
+    # of the dead ones (pytorch #135712).
+    attempt = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    on_gpu = device.type != "cpu"
+    watch = Watch(attempt, rank=rank, world_size=world_size, journal=journal, timeout_s=timeout_s, on_gpu=on_gpu)
+    watch.start(wait_s=start_s)
+    # NCCL's own watchdog kills the process at its timeout, without a word on who is missing: the watch goes first.
+    timeout = timedelta(seconds=timeout_s + (_NCCL_MARGIN_S if on_gpu else 0))
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", store=attempt, rank=rank, world_size=world_size, timeout=timeout
+    )
+    return watch
 
 
 def _choose_interface(layout: Layout) -> None:

@@ -27,7 +27,9 @@ def start(device: str) -> torch.device:
     keep_freed_memory()
     if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(chosen)  # what torch.distributed means by "the" GPU of this process
+    return chosen
 
 
 def keep_freed_memory() -> bool:

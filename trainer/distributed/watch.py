@@ -1,8 +1,8 @@
 """Who is missing when ranks wait for each other.
 
-Every rank publishes a beat a second in torchrun's store, from a thread of its own. Nobody reads them while all is well.
-A rank whose exchange fails reads them twice, names those that have gone silent, and ends; so does one whose exchange
-never comes back.
+Every rank publishes a beat a second in torchrun's store, from a thread of its own. Nobody reads them while all is well
+and nobody is waited for. A rank whose exchange fails reads them twice, names those that have gone silent, and ends; so
+does one whose exchange never comes back.
 """
 
 import contextlib
@@ -22,8 +22,10 @@ from trainer.distributed.beats import Beat, silent_ranks, verdict
 from trainer.distributed.journal import Journal
 from trainer.errors import CommError, ElsewhereError, TurnoutError
 
-_BEAT_S, _LISTEN_S = 1.0, 3.0
+_BEAT_S, _LISTEN_S = 1.0, 2.5
 """Between beats; between two readings, so that a living rank's beat changes for certain."""
+_LOOK_S = 2.0
+"""Between looks at who lives, while a meeting is waited for."""
 _ANSWER_S = 5.0
 """The store has so long to answer."""
 _GRACE_S = 1.0
@@ -40,7 +42,7 @@ class Watch:
     def __init__(
         self, store: dist.Store, *, rank: int, world_size: int, journal: Journal, timeout_s: float, on_gpu: bool = False
     ) -> None:
-        """Publish the first beat; every rank does so before the first exchange.
+        """Prepare.
 
         Args:
             store: that of this attempt, shared by all ranks.
@@ -63,9 +65,25 @@ class Watch:
         self._number = self._meetings = 0
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._main = threading.main_thread().ident
-        self._publish(self._store)
         self._thread = threading.Thread(target=self._beat, name="watch", daemon=True)
+
+    def start(self, *, wait_s: float) -> None:
+        """Publish the first beat and wait for that of every rank, before the first exchange.
+
+        Raises:
+            CommError: naming the ranks that have not started within `wait_s`.
+        """
+        self._publish(self._store)
         self._thread.start()
+        missing, end = set(range(self.world_size)), time.monotonic() + wait_s
+        while missing:
+            missing = {rank for rank in missing if not self._store.check([f"beat/{rank}"])}
+            if missing and time.monotonic() > end:
+                raise CommError(
+                    f"rank {self.rank}: ranks {sorted(missing)} of {self.world_size} have not started within "
+                    f"{wait_s:.0f} s; look at what they, or their nodes, say"
+                )
+            time.sleep(0.02 if missing else 0)
 
     def meet(self) -> None:
         """Wait until every rank has come here, for as long as it takes while all are alive.
@@ -75,22 +93,22 @@ class Watch:
         """
         self._meetings += 1
         self._publish(self._store)
-        pause = 0.005
+        key, pause, looked = f"meeting/{self._meetings}", 0.005, time.monotonic()
+        self._store.add(key, 1)
         heard: dict[int, tuple[int, float]] = {}  # rank: its last beat's number, and when it changed
-        while True:
-            beats = self._read()
-            missing = [rank for rank, beat in beats.items() if beat.meetings < self._meetings]
-            if not missing:
-                return
+        while self._store.add(key, 0) < self.world_size:
+            time.sleep(pause)
+            pause = min(2 * pause, _BEAT_S / 2)
             now = time.monotonic()
-            for rank in missing:
+            if now - looked < _LOOK_S:
+                continue
+            looked, beats = now, self._read()
+            for rank in (rank for rank, beat in beats.items() if beat.meetings < self._meetings):
                 if rank not in heard or heard[rank][0] != beats[rank].number:
                     heard[rank] = (beats[rank].number, now)
                 is_gone = beats[rank].state in ("gave up", "left")
                 if is_gone or now - heard[rank][1] > self.timeout_s:
                     raise CommError(f"rank {self.rank}: rank {rank} does not come to the meeting of all ranks")
-            time.sleep(pause)
-            pause = min(2 * pause, _BEAT_S / 2)
 
     def explain(self, error: CommError) -> TurnoutError:
         """Return what really happened when an exchange failed on this rank: who is missing, or whose error it was.

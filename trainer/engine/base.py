@@ -5,6 +5,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -97,6 +98,10 @@ class Engine(ABC):
     @abstractmethod
     def load_state(self, state: TrainState) -> None:
         """Take over a state; names and shapes have been checked against `state()`."""
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return a context in which the model computes in the precision of training."""
+        return nullcontext()
 
     def close(self) -> None:  # noqa: B027 - most engines hold nothing to close
         """Release what the engine holds."""

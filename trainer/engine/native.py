@@ -106,7 +106,7 @@ class NativeEngine(Engine):
         total, routing, choices = StepTotals(), None, torch.zeros_like(self.previous_counts)
         for batch in batches:
             journal.enter("forward")
-            with self._autocast():
+            with self.autocast():
                 output = self.model(batch, options)
             here = self._choices(output)
             choices = choices + here
@@ -164,7 +164,7 @@ class NativeEngine(Engine):
     def eval_loss(self, batch: Batch, *, dropless: bool) -> EvalSums:
         """Evaluate a batch without gradients and without noise."""
         batch = batch.to(self.device)
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self.autocast():
             output = self.model(batch, RoutingOptions(dropless=dropless))
         routing = routing_sums(output)
         here = torch.stack([output.row_loss.double().sum(), batch.target_mask.sum().double()])
@@ -295,7 +295,7 @@ class NativeEngine(Engine):
             case "previous_step":
                 return self.previous_counts
             case "exact" if len(batches) > 1 and self._has_balance_loss:
-                with torch.no_grad(), self._autocast():
+                with torch.no_grad(), self.autocast():
                     here = torch.stack([self._choices(self.model(batch, options)) for batch in batches]).sum(0)
                 return self.mesh.world.sum_(here)
             case _:
@@ -307,7 +307,8 @@ class NativeEngine(Engine):
             return torch.zeros_like(self.previous_counts)
         return torch.stack([choice_counts(stats, self.moe_config.balance).sum(0) for stats in output.moe])
 
-    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Return a context in which the model computes in the precision of training."""
         if self.numerics.dtype is not torch.bfloat16:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)

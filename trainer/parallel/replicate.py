@@ -43,6 +43,7 @@ class GradientSum:
 
     def expect(self) -> None:
         """Say that the next backward pass is the last one of the step: what it fills may depart."""
+        assert not self._flights and self._departed == 0, "the sums of another step are under way"
         self._missing = [len(bucket) for bucket in self._buckets]
 
     def finish(self) -> None:

@@ -1,7 +1,8 @@
 """Weights, gradients and optimizer state cut over the ranks that would hold copies of them (FSDP2, arXiv 2304.11277).
 
-A weight is gathered before its block runs and let go behind it; its gradient is summed over the ranks and only this
-rank's part of the sum is kept. Sums are sums: FSDP's own division by the number of ranks is switched off.
+A weight is gathered before its block runs and let go behind it (but in bfloat16 the experts' rounded copies stay until
+their backward pass, as autocast's do); its gradient is summed over the ranks and only this rank's part of the sum is
+kept. Sums are sums: FSDP's own division by the number of ranks is switched off.
 """
 
 from collections.abc import Iterable, Set

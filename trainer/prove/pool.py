@@ -72,9 +72,10 @@ class LocalRanks:
         while len(self._workers) < world_size:
             self._workers.append(_start())
         workers = self._workers[:world_size]
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             for rank, worker in enumerate(workers):
-                worker.pipe.send((function, args, rank, world_size, str(Path(folder) / "store"), timeout_s))
+                with suppress(OSError):  # it died: its answer will say so
+                    worker.pipe.send((function, args, rank, world_size, str(Path(folder) / "store"), timeout_s))
             answers = _receive([worker.pipe for worker in workers], timeout_s)
         if any(isinstance(answer, Failure) for answer in answers):
             self.close()
@@ -99,7 +100,7 @@ def _receive(pipes: list[Connection], timeout_s: float) -> list[Any]:
         for rank, pipe in list(missing.items()):
             if pipe in ready:
                 del missing[rank]
-                with suppress(EOFError):  # it died: no answer
+                with suppress(EOFError, OSError):  # it died: no answer
                     answers[rank] = pickle.loads(pipe.recv_bytes())
                 has_failed = has_failed or isinstance(answers[rank], Failure)
     return answers
@@ -127,6 +128,7 @@ def _work(pipe: Connection) -> None:
                     timeout=timedelta(seconds=timeout_s),
                 )
                 answer = function(*args)
+                dist.barrier()  # nobody leaves while others still connect
             except TurnoutError as error:
                 answer = Failure(error, traceback.format_exc())
             except BaseException:

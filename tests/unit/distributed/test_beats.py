@@ -54,6 +54,11 @@ def test_ranks_in_different_exchanges_are_told_apart_from_a_failed_network() -> 
     assert said({0: beat(), 1: beat()}, [])[0].startswith("no rank is missing at step 3: the network")
 
 
+def test_a_rank_that_works_while_others_gave_up_is_named() -> None:
+    first = said({0: beat(state="gave up"), 1: beat(state="works"), 2: beat(state="gave up")}, [])[0]
+    assert first.startswith("rank 1 is alive, but not in the exchange: at step 3, forward at moe/layer.py:40")
+
+
 def test_a_rank_that_ended_early_is_named() -> None:
     assert said({0: beat(), 1: beat(state="left")}, [])[0].startswith(
         "rank 1 is at its end at step 3 while the others go on"

@@ -1,5 +1,6 @@
 """What a group exchanges, what it remembers of it, and how one rank's error becomes everyone's."""
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from tests.ranks import Ranks
-from trainer.distributed.collectives import Group
+from trainer.distributed.collectives import Exchange, Group
 from trainer.distributed.journal import Journal
 from trainer.distributed.layout import Layout
 from trainer.distributed.mesh import Mesh, build_mesh
@@ -42,6 +43,21 @@ def test_an_exchange_is_in_the_order_of_the_senders_and_its_gradient_goes_back(r
     (y0, grad0), (y1, grad1) = ranks.run(2, exchange_uneven)
     assert (y0, y1) == ([0.0, 10.0, 11.0, 12.0], [1.0, 2.0])
     assert (grad0, grad1) == ([1.0, 2.0, 2.0], [1.0, 1.0, 1.0])
+
+
+def count_exchanges() -> int:
+    world = _mesh().world
+    gc.collect()
+    gc.disable()
+    for _ in range(5):
+        x = torch.ones(2, 3, requires_grad=True)
+        (world.exchange(x, [1, 1], [1, 1]) * 2).sum().backward()
+    return sum(isinstance(thing, Exchange) for thing in gc.get_objects())
+
+
+def test_an_exchange_is_freed_with_its_result(ranks: Ranks) -> None:
+    """Its rows are large: they must not wait for the garbage collector."""
+    assert ranks.run(2, count_exchanges) == [0, 0]
 
 
 def test_a_group_of_one_exchanges_nothing() -> None:

@@ -72,19 +72,22 @@ def test_every_number_is_on_one_rank_and_so_is_its_optimizer_state(ranks: Ranks,
         assert max(mine[kind][0] for mine in held) < 0.4 * total
 
 
-def _text(data: str) -> list[int]:
+def _text(data: str, dtype: torch.dtype) -> list[int]:
+    mine = engine(mesh_of(2), data, dtype)
     tokens = generate(
-        engine(mesh_of(2), data, torch.float64).model,
+        mine.model,
         [3, 1, 4],
         max_new_tokens=12,
         options=SamplingOptions(temperature=1.0),
         generator=torch.Generator().manual_seed(1),
     )
-    return list(tokens)
+    with mine.autocast():
+        return list(tokens)
 
 
-def test_a_sharded_model_writes_the_same_text(ranks: Ranks) -> None:
-    assert ranks.run(4, _text, "shard") == ranks.run(4, _text, "replicate")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_sharded_model_writes_the_same_text(ranks: Ranks, dtype: torch.dtype) -> None:
+    assert ranks.run(4, _text, "shard", dtype) == ranks.run(4, _text, "replicate", dtype)
 
 
 def _first_step(data: str) -> dict[str, torch.Tensor]:

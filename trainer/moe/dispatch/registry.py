@@ -32,7 +32,10 @@ class ExchangeOptions(Config):
     wire: Literal["compute", "bfloat16"] = "compute"
     """Precision of rows on their way: as they are computed, or rounded (which changes what is learned a little)."""
     chunks: PositiveInt = 1
-    """Parts that a rank's experts are cut into: the rows of one travel while another one is computed."""
+    """Parts that a rank's experts are cut into: the rows of one travel while another one is computed.
+
+    Each costs a pass over the experts' gradients, and with `parallel.data: shard` gathers their weights once more.
+    """
 
 
 class AllToAllDispatcherConfig(ExchangeOptions):

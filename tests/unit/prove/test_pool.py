@@ -1,0 +1,47 @@
+"""Local ranks: what they answer, and what is left when one of them dies."""
+
+import os
+import signal
+
+import torch.distributed as dist
+
+from trainer.errors import DataError, ElsewhereError
+from trainer.prove.pool import Failure, LocalRanks
+
+
+def pid() -> int:
+    return os.getpid()
+
+
+def fail(kind: type[Exception] | None) -> int:
+    if dist.get_rank() == 1:
+        if kind is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        else:
+            raise kind("rows are lost")
+    return dist.get_rank()
+
+
+def test_processes_stay_for_the_next_function() -> None:
+    with LocalRanks() as ranks:
+        assert ranks.run(2, pid, timeout_s=60) == ranks.run(2, pid, timeout_s=60)
+
+
+def test_a_failure_is_the_answer_of_the_rank_that_had_it_and_the_processes_are_replaced() -> None:
+    with LocalRanks() as ranks:
+        for kind in (DataError, ElsewhereError, None):
+            _, failure = ranks.run(2, fail, kind, timeout_s=5)
+            assert isinstance(failure, Failure)
+            assert failure.is_lost == (kind is None)
+            if kind is not None:
+                assert type(failure.error) is kind and str(failure.error) == "rows are lost"
+        assert len(set(ranks.run(2, pid, timeout_s=60))) == 2
+
+
+def test_a_process_that_died_between_two_functions_is_an_answer() -> None:
+    with LocalRanks() as ranks:
+        first, _ = ranks.run(2, pid, timeout_s=60)
+        os.kill(first, signal.SIGKILL)
+        ranks._workers[0].process.join()
+        lost, _ = ranks.run(2, pid, timeout_s=5)
+        assert isinstance(lost, Failure) and lost.is_lost
