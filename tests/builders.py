@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.batch import Batch
+from trainer.distributed.mesh import Mesh
 from trainer.engine.native import NativeEngine, NumericsConfig
 from trainer.models.config import ModelConfig
 from trainer.models.gpt import GPT
@@ -13,6 +14,8 @@ from trainer.models.initialize import initialize
 from trainer.moe.config import MoEConfig
 from trainer.moe.routing import RoutingContext
 from trainer.optim.registry import AdamWConfig
+from trainer.parallel.config import ParallelConfig
+from trainer.parallel.parallelize import parallelize
 
 
 def make_context(num_sequences: int, seq_len: int, valid: Tensor | None = None, **fields: Any) -> RoutingContext:
@@ -82,12 +85,22 @@ def make_model(
 
 
 def make_engine(
-    config: ModelConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0, kernel: Any = "loop", **optim: Any
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    kernel: Any = "loop",
+    grad_clip: float = 1.0,
+    mesh: Mesh | None = None,
+    parallel: ParallelConfig | None = None,
+    **optim: Any,
 ) -> NativeEngine:
-    """An engine around an initialised model; bfloat16 keeps float32 parameters."""
-    parameters = torch.float64 if dtype is torch.float64 else torch.float32
-    model = make_model(config, seed=seed, kernel=kernel, dtype=parameters)
-    return NativeEngine(model, AdamWConfig(**optim), NumericsConfig(seed=seed, dtype=dtype, grad_clip=1.0))
+    """An engine of one process, or of a rank of a mesh; in bfloat16 the parameters are float32."""
+    mesh, parallel = mesh or Mesh.of_one(), parallel or ParallelConfig()
+    with torch.device("meta"):
+        whole = GPT(config, 32, experts_kernel=kernel).to(torch.float64 if dtype is torch.float64 else torch.float32)
+    model = parallelize(whole, parallel, mesh, torch.device("cpu"), seed=seed, dtype=dtype, can_compile=True)
+    return NativeEngine(model, AdamWConfig(**optim), NumericsConfig(seed=seed, dtype=dtype, grad_clip=grad_clip), mesh)
 
 
 def moe_config(**fields: Any) -> MoEConfig:

@@ -1,7 +1,11 @@
 """Test tensors are tiny: a second thread costs more than it brings, and the cores are shared with other processes."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+
+from tests.ranks import Ranks
 
 torch.set_num_threads(1)
 
@@ -14,3 +18,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def times(request: pytest.FixtureRequest) -> int:
     """How often to repeat what happens by chance: once in every run of the tests, more for a figure."""
     return int(request.config.getoption("--times"))
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    """Processes that run a function together; those of a module's tests stay for the next one."""
+    processes = Ranks()
+    yield processes
+    processes.close()

@@ -3,9 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch.distributed as dist
+
+from trainer.distributed.journal import Journal
+from trainer.distributed.layout import Layout
+from trainer.distributed.mesh import Mesh, build_mesh
 from trainer.prove.pool import Failure, LocalRanks
 
-MOST = 4
 TIMEOUT_S = 120.0
 
 
@@ -27,3 +31,11 @@ class Ranks(LocalRanks):
         if errors:
             raise AssertionError("\n".join(errors))
         return answers
+
+
+def mesh_here(*, ep_size: int = 1, ranks_per_node: int = 1, journal: Journal | None = None) -> Mesh:
+    """The groups of the rank that calls it, inside a function that `Ranks` runs."""
+    layout = Layout(
+        world_size=dist.get_world_size(), rank=dist.get_rank(), ep_size=ep_size, ranks_per_node=ranks_per_node
+    )
+    return build_mesh(layout, journal or Journal())

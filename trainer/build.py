@@ -25,12 +25,10 @@ from trainer.metrics.console import Console
 from trainer.metrics.jsonl import JsonlSink, NullSink
 from trainer.models.flops import ModelSize, model_size
 from trainer.models.gpt import GPT
-from trainer.models.initialize import initialize
 from trainer.moe.dispatch.registry import LocalDispatcherConfig
 from trainer.ops.fused_ffn import has_onednn_product
 from trainer.ops.kernels import choose_experts_kernel
 from trainer.parallel.parallelize import parallelize
-from trainer.parallel.shard import shard
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -147,10 +145,15 @@ def build_model(
         warn(
             "parallel.compile: true needs a C++ compiler (g++ or clang++), and there is none: going on without, slower"
         )
-    model = parallelize(whole_model(config, tokenizer), config.parallel, mesh, device, can_compile=can_compile)
-    model.to_empty(device=device)
-    initialize(model, config.seed)
-    return shard(model, mesh, dtype=_DTYPES[config.train.dtype]) if config.parallel.data == "shard" else model
+    return parallelize(
+        whole_model(config, tokenizer),
+        config.parallel,
+        mesh,
+        device,
+        seed=config.seed,
+        dtype=_DTYPES[config.train.dtype],
+        can_compile=can_compile,
+    )
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import io
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -51,7 +52,7 @@ def train_run(config: ExperimentConfig, folder: RunFolder, layout: Layout, *, wa
     screen = None if layout.rank == 0 else io.StringIO()  # one rank speaks for all
     with (
         joined(layout, device, timeout_s=config.parallel.timeout_s) as mesh,
-        Console(config.train.steps, file=screen) as console,
+        closing(Console(config.train.steps, file=screen)) as console,
     ):
         for warning in warnings:
             console.warning(warning)
@@ -85,7 +86,7 @@ def evaluate_checkpoint(
         )
     result = evaluate_as_configured(config, engine, corpus)
     record = result.record()
-    with Console(file=screen) as shown:
+    with closing(Console(file=screen)) as shown:
         shown.summary(
             RunSummary(
                 title=f"{config.name} at step {loaded.info['step']}",

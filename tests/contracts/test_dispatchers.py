@@ -1,6 +1,5 @@
 """What every dispatcher must do, on several ranks: the numbers and gradients of all experts in one process."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,10 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.builders import make_context
-from tests.ranks import Ranks
-from trainer.distributed.journal import Journal
-from trainer.distributed.layout import Layout, even_slice
-from trainer.distributed.mesh import build_mesh
+from tests.ranks import Ranks, mesh_here
+from trainer.distributed.layout import even_slice
 from trainer.moe.capacity import limit_to_capacity
 from trainer.moe.config import CapacityConfig
 from trainer.moe.dispatch.local import LocalDispatcher
@@ -45,13 +42,6 @@ SHAPES = {
     "every expert for every token": (2, 3, 3),
     "one choice": (2, 4, 1),
 }
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    processes = Ranks()
-    yield processes
-    processes.close()
 
 
 def _choices(case: str, rank: int, num_experts: int, top_k: int) -> tuple[Tensor, Tensor]:
@@ -119,12 +109,11 @@ def _through(dispatcher: Any, rank: int, experts: tuple[int, int], decision: Rou
 def on_a_rank(config: Any, case: str, num_experts: int, top_k: int, factor: float | None) -> dict:
     """One rank's part of the experts, behind the dispatcher."""
     world_size = dist.get_world_size()
-    layout = Layout(world_size=world_size, rank=dist.get_rank(), ep_size=world_size, ranks_per_node=2)
-    mesh = build_mesh(layout, Journal())
+    mesh = mesh_here(ep_size=world_size, ranks_per_node=2)
     dispatcher = config.build(mesh, num_experts)
-    decision = _decision(layout.rank, case, num_experts, top_k, factor)
-    here = even_slice(num_experts, layout.ep_size, layout.ep_rank)
-    return _through(dispatcher, layout.rank, here, decision, num_experts)
+    decision = _decision(mesh.layout.rank, case, num_experts, top_k, factor)
+    here = even_slice(num_experts, mesh.ep.size, mesh.ep.index)
+    return _through(dispatcher, mesh.layout.rank, here, decision, num_experts)
 
 
 def _compare(ranks: Ranks, config: Any, case: str, shape: tuple[int, int, int], factor: float | None) -> None:

@@ -6,13 +6,11 @@ import pytest
 import torch
 
 from tests.builders import make_batch, make_engine, tiny_model_config
-from trainer.distributed.mesh import Mesh
 from trainer.distributed.runtime import has_cpp_compiler
 from trainer.engine.native import NativeEngine
 from trainer.models.gpt import Block
 from trainer.ops.attention import blocked_attention, torch_attention
 from trainer.parallel.config import ParallelConfig
-from trainer.parallel.parallelize import parallelize
 
 pytestmark = pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler")
 
@@ -22,8 +20,8 @@ MOE = {"capacity": {"factor": 0.6, "min": 1}, "num_shared_experts": 1}
 
 
 def _engine(*, is_compiled: bool) -> NativeEngine:
-    engine = make_engine(tiny_model_config(MOE, seq_len=SEQ_LEN), kernel="fused", dtype=torch.float64)
-    parallelize(engine.model, ParallelConfig(compile=is_compiled), Mesh.of_one(), torch.device("cpu"), can_compile=True)
+    config = tiny_model_config(MOE, seq_len=SEQ_LEN)
+    engine = make_engine(config, kernel="fused", dtype=torch.float64, parallel=ParallelConfig(compile=is_compiled))
     expected = blocked_attention if is_compiled else torch_attention
     assert cast(Block, engine.model.blocks[0]).attention.core_attention is expected, "the law compares two ways"
     return engine

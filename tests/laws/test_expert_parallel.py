@@ -1,13 +1,12 @@
 """Law: how many ranks there are, and which experts are where, does not change what is learned."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.builders import make_batch, rows_of, tiny_model_config
+from tests.builders import make_batch, make_engine, rows_of, tiny_model_config
 from tests.ranks import Ranks
 from trainer.checkpoint.state import TrainState
 from trainer.data.batch import Batch
@@ -15,13 +14,8 @@ from trainer.data.stream import fill_rows
 from trainer.distributed.journal import Journal
 from trainer.distributed.layout import Layout, even_slice
 from trainer.distributed.mesh import Mesh, build_mesh
-from trainer.engine.native import NativeEngine, NumericsConfig
-from trainer.models.gpt import GPT
-from trainer.models.initialize import initialize
-from trainer.optim.registry import AdamWConfig
+from trainer.engine.native import NativeEngine
 from trainer.parallel.config import ParallelConfig
-from trainer.parallel.parallelize import parallelize
-from trainer.parallel.shard import shard
 
 STEPS, ROWS, SEQ_LEN = 10, 7, 8  # 7 rows: no number of ranks here divides them
 
@@ -46,25 +40,10 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    processes = Ranks()
-    yield processes
-    processes.close()
-
-
 def _engine(moe: dict, mesh: Mesh, parallel: dict) -> NativeEngine:
     config = tiny_model_config({"num_experts": 8, "balance": {"coef": 0.1}, **moe})
-    with torch.device("meta"):
-        model = GPT(config, 32).to(torch.float64)
-    section = ParallelConfig(ep_size=mesh.layout.ep_size, **parallel)
-    model = parallelize(model, section, mesh, torch.device("cpu"), can_compile=False)
-    model.to_empty(device="cpu")
-    initialize(model, 5)
-    if section.data == "shard":
-        model = shard(model, mesh, dtype=torch.float64)
-    numerics = NumericsConfig(seed=5, dtype=torch.float64, grad_clip=0.5)
-    return NativeEngine(model, AdamWConfig(), numerics, mesh)
+    section = ParallelConfig.model_validate(parallel)
+    return make_engine(config, dtype=torch.float64, seed=5, grad_clip=0.5, mesh=mesh, parallel=section)
 
 
 def _share(step: int, layout: Layout, num_pieces: int) -> list[Batch]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,7 @@ def test_a_planted_fault_is_caught_and_named(
     try:
         # A rank that waits for a collective which never comes waits this long.
         timeout_s = 30.0 if fault is skipped_collective else TIMEOUT_S
-        with LocalRanks() as ranks:  # of its own: a fault stays where it was planted
+        with closing(LocalRanks()) as ranks:  # of its own: a fault stays where it was planted
             mine = run_case(config, case, ranks, steps=STEPS, timeout_s=timeout_s, prepare=fault)
     except CommError as error:
         assert NAMED[fault] in str(error)

@@ -6,16 +6,6 @@ from trainer.checkpoint.state import Slice, TrainState
 from trainer.distributed.mesh import Mesh
 from trainer.errors import CheckpointError
 
-Table = list[dict[str, tuple[int, int]]]
-"""For each rank and name: first index of dimension 0 that is there, and how many."""
-
-
-def places(state: TrainState, mesh: Mesh) -> Table:
-    """Return what every rank has. Every rank must call it."""
-    return mesh.world.gather_objects(
-        {name: (part.start, len(part.tensor) if part.tensor.dim() else 1) for name, part in state.slices.items()}
-    )
-
 
 def gather_state(state: TrainState, mesh: Mesh) -> TrainState:
     """Return the whole state on rank 0; other ranks get what they had. Every rank must call it.
@@ -27,7 +17,9 @@ def gather_state(state: TrainState, mesh: Mesh) -> TrainState:
     """
     if mesh.world.size == 1:
         return state
-    table = places(state, mesh)
+    # For each rank and name: first index of dimension 0 that is there, and how many.
+    here = {name: (part.start, len(part.tensor) if part.tensor.dim() else 1) for name, part in state.slices.items()}
+    table: list[dict[str, tuple[int, int]]] = mesh.world.gather_objects(here)
     slices = {}
     for name, part in state.slices.items():
         total = part.global_shape[0] if part.global_shape else 1
@@ -43,11 +35,10 @@ def gather_state(state: TrainState, mesh: Mesh) -> TrainState:
         if not is_first:
             slices[name] = part
             continue
-        pieces = dict(zip(sorted(senders), arrived.split([receive[r] for r in sorted(senders)]), strict=True))
         whole = torch.empty(part.global_shape, dtype=arrived.dtype)  # on the CPU: a GPU may have no room for it
-        for rank, piece in pieces.items():
-            start, length = table[rank][name]
-            whole[start : start + length] = piece
+        for row, piece in zip(table, arrived.split(receive), strict=True):
+            start = row[name][0]
+            whole[start : start + len(piece)] = piece
         slices[name] = Slice.whole(whole)
     return TrainState(slices=slices, values=state.values)
 

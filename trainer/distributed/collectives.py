@@ -1,4 +1,4 @@
-"""Every collective there is: the only module that calls torch.distributed to exchange anything.
+"""Every collective but those of FSDP2: the only module that calls torch.distributed to exchange anything.
 
 A group of one rank exchanges nothing and needs no process group, so that one process runs the same code as many.
 All sums are SUM: nothing is ever averaged here, and nobody else divides by a number of ranks.

@@ -78,11 +78,12 @@ class NativeEngine(Engine):
             decayed=[p for name, p in self.parameters.items() if decays[name]],
             not_decayed=[p for name, p in self.parameters.items() if not decays[name]],
         )
-        copies = {name: p for name, p in self.parameters.items() if not is_cut(p)}
-        self.gradient_sums = (
-            GradientSum([p for name, p in copies.items() if name not in self.first_expert], self.mesh.world),
-            GradientSum([p for name, p in copies.items() if name in self.first_expert], self.mesh.edp),
-        )
+        self._dense = [p for name, p in self.parameters.items() if name not in self.first_expert]
+        self._experts = [self.parameters[name] for name in self.first_expert]
+        self.gradient_sums = [
+            GradientSum([p for p in parameters if not is_cut(p)], group)
+            for parameters, group in ((self._dense, self.mesh.world), (self._experts, self.mesh.edp))
+        ]
         self.optimizer_steps = 0
         shape = (len(model.moe_layers()), self.moe_config.num_experts if self.moe_config else 0)
         # Before the first step no load is known, and an even one makes the balance loss its constant minimum.
@@ -240,9 +241,8 @@ class NativeEngine(Engine):
         for gradient_sum in self.gradient_sums:
             gradient_sum.finish()
         layout, square = self.mesh.layout, torch.zeros((), dtype=torch.float64, device=self.device)
-        for is_expert, counts in ((False, layout.rank == 0), (True, layout.edp_rank == 0)):  # of copies the first one
-            mine = [p for name, p in self.parameters.items() if (name in self.first_expert) == is_expert]
-            counted = mine if counts else [p for p in mine if is_cut(p)]
+        for mine, is_first in ((self._dense, layout.rank == 0), (self._experts, layout.edp_rank == 0)):
+            counted = mine if is_first else [p for p in mine if is_cut(p)]  # of copies, the first one
             square = square + square_norm([local(p.grad) for p in counted if p.grad is not None]).to(self.device)
         return square
 

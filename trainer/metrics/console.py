@@ -128,14 +128,6 @@ class Console:
         self._bars = []
         self._screen.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _show_bar(self, bar: BarProgress) -> None:
         if not any(bar is other for other in self._bars):
             self._bars.append(bar)

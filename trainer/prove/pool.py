@@ -11,8 +11,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,14 +47,6 @@ class LocalRanks:
 
     def __init__(self) -> None:
         self._workers: list[_Worker] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float) -> list[Any]:
         """Return what `function(*args)` returned on each rank, or a `Failure`.
@@ -101,7 +92,7 @@ def _receive(pipes: list[Connection], timeout_s: float) -> list[Any]:
             if pipe in ready:
                 del missing[rank]
                 with suppress(EOFError, OSError):  # it died: no answer
-                    answers[rank] = pickle.loads(pipe.recv_bytes())
+                    answers[rank] = pipe.recv()
                 has_failed = has_failed or isinstance(answers[rank], Failure)
     return answers
 

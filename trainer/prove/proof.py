@@ -1,5 +1,6 @@
 """The proof: one process against every layout, on the user's own config."""
 
+from contextlib import closing
 from pathlib import Path
 
 from trainer.data.corpus import build_corpus
@@ -53,7 +54,7 @@ def prove(
     compared = "" if first_steps in (None, steps) else f", the first {first_steps} compared"
     found = labels(config)
     rows = []
-    with LocalRanks() as ranks:
+    with closing(LocalRanks()) as ranks:
         oracle = run_case(config, reference(config), ranks, steps=steps, timeout_s=timeout_s)
         table = Table(cases, compare(oracle, oracle, tolerance=tolerance).worst, labels=found)
         title = f"{config.name}: {len(cases)} layouts against one process, {steps} steps in {dtype}{compared}"

@@ -1,32 +1,19 @@
 """A state in parts on several ranks, whole on the first one."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-import torch.distributed as dist
 
-from tests.ranks import Ranks
+from tests.ranks import Ranks, mesh_here
 from trainer.checkpoint.gather import gather_state
 from trainer.checkpoint.state import Slice, TrainState
-from trainer.distributed.journal import Journal
-from trainer.distributed.layout import Layout
-from trainer.distributed.mesh import build_mesh
 from trainer.errors import CheckpointError
 
 WHOLE = torch.arange(10.0).view(5, 2)
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    processes = Ranks()
-    yield processes
-    processes.close()
-
-
 def _gathered(parts: list[tuple[int, int]]) -> tuple[torch.Tensor | None, str]:
     """What rank 0 has of `WHOLE` once it is gathered, and what went wrong."""
-    mesh = build_mesh(Layout(world_size=dist.get_world_size(), rank=dist.get_rank()), Journal())
+    mesh = mesh_here()
     start, end = parts[mesh.layout.rank]
     slices = {
         "cut": Slice(tensor=WHOLE[start:end], global_shape=(5, 2), start=start),

@@ -1,35 +1,18 @@
 """What a group exchanges, what it remembers of it, and how one rank's error becomes everyone's."""
 
 import gc
-from collections.abc import Iterator
 
-import pytest
 import torch
-import torch.distributed as dist
 
-from tests.ranks import Ranks
+from tests.ranks import Ranks, mesh_here
 from trainer.distributed.collectives import Exchange, Group
 from trainer.distributed.journal import Journal
-from trainer.distributed.layout import Layout
-from trainer.distributed.mesh import Mesh, build_mesh
 from trainer.distributed.together import raise_together
 from trainer.errors import DataError, ElsewhereError, TurnoutError
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    processes = Ranks()
-    yield processes
-    processes.close()
-
-
-def _mesh(ep_size: int = 1, journal: Journal | None = None) -> Mesh:
-    layout = Layout(world_size=dist.get_world_size(), rank=dist.get_rank(), ep_size=ep_size)
-    return build_mesh(layout, journal or Journal())
-
-
 def exchange_uneven() -> tuple[list, list]:
-    world = _mesh().world
+    world = mesh_here().world
     me = world.index
     x = torch.arange(3.0).add(10 * me)[:, None].requires_grad_()
     send, receive = ([1, 2], [1, 3]) if me == 0 else ([3, 0], [2, 0])
@@ -46,7 +29,7 @@ def test_an_exchange_is_in_the_order_of_the_senders_and_its_gradient_goes_back(r
 
 
 def count_exchanges() -> int:
-    world = _mesh().world
+    world = mesh_here().world
     gc.collect()
     gc.disable()
     for _ in range(5):
@@ -70,7 +53,7 @@ def test_a_group_of_one_exchanges_nothing() -> None:
 
 def note_four() -> list[str]:
     journal = Journal()
-    mesh = _mesh(ep_size=2, journal=journal)
+    mesh = mesh_here(ep_size=2, journal=journal)
     mesh.world.sum_(torch.zeros(5))
     mesh.ep.gather(torch.zeros(2))
     mesh.edp.broadcast_(torch.zeros(1))
@@ -86,7 +69,7 @@ def test_the_journal_keeps_the_last_operations_with_number_group_and_sizes(ranks
 
 
 def fail_on(failing: list[int], kind: type[Exception]) -> tuple[str, str, int | None, bool | None]:
-    world = _mesh().world
+    world = mesh_here().world
     try:
         with raise_together(world):
             if world.index in failing:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -224,7 +225,7 @@ def test_the_live_panel_leaves_the_screen_and_returns_the_cursor():
 
 def test_the_cursor_returns_when_training_fails():
     def run(console: Console) -> None:
-        with pytest.raises(RuntimeError), console:
+        with pytest.raises(RuntimeError), closing(console):
             console.step(RECORD)
             raise RuntimeError
 
@@ -252,8 +253,9 @@ def test_a_reader_that_goes_away_does_not_stop_training(tmp_path: Path):
     script = tmp_path / "run.py"
     script.write_text(
         "import sys\n"
+        "from contextlib import closing\n"
         "from trainer.metrics.console import Console\n"
-        "with Console(100000) as console:\n"
+        "with closing(Console(100000)) as console:\n"
         "    for step in range(20000):\n"
         "        console.step({'step': step, 'loss': 1.0})\n"
         "open(sys.argv[1], 'w').write('trained')\n"
@@ -269,10 +271,12 @@ def test_a_reader_that_goes_away_does_not_stop_training(tmp_path: Path):
     assert result.stderr == ""
 
 
-@pytest.mark.parametrize("closing", [">&-", ">/dev/full"])
-def test_an_output_that_was_never_there_or_is_full_does_not_stop_training(closing: str):
+@pytest.mark.parametrize("redirection", [">&-", ">/dev/full"])
+def test_an_output_that_was_never_there_or_is_full_does_not_stop_training(redirection: str):
     program = "from trainer.metrics.console import Console; c = Console(2); c.step({'step': 1}); import os; os._exit(0)"
-    result = subprocess.run(["bash", "-c", f'"$0" -c "$1" {closing}', sys.executable, program], timeout=60, check=False)
+    result = subprocess.run(
+        ["bash", "-c", f'"$0" -c "$1" {redirection}', sys.executable, program], timeout=60, check=False
+    )
     assert result.returncode == 0
 
 

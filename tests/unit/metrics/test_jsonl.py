@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from trainer.metrics.jsonl import JsonlSink, read_jsonl
 
 def test_every_record_is_readable_as_soon_as_it_is_written(tmp_path: Path):
     path = tmp_path / "run" / "metrics.jsonl"
-    with JsonlSink(path) as sink:
+    with closing(JsonlSink(path)) as sink:
         for step in (1, 2):
             sink.write({"step": step, "loss": 0.5})
             assert [r["step"] for r in read_jsonl(path)] == list(range(1, step + 1))
@@ -23,14 +24,14 @@ def test_every_record_is_readable_as_soon_as_it_is_written(tmp_path: Path):
 
 def test_not_finite_numbers_become_null_at_any_depth(tmp_path: Path):
     path = tmp_path / "m.jsonl"
-    with JsonlSink(path) as sink:
+    with closing(JsonlSink(path)) as sink:
         sink.write({"loss": float("nan"), "a": [float("inf"), {"b": -float("inf")}, 1.5], "n": np.array([1.0, np.nan])})
     assert "NaN" not in path.read_text() and "Infinity" not in path.read_text()
     assert read_jsonl(path) == [{"loss": None, "a": [None, {"b": None}, 1.5], "n": [1.0, None]}]
 
 
 def test_numpy_numbers_are_written_as_numbers(tmp_path: Path):
-    with JsonlSink(tmp_path / "m.jsonl") as sink:
+    with closing(JsonlSink(tmp_path / "m.jsonl")) as sink:
         sink.write({"i": np.int64(3), "f": np.float32(0.5), "d": np.float64(0.25), "b": np.bool_(True)})
     assert read_jsonl(tmp_path / "m.jsonl") == [{"i": 3, "f": 0.5, "d": 0.25, "b": True}]
 
@@ -52,7 +53,7 @@ def test_reader_names_the_line_that_is_not_a_record(tmp_path: Path, line: bytes)
 def test_opening_cuts_the_half_line_of_a_killed_run(tmp_path: Path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "lo')
-    with JsonlSink(path) as sink:
+    with closing(JsonlSink(path)) as sink:
         sink.write({"step": 2})
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
@@ -61,7 +62,7 @@ def test_opening_cuts_the_half_line_of_a_killed_run(tmp_path: Path):
 def test_resume_drops_later_steps_so_that_no_step_appears_twice(tmp_path: Path, step: int, kept: list[int]):
     path = tmp_path / "m.jsonl"
     path.write_text("".join(json.dumps({"step": s}) + "\n" for s in (10, 20, 30)))
-    with JsonlSink(path) as sink:
+    with closing(JsonlSink(path)) as sink:
         sink.resume_at(step)
         assert [r["step"] for r in read_jsonl(path)] == kept
         sink.write({"step": 40})
@@ -72,7 +73,7 @@ def test_resume_drops_later_steps_so_that_no_step_appears_twice(tmp_path: Path, 
 def test_resume_drops_evaluations_of_later_steps_and_keeps_records_without_step(tmp_path: Path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"note": 1}\n{"step": 5}\n{"step": 5, "eval/loss": 1.0}\n{"step": 6, "eval/loss": 1.0}\n')
-    with JsonlSink(path) as sink:
+    with closing(JsonlSink(path)) as sink:
         sink.resume_at(5)
     assert read_jsonl(path) == [{"note": 1}, {"step": 5}, {"step": 5, "eval/loss": 1.0}]
 
@@ -80,7 +81,7 @@ def test_resume_drops_evaluations_of_later_steps_and_keeps_records_without_step(
 def test_resume_drops_a_half_line_and_lines_a_power_cut_left(tmp_path: Path):
     path = tmp_path / "m.jsonl"
     path.write_bytes(b'{"step": 1}\n\0\0\0\0\n{"step": 2}\n')
-    with JsonlSink(path) as sink:
+    with closing(JsonlSink(path)) as sink:
         with path.open("ab") as other:
             other.write(b'{"step": 3')
         sink.resume_at(3)
@@ -92,7 +93,7 @@ def test_a_crash_while_resuming_leaves_the_old_file(tmp_path: Path, monkeypatch:
     before = '{"step": 1}\n{"step": 2}\n'
     path.write_text(before)
     warned: list[str] = []
-    with JsonlSink(path, warn=warned.append) as sink:
+    with closing(JsonlSink(path, warn=warned.append)) as sink:
         monkeypatch.setattr(Path, "replace", _raise_no_space)
         sink.resume_at(1)
     assert path.read_text() == before
@@ -102,7 +103,7 @@ def test_a_crash_while_resuming_leaves_the_old_file(tmp_path: Path, monkeypatch:
 def test_a_full_disk_warns_once_and_leaves_no_half_record(tmp_path: Path):
     path = tmp_path / "m.jsonl"
     warned: list[str] = []
-    with JsonlSink(path, warn=warned.append) as sink:
+    with closing(JsonlSink(path, warn=warned.append)) as sink:
         sink.write({"step": 1, "text": "x" * 40})
         with _LargestFile(100):
             for step in (2, 3, 4):
@@ -114,7 +115,7 @@ def test_a_full_disk_warns_once_and_leaves_no_half_record(tmp_path: Path):
 
 
 def test_a_full_disk_is_a_python_warning_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with JsonlSink(tmp_path / "m.jsonl") as sink:
+    with closing(JsonlSink(tmp_path / "m.jsonl")) as sink:
         monkeypatch.setattr(os, "write", _raise_no_space)
         with pytest.warns(RuntimeWarning, match="No space left on device"):
             sink.write({"step": 1})

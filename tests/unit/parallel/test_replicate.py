@@ -1,32 +1,20 @@
 """Gradients summed behind the backward pass."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.ranks import Ranks
+from tests.ranks import Ranks, mesh_here
 from trainer.distributed.journal import Journal
-from trainer.distributed.layout import Layout
-from trainer.distributed.mesh import build_mesh
 from trainer.parallel import replicate
 from trainer.parallel.replicate import GradientSum
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    processes = Ranks()
-    yield processes
-    processes.close()
 
 
 def _sums(num_passes: int, who: int | None) -> tuple[list[Tensor], list[list[int]]]:
     """Gradients after some backward passes of 4 layers, a bucket each; and how many sums had begun at each layer."""
     replicate._BUCKET_BYTES = 1
     journal = Journal()
-    mesh = build_mesh(Layout(world_size=dist.get_world_size(), rank=dist.get_rank()), journal)
+    mesh = mesh_here(journal=journal)
     generator = torch.Generator().manual_seed(3)
     layers = nn.Sequential(*[nn.Linear(3, 3, bias=False) for _ in range(4)]).double()
     for p in layers.parameters():

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from contextlib import closing
 
 import torch.distributed as dist
 
@@ -23,12 +24,12 @@ def fail(kind: type[Exception] | None) -> int:
 
 
 def test_processes_stay_for_the_next_function() -> None:
-    with LocalRanks() as ranks:
+    with closing(LocalRanks()) as ranks:
         assert ranks.run(2, pid, timeout_s=60) == ranks.run(2, pid, timeout_s=60)
 
 
 def test_a_failure_is_the_answer_of_the_rank_that_had_it_and_the_processes_are_replaced() -> None:
-    with LocalRanks() as ranks:
+    with closing(LocalRanks()) as ranks:
         for kind in (DataError, ElsewhereError, None):
             _, failure = ranks.run(2, fail, kind, timeout_s=5)
             assert isinstance(failure, Failure)
@@ -39,7 +40,7 @@ def test_a_failure_is_the_answer_of_the_rank_that_had_it_and_the_processes_are_r
 
 
 def test_a_process_that_died_between_two_functions_is_an_answer() -> None:
-    with LocalRanks() as ranks:
+    with closing(LocalRanks()) as ranks:
         first, _ = ranks.run(2, pid, timeout_s=60)
         os.kill(first, signal.SIGKILL)
         ranks._workers[0].process.join()

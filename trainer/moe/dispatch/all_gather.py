@@ -26,8 +26,8 @@ class _Everything:
     """(G, E) rows of each rank for each expert."""
     tokens: Tensor
     """(all T, D)."""
-    token_of_row: Tensor
-    """(all R,) numbers in `tokens`; by rank, and there in expert order."""
+    token_of_row: Sequence[Tensor]
+    """For each rank, numbers in `tokens`, in expert order."""
 
 
 class AllGatherDispatcher(AllToAllDispatcher):
@@ -66,7 +66,7 @@ class AllGatherDispatcher(AllToAllDispatcher):
         tokens = self._start_to_all(x, tokens_of).wait().to(x.dtype)
         numbers = self._start_to_all(order.token_of_row[:, None], rows_of).wait().flatten().split(rows_of)
         firsts = [sum(tokens_of[:rank]) for rank in range(self.group.size)]
-        token_of_row = torch.cat([number + first for number, first in zip(numbers, firsts, strict=True)])
+        token_of_row = [number + first for number, first in zip(numbers, firsts, strict=True)]
         return _Everything(order, counts, tokens, token_of_row)
 
     def _pick(self, everything: _Everything, bounds: Bounds) -> tuple[Tensor, ExchangePlan]:
@@ -75,8 +75,8 @@ class AllGatherDispatcher(AllToAllDispatcher):
         plan = plan_exchange(counts, bounds, self.group.index)
         first, end = bounds[self.group.index]
         before, until = counts[:, :first].sum(1).tolist(), counts[:, :end].sum(1).tolist()
-        by_rank = everything.token_of_row.split(counts.sum(1).tolist())
-        picked = torch.cat([row[b:u] for row, b, u in zip(by_rank, before, until, strict=True)])
+        by_rank = zip(everything.token_of_row, before, until, strict=True)
+        picked = torch.cat([tokens[b:u] for tokens, b, u in by_rank])
         return permute(everything.tokens.index_select(0, picked), plan.order), plan
 
     def _start_back(self, y: Tensor, plan: ExchangePlan) -> Exchange:
