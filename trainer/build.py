@@ -7,9 +7,13 @@ from typing import Any
 
 import torch
 
-from trainer.checkpoint.compatible import check_fits
-from trainer.checkpoint.manager import Checkpointer, Loaded
+from trainer import faults
+from trainer.checkpoint.compatible import check_fits, check_model, check_tokenizer
+from trainer.checkpoint.files import StoredTensors
+from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.load import Found, find, find_newest
 from trainer.checkpoint.run_folder import RunFolder
+from trainer.checkpoint.saver import Saver
 from trainer.config.dump import dump
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.data.stream import TrainStream
@@ -44,7 +48,7 @@ class Run:
     stream: TrainStream
     engine: Engine
     schedule: Callable[[int], float]
-    checkpointer: Checkpointer
+    saver: Saver
     console: Console
     metrics: JsonlSink | NullSink
     routing: JsonlSink | NullSink
@@ -65,10 +69,20 @@ class Run:
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
             "tokens": self.position * self.config.model.seq_len,
+            "rows_of_a_step": self.config.train.global_batch_size,
             "data_fingerprint": self.corpus.fingerprint,
             "tokenizer_fingerprint": self.corpus.tokenizer.fingerprint,
-            "model": self.config.model.model_dump(mode="json"),
-            "torch": torch.__version__,
+            # No generator has a state: weights, order of the rows and all noise are functions of this and the numbers
+            # of step and row.
+            "random": {"kind": "counter_based", "seed": self.config.seed},
+            "layout": {
+                "world_size": self.mesh.layout.world_size,
+                "ep_size": self.mesh.layout.ep_size,
+                "data": self.config.parallel.data,
+                "engine": self.config.engine.kind,
+            },
+            "versions": {"turnout": runtime.turnout_version(), "torch": torch.__version__},
+            "config": self.config.model_dump(mode="json"),
         }
 
 
@@ -102,15 +116,23 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
         stream=stream,
         engine=engine,
         schedule=config.schedule.build(total_steps=config.train.steps),
-        checkpointer=Checkpointer(folder.checkpoints, keep=config.checkpoint.keep),
+        saver=Saver(
+            CheckpointFolder(folder.checkpoints, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every),
+            mesh,
+            copies=config.checkpoint.asynchronous,
+        ),
         console=console,
         metrics=JsonlSink(folder.metrics, warn=console.warning) if is_writer else NullSink(),
         routing=JsonlSink(folder.routing, warn=console.warning) if is_writer else NullSink(),
         size=size,
     )
-    loaded = _load_newest(run)
-    if loaded is not None:
-        _resume(run, loaded)
+    with raise_together(mesh.world):
+        if is_writer:
+            run.saver.folder.clean()
+    found = find_newest(run.saver.folder, mesh.world, warn=console.warning)
+    if found is not None:
+        with raise_together(mesh.world):
+            _resume(run, found)
     with raise_together(mesh.world):
         if is_writer:
             folder.write(folder.config, dump(config))
@@ -199,50 +221,53 @@ def numerics(config: ExperimentConfig) -> NumericsConfig:
 
 def load_trained(
     config: ExperimentConfig, tokenizer: Tokenizer, folder: RunFolder, *, step: int | None, warn: Callable[[str], None]
-) -> tuple[Engine, Loaded]:
+) -> tuple[Engine, Found]:
     """Return an engine with the weights of a run's checkpoint, of `step` or the newest, all in this process.
 
     Raises:
         CheckpointError: if there is none, or it is damaged or of another model.
     """
-    checkpointer = Checkpointer(folder.checkpoints, keep=config.checkpoint.keep)
-    loaded = checkpointer.load_newest(warn=warn) if step is None else checkpointer.load(step)
-    if loaded is None:
+    checkpoints, mesh = CheckpointFolder(folder.checkpoints), Mesh.of_one()
+    found = find_newest(checkpoints, mesh.world, warn=warn) if step is None else find(checkpoints, step)
+    if found is None:
         raise CheckpointError(f"{folder.checkpoints}: has no checkpoint; train first")
     device = runtime.start(config.parallel.device)
     alone = config.parallel.model_copy(update={"ep_size": 1, "dispatcher": LocalDispatcherConfig()})
     config = resolve_kernel(config.model_copy(update={"parallel": alone}), device)
-    mesh = Mesh.of_one()
     model = build_model(config, tokenizer, mesh, device, warn=warn)
     engine = config.engine.build(model, config.optim, numerics(config), mesh)
-    check_fits(loaded.path, loaded.state, engine.state())
-    engine.load_state(loaded.state)
-    return engine, loaded
+    _load_state(found, engine, config, tokenizer)
+    return engine, found
 
 
-def _load_newest(run: Run) -> Loaded | None:
-    """Let rank 0 find the newest undamaged checkpoint, and every rank read that one."""
-    world, loaded, step = run.mesh.world, None, None
-    with raise_together(world):
-        if run.mesh.layout.rank == 0:
-            run.checkpointer.clean()
-            loaded = run.checkpointer.load_newest(warn=run.console.warning)
-            step = None if loaded is None else int(loaded.info["step"])
-    step = world.gather_objects(step)[0]
-    with raise_together(world):
-        return run.checkpointer.load(step) if loaded is None and step is not None else loaded
-
-
-def _resume(run: Run, loaded: Loaded) -> None:
-    check_fits(loaded.path, loaded.state, run.engine.state())
-    saved, now = loaded.info["data_fingerprint"], run.corpus.fingerprint
+def _resume(run: Run, found: Found) -> None:
+    """Go on from a checkpoint: each rank reads its own parts, however the ranks that wrote it were laid out."""
+    faults.hit("resume.found")
+    _load_state(found, run.engine, run.config, run.corpus.tokenizer)
+    saved, now = str(found.run["data_fingerprint"]), run.corpus.fingerprint
     if saved != now:
         raise DataError(
-            f"{loaded.path}: was trained on other text than data.sources gives now (fingerprint {saved[:12]}, now "
+            f"{found.path}: was trained on other text than data.sources gives now (fingerprint {saved[:12]}, now "
             f"{now[:12]}); restore the files, or start a new run with name=..."
         )
-    run.engine.load_state(loaded.state)
-    run.start_step, run.position = int(loaded.info["step"]), int(loaded.info["position"])
-    run.skipped_steps = int(loaded.info["skipped_steps"])
-    run.skipped_in_a_row = int(loaded.info["skipped_in_a_row"])
-    run.console.message(f"resuming from {loaded.path}")
+    run.start_step, run.position = found.step, int(found.run["position"])
+    run.skipped_steps = int(found.run["skipped_steps"])
+    run.skipped_in_a_row = int(found.run["skipped_in_a_row"])
+    run.console.message(f"resuming from {found.path}{_moved(found, run)}")
+    faults.hit("resume.loaded")
+
+
+def _load_state(found: Found, engine: Engine, config: ExperimentConfig, tokenizer: Tokenizer) -> None:
+    check_model(found, config.model.model_dump(mode="json"))
+    check_tokenizer(found, fingerprint=tokenizer.fingerprint)
+    mine = engine.state()
+    check_fits(found, mine)
+    with StoredTensors(found.path, found.manifest) as tensors:
+        engine.load_state(tensors.like(mine))
+
+
+def _moved(found: Found, run: Run) -> str:
+    """Say how the layout differs from the one that wrote the checkpoint."""
+    before, now = dict(found.run.get("layout", {})), run.checkpoint_info()["layout"]
+    changes = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
+    return f" ({', '.join(changes)})" if changes else ""

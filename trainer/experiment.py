@@ -45,8 +45,12 @@ class CheckpointConfig(Config):
 
     every: PositiveInt | None = 500
     """Steps between checkpoints; there is one at the end as well. Null: only at the end."""
-    keep: PositiveInt = 3
-    """Newest checkpoints to keep."""
+    keep: Annotated[int, Field(ge=2)] = 3
+    """Newest sound checkpoints to keep: at least two, so that a damaged one is not the last."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints of steps that are a multiple of this stay for ever. Null: none does."""
+    asynchronous: bool = True
+    """Write behind the training loop, from a copy of the state in memory. False: the loop waits, without a copy."""
 
 
 class MetricsConfig(Config):

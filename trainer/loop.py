@@ -5,14 +5,14 @@ import time
 import torch
 
 from trainer.build import Run
-from trainer.checkpoint.gather import gather_state
+from trainer.checkpoint.saver import Saved
 from trainer.data.corpus import Corpus
 from trainer.distributed.layout import Layout
 from trainer.distributed.signals import StopRequest
 from trainer.distributed.together import raise_together
 from trainer.engine.base import Engine, StepResult
 from trainer.engine.evaluation import EvalResult, evaluate
-from trainer.errors import CheckpointError, NumericsError, ResourceError
+from trainer.errors import NumericsError
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.routing import routing_metrics
 
@@ -72,6 +72,8 @@ def fit(run: Run) -> EvalResult | None:
             if every(config.checkpoint.every, done) or is_last or stopped_by:
                 journal.enter("saving")
                 save(run, done, is_needed=is_last or stopped_by is not None)
+            else:
+                announce(run, run.saver.finished())
             pace.restart()
             if stopped_by and not is_last:
                 run.console.message(f"stopped by {stopped_by} after step {done}: saved; start again to go on")
@@ -99,19 +101,29 @@ def evaluate_as_configured(
 
 
 def save(run: Run, done: int, *, is_needed: bool) -> None:
-    """Save a checkpoint; a disk that refuses only ends the run where there is no later chance."""
-    state = gather_state(run.engine.state(), run.mesh)
+    """Begin to save a checkpoint, or save it now; a disk that refuses only ends the run if there is no later chance."""
+    announce(run, run.saver.wait())  # one at a time
+    run.saver.start(done, run.engine.state(), run.checkpoint_info())
+    if not is_needed and run.config.checkpoint.asynchronous:
+        return
+    saved = run.saver.wait()
+    assert saved is not None, "it was started"
     with raise_together(run.mesh.world):
-        if run.mesh.layout.rank > 0:
-            return
-        try:
-            path = run.checkpointer.save(done, state, run.checkpoint_info())
-        except (ResourceError, CheckpointError) as error:
-            if is_needed:
-                raise
-            run.console.warning(f"{error}. Training goes on")
-            return
-        run.console.checkpoint(path, done)
+        if is_needed and saved.error is not None and run.mesh.layout.rank == 0:
+            raise saved.error
+    announce(run, saved)
+
+
+def announce(run: Run, saved: Saved | None) -> None:
+    """Say how a save went, once it is known."""
+    if saved is None:
+        return
+    if saved.error is not None:
+        run.console.warning(f"{saved.error}. Training goes on")
+        return
+    lost = f"{saved.stalled_s * 1e3:.0f} ms" if saved.stalled_s < 1 else f"{saved.stalled_s:.1f} s"
+    note = f"{saved.size_bytes / 1e6:.0f} MB in {saved.behind_s:.1f} s, of which training waited {lost}"
+    run.console.checkpoint(saved.path, saved.step, note=note)
 
 
 def _agree(run: Run, stop: StopRequest) -> str | None:

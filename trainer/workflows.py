@@ -19,9 +19,9 @@ from trainer.distributed.mesh import joined
 from trainer.distributed.together import raise_together
 from trainer.engine.base import Engine
 from trainer.engine.evaluation import EvalResult
-from trainer.errors import PREEMPTED
+from trainer.errors import PREEMPTED, CommError, TurnoutError
 from trainer.experiment import ExperimentConfig
-from trainer.loop import evaluate_as_configured, fit
+from trainer.loop import announce, evaluate_as_configured, fit
 from trainer.metrics.console import Console
 from trainer.metrics.jsonl import read_jsonl
 from trainer.metrics.readable import visible
@@ -63,7 +63,12 @@ def train_run(config: ExperimentConfig, folder: RunFolder, layout: Layout, *, wa
         console.header(_header(run))
         if run.start_step >= config.train.steps:
             console.message(f"already at step {run.start_step} of {config.train.steps}: nothing is left to train")
-        evaluation = fit(run)
+        try:
+            evaluation = fit(run)
+        except TurnoutError as error:
+            if not isinstance(error, CommError):  # what is being saved is still worth having
+                announce(run, run.saver.wait())
+            raise
         if evaluation is None:
             return PREEMPTED
         prompt, sample = _sample(run)  # every rank takes part: it needs everyone's experts
@@ -79,8 +84,8 @@ def evaluate_checkpoint(
     console = Console(file=sys.stderr)
     with console.progress_bar("reading text") as bar:
         corpus = build_corpus(config.data, progress=bar)
-    engine, loaded = load_trained(config, corpus.tokenizer, folder, step=step, warn=console.warning)
-    if loaded.info["data_fingerprint"] != corpus.fingerprint:
+    engine, found = load_trained(config, corpus.tokenizer, folder, step=step, warn=console.warning)
+    if found.run["data_fingerprint"] != corpus.fingerprint:
         console.warning(
             "this is not the text the run was trained on: some of what is held out now may have been learned"
         )
@@ -89,7 +94,7 @@ def evaluate_checkpoint(
     with closing(Console(file=screen)) as shown:
         shown.summary(
             RunSummary(
-                title=f"{config.name} at step {loaded.info['step']}",
+                title=f"{config.name} at step {found.step}",
                 facts=[("target tokens", str(sum(domain.sums.target_tokens for domain in result.domains)))],
                 scores=_scores(corpus, result),
                 eval_loss=record["eval/loss"],
@@ -97,7 +102,7 @@ def evaluate_checkpoint(
                 experts=_experts(engine, result),
             )
         )
-    return {"step": loaded.info["step"], **record}
+    return {"step": found.step, **record}
 
 
 def generate_text(config: ExperimentConfig, folder: RunFolder, options: GenerateOptions) -> int:
@@ -173,7 +178,7 @@ def _summary(run: Run, evaluation: EvalResult, prompt: str, sample: str) -> RunS
         sample=sample,
         written=[
             ("run folder", str(run.folder.path)),
-            ("checkpoint", str(run.checkpointer.path(steps))),
+            ("checkpoint", str(run.saver.folder.of_step(steps))),
             ("metrics", str(run.folder.metrics)),
             ("more text", f"python -m trainer generate {run.folder.path}"),
         ],

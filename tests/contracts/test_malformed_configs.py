@@ -271,7 +271,7 @@ CASES = [
     Case("checkpoint every zero steps",
          "name: x\ncheckpoint: {every: 0, keep: 0}\n",
          ["x.yaml:2:21: checkpoint.every: must be more than 0, got 0",
-          "x.yaml:2:30: checkpoint.keep: must be more than 0, got 0"]),
+          "x.yaml:2:30: checkpoint.keep: must be at least 2, got 0"]),
     Case("infinity",
          "name: x\nmodel: {moe: {capacity: {factor: .inf}}}\n",
          ["x.yaml:2:34: model.moe.capacity.factor: must be a finite number, got .inf"]),

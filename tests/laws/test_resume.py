@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.builders import make_batch, make_engine, rows_of, tiny_model_config
-from trainer.checkpoint.manager import Checkpointer
+from tests.saved import load, resume, save
+from trainer.checkpoint.state import Slice, TrainState
 from trainer.engine.native import NativeEngine
 
 ROWS, SEQ_LEN = 8, 8
@@ -59,8 +60,7 @@ def _hash(engine: NativeEngine) -> str:
 def _second_half(case: str, folder: Path, answer: Path) -> None:
     torch.set_num_threads(1)
     engine = _engine(case)
-    loaded = Checkpointer(folder, keep=1).load(10)
-    engine.load_state(loaded.state)
+    resume(engine, folder, 10)
     curve = _train(engine, 10, 20, CASES[case][2])
     answer.write_text(json.dumps({"curve": curve, "hash": _hash(engine)}))
 
@@ -73,7 +73,7 @@ def test_a_resumed_run_continues_bit_for_bit_in_a_new_process(case: str, tmp_pat
 
     first_half = _engine(case)
     assert _train(first_half, 0, 10, num_pieces) == curve[:10]
-    Checkpointer(tmp_path / "c", keep=1).save(10, first_half.state(), {})
+    save(tmp_path / "c", 10, first_half.state())
     answer = tmp_path / "answer.json"
     process = multiprocessing.get_context("spawn").Process(target=_second_half, args=(case, tmp_path / "c", answer))
     process.start()
@@ -91,11 +91,8 @@ def test_a_state_that_forgets_something_is_noticed(forgotten: str, tmp_path: Pat
     config = tiny_model_config({"router": router, "balance": {"coef": 0.5, "counts": "previous_step"}})
     whole, resumed = make_engine(config), make_engine(config)
     _train(whole, 0, 10, 2)
-    Checkpointer(tmp_path, keep=1).save(10, whole.state(), {})
-    state = Checkpointer(tmp_path, keep=1).load(10).state
-    fresh = make_engine(config).state()
-    for name in state.slices:
-        if forgotten in name:
-            state.slices[name] = fresh.slices[name]
-    resumed.load_state(state)
+    save(tmp_path, 10, whole.state())
+    stored, fresh = load(tmp_path, 10), make_engine(config).state()
+    kept = {name: Slice.whole(t) for name, t in stored.items() if forgotten not in name}
+    resumed.load_state(TrainState(slices={**fresh.slices, **kept}, values=whole.state().values))
     assert _train(resumed, 10, 14, 2) != _train(whole, 10, 14, 2)

@@ -1,30 +1,89 @@
-"""Whether a state fits a model, said in the user's terms before anything is copied."""
+"""Whether a checkpoint may be gone on from, said in the user's terms before anything is copied."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from trainer.checkpoint.load import Found
+from trainer.checkpoint.manifest import StoredTensor
 from trainer.checkpoint.state import TrainState
+from trainer.config.dump import inline
 from trainer.errors import CheckpointError
 
 
-def check_fits(path: Path, saved: TrainState, mine: TrainState) -> None:
-    """Compare names, shapes and dtypes of two states.
+def check_fits(found: Found, mine: TrainState) -> None:
+    """Compare names, shapes and dtypes of a checkpoint's tensors with those of a state.
 
     Raises:
         CheckpointError: with the first difference and how many there are.
     """
-    differences = []
-    for name in sorted(saved.slices.keys() | mine.slices.keys()):
-        have, want = saved.slices.get(name), mine.slices.get(name)
-        if have is None:
-            differences.append(f"{name} is not in it")
-        elif want is None:
-            differences.append(f"it has {name}, which this model does not")
-        elif have.global_shape != want.global_shape:
-            differences.append(f"{name} is {list(have.global_shape)} in it and {list(want.global_shape)} in this model")
-        elif have.tensor.dtype != want.tensor.dtype:
-            differences.append(f"{name} is {have.tensor.dtype} in it and {want.tensor.dtype} in this model")
+    saved = found.manifest.tensors
+    differences = [
+        difference
+        for name in sorted(saved.keys() | mine.slices.keys())
+        if (difference := _difference(name, saved.get(name), mine)) is not None
+    ]
     if differences:
-        more = f" (and {len(differences) - 1} more differences)" if len(differences) > 1 else ""
+        raise _refusal(found.path, differences)
+
+
+def check_model(found: Found, model: Mapping[str, Any]) -> None:
+    """Compare the model that a checkpoint was written with to the one of the config.
+
+    Args:
+        found: the checkpoint.
+        model: the config's `model` section as JSON values.
+
+    Raises:
+        CheckpointError: with the first key that differs, both values, and how many there are.
+    """
+    saved = found.run.get("config")
+    before = saved.get("model", {}) if isinstance(saved, Mapping) else {}
+    differences = [
+        f"{key} is {inline(old)} in it and {inline(new)} in the config"
+        for key, old, new in _changes("model", before, model)
+    ]
+    if differences:
+        raise _refusal(found.path, differences)
+
+
+def check_tokenizer(found: Found, *, fingerprint: str) -> None:
+    """Compare tokenizers: the same number means another text under another one.
+
+    Raises:
+        CheckpointError: with both fingerprints.
+    """
+    saved = str(found.run.get("tokenizer_fingerprint"))
+    if saved != fingerprint:
         raise CheckpointError(
-            f"{path}: was written by a different model: {differences[0]}{more}; use the run's own config, or a new name"
+            f"{found.path}: was trained on another tokenizer than data.tokenizer gives now (fingerprint {saved[:12]}, "
+            f"now {fingerprint[:12]}); restore its files, or use a new name=..."
         )
+
+
+def _difference(name: str, saved: StoredTensor | None, mine: TrainState) -> str | None:
+    part = mine.slices.get(name)
+    if saved is None:
+        return f"{name} is not in it"
+    if part is None:
+        return f"it has {name}, which this model does not"
+    if tuple(saved.shape) != part.global_shape:
+        return f"{name} is {saved.shape} in it and {list(part.global_shape)} in this model"
+    dtype = str(part.tensor.dtype).removeprefix("torch.")
+    if saved.dtype != dtype:
+        return f"{name} is {saved.dtype} in it and {dtype} in this model (train.dtype)"
+    return None
+
+
+def _refusal(path: Path, differences: list[str]) -> CheckpointError:
+    more = f" (and {len(differences) - 1} more differences)" if len(differences) > 1 else ""
+    return CheckpointError(
+        f"{path}: was written by a different model: {differences[0]}{more}; use the run's own config, or a new name=..."
+    )
+
+
+def _changes(prefix: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
+    """Return the keys whose values differ; one that the checkpoint does not know yet is younger than it."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        return [change for key in old for change in _changes(f"{prefix}.{key}", old[key], new.get(key))]
+    return [] if old == new else [(prefix, old, new)]

@@ -1,5 +1,6 @@
 """What a checkpoint holds: named tensors, each a slice of a global one, and a few plain values."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -14,11 +15,18 @@ class Slice:
     global_shape: tuple[int, ...]
     start: int = 0
     """First index of dimension 0 that is here."""
+    is_of_experts: bool = False
+    """Dimension 0 counts experts."""
 
     @property
     def is_whole(self) -> bool:
         """Tell whether this is all of the global tensor."""
         return tuple(self.tensor.shape) == self.global_shape
+
+    @property
+    def length(self) -> int:
+        """How many indices of dimension 0 are here; a tensor without dimensions counts as one."""
+        return self.tensor.shape[0] if self.tensor.dim() else 1
 
     @classmethod
     def whole(cls, tensor: Tensor) -> Self:
@@ -30,5 +38,5 @@ class Slice:
 class TrainState:
     """Everything that the next step depends on. Names never contain a rank."""
 
-    slices: dict[str, Slice] = field(default_factory=dict)
-    values: dict[str, int | float | str] = field(default_factory=dict)
+    slices: Mapping[str, Slice] = field(default_factory=dict)
+    values: Mapping[str, int | float | str] = field(default_factory=dict)

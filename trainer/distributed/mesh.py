@@ -21,6 +21,8 @@ from trainer.errors import CommError
 _START_S = 300.0
 """Processes import and start for different times: nobody is given up earlier."""
 _NCCL_MARGIN_S = 15.0
+_SAVING = timedelta(hours=6)
+"""Files may take long; a rank that is lost is noticed elsewhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,12 +40,14 @@ class Mesh:
     """Those of `ep` with this rank's place on the other nodes."""
     edp: Group
     """Ranks with the same experts."""
+    saving: Group
+    """All ranks once more, for a thread of its own: what is written behind the loop is agreed on there."""
 
     @classmethod
     def of_one(cls) -> "Mesh":
         """Return the mesh of a single process."""
         one = Group.of_one()
-        return cls(layout=Layout(), world=one, ep=one, ep_inside=one, ep_between=one, edp=one)
+        return cls(layout=Layout(), world=one, ep=one, ep_inside=one, ep_between=one, edp=one, saving=one)
 
 
 @contextmanager
@@ -131,8 +135,11 @@ def build_mesh(layout: Layout, journal: Journal, watch: Watch | None = None) -> 
         mine = next(ranks for ranks in members if layout.rank in ranks)
         return Group(name, mine, me=layout.rank, handle=handles[tuple(mine)], journal=journal, watch=watch)
 
+    # On the CPU whatever the ranks compute on, with its own journal: another thread uses it.
+    saving = cast(dist.ProcessGroup, dist.new_group(everyone, backend="gloo", timeout=_SAVING))
     return Mesh(
         layout=layout,
+        saving=Group("saving", everyone, me=layout.rank, handle=saving, journal=Journal()),
         world=group("world", [everyone]),
         ep=group("ep", layout.ep_ranks()),
         ep_inside=group("ep inside a node", layout.ep_inside_ranks()),

@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import subprocess
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,20 @@ def git_commit() -> str | None:
     return found.stdout.strip()
 
 
+def turnout_version() -> str | None:
+    """Return the version that pip knows; None where the code runs without having been installed."""
+    try:
+        return metadata.version("turnout")
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def describe() -> dict[str, Any]:
     """Return what environment.json says of this process: versions and hardware, no secrets."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "python": platform.python_version(),
+        "turnout": turnout_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
         "cpu_vendor": cpu_vendor(),

@@ -3,6 +3,7 @@
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from trainer.distributed.collectives import Group
 from trainer.errors import ElsewhereError, TurnoutError
@@ -30,9 +31,7 @@ def raise_together(group: Group) -> Iterator[None]:
         error = caught
     except Exception as caught:
         error = caught
-    if group.watch is not None:
-        group.watch.meet()  # patient: one rank may read text or write files for longer than an exchange may take
-    reports = group.gather_objects(None if error is None else _report(error))
+    reports = meet(group, None if error is None else _report(error))
     failed = [rank for rank, report in enumerate(reports) if report is not None]
     if not failed:
         return
@@ -46,6 +45,17 @@ def raise_together(group: Group) -> Iterator[None]:
         shown.is_this_ranks = True
         raise shown from None
     raise error
+
+
+def meet(group: Group, value: Any) -> list[Any]:
+    """Return what every rank has to say, once all have come here, however long one of them still works.
+
+    Raises:
+        TurnoutError: if one of them is lost.
+    """
+    if group.watch is not None:
+        group.watch.meet()  # patient: one rank may read text or write files for longer than an exchange may take
+    return group.gather_objects(value)
 
 
 def _report(error: Exception) -> tuple[str, int]:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -93,22 +94,41 @@ class Watch:
         """
         self._meetings += 1
         self._publish(self._store)
-        key, pause, looked = f"meeting/{self._meetings}", 0.005, time.monotonic()
+        key, number = f"meeting/{self._meetings}", self._meetings
         self._store.add(key, 1)
+        self._wait(
+            lambda: self._store.add(key, 0) >= self.world_size,
+            is_awaited=lambda beat: beat.meetings < number,
+            failing="does not come to the meeting of all ranks",
+        )
+
+    def wait_until(self, done: Callable[[], bool]) -> None:
+        """Wait for what all ranks do together elsewhere, for as long as it takes while all are alive.
+
+        Args:
+            done: becomes true on this rank once all have done their part.
+
+        Raises:
+            CommError: if a rank is lost.
+        """
+        self._wait(done, is_awaited=lambda beat: beat.state != "left" or beat.error is not None, failing="is gone")
+
+    def _wait(self, done: Callable[[], bool], *, is_awaited: Callable[[Beat], bool], failing: str) -> None:
+        pause, looked = 0.005, time.monotonic()
         heard: dict[int, tuple[int, float]] = {}  # rank: its last beat's number, and when it changed
-        while self._store.add(key, 0) < self.world_size:
+        while not done():
             time.sleep(pause)
             pause = min(2 * pause, _BEAT_S / 2)
             now = time.monotonic()
             if now - looked < _LOOK_S:
                 continue
             looked, beats = now, self._read()
-            for rank in (rank for rank, beat in beats.items() if beat.meetings < self._meetings):
+            for rank in (rank for rank, beat in beats.items() if is_awaited(beat)):
                 if rank not in heard or heard[rank][0] != beats[rank].number:
                     heard[rank] = (beats[rank].number, now)
                 is_gone = beats[rank].state in ("gave up", "left")
                 if is_gone or now - heard[rank][1] > self.timeout_s:
-                    raise CommError(f"rank {self.rank}: rank {rank} does not come to the meeting of all ranks")
+                    raise CommError(f"rank {self.rank}: rank {rank} {failing}")
 
     def explain(self, error: CommError) -> TurnoutError:
         """Return what really happened when an exchange failed on this rank: who is missing, or whose error it was.

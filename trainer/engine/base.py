@@ -97,7 +97,7 @@ class Engine(ABC):
 
     @abstractmethod
     def load_state(self, state: TrainState) -> None:
-        """Take over a state; names and shapes have been checked against `state()`."""
+        """Take over a state of the same parts of the same tensors as `state()` has."""
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return a context in which the model computes in the precision of training."""

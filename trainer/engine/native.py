@@ -205,15 +205,19 @@ class NativeEngine(Engine):
         first, shape = self.first_expert.get(parameter), tuple(tensor.shape)
         if first is not None and self.moe_config is not None:
             shape = (self.moe_config.num_experts, *shape[1:])
-        return Slice(tensor=local(tensor), global_shape=shape, start=(first or 0) + first_row(tensor))
+        return Slice(
+            tensor=local(tensor),
+            global_shape=shape,
+            start=(first or 0) + first_row(tensor),
+            is_of_experts=first is not None,
+        )
 
     @torch.no_grad()
     def load_state(self, state: TrainState) -> None:
         """Copy a state into weights, buffers, moments and counters."""
         self.optimizer_steps = int(state.values["optimizer_steps"])
         for name, mine in self.state().slices.items():
-            whole = state.slices[name].tensor
-            mine.tensor.copy_(whole if mine.is_whole else whole[mine.start : mine.start + len(mine.tensor)])
+            mine.tensor.copy_(state.slices[name].tensor)
         for p in self.parameters.values():
             self._moments(p)["step"].fill_(self.optimizer_steps)
 

@@ -112,9 +112,9 @@ class Console:
         # Wrapped under its first word, beyond the step.
         self._screen.line(line, hanging=lines.step_label(0, self._progress.total_steps).cell_len + 2)
 
-    def checkpoint(self, path: str | os.PathLike[str], step: int) -> None:
-        """Print a permanent line: where the checkpoint of completed step `step` lies."""
-        self._screen.line(lines.checkpoint(os.fspath(path), step, self._progress.total_steps))
+    def checkpoint(self, path: str | os.PathLike[str], step: int, *, note: str = "") -> None:
+        """Print a permanent line: where the checkpoint of completed step `step` lies, and what it took."""
+        self._screen.line(lines.checkpoint(os.fspath(path), step, self._progress.total_steps, note))
 
     def summary(self, summary: RunSummary) -> None:
         """Print the last screen of a run in place of the live panel."""

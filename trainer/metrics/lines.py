@@ -46,9 +46,10 @@ def evaluation(record: Record, progress: TrainingProgress) -> Text:
     return line
 
 
-def checkpoint(path: str, step: int, total_steps: int) -> Text:
+def checkpoint(path: str, step: int, total_steps: int, note: str) -> Text:
     """Return the notice of a saved checkpoint."""
-    return step_label(step, total_steps).append("  saved ").append(readable.visible(path), style="default")
+    line = step_label(step, total_steps).append("  saved ").append(readable.visible(path), style="default")
+    return line.append(f"  {note}", style=QUIET) if note else line
 
 
 def finished_bar(bar: BarProgress) -> Text:

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from trainer.build import build_model, numerics, resolve_kernel
-from trainer.checkpoint.gather import gather_state
 from trainer.checkpoint.state import TrainState
 from trainer.data.corpus import build_corpus
 from trainer.data.stream import TrainStream
 from trainer.distributed.mesh import Mesh
 from trainer.engine.native import NativeEngine
 from trainer.experiment import ExperimentConfig
+from trainer.prove.gather import gather_state
 
 
 @dataclass(slots=True, kw_only=True)

@@ -7,13 +7,13 @@ import torch
 
 from tests.builders import make_batch, make_engine, tiny_model_config
 from tests.ranks import Ranks, mesh_here
-from trainer.checkpoint.gather import gather_state
 from trainer.distributed.mesh import Mesh
 from trainer.engine.native import NativeEngine
 from trainer.models.generation import generate
 from trainer.models.sampling import SamplingOptions
 from trainer.parallel.config import ParallelConfig
 from trainer.parallel.shard import local
+from trainer.prove.gather import gather_state
 
 Data = Literal["replicate", "shard"]
 

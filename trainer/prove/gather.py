@@ -1,4 +1,4 @@
-"""A state that is spread over several ranks, put together on the first one: a file knows no ranks."""
+"""A state that is spread over several ranks, put together on the first one, to be compared with another."""
 
 import torch
 

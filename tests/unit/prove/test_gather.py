@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests.ranks import Ranks, mesh_here
-from trainer.checkpoint.gather import gather_state
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.errors import CheckpointError
+from trainer.prove.gather import gather_state
 
 WHOLE = torch.arange(10.0).view(5, 2)
 

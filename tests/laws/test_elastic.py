@@ -1,0 +1,160 @@
+"""Law: a run goes on under any other number of ranks, any other split of the experts, with copies or shards."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.builders import make_batch, make_engine, rows_of, tiny_model_config
+from tests.ranks import Ranks, mesh_here
+from tests.saved import load, resume
+from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.saver import Saver
+from trainer.distributed.layout import even_slice
+from trainer.distributed.mesh import Mesh
+from trainer.engine.native import NativeEngine
+from trainer.parallel.config import ParallelConfig
+from trainer.prove.gather import gather_state
+
+ROWS, SEQ_LEN, EXPERTS, BEFORE = 12, 8, 8, 4
+MOE = {
+    "num_experts": EXPERTS,
+    "num_shared_experts": 1,
+    "router": {"kind": "bias_balanced", "bias_update_rate": 0.05, "jitter": 0.1},
+    "balance": {"coef": 0.1, "counts": "previous_step"},
+}
+
+
+@dataclass(frozen=True)
+class Where:
+    """How a run is laid out."""
+
+    world_size: int
+    ep_size: int
+    data: str = "replicate"
+
+    def __str__(self) -> str:
+        return f"{self.world_size} ranks, ep {self.ep_size}, {self.data}"
+
+
+ONE = Where(1, 1)
+EP = {size: Where(size, size) for size in (1, 2, 3, 4)}
+RESIZES = [(EP[a], EP[b]) for a in (1, 2, 4) for b in (1, 2, 4)]
+UNEVEN = [(EP[3], EP[2]), (EP[4], EP[3]), (EP[3], EP[1])]
+SHARDED = [
+    (Where(4, 2, "shard"), Where(2, 2)),
+    (Where(4, 2), Where(4, 1, "shard")),
+    (Where(3, 1, "shard"), Where(2, 1, "shard")),
+    (Where(4, 4), Where(3, 3, "shard")),
+]
+
+
+def _engine(where: Where, dtype: torch.dtype) -> NativeEngine:
+    mesh = mesh_here(ep_size=where.ep_size) if where.world_size > 1 else Mesh.of_one()
+    section = ParallelConfig(data=where.data, ep_size=where.ep_size)  # type: ignore[arg-type]
+    return make_engine(tiny_model_config(MOE), dtype=dtype, seed=5, grad_clip=0.5, mesh=mesh, parallel=section)
+
+
+def _train(engine: NativeEngine, first: int, last: int) -> list[float]:
+    layout, losses = engine.mesh.layout, []
+    for step in range(first, last):
+        batch = make_batch(ROWS, SEQ_LEN, seed=step, first_sample=ROWS * step)
+        mine = rows_of(batch, *even_slice(ROWS, layout.world_size, layout.rank))
+        losses.append(engine.train_step([mine], lr=1e-2 / (1 + step)).loss)
+    return losses
+
+
+def _hash(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    return {
+        name: hashlib.sha256(t.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+        for name, t in tensors.items()
+    }
+
+
+def _here(engine: NativeEngine) -> dict[str, str]:
+    """Hashes of the whole tensors, put together from all ranks; they are of use on rank 0."""
+    state = gather_state(engine.state(), engine.mesh)
+    return _hash({name: part.tensor for name, part in state.slices.items()}) if engine.mesh.layout.rank == 0 else {}
+
+
+def _save(where: Where, dtype: torch.dtype, folder: Path) -> dict[str, str]:
+    engine = _engine(where, dtype)
+    _train(engine, 0, BEFORE)
+    saver = Saver(CheckpointFolder(folder), engine.mesh)
+    saver.start(BEFORE, engine.state(), {})
+    saved = saver.wait()
+    assert saved is not None and saved.error is None, saved
+    return _here(engine)
+
+
+def _go_on(where: Where, dtype: torch.dtype, folder: Path, steps: int) -> tuple[dict[str, str], list[float]]:
+    engine = _engine(where, dtype)
+    resume(engine, folder, BEFORE)
+    return _here(engine), _train(engine, BEFORE, BEFORE + steps)
+
+
+def _on(ranks: Ranks, where: Where, function: Callable[..., Any], *args: object) -> Any:
+    return ranks.run(where.world_size, function, where, *args)[0]
+
+
+@pytest.mark.parametrize(("before", "after"), RESIZES + UNEVEN + SHARDED, ids=lambda where: str(where))
+def test_a_run_goes_on_under_another_layout(ranks: Ranks, tmp_path: Path, before: Where, after: Where) -> None:
+    for dtype, steps, tolerance in ((torch.float32, 5, 1e-5), (torch.float64, 50, 1e-9)):
+        folder = tmp_path / str(dtype)
+        left = _on(ranks, before, _save, dtype, folder)
+        assert _hash(load(folder, BEFORE)) == left, "what is in the files is what the ranks had, bit for bit"
+        found, losses = _on(ranks, after, _go_on, dtype, folder, steps)
+        assert found == left, "every rank has its own part of it, bit for bit"
+        there, stayed = _on(ranks, before, _go_on, dtype, folder, steps)
+        assert there == left
+        torch.testing.assert_close(torch.tensor(losses), torch.tensor(stayed), rtol=tolerance, atol=0)
+
+
+def _write_alone(where: Where, folder: Path) -> list[str]:
+    """Names of the files of a checkpoint and who wrote most of it."""
+    engine = _engine(where, torch.float32)
+    saver = Saver(CheckpointFolder(folder), engine.mesh)
+    saver.start(1, engine.state(), {})
+    saver.wait()
+    return [f"{path.name} {path.stat().st_size}" for path in sorted(folder.rglob("*.safetensors"))]
+
+
+def test_every_rank_writes_its_share(ranks: Ranks, tmp_path: Path) -> None:
+    files = ranks.run(4, _write_alone, Where(4, 2), tmp_path)[0]
+    assert [file.split()[0] for file in files] == [f"tensors-{rank:05d}-00000.safetensors" for rank in range(4)]
+    sizes = [int(file.split()[1]) for file in files]
+    assert max(sizes) < 2 * min(sizes)
+
+
+def _disk_of_one_is_full(where: Where, folder: Path, victim: int) -> tuple[str, list[str]]:
+    engine = _engine(where, torch.float32)
+    saver = Saver(CheckpointFolder(folder), engine.mesh)
+    saver.start(1, engine.state(), {})
+    saver.wait()
+    if dist.get_rank() == victim:
+        import trainer.checkpoint.files as files
+
+        def full(path: Path, data: bytes) -> None:
+            raise OSError(28, "No space left on device")
+
+        files.write_durably = full
+    saver.start(2, engine.state(), {})
+    saved = saver.wait()
+    assert saved is not None
+    return str(saved.error), sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_if_one_rank_cannot_write_nobody_has_saved(ranks: Ranks, tmp_path: Path, victim: int) -> None:
+    with_fault = Ranks()  # of its own: the fault stays in its processes
+    try:
+        for error, names in with_fault.run(2, _disk_of_one_is_full, EP[2], tmp_path, victim):
+            assert f"step 2 not saved (rank {victim}): No space left on device" in error
+            assert names == ["step_00000001"]
+    finally:
+        with_fault.close()

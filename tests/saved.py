@@ -1,0 +1,49 @@
+"""Checkpoints in one line, for tests: saved by one process, read whole."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from trainer.checkpoint.files import StoredTensors
+from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.load import Found, find
+from trainer.checkpoint.saver import Saved, Saver
+from trainer.checkpoint.state import TrainState
+from trainer.distributed.mesh import Mesh
+from trainer.engine.base import Engine
+
+
+def save(folder: CheckpointFolder | Path, step: int, state: TrainState, run: dict[str, Any] | None = None) -> Saved:
+    """Save and wait; an error is raised."""
+    saved = try_to_save(folder, step, state, run)
+    if saved.error is not None:
+        raise saved.error
+    return saved
+
+
+def try_to_save(folder: CheckpointFolder | Path, step: int, state: TrainState, run: Any = None) -> Saved:
+    saver = Saver(folder if isinstance(folder, CheckpointFolder) else CheckpointFolder(folder), Mesh.of_one())
+    saver.start(step, state, run or {})
+    saved = saver.wait()
+    assert saved is not None
+    return saved
+
+
+def whole(found: Found) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint."""
+    with StoredTensors(found.path, found.manifest) as tensors:
+        return {name: tensors.read(name) for name in found.manifest.tensors}
+
+
+def load(folder: CheckpointFolder | Path, step: int) -> dict[str, Tensor]:
+    """Every tensor of a step's checkpoint, checked."""
+    return whole(find(folder if isinstance(folder, CheckpointFolder) else CheckpointFolder(folder), step))
+
+
+def resume(engine: Engine, folder: CheckpointFolder | Path, step: int) -> Found:
+    """Load a step's checkpoint into an engine, whatever part of the model it has."""
+    found = find(folder if isinstance(folder, CheckpointFolder) else CheckpointFolder(folder), step)
+    with StoredTensors(found.path, found.manifest) as tensors:
+        engine.load_state(tensors.like(engine.state()))
+    return found

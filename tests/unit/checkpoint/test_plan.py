@@ -1,0 +1,98 @@
+"""Who writes what: every part once, the work spread, nothing missing without a word."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.checkpoint.coverage import flaw
+from trainer.checkpoint.plan import Part, Place, plan_save
+from trainer.errors import CheckpointError
+
+
+def _place(
+    start: int,
+    length: int,
+    shape: tuple[int, ...] = (6, 2),
+    dtype: torch.dtype = torch.float32,
+    is_of_experts: bool = False,
+) -> Place:
+    return Place(start, length, shape, dtype, is_of_experts)
+
+
+def test_copies_are_written_once_and_by_turns() -> None:
+    copies = {name: _place(0, 6) for name in "abcd"}
+    plan = plan_save([copies, copies])
+    assert {name: [part.rank for part in parts] for name, parts in plan.parts.items()} == {
+        "a": [0],
+        "b": [1],
+        "c": [0],
+        "d": [1],
+    }
+    assert plan.of_rank(1) == ["b", "d"]
+
+
+def test_parts_are_written_by_those_who_have_them() -> None:
+    plan = plan_save([{"x": _place(0, 2)}, {"x": _place(2, 4)}, {"x": _place(0, 2)}, {"x": _place(2, 4)}])
+    assert plan.parts["x"] == [Part(0, 0, 2), Part(1, 2, 4)]
+
+
+def test_a_rank_without_a_part_writes_none() -> None:
+    plan = plan_save([{"x": _place(0, 6)}, {"x": _place(6, 0)}])
+    assert plan.parts["x"] == [Part(0, 0, 6)]
+
+
+def test_a_number_and_an_empty_tensor_are_saved_too() -> None:
+    plan = plan_save([{"n": _place(0, 1, ()), "e": _place(0, 0, (0, 4))}] * 2)
+    assert plan.parts == {"n": [Part(0, 0, 1)], "e": [Part(1, 0, 0)]}
+
+
+def _with_moments() -> dict[str, Place]:
+    place = _place(0, 6, is_of_experts=True)
+    return {name: place for name in ("model.w", "optim.exp_avg.w", "optim.exp_avg_sq.w")}
+
+
+def test_experts_with_both_moments_are_whole() -> None:
+    assert plan_save([_with_moments()]).parts.keys() == _with_moments().keys()
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        ([{"x": _place(0, 2)}, {"x": _place(3, 3)}], "x: not saved: indices 2 to 2 of 6 are missing"),
+        ([{"x": _place(0, 2)}, {"x": _place(0, 2)}], "x: not saved: indices 2 to 5 of 6 are missing"),
+        ([{"x": _place(0, 4)}, {"x": _place(3, 3)}], "x: not saved: indices 3 to 3 are there twice"),
+        ([{"x": _place(0, 7)}], "x: not saved: it reaches to 7 of 6"),
+        ([{"x": _place(0, 6)}, {"x": _place(0, 6, dtype=torch.float64)}], "x: ranks disagree"),
+        (
+            [{n: p for n, p in _with_moments().items() if n != "optim.exp_avg_sq.w"}],
+            "optim.exp_avg_sq.w of [6, 2] is missing",
+        ),
+        (
+            [{**_with_moments(), "optim.exp_avg.w": _place(0, 3, (3, 2), is_of_experts=True)}],
+            "optim.exp_avg.w of [6, 2] is missing: it is [3, 2]",
+        ),
+    ],
+)
+def test_what_is_not_whole_is_not_saved(held: list[dict[str, Place]], message: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        plan_save(held)
+    assert message in str(caught.value)
+
+
+@given(cuts=st.lists(st.integers(0, 20), max_size=6), total=st.integers(0, 20), data=st.data())
+def test_neighbouring_parts_are_whole_and_any_change_of_one_is_noticed(
+    cuts: list[int], total: int, data: st.DataObject
+) -> None:
+    edges = sorted({0, total, *(cut for cut in cuts if cut < total)})
+    spans = [(a, b - a) for a, b in itertools.pairwise(edges)]
+    shuffled = data.draw(st.permutations(spans))
+    assert flaw(shuffled, total) is None
+    if spans:
+        i = data.draw(st.integers(0, len(spans) - 1))
+        start, length = shuffled[i]
+        for other in ((start, length - 1), (start, length + 1), (start + 1, length), (start, 0)):
+            assert flaw([*shuffled[:i], other, *shuffled[i + 1 :]], total) is not None
+        assert flaw([*shuffled, shuffled[i]], total) is not None

@@ -1,0 +1,358 @@
+"""Checkpoints: whole or absent, verified, newest undamaged first."""
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.saved import load, save, try_to_save, whole
+from trainer.checkpoint import folder as folder_module
+from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.load import Found, find, find_newest
+from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.state import Slice, TrainState
+from trainer.distributed.collectives import Group
+from trainer.distributed.mesh import Mesh
+from trainer.errors import CheckpointError, ResourceError
+
+
+def _state(fill: float = 1.0) -> TrainState:
+    tensors = {
+        "model.a": torch.full((3, 2), fill),
+        "model.b": torch.arange(5, dtype=torch.int64),
+        "optim.a": torch.tensor(2.5, dtype=torch.float64),
+        "model.c": torch.zeros(0, 4),
+        "model.d": torch.ones(2, dtype=torch.bfloat16),
+    }
+    return TrainState(slices={n: Slice.whole(t) for n, t in tensors.items()}, values={"optimizer_steps": 7, "x": 0.1})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> CheckpointFolder:
+    return CheckpointFolder(tmp_path / "checkpoints", keep=3)
+
+
+def _silent(line: str) -> None:
+    raise AssertionError(f"unexpected warning: {line}")
+
+
+def _newest(folder: CheckpointFolder, warn: Callable[[str], None] = _silent) -> Found | None:
+    return find_newest(folder, Group.of_one(), warn=warn)
+
+
+def test_a_state_comes_back_equal(folder: CheckpointFolder) -> None:
+    saved = save(folder, 40, _state(), {"position": 640})
+    assert saved.path.name == "step_00000040"
+    found = _newest(folder)
+    assert found is not None and found.path == saved.path
+    assert found.step == 40 and found.run == {"position": 640}
+    assert found.manifest.values == {"optimizer_steps": 7, "x": 0.1}
+    tensors = whole(found)
+    assert tensors.keys() == _state().slices.keys()
+    for name, part in _state().slices.items():
+        assert tensors[name].dtype == part.tensor.dtype and tensors[name].shape == part.tensor.shape
+        assert torch.equal(tensors[name], part.tensor), name
+
+
+def test_what_changes_after_the_snapshot_is_not_saved(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state of the moment, though the disk comes to it later."""
+    state, saver = _state(), Saver(folder, Mesh.of_one())
+    begin = CheckpointFolder.begin
+
+    def change_first(folder: CheckpointFolder, step: int) -> None:
+        state.slices["model.a"].tensor.fill_(-1.0)
+        begin(folder, step)
+
+    monkeypatch.setattr(CheckpointFolder, "begin", change_first)
+    saver.start(1, state, {})
+    assert saver.wait() is not None
+    assert float(state.slices["model.a"].tensor[0, 0]) == -1.0
+    assert torch.equal(load(folder, 1)["model.a"], torch.ones(3, 2))
+
+
+def test_a_save_is_not_finished_before_it_has_its_name(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_go_on, saver, commit = threading.Event(), Saver(folder, Mesh.of_one()), CheckpointFolder.commit
+
+    def wait_first(folder: CheckpointFolder, step: int) -> Path:
+        may_go_on.wait(60)
+        return commit(folder, step)
+
+    monkeypatch.setattr(CheckpointFolder, "commit", wait_first)
+    saver.start(1, _state(), {})
+    assert saver.finished() is None and saver.is_busy and folder.steps() == []
+    may_go_on.set()
+    saved = saver.wait()
+    assert saved is not None and saved.error is None and folder.steps() == [1]
+    assert not saver.is_busy and saver.finished() is None
+
+
+def test_no_checkpoint_is_none_and_not_an_error(folder: CheckpointFolder) -> None:
+    assert _newest(folder) is None
+
+
+def test_only_the_newest_are_kept_and_every_nth_for_ever(folder: CheckpointFolder) -> None:
+    for step in (5, 10, 15, 20):
+        save(folder, step, _state())
+    assert sorted(p.name for p in folder.path.iterdir()) == ["step_00000010", "step_00000015", "step_00000020"]
+    lasting = CheckpointFolder(folder.path, keep=2, keep_every=10)
+    for step in (25, 30, 35, 40, 45):
+        save(lasting, step, _state())
+    assert lasting.steps() == [10, 20, 30, 40, 45]
+
+
+def test_a_damaged_one_does_not_count_among_those_kept(folder: CheckpointFolder) -> None:
+    for step in (5, 10, 15):
+        save(folder, step, _state())
+    manifest = folder.of_step(10) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("7", "8", 1))
+    save(folder, 20, _state())
+    assert folder.steps() == [5, 10, 15, 20]
+    save(folder, 25, _state())
+    assert folder.steps() == [15, 20, 25]
+
+
+def test_a_sound_one_is_read_once_to_be_kept_and_again_when_it_was_touched(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (5, 10):
+        save(folder, step, _state())
+    read = []
+    check = CheckpointFolder.check
+    monkeypatch.setattr(CheckpointFolder, "check", lambda folder, step: (read.append(step), check(folder, step))[1])
+    fresh = CheckpointFolder(folder.path, keep=3)
+    save(fresh, 15, _state())
+    assert sorted(read) == [5, 10]
+    save(fresh, 20, _state())
+    assert sorted(read) == [5, 10]
+    file = next(folder.of_step(15).glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    save(fresh, 25, _state())
+    assert sorted(read) == [5, 10, 10, 15] or sorted(read) == [5, 10, 15]
+    assert fresh.steps() == [10, 15, 20, 25]
+
+
+def test_the_number_in_the_name_counts_and_not_the_time(folder: CheckpointFolder) -> None:
+    for step in (5, 10):
+        save(folder, step, _state(step))
+    os.utime(folder.of_step(5), (2e9, 2e9))
+    found = _newest(folder)
+    assert found is not None and found.step == 10
+
+
+@pytest.mark.parametrize(
+    "name", ["step_10", "step_00000007.tmp", "xstep_00000007", "step_0000000000009", "step_00000011"]
+)
+def test_other_names_are_no_checkpoints(folder: CheckpointFolder, name: str) -> None:
+    save(folder, 5, _state())
+    if name == "step_00000011":
+        (folder.path / name).symlink_to(folder.of_step(5))
+    else:
+        (folder.path / name).mkdir()
+    assert folder.steps() == [5]
+
+
+def test_large_states_are_split_over_files(folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.checkpoint.files._FILE_SIZE_BYTES", 30)
+    path = save(folder, 1, _state()).path
+    assert len(list(path.glob("*.safetensors"))) == 3
+    assert torch.equal(load(folder, 1)["model.a"], torch.ones(3, 2))
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(path.iterdir())
+
+
+def test_every_flipped_byte_is_noticed(folder: CheckpointFolder) -> None:
+    path = save(folder, 1, _state()).path
+    for file in _files(path):
+        good = file.read_bytes()
+        for position in range(0, len(good), max(1, len(good) // 60)):
+            bad = bytearray(good)
+            bad[position] ^= 0x10
+            file.write_bytes(bad)
+            with pytest.raises(CheckpointError, match=r"is damaged|has format"):
+                find(folder, 1)
+        file.write_bytes(good)
+    find(folder, 1)
+
+
+@pytest.mark.parametrize("harm", ["truncate", "empty", "delete", "grow", "link", "folder"])
+def test_every_file_that_is_cut_or_gone_or_no_file_is_noticed(
+    folder: CheckpointFolder, harm: str, tmp_path: Path
+) -> None:
+    path = save(folder, 1, _state()).path
+    for file in _files(path):
+        good = file.read_bytes()
+        match harm:
+            case "truncate":
+                file.write_bytes(good[:-1])
+            case "empty":
+                file.write_bytes(b"")
+            case "delete":
+                file.unlink()
+            case "grow":
+                file.write_bytes(good + b" ")
+            case "link":
+                file.rename(tmp_path / file.name)
+                file.symlink_to(tmp_path / file.name)
+            case "folder":
+                file.unlink()
+                file.mkdir()
+        if harm == "grow" and file.name == "manifest.json":
+            find(folder, 1)  # white space behind JSON says nothing else
+        else:
+            with pytest.raises(CheckpointError):
+                find(folder, 1)
+        if harm == "folder":
+            file.rmdir()
+        elif harm == "link":
+            file.unlink()
+        file.write_bytes(good)
+
+
+def test_a_damaged_newest_is_passed_over_with_a_warning(folder: CheckpointFolder) -> None:
+    save(folder, 1, _state(1.0))
+    file = next(save(folder, 2, _state(2.0)).path.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-3])
+    warnings: list[str] = []
+    found = _newest(folder, warnings.append)
+    assert found is not None and found.step == 1
+    assert len(warnings) == 1 and "step_00000002" in warnings[0] and "resuming from step 1" in warnings[0]
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(folder: CheckpointFolder) -> None:
+    save(folder, 1, _state(1.0))
+    save(folder, 2, _state(2.0)).path.rename(folder.of_step(9))
+    warnings: list[str] = []
+    found = _newest(folder, warnings.append)
+    assert found is not None and found.step == 1
+    assert "step_00000009: is damaged (its manifest is of step 2)" in warnings[0]
+
+
+def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(folder: CheckpointFolder) -> None:
+    file = next(save(folder, 2, _state(2.0)).path.glob("*.safetensors"))
+    file.write_bytes(b"")
+    save(folder, 2, _state(3.0))
+    assert float(load(folder, 2)["model.a"][0, 0]) == 3.0
+
+
+def test_all_damaged_is_an_error_that_lists_each_and_never_a_fresh_start(folder: CheckpointFolder) -> None:
+    for step in (1, 2):
+        (save(folder, step, _state()).path / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError) as caught:
+        _newest(folder)
+    assert "step_00000001" in str(caught.value) and "step_00000002" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_step_names_those_there_are(folder: CheckpointFolder) -> None:
+    save(folder, 3, _state())
+    with pytest.raises(CheckpointError, match="has no checkpoint of step 9; it has 3"):
+        find(folder, 9)
+
+
+@pytest.mark.parametrize("when", ["tensors", "manifest", "rename"])
+def test_a_failed_save_leaves_older_checkpoints_and_nothing_half_written(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    save(folder, 1, _state())
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    target = {
+        "tensors": "trainer.checkpoint.files.write_durably",
+        "manifest": "trainer.checkpoint.saver.write_durably",
+        "rename": "trainer.checkpoint.folder.Path.rename",
+    }[when]
+    with monkeypatch.context() as patch:
+        patch.setattr(target, refuse)
+        saved = try_to_save(folder, 2, _state())
+    assert isinstance(saved.error, ResourceError)
+    assert "step 2 not saved: No space left on device (it needs 0 MB, " in str(saved.error)
+    assert [p.name for p in folder.path.iterdir()] == ["step_00000001"]
+    find(folder, 1)
+
+
+def test_another_reason_names_the_file(folder: CheckpointFolder) -> None:
+    folder.path.write_text("a file where the folder should be")
+    saved = try_to_save(folder, 2, _state())
+    assert type(saved.error) is CheckpointError
+    assert str(saved.error) == f"{folder.path}: step 2 not saved: File exists: {folder.path}"
+
+
+def test_an_error_nobody_expects_is_raised_where_the_loop_asks(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.checkpoint.saver.manifest_text", lambda manifest: 1 // 0)
+    saver = Saver(folder, Mesh.of_one())
+    saver.start(1, _state(), {})
+    with pytest.raises(ZeroDivisionError):
+        saver.wait()
+
+
+def test_what_a_killed_save_left_is_never_taken_for_a_checkpoint_and_is_cleaned(folder: CheckpointFolder) -> None:
+    save(folder, 4, _state()).path.rename(folder.temporary(9))
+    assert folder.steps() == []
+    folder.clean()
+    assert list(folder.path.iterdir()) == []
+
+
+def test_a_later_damaged_checkpoint_does_not_push_the_good_ones_out(tmp_path: Path) -> None:
+    """Resumed from 20 because 30 is damaged, the run saves at 21: what is kept must be what it came from."""
+    folder = CheckpointFolder(tmp_path, keep=2)
+    (save(folder, 30, _state()).path / "manifest.json").write_text("{")
+    save(folder, 21, _state(2.0))
+    assert folder.steps() == [21]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_fail_the_save(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2, 3):
+        save(folder, step, _state())
+
+    def busy(step: int) -> None:
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(folder, "remove", busy)
+    save(folder, 4, _state())
+    assert folder.steps() == [1, 2, 3, 4]
+    assert "step_00000001: cannot be removed: Device or resource busy" in caplog.text
+
+
+def test_names_and_content_are_flushed_before_the_checkpoint_has_its_name(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a power failure may leave is decided by this order."""
+    order: list[str] = []
+    sync, rename, fsync = folder_module.sync_folder, Path.rename, os.fsync
+
+    def note_sync(path: Path) -> None:
+        order.append(f"folder {path.name}")
+        sync(path)
+
+    def note_rename(path: Path, target: Path) -> Path:
+        order.append(f"name {target.name}")
+        return rename(path, target)
+
+    def note_fsync(descriptor: int) -> None:
+        order.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(folder_module, "sync_folder", note_sync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    save(folder, 1, _state())
+    files = [entry for entry in order if entry.endswith((".safetensors", ".json"))]
+    assert files == ["tensors-00000-00000.safetensors", "manifest.json"]
+    steps = [entry for entry in order if entry.startswith(("folder", "name"))]
+    assert steps == ["folder .tmp-step_00000001", "name step_00000001", "folder checkpoints"]
+    assert order.index("manifest.json") < order.index("folder .tmp-step_00000001")

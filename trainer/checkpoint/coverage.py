@@ -1,0 +1,49 @@
+"""Whether the parts of a tensor are the whole of it, each index once. Imports no torch.
+
+Experts that one rank alone held are what is lost most quietly: a file without them loads, and the model goes on from
+fresh ones (KempnerForge #202, DeepSpeed #6589). So names and parts are checked when they are written and when they are
+read.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+WEIGHT, MOMENTS = "model.", ("optim.exp_avg.", "optim.exp_avg_sq.")
+"""Prefixes of a parameter's names in a state."""
+
+
+def flaw(spans: Iterable[tuple[int, int]], total: int) -> str | None:
+    """Return what is wrong with parts that should make up 0 .. total - 1, or None.
+
+    Args:
+        spans: (start, length) of each part, in any order.
+        total: length of the whole.
+    """
+    end = 0
+    for start, length in sorted(span for span in spans if span[1] > 0):
+        if start > end:
+            return f"indices {end} to {start - 1} of {total} are missing"
+        if start < end:
+            return f"indices {start} to {min(end, start + length) - 1} are there twice"
+        end = start + length
+    if end < total:
+        return f"indices {end} to {total - 1} of {total} are missing"
+    return f"it reaches to {end} of {total}" if end > total else None
+
+
+def missing_names(shapes: Mapping[str, Sequence[int]], of_experts: Iterable[str]) -> Iterator[str]:
+    """Yield what each stacked weight of experts lacks: its two moments, as many and as large.
+
+    Args:
+        shapes: global shape of every tensor.
+        of_experts: names of those whose dimension 0 counts experts.
+    """
+    for name in of_experts:
+        if not name.startswith(WEIGHT):
+            continue
+        parameter = name.removeprefix(WEIGHT)
+        for moment in MOMENTS:
+            found = shapes.get(moment + parameter)
+            if found is None or list(found) != list(shapes[name]):
+                yield f"{moment}{parameter} of {list(shapes[name])} is missing" + (
+                    "" if found is None else f": it is {list(found)}"
+                )

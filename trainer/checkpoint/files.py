@@ -1,0 +1,159 @@
+"""A checkpoint's safetensors files: written with their hashes taken from memory, read slice by slice.
+
+A safetensors file with a flipped bit loads without a word, so every byte is hashed while it is written, before the disk
+had it, and checked before it is used.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from trainer import faults
+from trainer.checkpoint.manifest import Manifest, StoredFile, StoredSlice
+from trainer.checkpoint.state import Slice, TrainState
+from trainer.errors import CheckpointError
+
+_DTYPES = {
+    "float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+"""What safetensors calls them."""
+_FILE_SIZE_BYTES = 512 << 20  # bounds the copy in memory while a file is hashed and written
+
+
+def write_files(
+    folder: Path, tensors: Mapping[str, Tensor], *, rank: int
+) -> tuple[dict[str, StoredFile], dict[str, str]]:
+    """Write tensors into a folder and flush them to the disk.
+
+    Args:
+        folder: not yet under its final name; there may be files of other ranks in it.
+        tensors: on the CPU, by global name.
+        rank: of the writer, part of the files' names.
+
+    Returns:
+        What each file is, and which file each tensor is in.
+
+    Raises:
+        OSError: if the disk refuses.
+    """
+    files, file_of = {}, {}
+    for number, names in enumerate(_split_by_size(tensors)):
+        file = f"tensors-{rank:05d}-{number:05d}.safetensors"
+        data = safetensors.torch.save({name: tensors[name] for name in names})
+        files[file] = StoredFile(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        file_of |= dict.fromkeys(names, file)
+        write_durably(folder / file, data)
+    return files, file_of
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a new file and flush it to the disk.
+
+    Raises:
+        OSError: if the disk refuses.
+    """
+    faults.hit("save.before_file")
+    with path.open("xb") as file:
+        file.write(data[: len(data) // 2])
+        faults.hit("save.mid_file")
+        file.write(data[len(data) // 2 :])
+        file.flush()
+        faults.hit("save.file_written")
+        os.fsync(file.fileno())
+    faults.hit("save.file_synced")
+
+
+class StoredTensors:
+    """The tensors of a checkpoint whose files were checked. Reads what is asked for and no more."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._folder, self._manifest = folder, manifest
+        self._open: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._open.clear()
+
+    def read(self, name: str, start: int = 0, length: int | None = None) -> Tensor:
+        """Return indices start .. start + length - 1 of dimension 0 of a tensor; all of it by default.
+
+        Raises:
+            CheckpointError: if its files do not hold what the manifest says.
+        """
+        stored = self._manifest.tensors[name]
+        length = stored.length - start if length is None else length
+        pieces = []
+        for part in sorted(stored.slices, key=lambda part: part.start):
+            first, end = max(start, part.start), min(start + length, part.start + part.length)
+            if first < end:
+                pieces.append(self._read_part(name, part, first - part.start, end - part.start))
+        if not pieces:
+            return torch.empty((0, *stored.shape[1:]), dtype=getattr(torch, stored.dtype))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def like(self, state: TrainState) -> TrainState:
+        """Return the same parts of the same tensors as `state` has, read when they are looked up."""
+        return TrainState(slices=_Slices(self, state.slices), values=self._manifest.values)
+
+    def _read_part(self, name: str, part: StoredSlice, first: int, end: int) -> Tensor:
+        """Return indices first .. end - 1 of what a file has of a tensor."""
+        stored, path = self._manifest.tensors[name], self._folder / part.file
+        expected = [part.length, *stored.shape[1:]] if stored.shape else []
+        try:
+            if part.file not in self._open:
+                self._open[part.file] = safe_open(path, framework="pt")
+            view = self._open[part.file].get_slice(name)
+            if list(view.get_shape()) != expected or view.get_dtype() != _DTYPES[stored.dtype]:
+                raise CheckpointError(
+                    f"{path}: {name} is {view.get_shape()} {view.get_dtype()} in it, and {expected} {stored.dtype} in "
+                    "the manifest"
+                )
+            return view[first:end] if expected else self._open[part.file].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: {name} cannot be read: {str(error).splitlines()[0]:.200}") from None
+
+
+class _Slices(Mapping[str, Slice]):
+    """Slices that are read when they are looked up: a state need not be in memory twice."""
+
+    def __init__(self, tensors: StoredTensors, like: Mapping[str, Slice]) -> None:
+        self._tensors, self._like = tensors, like
+
+    def __getitem__(self, name: str) -> Slice:
+        like = self._like[name]
+        tensor = self._tensors.read(name, like.start, like.length)
+        return Slice(tensor=tensor, global_shape=like.global_shape, start=like.start, is_of_experts=like.is_of_experts)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._like)
+
+    def __len__(self) -> int:
+        return len(self._like)
+
+
+def _split_by_size(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """Yield names whose tensors fill one file each."""
+    names: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        size_bytes = tensor.numel() * tensor.element_size()
+        if names and size + size_bytes > _FILE_SIZE_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += size_bytes
+    if names:
+        yield names

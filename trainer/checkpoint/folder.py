@@ -1,0 +1,192 @@
+"""The checkpoints of one run on disk: their names, how one gets its name, which of them stay. Imports no torch.
+
+checkpoints/
+step_00000500/            whole: the name is given last
+.tmp-step_00000750/       being written, or left by a killed run: removed at the next start
+.trash-step_00000250/     being removed
+"""
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from trainer import faults
+from trainer.checkpoint.manifest import Manifest, check_file, read_manifest
+from trainer.durable import sync_folder
+from trainer.errors import CheckpointError
+
+_NAME = re.compile(r"step_(\d{8,18})")
+_log = logging.getLogger(__name__)
+
+Signature = tuple[tuple[str, int, int], ...]
+"""Name, size and time of the last change of every file of a checkpoint."""
+
+
+class CheckpointFolder:
+    """The checkpoints of one run."""
+
+    def __init__(self, path: Path, *, keep: int = 3, keep_every: int | None = None) -> None:
+        """Describe the folder, which need not exist.
+
+        Args:
+            path: of it.
+            keep: newest sound checkpoints to keep.
+            keep_every: checkpoints of steps that are a multiple of this stay for ever.
+        """
+        self.path, self.keep, self.keep_every = path, keep, keep_every
+        self._checked: dict[int, tuple[Signature, bool]] = {}
+
+    def steps(self) -> list[int]:
+        """Return the steps that have a checkpoint, oldest first; the number in the name counts, never a time stamp."""
+        if not self.path.is_dir():
+            return []
+        entries = [entry for entry in self.path.iterdir() if entry.is_dir() and not entry.is_symlink()]
+        steps = (int(match[1]) for match in (_NAME.fullmatch(entry.name) for entry in entries) if match)
+        return sorted(step for step in steps if self.of_step(step).is_dir())
+
+    def of_step(self, step: int) -> Path:
+        """Return the folder of a step's checkpoint."""
+        return self.path / f"step_{step:08d}"
+
+    def existing(self, step: int | None) -> int:
+        """Return the step if it has a checkpoint, the newest one by default.
+
+        Raises:
+            CheckpointError: if there is none.
+        """
+        steps = self.steps()
+        if not steps:
+            raise CheckpointError(f"{self.path}: has no checkpoint; train first")
+        if step is not None and step not in steps:
+            have = ", ".join(map(str, steps))
+            raise CheckpointError(f"{self.path}: has no checkpoint of step {step}; it has {have}")
+        return steps[-1] if step is None else step
+
+    def temporary(self, step: int) -> Path:
+        """Return where a step's checkpoint is written before it has its name."""
+        return self.path / f".tmp-step_{step:08d}"
+
+    def begin(self, step: int) -> None:
+        """Make the empty folder that a checkpoint is written into.
+
+        Raises:
+            OSError: if the disk refuses.
+        """
+        temporary = self.temporary(step)
+        self.path.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+
+    def commit(self, step: int) -> Path:
+        """Give what was written and flushed its name: from here on it is a checkpoint.
+
+        Raises:
+            OSError: if the disk refuses.
+        """
+        temporary, final = self.temporary(step), self.of_step(step)
+        sync_folder(temporary)
+        faults.hit("save.folder_synced")
+        if final.exists():  # a damaged one that this run was not resumed from
+            self.remove(step)
+        faults.hit("save.before_rename")
+        temporary.rename(final)
+        faults.hit("save.renamed")
+        sync_folder(self.path)
+        self.note_sound(step)
+        faults.hit("save.committed")
+        return final
+
+    def abandon(self, step: int) -> None:
+        """Remove what was written so far."""
+        shutil.rmtree(self.temporary(step), ignore_errors=True)
+
+    def clean(self) -> None:
+        """Remove what a killed run left half-written or half-removed. Only for who holds the run's lock."""
+        if self.path.is_dir():
+            for entry in self.path.iterdir():
+                if entry.name.startswith((".tmp-", ".trash-")):
+                    shutil.rmtree(entry, ignore_errors=True)
+
+    def remove(self, step: int) -> None:
+        """Take a checkpoint out of sight in one move before its files go, so that a kill leaves no half of it.
+
+        Raises:
+            OSError: if it cannot be moved.
+        """
+        trash = self.path / f".trash-step_{step:08d}"
+        shutil.rmtree(trash, ignore_errors=True)
+        self.of_step(step).rename(trash)
+        faults.hit("remove.out_of_sight")
+        shutil.rmtree(trash, ignore_errors=True)
+        faults.hit("remove.done")
+
+    def note_sound(self, step: int) -> None:
+        """Remember that a checkpoint was checked and found whole, as long as nobody touches it."""
+        self._checked[step] = _signature(self.of_step(step)), True
+
+    def check(self, step: int) -> Manifest:
+        """Read all of a checkpoint.
+
+        Raises:
+            CheckpointError: if it is damaged.
+        """
+        folder = self.of_step(step)
+        manifest = read_manifest(folder)
+        for name, stated in manifest.files.items():
+            check_file(folder, name, stated)
+        self.note_sound(step)
+        return manifest
+
+    def is_sound(self, step: int) -> bool:
+        """Tell whether a checkpoint is whole; one that was checked before and not touched since is not read again."""
+        signature = _signature(self.of_step(step))
+        checked, is_sound = self._checked.get(step, (None, False))
+        if checked == signature:
+            return is_sound
+        try:
+            self.check(step)
+        except CheckpointError as error:
+            _log.warning("%s", error)
+            self._checked[step] = signature, False
+            return False
+        return True
+
+    def outdated(self, *, newest: int) -> list[int]:
+        """Return the steps that nobody needs any more, once `newest` is safe.
+
+        Later ones: the run did not come from them (they were damaged), and counted among the newest they would push the
+        good ones out. Earlier ones when `keep` sound ones are newer, unless their turn of `keep_every` has come.
+        """
+        found = [step for step in self.steps() if step > newest]
+        num_sound = 0
+        for step in reversed([step for step in self.steps() if step <= newest]):
+            if num_sound < self.keep:
+                num_sound += self.is_sound(step)
+            elif self.keep_every is None or step % self.keep_every:
+                found.append(step)
+        return sorted(found)
+
+    def prune(self, *, newest: int, removed: Callable[[int], None] | None = None) -> None:
+        """Remove what is outdated."""
+        faults.hit("prune.begin")
+        for step in self.outdated(newest=newest):
+            try:
+                self.remove(step)
+            except OSError as error:  # the new one is safe, and an old one more does no harm
+                _log.warning("%s: cannot be removed: %s", self.of_step(step), error.strerror)
+                continue
+            if removed is not None:
+                removed(step)
+        faults.hit("prune.done")
+
+
+def _signature(folder: Path) -> Signature:
+    try:
+        with os.scandir(folder) as entries:
+            found = [(entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries]
+    except OSError:
+        return ()
+    return tuple(sorted(found))

@@ -1,0 +1,259 @@
+"""Saving: a snapshot of the state, then everything slow behind the training loop, then one name for all ranks' files.
+
+    loop      | copy what this rank writes |  next steps ...                                    | told how it went
+    behind it |                            | write, hash, flush | all ranks well? | manifest, name, remove old ones |
+
+What is written gets its name only after every rank has said that its own files are on the disk; if one cannot, none of
+them counts. A save is reported when it has its name, never before.
+"""
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer import faults
+from trainer.checkpoint.files import write_durably, write_files
+from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.manifest import FORMAT, MANIFEST, Manifest, StoredFile, StoredSlice, StoredTensor, manifest_text
+from trainer.checkpoint.plan import SavePlan, describe, plan_save
+from trainer.checkpoint.state import TrainState
+from trainer.distributed.collectives import Group
+from trainer.distributed.mesh import Mesh
+from trainer.errors import CheckpointError, ResourceError, TurnoutError
+
+_OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_VISIBLE_S = 30.0
+"""A network file system may show a folder to other nodes so much later."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """How a save went; the same on every rank."""
+
+    step: int
+    path: Path
+    error: TurnoutError | None
+    """Why there is no checkpoint."""
+    size_bytes: int
+    stalled_s: float
+    """Time that this rank's training loop lost."""
+    behind_s: float
+    """Time from the snapshot until the checkpoint had its name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    step: int
+    tensors: dict[str, Tensor]
+    """What this rank writes, on the CPU."""
+    plan: SavePlan
+    values: dict[str, int | float | str]
+    run: dict[str, Any]
+    needed_bytes: int
+    """Of the whole checkpoint."""
+
+
+class Saver:
+    """Saves the checkpoints of one run, as one of its ranks. One save is under way at a time."""
+
+    def __init__(self, folder: CheckpointFolder, mesh: Mesh, *, copies: bool = True) -> None:
+        """Prepare.
+
+        Args:
+            folder: of the run.
+            mesh: this rank's groups.
+            copies: whether to take a snapshot. If not, the state must not change before the save has ended.
+        """
+        self.folder, self._mesh, self._group, self._copies = folder, mesh, mesh.saving, copies
+        self._plan: SavePlan | None = None
+        self._buffers: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._outcome: Saved | None = None
+        self._failure: BaseException | None = None
+        self._stalled_s = 0.0
+
+    @property
+    def is_busy(self) -> bool:
+        """Tell whether a save is under way, or has ended and was not asked about yet."""
+        return self._thread is not None
+
+    def start(self, step: int, state: TrainState, run: Mapping[str, Any]) -> None:
+        """Take a snapshot and begin to write it; every rank must call it, and none while a save is under way.
+
+        Args:
+            step: completed steps.
+            state: may change as soon as this returns.
+            run: JSON values that describe the run; rank 0's are written.
+
+        Raises:
+            CheckpointError: if the state is not whole over all ranks; on every rank.
+        """
+        assert self._thread is None, "wait for the last save first"
+        began = time.perf_counter()
+        if self._plan is None:  # what is where does not change within a run
+            self._plan = plan_save(self._mesh.world.gather_objects(describe(state)))
+        names = self._plan.of_rank(self._mesh.layout.rank)
+        job = _Job(
+            step=step,
+            tensors={name: self._copy(name, state.slices[name].tensor) for name in names},
+            plan=self._plan,
+            values=dict(state.values),
+            run=dict(run),
+            needed_bytes=sum(p.dtype.itemsize * _numel(p.shape) for p in self._plan.places.values()),
+        )
+        if any(part.tensor.is_cuda for part in state.slices.values()):
+            torch.cuda.synchronize()
+        faults.hit("save.snapshot")
+        self._outcome, self._failure = None, None
+        self._thread = threading.Thread(target=self._work, args=(job, began), name="saver", daemon=True)
+        self._thread.start()
+        self._stalled_s = time.perf_counter() - began
+
+    def finished(self) -> Saved | None:
+        """Return how the save went if it has ended, once; None if none is under way, or it is not through.
+
+        Raises:
+            CommError: if a rank was lost meanwhile.
+        """
+        return None if self._thread is None or self._thread.is_alive() else self.wait()
+
+    def wait(self) -> Saved | None:
+        """Wait until the save under way has ended and return how it went; None if there is none.
+
+        It is waited for as long as it takes while all ranks are alive.
+
+        Raises:
+            CommError: if a rank was lost meanwhile.
+        """
+        thread, began = self._thread, time.perf_counter()
+        if thread is None:
+            return None
+        if self._mesh.world.watch is not None:
+            self._mesh.world.watch.wait_until(lambda: not thread.is_alive())
+        thread.join()
+        self._thread = None
+        if self._failure is not None:
+            raise self._failure
+        assert self._outcome is not None
+        self._stalled_s += time.perf_counter() - began
+        return replace(self._outcome, stalled_s=self._stalled_s)
+
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        """Copy into memory that is kept for the next save."""
+        if not self._copies:
+            return tensor.detach().cpu()
+        if name not in self._buffers:
+            pinned = tensor.is_cuda
+            self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+        return self._buffers[name].copy_(tensor.detach(), non_blocking=True)
+
+    def _work(self, job: _Job, began: float) -> None:
+        try:
+            error = self._write(job)
+        except BaseException as caught:  # told where the loop asks
+            self._failure = caught
+            return
+        self._outcome = Saved(
+            step=job.step,
+            path=self.folder.of_step(job.step),
+            error=error,
+            size_bytes=job.needed_bytes,
+            stalled_s=0.0,
+            behind_s=time.perf_counter() - began,
+        )
+
+    def _write(self, job: _Job) -> TurnoutError | None:
+        """Write a checkpoint together with the other ranks; return what went wrong, if anything."""
+        is_first, temporary = self._group.index == 0, self.folder.temporary(job.step)
+        error = self._attempt(job, lambda: self.folder.begin(job.step)) if is_first else None
+        error = _first_error(self._group, error)
+        if error is not None:
+            return error
+        files: dict[str, StoredFile] = {}
+        file_of: dict[str, str] = {}
+        try:
+            _wait_for(temporary)
+            files, file_of = write_files(temporary, job.tensors, rank=self._group.index)
+        except OSError as refused:
+            error = self._explain(job, refused)
+        faults.hit("save.before_vote")
+        reports = self._group.gather_objects((error, files, file_of))
+        error = next((report[0] for report in reports if report[0] is not None), None)
+        faults.hit("save.voted")
+        if is_first and error is None:
+            error = self._attempt(job, lambda: self._commit(job, reports))
+        if is_first and error is not None:
+            self.folder.abandon(job.step)
+        return _first_error(self._group, error)
+
+    def _commit(self, job: _Job, reports: list[tuple[None, dict[str, StoredFile], dict[str, str]]]) -> None:
+        """Write the manifest, give the checkpoint its name, and remove those that nobody needs any more."""
+        temporary = self.folder.temporary(job.step)
+        tensors = {
+            name: StoredTensor(
+                dtype=str(place.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+                shape=list(place.shape),
+                is_of_experts=place.is_of_experts,
+                slices=[
+                    StoredSlice(file=reports[part.rank][2][name], start=part.start, length=part.length)
+                    for part in job.plan.parts[name]
+                ],
+            )
+            for name, place in job.plan.places.items()
+        }
+        files = {name: stored for report in reports for name, stored in report[1].items()}
+        for name, stored in files.items():
+            size_bytes = (temporary / name).stat().st_size  # FileNotFoundError: not on a file system that all nodes see
+            if size_bytes != stored.size_bytes:
+                raise OSError(errno.EIO, f"{name} has {size_bytes} bytes instead of {stored.size_bytes}")
+        manifest = Manifest(format=FORMAT, step=job.step, run=job.run, values=job.values, tensors=tensors, files=files)
+        faults.hit("save.before_manifest")
+        write_durably(temporary / MANIFEST, manifest_text(manifest))
+        self.folder.commit(job.step)
+        self.folder.prune(newest=job.step)
+
+    def _attempt(self, job: _Job, act: Callable[[], object]) -> TurnoutError | None:
+        try:
+            act()
+        except OSError as error:
+            return self._explain(job, error)
+        return None
+
+    def _explain(self, job: _Job, error: OSError) -> TurnoutError:
+        where = f"{self.folder.path}: step {job.step} not saved"
+        if self._group.size > 1:
+            where += f" (rank {self._group.index})"
+        if error.errno not in _OUT_OF_SPACE:
+            return CheckpointError(
+                f"{where}: {error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+            )
+        existing = next(folder for folder in (self.folder.path, *self.folder.path.parents) if folder.exists())
+        free = os.statvfs(existing)
+        free_mb = free.f_bavail * free.f_frsize / 1e6
+        return ResourceError(
+            f"{where}: {error.strerror} (it needs {job.needed_bytes / 1e6:.0f} MB, {free_mb:.0f} MB are free); "
+            "earlier checkpoints are intact: make room and start the run again"
+        )
+
+
+def _first_error(group: Group, error: TurnoutError | None) -> TurnoutError | None:
+    """Return the error of the first rank that has one, on every rank."""
+    return next((found for found in group.gather_objects(error) if found is not None), None)
+
+
+def _wait_for(folder: Path) -> None:
+    end = time.monotonic() + _VISIBLE_S
+    while not folder.is_dir() and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
