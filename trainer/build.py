@@ -104,10 +104,12 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
                 corpus = build_corpus(config.data, progress=bar)
     if corpus is None:  # what rank 0 has made of it is on the disk now
         corpus = build_corpus(config.data)
+    faults.hit("start.text")
     stream = TrainStream(corpus, seq_len=config.model.seq_len, seed=config.seed)
     size = model_size(whole_model(config, corpus.tokenizer))
     model = build_model(config, corpus.tokenizer, mesh, device, warn=console.warning)
     engine = config.engine.build(model, config.optim, numerics(config), mesh)
+    faults.hit("start.engine")
     run = Run(
         mesh=mesh,
         config=config,
@@ -129,6 +131,7 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
     with raise_together(mesh.world):
         if is_writer:
             run.saver.folder.clean()
+            faults.hit("resume.cleaned")
     found = find_newest(run.saver.folder, mesh.world, warn=console.warning)
     if found is not None:
         with raise_together(mesh.world):
@@ -136,6 +139,7 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
     with raise_together(mesh.world):
         if is_writer:
             folder.write(folder.config, dump(config))
+            faults.hit("start.config_written")
             folder.write_environment(
                 {
                     **runtime.describe(),
@@ -145,8 +149,10 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
                     "tokenizer_fingerprint": corpus.tokenizer.fingerprint,
                 }
             )
+    faults.hit("start.written")
     run.metrics.resume_at(run.start_step)
     run.routing.resume_at(run.start_step)
+    faults.hit("start.done")
     return run
 
 

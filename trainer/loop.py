@@ -4,6 +4,7 @@ import time
 
 import torch
 
+from trainer import faults
 from trainer.build import Run
 from trainer.checkpoint.saver import Saved
 from trainer.data.corpus import Corpus
@@ -51,7 +52,9 @@ def fit(run: Run) -> EvalResult | None:
             pace.step(result.num_tokens)
 
             done, is_last = step + 1, step + 1 == train.steps
+            faults.hit("step.taken")
             stopped_by = _agree(run, stop)
+            faults.hit("step.agreed")
             if every(config.metrics.log_every, done) or is_last or done == run.start_step + 1:
                 log_step(run, done, result, lr=lr, pace=pace)
             run.console.tick(done)
@@ -67,13 +70,16 @@ def fit(run: Run) -> EvalResult | None:
                 journal.enter("evaluation")
                 evaluation = evaluate_as_configured(config, run.engine, run.corpus, run.mesh.layout)
                 record = {"step": done, **evaluation.record()}
+                faults.hit("eval.done")
                 run.metrics.write(record)
                 run.console.evaluation(record)
+                faults.hit("eval.written")
             if every(config.checkpoint.every, done) or is_last or stopped_by:
                 journal.enter("saving")
                 save(run, done, is_needed=is_last or stopped_by is not None)
             else:
                 announce(run, run.saver.finished())
+            faults.hit("step.done")
             pace.restart()
             if stopped_by and not is_last:
                 run.console.message(f"stopped by {stopped_by} after step {done}: saved; start again to go on")
@@ -124,6 +130,7 @@ def announce(run: Run, saved: Saved | None) -> None:
     lost = f"{saved.stalled_s * 1e3:.0f} ms" if saved.stalled_s < 1 else f"{saved.stalled_s:.1f} s"
     note = f"{saved.size_bytes / 1e6:.0f} MB in {saved.behind_s:.1f} s, of which training waited {lost}"
     run.console.checkpoint(saved.path, saved.step, note=note)
+    faults.hit("save.reported")
 
 
 def _agree(run: Run, stop: StopRequest) -> str | None:
@@ -159,8 +166,10 @@ def log_step(run: Run, done: int, result: StepResult, *, lr: float, pace: "_Pace
     }
     if routing is not None:
         record |= routing_metrics(routing.counts, routing.dropped, routing.tokens, routing.entropy_sum)
+        faults.hit("log.begin")
         run.routing.write({"step": done, "counts": routing.counts.tolist(), "dropped": routing.dropped.tolist()})
     run.metrics.write(record)
+    faults.hit("log.written")
     run.console.step(record)
 
 

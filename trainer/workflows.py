@@ -9,6 +9,7 @@ from typing import TextIO
 
 import torch
 
+from trainer import faults
 from trainer.build import Run, build_run, load_trained
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.data.corpus import Corpus, build_corpus
@@ -59,6 +60,7 @@ def train_run(config: ExperimentConfig, folder: RunFolder, layout: Layout, *, wa
         with raise_together(mesh.world):
             if layout.rank == 0:
                 folder.lock()
+                faults.hit("start.locked")
         run = build_run(config, folder, console, mesh, device)
         console.header(_header(run))
         if run.start_step >= config.train.steps:
@@ -71,8 +73,10 @@ def train_run(config: ExperimentConfig, folder: RunFolder, layout: Layout, *, wa
             raise
         if evaluation is None:
             return PREEMPTED
+        faults.hit("end.trained")
         prompt, sample = _sample(run)  # every rank takes part: it needs everyone's experts
         if layout.rank == 0:
+            faults.hit("end.summary")
             console.summary(_summary(run, evaluation, prompt, sample))
     return 0
 

@@ -79,6 +79,7 @@ class CheckpointFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
+        faults.hit("save.folder_made")
 
     def commit(self, step: int) -> Path:
         """Give what was written and flushed its name: from here on it is a checkpoint.

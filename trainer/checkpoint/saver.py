@@ -100,6 +100,7 @@ class Saver:
         began = time.perf_counter()
         if self._plan is None:  # what is where does not change within a run
             self._plan = plan_save(self._mesh.world.gather_objects(describe(state)))
+        faults.hit("save.planned")
         names = self._plan.of_rank(self._mesh.layout.rank)
         job = _Job(
             step=step,

@@ -5,6 +5,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from trainer import faults
+
 _REMEMBERED = 32
 
 
@@ -43,6 +45,7 @@ class Journal:
     def enter(self, phase: str) -> None:
         """Write down that another phase begins."""
         self.phase, self.changed_at = phase, time.monotonic()
+        faults.hit(f"phase.{phase.replace(' ', '_')}")
 
     def note(self, name: str, group: str, sizes: Sequence[int]) -> Operation:
         """Write an operation down, as it begins."""
@@ -50,6 +53,7 @@ class Journal:
         operation = Operation(self.count, name, group, tuple(sizes))
         self.operations.append(operation)
         self.changed_at = time.monotonic()
+        faults.hit("exchange.begin")
         return operation
 
     def wait_for(self, operation: Operation) -> None:
@@ -59,6 +63,7 @@ class Journal:
     def end(self) -> None:
         """Write down that the operation has come back."""
         self.running, self.changed_at = None, time.monotonic()
+        faults.hit("exchange.end")
 
     @property
     def quiet_s(self) -> float:

@@ -11,6 +11,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
+from trainer import faults
 from trainer.distributed.collectives import Group, is_of_exchange
 from trainer.distributed.interface import interface_towards
 from trainer.distributed.journal import Journal
@@ -74,6 +75,7 @@ def joined(layout: Layout, device: torch.device, *, timeout_s: float) -> Iterato
             f"{str(error).splitlines()[0]}; check that every node was started, with the same MASTER_ADDR and "
             "MASTER_PORT, and that GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME, if set, names the interface between them"
         ) from error
+    faults.hit("start.joined")
     try:
         yield mesh
     except CommError as error:

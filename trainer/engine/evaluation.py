@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from trainer import faults
 from trainer.data.corpus import Corpus
 from trainer.data.stream import evaluation_batches, row_slice
 from trainer.distributed.layout import Layout
@@ -125,6 +126,7 @@ def _domain(
         targets = batch.targets[batch.target_mask].numpy()
         target_bytes += int(token_bytes[targets].sum())
         mine = row_slice(batch, batch_size * layout.rank, batch_size * (layout.rank + 1))
+        faults.hit("eval.batch")
         here = engine.eval_loss(mine, dropless=dropless)
         sums = here if sums is None else sums + here
     assert sums is not None, "every domain has validation text"

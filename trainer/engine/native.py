@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from trainer import faults
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.data.batch import Batch
 from trainer.distributed.mesh import Mesh
@@ -152,6 +153,7 @@ class NativeEngine(Engine):
             self.previous_counts = step.choices
             for layer, moe in enumerate(self.model.moe_layers()):
                 moe.router.update(routing.counts[layer])
+        faults.hit("step.updated")
         return StepResult(
             loss=float(total.loss),
             balance_loss=None if total.balance_loss is None else float(total.balance_loss),
@@ -279,6 +281,7 @@ class NativeEngine(Engine):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+            faults.hit("step.weights_updated")
             self.optimizer_steps += 1
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm, not finite

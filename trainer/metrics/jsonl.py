@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer import faults
 from trainer.errors import DataError
 
 
@@ -64,6 +65,7 @@ class JsonlSink:
                 file.writelines(kept)
                 file.flush()
                 os.fsync(file.fileno())
+            faults.hit("metrics.cut")
             temporary.replace(self.path)
             os.close(self._descriptor)
             self._descriptor = _open(self.path)

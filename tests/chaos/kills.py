@@ -1,0 +1,129 @@
+"""R1 and R2: ranks are killed, at every named place and at random moments.
+
+Nothing may be lost but the steps since the last checkpoint, and those come out the same again.
+"""
+
+import random
+import time
+from dataclasses import dataclass
+
+from tests.chaos.arena import Arena, Prepare
+from tests.chaos.course import LONGEST_S, Course, Outcome, damage, differences, resumed_at
+
+_SURVIVE_S = 30.0
+"""Survivors end by themselves: parallel.timeout_s 4, 5 s more, and what a busy machine adds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """A rank is killed when it comes to a place for the n-th time."""
+
+    point: str
+    time: int
+    victim: int | None
+    """None: every rank is."""
+    after_resume: bool = False
+    """In an attempt that goes on from a checkpoint, after one that was killed in step 13."""
+
+    def __str__(self) -> str:
+        who = "all ranks" if self.victim is None else f"rank {self.victim}"
+        return f"{self.point}#{self.time}, {who}{', resumed' if self.after_resume else ''}"
+
+    @property
+    def planted(self) -> str:
+        """As TURNOUT_FAULTS has it."""
+        return f"{self.point}#{self.time}{'' if self.victim is None else f':{self.victim}'}=kill"
+
+
+# At which time: where it matters in step 12 or the save of step 15. There are two ranks and two micro-batches.
+EVERY_RANK = {
+    "start.joined": 1, "start.text": 1, "start.engine": 1, "start.written": 1, "start.done": 1,
+    "phase.data": 12, "phase.counting": 12, "phase.forward": 25, "phase.backward": 24, "phase.gradient_sums": 12,
+    "phase.update": 12, "phase.evaluation": 2, "phase.saving": 3, "exchange.begin": 150, "exchange.end": 151,
+    "step.weights_updated": 13, "step.updated": 14, "step.taken": 12, "step.agreed": 12, "step.done": 15,
+    "log.begin": 12, "log.written": 12, "eval.batch": 4, "eval.done": 2, "eval.written": 2,
+    "save.planned": 3, "save.snapshot": 3, "save.before_file": 4, "save.mid_file": 4, "save.file_written": 4,
+    "save.file_synced": 4, "save.before_vote": 3, "save.voted": 3, "save.reported": 3, "end.trained": 1,
+}  # fmt: skip
+FIRST_RANK = {
+    "start.locked": 1, "start.config_written": 1, "resume.cleaned": 1, "save.folder_made": 3, "save.before_manifest": 3,
+    "save.folder_synced": 3, "save.before_rename": 3, "save.renamed": 3, "save.committed": 3, "prune.begin": 3,
+    "remove.out_of_sight": 1, "remove.done": 2, "prune.done": 3, "end.summary": 1,
+}  # fmt: skip
+RESUMED_EVERY_RANK = ("resume.candidate", "resume.checked", "resume.found", "resume.loaded")
+RESUMED_FIRST_RANK = ("metrics.cut",)
+POINTS = {*EVERY_RANK, *FIRST_RANK, *RESUMED_EVERY_RANK, *RESUMED_FIRST_RANK}
+
+
+def all_kills() -> list[Kill]:
+    """Return every named place, with each rank and all of them where all come there."""
+    return [
+        *(Kill(point, at, victim) for point, at in EVERY_RANK.items() for victim in (0, 1, None)),
+        *(Kill(point, at, 0) for point, at in FIRST_RANK.items()),
+        *(Kill(point, 1, victim, after_resume=True) for point in RESUMED_EVERY_RANK for victim in (0, 1, None)),
+        *(Kill(point, 1, 0, after_resume=True) for point in RESUMED_FIRST_RANK),
+    ]
+
+
+def kill_at(arena: Arena, course: Course, expected: Outcome, kill: Kill, prepare: Prepare | None = None) -> list[str]:
+    """Kill a run at a named place, go on with it, and return what is wrong.
+
+    Args:
+        arena: starts ranks.
+        course: a prepared folder.
+        expected: what an undisturbed run leaves behind.
+        kill: where and whom. If only one rank is killed the others are to end by themselves.
+        prepare: a negative control, in every attempt.
+    """
+    wrong = []
+    if kill.after_resume:
+        course.start(arena, planted="step.taken#13=kill", prepare=prepare).settle(seconds=LONGEST_S)
+    attempt = course.start(arena, planted=kill.planted, prepare=prepare)
+    codes = attempt.settle(seconds=LONGEST_S, lets_survivors_end=kill.victim is not None)
+    victims = range(course.world_size) if kill.victim is None else [kill.victim]
+    if not any(codes[rank] == -9 for rank in victims):
+        wrong.append(f"the fault never came: {codes} {attempt.said()[-500:]}")
+    if None in codes:
+        wrong.append(f"hung: {codes}")
+    survivors = [code for rank, code in enumerate(codes) if rank not in victims]
+    if any(code not in (0, 5) for code in survivors):
+        wrong.append(f"survivors ended with {survivors}: {attempt.said()[-500:]}")
+    wrong += damage(course)
+    newest = max(course.checkpoints.steps(), default=0)
+    wrong += course.finish(arena, prepare=prepare)
+    if resumed_at(course) != newest:
+        wrong.append(f"went on from {resumed_at(course)}, though {newest} was saved")
+    return wrong + differences(course, expected)
+
+
+def kill_at_random(
+    arena: Arena, course: Course, base: Course, expected: Outcome, *, num_kills: int, seed: int
+) -> list[str]:
+    """Kill a run again and again, at random moments, one rank or several; return what is wrong.
+
+    Moments are counted from the first sign of life of an attempt: counted from its start, most kills would hit imports.
+    """
+    wrong, draw, done = [], random.Random(seed), 0
+    while done < num_kills:
+        attempt = course.start(arena)
+        metrics = course.run / "metrics.jsonl"
+        size = metrics.stat().st_size if metrics.exists() else 0
+        attempt.wait(seconds=LONGEST_S, until=lambda: metrics.exists() and metrics.stat().st_size != size)  # noqa: B023
+        time.sleep(draw.uniform(0.0, 0.7))
+        victims = [rank for rank in range(course.world_size) if draw.random() < 0.5] or [
+            draw.randrange(course.world_size)
+        ]
+        is_over = len(attempt.poll()) == course.world_size
+        attempt.kill(victims)
+        end_alone = len(victims) < course.world_size and draw.random() < 0.2
+        codes = attempt.settle(seconds=_SURVIVE_S if end_alone else LONGEST_S, lets_survivors_end=end_alone)
+        if None in codes:
+            wrong.append(f"hung after kill {done}: {codes} {attempt.said()[-500:]}")
+        wrong += damage(course)
+        if -9 in codes and not is_over:
+            done += 1
+        else:  # it was quicker than the kill: compare, and begin another one
+            wrong += differences(course, expected)
+            course.prepare(like=base)
+    wrong += course.finish(arena)
+    return wrong + differences(course, expected)

@@ -1,0 +1,158 @@
+"""The chaos suite: every fault of docs/reliability.md is made to happen, and what comes out is compared.
+
+    python -m tests.chaos.run                       the short form, a minute or two
+    python -m tests.chaos.run --release             the numbers that docs/reliability.md states
+    python -m tests.chaos.run --only kills --seed 3
+
+Ends with 1 if anything was lost, hung or undetected, or a negative control was not noticed.
+"""
+
+import argparse
+import json
+import multiprocessing
+import random
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from tests.chaos.disk import FULL_AT
+from tests.chaos.kills import all_kills
+from tests.chaos.mutants import KILLED, STOPPED
+from tests.chaos.trials import (
+    Lane,
+    Report,
+    Trial,
+    control_killed,
+    control_stopped,
+    full,
+    killed,
+    killed_at_random,
+    reads_epochs,
+    stays_full,
+    stopped,
+)
+
+LAYOUTS = [(1, 1), (2, 2), (4, 4), (4, 2)]
+"""Ranks and ep_size."""
+
+
+@dataclass(slots=True)
+class Result:
+    """How the trials of a scenario went."""
+
+    scenario: str
+    trials: int = 0
+    wrong: list[str] = field(default_factory=list)
+    figures: dict[str, list[float]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def line(self) -> str:
+        """Return a row of the table."""
+        figures = "; ".join(f"{name}: {_shown(values)}" for name, values in self.figures.items())
+        return (
+            f"| {self.scenario} | {self.trials} | {self.trials - len(self.wrong)} | {figures} | {self.seconds:.0f} s |"
+        )
+
+
+def scenarios(*, release: bool, seed: int) -> dict[str, list[Trial]]:
+    """Return the trials of every scenario."""
+    draw = random.Random(seed)
+    kills = all_kills() if release else _some(draw, all_kills(), 14)
+    num_random = {"runs": 25, "kills": 8} if release else {"runs": 2, "kills": 5}
+    stops, spaces, rounds = (20, 10, 3) if release else (3, 1, 1)
+    return {
+        "kills at named places": [Trial(str(kill), killed, (kill, (2, 2))) for kill in kills],
+        "kills at random": [
+            Trial(f"seed {seed + i}", killed_at_random, (num_random["kills"], seed + i, LAYOUTS[i % len(LAYOUTS)]))
+            for i in range(num_random["runs"])
+        ],
+        "stops at random": [Trial(f"seed {seed + i}", stopped, (seed + i,)) for i in range(stops)],
+        "disk full for one save": [
+            Trial(f"{fault}", full, (fault,)) for fault in (FULL_AT if release else _some(draw, FULL_AT, 2))
+        ],
+        "disk full for good": [Trial(f"seed {seed + i}", stays_full, (seed + i,)) for i in range(spaces)],
+        "epochs under kills": [
+            Trial(f"seed {seed + i}", reads_epochs, (6 if release else 3, seed + i)) for i in range(rounds)
+        ],
+        "negative controls": [
+            *(Trial(mutant.__name__, control_killed, (mutant, kill)) for mutant, kill in KILLED.items()),
+            *(Trial(mutant.__name__, control_stopped, (mutant,)) for mutant in STOPPED),
+        ],
+    }
+
+
+def _some(draw: random.Random, everything: list, number: int) -> list:
+    return draw.sample(everything, number)
+
+
+_lane: Lane
+"""Of this process, which runs one trial at a time."""
+
+
+def _open_lane(folder: Path) -> None:
+    global _lane
+    torch.set_num_threads(1)
+    _lane = Lane(folder)
+
+
+def _run(trial: Trial) -> Report:
+    try:
+        return trial.run(_lane)
+    except Exception as error:
+        return Report(wrong=[f"{type(error).__name__}: {error}"], figures={})
+
+
+def run_scenario(name: str, trials: list[Trial], folder: Path, *, lanes: int) -> Result:
+    """Run trials side by side and count; most of a trial is waiting."""
+    result, began = Result(name), time.monotonic()
+    # Forked before this process has computed anything: see Arena.
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(lanes, mp_context=context, initializer=_open_lane, initargs=(folder,)) as pool:
+        for trial, report in zip(trials, pool.map(_run, trials), strict=True):
+            result.trials += 1
+            if report.wrong:
+                result.wrong.append(f"{trial.name}: {'; '.join(report.wrong)}")
+                print(f"WRONG {result.wrong[-1][:2000]}", flush=True)
+            for key, value in report.figures.items():
+                result.figures.setdefault(key, []).append(value)
+    result.seconds = time.monotonic() - began
+    print(result.line(), flush=True)
+    return result
+
+
+def _shown(values: list[float]) -> str:
+    if all(value == int(value) for value in values):
+        return f"{sum(values):.0f}"
+    return f"median {median(values):.1f}, most {max(values):.1f}"
+
+
+def main() -> int:
+    """Run what is asked for; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--release", action="store_true", help="the long form")
+    parser.add_argument("--only", default="", metavar="TEXT", help="scenarios whose name has this text")
+    parser.add_argument("--trial", default="", metavar="TEXT", help="trials whose name has this text")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lanes", type=int, default=3, help="trials side by side (3)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON as well")
+    options = parser.parse_args()
+    results = []
+    print("| scenario | trials | as it must be | figures | time |\n|---|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        for name, trials in scenarios(release=options.release, seed=options.seed).items():
+            chosen = [trial for trial in trials if options.trial in trial.name]
+            if options.only in name and chosen:
+                results.append(run_scenario(name, chosen, Path(folder), lanes=options.lanes))
+    if options.json is not None:
+        options.json.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
+    return 1 if any(result.wrong for result in results) or not results else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""Trials: one fault each, what must hold after it, and the figures it gives. `tests.chaos.run` runs them."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.chaos.arena import Arena, Prepare
+from tests.chaos.course import Course, Outcome, outcome
+from tests.chaos.data import epochs
+from tests.chaos.disk import full_for_good, full_once
+from tests.chaos.kills import Kill, kill_at, kill_at_random
+from tests.chaos.stops import stop_at_random
+
+
+class Lane:
+    """What a process needs to run trials one after another: an arena, and undisturbed runs to compare with."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.arena = folder / f"lane-{os.getpid()}", Arena()
+        self._undisturbed: dict[tuple[object, ...], tuple[Course, Outcome]] = {}
+
+    def undisturbed(self, world_size: int, ep_size: int, overrides: tuple[str, ...] = ()) -> tuple[Course, Outcome]:
+        """Return a run that was left alone, and what it has left behind."""
+        key = (world_size, ep_size, overrides)
+        if key not in self._undisturbed:
+            folder = self.folder / f"undisturbed-{len(self._undisturbed)}"
+            course = Course(folder, world_size, ep_size, overrides).prepare()
+            wrong = course.finish(self.arena)
+            assert not wrong, wrong
+            self._undisturbed[key] = course, outcome(course)
+        return self._undisturbed[key]
+
+    def course(self, world_size: int = 2, ep_size: int = 2, *overrides: str) -> tuple[Course, Course, Outcome]:
+        """Return a prepared run, the undisturbed one, and what both must leave behind."""
+        base, expected = self.undisturbed(world_size, ep_size, overrides)
+        course = Course(self.folder / "trial", world_size, ep_size, overrides).prepare(like=base)
+        return course, base, expected
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What came of a trial."""
+
+    wrong: list[str]
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A fault, by a name, as a function and its arguments."""
+
+    name: str
+    function: Callable[..., Report]
+    arguments: tuple[object, ...] = ()
+
+    def run(self, lane: Lane) -> Report:
+        """Let it happen."""
+        return self.function(lane, *self.arguments)
+
+
+def killed(lane: Lane, kill: Kill, layout: tuple[int, int]) -> Report:
+    """Kill at a named place."""
+    course, _, expected = lane.course(*layout)
+    return Report(wrong=kill_at(lane.arena, course, expected, kill), figures={})
+
+
+def killed_at_random(lane: Lane, num_kills: int, seed: int, layout: tuple[int, int]) -> Report:
+    """Kill again and again."""
+    course, base, expected = lane.course(*layout)
+    wrong = kill_at_random(lane.arena, course, base, expected, num_kills=num_kills, seed=seed)
+    return Report(wrong=wrong, figures={"kills": num_kills})
+
+
+def stopped(lane: Lane, seed: int) -> Report:
+    """Ask to stop."""
+    course, _, expected = lane.course()
+    wrong, took_s = stop_at_random(lane.arena, course, expected, seed=seed)
+    return Report(wrong=wrong, figures={"seconds to the end": took_s})
+
+
+def full(lane: Lane, fault: tuple[str, int, int]) -> Report:
+    """Fill the disk for one save."""
+    course, _, expected = lane.course()
+    return Report(wrong=full_once(lane.arena, course, expected, fault), figures={})
+
+
+def stays_full(lane: Lane, seed: int) -> Report:
+    """Fill the disk and leave it full."""
+    course, _, expected = lane.course()
+    return Report(wrong=full_for_good(lane.arena, course, expected, seed=seed), figures={})
+
+
+def reads_epochs(lane: Lane, num_kills: int, seed: int) -> Report:
+    """Kill again and again over several epochs."""
+    course, base, expected = lane.course(2, 2, "train.steps=150", "checkpoint.every=3", "eval.every=null")
+    wrong = kill_at_random(lane.arena, course, base, expected, num_kills=num_kills, seed=seed)
+    more, num_epochs = epochs(course)
+    return Report(wrong=wrong + more, figures={"kills": num_kills, "whole epochs": num_epochs})
+
+
+def control_killed(lane: Lane, mutant: Prepare, kill: Kill) -> Report:
+    """Break a protection, kill, and see whether it is noticed."""
+    course, _, expected = lane.course()
+    found = kill_at(lane.arena, course, expected, kill, mutant)
+    return _noticed(found)
+
+
+def control_stopped(lane: Lane, mutant: Prepare) -> Report:
+    """Break a protection, ask some runs to stop, and see whether it is noticed."""
+    found = []
+    for seed in range(6):
+        course, _, expected = lane.course()
+        found += stop_at_random(lane.arena, course, expected, seed=seed, prepare=mutant)[0]
+    return _noticed(found)
+
+
+def _noticed(found: list[str]) -> Report:
+    missed = [] if found else ["nobody noticed"]
+    if any("the fault never came" in text for text in found):
+        missed.append(found[0])
+    return Report(wrong=missed, figures={"findings": len(found)})
