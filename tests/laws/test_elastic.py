@@ -14,6 +14,7 @@ from tests.builders import make_batch, make_engine, rows_of, tiny_model_config
 from tests.ranks import Ranks, mesh_here
 from tests.saved import load, resume
 from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.load import find_newest
 from trainer.checkpoint.saver import Saver
 from trainer.distributed.layout import even_slice
 from trainer.distributed.mesh import Mesh
@@ -158,3 +159,29 @@ def test_if_one_rank_cannot_write_nobody_has_saved(ranks: Ranks, tmp_path: Path,
             assert names == ["step_00000001"]
     finally:
         with_fault.close()
+
+
+def _find(where: Where, folder: Path) -> tuple[int | None, list[str]]:
+    warnings: list[str] = []
+    found = find_newest(CheckpointFolder(folder), mesh_here().world, warn=warnings.append)
+    return None if found is None else found.step, warnings
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_all_ranks_fall_back_together_whoever_finds_the_damage(ranks: Ranks, tmp_path: Path, number: int) -> None:
+    """Each rank reads some of the files; the one that finds the damage is not always the first."""
+    for step in (1, 2):
+        ranks.run(3, _save_as, EP[3], tmp_path, step)
+    files = sorted(CheckpointFolder(tmp_path).of_step(2).glob("*.safetensors"))
+    assert len(files) == 3
+    files[number].write_bytes(files[number].read_bytes()[:-1])
+    for step, warnings in ranks.run(3, _find, EP[3], tmp_path):
+        assert step == 1
+        assert len(warnings) == 1 and files[number].name in warnings[0] and "resuming from step 1" in warnings[0]
+
+
+def _save_as(where: Where, folder: Path, step: int) -> None:
+    engine = _engine(where, torch.float32)
+    saver = Saver(CheckpointFolder(folder), engine.mesh)
+    saver.start(step, engine.state(), {})
+    saver.wait()

@@ -1,0 +1,83 @@
+"""What a run must not go on from, and how that is said."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.saved import save
+from trainer.checkpoint.compatible import check_fits, check_model, check_tokenizer
+from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.load import Found, find
+from trainer.checkpoint.state import Slice, TrainState
+from trainer.errors import CheckpointError
+
+TENSORS = {"model.a": torch.ones(3, 2), "model.b": torch.arange(5)}
+MODEL = {"num_layers": 2, "moe": {"num_experts": 8, "router": {"kind": "top_k", "top_k": 2}}}
+
+
+def _state(tensors: dict[str, torch.Tensor]) -> TrainState:
+    return TrainState(slices={name: Slice.whole(tensor) for name, tensor in tensors.items()})
+
+
+@pytest.fixture
+def found(tmp_path: Path) -> Found:
+    save(tmp_path, 5, _state(TENSORS), {"config": {"model": MODEL}, "tokenizer_fingerprint": "a" * 64})
+    return find(CheckpointFolder(tmp_path), 5)
+
+
+@pytest.mark.parametrize(
+    ("mine", "message"),
+    [
+        ({**TENSORS, "model.a": torch.ones(3, 4)}, "model.a is [3, 2] in it and [3, 4] in this model"),
+        ({"model.a": TENSORS["model.a"]}, "it has model.b, which this model does not"),
+        ({**TENSORS, "model.c": torch.ones(1)}, "model.c is not in it"),
+        (
+            {**TENSORS, "model.a": TENSORS["model.a"].double()},
+            "model.a is float32 in it and float64 in this model (train.dtype)",
+        ),
+        ({}, "it has model.a, which this model does not (and 1 more differences)"),
+    ],
+)
+def test_other_tensors_are_refused_by_name_shape_and_dtype(
+    found: Found, mine: dict[str, torch.Tensor], message: str
+) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        check_fits(found, _state(mine))
+    assert str(caught.value) == (
+        f"{found.path}: was written by a different model: {message}; use the run's own config, or a new name=..."
+    )
+
+
+def test_the_same_tensors_fit(found: Found) -> None:
+    check_fits(found, _state(TENSORS))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({**MODEL, "num_layers": 3}, "model.num_layers is 2 in it and 3 in the config"),
+        ({**MODEL, "moe": None}, "model.moe is {num_experts: 8, router: {kind: top_k, top_k: 2}} in it and null"),
+        (
+            {**MODEL, "moe": {"num_experts": 8, "router": {"kind": "top_k", "top_k": 1}}},
+            "model.moe.router.top_k is 2 in it and 1 in the config",
+        ),
+    ],
+)
+def test_another_model_is_refused_by_key_and_values(found: Found, model: dict[str, Any], message: str) -> None:
+    """Also where the tensors have the same shapes."""
+    with pytest.raises(CheckpointError) as caught:
+        check_model(found, model)
+    assert message in str(caught.value) and "use the run's own config, or a new name=..." in str(caught.value)
+
+
+def test_the_same_model_and_one_with_younger_keys_fit(found: Found) -> None:
+    check_model(found, MODEL)
+    check_model(found, {**MODEL, "a_later_option": 1})
+
+
+def test_another_tokenizer_is_refused_with_both_fingerprints(found: Found) -> None:
+    check_tokenizer(found, fingerprint="a" * 64)
+    with pytest.raises(CheckpointError, match=r"another tokenizer .*fingerprint aaaaaaaaaaaa, now bbbbbbbbbbbb"):
+        check_tokenizer(found, fingerprint="b" * 64)
