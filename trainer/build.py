@@ -19,6 +19,7 @@ from trainer.distributed.mesh import Mesh
 from trainer.distributed.together import raise_together
 from trainer.engine.base import Engine
 from trainer.engine.native import NumericsConfig
+from trainer.engine.spikes import SpikeWindow
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.console import Console
@@ -49,14 +50,17 @@ class Run:
     metrics: JsonlSink | NullSink
     routing: JsonlSink | NullSink
     size: ModelSize
+    spikes: SpikeWindow
     start_step: int = 0
     """Completed steps."""
     position: int = 0
     """Number of the next training row: with the seed, all there is to resume of the data."""
     skipped_steps: int = 0
-    """Steps without a finite gradient so far."""
+    """Steps so far that were not taken: not finite, or skipped spikes."""
     skipped_in_a_row: int = 0
-    """How many of them were the last ones."""
+    """Steps that were not finite since the last one that was taken."""
+    copies_equal_at: int | None = None
+    """Completed steps when ranks were last seen to hold equal copies; None: not looked yet."""
 
     def checkpoint_info(self) -> dict[str, Any]:
         """Return what a checkpoint says of itself beside the state."""
@@ -64,6 +68,7 @@ class Run:
             "position": self.position,
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "spikes": self.spikes.record(),
             "tokens": self.position * self.config.model.seq_len,
             "data_fingerprint": self.corpus.fingerprint,
             "tokenizer_fingerprint": self.corpus.tokenizer.fingerprint,
@@ -107,6 +112,11 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
         metrics=JsonlSink(folder.metrics, warn=console.warning) if is_writer else NullSink(),
         routing=JsonlSink(folder.routing, warn=console.warning) if is_writer else NullSink(),
         size=size,
+        spikes=SpikeWindow(
+            sigmas=config.train.spikes.sigmas,
+            size=config.train.spikes.window,
+            patience=config.train.max_consecutive_skips,
+        ),
     )
     loaded = _load_newest(run)
     if loaded is not None:
@@ -245,4 +255,5 @@ def _resume(run: Run, loaded: Loaded) -> None:
     run.start_step, run.position = int(loaded.info["step"]), int(loaded.info["position"])
     run.skipped_steps = int(loaded.info["skipped_steps"])
     run.skipped_in_a_row = int(loaded.info["skipped_in_a_row"])
+    run.spikes.restore(loaded.info.get("spikes", {}))
     run.console.message(f"resuming from {loaded.path}")
