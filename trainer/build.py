@@ -23,6 +23,7 @@ from trainer.distributed.mesh import Mesh
 from trainer.distributed.together import raise_together
 from trainer.engine.base import Engine
 from trainer.engine.native import NumericsConfig
+from trainer.engine.spikes import SpikeWindow
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.console import Console
@@ -53,14 +54,17 @@ class Run:
     metrics: JsonlSink | NullSink
     routing: JsonlSink | NullSink
     size: ModelSize
+    spikes: SpikeWindow
     start_step: int = 0
     """Completed steps."""
     position: int = 0
     """Number of the next training row: with the seed, all there is to resume of the data."""
     skipped_steps: int = 0
-    """Steps without a finite gradient so far."""
+    """Steps so far that were not taken: not finite, or skipped spikes."""
     skipped_in_a_row: int = 0
-    """How many of them were the last ones."""
+    """Steps that were not finite since the last one that was taken."""
+    copies_equal_at: int | None = None
+    """Completed steps when ranks were last seen to hold equal copies; None: not looked yet."""
 
     def checkpoint_info(self) -> dict[str, Any]:
         """Return what a checkpoint says of itself beside the state."""
@@ -68,6 +72,7 @@ class Run:
             "position": self.position,
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "spikes": self.spikes.record(),
             "tokens": self.position * self.config.model.seq_len,
             "rows_of_a_step": self.config.train.global_batch_size,
             "data_fingerprint": self.corpus.fingerprint,
@@ -127,6 +132,11 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
         metrics=JsonlSink(folder.metrics, warn=console.warning) if is_writer else NullSink(),
         routing=JsonlSink(folder.routing, warn=console.warning) if is_writer else NullSink(),
         size=size,
+        spikes=SpikeWindow(
+            sigmas=config.train.spikes.sigmas,
+            size=config.train.spikes.window,
+            patience=config.train.max_consecutive_skips,
+        ),
     )
     with raise_together(mesh.world):
         if is_writer:
@@ -259,6 +269,7 @@ def _resume(run: Run, found: Found) -> None:
     run.start_step, run.position = found.step, int(found.run["position"])
     run.skipped_steps = int(found.run["skipped_steps"])
     run.skipped_in_a_row = int(found.run["skipped_in_a_row"])
+    run.spikes.restore(found.run.get("spikes", {}))
     run.console.message(f"resuming from {found.path}{_moved(found, run)}")
     faults.hit("resume.loaded")
 

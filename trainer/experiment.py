@@ -14,6 +14,25 @@ from trainer.optim.registry import AdamWConfig, OptimConfig, ScheduleConfig, War
 from trainer.parallel.config import ParallelConfig
 
 
+class SpikesConfig(Config):
+    """Losses far above those of the steps before: reported, counted in `loss_spikes`, skipped if asked for."""
+
+    sigmas: PositiveFloat | None = 6.0
+    """A spike is a loss above mean + sigmas * standard deviation of the window. Null: nothing is looked for."""
+    window: PositiveInt = 128
+    """Last losses of steps that were taken; a loss is judged once there are 32 of them."""
+    skip: bool = False
+    """Skip the step of a spike on all ranks; after `max_consecutive_skips` of them in a row the window starts anew, so
+    that a loss which stays high is taken for what it is."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Refuse a window that no loss is ever judged by, and skipping what is not looked for."""
+        if self.window < 32:
+            yield Problem("window", f"{self.window} losses are too few to tell what is usual; use at least 32")
+        if self.skip and self.sigmas is None:
+            yield Problem("skip", "true, but sigmas is null, so that no loss is a spike; set sigmas, or skip: false")
+
+
 class TrainConfig(Config):
     """How long and in which precision to train."""
 
@@ -26,7 +45,9 @@ class TrainConfig(Config):
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Precision of the matrix products. Parameters and optimizer state are float32 (float64 under float64)."""
     max_consecutive_skips: PositiveInt = 5
-    """Stop after this many steps in a row without a finite gradient."""
+    """Stop after this many steps without a finite loss and gradient since the last step that was taken."""
+    spikes: SpikesConfig = SpikesConfig()
+    """Losses far above those before."""
 
 
 class EvalConfig(Config):

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from trainer import faults
+from trainer import faults, guard
 from trainer.build import Run
 from trainer.checkpoint.saver import Saved
 from trainer.data.corpus import Corpus
@@ -13,7 +13,6 @@ from trainer.distributed.signals import StopRequest
 from trainer.distributed.together import raise_together
 from trainer.engine.base import Engine, StepResult
 from trainer.engine.evaluation import EvalResult, evaluate
-from trainer.errors import NumericsError
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.routing import routing_metrics
 
@@ -27,12 +26,13 @@ def fit(run: Run) -> EvalResult | None:
         The last evaluation; None if the run was asked to stop first (it has saved by then).
 
     Raises:
-        NumericsError: if `train.max_consecutive_skips` steps in a row had no finite gradient.
+        NumericsError: if `train.max_consecutive_skips` steps in a row were not finite, or ranks hold different copies.
         ResourceError: if the last checkpoint could not be saved.
     """
     config, train = run.config, run.config.train
     pace, journal = _Pace(), run.mesh.world.journal
     evaluation = None
+    guard.confirm_copies(run, run.start_step)
     with StopRequest() as stop:
         for step in range(run.start_step, train.steps):
             journal.step, journal.is_in_step = step + 1, step > run.start_step
@@ -44,28 +44,24 @@ def fit(run: Run) -> EvalResult | None:
                 rank=run.mesh.layout.rank,
                 world_size=run.mesh.layout.world_size,
             )
-            lr = run.schedule(step)
-            result = run.engine.train_step(batches, lr=lr)
+            lr, limit = run.schedule(step), run.spikes.limit()
+            result = run.engine.train_step(batches, lr=lr, skip_above=limit if train.spikes.skip else None)
             run.position += train.global_batch_size
-            run.skipped_steps += result.skipped
-            run.skipped_in_a_row = run.skipped_in_a_row + 1 if result.skipped else 0
             pace.step(result.num_tokens)
 
             done, is_last = step + 1, step + 1 == train.steps
+            guard.account(run, done, result, limit=limit)
             faults.hit("step.taken")
             stopped_by = _agree(run, stop)
             faults.hit("step.agreed")
             if every(config.metrics.log_every, done) or is_last or done == run.start_step + 1:
                 log_step(run, done, result, lr=lr, pace=pace)
             run.console.tick(done)
-            if run.skipped_in_a_row >= train.max_consecutive_skips:
-                raise NumericsError(
-                    f"step {done}: the gradient of {run.skipped_in_a_row} steps in a row is not finite (its norm is "
-                    f"{result.grad_norm}); the weights are those of step {done - run.skipped_in_a_row}: lower "
-                    "schedule.peak_lr, or resume from an earlier checkpoint"
-                )
-            # Evaluated first: what a checkpoint is resumed from has its evaluation in metrics.jsonl already.
+            guard.check_patience(run, done, result)
             journal.is_in_step = False
+            if every(config.parallel.check_copies_every, done):
+                guard.confirm_copies(run, done)
+            # Evaluated first: what a checkpoint is resumed from has its evaluation in metrics.jsonl already.
             if every(config.eval.every, done) or is_last:
                 journal.enter("evaluation")
                 evaluation = evaluate_as_configured(config, run.engine, run.corpus, run.mesh.layout)
@@ -108,6 +104,7 @@ def evaluate_as_configured(
 
 def save(run: Run, done: int, *, is_needed: bool) -> None:
     """Begin to save a checkpoint, or save it now; a disk that refuses only ends the run if there is no later chance."""
+    guard.confirm_copies(run, done)  # a copy that has gone wrong must not be saved as the truth
     announce(run, run.saver.wait())  # one at a time
     run.saver.start(done, run.engine.state(), run.checkpoint_info())
     if not is_needed and run.config.checkpoint.asynchronous:
@@ -163,6 +160,7 @@ def log_step(run: Run, done: int, result: StepResult, *, lr: float, pace: "_Pace
         "dead_experts": None,
         "router_entropy": None,
         "skipped_steps": run.skipped_steps,
+        "loss_spikes": run.spikes.count,
     }
     if routing is not None:
         record |= routing_metrics(routing.counts, routing.dropped, routing.tokens, routing.entropy_sum)

@@ -39,7 +39,8 @@ class Kill:
 EVERY_RANK = {
     "start.joined": 1, "start.text": 1, "start.engine": 1, "start.written": 1, "start.done": 1,
     "phase.data": 12, "phase.counting": 12, "phase.forward": 25, "phase.backward": 24, "phase.gradient_sums": 12,
-    "phase.update": 12, "phase.evaluation": 2, "phase.saving": 3, "exchange.begin": 150, "exchange.end": 151,
+    "phase.update": 12, "phase.evaluation": 2, "phase.comparing_copies": 4, "phase.saving": 3,
+    "exchange.begin": 150, "exchange.end": 151,
     "step.weights_updated": 13, "step.updated": 14, "step.taken": 12, "step.agreed": 12, "step.done": 15,
     "log.begin": 12, "log.written": 12, "eval.batch": 4, "eval.done": 2, "eval.written": 2,
     "save.planned": 3, "save.snapshot": 3, "save.before_file": 4, "save.mid_file": 4, "save.file_written": 4,

@@ -6,9 +6,16 @@ rank = edp_rank * ep_size + ep_rank       world 6, ep_size 3    edp 0: ranks 0 1
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trainer.errors import ConfigError
+
+
+def named(ranks: Sequence[int]) -> str:
+    """Return ranks in words: rank 1, or ranks 0, 2 and 3."""
+    *before, last = ranks
+    return f"ranks {', '.join(map(str, before))} and {last}" if before else f"rank {last}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -52,7 +52,9 @@ class StepResult:
     grad_norm: float
     """2-norm of the whole gradient before clipping."""
     skipped: bool
-    """The gradient was not finite: data and step went on, the weights did not."""
+    """Data and step went on, the weights did not: something was not finite, or the loss was over the limit."""
+    not_finite: str | None
+    """Of loss and gradient, what was not finite, in words; such a step is skipped."""
     num_tokens: int
     """Valid tokens in the global batch."""
     routing: RoutingSums | None
@@ -84,8 +86,11 @@ class Engine(ABC):
     model: GPT
 
     @abstractmethod
-    def train_step(self, micro_batches: Sequence[Batch], *, lr: float) -> StepResult:
-        """Take one optimizer step over the global batch that the micro-batches make up."""
+    def train_step(self, micro_batches: Sequence[Batch], *, lr: float, skip_above: float | None = None) -> StepResult:
+        """Take one optimizer step over the global batch that the micro-batches make up.
+
+        The step is skipped, on all ranks, if its loss or gradient is not finite or its loss is above `skip_above`.
+        """
 
     @abstractmethod
     def eval_loss(self, batch: Batch, *, dropless: bool) -> EvalSums:

@@ -20,6 +20,7 @@ from trainer.checkpoint.state import Slice, TrainState
 from trainer.data.batch import Batch
 from trainer.distributed.mesh import Mesh
 from trainer.engine.base import Engine, EvalSums, RoutingSums, StepResult
+from trainer.engine.nonfinite import Findings, in_words, is_finite
 from trainer.engine.sums import (
     StepTotals,
     routing_like,
@@ -55,6 +56,8 @@ class Accumulated:
     """A step between its last backward pass and its update; sums are over all ranks."""
 
     total: StepTotals
+    own_objective: Tensor
+    """This rank's share of the objective."""
     choices: Tensor
     """(L, E) what the balance loss counts."""
     routing: RoutingSums | None
@@ -90,9 +93,9 @@ class NativeEngine(Engine):
         # Before the first step no load is known, and an even one makes the balance loss its constant minimum.
         self.previous_counts = torch.ones(shape, dtype=torch.int64, device=self.device)
 
-    def train_step(self, micro_batches: Sequence[Batch], *, lr: float) -> StepResult:
+    def train_step(self, micro_batches: Sequence[Batch], *, lr: float, skip_above: float | None = None) -> StepResult:
         """Take one optimizer step over the micro-batches."""
-        return self.apply(self.accumulate(micro_batches), lr=lr)
+        return self.apply(self.accumulate(micro_batches), lr=lr, skip_above=skip_above)
 
     def accumulate(self, micro_batches: Sequence[Batch]) -> Accumulated:
         """Run the micro-batches forward and backward.
@@ -132,34 +135,44 @@ class NativeEngine(Engine):
             sums = routing_sums(output)
             routing = sums if routing is None or sums is None else routing + sums
         journal.enter("gradient sums")
-        square = self._sum_gradients()
+        square, own_objective = self._sum_gradients(), torch.as_tensor(total.objective)
         total, choices, routing, square = self._sum_small(total, choices, routing, square)
         if self._global_counts == "exact" and not self._has_balance_loss and total.prob_sum is not None:
             total.balance_loss = global_balance_loss(choices, total.prob_sum, routed_tokens=denominators.routed_tokens)
         return Accumulated(
             total=total,
+            own_objective=own_objective,
             choices=choices,
             routing=routing,
             grad_norm=square.sqrt(),
             num_tokens=denominators.routed_tokens,
         )
 
-    def apply(self, step: Accumulated, *, lr: float) -> StepResult:
-        """Clip the gradient in `.grad` and step, or skip it if it is not finite."""
+    def apply(self, step: Accumulated, *, lr: float, skip_above: float | None = None) -> StepResult:
+        """Clip the gradient in `.grad` and step; skip it if loss or gradient is not finite, or the loss too high."""
         total, routing = step.total, step.routing
         self.mesh.world.journal.enter("update")
-        grad_norm, skipped = self._apply_gradients(lr, step.grad_norm)
-        if not skipped and routing is not None:
-            self.previous_counts = step.choices
-            for layer, moe in enumerate(self.model.moe_layers()):
-                moe.router.update(routing.counts[layer])
+        # Waits for the device: the decision to step hangs on these. They are sums over all ranks, and so is it.
+        loss, objective, grad_norm = float(total.loss), float(total.objective), float(step.grad_norm)
+        not_finite = None
+        if not (math.isfinite(objective) and math.isfinite(grad_norm)):
+            not_finite = self._what_is_not_finite(step)
+        skipped = not_finite is not None or (skip_above is not None and loss > skip_above)
+        if not skipped:
+            self._update(lr, grad_norm)
+            if routing is not None:
+                self.previous_counts = step.choices
+                for layer, moe in enumerate(self.model.moe_layers()):
+                    moe.router.update(routing.counts[layer])
+        self.optimizer.zero_grad(set_to_none=True)
         faults.hit("step.updated")
         return StepResult(
-            loss=float(total.loss),
+            loss=loss,
             balance_loss=None if total.balance_loss is None else float(total.balance_loss),
             z_loss=None if total.z_loss is None else float(total.z_loss),
             grad_norm=grad_norm,
             skipped=skipped,
+            not_finite=not_finite,
             num_tokens=step.num_tokens,
             routing=routing,
         )
@@ -269,22 +282,30 @@ class NativeEngine(Engine):
             square,
         )
 
-    def _apply_gradients(self, lr: float, norm: Tensor) -> tuple[float, bool]:
-        """Clip and step, unless the gradient is not finite; return its norm and whether the step was skipped."""
-        grad_norm = float(norm)  # waits for the device: the decision to step hangs on it
-        finite = math.isfinite(grad_norm)
-        if finite:
-            clip = self.numerics.grad_clip
-            if clip is not None and grad_norm > clip:
-                gradients = [local(p.grad) for p in self.parameters.values() if p.grad is not None]
-                torch._foreach_mul_(gradients, clip / (grad_norm + 1e-6))
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-            faults.hit("step.weights_updated")
-            self.optimizer_steps += 1
-        self.optimizer.zero_grad(set_to_none=True)
-        return grad_norm, not finite
+    def _update(self, lr: float, grad_norm: float) -> None:
+        """Clip and step."""
+        clip = self.numerics.grad_clip
+        if clip is not None and grad_norm > clip:
+            gradients = [local(p.grad) for p in self.parameters.values() if p.grad is not None]
+            torch._foreach_mul_(gradients, clip / (grad_norm + 1e-6))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        faults.hit("step.weights_updated")
+        self.optimizer_steps += 1
+
+    def _what_is_not_finite(self, step: Accumulated) -> str:
+        """Say it in words, the same ones on every rank, which must all call it."""
+        dense, experts = (gradient_sum.own_is_finite for gradient_sum in self.gradient_sums)
+        mine = Findings(
+            gradients=[n for n, p in self.parameters.items() if p.grad is not None and not is_finite(local(p.grad))],
+            loss_is_finite=is_finite(step.own_objective),
+            dense_share_is_finite=dense,
+            expert_share_is_finite=experts,
+        )
+        self.mesh.world.journal.enter("finding what is not finite")
+        everyone = self.mesh.world.gather_objects(mine)
+        return in_words(everyone, list(self.parameters), grad_norm=float(step.grad_norm))
 
     @property
     def _global_counts(self) -> Literal["exact", "previous_step", "running"] | None:

@@ -21,6 +21,8 @@ class StepTotals:
     """Sums of a step's shares, kept as tensors until its end."""
 
     loss: Tensor | float = 0.0
+    objective: Tensor | float = 0.0
+    """What the gradient is of: the loss and what is added to it."""
     balance_loss: Tensor | None = None
     z_loss: Tensor | None = None
     prob_sum: Tensor | None = None
@@ -29,6 +31,7 @@ class StepTotals:
     def add(self, share: Objective, output: GPTOutput) -> None:
         """Add a micro-batch."""
         self.loss = self.loss + share.loss
+        self.objective = self.objective + share.total.detach()
         if share.balance_loss is not None:
             self.balance_loss = share.balance_loss + (0 if self.balance_loss is None else self.balance_loss)
             layers = [stats.prob_sum.detach().sum(0) for stats in output.moe if stats.prob_sum is not None]
@@ -38,7 +41,8 @@ class StepTotals:
 
     def tensors(self) -> list[Tensor]:
         """Return the sums that there are, in a fixed order."""
-        every = (torch.as_tensor(self.loss), self.balance_loss, self.z_loss, self.prob_sum)
+        sums = (torch.as_tensor(self.loss), torch.as_tensor(self.objective))
+        every = (*sums, self.balance_loss, self.z_loss, self.prob_sum)
         return [tensor for tensor in every if tensor is not None]
 
     def replaced(self, tensors: Sequence[Tensor]) -> Self:
@@ -46,6 +50,7 @@ class StepTotals:
         values = iter(tensors)
         return type(self)(
             loss=next(values),
+            objective=next(values),
             balance_loss=None if self.balance_loss is None else next(values),
             z_loss=None if self.z_loss is None else next(values),
             prob_sum=None if self.prob_sum is None else next(values),

@@ -30,7 +30,7 @@ class TrainingProgress:
     @property
     def troubles(self) -> list[str]:
         """Counts that are 0 in a healthy run, in words; none where they are 0 or unknown."""
-        counted = (("dead_experts", "dead expert"), ("skipped_steps", "skipped step"))
+        counted = (("dead_experts", "dead expert"), ("skipped_steps", "skipped step"), ("loss_spikes", "loss spike"))
         found = [(self.record.get(key) or 0, name) for key, name in counted]
         return [f"{count:.0f} {name}{'s' if count > 1 else ''}" for count, name in found if count]
 

@@ -23,6 +23,9 @@ class ParallelConfig(Config):
     """How rows reach their experts."""
     timeout_s: PositiveFloat = 60.0
     """Seconds that one exchange may take before a rank counts as lost; reading text and saving may take longer."""
+    check_copies_every: PositiveInt | None = 100
+    """Steps between comparisons of what several ranks hold copies of; there is one before each save as well. Null: only
+    then."""
     experts_kernel: Literal["auto", "loop", "padded", "grouped", "fused", "fused_onednn"] = "auto"
     """How experts are multiplied. `auto` is resolved from a table of measurements and recorded in the run folder."""
     compile: bool = False

@@ -38,6 +38,7 @@ class GradientSum:
         self._missing: list[int] | None = None
         self._departed = 0
         self._flights: deque[tuple[list[Parameter], Flight]] = deque()
+        self._own: list[Tensor] = []
         for parameter in self._bucket_of:
             parameter.register_post_accumulate_grad_hook(self._arrived)
 
@@ -45,6 +46,7 @@ class GradientSum:
         """Say that the next backward pass is the last one of the step: what it fills may depart."""
         assert not self._flights and self._departed == 0, "the sums of another step are under way"
         self._missing = [len(bucket) for bucket in self._buckets]
+        self._own = []
 
     def finish(self) -> None:
         """Wait until all gradients are summed; a weight without one takes part with zeros."""
@@ -53,6 +55,14 @@ class GradientSum:
         while self._flights:
             self._land()
         self._missing, self._departed = None, 0
+
+    @property
+    def own_is_finite(self) -> bool:
+        """Tell whether this rank's share was finite at the last step, before it was added to the others'."""
+        own = self._own
+        if self.group.size == 1:  # there are no others: the share is the gradient
+            own = [p.grad.sum() for p in self.parameters if p.grad is not None]
+        return all(bool(total.isfinite()) for total in own)
 
     def _arrived(self, parameter: Tensor) -> None:
         if self._missing is None:
@@ -67,7 +77,9 @@ class GradientSum:
             self._land()
         bucket = self._buckets[self._departed]
         self._departed += 1
-        self._flights.append((bucket, self.group.start_sum(torch.cat([_gradient(p).reshape(-1) for p in bucket]))))
+        share = torch.cat([_gradient(p).reshape(-1) for p in bucket])
+        self._own.append(share.sum())  # not finite where a number is not; a sum is one pass over memory
+        self._flights.append((bucket, self.group.start_sum(share)))
 
     @torch.no_grad()
     def _land(self) -> None:

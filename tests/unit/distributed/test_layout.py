@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.distributed.layout import Layout, even_slices, launched
+from trainer.distributed.layout import Layout, even_slices, launched, named
 from trainer.errors import ConfigError
 
 
@@ -49,3 +49,7 @@ def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.delenv("RANK", raising=False)
     assert launched(ep_size=1) == Layout()
+
+
+def test_ranks_in_words() -> None:
+    assert [named([3]), named([0, 2]), named([0, 2, 5])] == ["rank 3", "ranks 0 and 2", "ranks 0, 2 and 5"]

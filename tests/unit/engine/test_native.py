@@ -50,6 +50,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_changes_nothing(poison
     result = engine.train_step([make_batch(4, 8, seed=1)], lr=1e-2)
     weight.data.copy_(good)
     assert result.skipped and not math.isfinite(result.grad_norm)
+    assert result.not_finite is not None and result.not_finite.endswith("(loss not finite)")
     assert all(torch.equal(before[name], now) for name, now in _weights(engine).items())
     assert engine.state().values["optimizer_steps"] == 1
     assert not engine.train_step([make_batch(4, 8, seed=1)], lr=1e-2).skipped
@@ -65,6 +66,26 @@ def test_a_skipped_step_leaves_the_run_as_if_it_had_not_been() -> None:
     for engine in (a, b):
         engine.train_step([make_batch(4, 8, seed=2)], lr=1e-2)
     assert all(torch.equal(x, y) for x, y in zip(_weights(a).values(), _weights(b).values(), strict=True))
+
+
+def test_a_loss_over_the_limit_skips_the_step_and_changes_nothing() -> None:
+    engine = make_engine(tiny_model_config({"router": {"kind": "bias_balanced"}}))
+    loss = engine.train_step([make_batch(4, 8)], lr=0.0).loss
+    before = _weights(engine)
+    result = engine.train_step([make_batch(4, 8)], lr=1e-2, skip_above=loss - 1e-3)
+    assert result.skipped and result.not_finite is None and math.isfinite(result.grad_norm)
+    assert all(torch.equal(before[name], now) for name, now in _weights(engine).items())
+    assert not engine.train_step([make_batch(4, 8)], lr=1e-2, skip_above=loss + 1.0).skipped
+
+
+def test_what_is_added_to_the_loss_must_be_finite_too() -> None:
+    """Huge logits: their square is infinite in float32, its gradient times a tiny coefficient is not."""
+    engine = make_engine(tiny_model_config({"z_loss_coef": 1e-25}, num_layers=1))
+    engine.model.moe_layers()[0].router.get_parameter("gate.weight").data.mul_(1e20)
+    result = engine.train_step([make_batch(4, 8)], lr=1e-2)
+    assert math.isfinite(result.loss) and math.isfinite(result.grad_norm) and result.z_loss == math.inf
+    assert result.skipped
+    assert result.not_finite == "the loss is not finite, though the gradient is (loss not finite)"
 
 
 def test_weight_decay_goes_by_role() -> None:

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.ranks import Ranks, mesh_here
+from trainer.distributed.collectives import Group
 from trainer.distributed.journal import Journal
 from trainer.parallel import replicate
 from trainer.parallel.replicate import GradientSum
@@ -48,3 +50,30 @@ def test_sums_begin_during_the_last_backward_pass_and_no_other(ranks: Ranks) -> 
     """At a layer's output, the gradients of the layers above it are under way."""
     _, begun = ranks.run(2, _sums, 2, None)[0]
     assert begun == [[0, 0, 0, 0], [0, 1, 2, 3]]
+
+
+def _shares(world_is_one: bool, victim: int) -> tuple[list[bool], list[bool]]:
+    """Whether this rank's share was finite in three steps, and the gradients; in the second, the victim's is not."""
+    group = Group.of_one() if world_is_one else mesh_here().world
+    layers = nn.Sequential(*[nn.Linear(3, 3, bias=False) for _ in range(3)])
+    summed = GradientSum(list(layers.parameters()), group)
+    shares, sums = [], []
+    for i in range(3):
+        layers.zero_grad()
+        x = torch.ones(2, 3)
+        if i == 1 and dist.get_rank() == victim:
+            x[0, 1] = float("inf")
+        summed.expect()
+        layers(x).sum().backward()
+        summed.finish()
+        shares.append(summed.own_is_finite)
+        sums.append(all(bool(p.grad.isfinite().all()) for p in layers.parameters() if p.grad is not None))
+    return shares, sums
+
+
+def test_the_rank_whose_share_was_not_finite_knows_it(ranks: Ranks) -> None:
+    (first, sums), (second, _) = ranks.run(2, _shares, False, 1)
+    assert first == [True, True, True] and second == [True, False, True]
+    assert sums == [True, False, True], "everybody's sum is not finite"
+    (first, _), (second, _) = ranks.run(2, _shares, True, 1)
+    assert first == [True, True, True] and second == [True, False, True]

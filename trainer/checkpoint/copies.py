@@ -1,0 +1,122 @@
+"""Copies of the same numbers on several ranks, compared: a bit that has flipped on one of them is found and named.
+
+Whatever two ranks hold the same part of must be bitwise the same: dense weights, moments and buffers on all ranks,
+experts on the ranks with the same ones. What is cut over ranks has no copy, and nothing here can tell if it is sound.
+
+# W ranks, N tensors of a state.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from trainer.checkpoint.state import TrainState
+from trainer.distributed.layout import named
+from trainer.distributed.mesh import Mesh
+from trainer.errors import NumericsError
+
+_SHOWN = 3
+"""Tensors that a message names; more are counted."""
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def check_copies(state: TrainState, mesh: Mesh, *, step: int, equal_at: int | None) -> None:
+    """Compare what several ranks hold copies of, in one small message. Every rank must call it.
+
+    Args:
+        state: this rank's part; the same names in the same order everywhere.
+        mesh: this rank's groups.
+        step: completed steps.
+        equal_at: completed steps when the copies were last found equal; None: they never were compared.
+
+    Raises:
+        NumericsError: if any copy differs; on every rank, with the same message.
+    """
+    if mesh.world.size == 1:
+        return
+    mesh.world.journal.enter("comparing copies")
+    table = mesh.world.gather(_fingerprints(state).to(mesh.world.device)).cpu()  # (W, N, 3); waits for the device
+    first_copy = torch.arange(len(table)) % mesh.layout.ep_size  # the first rank with the same experts
+    suspect = _differs(table, table[:1]) | _differs(table, table[first_copy])  # (W, N)
+    if suspect.any():
+        names = list(state.slices)
+        raise NumericsError(_message({names[i]: table[:, i] for i in suspect.any(0).nonzero()[:, 0]}, step, equal_at))
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor's bits as whole numbers, int64 on its device; any single flipped bit changes it.
+
+    The sum wraps around at 2^64, and a flipped bit is a power of two more or less, below 2^64: never nothing.
+    """
+    flat = tensor.detach().reshape(-1)
+    num_bytes = flat.numel() * flat.element_size()
+    # Words of 8 bytes are summed 30 times as fast as smaller ones, which torch converts first.
+    if num_bytes % 8 == 0 and num_bytes:
+        is_aligned = flat.storage_offset() * flat.element_size() % 8 == 0
+        return (flat if is_aligned else flat.clone()).view(torch.int64).sum()
+    return flat.view(_WORDS[flat.element_size()]).sum(dtype=torch.int64)
+
+
+def _fingerprints(state: TrainState) -> Tensor:
+    """Return (N, 3) int64: of each tensor, where its part begins, how long it is, and its checksum."""
+    parts = state.slices.values()
+    place = [[part.start, part.tensor.shape[0] if part.tensor.dim() else 1] for part in parts]
+    sums = torch.stack([checksum(part.tensor) for part in parts])
+    return torch.cat([torch.tensor(place, device=sums.device), sums[:, None]], dim=1)
+
+
+def _differs(table: Tensor, other: Tensor) -> Tensor:
+    """Tell (W, N) of which tensors each rank has the same part as the other one, and another sum."""
+    return (table[..., :2] == other[..., :2]).all(-1) & (table[..., 2] != other[..., 2])
+
+
+def _message(columns: dict[str, Tensor], step: int, equal_at: int | None) -> str:
+    """Say what differs, between which ranks.
+
+    Args:
+        columns: the (W, 3) fingerprints of each tensor that differs.
+        step: completed steps.
+        equal_at: completed steps when all was equal.
+    """
+    names_of: dict[tuple[tuple[int, ...], ...], list[str]] = defaultdict(list)
+    for name, column in columns.items():
+        for sides in _sides(column.tolist()):
+            names_of[sides].append(name.removeprefix("model."))
+    said = "; ".join(_sentence(sides, names) for sides, names in names_of.items())
+    wrong = sorted({rank for sides in names_of for side in _wrong(sides) or sides for rank in side})
+    if equal_at is None:
+        return (
+            f"step {step}: {said}; all ranks must start from the same values: use one torch and one config everywhere"
+        )
+    return (
+        f"step {step}: {said}; all copies were equal at step {equal_at}. Nothing has been saved since: start again, "
+        "which goes on from the last checkpoint; if it happens again, suspect the memory of the host of "
+        f"{named(wrong)}"
+    )
+
+
+def _sides(column: Sequence[Sequence[int]]) -> Iterable[tuple[tuple[int, ...], ...]]:
+    """Return, for each part of a tensor whose copies differ, the ranks that agree with each other, most first."""
+    parts: dict[tuple[int, int], dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for rank, (start, length, total) in enumerate(column):
+        parts[start, length][total].append(rank)
+    for holders in parts.values():
+        if len(holders) > 1:
+            yield tuple(sorted(map(tuple, holders.values()), key=len, reverse=True))
+
+
+def _wrong(sides: Sequence[Sequence[int]]) -> Sequence[Sequence[int]] | None:
+    """Return the ranks outside the majority; None if there is none."""
+    return sides[1:] if len(sides[0]) > sum(map(len, sides[1:])) else None
+
+
+def _sentence(sides: Sequence[Sequence[int]], names: Sequence[str]) -> str:
+    what = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more tensors" if len(names) > _SHOWN else "")
+    wrong = _wrong(sides)
+    if wrong is None:
+        ranks = named(sorted(rank for side in sides for rank in side))
+        return f"{ranks} hold different copies of {what}, and which of them is wrong cannot be told"
+    ranks = sorted(rank for side in wrong for rank in side)
+    return f"{named(ranks)} hold{'s' * (len(ranks) == 1)} another copy of {what} than {named(sides[0])}"
