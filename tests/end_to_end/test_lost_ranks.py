@@ -84,10 +84,10 @@ import trainer.loop
 from trainer.engine.native import NativeEngine
 from trainer.errors import DataError
 whole = NativeEngine.train_step
-def train_step(engine, batches, *, lr):
+def train_step(engine, batches, **options):
     if engine.mesh.layout.rank == 1 and engine.optimizer_steps == 2:
         FAULT
-    return whole(engine, batches, lr=lr)
+    return whole(engine, batches, **options)
 NativeEngine.train_step = train_step
 main(sys.argv[1:])
 """
