@@ -17,8 +17,10 @@ from trainer.config.dump import Change, changed_keys, diff, dump
 from trainer.config.loader import load
 from trainer.config.schema import schema_text
 from trainer.distributed.layout import is_first_rank, launched
-from trainer.errors import CheckpointError, CommError, ConfigError, ElsewhereError, ResourceError, TurnoutError
+from trainer.distributed.signals import StopRequest
+from trainer.errors import CheckpointError, CommError, ConfigError, ElsewhereError, ResourceError, Stopped, TurnoutError
 from trainer.experiment import ExperimentConfig
+from trainer.status import StatusFile
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -32,6 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except CommError as error:
         print(error, file=sys.stderr)
         _end_at_once(error.exit_code)
+    except Stopped as error:
+        if is_first_rank():
+            print(error, file=sys.stderr)
+        _end_at_once(error.exit_code)
     except TurnoutError as error:
         if error.is_this_ranks or is_first_rank():
             print(error, file=sys.stderr)
@@ -39,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             _let_others_speak(10)
             print(f"rank {os.environ['RANK']}: {error}", file=sys.stderr)
         code = error.exit_code
-    except KeyboardInterrupt:  # before the first step, or the second Ctrl-C: there is nothing new to save
+    except KeyboardInterrupt:  # no run, or the second Ctrl-C of one: there is nothing new to save
         print("interrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:  # the reader of our output has left, as head does
@@ -60,14 +66,22 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def train(options: argparse.Namespace) -> int:
     """Train a config, or go on with its run."""
-    config = _load(options)
-    layout = launched(ep_size=config.parallel.ep_size)
-    folder = _folder(config)
-    warnings = check_belongs(folder, _changes(folder, config))
+    with StopRequest() as stop:
+        config = _load(options)
+        layout = launched(ep_size=config.parallel.ep_size)
+        folder = _folder(config)
+        warnings = check_belongs(folder, _changes(folder, config))
+        status = StatusFile(folder.status, rank=layout.rank)
+        try:
+            from trainer.workflows import train_run
 
-    from trainer.workflows import train_run
-
-    return train_run(config, folder, layout, warnings=warnings)
+            code = train_run(config, folder, layout, warnings=warnings, stop=stop, status=status)
+        except BaseException as error:
+            is_plain = isinstance(error, TurnoutError | Stopped)
+            status.end(_exit_code(error), str(error) if is_plain else f"{type(error).__name__}: {error}")
+            raise
+        status.end(code)
+        return code
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -162,6 +176,20 @@ def _end_at_once(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _exit_code(error: BaseException) -> int:
+    """Return the code that `main` ends with after an error, as far as it is known by the kind of error."""
+    match error:
+        case TurnoutError() | Stopped():
+            return error.exit_code
+        case KeyboardInterrupt():
+            return 130
+        case OSError() if error.filename is not None:
+            return ResourceError.exit_code
+        case MemoryError() | RuntimeError() if _is_out_of_memory(error):
+            return ResourceError.exit_code
+    return 0 if isinstance(error, BrokenPipeError) else 1
 
 
 def _is_out_of_memory(error: Exception) -> bool:

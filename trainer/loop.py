@@ -4,6 +4,7 @@ import time
 
 import torch
 
+from trainer import faults
 from trainer.build import Run
 from trainer.checkpoint.gather import gather_state
 from trainer.data.corpus import Corpus
@@ -15,67 +16,75 @@ from trainer.engine.evaluation import EvalResult, evaluate
 from trainer.errors import CheckpointError, NumericsError, ResourceError
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.routing import routing_metrics
+from trainer.status import StatusFile
 
 _ALONE = Layout()
 
 
-def fit(run: Run) -> EvalResult | None:
+def fit(run: Run, stop: StopRequest, status: StatusFile) -> EvalResult | None:
     """Train to `train.steps`, logging, evaluating and saving on the way.
 
     Returns:
         The last evaluation; None if the run was asked to stop first (it has saved by then).
 
     Raises:
+        Stopped: if it was asked to before the first step.
         NumericsError: if `train.max_consecutive_skips` steps in a row had no finite gradient.
         ResourceError: if the last checkpoint could not be saved.
     """
     config, train = run.config, run.config.train
     pace, journal = _Pace(), run.mesh.world.journal
     evaluation = None
-    with StopRequest() as stop:
-        for step in range(run.start_step, train.steps):
-            journal.step, journal.is_in_step = step + 1, step > run.start_step
-            journal.enter("data")
-            batches = run.stream.micro_batches(
-                run.position,
-                global_batch_size=train.global_batch_size,
-                micro_batch_size=config.parallel.micro_batch_size,
-                rank=run.mesh.layout.rank,
-                world_size=run.mesh.layout.world_size,
-            )
-            lr = run.schedule(step)
-            result = run.engine.train_step(batches, lr=lr)
-            run.position += train.global_batch_size
-            run.skipped_steps += result.skipped
-            run.skipped_in_a_row = run.skipped_in_a_row + 1 if result.skipped else 0
-            pace.step(result.num_tokens)
+    stop.begin_steps()
+    for step in range(run.start_step, train.steps):
+        journal.step, journal.is_in_step = step + 1, step > run.start_step
+        status.begin_step(step + 1, first_row=run.position, num_rows=train.global_batch_size)
+        faults.hit("step.begin")
+        journal.enter("data")
+        batches = run.stream.micro_batches(
+            run.position,
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=config.parallel.micro_batch_size,
+            rank=run.mesh.layout.rank,
+            world_size=run.mesh.layout.world_size,
+        )
+        lr = run.schedule(step)
+        result = run.engine.train_step(batches, lr=lr)
+        run.position += train.global_batch_size
+        run.skipped_steps += result.skipped
+        run.skipped_in_a_row = run.skipped_in_a_row + 1 if result.skipped else 0
+        pace.step(result.num_tokens)
 
-            done, is_last = step + 1, step + 1 == train.steps
-            stopped_by = _agree(run, stop)
-            if every(config.metrics.log_every, done) or is_last or done == run.start_step + 1:
-                log_step(run, done, result, lr=lr, pace=pace)
-            run.console.tick(done)
-            if run.skipped_in_a_row >= train.max_consecutive_skips:
-                raise NumericsError(
-                    f"step {done}: the gradient of {run.skipped_in_a_row} steps in a row is not finite (its norm is "
-                    f"{result.grad_norm}); the weights are those of step {done - run.skipped_in_a_row}: lower "
-                    "schedule.peak_lr, or resume from an earlier checkpoint"
-                )
-            # Evaluated first: what a checkpoint is resumed from has its evaluation in metrics.jsonl already.
-            journal.is_in_step = False
-            if every(config.eval.every, done) or is_last:
-                journal.enter("evaluation")
-                evaluation = evaluate_as_configured(config, run.engine, run.corpus, run.mesh.layout)
-                record = {"step": done, **evaluation.record()}
-                run.metrics.write(record)
-                run.console.evaluation(record)
-            if every(config.checkpoint.every, done) or is_last or stopped_by:
-                journal.enter("saving")
-                save(run, done, is_needed=is_last or stopped_by is not None)
-            pace.restart()
-            if stopped_by and not is_last:
-                run.console.message(f"stopped by {stopped_by} after step {done}: saved; start again to go on")
-                return None
+        done, is_last = step + 1, step + 1 == train.steps
+        stopped_by = _agree(run, stop)
+        if every(config.metrics.log_every, done) or is_last or done == run.start_step + 1:
+            log_step(run, done, result, lr=lr, pace=pace)
+        run.console.tick(done)
+        if run.skipped_in_a_row >= train.max_consecutive_skips:
+            raise NumericsError(
+                f"step {done}: the gradient of {run.skipped_in_a_row} steps in a row is not finite (its norm is "
+                f"{result.grad_norm}); the weights are those of step {done - run.skipped_in_a_row}: lower "
+                "schedule.peak_lr, or resume from an earlier checkpoint"
+            )
+        # Evaluated first: what a checkpoint is resumed from has its evaluation in metrics.jsonl already.
+        journal.is_in_step = False
+        if every(config.eval.every, done) or is_last:
+            journal.enter("evaluation")
+            status.enter("evaluating")
+            evaluation = evaluate_as_configured(config, run.engine, run.corpus, run.mesh.layout)
+            record = {"step": done, **evaluation.record()}
+            run.metrics.write(record)
+            run.console.evaluation(record)
+        if every(config.checkpoint.every, done) or is_last or stopped_by:
+            journal.enter("saving")
+            status.enter("saving")
+            save(run, done, is_needed=is_last or stopped_by is not None)
+        pace.restart()
+        faults.hit("step.done")
+        if stopped_by and not is_last:
+            stop.obey()
+            run.console.message(f"stopped by {stopped_by} after step {done}: saved; start again to go on")
+            return None
     return evaluation or evaluate_as_configured(config, run.engine, run.corpus, run.mesh.layout)
 
 

@@ -9,6 +9,7 @@ from typing import TextIO
 
 import torch
 
+from trainer import faults
 from trainer.build import Run, build_run, load_trained
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.data.corpus import Corpus, build_corpus
@@ -16,6 +17,7 @@ from trainer.data.unigram import unigram_bits_per_byte
 from trainer.distributed import runtime
 from trainer.distributed.layout import Layout
 from trainer.distributed.mesh import joined
+from trainer.distributed.signals import StopRequest
 from trainer.distributed.together import raise_together
 from trainer.engine.base import Engine
 from trainer.engine.evaluation import EvalResult
@@ -29,6 +31,7 @@ from trainer.metrics.streaming import Utf8Streamer
 from trainer.metrics.summary import DomainScore, ExpertCounts, RunSummary
 from trainer.models.generation import generate
 from trainer.models.sampling import SamplingOptions
+from trainer.status import StatusFile
 
 _SAMPLE_PROMPT_TOKENS, _SAMPLE_TOKENS = 48, 320
 
@@ -46,8 +49,17 @@ class GenerateOptions:
     step: int | None
 
 
-def train_run(config: ExperimentConfig, folder: RunFolder, layout: Layout, *, warnings: Sequence[str]) -> int:
+def train_run(
+    config: ExperimentConfig,
+    folder: RunFolder,
+    layout: Layout,
+    *,
+    warnings: Sequence[str],
+    stop: StopRequest,
+    status: StatusFile,
+) -> int:
     """Train into a locked folder, as one of the ranks of a layout; return the exit code."""
+    stop.check()
     device = runtime.start(config.parallel.device)
     screen = None if layout.rank == 0 else io.StringIO()  # one rank speaks for all
     with (
@@ -59,11 +71,13 @@ def train_run(config: ExperimentConfig, folder: RunFolder, layout: Layout, *, wa
         with raise_together(mesh.world):
             if layout.rank == 0:
                 folder.lock()
+        status.enter("start-up")
         run = build_run(config, folder, console, mesh, device)
         console.header(_header(run))
         if run.start_step >= config.train.steps:
             console.message(f"already at step {run.start_step} of {config.train.steps}: nothing is left to train")
-        evaluation = fit(run)
+        faults.hit("start.done")
+        evaluation = fit(run, stop, status)
         if evaluation is None:
             return PREEMPTED
         prompt, sample = _sample(run)  # every rank takes part: it needs everyone's experts
