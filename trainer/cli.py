@@ -16,11 +16,14 @@ from trainer.checkpoint.run_folder import RunFolder, check_belongs
 from trainer.config.dump import Change, changed_keys, diff, dump
 from trainer.config.loader import load
 from trainer.config.schema import schema_text
-from trainer.distributed.layout import is_first_rank, launched
+from trainer.distributed.layout import check_layout, is_first_rank, launched
 from trainer.distributed.signals import StopRequest
 from trainer.errors import CheckpointError, CommError, ConfigError, ElsewhereError, ResourceError, Stopped, TurnoutError
 from trainer.experiment import ExperimentConfig
 from trainer.status import StatusFile
+from trainer.supervise.launch import Launch
+from trainer.supervise.lifeline import end_with_launcher
+from trainer.supervise.supervisor import Supervisor
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -66,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def train(options: argparse.Namespace) -> int:
     """Train a config, or go on with its run."""
+    end_with_launcher()
     with StopRequest() as stop:
         config = _load(options)
         layout = launched(ep_size=config.parallel.ep_size)
@@ -82,6 +86,19 @@ def train(options: argparse.Namespace) -> int:
             raise
         status.end(code)
         return code
+
+
+def launch(options: argparse.Namespace) -> int:
+    """Train a config on one or several ranks of this machine, and start them again after a failure that may pass."""
+    config = _load(options)
+    ranks = Launch.of(vars(options), os.environ)
+    check_layout(world_size=ranks.world_size, ep_size=config.parallel.ep_size)
+    folder = _folder(config)
+    check_belongs(folder, _changes(folder, config))
+    if ranks.node_rank == 0:  # the others' ranks come after its own
+        folder.check_free()
+    arguments = ["train", str(options.config), *options.overrides]
+    return Supervisor(ranks, arguments, folder, patience_s=config.parallel.timeout_s + 30).run()
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -269,6 +286,12 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     takes_config(verb("train", train), "experiment file")
+    sub = takes_config(verb("launch", launch), "experiment file")
+    sub.add_argument("--nproc", metavar="N", help="ranks on this machine (NPROC, else 1)")
+    sub.add_argument("--nnodes", metavar="N", help="machines; the same command on each (NNODES, else 1)")
+    sub.add_argument("--node-rank", metavar="N", help="this machine's number, from 0 (NODE_RANK)")
+    sub.add_argument("--master-addr", metavar="A", help="address of the first machine (MASTER_ADDR)")
+    sub.add_argument("--master-port", metavar="P", help="port there (MASTER_PORT, else 29500)")
     sub = takes_step(takes_config(verb("eval", evaluate), "run folder or experiment file"))
     sub.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
     sub = takes_step(takes_config(verb("generate", generate), "run folder or experiment file"))
