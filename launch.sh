@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains from a fresh clone: prepares the environment (scripts/setup.sh), then runs `python -m trainer train`.
+# Trains from a fresh clone: prepares the environment (scripts/setup.sh), then runs `python -m trainer launch`.
 set -euo pipefail
 
 usage() {
@@ -7,7 +7,9 @@ usage() {
 usage: ./launch.sh [CONFIG] [a.b=c ...]
 
 Train as CONFIG says (default: configs/quickstart.yaml), with overrides such as train.steps=40.
-A run continues by itself from the newest checkpoint of its run folder. The first call makes .venv.
+A run continues by itself from the newest checkpoint of its run folder. It is started again after a failure that may
+pass (1, 5, 7, a killed process), until three restarts have made no progress. SIGTERM, SIGUSR1, SIGHUP or Ctrl-C: it
+finishes the step, saves and exits with 75. The first call makes .venv.
 
 environment:
   TURNOUT_PYTHON    the Python to use; an active environment that has torch is used as it is (see scripts/setup.sh)
@@ -15,8 +17,8 @@ environment:
   NNODES            machines (default 1); then also NODE_RANK, MASTER_ADDR and, if 29500 is taken, MASTER_PORT
   OMP_NUM_THREADS   threads of each rank (default: the cores it may use, shared out)
 
-exit codes: 0 ok, 1 set-up failed, 2 config, 3 data, 4 checkpoint, 5 communication, 6 numerics, 7 resources,
-75 preempted and saved; with several ranks torchrun makes 1 of every failure
+exit codes, of any number of ranks: 0 ok, 1 set-up failed or a bug, 2 config, 3 data, 4 checkpoint, 5 communication,
+6 numerics, 7 resources, 75 stopped, nothing lost, 128 + n killed by signal n
 TEXT
 }
 
@@ -66,17 +68,5 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
     export OMP_NUM_THREADS="$threads"
 fi
 
-# -P, PYTHONSAFEPATH: the caller's folder may hold another trainer/.
-if [ "$nproc" = 1 ] && [ "$nnodes" = 1 ]; then exec "$python" -P -m trainer train "$config" "$@"; fi
-
-# torchrun turns every exit code into 1 and repeats every error: a wrong config is refused before it starts.
-"$python" -P -m trainer config show "$config" "$@" >/dev/null
-export PYTHONSAFEPATH=1
-if [ "$nnodes" = 1 ]; then
-    rendezvous=(--standalone)
-else
-    rendezvous=(--nnodes "$nnodes" --node-rank "$NODE_RANK"
-        --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
-fi
-exec "$python" -P -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$nproc" \
-    -m trainer train "$config" "$@"
+# -P: the caller's folder may hold another trainer/. The rest of the environment above is read there.
+exec "$python" -P -m trainer launch "$config" "$@"

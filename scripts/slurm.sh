@@ -4,10 +4,12 @@
 #   sbatch --nodes 2 --gpus-per-node 8 scripts/slurm.sh CONFIG [a.b=c ...]      from the repository, on a shared disk
 #   NPROC=16 sbatch --nodes 2 scripts/slurm.sh CONFIG ...                       16 ranks a node, whatever it has
 #
-# Sent again after a time limit, the same line goes on from the newest checkpoint.
+# Two minutes before its time limit, or when it is preempted, the run finishes its step, saves and exits with 75. Sent
+# again, the same line goes on. After a failure each node starts its own ranks again, and they meet anew.
 #SBATCH --job-name=turnout
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
+#SBATCH --signal=USR1@120
 #SBATCH --output=slurm-%j.log
 set -euo pipefail
 

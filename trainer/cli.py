@@ -16,9 +16,14 @@ from trainer.checkpoint.run_folder import RunFolder, check_belongs
 from trainer.config.dump import Change, changed_keys, diff, dump
 from trainer.config.loader import load
 from trainer.config.schema import schema_text
-from trainer.distributed.layout import is_first_rank, launched
-from trainer.errors import CheckpointError, CommError, ConfigError, ElsewhereError, ResourceError, TurnoutError
+from trainer.distributed.layout import check_layout, is_first_rank, launched
+from trainer.distributed.signals import StopRequest
+from trainer.errors import CheckpointError, CommError, ConfigError, ElsewhereError, ResourceError, Stopped, TurnoutError
 from trainer.experiment import ExperimentConfig
+from trainer.status import StatusFile
+from trainer.supervise.launch import Launch
+from trainer.supervise.lifeline import end_with_launcher
+from trainer.supervise.supervisor import Supervisor
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -32,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except CommError as error:
         print(error, file=sys.stderr)
         _end_at_once(error.exit_code)
+    except Stopped as error:
+        if is_first_rank():
+            print(error, file=sys.stderr)
+        _end_at_once(error.exit_code)
     except TurnoutError as error:
         if error.is_this_ranks or is_first_rank():
             print(error, file=sys.stderr)
@@ -39,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             _let_others_speak(10)
             print(f"rank {os.environ['RANK']}: {error}", file=sys.stderr)
         code = error.exit_code
-    except KeyboardInterrupt:  # before the first step, or the second Ctrl-C: there is nothing new to save
+    except KeyboardInterrupt:  # no run, or the second Ctrl-C of one: there is nothing new to save
         print("interrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:  # the reader of our output has left, as head does
@@ -60,14 +69,36 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def train(options: argparse.Namespace) -> int:
     """Train a config, or go on with its run."""
+    end_with_launcher()
+    with StopRequest() as stop:
+        config = _load(options)
+        layout = launched(ep_size=config.parallel.ep_size)
+        folder = _folder(config)
+        warnings = check_belongs(folder, _changes(folder, config))
+        status = StatusFile(folder.status, rank=layout.rank)
+        try:
+            from trainer.workflows import train_run
+
+            code = train_run(config, folder, layout, warnings=warnings, stop=stop, status=status)
+        except BaseException as error:
+            is_plain = isinstance(error, TurnoutError | Stopped)
+            status.end(_exit_code(error), str(error) if is_plain else f"{type(error).__name__}: {error}")
+            raise
+        status.end(code)
+        return code
+
+
+def launch(options: argparse.Namespace) -> int:
+    """Train a config on one or several ranks of this machine, and start them again after a failure that may pass."""
     config = _load(options)
-    layout = launched(ep_size=config.parallel.ep_size)
+    ranks = Launch.of(vars(options), os.environ)
+    check_layout(world_size=ranks.world_size, ep_size=config.parallel.ep_size)
     folder = _folder(config)
-    warnings = check_belongs(folder, _changes(folder, config))
-
-    from trainer.workflows import train_run
-
-    return train_run(config, folder, layout, warnings=warnings)
+    check_belongs(folder, _changes(folder, config))
+    if ranks.node_rank == 0:  # the others' ranks come after its own
+        folder.check_free()
+    arguments = ["train", str(options.config), *options.overrides]
+    return Supervisor(ranks, arguments, folder, patience_s=config.parallel.timeout_s + 30).run()
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -164,6 +195,20 @@ def _end_at_once(code: int) -> NoReturn:
     os._exit(code)
 
 
+def _exit_code(error: BaseException) -> int:
+    """Return the code that `main` ends with after an error, as far as it is known by the kind of error."""
+    match error:
+        case TurnoutError() | Stopped():
+            return error.exit_code
+        case KeyboardInterrupt():
+            return 130
+        case OSError() if error.filename is not None:
+            return ResourceError.exit_code
+        case MemoryError() | RuntimeError() if _is_out_of_memory(error):
+            return ResourceError.exit_code
+    return 0 if isinstance(error, BrokenPipeError) else 1
+
+
 def _is_out_of_memory(error: Exception) -> bool:
     """Tell memory that ran out from other failures; torch has a class of its own for it only on a GPU."""
     names = {kind.__name__ for kind in type(error).__mro__}
@@ -241,6 +286,12 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     takes_config(verb("train", train), "experiment file")
+    sub = takes_config(verb("launch", launch), "experiment file")
+    sub.add_argument("--nproc", metavar="N", help="ranks on this machine (NPROC, else 1)")
+    sub.add_argument("--nnodes", metavar="N", help="machines; the same command on each (NNODES, else 1)")
+    sub.add_argument("--node-rank", metavar="N", help="this machine's number, from 0 (NODE_RANK)")
+    sub.add_argument("--master-addr", metavar="A", help="address of the first machine (MASTER_ADDR)")
+    sub.add_argument("--master-port", metavar="P", help="port there (MASTER_PORT, else 29500)")
     sub = takes_step(takes_config(verb("eval", evaluate), "run folder or experiment file"))
     sub.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
     sub = takes_step(takes_config(verb("generate", generate), "run folder or experiment file"))

@@ -63,4 +63,10 @@ class ResourceError(TurnoutError):
 
 
 PREEMPTED = 75
-"""Exit code of a run that was asked to stop and saved first; starting it again continues it."""
+"""Exit code of a run that was asked to stop and lost nothing; starting it again continues it."""
+
+
+class Stopped(BaseException):
+    """A run was asked to stop before its first step. Like KeyboardInterrupt, no `except Exception` holds it up."""
+
+    exit_code = PREEMPTED

@@ -15,17 +15,19 @@ from trainer.engine.base import Engine, StepResult
 from trainer.engine.evaluation import EvalResult, evaluate
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.routing import routing_metrics
+from trainer.status import StatusFile
 
 _ALONE = Layout()
 
 
-def fit(run: Run) -> EvalResult | None:
+def fit(run: Run, stop: StopRequest, status: StatusFile) -> EvalResult | None:
     """Train to `train.steps`, logging, evaluating and saving on the way.
 
     Returns:
         The last evaluation; None if the run was asked to stop first (it has saved by then).
 
     Raises:
+        Stopped: if it was asked to before the first step.
         NumericsError: if `train.max_consecutive_skips` steps in a row were not finite, or ranks hold different copies.
         ResourceError: if the last checkpoint could not be saved.
     """
@@ -33,53 +35,58 @@ def fit(run: Run) -> EvalResult | None:
     pace, journal = _Pace(), run.mesh.world.journal
     evaluation = None
     guard.confirm_copies(run, run.start_step)
-    with StopRequest() as stop:
-        for step in range(run.start_step, train.steps):
-            journal.step, journal.is_in_step = step + 1, step > run.start_step
-            journal.enter("data")
-            batches = run.stream.micro_batches(
-                run.position,
-                global_batch_size=train.global_batch_size,
-                micro_batch_size=config.parallel.micro_batch_size,
-                rank=run.mesh.layout.rank,
-                world_size=run.mesh.layout.world_size,
-            )
-            lr, limit = run.schedule(step), run.spikes.limit()
-            result = run.engine.train_step(batches, lr=lr, skip_above=limit if train.spikes.skip else None)
-            run.position += train.global_batch_size
-            pace.step(result.num_tokens)
+    stop.begin_steps()
+    for step in range(run.start_step, train.steps):
+        journal.step, journal.is_in_step = step + 1, step > run.start_step
+        status.begin_step(step + 1, first_row=run.position, num_rows=train.global_batch_size)
+        faults.hit("step.begin")
+        journal.enter("data")
+        batches = run.stream.micro_batches(
+            run.position,
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=config.parallel.micro_batch_size,
+            rank=run.mesh.layout.rank,
+            world_size=run.mesh.layout.world_size,
+        )
+        lr, limit = run.schedule(step), run.spikes.limit()
+        result = run.engine.train_step(batches, lr=lr, skip_above=limit if train.spikes.skip else None)
+        run.position += train.global_batch_size
+        pace.step(result.num_tokens)
 
-            done, is_last = step + 1, step + 1 == train.steps
-            guard.account(run, done, result, limit=limit)
-            faults.hit("step.taken")
-            stopped_by = _agree(run, stop)
-            faults.hit("step.agreed")
-            if every(config.metrics.log_every, done) or is_last or done == run.start_step + 1:
-                log_step(run, done, result, lr=lr, pace=pace)
-            run.console.tick(done)
-            guard.check_patience(run, done, result)
-            journal.is_in_step = False
-            if every(config.parallel.check_copies_every, done):
-                guard.confirm_copies(run, done)
-            # Evaluated first: what a checkpoint is resumed from has its evaluation in metrics.jsonl already.
-            if every(config.eval.every, done) or is_last:
-                journal.enter("evaluation")
-                evaluation = evaluate_as_configured(config, run.engine, run.corpus, run.mesh.layout)
-                record = {"step": done, **evaluation.record()}
-                faults.hit("eval.done")
-                run.metrics.write(record)
-                run.console.evaluation(record)
-                faults.hit("eval.written")
-            if every(config.checkpoint.every, done) or is_last or stopped_by:
-                journal.enter("saving")
-                save(run, done, is_needed=is_last or stopped_by is not None)
-            else:
-                announce(run, run.saver.finished())
-            faults.hit("step.done")
-            pace.restart()
-            if stopped_by and not is_last:
-                run.console.message(f"stopped by {stopped_by} after step {done}: saved; start again to go on")
-                return None
+        done, is_last = step + 1, step + 1 == train.steps
+        guard.account(run, done, result, limit=limit)
+        faults.hit("step.taken")
+        stopped_by = _agree(run, stop)
+        faults.hit("step.agreed")
+        if every(config.metrics.log_every, done) or is_last or done == run.start_step + 1:
+            log_step(run, done, result, lr=lr, pace=pace)
+        run.console.tick(done)
+        guard.check_patience(run, done, result)
+        journal.is_in_step = False
+        if every(config.parallel.check_copies_every, done):
+            guard.confirm_copies(run, done)
+        # Evaluated first: what a checkpoint is resumed from has its evaluation in metrics.jsonl already.
+        if every(config.eval.every, done) or is_last:
+            journal.enter("evaluation")
+            status.enter("evaluating")
+            evaluation = evaluate_as_configured(config, run.engine, run.corpus, run.mesh.layout)
+            record = {"step": done, **evaluation.record()}
+            faults.hit("eval.done")
+            run.metrics.write(record)
+            run.console.evaluation(record)
+            faults.hit("eval.written")
+        if every(config.checkpoint.every, done) or is_last or stopped_by:
+            journal.enter("saving")
+            status.enter("saving")
+            save(run, done, is_needed=is_last or stopped_by is not None)
+        else:
+            announce(run, run.saver.finished())
+        faults.hit("step.done")
+        pace.restart()
+        if stopped_by and not is_last:
+            stop.obey()
+            run.console.message(f"stopped by {stopped_by} after step {done}: saved; start again to go on")
+            return None
     return evaluation or evaluate_as_configured(config, run.engine, run.corpus, run.mesh.layout)
 
 

@@ -17,6 +17,7 @@ from trainer.data.unigram import unigram_bits_per_byte
 from trainer.distributed import runtime
 from trainer.distributed.layout import Layout
 from trainer.distributed.mesh import joined
+from trainer.distributed.signals import StopRequest
 from trainer.distributed.together import raise_together
 from trainer.engine.base import Engine
 from trainer.engine.evaluation import EvalResult
@@ -30,6 +31,7 @@ from trainer.metrics.streaming import Utf8Streamer
 from trainer.metrics.summary import DomainScore, ExpertCounts, RunSummary
 from trainer.models.generation import generate
 from trainer.models.sampling import SamplingOptions
+from trainer.status import StatusFile
 
 _SAMPLE_PROMPT_TOKENS, _SAMPLE_TOKENS = 48, 320
 
@@ -47,8 +49,17 @@ class GenerateOptions:
     step: int | None
 
 
-def train_run(config: ExperimentConfig, folder: RunFolder, layout: Layout, *, warnings: Sequence[str]) -> int:
+def train_run(
+    config: ExperimentConfig,
+    folder: RunFolder,
+    layout: Layout,
+    *,
+    warnings: Sequence[str],
+    stop: StopRequest,
+    status: StatusFile,
+) -> int:
     """Train into a locked folder, as one of the ranks of a layout; return the exit code."""
+    stop.check()
     device = runtime.start(config.parallel.device)
     screen = None if layout.rank == 0 else io.StringIO()  # one rank speaks for all
     with (
@@ -61,12 +72,13 @@ def train_run(config: ExperimentConfig, folder: RunFolder, layout: Layout, *, wa
             if layout.rank == 0:
                 folder.lock()
                 faults.hit("start.locked")
+        status.enter("start-up")
         run = build_run(config, folder, console, mesh, device)
         console.header(_header(run))
         if run.start_step >= config.train.steps:
             console.message(f"already at step {run.start_step} of {config.train.steps}: nothing is left to train")
         try:
-            evaluation = fit(run)
+            evaluation = fit(run, stop, status)
         except TurnoutError as error:
             if not isinstance(error, CommError):  # what is being saved is still worth having
                 announce(run, run.saver.wait())

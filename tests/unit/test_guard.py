@@ -15,11 +15,13 @@ from tests.ranks import Ranks, mesh_here
 from trainer.build import Run, build_run
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.distributed.mesh import Mesh
+from trainer.distributed.signals import StopRequest
 from trainer.errors import NumericsError
 from trainer.experiment import ExperimentConfig
 from trainer.loop import fit
 from trainer.metrics.console import Console
 from trainer.metrics.jsonl import read_jsonl
+from trainer.status import StatusFile
 
 
 @pytest.fixture
@@ -98,7 +100,7 @@ def _run(
     run.engine.train_step = train_step  # type: ignore[method-assign]
     error = None
     try:
-        fit(run)
+        fit(run, StopRequest(), StatusFile(where.status, rank=mesh.layout.rank))
     except NumericsError as caught:
         error = str(caught)
     except KeyError as caught:  # how a test ends a run from outside

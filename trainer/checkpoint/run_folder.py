@@ -1,7 +1,7 @@
 """The folder of one run: where things are in it, who may write to it, and whether a config still belongs to it.
 
     runs/NAME/
-      config.yaml  environment.json  metrics.jsonl  routing.jsonl  checkpoints/
+      config.yaml  environment.json  metrics.jsonl  routing.jsonl  checkpoints/  status/
 
 Imports no torch, so that a config that does not belong to its run folder is refused at once.
 """
@@ -32,6 +32,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.routing = path / "routing.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.status = path / "status"
         self._lock: IO[str] | None = None
 
     def lock(self) -> None:
@@ -51,18 +52,40 @@ class RunFolder:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it with the process, however that ends
         except BlockingIOError:
-            lock.seek(0)
-            owner = lock.read().strip() or "another process"
+            owner = _owner(lock)
             lock.close()
-            raise ConfigError(
-                f"{self.path}: {owner} is training into it; wait for it, or use another name=..."
-            ) from None
+            raise self._taken(owner) from None
         except OSError as error:  # a file system without locks: nobody can be told apart there
             _log.warning("%s: cannot be locked (%s); start no second run in it", self.path, error.strerror)
         lock.truncate(0)
         lock.write(f"{socket.gethostname()} process {os.getpid()}")
         lock.flush()
         self._lock = lock
+
+    def owner(self) -> str | None:
+        """Return who trains into the folder now; None if nobody does, or it cannot be told."""
+        try:
+            with (self.path / ".lock").open() as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # and closed, and so freed, at once
+                except BlockingIOError:
+                    return _owner(lock)
+        except OSError:
+            return None
+        return None
+
+    def check_free(self) -> None:
+        """Refuse a folder that another process trains into.
+
+        Raises:
+            ConfigError: if one does.
+        """
+        owner = self.owner()
+        if owner is not None:
+            raise self._taken(owner)
+
+    def _taken(self, owner: str) -> ConfigError:
+        return ConfigError(f"{self.path}: {owner} is training into it; wait for it, or use another name=...")
 
     def write(self, path: Path, text: str) -> None:
         """Replace a small file as a whole."""
@@ -74,6 +97,11 @@ class RunFolder:
     def write_environment(self, values: dict[str, Any]) -> None:
         """Record versions and fingerprints."""
         self.write(self.environment, json.dumps(values, indent=1) + "\n")
+
+
+def _owner(lock: IO[str]) -> str:
+    lock.seek(0)
+    return lock.read().strip() or "another process"
 
 
 _IDENTITY = ("model.", "data.tokenizer")

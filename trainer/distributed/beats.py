@@ -32,6 +32,9 @@ class Beat:
     exit_code: int = 0
     has_said: bool = False
     """It shows its error itself."""
+    home: str = ""
+    """The machine on which `pid` is its process."""
+    pid: int = 0
 
     def to_json(self) -> str:
         """Return the beat as text."""

@@ -1,23 +1,30 @@
-"""Being asked to stop: the first signal asks, the second one ends the process."""
+"""Being asked to stop: the first signal asks, the second one ends the process. Imports no torch."""
 
 import signal
 import time
 from types import FrameType, TracebackType
 from typing import Self
 
+from trainer.errors import Stopped
+
 _SAME_REQUEST_S = 2.0
 
 
 class StopRequest:
-    """Listens for Ctrl-C and SIGTERM. The handler only sets a flag: the loop looks at it between two steps.
+    """Listens for Ctrl-C, SIGTERM and SIGUSR1 (what Slurm is told to send before it ends a job).
+
+    Before the first step there is nothing to save, and the run ends where it is. From then on the handler only sets a
+    flag: the loop looks at it between two steps.
 
     Another signal is handled as if nobody listened, so an impatient user always gets out; what was saved before stays.
-    Not so within 2 seconds of the first: a scheduler and torchrun both send it to every process.
+    Not so within 2 seconds of the first: a scheduler and torchrun both send it to every process. Nor once the request
+    was obeyed: the process is ending, and torchrun sends one more as soon as the first rank has ended.
     """
 
     def __init__(self) -> None:
         self.requested_by: str | None = None
         """Name of the signal, once there was one."""
+        self._ends_at_once, self._is_obeyed = True, False
         self._since = 0.0
         self._before: dict[int, object] = {}
 
@@ -26,18 +33,47 @@ class StopRequest:
         return self.requested_by is not None
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._restore()
+        if not self._is_obeyed and kind is not Stopped:
+            self._restore()
+
+    def begin_steps(self) -> None:
+        """Only note signals from now on.
+
+        Raises:
+            Stopped: if there was one already.
+        """
+        self._ends_at_once = False
+        self.check()
+
+    def check(self) -> None:
+        """End a run that was asked to stop before its first step.
+
+        Raises:
+            Stopped: if it was; the handler does so itself, unless it ran in code that swallows every error.
+        """
+        if self.requested_by is not None:
+            raise Stopped(
+                f"stopped by {self.requested_by} before its first step: nothing is lost; start again to go on"
+            )
+
+    def obey(self) -> None:
+        """Do nothing about further signals: the run has saved, and ends."""
+        self._is_obeyed = True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._is_obeyed:
+            return
         if self.requested_by is None:
             self.requested_by, self._since = signal.Signals(number).name, time.monotonic()
+            if self._ends_at_once:
+                self.check()
         elif time.monotonic() - self._since > _SAME_REQUEST_S:
             self._restore()
             signal.raise_signal(number)

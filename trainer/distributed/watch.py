@@ -21,7 +21,8 @@ import torch.distributed as dist
 
 from trainer.distributed.beats import Beat, silent_ranks, verdict
 from trainer.distributed.journal import Journal
-from trainer.errors import CommError, ElsewhereError, TurnoutError
+from trainer.distributed.process import home, is_alive
+from trainer.errors import CommError, ElsewhereError, Stopped, TurnoutError
 
 _BEAT_S, _LISTEN_S = 1.0, 2.5
 """Between beats; between two readings, so that a living rank's beat changes for certain."""
@@ -64,6 +65,7 @@ class Watch:
         self._error: str | None = None
         self._exit_code, self._has_said = 0, False
         self._number = self._meetings = 0
+        self._home = home()
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._main = threading.main_thread().ident
         self._thread = threading.Thread(target=self._beat, name="watch", daemon=True)
@@ -126,7 +128,7 @@ class Watch:
             for rank in (rank for rank, beat in beats.items() if is_awaited(beat)):
                 if rank not in heard or heard[rank][0] != beats[rank].number:
                     heard[rank] = (beats[rank].number, now)
-                is_gone = beats[rank].state in ("gave up", "left")
+                is_gone = beats[rank].state in ("gave up", "left") or self._has_vanished(beats[rank])
                 if is_gone or now - heard[rank][1] > self.timeout_s:
                     raise CommError(f"rank {self.rank}: rank {rank} {failing}")
 
@@ -157,11 +159,11 @@ class Watch:
         """Tell the others that this rank's run has ended, and why if not at its end."""
         self._state = "left"
         if error is not None:
-            is_ours = isinstance(error, TurnoutError)
-            self._error = str(error) if is_ours else "".join(traceback.format_exception_only(error)).strip()
-            self._exit_code = error.exit_code if is_ours else 1
-            has_traceback = isinstance(error, Exception) and not is_ours
-            self._has_said = has_traceback or (is_ours and (error.is_this_ranks or self.rank == 0))
+            is_plain = isinstance(error, TurnoutError | Stopped)
+            self._error = str(error) if is_plain else "".join(traceback.format_exception_only(error)).strip()
+            self._exit_code = error.exit_code if is_plain else 1
+            speaks = self.rank == 0 or (isinstance(error, TurnoutError) and error.is_this_ranks)
+            self._has_said = speaks if is_plain else isinstance(error, Exception)  # with a traceback
         with contextlib.suppress(RuntimeError):  # nobody can be told
             self._publish(self._store)
         self._ended.set()
@@ -211,8 +213,14 @@ class Watch:
                 error=self._error,
                 exit_code=self._exit_code,
                 has_said=self._has_said,
+                home=self._home,
+                pid=os.getpid(),
             )
             store.set(f"beat/{self.rank}", beat.to_json())
+
+    def _has_vanished(self, beat: Beat) -> bool:
+        """Tell whether a rank of this machine has no process any more: its silence need not be waited for."""
+        return beat.home == self._home and not is_alive(beat.pid)
 
     def _read(self) -> dict[int, Beat]:
         texts = self._store.multi_get([f"beat/{rank}" for rank in range(self.world_size)])

@@ -1,0 +1,316 @@
+"""`launch` as a user and a scheduler meet it: started again after a failure that may pass, never after one that stays.
+
+The issue's figure: `pytest tests/end_to_end/test_supervise.py -k restart --times 50`.
+"""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.launched import ROOT
+from trainer import cli
+from trainer.checkpoint.run_folder import RunFolder
+from trainer.status import Status, read_statuses
+from trainer.supervise import supervisor
+from trainer.supervise.launch import Launch
+from trainer.supervise.policy import Policy
+from trainer.supervise.supervisor import Supervisor
+
+CONFIG = """\
+name: tiny
+model:
+  num_layers: 1
+  d_model: 16
+  num_heads: 2
+  seq_len: 32
+  moe: {num_experts: 4, d_ff: 16, router: {kind: bias_balanced, jitter: 0.1}}
+data:
+  sources: [{kind: text, path: text.txt, domain: prose}]
+train: {steps: 90, global_batch_size: 4}
+eval: {every: 40, max_tokens_per_domain: 256}
+checkpoint: {every: 10, keep: 2}
+parallel: {micro_batch_size: 4}
+metrics: {log_every: 1}
+"""
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a config, a text, and an uninterrupted run of two ranks: `whole`."""
+    folder = tmp_path_factory.mktemp("supervise")
+    (folder / "tiny.yaml").write_text(CONFIG)
+    (folder / "text.txt").write_text("It was a bright cold day in April, and the clocks were striking. " * 200)
+    command = [sys.executable, "-m", "trainer", "launch", "tiny.yaml", "name=whole", "--nproc", "2"]
+    result = subprocess.run(command, cwd=folder, env=_environment(), capture_output=True, text=True, timeout=100)
+    assert (result.returncode, result.stderr) == (0, "")
+    return folder
+
+
+@pytest.fixture
+def start(workplace: Path) -> Iterator[Start]:
+    """Starts python in the folder; what still runs at the end of the test is killed."""
+    processes = []
+
+    def run(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", *arguments],
+                cwd=workplace,
+                env=_environment() | environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+        return processes[-1]
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def launch(name: str, nproc: int, *overrides: str) -> list[str]:
+    return ["trainer", "launch", "tiny.yaml", "--nproc", str(nproc), f"name={name}", *overrides]
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and what was written to stderr."""
+    _, said = process.communicate(timeout=100)
+    return process.returncode, said
+
+
+def wait_for(workplace: Path, name: str, ranks: int, *, step: int, not_of: str = "") -> dict[int, Status]:
+    """Wait until the ranks of one attempt have come to a step; return their statuses.
+
+    Args:
+        workplace: with the runs.
+        name: of the run.
+        ranks: how many.
+        step: from 1; 0 is start-up.
+        not_of: an attempt that is over.
+    """
+    folder, end = workplace / "runs" / name / "status", time.monotonic() + 100
+    while time.monotonic() < end:
+        found = [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
+        attempt = found[0]["attempt"] if found else not_of
+        statuses = read_statuses(folder, attempt)
+        if attempt != not_of and len(statuses) == ranks and all(s.step >= step for s in statuses.values()):
+            return statuses
+        time.sleep(0.02)
+    raise AssertionError(f"{name} has not come to step {step}")
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def of_attempt(attempt: str) -> list[str]:
+    """Command lines of the processes that belong to an attempt."""
+    found = []
+    for folder in Path("/proc").glob("[1-9]*"):
+        try:
+            if f"TURNOUT_ATTEMPT={attempt}".encode() in (folder / "environ").read_bytes():
+                found.append((folder / "cmdline").read_text())
+        except OSError:
+            continue
+    return found
+
+
+def losses(workplace: Path, name: str) -> list[tuple[int, str]]:
+    """Step and loss, digit for digit, of every line of metrics.jsonl."""
+    lines = map(json.loads, (workplace / "runs" / name / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], repr(line.get("loss", line.get("eval/loss")))) for line in lines]
+
+
+def newest(workplace: Path, name: str) -> int | None:
+    return supervisor.newest_checkpoint(RunFolder(workplace / "runs" / name))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (["train.step=3", "--nproc", "2"], ["train.step: unknown key"]),
+        (["model.d_model=-1", "train.steps=0"], ["model.d_model: must be more than 0", "train.steps: must be"]),
+        (["parallel.ep_size=3", "--nproc", "2", "--nnodes", "1"], ["parallel.ep_size: 3 does not divide the 2 ranks"]),
+        (["--nproc", "many"], ["--nproc many: is not a number of at least 1"]),
+        (["--nnodes", "2"], ["NODE_RANK: is not set; use a number from 0 to 1", "NNODES=2 needs MASTER_ADDR as well"]),
+        (["name=whole", "model.d_model=32"], ["runs/whole: was written with model.d_model 16, the config has 32"]),
+    ],
+)
+def test_a_config_error_is_one_line_and_starts_nothing(
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    messages: list[str],
+) -> None:
+    def spawn(*_: object) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(supervisor, "Child", spawn)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["launch", "tiny.yaml", *arguments])
+    assert exit_.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(messages), lines
+    for line, message in zip(lines, messages, strict=True):
+        assert message in line
+
+
+def test_a_data_error_of_two_ranks_is_exit_3_and_not_retried(start: Start) -> None:
+    code, said = ended(start(*launch("nodata", 2, "data.sources.0.path=nowhere.txt")))
+    assert code == 3, said
+    assert "nowhere.txt" in said and len(said.splitlines()) == 1
+
+
+def test_a_restart_after_a_killed_rank_repeats_the_run_bit_for_bit(workplace: Path, start: Start, times: int) -> None:
+    for number in range(times):
+        name, victim = f"killed{number}", random.randrange(2)
+        process = start(*launch(name, 2))
+        statuses = wait_for(workplace, name, 2, step=random.randint(1, 50))
+        began = time.monotonic()
+        os.kill(statuses[victim].pid, signal.SIGKILL)
+        wait_for(workplace, name, 2, step=1, not_of=statuses[0].attempt)
+        print(
+            f"rank {victim} killed at step {statuses[victim].step}: trains again {time.monotonic() - began:.1f} s later"
+        )
+        code, said = ended(process)
+        assert code == 0, said
+        assert f"rank {victim} (pid {statuses[victim].pid}) was killed by SIGKILL at step " in said
+        assert said.count("in 1 s (restart 1, 2 more without progress)") == 1
+        assert losses(workplace, name) == losses(workplace, "whole")
+
+
+def test_torchrun_alone_is_killed_and_nothing_is_left_of_it_when_the_run_goes_on(workplace: Path, start: Start) -> None:
+    process = start(*launch("agent", 2))
+    statuses = wait_for(workplace, "agent", 2, step=15)
+    os.kill(parent(statuses[0].pid), signal.SIGKILL)
+    wait_for(workplace, "agent", 2, step=1, not_of=statuses[0].attempt)
+    assert of_attempt(statuses[0].attempt) == []
+    code, said = ended(process)
+    assert code == 0, said
+    assert "torchrun (pid " in said and ") was killed by SIGKILL at about step " in said
+    assert losses(workplace, "agent") == losses(workplace, "whole")
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_killed_supervisor_leaves_nobody_behind(workplace: Path, start: Start, nproc: int) -> None:
+    process = start(*launch(f"orphans{nproc}", nproc))
+    attempt = wait_for(workplace, f"orphans{nproc}", nproc, step=1)[0].attempt
+    assert len(of_attempt(attempt)) == (1 if nproc == 1 else 3)
+    process.kill()
+    end = time.monotonic() + 5
+    while left := of_attempt(attempt):
+        assert time.monotonic() < end, left
+        time.sleep(0.05)
+
+
+def test_a_crash_loop_ends_after_three_restarts_without_progress_and_names_the_rows(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("TURNOUT_FAULTS", "step.begin#2=raise")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    arguments = ["train", "tiny.yaml", "name=loop", "checkpoint.every=2"]
+    folder, policy = RunFolder(Path("runs/loop")), Policy(first_pause_s=0.01)
+    assert Supervisor(Launch(), arguments, folder, patience_s=30, policy=policy).run() == 1
+    *lines, last = [line for line in capfd.readouterr().err.splitlines() if line.startswith(("rank 0", "every"))]
+    error = "(RuntimeError: planted fault at step.begin)"
+    assert [line.split(") ", 1)[1] for line in lines] == [
+        f"ended with 1 {error} at step 2; starting again from step 0 in 0.01 s (restart 1, 2 more without progress)",
+        f"ended with 1 {error} at step 2; starting again from step 0 in 0.02 s (restart 2, 1 more without progress)",
+        f"ended with 1 {error} at step 2; starting again from step 0 in 0.04 s (restart 3, 0 more without progress)",
+        f"ended with 1 {error} at step 2; giving up with exit code 1: 3 restarts made no progress",
+    ]
+    assert last == "every attempt ended in step 2 with rows 4 to 7; there is no checkpoint yet"
+
+
+def test_a_stop_of_the_supervisor_of_torchrun_or_of_one_rank_loses_no_step(workplace: Path, start: Start) -> None:
+    step = 0
+    for who, number in (("supervisor", signal.SIGUSR1), ("torchrun", signal.SIGTERM), ("rank", signal.SIGUSR1)):
+        process = start(*launch("stopped", 2, "checkpoint.every=null"))
+        statuses = wait_for(workplace, "stopped", 2, step=step + 1)
+        pids = {"supervisor": process.pid, "torchrun": parent(statuses[0].pid), "rank": statuses[1].pid}
+        os.kill(pids[who], number)
+        code, said = ended(process)
+        assert (code, said) == (75, ""), who
+        saved = newest(workplace, "stopped")
+        assert saved is not None and saved == losses(workplace, "stopped")[-1][0]
+        step = saved
+    done = losses(workplace, "stopped")
+    assert done == losses(workplace, "whole")[: len(done)]
+
+
+@pytest.mark.parametrize("who", ["supervisor", "rank"])
+def test_a_stop_before_the_first_step_is_75_and_saves_nothing(workplace: Path, start: Start, who: str) -> None:
+    """Rank 1 sleeps at the end of its start-up, and rank 0 waits for it in the first exchange of the first step."""
+    process = start(*launch(f"early{who}", 2), TURNOUT_FAULTS="start.done:1=sleep")
+    statuses = wait_for(workplace, f"early{who}", 2, step=0)
+    while not (workplace / f"runs/early{who}/environment.json").is_file():
+        time.sleep(0.02)
+    time.sleep(0.5)
+    os.kill(process.pid if who == "supervisor" else statuses[1].pid, signal.SIGTERM)
+    code, said = ended(process)
+    assert code == 75, said
+    assert "stopped by SIGTERM before its first step: nothing is lost; start again to go on" in said
+    assert "starting again" not in said and newest(workplace, f"early{who}") is None
+
+
+def test_plain_torchrun_restarts_and_saves_when_it_is_stopped(workplace: Path, start: Start) -> None:
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3"]
+    process = start(*torchrun, "-m", "trainer", "train", "tiny.yaml", "name=plain", "checkpoint.every=10")
+    pid = wait_for_pid(workplace, other_than=0, step=15)
+    os.kill(pid, signal.SIGKILL)
+    wait_for_pid(workplace, other_than=pid, step=15)
+    process.terminate()
+    code, said = ended(process)
+    assert code == 1, "torchrun's own"
+    done = losses(workplace, "plain")
+    assert newest(workplace, "plain") == done[-1][0], said
+    assert done == losses(workplace, "whole")[: len(done)]
+
+
+def wait_for_pid(workplace: Path, *, other_than: int, step: int) -> int:
+    """Wait until rank 1 of a run without supervisor is another process, and has come to a step; return its number."""
+    end = time.monotonic() + 100
+    while time.monotonic() < end:
+        status = read_statuses(workplace / "runs/plain/status", "").get(1)
+        if status is not None and status.pid != other_than and status.step >= step:
+            return status.pid
+        time.sleep(0.02)
+    raise AssertionError(f"rank 1 has not come to step {step}")
+
+
+def test_two_nodes_start_their_ranks_again_and_meet(workplace: Path, start: Start) -> None:
+    """Both are this machine, so one rank each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    where = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    nodes = [start(*launch("nodes", 1), **where, NODE_RANK=str(node)) for node in range(2)]
+    folder, end = workplace / "runs/nodes/status/rank00001.json", time.monotonic() + 100
+    while not (folder.is_file() and json.loads(folder.read_text())["step"] >= 15):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    os.kill(json.loads(folder.read_text())["pid"], signal.SIGKILL)
+    codes, said = zip(*map(ended, nodes), strict=True)
+    assert codes == (0, 0), said
+    assert "rank 0 " in said[0] and "ended with 5 (rank 1 is lost" in said[0]
+    assert "rank 1 " in said[1] and "was killed by SIGKILL at about step" in said[1]
+    assert losses(workplace, "nodes") == losses(workplace, "whole")

@@ -1,0 +1,63 @@
+from trainer.status import Phase, Status
+from trainer.supervise.ending import Ending, judge
+
+
+def running(rank: int, step: int, phase: Phase = "training") -> Status:
+    rows = [8 * step - 8, 8 * step - 1] if step else None
+    return Status(attempt="a", rank=rank, host="h", pid=100 + rank, step=step, rows=rows, phase=phase, updated=1.0)
+
+
+def ended(rank: int, step: int, code: int, error: str | None = None, *, updated: float = 2.0) -> Status:
+    status = running(rank, step)
+    status.state, status.exit_code, status.error, status.updated = "ended", code, error, updated
+    return status
+
+
+def torchrun(code: int, report: dict, *statuses: Status) -> Ending:
+    return judge(code, pid=99, report=report, statuses={s.rank: s for s in statuses}, is_alone=False)
+
+
+def failure(rank: int, code: int) -> dict:
+    return {"failures": [{"rank": rank, "pid": 100 + rank, "code": code}]}
+
+
+def test_a_killed_rank_is_named_with_the_survivors_step_and_code() -> None:
+    ending = torchrun(1, failure(1, -9), ended(0, 33, 5, "rank 1 is lost"), running(1, 30))
+    assert (ending.code, ending.exit_code) == (-9, 5)
+    assert f"{ending.what} {ending.where}" == "rank 1 (pid 101) was killed by SIGKILL at step 33"
+    assert ending.rows == [256, 263]
+
+
+def test_an_only_rank_that_is_killed_was_about_where_it_said_last() -> None:
+    ending = judge(-9, pid=100, report={}, statuses={0: running(0, 30, "saving")}, is_alone=True)
+    assert (ending.code, ending.exit_code) == (-9, 137)
+    assert f"{ending.what} {ending.where}" == "rank 0 (pid 100) was killed by SIGKILL at about step 30 (saving)"
+
+
+def test_of_several_errors_the_first_is_the_cause() -> None:
+    ending = torchrun(1, failure(0, 3), ended(0, 2, 3, "rank 1: no", updated=5.0), ended(1, 2, 3, "no", updated=4.0))
+    assert (ending.code, ending.what) == (3, "rank 1 (pid 101) ended with 3 (no)")
+
+
+def test_ranks_that_torchrun_stopped_because_one_failed_were_not_asked_to_stop() -> None:
+    ending = torchrun(1, failure(1, 1), ended(0, 0, 75, "stopped by SIGTERM"))
+    assert (ending.code, ending.what, ending.where) == (1, "rank 1 (pid 101) ended with 1", "in start-up")
+
+
+def test_torchrun_s_own_code_hides_nothing() -> None:
+    for code in (2, 5, 7, 75):
+        assert torchrun(1, failure(0, code)).exit_code == code
+        assert torchrun(1, {"signal": "SIGTERM"}, ended(0, 9, code), ended(1, 9, code)).exit_code == code
+    assert torchrun(1, {"signal": "SIGTERM"}).code == 75, "before any rank had begun"
+    assert torchrun(0, {}, ended(0, 9, 0), ended(1, 9, 0)).code == 0
+
+
+def test_torchrun_that_is_killed_or_fails_itself_is_named() -> None:
+    ending = torchrun(-9, {}, running(0, 4), running(1, 5))
+    assert f"{ending.what} {ending.where}" == "torchrun (pid 99) was killed by SIGKILL at about step 5"
+    assert torchrun(1, {}).what == "torchrun (pid 99) ended with 1"
+
+
+def test_a_rank_that_is_killed_on_its_way_out_had_ended() -> None:
+    ending = judge(-15, pid=100, report={}, statuses={0: ended(0, 9, 75)}, is_alone=True)
+    assert ending.code == 75

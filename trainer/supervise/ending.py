@@ -1,0 +1,113 @@
+"""How an attempt ended: which rank's end it was, with what code, in which step."""
+
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.errors import PREEMPTED
+from trainer.status import Status
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """The end of one attempt."""
+
+    code: int
+    """Exit code of the rank that ended it; negative: the signal that killed it."""
+    exit_code: int
+    """What a supervisor exits with that leaves it at that."""
+    what: str
+    """Who ended how: "rank 1 (pid 123) was killed by SIGKILL"."""
+    where: str
+    """In which step: "at step 33"."""
+    step: int
+    """The step being taken, from 1; 0 before the first."""
+    rows: Sequence[int] | None
+    """First and last row of that step."""
+    has_begun: bool
+    """A rank had come to its first step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Failure:
+    """A rank that did not come to the end of the run."""
+
+    rank: int
+    pid: int
+    code: int
+    time: float = float("inf")
+    """Unix time of its own word."""
+    error: str | None = None
+
+
+def judge(
+    returncode: int, *, pid: int, report: Mapping[str, Any], statuses: Mapping[int, Status], is_alone: bool
+) -> Ending:
+    """Find out what ended an attempt.
+
+    torchrun's own exit code is 1 whatever happened, and a rank that was killed leaves no word: what torchrun reports
+    comes first, then what the ranks wrote themselves.
+
+    Args:
+        returncode: of the process that was started; negative for a signal.
+        pid: of that process.
+        report: of torchrun; empty if it gave none.
+        statuses: what this attempt's ranks wrote last.
+        is_alone: the process is the only rank, not torchrun.
+    """
+    reported = [_Failure(**failure) for failure in report.get("failures", [])]
+    if is_alone and returncode:
+        reported = [_Failure(rank=0, pid=pid, code=returncode)]
+    written = [
+        _Failure(rank=rank, pid=status.pid, code=status.exit_code, time=status.updated, error=status.error)
+        for rank, status in statuses.items()
+        if status.exit_code
+    ]
+    ended = {rank for rank, status in statuses.items() if status.state == "ended"}
+    failures = [failure for failure in reported if failure.rank not in ended] + written
+    has_begun = any(status.phase != "start-up" for status in statuses.values())
+    if failures:
+        # The others end because one did: a signal tells most, being asked to stop least; the first to end knows why.
+        first = min(failures, key=lambda one: (one.code >= 0, one.code == PREEMPTED, one.time, one.rank))
+        code, why = first.code, f" ({first.error})" if first.error else ""
+        what = f"rank {first.rank} (pid {first.pid}) {_how(code)}{why}"
+    else:
+        code = PREEMPTED if "signal" in report and not has_begun else returncode
+        what = f"{'rank 0' if is_alone else 'torchrun'} (pid {pid}) {_how(returncode)}"
+    exit_code = code
+    if code < 0:  # of several ranks, the others have said what a lost one means
+        said = [failure.code for failure in written if failure.code != PREEMPTED]
+        exit_code = said[0] if said else 128 - code
+    last = _last(statuses)
+    return Ending(
+        code=code,
+        exit_code=exit_code,
+        what=what,
+        where=_where(last),
+        step=0 if last is None else last.step,
+        rows=None if last is None else last.rows,
+        has_begun=has_begun,
+    )
+
+
+def _last(statuses: Mapping[int, Status]) -> Status | None:
+    """Return the farthest status: of a rank that wrote its end if there is one, as the others' are a second old."""
+    ended = [status for status in statuses.values() if status.state == "ended"]
+    return max(ended or statuses.values(), key=lambda status: status.step, default=None)
+
+
+def _where(last: Status | None) -> str:
+    if last is None or last.step == 0:
+        return "in start-up"
+    phase = "" if last.phase == "training" else f" ({last.phase})"
+    return f"at {'' if last.state == 'ended' else 'about '}step {last.step}{phase}"
+
+
+def _how(code: int) -> str:
+    if code >= 0:
+        return f"ended with {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:  # a real-time signal
+        return f"was killed by signal {-code}"

@@ -1,0 +1,106 @@
+"""Which ranks this machine starts, and the command that starts them."""
+
+import os
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from trainer.errors import ConfigError
+from trainer.status import ATTEMPT
+
+SUPERVISOR = "TURNOUT_SUPERVISOR"
+"""Environment variable: the supervisor's process id."""
+_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+_SHUTDOWN_S = "600"
+"""torchrun kills ranks that have not ended so long after a signal: saving may take a while."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """The ranks of one run, as this machine sees them."""
+
+    nproc: int = 1
+    """Ranks on this machine, and on every other one."""
+    nnodes: int = 1
+    """Machines."""
+    node_rank: int = 0
+    """This machine's number, from 0."""
+    master_addr: str = ""
+    """Address of the first machine, where there are several."""
+    master_port: int = 29500
+    """Port there where ranks meet."""
+
+    @classmethod
+    def of(cls, options: Mapping[str, str | None], environment: Mapping[str, str]) -> "Launch":
+        """Read command-line options, and environment variables where an option is not given.
+
+        Args:
+            options: `nproc`, `nnodes`, `node_rank`, `master_addr`, `master_port`, as they were typed.
+            environment: with NPROC, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
+
+        Raises:
+            ConfigError: one line for each value that cannot be.
+        """
+        problems: list[str] = []
+
+        def number(name: str, default: int | None, least: int, most: int | None = None) -> int:
+            given = options.get(name)
+            text = environment.get(name.upper(), "") if given is None else given
+            source = f"{name.upper()}=" if given is None else f"--{name.replace('_', '-')} "
+            if default is not None and given is None and not text:
+                return default
+            if text.isascii() and text.isdigit() and least <= int(text) and (most is None or int(text) <= most):
+                return int(text)
+            allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
+            value = f"{source}{text}: is not" if text else f"{name.upper()}: is not set; use"
+            problems.append(f"{value} a number {allowed}")
+            return least
+
+        nproc, nnodes = number("nproc", 1, 1), number("nnodes", 1, 1)
+        launch = cls(nproc=nproc, nnodes=nnodes)
+        if nnodes > 1:
+            launch = cls(
+                nproc=nproc,
+                nnodes=nnodes,
+                node_rank=number("node_rank", None, 0, nnodes - 1),
+                master_addr=options.get("master_addr") or environment.get("MASTER_ADDR", ""),
+                master_port=number("master_port", 29500, 1, 65535),
+            )
+            if not launch.master_addr:
+                problems.append(f"NNODES={nnodes} needs MASTER_ADDR as well: the address of the first machine")
+        if problems:
+            raise ConfigError("\n".join(problems))
+        return launch
+
+    @property
+    def world_size(self) -> int:
+        """Ranks on all machines."""
+        return self.nproc * self.nnodes
+
+    def command(self, arguments: Sequence[str]) -> list[str]:
+        """Return the command that starts this machine's ranks: one directly, several by torchrun.
+
+        Args:
+            arguments: of `python -m trainer`, the same for every rank.
+        """
+        if self.world_size == 1:
+            return [sys.executable, "-m", "trainer", *arguments]
+        meeting = ["--standalone"]
+        if self.nnodes > 1:
+            meeting = ["--nnodes", str(self.nnodes), "--node-rank", str(self.node_rank)]
+            meeting += ["--master-addr", self.master_addr, "--master-port", str(self.master_port)]
+        torchrun = [sys.executable, "-m", "trainer.distributed.torchrun", *meeting, "--nproc-per-node", str(self.nproc)]
+        return [*torchrun, "-m", "trainer", *arguments]
+
+
+def environment_of_attempt(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return a new attempt's environment: the given one with the attempt's name and what torchrun should know."""
+    own = {ATTEMPT: uuid.uuid4().hex, SUPERVISOR: str(os.getpid())}
+    if sys.flags.safe_path:  # python -P is not handed down by torchrun
+        own["PYTHONSAFEPATH"] = "1"
+    defaults = {
+        "PET_SIGNALS_TO_HANDLE": environment.get("TORCHELASTIC_SIGNALS_TO_HANDLE", _SIGNALS),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": _SHUTDOWN_S,
+    }
+    return {**defaults, **environment, **own}

@@ -1,0 +1,49 @@
+"""Being asked to stop as a supervisor is."""
+
+import signal
+import time
+from types import FrameType, TracebackType
+from typing import Self
+
+_SAME_REQUEST_S = 2.0
+
+
+class StopRequests:
+    """Counts requests to stop: SIGTERM, Ctrl-C, SIGUSR1, SIGHUP.
+
+    What comes within 2 seconds of a request belongs to it. A signal that was ignored before (nohup, a shell's &) stays
+    ignored.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.name = ""
+        """Of the first one's signal."""
+        self._last = 0.0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, though no longer than until there is a request."""
+        end = time.monotonic() + seconds
+        while self.count == 0 and time.monotonic() < end:
+            time.sleep(min(0.1, seconds))
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.count and now - self._last <= _SAME_REQUEST_S:
+            return
+        self.count += 1
+        self.name = self.name or signal.Signals(number).name
+        self._last = now
