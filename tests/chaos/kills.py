@@ -54,6 +54,8 @@ FIRST_RANK = {
 }  # fmt: skip
 RESUMED_EVERY_RANK = ("resume.candidate", "resume.checked", "resume.found", "resume.loaded")
 RESUMED_FIRST_RANK = ("metrics.cut",)
+NEVER_THERE = {"phase.finding_what_is_not_finite"}
+"""Only where a loss or gradient is not finite, which none is in this run."""
 POINTS = {*EVERY_RANK, *FIRST_RANK, *RESUMED_EVERY_RANK, *RESUMED_FIRST_RANK}
 
 
