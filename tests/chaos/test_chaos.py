@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.kills import POINTS
+from tests.chaos.kills import NEVER_THERE, POINTS
 from tests.launched import ROOT
 from trainer.faults import planned
 
