@@ -21,7 +21,8 @@ fi
 
 export NPROC="${NPROC:-${SLURM_GPUS_ON_NODE:-1}}"
 export NNODES="$SLURM_JOB_NUM_NODES"
-MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+# Not head, which may leave while scontrol still writes: SIGPIPE would end this script.
+MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)"
 export MASTER_ADDR MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
 
 scripts/setup.sh launch >/dev/null # once, not on all nodes at the same time

@@ -257,6 +257,17 @@ def test_a_stop_of_the_supervisor_of_torchrun_or_of_one_rank_loses_no_step(workp
     assert done == losses(workplace, "whole")[: len(done)]
 
 
+def test_a_stop_while_the_supervisor_waits_is_75_where_there_is_a_checkpoint(workplace: Path, start: Start) -> None:
+    process = start(*launch("paused", 1, "checkpoint.every=1"), TURNOUT_FAULTS="step.begin#2=raise")
+    assert process.stderr is not None
+    while "starting again from step 1 in 1 s" not in process.stderr.readline():
+        assert process.poll() is None
+    process.terminate()
+    code, said = ended(process)
+    assert code == 75, said
+    assert "stopped by SIGTERM before" in said and newest(workplace, "paused") == 1
+
+
 @pytest.mark.parametrize("who", ["supervisor", "rank"])
 def test_a_stop_before_the_first_step_is_75_and_saves_nothing(workplace: Path, start: Start, who: str) -> None:
     """Rank 1 sleeps at the end of its start-up, and rank 0 waits for it in the first exchange of the first step."""

@@ -173,4 +173,5 @@ def _newest_is(newest: int | None) -> str:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the terminal has gone
+        print(text, file=sys.stderr, flush=True)
