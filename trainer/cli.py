@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from trainer import checkpoint_verbs
 from trainer.checkpoint.run_folder import RunFolder, check_belongs
 from trainer.config.dump import Change, changed_keys, diff, dump
 from trainer.config.loader import load
@@ -164,6 +165,33 @@ def prove(options: argparse.Namespace) -> int:
     )
 
 
+def checkpoint_list(options: argparse.Namespace) -> int:
+    """List a run's checkpoints: step, size, time, layout, and whether manifest and sizes agree."""
+    return checkpoint_verbs.show_list(_named_run(options), with_content=options.full, as_json=options.json)
+
+
+def checkpoint_verify(options: argparse.Namespace) -> int:
+    """Read every byte of a run's checkpoints and look for what makes no sense; exit code 4 if there is anything."""
+    return checkpoint_verbs.verify(_named_run(options), step=options.step, as_json=options.json)
+
+
+def checkpoint_prune(options: argparse.Namespace) -> int:
+    """Remove a run's old checkpoints and what killed runs left, while nobody trains into it."""
+    config, folder = _existing_run(options)
+    keep = config.checkpoint.keep if options.keep is None else options.keep
+    keep_every = config.checkpoint.keep_every if options.keep_every is None else options.keep_every
+    if keep < 1 or (keep_every is not None and keep_every < 1):
+        raise ConfigError("checkpoint prune: use --keep >= 1 and --keep-every >= 1")
+    return checkpoint_verbs.prune(
+        folder, keep=keep, keep_every=keep_every, with_damaged=options.damaged, is_dry=options.dry_run
+    )
+
+
+def checkpoint_export_dcp(options: argparse.Namespace) -> int:
+    """Write a checkpoint as files of torch.distributed.checkpoint into a new folder."""
+    return checkpoint_verbs.export_dcp(_named_run(options), options.out, step=options.step)
+
+
 def config_show(options: argparse.Namespace) -> int:
     """Print a config with every default."""
     print(dump(_load(options)), end="")
@@ -240,6 +268,17 @@ def _changes(folder: RunFolder, config: ExperimentConfig) -> list[Change]:
         raise ConfigError(f"{error}\n{advice}") from None
 
 
+def _named_run(options: argparse.Namespace) -> RunFolder:
+    """Return a run folder that is named by itself, whatever its config, or by a config file."""
+    if not options.config.is_dir():
+        return _folder(_load(options))
+    if options.overrides:
+        raise ConfigError(
+            f"{options.config}: is a folder, and overrides change a config file; name that, or leave them"
+        )
+    return RunFolder(options.config)
+
+
 def _existing_run(options: argparse.Namespace) -> tuple[ExperimentConfig, RunFolder]:
     """Return config and folder of a run that is named by its folder or by its config file."""
     if options.config.is_dir():
@@ -310,6 +349,26 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--layouts", metavar="TEXT", help="only layouts whose name has this text, such as 'ep 2'")
     sub.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON as well")
     sub.add_argument("--timeout", type=float, default=120.0, help="seconds that ranks wait for each other (120)")
+
+    checkpoint = verbs.add_parser("checkpoint", help="List, examine, remove and convert a run's checkpoints.")
+    actions = checkpoint.add_subparsers(required=True, metavar="ACTION")
+    run = "run folder or experiment file"
+    sub = takes_config(verb("list", checkpoint_list, actions), run)
+    sub.add_argument("--full", action="store_true", help="hash every byte instead of comparing sizes")
+    sub.add_argument("--json", action="store_true", help="print one JSON list")
+    sub = takes_config(verb("verify", checkpoint_verify, actions), run)
+    sub.add_argument("--step", type=int, help="only the checkpoint of this step")
+    sub.add_argument("--json", action="store_true", help="print one JSON list")
+    sub = takes_config(verb("prune", checkpoint_prune, actions), run)
+    sub.add_argument("--keep", type=int, help="newest sound ones to keep (checkpoint.keep of the run's config)")
+    sub.add_argument("--keep-every", type=int, help="keep those of steps that are a multiple of this as well")
+    sub.add_argument("--damaged", action="store_true", help="remove those that are not sound, too")
+    sub.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    sub = verb("export-dcp", checkpoint_export_dcp, actions)
+    sub.add_argument("config", type=Path, help=run)
+    sub.add_argument("out", type=Path, help="folder to make")
+    sub.add_argument("overrides", nargs="*", metavar="a.b=c", help="keys to change, such as name=other")
+    takes_step(sub)
 
     config = verbs.add_parser("config", help="Show, compare and describe experiment files.")
     actions = config.add_subparsers(required=True, metavar="ACTION")

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from trainer import faults
@@ -18,7 +19,7 @@ from trainer.checkpoint.manifest import Manifest, check_file, read_manifest
 from trainer.durable import sync_folder
 from trainer.errors import CheckpointError
 
-_NAME = re.compile(r"step_(\d{8,18})")
+_NAME = re.compile(r"step_([0-9]{8,18})")
 _log = logging.getLogger(__name__)
 
 Signature = tuple[tuple[str, int, int], ...]
@@ -37,14 +38,14 @@ class CheckpointFolder:
             keep_every: checkpoints of steps that are a multiple of this stay for ever.
         """
         self.path, self.keep, self.keep_every = path, keep, keep_every
-        self._checked: dict[int, tuple[Signature, bool]] = {}
+        self._checked: dict[int, tuple[Signature, str | None]] = {}
 
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, oldest first; the number in the name counts, never a time stamp."""
         if not self.path.is_dir():
             return []
         entries = [entry for entry in self.path.iterdir() if entry.is_dir() and not entry.is_symlink()]
-        steps = (int(match[1]) for match in (_NAME.fullmatch(entry.name) for entry in entries) if match)
+        steps = {int(match[1]) for match in (_NAME.fullmatch(entry.name) for entry in entries) if match}
         return sorted(step for step in steps if self.of_step(step).is_dir())
 
     def of_step(self, step: int) -> Path:
@@ -104,12 +105,20 @@ class CheckpointFolder:
         """Remove what was written so far."""
         shutil.rmtree(self.temporary(step), ignore_errors=True)
 
+    def leftovers(self) -> list[Path]:
+        """Return what a killed run left half-written or half-removed; beside a running one also what it is writing."""
+        if not self.path.is_dir():
+            return []
+        return sorted(entry for entry in self.path.iterdir() if entry.name.startswith((".tmp-", ".trash-")))
+
     def clean(self) -> None:
         """Remove what a killed run left half-written or half-removed. Only for who holds the run's lock."""
-        if self.path.is_dir():
-            for entry in self.path.iterdir():
-                if entry.name.startswith((".tmp-", ".trash-")):
-                    shutil.rmtree(entry, ignore_errors=True)
+        for entry in self.leftovers():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:  # not ours, and in the way of a save
+                with suppress(OSError):
+                    entry.unlink()
 
     def remove(self, step: int) -> None:
         """Take a checkpoint out of sight in one move before its files go, so that a kill leaves no half of it.
@@ -126,7 +135,28 @@ class CheckpointFolder:
 
     def note_sound(self, step: int) -> None:
         """Remember that a checkpoint was checked and found whole, as long as nobody touches it."""
-        self._checked[step] = _signature(self.of_step(step)), True
+        self._checked[step] = _signature(self.of_step(step)), None
+
+    def manifest(self, step: int) -> Manifest:
+        """Read a checkpoint's manifest and no other file.
+
+        Raises:
+            CheckpointError: if it is damaged, or of another step.
+        """
+        folder = self.of_step(step)
+        manifest = read_manifest(folder)
+        if manifest.step != step:
+            raise CheckpointError(f"{folder}: is damaged (its manifest is of step {manifest.step})")
+        return manifest
+
+    def check_sizes(self, step: int) -> None:
+        """Compare the files' sizes with what the manifest says.
+
+        Raises:
+            CheckpointError: if a file is missing or of another size.
+        """
+        for name, stated in self.manifest(step).files.items():
+            check_file(self.of_step(step), name, stated, with_content=False)
 
     def check(self, step: int) -> Manifest:
         """Read all of a checkpoint.
@@ -134,26 +164,35 @@ class CheckpointFolder:
         Raises:
             CheckpointError: if it is damaged.
         """
-        folder = self.of_step(step)
-        manifest = read_manifest(folder)
+        manifest = self.manifest(step)
         for name, stated in manifest.files.items():
-            check_file(folder, name, stated)
+            check_file(self.of_step(step), name, stated)
         self.note_sound(step)
         return manifest
 
-    def is_sound(self, step: int) -> bool:
-        """Tell whether a checkpoint is whole; one that was checked before and not touched since is not read again."""
+    def wrong(self, step: int) -> str | None:
+        """Return why a checkpoint is not sound, or None; one that was checked and not touched since is not read again.
+
+        Those of which this returns None are whole to the last byte.
+        """
         signature = _signature(self.of_step(step))
-        checked, is_sound = self._checked.get(step, (None, False))
+        checked, reason = self._checked.get(step, (None, None))
         if checked == signature:
-            return is_sound
+            return reason
         try:
             self.check(step)
         except CheckpointError as error:
-            _log.warning("%s", error)
-            self._checked[step] = signature, False
-            return False
-        return True
+            self._checked[step] = signature, str(error)
+            return str(error)
+        return None
+
+    def is_sound(self, step: int) -> bool:
+        """Tell whether a checkpoint is whole, and log once why it is not."""
+        known = self._checked.get(step)
+        reason = self.wrong(step)
+        if reason is not None and self._checked.get(step) != known:
+            _log.warning("%s", reason)
+        return reason is None
 
     def outdated(self, *, newest: int) -> list[int]:
         """Return the steps that nobody needs any more, once `newest` is safe.

@@ -7,7 +7,7 @@ from typing import Any
 
 from trainer import faults
 from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.manifest import Manifest, check_file, read_manifest
+from trainer.checkpoint.manifest import Manifest, check_file
 from trainer.distributed.collectives import Group
 from trainer.distributed.together import meet
 from trainer.errors import CheckpointError
@@ -72,9 +72,7 @@ def _check(folder: CheckpointFolder, step: int, group: Group) -> Found | str:
     """Check a checkpoint, each rank some of its files; return what is wrong with it, on every rank, if anything is."""
     path, wrong, manifest = folder.of_step(step), None, None
     try:
-        manifest = read_manifest(path)
-        if manifest.step != step:
-            raise CheckpointError(f"{path}: is damaged (its manifest is of step {manifest.step})")
+        manifest = folder.manifest(step)
         for name in sorted(manifest.files)[group.index :: group.size]:
             check_file(path, name, manifest.files[name])
     except CheckpointError as error:

@@ -7,20 +7,34 @@ import hashlib
 import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import islice
+from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import ConfigDict, Field, JsonValue, NonNegativeInt, ValidationError
+from pydantic import ConfigDict, Field, JsonValue, ValidationError
 
 from trainer.checkpoint.coverage import flaw, missing_names
 from trainer.config.base import Config, Problem
+from trainer.config.nodes import dotted, shown
 from trainer.errors import CheckpointError
 
 FORMAT = 2
 MANIFEST = "manifest.json"
-_LARGEST_BYTES = 256 << 20  # a million tensors; a larger one was not written by us
+_LARGEST_BYTES = 128 << 20
+_MOST_VALUES = 4_000_000  # a million parts of tensors; memory is a multiple of this, whatever the values are
+_MOST_SAID = 300  # characters of a message
+_ITEM_SIZE: Final = {
+    "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2,
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
+}  # fmt: skip
+"""Bytes of one number."""
 
+_MOST = 1 << 53
+
+Count = Annotated[int, Field(ge=0, le=_MOST)]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}\.safetensors$")]
 
 
@@ -31,7 +45,7 @@ class _Entry(Config):
 class StoredFile(_Entry):
     """One safetensors file."""
 
-    size_bytes: NonNegativeInt
+    size_bytes: Count
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -39,15 +53,15 @@ class StoredSlice(_Entry):
     """Indices start .. start + length - 1 of dimension 0, under the tensor's own name in a file."""
 
     file: FileName
-    start: NonNegativeInt
-    length: NonNegativeInt
+    start: Count
+    length: Count
 
 
 class StoredTensor(_Entry):
     """One global tensor."""
 
     dtype: Literal["float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"]
-    shape: list[NonNegativeInt]
+    shape: Annotated[list[Count], Field(max_length=16)]
     is_of_experts: bool = False
     """Dimension 0 counts experts."""
     slices: list[StoredSlice]
@@ -57,12 +71,28 @@ class StoredTensor(_Entry):
         """Indices of dimension 0; 1 for a tensor without dimensions."""
         return self.shape[0] if self.shape else 1
 
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of one index of dimension 0."""
+        return prod(self.shape[1:]) * _ITEM_SIZE[self.dtype]
+
+    def flaws(self) -> Iterator[str]:
+        """Yield what is wrong with it by itself."""
+        if prod(max(1, size) for size in self.shape) >= 1 << 59:  # also with a 0 among them: no program can address it
+            yield f"shape {self.shape} is too large"
+        wrong = flaw(((part.start, part.length) for part in self.slices), self.length)
+        if wrong is not None:
+            yield wrong
+        for file, times in Counter(part.file for part in self.slices).items():
+            if times > 1:  # they would all be read from the same bytes
+                yield f"{times} parts are in {file}, which can hold one"
+
 
 class Manifest(_Entry):
     """What a checkpoint is."""
 
     format: Literal[2]
-    step: NonNegativeInt
+    step: Count
     """Completed steps."""
     run: dict[str, JsonValue]
     """What describes the run: position, config, fingerprints, versions."""
@@ -72,14 +102,22 @@ class Manifest(_Entry):
     files: dict[FileName, StoredFile]
 
     def problems(self) -> Iterator[Problem]:
-        """Check that every index of every tensor is there once, in a file that is listed."""
+        """Check that every index of every tensor is there once, in a file that is listed and large enough."""
+        yield from islice(self._problems(), 20)
+
+    def _problems(self) -> Iterator[Problem]:
+        held_bytes: Counter[str] = Counter()
         for name, tensor in self.tensors.items():
-            wrong = flaw(((part.start, part.length) for part in tensor.slices), tensor.length)
-            if wrong is not None:
-                yield Problem(f"tensors.{name}", wrong)
+            where = dotted(("tensors", name))
+            for wrong in tensor.flaws():
+                yield Problem(where, wrong)
             for part in tensor.slices:
+                held_bytes[part.file] += part.length * tensor.index_bytes
                 if part.file not in self.files:
-                    yield Problem(f"tensors.{name}", f"{part.file} is not among the files")
+                    yield Problem(where, f"{part.file} is not among the files")
+        for file, size_bytes in held_bytes.items():
+            if file in self.files and size_bytes > self.files[file].size_bytes:
+                yield Problem("files", f"{file} has {self.files[file].size_bytes} bytes for {size_bytes} of tensors")
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         experts = [name for name, tensor in self.tensors.items() if tensor.is_of_experts]
         for missing in missing_names(shapes, experts):
@@ -92,9 +130,18 @@ class Manifest(_Entry):
 
 
 def manifest_text(manifest: Manifest) -> bytes:
-    """Return the file's content: the manifest and its own hash."""
+    """Return the file's content: the manifest and its own hash.
+
+    Raises:
+        CheckpointError: if it is so large that it would not be read again.
+    """
     values = manifest.model_dump(mode="json")
-    return json.dumps({**values, "manifest_sha256": _hash(values)}, indent=1).encode()
+    data = json.dumps({**values, "manifest_sha256": _hash(values)}, indent=1).encode()
+    if _is_too_large(data):
+        raise CheckpointError(
+            f"step {manifest.step} not saved: its manifest has {len(data)} bytes, too many to be read"
+        )
+    return data
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -105,26 +152,43 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        values = json.loads(_read_regular(path, _LARGEST_BYTES))
+        values = _parse(_read_regular(path, _LARGEST_BYTES))
         stated = values.pop("manifest_sha256")
         version = values["format"]
         is_intact = stated == _hash(values)
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: has no {MANIFEST}, so it is not a checkpoint") from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is damaged ({type(error).__name__})") from None
+        reason = str(error) if type(error) is ValueError else type(error).__name__
+        raise CheckpointError(f"{path}: is damaged ({_one_line(reason)})") from None
     if not is_intact:
         raise CheckpointError(f"{path}: is damaged (its hash does not match its content)")
     if version != FORMAT:
+        shown = version if isinstance(version, int | float) else type(version).__name__
         raise CheckpointError(
-            f"{folder}: has format {version!r:.20}, this version reads {FORMAT}; use the other version"
+            f"{folder}: has format {_one_line(str(shown))}, this version reads {FORMAT}; use the other version"
         )
     try:
         return Manifest.model_validate(values)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"{path}: is not sound: {f'{where}: ' if where else ''}{first['msg']:.300}") from None
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = f"{dotted(first['loc'])}: " if first["loc"] else ""
+        raise CheckpointError(f"{path}: is not sound: {_one_line(where + first['msg'])}") from None
+
+
+def record_flaws(manifest: Manifest) -> Iterator[str]:
+    """Yield what does not make sense in what a checkpoint says of its run; a run that goes on needs all of it."""
+    run = manifest.run
+    for key in ("position", "skipped_steps", "skipped_in_a_row"):
+        value = run.get(key)
+        if type(value) is not int or not 0 <= value <= _MOST:
+            yield f"run.{key} is {shown(value)}; it is a number of at least 0"
+    for key in ("data_fingerprint", "tokenizer_fingerprint"):
+        if not isinstance(run.get(key), str):
+            yield f"run.{key} is {shown(run.get(key))}; it is text"
+    done = manifest.values.get("optimizer_steps")
+    if type(done) is not int or not 0 <= done <= manifest.step:
+        yield f"values.optimizer_steps is {shown(done)}; of {manifest.step} steps it is 0 to {manifest.step}"
 
 
 def check_file(folder: Path, name: str, stated: StoredFile, *, with_content: bool = True) -> None:
@@ -141,7 +205,7 @@ def check_file(folder: Path, name: str, stated: StoredFile, *, with_content: boo
     """
     path = folder / name
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as file:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
@@ -160,8 +224,35 @@ def _read_regular(path: Path, most_bytes: int) -> bytes:
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_size > most_bytes:
-            raise ValueError("not a file of a manifest's size")
+            raise ValueError("no file of a manifest's size")
         return file.read(most_bytes + 1)
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    """Return JSON as it must be: no NaN, no key twice, no flood of values."""
+    if _is_too_large(data):
+        raise ValueError(f"{len(data)} bytes are more than a manifest has")
+    return json.loads(data, parse_constant=_refuse_constant, object_pairs_hook=_object)
+
+
+def _is_too_large(data: bytes) -> bool:
+    return len(data) > _LARGEST_BYTES or sum(data.count(mark) for mark in (b",", b"[", b"{")) > _MOST_VALUES
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is no number")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is given twice")
+    return found
+
+
+def _one_line(text: str) -> str:
+    """Cut foreign text to what a message can hold, without what would steer a terminal."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text[:_MOST_SAID])
 
 
 def _hash(values: Mapping[str, Any]) -> str:

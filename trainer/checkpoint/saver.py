@@ -226,6 +226,8 @@ class Saver:
             act()
         except OSError as error:
             return self._explain(job, error)
+        except CheckpointError as error:
+            return error
         return None
 
     def _explain(self, job: _Job, error: OSError) -> TurnoutError:

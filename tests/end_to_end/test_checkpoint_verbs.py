@@ -1,0 +1,197 @@
+"""The `checkpoint` verbs as a user runs them on a run that was trained."""
+
+import contextlib
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.end_to_end.test_cli import CONFIG, _environment, refused, run
+from tests.saved import load
+from trainer.checkpoint.run_folder import RunFolder
+from trainer.cli import main
+
+STEPS = (5, 10, 15, 20)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of four checkpoints."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.yaml").write_text(CONFIG)
+    (folder / "text.txt").write_text("It was a bright cold day in April, and the clocks were striking. " * 200)
+    result = run(folder, "train", "tiny.yaml", "checkpoint.every=5", "checkpoint.keep=4", "eval.every=null")
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture
+def workplace(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(trained, tmp_path / "copy"))
+
+
+def checkpoint(workplace: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a verb in this process, which has torch: most of a process of its own would be spent importing it."""
+    output, error = io.StringIO(), io.StringIO()
+    with (
+        contextlib.chdir(workplace),
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(error),
+        pytest.raises(SystemExit) as end,
+    ):
+        main(["checkpoint", *arguments])
+    assert isinstance(end.value.code, int)
+    return subprocess.CompletedProcess(arguments, end.value.code, output.getvalue(), error.getvalue())
+
+
+def _checkpoint(workplace: Path, step: int) -> Path:
+    return workplace / f"runs/tiny/checkpoints/step_{step:08d}"
+
+
+def _damage(workplace: Path, step: int) -> None:
+    file = next(_checkpoint(workplace, step).glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-7] ^= 4
+    file.write_bytes(data)
+
+
+def _steps(workplace: Path) -> list[int]:
+    return [int(path.name[5:]) for path in sorted((workplace / "runs/tiny/checkpoints").glob("step_*"))]
+
+
+def test_list_has_a_line_for_each_and_reads_all_bytes_only_where_asked(workplace: Path) -> None:
+    _damage(workplace, 20)
+    result = checkpoint(workplace, "list", "runs/tiny")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [f"step_{step:08d}" for step in STEPS]
+    assert all(" 0.6 MB " in line and "1 rank, ep 1, replicate" in line and line.endswith("whole") for line in lines)
+    full = checkpoint(workplace, "list", "tiny.yaml", "--full").stdout.splitlines()
+    assert all(line.endswith("sound") for line in full[:3]) and "its SHA-256" in full[3]
+    records = json.loads(checkpoint(workplace, "list", "runs/tiny", "--full", "--json").stdout)
+    assert [record["wrong"] is None for record in records] == [True, True, True, False]
+    assert records[0]["layout"] == {"world_size": 1, "ep_size": 1, "data": "replicate", "engine": "native"}
+
+
+def test_list_and_prune_never_import_torch(workplace: Path) -> None:
+    code = (
+        "import sys\nfrom trainer.cli import main\n"
+        "try: main(sys.argv[1:])\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    for arguments in (("list", "runs/tiny"), ("list", "runs/tiny", "--full"), ("prune", "runs/tiny")):
+        command = [sys.executable, "-c", code, "checkpoint", *arguments]
+        result = subprocess.run(command, cwd=workplace, env=_environment(), capture_output=True, text=True, timeout=60)
+        assert result.stdout.splitlines()[-1] == "0 False", result.stderr
+
+
+def test_verify_says_sound_or_what_is_wrong(workplace: Path) -> None:
+    result = checkpoint(workplace, "verify", "runs/tiny")
+    assert result.returncode == 0, result.stdout
+    sound = [
+        f"runs/tiny/checkpoints/step_{step:08d}: sound: 54 tensors, 4 experts in 2 layers, 0.6 MB" for step in STEPS
+    ]
+    assert result.stdout.splitlines() == sound[::-1]
+    _damage(workplace, 10)
+    result = checkpoint(workplace, "verify", "runs/tiny", "--json")
+    assert result.returncode == 4
+    assert {record["step"]: len(record["findings"]) for record in json.loads(result.stdout)} == {
+        5: 0,
+        10: 1,
+        15: 0,
+        20: 0,
+    }
+    assert checkpoint(workplace, "verify", "runs/tiny", "--step", "15").returncode == 0
+    refused(checkpoint(workplace, "verify", "runs/tiny", "--step", "7"), 4, r"no checkpoint of step 7; it has 5, 10")
+
+
+def test_prune_says_what_it_does_and_keeps_what_is_damaged(workplace: Path) -> None:
+    _damage(workplace, 20)
+    (workplace / "runs/tiny/checkpoints/.tmp-step_00000025").mkdir()
+    dry = checkpoint(workplace, "prune", "runs/tiny", "--keep", "2", "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert "would remove runs/tiny/checkpoints/step_00000005" in dry.stdout and _steps(workplace) == [*STEPS]
+    result = checkpoint(workplace, "prune", "runs/tiny", "--keep", "2")
+    first, leftover, kept, last = result.stdout.splitlines()
+    assert first == "removed runs/tiny/checkpoints/step_00000005"
+    assert leftover == "removed runs/tiny/checkpoints/.tmp-step_00000025, which a killed run left"
+    assert kept.startswith("kept runs/tiny/checkpoints/step_00000020/") and kept.endswith("--damaged removes it")
+    assert last == "2 sound: step_00000010, step_00000015"
+    assert _steps(workplace) == [10, 15, 20]
+    result = checkpoint(workplace, "prune", "tiny.yaml", "--keep", "1", "--keep-every", "10", "--damaged")
+    assert result.returncode == 0 and _steps(workplace) == [10, 15]
+    assert load(workplace / "runs/tiny/checkpoints", 15)
+    refused(checkpoint(workplace, "prune", "runs/tiny", "--keep", "0"), 2, r"use --keep >= 1 and --keep-every >= 1")
+
+
+def test_prune_never_works_beside_a_run_and_never_removes_the_last_of_a_run(workplace: Path) -> None:
+    folder = RunFolder(workplace / "runs/tiny")
+    folder.lock()
+    refused(checkpoint(workplace, "prune", "runs/tiny"), 2, r"runs/tiny: .* process \d+ is training into it")
+    del folder
+    for step in STEPS:
+        _damage(workplace, step)
+    refused(
+        checkpoint(workplace, "prune", "runs/tiny", "--damaged"),
+        4,
+        r"none of 4 checkpoints is sound; nothing is",
+    )
+    assert _steps(workplace) == [*STEPS]
+
+
+LOAD = """\
+import sys, torch, torch.distributed.checkpoint as dcp
+names = dcp.FileSystemReader(sys.argv[1]).read_metadata().state_dict_metadata
+state = {name: torch.zeros(entry.size, dtype=entry.properties.dtype) for name, entry in names.items()}
+dcp.load(state, checkpoint_id=sys.argv[1], no_dist=True)
+torch.save(state, sys.argv[2])
+"""
+
+
+def test_an_export_is_loaded_by_dcp_in_another_process_and_equal(workplace: Path) -> None:
+    result = checkpoint(workplace, "export-dcp", "runs/tiny", "out", "--step", "10")
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert "out: 54 tensors of step 10, 0.6 MB, read back equal bit for bit" in result.stdout
+    assert "DCP files are pickles and have no hashes" in result.stdout
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LOAD, "out", "loaded.pt"], cwd=workplace, env=_environment(), check=True
+    )
+    loaded = torch.load(workplace / "loaded.pt", weights_only=True)
+    source = load(workplace / "runs/tiny/checkpoints", 10)
+    numbers = {name: int(loaded.pop(name)) for name in ("step", "position", "optimizer_steps")}
+    assert numbers == {"step": 10, "position": 80, "optimizer_steps": 10}
+    assert loaded.keys() == source.keys()
+    for name, tensor in source.items():
+        assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor), name
+    refused(checkpoint(workplace, "export-dcp", "runs/tiny", "out"), 2, r"^out: exists; name a folder")
+
+
+def test_an_export_that_is_killed_leaves_no_folder_of_its_name(workplace: Path) -> None:
+    code = (
+        "import os, signal, sys, torch.distributed.checkpoint as dcp\nfrom trainer.cli import main\n"
+        "dcp.load = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "main(['checkpoint', 'export-dcp', 'runs/tiny', 'out'])"
+    )
+    before = {path.name for path in workplace.iterdir()}
+    result = subprocess.run([sys.executable, "-c", code], cwd=workplace, env=_environment(), timeout=60)
+    assert result.returncode == -signal.SIGKILL
+    (left,) = {path.name for path in workplace.iterdir()} - before
+    assert left.startswith(".out."), "written whole, and still without its name"
+
+
+def test_what_is_no_run_is_one_line(workplace: Path) -> None:
+    (workplace / "empty").mkdir()
+    for verb in ("list", "verify", "export-dcp"):
+        out = ["out"] if verb == "export-dcp" else []
+        refused(checkpoint(workplace, verb, "empty", *out), 4, r"empty/checkpoints: has no checkpoint; train first")
+        refused(checkpoint(workplace, verb, "nowhere.yaml", *out), 2, r"nowhere\.yaml: no such file")
+    refused(checkpoint(workplace, "prune", "empty"), 4, r"empty: has no config\.yaml, so it is not a run folder")
+    refused(checkpoint(workplace, "prune", "tiny.yaml", "name=none"), 4, r"runs/none: is no run folder")
+    refused(checkpoint(workplace, "list", "runs/tiny", "name=x"), 2, r"is a folder, and overrides change a config")
+    assert not (workplace / "runs/none").exists() and not (workplace / "out").exists()

@@ -1,0 +1,103 @@
+"""A manifest that anybody may have written: refused in one line, before a file is opened."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.saved import save
+from trainer.checkpoint.manifest import Manifest, manifest_text, read_manifest
+from trainer.checkpoint.state import Slice, TrainState
+from trainer.errors import CheckpointError
+
+FILE = "tensors-00000-00000.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    state = TrainState(slices={"model.a": Slice.whole(torch.ones(4, 2))}, values={"optimizer_steps": 1})
+    return save(tmp_path, 1, state, {"position": 8}).path
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a manifest's content and give it the hash of what it says now."""
+    path = folder / "manifest.json"
+    values = json.loads(path.read_text())
+    del values["manifest_sha256"]
+    change(values)
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({**values, "manifest_sha256": digest}))
+
+
+def _slices(*parts: tuple[str, int, int]) -> Callable[[dict[str, Any]], None]:
+    def change(values: dict[str, Any]) -> None:
+        slices = [{"file": file, "start": start, "length": length} for file, start, length in parts]
+        values["tensors"]["model.a"]["slices"] = slices
+
+    return change
+
+
+def _tensor(**fields: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda values: values["tensors"]["model.a"].update(fields)
+
+
+UNSOUND = {
+    "missing": (_slices((FILE, 0, 3)), r"indices 3 to 3 of 4 are missing"),
+    "twice": (_slices((FILE, 0, 3), (FILE, 2, 2)), r"indices 2 to 2 are there twice"),
+    "two parts of one file": (_slices((FILE, 0, 2), (FILE, 2, 2)), r"2 parts are in tensors.* can hold one"),
+    "unlisted": (_slices(("other.safetensors", 0, 4)), r"other\.safetensors is not among the files"),
+    "traversal": (_slices(("../../x.safetensors", 0, 4)), r"slices.0.file: String should match"),
+    "more than the file has": (_tensor(shape=[4, 1000]), r"has \d+ bytes for 16000 of tensors"),
+    "no memory for it": (_tensor(shape=[0, 1 << 50, 1 << 50], slices=[]), r"is too large"),
+    "beyond 64 bits": (_tensor(shape=[1 << 63]), r"less than or equal to"),
+    "many dimensions": (_tensor(shape=[1] * 1000), r"at most 16 items"),
+    "a truth for a number": (_tensor(shape=[True, 2]), r"shape.0: Input should be a valid integer"),
+    "text for a number": (lambda v: v.update(step="1"), r"step: Input should be a valid integer"),
+    "another dtype": (_tensor(dtype="complex64"), r"dtype: Input should be"),
+    "a hash that is none": (lambda v: v["files"][FILE].update(sha256="0"), r"sha256: String should match"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), UNSOUND.values(), ids=UNSOUND.keys())
+def test_what_does_not_describe_whole_tensors_is_refused(
+    folder: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    rewrite(folder, change)
+    with pytest.raises(CheckpointError, match=rf"manifest\.json: is not sound: .*{message}") as caught:
+        read_manifest(folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+TEXTS = {
+    "a key twice": ('{"format": 2, "format": 2}', "a key is given twice"),
+    "no number": ('{"format": NaN}', "NaN is no number"),
+    "a flood": ("[" + "{}," * 2_100_000 + "{}]", "bytes are more than a manifest has"),
+    "depth": ("[" * 100_000, "RecursionError"),
+    "another format": ('{"format": 3, "manifest_sha256": ""}', "its hash does not match"),
+    "no object": ("[]", "TypeError"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), TEXTS.values(), ids=TEXTS.keys())
+def test_what_is_no_manifest_is_damaged(folder: Path, text: str, message: str) -> None:
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        read_manifest(folder)
+
+
+def test_a_name_that_would_steer_a_terminal_is_not_repeated(folder: Path) -> None:
+    rewrite(folder, lambda values: values["tensors"].update({"a\n\x1b[2J" + "x" * 10_000: {"dtype": "int8"}}))
+    with pytest.raises(CheckpointError) as caught:
+        read_manifest(folder)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 600
+
+
+def test_what_would_not_be_read_again_is_not_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest: Manifest = read_manifest(folder)
+    monkeypatch.setattr("trainer.checkpoint.manifest._MOST_VALUES", 10)
+    with pytest.raises(CheckpointError, match=r"step 1 not saved: its manifest has \d+ bytes, too many to be read"):
+        manifest_text(manifest)

@@ -1,0 +1,107 @@
+"""What checkpoints a run has, told by their manifests and sizes, or by every byte. Imports no torch."""
+
+import datetime
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.manifest import MANIFEST, Manifest
+from trainer.config.nodes import shown
+from trainer.errors import CheckpointError
+
+_OF_LAYOUT = ("world_size", "ep_size", "data", "engine")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One checkpoint, as a list shows it."""
+
+    step: int
+    size_bytes: int | None
+    """Of its files; None where the manifest does not tell."""
+    written_s: float
+    """When the manifest was written, else the folder: seconds since 1970, by the clock of the machine that wrote."""
+    layout: dict[str, int | str]
+    """Of the ranks that wrote it."""
+    wrong: str | None
+    """Why it is not sound."""
+
+    @property
+    def written(self) -> str:
+        """The time it was written, here."""
+        return datetime.datetime.fromtimestamp(self.written_s).isoformat(sep=" ", timespec="seconds")
+
+    @property
+    def layout_text(self) -> str:
+        """The layout in words: `2 ranks, ep 2, replicate`."""
+        ranks = self.layout.get("world_size")
+        words = [] if ranks is None else [f"{ranks} rank{'' if ranks == 1 else 's'}"]
+        words += [f"ep {self.layout['ep_size']}"] if "ep_size" in self.layout else []
+        words += [str(self.layout["data"])] if "data" in self.layout else []
+        return ", ".join(words) or "-"
+
+    def record(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {
+            "step": self.step,
+            "size_bytes": self.size_bytes,
+            "written": self.written,
+            "layout": self.layout,
+            "wrong": self.wrong,
+        }
+
+
+def entries(folder: CheckpointFolder, *, with_content: bool) -> Iterator[Entry]:
+    """Yield the checkpoints, oldest first; one that is removed meanwhile is left out.
+
+    Args:
+        folder: of the run.
+        with_content: hash every byte, instead of comparing sizes.
+    """
+    for step in folder.steps():
+        with suppress(FileNotFoundError):
+            yield _entry(folder, step, with_content=with_content)
+
+
+def _entry(folder: CheckpointFolder, step: int, *, with_content: bool) -> Entry:
+    path, manifest, wrong = folder.of_step(step), None, None
+    try:
+        manifest = folder.manifest(step)
+        if with_content:
+            folder.check(step)
+        else:
+            folder.check_sizes(step)
+    except CheckpointError as error:
+        wrong = str(error)
+    return Entry(
+        step=step,
+        size_bytes=None if manifest is None else manifest.size_bytes,
+        written_s=_written_s(path),
+        layout={} if manifest is None else _layout(manifest),
+        wrong=wrong,
+    )
+
+
+def _written_s(path: Path) -> float:
+    try:
+        return (path / MANIFEST).lstat().st_mtime
+    except FileNotFoundError:
+        return path.lstat().st_mtime
+
+
+def _layout(manifest: Manifest) -> dict[str, int | str]:
+    """Return what is known of the layout, if it looks like one."""
+    found: dict[str, int | str] = {}
+    layout = manifest.run.get("layout")
+    if not isinstance(layout, dict):
+        return found
+    for key in _OF_LAYOUT:
+        value = layout.get(key)
+        if type(value) is int:
+            found[key] = value
+        elif isinstance(value, str):
+            found[key] = shown(value)[1:-1]
+    return found
