@@ -255,7 +255,7 @@ def test_nothing_is_a_spike_where_none_is_looked_for(folder: Path) -> None:
 def test_a_resumed_run_judges_losses_as_the_run_it_continues(folder: Path, forgets: bool, tmp_path: Path) -> None:
     """And one that forgets its window does not, or this test could not fail."""
     factors = {38: 3.0, 41: 2.0, 43: 1.5, 45: 1.2, 47: 1.1, 55: 1.05, 57: 3.0}
-    changes = {**_spikes(skip=True, window=48, sigmas=3.0), "checkpoint": {"every": 40}}
+    changes = {**_spikes(skip=True, window=48, sigmas=3.0), "checkpoint": {"every": 40, "asynchronous": False}}
     whole = _run(folder, changes, factors=factors)
     records = _records(folder)
     (folder / "runs").rename(folder / "whole")
@@ -279,7 +279,7 @@ def test_a_resumed_run_judges_losses_as_the_run_it_continues(folder: Path, forge
 
 
 def test_a_checkpoint_of_before_there_was_a_window_begins_one(folder: Path) -> None:
-    changes = {**_spikes(steps=40), "checkpoint": {"every": 40}}
+    changes = {**_spikes(steps=40), "checkpoint": {"every": 40, "asynchronous": False}}
     _run(folder, changes)
     where = RunFolder(folder / "runs/tiny")
     config = _config(folder, changes)
