@@ -25,6 +25,8 @@ def stop_at_random(
     is_over = len(attempt.poll()) > 0
     attempt.kill(asked, draw.choice(SIGNALS))
     began = time.monotonic()
+    attempt.wait(seconds=30.0, until=lambda: any(attempt.codes.values()))
+    attempt.kill(range(course.world_size), signal.SIGTERM)  # as torchrun does when the first rank has ended
     attempt.wait(seconds=30.0)
     took_s = time.monotonic() - began
     codes = attempt.settle(seconds=1.0)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.kills import NEVER_THERE, POINTS
+from tests.chaos.mutants import KILLED, STOPPED
 from tests.launched import ROOT
 from trainer.faults import planned
 
@@ -44,3 +45,13 @@ def test_a_fault_is_planted_by_name_time_and_rank() -> None:
     assert [fault.countdown for fault in planned("a.b=kill,save.mid_file#3:1=full", "1")] == [1, 3]
     with pytest.raises(ValueError, match=r"TURNOUT_FAULTS: save: is not POINT\[#TIME\]\[:RANK\]=ACTION"):
         planned("save", "0")
+
+
+def test_the_documents_name_every_place_and_every_control() -> None:
+    text = (ROOT / "docs/reliability.md").read_text()
+    for point in POINTS:
+        group, _, name = point.partition(".")
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| `{group}.` |")]
+        assert f"`{name}`" in row, point
+    for mutant in [*KILLED, *STOPPED]:
+        assert f"- {mutant.__name__.replace('_', ' ')}" in text

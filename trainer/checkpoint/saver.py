@@ -176,21 +176,20 @@ class Saver:
         is_first, temporary = self._group.index == 0, self.folder.temporary(job.step)
         error = self._attempt(job, lambda: self.folder.begin(job.step)) if is_first else None
         error = _first_error(self._group, error)
-        if error is not None:
-            return error
-        files: dict[str, StoredFile] = {}
-        file_of: dict[str, str] = {}
-        try:
-            _wait_for(temporary)
-            files, file_of = write_files(temporary, job.tensors, rank=self._group.index)
-        except OSError as refused:
-            error = self._explain(job, refused)
-        faults.hit("save.before_vote")
-        reports = self._group.gather_objects((error, files, file_of))
-        error = next((report[0] for report in reports if report[0] is not None), None)
-        faults.hit("save.voted")
-        if is_first and error is None:
-            error = self._attempt(job, lambda: self._commit(job, reports))
+        if error is None:
+            files: dict[str, StoredFile] = {}
+            file_of: dict[str, str] = {}
+            try:
+                _wait_for(temporary)
+                files, file_of = write_files(temporary, job.tensors, rank=self._group.index)
+            except OSError as refused:
+                error = self._explain(job, refused)
+            faults.hit("save.before_vote")
+            reports = self._group.gather_objects((error, files, file_of))
+            error = next((report[0] for report in reports if report[0] is not None), None)
+            faults.hit("save.voted")
+            if is_first and error is None:
+                error = self._attempt(job, lambda: self._commit(job, reports))
         if is_first and error is not None:
             self.folder.abandon(job.step)
         return _first_error(self._group, error)

@@ -64,19 +64,26 @@ def joined(layout: Layout, device: torch.device, *, timeout_s: float) -> Iterato
         yield Mesh.of_one()
         return
     _choose_interface(layout)
-    journal = Journal()
+    journal, on_gpu = Journal(), device.type != "cpu"
     try:
-        watch = _start(layout, device, journal, timeout_s=timeout_s)
-        mesh = build_mesh(layout, journal, watch)
+        watch, store = _meet(layout, journal, timeout_s=timeout_s, on_gpu=on_gpu)
     except RuntimeError as error:
-        address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-        raise CommError(
-            f"rank {layout.rank}: cannot join the other {layout.world_size - 1} ranks through {address}:{port}: "
-            f"{str(error).splitlines()[0]}; check that every node was started, with the same MASTER_ADDR and "
-            "MASTER_PORT, and that GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME, if set, names the interface between them"
-        ) from error
-    faults.hit("start.joined")
+        raise _cannot_join(layout, error) from error
     try:
+        # NCCL's own watchdog kills the process at its timeout, without a word on who is missing: the watch goes first.
+        timeout = timedelta(seconds=timeout_s + (_NCCL_MARGIN_S if on_gpu else 0))
+        try:
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo",
+                store=store,
+                rank=layout.rank,
+                world_size=layout.world_size,
+                timeout=timeout,
+            )
+            mesh = build_mesh(layout, journal, watch)
+        except RuntimeError as error:  # of the network, or because a rank has left meanwhile, which the watch knows
+            raise _cannot_join(layout, error) from error
+        faults.hit("start.joined")
         yield mesh
     except CommError as error:
         raise watch.explain(error) from error
@@ -90,8 +97,8 @@ def joined(layout: Layout, device: torch.device, *, timeout_s: float) -> Iterato
     dist.destroy_process_group()
 
 
-def _start(layout: Layout, device: torch.device, journal: Journal, *, timeout_s: float) -> Watch:
-    """Find the other ranks, and make torch's default process group."""
+def _meet(layout: Layout, journal: Journal, *, timeout_s: float, on_gpu: bool) -> tuple[Watch, dist.Store]:
+    """Find the other ranks, and begin to watch over each other; return the store that they meet in as well."""
     try:
         socket.getaddrinfo(os.environ.get("MASTER_ADDR"), None)
     except OSError as error:  # the store would try again and again
@@ -102,15 +109,18 @@ def _start(layout: Layout, device: torch.device, journal: Journal, *, timeout_s:
     # Under torchrun the store outlives the ranks: without a name of its own, a restarted attempt reads the addresses
     # of the dead ones (pytorch #135712).
     attempt = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    on_gpu = device.type != "cpu"
     watch = Watch(attempt, rank=rank, world_size=world_size, journal=journal, timeout_s=timeout_s, on_gpu=on_gpu)
     watch.start(wait_s=start_s)
-    # NCCL's own watchdog kills the process at its timeout, without a word on who is missing: the watch goes first.
-    timeout = timedelta(seconds=timeout_s + (_NCCL_MARGIN_S if on_gpu else 0))
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo", store=attempt, rank=rank, world_size=world_size, timeout=timeout
+    return watch, attempt
+
+
+def _cannot_join(layout: Layout, error: RuntimeError) -> CommError:
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    return CommError(
+        f"rank {layout.rank}: cannot join the other {layout.world_size - 1} ranks through {address}:{port}: "
+        f"{str(error).splitlines()[0]}; check that every node was started, with the same MASTER_ADDR and "
+        "MASTER_PORT, and that GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME, if set, names the interface between them"
     )
-    return watch
 
 
 def _choose_interface(layout: Layout) -> None:

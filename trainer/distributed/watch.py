@@ -79,14 +79,18 @@ class Watch:
         self._publish(self._store)
         self._thread.start()
         missing, end = set(range(self.world_size)), time.monotonic() + wait_s
-        while missing:
-            missing = {rank for rank in missing if not self._store.check([f"beat/{rank}"])}
-            if missing and time.monotonic() > end:
-                raise CommError(
-                    f"rank {self.rank}: ranks {sorted(missing)} of {self.world_size} have not started within "
-                    f"{wait_s:.0f} s; look at what they, or their nodes, say"
-                )
-            time.sleep(0.02 if missing else 0)
+        try:
+            while missing:
+                missing = {rank for rank in missing if not self._store.check([f"beat/{rank}"])}
+                if missing and time.monotonic() > end:
+                    raise CommError(
+                        f"rank {self.rank}: ranks {sorted(missing)} of {self.world_size} have not started within "
+                        f"{wait_s:.0f} s; look at what they, or their nodes, say"
+                    )
+                time.sleep(0.02 if missing else 0)
+        except BaseException as error:  # those that come later must not wait for this one
+            self.leave(error)
+            raise
 
     def meet(self) -> None:
         """Wait until every rank has come here, for as long as it takes while all are alive.
