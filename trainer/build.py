@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from trainer import faults
-from trainer.checkpoint.compatible import check_fits, check_model, check_tokenizer
+from trainer.checkpoint.catalogue import layout_of
+from trainer.checkpoint.compatible import abridged, check_fits, check_model, check_record, check_tokenizer
 from trainer.checkpoint.files import StoredTensors
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.load import Found, find, find_newest
@@ -112,6 +113,11 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
     faults.hit("start.text")
     stream = TrainStream(corpus, seq_len=config.model.seq_len, seed=config.seed)
     size = model_size(whole_model(config, corpus.tokenizer))
+    metrics = routing = NullSink()
+    with raise_together(mesh.world):
+        if is_writer:
+            metrics = JsonlSink(folder.metrics, warn=console.warning)
+            routing = JsonlSink(folder.routing, warn=console.warning)
     model = build_model(config, corpus.tokenizer, mesh, device, warn=console.warning)
     engine = config.engine.build(model, config.optim, numerics(config), mesh)
     faults.hit("start.engine")
@@ -129,8 +135,8 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
             copies=config.checkpoint.asynchronous,
         ),
         console=console,
-        metrics=JsonlSink(folder.metrics, warn=console.warning) if is_writer else NullSink(),
-        routing=JsonlSink(folder.routing, warn=console.warning) if is_writer else NullSink(),
+        metrics=metrics,
+        routing=routing,
         size=size,
         spikes=SpikeWindow(
             sigmas=config.train.spikes.sigmas,
@@ -260,11 +266,11 @@ def _resume(run: Run, found: Found) -> None:
     """Go on from a checkpoint: each rank reads its own parts, however the ranks that wrote it were laid out."""
     faults.hit("resume.found")
     _load_state(found, run.engine, run.config, run.corpus.tokenizer)
-    saved, now = str(found.run["data_fingerprint"]), run.corpus.fingerprint
+    saved, now = found.run["data_fingerprint"], run.corpus.fingerprint
     if saved != now:
         raise DataError(
-            f"{found.path}: was trained on other text than data.sources gives now (fingerprint {saved[:12]}, now "
-            f"{now[:12]}); restore the files, or start a new run with name=..."
+            f"{found.path}: was trained on other text than data.sources gives now (fingerprint {abridged(saved)}, now "
+            f"{abridged(now)}); restore the files, or start a new run with name=..."
         )
     run.start_step, run.position = found.step, int(found.run["position"])
     run.skipped_steps = int(found.run["skipped_steps"])
@@ -275,6 +281,7 @@ def _resume(run: Run, found: Found) -> None:
 
 
 def _load_state(found: Found, engine: Engine, config: ExperimentConfig, tokenizer: Tokenizer) -> None:
+    check_record(found)
     check_model(found, config.model.model_dump(mode="json"))
     check_tokenizer(found, fingerprint=tokenizer.fingerprint)
     mine = engine.state()
@@ -285,6 +292,6 @@ def _load_state(found: Found, engine: Engine, config: ExperimentConfig, tokenize
 
 def _moved(found: Found, run: Run) -> str:
     """Say how the layout differs from the one that wrote the checkpoint."""
-    before, now = dict(found.run.get("layout", {})), run.checkpoint_info()["layout"]
+    before, now = layout_of(found.manifest), run.checkpoint_info()["layout"]
     changes = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
     return f" ({', '.join(changes)})" if changes else ""

@@ -4,6 +4,7 @@ Parses, loads the config, calls; torch is imported once that went well.
 """
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -16,11 +17,13 @@ from trainer import checkpoint_verbs
 from trainer.checkpoint.run_folder import RunFolder, check_belongs
 from trainer.config.dump import Change, changed_keys, diff, dump
 from trainer.config.loader import load
+from trainer.config.nodes import shown_path
 from trainer.config.schema import schema_text
 from trainer.distributed.layout import check_layout, is_first_rank, launched
 from trainer.distributed.signals import StopRequest
 from trainer.errors import CheckpointError, CommError, ConfigError, ElsewhereError, ResourceError, Stopped, TurnoutError
 from trainer.experiment import ExperimentConfig
+from trainer.metrics.readable import visible
 from trainer.status import StatusFile
 from trainer.supervise.launch import Launch
 from trainer.supervise.lifeline import end_with_launcher
@@ -36,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _let_others_speak(0.5)
         _end_at_once(error.exit_code)
     except CommError as error:
-        print(error, file=sys.stderr)
+        print(visible(str(error)), file=sys.stderr)
         _end_at_once(error.exit_code)
     except Stopped as error:
         if is_first_rank():
@@ -44,10 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _end_at_once(error.exit_code)
     except TurnoutError as error:
         if error.is_this_ranks or is_first_rank():
-            print(error, file=sys.stderr)
+            print(visible(str(error)), file=sys.stderr)
         else:  # rank 0 has the same one, says so, and torchrun ends the others; unless it is this rank's alone
             _let_others_speak(10)
-            print(f"rank {os.environ['RANK']}: {error}", file=sys.stderr)
+            print(visible(f"rank {os.environ['RANK']}: {error}"), file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:  # no run, or the second Ctrl-C of one: there is nothing new to save
         print("interrupted", file=sys.stderr)
@@ -58,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except OSError as error:  # a path of the user's that cannot be used, where nothing more specific was said
         if error.filename is None:
             raise
-        print(f"{os.fsdecode(error.filename)}: {error.strerror}", file=sys.stderr)
-        code = ResourceError.exit_code
+        print(f"{shown_path(os.fsdecode(error.filename))}: {error.strerror}", file=sys.stderr)
+        code = ConfigError.exit_code if error.errno == errno.ENAMETOOLONG else ResourceError.exit_code
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise

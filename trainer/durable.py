@@ -1,8 +1,34 @@
 """Files that survive a power failure: written whole, flushed, then given their name."""
 
+import errno
 import os
+import stat
 import uuid
 from pathlib import Path
+
+
+class NotRegular(OSError):
+    """Something else has the name of a file: a link, a pipe, a folder, a device."""
+
+
+def open_regular(path: str | os.PathLike[str], flags: int, *, through_links: bool = False) -> int:
+    """Open a file as `os.open` does, but nothing that is no file: a pipe is not waited for, a device not read.
+
+    Raises:
+        NotRegular: if something else has its name.
+        OSError: if the system refuses.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK | (0 if through_links else os.O_NOFOLLOW), 0o644)
+    except OSError as error:
+        is_link = error.errno == errno.ELOOP and not through_links
+        if is_link or error.errno in (errno.EISDIR, errno.ENXIO):  # the last one: a pipe that nobody reads
+            raise NotRegular(error.errno, "is no regular file", os.fspath(path)) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise NotRegular(errno.EINVAL, "is no regular file", os.fspath(path))
+    return descriptor
 
 
 def replace_file(path: Path, content: str) -> None:

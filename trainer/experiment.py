@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from trainer.config.base import Config, Problem
+from trainer.config.base import Config, PathText, Problem
 from trainer.data.config import DataConfig
 from trainer.data.sources.registry import InstalledSourceConfig
 from trainer.engine.registry import EngineConfig, NativeEngineConfig
@@ -88,7 +88,7 @@ class ExperimentConfig(Config):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
     """Name of the run; its folder is RUNS_DIR/NAME."""
-    runs_dir: Annotated[str, Field(min_length=1)] = "runs"
+    runs_dir: PathText = "runs"
     """Folder of all runs."""
     seed: NonNegativeInt = 1337
     """Initial weights, order of the data and all noise are functions of it."""

@@ -2,7 +2,7 @@
 
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TextIO
@@ -179,12 +179,12 @@ def _header(run: Run) -> list[str | tuple[str, str]]:
 
 
 def _summary(run: Run, evaluation: EvalResult, prompt: str, sample: str) -> RunSummary:
-    logged = [record for record in read_jsonl(run.folder.metrics) if "loss" in record]
+    logged = [record for record in read_jsonl(run.folder.metrics) if _is_of_training(record)]
     record = evaluation.record()
     steps = max(run.start_step, run.config.train.steps)
     return RunSummary(
         title=f"{run.config.name}: {steps} steps done",
-        steps=[int(line["step"]) for line in logged],
+        steps=[line["step"] for line in logged],
         losses=[line["loss"] for line in logged],
         scores=_scores(run.corpus, evaluation),
         eval_loss=record["eval/loss"],
@@ -199,6 +199,12 @@ def _summary(run: Run, evaluation: EvalResult, prompt: str, sample: str) -> RunS
             ("more text", f"python -m trainer generate {run.folder.path}"),
         ],
     )
+
+
+def _is_of_training(record: Mapping[str, object]) -> bool:
+    """Tell a line of training from others in metrics.jsonl, which anybody may have written into."""
+    step, loss = record.get("step"), record.get("loss")
+    return type(step) is int and step >= 0 and "loss" in record and (loss is None or type(loss) in (int, float))
 
 
 def _scores(corpus: Corpus, evaluation: EvalResult) -> list[DomainScore]:

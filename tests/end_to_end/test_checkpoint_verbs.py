@@ -182,7 +182,7 @@ def test_an_export_that_is_killed_leaves_no_folder_of_its_name(workplace: Path) 
     result = subprocess.run([sys.executable, "-c", code], cwd=workplace, env=_environment(), timeout=60)
     assert result.returncode == -signal.SIGKILL
     (left,) = {path.name for path in workplace.iterdir()} - before
-    assert left.startswith(".out."), "written whole, and still without its name"
+    assert left.startswith(".export-"), "written whole, and still without its name"
 
 
 def test_what_is_no_run_is_one_line(workplace: Path) -> None:

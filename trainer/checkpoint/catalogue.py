@@ -80,7 +80,7 @@ def _entry(folder: CheckpointFolder, step: int, *, with_content: bool) -> Entry:
         step=step,
         size_bytes=None if manifest is None else manifest.size_bytes,
         written_s=_written_s(path),
-        layout={} if manifest is None else _layout(manifest),
+        layout={} if manifest is None else layout_of(manifest),
         wrong=wrong,
     )
 
@@ -92,7 +92,7 @@ def _written_s(path: Path) -> float:
         return path.lstat().st_mtime
 
 
-def _layout(manifest: Manifest) -> dict[str, int | str]:
+def layout_of(manifest: Manifest) -> dict[str, int | str]:
     """Return what is known of the layout, if it looks like one."""
     found: dict[str, int | str] = {}
     layout = manifest.run.get("layout")

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.load import Found
-from trainer.checkpoint.manifest import StoredTensor
+from trainer.checkpoint.manifest import StoredTensor, record_flaws
 from trainer.checkpoint.state import TrainState
-from trainer.config.dump import inline
+from trainer.config.dump import short
+from trainer.config.nodes import dotted
 from trainer.errors import CheckpointError
 
 
@@ -38,9 +39,11 @@ def check_model(found: Found, model: Mapping[str, Any]) -> None:
         CheckpointError: with the first key that differs, both values, and how many there are.
     """
     saved = found.run.get("config")
-    before = saved.get("model", {}) if isinstance(saved, Mapping) else {}
+    before = saved.get("model") if isinstance(saved, Mapping) else None
+    if not isinstance(before, Mapping):
+        raise CheckpointError(f"{found.path}: does not say which model it is of (run.config.model); use another one")
     differences = [
-        f"{key} is {inline(old)} in it and {inline(new)} in the config"
+        f"{key} is {short(old)} in it and {short(new)} in the config"
         for key, old, new in _changes("model", before, model)
     ]
     if differences:
@@ -53,12 +56,28 @@ def check_tokenizer(found: Found, *, fingerprint: str) -> None:
     Raises:
         CheckpointError: with both fingerprints.
     """
-    saved = str(found.run.get("tokenizer_fingerprint"))
+    saved = found.run.get("tokenizer_fingerprint")
     if saved != fingerprint:
         raise CheckpointError(
-            f"{found.path}: was trained on another tokenizer than data.tokenizer gives now (fingerprint {saved[:12]}, "
-            f"now {fingerprint[:12]}); restore its files, or use a new name=..."
+            f"{found.path}: was trained on another tokenizer than data.tokenizer gives now (fingerprint "
+            f"{abridged(saved)}, now {abridged(fingerprint)}); restore its files, or use a new name=..."
         )
+
+
+def check_record(found: Found) -> None:
+    """Refuse a checkpoint that does not say all that a run needs to go on.
+
+    Raises:
+        CheckpointError: with the first thing that it does not say, or that makes no sense.
+    """
+    wrong = next(record_flaws(found.manifest), None)
+    if wrong is not None:
+        raise CheckpointError(f"{found.path}: is not sound: {wrong}")
+
+
+def abridged(fingerprint: object) -> str:
+    """Return the beginning of a fingerprint, which anybody may have written."""
+    return "".join(c if c.isalnum() else "?" for c in str(fingerprint)[:12])
 
 
 def _difference(name: str, saved: StoredTensor | None, mine: TrainState) -> str | None:
@@ -85,5 +104,5 @@ def _refusal(path: Path, differences: list[str]) -> CheckpointError:
 def _changes(prefix: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
     """Return the keys whose values differ; one that the checkpoint does not know yet is younger than it."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        return [change for key in old for change in _changes(f"{prefix}.{key}", old[key], new.get(key))]
+        return [change for key in old for change in _changes(f"{prefix}.{dotted((key,))}", old[key], new.get(key))]
     return [] if old == new else [(prefix, old, new)]

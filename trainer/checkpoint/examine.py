@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainer.checkpoint.coverage import WEIGHT
-from trainer.checkpoint.files import StoredTensors
+from trainer.checkpoint.files import StoredTensors, open_tensors
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import MANIFEST, Manifest, StoredTensor, check_file, record_flaws
 from trainer.config.nodes import shown
@@ -61,11 +60,14 @@ def examine(folder: CheckpointFolder, step: int) -> Examination:
             unsound.add(name)
     findings += [f"{path}: {flaw}" for flaw in _strangers(path, manifest)]
     findings += [f"{path}: {flaw}" for flaw in record_flaws(manifest)]
+    unreadable = {name for file in unsound for name in _placed_in(file, manifest)}
     for name in sorted(manifest.files.keys() - unsound):
-        findings += _names_in(path / name, manifest)
+        there, flaws = _names_in(path / name, manifest)
+        findings += flaws
+        unreadable |= _placed_in(name, manifest) - there
     with StoredTensors(path, manifest) as tensors:
         for name, stored in manifest.tensors.items():
-            if all(part.file not in unsound for part in stored.slices):
+            if name not in unreadable:
                 findings += _look_at(path, name, stored, tensors)
     experts = [(name, stored) for name, stored in manifest.tensors.items() if stored.is_of_experts]
     layers = {name.rpartition(".")[0] for name, _ in experts if name.startswith(WEIGHT)}
@@ -85,22 +87,28 @@ def _strangers(path: Path, manifest: Manifest) -> Iterator[str]:
             yield f"{shown(name)} is no file of this checkpoint; nothing reads it"
 
 
-def _names_in(path: Path, manifest: Manifest) -> Iterator[str]:
-    """Yield what is wrong with the names in a file; one that it lacks is found when it is read."""
-    expected = {name for name, stored in manifest.tensors.items() if any(p.file == path.name for p in stored.slices)}
+def _placed_in(file: str, manifest: Manifest) -> set[str]:
+    """Return the names of the tensors that the manifest places in a file."""
+    return {name for name, stored in manifest.tensors.items() if any(part.file == file for part in stored.slices)}
+
+
+def _names_in(path: Path, manifest: Manifest) -> tuple[set[str], list[str]]:
+    """Return the names in a file, and what is wrong with them."""
     try:
-        with safe_open(path, framework="pt") as file:
-            more = sorted(set(file.keys()) - expected)
-    except (OSError, SafetensorError) as error:
-        yield f"{path}: is no safetensors file ({str(error).splitlines()[0]:.100})"
-        return
-    if more:
-        yield f"{path}: has {shown(more[0])}, which {MANIFEST} does not place there ({len(more)} such names)"
+        there = set(open_tensors(path).keys())
+    except CheckpointError as error:
+        return set(), [str(error)]
+    placed, flaws = _placed_in(path.name, manifest), []
+    if lacking := sorted(placed - there):
+        flaws.append(f"{path}: lacks {lacking[0]}, which {MANIFEST} places there ({len(lacking)} such names)")
+    if more := sorted(there - placed):
+        flaws.append(f"{path}: has {shown(more[0])}, which {MANIFEST} does not place there ({len(more)} such names)")
+    return there, flaws
 
 
 def _look_at(path: Path, name: str, stored: StoredTensor, tensors: StoredTensors) -> Iterator[str]:
     """Yield what is wrong with the numbers of one tensor."""
-    where = f"{path}: {name if name.isprintable() and len(name) < 200 else shown(name)}"
+    where = f"{path}: {name}"
     not_finite: dict[int, int] = {}
     negative: dict[int, int] = {}
     of_bytes: defaultdict[bytes, list[int]] = defaultdict(list)

@@ -13,10 +13,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from trainer.checkpoint.compatible import check_record
 from trainer.checkpoint.files import StoredTensors
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.load import Found, find
-from trainer.checkpoint.manifest import record_flaws
+from trainer.config.nodes import shown_path
 from trainer.durable import sync_folder
 from trainer.errors import CheckpointError, ConfigError
 
@@ -42,15 +43,15 @@ def export_dcp(folder: CheckpointFolder, step: int | None, out: Path) -> Found:
             written is not the source bit for bit.
         OSError: if the disk refuses.
     """
+    if "\0" in str(out):
+        raise ConfigError(f"{shown_path(out)}: is no path; name a folder")
     if out.is_symlink() or out.exists():
         raise ConfigError(f"{out}: exists; name a folder that does not")
     if not out.parent.is_dir():
         raise ConfigError(f"{out.parent}: is no folder; make it first")
     found = find(folder, folder.existing(step))
-    wrong = next(record_flaws(found.manifest), None)
-    if wrong is not None:
-        raise CheckpointError(f"{found.path}: {wrong}")
-    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
+    check_record(found)
+    temporary = out.with_name(f".export-{uuid.uuid4().hex}")
     temporary.mkdir()
     try:
         with StoredTensors(found.path, found.manifest) as tensors, warnings.catch_warnings():

@@ -27,6 +27,7 @@ _DTYPES = {
 }  # fmt: skip
 """What safetensors calls them."""
 _FILE_SIZE_BYTES = 512 << 20  # bounds the copy in memory while a file is hashed and written
+_LARGEST_HEADER_BYTES, _MOST_NAMES = 16 << 20, 10_000  # a name and what is said of it have less than 1 kB
 
 
 def write_files(
@@ -72,6 +73,22 @@ def write_durably(path: Path, data: bytes) -> None:
     faults.hit("save.file_synced")
 
 
+def open_tensors(path: Path) -> Any:
+    """Open a safetensors file whose header is not a flood: what is read of it is several times as large in memory.
+
+    Raises:
+        CheckpointError: if it is none.
+    """
+    try:
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes > _LARGEST_HEADER_BYTES:
+            raise CheckpointError(f"{path}: is no safetensors file of ours (a header of {header_bytes} bytes)")
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: is no safetensors file ({str(error).splitlines()[0]:.200})") from None
+
+
 class StoredTensors:
     """The tensors of a checkpoint whose files were checked. Reads what is asked for and no more."""
 
@@ -114,7 +131,7 @@ class StoredTensors:
         expected = [part.length, *stored.shape[1:]] if stored.shape else []
         try:
             if part.file not in self._open:
-                self._open[part.file] = safe_open(path, framework="pt")
+                self._open[part.file] = open_tensors(path)
             view = self._open[part.file].get_slice(name)
             if list(view.get_shape()) != expected or view.get_dtype() != _DTYPES[stored.dtype]:
                 raise CheckpointError(
@@ -122,7 +139,7 @@ class StoredTensors:
                     "the manifest"
                 )
             return view[first:end] if expected else self._open[part.file].get_tensor(name)
-        except (OSError, SafetensorError) as error:
+        except SafetensorError as error:
             raise CheckpointError(f"{path}: {name} cannot be read: {str(error).splitlines()[0]:.200}") from None
 
 
@@ -150,7 +167,7 @@ def _split_by_size(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
     size = 0
     for name, tensor in tensors.items():
         size_bytes = tensor.numel() * tensor.element_size()
-        if names and size + size_bytes > _FILE_SIZE_BYTES:
+        if names and (size + size_bytes > _FILE_SIZE_BYTES or len(names) == _MOST_NAMES):
             yield names
             names, size = [], 0
         names.append(name)

@@ -37,6 +37,8 @@ _MOST = 1 << 53
 Count = Annotated[int, Field(ge=0, le=_MOST)]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}\.safetensors$")]
 
+TensorName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,299}$")]
+
 
 class _Entry(Config):
     model_config = ConfigDict(extra="ignore")
@@ -98,7 +100,7 @@ class Manifest(_Entry):
     """What describes the run: position, config, fingerprints, versions."""
     values: dict[str, int | float | str]
     """Plain values of the engine's state."""
-    tensors: dict[str, StoredTensor]
+    tensors: dict[TensorName, StoredTensor]
     files: dict[FileName, StoredFile]
 
     def problems(self) -> Iterator[Problem]:
@@ -108,13 +110,12 @@ class Manifest(_Entry):
     def _problems(self) -> Iterator[Problem]:
         held_bytes: Counter[str] = Counter()
         for name, tensor in self.tensors.items():
-            where = dotted(("tensors", name))
             for wrong in tensor.flaws():
-                yield Problem(where, wrong)
+                yield Problem(f"tensors.{name}", wrong)
             for part in tensor.slices:
                 held_bytes[part.file] += part.length * tensor.index_bytes
                 if part.file not in self.files:
-                    yield Problem(where, f"{part.file} is not among the files")
+                    yield Problem(f"tensors.{name}", f"{part.file} is not among the files")
         for file, size_bytes in held_bytes.items():
             if file in self.files and size_bytes > self.files[file].size_bytes:
                 yield Problem("files", f"{file} has {self.files[file].size_bytes} bytes for {size_bytes} of tensors")
@@ -186,9 +187,24 @@ def record_flaws(manifest: Manifest) -> Iterator[str]:
     for key in ("data_fingerprint", "tokenizer_fingerprint"):
         if not isinstance(run.get(key), str):
             yield f"run.{key} is {shown(run.get(key))}; it is text"
+    if not _is_window(run.get("spikes", {})):
+        yield f"run.spikes is {shown(run['spikes'])}; it has a list of losses and two counts"
     done = manifest.values.get("optimizer_steps")
     if type(done) is not int or not 0 <= done <= manifest.step:
         yield f"values.optimizer_steps is {shown(done)}; of {manifest.step} steps it is 0 to {manifest.step}"
+
+
+def _is_window(spikes: JsonValue) -> bool:
+    """Tell whether a value can be a window of losses."""
+    if not isinstance(spikes, dict):
+        return False
+    losses = spikes.get("losses", [])
+    counts = [spikes.get(key, 0) for key in ("count", "skipped_in_a_row")]
+    return (
+        isinstance(losses, list)
+        and all(type(loss) in (int, float) for loss in losses)
+        and all(type(count) is int and 0 <= count <= _MOST for count in counts)
+    )
 
 
 def check_file(folder: Path, name: str, stated: StoredFile, *, with_content: bool = True) -> None:

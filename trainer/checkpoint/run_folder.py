@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from trainer.config.dump import ABSENT, Change, inline
-from trainer.durable import replace_file
+from trainer.durable import NotRegular, open_regular, replace_file
 from trainer.errors import ConfigError, ResourceError
 
 _log = logging.getLogger(__name__)
@@ -39,12 +39,14 @@ class RunFolder:
         """Make the folder, and claim it for this process until it ends.
 
         Raises:
-            ConfigError: if another process trains into it.
+            ConfigError: if another process trains into it, or the lock is no file.
             ResourceError: if it cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("a+")
+            lock = os.fdopen(open_regular(self.path / ".lock", os.O_RDWR | os.O_APPEND | os.O_CREAT), "a+")
+        except NotRegular:
+            raise ConfigError(f"{self.path / '.lock'}: is no regular file; remove it, it is not ours") from None
         except OSError as error:
             raise ResourceError(
                 f"{self.path}: cannot be written: {error.strerror}; set runs_dir to another place"

@@ -1,10 +1,14 @@
 """The base class of every section of an experiment file."""
 
 from collections.abc import Iterator
-from typing import NamedTuple, Self
+from typing import Annotated, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+
+PATH_PATTERN = r"^[^\x00-\x1f\x7f]{0,1000}$"
+PathText = Annotated[str, Field(min_length=1, pattern=PATH_PATTERN)]
+"""A path that a system can use and a message can repeat."""
 
 
 class Problem(NamedTuple):

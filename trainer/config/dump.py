@@ -32,7 +32,7 @@ class Change(NamedTuple):
 
     def __str__(self) -> str:
         """Format as `key: old -> new`."""
-        return f"{self.key}: {_short(self.old)} -> {_short(self.new)}"
+        return f"{self.key}: {short(self.old)} -> {short(self.new)}"
 
 
 def dump(config: Config) -> str:
@@ -61,6 +61,14 @@ def inline(value: Any) -> str:
         case str():
             return value if _is_plain(value) else _quoted(value)
     return str(value)
+
+
+def short(value: Any) -> str:
+    """Write a plain value on one line, cut to what a message holds."""
+    if value is ABSENT:
+        return repr(value)
+    text = inline(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 
 
 def changed_keys(old: Config, new: Config) -> list[Change]:
@@ -119,10 +127,3 @@ def _quoted(text: str) -> str:
 
 def _escape(code: int) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
-
-def _short(value: Any) -> str:
-    if value is ABSENT:
-        return repr(value)
-    text = inline(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from trainer.config import slots
-from trainer.config.nodes import UNUSABLE, Finding, Node, Place, Unreadable, shown
+from trainer.config.nodes import UNUSABLE, Finding, Node, Place, Unreadable, shown, shown_path
 from trainer.config.slots import Slot
 from trainer.config.yaml_nodes import compose
+from trainer.durable import NotRegular, open_regular
 
 MAX_BYTES: Final = 2**20
 """Largest file."""
@@ -106,7 +107,9 @@ class Files:
         real = name if "\0" in name else os.path.realpath(name)
         if real in self._reading:
             chain = [os.path.relpath(p) for p in [*self._reading[self._reading.index(real) :], real]]
-            raise Unreadable(node.place, f"{name} is its own base: {' -> '.join(chain)}; remove one link", ("base",))
+            raise Unreadable(
+                node.place, f"{shown_path(name)} is its own base: {' -> '.join(chain)}; remove one link", ("base",)
+            )
         if self._num_read >= MAX_FILES:
             raise Unreadable(node.place, f"more than {MAX_FILES} files; a configuration has a few bases", ("base",))
         try:
@@ -121,12 +124,14 @@ class _NotOpened(Unreadable):
 
 def _text(path: Path, locate: Any) -> str:
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path, os.O_RDONLY, through_links=True), "rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise _NotOpened(locate(0, 0), f"no such file{_similar_file(path)}") from None
-    except IsADirectoryError:
-        raise _NotOpened(locate(0, 0), "is a directory; name a .yaml file in it") from None
+    except NotRegular:
+        if path.is_dir():
+            raise _NotOpened(locate(0, 0), "is a directory; name a .yaml file in it") from None
+        raise _NotOpened(locate(0, 0), "is a pipe or a device; a configuration is a file") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise _NotOpened(locate(0, 0), f"cannot be read: {reason}") from None
@@ -148,9 +153,9 @@ def _similar_file(path: Path) -> str:
     try:
         stems = {p.stem: p.name for p in sorted(path.parent.iterdir()) if p.suffix in (".yaml", ".yml")}
     except OSError:
-        return f"; there is no folder {path.parent} either"
+        return f"; there is no folder {shown_path(path.parent)} either"
     near = difflib.get_close_matches(path.stem, stems, n=1)
-    return f"; did you mean {path.with_name(stems[near[0]])}?" if near else "; check the path"
+    return f"; did you mean {shown_path(path.with_name(stems[near[0]]))}?" if near else "; check the path"
 
 
 def _kind_of_root(tree: Node) -> str:

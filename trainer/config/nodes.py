@@ -14,6 +14,8 @@ MAX_LINES: Final = 100
 """A report ends after this many problems: whoever has more made one mistake, not hundreds."""
 MAX_SHOWN: Final = 60
 """Characters of a value that a message repeats."""
+MAX_PATH_SHOWN: Final = 300
+"""Characters of a path that a message repeats."""
 _PLAIN_PART: Final = re.compile(r"[A-Za-z0-9_-]{1,60}")
 UNUSABLE: Final = object()
 """Value of a node that was already reported: no type accepts it, and what the schema says of it is not repeated."""
@@ -33,7 +35,8 @@ class Place(NamedTuple):
 
     def __str__(self) -> str:
         """Format as editors and terminals link it."""
-        return f"{self.source}:{self.line}:{self.column}" if self.line else self.source
+        source = shown_path(self.source)
+        return f"{source}:{self.line}:{self.column}" if self.line else source
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,6 +117,12 @@ def shown(value: object) -> str:
         case _:
             text = str(value)
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 4]}...{text[-1] if isinstance(value, str) else ''}"
+
+
+def shown_path(path: object) -> str:
+    """Write a path for a message: as it is, so that it can be copied, unless it would flood or steer a terminal."""
+    text = str(path)
+    return text if text.isprintable() and len(text) <= MAX_PATH_SHOWN else shown(text)
 
 
 def report(findings: Iterable[Finding]) -> ConfigError:

@@ -11,7 +11,7 @@ from trainer.config.base import Config
 from trainer.config.layers import merge
 from trainer.config.nodes import Finding, Key, Node, Place, Unreadable, shown
 from trainer.config.slots import Slot
-from trainer.config.yaml_nodes import compose
+from trainer.config.yaml_nodes import MAX_DEPTH, compose
 
 RANK = 1_000_000
 """Overrides are reported after all files."""
@@ -60,6 +60,8 @@ def _parse(text: str, place: Place, findings: list[Finding]) -> tuple[list[str],
         raise Unreadable(
             place, f"{shown(path)} is not a key; write names joined by dots, such as model.moe.num_experts"
         )
+    if len(parts) > MAX_DEPTH:
+        raise Unreadable(place, f"{shown(path)} has {len(parts)} parts; a key has at most {MAX_DEPTH}")
     if parts[0] == "base":
         raise Unreadable(place, "base belongs in a file; name another file, or override the keys themselves", ("base",))
     node = compose(value, lambda line, column: place, findings, tuple(parts))

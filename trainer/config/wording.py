@@ -5,7 +5,7 @@ import re
 from typing import Any, Literal, get_args, get_origin
 
 from trainer.config import slots
-from trainer.config.base import Config
+from trainer.config.base import PATH_PATTERN, Config
 from trainer.config.nodes import Node, shown
 from trainer.config.yaml_nodes import resolve
 
@@ -81,6 +81,8 @@ def pattern(value: str, expression: str) -> str:
         most = int(match[1]) + 1
         allowed = f"at most {most} letters, digits, '.', '_' and '-', starting with a letter or a digit"
         return f"{shown(value)} is not a name; use {allowed}"
+    if expression == PATH_PATTERN:
+        return f"{shown(value)} is not a path; use at most 1000 characters, none of them a control character"
     return f"{shown(value)} does not have the form {expression}"
 
 

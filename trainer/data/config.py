@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trainer.config.base import Config
+from trainer.config.base import Config, PathText
 from trainer.data.sources.registry import InstalledSourceConfig, SourceConfig
 from trainer.data.tokenizers.registry import ByteTokenizerConfig, TokenizerConfig
 
@@ -30,5 +30,5 @@ class DataConfig(Config):
     """How text becomes tokens."""
     split: SplitConfig = SplitConfig()
     """What is held out."""
-    cache_dir: Annotated[str, Field(min_length=1)] = ".cache/tokens"
+    cache_dir: PathText = ".cache/tokens"
     """Folder of the tokenised text, built once and reused."""

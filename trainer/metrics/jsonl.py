@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer import faults
+from trainer.durable import NotRegular, open_regular
 from trainer.errors import DataError
+
+_LONGEST_BYTES = 16 << 20  # of a line; a record of a thousand layers of a thousand experts has less
+_BLOCK_BYTES = 1 << 20
 
 
 class JsonlSink:
@@ -24,6 +28,7 @@ class JsonlSink:
         warn: What is called with the one warning.
 
     Raises:
+        DataError: if something else has its name, such as a link or a pipe.
         OSError: if the file cannot be opened.
     """
 
@@ -32,7 +37,10 @@ class JsonlSink:
         self._warn = warn or _warn
         self._warned = False
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._descriptor = _open(self.path)
+        try:
+            self._descriptor = _open(self.path)
+        except NotRegular:
+            raise DataError(f"{self.path}: is no regular file; remove it, it is not ours") from None
         _cut_half_line(self.path, self._descriptor)
 
     def write(self, record: Mapping[str, object]) -> None:
@@ -56,13 +64,12 @@ class JsonlSink:
         move, so a crash leaves the old one or the new one.
         """
         try:
-            lines = self.path.read_bytes().splitlines(keepends=True)
-            kept = [line for line in lines if _is_kept(line, step)]
-            if len(kept) == len(lines):
+            if all(_is_kept(line, step) for line in _lines(self.path)):
                 return
             temporary = self.path.with_name(self.path.name + ".tmp")
-            with temporary.open("wb") as file:
-                file.writelines(kept)
+            temporary.unlink(missing_ok=True)
+            with temporary.open("xb") as file:
+                file.writelines(line for line in _lines(self.path) if _is_kept(line, step))
                 file.flush()
                 os.fsync(file.fileno())
             faults.hit("metrics.cut")
@@ -102,7 +109,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
-    for index, line in enumerate(path.read_bytes().splitlines(keepends=True)):
+    for index, line in enumerate(_lines(path)):
         if not line.endswith(b"\n"):
             return
         record = _parse(line)
@@ -111,10 +118,17 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
         yield record
 
 
+def _lines(path: Path) -> Iterator[bytes]:
+    """Yield lines with their ends; one that is longer than any of ours comes in pieces, of which none is a record."""
+    with path.open("rb") as file:
+        while line := file.readline(_LONGEST_BYTES):
+            yield line
+
+
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:  # also a line that is not UTF-8
+    except (ValueError, RecursionError):  # also a line that is not UTF-8, or is nested deeply
         return None
     return record if isinstance(record, dict) else None
 
@@ -150,14 +164,23 @@ class NullSink:
 
 
 def _open(path: Path) -> int:
-    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    return open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
 
 def _cut_half_line(path: Path, descriptor: int) -> None:
     # The rest of a line that a killed process began; appending to it would spoil the next record as well.
-    data = path.read_bytes()
-    if data and not data.endswith(b"\n"):
-        os.ftruncate(descriptor, data.rfind(b"\n") + 1)
+    size_bytes = end = os.fstat(descriptor).st_size
+    with path.open("rb") as file:
+        while end > 0:
+            start = max(0, end - _BLOCK_BYTES)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            if found >= 0:
+                end = start + found + 1
+                break
+            end = start
+    if end < size_bytes:
+        os.ftruncate(descriptor, end)
 
 
 def _warn(text: str) -> None:

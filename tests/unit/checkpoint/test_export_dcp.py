@@ -28,6 +28,7 @@ def folder(tmp_path: Path) -> CheckpointFolder:
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_every_tensor_comes_back_bit_for_bit(folder: CheckpointFolder, tmp_path: Path) -> None:
     out = tmp_path / "out"
     export_dcp(folder, None, out)

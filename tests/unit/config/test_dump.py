@@ -39,6 +39,7 @@ def positive(most: float = 1e300) -> st.SearchStrategy[float]:
 
 
 words = st.text(min_size=1, max_size=40)
+paths = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=40)
 routers: st.SearchStrategy[RouterConfig] = st.one_of(
     st.builds(
         TopKRouterConfig, top_k=st.integers(2, 4), scale=positive(), score=st.sampled_from(["softmax", "sigmoid"])
@@ -47,14 +48,14 @@ routers: st.SearchStrategy[RouterConfig] = st.one_of(
     st.builds(DenseRouterConfig),
 )
 sources = st.tuples(
-    st.builds(TextSourceConfig, path=words | st.lists(words, min_size=1, max_size=3), weight=positive()),
-    st.builds(JsonlSourceConfig, path=words, text_key=words, domain_key=st.none() | words),
+    st.builds(TextSourceConfig, path=paths | st.lists(paths, min_size=1, max_size=3), weight=positive()),
+    st.builds(JsonlSourceConfig, path=paths, text_key=words, domain_key=st.none() | words),
     st.builds(InstalledSourceConfig, domains=st.permutations(["python", "english", "cpp"])),
 ).flatmap(lambda all_kinds: st.permutations(all_kinds).map(list))
 configs = st.builds(
     ExperimentConfig,
     name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", fullmatch=True),
-    runs_dir=words,
+    runs_dir=paths,
     seed=st.integers(0, 2**63 - 1),
     model=st.builds(
         ModelConfig,
@@ -68,7 +69,7 @@ configs = st.builds(
             z_loss_coef=st.sampled_from([0.0, 1e-5]),
         ),
     ),
-    data=st.builds(DataConfig, sources=sources, cache_dir=words),
+    data=st.builds(DataConfig, sources=sources, cache_dir=paths),
     optim=st.builds(AdamWConfig, eps=positive(), betas=st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2)),
     schedule=st.builds(WarmupCosineConfig, peak_lr=positive()) | st.builds(WarmupStableDecayConfig, peak_lr=positive()),
     train=st.builds(TrainConfig, steps=st.integers(101, 2**62), grad_clip=st.none() | positive()),

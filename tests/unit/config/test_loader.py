@@ -229,17 +229,26 @@ def test_a_folder_is_not_a_file(read: Loader) -> None:
 
 
 def test_a_file_that_may_not_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path, mode: str) -> None:
+    def refuse(path: Path, flags: int, *, through_links: bool) -> int:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(Path, "open", refuse)  # root, who may run this, is refused nothing
+    monkeypatch.setattr("trainer.config.layers.open_regular", refuse)  # root, who may run this, is refused nothing
     with pytest.raises(ConfigError, match=r"^x\.yaml: cannot be read: Permission denied$"):
         load("x.yaml", [], ExperimentConfig)
 
 
-def test_an_endless_file_is_too_large() -> None:
-    with pytest.raises(ConfigError, match=r"^/dev/zero: more than 1048576 bytes"):
-        load("/dev/zero", [], ExperimentConfig)
+def test_an_endless_file_is_too_large(tmp_path: Path) -> None:
+    with (tmp_path / "large.yaml").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ConfigError, match=r"large\.yaml: more than 1048576 bytes"):
+        load(tmp_path / "large.yaml", [], ExperimentConfig)
+
+
+def test_a_pipe_is_not_waited_for_and_a_device_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(ConfigError, match=r": is a pipe or a device; a configuration is a file$"):
+            load(path, [], ExperimentConfig)
 
 
 def _run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -122,9 +122,9 @@ def test_a_full_disk_is_a_python_warning_by_default(tmp_path: Path, monkeypatch:
 
 
 def test_a_file_that_cannot_be_opened_is_an_error_at_the_start(tmp_path: Path):
-    (tmp_path / "m.jsonl").mkdir()
-    with pytest.raises(OSError, match="directory"):
-        JsonlSink(tmp_path / "m.jsonl")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OSError, match=r"exists|directory"):
+        JsonlSink(tmp_path / "file" / "m.jsonl")
 
 
 def test_closing_twice_does_nothing(tmp_path: Path):
@@ -151,3 +151,50 @@ class _LargestFile:
     def __exit__(self, *_: object) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)
         signal.signal(signal.SIGXFSZ, self.handler)
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder", "device"])
+def test_what_is_no_file_is_refused_and_left_alone(tmp_path: Path, kind: str):
+    path, other = tmp_path / "m.jsonl", tmp_path / "other"
+    other.write_text("mine")
+    match kind:
+        case "link":
+            path.symlink_to(other)
+        case "pipe":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
+        case "device":
+            path.symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=r"m\.jsonl: is no regular file; remove it"):
+        JsonlSink(path)
+    assert other.read_text() == "mine"
+
+
+def test_a_line_that_is_too_long_or_too_deep_is_forgotten_on_resuming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("trainer.metrics.jsonl._LONGEST_BYTES", 200_000)
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\n' + "[" * 100_000 + '\n{"step": 1, "x": "' + "x" * 500_000 + '"}\n{"step": 2}\n')
+    with closing(JsonlSink(path)) as sink:
+        sink.resume_at(2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_the_half_line_that_is_cut_may_be_long(tmp_path: Path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\n' + "x" * 3_000_000)
+    JsonlSink(path).close()
+    assert path.read_text() == '{"step": 1}\n'
+    path.write_text("x" * 3_000_000)
+    JsonlSink(path).close()
+    assert path.read_text() == ""
+
+
+def test_what_a_file_is_cut_in_is_never_written_through_a_link(tmp_path: Path):
+    path, other = tmp_path / "m.jsonl", tmp_path / "other"
+    other.write_text("mine")
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    (tmp_path / "m.jsonl.tmp").symlink_to(other)
+    with closing(JsonlSink(path)) as sink:
+        sink.resume_at(1)
+    assert path.read_text() == '{"step": 1}\n' and other.read_text() == "mine"

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PositiveFloat
 
-from trainer.config.base import Config, Problem
+from trainer.config.base import Config, PathText, Problem
 
 if TYPE_CHECKING:
     from trainer.data.sources.base import Source
 
 Domain = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-Paths = Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+Paths = PathText | Annotated[list[PathText], Field(min_length=1)]
 
 
 class InstalledSourceConfig(Config):

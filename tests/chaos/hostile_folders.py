@@ -1,0 +1,165 @@
+"""Run folders in which somebody left something for the next run: links, pipes, logs that are none."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.chaos.box import Box
+from tests.chaos.hostile_checkpoints import pickled
+
+MORE = ["train", "tiny.yaml", "train.steps=5"]
+PRUNE = ["checkpoint", "prune", "runs/tiny", "--damaged"]
+REFUSED, GOES_ON = {2, 3, 4}, {0}
+
+_NO_RECORDS = b"".join(
+    line + b"\n"
+    for line in (
+        b"[" * 200_000,
+        b'{"a":' * 100_000,
+        b'{"step": 1, "\xff": 1}',
+        b'{"step": ' + b"9" * 5000 + b', "loss": 1.0}',
+        b"null",
+        b"\0" * 5000,
+        b'{"step": 1, "loss": 1.0}\r{"step": 1}',
+    )
+)
+_NOT_OURS = b"".join(
+    line + b"\n"
+    for line in (
+        b'{"loss": 1.0}',
+        b'{"step": 2, "loss": "\\u001b[2J"}',
+        b'{"step": "2; x", "loss": 1.0}',
+        b'{"step": [2], "loss": 1.0}',
+        b'{"step": true, "loss": 1.0}',
+        b'{"step": -Infinity, "loss": NaN}',
+        b'{"step": -1e300, "loss": 1.0}',
+        b'{"step": -5, "loss": 1.0}',
+        b'{"step": 1, "loss": 1e308}',
+        b'{"step": 1, "loss": NaN}',
+        b'{"step": 1, "loss": null}',
+        b'{"step": 1, "loss": {}}',
+        b'{"step": 1, "eval/loss": "x"}',
+    )
+)
+
+
+def _precious(box: Box) -> Path:
+    return box.outside / "precious.txt"
+
+
+def _log(data: bytes, name: str = "metrics.jsonl") -> Callable[[Box], object]:
+    """Append to a log."""
+
+    def prepare(box: Box) -> None:
+        with (box.run / name).open("ab") as file:
+            file.write(data)
+
+    return prepare
+
+
+def _instead(name: str, make: Callable[[Path, Box], object]) -> Callable[[Box], object]:
+    """Something else, in the place of a file of the run."""
+
+    def prepare(box: Box) -> None:
+        path = box.run / name
+        path.unlink(missing_ok=True)
+        make(path, box)
+
+    return prepare
+
+
+def _sparse(box: Box) -> None:
+    with (box.run / "metrics.jsonl").open("r+b") as file:
+        file.truncate(3 << 29)
+
+
+def _link(path: Path, box: Box) -> None:
+    path.symlink_to(_precious(box))
+
+
+def _pipe(path: Path, box: Box) -> None:
+    os.mkfifo(path)
+
+
+def _folder(path: Path, box: Box) -> None:
+    path.mkdir()
+
+
+def _device(path: Path, box: Box) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def _checkpoints(name: str, make: Callable[[Path, Box], object]) -> Callable[[Box], object]:
+    return lambda box: make(box.run / "checkpoints" / name, box)
+
+
+def _to_outside(path: Path, box: Box) -> None:
+    """A link to a folder in which something lies."""
+    (box.outside / "step_00000001").mkdir()
+    (box.outside / "step_00000001/manifest.json").write_text("{}")
+    path.symlink_to(box.outside / "step_00000001")
+
+
+def _file(path: Path, box: Box) -> None:
+    path.write_text("x")
+
+
+CASES: dict[str, tuple[Callable[[Box], object], list[str], set[int]]] = {
+    # logs of a run that goes on
+    "log with lines that are no records": (lambda box: _log(_NO_RECORDS + pickled(box) + b"\n")(box), MORE, GOES_ON),
+    "log with records that are none of ours": (_log(_NOT_OURS), MORE, GOES_ON),
+    "log with a line of 50 MB": (_log(b'{"step": 1, "loss": "' + b"x" * 50_000_000 + b'"}\n'), MORE, GOES_ON),
+    "log with many lines and half a line": (_log(b"[]\n" * 100_000 + b"x" * 3_000_000), MORE, GOES_ON),
+    "log of 1.5 GB of zeros": (_sparse, MORE, GOES_ON),
+    "routing log with lines that are no records": (_log(_NO_RECORDS, "routing.jsonl"), MORE, GOES_ON),
+    # what is no file
+    "log a link": (_instead("metrics.jsonl", _link), MORE, REFUSED),
+    "log a pipe": (_instead("metrics.jsonl", _pipe), MORE, REFUSED),
+    "log a folder": (_instead("metrics.jsonl", _folder), MORE, REFUSED),
+    "log a device": (_instead("metrics.jsonl", _device), MORE, REFUSED),
+    "routing log a link": (_instead("routing.jsonl", _link), MORE, REFUSED),
+    "what a log is cut in, a link": (
+        lambda box: (_log(b"x\n")(box), _link(box.run / "metrics.jsonl.tmp", box)),
+        MORE,
+        GOES_ON,
+    ),
+    "lock a link": (_instead(".lock", _link), MORE, REFUSED),
+    "lock a link, to prune": (_instead(".lock", _link), PRUNE, REFUSED),
+    "lock a pipe": (_instead(".lock", _pipe), MORE, REFUSED),
+    "lock a folder": (_instead(".lock", _folder), MORE, REFUSED),
+    "environment a link": (_instead("environment.json", _link), MORE, GOES_ON),
+    "config a link": (
+        lambda box: (
+            (box.run / "config.yaml").rename(box.outside / "config.yaml"),
+            (box.run / "config.yaml").symlink_to(box.outside / "config.yaml"),
+        ),
+        MORE,
+        GOES_ON,
+    ),
+    "config a pipe": (_instead("config.yaml", _pipe), ["eval", "runs/tiny"], REFUSED),
+    "config a device": (_instead("config.yaml", _device), ["eval", "runs/tiny"], REFUSED),
+    # names among the checkpoints
+    "names that are links": (
+        lambda box: (
+            _checkpoints(".tmp-step_00000005", _to_outside)(box),
+            (box.run / "checkpoints/.trash-step_00000003").symlink_to(box.outside),
+            (box.run / "checkpoints/step_00000009").symlink_to(box.outside / "step_00000001"),
+        ),
+        MORE,
+        GOES_ON,
+    ),
+    "names that are files": (
+        lambda box: (
+            _checkpoints(".tmp-step_00000005", _file)(box),
+            _checkpoints(".trash-step_00000003", _file)(box),
+            _checkpoints("step_00000009", _file)(box),
+        ),
+        MORE,
+        GOES_ON,
+    ),
+    "a checkpoint that is a link, to prune": (_checkpoints("step_00000009", _to_outside), PRUNE, GOES_ON),
+    "what is removed a link, to prune": (_checkpoints(".trash-step_00000009", _to_outside), PRUNE, GOES_ON),
+    "a number in other digits": (_checkpoints("step_" + 8 * "\u0669", _folder), MORE, GOES_ON),
+    "a number of 18 digits": (_checkpoints("step_999999999999999999", _folder), PRUNE, GOES_ON),
+    "a folder in the place of a checkpoint": (_checkpoints("step_00000005", _folder), MORE, GOES_ON),
+}  # fmt: skip

@@ -1,0 +1,33 @@
+"""The lock of a run folder."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from trainer.checkpoint.run_folder import RunFolder
+from trainer.errors import ConfigError
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_a_lock_that_is_no_file_is_refused_and_nothing_is_written_through_it(tmp_path: Path, kind: str) -> None:
+    other, lock = tmp_path / "other", tmp_path / "run/.lock"
+    other.write_text("mine")
+    lock.parent.mkdir()
+    match kind:
+        case "link":
+            lock.symlink_to(other)
+        case "pipe":
+            os.mkfifo(lock)
+        case "folder":
+            lock.mkdir()
+    with pytest.raises(ConfigError, match=r"run/\.lock: is no regular file; remove it"):
+        RunFolder(tmp_path / "run").lock()
+    assert other.read_text() == "mine"
+
+
+def test_the_lock_says_who_has_it(tmp_path: Path) -> None:
+    first = RunFolder(tmp_path / "run")
+    first.lock()
+    with pytest.raises(ConfigError, match=rf"run: .* process {os.getpid()} is training into it"):
+        RunFolder(tmp_path / "run").lock()
