@@ -79,8 +79,10 @@ def train_run(
             console.message(f"already at step {run.start_step} of {config.train.steps}: nothing is left to train")
         try:
             evaluation = fit(run, stop, status)
-        except TurnoutError as error:
-            if not isinstance(error, CommError):  # what is being saved is still worth having
+        except Exception as error:
+            # What is being saved is still worth having, where nobody that it needs has been lost.
+            is_everybodys = isinstance(error, TurnoutError) and not isinstance(error, CommError)
+            if is_everybodys or mesh.world.size == 1:
                 announce(run, run.saver.wait())
             raise
         if evaluation is None:
