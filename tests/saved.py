@@ -1,8 +1,10 @@
 """Checkpoints in one line, for tests: saved by one process, read whole."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trainer.checkpoint.files import StoredTensors
@@ -39,6 +41,12 @@ def whole(found: Found) -> dict[str, Tensor]:
 def load(folder: CheckpointFolder | Path, step: int) -> dict[str, Tensor]:
     """Every tensor of a step's checkpoint, checked."""
     return whole(find(folder if isinstance(folder, CheckpointFolder) else CheckpointFolder(folder), step))
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes."""
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(data).hexdigest()
 
 
 def resume(engine: Engine, folder: CheckpointFolder | Path, step: int) -> Found:

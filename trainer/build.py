@@ -81,14 +81,18 @@ class Run:
             # No generator has a state: weights, order of the rows and all noise are functions of this and the numbers
             # of step and row.
             "random": {"kind": "counter_based", "seed": self.config.seed},
-            "layout": {
-                "world_size": self.mesh.layout.world_size,
-                "ep_size": self.mesh.layout.ep_size,
-                "data": self.config.parallel.data,
-                "engine": self.config.engine.kind,
-            },
+            "layout": self.layout(),
             "versions": {"turnout": runtime.turnout_version(), "torch": torch.__version__},
             "config": self.config.model_dump(mode="json"),
+        }
+
+    def layout(self) -> dict[str, int | str]:
+        """Return who trains, in JSON values."""
+        return {
+            "world_size": self.mesh.layout.world_size,
+            "ep_size": self.mesh.layout.ep_size,
+            "data": self.config.parallel.data,
+            "engine": self.config.engine.kind,
         }
 
 
@@ -292,6 +296,6 @@ def _load_state(found: Found, engine: Engine, config: ExperimentConfig, tokenize
 
 def _moved(found: Found, run: Run) -> str:
     """Say how the layout differs from the one that wrote the checkpoint."""
-    before, now = layout_of(found.manifest), run.checkpoint_info()["layout"]
+    before, now = layout_of(found.manifest), run.layout()
     changes = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
     return f" ({', '.join(changes)})" if changes else ""

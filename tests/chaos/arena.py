@@ -4,7 +4,6 @@ The ranks run the real command line, with the environment that torchrun would gi
 them dies is done here as well, unless a scenario wants to see them end by themselves.
 """
 
-import ctypes
 import os
 import resource
 import signal
@@ -24,8 +23,8 @@ import torch.distributed as dist
 import trainer.cli
 import trainer.workflows
 from trainer import faults
+from trainer.supervise.lifeline import end_with
 
-_PR_SET_PDEATHSIG = 1
 _GRACE_S = 20.0
 """A rank that was asked to end has so long."""
 
@@ -106,7 +105,7 @@ class Arena:
         here, there = Pipe()
         self._store_pid = os.fork()
         if self._store_pid == 0:  # the store that all attempts meet in, as torchrun's agent hosts it
-            _die_with_parent()
+            end_with(os.getppid())()
             store = dist.TCPStore("127.0.0.1", 0, None, True, timeout=timedelta(seconds=60), wait_for_workers=False)
             there.send(store.port)
             while True:
@@ -174,7 +173,7 @@ def _be_a_rank(
     """Become a rank. Never returns."""
     code = 99
     try:
-        _die_with_parent()
+        end_with(os.getppid())()
         os.environ.update(variables)
         os.chdir(folder)
         descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -198,7 +197,3 @@ def _be_a_rank(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

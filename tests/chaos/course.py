@@ -1,6 +1,5 @@
 """The run that is disturbed: short, and with everything in it that a resume could forget. What must come out of it."""
 
-import hashlib
 import json
 import os
 import re
@@ -11,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import trainer.workflows
 from tests.chaos.arena import Arena, Attempt, Prepare
-from tests.saved import whole
+from tests.saved import digest, whole
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.load import find
 from trainer.data.stream import TrainStream
@@ -144,10 +142,7 @@ def outcome(course: Course) -> Outcome:
         metrics=[json.dumps({k: v for k, v in record.items() if k not in _TIMES}) for record in records],
         routing=(course.run / "routing.jsonl").read_text(),
         rows=rows,
-        tensors={
-            name: hashlib.sha256(t.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-            for name, t in whole(found).items()
-        },
+        tensors={name: digest(tensor) for name, tensor in whole(found).items()},
         state={"step": found.step, "values": found.manifest.values, "position": found.run["position"]},
     )
 

@@ -1,6 +1,5 @@
 """Law: a run goes on under any other number of ranks, any other split of the experts, with copies or shards."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch.distributed as dist
 
 from tests.builders import make_batch, make_engine, rows_of, tiny_model_config
 from tests.ranks import Ranks, mesh_here
-from tests.saved import load, resume
+from tests.saved import digest, load, resume
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.load import find_newest
 from trainer.checkpoint.saver import Saver
@@ -71,10 +70,7 @@ def _train(engine: NativeEngine, first: int, last: int) -> list[float]:
 
 
 def _hash(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    return {
-        name: hashlib.sha256(t.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-        for name, t in tensors.items()
-    }
+    return {name: digest(tensor) for name, tensor in tensors.items()}
 
 
 def _here(engine: NativeEngine) -> dict[str, str]:

@@ -1,9 +1,9 @@
 """The checkpoints of one run on disk: their names, how one gets its name, which of them stay. Imports no torch.
 
 checkpoints/
-step_00000500/            whole: the name is given last
-.tmp-step_00000750/       being written, or left by a killed run: removed at the next start
-.trash-step_00000250/     being removed
+  step_00000500/            whole: the name is given last
+  .tmp-step_00000750/       being written, or left by a killed run: removed at the next start
+  .trash-step_00000250/     being removed
 """
 
 import logging

@@ -6,7 +6,6 @@ docs/checkpoint.md describes it for other programs. Imports no torch.
 import hashlib
 import json
 import os
-import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -19,6 +18,7 @@ from pydantic import ConfigDict, Field, JsonValue, ValidationError
 from trainer.checkpoint.coverage import flaw, missing_names
 from trainer.config.base import Config, Problem
 from trainer.config.nodes import dotted, shown
+from trainer.durable import NotRegular, open_regular
 from trainer.errors import CheckpointError
 
 FORMAT = 2
@@ -165,9 +165,9 @@ def read_manifest(folder: Path) -> Manifest:
     if not is_intact:
         raise CheckpointError(f"{path}: is damaged (its hash does not match its content)")
     if version != FORMAT:
-        shown = version if isinstance(version, int | float) else type(version).__name__
+        stated = version if isinstance(version, int | float) else type(version).__name__
         raise CheckpointError(
-            f"{folder}: has format {_one_line(str(shown))}, this version reads {FORMAT}; use the other version"
+            f"{folder}: has format {_one_line(str(stated))}, this version reads {FORMAT}; use the other version"
         )
     try:
         return Manifest.model_validate(values)
@@ -221,25 +221,26 @@ def check_file(folder: Path, name: str, stated: StoredFile, *, with_content: boo
     """
     path = folder / name
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise CheckpointError(f"{path}: is no regular file")
-            if status.st_size != stated.size_bytes:
-                raise CheckpointError(f"{path}: is damaged ({status.st_size} bytes instead of {stated.size_bytes})")
+        with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            if size_bytes != stated.size_bytes:
+                raise CheckpointError(f"{path}: is damaged ({size_bytes} bytes instead of {stated.size_bytes})")
             if with_content and hashlib.file_digest(file, "sha256").hexdigest() != stated.sha256:
                 raise CheckpointError(f"{path}: is damaged (its SHA-256 is not the one in {MANIFEST})")
+    except NotRegular:
+        raise CheckpointError(f"{path}: is no regular file") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _read_regular(path: Path, most_bytes: int) -> bytes:
     """Return a regular file's content; neither a link nor a device nor a flood is followed."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        descriptor = open_regular(path, os.O_RDONLY)
+    except NotRegular:
+        raise ValueError("no regular file") from None
     with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > most_bytes:
+        if os.fstat(descriptor).st_size > most_bytes:
             raise ValueError("no file of a manifest's size")
         return file.read(most_bytes + 1)
 

@@ -2,13 +2,12 @@
 
 import contextlib
 import os
-import re
 import socket
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
+from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.distributed.process import is_alive
 from trainer.errors import PREEMPTED
@@ -19,7 +18,6 @@ from trainer.supervise.launch import Launch, environment_of_attempt
 from trainer.supervise.policy import Outcome, Policy, Restart, decide, is_retried
 from trainer.supervise.requests import StopRequests
 
-_CHECKPOINT = re.compile(r"step_(\d{8,})")
 _LOOK_S = 0.1
 _LOOK_AT_RANKS_S = 1.0
 _LAST_CHANCE_S = 5.0
@@ -133,10 +131,10 @@ class Supervisor:
 
 def newest_checkpoint(folder: RunFolder) -> int | None:
     """Return the step of a run's newest checkpoint by name; None if there is none."""
-    names: list[str] = []
+    steps: list[int] = []
     with contextlib.suppress(OSError):
-        names = [path.name for path in Path(folder.checkpoints).iterdir()]
-    return max((int(match[1]) for match in map(_CHECKPOINT.fullmatch, names) if match), default=None)
+        steps = CheckpointFolder(folder.checkpoints).steps()
+    return max(steps, default=None)
 
 
 def _has_failed(status: Status) -> bool:
