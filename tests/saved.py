@@ -28,6 +28,7 @@ def try_to_save(folder: CheckpointFolder | Path, step: int, state: TrainState, r
     saver = Saver(folder if isinstance(folder, CheckpointFolder) else CheckpointFolder(folder), Mesh.of_one())
     saver.start(step, state, run or {})
     saved = saver.wait()
+    saver.close()
     assert saved is not None
     return saved
 

@@ -1,6 +1,7 @@
 """What the `checkpoint` verbs do and print. Imports torch only where tensors are read."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from trainer.checkpoint.catalogue import entries
@@ -35,7 +36,12 @@ def verify(run: RunFolder, *, step: int | None, as_json: bool) -> int:
 
     records, is_sound = [], True
     for number in reversed(steps):
-        found = examine(folder, number)
+        found = None
+        with suppress(FileNotFoundError):
+            found = examine(folder, number)
+        if found is None or not folder.of_step(number).exists():  # a running trainer has removed it meanwhile
+            folder.existing(step)
+            continue
         is_sound = is_sound and not found.findings
         records.append(found.record())
         if as_json:

@@ -40,6 +40,12 @@ class CommError(TurnoutError):
     is_of_the_group = is_this_ranks = True
 
 
+class DivergedError(TurnoutError):
+    """Copies of the same numbers have come apart: a fault of some memory, which may not happen again."""
+
+    exit_code = CommError.exit_code
+
+
 class ElsewhereError(TurnoutError):
     """Another rank failed and has said so; this one only ends with it, and in silence."""
 

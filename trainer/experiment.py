@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from trainer.config.base import Config, PathText, Problem
 from trainer.data.config import DataConfig
@@ -70,6 +70,8 @@ class CheckpointConfig(Config):
     """Newest sound checkpoints to keep: at least two, so that a damaged one is not the last."""
     keep_every: PositiveInt | None = None
     """Checkpoints of steps that are a multiple of this stay for ever. Null: none does."""
+    retry_s: NonNegativeFloat = 600.0
+    """Seconds for which a save that has to be, at the end or before a stop, is tried again if the disk refuses it."""
     asynchronous: bool = True
     """Write behind the training loop, from a copy of the state in memory. False: the loop waits, without a copy."""
 

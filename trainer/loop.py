@@ -18,6 +18,8 @@ from trainer.metrics.routing import routing_metrics
 from trainer.status import StatusFile
 
 _ALONE = Layout()
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
+"""Between two attempts at a save that has to be."""
 
 
 def fit(run: Run, stop: StopRequest, status: StatusFile) -> EvalResult | None:
@@ -113,15 +115,37 @@ def save(run: Run, done: int, *, is_needed: bool) -> None:
     """Begin to save a checkpoint, or save it now; a disk that refuses only ends the run if there is no later chance."""
     guard.confirm_copies(run, done)  # a copy that has gone wrong must not be saved as the truth
     announce(run, run.saver.wait())  # one at a time
-    run.saver.start(done, run.engine.state(), run.checkpoint_info())
-    if not is_needed and run.config.checkpoint.asynchronous:
+    if is_needed:
+        _save_now(run, done)
         return
-    saved = run.saver.wait()
-    assert saved is not None, "it was started"
+    run.saver.start(done, run.engine.state(), run.checkpoint_info())
+    if not run.config.checkpoint.asynchronous:
+        announce(run, run.saver.wait())
+
+
+def _save_now(run: Run, done: int) -> None:
+    """Save and wait for it; what is learned is in memory still, so try again for a while if the disk refuses.
+
+    Raises:
+        ResourceError: if it refuses to the end.
+    """
+    pause_s, end = _FIRST_PAUSE_S, time.monotonic() + run.config.checkpoint.retry_s
+    while True:
+        run.saver.start(done, run.engine.state(), run.checkpoint_info())
+        saved = run.saver.wait()
+        assert saved is not None, "it was started"
+        if saved.error is None:
+            announce(run, saved)
+            return
+        # Rank 0's clock decides for all.
+        if not run.mesh.world.gather_objects(time.monotonic() + pause_s < end)[0]:
+            break
+        run.console.warning(f"{saved.error}; trying again in {pause_s:.0f} s")
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
     with raise_together(run.mesh.world):
-        if is_needed and saved.error is not None and run.mesh.layout.rank == 0:
-            raise saved.error
-    announce(run, saved)
+        if run.mesh.layout.rank == 0:
+            raise type(saved.error)(f"{saved.error}; earlier checkpoints are intact: make room and start the run again")
 
 
 def announce(run: Run, saved: Saved | None) -> None:
@@ -129,7 +153,7 @@ def announce(run: Run, saved: Saved | None) -> None:
     if saved is None:
         return
     if saved.error is not None:
-        run.console.warning(f"{saved.error}. Training goes on")
+        run.console.warning(f"{saved.error}; earlier checkpoints are intact")
         return
     lost = f"{saved.stalled_s * 1e3:.0f} ms" if saved.stalled_s < 1 else f"{saved.stalled_s:.1f} s"
     note = f"{saved.size_bytes / 1e6:.0f} MB in {saved.behind_s:.1f} s, of which training waited {lost}"

@@ -88,6 +88,7 @@ def train_run(
         if evaluation is None:
             return PREEMPTED
         faults.hit("end.trained")
+        run.saver.close()
         prompt, sample = _sample(run)  # every rank takes part: it needs everyone's experts
         if layout.rank == 0:
             faults.hit("end.summary")

@@ -5,13 +5,16 @@ import random
 from tests.chaos.arena import Arena
 from tests.chaos.course import LONGEST_S, STEPS, Course, Outcome, damage, differences
 
-# Every write of a save, by any rank; the third save is that of step 15, which has others before and behind it.
+# Every write of a save, by any rank; the third save is that of step 15, which has others before and behind it. The last
+# two are of the last save, which is tried again.
 FULL_AT = [
     *((point, at, rank) for point, at in (("save.before_file", 4), ("save.mid_file", 4)) for rank in (0, 1)),
     *(
         (point, 3, 0)
         for point in ("save.folder_made", "save.before_manifest", "save.folder_synced", "save.before_rename")
     ),
+    ("save.before_rename", 6, 0),
+    ("save.mid_file", 6, 1),
 ]
 
 
@@ -43,7 +46,7 @@ def full_for_good(arena: Arena, course: Course, expected: Outcome, *, seed: int)
         wrong.append(f"with files of at most {largest} bytes it ended with {codes}: {said[-800:]}")
     if course.checkpoints.steps() != before:
         wrong.append(f"had {before}, has {course.checkpoints.steps()}")
-    if f"step {STEPS} not saved" not in said or "Training goes on" not in said:
+    if f"step {STEPS} not saved" not in said or "trying again in 1 s" not in said:
         wrong.append(f"did not say so: {said[-800:]}")
     wrong += course.finish(arena)
     return wrong + differences(course, expected)

@@ -1,6 +1,7 @@
 """Law: a run goes on under any other number of ranks, any other split of the experts, with copies or shards."""
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ import torch.distributed as dist
 from tests.builders import make_batch, make_engine, rows_of, tiny_model_config
 from tests.ranks import Ranks, mesh_here
 from tests.saved import digest, load, resume
+from tests.unit.checkpoint.test_manifest import rewrite
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.load import find_newest
+from trainer.checkpoint.manifest import StoredFile
 from trainer.checkpoint.saver import Saver
 from trainer.distributed.layout import even_slice
 from trainer.distributed.mesh import Mesh
 from trainer.engine.native import NativeEngine
+from trainer.errors import CheckpointError
 from trainer.parallel.config import ParallelConfig
 from trainer.prove.gather import gather_state
 
@@ -136,7 +140,7 @@ def _disk_of_one_is_full(where: Where, folder: Path, victim: int) -> tuple[str, 
     if dist.get_rank() == victim:
         import trainer.checkpoint.files as files
 
-        def full(path: Path, data: bytes) -> None:
+        def full(path: Path, pieces: Sequence[bytes | memoryview]) -> StoredFile:
             raise OSError(28, "No space left on device")
 
         files.write_durably = full
@@ -173,7 +177,24 @@ def test_all_ranks_fall_back_together_whoever_finds_the_damage(ranks: Ranks, tmp
     files[number].write_bytes(files[number].read_bytes()[:-1])
     for step, warnings in ranks.run(3, _find, EP[3], tmp_path):
         assert step == 1
-        assert len(warnings) == 1 and files[number].name in warnings[0] and "resuming from step 1" in warnings[0]
+        assert len(warnings) == 1 and files[number].name in warnings[0] and "using step 1 instead" in warnings[0]
+
+
+def _find_own(folder: Path) -> str:
+    try:
+        find_newest(CheckpointFolder(folder / str(dist.get_rank())), mesh_here().world, warn=print)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_hosts_that_see_different_checkpoints_under_one_name_are_told_so(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(2, _save_as, EP[2], tmp_path / "0", 1)
+    shutil.copytree(tmp_path / "0", tmp_path / "1")
+    assert ranks.run(2, _find_own, tmp_path) == ["", ""]
+    rewrite(CheckpointFolder(tmp_path / "1").of_step(1), lambda values: values["run"].update(position=999))
+    for error in ranks.run(2, _find_own, tmp_path):
+        assert "step_00000001: is another checkpoint on rank 1 than on rank 0; set runs_dir to a file system" in error
 
 
 def _save_as(where: Where, folder: Path, step: int) -> None:

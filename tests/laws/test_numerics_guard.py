@@ -20,7 +20,7 @@ from trainer.data.stream import fill_rows
 from trainer.distributed.layout import Layout, even_slice, named
 from trainer.distributed.mesh import Mesh
 from trainer.engine.native import NativeEngine
-from trainer.errors import NumericsError
+from trainer.errors import DivergedError, NumericsError
 from trainer.parallel.config import ParallelConfig
 
 ROWS, SEQ_LEN, STEPS = 7, 8, 6
@@ -253,8 +253,8 @@ def _flip(tensor: Tensor, element: int, bit: int) -> None:
 def _verdict(engine: NativeEngine, mesh: Mesh) -> str | None:
     try:
         check_copies(engine.state(), mesh, step=20, equal_at=10)
-    except NumericsError as error:
-        assert error.exit_code == 6
+    except DivergedError as error:
+        assert error.exit_code == 5
         return str(error)
     return None
 

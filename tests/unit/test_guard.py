@@ -16,7 +16,7 @@ from trainer.build import Run, build_run
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.signals import StopRequest
-from trainer.errors import NumericsError
+from trainer.errors import DivergedError, NumericsError
 from trainer.experiment import ExperimentConfig
 from trainer.loop import fit
 from trainer.metrics.console import Console
@@ -101,7 +101,7 @@ def _run(
     error = None
     try:
         fit(run, StopRequest(), StatusFile(where.status, rank=mesh.layout.rank))
-    except NumericsError as caught:
+    except (NumericsError, DivergedError) as caught:
         error = str(caught)
     except KeyError as caught:  # how a test ends a run from outside
         assert caught.args == ("killed",)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.manifest import MANIFEST, Manifest
+from trainer.checkpoint.manifest import MANIFEST, Manifest, check_file
 from trainer.config.nodes import shown
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, ResourceError
 
 _OF_LAYOUT = ("world_size", "ep_size", "data", "engine")
 
@@ -70,11 +70,9 @@ def _entry(folder: CheckpointFolder, step: int, *, with_content: bool) -> Entry:
     path, manifest, wrong = folder.of_step(step), None, None
     try:
         manifest = folder.manifest(step)
-        if with_content:
-            folder.check(step)
-        else:
-            folder.check_sizes(step)
-    except CheckpointError as error:
+        for name, stated in manifest.files.items():
+            check_file(path, name, stated, with_content=with_content)
+    except (CheckpointError, ResourceError) as error:
         wrong = str(error)
     return Entry(
         step=step,

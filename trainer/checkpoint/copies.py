@@ -15,7 +15,7 @@ from torch import Tensor
 from trainer.checkpoint.state import TrainState
 from trainer.distributed.layout import named
 from trainer.distributed.mesh import Mesh
-from trainer.errors import NumericsError
+from trainer.errors import DivergedError, NumericsError
 
 _SHOWN = 3
 """Tensors that a message names; more are counted."""
@@ -32,7 +32,8 @@ def check_copies(state: TrainState, mesh: Mesh, *, step: int, equal_at: int | No
         equal_at: completed steps when the copies were last found equal; None: they never were compared.
 
     Raises:
-        NumericsError: if any copy differs; on every rank, with the same message.
+        NumericsError: if copies differ that never were equal; on every rank, with the same message.
+        DivergedError: if copies differ that were equal once; likewise.
     """
     if mesh.world.size == 1:
         return
@@ -42,21 +43,27 @@ def check_copies(state: TrainState, mesh: Mesh, *, step: int, equal_at: int | No
     suspect = _differs(table, table[:1]) | _differs(table, table[first_copy])  # (W, N)
     if suspect.any():
         names = list(state.slices)
-        raise NumericsError(_message({names[i]: table[:, i] for i in suspect.any(0).nonzero()[:, 0]}, step, equal_at))
+        kind = NumericsError if equal_at is None else DivergedError
+        raise kind(_message({names[i]: table[:, i] for i in suspect.any(0).nonzero()[:, 0]}, step, equal_at))
 
 
 def checksum(tensor: Tensor) -> Tensor:
     """Return the sum of a tensor's bits as whole numbers, int64 on its device; any single flipped bit changes it.
 
-    The sum wraps around at 2^64, and a flipped bit is a power of two more or less, below 2^64: never nothing.
+    Each index of dimension 0 counts with an odd factor of its own, so that the same experts in another order do not
+    have the same sum. Sums wrap around at 2^64; a flipped bit is an odd multiple of a power of two below that: never
+    nothing.
     """
-    flat = tensor.detach().reshape(-1)
-    num_bytes = flat.numel() * flat.element_size()
+    if tensor.numel() == 0:
+        return torch.zeros((), dtype=torch.int64, device=tensor.device)
+    rows = tensor.detach().contiguous().view(len(tensor) if tensor.dim() else 1, -1)
     # Words of 8 bytes are summed 30 times as fast as smaller ones, which torch converts first.
-    if num_bytes % 8 == 0 and num_bytes:
-        is_aligned = flat.storage_offset() * flat.element_size() % 8 == 0
-        return (flat if is_aligned else flat.clone()).view(torch.int64).sum()
-    return flat.view(_WORDS[flat.element_size()]).sum(dtype=torch.int64)
+    if rows.shape[1] * rows.element_size() % 8 == 0:
+        is_aligned = rows.storage_offset() * rows.element_size() % 8 == 0
+        sums = (rows if is_aligned else rows.clone()).view(torch.int64).sum(1)
+    else:
+        sums = rows.view(_WORDS[rows.element_size()]).sum(1, dtype=torch.int64)
+    return (sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum()
 
 
 def _fingerprints(state: TrainState) -> Tensor:

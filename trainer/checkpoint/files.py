@@ -5,28 +5,23 @@ had it, and checked before it is used.
 """
 
 import hashlib
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainer import faults
-from trainer.checkpoint.manifest import Manifest, StoredFile, StoredSlice
+from trainer.checkpoint.manifest import DTYPES, Manifest, StoredFile, StoredSlice
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.errors import CheckpointError
 
-_DTYPES = {
-    "float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16",
-    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
-"""What safetensors calls them."""
-_FILE_SIZE_BYTES = 512 << 20  # bounds the copy in memory while a file is hashed and written
+_FILE_SIZE_BYTES = 512 << 20  # a tensor that is larger has a file of its own
 _LARGEST_HEADER_BYTES, _MOST_NAMES = 16 << 20, 10_000  # a name and what is said of it have less than 1 kB
 
 
@@ -49,28 +44,51 @@ def write_files(
     files, file_of = {}, {}
     for number, names in enumerate(_split_by_size(tensors)):
         file = f"tensors-{rank:05d}-{number:05d}.safetensors"
-        data = safetensors.torch.save({name: tensors[name] for name in names})
-        files[file] = StoredFile(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        files[file] = write_durably(folder / file, _as_safetensors({name: tensors[name] for name in names}))
         file_of |= dict.fromkeys(names, file)
-        write_durably(folder / file, data)
     return files, file_of
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a new file and flush it to the disk.
+def write_durably(path: Path, pieces: Sequence[bytes | memoryview]) -> StoredFile:
+    """Write a new file, its pieces one after another, and flush it to the disk; return what it is.
 
     Raises:
         OSError: if the disk refuses.
     """
     faults.hit("save.before_file")
+    hashed = hashlib.sha256()
     with path.open("xb") as file:
-        file.write(data[: len(data) // 2])
-        faults.hit("save.mid_file")
-        file.write(data[len(data) // 2 :])
+        for number, piece in enumerate(pieces):
+            if number == len(pieces) // 2:
+                faults.hit("save.mid_file")
+            hashed.update(piece)
+            file.write(piece)
+        size_bytes = file.tell()
         file.flush()
         faults.hit("save.file_written")
         os.fsync(file.fileno())
     faults.hit("save.file_synced")
+    return StoredFile(size_bytes=size_bytes, sha256=hashed.hexdigest())
+
+
+def _as_safetensors(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
+    """Return the pieces of a safetensors file: its header, and every tensor's own memory.
+
+        8 bytes: N | N bytes: JSON {name: {dtype, shape, data_offsets}}, padded | tensors, those of wide numbers first
+
+    The library would copy it all, and hold the interpreter's lock meanwhile: the training loop would stand still.
+    """
+    header, pieces, end = {}, [], 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
+        tensor = tensors[name].contiguous()
+        data = tensor.reshape(-1).view(torch.uint8).numpy().data
+        dtype = DTYPES[str(tensor.dtype).removeprefix("torch.")][1]  # type: ignore[index]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [end, end + data.nbytes]}
+        end += data.nbytes
+        pieces.append(data)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that every tensor is aligned
+    return [len(text).to_bytes(8, "little") + text, *pieces]
 
 
 def open_tensors(path: Path) -> Any:
@@ -133,7 +151,7 @@ class StoredTensors:
             if part.file not in self._open:
                 self._open[part.file] = open_tensors(path)
             view = self._open[part.file].get_slice(name)
-            if list(view.get_shape()) != expected or view.get_dtype() != _DTYPES[stored.dtype]:
+            if list(view.get_shape()) != expected or view.get_dtype() != DTYPES[stored.dtype][1]:
                 raise CheckpointError(
                     f"{path}: {name} is {view.get_shape()} {view.get_dtype()} in it, and {expected} {stored.dtype} in "
                     "the manifest"

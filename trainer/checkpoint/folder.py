@@ -10,14 +10,13 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from trainer import faults
-from trainer.checkpoint.manifest import Manifest, check_file, read_manifest
+from trainer.checkpoint.manifest import Manifest, OtherFormat, check_file, read_manifest
 from trainer.durable import sync_folder
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, ResourceError
 
 _NAME = re.compile(r"step_([0-9]{8,18})")
 _log = logging.getLogger(__name__)
@@ -77,7 +76,9 @@ class CheckpointFolder:
             OSError: if the disk refuses.
         """
         temporary = self.temporary(step)
-        self.path.mkdir(parents=True, exist_ok=True)
+        if not self.path.is_dir():
+            self.path.mkdir(parents=True, exist_ok=True)
+            sync_folder(self.path.parent)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         faults.hit("save.folder_made")
@@ -142,6 +143,7 @@ class CheckpointFolder:
 
         Raises:
             CheckpointError: if it is damaged, or of another step.
+            ResourceError: if it cannot be read now.
         """
         folder = self.of_step(step)
         manifest = read_manifest(folder)
@@ -149,20 +151,12 @@ class CheckpointFolder:
             raise CheckpointError(f"{folder}: is damaged (its manifest is of step {manifest.step})")
         return manifest
 
-    def check_sizes(self, step: int) -> None:
-        """Compare the files' sizes with what the manifest says.
-
-        Raises:
-            CheckpointError: if a file is missing or of another size.
-        """
-        for name, stated in self.manifest(step).files.items():
-            check_file(self.of_step(step), name, stated, with_content=False)
-
     def check(self, step: int) -> Manifest:
         """Read all of a checkpoint.
 
         Raises:
             CheckpointError: if it is damaged.
+            ResourceError: if it cannot be read now.
         """
         manifest = self.manifest(step)
         for name, stated in manifest.files.items():
@@ -174,6 +168,10 @@ class CheckpointFolder:
         """Return why a checkpoint is not sound, or None; one that was checked and not touched since is not read again.
 
         Those of which this returns None are whole to the last byte.
+
+        Raises:
+            OtherFormat: if another version wrote it: this one cannot tell.
+            ResourceError: if it cannot be read now.
         """
         signature = _signature(self.of_step(step))
         checked, reason = self._checked.get(step, (None, None))
@@ -181,15 +179,21 @@ class CheckpointFolder:
             return reason
         try:
             self.check(step)
+        except OtherFormat:
+            raise
         except CheckpointError as error:
             self._checked[step] = signature, str(error)
             return str(error)
         return None
 
     def is_sound(self, step: int) -> bool:
-        """Tell whether a checkpoint is whole, and log once why it is not."""
+        """Tell whether a checkpoint is whole, and log once why it is not, or that it cannot be told now."""
         known = self._checked.get(step)
-        reason = self.wrong(step)
+        try:
+            reason = self.wrong(step)
+        except (OtherFormat, ResourceError) as error:
+            _log.warning("%s", error)
+            return False
         if reason is not None and self._checked.get(step) != known:
             _log.warning("%s", reason)
         return reason is None
@@ -197,30 +201,43 @@ class CheckpointFolder:
     def outdated(self, *, newest: int) -> list[int]:
         """Return the steps that nobody needs any more, once `newest` is safe.
 
-        Later ones: the run did not come from them (they were damaged), and counted among the newest they would push the
-        good ones out. Earlier ones when `keep` sound ones are newer, unless their turn of `keep_every` has come.
+        Earlier ones when `keep` sound ones are newer, unless their turn of `keep_every` has come. Later ones only if
+        they are damaged, which is why the run did not come from them. A sound later one stays and is not counted: it
+        would push those out that the run came from.
         """
-        found = [step for step in self.steps() if step > newest]
+        steps = self.steps()
+        earlier = [step for step in steps if step <= newest]
+        found = [step for step in steps if step > newest and self._is_damaged(step)]
+        if len(earlier) <= self.keep:
+            return found
         num_sound = 0
-        for step in reversed([step for step in self.steps() if step <= newest]):
+        for step in reversed(earlier):
             if num_sound < self.keep:
                 num_sound += self.is_sound(step)
             elif self.keep_every is None or step % self.keep_every:
                 found.append(step)
         return sorted(found)
 
-    def prune(self, *, newest: int, removed: Callable[[int], None] | None = None) -> None:
-        """Remove what is outdated."""
+    def prune(self, *, newest: int) -> None:
+        """Remove what is outdated. What cannot be read or removed stays, with a warning: it does no harm."""
         faults.hit("prune.begin")
-        for step in self.outdated(newest=newest):
+        try:
+            outdated = self.outdated(newest=newest)
+        except OSError as error:
+            _log.warning("%s: cannot be read: %s", self.path, error.strerror)
+            outdated = []
+        for step in outdated:
             try:
                 self.remove(step)
-            except OSError as error:  # the new one is safe, and an old one more does no harm
+            except OSError as error:
                 _log.warning("%s: cannot be removed: %s", self.of_step(step), error.strerror)
-                continue
-            if removed is not None:
-                removed(step)
         faults.hit("prune.done")
+
+    def _is_damaged(self, step: int) -> bool:
+        """Tell whether the bytes of a checkpoint are wrong; not so if that cannot be told."""
+        with suppress(OtherFormat, ResourceError):
+            return self.wrong(step) is not None
+        return False
 
 
 def _signature(folder: Path) -> Signature:

@@ -7,10 +7,11 @@ from typing import Any
 
 from trainer import faults
 from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.manifest import Manifest, check_file
+from trainer.checkpoint.manifest import Manifest, OtherFormat, check_file
 from trainer.distributed.collectives import Group
+from trainer.distributed.layout import named
 from trainer.distributed.together import meet
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, ResourceError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +41,9 @@ def find_newest(folder: CheckpointFolder, group: Group, *, warn: Callable[[str],
         warn: called with one line for each damaged checkpoint that was passed over.
 
     Raises:
-        CheckpointError: if there are checkpoints and every one is damaged; a run never starts over silently.
+        CheckpointError: if there are checkpoints and every one is damaged: a run never starts over silently; if the
+            newest was written by another version; if ranks see different ones.
+        ResourceError: if a rank cannot read the newest now: it may be sound, and so is not passed over.
     """
     rejected: list[str] = []
     for step in reversed(group.gather_objects(folder.steps() if group.index == 0 else None)[0]):
@@ -50,11 +53,11 @@ def find_newest(folder: CheckpointFolder, group: Group, *, warn: Callable[[str],
             rejected.append(found)
             continue
         for reason in rejected:
-            warn(f"{reason}; resuming from step {step} instead")
+            warn(f"{reason}; using step {step} instead")
         return found
     if rejected:
         raise CheckpointError(
-            f"{'; '.join(rejected)}; no other checkpoint is left: restore the file, or start a new run with name=..."
+            f"{'; '.join(rejected)}; no other checkpoint is left: restore it, or train anew with another name=..."
         )
     return None
 
@@ -69,18 +72,28 @@ def find(folder: CheckpointFolder, step: int) -> Found:
 
 
 def _check(folder: CheckpointFolder, step: int, group: Group) -> Found | str:
-    """Check a checkpoint, each rank some of its files; return what is wrong with it, on every rank, if anything is."""
+    """Check a checkpoint, each rank some of its files; return on every rank what is damaged, if anything is."""
     path, wrong, manifest = folder.of_step(step), None, None
     try:
         manifest = folder.manifest(step)
         for name in sorted(manifest.files)[group.index :: group.size]:
             check_file(path, name, manifest.files[name])
-    except CheckpointError as error:
-        wrong = str(error)
+    except (CheckpointError, ResourceError) as error:
+        wrong = error
     faults.hit("resume.checked")
-    said = [reason for reason in meet(group, wrong) if reason is not None]
-    if said:
-        return said[0]
+    reports = meet(group, (wrong, None if manifest is None else manifest.sha256))
+    for rank, (error, _) in enumerate(reports):
+        if isinstance(error, OtherFormat | ResourceError):
+            raise type(error)(f"{f'rank {group.ranks[rank]}: ' if group.size > 1 else ''}{error}")
+    damage = [str(error) for error, _ in reports if error is not None]
+    if damage:
+        return damage[0]
+    other = [group.ranks[rank] for rank, (_, sha256) in enumerate(reports) if sha256 != reports[0][1]]
+    if other:
+        raise CheckpointError(
+            f"{path}: is another checkpoint on {named(other)} than on rank {group.ranks[0]}; set runs_dir to a file "
+            "system that all nodes share, and keep one of them"
+        )
     assert manifest is not None
     folder.note_sound(step)
     return Found(path=path, manifest=manifest)

@@ -3,6 +3,7 @@
 docs/checkpoint.md describes it for other programs. Imports no torch.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -19,20 +20,24 @@ from trainer.checkpoint.coverage import flaw, missing_names
 from trainer.config.base import Config, Problem
 from trainer.config.nodes import dotted, shown
 from trainer.durable import NotRegular, open_regular
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, ResourceError, TurnoutError
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 _LARGEST_BYTES = 128 << 20
 _MOST_VALUES = 4_000_000  # a million parts of tensors; memory is a multiple of this, whatever the values are
 _MOST_SAID = 300  # characters of a message
-_ITEM_SIZE: Final = {
-    "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2,
-    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
-}  # fmt: skip
-"""Bytes of one number."""
-
 _MOST = 1 << 53
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.EIO)
+"""What a file that is missing or lies on a bad sector says; other refusals say nothing of the file."""
+
+DType = Literal["float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"]
+DTYPES: Final[Mapping[DType, tuple[int, str]]] = {
+    "float64": (8, "F64"), "float32": (4, "F32"), "bfloat16": (2, "BF16"), "float16": (2, "F16"),
+    "int64": (8, "I64"), "int32": (4, "I32"), "int16": (2, "I16"), "int8": (1, "I8"), "uint8": (1, "U8"),
+    "bool": (1, "BOOL"),
+}  # fmt: skip
+"""Bytes of one number, and what safetensors calls it."""
 
 Count = Annotated[int, Field(ge=0, le=_MOST)]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}\.safetensors$")]
@@ -62,7 +67,7 @@ class StoredSlice(_Entry):
 class StoredTensor(_Entry):
     """One global tensor."""
 
-    dtype: Literal["float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"]
+    dtype: DType
     shape: Annotated[list[Count], Field(max_length=16)]
     is_of_experts: bool = False
     """Dimension 0 counts experts."""
@@ -76,7 +81,7 @@ class StoredTensor(_Entry):
     @property
     def index_bytes(self) -> int:
         """Bytes of one index of dimension 0."""
-        return prod(self.shape[1:]) * _ITEM_SIZE[self.dtype]
+        return prod(self.shape[1:]) * DTYPES[self.dtype][0]
 
     def flaws(self) -> Iterator[str]:
         """Yield what is wrong with it by itself."""
@@ -125,9 +130,18 @@ class Manifest(_Entry):
             yield Problem("tensors", missing)
 
     @property
+    def sha256(self) -> str:
+        """Hash of all that it says."""
+        return _hash(self.model_dump(mode="json"))
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of all files."""
         return sum(file.size_bytes for file in self.files.values())
+
+
+class OtherFormat(CheckpointError):
+    """A checkpoint is intact, and another version of Turnout wrote it."""
 
 
 def manifest_text(manifest: Manifest) -> bytes:
@@ -149,7 +163,9 @@ def read_manifest(folder: Path) -> Manifest:
     """Return a checkpoint's manifest.
 
     Raises:
-        CheckpointError: if it is missing, damaged, of another format or does not describe whole tensors.
+        CheckpointError: if it is missing, damaged or does not describe whole tensors.
+        OtherFormat: if another version wrote it.
+        ResourceError: if this process cannot read it now.
     """
     path = folder / MANIFEST
     try:
@@ -159,14 +175,16 @@ def read_manifest(folder: Path) -> Manifest:
         is_intact = stated == _hash(values)
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: has no {MANIFEST}, so it is not a checkpoint") from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         reason = str(error) if type(error) is ValueError else type(error).__name__
         raise CheckpointError(f"{path}: is damaged ({_one_line(reason)})") from None
     if not is_intact:
         raise CheckpointError(f"{path}: is damaged (its hash does not match its content)")
     if version != FORMAT:
         stated = version if isinstance(version, int | float) else type(version).__name__
-        raise CheckpointError(
+        raise OtherFormat(
             f"{folder}: has format {_one_line(str(stated))}, this version reads {FORMAT}; use the other version"
         )
     try:
@@ -218,6 +236,7 @@ def check_file(folder: Path, name: str, stated: StoredFile, *, with_content: boo
 
     Raises:
         CheckpointError: naming the file and the difference.
+        ResourceError: if this process cannot read it now.
     """
     path = folder / name
     try:
@@ -230,7 +249,14 @@ def check_file(folder: Path, name: str, stated: StoredFile, *, with_content: boo
     except NotRegular:
         raise CheckpointError(f"{path}: is no regular file") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> TurnoutError:
+    """Return what a refusal to read says of a file: that it is damaged, or nothing at all."""
+    if error.errno in _GONE:
+        return CheckpointError(f"{path}: is damaged ({error.strerror})")
+    return ResourceError(f"{path}: cannot be read now: {error.strerror}; it may well be sound: mend that and try again")
 
 
 def _read_regular(path: Path, most_bytes: int) -> bytes:

@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -59,10 +60,10 @@ class RunFolder:
             raise self._taken(owner) from None
         except OSError as error:  # a file system without locks: nobody can be told apart there
             _log.warning("%s: cannot be locked (%s); start no second run in it", self.path, error.strerror)
-        lock.truncate(0)
-        lock.write(f"{socket.gethostname()} process {os.getpid()}")
-        lock.flush()
         self._lock = lock
+        with suppress(OSError):  # a full disk: only messages name the owner
+            os.ftruncate(lock.fileno(), 0)
+            os.write(lock.fileno(), f"{socket.gethostname()} process {os.getpid()}".encode())
 
     def owner(self) -> str | None:
         """Return who trains into the folder now; None if nobody does, or it cannot be told."""

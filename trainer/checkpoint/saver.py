@@ -1,10 +1,11 @@
 """Saving: a snapshot of the state, then everything slow behind the training loop, then one name for all ranks' files.
 
     loop      | copy what this rank writes |  next steps ...                                    | told how it went
-    behind it |                            | write, hash, flush | all ranks well? | manifest, name, remove old ones |
+    behind it |                            | write, hash, flush | all ranks well? | manifest, name | remove old ones
 
 What is written gets its name only after every rank has said that its own files are on the disk; if one cannot, none of
-them counts. A save is reported when it has its name, never before.
+them counts. A save is reported when it has its name, never before; old checkpoints go after that, for to judge which
+are sound may mean to read all of them.
 """
 
 import errno
@@ -76,14 +77,11 @@ class Saver:
         self._plan: SavePlan | None = None
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
+        self._ended: threading.Event | None = None
+        """Of the save that is under way, or that nobody asked about yet: set when it is known how it went."""
         self._outcome: Saved | None = None
         self._failure: BaseException | None = None
         self._stalled_s = 0.0
-
-    @property
-    def is_busy(self) -> bool:
-        """Tell whether a save is under way, or has ended and was not asked about yet."""
-        return self._thread is not None
 
     def start(self, step: int, state: TrainState, run: Mapping[str, Any]) -> None:
         """Take a snapshot and begin to write it; every rank must call it, and none while a save is under way.
@@ -96,7 +94,8 @@ class Saver:
         Raises:
             CheckpointError: if the state is not whole over all ranks; on every rank.
         """
-        assert self._thread is None, "wait for the last save first"
+        assert self._ended is None, "wait for the last save first"
+        self.close()
         began = time.perf_counter()
         if self._plan is None:  # what is where does not change within a run
             self._plan = plan_save(self._mesh.world.gather_objects(describe(state)))
@@ -113,8 +112,8 @@ class Saver:
         if any(part.tensor.is_cuda for part in state.slices.values()):
             torch.cuda.synchronize()
         faults.hit("save.snapshot")
-        self._outcome, self._failure = None, None
-        self._thread = threading.Thread(target=self._work, args=(job, began), name="saver", daemon=True)
+        self._ended, self._outcome = threading.Event(), None
+        self._thread = threading.Thread(target=self._work, args=(job, began, self._ended), name="saver", daemon=True)
         self._thread.start()
         self._stalled_s = time.perf_counter() - began
 
@@ -124,7 +123,7 @@ class Saver:
         Raises:
             CommError: if a rank was lost meanwhile.
         """
-        return None if self._thread is None or self._thread.is_alive() else self.wait()
+        return self.wait() if self._ended is not None and self._ended.is_set() else None
 
     def wait(self) -> Saved | None:
         """Wait until the save under way has ended and return how it went; None if there is none.
@@ -134,18 +133,28 @@ class Saver:
         Raises:
             CommError: if a rank was lost meanwhile.
         """
-        thread, began = self._thread, time.perf_counter()
-        if thread is None:
+        ended, began = self._ended, time.perf_counter()
+        if ended is None:
             return None
         if self._mesh.world.watch is not None:
-            self._mesh.world.watch.wait_until(lambda: not thread.is_alive())
-        thread.join()
-        self._thread = None
-        if self._failure is not None:
-            raise self._failure
+            self._mesh.world.watch.wait_until(ended.wait)
+        ended.wait()
+        self._ended = None
+        self._raise_failure()
         assert self._outcome is not None
         self._stalled_s += time.perf_counter() - began
         return replace(self._outcome, stalled_s=self._stalled_s)
+
+    def close(self) -> None:
+        """Wait until the checkpoints that the last save has made needless are gone."""
+        if self._thread is not None:
+            self._thread.join()
+            self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
         """Copy into memory that is kept for the next save."""
@@ -156,20 +165,24 @@ class Saver:
             self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
         return self._buffers[name].copy_(tensor.detach(), non_blocking=True)
 
-    def _work(self, job: _Job, began: float) -> None:
+    def _work(self, job: _Job, began: float, ended: threading.Event) -> None:
         try:
             error = self._write(job)
+            self._outcome = Saved(
+                step=job.step,
+                path=self.folder.of_step(job.step),
+                error=error,
+                size_bytes=job.needed_bytes,
+                stalled_s=0.0,
+                behind_s=time.perf_counter() - began,
+            )
+            ended.set()
+            if error is None and self._group.index == 0:
+                self.folder.prune(newest=job.step)
         except BaseException as caught:  # told where the loop asks
             self._failure = caught
-            return
-        self._outcome = Saved(
-            step=job.step,
-            path=self.folder.of_step(job.step),
-            error=error,
-            size_bytes=job.needed_bytes,
-            stalled_s=0.0,
-            behind_s=time.perf_counter() - began,
-        )
+        finally:
+            ended.set()
 
     def _write(self, job: _Job) -> TurnoutError | None:
         """Write a checkpoint together with the other ranks; return what went wrong, if anything."""
@@ -182,7 +195,7 @@ class Saver:
             try:
                 _wait_for(temporary)
                 files, file_of = write_files(temporary, job.tensors, rank=self._group.index)
-            except OSError as refused:
+            except (OSError, MemoryError) as refused:
                 error = self._explain(job, refused)
             faults.hit("save.before_vote")
             reports = self._group.gather_objects((error, files, file_of))
@@ -195,7 +208,7 @@ class Saver:
         return _first_error(self._group, error)
 
     def _commit(self, job: _Job, reports: list[tuple[None, dict[str, StoredFile], dict[str, str]]]) -> None:
-        """Write the manifest, give the checkpoint its name, and remove those that nobody needs any more."""
+        """Write the manifest and give the checkpoint its name."""
         temporary = self.folder.temporary(job.step)
         tensors = {
             name: StoredTensor(
@@ -216,34 +229,32 @@ class Saver:
                 raise OSError(errno.EIO, f"{name} has {size_bytes} bytes instead of {stored.size_bytes}")
         manifest = Manifest(format=FORMAT, step=job.step, run=job.run, values=job.values, tensors=tensors, files=files)
         faults.hit("save.before_manifest")
-        write_durably(temporary / MANIFEST, manifest_text(manifest))
+        text = manifest_text(manifest)
+        write_durably(temporary / MANIFEST, [text[: len(text) // 2], text[len(text) // 2 :]])
         self.folder.commit(job.step)
-        self.folder.prune(newest=job.step)
 
     def _attempt(self, job: _Job, act: Callable[[], object]) -> TurnoutError | None:
         try:
             act()
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             return self._explain(job, error)
         except CheckpointError as error:
             return error
         return None
 
-    def _explain(self, job: _Job, error: OSError) -> TurnoutError:
+    def _explain(self, job: _Job, error: OSError | MemoryError) -> ResourceError:
         where = f"{self.folder.path}: step {job.step} not saved"
         if self._group.size > 1:
             where += f" (rank {self._group.index})"
+        if isinstance(error, MemoryError):
+            return ResourceError(f"{where}: out of memory (the checkpoint has {job.needed_bytes / 1e6:.0f} MB)")
+        refused = f"{where}: {error.strerror or error}{f': {error.filename}' if error.filename else ''}"
         if error.errno not in _OUT_OF_SPACE:
-            return CheckpointError(
-                f"{where}: {error.strerror or error}{f': {error.filename}' if error.filename else ''}"
-            )
+            return ResourceError(refused)
         existing = next(folder for folder in (self.folder.path, *self.folder.path.parents) if folder.exists())
         free = os.statvfs(existing)
         free_mb = free.f_bavail * free.f_frsize / 1e6
-        return ResourceError(
-            f"{where}: {error.strerror} (it needs {job.needed_bytes / 1e6:.0f} MB, {free_mb:.0f} MB are free); "
-            "earlier checkpoints are intact: make room and start the run again"
-        )
+        return ResourceError(f"{refused} (it needs {job.needed_bytes / 1e6:.0f} MB, {free_mb:.0f} MB are free)")
 
 
 def _first_error(group: Group, error: TurnoutError | None) -> TurnoutError | None:

@@ -19,11 +19,6 @@ class Slice:
     """Dimension 0 counts experts."""
 
     @property
-    def is_whole(self) -> bool:
-        """Tell whether this is all of the global tensor."""
-        return tuple(self.tensor.shape) == self.global_shape
-
-    @property
     def length(self) -> int:
         """How many indices of dimension 0 are here; a tensor without dimensions counts as one."""
         return self.tensor.shape[0] if self.tensor.dim() else 1

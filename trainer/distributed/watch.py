@@ -102,28 +102,32 @@ class Watch:
         self._publish(self._store)
         key, number = f"meeting/{self._meetings}", self._meetings
         self._store.add(key, 1)
+
+        def all_came(pause_s: float) -> bool:
+            time.sleep(pause_s)
+            return self._store.add(key, 0) >= self.world_size
+
         self._wait(
-            lambda: self._store.add(key, 0) >= self.world_size,
+            all_came,
             is_awaited=lambda beat: beat.meetings < number,
             failing="does not come to the meeting of all ranks",
         )
 
-    def wait_until(self, done: Callable[[], bool]) -> None:
+    def wait_until(self, done: Callable[[float], bool]) -> None:
         """Wait for what all ranks do together elsewhere, for as long as it takes while all are alive.
 
         Args:
-            done: becomes true on this rank once all have done their part.
+            done: waits at most so many seconds, and tells whether all have done their part.
 
         Raises:
             CommError: if a rank is lost.
         """
         self._wait(done, is_awaited=lambda beat: beat.state != "left" or beat.error is not None, failing="is gone")
 
-    def _wait(self, done: Callable[[], bool], *, is_awaited: Callable[[Beat], bool], failing: str) -> None:
+    def _wait(self, done: Callable[[float], bool], *, is_awaited: Callable[[Beat], bool], failing: str) -> None:
         pause, looked = 0.005, time.monotonic()
         heard: dict[int, tuple[int, float]] = {}  # rank: its last beat's number, and when it changed
-        while not done():
-            time.sleep(pause)
+        while not done(pause):
             pause = min(2 * pause, _BEAT_S / 2)
             now = time.monotonic()
             if now - looked < _LOOK_S:

@@ -34,7 +34,17 @@ def test_the_sum_is_of_the_numbers_and_not_of_where_they_lie(dtype: torch.dtype)
     shifted = torch.cat([values[:1], values])[1:]  # begins inside a word of 8 bytes
     assert int(checksum(shifted)) == int(checksum(values))
     spread = values.view(6, 8).t().contiguous().t()
-    assert not spread.is_contiguous() and int(checksum(spread)) == int(checksum(values))
+    assert not spread.is_contiguous() and int(checksum(spread)) == int(checksum(values.view(6, 8)))
+
+
+@pytest.mark.parametrize("row", [(3, 5), (4, 2)])
+def test_the_same_experts_in_another_order_have_another_sum(row: tuple[int, ...]) -> None:
+    experts = torch.randn(4, *row, generator=torch.Generator().manual_seed(0))
+    assert int(checksum(experts)) != int(checksum(experts[[0, 2, 1, 3]]))
+    flipped = experts.clone()
+    flipped[0, 0, 0], flipped[1, 0, 0] = -0.0, 0.0
+    experts[0, 0, 0], experts[1, 0, 0] = 0.0, -0.0
+    assert int(checksum(experts)) != int(checksum(flipped)), "opposite flips in two experts do not cancel"
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), ()])

@@ -1,7 +1,8 @@
 """What a hash does not show: numbers that make no sense, experts that are equal, files that hold something else."""
 
 import hashlib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,11 @@ from trainer.checkpoint import examine as module
 from trainer.checkpoint.examine import examine
 from trainer.checkpoint.files import StoredTensors
 from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.state import Slice, TrainState
+from trainer.checkpoint_verbs import verify
+from trainer.errors import CheckpointError
 
 W_IN = "blocks.0.moe.experts.w_in"
 RUN = {
@@ -182,3 +187,24 @@ def test_a_large_tensor_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(module, "_BLOCK_BYTES", 25)
     assert examine(_save(tmp_path, _tensors()), 3).findings == []
     assert max(sizes) <= 32 and sum(sizes) == sum(t.numel() * t.element_size() for t in _tensors().values())
+
+
+def test_one_that_a_trainer_removes_meanwhile_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunFolder(tmp_path)
+    folder = _save(run.checkpoints, _tensors(), step=3)
+    _save(run.checkpoints, _tensors(), step=6)
+    strangers = module._strangers
+
+    def remove_first(path: Path, manifest: Manifest) -> Iterator[str]:
+        if folder.of_step(3).exists():
+            folder.remove(3)
+        return strangers(path, manifest)
+
+    monkeypatch.setattr(module, "_strangers", remove_first)
+    assert verify(run, step=None, as_json=True) == 0
+    assert [record["step"] for record in json.loads(capsys.readouterr().out)] == [6]
+    _save(run.checkpoints, _tensors(), step=3)
+    with pytest.raises(CheckpointError, match="has no checkpoint of step 3"):
+        verify(run, step=3, as_json=False)

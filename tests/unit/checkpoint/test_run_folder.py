@@ -1,5 +1,6 @@
 """The lock of a run folder."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -30,4 +31,17 @@ def test_the_lock_says_who_has_it(tmp_path: Path) -> None:
     first = RunFolder(tmp_path / "run")
     first.lock()
     with pytest.raises(ConfigError, match=rf"run: .* process {os.getpid()} is training into it"):
+        RunFolder(tmp_path / "run").lock()
+
+
+def test_a_full_disk_does_not_keep_from_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`checkpoint prune` makes room, and needs it."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", refuse)
+    first = RunFolder(tmp_path / "run")
+    first.lock()
+    with pytest.raises(ConfigError, match="another process is training into it"):
         RunFolder(tmp_path / "run").lock()

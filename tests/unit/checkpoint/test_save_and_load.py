@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, verified, newest undamaged first."""
 
+import errno
 import os
 import threading
 from collections.abc import Callable
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from tests.saved import load, save, try_to_save, whole
+from tests.unit.checkpoint.test_manifest import rewrite
 from trainer.checkpoint import folder as folder_module
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.load import Found, find, find_newest
@@ -16,6 +18,7 @@ from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.distributed.collectives import Group
 from trainer.distributed.mesh import Mesh
+from trainer.durable import open_regular
 from trainer.errors import CheckpointError, ResourceError
 
 
@@ -86,11 +89,11 @@ def test_a_save_is_not_finished_before_it_has_its_name(
 
     monkeypatch.setattr(CheckpointFolder, "commit", wait_first)
     saver.start(1, _state(), {})
-    assert saver.finished() is None and saver.is_busy and folder.steps() == []
+    assert saver.finished() is None and folder.steps() == []
     may_go_on.set()
     saved = saver.wait()
     assert saved is not None and saved.error is None and folder.steps() == [1]
-    assert not saver.is_busy and saver.finished() is None
+    assert saver.finished() is None
 
 
 def test_no_checkpoint_is_none_and_not_an_error(folder: CheckpointFolder) -> None:
@@ -128,13 +131,13 @@ def test_a_sound_one_is_read_once_to_be_kept_and_again_when_it_was_touched(
     monkeypatch.setattr(CheckpointFolder, "check", lambda folder, step: (read.append(step), check(folder, step))[1])
     fresh = CheckpointFolder(folder.path, keep=3)
     save(fresh, 15, _state())
-    assert sorted(read) == [5, 10]
+    assert read == [], "three are kept, whatever they are"
     save(fresh, 20, _state())
-    assert sorted(read) == [5, 10]
+    assert read == [10]
     file = next(folder.of_step(15).glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     save(fresh, 25, _state())
-    assert sorted(read) == [5, 10, 10, 15] or sorted(read) == [5, 10, 15]
+    assert read == [10, 15]
     assert fresh.steps() == [10, 15, 20, 25]
 
 
@@ -224,7 +227,113 @@ def test_a_damaged_newest_is_passed_over_with_a_warning(folder: CheckpointFolder
     warnings: list[str] = []
     found = _newest(folder, warnings.append)
     assert found is not None and found.step == 1
-    assert len(warnings) == 1 and "step_00000002" in warnings[0] and "resuming from step 1" in warnings[0]
+    assert len(warnings) == 1 and "step_00000002" in warnings[0] and "using step 1 instead" in warnings[0]
+
+
+def test_one_that_cannot_be_read_now_is_neither_passed_over_nor_removed(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process without a free descriptor says nothing of a checkpoint."""
+    for step in (5, 10, 15):
+        save(folder, step, _state())
+    fresh = CheckpointFolder(folder.path, keep=2)
+    with monkeypatch.context() as patched:
+        patched.setattr("trainer.checkpoint.manifest.open_regular", _refuse(errno.EMFILE, of="step_00000015"))
+        with pytest.raises(ResourceError, match=r"step_00000015.*cannot be read now: Too many open files"):
+            _newest(fresh)
+        fresh.prune(newest=10)
+    assert fresh.steps() == [5, 10, 15]
+    found = _newest(fresh)
+    assert found is not None and found.step == 15
+
+
+def test_a_bad_sector_is_damage(folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (5, 10):
+        save(folder, step, _state())
+    monkeypatch.setattr("trainer.checkpoint.manifest.open_regular", _refuse(errno.EIO, of="step_00000010"))
+    warnings: list[str] = []
+    found = _newest(folder, warnings.append)
+    assert found is not None and found.step == 5
+    assert len(warnings) == 1 and "is damaged (Input/output error); using step 5 instead" in warnings[0]
+
+
+def test_one_of_another_version_ends_the_run_and_stays(folder: CheckpointFolder) -> None:
+    for step in (5, 10):
+        save(folder, step, _state())
+    rewrite(folder.of_step(10), lambda values: values.update(format=3))
+    with pytest.raises(CheckpointError, match="has format 3, this version reads 2; use the other version"):
+        _newest(folder)
+    fresh = CheckpointFolder(folder.path, keep=2)
+    save(fresh, 7, _state())
+    assert fresh.steps() == [5, 7, 10]
+
+
+def test_a_sound_later_one_stays_and_pushes_none_out(folder: CheckpointFolder) -> None:
+    lasting = CheckpointFolder(folder.path, keep=2)
+    for step in (5, 20, 10):  # 20 was written by a run that went another way
+        save(lasting, step, _state())
+    assert lasting.steps() == [5, 10, 20]
+    file = next(folder.of_step(20).glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1])
+    save(lasting, 15, _state())
+    assert lasting.steps() == [10, 15]
+
+
+def test_what_goes_wrong_after_a_checkpoint_has_its_name_does_not_unsave_it(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (5, 10, 15):
+        save(folder, step, _state())
+
+    def refuse(folder: CheckpointFolder, step: int) -> None:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(CheckpointFolder, "remove", refuse)
+    saved = try_to_save(folder, 20, _state())
+    assert saved.error is None and folder.steps() == [5, 10, 15, 20]
+    assert "step_00000005: cannot be removed: Permission denied" in caplog.text
+
+
+def test_a_save_is_known_before_old_ones_are_read(folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (5, 10, 15):
+        save(folder, step, _state())
+    may_go_on, prune = threading.Event(), CheckpointFolder.prune
+
+    def wait_first(folder: CheckpointFolder, *, newest: int) -> None:
+        may_go_on.wait(60)
+        prune(folder, newest=newest)
+
+    monkeypatch.setattr(CheckpointFolder, "prune", wait_first)
+    saver = Saver(folder, Mesh.of_one())
+    saver.start(20, _state(), {})
+    saved = saver.wait()
+    assert saved is not None and saved.error is None and folder.steps() == [5, 10, 15, 20]
+    may_go_on.set()
+    saver.close()
+    assert folder.steps() == [10, 15, 20]
+
+
+def test_memory_that_is_refused_is_a_save_that_failed(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("trainer.checkpoint.saver.write_files", refuse)
+    saved = try_to_save(folder, 5, _state())
+    assert isinstance(saved.error, ResourceError) and "step 5 not saved: out of memory" in str(saved.error)
+    assert list(folder.path.iterdir()) == []
+
+
+def _refuse(number: int, *, of: str) -> Callable[..., int]:
+    """Open as ever, but for files below a folder of this name."""
+
+    def open_other(path: Path, flags: int, **options: bool) -> int:
+        if of in str(path):
+            raise OSError(number, os.strerror(number), str(path))
+        return open_regular(path, flags, **options)
+
+    return open_other
 
 
 def test_a_checkpoint_under_the_name_of_another_step_is_refused(folder: CheckpointFolder) -> None:
@@ -284,7 +393,7 @@ def test_a_failed_save_leaves_older_checkpoints_and_nothing_half_written(
 def test_another_reason_names_the_file(folder: CheckpointFolder) -> None:
     folder.path.write_text("a file where the folder should be")
     saved = try_to_save(folder, 2, _state())
-    assert type(saved.error) is CheckpointError
+    assert type(saved.error) is ResourceError
     assert str(saved.error) == f"{folder.path}: step 2 not saved: File exists: {folder.path}"
 
 
@@ -351,6 +460,7 @@ def test_names_and_content_are_flushed_before_the_checkpoint_has_its_name(
     monkeypatch.setattr(Path, "rename", note_rename)
     monkeypatch.setattr(os, "fsync", note_fsync)
     save(folder, 1, _state())
+    assert order.pop(0) == f"folder {folder.path.parent.name}", "checkpoints/ itself is new"
     files = [entry for entry in order if entry.endswith((".safetensors", ".json"))]
     assert files == ["tensors-00000-00000.safetensors", "manifest.json"]
     steps = [entry for entry in order if entry.startswith(("folder", "name"))]
