@@ -82,8 +82,8 @@ def scenarios(*, release: bool, seed: int) -> dict[str, list[Trial]]:
             Trial(f"seed {seed + i}", reads_epochs, (6 if release else 3, seed + i)) for i in range(rounds)
         ],
         "negative controls": [
-            *(Trial(mutant.__name__, control_killed, (mutant, kill)) for mutant, kill in KILLED.items()),
-            *(Trial(mutant.__name__, control_stopped, (mutant,)) for mutant in STOPPED),
+            *(Trial(mutant.__name__, control_killed, (mutant, *how)) for mutant, how in KILLED.items()),
+            *(Trial(mutant.__name__, control_stopped, (mutant, finding)) for mutant, finding in STOPPED.items()),
         ],
     }
 

@@ -99,24 +99,23 @@ def reads_epochs(lane: Lane, num_kills: int, seed: int) -> Report:
     return Report(wrong=wrong + more, figures={"kills": num_kills, "whole epochs": num_epochs})
 
 
-def control_killed(lane: Lane, mutant: Prepare, kill: Kill) -> Report:
-    """Break a protection, kill, and see whether it is noticed."""
+def control_killed(lane: Lane, mutant: Prepare, kill: Kill, finding: str) -> Report:
+    """Break a protection, kill, and see whether it is noticed for what it is."""
     course, _, expected = lane.course()
-    found = kill_at(lane.arena, course, expected, kill, mutant)
-    return _noticed(found)
+    return _noticed(kill_at(lane.arena, course, expected, kill, mutant), finding)
 
 
-def control_stopped(lane: Lane, mutant: Prepare) -> Report:
-    """Break a protection, ask some runs to stop, and see whether it is noticed."""
+def control_stopped(lane: Lane, mutant: Prepare, finding: str) -> Report:
+    """Break a protection, ask some runs to stop, and see whether it is noticed for what it is."""
     found = []
     for seed in range(6):
         course, _, expected = lane.course()
         found += stop_at_random(lane.arena, course, expected, seed=seed, prepare=mutant)[0]
-    return _noticed(found)
+    return _noticed(found, finding)
 
 
-def _noticed(found: list[str]) -> Report:
-    missed = [] if found else ["nobody noticed"]
+def _noticed(found: list[str], finding: str) -> Report:
+    missed = [] if any(finding in text for text in found) else [f"nobody said {finding!r}, but {found}"]
     if any("the fault never came" in text for text in found):
         missed.append(found[0])
     return Report(wrong=missed, figures={"findings": len(found)})
