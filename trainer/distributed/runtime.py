@@ -1,4 +1,9 @@
-"""The process a run lives in: device, threads, memory allocator, versions. The only reader of the environment."""
+"""The process a run lives in: device, memory allocator, compiler, versions.
+
+It reads LOCAL_RANK, LOCAL_WORLD_SIZE and CXX of the environment. Others are read where they are used: a rank's place in
+`layout`, where ranks meet in `mesh`, planned faults in `faults`, what a supervisor hands to its ranks in `status`,
+`torchrun` and `supervise`, what `launch` was told in `cli`; most of these must not import torch, as this module does.
+"""
 
 import ctypes
 import os
