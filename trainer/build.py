@@ -20,6 +20,7 @@ from trainer.data.corpus import Corpus, build_corpus
 from trainer.data.stream import TrainStream
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.distributed import runtime
+from trainer.distributed.agreement import differing
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.together import raise_together
 from trainer.engine.base import Engine
@@ -36,6 +37,8 @@ from trainer.ops.fused_ffn import has_onednn_product
 from trainer.ops.kernels import choose_experts_kernel
 from trainer.parallel.parallelize import parallelize
 
+_OF_A_HOST: Any = {"runs_dir": True, "data": {"cache_dir": True, "sources": {"__all__": {"path": True}}}}
+"""Keys of which hosts may have their own values: a file system can be mounted anywhere. Their content is compared."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -102,9 +105,11 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
     Rank 0 reads the text first and alone writes files.
 
     Raises:
-        DataError: if the text is unusable, or not the one the run was started with.
+        ConfigError: if the ranks were not given the same config and versions.
+        DataError: if the text is unusable, not the same on all ranks, or not the one the run was started with.
         CheckpointError: if checkpoints exist and none can be used.
     """
+    _check_alike(config, mesh)
     config = resolve_kernel(config, device)
     is_writer = mesh.layout.rank == 0
     corpus = None
@@ -114,6 +119,9 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
                 corpus = build_corpus(config.data, progress=bar)
     if corpus is None:  # what rank 0 has made of it is on the disk now
         corpus = build_corpus(config.data)
+    different = differing(mesh.world, {"data": {"fingerprint": abridged(corpus.fingerprint)}})
+    if different:
+        raise DataError(f"{different[0]}; all ranks must read the same text (data.sources)")
     faults.hit("start.text")
     stream = TrainStream(corpus, seq_len=config.model.seq_len, seed=config.seed)
     size = model_size(whole_model(config, corpus.tokenizer))
@@ -174,6 +182,19 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
     run.routing.resume_at(run.start_step)
     faults.hit("start.done")
     return run
+
+
+def _check_alike(config: ExperimentConfig, mesh: Mesh) -> None:
+    """Compare what the ranks were started with, before `experts_kernel: auto` becomes what is best on each host.
+
+    Raises:
+        ConfigError: with each key that differs, its values and who has them.
+    """
+    versions = {"turnout": runtime.turnout_version(), "torch": torch.__version__}
+    values = {"version": versions, **config.model_dump(exclude=_OF_A_HOST)}
+    different = differing(mesh.world, values)
+    if different:
+        raise ConfigError("\n".join(f"{line}; all ranks need the same config and versions" for line in different))
 
 
 def whole_model(config: ExperimentConfig, tokenizer: Tokenizer) -> GPT:
