@@ -15,6 +15,7 @@ from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.load import Found, find, find_newest
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.shared import check_shared
 from trainer.config.dump import dump
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.data.stream import TrainStream
@@ -105,11 +106,12 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
     Rank 0 reads the text first and alone writes files.
 
     Raises:
-        ConfigError: if the ranks were not given the same config and versions.
+        ConfigError: if the ranks were not given the same config, versions and run folder.
         DataError: if the text is unusable, not the same on all ranks, or not the one the run was started with.
         CheckpointError: if checkpoints exist and none can be used.
     """
     _check_alike(config, mesh)
+    check_shared(folder, mesh.world)
     config = resolve_kernel(config, device)
     is_writer = mesh.layout.rank == 0
     corpus = None

@@ -1,6 +1,8 @@
 """What a run is made of: the same on all ranks, and what its checkpoint says it was."""
 
 import io
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from tests.ranks import Ranks, mesh_here
 from trainer.build import Run, build_run
+from trainer.checkpoint import shared
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.loader import load
 from trainer.distributed.mesh import Mesh
@@ -51,8 +54,9 @@ def _build(folder: Path, overrides: list[str], mesh: Mesh | None = None) -> tupl
 # --- ranks that were not given the same -------------------------------------------------------------------------------
 
 
-def _error_here(folder: Path, overrides: list[list[str]]) -> str | None:
+def _error_here(folder: Path, overrides: list[list[str]], visible_s: float = 0.1) -> str | None:
     """Return how making the run ends on this rank, each rank with its own overrides."""
+    shared.VISIBLE_S = visible_s
     mesh = mesh_here()
     try:
         _build(folder, overrides[mesh.layout.rank], mesh)
@@ -77,6 +81,7 @@ def test_hosts_may_have_their_files_in_other_places(ranks: Ranks, folder: Path) 
     moved = ["data.sources.0.path=text.txt", "data.cache_dir=cache", "runs_dir=runs"]
     own = [word.replace("=", f"={folder}/mount/") for word in moved]
     assert ranks.run(2, _error_here, folder, [[], own]) == [None, None]
+    assert [path.name for path in (folder / "runs/tiny").glob(".start*")] == []
 
 
 def test_ranks_that_read_other_text_are_refused(ranks: Ranks, folder: Path) -> None:
@@ -84,6 +89,31 @@ def test_ranks_that_read_other_text_are_refused(ranks: Ranks, folder: Path) -> N
     errors = ranks.run(2, _error_here, folder, [[], own])
     assert all(error.startswith("DataError: data.fingerprint: ") for error in errors)
     assert all(error.endswith("; all ranks must read the same text (data.sources)") for error in errors)
+
+
+def test_a_run_folder_that_a_rank_does_not_see_is_refused_at_the_start(ranks: Ranks, folder: Path) -> None:
+    (folder / "own/tiny").mkdir(parents=True)
+    (folder / "own/tiny/.start").write_text("of another run")
+    first, second = ranks.run(2, _error_here, folder, [[], [f"runs_dir={folder}/own"]])
+    assert second.startswith(f"ConfigError: rank 1: runs_dir: {folder}/own/tiny on host ")
+    assert f" is not the folder that rank 0 writes into, {folder}/runs/tiny on host " in second
+    assert second.endswith("; use a folder on a file system that all nodes share")
+    assert first.startswith("ElsewhereError: rank 1: runs_dir: ")
+    assert list((folder / "runs/tiny").iterdir()) == [], "and nothing was begun"
+
+
+def _error_with_a_late_folder(folder: Path) -> str | None:
+    def appear() -> None:
+        time.sleep(0.3)
+        (folder / "late").symlink_to(folder / "runs")
+
+    if mesh_here().layout.rank == 1:
+        threading.Thread(target=appear, daemon=True).start()
+    return _error_here(folder, [[], [f"runs_dir={folder}/late"]], 20.0)
+
+
+def test_a_run_folder_that_appears_late_is_waited_for(ranks: Ranks, folder: Path) -> None:
+    assert ranks.run(2, _error_with_a_late_folder, folder) == [None, None]
 
 
 def _error_of_groups() -> str | None:
