@@ -1,11 +1,12 @@
 """The composition root: from a config to everything a run needs. The only module that knows every implementation."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from trainer import faults
 from trainer.checkpoint.catalogue import layout_of
@@ -13,10 +14,10 @@ from trainer.checkpoint.compatible import abridged, check_fits, check_model, che
 from trainer.checkpoint.files import StoredTensors
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.load import Found, find, find_newest
-from trainer.checkpoint.run_folder import RunFolder
+from trainer.checkpoint.run_folder import RunFolder, check_belongs
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.shared import check_shared
-from trainer.config.dump import dump
+from trainer.config.dump import changed_keys, dump, short
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.data.stream import TrainStream
 from trainer.data.tokenizers.base import Tokenizer
@@ -293,6 +294,9 @@ def _resume(run: Run, found: Found) -> None:
     """Go on from a checkpoint: each rank reads its own parts, however the ranks that wrote it were laid out."""
     faults.hit("resume.found")
     _load_state(found, run.engine, run.config, run.corpus.tokenizer)
+    if not run.folder.config.is_file():  # with it, the comparison was made before torch was imported
+        for warning in _changes_since(found, run.config):
+            run.console.warning(warning)
     saved, now = found.run["data_fingerprint"], run.corpus.fingerprint
     if saved != now:
         raise DataError(
@@ -309,12 +313,38 @@ def _resume(run: Run, found: Found) -> None:
 
 def _load_state(found: Found, engine: Engine, config: ExperimentConfig, tokenizer: Tokenizer) -> None:
     check_record(found)
-    check_model(found, config.model.model_dump(mode="json"))
+    stored = _stored_config(found)
+    filled_up = None if stored is None else stored.model.model_dump(mode="json")
+    check_model(found, config.model.model_dump(mode="json"), stored=filled_up)
     check_tokenizer(found, fingerprint=tokenizer.fingerprint)
     mine = engine.state()
     check_fits(found, mine)
     with StoredTensors(found.path, found.manifest) as tensors:
         engine.load_state(tensors.like(mine))
+
+
+def _stored_config(found: Found) -> ExperimentConfig | None:
+    """Return the config that a checkpoint was written with, filled up; None if this version cannot read it."""
+    try:
+        return ExperimentConfig.model_validate(found.run.get("config"))
+    except ValidationError:
+        return None
+
+
+def _changes_since(found: Found, config: ExperimentConfig) -> list[str]:
+    """Return a warning for each change of what is learned since a checkpoint.
+
+    Raises:
+        ConfigError: if the model itself changed.
+    """
+    stored = _stored_config(found)
+    if stored is not None:
+        return check_belongs(RunFolder(found.path), changed_keys(stored, config))
+    counters = found.run.get("random")
+    seed = counters.get("seed") if isinstance(counters, Mapping) else None
+    unread = f"{found.path}: its config is not one of this version; beside model and seed nothing of it is compared"
+    other = [f"seed was {short(seed)} in {found.path} and is now {config.seed}"] if seed != config.seed else []
+    return [unread, *other]
 
 
 def _moved(found: Found, run: Run) -> str:

@@ -3,7 +3,9 @@
 import io
 import threading
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from trainer.checkpoint import shared
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.loader import load
 from trainer.distributed.mesh import Mesh
-from trainer.errors import ConfigError, TurnoutError
+from trainer.errors import CheckpointError, ConfigError, TurnoutError
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.console import Console
 
@@ -129,3 +131,61 @@ def _error_of_groups() -> str | None:
 def test_ranks_with_other_groups_are_refused_before_they_wait_for_each_other(ranks: Ranks) -> None:
     errors = ranks.run(2, _error_of_groups)
     assert errors[0] == errors[1] is not None and errors[0].startswith("parallel.ep_size: 1 on rank 0 (host ")
+
+
+# --- a run folder that has lost its config.yaml -----------------------------------------------------------------------
+
+
+def _saved(folder: Path, change: Callable[[dict[str, Any]], object] = lambda info: None) -> Path:
+    """Save a checkpoint of step 1 into a run folder without config.yaml; `change` what it says of its run."""
+    run, said = _build(folder, [])
+    assert said == []
+    info = run.checkpoint_info()
+    change(info)
+    run.saver.start(1, run.engine.state(), info)
+    saved = run.saver.wait()
+    assert saved is not None and saved.error is None
+    run.folder.config.unlink()
+    return saved.path
+
+
+def test_what_is_learned_is_compared_with_what_the_checkpoint_says(folder: Path) -> None:
+    path = _saved(folder)
+    where = ["parallel.micro_batch_size=2", "train.steps=20", "checkpoint.every=5", "name=tiny"]
+    run, said = _build(folder, ["seed=7", "schedule.peak_lr=0.002", *where])
+    assert said == [f"seed was 1337 in {path} and is now 7", f"schedule.peak_lr was 0.001 in {path} and is now 0.002"]
+    assert run.start_step == 1
+    assert _build(folder, ["seed=8"])[1] == [], "the folder's config.yaml is there again, and compared before"
+
+
+def _without(*keys: str) -> Callable[[dict[str, Any]], object]:
+    return lambda info: [info["config"]["model"].pop(key) for key in keys]
+
+
+@pytest.mark.parametrize("loses_config", [False, True])
+def test_a_model_key_that_the_checkpoint_does_not_know_must_have_its_default(folder: Path, loses_config: bool) -> None:
+    """Also one that changes no shape."""
+    path = _saved(folder, _without("rope_theta"))
+    if not loses_config:
+        (folder / "runs/tiny/config.yaml").write_text((folder / "tiny.yaml").read_text())
+    with pytest.raises(CheckpointError) as caught:
+        _build(folder, ["model.rope_theta=5000.0"])
+    assert f"{path}: was written by a different model: model.rope_theta is 10000.0 in it and 5000.0 in the config" in (
+        str(caught.value)
+    )
+    assert _build(folder, [])[0].start_step == 1
+
+
+def _of_another_version(info: dict[str, Any]) -> None:
+    config: Mapping[str, Any] = info["config"]
+    info["config"] = {**config, "a_key_that_is_gone": 1}
+
+
+def test_a_config_of_another_version_leaves_model_and_seed_to_compare(folder: Path) -> None:
+    path = _saved(folder, _of_another_version)
+    with pytest.raises(CheckpointError, match=r"model\.norm_eps is 1\.0e-06 in it and 0\.001 in the config"):
+        _build(folder, ["model.norm_eps=1e-3"])
+    assert _build(folder, ["seed=7"])[1] == [
+        f"{path}: its config is not one of this version; beside model and seed nothing of it is compared",
+        f"seed was 1337 in {path} and is now 7",
+    ]
