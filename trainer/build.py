@@ -1,11 +1,12 @@
 """The composition root: from a config to everything a run needs. The only module that knows every implementation."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from trainer import faults
 from trainer.checkpoint.catalogue import layout_of
@@ -13,13 +14,15 @@ from trainer.checkpoint.compatible import abridged, check_fits, check_model, che
 from trainer.checkpoint.files import StoredTensors
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.load import Found, find, find_newest
-from trainer.checkpoint.run_folder import RunFolder
+from trainer.checkpoint.run_folder import RunFolder, check_belongs
 from trainer.checkpoint.saver import Saver
-from trainer.config.dump import dump
+from trainer.checkpoint.shared import check_shared
+from trainer.config.dump import changed_keys, dump, short
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.data.stream import TrainStream
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.distributed import runtime
+from trainer.distributed.agreement import differing
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.together import raise_together
 from trainer.engine.base import Engine
@@ -36,6 +39,8 @@ from trainer.ops.fused_ffn import has_onednn_product
 from trainer.ops.kernels import choose_experts_kernel
 from trainer.parallel.parallelize import parallelize
 
+_OF_A_HOST: Any = {"runs_dir": True, "data": {"cache_dir": True, "sources": {"__all__": {"path": True}}}}
+"""Keys of which hosts may have their own values: a file system can be mounted anywhere. Their content is compared."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -102,9 +107,12 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
     Rank 0 reads the text first and alone writes files.
 
     Raises:
-        DataError: if the text is unusable, or not the one the run was started with.
+        ConfigError: if the ranks were not given the same config, versions and run folder.
+        DataError: if the text is unusable, not the same on all ranks, or not the one the run was started with.
         CheckpointError: if checkpoints exist and none can be used.
     """
+    _check_alike(config, mesh)
+    check_shared(folder, mesh.world)
     config = resolve_kernel(config, device)
     is_writer = mesh.layout.rank == 0
     corpus = None
@@ -114,6 +122,9 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
                 corpus = build_corpus(config.data, progress=bar)
     if corpus is None:  # what rank 0 has made of it is on the disk now
         corpus = build_corpus(config.data)
+    different = differing(mesh.world, {"data": {"fingerprint": abridged(corpus.fingerprint)}})
+    if different:
+        raise DataError(f"{different[0]}; all ranks must read the same text (data.sources)")
     faults.hit("start.text")
     stream = TrainStream(corpus, seq_len=config.model.seq_len, seed=config.seed)
     size = model_size(whole_model(config, corpus.tokenizer))
@@ -174,6 +185,19 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
     run.routing.resume_at(run.start_step)
     faults.hit("start.done")
     return run
+
+
+def _check_alike(config: ExperimentConfig, mesh: Mesh) -> None:
+    """Compare what the ranks were started with, before `experts_kernel: auto` becomes what is best on each host.
+
+    Raises:
+        ConfigError: with each key that differs, its values and who has them.
+    """
+    versions = {"turnout": runtime.turnout_version(), "torch": torch.__version__}
+    values = {"version": versions, **config.model_dump(exclude=_OF_A_HOST)}
+    different = differing(mesh.world, values)
+    if different:
+        raise ConfigError("\n".join(f"{line}; all ranks need the same config and versions" for line in different))
 
 
 def whole_model(config: ExperimentConfig, tokenizer: Tokenizer) -> GPT:
@@ -270,6 +294,9 @@ def _resume(run: Run, found: Found) -> None:
     """Go on from a checkpoint: each rank reads its own parts, however the ranks that wrote it were laid out."""
     faults.hit("resume.found")
     _load_state(found, run.engine, run.config, run.corpus.tokenizer)
+    if not run.folder.config.is_file():  # with it, the comparison was made before torch was imported
+        for warning in _changes_since(found, run.config):
+            run.console.warning(warning)
     saved, now = found.run["data_fingerprint"], run.corpus.fingerprint
     if saved != now:
         raise DataError(
@@ -286,12 +313,38 @@ def _resume(run: Run, found: Found) -> None:
 
 def _load_state(found: Found, engine: Engine, config: ExperimentConfig, tokenizer: Tokenizer) -> None:
     check_record(found)
-    check_model(found, config.model.model_dump(mode="json"))
+    stored = _stored_config(found)
+    filled_up = None if stored is None else stored.model.model_dump(mode="json")
+    check_model(found, config.model.model_dump(mode="json"), stored=filled_up)
     check_tokenizer(found, fingerprint=tokenizer.fingerprint)
     mine = engine.state()
     check_fits(found, mine)
     with StoredTensors(found.path, found.manifest) as tensors:
         engine.load_state(tensors.like(mine))
+
+
+def _stored_config(found: Found) -> ExperimentConfig | None:
+    """Return the config that a checkpoint was written with, filled up; None if this version cannot read it."""
+    try:
+        return ExperimentConfig.model_validate(found.run.get("config"))
+    except ValidationError:
+        return None
+
+
+def _changes_since(found: Found, config: ExperimentConfig) -> list[str]:
+    """Return a warning for each change of what is learned since a checkpoint.
+
+    Raises:
+        ConfigError: if the model itself changed.
+    """
+    stored = _stored_config(found)
+    if stored is not None:
+        return check_belongs(RunFolder(found.path), changed_keys(stored, config))
+    counters = found.run.get("random")
+    seed = counters.get("seed") if isinstance(counters, Mapping) else None
+    unread = f"{found.path}: its config is not one of this version; beside model and seed nothing of it is compared"
+    other = [f"seed was {short(seed)} in {found.path} and is now {config.seed}"] if seed != config.seed else []
+    return [unread, *other]
 
 
 def _moved(found: Found, run: Run) -> str:

@@ -28,12 +28,14 @@ def check_fits(found: Found, mine: TrainState) -> None:
         raise _refusal(found.path, differences)
 
 
-def check_model(found: Found, model: Mapping[str, Any]) -> None:
+def check_model(found: Found, model: Mapping[str, Any], *, stored: Mapping[str, Any] | None = None) -> None:
     """Compare the model that a checkpoint was written with to the one of the config.
 
     Args:
         found: the checkpoint.
         model: the config's `model` section as JSON values.
+        stored: the checkpoint's, with the defaults of keys that are younger than it; None if that cannot be told, and
+            then only the keys that it knows are compared.
 
     Raises:
         CheckpointError: with the first key that differs, both values, and how many there are.
@@ -44,7 +46,7 @@ def check_model(found: Found, model: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{found.path}: does not say which model it is of (run.config.model); use another one")
     differences = [
         f"{key} is {short(old)} in it and {short(new)} in the config"
-        for key, old, new in _changes("model", before, model)
+        for key, old, new in _changes("model", before if stored is None else stored, model)
     ]
     if differences:
         raise _refusal(found.path, differences)
@@ -102,7 +104,7 @@ def _refusal(path: Path, differences: list[str]) -> CheckpointError:
 
 
 def _changes(prefix: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
-    """Return the keys whose values differ; one that the checkpoint does not know yet is younger than it."""
+    """Return the keys of `old` whose values differ."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         return [change for key in old for change in _changes(f"{prefix}.{dotted((key,))}", old[key], new.get(key))]
     return [] if old == new else [(prefix, old, new)]

@@ -1,6 +1,6 @@
 """Write a configuration down, and say how two differ."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 from typing import Any, Final, NamedTuple
 
@@ -73,7 +73,12 @@ def short(value: Any) -> str:
 
 def changed_keys(old: Config, new: Config) -> list[Change]:
     """Return every key whose value differs, in the order of the schema."""
-    return list(_changes(old.model_dump(), new.model_dump(), ""))
+    return changed_values(old.model_dump(), new.model_dump())
+
+
+def changed_values(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
+    """Return every key whose value differs between two configurations that are plain values."""
+    return list(_changes(dict(old), dict(new), ""))
 
 
 def diff(old: Config, new: Config) -> list[str]:

@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 
 from trainer import faults
+from trainer.distributed.agreement import differing
 from trainer.distributed.collectives import Group, is_of_exchange
 from trainer.distributed.interface import interface_towards
 from trainer.distributed.journal import Journal
 from trainer.distributed.layout import Layout
 from trainer.distributed.watch import Watch
-from trainer.errors import CommError
+from trainer.errors import CommError, ConfigError
 
 _START_S = 300.0
 """Processes import and start for different times: nobody is given up earlier."""
@@ -133,7 +134,11 @@ def _choose_interface(layout: Layout) -> None:
 
 
 def build_mesh(layout: Layout, journal: Journal, watch: Watch | None = None) -> Mesh:
-    """Make this rank's groups; with more than one rank, torch's default process group must exist."""
+    """Make this rank's groups; with more than one rank, torch's default process group must exist.
+
+    Raises:
+        ConfigError: if the ranks would make different groups.
+    """
     if layout.world_size == 1:
         return Mesh.of_one()
     everyone = list(range(layout.world_size))
@@ -147,12 +152,16 @@ def build_mesh(layout: Layout, journal: Journal, watch: Watch | None = None) -> 
         mine = next(ranks for ranks in members if layout.rank in ranks)
         return Group(name, mine, me=layout.rank, handle=handles[tuple(mine)], journal=journal, watch=watch)
 
+    world = group("world", [everyone])
+    different = differing(world, {"parallel": {"ep_size": layout.ep_size}})
+    if different:  # now, since ranks that make different groups wait for each other
+        raise ConfigError(f"{different[0]}; all ranks need the same config")
     # On the CPU whatever the ranks compute on, with its own journal: another thread uses it.
     saving = cast(dist.ProcessGroup, dist.new_group(everyone, backend="gloo", timeout=_SAVING))
     return Mesh(
         layout=layout,
         saving=Group("saving", everyone, me=layout.rank, handle=saving, journal=Journal()),
-        world=group("world", [everyone]),
+        world=world,
         ep=group("ep", layout.ep_ranks()),
         ep_inside=group("ep inside a node", layout.ep_inside_ranks()),
         ep_between=group("ep between nodes", layout.ep_between_ranks()),

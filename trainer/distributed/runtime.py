@@ -1,4 +1,9 @@
-"""The process a run lives in: device, threads, memory allocator, versions. The only reader of the environment."""
+"""The process a run lives in: device, memory allocator, compiler, versions.
+
+It reads LOCAL_RANK, LOCAL_WORLD_SIZE and CXX of the environment. Others are read where they are used: a rank's place in
+`layout`, where ranks meet in `mesh`, planned faults in `faults`, what a supervisor hands to its ranks in `status`,
+`torchrun` and `supervise`, what `launch` was told in `cli`; most of these must not import torch, as this module does.
+"""
 
 import ctypes
 import os
@@ -21,14 +26,22 @@ def start(device: str) -> torch.device:
     """Prepare the process and return the device that `parallel.device` names.
 
     Raises:
-        ConfigError: if a GPU is asked for and there is none.
+        ConfigError: if a GPU is asked for and there is none, or this machine has fewer than ranks.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("parallel.device: cuda, but torch sees no GPU here; use auto or cpu")
     keep_freed_memory()
     if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    num_ranks = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), local_rank + 1)
+    num_gpus = torch.cuda.device_count()
+    if num_ranks > num_gpus:  # on every rank of the machine, not only on those without a GPU
+        raise ConfigError(
+            f"parallel.device: {num_ranks} ranks on this machine, but torch sees {num_gpus} GPU{'s' * (num_gpus > 1)}; "
+            f"start at most {num_gpus} here (NPROC, --nproc-per-node), or use parallel.device=cpu"
+        )
+    chosen = torch.device("cuda", local_rank)
     torch.cuda.set_device(chosen)  # what torch.distributed means by "the" GPU of this process
     return chosen
 

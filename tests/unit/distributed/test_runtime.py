@@ -1,0 +1,41 @@
+"""The device of a rank."""
+
+import pytest
+import torch
+
+from trainer.distributed import runtime
+from trainer.errors import ConfigError
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """A machine with two GPUs; the list has those that were taken."""
+    taken: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    return taken
+
+
+@pytest.mark.parametrize("local_rank", [0, 7])
+def test_more_ranks_than_gpus_are_refused_on_every_rank_of_the_machine(
+    gpus: list[torch.device], monkeypatch: pytest.MonkeyPatch, local_rank: int
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(ConfigError) as caught:
+        runtime.start("auto")
+    assert str(caught.value) == (
+        "parallel.device: 8 ranks on this machine, but torch sees 2 GPUs; start at most 2 here (NPROC, "
+        "--nproc-per-node), or use parallel.device=cpu"
+    )
+    assert gpus == []
+    assert runtime.start("cpu") == torch.device("cpu"), "where any number of ranks may be"
+
+
+def test_as_many_ranks_as_gpus_take_one_each(gpus: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
+    for local_rank in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        assert runtime.start("cuda") == torch.device("cuda", local_rank)
+    assert gpus == [torch.device("cuda", 0), torch.device("cuda", 1)]
