@@ -184,6 +184,7 @@ def _be_a_rank(
         torch.set_num_threads(1)
         faults._PLANNED[:] = faults.planned(planted, variables["RANK"])
         if largest_file is not None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it, and so would the rank
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
         if prepare is not None:
             prepare()

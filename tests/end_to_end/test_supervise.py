@@ -241,13 +241,19 @@ def test_a_crash_loop_ends_after_three_restarts_without_progress_and_names_the_r
     assert last == "every attempt ended in step 2 with rows 4 to 7; there is no checkpoint yet"
 
 
-def test_a_stop_of_the_supervisor_of_torchrun_or_of_one_rank_loses_no_step(workplace: Path, start: Start) -> None:
+def test_a_stop_of_the_supervisor_torchrun_one_rank_or_all_loses_no_step(workplace: Path, start: Start) -> None:
     step = 0
-    for who, number in (("supervisor", signal.SIGUSR1), ("torchrun", signal.SIGTERM), ("rank", signal.SIGUSR1)):
+    for who, number in (
+        ("supervisor", signal.SIGUSR1),
+        ("torchrun", signal.SIGTERM),
+        ("rank", signal.SIGHUP),
+        ("everyone", signal.SIGUSR1),  # as Slurm's --signal=USR1 does it
+    ):
         process = start(*launch("stopped", 2, "checkpoint.every=null"))
         statuses = wait_for(workplace, "stopped", 2, step=step + 1)
         pids = {"supervisor": process.pid, "torchrun": parent(statuses[0].pid), "rank": statuses[1].pid}
-        os.kill(pids[who], number)
+        for pid in [pids[who]] if who in pids else [*pids.values(), statuses[0].pid]:
+            os.kill(pid, number)
         code, said = ended(process)
         assert (code, said) == (75, ""), who
         saved = newest(workplace, "stopped")
