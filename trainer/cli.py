@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             print(error, file=sys.stderr)
         _end_at_once(error.exit_code)
     except TurnoutError as error:
-        if error.is_this_ranks or is_first_rank():
+        if error.is_this_ranks or is_first_rank() or options.verb is launch:
             print(visible(str(error)), file=sys.stderr)
         else:  # rank 0 has the same one, says so, and torchrun ends the others; unless it is this rank's alone
             _let_others_speak(10)
@@ -96,6 +96,7 @@ def launch(options: argparse.Namespace) -> int:
     check_layout(world_size=ranks.world_size, ep_size=config.parallel.ep_size)
     folder = _folder(config)
     check_belongs(folder, _changes(folder, config))
+    ranks.check_port()
     if ranks.node_rank == 0:  # the others' ranks come after its own
         folder.check_free()
     arguments = ["train", str(options.config), *options.overrides]

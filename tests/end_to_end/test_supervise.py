@@ -176,6 +176,52 @@ def test_a_config_error_is_one_line_and_starts_nothing(
 def test_a_data_error_of_two_ranks_is_exit_3_and_not_retried(start: Start) -> None:
     code, said = ended(start(*launch("nodata", 2, "data.sources.0.path=nowhere.txt")))
     assert code == 3, said
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    """A port that another process listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        yield other.getsockname()[1]
+
+
+def test_a_port_that_is_taken_is_a_config_error(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], taken_port: int
+) -> None:
+    monkeypatch.chdir(workplace)
+    where = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(taken_port)]
+    monkeypatch.setattr(Supervisor, "run", lambda _: 99)
+    for node_rank, code, said in (
+        ("0", 2, f"MASTER_PORT={taken_port}: cannot be used on this machine: Address already in use; use another one,"),
+        ("1", 99, ""),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["launch", "tiny.yaml", "name=port", *where, "--node-rank", node_rank])
+        assert exit_.value.code == code
+        assert capsys.readouterr().err.startswith(said)
+
+
+def test_torchrun_that_cannot_meet_says_so_in_a_line(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], taken_port: int
+) -> None:
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    ranks = Launch(nnodes=2, master_addr="127.0.0.1", master_port=taken_port)
+    folder, policy = RunFolder(Path("runs/port")), Policy(max_restarts=0)
+    assert Supervisor(ranks, ["train", "tiny.yaml"], folder, patience_s=30, policy=policy).run() == 5
+    said = capfd.readouterr().err
+    assert said.count(f"ended with 5 (cannot meet the other machines through 127.0.0.1:{taken_port}: ") == 1, said
+    assert "Traceback" not in said and len(said.splitlines()) <= 4, said
+
+
+def test_what_another_launcher_says_of_ranks_is_not_heard(workplace: Path, start: Start) -> None:
+    """As in an interactive Slurm step, or under mpirun."""
+    other = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    code, said = ended(start(*launch("other", 1, "train.steps=2"), **other))
+    assert (code, said) == (0, ""), said
+    began = time.monotonic()
+    assert ended(start(*launch("other", 1, "train.step=2"), **other))[0] == 2
+    assert time.monotonic() - began < 9, "it waits for no rank 0"
+
+
     assert "nowhere.txt" in said and len(said.splitlines()) == 1
 
 

@@ -74,7 +74,8 @@ def judge(
         what = f"rank {first.rank} (pid {first.pid}) {_how(code)}{why}"
     else:
         code = PREEMPTED if "signal" in report and not has_begun else returncode
-        what = f"{'rank 0' if is_alone else 'torchrun'} (pid {pid}) {_how(returncode)}"
+        why = f" ({report['error']})" if "error" in report else ""
+        what = f"{'rank 0' if is_alone else 'torchrun'} (pid {pid}) {_how(returncode)}{why}"
     exit_code = code
     if code < 0:  # of several ranks, the others have said what a lost one means
         said = [failure.code for failure in written if failure.code != PREEMPTED]

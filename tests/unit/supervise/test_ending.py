@@ -61,3 +61,4 @@ def test_torchrun_that_is_killed_or_fails_itself_is_named() -> None:
 def test_a_rank_that_is_killed_on_its_way_out_had_ended() -> None:
     ending = judge(-15, pid=100, report={}, statuses={0: ended(0, 9, 75)}, is_alone=True)
     assert ending.code == 75
+    assert torchrun(5, {"error": "no"}).what == "torchrun (pid 99) ended with 5 (no)"

@@ -45,3 +45,5 @@ def test_every_attempt_has_its_name_and_torchrun_hears_usr1_and_is_patient() -> 
     own = {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
     environment = environment_of_attempt(own)
     assert environment["PET_SIGNALS_TO_HANDLE"] == "SIGTERM" and environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "5"
+    theirs = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"]
+    assert not {*theirs} & {*environment_of_attempt(dict.fromkeys(theirs, "1"))}, "of another launcher"
