@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+import torch
+from torch.distributed.launcher.api import LaunchConfig
 from tests.launched import ROOT
 from trainer import cli
 from trainer.checkpoint.run_folder import RunFolder
@@ -226,6 +228,14 @@ def test_what_another_launcher_says_of_ranks_is_not_heard(workplace: Path, start
 
 
 def test_a_restart_after_a_killed_rank_repeats_the_run_bit_for_bit(workplace: Path, start: Start, times: int) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_config_error_that_the_ranks_find_is_exit_2_and_not_retried(start: Start) -> None:
+    """Rank 0 says it; rank 1 only waits for that, and torchrun ends it by SIGTERM."""
+    code, said = ended(start(*launch("nogpu", 2, "parallel.device=cuda")))
+    assert code == 2, said
+    assert "parallel.device" in said and len(said.splitlines()) == 1
+
+
     for number in range(times):
         name, victim = f"killed{number}", random.randrange(2)
         process = start(*launch(name, 2))
