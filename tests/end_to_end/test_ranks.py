@@ -86,6 +86,9 @@ def test_a_run_of_two_ranks_goes_on_in_one_process_and_back(workplace: Path) -> 
         result = run(workplace, nproc, "train", "tiny.yaml", f"name={name}", *overrides)
         assert result.returncode == 0, result.stderr
         assert "resuming from" in result.stdout
+        assert [path.name for path in sorted((folder / "status").iterdir())] == [
+            f"rank{rank:05d}.json" for rank in range(nproc)
+        ]
         assert_same(workplace, name)
 
 
