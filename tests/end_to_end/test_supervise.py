@@ -6,6 +6,7 @@ The issue's figure: `pytest tests/end_to_end/test_supervise.py -k restart --time
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -346,12 +347,21 @@ def test_a_stop_before_the_first_step_is_75_and_saves_nothing(workplace: Path, s
 
 
 def test_plain_torchrun_restarts_and_saves_when_it_is_stopped(workplace: Path, start: Start) -> None:
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3"]
-    process = start(*torchrun, "-m", "trainer", "train", "tiny.yaml", "name=plain", "checkpoint.every=10")
+    """With the options of docs/reliability.md; SIGUSR1 comes to every process, as from Slurm."""
+    text = (ROOT / "docs/reliability.md").read_text()
+    (documented,) = re.findall(r"^torchrun (--signals-to-handle .*) --nproc-per-node", text, re.MULTILINE)
+    options = documented.split()
+    if not hasattr(LaunchConfig, "shutdown_timeout"):  # torch 2.11
+        options = options[: options.index("--shutdown-timeout")]
+    torchrun = ["torch.distributed.run", *options, "--standalone", "--nproc-per-node", "2", "--max-restarts", "3"]
+    # The run waits for a slow test before it is done.
+    fault = {"TURNOUT_FAULTS": "step.begin#60=sleep"}
+    process = start(*torchrun, "-m", "trainer", "train", "tiny.yaml", "name=plain", "checkpoint.every=10", **fault)
     pid = wait_for_pid(workplace, other_than=0, step=15)
     os.kill(pid, signal.SIGKILL)
-    wait_for_pid(workplace, other_than=pid, step=15)
-    process.terminate()
+    pid = wait_for_pid(workplace, other_than=pid, step=15)
+    for one in (read_statuses(workplace / "runs/plain/status", "")[0].pid, pid, process.pid):
+        os.kill(one, signal.SIGUSR1)
     code, said = ended(process)
     assert code == 1, "torchrun's own"
     done = losses(workplace, "plain")
