@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
 import torch
 from torch.distributed.launcher.api import LaunchConfig
+
 from tests.launched import ROOT
 from trainer import cli
 from trainer.checkpoint.run_folder import RunFolder
@@ -176,9 +176,6 @@ def test_a_config_error_is_one_line_and_starts_nothing(
         assert message in line
 
 
-def test_a_data_error_of_two_ranks_is_exit_3_and_not_retried(start: Start) -> None:
-    code, said = ended(start(*launch("nodata", 2, "data.sources.0.path=nowhere.txt")))
-    assert code == 3, said
 @pytest.fixture
 def taken_port() -> Iterator[int]:
     """A port that another process listens on."""
@@ -225,10 +222,12 @@ def test_what_another_launcher_says_of_ranks_is_not_heard(workplace: Path, start
     assert time.monotonic() - began < 9, "it waits for no rank 0"
 
 
+def test_a_data_error_of_two_ranks_is_exit_3_and_not_retried(start: Start) -> None:
+    code, said = ended(start(*launch("nodata", 2, "data.sources.0.path=nowhere.txt")))
+    assert code == 3, said
     assert "nowhere.txt" in said and len(said.splitlines()) == 1
 
 
-def test_a_restart_after_a_killed_rank_repeats_the_run_bit_for_bit(workplace: Path, start: Start, times: int) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_config_error_that_the_ranks_find_is_exit_2_and_not_retried(start: Start) -> None:
     """Rank 0 says it; rank 1 only waits for that, and torchrun ends it by SIGTERM."""
@@ -237,15 +236,18 @@ def test_a_config_error_that_the_ranks_find_is_exit_2_and_not_retried(start: Sta
     assert "parallel.device" in said and len(said.splitlines()) == 1
 
 
+def test_a_restart_after_a_killed_rank_repeats_the_run_bit_for_bit(workplace: Path, start: Start, times: int) -> None:
     for number in range(times):
-        name, victim = f"killed{number}", random.randrange(2)
+        draw = random.Random(number)
+        name, victim = f"killed{number}", draw.randrange(2)
         process = start(*launch(name, 2))
-        statuses = wait_for(workplace, name, 2, step=random.randint(1, 50))
+        statuses = wait_for(workplace, name, 2, step=draw.randint(1, 50))
         began = time.monotonic()
         os.kill(statuses[victim].pid, signal.SIGKILL)
         wait_for(workplace, name, 2, step=1, not_of=statuses[0].attempt)
         print(
-            f"rank {victim} killed at step {statuses[victim].step}: trains again {time.monotonic() - began:.1f} s later"
+            f"seed {number}: rank {victim} killed at step {statuses[victim].step}: "
+            f"trains again {time.monotonic() - began:.1f} s later"
         )
         code, said = ended(process)
         assert code == 0, said
