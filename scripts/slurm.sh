@@ -26,5 +26,6 @@ MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)"
 export MASTER_ADDR MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
 
 scripts/setup.sh launch >/dev/null # once, not on all nodes at the same time
+# The first node to end must not have the others killed: they may still save. A minute later nobody is left.
 # shellcheck disable=SC2016 # each task reads its own number
-exec srun --kill-on-bad-exit=1 bash -c 'NODE_RANK="$SLURM_NODEID" exec ./launch.sh "$@"' launch.sh "$@"
+exec srun --kill-on-bad-exit=0 --wait=60 bash -c 'NODE_RANK="$SLURM_NODEID" exec ./launch.sh "$@"' launch.sh "$@"

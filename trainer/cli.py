@@ -4,7 +4,6 @@ Parses, loads the config, calls; torch is imported once that went well.
 """
 
 import argparse
-import errno
 import json
 import os
 import sys
@@ -21,7 +20,15 @@ from trainer.config.nodes import shown_path
 from trainer.config.schema import schema_text
 from trainer.distributed.layout import check_layout, is_first_rank, launched
 from trainer.distributed.signals import StopRequest
-from trainer.errors import CheckpointError, CommError, ConfigError, ElsewhereError, ResourceError, Stopped, TurnoutError
+from trainer.errors import (
+    CheckpointError,
+    CommError,
+    ConfigError,
+    ElsewhereError,
+    Stopped,
+    TurnoutError,
+    exit_code_of,
+)
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.readable import visible
 from trainer.status import StatusFile
@@ -46,28 +53,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             print(error, file=sys.stderr)
         _end_at_once(error.exit_code)
     except TurnoutError as error:
-        if error.is_this_ranks or is_first_rank():
+        if error.is_this_ranks or is_first_rank() or options.verb is launch:
             print(visible(str(error)), file=sys.stderr)
         else:  # rank 0 has the same one, says so, and torchrun ends the others; unless it is this rank's alone
             _let_others_speak(10)
             print(visible(f"rank {os.environ['RANK']}: {error}"), file=sys.stderr)
         code = error.exit_code
-    except KeyboardInterrupt:  # no run, or the second Ctrl-C of one: there is nothing new to save
-        print("interrupted", file=sys.stderr)
-        code = 130
-    except BrokenPipeError:  # the reader of our output has left, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    except OSError as error:  # a path of the user's that cannot be used, where nothing more specific was said
-        if error.filename is None:
+    except (KeyboardInterrupt, Exception) as error:  # what nobody has said anything more specific about
+        code = exit_code_of(error)
+        if code is None:
             raise
-        print(f"{shown_path(os.fsdecode(error.filename))}: {error.strerror}", file=sys.stderr)
-        code = ConfigError.exit_code if error.errno == errno.ENAMETOOLONG else ResourceError.exit_code
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        print(f"out of memory: {str(error).splitlines()[0]}; lower parallel.micro_batch_size", file=sys.stderr)
-        code = ResourceError.exit_code
+        _explain(error)
     sys.exit(code)
 
 
@@ -86,7 +82,8 @@ def train(options: argparse.Namespace) -> int:
             code = train_run(config, folder, layout, warnings=warnings, stop=stop, status=status)
         except BaseException as error:
             is_plain = isinstance(error, TurnoutError | Stopped)
-            status.end(_exit_code(error), str(error) if is_plain else f"{type(error).__name__}: {error}")
+            code = exit_code_of(error)
+            status.end(1 if code is None else code, str(error) if is_plain else f"{type(error).__name__}: {error}")
             raise
         status.end(code)
         return code
@@ -99,6 +96,7 @@ def launch(options: argparse.Namespace) -> int:
     check_layout(world_size=ranks.world_size, ep_size=config.parallel.ep_size)
     folder = _folder(config)
     check_belongs(folder, _changes(folder, config))
+    ranks.check_port()
     if ranks.node_rank == 0:  # the others' ranks come after its own
         folder.check_free()
     arguments = ["train", str(options.config), *options.overrides]
@@ -226,24 +224,18 @@ def _end_at_once(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _exit_code(error: BaseException) -> int:
-    """Return the code that `main` ends with after an error, as far as it is known by the kind of error."""
+def _explain(error: BaseException) -> None:
+    """Say in a line what has ended the process, for errors that are not ours and yet no bugs."""
     match error:
-        case TurnoutError() | Stopped():
-            return error.exit_code
-        case KeyboardInterrupt():
-            return 130
-        case OSError() if error.filename is not None:
-            return ResourceError.exit_code
-        case MemoryError() | RuntimeError() if _is_out_of_memory(error):
-            return ResourceError.exit_code
-    return 0 if isinstance(error, BrokenPipeError) else 1
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Tell memory that ran out from other failures; torch has a class of its own for it only on a GPU."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
+        case KeyboardInterrupt():  # no run, or the second Ctrl-C of one: there is nothing new to save
+            print("interrupted", file=sys.stderr)
+        case BrokenPipeError():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        case OSError():
+            print(f"{shown_path(os.fsdecode(error.filename))}: {error.strerror}", file=sys.stderr)
+        case _:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            print(f"out of memory: {reason}; lower parallel.micro_batch_size", file=sys.stderr)
 
 
 def _load(options: argparse.Namespace) -> ExperimentConfig:

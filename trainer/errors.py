@@ -4,6 +4,8 @@ Each of these is for a person: the command line prints its message as it stands,
 `exit_code`. The message follows one formula: where: what is wrong, with the values; what is allowed; what to do.
 """
 
+import errno
+
 
 class TurnoutError(Exception):
     """Base of every error that its reader can fix."""
@@ -76,3 +78,30 @@ class Stopped(BaseException):
     """A run was asked to stop before its first step. Like KeyboardInterrupt, no `except Exception` holds it up."""
 
     exit_code = PREEMPTED
+
+
+INTERRUPTED = 130
+"""Exit code of a process that Ctrl-C has ended, as shells have it."""
+
+
+def exit_code_of(error: BaseException) -> int | None:
+    """Return the exit code of a process that an error has ended; None for a bug, which Python shows and makes 1 of."""
+    match error:
+        case TurnoutError() | Stopped():
+            return error.exit_code
+        case KeyboardInterrupt():
+            return INTERRUPTED
+        case BrokenPipeError():  # the reader of our output has left, as head does
+            return 0
+        case OSError() if error.filename is not None:  # of the user, who may have typed it
+            return ConfigError.exit_code if error.errno == errno.ENAMETOOLONG else ResourceError.exit_code
+        case Exception() if _is_out_of_memory(error):
+            return ResourceError.exit_code
+    return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell memory that ran out from other failures; torch has a class of its own for it only on a GPU."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    is_said = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return is_said or bool(names & {"MemoryError", "OutOfMemoryError"})

@@ -1,10 +1,9 @@
-"""Named places where a test can make a run fail: killed, frozen, out of space. Nothing happens unless it is asked for.
+"""Named places where a test can make a run fail: killed, stuck, out of space. Nothing happens unless it is asked for.
 
     TURNOUT_FAULTS="save.mid_file#2:1=kill"    rank 1 is killed when it comes to save.mid_file for the second time
 
 Several are separated by commas. Without `#` it is the first time, without `:` every rank. Actions: `kill` (SIGKILL),
-`stop` (SIGSTOP), `term` (SIGTERM), `raise` (an error nobody expects), `full` (no space left on device), `sleep` (for
-30 s). Imports no torch.
+`raise` (an error nobody expects), `full` (no space left on device), `sleep` (for 30 s). Imports no torch.
 """
 
 import errno
@@ -14,7 +13,7 @@ import signal
 import time
 from dataclasses import dataclass
 
-_FAULT = re.compile(r"([a-z_.]+)(?:#(\d+))?(?::(\d+))?=(kill|stop|term|raise|full|sleep)")
+_FAULT = re.compile(r"([a-z_.]+)(?:#(\d+))?(?::(\d+))?=(kill|raise|full|sleep)")
 _SLEEP_S = 30.0
 
 
@@ -62,10 +61,6 @@ def happen(fault: Fault) -> None:
     match fault.action:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        case "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        case "term":
-            os.kill(os.getpid(), signal.SIGTERM)
         case "raise":
             raise RuntimeError(f"planted fault at {fault.point}")
         case "full":

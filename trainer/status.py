@@ -121,6 +121,19 @@ def read_statuses(folder: Path, attempt: str) -> dict[int, Status]:
     return statuses
 
 
+def remove_others(folder: Path, *, world_size: int) -> None:
+    """Remove what ranks wrote that a run with fewer of them no longer has.
+
+    Args:
+        folder: with the files of all ranks.
+        world_size: ranks that there are.
+    """
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if _NAME.fullmatch(path.name) and int(path.stem.removeprefix("rank")) >= world_size:
+                path.unlink()
+
+
 def _read(path: Path) -> Status | None:
     """Return a status; None if the file has gone or is not one."""
     try:

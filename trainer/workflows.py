@@ -31,7 +31,7 @@ from trainer.metrics.streaming import Utf8Streamer
 from trainer.metrics.summary import DomainScore, ExpertCounts, RunSummary
 from trainer.models.generation import generate
 from trainer.models.sampling import SamplingOptions
-from trainer.status import StatusFile
+from trainer.status import StatusFile, remove_others
 
 _SAMPLE_PROMPT_TOKENS, _SAMPLE_TOKENS = 48, 320
 
@@ -71,6 +71,7 @@ def train_run(
         with raise_together(mesh.world):
             if layout.rank == 0:
                 folder.lock()
+                remove_others(folder.status, world_size=layout.world_size)
                 faults.hit("start.locked")
         status.enter("start-up")
         run = build_run(config, folder, console, mesh, device)

@@ -5,6 +5,7 @@ them dies is done here as well, unless a scenario wants to see them end by thems
 """
 
 import os
+import re
 import resource
 import signal
 import sys
@@ -57,6 +58,15 @@ class Attempt:
         for rank in ranks:
             if rank not in self.poll():
                 os.kill(self.pids[rank], how)
+
+    def listens(self) -> bool:
+        """Tell whether every rank handles SIGTERM; before it does so, that ends it as it ends any process."""
+        caught = [
+            re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+            for rank, pid in enumerate(self.pids)
+            if rank not in self.codes
+        ]
+        return all(mask is not None and int(mask[1], 16) >> (signal.SIGTERM - 1) & 1 for mask in caught)
 
     def wait(self, *, seconds: float, until: Callable[[], bool] | None = None) -> bool:
         """Wait until all ranks have ended, or `until` is true; tell whether that was in time."""
@@ -174,6 +184,7 @@ def _be_a_rank(
     code = 99
     try:
         end_with(os.getppid())()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it, and so would the rank
         os.environ.update(variables)
         os.chdir(folder)
         descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

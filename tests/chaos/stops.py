@@ -1,4 +1,4 @@
-"""R10: runs are asked to stop at random moments. They save, say so by their exit code, and lose no step."""
+"""R10: runs are asked to stop at random moments, once they listen. They save, exit with 75, and lose no step."""
 
 import random
 import signal
@@ -18,7 +18,8 @@ def stop_at_random(
     wrong, draw = [], random.Random(seed)
     attempt = course.start(arena, prepare=prepare)
     metrics = course.run / "metrics.jsonl"
-    if draw.random() < 0.8:  # else anywhere from the first line of its code on
+    attempt.wait(seconds=LONGEST_S, until=attempt.listens)
+    if draw.random() < 0.8:  # else at any moment from here on
         attempt.wait(seconds=LONGEST_S, until=lambda: metrics.exists() and metrics.stat().st_size > 0)
     time.sleep(draw.uniform(0.0, 0.6))
     asked = range(course.world_size) if draw.random() < 0.5 else [draw.randrange(course.world_size)]

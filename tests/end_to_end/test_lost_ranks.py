@@ -31,8 +31,8 @@ checkpoint: {every: 70, keep: 2}
 parallel: {micro_batch_size: 4}
 metrics: {log_every: 1}
 """
-TIMEOUT_S, BOUND_S = 4.0, 5.0
-"""`parallel.timeout_s`, and how much later the survivors must have ended."""
+TIMEOUT_S, LIMIT_S = 4.0, 20.0
+"""`parallel.timeout_s`, and when the survivors must have ended, on a busy machine too; left alone it takes 2 to 8 s."""
 
 
 @pytest.fixture
@@ -58,15 +58,16 @@ def test_a_killed_or_frozen_rank_is_named_by_one_survivor_within_bounds(
     survivors = [rank for rank in range(3) if rank != victim]
     ep_size = f"parallel.ep_size={3 if victim else 1}"
     arguments = ["-m", "trainer", "train", "tiny.yaml", ep_size, f"parallel.timeout_s={TIMEOUT_S}"]
-    for _ in range(times):
+    for seed in range(times):
+        draw = random.Random(seed)
         (workplace / "runs/lost/metrics.jsonl").unlink(missing_ok=True)
         with launched(3, arguments, workplace) as ranks:
             wait_for_step(workplace, ranks, 3)
-            time.sleep(random.random())  # anywhere in a step, an evaluation or a save
+            time.sleep(draw.random())  # anywhere in a step, an evaluation or a save
             ranks.processes[victim].send_signal(how)
-            took = ranks.wait_for(survivors, seconds=TIMEOUT_S + BOUND_S)
+            took = ranks.wait_for(survivors, seconds=LIMIT_S)
             said = ranks.said()
-        print(f"{how.name} rank {victim}: survivors ended after {took:.1f} s\n{said}")
+        print(f"seed {seed}: {how.name} rank {victim}: survivors ended after {took:.1f} s\n{said}")
         assert ranks.codes(survivors) == [5, 5]
         assert said.count("not heard of") == 1
         first, *lines = said[said.index(f"rank {victim} is lost at step ") :].splitlines()

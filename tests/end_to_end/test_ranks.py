@@ -86,6 +86,9 @@ def test_a_run_of_two_ranks_goes_on_in_one_process_and_back(workplace: Path) -> 
         result = run(workplace, nproc, "train", "tiny.yaml", f"name={name}", *overrides)
         assert result.returncode == 0, result.stderr
         assert "resuming from" in result.stdout
+        assert [path.name for path in sorted((folder / "status").iterdir())] == [
+            f"rank{rank:05d}.json" for rank in range(nproc)
+        ]
         assert_same(workplace, name)
 
 
@@ -131,7 +134,8 @@ def test_the_slurm_script_starts_the_ranks_of_every_node(workplace: Path, tmp_pa
     """With a Slurm that is two scripts: both nodes are this machine, so one rank each."""
     tools = {
         "scontrol": 'echo 127.0.0.1; echo "not asked for"',
-        "srun": 'while [[ "$1" == --* ]]; do shift; done\n'
+        "srun": '[ "$1 $2" = "--kill-on-bad-exit=0 --wait=60" ] || exit 9\n'
+        'while [[ "$1" == --* ]]; do shift; done\n'
         'SLURM_NODEID=0 "$@" & first=$!\nSLURM_NODEID=1 "$@" & second=$!\nwait $first && wait $second',
     }
     for name, text in tools.items():

@@ -6,6 +6,7 @@ The issue's figure: `pytest tests/end_to_end/test_supervise.py -k restart --time
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed.launcher.api import LaunchConfig
 
 from tests.launched import ROOT
 from trainer import cli
@@ -173,22 +176,78 @@ def test_a_config_error_is_one_line_and_starts_nothing(
         assert message in line
 
 
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    """A port that another process listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        yield other.getsockname()[1]
+
+
+def test_a_port_that_is_taken_is_a_config_error(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], taken_port: int
+) -> None:
+    monkeypatch.chdir(workplace)
+    where = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(taken_port)]
+    monkeypatch.setattr(Supervisor, "run", lambda _: 99)
+    for node_rank, code, said in (
+        ("0", 2, f"MASTER_PORT={taken_port}: cannot be used on this machine: Address already in use; use another one,"),
+        ("1", 99, ""),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["launch", "tiny.yaml", "name=port", *where, "--node-rank", node_rank])
+        assert exit_.value.code == code
+        assert capsys.readouterr().err.startswith(said)
+
+
+def test_torchrun_that_cannot_meet_says_so_in_a_line(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], taken_port: int
+) -> None:
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    ranks = Launch(nnodes=2, master_addr="127.0.0.1", master_port=taken_port)
+    folder, policy = RunFolder(Path("runs/port")), Policy(max_restarts=0)
+    assert Supervisor(ranks, ["train", "tiny.yaml"], folder, patience_s=30, policy=policy).run() == 5
+    said = capfd.readouterr().err
+    assert said.count(f"ended with 5 (cannot meet the other machines through 127.0.0.1:{taken_port}: ") == 1, said
+    assert "Traceback" not in said and len(said.splitlines()) <= 4, said
+
+
+def test_what_another_launcher_says_of_ranks_is_not_heard(workplace: Path, start: Start) -> None:
+    """As in an interactive Slurm step, or under mpirun."""
+    other = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    code, said = ended(start(*launch("other", 1, "train.steps=2"), **other))
+    assert (code, said) == (0, ""), said
+    began = time.monotonic()
+    assert ended(start(*launch("other", 1, "train.step=2"), **other))[0] == 2
+    assert time.monotonic() - began < 9, "it waits for no rank 0"
+
+
 def test_a_data_error_of_two_ranks_is_exit_3_and_not_retried(start: Start) -> None:
     code, said = ended(start(*launch("nodata", 2, "data.sources.0.path=nowhere.txt")))
     assert code == 3, said
     assert "nowhere.txt" in said and len(said.splitlines()) == 1
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_config_error_that_the_ranks_find_is_exit_2_and_not_retried(start: Start) -> None:
+    """Rank 0 says it; rank 1 only waits for that, and torchrun ends it by SIGTERM."""
+    code, said = ended(start(*launch("nogpu", 2, "parallel.device=cuda")))
+    assert code == 2, said
+    assert "parallel.device" in said and len(said.splitlines()) == 1
+
+
 def test_a_restart_after_a_killed_rank_repeats_the_run_bit_for_bit(workplace: Path, start: Start, times: int) -> None:
     for number in range(times):
-        name, victim = f"killed{number}", random.randrange(2)
+        draw = random.Random(number)
+        name, victim = f"killed{number}", draw.randrange(2)
         process = start(*launch(name, 2))
-        statuses = wait_for(workplace, name, 2, step=random.randint(1, 50))
+        statuses = wait_for(workplace, name, 2, step=draw.randint(1, 50))
         began = time.monotonic()
         os.kill(statuses[victim].pid, signal.SIGKILL)
         wait_for(workplace, name, 2, step=1, not_of=statuses[0].attempt)
         print(
-            f"rank {victim} killed at step {statuses[victim].step}: trains again {time.monotonic() - began:.1f} s later"
+            f"seed {number}: rank {victim} killed at step {statuses[victim].step}: "
+            f"trains again {time.monotonic() - began:.1f} s later"
         )
         code, said = ended(process)
         assert code == 0, said
@@ -241,13 +300,19 @@ def test_a_crash_loop_ends_after_three_restarts_without_progress_and_names_the_r
     assert last == "every attempt ended in step 2 with rows 4 to 7; there is no checkpoint yet"
 
 
-def test_a_stop_of_the_supervisor_of_torchrun_or_of_one_rank_loses_no_step(workplace: Path, start: Start) -> None:
+def test_a_stop_of_the_supervisor_torchrun_one_rank_or_all_loses_no_step(workplace: Path, start: Start) -> None:
     step = 0
-    for who, number in (("supervisor", signal.SIGUSR1), ("torchrun", signal.SIGTERM), ("rank", signal.SIGUSR1)):
+    for who, number in (
+        ("supervisor", signal.SIGUSR1),
+        ("torchrun", signal.SIGTERM),
+        ("rank", signal.SIGHUP),
+        ("everyone", signal.SIGUSR1),  # as Slurm's --signal=USR1 does it
+    ):
         process = start(*launch("stopped", 2, "checkpoint.every=null"))
         statuses = wait_for(workplace, "stopped", 2, step=step + 1)
         pids = {"supervisor": process.pid, "torchrun": parent(statuses[0].pid), "rank": statuses[1].pid}
-        os.kill(pids[who], number)
+        for pid in [pids[who]] if who in pids else [*pids.values(), statuses[0].pid]:
+            os.kill(pid, number)
         code, said = ended(process)
         assert (code, said) == (75, ""), who
         saved = newest(workplace, "stopped")
@@ -284,12 +349,21 @@ def test_a_stop_before_the_first_step_is_75_and_saves_nothing(workplace: Path, s
 
 
 def test_plain_torchrun_restarts_and_saves_when_it_is_stopped(workplace: Path, start: Start) -> None:
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3"]
-    process = start(*torchrun, "-m", "trainer", "train", "tiny.yaml", "name=plain", "checkpoint.every=10")
+    """With the options of docs/reliability.md; SIGUSR1 comes to every process, as from Slurm."""
+    text = (ROOT / "docs/reliability.md").read_text()
+    (documented,) = re.findall(r"^torchrun (--signals-to-handle .*) --nproc-per-node", text, re.MULTILINE)
+    options = documented.split()
+    if not hasattr(LaunchConfig, "shutdown_timeout"):  # torch 2.11
+        options = options[: options.index("--shutdown-timeout")]
+    torchrun = ["torch.distributed.run", *options, "--standalone", "--nproc-per-node", "2", "--max-restarts", "3"]
+    # The run waits for a slow test before it is done.
+    fault = {"TURNOUT_FAULTS": "step.begin#60=sleep"}
+    process = start(*torchrun, "-m", "trainer", "train", "tiny.yaml", "name=plain", "checkpoint.every=10", **fault)
     pid = wait_for_pid(workplace, other_than=0, step=15)
     os.kill(pid, signal.SIGKILL)
-    wait_for_pid(workplace, other_than=pid, step=15)
-    process.terminate()
+    pid = wait_for_pid(workplace, other_than=pid, step=15)
+    for one in (read_statuses(workplace / "runs/plain/status", "")[0].pid, pid, process.pid):
+        os.kill(one, signal.SIGUSR1)
     code, said = ended(process)
     assert code == 1, "torchrun's own"
     done = losses(workplace, "plain")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from trainer import status as module
-from trainer.status import ATTEMPT, StatusFile, read_statuses
+from trainer.status import ATTEMPT, StatusFile, read_statuses, remove_others
 
 
 @pytest.fixture
@@ -67,3 +67,12 @@ def test_a_disk_that_refuses_stops_nothing(tmp_path: Path) -> None:
 def test_a_rank_that_never_began_writes_nothing(file: StatusFile) -> None:
     file.end(2, "the folder is another run's")
     assert not file.path.exists()
+
+
+def test_ranks_that_are_no_more_are_forgotten(tmp_path: Path) -> None:
+    remove_others(tmp_path / "not_yet", world_size=1)
+    for rank in (0, 1, 2, 100000):
+        StatusFile(tmp_path, rank=rank).enter("start-up")
+    (tmp_path / "other.json").touch()
+    remove_others(tmp_path, world_size=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.json", "rank00000.json", "rank00001.json"]

@@ -2,23 +2,38 @@
 
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Self
 
 from trainer.errors import Stopped
 
-_SAME_REQUEST_S = 2.0
+SAME_REQUEST_S = 2.0
+"""What comes so soon after a request belongs to it: a scheduler and torchrun both send it to every process."""
+_ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
+def listen(handler: Callable[[int, FrameType | None], None]) -> dict[int, object]:
+    """Handle what asks a process to stop: SIGTERM, Ctrl-C, SIGUSR1 (Slurm's warning), SIGHUP (the terminal has gone).
+
+    A signal that was ignored before (nohup, a shell's &) stays ignored.
+
+    Returns:
+        Who handled each of them before.
+    """
+    heard = [number for number in _ASKING if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in heard}
 
 
 class StopRequest:
-    """Listens for Ctrl-C, SIGTERM and SIGUSR1 (what Slurm is told to send before it ends a job).
+    """Notes the first signal that asks to stop.
 
     Before the first step there is nothing to save, and the run ends where it is. From then on the handler only sets a
     flag: the loop looks at it between two steps.
 
     Another signal is handled as if nobody listened, so an impatient user always gets out; what was saved before stays.
-    Not so within 2 seconds of the first: a scheduler and torchrun both send it to every process. Nor once the request
-    was obeyed: the process is ending, and torchrun sends one more as soon as the first rank has ended.
+    Not so within 2 seconds of the first. Nor once the request was obeyed: the process is ending, and torchrun sends
+    one more as soon as the first rank has ended.
     """
 
     def __init__(self) -> None:
@@ -33,8 +48,7 @@ class StopRequest:
         return self.requested_by is not None
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            self._before[number] = signal.signal(number, self._on_signal)
+        self._before = listen(self._on_signal)
         return self
 
     def __exit__(
@@ -74,7 +88,7 @@ class StopRequest:
             self.requested_by, self._since = signal.Signals(number).name, time.monotonic()
             if self._ends_at_once:
                 self.check()
-        elif time.monotonic() - self._since > _SAME_REQUEST_S:
+        elif time.monotonic() - self._since > SAME_REQUEST_S:
             self._restore()
             signal.raise_signal(number)
 

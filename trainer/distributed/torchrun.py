@@ -1,4 +1,4 @@
-"""torchrun for a supervisor, `python -m trainer.distributed.torchrun`: it reports what ended its ranks, in silence.
+"""torchrun for a supervisor, `python -m trainer.distributed.torchrun`, that reports in silence what has ended and how.
 
 torchrun itself exits with 1 whatever happened, and repeats every error in a page of its own.
 """
@@ -11,13 +11,15 @@ from typing import Any
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main
+from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.run import main, parse_args
 
+from trainer.errors import CommError
 from trainer.status import REPORT
 
 
 def run() -> None:
-    """Run torchrun with this process's arguments; exit with 1 if a rank failed or a signal came."""
+    """Run torchrun with this process's arguments; exit with 1 if a rank failed or a signal came, with 5 if it did."""
     descriptor = int(os.environ.pop(REPORT))  # not for the ranks
     logging.disable(logging.ERROR)  # what it says of ranks is in the report
     try:
@@ -29,9 +31,24 @@ def run() -> None:
         _report(descriptor, {"failures": failures})
     except SignalException as error:
         _report(descriptor, {"signal": error.sigval.name})
+    except (RuntimeError, RendezvousError) as error:  # of its store, which it has through the network
+        _report(descriptor, {"error": _explained(error)})
+        sys.exit(CommError.exit_code)
     else:
         return
     sys.exit(1)
+
+
+def _explained(error: Exception) -> str:
+    """Return torchrun's own failure in one line."""
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    options = parse_args(sys.argv[1:])
+    if options.standalone:
+        return reason
+    return (
+        f"cannot meet the other machines through {options.master_addr}:{options.master_port}: {reason}; check that "
+        "every machine was started, with the same MASTER_ADDR and MASTER_PORT, and that the port is free on the first"
+    )
 
 
 def _report(descriptor: int, report: dict[str, Any]) -> None:

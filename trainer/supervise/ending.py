@@ -1,12 +1,13 @@
 """How an attempt ended: which rank's end it was, with what code, in which step."""
 
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from trainer.errors import PREEMPTED
 from trainer.status import Status
+from trainer.supervise.policy import STAYS_WRONG
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,18 +43,27 @@ class _Failure:
 
 
 def judge(
-    returncode: int, *, pid: int, report: Mapping[str, Any], statuses: Mapping[int, Status], is_alone: bool
+    returncode: int,
+    *,
+    pid: int,
+    report: Mapping[str, Any],
+    statuses: Mapping[int, Status],
+    ranks: Collection[int],
+    is_alone: bool,
 ) -> Ending:
     """Find out what ended an attempt.
 
     torchrun's own exit code is 1 whatever happened, and a rank that was killed leaves no word: what torchrun reports
-    comes first, then what the ranks wrote themselves.
+    comes first, then what the ranks wrote themselves. When one rank fails, torchrun ends the others by SIGTERM (after
+    30 s by SIGKILL) and reports them as well. A signal that came too late to stop anything changes nothing: where all
+    ranks of this machine wrote that the run is done, it is.
 
     Args:
         returncode: of the process that was started; negative for a signal.
         pid: of that process.
         report: of torchrun; empty if it gave none.
         statuses: what this attempt's ranks wrote last.
+        ranks: those of this machine.
         is_alone: the process is the only rank, not torchrun.
     """
     reported = [_Failure(**failure) for failure in report.get("failures", [])]
@@ -68,13 +78,15 @@ def judge(
     failures = [failure for failure in reported if failure.rank not in ended] + written
     has_begun = any(status.phase != "start-up" for status in statuses.values())
     if failures:
-        # The others end because one did: a signal tells most, being asked to stop least; the first to end knows why.
-        first = min(failures, key=lambda one: (one.code >= 0, one.code == PREEMPTED, one.time, one.rank))
+        first = min(failures, key=lambda one: (_weight(one.code), one.time, one.rank))
         code, why = first.code, f" ({first.error})" if first.error else ""
         what = f"rank {first.rank} (pid {first.pid}) {_how(code)}{why}"
+    elif all(rank in statuses and statuses[rank].exit_code == 0 for rank in ranks):
+        code, what = 0, "every rank ended with 0"
     else:
         code = PREEMPTED if "signal" in report and not has_begun else returncode
-        what = f"{'rank 0' if is_alone else 'torchrun'} (pid {pid}) {_how(returncode)}"
+        why = f" ({report['error']})" if "error" in report else ""
+        what = f"{'rank 0' if is_alone else 'torchrun'} (pid {pid}) {_how(returncode)}{why}"
     exit_code = code
     if code < 0:  # of several ranks, the others have said what a lost one means
         said = [failure.code for failure in written if failure.code != PREEMPTED]
@@ -89,6 +101,17 @@ def judge(
         rows=None if last is None else last.rows,
         has_begun=has_begun,
     )
+
+
+def _weight(code: int) -> int:
+    """Return a failure's place among several, as the others end because one did; of equals the first knows why."""
+    if code in STAYS_WRONG:
+        return 0  # whatever else happened would happen again
+    if code == -signal.SIGTERM:
+        return 4  # by torchrun, as another rank had failed
+    if code == PREEMPTED:
+        return 3
+    return 1 if code < 0 else 2
 
 
 def _last(statuses: Mapping[int, Status]) -> Status | None:

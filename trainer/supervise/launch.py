@@ -1,6 +1,7 @@
 """Which ranks this machine starts, and the command that starts them."""
 
 import os
+import socket
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,15 @@ SUPERVISOR = "TURNOUT_SUPERVISOR"
 """Environment variable: the supervisor's process id."""
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 _SHUTDOWN_S = "600"
-"""torchrun kills ranks that have not ended so long after a signal: saving may take a while."""
+"""torchrun kills ranks that have not ended so long after a signal: saving may take a while. After the failure of a rank
+it kills the others 30 s later, whatever this says; and torch 2.11 knows no other time at all."""
+_OF_A_RANK = {
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
+    *(f"TORCHELASTIC_{name}" for name in ("RUN_ID", "RESTART_COUNT", "MAX_RESTARTS", "USE_AGENT_STORE", "ERROR_FILE")),
+    "TORCHELASTIC_SIGNALS_TO_HANDLE",
+}
+"""Environment variables by which torchrun tells a rank what it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +87,29 @@ class Launch:
         """Ranks on all machines."""
         return self.nproc * self.nnodes
 
+    @property
+    def ranks(self) -> range:
+        """Those of this machine."""
+        return range(self.node_rank * self.nproc, (self.node_rank + 1) * self.nproc)
+
+    def check_port(self) -> None:
+        """Refuse a port that is taken, on the machine whose port it is.
+
+        Raises:
+            ConfigError: if another process listens there, or this one may not.
+        """
+        if self.nnodes == 1 or self.node_rank != 0:
+            return
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does
+            try:
+                probe.bind(("", self.master_port))
+            except OSError as error:
+                raise ConfigError(
+                    f"MASTER_PORT={self.master_port}: cannot be used on this machine: {error.strerror}; "
+                    "use another one, the same on every machine"
+                ) from None
+
     def command(self, arguments: Sequence[str]) -> list[str]:
         """Return the command that starts this machine's ranks: one directly, several by torchrun.
 
@@ -95,7 +127,10 @@ class Launch:
 
 
 def environment_of_attempt(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return a new attempt's environment: the given one with the attempt's name and what torchrun should know."""
+    """Return a new attempt's environment: the given one with the attempt's name and what torchrun should know.
+
+    What another launcher says of ranks is left out: the ranks of an attempt are this one's alone.
+    """
     own = {ATTEMPT: uuid.uuid4().hex, SUPERVISOR: str(os.getpid())}
     if sys.flags.safe_path:  # python -P is not handed down by torchrun
         own["PYTHONSAFEPATH"] = "1"
@@ -103,4 +138,5 @@ def environment_of_attempt(environment: Mapping[str, str]) -> dict[str, str]:
         "PET_SIGNALS_TO_HANDLE": environment.get("TORCHELASTIC_SIGNALS_TO_HANDLE", _SIGNALS),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": _SHUTDOWN_S,
     }
-    return {**defaults, **environment, **own}
+    given = {name: value for name, value in environment.items() if name not in _OF_A_RANK}
+    return {**defaults, **given, **own}

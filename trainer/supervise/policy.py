@@ -3,18 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.errors import PREEMPTED, CheckpointError, ConfigError, DataError, NumericsError
+from trainer.errors import INTERRUPTED, PREEMPTED, CheckpointError, ConfigError, DataError, NumericsError
 
-_INTERRUPTED = 130
-_FINAL = {
-    0,
-    ConfigError.exit_code,
-    DataError.exit_code,
-    CheckpointError.exit_code,
-    NumericsError.exit_code,
-    PREEMPTED,
-    _INTERRUPTED,
-}
+STAYS_WRONG = {ConfigError.exit_code, DataError.exit_code, CheckpointError.exit_code, NumericsError.exit_code}
+"""Exit codes of what no other attempt can mend."""
+_FINAL = {0, *STAYS_WRONG, PREEMPTED, INTERRUPTED}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

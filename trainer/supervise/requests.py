@@ -5,15 +5,11 @@ import time
 from types import FrameType, TracebackType
 from typing import Self
 
-_SAME_REQUEST_S = 2.0
+from trainer.distributed.signals import SAME_REQUEST_S, listen
 
 
 class StopRequests:
-    """Counts requests to stop: SIGTERM, Ctrl-C, SIGUSR1, SIGHUP.
-
-    What comes within 2 seconds of a request belongs to it. A signal that was ignored before (nohup, a shell's &) stays
-    ignored.
-    """
+    """Counts requests to stop; what comes within 2 seconds of one belongs to it."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -23,9 +19,7 @@ class StopRequests:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self._before[number] = signal.signal(number, self._on_signal)
+        self._before = listen(self._on_signal)
         return self
 
     def __exit__(
@@ -42,7 +36,7 @@ class StopRequests:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.count and now - self._last <= _SAME_REQUEST_S:
+        if self.count and now - self._last <= SAME_REQUEST_S:
             return
         self.count += 1
         self.name = self.name or signal.Signals(number).name

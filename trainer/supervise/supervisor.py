@@ -93,7 +93,14 @@ class Supervisor:
                 child.kill()
         report = child.close()
         statuses = self._statuses(environment)
-        return judge(returncode, pid=child.pid, report=report, statuses=statuses, is_alone=is_alone)
+        return judge(
+            returncode,
+            pid=child.pid,
+            report=report,
+            statuses=statuses,
+            ranks=self._launch.ranks,
+            is_alone=is_alone,
+        )
 
     def _statuses(self, environment: dict[str, str]) -> dict[int, Status]:
         return read_statuses(self._folder.status, environment[ATTEMPT])

@@ -7,7 +7,7 @@ from trainer.distributed import signals
 from trainer.distributed.signals import StopRequest
 from trainer.errors import Stopped
 
-NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_the_same_request_by_two_senders_is_one(heard: list[int], number: signal
 
 
 def test_a_later_signal_is_handled_as_if_nobody_listened(heard: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signals, "_SAME_REQUEST_S", -1.0)
+    monkeypatch.setattr(signals, "SAME_REQUEST_S", -1.0)
     with StopRequest() as stop:
         stop.begin_steps()
         signal.raise_signal(signal.SIGTERM)
@@ -62,7 +62,7 @@ def test_a_later_signal_is_handled_as_if_nobody_listened(heard: list[int], monke
 
 
 def test_a_run_that_has_obeyed_hears_no_more(heard: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signals, "_SAME_REQUEST_S", -1.0)
+    monkeypatch.setattr(signals, "SAME_REQUEST_S", -1.0)
     with StopRequest() as stop:
         stop.begin_steps()
         signal.raise_signal(signal.SIGTERM)
@@ -70,3 +70,13 @@ def test_a_run_that_has_obeyed_hears_no_more(heard: list[int], monkeypatch: pyte
         signal.raise_signal(signal.SIGTERM)
     signal.raise_signal(signal.SIGTERM)
     assert heard == []
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_what_was_ignored_stays_ignored(heard: list[int], number: signal.Signals) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    with StopRequest() as stop:
+        signal.raise_signal(number)
+        assert not stop
+        assert signal.getsignal(number) is signal.SIG_IGN
+    assert signal.getsignal(number) is signal.SIG_IGN

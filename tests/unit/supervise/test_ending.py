@@ -1,3 +1,5 @@
+import pytest
+
 from trainer.status import Phase, Status
 from trainer.supervise.ending import Ending, judge
 
@@ -14,11 +16,20 @@ def ended(rank: int, step: int, code: int, error: str | None = None, *, updated:
 
 
 def torchrun(code: int, report: dict, *statuses: Status) -> Ending:
-    return judge(code, pid=99, report=report, statuses={s.rank: s for s in statuses}, is_alone=False)
+    written = {status.rank: status for status in statuses}
+    return judge(code, pid=99, report=report, statuses=written, ranks=range(2), is_alone=False)
+
+
+def alone(code: int, status: Status) -> Ending:
+    return judge(code, pid=100, report={}, statuses={0: status}, ranks=[0], is_alone=True)
+
+
+def failed(codes: dict[int, int]) -> dict:
+    return {"failures": [{"rank": rank, "pid": 100 + rank, "code": code} for rank, code in codes.items()]}
 
 
 def failure(rank: int, code: int) -> dict:
-    return {"failures": [{"rank": rank, "pid": 100 + rank, "code": code}]}
+    return failed({rank: code})
 
 
 def test_a_killed_rank_is_named_with_the_survivors_step_and_code() -> None:
@@ -29,7 +40,7 @@ def test_a_killed_rank_is_named_with_the_survivors_step_and_code() -> None:
 
 
 def test_an_only_rank_that_is_killed_was_about_where_it_said_last() -> None:
-    ending = judge(-9, pid=100, report={}, statuses={0: running(0, 30, "saving")}, is_alone=True)
+    ending = alone(-9, running(0, 30, "saving"))
     assert (ending.code, ending.exit_code) == (-9, 137)
     assert f"{ending.what} {ending.where}" == "rank 0 (pid 100) was killed by SIGKILL at about step 30 (saving)"
 
@@ -56,8 +67,35 @@ def test_torchrun_that_is_killed_or_fails_itself_is_named() -> None:
     ending = torchrun(-9, {}, running(0, 4), running(1, 5))
     assert f"{ending.what} {ending.where}" == "torchrun (pid 99) was killed by SIGKILL at about step 5"
     assert torchrun(1, {}).what == "torchrun (pid 99) ended with 1"
+    assert torchrun(5, {"error": "no"}).what == "torchrun (pid 99) ended with 5 (no)"
 
 
 def test_a_rank_that_is_killed_on_its_way_out_had_ended() -> None:
-    ending = judge(-15, pid=100, report={}, statuses={0: ended(0, 9, 75)}, is_alone=True)
-    assert ending.code == 75
+    assert alone(-15, ended(0, 9, 75)).code == 75
+
+
+@pytest.mark.parametrize("code", [2, 3, 4, 6])
+@pytest.mark.parametrize("other", [-15, -9, -6, 1, 5, 7, 75])
+def test_an_error_that_stays_is_the_end_whatever_became_of_the_other_rank(code: int, other: int) -> None:
+    for ending in (
+        torchrun(1, failed({0: code, 1: other})),
+        torchrun(1, failed({0: other, 1: code}), ended(1, 9, code)),
+        torchrun(1, failure(0, other), ended(1, 9, code)),
+    ):
+        assert (ending.code, ending.exit_code) == (code, code)
+
+
+def test_of_failures_that_may_pass_a_signal_comes_first_and_torchrun_s_own_last() -> None:
+    for codes, code in (((7, -11), -11), ((-15, 7), 7), ((75, 1), 1), ((-15, 75), 75), ((-15, -9), -9)):
+        ending = torchrun(1, failed(dict(enumerate(codes))))
+        assert ending.code == code, codes
+        assert ending.what.startswith(f"rank {codes.index(code)} "), codes
+
+
+def test_a_run_that_was_done_when_it_was_asked_to_stop_is_done() -> None:
+    done = [ended(0, 9, 0), ended(1, 9, 0)]
+    for code, report in ((1, {"signal": "SIGTERM"}), (-9, {}), (1, failure(1, -15))):
+        assert (torchrun(code, report, *done).code, torchrun(code, report, *done).exit_code) == (0, 0)
+    assert alone(-15, ended(0, 9, 0)).exit_code == 0
+    assert torchrun(1, {"signal": "SIGTERM"}, ended(0, 9, 0), running(1, 9)).code == 1, "one was not"
+    assert torchrun(1, {"signal": "SIGTERM"}, ended(0, 9, 0), ended(2, 9, 0)).code == 1, "of another machine"

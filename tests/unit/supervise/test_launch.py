@@ -38,10 +38,17 @@ def test_one_rank_is_started_directly_and_several_by_torchrun() -> None:
     assert nodes == [*torchrun, *meeting, *trainer]
 
 
+def test_ranks_are_counted_node_by_node() -> None:
+    assert list(Launch(nproc=2).ranks) == [0, 1]
+    assert list(Launch(nproc=2, nnodes=3, node_rank=2, master_addr="a").ranks) == [4, 5]
+
+
 def test_every_attempt_has_its_name_and_torchrun_hears_usr1_and_is_patient() -> None:
     one, two = environment_of_attempt({"A": "b"}), environment_of_attempt({})
     assert one["A"] == "b" and one[ATTEMPT] != two[ATTEMPT] and one[SUPERVISOR] == str(os.getpid())
     assert "SIGUSR1" in one["PET_SIGNALS_TO_HANDLE"] and one["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "600"
+    theirs = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"]
+    assert not {*theirs} & {*environment_of_attempt(dict.fromkeys(theirs, "1"))}, "of another launcher"
     own = {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
     environment = environment_of_attempt(own)
     assert environment["PET_SIGNALS_TO_HANDLE"] == "SIGTERM" and environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "5"

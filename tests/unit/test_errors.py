@@ -1,0 +1,48 @@
+import errno
+import os
+
+import pytest
+
+from trainer import cli
+from trainer.errors import ConfigError, ElsewhereError, Stopped, exit_code_of
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch's own."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x"), 2),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), 7),
+        (BrokenPipeError(), 0),
+        (KeyboardInterrupt(), 130),
+        (MemoryError(), 7),
+        (OutOfMemoryError("no"), 7),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"), 7),
+        (OSError(errno.ENOSPC, "No space left on device"), None),
+        (RuntimeError("no"), None),
+    ],
+)
+def test_the_process_ends_with_the_code_of_its_error(
+    error: BaseException, code: int | None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    assert exit_code_of(error) == code
+    monkeypatch.setattr(cli, "schema_text", fail)
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    if code is None:
+        with pytest.raises(type(error)):
+            cli.main(["config", "schema"])
+        return
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["config", "schema"])
+    assert exit_.value.code == code
+    assert len(capfd.readouterr().err.splitlines()) == (code != 0)
+
+
+def test_errors_of_ours_know_their_code() -> None:
+    assert [exit_code_of(error) for error in (ConfigError("x"), ElsewhereError("x", 6), Stopped("x"))] == [2, 6, 75]
