@@ -152,8 +152,9 @@ def build_mesh(layout: Layout, journal: Journal, watch: Watch | None = None) -> 
         mine = next(ranks for ranks in members if layout.rank in ranks)
         return Group(name, mine, me=layout.rank, handle=handles[tuple(mine)], journal=journal, watch=watch)
 
-    world = group("world", [everyone])
-    different = differing(world, {"parallel": {"ep_size": layout.ep_size}})
+    # With a journal of its own: the run's begins with what the run exchanges.
+    starting = Group("start", everyone, me=layout.rank, handle=dist.group.WORLD, journal=Journal(), watch=watch)
+    different = differing(starting, {"parallel": {"ep_size": layout.ep_size}})
     if different:  # now, since ranks that make different groups wait for each other
         raise ConfigError(f"{different[0]}; all ranks need the same config")
     # On the CPU whatever the ranks compute on, with its own journal: another thread uses it.
@@ -161,7 +162,7 @@ def build_mesh(layout: Layout, journal: Journal, watch: Watch | None = None) -> 
     return Mesh(
         layout=layout,
         saving=Group("saving", everyone, me=layout.rank, handle=saving, journal=Journal()),
-        world=world,
+        world=group("world", [everyone]),
         ep=group("ep", layout.ep_ranks()),
         ep_inside=group("ep inside a node", layout.ep_inside_ranks()),
         ep_between=group("ep between nodes", layout.ep_between_ranks()),
