@@ -297,7 +297,8 @@ def test_a_full_disk_while_saving_leaves_older_checkpoints_and_exits_7(workplace
     first = run(workplace, "train", "tiny.yaml", "train.steps=10", "schedule.warmup_steps=2")
     assert first.returncode == 0
     size = max(f.stat().st_size for f in (workplace / "runs/tiny/checkpoints/step_00000010").iterdir())
-    result = run(workplace, "train", "tiny.yaml", "checkpoint.every=5", "checkpoint.retry_s=0", limit_bytes=size - 1)
+    overrides = ["checkpoint.every=5", "checkpoint.retry_s=0"]
+    result = run(workplace, "launch", "tiny.yaml", *overrides, limit_bytes=size - 1)  # and does not start it again
     assert re.search(r"step 15 not saved: .*; earlier checkpoints are intact\n", result.stdout)
     refused(result, 7, r"step 20 not saved: .*earlier checkpoints are intact: make room and start the run again")
     assert checkpoints(workplace) == ["step_00000010"]

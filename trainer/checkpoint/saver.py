@@ -25,14 +25,13 @@ from trainer.checkpoint.files import write_durably, write_files
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import FORMAT, MANIFEST, Manifest, StoredFile, StoredSlice, StoredTensor, manifest_text
 from trainer.checkpoint.plan import SavePlan, describe, plan_save
+from trainer.checkpoint.shared import VISIBLE_S
 from trainer.checkpoint.state import TrainState
 from trainer.distributed.collectives import Group
 from trainer.distributed.mesh import Mesh
 from trainer.errors import CheckpointError, ResourceError, TurnoutError
 
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_VISIBLE_S = 30.0
-"""A network file system may show a folder to other nodes so much later."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,7 +262,7 @@ def _first_error(group: Group, error: TurnoutError | None) -> TurnoutError | Non
 
 
 def _wait_for(folder: Path) -> None:
-    end = time.monotonic() + _VISIBLE_S
+    end = time.monotonic() + VISIBLE_S
     while not folder.is_dir() and time.monotonic() < end:
         time.sleep(0.05)
 

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.errors import PREEMPTED
+from trainer.errors import PREEMPTED, ResourceError
 from trainer.status import Status
 from trainer.supervise.policy import STAYS_WRONG
 
@@ -28,6 +28,8 @@ class Ending:
     """First and last row of that step."""
     has_begun: bool
     """A rank had come to its first step."""
+    is_unsaved: bool
+    """The disk refused a save that had to be: another attempt would compute the same again, for the same disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +102,7 @@ def judge(
         step=0 if last is None else last.step,
         rows=None if last is None else last.rows,
         has_begun=has_begun,
+        is_unsaved=code == ResourceError.exit_code and last is not None and last.phase == "saving",
     )
 
 

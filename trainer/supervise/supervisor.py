@@ -60,9 +60,9 @@ class Supervisor:
                 endings.append(ending)
                 if requests.count:
                     return self._stopped(requests, ending)
-                restart = decide(history, before=before, policy=self._policy)
+                restart = None if ending.is_unsaved else decide(history, before=before, policy=self._policy)
                 if restart is None:
-                    if is_retried(ending.code):
+                    if is_retried(ending.code) and not ending.is_unsaved:
                         _say(_given_up(endings[-self._policy.max_restarts - 1 :], history[-1].checkpoint))
                     return ending.exit_code
                 _say(_announcement(ending, history[-1].checkpoint, restart))

@@ -99,3 +99,11 @@ def test_a_run_that_was_done_when_it_was_asked_to_stop_is_done() -> None:
     assert alone(-15, ended(0, 9, 0)).exit_code == 0
     assert torchrun(1, {"signal": "SIGTERM"}, ended(0, 9, 0), running(1, 9)).code == 1, "one was not"
     assert torchrun(1, {"signal": "SIGTERM"}, ended(0, 9, 0), ended(2, 9, 0)).code == 1, "of another machine"
+
+
+def test_a_save_that_had_to_be_and_was_refused_is_told_from_memory_that_ran_out() -> None:
+    full = ended(0, 30, 7, "step 30 not saved")
+    full.phase = "saving"
+    assert alone(7, full).is_unsaved
+    assert not alone(7, ended(0, 30, 7, "out of memory")).is_unsaved
+    assert not alone(-9, running(0, 30, "saving")).is_unsaved
