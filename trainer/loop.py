@@ -80,7 +80,7 @@ def fit(run: Run, stop: StopRequest, status: StatusFile) -> EvalResult | None:
         if every(config.checkpoint.every, done) or is_last or stopped_by:
             journal.enter("saving")
             status.enter("saving")
-            save(run, done, is_needed=is_last or stopped_by is not None)
+            save(run, done, is_last=is_last, is_stopped=stopped_by is not None)
         else:
             announce(run, run.saver.finished())
         faults.hit("step.done")
@@ -111,19 +111,19 @@ def evaluate_as_configured(
     )
 
 
-def save(run: Run, done: int, *, is_needed: bool) -> None:
+def save(run: Run, done: int, *, is_last: bool = False, is_stopped: bool = False) -> None:
     """Begin to save a checkpoint, or save it now; a disk that refuses only ends the run if there is no later chance."""
     guard.confirm_copies(run, done)  # a copy that has gone wrong must not be saved as the truth
     announce(run, run.saver.wait())  # one at a time
-    if is_needed:
-        _save_now(run, done)
+    if is_last or is_stopped:
+        _save_now(run, done, prunes=is_last)  # who asked a run to stop does not wait for long
         return
     run.saver.start(done, run.engine.state(), run.checkpoint_info())
     if not run.config.checkpoint.asynchronous:
         announce(run, run.saver.wait())
 
 
-def _save_now(run: Run, done: int) -> None:
+def _save_now(run: Run, done: int, *, prunes: bool) -> None:
     """Save and wait for it; what is learned is in memory still, so try again for a while if the disk refuses.
 
     Raises:
@@ -131,7 +131,7 @@ def _save_now(run: Run, done: int) -> None:
     """
     pause_s, end = _FIRST_PAUSE_S, time.monotonic() + run.config.checkpoint.retry_s
     while True:
-        run.saver.start(done, run.engine.state(), run.checkpoint_info())
+        run.saver.start(done, run.engine.state(), run.checkpoint_info(), prunes=prunes)
         saved = run.saver.wait()
         assert saved is not None, "it was started"
         if saved.error is None:

@@ -85,11 +85,12 @@ def train_run(
             is_everybodys = isinstance(error, TurnoutError) and not isinstance(error, CommError)
             if is_everybodys or mesh.world.size == 1:
                 announce(run, run.saver.wait())
+                run.saver.close()
             raise
+        run.saver.close()  # a thread that python cuts off on its way out may abort the process
         if evaluation is None:
             return PREEMPTED
         faults.hit("end.trained")
-        run.saver.close()
         prompt, sample = _sample(run)  # every rank takes part: it needs everyone's experts
         if layout.rank == 0:
             faults.hit("end.summary")

@@ -9,6 +9,7 @@ import re
 import resource
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -205,6 +206,9 @@ def _be_a_rank(
         traceback.print_exc()
         code = 1
     finally:
+        # Python cuts such a thread off on its way out, in the middle of torch's code: now and then that aborts.
+        if code in (0, 75) and any(thread.name == "saver" for thread in threading.enumerate()):
+            print("Traceback: the run has ended, and a thread still saves")
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

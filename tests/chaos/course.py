@@ -90,8 +90,9 @@ class Course:
     def finish(self, arena: Arena, *, prepare: Prepare | None = None) -> list[str]:
         """Go on with the run to its end, undisturbed; return what is wrong."""
         attempt = self.start(arena, prepare=prepare)
-        codes = attempt.settle(seconds=LONGEST_S)
-        return [] if set(codes) == {0} else [f"did not finish: {codes}: {attempt.said()[-2000:]}"]
+        codes, said = attempt.settle(seconds=LONGEST_S), attempt.said()
+        is_well = set(codes) == {0} and "Traceback" not in said
+        return [] if is_well else [f"did not finish as it should: {codes}: {said[-2000:]}"]
 
 
 def observe(prepare: Prepare | None) -> None:

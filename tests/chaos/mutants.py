@@ -93,8 +93,8 @@ def a_save_is_reported_before_it_is_done() -> None:
     """Say `saved` when the snapshot is taken."""
     start = Saver.start
 
-    def hasty(saver: Saver, step: int, state: TrainState, run: Mapping[str, Any]) -> None:
-        start(saver, step, state, run)
+    def hasty(saver: Saver, step: int, state: TrainState, run: Mapping[str, Any], **options: Any) -> None:
+        start(saver, step, state, run, **options)
         path = saver.folder.of_step(step)
         saved = Saved(step=step, path=path, error=None, size_bytes=0, stalled_s=0, behind_s=0)
         print(f"saved runs/chaos/checkpoints/{saved.path.name}", flush=True)
@@ -112,10 +112,10 @@ def the_snapshot_is_no_copy() -> None:
     start, begin = Saver.start, CheckpointFolder.begin
     watched: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def watch(saver: Saver, step: int, state: TrainState, run: Mapping[str, Any]) -> None:
+    def watch(saver: Saver, step: int, state: TrainState, run: Mapping[str, Any], **options: Any) -> None:
         weight = next(part.tensor for name, part in state.slices.items() if name.startswith("model."))
         watched[:] = [(weight, weight.clone())]
-        start(saver, step, state, run)
+        start(saver, step, state, run, **options)
 
     def late(folder: CheckpointFolder, step: int) -> None:
         (weight, before), end = watched[0], time.monotonic() + 2  # after the last step nothing changes any more
@@ -138,6 +138,18 @@ def leftovers_are_not_cleaned() -> None:
     CheckpointFolder.clean = lambda folder: None  # type: ignore[method-assign]
 
 
+def the_end_does_not_wait_for_the_saver() -> None:
+    """Leave a thread to python's way out."""
+    prune = CheckpointFolder.prune
+
+    def slow(folder: CheckpointFolder, *, newest: int) -> None:
+        time.sleep(0.5)
+        prune(folder, newest=newest)
+
+    CheckpointFolder.prune = slow  # type: ignore[method-assign]
+    Saver.close = lambda saver: None  # type: ignore[method-assign]
+
+
 def only_the_rank_that_was_asked_stops() -> None:
     """Take the stop flag of this rank for that of all."""
     trainer.loop._agree = lambda run, stop: stop.requested_by  # type: ignore[assignment]
@@ -154,6 +166,7 @@ KILLED = {
     checkpoints_are_written_in_place: (Kill("save.mid_file", 4, 1), "has the name of a checkpoint"),
     a_save_is_reported_before_it_is_done: (Kill("save.before_rename", 3, 0), "was reported as saved and is not there"),
     leftovers_are_not_cleaned: (Kill("remove.out_of_sight", 1, 0), "left behind"),
+    the_end_does_not_wait_for_the_saver: (_LATE, "a thread still saves"),
 }
 """What is broken, the kill that shows it, and what must be said of it."""
 STOPPED = {only_the_rank_that_was_asked_stops: "ended with"}

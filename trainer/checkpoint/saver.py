@@ -57,6 +57,7 @@ class _Job:
     plan: SavePlan
     values: dict[str, int | float | str]
     run: dict[str, Any]
+    prunes: bool
     needed_bytes: int
     """Of the whole checkpoint."""
 
@@ -82,13 +83,14 @@ class Saver:
         self._failure: BaseException | None = None
         self._stalled_s = 0.0
 
-    def start(self, step: int, state: TrainState, run: Mapping[str, Any]) -> None:
+    def start(self, step: int, state: TrainState, run: Mapping[str, Any], *, prunes: bool = True) -> None:
         """Take a snapshot and begin to write it; every rank must call it, and none while a save is under way.
 
         Args:
             step: completed steps.
             state: may change as soon as this returns.
             run: JSON values that describe the run; rank 0's are written.
+            prunes: remove needless checkpoints afterwards; to judge which these are may take long.
 
         Raises:
             CheckpointError: if the state is not whole over all ranks; on every rank.
@@ -106,6 +108,7 @@ class Saver:
             plan=self._plan,
             values=dict(state.values),
             run=dict(run),
+            prunes=prunes,
             needed_bytes=sum(p.dtype.itemsize * _numel(p.shape) for p in self._plan.places.values()),
         )
         if any(part.tensor.is_cuda for part in state.slices.values()):
@@ -145,7 +148,7 @@ class Saver:
         return replace(self._outcome, stalled_s=self._stalled_s)
 
     def close(self) -> None:
-        """Wait until the checkpoints that the last save has made needless are gone."""
+        """Wait until the thread of the last save is through, and the checkpoints that it made needless are gone."""
         if self._thread is not None:
             self._thread.join()
             self._raise_failure()
@@ -176,7 +179,7 @@ class Saver:
                 behind_s=time.perf_counter() - began,
             )
             ended.set()
-            if error is None and self._group.index == 0:
+            if error is None and job.prunes and self._group.index == 0:
                 self.folder.prune(newest=job.step)
         except BaseException as caught:  # told where the loop asks
             self._failure = caught
