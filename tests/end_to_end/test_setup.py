@@ -427,7 +427,8 @@ def checks(clone: Clone) -> Clone:
 def test_every_check_runs_and_pytest_speaks_last(checks: Clone) -> None:
     run = checks.run("scripts/test.sh")
     assert run.returncode == 0
-    names = ["ruff format --check .", "ruff check .", "pyrefly check", "lint-imports", "pytest"]
+    pytest_call = "pytest -n 2 --dist loadfile"
+    names = ["ruff format --check .", "ruff check .", "pyrefly check", "lint-imports", pytest_call]
     assert [call.split(" --python")[0] for call in checks.new_calls()] == names
     lines = run.stdout.splitlines()
     assert [line.split(" ok ")[0].strip() for line in lines[:4]] == [
