@@ -7,7 +7,9 @@ from torch import Tensor
 
 from trainer.data.batch import Batch
 from trainer.distributed.mesh import Mesh
-from trainer.engine.native import NativeEngine, NumericsConfig
+from trainer.engine.native import NativeEngine
+from trainer.engine.registry import EngineConfig, NativeEngineConfig
+from trainer.engine.step import NumericsConfig, StepEngine
 from trainer.models.config import ModelConfig
 from trainer.models.gpt import GPT
 from trainer.models.initialize import initialize
@@ -96,11 +98,42 @@ def make_engine(
     **optim: Any,
 ) -> NativeEngine:
     """An engine of one process, or of a rank of a mesh; in bfloat16 the parameters are float32."""
+    engine = make_engine_of(
+        NativeEngineConfig(),
+        config,
+        dtype=dtype,
+        seed=seed,
+        kernel=kernel,
+        grad_clip=grad_clip,
+        mesh=mesh,
+        parallel=parallel,
+        **optim,
+    )
+    assert isinstance(engine, NativeEngine)
+    return engine
+
+
+def make_engine_of(
+    section: EngineConfig,
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    kernel: Any = "loop",
+    grad_clip: float = 1.0,
+    mesh: Mesh | None = None,
+    parallel: ParallelConfig | None = None,
+    **optim: Any,
+) -> StepEngine:
+    """The same of any kind."""
     mesh, parallel = mesh or Mesh.of_one(), parallel or ParallelConfig()
     with torch.device("meta"):
         whole = GPT(config, 32, experts_kernel=kernel).to(torch.float64 if dtype is torch.float64 else torch.float32)
     model = parallelize(whole, parallel, mesh, torch.device("cpu"), seed=seed, dtype=dtype, can_compile=True)
-    return NativeEngine(model, AdamWConfig(**optim), NumericsConfig(seed=seed, dtype=dtype, grad_clip=grad_clip), mesh)
+    numerics = NumericsConfig(seed=seed, dtype=dtype, grad_clip=grad_clip)
+    engine = section.build(model, AdamWConfig(**optim), numerics, mesh)
+    assert isinstance(engine, StepEngine)
+    return engine
 
 
 def moe_config(**fields: Any) -> MoEConfig:

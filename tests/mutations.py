@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from trainer.distributed.collectives import Group
-from trainer.engine import native
+from trainer.engine import step
+from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.engine.native import NativeEngine
 from trainer.models import initialize
 from trainer.models.gpt import GPT
@@ -56,7 +57,7 @@ def norm_of_one_rank() -> None:
 
 def balance_loss_divided_by_dp() -> None:
     """Megatron #3672: an average over ranks where a sum was meant."""
-    whole = native.objective
+    whole = step.objective
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
         share = whole(*args, **kwargs)
@@ -68,7 +69,7 @@ def balance_loss_divided_by_dp() -> None:
         )
         return replace(whole(args[0], stats, **kwargs), balance_loss=share.balance_loss / 2)
 
-    native.objective = wrong
+    step.objective = wrong
 
 
 def counts_after_drop() -> None:
@@ -146,6 +147,44 @@ def bias_by_rank() -> None:
     BiasBalancedRouter.update = wrong  # type: ignore[method-assign]
 
 
+def _other_option(key: str, change: Callable[[Any], Any]) -> None:
+    whole = DeepSpeedEngineConfig.whole
+
+    def wrong(self: DeepSpeedEngineConfig, *, grad_clip: float | None) -> dict[str, Any]:
+        config = whole(self, grad_clip=grad_clip)
+        return {**config, key: change(config[key])}
+
+    DeepSpeedEngineConfig.whole = wrong  # type: ignore[method-assign]
+
+
+def deepspeed_averages() -> None:
+    """What DeepSpeed does unless it is told otherwise: a mean over ranks of what were parts of a sum."""
+    _other_option("gradient_allreduce_op", lambda _: "mean")
+
+
+def deepspeed_clips_elsewhere() -> None:
+    """Its own limit, beside that of the config."""
+    _other_option("gradient_clipping", lambda limit: 3 * limit)
+
+
+def deepspeed_forgets_micro_batches() -> None:
+    """Every micro-batch is taken for the last one of the step."""
+    from trainer.engine.deepspeed.engine import DeepSpeedEngine
+
+    whole = DeepSpeedEngine._backward
+
+    def wrong(self: DeepSpeedEngine, objective: torch.Tensor, *, is_last: bool) -> None:
+        whole(self, objective, is_last=True)
+
+    DeepSpeedEngine._backward = wrong  # type: ignore[method-assign]
+
+
+IN_DEEPSPEED: dict[Callable[[], None], str] = {
+    deepspeed_averages: "dense gradients are 0.5 times those of one process, router gradients are 0.5 times",
+    deepspeed_clips_elsewhere: "equal gradients gave other weights: the update, the clipping or the learning rate",
+    deepspeed_forgets_micro_batches: "gradients of dense and router and expert weights differ by no common factor",
+}
+"""The same under DeepSpeed."""
 NAMED: dict[Callable[[], None], str] = {
     expert_gradients_times_ep: "expert gradients are 2 times those of one process",
     dense_gradients_not_summed: "ranks hold different copies",

@@ -54,5 +54,5 @@ def resume(engine: Engine, folder: CheckpointFolder | Path, step: int) -> Found:
     """Load a step's checkpoint into an engine, whatever part of the model it has."""
     found = find(folder if isinstance(folder, CheckpointFolder) else CheckpointFolder(folder), step)
     with StoredTensors(found.path, found.manifest) as tensors:
-        engine.load_state(tensors.like(engine.state()))
+        engine.load_state(tensors.like(engine.wanted()))
     return found

@@ -26,8 +26,9 @@ from trainer.distributed.agreement import differing
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.together import raise_together
 from trainer.engine.base import Engine
-from trainer.engine.native import NumericsConfig
+from trainer.engine.registry import NativeEngineConfig
 from trainer.engine.spikes import SpikeWindow
+from trainer.engine.step import NumericsConfig
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.console import Console
@@ -282,12 +283,19 @@ def load_trained(
     if found is None:
         raise CheckpointError(f"{folder.checkpoints}: has no checkpoint; train first")
     device = runtime.start(config.parallel.device)
-    alone = config.parallel.model_copy(update={"ep_size": 1, "dispatcher": LocalDispatcherConfig()})
-    config = resolve_kernel(config.model_copy(update={"parallel": alone}), device)
+    config = resolve_kernel(in_one_process(config), device)
     model = build_model(config, tokenizer, mesh, device, warn=warn)
     engine = config.engine.build(model, config.optim, numerics(config), mesh)
     _load_state(found, engine, config, tokenizer)
     return engine, found
+
+
+def in_one_process(config: ExperimentConfig) -> ExperimentConfig:
+    """Return the config for one process that takes no steps: it has no use for another engine than the native one."""
+    alone = config.parallel.model_copy(
+        update={"ep_size": 1, "data": "replicate", "dispatcher": LocalDispatcherConfig()}
+    )
+    return config.model_copy(update={"parallel": alone, "engine": NativeEngineConfig()})
 
 
 def _resume(run: Run, found: Found) -> None:
@@ -317,7 +325,7 @@ def _load_state(found: Found, engine: Engine, config: ExperimentConfig, tokenize
     filled_up = None if stored is None else stored.model.model_dump(mode="json")
     check_model(found, config.model.model_dump(mode="json"), stored=filled_up)
     check_tokenizer(found, fingerprint=tokenizer.fingerprint)
-    mine = engine.state()
+    mine = engine.wanted()
     check_fits(found, mine)
     with StoredTensors(found.path, found.manifest) as tensors:
         engine.load_state(tensors.like(mine))

@@ -8,7 +8,9 @@ from trainer.checkpoint.catalogue import entries
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.pruning import plan_prune
 from trainer.checkpoint.run_folder import RunFolder
+from trainer.checkpoint.weight_map import WeightMapConfig
 from trainer.errors import CheckpointError, ResourceError
+from trainer.experiment import ExperimentConfig
 
 
 def show_list(run: RunFolder, *, with_content: bool, as_json: bool) -> int:
@@ -87,6 +89,17 @@ def export_dcp(run: RunFolder, out: Path, *, step: int | None) -> int:
     size = _megabytes(manifest.size_bytes)
     print(f"{out}: {len(manifest.tensors)} tensors of step {manifest.step}, {size}, read back equal bit for bit")
     print("DCP files are pickles and have no hashes: load them only where you trust everyone who can write there")
+    return 0
+
+
+def import_deepspeed(
+    config: ExperimentConfig, run: RunFolder, source: Path, map_: WeightMapConfig, *, is_trusted: bool
+) -> int:
+    """Start a run from the weights of a checkpoint that DeepSpeed wrote."""
+    from trainer.workflows import start_from_deepspeed
+
+    saved = start_from_deepspeed(config, run, source, map_, is_trusted=is_trusted)
+    print(f"saved {saved.path}: the weights of {source}, moments at zero; train the same config to go on from it")
     return 0
 
 

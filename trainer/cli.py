@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from trainer import checkpoint_verbs
 from trainer.checkpoint.run_folder import RunFolder, check_belongs
+from trainer.checkpoint.weight_map import WeightMapConfig
 from trainer.config.dump import Change, changed_keys, diff, dump
 from trainer.config.loader import load
 from trainer.config.nodes import shown_path
@@ -31,6 +32,7 @@ from trainer.errors import (
 )
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.readable import visible
+from trainer.prove.cases import ENGINES
 from trainer.status import StatusFile
 from trainer.supervise.launch import Launch
 from trainer.supervise.lifeline import end_with_launcher
@@ -161,9 +163,25 @@ def prove(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         is_small=options.scale == "small",
         only=options.layouts,
+        engines=_engines(options.engines),
         json_path=options.json,
         timeout_s=options.timeout,
     )
+
+
+def _engines(text: str | None) -> list[str] | None:
+    """Return the engines of `--engines`.
+
+    Raises:
+        ConfigError: if one is unknown.
+    """
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in ENGINES:
+            raise ConfigError(f"--engines: {name!r} is not an engine; use some of {', '.join(ENGINES)}, by commas")
+    return names
 
 
 def checkpoint_list(options: argparse.Namespace) -> int:
@@ -191,6 +209,15 @@ def checkpoint_prune(options: argparse.Namespace) -> int:
 def checkpoint_export_dcp(options: argparse.Namespace) -> int:
     """Write a checkpoint as files of torch.distributed.checkpoint into a new folder."""
     return checkpoint_verbs.export_dcp(_named_run(options), options.out, step=options.step)
+
+
+def checkpoint_import_deepspeed(options: argparse.Namespace) -> int:
+    """Start a run from the weights of a checkpoint that DeepSpeed wrote for a model with its own MoE layers."""
+    config = _load(options)
+    map_ = load(options.map, [], WeightMapConfig)
+    return checkpoint_verbs.import_deepspeed(
+        config, _folder(config), options.folder, map_, is_trusted=options.trust_checkpoint
+    )
 
 
 def config_show(options: argparse.Namespace) -> int:
@@ -302,6 +329,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="turnout", description="Train mixture-of-experts language models.")
+    # DeepSpeed's launcher gives every rank its number like this too; LOCAL_RANK says the same.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     def verb(name: str, function: object, parent: argparse._SubParsersAction = verbs) -> argparse.ArgumentParser:
@@ -339,7 +368,9 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = takes_config(verb("prove", prove), "experiment file")
     sub.add_argument("--steps", type=int, default=10, help="optimizer steps of each layout (10)")
-    sub.add_argument("--dtype", choices=["float64", "float32", "bfloat16"], default="float64", help="(float64)")
+    what = "(float64; float32 if deepspeed, which has no float64, is among the engines)"
+    sub.add_argument("--dtype", choices=["float64", "float32", "bfloat16"], help=what)
+    sub.add_argument("--engines", metavar="A,B", help="native, deepspeed (ZeRO 1 and 2) or both; default: the config's")
     sub.add_argument("--scale", choices=["full", "small"], default="full", help="small: shrink model and batch first")
     sub.add_argument("--layouts", metavar="TEXT", help="only layouts whose name has this text, such as 'ep 2'")
     sub.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON as well")
@@ -364,6 +395,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("out", type=Path, help="folder to make")
     sub.add_argument("overrides", nargs="*", metavar="a.b=c", help="keys to change, such as name=other")
     takes_step(sub)
+
+    sub = verb("import-deepspeed", checkpoint_import_deepspeed, actions)
+    sub.add_argument("config", type=Path, help="experiment file of the run to start")
+    sub.add_argument("folder", type=Path, help="what save_checkpoint was given, or the folder of a tag in it")
+    sub.add_argument("overrides", nargs="*", metavar="a.b=c", help="keys to change, such as name=other")
+    sub.add_argument(
+        "--map", type=Path, required=True, metavar="FILE", help="which weights become which (docs/deepspeed.md)"
+    )
+    sub.add_argument("--trust-checkpoint", action="store_true", help="read its pickles, which can run code")
 
     config = verbs.add_parser("config", help="Show, compare and describe experiment files.")
     actions = config.add_subparsers(required=True, metavar="ACTION")

@@ -8,6 +8,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from trainer.config.base import Config, PathText, Problem
 from trainer.data.config import DataConfig
 from trainer.data.sources.registry import InstalledSourceConfig
+from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
+from trainer.engine.deepspeed.passthrough import Ours
 from trainer.engine.registry import EngineConfig, NativeEngineConfig
 from trainer.models.config import ModelConfig
 from trainer.optim.registry import AdamWConfig, OptimConfig, ScheduleConfig, WarmupCosineConfig
@@ -131,6 +133,7 @@ class ExperimentConfig(Config):
             yield Problem("data.sources", f"two sources are of domain {domain}; give each its own `domain`")
         yield from self._kernel_problems()
         yield from self._dispatcher_problems()
+        yield from self._deepspeed_problems()
 
     def _dispatcher_problems(self) -> Iterator[Problem]:
         """Check who moves rows against how many there can be."""
@@ -176,3 +179,27 @@ class ExperimentConfig(Config):
                     "parallel.experts_kernel",
                     f"grouped needs {key} to be a multiple of {multiple} in {dtype}, not {width}; use auto",
                 )
+
+    def _deepspeed_problems(self) -> Iterator[Problem]:
+        """Check DeepSpeed's own options against the sections that say the same things."""
+        engine = self.engine
+        if not isinstance(engine, DeepSpeedEngineConfig):
+            return
+        if self.parallel.data == "shard":
+            yield Problem(
+                "parallel.data", "shard is FSDP2's, and DeepSpeed cuts by itself (engine.zero_stage); use replicate"
+            )
+        if self.train.dtype == "float64":
+            yield Problem("train.dtype", "float64: DeepSpeed sums gradients in float32; use engine.kind native")
+        ours = Ours(
+            zero_stage=engine.zero_stage,
+            offload_optimizer=engine.offload_optimizer,
+            global_batch_size=self.train.global_batch_size,
+            micro_batch_size=self.parallel.micro_batch_size,
+            dtype=self.train.dtype,
+            grad_clip=self.train.grad_clip,
+            optim=self.optim,
+            peak_lr=self.schedule.peak_lr,
+            has_uneven_experts=self.model.moe is not None and self.model.moe.num_experts % self.parallel.ep_size != 0,
+        )
+        yield from engine.conflicts(ours)

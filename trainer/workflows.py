@@ -5,23 +5,30 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TextIO
 
 import torch
 
 from trainer import faults
-from trainer.build import Run, build_run, load_trained
+from trainer.build import Run, build_run, in_one_process, load_trained, resolve_kernel, whole_model
+from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.import_deepspeed import read_deepspeed, translate
 from trainer.checkpoint.run_folder import RunFolder
+from trainer.checkpoint.saver import Saved
+from trainer.checkpoint.weight_map import WeightMapConfig
+from trainer.config.dump import dump
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.data.unigram import unigram_bits_per_byte
 from trainer.distributed import runtime
 from trainer.distributed.layout import Layout
-from trainer.distributed.mesh import joined
+from trainer.distributed.mesh import Mesh, joined
 from trainer.distributed.signals import StopRequest
 from trainer.distributed.together import raise_together
 from trainer.engine.base import Engine
+from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.engine.evaluation import EvalResult
-from trainer.errors import PREEMPTED, CommError, TurnoutError
+from trainer.errors import PREEMPTED, CommError, ConfigError, TurnoutError
 from trainer.experiment import ExperimentConfig
 from trainer.loop import announce, evaluate_as_configured, fit
 from trainer.metrics.console import Console
@@ -30,6 +37,7 @@ from trainer.metrics.readable import visible
 from trainer.metrics.streaming import Utf8Streamer
 from trainer.metrics.summary import DomainScore, ExpertCounts, RunSummary
 from trainer.models.generation import generate
+from trainer.models.initialize import expert_parameters
 from trainer.models.sampling import SamplingOptions
 from trainer.status import StatusFile, remove_others
 
@@ -89,13 +97,48 @@ def train_run(
             raise
         run.saver.close()  # a thread that python cuts off on its way out may abort the process
         if evaluation is None:
+            run.engine.close()
             return PREEMPTED
         faults.hit("end.trained")
         prompt, sample = _sample(run)  # every rank takes part: it needs everyone's experts
         if layout.rank == 0:
             faults.hit("end.summary")
             console.summary(_summary(run, evaluation, prompt, sample))
+        run.engine.close()
     return 0
+
+
+def start_from_deepspeed(
+    config: ExperimentConfig, folder: RunFolder, source: Path, map_: WeightMapConfig, *, is_trusted: bool
+) -> Saved:
+    """Give a new run the weights of a checkpoint that DeepSpeed wrote, as its checkpoint of step 0.
+
+    Raises:
+        CheckpointError: if that cannot be read, or does not have all of the model's weights.
+        ConfigError: if the run has checkpoints already.
+    """
+    if CheckpointFolder(folder.checkpoints).steps():
+        raise ConfigError(f"{folder.checkpoints}: has checkpoints; start a new run with name=...")
+    theirs = read_deepspeed(source, is_trusted=is_trusted)
+    cpu, alone = torch.device("cpu"), in_one_process(config)
+    model = whole_model(resolve_kernel(alone, cpu), config.data.tokenizer.build())
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    of_experts = {name: shapes[name][0] for name in expert_parameters(model)}
+    weights = translate(theirs, map_, shapes, of_experts)  # before anything is written
+    folder.lock()
+    with closing(Console(file=sys.stderr)) as console:
+        run = build_run(alone, folder, console, Mesh.of_one(), cpu)
+    folder.write(folder.config, dump(config))
+    with torch.no_grad():
+        for name, parameter in run.engine.model.named_parameters():
+            parameter.copy_(weights[name])
+    run.saver.start(0, run.engine.state(), run.checkpoint_info())
+    saved = run.saver.wait()
+    run.saver.close()
+    assert saved is not None
+    if saved.error is not None:
+        raise saved.error
+    return saved
 
 
 def evaluate_checkpoint(
@@ -166,6 +209,8 @@ def _header(run: Run) -> list[str | tuple[str, str]]:
     tokens = config.train.global_batch_size * config.model.seq_len
     layout = run.mesh.layout
     ranks = [("ranks", f"{layout.world_size}, experts over {layout.ep_size}")] if layout.world_size > 1 else []
+    uses = config.engine
+    engine = [("engine", f"DeepSpeed, ZeRO {uses.zero_stage}")] if isinstance(uses, DeepSpeedEngineConfig) else []
     return [
         f"turnout: training {config.name}",
         (
@@ -179,6 +224,7 @@ def _header(run: Run) -> list[str | tuple[str, str]]:
             f"experts by {config.parallel.experts_kernel}",
         ),
         *ranks,
+        *engine,
         ("folder", str(run.folder.path)),
     ]
 

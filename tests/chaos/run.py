@@ -3,6 +3,7 @@
     python -m tests.chaos.run                       the short form, a minute or two
     python -m tests.chaos.run --release             the numbers that docs/reliability.md states
     python -m tests.chaos.run --only kills --seed 3
+    python -m tests.chaos.run --engine zero1        under DeepSpeed
 
 Ends with 1 if anything was lost, hung or undetected, or a negative control was not noticed.
 """
@@ -37,6 +38,7 @@ from tests.chaos.trials import (
     stays_full,
     stopped,
 )
+from trainer.engine.deepspeed.start import load_deepspeed
 
 LAYOUTS = [(1, 1), (2, 2), (4, 4), (4, 2)]
 """Ranks and ep_size."""
@@ -96,10 +98,14 @@ _lane: Lane
 """Of this process, which runs one trial at a time."""
 
 
-def _open_lane(folder: Path) -> None:
+def _open_lane(folder: Path, engine: str) -> None:
     global _lane
     torch.set_num_threads(1)
-    _lane = Lane(folder)
+    if engine == "native":
+        _lane = Lane(folder)
+    else:
+        load_deepspeed(torch.device("cpu"))  # once: every rank is a fork
+        _lane = Lane(folder, ("engine.kind=deepspeed", f"engine.zero_stage={engine.removeprefix('zero')}"))
 
 
 def _run(trial: Trial) -> Report:
@@ -109,12 +115,12 @@ def _run(trial: Trial) -> Report:
         return Report(wrong=[f"{type(error).__name__}: {error}"], figures={})
 
 
-def run_scenario(name: str, trials: list[Trial], folder: Path, *, lanes: int) -> Result:
+def run_scenario(name: str, trials: list[Trial], folder: Path, *, lanes: int, engine: str = "native") -> Result:
     """Run trials side by side and count; most of a trial is waiting."""
     result, began = Result(name), time.monotonic()
     # Forked before this process has computed anything: see Arena.
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(lanes, mp_context=context, initializer=_open_lane, initargs=(folder,)) as pool:
+    with ProcessPoolExecutor(lanes, mp_context=context, initializer=_open_lane, initargs=(folder, engine)) as pool:
         for trial, report in zip(trials, pool.map(_run, trials), strict=True):
             result.trials += 1
             if report.wrong:
@@ -140,6 +146,9 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="scenarios whose name has this text")
     parser.add_argument("--trial", default="", metavar="TEXT", help="trials whose name has this text")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--engine", choices=["native", "zero1", "zero2"], default="native", help="of every run (native)"
+    )
     parser.add_argument("--lanes", type=int, default=3, help="trials side by side (3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON as well")
     options = parser.parse_args()
@@ -149,7 +158,7 @@ def main() -> int:
         for name, trials in scenarios(release=options.release, seed=options.seed).items():
             chosen = [trial for trial in trials if options.trial in trial.name]
             if options.only in name and chosen:
-                results.append(run_scenario(name, chosen, Path(folder), lanes=options.lanes))
+                results.append(run_scenario(name, chosen, Path(folder), lanes=options.lanes, engine=options.engine))
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
     return 1 if any(result.wrong for result in results) or not results else 0

@@ -16,8 +16,9 @@ from tests.chaos.stops import stop_at_random
 class Lane:
     """What a process needs to run trials one after another: an arena, and undisturbed runs to compare with."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.arena = folder / f"lane-{os.getpid()}", Arena()
+    def __init__(self, folder: Path, overrides: tuple[str, ...] = ()) -> None:
+        """Open it; `overrides` are those of every run."""
+        self.folder, self.arena, self.overrides = folder / f"lane-{os.getpid()}", Arena(), overrides
         self._undisturbed: dict[tuple[object, ...], tuple[Course, Outcome]] = {}
 
     def undisturbed(self, world_size: int, ep_size: int, overrides: tuple[str, ...] = ()) -> tuple[Course, Outcome]:
@@ -33,6 +34,7 @@ class Lane:
 
     def course(self, world_size: int = 2, ep_size: int = 2, *overrides: str) -> tuple[Course, Course, Outcome]:
         """Return a prepared run, the undisturbed one, and what both must leave behind."""
+        overrides = (*self.overrides, *overrides)
         base, expected = self.undisturbed(world_size, ep_size, overrides)
         course = Course(self.folder / "trial", world_size, ep_size, overrides).prepare(like=base)
         return course, base, expected

@@ -692,6 +692,26 @@ CASES = [
          [("<override 2>: schedule.decay_fraction: unknown key for kind: warmup_cosine; it is an "
            "option of kind: warmup_stable_decay")],
          overrides=["schedule.kind=warmup_cosine", "schedule.decay_fraction=0.1"]),
+    Case("DeepSpeed's stage 3",
+         NAMED + "engine: {kind: deepspeed, zero_stage: 3}\n",
+         ["x.yaml:2:27: engine.zero_stage: 3: DeepSpeed has no expert parallelism there; use 1 or 2, or engine.kind "
+          "native with parallel.data shard"]),
+    Case("DeepSpeed's stage 0",
+         NAMED + "engine: {kind: deepspeed, zero_stage: 0}\n",
+         ["x.yaml:2:27: engine.zero_stage: 0: DeepSpeed clips by the mean of the ranks' norms there, wrong for "
+          "experts; use 1, or engine.kind native"]),
+    Case("DeepSpeed against other sections",
+         NAMED + "engine:\n  kind: deepspeed\n  deepspeed_config:\n    train_batch_size: 8\n    bf16: {enabled: true}\n"
+         "    zero_optimization: {overlap_com: true}\nparallel: {data: shard}\ntrain: {dtype: float64}\n",
+         ["x.yaml:5:5: engine.deepspeed_config.train_batch_size: 8, but train.global_batch_size is 64; make them "
+          "agree, or leave it out here",
+          "x.yaml:6:12: engine.deepspeed_config.bf16.enabled: true: it would round the router's weights as well; "
+          "train.dtype: bfloat16 keeps them in float32; leave it out",
+          "x.yaml:7:25: engine.deepspeed_config.zero_optimization.overlap_com: not among the options of DeepSpeed that "
+          "are known to leave what is learned alone; did you mean zero_optimization.overlap_comm?",
+          "x.yaml:8:12: parallel.data: shard is FSDP2's, and DeepSpeed cuts by itself (engine.zero_stage); use "
+          "replicate",
+          "x.yaml:9:9: train.dtype: float64: DeepSpeed sums gradients in float32; use engine.kind native"]),
     Case("override: unknown kind",
          NAMED,
          [f"<override 1>: model.moe.router.kind: 'magic' is not one of {ROUTERS}"],

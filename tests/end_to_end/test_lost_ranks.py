@@ -50,14 +50,24 @@ def wait_for_step(folder: Path, ranks: Started, step: int) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("victim", [0, 2])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    ("engine", "how", "victim"),
+    [
+        ("native", signal.SIGKILL, 0),
+        ("native", signal.SIGKILL, 2),
+        ("native", signal.SIGSTOP, 0),
+        ("native", signal.SIGSTOP, 2),
+        ("deepspeed", signal.SIGKILL, 0),
+        ("deepspeed", signal.SIGSTOP, 2),
+    ],
+)
 def test_a_killed_or_frozen_rank_is_named_by_one_survivor_within_bounds(
-    workplace: Path, how: signal.Signals, victim: int, times: int
+    workplace: Path, engine: str, how: signal.Signals, victim: int, times: int
 ) -> None:
     survivors = [rank for rank in range(3) if rank != victim]
     ep_size = f"parallel.ep_size={3 if victim else 1}"
-    arguments = ["-m", "trainer", "train", "tiny.yaml", ep_size, f"parallel.timeout_s={TIMEOUT_S}"]
+    options = [ep_size, f"parallel.timeout_s={TIMEOUT_S}", f"engine.kind={engine}"]
+    arguments = ["-m", "trainer", "train", "tiny.yaml", *options]
     for seed in range(times):
         draw = random.Random(seed)
         (workplace / "runs/lost/metrics.jsonl").unlink(missing_ok=True)

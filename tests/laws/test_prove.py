@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutations import NAMED, skipped_collective
+from tests.mutations import IN_DEEPSPEED, NAMED, skipped_collective
+from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.errors import CommError
 from trainer.experiment import ExperimentConfig
 from trainer.prove.cases import Case, all_cases, labels, reference
@@ -79,6 +80,7 @@ def test_every_layout_is_equal(config: ExperimentConfig, tmp_path: Path, capsys:
         config,
         steps=STEPS,
         dtype="float64",
+        engines=None,
         is_small=False,
         only=None,
         json_path=tmp_path / "proof.json",
@@ -99,7 +101,7 @@ def test_a_planted_fault_is_caught_and_named(
     case = Case(world_size=2, ep_size=2, micro_batch_size=4)
     try:
         # A rank that waits for a collective which never comes waits this long.
-        timeout_s = 30.0 if fault is skipped_collective else TIMEOUT_S
+        timeout_s = 15.0 if fault is skipped_collective else TIMEOUT_S
         with closing(LocalRanks()) as ranks:  # of its own: a fault stays where it was planted
             mine = run_case(config, case, ranks, steps=STEPS, timeout_s=timeout_s, prepare=fault)
     except CommError as error:
@@ -108,3 +110,53 @@ def test_a_planted_fault_is_caught_and_named(
     comparison = compare(mine, oracle, tolerance=TOLERANCE)
     assert not comparison.is_equal
     assert comparison.cause is not None and NAMED[fault] in comparison.cause, comparison
+
+
+def test_deepspeed_is_an_axis_of_the_matrix(config: ExperimentConfig) -> None:
+    native, both = all_cases(config), all_cases(config, ["native", "deepspeed"])
+    added = [case for case in both if case not in native]
+    assert [case for case in both if case in native] == native
+    assert all_cases(config, ["deepspeed"]) == added
+    layouts = {(c.world_size, c.ep_size, c.zero_stage) for c in added}
+    degrees = {(c.world_size, c.ep_size) for c in native}
+    assert layouts == {(*degree, stage) for degree in degrees for stage in (1, 2)}
+    assert all(case.engine == "deepspeed" and "ZeRO" in case.name and case.data == "replicate" for case in added)
+    mine = config.model_copy(update={"engine": DeepSpeedEngineConfig(zero_stage=2)})
+    assert {case.zero_stage for case in all_cases(mine)} == {2}
+
+
+def test_every_layout_is_equal_under_deepspeed(
+    config: ExperimentConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = prove(
+        config,
+        steps=STEPS,
+        dtype=None,
+        engines=["deepspeed"],
+        is_small=False,
+        only="2 ranks, ep 2",
+        json_path=tmp_path / "proof.json",
+        timeout_s=TIMEOUT_S,
+    )
+    output = capsys.readouterr().out
+    assert code == 0, output
+    layouts = json.loads((tmp_path / "proof.json").read_text())["layouts"]
+    assert "in float32" in output and len(layouts) == output.count("  equal") == 4
+    assert {(layout["engine"], layout["zero_stage"]) for layout in layouts} == {("deepspeed", 1), ("deepspeed", 2)}
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"), list(IN_DEEPSPEED.items()), ids=lambda value: getattr(value, "__name__", "")
+)
+def test_what_deepspeed_would_do_by_itself_is_caught_and_named(
+    config: ExperimentConfig, fault: Callable[[], None], said: str
+) -> None:
+    train = {**config.train.model_dump(), "dtype": "float32"}
+    single = ExperimentConfig.model_validate({**config.model_dump(), "train": train})
+    oracle = run_case(single, reference(single), LocalRanks(), steps=STEPS, timeout_s=TIMEOUT_S)
+    case = Case(world_size=2, ep_size=2, micro_batch_size=2, zero_stage=1)
+    with closing(LocalRanks()) as ranks:
+        mine = run_case(single, case, ranks, steps=STEPS, timeout_s=TIMEOUT_S, prepare=fault)
+    comparison = compare(mine, oracle, tolerance=1e-5)
+    assert not comparison.is_equal
+    assert comparison.cause is not None and said in comparison.cause, comparison

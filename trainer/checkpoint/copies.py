@@ -68,10 +68,11 @@ def checksum(tensor: Tensor) -> Tensor:
 
 def _fingerprints(state: TrainState) -> Tensor:
     """Return (N, 3) int64: of each tensor, where its part begins, how long it is, and its checksum."""
-    parts = state.slices.values()
+    parts = list(state.slices.values())
+    device = parts[0].tensor.device  # some may be elsewhere: moments that are offloaded
     place = [[part.start, part.tensor.shape[0] if part.tensor.dim() else 1] for part in parts]
-    sums = torch.stack([checksum(part.tensor) for part in parts])
-    return torch.cat([torch.tensor(place, device=sums.device), sums[:, None]], dim=1)
+    sums = torch.stack([checksum(part.tensor).to(device) for part in parts])
+    return torch.cat([torch.tensor(place, device=device), sums[:, None]], dim=1)
 
 
 def _differs(table: Tensor, other: Tensor) -> Tensor:

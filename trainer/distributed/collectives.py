@@ -64,10 +64,15 @@ class Group:
         """Number of ranks."""
         return len(self.ranks)
 
+    @property
+    def handle(self) -> dist.ProcessGroup:
+        """Torch's own group, for a library that exchanges by itself."""
+        assert self._handle is not None, "nobody to share with"
+        return self._handle
+
     def device_mesh(self) -> DeviceMesh:
         """Return the same ranks in the form that torch's FSDP takes."""
-        assert self._handle is not None, "nobody to share with"
-        return DeviceMesh.from_group(self._handle, self.device.type)
+        return DeviceMesh.from_group(self.handle, self.device.type)
 
     def sum_(self, x: Tensor) -> Tensor:
         """Add up x over the ranks, in place; every rank gets bitwise the same."""
@@ -159,7 +164,7 @@ class Group:
             yield
         except RuntimeError as error:
             raise CommError(
-                f"rank {self.ranks[self.index]}: {operation} failed at step {self.journal.step}: {_reason(error)}"
+                f"rank {self.ranks[self.index]}: {operation} failed at step {self.journal.step}: {reason_of(error)}"
             ) from error
 
 
@@ -237,11 +242,11 @@ class _Arrive(torch.autograd.Function):
 
 
 def is_of_exchange(error: BaseException) -> bool:
-    """Tell whether an error comes from an exchange that torch itself makes, as FSDP does."""
+    """Tell whether an error comes from an exchange that a library makes by itself, as FSDP and DeepSpeed do."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
-def _reason(error: RuntimeError) -> str:
+def reason_of(error: BaseException) -> str:
     """Return what the backend says is wrong, without its own source line and advice."""
     first = str(error).splitlines()[0].partition(" This is typically")[0]
     return re.sub(r"^\[\S*?:\d+\] ", "", first)

@@ -76,9 +76,14 @@ def launched(*, ep_size: int) -> Layout:
         ConfigError: if `ep_size` does not fit the number of ranks.
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     check_layout(world_size=world_size, ep_size=ep_size)
-    return Layout(world_size=world_size, rank=rank, ep_size=ep_size, ranks_per_node=ranks_per_node)
+    return Layout(world_size=world_size, rank=rank, ep_size=ep_size, ranks_per_node=ranks_here() or world_size)
+
+
+def ranks_here() -> int | None:
+    """Return how many ranks torchrun or DeepSpeed's launcher has started on this machine; None if it is not said."""
+    said = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return int(said) if said else None
 
 
 def is_first_rank() -> bool:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from trainer import faults
 from trainer.distributed.agreement import differing
-from trainer.distributed.collectives import Group, is_of_exchange
+from trainer.distributed.collectives import Group, is_of_exchange, reason_of
 from trainer.distributed.interface import interface_towards
 from trainer.distributed.journal import Journal
 from trainer.distributed.layout import Layout
@@ -90,8 +90,8 @@ def joined(layout: Layout, device: torch.device, *, timeout_s: float) -> Iterato
         raise watch.explain(error) from error
     except BaseException as error:
         if is_of_exchange(error):
-            where = f"rank {layout.rank}: an exchange of sharded weights failed at step {journal.step}"
-            raise watch.explain(CommError(f"{where}: {str(error).splitlines()[0]}")) from error
+            where = f"rank {layout.rank}: an exchange of torch's or DeepSpeed's own failed at step {journal.step}"
+            raise watch.explain(CommError(f"{where}: {reason_of(error)}")) from error
         watch.leave(error)
         raise
     watch.leave()

@@ -98,11 +98,15 @@ class Engine(ABC):
 
     @abstractmethod
     def state(self) -> TrainState:
-        """Return everything that the next step depends on, by name."""
+        """Return everything that the next step depends on, by name. Every rank must call it."""
 
     @abstractmethod
     def load_state(self, state: TrainState) -> None:
-        """Take over a state of the same parts of the same tensors as `state()` has."""
+        """Take over a state of the parts that `wanted` names, each rank by itself: reading may fail on one of them."""
+
+    def wanted(self) -> TrainState:
+        """Return which parts of which tensors `load_state` takes; only their places matter."""
+        return self.state()
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return a context in which the model computes in the precision of training."""

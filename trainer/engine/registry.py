@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
 
 from trainer.config.base import Config
+from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 
 if TYPE_CHECKING:
     from trainer.distributed.mesh import Mesh
     from trainer.engine.base import Engine
-    from trainer.engine.native import NumericsConfig
+    from trainer.engine.step import NumericsConfig
     from trainer.models.gpt import GPT
     from trainer.optim.registry import OptimConfig
 
@@ -26,4 +29,4 @@ class NativeEngineConfig(Config):
         return NativeEngine(model, optim, numerics, mesh)
 
 
-EngineConfig = NativeEngineConfig
+EngineConfig = Annotated[NativeEngineConfig | DeepSpeedEngineConfig, Field(discriminator="kind")]

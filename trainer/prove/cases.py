@@ -1,12 +1,18 @@
-"""Which layouts a proof runs: numbers of ranks, experts over ranks, dispatchers, micro-batches. Imports no torch."""
+"""Which layouts a proof runs: ranks, experts over ranks, dispatchers, micro-batches, engines. Imports no torch."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
+from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
+from trainer.engine.deepspeed.passthrough import free_options
+from trainer.engine.registry import NativeEngineConfig
 from trainer.experiment import ExperimentConfig
 from trainer.moe.dispatch.registry import ExchangeOptions
 
 MOST_RANKS = 4
+ENGINES = ("native", "deepspeed")
+"""Engines that a proof can run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +26,8 @@ class Case:
     data: Literal["replicate", "shard"] = "replicate"
     ranks_per_node: int = MOST_RANKS
     """Below the number of ranks, nodes are pretended on this machine."""
+    zero_stage: int | None = None
+    """Of the DeepSpeed engine; None for the native one."""
     micro_batch_size: int
 
     @property
@@ -29,7 +37,13 @@ class Case:
         how = "" if self.ep_size == 1 else f", {self.dispatcher}"
         how += f" in {self.chunks} chunks" if self.chunks > 1 else ""
         cut = ", shard" if self.data == "shard" else ""
-        return f"{ranks}{how}{cut}, rows by {self.micro_batch_size}"
+        engine = "" if self.zero_stage is None else f", ZeRO {self.zero_stage}"
+        return f"{ranks}{how}{cut}{engine}, rows by {self.micro_batch_size}"
+
+    @property
+    def engine(self) -> str:
+        """Which engine it runs under."""
+        return "native" if self.zero_stage is None else "deepspeed"
 
 
 def reference(config: ExperimentConfig) -> Case:
@@ -37,8 +51,30 @@ def reference(config: ExperimentConfig) -> Case:
     return Case(micro_batch_size=config.train.global_batch_size)
 
 
-def all_cases(config: ExperimentConfig) -> list[Case]:
-    """Return every layout that the config allows, up to four ranks."""
+def all_cases(config: ExperimentConfig, engines: Sequence[str] | None = None) -> list[Case]:
+    """Return every layout that the config allows, up to four ranks.
+
+    Args:
+        config: the user's.
+        engines: some of `ENGINES`, DeepSpeed's with both stages; None: the config's own.
+    """
+    stages: Sequence[int] = (1, 2)
+    if engines is None:
+        engines = [config.engine.kind]
+        stages = [config.engine.zero_stage] if isinstance(config.engine, DeepSpeedEngineConfig) else ()
+    cases = _native_cases(config)
+    found = cases if "native" in engines else []
+    if "deepspeed" in engines:
+        # How rows move and what an engine does with gradients have nothing to do with each other.
+        plain = [Case(micro_batch_size=config.train.global_batch_size)]
+        plain += [
+            case for case in cases if case.dispatcher == "all_to_all" and (case.chunks, case.data) == (1, "replicate")
+        ]
+        found = found + [replace(case, zero_stage=stage) for stage in stages for case in plain]
+    return found
+
+
+def _native_cases(config: ExperimentConfig) -> list[Case]:
     rows, moe = config.train.global_batch_size, config.model.moe
     num_experts = 1 if moe is None else moe.num_experts
     pieces = max(1, -(-rows // 2))
@@ -80,7 +116,23 @@ def as_config(config: ExperimentConfig, case: Case) -> ExperimentConfig:
         "device": "cpu",
         "compile": False,
     }
-    return ExperimentConfig.model_validate({**config.model_dump(), "parallel": parallel})
+    engine: dict[str, Any] = NativeEngineConfig().model_dump()
+    if case.zero_stage is not None:
+        options = config.engine if isinstance(config.engine, DeepSpeedEngineConfig) else DeepSpeedEngineConfig()
+        engine = options.model_dump() | {"zero_stage": case.zero_stage}
+    return ExperimentConfig.model_validate({**config.model_dump(), "parallel": parallel, "engine": engine})
+
+
+def without_comparisons(config: ExperimentConfig) -> ExperimentConfig:
+    """Return the config without what its `deepspeed_config` repeats of other sections, which a proof changes.
+
+    Nor does it say how large buckets are: under some layouts ranks hold different numbers of experts.
+    """
+    if not isinstance(config.engine, DeepSpeedEngineConfig):
+        return config
+    raw = free_options(config.engine.deepspeed_config)
+    raw.get("zero_optimization", {}).pop("reduce_bucket_size", None)
+    return config.model_copy(update={"engine": config.engine.model_copy(update={"deepspeed_config": raw})})
 
 
 def labels(config: ExperimentConfig) -> list[str]:

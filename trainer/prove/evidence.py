@@ -1,6 +1,7 @@
 """What one layout computes: the first step in every detail, and where some more steps lead."""
 
 import hashlib
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +12,7 @@ from trainer.checkpoint.state import TrainState
 from trainer.data.corpus import build_corpus
 from trainer.data.stream import TrainStream
 from trainer.distributed.mesh import Mesh
-from trainer.engine.native import NativeEngine
+from trainer.engine.step import StepEngine
 from trainer.experiment import ExperimentConfig
 from trainer.prove.gather import gather_state
 
@@ -53,7 +54,12 @@ def collect(config: ExperimentConfig, mesh: Mesh, *, steps: int) -> Evidence:
     stream = TrainStream(corpus, seq_len=config.model.seq_len, seed=config.seed)
     model = build_model(config, corpus.tokenizer, mesh, device, warn=_ignore)
     engine = config.engine.build(model, config.optim, numerics(config), mesh)
-    assert isinstance(engine, NativeEngine)
+    assert isinstance(engine, StepEngine)
+    with closing(engine):
+        return _train(config, engine, stream, mesh, steps=steps)
+
+
+def _train(config: ExperimentConfig, engine: StepEngine, stream: TrainStream, mesh: Mesh, *, steps: int) -> Evidence:
     schedule = config.schedule.build(total_steps=config.train.steps)
     evidence = Evidence(start=_weights(engine, mesh))
     for step in range(steps):
@@ -85,14 +91,14 @@ def collect(config: ExperimentConfig, mesh: Mesh, *, steps: int) -> Evidence:
     return evidence
 
 
-def _weights(engine: NativeEngine, mesh: Mesh) -> dict[str, Tensor]:
+def _weights(engine: StepEngine, mesh: Mesh) -> dict[str, Tensor]:
     slices = {
         name.removeprefix("model."): part for name, part in engine.state().slices.items() if name.startswith("model.")
     }
     return _whole(TrainState(slices=slices), mesh)
 
 
-def _disagreements(engine: NativeEngine, mesh: Mesh) -> list[str]:
+def _disagreements(engine: StepEngine, mesh: Mesh) -> list[str]:
     """Return the names of weights and buffers that are not bitwise the same on two ranks that have the same part."""
     slices = {name: part for name, part in engine.state().slices.items() if name.startswith("model.")}
     mine = {name: (part.start, tuple(part.tensor.shape), _digest(part.tensor)) for name, part in slices.items()}

@@ -1,13 +1,15 @@
 """The proof: one process against every layout, on the user's own config."""
 
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
 from trainer.data.corpus import build_corpus
+from trainer.engine.registry import NativeEngineConfig
 from trainer.errors import ConfigError, TurnoutError
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.console import Console
-from trainer.prove.cases import all_cases, labels, reference, small
+from trainer.prove.cases import all_cases, labels, reference, small, without_comparisons
 from trainer.prove.compare import compare
 from trainer.prove.pool import LocalRanks
 from trainer.prove.ranks import run_case
@@ -23,9 +25,10 @@ def prove(
     config: ExperimentConfig,
     *,
     steps: int,
-    dtype: str,
+    dtype: str | None,
     is_small: bool,
     only: str | None,
+    engines: Sequence[str] | None,
     json_path: Path | None,
     timeout_s: float,
 ) -> int:
@@ -34,22 +37,31 @@ def prove(
     Args:
         config: the user's.
         steps: optimizer steps of each layout.
-        dtype: of the computation, in place of `train.dtype`.
+        dtype: of the computation, in place of `train.dtype`; None: float64, or float32 if an engine has no float64.
         is_small: shrink model and batch first.
         only: only layouts whose name has this text.
+        engines: some of `ENGINES`; None: the config's own.
         json_path: where to write the result as JSON.
         timeout_s: how long ranks wait for each other.
     """
+    config = without_comparisons(config)
     config = small(config) if is_small else config
+    has_deepspeed = "deepspeed" in (engines or [config.engine.kind])
+    if has_deepspeed and dtype == "float64":
+        raise ConfigError("--dtype: float64: DeepSpeed sums gradients in float32; use float32, or --engines native")
+    dtype = dtype or ("float32" if has_deepspeed else "float64")
+    if not has_deepspeed:  # it may not have this dtype
+        config = config.model_copy(update={"engine": NativeEngineConfig()})
     train = {**config.train.model_dump(), "dtype": dtype}
     config = ExperimentConfig.model_validate({**config.model_dump(), "train": train})
     with Console().progress_bar("reading text") as bar:
         build_corpus(config.data, progress=bar)
     tolerance = TOLERANCES[dtype]
     first_steps = None if dtype == "float64" else min(steps, _FIRST_STEPS)
-    cases = [case for case in all_cases(config) if only is None or only in case.name]
+    possible = all_cases(config, engines)
+    cases = [case for case in possible if only is None or only in case.name]
     if not cases:
-        names = "\n  ".join(case.name for case in all_cases(config))
+        names = "\n  ".join(case.name for case in possible)
         raise ConfigError(f"--layouts: no layout has the text {only!r} in its name; there are\n  {names}")
     compared = "" if first_steps in (None, steps) else f", the first {first_steps} compared"
     found = labels(config)

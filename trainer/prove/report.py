@@ -84,6 +84,8 @@ def write_json(path: Path, rows: Sequence[Row], *, tolerance: float, labels: Seq
                 "dispatcher": row.case.dispatcher,
                 "chunks": row.case.chunks,
                 "data": row.case.data,
+                "engine": row.case.engine,
+                "zero_stage": row.case.zero_stage,
                 "micro_batch_size": row.case.micro_batch_size,
                 "equal": row.comparison is not None and row.comparison.is_equal,
                 "worst": {} if row.comparison is None else row.comparison.worst,

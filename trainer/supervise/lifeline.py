@@ -10,6 +10,8 @@ from trainer.distributed.process import is_alive
 from trainer.supervise.launch import SUPERVISOR
 
 _PR_SET_PDEATHSIG = 1
+_LAUNCHERS = {"TORCHELASTIC_RUN_ID", "CROSS_SIZE"}
+"""Variables that torchrun and DeepSpeed's launcher set, each one of its own."""
 
 
 def end_with(parent: int) -> Callable[[], None]:
@@ -30,9 +32,9 @@ def end_with(parent: int) -> Callable[[], None]:
 
 
 def end_with_launcher() -> None:
-    """Bind a rank to torchrun or to the supervisor, if one of them has started it."""
+    """Bind a rank to torchrun, DeepSpeed's launcher or the supervisor, if one of them has started it."""
     supervisor = os.environ.get(SUPERVISOR)
-    if supervisor is None and "TORCHELASTIC_RUN_ID" not in os.environ:
+    if supervisor is None and not _LAUNCHERS & os.environ.keys():
         return
     end_with(os.getppid())()
     if supervisor is not None and not is_alive(int(supervisor)):  # it ended, and torchrun, before this rank was bound

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.builders import make_batch, make_engine, make_model, rows_of, tiny_model_config
-from trainer.engine.native import NativeEngine, NumericsConfig
+from trainer.engine.native import NativeEngine
+from trainer.engine.step import NumericsConfig
 from trainer.optim.registry import AdamWConfig
 
 

@@ -1,0 +1,223 @@
+"""Optimizer steps by DeepSpeed's ZeRO 1 and 2 (arXiv 1910.02054), on our model, objective and checkpoint format.
+
+DeepSpeed cuts moments (stage 1) and gradients too (stage 2) over the ranks that hold copies of a weight, sums gradients
+and runs the optimizer. What it would decide by itself is decided here, once: gradients are added up, not averaged
+(`gradient_allreduce_op: sum`, and no division by micro-batches); the norm is that of `StepEngine`, each element once;
+whether a step is taken. bfloat16 is torch's own autocast over float32 weights, as in the native engine: DeepSpeed's
+`bf16` section would round the router, and its `torch_autocast` section would also add gradients up in bfloat16.
+"""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.checkpoint.state import Slice, TrainState
+from trainer.distributed.mesh import Mesh
+from trainer.distributed.together import raise_together
+from trainer.engine.deepspeed.optimizer import MOMENTS, build_optimizer, describe_groups, moments, set_steps
+from trainer.engine.deepspeed.partition import Partition, Placed
+from trainer.engine.deepspeed.start import alone, initialize, marked, release
+from trainer.engine.nonfinite import Findings, is_finite
+from trainer.engine.step import NumericsConfig, StepEngine
+from trainer.engine.sums import square_norm
+from trainer.models.gpt import GPT
+from trainer.optim.registry import OptimConfig
+
+_LARGEST_BUCKET = 500_000_000
+"""Elements, of which a buffer is allocated; DeepSpeed's own default."""
+
+
+class DeepSpeedEngine(StepEngine):
+    """ZeRO 1 or 2 around the model."""
+
+    def __init__(
+        self,
+        model: GPT,
+        optim: OptimConfig,
+        numerics: NumericsConfig,
+        mesh: Mesh,
+        *,
+        config: Mapping[str, Any],
+        adam: str,
+    ) -> None:
+        """Start DeepSpeed; every rank must.
+
+        Args:
+            model: on its device.
+            optim: the optimizer's numbers.
+            numerics: of the run.
+            mesh: this rank's groups.
+            config: DeepSpeed's own, whole (`DeepSpeedEngineConfig.whole`).
+            adam: whose AdamW, see `DeepSpeedEngineConfig.adam`.
+        """
+        super().__init__(model, numerics, mesh)
+        with ExitStack() as stack:
+            stack.enter_context(alone(mesh, self.device))
+            with raise_together(mesh.world):  # DeepSpeed or a compiler may be missing on one host alone
+                described = describe_groups(optim, self.parameters, self.first_expert, mesh)
+                optimizer = build_optimizer(described, optim, adam=adam, config=config, device=self.device)
+            experts = [self.parameters[name] for name in self.first_expert]
+            stack.enter_context(marked(model, experts, mesh, self.device))
+            self._deepspeed = initialize(model, optimizer, self._with_room(config), mesh, self.device)
+            stack.callback(release, self._deepspeed)
+            self._open = stack.pop_all()
+        self._zero = self._deepspeed.optimizer
+        self._partitions = self._placed()
+        self._norm: float | None = None
+        """Of the step that is ending; None if it is not taken. DeepSpeed asks for both."""
+        self._zero.scaled_global_norm = self._tell_norm
+        self._zero.check_overflow = self._tell_whether_skipped
+        self._zero.check_grad_overflow = True
+        self._zero._update_scale = lambda has_overflow=False: None  # there is no loss scale; it would speak of overflow
+
+    def gradients(self) -> TrainState:
+        """Return the gradients of the whole step, not clipped, by the names of their parameters; a collective."""
+        slices = {}
+        for i, partition in enumerate(self._partitions):
+            for name, rows in partition.rows(self._flat_gradient(i)).items():
+                slices[name] = self._rows_of(name, rows.start, rows.tensor)
+        return TrainState(slices={name: slices[name] for name in self.parameters})
+
+    def state(self) -> TrainState:
+        """Return weights, buffers, moments and counters, by name; a collective."""
+        cut: dict[str, Slice] = {}
+        for partition, flat in zip(self._partitions, self._zero.single_partition_of_fp32_groups, strict=True):
+            for key, moment in moments(self._zero.optimizer, flat).items():
+                for name, rows in partition.rows(moment).items():
+                    cut[f"optim.{key}.{name}"] = self._rows_of(name, rows.start, rows.tensor)
+        slices = self._whole_tensors()
+        for name in self.parameters:
+            slices |= {f"optim.{key}.{name}": cut[f"optim.{key}.{name}"] for key in MOMENTS}
+        return TrainState(slices=slices, values={"optimizer_steps": self.optimizer_steps})
+
+    def wanted(self) -> TrainState:
+        """Return the parts of a state that are loaded here: of moments, every row that this rank has a number of."""
+        slices = self._whole_tensors()
+        for partition in self._partitions:
+            for name, (first, last) in partition.wanted().items():
+                shape = (last - first, *self.parameters[name].shape[1:])
+                rows = torch.empty(shape, dtype=torch.float32, device="meta")
+                slices |= {f"optim.{key}.{name}": self._rows_of(name, first, rows) for key in MOMENTS}
+        return TrainState(slices=slices, values={"optimizer_steps": self.optimizer_steps})
+
+    @torch.no_grad()
+    def load_state(self, state: TrainState) -> None:
+        """Copy a state, of the parts that `wanted` names, into weights, buffers, moments and counters."""
+        self.optimizer_steps = int(state.values["optimizer_steps"])
+        for name, tensor in [*self.parameters.items(), *self.model.named_buffers()]:
+            tensor.copy_(state.slices[f"model.{name}"].tensor)
+        self._zero.refresh_fp32_params()
+        for partition, flat in zip(self._partitions, self._zero.single_partition_of_fp32_groups, strict=True):
+            for key, moment in moments(self._zero.optimizer, flat).items():
+                for name in partition.wanted():
+                    partition.fill(moment, name, state.slices[f"optim.{key}.{name}"].tensor)
+        self.previous_counts.copy_(state.slices["engine.previous_counts"].tensor)
+        set_steps(self._zero.optimizer, self.optimizer_steps)
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks and marks off the model, which stays as it is."""
+        self._open.close()
+
+    def _backward(self, objective: Tensor, *, is_last: bool) -> None:
+        # As DeepSpeed's own forward pass would do, or let the objective's gradient do; it is not used.
+        self._zero.clear_backward_seen_flag()
+        self._deepspeed.set_gradient_accumulation_boundary(is_last)
+        self._deepspeed._backward_prologue()
+        self._deepspeed.backward(objective, scale_wrt_gas=False)
+
+    def _sum_gradients(self) -> Tensor:
+        """Return this rank's part of the squared norm: an element lies in one rank's partition only."""
+        square = torch.zeros((), dtype=torch.float64, device=self.device)
+        for i in range(len(self._partitions)):
+            square = square + square_norm(self._gradient_pieces(i)).to(self.device)
+        return square
+
+    def _update(self, lr: float, grad_norm: float) -> None:
+        for group in self._zero.param_groups:
+            group["lr"] = lr
+        self._norm = grad_norm
+        self._deepspeed.step()
+
+    def _drop_gradients(self) -> None:
+        self._norm = None
+        self._deepspeed.step()  # which drops what it has gathered if it skips
+
+    def _findings(self, own_objective: Tensor) -> Findings:
+        names = [
+            name
+            for i, partition in enumerate(self._partitions)
+            for name, part in partition.fragments(self._flat_gradient(i)).items()
+            if not is_finite(part)
+        ]
+        return Findings(
+            gradients=names,
+            loss_is_finite=is_finite(own_objective),
+            dense_share_is_finite=True,  # not known: DeepSpeed adds up in place
+            expert_share_is_finite=True,
+        )
+
+    def _placed(self) -> list[Partition]:
+        """Find where DeepSpeed has laid each parameter."""
+        name_of = {parameter: name for name, parameter in self.parameters.items()}
+        partitions = []
+        for i, parameters in enumerate(self._zero.round_robin_bit16_groups):
+            names = [name_of[p] for p in parameters]
+            offsets = self._zero.round_robin_bit16_offsets[i]
+            placed = [
+                Placed(name, tuple(p.shape), offset) for name, p, offset in zip(names, parameters, offsets, strict=True)
+            ]
+            group = self.mesh.edp if names[0] in self.first_expert else self.mesh.world
+            partitions.append(Partition(placed, int(self._zero.partition_size[i]), group))
+        return partitions
+
+    def _whole_tensors(self) -> dict[str, Slice]:
+        """Return what is not cut: weights, buffers and counters."""
+        tensors = {f"model.{name}": p.detach() for name, p in self.parameters.items()}
+        tensors |= {f"model.{name}": b for name, b in self.model.named_buffers()}
+        tensors["engine.previous_counts"] = self.previous_counts
+        return {name: self._slice(name, tensor) for name, tensor in tensors.items()}
+
+    def _with_room(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the config with buckets no larger than the model, unless it says otherwise.
+
+        DeepSpeed sums a bucket when the next gradient does not fit. Ranks with different numbers of experts would do so
+        at different moments, and wait for each other: there a bucket holds everything.
+        """
+        room, moe = sum(p.numel() for p in self.parameters.values()), self.moe_config
+        if moe is None or moe.num_experts % self.mesh.layout.ep_size == 0:
+            room = min(room, _LARGEST_BUCKET)
+        return {**config, "zero_optimization": {"reduce_bucket_size": room, **config["zero_optimization"]}}
+
+    def _rows_of(self, name: str, first: int, rows: Tensor) -> Slice:
+        """Return rows of a parameter of this rank as a part of the global tensor."""
+        whole = self._slice(f"model.{name}", self.parameters[name])
+        return Slice(
+            tensor=rows,
+            global_shape=whole.global_shape,
+            start=whole.start + first,
+            is_of_experts=whole.is_of_experts,
+        )
+
+    def _gradient_pieces(self, group: int) -> list[Tensor]:
+        """Return what this rank has of the summed gradient of a group, in order."""
+        if self._zero.cpu_offload:
+            self._zero._wait_for_offload_copies()  # which come behind the backward pass
+            return [self._zero.single_partition_of_fp32_groups[group].grad]
+        return list(self._zero.averaged_gradients[group])
+
+    def _flat_gradient(self, group: int) -> Tensor:
+        """Return the same as one tensor, as long as the partition."""
+        flat = torch.cat([piece.reshape(-1) for piece in self._gradient_pieces(group)])
+        missing = self._partitions[group].size - len(flat)
+        return torch.cat([flat, flat.new_zeros(missing)]) if missing > 0 else flat
+
+    def _tell_norm(self, norm_type: int = 2) -> Tensor:
+        """Answer DeepSpeed, which would measure it again, in float32."""
+        return torch.tensor(self._norm, dtype=torch.float32, device=self._zero.device)
+
+    def _tell_whether_skipped(self, partition_gradients: bool = True) -> None:
+        """Answer DeepSpeed, which would look for infinities by itself."""
+        self._zero.overflow = self._norm is None

@@ -1,0 +1,97 @@
+"""AdamW for ZeRO: torch's, or DeepSpeed's kernels; and its state, which each of them keeps in another way."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.distributed.mesh import Mesh
+from trainer.engine.deepspeed.start import expert_group_name, first_line, load_deepspeed
+from trainer.errors import ConfigError
+from trainer.models.gpt import parameter_role
+from trainer.optim.registry import OptimConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def describe_groups(
+    optim: OptimConfig, parameters: Mapping[str, nn.Parameter], experts: Collection[str], mesh: Mesh
+) -> list[dict[str, Any]]:
+    """Group parameters as DeepSpeed wants them: experts apart, and every group with a name of its own.
+
+    Args:
+        optim: how much decays.
+        parameters: of this rank, by name.
+        experts: names of those that are experts.
+        mesh: this rank's groups.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        decays = parameter_role(name) not in ("norm", "embedding")
+        groups.setdefault((name in experts, decays), []).append(parameter)
+    return [
+        {
+            "params": members,
+            "weight_decay": optim.weight_decay if decays else 0.0,
+            "name": expert_group_name(mesh) if is_expert else f"dense, {'decayed' if decays else 'not decayed'}",
+            "moe": is_expert,
+        }
+        for (is_expert, decays), members in groups.items()
+    ]
+
+
+def build_optimizer(
+    described: list[dict[str, Any]], optim: OptimConfig, *, adam: str, config: Mapping[str, Any], device: torch.device
+) -> torch.optim.Optimizer:
+    """Make the optimizer.
+
+    Args:
+        described: its groups.
+        optim: its numbers.
+        adam: `torch`, `deepspeed`, or `auto`: DeepSpeed's kernel if it was built when DeepSpeed was installed.
+        config: DeepSpeed's own.
+        device: where weights are.
+
+    Raises:
+        ConfigError: if DeepSpeed is not installed, or its kernel is asked for and cannot be built.
+    """
+    numbers: dict[str, Any] = {"lr": 0.0, "betas": optim.betas, "eps": optim.eps}
+    offloads = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+    kernel = "cpu_adam" if offloads or device.type == "cpu" else "fused_adam"
+    deepspeed = load_deepspeed(device)
+    if adam == "torch" or (adam == "auto" and not _is_built(kernel)):
+        return torch.optim.AdamW(described, **numbers, fused=True)
+    try:
+        if kernel == "cpu_adam":
+            return deepspeed.ops.adam.DeepSpeedCPUAdam(described, **numbers, adamw_mode=True)
+        return deepspeed.ops.adam.FusedAdam(described, **numbers, adam_w_mode=True)
+    except Exception as error:  # whatever a compiler, or its absence, makes of it
+        cause = error.__cause__ or error
+        raise ConfigError(
+            f"engine.adam: DeepSpeed's {kernel} cannot be built: {first_line(cause)}; use torch"
+        ) from error
+
+
+def moments(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]:
+    """Return the moments of a partition, made as the optimizer makes them if there was no step yet."""
+    state = optimizer.state[flat]
+    if not state:
+        state |= {key: torch.zeros_like(flat.detach()) for key in MOMENTS}
+        if isinstance(optimizer, torch.optim.AdamW):
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+        else:
+            state["step"] = 0
+    return {key: state[key] for key in MOMENTS}
+
+
+def set_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Say how many steps the moments are of."""
+    for state in optimizer.state.values():
+        state["step"] = state["step"].fill_(steps) if isinstance(state["step"], Tensor) else steps
+
+
+def _is_built(kernel: str) -> bool:
+    from deepspeed.git_version_info import installed_ops
+
+    return bool(installed_ops.get(kernel))

@@ -1,0 +1,221 @@
+"""Which of DeepSpeed's own options are taken over, which must say what our sections say, and which are refused.
+
+An option is let through only if it is known to leave what is learned alone: the promise of `engine` holds for it too.
+Imports no torch and nothing of DeepSpeed.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from trainer.config.base import Problem
+from trainer.optim.registry import OptimConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ours:
+    """What other sections say about what DeepSpeed has options for as well."""
+
+    zero_stage: int
+    offload_optimizer: str
+    global_batch_size: int
+    micro_batch_size: int
+    dtype: str
+    grad_clip: float | None
+    optim: OptimConfig
+    peak_lr: float
+    has_uneven_experts: bool
+    """Ranks do not all hold the same number of experts."""
+
+
+_SAME: dict[str, tuple[str, Callable[[Ours], Any]]] = {
+    "train_batch_size": ("train.global_batch_size", lambda ours: ours.global_batch_size),
+    "train_micro_batch_size_per_gpu": ("parallel.micro_batch_size", lambda ours: ours.micro_batch_size),
+    "gradient_clipping": ("train.grad_clip", lambda ours: ours.grad_clip or 0.0),
+    "zero_optimization.stage": ("engine.zero_stage", lambda ours: ours.zero_stage),
+    "zero_optimization.offload_optimizer.device": ("engine.offload_optimizer", lambda ours: ours.offload_optimizer),
+    "torch_autocast.enabled": ("`train.dtype: bfloat16`", lambda ours: ours.dtype == "bfloat16"),
+    "optimizer.params.lr": ("schedule.peak_lr", lambda ours: ours.peak_lr),
+    "optimizer.params.betas": ("optim.betas", lambda ours: list(ours.optim.betas)),
+    "optimizer.params.eps": ("optim.eps", lambda ours: ours.optim.eps),
+    "optimizer.params.weight_decay": ("optim.weight_decay", lambda ours: ours.optim.weight_decay),
+}
+"""Options that may repeat what a key of ours says, and the key."""
+_ONLY: dict[str, tuple[Any, str]] = {
+    "optimizer.type": ("AdamW", "the engine trains with AdamW"),
+    "bf16.enabled": (False, "it would round the router's weights as well; train.dtype: bfloat16 keeps them in float32"),
+    "fp16.enabled": (False, "there is no float16; use train.dtype: bfloat16"),
+    "amp.enabled": (False, "there is no float16; use train.dtype: bfloat16"),
+    "torch_autocast.dtype": ("bfloat16", "there is no float16"),
+    "gradient_allreduce_op": ("sum", "the objective is a sum, divided once by the tokens of the whole step"),
+    "prescale_gradients": (False, "gradients are summed, not averaged"),
+    "gradient_predivide_factor": (1.0, "gradients are summed, not averaged"),
+    "communication_data_type": ("fp32", "gradients are summed in float32"),
+    "data_types.grad_accum_dtype": ("fp32", "gradients are summed in float32"),
+    "zero_optimization.reduce_scatter": (True, "DeepSpeed needs it for experts"),
+    "zero_optimization.contiguous_gradients": (True, "DeepSpeed needs it for experts"),
+    "zero_optimization.compute_grad_norm": (True, "the norm decides whether a step is taken"),
+    "zero_optimization.zero_quantized_gradients": (False, "it rounds gradients on their way"),
+    "zero_allow_untested_optimizer": (True, "the engine's optimizer is not DeepSpeed's"),
+    "zero_force_ds_cpu_optimizer": (False, "engine.adam says which optimizer runs on the CPU"),
+    "managed_gradient_accumulation": (True, "the engine says which micro-batch is the last one"),
+    "use_data_before_expert_parallel_": (False, "ranks that share experts are neighbours"),
+}
+"""Options that have one value here, and why."""
+_FREE: dict[str, str] = {
+    "steps_per_print": "a whole number above 0",
+    "wall_clock_breakdown": "true or false",
+    "memory_breakdown": "true or false",
+    "dump_state": "true or false",
+    "disable_python_gc": "true or false",
+    "comms_logger": "a mapping",
+    "flops_profiler": "a mapping",
+    "tensorboard": "a mapping",
+    "csv_monitor": "a mapping",
+    "wandb": "a mapping",
+    "comet": "a mapping",
+    "aio": "a mapping",
+    "zero_optimization.allgather_bucket_size": "an even whole number above 0",
+    "zero_optimization.allgather_partitions": "true or false",
+    "zero_optimization.reduce_bucket_size": "a whole number above 0",
+    "zero_optimization.use_multi_rank_bucket_allreduce": "true or false",
+    "zero_optimization.overlap_comm": "true or false",
+    "zero_optimization.round_robin_gradients": "true or false",
+    "zero_optimization.parameter_alignment": "true or false",
+    "zero_optimization.ignore_unused_parameters": "true or false",
+    "zero_optimization.sub_group_size": "a whole number above 0",
+    "zero_optimization.offload_optimizer.pin_memory": "true or false",
+    "zero_optimization.offload_optimizer.fast_init": "true or false",
+    "zero_optimization.offload_optimizer.buffer_count": "a whole number above 0",
+}
+"""Options, and whole sections, of speed, memory and logs, and what they are: taken over."""
+_IS: dict[str, Callable[[Any], bool]] = {
+    "true or false": lambda value: isinstance(value, bool),
+    "a mapping": lambda value: isinstance(value, Mapping),
+    "a whole number above 0": lambda value: _is_whole(value),
+    "an even whole number above 0": lambda value: _is_whole(value) and value % 2 == 0,
+}
+_REFUSED = {
+    "gradient_accumulation_steps": "it follows from train.global_batch_size, parallel.micro_batch_size and the ranks",
+    "scheduler": "the learning rate is that of `schedule`",
+    "checkpoint": "checkpoints are those of `checkpoint`; docs/checkpoint.md",
+    "elasticity": "a run goes on with any number of ranks without it",
+    "activation_checkpointing": "the model does not use DeepSpeed's",
+    "expert_parallel": "experts are shared by parallel.ep_size ranks",
+    "zero_optimization.offload_param": "it is of stage 3",
+    "zero_optimization.elastic_checkpoint": "checkpoints are those of `checkpoint`",
+}
+_SWITCHED = ("bf16", "fp16", "amp", "torch_autocast")
+"""Sections that say nothing unless they are enabled."""
+_STAGE_3 = "zero_optimization.stage3_"
+"""Options that stages 1 and 2 do not look at; many a file has them."""
+
+
+def conflicts(raw: Mapping[str, Any], ours: Ours) -> Iterator[Problem]:
+    """Yield every option that cannot be taken over, with the reason."""
+    off = {section for section in _SWITCHED if not _is_on(raw.get(section))}
+    refused = {}
+    yield from _unusable(raw, ours)
+    for key, value in _leaves(raw):
+        if value in ("auto", None, {}) or _is_free(key) or key.startswith(_STAGE_3) or key.split(".")[0] in off:
+            continue
+        if key in _SAME:
+            name, get = _SAME[key]
+            if not _equal(value, get(ours)):
+                yield Problem(
+                    key, f"{_said(value)}, but {name} is {_said(get(ours))}; make them agree, or leave it out here"
+                )
+        elif key in _ONLY:
+            only, why = _ONLY[key]
+            if not _equal(value, only):
+                yield Problem(key, f"{_said(value)}: {why}; leave it out")
+        else:
+            section = next((section for section in _REFUSED if _is_below(key, section)), None)
+            if section is None:
+                yield Problem(key, _unknown(key))
+            else:
+                refused[section] = _REFUSED[section]
+    for section, why in refused.items():
+        yield Problem(section, f"{why}; leave it out")
+
+
+def _unusable(raw: Mapping[str, Any], ours: Ours) -> Iterator[Problem]:
+    """Yield every free option that is not what it must be."""
+    for key, kind in _FREE.items():
+        value: Any = raw
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value not in ("auto", None) and not _IS[kind](value):
+            yield Problem(key, f"{_said(value)} is not {kind}")
+        elif key == "zero_optimization.reduce_bucket_size" and value not in ("auto", None) and ours.has_uneven_experts:
+            yield Problem(
+                key,
+                "parallel.ep_size does not divide model.moe.num_experts: ranks with different numbers of experts would "
+                "fill their buckets at different moments; leave it out, and buckets hold the whole model",
+            )
+
+
+def merged(raw: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+    """Return DeepSpeed's options that are taken over, under ours."""
+    result = free_options(raw)
+    for key, value in _leaves(ours):
+        _put(result, key.split("."), value)
+    return result
+
+
+def free_options(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that no section of ours says anything about."""
+    result: dict[str, Any] = {}
+    for key, value in _leaves(raw):
+        if _is_free(key) and value not in ("auto", None):
+            _put(result, key.split("."), value)
+    return result
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _put(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
+
+
+def _is_whole(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and value > 0 and value == int(value)
+
+
+def _is_on(section: Any) -> bool:
+    return isinstance(section, Mapping) and section.get("enabled", False) not in (False, "auto")
+
+
+def _is_below(key: str, prefix: str) -> bool:
+    return key == prefix or key.startswith(f"{prefix}.")
+
+
+def _is_free(key: str) -> bool:
+    return any(_is_below(key, free) for free in _FREE)
+
+
+def _equal(value: Any, other: Any) -> bool:
+    if isinstance(value, str) and isinstance(other, str):
+        return value.lower() == other.lower()
+    return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
+
+
+def _said(value: Any) -> str:
+    return json.dumps(value)
+
+
+def _unknown(key: str) -> str:
+    near = get_close_matches(key, [*_SAME, *_ONLY, *_FREE, *_REFUSED], n=1, cutoff=0.85)
+    hint = f"did you mean {near[0]}?" if near else "leave it out"
+    return f"not among the options of DeepSpeed that are known to leave what is learned alone; {hint}"

@@ -1,0 +1,281 @@
+"""Optimizer steps, as every engine takes them: what is computed and summed, and whether the step is taken.
+
+Everything is summed and divided once: each micro-batch adds its share of the objective, whose denominators were counted
+before the first forward pass. No factor of the number of micro-batches or ranks exists anywhere.
+
+# L MoE layers, E experts.
+"""
+
+import contextlib
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from trainer import faults
+from trainer.checkpoint.state import Slice, TrainState
+from trainer.data.batch import Batch
+from trainer.distributed.mesh import Mesh
+from trainer.engine.base import Engine, EvalSums, RoutingSums, StepResult
+from trainer.engine.nonfinite import Findings, in_words
+from trainer.engine.sums import (
+    StepTotals,
+    routing_like,
+    routing_sums,
+    routing_tensors,
+    sum_together,
+)
+from trainer.models.gpt import GPT, GPTOutput
+from trainer.models.initialize import expert_parameters
+from trainer.moe.losses import Denominators, choice_counts, global_balance_loss, objective
+from trainer.moe.routing import RoutingOptions
+from trainer.parallel.shard import first_row, local
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NumericsConfig:
+    """What an engine must know of `train` and `seed`."""
+
+    seed: int
+    dtype: torch.dtype
+    """Of the matrix products; bfloat16 runs under autocast over float32 parameters."""
+    grad_clip: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accumulated:
+    """A step between its last backward pass and its update; sums are over all ranks."""
+
+    total: StepTotals
+    own_objective: Tensor
+    """This rank's share of the objective."""
+    choices: Tensor
+    """(L, E) what the balance loss counts."""
+    routing: RoutingSums | None
+    grad_norm: Tensor
+    """2-norm of the whole gradient, float64: each weight once, whoever holds it."""
+    num_tokens: int
+
+
+class StepEngine(Engine):
+    """Runs the micro-batches, sums what is small, and decides; where gradients are is each engine's own business.
+
+    A new engine defines the methods below `# What an engine does`.
+    """
+
+    def __init__(self, model: GPT, numerics: NumericsConfig, mesh: Mesh) -> None:
+        self.model, self.numerics, self.mesh = model, numerics, mesh
+        self.moe_config = model.config.moe
+        self.device = model.embedding.weight.device
+        self.parameters = dict(model.named_parameters())
+        self.first_expert = expert_parameters(model)
+        self.optimizer_steps = 0
+        shape = (len(model.moe_layers()), self.moe_config.num_experts if self.moe_config else 0)
+        # Before the first step no load is known, and an even one makes the balance loss its constant minimum.
+        self.previous_counts = torch.ones(shape, dtype=torch.int64, device=self.device)
+
+    # What an engine does with gradients
+
+    @abstractmethod
+    def gradients(self) -> TrainState:
+        """Return the gradients of the whole step, not clipped, by the names of their parameters."""
+
+    @abstractmethod
+    def _backward(self, objective: Tensor, *, is_last: bool) -> None:
+        """Add the gradient of a micro-batch's share of the objective; after the last one sums over ranks can begin."""
+
+    @abstractmethod
+    def _sum_gradients(self) -> Tensor:
+        """Finish adding up gradients over ranks; return this rank's part of the squared norm, float64."""
+
+    @abstractmethod
+    def _update(self, lr: float, grad_norm: float) -> None:
+        """Clip, step, and let go of the gradient."""
+
+    @abstractmethod
+    def _drop_gradients(self) -> None:
+        """Let go of the gradient of a step that is not taken."""
+
+    @abstractmethod
+    def _findings(self, own_objective: Tensor) -> Findings:
+        """Look for what is not finite on this rank."""
+
+    def train_step(self, micro_batches: Sequence[Batch], *, lr: float, skip_above: float | None = None) -> StepResult:
+        """Take one optimizer step over the micro-batches."""
+        return self.apply(self.accumulate(micro_batches), lr=lr, skip_above=skip_above)
+
+    def accumulate(self, micro_batches: Sequence[Batch]) -> Accumulated:
+        """Run the micro-batches forward and backward.
+
+        The gradient of the whole step is summed over ranks afterwards, and not clipped yet.
+        """
+        journal = self.mesh.world.journal
+        journal.enter("counting")
+        batches = [batch.to(self.device) for batch in micro_batches]
+        denominators = self._denominators(batches)
+        options = RoutingOptions(noise_seed=self.numerics.seed)
+        counts = self._counts_before(batches, options)
+        total, routing, choices = StepTotals(), None, torch.zeros_like(self.previous_counts)
+        for batch in batches:
+            journal.enter("forward")
+            with self.autocast():
+                output = self.model(batch, options)
+            here = self._choices(output)
+            choices = choices + here
+            if self._global_counts == "running":
+                counts = choices
+            elif counts is None and self._global_counts == "exact" and self._has_balance_loss:
+                counts = self.mesh.world.sum_(here.clone())  # the only micro-batch: known now
+            share = objective(
+                output.loss_sum,
+                output.moe,
+                global_counts=counts,
+                denominators=denominators,
+                config=self.moe_config,
+            )
+            journal.enter("backward")
+            self._backward(share.total, is_last=batch is batches[-1])
+            total.add(share, output)
+            sums = routing_sums(output)
+            routing = sums if routing is None or sums is None else routing + sums
+        journal.enter("gradient sums")
+        square, own_objective = self._sum_gradients(), torch.as_tensor(total.objective)
+        total, choices, routing, square = self._sum_small(total, choices, routing, square)
+        if self._global_counts == "exact" and not self._has_balance_loss and total.prob_sum is not None:
+            total.balance_loss = global_balance_loss(choices, total.prob_sum, routed_tokens=denominators.routed_tokens)
+        return Accumulated(
+            total=total,
+            own_objective=own_objective,
+            choices=choices,
+            routing=routing,
+            grad_norm=square.sqrt(),
+            num_tokens=denominators.routed_tokens,
+        )
+
+    def apply(self, step: Accumulated, *, lr: float, skip_above: float | None = None) -> StepResult:
+        """Clip the gradient and step; skip the step if loss or gradient is not finite, or the loss too high."""
+        total, routing = step.total, step.routing
+        self.mesh.world.journal.enter("update")
+        # Waits for the device: the decision to step hangs on these. They are sums over all ranks, and so is it.
+        loss, objective, grad_norm = float(total.loss), float(total.objective), float(step.grad_norm)
+        not_finite = None
+        if not (math.isfinite(objective) and math.isfinite(grad_norm)):
+            not_finite = self._what_is_not_finite(step)
+        skipped = not_finite is not None or (skip_above is not None and loss > skip_above)
+        if skipped:
+            self._drop_gradients()
+        else:
+            self._update(lr, grad_norm)
+            faults.hit("step.weights_updated")
+            self.optimizer_steps += 1
+            if routing is not None:
+                self.previous_counts = step.choices
+                for layer, moe in enumerate(self.model.moe_layers()):
+                    moe.router.update(routing.counts[layer])
+        faults.hit("step.updated")
+        return StepResult(
+            loss=loss,
+            balance_loss=None if total.balance_loss is None else float(total.balance_loss),
+            z_loss=None if total.z_loss is None else float(total.z_loss),
+            grad_norm=grad_norm,
+            skipped=skipped,
+            not_finite=not_finite,
+            num_tokens=step.num_tokens,
+            routing=routing,
+        )
+
+    def eval_loss(self, batch: Batch, *, dropless: bool) -> EvalSums:
+        """Evaluate a batch without gradients and without noise."""
+        batch = batch.to(self.device)
+        with torch.no_grad(), self.autocast():
+            output = self.model(batch, RoutingOptions(dropless=dropless))
+        routing = routing_sums(output)
+        here = torch.stack([output.row_loss.double().sum(), batch.target_mask.sum().double()])
+        parts = [here] if routing is None else [here, *routing_tensors(routing)]
+        here, *parts = sum_together(parts, self.mesh.world)
+        return EvalSums(
+            loss_sum=float(here[0]),
+            target_tokens=int(here[1]),
+            routing=None if routing is None else routing_like(routing, parts),
+        )
+
+    def _slice(self, name: str, tensor: Tensor) -> Slice:
+        """Say which part of the global tensor this rank has: its own experts, and a piece of what is cut over ranks."""
+        parameter = name.partition(".")[2] if name.startswith("model.") else name.split(".", 2)[-1]
+        first, shape = self.first_expert.get(parameter), tuple(tensor.shape)
+        if first is not None and self.moe_config is not None:
+            shape = (self.moe_config.num_experts, *shape[1:])
+        return Slice(
+            tensor=local(tensor),
+            global_shape=shape,
+            start=(first or 0) + first_row(tensor),
+            is_of_experts=first is not None,
+        )
+
+    def _denominators(self, batches: Sequence[Batch]) -> Denominators:
+        """Count target and routed tokens of the whole step, over all ranks, before its first forward pass."""
+        counts = torch.tensor([[int(b.target_mask.sum()), int(b.valid.sum())] for b in batches], device=self.device)
+        target_tokens, routed_tokens = self.mesh.world.sum_(counts.sum(0)).tolist()
+        return Denominators(target_tokens=max(1, target_tokens), routed_tokens=max(1, routed_tokens))
+
+    def _sum_small(
+        self, total: StepTotals, choices: Tensor, routing: RoutingSums | None, square: Tensor
+    ) -> tuple[StepTotals, Tensor, RoutingSums | None, Tensor]:
+        """Add up everything that is small over all ranks, in one message."""
+        if self.mesh.world.size == 1:
+            return total, choices, routing, square
+        parts = [square, choices, *total.tensors()]
+        routed = [] if routing is None else routing_tensors(routing)
+        square, choices_sum, *rest = sum_together([*parts, *routed], self.mesh.world)
+        num_totals = len(parts) - 2
+        return (
+            total.replaced(rest[:num_totals]),
+            choices_sum.to(choices.dtype),
+            None if routing is None else routing_like(routing, rest[num_totals:]),
+            square,
+        )
+
+    def _what_is_not_finite(self, step: Accumulated) -> str:
+        """Say it in words, the same ones on every rank, which must all call it."""
+        mine = self._findings(step.own_objective)
+        self.mesh.world.journal.enter("finding what is not finite")
+        everyone = self.mesh.world.gather_objects(mine)
+        return in_words(everyone, list(self.parameters), grad_norm=float(step.grad_norm))
+
+    @property
+    def _global_counts(self) -> Literal["exact", "previous_step", "running"] | None:
+        """Where the counts of a balance loss over the global batch come from; None for another scope or no MoE."""
+        balance = self.moe_config.balance if self.moe_config else None
+        return balance.counts if balance is not None and balance.scope == "global_batch" else None
+
+    @property
+    def _has_balance_loss(self) -> bool:
+        return self.moe_config is not None and self.moe_config.balance.coef > 0
+
+    def _counts_before(self, batches: Sequence[Batch], options: RoutingOptions) -> Tensor | None:
+        """Return the (L, E) counts of the whole step that make up f, or None where each micro-batch's own will do."""
+        match self._global_counts:
+            case "previous_step":
+                return self.previous_counts
+            case "exact" if len(batches) > 1 and self._has_balance_loss:
+                with torch.no_grad(), self.autocast():
+                    here = torch.stack([self._choices(self.model(batch, options)) for batch in batches]).sum(0)
+                return self.mesh.world.sum_(here)
+            case _:
+                return None
+
+    def _choices(self, output: GPTOutput) -> Tensor:
+        """Return (L, E): a micro-batch's counts under the configured convention."""
+        if self.moe_config is None or not output.moe:
+            return torch.zeros_like(self.previous_counts)
+        return torch.stack([choice_counts(stats, self.moe_config.balance).sum(0) for stats in output.moe])
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Return a context in which the model computes in the precision of training."""
+        if self.numerics.dtype is not torch.bfloat16:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
