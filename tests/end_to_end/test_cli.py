@@ -163,8 +163,8 @@ def test_ten_steps_and_ten_more_are_twenty_bit_for_bit(workplace: Path) -> None:
 
 
 def test_ctrl_c_saves_and_the_run_goes_on(workplace: Path) -> None:
-    assert run(workplace, "train", "tiny.yaml", "name=whole", "train.steps=200", "eval.every=null").returncode == 0
-    arguments = ("train", "tiny.yaml", "train.steps=200", "eval.every=null", "checkpoint.every=null")
+    assert run(workplace, "train", "tiny.yaml", "name=whole", "train.steps=600", "eval.every=null").returncode == 0
+    arguments = ("train", "tiny.yaml", "train.steps=600", "eval.every=null", "checkpoint.every=null")
     stopped = stop_at(workplace, arguments, "step  15 ", signal.SIGINT)
     assert stopped.returncode == 75, stopped.stderr
     assert "stopped by SIGINT" in stopped.stdout and stopped.stderr == ""
