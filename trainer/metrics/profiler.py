@@ -1,0 +1,135 @@
+"""A window of steps under torch's profiler: a trace for Perfetto or chrome://tracing, tables, a memory snapshot."""
+
+import warnings
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
+
+from trainer.distributed.mesh import Mesh
+from trainer.distributed.together import meet
+from trainer.metrics.config import ProfileConfig
+
+_T = TypeVar("_T")
+_ROWS = 100
+"""Of a table."""
+_ALLOCATIONS = 1_000_000
+"""That a memory snapshot remembers."""
+
+
+class Profiler:
+    """Looks at the steps that the `profile` section names, on the ranks that it names, and writes what it saw.
+
+    In the trace the parts of a step have their names in `time/`. What cannot be written is a warning.
+    """
+
+    def __init__(
+        self,
+        config: ProfileConfig | None,
+        folder: Path,
+        mesh: Mesh,
+        device: torch.device,
+        *,
+        say: Callable[[str], None],
+        warn: Callable[[str], None],
+    ) -> None:
+        """Prepare.
+
+        Args:
+            config: the `profile` section; None: nothing is looked at.
+            folder: for what is seen.
+            mesh: this rank's groups.
+            device: that this rank computes on.
+            say: shows a line to the user.
+            warn: shows a warning.
+        """
+        self._config, self._folder, self._mesh, self._device = config, folder, mesh, device
+        self._say, self._warn = say, warn
+        self._stopwatch = mesh.world.journal.stopwatch
+        self._looks = config is not None and mesh.layout.rank in config.ranks
+        self._running: profile | None = None
+        self._first = 0
+        """Step that it began to look at: another one than the window's where a run was resumed within it."""
+        self._troubles: list[str] = []
+
+    def begin(self, step: int) -> None:
+        """Be told that a step begins, counted from 1."""
+        config = self._config
+        if config is None or not self._looks or not config.start - 1 <= step <= config.last:
+            return
+        if self._running is None:
+            self._attempt(lambda: self._start(config, step))
+        if step == self._first:
+            self._stopwatch.region = record_function
+            if config.memory and self._device.type == "cuda":
+                torch.cuda.memory._record_memory_history(max_entries=_ALLOCATIONS)
+
+    def end(self, step: int) -> None:
+        """Be told that it has ended; after the last one all ranks wait until what was seen is written."""
+        config, running = self._config, self._running
+        if running is not None:
+            self._attempt(running.step)
+        if config is None or step != config.last:
+            return
+        self._stopwatch.region, self._running = None, None
+        name = None
+        if running is not None:
+            name = self._attempt(lambda: self._write(running, config))
+        # However long one of them writes: an exchange would take the others for lost.
+        for rank, (written, troubles) in enumerate(meet(self._mesh.world, (name, self._troubles))):
+            if written is not None:
+                self._say(f"profile of rank {rank}: {self._folder / written}")
+            for trouble in troubles:
+                self._warn(f"profile of rank {rank}: {trouble}; training goes on")
+
+    def _start(self, config: ProfileConfig, step: int) -> None:
+        # The step before the window, if this process takes it, is for the profiler to warm up.
+        self._first = max(step, config.start)
+        activities = [ProfilerActivity.CPU]
+        if self._device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there was no such step
+            self._running = profile(
+                activities=activities,
+                schedule=schedule(wait=0, warmup=self._first - step, active=config.last - self._first + 1, repeat=1),
+                on_trace_ready=lambda _: None,  # it is told when to write
+                record_shapes=config.shapes,
+                with_stack=config.stacks,
+                profile_memory=config.memory,
+            )
+        self._running.start()
+
+    def _write(self, running: profile, config: ProfileConfig) -> str:
+        """Write what was seen; return the name of the trace."""
+        running.stop()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        stem = f"steps_{self._first:08d}-{config.last:08d}_rank{self._mesh.layout.rank:05d}"
+        names = (stem if number == 1 else f"{stem}_{number}" for number in count(1))
+        path = next(p for name in names if not (p := self._folder / f"{name}.json.gz").exists())
+        table = self._folder / path.name.replace(".json.gz", ".txt")
+        table.write_text("\n\n".join(self._tables(running, config)) + "\n")
+        if config.memory and self._device.type == "cuda":
+            torch.cuda.memory._dump_snapshot(str(path).replace(".json.gz", "_memory.pickle"))
+            torch.cuda.memory._record_memory_history(None)
+        running.export_chrome_trace(str(path))
+        return path.name
+
+    def _tables(self, running: profile, config: ProfileConfig) -> list[str]:
+        """Return the operations that take the longest, and those that allocate the most."""
+        where = "cuda" if self._device.type == "cuda" else "cpu"
+        averages = running.key_averages(group_by_input_shape=config.shapes)
+        keys = [f"self_{where}_time_total", *([f"self_{where}_memory_usage"] if config.memory else [])]
+        return [averages.table(sort_by=key, row_limit=_ROWS) for key in keys]
+
+    def _attempt(self, act: Callable[[], _T]) -> _T | None:
+        """Do what may fail without harm: afterwards there is nothing to look at any more."""
+        try:
+            return act()
+        except Exception as error:
+            self._looks, self._running, self._stopwatch.region = False, None, None
+            self._troubles.append((str(error) or type(error).__name__).splitlines()[0])
+            return None
