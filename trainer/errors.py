@@ -100,6 +100,12 @@ def exit_code_of(error: BaseException) -> int | None:
     return None
 
 
+def first_line(error: BaseException) -> str:
+    """Return what an error of somebody else says, in a line; its kind if it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
 def _is_out_of_memory(error: Exception) -> bool:
     """Tell memory that ran out from other failures; torch has a class of its own for it only on a GPU."""
     names = {kind.__name__ for kind in type(error).__mro__}

@@ -1,6 +1,7 @@
 """The contract of every data source in the registry."""
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -25,13 +26,20 @@ def _jsonl(folder: Path) -> dict[str, Any]:
     return {"path": str(folder / "rows.jsonl"), "domain_key": "of"}
 
 
+def _hf(folder: Path) -> dict[str, Any]:
+    (folder / "rows.csv").write_text("source,target,of\na,b,d\nc,d,e\n")
+    return {"path": "csv", "data_files": str(folder / "*.csv"), "text": "{source} = {target}", "domain_key": "of"}
+
+
 # The smallest working options of each kind. A new source needs a line here.
 OPTIONS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "installed": lambda folder: {"domains": ["cpp"]},  # the other two take seconds to parse
     "text": _text,
     "jsonl": _jsonl,
+    "hf": _hf,
+    "hf_stream": lambda folder: {key: value for key, value in _hf(folder).items() if key != "domain_key"},
 }
-DOMAINS = {"installed": {"cpp"}, "text": {"d"}, "jsonl": {"d", "e"}}
+DOMAINS = {"installed": {"cpp"}, "text": {"d"}, "jsonl": {"d", "e"}, "hf": {"d", "e"}, "hf_stream": {"hf_stream"}}
 
 
 @pytest.fixture(params=sorted(CONFIGS))
@@ -53,6 +61,16 @@ def test_files_exist_and_are_named_once(source):
 
 def test_documents_are_the_same_every_time(source):
     assert list(source.documents()) == list(source.documents())
+
+
+def test_parts_in_order_are_the_whole_source(source):
+    assert [d for part in source.parts() for d in source.read(part)] == list(source.documents())
+
+
+def test_parts_are_read_the_same_by_another_process(source, kind, tmp_path):
+    again = CONFIGS[kind](**OPTIONS[kind](tmp_path), weight=2.5).build()
+    parts = pickle.loads(pickle.dumps(source.parts()))
+    assert [d for part in parts for d in again.read(part)] == list(source.documents())
 
 
 def test_files_are_the_same_every_time(source):

@@ -4,7 +4,8 @@ import os
 import pytest
 
 from trainer import cli
-from trainer.errors import ConfigError, ElsewhereError, Stopped, exit_code_of
+from trainer.errors import ConfigError, ElsewhereError, Stopped, exit_code_of, first_line
+from trainer.verbs import configs
 
 
 class OutOfMemoryError(RuntimeError):
@@ -32,7 +33,7 @@ def test_the_process_ends_with_the_code_of_its_error(
         raise error
 
     assert exit_code_of(error) == code
-    monkeypatch.setattr(cli, "schema_text", fail)
+    monkeypatch.setattr(configs, "schema_text", fail)
     monkeypatch.setattr(os, "dup2", lambda *_: None)
     if code is None:
         with pytest.raises(type(error)):
@@ -46,3 +47,8 @@ def test_the_process_ends_with_the_code_of_its_error(
 
 def test_errors_of_ours_know_their_code() -> None:
     assert [exit_code_of(error) for error in (ConfigError("x"), ElsewhereError("x", 6), Stopped("x"))] == [2, 6, 75]
+
+
+@pytest.mark.parametrize(("text", "line"), [("", "ValueError"), (" \n", "ValueError"), ("\n  a\nb", "a")])
+def test_what_another_s_error_says_is_one_line(text: str, line: str) -> None:
+    assert first_line(ValueError(text)) == line

@@ -23,7 +23,7 @@ class Batch:
     valid: Tensor
     """bool: a real token. False is filling: it is never routed and never counted."""
     document_id: Tensor
-    """int64 running number of the document inside its domain."""
+    """int64 running number of the document inside its domain; -1 for filling."""
     position: Tensor
     """int64 column in the row, from 0; what rotary positions and noise are functions of."""
     domain: Tensor

@@ -1,6 +1,7 @@
 """A folder that is either whole or not there, however many processes build it and wherever they are killed.
 
-CACHE/NAME                the finished folder; its manifest.json was written last
+CACHE/NAME                the finished folder; its manifest.json was written once all else was on the disk
+CACHE/NAME.parts          what is done of one that is not finished (source_cache.py)
 CACHE/.NAME.RANDOM        being built, or the remains of a killed build: removed by the next builder
 CACHE/NAME.lock           locked while somebody builds; the lock ends with its process
 """
@@ -10,14 +11,14 @@ import fcntl
 import hashlib
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
 from trainer.config.base import Config
 from trainer.data.sources.files import readable
-from trainer.durable import sync_folder
+from trainer.errors import DataError, ResourceError
 
 
 class FileState(Config):
@@ -50,32 +51,65 @@ class FileState(Config):
 
 
 @contextmanager
-def sole_builder(folder: Path, *, waiting: Callable[[], None]) -> Iterator[None]:
-    """Keep other processes from building `folder`; call `waiting` first if another one is at it."""
+def sole_builder(folder: Path, *, waiting: Callable[[], None]) -> Iterator[bool]:
+    """Keep other processes from building `folder`; call `waiting` first if another one is at it.
+
+    Gives whether that is certain: some file systems have no locks.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f"{folder.name}.lock").open("a") as file:
-        if _lock(file.fileno(), waiting=waiting):
-            # Nobody else is building, so these are what a killed build left.
-            for remains in folder.parent.glob(f".{folder.name}.*"):
-                shutil.rmtree(remains, ignore_errors=True)
-        yield
+        yield _lock(file.fileno(), waiting=waiting)
 
 
-@contextmanager
-def published(folder: Path, *, unless: Callable[[], bool]) -> Iterator[Path]:
-    """Give a new folder to fill; when the block ends without an error it becomes `folder`, replacing what was there.
+def remove_remains(folders: Collection[Path]) -> None:
+    """Remove what killed builds of these folders of one cache left; only where nobody else can be building them."""
+    names = {folder.name for folder in folders}
+    for cache in {folder.parent for folder in folders}:
+        for path in list(cache.glob(".*")):
+            if path.name.split(".")[1] in names:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def new_name(folder: Path) -> Path:
+    """Return a name for a folder that may become `folder`; if it does not, the next builder removes it."""
+    return folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+
+
+def publish(temporary: Path, folder: Path, *, unless: Callable[[], bool]) -> None:
+    """Let a folder of a name from `new_name` become `folder`, replacing what was there.
 
     Where there are no locks, another builder may have been quicker: if `unless` says that what is there now is what was
     built, it stays. Processes that have the old folder's files open keep reading them.
     """
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        sync_folder(temporary)
-        _rename_over(temporary, folder, unless=unless)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # after a rename there is none
+    while True:
+        try:
+            temporary.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            if unless():
+                shutil.rmtree(temporary, ignore_errors=True)
+                return
+            old = new_name(folder)
+            with suppress(FileNotFoundError):  # another builder moved it away first
+                folder.rename(old)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            return
+
+
+def cache_error(cache_dir: str, error: OSError) -> DataError | ResourceError:
+    """Say what the system refuses to do in the cache folder."""
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(
+            f"data.cache_dir: {cache_dir}: the disk is full ({reason}); tokens need about as much room as the text; "
+            "free some or set another folder"
+        )
+    return DataError(
+        f"data.cache_dir: {cache_dir}: cannot be written ({reason}); tokens are kept there; set a folder that this "
+        "user can write to"
+    )
 
 
 def _lock(descriptor: int, *, waiting: Callable[[], None]) -> bool:
@@ -90,22 +124,3 @@ def _lock(descriptor: int, *, waiting: Callable[[], None]) -> bool:
             raise
         return False
     return True
-
-
-def _rename_over(source: Path, target: Path, *, unless: Callable[[], bool]) -> None:
-    """Rename a folder to a name that may be taken; a kill in between leaves no folder, never half of one."""
-    while True:
-        try:
-            source.rename(target)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise
-            if unless():
-                return
-            old = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-            with suppress(FileNotFoundError):  # another builder moved it away first
-                target.rename(old)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            sync_folder(target.parent)
-            return

@@ -1,11 +1,12 @@
 """The `data` section: which text, how it is cut into tokens, and what is held out. Imports no torch."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveFloat, PositiveInt
 
-from trainer.config.base import Config, PathText
-from trainer.data.sources.registry import InstalledSourceConfig, SourceConfig
+from trainer.config.base import Config, PathText, Problem
+from trainer.data.sources.registry import HfStreamSourceConfig, InstalledSourceConfig, SourceConfig
 from trainer.data.tokenizers.registry import ByteTokenizerConfig, TokenizerConfig
 
 
@@ -21,14 +22,57 @@ class SplitConfig(Config):
     """Share that is held out."""
 
 
+Packing = Literal["crossing", "whole"]
+
+
+class MixtureConfig(Config):
+    """How the rows of the run are shared out among the domains."""
+
+    by: Literal["weight", "tokens"] = "weight"
+    """`weight`: a source has its weight's share of the rows, split evenly over its domains, however much text they are.
+
+    `tokens`: a domain's share is proportional to the weight of its source times its training tokens; with equal weights
+    all domains are then read equally often.
+    """
+    temperature: PositiveFloat = 1.0
+    """For `by: tokens`, whose shares are then proportional to weight * tokens^(1 / temperature): above 1 they are more
+    even, so that small domains are read more often than large ones."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Refuse a temperature that could have no effect."""
+        if self.by == "weight" and self.temperature != 1:
+            yield Problem("temperature", f"{self.temperature} has no effect on shares by weight; set by: tokens")
+
+
 class DataConfig(Config):
     """Which text is learned."""
 
     sources: Annotated[list[SourceConfig], Field(min_length=1)] = Field(default=[InstalledSourceConfig()])
-    """Where text comes from; rows are drawn from all of them by weight."""
+    """Where text comes from."""
+    mixture: MixtureConfig = MixtureConfig()
+    """How often each domain is drawn."""
+    packing: Packing = "crossing"
+    """How text becomes rows, of training and of evaluation.
+
+    `crossing`: the text of a domain in windows, wherever documents end. `whole`: rows of whole documents, each begun
+    and ended by an end of document and none cut that fits in a row; what is left of a row is filling.
+    """
     tokenizer: TokenizerConfig = ByteTokenizerConfig()
     """How text becomes tokens."""
     split: SplitConfig = SplitConfig()
     """What is held out."""
     cache_dir: PathText = ".cache/tokens"
     """Folder of the tokenised text, built once and reused."""
+    workers: PositiveInt | None = None
+    """Processes that read text side by side, once; which changes nothing but the time. Null: one for each core."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Refuse what a stream cannot have: it has no end."""
+        if not any(isinstance(source, HfStreamSourceConfig) for source in self.sources):
+            return
+        if self.split.kind == "tail":
+            yield Problem("split.kind", "tail, but a source is a stream (hf_stream), whose end is never seen; use hash")
+        if self.mixture.by == "tokens":
+            yield Problem(
+                "mixture.by", "tokens, but a source is a stream (hf_stream), whose tokens are not known; use weight"
+            )

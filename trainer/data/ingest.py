@@ -1,39 +1,34 @@
 """From documents to token files: each document is read, split, tokenised and written before the next one."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol
+
+import numpy as np
 
 from trainer.config.base import Config
 from trainer.data.config import SplitConfig
 from trainer.data.shards import ShardInfo, TokenWriter
-from trainer.data.sources.base import Source
+from trainer.data.sources.base import Document
 from trainer.data.splits import DomainSplit, Piece, Side
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.errors import DataError
 
 MAX_DOMAINS = 128
-"""Each has four files open while it is written."""
+"""Of a source; each has six files open while it is written."""
 
-_REPORT_BYTES = 1 << 20
-"""Text between two reports of progress."""
-
-
-class Progress(Protocol):
-    """Is told how far the corpus is."""
-
-    def update(self, done_bytes: int, total_bytes: int, label: str) -> None:
-        """Note that about done_bytes of total_bytes are done; `label` says what is being done."""
+SIDES: tuple[Side, Side] = ("train", "validation")
 
 
 class DomainInfo(Config):
-    """What the manifest knows of one domain."""
+    """What is known of one domain's token files."""
 
     name: str
-    source: int
-    """Index into `data.sources`."""
+    is_cut: bool
+    """Split by its tail, not by the hashes of its documents."""
+    num_documents: int
+    """As they were read: one that was cut counts once."""
     train: ShardInfo
     validation: ShardInfo
 
@@ -41,15 +36,11 @@ class DomainInfo(Config):
 class _DomainWriter:
     """One domain while it is written."""
 
-    def __init__(
-        self, name: str, source: int, split: DomainSplit, *, tokenizer: Tokenizer, folder: Path, files: ExitStack
-    ) -> None:
-        self.source = source
-        self.split = split
+    def __init__(self, name: str, split: DomainSplit, *, tokenizer: Tokenizer, folder: Path, files: ExitStack) -> None:
         self._name = name
+        self._split = split
         self._tokenizer = tokenizer
         self._num_documents = 0
-        sides: tuple[Side, Side] = ("train", "validation")
         self._sides = {
             side: files.enter_context(
                 TokenWriter(
@@ -59,110 +50,112 @@ class _DomainWriter:
                     end_of_document=tokenizer.end_of_document,
                 )
             )
-            for side in sides
+            for side in SIDES
         }
 
-    def add(self, text: str) -> int:
+    def add(self, document: Document) -> int:
         """Write what is certain after this document; return the bytes written."""
         self._num_documents += 1
-        return self._write(self.split.add(text))
+        return self._write(self._split.add(document.text, prompt=document.prompt))
 
-    def finish(self, *, fraction: float) -> DomainInfo:
-        """Write what waited for the end.
-
-        Raises:
-            DataError: if a side got no text.
-        """
-        self._write(self.split.finish())
+    def finish(self) -> DomainInfo:
+        """Write what waited for the end."""
+        self._write(self._split.finish())
         sides = {side: writer.info() for side, writer in self._sides.items()}
-        for side, info in sides.items():
-            if info.num_documents > 0:
-                continue
-            if self.split.kind == "tail":
-                raise DataError(
-                    f"data.split: domain {self._name} has too little text to hold out {fraction} of it; "
-                    "both sides need at least one character; give it more text"
-                )
-            raise DataError(
-                f"data.split: kind hash at fraction {fraction} leaves the {side} side of domain {self._name} "
-                f"empty (documents: {self._num_documents}); both sides need one; use data.split.kind: tail"
-            )
-        return DomainInfo(name=self._name, source=self.source, **sides)
+        is_cut = self._split.kind == "tail"
+        return DomainInfo(name=self._name, is_cut=is_cut, num_documents=self._num_documents, **sides)
 
     def _write(self, pieces: Sequence[Piece]) -> int:
-        num_written = 0
-        for piece in pieces:
-            num_bytes = len(piece.text.encode("utf-8"))
-            self._sides[piece.side].write(self._tokenizer.encode(piece.text), num_bytes=num_bytes)
-            num_written += num_bytes
-        return num_written
+        return sum(
+            write_text(self._sides[piece.side], self._tokenizer, piece.text, prompt=piece.prompt) for piece in pieces
+        )
+
+
+def write_text(writer: TokenWriter, tokenizer: Tokenizer, text: str, *, prompt: str = "") -> int:
+    """Append a document; return its bytes of text."""
+    tokens = tokenizer.encode(text)
+    num_prompt_tokens, num_bytes = 0, len(text.encode())
+    if prompt:
+        # Each by itself: where the prompt ends is a border of tokens, as it is when only the prompt is given.
+        before = tokenizer.encode(prompt)
+        tokens = np.concatenate([before, tokens])
+        num_prompt_tokens = len(before)
+        num_bytes += len(prompt.encode())
+    writer.write(tokens, num_bytes=num_bytes, num_prompt_tokens=num_prompt_tokens)
+    return num_bytes
 
 
 def ingest(
-    sources: Sequence[Source],
+    documents: Iterable[Document],
     folder: Path,
     *,
     tokenizer: Tokenizer,
     split: SplitConfig,
-    total_bytes: int,
-    progress: Progress | None,
+    advance: Callable[[int], None],
+    lengths: Mapping[str, int] | None = None,
 ) -> list[DomainInfo]:
-    """Write the token files of all sources into `folder`.
+    """Write the token files of some documents into `folder`.
+
+    Args:
+        documents: in their order.
+        folder: an empty one.
+        tokenizer: makes the tokens.
+        split: what is held out.
+        advance: is told the bytes of text that are done, after each document.
+        lengths: characters of each domain, which split kind `tail` needs; see `count_characters`.
 
     Returns:
-        The domains, by source, then by name.
+        The domains, by name. One side of a domain may be empty: see `check_sides`.
 
     Raises:
-        DataError: if a source or document is unusable, two sources share a domain or a side stays empty.
+        DataError: if a document is unusable or there are too many domains.
     """
-    done_bytes = reported_bytes = 0
+    done_bytes = 0
     with ExitStack() as files:
         writers: dict[str, _DomainWriter] = {}
-        for index, source in enumerate(sources):
-            # Only a tail cut through several documents must know what comes; it reads everything twice.
-            lengths = _count_characters(source) if split.kind == "tail" else None
-            found = False
-            for document in source.documents():
-                found = True
-                name = document.domain
-                if name not in writers:
-                    domain_split = DomainSplit(split, num_characters=lengths[name] if lengths is not None else None)
-                    writers[name] = _DomainWriter(
-                        name, index, domain_split, tokenizer=tokenizer, folder=folder, files=files
-                    )
-                    _check_number(len(writers))
-                _check_source(writers[name].source, index, domain=name)
-                done_bytes += writers[name].add(document.text)
-                if progress is not None and done_bytes - reported_bytes >= _REPORT_BYTES:
-                    reported_bytes = done_bytes
-                    # Text may be more than its files (gzip), or twice in them (code and docstrings).
-                    progress.update(min(done_bytes, total_bytes), total_bytes, "tokenising")
-            if not found:
-                raise DataError(f"data.sources: source {index} holds no documents; it needs some; remove or correct it")
-        domains = [writer.finish(fraction=split.fraction) for writer in writers.values()]
-    if progress is not None:
-        progress.update(total_bytes, total_bytes, "tokenising")
-    return sorted(domains, key=lambda domain: (domain.source, domain.name))
+        for document in documents:
+            name = document.domain
+            if name not in writers:
+                _check_number(len(writers) + 1)
+                domain_split = DomainSplit(split, num_characters=None if lengths is None else lengths[name])
+                writers[name] = _DomainWriter(name, domain_split, tokenizer=tokenizer, folder=folder, files=files)
+            done_bytes += writers[name].add(document)
+            advance(done_bytes)
+        return [writers[name].finish() for name in sorted(writers)]
 
 
-def _count_characters(source: Source) -> Counter[str]:
+def count_characters(documents: Iterable[Document]) -> Counter[str]:
+    """Return the length of each domain's text, prompts included."""
     counts: Counter[str] = Counter()
-    for document in source.documents():
-        counts[document.domain] += len(document.text)
+    for document in documents:
+        counts[document.domain] += len(document.prompt) + len(document.text)
     return counts
+
+
+def check_sides(domain: DomainInfo, split: SplitConfig) -> None:
+    """Refuse a domain of which one side of the split has no text.
+
+    Raises:
+        DataError: naming the domain.
+    """
+    for side in SIDES:
+        info: ShardInfo = getattr(domain, side)
+        if info.num_documents > 0:
+            continue
+        if domain.is_cut:
+            raise DataError(
+                f"data.split: domain {domain.name} has too little text to hold out {split.fraction} of it; both sides "
+                "need at least one character; give it more text"
+            )
+        raise DataError(
+            f"data.split: kind hash at fraction {split.fraction} leaves the {side} side of domain {domain.name} empty "
+            f"(documents: {domain.num_documents}); both sides need one; use data.split.kind: tail"
+        )
 
 
 def _check_number(num_domains: int) -> None:
     if num_domains > MAX_DOMAINS:
         raise DataError(
-            f"data.sources: more than {MAX_DOMAINS} domains; that is the limit; check that domain_key names a kind of "
-            "text and not a single document"
-        )
-
-
-def _check_source(first: int, now: int, *, domain: str) -> None:
-    if first != now:
-        raise DataError(
-            f"data.sources: sources {first} and {now} both have domain {domain}; a domain is of one source; give each "
-            "its own `domain`"
+            f"data.sources: more than {MAX_DOMAINS} domains in one source; that is the limit; check that domain_key "
+            "names a kind of text and not a single document"
         )

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 U64 = NDArray[np.uint64]
 
+# What a hash of a run's seed is for; two purposes must not share a stream.
+FOR_BLOCK, FOR_ORDER, FOR_OFFSET, FOR_BLOCK_ROWS = 1, 2, 3, 4
+
 _NUM_ROUNDS = 6
 _INCREMENT = np.uint64(0x9E3779B97F4A7C15)
 _FACTOR_1 = np.uint64(0xBF58476D1CE4E5B9)

@@ -2,17 +2,18 @@
 
 DOMAIN.train.tokens      ids, little-endian, in the smallest unsigned type that holds the vocabulary
 DOMAIN.train.documents   int64 position of each document's first token
+DOMAIN.train.answers     int64 position of each document's first token that is learned: those before it are its prompt
 
-tokens      d0 d0 d0 EOD d1 d1 EOD d2      the end of document belongs to the document before it
+tokens      p0 d0 d0 EOD d1 d1 EOD d2      the end of document belongs to the document before it
 documents   0            4         7
+answers        1         4         7
 """
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,6 +21,10 @@ from numpy.typing import ArrayLike, NDArray
 from trainer.config.base import Config
 
 _POSITION = np.dtype("<i8")
+_CHUNK_TOKENS = 1 << 22
+_BUFFER_BYTES = 1 << 16
+_SMALL_BYTES = 128 << 10
+"""Files up to this size are read and not mapped: a mapping keeps a file open, and a run may have thousands."""
 
 
 class ShardInfo(Config):
@@ -32,6 +37,8 @@ class ShardInfo(Config):
     num_documents: int
     sha256: str
     """Of the tokens file."""
+    documents_sha256: str
+    answers_sha256: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -42,6 +49,8 @@ class TokenFile:
     """(num_tokens,), read-only."""
     document_starts: NDArray[np.int64]
     """(num_documents,) position of each document's first token; the first is 0."""
+    answer_starts: NDArray[np.int64]
+    """(num_documents,) position of each document's first token that is learned, which is its end if none is."""
     num_bytes: int
     """UTF-8 bytes of text; an end of document has none."""
 
@@ -55,9 +64,23 @@ class TokenFile:
         """Documents, pieces of a cut one included."""
         return len(self.document_starts)
 
+    @property
+    def has_prompts(self) -> bool:
+        """Whether anything is read and not learned; compares all starts."""
+        return not np.array_equal(self.document_starts, self.answer_starts)
+
     def document_of(self, index: ArrayLike) -> NDArray[np.int64]:
         """Return the running number of the document that each token belongs to; same shape as `index`."""
         return np.searchsorted(self.document_starts, index, side="right") - 1
+
+    def is_learned(self, index: NDArray[np.int64], document: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return whether each token is to be predicted: an answer and the end of its document, but no prompt.
+
+        Args:
+            index: positions.
+            document: the document that each one belongs to; same shape.
+        """
+        return index >= self.answer_starts[document]
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
@@ -70,31 +93,47 @@ def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
 
 
 class TokenWriter:
-    """Writes one token file, document by document; a context manager that closes and syncs it."""
+    """Writes one token file, document by document; a context manager that closes it."""
 
     def __init__(self, folder: Path, name: str, *, vocab_size: int, end_of_document: int) -> None:
         self._vocab_size = vocab_size
         self._dtype = token_dtype(vocab_size)
         self._end_of_document = np.array([end_of_document], dtype=self._dtype)
-        self._hash = hashlib.sha256()
         self._num_tokens = self._num_bytes = self._num_documents = 0
-        self._tokens = tokens_path(folder, name).open("xb")
-        self._starts = starts_path(folder, name).open("xb")
+        self._tokens, self._starts, self._answers = (_HashedFile(path) for path in paths(folder, name))
 
-    def write(self, tokens: NDArray[np.integer], *, num_bytes: int) -> None:
-        """Append a document of `num_bytes` bytes of text.
+    def write(self, tokens: NDArray[np.integer], *, num_bytes: int, num_prompt_tokens: int = 0) -> None:
+        """Append a document of `num_bytes` bytes of text, of which the first tokens are not learned.
 
         Raises:
             ValueError: if a token is outside the vocabulary.
         """
-        if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab_size:
+        is_certain = tokens.dtype == self._dtype and self._vocab_size > np.iinfo(self._dtype).max
+        if not is_certain and tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab_size:
             raise ValueError(f"tokens in [{tokens.min()}, {tokens.max()}] do not fit the vocabulary {self._vocab_size}")
-        if self._num_documents > 0:
-            self._append(self._end_of_document)
-        self._starts.write(np.array([self._num_tokens], dtype=_POSITION).tobytes())
+        start = self._next_start()
+        self._starts.write(start.to_bytes(_POSITION.itemsize, "little"))
+        self._answers.write((start + num_prompt_tokens).to_bytes(_POSITION.itemsize, "little"))
         self._append(tokens.astype(self._dtype, copy=False))
         self._num_documents += 1
         self._num_bytes += num_bytes
+
+    def extend(self, file: "TokenFile") -> None:
+        """Append all documents of another token file of this vocabulary."""
+        if file.num_documents == 0:
+            return
+        start = self._next_start()
+        self._starts.write((file.document_starts + start).astype(_POSITION).tobytes())
+        self._answers.write((file.answer_starts + start).astype(_POSITION).tobytes())
+        for first in range(0, file.num_tokens, _CHUNK_TOKENS):
+            self._append(file.tokens[first : first + _CHUNK_TOKENS])
+        self._num_documents += file.num_documents
+        self._num_bytes += file.num_bytes
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens so far, ends of documents included."""
+        return self._num_tokens
 
     def info(self) -> ShardInfo:
         """Return what was written so far."""
@@ -102,38 +141,82 @@ class TokenWriter:
             num_tokens=self._num_tokens,
             num_bytes=self._num_bytes,
             num_documents=self._num_documents,
-            sha256=self._hash.hexdigest(),
+            sha256=self._tokens.sha256(),
+            documents_sha256=self._starts.sha256(),
+            answers_sha256=self._answers.sha256(),
         )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for file in (self._tokens, self._starts):
-            _close(file, sync=error is None)
+        for file in (self._tokens, self._starts, self._answers):
+            file.close()
+
+    def _next_start(self) -> int:
+        """Close the document before; return where the next one begins."""
+        if self._num_documents > 0:
+            self._append(self._end_of_document)
+        return self._num_tokens
 
     def _append(self, tokens: NDArray[np.unsignedinteger]) -> None:
-        content = tokens.tobytes()
-        self._tokens.write(content)
-        self._hash.update(content)
+        self._tokens.write(tokens.tobytes())
         self._num_tokens += len(tokens)
+
+
+class _HashedFile:
+    """A new file, hashed from memory while it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("xb", buffering=0)
+        self._hash = hashlib.sha256()
+        self._waiting = bytearray()  # documents may be short, and every call costs
+
+    def write(self, content: bytes) -> None:
+        """Append."""
+        self._waiting += content
+        if len(self._waiting) >= _BUFFER_BYTES:
+            self._flush()
+
+    def sha256(self) -> str:
+        """Return the hash of what was written so far."""
+        self._flush()
+        return self._hash.hexdigest()
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._file:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._hash.update(self._waiting)
+        with memoryview(self._waiting) as content:
+            written = 0
+            while written < len(content):  # the system may take less than all
+                written += self._file.write(content[written:])
+        self._waiting.clear()
 
 
 def is_intact(folder: Path, name: str, info: ShardInfo, *, vocab_size: int, verify: bool = False) -> bool:
     """Return whether a token file is there in the size that the manifest knows; `verify` reads and hashes it too."""
-    expected = {
-        tokens_path(folder, name): info.num_tokens * token_dtype(vocab_size).itemsize,
-        starts_path(folder, name): info.num_documents * _POSITION.itemsize,
-    }
+    num_tokens_bytes = info.num_tokens * token_dtype(vocab_size).itemsize
+    num_positions_bytes = info.num_documents * _POSITION.itemsize
+    expected = [
+        (tokens_path(folder, name), num_tokens_bytes, info.sha256),
+        (starts_path(folder, name), num_positions_bytes, info.documents_sha256),
+        (answers_path(folder, name), num_positions_bytes, info.answers_sha256),
+    ]
     try:
-        if any(path.stat().st_size != size_bytes for path, size_bytes in expected.items()):
-            return False
-        if not verify:
-            return True
-        with tokens_path(folder, name).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == info.sha256
+        for path, size_bytes, sha256 in expected:
+            if path.stat().st_size != size_bytes:
+                return False
+            if verify:
+                with path.open("rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                        return False
     except OSError:
         return False
+    return True
 
 
 def open_token_file(folder: Path, name: str, info: ShardInfo, *, vocab_size: int) -> TokenFile:
@@ -141,8 +224,14 @@ def open_token_file(folder: Path, name: str, info: ShardInfo, *, vocab_size: int
     return TokenFile(
         tokens=_mapped(tokens_path(folder, name), token_dtype(vocab_size)),
         document_starts=_mapped(starts_path(folder, name), _POSITION),
+        answer_starts=_mapped(answers_path(folder, name), _POSITION),
         num_bytes=info.num_bytes,
     )
+
+
+def paths(folder: Path, name: str) -> list[Path]:
+    """Return the files of DOMAIN.SIDE."""
+    return [path(folder, name) for path in (tokens_path, starts_path, answers_path)]
 
 
 def tokens_path(folder: Path, name: str) -> Path:
@@ -155,13 +244,15 @@ def starts_path(folder: Path, name: str) -> Path:
     return folder / f"{name}.documents"
 
 
+def answers_path(folder: Path, name: str) -> Path:
+    """Return where the answer starts of DOMAIN.SIDE are."""
+    return folder / f"{name}.answers"
+
+
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    if path.stat().st_size <= _SMALL_BYTES:
+        values = np.fromfile(path, dtype=dtype)
+        values.flags.writeable = False
+        return values
     # As a plain array, which keeps the mapping alive: indexing a np.memmap costs several times as much.
     return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
-
-
-def _close(file: BinaryIO, *, sync: bool) -> None:
-    with file:
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())

@@ -25,6 +25,9 @@ class Piece(NamedTuple):
 
     side: Side
     text: str
+    """What is learned."""
+    prompt: str = ""
+    """What is read before it and not learned."""
 
 
 def is_held_out(text: str, fraction: float) -> bool:
@@ -51,35 +54,40 @@ class DomainSplit:
         self.kind = config.kind
         """Becomes `hash` or `tail` when `auto` is decided: by the second document, or the end of the domain."""
         self._fraction = config.fraction
-        self._waiting: str | None = None
+        self._waiting: tuple[str, str] | None = None
         self._cut = tail_cut(num_characters, config.fraction) if num_characters is not None else 0
         self._num_seen = 0
 
-    def add(self, text: str) -> list[Piece]:
+    def add(self, text: str, *, prompt: str = "") -> list[Piece]:
         """Take the next document; return the pieces that are certain now."""
+        document = prompt, text
         if self.kind == "tail":
-            return self._cut_tail(text)
+            return self._cut_tail(*document)
         if self.kind == "hash":
-            return [self._hashed(text)]
+            return [self._hashed(*document)]
         if self._waiting is None:
-            self._waiting = text
+            self._waiting = document
             return []
         first, self._waiting, self.kind = self._waiting, None, "hash"
-        return [self._hashed(first), self._hashed(text)]
+        return [self._hashed(*first), self._hashed(*document)]
 
     def finish(self) -> list[Piece]:
         """Return the pieces that waited for the end of the domain."""
         if self._waiting is None:
             return []
-        text, self._waiting, self.kind = self._waiting, None, "tail"
-        self._cut = tail_cut(len(text), self._fraction)
-        return self._cut_tail(text)
+        (prompt, text), self._waiting, self.kind = self._waiting, None, "tail"
+        self._cut = tail_cut(len(prompt) + len(text), self._fraction)
+        return self._cut_tail(prompt, text)
 
-    def _hashed(self, text: str) -> Piece:
-        return Piece("validation" if is_held_out(text, self._fraction) else "train", text)
+    def _hashed(self, prompt: str, text: str) -> Piece:
+        return Piece("validation" if is_held_out(prompt + text, self._fraction) else "train", text, prompt)
 
-    def _cut_tail(self, text: str) -> list[Piece]:
-        before = min(max(self._cut - self._num_seen, 0), len(text))
-        self._num_seen += len(text)
-        pieces = [Piece("train", text[:before]), Piece("validation", text[before:])]
-        return [piece for piece in pieces if piece.text]
+    def _cut_tail(self, prompt: str, text: str) -> list[Piece]:
+        before = max(self._cut - self._num_seen, 0)
+        self._num_seen += len(prompt) + len(text)
+        in_text = max(before - len(prompt), 0)
+        pieces = [
+            Piece("train", text[:in_text], prompt[:before]),
+            Piece("validation", text[in_text:], prompt[before:]),
+        ]
+        return [piece for piece in pieces if piece.prompt or piece.text]

@@ -1,7 +1,8 @@
 """Causal attention: torch's own kernel, and products in blocks of queries where those are faster.
 
 Both take queries (B, H, S, d), keys and values (B, Hkv, S, d), every H / Hkv query heads sharing a key head, and return
-(B, H, S, d) in the dtype of the values. Neither looks at autocast: what dtype they work in is said here.
+(B, H, S, d) in the dtype of the values. Neither looks at autocast: what dtype they work in is said here. A mask
+(B, 1, S, S), which must be causal itself, says which keys each query sees; None: all that are not later.
 
 # B rows, H query heads, Hkv key and value heads, G = H / Hkv, N = B * Hkv, S tokens, d head width, n queries a block.
 """
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CausalAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+CausalAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 _BLOCK = 64
 """Queries in a block: each block is multiplied with no later keys than its own."""
@@ -21,34 +22,59 @@ _LONGEST = 512
 """Beyond this many tokens the kept weights, S^2 / 2 for each head, cost more memory than the time is worth."""
 
 
-def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Run torch's fused kernel; a single query sees all keys (of a cache), several are causal.
+def document_mask(document: Tensor) -> Tensor:
+    """Return (B, 1, S, S) bool: which keys a query sees that sees its own document (B, S) and nothing later.
+
+    #  document  0 0 1      sees  x . .
+    #                             x x .
+    #                             . . x
+    """
+    same = document[:, :, None] == document[:, None, :]
+    return same.tril()[:, None]
+
+
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Run torch's fused kernel: causal, or every query sees the keys that a mask (B, 1, S, keys) says.
 
     On the CPU bfloat16 is computed in float32: its kernel takes 1.3 times as long in bfloat16, casts included.
     """
-    dtype = torch.float32 if v.device.type == "cpu" and v.dtype is torch.bfloat16 else v.dtype
+    is_on_cpu, num_heads = v.device.type == "cpu", q.shape[1]
+    dtype = torch.float32 if is_on_cpu and v.dtype is torch.bfloat16 else v.dtype
+    if mask is not None and not is_on_cpu:
+        # Of the GPU's kernels none that takes a mask lets heads share keys but the one that keeps all S x S scores.
+        k, v = for_every_head(k, num_heads), for_every_head(v, num_heads)
     with torch.autocast(q.device.type, enabled=False):  # it would cast everything to bfloat16 again
         y = F.scaled_dot_product_attention(
-            q.to(dtype), k.to(dtype), v.to(dtype), is_causal=q.shape[2] > 1, enable_gqa=k.shape[1] != q.shape[1]
+            q.to(dtype),
+            k.to(dtype),
+            v.to(dtype),
+            attn_mask=mask,
+            is_causal=mask is None and q.shape[2] > 1,
+            enable_gqa=k.shape[1] != num_heads,
         )
     return y.to(v.dtype)
 
 
-def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def for_every_head(x: Tensor, num_heads: int) -> Tensor:
+    """Return (B, H, S, d): of keys or values (B, Hkv, S, d) a copy for each query head that shares them."""
+    return x.repeat_interleave(num_heads // x.shape[1], dim=1)
+
+
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Multiply block by block, for the CPU and inside torch.compile, which fuses what lies between the products.
 
     Scores and softmax are at least float32, whatever the dtype of the values; all other products are in that dtype.
     """
     (B, H, S, d), Hkv = q.shape, k.shape[1]
     if S > _LONGEST:
-        return torch_attention(q, k, v)
+        return torch_attention(q, k, v, mask)
     grouped = q.reshape(B * Hkv, H // Hkv, S, d), k.reshape(B * Hkv, S, d), v.reshape(B * Hkv, S, d)
     with torch.autocast(q.device.type, enabled=False):
-        return _BlockedAttention.apply(*grouped).view(B, H, S, d)
+        return _BlockedAttention.apply(*grouped, mask).view(B, H, S, d)
 
 
 class _BlockedAttention(torch.autograd.Function):
-    """q (N, G, S, d), k and v (N, S, d) -> (N, G, S, d).
+    """q (N, G, S, d), k and v (N, S, d), mask (B, 1, S, S) or None -> (N, G, S, d).
 
     #  keys      0 .. 63   64 .. 127   128 .. 191
     #  block 0   causal
@@ -57,14 +83,16 @@ class _BlockedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         N, G, _, d = q.shape
+        B = N if mask is None else len(mask)
         wide = torch.promote_types(v.dtype, torch.float32)
         scaled, keys = q.to(wide) * d**-0.5, k.to(wide)
         outs, weights = [], []
         for start, stop in _blocks(q):
             scores = torch.bmm(_rows(scaled, start, stop), keys[:, :stop].transpose(1, 2))  # (N, G n, stop)
-            scores = scores.view(N, G, stop - start, stop).masked_fill(_later(start, stop, q.device), float("-inf"))
+            hidden = _later(start, stop, q.device) if mask is None else ~mask[:, :, start:stop, :stop]
+            scores = scores.view(B, -1, stop - start, stop).masked_fill(hidden, float("-inf"))
             weights.append(torch.softmax(scores, dim=-1).to(v.dtype).view(N, -1, stop))
             outs.append(torch.bmm(weights[-1], v[:, :stop]).view(N, G, -1, d))
         out = torch.cat(outs, dim=2)
@@ -74,7 +102,7 @@ class _BlockedAttention(torch.autograd.Function):
 
     @staticmethod
     # pyrefly: ignore[bad-override]
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out, *weights = ctx.saved_tensors
         N, G, _, d = q.shape
         wide = torch.promote_types(v.dtype, torch.float32)
@@ -93,7 +121,7 @@ class _BlockedAttention(torch.autograd.Function):
                 grad_k[:, :stop] += torch.bmm(grad_scores.transpose(1, 2), _rows(q, start, stop))
                 grad_v[:, :stop] += torch.bmm(w.transpose(1, 2), grad)
         dtype_q, dtype_k = ctx.dtypes
-        return torch.cat(grad_q, dim=2).to(dtype_q), grad_k.to(dtype_k), grad_v.to(v.dtype)
+        return torch.cat(grad_q, dim=2).to(dtype_q), grad_k.to(dtype_k), grad_v.to(v.dtype), None
 
 
 def _blocks(q: Tensor) -> list[tuple[int, int]]:

@@ -39,7 +39,7 @@ def test_another_weight_takes_the_same_tokens(folder):
         build_corpus(DataConfig(sources=[TextSourceConfig(path="a.txt", weight=weight)], cache_dir="cache"))
         for weight in (1.0, 2.0)
     )
-    assert one.folder == two.folder
+    assert one.folders == two.folders
 
 
 def test_the_fingerprint_does_not_depend_on_where_files_are(folder, monkeypatch):
@@ -73,7 +73,7 @@ def test_equal_relative_paths_in_two_working_directories_do_not_share_a_cache(fo
         (folder / name).mkdir()
         (folder / name / "a.txt").write_text(name * 5)
         monkeypatch.chdir(folder / name)
-        folders.append(build_corpus(config().model_copy(update={"cache_dir": str(folder / "cache")})).folder)
+        folders.append(build_corpus(config().model_copy(update={"cache_dir": str(folder / "cache")})).folders)
     assert folders[0] != folders[1]
 
 

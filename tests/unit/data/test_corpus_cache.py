@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from trainer.data import corpus as module
-from trainer.data.cache import FileState, published, sole_builder
+from trainer.data import source_cache, tasks
+from trainer.data.cache import FileState, sole_builder
 from trainer.data.config import DataConfig, SplitConfig
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.data.sources.registry import TextSourceConfig
@@ -30,13 +31,13 @@ def config(folder: Path) -> DataConfig:
 def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """One entry for every build."""
     made: list[str] = []
-    ingest = module.ingest
+    ingest = tasks.ingest
 
     def counting(*args: Any, **options: Any) -> object:
         made.append("built")
         return ingest(*args, **options)
 
-    monkeypatch.setattr(module, "ingest", counting)
+    monkeypatch.setattr(tasks, "ingest", counting)
     return made
 
 
@@ -45,7 +46,7 @@ def all_text(corpus: Corpus) -> bytes:
 
 
 def in_cache(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "cache").iterdir() if path.suffix != ".lock")
+    return sorted(path.name for path in (folder / "cache").iterdir() if path.suffix not in (".lock", ".parts"))
 
 
 def in_threads(number: int, work: Callable[[], Corpus]) -> list[Corpus]:
@@ -104,7 +105,7 @@ def test_a_new_match_of_a_glob_is_built_in(config, builds, folder):
 @pytest.mark.parametrize("name", ["text.train.tokens", "text.validation.documents", "manifest.json"])
 @pytest.mark.parametrize("damage", ["cut", "removed"])
 def test_a_damaged_cache_is_built_again_with_a_message(config, builds, caplog, name, damage):
-    file = build_corpus(config).folder / name
+    file = build_corpus(config).folders[0] / name
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:-1])
     else:
@@ -113,17 +114,17 @@ def test_a_damaged_cache_is_built_again_with_a_message(config, builds, caplog, n
         corpus = build_corpus(config)
     assert all_text(corpus) == b"abcdefgh|ijklmnop"
     assert builds == ["built", "built"]
-    assert caplog.messages == [f"{corpus.folder}: the token cache is damaged; building it again"]
+    assert caplog.messages == [f"{corpus.folders[0]}: the token cache is damaged; building it again"]
 
 
 def test_flipped_bits_are_found_on_request(config, builds):
-    file = build_corpus(config).folder / "text.train.tokens"
+    file = build_corpus(config).folders[0] / "text.train.tokens"
     file.write_bytes(b"Xbcdefgh")
     assert all_text(build_corpus(config))[:1] == b"X"
     assert all_text(build_corpus(config, verify=True)) == b"abcdefgh|ijklmnop"
 
 
-def test_a_failed_build_leaves_nothing(config, folder, monkeypatch):
+def test_a_failed_build_leaves_nothing_that_looks_finished(config, folder, monkeypatch):
     encode = ByteTokenizer.encode
 
     def fail_late(self: ByteTokenizer, text: str) -> object:
@@ -134,7 +135,7 @@ def test_a_failed_build_leaves_nothing(config, folder, monkeypatch):
     monkeypatch.setattr(ByteTokenizer, "encode", fail_late)
     with pytest.raises(KeyboardInterrupt):
         build_corpus(config)
-    assert in_cache(folder) == []
+    assert all(name.startswith(".") for name in in_cache(folder))
     monkeypatch.undo()
     monkeypatch.chdir(folder)
     assert all_text(build_corpus(config)) == b"abcdefgh|ijklmnop"
@@ -142,25 +143,29 @@ def test_a_failed_build_leaves_nothing(config, folder, monkeypatch):
 
 def test_what_a_killed_build_left_is_removed_by_the_next(config, folder):
     corpus = build_corpus(config)
-    left = folder / "cache" / f".{corpus.folder.name}.killed"
-    corpus.folder.rename(left)
+    left = folder / "cache" / f".{corpus.folders[0].name}.killed"
+    corpus.folders[0].rename(left)
     (left / "manifest.json").unlink()
     assert all_text(build_corpus(config)) == b"abcdefgh|ijklmnop"
-    assert in_cache(folder) == [corpus.folder.name]
+    assert in_cache(folder) == [corpus.folders[0].name]
 
 
-def test_a_kill_before_the_rename_leaves_no_folder(folder, monkeypatch):
-    monkeypatch.setattr(Path, "rename", lambda source, target: pytest.fail("killed"))
-    with pytest.raises(pytest.fail.Exception), published(folder / "x", unless=lambda: False) as temporary:
-        (temporary / "file").write_text("whole")
-    assert list(folder.iterdir()) == []
+def test_a_kill_before_the_rename_leaves_nothing_of_that_name(config, folder, monkeypatch):
+    monkeypatch.setattr(source_cache, "publish", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        build_corpus(config)
+    assert all(name.startswith(".") for name in in_cache(folder))
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    corpus = build_corpus(config)
+    assert in_cache(folder) == [corpus.folders[0].name]
 
 
 def test_several_processes_build_once(config, builds, folder):
     corpora = in_threads(4, lambda: build_corpus(config))
     assert [all_text(corpus) for corpus in corpora] == [b"abcdefgh|ijklmnop"] * 4
     assert builds == ["built"]
-    assert in_cache(folder) == [corpora[0].folder.name]
+    assert in_cache(folder) == [corpora[0].folders[0].name]
 
 
 def test_without_locks_the_last_rename_wins(config, folder, monkeypatch):
@@ -170,14 +175,14 @@ def test_without_locks_the_last_rename_wins(config, folder, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", no_locks)
     corpora = in_threads(4, lambda: build_corpus(config))
     assert [all_text(corpus) for corpus in corpora] == [b"abcdefgh|ijklmnop"] * 4
-    assert in_cache(folder) == [corpora[0].folder.name]
+    assert in_cache(folder) == [corpora[0].folders[0].name]
 
 
 def test_a_cache_that_is_replaced_for_ever_is_named(config, monkeypatch, says):
-    name = build_corpus(config).folder.name
+    build_corpus(config)
     monkeypatch.setattr(module, "_open", lambda *args: (_ for _ in ()).throw(FileNotFoundError()))
     with says(
-        f"data.cache_dir: cache: other runs keep replacing {name} in it; a text must stay the same while it is "
+        "data.cache_dir: cache: other runs keep replacing what is in it; a text must stay the same while it is "
         "learned; stop what changes it, or set a folder of this run's own"
     ):
         build_corpus(config)
@@ -201,7 +206,7 @@ def test_a_folder_replaced_while_it_is_opened_is_opened_again(config, folder, mo
 def test_whoever_waits_is_told(config, folder):
     build_corpus(config)
     corpus = build_corpus(config)
-    (corpus.folder / "manifest.json").unlink()
+    (corpus.folders[0] / "manifest.json").unlink()
     told, free = threading.Event(), threading.Event()
     labels: list[str] = []
 
@@ -211,7 +216,7 @@ def test_whoever_waits_is_told(config, folder):
             told.set()
 
     def hold() -> None:
-        with sole_builder(corpus.folder, waiting=lambda: None):
+        with sole_builder(corpus.folders[0], waiting=lambda: None):
             free.set()
             told.wait(10)
 
@@ -220,20 +225,20 @@ def test_whoever_waits_is_told(config, folder):
     free.wait(10)
     build_corpus(config, progress=Reports())
     holder.join()
-    assert labels == ["waiting for another process that builds this corpus", "tokenising"]
+    assert labels == ["waiting for another process that reads this text", "tokenising"]
 
 
 def test_a_file_that_changes_while_it_is_read_is_named(config, folder, monkeypatch, says):
-    ingest = module.ingest
+    ingest = tasks.ingest
 
     def meddling(*args: Any, **options: Any) -> object:
         (folder / "b.txt").write_text("shorter")
         return ingest(*args, **options)
 
-    monkeypatch.setattr(module, "ingest", meddling)
+    monkeypatch.setattr(tasks, "ingest", meddling)
     with says("b.txt: changed while it was read; it must stay as it is; start again"):
         build_corpus(config)
-    assert in_cache(folder) == []
+    assert all(name.startswith(".") for name in in_cache(folder))
 
 
 def test_a_cache_that_cannot_be_written_is_named(config, folder):
@@ -250,11 +255,11 @@ def test_a_full_disk_is_named(config, folder, monkeypatch):
     def full(*args: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, "ingest", full)
+    monkeypatch.setattr(tasks, "ingest", full)
     with pytest.raises(ResourceError) as error:
         build_corpus(config)
     assert str(error.value) == (
         "data.cache_dir: cache: the disk is full (No space left on device); tokens need about as much room as the "
         "text; free some or set another folder"
     )
-    assert in_cache(folder) == []
+    assert all(name.startswith(".") for name in in_cache(folder))

@@ -7,7 +7,9 @@ from trainer.data.stream import FILLING, evaluation_batches
 
 
 def batches(corpus: Corpus, *, batch_size: int = 2, max_tokens: int | None = None) -> list[Batch]:
-    return list(evaluation_batches(corpus, 0, seq_len=3, batch_size=batch_size, max_tokens=max_tokens))
+    return list(
+        evaluation_batches(corpus, 0, packing="crossing", seq_len=3, batch_size=batch_size, max_tokens=max_tokens)
+    )
 
 
 @pytest.mark.parametrize("length", [2, 3, 4, 5, 7, 12, 13])
@@ -24,7 +26,8 @@ def test_the_last_window_is_filled_with_positions_that_are_not_valid(make_corpus
     (batch,) = batches(make_corpus(a="abcdef" * 2))
     assert batch.valid.tolist() == [[True, True, True], [True, True, False]]
     assert batch.loss_mask.tolist() == batch.valid.tolist()
-    assert batch.tokens[1, 2] == batch.targets[1, 2] == batch.document_id[1, 2] == 0
+    assert batch.tokens[1, 2] == batch.targets[1, 2] == 0
+    assert batch.document_id[1].tolist() == [0, 0, FILLING]
 
 
 def test_sample_ids_are_window_numbers(make_corpus):
@@ -50,7 +53,7 @@ def test_a_limit_below_a_window_still_takes_one(make_corpus):
 
 def test_the_domain_is_the_one_that_was_asked_for(make_corpus):
     corpus = make_corpus(a="aaaa", b="bbbbbb")
-    (batch,) = evaluation_batches(corpus, 1, seq_len=4, batch_size=1, max_tokens=None)
+    (batch,) = evaluation_batches(corpus, 1, packing="crossing", seq_len=4, batch_size=1, max_tokens=None)
     assert batch.domain.unique().tolist() == [1]
     assert batch.tokens[batch.valid].tolist() == [ord("b")] * 2
 

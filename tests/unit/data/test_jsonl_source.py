@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from trainer.data.sources import files
+from trainer.data.rows import jsonl
 from trainer.data.sources.base import Document
 from trainer.data.sources.registry import JsonlSourceConfig
+from trainer.errors import DataError
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def test_blank_lines_are_no_documents_but_count_as_lines(read):
 
 
 def test_another_key_can_hold_the_text(read):
-    assert read('{"body": "a", "text": 1}', text_key="body")[0].text == "a"
+    assert read('{"body": "a", "text": 1}', text="{body}")[0].text == "a"
 
 
 def test_the_domain_can_come_from_the_row(read):
@@ -78,18 +79,18 @@ def test_text_is_a_string_and_nothing_else(read, says):
 
 def test_a_missing_key_is_named_with_the_keys_there_are(read, says):
     with says(
-        "rows.jsonl:1: no key 'text'; the row has id, txet (did you mean 'txet'?); set text_key or correct the row"
+        "rows.jsonl:1: no column 'text'; the row has id, txet (did you mean 'txet'?); correct the name or the row"
     ):
         read('{"id": 1, "txet": "a"}')
 
 
 def test_a_missing_domain_is_named(read, says):
-    with says("rows.jsonl:1: no key 'lang'; the row has text; set domain_key or correct the row"):
+    with says("rows.jsonl:1: no column 'lang'; the row has text; correct the name or the row"):
         read('{"text": "a"}', domain_key="lang")
 
 
 def test_an_empty_object_has_no_keys(read, says):
-    with says("rows.jsonl:1: no key 'text'; the row has no keys; set text_key or correct the row"):
+    with says("rows.jsonl:1: no column 'text'; the row has no columns; correct the name or the row"):
         read("{}")
 
 
@@ -102,7 +103,7 @@ def test_a_domain_that_is_no_name_is_refused(read, says):
 
 
 def test_a_row_without_text_is_refused(read, says):
-    with says("rows.jsonl:1: 'text' holds no text (empty or only white space); every row needs some; remove it"):
+    with says("rows.jsonl:1: '{text}' holds no text (empty or only white space); every row needs some; remove it"):
         read('{"text": " \\n"}')
 
 
@@ -122,7 +123,7 @@ def test_a_row_that_is_not_json_is_named_with_the_reason(read, says):
 
 @pytest.mark.parametrize("row", ['{"text": ' + "[" * 100_000, '{"text": ' + "9" * 5000 + "}"])
 def test_json_that_python_refuses_is_named(read, row):
-    with pytest.raises(files.DataError, match=r"^rows\.jsonl:1: not JSON \(.+\); every line is one JSON object;"):
+    with pytest.raises(DataError, match=r"^rows\.jsonl:1: not JSON \(.+\); every line is one JSON object;"):
         read(row)
 
 
@@ -148,6 +149,19 @@ def test_a_file_without_rows_is_named(read, says, content):
 
 
 def test_a_row_over_the_limit_is_named(read, monkeypatch, says):
-    monkeypatch.setattr(files, "MAX_DOCUMENT_BYTES", 20)
+    monkeypatch.setattr(jsonl, "MAX_ROW_BYTES", 20)
     with says("rows.jsonl:2: more than 20 bytes in one row; that is the limit; split the row"):
         read('{"text": "a"}\n' + json.dumps({"text": "a" * 20}))
+
+
+def test_a_large_file_is_cut_behind_lines_and_lines_keep_their_numbers(folder, monkeypatch):
+    monkeypatch.setattr(jsonl, "_PART_BYTES", 60)
+    monkeypatch.setattr(jsonl, "_CHUNK_BYTES", 7)
+    lines = [json.dumps({"text": f"text {i}" * (i % 3 + 1)}) if i % 4 else "" for i in range(40)]
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    source = JsonlSourceConfig(path="rows.jsonl").build()
+    parts = source.parts()
+    assert len(parts) > 5
+    assert sum(part.size_bytes for part in parts) == (folder / "rows.jsonl").stat().st_size
+    numbers = [document.name for part in parts for document in source.read(part)]
+    assert numbers == [f"rows.jsonl:{i + 1}" for i, line in enumerate(lines) if line]

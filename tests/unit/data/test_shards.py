@@ -43,6 +43,16 @@ def test_document_of_keeps_the_shape(written):
     assert written([1, 2], [3]).document_of([[0, 3], [2, 1]]).tolist() == [[0, 1], [0, 0]]
 
 
+def test_a_prompt_is_remembered_as_where_the_answer_starts(folder):
+    with TokenWriter(folder, "d.train", vocab_size=256, end_of_document=255) as writer:
+        writer.write(np.array([1, 2, 3]), num_bytes=3, num_prompt_tokens=2)
+        writer.write(np.array([4]), num_bytes=1)
+        writer.write(np.array([5, 6]), num_bytes=2, num_prompt_tokens=2)
+    file = open_token_file(folder, "d.train", writer.info(), vocab_size=256)
+    assert file.tokens.tolist() == [1, 2, 3, 255, 4, 255, 5, 6]
+    assert (file.document_starts.tolist(), file.answer_starts.tolist()) == ([0, 4, 6], [2, 4, 8])
+
+
 def test_bytes_do_not_count_ends(written):
     file = written([1, 2], [3])
     assert (file.num_tokens, file.num_bytes, file.num_documents) == (4, 3, 2)

@@ -9,7 +9,8 @@ from trainer.data.splits import DomainSplit, is_held_out, tail_cut
 def split(texts: list[str], **options: Any) -> list[tuple[str, str]]:
     config = SplitConfig(**options)
     domain = DomainSplit(config, num_characters=sum(map(len, texts)) if config.kind == "tail" else None)
-    return [tuple(piece) for text in texts for piece in domain.add(text)] + [tuple(piece) for piece in domain.finish()]
+    pieces = [piece for text in texts for piece in domain.add(text)] + domain.finish()
+    return [(piece.side, piece.text) for piece in pieces]
 
 
 def test_the_tail_of_shakespeare_is_cut_where_nanogpt_cuts_it():
@@ -32,6 +33,26 @@ def test_a_tail_goes_through_several_documents():
         ("validation", "efg"),
         ("validation", "hi"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("fraction", "pieces"),
+    [
+        (0.25, [("train", "pro", "ans"), ("validation", "", "wer")]),
+        (0.75, [("train", "pr", ""), ("validation", "o", "answer")]),
+    ],
+)
+def test_a_tail_goes_through_a_prompt_and_its_answer(fraction, pieces):
+    domain = DomainSplit(SplitConfig(kind="tail", fraction=fraction), num_characters=9)
+    found = domain.add("answer", prompt="pro") + domain.finish()
+    assert [(piece.side, piece.prompt, piece.text) for piece in found] == pieces
+
+
+def test_a_prompt_is_part_of_what_is_hashed():
+    config = SplitConfig(kind="hash", fraction=0.5)
+    for text in ("one", "two", "three", "four"):
+        (whole,), (cut,) = DomainSplit(config).add(text), DomainSplit(config).add(text[2:], prompt=text[:2])
+        assert whole.side == cut.side
 
 
 def test_a_cut_between_documents_leaves_no_empty_piece():

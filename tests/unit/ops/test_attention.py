@@ -7,17 +7,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.ops.attention import blocked_attention, torch_attention
+from trainer.ops.attention import blocked_attention, document_mask, for_every_head, torch_attention
 
 B, H, d = 2, 4, 8
 
 
-def _run(attention: Callable, S: int, kv_heads: int, dtype: torch.dtype, value_dtype: torch.dtype) -> list[Tensor]:
+def _run(
+    attention: Callable,
+    S: int,
+    kv_heads: int,
+    dtype: torch.dtype,
+    value_dtype: torch.dtype,
+    mask: Tensor | None = None,
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
     q = torch.randn(B, H, S, d, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
     k = torch.randn(B, kv_heads, S, d, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
     v = torch.randn(B, kv_heads, S, d, generator=generator, dtype=torch.float64).to(value_dtype).requires_grad_()
-    y = attention(q, k, v)
+    y = attention(q, k, v, mask)
     assert y.shape == q.shape and y.dtype == value_dtype
     weight = torch.randn(y.shape, generator=generator, dtype=torch.float64)
     gradients = torch.autograd.grad((y * weight).sum(), (q, k, v))
@@ -25,12 +32,13 @@ def _run(attention: Callable, S: int, kv_heads: int, dtype: torch.dtype, value_d
     return [y, *gradients]
 
 
-def _oracle(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax over the keys that are not later, head by head."""
+def _oracle(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax over the keys that the mask allows, or all that are not later, head by head."""
     kv = [head * k.shape[1] // q.shape[1] for head in range(q.shape[1])]
     with torch.autocast("cpu", enabled=False):
         scores = q.double() @ k.double()[:, kv].transpose(-1, -2) / q.shape[-1] ** 0.5
-        scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), float("-inf"))
+        hidden = torch.ones(scores.shape[-2:]).triu(1).bool() if mask is None else ~mask
+        scores = scores.masked_fill(hidden, float("-inf"))
         return (torch.softmax(scores, -1) @ v.double()[:, kv]).to(v.dtype)
 
 
@@ -46,6 +54,39 @@ def test_attention_equals_the_definition(attention: Callable, S: int, kv_heads: 
 
 
 @pytest.mark.parametrize("attention", [torch_attention, blocked_attention])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("S", [1, 5, 64, 130, 600])
+def test_no_query_sees_another_document(attention: Callable, S: int, kv_heads: int) -> None:
+    generator = torch.Generator().manual_seed(S)
+    document = (torch.rand(B, S, generator=generator) < 0.1).cumsum(1)
+    document[1, S // 2 :] = -1  # filling
+    mask = document_mask(document)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        for mine, oracle in zip(
+            _run(attention, S, kv_heads, dtype, dtype, mask),
+            _run(_oracle, S, kv_heads, dtype, dtype, mask),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine, oracle, rtol=tolerance, atol=tolerance)
+
+
+def test_keys_for_every_head_are_those_that_heads_share() -> None:
+    def copied(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return torch_attention(q, for_every_head(k, H), for_every_head(v, H), mask)
+
+    mask = document_mask(torch.tensor([[0, 0, 1, 1, 1], [2, 3, 3, -1, -1]]))
+    shared, apart = (_run(attend, 5, 2, torch.float64, torch.float64, mask) for attend in (torch_attention, copied))
+    for one, other in zip(shared, apart, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_a_mask_allows_the_same_document_and_nothing_later() -> None:
+    mask = document_mask(torch.tensor([[0, 0, 3, 3, -1, -1]]))
+    rows = ["".join("x" if cell else "." for cell in row) for row in mask[0, 0].tolist()]
+    assert rows == ["x.....", "xx....", "..x...", "..xx..", "....x.", "....xx"]
+
+
+@pytest.mark.parametrize("attention", [torch_attention, blocked_attention])
 @pytest.mark.parametrize("sharpness", [1.0, 10.0])
 def test_bfloat16_values_keep_exact_scores(attention: Callable, sharpness: float) -> None:
     """Queries and keys are float32 after the rotary turn, and stay so where the scores are made, autocast or not.
@@ -54,13 +95,13 @@ def test_bfloat16_values_keep_exact_scores(attention: Callable, sharpness: float
     """
 
     def under_autocast(attend: Callable) -> Callable:
-        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16):
-                return attend(q * sharpness, k, v)
+                return attend(q * sharpness, k, v, mask)
 
         return attention
 
-    def rounded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def rounded(q: Tensor, k: Tensor, v: Tensor, _: None) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
     mine, oracle, others = (

@@ -2,6 +2,7 @@
 
 import glob
 import gzip
+import io
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -69,10 +70,19 @@ def decode(content: bytes | bytearray, path: Path, *, first_byte: int = 0, first
     return text.removeprefix("\ufeff") if first_byte == 0 else text
 
 
+def is_compressed(path: Path) -> bool:
+    """Return whether a file can only be read from its beginning."""
+    return path.suffix in (".gz", ".zst")
+
+
 def open_binary(path: Path) -> BinaryIO:
-    """Open a file for reading bytes; .gz is unpacked."""
+    """Open a file for reading bytes; .gz and .zst are unpacked."""
     if path.suffix == ".gz":
         return cast(BinaryIO, gzip.open(path, "rb"))
+    if path.suffix == ".zst":
+        import pyarrow  # which, unlike zstandard's own reader, notices a file that was cut off
+
+        return cast(BinaryIO, io.BufferedReader(pyarrow.CompressedInputStream(str(path), "zstd")))
     return path.open("rb")
 
 
@@ -84,6 +94,8 @@ def readable(path: Path) -> Iterator[None]:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: damaged gzip data ({error}); copy or compress the file again") from error
     except OSError as error:
+        if error.errno is None and path.suffix == ".zst":
+            raise DataError(f"{path}: damaged zstd data ({error}); copy or compress the file again") from error
         reason = error.strerror or str(error)
         raise DataError(f"{path}: cannot be read ({reason}); make it readable for this user") from error
 
@@ -91,7 +103,7 @@ def readable(path: Path) -> Iterator[None]:
 def _match(pattern: str) -> list[Path]:
     path = Path(pattern)
     if path.is_file():  # first, so that a file called a[1].txt is found
-        return [path]
+        return [_named(path)]
     if path.is_dir():
         raise DataError(f"{pattern}: is a folder; a file or a glob is needed; use {path / '**' / '*.txt'}")
     if not glob.has_magic(pattern):
@@ -104,4 +116,13 @@ def _match(pattern: str) -> list[Path]:
     for file in files:
         if not file.is_file():
             raise DataError(f"{file}: matched by {pattern}, but it is no file (a broken link?); remove it")
-    return files
+    return [_named(file) for file in files]
+
+
+def _named(path: Path) -> Path:
+    """Refuse a file that cannot be named in a manifest or a message."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{str(path)!a}: its name is not UTF-8; names are written down; rename it") from error
+    return path

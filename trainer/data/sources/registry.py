@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, PositiveInt
 
-from trainer.config.base import Config, PathText, Problem
+from trainer.config.base import Config, Problem
+from trainer.data.rows.filters import FilterConfig
+from trainer.data.rows.registry import DatasetConfig, JsonlRowsConfig, Name, Paths
+from trainer.data.rows.template import Template, TemplateText
 
 if TYPE_CHECKING:
     from trainer.data.sources.base import Source
 
 Domain = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-Paths = PathText | Annotated[list[PathText], Field(min_length=1)]
 
 
 class InstalledSourceConfig(Config):
@@ -40,7 +42,7 @@ class InstalledSourceConfig(Config):
 
 
 class TextSourceConfig(Config):
-    """UTF-8 text files, plain or .gz; each file is one document."""
+    """UTF-8 text files, plain, .gz or .zst; each file is one document."""
 
     kind: Literal["text"] = "text"
     path: Paths
@@ -57,26 +59,90 @@ class TextSourceConfig(Config):
         return TextSource(self)
 
 
-class JsonlSourceConfig(Config):
-    """Files with one JSON object a line, plain or .gz; each line is one document."""
+class TableConfig(Config):
+    """How rows become documents."""
 
-    kind: Literal["jsonl"] = "jsonl"
-    path: Paths
-    """A file, a glob, or a list of them; relative to the working directory."""
-    text_key: Annotated[str, Field(min_length=1)] = "text"
-    """Key of the document's text."""
-    domain_key: Annotated[str, Field(min_length=1)] | None = None
-    """Key of the document's domain. Null: all documents are of `domain`."""
-    domain: Domain = "jsonl"
+    text: TemplateText = "{text}"
+    """What is learned, with columns in braces: "{en} = {de}"; {a.b} is b inside a, {stars:d} and {price:g} are numbers,
+    {label:bad|good} names the numbers 0 and 1."""
+    prompt: TemplateText = ""
+    """What is read before `text` and not learned: no token of it is a target."""
+    filters: list[FilterConfig] = Field(default=[])
+    """Rows that do not pass all of these are left out."""
+    domain_key: Name | None = None
+    """Column with the document's domain. Null: all documents are of `domain`."""
+    domain: Domain
     """Name of the domain in per-domain losses."""
     weight: PositiveFloat = 1.0
     """Share of the mixture, split evenly over the domains found."""
 
+    def problems(self) -> Iterator[Problem]:
+        """Refuse a text that is the same for all rows."""
+        yield from super().problems()
+        if not Template(self.text).columns:
+            yield Problem("text", f"{self.text!r} has no column; write {{column}} where its text belongs")
+
+    def columns(self) -> set[str]:
+        """Return every column that is read."""
+        named = [*Template(self.text).columns, *Template(self.prompt).columns, *(f.column for f in self.filters)]
+        return {*named, self.domain_key} if self.domain_key is not None else set(named)
+
+
+class JsonlSourceConfig(TableConfig, JsonlRowsConfig):
+    """Files with one JSON object a line, plain, .gz or .zst; each line is one document."""
+
+    kind: Literal["jsonl"] = "jsonl"
+    domain: Domain = "jsonl"
+    """Name of the domain in per-domain losses."""
+
     def build(self) -> Source:
         """Make the source."""
-        from trainer.data.sources.jsonl import JsonlSource
+        from trainer.data.sources.table import TableSource
 
-        return JsonlSource(self)
+        return TableSource(self.rows(), self)
 
 
-SourceConfig = Annotated[InstalledSourceConfig | TextSourceConfig | JsonlSourceConfig, Field(discriminator="kind")]
+class HfSourceConfig(TableConfig, DatasetConfig):
+    """Whatever Hugging Face `datasets` reads; each row is one document."""
+
+    kind: Literal["hf"] = "hf"
+    domain: Domain = "hf"
+    """Name of the domain in per-domain losses."""
+
+    def build(self) -> Source:
+        """Make the source."""
+        from trainer.data.sources.table import TableSource
+
+        return TableSource(self.rows(), self)
+
+
+class HfStreamSourceConfig(TableConfig, DatasetConfig):
+    """What `hf` reads, for a corpus too large to ingest: read again in every epoch, some million tokens ahead.
+
+    Rows are shuffled inside a block of `block_tokens`, and blocks come in the order of the data set.
+    """
+
+    kind: Literal["hf_stream"] = "hf_stream"
+    domain: Domain = "hf_stream"
+    """Name of the domain in per-domain losses."""
+    block_tokens: PositiveInt = 1 << 24
+    """Tokens that are read ahead, kept on the disk (three times as many) and shuffled among themselves. What is held
+    out of the first block is evaluated on; what is held out of others is never read."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Refuse what only a corpus that is read beforehand can have."""
+        yield from super().problems()
+        if self.domain_key is not None:
+            yield Problem("domain_key", "a stream is of one domain; give each domain a source of its own, with filters")
+
+    def build(self) -> Source:
+        """Make the source."""
+        from trainer.data.sources.table import TableSource
+
+        return TableSource(self.rows(), self)
+
+
+SourceConfig = Annotated[
+    InstalledSourceConfig | TextSourceConfig | JsonlSourceConfig | HfSourceConfig | HfStreamSourceConfig,
+    Field(discriminator="kind"),
+]

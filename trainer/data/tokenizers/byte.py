@@ -1,11 +1,14 @@
 """Bytes as tokens."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.tokenizers.base import Tokenizer
+from trainer.data.tokenizers.byte_level import ALPHABET
+from trainer.data.tokenizers.folder import END_OF_DOCUMENT, folder_of
 
 
 class ByteTokenizer(Tokenizer):
@@ -31,4 +34,20 @@ class ByteTokenizer(Tokenizer):
         """Return (256,): 1 for every id but the end of document, which is 0."""
         num_bytes = np.ones(self.vocab_size, dtype=np.int64)
         num_bytes[self.end_of_document] = 0
+        num_bytes.flags.writeable = False
         return num_bytes
+
+    def files(self) -> Mapping[str, str]:
+        """Return a byte-level tokenizer that merges nothing; whoever reads it elsewhere gets the same ids."""
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        vocabulary = {character: byte for byte, character in enumerate(ALPHABET) if byte != self.end_of_document}
+        end = {"id": self.end_of_document, "content": END_OF_DOCUMENT, "special": True, "normalized": False}
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+        content = {
+            "version": "1.0",
+            "added_tokens": [end | flags],
+            "pre_tokenizer": byte_level,
+            "decoder": byte_level,
+            "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+        }
+        return folder_of(json.dumps(content, ensure_ascii=False, indent=1), END_OF_DOCUMENT)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from trainer.config.base import Config
+from pydantic import Field, PositiveInt
+
+from trainer.config.base import Config, PathText
 
 if TYPE_CHECKING:
+    from trainer.data.config import DataConfig
+    from trainer.data.prepare import Progress
     from trainer.data.tokenizers.base import Tokenizer
 
 
@@ -15,11 +20,48 @@ class ByteTokenizerConfig(Config):
 
     kind: Literal["byte"] = "byte"
 
-    def build(self) -> Tokenizer:
+    def build(self, data: DataConfig, *, progress: Progress | None = None) -> Tokenizer:
         """Make the tokenizer."""
         from trainer.data.tokenizers.byte import ByteTokenizer
 
         return ByteTokenizer()
 
 
-TokenizerConfig = ByteTokenizerConfig
+class BPETokenizerConfig(Config):
+    """Byte-level BPE, trained on the training side of the run's own text, which then lies in the cache as bytes too."""
+
+    kind: Literal["bpe"] = "bpe"
+    vocab_size: Annotated[int, Field(ge=257, le=1 << 20)] = 8192
+    """Tokens: 256 bytes, the end of document, and merges."""
+    min_frequency: PositiveInt = 2
+    """Least occurrences of a pair that is merged."""
+    max_train_bytes: PositiveInt = 1 << 28
+    """Text it is trained on: equal parts of all domains, as far as they have it, each spread evenly over the domain."""
+
+    def build(self, data: DataConfig, *, progress: Progress | None = None) -> Tokenizer:
+        """Train the tokenizer, or take it from the cache."""
+        from trainer.data.tokenizers.bpe import trained_tokenizer
+
+        return trained_tokenizer(self, data, progress=progress)
+
+
+class FileTokenizerConfig(Config):
+    """A byte-level tokenizer.json (GPT-2, Llama 3, Qwen), or one that falls back to bytes (Llama 2, Mistral, Gemma).
+
+    What it would change in a text is left out: a space before it, NFC, BOS and EOS, padding, truncation.
+    """
+
+    kind: Literal["file"] = "file"
+    path: PathText
+    """A tokenizer.json or the folder it is in, such as another run's; relative to the working directory."""
+    end_of_document: Annotated[str, Field(min_length=1)] | None = None
+    """Token that stands between documents. Null: the folder's eos_token, else a well-known name."""
+
+    def build(self, data: DataConfig, *, progress: Progress | None = None) -> Tokenizer:
+        """Read the tokenizer."""
+        from trainer.data.tokenizers.file import read_tokenizer
+
+        return read_tokenizer(Path(self.path), end_of_document=self.end_of_document)
+
+
+TokenizerConfig = Annotated[ByteTokenizerConfig | BPETokenizerConfig | FileTokenizerConfig, Field(discriminator="kind")]

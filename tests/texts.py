@@ -1,0 +1,53 @@
+"""Small tokenised texts for tests, made of numbers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from trainer.data.corpus import Corpus
+from trainer.data.shards import TokenFile
+from trainer.data.tokenizers.byte import ByteTokenizer
+
+EOD = ByteTokenizer().end_of_document
+
+
+def make_file(*documents: Sequence[int], prompts: Sequence[int] = ()) -> TokenFile:
+    """The tokens of some documents, of which the first `prompts` (one number for each) are not learned."""
+    tokens, starts = [], []
+    for document in documents:
+        if starts:
+            tokens.append(EOD)
+        starts.append(len(tokens))
+        tokens.extend(document)
+    answers = np.array(starts) + np.array(prompts or [0] * len(starts))
+    return TokenFile(
+        tokens=np.array(tokens, dtype=np.uint8 if max(tokens) < 256 else np.uint32),
+        document_starts=np.array(starts),
+        answer_starts=answers,
+        num_bytes=len(tokens) - len(starts) + 1,
+    )
+
+
+def make_text(num_documents: int, *, longest: int, seed: int = 0, prompts: bool = False) -> TokenFile:
+    """Documents of random lengths and tokens; `prompts`: some of each is not learned."""
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(1, longest + 1, num_documents)
+    documents = [generator.integers(0, EOD, length).tolist() for length in lengths]
+    return make_file(*documents, prompts=generator.integers(0, lengths).tolist() if prompts else ())
+
+
+def make_corpus_of(*files: TokenFile, shares: Sequence[float] = (), vocab_size: int = 256) -> Corpus:
+    """A corpus of one domain for each text, which is both its training and its validation text."""
+    tokenizer = ByteTokenizer()
+    tokenizer.vocab_size = vocab_size
+    return Corpus(
+        domains=tuple(f"d{i}" for i in range(len(files))),
+        weights=tuple(shares) or (1 / len(files),) * len(files),
+        train=files,
+        validation=files,
+        tokenizer=tokenizer,
+        fingerprint="",
+        streams=(None,) * len(files),
+        folders=(Path("cache"),) * len(files),
+    )

@@ -1,0 +1,237 @@
+"""A corpus too large to ingest, block by block: some million tokens at a time become token files, and go again.
+
+A block is a function of the text alone: the next documents that are not held out, until there are `block_tokens` tokens
+or the epoch ends. So whoever needs one makes it, on any host, as often as it is needed; who knows where it begins need
+not read what comes before it.
+
+FOLDER/block-00000007/       its token files; removed once it is three blocks ago, but for those of block 0
+FOLDER/block-00000007.json   what it is and where it ends, which is where the next one begins; stays
+"""
+
+import multiprocessing
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import ValidationError
+
+from trainer.config.base import Config
+from trainer.data.cache import FileState, cache_error, new_name, publish, remove_remains, sole_builder
+from trainer.data.ingest import SIDES, write_text
+from trainer.data.shards import ShardInfo, TokenFile, TokenWriter, is_intact, open_token_file
+from trainer.data.sources.base import Document
+from trainer.data.sources.registry import HfStreamSourceConfig
+from trainer.data.splits import Side, is_held_out
+from trainer.data.tokenizers.base import Tokenizer
+from trainer.data.workers import end_with_parent
+from trainer.durable import replace_file
+from trainer.errors import DataError
+
+_KEPT_BLOCKS = 3
+"""Blocks whose token files stay: the one that is read, the one before and the next."""
+
+
+class Mark(Config):
+    """A place in the stream: before a document of a part of the source, in an epoch."""
+
+    epoch: int = 0
+    part: int = 0
+    document: int = 0
+
+
+class BlockInfo(Config):
+    """What is known of a block."""
+
+    begin: Mark
+    end: Mark
+    train: ShardInfo
+    validation: ShardInfo
+    """What of it is held out. That of block 0 is evaluated on; nothing that is held out is ever learned."""
+
+
+class Block(NamedTuple):
+    """A block, mapped from disk."""
+
+    info: BlockInfo
+    train: TokenFile
+    validation: TokenFile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamedSource:
+    """What blocks are a function of, and where they are kept."""
+
+    config: HfStreamSourceConfig
+    files: tuple[FileState, ...]
+    """The local files, as they are when the run starts."""
+    folder: Path
+    tokenizer: Tokenizer
+    held_out: float
+
+    def build(self, begin: Mark, folder: Path) -> BlockInfo:
+        """Read the block that begins at a place into a folder.
+
+        Raises:
+            DataError: if the text is unusable, has changed or has no documents.
+        """
+        for file in self.files:
+            if FileState.of(Path(file.path)) != file:
+                raise DataError(f"{file.path}: changed since the run started; it must stay as it is; start again")
+        end, is_epoch_over = begin, True
+        with self._writer(folder, "train") as train, self._writer(folder, "validation") as validation:
+            for place, document in self._documents(begin):
+                writer = validation if is_held_out(document.prompt + document.text, self.held_out) else train
+                write_text(writer, self.tokenizer, document.text, prompt=document.prompt)
+                end = place.model_copy(update={"document": place.document + 1})
+                if train.num_tokens >= self.config.block_tokens:
+                    is_epoch_over = False
+                    break
+            infos = train.info(), validation.info()
+        if end == begin == Mark(epoch=begin.epoch):
+            raise DataError(f"data.sources: {self.config.path}: holds no documents; it needs some; correct it")
+        if is_epoch_over:
+            end = Mark(epoch=begin.epoch + 1)
+        return BlockInfo(begin=begin, end=end, train=infos[0], validation=infos[1])
+
+    def _documents(self, begin: Mark) -> Iterator[tuple[Mark, Document]]:
+        """Yield the documents from a place to the end of its epoch."""
+        source = self.config.build()
+        parts = source.parts()
+        for part in range(begin.part, len(parts)):
+            first = begin.document if part == begin.part else 0
+            for number, document in enumerate(islice(source.read(parts[part]), first, None), first):
+                yield Mark(epoch=begin.epoch, part=part, document=number), document
+
+    def _writer(self, folder: Path, side: Side) -> TokenWriter:
+        vocab_size, end_of_document = self.tokenizer.vocab_size, self.tokenizer.end_of_document
+        return TokenWriter(folder, side, vocab_size=vocab_size, end_of_document=end_of_document)
+
+
+class BlockStream:
+    """The blocks of a source by number: from the disk, or made now."""
+
+    def __init__(self, source: StreamedSource) -> None:
+        self._source = source
+        self._begins = {0: Mark()}
+        self._ahead: BaseProcess | None = None
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return str(self._source.config.domain)
+
+    def go_on_from(self, index: int, begin: Mark) -> None:
+        """Take somebody's word for where a block begins, so that nothing before it must be read."""
+        self._begins[index] = begin
+
+    def info(self, index: int) -> BlockInfo:
+        """Return what is known of a block; it is made if nobody has made it yet.
+
+        Raises:
+            DataError: if the text is unusable.
+        """
+        known = self._recorded(index)
+        return known if known is not None else self.block(index).info
+
+    def block(self, index: int) -> Block:
+        """Return a block; it is made if it is not there, by one process for all of this host that wait for it.
+
+        Raises:
+            DataError: if the text is unusable, or not what it was, or the cache cannot be written.
+            ResourceError: if the disk is full.
+        """
+        folder = self._folder(index)
+        for is_last in (False, False, True):
+            try:
+                known = self._made(index)
+                return Block(known, *(self._open(folder, side, getattr(known, side)) for side in SIDES))
+            except FileNotFoundError:  # another run that is further on has just removed it
+                if is_last:
+                    raise
+            except OSError as error:
+                raise cache_error(str(folder.parent), error) from error
+        raise AssertionError("the last attempt returns or raises")
+
+    def read_ahead(self, index: int) -> None:
+        """Begin to make a block in a process of its own, unless one is being made."""
+        if self._ahead is not None and self._ahead.is_alive():
+            return
+        known = self._recorded(index)
+        if known is not None and self._is_there(self._folder(index), known):
+            return
+        context = multiprocessing.get_context("spawn")
+        arguments = self._source, index, self._begin(index)
+        self._ahead = context.Process(target=_read_ahead, args=arguments, daemon=True)
+        self._ahead.start()
+
+    def _begin(self, index: int) -> Mark:
+        """Return where a block begins; what lies between it and the last known place is read for that."""
+        while index not in self._begins:
+            last = max(known for known in self._begins if known < index)
+            self._begins[last + 1] = self.info(last).end
+        return self._begins[index]
+
+    def _made(self, index: int) -> BlockInfo:
+        """Return a block whose files are on the disk."""
+        folder = self._folder(index)
+        known = self._recorded(index)
+        if known is None or not self._is_there(folder, known):
+            begin = self._begin(index)
+            with sole_builder(folder, waiting=lambda: None) as is_alone:
+                if is_alone:
+                    remove_remains([folder])
+                known = self._recorded(index)
+                if known is None or not self._is_there(folder, known):
+                    known = self._make(index, begin, known)
+        return known
+
+    def _make(self, index: int, begin: Mark, known: BlockInfo | None) -> BlockInfo:
+        folder = self._folder(index)
+        temporary = new_name(folder)
+        temporary.mkdir()
+        try:
+            info = self._source.build(begin, temporary)
+            if known is not None and info != known:
+                raise DataError(
+                    f"data.sources: {self.name}: block {index} is not what it was; a text must stay the same while it "
+                    f"is learned; restore it, or remove {folder.parent} and start a new run"
+                )
+            publish(temporary, folder, unless=lambda: self._is_there(folder, info))
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        replace_file(folder.with_suffix(".json"), info.model_dump_json())
+        if index > _KEPT_BLOCKS:  # what is held out of block 0 is evaluated on
+            shutil.rmtree(self._folder(index - _KEPT_BLOCKS), ignore_errors=True)
+        return info
+
+    def _recorded(self, index: int) -> BlockInfo | None:
+        try:
+            return BlockInfo.model_validate_json(self._folder(index).with_suffix(".json").read_bytes())
+        except (OSError, ValidationError):
+            return None
+
+    def _is_there(self, folder: Path, info: BlockInfo) -> bool:
+        vocab_size = self._source.tokenizer.vocab_size
+        return all(is_intact(folder, side, getattr(info, side), vocab_size=vocab_size) for side in SIDES)
+
+    def _open(self, folder: Path, side: Side, info: ShardInfo) -> TokenFile:
+        return open_token_file(folder, side, info, vocab_size=self._source.tokenizer.vocab_size)
+
+    def _folder(self, index: int) -> Path:
+        return self._source.folder / f"block-{index:08d}"
+
+
+def _read_ahead(source: StreamedSource, index: int, begin: Mark) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the run, and ends this with it
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    stream = BlockStream(source)
+    stream.go_on_from(index, begin)
+    with suppress(DataError, OSError):  # whoever needs the block meets the same, and says so
+        stream.block(index)

@@ -1,0 +1,75 @@
+"""Where rows come from: options of every kind, and the union of them that a task's `rows` accepts. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from trainer.config.base import Config, PathText, Problem
+
+if TYPE_CHECKING:
+    from trainer.data.rows.base import Rows
+
+Paths = PathText | Annotated[list[PathText], Field(min_length=1)]
+FORMATS = ("parquet", "arrow", "csv", "json", "text")
+"""What may stand for a data set, with `data_files`."""
+
+Name = Annotated[str, Field(min_length=1)]
+
+
+class JsonlRowsConfig(Config):
+    """Files with one JSON object a line, plain, .gz or .zst."""
+
+    kind: Literal["jsonl"] = "jsonl"
+    path: Paths
+    """A file, a glob, or a list of them; relative to the working directory."""
+
+    def rows(self) -> Rows:
+        """Make what reads them."""
+        from trainer.data.rows.jsonl import JsonlRows
+
+        return JsonlRows(self.path)
+
+
+class DatasetConfig(Config):
+    """Whatever Hugging Face `datasets` reads: a data set of the hub, or local parquet, arrow, csv, json and text."""
+
+    path: Name
+    """Name of a data set on the hub, a local folder, or a format (parquet, arrow, csv, json, text) of `data_files`."""
+    name: Name | None = None
+    """Which of the data set's configurations."""
+    revision: Name | None = None
+    """Branch, tag or commit of a data set on the hub. A commit stays what it is."""
+    split: Name = "train"
+    """Which split of the data set, as its authors cut it."""
+    data_files: Paths | None = None
+    """Files, globs or addresses, relative to the data set, or to the working directory for a format."""
+    data_dir: PathText | None = None
+    """Folder inside the data set."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Refuse a format without files."""
+        yield from super().problems()
+        if self.path in FORMATS and self.data_files is None:
+            yield Problem("path", f"{self.path} is a format; say which files with data_files")
+
+    def rows(self) -> Rows:
+        """Make what reads them."""
+        from trainer.data.rows.hf import HfRows
+
+        return HfRows(self, columns=self.columns())
+
+    def columns(self) -> set[str]:
+        """Return every column that is read; none means all."""
+        return set()
+
+
+class HfRowsConfig(DatasetConfig):
+    """Whatever Hugging Face `datasets` reads: a data set of the hub, or local parquet, arrow, csv, json and text."""
+
+    kind: Literal["hf"] = "hf"
+
+
+RowsConfig = Annotated[JsonlRowsConfig | HfRowsConfig, Field(discriminator="kind")]

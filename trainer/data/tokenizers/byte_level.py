@@ -1,0 +1,30 @@
+"""The alphabet of byte-level tokenizers: a printable character for each byte.
+
+Bytes that are a visible character of Latin-1 stand for themselves; the others are U+0100, U+0101, ... in their order,
+so that a space is U+0120.
+
+Source: GPT-2 (Radford et al. 2019), whose vocabulary files everybody's tokenizers have kept to.
+"""
+
+from collections.abc import Iterator
+
+
+def _alphabet() -> Iterator[str]:
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    for byte in range(256):
+        yield chr(byte if byte in visible else next(others))
+
+
+ALPHABET = tuple(_alphabet())
+"""The character of each byte."""
+BYTES = {character: byte for byte, character in enumerate(ALPHABET)}
+"""The byte of each character."""
+
+
+def bytes_of(token: str) -> bytes | None:
+    """Return the bytes that a token is written for; None if it has a character that is not of the alphabet."""
+    try:
+        return bytes(BYTES[character] for character in token)
+    except KeyError:
+        return None
