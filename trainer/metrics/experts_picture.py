@@ -14,6 +14,7 @@ from rich.text import Text
 
 from trainer.metrics.glyphs import QUIET, glyphs_for
 from trainer.metrics.layout import packed
+from trainer.metrics.specialisation import domain_entropy_bits, mutual_information_bits
 
 # Shares of a domain, in units of the even share 1/E. Blue to orange is safe for the colour-blind and on both black and
 # white; the cell's own darkness says the same without any colour.
@@ -21,30 +22,6 @@ _BOUNDS = (0.5, 0.8, 1.25, 2.0)
 _STYLES = ("blue", "blue", QUIET, "dark_orange", "dark_orange")
 _LABEL_WIDTH = 14
 _GAP = 3
-
-
-def mutual_information_bits(counts: Sequence[Sequence[float]]) -> float:
-    """Mutual information of expert and domain, in bits: what an assignment's expert tells of its token's domain.
-
-    0 when every domain uses the experts alike; at most the entropy of the domains. Few tokens overstate it, by about
-    (G - 1)(E - 1) / (2 ln 2) bits over the number of assignments.
-
-    Args:
-        counts: (G, E) assignments.
-
-    Raises:
-        ValueError: if `counts` is not two-dimensional or holds a negative number.
-    """
-    table = np.asarray(counts, dtype=float)
-    if table.ndim != 2 or (table < 0).any():
-        raise ValueError(f"counts: shape {table.shape}; (domains, experts) of numbers >= 0 is needed")
-    total = table.sum()
-    if total == 0:
-        return 0.0
-    joint = table / total
-    independent = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
-    some = joint > 0
-    return max(0.0, float((joint[some] * np.log2(joint[some] / independent[some])).sum()))
 
 
 def expert_by_domain(
@@ -115,7 +92,7 @@ class ExpertByDomain:
         for shade, style, meaning in zip(shades, _STYLES, ("<0.5x", "<0.8x", "even", ">1.25x", ">2x"), strict=True):
             legend.append(Text(f"{shade * 2} ", style=style).append(meaning, style=QUIET))
         yield from packed(legend, width, gap=1)
-        most = mutual_information_bits(np.diag(self.counts.sum(axis=(0, 2))).tolist())
+        most = domain_entropy_bits(self.counts.sum(axis=0).tolist())
         yield Text(f"bits: how much the expert tells of a token's domain; 0 nothing, {most:.2f} all", style=QUIET)
 
     def _map(self, layer: int, shades: str, room: int) -> list[Text]:

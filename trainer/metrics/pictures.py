@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 from rich.text import Text
 
-from trainer.metrics.experts_picture import expert_by_domain, mutual_information_bits
+from trainer.metrics.experts_picture import expert_by_domain
 from trainer.metrics.glyphs import ACCENT, QUIET, UNICODE, Glyphs
 
-__all__ = ["expert_by_domain", "loss_chart", "mutual_information_bits", "sparkline"]
+__all__ = ["expert_by_domain", "loss_chart", "sparkline"]
 
 
 def sparkline(values: Sequence[float | None], width: int, *, glyphs: Glyphs = UNICODE) -> str:

@@ -24,6 +24,8 @@ class ModelConfig(Config):
     """Hidden width of the dense feed-forward blocks."""
     seq_len: PositiveInt = 256
     """Tokens in a training row, S."""
+    attention_within: Literal["row", "document"] = "row"
+    """How far back a token attends: to the beginning of its row, or no further than to that of its document there."""
     activation: Literal["swiglu", "gelu"] = "swiglu"
     """Feed-forward kind, of dense blocks and experts alike."""
     qk_norm: bool = False

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from trainer.models.gpt import GPT
 from trainer.models.sampling import SamplingOptions
@@ -37,7 +38,7 @@ def generate(
         raise ValueError("prompt: needs at least one token")
     device, seq_len = model.embedding.weight.device, model.config.seq_len
     window = list(prompt)[-seq_len:]
-    cache = model.new_cache(1, seq_len, model.embedding.weight.dtype)
+    cache = model.new_cache(1, seq_len)
     logits = model.next_logits(torch.tensor([window], device=device), cache)
     for _ in range(max_new_tokens):
         token = agree(int(options.sample(logits.cpu(), generator=generator)))
@@ -45,9 +46,76 @@ def generate(
             return
         yield token
         window.append(token)
-        if cache.length == seq_len:
+        if cache.longest == seq_len:
             window = window[-max(1, seq_len // 2) :]
-            cache = model.new_cache(1, seq_len, cache.keys.dtype)
+            cache = model.new_cache(1, seq_len)
             logits = model.next_logits(torch.tensor([window], device=device), cache)
         else:
             logits = model.next_logits(torch.tensor([[token]], device=device), cache)
+
+
+@torch.no_grad()
+def generate_many(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    choose: Callable[[Tensor, Sequence[int]], Tensor],
+    stop_token: int,
+    is_over: Callable[[Sequence[int]], bool] = lambda _: False,
+    anybody: Callable[[bool], bool] = bool,
+) -> list[list[int]]:
+    """Return what the model writes after each of several prompts, side by side.
+
+    A text is the same whatever is written beside it, up to floating-point reordering.
+
+    Args:
+        model: in evaluation use; dropless and without noise.
+        prompts: token ids, at least one each, and few enough for `max_new_tokens` more in a row. There may be none:
+            with experts on several ranks, all of them go on until no rank has a text left.
+        max_new_tokens: how many at the most.
+        choose: takes logits (n, V) and which prompt each is of; returns n token ids.
+        stop_token: ends a text, and is its last token then.
+        is_over: tells whether a text, which is not empty, ends for another reason.
+        anybody: takes whether this rank goes on; returns whether any does.
+    """
+    device = model.embedding.weight.device
+    longest = max(map(len, prompts), default=1)
+    assert longest + max_new_tokens - 1 <= model.config.seq_len, "positions beyond a row were never learned"
+    texts: list[list[int]] = [[] for _ in prompts]
+    owner: list[int | None] = list(range(len(prompts))) or [None]  # which text a row is; None: it is over
+    cache = model.new_cache(len(owner), longest + max_new_tokens - 1)
+    tokens, num_new = padded(prompts or [[]], device)
+    for left in reversed(range(max_new_tokens)):
+        logits = model.next_logits(tokens, cache, num_new)
+        going = [(row, text) for row, text in enumerate(owner) if text is not None]
+        new: list[list[int]] = [[] for _ in owner]
+        if going:
+            # Waits for the device: what is written next hangs on it.
+            chosen = choose(logits[[row for row, _ in going]], [text for _, text in going]).tolist()
+            for (row, text), token in zip(going, chosen, strict=True):
+                texts[text].append(token)
+                if token == stop_token or is_over(texts[text]):
+                    owner[row] = None
+                else:
+                    new[row] = [token]
+        if left == 0 or not anybody(any(new)):
+            break
+        kept = [row for row, text in enumerate(owner) if text is not None] or [0]
+        if 2 * len(kept) <= len(owner):  # rows that are over cost as much as others
+            cache = cache.select(torch.tensor(kept, device=device))
+            owner, new = [owner[row] for row in kept], [new[row] for row in kept]
+        tokens, num_new = padded(new, device)
+    return texts
+
+
+def greedy(logits: Tensor, _: Sequence[int]) -> Tensor:
+    """Choose the likeliest token of each row of logits (n, V), the lowest id of equal ones."""
+    return logits.argmax(-1)
+
+
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return rows of tokens as (B, S), filled up with 0 on the right, and how many of each are real (B,)."""
+    width = max(1, *(len(row) for row in rows))
+    tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+    return tokens, torch.tensor([len(row) for row in rows], device=device)

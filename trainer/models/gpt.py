@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.data.batch import Batch
+from trainer.models.cache import CachedAttention, Extension, KVCache
 from trainer.models.config import ModelConfig
 from trainer.moe.dispatch.local import LocalDispatcher
 from trainer.moe.experts import Experts
 from trainer.moe.layer import MoELayer
 from trainer.moe.routing import RoutingContext, RoutingOptions
 from trainer.moe.stats import MoEStats
-from trainer.ops.attention import CausalAttention, torch_attention
+from trainer.ops.attention import CausalAttention, document_mask, torch_attention
 from trainer.ops.expert_ffn import activate
 from trainer.ops.kernels import ExpertsKernel
 from trainer.ops.noise import token_keys
@@ -46,28 +47,6 @@ class GPTOutput:
     def loss_sum(self) -> Tensor:
         """Cross-entropy in nats, summed over all target tokens."""
         return self.row_loss.sum()
-
-
-@dataclass(slots=True, kw_only=True)
-class KVCache:
-    """Keys and values of the tokens so far, for generation."""
-
-    keys: Tensor
-    """(num_layers, B, Hkv, capacity, d)."""
-    values: Tensor
-    length: int = 0
-    """Tokens in the cache."""
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the keys and values of new tokens (B, Hkv, S, d); return those of all tokens so far."""
-        end = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-
-
-ExtendCache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""One layer's `KVCache.append`: keys and values of the new tokens in, those of all tokens out."""
 
 
 class RMSNorm(nn.Module):
@@ -96,24 +75,31 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.core_attention: CausalAttention = torch_attention
 
-    def forward(self, x: Tensor, rotary: Tensor, extend: ExtendCache | None = None) -> Tensor:
-        """Attend over x (B, S, D) and what is cached; rotary (2, S, d) holds cosines and sines."""
+    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None, extend: CachedAttention | None) -> Tensor:
+        """Attend over x (B, S, D) and what is cached.
+
+        Args:
+            x: of every token.
+            rotary: (2, ..., S, d) cosines and sines.
+            mask: (B, 1, S, S) which keys each query sees; None: all that are not later.
+            extend: over this layer's cache, where there is one.
+        """
         B, S, _ = x.shape
         heads = self.qkv(x).view(B, S, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 Hkv, S, d)
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rotary), rotate(k, rotary)
-        # With a cache, one new token sees everything; several (the prompt) are only ever the first ones.
-        y = self.core_attention(q, k, v) if extend is None else torch_attention(q, *extend(k, v))
+        y = self.core_attention(q, k, v, mask) if extend is None else extend(q, k, v)
         return self.out(y.transpose(1, 2).reshape(B, S, -1))
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Tensor:
-    """Return (2, S, head_dim): cosines and sines of the rotary angles at positions (S,), computed in float64."""
+    """Return (2, ..., S, head_dim): cosines and sines of the angles at positions (..., S), computed in float64."""
     rate = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim)
-    angle = positions.double()[:, None] * rate  # (S, d/2)
-    return torch.stack([angle.cos(), angle.sin()]).repeat(1, 1, 2).to(dtype)
+    angle = positions.double()[..., None] * rate  # (..., S, d/2)
+    angle = torch.cat([angle, angle], dim=-1)
+    return torch.stack([angle.cos(), angle.sin()]).to(dtype)
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
@@ -149,20 +135,27 @@ class Block(nn.Module):
         self.compiled_attend: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def forward(
-        self, x: Tensor, rotary: Tensor, context: RoutingContext, extend: ExtendCache | None = None
+        self,
+        x: Tensor,
+        rotary: Tensor,
+        context: RoutingContext,
+        mask: Tensor | None = None,
+        extend: CachedAttention | None = None,
     ) -> tuple[Tensor, MoEStats | None]:
         """Return the residual stream (B, S, D) after this block, and what its MoE layer did."""
         # The compiled form is for whole rows: with a cache every call has another length, and would be compiled anew.
         attend = self.attend if self.compiled_attend is None or extend is not None else self.compiled_attend
-        x, normed = attend(x, rotary, extend)
+        x, normed = attend(x, rotary, mask, extend)
         if isinstance(self.ffn, MoELayer):
             y, stats = self.ffn(normed, context)
             return x + y, stats
         return x + self.ffn(normed), None
 
-    def attend(self, x: Tensor, rotary: Tensor, extend: ExtendCache | None) -> tuple[Tensor, Tensor]:
+    def attend(
+        self, x: Tensor, rotary: Tensor, mask: Tensor | None, extend: CachedAttention | None
+    ) -> tuple[Tensor, Tensor]:
         """Return the residual stream after attention, and its normalised copy for the feed-forward."""
-        x = x + self.attention(self.attention_norm(x), rotary, extend)
+        x = x + self.attention(self.attention_norm(x), rotary, mask, extend)
         return x, self.ffn_norm(x)
 
 
@@ -195,7 +188,8 @@ class GPT(nn.Module):
         """Return the losses of a micro-batch (and its logits), and what its MoE layers did."""
         context = routing_context(batch, options)
         positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-        hidden, moe = self._hidden(batch.tokens, positions, context, cache=None)
+        mask = document_mask(batch.document_id) if self.config.attention_within == "document" else None
+        hidden, moe = self._hidden(batch.tokens, positions, context, mask=mask)
         losses = self.compiled_losses or self.losses
         row_loss, logits = losses(hidden, batch.targets, batch.target_mask, want_logits)
         return GPTOutput(logits=logits, row_loss=row_loss, moe=moe)
@@ -209,48 +203,81 @@ class GPT(nn.Module):
         row_loss = (nats.view(targets.shape) * target_mask).sum(1)
         return row_loss, logits if want_logits else None
 
-    def next_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Return the logits (B, V) of the token after `tokens` (B, S), which are appended to the cache.
+    def next_logits(self, tokens: Tensor, cache: KVCache, num_new: Tensor | None = None) -> Tensor:
+        """Return the logits (B, V) of the token after each row's new ones, which are appended to the cache.
 
-        Several tokens at once are only possible on an empty cache. Dropless, without noise.
+        Dropless, without noise; a row is one document.
+
+        Args:
+            tokens: (B, S) new tokens of each row.
+            cache: of B rows.
+            num_new: (B,) how many of them are real, the rest is filling. None: all. A row with none has no logits of
+                meaning.
         """
-        assert cache.length == 0 or tokens.shape[1] == 1, "a prompt goes into an empty cache, then one token at a time"
-        B, S = tokens.shape
-        positions = torch.arange(cache.length, cache.length + S, device=tokens.device)
-        context = RoutingContext(
-            token_ids=tokens.flatten(),
-            valid=torch.ones(B * S, dtype=torch.bool, device=tokens.device),
-            position=positions.repeat(B),
-            sequence_index=torch.arange(B, device=tokens.device).repeat_interleave(S),
-            num_sequences=B,
-            dropless=True,
-        )
-        hidden, _ = self._hidden(tokens, positions, context, cache)
-        cache.length += S
-        return self._logits(hidden[:, -1])
+        if num_new is None:
+            num_new = torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
+        hidden = self._appended(tokens, cache, num_new)
+        last = (num_new - 1).clamp(min=0)
+        return self._logits(hidden[torch.arange(len(hidden), device=hidden.device), last])
 
-    def new_cache(self, batch_size: int, capacity: int, dtype: torch.dtype) -> KVCache:
-        """Return an empty cache for `capacity` tokens."""
-        c = self.config
-        shape = (c.num_layers, batch_size, c.num_kv_heads or c.num_heads, capacity, c.head_dim)
-        device = self.embedding.weight.device
+    def target_log_probs(
+        self, tokens: Tensor, targets: Tensor, cache: KVCache, num_new: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return each target's log-probability (B, S) in nats, and whether it is the likeliest token.
+
+        Dropless, without noise. Arguments are those of `next_logits`; targets (B, S) are what comes after each token.
+        """
+        logits = self._logits(self._appended(tokens, cache, num_new))  # (B, S, V)
+        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        return -nats.view(targets.shape), logits.argmax(-1) == targets
+
+    def new_cache(self, num_rows: int, capacity: int) -> KVCache:
+        """Return an empty cache for `capacity` tokens in each row."""
+        c, weight = self.config, self.embedding.weight
+        shape = (c.num_layers, num_rows, capacity, c.num_kv_heads or c.num_heads, c.head_dim)
         return KVCache(
-            keys=torch.zeros(shape, dtype=dtype, device=device), values=torch.zeros(shape, dtype=dtype, device=device)
+            keys=torch.zeros(shape, dtype=weight.dtype, device=weight.device),
+            values=torch.zeros(shape, dtype=weight.dtype, device=weight.device),
+            lengths=torch.zeros(num_rows, dtype=torch.int64, device=weight.device),
         )
 
     def moe_layers(self) -> list[MoELayer]:
         """Return the MoE layers, in order."""
         return [module for module in self.modules() if isinstance(module, MoELayer)]
 
+    def _appended(self, tokens: Tensor, cache: KVCache, num_new: Tensor) -> Tensor:
+        """Return the residual stream (B, S, D) of new tokens, which are in the cache then."""
+        B, S = tokens.shape
+        extension = cache.extension(S)
+        context = RoutingContext(
+            token_ids=tokens.flatten(),
+            valid=(torch.arange(S, device=tokens.device) < num_new[:, None]).flatten(),
+            position=extension.positions.flatten(),
+            sequence_index=torch.arange(B, device=tokens.device).repeat_interleave(S),
+            num_sequences=B,
+            dropless=True,
+        )
+        # One head dimension of size 1: rows have positions of their own.
+        hidden, _ = self._hidden(tokens, extension.positions[:, None], context, extension=extension)
+        cache.grow(num_new, at_most=S)
+        return hidden
+
     def _hidden(
-        self, tokens: Tensor, positions: Tensor, context: RoutingContext, cache: KVCache | None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        context: RoutingContext,
+        *,
+        mask: Tensor | None = None,
+        extension: Extension | None = None,
     ) -> tuple[Tensor, tuple[MoEStats, ...]]:
         """Return the residual stream (B, S, D) after the last block, and what the MoE layers did."""
         x = self.embedding(tokens)  # (B, S, D)
         rotary = rotary_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         moe = []
         for layer, block in enumerate(self.blocks):
-            x, stats = block(x, rotary, context, None if cache is None else partial(cache.append, layer))
+            extend = None if extension is None else partial(extension.attend, layer)
+            x, stats = block(x, rotary, context, mask, extend)
             if stats is not None:
                 moe.append(stats)
         return x, tuple(moe)
@@ -275,6 +302,7 @@ def routing_context(batch: Batch, options: RoutingOptions) -> RoutingContext:
         noise_key=keys,
         top_k=options.top_k,
         dropless=options.dropless,
+        counted=batch.target_mask.flatten() if options.counts_targets_only else None,
     )
 
 
@@ -289,6 +317,14 @@ def parameter_role(name: str) -> Role:
         if part in name.split("."):
             return role  # type: ignore[return-value]
     return "matrix"
+
+
+def is_decayed(name: str) -> bool:
+    """Tell whether weight decay applies to a parameter.
+
+    It goes by the role and not by the number of dimensions: stacked expert biases would have two.
+    """
+    return parameter_role(name) not in ("norm", "embedding")
 
 
 def initial_std(name: str, config: ModelConfig) -> float:

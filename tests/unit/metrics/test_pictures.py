@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from trainer.metrics.glyphs import ASCII, UNICODE
-from trainer.metrics.pictures import expert_by_domain, loss_chart, mutual_information_bits, sparkline
+from trainer.metrics.pictures import expert_by_domain, loss_chart, sparkline
 
 values = st.lists(st.none() | st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=50)
 
@@ -85,41 +85,6 @@ def test_ascii_pictures_are_ascii():
     assert sparkline(numbers, 20, glyphs=ASCII).isascii()
     assert loss_chart(range(30), numbers, 40, 6, glyphs=ASCII).plain.isascii()
     assert _shown(expert_by_domain([[[3, 1], [1, 3]]], ["a", "b"], ["layer 0"]), 60, encoding="ascii").isascii()
-
-
-def test_mutual_information_equals_the_hand_computed_value():
-    # p = [[3, 1], [1, 3]] / 8: 2 * 3/8 * log2(3/2) + 2 * 1/8 * log2(1/2)
-    assert mutual_information_bits([[3, 1], [1, 3]]) == pytest.approx(0.75 * math.log2(1.5) - 0.25)
-
-
-def test_mutual_information_of_one_domain_for_each_expert_is_the_entropy_of_the_domains():
-    assert mutual_information_bits([[4, 0, 0], [0, 4, 0], [0, 0, 4]]) == pytest.approx(math.log2(3))
-
-
-def test_mutual_information_is_zero_when_experts_ignore_the_domain():
-    assert mutual_information_bits([[10, 30, 0], [20, 60, 0]]) == pytest.approx(0, abs=1e-12)
-    assert mutual_information_bits([[0, 0], [0, 0]]) == 0
-    assert mutual_information_bits([[5, 7]]) == pytest.approx(0, abs=1e-12)
-
-
-@settings(deadline=None)
-@given(st.lists(st.lists(st.integers(0, 99), min_size=3, max_size=3), min_size=2, max_size=4))
-def test_mutual_information_is_what_the_loop_computes(counts):
-    total = sum(map(sum, counts))
-    expected = 0.0
-    for row in counts:
-        for expert, count in enumerate(row):
-            if count:
-                both = sum(row) * sum(other[expert] for other in counts)
-                expected += count / total * math.log2(count * total / both)
-    assert mutual_information_bits(counts) == pytest.approx(expected, abs=1e-9)
-
-
-def test_mutual_information_refuses_what_is_not_a_table_of_counts():
-    with pytest.raises(ValueError, match=r"shape \(2,\)"):
-        mutual_information_bits([1, 2])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match="numbers >= 0"):
-        mutual_information_bits([[1, -2]])
 
 
 def test_heat_map_shades_by_share_of_the_domain_against_the_even_share():

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.builders import make_batch, make_model, tiny_model_config
-from trainer.models.generation import generate
+from trainer.models.generation import generate, generate_many, greedy
+from trainer.models.gpt import GPT
 from trainer.models.sampling import SamplingOptions
 
 
@@ -50,3 +51,45 @@ def test_an_empty_prompt_is_refused() -> None:
                 generator=torch.Generator(),
             )
         )
+
+
+def _alone(model: GPT, prompt: list[int], count: int, stop: int | None) -> list[int]:
+    """What `generate` writes greedily, with the stop token at the end if it came to it."""
+    sampling, generator = SamplingOptions(temperature=0.0), torch.Generator()
+    text = list(generate(model, prompt, max_new_tokens=count, options=sampling, generator=generator, stop_token=stop))
+    return text if stop is None or len(text) == count else [*text, stop]
+
+
+@pytest.mark.parametrize("router", ["top_k", "round_robin"])
+def test_texts_written_side_by_side_are_those_written_one_by_one(router: str) -> None:
+    """Prompts of 1 to 9 tokens; which token stops is chosen so that texts end at different lengths, some not at all."""
+    model = make_model(tiny_model_config({"router": {"kind": router}}, seq_len=24), dtype=torch.float64)
+    draw = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(0, 32, (1 + n % 9,), generator=draw).tolist() for n in range(14)]
+    free = [token for prompt in prompts for token in _alone(model, prompt, 12, None)]
+    stop = max(set(free), key=free.count)
+    texts = generate_many(model, prompts, max_new_tokens=12, choose=greedy, stop_token=stop)
+    assert texts == [_alone(model, prompt, 12, stop) for prompt in prompts]
+    assert len({len(text) for text in texts}) > 3 and any(text[-1] != stop for text in texts)
+
+
+def test_a_text_can_end_for_another_reason() -> None:
+    model = make_model(tiny_model_config(), dtype=torch.float64)
+    free = generate_many(model, [[1, 2]], max_new_tokens=6, choose=greedy, stop_token=-1)[0]
+    ended = generate_many(
+        model, [[1, 2]], max_new_tokens=6, choose=greedy, stop_token=-1, is_over=lambda text: len(text) == 4
+    )
+    assert len(free) == 6 and ended == [free[:4]]
+
+
+def test_nobodys_texts_are_written_as_long_as_another_ranks_are() -> None:
+    """A rank without prompts runs as many passes as the others, and stops with them."""
+    model, said = make_model(tiny_model_config()), iter([True, True, False])
+    asked: list[bool] = []
+
+    def anybody(goes_on: bool) -> bool:
+        asked.append(goes_on)
+        return next(said)
+
+    assert generate_many(model, [], max_new_tokens=6, choose=greedy, stop_token=0, anybody=anybody) == []
+    assert asked == [False] * 3

@@ -1,5 +1,7 @@
 """The model: cache equals full forward, causality, padding, positions, dense and shared experts."""
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
 
@@ -36,7 +38,7 @@ def _logits(model: GPT, batch: Batch) -> torch.Tensor:
 def test_the_cache_gives_the_logits_of_a_full_pass(shape: dict) -> None:
     model, batch = _model(shape), make_batch(2, 8)
     full = _logits(model, batch)
-    cache = model.new_cache(2, 8, torch.float64)
+    cache = model.new_cache(2, 8)
     torch.testing.assert_close(model.next_logits(batch.tokens[:, :3], cache), full[:, 2])
     for column in range(3, 8):
         torch.testing.assert_close(model.next_logits(batch.tokens[:, column : column + 1], cache), full[:, column])
@@ -91,6 +93,21 @@ def test_top_k_can_be_changed_per_call() -> None:
     model, batch = make_model(tiny_model_config()), make_batch(1, 8)
     assert model(batch, RoutingOptions(top_k=3)).moe[0].counts.sum() == 24
     assert model(batch).moe[0].counts.sum() == 16
+
+
+def test_statistics_of_targets_and_of_what_is_only_read_are_those_of_all() -> None:
+    moe = {"capacity": {"factor": 0.5, "min": 1}}
+    model, batch = make_model(tiny_model_config(moe), dtype=torch.float64), make_batch(3, 8, ragged=True)
+    options = RoutingOptions(counts_targets_only=True)
+    mask = torch.arange(24).view(3, 8) % 3 > 0
+    (targets, *_), (others, *_) = (model(replace(batch, loss_mask=m), options).moe for m in (mask, ~mask))
+    (every, *_) = model(batch).moe
+    assert targets.tokens.tolist() == (mask & batch.valid).sum(1).tolist()
+    assert every.dropped.sum() > 0
+    for field in fields(every):
+        torch.testing.assert_close(
+            getattr(targets, field.name) + getattr(others, field.name), getattr(every, field.name)
+        )
 
 
 def test_rows_do_not_see_each_other() -> None:

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trainer import faults
+from trainer.data.config import Packing
 from trainer.data.corpus import Corpus
 from trainer.data.stream import evaluation_batches, row_slice
 from trainer.distributed.layout import Layout
 from trainer.engine.base import Engine, EvalSums
+from trainer.metrics.specialisation import specialisation_metrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +37,7 @@ class DomainResult:
 
     @property
     def counts(self) -> list[list[int]]:
-        """(L, E) assignments; empty for a dense model."""
+        """(L, E) assignments of what was predicted, not of prompts; empty for a dense model."""
         return [] if self.sums.routing is None else self.sums.routing.counts.tolist()
 
 
@@ -61,25 +63,31 @@ class EvalResult:
         for d in self.domains:
             record[f"eval/{d.domain}/loss"] = d.loss
             record[f"eval/{d.domain}/bits_per_byte"] = d.bits_per_byte
-        return record
+        return record | specialisation_metrics(self.counts())
+
+    def counts(self) -> list[list[list[int]]]:
+        """Return (L, domains, E) assignments; no layers for a dense model."""
+        return [list(layer) for layer in zip(*(d.counts for d in self.domains), strict=True)]
 
 
 def evaluate(
     engine: Engine,
     corpus: Corpus,
     *,
+    packing: Packing,
     batch_size: int,
     max_tokens_per_domain: int | None,
     at_capacity: bool,
     layout: Layout,
 ) -> EvalResult:
-    """Evaluate every domain over non-overlapping windows.
+    """Evaluate every domain's held-out text, each token of it at most once.
 
     Args:
         engine: evaluates batches.
         corpus: whose validation text.
+        packing: how it becomes rows.
         batch_size: rows in a forward pass of each rank.
-        max_tokens_per_domain: evenly spaced windows of at most so many tokens; None: the whole text.
+        max_tokens_per_domain: evenly spaced rows of at most so many tokens; None: the whole text.
         at_capacity: evaluate a second time with the capacity of training, if the model has one.
         layout: every rank evaluates its part of each batch; all get the result of all.
     """
@@ -91,6 +99,7 @@ def evaluate(
                 engine,
                 corpus,
                 index,
+                packing=packing,
                 batch_size=batch_size,
                 max_tokens=max_tokens_per_domain,
                 dropless=dropless,
@@ -108,6 +117,7 @@ def _domain(
     corpus: Corpus,
     index: int,
     *,
+    packing: Packing,
     batch_size: int,
     max_tokens: int | None,
     dropless: bool,
@@ -119,6 +129,7 @@ def _domain(
     for batch in evaluation_batches(
         corpus,
         index,
+        packing=packing,
         seq_len=engine.model.config.seq_len,
         batch_size=batch_size * layout.world_size,
         max_tokens=max_tokens,

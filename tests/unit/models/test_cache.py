@@ -1,0 +1,79 @@
+"""Rows of a cache grow each by itself, and read what a full pass over each of them reads."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.builders import make_batch, make_model, tiny_model_config
+from trainer.models.gpt import GPT
+
+MODELS: dict[str, dict[str, Any]] = {
+    "moe": {},
+    "positions route": {"moe": {"router": {"kind": "round_robin"}}},
+    "qk_norm, as many key heads as heads": {"qk_norm": True, "num_kv_heads": None},
+}
+
+
+def _model(fields: dict[str, Any]) -> GPT:
+    fields = dict(fields)
+    return make_model(tiny_model_config(fields.pop("moe", None), seq_len=16, **fields), dtype=torch.float64)
+
+
+def _tokens(num_rows: int, length: int) -> Tensor:
+    return torch.randint(0, 32, (num_rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def _log_probs(model: GPT, text: Tensor) -> Tensor:
+    """Log-probabilities (S, V) of what comes after each token of one text (S,), by a full pass."""
+    batch = make_batch(1, len(text))
+    batch.tokens[0] = text
+    logits = model(batch, want_logits=True).logits
+    assert logits is not None
+    return logits[0].log_softmax(-1)
+
+
+@pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS.keys())
+def test_rows_of_any_lengths_give_the_logits_of_full_passes(fields: dict[str, Any]) -> None:
+    """First 1, 4 and 0 tokens in rows of 4, then 3, 1 and 2 in rows of 3: filling is neither read nor routed."""
+    model, text = _model(fields), _tokens(3, 8)
+    first, then = torch.tensor([1, 4, 0]), torch.tensor([3, 1, 2])
+    cache = model.new_cache(3, 7)
+    model.next_logits(text[:, :4], cache, first)
+    columns = first[:, None] + torch.arange(3)
+    logits = model.next_logits(text.gather(1, columns), cache, then)
+    assert cache.lengths.tolist() == [4, 5, 2]
+    for row, length in enumerate(cache.lengths.tolist()):
+        expected = _log_probs(model, text[row, :length])[-1]
+        torch.testing.assert_close(logits[row].log_softmax(-1), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS.keys())
+def test_a_selected_row_goes_on_by_itself_wherever_it_was_copied_to(fields: dict[str, Any]) -> None:
+    model, text = _model(fields), _tokens(2, 12)
+    cache = model.new_cache(2, 5)
+    model.next_logits(text[:, :5], cache, torch.tensor([5, 2]))
+    chosen = cache.select(torch.tensor([1, 0, 1]), capacity=9)
+    branches = _tokens(3, 4) + torch.tensor([[0], [0], [1]])
+    logits = model.next_logits(branches % 32, chosen)
+    for row, (source, length) in enumerate([(1, 2), (0, 5), (1, 2)]):
+        whole = torch.cat([text[source, :length], branches[row] % 32])
+        torch.testing.assert_close(logits[row].log_softmax(-1), _log_probs(model, whole)[-1], rtol=0, atol=1e-12)
+    assert cache.lengths.tolist() == [5, 2], "the row that was copied is left alone"
+
+
+def test_target_log_probs_are_those_of_a_full_pass() -> None:
+    model, text = _model({}), _tokens(2, 9)
+    found, is_likeliest = model.target_log_probs(text[:, :-1], text[:, 1:], model.new_cache(2, 8), torch.tensor([8, 3]))
+    for row, length in enumerate([8, 3]):
+        full = _log_probs(model, text[row, :length])
+        expected = full.gather(1, text[row, 1 : length + 1, None])[:, 0]
+        torch.testing.assert_close(found[row, :length], expected, rtol=0, atol=1e-12)
+        assert is_likeliest[row, :length].tolist() == (full.argmax(-1) == text[row, 1 : length + 1]).tolist()
+
+
+def test_a_cache_that_would_overflow_is_a_bug_that_says_so() -> None:
+    model = _model({})
+    with pytest.raises(AssertionError, match="5 tokens in a cache for 4"):
+        model.next_logits(_tokens(1, 5), model.new_cache(1, 4))

@@ -1,0 +1,157 @@
+"""Every evaluation task's options, and the union of them that an entry of `eval.tasks` accepts. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveInt
+
+from trainer.config.base import Config, PathText, Problem
+from trainer.data.rows.filters import FilterConfig
+from trainer.data.rows.registry import RowsConfig
+from trainer.data.rows.template import TemplateText
+from trainer.data.sources.registry import Domain
+
+if TYPE_CHECKING:
+    from trainer.data.tokenizers.base import Tokenizer
+    from trainer.evaluation.base import Task
+
+Column = Annotated[str, Field(min_length=1)]
+
+
+class TaskConfig(Config):
+    """What all tasks have: rows, each of which is asked one question."""
+
+    name: Domain
+    """Name of the task in metrics: eval/NAME/acc."""
+    rows: RowsConfig
+    """Where questions come from."""
+    filters: list[FilterConfig] = Field(default=[])
+    """Rows that do not pass all of these are left out."""
+    prompt: TemplateText
+    """What is read first, with columns in braces. It begins a document; answers are tokens of their own, so a space
+    between the two belongs to one of them."""
+    max_examples: PositiveInt | None = None
+    """Evenly spaced rows, this many at the most. Null: all of them."""
+    every: PositiveInt | Literal["end"] | None = None
+    """Steps between evaluations; there is one at the end as well. Null: whenever held-out text is evaluated. `end`:
+    only at the end."""
+
+    def problems_in(self, seq_len: int) -> Iterator[Problem]:
+        """Yield what does not fit rows of so many tokens."""
+        yield from ()
+
+
+class ChoiceTaskConfig(TaskConfig):
+    """Which of a few texts is the likeliest to follow: classification, multiple choice."""
+
+    kind: Literal["choice"] = "choice"
+    choices: Annotated[list[TemplateText], Field(min_length=2)] | None = None
+    """The texts, the same for every row or with columns in braces."""
+    choices_column: Column | None = None
+    """Column with the list of them, where every row has its own."""
+    answer: Column
+    """Column with the right one: its number, from 0, or its text (white space around it does not count)."""
+    ends_document: bool = True
+    """The end of the document after a choice counts as part of it, as it does in training. False: a choice may go on,
+    so that 1 is at least as likely as 10."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Ask for one source of choices, and for choices that differ."""
+        yield from super().problems()
+        yield from _exactly_one(choices=self.choices, choices_column=self.choices_column)
+        for twice in sorted({c for c in self.choices or [] if (self.choices or []).count(c) > 1}):
+            yield Problem("choices", f"{twice!r} is there twice; each choice once")
+
+    def build(self, tokenizer: Tokenizer, *, seq_len: int) -> Task:
+        """Read the rows and make the task."""
+        from trainer.evaluation.choice import ChoiceTask
+
+        return ChoiceTask(self, tokenizer, seq_len=seq_len)
+
+
+class RankingTaskConfig(TaskConfig):
+    """Where the right texts are among many, by how likely each is to follow: recommendation, retrieval."""
+
+    kind: Literal["ranking"] = "ranking"
+    candidates_column: Column | None = None
+    """Column with the list of candidates."""
+    candidates_file: PathText | None = None
+    """File with the candidates of every row, one a line."""
+    relevant: Column
+    """Column with the right ones: a number, from 0, or a text, or a list of them."""
+    k: Annotated[list[PositiveInt], Field(min_length=1)] = Field(default=[1, 10])
+    """Lengths of the top of the list, for hit@k and ndcg@k."""
+    order_by: Literal["sum", "mean_per_byte"] = "sum"
+    """What candidates are ordered by: log-probability, or that over their length in bytes."""
+    ends_document: bool = True
+    """The end of the document after a candidate counts as part of it, as it does in training."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Ask for one source of candidates, and for each k once."""
+        yield from super().problems()
+        yield from _exactly_one(candidates_column=self.candidates_column, candidates_file=self.candidates_file)
+        for twice in sorted({k for k in self.k if self.k.count(k) > 1}):
+            yield Problem("k", f"{twice} is there twice; each k once")
+
+    def build(self, tokenizer: Tokenizer, *, seq_len: int) -> Task:
+        """Read the rows and make the task."""
+        from trainer.evaluation.ranking import RankingTask
+
+        return RankingTask(self, tokenizer, seq_len=seq_len)
+
+
+TextMetric = Literal["bleu", "chrf", "rouge", "exact_match"]
+
+
+class GenerationTaskConfig(TaskConfig):
+    """What the model writes, against what should be written: translation, summaries."""
+
+    kind: Literal["generation"] = "generation"
+    references: Annotated[list[TemplateText], Field(min_length=1)]
+    """What should be written, one text or several that are equally good."""
+    metrics: Annotated[list[TextMetric], Field(min_length=1)] = Field(default=["bleu", "chrf"])
+    """bleu and chrf are sacrebleu's, of all texts together, 0 to 100; rouge (rouge1, rouge2, rougeL; words of a to z
+    and digits only) and exact_match are means over texts of the best reference, 0 to 1."""
+    bleu_tokenize: Literal["13a", "intl", "zh", "char", "none"] = "13a"
+    """How sacrebleu finds words: 13a for languages with spaces, zh for Chinese, char for single characters."""
+    max_new_tokens: PositiveInt = 64
+    """Longest text; it ends before where the model ends the document."""
+    temperature: NonNegativeFloat = 0.0
+    """0 always takes the likeliest token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the likeliest tokens of this total mass."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Refuse a metric that is named twice."""
+        yield from super().problems()
+        for twice in sorted({m for m in self.metrics if self.metrics.count(m) > 1}):
+            yield Problem("metrics", f"{twice} is there twice; name each once")
+
+    def problems_in(self, seq_len: int) -> Iterator[Problem]:
+        """Leave room for a prompt."""
+        if self.max_new_tokens >= seq_len:
+            yield Problem(
+                "max_new_tokens",
+                f"{self.max_new_tokens} leaves no room for a prompt in model.seq_len {seq_len}; use at most "
+                f"{seq_len - 1}",
+            )
+
+    def build(self, tokenizer: Tokenizer, *, seq_len: int) -> Task:
+        """Read the rows and make the task."""
+        from trainer.evaluation.generation import GenerationTask
+
+        return GenerationTask(self, tokenizer, seq_len=seq_len)
+
+
+AnyTaskConfig = Annotated[ChoiceTaskConfig | RankingTaskConfig | GenerationTaskConfig, Field(discriminator="kind")]
+
+
+def _exactly_one(**fields: object) -> Iterator[Problem]:
+    first, second = fields
+    given = [name for name, value in fields.items() if value is not None]
+    if not given:
+        yield Problem("", f"needs {first} or {second}")
+    elif len(given) > 1:
+        yield Problem(second, f"is given beside {first}; use one of them")

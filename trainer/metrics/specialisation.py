@@ -1,0 +1,62 @@
+"""How much experts and domains have to do with each other.
+
+# G domains, E experts.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def mutual_information_bits(counts: Sequence[Sequence[float]]) -> float:
+    """Mutual information of expert and domain, in bits: what an assignment's expert tells of its token's domain.
+
+    Every domain weighs the same, however much of its text was evaluated: I is the mean over domains g of
+    KL(p(e | g) || p(e)), and p(e) that of p(e | g); domains without assignments are left out. 0 when every domain uses
+    the experts alike; at most log2 G, the entropy of the domains. With N assignments in each domain chance overstates
+    it by about (G - 1)(E - 1) / (2 ln 2 G N) bits: 0.00003 for 3 domains, 8 experts and N = 131072.
+
+    Args:
+        counts: (G, E) assignments.
+
+    Raises:
+        ValueError: if `counts` is not two-dimensional or holds a negative number.
+    """
+    table = np.asarray(counts, dtype=float)
+    if table.ndim != 2 or (table < 0).any():
+        raise ValueError(f"counts: shape {table.shape}; (domains, experts) of numbers >= 0 is needed")
+    shares = _shares(table)
+    if len(shares) == 0:
+        return 0.0
+    mean = np.broadcast_to(shares.mean(axis=0), shares.shape)
+    some = shares > 0
+    return max(0.0, float((shares[some] * np.log2(shares[some] / mean[some])).sum()) / len(shares))
+
+
+def domain_entropy_bits(counts: Sequence[Sequence[float]]) -> float:
+    """Return the entropy of the domains (G, E) that have assignments: log2 of how many, since they weigh the same."""
+    return math.log2(max(1, len(_shares(np.asarray(counts, dtype=float)))))
+
+
+def specialisation_metrics(counts: Sequence[Sequence[Sequence[float]]]) -> dict[str, float]:
+    """Return the keys of metrics.jsonl on experts and domains; none if there is nothing to tell apart.
+
+    Args:
+        counts: (layers, G, E) assignments.
+
+    Returns:
+        eval/expert_domain_mi: mutual information in bits, mean over layers.
+        eval/expert_domain_mi_share: the same over the entropy of the domains: 0 to 1, whatever their number.
+    """
+    if not counts or domain_entropy_bits(counts[0]) == 0:
+        return {}
+    bits = float(np.mean([mutual_information_bits(layer) for layer in counts]))
+    return {"eval/expert_domain_mi": bits, "eval/expert_domain_mi_share": bits / domain_entropy_bits(counts[0])}
+
+
+def _shares(table: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return p(e | g) of the domains that have assignments."""
+    table = table[table.sum(axis=1) > 0]
+    return table / table.sum(axis=1, keepdims=True)
