@@ -7,26 +7,26 @@ import torch
 from trainer import faults, guard
 from trainer.build import Run
 from trainer.checkpoint.saver import Saved
-from trainer.data.corpus import Corpus
-from trainer.distributed.layout import Layout
+from trainer.distributed.layout import is_first_here
 from trainer.distributed.signals import StopRequest
 from trainer.distributed.together import raise_together
-from trainer.engine.base import Engine, StepResult
-from trainer.engine.evaluation import EvalResult, evaluate
-from trainer.experiment import ExperimentConfig
+from trainer.engine.base import StepResult
+from trainer.evaluation.examination import Examination, due, write_predictions
+from trainer.examine import examine
+from trainer.metrics.machine import over_ranks
+from trainer.metrics.pace import StepPace
 from trainer.metrics.routing import routing_metrics
 from trainer.status import StatusFile
 
-_ALONE = Layout()
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 """Between two attempts at a save that has to be."""
 
 
-def fit(run: Run, stop: StopRequest, status: StatusFile) -> EvalResult | None:
+def fit(run: Run, stop: StopRequest, status: StatusFile) -> Examination | None:
     """Train to `train.steps`, logging, evaluating and saving on the way.
 
     Returns:
-        The last evaluation; None if the run was asked to stop first (it has saved by then).
+        What the last evaluation found; None if the run was asked to stop first (it has saved by then).
 
     Raises:
         Stopped: if it was asked to before the first step.
@@ -34,15 +34,21 @@ def fit(run: Run, stop: StopRequest, status: StatusFile) -> EvalResult | None:
         ResourceError: if the last checkpoint could not be saved.
     """
     config, train = run.config, run.config.train
-    pace, journal = _Pace(), run.mesh.world.journal
-    evaluation = None
+    journal = run.mesh.world.journal
+    pace = StepPace(journal.stopwatch)
+    examination = None
     guard.confirm_copies(run, run.start_step)
     stop.begin_steps()
     for step in range(run.start_step, train.steps):
         journal.step, journal.is_in_step = step + 1, step > run.start_step
         status.begin_step(step + 1, first_row=run.position, num_rows=train.global_batch_size)
+        run.profiler.begin(step + 1)
         faults.hit("step.begin")
+        pace.begin()
         journal.enter("data")
+        if run.stream.waits_for_text(run.position, train.global_batch_size):
+            with raise_together(run.mesh.world):
+                run.stream.read_on(run.position, train.global_batch_size, ahead=is_first_here())
         batches = run.stream.micro_batches(
             run.position,
             global_batch_size=train.global_batch_size,
@@ -53,7 +59,8 @@ def fit(run: Run, stop: StopRequest, status: StatusFile) -> EvalResult | None:
         lr, limit = run.schedule(step), run.spikes.limit()
         result = run.engine.train_step(batches, lr=lr, skip_above=limit if train.spikes.skip else None)
         run.position += train.global_batch_size
-        pace.step(result.num_tokens)
+        run.tokens += result.num_tokens
+        pace.end(result.num_tokens)
 
         done, is_last = step + 1, step + 1 == train.steps
         guard.account(run, done, result, limit=limit)
@@ -65,18 +72,17 @@ def fit(run: Run, stop: StopRequest, status: StatusFile) -> EvalResult | None:
         run.console.tick(done)
         guard.check_patience(run, done, result)
         journal.is_in_step = False
+        run.profiler.end(done)
         if every(config.parallel.check_copies_every, done):
             guard.confirm_copies(run, done)
         # Evaluated first: what a checkpoint is resumed from has its evaluation in metrics.jsonl already.
-        if every(config.eval.every, done) or is_last:
+        with_held_out = every(config.eval.every, done) or is_last
+        tasks = due(run.tasks, done, with_held_out=with_held_out, is_last=is_last)
+        if with_held_out or tasks:
             journal.enter("evaluation")
             status.enter("evaluating")
-            evaluation = evaluate_as_configured(config, run.engine, run.corpus, run.mesh.layout)
-            record = {"step": done, **evaluation.record()}
-            faults.hit("eval.done")
-            run.metrics.write(record)
-            run.console.evaluation(record)
-            faults.hit("eval.written")
+            examination = examine(config, run.engine, run.corpus, tasks, run.mesh, with_held_out=with_held_out)
+            report(run, done, examination)
         if every(config.checkpoint.every, done) or is_last or stopped_by:
             journal.enter("saving")
             status.enter("saving")
@@ -84,12 +90,11 @@ def fit(run: Run, stop: StopRequest, status: StatusFile) -> EvalResult | None:
         else:
             announce(run, run.saver.finished())
         faults.hit("step.done")
-        pace.restart()
         if stopped_by and not is_last:
             stop.obey()
             run.console.message(f"stopped by {stopped_by} after step {done}: saved; start again to go on")
             return None
-    return evaluation or evaluate_as_configured(config, run.engine, run.corpus, run.mesh.layout)
+    return examination or examine(config, run.engine, run.corpus, run.tasks, run.mesh)
 
 
 def every(interval: int | None, done: int) -> bool:
@@ -97,18 +102,24 @@ def every(interval: int | None, done: int) -> bool:
     return interval is not None and done % interval == 0
 
 
-def evaluate_as_configured(
-    config: ExperimentConfig, engine: Engine, corpus: Corpus, layout: Layout = _ALONE
-) -> EvalResult:
-    """Evaluate as the `eval` section says, the rows spread over all ranks."""
-    return evaluate(
-        engine,
-        corpus,
-        batch_size=config.parallel.micro_batch_size,
-        max_tokens_per_domain=config.eval.max_tokens_per_domain,
-        at_capacity=config.eval.at_capacity,
-        layout=layout,
-    )
+def report(run: Run, done: int, examination: Examination) -> None:
+    """Write an evaluation to metrics.jsonl and what was written in it to files, and show it."""
+    record = {"step": done, **examination.record()}
+    if examination.held_out is not None:
+        record |= {f"data/{domain}/epochs": number for domain, number in run.stream.epochs(run.position).items()}
+    faults.hit("eval.done")
+    run.trackers.log(record)
+    if examination.held_out is not None:
+        run.console.evaluation(record)
+    for result in examination.tasks:
+        run.console.task(done, result.name, result.metrics)
+    if run.mesh.layout.rank == 0:
+        for result in examination.tasks:
+            try:
+                write_predictions(run.folder.predictions, result, step=done)
+            except OSError as error:  # no reason to stop learning
+                run.console.warning(f"{run.folder.predictions}: predictions are lost: {error.strerror or error}")
+    faults.hit("eval.written")
 
 
 def save(run: Run, done: int, *, is_last: bool = False, is_stopped: bool = False) -> None:
@@ -169,22 +180,22 @@ def _agree(run: Run, stop: StopRequest) -> str | None:
     return (stop.requested_by or "a signal to another rank") if int(asked) else None
 
 
-def log_step(run: Run, done: int, result: StepResult, *, lr: float, pace: "_Pace") -> None:
-    """Write a step to metrics.jsonl, its counts to routing.jsonl, and show it."""
-    tokens_per_s, step_s = pace.take()
+def log_step(run: Run, done: int, result: StepResult, *, lr: float, pace: StepPace) -> None:
+    """Write a step to metrics.jsonl, its counts to routing.jsonl, and show it; every rank must call it."""
+    speed = pace.take()
     peak = run.config.metrics.peak_tflops
-    flops_per_s = tokens_per_s * run.size.training_flops_per_token
-    routing = result.routing
+    flops_per_s = speed.tokens_per_s * run.size.training_flops_per_token
+    routing, experts = result.routing, None
     record = {
         "step": done,
-        "tokens": run.position * run.config.model.seq_len,
+        "tokens": run.tokens,
         "loss": result.loss,
         "balance_loss": result.balance_loss,
         "z_loss": result.z_loss,
         "grad_norm": result.grad_norm,
         "lr": lr,
-        "tokens_per_s": tokens_per_s,
-        "step_s": step_s,
+        "tokens_per_s": speed.tokens_per_s,
+        "step_s": speed.step_s,
         "mfu": None if peak is None else flops_per_s / (peak * 1e12 * run.mesh.layout.world_size),
         "drop_rate": None,
         "load_imbalance": None,
@@ -195,37 +206,9 @@ def log_step(run: Run, done: int, result: StepResult, *, lr: float, pace: "_Pace
     }
     if routing is not None:
         record |= routing_metrics(routing.counts, routing.dropped, routing.tokens, routing.entropy_sum)
+        experts = {"step": done, "counts": routing.counts.tolist(), "dropped": routing.dropped.tolist()}
         faults.hit("log.begin")
-        run.routing.write({"step": done, "counts": routing.counts.tolist(), "dropped": routing.dropped.tolist()})
-    run.metrics.write(record)
+    record |= over_ranks(speed.parts, run.machine.read(), run.mesh.world)
+    run.trackers.log(record, experts)
     faults.hit("log.written")
     run.console.step(record)
-
-
-class _Pace:
-    """Tokens and seconds since the last logged step; evaluations are not training time."""
-
-    def __init__(self) -> None:
-        self.tokens = self.steps = 0
-        self.seconds = 0.0
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin to measure a step now."""
-        self.since = time.perf_counter()
-
-    def step(self, num_tokens: int) -> None:
-        """Note a finished step."""
-        now = time.perf_counter()
-        self.seconds += now - self.since
-        self.since = now
-        self.tokens += num_tokens
-        self.steps += 1
-
-    def take(self) -> tuple[float, float]:
-        """Return tokens per second and seconds per step since the last call."""
-        tokens_per_s, step_s = self.tokens / self.seconds, self.seconds / self.steps
-        self.tokens = self.steps = 0
-        self.seconds = 0.0
-        self.restart()
-        return tokens_per_s, step_s

@@ -1,41 +1,40 @@
-"""What the verbs do once the config is sound: a run from its first line to its last screen, an evaluation, a text."""
+"""What the verbs do once the config is sound: a run from its first line to its last screen, a text."""
 
 import io
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TextIO
 
 import torch
 
 from trainer import faults
-from trainer.build import Run, build_run, in_one_process, load_trained, resolve_kernel, whole_model
+from trainer.build import Run, build_run, in_one_process, load_trained, resolve_kernel, track, whole_model
 from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.import_deepspeed import read_deepspeed, translate
+from trainer.checkpoint.import_deepspeed import read_deepspeed
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.saver import Saved
+from trainer.checkpoint.translate import translate
 from trainer.checkpoint.weight_map import WeightMapConfig
 from trainer.config.dump import dump
-from trainer.data.corpus import Corpus, build_corpus
-from trainer.data.unigram import unigram_bits_per_byte
+from trainer.data.tokenizers.base import Tokenizer
 from trainer.distributed import runtime
 from trainer.distributed.layout import Layout
 from trainer.distributed.mesh import Mesh, joined
 from trainer.distributed.signals import StopRequest
 from trainer.distributed.together import raise_together
-from trainer.engine.base import Engine
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
-from trainer.engine.evaluation import EvalResult
 from trainer.errors import PREEMPTED, CommError, ConfigError, TurnoutError
+from trainer.evaluation.examination import Examination
+from trainer.evaluation.shown import summary_of
 from trainer.experiment import ExperimentConfig
-from trainer.loop import announce, evaluate_as_configured, fit
+from trainer.loop import announce, fit
 from trainer.metrics.console import Console
 from trainer.metrics.jsonl import read_jsonl
 from trainer.metrics.readable import visible
 from trainer.metrics.streaming import Utf8Streamer
-from trainer.metrics.summary import DomainScore, ExpertCounts, RunSummary
+from trainer.metrics.summary import RunSummary
 from trainer.models.generation import generate
 from trainer.models.initialize import expert_parameters
 from trainer.models.sampling import SamplingOptions
@@ -71,6 +70,7 @@ def train_run(
     device = runtime.start(config.parallel.device)
     screen = None if layout.rank == 0 else io.StringIO()  # one rank speaks for all
     with (
+        ExitStack() as outermost,
         joined(layout, device, timeout_s=config.parallel.timeout_s) as mesh,
         closing(Console(config.train.steps, file=screen)) as console,
     ):
@@ -83,11 +83,12 @@ def train_run(
                 faults.hit("start.locked")
         status.enter("start-up")
         run = build_run(config, folder, console, mesh, device)
+        outermost.enter_context(track(run))  # closed when the ranks have left each other: nobody waits for it
         console.header(_header(run))
         if run.start_step >= config.train.steps:
             console.message(f"already at step {run.start_step} of {config.train.steps}: nothing is left to train")
         try:
-            evaluation = fit(run, stop, status)
+            examination = fit(run, stop, status)
         except Exception as error:
             # What is being saved is still worth having, where nobody that it needs has been lost.
             is_everybodys = isinstance(error, TurnoutError) and not isinstance(error, CommError)
@@ -96,14 +97,15 @@ def train_run(
                 run.saver.close()
             raise
         run.saver.close()  # a thread that python cuts off on its way out may abort the process
-        if evaluation is None:
+        if examination is None:
             run.engine.close()
+            run.trackers.exit_code = PREEMPTED
             return PREEMPTED
         faults.hit("end.trained")
         prompt, sample = _sample(run)  # every rank takes part: it needs everyone's experts
         if layout.rank == 0:
             faults.hit("end.summary")
-            console.summary(_summary(run, evaluation, prompt, sample))
+            console.summary(_summary(run, examination, prompt, sample))
         run.engine.close()
     return 0
 
@@ -121,7 +123,7 @@ def start_from_deepspeed(
         raise ConfigError(f"{folder.checkpoints}: has checkpoints; start a new run with name=...")
     theirs = read_deepspeed(source, is_trusted=is_trusted)
     cpu, alone = torch.device("cpu"), in_one_process(config)
-    model = whole_model(resolve_kernel(alone, cpu), config.data.tokenizer.build())
+    model = whole_model(resolve_kernel(alone, cpu), config.data.tokenizer.build(config.data))
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     of_experts = {name: shapes[name][0] for name in expert_parameters(model)}
     weights = translate(theirs, map_, shapes, of_experts)  # before anything is written
@@ -141,42 +143,13 @@ def start_from_deepspeed(
     return saved
 
 
-def evaluate_checkpoint(
-    config: ExperimentConfig, folder: RunFolder, *, step: int | None, screen: TextIO
-) -> dict[str, float]:
-    """Evaluate a checkpoint as the `eval` section says, show it on `screen` and return its numbers."""
-    console = Console(file=sys.stderr)
-    with console.progress_bar("reading text") as bar:
-        corpus = build_corpus(config.data, progress=bar)
-    engine, found = load_trained(config, corpus.tokenizer, folder, step=step, warn=console.warning)
-    if found.run["data_fingerprint"] != corpus.fingerprint:
-        console.warning(
-            "this is not the text the run was trained on: some of what is held out now may have been learned"
-        )
-    result = evaluate_as_configured(config, engine, corpus)
-    record = result.record()
-    with closing(Console(file=screen)) as shown:
-        shown.summary(
-            RunSummary(
-                title=f"{config.name} at step {found.step}",
-                facts=[("target tokens", str(sum(domain.sums.target_tokens for domain in result.domains)))],
-                scores=_scores(corpus, result),
-                eval_loss=record["eval/loss"],
-                eval_loss_capacity=record.get("eval/loss_capacity"),
-                experts=_experts(engine, result),
-            )
-        )
-    return {"step": found.step, **record}
-
-
 def generate_text(config: ExperimentConfig, folder: RunFolder, options: GenerateOptions) -> int:
     """Stream a generated text to the terminal; return the exit code."""
-    tokenizer = config.data.tokenizer.build()
     console = Console(file=sys.stderr)
-    engine, _ = load_trained(config, tokenizer, folder, step=options.step, warn=console.warning)
+    engine, tokenizer, _ = load_trained(config, folder, step=options.step, warn=console.warning)
     # A prompt that is not UTF-8 arrives as surrogates; it is shown with replacement characters, and so read.
     text = options.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    prompt = tokenizer.encode(text).tolist() or [tokenizer.end_of_document]
+    prompt = _as_trained(tokenizer.encode(text).tolist(), config, tokenizer)
     streamer = Utf8Streamer()
     tokens = generate(
         engine.model,
@@ -206,7 +179,14 @@ def _header(run: Run) -> list[str | tuple[str, str]]:
     text = ", ".join(
         f"{domain} {file.num_bytes / 1e6:.1f} MB" for domain, file in zip(corpus.domains, corpus.train, strict=True)
     )
+    cut = []
+    if config.data.tokenizer.kind != "byte":
+        num_bytes, num_tokens = (
+            sum(getattr(file, key) for file in corpus.train) for key in ("num_bytes", "num_tokens")
+        )
+        cut = [("tokens", f"{corpus.tokenizer.vocab_size} kinds, {num_bytes / num_tokens:.2f} bytes each")]
     tokens = config.train.global_batch_size * config.model.seq_len
+    at_most = "at most " if config.data.packing == "whole" else ""  # some of it is filling
     layout = run.mesh.layout
     ranks = [("ranks", f"{layout.world_size}, experts over {layout.ep_size}")] if layout.world_size > 1 else []
     uses = config.engine
@@ -218,9 +198,10 @@ def _header(run: Run) -> list[str | tuple[str, str]]:
             f"{size.total_parameters / 1e6:.2f}M parameters, {size.active_parameters / 1e6:.2f}M active; {experts}",
         ),
         ("text", text),
+        *cut,
         (
             "steps",
-            f"{config.train.steps} of {tokens} tokens, {config.train.dtype}, "
+            f"{config.train.steps} of {at_most}{tokens} tokens, {config.train.dtype}, "
             f"experts by {config.parallel.experts_kernel}",
         ),
         *ranks,
@@ -229,18 +210,15 @@ def _header(run: Run) -> list[str | tuple[str, str]]:
     ]
 
 
-def _summary(run: Run, evaluation: EvalResult, prompt: str, sample: str) -> RunSummary:
+def _summary(run: Run, examination: Examination, prompt: str, sample: str) -> RunSummary:
     logged = [record for record in read_jsonl(run.folder.metrics) if _is_of_training(record)]
-    record = evaluation.record()
     steps = max(run.start_step, run.config.train.steps)
-    return RunSummary(
-        title=f"{run.config.name}: {steps} steps done",
+    layers, title = run.engine.model.config.moe_layers, f"{run.config.name}: {steps} steps done"
+    return replace(
+        summary_of(examination, run.corpus, layers, title=title),
+        facts=(),
         steps=[line["step"] for line in logged],
         losses=[line["loss"] for line in logged],
-        scores=_scores(run.corpus, evaluation),
-        eval_loss=record["eval/loss"],
-        eval_loss_capacity=record.get("eval/loss_capacity"),
-        experts=_experts(run.engine, evaluation),
         prompt=prompt,
         sample=sample,
         written=[
@@ -258,36 +236,16 @@ def _is_of_training(record: Mapping[str, object]) -> bool:
     return type(step) is int and step >= 0 and "loss" in record and (loss is None or type(loss) in (int, float))
 
 
-def _scores(corpus: Corpus, evaluation: EvalResult) -> list[DomainScore]:
-    unigrams = [unigram_bits_per_byte(corpus, index) for index in range(len(corpus.domains))]
-    scores = [
-        DomainScore(name=result.domain, bits_per_byte=result.bits_per_byte, unigram_bits_per_byte=unigram)
-        for result, unigram in zip(evaluation.domains, unigrams, strict=True)
-    ]
-    if len(scores) > 1:
-        target_bytes = [result.target_bytes for result in evaluation.domains]
-        mean = sum(u * b for u, b in zip(unigrams, target_bytes, strict=True)) / max(1, sum(target_bytes))
-        overall = evaluation.record()["eval/bits_per_byte"]
-        scores.append(DomainScore(name="all", bits_per_byte=overall, unigram_bits_per_byte=mean))
-    return scores
-
-
-def _experts(engine: Engine, evaluation: EvalResult) -> ExpertCounts | None:
-    layers = engine.model.config.moe_layers
-    if not layers:
-        return None
-    by_domain = [result.counts for result in evaluation.domains]  # (domains, layers, experts)
-    return ExpertCounts(
-        counts=[[counts[i] for counts in by_domain] for i in range(len(layers))],
-        domains=[result.domain for result in evaluation.domains],
-        layer_names=[f"layer {layer}" for layer in layers],
-    )
+def _as_trained(prompt: list[int], config: ExperimentConfig, tokenizer: Tokenizer) -> list[int]:
+    """Begin a prompt as its document began in training: behind an end of document, where rows are of whole ones."""
+    return [tokenizer.end_of_document, *prompt] if config.data.packing == "whole" or not prompt else prompt
 
 
 def _sample(run: Run) -> tuple[str, str]:
     """Return the first held-out bytes of a domain and what the model makes of them."""
     corpus, world = run.corpus, run.mesh.world
     prompt = corpus.validation[0].tokens[:_SAMPLE_PROMPT_TOKENS].tolist()
+    prompt = _as_trained(prompt, run.config, corpus.tokenizer)
     tokens = generate(
         run.engine.model,
         prompt,

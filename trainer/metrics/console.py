@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Protocol, Self, TextIO
@@ -109,8 +109,21 @@ class Console:
         self._progress.step = int(record["step"] or 0)
         line = lines.evaluation(record, self._progress)
         self._progress.bits_per_byte = record.get("eval/bits_per_byte")
-        # Wrapped under its first word, beyond the step.
-        self._screen.line(line, hanging=lines.step_label(0, self._progress.total_steps).cell_len + 2)
+        self._screen.line(line, hanging=self._hanging)
+        shares = lines.time_shares(self._progress.record)
+        if shares and not self.is_live:  # the panel has them
+            label = lines.step_label(self._progress.step, self._progress.total_steps)
+            self._screen.line(label.append("  time  ").append_text(Text("  ").join(shares)))
+
+    def task(self, step: int, name: str, metrics: Mapping[str, float]) -> None:
+        """Print a permanent line with the numbers of an evaluation task."""
+        self._progress.step = step
+        self._screen.line(lines.task(step, self._progress.total_steps, name, metrics), hanging=self._hanging)
+
+    @property
+    def _hanging(self) -> int:
+        """Where a line goes on that is too long: under its first word beyond the step."""
+        return lines.step_label(0, self._progress.total_steps).cell_len + 2
 
     def checkpoint(self, path: str | os.PathLike[str], step: int, *, note: str = "") -> None:
         """Print a permanent line: where the checkpoint of completed step `step` lies, and what it took."""

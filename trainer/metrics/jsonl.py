@@ -153,16 +153,6 @@ def _plain(value: Any) -> Any:
     return value
 
 
-class NullSink:
-    """Takes records and keeps none: for ranks that do not write."""
-
-    def write(self, record: Mapping[str, object]) -> None:
-        """Forget a record."""
-
-    def resume_at(self, step: int) -> None:
-        """Forget nothing."""
-
-
 def _open(path: Path) -> int:
     return open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 

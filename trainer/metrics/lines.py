@@ -1,5 +1,7 @@
 """The permanent lines of a run. The terminal shows them in colour, a log as they stand."""
 
+from collections.abc import Mapping
+
 from rich.text import Text
 
 from trainer.metrics import readable
@@ -33,6 +35,13 @@ def logged_step(progress: TrainingProgress) -> Text:
     return line
 
 
+def time_shares(record: Record) -> list[Text]:
+    """Return where the time of a step goes, in percent; empty if the record does not say."""
+    seconds = {key.removeprefix("time/"): s or 0.0 for key, s in record.items() if key.startswith("time/")}
+    total = sum(seconds.values()) or 1.0
+    return [Text(f"{part} {100 * s / total:2.0f}%", style=QUIET) for part, s in seconds.items()]
+
+
 def evaluation(record: Record, progress: TrainingProgress) -> Text:
     """Return an evaluation as one line; `progress` still holds the evaluation before it."""
     bits_per_byte = record.get("eval/bits_per_byte")
@@ -44,6 +53,23 @@ def evaluation(record: Record, progress: TrainingProgress) -> Text:
     if at_capacity is not None:
         line.append(" (capacity ").append(readable.number(at_capacity), style="default").append(")")
     return line
+
+
+def task(step: int, total_steps: int, name: str, metrics: Mapping[str, float]) -> Text:
+    """Return an evaluation task's numbers as one line."""
+    line = step_label(step, total_steps).append("  ").append(readable.visible(name), style="bold default")
+    for label, value in task_cells(metrics):
+        line.append(f"  {label} ").append(value, style="default")
+    return line
+
+
+def task_cells(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Return names and numbers as people read them; counts (whole numbers) that are 0 are left out."""
+    return [
+        (name, str(value) if isinstance(value, int) else readable.number(value))
+        for name, value in metrics.items()
+        if not (isinstance(value, int) and value == 0)
+    ]
 
 
 def checkpoint(path: str, step: int, total_steps: int, note: str) -> Text:

@@ -8,8 +8,9 @@ from rich.console import ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.text import Text
 
-from trainer.metrics import readable
+from trainer.metrics import lines, readable
 from trainer.metrics.glyphs import ACCENT, ALERT, QUIET, Glyphs, glyphs_for
+from trainer.metrics.layout import packed
 from trainer.metrics.pictures import sparkline
 from trainer.metrics.progress import BarProgress, TrainingProgress
 
@@ -90,6 +91,7 @@ class TrainingPanel:
         width = options.max_width - 1
         yield self._bar(width, glyphs)
         yield from self._values(width, glyphs)
+        yield from packed(lines.time_shares(self._progress.record), width, gap=2)
         if self._progress.troubles:
             yield Text(", ".join(self._progress.troubles), style=ALERT, no_wrap=True, overflow="crop")
 

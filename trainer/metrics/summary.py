@@ -1,7 +1,7 @@
 """The last screen of a run: what was learned, how well, by which experts, and where everything is."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -16,6 +16,7 @@ from trainer.metrics import readable
 from trainer.metrics.experts_picture import expert_by_domain
 from trainer.metrics.glyphs import ACCENT, QUIET, Glyphs, glyphs_for
 from trainer.metrics.layout import Within, packed
+from trainer.metrics.lines import task_cells
 from trainer.metrics.pictures import loss_chart
 
 _CHART_HEIGHT = 9
@@ -57,6 +58,8 @@ class RunSummary:
     """Nats per target token, dropless."""
     eval_loss_capacity: float | None = None
     """The same under the capacity of training."""
+    tasks: Sequence[tuple[str, Mapping[str, float]]] = ()
+    """Name and numbers of each evaluation task."""
     experts: ExpertCounts | None = None
     prompt: str = ""
     sample: str = ""
@@ -97,6 +100,8 @@ class SummaryScreen:
             yield _heading("training loss", "nats per token"), [chart]
         if summary.scores:
             yield _heading("held out", "bits per byte, lower is better"), [*self._scores(width, glyphs)]
+        if summary.tasks:
+            yield _heading("tasks", ""), [*self._tasks(width)]
         if summary.experts is not None:
             experts = summary.experts
             picture = expert_by_domain(experts.counts, experts.domains, experts.layer_names)
@@ -126,6 +131,15 @@ class SummaryScreen:
             dropless = readable.number(self._summary.eval_loss)
             limited = readable.number(self._summary.eval_loss_capacity)
             yield Text(f"loss {dropless} nats per token dropless, {limited} at the capacity of training", style=QUIET)
+
+    def _tasks(self, width: int) -> Iterator[Text]:
+        name_width = min(20, max(cell_len(name) for name, _ in self._summary.tasks))
+        for name, metrics in self._summary.tasks:
+            cells = [Text(f"{label} ", style=QUIET).append(value, style="bold") for label, value in task_cells(metrics)]
+            label = set_cell_size(readable.visible(name), name_width)
+            for line in packed(cells, width - name_width - 3, gap=3):
+                yield Text(f"{label}   ").append_text(line)
+                label = " " * name_width
 
     def _sample(self) -> Panel:
         text = Text(readable.visible(self._summary.prompt), style="bold")

@@ -24,6 +24,7 @@ RECORD = {
     "tokens_per_s": 45210.0, "step_s": 0.5, "mfu": None, "drop_rate": 0.025, "load_imbalance": 1.234, "dead_experts": 0,
     "router_entropy": 1.9, "skipped_steps": 0,
 }  # fmt: skip
+TIMES = {"time/data": 0.01, "time/forward": 0.13, "time/backward": 0.3, "time/communication": 0.06, "time/other": 0.0}
 EVALUATION = {"step": 10, "eval/loss": 2.0, "eval/bits_per_byte": 2.885}
 SUMMARY = RunSummary(
     title="a run: 2,000 steps in 14m 02s",
@@ -36,6 +37,10 @@ SUMMARY = RunSummary(
     ],
     eval_loss=1.41,
     eval_loss_capacity=1.42,
+    tasks=[
+        ("translation", {"bleu": 21.5, "chrf": 48.0, "cut_prompts": 3}),
+        ("a\x1b" + "b" * 40, {"acc": 0.75, "n": 0}),
+    ],
     experts=ExpertCounts(
         counts=[[[1, 2, 3], [3, 2, 1]]] * 3, domains=["prose", "code"], layer_names=["layer 0", "layer 1", "layer 2"]
     ),
@@ -125,6 +130,18 @@ def test_an_evaluation_shows_the_loss_at_capacity_when_there_is_one():
     assert "loss 2.000 (capacity 2.050)" in lines[1]
 
 
+def test_a_task_has_a_line_of_its_own_without_counts_that_are_zero():
+    numbers = {"acc": 0.75, "acc_norm": 0.5, "cut_prompts": 0}
+    assert _log(lambda c: c.task(10, "mood", numbers)) == ["step  10  mood  acc 0.750  acc_norm 0.500"]
+    assert _log(lambda c: c.task(10, "m\x1b", {"cut_prompts": 3})) == ["step  10  m\ufffd  cut_prompts 3"]
+
+
+def test_the_summary_lists_tasks_below_each_other():
+    lines = [line.strip() for line in _log(lambda c: c.summary(SUMMARY), width=60)]
+    assert "translation            bleu 21.500   chrf 48.000" in lines
+    assert "cut_prompts 3" in lines and any(line.endswith("acc 0.750") for line in lines)
+
+
 def test_a_checkpoint_line_holds_the_path_unbroken():
     path = Path("runs") / ("long" * 50) / "step_00000010"
     assert _log(lambda c: c.checkpoint(path, 10)) == [f"step  10  saved {path}"]
@@ -197,6 +214,20 @@ def test_the_summary_of_a_diverged_run_still_appears():
     assert any("nan" in line and "4.500" in line for line in _log(lambda c: c.summary(summary)))
     _log(lambda c: c.summary(RunSummary(title="a", steps=[1], losses=[None])))
     _log(lambda c: c.summary(RunSummary(title="nothing at all")))
+
+
+def test_a_log_says_with_each_evaluation_where_the_time_of_a_step_goes():
+    lines = _log(lambda c: [c.step({**RECORD, **TIMES, "time_max/data": 9.0}), c.evaluation(EVALUATION)])
+    assert len(lines) == 3
+    assert lines[2] == "step  10  time  data  2%  forward 26%  backward 60%  communication 12%  other  0%"
+
+
+@pytest.mark.parametrize("width", [40, 120])
+def test_a_terminal_shows_it_in_the_panel(width: int):
+    raw = _terminal(lambda c: [c.step({**RECORD, **TIMES}), c.evaluation(EVALUATION)], width=width)
+    lines = _visible(raw).splitlines()
+    assert max(map(cell_len, lines)) <= width
+    assert any("backward 60%" in line for line in lines) and not any("  time  " in line for line in lines)
 
 
 def test_the_summary_falls_back_to_the_losses_seen():

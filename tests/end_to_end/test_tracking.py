@@ -1,0 +1,109 @@
+"""A run that is killed and goes on, as its metrics, wandb and TensorBoard tell it: the same in all three."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.clock import without_clock
+from tests.wandb_server import WandbServer
+
+CONFIG = """\
+name: tiny
+model: {num_layers: 2, d_model: 64, num_heads: 2, seq_len: 64, moe: {num_experts: 4, d_ff: 64}}
+data: {sources: [{kind: text, path: text.txt}]}
+schedule: {kind: warmup_cosine, warmup_steps: 2}
+train: {steps: 50, global_batch_size: 16}
+eval: {every: 10, max_tokens_per_domain: 512}
+checkpoint: {every: 15}
+parallel: {micro_batch_size: 16}
+metrics: {log_every: 1, tensorboard: true, wandb: {mode: offline, project: paper, tags: [small]}}
+"""
+SECRETS = {"WANDB_API_KEY": "5ec7e7" * 6 + "5ec7", "HF_TOKEN": "hf_5ec7e7", "OPENAI_API_KEY": "sk-5ec7e7"}
+
+
+def train(workplace: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    root = str(Path(__file__).parents[2])
+    return subprocess.run(
+        [sys.executable, "-m", "trainer", "train", "tiny.yaml"],
+        cwd=workplace,
+        env={**kept, **SECRETS, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "HOME": str(workplace), **environment},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def numbers(path: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in record.items() if v is not None} for record in records]
+
+
+def wait_for_mirror(folder: Path) -> None:
+    """A killed run's mirror hands on what there is and ends by itself."""
+    end = time.monotonic() + 100
+    while time.monotonic() < end:
+        if not [p for p in psutil.process_iter(["cwd", "cmdline"]) if _is_mirror_in(folder, p.info)]:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the mirror goes on")
+
+
+def _is_mirror_in(folder: Path, process: dict[str, Any]) -> bool:
+    return process["cwd"] == str(folder) and "trainer.metrics.wandb_mirror" in (process["cmdline"] or [])
+
+
+def test_a_killed_run_goes_on_in_wandb_and_tensorboard_as_in_its_own_metrics(tmp_path: Path):
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    (tmp_path / "text.txt").write_text("It was a bright cold day in April, and the clocks were striking. " * 200)
+    killed = train(tmp_path, TURNOUT_FAULTS="step.begin#43=kill")
+    assert killed.returncode == -9, killed.stderr
+    wait_for_mirror(tmp_path)
+    resumed = train(tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "wandb: it has steps 31 to 42, which are taken again now: they are not sent again" in resumed.stdout
+
+    folder = tmp_path / "runs/tiny"
+    run_id, lines = (folder / "run_id").read_text().strip(), numbers(folder / "metrics.jsonl")
+    attempts = sorted((folder / "wandb").glob("offline-run-*"))
+    assert len(attempts) == 2 and all(attempt.name.endswith(f"-{run_id}") for attempt in attempts)
+    for manifest in folder.glob("checkpoints/step_*/manifest.json"):
+        assert json.loads(manifest.read_text())["run"]["id"] == run_id
+
+    assert not (tmp_path / ".cache/wandb").exists() and not (tmp_path / ".config").exists()
+    with WandbServer() as server:
+        command = [sys.executable, "-m", "wandb", "sync", *map(str, attempts)]
+        environment = {**os.environ, **server.environment, "HOME": str(tmp_path)}
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=100, capture_output=True)
+        rows = [{k: v for k, v in row.items() if not k.startswith("load/")} for row in server.rows(run_id)]
+        # Of steps 31 to 42 times are those of the first time; all else is the same, bit for bit.
+        assert [row["step"] for row in rows] == [line["step"] for line in lines]
+        for row, line in zip(rows, lines, strict=True):
+            is_of_the_first_time = 31 <= line["step"] <= 42
+            assert without_clock(row) == without_clock(line) if is_of_the_first_time else row == line
+        sent = server.runs[run_id]
+        assert (sent["project"], sent["displayName"], sent["tags"]) == ("paper", "tiny", ["small"])
+        drawn = [row["step"] for row in server.rows(run_id) if "load/layer_01" in row]
+        assert drawn == [1, 11, 21, 31, 41, 43]  # every tenth of each attempt
+        best = min(line["eval/loss"] for line in lines if "eval/loss" in line)
+        assert server.summary(run_id)["best/eval/loss"] == best
+        config = {key: value["value"] for key, value in json.loads(sent["config"]).items()}
+        assert config["model"]["moe"]["num_experts"] == 4 and config["layout"]["world_size"] == 1
+
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == losses  # which is of float32 as its events are
+    assert [e.step for e in events.Scalars("eval/bits_per_byte")] == [10, 20, 30, 40, 50]
+    assert events.Tags()["histograms"] == ["load/layer_00", "load/layer_01"]
+
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    leaks = [path for path in written for secret in SECRETS.values() if secret.encode() in path.read_bytes()]
+    said = killed.stdout + killed.stderr + resumed.stdout + resumed.stderr
+    assert not leaks and not [secret for secret in SECRETS.values() if secret in said]

@@ -1,0 +1,117 @@
+"""The `metrics` and `profile` sections: what is written down while training. Imports no torch."""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from trainer.config.base import LINE_PATTERN, Config, Problem
+from trainer.errors import ConfigError
+
+_NOT_IN_A_PROJECT = r"/\#?%:"
+Label = Annotated[str, Field(min_length=1, max_length=128, pattern=LINE_PATTERN)]
+Tag = Annotated[str, Field(min_length=1, max_length=64, pattern=LINE_PATTERN)]
+
+
+class WandbConfig(Config):
+    """Weights & Biases: the same metrics there, sent by a process beside rank 0 for which the run never waits."""
+
+    mode: Literal["disabled", "auto", "online", "offline"] = "disabled"
+    """`auto`: online if wandb finds an API key (WANDB_API_KEY, netrc), else offline. Offline runs stay in the run
+    folder, for `wandb sync`; so does one whose server does not answer."""
+    project: Label | None = None
+    """Null: WANDB_PROJECT, or turnout."""
+    entity: Label | None = None
+    """User or team. Null: WANDB_ENTITY, or the key's own."""
+    group: Label | None = None
+    """Shows runs together."""
+    name: Label | None = None
+    """What the run is called there. Null: `name` of the experiment."""
+    job_type: Label | None = None
+    """A second way to sort runs."""
+    tags: list[Tag] = Field(default=[])
+    """Words to find it by."""
+    notes: Annotated[str, Field(max_length=10000)] | None = None
+    """What a person wants to remember of it."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Refuse what wandb would refuse later, or take for something else."""
+        bad = [c for c in _NOT_IN_A_PROJECT if c in (self.project or "")]
+        if bad:
+            yield Problem("project", f"{self.project!r} has {' '.join(bad)}; wandb allows none of / \\ # ? % : in it")
+        if "/" in (self.entity or ""):
+            yield Problem("entity", f"{self.entity!r} has a slash; give the user or team alone, and set project")
+        twice = sorted({tag for tag in self.tags if self.tags.count(tag) > 1})
+        if twice:
+            yield Problem("tags", f"{twice[0]!r} is there twice; remove one")
+
+
+class MetricsConfig(Config):
+    """What is written down while training; always to metrics.jsonl and routing.jsonl."""
+
+    log_every: PositiveInt = 10
+    """Steps between lines of metrics.jsonl and routing.jsonl."""
+    peak_tflops: PositiveFloat | None = None
+    """Peak of one rank's device in this precision, for `mfu`. Null: not reported where it is unknown."""
+    wandb: WandbConfig = WandbConfig()
+    """Weights & Biases."""
+    tensorboard: bool = False
+    """Write the same metrics to the run folder for TensorBoard, too; needs `pip install 'turnout[tensorboard]'`."""
+    heatmap_every: PositiveInt | None = 10
+    """In wandb and TensorBoard every so many logged steps have, for each MoE layer, the load of each of its experts
+    (1 is an even share): drawn over the steps, a heat map. Null: never."""
+
+    def check_installed(self) -> None:
+        """Refuse to begin without a package that is asked for.
+
+        Raises:
+            ConfigError: with how to install it.
+        """
+        for key, package, is_wanted, install in (
+            ("metrics.wandb.mode", "wandb", self.wandb.mode != "disabled", "wandb"),
+            ("metrics.tensorboard", "tensorboard", self.tensorboard, "'turnout[tensorboard]'"),
+        ):
+            if is_wanted and find_spec(package) is None:
+                raise ConfigError(
+                    f"{key}: {package} is not installed here; pip install {install}, or leave the key out"
+                )
+
+
+class ProfileConfig(Config):
+    """Steps that torch's profiler looks at; what is learned does not change by it."""
+
+    start: PositiveInt = 10
+    """First step, counted from 1 over the whole run."""
+    steps: PositiveInt = 3
+    """How many; a trace has every operation of them."""
+    ranks: Annotated[list[NonNegativeInt], Field(min_length=1)] = Field(default=[0])
+    """Which ranks."""
+    shapes: bool = False
+    """Record the shapes that operations work on."""
+    stacks: bool = False
+    """Record where in the code operations come from: slower, and a larger trace."""
+    memory: bool = False
+    """Record what is allocated and freed; on a GPU with a snapshot for pytorch.org/memory_viz."""
+
+    @property
+    def last(self) -> int:
+        """The last step."""
+        return self.start + self.steps - 1
+
+    def problems(self) -> Iterator[Problem]:
+        """Refuse a rank that is named twice."""
+        for twice in sorted({rank for rank in self.ranks if self.ranks.count(rank) > 1}):
+            yield Problem("ranks", f"{twice} is named twice; name each rank once")
+
+    def check_ranks(self, world_size: int) -> None:
+        """Refuse ranks that there are not.
+
+        Raises:
+            ConfigError: with the first of them.
+        """
+        for rank in self.ranks:
+            if rank >= world_size:
+                raise ConfigError(
+                    f"profile.ranks: there is no rank {rank} among {world_size}; use 0 to {world_size - 1}"
+                )

@@ -1,0 +1,87 @@
+"""Who keeps what a run says of itself. metrics.jsonl and routing.jsonl always; others beside them, which may fail."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from trainer.errors import CommError, ElsewhereError, exit_code_of
+from trainer.metrics.jsonl import JsonlSink
+
+_LAST_CHANCE_S = 10.0
+"""A run waits so long at its end for those who keep its records."""
+
+Logged = Mapping[str, Any]
+"""A line of metrics.jsonl or routing.jsonl."""
+
+
+class Tracker(Protocol):
+    """Keeps records. Whatever happens to it, it neither raises nor makes the run wait."""
+
+    def log(self, record: Logged, experts: Logged | None = None) -> None:
+        """Keep a record.
+
+        Args:
+            record: a line of metrics.jsonl.
+            experts: what the MoE layers did in the same step, a line of routing.jsonl; None beside an evaluation.
+        """
+        ...
+
+    def close(self, exit_code: int, *, patience_s: float) -> None:
+        """Keep what is not safe yet, for so long at most; the run has ended with this code."""
+        ...
+
+
+class JsonlTracker:
+    """The truth: a line in metrics.jsonl for each record, and one in routing.jsonl."""
+
+    def __init__(self, metrics: Path, routing: Path, *, warn: Callable[[str], None]) -> None:
+        self._metrics, self._routing = JsonlSink(metrics, warn=warn), JsonlSink(routing, warn=warn)
+
+    def resume_at(self, step: int) -> None:
+        """Forget what a run that resumes from completed step `step` will log again."""
+        self._metrics.resume_at(step)
+        self._routing.resume_at(step)
+
+    def log(self, record: Logged, experts: Logged | None = None) -> None:
+        """Write the lines; they are in the hands of the operating system on return."""
+        if experts is not None:
+            self._routing.write(experts)
+        self._metrics.write(record)
+
+    def close(self, exit_code: int, *, patience_s: float) -> None:
+        """Close the files."""
+        self._metrics.close()
+        self._routing.close()
+
+
+class Trackers:
+    """All of a run's trackers as one; on ranks that keep nothing there are none. A context that closes them."""
+
+    def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
+        self._trackers = list(trackers)
+        self.exit_code = 0
+        """What the run ends with unless an error ends it."""
+
+    def add(self, trackers: Sequence[Tracker]) -> None:
+        """Let others keep records as well, from now on."""
+        self._trackers += trackers
+
+    def log(self, record: Logged, experts: Logged | None = None) -> None:
+        """Keep a record everywhere."""
+        for tracker in self._trackers:
+            tracker.log(record, experts)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        code = self.exit_code if error is None else exit_code_of(error) or 1
+        # Where ranks are lost, or Ctrl-C was pressed again, this process has something better to do.
+        is_in_haste = error is not None and (
+            not isinstance(error, Exception) or isinstance(error, CommError | ElsewhereError)
+        )
+        while self._trackers:
+            self._trackers.pop().close(code, patience_s=0.0 if is_in_haste else _LAST_CHANCE_S)

@@ -1,0 +1,57 @@
+"""The verb prove."""
+
+import argparse
+from pathlib import Path
+
+from trainer.errors import ConfigError
+from trainer.prove.cases import ENGINES
+from trainer.verbs.arguments import Verbs, takes_config, verb
+from trainer.verbs.named import named_config
+
+
+def add(verbs: Verbs) -> None:
+    """Add it with its arguments."""
+    sub = takes_config(verb(verbs, "prove", prove))
+    sub.add_argument("--steps", type=int, default=10, help="optimizer steps of each layout (10)")
+    what = "(float64; float32 if deepspeed, which has no float64, is among the engines)"
+    sub.add_argument("--dtype", choices=["float64", "float32", "bfloat16"], help=what)
+    sub.add_argument("--engines", metavar="A,B", help="native, deepspeed (ZeRO 1 and 2) or both; default: the config's")
+    sub.add_argument("--scale", choices=["full", "small"], default="full", help="small: shrink model and batch first")
+    sub.add_argument("--layouts", metavar="TEXT", help="only layouts whose name has this text, such as 'ep 2'")
+    sub.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON as well")
+    sub.add_argument("--timeout", type=float, default=120.0, help="seconds that ranks wait for each other (120)")
+
+
+def prove(options: argparse.Namespace) -> int:
+    """Prove that every layout up to four ranks learns what one process learns from this config."""
+    config = named_config(options)
+    if options.steps < 1 or options.timeout <= 0:
+        raise ConfigError("prove: use --steps >= 1 and --timeout > 0")
+
+    from trainer.prove.proof import prove
+
+    return prove(
+        config,
+        steps=options.steps,
+        dtype=options.dtype,
+        is_small=options.scale == "small",
+        only=options.layouts,
+        engines=_engines(options.engines),
+        json_path=options.json,
+        timeout_s=options.timeout,
+    )
+
+
+def _engines(text: str | None) -> list[str] | None:
+    """Return the engines of `--engines`.
+
+    Raises:
+        ConfigError: if one is unknown.
+    """
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in ENGINES:
+            raise ConfigError(f"--engines: {name!r} is not an engine; use some of {', '.join(ENGINES)}, by commas")
+    return names

@@ -1,0 +1,62 @@
+"""The verbs that train: train, launch."""
+
+import argparse
+import os
+
+from trainer.distributed.layout import check_layout, launched
+from trainer.distributed.signals import StopRequest
+from trainer.errors import Stopped, TurnoutError, exit_code_of
+from trainer.status import StatusFile
+from trainer.supervise.launch import Launch
+from trainer.supervise.lifeline import end_with_launcher
+from trainer.supervise.supervisor import Supervisor
+from trainer.verbs.arguments import Verbs, takes_config, verb
+from trainer.verbs.named import checked, folder_of, named_config
+
+
+def add(verbs: Verbs) -> None:
+    """Add them with their arguments."""
+    takes_config(verb(verbs, "train", train))
+
+    sub = takes_config(verb(verbs, "launch", launch))
+    sub.add_argument("--nproc", metavar="N", help="ranks on this machine (NPROC, else 1)")
+    sub.add_argument("--nnodes", metavar="N", help="machines; the same command on each (NNODES, else 1)")
+    sub.add_argument("--node-rank", metavar="N", help="this machine's number, from 0 (NODE_RANK)")
+    sub.add_argument("--master-addr", metavar="A", help="address of the first machine (MASTER_ADDR)")
+    sub.add_argument("--master-port", metavar="P", help="port there (MASTER_PORT, else 29500)")
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train a config, or go on with its run."""
+    end_with_launcher()
+    with StopRequest() as stop:
+        config = named_config(options)
+        layout = launched(ep_size=config.parallel.ep_size)
+        folder = folder_of(config)
+        warnings = checked(folder, config)
+        status = StatusFile(folder.status, rank=layout.rank)
+        try:
+            from trainer.workflows import train_run
+
+            code = train_run(config, folder, layout, warnings=warnings, stop=stop, status=status)
+        except BaseException as error:
+            is_plain = isinstance(error, TurnoutError | Stopped)
+            code = exit_code_of(error)
+            status.end(1 if code is None else code, str(error) if is_plain else f"{type(error).__name__}: {error}")
+            raise
+        status.end(code)
+        return code
+
+
+def launch(options: argparse.Namespace) -> int:
+    """Train a config on one or several ranks of this machine, and start them again after a failure that may pass."""
+    config = named_config(options)
+    ranks = Launch.of(vars(options), os.environ)
+    check_layout(world_size=ranks.world_size, ep_size=config.parallel.ep_size)
+    folder = folder_of(config)
+    checked(folder, config)
+    ranks.check_port()
+    if ranks.node_rank == 0:  # the others' ranks come after its own
+        folder.check_free()
+    arguments = ["train", str(options.config), *options.overrides]
+    return Supervisor(ranks, arguments, folder, patience_s=config.parallel.timeout_s + 30).run()
