@@ -33,7 +33,7 @@ def main() -> None:
     config = resolve_kernel(config, device)
     with joined(layout, device, timeout_s=300) as mesh:
         corpus = build_corpus(config.data)
-        stream = TrainStream(corpus, seq_len=config.model.seq_len, seed=config.seed)
+        stream = TrainStream(corpus, packing=config.data.packing, seq_len=config.model.seq_len, seed=config.seed)
         model = build_model(config, corpus.tokenizer, mesh, device, warn=print)
         engine = config.engine.build(model, config.optim, numerics(config), mesh)
 

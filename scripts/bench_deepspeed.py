@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from trainer.build import build_model, numerics, resolve_kernel
 from trainer.config.loader import load
 from trainer.data.batch import Batch
-from trainer.data.tokenizers.registry import ByteTokenizerConfig
+from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.distributed.journal import Journal
 from trainer.distributed.layout import Layout
 from trainer.distributed.mesh import Mesh, build_mesh
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
-from trainer.engine.deepspeed.start import join
+from trainer.engine.deepspeed.start import join, load_deepspeed
 from trainer.engine.registry import NativeEngineConfig
 from trainer.experiment import ExperimentConfig
 from trainer.models.gpt import GPT, Block, MoELayer, rotary_table
@@ -101,7 +101,7 @@ class TheirModel(nn.Module):
         rotary = rotary_table(torch.arange(tokens.shape[1]), c.head_dim, c.rope_theta, x.dtype)
         balance = torch.zeros(())
         for block in cast(Iterable[Block], model.blocks):
-            x, normed = block.attend(x, rotary, None)
+            x, normed = block.attend(x, rotary, None, None)
             out = block.ffn(normed)
             if isinstance(out, tuple):
                 out, mine, _ = out
@@ -114,11 +114,12 @@ class TheirModel(nn.Module):
 
 def their_steps(config: ExperimentConfig, mesh: Mesh, batches: list[Batch]) -> Callable[[], object]:
     """Return a step of DeepSpeed's own loop."""
-    deepspeed = join(mesh, CPU)
+    deepspeed = load_deepspeed(CPU)
+    join(deepspeed, mesh, CPU)
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
     alone = config.model_copy(update={"parallel": config.parallel.model_copy(update={"ep_size": 1})})
-    whole = build_model(alone, ByteTokenizerConfig().build(), Mesh.of_one(), CPU, warn=print)
+    whole = build_model(alone, ByteTokenizer(), Mesh.of_one(), CPU, warn=print)
     model = TheirModel(whole, config, mesh.layout.ep_size)
     described = split_params_into_different_moe_groups_for_optimizer(
         {"params": [p for p in model.parameters() if p.requires_grad], "name": "parameters"}
@@ -146,7 +147,7 @@ def their_steps(config: ExperimentConfig, mesh: Mesh, batches: list[Batch]) -> C
 def our_steps(config: ExperimentConfig, mesh: Mesh, batches: list[Batch], stage: int) -> Callable[[], object]:
     """Return a step of one of our engines; stage 0 is the native one."""
     section = DeepSpeedEngineConfig(zero_stage=stage) if stage else NativeEngineConfig()
-    model = build_model(config, ByteTokenizerConfig().build(), mesh, CPU, warn=print)
+    model = build_model(config, ByteTokenizer(), mesh, CPU, warn=print)
     engine = section.build(model, config.optim, numerics(config), mesh)
     return lambda: engine.train_step(batches, lr=1e-4)
 

@@ -1,0 +1,1 @@
+"""Small data sets, made up, on which every recipe runs without a network."""

@@ -1,0 +1,72 @@
+"""Every recipe in its small form, as a user without a network runs it: it learns what it is about."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts.recipes.__main__ import RECIPES
+from tests.launched import ROOT
+from trainer.evaluation.text_metrics import judge
+
+
+def run(folder: Path, *arguments: str) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def results(tmp_path: Path, request: pytest.FixtureRequest) -> dict[str, float]:
+    """Train a recipe's small form; return its last evaluation."""
+    name = request.param
+    run(tmp_path, "scripts.recipes", name)
+    run(tmp_path, "trainer", "train", str(ROOT / f"configs/recipes/small/{name}.yaml"))
+    lines = (tmp_path / f"runs/small-{name}/metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if "eval/loss" in record][-1]
+
+
+@pytest.mark.parametrize("results", ["translation"], indirect=True)
+def test_sentences_are_translated(results):
+    assert min(results[f"eval/test-{language}/bleu"] for language in ("de", "fr", "cs")) > 50
+    assert min(results[f"eval/test-{language}/ended"] for language in ("de", "fr", "cs")) > 0.9
+    assert results["eval/expert_domain_mi"] > 0.01
+
+
+@pytest.mark.parametrize("results", ["sentiment"], indirect=True)
+def test_reviews_are_understood(results):
+    assert results["eval/sentiment/acc"] > 0.9  # chance has 0.5
+
+
+@pytest.mark.parametrize("results", ["summarization"], indirect=True)
+def test_summaries_say_what_was_agreed_on(results, tmp_path):
+    rows = [json.loads(line) for line in (tmp_path / "data/small/summarization/test.jsonl").read_text().splitlines()]
+    first_lines = [row["dialogue"].split("\n")[0] for row in rows]
+    lead = judge("rouge", first_lines, [[row["summary"]] for row in rows], bleu_tokenize="13a").values["rougeL"]
+    assert results["eval/summary/rougeL"] > lead + 0.2
+    assert results["eval/summary/exact_match"] > 0.3
+
+
+@pytest.mark.parametrize("results", ["recommendation"], indirect=True)
+def test_the_next_item_is_among_ten_of_sixty(results):
+    assert results["eval/next/hit@10"] > 0.9  # chance has 0.17
+    assert results["eval/next/hit@1"] > 0.25
+
+
+@pytest.mark.parametrize("results", ["search"], indirect=True)
+def test_the_same_query_finds_what_a_person_means(results):
+    assert results["eval/search/mrr"] > 0.8  # who only knows the query has 0.52, chance 0.29
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_data_are_always_the_same_and_no_question_was_learned(name, tmp_path):
+    run(tmp_path, "scripts.recipes", name, "a")
+    run(tmp_path, "scripts.recipes", name, "b")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
+    learned, asked = ([json.loads(line) for line in files[f"{part}.jsonl"].splitlines()] for part in ("train", "test"))
+    assert all(row not in learned for row in asked)
