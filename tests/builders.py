@@ -1,5 +1,6 @@
 """Small real objects for tests: batches, contexts, models, configs."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,6 +61,23 @@ def make_batch(
     )
 
 
+def make_packed_batch(
+    num_rows: int, seq_len: int, *, vocab_size: int = 32, seed: int = 0, first_sample: int = 0, longest: int = 5
+) -> Batch:
+    """Rows of whole documents of random lengths, with filling behind them; only the end of each is learned."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = make_batch(num_rows, seq_len, vocab_size=vocab_size, seed=seed, first_sample=first_sample)
+    document, loss_mask = torch.full_like(batch.tokens, -1), torch.zeros_like(batch.loss_mask)
+    number = 0
+    for row in range(num_rows):
+        column = 0
+        while (end := column + int(torch.randint(1, longest + 1, (), generator=generator))) <= seq_len:
+            document[row, column:end] = number
+            loss_mask[row, int(torch.randint(column, end, (), generator=generator)) : end] = True
+            number, column = number + 1, end
+    return replace(batch, document_id=document, loss_mask=loss_mask, valid=document >= 0)
+
+
 def rows_of(batch: Batch, start: int, stop: int) -> Batch:
     """Some rows of a batch."""
     return Batch(**{name: getattr(batch, name)[start:stop] for name in Batch.__dataclass_fields__})
@@ -86,29 +104,9 @@ def make_model(
     return model
 
 
-def make_engine(
-    config: ModelConfig,
-    *,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-    kernel: Any = "loop",
-    grad_clip: float = 1.0,
-    mesh: Mesh | None = None,
-    parallel: ParallelConfig | None = None,
-    **optim: Any,
-) -> NativeEngine:
-    """An engine of one process, or of a rank of a mesh; in bfloat16 the parameters are float32."""
-    engine = make_engine_of(
-        NativeEngineConfig(),
-        config,
-        dtype=dtype,
-        seed=seed,
-        kernel=kernel,
-        grad_clip=grad_clip,
-        mesh=mesh,
-        parallel=parallel,
-        **optim,
-    )
+def make_engine(config: ModelConfig, **options: Any) -> NativeEngine:
+    """A native engine; options are those of `make_engine_of`."""
+    engine = make_engine_of(NativeEngineConfig(), config, **options)
     assert isinstance(engine, NativeEngine)
     return engine
 
@@ -123,12 +121,15 @@ def make_engine_of(
     grad_clip: float = 1.0,
     mesh: Mesh | None = None,
     parallel: ParallelConfig | None = None,
+    vocab_size: int = 32,
     **optim: Any,
 ) -> StepEngine:
-    """The same of any kind."""
+    """An engine of one process, or of a rank of a mesh; in bfloat16 the parameters are float32."""
     mesh, parallel = mesh or Mesh.of_one(), parallel or ParallelConfig()
     with torch.device("meta"):
-        whole = GPT(config, 32, experts_kernel=kernel).to(torch.float64 if dtype is torch.float64 else torch.float32)
+        whole = GPT(config, vocab_size, experts_kernel=kernel).to(
+            torch.float64 if dtype is torch.float64 else torch.float32
+        )
     model = parallelize(whole, parallel, mesh, torch.device("cpu"), seed=seed, dtype=dtype, can_compile=True)
     numerics = NumericsConfig(seed=seed, dtype=dtype, grad_clip=grad_clip)
     engine = section.build(model, AdamWConfig(**optim), numerics, mesh)

@@ -1,9 +1,6 @@
 """Ranks as torchrun starts them, without it: its store is this process's, so that a test may kill what it likes."""
 
-import os
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +10,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from tests import warm
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -20,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 class Started:
     """Processes of one run."""
 
-    processes: list[subprocess.Popen[bytes]]
+    processes: list[warm.Process]
     errors: list[Path]
     """What each has written to stderr."""
 
@@ -53,15 +52,12 @@ def launched(world_size: int, arguments: Sequence[str], folder: Path) -> Iterato
     Args:
         world_size: ranks, all on this machine.
         arguments: of python.
-        folder: to run in; gets stderr.RANK.
+        folder: to run in; gets stdout.RANK and stderr.RANK.
     """
     store = dist.TCPStore("127.0.0.1", 0, None, True, timeout=timedelta(seconds=60), wait_for_workers=False)
     processes, errors = [], []
     for rank in range(world_size):
         environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(store.port),
@@ -71,20 +67,13 @@ def launched(world_size: int, arguments: Sequence[str], folder: Path) -> Iterato
             "LOCAL_RANK": str(rank),
         }
         errors.append(folder / f"stderr.{rank}")
-        with errors[-1].open("wb") as error:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, *arguments],
-                    cwd=folder,
-                    env=environment,
-                    stdout=subprocess.DEVNULL,
-                    stderr=error,
-                )
+        processes.append(
+            warm.Process(
+                arguments, cwd=folder, stdout=folder / f"stdout.{rank}", stderr=errors[-1], environment=environment
             )
+        )
     try:
         yield Started(processes, errors)
     finally:
         for process in processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.kill()

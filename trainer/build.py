@@ -1,6 +1,6 @@
 """The composition root: from a config to everything a run needs. The only module that knows every implementation."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from trainer.checkpoint.catalogue import layout_of
 from trainer.checkpoint.compatible import abridged, check_fits, check_model, check_record, check_tokenizer
 from trainer.checkpoint.files import StoredTensors
 from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.kept_tokenizer import check_given, fingerprint_in_use, keep, tokenizer_of
 from trainer.checkpoint.load import Found, find, find_newest
 from trainer.checkpoint.run_folder import RunFolder, check_belongs
 from trainer.checkpoint.saver import Saver
@@ -30,9 +31,15 @@ from trainer.engine.registry import NativeEngineConfig
 from trainer.engine.spikes import SpikeWindow
 from trainer.engine.step import NumericsConfig
 from trainer.errors import CheckpointError, ConfigError, DataError
+from trainer.evaluation.base import Task
+from trainer.evaluation.preparation import read_tasks
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.console import Console
-from trainer.metrics.jsonl import JsonlSink, NullSink
+from trainer.metrics.machine import Machine
+from trainer.metrics.profiler import Profiler
+from trainer.metrics.tensorboard_tracker import TensorBoardTracker
+from trainer.metrics.trackers import JsonlTracker, Tracker, Trackers
+from trainer.metrics.wandb_tracker import WandbTracker
 from trainer.models.flops import ModelSize, model_size
 from trainer.models.gpt import GPT
 from trainer.moe.dispatch.registry import LocalDispatcherConfig
@@ -40,7 +47,11 @@ from trainer.ops.fused_ffn import has_onednn_product
 from trainer.ops.kernels import choose_experts_kernel
 from trainer.parallel.parallelize import parallelize
 
-_OF_A_HOST: Any = {"runs_dir": True, "data": {"cache_dir": True, "sources": {"__all__": {"path": True}}}}
+_OF_A_HOST: Any = {
+    "runs_dir": True,
+    "data": {"cache_dir": True, "sources": {"__all__": {"path": True}}, "tokenizer": {"path": True}},
+    "eval": {"tasks": {"__all__": {"rows": {"path": True}, "candidates_file": True}}},
+}
 """Keys of which hosts may have their own values: a file system can be mounted anywhere. Their content is compared."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -54,18 +65,24 @@ class Run:
     folder: RunFolder
     corpus: Corpus
     stream: TrainStream
+    tasks: Sequence[Task]
     engine: Engine
     schedule: Callable[[int], float]
     saver: Saver
     console: Console
-    metrics: JsonlSink | NullSink
-    routing: JsonlSink | NullSink
+    trackers: Trackers
+    machine: Machine
+    profiler: Profiler
     size: ModelSize
     spikes: SpikeWindow
+    id: str = ""
+    """What the run is known by elsewhere; rank 0 knows it."""
     start_step: int = 0
     """Completed steps."""
     position: int = 0
     """Number of the next training row: with the seed, all there is to resume of the data."""
+    tokens: int = 0
+    """Tokens read so far, without filling."""
     skipped_steps: int = 0
     """Steps so far that were not taken: not finite, or skipped spikes."""
     skipped_in_a_row: int = 0
@@ -76,11 +93,13 @@ class Run:
     def checkpoint_info(self) -> dict[str, Any]:
         """Return what a checkpoint says of itself beside the state."""
         return {
+            "id": self.id,
             "position": self.position,
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
             "spikes": self.spikes.record(),
-            "tokens": self.position * self.config.model.seq_len,
+            "tokens": self.tokens,
+            "streams": self.stream.places(self.position),
             "rows_of_a_step": self.config.train.global_batch_size,
             "data_fingerprint": self.corpus.fingerprint,
             "tokenizer_fingerprint": self.corpus.tokenizer.fingerprint,
@@ -114,26 +133,33 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
     """
     _check_alike(config, mesh)
     check_shared(folder, mesh.world)
+    if config.profile is not None:
+        config.profile.check_ranks(mesh.layout.world_size)
     config = resolve_kernel(config, device)
     is_writer = mesh.layout.rank == 0
-    corpus = None
+    tokenizer = corpus = None
     with raise_together(mesh.world):
         if is_writer:
             with console.progress_bar("reading text") as bar:
-                corpus = build_corpus(config.data, progress=bar)
+                in_use = fingerprint_in_use(folder)
+                tokenizer = tokenizer_of(folder, config.data, fingerprint=in_use, progress=bar)
+                check_given(folder, config.data, tokenizer)
+                corpus = build_corpus(config.data, tokenizer=tokenizer, progress=bar)
+    tokenizer = mesh.world.broadcast_object(tokenizer)
     if corpus is None:  # what rank 0 has made of it is on the disk now
-        corpus = build_corpus(config.data)
+        corpus = build_corpus(config.data, tokenizer=tokenizer)
     different = differing(mesh.world, {"data": {"fingerprint": abridged(corpus.fingerprint)}})
     if different:
         raise DataError(f"{different[0]}; all ranks must read the same text (data.sources)")
+    tasks = read_tasks(config.eval.tasks, corpus, seq_len=config.model.seq_len, world=mesh.world, warn=console.warning)
     faults.hit("start.text")
-    stream = TrainStream(corpus, seq_len=config.model.seq_len, seed=config.seed)
+    stream = TrainStream(corpus, packing=config.data.packing, seq_len=config.model.seq_len, seed=config.seed)
     size = model_size(whole_model(config, corpus.tokenizer))
-    metrics = routing = NullSink()
+    lines = None
     with raise_together(mesh.world):
         if is_writer:
-            metrics = JsonlSink(folder.metrics, warn=console.warning)
-            routing = JsonlSink(folder.routing, warn=console.warning)
+            config.metrics.check_installed()
+            lines = JsonlTracker(folder.metrics, folder.routing, warn=console.warning)
     model = build_model(config, corpus.tokenizer, mesh, device, warn=console.warning)
     engine = config.engine.build(model, config.optim, numerics(config), mesh)
     faults.hit("start.engine")
@@ -143,6 +169,7 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
         folder=folder,
         corpus=corpus,
         stream=stream,
+        tasks=tasks,
         engine=engine,
         schedule=config.schedule.build(total_steps=config.train.steps),
         saver=Saver(
@@ -151,8 +178,9 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
             copies=config.checkpoint.asynchronous,
         ),
         console=console,
-        metrics=metrics,
-        routing=routing,
+        trackers=Trackers([] if lines is None else [lines]),
+        machine=Machine(folder.path, device),
+        profiler=Profiler(config.profile, folder.profile, mesh, device, say=console.message, warn=console.warning),
         size=size,
         spikes=SpikeWindow(
             sigmas=config.train.spikes.sigmas,
@@ -170,6 +198,8 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
             _resume(run, found)
     with raise_together(mesh.world):
         if is_writer:
+            keep(folder, corpus.tokenizer)
+            run.id = folder.identify(None if found is None else found.run.get("id"))
             folder.write(folder.config, dump(config))
             faults.hit("start.config_written")
             folder.write_environment(
@@ -179,13 +209,49 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
                     "world_size": mesh.layout.world_size,
                     "data_fingerprint": corpus.fingerprint,
                     "tokenizer_fingerprint": corpus.tokenizer.fingerprint,
+                    "tasks": {task.config.name: {"fingerprint": task.fingerprint, **task.signatures} for task in tasks},
                 }
             )
     faults.hit("start.written")
-    run.metrics.resume_at(run.start_step)
-    run.routing.resume_at(run.start_step)
+    if lines is not None:
+        lines.resume_at(run.start_step)
     faults.hit("start.done")
     return run
+
+
+def track(run: Run) -> Trackers:
+    """Let everybody who was asked to keep records beside metrics.jsonl begin; return all of them, to be closed."""
+    config, others = run.config.metrics, list[Tracker]()
+    if run.mesh.layout.rank != 0:
+        return run.trackers
+    if config.tensorboard:
+        others.append(
+            TensorBoardTracker(
+                run.folder.tensorboard,
+                start_step=run.start_step,
+                heatmap_every=config.heatmap_every,
+                moe_layers=run.config.model.moe_layers,
+                config_text=dump(run.config),
+                warn=run.console.warning,
+            )
+        )
+    if config.wandb.mode != "disabled":
+        size = {"total": run.size.total_parameters, "active": run.size.active_parameters}
+        others.append(
+            WandbTracker(
+                config,
+                folder=run.folder.path,
+                run_id=run.id,
+                name=run.config.name,
+                start_step=run.start_step,
+                moe_layers=run.config.model.moe_layers,
+                described={**run.config.model_dump(mode="json"), "layout": run.layout(), "parameters": size},
+                say=run.console.message,
+                warn=run.console.warning,
+            )
+        )
+    run.trackers.add(others)
+    return run.trackers
 
 
 def _check_alike(config: ExperimentConfig, mesh: Mesh) -> None:
@@ -271,9 +337,11 @@ def numerics(config: ExperimentConfig) -> NumericsConfig:
 
 
 def load_trained(
-    config: ExperimentConfig, tokenizer: Tokenizer, folder: RunFolder, *, step: int | None, warn: Callable[[str], None]
-) -> tuple[Engine, Found]:
+    config: ExperimentConfig, folder: RunFolder, *, step: int | None, warn: Callable[[str], None]
+) -> tuple[Engine, Tokenizer, Found]:
     """Return an engine with the weights of a run's checkpoint, of `step` or the newest, all in this process.
+
+    The tokenizer is the one that the run keeps in its folder.
 
     Raises:
         CheckpointError: if there is none, or it is damaged or of another model.
@@ -282,12 +350,14 @@ def load_trained(
     found = find_newest(checkpoints, mesh.world, warn=warn) if step is None else find(checkpoints, step)
     if found is None:
         raise CheckpointError(f"{folder.checkpoints}: has no checkpoint; train first")
+    check_record(found)
+    tokenizer = tokenizer_of(folder, config.data, fingerprint=found.run["tokenizer_fingerprint"])
     device = runtime.start(config.parallel.device)
     config = resolve_kernel(in_one_process(config), device)
     model = build_model(config, tokenizer, mesh, device, warn=warn)
     engine = config.engine.build(model, config.optim, numerics(config), mesh)
     _load_state(found, engine, config, tokenizer)
-    return engine, found
+    return engine, tokenizer, found
 
 
 def in_one_process(config: ExperimentConfig) -> ExperimentConfig:
@@ -312,6 +382,8 @@ def _resume(run: Run, found: Found) -> None:
             f"{abridged(now)}); restore the files, or start a new run with name=..."
         )
     run.start_step, run.position = found.step, int(found.run["position"])
+    run.tokens = int(found.run["tokens"])
+    run.stream.go_on_from(found.run.get("streams", {}))
     run.skipped_steps = int(found.run["skipped_steps"])
     run.skipped_in_a_row = int(found.run["skipped_in_a_row"])
     run.spikes.restore(found.run.get("spikes", {}))

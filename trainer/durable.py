@@ -4,7 +4,11 @@ import errno
 import os
 import stat
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
+
+_MANY = 200
+"""Files, of which each by itself takes longer than all that the system holds back."""
 
 
 class NotRegular(OSError):
@@ -48,6 +52,16 @@ def replace_file(path: Path, content: str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def sync_files(paths: Sequence[Path]) -> None:
+    """Wait until files are on the disk; of many at once everything that the system still holds back is written."""
+    if len(paths) > _MANY:
+        os.sync()
+        return
+    for path in paths:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """The root of an experiment file, and every rule between its sections. Imports no torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -11,6 +11,8 @@ from trainer.data.sources.registry import InstalledSourceConfig
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.engine.deepspeed.passthrough import Ours
 from trainer.engine.registry import EngineConfig, NativeEngineConfig
+from trainer.evaluation.registry import AnyTaskConfig
+from trainer.metrics.config import MetricsConfig, ProfileConfig
 from trainer.models.config import ModelConfig
 from trainer.optim.registry import AdamWConfig, OptimConfig, ScheduleConfig, WarmupCosineConfig
 from trainer.parallel.config import ParallelConfig
@@ -53,14 +55,22 @@ class TrainConfig(Config):
 
 
 class EvalConfig(Config):
-    """When and on how much of the held-out text to evaluate."""
+    """When and on what to evaluate: held-out text, and tasks."""
 
     every: PositiveInt | None = 200
     """Steps between evaluations; there is one at the end as well. Null: only at the end."""
     max_tokens_per_domain: PositiveInt | None = 65536
-    """Evenly spaced windows of at most this many tokens in each domain. Null: the whole held-out text."""
+    """Evenly spaced rows of at most this many tokens in each domain. Null: the whole held-out text."""
     at_capacity: bool = True
     """If the model has a capacity, evaluate a second time with it (`eval/loss_capacity`)."""
+    tasks: list[AnyTaskConfig] = Field(default=[])
+    """Questions with known answers, from rows of their own."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Refuse two tasks of one name."""
+        names = [task.name for task in self.tasks]
+        for twice in sorted({name for name in names if names.count(name) > 1}):
+            yield Problem("tasks", f"two tasks have the name {twice}; give each its own `name`")
 
 
 class CheckpointConfig(Config):
@@ -76,15 +86,6 @@ class CheckpointConfig(Config):
     """Seconds for which a save that has to be, at the end or before a stop, is tried again if the disk refuses it."""
     asynchronous: bool = True
     """Write behind the training loop, from a copy of the state in memory. False: the loop waits, without a copy."""
-
-
-class MetricsConfig(Config):
-    """What is written down while training."""
-
-    log_every: PositiveInt = 10
-    """Steps between lines of metrics.jsonl and routing.jsonl."""
-    peak_tflops: PositiveFloat | None = None
-    """Peak of one rank's device in this precision, for `mfu`. Null: not reported where it is unknown."""
 
 
 class ExperimentConfig(Config):
@@ -116,6 +117,8 @@ class ExperimentConfig(Config):
     """When to save."""
     metrics: MetricsConfig = MetricsConfig()
     """What is written down."""
+    profile: ProfileConfig | None = None
+    """Steps to look at with torch's profiler. Null: none."""
 
     def problems(self) -> Iterator[Problem]:
         """Check the sections against each other."""
@@ -131,9 +134,24 @@ class ExperimentConfig(Config):
         ]
         for domain in sorted({d for d in domains if domains.count(d) > 1}):
             yield Problem("data.sources", f"two sources are of domain {domain}; give each its own `domain`")
+        yield from self._task_problems(domains)
+        if self.profile is not None and self.profile.last > steps:
+            yield Problem(
+                "profile",
+                f"steps {self.profile.start} to {self.profile.last}, and train.steps is {steps}; "
+                "lower profile.start or profile.steps",
+            )
         yield from self._kernel_problems()
         yield from self._dispatcher_problems()
         yield from self._deepspeed_problems()
+
+    def _task_problems(self, domains: Sequence[str]) -> Iterator[Problem]:
+        """Check evaluation tasks against the model's rows, and against domains, with which they share eval/NAME."""
+        for index, task in enumerate(self.eval.tasks):
+            for problem in task.problems_in(self.model.seq_len):
+                yield Problem(f"eval.tasks.{index}.{problem.key}", problem.message)
+            if task.name in domains:
+                yield Problem(f"eval.tasks.{index}.name", f"{task.name} is a domain of data.sources; use another name")
 
     def _dispatcher_problems(self) -> Iterator[Problem]:
         """Check who moves rows against how many there can be."""

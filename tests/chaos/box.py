@@ -7,7 +7,6 @@ base/
 """
 
 import hashlib
-import multiprocessing
 import os
 import resource
 import shutil
@@ -17,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests import warm
+
 TIMEOUT_S = 60.0
-PRELOAD = ["tests.chaos.box", "trainer.cli", "trainer.workflows", "trainer.checkpoint.export_dcp", "torch._dynamo"]
-"""What commands import, the last one at the first optimizer step."""
 
 CONFIG = """\
 name: tiny
@@ -104,8 +103,6 @@ class Boxes:
             folder: empty.
         """
         self._template, self._box = folder / "template", Box(folder / "base")
-        self._context = multiprocessing.get_context("forkserver")  # imports torch once
-        self._context.set_forkserver_preload(PRELOAD)
         self._box.path.mkdir(parents=True)
         self._box.outside.mkdir()
         (self._box.outside / "precious.txt").write_text("not to be touched\n")
@@ -127,7 +124,7 @@ class Boxes:
         report = box.base.with_name("report")
         shutil.rmtree(report, ignore_errors=True)
         report.mkdir()
-        process = self._context.Process(target=_work, args=(box.path, report, list(arguments), dict(environment or {})))
+        process = warm.CONTEXT.Process(target=_work, args=(box.path, report, list(arguments), dict(environment or {})))
         process.start()
         process.join(TIMEOUT_S)
         hangs = process.is_alive()

@@ -289,6 +289,7 @@ FOR_A_RUN: dict[str, Harm] = {
     "position a text": _run(position="0; import os"),
     "position of 2^70": _run(position=1 << 70),
     "position missing": _says(lambda values: values["run"].pop("position")),
+    "tokens missing": _says(lambda values: values["run"].pop("tokens")),
     "skipped steps a list": _run(skipped_steps=[1]),
     "fingerprint of the data missing": _says(lambda values: values["run"].pop("data_fingerprint")),
     "fingerprint of the tokenizer that steers a terminal": _run(tokenizer_fingerprint="\x1b[2J\n" * 1000),

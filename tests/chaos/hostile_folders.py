@@ -128,6 +128,11 @@ CASES: dict[str, tuple[Callable[[Box], object], list[str], set[int]]] = {
     "lock a pipe": (_instead(".lock", _pipe), MORE, REFUSED),
     "lock a folder": (_instead(".lock", _folder), MORE, REFUSED),
     "environment a link": (_instead("environment.json", _link), MORE, GOES_ON),
+    "tokenizer a link": (_instead("tokenizer.json", _link), MORE, GOES_ON),
+    "run id a link": (_instead("run_id", _link), MORE, GOES_ON),
+    "run id a pipe": (_instead("run_id", _pipe), MORE, GOES_ON),
+    "run id a device": (_instead("run_id", _device), MORE, GOES_ON),
+    "run id a path": (_log(b"/../../x\n", "run_id"), MORE, GOES_ON),
     "config a link": (
         lambda box: (
             (box.run / "config.yaml").rename(box.outside / "config.yaml"),

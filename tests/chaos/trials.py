@@ -12,6 +12,9 @@ from tests.chaos.disk import full_for_good, full_once
 from tests.chaos.kills import Kill, kill_at, kill_at_random
 from tests.chaos.stops import stop_at_random
 
+Known = dict[tuple[int, int, tuple[str, ...]], tuple[Course, Outcome]]
+"""Ranks, ep_size and overrides: a run that was left alone, and what it has left behind."""
+
 
 class Lane:
     """What a process needs to run trials one after another: an arena, and undisturbed runs to compare with."""
@@ -19,18 +22,18 @@ class Lane:
     def __init__(self, folder: Path, overrides: tuple[str, ...] = ()) -> None:
         """Open it; `overrides` are those of every run."""
         self.folder, self.arena, self.overrides = folder / f"lane-{os.getpid()}", Arena(), overrides
-        self._undisturbed: dict[tuple[object, ...], tuple[Course, Outcome]] = {}
+        self.known: Known = {}
 
     def undisturbed(self, world_size: int, ep_size: int, overrides: tuple[str, ...] = ()) -> tuple[Course, Outcome]:
         """Return a run that was left alone, and what it has left behind."""
         key = (world_size, ep_size, overrides)
-        if key not in self._undisturbed:
-            folder = self.folder / f"undisturbed-{len(self._undisturbed)}"
+        if key not in self.known:
+            folder = self.folder / f"undisturbed-{len(self.known)}"
             course = Course(folder, world_size, ep_size, overrides).prepare()
             wrong = course.finish(self.arena)
             assert not wrong, wrong
-            self._undisturbed[key] = course, outcome(course)
-        return self._undisturbed[key]
+            self.known[key] = course, outcome(course)
+        return self.known[key]
 
     def course(self, world_size: int = 2, ep_size: int = 2, *overrides: str) -> tuple[Course, Course, Outcome]:
         """Return a prepared run, the undisturbed one, and what both must leave behind."""
@@ -95,7 +98,7 @@ def stays_full(lane: Lane, seed: int) -> Report:
 
 def reads_epochs(lane: Lane, num_kills: int, seed: int) -> Report:
     """Kill again and again over several epochs."""
-    course, base, expected = lane.course(2, 2, "train.steps=150", "checkpoint.every=3", "eval.every=null")
+    course, base, expected = lane.course(2, 2, "train.steps=75", "checkpoint.every=3", "eval.every=null")
     wrong = kill_at_random(lane.arena, course, base, expected, num_kills=num_kills, seed=seed)
     more, num_epochs = epochs(course)
     return Report(wrong=wrong + more, figures={"kills": num_kills, "whole epochs": num_epochs})
@@ -108,11 +111,13 @@ def control_killed(lane: Lane, mutant: Prepare, kill: Kill, finding: str) -> Rep
 
 
 def control_stopped(lane: Lane, mutant: Prepare, finding: str) -> Report:
-    """Break a protection, ask some runs to stop, and see whether it is noticed for what it is."""
-    found = []
+    """Break a protection, ask runs to stop until it is noticed, and see whether that is for what it is."""
+    found: list[str] = []
     for seed in range(6):
         course, _, expected = lane.course()
         found += stop_at_random(lane.arena, course, expected, seed=seed, prepare=mutant)[0]
+        if any(finding in text for text in found):
+            break
     return _noticed(found, finding)
 
 

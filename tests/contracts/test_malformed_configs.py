@@ -12,6 +12,7 @@ import pytest
 
 from trainer.config.loader import load
 from trainer.data.sources.registry import SourceConfig
+from trainer.data.tokenizers.registry import TokenizerConfig
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.moe.routers.registry import RouterConfig
@@ -19,6 +20,7 @@ from trainer.moe.routers.registry import RouterConfig
 NAMED = "name: x\n"
 ROUTERS = ", ".join(router.model_fields["kind"].default for router in get_args(get_args(RouterConfig)[0]))
 SOURCES = ", ".join(source.model_fields["kind"].default for source in get_args(get_args(SourceConfig)[0]))
+TOKENIZERS = ", ".join(kind.model_fields["kind"].default for kind in get_args(get_args(TokenizerConfig)[0]))
 NAME_RULE = "letters, digits, '.', '_' and '-', starting with a letter or a digit"
 ALIAS_BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
@@ -38,6 +40,12 @@ data:
     - {path: a.txt}
 train: {steps: 1e3, dtype: fp16, steps: 7}
 """
+
+
+def task(*lines: str) -> str:
+    """A config with one evaluation task."""
+    lines = ("name: t", "rows: {kind: jsonl, path: a}", "prompt: '{q}'", *lines)
+    return "name: x\neval:\n  tasks:\n  - " + "\n    ".join(lines) + "\n"
 
 
 class Case(NamedTuple):
@@ -159,6 +167,40 @@ CASES = [
          "name: x\ntrain: {spikes: {sigmas: null, skip: true}}\n",
          ["x.yaml:2:32: train.spikes.skip: true, but sigmas is null, so that no loss is a spike; set sigmas, or "
           "skip: false"]),
+    Case("a mode of wandb that there is not",
+         "name: x\nmetrics: {wandb: {mode: live}}\n",
+         [("x.yaml:2:25: metrics.wandb.mode: 'live' is not one of disabled, auto, online, offline; did you mean "
+           "online?")]),
+    Case("a project that wandb refuses",
+         "name: x\nmetrics: {wandb: {project: ../../etc}}\n",
+         ["x.yaml:2:19: metrics.wandb.project: '../../etc' has /; wandb allows none of / \\ # ? % : in it"]),
+    Case("an entity with its project",
+         "name: x\nmetrics: {wandb: {entity: us/them}}\n",
+         ["x.yaml:2:19: metrics.wandb.entity: 'us/them' has a slash; give the user or team alone, and set project"]),
+    Case("a tag that is too long and one that is empty",
+         f"name: x\nmetrics: {{wandb: {{tags: [{'t' * 65}, '']}}}}\n",
+         ["x.yaml:2:26: metrics.wandb.tags.0: must have at most 64 characters, got 65",
+          "x.yaml:2:93: metrics.wandb.tags.1: must not be empty; write some text"]),
+    Case("a tag twice",
+         "name: x\nmetrics: {wandb: {tags: [a, b, a]}}\n",
+         ["x.yaml:2:19: metrics.wandb.tags: 'a' is there twice; remove one"]),
+    Case("a group of two lines",
+         'name: x\nmetrics: {wandb: {group: "a\\nb"}}\n',
+         [("x.yaml:2:26: metrics.wandb.group: 'a\\nb' has a line break or another control character; write it in "
+           "one line")]),
+    Case("a key of wandb's in a config",
+         "name: x\nmetrics: {wandb: {api_key: x}}\n",
+         ["x.yaml:2:19: metrics.wandb.api_key: unknown key; use one of mode, project, entity, group, name, job_type, "
+          "tags, notes"]),
+    Case("a profile of steps that never come",
+         "name: x\ntrain: {steps: 100}\nprofile: {start: 99}\n",
+         ["x.yaml:3:1: profile: steps 99 to 101, and train.steps is 100; lower profile.start or profile.steps"]),
+    Case("a profile of nobody",
+         "name: x\nprofile: {ranks: []}\n",
+         ["x.yaml:2:18: profile.ranks: must not be empty; write an entry, or remove it"]),
+    Case("a profile of a rank twice",
+         "name: x\nprofile: {ranks: [1, 1]}\n",
+         ["x.yaml:2:11: profile.ranks: 1 is named twice; name each rank once"]),
     Case("unknown precision on the wire",
          "name: x\nparallel: {dispatcher: {kind: all_to_all, wire: int8}}\n",
          ["x.yaml:2:49: parallel.dispatcher.wire: 'int8' is not one of compute, bfloat16"]),
@@ -278,6 +320,25 @@ CASES = [
     Case("nothing held out",
          "name: x\ndata: {split: {fraction: 0.0}}\n",
          ["x.yaml:2:26: data.split.fraction: must be more than 0, got 0.0"]),
+    Case("a vocabulary without room for the bytes and the end of document",
+         "name: x\ndata: {tokenizer: {kind: bpe, vocab_size: 256}}\n",
+         ["x.yaml:2:43: data.tokenizer.vocab_size: must be at least 257, got 256"]),
+    Case("a tokenizer trained on nothing",
+         "name: x\ndata: {tokenizer: {kind: bpe, min_frequency: 0, max_train_bytes: 0}}\n",
+         ["x.yaml:2:46: data.tokenizer.min_frequency: must be more than 0, got 0",
+          "x.yaml:2:66: data.tokenizer.max_train_bytes: must be more than 0, got 0"]),
+    Case("a tokenizer's file without a path",
+         "name: x\ndata: {tokenizer: {kind: file}}\n",
+         ["x.yaml:2:8: data.tokenizer.path: required key is missing; add it"]),
+    Case("an end of document without a name",
+         "name: x\ndata: {tokenizer: {kind: file, path: x, end_of_document: ''}}\n",
+         ["x.yaml:2:58: data.tokenizer.end_of_document: must not be empty; write some text"]),
+    Case("a size for the byte tokenizer",
+         "name: x\ndata: {tokenizer: {vocab_size: 300}}\n",
+         ["x.yaml:2:20: data.tokenizer.vocab_size: unknown key for kind: byte; it is an option of kind: bpe"]),
+    Case("another tokenizer",
+         "name: x\ndata: {tokenizer: {kind: sentencepiece}}\n",
+         [f"x.yaml:2:26: data.tokenizer.kind: 'sentencepiece' is not one of {TOKENIZERS}"]),
     Case("checkpoint every zero steps",
          "name: x\ncheckpoint: {every: 0, keep: 0}\n",
          ["x.yaml:2:21: checkpoint.every: must be more than 0, got 0",
@@ -421,6 +482,9 @@ CASES = [
          "name: x\nmodel: {moe: {balance: {scope: sequence, counts: running}}}\n",
          [("x.yaml:2:42: model.moe.balance.counts: running is for scope: global_batch, not sequence; "
            "remove it")]),
+    Case("temperature of shares by weight",
+         "name: x\ndata: {mixture: {temperature: 2.0}}\n",
+         ["x.yaml:2:18: data.mixture.temperature: 2.0 has no effect on shares by weight; set by: tokens"]),
     Case("first choices of a router without",
          "name: x\nmodel: {moe: {router: {kind: round_robin}, balance: {convention: gshard_first_choice}}}\n",
          [("x.yaml:2:54: model.moe.balance.convention: gshard_first_choice needs a router that ranks "
@@ -431,6 +495,49 @@ CASES = [
     Case("a domain twice in one source",
          "name: x\ndata:\n  sources:\n    - kind: installed\n      domains: [cpp, cpp]\n",
          ["x.yaml:5:7: data.sources.0.domains: cpp is named twice; name each domain once"]),
+    # evaluation tasks
+    Case("a task of no kind that there is",
+         "name: x\neval: {tasks: [{kind: choices}]}\n",
+         [("x.yaml:2:23: eval.tasks.0.kind: 'choices' is not one of choice, ranking, generation; did you "
+           "mean choice?")]),
+    Case("a task without choices",
+         task("kind: choice", "answer: a"),
+         ["x.yaml:4:5: eval.tasks.0: needs choices or choices_column"]),
+    Case("a task with choices twice over",
+         task("kind: choice", "answer: a", "choices: [x, y]", "choices_column: c"),
+         ["x.yaml:10:5: eval.tasks.0.choices_column: is given beside choices; use one of them"]),
+    Case("a single choice",
+         task("kind: choice", "answer: a", "choices: [x]"),
+         ["x.yaml:9:14: eval.tasks.0.choices: must have at least 2 entries, got 1"]),
+    Case("equal choices",
+         task("kind: choice", "answer: a", "choices: [x, x]"),
+         ["x.yaml:9:5: eval.tasks.0.choices: 'x' is there twice; each choice once"]),
+    Case("a ranking without candidates",
+         task("kind: ranking", "relevant: a"),
+         ["x.yaml:4:5: eval.tasks.0: needs candidates_column or candidates_file"]),
+    Case("a ranking with candidates twice over",
+         task("kind: ranking", "relevant: a", "candidates_column: c", "candidates_file: f"),
+         ["x.yaml:10:5: eval.tasks.0.candidates_file: is given beside candidates_column; use one of them"]),
+    Case("the same k twice",
+         task("kind: ranking", "relevant: a", "candidates_column: c", "k: [1, 1]"),
+         ["x.yaml:10:5: eval.tasks.0.k: 1 is there twice; each k once"]),
+    Case("no room for a prompt",
+         task("kind: generation", "references: ['{r}']", "max_new_tokens: 256"),
+         [("x.yaml:9:5: eval.tasks.0.max_new_tokens: 256 leaves no room for a prompt in model.seq_len 256; "
+           "use at most 255")]),
+    Case("the same metric twice",
+         task("kind: generation", "references: ['{r}']", "metrics: [bleu, bleu]"),
+         ["x.yaml:9:5: eval.tasks.0.metrics: bleu is there twice; name each once"]),
+    Case("two tasks of one name",
+         task("kind: choice", "answer: a", "choices: [x, y]") + task("kind: ranking", "relevant: a",
+              "candidates_column: c").partition("tasks:\n")[2],
+         ["x.yaml:3:3: eval.tasks: two tasks have the name t; give each its own `name`"]),
+    Case("a task of a domain's name",
+         task("kind: choice", "answer: a", "choices: [x, y]").replace("- name: t", "- name: python"),
+         ["x.yaml:4:5: eval.tasks.0.name: python is a domain of data.sources; use another name"]),
+    Case("a task that is never due",
+         task("kind: choice", "answer: a", "choices: [x, y]", "every: last"),
+         ["x.yaml:10:12: eval.tasks.0.every: expected a whole number or end or null, got 'last'"]),
     # YAML
     Case("empty file",
          "",

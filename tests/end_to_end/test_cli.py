@@ -10,8 +10,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests import warm
+from tests.clock import without_clock
+from tests.launched import ROOT
 
 CONFIG = """\
 name: tiny
@@ -42,21 +47,13 @@ def workplace(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def _command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "trainer", *arguments]
+def run(workplace: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a verb."""
+    return warm.run(["-m", "trainer", *arguments], cwd=workplace)
 
 
-def _environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-
-
-def run(workplace: Path, *arguments: str, limit_bytes: int | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a verb; `limit_bytes` is the largest file it may write, which is how a full disk looks from a file."""
-
-    def limit() -> None:
-        if limit_bytes is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
-
+def run_cold(workplace: Path, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a verb in a process that imports everything itself."""
     return subprocess.run(
         _command(*arguments),
         cwd=workplace,
@@ -64,35 +61,33 @@ def run(workplace: Path, *arguments: str, limit_bytes: int | None = None) -> sub
         capture_output=True,
         text=True,
         timeout=200,
-        preexec_fn=limit,
+        **options,
     )
 
 
-def _hear_interrupts() -> None:
-    """Whoever runs the tests behind a shell's & has them ignore Ctrl-C, and so would the run."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+def _command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "trainer", *arguments]
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def stop_at(
     workplace: Path, arguments: Sequence[str], words: str, number: signal.Signals
 ) -> subprocess.CompletedProcess[str]:
-    """Run a verb and send it a signal as soon as a line of its output has `words`; the output is what comes after."""
-    process = subprocess.Popen(
-        _command(*arguments),
-        cwd=workplace,
-        env=_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=_hear_interrupts,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if words in line:
-            process.send_signal(number)
-            break
-    output, error = process.communicate(timeout=100)
-    return subprocess.CompletedProcess(arguments, process.returncode, output, error)
+    """Run a verb and send it a signal as soon as its output has `words`."""
+    stdout, stderr = workplace / "stdout", workplace / "stderr"
+    process = warm.Process(["-m", "trainer", *arguments], cwd=workplace, stdout=stdout, stderr=stderr)
+    try:
+        while not stdout.exists() or words not in stdout.read_text():
+            assert process.poll() is None, stderr.read_text()
+            time.sleep(0.01)
+        process.send_signal(number)
+        code = process.wait(100)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(arguments, code, stdout.read_text(), stderr.read_text())
 
 
 def refused(result: subprocess.CompletedProcess[str], code: int, *patterns: str) -> None:
@@ -108,8 +103,7 @@ def refused(result: subprocess.CompletedProcess[str], code: int, *patterns: str)
 def metrics(workplace: Path, name: str = "tiny") -> list[dict]:
     """The training lines of metrics.jsonl, without what depends on the clock."""
     lines = (workplace / "runs" / name / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    return [{k: v for k, v in r.items() if k not in ("step_s", "tokens_per_s", "mfu")} for r in records]
+    return [without_clock(json.loads(line)) for line in lines]
 
 
 def checkpoints(workplace: Path) -> Sequence[str]:
@@ -118,7 +112,7 @@ def checkpoints(workplace: Path) -> Sequence[str]:
 
 
 def test_a_run_trains_evaluates_saves_and_shows_what_it_learned(workplace: Path) -> None:
-    result = run(workplace, "train", "tiny.yaml")
+    result = run_cold(workplace, "train", "tiny.yaml")
     assert result.returncode == 0, result.stderr
     for words in ("training tiny", "held out", "unigram", "prose", "experts by domain", "sample", "runs/tiny"):
         assert words in result.stdout
@@ -149,15 +143,8 @@ def test_ten_steps_and_ten_more_are_twenty_bit_for_bit(workplace: Path) -> None:
     assert run(workplace, "train", "tiny.yaml", "name=whole").returncode == 0
     # The schedule must be that of 20 steps in both halves,
     # so the first half is stopped by its checkpoint, not by steps.
-    process = subprocess.Popen(
-        _command("train", "tiny.yaml"), cwd=workplace, env=_environment(), stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "saved" in line:
-            process.kill()  # at any moment after step 10: what was written since is thrown away and done again
-            break
-    process.communicate(timeout=60)
+    # At any moment after step 10: what was written since is thrown away and done again.
+    assert stop_at(workplace, ("train", "tiny.yaml"), "saved", signal.SIGKILL).returncode == -signal.SIGKILL
     result = run(workplace, "train", "tiny.yaml")
     assert result.returncode == 0 and "resuming from" in result.stdout
     assert [r for r in metrics(workplace) if "loss" in r] == [r for r in metrics(workplace, "whole") if "loss" in r]
@@ -190,7 +177,7 @@ def test_a_finished_run_says_so_and_trains_no_further(workplace: Path) -> None:
 
 def test_eval_and_generate_read_a_run_folder(workplace: Path) -> None:
     assert run(workplace, "train", "tiny.yaml").returncode == 0
-    result = run(workplace, "eval", "runs/tiny", "--json")
+    result = run_cold(workplace, "eval", "runs/tiny", "--json")
     assert result.returncode == 0, result.stderr
     numbers = json.loads(result.stdout)  # nothing else is on standard output
     assert "experts by domain" in result.stderr
@@ -202,7 +189,7 @@ def test_eval_and_generate_read_a_run_folder(workplace: Path) -> None:
     ]
     assert all(t.returncode == 0 and t.stdout.startswith("It was") for t in texts), texts[0].stderr
     assert texts[0].stdout == texts[1].stdout != texts[2].stdout
-    greedy = run(workplace, "generate", "runs/tiny", "--greedy", "--step", "10")
+    greedy = run_cold(workplace, "generate", "runs/tiny", "--greedy", "--step", "10")
     assert greedy.returncode == 0
     refused(run(workplace, "generate", "runs/tiny", "--step", "7"), 4, r"has no checkpoint of step 7; it has 10, 20")
     for wrong in (["--top-p", "2"], ["--top-k", "0"], ["--temperature", "nan"], ["--seed", "99999999999999999999"]):
@@ -304,7 +291,11 @@ def test_a_full_disk_while_saving_leaves_older_checkpoints_and_exits_7(workplace
     assert first.returncode == 0
     size = max(f.stat().st_size for f in (workplace / "runs/tiny/checkpoints/step_00000010").iterdir())
     overrides = ["checkpoint.every=5", "checkpoint.retry_s=0"]
-    result = run(workplace, "launch", "tiny.yaml", *overrides, limit_bytes=size - 1)  # and does not start it again
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, size - 1))
+
+    result = run_cold(workplace, "launch", "tiny.yaml", *overrides, preexec_fn=limit)  # and does not start it again
     assert re.search(r"step 15 not saved: .*; earlier checkpoints are intact\n", result.stdout)
     refused(result, 7, r"step 20 not saved: .*earlier checkpoints are intact: make room and start the run again")
     assert checkpoints(workplace) == ["step_00000010"]
@@ -312,16 +303,11 @@ def test_a_full_disk_while_saving_leaves_older_checkpoints_and_exits_7(workplace
 
 
 def test_two_runs_cannot_write_into_one_folder(workplace: Path) -> None:
-    process = subprocess.Popen(
-        _command("train", "tiny.yaml", "train.steps=5000", "eval.every=null"),
-        cwd=workplace,
-        env=_environment(),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    endless = ["-m", "trainer", "train", "tiny.yaml", "train.steps=5000", "eval.every=null"]
+    process = warm.Process(endless, cwd=workplace)
     try:
-        assert process.stdout is not None
-        while "step" not in process.stdout.readline():
+        while not (workplace / "runs/tiny/metrics.jsonl").exists():
+            assert process.poll() is None
             time.sleep(0.01)
         refused(
             run(workplace, "train", "tiny.yaml", "train.steps=5000"),
@@ -330,7 +316,6 @@ def test_two_runs_cannot_write_into_one_folder(workplace: Path) -> None:
         )
     finally:
         process.kill()
-        process.wait()
 
 
 def test_without_a_compiler_compile_says_so_once_and_goes_on(workplace: Path) -> None:

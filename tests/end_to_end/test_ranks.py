@@ -6,68 +6,26 @@ import shutil
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-CONFIG = """\
-name: tiny
-model:
-  num_layers: 2
-  d_model: 32
-  num_heads: 2
-  seq_len: 32
-  moe: {num_experts: 5, d_ff: 32, router: {kind: bias_balanced, jitter: 0.1}, capacity: {factor: 1.5}}
-data:
-  sources: [{kind: text, path: text.txt, domain: prose}]
-schedule: {kind: warmup_cosine, peak_lr: 1e-2, warmup_steps: 2}
-train: {steps: 8, global_batch_size: 7, dtype: float64}
-eval: {every: 4, max_tokens_per_domain: 512}
-parallel: {micro_batch_size: 4}
-checkpoint: {every: 4, keep: 2}
-metrics: {log_every: 1}
-"""
+from tests.end_to_end import tiny
+from tests.end_to_end.tiny import environment, make_workplace, numbers, run, run_ranks, torchrun
+from tests.launched import ROOT
+
+assert_same = partial(tiny.assert_same, rel=1e-9, abs=1e-9)
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a config, a text, and two finished runs: `alone`, and `together` on two ranks."""
-    folder = tmp_path_factory.mktemp("ranks")
-    (folder / "tiny.yaml").write_text(CONFIG)
-    (folder / "text.txt").write_text("It was a bright cold day in April, and the clocks were striking. " * 200)
-    for result in (
-        run(folder, 1, "train", "tiny.yaml", "name=alone"),
-        run(folder, 2, "train", "tiny.yaml", "name=together", "parallel.ep_size=2"),
-    ):
-        assert result.returncode == 0, result.stderr
+    """A folder with a config, a text, and two finished runs: `alone`, and `together` on two ranks of torchrun."""
+    folder = make_workplace(tmp_path_factory.mktemp("ranks"), dtype="float64")
+    run(folder, "train", "tiny.yaml", "name=alone")
+    result = torchrun(folder, 2, "train", "tiny.yaml", "name=together", "parallel.ep_size=2")
+    assert result.returncode == 0, result.stderr
     return folder
-
-
-def run(folder: Path, nproc: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a verb, under torchrun if there is more than one rank."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)] if nproc > 1 else []
-    return subprocess.run(
-        [sys.executable, *torchrun, "-m", "trainer", *arguments],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-
-
-def numbers(folder: Path, name: str) -> list[tuple[str, float]]:
-    """Every number of metrics.jsonl that does not depend on the clock, with its name."""
-    records = map(json.loads, (folder / "runs" / name / "metrics.jsonl").read_text().splitlines())
-    clock = ("step_s", "tokens_per_s", "mfu")
-    return [(k, v) for record in records for k, v in record.items() if k not in clock and v is not None]
-
-
-def assert_same(folder: Path, name: str) -> None:
-    mine, oracle = numbers(folder, name), numbers(folder, "alone")
-    assert [key for key, _ in mine] == [key for key, _ in oracle]
-    assert [value for _, value in mine] == pytest.approx([value for _, value in oracle], rel=1e-9, abs=1e-9)
 
 
 def test_two_ranks_log_and_evaluate_what_one_process_does(workplace: Path) -> None:
@@ -76,27 +34,23 @@ def test_two_ranks_log_and_evaluate_what_one_process_does(workplace: Path) -> No
 
 
 def test_a_run_of_two_ranks_goes_on_in_one_process_and_back(workplace: Path) -> None:
-    for name, nproc, source, overrides in (
-        ("to_one", 1, "together", ["parallel.ep_size=1"]),
-        ("to_two", 2, "alone", ["parallel.ep_size=2"]),
-    ):
+    for name, num_ranks, source in (("to_one", 1, "together"), ("to_two", 2, "alone")):
         folder = workplace / "runs" / name
         shutil.copytree(workplace / "runs" / source, folder)
         shutil.rmtree(folder / "checkpoints/step_00000008")
-        result = run(workplace, nproc, "train", "tiny.yaml", f"name={name}", *overrides)
-        assert result.returncode == 0, result.stderr
-        assert "resuming from" in result.stdout
+        arguments = ["train", "tiny.yaml", f"name={name}", f"parallel.ep_size={num_ranks}"]
+        said = run(workplace, *arguments) if num_ranks == 1 else run_ranks(workplace, num_ranks, *arguments)
+        assert "resuming from" in said
         assert [path.name for path in sorted((folder / "status").iterdir())] == [
-            f"rank{rank:05d}.json" for rank in range(nproc)
+            f"rank{rank:05d}.json" for rank in range(num_ranks)
         ]
         assert_same(workplace, name)
 
 
 def test_a_run_of_two_ranks_is_evaluated_by_one_process(workplace: Path) -> None:
-    result = run(workplace, 1, "eval", "runs/together", "--json")
-    assert result.returncode == 0, result.stderr
+    record = json.loads(run(workplace, "eval", "runs/together", "--json"))
     last = [value for key, value in numbers(workplace, "alone") if key == "eval/loss"][-1]
-    assert json.loads(result.stdout)["eval/loss"] == pytest.approx(last, rel=1e-9)
+    assert record["eval/loss"] == pytest.approx(last, rel=1e-9)
 
 
 def test_what_is_wrong_is_said_by_one_rank(workplace: Path) -> None:
@@ -104,20 +58,20 @@ def test_what_is_wrong_is_said_by_one_rank(workplace: Path) -> None:
         ("parallel.ep_size=3", "ep_size: 3 does not divide the 2 ranks that were started; use one of 1, 2"),
         ("data.sources.0.path=nowhere.txt", "rank 0: "),
     ):
-        result = run(workplace, 2, "train", "tiny.yaml", "name=wrong", override)
+        result = torchrun(workplace, 2, "train", "tiny.yaml", "name=wrong", override)
         assert result.returncode == 1, "torchrun's own code"
         assert result.stderr.count(message) == 1
 
 
 def test_two_hosts_of_two_ranks_learn_what_one_process_does(workplace: Path) -> None:
     """Each with its own address, found by torchrun's rendezvous; one copy of the experts over both of them."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
     rendezvous = '--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port 29531'
     train = "-m trainer train tiny.yaml name=hosts parallel.ep_size=4 'parallel.dispatcher={kind: hierarchical}'"
     result = subprocess.run(
-        [ROOT / "tests/two_hosts.sh", "bash", "-c", f'exec "$@" {rendezvous} {train}', "bash", *torchrun],
+        [ROOT / "tests/two_hosts.sh", "bash", "-c", f'exec "$@" {rendezvous} {train}', "bash", *command],
         cwd=workplace,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=200,

@@ -5,7 +5,7 @@ from typing import cast
 import pytest
 import torch
 
-from tests.builders import make_batch, make_engine, tiny_model_config
+from tests.builders import make_batch, make_engine, make_packed_batch, tiny_model_config
 from trainer.distributed.runtime import has_cpp_compiler
 from trainer.engine.native import NativeEngine
 from trainer.models.gpt import Block
@@ -19,8 +19,8 @@ STEPS, ROWS, SEQ_LEN = 6, 6, 70  # 70: a whole block of attention and a part of 
 MOE = {"capacity": {"factor": 0.6, "min": 1}, "num_shared_experts": 1}
 
 
-def _engine(*, is_compiled: bool) -> NativeEngine:
-    config = tiny_model_config(MOE, seq_len=SEQ_LEN)
+def _engine(within: str, *, is_compiled: bool) -> NativeEngine:
+    config = tiny_model_config(MOE, seq_len=SEQ_LEN, attention_within=within)
     engine = make_engine(config, kernel="fused", dtype=torch.float64, parallel=ParallelConfig(compile=is_compiled))
     expected = blocked_attention if is_compiled else torch_attention
     assert cast(Block, engine.model.blocks[0]).attention.core_attention is expected, "the law compares two ways"
@@ -31,13 +31,17 @@ def _curve(engine: NativeEngine) -> torch.Tensor:
     """Loss, balance loss and gradient norm of every step."""
     curve = []
     for step in range(STEPS):
-        batch = make_batch(ROWS, SEQ_LEN, seed=step, first_sample=ROWS * step, ragged=step % 2 == 1)
+        if engine.model.config.attention_within == "document":
+            batch = make_packed_batch(ROWS, SEQ_LEN, seed=step, first_sample=ROWS * step, longest=40)
+        else:
+            batch = make_batch(ROWS, SEQ_LEN, seed=step, first_sample=ROWS * step, ragged=step % 2 == 1)
         result = engine.train_step([batch], lr=3e-3)
         curve.append([result.loss, result.balance_loss or 0.0, result.grad_norm])
     return torch.tensor(curve, dtype=torch.float64)
 
 
-def test_a_compiled_model_learns_the_same() -> None:
-    eager, compiled = _curve(_engine(is_compiled=False)), _curve(_engine(is_compiled=True))
+@pytest.mark.parametrize("within", ["row", "document"])
+def test_a_compiled_model_learns_the_same(within: str) -> None:
+    eager, compiled = (_curve(_engine(within, is_compiled=is_compiled)) for is_compiled in (False, True))
     assert eager[-1, 0] < eager[0, 0]
     torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-10)

@@ -1,5 +1,6 @@
 """Law: the engine changes nothing that is learned. DeepSpeed's steps are the native engine's, and so are its states."""
 
+import gc
 import math
 from contextlib import closing
 from dataclasses import dataclass
@@ -161,14 +162,22 @@ SWITCHES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def twenty_steps(ranks: Ranks) -> tuple[Any, Any]:
+    """Losses and state of a native run that nothing has interrupted."""
+    return ranks.run(1, _run, Where(1, 1), torch.float32, 20, 1)[0]
+
+
 @pytest.mark.parametrize(("before", "after"), SWITCHES, ids=str)
-def test_a_run_goes_on_under_the_other_engine(ranks: Ranks, tmp_path: Path, before: Where, after: Where) -> None:
+def test_a_run_goes_on_under_the_other_engine(
+    ranks: Ranks, twenty_steps: tuple[Any, Any], tmp_path: Path, before: Where, after: Where
+) -> None:
     """Ten steps and ten steps are twenty steps of the native engine; in between, every bit is what it was."""
     left = ranks.run(before.world_size, _save, before, tmp_path, 10)[0]
     assert {name: digest(tensor) for name, tensor in load(tmp_path, 10).items()} == left
     found, losses, state = ranks.run(after.world_size, _go_on, after, tmp_path, 10, 20)[0]
     assert found == left
-    all_losses, expected = ranks.run(1, _run, Where(1, 1), torch.float32, 20, 1)[0]
+    all_losses, expected = twenty_steps
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(all_losses[10:]), rtol=1e-5, atol=0)
     assert {n: _apart(state[n], t) for n, t in expected.items() if _apart(state[n], t) > 1e-4} == {}
 
@@ -245,18 +254,25 @@ FREE: list[dict[str, Any]] = [
 
 
 def _with_option(where: Where, raw: dict[str, Any], offload: Any) -> Any:
+    gc.freeze()  # memory_breakdown collects garbage dozens of times, each time among all that was imported
     mesh = mesh_here(ep_size=where.ep_size)
     section = DeepSpeedEngineConfig(zero_stage=where.stage, offload_optimizer=offload, deepspeed_config=raw)
     with closing(make_engine_of(section, tiny_model_config(MOE), seed=5, grad_clip=CLIP, mesh=mesh)) as engine:
         return _train(engine, 0, 4, 2)
 
 
+@pytest.fixture(scope="module")
+def without_options(ranks: Ranks) -> Any:
+    return ranks.run(2, _with_option, Where(2, 2, 2), {}, "none")[0]
+
+
 @pytest.mark.parametrize("raw", FREE, ids=lambda raw: ", ".join(raw))
-def test_every_option_that_is_handed_on_runs_and_changes_nothing(ranks: Ranks, raw: dict[str, Any]) -> None:
-    expected = ranks.run(2, _with_option, Where(2, 2, 2), {}, "none")[0]
+def test_every_option_that_is_handed_on_runs_and_changes_nothing(
+    ranks: Ranks, without_options: Any, raw: dict[str, Any]
+) -> None:
     for stage, offload in ((2, "none"), (1, "cpu")):
         losses = ranks.run(2, _with_option, Where(2, 2, stage), raw, offload)[0]
-        torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-5, atol=0)
+        torch.testing.assert_close(torch.tensor(losses), torch.tensor(without_options), rtol=1e-5, atol=0)
 
 
 def _closed(where: Where) -> tuple[list[str], int, list[tuple[float, float]]]:

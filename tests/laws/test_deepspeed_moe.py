@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tests.builders import make_context, tiny_model_config
 from tests.ranks import Ranks, mesh_here
 from trainer.distributed.mesh import Mesh
-from trainer.engine.deepspeed.start import alone, join
+from trainer.engine.deepspeed.start import alone, join, load_deepspeed
 from trainer.models.gpt import build_moe
 from trainer.moe.dispatch.registry import AllToAllDispatcherConfig
 from trainer.moe.losses import Denominators, objective
@@ -84,7 +84,7 @@ def _x(rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _theirs(convention: Convention, mesh: Mesh) -> dict[str, Tensor]:
-    join(mesh, CPU)
+    join(load_deepspeed(CPU), mesh, CPU)
     from deepspeed.moe.layer import MoE
 
     ep_size, weights = mesh.layout.ep_size, _weights()

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -103,17 +104,43 @@ def _on(ranks: Ranks, where: Where, function: Callable[..., Any], *args: object)
     return ranks.run(where.world_size, function, where, *args)[0]
 
 
-@pytest.mark.parametrize(("before", "after"), RESIZES + UNEVEN + SHARDED, ids=lambda where: str(where))
-def test_a_run_goes_on_under_another_layout(ranks: Ranks, tmp_path: Path, before: Where, after: Where) -> None:
-    for dtype, steps, tolerance in ((torch.float32, 5, 1e-5), (torch.float64, 50, 1e-9)):
-        folder = tmp_path / str(dtype)
-        left = _on(ranks, before, _save, dtype, folder)
+@dataclass(frozen=True)
+class Stayed:
+    """A run that was saved and went on where it was."""
+
+    folder: Path
+    left: dict[str, str]
+    """Hashes of its state when it was saved."""
+    losses: list[float]
+    """Of the steps after that."""
+
+
+Stay = Callable[[Where, torch.dtype, int], Stayed]
+
+
+@pytest.fixture(scope="module")
+def stay(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Stay:
+    """Runs each of them once, for all layouts that go on from it."""
+
+    @cache
+    def run(where: Where, dtype: torch.dtype, steps: int) -> Stayed:
+        folder = tmp_path_factory.mktemp("stayed")
+        left = _on(ranks, where, _save, dtype, folder)
         assert _hash(load(folder, BEFORE)) == left, "what is in the files is what the ranks had, bit for bit"
-        found, losses = _on(ranks, after, _go_on, dtype, folder, steps)
-        assert found == left, "every rank has its own part of it, bit for bit"
-        there, stayed = _on(ranks, before, _go_on, dtype, folder, steps)
-        assert there == left
-        torch.testing.assert_close(torch.tensor(losses), torch.tensor(stayed), rtol=tolerance, atol=0)
+        found, losses = _on(ranks, where, _go_on, dtype, folder, steps)
+        assert found == left
+        return Stayed(folder, left, losses)
+
+    return run
+
+
+@pytest.mark.parametrize(("before", "after"), RESIZES + UNEVEN + SHARDED, ids=lambda where: str(where))
+def test_a_run_goes_on_under_another_layout(ranks: Ranks, stay: Stay, before: Where, after: Where) -> None:
+    for dtype, steps, tolerance in ((torch.float32, 5, 1e-5), (torch.float64, 50, 1e-9)):
+        run = stay(before, dtype, steps)
+        found, losses = _on(ranks, after, _go_on, dtype, run.folder, steps)
+        assert found == run.left, "every rank has its own part of it, bit for bit"
+        torch.testing.assert_close(torch.tensor(losses), torch.tensor(run.losses), rtol=tolerance, atol=0)
 
 
 def _write_alone(where: Where, folder: Path) -> list[str]:

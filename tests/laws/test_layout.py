@@ -1,9 +1,12 @@
 """Law: how a global batch is cut into micro-batches does not change what is learned."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
-from tests.builders import make_batch, make_engine, rows_of, tiny_model_config
+from tests.builders import make_batch, make_engine, make_packed_batch, rows_of, tiny_model_config
 from trainer.data.batch import Batch
 
 STEPS, ROWS, SEQ_LEN = 20, 16, 8
@@ -36,13 +39,23 @@ NOT_INVARIANT = {
 }
 
 
-def _losses(moe: dict, num_pieces: int, dtype: torch.dtype) -> torch.Tensor:
+def _ragged(step: int) -> Batch:
+    return make_batch(ROWS, SEQ_LEN, seed=step, first_sample=ROWS * step, ragged=step % 2 == 1)
+
+
+def _packed(step: int) -> Batch:
+    return make_packed_batch(ROWS, SEQ_LEN, seed=step, first_sample=ROWS * step)
+
+
+def _losses(
+    moe: dict, num_pieces: int, dtype: torch.dtype, batch_of: Callable[[int], Batch] = _ragged, **model: Any
+) -> torch.Tensor:
     """Loss, balance loss and gradient norm of every step, trained in so many micro-batches."""
-    engine = make_engine(tiny_model_config(moe), dtype=dtype)
+    engine = make_engine(tiny_model_config(moe, **model), dtype=dtype)
     rows = ROWS // num_pieces
     curve = []
     for step in range(STEPS):
-        batch: Batch = make_batch(ROWS, SEQ_LEN, seed=step, first_sample=ROWS * step, ragged=step % 2 == 1)
+        batch = batch_of(step)
         pieces = [rows_of(batch, i * rows, (i + 1) * rows) for i in range(num_pieces)]
         result = engine.train_step(pieces, lr=3e-3)
         curve.append([result.loss, result.balance_loss or 0.0, result.z_loss or 0.0, result.grad_norm])
@@ -60,6 +73,14 @@ def test_one_and_four_micro_batches_learn_the_same_in_float64(moe: dict) -> None
 def test_one_and_four_micro_batches_learn_the_same_in_float32(moe: dict) -> None:
     whole, pieces = _losses(moe, 1, torch.float32), _losses(moe, 4, torch.float32)
     torch.testing.assert_close(pieces[:, 0], whole[:, 0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["global_batch exact", "bias_balanced with jitter and capacity"])
+def test_packed_documents_whose_answers_are_learned_are_the_same_in_any_pieces(name: str) -> None:
+    options = {"dtype": torch.float64, "batch_of": _packed, "attention_within": "document"}
+    whole, pieces = _losses(INVARIANT[name], 1, **options), _losses(INVARIANT[name], 4, **options)
+    assert whole[-1, 0] < whole[0, 0]
+    torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("moe", NOT_INVARIANT.values(), ids=NOT_INVARIANT.keys())

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import multiprocessing
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.builders import make_batch, make_engine, rows_of, tiny_model_config
+from tests import warm
+from tests.builders import make_batch, make_engine, make_packed_batch, rows_of, tiny_model_config
 from tests.saved import load, resume, save
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.engine.native import NativeEngine
@@ -31,6 +31,7 @@ CASES = {
     ),
     "bfloat16": ({}, torch.bfloat16, 2),
     "fused experts": ({}, torch.float32, 1),
+    "packed documents": ({"balance": {"coef": 0.1}}, torch.float32, 4),
 }
 
 
@@ -38,7 +39,8 @@ def _train(engine: NativeEngine, first: int, last: int, num_pieces: int) -> list
     """Take steps first .. last - 1 and return every loss and gradient norm as exact text."""
     curve, size = [], ROWS // num_pieces
     for step in range(first, last):
-        batch = make_batch(ROWS, SEQ_LEN, seed=step, first_sample=ROWS * step)
+        make = make_packed_batch if engine.model.config.attention_within == "document" else make_batch
+        batch = make(ROWS, SEQ_LEN, seed=step, first_sample=ROWS * step)
         pieces = [rows_of(batch, i * size, (i + 1) * size) for i in range(num_pieces)]
         result = engine.train_step(pieces, lr=1e-2 / (1 + step))
         curve.append(f"{result.loss.hex()} {result.grad_norm.hex()} {result.balance_loss}")
@@ -47,7 +49,8 @@ def _train(engine: NativeEngine, first: int, last: int, num_pieces: int) -> list
 
 def _engine(case: str) -> NativeEngine:
     moe, dtype, _ = CASES[case]
-    return make_engine(tiny_model_config(moe), dtype=dtype, kernel="fused" if case == "fused experts" else "loop")
+    config = tiny_model_config(moe, attention_within="document" if case == "packed documents" else "row")
+    return make_engine(config, dtype=dtype, kernel="fused" if case == "fused experts" else "loop")
 
 
 def _hash(engine: NativeEngine) -> str:
@@ -75,7 +78,7 @@ def test_a_resumed_run_continues_bit_for_bit_in_a_new_process(case: str, tmp_pat
     assert _train(first_half, 0, 10, num_pieces) == curve[:10]
     save(tmp_path / "c", 10, first_half.state())
     answer = tmp_path / "answer.json"
-    process = multiprocessing.get_context("spawn").Process(target=_second_half, args=(case, tmp_path / "c", answer))
+    process = warm.CONTEXT.Process(target=_second_half, args=(case, tmp_path / "c", answer))
     process.start()
     process.join(120)
     assert process.exitcode == 0

@@ -19,7 +19,7 @@ from torch import Tensor
 from trainer import faults
 from trainer.checkpoint.manifest import DTYPES, Manifest, StoredFile, StoredSlice
 from trainer.checkpoint.state import Slice, TrainState
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, first_line
 
 _FILE_SIZE_BYTES = 512 << 20  # a tensor that is larger has a file of its own
 _LARGEST_HEADER_BYTES, _MOST_NAMES = 16 << 20, 10_000  # a name and what is said of it have less than 1 kB
@@ -104,7 +104,7 @@ def open_tensors(path: Path) -> Any:
             raise CheckpointError(f"{path}: is no safetensors file of ours (a header of {header_bytes} bytes)")
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: is no safetensors file ({str(error).splitlines()[0]:.200})") from None
+        raise CheckpointError(f"{path}: is no safetensors file ({first_line(error):.200})") from None
 
 
 class StoredTensors:
@@ -158,7 +158,7 @@ class StoredTensors:
                 )
             return view[first:end] if expected else self._open[part.file].get_tensor(name)
         except SafetensorError as error:
-            raise CheckpointError(f"{path}: {name} cannot be read: {str(error).splitlines()[0]:.200}") from None
+            raise CheckpointError(f"{path}: {name} cannot be read: {first_line(error):.200}") from None
 
 
 class _Slices(Mapping[str, Slice]):

@@ -1,4 +1,4 @@
-"""Weights out of a checkpoint that DeepSpeed wrote for a model with its own MoE layers, under our names.
+"""Weights out of a checkpoint that DeepSpeed wrote for a model with its own MoE layers, under their names there.
 
 FOLDER/latest                                          names TAG
 FOLDER/TAG/mp_rank_00_model_states.pt                  everything but experts
@@ -6,14 +6,10 @@ FOLDER/TAG/layer_L_expert_E_mp_rank_00_model_states.pt expert E of the L-th MoE 
 
 These are pickles, which can run code where they are read: only for files whose writer is trusted. Moments are not taken
 over: DeepSpeed keeps them by rank and position, not by name.
-
-# E experts.
 """
 
 import re
 from collections.abc import Mapping
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -21,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.weight_map import WeightMapConfig
 from trainer.config.nodes import shown_path
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, first_line
 
 _EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_\d+_model_states\.pt")
 _OF_EXPERT = re.compile(r"\.deepspeed_experts\.(\d+)\.")
@@ -65,81 +60,6 @@ def read_deepspeed(folder: Path, *, is_trusted: bool) -> dict[str, Tensor]:
     return weights
 
 
-def translate(
-    theirs: Mapping[str, Tensor], map_: WeightMapConfig, ours: Mapping[str, torch.Size], of_experts: Mapping[str, int]
-) -> dict[str, Tensor]:
-    """Return the weights of our model.
-
-    Args:
-        theirs: their weights by their names.
-        map_: which of them become which of ours.
-        ours: shapes of all our parameters.
-        of_experts: names of the stacked ones among them, with E.
-
-    Raises:
-        CheckpointError: naming every weight of ours that has no source, every source that is missing or has another
-            shape, and every weight of theirs that is not used.
-    """
-    problems: list[str] = []
-    used: set[str] = set()
-    result: dict[str, Tensor] = {}
-
-    def take(name: str) -> Tensor | None:
-        used.add(name)
-        if name not in theirs:
-            near = get_close_matches(name, theirs, n=1)
-            problems.append(f"{name}: is not in the checkpoint" + (f"; did you mean {near[0]}?" if near else ""))
-            return None
-        tensor = theirs[name].float()
-        if not any(fnmatchcase(name, pattern) for pattern in map_.transpose):
-            return tensor
-        if tensor.dim() != 2:
-            problems.append(f"{name}: has {tensor.dim()} dimensions, and `transpose` is for two")
-            return None
-        return tensor.mT
-
-    def joined(sources: list[str]) -> Tensor | None:
-        parts = [take(source) for source in sources]
-        present = [part for part in parts if part is not None]
-        if len(present) < len(parts):
-            return None
-        try:
-            return torch.cat(present) if len(present) > 1 else present[0]
-        except RuntimeError:
-            problems.append(f"{sources[0]}: cannot be put together with {', '.join(sources[1:])}: other shapes")
-            return None
-
-    for name, shape in ours.items():
-        sources = map_.sources(name)
-        if sources is None:
-            problems.append(f"{name}: no line of the map says where it comes from")
-            continue
-        if name in of_experts:
-            if not all("<expert>" in source for source in sources):
-                problems.append(f"{name}: is one tensor for each expert there; write <expert> for its number")
-                continue
-            experts = [joined([s.replace("<expert>", str(e)) for s in sources]) for e in range(of_experts[name])]
-            whole = [expert for expert in experts if expert is not None]
-            shapes = sorted({str(list(expert.shape)) for expert in whole})
-            if len(shapes) > 1:
-                problems.append(f"{name}: experts have different shapes there: {', '.join(shapes)}")
-            tensor = torch.stack(whole) if len(whole) == len(experts) and len(shapes) == 1 else None
-        else:
-            tensor = joined(sources)
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            problems.append(f"{name}: is {list(shape)} here and {list(tensor.shape)} there; the models differ")
-        result[name] = tensor
-    rest = [n for n in theirs if n not in used and not any(fnmatchcase(n, pattern) for pattern in map_.ignore)]
-    problems += [f"{name}: is not used; map it, or name it under `ignore`" for name in rest]
-    if problems:
-        more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-        raise CheckpointError("\n".join(problems[:_SHOWN] + more))
-    assert result.keys() == ours.keys(), "every weight without a source is a problem"
-    return result
-
-
 def _of_tag(folder: Path) -> Path:
     latest = folder / "latest"
     if not latest.is_file():
@@ -175,8 +95,7 @@ def _unpickled(path: Path) -> Mapping[str, Any]:
         except UnpicklingError:
             values = torch.load(path, map_location="cpu", weights_only=False)
     except Exception as error:  # whatever unpickling comes to
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{shown_path(path)}: cannot be read: {reason:.200}") from None
+        raise CheckpointError(f"{shown_path(path)}: cannot be read: {first_line(error):.200}") from None
     if not isinstance(values, Mapping):
         raise CheckpointError(f"{shown_path(path)}: holds no names")
     return values

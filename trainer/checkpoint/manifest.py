@@ -198,7 +198,7 @@ def read_manifest(folder: Path) -> Manifest:
 def record_flaws(manifest: Manifest) -> Iterator[str]:
     """Yield what does not make sense in what a checkpoint says of its run; a run that goes on needs all of it."""
     run = manifest.run
-    for key in ("position", "skipped_steps", "skipped_in_a_row"):
+    for key in ("position", "tokens", "skipped_steps", "skipped_in_a_row"):
         value = run.get(key)
         if type(value) is not int or not 0 <= value <= _MOST:
             yield f"run.{key} is {shown(value)}; it is a number of at least 0"

@@ -1,7 +1,8 @@
 """The folder of one run: where things are in it, who may write to it, and whether a config still belongs to it.
 
     runs/NAME/
-      config.yaml  environment.json  metrics.jsonl  routing.jsonl  checkpoints/  status/
+      config.yaml  environment.json  run_id  tokenizer.json  metrics.jsonl  routing.jsonl  checkpoints/  status/
+      predictions/  experts.svg  wandb/  tensorboard/  profile/    where asked for
 
 Imports no torch, so that a config that does not belong to its run folder is refused at once.
 """
@@ -10,6 +11,8 @@ import fcntl
 import json
 import logging
 import os
+import re
+import secrets
 import socket
 from collections.abc import Iterable
 from contextlib import suppress
@@ -21,6 +24,7 @@ from trainer.durable import NotRegular, open_regular, replace_file
 from trainer.errors import ConfigError, ResourceError
 
 _log = logging.getLogger(__name__)
+_RUN_ID = re.compile(r"[0-9a-z]{8,64}")
 
 
 class RunFolder:
@@ -30,10 +34,16 @@ class RunFolder:
         self.path = path
         self.config = path / "config.yaml"
         self.environment = path / "environment.json"
+        self.tokenizer = path / "tokenizer.json"
+        self.run_id = path / "run_id"
         self.metrics = path / "metrics.jsonl"
         self.routing = path / "routing.jsonl"
         self.checkpoints = path / "checkpoints"
         self.status = path / "status"
+        self.predictions = path / "predictions"
+        self.experts_picture = path / "experts.svg"
+        self.tensorboard = path / "tensorboard"
+        self.profile = path / "profile"
         self._lock: IO[str] | None = None
 
     def lock(self) -> None:
@@ -97,6 +107,26 @@ class RunFolder:
         except OSError as error:
             raise ResourceError(f"{path}: cannot be written: {error.strerror}") from None
 
+    def identify(self, known: object = None) -> str:
+        """Return what the run is known by elsewhere, in wandb for one; made up once, and kept in the folder.
+
+        Args:
+            known: what a checkpoint of the run says it is, for a folder that has forgotten it.
+        """
+        try:
+            with os.fdopen(open_regular(self.run_id, os.O_RDONLY)) as file:
+                kept: object = file.read(100).strip()
+        except (OSError, ValueError):
+            kept = None
+        for found in (kept, known):
+            if isinstance(found, str) and _RUN_ID.fullmatch(found):
+                break
+        else:
+            found = secrets.token_hex(8)
+        if found != kept:
+            self.write(self.run_id, f"{found}\n")
+        return found
+
     def write_environment(self, values: dict[str, Any]) -> None:
         """Record versions and fingerprints."""
         self.write(self.environment, json.dumps(values, indent=1) + "\n")
@@ -108,6 +138,7 @@ def _owner(lock: IO[str]) -> str:
 
 
 _IDENTITY = ("model.", "data.tokenizer")
+_COMPARED_BY_CONTENT = ("data.tokenizer.path",)
 _LEARNING = ("seed", "data.", "optim.", "schedule.", "train.")
 _HARMLESS = ("train.steps", "train.max_consecutive_skips", "data.cache_dir")
 
@@ -131,6 +162,8 @@ def check_belongs(folder: RunFolder, changes: Iterable[Change]) -> list[str]:
     for key, old, new in changes:
         if ABSENT in (old, new) and key.rpartition(".")[0] in new_kinds:
             continue  # an option of the other kind: the line about the kind says it all
+        if key in _COMPARED_BY_CONTENT:
+            continue
         if key == "model" or key.startswith(_IDENTITY):
             refused.append(
                 f"{folder.path}: was written with {key} {inline(old)}, the config has {inline(new)}; "

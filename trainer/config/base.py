@@ -7,6 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 PATH_PATTERN = r"^[^\x00-\x1f\x7f]{0,1000}$"
+LINE_PATTERN = r"^[^\x00-\x1f\x7f]*$"
+"""Of text that others show in a line."""
 PathText = Annotated[str, Field(min_length=1, pattern=PATH_PATTERN)]
 """A path that a system can use and a message can repeat."""
 

@@ -166,6 +166,8 @@ def _about_value(spot: _Spot, node: Node, context: dict[str, Any]) -> str:
         return wording.pattern(str(node.value), context["pattern"])
     if kind in ("string_too_short", "too_short") and context["min_length"] == 1:
         return f"must not be empty; write {'some text' if isinstance(node.value, str) else 'an entry, or remove it'}"
+    if kind == "string_too_long":
+        return f"must have at most {context['max_length']} characters, got {len(node.value)}"
     if kind == "too_long" and context["field_type"] == "Tuple":
         return wording.wrong_length(node, spot.slot.annotation)
     if kind in ("too_short", "too_long"):

@@ -5,7 +5,7 @@ import re
 from typing import Any, Literal, get_args, get_origin
 
 from trainer.config import slots
-from trainer.config.base import PATH_PATTERN, Config
+from trainer.config.base import LINE_PATTERN, PATH_PATTERN, Config
 from trainer.config.nodes import Node, shown
 from trainer.config.yaml_nodes import resolve
 
@@ -83,6 +83,8 @@ def pattern(value: str, expression: str) -> str:
         return f"{shown(value)} is not a name; use {allowed}"
     if expression == PATH_PATTERN:
         return f"{shown(value)} is not a path; use at most 1000 characters, none of them a control character"
+    if expression == LINE_PATTERN:
+        return f"{shown(value)} has a line break or another control character; write it in one line"
     return f"{shown(value)} does not have the form {expression}"
 
 

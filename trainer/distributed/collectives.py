@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from trainer.distributed.journal import Journal, Operation
 from trainer.distributed.watch import Watch
-from trainer.errors import CommError
+from trainer.errors import CommError, first_line
 
 
 class Group:
@@ -49,9 +49,9 @@ class Group:
         self._handle, self.journal, self.watch = handle, journal, watch
 
     @classmethod
-    def of_one(cls) -> "Group":
+    def of_one(cls, journal: Journal | None = None) -> "Group":
         """Return a group with nobody else in it."""
-        return cls("world", [0], me=0, handle=None, journal=Journal())
+        return cls("world", [0], me=0, handle=None, journal=journal or Journal())
 
     @property
     def device(self) -> torch.device:
@@ -114,6 +114,15 @@ class Group:
         with self._watched("gather_objects", []):
             dist.all_gather_object(values, value, group=self._handle)
         return values
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Return the first member's value, pickled on the way: for what may be large, between trusted ranks."""
+        if self._handle is None:
+            return value
+        values = [value]
+        with self._watched("broadcast_object", []):
+            dist.broadcast_object_list(values, self.ranks[0], group=self._handle)
+        return values[0]
 
     def exchange(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """Send the first send[0] rows of x to member 0, the next send[1] to member 1 and so on; differentiable.
@@ -248,5 +257,5 @@ def is_of_exchange(error: BaseException) -> bool:
 
 def reason_of(error: BaseException) -> str:
     """Return what the backend says is wrong, without its own source line and advice."""
-    first = str(error).splitlines()[0].partition(" This is typically")[0]
+    first = first_line(error).partition(" This is typically")[0]
     return re.sub(r"^\[\S*?:\d+\] ", "", first)

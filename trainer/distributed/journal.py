@@ -6,8 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from trainer import faults
+from trainer.stopwatch import Part, Stopwatch
 
 _REMEMBERED = 32
+_PART_OF: dict[str, Part] = {
+    "data": "data",
+    "counting": "forward",
+    "forward": "forward",
+    "backward": "backward",
+    "gradient sums": "optimizer",  # but for the waiting: norms
+    "update": "optimizer",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +50,13 @@ class Journal:
     is_in_step: bool = False
     """Inside a step that is not the first one: nothing takes long here but waiting for others."""
     operations: deque[Operation] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    """Measures the same phases, and how long exchanges are waited for."""
 
     def enter(self, phase: str) -> None:
         """Write down that another phase begins."""
         self.phase, self.changed_at = phase, time.monotonic()
+        self.stopwatch.enter(_PART_OF.get(phase, "other"))
         faults.hit(f"phase.{phase.replace(' ', '_')}")
 
     def note(self, name: str, group: str, sizes: Sequence[int]) -> Operation:
@@ -59,10 +71,12 @@ class Journal:
     def wait_for(self, operation: Operation) -> None:
         """Write down that this rank cannot go on before the operation has come back."""
         self.running, self.changed_at = operation, time.monotonic()
+        self.stopwatch.begin("communication")
 
     def end(self) -> None:
         """Write down that the operation has come back."""
         self.running, self.changed_at = None, time.monotonic()
+        self.stopwatch.end()
         faults.hit("exchange.end")
 
     @property

@@ -91,6 +91,11 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_first_here() -> bool:
+    """Tell whether this process is the one that does what is to be done once on each machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def even_slice(total: int, parts: int, index: int) -> tuple[int, int]:
     """Return first and last + 1 of part `index` when 0 .. total - 1 is cut into neighbouring parts.
 

@@ -14,11 +14,13 @@ import torch.distributed as dist
 from trainer import faults
 from trainer.distributed.agreement import differing
 from trainer.distributed.collectives import Group, is_of_exchange, reason_of
+from trainer.distributed.device_clock import clock_of
 from trainer.distributed.interface import interface_towards
 from trainer.distributed.journal import Journal
 from trainer.distributed.layout import Layout
 from trainer.distributed.watch import Watch
-from trainer.errors import CommError, ConfigError
+from trainer.errors import CommError, ConfigError, first_line
+from trainer.stopwatch import Stopwatch
 
 _START_S = 300.0
 """Processes import and start for different times: nobody is given up earlier."""
@@ -46,9 +48,9 @@ class Mesh:
     """All ranks once more, for a thread of its own: what is written behind the loop is agreed on there."""
 
     @classmethod
-    def of_one(cls) -> "Mesh":
+    def of_one(cls, journal: Journal | None = None) -> "Mesh":
         """Return the mesh of a single process."""
-        one = Group.of_one()
+        one = Group.of_one(journal)
         return cls(layout=Layout(), world=one, ep=one, ep_inside=one, ep_between=one, edp=one, saving=one)
 
 
@@ -61,11 +63,11 @@ def joined(layout: Layout, device: torch.device, *, timeout_s: float) -> Iterato
         device: CPU ranks talk by gloo, GPUs by NCCL.
         timeout_s: how long one exchange may take before a rank counts as lost.
     """
+    journal, on_gpu = Journal(stopwatch=Stopwatch(clock_of(device))), device.type != "cpu"
     if layout.world_size == 1:
-        yield Mesh.of_one()
+        yield Mesh.of_one(journal)
         return
     _choose_interface(layout)
-    journal, on_gpu = Journal(), device.type != "cpu"
     try:
         watch, store = _meet(layout, journal, timeout_s=timeout_s, on_gpu=on_gpu)
     except RuntimeError as error:
@@ -119,7 +121,7 @@ def _cannot_join(layout: Layout, error: RuntimeError) -> CommError:
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     return CommError(
         f"rank {layout.rank}: cannot join the other {layout.world_size - 1} ranks through {address}:{port}: "
-        f"{str(error).splitlines()[0]}; check that every node was started, with the same MASTER_ADDR and "
+        f"{first_line(error)}; check that every node was started, with the same MASTER_ADDR and "
         "MASTER_PORT, and that GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME, if set, names the interface between them"
     )
 

@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import main, parse_args
 
-from trainer.errors import CommError
+from trainer.errors import CommError, first_line
 from trainer.status import REPORT
 
 
@@ -41,7 +41,7 @@ def run() -> None:
 
 def _explained(error: Exception) -> str:
     """Return torchrun's own failure in one line."""
-    reason = (str(error) or type(error).__name__).splitlines()[0]
+    reason = first_line(error)
     options = parse_args(sys.argv[1:])
     if options.standalone:
         return reason

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from trainer.distributed.beats import Beat, silent_ranks, verdict
 from trainer.distributed.journal import Journal
 from trainer.distributed.process import home, is_alive
-from trainer.errors import CommError, ElsewhereError, Stopped, TurnoutError
+from trainer.errors import CommError, ElsewhereError, Stopped, TurnoutError, first_line
 
 _BEAT_S, _LISTEN_S = 1.0, 2.5
 """Between beats; between two readings, so that a living rank's beat changes for certain."""
@@ -161,7 +161,7 @@ class Watch:
             return self._end(self._of_another(text, CommError.exit_code, has_said=False))
         except RuntimeError as lost:  # the store as well
             text = f"{error}; torchrun's store does not answer either: the node that hosts it (the first) is lost"
-            return self._end(CommError(f"{text} ({str(lost).splitlines()[0]})"))
+            return self._end(CommError(f"{text} ({first_line(lost)})"))
 
     def leave(self, error: BaseException | None = None) -> None:
         """Tell the others that this rank's run has ended, and why if not at its end."""

@@ -69,6 +69,7 @@ class EvalSums:
     """Cross-entropy in nats."""
     target_tokens: int
     routing: RoutingSums | None
+    """Of target tokens."""
 
     def __add__(self, other: "EvalSums") -> "EvalSums":
         """Add up two disjoint sets of rows."""

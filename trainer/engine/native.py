@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.state import TrainState
+from trainer.checkpoint.state import Slice, TrainState
 from trainer.distributed.mesh import Mesh
 from trainer.engine.nonfinite import Findings, is_finite
 from trainer.engine.step import NumericsConfig, StepEngine
 from trainer.engine.sums import square_norm
-from trainer.models.gpt import GPT, parameter_role
+from trainer.models.gpt import GPT, is_decayed
 from trainer.optim.adamw import build_adamw
 from trainer.optim.registry import OptimConfig
 from trainer.parallel.replicate import GradientSum
@@ -22,11 +22,10 @@ class NativeEngine(StepEngine):
 
     def __init__(self, model: GPT, optim: OptimConfig, numerics: NumericsConfig, mesh: Mesh | None = None) -> None:
         super().__init__(model, numerics, Mesh.of_one() if mesh is None else mesh)
-        decays = {name: parameter_role(name) not in ("norm", "embedding") for name in self.parameters}
         self.optimizer = build_adamw(
             optim,
-            decayed=[p for name, p in self.parameters.items() if decays[name]],
-            not_decayed=[p for name, p in self.parameters.items() if not decays[name]],
+            decayed=[p for name, p in self.parameters.items() if is_decayed(name)],
+            not_decayed=[p for name, p in self.parameters.items() if not is_decayed(name)],
         )
         self._dense = [p for name, p in self.parameters.items() if name not in self.first_expert]
         self._experts = [self.parameters[name] for name in self.first_expert]
@@ -87,29 +86,19 @@ class NativeEngine(StepEngine):
             expert_share_is_finite=experts,
         )
 
-    def state(self) -> TrainState:
-        """Return weights, buffers, moments and counters, by name."""
-        tensors = {f"model.{name}": p.detach() for name, p in self.parameters.items()}
-        tensors |= {f"model.{name}": b for name, b in self.model.named_buffers()}
-        for name, p in self.parameters.items():
-            moments = self._moments(p)
-            tensors |= {f"optim.{key}.{name}": moments[key] for key in _MOMENTS}
-        tensors["engine.previous_counts"] = self.previous_counts
-        return TrainState(
-            slices={name: self._slice(name, tensor) for name, tensor in tensors.items()},
-            values={"optimizer_steps": self.optimizer_steps},
-        )
+    def _moments(self) -> dict[str, Slice]:
+        tensors = {
+            f"optim.{key}.{name}": self._state_of(p)[key] for name, p in self.parameters.items() for key in _MOMENTS
+        }
+        return {name: self._slice(name, tensor) for name, tensor in tensors.items()}
 
-    @torch.no_grad()
-    def load_state(self, state: TrainState) -> None:
-        """Copy a state into weights, buffers, moments and counters."""
-        self.optimizer_steps = int(state.values["optimizer_steps"])
-        for name, mine in self.state().slices.items():
+    def _load_moments(self, state: TrainState) -> None:
+        for name, mine in self._moments().items():
             mine.tensor.copy_(state.slices[name].tensor)
         for p in self.parameters.values():
-            self._moments(p)["step"].fill_(self.optimizer_steps)
+            self._state_of(p)["step"].fill_(self.optimizer_steps)
 
-    def _moments(self, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
+    def _state_of(self, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
         """Return AdamW's state of a parameter, made as torch makes it if there was no step yet."""
         state = self.optimizer.state[parameter]
         if not state:

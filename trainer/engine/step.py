@@ -9,7 +9,7 @@ before the first forward pass. No factor of the number of micro-batches or ranks
 import contextlib
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,7 +78,7 @@ class StepEngine(Engine):
         # Before the first step no load is known, and an even one makes the balance loss its constant minimum.
         self.previous_counts = torch.ones(shape, dtype=torch.int64, device=self.device)
 
-    # What an engine does with gradients
+    # What an engine does with gradients and moments
 
     @abstractmethod
     def gradients(self) -> TrainState:
@@ -103,6 +103,16 @@ class StepEngine(Engine):
     @abstractmethod
     def _findings(self, own_objective: Tensor) -> Findings:
         """Look for what is not finite on this rank."""
+
+    @abstractmethod
+    def _moments(self) -> dict[str, Slice]:
+        """Return the optimizer's moments, by name. Every rank must call it."""
+
+    @abstractmethod
+    def _load_moments(self, state: TrainState) -> None:
+        """Take over the moments of a state, behind its weights and the number of its steps."""
+
+    # What every engine does
 
     def train_step(self, micro_batches: Sequence[Batch], *, lr: float, skip_above: float | None = None) -> StepResult:
         """Take one optimizer step over the micro-batches."""
@@ -192,7 +202,7 @@ class StepEngine(Engine):
         """Evaluate a batch without gradients and without noise."""
         batch = batch.to(self.device)
         with torch.no_grad(), self.autocast():
-            output = self.model(batch, RoutingOptions(dropless=dropless))
+            output = self.model(batch, RoutingOptions(dropless=dropless, counts_targets_only=True))
         routing = routing_sums(output)
         here = torch.stack([output.row_loss.double().sum(), batch.target_mask.sum().double()])
         parts = [here] if routing is None else [here, *routing_tensors(routing)]
@@ -202,6 +212,29 @@ class StepEngine(Engine):
             target_tokens=int(here[1]),
             routing=None if routing is None else routing_like(routing, parts),
         )
+
+    def state(self) -> TrainState:
+        """Return weights, buffers, counters and moments, by name. Every rank must call it."""
+        return self._with_moments(self._moments())
+
+    @torch.no_grad()
+    def load_state(self, state: TrainState) -> None:
+        """Copy a state, of the parts that `wanted` names, into weights, buffers, counters and moments."""
+        self.optimizer_steps = int(state.values["optimizer_steps"])
+        for name, mine in self._but_moments().items():
+            mine.tensor.copy_(state.slices[name].tensor)
+        self._load_moments(state)
+
+    def _with_moments(self, moments: Mapping[str, Slice]) -> TrainState:
+        values = {"optimizer_steps": self.optimizer_steps}
+        return TrainState(slices={**self._but_moments(), **moments}, values=values)
+
+    def _but_moments(self) -> dict[str, Slice]:
+        """Return weights, buffers and counters: no engine cuts them in a way of its own."""
+        tensors = {f"model.{name}": p.detach() for name, p in self.parameters.items()}
+        tensors |= {f"model.{name}": b for name, b in self.model.named_buffers()}
+        tensors["engine.previous_counts"] = self.previous_counts
+        return {name: self._slice(name, tensor) for name, tensor in tensors.items()}
 
     def _slice(self, name: str, tensor: Tensor) -> Slice:
         """Say which part of the global tensor this rank has: its own experts, and a piece of what is cut over ranks."""

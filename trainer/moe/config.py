@@ -10,7 +10,11 @@ from trainer.moe.routers.registry import RouterConfig, TopKOptions, TopKRouterCo
 
 
 class CapacityConfig(Config):
-    """How many rows an expert accepts: C = max(min, ceil(factor * k * S / E)) from each sequence of S tokens."""
+    """How many rows an expert accepts: C = max(min, ceil(factor * k * S / E)) from each sequence of S positions.
+
+    A sequence is a row of the batch, whatever it is packed with. Its filling takes no room, and counts in S: what is
+    sized by C is the same in every step.
+    """
 
     factor: PositiveFloat | None = None
     """Rows an expert accepts, in units of its fair share. Null is dropless."""

@@ -23,6 +23,8 @@ class RoutingOptions:
     """Ignore the capacity (evaluation, generation)."""
     top_k: int | None = None
     """Experts per token instead of the configured number."""
+    counts_targets_only: bool = False
+    """Statistics are of the tokens whose target counts in the loss, not of those that are only read (evaluation)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +47,8 @@ class RoutingContext:
     """Experts per token instead of the configured number."""
     dropless: bool = False
     """Ignore the capacity."""
+    counted: Tensor | None = None
+    """bool, of valid tokens: which of them are in the statistics. None: all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

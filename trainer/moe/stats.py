@@ -15,7 +15,7 @@ from trainer.moe.routing import RouterOutput, RoutingContext, RoutingDecision
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoEStats:
-    """Sums over the valid tokens of each row; `prob_sum` and `z_sum` carry gradients."""
+    """Sums over the counted tokens of each row; `prob_sum` and `z_sum` carry gradients."""
 
     counts: Tensor
     """(B, E) int64 assignments before drops."""
@@ -28,7 +28,7 @@ class MoEStats:
     dropped: Tensor
     """(B,) int64 assignments over capacity."""
     tokens: Tensor
-    """(B,) int64 valid tokens."""
+    """(B,) int64 counted tokens."""
     entropy_sum: Tensor | None
     """(B,) entropy of the router probabilities, in nats; no gradient."""
 
@@ -42,25 +42,26 @@ def account(routed: RouterOutput, limited: RoutingDecision, context: RoutingCont
         context: of the same tokens.
     """
     decision, rows = routed.decision, context.num_sequences
+    counted = decision.kept if context.counted is None else decision.kept & context.counted[decision.token_index]
     row = context.sequence_index[decision.token_index]  # (A,)
     first = torch.ones_like(decision.kept)
     first[1:] = decision.token_index[1:] != decision.token_index[:-1]
     prob_sum = z_sum = entropy_sum = None
-    valid = context.valid.view(rows, -1)
+    tokens = (context.valid if context.counted is None else context.counted).view(rows, -1)
     if routed.probs is not None:
-        probs = routed.probs.view(*valid.shape, -1)  # (B, S, E)
-        prob_sum = (probs * valid[..., None]).sum(1)
+        probs = routed.probs.view(*tokens.shape, -1)  # (B, S, E)
+        prob_sum = (probs * tokens[..., None]).sum(1)
         entropy = torch.special.entr(probs.detach()).sum(-1)
-        entropy_sum = (entropy * valid).sum(1)
+        entropy_sum = (entropy * tokens).sum(1)
     if routed.logits is not None:
-        z_sum = (routed.logits.logsumexp(-1).square().view(valid.shape) * valid).sum(1)
+        z_sum = (routed.logits.logsumexp(-1).square().view(tokens.shape) * tokens).sum(1)
     return MoEStats(
-        counts=_count(decision, row, decision.kept, rows),
-        first_choice_counts=_count(decision, row, decision.kept & first, rows),
+        counts=_count(decision, row, counted, rows),
+        first_choice_counts=_count(decision, row, counted & first, rows),
         prob_sum=prob_sum,
         z_sum=z_sum,
-        dropped=torch.bincount(row, weights=(decision.kept & ~limited.kept).double(), minlength=rows).long(),
-        tokens=valid.sum(1),
+        dropped=torch.bincount(row, weights=(counted & ~limited.kept).double(), minlength=rows).long(),
+        tokens=tokens.sum(1),
         entropy_sum=entropy_sum,
     )
 

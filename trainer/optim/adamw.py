@@ -14,9 +14,7 @@ def build_adamw(
 ) -> torch.optim.AdamW:
     """Make the optimizer; its learning rate is set before every step.
 
-    Which parameters decay goes by their role and not by their number of dimensions:
-    stacked expert biases would have two. Weights that are cut over ranks are groups of their own: torch's fused update
-    takes one kind of tensor at a time.
+    Weights that are cut over ranks are groups of their own: torch's fused update takes one kind of tensor at a time.
     """
     groups = [
         {"params": [p for p in parameters if isinstance(p, DTensor) == is_cut], "weight_decay": weight_decay}

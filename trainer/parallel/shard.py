@@ -46,7 +46,8 @@ def shard(model: GPT, mesh: Mesh, *, dtype: torch.dtype) -> GPT:
             _cut(matrices, mesh.world, gathered_in=dtype)
         _cut(block, mesh.world, ignored=alone)
     _cut(model, mesh.world, ignored=alone)
-    register_fsdp_forward_method(model, "next_logits")
+    for method in ("next_logits", "target_log_probs"):
+        register_fsdp_forward_method(model, method)
     return model
 
 

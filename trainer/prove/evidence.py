@@ -51,7 +51,7 @@ def collect(config: ExperimentConfig, mesh: Mesh, *, steps: int) -> Evidence:
     device = torch.device("cpu")
     config = resolve_kernel(config, device)
     corpus = build_corpus(config.data)
-    stream = TrainStream(corpus, seq_len=config.model.seq_len, seed=config.seed)
+    stream = TrainStream(corpus, packing=config.data.packing, seq_len=config.model.seq_len, seed=config.seed)
     model = build_model(config, corpus.tokenizer, mesh, device, warn=_ignore)
     engine = config.engine.build(model, config.optim, numerics(config), mesh)
     assert isinstance(engine, StepEngine)

@@ -19,6 +19,11 @@ import torch.distributed as dist
 from trainer.errors import TurnoutError
 
 _LATE_S = 5.0
+PRELOAD = ("trainer.prove.ranks", "torch._dynamo")
+"""Imported once for all ranks, which are forks of a process that computes nothing. Torch needs the second one for the
+first optimizer."""
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload([*PRELOAD])
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +104,7 @@ def _receive(pipes: list[Connection], timeout_s: float) -> list[Any]:
 
 def _start() -> _Worker:
     here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_work, args=(there,), daemon=True)
+    process = _CONTEXT.Process(target=_work, args=(there,), daemon=True)
     process.start()
     there.close()
     return _Worker(process, here)

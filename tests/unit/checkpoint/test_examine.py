@@ -19,12 +19,12 @@ from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.state import Slice, TrainState
-from trainer.checkpoint_verbs import verify
-from trainer.errors import CheckpointError
+from trainer.cli import main
 
 W_IN = "blocks.0.moe.experts.w_in"
 RUN = {
     "position": 8,
+    "tokens": 64,
     "skipped_steps": 0,
     "skipped_in_a_row": 0,
     "data_fingerprint": "a",
@@ -203,8 +203,10 @@ def test_one_that_a_trainer_removes_meanwhile_is_left_out(
         return strangers(path, manifest)
 
     monkeypatch.setattr(module, "_strangers", remove_first)
-    assert verify(run, step=None, as_json=True) == 0
+    with pytest.raises(SystemExit, match="0"):
+        main(["checkpoint", "verify", str(tmp_path), "--json"])
     assert [record["step"] for record in json.loads(capsys.readouterr().out)] == [6]
     _save(run.checkpoints, _tensors(), step=3)
-    with pytest.raises(CheckpointError, match="has no checkpoint of step 3"):
-        verify(run, step=3, as_json=False)
+    with pytest.raises(SystemExit, match="4"):
+        main(["checkpoint", "verify", str(tmp_path), "--step", "3"])
+    assert "has no checkpoint of step 3" in capsys.readouterr().err

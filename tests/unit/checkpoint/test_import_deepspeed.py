@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from tests.ranks import Ranks, mesh_here
 from tests.saved import load
-from trainer.checkpoint.import_deepspeed import read_deepspeed, translate
+from trainer.checkpoint.import_deepspeed import read_deepspeed
+from trainer.checkpoint.translate import translate
 from trainer.checkpoint.weight_map import WeightMapConfig
 from trainer.config.loader import load as load_config
-from trainer.engine.deepspeed.start import join
+from trainer.engine.deepspeed.start import join, load_deepspeed
 from trainer.errors import CheckpointError, ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.models.gpt import GPT, RMSNorm, rotary_table, rotate
@@ -119,7 +120,8 @@ def _tokens() -> Tensor:
 def _write(folder: Path, ep_size: int, zero_stage: int) -> Tensor:
     """Train their model with their engine for some steps, let it save, and return its logits."""
     os.environ |= {"LOCAL_RANK": str(dist.get_rank())}
-    deepspeed = join(mesh_here(ep_size=ep_size), torch.device("cpu"))
+    deepspeed = load_deepspeed(torch.device("cpu"))
+    join(deepspeed, mesh_here(ep_size=ep_size), torch.device("cpu"))
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
     torch.manual_seed(7 + dist.get_rank() % ep_size)
@@ -192,7 +194,7 @@ def test_our_model_computes_what_theirs_did_and_trains_on(written: tuple[Path, T
     config = load_config(workplace / "ours.yaml", [], ExperimentConfig)
     model = GPT(config.model, VOCABULARY, experts_kernel="loop")
     model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
-    cache = model.new_cache(4, 16, torch.float32)
+    cache = model.new_cache(4, 16)
     with torch.no_grad():
         mine = model.next_logits(_tokens(), cache)
     torch.testing.assert_close(mine, logits[:, -1], rtol=1e-5, atol=1e-5)

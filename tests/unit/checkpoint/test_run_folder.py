@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,25 @@ def test_a_full_disk_does_not_keep_from_the_lock(tmp_path: Path, monkeypatch: py
     first.lock()
     with pytest.raises(ConfigError, match="another process is training into it"):
         RunFolder(tmp_path / "run").lock()
+
+
+# --- what a run is known by elsewhere ---------------------------------------------------------------------------------
+
+
+def test_a_run_keeps_the_name_it_is_known_by(tmp_path: Path):
+    folder = RunFolder(tmp_path)
+    first = folder.identify()
+    assert re.fullmatch("[0-9a-f]{16}", first)
+    assert RunFolder(tmp_path).identify("0123456789") == first
+
+
+def test_a_folder_that_has_forgotten_it_is_told_by_a_checkpoint(tmp_path: Path):
+    assert RunFolder(tmp_path).identify("0123456789") == "0123456789"
+    assert (tmp_path / "run_id").read_text() == "0123456789\n"
+
+
+@pytest.mark.parametrize("kept", ["", "../../x", "x" * 65, "A" * 16, "a" * 7, "\udcff"])
+def test_what_is_no_such_name_is_replaced(tmp_path: Path, kept: str):
+    (tmp_path / "run_id").write_text(kept, errors="surrogateescape")
+    found = RunFolder(tmp_path).identify(["no text"])
+    assert re.fullmatch("[0-9a-f]{16}", found) and (tmp_path / "run_id").read_text() == f"{found}\n"

@@ -47,9 +47,10 @@ routers: st.SearchStrategy[RouterConfig] = st.one_of(
     st.builds(BiasBalancedRouterConfig, top_k=st.integers(2, 4), bias_update_rate=positive(1)),
     st.builds(DenseRouterConfig),
 )
+columns = st.from_regex(r"[^{}:]{1,20}", fullmatch=True).filter(str.isprintable)
 sources = st.tuples(
     st.builds(TextSourceConfig, path=paths | st.lists(paths, min_size=1, max_size=3), weight=positive()),
-    st.builds(JsonlSourceConfig, path=paths, text_key=words, domain_key=st.none() | words),
+    st.builds(JsonlSourceConfig, path=paths, text=columns.map("{{{}}}".format), domain_key=st.none() | words),
     st.builds(InstalledSourceConfig, domains=st.permutations(["python", "english", "cpp"])),
 ).flatmap(lambda all_kinds: st.permutations(all_kinds).map(list))
 configs = st.builds(

@@ -17,9 +17,9 @@ from torch import Tensor
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.together import raise_together
-from trainer.engine.deepspeed.optimizer import MOMENTS, build_optimizer, describe_groups, moments, set_steps
+from trainer.engine.deepspeed.optimizer import MOMENTS, build_optimizer, describe_groups, moments_of, set_steps
 from trainer.engine.deepspeed.partition import Partition, Placed
-from trainer.engine.deepspeed.start import alone, initialize, marked, release
+from trainer.engine.deepspeed.start import alone, initialize, load_deepspeed, marked, release
 from trainer.engine.nonfinite import Findings, is_finite
 from trainer.engine.step import NumericsConfig, StepEngine
 from trainer.engine.sums import square_norm
@@ -57,11 +57,12 @@ class DeepSpeedEngine(StepEngine):
         with ExitStack() as stack:
             stack.enter_context(alone(mesh, self.device))
             with raise_together(mesh.world):  # DeepSpeed or a compiler may be missing on one host alone
+                deepspeed = load_deepspeed(self.device)
                 described = describe_groups(optim, self.parameters, self.first_expert, mesh)
-                optimizer = build_optimizer(described, optim, adam=adam, config=config, device=self.device)
+                optimizer = build_optimizer(deepspeed, described, optim, adam=adam, config=config, device=self.device)
             experts = [self.parameters[name] for name in self.first_expert]
-            stack.enter_context(marked(model, experts, mesh, self.device))
-            self._deepspeed = initialize(model, optimizer, self._with_room(config), mesh, self.device)
+            stack.enter_context(marked(model, experts, mesh))
+            self._deepspeed = initialize(deepspeed, model, optimizer, self._with_room(config), mesh, self.device)
             stack.callback(release, self._deepspeed)
             self._open = stack.pop_all()
         self._zero = self._deepspeed.optimizer
@@ -81,40 +82,31 @@ class DeepSpeedEngine(StepEngine):
                 slices[name] = self._rows_of(name, rows.start, rows.tensor)
         return TrainState(slices={name: slices[name] for name in self.parameters})
 
-    def state(self) -> TrainState:
-        """Return weights, buffers, moments and counters, by name; a collective."""
+    def _moments(self) -> dict[str, Slice]:
         cut: dict[str, Slice] = {}
         for partition, flat in zip(self._partitions, self._zero.single_partition_of_fp32_groups, strict=True):
-            for key, moment in moments(self._zero.optimizer, flat).items():
+            for key, moment in moments_of(self._zero.optimizer, flat).items():
                 for name, rows in partition.rows(moment).items():
                     cut[f"optim.{key}.{name}"] = self._rows_of(name, rows.start, rows.tensor)
-        slices = self._whole_tensors()
-        for name in self.parameters:
-            slices |= {f"optim.{key}.{name}": cut[f"optim.{key}.{name}"] for key in MOMENTS}
-        return TrainState(slices=slices, values={"optimizer_steps": self.optimizer_steps})
+        names = [f"optim.{key}.{name}" for name in self.parameters for key in MOMENTS]  # in the order of the model
+        return {name: cut[name] for name in names}
 
     def wanted(self) -> TrainState:
         """Return the parts of a state that are loaded here: of moments, every row that this rank has a number of."""
-        slices = self._whole_tensors()
+        moments = {}
         for partition in self._partitions:
             for name, (first, last) in partition.wanted().items():
                 shape = (last - first, *self.parameters[name].shape[1:])
                 rows = torch.empty(shape, dtype=torch.float32, device="meta")
-                slices |= {f"optim.{key}.{name}": self._rows_of(name, first, rows) for key in MOMENTS}
-        return TrainState(slices=slices, values={"optimizer_steps": self.optimizer_steps})
+                moments |= {f"optim.{key}.{name}": self._rows_of(name, first, rows) for key in MOMENTS}
+        return self._with_moments(moments)
 
-    @torch.no_grad()
-    def load_state(self, state: TrainState) -> None:
-        """Copy a state, of the parts that `wanted` names, into weights, buffers, moments and counters."""
-        self.optimizer_steps = int(state.values["optimizer_steps"])
-        for name, tensor in [*self.parameters.items(), *self.model.named_buffers()]:
-            tensor.copy_(state.slices[f"model.{name}"].tensor)
-        self._zero.refresh_fp32_params()
+    def _load_moments(self, state: TrainState) -> None:
+        self._zero.refresh_fp32_params()  # from the weights
         for partition, flat in zip(self._partitions, self._zero.single_partition_of_fp32_groups, strict=True):
-            for key, moment in moments(self._zero.optimizer, flat).items():
+            for key, moment in moments_of(self._zero.optimizer, flat).items():
                 for name in partition.wanted():
                     partition.fill(moment, name, state.slices[f"optim.{key}.{name}"].tensor)
-        self.previous_counts.copy_(state.slices["engine.previous_counts"].tensor)
         set_steps(self._zero.optimizer, self.optimizer_steps)
 
     def close(self) -> None:
@@ -172,13 +164,6 @@ class DeepSpeedEngine(StepEngine):
             group = self.mesh.edp if names[0] in self.first_expert else self.mesh.world
             partitions.append(Partition(placed, int(self._zero.partition_size[i]), group))
         return partitions
-
-    def _whole_tensors(self) -> dict[str, Slice]:
-        """Return what is not cut: weights, buffers and counters."""
-        tensors = {f"model.{name}": p.detach() for name, p in self.parameters.items()}
-        tensors |= {f"model.{name}": b for name, b in self.model.named_buffers()}
-        tensors["engine.previous_counts"] = self.previous_counts
-        return {name: self._slice(name, tensor) for name, tensor in tensors.items()}
 
     def _with_room(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the config with buckets no larger than the model, unless it says otherwise.

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from trainer.distributed.mesh import Mesh
-from trainer.engine.deepspeed.start import expert_group_name, first_line, load_deepspeed
-from trainer.errors import ConfigError
-from trainer.models.gpt import parameter_role
+from trainer.engine.deepspeed.start import expert_group_name
+from trainer.errors import ConfigError, first_line
+from trainer.models.gpt import is_decayed
 from trainer.optim.registry import OptimConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -28,8 +28,7 @@ def describe_groups(
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        decays = parameter_role(name) not in ("norm", "embedding")
-        groups.setdefault((name in experts, decays), []).append(parameter)
+        groups.setdefault((name in experts, is_decayed(name)), []).append(parameter)
     return [
         {
             "params": members,
@@ -42,11 +41,18 @@ def describe_groups(
 
 
 def build_optimizer(
-    described: list[dict[str, Any]], optim: OptimConfig, *, adam: str, config: Mapping[str, Any], device: torch.device
+    deepspeed: Any,
+    described: list[dict[str, Any]],
+    optim: OptimConfig,
+    *,
+    adam: str,
+    config: Mapping[str, Any],
+    device: torch.device,
 ) -> torch.optim.Optimizer:
     """Make the optimizer.
 
     Args:
+        deepspeed: the module.
         described: its groups.
         optim: its numbers.
         adam: `torch`, `deepspeed`, or `auto`: DeepSpeed's kernel if it was built when DeepSpeed was installed.
@@ -54,12 +60,11 @@ def build_optimizer(
         device: where weights are.
 
     Raises:
-        ConfigError: if DeepSpeed is not installed, or its kernel is asked for and cannot be built.
+        ConfigError: if DeepSpeed's kernel is asked for and cannot be built.
     """
     numbers: dict[str, Any] = {"lr": 0.0, "betas": optim.betas, "eps": optim.eps}
     offloads = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
     kernel = "cpu_adam" if offloads or device.type == "cpu" else "fused_adam"
-    deepspeed = load_deepspeed(device)
     if adam == "torch" or (adam == "auto" and not _is_built(kernel)):
         return torch.optim.AdamW(described, **numbers, fused=True)
     try:
@@ -69,11 +74,11 @@ def build_optimizer(
     except Exception as error:  # whatever a compiler, or its absence, makes of it
         cause = error.__cause__ or error
         raise ConfigError(
-            f"engine.adam: DeepSpeed's {kernel} cannot be built: {first_line(cause)}; use torch"
+            f"engine.adam: DeepSpeed's {kernel} cannot be built: {first_line(cause):.200}; use torch"
         ) from error
 
 
-def moments(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]:
+def moments_of(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]:
     """Return the moments of a partition, made as the optimizer makes them if there was no step yet."""
     state = optimizer.state[flat]
     if not state:

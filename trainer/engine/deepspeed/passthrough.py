@@ -115,41 +115,44 @@ _STAGE_3 = "zero_optimization.stage3_"
 
 def conflicts(raw: Mapping[str, Any], ours: Ours) -> Iterator[Problem]:
     """Yield every option that cannot be taken over, with the reason."""
-    off = {section for section in _SWITCHED if not _is_on(raw.get(section))}
-    refused = {}
     yield from _unusable(raw, ours)
+    off = {section for section in _SWITCHED if not _is_on(raw.get(section))}
+    refused: list[str] = []
     for key, value in _leaves(raw):
         if value in ("auto", None, {}) or _is_free(key) or key.startswith(_STAGE_3) or key.split(".")[0] in off:
             continue
-        if key in _SAME:
-            name, get = _SAME[key]
-            if not _equal(value, get(ours)):
-                yield Problem(
-                    key, f"{_said(value)}, but {name} is {_said(get(ours))}; make them agree, or leave it out here"
-                )
-        elif key in _ONLY:
-            only, why = _ONLY[key]
-            if not _equal(value, only):
-                yield Problem(key, f"{_said(value)}: {why}; leave it out")
-        else:
-            section = next((section for section in _REFUSED if _is_below(key, section)), None)
-            if section is None:
-                yield Problem(key, _unknown(key))
-            else:
-                refused[section] = _REFUSED[section]
-    for section, why in refused.items():
-        yield Problem(section, f"{why}; leave it out")
+        section = next((section for section in _REFUSED if _is_below(key, section)), None)
+        if section is not None:
+            refused.append(section)
+        elif message := _objection(key, value, ours):
+            yield Problem(key, message)
+    for section in dict.fromkeys(refused):  # once, however many options it has
+        yield Problem(section, f"{_REFUSED[section]}; leave it out")
+
+
+def _objection(key: str, value: Any, ours: Ours) -> str | None:
+    """Return what is wrong with an option that has one right value, or that nobody knows; None if nothing is."""
+    if key in _SAME:
+        name, get = _SAME[key]
+        wrong = f"{json.dumps(value)}, but {name} is {json.dumps(get(ours))}; make them agree, or leave it out here"
+        return None if _equal(value, get(ours)) else wrong
+    if key in _ONLY:
+        only, why = _ONLY[key]
+        return None if _equal(value, only) else f"{json.dumps(value)}: {why}; leave it out"
+    near = get_close_matches(key, [*_SAME, *_ONLY, *_FREE, *_REFUSED], n=1, cutoff=0.85)
+    hint = f"did you mean {near[0]}?" if near else "leave it out"
+    return f"not among the options of DeepSpeed that are known to leave what is learned alone; {hint}"
 
 
 def _unusable(raw: Mapping[str, Any], ours: Ours) -> Iterator[Problem]:
     """Yield every free option that is not what it must be."""
     for key, kind in _FREE.items():
-        value: Any = raw
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        if value not in ("auto", None) and not _IS[kind](value):
-            yield Problem(key, f"{_said(value)} is not {kind}")
-        elif key == "zero_optimization.reduce_bucket_size" and value not in ("auto", None) and ours.has_uneven_experts:
+        value = _value_at(raw, key)
+        if value in ("auto", None):
+            continue
+        if not _IS[kind](value):
+            yield Problem(key, f"{json.dumps(value)} is not {kind}")
+        elif key == "zero_optimization.reduce_bucket_size" and ours.has_uneven_experts:
             yield Problem(
                 key,
                 "parallel.ep_size does not divide model.moe.num_experts: ranks with different numbers of experts would "
@@ -182,6 +185,13 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
+def _value_at(values: Any, key: str) -> Any:
+    """Return an option by its dotted key; None if it is not there."""
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return values
+
+
 def _put(tree: dict[str, Any], path: list[str], value: Any) -> None:
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
@@ -209,13 +219,3 @@ def _equal(value: Any, other: Any) -> bool:
     if isinstance(value, str) and isinstance(other, str):
         return value.lower() == other.lower()
     return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
-
-
-def _said(value: Any) -> str:
-    return json.dumps(value)
-
-
-def _unknown(key: str) -> str:
-    near = get_close_matches(key, [*_SAME, *_ONLY, *_FREE, *_REFUSED], n=1, cutoff=0.85)
-    hint = f"did you mean {near[0]}?" if near else "leave it out"
-    return f"not among the options of DeepSpeed that are known to leave what is learned alone; {hint}"

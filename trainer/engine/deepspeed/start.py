@@ -18,7 +18,7 @@ from torch import nn
 
 from trainer.distributed.collectives import Group
 from trainer.distributed.mesh import Mesh
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, first_line
 
 _MARKER = "deepspeed_expert_marker"
 _TALKATIVE = ("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger")
@@ -49,12 +49,11 @@ def load_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def join(mesh: Mesh, device: torch.device) -> Any:
-    """Import DeepSpeed and give it torch's process group, which must exist; return the module.
+def join(deepspeed: Any, mesh: Mesh, device: torch.device) -> None:
+    """Give DeepSpeed torch's process group, which must exist.
 
     What it remembers of another group, of an engine before this one, is forgotten.
     """
-    deepspeed = load_deepspeed(device)
     from deepspeed.comm import comm
     from deepspeed.utils import groups
 
@@ -66,11 +65,15 @@ def join(mesh: Mesh, device: torch.device) -> Any:
     comm.cdb = None
     with _environment(mesh, device):
         deepspeed.init_distributed(dist_init_required=False)
-    return deepspeed
 
 
 def initialize(
-    model: nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any], mesh: Mesh, device: torch.device
+    deepspeed: Any,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: Mapping[str, Any],
+    mesh: Mesh,
+    device: torch.device,
 ) -> Any:
     """Return DeepSpeed's engine around a model whose experts are marked; every rank must call it.
 
@@ -78,16 +81,15 @@ def initialize(
         ConfigError: if DeepSpeed refuses its configuration, or lacks a package for it.
     """
     level = logging.INFO if any(config.get(key) for key in _TALKATIVE) else logging.WARNING
-    load_deepspeed(device)
     logging.getLogger("DeepSpeed").setLevel(level)
-    deepspeed = join(mesh, device)
+    join(deepspeed, mesh, device)
     with _environment(mesh, device):
         try:
             engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=dict(config), dist_init_required=False
             )
         except (ImportError, ValueError) as error:  # pydantic's errors are of the second kind
-            raise ConfigError(f"engine.deepspeed_config: DeepSpeed refuses it: {first_line(error)}") from error
+            raise ConfigError(f"engine.deepspeed_config: DeepSpeed refuses it: {first_line(error):.200}") from error
     return engine
 
 
@@ -96,12 +98,6 @@ def release(engine: Any) -> None:
     engine.module_forward_pre_hook.remove()
     engine.module_forward_post_hook.remove()
     engine.destroy()
-
-
-def first_line(error: BaseException) -> str:
-    """Return what an error of somebody else says, in a line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{lines[0]:.200}" if lines else type(error).__name__
 
 
 @contextmanager
@@ -130,12 +126,11 @@ def expert_group_name(mesh: Mesh) -> str:
 
 
 @contextmanager
-def marked(model: nn.Module, experts: Sequence[nn.Parameter], mesh: Mesh, device: torch.device) -> Iterator[None]:
+def marked(model: nn.Module, experts: Sequence[nn.Parameter], mesh: Mesh) -> Iterator[None]:
     """Say to DeepSpeed which parameters are copied over `mesh.edp` only. Always, also where that is all ranks."""
     if not experts:
         yield
         return
-    load_deepspeed(device)
     from deepspeed.moe.layer import MoE
     from deepspeed.utils import groups
 

@@ -49,13 +49,20 @@ class AllGatherDispatcher(AllToAllDispatcher):
         """Return what the experts make of x (T, D): part by part, each on its way back while others are computed."""
         if len(self.chunks.bounds) == 1:
             return super().run(x, decision, experts)
-        everything = self._gather(x, self.chunks.renumbered(decision))
+        within = self.stopwatch.within
+        with within("dispatch"):
+            everything = self._gather(x, self.chunks.renumbered(decision))
         back = []
         for bounds, part in zip(self.chunks.bounds, self.chunks.of_rank[self.group.index], strict=True):
-            arrived, plan = self._pick(everything, bounds)
-            back.append((self._start_back(experts(arrived, plan.rows_per_expert, part), plan), plan))
-        rows = torch.cat([self._mine(exchange.wait().to(x.dtype), plan) for exchange, plan in back])
-        return everything.order.combine(rows, is_compiled=self.is_compiled)
+            with within("dispatch"):
+                arrived, plan = self._pick(everything, bounds)
+            with within("experts"):
+                y = experts(arrived, plan.rows_per_expert, part)
+            with within("combine"):
+                back.append((self._start_back(y, plan), plan))
+        with within("combine"):
+            rows = torch.cat([self._mine(exchange.wait().to(x.dtype), plan) for exchange, plan in back])
+            return everything.order.combine(rows, is_compiled=self.is_compiled)
 
     def _gather(self, x: Tensor, decision: RoutingDecision) -> _Everything:
         order = group_by_expert(decision)

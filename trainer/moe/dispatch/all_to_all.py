@@ -72,15 +72,22 @@ class AllToAllDispatcher(Dispatcher):
         """Return what the experts make of x (T, D): part by part, each computed while others are under way."""
         if len(self.chunks.bounds) == 1:
             return super().run(x, decision, experts)
-        order, rows, plans = self.prepare(x, self.chunks.renumbered(decision), self.chunks.bounds)
-        parts = rows.split([sum(plan.sizes[self.group.index]) for plan in plans])
-        there = [self.start(part, plan.sizes) for part, plan in zip(parts, plans, strict=True)]
+        within = self.stopwatch.within
+        with within("dispatch"):
+            order, rows, plans = self.prepare(x, self.chunks.renumbered(decision), self.chunks.bounds)
+            parts = rows.split([sum(plan.sizes[self.group.index]) for plan in plans])
+            there = [self.start(part, plan.sizes) for part, plan in zip(parts, plans, strict=True)]
         back = []
         for exchange, plan, part in zip(there, plans, self.chunks.of_rank[self.group.index], strict=True):
-            y = experts(permute(exchange.wait().to(x.dtype), plan.order), plan.rows_per_expert, part)
-            back.append(self.start(inverse_permute(y, plan.order), plan.sizes_back))
-        rows = torch.cat([exchange.wait() for exchange in back]).to(x.dtype)
-        return order.combine(rows, is_compiled=self.is_compiled)
+            with within("dispatch"):
+                arrived = permute(exchange.wait().to(x.dtype), plan.order)
+            with within("experts"):
+                y = experts(arrived, plan.rows_per_expert, part)
+            with within("combine"):
+                back.append(self.start(inverse_permute(y, plan.order), plan.sizes_back))
+        with within("combine"):
+            rows = torch.cat([exchange.wait() for exchange in back]).to(x.dtype)
+            return order.combine(rows, is_compiled=self.is_compiled)
 
     def prepare(
         self, x: Tensor, decision: RoutingDecision, cuts: Sequence[Bounds]

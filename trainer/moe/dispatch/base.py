@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from trainer.moe.routing import RoutingDecision
+from trainer.stopwatch import Stopwatch
 
 # T tokens, R rows here, E_local experts here, D d_model.
 
@@ -36,11 +37,17 @@ class Dispatcher(ABC):
 
     is_compiled: bool = False
     """Compile what surrounds the sending, where it can be."""
+    stopwatch: Stopwatch = Stopwatch()
+    """Measures the three parts of `run`, if somebody starts it; `parallelize` gives the run's."""
 
     def run(self, x: Tensor, decision: RoutingDecision, experts: RunExperts) -> Tensor:
         """Return (T, D): what the experts make of x (T, D), weighted and summed."""
-        sent = self.dispatch(x, decision)
-        return self.combine(experts(sent.x, sent.rows_per_expert), sent)
+        with self.stopwatch.within("dispatch"):
+            sent = self.dispatch(x, decision)
+        with self.stopwatch.within("experts"):
+            y = experts(sent.x, sent.rows_per_expert)
+        with self.stopwatch.within("combine"):
+            return self.combine(y, sent)
 
     @abstractmethod
     def dispatch(self, x: Tensor, decision: RoutingDecision) -> Dispatched:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from tests.builders import make_engine_of, tiny_model_config
 from trainer.config.loader import load
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
-from trainer.engine.deepspeed.optimizer import moments, set_steps
+from trainer.engine.deepspeed.optimizer import moments_of, set_steps
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.prove.cases import all_cases, as_config, small, without_comparisons
@@ -210,9 +210,9 @@ class CountsInNumbers(torch.optim.Optimizer):
 def test_moments_and_counter_of_an_optimizer_that_counts_in_numbers() -> None:
     flat = torch.ones(3, requires_grad=True)
     optimizer = CountsInNumbers(flat)
-    found = moments(optimizer, flat)
+    found = moments_of(optimizer, flat)
     assert {key: tensor.tolist() for key, tensor in found.items()} == {"exp_avg": [0.0] * 3, "exp_avg_sq": [0.0] * 3}
     found["exp_avg"].fill_(2.0)
     set_steps(optimizer, 7)
     assert optimizer.state[flat]["step"] == 7 and isinstance(optimizer.state[flat]["step"], int)
-    assert moments(optimizer, flat)["exp_avg"].tolist() == [2.0] * 3
+    assert moments_of(optimizer, flat)["exp_avg"].tolist() == [2.0] * 3
