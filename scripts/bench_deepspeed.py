@@ -87,7 +87,7 @@ class TheirModel(nn.Module):
                     expert,
                     moe.num_experts,
                     ep_size,
-                    k=moe.top_k,
+                    k=int(moe.experts_per_token),
                     drop_tokens=moe.capacity.factor is not None,
                     capacity_factor=moe.capacity.factor or 1.0,
                     top2_2nd_expert_sampling=False,

@@ -30,7 +30,7 @@ def main() -> None:
     options = parser.parse_args()
     moe = load(CONFIG, [], ExperimentConfig).model.moe
     assert moe is not None, "the config is a mixture of experts"
-    twins = {"moe": [], "dense": ["model.moe=null", f"model.d_ff={moe.d_ff * moe.top_k}"]}
+    twins = {"moe": [], "dense": ["model.moe=null", f"model.d_ff={int(moe.d_ff * moe.experts_per_token)}"]}
     jobs = [(name, overrides, seed) for seed in options.seeds for name, overrides in twins.items()]
     with ThreadPoolExecutor(options.jobs) as pool:
         losses = list(pool.map(lambda job: train(options, *job), jobs))

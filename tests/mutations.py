@@ -78,8 +78,8 @@ def counts_after_drop() -> None:
 
     whole = layer.account
 
-    def wrong(routed: Any, limited: Any, context: Any) -> Any:
-        stats = whole(routed, limited, context)
+    def wrong(routed: Any, limited: Any, context: Any, **kwargs: Any) -> Any:
+        stats = whole(routed, limited, context, **kwargs)
         kept = replace(routed.decision, kept=limited.kept)
         return replace(stats, counts=whole(replace(routed, decision=kept), kept, context).counts)
 

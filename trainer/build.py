@@ -324,7 +324,7 @@ def resolve_kernel(config: ExperimentConfig, device: torch.device) -> Experiment
             device.type,
             dtype,
             cpu_vendor=runtime.cpu_vendor(),
-            rows_per_expert=tokens * moe.top_k // moe.num_experts,
+            rows_per_expert=int(tokens * moe.experts_per_token / moe.num_experts),
             d_model=config.model.d_model,
             d_ff=moe.d_ff,
         )

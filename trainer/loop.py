@@ -192,6 +192,7 @@ def log_step(run: Run, done: int, result: StepResult, *, lr: float, pace: StepPa
         "loss": result.loss,
         "balance_loss": result.balance_loss,
         "z_loss": result.z_loss,
+        **{f"{name}_loss": value for name, value in result.extra_losses.items()},
         "grad_norm": result.grad_norm,
         "lr": lr,
         "tokens_per_s": speed.tokens_per_s,
@@ -201,6 +202,7 @@ def log_step(run: Run, done: int, result: StepResult, *, lr: float, pace: StepPa
         "load_imbalance": None,
         "dead_experts": None,
         "router_entropy": None,
+        "experts_per_token": None,
         "skipped_steps": run.skipped_steps,
         "loss_spikes": run.spikes.count,
     }

@@ -175,7 +175,7 @@ def _header(run: Run) -> list[str | tuple[str, str]]:
     moe = config.model.moe
     experts = "dense"
     if moe is not None:
-        experts = f"{moe.num_experts} experts, {moe.top_k} for each token, router {moe.router.kind}"
+        experts = f"{moe.num_experts} experts, {moe.experts_per_token:.3g} for each token, router {moe.router.kind}"
     text = ", ".join(
         f"{domain} {file.num_bytes / 1e6:.1f} MB" for domain, file in zip(corpus.domains, corpus.train, strict=True)
     )

@@ -30,7 +30,7 @@ model:
   num_layers: 0
   moe:
     num_expert: 8
-    router: {kind: topp}
+    router: {kind: topk}
     balance: {coef: "0.01"}
     num_experts: -6
 trian: {}
@@ -395,8 +395,8 @@ CASES = [
          [("x.yaml:2:46: data.sources.0.domains.0: 'pyton' is not one of python, english, cpp; did "
            "you mean python?")]),
     Case("misspelled kind",
-         "name: x\nmodel: {moe: {router: {kind: topp}}}\n",
-         [f"x.yaml:2:30: model.moe.router.kind: 'topp' is not one of {ROUTERS}; did you mean top_k?"]),
+         "name: x\nmodel: {moe: {router: {kind: topk}}}\n",
+         [f"x.yaml:2:30: model.moe.router.kind: 'topk' is not one of {ROUTERS}; did you mean top_k?"]),
     Case("kind in capitals",
          "name: x\nmodel: {moe: {router: {kind: Top_K}}}\n",
          [f"x.yaml:2:30: model.moe.router.kind: 'Top_K' is not one of {ROUTERS}; did you mean top_k?"]),
@@ -839,7 +839,7 @@ CASES = [
          ["x.yaml:1:7: name: '../debug' is not a name; use at most 128 " + NAME_RULE,
           "x.yaml:3:15: model.num_layers: must be more than 0, got 0",
           "x.yaml:5:5: model.moe.num_expert: unknown key; did you mean num_experts?",
-          f"x.yaml:6:20: model.moe.router.kind: 'topp' is not one of {ROUTERS}; did you mean top_k?",
+          f"x.yaml:6:20: model.moe.router.kind: 'topk' is not one of {ROUTERS}; did you mean top_k?",
           "x.yaml:7:21: model.moe.balance.coef: expected a number, got '0.01'; remove the quotes",
           "x.yaml:8:18: model.moe.num_experts: must be more than 0, got -6",
           "x.yaml:9:1: trian: unknown key; did you mean train?",

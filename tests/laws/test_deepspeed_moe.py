@@ -127,7 +127,7 @@ def _ours(convention: Convention, mesh: Mesh) -> dict[str, Tensor]:
     x, cotangent = _x(mesh.layout.rank)
     out, stats = layer(x, make_context(ROWS, SEQ_LEN))
     tokens = Denominators(target_tokens=1, routed_tokens=ROWS * SEQ_LEN)
-    share_ = objective(torch.zeros(()), [stats], global_counts=None, denominators=tokens, config=config.moe)
+    share_ = objective(torch.zeros(()), [stats], known=None, denominators=tokens, config=config.moe)
     ((out * cotangent).sum() + share_.total).backward()
     assert bool(stats.dropped.sum() > 0) == convention.dropped
     return {

@@ -5,11 +5,12 @@ import torch
 
 from tests import reference
 from tests.builders import make_context, moe_config
-from trainer.moe.config import BalanceConfig
+from trainer.moe.balance import balance_loss
 from trainer.moe.dispatch.local import LocalDispatcher
 from trainer.moe.experts import Experts
 from trainer.moe.layer import MoELayer
-from trainer.moe.losses import Denominators, balance_loss, objective, z_loss
+from trainer.moe.losses import Denominators, objective, z_loss
+from trainer.moe.sums import LayerSums
 from trainer.ops.expert_ffn import Activation
 from trainer.ops.kernels import ExpertsKernel
 
@@ -135,12 +136,12 @@ def test_objective_equals_a_loop_for_every_scope_and_convention(router: dict, sc
     routed = _oracle(layer, x, valid, router)
     loss_sum = (x.sum() * 0.25).exp()  # any differentiable stand-in for a cross-entropy
     denominators = Denominators(target_tokens=5, routed_tokens=int(valid.sum()))
-    mine = objective(loss_sum, [stats, stats], global_counts=None, denominators=denominators, config=config)
+    mine = objective(loss_sum, [stats, stats], known=None, denominators=denominators, config=config)
 
     first_only = convention == "gshard_first_choice"
     balance = reference.balance_loss(routed, _scopes(scope, valid), first_choice_only=first_only)
     z = reference.z_loss(routed, [t for t in range(len(valid)) if valid[t]])
-    scale = {"hf": config.top_k, "megatron": 2}.get(convention, 1)  # two MoE layers
+    scale = {"hf": config.experts_per_token, "megatron": 2}.get(convention, 1)  # two MoE layers
     oracle = loss_sum / 5 + 0.5 * (2 * 0.7 * scale * balance + 2 * 0.3 * z) / int(valid.sum())
     _assert_same(mine.total, oracle, layer, x)
     torch.testing.assert_close(mine.balance_loss, (balance / valid.sum()).detach(), rtol=0, atol=TOLERANCE)
@@ -154,7 +155,8 @@ def test_global_counts_replace_this_micro_batch_s_own(router: dict) -> None:
     routed = _oracle(layer, x, valid, router)
     elsewhere = torch.tensor([5, 0, 2, 9])
     total = stats.counts.sum(0) + elsewhere
-    mine = balance_loss(stats, BalanceConfig(scope="global_batch"), global_counts=total)
+    config = moe_config(num_experts=NUM_EXPERTS, router=router, balance={"scope": "global_batch"})
+    mine = balance_loss(stats, config, known=LayerSums(counts=total))
     p_sum = torch.stack([routed.probs[t] for t in range(len(valid)) if valid[t]]).sum(0)
     oracle = sum(
         (NUM_EXPERTS * (int(total[e]) / int(total.sum())) * p_sum[e] for e in range(NUM_EXPERTS)),
@@ -178,5 +180,5 @@ def test_an_even_load_with_even_probabilities_gives_one_per_token(scope: str, to
     layer = _layer(router, "swiglu", "loop")
     layer.router.get_parameter("gate.weight").data.zero_()
     _, stats = layer(torch.zeros(2, 4, D_MODEL, dtype=torch.float64), make_context(2, 4))
-    config = BalanceConfig.model_validate({"scope": scope})
-    assert balance_loss(stats, config, global_counts=None).item() == pytest.approx(8.0)
+    config = moe_config(num_experts=NUM_EXPERTS, router=router, balance={"scope": scope})
+    assert balance_loss(stats, config, known=None).item() == pytest.approx(8.0)

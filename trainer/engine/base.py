@@ -6,7 +6,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -59,6 +59,8 @@ class StepResult:
     """Valid tokens in the global batch."""
     routing: RoutingSums | None
     """None for a dense model."""
+    extra_losses: dict[str, float] = field(default_factory=dict)
+    """The losses that are on besides these, by name, in the same units: without coefficient, but for `router`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

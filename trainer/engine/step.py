@@ -7,10 +7,12 @@ before the first forward pass. No factor of the number of micro-batches or ranks
 """
 
 import contextlib
+import functools
 import math
+import operator
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -31,8 +33,10 @@ from trainer.engine.sums import (
 )
 from trainer.models.gpt import GPT, GPTOutput
 from trainer.models.initialize import expert_parameters
-from trainer.moe.losses import Denominators, choice_counts, global_balance_loss, objective
+from trainer.moe.balance import global_balance_loss
+from trainer.moe.losses import Denominators, objective
 from trainer.moe.routing import RoutingOptions
+from trainer.moe.sums import LayerSums
 from trainer.parallel.shard import first_row, local
 
 
@@ -54,7 +58,7 @@ class Accumulated:
     own_objective: Tensor
     """This rank's share of the objective."""
     choices: Tensor
-    """(L, E) what the balance loss counts."""
+    """(L, E) what the balance loss counts; (L, E + 1) with null experts."""
     routing: RoutingSums | None
     grad_norm: Tensor
     """2-norm of the whole gradient, float64: each weight once, whoever holds it."""
@@ -74,7 +78,9 @@ class StepEngine(Engine):
         self.parameters = dict(model.named_parameters())
         self.first_expert = expert_parameters(model)
         self.optimizer_steps = 0
-        shape = (len(model.moe_layers()), self.moe_config.num_experts if self.moe_config else 0)
+        moe = self.moe_config
+        columns = 0 if moe is None else moe.num_experts + (moe.router.num_null_experts > 0)
+        shape = (len(model.moe_layers()), columns)
         # Before the first step no load is known, and an even one makes the balance loss its constant minimum.
         self.previous_counts = torch.ones(shape, dtype=torch.int64, device=self.device)
 
@@ -128,22 +134,19 @@ class StepEngine(Engine):
         batches = [batch.to(self.device) for batch in micro_batches]
         denominators = self._denominators(batches)
         options = RoutingOptions(noise_seed=self.numerics.seed)
-        counts = self._counts_before(batches, options)
+        before = self._known_before(batches, options)
         total, routing, choices = StepTotals(), None, torch.zeros_like(self.previous_counts)
         for batch in batches:
             journal.enter("forward")
             with self.autocast():
                 output = self.model(batch, options)
-            here = self._choices(output)
-            choices = choices + here
-            if self._global_counts == "running":
-                counts = choices
-            elif counts is None and self._global_counts == "exact" and self._has_balance_loss:
-                counts = self.mesh.world.sum_(here.clone())  # the only micro-batch: known now
+            here = self._layer_sums(output)
+            if here is not None:
+                choices = choices + here.counts
             share = objective(
                 output.loss_sum,
                 output.moe,
-                global_counts=counts,
+                known=self._known(before, here, choices),
                 denominators=denominators,
                 config=self.moe_config,
             )
@@ -155,8 +158,11 @@ class StepEngine(Engine):
         journal.enter("gradient sums")
         square, own_objective = self._sum_gradients(), torch.as_tensor(total.objective)
         total, choices, routing, square = self._sum_small(total, choices, routing, square)
-        if self._global_counts == "exact" and not self._has_balance_loss and total.prob_sum is not None:
-            total.balance_loss = global_balance_loss(choices, total.prob_sum, routed_tokens=denominators.routed_tokens)
+        if self._global_counts == "exact" and not self._needs_counts and total.prob_sum is not None:
+            assert self.moe_config is not None, "probabilities are of routers"
+            total.balance_loss = global_balance_loss(
+                choices, total.prob_sum, routed_tokens=denominators.routed_tokens, config=self.moe_config
+            )
         return Accumulated(
             total=total,
             own_objective=own_objective,
@@ -191,6 +197,7 @@ class StepEngine(Engine):
             loss=loss,
             balance_loss=None if total.balance_loss is None else float(total.balance_loss),
             z_loss=None if total.z_loss is None else float(total.z_loss),
+            extra_losses={name: float(value) for name, value in total.extra.items()},
             grad_norm=grad_norm,
             skipped=skipped,
             not_finite=not_finite,
@@ -286,26 +293,61 @@ class StepEngine(Engine):
         return balance.counts if balance is not None and balance.scope == "global_batch" else None
 
     @property
-    def _has_balance_loss(self) -> bool:
-        return self.moe_config is not None and self.moe_config.balance.coef > 0
+    def _needs_counts(self) -> bool:
+        """Tell whether a loss with a gradient is made of counts."""
+        moe = self.moe_config
+        return moe is not None and (moe.balance.coef > 0 or moe.device_balance.coef > 0)
 
-    def _counts_before(self, batches: Sequence[Batch], options: RoutingOptions) -> Tensor | None:
-        """Return the (L, E) counts of the whole step that make up f, or None where each micro-batch's own will do."""
+    @property
+    def _needs_variation(self) -> bool:
+        """Tell whether a loss over the global batch is a variation of its sums, which have no cheaper stand-in."""
+        cv = self.moe_config.cv_squared if self.moe_config else None
+        return cv is not None and cv.scope == "global_batch" and (cv.importance_coef > 0 or cv.load_coef > 0)
+
+    @property
+    def _needs_exact_sums(self) -> bool:
+        return self._needs_variation or (self._global_counts == "exact" and self._needs_counts)
+
+    def _known_before(self, batches: Sequence[Batch], options: RoutingOptions) -> LayerSums | None:
+        """Return the sums of the whole step, by a pass without gradients; None where no loss needs one."""
+        if len(batches) == 1 or not self._needs_exact_sums:
+            return None
+        with torch.no_grad(), self.autocast():
+            parts = [self._layer_sums(self.model(batch, options)) for batch in batches]
+        return self._over_ranks([part for part in parts if part is not None])
+
+    def _known(self, before: LayerSums | None, here: LayerSums | None, choices: Tensor) -> LayerSums | None:
+        """Return what the losses of a micro-batch may know of the step; None: only the micro-batch itself.
+
+        Args:
+            before: sums of the whole step, if there was a pass for them.
+            here: of this micro-batch.
+            choices: counts of the micro-batches so far, with this one.
+        """
+        if here is None:
+            return None
+        if before is None and self._needs_exact_sums:
+            before = self._over_ranks([here])  # the only micro-batch: known now
         match self._global_counts:
             case "previous_step":
-                return self.previous_counts
-            case "exact" if len(batches) > 1 and self._has_balance_loss:
-                with torch.no_grad(), self.autocast():
-                    here = torch.stack([self._choices(self.model(batch, options)) for batch in batches]).sum(0)
-                return self.mesh.world.sum_(here)
+                return replace(before or here, counts=self.previous_counts)
+            case "running":
+                return replace(before or here, counts=choices)
             case _:
-                return None
+                return before
 
-    def _choices(self, output: GPTOutput) -> Tensor:
-        """Return (L, E): a micro-batch's counts under the configured convention."""
+    def _over_ranks(self, parts: Sequence[LayerSums]) -> LayerSums | None:
+        """Add up the micro-batches of all ranks; None without a MoE layer."""
+        if not parts:
+            return None
+        here = functools.reduce(operator.add, parts)
+        return here.replaced(sum_together(here.tensors(), self.mesh.world))
+
+    def _layer_sums(self, output: GPTOutput) -> LayerSums | None:
+        """Return a micro-batch's sums under the configured convention; None without a MoE layer."""
         if self.moe_config is None or not output.moe:
-            return torch.zeros_like(self.previous_counts)
-        return torch.stack([choice_counts(stats, self.moe_config.balance).sum(0) for stats in output.moe])
+            return None
+        return LayerSums.of(output.moe, self.moe_config.balance)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return a context in which the model computes in the precision of training."""

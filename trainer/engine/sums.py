@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -26,7 +26,9 @@ class StepTotals:
     balance_loss: Tensor | None = None
     z_loss: Tensor | None = None
     prob_sum: Tensor | None = None
-    """(L, E) router probabilities over all rows."""
+    """(L, E) router probabilities over all rows; (L, E + 1) with null experts."""
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    """Further losses, by name."""
 
     def add(self, share: Objective, output: GPTOutput) -> None:
         """Add a micro-batch."""
@@ -38,11 +40,13 @@ class StepTotals:
             self.prob_sum = torch.stack(layers) + (0 if self.prob_sum is None else self.prob_sum)
         if share.z_loss is not None:
             self.z_loss = share.z_loss + (0 if self.z_loss is None else self.z_loss)
+        for name, value in share.extra.items():
+            self.extra[name] = value + self.extra.get(name, 0)
 
     def tensors(self) -> list[Tensor]:
         """Return the sums that there are, in a fixed order."""
         sums = (torch.as_tensor(self.loss), torch.as_tensor(self.objective))
-        every = (*sums, self.balance_loss, self.z_loss, self.prob_sum)
+        every = (*sums, self.balance_loss, self.z_loss, self.prob_sum, *self.extra.values())
         return [tensor for tensor in every if tensor is not None]
 
     def replaced(self, tensors: Sequence[Tensor]) -> Self:
@@ -54,6 +58,7 @@ class StepTotals:
             balance_loss=None if self.balance_loss is None else next(values),
             z_loss=None if self.z_loss is None else next(values),
             prob_sum=None if self.prob_sum is None else next(values),
+            extra={name: next(values) for name in self.extra},
         )
 
 

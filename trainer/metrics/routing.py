@@ -22,6 +22,7 @@ def routing_metrics(
         load_imbalance: busiest expert over the mean one, of the worst layer; 1 is even.
         dead_experts: experts without an assignment, over all layers.
         router_entropy: nats per token, mean over layers.
+        experts_per_token: experts that a token asked for, mean over layers; null experts are none.
     """
     load = counts.double()
     mean = load.mean(-1).clamp(min=1e-12)
@@ -31,4 +32,5 @@ def routing_metrics(
         "load_imbalance": float((load.amax(-1) / mean).max()),
         "dead_experts": float((counts == 0).sum()),
         "router_entropy": entropy,
+        "experts_per_token": float(load.sum()) / max(1.0, float(tokens.sum())),
     }

@@ -1,6 +1,6 @@
 """Parameters and floating-point operations of a model, counted from its modules and not from a list of names.
 
-# S tokens in a row, k experts per token, E experts, V vocabulary, D d_model.
+# S tokens in a row, E experts, V vocabulary, D d_model.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class ModelSize:
 
     total_parameters: int
     active_parameters: int
-    """Parameters that one token meets: k of E experts, everything else whole (the embedding included)."""
+    """Parameters that one token meets: those of its experts, everything else whole (the embedding included)."""
     forward_flops_per_token: int
     """Multiplications and additions in matrix products; attention scores all S x S pairs, as torch's counter does."""
 
@@ -40,7 +40,7 @@ def model_size(model: GPT) -> ModelSize:
         elif isinstance(module, Experts):
             assert moe is not None, "a model with experts has a moe section"
             weights = module.w_in.numel() + module.w_out.numel()
-            active = weights * moe.top_k // moe.num_experts
+            active = round(weights * moe.experts_per_token / moe.num_experts)
             idle += weights - active
             flops += 2 * active
     if model.head is None:

@@ -169,6 +169,9 @@ def build_moe(config: ModelConfig, layer: int, kernel: ExpertsKernel) -> MoELaye
         dispatcher=LocalDispatcher(),
         capacity=moe.capacity,
         shared=FeedForward(config, moe.num_shared_experts * moe.d_ff) if moe.num_shared_experts else None,
+        layer=layer,
+        wants_importance=moe.cv_squared.importance_coef > 0,
+        wants_likeness=moe.diversity_coef > 0,
     )
 
 

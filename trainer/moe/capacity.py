@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from trainer.moe.config import CapacityConfig
-from trainer.moe.routing import RoutingContext, RoutingDecision
+from trainer.moe.routing import Causality, RoutingContext, RoutingDecision
+from trainer.ops.noise import uniform
 
 
 def expert_capacity(assignments: int, num_experts: int, *, factor: float, minimum: int) -> int:
@@ -23,12 +24,30 @@ def expert_capacity(assignments: int, num_experts: int, *, factor: float, minimu
     return max(minimum, math.ceil(factor * assignments / num_experts - 1e-9))
 
 
-def limit_to_capacity(decision: RoutingDecision, capacity: CapacityConfig, context: RoutingContext) -> RoutingDecision:
+def capacity_causality(capacity: CapacityConfig) -> Causality:
+    """Return what it depends on whether a token is kept, while training."""
+    if capacity.factor is None:
+        return "strict"
+    if capacity.scope == "rank":
+        return "no"  # earlier rows take the room that later ones find
+    return "strict" if capacity.policy == "position" else "within_sequence"
+
+
+def limit_to_capacity(
+    decision: RoutingDecision, capacity: CapacityConfig, context: RoutingContext, *, salt: int = 0
+) -> RoutingDecision:
     """Drop the assignments that come after an expert is full; identity without a factor or under `context.dropless`.
 
     The returned `capacity` is static: B * C rows per expert for `scope: sequence`, C for `scope: rank`.
 
-    Source: GShard (arXiv 2006.16668) for `choice_major`; Riquelme et al. 2021 (arXiv 2106.05974) for `probability`.
+    Args:
+        decision: what the router wants.
+        capacity: how much an expert accepts, and who goes first.
+        context: of the same tokens.
+        salt: separates the layers' random orders.
+
+    Source: GShard (arXiv 2006.16668) for `choice_major`; Riquelme et al. 2021 (arXiv 2106.05974) for `probability`;
+        Kim et al. 2021 (arXiv 2109.10465) for `random`.
     """
     if capacity.factor is None or context.dropless:
         return decision
@@ -43,7 +62,9 @@ def limit_to_capacity(decision: RoutingDecision, capacity: CapacityConfig, conte
     queue = torch.where(
         limited, group * decision.num_experts + decision.expert_index, num_groups * decision.num_experts
     )
-    place = _place_in_queue(queue, _arrival_order(decision, capacity), num_groups * decision.num_experts + 1)
+    place = _place_in_queue(
+        queue, _arrival_order(decision, capacity, context, salt), num_groups * decision.num_experts + 1
+    )
     kept = decision.kept & (~limited | (place < per_group))
     weight = decision.combine_weight
     if capacity.renormalize_after_drop:
@@ -51,18 +72,22 @@ def limit_to_capacity(decision: RoutingDecision, capacity: CapacityConfig, conte
     return replace(decision, kept=kept, combine_weight=weight, capacity=num_groups * per_group)
 
 
-def _arrival_order(decision: RoutingDecision, capacity: CapacityConfig) -> Tensor:
+def _arrival_order(decision: RoutingDecision, capacity: CapacityConfig, context: RoutingContext, salt: int) -> Tensor:
     """Return (A,) assignments in the order in which they ask for room."""
     order = torch.arange(decision.expert_index.numel(), device=decision.expert_index.device)
     if capacity.policy == "position":
         return order  # token-major, then slot: the list's own order
+    if capacity.policy == "random":
+        if context.noise_key is None:
+            return order
+        drawn = uniform(context.noise_key, 1, salt=f"capacity {salt}").squeeze(-1)  # (T,)
+        return drawn[decision.token_index].argsort(stable=True)
     if capacity.policy == "probability":
         # Two equal tokens at the start of a row have equal weights but for rounding, which the layout can change;
         # compared to 12 bits they are equal, and the earlier one is kept under every layout.
         weight = (decision.combine_weight.detach() * 4096).round()
         return weight.argsort(descending=True, stable=True)
-    if decision.top_k is None:
-        raise ValueError("policy choice_major needs a router with the same number of experts for every token")
+    assert decision.top_k is not None, "a config with a capacity has a router with a fixed k"
     return order.view(decision.num_tokens, decision.top_k).t().reshape(-1)  # all first choices, then all second ones
 
 

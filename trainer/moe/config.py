@@ -6,7 +6,13 @@ from typing import Literal
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from trainer.config.base import Config, Problem
-from trainer.moe.routers.registry import RouterConfig, TopKOptions, TopKRouterConfig
+from trainer.moe.routers.registry import RouterConfig, TopKRouterConfig
+
+_OWN_ROOM = "this router decides by itself how many tokens an expert gets"
+_WHY_NO_CAPACITY = {
+    "dense": "the dense router sends every token to every expert",
+    "top_p": "how many experts tokens take under top_p is not known before, so no room can be sized by it",
+}
 
 
 class CapacityConfig(Config):
@@ -22,10 +28,11 @@ class CapacityConfig(Config):
     """Never less than this many rows, however short the sequence."""
     scope: Literal["sequence", "rank"] = "sequence"
     """Who shares the C rows: one sequence, or (as in other trainers, not layout-invariant) this rank's micro-batch."""
-    policy: Literal["position", "choice_major", "probability"] = "position"
-    """Who is kept: earlier tokens first; all first choices before any second (GShard); or heavier weights first.
+    policy: Literal["position", "choice_major", "probability", "random"] = "position"
+    """Who is kept: earlier tokens first; all first choices before any second (GShard); heavier weights first; or
+    tokens at random (DeepSpeed's random token selection; in evaluation by position).
 
-    Only `position` is causal: under the other two a later token can evict an earlier one.
+    Only `position` is causal: under the others a later token can evict an earlier one.
     """
     renormalize_after_drop: bool = False
     """Give a token's dropped weight to its surviving experts."""
@@ -64,6 +71,30 @@ class BalanceConfig(Config):
             yield Problem("counts", f"{self.counts} is for scope: global_batch, not {self.scope}; remove it")
 
 
+class CvSquaredConfig(Config):
+    """Squared coefficients of variation over experts: variance over squared mean, 0 when even (arXiv 1701.06538)."""
+
+    importance_coef: NonNegativeFloat = 0.0
+    """Weight of the importance loss: of the sums of the combine weights. 0 turns it off."""
+    load_coef: NonNegativeFloat = 0.0
+    """Weight of the load loss: of the smooth counts that `noisy_top_k` estimates. 0 turns it off."""
+    scope: Literal["sequence", "global_batch"] = "global_batch"
+    """Over which tokens is summed before the variation is taken. `global_batch` is exact however a step is cut."""
+
+
+class DeviceBalanceConfig(Config):
+    """The balance loss of groups of experts instead of experts (DeepSeek-V2, arXiv 2405.04434, eq. 29).
+
+    Groups are parts of the model, not of the machine: what they are does not change with `parallel`. Tokens are counted
+    over the same scope as by `balance`.
+    """
+
+    coef: NonNegativeFloat = 0.0
+    """Weight of the loss. 0 turns it off."""
+    groups: PositiveInt = 4
+    """Equal neighbouring parts that the experts are cut into."""
+
+
 class MoEConfig(Config):
     """The mixture-of-experts layers of the model."""
 
@@ -83,25 +114,49 @@ class MoEConfig(Config):
     """How much an expert accepts."""
     balance: BalanceConfig = BalanceConfig()
     """Load-balancing loss."""
+    cv_squared: CvSquaredConfig = CvSquaredConfig()
+    """Importance and load losses."""
+    device_balance: DeviceBalanceConfig = DeviceBalanceConfig()
+    """Load-balancing loss between groups of experts."""
+    diversity_coef: NonNegativeFloat = 0.0
+    """Weight of the mean squared cosine between the outputs of a token's experts: at 0 they are orthogonal."""
     z_loss_coef: NonNegativeFloat = 0.001
     """Weight of the mean squared logsumexp of the router logits (ST-MoE, arXiv 2202.08906). 0 turns it off."""
 
     @property
-    def top_k(self) -> int:
-        """Experts per token, k."""
-        return getattr(self.router, "top_k", self.num_experts)
+    def experts_per_token(self) -> float:
+        """How many of the routed experts compute a token: the mean if it is set, else the most it can be."""
+        return self.router.experts_per_token(self.num_experts)
 
     def problems(self) -> Iterator[Problem]:
         """Check the router against the experts."""
-        if self.top_k > self.num_experts:
-            yield Problem(
-                "router.top_k",
-                f"{self.top_k} is more than num_experts {self.num_experts}; use 1 to {self.num_experts}",
-            )
-        if self.router.kind == "dense" and self.capacity.factor is not None:
-            yield Problem("capacity.factor", "the dense router sends every token to every expert; use factor: null")
-        if self.balance.convention == "gshard_first_choice" and not isinstance(self.router, TopKOptions):
+        for problem in self.router.problems_among(self.num_experts):
+            yield Problem(f"router.{problem.key}", problem.message)
+        if self.capacity.factor is not None and not self.router.has_fixed_k:
+            yield Problem("capacity.factor", f"{_WHY_NO_CAPACITY.get(self.router.kind, _OWN_ROOM)}; use factor: null")
+        if self.balance.convention == "gshard_first_choice" and not self.router.ranks_choices:
             yield Problem(
                 "balance.convention",
                 f"gshard_first_choice needs a router that ranks its choices, not {self.router.kind}; use canonical",
             )
+        if self.balance.convention == "gshard_first_choice" and self.router.num_null_experts:
+            yield Problem("balance.convention", "gshard_first_choice knows no null experts; use canonical")
+        if self.cv_squared.load_coef and self.router.kind != "noisy_top_k":
+            yield Problem("cv_squared.load_coef", f"only noisy_top_k estimates a load, not {self.router.kind}; use 0")
+        yield from self._device_balance_problems()
+        if self.diversity_coef and self.router.experts_per_token(self.num_experts) <= 1:
+            yield Problem(
+                "diversity_coef", "needs tokens with two experts or more, whose outputs can be compared; use 0"
+            )
+
+    def _device_balance_problems(self) -> Iterator[Problem]:
+        groups = self.device_balance.groups
+        if self.device_balance.coef == 0:
+            return
+        if self.num_experts % groups:
+            yield Problem(
+                "device_balance.groups",
+                f"{groups} do not divide num_experts {self.num_experts} evenly; use a divisor",
+            )
+        if self.router.num_null_experts:
+            yield Problem("device_balance.coef", "null experts are in no group; use 0, or no null experts")

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from trainer.moe.capacity import limit_to_capacity
+from trainer.moe.capacity import capacity_causality, limit_to_capacity
 from trainer.moe.config import CapacityConfig
 from trainer.moe.dispatch.base import Dispatcher
 from trainer.moe.experts import Experts
-from trainer.moe.routing import Router, RoutingContext
+from trainer.moe.routing import Causality, Router, RoutingContext, weaker
 from trainer.moe.stats import MoEStats, account
 
 # B sequences, S tokens each, T = B * S, R rows, D d_model.
@@ -23,20 +23,44 @@ class MoELayer(nn.Module):
         dispatcher: Dispatcher,
         capacity: CapacityConfig,
         shared: nn.Module | None = None,
+        *,
+        layer: int = 0,
+        wants_importance: bool = False,
+        wants_likeness: bool = False,
     ) -> None:
+        """Put a layer together.
+
+        Args:
+            router: scores tokens.
+            experts: what is here of them.
+            dispatcher: moves rows to experts and back.
+            capacity: how much an expert accepts.
+            shared: what every token passes as well.
+            layer: number of the block, which separates random orders.
+            wants_importance: some loss is made of the sums of combine weights.
+            wants_likeness: some loss compares the outputs of a token's experts.
+        """
         super().__init__()
         self.router, self.experts, self.shared = router, experts, shared
-        self.dispatcher, self.capacity = dispatcher, capacity
+        self.dispatcher, self.capacity, self.layer = dispatcher, capacity, layer
+        self.wants_importance, self.wants_likeness = wants_importance, wants_likeness
+
+    @property
+    def causal(self) -> Causality:
+        """What a token's output depends on while training, with whoever else wants the same experts."""
+        return weaker(self.router.causal, capacity_causality(self.capacity))
 
     def forward(self, x: Tensor, context: RoutingContext) -> tuple[Tensor, MoEStats]:
         """Return the layer's output for x (B, S, D) and what it did; tokens that are not valid get 0."""
         tokens = x.flatten(0, 1)  # (T, D)
         routed = self.router(tokens, context)
-        decision = limit_to_capacity(routed.decision, self.capacity, context)
-        out = self.dispatcher.run(tokens.to(compute_dtype(tokens)), decision, self.experts).view(x.shape)
+        decision = limit_to_capacity(routed.decision, self.capacity, context, salt=self.layer)
+        outputs = self.dispatcher.outputs(tokens.to(compute_dtype(tokens)), decision, self.experts)
+        out = self.dispatcher.summed(outputs).view(x.shape)
         if self.shared is not None:
             out = out + self.shared(x) * context.valid.view(*x.shape[:2], 1)
-        return out, account(routed, decision, context)
+        likeness = outputs.likeness() if self.wants_likeness else None
+        return out, account(routed, decision, context, wants_importance=self.wants_importance, likeness=likeness)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -11,6 +11,12 @@ import torch
 from torch import Tensor, nn
 
 Causality = Literal["strict", "within_sequence", "no"]
+_WEAKEST_LAST: tuple[Causality, ...] = ("strict", "within_sequence", "no")
+
+
+def weaker(one: Causality, other: Causality) -> Causality:
+    """Return which of two promises says less."""
+    return max(one, other, key=_WEAKEST_LAST.index)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +55,16 @@ class RoutingContext:
     """Ignore the capacity."""
     counted: Tensor | None = None
     """bool, of valid tokens: which of them are in the statistics. None: all."""
+
+    @property
+    def is_training(self) -> bool:
+        """Training has noise, evaluation and generation have none."""
+        return self.noise_key is not None
+
+    @property
+    def valid_rows(self) -> Tensor:
+        """(B, S) bool."""
+        return self.valid.view(self.num_sequences, -1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +111,26 @@ class RoutingDecision:
             top_k=top_k,
         )
 
+    @classmethod
+    def from_mask(cls, chosen: Tensor, weight: Tensor, *, valid: Tensor) -> Self:
+        """Make the decision of a router that gives tokens different numbers of experts, listed in expert order.
+
+        Args:
+            chosen: (T, E) bool; of tokens that are not valid it does not matter.
+            weight: (T, E), of which the chosen entries are the combine weights.
+            valid: (T,) bool.
+        """
+        num_tokens, num_experts = chosen.shape
+        token_index, expert_index = (chosen & valid[:, None]).nonzero(as_tuple=True)  # waits for the device
+        return cls(
+            token_index=token_index,
+            expert_index=expert_index,
+            combine_weight=weight[token_index, expert_index],
+            kept=torch.ones_like(token_index, dtype=torch.bool),
+            num_tokens=num_tokens,
+            num_experts=num_experts,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterOutput:
@@ -104,14 +140,29 @@ class RouterOutput:
     logits: Tensor | None
     """(T, E) at least float32, raw: no selection bias. None: the router has none, and its z-loss is 0."""
     probs: Tensor | None
-    """(T, E) at least float32, each row sums to 1. None: the router has none, and its balance loss is 0."""
+    """(T, E) at least float32, each row sums to 1. None: the router has none, and its balance loss is 0.
+
+    With null experts (T, E + 1): the last column is all of them together.
+    """
+    load: Tensor | None = None
+    """(T, E) smooth estimate of how often a token goes to an expert, of routers whose noise gives one."""
+    loss: Tensor | None = None
+    """(T,) the router's own loss, its coefficient included; None: it has none."""
 
 
 class Router(nn.Module, ABC):
-    """Scores tokens. Knows no rank, no capacity and no loss."""
+    """Scores tokens. Knows no rank, no capacity and no loss of others."""
 
     causal: ClassVar[Causality] = "strict"
-    """`strict`: a token's experts depend on no later token. The capacity policy can weaken it."""
+    """What a token's experts depend on while training. The capacity policy can weaken it.
+
+    `strict`: on no later token. `within_sequence`: on later tokens, but of its own row only. `no`: on any.
+    """
+
+    @property
+    def causal_in_evaluation(self) -> Causality:
+        """The same without noise: in evaluation and generation."""
+        return self.causal
 
     @abstractmethod
     def forward(self, x: Tensor, context: RoutingContext) -> RouterOutput:

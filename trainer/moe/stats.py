@@ -31,44 +31,89 @@ class MoEStats:
     """(B,) int64 counted tokens."""
     entropy_sum: Tensor | None
     """(B,) entropy of the router probabilities, in nats; no gradient."""
+    null_counts: Tensor | None = None
+    """(B,) int64 assignments to null experts; None if the router has none, as for those below."""
+    importance: Tensor | None = None
+    """(B, E) combine weights before drops; like all below with gradient, and None where no loss needs it."""
+    load: Tensor | None = None
+    """(B, E) smooth counts."""
+    likeness_sum: Tensor | None = None
+    """(B,) mean squared cosine between the outputs of a token's experts."""
+    router_loss: Tensor | None = None
+    """(B,) the router's own loss, its coefficient included."""
 
 
-def account(routed: RouterOutput, limited: RoutingDecision, context: RoutingContext) -> MoEStats:
+def account(
+    routed: RouterOutput,
+    limited: RoutingDecision,
+    context: RoutingContext,
+    *,
+    wants_importance: bool = False,
+    likeness: Tensor | None = None,
+) -> MoEStats:
     """Sum up what a layer did.
 
     Args:
         routed: the router's output, before drops.
         limited: the same decision after `limit_to_capacity`.
         context: of the same tokens.
+        wants_importance: some loss is made of the sums of combine weights.
+        likeness: (T,) of the outputs of each token's experts, if some loss is made of it.
     """
     decision, rows = routed.decision, context.num_sequences
     counted = decision.kept if context.counted is None else decision.kept & context.counted[decision.token_index]
     row = context.sequence_index[decision.token_index]  # (A,)
     first = torch.ones_like(decision.kept)
     first[1:] = decision.token_index[1:] != decision.token_index[:-1]
-    prob_sum = z_sum = entropy_sum = None
-    tokens = (context.valid if context.counted is None else context.counted).view(rows, -1)
-    if routed.probs is not None:
-        probs = routed.probs.view(*tokens.shape, -1)  # (B, S, E)
-        prob_sum = (probs * tokens[..., None]).sum(1)
-        entropy = torch.special.entr(probs.detach()).sum(-1)
-        entropy_sum = (entropy * tokens).sum(1)
-    if routed.logits is not None:
-        z_sum = (routed.logits.logsumexp(-1).square().view(tokens.shape) * tokens).sum(1)
+    tokens = (context.valid if context.counted is None else context.counted).view(rows, -1)  # (B, S)
+
+    def per_row(values: Tensor | None) -> Tensor | None:
+        """Sum (T, ...) over the counted tokens of each row."""
+        if values is None:
+            return None
+        values = values.view(*tokens.shape, *values.shape[1:])  # (B, S, ...)
+        return (values * tokens.view(*tokens.shape, *(1 for _ in values.shape[2:]))).sum(1)
+
+    probs, logits = routed.probs, routed.logits
+    has_nulls = probs is not None and probs.shape[-1] > decision.num_experts
+    null = counted & (decision.expert_index >= decision.num_experts)
     return MoEStats(
         counts=_count(decision, row, counted, rows),
         first_choice_counts=_count(decision, row, counted & first, rows),
-        prob_sum=prob_sum,
-        z_sum=z_sum,
-        dropped=torch.bincount(row, weights=(counted & ~limited.kept).double(), minlength=rows).long(),
+        prob_sum=per_row(probs),
+        z_sum=per_row(None if logits is None else logits.logsumexp(-1).square()),
+        dropped=_sum_rows(counted & ~limited.kept, row, rows),
         tokens=tokens.sum(1),
-        entropy_sum=entropy_sum,
+        entropy_sum=per_row(None if probs is None else torch.special.entr(probs.detach()).sum(-1)),
+        null_counts=_sum_rows(null, row, rows) if has_nulls else None,
+        importance=_importance(decision, row, counted, rows) if wants_importance else None,
+        load=per_row(routed.load),
+        likeness_sum=per_row(likeness),
+        router_loss=per_row(routed.loss),
     )
+
+
+def _sum_rows(marked: Tensor, row: Tensor, rows: int) -> Tensor:
+    """Return (B,) int64: how many assignments of each row are marked."""
+    return torch.bincount(row, weights=marked.double(), minlength=rows).long()
+
+
+def _cells(decision: RoutingDecision, row: Tensor, counted: Tensor, rows: int) -> Tensor:
+    """Return (A,): number of the (row, expert) cell of each counted assignment, B * E for all others."""
+    counted = counted & (decision.expert_index < decision.num_experts)  # null experts have no column
+    return torch.where(counted, row * decision.num_experts + decision.expert_index, rows * decision.num_experts)
 
 
 def _count(decision: RoutingDecision, row: Tensor, counted: Tensor, rows: int) -> Tensor:
     """Return (B, E) counts of the assignments where `counted` (A,) holds."""
     cells = rows * decision.num_experts
-    counted = counted & (decision.expert_index < decision.num_experts)  # null experts have no column here
-    cell = torch.where(counted, row * decision.num_experts + decision.expert_index, cells)
-    return torch.bincount(cell, minlength=cells + 1)[:cells].view(rows, decision.num_experts)
+    per_cell = torch.bincount(_cells(decision, row, counted, rows), minlength=cells + 1)
+    return per_cell[:cells].view(rows, decision.num_experts)
+
+
+def _importance(decision: RoutingDecision, row: Tensor, counted: Tensor, rows: int) -> Tensor:
+    """Return (B, E) sums of the combine weights of the counted assignments."""
+    cells = rows * decision.num_experts
+    zero = decision.combine_weight.new_zeros(cells + 1)
+    sums = zero.index_add(0, _cells(decision, row, counted, rows), decision.combine_weight)
+    return sums[:cells].view(rows, decision.num_experts)

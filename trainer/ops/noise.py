@@ -5,6 +5,7 @@ Integers are 32-bit values held in int64 tensors: torch has no unsigned arithmet
 """
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def token_keys(seed: int, sample_id: Tensor, position: Tensor) -> Tensor:
     return mix32(mix32((sample_id & _MASK) ^ high) + position * _GOLDEN)
 
 
-def uniform(key: Tensor, num_columns: int, *, salt: int) -> Tensor:
+def uniform(key: Tensor, num_columns: int, *, salt: int | str) -> Tensor:
     """Return (T, num_columns) float32 from [0, 1), a function of the token's key, the column and the salt alone.
 
     Args:
@@ -51,3 +52,9 @@ def uniform(key: Tensor, num_columns: int, *, salt: int) -> Tensor:
     column = torch.arange(num_columns, device=key.device, dtype=torch.int64) * _GOLDEN
     bits = mix32(mix32(key ^ (stable_hash("salt", salt) & _MASK))[:, None] + column)  # (T, num_columns)
     return (bits >> 8).float() * 2.0**-24  # 24 bits: every value is exact in float32
+
+
+def standard_normal(key: Tensor, num_columns: int, *, salt: int | str) -> Tensor:
+    """Return (T, num_columns) float64 standard normal noise, as `uniform` does (Box and Muller 1958)."""
+    radius, angle = uniform(key, 2 * num_columns, salt=salt).double().chunk(2, dim=-1)
+    return (-2 * torch.log1p(-radius)).sqrt() * torch.cos(2 * math.pi * angle)

@@ -8,7 +8,18 @@ from torch import Tensor
 from trainer.models.gpt import parameter_role
 from trainer.prove.evidence import Evidence
 
-GROUPS = ("loss", "balance", "z", "norm", "gradient: dense", "gradient: router", "gradient: expert", "weights", "bias")
+GROUPS = (
+    "loss",
+    "balance",
+    "z",
+    "further",
+    "norm",
+    "gradient: dense",
+    "gradient: router",
+    "gradient: expert",
+    "weights",
+    "bias",
+)
 _WORST_NAMED = 1e-3
 """A ratio of two gradients counts as constant within this."""
 
@@ -55,14 +66,14 @@ def compare(mine: Evidence, reference: Evidence, *, tolerance: float, steps: int
             group = "bias" if name not in reference.gradients else "weights"
             errors.append((group, f"{name} after step {step + 1}", _tensor_error(here[name], tensor)))
 
-    scalars(0, "loss", "balance", "z")
+    scalars(0, "loss", "balance", "z", "further")
     for name in reversed(list(reference.gradients)):  # the backward pass begins at the end
         group = f"gradient: {_kind(name)}"
         errors.append((group, f"gradient of {name}", _tensor_error(mine.gradients[name], reference.gradients[name])))
     scalars(0, "norm")
     weights(0, mine.first_update, reference.first_update)
     for step in range(1, end):
-        scalars(step, "loss", "balance", "z", "norm")
+        scalars(step, "loss", "balance", "z", "further", "norm")
     if end == len(reference.losses):
         weights(end - 1, mine.last_update, reference.last_update)
     worst: dict[str, float] = {}
@@ -107,6 +118,7 @@ def diagnose(mine: Evidence, reference: Evidence, tolerance: float) -> str:
     for name, here, there in (
         ("balance loss", mine.balance_losses, reference.balance_losses),
         ("z-loss", mine.z_losses, reference.z_losses),
+        ("sum of further losses", mine.extra_losses, reference.extra_losses),
     ):
         if differs(here, there):
             return f"the {name} is {here[0] / there[0]:.4g} times that of one process: its counts or its divisor"

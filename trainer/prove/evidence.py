@@ -25,6 +25,8 @@ class Evidence:
     """Cross-entropy of every step."""
     balance_losses: list[float] = field(default_factory=list)
     z_losses: list[float] = field(default_factory=list)
+    extra_losses: list[float] = field(default_factory=list)
+    """The sum of all losses that are on besides."""
     grad_norms: list[float] = field(default_factory=list)
     counts: list[Tensor] = field(default_factory=list)
     """(L, E) assignments of every step, before drops."""
@@ -42,8 +44,14 @@ class Evidence:
     """Weights and buffers of which two ranks held different copies after the first step, or after the last."""
 
     def scalars(self, group: str) -> list[float]:
-        """Return every step's `loss`, `balance` or `z` loss or gradient `norm`."""
-        return {"loss": self.losses, "balance": self.balance_losses, "z": self.z_losses, "norm": self.grad_norms}[group]
+        """Return every step's `loss`, `balance`, `z` or `further` loss or gradient `norm`."""
+        return {
+            "loss": self.losses,
+            "balance": self.balance_losses,
+            "z": self.z_losses,
+            "further": self.extra_losses,
+            "norm": self.grad_norms,
+        }[group]
 
 
 def collect(config: ExperimentConfig, mesh: Mesh, *, steps: int) -> Evidence:
@@ -83,6 +91,8 @@ def _train(config: ExperimentConfig, engine: StepEngine, stream: TrainStream, me
             evidence.balance_losses.append(result.balance_loss)
         if result.z_loss is not None:
             evidence.z_losses.append(result.z_loss)
+        if result.extra_losses:
+            evidence.extra_losses.append(sum(result.extra_losses.values()))
         if result.routing is not None:
             evidence.counts.append(result.routing.counts)
             evidence.dropped.append(result.routing.dropped)

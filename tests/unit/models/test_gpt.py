@@ -105,6 +105,8 @@ def test_statistics_of_targets_and_of_what_is_only_read_are_those_of_all() -> No
     assert targets.tokens.tolist() == (mask & batch.valid).sum(1).tolist()
     assert every.dropped.sum() > 0
     for field in fields(every):
+        if getattr(every, field.name) is None:
+            continue  # of losses that are off
         torch.testing.assert_close(
             getattr(targets, field.name) + getattr(others, field.name), getattr(every, field.name)
         )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trainer.distributed.collectives import Exchange
 from trainer.moe.dispatch.all_to_all import AllToAllDispatcher, Bounds, Sent
-from trainer.moe.dispatch.base import Dispatched, RunExperts
+from trainer.moe.dispatch.base import Dispatched, Outputs, RunExperts
 from trainer.moe.dispatch.order import ExchangePlan, ExpertOrder, group_by_expert, plan_exchange
 from trainer.moe.routing import RoutingDecision
 from trainer.ops.permute import inverse_permute, permute
@@ -39,16 +39,16 @@ class AllGatherDispatcher(AllToAllDispatcher):
         arrived, plan = self._pick(everything, self.bounds)
         return Dispatched(x=arrived, rows_per_expert=plan.rows_per_expert, handle=Sent(everything.order, plan))
 
-    def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
-        """Gather all experts' rows, take those of this rank's tokens and sum them in slot order."""
+    def bring_back(self, y: Tensor, dispatched: Dispatched) -> Outputs:
+        """Gather all experts' rows and take those of this rank's tokens."""
         sent: Sent = dispatched.handle
         rows = self._mine(self._start_back(y, sent.plan).wait().to(y.dtype), sent.plan)
-        return sent.order.combine(rows, is_compiled=self.is_compiled)
+        return Outputs(rows=rows, order=sent.order, is_compiled=self.is_compiled)
 
-    def run(self, x: Tensor, decision: RoutingDecision, experts: RunExperts) -> Tensor:
+    def outputs(self, x: Tensor, decision: RoutingDecision, experts: RunExperts) -> Outputs:
         """Return what the experts make of x (T, D): part by part, each on its way back while others are computed."""
         if len(self.chunks.bounds) == 1:
-            return super().run(x, decision, experts)
+            return super().outputs(x, decision, experts)
         within = self.stopwatch.within
         with within("dispatch"):
             everything = self._gather(x, self.chunks.renumbered(decision))
@@ -62,7 +62,7 @@ class AllGatherDispatcher(AllToAllDispatcher):
                 back.append((self._start_back(y, plan), plan))
         with within("combine"):
             rows = torch.cat([self._mine(exchange.wait().to(x.dtype), plan) for exchange, plan in back])
-            return everything.order.combine(rows, is_compiled=self.is_compiled)
+            return Outputs(rows=rows, order=everything.order, is_compiled=self.is_compiled)
 
     def _gather(self, x: Tensor, decision: RoutingDecision) -> _Everything:
         order = group_by_expert(decision)

@@ -10,7 +10,7 @@ from torch import Tensor
 from trainer.distributed.collectives import Exchange, Group
 from trainer.distributed.layout import even_slices
 from trainer.errors import CommError
-from trainer.moe.dispatch.base import Dispatched, Dispatcher, RunExperts
+from trainer.moe.dispatch.base import Dispatched, Dispatcher, Outputs, RunExperts
 from trainer.moe.dispatch.chunks import Chunks
 from trainer.moe.dispatch.order import ExchangePlan, ExpertOrder, group_by_expert, plan_exchange
 from trainer.moe.routing import RoutingDecision
@@ -26,7 +26,7 @@ Bounds = Sequence[tuple[int, int]]
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """What `combine` must know of a `dispatch`."""
+    """What `bring_back` must know of a `dispatch`."""
 
     order: ExpertOrder
     plan: ExchangePlan
@@ -62,16 +62,16 @@ class AllToAllDispatcher(Dispatcher):
         arrived = permute(self.send(rows, plan.sizes), plan.order)
         return Dispatched(x=arrived, rows_per_expert=plan.rows_per_expert, handle=Sent(order, plan))
 
-    def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
-        """Send every row back and sum each token's with their weights, in slot order."""
+    def bring_back(self, y: Tensor, dispatched: Dispatched) -> Outputs:
+        """Send every row back."""
         sent: Sent = dispatched.handle
         rows = self.send(inverse_permute(y, sent.plan.order), sent.plan.sizes_back)
-        return sent.order.combine(rows, is_compiled=self.is_compiled)
+        return Outputs(rows=rows, order=sent.order, is_compiled=self.is_compiled)
 
-    def run(self, x: Tensor, decision: RoutingDecision, experts: RunExperts) -> Tensor:
+    def outputs(self, x: Tensor, decision: RoutingDecision, experts: RunExperts) -> Outputs:
         """Return what the experts make of x (T, D): part by part, each computed while others are under way."""
         if len(self.chunks.bounds) == 1:
-            return super().run(x, decision, experts)
+            return super().outputs(x, decision, experts)
         within = self.stopwatch.within
         with within("dispatch"):
             order, rows, plans = self.prepare(x, self.chunks.renumbered(decision), self.chunks.bounds)
@@ -87,7 +87,7 @@ class AllToAllDispatcher(Dispatcher):
                 back.append(self.start(inverse_permute(y, plan.order), plan.sizes_back))
         with within("combine"):
             rows = torch.cat([exchange.wait() for exchange in back]).to(x.dtype)
-            return order.combine(rows, is_compiled=self.is_compiled)
+            return Outputs(rows=rows, order=order, is_compiled=self.is_compiled)
 
     def prepare(
         self, x: Tensor, decision: RoutingDecision, cuts: Sequence[Bounds]

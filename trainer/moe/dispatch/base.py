@@ -4,12 +4,15 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from trainer.moe.dispatch.order import ExpertOrder
 from trainer.moe.routing import RoutingDecision
 from trainer.stopwatch import Stopwatch
 
-# T tokens, R rows here, E_local experts here, D d_model.
+# T tokens, k slots, R rows here, E_local experts here, D d_model.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +25,35 @@ class Dispatched:
     """(E_local,) int64, sums to R."""
     handle: Any
     """Opaque; only the dispatcher that made it reads it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outputs:
+    """What its experts made of each token, on the token's rank."""
+
+    rows: Tensor
+    """(R, D) in expert order."""
+    order: ExpertOrder
+    is_compiled: bool = False
+    """Compile what sums the rows, where it can be."""
+
+    def summed(self) -> Tensor:
+        """Return (T, D): each token's rows, weighted and summed in list order; a token without experts gets 0."""
+        return self.order.combine(self.rows, is_compiled=self.is_compiled)
+
+    def likeness(self) -> Tensor:
+        """Return (T,): how much the outputs of a token's experts are alike, the mean squared cosine of their pairs.
+
+        1: they are multiples of each other. 0: they are orthogonal, or there are fewer than two.
+        """
+        slots = self.order.row_of_slot  # (T, k)
+        rows = torch.cat([self.rows, self.rows.new_zeros(1, self.rows.shape[1])])
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        unit = F.normalize(rows.to(wide)[slots], dim=-1)  # (T, k, D); an empty slot is 0
+        squared = (unit @ unit.mT).square()  # (T, k, k)
+        has_row = (slots < len(self.rows)).sum(-1)  # (T,)
+        off_diagonal = squared.sum((1, 2)) - squared.diagonal(dim1=1, dim2=2).sum(-1)
+        return off_diagonal / (has_row * (has_row - 1)).clamp(min=1)
 
 
 class RunExperts(Protocol):
@@ -42,17 +74,26 @@ class Dispatcher(ABC):
 
     def run(self, x: Tensor, decision: RoutingDecision, experts: RunExperts) -> Tensor:
         """Return (T, D): what the experts make of x (T, D), weighted and summed."""
+        return self.summed(self.outputs(x, decision, experts))
+
+    def outputs(self, x: Tensor, decision: RoutingDecision, experts: RunExperts) -> Outputs:
+        """Return what the experts make of x (T, D), not summed yet."""
         with self.stopwatch.within("dispatch"):
             sent = self.dispatch(x, decision)
         with self.stopwatch.within("experts"):
             y = experts(sent.x, sent.rows_per_expert)
         with self.stopwatch.within("combine"):
-            return self.combine(y, sent)
+            return self.bring_back(y, sent)
+
+    def summed(self, outputs: Outputs) -> Tensor:
+        """Return (T, D): the weighted sums of a token's rows."""
+        with self.stopwatch.within("combine"):
+            return outputs.summed()
 
     @abstractmethod
     def dispatch(self, x: Tensor, decision: RoutingDecision) -> Dispatched:
         """Send each kept assignment's row of x (T, D) to its expert."""
 
     @abstractmethod
-    def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
-        """Bring y (R, D) back as (T, D): weighted, summed in list order; a token without experts gets 0."""
+    def bring_back(self, y: Tensor, dispatched: Dispatched) -> Outputs:
+        """Return the rows y (R, D) to the ranks of their tokens."""

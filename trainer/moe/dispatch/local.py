@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from trainer.moe.dispatch.base import Dispatched, Dispatcher
+from trainer.moe.dispatch.base import Dispatched, Dispatcher, Outputs
 from trainer.moe.dispatch.order import ExpertOrder, group_by_expert
 from trainer.moe.routing import RoutingDecision
 
@@ -15,7 +15,7 @@ class LocalDispatcher(Dispatcher):
         order = group_by_expert(decision)
         return Dispatched(x=order.gather(x), rows_per_expert=order.rows_per_expert, handle=order)
 
-    def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
-        """Sum each token's rows with their weights."""
+    def bring_back(self, y: Tensor, dispatched: Dispatched) -> Outputs:
+        """Return the rows as they are."""
         order: ExpertOrder = dispatched.handle
-        return order.combine(y, is_compiled=self.is_compiled)
+        return Outputs(rows=y, order=order, is_compiled=self.is_compiled)

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from trainer.moe.routers.registry import BiasBalancedRouterConfig
+from trainer.moe.routers.registry import BiasBalancedRouterConfig, GroupLimitedRouterConfig
 from trainer.moe.routers.top_k import TopKRouter
 
 
 class BiasBalancedRouter(TopKRouter):
     """Adds a bias to the scores for selection only.
 
-    After each step the bias rises for underused experts and falls for busy ones.
+    After each step the bias rises for underused experts and falls for busy ones; null experts have none.
 
     Source: Wang et al. 2024 (arXiv 2408.15664), sign update;
     counts are those before drops, over the whole optimizer step.
@@ -18,14 +18,23 @@ class BiasBalancedRouter(TopKRouter):
 
     bias: Tensor
 
-    def __init__(self, config: BiasBalancedRouterConfig, *, d_model: int, num_experts: int, layer: int) -> None:
-        super().__init__(config, d_model=d_model, num_experts=num_experts, layer=layer)
+    def __init__(
+        self,
+        config: BiasBalancedRouterConfig | GroupLimitedRouterConfig,
+        *,
+        d_model: int,
+        num_experts: int,
+        layer: int,
+    ) -> None:
+        super().__init__(config, config.score, d_model=d_model, num_experts=num_experts, layer=layer)
         self.bias_update_rate = config.bias_update_rate
         self.register_buffer("bias", torch.zeros(num_experts, dtype=torch.float32))
 
     def selection_scores(self, scores: Tensor) -> Tensor:
         """Return scores plus bias; the combine weights never see the bias."""
-        return scores + self.bias
+        if self.config.null_experts == 0:
+            return scores + self.bias
+        return scores + torch.nn.functional.pad(self.bias, (0, self.config.null_experts))
 
     @torch.no_grad()
     def update(self, tokens_per_expert: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Every router's options, and the union of them that `model.moe.router` accepts. Imports no torch.
+"""Every router's config, and the union of them that `model.moe.router` accepts. Imports no torch.
 
 To add a router: one implementation file beside this one, one config class here, one name in `RouterConfig`.
 """
@@ -6,57 +6,103 @@ To add a router: one implementation file beside this one, one config class here,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from trainer.config.base import Config, Problem
+from trainer.config.base import Problem
+from trainer.moe.routers.options import (
+    AssignmentOptions,
+    JitterOptions,
+    LookAheadOptions,
+    RouterOptions,
+    Score,
+    TopKOptions,
+)
 
 if TYPE_CHECKING:
     from trainer.moe.routing import Router
 
-
-class TopKOptions(Config):
-    """What every router that keeps the k best-scored experts of a token has in common."""
-
-    top_k: PositiveInt = 2
-    """Experts per token, k."""
-    normalize: bool = True
-    """Divide the k combine weights by their sum. False keeps the raw scores."""
-    scale: PositiveFloat = 1.0
-    """Factor on the combine weights, after normalisation (DeepSeek's routed scaling factor)."""
-    jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Multiply what the gate reads by uniform noise from [1 - jitter, 1 + jitter] while training."""
-
-    def problems(self) -> Iterator[Problem]:
-        """Refuse a router that the language-model loss could never train."""
-        if self.top_k == 1 and self.normalize:
-            yield Problem(
-                "normalize",
-                "true with top_k 1 makes every combine weight the constant 1, so the router gets no gradient; "
-                "set normalize: false, or top_k: 2 or more",
-            )
+# Token choice: every token takes its best experts, whatever others take.
 
 
 class TopKRouterConfig(TopKOptions):
     """Token choice: every token goes to its k best experts (Shazeer et al. 2017, arXiv 1701.06538)."""
 
     kind: Literal["top_k"] = "top_k"
-    score: Literal["softmax", "sigmoid"] = "softmax"
+    score: Score = "softmax"
     """How logits become scores: over all experts together, or each expert by itself."""
 
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
         """Make the router of MoE layer `layer`."""
         from trainer.moe.routers.top_k import TopKRouter
 
-        return TopKRouter(self, d_model=d_model, num_experts=num_experts, layer=layer)
+        return TopKRouter(self, self.score, d_model=d_model, num_experts=num_experts, layer=layer)
+
+
+class SwitchRouterConfig(TopKOptions):
+    """Switch Transformer's router: one expert, its raw probability as weight, jitter (arXiv 2101.03961)."""
+
+    kind: Literal["switch"] = "switch"
+    top_k: PositiveInt = 1
+    """Experts per token, k."""
+    normalize: bool = False
+    """Divide the k combine weights by their sum. False keeps the raw scores."""
+    jitter: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Multiply what the gate reads by uniform noise from [1 - jitter, 1 + jitter] while training."""
+
+    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
+        """Make the router of MoE layer `layer`."""
+        from trainer.moe.routers.top_k import TopKRouter
+
+        return TopKRouter(self, "softmax", d_model=d_model, num_experts=num_experts, layer=layer)
+
+
+class GShardRouterConfig(TopKOptions):
+    """GShard's router: two experts, the second one drawn by its weight while training (arXiv 2006.16668)."""
+
+    kind: Literal["gshard"] = "gshard"
+    random_second: bool = True
+    """While training, keep a token's later choices only with probability min(1, k * weight)."""
+
+    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
+        """Make the router of MoE layer `layer`."""
+        from trainer.moe.routers.gshard import GShardRouter
+
+        return GShardRouter(self, d_model=d_model, num_experts=num_experts, layer=layer)
+
+
+class NoisyTopKRouterConfig(TopKOptions):
+    """Top-k of logits plus noise, whose size per expert and token is learned (Shazeer et al. 2017, 1701.06538)."""
+
+    kind: Literal["noisy_top_k"] = "noisy_top_k"
+
+    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
+        """Make the router of MoE layer `layer`."""
+        from trainer.moe.routers.noisy_top_k import NoisyTopKRouter
+
+        return NoisyTopKRouter(self, d_model=d_model, num_experts=num_experts, layer=layer)
+
+
+class CosineRouterConfig(TopKOptions):
+    """Top-k by the angle between a projected token and each expert's direction (X-MoE, arXiv 2204.09179)."""
+
+    kind: Literal["cosine"] = "cosine"
+    d_proj: PositiveInt = 64
+    """Width that tokens are projected to."""
+
+    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
+        """Make the router of MoE layer `layer`."""
+        from trainer.moe.routers.cosine import CosineRouter
+
+        return CosineRouter(self, d_model=d_model, num_experts=num_experts, layer=layer)
 
 
 class BiasBalancedRouterConfig(TopKOptions):
     """Top-k with a selection bias that evens out the load without a loss term (arXiv 2408.15664)."""
 
     kind: Literal["bias_balanced"] = "bias_balanced"
-    score: Literal["softmax", "sigmoid"] = "sigmoid"
+    score: Score = "sigmoid"
     """How logits become scores: over all experts together, or each expert by itself."""
     bias_update_rate: NonNegativeFloat = 0.001
     """Gamma: what the bias of an expert moves by in one optimizer step."""
@@ -68,7 +114,184 @@ class BiasBalancedRouterConfig(TopKOptions):
         return BiasBalancedRouter(self, d_model=d_model, num_experts=num_experts, layer=layer)
 
 
-class DenseRouterConfig(Config):
+class GroupLimitedRouterConfig(TopKOptions):
+    """Top-k within a token's best groups of experts, so that it visits few nodes (DeepSeek-V2 and V3)."""
+
+    kind: Literal["group_limited"] = "group_limited"
+    score: Score = "sigmoid"
+    """How logits become scores: over all experts together, or each expert by itself."""
+    bias_update_rate: NonNegativeFloat = 0.0
+    """As of `bias_balanced`; 0 is no bias."""
+    groups: PositiveInt = 4
+    """Equal neighbouring parts that the experts are cut into."""
+    groups_kept: PositiveInt = 2
+    """Groups that a token's experts may be in."""
+    group_score: Literal["best_two", "best"] = "best_two"
+    """What a group counts for a token: the sum of its two best scores (V3, 2412.19437) or the best (V2, 2405.04434)."""
+
+    def problems_among(self, num_experts: int) -> Iterator[Problem]:
+        """Refuse groups that cannot be."""
+        if num_experts % self.groups:
+            yield Problem("groups", f"{self.groups} do not divide num_experts {num_experts} evenly; use a divisor")
+            return
+        if self.groups_kept > self.groups:
+            yield Problem("groups_kept", f"{self.groups_kept} is more than groups {self.groups}")
+        within = self.groups_kept * num_experts // self.groups
+        if self.top_k > within:
+            yield Problem(
+                "top_k",
+                f"{self.top_k} is more than the {within} experts of groups_kept {self.groups_kept}; keep more groups",
+            )
+
+    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
+        """Make the router of MoE layer `layer`."""
+        from trainer.moe.routers.group_limited import GroupLimitedRouter
+
+        return GroupLimitedRouter(self, d_model=d_model, num_experts=num_experts, layer=layer)
+
+
+class TopPRouterConfig(JitterOptions):
+    """As many experts as it takes to hold the probability p (Huang et al. 2024, arXiv 2403.07652)."""
+
+    kind: Literal["top_p"] = "top_p"
+    p: Annotated[float, Field(gt=0, le=1)] = 0.4
+    """A token takes its likeliest experts until their probabilities add up to this."""
+    max_experts: PositiveInt | None = None
+    """Most experts per token; null: all of them."""
+    normalize: bool = False
+    """Divide a token's combine weights by their sum. False keeps the probabilities, which a lone expert learns by."""
+    sparsity_coef: NonNegativeFloat = 1e-4
+    """Weight of the sparsity loss: the entropy of the probabilities, which few experts hold when it is small."""
+
+    def experts_per_token(self, num_experts: int) -> float:
+        """Return the most experts that a token can take."""
+        return min(num_experts, self.max_experts or num_experts)
+
+    def problems_among(self, num_experts: int) -> Iterator[Problem]:
+        """Refuse a limit that is none, and a router that is never trained."""
+        if self.max_experts is not None and self.max_experts > num_experts:
+            yield Problem("max_experts", f"{self.max_experts} is more than num_experts {num_experts}; remove it")
+        if self.max_experts == 1 and self.normalize:
+            yield Problem("normalize", "true with max_experts 1 makes every combine weight the constant 1; use false")
+
+    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
+        """Make the router of MoE layer `layer`."""
+        from trainer.moe.routers.top_p import TopPRouter
+
+        return TopPRouter(self, d_model=d_model, num_experts=num_experts, layer=layer)
+
+
+# Assignment: the tokens of a sequence are given to experts together, which looks ahead.
+
+
+class ExpertChoiceRouterConfig(AssignmentOptions):
+    """Every expert takes the tokens of a sequence that score best for it (Zhou et al. 2022, arXiv 2202.09368)."""
+
+    kind: Literal["expert_choice"] = "expert_choice"
+
+    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
+        """Make the router of MoE layer `layer`."""
+        from trainer.moe.routers.expert_choice import ExpertChoiceRouter
+
+        return ExpertChoiceRouter(self, d_model=d_model, num_experts=num_experts)
+
+
+class LinearProgramRouterConfig(AssignmentOptions):
+    """The best assignment there is: the 0-1 programme of the first founding document, solved exactly."""
+
+    kind: Literal["linear_program"] = "linear_program"
+
+    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
+        """Make the router of MoE layer `layer`."""
+        from trainer.moe.routers.linear_program import LinearProgramRouter
+
+        return LinearProgramRouter(self, d_model=d_model, num_experts=num_experts)
+
+
+class GreedyRouterConfig(AssignmentOptions):
+    """The same programme's greedy heuristic: the best pair of token and expert first, while there is room."""
+
+    kind: Literal["greedy"] = "greedy"
+
+    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
+        """Make the router of MoE layer `layer`."""
+        from trainer.moe.routers.greedy import GreedyRouter
+
+        return GreedyRouter(self, d_model=d_model, num_experts=num_experts)
+
+
+class BaseRouterConfig(LookAheadOptions):
+    """One expert per token, all equally loaded, at the best sum of logits (BASE, Lewis et al. 2021, 2103.16716)."""
+
+    kind: Literal["base"] = "base"
+
+    def experts_per_token(self, num_experts: int) -> float:
+        """Return 1."""
+        return 1
+
+    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
+        """Make the router of MoE layer `layer`."""
+        from trainer.moe.routers.base import BaseRouter
+
+        return BaseRouter(self, d_model=d_model, num_experts=num_experts)
+
+
+class SinkhornRouterConfig(LookAheadOptions):
+    """Top-k of a balanced transport plan of the logits (S-BASE, Clark et al. 2022, arXiv 2202.01169)."""
+
+    has_fixed_k: ClassVar[bool] = True
+    kind: Literal["sinkhorn"] = "sinkhorn"
+    top_k: PositiveInt = 1
+    """Experts per token, k."""
+    score: Score = "sigmoid"
+    """How a logit becomes its expert's combine weight."""
+    iterations: PositiveInt = 30
+    """How often rows and columns of the plan are scaled."""
+
+    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
+        """Make the router of MoE layer `layer`."""
+        from trainer.moe.routers.sinkhorn import SinkhornRouter
+
+        return SinkhornRouter(self, d_model=d_model, num_experts=num_experts)
+
+
+class MixtureOfDepthsRouterConfig(LookAheadOptions):
+    """Some tokens of a sequence pass the feed-forward network, the others go around it (arXiv 2404.02258).
+
+    With `num_experts: 1` the layer's one expert is that network.
+    """
+
+    kind: Literal["mixture_of_depths"] = "mixture_of_depths"
+    share: Annotated[float, Field(gt=0, le=1)] = 0.125
+    """Share of a sequence's tokens that are computed, rounded up."""
+    predictor_coef: NonNegativeFloat = 0.01
+    """Weight of the loss that teaches a token's logit its own sign: positive if it is among the computed.
+
+    In evaluation the sign alone decides, which looks at no later token.
+    """
+
+    def experts_per_token(self, num_experts: int) -> float:
+        """Return the share of tokens that are computed."""
+        return self.share
+
+    def problems_among(self, num_experts: int) -> Iterator[Problem]:
+        """Refuse more than one network."""
+        if num_experts != 1:
+            yield Problem(
+                "kind", f"mixture_of_depths has one network to go around; use num_experts: 1, not {num_experts}"
+            )
+
+    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
+        """Make the router of MoE layer `layer`."""
+        from trainer.moe.routers.mixture_of_depths import MixtureOfDepthsRouter
+
+        return MixtureOfDepthsRouter(self, d_model=d_model)
+
+
+# Not learned.
+
+
+class DenseRouterConfig(RouterOptions):
     """Every expert for every token, weighted by the softmax of the scores: y = sum_i g_i(x) e_i(x)."""
 
     kind: Literal["dense"] = "dense"
@@ -80,9 +303,42 @@ class DenseRouterConfig(Config):
         return DenseRouter(d_model=d_model, num_experts=num_experts)
 
 
-class RoundRobinRouterConfig(Config):
+class HashRouterConfig(RouterOptions):
+    """Experts by a hash of the token's id, with equal weights (Roller et al. 2021, arXiv 2106.04426)."""
+
+    has_fixed_k: ClassVar[bool] = True
+    kind: Literal["hash"] = "hash"
+    top_k: PositiveInt = 1
+    """Experts per token, k; all different."""
+    salt: NonNegativeInt = 0
+    """Another salt is another hash."""
+
+    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
+        """Make the router of MoE layer `layer`."""
+        from trainer.moe.routers.hash import HashRouter
+
+        return HashRouter(self, num_experts=num_experts, layer=layer)
+
+
+class RandomRouterConfig(RouterOptions):
+    """Experts at random for every token, with equal weights: what routing must beat."""
+
+    has_fixed_k: ClassVar[bool] = True
+    kind: Literal["random"] = "random"
+    top_k: PositiveInt = 2
+    """Experts per token, k; all different."""
+
+    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
+        """Make the router of MoE layer `layer`."""
+        from trainer.moe.routers.random import RandomRouter
+
+        return RandomRouter(self, num_experts=num_experts, layer=layer)
+
+
+class RoundRobinRouterConfig(RouterOptions):
     """Experts in turn by position, with equal weights: perfect balance, nothing learned. For benchmarks."""
 
+    has_fixed_k: ClassVar[bool] = True
     kind: Literal["round_robin"] = "round_robin"
     top_k: PositiveInt = 2
     """Experts per token, k."""
@@ -95,6 +351,23 @@ class RoundRobinRouterConfig(Config):
 
 
 RouterConfig = Annotated[
-    TopKRouterConfig | BiasBalancedRouterConfig | DenseRouterConfig | RoundRobinRouterConfig,
+    TopKRouterConfig
+    | BiasBalancedRouterConfig
+    | GroupLimitedRouterConfig
+    | SwitchRouterConfig
+    | GShardRouterConfig
+    | NoisyTopKRouterConfig
+    | CosineRouterConfig
+    | TopPRouterConfig
+    | ExpertChoiceRouterConfig
+    | SinkhornRouterConfig
+    | BaseRouterConfig
+    | LinearProgramRouterConfig
+    | GreedyRouterConfig
+    | MixtureOfDepthsRouterConfig
+    | HashRouterConfig
+    | RandomRouterConfig
+    | DenseRouterConfig
+    | RoundRobinRouterConfig,
     Field(discriminator="kind"),
 ]

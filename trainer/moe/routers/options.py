@@ -1,0 +1,101 @@
+"""What several routers' options have in common. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from trainer.config.base import Config, Problem
+
+Score = Literal["softmax", "sigmoid"]
+
+
+class RouterOptions(Config):
+    """What a config must say of every router."""
+
+    ranks_choices: ClassVar[bool] = False
+    """Every token has k experts, the best one first."""
+    has_fixed_k: ClassVar[bool] = False
+    """Every token asks for k experts, so that a capacity can be sized before anything is routed."""
+
+    @property
+    def num_null_experts(self) -> int:
+        """How many experts that compute nothing a token can choose."""
+        return getattr(self, "null_experts", 0)
+
+    def experts_per_token(self, num_experts: int) -> float:
+        """Return how many of the experts compute a token: the mean if it is set, else the most it can be."""
+        return getattr(self, "top_k", num_experts)
+
+    def problems_among(self, num_experts: int) -> Iterator[Problem]:
+        """Refuse options that do not go with so many experts."""
+        top_k = getattr(self, "top_k", 1)
+        if top_k > num_experts:
+            yield Problem("top_k", f"{top_k} is more than num_experts {num_experts}; use 1 to {num_experts}")
+
+
+class JitterOptions(RouterOptions):
+    """Of routers that read the token through a gate."""
+
+    jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Multiply what the gate reads by uniform noise from [1 - jitter, 1 + jitter] while training."""
+
+
+class TopKOptions(JitterOptions):
+    """What every router that keeps the k best-scored experts of a token has in common."""
+
+    ranks_choices: ClassVar[bool] = True
+    has_fixed_k: ClassVar[bool] = True
+
+    top_k: PositiveInt = 2
+    """Experts per token, k."""
+    normalize: bool = True
+    """Divide the k combine weights by their sum. False keeps the raw scores."""
+    scale: PositiveFloat = 1.0
+    """Factor on the combine weights, after normalisation (DeepSeek's routed scaling factor)."""
+    null_experts: NonNegativeInt = 0
+    """Experts that compute nothing and can be among a token's k, so that easy tokens take fewer (MoE++, 2410.07348).
+
+    Their scores count in the normalisation, and what they would weigh is left out of the sum. The balance loss evens
+    them out with the rest: a token then has k * E / (E + null_experts) experts on average.
+    """
+
+    def experts_per_token(self, num_experts: int) -> float:
+        """Return how many of the experts compute a token when the load is even."""
+        return self.top_k * num_experts / (num_experts + self.null_experts)
+
+    def problems(self) -> Iterator[Problem]:
+        """Refuse a router that the language-model loss could never train."""
+        yield from super().problems()
+        if self.top_k == 1 and self.normalize:
+            yield Problem(
+                "normalize",
+                "true with top_k 1 makes every combine weight the constant 1, so the router gets no gradient; "
+                "set normalize: false, or top_k: 2 or more",
+            )
+
+    def problems_among(self, num_experts: int) -> Iterator[Problem]:
+        """Refuse more choices than there are."""
+        choices = num_experts + self.null_experts
+        if self.top_k > choices:
+            nulls = f" and {self.null_experts} null experts" if self.null_experts else ""
+            yield Problem("top_k", f"{self.top_k} is more than num_experts {num_experts}{nulls}; use 1 to {choices}")
+
+
+class LookAheadOptions(RouterOptions):
+    """What every router that decides all tokens of a sequence together has in common."""
+
+    evaluation: Literal["top_k", "same"] = "top_k"
+    """How evaluation and generation route: each token takes its k best-scored experts, which looks at no later token;
+    or as in training, and then a held-out loss is of a model that has seen what it predicts."""
+
+
+class AssignmentOptions(LookAheadOptions):
+    """Of routers that give experts to a sequence's tokens within the room that experts have."""
+
+    top_k: PositiveInt = 2
+    """Most experts per token, k."""
+    room: PositiveFloat = 1.0
+    """Tokens that an expert takes of a sequence of n, in units of its fair share k * n / E; rounded up."""

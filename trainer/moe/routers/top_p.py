@@ -1,0 +1,53 @@
+"""As many experts as a token needs: the likeliest ones, until they hold the probability p."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from trainer.moe.routers.registry import TopPRouterConfig
+from trainer.moe.routers.top_k import gate_logits, jittered
+from trainer.moe.routing import Causality, Router, RouterOutput, RoutingContext, RoutingDecision
+
+# T tokens, E experts, D d_model.
+
+
+class TopPRouter(Router):
+    """Takes the smallest set of likeliest experts whose probabilities add up to p; equal ones in expert order.
+
+    An unsure token takes many experts and a sure one few. Without a price they would all become unsure, so the loss of
+    the router is sparsity_coef times the entropy of its probabilities.
+
+    Source: Huang et al. 2024 (arXiv 2403.07652), eqs. 5 to 7.
+    """
+
+    causal: ClassVar[Causality] = "strict"
+
+    def __init__(self, config: TopPRouterConfig, *, d_model: int, num_experts: int, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.gate = nn.Linear(d_model, num_experts, bias=False)
+
+    def forward(self, x: Tensor, context: RoutingContext) -> RouterOutput:
+        """Route tokens x (T, D)."""
+        logits = gate_logits(self.gate, jittered(x, context, self.config.jitter, salt=self.layer))  # (T, E)
+        probs = logits.softmax(-1)
+        at_most = context.top_k or self.config.max_experts or probs.shape[-1]
+        chosen = likeliest(probs.detach(), self.config.p, at_most)
+        weight = probs / (probs * chosen).sum(-1, keepdim=True) if self.config.normalize else probs
+        return RouterOutput(
+            decision=RoutingDecision.from_mask(chosen, weight, valid=context.valid),
+            logits=logits,
+            probs=probs,
+            loss=self.config.sparsity_coef * torch.special.entr(probs).sum(-1) if self.config.sparsity_coef else None,
+        )
+
+
+def likeliest(probs: Tensor, p: float, at_most: int) -> Tensor:
+    """Return (T, E) bool: the fewest entries of probs (T, E), likeliest first, that add up to p, or `at_most`."""
+    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered  # what the ones ahead add up to
+    taken = before < p
+    taken[:, at_most:] = False
+    taken[:, 0] = True
+    return torch.zeros_like(taken).scatter(-1, order, taken)

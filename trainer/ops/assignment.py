@@ -1,0 +1,118 @@
+"""Assignments of tokens to experts that have room for so many: the best one, the greedy one, and a balanced plan.
+
+The programme, whose 0-1 form is the first founding document's (section 4.2):
+
+    maximise  sum over t, e of score_te x_te
+    subject to  sum_e x_te <= k      each token has k experts at most
+                sum_t x_te <= C      each expert has room for C tokens
+                0 <= x_te <= 1
+
+Its matrix is the incidence matrix of a bipartite graph, which is totally unimodular: the vertices of the linear
+programme are integral, so its solution is the solution of the 0-1 programme (Hoffman and Kruskal 1956). The dual price
+of an expert's room says what one more place would be worth; with prices v, every token's best k by score - v are the
+solution, so -v is what the bias of a bias-balanced router should be.
+
+# n tokens, E experts, k experts per token, C places per expert.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment, linprog
+from scipy.sparse import eye_array as identity
+from scipy.sparse import kron, vstack
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """The best assignment and what it says about the experts."""
+
+    chosen: Tensor
+    """(n, E) bool."""
+    prices: Tensor
+    """(E,) float64, not negative: what one more place at an expert would add to the sum of scores."""
+
+
+def linear_program(scores: Tensor, *, top_k: int, room: int) -> Solution:
+    """Solve the programme exactly, with HiGHS' dual simplex.
+
+    Args:
+        scores: (n, E), none below 0: then no place that could be filled stays empty.
+        top_k: k.
+        room: C.
+    """
+    n, num_experts = scores.shape
+    if n == 0:
+        return Solution(torch.zeros_like(scores, dtype=torch.bool), torch.zeros(num_experts, dtype=torch.float64))
+    of_tokens = kron(identity(n), np.ones((1, num_experts)))  # (n, n E)
+    of_experts = kron(np.ones((1, n)), identity(num_experts))  # (E, n E)
+    limits = np.concatenate([np.full(n, float(top_k)), np.full(num_experts, float(room))])
+    solved = linprog(
+        -scores.detach().double().cpu().numpy().ravel(),
+        A_ub=vstack([of_tokens, of_experts], format="csr"),
+        b_ub=limits,
+        bounds=(0, 1),
+        method="highs-ds",
+        options={"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10},
+    )
+    if solved.status != 0:
+        raise ArithmeticError(f"the linear programme of {n} tokens and {num_experts} experts: {solved.message}")
+    chosen = torch.from_numpy(solved.x.reshape(n, num_experts) > 0.5)
+    prices = torch.from_numpy(-np.asarray(solved.ineqlin.marginals)[n:]).clamp(min=0)
+    return Solution(chosen.to(scores.device), prices)
+
+
+def greedy(scores: Tensor, *, top_k: int, room: int) -> Tensor:
+    """Return (n, E) bool: pairs by falling score, each taken if its token and its expert still have room.
+
+    Equal scores go by token, then by expert. At least half of the best sum (Fisher, Nemhauser and Wolsey 1978: the
+    pairs that fit are the intersection of two matroids).
+    """
+    n, num_experts = scores.shape
+    order = scores.detach().flatten().sort(descending=True, stable=True).indices.tolist()
+    wants, has_room = [top_k] * n, [room] * num_experts
+    taken = []
+    for pair in order:
+        token, expert = divmod(pair, num_experts)
+        if wants[token] and has_room[expert]:
+            wants[token] -= 1
+            has_room[expert] -= 1
+            taken.append(pair)
+    chosen = torch.zeros(n * num_experts, dtype=torch.bool, device=scores.device)
+    chosen[taken] = True
+    return chosen.view(n, num_experts)
+
+
+def balanced(scores: Tensor) -> Tensor:
+    """Return (n,) int64: one expert for each token, ceil(n / E) tokens for an expert at most, at the best sum.
+
+    Args:
+        scores: (n, E), of any sign.
+    """
+    n, num_experts = scores.shape
+    places = -(-n // num_experts)
+    value = scores.detach().double().cpu().numpy().repeat(places, axis=1)  # (n, E * places), an expert's side by side
+    _, place = linear_sum_assignment(value, maximize=True)
+    return torch.from_numpy(place // max(1, places)).to(scores.device)
+
+
+def transport_plan(logits: Tensor, valid: Tensor, *, iterations: int) -> Tensor:
+    """Return (B, S, E) log of a plan that moves each sequence's tokens evenly onto experts (Sinkhorn and Knopp 1967).
+
+    exp(logits) is scaled by rows and columns in turn: tokens end up with equal sums, and experts as well. In logarithms
+    and float64, with a fixed number of rounds: a sequence's plan does not depend on its neighbours in the batch.
+
+    Args:
+        logits: (B, S, E).
+        valid: (B, S) bool; other tokens have no mass, and -inf in the plan.
+        iterations: rounds.
+    """
+    plan = logits.detach().double().masked_fill(~valid[..., None], -torch.inf)
+    num_valid = valid.sum(1).clamp(min=1).double()[:, None, None]
+    for _ in range(iterations):
+        plan = plan - plan.logsumexp(1, keepdim=True).nan_to_num(neginf=0.0)  # columns: an equal share each
+        plan = plan + (num_valid / plan.shape[-1]).log()
+        plan = plan - plan.logsumexp(2, keepdim=True).nan_to_num(neginf=0.0)  # rows: every token once
+    return plan
