@@ -39,6 +39,26 @@ MODELS = {
     "shared expert, dense router": {"router": {"kind": "dense"}, "num_shared_experts": 1},
 }
 
+OTHER_ROUTERS = {
+    kind: {"router": {"kind": kind}}
+    for kind in (
+        *("group_limited", "switch", "cosine", "top_p", "expert_choice", "sinkhorn", "base"),
+        *("linear_program", "greedy", "hash", "random"),
+    )
+} | {
+    "gshard, random tokens": {
+        "router": {"kind": "gshard"},
+        "capacity": {"factor": 1.0, "min": 1, "policy": "random"},
+    },
+    "noisy_top_k, importance, load": {
+        "router": {"kind": "noisy_top_k"},
+        "cv_squared": {"importance_coef": 0.3, "load_coef": 0.3},
+    },
+    "null experts": {"router": {"kind": "top_k", "top_k": 3, "null_experts": 3}},
+    "device balance, diversity": {"device_balance": {"coef": 0.2, "groups": 4}, "diversity_coef": 0.5},
+    "mixture_of_depths": {"router": {"kind": "mixture_of_depths", "share": 0.5}, "num_experts": 1},
+}
+
 
 def _engine(moe: dict, mesh: Mesh, parallel: dict, *, is_packed: bool) -> NativeEngine:
     config = tiny_model_config(
@@ -71,6 +91,7 @@ def train(layout: Layout, moe: dict, parallel: dict, num_pieces: int, is_packed:
         assert routing is not None
         entropy = 0.0 if routing.entropy_sum is None else float(routing.entropy_sum.sum())
         curve.append([result.loss, result.balance_loss or 0.0, result.z_loss or 0.0, result.grad_norm, entropy])
+        curve[-1].append(sum(result.extra_losses.values()))
         curve[-1] += [float(result.num_tokens), *routing.dropped.tolist(), *routing.counts.flatten().tolist()]
     return {"curve": torch.tensor(curve, dtype=torch.float64), "state": engine.state()}
 
@@ -123,6 +144,14 @@ def _compare(
 @pytest.mark.parametrize("moe", MODELS.values(), ids=MODELS.keys())
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_many_ranks_learn_what_one_process_learns(ranks: Ranks, layout: tuple[int, int], moe: dict) -> None:
+    _compare(ranks, layout, moe, {})
+
+
+@pytest.mark.parametrize("moe", OTHER_ROUTERS.values(), ids=OTHER_ROUTERS.keys())
+@pytest.mark.parametrize("layout", [(2, 1), (2, 2), (4, 4)], ids=["2 ranks, ep 1", "2 ranks, ep 2", "4 ranks, ep 4"])
+def test_every_router_and_loss_learns_the_same_on_many_ranks(ranks: Ranks, layout: tuple[int, int], moe: dict) -> None:
+    if layout[1] > moe.get("num_experts", 8):
+        pytest.skip("more ranks than experts")
     _compare(ranks, layout, moe, {})
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from trainer.moe.config import CapacityConfig
 from trainer.moe.routing import Causality, RoutingContext, RoutingDecision
 from trainer.ops.noise import uniform
+from trainer.ops.select import coarse
 
 
 def expert_capacity(assignments: int, num_experts: int, *, factor: float, minimum: int) -> int:
@@ -83,10 +84,7 @@ def _arrival_order(decision: RoutingDecision, capacity: CapacityConfig, context:
         drawn = uniform(context.noise_key, 1, salt=f"capacity {salt}").squeeze(-1)  # (T,)
         return drawn[decision.token_index].argsort(stable=True)
     if capacity.policy == "probability":
-        # Two equal tokens at the start of a row have equal weights but for rounding, which the layout can change;
-        # compared to 12 bits they are equal, and the earlier one is kept under every layout.
-        weight = (decision.combine_weight.detach() * 4096).round()
-        return weight.argsort(descending=True, stable=True)
+        return coarse(decision.combine_weight.detach()).argsort(descending=True, stable=True)
     assert decision.top_k is not None, "a config with a capacity has a router with a fixed k"
     return order.view(decision.num_tokens, decision.top_k).t().reshape(-1)  # all first choices, then all second ones
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trainer.ops.assignment import Solution, linear_program
-from trainer.ops.select import first_top_k
+from trainer.ops.select import coarse, first_top_k
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +61,7 @@ def measure(scores: Tensor, chosen: Tensor, *, top_k: int, room: int) -> tuple[M
     """Measure a choice for one sequence.
 
     Args:
-        scores: (n, E) what a pair of token and expert is worth, none below 0.
+        scores: (n, E) what a pair of token and expert is worth, none below 0; to 12 bits, as routers compare tokens.
         chosen: (n, E) bool, the router's choice before any drops.
         top_k: k.
         room: C.
@@ -69,7 +69,7 @@ def measure(scores: Tensor, chosen: Tensor, *, top_k: int, room: int) -> tuple[M
     Returns:
         The measurement, and the optimum with the experts' prices.
     """
-    scores = scores.detach().double()
+    scores = coarse(scores.detach().double())
     best = linear_program(scores, top_k=top_k, room=room)
     kept = within_room(scores, chosen, top_k=top_k, room=room)
     return (

@@ -9,6 +9,8 @@ from tests.builders import make_context
 from trainer.moe.capacity import expert_capacity, limit_to_capacity
 from trainer.moe.config import CapacityConfig
 from trainer.moe.routing import RoutingContext, RoutingDecision
+from trainer.ops.noise import uniform
+from trainer.ops.select import coarse
 
 
 def _decision(
@@ -29,7 +31,10 @@ def _kept_by_a_loop(decision: RoutingDecision, config: CapacityConfig, context: 
     if config.policy == "choice_major":
         assignments.sort(key=lambda a: (a % k, a // k))
     elif config.policy == "probability":
-        assignments.sort(key=lambda a: (-round(float(decision.combine_weight[a]) * 4096), a))
+        assignments.sort(key=lambda a: (-float(coarse(decision.combine_weight[a])), a))
+    elif config.policy == "random" and context.noise_key is not None:
+        drawn = uniform(context.noise_key, 1, salt="capacity 0").flatten().tolist()
+        assignments.sort(key=lambda a: (drawn[int(decision.token_index[a])], a))
     rows = context.num_sequences if config.scope == "sequence" else 1
     capacity = expert_capacity(
         len(assignments) // rows, decision.num_experts, factor=config.factor or 1.0, minimum=config.min
@@ -61,10 +66,12 @@ def _cases(draw: st.DrawFn) -> tuple[RoutingDecision, RoutingContext, CapacityCo
         factor=draw(st.sampled_from([0.1, 0.5, 1.0, 1.1, 1.25, 4.0])),
         min=draw(st.integers(1, 3)),
         scope=draw(st.sampled_from(["sequence", "rank"])),
-        policy=draw(st.sampled_from(["position", "choice_major", "probability"])),
+        policy=draw(st.sampled_from(["position", "choice_major", "probability", "random"])),
         renormalize_after_drop=draw(st.booleans()),
     )
-    return _decision(experts, weights, valid, num_experts), make_context(rows, seq_len, torch.tensor(valid)), config
+    key = torch.arange(tokens) if draw(st.booleans()) else None
+    context = make_context(rows, seq_len, torch.tensor(valid), noise_key=key)
+    return _decision(experts, weights, valid, num_experts), context, config
 
 
 @settings(max_examples=300, deadline=None)
@@ -142,14 +149,15 @@ def test_filling_takes_no_place() -> None:
     assert limited.kept.tolist() == [False, True, True]
 
 
-@pytest.mark.parametrize("policy", ["position", "choice_major", "probability"])
+@pytest.mark.parametrize("policy", ["position", "choice_major", "probability", "random"])
 def test_only_the_position_policy_is_causal(policy: str) -> None:
     """Change the last token's experts; what happens to the ones before may not depend on it."""
     config = CapacityConfig.model_validate({"factor": 0.5, "min": 1, "policy": policy})
     early = [[1, 0], [0, 1], [1, 0]]
     weights = [[0.6, 0.4], [0.7, 0.3], [0.55, 0.45]]
     kept = []
-    for last, heavy in (([0, 1], 0.99), ([1, 0], 0.99)):
-        decision = _decision([*early, last], [*weights, [heavy, 0.01]], [True] * 4, 2)
-        kept.append(limit_to_capacity(decision, config, make_context(1, 4)).kept[:6].tolist())
+    for last, heavy in (([0, 2], 0.99), ([1, 2], 0.99)):
+        decision = _decision([*early, last], [*weights, [heavy, 0.01]], [True] * 4, 3)
+        context = make_context(1, 4, noise_key=torch.arange(4) + 3)  # the last token draws the first place
+        kept.append(limit_to_capacity(decision, config, context).kept[:6].tolist())
     assert (kept[0] == kept[1]) == (policy == "position")

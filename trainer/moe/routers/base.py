@@ -8,7 +8,7 @@ from trainer.moe.routers.registry import BaseRouterConfig
 from trainer.moe.routers.top_k import gate_logits
 from trainer.moe.routing import RouterOutput, RoutingContext, RoutingDecision
 from trainer.ops.assignment import balanced
-from trainer.ops.select import first_top_k
+from trainer.ops.select import coarse_logits, first_top_k
 
 # B sequences, T tokens, n valid tokens of one sequence, E experts, D d_model.
 
@@ -32,7 +32,7 @@ class BaseRouter(LookAheadRouter):
         logits = gate_logits(self.gate, x)  # (T, E)
         expert = first_top_k(logits.detach(), context.top_k or 1)  # (T, 1)
         if self.looks_ahead(context) and context.top_k in (None, 1):
-            rows = logits.detach().view(*context.valid_rows.shape, -1)  # (B, S, E)
+            rows = coarse_logits(logits.detach()).view(*context.valid_rows.shape, -1)  # (B, S, E)
             assigned = torch.zeros_like(context.valid_rows, dtype=torch.int64)
             for row, valid in enumerate(context.valid_rows):
                 assigned[row, valid] = balanced(rows[row, valid])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trainer.moe.routers.options import AssignmentOptions, LookAheadOptions
 from trainer.moe.routers.top_k import gate_logits
 from trainer.moe.routing import Causality, Router, RouterOutput, RoutingContext, RoutingDecision
-from trainer.ops.select import first_top_k
+from trainer.ops.select import coarse, first_top_k
 
 
 class LookAheadRouter(Router):
@@ -65,7 +65,7 @@ class AssignmentRouter(LookAheadRouter):
 
     def _assign_rows(self, scores: Tensor, context: RoutingContext, top_k: int) -> Tensor:
         """Return (T, E) bool, one sequence at a time."""
-        rows = scores.view(*context.valid_rows.shape, -1)  # (B, S, E)
+        rows = coarse(scores).view(*context.valid_rows.shape, -1)  # (B, S, E)
         chosen = torch.zeros_like(rows, dtype=torch.bool)
         for row, valid in enumerate(context.valid_rows):
             room = places(int(valid.sum()), rows.shape[-1], top_k=top_k, room=self.room)

@@ -8,7 +8,7 @@ from trainer.moe.routers.look_ahead import LookAheadRouter, places
 from trainer.moe.routers.registry import MixtureOfDepthsRouterConfig
 from trainer.moe.routers.top_k import gate_logits
 from trainer.moe.routing import RouterOutput, RoutingContext, RoutingDecision
-from trainer.ops.select import first_top_k
+from trainer.ops.select import coarse_logits, first_top_k
 
 # B sequences of S tokens, T = B * S, n valid tokens of one sequence, D d_model.
 
@@ -34,7 +34,7 @@ class MixtureOfDepthsRouter(LookAheadRouter):
         if not self.looks_ahead(context):
             chosen = logits.detach() > 0
         else:
-            rows = logits.detach().view(context.valid_rows.shape)  # (B, S)
+            rows = coarse_logits(logits.detach()).view(context.valid_rows.shape)  # (B, S)
             chosen = torch.zeros_like(rows, dtype=torch.bool)
             for row, valid in enumerate(context.valid_rows):
                 num_computed = places(int(valid.sum()), 1, top_k=1, room=self.config.share)

@@ -21,6 +21,11 @@ class RouterOptions(Config):
     """Every token asks for k experts, so that a capacity can be sized before anything is routed."""
 
     @property
+    def weight_sum(self) -> float | None:
+        """What a token's combine weights add up to; None: it depends on the token."""
+        return None
+
+    @property
     def num_null_experts(self) -> int:
         """How many experts that compute nothing a token can choose."""
         return getattr(self, "null_experts", 0)
@@ -62,6 +67,11 @@ class TopKOptions(JitterOptions):
     them out with the rest: a token then has k * E / (E + null_experts) experts on average.
     """
 
+    @property
+    def weight_sum(self) -> float | None:
+        """The scale, if weights are normalised."""
+        return self.scale if self.normalize else None
+
     def experts_per_token(self, num_experts: int) -> float:
         """Return how many of the experts compute a token when the load is even."""
         return self.top_k * num_experts / (num_experts + self.null_experts)
@@ -82,6 +92,17 @@ class TopKOptions(JitterOptions):
         if self.top_k > choices:
             nulls = f" and {self.null_experts} null experts" if self.null_experts else ""
             yield Problem("top_k", f"{self.top_k} is more than num_experts {num_experts}{nulls}; use 1 to {choices}")
+
+
+class EvenOptions(RouterOptions):
+    """Of routers that give a token k experts with equal weights."""
+
+    has_fixed_k: ClassVar[bool] = True
+
+    @property
+    def weight_sum(self) -> float | None:
+        """Return 1."""
+        return 1.0
 
 
 class LookAheadOptions(RouterOptions):

@@ -13,6 +13,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from trainer.config.base import Problem
 from trainer.moe.routers.options import (
     AssignmentOptions,
+    EvenOptions,
     JitterOptions,
     LookAheadOptions,
     RouterOptions,
@@ -163,6 +164,11 @@ class TopPRouterConfig(JitterOptions):
     sparsity_coef: NonNegativeFloat = 1e-4
     """Weight of the sparsity loss: the entropy of the probabilities, which few experts hold when it is small."""
 
+    @property
+    def weight_sum(self) -> float | None:
+        """1, if weights are normalised."""
+        return 1.0 if self.normalize else None
+
     def experts_per_token(self, num_experts: int) -> float:
         """Return the most experts that a token can take."""
         return min(num_experts, self.max_experts or num_experts)
@@ -296,6 +302,11 @@ class DenseRouterConfig(RouterOptions):
 
     kind: Literal["dense"] = "dense"
 
+    @property
+    def weight_sum(self) -> float | None:
+        """Return 1."""
+        return 1.0
+
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
         """Make the router of MoE layer `layer`."""
         from trainer.moe.routers.dense import DenseRouter
@@ -303,10 +314,9 @@ class DenseRouterConfig(RouterOptions):
         return DenseRouter(d_model=d_model, num_experts=num_experts)
 
 
-class HashRouterConfig(RouterOptions):
+class HashRouterConfig(EvenOptions):
     """Experts by a hash of the token's id, with equal weights (Roller et al. 2021, arXiv 2106.04426)."""
 
-    has_fixed_k: ClassVar[bool] = True
     kind: Literal["hash"] = "hash"
     top_k: PositiveInt = 1
     """Experts per token, k; all different."""
@@ -320,10 +330,9 @@ class HashRouterConfig(RouterOptions):
         return HashRouter(self, num_experts=num_experts, layer=layer)
 
 
-class RandomRouterConfig(RouterOptions):
+class RandomRouterConfig(EvenOptions):
     """Experts at random for every token, with equal weights: what routing must beat."""
 
-    has_fixed_k: ClassVar[bool] = True
     kind: Literal["random"] = "random"
     top_k: PositiveInt = 2
     """Experts per token, k; all different."""
@@ -335,10 +344,9 @@ class RandomRouterConfig(RouterOptions):
         return RandomRouter(self, num_experts=num_experts, layer=layer)
 
 
-class RoundRobinRouterConfig(RouterOptions):
+class RoundRobinRouterConfig(EvenOptions):
     """Experts in turn by position, with equal weights: perfect balance, nothing learned. For benchmarks."""
 
-    has_fixed_k: ClassVar[bool] = True
     kind: Literal["round_robin"] = "round_robin"
     top_k: PositiveInt = 2
     """Experts per token, k."""

@@ -1,0 +1,211 @@
+"""What every router must keep, as checks that a router added by a user can be given as well.
+
+# B sequences of S tokens, T = B * S, k experts per token, E experts.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.builders import make_context
+from trainer.moe.capacity import expert_capacity, limit_to_capacity
+from trainer.moe.config import CapacityConfig
+from trainer.moe.routers.options import AssignmentOptions, RouterOptions
+from trainer.moe.routing import Router, RoutingContext, RoutingDecision
+from trainer.ops.noise import token_keys
+
+B, S, D = 3, 8, 6
+
+
+def make(config: RouterOptions, num_experts: int, *, spread: float = 0.8, seed: int = 0) -> Router:
+    """A router in float64 with weights of some size."""
+    router = config.build(d_model=D, num_experts=num_experts, layer=0).double()  # type: ignore[attr-defined]
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in router.parameters():
+        parameter.data.normal_(0, spread, generator=generator)
+    for buffer in router.buffers():
+        buffer.copy_(torch.linspace(-0.1, 0.1, buffer.numel()))
+    return router
+
+
+def make_x(seed: int = 0, rows: int = B) -> Tensor:
+    return torch.randn(rows * S, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def context_of(*, is_training: bool, rows: int = B, valid: Tensor | None = None, seed: int = 0) -> RoutingContext:
+    """Token ids, and noise if training, that differ from token to token."""
+    ids = torch.randint(0, 99, (rows * S,), generator=torch.Generator().manual_seed(seed))
+    context = make_context(rows, S, valid)
+    key = token_keys(seed, context.sequence_index, context.position) if is_training else None
+    return replace(context, token_ids=ids, noise_key=key)
+
+
+def matrix(decision: RoutingDecision) -> Tensor:
+    """(T, E) the weights of what is kept, NaN elsewhere: which experts a token has, and how much they count."""
+    cells = torch.full((decision.num_tokens, decision.num_experts), torch.nan, dtype=torch.float64)
+    kept = decision.kept & (decision.expert_index < decision.num_experts)
+    cells[decision.token_index[kept], decision.expert_index[kept]] = decision.combine_weight.detach()[kept].double()
+    return cells
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.nan_to_num(-7), b.nan_to_num(-7))
+
+
+def is_well_formed(config: RouterOptions, num_experts: int) -> None:
+    """Experts of a token are different and exist, weights are as declared, the list is in order, filling has none."""
+    valid = torch.rand(B * S, generator=torch.Generator().manual_seed(5)) < 0.8
+    for is_training in (True, False):
+        output = make(config, num_experts)(make_x(), context_of(is_training=is_training, valid=valid))
+        decision = output.decision
+        assert decision.num_tokens == B * S and decision.num_experts == num_experts
+        assert (decision.token_index.diff() >= 0).all(), "listed by token"
+        assert not decision.kept[~valid[decision.token_index]].any(), "filling has no experts"
+        pairs = list(zip(decision.token_index.tolist(), decision.expert_index.tolist(), strict=True))
+        assert len(pairs) == len(set(pairs)), "no expert twice"
+        assert (decision.expert_index >= 0).all()
+        assert (decision.expert_index < num_experts + config.num_null_experts).all()
+        weight = decision.combine_weight
+        assert weight.dtype == torch.float64 and torch.isfinite(weight).all() and (weight >= 0).all()
+        if decision.top_k is not None:
+            assert len(pairs) == B * S * decision.top_k
+            assert decision.token_index.tolist() == [t for t in range(B * S) for _ in range(decision.top_k)]
+        if config.weight_sum is not None:
+            sums = torch.zeros(B * S, dtype=torch.float64).index_add(0, decision.token_index, weight.detach())
+            torch.testing.assert_close(sums[valid], torch.full_like(sums[valid], config.weight_sum))
+        if output.probs is not None:
+            assert output.probs.shape == (B * S, num_experts + (config.num_null_experts > 0))
+            torch.testing.assert_close(output.probs.sum(-1), torch.ones(B * S, dtype=torch.float64))
+        if config.has_fixed_k:
+            assert decision.top_k is not None
+        if config.ranks_choices and not hasattr(make(config, num_experts), "bias"):
+            assert (weight.view(B * S, -1).diff(dim=1) <= 1e-12).all(), "the best one first"
+
+
+def filling_changes_nothing(config: RouterOptions, num_experts: int) -> None:
+    """What stands in filling, and how much of it there is, changes nothing for the tokens."""
+    router, x = make(config, num_experts), make_x()
+    valid = (torch.arange(S) < torch.tensor([[S], [5], [3]])).flatten()
+    for is_training in (True, False):
+        context = context_of(is_training=is_training, valid=valid)
+        other = torch.where(valid[:, None], x, 100 * make_x(seed=9))
+        assert same(matrix(router(x, context).decision), matrix(router(other, context).decision))
+
+
+def rows_do_not_see_each_other(config: RouterOptions, num_experts: int) -> None:
+    """A row alone is routed as in company, which is what makes a router independent of the layout."""
+    router, x = make(config, num_experts), make_x()
+    for is_training in (True, False):
+        context = context_of(is_training=is_training)
+        together = matrix(router(x, context).decision)
+        for row in range(B):
+            here = slice(row * S, (row + 1) * S)
+            alone = replace(
+                make_context(1, S),
+                token_ids=context.token_ids[here],
+                noise_key=None if context.noise_key is None else context.noise_key[here],
+            )
+            assert same(matrix(router(x[here], alone).decision), together[here])
+
+
+def causality_is_as_declared(config: RouterOptions, num_experts: int) -> None:
+    """Later tokens change nothing under `strict`, and something otherwise: a promise that says too little is wrong."""
+    router = make(config, num_experts)
+    for is_training in (True, False):
+        declared = router.causal if is_training else router.causal_in_evaluation
+        leaks, crosses = _leaks(router, is_training)
+        assert leaks == (declared != "strict"), (
+            f"training {is_training}: declared {declared}, sees later tokens {leaks}"
+        )
+        assert crosses == (declared == "no"), f"training {is_training}: declared {declared}, sees other rows {crosses}"
+
+
+def _leaks(router: Router, is_training: bool) -> tuple[bool, bool]:
+    """Whether later tokens of the row, and whether other rows, change what an earlier token gets."""
+    leaks = crosses = False
+    for seed in range(6):
+        x, context = make_x(seed), context_of(is_training=is_training, seed=seed)
+        before = matrix(router(x, context).decision).view(B, S, -1)
+        for cut in (2, S // 2, S - 1):
+            ids, other = context.token_ids.clone().view(B, S), x.clone().view(B, S, D)
+            other[0, cut:] = 3 * make_x(seed + 50).view(B, S, D)[0, cut:]
+            ids[0, cut:] += 1
+            changed = replace(context, token_ids=ids.flatten())
+            after = matrix(router(other.flatten(0, 1), changed).decision).view(B, S, -1)
+            leaks |= not same(before[0, :cut], after[0, :cut])
+            crosses |= not same(before[1:], after[1:])
+    return leaks, crosses
+
+
+def capacity_is_kept(config: RouterOptions, num_experts: int) -> None:
+    """No expert gets more rows of a sequence than it has room for."""
+    router, context = make(config, num_experts, spread=3.0), context_of(is_training=True)
+    decision = router(make_x() + 1, context).decision
+    if config.has_fixed_k:
+        assert decision.top_k is not None
+        for policy in ("position", "probability", "random", *(["choice_major"] if config.ranks_choices else [])):
+            section = CapacityConfig.model_validate({"factor": 1.0, "min": 1, "policy": policy})
+            limited = limit_to_capacity(decision, section, context)
+            room = expert_capacity(S * decision.top_k, num_experts, factor=1.0, minimum=1)
+            assert _busiest(limited) <= room and limited.capacity == B * room
+    elif isinstance(config, AssignmentOptions):
+        assert _busiest(decision) <= math.ceil(config.room * config.top_k * S / num_experts)
+
+
+def _busiest(decision: RoutingDecision) -> int:
+    kept = ~matrix(decision).isnan().view(B, S, -1)
+    return int(kept.sum(1).max())
+
+
+def equal_scores_are_broken_the_same_way(config: RouterOptions, num_experts: int) -> None:
+    """With all scores equal the answer is still one answer, in every row and at every call."""
+    router = make(config, num_experts, spread=0.0)
+    context = context_of(is_training=False)
+    context = replace(context, token_ids=context.token_ids.view(B, S)[:1].expand(B, S).flatten())
+    rows = matrix(router(torch.zeros(B * S, D, dtype=torch.float64), context).decision).view(B, S, -1)
+    assert same(rows[0], rows[1]) and same(rows[0], rows[2])
+
+
+def everything_learns(config: RouterOptions, num_experts: int) -> None:
+    """Every parameter gets a finite gradient that is not zero from what the experts' outputs do."""
+    router = make(config, num_experts)
+    output = router(make_x(), context_of(is_training=True))
+    decision = output.decision
+    value = (decision.combine_weight * torch.linspace(-1, 1, decision.combine_weight.numel()) ** 3)[decision.kept].sum()
+    for name, parameter in router.named_parameters():
+        (gradient,) = torch.autograd.grad(value, parameter, retain_graph=True)
+        assert torch.isfinite(gradient).all() and (gradient != 0).any(), name
+
+
+def noise_is_a_function_of_its_key(config: RouterOptions, num_experts: int) -> None:
+    """The same call gives the same answer, and evaluation knows no noise."""
+    router, x = make(config, num_experts), make_x()
+    for is_training in (True, False):
+        context = context_of(is_training=is_training)
+        assert same(matrix(router(x, context).decision), matrix(router(x, context).decision))
+
+
+def scores_are_wide(config: RouterOptions, num_experts: int) -> None:
+    """Under autocast nothing of the router is narrower than float32."""
+    router = make(config, num_experts).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = router(make_x().bfloat16(), context_of(is_training=True))
+    wide: list[Any] = [output.decision.combine_weight, output.logits, output.probs, output.load, output.loss]
+    assert all(part.dtype == torch.float32 for part in wide if part is not None)
+
+
+CHECKS: list[Callable[[RouterOptions, int], None]] = [
+    is_well_formed,
+    filling_changes_nothing,
+    rows_do_not_see_each_other,
+    causality_is_as_declared,
+    capacity_is_kept,
+    equal_scores_are_broken_the_same_way,
+    everything_learns,
+    noise_is_a_function_of_its_key,
+    scores_are_wide,
+]

@@ -1,0 +1,124 @@
+"""Every router keeps the contract, one that a user adds does, and one that breaks it is caught."""
+
+from typing import Any, ClassVar, Literal, get_args
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from tests.contracts import router_contract
+from tests.laws.test_router_oracles import VARIANTS
+from trainer.moe.routers.options import RouterOptions, TopKOptions
+from trainer.moe.routers.registry import RouterConfig
+from trainer.moe.routing import Causality, Router, RouterOutput, RoutingContext, RoutingDecision
+from trainer.ops.select import first_top_k
+
+ADAPTER: TypeAdapter[Any] = TypeAdapter(RouterConfig)
+
+
+@pytest.mark.parametrize("check", router_contract.CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("router", VARIANTS, ids=str)
+def test_a_router_keeps_the_contract(router: dict[str, Any], check: Any) -> None:
+    check(ADAPTER.validate_python(router), 1 if router["kind"] == "mixture_of_depths" else 4)
+
+
+class ThresholdRouterConfig(RouterOptions):
+    """A user's own router: every expert whose sigmoid is over a threshold, and the best one in any case."""
+
+    kind: Literal["threshold"] = "threshold"
+    threshold: float = 0.6
+
+    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
+        return ThresholdRouter(self, d_model=d_model, num_experts=num_experts)
+
+
+class ThresholdRouter(Router):
+    causal: ClassVar[Causality] = "strict"
+
+    def __init__(self, config: ThresholdRouterConfig, *, d_model: int, num_experts: int) -> None:
+        super().__init__()
+        self.threshold = config.threshold
+        self.gate = nn.Linear(d_model, num_experts, bias=False)
+
+    def forward(self, x: Tensor, context: RoutingContext) -> RouterOutput:
+        with torch.autocast(x.device.type, enabled=False):
+            logits = self.gate(x.to(self.gate.weight.dtype))
+        scores = logits.sigmoid()
+        chosen = (scores > self.threshold).scatter(-1, first_top_k(scores.detach(), 1), True)
+        decision = RoutingDecision.from_mask(chosen, scores, valid=context.valid)
+        return RouterOutput(decision=decision, logits=logits, probs=scores / scores.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("check", router_contract.CHECKS, ids=lambda check: check.__name__)
+def test_a_router_of_a_user_s_keeps_the_contract(check: Any) -> None:
+    check(ThresholdRouterConfig(), 4)
+
+
+class WrongRouterConfig(TopKOptions):
+    """Top-2 with something wrong in it."""
+
+    wrong: str
+
+    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
+        return WrongRouter(self, d_model=d_model, num_experts=num_experts)
+
+
+class WrongRouter(ThresholdRouter):
+    def __init__(self, config: Any, *, d_model: int, num_experts: int) -> None:
+        super().__init__(ThresholdRouterConfig(), d_model=d_model, num_experts=num_experts)
+        self.config, self.calls = config, 0
+
+    def forward(self, x: Tensor, context: RoutingContext) -> RouterOutput:
+        wrong, valid = self.config.wrong, context.valid
+        self.calls += 1
+        logits = self.gate(x) if wrong == "narrow" else self.gate(x.to(self.gate.weight.dtype))
+        if wrong == "looks ahead":
+            logits = logits - logits.view(context.num_sequences, -1, 4).mean(1, keepdim=True).expand(
+                context.num_sequences, logits.shape[0] // context.num_sequences, 4
+            ).reshape(logits.shape) * (context.position[:, None] % 2)
+        if wrong == "sees other rows":
+            logits = logits - logits.mean(0)
+        if wrong == "own generator":
+            logits = logits + torch.linspace(-1, 1, 4) * self.calls
+        scores = logits.softmax(-1)
+        expert_index = first_top_k(scores.detach(), 2)
+        if wrong == "twice the same":
+            expert_index = expert_index[:, :1].expand(-1, 2)
+        weight = scores.gather(-1, expert_index)
+        weight = weight if wrong == "not normalised" else weight / weight.sum(-1, keepdim=True)
+        if wrong == "no gradient":
+            weight = weight.detach() + 0 * self.gate.weight.sum()
+        if wrong == "routes filling":
+            valid = torch.ones_like(valid)
+        decision = RoutingDecision.from_top_k(expert_index, weight, num_experts=4, valid=valid)
+        return RouterOutput(decision=decision, logits=logits, probs=scores)
+
+
+WRONG = {
+    "looks ahead": "causality_is_as_declared",
+    "sees other rows": "rows_do_not_see_each_other",
+    "own generator": "noise_is_a_function_of_its_key",
+    "twice the same": "is_well_formed",
+    "not normalised": "is_well_formed",
+    "no gradient": "everything_learns",
+    "routes filling": "is_well_formed",
+    "narrow": "scores_are_wide",
+}
+
+
+@pytest.mark.parametrize(("wrong", "check"), WRONG.items(), ids=WRONG.keys())
+def test_a_router_that_breaks_the_contract_is_caught(wrong: str, check: str) -> None:
+    with pytest.raises((AssertionError, RuntimeError)):
+        getattr(router_contract, check)(WrongRouterConfig(wrong=wrong), 4)
+
+
+def test_the_right_form_of_the_wrong_router_passes() -> None:
+    """The control of the controls above."""
+    for check in set(WRONG.values()) - {"scores_are_wide"}:
+        getattr(router_contract, check)(WrongRouterConfig(wrong="nothing"), 4)
+
+
+def test_every_kind_of_the_registry_is_checked() -> None:
+    kinds = {router.model_fields["kind"].default for router in get_args(get_args(RouterConfig)[0])}
+    assert {router["kind"] for router in VARIANTS} == kinds
