@@ -42,6 +42,7 @@ from trainer.metrics.trackers import JsonlTracker, Tracker, Trackers
 from trainer.metrics.wandb_tracker import WandbTracker
 from trainer.models.flops import ModelSize, model_size
 from trainer.models.gpt import GPT
+from trainer.moe.causality import evaluation_warning, training_warning
 from trainer.moe.dispatch.registry import LocalDispatcherConfig
 from trainer.ops.fused_ffn import has_onednn_product
 from trainer.ops.kernels import choose_experts_kernel
@@ -161,6 +162,13 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
             config.metrics.check_installed()
             lines = JsonlTracker(folder.metrics, folder.routing, warn=console.warning)
     model = build_model(config, corpus.tokenizer, mesh, device, warn=console.warning)
+    if config.model.moe is not None:
+        for said in (
+            training_warning(config.model.moe, model.moe_layers()),
+            evaluation_warning(model.moe_layers()),
+        ):
+            if said is not None:
+                console.warning(said)
     engine = config.engine.build(model, config.optim, numerics(config), mesh)
     faults.hit("start.engine")
     run = Run(

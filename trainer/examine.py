@@ -24,6 +24,7 @@ from trainer.experiment import ExperimentConfig
 from trainer.metrics.console import Console
 from trainer.metrics.experts_svg import experts_svg
 from trainer.metrics.summary import RunSummary
+from trainer.moe.causality import evaluation_warning
 
 
 def examine(
@@ -74,6 +75,8 @@ def evaluate_checkpoint(
         console.warning(
             "this is not the text the run was trained on: some of what is held out now may have been learned"
         )
+    if said := evaluation_warning(engine.model.moe_layers()):
+        console.warning(said)
     examination = examine(config, engine, corpus, tasks, alone, with_held_out=only is None)
     layers, title = engine.model.config.moe_layers, f"{config.name} at step {found.step}"
     summary = summary_of(examination, corpus, layers, title=title)

@@ -12,6 +12,7 @@ from trainer.distributed.signals import StopRequest
 from trainer.distributed.together import raise_together
 from trainer.engine.base import StepResult
 from trainer.evaluation.examination import Examination, due, write_predictions
+from trainer.evaluation.routing_gap import RoutingGap, held_out_rows, routing_gap
 from trainer.examine import examine
 from trainer.metrics.machine import over_ranks
 from trainer.metrics.pace import StepPace
@@ -67,8 +68,12 @@ def fit(run: Run, stop: StopRequest, status: StatusFile) -> Examination | None:
         faults.hit("step.taken")
         stopped_by = _agree(run, stop)
         faults.hit("step.agreed")
-        if every(config.metrics.log_every, done) or is_last or done == run.start_step + 1:
-            log_step(run, done, result, lr=lr, pace=pace)
+        gap = None
+        if every(config.metrics.routing_gap_every, done):
+            journal.enter("evaluation")
+            gap = _compare_routing(run)
+        if every(config.metrics.log_every, done) or is_last or done == run.start_step + 1 or gap is not None:
+            log_step(run, done, result, lr=lr, pace=pace, gap=gap)
         run.console.tick(done)
         guard.check_patience(run, done, result)
         journal.is_in_step = False
@@ -172,6 +177,21 @@ def announce(run: Run, saved: Saved | None) -> None:
     faults.hit("save.reported")
 
 
+def _compare_routing(run: Run) -> RoutingGap | None:
+    """Compare the routers' choices for some held-out rows with the best ones; None where there are no scores."""
+    config, moe = run.config, run.config.model.moe
+    if moe is None:
+        return None
+    rows = held_out_rows(
+        run.corpus,
+        packing=config.data.packing,
+        seq_len=config.model.seq_len,
+        rows_of_a_domain=config.metrics.routing_gap_rows,
+        batch_size=config.parallel.micro_batch_size,
+    )
+    return routing_gap(run.engine, rows, moe, seed=config.seed)
+
+
 def _agree(run: Run, stop: StopRequest) -> str | None:
     """Return the signal that asked any rank to stop: all ranks stop after the same step."""
     if run.mesh.world.size == 1:
@@ -180,7 +200,9 @@ def _agree(run: Run, stop: StopRequest) -> str | None:
     return (stop.requested_by or "a signal to another rank") if int(asked) else None
 
 
-def log_step(run: Run, done: int, result: StepResult, *, lr: float, pace: StepPace) -> None:
+def log_step(
+    run: Run, done: int, result: StepResult, *, lr: float, pace: StepPace, gap: RoutingGap | None = None
+) -> None:
     """Write a step to metrics.jsonl, its counts to routing.jsonl, and show it; every rank must call it."""
     speed = pace.take()
     peak = run.config.metrics.peak_tflops
@@ -209,6 +231,9 @@ def log_step(run: Run, done: int, result: StepResult, *, lr: float, pace: StepPa
     if routing is not None:
         record |= routing_metrics(routing.counts, routing.dropped, routing.tokens, routing.entropy_sum)
         experts = {"step": done, "counts": routing.counts.tolist(), "dropped": routing.dropped.tolist()}
+        if gap is not None:
+            record |= gap.record()
+            experts |= gap.experts()
         faults.hit("log.begin")
     record |= over_ranks(speed.parts, run.machine.read(), run.mesh.world)
     run.trackers.log(record, experts)

@@ -38,6 +38,7 @@ from trainer.metrics.summary import RunSummary
 from trainer.models.generation import generate
 from trainer.models.initialize import expert_parameters
 from trainer.models.sampling import SamplingOptions
+from trainer.moe.causality import evaluation_warning
 from trainer.status import StatusFile, remove_others
 
 _SAMPLE_PROMPT_TOKENS, _SAMPLE_TOKENS = 48, 320
@@ -147,6 +148,8 @@ def generate_text(config: ExperimentConfig, folder: RunFolder, options: Generate
     """Stream a generated text to the terminal; return the exit code."""
     console = Console(file=sys.stderr)
     engine, tokenizer, _ = load_trained(config, folder, step=options.step, warn=console.warning)
+    if said := evaluation_warning(engine.model.moe_layers()):
+        console.warning(said)
     # A prompt that is not UTF-8 arrives as surrogates; it is shown with replacement characters, and so read.
     text = options.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     prompt = _as_trained(tokenizer.encode(text).tolist(), config, tokenizer)

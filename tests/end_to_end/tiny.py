@@ -27,7 +27,7 @@ train: {steps: 8, global_batch_size: 7}
 eval: {every: 4, max_tokens_per_domain: 512}
 parallel: {micro_batch_size: 4}
 checkpoint: {every: 4, keep: 2}
-metrics: {log_every: 1}
+metrics: {log_every: 1, routing_gap_every: 4}
 """
 
 

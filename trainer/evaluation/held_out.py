@@ -49,6 +49,8 @@ class EvalResult:
     """Dropless: what the model can do."""
     at_capacity: Sequence[DomainResult] | None
     """With the capacity of training; None where there is none or it was not asked for."""
+    looks_ahead: bool = False
+    """The model has seen some of what it predicts: a token's experts depend on later tokens."""
 
     def record(self) -> dict[str, float]:
         """Return the evaluation keys of metrics.jsonl."""
@@ -57,6 +59,8 @@ class EvalResult:
             "eval/loss": nats / max(1, sum(d.sums.target_tokens for d in self.domains)),
             "eval/bits_per_byte": nats / math.log(2) / max(1, sum(d.target_bytes for d in self.domains)),
         }
+        if self.looks_ahead:
+            record["eval/looks_ahead"] = 1.0
         if self.at_capacity is not None:
             nats = sum(d.sums.loss_sum for d in self.at_capacity)
             record["eval/loss_capacity"] = nats / max(1, sum(d.sums.target_tokens for d in self.at_capacity))
@@ -109,7 +113,11 @@ def evaluate(
         ]
         for dropless in passes
     ]
-    return EvalResult(domains=results[0], at_capacity=results[1] if len(results) > 1 else None)
+    return EvalResult(
+        domains=results[0],
+        at_capacity=results[1] if len(results) > 1 else None,
+        looks_ahead=any(layer.router.causal_in_evaluation != "strict" for layer in engine.model.moe_layers()),
+    )
 
 
 def _domain(

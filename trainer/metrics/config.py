@@ -58,6 +58,10 @@ class MetricsConfig(Config):
     """Weights & Biases."""
     tensorboard: bool = False
     """Write the same metrics to the run folder for TensorBoard, too; needs `pip install 'turnout[tensorboard]'`."""
+    routing_gap_every: PositiveInt | None = None
+    """Steps between comparisons of the routers' choices with the best ones there are (`routing_gap`). Null: never."""
+    routing_gap_rows: PositiveInt = 2
+    """Rows of each domain's held-out text that are compared, the same ones every time. A linear programme each."""
     heatmap_every: PositiveInt | None = 10
     """In wandb and TensorBoard every so many logged steps have, for each MoE layer, the load of each of its experts
     (1 is an even share): drawn over the steps, a heat map. Null: never."""

@@ -52,6 +52,8 @@ def evaluation(record: Record, progress: TrainingProgress) -> Text:
     at_capacity = record.get("eval/loss_capacity")
     if at_capacity is not None:
         line.append(" (capacity ").append(readable.number(at_capacity), style="default").append(")")
+    if record.get("eval/looks_ahead"):
+        line.append("  sees later tokens", style=ALERT)
     return line
 
 

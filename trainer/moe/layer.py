@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from trainer.moe.capacity import capacity_causality, limit_to_capacity
+from trainer.moe.capacity import limit_to_capacity
 from trainer.moe.config import CapacityConfig
 from trainer.moe.dispatch.base import Dispatcher
 from trainer.moe.experts import Experts
-from trainer.moe.routing import Causality, Router, RoutingContext, weaker
+from trainer.moe.routing import Router, RoutingContext
 from trainer.moe.stats import MoEStats, account
 
 # B sequences, S tokens each, T = B * S, R rows, D d_model.
@@ -45,18 +45,13 @@ class MoELayer(nn.Module):
         self.dispatcher, self.capacity, self.layer = dispatcher, capacity, layer
         self.wants_importance, self.wants_likeness = wants_importance, wants_likeness
 
-    @property
-    def causal(self) -> Causality:
-        """What a token's output depends on while training, with whoever else wants the same experts."""
-        return weaker(self.router.causal, capacity_causality(self.capacity))
-
     def forward(self, x: Tensor, context: RoutingContext) -> tuple[Tensor, MoEStats]:
         """Return the layer's output for x (B, S, D) and what it did; tokens that are not valid get 0."""
         tokens = x.flatten(0, 1)  # (T, D)
         routed = self.router(tokens, context)
         decision = limit_to_capacity(routed.decision, self.capacity, context, salt=self.layer)
         outputs = self.dispatcher.outputs(tokens.to(compute_dtype(tokens)), decision, self.experts)
-        out = self.dispatcher.summed(outputs).view(x.shape)
+        out = outputs.y.view(x.shape)
         if self.shared is not None:
             out = out + self.shared(x) * context.valid.view(*x.shape[:2], 1)
         likeness = outputs.likeness() if self.wants_likeness else None

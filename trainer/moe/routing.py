@@ -31,6 +31,8 @@ class RoutingOptions:
     """Experts per token instead of the configured number."""
     counts_targets_only: bool = False
     """Statistics are of the tokens whose target counts in the loss, not of those that are only read (evaluation)."""
+    keeps_routing: bool = False
+    """What each router put out is handed on with the statistics: for whoever looks at choices one by one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +57,8 @@ class RoutingContext:
     """Ignore the capacity."""
     counted: Tensor | None = None
     """bool, of valid tokens: which of them are in the statistics. None: all."""
+    keeps_routing: bool = False
+    """Hand on what the router puts out."""
 
     @property
     def is_training(self) -> bool:

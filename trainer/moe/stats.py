@@ -41,6 +41,8 @@ class MoEStats:
     """(B,) mean squared cosine between the outputs of a token's experts."""
     router_loss: Tensor | None = None
     """(B,) the router's own loss, its coefficient included."""
+    routed: RouterOutput | None = None
+    """What the router put out, if it was asked for."""
 
 
 def account(
@@ -90,6 +92,7 @@ def account(
         load=per_row(routed.load),
         likeness_sum=per_row(likeness),
         router_loss=per_row(routed.loss),
+        routed=routed if context.keeps_routing else None,
     )
 
 

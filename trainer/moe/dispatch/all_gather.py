@@ -40,10 +40,10 @@ class AllGatherDispatcher(AllToAllDispatcher):
         return Dispatched(x=arrived, rows_per_expert=plan.rows_per_expert, handle=Sent(everything.order, plan))
 
     def bring_back(self, y: Tensor, dispatched: Dispatched) -> Outputs:
-        """Gather all experts' rows and take those of this rank's tokens."""
+        """Gather all experts' rows, take those of this rank's tokens and sum them."""
         sent: Sent = dispatched.handle
         rows = self._mine(self._start_back(y, sent.plan).wait().to(y.dtype), sent.plan)
-        return Outputs(rows=rows, order=sent.order, is_compiled=self.is_compiled)
+        return Outputs.of(rows, sent.order, is_compiled=self.is_compiled)
 
     def outputs(self, x: Tensor, decision: RoutingDecision, experts: RunExperts) -> Outputs:
         """Return what the experts make of x (T, D): part by part, each on its way back while others are computed."""
@@ -62,7 +62,7 @@ class AllGatherDispatcher(AllToAllDispatcher):
                 back.append((self._start_back(y, plan), plan))
         with within("combine"):
             rows = torch.cat([self._mine(exchange.wait().to(x.dtype), plan) for exchange, plan in back])
-            return Outputs(rows=rows, order=everything.order, is_compiled=self.is_compiled)
+            return Outputs.of(rows, everything.order, is_compiled=self.is_compiled)
 
     def _gather(self, x: Tensor, decision: RoutingDecision) -> _Everything:
         order = group_by_expert(decision)

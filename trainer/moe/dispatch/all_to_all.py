@@ -63,10 +63,10 @@ class AllToAllDispatcher(Dispatcher):
         return Dispatched(x=arrived, rows_per_expert=plan.rows_per_expert, handle=Sent(order, plan))
 
     def bring_back(self, y: Tensor, dispatched: Dispatched) -> Outputs:
-        """Send every row back."""
+        """Send every row back and sum each token's."""
         sent: Sent = dispatched.handle
         rows = self.send(inverse_permute(y, sent.plan.order), sent.plan.sizes_back)
-        return Outputs(rows=rows, order=sent.order, is_compiled=self.is_compiled)
+        return Outputs.of(rows, sent.order, is_compiled=self.is_compiled)
 
     def outputs(self, x: Tensor, decision: RoutingDecision, experts: RunExperts) -> Outputs:
         """Return what the experts make of x (T, D): part by part, each computed while others are under way."""
@@ -87,7 +87,7 @@ class AllToAllDispatcher(Dispatcher):
                 back.append(self.start(inverse_permute(y, plan.order), plan.sizes_back))
         with within("combine"):
             rows = torch.cat([exchange.wait() for exchange in back]).to(x.dtype)
-            return Outputs(rows=rows, order=order, is_compiled=self.is_compiled)
+            return Outputs.of(rows, order, is_compiled=self.is_compiled)
 
     def prepare(
         self, x: Tensor, decision: RoutingDecision, cuts: Sequence[Bounds]

@@ -31,15 +31,16 @@ class Dispatched:
 class Outputs:
     """What its experts made of each token, on the token's rank."""
 
+    y: Tensor
+    """(T, D): each token's rows, weighted and summed in list order; a token without experts has 0."""
     rows: Tensor
     """(R, D) in expert order."""
     order: ExpertOrder
-    is_compiled: bool = False
-    """Compile what sums the rows, where it can be."""
 
-    def summed(self) -> Tensor:
-        """Return (T, D): each token's rows, weighted and summed in list order; a token without experts gets 0."""
-        return self.order.combine(self.rows, is_compiled=self.is_compiled)
+    @classmethod
+    def of(cls, rows: Tensor, order: ExpertOrder, *, is_compiled: bool) -> "Outputs":
+        """Sum rows (R, D), compiled where it can be."""
+        return cls(y=order.combine(rows, is_compiled=is_compiled), rows=rows, order=order)
 
     def likeness(self) -> Tensor:
         """Return (T,): how much the outputs of a token's experts are alike, the mean squared cosine of their pairs.
@@ -74,10 +75,10 @@ class Dispatcher(ABC):
 
     def run(self, x: Tensor, decision: RoutingDecision, experts: RunExperts) -> Tensor:
         """Return (T, D): what the experts make of x (T, D), weighted and summed."""
-        return self.summed(self.outputs(x, decision, experts))
+        return self.outputs(x, decision, experts).y
 
     def outputs(self, x: Tensor, decision: RoutingDecision, experts: RunExperts) -> Outputs:
-        """Return what the experts make of x (T, D), not summed yet."""
+        """Return what the experts make of x (T, D), row by row and summed."""
         with self.stopwatch.within("dispatch"):
             sent = self.dispatch(x, decision)
         with self.stopwatch.within("experts"):
@@ -85,15 +86,10 @@ class Dispatcher(ABC):
         with self.stopwatch.within("combine"):
             return self.bring_back(y, sent)
 
-    def summed(self, outputs: Outputs) -> Tensor:
-        """Return (T, D): the weighted sums of a token's rows."""
-        with self.stopwatch.within("combine"):
-            return outputs.summed()
-
     @abstractmethod
     def dispatch(self, x: Tensor, decision: RoutingDecision) -> Dispatched:
         """Send each kept assignment's row of x (T, D) to its expert."""
 
     @abstractmethod
     def bring_back(self, y: Tensor, dispatched: Dispatched) -> Outputs:
-        """Return the rows y (R, D) to the ranks of their tokens."""
+        """Return the rows y (R, D) to the ranks of their tokens, and sum each token's."""

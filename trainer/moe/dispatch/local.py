@@ -16,6 +16,6 @@ class LocalDispatcher(Dispatcher):
         return Dispatched(x=order.gather(x), rows_per_expert=order.rows_per_expert, handle=order)
 
     def bring_back(self, y: Tensor, dispatched: Dispatched) -> Outputs:
-        """Return the rows as they are."""
+        """Sum each token's rows; they are here."""
         order: ExpertOrder = dispatched.handle
-        return Outputs(rows=y, order=order, is_compiled=self.is_compiled)
+        return Outputs.of(y, order, is_compiled=self.is_compiled)

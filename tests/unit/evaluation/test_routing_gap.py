@@ -1,0 +1,82 @@
+"""The routing gap of a model: what its routers chose for some rows, measured against the optimum."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.builders import make_batch, make_engine, tiny_model_config
+from trainer.engine.native import NativeEngine
+from trainer.evaluation.routing_gap import RoutingGap, routing_gap
+
+
+def _gap(router: dict[str, Any], **moe: Any) -> tuple[NativeEngine, RoutingGap | None]:
+    config = tiny_model_config({"router": router, **moe})
+    engine = make_engine(config, dtype=torch.float64, seed=1)
+    assert config.moe is not None
+    batches = [make_batch(3, 8, seed=seed, first_sample=3 * seed, ragged=True) for seed in range(2)]
+    return engine, routing_gap(engine, batches, config.moe, seed=1)
+
+
+@pytest.mark.parametrize(
+    "kind", ["top_k", "noisy_top_k", "expert_choice", "greedy", "sinkhorn", "base", "top_p", "dense"]
+)
+def test_no_router_beats_the_optimum(kind: str) -> None:
+    _, found = _gap({"kind": kind})
+    assert found is not None
+    record = found.record()
+    assert record["routing_gap"] >= -1e-12
+    assert record["routing_gap/drop_rate"] >= record["routing_gap/optimum_drop_rate"] - 1e-12
+    assert [layer.gap >= -1e-12 for layer in found.layers] == [True, True]
+    assert {"routing_gap/layer_00", "routing_gap/layer_01"} <= record.keys()
+
+
+def test_the_linear_programme_s_router_has_none() -> None:
+    _, found = _gap({"kind": "linear_program"})
+    assert found is not None and found.record()["routing_gap"] == 0
+    assert found.record()["routing_gap/drop_rate"] == found.record()["routing_gap/optimum_drop_rate"]
+
+
+def test_a_top_k_router_that_everyone_crowds_has_a_large_one() -> None:
+    config = tiny_model_config({"router": {"kind": "top_k", "top_k": 1, "normalize": False}})
+    engine, batch = make_engine(config, dtype=torch.float64, seed=1), make_batch(3, 8)
+    with torch.no_grad():
+        for layer in engine.model.moe_layers():
+            layer.router.get_parameter("gate.weight").zero_()  # all scores equal: everyone takes expert 0
+    assert config.moe is not None
+    found = routing_gap(engine, [batch], config.moe, seed=1)
+    assert found is not None
+    record = found.record()
+    assert record["routing_gap"] == pytest.approx(0.75) and record["routing_gap/drop_rate"] == pytest.approx(0.75)
+    assert record["routing_gap/optimum"] == pytest.approx(0.25)
+    assert record["routing_gap/optimum_drop_rate"] == 0
+
+
+def test_prices_stand_beside_the_learned_bias() -> None:
+    engine, found = _gap({"kind": "bias_balanced"})
+    assert found is not None and found.bias is not None
+    assert [len(found.prices), len(found.prices[0]), len(found.bias), len(found.bias[0])] == [2, 4, 2, 4]
+    for row in (*found.prices, *found.bias):
+        assert sum(row) == pytest.approx(0, abs=1e-5)
+    assert set(found.experts()) == {"prices", "bias"}
+    engine.model.moe_layers()[0].router.get_buffer("bias").add_(torch.tensor([1.0, 0, 0, 0]))
+    assert engine.model.config.moe is not None
+    again = routing_gap(engine, [make_batch(3, 8)], engine.model.config.moe, seed=1)
+    assert again is not None and again.bias is not None and again.bias[0] == [0.75, -0.25, -0.25, -0.25]
+
+
+@pytest.mark.parametrize("kind", ["hash", "random", "round_robin"])
+def test_routers_without_scores_have_none(kind: str) -> None:
+    assert _gap({"kind": kind})[1] is None
+
+
+def test_looking_changes_nothing() -> None:
+    config = tiny_model_config({"router": {"kind": "bias_balanced", "jitter": 0.1}})
+    assert config.moe is not None
+    one, other = (make_engine(config, dtype=torch.float64, seed=1) for _ in range(2))
+    for step in range(3):
+        batch = make_batch(4, 8, seed=step, first_sample=4 * step)
+        routing_gap(one, [make_batch(2, 8, seed=9)], config.moe, seed=1)
+        assert one.train_step([batch], lr=1e-2).loss == other.train_step([batch], lr=1e-2).loss
+    for (name, a), b in zip(one.model.state_dict().items(), other.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name

@@ -1,0 +1,135 @@
+"""How far the routers of a model are from the best choice, while it trains.
+
+The yardstick is the linear programme (`moe/yardstick.py`), row by row, with the room that the capacity gives, or a fair
+share where there is no capacity. The rows are of held-out text and the same at every step, so that steps can be
+compared; the routers decide as in training.
+
+# L MoE layers, E experts, T tokens.
+"""
+
+import functools
+import math
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.data.batch import Batch
+from trainer.data.config import Packing
+from trainer.data.corpus import Corpus
+from trainer.data.stream import evaluation_batches
+from trainer.engine.base import Engine
+from trainer.moe.config import MoEConfig
+from trainer.moe.routing import RouterOutput, RoutingOptions
+from trainer.moe.yardstick import Measured, measure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingGap:
+    """The choices of some rows beside the best ones."""
+
+    layers: Sequence[Measured]
+    """L sums over the rows."""
+    prices: Sequence[list[float]]
+    """(L, E) what room at an expert is worth, mean over rows, less the mean over experts."""
+    bias: Sequence[list[float]] | None
+    """(L, E) the learned selection bias, less its mean; its negative is what the router takes for the price."""
+
+    def record(self) -> dict[str, float]:
+        """Return the keys of metrics.jsonl."""
+        whole = functools.reduce(operator.add, self.layers)
+        record = {
+            "routing_gap": whole.gap,
+            "routing_gap/drop_rate": whole.drop_rate,
+            "routing_gap/optimum_drop_rate": whole.optimum_drop_rate,
+            "routing_gap/optimum": whole.optimum / max(1, whole.wanted),
+        }
+        return record | {f"routing_gap/layer_{i:02d}": layer.gap for i, layer in enumerate(self.layers)}
+
+    def experts(self) -> dict[str, Any]:
+        """Return the keys of routing.jsonl."""
+        found: dict[str, Any] = {"prices": self.prices}
+        return found if self.bias is None else {**found, "bias": self.bias}
+
+
+def routing_gap(engine: Engine, batches: Iterable[Batch], config: MoEConfig, *, seed: int) -> RoutingGap | None:
+    """Compare the choices for some rows with the best; None if the routers score nothing.
+
+    Every rank must call it, with the same rows: nothing hangs on how many ranks there are then.
+
+    Args:
+        engine: whose model.
+        batches: the rows.
+        config: the `model.moe` section.
+        seed: of the noise, as in training.
+    """
+    options = RoutingOptions(noise_seed=seed, keeps_routing=True)
+    rows: list[list[tuple[Measured, Tensor]]] = []  # of each row, the layers
+    for batch in batches:
+        here = batch.to(engine.model.embedding.weight.device)
+        with torch.no_grad(), engine.autocast():
+            output = engine.model(here, options)
+        routed = [stats.routed for stats in output.moe if stats.routed is not None]
+        if not routed or any(layer.probs is None for layer in routed):
+            return None
+        with_tokens = [row for row in range(len(here.valid)) if here.valid[row].any()]
+        rows += [[_of_row(layer, here.valid, row, config) for layer in routed] for row in with_tokens]
+    layers = list(zip(*rows, strict=True))
+    return RoutingGap(
+        layers=[functools.reduce(operator.add, (measured for measured, _ in layer)) for layer in layers],
+        prices=[_centred(torch.stack([prices for _, prices in layer]).mean(0)) for layer in layers],
+        bias=_biases(engine),
+    )
+
+
+def held_out_rows(
+    corpus: Corpus, *, packing: Packing, seq_len: int, rows_of_a_domain: int, batch_size: int
+) -> Iterator[Batch]:
+    """Yield evenly spaced rows of every domain's held-out text, `batch_size` of them at once."""
+    for domain in range(len(corpus.domains)):
+        yield from evaluation_batches(
+            corpus,
+            domain,
+            packing=packing,
+            seq_len=seq_len,
+            batch_size=min(rows_of_a_domain, batch_size),
+            max_tokens=rows_of_a_domain * seq_len,
+        )
+
+
+def _of_row(routed: RouterOutput, valid: Tensor, row: int, config: MoEConfig) -> tuple[Measured, Tensor]:
+    """Measure one layer's choice for a row; return it with the experts' prices."""
+    decision, num_experts = routed.decision, config.num_experts
+    assert routed.probs is not None, "routers without scores were left out"
+    chosen = torch.zeros(decision.num_tokens, num_experts, dtype=torch.bool, device=valid.device)
+    real = decision.kept & (decision.expert_index < num_experts)
+    chosen[decision.token_index[real], decision.expert_index[real]] = True
+    mine = valid[row]
+    scores = routed.probs.view(*valid.shape, -1)[row, mine, :num_experts].cpu()
+    chosen = chosen.view(*valid.shape, -1)[row, mine].cpu()
+    top_k = _experts_of_a_token(config, chosen)
+    factor = config.capacity.factor or getattr(config.router, "room", 1.0)
+    room = min(len(scores), math.ceil(factor * top_k * len(scores) / num_experts - 1e-9))
+    measured, best = measure(scores, chosen, top_k=top_k, room=room)
+    return measured, best.prices
+
+
+def _experts_of_a_token(config: MoEConfig, chosen: Tensor) -> int:
+    """Return k of the programme: the router's, or where a token's number is its own, the mean, rounded."""
+    top_k = getattr(config.router, "top_k", None)
+    if top_k is None or config.router.num_null_experts:
+        return max(1, round(float(chosen.sum()) / max(1, len(chosen))))
+    return top_k
+
+
+def _biases(engine: Engine) -> list[list[float]] | None:
+    biases = [getattr(layer.router, "bias", None) for layer in engine.model.moe_layers()]
+    return [_centred(bias) for bias in biases if isinstance(bias, Tensor)] or None
+
+
+def _centred(values: Tensor) -> list[float]:
+    """Only differences between experts mean anything: all prices together can rise without changing a choice."""
+    return [round(float(value), 6) for value in values.double() - values.double().mean()]

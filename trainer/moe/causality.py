@@ -1,0 +1,48 @@
+"""What a model's routing lets a token know of later ones, in words for people.
+
+A language model that is trained with a look at later tokens learns from what it will not have when it writes.
+"""
+
+from collections.abc import Sequence
+
+from trainer.moe.capacity import capacity_causality
+from trainer.moe.config import MoEConfig
+from trainer.moe.layer import MoELayer
+from trainer.moe.routing import Causality, weaker
+
+_HOW: dict[Causality, str] = {"within_sequence": "later tokens of its row", "no": "tokens of other rows"}
+
+
+def training_warning(config: MoEConfig, layers: Sequence[MoELayer]) -> str | None:
+    """Return what to say before a router or capacity that looks ahead is trained; None where none does."""
+    by_router, by_capacity = _weakest([layer.router.causal for layer in layers]), capacity_causality(config.capacity)
+    if by_router != "strict":
+        return (
+            f"model.moe.router: {config.router.kind} chooses a token's experts by {_HOW[by_router]} as well, which "
+            "nobody has who writes text; go by the loss on held-out text, not by that of training"
+        )
+    if layers and by_capacity != "strict":
+        what = "scope: rank" if by_capacity == "no" else f"policy: {config.capacity.policy}"
+        return (
+            f"model.moe.capacity: with {what} a token's experts can be taken by {_HOW[by_capacity]}, which nobody has "
+            "who writes text; go by the loss on held-out text, not by that of training"
+        )
+    return None
+
+
+def evaluation_warning(layers: Sequence[MoELayer]) -> str | None:
+    """Return what to say beside the loss of a model that sees what it predicts; None where no token does."""
+    causal = _weakest([layer.router.causal_in_evaluation for layer in layers])
+    if causal == "strict":
+        return None
+    return (
+        f"model.moe.router.evaluation: same lets a token's experts depend on {_HOW[causal]}: held-out loss is of a "
+        "model that has seen some of what it predicts, and generated text of one that has not"
+    )
+
+
+def _weakest(promises: Sequence[Causality]) -> Causality:
+    weakest: Causality = "strict"
+    for promise in promises:
+        weakest = weaker(weakest, promise)
+    return weakest
