@@ -95,7 +95,7 @@ CASES = [
     Case("option of another kind",
          "name: x\nmodel: {moe: {router: {kind: top_k, bias_update_rate: 0.1}}}\n",
          [("x.yaml:2:37: model.moe.router.bias_update_rate: unknown key for kind: top_k; it is an "
-           "option of kind: bias_balanced")]),
+           "option of kind: bias_balanced or group_limited")]),
     Case("option of another kind, kind by default",
          "name: x\nschedule: {decay_fraction: 0.1}\n",
          [("x.yaml:2:12: schedule.decay_fraction: unknown key for kind: warmup_cosine; it is an "
@@ -453,6 +453,100 @@ CASES = [
          "name: x\nmodel:\n  moe:\n    router: {top_k: 1, normalize: true}\n",
          [("x.yaml:4:24: model.moe.router.normalize: true with top_k 1 makes every combine weight the "
            "constant 1, so the router gets no gradient; set normalize: false, or top_k: 2 or more")]),
+    Case("top_k above num_experts and null experts",
+         "name: x\nmodel: {moe: {num_experts: 4, router: {kind: top_k, top_k: 7, null_experts: 2}}}\n",
+         [("x.yaml:2:53: model.moe.router.top_k: 7 is more than num_experts 4 and 2 null experts; "
+           "use 1 to 6")]),
+    Case("groups that do not divide",
+         "name: x\nmodel: {moe: {num_experts: 8, router: {kind: group_limited, groups: 3}}}\n",
+         [("x.yaml:2:61: model.moe.router.groups: 3 does not divide num_experts 8; use one of 1, 2, "
+           "4, 8")]),
+    Case("more groups kept than there are",
+         "name: x\nmodel: {moe: {num_experts: 8, router: {kind: group_limited, groups: 2, groups_kept: 3}}}\n",
+         ["x.yaml:2:72: model.moe.router.groups_kept: 3 is more than groups 2; use 1 to 2"]),
+    Case("top_k above the groups kept",
+         ("name: x\nmodel: {moe: {num_experts: 8, router: {kind: group_limited, groups: 4, "
+          "groups_kept: 1, top_k: 3}}}\n"),
+         [("x.yaml:2:88: model.moe.router.top_k: 3 is more than the 2 experts of groups_kept 1; keep"
+           " more groups")]),
+    Case("capacity of top_p",
+         "name: x\nmodel: {moe: {router: {kind: top_p}, capacity: {factor: 1.0}}}\n",
+         [("x.yaml:2:49: model.moe.capacity.factor: how many experts tokens take under top_p is not "
+           "known before, so no room can be sized by it; use factor: null")]),
+    Case("capacity of expert choice",
+         "name: x\nmodel: {moe: {router: {kind: expert_choice}, capacity: {factor: 1.0}}}\n",
+         [("x.yaml:2:57: model.moe.capacity.factor: this router decides by itself how many tokens an"
+           " expert gets; use factor: null")]),
+    Case("capacity of linear_program",
+         "name: x\nmodel: {moe: {router: {kind: linear_program}, capacity: {factor: 1.0}}}\n",
+         [("x.yaml:2:58: model.moe.capacity.factor: this router decides by itself how many tokens an"
+           " expert gets; use factor: null")]),
+    Case("more experts at most than there are",
+         "name: x\nmodel: {moe: {num_experts: 4, router: {kind: top_p, max_experts: 5}}}\n",
+         ["x.yaml:2:53: model.moe.router.max_experts: 5 is more than num_experts 4; remove it"]),
+    Case("one expert at most, normalised",
+         "name: x\nmodel: {moe: {router: {kind: top_p, max_experts: 1, normalize: true}}}\n",
+         [("x.yaml:2:53: model.moe.router.normalize: true with max_experts 1 makes every combine "
+           "weight the constant 1; use false")]),
+    Case("p above one",
+         "name: x\nmodel: {moe: {router: {kind: top_p, p: 1.5}}}\n",
+         ["x.yaml:2:40: model.moe.router.p: must be at most 1, got 1.5"]),
+    Case("no room",
+         "name: x\nmodel: {moe: {router: {kind: greedy, room: 0}}}\n",
+         ["x.yaml:2:44: model.moe.router.room: must be more than 0, got 0"]),
+    Case("evaluation of another kind",
+         "name: x\nmodel: {moe: {router: {kind: base, evaluation: greedy}}}\n",
+         ["x.yaml:2:48: model.moe.router.evaluation: 'greedy' is not one of top_k, same"]),
+    Case("hash above num_experts",
+         "name: x\nmodel: {moe: {num_experts: 2, router: {kind: hash, top_k: 3}}}\n",
+         ["x.yaml:2:52: model.moe.router.top_k: 3 is more than num_experts 2; use 1 to 2"]),
+    Case("many networks to go around",
+         "name: x\nmodel: {moe: {router: {kind: mixture_of_depths}}}\n",
+         [("x.yaml:2:24: model.moe.router.kind: mixture_of_depths has one network to go around; use "
+           "num_experts: 1, not 8")]),
+    Case("share above one for a router",
+         "name: x\nmodel: {moe: {num_experts: 1, router: {kind: mixture_of_depths, share: 1.1}}}\n",
+         ["x.yaml:2:72: model.moe.router.share: must be at most 1, got 1.1"]),
+    Case("switch, normalised",
+         "name: x\nmodel: {moe: {router: {kind: switch, normalize: true}}}\n",
+         [("x.yaml:2:38: model.moe.router.normalize: true with top_k 1 makes every combine weight "
+           "the constant 1, so the router gets no gradient; set normalize: false, or top_k: 2 or "
+           "more")]),
+    Case("first choices and null experts",
+         ("name: x\nmodel: {moe: {router: {kind: top_k, null_experts: 1}, balance: {convention: "
+          "gshard_first_choice}}}\n"),
+         [("x.yaml:2:65: model.moe.balance.convention: gshard_first_choice knows no null experts; "
+           "use canonical")]),
+    Case("first choices of expert choice",
+         "name: x\nmodel: {moe: {router: {kind: expert_choice}, balance: {convention: gshard_first_choice}}}\n",
+         [("x.yaml:2:56: model.moe.balance.convention: gshard_first_choice needs a router that ranks"
+           " its choices, not expert_choice; use canonical")]),
+    Case("load of a router without noise",
+         "name: x\nmodel: {moe: {cv_squared: {load_coef: 0.1}}}\n",
+         [("x.yaml:2:28: model.moe.cv_squared.load_coef: only noisy_top_k estimates a load, not "
+           "top_k; use 0")]),
+    Case("device groups that do not divide",
+         "name: x\nmodel: {moe: {num_experts: 8, device_balance: {coef: 0.1, groups: 3}}}\n",
+         [("x.yaml:2:59: model.moe.device_balance.groups: 3 does not divide num_experts 8; use one "
+           "of 1, 2, 4, 8")]),
+    Case("device groups and null experts",
+         "name: x\nmodel: {moe: {router: {kind: top_k, null_experts: 1}, device_balance: {coef: 0.1}}}\n",
+         [("x.yaml:2:72: model.moe.device_balance.coef: null experts are in no group; use 0, or no "
+           "null experts")]),
+    Case("diversity of one expert",
+         "name: x\nmodel: {moe: {router: {kind: switch}, diversity_coef: 0.1}}\n",
+         [("x.yaml:2:39: model.moe.diversity_coef: needs tokens with two experts or more, whose "
+           "outputs can be compared; use 0")]),
+    Case("null experts of the dense router",
+         "name: x\nmodel: {moe: {router: {kind: dense, null_experts: 1}}}\n",
+         [("x.yaml:2:37: model.moe.router.null_experts: unknown key for kind: dense; it is an option"
+           " of kind: top_k or bias_balanced or group_limited or switch or gshard or noisy_top_k or "
+           "cosine")]),
+    Case("jitter of expert choice",
+         "name: x\nmodel: {moe: {router: {kind: expert_choice, jitter: 0.1}}}\n",
+         [("x.yaml:2:45: model.moe.router.jitter: unknown key for kind: expert_choice; it is an "
+           "option of kind: top_k or bias_balanced or group_limited or switch or gshard or "
+           "noisy_top_k or cosine or top_p")]),
     Case("warmup as long as training",
          "name: x\nschedule:\n  kind: warmup_cosine\n  warmup_steps: 100\ntrain: {steps: 100}\n",
          ["x.yaml:4:3: schedule.warmup_steps: 100 does not fit in train.steps 100; use at most 99"]),

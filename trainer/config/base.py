@@ -49,3 +49,8 @@ class Config(BaseModel):
             text = "; ".join(f"{p.key}: {p.message}" if p.key else p.message for p in found)
             raise PydanticCustomError("problems", "{text}", {"text": text, "found": found})
         return self
+
+
+def divisors(number: int) -> str:
+    """Return what divides a number evenly, as a message lists it."""
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import PositiveFloat, PositiveInt
 
-from trainer.config.base import Config, Problem
+from trainer.config.base import Config, Problem, divisors
 from trainer.moe.config import MoEConfig
 
 
@@ -59,7 +59,7 @@ class ModelConfig(Config):
         if self.d_model % self.num_heads:
             yield Problem(
                 "num_heads",
-                f"{self.num_heads} does not divide d_model {self.d_model}; use one of {_divisors(self.d_model)}",
+                f"{self.num_heads} does not divide d_model {self.d_model}; use one of {divisors(self.d_model)}",
             )
         elif self.head_dim % 2:
             yield Problem(
@@ -71,7 +71,7 @@ class ModelConfig(Config):
             yield Problem(
                 "num_kv_heads",
                 f"{self.num_kv_heads} does not divide num_heads {self.num_heads}; "
-                f"use one of {_divisors(self.num_heads)}",
+                f"use one of {divisors(self.num_heads)}",
             )
         if self.moe is not None and not self.moe_layers:
             yield Problem(
@@ -79,7 +79,3 @@ class ModelConfig(Config):
                 f"first_dense_layers {self.moe.first_dense_layers} and every {self.moe.every} leave no MoE layer among "
                 f"num_layers {self.num_layers}; lower them, or set moe: null for a dense model",
             )
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from trainer.config.base import Config, Problem
+from trainer.config.base import Config, Problem, divisors
 from trainer.moe.routers.registry import RouterConfig, TopKRouterConfig
 
 _OWN_ROOM = "this router decides by itself how many tokens an expert gets"
@@ -156,7 +156,7 @@ class MoEConfig(Config):
         if self.num_experts % groups:
             yield Problem(
                 "device_balance.groups",
-                f"{groups} do not divide num_experts {self.num_experts} evenly; use a divisor",
+                f"{groups} does not divide num_experts {self.num_experts}; use one of {divisors(self.num_experts)}",
             )
         if self.router.num_null_experts:
             yield Problem("device_balance.coef", "null experts are in no group; use 0, or no null experts")

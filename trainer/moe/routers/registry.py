@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from trainer.config.base import Problem
+from trainer.config.base import Problem, divisors
 from trainer.moe.routers.options import (
     AssignmentOptions,
     EvenOptions,
@@ -133,11 +133,15 @@ class GroupLimitedRouterConfig(TopKOptions):
     def problems_among(self, num_experts: int) -> Iterator[Problem]:
         """Refuse groups that cannot be."""
         if num_experts % self.groups:
-            yield Problem("groups", f"{self.groups} do not divide num_experts {num_experts} evenly; use a divisor")
+            yield Problem(
+                "groups", f"{self.groups} does not divide num_experts {num_experts}; use one of {divisors(num_experts)}"
+            )
             return
         if self.groups_kept > self.groups:
-            yield Problem("groups_kept", f"{self.groups_kept} is more than groups {self.groups}")
-        within = self.groups_kept * num_experts // self.groups
+            yield Problem(
+                "groups_kept", f"{self.groups_kept} is more than groups {self.groups}; use 1 to {self.groups}"
+            )
+        within = self.groups_kept * num_experts // self.groups + self.null_experts
         if self.top_k > within:
             yield Problem(
                 "top_k",
