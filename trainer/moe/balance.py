@@ -70,8 +70,8 @@ def convention_scale(config: MoEConfig, *, num_moe_layers: int) -> float:
     Megatron sums over layers instead of averaging.
     """
     match config.balance.convention:
-        case "hf":
-            return config.experts_per_token
+        case "hf":  # f is a share of all k choices, null experts among them
+            return getattr(config.router, "top_k", config.experts_per_token)
         case "megatron":
             return num_moe_layers
         case _:

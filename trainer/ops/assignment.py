@@ -9,8 +9,8 @@ The programme, whose 0-1 form is the first founding document's (section 4.2):
 
 Its matrix is the incidence matrix of a bipartite graph, which is totally unimodular: the vertices of the linear
 programme are integral, so its solution is the solution of the 0-1 programme (Hoffman and Kruskal 1956). The dual price
-of an expert's room says what one more place would be worth; with prices v, every token's best k by score - v are the
-solution, so -v is what the bias of a bias-balanced router should be.
+of an expert's room lies between what one more place would add and what one place fewer would cost; with prices v, every
+token's best k by score - v are a solution (but for ties), so -v is what the bias of a bias-balanced router should be.
 
 # n tokens, E experts, k experts per token, C places per expert.
 """
@@ -32,14 +32,14 @@ class Solution:
     chosen: Tensor
     """(n, E) bool."""
     prices: Tensor
-    """(E,) float64, not negative: what one more place at an expert would add to the sum of scores."""
+    """(E,) float64, not negative: what a place at an expert is worth in the sum of scores, at the margin."""
 
 
 def linear_program(scores: Tensor, *, top_k: int, room: int) -> Solution:
     """Solve the programme exactly, with HiGHS' dual simplex.
 
     Args:
-        scores: (n, E), none below 0: then no place that could be filled stays empty.
+        scores: (n, E), none below 0: then no place stays empty that could be filled with a score above 0.
         top_k: k.
         room: C.
     """

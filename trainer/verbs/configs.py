@@ -1,12 +1,16 @@
 """The verb config: what an experiment file says."""
 
 import argparse
+import math
 from pathlib import Path
 
 from trainer.config.dump import diff, dump
 from trainer.config.loader import load
 from trainer.config.schema import schema_text
+from trainer.config.wording import choice
+from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
+from trainer.moe.conventions import CONVENTIONS, Routed, convert
 from trainer.verbs.arguments import Verbs, takes_config, verb
 from trainer.verbs.named import named_config
 
@@ -20,6 +24,13 @@ def add(verbs: Verbs) -> None:
     sub = verb(actions, "diff", difference)
     sub.add_argument("a", type=Path)
     sub.add_argument("b", type=Path)
+    sub = verb(actions, "coefficient", coefficient)
+    sub.add_argument("coefficient", help="weight of the balance loss in the trainer that it is from")
+    names = ", ".join(CONVENTIONS)
+    sub.add_argument("--from", dest="source", required=True, metavar="TRAINER", help=f"one of {names}")
+    sub.add_argument("--to", dest="target", default="turnout", metavar="TRAINER", help="another one (turnout)")
+    sub.add_argument("--world-size", metavar="W", help="processes that fastmoe spread the experts over")
+    takes_config(sub)
 
 
 def show(options: argparse.Namespace) -> int:
@@ -39,3 +50,50 @@ def difference(options: argparse.Namespace) -> int:
     a, b = (load(path, [], ExperimentConfig) for path in (options.a, options.b))
     print("\n".join(diff(a, b)))
     return 0
+
+
+def coefficient(options: argparse.Namespace) -> int:
+    """Convert the weight of a balance loss from another trainer, for the model of an experiment file."""
+    coef = _number(options.coefficient)
+    world_size = None if options.world_size is None else _count(options.world_size)
+    for option, name in (("--from", options.source), ("--to", options.target)):
+        if name not in CONVENTIONS:
+            raise ConfigError(f"{option}: {choice(name, list(CONVENTIONS))}")
+    model = named_config(options).model
+    if model.moe is None:
+        raise ConfigError(f"{options.config}: model.moe is null, and a dense model has no balance loss")
+    routed = Routed(
+        moe=model.moe, num_layers=model.num_layers, num_moe_layers=len(model.moe_layers), world_size=world_size
+    )
+    converted = convert(coef, source=options.source, target=options.target, model=routed)
+    print(f"{coef:.12g} of {options.source} is {converted.coef:.12g} of {options.target}")
+    if options.target in ("turnout", "gshard_first_choice"):
+        keys = ", ".join(f"{key}: {_shown(value)}" for key, value in converted.balance.items())
+        counts_less = CONVENTIONS[options.source].scope == "micro_batch" and model.moe.balance.scope != "micro_batch"
+        comment = f"  # add scope: micro_batch to count over what {options.source} does" if counts_less else ""
+        print(f"balance: {{{keys}}}{comment}")
+    for warning in converted.warnings:
+        print(f"warning: not exact: {warning}")
+    return 0
+
+
+def _shown(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.12g}"
+
+
+def _number(text: str) -> float:
+    """Return a coefficient as typed."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise ConfigError(f"coefficient: must be a number of at least 0, got {text!r}")
+    return value
+
+
+def _count(text: str) -> int:
+    """Return a number of processes as typed."""
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise ConfigError(f"--world-size: must be a whole number of at least 1, got {text!r}")
+    return int(text)
