@@ -11,7 +11,7 @@ from trainer.config.nodes import shown_path
 from trainer.distributed.layout import is_first_rank
 from trainer.errors import CommError, ElsewhereError, Stopped, TurnoutError, exit_code_of, first_line
 from trainer.metrics.readable import visible
-from trainer.verbs import checkpoints, configs, proving, trained, training
+from trainer.verbs import benching, checkpoints, configs, proving, trained, training
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -87,6 +87,6 @@ def _parser() -> argparse.ArgumentParser:
     # DeepSpeed's launcher gives every rank its number like this too; LOCAL_RANK says the same.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    for group in (training, trained, proving, checkpoints, configs):
+    for group in (training, trained, proving, benching, checkpoints, configs):
         group.add(verbs)
     return parser
