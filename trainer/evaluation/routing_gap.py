@@ -23,7 +23,7 @@ from trainer.data.corpus import Corpus
 from trainer.data.stream import evaluation_batches
 from trainer.engine.base import Engine
 from trainer.moe.config import MoEConfig
-from trainer.moe.routing import RouterOutput, RoutingOptions
+from trainer.moe.routing import Router, RouterOutput, RoutingOptions
 from trainer.moe.yardstick import Measured, measure
 
 
@@ -73,14 +73,20 @@ def routing_gap(engine: Engine, batches: Iterable[Batch], config: MoEConfig, *, 
         with torch.no_grad(), engine.autocast():
             output = engine.model(here, options)
         routed = [stats.routed for stats in output.moe if stats.routed is not None]
-        if not routed or any(layer.probs is None for layer in routed):
-            return None
+        routers = [layer.router for layer in engine.model.moe_layers()]
+        scores = [_scores(router, of_layer) for router, of_layer in zip(routers, routed, strict=True)]
         with_tokens = [row for row in range(len(here.valid)) if here.valid[row].any()]
-        rows += [[_of_row(layer, here.valid, row, config) for layer in routed] for row in with_tokens]
-    layers = list(zip(*rows, strict=True))
+        for row in with_tokens:
+            layers = []
+            for of_layer, score in zip(routed, scores, strict=True):
+                if score is None:
+                    return None
+                layers.append(_of_row(of_layer, score, here.valid, row, config))
+            rows.append(layers)
+    by_layer = list(zip(*rows, strict=True))
     return RoutingGap(
-        layers=[functools.reduce(operator.add, (measured for measured, _ in layer)) for layer in layers],
-        prices=[_centred(torch.stack([prices for _, prices in layer]).mean(0)) for layer in layers],
+        layers=[functools.reduce(operator.add, (measured for measured, _ in layer)) for layer in by_layer],
+        prices=[_centred(torch.stack([prices for _, prices in layer]).mean(0)) for layer in by_layer],
         bias=_biases(engine),
     )
 
@@ -100,15 +106,24 @@ def held_out_rows(
         )
 
 
-def _of_row(routed: RouterOutput, valid: Tensor, row: int, config: MoEConfig) -> tuple[Measured, Tensor]:
+def _scores(router: Router, routed: RouterOutput) -> Tensor | None:
+    """Return (T, E) what a router's choice is worth in its own eyes; None if it scores nothing."""
+    if routed.probs is None or routed.logits is None:
+        return None
+    is_sigmoid = getattr(router, "score", "softmax") == "sigmoid"
+    return (routed.logits.sigmoid() if is_sigmoid else routed.probs)[:, : routed.decision.num_experts]
+
+
+def _of_row(
+    routed: RouterOutput, scores: Tensor, valid: Tensor, row: int, config: MoEConfig
+) -> tuple[Measured, Tensor]:
     """Measure one layer's choice for a row; return it with the experts' prices."""
     decision, num_experts = routed.decision, config.num_experts
-    assert routed.probs is not None, "routers without scores were left out"
     chosen = torch.zeros(decision.num_tokens, num_experts, dtype=torch.bool, device=valid.device)
     real = decision.kept & (decision.expert_index < num_experts)
     chosen[decision.token_index[real], decision.expert_index[real]] = True
     mine = valid[row]
-    scores = routed.probs.view(*valid.shape, -1)[row, mine, :num_experts].cpu()
+    scores = scores.reshape(*valid.shape, -1)[row, mine].cpu()
     chosen = chosen.view(*valid.shape, -1)[row, mine].cpu()
     top_k = _experts_of_a_token(config, chosen)
     factor = config.capacity.factor or getattr(config.router, "room", 1.0)
