@@ -23,7 +23,7 @@ STUDIES = {
     "bias": {
         "balance loss": ["metrics.routing_gap_every=125"],
         "bias": [
-            "model.moe.router={kind: bias_balanced}",
+            "model.moe.router={kind: bias_balanced, bias_update_rate: 0.003}",
             "model.moe.balance.coef=0",
             "metrics.routing_gap_every=125",
         ],

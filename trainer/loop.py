@@ -208,6 +208,8 @@ def log_step(
     peak = run.config.metrics.peak_tflops
     flops_per_s = speed.tokens_per_s * run.size.training_flops_per_token
     routing, experts = result.routing, None
+    moe = run.config.model.moe
+    is_work_known = moe is None or moe.router.is_work_known
     record = {
         "step": done,
         "tokens": run.tokens,
@@ -219,7 +221,7 @@ def log_step(
         "lr": lr,
         "tokens_per_s": speed.tokens_per_s,
         "step_s": speed.step_s,
-        "mfu": None if peak is None else flops_per_s / (peak * 1e12 * run.mesh.layout.world_size),
+        "mfu": None if peak is None or not is_work_known else flops_per_s / (peak * 1e12 * run.mesh.layout.world_size),
         "drop_rate": None,
         "load_imbalance": None,
         "dead_experts": None,

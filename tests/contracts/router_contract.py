@@ -75,7 +75,8 @@ def is_well_formed(config: RouterOptions, num_experts: int) -> None:
             assert len(pairs) == B * S * decision.top_k
             assert decision.token_index.tolist() == [t for t in range(B * S) for _ in range(decision.top_k)]
         if config.weight_sum is not None:
-            sums = torch.zeros(B * S, dtype=torch.float64).index_add(0, decision.token_index, weight.detach())
+            kept = weight.detach() * decision.kept
+            sums = torch.zeros(B * S, dtype=torch.float64).index_add(0, decision.token_index, kept)
             torch.testing.assert_close(sums[valid], torch.full_like(sums[valid], config.weight_sum))
         if output.probs is not None:
             assert output.probs.shape == (B * S, num_experts + (config.num_null_experts > 0))
@@ -182,7 +183,7 @@ def everything_learns(config: RouterOptions, num_experts: int) -> None:
 
 
 def noise_is_a_function_of_its_key(config: RouterOptions, num_experts: int) -> None:
-    """The same call gives the same answer, and evaluation knows no noise."""
+    """The same call gives the same answer: there is no generator with a state."""
     router, x = make(config, num_experts), make_x()
     for is_training in (True, False):
         context = context_of(is_training=is_training)
@@ -198,6 +199,28 @@ def scores_are_wide(config: RouterOptions, num_experts: int) -> None:
     assert all(part.dtype == torch.float32 for part in wide if part is not None)
 
 
+def what_is_not_finite_is_no_crash(config: RouterOptions, num_experts: int) -> None:
+    """A NaN or an infinity comes out as one, so that the step is skipped on all ranks and not ended on one."""
+    for bad in (torch.nan, torch.inf):
+        router, x = make(config, num_experts), make_x()
+        x[3] = bad
+        decision = router(x, context_of(is_training=True)).decision
+        assert ((decision.expert_index >= 0) & (decision.expert_index < num_experts + config.num_null_experts)).all()
+
+
+def extreme_scores_have_gradients(config: RouterOptions, num_experts: int) -> None:
+    """Logits of +-200 underflow in float32; loss and gradient stay finite."""
+    router = make(config, num_experts).float()
+    x = 40 * make_x().float()
+    output = router(x, context_of(is_training=True))
+    parts = [output.decision.combine_weight.sum(), output.probs, output.loss]
+    value = sum((part.square().sum() for part in parts if part is not None), torch.zeros(()))
+    assert torch.isfinite(value)
+    for name, parameter in router.named_parameters():
+        (gradient,) = torch.autograd.grad(value, parameter, retain_graph=True)
+        assert torch.isfinite(gradient).all(), name
+
+
 CHECKS: list[Callable[[RouterOptions, int], None]] = [
     is_well_formed,
     filling_changes_nothing,
@@ -208,4 +231,6 @@ CHECKS: list[Callable[[RouterOptions, int], None]] = [
     everything_learns,
     noise_is_a_function_of_its_key,
     scores_are_wide,
+    what_is_not_finite_is_no_crash,
+    extreme_scores_have_gradients,
 ]

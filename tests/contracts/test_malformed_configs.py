@@ -547,6 +547,29 @@ CASES = [
          [("x.yaml:2:45: model.moe.router.jitter: unknown key for kind: expert_choice; it is an "
            "option of kind: top_k or bias_balanced or group_limited or switch or gshard or "
            "noisy_top_k or cosine or top_p")]),
+    Case("choice_major without a ranking",
+         ("name: x\nmodel: {moe: {router: {kind: hash, top_k: 2}, capacity: {factor: 1.0, policy: "
+          "choice_major}}}\n"),
+         ["x.yaml:2:71: model.moe.capacity.policy: hash ranks no choices; use position or random"]),
+    Case("hf of top_p",
+         "name: x\nmodel: {moe: {router: {kind: top_p}, balance: {convention: hf}}}\n",
+         [("x.yaml:2:48: model.moe.balance.convention: hf means k times ours, and top_p has no k; "
+           "use canonical")]),
+    Case("load when all experts are taken",
+         "name: x\nmodel: {moe: {num_experts: 2, router: {kind: noisy_top_k}, cv_squared: {load_coef: 0.1}}}\n",
+         [("x.yaml:2:73: model.moe.cv_squared.load_coef: every token takes all 2 experts, so the "
+           "load is even; use 0")]),
+    Case("importance that is not learned",
+         "name: x\nmodel: {moe: {router: {kind: random}, cv_squared: {importance_coef: 0.1}}}\n",
+         [("x.yaml:2:52: model.moe.cv_squared.importance_coef: the weights of random are not "
+           "learned; use 0")]),
+    Case("device groups without probabilities",
+         "name: x\nmodel: {moe: {router: {kind: hash}, device_balance: {coef: 0.1}}}\n",
+         ["x.yaml:2:54: model.moe.device_balance.coef: hash has no probabilities to even out; use 0"]),
+    Case("one device group",
+         "name: x\nmodel: {moe: {device_balance: {coef: 0.1, groups: 1}}}\n",
+         [("x.yaml:2:43: model.moe.device_balance.groups: 1 group is always even; use 2 or more, or "
+           "coef: 0")]),
     Case("warmup as long as training",
          "name: x\nschedule:\n  kind: warmup_cosine\n  warmup_steps: 100\ntrain: {steps: 100}\n",
          ["x.yaml:4:3: schedule.warmup_steps: 100 does not fit in train.steps 100; use at most 99"]),

@@ -72,7 +72,8 @@ class WrongRouter(ThresholdRouter):
     def forward(self, x: Tensor, context: RoutingContext) -> RouterOutput:
         wrong, valid = self.config.wrong, context.valid
         self.calls += 1
-        logits = self.gate(x) if wrong == "narrow" else self.gate(x.to(self.gate.weight.dtype))
+        with torch.autocast(x.device.type, enabled=wrong == "narrow", dtype=torch.bfloat16):
+            logits = self.gate(x.to(self.gate.weight.dtype))
         if wrong == "looks ahead":
             logits = logits - logits.view(context.num_sequences, -1, 4).mean(1, keepdim=True).expand(
                 context.num_sequences, logits.shape[0] // context.num_sequences, 4
@@ -109,13 +110,13 @@ WRONG = {
 
 @pytest.mark.parametrize(("wrong", "check"), WRONG.items(), ids=WRONG.keys())
 def test_a_router_that_breaks_the_contract_is_caught(wrong: str, check: str) -> None:
-    with pytest.raises((AssertionError, RuntimeError)):
+    with pytest.raises(AssertionError):
         getattr(router_contract, check)(WrongRouterConfig(wrong=wrong), 4)
 
 
 def test_the_right_form_of_the_wrong_router_passes() -> None:
     """The control of the controls above."""
-    for check in set(WRONG.values()) - {"scores_are_wide"}:
+    for check in set(WRONG.values()):
         getattr(router_contract, check)(WrongRouterConfig(wrong="nothing"), 4)
 
 

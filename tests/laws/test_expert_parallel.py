@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from tests.builders import make_batch, make_engine, make_packed_batch, rows_of, tiny_model_config
+from tests.laws.test_router_oracles import KINDS as ROUTERS
 from tests.ranks import Ranks
 from trainer.checkpoint.state import TrainState
 from trainer.data.batch import Batch
@@ -43,7 +44,7 @@ OTHER_ROUTERS = {
     kind: {"router": {"kind": kind}}
     for kind in (
         *("group_limited", "switch", "cosine", "top_p", "expert_choice", "sinkhorn", "base"),
-        *("linear_program", "greedy", "hash", "random"),
+        *("linear_program", "greedy", "hash", "random", "round_robin"),
     )
 } | {
     "gshard, random tokens": {
@@ -58,6 +59,11 @@ OTHER_ROUTERS = {
     "device balance, diversity": {"device_balance": {"coef": 0.2, "groups": 4}, "diversity_coef": 0.5},
     "mixture_of_depths": {"router": {"kind": "mixture_of_depths", "share": 0.5}, "num_experts": 1},
 }
+
+
+def test_every_router_is_under_the_law() -> None:
+    models: list[dict[str, Any]] = [*MODELS.values(), *OTHER_ROUTERS.values()]
+    assert {moe.get("router", {}).get("kind", "top_k") for moe in models} == set(ROUTERS)
 
 
 def _engine(moe: dict, mesh: Mesh, parallel: dict, *, is_packed: bool) -> NativeEngine:

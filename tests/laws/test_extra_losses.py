@@ -11,8 +11,11 @@ from tests.laws.test_router_oracles import NUM_ROWS, SEQ_LEN, make_layer, make_t
 from trainer.models.gpt import build_moe
 from trainer.moe.balance import balance_loss, device_balance_loss
 from trainer.moe.cv_squared import cv_squared, cv_squared_loss
+from trainer.moe.dispatch.base import Outputs
+from trainer.moe.dispatch.order import group_by_expert
 from trainer.moe.layer import MoELayer
 from trainer.moe.losses import Denominators, objective
+from trainer.moe.routing import RoutingDecision
 from trainer.moe.stats import MoEStats
 
 TOLERANCE = 1e-10
@@ -143,6 +146,22 @@ def test_diversity_is_the_mean_squared_cosine_between_a_tokens_experts(router: d
         oracle = oracle + sum(cosines, torch.zeros(())) / max(1, len(cosines))
     assert stats.likeness_sum is not None
     _same(stats.likeness_sum.sum(), oracle, layer, x)
+
+
+def test_likeness_is_as_exact_under_autocast() -> None:
+    """The mean squared cosine of random outputs is 1 / D, which bfloat16 would not tell from 0."""
+    T, D = 64, 512
+    rows = torch.randn(2 * T, D, generator=torch.Generator().manual_seed(0))
+    decision = RoutingDecision.from_top_k(
+        torch.tensor([[0, 1]]).repeat(T, 1), torch.ones(T, 2), num_experts=2, valid=torch.ones(T, dtype=torch.bool)
+    )
+    outputs = Outputs.of(rows, group_by_expert(decision), is_compiled=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        likeness = outputs.likeness()
+    exact = Outputs.of(rows.double(), group_by_expert(decision), is_compiled=False).likeness()
+    assert likeness.dtype == torch.float32
+    torch.testing.assert_close(likeness.double(), exact, rtol=0, atol=1e-6)
+    assert float(exact.mean()) == pytest.approx(1 / D, rel=0.3)
 
 
 def test_every_loss_is_in_the_objective_with_its_coefficient() -> None:

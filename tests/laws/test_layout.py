@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.builders import make_batch, make_engine, make_packed_batch, rows_of, tiny_model_config
+from tests.laws.test_router_oracles import KINDS
 from trainer.data.batch import Batch
 
 STEPS, ROWS, SEQ_LEN = 20, 16, 8
@@ -53,6 +54,7 @@ INVARIANT = {
     },
     "linear_program": {"router": {"kind": "linear_program"}},
     "hash": {"router": {"kind": "hash"}},
+    "random": {"router": {"kind": "random"}},
     "mixture_of_depths": {"router": {"kind": "mixture_of_depths", "share": 0.5}, "num_experts": 1},
 }
 
@@ -61,6 +63,11 @@ NOT_INVARIANT = {
     "running": {"balance": {"coef": 2.0, "counts": "running"}},
     "capacity per rank": {"capacity": {"factor": 0.6, "min": 1, "scope": "rank"}},
 }
+
+
+def test_every_router_is_under_the_law() -> None:
+    models: list[dict[str, Any]] = list(INVARIANT.values())
+    assert {moe.get("router", {}).get("kind", "top_k") for moe in models} == set(KINDS)
 
 
 def _ragged(step: int) -> Batch:
@@ -90,7 +97,7 @@ def _losses(
 @pytest.mark.parametrize("moe", INVARIANT.values(), ids=INVARIANT.keys())
 def test_one_and_four_micro_batches_learn_the_same_in_float64(moe: dict) -> None:
     whole, pieces = _losses(moe, 1, torch.float64), _losses(moe, 4, torch.float64)
-    assert whole[-1, 0] < whole[0, 0] or moe.get("router", {}).get("kind") in ("round_robin", "hash")
+    assert whole[-1, 0] < whole[0, 0] or moe.get("router", {}).get("kind") in ("round_robin", "hash", "random")
     torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-12)
 
 

@@ -193,6 +193,13 @@ NAN_ROUTING = {
     "capacity by position": {"capacity": {"factor": 1.0, "min": 1}},
     "capacity by probability": {"capacity": {"factor": 1.0, "min": 1, "policy": "probability"}},
 }
+NAN_ROUTERS = {
+    kind: {"router": {"kind": kind, **({"groups": 5} if kind == "group_limited" else {})}}
+    for kind in (
+        *("bias_balanced", "group_limited", "gshard", "noisy_top_k", "top_p", "expert_choice", "sinkhorn"),
+        *("base", "linear_program", "greedy"),
+    )
+}
 
 
 def _nan_logits(moe: dict[str, Any], parallel: dict[str, Any]) -> list[str | None]:
@@ -215,6 +222,13 @@ def test_logits_that_are_not_finite_are_routed_somewhere_and_skipped(ranks: Rank
     if kind == "padded_all_to_all":
         moe = {**moe, "capacity": {"factor": 1.0, "min": 1, **moe.get("capacity", {})}}
     first, second = ranks.run(2, _nan_logits, moe, {"dispatcher": {"kind": kind}})
+    assert first == second and first[0] is first[2] is None
+    assert first[1] is not None and first[1].endswith("(loss not finite on rank 1)")
+
+
+@pytest.mark.parametrize("moe", NAN_ROUTERS.values(), ids=NAN_ROUTERS.keys())
+def test_no_router_ends_a_rank_by_what_is_not_finite(ranks: Ranks, moe: dict) -> None:
+    first, second = ranks.run(2, _nan_logits, moe, {})
     assert first == second and first[0] is first[2] is None
     assert first[1] is not None and first[1].endswith("(loss not finite on rank 1)")
 

@@ -14,7 +14,7 @@ from trainer.moe.experts import Experts
 from trainer.moe.layer import MoELayer
 from trainer.moe.routers.registry import RouterConfig
 from trainer.moe.routing import RoutingContext
-from trainer.ops.noise import token_keys
+from trainer.ops.noise import token_keys, uniform
 
 NUM_ROWS, SEQ_LEN, D_MODEL, D_FF = 3, 6, 5, 7
 TOLERANCE = 1e-10
@@ -24,6 +24,8 @@ VARIANTS: list[dict[str, Any]] = [
     *({"kind": kind} for kind in KINDS if kind != "mixture_of_depths"),
     {"kind": "top_k", "null_experts": 3, "top_k": 3},
     {"kind": "bias_balanced", "null_experts": 2, "score": "softmax"},
+    {"kind": "top_k", "jitter": 0.3},
+    {"kind": "top_p", "jitter": 0.2},
     {"kind": "group_limited", "groups": 2, "groups_kept": 1, "null_experts": 1, "bias_update_rate": 0.1},
     {"kind": "group_limited", "groups": 4, "groups_kept": 2, "group_score": "best", "score": "softmax"},
     {"kind": "gshard", "top_k": 3, "random_second": False},
@@ -104,11 +106,15 @@ def test_a_router_equals_its_plain_loop(router: dict[str, Any], is_training: boo
     parameters = dict(layer.router.named_parameters()) | dict(layer.router.named_buffers())
     tokens = x.flatten(0, 1)
     case = Case(tokens, parameters, {"jitter": 0.0, **config.model_dump()}, layer.experts.num_experts, context)
-    if router["kind"] == "switch":  # its jitter multiplies what the gate reads, and nothing else
-        case.x = _jittered(tokens, context, case.options["jitter"])
+    if case.options["jitter"] and context.noise_key is not None:  # of what the gate reads, and nothing else
+        drawn = uniform(context.noise_key, D_MODEL, salt=0).double()
+        case.x = tokens * (1 - case.options["jitter"] + 2 * case.options["jitter"] * drawn)
     oracle = ORACLES[router["kind"]](case)
 
-    decision = layer.router(tokens, context).decision
+    output = layer.router(tokens, context)
+    decision = output.decision
+    if output.logits is not None:
+        _same(output.logits[context.valid], oracle.logits[context.valid], layer, x)
     kept = decision.kept & (decision.expert_index < decision.num_experts)
     pairs = list(zip(decision.token_index[kept].tolist(), decision.expert_index[kept].tolist(), strict=True))
     assert pairs == [(t, e) for t, mine in enumerate(oracle.experts) for e in mine]
@@ -129,12 +135,6 @@ def test_a_router_equals_its_plain_loop(router: dict[str, Any], is_training: boo
         if mine is not None:
             per_token = case.extra[name].view(NUM_ROWS, SEQ_LEN, *case.extra[name].shape[1:])
             _same(mine, (per_token * mask.view(*mask.shape, *(1 for _ in mine.shape[1:]))).sum(1), layer, x)
-
-
-def _jittered(tokens: Tensor, context: RoutingContext, jitter: float) -> Tensor:
-    from trainer.moe.routers.top_k import jittered
-
-    return jittered(tokens, context, jitter, salt=0)
 
 
 def test_a_fuller_call_overrides_k() -> None:

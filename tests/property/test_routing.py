@@ -71,7 +71,7 @@ def test_a_decision_is_sound(case: Case) -> None:
     assert torch.isfinite(decision.combine_weight).all() and (decision.combine_weight >= 0).all()
     if config.weight_sum is not None:
         sums = torch.zeros(len(x), dtype=torch.float64)
-        sums.index_add_(0, decision.token_index, decision.combine_weight.detach().double())
+        sums.index_add_(0, decision.token_index, decision.combine_weight.detach().double() * decision.kept)
         torch.testing.assert_close(sums[context.valid], torch.full_like(sums[context.valid], config.weight_sum))
     for part in (output.logits, output.probs, output.load, output.loss):
         assert part is None or torch.isfinite(part).all()

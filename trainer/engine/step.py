@@ -296,7 +296,7 @@ class StepEngine(Engine):
     def _needs_counts(self) -> bool:
         """Tell whether a loss with a gradient is made of counts."""
         moe = self.moe_config
-        return moe is not None and (moe.balance.coef > 0 or moe.device_balance.coef > 0)
+        return moe is not None and moe.router.has_probs and (moe.balance.coef > 0 or moe.device_balance.coef > 0)
 
     @property
     def _needs_variation(self) -> bool:

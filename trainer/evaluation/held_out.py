@@ -14,6 +14,7 @@ from trainer.data.stream import evaluation_batches, row_slice
 from trainer.distributed.layout import Layout
 from trainer.engine.base import Engine, EvalSums
 from trainer.metrics.specialisation import specialisation_metrics
+from trainer.moe.capacity import capacity_causality
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,8 @@ class EvalResult:
     """With the capacity of training; None where there is none or it was not asked for."""
     looks_ahead: bool = False
     """The model has seen some of what it predicts: a token's experts depend on later tokens."""
+    capacity_looks_ahead: bool = False
+    """The same of `at_capacity`: later tokens can take a token's place."""
 
     def record(self) -> dict[str, float]:
         """Return the evaluation keys of metrics.jsonl."""
@@ -61,6 +64,8 @@ class EvalResult:
         }
         if self.looks_ahead:
             record["eval/looks_ahead"] = 1.0
+        if self.capacity_looks_ahead:
+            record["eval/capacity_looks_ahead"] = 1.0
         if self.at_capacity is not None:
             nats = sum(d.sums.loss_sum for d in self.at_capacity)
             record["eval/loss_capacity"] = nats / max(1, sum(d.sums.target_tokens for d in self.at_capacity))
@@ -117,6 +122,9 @@ def evaluate(
         domains=results[0],
         at_capacity=results[1] if len(results) > 1 else None,
         looks_ahead=any(layer.router.causal_in_evaluation != "strict" for layer in engine.model.moe_layers()),
+        capacity_looks_ahead=len(results) > 1
+        and moe is not None
+        and capacity_causality(moe.capacity, is_training=False) != "strict",
     )
 
 

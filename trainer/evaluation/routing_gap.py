@@ -8,7 +8,6 @@ compared; the routers decide as in training.
 """
 
 import functools
-import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from trainer.data.config import Packing
 from trainer.data.corpus import Corpus
 from trainer.data.stream import evaluation_batches
 from trainer.engine.base import Engine
+from trainer.moe.capacity import expert_capacity
 from trainer.moe.config import MoEConfig
 from trainer.moe.routing import Router, RouterOutput, RoutingOptions
 from trainer.moe.yardstick import Measured, measure
@@ -126,8 +126,12 @@ def _of_row(
     scores = scores.reshape(*valid.shape, -1)[row, mine].cpu()
     chosen = chosen.view(*valid.shape, -1)[row, mine].cpu()
     top_k = _experts_of_a_token(config, chosen)
-    factor = config.capacity.factor or getattr(config.router, "room", 1.0)
-    room = min(len(scores), math.ceil(factor * top_k * len(scores) / num_experts - 1e-9))
+    limit = config.capacity
+    if limit.factor is not None:  # filling counts in what a capacity is sized by
+        room = expert_capacity(top_k * valid.shape[1], num_experts, factor=limit.factor, minimum=limit.min)
+    else:
+        room = expert_capacity(top_k * len(scores), num_experts, factor=getattr(config.router, "room", 1.0), minimum=0)
+    room = min(len(scores), room)
     measured, best = measure(scores, chosen, top_k=top_k, room=room)
     return measured, best.prices
 

@@ -51,7 +51,8 @@ def evaluation(record: Record, progress: TrainingProgress) -> Text:
     line.append("  loss ").append(readable.number(record.get("eval/loss")), style="default")
     at_capacity = record.get("eval/loss_capacity")
     if at_capacity is not None:
-        line.append(" (capacity ").append(readable.number(at_capacity), style="default").append(")")
+        line.append(" (capacity ").append(readable.number(at_capacity), style="default")
+        line.append(", with later tokens in the way)" if record.get("eval/capacity_looks_ahead") else ")")
     if record.get("eval/looks_ahead"):
         line.append("  sees later tokens", style=ALERT)
     return line

@@ -189,6 +189,7 @@ class GPT(nn.Module):
 
     def forward(self, batch: Batch, options: RoutingOptions = _PLAIN, *, want_logits: bool = False) -> GPTOutput:
         """Return the losses of a micro-batch (and its logits), and what its MoE layers did."""
+        self._check_top_k(options.top_k)
         context = routing_context(batch, options)
         positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
         mask = document_mask(batch.document_id) if self.config.attention_within == "document" else None
@@ -248,6 +249,21 @@ class GPT(nn.Module):
         """Return the MoE layers, in order."""
         return [module for module in self.modules() if isinstance(module, MoELayer)]
 
+    def _check_top_k(self, top_k: int | None) -> None:
+        """Refuse a k for one call that the config would refuse for all.
+
+        Raises:
+            ValueError: if the router cannot give so many experts.
+        """
+        moe = self.config.moe
+        if top_k is None or moe is None:
+            return
+        wanted = moe.router.model_copy(update={"top_k": top_k}) if hasattr(moe.router, "top_k") else moe.router
+        problems = [f"{p.key}: {p.message}" for p in wanted.problems_among(moe.num_experts)]
+        if top_k < 1 or top_k > moe.num_experts + moe.router.num_null_experts or problems:
+            said = problems[0] if problems else f"{moe.num_experts} experts"
+            raise ValueError(f"top_k {top_k} for one call: {said}")
+
     def _appended(self, tokens: Tensor, cache: KVCache, num_new: Tensor) -> Tensor:
         """Return the residual stream (B, S, D) of new tokens, which are in the cache then."""
         B, S = tokens.shape
@@ -259,6 +275,7 @@ class GPT(nn.Module):
             sequence_index=torch.arange(B, device=tokens.device).repeat_interleave(S),
             num_sequences=B,
             dropless=True,
+            is_incremental=True,
         )
         # One head dimension of size 1: rows have positions of their own.
         hidden, _ = self._hidden(tokens, extension.positions[:, None], context, extension=extension)

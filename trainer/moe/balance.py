@@ -40,7 +40,7 @@ def device_balance_loss(stats: MoEStats, config: MoEConfig, *, known: LayerSums 
 
     n * G * sum_g F_g P_g, where F_g and P_g are sums of f_e and P_e over a group's experts.
 
-    Source: DeepSeek-V2 (arXiv 2405.04434), eqs. 29 to 31, with f as a share instead of a multiple of the fair one.
+    Source: DeepSeek-V2 (arXiv 2405.04434), eqs. 26 to 28, with f as a share instead of a multiple of the fair one.
     """
     assert stats.prob_sum is not None, "the router has no probabilities"
     groups = config.device_balance.groups

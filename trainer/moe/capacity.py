@@ -25,13 +25,14 @@ def expert_capacity(assignments: int, num_experts: int, *, factor: float, minimu
     return max(minimum, math.ceil(factor * assignments / num_experts - 1e-9))
 
 
-def capacity_causality(capacity: CapacityConfig) -> Causality:
-    """Return what it depends on whether a token is kept, while training."""
+def capacity_causality(capacity: CapacityConfig, *, is_training: bool) -> Causality:
+    """Return what it depends on whether a token is kept; in evaluation nothing is at random."""
     if capacity.factor is None:
         return "strict"
     if capacity.scope == "rank":
         return "no"  # earlier rows take the room that later ones find
-    return "strict" if capacity.policy == "position" else "within_sequence"
+    by_position = ("position",) if is_training else ("position", "random")
+    return "strict" if capacity.policy in by_position else "within_sequence"
 
 
 def limit_to_capacity(

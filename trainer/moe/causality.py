@@ -15,7 +15,10 @@ _HOW: dict[Causality, str] = {"within_sequence": "later tokens of its row", "no"
 
 def training_warning(config: MoEConfig, layers: Sequence[MoELayer]) -> str | None:
     """Return what to say before a router or capacity that looks ahead is trained; None where none does."""
-    by_router, by_capacity = _weakest([layer.router.causal for layer in layers]), capacity_causality(config.capacity)
+    by_router, by_capacity = (
+        _weakest([layer.router.causal for layer in layers]),
+        capacity_causality(config.capacity, is_training=True),
+    )
     if by_router != "strict":
         return (
             f"model.moe.router: {config.router.kind} chooses a token's experts by {_HOW[by_router]} as well, which "
@@ -37,7 +40,7 @@ def evaluation_warning(layers: Sequence[MoELayer]) -> str | None:
         return None
     return (
         f"model.moe.router.evaluation: same lets a token's experts depend on {_HOW[causal]}: held-out loss is of a "
-        "model that has seen some of what it predicts, and generated text of one that has not"
+        "model that has seen some of what it predicts; text that is written token by token is routed by top_k"
     )
 
 

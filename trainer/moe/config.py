@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from trainer.config.base import Config, Problem, divisors
+from trainer.moe.routers.options import EvenOptions
 from trainer.moe.routers.registry import RouterConfig, TopKRouterConfig
 
 _OWN_ROOM = "this router decides by itself how many tokens an expert gets"
@@ -83,7 +84,7 @@ class CvSquaredConfig(Config):
 
 
 class DeviceBalanceConfig(Config):
-    """The balance loss of groups of experts instead of experts (DeepSeek-V2, arXiv 2405.04434, eq. 29).
+    """The balance loss of groups of experts instead of experts (DeepSeek-V2, arXiv 2405.04434, eq. 26).
 
     Groups are parts of the model, not of the machine: what they are does not change with `parallel`. Tokens are counted
     over the same scope as by `balance`.
@@ -141,18 +142,36 @@ class MoEConfig(Config):
             )
         if self.balance.convention == "gshard_first_choice" and self.router.num_null_experts:
             yield Problem("balance.convention", "gshard_first_choice knows no null experts; use canonical")
-        if self.cv_squared.load_coef and self.router.kind != "noisy_top_k":
-            yield Problem("cv_squared.load_coef", f"only noisy_top_k estimates a load, not {self.router.kind}; use 0")
+        if self.capacity.policy == "choice_major" and self.capacity.factor is not None and not self.router.has_probs:
+            yield Problem("capacity.policy", f"{self.router.kind} ranks no choices; use position or random")
+        if self.balance.convention == "hf" and self.router.kind == "top_p":
+            yield Problem("balance.convention", "hf means k times ours, and top_p has no k; use canonical")
+        yield from self._cv_squared_problems()
         yield from self._device_balance_problems()
-        if self.diversity_coef and self.router.experts_per_token(self.num_experts) <= 1:
+        if self.diversity_coef and self.router.most_experts(self.num_experts) < 2:
             yield Problem(
                 "diversity_coef", "needs tokens with two experts or more, whose outputs can be compared; use 0"
             )
+
+    def _cv_squared_problems(self) -> Iterator[Problem]:
+        kind, choices = self.router.kind, self.num_experts + self.router.num_null_experts
+        if self.cv_squared.load_coef and kind != "noisy_top_k":
+            yield Problem("cv_squared.load_coef", f"only noisy_top_k estimates a load, not {kind}; use 0")
+        elif self.cv_squared.load_coef and getattr(self.router, "top_k", 0) >= choices:
+            yield Problem(
+                "cv_squared.load_coef", f"every token takes all {choices} experts, so the load is even; use 0"
+            )
+        if self.cv_squared.importance_coef and isinstance(self.router, EvenOptions):
+            yield Problem("cv_squared.importance_coef", f"the weights of {kind} are not learned; use 0")
 
     def _device_balance_problems(self) -> Iterator[Problem]:
         groups = self.device_balance.groups
         if self.device_balance.coef == 0:
             return
+        if not self.router.has_probs:
+            yield Problem("device_balance.coef", f"{self.router.kind} has no probabilities to even out; use 0")
+        if groups == 1:
+            yield Problem("device_balance.groups", "1 group is always even; use 2 or more, or coef: 0")
         if self.num_experts % groups:
             yield Problem(
                 "device_balance.groups",

@@ -47,7 +47,7 @@ class Objective:
     z_loss: Tensor | None
     """Mean over MoE layers, per routed token, without coefficient. None without router logits."""
     extra: dict[str, Tensor] = field(default_factory=dict)
-    """The losses that are on besides, by name, in the same units."""
+    """The losses that are on besides, by name, in the same units; `router` has its coefficient in it."""
 
 
 def objective(

@@ -59,6 +59,8 @@ class RoutingContext:
     """bool, of valid tokens: which of them are in the statistics. None: all."""
     keeps_routing: bool = False
     """Hand on what the router puts out."""
+    is_incremental: bool = False
+    """The rows are pieces that are appended to a cache: what comes later in them is not there yet."""
 
     @property
     def is_training(self) -> bool:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment, linprog
 from scipy.sparse import eye_array as identity
 from scipy.sparse import kron, vstack
@@ -50,7 +51,7 @@ def linear_program(scores: Tensor, *, top_k: int, room: int) -> Solution:
     of_experts = kron(np.ones((1, n)), identity(num_experts))  # (E, n E)
     limits = np.concatenate([np.full(n, float(top_k)), np.full(num_experts, float(room))])
     solved = linprog(
-        -scores.detach().double().cpu().numpy().ravel(),
+        -_finite(scores).ravel(),
         A_ub=vstack([of_tokens, of_experts], format="csr"),
         b_ub=limits,
         bounds=(0, 1),
@@ -67,8 +68,8 @@ def linear_program(scores: Tensor, *, top_k: int, room: int) -> Solution:
 def greedy(scores: Tensor, *, top_k: int, room: int) -> Tensor:
     """Return (n, E) bool: pairs by falling score, each taken if its token and its expert still have room.
 
-    Equal scores go by token, then by expert. At least half of the best sum (Fisher, Nemhauser and Wolsey 1978: the
-    pairs that fit are the intersection of two matroids).
+    Equal scores go by token, then by expert. At least half of the best sum (Jenkyns 1976: the pairs that fit are the
+    intersection of two matroids).
     """
     n, num_experts = scores.shape
     order = scores.detach().flatten().sort(descending=True, stable=True).indices.tolist()
@@ -93,9 +94,14 @@ def balanced(scores: Tensor) -> Tensor:
     """
     n, num_experts = scores.shape
     places = -(-n // num_experts)
-    value = scores.detach().double().cpu().numpy().repeat(places, axis=1)  # (n, E * places), an expert's side by side
+    value = _finite(scores).repeat(places, axis=1)  # (n, E * places), an expert's side by side
     _, place = linear_sum_assignment(value, maximize=True)
     return torch.from_numpy(place // max(1, places)).to(scores.device)
+
+
+def _finite(scores: Tensor) -> NDArray[np.float64]:
+    """Return scores for a solver, which refuses what is not finite: such a step is skipped, whatever is chosen."""
+    return scores.detach().double().nan_to_num(0.0, 0.0, 0.0).cpu().numpy()
 
 
 def transport_plan(logits: Tensor, valid: Tensor, *, iterations: int) -> Tensor:

@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 
 from tests.builders import make_batch, make_model, tiny_model_config
+from tests.laws.test_router_oracles import KINDS
 from trainer.models.gpt import GPT
 
 MODELS: dict[str, dict[str, Any]] = {
     "moe": {},
     "positions route": {"moe": {"router": {"kind": "round_robin"}}},
     "qk_norm, as many key heads as heads": {"qk_norm": True, "num_kv_heads": None},
+    **{kind: {"moe": {"router": {"kind": kind}}} for kind in KINDS if kind not in ("top_k", "mixture_of_depths")},
+    "mixture_of_depths": {"moe": {"router": {"kind": "mixture_of_depths"}, "num_experts": 1}},
 }
 
 
@@ -61,6 +64,17 @@ def test_a_selected_row_goes_on_by_itself_wherever_it_was_copied_to(fields: dict
         whole = torch.cat([text[source, :length], branches[row] % 32])
         torch.testing.assert_close(logits[row].log_softmax(-1), _log_probs(model, whole)[-1], rtol=0, atol=1e-12)
     assert cache.lengths.tolist() == [5, 2], "the row that was copied is left alone"
+
+
+@pytest.mark.parametrize("kind", ["expert_choice", "sinkhorn", "linear_program"])
+def test_pieces_of_a_row_are_never_routed_together(kind: str) -> None:
+    """Whatever evaluation is asked for: of a piece nobody knows what comes later."""
+    text, logits = _tokens(2, 8), []
+    for evaluation in ("top_k", "same"):
+        model = _model({"moe": {"router": {"kind": kind, "evaluation": evaluation}}})
+        cache = model.new_cache(2, 8)
+        logits.append(model.next_logits(text, cache))
+    assert torch.equal(*logits)
 
 
 def test_target_log_probs_are_those_of_a_full_pass() -> None:

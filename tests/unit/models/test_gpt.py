@@ -1,6 +1,7 @@
 """The model: cache equals full forward, causality, padding, positions, dense and shared experts."""
 
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -110,6 +111,23 @@ def test_statistics_of_targets_and_of_what_is_only_read_are_those_of_all() -> No
         torch.testing.assert_close(
             getattr(targets, field.name) + getattr(others, field.name), getattr(every, field.name)
         )
+
+
+@pytest.mark.parametrize(
+    ("moe", "top_k", "said"),
+    [
+        ({}, 5, "5 is more than num_experts 4; use 1 to 4"),
+        ({}, 0, "4 experts"),
+        ({"router": {"kind": "hash"}}, 5, "5 is more than num_experts 4"),
+        ({"router": {"kind": "group_limited", "groups_kept": 2}}, 3, "2 experts of groups_kept"),
+        ({"router": {"kind": "top_p"}}, 5, "4 experts"),
+    ],
+    ids=str,
+)
+def test_a_k_that_the_router_cannot_give_is_refused(moe: dict[str, Any], top_k: int, said: str) -> None:
+    model = make_model(tiny_model_config(moe))
+    with pytest.raises(ValueError, match=said):
+        model(make_batch(1, 8), RoutingOptions(top_k=top_k))
 
 
 def test_rows_do_not_see_each_other() -> None:

@@ -3,9 +3,13 @@
 from typing import Any
 
 import pytest
+import torch
 
-from tests.builders import make_model, tiny_model_config
+from tests.builders import make_batch, make_model, tiny_model_config
+from trainer.models.gpt import GPT
+from trainer.moe.capacity import capacity_causality
 from trainer.moe.causality import evaluation_warning, training_warning
+from trainer.moe.config import CapacityConfig
 
 
 def _said(moe: dict[str, Any]) -> tuple[str | None, str | None]:
@@ -29,6 +33,43 @@ def test_training_one_that_does_warns(kind: str) -> None:
     assert evaluation is None, "each token chooses for itself then"
     _, evaluation = _said({"router": {"kind": kind, "evaluation": "same"}})
     assert evaluation is not None and "seen some of what it predicts" in evaluation
+
+
+@pytest.mark.parametrize(
+    ("capacity", "expected"),
+    [
+        ({}, "strict"),
+        ({"factor": 1.0}, "strict"),
+        ({"factor": 1.0, "policy": "random"}, "strict"),  # in evaluation by position
+        ({"factor": 1.0, "policy": "probability"}, "within_sequence"),
+        ({"factor": 1.0, "policy": "choice_major"}, "within_sequence"),
+        ({"factor": 1.0, "scope": "rank"}, "no"),
+    ],
+    ids=str,
+)
+def test_what_a_capacity_lets_a_token_know_in_evaluation(capacity: dict[str, Any], expected: str) -> None:
+    config = CapacityConfig.model_validate({"min": 1, **capacity})
+    assert capacity_causality(config, is_training=False) == expected
+    leaks = crosses = False
+    model = make_model(tiny_model_config({"capacity": config.model_dump()}), dtype=torch.float64)
+    for seed in range(8):
+        before = _logits(model, seed, None)
+        for column in (3, 7):
+            after = _logits(model, seed, column)
+            leaks |= bool((after[0, :column] - before[0, :column]).abs().max() > 1e-9)
+            crosses |= bool((after[1] - before[1]).abs().max() > 1e-9)
+    assert (leaks, crosses) == (expected == "within_sequence", expected == "no")
+
+
+def _logits(model: GPT, seed: int, changed_from: int | None) -> torch.Tensor:
+    """Logits of two rows at capacity, with other tokens in the first row from a column on."""
+    batch = make_batch(2, 8, seed=seed)
+    if changed_from is not None:
+        batch.tokens[0, changed_from:] = (batch.tokens[0, changed_from:] + 5) % 32
+    with torch.no_grad():
+        output = model(batch, want_logits=True)
+    assert output.logits is not None
+    return output.logits
 
 
 @pytest.mark.parametrize("policy", ["choice_major", "probability", "random"])

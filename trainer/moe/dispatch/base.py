@@ -51,10 +51,11 @@ class Outputs:
         rows = torch.cat([self.rows, self.rows.new_zeros(1, self.rows.shape[1])])
         wide = torch.promote_types(rows.dtype, torch.float32)
         unit = F.normalize(rows.to(wide)[slots], dim=-1)  # (T, k, D); an empty slot is 0
-        squared = (unit @ unit.mT).square()  # (T, k, k)
+        with torch.autocast(rows.device.type, enabled=False):  # a mean of 1 / D would vanish in bfloat16
+            squared = (unit @ unit.mT).square()  # (T, k, k)
         has_row = (slots < len(self.rows)).sum(-1)  # (T,)
-        off_diagonal = squared.sum((1, 2)) - squared.diagonal(dim1=1, dim2=2).sum(-1)
-        return off_diagonal / (has_row * (has_row - 1)).clamp(min=1)
+        others = ~torch.eye(slots.shape[1], dtype=torch.bool, device=slots.device)
+        return (squared * others).sum((1, 2)) / (has_row * (has_row - 1)).clamp(min=1)
 
 
 class RunExperts(Protocol):

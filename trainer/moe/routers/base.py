@@ -19,7 +19,7 @@ class BaseRouter(LookAheadRouter):
     The weight is the sigmoid of the chosen logit, so there is a gradient and no balance loss is needed. In evaluation
     a token takes its best expert.
 
-    Source: BASE layers (Lewis et al. 2021, arXiv 2103.16716), eqs. 1 and 4, solved exactly and not by an auction, and
+    Source: BASE layers (Lewis et al. 2021, arXiv 2103.16716), solved exactly and not by an auction, and
     for each sequence instead of over all ranks, so that the layout does not matter.
     """
 

@@ -1,4 +1,4 @@
-"""Top-k with a selection bias that evens out the load: no balance loss, no interference with the gradient."""
+"""Top-k with a selection bias that evens out the load, so that `balance.coef` can be 0 and disturbs no gradient."""
 
 import torch
 from torch import Tensor

@@ -17,7 +17,7 @@ class CosineRouter(TopKRouter):
 
     Only directions count, which keeps token representations from collapsing onto the experts' rows.
 
-    Source: X-MoE (Chi et al. 2022, arXiv 2204.09179), eq. 6, with its inverse temperature 10 exp(s) instead of 1 / tau,
+    Source: X-MoE (Chi et al. 2022, arXiv 2204.09179), with its inverse temperature 10 exp(s) instead of 1 / tau,
     so that it stays positive.
     """
 

@@ -16,7 +16,8 @@ class GroupLimitedRouter(BiasBalancedRouter):
     The bias, where there is one, counts in the score of a group as in that of an expert. Null experts are in no group:
     every token may choose them.
 
-    Source: DeepSeek-V2 (arXiv 2405.04434) scores a group by its best expert; V3 (arXiv 2412.19437) by its best two.
+    Source: DeepSeek-V2 (arXiv 2405.04434) scores a group by its best expert; V3 (arXiv 2412.19437) by its best two, as
+    many as a kept group has of the 8 experts in 4 groups there.
     """
 
     def __init__(self, config: GroupLimitedRouterConfig, *, d_model: int, num_experts: int, layer: int) -> None:

@@ -31,8 +31,8 @@ class LookAheadRouter(Router):
         return self.causal if self.looks_ahead_in_evaluation else "strict"
 
     def looks_ahead(self, context: RoutingContext) -> bool:
-        """Tell whether this pass routes as in training."""
-        return context.is_training or self.looks_ahead_in_evaluation
+        """Tell whether this pass routes as in training; of a piece of a row nothing can be decided together."""
+        return context.is_training or (self.looks_ahead_in_evaluation and not context.is_incremental)
 
 
 class AssignmentRouter(LookAheadRouter):

@@ -19,8 +19,8 @@ class MixtureOfDepthsRouter(LookAheadRouter):
     The loss of the router is the cross-entropy of the sign of the logit against having been chosen, so that in
     evaluation the sign can decide, which looks at no later token. It moves the logit alone: `x` gets no gradient of it.
 
-    Source: Raposo et al. 2024 (arXiv 2404.02258), sections 3.3 to 3.5, its first way of sampling, for the feed-forward
-    sub-layer; the weight there is the logit itself, which is not bounded.
+    Source: Raposo et al. 2024 (arXiv 2404.02258), for the feed-forward sub-layer. Its weight is the logit itself, which
+    is not bounded; of its two ways to sample we take the loss of the first and the stopped gradient of the second.
     """
 
     def __init__(self, config: MixtureOfDepthsRouterConfig, *, d_model: int) -> None:

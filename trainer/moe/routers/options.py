@@ -19,6 +19,10 @@ class RouterOptions(Config):
     """Every token has k experts, the best one first."""
     has_fixed_k: ClassVar[bool] = False
     """Every token asks for k experts, so that a capacity can be sized before anything is routed."""
+    has_probs: ClassVar[bool] = True
+    """There are probabilities for a balance loss to be made of."""
+    is_work_known: ClassVar[bool] = True
+    """How many experts compute a token is known before."""
 
     @property
     def weight_sum(self) -> float | None:
@@ -33,6 +37,10 @@ class RouterOptions(Config):
     def experts_per_token(self, num_experts: int) -> float:
         """Return how many of the experts compute a token: the mean if it is set, else the most it can be."""
         return getattr(self, "top_k", num_experts)
+
+    def most_experts(self, num_experts: int) -> int:
+        """Return how many experts a token can have."""
+        return min(num_experts, getattr(self, "top_k", num_experts))
 
     def problems_among(self, num_experts: int) -> Iterator[Problem]:
         """Refuse options that do not go with so many experts."""
@@ -98,6 +106,7 @@ class EvenOptions(RouterOptions):
     """Of routers that give a token k experts with equal weights."""
 
     has_fixed_k: ClassVar[bool] = True
+    has_probs: ClassVar[bool] = False
 
     @property
     def weight_sum(self) -> float | None:
@@ -109,8 +118,8 @@ class LookAheadOptions(RouterOptions):
     """What every router that decides all tokens of a sequence together has in common."""
 
     evaluation: Literal["top_k", "same"] = "top_k"
-    """How evaluation and generation route: each token takes its k best-scored experts, which looks at no later token;
-    or as in training, and then a held-out loss is of a model that has seen what it predicts."""
+    """How held-out text is routed: each token takes its k best-scored experts, which looks at no later token; or as in
+    training, and then its loss is of a model that has seen what it predicts. Text is always written the first way."""
 
 
 class AssignmentOptions(LookAheadOptions):
@@ -120,3 +129,7 @@ class AssignmentOptions(LookAheadOptions):
     """Most experts per token, k."""
     room: PositiveFloat = 1.0
     """Tokens that an expert takes of a sequence of n, in units of its fair share k * n / E; rounded up."""
+
+    def experts_per_token(self, num_experts: int) -> float:
+        """Return the mean number: less than k where there is not room for more."""
+        return min(self.top_k, self.room * self.top_k)

@@ -66,6 +66,11 @@ class GShardRouterConfig(TopKOptions):
     random_second: bool = True
     """While training, keep a token's later choices only with probability min(1, k * weight)."""
 
+    @property
+    def weight_sum(self) -> float | None:
+        """The scale, if weights are normalised and none is let go."""
+        return None if self.random_second else super().weight_sum
+
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
         """Make the router of MoE layer `layer`."""
         from trainer.moe.routers.gshard import GShardRouter
@@ -158,6 +163,7 @@ class GroupLimitedRouterConfig(TopKOptions):
 class TopPRouterConfig(JitterOptions):
     """As many experts as it takes to hold the probability p (Huang et al. 2024, arXiv 2403.07652)."""
 
+    is_work_known: ClassVar[bool] = False
     kind: Literal["top_p"] = "top_p"
     p: Annotated[float, Field(gt=0, le=1)] = 0.4
     """A token takes its likeliest experts until their probabilities add up to this."""
@@ -175,6 +181,10 @@ class TopPRouterConfig(JitterOptions):
 
     def experts_per_token(self, num_experts: int) -> float:
         """Return the most experts that a token can take."""
+        return self.most_experts(num_experts)
+
+    def most_experts(self, num_experts: int) -> int:
+        """Return the limit, or all."""
         return min(num_experts, self.max_experts or num_experts)
 
     def problems_among(self, num_experts: int) -> Iterator[Problem]:
@@ -198,6 +208,14 @@ class ExpertChoiceRouterConfig(AssignmentOptions):
     """Every expert takes the tokens of a sequence that score best for it (Zhou et al. 2022, arXiv 2202.09368)."""
 
     kind: Literal["expert_choice"] = "expert_choice"
+
+    def experts_per_token(self, num_experts: int) -> float:
+        """Return the mean number, which grows with the room."""
+        return min(num_experts, self.room * self.top_k)
+
+    def most_experts(self, num_experts: int) -> int:
+        """Return all: any number of experts can choose a token."""
+        return num_experts
 
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
         """Make the router of MoE layer `layer`."""
@@ -239,6 +257,10 @@ class BaseRouterConfig(LookAheadOptions):
         """Return 1."""
         return 1
 
+    def most_experts(self, num_experts: int) -> int:
+        """Return 1."""
+        return 1
+
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
         """Make the router of MoE layer `layer`."""
         from trainer.moe.routers.base import BaseRouter
@@ -271,6 +293,7 @@ class MixtureOfDepthsRouterConfig(LookAheadOptions):
     With `num_experts: 1` the layer's one expert is that network.
     """
 
+    has_probs: ClassVar[bool] = False
     kind: Literal["mixture_of_depths"] = "mixture_of_depths"
     share: Annotated[float, Field(gt=0, le=1)] = 0.125
     """Share of a sequence's tokens that are computed, rounded up."""

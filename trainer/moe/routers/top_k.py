@@ -17,9 +17,10 @@ from trainer.ops.select import first_top_k
 class TopKRouter(Router):
     """Scores by softmax or sigmoid, keeps the k best, weighs by the normalised or raw scores.
 
-    Source: Shazeer et al. 2017 (arXiv 1701.06538); sigmoid scores as in DeepSeek-V3 (arXiv 2412.19437), whose 1e-20 in
-    the normalisation is left out: a sigmoid is never 0 in float32 unless its logit is below -100. Null experts as the
-    zero experts of MoE++ (arXiv 2410.07348).
+    Scores that are 0 in float32 (a sigmoid below -88) add up to 0; what is divided by such a sum stays 0.
+
+    Source: Shazeer et al. 2017 (arXiv 1701.06538); sigmoid scores as in DeepSeek-V3 (arXiv 2412.19437); null experts as
+    the zero experts of MoE++ (arXiv 2410.07348).
     """
 
     causal: ClassVar[Causality] = "strict"
@@ -56,7 +57,7 @@ class TopKRouter(Router):
         """Weigh the selected experts (T, k) by their scores (T, E + n)."""
         weight = scores.gather(-1, expert_index)  # (T, k)
         if self.config.normalize:
-            weight = weight / weight.sum(-1, keepdim=True)
+            weight = normalized(weight)
         return RoutingDecision.from_top_k(
             expert_index, weight * self.config.scale, num_experts=self.num_experts, valid=context.valid
         )
@@ -81,12 +82,17 @@ def scores_of(logits: Tensor, score: Score) -> tuple[Tensor, Tensor]:
         probs = logits.softmax(-1)
         return probs, probs
     scores = logits.sigmoid()
-    return scores, scores / scores.sum(-1, keepdim=True)
+    return scores, normalized(scores)
+
+
+def normalized(scores: Tensor) -> Tensor:
+    """Return scores (T, n) divided by their sum; all 0 where that is 0."""
+    return scores / scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
 
 
 def jittered(x: Tensor, context: RoutingContext, jitter: float, *, salt: int) -> Tensor:
     """Multiply x by noise from [1 - jitter, 1 + jitter] (Switch Transformer, arXiv 2101.03961), while training."""
     if jitter == 0 or context.noise_key is None:
         return x
-    noise = uniform(context.noise_key, x.shape[-1], salt=salt)  # (T, D)
+    noise = uniform(context.noise_key, x.shape[-1], salt=salt).to(torch.promote_types(x.dtype, torch.float32))  # (T, D)
     return x * (1 + jitter * (2 * noise - 1)).to(x.dtype)

@@ -18,7 +18,7 @@ class TopPRouter(Router):
     An unsure token takes many experts and a sure one few. Without a price they would all become unsure, so the loss of
     the router is sparsity_coef times the entropy of its probabilities.
 
-    Source: Huang et al. 2024 (arXiv 2403.07652), eqs. 5 to 7.
+    Source: Huang et al. 2024 (arXiv 2403.07652).
     """
 
     causal: ClassVar[Causality] = "strict"
@@ -31,15 +31,17 @@ class TopPRouter(Router):
     def forward(self, x: Tensor, context: RoutingContext) -> RouterOutput:
         """Route tokens x (T, D)."""
         logits = gate_logits(self.gate, jittered(x, context, self.config.jitter, salt=self.layer))  # (T, E)
-        probs = logits.softmax(-1)
+        log_probs = logits.log_softmax(-1)
+        probs = log_probs.exp()
         at_most = context.top_k or self.config.max_experts or probs.shape[-1]
         chosen = likeliest(probs.detach(), self.config.p, at_most)
-        weight = probs / (probs * chosen).sum(-1, keepdim=True) if self.config.normalize else probs
+        weight = probs / (probs * chosen).sum(-1, keepdim=True) if self.config.normalize else probs  # at least 1 / E
         return RouterOutput(
             decision=RoutingDecision.from_mask(chosen, weight, valid=context.valid),
             logits=logits,
             probs=probs,
-            loss=self.config.sparsity_coef * torch.special.entr(probs).sum(-1) if self.config.sparsity_coef else None,
+            # Not by the probabilities' logarithm, whose gradient is NaN where one of them is 0 in float32.
+            loss=-self.config.sparsity_coef * (probs * log_probs).sum(-1) if self.config.sparsity_coef else None,
         )
 
 
