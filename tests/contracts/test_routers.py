@@ -1,17 +1,18 @@
 """Every router keeps the contract, one that a user adds does, and one that breaks it is caught."""
 
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 from pydantic import TypeAdapter
-from torch import Tensor, nn
+from torch import Tensor
 
+from tests.added_router import ThresholdRouter, ThresholdRouterConfig
 from tests.contracts import router_contract
 from tests.laws.test_router_oracles import VARIANTS
-from trainer.moe.routers.options import RouterOptions, TopKOptions
+from trainer.moe.routers.options import TopKOptions
 from trainer.moe.routers.registry import RouterConfig
-from trainer.moe.routing import Causality, Router, RouterOutput, RoutingContext, RoutingDecision
+from trainer.moe.routing import Router, RouterOutput, RoutingContext, RoutingDecision
 from trainer.ops.select import first_top_k
 
 ADAPTER: TypeAdapter[Any] = TypeAdapter(RouterConfig)
@@ -21,33 +22,6 @@ ADAPTER: TypeAdapter[Any] = TypeAdapter(RouterConfig)
 @pytest.mark.parametrize("router", VARIANTS, ids=str)
 def test_a_router_keeps_the_contract(router: dict[str, Any], check: Any) -> None:
     check(ADAPTER.validate_python(router), 1 if router["kind"] == "mixture_of_depths" else 4)
-
-
-class ThresholdRouterConfig(RouterOptions):
-    """A user's own router: every expert whose sigmoid is over a threshold, and the best one in any case."""
-
-    kind: Literal["threshold"] = "threshold"
-    threshold: float = 0.6
-
-    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
-        return ThresholdRouter(self, d_model=d_model, num_experts=num_experts)
-
-
-class ThresholdRouter(Router):
-    causal: ClassVar[Causality] = "strict"
-
-    def __init__(self, config: ThresholdRouterConfig, *, d_model: int, num_experts: int) -> None:
-        super().__init__()
-        self.threshold = config.threshold
-        self.gate = nn.Linear(d_model, num_experts, bias=False)
-
-    def forward(self, x: Tensor, context: RoutingContext) -> RouterOutput:
-        with torch.autocast(x.device.type, enabled=False):
-            logits = self.gate(x.to(self.gate.weight.dtype))
-        scores = logits.sigmoid()
-        chosen = (scores > self.threshold).scatter(-1, first_top_k(scores.detach(), 1), True)
-        decision = RoutingDecision.from_mask(chosen, scores, valid=context.valid)
-        return RouterOutput(decision=decision, logits=logits, probs=scores / scores.sum(-1, keepdim=True))
 
 
 @pytest.mark.parametrize("check", router_contract.CHECKS, ids=lambda check: check.__name__)
