@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from trainer.moe.routers.options import RouterOptions
+from trainer.moe.routers.config.options import RouterOptions
 from trainer.moe.routing import Causality, Router, RouterOutput, RoutingContext, RoutingDecision
 from trainer.ops.select import first_top_k
 

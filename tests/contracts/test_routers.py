@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.added_router import ThresholdRouter, ThresholdRouterConfig
 from tests.contracts import router_contract
 from tests.laws.test_router_oracles import VARIANTS
-from trainer.moe.routers.options import TopKOptions
+from trainer.moe.routers.config.options import TopKOptions
 from trainer.moe.routers.registry import RouterConfig
 from trainer.moe.routing import Router, RouterOutput, RoutingContext, RoutingDecision
 from trainer.ops.select import first_top_k

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from trainer.bench.kinds import router_config
 from trainer.bench.logits import LayerLogits, Logits, LogitsKind
 from trainer.moe.routers.bias_balanced import BiasBalancedRouter
+from trainer.moe.routers.config.options import RouterOptions
 from trainer.moe.routers.look_ahead import places
-from trainer.moe.routers.options import RouterOptions
 from trainer.moe.routing import Router, RoutingContext
 from trainer.moe.yardstick import Measured, measure, within_room
 from trainer.ops.select import coarse

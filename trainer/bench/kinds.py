@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 from trainer.errors import ConfigError
-from trainer.moe.routers.options import LookAheadOptions, RouterOptions
+from trainer.moe.routers.config.options import LookAheadOptions, RouterOptions
 from trainer.moe.routers.registry import RouterConfig
 
 ROUTERS: dict[str, type[RouterOptions]] = {

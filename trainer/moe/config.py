@@ -6,8 +6,9 @@ from typing import Literal
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from trainer.config.base import Config, Problem, divisors
-from trainer.moe.routers.options import EvenOptions
-from trainer.moe.routers.registry import RouterConfig, TopKRouterConfig
+from trainer.moe.routers.config.options import EvenOptions
+from trainer.moe.routers.config.token_choice import TopKRouterConfig
+from trainer.moe.routers.registry import RouterConfig
 
 _OWN_ROOM = "this router decides by itself how many tokens an expert gets"
 _WHY_NO_CAPACITY = {

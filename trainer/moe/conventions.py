@@ -16,8 +16,8 @@ from typing import Literal
 
 from trainer.errors import ConfigError
 from trainer.moe.config import MoEConfig
-from trainer.moe.routers.options import EvenOptions
-from trainer.moe.routers.registry import BiasBalancedRouterConfig, GroupLimitedRouterConfig
+from trainer.moe.routers.config.options import EvenOptions
+from trainer.moe.routers.config.token_choice import BiasBalancedRouterConfig, GroupLimitedRouterConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

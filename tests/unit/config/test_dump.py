@@ -16,7 +16,8 @@ from trainer.data.sources.registry import InstalledSourceConfig, JsonlSourceConf
 from trainer.experiment import ExperimentConfig, TrainConfig
 from trainer.models.config import ModelConfig
 from trainer.moe.config import BalanceConfig, CapacityConfig, MoEConfig
-from trainer.moe.routers.registry import BiasBalancedRouterConfig, DenseRouterConfig, RouterConfig, TopKRouterConfig
+from trainer.moe.routers.config.token_choice import BiasBalancedRouterConfig, DenseRouterConfig, TopKRouterConfig
+from trainer.moe.routers.registry import RouterConfig
 from trainer.optim.registry import AdamWConfig, WarmupCosineConfig, WarmupStableDecayConfig
 
 Reader = Callable[[str], ExperimentConfig]

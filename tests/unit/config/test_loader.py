@@ -16,7 +16,7 @@ from trainer.config.loader import load
 from trainer.config.yaml_nodes import resolve
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
-from trainer.moe.routers.registry import BiasBalancedRouterConfig, TopKRouterConfig
+from trainer.moe.routers.config.token_choice import BiasBalancedRouterConfig, TopKRouterConfig
 from trainer.optim.registry import WarmupStableDecayConfig
 
 Loader = Callable[..., ExperimentConfig]

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from trainer.moe.routers.config.row_choice import BaseRouterConfig
 from trainer.moe.routers.look_ahead import LookAheadRouter
-from trainer.moe.routers.registry import BaseRouterConfig
 from trainer.moe.routers.top_k import gate_logits
 from trainer.moe.routing import RouterOutput, RoutingContext, RoutingDecision
 from trainer.ops.assignment import balanced

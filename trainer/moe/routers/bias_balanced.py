@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from trainer.moe.routers.registry import BiasBalancedRouterConfig, GroupLimitedRouterConfig
+from trainer.moe.routers.config.token_choice import BiasBalancedRouterConfig, GroupLimitedRouterConfig
 from trainer.moe.routers.top_k import TopKRouter
 
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.moe.routers.registry import CosineRouterConfig
+from trainer.moe.routers.config.token_choice import CosineRouterConfig
 from trainer.moe.routers.top_k import TopKRouter
 
 _MOST = 100.0  # a temperature below 1 / 100 makes one-hot scores of float32

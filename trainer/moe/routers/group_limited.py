@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from trainer.moe.routers.bias_balanced import BiasBalancedRouter
-from trainer.moe.routers.registry import GroupLimitedRouterConfig
+from trainer.moe.routers.config.token_choice import GroupLimitedRouterConfig
 from trainer.ops.select import first_top_k
 
 # T tokens, E experts, G groups of E / G neighbouring experts, n null experts.

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from trainer.moe.routers.registry import GShardRouterConfig
+from trainer.moe.routers.config.token_choice import GShardRouterConfig
 from trainer.moe.routers.top_k import TopKRouter
 from trainer.moe.routing import RoutingContext, RoutingDecision
 from trainer.ops.noise import uniform

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from trainer.moe.routers.options import AssignmentOptions, LookAheadOptions
+from trainer.moe.routers.config.options import AssignmentOptions, LookAheadOptions
 from trainer.moe.routers.top_k import gate_logits
 from trainer.moe.routing import Causality, Router, RouterOutput, RoutingContext, RoutingDecision
 from trainer.ops.select import coarse, first_top_k

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.moe.routers.registry import NoisyTopKRouterConfig
+from trainer.moe.routers.config.token_choice import NoisyTopKRouterConfig
 from trainer.moe.routers.top_k import TopKRouter, gate_logits, jittered
 from trainer.moe.routing import RouterOutput, RoutingContext
 from trainer.ops.noise import standard_normal

@@ -4,8 +4,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from trainer.moe.routers.config.unlearned import RandomRouterConfig
 from trainer.moe.routers.hash import at_random
-from trainer.moe.routers.registry import RandomRouterConfig
 from trainer.moe.routing import Causality, Router, RouterOutput, RoutingContext
 from trainer.ops.noise import token_keys, uniform
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from trainer.moe.routers.options import Score, TopKOptions
+from trainer.moe.routers.config.options import Score, TopKOptions
 from trainer.moe.routing import Causality, Router, RouterOutput, RoutingContext, RoutingDecision
 from trainer.ops.noise import uniform
 from trainer.ops.select import first_top_k

@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from trainer.moe.routers.registry import TopPRouterConfig
+from trainer.moe.routers.config.token_choice import TopPRouterConfig
 from trainer.moe.routers.top_k import gate_logits, jittered
 from trainer.moe.routing import Causality, Router, RouterOutput, RoutingContext, RoutingDecision
 

@@ -1,0 +1,205 @@
+"""Configs of the routers by which every token takes its own best experts, whatever others take. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveInt
+
+from trainer.config.base import Problem, divisors
+from trainer.moe.routers.config.options import JitterOptions, RouterOptions, Score, TopKOptions
+
+if TYPE_CHECKING:
+    from trainer.moe.routing import Router
+
+
+class TopKRouterConfig(TopKOptions):
+    """Token choice: every token goes to its k best experts (Shazeer et al. 2017, arXiv 1701.06538)."""
+
+    kind: Literal["top_k"] = "top_k"
+    score: Score = "softmax"
+    """How logits become scores: over all experts together, or each expert by itself."""
+
+    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
+        """Make the router of MoE layer `layer`."""
+        from trainer.moe.routers.top_k import TopKRouter
+
+        return TopKRouter(self, self.score, d_model=d_model, num_experts=num_experts, layer=layer)
+
+
+class SwitchRouterConfig(TopKOptions):
+    """Switch Transformer's router: one expert, its raw probability as weight, jitter (arXiv 2101.03961)."""
+
+    kind: Literal["switch"] = "switch"
+    top_k: PositiveInt = 1
+    """Experts per token, k."""
+    normalize: bool = False
+    """Divide the k combine weights by their sum. False keeps the raw scores."""
+    jitter: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Multiply what the gate reads by uniform noise from [1 - jitter, 1 + jitter] while training."""
+
+    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
+        """Make the router of MoE layer `layer`."""
+        from trainer.moe.routers.top_k import TopKRouter
+
+        return TopKRouter(self, "softmax", d_model=d_model, num_experts=num_experts, layer=layer)
+
+
+class GShardRouterConfig(TopKOptions):
+    """GShard's router: two experts, the second one drawn by its weight while training (arXiv 2006.16668)."""
+
+    kind: Literal["gshard"] = "gshard"
+    random_second: bool = True
+    """While training, keep a token's later choices only with probability min(1, k * weight)."""
+
+    @property
+    def weight_sum(self) -> float | None:
+        """The scale, if weights are normalised and none is let go."""
+        return None if self.random_second else super().weight_sum
+
+    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
+        """Make the router of MoE layer `layer`."""
+        from trainer.moe.routers.gshard import GShardRouter
+
+        return GShardRouter(self, d_model=d_model, num_experts=num_experts, layer=layer)
+
+
+class NoisyTopKRouterConfig(TopKOptions):
+    """Top-k of logits plus noise, whose size per expert and token is learned (Shazeer et al. 2017, 1701.06538)."""
+
+    kind: Literal["noisy_top_k"] = "noisy_top_k"
+
+    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
+        """Make the router of MoE layer `layer`."""
+        from trainer.moe.routers.noisy_top_k import NoisyTopKRouter
+
+        return NoisyTopKRouter(self, d_model=d_model, num_experts=num_experts, layer=layer)
+
+
+class CosineRouterConfig(TopKOptions):
+    """Top-k by the angle between a projected token and each expert's direction (X-MoE, arXiv 2204.09179)."""
+
+    kind: Literal["cosine"] = "cosine"
+    d_proj: PositiveInt = 64
+    """Width that tokens are projected to."""
+
+    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
+        """Make the router of MoE layer `layer`."""
+        from trainer.moe.routers.cosine import CosineRouter
+
+        return CosineRouter(self, d_model=d_model, num_experts=num_experts, layer=layer)
+
+
+class BiasBalancedRouterConfig(TopKOptions):
+    """Top-k with a selection bias that evens out the load without a loss term (arXiv 2408.15664)."""
+
+    kind: Literal["bias_balanced"] = "bias_balanced"
+    score: Score = "sigmoid"
+    """How logits become scores: over all experts together, or each expert by itself."""
+    bias_update_rate: NonNegativeFloat = 0.001
+    """Gamma: what the bias of an expert moves by in one optimizer step."""
+
+    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
+        """Make the router of MoE layer `layer`."""
+        from trainer.moe.routers.bias_balanced import BiasBalancedRouter
+
+        return BiasBalancedRouter(self, d_model=d_model, num_experts=num_experts, layer=layer)
+
+
+class GroupLimitedRouterConfig(TopKOptions):
+    """Top-k within a token's best groups of experts, so that it visits few nodes (DeepSeek-V2 and V3)."""
+
+    kind: Literal["group_limited"] = "group_limited"
+    score: Score = "sigmoid"
+    """How logits become scores: over all experts together, or each expert by itself."""
+    bias_update_rate: NonNegativeFloat = 0.0
+    """As of `bias_balanced`; 0 is no bias."""
+    groups: PositiveInt = 4
+    """Equal neighbouring parts that the experts are cut into."""
+    groups_kept: PositiveInt = 2
+    """Groups that a token's experts may be in."""
+    group_score: Literal["best_two", "best"] = "best_two"
+    """What a group counts for a token: the sum of its two best scores (V3, 2412.19437) or the best (V2, 2405.04434)."""
+
+    def problems_among(self, num_experts: int) -> Iterator[Problem]:
+        """Refuse groups that cannot be."""
+        if num_experts % self.groups:
+            yield Problem(
+                "groups", f"{self.groups} does not divide num_experts {num_experts}; use one of {divisors(num_experts)}"
+            )
+            return
+        if self.groups_kept > self.groups:
+            yield Problem(
+                "groups_kept", f"{self.groups_kept} is more than groups {self.groups}; use 1 to {self.groups}"
+            )
+        within = self.groups_kept * num_experts // self.groups + self.null_experts
+        if self.top_k > within:
+            yield Problem(
+                "top_k",
+                f"{self.top_k} is more than the {within} experts of groups_kept {self.groups_kept}; keep more groups",
+            )
+
+    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
+        """Make the router of MoE layer `layer`."""
+        from trainer.moe.routers.group_limited import GroupLimitedRouter
+
+        return GroupLimitedRouter(self, d_model=d_model, num_experts=num_experts, layer=layer)
+
+
+class TopPRouterConfig(JitterOptions):
+    """As many experts as it takes to hold the probability p (Huang et al. 2024, arXiv 2403.07652)."""
+
+    is_work_known: ClassVar[bool] = False
+    kind: Literal["top_p"] = "top_p"
+    p: Annotated[float, Field(gt=0, le=1)] = 0.4
+    """A token takes its likeliest experts until their probabilities add up to this."""
+    max_experts: PositiveInt | None = None
+    """Most experts per token; null: all of them."""
+    normalize: bool = False
+    """Divide a token's combine weights by their sum. False keeps the probabilities, which a lone expert learns by."""
+    sparsity_coef: NonNegativeFloat = 1e-4
+    """Weight of the sparsity loss: the entropy of the probabilities, which few experts hold when it is small."""
+
+    @property
+    def weight_sum(self) -> float | None:
+        """1, if weights are normalised."""
+        return 1.0 if self.normalize else None
+
+    def experts_per_token(self, num_experts: int) -> float:
+        """Return the most experts that a token can take."""
+        return self.most_experts(num_experts)
+
+    def most_experts(self, num_experts: int) -> int:
+        """Return the limit, or all."""
+        return min(num_experts, self.max_experts or num_experts)
+
+    def problems_among(self, num_experts: int) -> Iterator[Problem]:
+        """Refuse a limit that is none, and a router that is never trained."""
+        if self.max_experts is not None and self.max_experts > num_experts:
+            yield Problem("max_experts", f"{self.max_experts} is more than num_experts {num_experts}; remove it")
+        if self.max_experts == 1 and self.normalize:
+            yield Problem("normalize", "true with max_experts 1 makes every combine weight the constant 1; use false")
+
+    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
+        """Make the router of MoE layer `layer`."""
+        from trainer.moe.routers.top_p import TopPRouter
+
+        return TopPRouter(self, d_model=d_model, num_experts=num_experts, layer=layer)
+
+
+class DenseRouterConfig(RouterOptions):
+    """Every expert for every token, weighted by the softmax of the scores: y = sum_i g_i(x) e_i(x)."""
+
+    kind: Literal["dense"] = "dense"
+
+    @property
+    def weight_sum(self) -> float | None:
+        """Return 1."""
+        return 1.0
+
+    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
+        """Make the router of MoE layer `layer`."""
+        from trainer.moe.routers.dense import DenseRouter
+
+        return DenseRouter(d_model=d_model, num_experts=num_experts)

@@ -1,0 +1,56 @@
+"""Configs of the routers that learn nothing: what routing must beat. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from trainer.moe.routers.config.options import EvenOptions
+
+if TYPE_CHECKING:
+    from trainer.moe.routing import Router
+
+
+class HashRouterConfig(EvenOptions):
+    """Experts by a hash of the token's id, with equal weights (Roller et al. 2021, arXiv 2106.04426)."""
+
+    kind: Literal["hash"] = "hash"
+    top_k: PositiveInt = 1
+    """Experts per token, k; all different."""
+    salt: NonNegativeInt = 0
+    """Another salt is another hash."""
+
+    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
+        """Make the router of MoE layer `layer`."""
+        from trainer.moe.routers.hash import HashRouter
+
+        return HashRouter(self, num_experts=num_experts, layer=layer)
+
+
+class RandomRouterConfig(EvenOptions):
+    """Experts at random for every token, with equal weights: what routing must beat."""
+
+    kind: Literal["random"] = "random"
+    top_k: PositiveInt = 2
+    """Experts per token, k; all different."""
+
+    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
+        """Make the router of MoE layer `layer`."""
+        from trainer.moe.routers.random import RandomRouter
+
+        return RandomRouter(self, num_experts=num_experts, layer=layer)
+
+
+class RoundRobinRouterConfig(EvenOptions):
+    """Experts in turn by position, with equal weights: perfect balance, nothing learned. For benchmarks."""
+
+    kind: Literal["round_robin"] = "round_robin"
+    top_k: PositiveInt = 2
+    """Experts per token, k."""
+
+    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
+        """Make the router of MoE layer `layer`."""
+        from trainer.moe.routers.round_robin import RoundRobinRouter
+
+        return RoundRobinRouter(self, num_experts=num_experts)
