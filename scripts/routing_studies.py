@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="of every run, such as train.steps=60")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 1, 2])
     parser.add_argument("--runs-dir", type=Path, default=Path("runs/studies"))
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()  # overrides may follow options
     found: dict[str, list[dict[str, float]]] = {name: [] for name in STUDIES[options.study]}
     print(f"{'':22}", *(f"{title:>18}" for title in COLUMNS))
     for seed in options.seeds:
