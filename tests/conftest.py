@@ -4,10 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.ranks import Ranks
 
 torch.set_num_threads(1)
+settings.register_profile("turnout", deadline=None)  # how long an example takes says nothing on shared cores
+settings.load_profile("turnout")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

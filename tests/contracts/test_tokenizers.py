@@ -46,7 +46,7 @@ AWKWARD = [
     *("<|endoftext|>", "<|end_of_text|>", "<|begin|>", " <|pad|> ", " <tool> ", "</s>", "<s>", "<unk>", "<0x41>"),
 ]
 texts = st.lists(st.sampled_from(AWKWARD) | st.text(max_size=4), max_size=10).map("".join)
-awkwardly = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+awkwardly = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")

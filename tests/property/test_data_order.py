@@ -20,14 +20,12 @@ def mixtures(draw: st.DrawFn) -> Mixture:
     return Mixture(domains=[f"d{i}" for i in range(len(shares))], shares=shares, seed=draw(SEEDS))
 
 
-@settings(deadline=None)
 @given(size=st.integers(1, 3000), seed=SEEDS)
 def test_a_permutation_is_a_bijection(size, seed):
     image = permute(np.arange(size, dtype=np.uint64), size=size, key=hash64(seed))
     assert sorted(image.tolist()) == list(range(size))
 
 
-@settings(deadline=None)
 @given(size=st.integers(1, 2**40), seed=SEEDS, data=st.data())
 def test_an_element_does_not_depend_on_the_others(size, seed, data):
     index = np.array(data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=20)), dtype=np.uint64)
@@ -38,7 +36,7 @@ def test_an_element_does_not_depend_on_the_others(size, seed, data):
     ]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     num_tokens=st.integers(2, 400), seq_len=st.integers(1, 20), seed=SEEDS, epoch=st.integers(0, 1000), data=st.data()
 )
@@ -56,7 +54,7 @@ def test_an_epoch_has_every_window_once_and_predicts_no_token_twice(num_tokens, 
     assert rows.starts(np.array(some)).tolist() == [int(rows.starts(np.array([visit]))[0]) for visit in some]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(mixture=mixtures(), block=st.integers(0, 10**6))
 def test_every_block_has_the_exact_quotas(mixture, block):
     size = mixture.block_slots
@@ -64,7 +62,7 @@ def test_every_block_has_the_exact_quotas(mixture, block):
     assert np.bincount(domain, minlength=len(mixture.quotas)).tolist() == mixture.quotas.tolist()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(mixture=mixtures(), num_blocks=st.integers(1, 3))
 def test_each_domain_is_visited_in_order_of_slots(mixture, num_blocks):
     domain, visit = mixture.locate(np.arange(num_blocks * mixture.block_slots))
@@ -72,7 +70,7 @@ def test_each_domain_is_visited_in_order_of_slots(mixture, num_blocks):
         assert visit[domain == d].tolist() == list(range(num_visits))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(mixture=mixtures(), slots=st.lists(st.integers(0, 20_000), min_size=1, max_size=40))
 def test_a_slot_is_one_visit_however_it_is_asked_for(mixture, slots):
     domain, visit = mixture.locate(np.array(slots))

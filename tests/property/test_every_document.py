@@ -60,7 +60,7 @@ def read(
 
 
 @pytest.mark.parametrize("packing", ["whole", "crossing"])
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     sizes=st.lists(st.integers(1, 30), min_size=1, max_size=2),
     seed=st.integers(0, 99),

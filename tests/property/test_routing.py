@@ -59,7 +59,7 @@ def cases(draw: st.DrawFn) -> Case:
     return config, router, x, context, num_experts
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(cases())
 def test_a_decision_is_sound(case: Case) -> None:
     config, router, x, context, num_experts = case
@@ -80,7 +80,7 @@ def test_a_decision_is_sound(case: Case) -> None:
         torch.testing.assert_close(output.probs.sum(-1), torch.ones(len(x), dtype=torch.float64))
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(cases())
 def test_rows_are_routed_alone_as_together(case: Case) -> None:
     _, router, x, context, _ = case
@@ -98,7 +98,7 @@ def test_rows_are_routed_alone_as_together(case: Case) -> None:
         torch.testing.assert_close(mine, together[here], rtol=0, atol=1e-12, equal_nan=True)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(cases(), st.sampled_from(["position", "probability", "random"]), st.sampled_from([0.4, 1.0, 1.25]))
 def test_no_expert_gets_more_than_it_has_room_for(case: Case, policy: str, factor: float) -> None:
     config, router, x, context, num_experts = case

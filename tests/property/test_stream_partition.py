@@ -30,7 +30,7 @@ def joined(batches: list[Batch]) -> dict[str, torch.Tensor]:
     return {f.name: torch.cat([getattr(batch, f.name) for batch in batches]) for f in fields(Batch)}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(first=st.integers(0, 10**5), size=st.integers(1, 40), micro=st.integers(1, 50))
 def test_any_micro_batch_size_gives_the_same_rows_in_the_same_order(stream, first, size, micro):
     batches = stream.micro_batches(first, global_batch_size=size, micro_batch_size=micro)
@@ -43,7 +43,7 @@ def test_any_micro_batch_size_gives_the_same_rows_in_the_same_order(stream, firs
     assert not parts["valid"][size:].any()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(first=st.integers(0, 10**5), sizes=st.lists(st.integers(0, 12), min_size=1, max_size=6))
 def test_any_ranks_together_read_the_rows_of_one(stream, first, sizes):
     starts = [first + sum(sizes[:i]) for i in range(len(sizes))]

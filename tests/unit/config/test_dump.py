@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.config.dump import ABSENT, Change, changed_keys, diff, dump, inline
@@ -78,7 +78,6 @@ configs = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(config=configs)
 def test_what_is_written_reads_back_equal(read: Reader, config: ExperimentConfig) -> None:
     text = dump(config)
@@ -87,13 +86,11 @@ def test_what_is_written_reads_back_equal(read: Reader, config: ExperimentConfig
     assert dump(again) == text
 
 
-@settings(deadline=None)
 @given(config=configs)
 def test_readers_of_yaml_1_1_see_the_same_values(config: ExperimentConfig) -> None:
     assert yaml.safe_load(dump(config)) == config.model_dump(mode="json")
 
 
-@settings(deadline=None)
 @given(value=st.text() | st.floats() | st.integers() | st.booleans() | st.none())
 def test_an_inline_value_is_one_line(value: Any) -> None:
     text = inline(value)

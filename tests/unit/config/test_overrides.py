@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.config.base import Config
@@ -138,7 +138,6 @@ CHANGES: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
-@settings(deadline=None)
 @given(changes=st.fixed_dictionaries({}, optional=CHANGES))
 def test_any_value_written_inline_reads_back(read: Loader, changes: dict[str, Any]) -> None:
     config = read(*(f"{key}={inline(value)}" for key, value in changes.items()))

@@ -17,7 +17,7 @@ def rooms_of(lengths: list[int], room: int) -> list[int]:
     return sorted(rooms)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(room=st.integers(1, 40), data=st.data())
 def test_rows_are_those_of_the_definition(room, data):
     lengths = data.draw(st.lists(st.integers(1, room), max_size=80))

@@ -5,7 +5,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
@@ -36,7 +36,6 @@ def test_sparkline_leaves_a_gap_where_there_is_no_value():
     assert sparkline([], 4) == ""
 
 
-@settings(deadline=None)
 @given(values, st.integers(0, 40))
 def test_sparkline_never_exceeds_its_width(numbers, width):
     assert len(sparkline(numbers, width)) == min(width, len(numbers))
@@ -67,7 +66,6 @@ def test_chart_leaves_a_gap_where_nothing_was_finite():
     assert "      " in bottom[6:]
 
 
-@settings(deadline=None)
 @given(values, st.integers(30, 120), st.integers(3, 12))
 def test_chart_keeps_to_its_size(numbers, width, height):
     lines = loss_chart(range(len(numbers)), numbers, width, height).plain.split("\n")

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.metrics.specialisation import domain_entropy_bits, mutual_information_bits, specialisation_metrics
@@ -32,7 +32,6 @@ def test_how_much_text_a_domain_has_changes_nothing_and_a_domain_without_any_is_
     assert domain_entropy_bits(more) == pytest.approx(math.log2(3))
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 99), min_size=3, max_size=3), min_size=2, max_size=4))
 def test_it_is_what_the_loop_computes(counts: list[list[int]]) -> None:
     rows = [[count / sum(row) for count in row] for row in counts if sum(row)]

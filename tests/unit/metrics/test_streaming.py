@@ -1,6 +1,6 @@
 """Bytes to text, a piece at a time."""
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.metrics.streaming import Utf8Streamer
@@ -30,7 +30,6 @@ def test_flush_replaces_what_is_unfinished_and_starts_afresh():
     assert streamer.feed("\u00e9".encode()) == "\u00e9"
 
 
-@settings(deadline=None)
 @given(st.lists(st.binary(max_size=6)))
 def test_pieces_join_to_what_decoding_all_at_once_gives(pieces: list[bytes]):
     streamer = Utf8Streamer()
@@ -38,7 +37,6 @@ def test_pieces_join_to_what_decoding_all_at_once_gives(pieces: list[bytes]):
     assert text == b"".join(pieces).decode("utf-8", "replace")
 
 
-@settings(deadline=None)
 @given(st.text(), st.integers(1, 4))
 def test_valid_text_survives_any_cutting(text: str, length: int):
     data = text.encode("utf-8", "ignore")

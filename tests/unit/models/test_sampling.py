@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,7 +21,6 @@ def test_defaults_change_nothing_but_a_constant():
     torch.testing.assert_close(filter_logits(logits).softmax(-1), logits.softmax(-1))
 
 
-@settings(deadline=None)
 @given(tied_rows)
 def test_temperature_zero_takes_the_first_of_the_highest(row: list[float]):
     logits = torch.tensor([row])
@@ -29,13 +28,11 @@ def test_temperature_zero_takes_the_first_of_the_highest(row: list[float]):
     assert _survivors(filter_logits(logits, 0)) == {row.index(max(row))}
 
 
-@settings(deadline=None)
 @given(tied_rows, st.integers(1, 15))
 def test_top_k_keeps_the_k_highest_and_lower_ids_among_equals(row: list[float], top_k: int):
     assert _survivors(filter_logits(torch.tensor([row]), 1.0, top_k)) == set(_ranked(row)[:top_k])
 
 
-@settings(deadline=None)
 @given(rows | tied_rows, temperatures, st.none() | st.integers(1, 15), st.floats(0.01, 0.99))
 def test_top_p_keeps_the_fewest_tokens_that_reach_p(row, temperature, top_k, top_p):
     expected, masses = _nucleus(row, temperature, top_k, top_p)
@@ -44,7 +41,6 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_p(row, temperature, top_k, top
     assert _survivors(filter_logits(logits, temperature, top_k, top_p)) == expected
 
 
-@settings(deadline=None)
 @given(rows, temperatures, st.none() | st.integers(1, 15), st.none() | st.floats(0.01, 1))
 def test_survivors_keep_their_relative_probabilities(row, temperature, top_k, top_p):
     logits = torch.tensor([row], dtype=torch.float64)
@@ -57,7 +53,6 @@ def test_survivors_keep_their_relative_probabilities(row, temperature, top_k, to
     )
 
 
-@settings(deadline=None)
 @given(rows, temperatures, st.integers(1, 15), st.floats(0.01, 1), st.integers(0, 2**31))
 def test_only_survivors_are_drawn_and_a_seed_draws_the_same(row, temperature, top_k, top_p, seed):
     logits = torch.tensor([row] * 8)

@@ -74,7 +74,7 @@ def _cases(draw: st.DrawFn) -> tuple[RoutingDecision, RoutingContext, CapacityCo
     return _decision(experts, weights, valid, num_experts), context, config
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(_cases())
 def test_kept_assignments_are_those_of_a_loop(case: tuple) -> None:
     decision, context, config = case
@@ -83,7 +83,7 @@ def test_kept_assignments_are_those_of_a_loop(case: tuple) -> None:
     assert torch.equal(limited.expert_index, decision.expert_index)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(_cases())
 def test_no_expert_gets_more_than_its_static_capacity(case: tuple) -> None:
     decision, context, config = case
@@ -93,7 +93,7 @@ def test_no_expert_gets_more_than_its_static_capacity(case: tuple) -> None:
     assert int(load.max()) <= limited.capacity
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(_cases())
 def test_renormalising_gives_survivors_what_was_dropped_and_nothing_else(case: tuple) -> None:
     decision, context, config = case

@@ -40,7 +40,7 @@ def best_sum(scores: Tensor, top_k: int, room: int) -> float:
     return max(float((scores * x).sum()) for x in tries if fits(x, top_k, room))
 
 
-@settings(max_examples=50, deadline=None)  # the first solution loads the solver
+@settings(max_examples=50)
 @given(**SIZES)
 def test_the_linear_programme_is_the_optimum_of_the_0_1_programme_and_greedy_at_least_half_of_it(
     n: int, num_experts: int, top_k: int, room: int, seed: int, ties: bool
@@ -55,7 +55,7 @@ def test_the_linear_programme_is_the_optimum_of_the_0_1_programme_and_greedy_at_
     assert optimum / 2 - 1e-9 <= float(scores[taken].sum()) <= optimum + 1e-9
 
 
-@settings(max_examples=50, deadline=None)  # the first solution loads the solver
+@settings(max_examples=50)
 @given(**{**SIZES, "n": st.integers(1, 12), "num_experts": st.integers(1, 5), "room": st.integers(1, 6)})
 def test_at_its_prices_every_token_s_choice_is_its_k_best_and_their_sum_is_the_optimum(
     n: int, num_experts: int, top_k: int, room: int, seed: int, ties: bool
@@ -121,7 +121,7 @@ def test_a_programme_that_cannot_be_solved_is_an_error(monkeypatch: pytest.Monke
         linear_program(torch.rand(2, 3), top_k=1, room=1)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 9999), st.booleans())
 def test_balanced_is_the_best_of_all_even_assignments(n: int, num_experts: int, seed: int, ties: bool) -> None:
     scores = random_scores(n, num_experts, seed, ties) - 0.7  # of both signs

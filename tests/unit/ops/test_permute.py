@@ -29,7 +29,7 @@ def _decisions(draw: st.DrawFn) -> RoutingDecision:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(_decisions())
 def test_dispatch_groups_rows_by_expert_and_keeps_token_order_inside(decision: RoutingDecision) -> None:
     x = torch.arange(decision.num_tokens, dtype=torch.float64)[:, None]
@@ -44,7 +44,7 @@ def test_dispatch_groups_rows_by_expert_and_keeps_token_order_inside(decision: R
     assert int(sent.rows_per_expert.sum()) == len(sent.x)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(_decisions())
 def test_output_and_gradients_equal_a_dense_matrix_product(decision: RoutingDecision) -> None:
     """With an expert e that multiplies by (e + 1), the whole detour is a (T, T) diagonal matrix."""

@@ -17,7 +17,7 @@ def _by_passes(scores: torch.Tensor, k: int) -> torch.Tensor:
     return torch.stack(chosen, dim=1)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 6), st.integers(1, 40), st.integers(0, 10_000), st.sampled_from([1, 2, 5, 1000]), st.data())
 def test_equals_masked_passes_of_argmax(tokens: int, experts: int, seed: int, levels: int, data: st.DataObject) -> None:
     scores = torch.randint(0, levels, (tokens, experts), generator=torch.Generator().manual_seed(seed)).float() / levels

@@ -120,7 +120,7 @@ def test_every_row_is_on_one_rank_and_comes_back(shapes: list[tuple[int, ...]], 
 _SHAPES = st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple), min_size=1, max_size=5)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(shapes=_SHAPES, data=st.data(), num_ranks=st.integers(1, 5), spare=st.integers(0, 9))
 def test_it_does_so_wherever_boundaries_fall(shapes: Any, data: st.DataObject, num_ranks: int, spare: int) -> None:
     paddings = data.draw(st.lists(st.integers(0, 4), min_size=len(shapes), max_size=len(shapes)))
