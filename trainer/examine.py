@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from trainer.build import load_trained
+from trainer.checkpoint.load import Found
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.distributed.mesh import Mesh
@@ -15,6 +16,7 @@ from trainer.durable import replace_file
 from trainer.engine.base import Engine
 from trainer.errors import ConfigError
 from trainer.evaluation.base import Task
+from trainer.evaluation.each_k import evaluate_each_k, table
 from trainer.evaluation.examination import Examination, write_predictions
 from trainer.evaluation.held_out import evaluate
 from trainer.evaluation.preparation import read_tasks
@@ -65,18 +67,10 @@ def evaluate_checkpoint(
         screen: where to show it.
     """
     console = Console(file=sys.stderr)
-    engine, tokenizer, found = load_trained(config, folder, step=step, warn=console.warning)
-    with console.progress_bar("reading text") as bar:
-        corpus = build_corpus(config.data, tokenizer=tokenizer, progress=bar)
+    engine, corpus, found = _with_text(config, folder, step, console)
     chosen = [task for task in config.eval.tasks if only is None or task.name in only]
     alone = Mesh.of_one()
     tasks = read_tasks(chosen, corpus, seq_len=config.model.seq_len, world=alone.world, warn=console.warning)
-    if found.run["data_fingerprint"] != corpus.fingerprint:
-        console.warning(
-            "this is not the text the run was trained on: some of what is held out now may have been learned"
-        )
-    if said := evaluation_warning(engine.model.moe_layers()):
-        console.warning(said)
     examination = examine(config, engine, corpus, tasks, alone, with_held_out=only is None)
     layers, title = engine.model.config.moe_layers, f"{config.name} at step {found.step}"
     summary = summary_of(examination, corpus, layers, title=title)
@@ -85,6 +79,33 @@ def evaluate_checkpoint(
         shown.summary(replace(summary, written=written))
     signatures = {f"eval/{t.config.name}/{key}_signature": text for t in tasks for key, text in t.signatures.items()}
     return {"step": found.step, **examination.record(), **signatures}
+
+
+def evaluate_top_ks(
+    config: ExperimentConfig, folder: RunFolder, top_ks: Sequence[int], *, step: int | None, screen: TextIO
+) -> dict[str, Any]:
+    """Evaluate a checkpoint's held-out text at several numbers of experts for a token; show and return the numbers.
+
+    Args:
+        config: of a run whose router has the option `top_k`.
+        folder: where its checkpoints are.
+        top_ks: numbers that the router can give.
+        step: which checkpoint; None: the newest.
+        screen: where to show it.
+    """
+    engine, corpus, found = _with_text(config, folder, step, Console(file=sys.stderr))
+    results = evaluate_each_k(
+        engine,
+        corpus,
+        top_ks,
+        packing=config.data.packing,
+        batch_size=config.parallel.micro_batch_size,
+        max_tokens_per_domain=config.eval.max_tokens_per_domain,
+    )
+    moe = config.model.moe
+    trained = [] if moe is None else getattr(moe.router, "draw_top_k", None) or [getattr(moe.router, "top_k", 0)]
+    print(f"{config.name} at step {found.step}, held-out text", table(results, trained=trained), sep="\n", file=screen)
+    return {"step": found.step, "experts_per_token": {str(at.top_k): at.record() for at in results}}
 
 
 def evaluate_by_lm_eval(
@@ -114,6 +135,22 @@ def evaluate_by_lm_eval(
     results, table = run_harness(model, tasks, include_path=include_path, limit=limit)
     print(table, file=screen)
     return {"step": found.step, "lm_eval": results}
+
+
+def _with_text(
+    config: ExperimentConfig, folder: RunFolder, step: int | None, console: Console
+) -> tuple[Engine, Corpus, Found]:
+    """Load a checkpoint and the text of its config; say what keeps a held-out loss from being trusted."""
+    engine, tokenizer, found = load_trained(config, folder, step=step, warn=console.warning)
+    with console.progress_bar("reading text") as bar:
+        corpus = build_corpus(config.data, tokenizer=tokenizer, progress=bar)
+    if found.run["data_fingerprint"] != corpus.fingerprint:
+        console.warning(
+            "this is not the text the run was trained on: some of what is held out now may have been learned"
+        )
+    if said := evaluation_warning(engine.model.moe_layers()):
+        console.warning(said)
+    return engine, corpus, found
 
 
 def _subject(config: ExperimentConfig, engine: Engine, mesh: Mesh) -> Subject:

@@ -221,6 +221,22 @@ def extreme_scores_have_gradients(config: RouterOptions, num_experts: int) -> No
         assert torch.isfinite(gradient).all(), name
 
 
+def k_of_one_call_is_k_of_the_config(config: RouterOptions, num_experts: int) -> None:
+    """What a call asks for is what a router gives that was made with this number."""
+    if "top_k" not in type(config).model_fields:
+        return
+    for top_k in range(1, num_experts + 1):
+        wanted = config.model_copy(update={"top_k": top_k})
+        if any(wanted.problems_among(num_experts)):
+            continue
+        for is_training in (True, False):
+            context = context_of(is_training=is_training)
+            asked = make(config, num_experts)(make_x(), replace(context, top_k=top_k)).decision
+            built = make(wanted, num_experts)(make_x(), context).decision
+            assert asked.top_k == built.top_k
+            assert same(matrix(asked), matrix(built)), top_k
+
+
 CHECKS: list[Callable[[RouterOptions, int], None]] = [
     is_well_formed,
     filling_changes_nothing,
@@ -233,4 +249,5 @@ CHECKS: list[Callable[[RouterOptions, int], None]] = [
     scores_are_wide,
     what_is_not_finite_is_no_crash,
     extreme_scores_have_gradients,
+    k_of_one_call_is_k_of_the_config,
 ]

@@ -457,6 +457,21 @@ CASES = [
          "name: x\nmodel: {moe: {num_experts: 4, router: {kind: top_k, top_k: 7, null_experts: 2}}}\n",
          [("x.yaml:2:53: model.moe.router.top_k: 7 is more than num_experts 4 and 2 null experts; "
            "use 1 to 6")]),
+    Case("draw_top_k above num_experts",
+         "name: x\nmodel: {moe: {num_experts: 8, router: {kind: cosine, draw_top_k: [1, 9]}}}\n",
+         ["x.yaml:2:54: model.moe.router.draw_top_k: 9 is more than num_experts 8; use 1 to 8"]),
+    Case("draw_top_k of nothing",
+         "name: x\nmodel: {moe: {router: {draw_top_k: []}}}\n",
+         ["x.yaml:2:36: model.moe.router.draw_top_k: must not be empty; write an entry, or remove it"]),
+    Case("draw_top_k of one expert, normalised",
+         "name: x\nmodel: {moe: {router: {draw_top_k: [1]}}}\n",
+         [("x.yaml:2:15: model.moe.router.normalize: true with draw_top_k 1 makes every combine weight the "
+           "constant 1, so the router gets no gradient; set normalize: false, or draw_top_k: 2 or more")]),
+    Case("draw_top_k above the groups kept",
+         ("name: x\nmodel: {moe: {num_experts: 8, router: {kind: group_limited, groups: 4, "
+          "groups_kept: 1, draw_top_k: [1, 4]}}}\n"),
+         [("x.yaml:2:88: model.moe.router.draw_top_k: 4 is more than the 2 experts of groups_kept 1; keep more "
+           "groups")]),
     Case("groups that do not divide",
          "name: x\nmodel: {moe: {num_experts: 8, router: {kind: group_limited, groups: 3}}}\n",
          [("x.yaml:2:61: model.moe.router.groups: 3 does not divide num_experts 8; use one of 1, 2, "

@@ -30,7 +30,7 @@ def test_a_router_of_a_user_s_keeps_the_contract(check: Any) -> None:
 
 
 class WrongRouterConfig(TopKOptions):
-    """Top-2 with something wrong in it."""
+    """Top-k with something wrong in it."""
 
     wrong: str
 
@@ -57,9 +57,11 @@ class WrongRouter(ThresholdRouter):
         if wrong == "own generator":
             logits = logits + torch.linspace(-1, 1, 4) * self.calls
         scores = logits.softmax(-1)
-        expert_index = first_top_k(scores.detach(), 2)
+        asked = None if wrong == "deaf" else context.top_k
+        top_k = asked or self.config.top_k
+        expert_index = first_top_k(scores.detach(), top_k)
         if wrong == "twice the same":
-            expert_index = expert_index[:, :1].expand(-1, 2)
+            expert_index = expert_index[:, :1].expand(-1, top_k)
         weight = scores.gather(-1, expert_index)
         weight = weight if wrong == "not normalised" else weight / weight.sum(-1, keepdim=True)
         if wrong == "no gradient":
@@ -79,6 +81,7 @@ WRONG = {
     "no gradient": "everything_learns",
     "routes filling": "is_well_formed",
     "narrow": "scores_are_wide",
+    "deaf": "k_of_one_call_is_k_of_the_config",
 }
 
 

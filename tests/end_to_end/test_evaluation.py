@@ -93,6 +93,16 @@ def test_tasks_are_evaluated_when_they_are_due_and_eval_gives_the_same_numbers(w
     chosen = json.loads(some.stdout)
     assert {key.split("/")[1] for key in chosen if "/" in key} == {"mood", "next"}
     assert all(numbers[key] == value for key, value in chosen.items())
+    each = _run(workplace, "eval", "runs/tiny", "--experts-per-token", "1,2,4", "--json")
+    assert each.returncode == 0, each.stderr
+    of_k = json.loads(each.stdout)["experts_per_token"]
+    held_out = {key: value for key, value in numbers.items() if key in of_k["2"]}
+    assert "eval/loss" in held_out and held_out == {key: of_k["2"][key] for key in held_out}
+    assert len({of_k[k]["eval/loss"] for k in "124"}) == 3
+    more, most = (of_k[k]["active_parameters"] - of_k["1"]["active_parameters"] for k in "24")
+    assert most == 3 * more == 3 * 2 * 3 * 32 * 32, "two layers' experts of three matrices"
+    starred = [line.split()[0] for line in each.stderr.splitlines() if line.split()[1:2] == ["*"]]
+    assert starred == ["2"]
     unknown = _run(workplace, "eval", "runs/tiny", "--tasks", "mod")
     assert (unknown.returncode, unknown.stderr) == (
         2,
@@ -154,3 +164,27 @@ def test_options_that_need_lm_eval_say_so(workplace: Path) -> None:
     ):
         result = _run(workplace, "eval", "runs/tiny", *arguments)
         assert (result.returncode, result.stderr) == (2, message)
+
+
+@pytest.mark.parametrize(
+    ("router", "arguments", "message"),
+    [
+        ("{kind: top_k}", ["1,5"], "--experts-per-token: 5 is more than num_experts 4; use 1 to 4\n"),
+        ("{kind: top_k}", ["1,"], "--experts-per-token: '' is no number of experts; use numbers such as 1,2,4\n"),
+        ("{kind: top_k}", ["0"], "--experts-per-token: '0' is no number of experts; use numbers such as 1,2,4\n"),
+        ("{kind: dense}", ["1"], "--experts-per-token: dense has no top_k to be changed; leave it out\n"),
+        (
+            "{kind: top_k}",
+            ["1", "--tasks", "mood"],
+            "--experts-per-token: is about held-out text; leave out --tasks and --lm-eval\n",
+        ),
+    ],
+)
+def test_numbers_of_experts_that_cannot_be_are_refused(
+    workplace: Path, router: str, arguments: list[str], message: str
+) -> None:
+    (workplace / "runs/tiny").mkdir(parents=True)
+    config = CONFIG.replace("moe: {num_experts: 4,", f"moe: {{router: {router}, num_experts: 4,")
+    (workplace / "runs/tiny/config.yaml").write_text(config)
+    result = _run(workplace, "eval", "runs/tiny", "--experts-per-token", *arguments)
+    assert (result.returncode, result.stderr) == (2, message)

@@ -55,6 +55,10 @@ OTHER_ROUTERS = {
         "router": {"kind": "noisy_top_k"},
         "cv_squared": {"importance_coef": 0.3, "load_coef": 0.3},
     },
+    "k drawn in every step": {
+        "router": {"kind": "top_k", "draw_top_k": [1, 2, 4]},
+        "capacity": {"factor": 1.0, "min": 1},
+    },
     "null experts": {"router": {"kind": "top_k", "top_k": 3, "null_experts": 3}},
     "device balance, diversity": {"device_balance": {"coef": 0.2, "groups": 4}, "diversity_coef": 0.5},
     "mixture_of_depths": {"router": {"kind": "mixture_of_depths", "share": 0.5}, "num_experts": 1},
@@ -175,7 +179,7 @@ KINDS = ["all_to_all", "all_gather", "padded_all_to_all", "hierarchical"]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_dispatcher_learns_the_same(ranks: Ranks, kind: str) -> None:
-    moe = {"capacity": {"factor": 1.0, "min": 1}}
+    moe = {"capacity": {"factor": 1.0, "min": 1}, "router": {"kind": "top_k", "draw_top_k": [1, 2]}}
     _compare(ranks, (4, 4), moe, {"dispatcher": {"kind": kind, "chunks": 2}})
 
 

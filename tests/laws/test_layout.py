@@ -52,6 +52,11 @@ INVARIANT = {
         kind: {"router": {"kind": kind}}
         for kind in ("group_limited", "switch", "cosine", "top_p", "expert_choice", "sinkhorn", "base", "greedy")
     },
+    "k drawn in every step": {
+        "router": {"kind": "top_k", "draw_top_k": [1, 2, 4]},
+        "capacity": {"factor": 1.0, "min": 1},
+        "balance": {"coef": 0.1, "counts": "previous_step"},
+    },
     "linear_program": {"router": {"kind": "linear_program"}},
     "hash": {"router": {"kind": "hash"}},
     "random": {"router": {"kind": "random"}},

@@ -96,8 +96,14 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def eval_loss(self, batch: Batch, *, dropless: bool) -> EvalSums:
-        """Evaluate a batch without gradients and without noise; `dropless` ignores the capacity."""
+    def eval_loss(self, batch: Batch, *, dropless: bool, top_k: int | None = None) -> EvalSums:
+        """Evaluate a batch without gradients and without noise.
+
+        Args:
+            batch: of this rank.
+            dropless: ignore the capacity.
+            top_k: experts per token instead of the configured number.
+        """
 
     @abstractmethod
     def state(self) -> TrainState:

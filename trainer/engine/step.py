@@ -37,6 +37,7 @@ from trainer.moe.balance import global_balance_loss
 from trainer.moe.losses import Denominators, objective
 from trainer.moe.routing import RoutingOptions
 from trainer.moe.sums import LayerSums
+from trainer.ops.noise import stable_hash
 from trainer.parallel.shard import first_row, local
 
 
@@ -133,7 +134,7 @@ class StepEngine(Engine):
         journal.enter("counting")
         batches = [batch.to(self.device) for batch in micro_batches]
         denominators = self._denominators(batches)
-        options = RoutingOptions(noise_seed=self.numerics.seed)
+        options = RoutingOptions(noise_seed=self.numerics.seed, top_k=self._drawn_top_k())
         before = self._known_before(batches, options)
         total, routing, choices = StepTotals(), None, torch.zeros_like(self.previous_counts)
         for batch in batches:
@@ -205,11 +206,12 @@ class StepEngine(Engine):
             routing=routing,
         )
 
-    def eval_loss(self, batch: Batch, *, dropless: bool) -> EvalSums:
+    def eval_loss(self, batch: Batch, *, dropless: bool, top_k: int | None = None) -> EvalSums:
         """Evaluate a batch without gradients and without noise."""
         batch = batch.to(self.device)
+        options = RoutingOptions(dropless=dropless, top_k=top_k, counts_targets_only=True)
         with torch.no_grad(), self.autocast():
-            output = self.model(batch, RoutingOptions(dropless=dropless, counts_targets_only=True))
+            output = self.model(batch, options)
         routing = routing_sums(output)
         here = torch.stack([output.row_loss.double().sum(), batch.target_mask.sum().double()])
         parts = [here] if routing is None else [here, *routing_tensors(routing)]
@@ -255,6 +257,13 @@ class StepEngine(Engine):
             start=(first or 0) + first_row(tensor),
             is_of_experts=first is not None,
         )
+
+    def _drawn_top_k(self) -> int | None:
+        """Return the experts per token that this step draws, the same on every rank; None: the configured number."""
+        among = getattr(self.moe_config.router, "draw_top_k", None) if self.moe_config else None
+        if among is None:
+            return None
+        return among[stable_hash("draw_top_k", self.numerics.seed, self.optimizer_steps) % len(among)]
 
     def _denominators(self, batches: Sequence[Batch]) -> Denominators:
         """Count target and routed tokens of the whole step, over all ranks, before its first forward pass."""

@@ -88,6 +88,7 @@ def evaluate(
     max_tokens_per_domain: int | None,
     at_capacity: bool,
     layout: Layout,
+    top_k: int | None = None,
 ) -> EvalResult:
     """Evaluate every domain's held-out text, each token of it at most once.
 
@@ -99,6 +100,7 @@ def evaluate(
         max_tokens_per_domain: evenly spaced rows of at most so many tokens; None: the whole text.
         at_capacity: evaluate a second time with the capacity of training, if the model has one.
         layout: every rank evaluates its part of each batch; all get the result of all.
+        top_k: experts per token instead of the configured number.
     """
     moe = engine.model.config.moe
     passes = [True] + ([False] if at_capacity and moe is not None and moe.capacity.factor is not None else [])
@@ -113,6 +115,7 @@ def evaluate(
                 max_tokens=max_tokens_per_domain,
                 dropless=dropless,
                 layout=layout,
+                top_k=top_k,
             )
             for index in range(len(corpus.domains))
         ]
@@ -138,6 +141,7 @@ def _domain(
     max_tokens: int | None,
     dropless: bool,
     layout: Layout,
+    top_k: int | None,
 ) -> DomainResult:
     token_bytes = corpus.tokenizer.token_bytes()
     target_bytes = 0
@@ -154,7 +158,7 @@ def _domain(
         target_bytes += int(token_bytes[targets].sum())
         mine = row_slice(batch, batch_size * layout.rank, batch_size * (layout.rank + 1))
         faults.hit("eval.batch")
-        here = engine.eval_loss(mine, dropless=dropless)
+        here = engine.eval_loss(mine, dropless=dropless, top_k=top_k)
         sums = here if sums is None else sums + here
     assert sums is not None, "every domain has validation text"
     return DomainResult(domain=corpus.domains[index], sums=sums, target_bytes=target_bytes)

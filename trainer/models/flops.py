@@ -27,9 +27,16 @@ class ModelSize:
         return 3 * self.forward_flops_per_token
 
 
-def model_size(model: GPT) -> ModelSize:
-    """Count a model; it may be on the meta device."""
+def model_size(model: GPT, *, top_k: int | None = None) -> ModelSize:
+    """Count a model; it may be on the meta device.
+
+    Args:
+        model: what to count.
+        top_k: experts per token instead of the configured number, for a router with this option.
+    """
     moe = model.config.moe
+    if moe is not None and top_k is not None:
+        moe = moe.model_copy(update={"router": moe.router.model_copy(update={"top_k": top_k})})
     total = sum(p.numel() for p in model.parameters())
     idle = flops = 0
     for module in model.modules():

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.errors import ConfigError
+from trainer.moe.config import MoEConfig
 from trainer.verbs.arguments import RUN, Verbs, takes_config, takes_step, verb
 from trainer.verbs.named import existing_run
 
@@ -16,6 +17,9 @@ def add(verbs: Verbs) -> None:
     sub = takes_step(takes_config(verb(verbs, "eval", evaluate), RUN))
     sub.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
     sub.add_argument("--tasks", metavar="A,B", help="evaluate only these of eval.tasks, and no held-out text")
+    sub.add_argument(
+        "--experts-per-token", metavar="K,L", help="held-out text at each of these numbers instead of router.top_k"
+    )
     sub.add_argument("--lm-eval", metavar="A,B", help="evaluate by lm-eval instead, on these of its tasks")
     sub.add_argument(
         "--include-path", type=Path, metavar="DIR", help="folder with more tasks of lm-eval, as YAML files"
@@ -37,11 +41,14 @@ def evaluate(options: argparse.Namespace) -> int:
     config, folder = existing_run(options)
     only = _tasks(options.tasks, [task.name for task in config.eval.tasks])
     _check_lm_eval(options)
+    top_ks = _top_ks(options, config.model.moe)
 
-    from trainer.examine import evaluate_by_lm_eval, evaluate_checkpoint
+    from trainer.examine import evaluate_by_lm_eval, evaluate_checkpoint, evaluate_top_ks
 
     screen = sys.stderr if options.json else sys.stdout
-    if options.lm_eval is None:
+    if top_ks is not None:
+        record = evaluate_top_ks(config, folder, top_ks, step=options.step, screen=screen)
+    elif options.lm_eval is None:
         record = evaluate_checkpoint(config, folder, step=options.step, only=only, screen=screen)
     else:
         record = evaluate_by_lm_eval(
@@ -72,6 +79,29 @@ def _tasks(text: str | None, known: Sequence[str]) -> list[str] | None:
             has = f"it has {', '.join(known)}" if known else "it has none"
             raise ConfigError(f"--tasks: {name!r} is no task of the config (eval.tasks); {has}")
     return names
+
+
+def _top_ks(options: argparse.Namespace, moe: MoEConfig | None) -> list[int] | None:
+    """Return the numbers of `--experts-per-token`.
+
+    Raises:
+        ConfigError: if the router has no such option, or cannot give so many.
+    """
+    if options.experts_per_token is None:
+        return None
+    if options.tasks is not None or options.lm_eval is not None:
+        raise ConfigError("--experts-per-token: is about held-out text; leave out --tasks and --lm-eval")
+    if moe is None or not hasattr(moe.router, "top_k"):
+        kind = "a dense model" if moe is None else moe.router.kind
+        raise ConfigError(f"--experts-per-token: {kind} has no top_k to be changed; leave it out")
+    names = _names(options.experts_per_token)
+    for name in names:
+        if not name.isascii() or not name.isdigit() or int(name) < 1:
+            raise ConfigError(f"--experts-per-token: {name!r} is no number of experts; use numbers such as 1,2,4")
+        router = moe.router.model_copy(update={"top_k": int(name)})
+        for problem in router.problems_among(moe.num_experts):
+            raise ConfigError(f"--experts-per-token: {problem.message}")
+    return [int(name) for name in names]
 
 
 def _check_lm_eval(options: argparse.Namespace) -> None:

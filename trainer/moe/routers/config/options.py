@@ -21,8 +21,11 @@ class RouterOptions(Config):
     """Every token asks for k experts, so that a capacity can be sized before anything is routed."""
     has_probs: ClassVar[bool] = True
     """There are probabilities for a balance loss to be made of."""
-    is_work_known: ClassVar[bool] = True
-    """How many experts compute a token is known before."""
+
+    @property
+    def is_work_known(self) -> bool:
+        """Whether it is known before how many experts compute a token."""
+        return True
 
     @property
     def weight_sum(self) -> float | None:
@@ -64,6 +67,10 @@ class TopKOptions(JitterOptions):
 
     top_k: PositiveInt = 2
     """Experts per token, k."""
+    draw_top_k: Annotated[list[PositiveInt], Field(min_length=1)] | None = None
+    """While training, every optimizer step draws its k from these, by the seed; one that is there twice comes twice as
+    often. The model is then good at each of them (`eval --experts-per-token`). Null: always `top_k`, which is what
+    evaluation and generation use in any case."""
     normalize: bool = True
     """Divide the k combine weights by their sum. False keeps the raw scores."""
     scale: PositiveFloat = 1.0
@@ -74,6 +81,11 @@ class TopKOptions(JitterOptions):
     Their scores count in the normalisation, and what they would weigh is left out of the sum. The balance loss evens
     them out with the rest: a token then has k * E / (E + null_experts) experts on average.
     """
+
+    @property
+    def is_work_known(self) -> bool:
+        """Whether k is the same in every step."""
+        return self.draw_top_k is None
 
     @property
     def weight_sum(self) -> float | None:
@@ -87,19 +99,25 @@ class TopKOptions(JitterOptions):
     def problems(self) -> Iterator[Problem]:
         """Refuse a router that the language-model loss could never train."""
         yield from super().problems()
-        if self.top_k == 1 and self.normalize:
+        key = "top_k" if self.draw_top_k is None else "draw_top_k"
+        if self.normalize and max(self.draw_top_k or [self.top_k]) == 1:
             yield Problem(
                 "normalize",
-                "true with top_k 1 makes every combine weight the constant 1, so the router gets no gradient; "
-                "set normalize: false, or top_k: 2 or more",
+                f"true with {key} 1 makes every combine weight the constant 1, so the router gets no gradient; "
+                f"set normalize: false, or {key}: 2 or more",
             )
 
     def problems_among(self, num_experts: int) -> Iterator[Problem]:
         """Refuse more choices than there are."""
         choices = num_experts + self.null_experts
-        if self.top_k > choices:
-            nulls = f" and {self.null_experts} null experts" if self.null_experts else ""
-            yield Problem("top_k", f"{self.top_k} is more than num_experts {num_experts}{nulls}; use 1 to {choices}")
+        nulls = f" and {self.null_experts} null experts" if self.null_experts else ""
+        for key, most in self.most_wanted():
+            if most > choices:
+                yield Problem(key, f"{most} is more than num_experts {num_experts}{nulls}; use 1 to {choices}")
+
+    def most_wanted(self) -> list[tuple[str, int]]:
+        """Return every key that says how many experts a token has, with the largest number there."""
+        return [("top_k", self.top_k), *([("draw_top_k", max(self.draw_top_k))] if self.draw_top_k else [])]
 
 
 class EvenOptions(RouterOptions):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
@@ -134,11 +134,11 @@ class GroupLimitedRouterConfig(TopKOptions):
                 "groups_kept", f"{self.groups_kept} is more than groups {self.groups}; use 1 to {self.groups}"
             )
         within = self.groups_kept * num_experts // self.groups + self.null_experts
-        if self.top_k > within:
-            yield Problem(
-                "top_k",
-                f"{self.top_k} is more than the {within} experts of groups_kept {self.groups_kept}; keep more groups",
-            )
+        for key, most in self.most_wanted():
+            if most > within:
+                yield Problem(
+                    key, f"{most} is more than the {within} experts of groups_kept {self.groups_kept}; keep more groups"
+                )
 
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
         """Make the router of MoE layer `layer`."""
@@ -150,7 +150,6 @@ class GroupLimitedRouterConfig(TopKOptions):
 class TopPRouterConfig(JitterOptions):
     """As many experts as it takes to hold the probability p (Huang et al. 2024, arXiv 2403.07652)."""
 
-    is_work_known: ClassVar[bool] = False
     kind: Literal["top_p"] = "top_p"
     p: Annotated[float, Field(gt=0, le=1)] = 0.4
     """A token takes its likeliest experts until their probabilities add up to this."""
@@ -160,6 +159,11 @@ class TopPRouterConfig(JitterOptions):
     """Divide a token's combine weights by their sum. False keeps the probabilities, which a lone expert learns by."""
     sparsity_coef: NonNegativeFloat = 1e-4
     """Weight of the sparsity loss: the entropy of the probabilities, which few experts hold when it is small."""
+
+    @property
+    def is_work_known(self) -> bool:
+        """Every token has its own number."""
+        return False
 
     @property
     def weight_sum(self) -> float | None:
