@@ -570,6 +570,10 @@ CASES = [
          "name: x\nmodel: {moe: {router: {kind: top_p}, balance: {convention: hf}}}\n",
          [("x.yaml:2:48: model.moe.balance.convention: hf means k times ours, and top_p has no k; "
            "use canonical")]),
+    Case("hf when every step draws its k",
+         "name: x\nmodel: {moe: {router: {draw_top_k: [1, 2]}, balance: {convention: hf}}}\n",
+         [("x.yaml:2:55: model.moe.balance.convention: hf means k times ours, and every step draws another k; "
+           "use canonical")]),
     Case("load when all experts are taken",
          "name: x\nmodel: {moe: {num_experts: 2, router: {kind: noisy_top_k}, cv_squared: {load_coef: 0.1}}}\n",
          [("x.yaml:2:73: model.moe.cv_squared.load_coef: every token takes all 2 experts, so the "

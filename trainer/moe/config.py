@@ -145,8 +145,9 @@ class MoEConfig(Config):
             yield Problem("balance.convention", "gshard_first_choice knows no null experts; use canonical")
         if self.capacity.policy == "choice_major" and self.capacity.factor is not None and not self.router.has_probs:
             yield Problem("capacity.policy", f"{self.router.kind} ranks no choices; use position or random")
-        if self.balance.convention == "hf" and self.router.kind == "top_p":
-            yield Problem("balance.convention", "hf means k times ours, and top_p has no k; use canonical")
+        if self.balance.convention == "hf" and not self.router.is_work_known:
+            why = "top_p has no k" if self.router.kind == "top_p" else "every step draws another k"
+            yield Problem("balance.convention", f"hf means k times ours, and {why}; use canonical")
         yield from self._cv_squared_problems()
         yield from self._device_balance_problems()
         if self.diversity_coef and self.router.most_experts(self.num_experts) < 2:

@@ -297,6 +297,11 @@ def test_a_router_that_does_not_rank_its_choices_keeps_the_canonical_convention(
             "model.moe.router: expert_choice does not give every token top_k experts, which coefficients of other "
             "trainers are about; use a router that does, such as top_k",
         ),
+        (
+            {"kind": "top_k", "draw_top_k": [1, 2]},
+            "model.moe.router.draw_top_k: every step has another k, which coefficients of other trainers are about; "
+            "convert with a config that leaves it out",
+        ),
     ],
 )
 def test_routers_without_k_or_probabilities_are_refused(router: dict, message: str) -> None:
