@@ -7,13 +7,10 @@ before the first forward pass. No factor of the number of micro-batches or ranks
 """
 
 import contextlib
-import functools
 import math
-import operator
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,6 +20,7 @@ from trainer.checkpoint.state import Slice, TrainState
 from trainer.data.batch import Batch
 from trainer.distributed.mesh import Mesh
 from trainer.engine.base import Engine, EvalSums, RoutingSums, StepResult
+from trainer.engine.known import KnownSums
 from trainer.engine.nonfinite import Findings, in_words
 from trainer.engine.sums import (
     StepTotals,
@@ -36,7 +34,6 @@ from trainer.models.initialize import expert_parameters
 from trainer.moe.balance import global_balance_loss
 from trainer.moe.losses import Denominators, objective
 from trainer.moe.routing import RoutingOptions
-from trainer.moe.sums import LayerSums
 from trainer.ops.noise import stable_hash
 from trainer.parallel.shard import first_row, local
 
@@ -79,6 +76,7 @@ class StepEngine(Engine):
         self.parameters = dict(model.named_parameters())
         self.first_expert = expert_parameters(model)
         self.optimizer_steps = 0
+        self.known = KnownSums(self.moe_config, mesh.world)
         moe = self.moe_config
         columns = 0 if moe is None else moe.num_experts + (moe.router.num_null_experts > 0)
         shape = (len(model.moe_layers()), columns)
@@ -135,19 +133,18 @@ class StepEngine(Engine):
         batches = [batch.to(self.device) for batch in micro_batches]
         denominators = self._denominators(batches)
         options = RoutingOptions(noise_seed=self.numerics.seed, top_k=self._drawn_top_k())
-        before = self._known_before(batches, options)
+        before = self.known.before(batches, lambda batch: self._forward(batch, options))
         total, routing, choices = StepTotals(), None, torch.zeros_like(self.previous_counts)
         for batch in batches:
             journal.enter("forward")
-            with self.autocast():
-                output = self.model(batch, options)
-            here = self._layer_sums(output)
+            output = self._forward(batch, options)
+            here = self.known.own(output)
             if here is not None:
                 choices = choices + here.counts
             share = objective(
                 output.loss_sum,
                 output.moe,
-                known=self._known(before, here, choices),
+                known=self.known.of_step(before, here, choices=choices, previous_counts=self.previous_counts),
                 denominators=denominators,
                 config=self.moe_config,
             )
@@ -159,7 +156,7 @@ class StepEngine(Engine):
         journal.enter("gradient sums")
         square, own_objective = self._sum_gradients(), torch.as_tensor(total.objective)
         total, choices, routing, square = self._sum_small(total, choices, routing, square)
-        if self._global_counts == "exact" and not self._needs_counts and total.prob_sum is not None:
+        if self.known.is_balance_only_logged and total.prob_sum is not None:
             assert self.moe_config is not None, "probabilities are of routers"
             total.balance_loss = global_balance_loss(
                 choices, total.prob_sum, routed_tokens=denominators.routed_tokens, config=self.moe_config
@@ -210,8 +207,8 @@ class StepEngine(Engine):
         """Evaluate a batch without gradients and without noise."""
         batch = batch.to(self.device)
         options = RoutingOptions(dropless=dropless, top_k=top_k, counts_targets_only=True)
-        with torch.no_grad(), self.autocast():
-            output = self.model(batch, options)
+        with torch.no_grad():
+            output = self._forward(batch, options)
         routing = routing_sums(output)
         here = torch.stack([output.row_loss.double().sum(), batch.target_mask.sum().double()])
         parts = [here] if routing is None else [here, *routing_tensors(routing)]
@@ -258,6 +255,10 @@ class StepEngine(Engine):
             is_of_experts=first is not None,
         )
 
+    def _forward(self, batch: Batch, options: RoutingOptions) -> GPTOutput:
+        with self.autocast():
+            return self.model(batch, options)
+
     def _drawn_top_k(self) -> int | None:
         """Return the experts per token that this step draws, the same on every rank; None: the configured number."""
         among = getattr(self.moe_config.router, "draw_top_k", None) if self.moe_config else None
@@ -294,69 +295,6 @@ class StepEngine(Engine):
         self.mesh.world.journal.enter("finding what is not finite")
         everyone = self.mesh.world.gather_objects(mine)
         return in_words(everyone, list(self.parameters), grad_norm=float(step.grad_norm))
-
-    @property
-    def _global_counts(self) -> Literal["exact", "previous_step", "running"] | None:
-        """Where the counts of a balance loss over the global batch come from; None for another scope or no MoE."""
-        balance = self.moe_config.balance if self.moe_config else None
-        return balance.counts if balance is not None and balance.scope == "global_batch" else None
-
-    @property
-    def _needs_counts(self) -> bool:
-        """Tell whether a loss with a gradient is made of counts."""
-        moe = self.moe_config
-        return moe is not None and moe.router.has_probs and (moe.balance.coef > 0 or moe.device_balance.coef > 0)
-
-    @property
-    def _needs_variation(self) -> bool:
-        """Tell whether a loss over the global batch is a variation of its sums, which have no cheaper stand-in."""
-        cv = self.moe_config.cv_squared if self.moe_config else None
-        return cv is not None and cv.scope == "global_batch" and (cv.importance_coef > 0 or cv.load_coef > 0)
-
-    @property
-    def _needs_exact_sums(self) -> bool:
-        return self._needs_variation or (self._global_counts == "exact" and self._needs_counts)
-
-    def _known_before(self, batches: Sequence[Batch], options: RoutingOptions) -> LayerSums | None:
-        """Return the sums of the whole step, by a pass without gradients; None where no loss needs one."""
-        if len(batches) == 1 or not self._needs_exact_sums:
-            return None
-        with torch.no_grad(), self.autocast():
-            parts = [self._layer_sums(self.model(batch, options)) for batch in batches]
-        return self._over_ranks([part for part in parts if part is not None])
-
-    def _known(self, before: LayerSums | None, here: LayerSums | None, choices: Tensor) -> LayerSums | None:
-        """Return what the losses of a micro-batch may know of the step; None: only the micro-batch itself.
-
-        Args:
-            before: sums of the whole step, if there was a pass for them.
-            here: of this micro-batch.
-            choices: counts of the micro-batches so far, with this one.
-        """
-        if here is None:
-            return None
-        if before is None and self._needs_exact_sums:
-            before = self._over_ranks([here])  # the only micro-batch: known now
-        match self._global_counts:
-            case "previous_step":
-                return replace(before or here, counts=self.previous_counts)
-            case "running":
-                return replace(before or here, counts=choices)
-            case _:
-                return before
-
-    def _over_ranks(self, parts: Sequence[LayerSums]) -> LayerSums | None:
-        """Add up the micro-batches of all ranks; None without a MoE layer."""
-        if not parts:
-            return None
-        here = functools.reduce(operator.add, parts)
-        return here.replaced(sum_together(here.tensors(), self.mesh.world))
-
-    def _layer_sums(self, output: GPTOutput) -> LayerSums | None:
-        """Return a micro-batch's sums under the configured convention; None without a MoE layer."""
-        if self.moe_config is None or not output.moe:
-            return None
-        return LayerSums.of(output.moe, self.moe_config.balance)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return a context in which the model computes in the precision of training."""
