@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from trainer.build import build_model, numerics, resolve_kernel
+from trainer.assemble import build_model, numerics, resolve_kernel
 from trainer.checkpoint.copies import check_copies
 from trainer.config.loader import load
 from trainer.data.corpus import build_corpus

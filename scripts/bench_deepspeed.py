@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.build import build_model, numerics, resolve_kernel
+from trainer.assemble import build_model, numerics, resolve_kernel
 from trainer.config.loader import load
 from trainer.data.batch import Batch
 from trainer.data.tokenizers.byte import ByteTokenizer

@@ -16,7 +16,7 @@ from typing import ParamSpec, TypeVar
 
 import numpy as np
 
-from trainer.build import build_model, numerics, resolve_kernel
+from trainer.assemble import build_model, numerics, resolve_kernel
 from trainer.config.loader import load
 from trainer.data.best_fit import best_fit_decreasing
 from trainer.data.config import MixtureConfig

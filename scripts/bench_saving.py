@@ -13,7 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from statistics import median
 
-from trainer.build import Run, build_run
+from trainer.build import build_run
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.saver import Saved
 from trainer.config.loader import load
@@ -21,6 +21,7 @@ from trainer.distributed import runtime
 from trainer.distributed.mesh import Mesh
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.console import Console
+from trainer.run import Run
 
 
 def block(run: Run, num_steps: int, *, saves: bool) -> tuple[float, Saved | None]:

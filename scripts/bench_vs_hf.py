@@ -101,7 +101,7 @@ def turnout(name: str, dtype: str) -> tuple[Callable, str]:
     """Return our training step, through the same composition as the command line's."""
     import torch
 
-    from trainer.build import build_model, numerics, resolve_kernel
+    from trainer.assemble import build_model, numerics, resolve_kernel
     from trainer.data.batch import Batch
     from trainer.data.tokenizers.byte import ByteTokenizer
     from trainer.distributed import runtime

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from trainer.build import load_trained
 from trainer.checkpoint.load import Found
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.data.corpus import Corpus, build_corpus
@@ -27,6 +26,7 @@ from trainer.metrics.console import Console
 from trainer.metrics.experts_svg import experts_svg
 from trainer.metrics.summary import RunSummary
 from trainer.moe.causality import evaluation_warning
+from trainer.restore import load_trained
 
 
 def examine(

@@ -1,9 +1,9 @@
 """What a run does about numbers that went wrong: skipped steps, loss spikes, copies that differ."""
 
-from trainer.build import Run
 from trainer.checkpoint.copies import check_copies
 from trainer.engine.base import StepResult
 from trainer.errors import NumericsError
+from trainer.run import Run
 
 
 def account(run: Run, done: int, result: StepResult, *, limit: float | None) -> None:

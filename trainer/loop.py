@@ -5,7 +5,6 @@ import time
 import torch
 
 from trainer import faults, guard
-from trainer.build import Run
 from trainer.checkpoint.saver import Saved
 from trainer.distributed.layout import is_first_here
 from trainer.distributed.signals import StopRequest
@@ -17,6 +16,7 @@ from trainer.examine import examine
 from trainer.metrics.machine import over_ranks
 from trainer.metrics.pace import StepPace
 from trainer.metrics.routing import routing_metrics
+from trainer.run import Run
 from trainer.status import StatusFile
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0

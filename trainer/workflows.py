@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from trainer import faults
-from trainer.build import Run, build_run, in_one_process, load_trained, resolve_kernel, track, whole_model
+from trainer.assemble import in_one_process, resolve_kernel, whole_model
+from trainer.build import build_run, track
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.import_deepspeed import read_deepspeed
 from trainer.checkpoint.run_folder import RunFolder
@@ -39,6 +40,8 @@ from trainer.models.generation import generate
 from trainer.models.initialize import expert_parameters
 from trainer.models.sampling import SamplingOptions
 from trainer.moe.causality import evaluation_warning
+from trainer.restore import load_trained
+from trainer.run import Run
 from trainer.status import StatusFile, remove_others
 
 _SAMPLE_PROMPT_TOKENS, _SAMPLE_TOKENS = 48, 320

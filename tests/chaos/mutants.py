@@ -60,13 +60,13 @@ def every_rank_takes_the_first_experts() -> None:
 
 def the_position_is_off_by_one() -> None:
     """Go on one row too late."""
-    resume = trainer.build._resume
+    resume = trainer.build.resume
 
     def careless(run: Any, found: Any) -> None:
         resume(run, found)
         run.position += 1
 
-    trainer.build._resume = careless
+    trainer.build.resume = careless
 
 
 def the_count_of_updates_is_forgotten() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.ranks import Ranks, mesh_here
-from trainer.build import Run, build_run
+from trainer.build import build_run
 from trainer.checkpoint import shared
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.loader import load
@@ -19,6 +19,7 @@ from trainer.distributed.mesh import Mesh
 from trainer.errors import CheckpointError, ConfigError, TurnoutError
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.console import Console
+from trainer.run import Run
 
 CONFIG = """\
 name: tiny

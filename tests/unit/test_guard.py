@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.ranks import Ranks, mesh_here
-from trainer.build import Run, build_run
+from trainer.build import build_run
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.signals import StopRequest
@@ -21,6 +21,7 @@ from trainer.experiment import ExperimentConfig
 from trainer.loop import fit
 from trainer.metrics.console import Console
 from trainer.metrics.jsonl import read_jsonl
+from trainer.run import Run
 from trainer.status import StatusFile
 
 

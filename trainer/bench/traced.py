@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from trainer.bench.logits import LayerLogits, Logits, training_context
-from trainer.build import load_trained
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.data.batch import Batch
 from trainer.data.corpus import build_corpus
@@ -20,6 +19,7 @@ from trainer.evaluation.routing_gap import held_out_rows
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.console import Console
 from trainer.moe.routing import RoutingOptions
+from trainer.restore import load_trained
 
 
 def traced(config: ExperimentConfig, folder: RunFolder, *, sequences: int, seed: int) -> Logits:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from trainer.build import build_model, numerics, resolve_kernel
+from trainer.assemble import build_model, numerics, resolve_kernel
 from trainer.checkpoint.state import TrainState
 from trainer.data.corpus import build_corpus
 from trainer.data.stream import TrainStream

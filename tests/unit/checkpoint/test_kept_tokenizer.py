@@ -12,7 +12,7 @@ import torch
 
 from tests import foreign
 from tests.ranks import Ranks, mesh_here
-from trainer.build import Run, build_run
+from trainer.build import build_run
 from trainer.checkpoint.run_folder import RunFolder, check_belongs
 from trainer.cli import main
 from trainer.config.dump import Change
@@ -22,6 +22,7 @@ from trainer.distributed.mesh import Mesh
 from trainer.errors import CheckpointError, ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.console import Console
+from trainer.run import Run
 
 CONFIG = """\
 name: tiny

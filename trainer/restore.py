@@ -1,0 +1,113 @@
+"""From a checkpoint back to a run, or to a trained model in one process."""
+
+from collections.abc import Callable, Mapping
+
+from pydantic import ValidationError
+
+from trainer import faults
+from trainer.assemble import build_model, in_one_process, numerics, resolve_kernel
+from trainer.checkpoint.catalogue import layout_of
+from trainer.checkpoint.compatible import abridged, check_fits, check_model, check_record, check_tokenizer
+from trainer.checkpoint.files import StoredTensors
+from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.kept_tokenizer import tokenizer_of
+from trainer.checkpoint.load import Found, find, find_newest
+from trainer.checkpoint.run_folder import RunFolder, check_belongs
+from trainer.config.dump import changed_keys, short
+from trainer.data.tokenizers.base import Tokenizer
+from trainer.distributed import runtime
+from trainer.distributed.mesh import Mesh
+from trainer.engine.base import Engine
+from trainer.errors import CheckpointError, DataError
+from trainer.experiment import ExperimentConfig
+from trainer.run import Run
+
+
+def resume(run: Run, found: Found) -> None:
+    """Go on from a checkpoint: each rank reads its own parts, however the ranks that wrote it were laid out."""
+    faults.hit("resume.found")
+    _load_state(found, run.engine, run.config, run.corpus.tokenizer)
+    if not run.folder.config.is_file():  # with it, the comparison was made before torch was imported
+        for warning in _changes_since(found, run.config):
+            run.console.warning(warning)
+    saved, now = found.run["data_fingerprint"], run.corpus.fingerprint
+    if saved != now:
+        raise DataError(
+            f"{found.path}: was trained on other text than data.sources gives now (fingerprint {abridged(saved)}, now "
+            f"{abridged(now)}); restore the files, or start a new run with name=..."
+        )
+    run.start_step, run.position = found.step, int(found.run["position"])
+    run.tokens = int(found.run["tokens"])
+    run.stream.go_on_from(found.run.get("streams", {}))
+    run.skipped_steps = int(found.run["skipped_steps"])
+    run.skipped_in_a_row = int(found.run["skipped_in_a_row"])
+    run.spikes.restore(found.run.get("spikes", {}))
+    run.console.message(f"resuming from {found.path}{_moved(found, run)}")
+    faults.hit("resume.loaded")
+
+
+def _load_state(found: Found, engine: Engine, config: ExperimentConfig, tokenizer: Tokenizer) -> None:
+    check_record(found)
+    stored = _stored_config(found)
+    filled_up = None if stored is None else stored.model.model_dump(mode="json")
+    check_model(found, config.model.model_dump(mode="json"), stored=filled_up)
+    check_tokenizer(found, fingerprint=tokenizer.fingerprint)
+    mine = engine.wanted()
+    check_fits(found, mine)
+    with StoredTensors(found.path, found.manifest) as tensors:
+        engine.load_state(tensors.like(mine))
+
+
+def _stored_config(found: Found) -> ExperimentConfig | None:
+    """Return the config that a checkpoint was written with, filled up; None if this version cannot read it."""
+    try:
+        return ExperimentConfig.model_validate(found.run.get("config"))
+    except ValidationError:
+        return None
+
+
+def _changes_since(found: Found, config: ExperimentConfig) -> list[str]:
+    """Return a warning for each change of what is learned since a checkpoint.
+
+    Raises:
+        ConfigError: if the model itself changed.
+    """
+    stored = _stored_config(found)
+    if stored is not None:
+        return check_belongs(RunFolder(found.path), changed_keys(stored, config))
+    counters = found.run.get("random")
+    seed = counters.get("seed") if isinstance(counters, Mapping) else None
+    unread = f"{found.path}: its config is not one of this version; beside model and seed nothing of it is compared"
+    other = [f"seed was {short(seed)} in {found.path} and is now {config.seed}"] if seed != config.seed else []
+    return [unread, *other]
+
+
+def _moved(found: Found, run: Run) -> str:
+    """Say how the layout differs from the one that wrote the checkpoint."""
+    before, now = layout_of(found.manifest), run.layout()
+    changes = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
+    return f" ({', '.join(changes)})" if changes else ""
+
+
+def load_trained(
+    config: ExperimentConfig, folder: RunFolder, *, step: int | None, warn: Callable[[str], None]
+) -> tuple[Engine, Tokenizer, Found]:
+    """Return an engine with the weights of a run's checkpoint, of `step` or the newest, all in this process.
+
+    The tokenizer is the one that the run keeps in its folder.
+
+    Raises:
+        CheckpointError: if there is none, or it is damaged or of another model.
+    """
+    checkpoints, mesh = CheckpointFolder(folder.checkpoints), Mesh.of_one()
+    found = find_newest(checkpoints, mesh.world, warn=warn) if step is None else find(checkpoints, step)
+    if found is None:
+        raise CheckpointError(f"{folder.checkpoints}: has no checkpoint; train first")
+    check_record(found)
+    tokenizer = tokenizer_of(folder, config.data, fingerprint=found.run["tokenizer_fingerprint"])
+    device = runtime.start(config.parallel.device)
+    config = resolve_kernel(in_one_process(config), device)
+    model = build_model(config, tokenizer, mesh, device, warn=warn)
+    engine = config.engine.build(model, config.optim, numerics(config), mesh)
+    _load_state(found, engine, config, tokenizer)
+    return engine, tokenizer, found

@@ -1,0 +1,88 @@
+"""Everything of one training run, as the loop and the guard have it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trainer.checkpoint.run_folder import RunFolder
+from trainer.checkpoint.saver import Saver
+from trainer.data.corpus import Corpus
+from trainer.data.stream import TrainStream
+from trainer.distributed import runtime
+from trainer.distributed.mesh import Mesh
+from trainer.engine.base import Engine
+from trainer.engine.spikes import SpikeWindow
+from trainer.evaluation.base import Task
+from trainer.experiment import ExperimentConfig
+from trainer.metrics.console import Console
+from trainer.metrics.machine import Machine
+from trainer.metrics.profiler import Profiler
+from trainer.metrics.trackers import Trackers
+from trainer.models.flops import ModelSize
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """Everything of one training run."""
+
+    config: ExperimentConfig
+    mesh: Mesh
+    folder: RunFolder
+    corpus: Corpus
+    stream: TrainStream
+    tasks: Sequence[Task]
+    engine: Engine
+    schedule: Callable[[int], float]
+    saver: Saver
+    console: Console
+    trackers: Trackers
+    machine: Machine
+    profiler: Profiler
+    size: ModelSize
+    spikes: SpikeWindow
+    id: str = ""
+    """What the run is known by elsewhere; rank 0 knows it."""
+    start_step: int = 0
+    """Completed steps."""
+    position: int = 0
+    """Number of the next training row: with the seed, all there is to resume of the data."""
+    tokens: int = 0
+    """Tokens read so far, without filling."""
+    skipped_steps: int = 0
+    """Steps so far that were not taken: not finite, or skipped spikes."""
+    skipped_in_a_row: int = 0
+    """Steps that were not finite since the last one that was taken."""
+    copies_equal_at: int | None = None
+    """Completed steps when ranks were last seen to hold equal copies; None: not looked yet."""
+
+    def checkpoint_info(self) -> dict[str, Any]:
+        """Return what a checkpoint says of itself beside the state."""
+        return {
+            "id": self.id,
+            "position": self.position,
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "spikes": self.spikes.record(),
+            "tokens": self.tokens,
+            "streams": self.stream.places(self.position),
+            "rows_of_a_step": self.config.train.global_batch_size,
+            "data_fingerprint": self.corpus.fingerprint,
+            "tokenizer_fingerprint": self.corpus.tokenizer.fingerprint,
+            # No generator has a state: weights, order of the rows and all noise are functions of this and the numbers
+            # of step and row.
+            "random": {"kind": "counter_based", "seed": self.config.seed},
+            "layout": self.layout(),
+            "versions": {"turnout": runtime.turnout_version(), "torch": torch.__version__},
+            "config": self.config.model_dump(mode="json"),
+        }
+
+    def layout(self) -> dict[str, int | str]:
+        """Return who trains, in JSON values."""
+        return {
+            "world_size": self.mesh.layout.world_size,
+            "ep_size": self.mesh.layout.ep_size,
+            "data": self.config.parallel.data,
+            "engine": self.config.engine.kind,
+        }
