@@ -85,17 +85,22 @@ def top_k(case: Case) -> Routed:
     return _weighted(case, [best(row, case.k) for row in scores], scores, probs, logits)
 
 
+def _bias(case: Case) -> Tensor:
+    """One of each expert, and the last one of every null expert."""
+    bias, nulls = case.parameters["bias"].double(), case.options["null_experts"]
+    return torch.tensor([*bias[: case.num_experts].tolist(), *([float(bias[-1])] * nulls)])
+
+
 def bias_balanced(case: Case) -> Routed:
     logits, scores, probs = _scored(case, case.options["score"])
-    nulls = case.options["null_experts"]
-    bias = torch.cat([case.parameters["bias"].double(), torch.zeros(nulls)])
+    bias = _bias(case)
     return _weighted(case, [best(row + bias, case.k) for row in scores], scores, probs, logits)
 
 
 def group_limited(case: Case) -> Routed:
     logits, scores, probs = _scored(case, case.options["score"])
     groups, size = case.options["groups"], case.num_experts // case.options["groups"]
-    bias = torch.cat([case.parameters["bias"].double(), torch.zeros(case.options["null_experts"])])
+    bias = _bias(case)
     chosen = []
     for row in scores:
         biased = [float(v) for v in row.detach() + bias]

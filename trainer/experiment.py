@@ -135,6 +135,7 @@ class ExperimentConfig(Config):
         for domain in sorted({d for d in domains if domains.count(d) > 1}):
             yield Problem("data.sources", f"two sources are of domain {domain}; give each its own `domain`")
         yield from self._task_problems(domains)
+        yield from self._routing_gap_problems()
         if self.profile is not None and self.profile.last > steps:
             yield Problem(
                 "profile",
@@ -144,6 +145,13 @@ class ExperimentConfig(Config):
         yield from self._kernel_problems()
         yield from self._dispatcher_problems()
         yield from self._deepspeed_problems()
+
+    def _routing_gap_problems(self) -> Iterator[Problem]:
+        moe = self.model.moe
+        if self.metrics.routing_gap_every is None or (moe is not None and moe.router.has_probs):
+            return
+        what = "the model is dense (model.moe: null)" if moe is None else f"{moe.router.kind} scores no experts"
+        yield Problem("metrics.routing_gap_every", f"{what}, so no choice can be compared with a better one; use null")
 
     def _task_problems(self, domains: Sequence[str]) -> Iterator[Problem]:
         """Check evaluation tasks against the model's rows, and against domains, with which they share eval/NAME."""

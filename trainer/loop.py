@@ -189,7 +189,7 @@ def _compare_routing(run: Run) -> RoutingGap | None:
         rows_of_a_domain=config.metrics.routing_gap_rows,
         batch_size=config.parallel.micro_batch_size,
     )
-    return routing_gap(run.engine, rows, moe, seed=config.seed)
+    return routing_gap(run.engine, rows, moe, seed=config.seed, world=run.mesh.world)
 
 
 def _agree(run: Run, stop: StopRequest) -> str | None:
@@ -209,7 +209,7 @@ def log_step(
     flops_per_s = speed.tokens_per_s * run.size.training_flops_per_token
     routing, experts = result.routing, None
     moe = run.config.model.moe
-    is_work_known = moe is None or moe.router.is_work_known
+    is_work_known = moe is None or moe.is_work_known
     record = {
         "step": done,
         "tokens": run.tokens,

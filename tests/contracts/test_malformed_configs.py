@@ -472,6 +472,22 @@ CASES = [
           "groups_kept: 1, draw_top_k: [1, 4]}}}\n"),
          [("x.yaml:2:88: model.moe.router.draw_top_k: 4 is more than the 2 experts of groups_kept 1; keep more "
            "groups")]),
+    Case("nothing for the second choice",
+         "name: x\nmodel: {moe: {router: {kind: gshard, top_k: 1, normalize: false}}}\n",
+         [("x.yaml:2:15: model.moe.router.random_second: true has no effect where no token has a second expert; "
+           "use false")]),
+    Case("a sign that nothing teaches",
+         "name: x\nmodel: {moe: {num_experts: 1, router: {kind: mixture_of_depths, predictor_coef: 0}}}\n",
+         [("x.yaml:2:65: model.moe.router.predictor_coef: 0 leaves the sign, by which evaluation chooses, to chance; "
+           "use more than 0, or evaluation: same")]),
+    Case("the gap of a router without scores",
+         "name: x\nmodel: {moe: {router: {kind: hash}}}\nmetrics: {routing_gap_every: 5}\n",
+         [("x.yaml:3:11: metrics.routing_gap_every: hash scores no experts, so no choice can be compared with a "
+           "better one; use null")]),
+    Case("the gap of a dense model",
+         "name: x\nmodel: {moe: null}\nmetrics: {routing_gap_every: 5}\n",
+         [("x.yaml:3:11: metrics.routing_gap_every: the model is dense (model.moe: null), so no choice can be "
+           "compared with a better one; use null")]),
     Case("groups that do not divide",
          "name: x\nmodel: {moe: {num_experts: 8, router: {kind: group_limited, groups: 3}}}\n",
          [("x.yaml:2:61: model.moe.router.groups: 3 does not divide num_experts 8; use one of 1, 2, "

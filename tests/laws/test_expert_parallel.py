@@ -59,6 +59,10 @@ OTHER_ROUTERS = {
         "router": {"kind": "top_k", "draw_top_k": [1, 2, 4]},
         "capacity": {"factor": 1.0, "min": 1},
     },
+    "a bias over null experts": {
+        "router": {"kind": "bias_balanced", "top_k": 3, "null_experts": 3, "bias_update_rate": 0.05},
+        "balance": {"coef": 0},
+    },
     "null experts": {"router": {"kind": "top_k", "top_k": 3, "null_experts": 3}},
     "device balance, diversity": {"device_balance": {"coef": 0.2, "groups": 4}, "diversity_coef": 0.5},
     "mixture_of_depths": {"router": {"kind": "mixture_of_depths", "share": 0.5}, "num_experts": 1},

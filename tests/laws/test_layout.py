@@ -32,6 +32,10 @@ INVARIANT = {
     "gshard_first_choice": {"balance": {"coef": 0.1, "convention": "gshard_first_choice"}},
     "shared expert": {"num_shared_experts": 1},
     "capacity at random": {"capacity": {"factor": 0.6, "min": 1, "policy": "random"}},
+    "a bias over null experts": {
+        "router": {"kind": "bias_balanced", "top_k": 3, "null_experts": 2, "bias_update_rate": 0.05},
+        "balance": {"coef": 0},
+    },
     "null experts": {"router": {"kind": "top_k", "top_k": 3, "null_experts": 2}, "balance": {"coef": 0.1}},
     "importance and load": {
         "router": {"kind": "noisy_top_k"},

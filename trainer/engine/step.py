@@ -188,8 +188,11 @@ class StepEngine(Engine):
             self.optimizer_steps += 1
             if routing is not None:
                 self.previous_counts = step.choices
+                # Choices have a column for null experts; under some conventions they are of first choices only.
+                has_nulls = step.choices.shape != routing.counts.shape
+                counts = step.choices if has_nulls else routing.counts
                 for layer, moe in enumerate(self.model.moe_layers()):
-                    moe.router.update(routing.counts[layer])
+                    moe.router.update(counts[layer])
         faults.hit("step.updated")
         return StepResult(
             loss=loss,

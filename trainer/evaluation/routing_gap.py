@@ -20,10 +20,12 @@ from trainer.data.batch import Batch
 from trainer.data.config import Packing
 from trainer.data.corpus import Corpus
 from trainer.data.stream import evaluation_batches
+from trainer.distributed.collectives import Group
+from trainer.distributed.together import meet, raise_together
 from trainer.engine.base import Engine
 from trainer.moe.capacity import expert_capacity
 from trainer.moe.config import MoEConfig
-from trainer.moe.routing import Router, RouterOutput, RoutingOptions
+from trainer.moe.routing import RouterOutput, RoutingOptions
 from trainer.moe.yardstick import Measured, measure
 
 
@@ -34,9 +36,11 @@ class RoutingGap:
     layers: Sequence[Measured]
     """L sums over the rows."""
     prices: Sequence[list[float]]
-    """(L, E) what room at an expert is worth, mean over rows, less the mean over experts."""
+    """(L, E) what room at an expert is worth, mean over rows, less the mean over experts; (L, E + 1) with null
+    experts, whose room has no end and is worth nothing."""
     bias: Sequence[list[float]] | None
-    """(L, E) the learned selection bias, less its mean; its negative is what the router takes for the price."""
+    """The learned selection bias, less its mean, in the same columns; its negative is what the router takes for the
+    price."""
 
     def record(self) -> dict[str, float]:
         """Return the keys of metrics.jsonl."""
@@ -55,38 +59,44 @@ class RoutingGap:
         return found if self.bias is None else {**found, "bias": self.bias}
 
 
-def routing_gap(engine: Engine, batches: Iterable[Batch], config: MoEConfig, *, seed: int) -> RoutingGap | None:
+def routing_gap(
+    engine: Engine, batches: Iterable[Batch], config: MoEConfig, *, seed: int, world: Group
+) -> RoutingGap | None:
     """Compare the choices for some rows with the best; None if the routers score nothing.
 
-    Every rank must call it, with the same rows: nothing hangs on how many ranks there are then.
+    Every rank must call it, with the same rows. Each routes all of them and solves its share of the programmes; nothing
+    hangs on how many ranks there are then.
 
     Args:
         engine: whose model.
         batches: the rows.
         config: the `model.moe` section.
         seed: of the noise, as in training.
+        world: all ranks.
     """
     options = RoutingOptions(noise_seed=seed, keeps_routing=True)
-    rows: list[list[tuple[Measured, Tensor]]] = []  # of each row, the layers
-    for batch in batches:
-        here = batch.to(engine.model.embedding.weight.device)
-        with torch.no_grad(), engine.autocast():
-            output = engine.model(here, options)
-        routed = [stats.routed for stats in output.moe if stats.routed is not None]
-        routers = [layer.router for layer in engine.model.moe_layers()]
-        scores = [_scores(router, of_layer) for router, of_layer in zip(routers, routed, strict=True)]
-        with_tokens = [row for row in range(len(here.valid)) if here.valid[row].any()]
-        for row in with_tokens:
-            layers = []
-            for of_layer, score in zip(routed, scores, strict=True):
-                if score is None:
-                    return None
-                layers.append(_of_row(of_layer, score, here.valid, row, config))
-            rows.append(layers)
-    by_layer = list(zip(*rows, strict=True))
+    solved: list[tuple[Measured, list[float]]] = []  # of this rank's part of all pairs of row and layer
+    number = 0
+    with raise_together(world):
+        for batch in batches:
+            here = batch.to(engine.model.embedding.weight.device)
+            with torch.no_grad(), engine.autocast():
+                output = engine.model(here, options)
+            routed = [stats.routed for stats in output.moe if stats.routed is not None]
+            if any(of_layer.scores is None and of_layer.probs is None for of_layer in routed):
+                return None
+            for row in [row for row in range(len(here.valid)) if here.valid[row].any()]:
+                for of_layer in routed:
+                    if number % world.size == world.index:
+                        solved.append(_of_row(of_layer, here.valid, row, config))
+                    number += 1
+    parts = meet(world, solved)
+    everything = [parts[i % world.size][i // world.size] for i in range(number)]
+    num_layers = len(engine.model.moe_layers())
+    by_layer = [everything[layer::num_layers] for layer in range(num_layers)]
     return RoutingGap(
         layers=[functools.reduce(operator.add, (measured for measured, _ in layer)) for layer in by_layer],
-        prices=[_centred(torch.stack([prices for _, prices in layer]).mean(0)) for layer in by_layer],
+        prices=[_centred(torch.tensor([prices for _, prices in layer]).mean(0)) for layer in by_layer],
         bias=_biases(engine),
     )
 
@@ -106,42 +116,30 @@ def held_out_rows(
         )
 
 
-def _scores(router: Router, routed: RouterOutput) -> Tensor | None:
-    """Return (T, E) what a router's choice is worth in its own eyes; None if it scores nothing."""
-    if routed.probs is None or routed.logits is None:
-        return None
-    is_sigmoid = getattr(router, "score", "softmax") == "sigmoid"
-    return (routed.logits.sigmoid() if is_sigmoid else routed.probs)[:, : routed.decision.num_experts]
+def _of_row(routed: RouterOutput, valid: Tensor, row: int, config: MoEConfig) -> tuple[Measured, list[float]]:
+    """Measure one layer's choice for a row; return it with the experts' prices.
 
-
-def _of_row(
-    routed: RouterOutput, scores: Tensor, valid: Tensor, row: int, config: MoEConfig
-) -> tuple[Measured, Tensor]:
-    """Measure one layer's choice for a row; return it with the experts' prices."""
+    Null experts are what they are to the router: choices like others, with room for every token.
+    """
     decision, num_experts = routed.decision, config.num_experts
-    chosen = torch.zeros(decision.num_tokens, num_experts, dtype=torch.bool, device=valid.device)
-    real = decision.kept & (decision.expert_index < num_experts)
-    chosen[decision.token_index[real], decision.expert_index[real]] = True
+    scores = routed.probs if routed.scores is None else routed.scores
+    assert scores is not None
+    chosen = torch.zeros_like(scores, dtype=torch.bool)  # (T, E + n)
+    chosen[decision.token_index[decision.kept], decision.expert_index[decision.kept]] = True
     mine = valid[row]
     scores = scores.reshape(*valid.shape, -1)[row, mine].cpu()
     chosen = chosen.view(*valid.shape, -1)[row, mine].cpu()
-    top_k = _experts_of_a_token(config, chosen)
+    # The programme's k is the router's, or where a token's number is its own, the mean, rounded.
+    top_k = getattr(config.router, "top_k", None) or max(1, round(float(chosen.sum()) / len(chosen)))
     limit = config.capacity
     if limit.factor is not None:  # filling counts in what a capacity is sized by
         room = expert_capacity(top_k * valid.shape[1], num_experts, factor=limit.factor, minimum=limit.min)
     else:
-        room = expert_capacity(top_k * len(scores), num_experts, factor=getattr(config.router, "room", 1.0), minimum=0)
-    room = min(len(scores), room)
-    measured, best = measure(scores, chosen, top_k=top_k, room=room)
-    return measured, best.prices
-
-
-def _experts_of_a_token(config: MoEConfig, chosen: Tensor) -> int:
-    """Return k of the programme: the router's, or where a token's number is its own, the mean, rounded."""
-    top_k = getattr(config.router, "top_k", None)
-    if top_k is None or config.router.num_null_experts:
-        return max(1, round(float(chosen.sum()) / max(1, len(chosen))))
-    return top_k
+        choices = scores.shape[1]
+        room = expert_capacity(top_k * len(scores), choices, factor=getattr(config.router, "room", 1.0), minimum=0)
+    room, num_free = min(len(scores), room), scores.shape[1] - num_experts
+    measured, best = measure(scores, chosen, top_k=top_k, room=room, num_free=num_free)
+    return measured, best.prices[: num_experts + (num_free > 0)].tolist()
 
 
 def _biases(engine: Engine) -> list[list[float]] | None:

@@ -258,7 +258,9 @@ class GPT(nn.Module):
         moe = self.config.moe
         if top_k is None or moe is None:
             return
-        wanted = moe.router.model_copy(update={"top_k": top_k}) if hasattr(moe.router, "top_k") else moe.router
+        if not hasattr(moe.router, "top_k"):
+            raise ValueError(f"top_k {top_k} for one call: {moe.router.kind} has no top_k")
+        wanted = moe.router.model_copy(update={"top_k": top_k})
         problems = [f"{p.key}: {p.message}" for p in wanted.problems_among(moe.num_experts)]
         if top_k < 1 or top_k > moe.num_experts + moe.router.num_null_experts or problems:
             said = problems[0] if problems else f"{moe.num_experts} experts"

@@ -19,16 +19,18 @@ def training_warning(config: MoEConfig, layers: Sequence[MoELayer]) -> str | Non
         _weakest([layer.router.causal for layer in layers]),
         capacity_causality(config.capacity, is_training=True),
     )
+    is_honest = getattr(config.router, "evaluation", "top_k") == "top_k"
+    advice = "; go by the loss on held-out text, not by that of training" if is_honest else ""
     if by_router != "strict":
         return (
             f"model.moe.router: {config.router.kind} chooses a token's experts by {_HOW[by_router]} as well, which "
-            "nobody has who writes text; go by the loss on held-out text, not by that of training"
+            f"nobody has who writes text{advice}"
         )
     if layers and by_capacity != "strict":
         what = "scope: rank" if by_capacity == "no" else f"policy: {config.capacity.policy}"
         return (
             f"model.moe.capacity: with {what} a token's experts can be taken by {_HOW[by_capacity]}, which nobody has "
-            "who writes text; go by the loss on held-out text, not by that of training"
+            f"who writes text{advice}"
         )
     return None
 

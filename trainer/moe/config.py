@@ -130,6 +130,12 @@ class MoEConfig(Config):
         """How many of the routed experts compute a token: the mean if it is set, else the most it can be."""
         return self.router.experts_per_token(self.num_experts)
 
+    @property
+    def is_work_known(self) -> bool:
+        """Whether `experts_per_token` can be counted on, and with it the work of a step."""
+        has_even_nulls = not self.router.num_null_experts or self.balance.coef > 0 or self.router.balances_itself
+        return self.router.is_work_known and has_even_nulls
+
     def problems(self) -> Iterator[Problem]:
         """Check the router against the experts."""
         for problem in self.router.problems_among(self.num_experts):

@@ -28,7 +28,7 @@ class RoutingOptions:
     dropless: bool = False
     """Ignore the capacity (evaluation, generation)."""
     top_k: int | None = None
-    """Experts per token instead of the configured number."""
+    """Experts per token instead of the configured number, of routers that have one."""
     counts_targets_only: bool = False
     """Statistics are of the tokens whose target counts in the loss, not of those that are only read (evaluation)."""
     keeps_routing: bool = False
@@ -52,7 +52,7 @@ class RoutingContext:
     noise_key: Tensor | None = None
     """int64 key of this token's noise, a function of seed, sample and position; None: no noise."""
     top_k: int | None = None
-    """Experts per token instead of the configured number."""
+    """Experts per token instead of the configured number, of routers that have one."""
     dropless: bool = False
     """Ignore the capacity."""
     counted: Tensor | None = None
@@ -152,6 +152,9 @@ class RouterOutput:
     """
     load: Tensor | None = None
     """(T, E) smooth estimate of how often a token goes to an expert, of routers whose noise gives one."""
+    scores: Tensor | None = None
+    """(T, E + n) without gradient, not negative: what a pair of token and expert (or null expert) is worth in the
+    router's own eyes, before any selection bias; choices are measured by it. None: what `probs` says."""
     loss: Tensor | None = None
     """(T,) the router's own loss, its coefficient included; None: it has none."""
 
@@ -175,7 +178,7 @@ class Router(nn.Module, ABC):
         """Route tokens x (T, D)."""
 
     def update(self, tokens_per_expert: Tensor) -> None:
-        """Learn from the (E,) counts of a whole optimizer step, before drops.
+        """Learn from the (E,) counts of a whole optimizer step, before drops; (E + 1,) with null experts, all together.
 
         Called once after each step; does nothing unless overridden.
         """

@@ -57,7 +57,7 @@ class Measured:
         return 1 - self.optimum_kept / self.wanted if self.wanted else 0.0
 
 
-def measure(scores: Tensor, chosen: Tensor, *, top_k: int, room: int) -> tuple[Measured, Solution]:
+def measure(scores: Tensor, chosen: Tensor, *, top_k: int, room: int, num_free: int = 0) -> tuple[Measured, Solution]:
     """Measure a choice for one sequence.
 
     Args:
@@ -65,13 +65,14 @@ def measure(scores: Tensor, chosen: Tensor, *, top_k: int, room: int) -> tuple[M
         chosen: (n, E) bool, the router's choice before any drops.
         top_k: k.
         room: C.
+        num_free: how many of the experts, the last ones, have room for every token: null experts.
 
     Returns:
         The measurement, and the optimum with the experts' prices.
     """
     scores = coarse(scores.detach().double())
-    best = linear_program(scores, top_k=top_k, room=room)
-    kept = within_room(scores, chosen, top_k=top_k, room=room)
+    best = linear_program(scores, top_k=top_k, room=room, num_free=num_free)
+    kept = within_room(scores, chosen, top_k=top_k, room=room, num_free=num_free)
     return (
         Measured(
             wanted=len(scores) * top_k,
@@ -84,8 +85,13 @@ def measure(scores: Tensor, chosen: Tensor, *, top_k: int, room: int) -> tuple[M
     )
 
 
-def within_room(scores: Tensor, chosen: Tensor, *, top_k: int, room: int) -> Tensor:
-    """Return (n, E) bool: of each token's chosen experts the k best, of each expert's tokens then the first C."""
+def within_room(scores: Tensor, chosen: Tensor, *, top_k: int, room: int, num_free: int = 0) -> Tensor:
+    """Return (n, E) bool: of each token's chosen experts the k best, of each expert's tokens then the first C.
+
+    The last `num_free` experts have room for all.
+    """
     ranked = first_top_k(scores.masked_fill(~chosen, -torch.inf), min(top_k, scores.shape[1]))  # (n, k)
     kept = torch.zeros_like(chosen).scatter(-1, ranked, True) & chosen
-    return kept & (kept.long().cumsum(0) <= room)
+    has_place = kept.long().cumsum(0) <= room
+    has_place[:, scores.shape[1] - num_free :] = True
+    return kept & has_place

@@ -36,13 +36,14 @@ class Solution:
     """(E,) float64, not negative: what a place at an expert is worth in the sum of scores, at the margin."""
 
 
-def linear_program(scores: Tensor, *, top_k: int, room: int) -> Solution:
+def linear_program(scores: Tensor, *, top_k: int, room: int, num_free: int = 0) -> Solution:
     """Solve the programme exactly, with HiGHS' dual simplex.
 
     Args:
         scores: (n, E), none below 0: then no place stays empty that could be filled with a score above 0.
         top_k: k.
         room: C.
+        num_free: how many of the E, the last ones, have room for every token; their price is 0.
     """
     n, num_experts = scores.shape
     if n == 0:
@@ -50,6 +51,7 @@ def linear_program(scores: Tensor, *, top_k: int, room: int) -> Solution:
     of_tokens = kron(identity(n), np.ones((1, num_experts)))  # (n, n E)
     of_experts = kron(np.ones((1, n)), identity(num_experts))  # (E, n E)
     limits = np.concatenate([np.full(n, float(top_k)), np.full(num_experts, float(room))])
+    limits[n + num_experts - num_free :] = n + 1  # one more than ever come, so that the price is 0 and nothing else
     solved = linprog(
         -_finite(scores).ravel(),
         A_ub=vstack([of_tokens, of_experts], format="csr"),

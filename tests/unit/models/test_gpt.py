@@ -120,7 +120,8 @@ def test_statistics_of_targets_and_of_what_is_only_read_are_those_of_all() -> No
         ({}, 0, "4 experts"),
         ({"router": {"kind": "hash"}}, 5, "5 is more than num_experts 4"),
         ({"router": {"kind": "group_limited", "groups_kept": 2}}, 3, "2 experts of groups_kept"),
-        ({"router": {"kind": "top_p"}}, 5, "4 experts"),
+        ({"router": {"kind": "top_k", "null_experts": 2}}, 7, "num_experts 4 and 2 null experts; use 1 to 6"),
+        *(({"router": {"kind": kind}}, 2, f"{kind} has no top_k") for kind in ("top_p", "dense", "base")),
     ],
     ids=str,
 )

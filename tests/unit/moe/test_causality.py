@@ -33,6 +33,8 @@ def test_training_one_that_does_warns(kind: str) -> None:
     assert evaluation is None, "each token chooses for itself then"
     _, evaluation = _said({"router": {"kind": kind, "evaluation": "same"}})
     assert evaluation is not None and "seen some of what it predicts" in evaluation
+    training, _ = _said({"router": {"kind": kind, "evaluation": "same"}})
+    assert training is not None and "go by the loss on held-out text" not in training
 
 
 @pytest.mark.parametrize(

@@ -30,13 +30,15 @@ class BaseRouter(LookAheadRouter):
     def forward(self, x: Tensor, context: RoutingContext) -> RouterOutput:
         """Route tokens x (T, D)."""
         logits = gate_logits(self.gate, x)  # (T, E)
-        expert = first_top_k(logits.detach(), context.top_k or 1)  # (T, 1)
-        if self.looks_ahead(context) and context.top_k in (None, 1):
+        expert = first_top_k(logits.detach(), 1)  # (T, 1)
+        if self.looks_ahead(context):
             rows = coarse_logits(logits.detach()).view(*context.valid_rows.shape, -1)  # (B, S, E)
             assigned = torch.zeros_like(context.valid_rows, dtype=torch.int64)
             for row, valid in enumerate(context.valid_rows):
                 assigned[row, valid] = balanced(rows[row, valid])
             expert = assigned.view(-1, 1)
-        weight = logits.gather(-1, expert).sigmoid()
-        decision = RoutingDecision.from_top_k(expert, weight, num_experts=logits.shape[-1], valid=context.valid)
-        return RouterOutput(decision=decision, logits=logits, probs=logits.softmax(-1))
+        scores = logits.sigmoid()  # logits can be negative, and no choice can be measured by them
+        decision = RoutingDecision.from_top_k(
+            expert, scores.gather(-1, expert), num_experts=logits.shape[-1], valid=context.valid
+        )
+        return RouterOutput(decision=decision, logits=logits, probs=logits.softmax(-1), scores=scores.detach())

@@ -45,6 +45,7 @@ class NoisyTopKRouter(TopKRouter):
             decision=self.decide(probs, first_top_k(noisy.detach(), top_k), context),
             logits=clean,
             probs=self.with_nulls_together(probs),
+            scores=probs.detach(),
             load=_chance_to_be_chosen(clean, noisy, size, top_k)[:, : self.num_experts],
         )
 

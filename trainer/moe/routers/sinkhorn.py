@@ -39,4 +39,4 @@ class SinkhornRouter(LookAheadRouter):
         decision = RoutingDecision.from_top_k(
             expert_index, scores.gather(-1, expert_index), num_experts=logits.shape[-1], valid=context.valid
         )
-        return RouterOutput(decision=decision, logits=logits, probs=logits.softmax(-1))
+        return RouterOutput(decision=decision, logits=logits, probs=logits.softmax(-1), scores=scores.detach())

@@ -43,6 +43,7 @@ class TopKRouter(Router):
             decision=self.decide(scores, expert_index, context),
             logits=logits,
             probs=self.with_nulls_together(probs),
+            scores=scores.detach(),
         )
 
     def logits(self, x: Tensor) -> Tensor:

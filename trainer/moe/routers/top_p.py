@@ -33,7 +33,7 @@ class TopPRouter(Router):
         logits = gate_logits(self.gate, jittered(x, context, self.config.jitter, salt=self.layer))  # (T, E)
         log_probs = logits.log_softmax(-1)
         probs = log_probs.exp()
-        at_most = context.top_k or self.config.max_experts or probs.shape[-1]
+        at_most = self.config.max_experts or probs.shape[-1]
         chosen = likeliest(probs.detach(), self.config.p, at_most)
         weight = probs / (probs * chosen).sum(-1, keepdim=True) if self.config.normalize else probs  # at least 1 / E
         return RouterOutput(

@@ -28,6 +28,11 @@ class RouterOptions(Config):
         return True
 
     @property
+    def balances_itself(self) -> bool:
+        """Whether its load is even without a balance loss, which its authors then leave out."""
+        return False
+
+    @property
     def weight_sum(self) -> float | None:
         """What a token's combine weights add up to; None: it depends on the token."""
         return None
@@ -70,7 +75,10 @@ class TopKOptions(JitterOptions):
     draw_top_k: Annotated[list[PositiveInt], Field(min_length=1)] | None = None
     """While training, every optimizer step draws its k from these, by the seed; one that is there twice comes twice as
     often. The model is then good at each of them (`eval --experts-per-token`). Null: always `top_k`, which is what
-    evaluation and generation use in any case."""
+    evaluation and generation use in any case.
+
+    Where weights are normalised, steps that draw 1 teach the router by its own losses only: the weight is always 1.
+    """
     normalize: bool = True
     """Divide the k combine weights by their sum. False keeps the raw scores."""
     scale: PositiveFloat = 1.0
@@ -115,6 +123,10 @@ class TopKOptions(JitterOptions):
             if most > choices:
                 yield Problem(key, f"{most} is more than num_experts {num_experts}{nulls}; use 1 to {choices}")
 
+    def most_experts(self, num_experts: int) -> int:
+        """Return how many experts a token can have, in any step."""
+        return min(num_experts, max(most for _, most in self.most_wanted()))
+
     def most_wanted(self) -> list[tuple[str, int]]:
         """Return every key that says how many experts a token has, with the largest number there."""
         return [("top_k", self.top_k), *([("draw_top_k", max(self.draw_top_k))] if self.draw_top_k else [])]
@@ -138,6 +150,11 @@ class LookAheadOptions(RouterOptions):
     evaluation: Literal["top_k", "same"] = "top_k"
     """How held-out text is routed: each token takes its k best-scored experts, which looks at no later token; or as in
     training, and then its loss is of a model that has seen what it predicts. Text is always written the first way."""
+
+    @property
+    def balances_itself(self) -> bool:
+        """Every expert gets its share of a sequence."""
+        return True
 
 
 class AssignmentOptions(LookAheadOptions):

@@ -113,6 +113,14 @@ class MixtureOfDepthsRouterConfig(LookAheadOptions):
     In evaluation the sign alone decides, which looks at no later token.
     """
 
+    def problems(self) -> Iterator[Problem]:
+        """Refuse an evaluation by what nothing has taught."""
+        if self.predictor_coef == 0 and self.evaluation == "top_k":
+            yield Problem(
+                "predictor_coef",
+                "0 leaves the sign, by which evaluation chooses, to chance; use more than 0, or evaluation: same",
+            )
+
     def experts_per_token(self, num_experts: int) -> float:
         """Return the share of tokens that are computed."""
         return self.share

@@ -53,6 +53,12 @@ class GShardRouterConfig(TopKOptions):
     random_second: bool = True
     """While training, keep a token's later choices only with probability min(1, k * weight)."""
 
+    def problems(self) -> Iterator[Problem]:
+        """Refuse an option that could have no effect."""
+        yield from super().problems()
+        if self.random_second and max(most for _, most in self.most_wanted()) == 1:
+            yield Problem("random_second", "true has no effect where no token has a second expert; use false")
+
     @property
     def weight_sum(self) -> float | None:
         """The scale, if weights are normalised and none is let go."""
@@ -100,6 +106,11 @@ class BiasBalancedRouterConfig(TopKOptions):
     bias_update_rate: NonNegativeFloat = 0.001
     """Gamma: what the bias of an expert moves by in one optimizer step."""
 
+    @property
+    def balances_itself(self) -> bool:
+        """By its bias."""
+        return self.bias_update_rate > 0
+
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
         """Make the router of MoE layer `layer`."""
         from trainer.moe.routers.bias_balanced import BiasBalancedRouter
@@ -121,6 +132,11 @@ class GroupLimitedRouterConfig(TopKOptions):
     """Groups that a token's experts may be in."""
     group_score: Literal["best_two", "best"] = "best_two"
     """What a group counts for a token: the sum of its two best scores (V3, 2412.19437) or the best (V2, 2405.04434)."""
+
+    @property
+    def balances_itself(self) -> bool:
+        """By its bias, if it has one."""
+        return self.bias_update_rate > 0
 
     def problems_among(self, num_experts: int) -> Iterator[Problem]:
         """Refuse groups that cannot be."""
