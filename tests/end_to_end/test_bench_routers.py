@@ -96,6 +96,13 @@ def test_routers_are_trained_once_and_a_trained_one_gives_logits(workplace: Path
     refused(bench(workplace, "--run runs/b/hash-seed3"), "--run: its router, hash, computes no logits")
 
 
+def test_a_full_disk_is_said_and_nothing_is_left(workplace: Path) -> None:
+    result = bench(workplace, "--tokens 8 --sequences 1 --rounds 1 --only top_k --json /dev/full")
+    assert result.returncode == 7
+    (line,) = result.stderr.strip().splitlines()
+    assert "/dev/full: cannot be written: No space left on device; name another file" in line
+
+
 def refused(result: subprocess.CompletedProcess[str], words: str) -> None:
     """Assert exit code 2 and one line."""
     assert result.returncode == 2, result.stderr
@@ -114,6 +121,7 @@ def refused(result: subprocess.CompletedProcess[str], words: str) -> None:
         ("--budget 100", "--budget: goes with --train; remove it"),
         ("train.steps=3", "train.steps=3: changes a config, and there is none without --train"),
         ("--svg nowhere/out.svg", "--svg: nowhere/out.svg cannot be written"),
+        ("--json out --svg ./out", "--svg: out is the file of --json; name another"),
         ("--train tiny.yaml --tokens 3", "--tokens: does not go with --train"),
         ("--train tiny.yaml model.moe=null", "model.moe: null leaves a router nothing to choose between"),
         ("--train nobody.yaml", "nobody.yaml: no such file"),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from trainer.bench.kinds import router_config
 from trainer.bench.logits import LayerLogits, Logits, LogitsKind
+from trainer.errors import ConfigError
 from trainer.moe.routers.bias_balanced import BiasBalancedRouter
 from trainer.moe.routers.config.options import RouterOptions
 from trainer.moe.routers.look_ahead import places
@@ -182,6 +183,18 @@ def ready_router(config: RouterOptions, layer: LayerLogits, rehearsal: RoutingCo
     return router
 
 
+def unreadable(kinds: Sequence[str], *, num_experts: int, top_k: int) -> dict[str, str]:
+    """Return the routers of which nobody has said how they are given logits, with why."""
+    found = {}
+    for kind in kinds:
+        config = router_config(kind, num_experts=num_experts, top_k=top_k)
+        try:
+            hand_through(config.build(d_model=num_experts, num_experts=num_experts, layer=0))  # type: ignore[attr-defined]
+        except ConfigError as error:
+            found[kind] = str(error)
+    return found
+
+
 @torch.no_grad()
 def hand_through(router: nn.Module) -> None:
     """Set a router's weights so that its logits are what it reads, D = E.
@@ -190,16 +203,18 @@ def hand_through(router: nn.Module) -> None:
     chooses the same. The noise of `noisy_top_k` gets the size that it has in the middle of its range, softplus(0).
 
     Raises:
-        ValueError: if a weight is not known: a new router's must be listed here.
+        ConfigError: if a weight is not known, and is not the only one, E x E: a new router's must be listed here.
     """
-    for name, weight in router.named_parameters():
-        match name:
+    weights = dict(router.named_parameters())
+    for name, weight in weights.items():
+        is_gate = len(weights) == 1 and weight.dim() == 2 and weight.shape[0] == weight.shape[1]
+        match "gate.weight" if is_gate else name:
             case "gate.weight" | "projection.weight" | "directions":
                 nn.init.eye_(weight)
             case "noise_gate.weight" | "log_scale":
                 nn.init.zeros_(weight)
             case _:
-                raise ValueError(f"{type(router).__name__}.{name}: nobody has said what makes it hand logits through")
+                raise ConfigError(f"{type(router).__name__}.{name}: trainer/bench/choices.py has no value for it")
 
 
 @torch.no_grad()

@@ -16,7 +16,9 @@ ALONE = "mixture_of_depths"
 _MOST_GROUPS = 4
 
 
-def router_config(kind: str, *, num_experts: int, top_k: int, room: float = 1.0) -> RouterOptions:
+def router_config(
+    kind: str, *, num_experts: int, top_k: int, room: float = 1.0, draw_top_k: Sequence[int] | None = None
+) -> RouterOptions:
     """Return a router's config; options that are not named here have their defaults.
 
     Args:
@@ -24,6 +26,7 @@ def router_config(kind: str, *, num_experts: int, top_k: int, room: float = 1.0)
         num_experts: E.
         top_k: k, of routers that have the option. `mixture_of_depths` computes the share k / E of all tokens.
         room: of routers that have the option.
+        draw_top_k: of routers that have the option, as far as there are so many experts.
 
     Raises:
         ConfigError: if the router cannot be with so many experts.
@@ -31,17 +34,19 @@ def router_config(kind: str, *, num_experts: int, top_k: int, room: float = 1.0)
     known = ROUTERS[kind].model_fields
     cuts = [number for number in range(2, _MOST_GROUPS + 1) if num_experts % number == 0 and num_experts > number]
     groups = max(cuts, default=1)  # of two experts at least: a group of one would be no group
+    most = min(num_experts, max(draw_top_k or [top_k]))
     options: dict[str, Any] = {
         "top_k": top_k,
+        "draw_top_k": None if draw_top_k is None else [min(k, num_experts) for k in draw_top_k],
         "room": float(room),
         "bias_update_rate": 0.001,  # by default group_limited has no bias
         "groups": groups,
-        "groups_kept": max(-(-groups // 2), -(-top_k * groups // num_experts)),  # half, or as many as k experts need
+        "groups_kept": max(-(-groups // 2), -(-most * groups // num_experts)),  # half, or as many as k experts need
         "share": min(1.0, top_k / num_experts),
         "d_proj": max(64, num_experts),  # as many directions as experts can be told apart
     }
-    if top_k == 1:  # one normalised weight is always 1, and the router would never learn
-        options["normalize"] = False
+    if most == 1:  # one normalised weight is always 1, and the router would never learn
+        options |= {"normalize": False, "random_second": False}
     config = ROUTERS[kind](**{key: value for key, value in options.items() if key in known})
     for problem in config.problems_among(1 if kind == ALONE else num_experts):
         raise ConfigError(f"{kind}.{problem.key}: {problem.message}")

@@ -14,11 +14,13 @@ from rich.table import Table
 from trainer.bench.choices import FACTORS, Choice
 from trainer.bench.logits import LogitsKind
 from trainer.bench.outcomes import Outcome
+from trainer.durable import replace_file
+from trainer.errors import ResourceError
 from trainer.metrics import readable
 from trainer.metrics.glyphs import QUIET
 
-_WIDTH = 110
-"""Of what no terminal reads."""
+_WIDTH = 200
+"""Of what no terminal reads: nothing is cut there."""
 _REFERENCE = "top_k"
 _CHOICES_LEGEND = """\
 k        experts of a token in the programme that choices are measured on
@@ -139,9 +141,20 @@ def outcomes_record(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     ]
 
 
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a bench for programs."""
-    path.write_text(json.dumps(record, indent=1) + "\n")
+def write(path: Path, content: str | Mapping[str, Any]) -> None:
+    """Write a picture, or a bench for programs.
+
+    Raises:
+        ResourceError: if the disk refuses.
+    """
+    text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
+    try:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            path.write_text(text)  # /dev/stdout and its like are written to, and not replaced
+        else:
+            replace_file(path, text)
+    except OSError as error:
+        raise ResourceError(f"{path}: cannot be written: {error.strerror}; name another file") from None
 
 
 def _screen() -> Console:

@@ -4,17 +4,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from trainer.bench.choices import BIAS_UPDATE_RATE, UPDATES, compare_choices
+from trainer.bench.choices import BIAS_UPDATE_RATE, UPDATES, compare_choices, unreadable
 from trainer.bench.kinds import ALONE
 from trainer.bench.logits import Logits, made_up
 from trainer.bench.outcomes import Outcome, outcome, over_seeds
 from trainer.bench.picture import choices_svg, outcomes_svg
-from trainer.bench.report import choices_record, outcomes_record, show_choices, show_outcomes, write_json
+from trainer.bench.report import choices_record, outcomes_record, show_choices, show_outcomes, write
 from trainer.bench.traced import traced
 from trainer.bench.training import Training, train
 from trainer.checkpoint.run_folder import RunFolder
-from trainer.durable import replace_file
-from trainer.errors import NumericsError
+from trainer.errors import ConfigError, NumericsError
 from trainer.experiment import ExperimentConfig
 
 
@@ -53,6 +52,10 @@ def bench_choices(
         CheckpointError: if the run has no checkpoint.
         ConfigError: if its routers have no logits, or a router cannot be with so many experts.
     """
+    left_out = unreadable(kinds, num_experts=options.num_experts, top_k=options.top_k)
+    kinds = [kind for kind in kinds if kind not in left_out]
+    if not kinds:
+        raise ConfigError(next(iter(left_out.values())))
     logits = [
         made_up(
             kind,
@@ -68,13 +71,17 @@ def bench_choices(
     choices = compare_choices(kinds, logits, top_k=options.top_k, rounds=options.rounds)
     titles = {given.kind: _title(given, options) for given in logits}
     own_k = [f"{choice.router} by k {choice.top_k}" for choice in choices if choice.top_k != options.top_k]
-    show_choices(choices, titles, notes=_notes(kinds, own_k))
+    show_choices(
+        choices,
+        titles,
+        notes=[*_notes(kinds, own_k), *(f"{kind} is left out: {why}" for kind, why in left_out.items())],
+    )
     if json_path is not None:
         about = {**asdict(options), "run": None if run is None else str(run[1].path)}
-        write_json(json_path, {"options": about, "choices": choices_record(choices)})
+        write(json_path, {"options": about, "choices": choices_record(choices)})
     if svg_path is not None:
         title = f"Routers on the same logits: {options.num_experts} experts, {options.top_k} for each token"
-        replace_file(svg_path, choices_svg(choices, titles, top_k=options.top_k, title=title))
+        write(svg_path, choices_svg(choices, titles, top_k=options.top_k, title=title))
     return 0
 
 
@@ -126,9 +133,9 @@ def bench_trainings(trainings: Sequence[Training], *, json_path: Path | None, sv
     title = f"{tokens} tokens each ({config.train.steps} steps), {seeds} seed{'s' if seeds > 1 else ''}"
     show_outcomes(outcomes, title, notes=_training_notes(trainings))
     if json_path is not None:
-        write_json(json_path, {"tokens": tokens, "seeds": seeds, "routers": outcomes_record(outcomes)})
+        write(json_path, {"tokens": tokens, "seeds": seeds, "routers": outcomes_record(outcomes)})
     if svg_path is not None:
-        replace_file(svg_path, outcomes_svg(outcomes, title=f"Routers trained on {title}"))
+        write(svg_path, outcomes_svg(outcomes, title=f"Routers trained on {title}"))
     return 0
 
 
@@ -157,6 +164,10 @@ def _training_notes(trainings: Sequence[Training]) -> list[str]:
             f"without a capacity, for which they have no use: {', '.join(free)}; linear_program and greedy have the "
             "factor as their room"
         )
+    coefs = {router: moe.balance.coef for router, moe in configs.items() if moe is not None}
+    if len(set(coefs.values())) > 1:
+        evened = [router for router, coef in coefs.items() if coef == 0]
+        notes.append(f"without a balance loss (balance.coef 0), since they balance themselves: {', '.join(evened)}")
     alone = configs.get(ALONE)
     if alone is not None:
         share = getattr(alone.router, "share", 1.0)

@@ -6,7 +6,7 @@ finished is not trained again, what was broken off goes on. Imports no torch.
 
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from trainer.config.dump import changed_values, dump, inline, short
 from trainer.config.loader import load
 from trainer.errors import PREEMPTED, ConfigError, ResourceError, Stopped, TurnoutError
 from trainer.experiment import ExperimentConfig
-from trainer.moe.config import MoEConfig
+from trainer.moe.config import BalanceConfig, MoEConfig
 
 _LOGGED = 50
 """Lines of metrics.jsonl that a training has at least, if it has as many steps."""
@@ -77,18 +77,36 @@ def plan(
         "parallel.ep_size=1",
     ]
     load(path, changes, ExperimentConfig)  # what is wrong without any router is said once
+    own = _suitable(kinds, moe, lambda more: load(path, [*changes, *more], ExperimentConfig))
     trainings = []
     for seed in range(base.seed, base.seed + seeds):
         for kind in kinds:
-            own = [*changes, *_router_changes(kind, moe), f"name={kind}-seed{seed}", f"seed={seed}"]
-            try:
-                training = Training(router=kind, config=load(path, own, ExperimentConfig))
-            except ConfigError as error:
-                lines = "\n".join(f"{kind}: {line}" for line in str(error).splitlines())
-                raise ConfigError(f"{lines}; or leave {kind} out with --only") from None
+            named = [f"name={kind}-seed{seed}", f"seed={seed}"]
+            training = Training(router=kind, config=load(path, [*changes, *own[kind], *named], ExperimentConfig))
             _check_unchanged(training)
             trainings.append(training)
     return trainings
+
+
+def _suitable(kinds: Sequence[str], moe: MoEConfig, check: Callable[[list[str]], object]) -> dict[str, list[str]]:
+    """Return the overrides of every kind.
+
+    Raises:
+        ConfigError: if the rest of the config does not go with some of them, with all that it does go with.
+    """
+    own: dict[str, list[str]] = {}
+    said: list[str] = []
+    for kind in kinds:
+        try:
+            changes = list(_router_changes(kind, moe))
+            check(changes)
+            own[kind] = changes
+        except ConfigError as error:
+            said += [line if line.startswith(f"{kind}.") else f"{kind}: {line}" for line in str(error).splitlines()]
+    if said:
+        others = f"; or compare the others: --only {','.join(own)}" if own else ""
+        raise ConfigError("\n".join(said) + others)
+    return own
 
 
 def _router_changes(kind: str, moe: MoEConfig) -> Iterator[str]:
@@ -96,11 +114,21 @@ def _router_changes(kind: str, moe: MoEConfig) -> Iterator[str]:
     if kind == moe.router.kind:
         return
     factor = moe.capacity.factor
-    top_k = getattr(moe.router, "top_k", min(2, moe.num_experts))
+    top_k = min(moe.num_experts, getattr(moe.router, "top_k", 2))  # null experts allow more
     # More room lets the others do without drops; under expert choice it is more experts for a token.
     room = 1.0 if factor is None or kind == "expert_choice" else factor
-    router = router_config(kind, num_experts=moe.num_experts, top_k=top_k, room=room)
+    router = router_config(
+        kind,
+        num_experts=moe.num_experts,
+        top_k=top_k,
+        room=room,
+        draw_top_k=getattr(moe.router, "draw_top_k", None),
+    )
     yield f"model.moe.router={inline(router.model_dump())}"
+    if router.balances_itself:
+        yield "model.moe.balance.coef=0"
+    elif moe.router.balances_itself and moe.balance.coef == 0:  # which this one would be nothing without
+        yield f"model.moe.balance.coef={BalanceConfig().coef}"
     if factor is not None and not router.has_fixed_k:  # room is the router's own business then
         yield "model.moe.capacity.factor=null"
         yield "model.moe.capacity.renormalize_after_drop=false"

@@ -71,6 +71,8 @@ def _settle(options: argparse.Namespace, *, mine: Mapping[str, Any], others: Map
         path = getattr(options, name)
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             raise ConfigError(f"{_flag(name)}: {path} cannot be written: it needs the name of a file in a folder")
+    if options.json is not None and options.svg is not None and options.json.resolve() == options.svg.resolve():
+        raise ConfigError(f"--svg: {options.svg} is the file of --json; name another")
     return given
 
 
@@ -122,7 +124,7 @@ def _measurable(options: argparse.Namespace, given: set[str]) -> tuple[Experimen
         raise ConfigError(f"{_flag(name)}: is the run's own with --run; remove it")
     options.experts, options.tokens = moe.num_experts, config.model.seq_len
     if "top_k" not in given:
-        options.top_k = getattr(moe.router, "top_k", min(2, moe.num_experts))
+        options.top_k = min(moe.num_experts, getattr(moe.router, "top_k", 2))  # null experts allow more
     return config, folder
 
 

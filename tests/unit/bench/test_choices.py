@@ -4,9 +4,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer.bench.choices import Choice, Yardstick, chosen_experts, compare_choices, hand_through, ready_router
+from tests.added_router import ThresholdRouterConfig
+from trainer.bench.choices import (
+    Choice,
+    Yardstick,
+    chosen_experts,
+    compare_choices,
+    hand_through,
+    ready_router,
+    unreadable,
+)
 from trainer.bench.kinds import ALONE, ROUTERS, router_config
 from trainer.bench.logits import LayerLogits, Logits, made_up, training_context
+from trainer.bench.routers import ChoicesOptions, bench_choices
+from trainer.errors import ConfigError
+from trainer.moe.routing import Router
 
 KINDS = [kind for kind in ROUTERS if kind != ALONE]
 
@@ -118,8 +130,47 @@ def test_a_router_with_weights_that_nobody_knows_is_refused() -> None:
             super().__init__()
             self.temperature = nn.Parameter(torch.ones(1))
 
-    with pytest.raises(ValueError, match=r"Novel\.temperature: nobody has said"):
+    with pytest.raises(ConfigError, match=r"Novel\.temperature: trainer/bench/choices\.py has no"):
         hand_through(Novel())
+
+
+def test_a_router_with_one_gate_of_any_name_is_given_logits() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.score = nn.Linear(3, 3, bias=False)
+
+    own = Own()
+    hand_through(own)
+    assert torch.equal(own.score.weight, torch.eye(3))
+    assert unreadable(KINDS, num_experts=5, top_k=2) == {}
+
+
+class NovelConfig(ThresholdRouterConfig):
+    """A user's router that has more weights than a gate."""
+
+    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
+        router = super().build(d_model=d_model, num_experts=num_experts, layer=layer)
+        router.temperature = nn.Parameter(torch.ones(1))
+        return router
+
+
+def test_a_router_that_is_added_is_compared_or_left_out_with_a_note(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(ROUTERS, "threshold", ThresholdRouterConfig)
+    monkeypatch.setitem(ROUTERS, "novel", NovelConfig)
+    options = ChoicesOptions(sequences=1, tokens=8, num_experts=3, top_k=2, seed=0, rounds=1)
+
+    def bench(*kinds: str) -> int:
+        return bench_choices(kinds, options, run=None, json_path=None, svg_path=None)
+
+    assert bench("top_k", "threshold", "novel") == 0
+    printed = capsys.readouterr().out
+    assert [line.split()[0] for line in printed.splitlines() if line.startswith(" threshold")] == ["threshold"] * 2
+    assert "* novel is left out: ThresholdRouter.temperature: trainer/bench/choices.py has no value for it" in printed
+    with pytest.raises(ConfigError, match=r"ThresholdRouter\.temperature"):
+        bench("novel")
 
 
 def test_made_up_logits_repeat_and_their_rehearsals_differ() -> None:

@@ -22,6 +22,17 @@ model:
 train: {steps: 1000, global_batch_size: 4}
 """
 
+BALANCE_THEMSELVES = {
+    "bias_balanced",
+    "group_limited",
+    "expert_choice",
+    "sinkhorn",
+    "base",
+    "linear_program",
+    "greedy",
+    ALONE,
+}
+
 
 def planned(
     folder: Path, *overrides: str, kinds: list[str] | None = None, budget: int | None = 640, seeds: int = 1
@@ -46,11 +57,35 @@ def test_only_the_router_is_replaced_and_the_budget_becomes_steps(tmp_path: Path
         assert training.config.train.steps == 10, "640 tokens, 64 of them in a step"
         assert training.config.metrics.log_every == 1
         assert training.folder.path == tmp_path / "out" / f"{training.router}-seed7"
-        assert moe.balance.coef == 0.03 and moe.capacity.factor is None
+        balances_itself = training.router in BALANCE_THEMSELVES
+        assert moe.balance.coef == (0 if balances_itself else 0.03) and moe.capacity.factor is None
         assert getattr(moe.router, "top_k", 2) == 2
         if training.router != ALONE:
             assert (moe.num_experts, moe.d_ff) == (4, 24)
     assert moe_of(trainings[list(ROUTERS).index("switch")]).router.model_dump()["jitter"] == 0.2, "the config's own"
+
+
+def test_a_router_that_needs_a_balance_loss_gets_one_and_k_is_drawn_alike(tmp_path: Path) -> None:
+    own = "model.moe.router={kind: bias_balanced, draw_top_k: [1, 2, 2, 4]}"
+    trainings = planned(tmp_path, own, "model.moe.balance.coef=0", kinds=["top_k", "group_limited", "hash", "greedy"])
+    by_router = {training.router: moe_of(training) for training in trainings}
+    assert {kind: moe.balance.coef for kind, moe in by_router.items()} == {
+        "top_k": 0.01,
+        "group_limited": 0,
+        "hash": 0.01,
+        "greedy": 0,
+    }
+    for kind in ("top_k", "group_limited"):
+        assert by_router[kind].router.model_dump()["draw_top_k"] == [1, 2, 2, 4]
+    assert by_router["group_limited"].router.model_dump()["groups_kept"] == 2, "four experts must fit"
+    (without,) = planned(tmp_path, "model.moe.balance.coef=0", kinds=["cosine"])
+    assert moe_of(without).balance.coef == 0, "top_k without a balance loss is what the config is about"
+
+
+def test_null_experts_of_the_config_are_no_experts_of_the_others(tmp_path: Path) -> None:
+    own = "model.moe.router={kind: top_k, top_k: 6, null_experts: 4}"
+    own_kind, other = planned(tmp_path, own, kinds=["top_k", "hash"])
+    assert (moe_of(own_kind).router.model_dump()["top_k"], moe_of(other).router.model_dump()["top_k"]) == (6, 4)
 
 
 def test_mixture_of_depths_has_all_weights_in_one_network(tmp_path: Path) -> None:
@@ -86,7 +121,17 @@ def test_seeds_follow_the_config_s_own_and_a_budget_can_be_left_out(tmp_path: Pa
         (
             ["model.moe.diversity_coef=0.1"],
             {"kinds": ["top_k", "base"]},
-            r"^base: .*diversity_coef: needs .*; or leave base out with --only$",
+            r"^base: .*diversity_coef: needs .*; or compare the others: --only top_k$",
+        ),
+        (
+            ["model.moe.diversity_coef=0.1"],
+            {"kinds": ["base", "hash", "mixture_of_depths", "random"]},
+            r"(?s)^base: .*\nmixture_of_depths: .*; or compare the others: --only hash,random$",
+        ),
+        (
+            ["model.moe.router={kind: top_k, top_k: 5, null_experts: 4}", "model.moe.diversity_coef=0.1"],
+            {"kinds": ["base"]},
+            r"^base: .*use 0$",
         ),
     ],
 )
