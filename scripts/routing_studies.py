@@ -3,8 +3,9 @@
     python scripts/routing_studies.py bias      [--seeds 1337 1 2] [--runs-dir runs/studies] [a.b=c ...]
     python scripts/routing_studies.py counting
 
-bias: a selection bias against a balance loss. counting: what the balance loss counts its loads over, when a step has
-four micro-batches: the global batch (exactly, as the step before had them, or as far as it is known) or each sequence.
+bias: a selection bias against a balance loss, of the default router and of the bias's twin, which scores by sigmoids as
+well. counting: what the balance loss counts its loads over, when a step has four micro-batches: the global batch
+(exactly, as the step before had them, or as far as it is known) or each sequence.
 
 Runs take turns; one that is done is not run again, one that was killed goes on. MaxVio is the load of the busiest
 expert over the mean, less 1, of the worst layer, over the whole global batch.
@@ -22,6 +23,7 @@ CONFIG = Path(__file__).parents[1] / "configs/quickstart.yaml"
 STUDIES = {
     "bias": {
         "balance loss": ["metrics.routing_gap_every=125"],
+        "twin": ["model.moe.router={kind: top_k, score: sigmoid}", "metrics.routing_gap_every=125"],
         "bias": [
             "model.moe.router={kind: bias_balanced, bias_update_rate: 0.003}",
             "model.moe.balance.coef=0",
