@@ -81,6 +81,11 @@ def is_well_formed(config: RouterOptions, num_experts: int) -> None:
         if output.probs is not None:
             assert output.probs.shape == (B * S, num_experts + (config.num_null_experts > 0))
             torch.testing.assert_close(output.probs.sum(-1), torch.ones(B * S, dtype=torch.float64))
+        if output.scores is not None:
+            assert output.scores.shape == (B * S, num_experts + config.num_null_experts)
+            assert not output.scores.requires_grad and (output.scores >= 0).all()
+        else:
+            assert config.num_null_experts == 0 or output.probs is None, "null experts must be told apart"
         if config.has_fixed_k:
             assert decision.top_k is not None
         if config.ranks_choices and not hasattr(make(config, num_experts), "bias"):
