@@ -1,5 +1,6 @@
 """The command line as a user runs it: train, stop, resume, break things, read one line that says what to do."""
 
+import importlib.util
 import json
 import os
 import re
@@ -8,8 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -39,12 +41,37 @@ metrics: {log_every: 1}
 """
 
 
+# Each takes 0.1 to 2 s to import, and none is needed unless a tokenizer, source, task, engine or tracker asks for it.
+CHOSEN = {
+    "datasets",
+    "deepspeed",
+    "jsonschema",
+    "lm_eval",
+    "pandas",
+    "pyarrow",
+    "rouge_score",
+    "sacrebleu",
+    "scipy",
+    "sklearn",
+    "tensorboard",
+    "tokenizers",
+    "transformers",
+    "wandb",
+    "zstandard",
+}
+
+
 @pytest.fixture
 def workplace(tmp_path: Path) -> Path:
     """A folder with a config and a text that repeats itself."""
-    (tmp_path / "tiny.yaml").write_text(CONFIG)
-    (tmp_path / "text.txt").write_text("It was a bright cold day in April, and the clocks were striking. " * 200)
-    return tmp_path
+    return make_workplace(tmp_path)
+
+
+def make_workplace(folder: Path) -> Path:
+    """Write a config and a text."""
+    (folder / "tiny.yaml").write_text(CONFIG)
+    (folder / "text.txt").write_text("It was a bright cold day in April, and the clocks were striking. " * 200)
+    return folder
 
 
 def run(workplace: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -52,12 +79,14 @@ def run(workplace: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return warm.run(["-m", "trainer", *arguments], cwd=workplace)
 
 
-def run_cold(workplace: Path, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+def run_cold(
+    workplace: Path, *arguments: str, environment: Mapping[str, str] = MappingProxyType({}), **options: Any
+) -> subprocess.CompletedProcess[str]:
     """Run a verb in a process that imports everything itself."""
     return subprocess.run(
         _command(*arguments),
         cwd=workplace,
-        env=_environment(),
+        env={**_environment(), **environment},
         capture_output=True,
         text=True,
         timeout=200,
@@ -111,8 +140,17 @@ def checkpoints(workplace: Path) -> Sequence[str]:
     return sorted(p.name for p in (workplace / "runs/tiny/checkpoints").iterdir())
 
 
-def test_a_run_trains_evaluates_saves_and_shows_what_it_learned(workplace: Path) -> None:
-    result = run_cold(workplace, "train", "tiny.yaml")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A workplace and a run in it by a process that imported everything itself, and wrote down what."""
+    workplace = make_workplace(tmp_path_factory.mktemp("trained"))
+    return workplace, run_cold(workplace, "train", "tiny.yaml", environment={"PYTHONPROFILEIMPORTTIME": "1"})
+
+
+def test_a_run_trains_evaluates_saves_and_shows_what_it_learned(
+    trained: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    workplace, result = trained
     assert result.returncode == 0, result.stderr
     for words in ("training tiny", "held out", "unigram", "prose", "experts by domain", "sample", "runs/tiny"):
         assert words in result.stdout
@@ -133,6 +171,19 @@ def test_a_run_trains_evaluates_saves_and_shows_what_it_learned(workplace: Path)
     assert "experts_kernel: auto" not in (folder / "config.yaml").read_text()
     routing = json.loads((folder / "routing.jsonl").read_text().splitlines()[0])
     assert sum(routing["counts"][0]) == 8 * 32 * 2
+
+
+def test_a_run_imports_no_large_package_that_it_does_not_use(
+    trained: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    _, result = trained
+    lines = [line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if line.startswith("import time:")]
+    imported = {name.partition(".")[0] for name in lines}
+    assert {"torch", "numpy", "rich", "safetensors"} < imported, "what it does use"
+    assert [name for name in CHOSEN if importlib.util.find_spec(name) is None] == [], (
+        "a name of nothing is not imported"
+    )
+    assert sorted(imported & CHOSEN) == []
 
 
 def test_a_run_s_own_config_gives_the_same_run(workplace: Path) -> None:

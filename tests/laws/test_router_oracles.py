@@ -1,5 +1,6 @@
 """Law: every router's choice, weights, output and own loss equal a plain loop in float64, gradients included."""
 
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -73,9 +74,7 @@ def make_tokens(*, is_training: bool) -> tuple[Tensor, RoutingContext]:
     position = torch.arange(SEQ_LEN).repeat(NUM_ROWS)
     key = token_keys(1, ids, position) if is_training else None
     context = make_context(NUM_ROWS, SEQ_LEN, valid.flatten(), noise_key=key)
-    return x.requires_grad_(), RoutingContext(
-        **{name: getattr(context, name) for name in RoutingContext.__dataclass_fields__} | {"token_ids": ids}
-    )
+    return x.requires_grad_(), replace(context, token_ids=ids)
 
 
 def _same(mine: Tensor, oracle: Tensor, layer: MoELayer, x: Tensor) -> None:
@@ -144,10 +143,7 @@ def test_a_fuller_call_overrides_k() -> None:
             continue  # have no k, or count null experts in it
         if router["kind"] == "group_limited":
             continue  # groups bound what k can be
-        three = RoutingContext(
-            **{name: getattr(context, name) for name in RoutingContext.__dataclass_fields__} | {"top_k": 3}
-        )
-        decision = layer.router(x.flatten(0, 1), three).decision
+        decision = layer.router(x.flatten(0, 1), replace(context, top_k=3)).decision
         per_token = torch.bincount(decision.token_index[decision.kept], minlength=len(x.flatten(0, 1)))
         if router.get("evaluation") == "same":
             assert per_token.sum() > 0

@@ -116,7 +116,9 @@ class _Composer:
         return root
 
     def _place(self, event: yaml.Event) -> Place:
-        return self._locate(event.start_mark.line + 1, event.start_mark.column + 1)
+        mark = event.start_mark
+        assert mark is not None, "only events that are not read from a text have no mark"
+        return self._locate(mark.line + 1, mark.column + 1)
 
     def _found(self, place: Place, key: Key, message: str) -> None:
         self._findings.append(Finding(place, key, message))

@@ -20,9 +20,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment, linprog
-from scipy.sparse import eye_array as identity
-from scipy.sparse import kron, vstack
 from torch import Tensor
 
 
@@ -45,6 +42,10 @@ def linear_program(scores: Tensor, *, top_k: int, room: int, num_free: int = 0) 
         room: C.
         num_free: how many of the E, the last ones, have room for every token; their price is 0.
     """
+    from scipy.optimize import linprog  # here: most runs solve nothing, and importing SciPy takes as long as a step
+    from scipy.sparse import eye_array as identity
+    from scipy.sparse import kron, vstack
+
     n, num_experts = scores.shape
     if n == 0:
         return Solution(torch.zeros_like(scores, dtype=torch.bool), torch.zeros(num_experts, dtype=torch.float64))
@@ -94,6 +95,8 @@ def balanced(scores: Tensor) -> Tensor:
     Args:
         scores: (n, E), of any sign.
     """
+    from scipy.optimize import linear_sum_assignment  # here, as above
+
     n, num_experts = scores.shape
     places = -(-n // num_experts)
     value = _finite(scores).repeat(places, axis=1)  # (n, E * places), an expert's side by side
