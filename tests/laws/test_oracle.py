@@ -1,10 +1,14 @@
 """Law: gate weights, layer output, balance loss and z-loss equal a plain loop in float64, gradients included."""
 
+from collections import Counter
+from typing import Any
+
 import pytest
 import torch
 
 from tests import reference
-from tests.builders import make_context, moe_config
+from tests.builders import make_context, moe_config, tiny_model_config
+from trainer.models.gpt import FeedForward
 from trainer.moe.balance import balance_loss
 from trainer.moe.dispatch.local import LocalDispatcher
 from trainer.moe.experts import Experts
@@ -27,13 +31,16 @@ ROUTERS = [
 ]
 
 
-def _layer(router: dict, activation: Activation, kernel: ExpertsKernel) -> MoELayer:
-    config = moe_config(num_experts=NUM_EXPERTS, d_ff=D_FF, router=router)
+def _layer(router: dict, activation: Activation, kernel: ExpertsKernel, **fields: Any) -> MoELayer:
+    config = moe_config(num_experts=NUM_EXPERTS, d_ff=D_FF, router=router, **fields)
     layer = MoELayer(
         router=config.router.build(d_model=D_MODEL, num_experts=NUM_EXPERTS, layer=0),
         experts=Experts(NUM_EXPERTS, D_MODEL, D_FF, activation=activation, kernel=kernel),
         dispatcher=LocalDispatcher(),
         capacity=config.capacity,
+        shared=FeedForward(tiny_model_config(d_model=D_MODEL, num_heads=1, num_kv_heads=1), 3)
+        if config.num_shared_experts
+        else None,
     ).double()
     generator = torch.Generator().manual_seed(3)
     for parameter in layer.parameters():
@@ -90,6 +97,51 @@ def test_layer_output_equals_a_loop_over_tokens_and_experts(
     )
     _assert_same(y.flatten(0, 1), oracle, layer, x)
     assert (y.flatten(0, 1)[~valid] == 0).all(), "filling must come out as exact zeros"
+
+
+def _drop(routed: reference.Routed, room: int, policy: str, *, renormalize: bool) -> None:
+    """Take away, row by row, what finds no place among the `room` of its expert."""
+    for first in range(0, NUM_ROWS * SEQ_LEN, SEQ_LEN):
+        row = range(first, first + SEQ_LEN)
+        asked = [(t, slot) for t in row for slot in range(len(routed.experts[t]))]
+        if policy == "choice_major":
+            asked.sort(key=lambda pair: pair[1])
+        taken, kept = Counter[int](), set()
+        for t, slot in asked:
+            taken[routed.experts[t][slot]] += 1
+            if taken[routed.experts[t][slot]] <= room:
+                kept.add((t, slot))
+        for t in row:
+            slots = [slot for slot in range(len(routed.experts[t])) if (t, slot) in kept]
+            weights = [routed.weights[t][slot] for slot in slots]
+            scale = sum(routed.weights[t]) / sum(weights) if renormalize and weights else 1.0
+            routed.experts[t] = [routed.experts[t][slot] for slot in slots]
+            routed.weights[t] = [weight * scale for weight in weights]
+
+
+@pytest.mark.parametrize("with_shared", [False, True])
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("policy", ["position", "choice_major"])
+@pytest.mark.parametrize("router", [ROUTERS[0], ROUTERS[3]], ids=str)
+def test_what_finds_no_room_adds_nothing(router: dict, policy: str, renormalize: bool, with_shared: bool) -> None:
+    """Of a token whose experts are all full nothing comes out, but for what every token passes."""
+    limit = {"factor": 0.2, "min": 1, "policy": policy, "renormalize_after_drop": renormalize}  # 1 place for each row
+    layer = _layer(router, "swiglu", "loop", capacity=limit, num_shared_experts=int(with_shared))
+    x, valid = _tokens_and_valid()
+    y, _ = layer(x, make_context(NUM_ROWS, SEQ_LEN, valid))
+    routed = _oracle(layer, x, valid, router)
+    _drop(routed, 1, policy, renormalize=renormalize)
+    out_of_luck = torch.tensor([not experts for experts in routed.experts]) & valid
+    assert out_of_luck.any() and not out_of_luck.all()
+    tokens = x.flatten(0, 1)
+    oracle = reference.moe_output(tokens, routed, layer.experts.w_in, layer.experts.w_out, "swiglu")
+    if isinstance(layer.shared, FeedForward):
+        weights = layer.shared.w_in.weight, layer.shared.w_out.weight
+        passed = torch.stack([reference.expert_output(token, *weights, "swiglu") for token in tokens])
+        oracle = oracle + passed * valid[:, None]
+    else:
+        assert (y.flatten(0, 1)[out_of_luck] == 0).all(), "exact zeros"
+    _assert_same(y.flatten(0, 1), oracle, layer, x)
 
 
 @pytest.mark.parametrize("router", ROUTERS, ids=str)

@@ -24,15 +24,18 @@ class Experts(nn.Module):
         width = 2 * d_ff if activation == "swiglu" else d_ff
         self.w_in = nn.Parameter(torch.empty(num_experts, width, d_model))  # (E, H, D)
         self.w_out = nn.Parameter(torch.empty(num_experts, d_model, d_ff))  # (E, D, F)
+        for weight in self.parameters():  # each expert as nn.Linear would start; on meta it costs nothing
+            bound = weight.shape[-1] ** -0.5
+            nn.init.uniform_(weight, -bound, bound)
         self.activation, self.kernel = activation, kernel
         self.is_compiled = False
         """Compile what runs between the products, where the kernel can."""
 
     def keep(self, first: int, end: int) -> None:
-        """Hold experts first .. end - 1 only; before the weights have values."""
+        """Hold experts first .. end - 1 only."""
         self.first = first
         for name, weight in list(self.named_parameters()):
-            setattr(self, name, nn.Parameter(weight.new_empty(end - first, *weight.shape[1:])))
+            setattr(self, name, nn.Parameter(weight.detach()[first:end].clone()))
 
     def forward(self, x: Tensor, rows_per_expert: Tensor, part: tuple[int, int] | None = None) -> Tensor:
         """Apply expert e to its rows of x (R, D); rows_per_expert sums to R.

@@ -3,7 +3,8 @@
 `loop` is the definition. Every function takes the same arguments:
 
     x: (R, D) rows grouped by expert, ascending.
-    rows_per_expert: (E,) int64, sums to R; an expert may have none, and still gets a gradient of zeros.
+    rows_per_expert: (E,) int64, sums to R; an expert may have none, and its weights then get a gradient of zeros,
+        which `without_idle_gradients` writes whatever a kernel leaves there.
     w_in: (E, H, D); H = 2 F for swiglu (gate rows first, then up), F for gelu.
     w_out: (E, D, F).
     activation: "swiglu" (Shazeer 2020, arXiv 2002.05202) or "gelu".
@@ -13,13 +14,38 @@ and returns (R, D) in x's dtype; weights are cast to it, gradients arrive in the
 # R rows, E experts, D d_model, F d_ff, H width before the activation, M rows of the busiest expert.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Activation = Literal["swiglu", "gelu"]
+
+
+class _WithoutIdleGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, rows_per_expert: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_per_expert)
+        return weight.view_as(weight)
+
+    @staticmethod
+    # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows_per_expert,) = ctx.saved_tensors
+        idle = rows_per_expert == 0
+        if grad.device.type == "cpu" and not idle.any():  # on a GPU asking would cost more than writing
+            return grad, None
+        return grad.masked_fill(idle[:, None, None], 0), None
+
+
+def without_idle_gradients(weight: Tensor, rows_per_expert: Tensor) -> Tensor:
+    """Return weights (E, ., .) as they are, of which experts without rows (E,) get a gradient of zeros.
+
+    Kernels can leave other things there: torch's grouped product what was in memory, on Blackwell (pytorch#172439), and
+    the padded one NaN, where it multiplies an idle expert's zeros by a weight that is not finite.
+    """
+    return _WithoutIdleGradients.apply(weight, rows_per_expert)
 
 
 def activate(h: Tensor, activation: Activation) -> Tensor:
@@ -55,8 +81,8 @@ def padded(x: Tensor, rows_per_expert: Tensor, w_in: Tensor, w_out: Tensor, acti
 
 def grouped(x: Tensor, rows_per_expert: Tensor, w_in: Tensor, w_out: Tensor, activation: Activation) -> Tensor:
     """Torch's grouped matrix product: no padding and no wait for the sizes. Not for float64."""
-    if len(x) == 0:  # the kernels refuse an empty operand; a zero that depends on the weights keeps their gradients
-        return x + 0.0 * (w_in.sum() + w_out.sum()).to(x.dtype)
+    if len(x) == 0:  # the kernels refuse an empty operand; a sum of nothing is 0 for any weights, and depends on them
+        return x + (w_in[:, :0].sum() + w_out[:, :0].sum()).to(x.dtype)
     ends = rows_per_expert.cumsum(0).to(torch.int32)
     h = F.grouped_mm(x, w_in.to(x.dtype).transpose(1, 2), offs=ends)  # (R, H)
     return F.grouped_mm(activate(h, activation), w_out.to(x.dtype).transpose(1, 2), offs=ends)

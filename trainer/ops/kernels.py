@@ -52,6 +52,8 @@ def run_experts(
     if kernel in ("fused", "fused_onednn"):
         parts = _fused_parts(kernel == "fused_onednn", is_compiled, x.device.type, x.dtype)
         return fused(x, rows_per_expert, w_in, w_out, activation, parts)
+    # Behind the cast, so that zeros are written in the narrower dtype. The fused kernels write theirs themselves.
+    w_in, w_out = (expert_ffn.without_idle_gradients(w.to(x.dtype), rows_per_expert) for w in (w_in, w_out))
     return _KERNELS[kernel](x, rows_per_expert, w_in, w_out, activation)
 
 

@@ -8,6 +8,7 @@ import torch
 from tests.builders import make_batch, make_engine, make_model, rows_of, tiny_model_config
 from trainer.engine.native import NativeEngine
 from trainer.engine.step import NumericsConfig
+from trainer.moe.routing import RoutingOptions
 from trainer.optim.registry import AdamWConfig
 
 
@@ -24,6 +25,31 @@ def test_the_gradient_norm_is_that_of_plain_autograd() -> None:
     engine = make_engine(config, dtype=torch.float64)
     pieces = [rows_of(batch, 0, 1), rows_of(batch, 1, 4)]
     assert engine.train_step(pieces, lr=0.0).grad_norm == pytest.approx(by_hand, rel=1e-12)
+
+
+def test_the_loss_is_per_target_and_what_routers_lose_is_per_valid_token() -> None:
+    moe = {"balance": {"coef": 0.0, "scope": "sequence"}, "router": {"kind": "top_p", "sparsity_coef": 0.3}}
+    engine = make_engine(tiny_model_config({**moe, "z_loss_coef": 0.2}), dtype=torch.float64)
+    batch = make_batch(4, 8, seed=1, ragged=True)
+    num_targets, num_valid = int(batch.target_mask.sum()), int(batch.valid.sum())
+    assert num_targets < num_valid < batch.valid.numel()
+    output = engine.model(batch, RoutingOptions(keeps_routing=True))
+    valid, z, sparsity = batch.valid.flatten(), [], []
+    for stats in output.moe:
+        assert stats.routed is not None and stats.routed.logits is not None and stats.routed.probs is not None
+        z.append(stats.routed.logits[valid].detach().exp().sum(1).log().square().sum())
+        sparsity.append(0.3 * torch.special.entr(stats.routed.probs[valid].detach()).sum())
+    step = engine.accumulate([rows_of(batch, 0, 3), rows_of(batch, 3, 4)])
+    result = engine.apply(step, lr=0.0)
+    assert result.loss == pytest.approx(float(output.loss_sum.detach()) / num_targets, rel=1e-12)
+    assert result.z_loss == pytest.approx(float(sum(z)) / (2 * num_valid), rel=1e-12), "a mean over two layers as well"
+    assert result.z_loss is not None and result.extra_losses["router"] == pytest.approx(
+        float(sum(sparsity)) / (2 * num_valid), rel=1e-12
+    )
+    assert float(step.total.objective) == pytest.approx(
+        result.loss + 0.2 * result.z_loss + result.extra_losses["router"], rel=1e-12
+    )
+    assert result.num_tokens == num_valid
 
 
 @pytest.mark.parametrize("clip", [1e-3, 1e6])

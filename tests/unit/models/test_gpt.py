@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.builders import make_batch, make_model, rows_of, tiny_model_config
 from trainer.data.batch import Batch
@@ -88,6 +89,19 @@ def test_loss_is_a_sum_over_targets_in_nats() -> None:
         for b in range(2)
     ]
     torch.testing.assert_close(model(batch).row_loss, torch.stack(by_hand))
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_logits_and_losses_are_no_narrower_than_float32(is_tied: bool) -> None:
+    """Under autocast the head's product is bfloat16, whose 8 bits are too few for a softmax over a vocabulary."""
+    model, batch = make_model(tiny_model_config(tie_embeddings=is_tied)), make_batch(2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(batch, want_logits=True)
+        cached = model.next_logits(batch.tokens, model.new_cache(2, 8))
+    assert output.logits is not None
+    assert output.logits.dtype is output.row_loss.dtype is cached.dtype is torch.float32
+    exact = F.cross_entropy(output.logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
+    torch.testing.assert_close(output.row_loss, exact.view(2, 8).sum(1))
 
 
 def test_top_k_can_be_changed_per_call() -> None:

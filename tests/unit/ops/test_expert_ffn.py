@@ -1,8 +1,14 @@
 """Every experts kernel computes what the loop computes, on awkward group sizes."""
 
+from typing import Any, get_args
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from trainer.ops import expert_ffn
 from trainer.ops.expert_ffn import Activation
 from trainer.ops.kernels import ExpertsKernel, choose_experts_kernel, run_experts
 
@@ -58,6 +64,87 @@ def test_kernel_equals_the_loop(
     for mine, oracle in zip(_run(kernel, rows, dtype, activation), _run("loop", rows, dtype, activation), strict=True):
         scale = max(1.0, float(oracle.abs().max()) if oracle.numel() else 1.0)
         torch.testing.assert_close(mine / scale, oracle / scale, rtol=0, atol=tolerance)
+
+
+def _weights(num_experts: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    w_in = torch.randn(num_experts, 2 * D_FF, D_MODEL, generator=generator)
+    return w_in, torch.randn(num_experts, D_MODEL, D_FF, generator=generator)
+
+
+@pytest.mark.parametrize("poison", [torch.inf, torch.nan])
+@pytest.mark.parametrize("rows", [[5, 0, 3], [0, 0, 4], [0, 0, 0]], ids=str)
+@pytest.mark.parametrize("kernel", get_args(ExpertsKernel))
+def test_an_idle_expert_s_weights_have_no_part_in_anything(
+    kernel: ExpertsKernel, rows: list[int], poison: float
+) -> None:
+    """Whatever they are: 0 times infinity is no zero."""
+    x, weights = torch.randn(sum(rows), D_MODEL), _weights(len(rows))
+    for weight in weights:
+        weight[1, 2, 3] = poison
+        weight.requires_grad_()
+    y = run_experts(kernel, x, torch.tensor(rows), *weights, "swiglu")
+    assert y.isfinite().all()
+    for gradient in torch.autograd.grad(y.square().sum(), weights):
+        assert gradient.isfinite().all() and not gradient[1].any()
+
+
+class _GroupedProductOfBlackwell(torch.autograd.Function):
+    """Torch's grouped product as pytorch#172439 reports it: groups without rows get what was in memory as gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w, offs)
+        return torch.cat([rows @ w[e] for e, rows in enumerate(x.tensor_split(offs[:-1].tolist()))])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
+        x, w, offs = ctx.saved_tensors
+        groups = [part.tensor_split(offs[:-1].tolist()) for part in (x, grads[0])]
+        grad_w = torch.full_like(w, torch.nan)
+        grad_w[:, 0] = 7.0
+        for e, (rows, grad) in enumerate(zip(*groups, strict=True)):
+            if len(rows):
+                grad_w[e] = rows.T @ grad
+        return torch.cat([grad @ w[e].T for e, grad in enumerate(groups[1])]), grad_w, None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_the_grouped_product_leaves_for_idle_experts_is_overwritten(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, weights = torch.tensor([5, 0, 3, 0]), [w.requires_grad_() for w in _weights(4)]
+    x = torch.randn(8, D_MODEL).to(dtype)
+
+    def gradients(run: Any, *kernel: str) -> tuple[Tensor, ...]:
+        y = run(*kernel, x, rows, *weights, "swiglu")
+        return torch.autograd.grad(y.float().square().sum(), weights)
+
+    sound = gradients(run_experts, "grouped")
+    monkeypatch.setattr(F, "grouped_mm", lambda x, w, offs: _GroupedProductOfBlackwell.apply(x, w, offs))
+    for gradient in gradients(expert_ffn.grouped):
+        assert not gradient[1].isfinite().all() and not gradient[3].isfinite().all(), "the emulation has the fault"
+    for mine, expected in zip(gradients(run_experts, "grouped"), sound, strict=True):
+        assert not mine[1].any() and not mine[3].any()
+        torch.testing.assert_close(mine, expected, rtol=0.05 if dtype is torch.bfloat16 else 1e-4, atol=1e-3)
+
+
+class _NoNaN(TorchDispatchMode):
+    """Refuses every operation that makes a NaN."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        assert not (isinstance(result, Tensor) and result.is_floating_point() and result.isnan().any()), func
+        return result
+
+
+@pytest.mark.parametrize("kernel", get_args(ExpertsKernel))
+def test_without_a_row_infinite_weights_make_no_nan(kernel: ExpertsKernel) -> None:
+    w_in, w_out = (torch.full_like(w, torch.inf).requires_grad_() for w in _weights(3))
+    with _NoNaN():
+        y = run_experts(kernel, torch.empty(0, D_MODEL), torch.zeros(3, dtype=torch.int64), w_in, w_out, "swiglu")
+    gradients = torch.autograd.grad(y.sum(), (w_in, w_out))
+    assert y.shape == (0, D_MODEL) and not any(gradient.any() for gradient in gradients)
 
 
 def _auto(

@@ -28,8 +28,8 @@ class CosineRouter(TopKRouter):
     def make_gate(self, d_model: int, num_columns: int) -> None:
         """Make the projection, the experts' directions and the learned factor."""
         self.projection = nn.Linear(d_model, self.d_proj, bias=False)
-        self.directions = nn.Parameter(torch.empty(num_columns, self.d_proj))  # (E + n, P)
-        self.log_scale = nn.Parameter(torch.empty(1))
+        self.directions = nn.Parameter(torch.randn(num_columns, self.d_proj))  # (E + n, P)
+        self.log_scale = nn.Parameter(torch.zeros(1))
 
     def logits(self, x: Tensor) -> Tensor:
         """Return logits (T, E + n) of tokens x (T, D), in at least float32."""

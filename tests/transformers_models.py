@@ -1,0 +1,178 @@
+"""Models of Hugging Face's transformers beside ours: an outside reference for the whole model.
+
+Their code runs as it is installed. It casts to float32 in its norms, rotary tables, routers and softmax, so that in
+float64 it agrees with anything to 1e-7 at best; in float64 every such cast is answered with float64 here.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers.models.dots1.configuration_dots1 import Dots1Config
+from transformers.models.dots1.modeling_dots1 import Dots1ForCausalLM
+from transformers.models.mixtral.configuration_mixtral import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
+from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM
+
+from trainer.models.config import ModelConfig
+from trainer.models.gpt import GPT
+
+# B rows, S tokens in a row, V vocabulary.
+
+_WHOLE = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "head.weight": "lm_head.weight",
+    "norm.weight": "model.norm.weight",
+}
+_IN_A_LAYER = {
+    "attention_norm.weight": ["input_layernorm.weight"],
+    "attention.qkv.weight": ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
+    "attention.q_norm.weight": ["self_attn.q_norm.weight"],
+    "attention.k_norm.weight": ["self_attn.k_norm.weight"],
+    "attention.out.weight": ["self_attn.o_proj.weight"],
+    "ffn_norm.weight": ["post_attention_layernorm.weight"],
+    "ffn.w_in.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+    "ffn.w_out.weight": ["mlp.down_proj.weight"],
+    "ffn.router.gate.weight": ["mlp.gate.weight"],
+    "ffn.router.bias": ["mlp.gate.e_score_correction_bias"],
+    "ffn.experts.w_in": ["mlp.experts.gate_up_proj"],
+    "ffn.experts.w_out": ["mlp.experts.down_proj"],
+    "ffn.shared.w_in.weight": ["mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight"],
+    "ffn.shared.w_out.weight": ["mlp.shared_experts.down_proj.weight"],
+}
+"""Our name of a tensor, and theirs of its parts, one below the other."""
+
+
+class WithoutFloat32(TorchFunctionMode):
+    """Within it, whoever asks torch for float32 gets float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def wide(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        return func(*map(wide, args), **{name: wide(value) for name, value in (kwargs or {}).items()})
+
+
+def _in(dtype: torch.dtype) -> AbstractContextManager[object]:
+    return WithoutFloat32() if dtype is torch.float64 else nullcontext()
+
+
+def build(family: str, ours: GPT) -> nn.Module:
+    """Make their model of the same config, with our weights and in our dtype."""
+    dtype = ours.embedding.weight.dtype
+    with _in(dtype):  # rotary frequencies are made here
+        theirs = _of(family, ours.config, ours.vocab_size).to(dtype).train()
+    _copy_weights(ours, theirs)
+    return theirs
+
+
+def _of(family: str, config: ModelConfig, vocab_size: int) -> nn.Module:
+    moe = config.moe
+    assert moe is not None and config.activation == "swiglu", "they have nothing else"
+    router: Any = moe.router
+    common: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads or config.num_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "tie_word_embeddings": config.tie_embeddings,
+        "num_experts_per_tok": router.top_k,
+        "max_position_embeddings": config.seq_len,
+        "sliding_window": None,
+        "attn_implementation": "eager",  # written out there; the others are torch's kernel, which is ours too
+        "experts_implementation": "eager",
+    }
+    match family:
+        case "mixtral":
+            return MixtralForCausalLM(
+                MixtralConfig(**common, num_local_experts=moe.num_experts, intermediate_size=moe.d_ff)
+            )
+        case "qwen3_moe":
+            dense = [layer for layer in range(config.num_layers) if layer < moe.first_dense_layers]
+            return Qwen3MoeForCausalLM(
+                Qwen3MoeConfig(
+                    **common,
+                    num_experts=moe.num_experts,
+                    intermediate_size=config.d_ff,
+                    moe_intermediate_size=moe.d_ff,
+                    norm_topk_prob=router.normalize,
+                    mlp_only_layers=dense,
+                    decoder_sparse_step=moe.every,
+                )
+            )
+        case "dots1":
+            return Dots1ForCausalLM(
+                Dots1Config(
+                    **common,
+                    n_routed_experts=moe.num_experts,
+                    n_shared_experts=moe.num_shared_experts,
+                    intermediate_size=config.d_ff,
+                    moe_intermediate_size=moe.d_ff,
+                    first_k_dense_replace=moe.first_dense_layers,
+                    n_group=router.groups,
+                    topk_group=router.groups_kept,
+                    norm_topk_prob=router.normalize,
+                    routed_scaling_factor=router.scale,
+                )
+            )
+        case _:
+            raise AssertionError(family)
+
+
+def in_their_names(ours: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Return tensors of our model (weights, buffers or gradients) under their names, fused ones cut."""
+    heads, kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
+    found: dict[str, Tensor] = {}
+    for name, tensor in ours.items():
+        if name in _WHOLE:
+            found[_WHOLE[name]] = tensor
+            continue
+        _, layer, part = name.split(".", 2)
+        names = _IN_A_LAYER[part]
+        rows = [n * config.head_dim for n in (heads, kv_heads, kv_heads)]
+        pieces = tensor.split(rows) if len(names) == 3 else tensor.chunk(len(names))
+        found |= {f"model.layers.{layer}.{theirs}": piece for theirs, piece in zip(names, pieces, strict=True)}
+    return found
+
+
+def _copy_weights(ours: GPT, theirs: nn.Module) -> None:
+    """Give their model our weights and buffers, all of both.
+
+    Raises:
+        AssertionError: if one of the two has a tensor that the other has not.
+    """
+    tensors = in_their_names({**dict(ours.named_parameters()), **dict(ours.named_buffers())}, ours.config)
+    tied = {"lm_head.weight"} if ours.head is None else set()
+    wanted = dict(theirs.named_parameters()) | {
+        name: buffer for name, buffer in theirs.named_buffers() if not name.endswith("inv_freq")
+    }
+    assert wanted.keys() - tied == tensors.keys()
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            assert wanted[name].shape == tensor.shape, name
+            wanted[name].copy_(tensor)
+
+
+def their_logits(theirs: nn.Module, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Return logits (B, S, V).
+
+    Args:
+        theirs: their model.
+        tokens: (B, S).
+        mask: (B, S) which tokens are valid, or (B, 1, S, S) which keys each query sees; None: causal.
+    """
+    dtype = next(theirs.parameters()).dtype
+    if mask is not None and mask.dim() == 4:  # they add it to the scores
+        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    elif mask is not None:
+        mask = mask.long()
+    with _in(dtype):
+        return theirs(input_ids=tokens, attention_mask=mask, use_cache=False).logits

@@ -1,0 +1,40 @@
+"""Which blocks are MoE, by the config and in the model that is made of it."""
+
+import pytest
+import torch
+
+from tests.builders import tiny_model_config
+from trainer.models.gpt import GPT, FeedForward
+from trainer.moe.layer import MoELayer
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "first_dense_layers", "every", "expected"),
+    [
+        (4, 0, 1, (0, 1, 2, 3)),
+        (4, 1, 1, (1, 2, 3)),
+        (4, 3, 1, (3,)),
+        (6, 0, 2, (1, 3, 5)),  # the second, fourth and so on
+        (6, 1, 2, (2, 4)),  # of those after the first
+        (7, 2, 2, (3, 5)),
+        (7, 0, 3, (2, 5)),
+        (8, 1, 3, (3, 6)),
+        (4, 1, 3, (3,)),
+    ],
+)
+def test_moe_layers_are_every_nth_after_the_dense_ones(
+    num_layers: int, first_dense_layers: int, every: int, expected: tuple[int, ...]
+) -> None:
+    moe = {"first_dense_layers": first_dense_layers, "every": every, "num_shared_experts": 2}
+    config = tiny_model_config(moe, num_layers=num_layers)
+    assert config.moe_layers == expected
+    with torch.device("meta"):
+        blocks = dict(enumerate(GPT(config, 32).blocks))
+    for number, block in blocks.items():
+        ffn = block.get_submodule("ffn")
+        if isinstance(ffn, MoELayer):
+            assert number in expected and ffn.layer == number
+            assert getattr(ffn.router, "layer", number) == number
+            assert isinstance(ffn.shared, FeedForward) and ffn.shared.w_out.weight.shape == (16, 2 * 12)
+        else:
+            assert number not in expected and ffn.get_parameter("w_out.weight").shape == (16, 24)
