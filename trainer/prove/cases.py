@@ -77,8 +77,8 @@ def all_cases(config: ExperimentConfig, engines: Sequence[str] | None = None) ->
 def _native_cases(config: ExperimentConfig) -> list[Case]:
     rows, moe = config.train.global_batch_size, config.model.moe
     num_experts = 1 if moe is None else moe.num_experts
-    pieces = max(1, -(-rows // 2))
-    cases = [Case(micro_batch_size=pieces), Case(micro_batch_size=1)] if rows > 1 else []
+    # Halves and single rows, which are the same of two rows; of one row there is only the reference.
+    cases = [Case(micro_batch_size=size) for size in dict.fromkeys((-(-rows // 2), 1)) if size < rows]
     for world_size in range(2, MOST_RANKS + 1):
         share = -(-rows // world_size)
         for ep_size in range(1, min(world_size, num_experts) + 1):
