@@ -147,6 +147,19 @@ def bias_by_rank() -> None:
     BiasBalancedRouter.update = wrong  # type: ignore[method-assign]
 
 
+def router_gradients_doubled() -> None:
+    """A factor that is seen nowhere else: without losses of its own a router has a small part of a step's gradient."""
+    whole = NativeEngine._sum_gradients
+
+    def wrong(self: NativeEngine) -> torch.Tensor:
+        for name, p in self.parameters.items():
+            if "router" in name and p.grad is not None:
+                p.grad.mul_(2)
+        return whole(self)
+
+    NativeEngine._sum_gradients = wrong  # type: ignore[method-assign]
+
+
 def _other_option(key: str, change: Callable[[Any], Any]) -> None:
     whole = DeepSpeedEngineConfig.whole
 

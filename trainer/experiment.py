@@ -123,9 +123,11 @@ class ExperimentConfig(Config):
     def problems(self) -> Iterator[Problem]:
         """Check the sections against each other."""
         steps, warmup = self.train.steps, self.schedule.warmup_steps
-        if warmup is not None and warmup >= steps:
+        if isinstance(warmup, int) and warmup >= steps:
             yield Problem(
-                "schedule.warmup_steps", f"{warmup} does not fit in train.steps {steps}; use at most {steps - 1}"
+                "schedule.warmup_steps",
+                f"{warmup} does not fit in train.steps {steps}; use at most {steps - 1}, or a share of the run: "
+                "schedule.warmup_steps=0.1",
             )
         domains = [
             domain

@@ -21,6 +21,7 @@ NAMED = "name: x\n"
 ROUTERS = ", ".join(router.model_fields["kind"].default for router in get_args(get_args(RouterConfig)[0]))
 SOURCES = ", ".join(source.model_fields["kind"].default for source in get_args(get_args(SourceConfig)[0]))
 TOKENIZERS = ", ".join(kind.model_fields["kind"].default for kind in get_args(get_args(TokenizerConfig)[0]))
+AS_SHARE = ", or a share of the run: schedule.warmup_steps=0.1"
 NAME_RULE = "letters, digits, '.', '_' and '-', starting with a letter or a digit"
 ALIAS_BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
@@ -607,7 +608,10 @@ CASES = [
            "coef: 0")]),
     Case("warmup as long as training",
          "name: x\nschedule:\n  kind: warmup_cosine\n  warmup_steps: 100\ntrain: {steps: 100}\n",
-         ["x.yaml:4:3: schedule.warmup_steps: 100 does not fit in train.steps 100; use at most 99"]),
+         ["x.yaml:4:3: schedule.warmup_steps: 100 does not fit in train.steps 100; use at most 99" + AS_SHARE]),
+    Case("a warmup that is neither steps nor a share of the run",
+         "name: x\nschedule: {warmup_steps: 1.5}\n",
+         ["x.yaml:2:12: schedule.warmup_steps: 1.5 is no share of the run; use less than 1, or 2 for so many steps"]),
     Case("heads that do not divide",
          "name: x\nmodel: {d_model: 100, num_heads: 3}\n",
          ["x.yaml:2:23: model.num_heads: 3 does not divide d_model 100; use one of 1, 2, 4, 5, 10, 20, 25, 50, 100"]),
@@ -851,7 +855,7 @@ CASES = [
          files={"sub/common.yaml": "model:\n  num_layer: 4\n"}),
     Case("value inside a base, rule broken above it",
          "base: common.yaml\nname: x\ntrain: {steps: 10}\n",
-         ["common.yaml:1:12: schedule.warmup_steps: 20 does not fit in train.steps 10; use at most 9"],
+         ["common.yaml:1:12: schedule.warmup_steps: 20 does not fit in train.steps 10; use at most 9" + AS_SHARE],
          files={"common.yaml": "schedule: {warmup_steps: 20}\n"}),
     Case("syntax error inside a base",
          "base: common.yaml\nname: x\n",
@@ -892,11 +896,11 @@ CASES = [
          overrides=["model.moe.num_experts=-6"]),
     Case("override: rule between keys",
          "name: x\nschedule: {warmup_steps: 100}\n",
-         ["<override 1>: schedule.warmup_steps: 5000 does not fit in train.steps 2000; use at most 1999"],
+         ["<override 1>: schedule.warmup_steps: 5000 does not fit in train.steps 2000; use at most 1999" + AS_SHARE],
          overrides=["schedule.warmup_steps=5000"]),
     Case("override: rule broken in the file",
          "name: x\nschedule: {warmup_steps: 100}\n",
-         ["x.yaml:2:12: schedule.warmup_steps: 100 does not fit in train.steps 50; use at most 49"],
+         ["x.yaml:2:12: schedule.warmup_steps: 100 does not fit in train.steps 50; use at most 49" + AS_SHARE],
          overrides=["train.steps=50"]),
     Case("override: no equals sign",
          NAMED,

@@ -7,8 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutations import IN_DEEPSPEED, NAMED, skipped_collective
+from tests.mutations import (
+    IN_DEEPSPEED,
+    NAMED,
+    bias_by_rank,
+    dense_gradients_not_summed,
+    experts_seeded_by_rank,
+    norm_of_one_rank,
+    router_gradients_doubled,
+    skipped_collective,
+)
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
+from trainer.engine.native import NativeEngine
 from trainer.errors import CommError
 from trainer.experiment import ExperimentConfig
 from trainer.prove.cases import Case, all_cases, labels, reference
@@ -17,8 +27,11 @@ from trainer.prove.evidence import Evidence
 from trainer.prove.pool import LocalRanks
 from trainer.prove.proof import prove
 from trainer.prove.ranks import run_case
+from trainer.prove.rounding import FLOORS
 
 STEPS, TOLERANCE, TIMEOUT_S = 3, 1e-9, 120.0
+BEYOND_LABELS = (dense_gradients_not_summed, norm_of_one_rank, experts_seeded_by_rank, bias_by_rank)
+"""Faults that no setting explains: a config with a label that differs so fails all the same."""
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +120,76 @@ def test_a_planted_fault_is_caught_and_named(
     except CommError as error:
         assert NAMED[fault] in str(error)
         return
-    comparison = compare(mine, oracle, tolerance=TOLERANCE)
-    assert not comparison.is_equal
+    comparison = compare(mine, oracle, tolerance=TOLERANCE, floor=FLOORS["float64"])
+    assert not comparison.is_equal and comparison.is_beyond_labels == (fault in BEYOND_LABELS)
     assert comparison.cause is not None and NAMED[fault] in comparison.cause, comparison
+
+
+def test_a_millionth_of_a_gradient_that_is_doubled_is_caught_and_named(
+    config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The floor below which rounding decides is far below the least that is learned by."""
+    values = config.model_dump()
+    values["model"]["moe"] |= {"z_loss_coef": 0.0}
+    values["model"]["moe"]["balance"]["coef"] = 0.0
+    values["model"]["moe"]["router"]["scale"] = 1e-6  # of the combine weights, and so of what the router learns by
+    config = ExperimentConfig.model_validate(values)
+    oracle = run_case(config, reference(config), LocalRanks(), steps=2, timeout_s=TIMEOUT_S)
+    gate = float(oracle.gradients["blocks.1.ffn.router.gate.weight"].norm())
+    assert 1e-8 < gate / oracle.grad_norms[0] < 1e-5
+    monkeypatch.setattr(NativeEngine, "_sum_gradients", NativeEngine._sum_gradients)  # put back after the test
+    router_gradients_doubled()
+    mine = run_case(config, Case(micro_batch_size=4), LocalRanks(), steps=2, timeout_s=TIMEOUT_S)
+    comparison = compare(mine, oracle, tolerance=TOLERANCE, floor=FLOORS["float64"])
+    assert comparison.first_different is not None and "router" in comparison.first_different
+    assert comparison.cause is not None and "router gradients are 2 times those of one process" in comparison.cause
+
+
+def test_steps_without_targets_are_equal(config: ExperimentConfig, tmp_path: Path) -> None:
+    """Prompts of more than a row: no row of the first steps has a target, and the gradient is nothing but rounding."""
+    rows = [{"q": f"{'what is it that nobody ever asks ' * 3}{n}?", "a": "yes"} for n in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = config.model_dump()
+    values["model"] |= {"num_layers": 1, "seq_len": 8}
+    router = {"kind": "expert_choice", "room": 1.5, "top_k": 4}
+    values["model"]["moe"] |= {"router": router, "z_loss_coef": 0.0, "capacity": {}, "balance": {"coef": 0.3}}
+    source = {"kind": "jsonl", "path": str(tmp_path / "rows.jsonl"), "prompt": "{q}", "text": "{a}", "domain": "qa"}
+    values["data"] = {"sources": [source], "cache_dir": str(tmp_path / "cache")}
+    values["train"] |= {"global_batch_size": 3}
+    config = ExperimentConfig.model_validate(values)
+    oracle = run_case(config, reference(config), LocalRanks(), steps=10, timeout_s=TIMEOUT_S)
+    without = [norm for norm, loss in zip(oracle.grad_norms, oracle.losses, strict=True) if loss == 0]
+    assert without and 0 < max(without) < 1e-14 and max(oracle.losses) > 1
+    assert _exit_code(config, steps=10, only="1 rank") == 0
+
+
+def test_what_is_labelled_differs_and_passes(config: ExperimentConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    values = config.model_dump()
+    values["model"]["moe"] |= {"balance": {"coef": 0.0, "scope": "micro_batch"}}
+    values["model"]["moe"]["device_balance"] = {"coef": 0.2, "groups": 2}
+    config = ExperimentConfig.model_validate(values)
+    assert _exit_code(config, steps=1, only="1 rank") == 0
+    printed, progress = capsys.readouterr()
+    assert printed.count("differs, as labelled") == 2
+    assert "model.moe.balance.scope: micro_batch (device_balance_loss): not layout-invariant by definition" in printed
+    assert [line.split(",")[0] for line in progress.splitlines()] == [
+        "0 of 2: 1 rank",
+        "1 of 2: 1 rank",
+        "2 of 2: 1 rank",
+    ]
+
+
+def _exit_code(config: ExperimentConfig, *, steps: int, only: str) -> int:
+    return prove(
+        config,
+        steps=steps,
+        dtype="float64",
+        engines=None,
+        is_small=False,
+        only=only,
+        json_path=None,
+        timeout_s=TIMEOUT_S,
+    )
 
 
 def test_deepspeed_is_an_axis_of_the_matrix(config: ExperimentConfig) -> None:
@@ -157,6 +237,6 @@ def test_what_deepspeed_would_do_by_itself_is_caught_and_named(
     case = Case(world_size=2, ep_size=2, micro_batch_size=2, zero_stage=1)
     with closing(LocalRanks()) as ranks:
         mine = run_case(single, case, ranks, steps=STEPS, timeout_s=TIMEOUT_S, prepare=fault)
-    comparison = compare(mine, oracle, tolerance=1e-5)
+    comparison = compare(mine, oracle, tolerance=1e-5, floor=FLOORS["float32"])
     assert not comparison.is_equal
     assert comparison.cause is not None and said in comparison.cause, comparison

@@ -21,6 +21,7 @@ from trainer.engine.sums import sum_together
 from trainer.models.gpt import GPTOutput
 from trainer.moe.config import MoEConfig
 from trainer.moe.sums import LayerSums
+from trainer.moe.terms import loss_terms
 
 
 class KnownSums:
@@ -33,11 +34,18 @@ class KnownSums:
 
     def __init__(self, moe: MoEConfig | None, world: Group) -> None:
         self._moe, self._world = moe, world
+        terms = [] if moe is None else loss_terms(moe)
+        self._needs_exact_sums = any(term.scope == "step" for term in terms)
+        self._has_loss_of_counts = any(term.made_of == "counts" for term in terms)
 
     @property
     def is_balance_only_logged(self) -> bool:
-        """Whether the balance loss of the global batch has no coefficient: then no pass counts for it."""
-        return self._global_counts == "exact" and not self._needs_counts
+        """Whether no loss is made of counts: then no pass counts for it, and the step's own balance is logged.
+
+        What is logged hangs on the layout as little as what is learned, whatever tokens a loss would count.
+        """
+        balance = self._moe.balance if self._moe else None
+        return balance is not None and balance.scope != "sequence" and not self._has_loss_of_counts
 
     def before(self, batches: Sequence[Batch], forward: Callable[[Batch], GPTOutput]) -> LayerSums | None:
         """Return the sums of the whole step, by a pass without gradients; None where no loss needs one."""
@@ -81,22 +89,6 @@ class KnownSums:
         """Where the counts of a balance loss over the global batch come from; None for another scope or no MoE."""
         balance = self._moe.balance if self._moe else None
         return balance.counts if balance is not None and balance.scope == "global_batch" else None
-
-    @property
-    def _needs_counts(self) -> bool:
-        """Whether a loss with a gradient is made of counts."""
-        moe = self._moe
-        return moe is not None and moe.router.has_probs and (moe.balance.coef > 0 or moe.device_balance.coef > 0)
-
-    @property
-    def _needs_variation(self) -> bool:
-        """Whether a loss over the global batch is a variation of its sums, which have no cheaper stand-in."""
-        cv = self._moe.cv_squared if self._moe else None
-        return cv is not None and cv.scope == "global_batch" and (cv.importance_coef > 0 or cv.load_coef > 0)
-
-    @property
-    def _needs_exact_sums(self) -> bool:
-        return self._needs_variation or (self._global_counts == "exact" and self._needs_counts)
 
     def _over_ranks(self, parts: Sequence[LayerSums]) -> LayerSums | None:
         """Add up the micro-batches of all ranks; None without a MoE layer."""

@@ -24,8 +24,8 @@ class NativeEngine(StepEngine):
         super().__init__(model, numerics, Mesh.of_one() if mesh is None else mesh)
         self.optimizer = build_adamw(
             optim,
-            decayed=[p for name, p in self.parameters.items() if is_decayed(name)],
-            not_decayed=[p for name, p in self.parameters.items() if not is_decayed(name)],
+            decayed=[p for name, p in self.parameters.items() if is_decayed(name, p)],
+            not_decayed=[p for name, p in self.parameters.items() if not is_decayed(name, p)],
         )
         self._dense = [p for name, p in self.parameters.items() if name not in self.first_expert]
         self._experts = [self.parameters[name] for name in self.first_expert]

@@ -1,7 +1,8 @@
 """The model: a GPT-style decoder with dense and mixture-of-experts blocks, whole, on one device, nothing distributed.
 
 Pre-norm blocks with RMSNorm (arXiv 1910.07467), rotary positions in the rotate-half layout (arXiv 2104.09864) and
-grouped-query attention (arXiv 2305.13245): what Mixtral, OLMoE and Qwen3-MoE are made of.
+grouped-query attention (arXiv 2305.13245): what Mixtral and Qwen3-MoE are made of. `qk_norm` normalises each head by
+itself, as in Qwen3-MoE; OLMoE normalises queries and keys over the whole width, which is another function.
 
 # B rows, S tokens in a row, T = B * S, D d_model, V vocabulary, H query heads, Hkv key and value heads, d head width.
 """
@@ -334,20 +335,23 @@ Role = Literal["embedding", "head", "norm", "router", "expert", "matrix"]
 
 def parameter_role(name: str) -> Role:
     """Return what a parameter of GPT is for, from its name: initialisation and weight decay go by it."""
-    if "norm" in name:
+    parts = name.split(".")
+    if any(part == "norm" or part.endswith("_norm") for part in parts):
         return "norm"
     for part, role in (("embedding", "embedding"), ("head", "head"), ("router", "router"), ("experts", "expert")):
-        if part in name.split("."):
+        if part in parts:
             return role  # type: ignore[return-value]
     return "matrix"
 
 
-def is_decayed(name: str) -> bool:
-    """Tell whether weight decay applies to a parameter.
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    """Tell a matrix from a bias, a scale or a temperature. Those of experts are stacked, which is a dimension more."""
+    return parameter.dim() >= (3 if parameter_role(name) == "expert" else 2)
 
-    It goes by the role and not by the number of dimensions: stacked expert biases would have two.
-    """
-    return parameter_role(name) not in ("norm", "embedding")
+
+def is_decayed(name: str, parameter: Tensor) -> bool:
+    """Tell whether weight decay applies to a parameter: to matrices, but not to the embedding."""
+    return is_matrix(name, parameter) and parameter_role(name) not in ("norm", "embedding")
 
 
 def initial_std(name: str, config: ModelConfig) -> float:

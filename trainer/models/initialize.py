@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from trainer.models.gpt import GPT, initial_std, parameter_role
+from trainer.models.gpt import GPT, initial_std, is_matrix, parameter_role
 from trainer.moe.experts import Experts
+from trainer.moe.routing import Router
 from trainer.ops.noise import stable_hash
 
 # E experts.
@@ -15,14 +16,17 @@ def initialize(model: GPT, seed: int) -> None:
     """Fill every parameter and buffer of a model on its device.
 
     Expert e of a stacked (E, ...) weight has a random stream of its own, so that the same experts start from the same
-    weights wherever they live.
+    weights wherever they live. What is no matrix is not drawn: norms are 1, a router says what its own start from, and
+    biases are 0.
     """
-    first_expert = expert_parameters(model)
+    first_expert, stated = expert_parameters(model), _stated_values(model)
     for name, parameter in model.named_parameters():
         std = initial_std(name, model.config)
         match parameter_role(name):
             case "norm":
                 parameter.fill_(1.0)
+            case _ if not is_matrix(name, parameter):
+                parameter.fill_(stated.get(name, 0.0))
             case "expert":
                 for i, weight in enumerate(parameter):
                     e = first_expert[name] + i
@@ -40,6 +44,16 @@ def expert_parameters(model: GPT) -> dict[str, int]:
         for prefix, module in model.named_modules()
         if isinstance(module, Experts)
         for name, _ in module.named_parameters()
+    }
+
+
+def _stated_values(model: GPT) -> dict[str, float]:
+    """Return what routers say of their parameters that are no matrices."""
+    return {
+        f"{prefix}.{name}": value
+        for prefix, module in model.named_modules()
+        if isinstance(module, Router)
+        for name, value in module.initial_values.items()
     }
 
 

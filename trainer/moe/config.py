@@ -136,6 +136,12 @@ class MoEConfig(Config):
         has_even_nulls = not self.router.num_null_experts or self.balance.coef > 0 or self.router.balances_itself
         return self.router.is_work_known and has_even_nulls
 
+    @property
+    def can_drop(self) -> bool:
+        """Whether a token can find an expert full: not where each has room for every token."""
+        fewest = min(getattr(self.router, "draw_top_k", None) or [getattr(self.router, "top_k", 1)])
+        return self.capacity.factor is not None and self.capacity.factor * fewest < self.num_experts
+
     def problems(self) -> Iterator[Problem]:
         """Check the router against the experts."""
         for problem in self.router.problems_among(self.num_experts):

@@ -19,6 +19,7 @@ from trainer.moe.config import MoEConfig
 from trainer.moe.cv_squared import cv_squared_loss
 from trainer.moe.stats import MoEStats
 from trainer.moe.sums import LayerSums
+from trainer.moe.terms import loss_terms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,24 +99,38 @@ def extra_losses(
     stats: MoEStats, known: LayerSums | None, denominators: Denominators, config: MoEConfig
 ) -> dict[str, tuple[float, Tensor]]:
     """Return coefficient and value of each loss of one layer that is on, by name; values are sums over tokens."""
-    found: dict[str, tuple[float, Tensor]] = {}
-    cv, device = config.cv_squared, config.device_balance
-    for name, coef, own, of_step in (
-        ("importance", cv.importance_coef, stats.importance, None if known is None else known.importance),
-        ("load", cv.load_coef, stats.load, None if known is None else known.load),
-    ):
-        if coef and own is not None:
-            value = cv_squared_loss(
-                own, stats.tokens, scope=cv.scope, known=of_step, routed_tokens=denominators.routed_tokens
-            )
-            found[name] = coef, value
-    if device.coef and stats.prob_sum is not None:
-        found["device_balance"] = device.coef, device_balance_loss(stats, config, known=known)
-    if config.diversity_coef and stats.likeness_sum is not None:
-        found["diversity"] = config.diversity_coef, stats.likeness_sum.sum()
-    if stats.router_loss is not None:
-        found["router"] = 1.0, stats.router_loss.sum()
+    found = {}
+    for term in loss_terms(config):
+        value = _extra_value(term.name, stats, known, denominators, config)
+        if value is not None:
+            found[term.name] = term.coef, value
     return found
+
+
+def _extra_value(
+    name: str, stats: MoEStats, known: LayerSums | None, denominators: Denominators, config: MoEConfig
+) -> Tensor | None:
+    """Return a loss of one layer summed over tokens; None of those that are logged at any coefficient, or not there."""
+
+    def variation(own: Tensor | None, of_step: Tensor | None) -> Tensor | None:
+        if own is None:
+            return None
+        scope, routed_tokens = config.cv_squared.scope, denominators.routed_tokens
+        return cv_squared_loss(own, stats.tokens, scope=scope, known=of_step, routed_tokens=routed_tokens)
+
+    match name:
+        case "importance":
+            return variation(stats.importance, None if known is None else known.importance)
+        case "load":
+            return variation(stats.load, None if known is None else known.load)
+        case "device_balance":
+            return device_balance_loss(stats, config, known=known)
+        case "diversity":
+            return None if stats.likeness_sum is None else stats.likeness_sum.sum()
+        case "router":
+            return None if stats.router_loss is None else stats.router_loss.sum()
+        case _:
+            return None
 
 
 def z_loss(stats: MoEStats) -> Tensor:

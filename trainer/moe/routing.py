@@ -4,6 +4,7 @@
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
@@ -167,6 +168,9 @@ class Router(nn.Module, ABC):
 
     `strict`: on no later token. `within_sequence`: on later tokens, but of its own row only. `no`: on any.
     """
+    initial_values: ClassVar[Mapping[str, float]] = {}
+    """By its name, what a parameter that is no matrix starts from, such as a scale or a temperature. Others start from
+    0, as biases do; matrices are drawn. Weight decay is for matrices alone."""
 
     @property
     def causal_in_evaluation(self) -> Causality:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
-from trainer.config.base import Config
+from trainer.config.base import Config, Problem
 from trainer.optim import schedule
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -29,14 +30,33 @@ class AdamWConfig(Config):
 OptimConfig = AdamWConfig
 
 
-class WarmupCosineConfig(Config):
+class WarmupOptions(Config):
+    """What every schedule begins with."""
+
+    peak_lr: PositiveFloat = 1e-3
+    """Learning rate after warmup."""
+    warmup_steps: NonNegativeInt | NonNegativeFloat | None = None
+    """Steps of linear warmup, or the share of the run that it takes, below 1, which fits a run of any length. Null:
+    100, or a tenth of a run shorter than 1000."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Refuse a number that is neither steps nor a share."""
+        asked = self.warmup_steps
+        if isinstance(asked, float) and asked >= 1:
+            yield Problem(
+                "warmup_steps",
+                f"{asked} is no share of the run; use less than 1, or {math.ceil(asked)} for so many steps",
+            )
+
+    def warmup(self, total_steps: int) -> int:
+        """Return the steps of warmup in a run."""
+        return schedule.warmup_of(self.warmup_steps, total_steps)
+
+
+class WarmupCosineConfig(WarmupOptions):
     """Linear warmup, then half a cosine down to `final_fraction` of the peak at the last step."""
 
     kind: Literal["warmup_cosine"] = "warmup_cosine"
-    peak_lr: PositiveFloat = 1e-3
-    """Learning rate after warmup."""
-    warmup_steps: NonNegativeInt | None = None
-    """Steps of linear warmup. Null: 100, or a tenth of a run shorter than 1000."""
     final_fraction: Fraction = 0.1
     """Learning rate at the end, as a share of the peak."""
 
@@ -46,21 +66,17 @@ class WarmupCosineConfig(Config):
             step,
             total_steps=total_steps,
             peak_lr=self.peak_lr,
-            warmup_steps=schedule.default_warmup(total_steps) if self.warmup_steps is None else self.warmup_steps,
+            warmup_steps=self.warmup(total_steps),
             final_fraction=self.final_fraction,
         )
 
 
-class WarmupStableDecayConfig(Config):
+class WarmupStableDecayConfig(WarmupOptions):
     """Linear warmup, a constant stretch, and a linear decay over the last steps (arXiv 2404.06395)."""
 
     kind: Literal["warmup_stable_decay"] = "warmup_stable_decay"
-    peak_lr: PositiveFloat = 1e-3
-    """Learning rate after warmup."""
-    warmup_steps: NonNegativeInt | None = None
-    """Steps of linear warmup. Null: 100, or a tenth of a run shorter than 1000."""
     decay_fraction: Fraction = 0.2
-    """Share of the run, at its end, over which the learning rate falls."""
+    """Share of the run, at its end, over which the learning rate falls; what warmup leaves, if that is less."""
     final_fraction: Fraction = 0.0
     """Learning rate at the end, as a share of the peak."""
 
@@ -70,7 +86,7 @@ class WarmupStableDecayConfig(Config):
             step,
             total_steps=total_steps,
             peak_lr=self.peak_lr,
-            warmup_steps=schedule.default_warmup(total_steps) if self.warmup_steps is None else self.warmup_steps,
+            warmup_steps=self.warmup(total_steps),
             decay_fraction=self.decay_fraction,
             final_fraction=self.final_fraction,
         )

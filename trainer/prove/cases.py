@@ -9,6 +9,7 @@ from trainer.engine.deepspeed.passthrough import free_options
 from trainer.engine.registry import NativeEngineConfig
 from trainer.experiment import ExperimentConfig
 from trainer.moe.dispatch.registry import ExchangeOptions
+from trainer.moe.terms import loss_terms
 
 MOST_RANKS = 4
 ENGINES = ("native", "deepspeed")
@@ -77,8 +78,8 @@ def all_cases(config: ExperimentConfig, engines: Sequence[str] | None = None) ->
 def _native_cases(config: ExperimentConfig) -> list[Case]:
     rows, moe = config.train.global_batch_size, config.model.moe
     num_experts = 1 if moe is None else moe.num_experts
-    pieces = max(1, -(-rows // 2))
-    cases = [Case(micro_batch_size=pieces), Case(micro_batch_size=1)] if rows > 1 else []
+    # Halves and single rows, which are the same of two rows; of one row there is only the reference.
+    cases = [Case(micro_batch_size=size) for size in dict.fromkeys((-(-rows // 2), 1)) if size < rows]
     for world_size in range(2, MOST_RANKS + 1):
         share = -(-rows // world_size)
         for ep_size in range(1, min(world_size, num_experts) + 1):
@@ -143,12 +144,13 @@ def labels(config: ExperimentConfig) -> list[str]:
     found = []
     if isinstance(config.parallel.dispatcher, ExchangeOptions) and config.parallel.dispatcher.wire == "bfloat16":
         found.append("parallel.dispatcher.wire: bfloat16")
-    if moe.capacity.factor is not None and moe.capacity.scope == "rank":
+    if moe.capacity.scope == "rank" and moe.can_drop:
         found.append("model.moe.capacity.scope: rank")
-    if moe.balance.coef > 0 and moe.balance.scope == "micro_batch":
-        found.append("model.moe.balance.scope: micro_batch")
-    if moe.balance.coef > 0 and moe.balance.counts == "running":
-        found.append("model.moe.balance.counts: running")
+    made_of_layout = [term for term in loss_terms(moe) if not term.is_layout_invariant]
+    if made_of_layout:
+        key = "scope: micro_batch" if made_of_layout[0].scope == "micro_batch" else "counts: running"
+        losses = " and ".join(f"{term.name}_loss" for term in made_of_layout)
+        found.append(f"model.moe.balance.{key} ({losses})")
     return found
 
 

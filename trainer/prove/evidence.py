@@ -27,6 +27,8 @@ class Evidence:
     z_losses: list[float] = field(default_factory=list)
     extra_losses: list[float] = field(default_factory=list)
     """The sum of all losses that are on besides."""
+    objectives: list[float] = field(default_factory=list)
+    """What the gradient is of: the cross-entropy and every loss with its coefficient."""
     grad_norms: list[float] = field(default_factory=list)
     counts: list[Tensor] = field(default_factory=list)
     """(L, E) assignments of every step, before drops."""
@@ -40,6 +42,8 @@ class Evidence:
     """Weights and buffers after the first step."""
     last_update: dict[str, Tensor] = field(default_factory=dict)
     """Weights and buffers after the last step."""
+    learning_rates: list[float] = field(default_factory=list)
+    adam_eps: float = 0.0
     disagreements: list[str] = field(default_factory=list)
     """Weights and buffers of which two ranks held different copies after the first step, or after the last."""
 
@@ -52,6 +56,11 @@ class Evidence:
             "further": self.extra_losses,
             "norm": self.grad_norms,
         }[group]
+
+    def flips(self, reference: "Evidence") -> list[int]:
+        """Return for each step how many assignments went to other experts, as far as counts tell."""
+        pairs = zip(self.counts, reference.counts, strict=True)
+        return [int((mine - theirs).abs().sum()) // 2 for mine, theirs in pairs]
 
 
 def collect(config: ExperimentConfig, mesh: Mesh, *, steps: int) -> Evidence:
@@ -69,7 +78,7 @@ def collect(config: ExperimentConfig, mesh: Mesh, *, steps: int) -> Evidence:
 
 def _train(config: ExperimentConfig, engine: StepEngine, stream: TrainStream, mesh: Mesh, *, steps: int) -> Evidence:
     schedule = config.schedule.build(total_steps=config.train.steps)
-    evidence = Evidence(start=_weights(engine, mesh))
+    evidence = Evidence(start=_weights(engine, mesh), adam_eps=config.optim.eps)
     for step in range(steps):
         batches = stream.micro_batches(
             step * config.train.global_batch_size,
@@ -81,6 +90,8 @@ def _train(config: ExperimentConfig, engine: StepEngine, stream: TrainStream, me
         gradient = engine.accumulate(batches)
         if step == 0:
             evidence.gradients = _whole(engine.gradients(), mesh)
+        evidence.objectives.append(float(gradient.total.objective))
+        evidence.learning_rates.append(schedule(step))
         result = engine.apply(gradient, lr=schedule(step))
         if step == 0:
             evidence.first_update = _weights(engine, mesh)

@@ -12,11 +12,11 @@ from trainer.metrics.console import Console
 from trainer.prove.cases import all_cases, labels, reference, small, without_comparisons
 from trainer.prove.compare import compare
 from trainer.prove.pool import LocalRanks
+from trainer.prove.progress import LayoutProgress
 from trainer.prove.ranks import run_case
 from trainer.prove.report import Row, Table, write_json
+from trainer.prove.rounding import FLOORS, TOLERANCES
 
-TOLERANCES = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 0.05}
-"""Largest relative error that the order of sums explains."""
 _FIRST_STEPS = 5
 """Below float64 a near tie parts two correct trajectories sooner or later: so many steps are compared."""
 
@@ -56,7 +56,7 @@ def prove(
     config = ExperimentConfig.model_validate({**config.model_dump(), "train": train})
     with Console().progress_bar("reading text") as bar:
         build_corpus(config.data, progress=bar)
-    tolerance = TOLERANCES[dtype]
+    tolerance, floor = TOLERANCES[dtype], FLOORS[dtype]
     first_steps = None if dtype == "float64" else min(steps, _FIRST_STEPS)
     possible = all_cases(config, engines)
     cases = [case for case in possible if only is None or only in case.name]
@@ -65,21 +65,23 @@ def prove(
         raise ConfigError(f"--layouts: no layout has the text {only!r} in its name; there are\n  {names}")
     compared = "" if first_steps in (None, steps) else f", the first {first_steps} compared"
     found = labels(config)
-    rows = []
+    rows, progress, alone = [], LayoutProgress(len(cases)), reference(config)
     with closing(LocalRanks()) as ranks:
-        oracle = run_case(config, reference(config), ranks, steps=steps, timeout_s=timeout_s)
+        with progress.running(alone.name):
+            oracle = run_case(config, alone, ranks, steps=steps, timeout_s=timeout_s)
         table = Table(cases, compare(oracle, oracle, tolerance=tolerance).worst, labels=found)
         title = f"{config.name}: {len(cases)} layouts against one process, {steps} steps in {dtype}{compared}"
         table.head(title, tolerance=tolerance)
-        for case in cases:
+        for number, case in enumerate(cases, 1):
             try:
-                mine = run_case(config, case, ranks, steps=steps, timeout_s=timeout_s)
-                rows.append(Row(case=case, comparison=compare(mine, oracle, tolerance=tolerance, steps=first_steps)))
+                with progress.running(case.name, number):
+                    mine = run_case(config, case, ranks, steps=steps, timeout_s=timeout_s)
+                comparison = compare(mine, oracle, tolerance=tolerance, floor=floor, steps=first_steps)
+                rows.append(Row(case=case, comparison=comparison))
             except TurnoutError as error:
                 rows.append(Row(case=case, comparison=None, error=str(error)))
             table.line(rows[-1])
     table.foot(rows)
     if json_path is not None:
         write_json(json_path, rows, tolerance=tolerance, labels=found)
-    broken = [row for row in rows if row.comparison is None or not (row.comparison.is_equal or found)]
-    return 1 if broken else 0
+    return 0 if all(row.is_sound(found) for row in rows) else 1

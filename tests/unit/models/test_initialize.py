@@ -1,9 +1,18 @@
 """Initial weights: a function of seed, name and expert, with the stated spread."""
 
-import torch
+from typing import get_args
 
-from tests.builders import make_model, tiny_model_config
-from trainer.models.gpt import GPT
+import pytest
+import torch
+from torch import nn
+
+from tests.builders import make_engine, make_model, tiny_model_config
+from trainer.models.gpt import GPT, is_matrix, parameter_role
+from trainer.models.initialize import initialize
+from trainer.moe.routers.registry import RouterConfig
+from trainer.moe.routers.top_k import TopKRouter
+
+ROUTERS = [config.model_fields["kind"].default for config in get_args(get_args(RouterConfig)[0])]
 
 
 def _parameters(model: GPT) -> dict[str, torch.Tensor]:
@@ -42,3 +51,43 @@ def test_spreads_are_those_of_the_config_and_smaller_into_the_residual_stream() 
     assert abs(float(p["blocks.0.attention.out.weight"].std()) - 0.005) < 3e-4
     assert abs(float(p["blocks.0.ffn.experts.w_out"].std()) - 0.005) < 3e-4
     assert torch.equal(p["norm.weight"], torch.ones(64))
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_only_matrices_are_drawn_and_decayed_whatever_the_router(kind: str) -> None:
+    """A scale, a temperature or a bias that is drawn like a matrix starts anywhere, and decay pulls it to 0."""
+    experts = 1 if kind == "mixture_of_depths" else 4
+    model = {"num_experts": experts, "num_shared_experts": 1, "router": {"kind": kind}}
+    engine = make_engine(tiny_model_config(model, qk_norm=True, init_std=0.3), weight_decay=0.1)
+    decayed = {id(p): group["weight_decay"] > 0 for group in engine.optimizer.param_groups for p in group["params"]}
+    stated = {
+        f"{prefix}.{name}": value
+        for prefix, module in engine.model.named_modules()
+        for name, value in getattr(module, "initial_values", {}).items()
+    }
+    assert stated.keys() <= engine.parameters.keys()
+    for name, parameter in engine.parameters.items():
+        role = parameter_role(name)
+        assert decayed[id(parameter)] == (is_matrix(name, parameter) and role != "embedding"), name
+        if is_matrix(name, parameter):
+            assert parameter.dim() == (3 if role == "expert" else 2) and float(parameter.detach().std()) > 0.05, name
+        else:
+            start = 1.0 if role == "norm" else stated[name]
+            assert torch.equal(parameter, torch.full_like(parameter, start)), name
+
+
+def test_the_temperature_of_cosine_starts_at_what_its_source_says() -> None:
+    model = make_model(tiny_model_config({"router": {"kind": "cosine"}}, init_std=0.3))
+    names = [name for name in _parameters(model) if name.endswith("log_scale")]
+    assert len(names) == 2 and all(float(_parameters(model)[name]) == 0.0 for name in names)
+
+
+def test_a_bias_that_a_router_adds_starts_from_0_and_a_scale_from_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TopKRouter, "initial_values", {"scale": 2.0})
+    model = make_model(tiny_model_config())
+    router = model.moe_layers()[0].router
+    gate, scale, norm = nn.Linear(16, 4), nn.Parameter(torch.empty(4)), nn.LayerNorm(16, bias=False)
+    router.gate, router.scale, router.x_norm = gate, scale, norm
+    initialize(model, 0)
+    assert torch.equal(gate.bias, torch.zeros(4)) and float(gate.weight.detach().std()) > 0.1
+    assert torch.equal(scale, torch.full((4,), 2.0)) and torch.equal(norm.weight, torch.ones(16))

@@ -1,9 +1,19 @@
 """Learning rates at the steps that matter."""
 
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from trainer.optim.registry import WarmupCosineConfig, WarmupStableDecayConfig
-from trainer.optim.schedule import default_warmup
+from trainer.config import slots
+from trainer.config.loader import load
+from trainer.experiment import ExperimentConfig
+from trainer.optim.registry import ScheduleConfig, WarmupCosineConfig, WarmupStableDecayConfig
+from trainer.optim.schedule import warmup_of
+
+SHIPPED = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
 
 
 def test_warmup_rises_to_the_peak_and_the_cosine_ends_at_its_final_fraction() -> None:
@@ -29,5 +39,50 @@ def test_no_warmup_and_no_decay_are_possible() -> None:
 
 
 def test_warmup_that_is_not_configured_fits_any_run() -> None:
-    assert [default_warmup(n) for n in (1, 9, 40, 1000, 10**6)] == [0, 0, 4, 100, 100]
+    assert [warmup_of(None, n) for n in (1, 9, 40, 1000, 10**6)] == [0, 0, 4, 100, 100]
     assert WarmupCosineConfig(peak_lr=1.0).build(total_steps=40)(3) == 1.0
+
+
+def test_warmup_as_a_share_of_the_run_fits_any_run_and_a_number_is_taken_as_it_is() -> None:
+    assert [warmup_of(0.1, n) for n in (1, 4, 20, 500)] == [0, 0, 2, 50]
+    assert [warmup_of(0.999, n) for n in (1, 2, 500)] == [0, 1, 499]
+    assert [warmup_of(0.0, 10), warmup_of(0, 10), warmup_of(7, 10)] == [0, 0, 7]
+
+
+@pytest.mark.parametrize("config", slots.sections(ScheduleConfig), ids=lambda config: config.__name__)
+def test_no_schedule_jumps_whatever_its_options_are(config: Any) -> None:
+    """From one step to the next the rate moves by what its warmup or its decay takes, spread over their steps."""
+    peak, checked = 2.0, 0
+    shares = {"decay_fraction": (0.0, 0.01, 0.2, 0.5, 0.9, 1.0), "final_fraction": (0.0, 0.3, 1.0)}
+    names = [name for name in shares if name in config.model_fields]
+    combinations = list(itertools.product(*(shares[name] for name in names)))
+    for steps, values in itertools.product((1, 2, 3, 20, 100, 251), combinations):
+        for asked in (None, 0, 1, steps // 2, steps - 1, 0.05, 0.5, 0.999):
+            if isinstance(asked, int) and asked >= steps:
+                continue
+            chosen = dict(zip(names, values, strict=True))
+            lr = config(peak_lr=peak, warmup_steps=asked, **chosen).build(total_steps=steps)
+            rates = [lr(step) for step in range(steps + 3)]
+            assert all(0 <= rate <= peak for rate in rates), (steps, asked, chosen)
+            warmup = config(warmup_steps=asked).warmup(steps)
+            falls = round(chosen.get("decay_fraction", 1) * steps)
+            steepest = math.pi / 2 / max(1, min(falls, steps - 1 - warmup))  # that of a cosine in its middle
+            most = peak * max(1 / max(1, warmup), steepest)
+            jumps = [abs(b - a) for a, b in itertools.pairwise(rates)]
+            assert max(jumps) <= most * (1 + 1e-9), (steps, asked, chosen, max(jumps), most)
+            checked += 1
+    assert checked > 100
+
+
+def test_the_decay_of_a_short_run_begins_where_its_warmup_ends() -> None:
+    """The first thing that is tried, `train.steps=100` over a warmup of 50 and a decay of 0.9, fell by half at once."""
+    config = WarmupStableDecayConfig(peak_lr=1.0, warmup_steps=50, decay_fraction=0.9)
+    lr = config.build(total_steps=100)
+    assert [lr(49), lr(50), lr(74), lr(99)] == pytest.approx([1.0, 0.98, 0.5, 0.0])
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_config_can_be_tried_for_a_few_steps(path: Path) -> None:
+    for steps in (2, 20, 100):
+        config = load(path, [f"train.steps={steps}"], ExperimentConfig)
+        assert config.schedule.warmup(steps) <= steps / 5

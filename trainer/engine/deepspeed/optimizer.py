@@ -28,7 +28,7 @@ def describe_groups(
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        groups.setdefault((name in experts, is_decayed(name)), []).append(parameter)
+        groups.setdefault((name in experts, is_decayed(name, parameter)), []).append(parameter)
     return [
         {
             "params": members,

@@ -1,5 +1,8 @@
 """Top-k by direction: how well a projected token points where the expert does."""
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,13 +16,15 @@ _MOST = 100.0  # a temperature below 1 / 100 makes one-hot scores of float32
 class CosineRouter(TopKRouter):
     """Logits are cosines of the projected token with each expert's direction, times a learned factor.
 
-        logit_e = cos(W x, v_e) * min(100, 10 * exp(s))        s: learned, near 0 at first
+        logit_e = cos(W x, v_e) * min(100, 10 * exp(s))        s: learned, 0 at first
 
     Only directions count, which keeps token representations from collapsing onto the experts' rows.
 
     Source: X-MoE (Chi et al. 2022, arXiv 2204.09179), with its inverse temperature 10 exp(s) instead of 1 / tau,
     so that it stays positive.
     """
+
+    initial_values: ClassVar[Mapping[str, float]] = {"log_scale": 0.0}
 
     def __init__(self, config: CosineRouterConfig, *, d_model: int, num_experts: int, layer: int) -> None:
         self.d_proj = config.d_proj

@@ -42,6 +42,10 @@ class RouterOptions(Config):
         """How many experts that compute nothing a token can choose."""
         return getattr(self, "null_experts", 0)
 
+    def is_always_even(self, num_experts: int) -> bool:
+        """Tell whether every expert gets equally many tokens of every sequence in training, whatever scores are."""
+        return num_experts + self.num_null_experts == 1
+
     def experts_per_token(self, num_experts: int) -> float:
         """Return how many of the experts compute a token: the mean if it is set, else the most it can be."""
         return getattr(self, "top_k", num_experts)
@@ -99,6 +103,10 @@ class TopKOptions(JitterOptions):
     def weight_sum(self) -> float | None:
         """The scale, if weights are normalised."""
         return self.scale if self.normalize else None
+
+    def is_always_even(self, num_experts: int) -> bool:
+        """Tell whether every token takes every expert there is."""
+        return min(self.draw_top_k or [self.top_k]) == num_experts + self.null_experts
 
     def experts_per_token(self, num_experts: int) -> float:
         """Return how many of the experts compute a token when the load is even."""

@@ -19,6 +19,10 @@ class ExpertChoiceRouterConfig(AssignmentOptions):
 
     kind: Literal["expert_choice"] = "expert_choice"
 
+    def is_always_even(self, num_experts: int) -> bool:
+        """Return true: every expert takes as many as it has room for."""
+        return True
+
     def experts_per_token(self, num_experts: int) -> float:
         """Return the mean number, which grows with the room."""
         return min(num_experts, self.room * self.top_k)

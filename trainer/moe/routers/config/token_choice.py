@@ -59,6 +59,10 @@ class GShardRouterConfig(TopKOptions):
         if self.random_second and max(most for _, most in self.most_wanted()) == 1:
             yield Problem("random_second", "true has no effect where no token has a second expert; use false")
 
+    def is_always_even(self, num_experts: int) -> bool:
+        """Tell whether every token takes every expert there is, and lets none go."""
+        return super().is_always_even(num_experts) and not self.random_second
+
     @property
     def weight_sum(self) -> float | None:
         """The scale, if weights are normalised and none is let go."""
@@ -212,6 +216,10 @@ class DenseRouterConfig(RouterOptions):
     """Every expert for every token, weighted by the softmax of the scores: y = sum_i g_i(x) e_i(x)."""
 
     kind: Literal["dense"] = "dense"
+
+    def is_always_even(self, num_experts: int) -> bool:
+        """Return true."""
+        return True
 
     @property
     def weight_sum(self) -> float | None:

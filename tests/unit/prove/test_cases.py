@@ -1,0 +1,35 @@
+"""Which layouts a proof runs, and what it takes for not layout-invariant."""
+
+from typing import Any
+
+import pytest
+
+from trainer.experiment import ExperimentConfig
+from trainer.prove.cases import ENGINES, all_cases, as_config, reference
+
+
+def config_of(moe: dict[str, Any] | None, *, rows: int = 8, **sections: Any) -> ExperimentConfig:
+    """A config with so many rows in a step."""
+    values = {"name": "x", "model": {"moe": moe}, "train": {"global_batch_size": rows}, **sections}
+    return ExperimentConfig.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        None,
+        {"num_experts": 1, "router": {"kind": "mixture_of_depths"}},
+        {"num_experts": 6},
+        {"num_experts": 4, "capacity": {"factor": 1.0}},
+    ],
+    ids=["dense", "one expert", "dropless", "with a capacity"],
+)
+def test_no_layout_is_run_twice_however_many_rows_a_step_has(moe: dict[str, Any] | None) -> None:
+    for rows in range(1, 17):
+        config = config_of(moe, rows=rows)
+        for engines in (None, ["native"], ["deepspeed", "deepspeed"], list(ENGINES)):
+            cases = all_cases(config, engines)
+            assert len({*cases}) == len({case.name for case in cases}) == len(cases), (rows, engines)
+            assert reference(config) not in cases, (rows, engines)
+            layouts = [(case.world_size, as_config(config, case).model_dump_json()) for case in cases]
+            assert len({*layouts}) == len(cases), (rows, engines)

@@ -1,0 +1,167 @@
+"""What counts as a difference between two layouts, and what it is called."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from trainer.prove.cases import Case
+from trainer.prove.compare import Comparison, compare
+from trainer.prove.evidence import Evidence
+from trainer.prove.report import Row
+from trainer.prove.rounding import FLOORS, TOLERANCES
+
+HEAD, GATE, BIAS = "head.weight", "blocks.0.ffn.router.gate.weight", "blocks.0.ffn.router.bias"
+EXPERTS = "blocks.0.ffn.experts.w_in"
+
+
+def weights(shift: float = 0.0) -> dict[str, Tensor]:
+    names = {HEAD: (2, 2), GATE: (2, 2), EXPERTS: (2, 2, 2), BIAS: (2,)}
+    return {name: torch.full(shape, 0.5 + shift, dtype=torch.float64) for name, shape in names.items()}
+
+
+def gradients(scale: float = 1.0) -> dict[str, Tensor]:
+    return {name: scale * torch.full_like(w, 0.3) for name, w in weights().items() if name != BIAS}
+
+
+def evidence(**changes: Any) -> Evidence:
+    """Of three steps in float64, as one process has it."""
+    return replace(
+        Evidence(
+            losses=[2.0, 1.9, 1.8],
+            balance_losses=[1.0, 1.0, 1.0],
+            objectives=[2.01, 1.91, 1.81],
+            grad_norms=[1.0, 1.0, 1.0],
+            counts=[torch.tensor([[5, 3]])] * 3,
+            start=weights(),
+            gradients=gradients(),
+            first_update=weights(0.001),
+            last_update=weights(0.003),
+            learning_rates=[1e-3] * 3,
+            adam_eps=1e-8,
+        ),
+        **changes,
+    )
+
+
+def compared(mine: dict[str, Any], theirs: dict[str, Any] | None = None, *, dtype: str = "float64") -> Comparison:
+    tolerance, floor = TOLERANCES[dtype], FLOORS[dtype]
+    return compare(evidence(**mine), evidence(**(theirs or {})), tolerance=tolerance, floor=floor)
+
+
+def with_gradient(name: str, value: float) -> dict[str, Tensor]:
+    return gradients() | {name: torch.full_like(weights()[name], value)}
+
+
+def with_weight(name: str, value: float) -> dict[str, Tensor]:
+    return weights(0.001) | {name: torch.full_like(weights()[name], value)}
+
+
+NOTHING = {"objectives": [1.2, 1.9, 1.8], "losses": [0.0, 1.9, 1.8]}
+"""A step without targets under a load that is even: what is left of the gradient is rounding."""
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs"),
+    [
+        pytest.param(
+            {**NOTHING, "grad_norms": [2e-16, 1.0, 1.0], "gradients": gradients(1e-16)},
+            {**NOTHING, "grad_norms": [1e-16, 1.0, 1.0], "gradients": gradients(-3e-16)},
+            id="a step without targets",
+        ),
+        pytest.param(
+            {"objectives": [2.0, 1.2, 2.0], "grad_norms": [1.0, 1e-16, 1.0]},
+            {"objectives": [2.0, 1.2, 2.0], "grad_norms": [1.0, 2e-16, 1.0]},
+            id="a later step without targets",
+        ),
+        pytest.param(
+            {"gradients": with_gradient(GATE, 3e-17)}, {"gradients": with_gradient(GATE, -1e-16)}, id="one weight"
+        ),
+        pytest.param(
+            {"extra_losses": [1e-17, 0.0, 3e-17]}, {"extra_losses": [3e-17, 1e-17, 0.0]}, id="a variation of 0"
+        ),
+        pytest.param({"losses": [2.0, 1e-6, 1e-6 + 1e-14]}, {"losses": [2.0, 1e-6, 1e-6]}, id="a text known by heart"),
+        pytest.param(
+            {**NOTHING, "gradients": gradients(1e-16), "first_update": with_weight(HEAD, 1e-10)},
+            {**NOTHING, "gradients": gradients(1e-16), "first_update": with_weight(HEAD, 2e-10)},
+            id="a weight of 0 that AdamW moves by rounding",
+        ),
+    ],
+)
+def test_what_rounding_alone_can_do_is_equal(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
+    found = compared(mine, theirs)
+    assert found.is_equal, found
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("share", [1e-2, 1e-4, 1e-6])
+def test_a_small_gradient_that_is_wrong_by_a_factor_of_two_is_a_difference(dtype: str, share: float) -> None:
+    found = compared(
+        {"gradients": with_gradient(GATE, 2 * share)}, {"gradients": with_gradient(GATE, share)}, dtype=dtype
+    )
+    assert found.first_different == f"gradient of {GATE}"
+    assert found.cause is not None and "router gradients are 2 times those of one process" in found.cause
+
+
+@pytest.mark.parametrize(
+    ("mine", "first"),
+    [
+        pytest.param({"losses": [2.0 + 1e-8, 1.9, 1.8]}, "loss of step 1", id="loss"),
+        pytest.param({"losses": [float("nan"), 1.9, 1.8]}, "loss of step 1", id="not a number"),
+        pytest.param({"grad_norms": [1.0 + 1e-8, 1.0, 1.0]}, "norm of step 1", id="norm"),
+        pytest.param({"gradients": gradients(1 + 1e-8)}, f"gradient of {EXPERTS}", id="gradient"),
+        pytest.param({"gradients": gradients(0.0)}, f"gradient of {EXPERTS}", id="no gradient"),
+        pytest.param(
+            {"gradients": with_gradient(GATE, float("nan"))}, f"gradient of {GATE}", id="no number of one weight"
+        ),
+        pytest.param({"first_update": weights(0.001 + 1e-8)}, f"{HEAD} after step 1", id="update"),
+        pytest.param({"last_update": weights(0.003 + 1e-8)}, f"{HEAD} after step 3", id="last update"),
+    ],
+)
+def test_what_rounding_cannot_do_is_a_difference(mine: dict[str, Any], first: str) -> None:
+    assert compared(mine).first_different == first
+    assert compared({}).is_equal
+
+
+def test_only_flips_that_were_counted_up_to_the_difference_are_named() -> None:
+    later = {"losses": [2.0, 1.9, 1.7]}
+    cause = compared(later).cause
+    assert cause is not None and "near tie" not in cause and "no choice fell the other way up to step 3" in cause
+    flipped = [torch.tensor([[5, 3]]), torch.tensor([[3, 5]]), torch.tensor([[4, 4]])]
+    cause = compared({**later, "counts": flipped}).cause
+    assert cause is not None and "near tie" in cause and "2 choices in step 2" in cause
+    after = {"grad_norms": [1.0, 1.1, 1.0], "counts": [torch.tensor([[5, 3]])] * 2 + [torch.tensor([[3, 5]])]}
+    found = compared(after)
+    assert found.flips == 2 and found.first_different == "norm of step 2"
+    assert found.cause is not None and "near tie" not in found.cause and "up to step 2" in found.cause
+
+
+def test_steps_that_adamw_makes_of_rounding_are_named() -> None:
+    """In float32 rounding is as large as eps: then weights go anywhere, and losses part from the second step on."""
+    nothing = {**NOTHING, "gradients": gradients(1e-9), "grad_norms": [1e-9, 1.0, 1.0]}
+    moved = weights(-0.0005) | {BIAS: weights(0.001)[BIAS]}
+    mine = {**nothing, "gradients": gradients(-1e-9), "first_update": moved, "losses": [0.0, 1.8, 1.8]}
+    found = compared(mine, nothing, dtype="float32")
+    assert found.first_different == "loss of step 2"
+    assert found.cause is not None and "nothing but rounding" in found.cause and "optim.eps 1e-08" in found.cause
+
+
+def test_a_loss_that_is_0_in_one_process_is_named_without_a_factor() -> None:
+    found = compared({"extra_losses": [0.5, 0.5, 0.5]}, {"extra_losses": [0.0, 0.5, 0.5]})
+    assert found.cause is not None and "the sum of further losses is 0.5, and 0 in one process" in found.cause
+
+
+def test_a_label_explains_losses_but_neither_copies_that_part_nor_other_starting_values() -> None:
+    labelled = ["model.moe.balance.scope: micro_batch (balance_loss)"]
+
+    def is_sound(**mine: Any) -> bool:
+        return Row(case=Case(micro_batch_size=1), comparison=compared(mine)).is_sound(labelled)
+
+    assert is_sound(balance_losses=[1.1, 1.1, 1.1]) and is_sound()
+    assert not is_sound(balance_losses=[1.1, 1.1, 1.1], disagreements=[HEAD])
+    assert not is_sound(balance_losses=[1.1, 1.1, 1.1], start=weights(0.1))
+    assert not Row(case=Case(micro_batch_size=1), comparison=None, error="lost").is_sound(labelled)
+    unlabelled = Row(case=Case(micro_batch_size=1), comparison=compared({"balance_losses": [1.1, 1.1, 1.1]}))
+    assert not unlabelled.is_sound([]) and replace(unlabelled, comparison=compared({})).is_sound([])

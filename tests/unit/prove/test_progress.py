@@ -1,0 +1,50 @@
+"""Which layout is running: a line each in a log, one that changes on a terminal, nothing on standard output."""
+
+import io
+
+import pytest
+
+from trainer.prove.progress import LayoutProgress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def shown(stream: io.StringIO) -> str:
+    """What two layouts and what they are compared with leave on a stream; each takes 40 seconds."""
+    seconds = iter(range(0, 400, 40))
+    progress = LayoutProgress(2, file=stream, clock=lambda: next(seconds))
+    with progress.running("1 rank, rows by 8"):
+        pass
+    for number, name in enumerate(("1 rank, rows by 4", "2 ranks, ep 1, rows by 4"), 1):
+        with progress.running(name, number):
+            pass
+    return stream.getvalue()
+
+
+def test_a_log_has_a_line_for_each_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown(io.StringIO()).splitlines() == [
+        "0 of 2: 1 rank, rows by 8, which the others are compared with, after 40s",
+        "1 of 2: 1 rank, rows by 4, after 1m 20s",
+        "2 of 2: 2 ranks, ep 1, rows by 4, after 2m 00s",
+    ]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("kind", ["xterm-256color", "dumb"])
+def test_a_terminal_has_a_line_that_changes_and_goes_unless_it_cannot(
+    kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TERM", kind)
+    monkeypatch.setenv("COLUMNS", "100")
+    text = shown(Terminal())
+    assert "1 of 2: 1 rank, rows by 4, after 1m 20s" in text and "2 of 2: 2 ranks" in text
+    assert ("\x1b[2K" in text) == (kind != "dumb")  # wiped away
+    assert capsys.readouterr().out == ""
+
+
+def test_an_error_of_a_layout_comes_through() -> None:
+    with pytest.raises(RuntimeError, match="lost"), LayoutProgress(1, file=io.StringIO()).running("1 rank", 1):
+        raise RuntimeError("lost")
