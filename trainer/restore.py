@@ -13,6 +13,7 @@ from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.kept_tokenizer import tokenizer_of
 from trainer.checkpoint.load import Found, find, find_newest
 from trainer.checkpoint.run_folder import RunFolder, check_belongs
+from trainer.checkpoint.tensor_file import check_numbers
 from trainer.config.dump import changed_keys, short
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.distributed import runtime
@@ -89,6 +90,15 @@ def _moved(found: Found, run: Run) -> str:
     return f" ({', '.join(changes)})" if changes else ""
 
 
+def _find_sound(checkpoints: CheckpointFolder, step: int) -> Found:
+    found = find(checkpoints, step)
+    try:
+        check_numbers(found.path, found.manifest.files)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; use the checkpoint of another step") from None
+    return found
+
+
 def load_trained(
     config: ExperimentConfig, folder: RunFolder, *, step: int | None, warn: Callable[[str], None]
 ) -> tuple[Engine, Tokenizer, Found]:
@@ -100,7 +110,7 @@ def load_trained(
         CheckpointError: if there is none, or it is damaged or of another model.
     """
     checkpoints, mesh = CheckpointFolder(folder.checkpoints), Mesh.of_one()
-    found = find_newest(checkpoints, mesh.world, warn=warn) if step is None else find(checkpoints, step)
+    found = find_newest(checkpoints, mesh.world, warn=warn) if step is None else _find_sound(checkpoints, step)
     if found is None:
         raise CheckpointError(f"{folder.checkpoints}: has no checkpoint; train first")
     check_record(found)

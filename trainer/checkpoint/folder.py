@@ -15,6 +15,7 @@ from pathlib import Path
 
 from trainer import faults
 from trainer.checkpoint.manifest import Manifest, OtherFormat, check_file, read_manifest
+from trainer.checkpoint.tensor_file import check_numbers
 from trainer.durable import sync_folder
 from trainer.errors import CheckpointError, ResourceError
 
@@ -135,7 +136,7 @@ class CheckpointFolder:
         faults.hit("remove.done")
 
     def note_sound(self, step: int) -> None:
-        """Remember that a checkpoint was checked and found whole, as long as nobody touches it."""
+        """Remember that a checkpoint was checked and found sound, as long as nobody touches it."""
         self._checked[step] = _signature(self.of_step(step)), None
 
     def manifest(self, step: int) -> Manifest:
@@ -152,7 +153,7 @@ class CheckpointFolder:
         return manifest
 
     def check(self, step: int) -> Manifest:
-        """Read all of a checkpoint.
+        """Read all of a checkpoint, and see that its bytes are those that were written.
 
         Raises:
             CheckpointError: if it is damaged.
@@ -161,13 +162,12 @@ class CheckpointFolder:
         manifest = self.manifest(step)
         for name, stated in manifest.files.items():
             check_file(self.of_step(step), name, stated)
-        self.note_sound(step)
         return manifest
 
     def wrong(self, step: int) -> str | None:
         """Return why a checkpoint is not sound, or None; one that was checked and not touched since is not read again.
 
-        Those of which this returns None are whole to the last byte.
+        Those of which this returns None are whole to the last byte, and every number in them is finite.
 
         Raises:
             OtherFormat: if another version wrote it: this one cannot tell.
@@ -178,16 +178,17 @@ class CheckpointFolder:
         if checked == signature:
             return reason
         try:
-            self.check(step)
+            check_numbers(self.of_step(step), self.check(step).files)
         except OtherFormat:
             raise
         except CheckpointError as error:
             self._checked[step] = signature, str(error)
             return str(error)
+        self.note_sound(step)
         return None
 
     def is_sound(self, step: int) -> bool:
-        """Tell whether a checkpoint is whole, and log once why it is not, or that it cannot be told now."""
+        """Tell whether a checkpoint is sound, and log once why it is not, or that it cannot be told now."""
         known = self._checked.get(step)
         try:
             reason = self.wrong(step)
@@ -197,6 +198,10 @@ class CheckpointFolder:
         if reason is not None and self._checked.get(step) != known:
             _log.warning("%s", reason)
         return reason is None
+
+    def newest_sound(self) -> Path | None:
+        """Return the newest sound checkpoint; None if there is none."""
+        return next((self.of_step(step) for step in reversed(self.steps()) if self.is_sound(step)), None)
 
     def outdated(self, *, newest: int) -> list[int]:
         """Return the steps that nobody needs any more, once `newest` is safe.

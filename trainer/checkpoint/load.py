@@ -8,6 +8,7 @@ from typing import Any
 from trainer import faults
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import Manifest, OtherFormat, check_file
+from trainer.checkpoint.tensor_file import check_numbers
 from trainer.distributed.collectives import Group
 from trainer.distributed.layout import named
 from trainer.distributed.together import meet
@@ -16,7 +17,7 @@ from trainer.errors import CheckpointError, ResourceError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """A checkpoint whose files were checked."""
+    """A checkpoint whose bytes are those that were written."""
 
     path: Path
     manifest: Manifest
@@ -63,7 +64,7 @@ def find_newest(folder: CheckpointFolder, group: Group, *, warn: Callable[[str],
 
 
 def find(folder: CheckpointFolder, step: int) -> Found:
-    """Return the checkpoint of one step, checked by this process alone.
+    """Return the checkpoint of one step, its bytes checked by this process alone.
 
     Raises:
         CheckpointError: if it is missing or damaged.
@@ -78,6 +79,7 @@ def _check(folder: CheckpointFolder, step: int, group: Group) -> Found | str:
         manifest = folder.manifest(step)
         for name in sorted(manifest.files)[group.index :: group.size]:
             check_file(path, name, manifest.files[name])
+            check_numbers(path, [name])
     except (CheckpointError, ResourceError) as error:
         wrong = error
     faults.hit("resume.checked")
