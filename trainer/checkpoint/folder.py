@@ -20,6 +20,7 @@ from trainer.durable import sync_folder
 from trainer.errors import CheckpointError, ResourceError
 
 _NAME = re.compile(r"step_([0-9]{8,18})")
+_LEFT = re.compile(r"\.(tmp|trash)-step_[0-9]{8,18}")
 _log = logging.getLogger(__name__)
 
 Signature = tuple[tuple[str, int, int], ...]
@@ -93,7 +94,7 @@ class CheckpointFolder:
         temporary, final = self.temporary(step), self.of_step(step)
         sync_folder(temporary)
         faults.hit("save.folder_synced")
-        if final.exists():  # a damaged one that this run was not resumed from
+        if os.path.lexists(final):  # a damaged one that this run was not resumed from, or no folder at all
             self.remove(step)
         faults.hit("save.before_rename")
         temporary.rename(final)
@@ -111,14 +112,14 @@ class CheckpointFolder:
         """Return what a killed run left half-written or half-removed; beside a running one also what it is writing."""
         if not self.path.is_dir():
             return []
-        return sorted(entry for entry in self.path.iterdir() if entry.name.startswith((".tmp-", ".trash-")))
+        return sorted(entry for entry in self.path.iterdir() if _LEFT.fullmatch(entry.name))
 
     def clean(self) -> None:
         """Remove what a killed run left half-written or half-removed. Only for who holds the run's lock."""
         for entry in self.leftovers():
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)
-            else:  # not ours, and in the way of a save
+            else:  # no folder, and in the way of a save
                 with suppress(OSError):
                     entry.unlink()
 
