@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib
 import io
 import json
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -18,6 +20,7 @@ import torch
 from tests.end_to_end.test_cli import CONFIG, _environment, refused, run
 from tests.saved import load
 from tests.unit.checkpoint.test_manifest import rewrite
+from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.cli import main
 
@@ -256,4 +259,38 @@ def test_a_run_that_diverges_ends_with_6_and_a_line(workplace: Path) -> None:
     assert not (workplace / "runs/div1e38/checkpoints").exists()
     refused(
         turnout(workplace, "generate", "runs/div1e30"), 6, r"step_00000002: token 0: .*; use the checkpoint of another"
+    )
+
+
+PLACES = {
+    "as it is listed": "trainer.checkpoint.folder.read_manifest",
+    "as it is hashed": "trainer.checkpoint.load.check_file",
+    "as its numbers are looked at": "trainer.checkpoint.load.check_numbers",
+    "while the model is made": "trainer.restore.build_model",
+    "as its tensors are read": "trainer.checkpoint.files.open_tensors",
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_where_a_run_removes_the_newest_meanwhile_the_next_one_is_taken(
+    workplace: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = CheckpointFolder(workplace / "runs/tiny/checkpoints")
+    module, _, name = PLACES[place].rpartition(".")
+    act = getattr(importlib.import_module(module), name)
+
+    def remove_first(*arguments: Any, **options: Any) -> Any:
+        if 20 in folder.steps():
+            folder.remove(20)
+        return act(*arguments, **options)
+
+    monkeypatch.setattr(f"{module}.{name}", remove_first)
+    said = r"step_00000020: was removed while it was read, by a run that trains; using step 15 instead"
+    result = turnout(workplace, "generate", "runs/tiny", "--prompt", "It", "--max-tokens", "3", "--seed", "1")
+    assert result.returncode == 0 and re.search(said, _joined(result.stderr)), result.stderr
+    again = turnout(workplace, "generate", "runs/tiny", "--prompt", "It", "--max-tokens", "3", "--seed", "1")
+    assert (again.stdout, again.stderr) == (result.stdout, "")
+    folder.of_step(15).rename(folder.of_step(20))
+    refused(
+        turnout(workplace, "eval", "runs/tiny", "--step", "20"), 4, r"step_00000020: (was removed while|is damaged)"
     )

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from trainer.checkpoint.manifest import unreadable
 from trainer.errors import CheckpointError, first_line
 
 _LARGEST_HEADER_BYTES = 16 << 20
@@ -47,9 +48,13 @@ def check_numbers(folder: Path, files: Iterable[str]) -> None:
 
     Raises:
         CheckpointError: naming the first tensor with a number that is not finite.
+        ResourceError: if this process cannot read them now.
     """
     for file in files:
-        name = _first_not_finite(folder / file)
+        try:
+            name = _first_not_finite(folder / file)
+        except OSError as error:
+            raise unreadable(folder / file, error) from None
         if name is not None:
             raise CheckpointError(f"{folder}: {name} is not finite: the run had diverged when it was saved")
 
