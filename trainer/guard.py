@@ -1,6 +1,7 @@
 """What a run does about numbers that went wrong: skipped steps, loss spikes, copies that differ."""
 
 from trainer.checkpoint.copies import check_copies
+from trainer.checkpoint.finite import check_finite
 from trainer.engine.base import StepResult
 from trainer.errors import NumericsError
 from trainer.run import Run
@@ -49,6 +50,7 @@ def check_patience(run: Run, done: int, result: StepResult) -> None:
     if result.not_finite is None or run.skipped_in_a_row < run.config.train.max_consecutive_skips:
         return
     confirm_copies(run, done)  # the likely cause, where one rank alone is ill
+    check_finite(run.engine.state().slices, run.mesh.world, run.saver.folder, step=done)  # and where all are
     raise NumericsError(
         f"step {done}: {run.skipped_in_a_row} steps in a row are not finite, the last one because {result.not_finite}; "
         f"the weights are those of step {done - run.skipped_in_a_row - run.spikes.skipped_in_a_row}: lower "

@@ -11,8 +11,9 @@ from trainer.checkpoint.compatible import abridged, check_fits, check_model, che
 from trainer.checkpoint.files import StoredTensors
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.kept_tokenizer import tokenizer_of
-from trainer.checkpoint.load import Found, find, find_newest
+from trainer.checkpoint.load import Found, find, find_newest, removed_meanwhile
 from trainer.checkpoint.run_folder import RunFolder, check_belongs
+from trainer.checkpoint.tensor_file import check_numbers
 from trainer.config.dump import changed_keys, short
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.distributed import runtime
@@ -89,25 +90,49 @@ def _moved(found: Found, run: Run) -> str:
     return f" ({', '.join(changes)})" if changes else ""
 
 
+def _newest(checkpoints: CheckpointFolder, warn: Callable[[str], None]) -> Found:
+    found = find_newest(checkpoints, Mesh.of_one().world, warn=warn)
+    if found is None:
+        raise CheckpointError(f"{checkpoints.path}: has no checkpoint; train first")
+    return found
+
+
+def _find_sound(checkpoints: CheckpointFolder, step: int) -> Found:
+    found = find(checkpoints, step)
+    try:
+        check_numbers(found.path, found.manifest.files)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; use the checkpoint of another step") from None
+    return found
+
+
 def load_trained(
     config: ExperimentConfig, folder: RunFolder, *, step: int | None, warn: Callable[[str], None]
 ) -> tuple[Engine, Tokenizer, Found]:
     """Return an engine with the weights of a run's checkpoint, of `step` or the newest, all in this process.
 
-    The tokenizer is the one that the run keeps in its folder.
+    The tokenizer is the one that the run keeps in its folder. Where a run that trains removes the newest checkpoint
+    before it is read, the next one is taken.
 
     Raises:
         CheckpointError: if there is none, or it is damaged or of another model.
     """
     checkpoints, mesh = CheckpointFolder(folder.checkpoints), Mesh.of_one()
-    found = find_newest(checkpoints, mesh.world, warn=warn) if step is None else find(checkpoints, step)
-    if found is None:
-        raise CheckpointError(f"{folder.checkpoints}: has no checkpoint; train first")
+    found = _newest(checkpoints, warn) if step is None else _find_sound(checkpoints, step)
     check_record(found)
     tokenizer = tokenizer_of(folder, config.data, fingerprint=found.run["tokenizer_fingerprint"])
     device = runtime.start(config.parallel.device)
     config = resolve_kernel(in_one_process(config), device)
     model = build_model(config, tokenizer, mesh, device, warn=warn)
     engine = config.engine.build(model, config.optim, numerics(config), mesh)
-    _load_state(found, engine, config, tokenizer)
-    return engine, tokenizer, found
+    while True:
+        try:
+            _load_state(found, engine, config, tokenizer)
+        except CheckpointError as error:
+            removed = removed_meanwhile(found.path)
+            if removed is None or step is not None:
+                raise CheckpointError(removed or str(error)) from None
+            found = _newest(checkpoints, warn)
+            warn(f"{removed}; using step {found.step} instead")
+        else:
+            return engine, tokenizer, found

@@ -106,7 +106,9 @@ class StatusFile:
         temporary = self.path.with_name(f".{self.path.name}")
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(asdict(self.status)) + "\n")
+            temporary.unlink(missing_ok=True)  # of a killed run, perhaps shared with a snapshot; or no file at all
+            with temporary.open("x") as file:
+                file.write(json.dumps(asdict(self.status)) + "\n")
             temporary.replace(self.path)
 
 

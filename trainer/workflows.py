@@ -26,7 +26,7 @@ from trainer.distributed.mesh import Mesh, joined
 from trainer.distributed.signals import StopRequest
 from trainer.distributed.together import raise_together
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
-from trainer.errors import PREEMPTED, CommError, ConfigError, TurnoutError
+from trainer.errors import PREEMPTED, CommError, ConfigError, NumericsError, TurnoutError
 from trainer.evaluation.examination import Examination
 from trainer.evaluation.shown import summary_of
 from trainer.experiment import ExperimentConfig
@@ -106,11 +106,14 @@ def train_run(
             run.trackers.exit_code = PREEMPTED
             return PREEMPTED
         faults.hit("end.trained")
-        prompt, sample = _sample(run)  # every rank takes part: it needs everyone's experts
+        prompt, sample, speechless = _sample(run)  # every rank takes part: it needs everyone's experts
         if layout.rank == 0:
             faults.hit("end.summary")
             console.summary(_summary(run, examination, prompt, sample))
         run.engine.close()
+        if speechless is not None:  # weights that are finite and too large for what is computed with them
+            step = max(run.start_step, config.train.steps)
+            raise NumericsError(f"{run.saver.folder.of_step(step)}: {speechless}") from None
     return 0
 
 
@@ -150,7 +153,7 @@ def start_from_deepspeed(
 def generate_text(config: ExperimentConfig, folder: RunFolder, options: GenerateOptions) -> int:
     """Stream a generated text to the terminal; return the exit code."""
     console = Console(file=sys.stderr)
-    engine, tokenizer, _ = load_trained(config, folder, step=options.step, warn=console.warning)
+    engine, tokenizer, found = load_trained(config, folder, step=options.step, warn=console.warning)
     if said := evaluation_warning(engine.model.moe_layers()):
         console.warning(said)
     # A prompt that is not UTF-8 arrives as surrogates; it is shown with replacement characters, and so read.
@@ -170,9 +173,13 @@ def generate_text(config: ExperimentConfig, folder: RunFolder, options: Generate
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # for a terminal that has no UTF-8
     print(text, end="", flush=True)
-    for token in tokens:
-        print(shown(streamer.feed(tokenizer.decode([token]))), end="", flush=True)
-    print(shown(streamer.flush()))
+    try:
+        for token in tokens:
+            print(shown(streamer.feed(tokenizer.decode([token]))), end="", flush=True)
+    except NumericsError as error:
+        raise NumericsError(f"{found.path}: {error}; use the checkpoint of another step (--step)") from None
+    finally:
+        print(shown(streamer.flush()))
     return 0
 
 
@@ -247,8 +254,8 @@ def _as_trained(prompt: list[int], config: ExperimentConfig, tokenizer: Tokenize
     return [tokenizer.end_of_document, *prompt] if config.data.packing == "whole" or not prompt else prompt
 
 
-def _sample(run: Run) -> tuple[str, str]:
-    """Return the first held-out bytes of a domain and what the model makes of them."""
+def _sample(run: Run) -> tuple[str, str, NumericsError | None]:
+    """Return the first held-out bytes of a domain, what the model makes of them, and why it says no more."""
     corpus, world = run.corpus, run.mesh.world
     prompt = corpus.validation[0].tokens[:_SAMPLE_PROMPT_TOKENS].tolist()
     prompt = _as_trained(prompt, run.config, corpus.tokenizer)
@@ -261,7 +268,11 @@ def _sample(run: Run) -> tuple[str, str]:
         stop_token=corpus.tokenizer.end_of_document,
         agree=lambda token: int(world.broadcast_(torch.tensor([token], device=world.device))),
     )
-    with run.engine.autocast():
-        written = list(tokens)
+    written, speechless = list[int](), None
+    try:
+        with run.engine.autocast():
+            written.extend(tokens)
+    except NumericsError as error:
+        speechless = error
     decode = corpus.tokenizer.decode
-    return decode(prompt).decode("utf-8", "replace"), decode(written).decode("utf-8", "replace")
+    return decode(prompt).decode("utf-8", "replace"), decode(written).decode("utf-8", "replace"), speechless

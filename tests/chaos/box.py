@@ -6,17 +6,16 @@ base/
   box/              where the command runs: tiny.yaml text.txt runs/tiny/ .cache/
 """
 
-import hashlib
 import os
 import resource
 import shutil
-import stat
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests import warm
+from tests.folders import content_of
 
 TIMEOUT_S = 60.0
 
@@ -120,7 +119,7 @@ class Boxes:
 
     def run(self, box: Box, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Outcome:
         """Run a command in a box, in a process of its own, and see what it did."""
-        before = _snapshot(box.base)
+        before = content_of(box.base)
         report = box.base.with_name("report")
         shutil.rmtree(report, ignore_errors=True)
         report.mkdir()
@@ -131,7 +130,7 @@ class Boxes:
         if hangs:
             process.kill()
             process.join()
-        after, grown = _snapshot(box.base), report / "grown"
+        after, grown = content_of(box.base), report / "grown"
         return Outcome(
             code=None if hangs else process.exitcode,
             output=(report / "output").read_text(errors="replace"),
@@ -160,20 +159,3 @@ def _work(cwd: Path, report: Path, arguments: list[str], environment: dict[str, 
 
 def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _snapshot(base: Path) -> dict[str, object]:
-    """Return what is at every path; a link is what it names, and never followed."""
-    found: dict[str, object] = {}
-    for folder, folders, files in os.walk(base):
-        for name in [*folders, *files]:
-            path = Path(folder) / name
-            status = path.lstat()
-            what: object = stat.S_IFMT(status.st_mode)
-            if path.is_symlink():
-                what = str(path.readlink())
-            elif stat.S_ISREG(status.st_mode):
-                large = status.st_size > 1 << 20  # then its time tells enough
-                what = status.st_mtime_ns if large else hashlib.sha256(path.read_bytes()).hexdigest()
-            found[str(path.relative_to(base))] = what
-    return found

@@ -6,8 +6,11 @@ from pathlib import Path
 
 from tests.chaos.box import Box
 from tests.chaos.hostile_checkpoints import pickled
+from tests.folders import hard_linked
 
 MORE = ["train", "tiny.yaml", "train.steps=5"]
+SEEN = "steps_00000004-00000004_rank00000"
+KEEPS_ALL = [*MORE, "metrics.tensorboard=true", "profile={start: 4, steps: 1}"]
 PRUNE = ["checkpoint", "prune", "runs/tiny", "--damaged"]
 REFUSED, GOES_ON = {2, 3, 4}, {0}
 
@@ -104,6 +107,35 @@ def _file(path: Path, box: Box) -> None:
     path.write_text("x")
 
 
+def _snapshot(box: Box) -> None:
+    """A copy of the run by `cp -al`, with what a killed run leaves, beside what nothing may change."""
+    left = {
+        "status/.rank00000.json",
+        "metrics.jsonl.tmp",
+        ".start",
+        f"profile/{SEEN}.txt",
+        "checkpoints/.tmp-step_00000005/x",
+    }
+    for name in left:
+        (box.run / name).parent.mkdir(exist_ok=True)
+        (box.run / name).write_text("not finished")
+    hard_linked(box.run, box.outside / "snapshot")
+
+
+def _below(name: str, make: Callable[[Path, Box], object]) -> Callable[[Box], object]:
+    """The same as `_instead`, in a folder that need not be there."""
+
+    def prepare(box: Box) -> None:
+        (box.run / name).parent.mkdir(exist_ok=True)
+        _instead(name, make)(box)
+
+    return prepare
+
+
+def _nowhere(path: Path, box: Box) -> None:
+    path.symlink_to(box.outside / "not_there")
+
+
 CASES: dict[str, tuple[Callable[[Box], object], list[str], set[int]]] = {
     # logs of a run that goes on
     "log with lines that are no records": (lambda box: _log(_NO_RECORDS + pickled(box) + b"\n")(box), MORE, GOES_ON),
@@ -143,6 +175,14 @@ CASES: dict[str, tuple[Callable[[Box], object], list[str], set[int]]] = {
     ),
     "config a pipe": (_instead("config.yaml", _pipe), ["eval", "runs/tiny"], REFUSED),
     "config a device": (_instead("config.yaml", _device), ["eval", "runs/tiny"], REFUSED),
+    "status a link": (_instead("status/rank00000.json", _link), MORE, GOES_ON),
+    "what a status is written in, a link": (_instead("status/.rank00000.json", _link), MORE, GOES_ON),
+    "what a status is written in, a pipe": (_instead("status/.rank00000.json", _pipe), MORE, GOES_ON),
+    "tables of a profile a link": (_below(f"profile/{SEEN}.txt", _link), KEEPS_ALL, GOES_ON),
+    "a trace a link to nowhere": (_below(f"profile/{SEEN}.json.gz", _nowhere), KEEPS_ALL, GOES_ON),
+    "a snapshot by hard links": (_snapshot, KEEPS_ALL, GOES_ON),
+    "a snapshot by hard links, to prune": (_snapshot, PRUNE, GOES_ON),
+    "a snapshot by hard links, to evaluate": (_snapshot, ["eval", "runs/tiny"], GOES_ON),
     # names among the checkpoints
     "names that are links": (
         lambda box: (
@@ -164,6 +204,7 @@ CASES: dict[str, tuple[Callable[[Box], object], list[str], set[int]]] = {
     ),
     "a checkpoint that is a link, to prune": (_checkpoints("step_00000009", _to_outside), PRUNE, GOES_ON),
     "what is removed a link, to prune": (_checkpoints(".trash-step_00000009", _to_outside), PRUNE, GOES_ON),
+    "a checkpoint a link to nowhere": (_checkpoints("step_00000005", _nowhere), MORE, GOES_ON),
     "a number in other digits": (_checkpoints("step_" + 8 * "\u0669", _folder), MORE, GOES_ON),
     "a number of 18 digits": (_checkpoints("step_999999999999999999", _folder), PRUNE, GOES_ON),
     "a folder in the place of a checkpoint": (_checkpoints("step_00000005", _folder), MORE, GOES_ON),

@@ -1,19 +1,26 @@
 """The `checkpoint` verbs as a user runs them on a run that was trained."""
 
 import contextlib
+import hashlib
+import importlib
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from tests.end_to_end.test_cli import CONFIG, _environment, refused, run
 from tests.saved import load
+from tests.unit.checkpoint.test_manifest import rewrite
+from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.cli import main
 
@@ -38,6 +45,11 @@ def workplace(trained: Path, tmp_path: Path) -> Path:
 
 
 def checkpoint(workplace: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run an action of the verb."""
+    return turnout(workplace, "checkpoint", *arguments)
+
+
+def turnout(workplace: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a verb in this process, which has torch: most of a process of its own would be spent importing it."""
     output, error = io.StringIO(), io.StringIO()
     with (
@@ -46,7 +58,7 @@ def checkpoint(workplace: Path, *arguments: str) -> subprocess.CompletedProcess[
         contextlib.redirect_stderr(error),
         pytest.raises(SystemExit) as end,
     ):
-        main(["checkpoint", *arguments])
+        main(arguments)
     assert isinstance(end.value.code, int)
     return subprocess.CompletedProcess(arguments, end.value.code, output.getvalue(), error.getvalue())
 
@@ -60,6 +72,18 @@ def _damage(workplace: Path, step: int) -> None:
     data = bytearray(file.read_bytes())
     data[-7] ^= 4
     file.write_bytes(data)
+
+
+def _spoil(workplace: Path, step: int) -> None:
+    """Make a weight NaN, and the hashes right, as a run of an older version did that had diverged."""
+    folder = _checkpoint(workplace, step)
+    file = next(folder.glob("*.safetensors"))
+    tensors = safetensors.torch.load_file(file)
+    tensors["model.norm.weight"][3] = torch.nan
+    data = safetensors.torch.save(tensors)
+    file.write_bytes(data)
+    stated = {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    rewrite(folder, lambda values: values["files"].update({file.name: stated}))
 
 
 def _steps(workplace: Path) -> list[int]:
@@ -195,3 +219,78 @@ def test_what_is_no_run_is_one_line(workplace: Path) -> None:
     refused(checkpoint(workplace, "prune", "tiny.yaml", "name=none"), 4, r"runs/none: is no run folder")
     refused(checkpoint(workplace, "list", "runs/tiny", "name=x"), 2, r"is a folder, and overrides change a config")
     assert not (workplace / "runs/none").exists() and not (workplace / "out").exists()
+
+
+def test_weights_that_are_not_finite_are_a_line_to_every_verb(workplace: Path) -> None:
+    """Of a checkpoint that an older version saved as sound."""
+    _spoil(workplace, 20)
+    what = r"step_00000020: model\.norm\.weight is not finite: the run had diverged when it was saved"
+    for verb in (["eval"], ["generate", "--max-tokens", "3"]):
+        result = turnout(workplace, verb[0], "runs/tiny", *verb[1:])
+        assert result.returncode == 0 and re.search(f"{what}; using step 15 instead", _joined(result.stderr))
+        refused(
+            turnout(workplace, verb[0], "runs/tiny", *verb[1:], "--step", "20"), 4, f"{what}; use the checkpoint of"
+        )
+    assert re.search(what, checkpoint(workplace, "list", "runs/tiny", "--full").stdout)
+    assert checkpoint(workplace, "prune", "runs/tiny", "--keep", "1").stdout.endswith("1 sound: step_00000015\n")
+    _spoil(workplace, 15)
+    refused(turnout(workplace, "eval", "runs/tiny"), 4, f"{what}.*no other checkpoint is left")
+    assert _steps(workplace) == [15, 20]
+
+
+def _joined(text: str) -> str:
+    """Return a warning that was folded as one line."""
+    return re.sub(r"\n +", " ", text)
+
+
+def test_a_run_that_diverges_ends_with_6_and_a_line(workplace: Path) -> None:
+    """Its weights in a save; in the last screen, what is computed with weights that are only just finite."""
+    for lr, steps, line in (
+        (
+            "1e38",
+            "3",
+            r"^step 1: model\.embedding\.weight is not finite \(and \d+ more tensors\); nothing of it is saved",
+        ),
+        ("1e30", "2", r"^runs/div1e30/checkpoints/step_00000002: token \d+: the model's logits are not finite"),
+    ):
+        overrides = [f"name=div{lr}", f"schedule.peak_lr={lr}", "schedule.warmup_steps=0", f"train.steps={steps}"]
+        result = turnout(workplace, "train", "tiny.yaml", "checkpoint.every=1", "eval.every=null", *overrides)
+        refused(result, 6, line)
+    assert not (workplace / "runs/div1e38/checkpoints").exists()
+    refused(
+        turnout(workplace, "generate", "runs/div1e30"), 6, r"step_00000002: token 0: .*; use the checkpoint of another"
+    )
+
+
+PLACES = {
+    "as it is listed": "trainer.checkpoint.folder.read_manifest",
+    "as it is hashed": "trainer.checkpoint.load.check_file",
+    "as its numbers are looked at": "trainer.checkpoint.load.check_numbers",
+    "while the model is made": "trainer.restore.build_model",
+    "as its tensors are read": "trainer.checkpoint.files.open_tensors",
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_where_a_run_removes_the_newest_meanwhile_the_next_one_is_taken(
+    workplace: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = CheckpointFolder(workplace / "runs/tiny/checkpoints")
+    module, _, name = PLACES[place].rpartition(".")
+    act = getattr(importlib.import_module(module), name)
+
+    def remove_first(*arguments: Any, **options: Any) -> Any:
+        if 20 in folder.steps():
+            folder.remove(20)
+        return act(*arguments, **options)
+
+    monkeypatch.setattr(f"{module}.{name}", remove_first)
+    said = r"step_00000020: was removed while it was read, by a run that trains; using step 15 instead"
+    result = turnout(workplace, "generate", "runs/tiny", "--prompt", "It", "--max-tokens", "3", "--seed", "1")
+    assert result.returncode == 0 and re.search(said, _joined(result.stderr)), result.stderr
+    again = turnout(workplace, "generate", "runs/tiny", "--prompt", "It", "--max-tokens", "3", "--seed", "1")
+    assert (again.stdout, again.stderr) == (result.stdout, "")
+    folder.of_step(15).rename(folder.of_step(20))
+    refused(
+        turnout(workplace, "eval", "runs/tiny", "--step", "20"), 4, r"step_00000020: (was removed while|is damaged)"
+    )

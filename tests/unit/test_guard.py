@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ def _config(folder: Path, changes: Mapping[str, Mapping[str, Any]]) -> Experimen
         "metrics": {"log_every": 1},
     }
     for name, section in changes.items():
-        sections[name] = {**sections[name], **section}
+        sections[name] = {**sections.get(name, {}), **section}
     return ExperimentConfig.model_validate({"name": "tiny", "runs_dir": str(folder / "runs"), **sections})
 
 
@@ -165,6 +166,60 @@ def test_a_run_that_does_not_become_finite_ends_with_the_reason(ranks: Ranks, fo
         )
     assert [line[:14] for line in reports[0].said] == [f"step {step} skipped" for step in (2, 4, 5, 6)]
     assert _saved(folder) == []
+
+
+# --- states that are not finite ---------------------------------------------------------------------------------------
+
+W_IN, GATE = "blocks.0.ffn.experts.w_in", "blocks.0.ffn.router.gate.weight"
+ZERO = {"engine": {"kind": "deepspeed", "zero_stage": 2}}
+OF_GATE = f"optim.exp_avg_sq.{GATE}"
+SPOILED = {
+    "weights of an expert": ({"parallel": {"ep_size": 2}}, f"model.{W_IN}", [1], f"model.{W_IN} (expert 2 and 1 more)"),
+    "weights on all ranks": ({}, f"model.{GATE}", [0, 1], f"model.{GATE}"),
+    "a moment that spoils its weights": ({}, f"optim.exp_avg.{GATE}", [0, 1], f"model.{GATE}"),
+    "a moment in shards": ({"parallel": {"data": "shard"}}, OF_GATE, [1], OF_GATE),
+    "a moment of ZeRO": (ZERO, "optim.exp_avg_sq.embedding.weight", [1], "optim.exp_avg_sq.embedding.weight"),
+    "a router's bias": ({}, "model.blocks.0.ffn.router.bias", [0, 1], "model.blocks.0.ffn.router.bias"),
+}  # fmt: skip
+
+
+def _spoiled(folder: Path, changes: Mapping[str, Mapping[str, Any]], name: str, victims: list[int]) -> Report:
+    """`_run` on a rank, which saves every two steps; before step 4 a tensor of the victims' state is ill."""
+    mesh = mesh_here(ep_size=changes.get("parallel", {}).get("ep_size", 1))
+
+    def spoil(run: Run, step: int) -> None:
+        state = run.engine.state()  # on every rank: an engine may have to ask the others
+        if step == 4 and mesh.layout.rank in victims:
+            state.slices[name].tensor.fill_(math.inf)
+
+    return _run(folder, {**changes, "checkpoint": {"every": 2}}, mesh=mesh, before=spoil)
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_a_state_that_is_not_finite_ends_the_run_on_all_ranks_and_is_not_saved(
+    ranks: Ranks, folder: Path, case: str
+) -> None:
+    changes, name, victims, named = SPOILED[case]
+    errors = [report.error for report in ranks.run(2, _spoiled, folder, changes, name, victims)]
+    assert errors[0] is not None and errors[0] == errors[1]
+    where = "1" if victims == [1] else "[01]"
+    assert re.match(
+        rf"step 4: {re.escape(named)} is not finite on rank {where}( \(and \d+ more tensors?\))?; ", errors[0]
+    )
+    good = folder / "runs/tiny/checkpoints/step_00000002"
+    advice = f"the last good checkpoint is {good}: lower schedule.peak_lr and start again to go on from it"
+    assert errors[0].endswith(f"; nothing of it is saved; {advice}")
+    assert _saved(folder) == [good.name]
+
+
+def test_weights_that_are_why_no_step_is_finite_are_named(folder: Path) -> None:
+    def spoil(run: Run, step: int) -> None:
+        if step == 3:
+            run.engine.model.get_parameter(GATE).data[1, 2] = math.nan
+
+    changes = {"train": {"max_consecutive_skips": 2, "steps": 10, "global_batch_size": 4}}
+    report = _run(folder, changes, before=spoil)
+    assert report.error is not None and report.error.startswith(f"step 4: model.{GATE} is not finite; nothing of it")
 
 
 # --- copies that part -------------------------------------------------------------------------------------------------

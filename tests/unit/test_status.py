@@ -1,6 +1,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,6 +54,17 @@ def test_only_this_attempt_s_whole_files_are_believed(file: StatusFile) -> None:
     (folder / "other.json").write_text(file.path.read_text())
     assert list(read_statuses(folder, "mine")) == [1]
     assert read_statuses(folder, "another's") == {}
+
+
+@pytest.mark.parametrize("make", [os.link, os.symlink])
+def test_what_a_killed_rank_left_is_not_written_through(file: StatusFile, tmp_path: Path, make: Any) -> None:
+    (tmp_path / "other").write_text("mine")
+    file.path.parent.mkdir()
+    for name in (".rank00001.json", "rank00001.json"):
+        make(tmp_path / "other", file.path.parent / name)
+    file.enter("start-up")
+    assert (tmp_path / "other").read_text() == "mine"
+    assert list(read_statuses(file.path.parent, "mine")) == [1]
 
 
 def test_a_disk_that_refuses_stops_nothing(tmp_path: Path) -> None:

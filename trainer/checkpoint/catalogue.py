@@ -9,6 +9,7 @@ from typing import Any
 
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import MANIFEST, Manifest, check_file
+from trainer.checkpoint.tensor_file import check_numbers
 from trainer.config.nodes import shown
 from trainer.errors import CheckpointError, ResourceError
 
@@ -59,7 +60,7 @@ def entries(folder: CheckpointFolder, *, with_content: bool) -> Iterator[Entry]:
 
     Args:
         folder: of the run.
-        with_content: hash every byte, instead of comparing sizes.
+        with_content: hash every byte and look at every number, instead of comparing sizes.
     """
     for step in folder.steps():
         with suppress(FileNotFoundError):
@@ -72,6 +73,8 @@ def _entry(folder: CheckpointFolder, step: int, *, with_content: bool) -> Entry:
         manifest = folder.manifest(step)
         for name, stated in manifest.files.items():
             check_file(path, name, stated, with_content=with_content)
+        if with_content:
+            check_numbers(path, manifest.files)
     except (CheckpointError, ResourceError) as error:
         wrong = str(error)
     return Entry(

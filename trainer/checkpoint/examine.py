@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint.coverage import WEIGHT
-from trainer.checkpoint.files import StoredTensors, open_tensors
+from trainer.checkpoint.files import StoredTensors
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import MANIFEST, Manifest, StoredTensor, check_file, record_flaws
+from trainer.checkpoint.tensor_file import open_tensors
 from trainer.config.nodes import shown
 from trainer.errors import CheckpointError
 

@@ -13,16 +13,17 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from trainer import faults
 from trainer.checkpoint.manifest import DTYPES, Manifest, StoredFile, StoredSlice
 from trainer.checkpoint.state import Slice, TrainState
+from trainer.checkpoint.tensor_file import open_tensors
 from trainer.errors import CheckpointError, first_line
 
 _FILE_SIZE_BYTES = 512 << 20  # a tensor that is larger has a file of its own
-_LARGEST_HEADER_BYTES, _MOST_NAMES = 16 << 20, 10_000  # a name and what is said of it have less than 1 kB
+_MOST_NAMES = 10_000  # a name and what is said of it have less than 1 kB, and a header is read of at most 16 MiB
 
 
 def write_files(
@@ -89,22 +90,6 @@ def _as_safetensors(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that every tensor is aligned
     return [len(text).to_bytes(8, "little") + text, *pieces]
-
-
-def open_tensors(path: Path) -> Any:
-    """Open a safetensors file whose header is not a flood: what is read of it is several times as large in memory.
-
-    Raises:
-        CheckpointError: if it is none.
-    """
-    try:
-        with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-        if header_bytes > _LARGEST_HEADER_BYTES:
-            raise CheckpointError(f"{path}: is no safetensors file of ours (a header of {header_bytes} bytes)")
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: is no safetensors file ({first_line(error):.200})") from None
 
 
 class StoredTensors:

@@ -15,10 +15,12 @@ from pathlib import Path
 
 from trainer import faults
 from trainer.checkpoint.manifest import Manifest, OtherFormat, check_file, read_manifest
+from trainer.checkpoint.tensor_file import check_numbers
 from trainer.durable import sync_folder
 from trainer.errors import CheckpointError, ResourceError
 
 _NAME = re.compile(r"step_([0-9]{8,18})")
+_LEFT = re.compile(r"\.(tmp|trash)-step_[0-9]{8,18}")
 _log = logging.getLogger(__name__)
 
 Signature = tuple[tuple[str, int, int], ...]
@@ -92,7 +94,7 @@ class CheckpointFolder:
         temporary, final = self.temporary(step), self.of_step(step)
         sync_folder(temporary)
         faults.hit("save.folder_synced")
-        if final.exists():  # a damaged one that this run was not resumed from
+        if os.path.lexists(final):  # a damaged one that this run was not resumed from, or no folder at all
             self.remove(step)
         faults.hit("save.before_rename")
         temporary.rename(final)
@@ -110,14 +112,14 @@ class CheckpointFolder:
         """Return what a killed run left half-written or half-removed; beside a running one also what it is writing."""
         if not self.path.is_dir():
             return []
-        return sorted(entry for entry in self.path.iterdir() if entry.name.startswith((".tmp-", ".trash-")))
+        return sorted(entry for entry in self.path.iterdir() if _LEFT.fullmatch(entry.name))
 
     def clean(self) -> None:
         """Remove what a killed run left half-written or half-removed. Only for who holds the run's lock."""
         for entry in self.leftovers():
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)
-            else:  # not ours, and in the way of a save
+            else:  # no folder, and in the way of a save
                 with suppress(OSError):
                     entry.unlink()
 
@@ -135,7 +137,7 @@ class CheckpointFolder:
         faults.hit("remove.done")
 
     def note_sound(self, step: int) -> None:
-        """Remember that a checkpoint was checked and found whole, as long as nobody touches it."""
+        """Remember that a checkpoint was checked and found sound, as long as nobody touches it."""
         self._checked[step] = _signature(self.of_step(step)), None
 
     def manifest(self, step: int) -> Manifest:
@@ -152,7 +154,7 @@ class CheckpointFolder:
         return manifest
 
     def check(self, step: int) -> Manifest:
-        """Read all of a checkpoint.
+        """Read all of a checkpoint, and see that its bytes are those that were written.
 
         Raises:
             CheckpointError: if it is damaged.
@@ -161,13 +163,12 @@ class CheckpointFolder:
         manifest = self.manifest(step)
         for name, stated in manifest.files.items():
             check_file(self.of_step(step), name, stated)
-        self.note_sound(step)
         return manifest
 
     def wrong(self, step: int) -> str | None:
         """Return why a checkpoint is not sound, or None; one that was checked and not touched since is not read again.
 
-        Those of which this returns None are whole to the last byte.
+        Those of which this returns None are whole to the last byte, and every number in them is finite.
 
         Raises:
             OtherFormat: if another version wrote it: this one cannot tell.
@@ -178,16 +179,17 @@ class CheckpointFolder:
         if checked == signature:
             return reason
         try:
-            self.check(step)
+            check_numbers(self.of_step(step), self.check(step).files)
         except OtherFormat:
             raise
         except CheckpointError as error:
             self._checked[step] = signature, str(error)
             return str(error)
+        self.note_sound(step)
         return None
 
     def is_sound(self, step: int) -> bool:
-        """Tell whether a checkpoint is whole, and log once why it is not, or that it cannot be told now."""
+        """Tell whether a checkpoint is sound, and log once why it is not, or that it cannot be told now."""
         known = self._checked.get(step)
         try:
             reason = self.wrong(step)
@@ -197,6 +199,10 @@ class CheckpointFolder:
         if reason is not None and self._checked.get(step) != known:
             _log.warning("%s", reason)
         return reason is None
+
+    def newest_sound(self) -> Path | None:
+        """Return the newest sound checkpoint; None if there is none."""
+        return next((self.of_step(step) for step in reversed(self.steps()) if self.is_sound(step)), None)
 
     def outdated(self, *, newest: int) -> list[int]:
         """Return the steps that nobody needs any more, once `newest` is safe.

@@ -8,6 +8,7 @@ from typing import Any
 from trainer import faults
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import Manifest, OtherFormat, check_file
+from trainer.checkpoint.tensor_file import check_numbers
 from trainer.distributed.collectives import Group
 from trainer.distributed.layout import named
 from trainer.distributed.together import meet
@@ -16,7 +17,7 @@ from trainer.errors import CheckpointError, ResourceError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """A checkpoint whose files were checked."""
+    """A checkpoint whose bytes are those that were written."""
 
     path: Path
     manifest: Manifest
@@ -35,6 +36,8 @@ class Found:
 def find_newest(folder: CheckpointFolder, group: Group, *, warn: Callable[[str], None]) -> Found | None:
     """Return the newest undamaged checkpoint, or None if there is none at all; the same one on every rank.
 
+    A run that trains may remove one while it is read, and save another: the folder is looked at again each time.
+
     Args:
         folder: of the run; what rank 0 sees in it counts.
         group: all ranks; every one must call it.
@@ -45,30 +48,43 @@ def find_newest(folder: CheckpointFolder, group: Group, *, warn: Callable[[str],
             newest was written by another version; if ranks see different ones.
         ResourceError: if a rank cannot read the newest now: it may be sound, and so is not passed over.
     """
-    rejected: list[str] = []
-    for step in reversed(group.gather_objects(folder.steps() if group.index == 0 else None)[0]):
+    rejected: dict[int, str] = {}
+    while True:
+        steps = [step for step in folder.steps() if step not in rejected] if group.index == 0 else []
+        step = group.gather_objects(max(steps, default=None))[0]
+        if step is None:
+            break
         faults.hit("resume.candidate")
         found = _check(folder, step, group)
-        if isinstance(found, str):
-            rejected.append(found)
-            continue
-        for reason in rejected:
-            warn(f"{reason}; using step {step} instead")
-        return found
+        if isinstance(found, Found):
+            for reason in rejected.values():
+                warn(f"{reason}; using step {step} instead")
+            return found
+        rejected[step] = found
     if rejected:
         raise CheckpointError(
-            f"{'; '.join(rejected)}; no other checkpoint is left: restore it, or train anew with another name=..."
+            f"{'; '.join(rejected.values())}; no other checkpoint is left: restore it, or train anew with another "
+            "name=..."
         )
     return None
 
 
+def removed_meanwhile(path: Path) -> str | None:
+    """Say that a checkpoint which could not be read is not there any more; None if it is."""
+    return None if path.exists() else f"{path}: was removed while it was read, by a run that trains"
+
+
 def find(folder: CheckpointFolder, step: int) -> Found:
-    """Return the checkpoint of one step, checked by this process alone.
+    """Return the checkpoint of one step, its bytes checked by this process alone.
 
     Raises:
         CheckpointError: if it is missing or damaged.
     """
-    return Found(path=folder.of_step(step), manifest=folder.check(folder.existing(step)))
+    path = folder.of_step(folder.existing(step))
+    try:
+        return Found(path=path, manifest=folder.check(step))
+    except CheckpointError as error:
+        raise CheckpointError(removed_meanwhile(path) or str(error)) from None
 
 
 def _check(folder: CheckpointFolder, step: int, group: Group) -> Found | str:
@@ -78,6 +94,7 @@ def _check(folder: CheckpointFolder, step: int, group: Group) -> Found | str:
         manifest = folder.manifest(step)
         for name in sorted(manifest.files)[group.index :: group.size]:
             check_file(path, name, manifest.files[name])
+            check_numbers(path, [name])
     except (CheckpointError, ResourceError) as error:
         wrong = error
     faults.hit("resume.checked")
@@ -87,7 +104,7 @@ def _check(folder: CheckpointFolder, step: int, group: Group) -> Found | str:
             raise type(error)(f"{f'rank {group.ranks[rank]}: ' if group.size > 1 else ''}{error}")
     damage = [str(error) for error, _ in reports if error is not None]
     if damage:
-        return damage[0]
+        return removed_meanwhile(path) or damage[0]
     other = [group.ranks[rank] for rank, (_, sha256) in enumerate(reports) if sha256 != reports[0][1]]
     if other:
         raise CheckpointError(

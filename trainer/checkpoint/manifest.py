@@ -176,7 +176,7 @@ def read_manifest(folder: Path) -> Manifest:
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: has no {MANIFEST}, so it is not a checkpoint") from None
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         reason = str(error) if type(error) is ValueError else type(error).__name__
         raise CheckpointError(f"{path}: is damaged ({_one_line(reason)})") from None
@@ -249,10 +249,10 @@ def check_file(folder: Path, name: str, stated: StoredFile, *, with_content: boo
     except NotRegular:
         raise CheckpointError(f"{path}: is no regular file") from None
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
 
 
-def _unreadable(path: Path, error: OSError) -> TurnoutError:
+def unreadable(path: Path, error: OSError) -> TurnoutError:
     """Return what a refusal to read says of a file: that it is damaged, or nothing at all."""
     if error.errno in _GONE:
         return CheckpointError(f"{path}: is damaged ({error.strerror})")

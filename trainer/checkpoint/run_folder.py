@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from trainer.config.dump import ABSENT, Change, inline
-from trainer.durable import NotRegular, open_regular, replace_file
+from trainer.durable import NotRegular, is_at, open_regular, replace_file
 from trainer.errors import ConfigError, ResourceError
 
 _log = logging.getLogger(__name__)
+_ATTEMPTS = 10  # a file system may not tell which file has a name
 _RUN_ID = re.compile(r"[0-9a-z]{8,64}")
 
 
@@ -53,15 +54,28 @@ class RunFolder:
             ConfigError: if another process trains into it, or the lock is no file.
             ResourceError: if it cannot be written.
         """
+        path = self.path / ".lock"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = os.fdopen(open_regular(self.path / ".lock", os.O_RDWR | os.O_APPEND | os.O_CREAT), "a+")
+            lock = self._claim(path)
+            if os.fstat(lock.fileno()).st_nlink > 1:  # with a snapshot by `cp -al`, whose lock it must not be
+                replace_file(path, "")
+                lock.close()  # only now: who opened it meanwhile waits until it has lost its name
+                lock = self._claim(path)
         except NotRegular:
-            raise ConfigError(f"{self.path / '.lock'}: is no regular file; remove it, it is not ours") from None
+            raise ConfigError(f"{path}: is no regular file; remove it, it is not ours") from None
         except OSError as error:
             raise ResourceError(
                 f"{self.path}: cannot be written: {error.strerror}; set runs_dir to another place"
             ) from None
+        self._lock = lock
+        with suppress(OSError):  # a full disk: only messages name the owner
+            os.ftruncate(lock.fileno(), 0)
+            os.write(lock.fileno(), f"{socket.gethostname()} process {os.getpid()}".encode())
+
+    def _claim(self, path: Path, *, attempts: int = _ATTEMPTS) -> IO[str]:
+        """Lock the file that has this name."""
+        lock = os.fdopen(open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "a+")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it with the process, however that ends
         except BlockingIOError:
@@ -70,15 +84,15 @@ class RunFolder:
             raise self._taken(owner) from None
         except OSError as error:  # a file system without locks: nobody can be told apart there
             _log.warning("%s: cannot be locked (%s); start no second run in it", self.path, error.strerror)
-        self._lock = lock
-        with suppress(OSError):  # a full disk: only messages name the owner
-            os.ftruncate(lock.fileno(), 0)
-            os.write(lock.fileno(), f"{socket.gethostname()} process {os.getpid()}".encode())
+        if attempts == 1 or is_at(path, lock.fileno()):
+            return lock
+        lock.close()  # another process has replaced it in between
+        return self._claim(path, attempts=attempts - 1)
 
     def owner(self) -> str | None:
         """Return who trains into the folder now; None if nobody does, or it cannot be told."""
         try:
-            with (self.path / ".lock").open() as lock:
+            with os.fdopen(open_regular(self.path / ".lock", os.O_RDONLY)) as lock:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # and closed, and so freed, at once
                 except BlockingIOError:
@@ -98,7 +112,11 @@ class RunFolder:
             raise self._taken(owner)
 
     def _taken(self, owner: str) -> ConfigError:
-        return ConfigError(f"{self.path}: {owner} is training into it; wait for it, or use another name=...")
+        advice, lock = "wait for it, or use another name=...", self.path / ".lock"
+        with suppress(OSError):
+            if lock.lstat().st_nlink > 1:
+                advice += f"; if that trains into a folder that this one is a copy of (cp -al), remove {lock}"
+        return ConfigError(f"{self.path}: {owner} is training into it; {advice}")
 
     def write(self, path: Path, text: str) -> None:
         """Replace a small file as a whole."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from trainer import faults
 from trainer.checkpoint.files import write_durably, write_files
+from trainer.checkpoint.finite import check_finite
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import FORMAT, MANIFEST, Manifest, StoredFile, StoredSlice, StoredTensor, manifest_text
 from trainer.checkpoint.plan import SavePlan, describe, plan_save
@@ -94,6 +95,7 @@ class Saver:
 
         Raises:
             CheckpointError: if the state is not whole over all ranks; on every rank.
+            NumericsError: if a number of it is not finite; on every rank.
         """
         assert self._ended is None, "wait for the last save first"
         self.close()
@@ -102,6 +104,7 @@ class Saver:
             self._plan = plan_save(self._mesh.world.gather_objects(describe(state)))
         faults.hit("save.planned")
         names = self._plan.of_rank(self._mesh.layout.rank)
+        check_finite({name: state.slices[name] for name in names}, self._mesh.world, self.folder, step=step)
         job = _Job(
             step=step,
             tensors={name: self._copy(name, state.slices[name].tensor) for name in names},

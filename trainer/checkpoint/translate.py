@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
+from trainer.checkpoint.finite import not_finite
 from trainer.checkpoint.weight_map import WeightMapConfig
 from trainer.errors import CheckpointError
 
@@ -37,6 +38,8 @@ def translate(
         tensor = source.make(name, map_.sources(name), of_experts.get(name))
         if tensor is None:
             continue
+        if not_finite({name: tensor}):
+            source.problems.append(f"{name}: is not finite there; use another checkpoint")
         if tensor.shape != shape:
             source.problems.append(f"{name}: is {list(shape)} here and {list(tensor.shape)} there; the models differ")
         result[name] = tensor

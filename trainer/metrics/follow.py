@@ -79,5 +79,7 @@ class Position:
 
     def _write(self, step: int) -> None:
         temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"run_id": self._run_id, "step": step}))
+        temporary.unlink(missing_ok=True)  # of a killed mirror, perhaps shared with a snapshot
+        with temporary.open("x") as file:
+            file.write(json.dumps({"run_id": self._run_id, "step": step}))
         temporary.replace(self._path)

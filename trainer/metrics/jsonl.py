@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import faults
-from trainer.durable import NotRegular, open_regular
+from trainer.durable import NotRegular, open_own
 from trainer.errors import DataError
 
 _LONGEST_BYTES = 16 << 20  # of a line; a record of a thousand layers of a thousand experts has less
@@ -154,7 +154,7 @@ def _plain(value: Any) -> Any:
 
 
 def _open(path: Path) -> int:
-    return open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    return open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
 
 def _cut_half_line(path: Path, descriptor: int) -> None:

@@ -1,5 +1,6 @@
 """A window of steps under torch's profiler: a trace for Perfetto or chrome://tracing, tables, a memory snapshot."""
 
+import os
 import warnings
 from collections.abc import Callable
 from itertools import count
@@ -109,14 +110,18 @@ class Profiler:
         self._folder.mkdir(parents=True, exist_ok=True)
         stem = f"steps_{self._first:08d}-{config.last:08d}_rank{self._mesh.layout.rank:05d}"
         names = (stem if number == 1 else f"{stem}_{number}" for number in count(1))
-        path = next(p for name in names if not (p := self._folder / f"{name}.json.gz").exists())
-        table = self._folder / path.name.replace(".json.gz", ".txt")
-        table.write_text("\n\n".join(self._tables(running, config)) + "\n")
+        trace, table, memory = next(paths for paths in map(self._paths, names) if not any(map(os.path.lexists, paths)))
+        with table.open("x") as file:
+            file.write("\n\n".join(self._tables(running, config)) + "\n")
         if config.memory and self._device.type == "cuda":
-            torch.cuda.memory._dump_snapshot(str(path).replace(".json.gz", "_memory.pickle"))
+            torch.cuda.memory._dump_snapshot(str(memory))
             torch.cuda.memory._record_memory_history(None)
-        running.export_chrome_trace(str(path))
-        return path.name
+        running.export_chrome_trace(str(trace))
+        return trace.name
+
+    def _paths(self, name: str) -> tuple[Path, Path, Path]:
+        """Return where trace, tables and memory snapshot of a name go."""
+        return (self._folder / f"{name}.json.gz", self._folder / f"{name}.txt", self._folder / f"{name}_memory.pickle")
 
     def _tables(self, running: profile, config: ProfileConfig) -> list[str]:
         """Return the operations that take the longest, and those that allocate the most."""

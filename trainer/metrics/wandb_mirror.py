@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from trainer.durable import open_own
 from trainer.errors import PREEMPTED
 from trainer.metrics.follow import EndOfRun, Position, Tail
 from trainer.metrics.loads import layer_loads
@@ -67,7 +68,7 @@ class Mirror:
         """Hand on what there is and what comes, until the run ends."""
         place = self._folder / "wandb"
         place.mkdir(parents=True, exist_ok=True)
-        with (place / ".lock").open("w") as lock:
+        with os.fdopen(open_own(place / ".lock", os.O_WRONLY | os.O_CREAT), "w") as lock:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(lock, fcntl.LOCK_EX)  # a killed run's mirror may still be finishing
             run = self._open()

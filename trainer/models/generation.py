@@ -5,8 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from trainer.errors import NumericsError
 from trainer.models.gpt import GPT
-from trainer.models.sampling import SamplingOptions
+from trainer.models.sampling import BrokenLogits, SamplingOptions
+
+_NO_TOKEN = -1
 
 
 @torch.no_grad()
@@ -33,6 +36,9 @@ def generate(
         generator: on the CPU; the same seed gives the same text.
         stop_token: ends the text.
         agree: makes one token of what several ranks drew, where experts are on several ranks and all must go on alike.
+
+    Raises:
+        NumericsError: if the model's logits are not finite.
     """
     if not prompt:
         raise ValueError("prompt: needs at least one token")
@@ -40,8 +46,12 @@ def generate(
     window = list(prompt)[-seq_len:]
     cache = model.new_cache(1, seq_len)
     logits = model.next_logits(torch.tensor([window], device=device), cache)
-    for _ in range(max_new_tokens):
-        token = agree(int(options.sample(logits.cpu(), generator=generator)))
+    for number in range(max_new_tokens):
+        token = agree(_drawn(logits, options, generator))
+        if token == _NO_TOKEN:  # on all ranks: nobody waits for one that has given up
+            raise NumericsError(
+                f"token {number}: the model's logits are not finite, and no token can be drawn from them"
+            )
         if token == stop_token:
             return
         yield token
@@ -52,6 +62,13 @@ def generate(
             logits = model.next_logits(torch.tensor([window], device=device), cache)
         else:
             logits = model.next_logits(torch.tensor([[token]], device=device), cache)
+
+
+def _drawn(logits: Tensor, options: SamplingOptions, generator: torch.Generator) -> int:
+    try:
+        return int(options.sample(logits.cpu(), generator=generator))
+    except BrokenLogits:
+        return _NO_TOKEN
 
 
 @torch.no_grad()

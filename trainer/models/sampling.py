@@ -10,6 +10,10 @@ import torch
 from torch import Generator, Tensor
 
 
+class BrokenLogits(ValueError):
+    """Logits that no token can be drawn from: one is NaN or +inf, or no token is left."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions:
     """How tokens are chosen.
@@ -51,7 +55,8 @@ def filter_logits(
         (B, V), at least float32, with 0 as the highest logit of every row: softmax is the distribution to draw from.
 
     Raises:
-        ValueError: for an option out of range, a shape that is not (B, V), a NaN or +inf, or a row with no token left.
+        ValueError: for an option out of range or a shape that is not (B, V).
+        BrokenLogits: for a NaN or +inf, or a row with no token left.
 
     Source: Holtzman et al. 2019 (arXiv 1904.09751) for top_p.
     """
@@ -125,4 +130,4 @@ def _check_logits(logits: Tensor) -> None:
     highest = logits.amax(dim=-1)  # NaN if the row holds one
     # .item() waits for the device; a sampled token is read on the host right after anyway.
     if not highest.isfinite().all().item():
-        raise ValueError("logits: a row holds NaN or +inf, or has no token left; the model or the mask is broken")
+        raise BrokenLogits("logits: a row holds NaN or +inf, or has no token left; the model or the mask is broken")

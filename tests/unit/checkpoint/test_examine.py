@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from tests.saved import save
+from tests.saved import save_unseen
 from tests.unit.checkpoint.test_manifest import FILE, rewrite
 from trainer.checkpoint import examine as module
 from trainer.checkpoint.examine import examine
@@ -50,7 +50,7 @@ def _save(path: Path, tensors: dict[str, Tensor], step: int = 3, updates: int = 
         for name, tensor in tensors.items()
     }
     folder = CheckpointFolder(path)
-    save(folder, step, TrainState(slices=slices, values={"optimizer_steps": updates}), RUN)
+    save_unseen(folder, step, TrainState(slices=slices, values={"optimizer_steps": updates}), RUN)
     return folder
 
 

@@ -52,10 +52,27 @@ def test_if_none_is_sound_nothing_goes(path: Path, with_damaged: bool) -> None:
 def test_what_killed_runs_left_is_listed_and_cleaned_whatever_it_is(path: Path) -> None:
     (path / ".tmp-step_00000030").mkdir()
     (path / ".trash-step_00000001").symlink_to(path / "step_00000005")
-    (path / ".tmp-file").write_text("x")
+    (path / ".tmp-step_00000035").write_text("x")
     folder = CheckpointFolder(path)
     names = [entry.name for entry in plan_prune(folder, with_damaged=False).leftovers]
-    assert names == [".tmp-file", ".tmp-step_00000030", ".trash-step_00000001"]
+    assert names == [".tmp-step_00000030", ".tmp-step_00000035", ".trash-step_00000001"]
     folder.clean()
     assert folder.leftovers() == [] and folder.steps() == [5, 10, 15, 20, 25]
     assert folder.wrong(5) is None, "a link is removed, and not what it names"
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_names_that_are_none_of_ours_stay_wherever_the_folder_leads(path: Path, tmp_path: Path, is_link: bool) -> None:
+    """The folder may be a link to a larger disk, on which others keep things."""
+    others = [".tmp-backup", ".trash-1000", ".tmp-step_5", ".trash-step_00000005.old", "step_5", "step_000000010.bak"]
+    for name in others:
+        (path / name / "work").mkdir(parents=True)
+    if is_link:
+        (tmp_path / "link").symlink_to(path)
+    folder = CheckpointFolder(tmp_path / "link" if is_link else path, keep=1)
+    state = TrainState(slices={"model.a": Slice.whole(torch.ones(4))})
+    plan_prune(folder, with_damaged=True)
+    folder.clean()
+    save(folder, 30, state)
+    assert folder.steps() == [30]
+    assert all((path / name / "work").is_dir() for name in others)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.folders import content_of, hard_linked
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.errors import ConfigError
 
@@ -26,6 +27,45 @@ def test_a_lock_that_is_no_file_is_refused_and_nothing_is_written_through_it(tmp
     with pytest.raises(ConfigError, match=r"run/\.lock: is no regular file; remove it"):
         RunFolder(tmp_path / "run").lock()
     assert other.read_text() == "mine"
+
+
+def test_a_lock_that_a_snapshot_shares_is_not_written_through_and_locks_its_own_folder(tmp_path: Path) -> None:
+    original = RunFolder(tmp_path / "run")
+    original.lock()
+    said = (tmp_path / "run/.lock").read_text()
+    del original
+    hard_linked(tmp_path / "run", tmp_path / "snapshot")
+    (tmp_path / "run/.lock").write_text("what it said")
+    copy = RunFolder(tmp_path / "snapshot")
+    copy.lock()
+    assert (tmp_path / "run/.lock").read_text() == "what it said"
+    assert (tmp_path / "snapshot/.lock").read_text() == said
+    first = RunFolder(tmp_path / "run")
+    first.lock()  # each has its own by now
+    for name in ("run", "snapshot"):
+        with pytest.raises(ConfigError, match=r"is training into it; wait for it, or use another name=\.\.\.$"):
+            RunFolder(tmp_path / name).lock()
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [".lock", ".lock"]
+
+
+def test_a_snapshot_of_a_run_that_goes_on_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    original = RunFolder(tmp_path / "run")
+    original.lock()
+    before = hard_linked(tmp_path / "run", tmp_path / "snapshot")
+    copy = RunFolder(tmp_path / "snapshot")
+    for attempt in (copy.lock, copy.check_free):
+        with pytest.raises(
+            ConfigError, match=rf"process {os.getpid()} is .* a copy of \(cp -al\), remove .*snapshot/\.lock$"
+        ):
+            attempt()
+    assert content_of(tmp_path / "run") == content_of(tmp_path / "snapshot") == before
+    (tmp_path / "snapshot/.lock").unlink()
+    copy.lock()
+
+
+def test_a_lock_that_is_a_pipe_holds_nobody_up(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / ".lock")
+    assert RunFolder(tmp_path).owner() is None
 
 
 def test_the_lock_says_who_has_it(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from tests.unit.checkpoint.test_manifest import rewrite
 from trainer.checkpoint import folder as folder_module
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.load import Found, find, find_newest
+from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.distributed.collectives import Group
@@ -218,6 +219,28 @@ def test_every_file_that_is_cut_or_gone_or_no_file_is_noticed(
         elif harm == "link":
             file.unlink()
         file.write_bytes(good)
+
+
+def test_one_that_is_saved_while_all_others_are_removed_is_found(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that saves faster than it is read: what was listed has gone, and what has come is taken."""
+    for step in (1, 2):
+        save(folder, step, _state())
+    manifest = CheckpointFolder.manifest
+
+    def too_late(self: CheckpointFolder, step: int) -> Manifest:
+        if step == 2:
+            folder.remove(1)
+            folder.remove(2)
+            save(folder, 3, _state())
+        return manifest(self, step)
+
+    monkeypatch.setattr(CheckpointFolder, "manifest", too_late)
+    said: list[str] = []
+    found = _newest(CheckpointFolder(folder.path), said.append)
+    assert found is not None and found.step == 3
+    assert said == [f"{folder.of_step(2)}: was removed while it was read, by a run that trains; using step 3 instead"]
 
 
 def test_a_damaged_newest_is_passed_over_with_a_warning(folder: CheckpointFolder) -> None:

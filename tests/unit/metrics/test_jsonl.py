@@ -153,6 +153,32 @@ class _LargestFile:
         signal.signal(signal.SIGXFSZ, self.handler)
 
 
+@pytest.mark.parametrize("end", ["\n", '\n{"step": 3, "lo'])
+def test_a_snapshot_by_hard_links_is_not_written_through(tmp_path: Path, end: str):
+    path, snapshot = tmp_path / "m.jsonl", tmp_path / "snapshot"
+    path.write_text('{"step": 1}\n{"step": 2}' + end)
+    os.link(path, snapshot)
+    with closing(JsonlSink(path)) as sink:
+        sink.resume_at(2)
+        sink.write({"step": 3, "again": True})
+    assert snapshot.read_text() == '{"step": 1}\n{"step": 2}' + end
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "again": true}\n'
+    assert sorted(tmp_path.iterdir()) == [path, snapshot]
+
+
+def test_a_snapshot_that_cannot_be_left_alone_is_an_error_that_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\n')
+    os.link(path, tmp_path / "snapshot")
+    monkeypatch.setattr("trainer.durable.shutil.copyfileobj", _raise_no_space)
+    with pytest.raises(OSError, match="No space left") as error:
+        JsonlSink(path)
+    assert error.value.filename == str(path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder", "device"])
 def test_what_is_no_file_is_refused_and_left_alone(tmp_path: Path, kind: str):
     path, other = tmp_path / "m.jsonl", tmp_path / "other"

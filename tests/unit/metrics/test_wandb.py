@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.folders import content_of, hard_linked
 from tests.wandb_server import KEY, WandbServer
 from trainer.errors import PREEMPTED, ConfigError
 from trainer.metrics import wandb_tracker
@@ -133,9 +134,11 @@ def test_an_online_run_that_was_killed_goes_on_where_its_server_says(tmp_path: P
     first.train(25)
     first.wait_for(first.said)
     first.be_killed()
+    shared = hard_linked(tmp_path / "wandb", tmp_path / "snapshot")
     second = Attempt(tmp_path, start_step=20)
     second.train(30)
     second.finish()
+    assert content_of(tmp_path / "snapshot") == shared, "another name of the same files was written through"
     assert received(server) == written(tmp_path)
     assert server.url in second.said[0] and not second.warned
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
