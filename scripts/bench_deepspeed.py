@@ -26,6 +26,7 @@ from trainer.assemble import build_model, numerics, resolve_kernel
 from trainer.config.loader import load
 from trainer.data.batch import Batch
 from trainer.data.tokenizers.byte import ByteTokenizer
+from trainer.distributed.interface import stay_on_loopback
 from trainer.distributed.journal import Journal
 from trainer.distributed.layout import Layout
 from trainer.distributed.mesh import Mesh, build_mesh
@@ -158,6 +159,7 @@ def contend(pipe: Connection, config: ExperimentConfig, contender: str, rank: in
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     torch.set_num_threads(1)
+    stay_on_loopback()
     dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
     layout = Layout(world_size=world_size, rank=rank, ep_size=config.parallel.ep_size, ranks_per_node=world_size)
     mesh = build_mesh(layout, Journal())

@@ -5,12 +5,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
-import torch.distributed as dist
-
 from tests import warm
+from trainer.distributed.interface import LOOPBACK
+from trainer.distributed.store import serve
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,12 +53,12 @@ def launched(world_size: int, arguments: Sequence[str], folder: Path) -> Iterato
         arguments: of python.
         folder: to run in; gets stdout.RANK and stderr.RANK.
     """
-    store = dist.TCPStore("127.0.0.1", 0, None, True, timeout=timedelta(seconds=60), wait_for_workers=False)
+    store = serve(LOOPBACK, 0, clients=None, timeout_s=60)
     processes, errors = [], []
     for rank in range(world_size):
         environment = {
             "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_ADDR": LOOPBACK,
             "MASTER_PORT": str(store.port),
             "WORLD_SIZE": str(world_size),
             "LOCAL_WORLD_SIZE": str(world_size),

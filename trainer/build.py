@@ -16,6 +16,7 @@ from trainer.checkpoint.shared import check_shared
 from trainer.config.dump import dump
 from trainer.data.corpus import build_corpus
 from trainer.data.stream import TrainStream
+from trainer.data.tokenizers.sent import of_plain, to_plain
 from trainer.distributed import runtime
 from trainer.distributed.agreement import differing
 from trainer.distributed.mesh import Mesh
@@ -67,9 +68,9 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
                 tokenizer = tokenizer_of(folder, config.data, fingerprint=in_use, progress=bar)
                 check_given(folder, config.data, tokenizer)
                 corpus = build_corpus(config.data, tokenizer=tokenizer, progress=bar)
-    tokenizer = mesh.world.broadcast_object(tokenizer)
+    sent = mesh.world.broadcast_object(None if tokenizer is None else to_plain(tokenizer))
     if corpus is None:  # what rank 0 has made of it is on the disk now
-        corpus = build_corpus(config.data, tokenizer=tokenizer)
+        corpus = build_corpus(config.data, tokenizer=of_plain(sent, config.data))
     different = differing(mesh.world, {"data": {"fingerprint": abridged(corpus.fingerprint)}})
     if different:
         raise DataError(f"{different[0]}; all ranks must read the same text (data.sources)")

@@ -14,17 +14,17 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from itertools import count
 from multiprocessing import Pipe
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 import trainer.cli
 import trainer.workflows
 from trainer import faults
+from trainer.distributed.interface import LOOPBACK
+from trainer.distributed.store import serve
 from trainer.supervise.lifeline import end_with
 
 _GRACE_S = 20.0
@@ -117,7 +117,7 @@ class Arena:
         self._store_pid = os.fork()
         if self._store_pid == 0:  # the store that all attempts meet in, as torchrun's agent hosts it
             end_with(os.getppid())()
-            store = dist.TCPStore("127.0.0.1", 0, None, True, timeout=timedelta(seconds=60), wait_for_workers=False)
+            store = serve(LOOPBACK, 0, clients=None, timeout_s=60)
             there.send(store.port)
             while True:
                 signal.pause()
@@ -161,7 +161,7 @@ class Arena:
                     "LOCAL_RANK": str(rank),
                     "WORLD_SIZE": str(world_size),
                     "LOCAL_WORLD_SIZE": str(world_size),
-                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_ADDR": LOOPBACK,
                     "MASTER_PORT": str(self._port),
                     "TORCHELASTIC_USE_AGENT_STORE": "True",
                     "TORCHELASTIC_RESTART_COUNT": str(number),

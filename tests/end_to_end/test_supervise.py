@@ -20,6 +20,7 @@ import torch
 from torch.distributed.launcher.api import LaunchConfig
 
 from tests.launched import ROOT
+from tests.listeners import beyond_this_machine, listeners
 from trainer import cli
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.status import Status, read_statuses
@@ -134,6 +135,12 @@ def of_attempt(attempt: str) -> list[str]:
     return found
 
 
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 def losses(workplace: Path, name: str) -> list[tuple[int, str]]:
     """Step and loss, digit for digit, of every line of metrics.jsonl."""
     lines = map(json.loads, (workplace / "runs" / name / "metrics.jsonl").read_text().splitlines())
@@ -190,7 +197,7 @@ def test_a_port_that_is_taken_is_a_config_error(
     where = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(taken_port)]
     monkeypatch.setattr(Supervisor, "run", lambda _: 99)
     for node_rank, code, said in (
-        ("0", 2, f"MASTER_PORT={taken_port}: cannot be used on this machine: Address already in use; use another one,"),
+        ("0", 2, f"MASTER_PORT={taken_port}: cannot be used on this machine (127.0.0.1): Address already in use; use"),
         ("1", 99, ""),
     ):
         with pytest.raises(SystemExit) as exit_:
@@ -271,8 +278,12 @@ def test_torchrun_alone_is_killed_and_nothing_is_left_of_it_when_the_run_goes_on
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_a_killed_supervisor_leaves_nobody_behind(workplace: Path, start: Start, nproc: int) -> None:
     process = start(*launch(f"orphans{nproc}", nproc))
-    attempt = wait_for(workplace, f"orphans{nproc}", nproc, step=1)[0].attempt
+    statuses = wait_for(workplace, f"orphans{nproc}", nproc, step=1)
+    attempt = statuses[0].attempt
     assert len(of_attempt(attempt)) == (1 if nproc == 1 else 3)
+    pids = [process.pid, *(status.pid for status in statuses.values()), parent(statuses[0].pid)]
+    assert len(listeners(pids)) == 0 if nproc == 1 else len(listeners(pids)) >= 3
+    assert beyond_this_machine(pids) == set(), "nobody can reach a run of one machine"
     process.kill()
     end = time.monotonic() + 5
     while left := of_attempt(attempt):
@@ -352,8 +363,9 @@ def test_plain_torchrun_restarts_and_saves_when_it_is_stopped(workplace: Path, s
     (documented,) = re.findall(r"^torchrun (--signals-to-handle .*) --nproc-per-node", text, re.MULTILINE)
     options = documented.split()
     if not hasattr(LaunchConfig, "shutdown_timeout"):  # torch 2.11
-        options = options[: options.index("--shutdown-timeout")]
-    torchrun = ["torch.distributed.run", *options, "--standalone", "--nproc-per-node", "2", "--max-restarts", "3"]
+        del options[options.index("--shutdown-timeout") :][:2]
+    options[options.index("--master-port") + 1] = free_port()
+    torchrun = ["torch.distributed.run", *options, "--nproc-per-node", "2", "--max-restarts", "3"]
     # The run waits for a slow test before it is done.
     fault = {"TURNOUT_FAULTS": "step.begin#60=sleep"}
     process = start(*torchrun, "-m", "trainer", "train", "tiny.yaml", "name=plain", "checkpoint.every=10", **fault)
@@ -382,10 +394,7 @@ def wait_for_pid(workplace: Path, *, other_than: int, step: int) -> int:
 
 def test_two_nodes_start_their_ranks_again_and_meet(workplace: Path, start: Start) -> None:
     """Both are this machine, so one rank each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    where = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    where = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     nodes = [start(*launch("nodes", 1), **where, NODE_RANK=str(node)) for node in range(2)]
     folder, end = workplace / "runs/nodes/status/rank00001.json", time.monotonic() + 100
     while not (folder.is_file() and json.loads(folder.read_text())["step"] >= 15):

@@ -277,8 +277,10 @@ def _really_differ(engine: NativeEngine, mesh: Mesh) -> bool:
     """Compare every byte, in the slow and obvious way."""
     mine = {}
     for name, part in engine.state().slices.items():
-        mine[name, part.start, len(part.tensor)] = part.tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    everyone = mesh.world.gather_objects({key: bytes(raw.numpy()) for key, raw in mine.items()})
+        mine[f"{name} {part.start} {len(part.tensor)}"] = (
+            part.tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        )
+    everyone = mesh.world.gather_objects({key: bytes(raw.numpy()).hex() for key, raw in mine.items()})
     return any(len({other[key] for other in everyone if key in other}) > 1 for there in everyone for key in there)
 
 

@@ -11,6 +11,7 @@ from trainer.checkpoint.manifest import Manifest, OtherFormat, check_file
 from trainer.checkpoint.tensor_file import check_numbers
 from trainer.distributed.collectives import Group
 from trainer.distributed.layout import named
+from trainer.distributed.plain import error_of_plain, error_to_plain
 from trainer.distributed.together import meet
 from trainer.errors import CheckpointError, ResourceError
 
@@ -98,7 +99,8 @@ def _check(folder: CheckpointFolder, step: int, group: Group) -> Found | str:
     except (CheckpointError, ResourceError) as error:
         wrong = error
     faults.hit("resume.checked")
-    reports = meet(group, (wrong, None if manifest is None else manifest.sha256))
+    told = meet(group, (error_to_plain(wrong), None if manifest is None else manifest.sha256))
+    reports = [(error_of_plain(error), sha256) for error, sha256 in told]
     for rank, (error, _) in enumerate(reports):
         if isinstance(error, OtherFormat | ResourceError):
             raise type(error)(f"{f'rank {group.ranks[rank]}: ' if group.size > 1 else ''}{error}")

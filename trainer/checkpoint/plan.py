@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 
@@ -26,6 +27,16 @@ class Place:
     def of(cls, part: Slice) -> "Place":
         """Describe a slice."""
         return cls(part.start, part.length, part.global_shape, part.tensor.dtype, part.is_of_experts)
+
+    def to_plain(self) -> list[Any]:
+        """Return it for another rank."""
+        return [self.start, self.length, list(self.shape), str(self.dtype).removeprefix("torch."), self.is_of_experts]
+
+    @classmethod
+    def of_plain(cls, value: Sequence[Any]) -> "Place":
+        """Return the place that another rank has sent."""
+        start, length, shape, dtype, is_of_experts = value
+        return cls(start, length, tuple(shape), getattr(torch, dtype), is_of_experts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,12 @@ from trainer.checkpoint.files import write_durably, write_files
 from trainer.checkpoint.finite import check_finite
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import FORMAT, MANIFEST, Manifest, StoredFile, StoredSlice, StoredTensor, manifest_text
-from trainer.checkpoint.plan import SavePlan, describe, plan_save
+from trainer.checkpoint.plan import Place, SavePlan, describe, plan_save
 from trainer.checkpoint.shared import VISIBLE_S
 from trainer.checkpoint.state import TrainState
 from trainer.distributed.collectives import Group
 from trainer.distributed.mesh import Mesh
+from trainer.distributed.plain import error_of_plain, error_to_plain
 from trainer.errors import CheckpointError, ResourceError, TurnoutError
 
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -101,7 +102,9 @@ class Saver:
         self.close()
         began = time.perf_counter()
         if self._plan is None:  # what is where does not change within a run
-            self._plan = plan_save(self._mesh.world.gather_objects(describe(state)))
+            mine = {name: place.to_plain() for name, place in describe(state).items()}
+            everyone = self._mesh.world.gather_objects(mine)
+            self._plan = plan_save([{name: Place.of_plain(at) for name, at in held.items()} for held in everyone])
         faults.hit("save.planned")
         names = self._plan.of_rank(self._mesh.layout.rank)
         check_finite({name: state.slices[name] for name in names}, self._mesh.world, self.folder, step=step)
@@ -203,8 +206,9 @@ class Saver:
             except (OSError, MemoryError) as refused:
                 error = self._explain(job, refused)
             faults.hit("save.before_vote")
-            reports = self._group.gather_objects((error, files, file_of))
-            error = next((report[0] for report in reports if report[0] is not None), None)
+            written = {name: stored.model_dump() for name, stored in files.items()}
+            reports = self._group.gather_objects((error_to_plain(error), written, file_of))
+            error = next((error_of_plain(report[0]) for report in reports if report[0] is not None), None)
             faults.hit("save.voted")
             if is_first and error is None:
                 error = self._attempt(job, lambda: self._commit(job, reports))
@@ -212,7 +216,7 @@ class Saver:
             self.folder.abandon(job.step)
         return _first_error(self._group, error)
 
-    def _commit(self, job: _Job, reports: list[tuple[None, dict[str, StoredFile], dict[str, str]]]) -> None:
+    def _commit(self, job: _Job, reports: Sequence[tuple[None, dict[str, Any], dict[str, str]]]) -> None:
         """Write the manifest and give the checkpoint its name."""
         temporary = self.folder.temporary(job.step)
         tensors = {
@@ -227,7 +231,7 @@ class Saver:
             )
             for name, place in job.plan.places.items()
         }
-        files = {name: stored for report in reports for name, stored in report[1].items()}
+        files = {name: StoredFile(**stored) for report in reports for name, stored in report[1].items()}
         for name, stored in files.items():
             size_bytes = (temporary / name).stat().st_size  # FileNotFoundError: not on a file system that all nodes see
             if size_bytes != stored.size_bytes:
@@ -264,7 +268,8 @@ class Saver:
 
 def _first_error(group: Group, error: TurnoutError | None) -> TurnoutError | None:
     """Return the error of the first rank that has one, on every rank."""
-    return next((found for found in group.gather_objects(error) if found is not None), None)
+    reports = group.gather_objects(error_to_plain(error))
+    return next((error_of_plain(report) for report in reports if report is not None), None)
 
 
 def _wait_for(folder: Path) -> None:

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from trainer.distributed.journal import Journal, Operation
+from trainer.distributed.plain import from_json, to_json
 from trainer.distributed.watch import Watch
 from trainer.errors import CommError, first_line
 
@@ -107,22 +108,40 @@ class Group:
         return x
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Return everybody's value, pickled on the way: for small things between trusted ranks."""
+        """Return everybody's value, as JSON on the way (see `plain`): for what is small; tuples come back as lists.
+
+        Raises:
+            TypeError: if it is no plain value.
+        """
+        data = to_json(value)
         if self._handle is None:
-            return [value]
-        values: list[Any] = [None] * self.size
-        with self._watched("gather_objects", []):
-            dist.all_gather_object(values, value, group=self._handle)
-        return values
+            return [from_json(data)]
+        mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device)
+        with self._watched("gather_objects", [len(mine)]):
+            sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in self.ranks]
+            dist.all_gather(sizes, sizes[0] + len(mine), group=self._handle)
+            room = max(map(int, sizes))
+            parts = [mine.new_empty(room) for _ in self.ranks]
+            dist.all_gather(parts, torch.nn.functional.pad(mine, (0, room - len(mine))), group=self._handle)
+        sent = [_bytes_of(part[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
+        return [self._read(data, source) for source, data in enumerate(sent)]
 
     def broadcast_object(self, value: Any) -> Any:
-        """Return the first member's value, pickled on the way: for what may be large, between trusted ranks."""
+        """Return the first member's value, as JSON on the way (see `plain`): for what may be large.
+
+        Raises:
+            TypeError: if it is no plain value.
+        """
+        data = to_json(value) if self.index == 0 else b""
         if self._handle is None:
-            return value
-        values = [value]
-        with self._watched("broadcast_object", []):
-            dist.broadcast_object_list(values, self.ranks[0], group=self._handle)
-        return values[0]
+            return from_json(data)
+        size = torch.tensor([len(data)], device=self.device)
+        with self._watched("broadcast_object", [len(data)]):
+            dist.broadcast(size, self.ranks[0], group=self._handle)
+            whole = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(int(size)).byte()
+            whole = whole.to(self.device)
+            dist.broadcast(whole, self.ranks[0], group=self._handle)
+        return self._read(_bytes_of(whole), 0)
 
     def exchange(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """Send the first send[0] rows of x to member 0, the next send[1] to member 1 and so on; differentiable.
@@ -152,6 +171,16 @@ class Group:
             work = dist.all_to_all_single(out, x, list(receive), list(send), group=self._handle, async_op=True)
         assert work is not None, "this rank is in the group"
         return Flight(self, operation, work, x, out)
+
+    def _read(self, data: bytes, source: int) -> Any:
+        try:
+            return from_json(data)
+        except (ValueError, RecursionError) as error:
+            last = self.journal.operations[-1]
+            raise CommError(
+                f"rank {self.ranks[self.index]}: {last} failed at step {self.journal.step}: rank {self.ranks[source]} "
+                f"has sent what is no JSON"
+            ) from error
 
     @contextmanager
     def _watched(self, name: str, sizes: Sequence[int]) -> Iterator[None]:
@@ -248,6 +277,10 @@ class _Arrive(torch.autograd.Function):
         assert exchange.flight is None, "its gradient is under way already"
         exchange.flight = exchange.group.launch(grad, exchange.receive, exchange.send)
         return exchange.flight.out, None
+
+
+def _bytes_of(x: Tensor) -> bytes:
+    return x.cpu().numpy().tobytes()
 
 
 def is_of_exchange(error: BaseException) -> bool:

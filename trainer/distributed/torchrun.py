@@ -1,29 +1,95 @@
 """torchrun for a supervisor, `python -m trainer.distributed.torchrun`, that reports in silence what has ended and how.
 
-torchrun itself exits with 1 whatever happened, and repeats every error in a page of its own.
+torchrun itself exits with 1 whatever happened, and repeats every error in a page of its own. Its store listens on all
+addresses, and its rendezvous for one machine (`--standalone`) unpickles a key of it that anybody may write: here the
+store listens on one address, and machines have their numbers (torchrun's static rendezvous), so nothing is unpickled.
 """
 
 import json
 import logging
 import os
 import sys
-from typing import Any
+import threading
+from typing import Any, Literal, NoReturn
 
+from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousError
-from torch.distributed.run import main, parse_args
+from torch.distributed.elastic.rendezvous import (
+    RendezvousError,
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    rendezvous_handler_registry,
+)
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
+from trainer.distributed.interface import address_to_listen_on
+from trainer.distributed.store import serve
 from trainer.errors import CommError, first_line
 from trainer.status import REPORT
+
+_BACKEND = "turnout"
+_MEET_S = 600
+"""Machines are started at different times: so long the first ones wait for the last."""
+_LATE_S = 5.0
+
+
+class Rendezvous(StaticTCPRendezvous):
+    """Where torchrun of every machine meets: in a store on one address of the first machine."""
+
+    def __init__(self, *place: Any, late: threading.Timer) -> None:
+        """Prepare.
+
+        Args:
+            place: as torchrun's own has it.
+            late: what happens if the store falls silent before the ranks run; then no timeout of torch's holds.
+        """
+        super().__init__(*place)
+        self.late = late
+        late.daemon = True
+        late.start()
+
+    def get_backend(self) -> str:
+        """Return its name among torchrun's."""
+        return _BACKEND
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Wait for every machine.
+
+        Raises:
+            OSError, RuntimeError: if they cannot meet there.
+        """
+        if self._store is None and self.rank == 0:
+            address = address_to_listen_on(self.master_addr, os.environ)
+            seconds = self.timeout.total_seconds()
+            store = serve(address, self.master_port, clients=self.world_size, timeout_s=seconds)
+            self._store, self.master_addr, self.master_port = store, address, store.port  # as its ranks are told
+        return super().next_rendezvous()
+
+    def num_nodes_waiting(self) -> Literal[0]:
+        """Return 0; torchrun asks from when its ranks run."""
+        self.late.cancel()
+        return 0
 
 
 def run() -> None:
     """Run torchrun with this process's arguments; exit with 1 if a rank failed or a signal came, with 5 if it did."""
     descriptor = int(os.environ.pop(REPORT))  # not for the ranks
     logging.disable(logging.ERROR)  # what it says of ranks is in the report
+    options = torchrun.parse_args(sys.argv[1:])
+    address, port = options.master_addr, options.master_port
+    where = f"{address}:{port}"
+    options.rdzv_backend, options.rdzv_endpoint = _BACKEND, where
+    silent = _explained(f"the store there has not answered for {_MEET_S} s", where)
+    late = threading.Timer(_MEET_S + _LATE_S, _end, [descriptor, silent])
+
+    def meeting(parameters: RendezvousParameters) -> RendezvousHandler:
+        return Rendezvous(address, port, options.node_rank, parameters.max_nodes, parameters.run_id, _MEET_S, late=late)
+
+    rendezvous_handler_registry.register(_BACKEND, meeting)
     try:
-        main()
+        torchrun.run(options)
     except ChildFailedError as error:
         failures = [
             {"rank": rank, "pid": failure.pid, "code": failure.exitcode} for rank, failure in error.failures.items()
@@ -31,22 +97,23 @@ def run() -> None:
         _report(descriptor, {"failures": failures})
     except SignalException as error:
         _report(descriptor, {"signal": error.sigval.name})
-    except (RuntimeError, RendezvousError) as error:  # of its store, which it has through the network
-        _report(descriptor, {"error": _explained(error)})
-        sys.exit(CommError.exit_code)
+    except (RuntimeError, OSError, RendezvousError) as error:  # of its store, which it has through the network
+        _end(descriptor, _explained(first_line(error), where))
     else:
         return
     sys.exit(1)
 
 
-def _explained(error: Exception) -> str:
+def _end(descriptor: int, error: str) -> NoReturn:
+    """End without waiting for the store; ranks that there may be end with this process."""
+    _report(descriptor, {"error": error})
+    os._exit(CommError.exit_code)
+
+
+def _explained(reason: str, where: str) -> str:
     """Return torchrun's own failure in one line."""
-    reason = first_line(error)
-    options = parse_args(sys.argv[1:])
-    if options.standalone:
-        return reason
     return (
-        f"cannot meet the other machines through {options.master_addr}:{options.master_port}: {reason}; check that "
+        f"cannot meet the other machines through {where}: {reason}; check that "
         "every machine was started, with the same MASTER_ADDR and MASTER_PORT, and that the port is free on the first"
     )
 

@@ -10,7 +10,7 @@ import contextlib
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -296,7 +296,7 @@ class StepEngine(Engine):
         """Say it in words, the same ones on every rank, which must all call it."""
         mine = self._findings(step.own_objective)
         self.mesh.world.journal.enter("finding what is not finite")
-        everyone = self.mesh.world.gather_objects(mine)
+        everyone = [Findings(**found) for found in self.mesh.world.gather_objects(asdict(mine))]
         return in_words(everyone, list(self.parameters), grad_norm=float(step.grad_norm))
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:

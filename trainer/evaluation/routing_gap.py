@@ -10,7 +10,7 @@ compared; the routers decide as in training.
 import functools
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -90,8 +90,9 @@ def routing_gap(
                     if number % world.size == world.index:
                         solved.append(_of_row(of_layer, here.valid, row, config))
                     number += 1
-    parts = meet(world, solved)
-    everything = [parts[i % world.size][i // world.size] for i in range(number)]
+    parts = meet(world, [(asdict(measured), prices) for measured, prices in solved])
+    found = [parts[i % world.size][i // world.size] for i in range(number)]
+    everything = [(Measured(**measured), prices) for measured, prices in found]
     num_layers = len(engine.model.moe_layers())
     by_layer = [everything[layer::num_layers] for layer in range(num_layers)]
     return RoutingGap(

@@ -72,12 +72,12 @@ def score(subject: Subject, questions: Sequence[Question]) -> list[list[Score]]:
     # Rounds are made one by one, here only to be counted: all of them at once would be an object for each completion.
     passes = [_num_passes(_rounds(questions, order[rank :: world.size], subject)) for rank in range(world.size)]
     mine = _rounds(questions, order[world.index :: world.size], subject)
-    found = [(key, score) for round_ in mine for key, score in _run(subject, round_)]
+    found = [(*key, score.log_prob, score.is_greedy) for round_ in mine for key, score in _run(subject, round_)]
     for _ in range(max(passes) - passes[world.index]):
         _nothing(subject)
     scores: list[list[Score]] = [[] for _ in questions]
-    for (question, _), one in sorted((item for part in meet(world, found) for item in part), key=lambda item: item[0]):
-        scores[question].append(one)
+    for question, _, log_prob, is_greedy in sorted(item for part in meet(world, found) for item in part):
+        scores[question].append(Score(log_prob=log_prob, is_greedy=is_greedy))
     return scores
 
 

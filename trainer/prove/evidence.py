@@ -122,13 +122,13 @@ def _weights(engine: StepEngine, mesh: Mesh) -> dict[str, Tensor]:
 def _disagreements(engine: StepEngine, mesh: Mesh) -> list[str]:
     """Return the names of weights and buffers that are not bitwise the same on two ranks that have the same part."""
     slices = {name: part for name, part in engine.state().slices.items() if name.startswith("model.")}
-    mine = {name: (part.start, tuple(part.tensor.shape), _digest(part.tensor)) for name, part in slices.items()}
+    mine = {name: (part.start, list(part.tensor.shape), _digest(part.tensor)) for name, part in slices.items()}
     everyone = mesh.world.gather_objects(mine)
     found = []
     for name in slices:
         digests: dict[object, object] = {}
         for start, shape, digest in (parts[name] for parts in everyone):
-            if digests.setdefault((start, shape), digest) != digest:
+            if digests.setdefault((start, tuple(shape)), digest) != digest:
                 found.append(name.removeprefix("model."))
                 break
     return found

@@ -19,7 +19,8 @@ def gather_state(state: TrainState, mesh: Mesh) -> TrainState:
         return state
     # For each rank and name: first index of dimension 0 that is there, and how many.
     here = {name: (part.start, len(part.tensor) if part.tensor.dim() else 1) for name, part in state.slices.items()}
-    table: list[dict[str, tuple[int, int]]] = mesh.world.gather_objects(here)
+    rows = mesh.world.gather_objects(here)
+    table: list[dict[str, tuple[int, int]]] = [{name: (at, size) for name, (at, size) in row.items()} for row in rows]
     slices = {}
     for name, part in state.slices.items():
         total = part.global_shape[0] if part.global_shape else 1

@@ -1,12 +1,12 @@
 """Which ranks this machine starts, and the command that starts them."""
 
 import os
-import socket
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from trainer.distributed.interface import LOOPBACK, address_to_listen_on, listening_socket
 from trainer.errors import ConfigError
 from trainer.status import ATTEMPT
 
@@ -92,23 +92,25 @@ class Launch:
         """Those of this machine."""
         return range(self.node_rank * self.nproc, (self.node_rank + 1) * self.nproc)
 
-    def check_port(self) -> None:
+    def check_port(self, environment: Mapping[str, str]) -> None:
         """Refuse a port that is taken, on the machine whose port it is.
+
+        Args:
+            environment: may name the interface between the machines.
 
         Raises:
             ConfigError: if another process listens there, or this one may not.
         """
         if self.nnodes == 1 or self.node_rank != 0:
             return
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does
-            try:
-                probe.bind(("", self.master_port))
-            except OSError as error:
-                raise ConfigError(
-                    f"MASTER_PORT={self.master_port}: cannot be used on this machine: {error.strerror}; "
-                    "use another one, the same on every machine"
-                ) from None
+        address = address_to_listen_on(self.master_addr, environment)
+        try:
+            listening_socket(address, self.master_port).close()
+        except OSError as error:
+            raise ConfigError(
+                f"MASTER_PORT={self.master_port}: cannot be used on this machine ({address}): {error.strerror}; "
+                "use another one, the same on every machine"
+            ) from None
 
     def command(self, arguments: Sequence[str]) -> list[str]:
         """Return the command that starts this machine's ranks: one directly, several by torchrun.
@@ -118,10 +120,10 @@ class Launch:
         """
         if self.world_size == 1:
             return [sys.executable, "-m", "trainer", *arguments]
-        meeting = ["--standalone"]
-        if self.nnodes > 1:
-            meeting = ["--nnodes", str(self.nnodes), "--node-rank", str(self.node_rank)]
-            meeting += ["--master-addr", self.master_addr, "--master-port", str(self.master_port)]
+        # Of one machine nobody else knows where its ranks meet: any free port.
+        address, port = (self.master_addr, self.master_port) if self.nnodes > 1 else (LOOPBACK, 0)
+        meeting = ["--nnodes", str(self.nnodes), "--node-rank", str(self.node_rank)]
+        meeting += ["--master-addr", address, "--master-port", str(port)]
         torchrun = [sys.executable, "-m", "trainer.distributed.torchrun", *meeting, "--nproc-per-node", str(self.nproc)]
         return [*torchrun, "-m", "trainer", *arguments]
 

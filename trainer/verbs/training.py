@@ -55,7 +55,7 @@ def launch(options: argparse.Namespace) -> int:
     check_layout(world_size=ranks.world_size, ep_size=config.parallel.ep_size)
     folder = folder_of(config)
     checked(folder, config)
-    ranks.check_port()
+    ranks.check_port(os.environ)
     if ranks.node_rank == 0:  # the others' ranks come after its own
         folder.check_free()
     arguments = ["train", str(options.config), *options.overrides]

@@ -14,6 +14,10 @@ def pid() -> int:
     return os.getpid()
 
 
+def interfaces() -> list[str | None]:
+    return [os.environ.get(name) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")]
+
+
 def fail(kind: type[Exception] | None) -> int:
     if dist.get_rank() == 1:
         if kind is None:
@@ -26,6 +30,11 @@ def fail(kind: type[Exception] | None) -> int:
 def test_processes_stay_for_the_next_function() -> None:
     with closing(LocalRanks()) as ranks:
         assert ranks.run(2, pid, timeout_s=60) == ranks.run(2, pid, timeout_s=60)
+
+
+def test_local_ranks_listen_on_the_loopback_interface_alone() -> None:
+    with closing(LocalRanks()) as ranks:
+        assert ranks.run(2, interfaces, timeout_s=60) == [["lo", "lo"]] * 2
 
 
 def test_a_failure_is_the_answer_of_the_rank_that_had_it_and_the_processes_are_replaced() -> None:

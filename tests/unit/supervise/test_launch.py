@@ -32,7 +32,8 @@ def test_one_rank_is_started_directly_and_several_by_torchrun() -> None:
     torchrun = [sys.executable, "-m", "trainer.distributed.torchrun"]
     assert Launch().command(["train", "x.yaml"]) == [sys.executable, *trainer]
     several = Launch(nproc=2).command(["train", "x.yaml"])
-    assert several == [*torchrun, "--standalone", "--nproc-per-node", "2", *trainer]
+    here = ["--nnodes", "1", "--node-rank", "0", "--master-addr", "127.0.0.1", "--master-port", "0"]
+    assert several == [*torchrun, *here, "--nproc-per-node", "2", *trainer], "nobody else can connect"
     nodes = Launch(nproc=1, nnodes=2, node_rank=1, master_addr="a", master_port=7).command(["train", "x.yaml"])
     meeting = ["--nnodes", "2", "--node-rank", "1", "--master-addr", "a", "--master-port", "7", "--nproc-per-node", "1"]
     assert nodes == [*torchrun, *meeting, *trainer]

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from trainer.distributed.collectives import Group
+from trainer.distributed.interface import loopback_variables
 from trainer.distributed.mesh import Mesh
 from trainer.errors import ConfigError, first_line
 
@@ -106,11 +107,15 @@ def alone(mesh: Mesh, device: torch.device) -> Iterator[None]:
     if mesh.world.size > 1 or dist.is_initialized():
         yield
         return
+    missing = loopback_variables(os.environ)
+    os.environ.update(missing)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:
         dist.destroy_process_group()
+        for key in missing:
+            del os.environ[key]
 
 
 def _handle(group: Group) -> dist.ProcessGroup:
