@@ -176,7 +176,7 @@ def _take_older(path: Path, older: Path, chance: random.Random) -> None:
 
 
 def _swap_within(path: Path, older: Path, chance: random.Random) -> None:
-    other = chance.choice(sorted(entry for entry in path.parent.iterdir() if entry != path))
+    other = chance.choice(sorted(entry for entry in path.parent.iterdir() if entry != path and entry.is_file()))
     here, there = path.read_bytes(), other.read_bytes()
     path.write_bytes(there)
     other.write_bytes(here)

@@ -291,6 +291,21 @@ def test_a_bad_text_is_one_line_and_exit_3(workplace: Path, content: bytes | Non
     refused(run(workplace, "train", "tiny.yaml"), 3, message)
 
 
+def test_a_flipped_bit_of_the_token_cache_is_exit_3_wherever_the_run_meets_it(workplace: Path) -> None:
+    (workplace / "text.txt").write_text("It was a bright cold day in April, and the clocks were striking. " * 8000)
+    assert run(workplace, "train", "tiny.yaml", "train.steps=1").returncode == 0
+    (tokens,) = (workplace / ".cache/tokens").glob("*/prose.train.tokens")
+    content = bytearray(tokens.read_bytes())
+    content[300_000] ^= 4
+    tokens.write_bytes(content)
+    cache = tokens.parent.relative_to(workplace)
+    message = rf"^{cache}/prose\.train\.tokens: bytes 262144 to 327679 are not what was written .* remove {cache}, and"
+    refused(run(workplace, "train", "tiny.yaml", "train.steps=20"), 3, message)
+    (held_out,) = (workplace / ".cache/tokens").glob("*/prose.validation.tokens")
+    held_out.write_bytes(held_out.read_bytes().swapcase())
+    refused(run(workplace, "eval", "runs/tiny"), 3, r"prose\.validation\.tokens: its content is not what was written")
+
+
 def _damage_newest(workplace: Path) -> Path:
     newest = sorted((workplace / "runs/tiny/checkpoints").iterdir())[-1]
     file = next(newest.glob("*.safetensors"))

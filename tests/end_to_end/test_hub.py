@@ -23,7 +23,7 @@ except DataError as error:
     print(error)
 else:
     files = [*corpus.train, *corpus.validation]
-    print(json.dumps(sorted(text.decode() for file in files for text in bytes(file.tokens).split(b"\\xff"))))
+    print(json.dumps(sorted(text.decode() for file in files for text in bytes(file.tokens[:]).split(b"\\xff"))))
 """
 
 

@@ -8,6 +8,7 @@ FOLDER/block-00000007/       its token files; removed once it is three blocks ag
 FOLDER/block-00000007.json   what it is and where it ends, which is where the next one begins; stays
 """
 
+import logging
 import multiprocessing
 import shutil
 import signal
@@ -20,11 +21,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import ValidationError
-
 from trainer.config.base import Config
 from trainer.data.cache import FileState, cache_error, new_name, publish, remove_remains, sole_builder
 from trainer.data.ingest import SIDES, write_text
+from trainer.data.records import read_record, record_text
 from trainer.data.shards import ShardInfo, TokenFile, TokenWriter, is_intact, open_token_file
 from trainer.data.sources.base import Document
 from trainer.data.sources.registry import HfStreamSourceConfig
@@ -34,6 +34,7 @@ from trainer.data.workers import end_with_parent
 from trainer.durable import replace_file
 from trainer.errors import DataError
 
+_log = logging.getLogger(__name__)
 _KEPT_BLOCKS = 3
 """Blocks whose token files stay: the one that is read, the one before and the next."""
 
@@ -54,6 +55,10 @@ class BlockInfo(Config):
     train: ShardInfo
     validation: ShardInfo
     """What of it is held out. That of block 0 is evaluated on; nothing that is held out is ever learned."""
+
+    def content(self) -> tuple[object, ...]:
+        """Return where it lies and the hashes of what it holds."""
+        return self.begin, self.end, self.train.content(), self.validation.content()
 
 
 class Block(NamedTuple):
@@ -189,6 +194,8 @@ class BlockStream:
                     remove_remains([folder])
                 known = self._recorded(index)
                 if known is None or not self._is_there(folder, known):
+                    if folder.exists():
+                        _log.warning("%s: the token cache is damaged; reading the block again", folder)
                     known = self._make(index, begin, known)
         return known
 
@@ -198,7 +205,7 @@ class BlockStream:
         temporary.mkdir()
         try:
             info = self._source.build(begin, temporary)
-            if known is not None and info != known:
+            if known is not None and info.content() != known.content():
                 raise DataError(
                     f"data.sources: {self.name}: block {index} is not what it was; a text must stay the same while it "
                     f"is learned; restore it, or remove {folder.parent} and start a new run"
@@ -206,15 +213,19 @@ class BlockStream:
             publish(temporary, folder, unless=lambda: self._is_there(folder, info))
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        replace_file(folder.with_suffix(".json"), info.model_dump_json())
+        replace_file(folder.with_suffix(".json"), record_text(info, of=_name(folder)))
         if index > _KEPT_BLOCKS:  # what is held out of block 0 is evaluated on
             shutil.rmtree(self._folder(index - _KEPT_BLOCKS), ignore_errors=True)
         return info
 
     def _recorded(self, index: int) -> BlockInfo | None:
+        folder = self._folder(index)
         try:
-            return BlockInfo.model_validate_json(self._folder(index).with_suffix(".json").read_bytes())
-        except (OSError, ValidationError):
+            return read_record(folder.with_suffix(".json"), BlockInfo, of=_name(folder))
+        except OSError:
+            return None
+        except ValueError:
+            _log.warning("%s.json: the token cache is damaged; reading the block again", folder)
             return None
 
     def _is_there(self, folder: Path, info: BlockInfo) -> bool:
@@ -226,6 +237,11 @@ class BlockStream:
 
     def _folder(self, index: int) -> Path:
         return self._source.folder / f"block-{index:08d}"
+
+
+def _name(folder: Path) -> str:
+    """Return what a block is a block of, and which."""
+    return f"{folder.parent.name}/{folder.name}"
 
 
 def _read_ahead(source: StreamedSource, index: int, begin: Mark) -> None:

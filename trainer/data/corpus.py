@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 from trainer.data.block_stream import BlockStream, StreamedSource
 from trainer.data.cache import cache_error
+from trainer.data.checksums import Damaged
 from trainer.data.config import DataConfig
 from trainer.data.mixture import domain_shares
 from trainer.data.prepare import Progress, prepare
-from trainer.data.shards import ShardInfo, TokenFile, open_token_file
-from trainer.data.source_cache import CachedSource, SourceManifest, hash_of
+from trainer.data.records import hash_of
+from trainer.data.shards import TokenFile, open_token_file
+from trainer.data.source_cache import CachedSource, SourceManifest
 from trainer.data.sources.registry import HfStreamSourceConfig
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.errors import DataError
@@ -39,45 +41,47 @@ class Corpus:
     """Hash of all tokens, domains and the tokenizer: equal exactly if the same can be learned, wherever files are."""
 
 
-def build_corpus(
-    config: DataConfig,
-    *,
-    tokenizer: Tokenizer | None = None,
-    progress: Progress | None = None,
-    verify: bool = False,
-) -> Corpus:
+def build_corpus(config: DataConfig, *, tokenizer: Tokenizer | None = None, progress: Progress | None = None) -> Corpus:
     """Return the corpus of `config`, from the cache as far as the files it was built from are unchanged.
 
     Files of the same size and modification time count as unchanged; otherwise their content is compared. Several
     processes may call this at once: one builds, the others wait for it. One that is killed has lost at most the parts
-    that it was at.
+    that it was at. What is in the cache is compared with what was written there, when it is opened or first read.
 
     Args:
         config: the `data` section.
         tokenizer: of a run that has one already. None: the one that the section describes.
         progress: is told how far a build is.
-        verify: also compare the tokens in the cache with their hashes, which reads all of them.
 
     Raises:
-        DataError: if a source is unusable, a side of the split stays empty or the cache folder cannot be written.
+        DataError: if a source is unusable, a side of the split stays empty, or the cache is damaged or not writable.
         ResourceError: if the disk is full, or a process that read text was killed.
     """
     tokenizer = tokenizer or config.tokenizer.build(config, progress=progress)
     for _ in range(_NUM_ATTEMPTS):
+        prepared = []
         try:
-            prepared = prepare(config, tokenizer, progress=progress, verify=verify)
+            prepared = prepare(config, tokenizer, progress=progress)
             corpus = _open(config, prepared, tokenizer)
         except FileNotFoundError:
             continue
+        except Damaged:
+            if _is_as_found(prepared):
+                raise
+            continue
         except OSError as error:  # what goes wrong with a source's files is a DataError already
             raise cache_error(config.cache_dir, error) from error
-        # A process that sees newer files may have replaced a folder between its manifest and its last token file.
-        if all(source.manifest() == manifest for source, manifest in prepared):
+        if _is_as_found(prepared):
             return corpus
     raise DataError(
         f"data.cache_dir: {config.cache_dir}: other runs keep replacing what is in it; a text must stay the same while "
         "it is learned; stop what changes it, or set a folder of this run's own"
     )
+
+
+def _is_as_found(prepared: Sequence[tuple[CachedSource, SourceManifest]]) -> bool:
+    """Tell whether no folder was replaced between its manifest and its last token file, by who sees newer text."""
+    return all(source.manifest() == manifest for source, manifest in prepared)
 
 
 class _Domain(NamedTuple):
@@ -128,7 +132,7 @@ def _opened(source: CachedSource, manifest: SourceManifest, tokenizer: Tokenizer
             open_token_file(source.folder, f"{domain.name}.{side}", info, vocab_size=tokenizer.vocab_size)
             for side, info in (("train", domain.train), ("validation", domain.validation))
         )
-        content = [*_hashes(domain.train), *_hashes(domain.validation)]
+        content = [*domain.train.content(), *domain.validation.content()]
         yield _Domain(source.index, domain.name, source.folder, train, validation, content)
 
 
@@ -155,7 +159,7 @@ def _opened_stream(config: DataConfig, index: int, source: HfStreamSourceConfig,
             )
     # The whole is not read: its addresses, the sizes of its files and its first block have to do.
     content = [cached.content.origin, *(str(file.size_bytes) for file in cached.content.files)]
-    content += [*_hashes(block.info.train), *_hashes(block.info.validation)]
+    content += [*block.info.train.content(), *block.info.validation.content()]
     return _Domain(index, source.domain, cached.folder, block.train, block.validation, content, stream)
 
 
@@ -167,7 +171,3 @@ def _check_sources(found: Sequence[_Domain]) -> None:
                 f"data.sources: sources {first[domain.name]} and {domain.source} both have domain {domain.name}; a "
                 "domain is of one source; give each its own `domain`"
             )
-
-
-def _hashes(side: ShardInfo) -> list[str]:
-    return [side.sha256, side.documents_sha256, side.answers_sha256]

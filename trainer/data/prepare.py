@@ -26,7 +26,7 @@ class Progress(Protocol):
 
 
 def prepare(
-    config: DataConfig, tokenizer: Tokenizer, *, progress: Progress | None, verify: bool
+    config: DataConfig, tokenizer: Tokenizer, *, progress: Progress | None
 ) -> list[tuple[CachedSource, SourceManifest]]:
     """Return every source that is ingested with its manifest, in the order of the config.
 
@@ -41,15 +41,15 @@ def prepare(
         for index, source in enumerate(config.sources)
         if not isinstance(source, HfStreamSourceConfig)
     ]
-    manifests = {source.folder: source.untouched(verify=verify) for source in sources}
+    manifests = {source.folder: source.untouched() for source in sources}
     missing = {source.folder: source for source in sources if manifests[source.folder] is None}
     if missing:
-        manifests |= _build(list(missing.values()), config.workers, progress=progress, verify=verify)
+        manifests |= _build(list(missing.values()), config.workers, progress=progress)
     return [(source, manifest) for source in sources if (manifest := manifests[source.folder]) is not None]
 
 
 def _build(
-    missing: Sequence[CachedSource], workers: int | None, *, progress: Progress | None, verify: bool
+    missing: Sequence[CachedSource], workers: int | None, *, progress: Progress | None
 ) -> dict[Path, SourceManifest | None]:
     total_bytes = sum(source.size_bytes for source in missing)
 
@@ -67,7 +67,7 @@ def _build(
         }
         if all(is_alone.values()):
             remove_remains(is_alone)
-        found = {source.folder: source.reusable(verify=verify) for source in missing}
+        found = {source.folder: source.reusable() for source in missing}
         plans = [
             (source, source.tasks(is_alone=is_alone[source.folder]))
             for source in missing

@@ -3,6 +3,7 @@
 DOMAIN.train.tokens      ids, little-endian, in the smallest unsigned type that holds the vocabulary
 DOMAIN.train.documents   int64 position of each document's first token
 DOMAIN.train.answers     int64 position of each document's first token that is learned: those before it are its prompt
+DOMAIN.train.checksums   of the blocks of a large tokens file (checksums.py); other files are compared whole when opened
 
 tokens      p0 d0 d0 EOD d1 d1 EOD d2      the end of document belongs to the document before it
 documents   0            4         7
@@ -19,10 +20,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from trainer.config.base import Config
+from trainer.data.checksums import CHECKSUM_BYTES, BlockChecksums, CheckedArray, HashedFile, damaged, num_blocks
 
 _POSITION = np.dtype("<i8")
 _CHUNK_TOKENS = 1 << 22
-_BUFFER_BYTES = 1 << 16
 _SMALL_BYTES = 128 << 10
 """Files up to this size are read and not mapped: a mapping keeps a file open, and a run may have thousands."""
 
@@ -39,13 +40,19 @@ class ShardInfo(Config):
     """Of the tokens file."""
     documents_sha256: str
     answers_sha256: str
+    checksums_sha256: str | None = None
+    """Of the checksums file; None where there is none, because the file is small or an older version wrote it."""
+
+    def content(self) -> list[str]:
+        """Return the hashes of what it holds: equal exactly if the same can be learned."""
+        return [self.sha256, self.documents_sha256, self.answers_sha256]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TokenFile:
-    """The tokens of one domain's training or validation text, mapped from disk."""
+    """The tokens of one domain's training or validation text, mapped from disk and compared with what was written."""
 
-    tokens: NDArray[np.unsignedinteger]
+    tokens: NDArray[np.unsignedinteger] | CheckedArray
     """(num_tokens,), read-only."""
     document_starts: NDArray[np.int64]
     """(num_documents,) position of each document's first token; the first is 0."""
@@ -100,7 +107,10 @@ class TokenWriter:
         self._dtype = token_dtype(vocab_size)
         self._end_of_document = np.array([end_of_document], dtype=self._dtype)
         self._num_tokens = self._num_bytes = self._num_documents = 0
-        self._tokens, self._starts, self._answers = (_HashedFile(path) for path in paths(folder, name))
+        self._checksums_path = _path(folder, name, "checksums")
+        self._checksums = BlockChecksums()
+        self._tokens = HashedFile(tokens_path(folder, name), self._checksums)
+        self._starts, self._answers = (HashedFile(path(folder, name)) for path in (starts_path, answers_path))
 
     def write(self, tokens: NDArray[np.integer], *, num_bytes: int, num_prompt_tokens: int = 0) -> None:
         """Append a document of `num_bytes` bytes of text, of which the first tokens are not learned.
@@ -144,6 +154,7 @@ class TokenWriter:
             sha256=self._tokens.sha256(),
             documents_sha256=self._starts.sha256(),
             answers_sha256=self._answers.sha256(),
+            checksums_sha256=hashlib.sha256(self._checksums.digest()).hexdigest() if self._is_large() else None,
         )
 
     def __enter__(self) -> Self:
@@ -152,6 +163,11 @@ class TokenWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for file in (self._tokens, self._starts, self._answers):
             file.close()
+        if error is None and self._is_large():
+            self._checksums_path.write_bytes(self._checksums.digest())
+
+    def _is_large(self) -> bool:
+        return self._num_tokens * self._dtype.itemsize > _SMALL_BYTES
 
     def _next_start(self) -> int:
         """Close the document before; return where the next one begins."""
@@ -164,50 +180,10 @@ class TokenWriter:
         self._num_tokens += len(tokens)
 
 
-class _HashedFile:
-    """A new file, hashed from memory while it is written."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("xb", buffering=0)
-        self._hash = hashlib.sha256()
-        self._waiting = bytearray()  # documents may be short, and every call costs
-
-    def write(self, content: bytes) -> None:
-        """Append."""
-        self._waiting += content
-        if len(self._waiting) >= _BUFFER_BYTES:
-            self._flush()
-
-    def sha256(self) -> str:
-        """Return the hash of what was written so far."""
-        self._flush()
-        return self._hash.hexdigest()
-
-    def close(self) -> None:
-        """Close the file."""
-        with self._file:
-            self._flush()
-
-    def _flush(self) -> None:
-        self._hash.update(self._waiting)
-        with memoryview(self._waiting) as content:
-            written = 0
-            while written < len(content):  # the system may take less than all
-                written += self._file.write(content[written:])
-        self._waiting.clear()
-
-
 def is_intact(folder: Path, name: str, info: ShardInfo, *, vocab_size: int, verify: bool = False) -> bool:
     """Return whether a token file is there in the size that the manifest knows; `verify` reads and hashes it too."""
-    num_tokens_bytes = info.num_tokens * token_dtype(vocab_size).itemsize
-    num_positions_bytes = info.num_documents * _POSITION.itemsize
-    expected = [
-        (tokens_path(folder, name), num_tokens_bytes, info.sha256),
-        (starts_path(folder, name), num_positions_bytes, info.documents_sha256),
-        (answers_path(folder, name), num_positions_bytes, info.answers_sha256),
-    ]
     try:
-        for path, size_bytes, sha256 in expected:
+        for path, size_bytes, sha256 in _expected(folder, name, info, vocab_size=vocab_size):
             if path.stat().st_size != size_bytes:
                 return False
             if verify:
@@ -220,39 +196,74 @@ def is_intact(folder: Path, name: str, info: ShardInfo, *, vocab_size: int, veri
 
 
 def open_token_file(folder: Path, name: str, info: ShardInfo, *, vocab_size: int) -> TokenFile:
-    """Map a token file into memory."""
+    """Map a token file into memory. Positions are compared with what was written now, tokens when they are read.
+
+    Raises:
+        DataError: naming the file, if one is damaged.
+    """
+    tokens, dtype = tokens_path(folder, name), token_dtype(vocab_size)
+    if info.checksums_sha256 is None:
+        checked = _mapped(tokens, dtype, info.sha256)
+    else:
+        path = _path(folder, name, "checksums")
+        checksums = path.read_bytes()
+        if hashlib.sha256(checksums).hexdigest() != info.checksums_sha256:
+            raise damaged(path)
+        checked = CheckedArray(tokens, dtype, checksums)
     return TokenFile(
-        tokens=_mapped(tokens_path(folder, name), token_dtype(vocab_size)),
-        document_starts=_mapped(starts_path(folder, name), _POSITION),
-        answer_starts=_mapped(answers_path(folder, name), _POSITION),
+        tokens=checked,
+        document_starts=_mapped(starts_path(folder, name), _POSITION, info.documents_sha256),
+        answer_starts=_mapped(answers_path(folder, name), _POSITION, info.answers_sha256),
         num_bytes=info.num_bytes,
     )
 
 
-def paths(folder: Path, name: str) -> list[Path]:
+def paths(folder: Path, name: str, info: ShardInfo, *, vocab_size: int) -> list[Path]:
     """Return the files of DOMAIN.SIDE."""
-    return [path(folder, name) for path in (tokens_path, starts_path, answers_path)]
+    return [path for path, _, _ in _expected(folder, name, info, vocab_size=vocab_size)]
 
 
 def tokens_path(folder: Path, name: str) -> Path:
     """Return where the tokens of DOMAIN.SIDE are."""
-    return folder / f"{name}.tokens"
+    return _path(folder, name, "tokens")
 
 
 def starts_path(folder: Path, name: str) -> Path:
     """Return where the document starts of DOMAIN.SIDE are."""
-    return folder / f"{name}.documents"
+    return _path(folder, name, "documents")
 
 
 def answers_path(folder: Path, name: str) -> Path:
     """Return where the answer starts of DOMAIN.SIDE are."""
-    return folder / f"{name}.answers"
+    return _path(folder, name, "answers")
 
 
-def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+def _path(folder: Path, name: str, kind: str) -> Path:
+    return folder / f"{name}.{kind}"
+
+
+def _expected(folder: Path, name: str, info: ShardInfo, *, vocab_size: int) -> list[tuple[Path, int, str]]:
+    """Return the files of DOMAIN.SIDE, with their sizes and hashes."""
+    num_tokens_bytes = info.num_tokens * token_dtype(vocab_size).itemsize
+    num_positions_bytes = info.num_documents * _POSITION.itemsize
+    expected = [
+        (tokens_path(folder, name), num_tokens_bytes, info.sha256),
+        (starts_path(folder, name), num_positions_bytes, info.documents_sha256),
+        (answers_path(folder, name), num_positions_bytes, info.answers_sha256),
+    ]
+    if info.checksums_sha256 is not None:
+        size_bytes = num_blocks(num_tokens_bytes) * CHECKSUM_BYTES
+        expected.append((_path(folder, name, "checksums"), size_bytes, info.checksums_sha256))
+    return expected
+
+
+def _mapped(path: Path, dtype: np.dtype, sha256: str) -> np.ndarray:
     if path.stat().st_size <= _SMALL_BYTES:
         values = np.fromfile(path, dtype=dtype)
         values.flags.writeable = False
-        return values
-    # As a plain array, which keeps the mapping alive: indexing a np.memmap costs several times as much.
-    return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
+    else:
+        # As a plain array, which keeps the mapping alive: indexing a np.memmap costs several times as much.
+        values = np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
+    if hashlib.sha256(values.data).hexdigest() != sha256:
+        raise damaged(path)
+    return values

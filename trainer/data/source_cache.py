@@ -4,8 +4,6 @@ CACHE/NAME            a source that is finished (cache.py); the name stands for 
 CACHE/NAME.parts/     one that is not: sources.json says of which files, and each part is whole or not there (tasks.py)
 """
 
-import hashlib
-import json
 import logging
 import platform
 import shutil
@@ -15,17 +13,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
-from pydantic import ValidationError
-
 from trainer.config.base import Config
 from trainer.data.assemble import assemble
 from trainer.data.cache import FileState, new_name, publish
 from trainer.data.config import DataConfig, SplitConfig
 from trainer.data.ingest import SIDES, DomainInfo
+from trainer.data.records import hash_of, read_record, record_text
 from trainer.data.shards import is_intact, paths
 from trainer.data.sources.base import Source
 from trainer.data.sources.registry import InstalledSourceConfig, SourceConfig
-from trainer.data.tasks import Task
+from trainer.data.tasks import RESULT, Task
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.durable import replace_file
 from trainer.errors import DataError
@@ -103,23 +100,23 @@ class CachedSource:
     def manifest(self) -> SourceManifest | None:
         """Return the manifest that is in the cache, of whatever content."""
         try:
-            return SourceManifest.model_validate_json((self.folder / _MANIFEST).read_bytes())
-        except (OSError, ValidationError):
+            return read_record(self.folder / _MANIFEST, SourceManifest, of=self.folder.name)
+        except (OSError, ValueError):
             return None
 
-    def untouched(self, *, verify: bool) -> SourceManifest | None:
+    def untouched(self) -> SourceManifest | None:
         """Return the manifest if no file was touched since; takes no lock, so a cache may be read-only."""
         manifest = self.manifest()
         if manifest is None or manifest.content.at_a_glance() != self.content.at_a_glance():
             return None
-        return manifest if self.is_intact(manifest, verify=verify) else None
+        return manifest if self.is_intact(manifest) else None
 
-    def reusable(self, *, verify: bool) -> SourceManifest | None:
+    def reusable(self) -> SourceManifest | None:
         """Return the manifest if it was made of the same content and is whole; under the lock of the folder."""
         if not self.folder.exists():
             return None
         manifest = self.manifest()
-        if manifest is None or not self.is_intact(manifest, verify=verify):
+        if manifest is None or not self.is_intact(manifest):
             _log.warning("%s: the token cache is damaged; building it again", self.folder)
             return None
         before, now = manifest.content, self.content
@@ -131,7 +128,7 @@ class CachedSource:
         if [file.sha256 for file in before.files] != [file.sha256 for file in hashed.files]:
             return None
         manifest = manifest.model_copy(update={"content": hashed})  # touched or moved: remember, to be quick next time
-        replace_file(self.folder / _MANIFEST, manifest.model_dump_json(indent=1))
+        replace_file(self.folder / _MANIFEST, record_text(manifest, of=self.folder.name))
         return manifest
 
     def tasks(self, *, is_alone: bool) -> list[Task]:
@@ -198,8 +195,8 @@ class CachedSource:
     def _hashed(self) -> Content:
         return self.content.model_copy(update={"files": [file.hashed() for file in self.content.files]})
 
-    def is_intact(self, manifest: SourceManifest, *, verify: bool) -> bool:
-        """Return whether all files are there in the size that the manifest knows; `verify` reads and hashes them."""
+    def is_intact(self, manifest: SourceManifest, *, verify: bool = False) -> bool:
+        """Return whether all files are there in the size that the manifest knows; `verify` hashes them too."""
         return all(
             is_intact(
                 self.folder,
@@ -226,7 +223,9 @@ class UnpublishedSource(NamedTuple):
             path
             for domain in self.manifest.domains
             for side in SIDES
-            for path in paths(self.folder, f"{domain.name}.{side}")
+            for path in paths(
+                self.folder, f"{domain.name}.{side}", getattr(domain, side), vocab_size=self.manifest.vocab_size
+            )
         ]
 
     def publish(self) -> None:
@@ -235,13 +234,9 @@ class UnpublishedSource(NamedTuple):
         def is_there() -> bool:
             return self.source.manifest() == self.manifest and self.source.is_intact(self.manifest, verify=True)
 
-        (self.folder / _MANIFEST).write_text(self.manifest.model_dump_json(indent=1))
+        (self.folder / RESULT).unlink(missing_ok=True)  # of its only part; the manifest says all of it
+        (self.folder / _MANIFEST).write_text(record_text(self.manifest, of=self.source.folder.name))
         publish(self.folder, self.source.folder, unless=is_there)
-
-
-def hash_of(value: Any) -> str:
-    """Return the SHA-256 of a value of JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8")).hexdigest()
 
 
 def _identity(config: SourceConfig) -> dict[str, Any]:

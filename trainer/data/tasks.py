@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
-
+from trainer.config.base import Config
 from trainer.data.assemble import IngestedPart
 from trainer.data.config import SplitConfig
 from trainer.data.ingest import SIDES, DomainInfo, count_characters, ingest
+from trainer.data.records import read_record, record_text
 from trainer.data.rows.base import Part
 from trainer.data.shards import is_intact
 from trainer.data.sources.registry import SourceConfig
@@ -20,8 +20,14 @@ from trainer.data.tokenizers.base import Tokenizer
 
 _UNKNOWN_BYTES = 16 << 20
 """What is taken for the size of a part that does not say."""
-_DOMAINS = TypeAdapter(list[DomainInfo])
-_RESULT = "part.json"
+RESULT = "part.json"
+"""Its record: what was made of it."""
+
+
+class _Result(Config):
+    """What was made of a part."""
+
+    domains: list[DomainInfo]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,20 +46,27 @@ class Task:
         return (self.part.size_bytes if self.part is not None else 0) or _UNKNOWN_BYTES
 
     def is_done(self, tokenizer: Tokenizer) -> bool:
-        """Tell whether somebody has read the part before."""
+        """Tell whether somebody has read the part before, and what that made is still what it was."""
         try:
             domains = self.result().domains
-        except (OSError, ValidationError):
+        except (OSError, ValueError):
             return False
         return all(
-            is_intact(self.folder, f"{domain.name}.{side}", getattr(domain, side), vocab_size=tokenizer.vocab_size)
+            is_intact(
+                self.folder,
+                f"{domain.name}.{side}",
+                getattr(domain, side),
+                vocab_size=tokenizer.vocab_size,
+                verify=True,
+            )
             for domain in domains
             for side in SIDES
         )
 
     def result(self) -> IngestedPart:
         """Return what was made of the part."""
-        return IngestedPart(self.folder, _DOMAINS.validate_json((self.folder / _RESULT).read_bytes()))
+        result = read_record(self.folder / RESULT, _Result, of=self.folder.name)
+        return IngestedPart(self.folder, result.domains)
 
     def run(self, tokenizer: Tokenizer, advance: Callable[[int], None]) -> None:
         """Read the part; `advance` is told the bytes of text that are done, after each document.
@@ -74,4 +87,4 @@ class Task:
             advance=advance,
             lengths=count_characters(source.documents()) if self.split.kind == "tail" else None,
         )
-        (self.folder / _RESULT).write_bytes(_DOMAINS.dump_json(domains))
+        (self.folder / RESULT).write_text(record_text(_Result(domains=domains), of=self.folder.name))

@@ -2,11 +2,13 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from trainer.data import corpus as module
@@ -42,7 +44,7 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def all_text(corpus: Corpus) -> bytes:
-    return bytes(corpus.train[0].tokens) + b"|" + bytes(corpus.validation[0].tokens)
+    return bytes(corpus.train[0].tokens[:]) + b"|" + bytes(corpus.validation[0].tokens[:])
 
 
 def in_cache(folder: Path) -> list[str]:
@@ -117,11 +119,62 @@ def test_a_damaged_cache_is_built_again_with_a_message(config, builds, caplog, n
     assert caplog.messages == [f"{corpus.folders[0]}: the token cache is damaged; building it again"]
 
 
-def test_flipped_bits_are_found_on_request(config, builds):
-    file = build_corpus(config).folders[0] / "text.train.tokens"
-    file.write_bytes(b"Xbcdefgh")
-    assert all_text(build_corpus(config))[:1] == b"X"
-    assert all_text(build_corpus(config, verify=True)) == b"abcdefgh|ijklmnop"
+def flip(file: Path, at: int) -> None:
+    """Change a bit of a file."""
+    content = bytearray(file.read_bytes())
+    content[at] ^= 4
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["text.train.tokens", "text.validation.documents", "text.train.answers"])
+def test_a_flipped_bit_is_an_error_that_names_the_file(config, builds, says, name):
+    folder = build_corpus(config).folders[0]
+    flip(folder / name, 3)
+    with says(
+        f"{folder / name}: its content is not what was written (the checksum differs); a disk or memory has changed "
+        f"it; remove {folder}, and it is made again from the text"
+    ):
+        build_corpus(config)
+    assert builds == ["built"]
+
+
+def test_a_large_text_is_compared_where_it_is_read(config, folder, says):
+    (folder / "a.txt").write_text("abcdefgh" * 40_000)
+    corpus = build_corpus(config)
+    flip(corpus.folders[0] / "text.train.tokens", 70_000)
+    tokens = build_corpus(config).train[0].tokens
+    assert tokens[: 1 << 16].tobytes() == b"abcdefgh" * (1 << 13)
+    assert tokens[np.array([[0, 140_000]])].tobytes() == b"aa"
+    with says(
+        f"{corpus.folders[0] / 'text.train.tokens'}: bytes 65536 to 131071 are not what was written (the checksum "
+        f"differs); a disk or memory has changed it; remove {corpus.folders[0]}, and it is made again from the text"
+    ):
+        tokens[np.array([[0, 100_000]])]
+
+
+@pytest.mark.parametrize("length", [8, 40_000])
+def test_a_cache_of_an_older_version_is_used_and_compared_whole(config, builds, folder, length):
+    (folder / "a.txt").write_text("abcdefgh" * length)
+    corpus = build_corpus(config)
+    manifest = corpus.folders[0] / "manifest.json"
+    manifest.write_text(re.sub(r',\s*"(checksums_sha256|record_sha256)": [^,\s}]+', "", manifest.read_text()))
+    for file in corpus.folders[0].glob("*.checksums"):
+        file.unlink()
+    again = build_corpus(config)
+    assert builds == ["built"]
+    assert (again.fingerprint, all_text(again)) == (corpus.fingerprint, all_text(corpus))
+    flip(corpus.folders[0] / "text.train.tokens", 8 * length // 2)
+    with pytest.raises(DataError, match=r"text\.train\.tokens: its content is not what was written"):
+        build_corpus(config)
+
+
+def test_the_cache_of_another_source_is_no_cache(config, builds, caplog):
+    mine = build_corpus(config)
+    other = build_corpus(config.model_copy(update={"split": SplitConfig(kind="tail", fraction=0.25)}))
+    for file in other.folders[0].iterdir():
+        (mine.folders[0] / file.name).write_bytes(file.read_bytes())
+    assert all_text(build_corpus(config)) == b"abcdefgh|ijklmnop"
+    assert caplog.messages == [f"{mine.folders[0]}: the token cache is damaged; building it again"]
 
 
 def test_a_failed_build_leaves_nothing_that_looks_finished(config, folder, monkeypatch):

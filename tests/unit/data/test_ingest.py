@@ -31,7 +31,7 @@ def run(folder: Path, *given: tuple[str, str], fraction: float = 0.5, **options:
 
 def text_of(folder: Path, info: DomainInfo, side: str) -> bytes:
     file: TokenFile = open_token_file(folder, f"{info.name}.{side}", getattr(info, side), vocab_size=256)
-    return bytes(file.tokens)
+    return bytes(file.tokens[:])
 
 
 def test_domains_are_listed_by_name(folder):

@@ -57,9 +57,9 @@ def content(corpus: Corpus) -> list[tuple[str, bytes, list[int], bytes, list[int
     return [
         (
             name,
-            bytes(corpus.train[i].tokens),
+            bytes(corpus.train[i].tokens[:]),
             corpus.train[i].document_starts.tolist(),
-            bytes(corpus.validation[i].tokens),
+            bytes(corpus.validation[i].tokens[:]),
             corpus.validation[i].document_starts.tolist(),
         )
         for i, name in enumerate(corpus.domains)
@@ -68,7 +68,7 @@ def content(corpus: Corpus) -> list[tuple[str, bytes, list[int], bytes, list[int
 
 def documents_of(corpus: Corpus) -> list[str]:
     files = [*corpus.train, *corpus.validation]
-    return sorted(text.decode() for file in files for text in bytes(file.tokens).split(b"\xff"))
+    return sorted(text.decode() for file in files for text in bytes(file.tokens[:]).split(b"\xff"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -91,7 +91,7 @@ def test_the_only_document_of_a_domain_is_cut_wherever_it_is(folder):
     (folder / "b.jsonl").write_text("".join(f'{{"text": "{i}", "of": "two"}}\n' for i in range(40)))
     corpus = build_corpus(data(JsonlSourceConfig(path="*.jsonl", domain_key="of")))
     assert corpus.domains == ("one", "two")
-    assert (bytes(corpus.train[0].tokens), bytes(corpus.validation[0].tokens)) == (b"abcdefg", b"hij")
+    assert (bytes(corpus.train[0].tokens[:]), bytes(corpus.validation[0].tokens[:])) == (b"abcdefg", b"hij")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -115,6 +115,21 @@ def test_what_was_done_before_a_failure_is_not_done_again(folder, monkeypatch, k
     assert not set(first) & set(done)
     assert documents_of(corpus) == sorted(texts(120))
     assert not list(folder.glob("cache/*.parts"))
+
+
+@pytest.mark.parametrize("name", ["d0.train.tokens", "d1.validation.documents", "part.json"])
+def test_a_part_that_has_changed_since_it_was_made_is_made_again(folder, monkeypatch, name):
+    config = data(source(folder, "jsonl"), workers=1)
+    expected = content(build_corpus(data(*config.sources, cache="sound")))
+    with monkeypatch.context() as context:
+        context.setattr(
+            "trainer.data.source_cache.assemble", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt())
+        )
+        with pytest.raises(KeyboardInterrupt):
+            build_corpus(config)
+    file = sorted(folder.glob(f"cache/*.parts/part-*/{name}"))[0]
+    file.write_bytes(file.read_bytes().replace(b"1", b"3") if name == "part.json" else bytes(file.stat().st_size))
+    assert content(build_corpus(config)) == expected
 
 
 def test_parts_of_other_files_are_not_used(folder, monkeypatch):
