@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from trainer import faults
-from trainer.assemble import build_model, numerics, resolve_kernel, whole_model
+from trainer.assemble import build_model, check_memory, numerics, resolve_kernel, whole_model
 from trainer.checkpoint.compatible import abridged
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.kept_tokenizer import check_given, fingerprint_in_use, keep, tokenizer_of
@@ -58,6 +58,8 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
     check_shared(folder, mesh.world)
     if config.profile is not None:
         config.profile.check_ranks(mesh.layout.world_size)
+    with raise_together(mesh.world):  # hosts may differ
+        check_memory(config, mesh.layout, device)
     config = resolve_kernel(config, device)
     is_writer = mesh.layout.rank == 0
     tokenizer = corpus = None

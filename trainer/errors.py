@@ -80,6 +80,8 @@ class Stopped(BaseException):
     exit_code = PREEMPTED
 
 
+_TOO_LARGE = ("can't allocate memory", "Storage size calculation overflowed", "multiplication overflow")
+"""How torch says on a CPU that a tensor does not fit, in memory or in any number of bytes."""
 INTERRUPTED = 130
 """Exit code of a process that Ctrl-C has ended, as shells have it."""
 
@@ -109,5 +111,5 @@ def first_line(error: BaseException) -> str:
 def _is_out_of_memory(error: Exception) -> bool:
     """Tell memory that ran out from other failures; torch has a class of its own for it only on a GPU."""
     names = {kind.__name__ for kind in type(error).__mro__}
-    is_said = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    is_said = isinstance(error, RuntimeError) and any(words in str(error) for words in _TOO_LARGE)
     return is_said or bool(names & {"MemoryError", "OutOfMemoryError"})

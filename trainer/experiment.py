@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field
 
-from trainer.config.base import Config, PathText, Problem
+from trainer.config.base import Config, PathText, Problem, repeated
+from trainer.config.numbers import MAX_INT, Count, Factor, Rows, Seconds, Steps, Whole
 from trainer.data.config import DataConfig
 from trainer.data.sources.registry import InstalledSourceConfig
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
@@ -21,9 +22,9 @@ from trainer.parallel.config import ParallelConfig
 class SpikesConfig(Config):
     """Losses far above those of the steps before: reported, counted in `loss_spikes`, skipped if asked for."""
 
-    sigmas: PositiveFloat | None = 6.0
+    sigmas: Factor | None = 6.0
     """A spike is a loss above mean + sigmas * standard deviation of the window. Null: nothing is looked for."""
-    window: PositiveInt = 128
+    window: Annotated[int, Field(gt=0, le=2**20)] = 128
     """Last losses of steps that were taken; a loss is judged once there are 32 of them."""
     skip: bool = False
     """Skip the step of a spike on all ranks; after `max_consecutive_skips` of them in a row the window starts anew, so
@@ -40,15 +41,15 @@ class SpikesConfig(Config):
 class TrainConfig(Config):
     """How long and in which precision to train."""
 
-    steps: PositiveInt = 2000
+    steps: Steps = 2000
     """Optimizer steps."""
-    global_batch_size: PositiveInt = 64
+    global_batch_size: Rows = 64
     """Sequences in one optimizer step, over all ranks and micro-batches."""
-    grad_clip: PositiveFloat | None = 1.0
+    grad_clip: Annotated[float, Field(gt=0, le=1e30)] | None = 1.0
     """Largest 2-norm of the whole gradient. Null: not clipped, still measured."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Precision of the matrix products. Parameters and optimizer state are float32 (float64 under float64)."""
-    max_consecutive_skips: PositiveInt = 5
+    max_consecutive_skips: Count = 5
     """Stop after this many steps without a finite loss and gradient since the last step that was taken."""
     spikes: SpikesConfig = SpikesConfig()
     """Losses far above those before."""
@@ -57,9 +58,9 @@ class TrainConfig(Config):
 class EvalConfig(Config):
     """When and on what to evaluate: held-out text, and tasks."""
 
-    every: PositiveInt | None = 200
+    every: Count | None = 200
     """Steps between evaluations; there is one at the end as well. Null: only at the end."""
-    max_tokens_per_domain: PositiveInt | None = 65536
+    max_tokens_per_domain: Count | None = 65536
     """Evenly spaced rows of at most this many tokens in each domain. Null: the whole held-out text."""
     at_capacity: bool = True
     """If the model has a capacity, evaluate a second time with it (`eval/loss_capacity`)."""
@@ -68,21 +69,20 @@ class EvalConfig(Config):
 
     def problems(self) -> Iterator[Problem]:
         """Refuse two tasks of one name."""
-        names = [task.name for task in self.tasks]
-        for twice in sorted({name for name in names if names.count(name) > 1}):
+        for twice in repeated(task.name for task in self.tasks):
             yield Problem("tasks", f"two tasks have the name {twice}; give each its own `name`")
 
 
 class CheckpointConfig(Config):
     """When to save, and how many checkpoints to keep."""
 
-    every: PositiveInt | None = 500
+    every: Count | None = 500
     """Steps between checkpoints; there is one at the end as well. Null: only at the end."""
-    keep: Annotated[int, Field(ge=2)] = 3
+    keep: Annotated[int, Field(ge=2, le=MAX_INT)] = 3
     """Newest sound checkpoints to keep: at least two, so that a damaged one is not the last."""
-    keep_every: PositiveInt | None = None
+    keep_every: Count | None = None
     """Checkpoints of steps that are a multiple of this stay for ever. Null: none does."""
-    retry_s: NonNegativeFloat = 600.0
+    retry_s: Seconds = 600.0
     """Seconds for which a save that has to be, at the end or before a stop, is tried again if the disk refuses it."""
     asynchronous: bool = True
     """Write behind the training loop, from a copy of the state in memory. False: the loop waits, without a copy."""
@@ -95,7 +95,7 @@ class ExperimentConfig(Config):
     """Name of the run; its folder is RUNS_DIR/NAME."""
     runs_dir: PathText = "runs"
     """Folder of all runs."""
-    seed: NonNegativeInt = 1337
+    seed: Whole = 1337
     """Initial weights, order of the data and all noise are functions of it."""
     model: ModelConfig = ModelConfig()
     """What is computed."""
@@ -134,7 +134,7 @@ class ExperimentConfig(Config):
             for source in self.data.sources
             for domain in (source.domains if isinstance(source, InstalledSourceConfig) else [source.domain])
         ]
-        for domain in sorted({d for d in domains if domains.count(d) > 1}):
+        for domain in repeated(domains):
             yield Problem("data.sources", f"two sources are of domain {domain}; give each its own `domain`")
         yield from self._task_problems(domains)
         yield from self._routing_gap_problems()

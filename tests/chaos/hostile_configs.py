@@ -1,5 +1,6 @@
 """Configs, overrides and names that somebody made to harm."""
 
+import json
 import os
 from collections.abc import Callable
 
@@ -116,6 +117,21 @@ REFUSED: dict[str, Given] = {
     ),
     "text with NUL in its name": _override("name=x", 'data.sources.0.path="a\\0b"'),
     "text of a name of 5 kB": _override("name=x", f"data.sources.0.path={'x' * 5000}"),
+    # numbers
+    "numbers beyond all": _override(
+        "model.num_layers=1000000000", "model.moe.capacity.factor=1e300", f"parallel.micro_batch_size={2**63 - 1}"
+    ),
+    "more parameters than can be counted": _override(
+        "model.d_model=16777216", "model.moe.num_experts=1048576", "model.moe.d_ff=16777216"
+    ),
+    "80000 options of DeepSpeed": _as_file(
+        lambda box: (box.path / "ds.json").write_text(json.dumps({f"{number:x}": 0 for number in range(80_000)})),
+        "train",
+        "tiny.yaml",
+        "engine={kind: deepspeed, deepspeed_config: ds.json}",
+    ),
+    "logits beyond all": (nothing, ["bench", "routers", "--tokens", "9" * 18]),
+    "a proof without end": (nothing, ["prove", "tiny.yaml", "--steps", "9" * 18, "--timeout", "nan"]),
     # names
     **{f"name: {what}": _override(f"name={name}") for what, name in NAMES.items()},
     "name in a file": _config("name: ../x\n"),

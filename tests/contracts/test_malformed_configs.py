@@ -356,6 +356,27 @@ CASES = [
     Case("nan as text",
          "name: x\ntrain: {grad_clip: nan}\n",
          ["x.yaml:2:20: train.grad_clip: expected a number or null, got 'nan'"]),
+    Case("far too much",
+         "name: x\nmodel: {d_model: 2147483648, num_layers: 1000000000, moe: {capacity: {factor: 1e300}}}\n"
+         "parallel: {micro_batch_size: 9223372036854775807, timeout_s: 1e300}\noptim: {eps: 5e-324}\n",
+         ["x.yaml:2:18: model.d_model: must be at most 16777216, got 2147483648",
+          "x.yaml:2:42: model.num_layers: must be at most 10000, got 1000000000",
+          "x.yaml:2:79: model.moe.capacity.factor: must be at most 1000000, got 1e300",
+          "x.yaml:3:30: parallel.micro_batch_size: must be at most 16777216, got 9223372036854775807",
+          "x.yaml:3:62: parallel.timeout_s: must be at most 100000000, got 1e300",
+          "x.yaml:4:14: optim.eps: must be at least 1e-30, got 5e-324"]),
+    Case("more parameters than can be counted",
+         "name: x\nmodel: {num_heads: 1, d_model: 1048576, moe: {num_experts: 1048576, d_ff: 4096}}\n",
+         ["x.yaml:2:1: model: 8.1e+16 parameters are more than a machine can count; use at most 1.1e+15: lower "
+          "num_layers, d_model, d_ff or moe.num_experts"]),
+    Case("a width with many divisors",
+         "name: x\nmodel: {d_model: 720720, num_heads: 50}\n",
+         ["x.yaml:2:26: model.num_heads: 50 does not divide d_model 720720; use one of 39, 40, 42, 44, 45, 48, 52, "
+          "55, 56, 60, ..."]),
+    Case("a pattern that Python cannot use",
+         f"name: x\ndata: {{sources: [{{kind: jsonl, path: a, filters: [{{column: c, matches: '{'(' * 5000}'}}]}}]}}\n",
+         [f"x.yaml:2:72: data.sources.0.filters.0.matches: '{'(' * 55}...' is no regular expression that Python can "
+          "use (RecursionError)"]),
     Case("empty list",
          "name: x\ndata: {sources: []}\n",
          ["x.yaml:2:17: data.sources: must not be empty; write an entry, or remove it"]),

@@ -22,6 +22,7 @@ class OutOfMemoryError(RuntimeError):
         (MemoryError(), 7),
         (OutOfMemoryError("no"), 7),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"), 7),
+        (RuntimeError("Storage size calculation overflowed with sizes=[4611686018427387904]"), 7),
         (OSError(errno.ENOSPC, "No space left on device"), None),
         (RuntimeError("no"), None),
     ],

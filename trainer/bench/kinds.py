@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, get_args
 
+from trainer.config.nodes import shown
 from trainer.errors import ConfigError
 from trainer.moe.routers.config.options import LookAheadOptions, RouterOptions
 from trainer.moe.routers.registry import RouterConfig
@@ -77,5 +78,5 @@ def chosen_kinds(text: str | None, known: Sequence[str]) -> list[str]:
         if name == ALONE and ALONE not in known:
             raise ConfigError(f"--only: {ALONE} has one network and no choice between experts; --train compares it")
         if name not in known:
-            raise ConfigError(f"--only: {name!r} is not a router; use some of {', '.join(known)}, by commas")
+            raise ConfigError(f"--only: {shown(name)} is not a router; use some of {', '.join(known)}, by commas")
     return [kind for kind in known if kind in names]

@@ -1,7 +1,9 @@
 """The base class of every section of an experiment file."""
 
-from collections.abc import Iterator
-from typing import Annotated, NamedTuple, Self
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Final, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -11,6 +13,8 @@ LINE_PATTERN = r"^[^\x00-\x1f\x7f]*$"
 """Of text that others show in a line."""
 PathText = Annotated[str, Field(min_length=1, pattern=PATH_PATTERN)]
 """A path that a system can use and a message can repeat."""
+_MAX_DIVISORS: Final = 30
+_NEAR_DIVISORS: Final = 10
 
 
 class Problem(NamedTuple):
@@ -51,6 +55,16 @@ class Config(BaseModel):
         return self
 
 
-def divisors(number: int) -> str:
-    """Return what divides a number evenly, as a message lists it."""
-    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+def repeated(values: Iterable[Any]) -> list[Any]:
+    """Return the values that are there more than once, each once, in order."""
+    return sorted(value for value, count in Counter(values).items() if count > 1)
+
+
+def divisors(number: int, *, near: int) -> str:
+    """Return what divides a number evenly, as a message lists it: of many divisors those around `near`."""
+    low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    found = low + [number // d for d in reversed(low) if d * d != number]
+    if len(found) <= _MAX_DIVISORS:
+        return ", ".join(map(str, found))
+    nearest = sorted(sorted(found, key=lambda d: abs(d - near))[:_NEAR_DIVISORS])
+    return ", ".join([*map(str, nearest), "..."])

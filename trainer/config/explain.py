@@ -174,6 +174,10 @@ def _about_value(spot: _Spot, node: Node, context: dict[str, Any]) -> str:
         bound = "at least" if kind == "too_short" else "at most"
         limit = context.get("min_length", context.get("max_length"))
         return f"must have {bound} {limit} entries, got {len(node.value)}"
+    if kind == "file":  # of another file, which the message names
+        return str(context["text"])
+    if kind == "value_error":  # of a rule of ours about one text, which goes on from the text
+        return f"{wording.given(node)} {context['error']}"
     return f"{_lower(spot.details['msg'])}, got {wording.given(node)}"
 
 

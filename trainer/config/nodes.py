@@ -16,6 +16,8 @@ MAX_SHOWN: Final = 60
 """Characters of a value that a message repeats."""
 MAX_PATH_SHOWN: Final = 300
 """Characters of a path that a message repeats."""
+_MAX_PARTS: Final = 12
+"""Of a key that a message repeats; no schema is as deep."""
 _PLAIN_PART: Final = re.compile(r"[A-Za-z0-9_-]{1,60}")
 UNUSABLE: Final = object()
 """Value of a node that was already reported: no type accepts it, and what the schema says of it is not repeated."""
@@ -98,7 +100,8 @@ class Unreadable(Exception):
 
 def dotted(key: Key) -> str:
     """Write a key as overrides do, `data.sources.0.path`; parts that no schema has are quoted and shortened."""
-    return ".".join(str(part) if _PLAIN_PART.fullmatch(str(part)) else shown(part) for part in key)
+    text = ".".join(str(part) if _PLAIN_PART.fullmatch(str(part)) else shown(part) for part in key[:_MAX_PARTS])
+    return text if len(key) <= _MAX_PARTS else f"{text}...."
 
 
 def shown(value: object) -> str:

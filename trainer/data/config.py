@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field
 
 from trainer.config.base import Config, PathText, Problem
+from trainer.config.numbers import Factor
 from trainer.data.sources.registry import HfStreamSourceConfig, InstalledSourceConfig, SourceConfig
 from trainer.data.tokenizers.registry import ByteTokenizerConfig, TokenizerConfig
 
@@ -34,7 +35,7 @@ class MixtureConfig(Config):
     `tokens`: a domain's share is proportional to the weight of its source times its training tokens; with equal weights
     all domains are then read equally often.
     """
-    temperature: PositiveFloat = 1.0
+    temperature: Factor = 1.0
     """For `by: tokens`, whose shares are then proportional to weight * tokens^(1 / temperature): above 1 they are more
     even, so that small domains are read more often than large ones."""
 
@@ -63,7 +64,7 @@ class DataConfig(Config):
     """What is held out."""
     cache_dir: PathText = ".cache/tokens"
     """Folder of the tokenised text, built once and reused."""
-    workers: PositiveInt | None = None
+    workers: Annotated[int, Field(gt=0, le=4096)] | None = None
     """Processes that read text side by side, once; which changes nothing but the time. Null: one for each core."""
 
     def problems(self) -> Iterator[Problem]:

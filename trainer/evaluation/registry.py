@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field
 
-from trainer.config.base import Config, PathText, Problem
+from trainer.config.base import Config, PathText, Problem, repeated
+from trainer.config.nodes import shown
+from trainer.config.numbers import Coefficient, Count, Length
 from trainer.data.rows.filters import FilterConfig
 from trainer.data.rows.registry import RowsConfig
 from trainer.data.rows.template import TemplateText
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from trainer.data.tokenizers.base import Tokenizer
     from trainer.evaluation.base import Task
 
-Column = Annotated[str, Field(min_length=1)]
+Column = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 class TaskConfig(Config):
@@ -32,9 +34,9 @@ class TaskConfig(Config):
     prompt: TemplateText
     """What is read first, with columns in braces. It begins a document; answers are tokens of their own, so a space
     between the two belongs to one of them."""
-    max_examples: PositiveInt | None = None
+    max_examples: Count | None = None
     """Evenly spaced rows, this many at the most. Null: all of them."""
-    every: PositiveInt | Literal["end"] | None = None
+    every: Count | Literal["end"] | None = None
     """Steps between evaluations; there is one at the end as well. Null: whenever held-out text is evaluated. `end`:
     only at the end."""
 
@@ -61,8 +63,8 @@ class ChoiceTaskConfig(TaskConfig):
         """Ask for one source of choices, and for choices that differ."""
         yield from super().problems()
         yield from _exactly_one(choices=self.choices, choices_column=self.choices_column)
-        for twice in sorted({c for c in self.choices or [] if (self.choices or []).count(c) > 1}):
-            yield Problem("choices", f"{twice!r} is there twice; each choice once")
+        for twice in repeated(self.choices or []):
+            yield Problem("choices", f"{shown(twice)} is there twice; each choice once")
 
     def build(self, tokenizer: Tokenizer, *, seq_len: int) -> Task:
         """Read the rows and make the task."""
@@ -81,7 +83,7 @@ class RankingTaskConfig(TaskConfig):
     """File with the candidates of every row, one a line."""
     relevant: Column
     """Column with the right ones: a number, from 0, or a text, or a list of them."""
-    k: Annotated[list[PositiveInt], Field(min_length=1)] = Field(default=[1, 10])
+    k: Annotated[list[Count], Field(min_length=1)] = Field(default=[1, 10])
     """Lengths of the top of the list, for hit@k and ndcg@k."""
     order_by: Literal["sum", "mean_per_byte"] = "sum"
     """What candidates are ordered by: log-probability, or that over their length in bytes."""
@@ -92,7 +94,7 @@ class RankingTaskConfig(TaskConfig):
         """Ask for one source of candidates, and for each k once."""
         yield from super().problems()
         yield from _exactly_one(candidates_column=self.candidates_column, candidates_file=self.candidates_file)
-        for twice in sorted({k for k in self.k if self.k.count(k) > 1}):
+        for twice in repeated(self.k):
             yield Problem("k", f"{twice} is there twice; each k once")
 
     def build(self, tokenizer: Tokenizer, *, seq_len: int) -> Task:
@@ -116,9 +118,9 @@ class GenerationTaskConfig(TaskConfig):
     and digits only) and exact_match are means over texts of the best reference, 0 to 1."""
     bleu_tokenize: Literal["13a", "intl", "zh", "char", "none"] = "13a"
     """How sacrebleu finds words: 13a for languages with spaces, zh for Chinese, char for single characters."""
-    max_new_tokens: PositiveInt = 64
+    max_new_tokens: Length = 64
     """Longest text; it ends before where the model ends the document."""
-    temperature: NonNegativeFloat = 0.0
+    temperature: Coefficient = 0.0
     """0 always takes the likeliest token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Draw from the likeliest tokens of this total mass."""
@@ -126,7 +128,7 @@ class GenerationTaskConfig(TaskConfig):
     def problems(self) -> Iterator[Problem]:
         """Refuse a metric that is named twice."""
         yield from super().problems()
-        for twice in sorted({m for m in self.metrics if self.metrics.count(m) > 1}):
+        for twice in repeated(self.metrics):
             yield Problem("metrics", f"{twice} is there twice; name each once")
 
     def problems_in(self, seq_len: int) -> Iterator[Problem]:

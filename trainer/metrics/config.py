@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field
 
-from trainer.config.base import LINE_PATTERN, Config, Problem
+from trainer.config.base import LINE_PATTERN, Config, Problem, repeated
+from trainer.config.nodes import shown
+from trainer.config.numbers import Count, Rows, Steps, Whole
 from trainer.errors import ConfigError
 
 _NOT_IN_A_PROJECT = r"/\#?%:"
@@ -39,30 +41,31 @@ class WandbConfig(Config):
         """Refuse what wandb would refuse later, or take for something else."""
         bad = [c for c in _NOT_IN_A_PROJECT if c in (self.project or "")]
         if bad:
-            yield Problem("project", f"{self.project!r} has {' '.join(bad)}; wandb allows none of / \\ # ? % : in it")
+            yield Problem(
+                "project", f"{shown(self.project)} has {' '.join(bad)}; wandb allows none of / \\ # ? % : in it"
+            )
         if "/" in (self.entity or ""):
-            yield Problem("entity", f"{self.entity!r} has a slash; give the user or team alone, and set project")
-        twice = sorted({tag for tag in self.tags if self.tags.count(tag) > 1})
-        if twice:
-            yield Problem("tags", f"{twice[0]!r} is there twice; remove one")
+            yield Problem("entity", f"{shown(self.entity)} has a slash; give the user or team alone, and set project")
+        if twice := repeated(self.tags):
+            yield Problem("tags", f"{shown(twice[0])} is there twice; remove one")
 
 
 class MetricsConfig(Config):
     """What is written down while training; always to metrics.jsonl and routing.jsonl."""
 
-    log_every: PositiveInt = 10
+    log_every: Count = 10
     """Steps between lines of metrics.jsonl and routing.jsonl."""
-    peak_tflops: PositiveFloat | None = None
+    peak_tflops: Annotated[float, Field(ge=1e-6, le=1e9)] | None = None
     """Peak of one rank's device in this precision, for `mfu`. Null: not reported where it is unknown."""
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
     tensorboard: bool = False
     """Write the same metrics to the run folder for TensorBoard, too; needs `pip install 'turnout[tensorboard]'`."""
-    routing_gap_every: PositiveInt | None = None
+    routing_gap_every: Count | None = None
     """Steps between comparisons of the routers' choices with the best ones there are (`routing_gap`). Null: never."""
-    routing_gap_rows: PositiveInt = 2
+    routing_gap_rows: Rows = 2
     """Rows of each domain's held-out text that are compared, the same ones every time. A linear programme each."""
-    heatmap_every: PositiveInt | None = 10
+    heatmap_every: Count | None = 10
     """In wandb and TensorBoard every so many logged steps have, for each MoE layer, the load of each of its experts
     (1 is an even share): drawn over the steps, a heat map. Null: never."""
 
@@ -85,11 +88,11 @@ class MetricsConfig(Config):
 class ProfileConfig(Config):
     """Steps that torch's profiler looks at; what is learned does not change by it."""
 
-    start: PositiveInt = 10
+    start: Steps = 10
     """First step, counted from 1 over the whole run."""
-    steps: PositiveInt = 3
+    steps: Steps = 3
     """How many; a trace has every operation of them."""
-    ranks: Annotated[list[NonNegativeInt], Field(min_length=1)] = Field(default=[0])
+    ranks: Annotated[list[Whole], Field(min_length=1)] = Field(default=[0])
     """Which ranks."""
     shapes: bool = False
     """Record the shapes that operations work on."""
@@ -105,7 +108,7 @@ class ProfileConfig(Config):
 
     def problems(self) -> Iterator[Problem]:
         """Refuse a rank that is named twice."""
-        for twice in sorted({rank for rank in self.ranks if self.ranks.count(rank) > 1}):
+        for twice in repeated(self.ranks):
             yield Problem("ranks", f"{twice} is named twice; name each rank once")
 
     def check_ranks(self, world_size: int) -> None:

@@ -12,6 +12,8 @@ from trainer.distributed.collectives import Group
 from trainer.stopwatch import PARTS, Part
 
 _GB = 1e9
+_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Of a container, by version 2 and 1 of control groups."""
 _LARGEST = ("system/process_gb", "system/gpu_peak_gb", "system/cpu_percent")
 _SMALLEST = ("system/host_free_gb", "system/disk_free_gb")
 
@@ -43,6 +45,17 @@ class Machine:
             found["system/gpu_peak_gb"] = torch.cuda.max_memory_allocated(self._device) / _GB
             torch.cuda.reset_peak_memory_stats(self._device)
         return found
+
+
+def total_memory(device: torch.device) -> int:
+    """Return the bytes that there are for all processes: of a GPU, or of the host, its swap space and its limits."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    total = psutil.virtual_memory().total + psutil.swap_memory().total
+    for path in _LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # no such limit, or "max"
+            total = min(total, int(path.read_text()))
+    return total
 
 
 def over_ranks(parts: dict[Part, float], machine: dict[str, float | None], group: Group) -> dict[str, float | None]:

@@ -8,7 +8,7 @@ DASH = "-"
 
 # Characters that reorder their surroundings: a sample could otherwise rewrite the line it is shown on.
 _BIDI_CONTROLS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-_SUFFIXES = ("", "k", "M", "G", "T")
+_SUFFIXES = ("", "k", "M", "G", "T", "P", "E")
 _SECONDS = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
 
 

@@ -1,28 +1,41 @@
 """The `model` section: what is computed. Imports no torch."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Final, Literal, NamedTuple
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field
 
 from trainer.config.base import Config, Problem, divisors
+from trainer.config.numbers import Epsilon, Layers, Length, Width
 from trainer.moe.config import MoEConfig
+
+MAX_WEIGHTS: Final = 2**50
+"""Parameters of a model: 10^15, of which no machine of any size holds one copy."""
+
+
+class Weights(NamedTuple):
+    """Numbers of parameters; those of the routers, which are few, are left out."""
+
+    dense: int
+    """Of what every rank has."""
+    expert: int
+    """Of one routed expert, in all MoE layers together."""
 
 
 class ModelConfig(Config):
     """A GPT-style decoder: RMSNorm, rotary positions, grouped-query attention, dense and MoE feed-forward blocks."""
 
-    num_layers: PositiveInt = 6
+    num_layers: Layers = 6
     """Transformer blocks, L."""
-    d_model: PositiveInt = 256
+    d_model: Width = 256
     """Width of the residual stream, D."""
-    num_heads: PositiveInt = 8
+    num_heads: Width = 8
     """Query heads."""
-    num_kv_heads: PositiveInt | None = None
+    num_kv_heads: Width | None = None
     """Key and value heads, shared by groups of query heads. Null: one for each query head."""
-    d_ff: PositiveInt = 1024
+    d_ff: Width = 1024
     """Hidden width of the dense feed-forward blocks."""
-    seq_len: PositiveInt = 256
+    seq_len: Length = 256
     """Tokens in a training row, S."""
     attention_within: Literal["row", "document"] = "row"
     """How far back a token attends: to the beginning of its row, or no further than to that of its document there."""
@@ -30,13 +43,13 @@ class ModelConfig(Config):
     """Feed-forward kind, of dense blocks and experts alike."""
     qk_norm: bool = False
     """RMSNorm on every query and key head (Qwen3)."""
-    rope_theta: PositiveFloat = 10000.0
+    rope_theta: Annotated[float, Field(ge=1, le=1e15)] = 10000.0
     """Base of the rotary frequencies."""
-    norm_eps: PositiveFloat = 1e-6
+    norm_eps: Epsilon = 1e-6
     """Added to the mean square in RMSNorm."""
     tie_embeddings: bool = False
     """Use the token embedding as the output head too."""
-    init_std: PositiveFloat = 0.02
+    init_std: Annotated[float, Field(gt=0, le=1e3)] = 0.02
     """Standard deviation of the initial weights; layers that write to the residual stream get it over sqrt(2 L)."""
     moe: MoEConfig | None = MoEConfig()
     """Mixture-of-experts blocks. Null: a dense model."""
@@ -49,17 +62,51 @@ class ModelConfig(Config):
     @property
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the blocks whose feed-forward is MoE."""
+        return tuple(layer for layer in range(self.num_layers) if self.has_experts(layer))
+
+    def has_experts(self, layer: int) -> bool:
+        """Tell whether the feed-forward of block `layer` is MoE."""
+        if self.moe is None or layer < self.moe.first_dense_layers:
+            return False
+        return (layer - self.moe.first_dense_layers + 1) % self.moe.every == 0
+
+    def weights(self, *, vocab_size: int) -> Weights:
+        """Count the parameters without making the model; the tokenizer decides the size V of the vocabulary."""
+        D, L, num_moe = self.d_model, self.num_layers, len(self.moe_layers)
+        attention = D * (self.num_heads + 2 * (self.num_kv_heads or self.num_heads)) * self.head_dim + D * D
+        norms = 2 * D + (2 * self.head_dim if self.qk_norm else 0)
+        dense = L * (attention + norms) + D + (1 if self.tie_embeddings else 2) * vocab_size * D
+        dense += (L - num_moe) * self._feed_forward(self.d_ff)
         if self.moe is None:
-            return ()
-        start, every = self.moe.first_dense_layers, self.moe.every
-        return tuple(i for i in range(start, self.num_layers) if (i - start + 1) % every == 0)
+            return Weights(dense, 0)
+        dense += num_moe * self._feed_forward(self.moe.num_shared_experts * self.moe.d_ff)
+        return Weights(dense, num_moe * self._feed_forward(self.moe.d_ff))
+
+    def activations(self, *, vocab_size: int, num_rows: int) -> int:
+        """Count the numbers that a forward pass of so many rows keeps for the backward pass, at the least.
+
+        They are the residual stream before each block, and the logits.
+        """
+        return num_rows * self.seq_len * (self.num_layers * self.d_model + vocab_size)
+
+    def _feed_forward(self, d_ff: int) -> int:
+        return (3 if self.activation == "swiglu" else 2) * self.d_model * d_ff
 
     def problems(self) -> Iterator[Problem]:
-        """Check widths against heads, and that an MoE model has MoE layers."""
+        """Check widths against heads, that an MoE model has MoE layers, and that the whole can be counted."""
+        weights = self.weights(vocab_size=1)
+        total = weights.dense + (self.moe.num_experts if self.moe is not None else 0) * weights.expert
+        if total > MAX_WEIGHTS:
+            yield Problem(
+                "",
+                f"{total:.1e} parameters are more than a machine can count; use at most {MAX_WEIGHTS:.1e}: lower "
+                "num_layers, d_model, d_ff or moe.num_experts",
+            )
         if self.d_model % self.num_heads:
             yield Problem(
                 "num_heads",
-                f"{self.num_heads} does not divide d_model {self.d_model}; use one of {divisors(self.d_model)}",
+                f"{self.num_heads} does not divide d_model {self.d_model}; "
+                f"use one of {divisors(self.d_model, near=self.num_heads)}",
             )
         elif self.head_dim % 2:
             yield Problem(
@@ -71,7 +118,7 @@ class ModelConfig(Config):
             yield Problem(
                 "num_kv_heads",
                 f"{self.num_kv_heads} does not divide num_heads {self.num_heads}; "
-                f"use one of {divisors(self.num_heads)}",
+                f"use one of {divisors(self.num_heads, near=self.num_kv_heads)}",
             )
         if self.moe is not None and not self.moe_layers:
             yield Problem(

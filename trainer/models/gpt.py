@@ -132,7 +132,7 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.ffn = build_moe(config, layer, kernel) if layer in config.moe_layers else FeedForward(config, config.d_ff)
+        self.ffn = build_moe(config, layer, kernel) if config.has_experts(layer) else FeedForward(config, config.d_ff)
         self.compiled_attend: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def forward(

@@ -40,7 +40,8 @@ def limit_to_capacity(
 ) -> RoutingDecision:
     """Drop the assignments that come after an expert is full; identity without a factor or under `context.dropless`.
 
-    The returned `capacity` is static: B * C rows per expert for `scope: sequence`, C for `scope: rank`.
+    The returned `capacity` is static: B * C rows per expert for `scope: sequence`, C for `scope: rank`, where C is no
+    more than there are assignments.
 
     Args:
         decision: what the router wants.
@@ -55,9 +56,9 @@ def limit_to_capacity(
         return decision
     num_groups = context.num_sequences if capacity.scope == "sequence" else 1
     num_assignments = decision.expert_index.numel()
-    per_group = expert_capacity(
-        num_assignments // max(1, num_groups), decision.num_experts, factor=capacity.factor, minimum=capacity.min
-    )
+    wanted = num_assignments // max(1, num_groups)
+    per_group = expert_capacity(wanted, decision.num_experts, factor=capacity.factor, minimum=capacity.min)
+    per_group = min(per_group, max(1, wanted))  # more room than there are assignments would only be memory
     limited = decision.kept & (decision.expert_index < decision.num_experts)
     group = context.sequence_index[decision.token_index] if num_groups > 1 else torch.zeros_like(decision.token_index)
     # Assignments that need no room share one queue of their own behind all others.

@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-
 from trainer.config.base import Config, Problem, divisors
+from trainer.config.numbers import Coefficient, Count, Experts, ExtraExperts, Factor, Length, Whole, Width
 from trainer.moe.routers.config.options import EvenOptions
 from trainer.moe.routers.config.token_choice import TopKRouterConfig
 from trainer.moe.routers.registry import RouterConfig
@@ -24,9 +23,9 @@ class CapacityConfig(Config):
     sized by C is the same in every step.
     """
 
-    factor: PositiveFloat | None = None
+    factor: Factor | None = None
     """Rows an expert accepts, in units of its fair share. Null is dropless."""
-    min: PositiveInt = 4
+    min: Length = 4
     """Never less than this many rows, however short the sequence."""
     scope: Literal["sequence", "rank"] = "sequence"
     """Who shares the C rows: one sequence, or (as in other trainers, not layout-invariant) this rank's micro-batch."""
@@ -50,7 +49,7 @@ class CapacityConfig(Config):
 class BalanceConfig(Config):
     """The load-balancing loss (Switch, GShard), by default over the whole global batch (arXiv 2501.11873)."""
 
-    coef: NonNegativeFloat = 0.01
+    coef: Coefficient = 0.01
     """Weight of the loss. 0 turns it off; the value is logged all the same."""
     scope: Literal["sequence", "global_batch", "micro_batch"] = "global_batch"
     """Over which tokens the load is counted. `micro_batch` is for parity with others: not layout-invariant."""
@@ -76,9 +75,9 @@ class BalanceConfig(Config):
 class CvSquaredConfig(Config):
     """Squared coefficients of variation over experts: variance over squared mean, 0 when even (arXiv 1701.06538)."""
 
-    importance_coef: NonNegativeFloat = 0.0
+    importance_coef: Coefficient = 0.0
     """Weight of the importance loss: of the sums of the combine weights. 0 turns it off."""
-    load_coef: NonNegativeFloat = 0.0
+    load_coef: Coefficient = 0.0
     """Weight of the load loss: of the smooth counts that `noisy_top_k` estimates. 0 turns it off."""
     scope: Literal["sequence", "global_batch"] = "global_batch"
     """Over which tokens is summed before the variation is taken. `global_batch` is exact however a step is cut."""
@@ -91,24 +90,24 @@ class DeviceBalanceConfig(Config):
     over the same scope as by `balance`.
     """
 
-    coef: NonNegativeFloat = 0.0
+    coef: Coefficient = 0.0
     """Weight of the loss. 0 turns it off."""
-    groups: PositiveInt = 4
+    groups: Experts = 4
     """Equal neighbouring parts that the experts are cut into."""
 
 
 class MoEConfig(Config):
     """The mixture-of-experts layers of the model."""
 
-    first_dense_layers: NonNegativeInt = 0
+    first_dense_layers: Whole = 0
     """The first layers stay dense."""
-    every: PositiveInt = 1
+    every: Count = 1
     """After those, every n-th layer is MoE: with 2, the second, fourth and so on."""
-    num_experts: PositiveInt = 8
+    num_experts: Experts = 8
     """Routed experts, E."""
-    d_ff: PositiveInt = 512
+    d_ff: Width = 512
     """Hidden width of one expert, F."""
-    num_shared_experts: NonNegativeInt = 0
+    num_shared_experts: ExtraExperts = 0
     """Experts that every token visits, each d_ff wide, added with weight 1."""
     router: RouterConfig = TopKRouterConfig()
     """Which experts a token visits."""
@@ -120,9 +119,9 @@ class MoEConfig(Config):
     """Importance and load losses."""
     device_balance: DeviceBalanceConfig = DeviceBalanceConfig()
     """Load-balancing loss between groups of experts."""
-    diversity_coef: NonNegativeFloat = 0.0
+    diversity_coef: Coefficient = 0.0
     """Weight of the mean squared cosine between the outputs of a token's experts: at 0 they are orthogonal."""
-    z_loss_coef: NonNegativeFloat = 0.001
+    z_loss_coef: Coefficient = 0.001
     """Weight of the mean squared logsumexp of the router logits (ST-MoE, arXiv 2202.08906). 0 turns it off."""
 
     @property
@@ -189,7 +188,8 @@ class MoEConfig(Config):
         if self.num_experts % groups:
             yield Problem(
                 "device_balance.groups",
-                f"{groups} does not divide num_experts {self.num_experts}; use one of {divisors(self.num_experts)}",
+                f"{groups} does not divide num_experts {self.num_experts}; "
+                f"use one of {divisors(self.num_experts, near=groups)}",
             )
         if self.router.num_null_experts:
             yield Problem("device_balance.coef", "null experts are in no group; use 0, or no null experts")

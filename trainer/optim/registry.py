@@ -6,24 +6,27 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from pydantic import Field
 
 from trainer.config.base import Config, Problem
+from trainer.config.numbers import Coefficient, Epsilon, Whole
 from trainer.optim import schedule
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+LearningRate = Annotated[float, Field(gt=0, le=1e3)]
+WarmupShare = Annotated[float, Field(ge=0, le=1e6)]
 
 
 class AdamWConfig(Config):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101); norms, biases and embeddings are not decayed."""
 
     kind: Literal["adamw"] = "adamw"
-    weight_decay: NonNegativeFloat = 0.1
+    weight_decay: Coefficient = 0.1
     """Decoupled decay of weight matrices: attention, feed-forward, experts, router gate, output head."""
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)
     """Decay rates of the first and second moment."""
-    eps: PositiveFloat = 1e-8
+    eps: Epsilon = 1e-8
     """Added to the root of the second moment."""
 
 
@@ -33,9 +36,9 @@ OptimConfig = AdamWConfig
 class WarmupOptions(Config):
     """What every schedule begins with."""
 
-    peak_lr: PositiveFloat = 1e-3
+    peak_lr: LearningRate = 1e-3
     """Learning rate after warmup."""
-    warmup_steps: NonNegativeInt | NonNegativeFloat | None = None
+    warmup_steps: Whole | WarmupShare | None = None
     """Steps of linear warmup, or the share of the run that it takes, below 1, which fits a run of any length. Null:
     100, or a tenth of a run shorter than 1000."""
 

@@ -4,7 +4,12 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
+import torch
+
+from trainer.assemble import check_memory
+from trainer.config.nodes import shown
 from trainer.data.corpus import build_corpus
+from trainer.distributed.layout import Layout
 from trainer.engine.registry import NativeEngineConfig
 from trainer.errors import ConfigError, TurnoutError
 from trainer.experiment import ExperimentConfig
@@ -54,6 +59,7 @@ def prove(
         config = config.model_copy(update={"engine": NativeEngineConfig()})
     train = {**config.train.model_dump(), "dtype": dtype}
     config = ExperimentConfig.model_validate({**config.model_dump(), "train": train})
+    check_memory(config, Layout(), torch.device("cpu"))
     with Console().progress_bar("reading text") as bar:
         build_corpus(config.data, progress=bar)
     tolerance, floor = TOLERANCES[dtype], FLOORS[dtype]
@@ -62,7 +68,7 @@ def prove(
     cases = [case for case in possible if only is None or only in case.name]
     if not cases:
         names = "\n  ".join(case.name for case in possible)
-        raise ConfigError(f"--layouts: no layout has the text {only!r} in its name; there are\n  {names}")
+        raise ConfigError(f"--layouts: no layout has the text {shown(only)} in its name; there are\n  {names}")
     compared = "" if first_steps in (None, steps) else f", the first {first_steps} compared"
     found = labels(config)
     rows, progress, alone = [], LayoutProgress(len(cases)), reference(config)

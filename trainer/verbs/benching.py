@@ -8,12 +8,17 @@ from typing import Any
 from trainer.bench.kinds import ALONE, ROUTERS, chosen_kinds
 from trainer.bench.training import plan
 from trainer.checkpoint.run_folder import RunFolder
+from trainer.config.nodes import shown
+from trainer.config.numbers import MAX_INT
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.verbs.arguments import Verbs, takes_overrides, verb
 from trainer.verbs.named import existing_run
 
-_ABOVE_SEEDS = 1 << 63
+_MOST = {"tokens": 1 << 20, "sequences": 1 << 20, "experts": 1 << 20, "rounds": 1 << 20, "seeds": 1000}
+"""Largest values; of the other options that of a 64-bit number."""
+_MOST_LOGITS = 1 << 30
+"""Tokens times experts: 4 GiB."""
 _OF_CHOICES = {"tokens": 256, "sequences": 4, "experts": 8, "top_k": 2, "seed": 0, "rounds": 5, "run": None}
 _OF_TRAINING = {"budget": None, "seeds": 1, "out": Path("runs/bench_routers")}
 """Options that mean something in one of the two forms only, with their defaults."""
@@ -64,9 +69,9 @@ def _settle(options: argparse.Namespace, *, mine: Mapping[str, Any], others: Map
     for name, default in mine.items():
         value = getattr(options, name) if name in given else default
         setattr(options, name, value)
-        least = 0 if name == "seed" else 1
-        if isinstance(value, int) and not least <= value < _ABOVE_SEEDS:
-            raise ConfigError(f"{_flag(name)}: is {value}; use {least} or more")
+        least, most = (0 if name == "seed" else 1), _MOST.get(name, MAX_INT)
+        if isinstance(value, int) and not least <= value <= most:
+            raise ConfigError(f"{_flag(name)}: is {shown(value)}; use {least} to {most}")
     for name in ("json", "svg"):
         path = getattr(options, name)
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
@@ -87,6 +92,12 @@ def _compare_choices(options: argparse.Namespace) -> int:
         raise ConfigError(f"{options.overrides[0]}: changes a config, and there is none without --train; remove it")
     kinds = chosen_kinds(options.only, [kind for kind in ROUTERS if kind != ALONE])
     run = None if options.run is None else _measurable(options, given)
+    num_logits = options.sequences * options.tokens * options.experts
+    if num_logits > _MOST_LOGITS:
+        raise ConfigError(
+            f"--tokens: {options.sequences} sequences of {options.tokens} tokens have {num_logits} logits for "
+            f"{options.experts} experts; use at most {_MOST_LOGITS}"
+        )
     if options.top_k > options.experts:
         raise ConfigError(
             f"--top-k: {options.top_k} is more than {options.experts} experts; use 1 to {options.experts}"

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from trainer.config.dump import diff, dump
 from trainer.config.loader import load
+from trainer.config.nodes import shown
+from trainer.config.numbers import MAX_INT
 from trainer.config.schema import schema_text
 from trainer.config.wording import choice
 from trainer.errors import ConfigError
@@ -88,12 +90,12 @@ def _number(text: str) -> float:
     except ValueError:
         value = math.nan
     if not (math.isfinite(value) and value >= 0):
-        raise ConfigError(f"coefficient: must be a number of at least 0, got {text!r}")
+        raise ConfigError(f"coefficient: must be a number of at least 0, got {shown(text)}")
     return value
 
 
 def _count(text: str) -> int:
     """Return a number of processes as typed."""
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise ConfigError(f"--world-size: must be a whole number of at least 1, got {text!r}")
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and 0 < int(text) <= MAX_INT):
+        raise ConfigError(f"--world-size: must be a whole number of at least 1, got {shown(text)}")
     return int(text)

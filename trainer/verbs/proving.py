@@ -3,10 +3,14 @@
 import argparse
 from pathlib import Path
 
+from trainer.config.nodes import shown
+from trainer.config.numbers import MAX_STEPS
 from trainer.errors import ConfigError
 from trainer.prove.cases import ENGINES
 from trainer.verbs.arguments import Verbs, takes_config, verb
 from trainer.verbs.named import named_config
+
+_LONGEST_S = 1e8
 
 
 def add(verbs: Verbs) -> None:
@@ -25,8 +29,11 @@ def add(verbs: Verbs) -> None:
 def prove(options: argparse.Namespace) -> int:
     """Prove that every layout up to four ranks learns what one process learns from this config."""
     config = named_config(options)
-    if options.steps < 1 or options.timeout <= 0:
-        raise ConfigError("prove: use --steps >= 1 and --timeout > 0")
+    if not 1 <= options.steps <= MAX_STEPS or not 0 < options.timeout <= _LONGEST_S:
+        raise ConfigError(
+            f"prove: use 1 <= --steps <= {MAX_STEPS} and 0 < --timeout <= {_LONGEST_S:.0e}, not {shown(options.steps)} "
+            f"and {options.timeout:g}"
+        )
 
     from trainer.prove.proof import prove
 
@@ -53,5 +60,5 @@ def _engines(text: str | None) -> list[str] | None:
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in ENGINES:
-            raise ConfigError(f"--engines: {name!r} is not an engine; use some of {', '.join(ENGINES)}, by commas")
+            raise ConfigError(f"--engines: {shown(name)} is not an engine; use some of {', '.join(ENGINES)}, by commas")
     return names

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from trainer.config.nodes import shown
+from trainer.config.numbers import MAX_INT
 from trainer.errors import ConfigError
 from trainer.moe.config import MoEConfig
 from trainer.verbs.arguments import RUN, Verbs, takes_config, takes_step, verb
@@ -77,7 +79,7 @@ def _tasks(text: str | None, known: Sequence[str]) -> list[str] | None:
     for name in names:
         if name not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"
-            raise ConfigError(f"--tasks: {name!r} is no task of the config (eval.tasks); {has}")
+            raise ConfigError(f"--tasks: {shown(name)} is no task of the config (eval.tasks); {has}")
     return names
 
 
@@ -96,8 +98,8 @@ def _top_ks(options: argparse.Namespace, moe: MoEConfig | None) -> list[int] | N
         raise ConfigError(f"--experts-per-token: {kind} has no top_k to be changed; leave it out")
     names = _names(options.experts_per_token)
     for name in names:
-        if not name.isascii() or not name.isdigit() or int(name) < 1:
-            raise ConfigError(f"--experts-per-token: {name!r} is no number of experts; use numbers such as 1,2,4")
+        if not name.isascii() or not name.isdigit() or len(name) > 9 or int(name) < 1:
+            raise ConfigError(f"--experts-per-token: {shown(name)} is no number of experts; use numbers such as 1,2,4")
         router = moe.router.model_copy(update={"top_k": int(name)})
         for problem in router.problems_among(moe.num_experts):
             raise ConfigError(f"--experts-per-token: {problem.message}")
@@ -116,8 +118,8 @@ def _check_lm_eval(options: argparse.Namespace) -> None:
         return
     if options.tasks is not None:
         raise ConfigError("eval: --tasks are those of the config, --lm-eval another kind; use one of them")
-    if options.limit is not None and options.limit < 1:
-        raise ConfigError("eval: use --limit >= 1")
+    if options.limit is not None and not 1 <= options.limit <= MAX_INT:
+        raise ConfigError(f"eval: use 1 <= --limit < 2^63, not {shown(options.limit)}")
     if options.include_path is not None and not options.include_path.is_dir():
         raise ConfigError(f"--include-path: {options.include_path} is no folder; correct the path")
 
@@ -132,13 +134,14 @@ def generate(options: argparse.Namespace) -> int:
     is_sound = (
         0 <= options.temperature < float("inf")
         and 0 < options.top_p <= 1
-        and (options.top_k is None or options.top_k >= 1)
-        and options.max_tokens >= 1
-        and 0 <= options.seed < 1 << 63
+        and (options.top_k is None or 1 <= options.top_k <= MAX_INT)
+        and 1 <= options.max_tokens <= MAX_INT
+        and 0 <= options.seed <= MAX_INT
     )
     if not is_sound:
         raise ConfigError(
-            "generate: use --temperature >= 0, 0 < --top-p <= 1, --top-k >= 1, --max-tokens >= 1 and 0 <= --seed < 2^63"
+            "generate: use --temperature >= 0, 0 < --top-p <= 1, --top-k >= 1, --max-tokens >= 1, --seed >= 0, whole "
+            "numbers below 2^63"
         )
 
     from trainer.workflows import GenerateOptions, generate_text

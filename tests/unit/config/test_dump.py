@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from trainer.config.dump import ABSENT, Change, changed_keys, diff, dump, inline
 from trainer.config.loader import load
 from trainer.data.config import DataConfig
+from trainer.data.rows.filters import FilterConfig
 from trainer.data.sources.registry import InstalledSourceConfig, JsonlSourceConfig, TextSourceConfig
 from trainer.experiment import ExperimentConfig, TrainConfig
 from trainer.models.config import ModelConfig
@@ -35,8 +36,8 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> Reader:
     return reader
 
 
-def positive(most: float = 1e300) -> st.SearchStrategy[float]:
-    return st.floats(0, most, exclude_min=True)
+def positive(most: float = 1e3, *, least: float = 5e-324) -> st.SearchStrategy[float]:
+    return st.floats(least, most)
 
 
 words = st.text(min_size=1, max_size=40)
@@ -49,9 +50,15 @@ routers: st.SearchStrategy[RouterConfig] = st.one_of(
     st.builds(DenseRouterConfig),
 )
 columns = st.from_regex(r"[^{}:]{1,20}", fullmatch=True).filter(str.isprintable)
+every_number = st.floats(allow_nan=False, allow_infinity=False)
+filters = st.lists(st.builds(FilterConfig, column=words, at_least=every_number), max_size=1)
 sources = st.tuples(
-    st.builds(TextSourceConfig, path=paths | st.lists(paths, min_size=1, max_size=3), weight=positive()),
-    st.builds(JsonlSourceConfig, path=paths, text=columns.map("{{{}}}".format), domain_key=st.none() | words),
+    st.builds(
+        TextSourceConfig, path=paths | st.lists(paths, min_size=1, max_size=3), weight=positive(1e18, least=1e-18)
+    ),
+    st.builds(
+        JsonlSourceConfig, path=paths, text=columns.map("{{{}}}".format), domain_key=st.none() | words, filters=filters
+    ),
     st.builds(InstalledSourceConfig, domains=st.permutations(["python", "english", "cpp"])),
 ).flatmap(lambda all_kinds: st.permutations(all_kinds).map(list))
 configs = st.builds(
@@ -61,7 +68,7 @@ configs = st.builds(
     seed=st.integers(0, 2**63 - 1),
     model=st.builds(
         ModelConfig,
-        norm_eps=positive(),
+        norm_eps=positive(least=1e-30),
         qk_norm=st.booleans(),
         moe=st.none()
         | st.builds(
@@ -72,9 +79,9 @@ configs = st.builds(
         ),
     ),
     data=st.builds(DataConfig, sources=sources, cache_dir=paths),
-    optim=st.builds(AdamWConfig, eps=positive(), betas=st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2)),
+    optim=st.builds(AdamWConfig, eps=positive(least=1e-30), betas=st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2)),
     schedule=st.builds(WarmupCosineConfig, peak_lr=positive()) | st.builds(WarmupStableDecayConfig, peak_lr=positive()),
-    train=st.builds(TrainConfig, steps=st.integers(101, 2**62), grad_clip=st.none() | positive()),
+    train=st.builds(TrainConfig, steps=st.integers(101, 10**9), grad_clip=st.none() | positive()),
 )
 
 

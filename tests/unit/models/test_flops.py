@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.builders import make_batch, make_model, tiny_model_config
 from trainer.models.flops import model_size
-from trainer.models.gpt import GPT
+from trainer.models.gpt import GPT, parameter_role
 
 SHAPES = {
     "moe": ({}, {}),
@@ -37,6 +37,27 @@ def test_active_parameters_leave_idle_experts_out() -> None:
     experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
     assert size.total_parameters == sum(p.numel() for p in model.parameters())
     assert size.total_parameters - size.active_parameters == experts * 3 // 4
+
+
+COUNTED = {
+    **SHAPES,
+    "every second, grouped queries": ({"every": 2}, {"num_kv_heads": 1, "qk_norm": True, "num_layers": 5}),
+    "dense": (None, {}),
+}
+
+
+@pytest.mark.parametrize(("moe", "fields"), COUNTED.values(), ids=COUNTED.keys())
+def test_a_config_counts_the_weights_that_its_model_has(moe: dict | None, fields: dict) -> None:
+    """But for those of the routers, which the config leaves out."""
+    config = tiny_model_config(moe, **fields)
+    config = config if moe is not None else config.model_copy(update={"moe": None})
+    with torch.device("meta"):
+        model = GPT(config, 32)
+    counted = config.weights(vocab_size=32)
+    sizes = {name: p.numel() for name, p in model.named_parameters() if parameter_role(name) != "router"}
+    experts = sum(size for name, size in sizes.items() if parameter_role(name) == "expert")
+    assert counted.dense == sum(sizes.values()) - experts
+    assert counted.expert * (config.moe.num_experts if config.moe is not None else 0) == experts
 
 
 def test_a_model_on_the_meta_device_can_be_counted() -> None:

@@ -1,5 +1,7 @@
 """Capacity: who is kept, against a loop that hands out places one by one."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -127,6 +129,14 @@ def test_capacity_is_the_rounded_up_share(
 def test_without_a_factor_nothing_is_dropped() -> None:
     decision = _decision([[0], [0], [0]], [[1.0], [1.0], [1.0]], [True] * 3, 2)
     assert limit_to_capacity(decision, CapacityConfig(), make_context(1, 3)) is decision
+
+
+@pytest.mark.parametrize("scope", ["sequence", "rank"])
+def test_room_is_never_more_than_there_are_assignments(scope: Any) -> None:
+    decision = _decision([[0, 1]] * 6, [[0.5, 0.5]] * 6, [True] * 6, 4)
+    context = make_context(2, 3)
+    limited = limit_to_capacity(decision, CapacityConfig(factor=1e6, min=2**27, scope=scope), context)
+    assert limited.capacity == 12 and bool(limited.kept.all())
 
 
 def test_dropless_evaluation_ignores_the_capacity() -> None:

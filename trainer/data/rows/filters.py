@@ -4,9 +4,11 @@ import re
 from collections.abc import Iterator
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, NonNegativeInt
+from pydantic import AfterValidator, Field
 
 from trainer.config.base import Config, Problem
+from trainer.config.nodes import shown
+from trainer.config.numbers import Whole
 from trainer.data.rows.base import Row, type_name
 from trainer.errors import DataError
 
@@ -17,14 +19,16 @@ def _check_pattern(text: str) -> str:
     try:
         re.compile(text)
     except re.error as error:
-        raise ValueError(f"is no regular expression ({error})") from error
+        raise ValueError(f"is no regular expression ({error.msg} at position {error.pos})") from error
+    except (RecursionError, OverflowError, MemoryError) as error:
+        raise ValueError(f"is no regular expression that Python can use ({type(error).__name__})") from error
     return text
 
 
 class FilterConfig(Config):
     """Keeps the rows for which every condition holds that is given."""
 
-    column: Annotated[str, Field(min_length=1)]
+    column: Annotated[str, Field(min_length=1, max_length=1000)]
     """Name of the column; a.b is what column a has under b."""
     one_of: Annotated[list[Scalar], Field(min_length=1)] | None = None
     """The value is one of these."""
@@ -34,9 +38,9 @@ class FilterConfig(Config):
     """The number is this or greater."""
     at_most: float | None = None
     """The number is this or less."""
-    min_characters: NonNegativeInt | None = None
+    min_characters: Whole | None = None
     """The string has at least this many characters."""
-    max_characters: NonNegativeInt | None = None
+    max_characters: Whole | None = None
     """The string has at most this many characters."""
     matches: Annotated[str, AfterValidator(_check_pattern)] | None = None
     """The string has a place that this regular expression matches."""
@@ -46,7 +50,7 @@ class FilterConfig(Config):
         given = self.model_dump(exclude={"column"}, exclude_none=True)
         if not given:
             yield Problem(
-                "column", f"{self.column} has no condition; add one of one_of, none_of, at_least, matches, ..."
+                "column", f"{shown(self.column)} has no condition; add one of one_of, none_of, at_least, matches, ..."
             )
         if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
             yield Problem("at_least", f"{self.at_least:g} is more than at_most {self.at_most:g}: no row passes")

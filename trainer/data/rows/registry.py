@@ -16,7 +16,7 @@ Paths = PathText | Annotated[list[PathText], Field(min_length=1)]
 FORMATS = ("parquet", "arrow", "csv", "json", "text")
 """What may stand for a data set, with `data_files`."""
 
-Name = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 class JsonlRowsConfig(Config):

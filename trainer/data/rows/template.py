@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
+from trainer.config.nodes import shown
 from trainer.data.rows.base import Row, type_name
 from trainer.errors import DataError
 
@@ -32,7 +33,9 @@ def check_template(text: str) -> str:
         if token[1] is not None and not column:
             raise ValueError("has {} without the name of a column; write {text}, or {{}} for braces")
         if has_format and format_ not in ("d", "g") and "|" not in format_:
-            raise ValueError(f"has {token[0]}; after a colon come d (a whole number), g (a number) or no|yes (choices)")
+            raise ValueError(
+                f"has {shown(token[0])[1:-1]}; after a colon come d (a whole number), g (a number) or no|yes (choices)"
+            )
     return text
 
 

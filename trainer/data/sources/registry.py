@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field
 
-from trainer.config.base import Config, Problem
+from trainer.config.base import Config, Problem, repeated
+from trainer.config.nodes import shown
 from trainer.data.rows.filters import FilterConfig
 from trainer.data.rows.registry import DatasetConfig, JsonlRowsConfig, Name, Paths
 from trainer.data.rows.template import Template, TemplateText
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from trainer.data.sources.base import Source
 
 Domain = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Weight = Annotated[float, Field(ge=1e-18, le=1e18)]
+"""Only ratios count: tokens of a corpus will do."""
 
 
 class InstalledSourceConfig(Config):
@@ -26,12 +29,12 @@ class InstalledSourceConfig(Config):
         default=["python", "english", "cpp"]
     )
     """Which of the three domains to read."""
-    weight: PositiveFloat = 1.0
+    weight: Weight = 1.0
     """Share of the mixture, split evenly over the domains."""
 
     def problems(self) -> Iterator[Problem]:
         """Refuse a domain that is named twice."""
-        for twice in sorted({d for d in self.domains if self.domains.count(d) > 1}):
+        for twice in repeated(self.domains):
             yield Problem("domains", f"{twice} is named twice; name each domain once")
 
     def build(self) -> Source:
@@ -49,7 +52,7 @@ class TextSourceConfig(Config):
     """A file, a glob such as corpus/**/*.txt, or a list of them; relative to the working directory."""
     domain: Domain = "text"
     """Name of the domain in per-domain losses."""
-    weight: PositiveFloat = 1.0
+    weight: Weight = 1.0
     """Share of the mixture."""
 
     def build(self) -> Source:
@@ -73,14 +76,14 @@ class TableConfig(Config):
     """Column with the document's domain. Null: all documents are of `domain`."""
     domain: Domain
     """Name of the domain in per-domain losses."""
-    weight: PositiveFloat = 1.0
+    weight: Weight = 1.0
     """Share of the mixture, split evenly over the domains found."""
 
     def problems(self) -> Iterator[Problem]:
         """Refuse a text that is the same for all rows."""
         yield from super().problems()
         if not Template(self.text).columns:
-            yield Problem("text", f"{self.text!r} has no column; write {{column}} where its text belongs")
+            yield Problem("text", f"{shown(self.text)} has no column; write {{column}} where its text belongs")
 
     def columns(self) -> set[str]:
         """Return every column that is read."""
@@ -125,7 +128,7 @@ class HfStreamSourceConfig(TableConfig, DatasetConfig):
     kind: Literal["hf_stream"] = "hf_stream"
     domain: Domain = "hf_stream"
     """Name of the domain in per-domain losses."""
-    block_tokens: PositiveInt = 1 << 24
+    block_tokens: Annotated[int, Field(gt=0, le=1 << 40)] = 1 << 24
     """Tokens that are read ahead, kept on the disk (three times as many) and shuffled among themselves. What is held
     out of the first block is evaluated on; what is held out of others is never read."""
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from trainer.config.base import Config, PathText
+from trainer.config.numbers import Count
 
 if TYPE_CHECKING:
     from trainer.data.config import DataConfig
@@ -33,9 +34,9 @@ class BPETokenizerConfig(Config):
     kind: Literal["bpe"] = "bpe"
     vocab_size: Annotated[int, Field(ge=257, le=1 << 20)] = 8192
     """Tokens: 256 bytes, the end of document, and merges."""
-    min_frequency: PositiveInt = 2
+    min_frequency: Count = 2
     """Least occurrences of a pair that is merged."""
-    max_train_bytes: PositiveInt = 1 << 28
+    max_train_bytes: Count = 1 << 28
     """Text it is trained on: equal parts of all domains, as far as they have it, each spread evenly over the domain."""
 
     def build(self, data: DataConfig, *, progress: Progress | None = None) -> Tokenizer:

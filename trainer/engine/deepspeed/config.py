@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, JsonValue, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from trainer.config.base import Config, Problem
-from trainer.config.layers import MAX_BYTES as _MAX_BYTES
-from trainer.config.nodes import shown_path
+from trainer.config.base import Config, Problem, repeated
+from trainer.config.layers import MAX_BYTES
+from trainer.config.nodes import shown, shown_path
+from trainer.config.numbers import MAX_INT
+from trainer.config.yaml_nodes import MAX_DEPTH, MAX_NODES
 from trainer.engine.deepspeed.passthrough import Ours, conflicts, merged
 
 if TYPE_CHECKING:
@@ -36,9 +39,16 @@ def _read(value: Any) -> Any:
         path = Path(value)
         if path.exists() and not path.is_file():
             raise ValueError("is not a file")
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"has more than {_MAX_BYTES} bytes; a configuration has a few thousand")
-        values = json.loads(path.read_text(), object_pairs_hook=_unique, parse_constant=_refuse)
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"has more than {MAX_BYTES} bytes; a configuration has a few thousand")
+        values = json.loads(
+            path.read_text(encoding="utf-8-sig"),
+            object_pairs_hook=_unique,
+            parse_constant=_refuse,
+            parse_float=_finite,
+            parse_int=_whole,
+        )
+        _check_size(values)
         if isinstance(values, dict):
             return values
         reason = "is not a mapping"
@@ -54,15 +64,43 @@ def _read(value: Any) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ValueError(f"has the key {key} twice")
+    if len(pairs) > MAX_NODES:
+        raise ValueError(f"has more than {MAX_NODES} keys; a configuration has a few hundred")
+    for key in repeated(key for key, _ in pairs):
+        raise ValueError(f"has the key {shown(key)[1:-1]} twice")
     return dict(pairs)
 
 
 def _refuse(name: str) -> Any:
-    raise ValueError(f"has {name}, which is no JSON")
+    raise ValueError(f"has {shown(name)[1:-1]}, which is no JSON that fits in 64 bits")
+
+
+def _check_size(values: Any) -> None:
+    """Refuse what is larger than a configuration may be in YAML, before anything looks at each of its values."""
+    level, num_values = [values], 0
+    for _ in range(MAX_DEPTH):
+        num_values += len(level)
+        if num_values > MAX_NODES:
+            raise ValueError(f"has more than {MAX_NODES} values; a configuration has a few hundred")
+        level = [inner for value in level if isinstance(value, dict | list) for inner in _inside(value)]
+        if not level:
+            return
+    raise ValueError(f"is nested more than {MAX_DEPTH} levels deep")
+
+
+def _inside(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse(text)
+
+
+def _whole(text: str) -> int:
+    # Python itself refuses to convert thousands of digits.
+    value = int(text) if len(text) < 100 else MAX_INT + 1
+    return value if abs(value) <= MAX_INT else _refuse(text)
 
 
 _MAPPING = {"anyOf": [{"type": "object"}, {"type": "string"}]}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from trainer.config.base import Config
+from trainer.config.numbers import Experts
 
 if TYPE_CHECKING:
     from trainer.distributed.mesh import Mesh
@@ -31,7 +32,7 @@ class ExchangeOptions(Config):
 
     wire: Literal["compute", "bfloat16"] = "compute"
     """Precision of rows on their way: as they are computed, or rounded (which changes what is learned a little)."""
-    chunks: PositiveInt = 1
+    chunks: Experts = 1
     """Parts that a rank's experts are cut into: the rows of one travel while another one is computed.
 
     Each costs a pass over the experts' gradients, and with `parallel.data: shard` gathers their weights once more.

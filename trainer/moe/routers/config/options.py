@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field
 
 from trainer.config.base import Config, Problem
+from trainer.config.numbers import Experts, ExtraExperts, Factor
 
 Score = Literal["softmax", "sigmoid"]
 
@@ -74,9 +75,9 @@ class TopKOptions(JitterOptions):
     ranks_choices: ClassVar[bool] = True
     has_fixed_k: ClassVar[bool] = True
 
-    top_k: PositiveInt = 2
+    top_k: Experts = 2
     """Experts per token, k."""
-    draw_top_k: Annotated[list[PositiveInt], Field(min_length=1)] | None = None
+    draw_top_k: Annotated[list[Experts], Field(min_length=1)] | None = None
     """While training, every optimizer step draws its k from these, by the seed; one that is there twice comes twice as
     often. The model is then good at each of them (`eval --experts-per-token`). Null: always `top_k`, which is what
     evaluation and generation use in any case.
@@ -85,9 +86,9 @@ class TopKOptions(JitterOptions):
     """
     normalize: bool = True
     """Divide the k combine weights by their sum. False keeps the raw scores."""
-    scale: PositiveFloat = 1.0
+    scale: Factor = 1.0
     """Factor on the combine weights, after normalisation (DeepSeek's routed scaling factor)."""
-    null_experts: NonNegativeInt = 0
+    null_experts: ExtraExperts = 0
     """Experts that compute nothing and can be among a token's k, so that easy tokens take fewer (MoE++, 2410.07348).
 
     Their scores count in the normalisation, and what they would weigh is left out of the sum. The balance loss evens
@@ -168,9 +169,9 @@ class LookAheadOptions(RouterOptions):
 class AssignmentOptions(LookAheadOptions):
     """Of routers that give experts to a sequence's tokens within the room that experts have."""
 
-    top_k: PositiveInt = 2
+    top_k: Experts = 2
     """Most experts per token, k."""
-    room: PositiveFloat = 1.0
+    room: Factor = 1.0
     """Tokens that an expert takes of a sequence of n, in units of its fair share k * n / E; rounded up."""
 
     def experts_per_token(self, num_experts: int) -> float:

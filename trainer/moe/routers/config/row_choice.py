@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field
 
 from trainer.config.base import Problem
+from trainer.config.numbers import Coefficient, Experts
 from trainer.moe.routers.config.options import AssignmentOptions, LookAheadOptions, Score
 
 if TYPE_CHECKING:
@@ -87,11 +88,11 @@ class SinkhornRouterConfig(LookAheadOptions):
 
     has_fixed_k: ClassVar[bool] = True
     kind: Literal["sinkhorn"] = "sinkhorn"
-    top_k: PositiveInt = 1
+    top_k: Experts = 1
     """Experts per token, k."""
     score: Score = "sigmoid"
     """How a logit becomes its expert's combine weight."""
-    iterations: PositiveInt = 30
+    iterations: Annotated[int, Field(gt=0, le=10**4)] = 30
     """How often rows and columns of the plan are scaled."""
 
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
@@ -111,7 +112,7 @@ class MixtureOfDepthsRouterConfig(LookAheadOptions):
     kind: Literal["mixture_of_depths"] = "mixture_of_depths"
     share: Annotated[float, Field(gt=0, le=1)] = 0.125
     """Share of a sequence's tokens that are computed, rounded up."""
-    predictor_coef: NonNegativeFloat = 0.01
+    predictor_coef: Coefficient = 0.01
     """Weight of the loss that teaches a token's logit its own sign: positive if it is among the computed.
 
     In evaluation the sign alone decides, which looks at no later token.

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field
 
 from trainer.config.base import Problem, divisors
+from trainer.config.numbers import Coefficient, Experts, Width
 from trainer.moe.routers.config.options import JitterOptions, RouterOptions, Score, TopKOptions
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class SwitchRouterConfig(TopKOptions):
     """Switch Transformer's router: one expert, its raw probability as weight, jitter (arXiv 2101.03961)."""
 
     kind: Literal["switch"] = "switch"
-    top_k: PositiveInt = 1
+    top_k: Experts = 1
     """Experts per token, k."""
     normalize: bool = False
     """Divide the k combine weights by their sum. False keeps the raw scores."""
@@ -91,7 +92,7 @@ class CosineRouterConfig(TopKOptions):
     """Top-k by the angle between a projected token and each expert's direction (X-MoE, arXiv 2204.09179)."""
 
     kind: Literal["cosine"] = "cosine"
-    d_proj: PositiveInt = 64
+    d_proj: Width = 64
     """Width that tokens are projected to."""
 
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
@@ -107,7 +108,7 @@ class BiasBalancedRouterConfig(TopKOptions):
     kind: Literal["bias_balanced"] = "bias_balanced"
     score: Score = "sigmoid"
     """How logits become scores: over all experts together, or each expert by itself."""
-    bias_update_rate: NonNegativeFloat = 0.001
+    bias_update_rate: Coefficient = 0.001
     """Gamma: what the bias of an expert moves by in one optimizer step."""
 
     @property
@@ -128,11 +129,11 @@ class GroupLimitedRouterConfig(TopKOptions):
     kind: Literal["group_limited"] = "group_limited"
     score: Score = "sigmoid"
     """How logits become scores: over all experts together, or each expert by itself."""
-    bias_update_rate: NonNegativeFloat = 0.0
+    bias_update_rate: Coefficient = 0.0
     """As of `bias_balanced`; 0 is no bias."""
-    groups: PositiveInt = 4
+    groups: Experts = 4
     """Equal neighbouring parts that the experts are cut into."""
-    groups_kept: PositiveInt = 2
+    groups_kept: Experts = 2
     """Groups that a token's experts may be in."""
     group_score: Literal["best_two", "best"] = "best_two"
     """What a group counts for a token: the sum of its two best scores (V3, 2412.19437) or the best (V2, 2405.04434)."""
@@ -146,7 +147,9 @@ class GroupLimitedRouterConfig(TopKOptions):
         """Refuse groups that cannot be."""
         if num_experts % self.groups:
             yield Problem(
-                "groups", f"{self.groups} does not divide num_experts {num_experts}; use one of {divisors(num_experts)}"
+                "groups",
+                f"{self.groups} does not divide num_experts {num_experts}; "
+                f"use one of {divisors(num_experts, near=self.groups)}",
             )
             return
         if self.groups_kept > self.groups:
@@ -173,11 +176,11 @@ class TopPRouterConfig(JitterOptions):
     kind: Literal["top_p"] = "top_p"
     p: Annotated[float, Field(gt=0, le=1)] = 0.4
     """A token takes its likeliest experts until their probabilities add up to this."""
-    max_experts: PositiveInt | None = None
+    max_experts: Experts | None = None
     """Most experts per token; null: all of them."""
     normalize: bool = False
     """Divide a token's combine weights by their sum. False keeps the probabilities, which a lone expert learns by."""
-    sparsity_coef: NonNegativeFloat = 1e-4
+    sparsity_coef: Coefficient = 1e-4
     """Weight of the sparsity loss: the entropy of the probabilities, which few experts hold when it is small."""
 
     @property

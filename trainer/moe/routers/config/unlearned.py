@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import NonNegativeInt, PositiveInt
-
+from trainer.config.numbers import Experts, Whole
 from trainer.moe.routers.config.options import EvenOptions
 
 if TYPE_CHECKING:
@@ -16,9 +15,9 @@ class HashRouterConfig(EvenOptions):
     """Experts by a hash of the token's id, with equal weights (Roller et al. 2021, arXiv 2106.04426)."""
 
     kind: Literal["hash"] = "hash"
-    top_k: PositiveInt = 1
+    top_k: Experts = 1
     """Experts per token, k; all different."""
-    salt: NonNegativeInt = 0
+    salt: Whole = 0
     """Another salt is another hash."""
 
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
@@ -32,7 +31,7 @@ class RandomRouterConfig(EvenOptions):
     """Experts at random for every token, with equal weights: what routing must beat."""
 
     kind: Literal["random"] = "random"
-    top_k: PositiveInt = 2
+    top_k: Experts = 2
     """Experts per token, k; all different."""
 
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
@@ -46,7 +45,7 @@ class RoundRobinRouterConfig(EvenOptions):
     """Experts in turn by position, with equal weights: perfect balance, nothing learned. For benchmarks."""
 
     kind: Literal["round_robin"] = "round_robin"
-    top_k: PositiveInt = 2
+    top_k: Experts = 2
     """Experts per token, k."""
 
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:

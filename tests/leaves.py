@@ -1,0 +1,125 @@
+"""Every key of a schema that has a value of its own, and the smallest configuration that has it."""
+
+import types
+from collections.abc import Iterator
+from typing import Annotated, Any, NamedTuple, get_args, get_origin
+
+from trainer.config import slots
+from trainer.config.base import Config
+
+Step = tuple[str, type[Config], bool]
+"""A key, the section below it, and whether that is an entry of a list."""
+
+
+class Leaf(NamedTuple):
+    """A key whose value is no section."""
+
+    path: tuple[Step, ...]
+    section: type[Config]
+    key: str
+    annotation: Any
+
+    @property
+    def name(self) -> str:
+        """Dotted, with the kinds of the sections that have several."""
+        parts = [f"{key}{'.0' if listed else ''}{_kind_of(section)}" for key, section, listed in self.path]
+        return ".".join([*parts, self.key])
+
+    @property
+    def names(self) -> list[str]:
+        """The names that a message about its value may have: its own, and those of the sections around it."""
+        return [self.key, *(key for key, _, _ in self.path)]
+
+    def accepts(self, *kinds: type) -> bool:
+        """Tell whether a value, or an entry of it, may be of one of these types."""
+        return any(kind in kinds for kind in _inside(self.annotation))
+
+    @property
+    def is_list(self) -> bool:
+        """Whether its values are lists."""
+        return any(get_origin(one) in (list, tuple) for one in slots.alternatives(self.annotation))
+
+    @property
+    def limits(self) -> list[int | float]:
+        """The ends of its range, as far as it has one."""
+        field = self.section.model_fields[self.key]
+        found = [getattr(data, name, None) for data in _metadata(field) for name in ("ge", "gt", "le", "lt")]
+        return [limit for limit in found if limit is not None]
+
+    def document(self, value: Any, root: dict[str, Any]) -> dict[str, Any]:
+        """Return a configuration that has this value."""
+        document = dict(root)
+        node = document
+        for key, section, listed in self.path:
+            below = _required(section)
+            node[key] = [below] if listed else below
+            node = below
+        node[self.key] = value
+        return document
+
+
+def leaves(section: type[Config], path: tuple[Step, ...] = (), seen: set[Any] | None = None) -> Iterator[Leaf]:
+    """Yield all of them; of a section that stands in several places, once."""
+    seen = set() if seen is None else seen
+    if section in seen:
+        return
+    seen.add(section)
+    for key, field in section.model_fields.items():
+        if key == "kind":
+            continue
+        is_leaf = False
+        for one in slots.alternatives(field.annotation):
+            is_list = get_origin(one) is list and bool(slots.sections(get_args(one)[0]))
+            below = slots.sections(get_args(one)[0] if is_list else one)
+            for inner in below:
+                yield from leaves(inner, (*path, (key, inner, is_list)), seen)
+            is_leaf = is_leaf or not below
+        if is_leaf:
+            yield Leaf(path, section, key, field.annotation)
+
+
+def _required(section: type[Config]) -> dict[str, Any]:
+    """Return the smallest section of its kind."""
+    values: dict[str, Any] = {"kind": kinds[0]} if (kinds := slots.kinds(section)) else {}
+    for key, field in section.model_fields.items():
+        if field.is_required() and key != "kind":
+            one = slots.alternatives(field.annotation)[0]
+            is_section = isinstance(one, type) and issubclass(one, Config)
+            values[key] = _required(one) if is_section else ["x", "y"] if get_origin(one) is list else "x"
+    return values | _BESIDE.get(values.get("kind"), {})
+
+
+_BESIDE: dict[Any, dict[str, Any]] = {
+    "choice": {"choices": ["x", "y"]},
+    "ranking": {"candidates_column": "x"},
+    "jsonl": {"path": "x"},
+    "mixture_of_depths": {},
+}
+"""One of which a rule asks for."""
+
+
+def _kind_of(section: type[Config]) -> str:
+    return f"({kinds[0]})" if (kinds := slots.kinds(section)) else ""
+
+
+def _inside(annotation: Any) -> Iterator[Any]:
+    if get_origin(annotation) in (None, types.NoneType):
+        yield annotation
+    for part in get_args(annotation):
+        if get_origin(annotation) is not Annotated or part is get_args(annotation)[0]:
+            yield from _inside(part)
+
+
+def _metadata(field: Any) -> Iterator[Any]:
+    """Yield what restricts the values of a field, or of what is inside."""
+    yield from field.metadata
+    pending = [field.annotation]
+    while pending:
+        annotation = pending.pop()
+        if get_origin(annotation) is Annotated:
+            for data in get_args(annotation)[1:]:
+                yield data
+                yield from getattr(data, "metadata", ())
+            pending.append(get_args(annotation)[0])
+        else:
+            pending += get_args(annotation)
