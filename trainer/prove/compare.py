@@ -67,9 +67,10 @@ def compare(mine: Evidence, reference: Evidence, *, tolerance: float, steps: int
             errors.append((group, f"{name} after step {step + 1}", _tensor_error(here[name], tensor)))
 
     scalars(0, "loss", "balance", "z", "further")
+    rounding = _rounding(reference)
     for name in reversed(list(reference.gradients)):  # the backward pass begins at the end
-        group = f"gradient: {_kind(name)}"
-        errors.append((group, f"gradient of {name}", _tensor_error(mine.gradients[name], reference.gradients[name])))
+        error = _tensor_error(mine.gradients[name], reference.gradients[name], rounding)
+        errors.append((f"gradient: {_kind(name)}", f"gradient of {name}", error))
     scalars(0, "norm")
     weights(0, mine.first_update, reference.first_update)
     for step in range(1, end):
@@ -122,14 +123,15 @@ def diagnose(mine: Evidence, reference: Evidence, tolerance: float) -> str:
     ):
         if differs(here, there):
             return f"the {name} is {here[0] / there[0]:.4g} times that of one process: its counts or its divisor"
-    ratios = {kind: _ratio(mine, reference, kind) for kind in ("dense", "router", "expert")}
+    rounding = _rounding(reference)
+    ratios = {kind: _ratio(mine, reference, kind, rounding) for kind in ("dense", "router", "expert")}
     wrong = {kind: ratio for kind, ratio in ratios.items() if ratio is not None and abs(ratio - 1) > tolerance}
     uneven = [
         kind
         for kind in ratios
         if ratios[kind] is None
         and any(
-            not _tensor_error(mine.gradients[n], g) <= tolerance
+            not _tensor_error(mine.gradients[n], g, rounding) <= tolerance
             for n, g in reference.gradients.items()
             if _kind(n) == kind
         )
@@ -160,22 +162,31 @@ def _error(a: float, b: float) -> float:
     return abs(a - b) / max(abs(b), 1e-30) if a != b else 0.0
 
 
-def _tensor_error(a: Tensor, b: Tensor) -> float:
-    """Return the largest difference over the largest value."""
+def _tensor_error(a: Tensor, b: Tensor, rounding: float = 0.0) -> float:
+    """Return the largest difference over the largest value; 0 if it is rounding."""
     if a.shape != b.shape:
         return float("inf")
     difference = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
-    return difference / max(float(b.double().abs().max()), 1e-30) if difference != 0 else 0.0
+    return 0.0 if difference <= rounding else difference / max(float(b.double().abs().max()), 1e-30)
 
 
-def _ratio(mine: Evidence, reference: Evidence, kind: str) -> float | None:
+def _rounding(reference: Evidence) -> float:
+    """Return the last bit of the largest gradient; a weight whose gradients are all below has none but for rounding.
+
+    Of such are q and k where all tokens of a row are equal, and the router where normalised weights are of one expert.
+    """
+    gradients = reference.gradients.values()
+    return max((float(g.abs().max()) * torch.finfo(g.dtype).eps for g in gradients if g.numel()), default=0.0)
+
+
+def _ratio(mine: Evidence, reference: Evidence, kind: str, rounding: float) -> float | None:
     """Return the factor between two sets of gradients, if it is the same everywhere."""
     names = [name for name in reference.gradients if _kind(name) == kind]
     ratios = []
     for name in names:
         a, b = mine.gradients[name].double().flatten(), reference.gradients[name].double().flatten()
         square = float(b @ b)
-        if square == 0:
+        if square <= rounding**2:
             continue
         ratio = float(a @ b) / square
         if float((a - ratio * b).norm()) > _WORST_NAMED * float(b.norm()):
