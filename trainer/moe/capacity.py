@@ -86,7 +86,7 @@ def _arrival_order(
         drawn = uniform(context.noise_key, 1, salt=f"capacity {salt}").squeeze(-1)  # (T,)
         return drawn[decision.token_index].argsort(stable=True)
     if capacity.policy == "probability":
-        return coarse(decision.combine_weight.detach(), queue).argsort(descending=True, stable=True)
+        return coarse(decision.combine_weight.detach(), group=queue).argsort(descending=True, stable=True)
     assert decision.top_k is not None, "a config with a capacity has a router with a fixed k"
     return order.view(decision.num_tokens, decision.top_k).t().reshape(-1)  # all first choices, then all second ones
 

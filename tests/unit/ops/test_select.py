@@ -75,15 +75,19 @@ def test_columns_and_groups_are_compared_by_themselves() -> None:
     together = coarse(scores)
     for column in (0, 1):
         assert torch.equal(coarse(scores[:, column]), together[:, column])
+    assert torch.equal(coarse(scores.t(), dim=1).t(), together)
+    assert torch.equal(coarse_logits(scores.expand(2, 3, 2), dim=1)[1], coarse_logits(scores))
     assert together[0, 0] == together[1, 0] and together[1, 1] == together[2, 1]
     group = torch.tensor([0, 1] * 3)
-    assert torch.equal(coarse(scores.flatten(), group), together.flatten())
+    assert torch.equal(coarse(scores.flatten(), group=group), together.flatten())
     shuffled = torch.tensor([4, 1, 3, 0, 5, 2])
-    assert torch.equal(coarse(scores.flatten()[shuffled], group[shuffled]), together.flatten()[shuffled])
+    assert torch.equal(coarse(scores.flatten()[shuffled], group=group[shuffled]), together.flatten()[shuffled])
 
 
 def test_few_scores_and_strange_ones() -> None:
-    assert coarse(torch.zeros(0, 3)).shape == (0, 3) and coarse(torch.zeros(0), torch.zeros(0).long()).shape == (0,)
+    assert coarse(torch.zeros(0, 3)).shape == (0, 3) and coarse(torch.zeros(0), group=torch.zeros(0).long()).shape == (
+        0,
+    )
     assert coarse(torch.tensor(0.3)) == coarse(torch.tensor([0.3]))[0]
     assert coarse(torch.tensor([0.0, 1.0, 0.0])).tolist() == [0.0, 1.0, 0.0]
     below_normal = torch.tensor([1.646525696e-42, 1.647926994e-42])  # a last bit is all that tells them apart

@@ -32,10 +32,11 @@ class BaseRouter(LookAheadRouter):
         logits = gate_logits(self.gate, x)  # (T, E)
         expert = first_top_k(logits.detach(), 1)  # (T, 1)
         if self.looks_ahead(context):
-            rows = logits.detach().view(*context.valid_rows.shape, -1)  # (B, S, E)
+            compared = logits.detach().where(context.valid[:, None], -torch.inf)
+            rows = coarse_logits(compared.view(*context.valid_rows.shape, -1), dim=1)  # (B, S, E)
             assigned = torch.zeros_like(context.valid_rows, dtype=torch.int64)
             for row, valid in enumerate(context.valid_rows):
-                assigned[row, valid] = balanced(coarse_logits(rows[row, valid]))
+                assigned[row, valid] = balanced(rows[row, valid])
             expert = assigned.view(-1, 1)
         scores = logits.sigmoid()  # logits can be negative, and no choice can be measured by them
         decision = RoutingDecision.from_top_k(

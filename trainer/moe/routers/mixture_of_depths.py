@@ -34,13 +34,14 @@ class MixtureOfDepthsRouter(LookAheadRouter):
         if not self.looks_ahead(context):
             chosen = logits.detach() > 0
         else:
-            rows = logits.detach().view(*context.valid_rows.shape, 1)  # (B, S, 1)
+            compared = logits.detach().squeeze(-1).where(context.valid, -torch.inf)
+            rows = coarse_logits(compared.view(context.valid_rows.shape), dim=1)  # (B, S)
             chosen = torch.zeros_like(rows, dtype=torch.bool)
             for row, valid in enumerate(context.valid_rows):
                 num_computed = places(int(valid.sum()), 1, top_k=1, room=self.config.share)
-                compared = coarse_logits(rows[row, valid])  # (n, 1)
-                computed = first_top_k(compared.t(), num_computed).t()
-                chosen[row, valid] = torch.zeros_like(compared, dtype=torch.bool).scatter(0, computed, True)
+                here = torch.zeros_like(rows[row, valid], dtype=torch.bool)
+                here[first_top_k(rows[row, valid][None], num_computed)[0]] = True
+                chosen[row, valid] = here
             chosen = chosen.view(-1, 1)
         loss = None
         if self.config.predictor_coef:

@@ -34,7 +34,7 @@ class SinkhornRouter(LookAheadRouter):
             rows = logits.view(*context.valid_rows.shape, -1)  # (B, S, E)
             plan = transport_plan(rows, context.valid_rows, iterations=self.config.iterations)
             # A row of equal tokens has an even plan, but for rounding.
-            selected_by = coarse_logits(plan.view(logits.shape).t()).t()
+            selected_by = coarse_logits(plan, dim=-1).view(logits.shape)
         scores, _ = scores_of(logits, self.config.score)
         expert_index = first_top_k(selected_by, context.top_k or self.config.top_k)
         decision = RoutingDecision.from_top_k(
