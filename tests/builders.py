@@ -35,11 +35,27 @@ def make_context(num_sequences: int, seq_len: int, valid: Tensor | None = None, 
 
 
 def make_batch(
-    num_rows: int, seq_len: int, *, vocab_size: int = 32, seed: int = 0, first_sample: int = 0, ragged: bool = False
+    num_rows: int,
+    seq_len: int,
+    *,
+    vocab_size: int = 32,
+    seed: int = 0,
+    first_sample: int = 0,
+    ragged: bool = False,
+    repeats: bool = False,
 ) -> Batch:
-    """Random tokens; `ragged` gives rows invalid tails and masks some targets."""
+    """Random tokens; `ragged` gives rows invalid tails and masks some targets.
+
+    `repeats`: of every eight rows one is a single token all along, one that but for its beginning, one a block again
+    and again, one has one valid token and one none.
+    """
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(0, vocab_size, (num_rows, seq_len + 1), generator=generator)
+    kind = (torch.arange(num_rows) + seed) % 8
+    if repeats:
+        text[kind == 3] = text[kind == 3, :1]
+        text[kind == 4, 2:] = text[kind == 4, 1:2]
+        text[kind == 5] = text[kind == 5, :3].repeat(1, seq_len)[:, : seq_len + 1]
     column = torch.arange(seq_len).expand(num_rows, seq_len)
     valid = torch.ones(num_rows, seq_len, dtype=torch.bool)
     loss_mask = torch.ones_like(valid)
@@ -48,6 +64,8 @@ def make_batch(
         valid = column < lengths
         loss_mask = torch.rand(num_rows, seq_len, generator=generator) < 0.7
         loss_mask[:, 0] = True
+    if repeats:
+        valid = valid & (column < torch.where(kind == 6, 1, torch.where(kind == 7, 0, seq_len))[:, None])
     zero = torch.zeros(num_rows, seq_len, dtype=torch.int64)
     return Batch(
         tokens=text[:, :-1].contiguous(),

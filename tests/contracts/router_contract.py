@@ -3,6 +3,7 @@
 # B sequences of S tokens, T = B * S, k experts per token, E experts.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -242,6 +243,42 @@ def k_of_one_call_is_k_of_the_config(config: RouterOptions, num_experts: int) ->
             assert same(matrix(asked), matrix(built)), top_k
 
 
+def repeated_tokens() -> dict[str, tuple[Tensor, Tensor]]:
+    """Rows (B * S, D) in which tokens are equal, as in rulers, indentation and blank lines, and the valid tokens."""
+    drawn = make_x(seed=2, rows=B).view(B, S, D)
+    one_each, everything = drawn[:, :1].expand(B, S, D), torch.ones(B, S, dtype=torch.bool)
+    alone = torch.arange(S) == torch.tensor([[0], [S // 2], [S - 1]])
+    blocks = drawn[:, :3].repeat(1, S, 1)[:, :S]
+    rows = {
+        "equal": (one_each, everything),
+        "all but one equal": (torch.cat([drawn[:, 1:2], one_each[:, 1:]], dim=1), everything),
+        "blocks": (blocks, everything),
+        "blocks before padding": (blocks, torch.arange(S) < torch.tensor([[S], [6], [0]])),
+        "one valid": (drawn, alone),
+        "zeros": (torch.zeros_like(drawn), everything),
+    }
+    return {name: (x.reshape(-1, D), valid.flatten()) for name, (x, valid) in rows.items()}
+
+
+def rounding_chooses_no_expert(config: RouterOptions, num_experts: int) -> None:
+    """Tokens that are equal but for their last bits, as another layout rounds them, get the same experts and room."""
+    policies = ["probability"] * config.has_fixed_k + ["choice_major"] * config.ranks_choices
+    capacities = [CapacityConfig.model_validate({"factor": 1.0, "min": 1, "policy": policy}) for policy in policies]
+    for dtype, spread in itertools.product((torch.float64, torch.float32), (0.5, 12.0)):
+        router = make(config, num_experts, spread=spread).to(dtype)
+        generator = torch.Generator().manual_seed(0)
+        for name, (x, valid) in repeated_tokens().items():
+            for is_training in (True, False):
+                context = context_of(is_training=is_training, valid=valid)
+                found = []
+                for last_bits in (0, 1, 1):
+                    drawn = 2 * torch.rand(x.shape, generator=generator, dtype=dtype) - 1
+                    decision = router(x.to(dtype) * (1 + last_bits * torch.finfo(dtype).eps * drawn), context).decision
+                    limited = [limit_to_capacity(decision, capacity, context) for capacity in capacities]
+                    found.append(torch.stack([~matrix(each).isnan() for each in (decision, *limited)]))
+                assert torch.equal(found[1], found[0]) and torch.equal(found[2], found[0]), (name, dtype, spread)
+
+
 CHECKS: list[Callable[[RouterOptions, int], None]] = [
     is_well_formed,
     filling_changes_nothing,
@@ -255,4 +292,5 @@ CHECKS: list[Callable[[RouterOptions, int], None]] = [
     what_is_not_finite_is_no_crash,
     extreme_scores_have_gradients,
     k_of_one_call_is_k_of_the_config,
+    rounding_chooses_no_expert,
 ]

@@ -54,6 +54,9 @@ class WrongRouter(ThresholdRouter):
             ).reshape(logits.shape) * (context.position[:, None] % 2)
         if wrong == "sees other rows":
             logits = logits - logits.mean(0)
+        if wrong == "compares last bits":  # 0 but for rounding where all tokens of a row are equal
+            logits = (rows := logits.view(context.num_sequences, -1, 4)) - rows.mean(1, keepdim=True)
+            logits = logits.view(-1, 4)
         if wrong == "own generator":
             logits = logits + torch.linspace(-1, 1, 4) * self.calls
         scores = logits.softmax(-1)
@@ -82,6 +85,7 @@ WRONG = {
     "routes filling": "is_well_formed",
     "narrow": "scores_are_wide",
     "deaf": "k_of_one_call_is_k_of_the_config",
+    "compares last bits": "rounding_chooses_no_expert",
 }
 
 

@@ -87,7 +87,9 @@ def _share(step: int, layout: Layout, num_pieces: int, *, is_packed: bool) -> li
     if is_packed:
         whole = make_packed_batch(ROWS, SEQ_LEN, seed=step, first_sample=ROWS * step)
     else:
-        whole = make_batch(ROWS, SEQ_LEN, seed=step, first_sample=ROWS * step, ragged=step % 2 == 1)
+        whole = make_batch(
+            ROWS, SEQ_LEN, seed=step, first_sample=ROWS * step, ragged=step % 2 == 1, repeats=step % 4 in (1, 2)
+        )
     first, end = even_slice(ROWS, layout.world_size, layout.rank)
     size = -(-ROWS // layout.world_size // num_pieces) if num_pieces > 1 else -(-ROWS // layout.world_size)
     mine = fill_rows(rows_of(whole, first, end), size * num_pieces)

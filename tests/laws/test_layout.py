@@ -80,7 +80,9 @@ def test_every_router_is_under_the_law() -> None:
 
 
 def _ragged(step: int) -> Batch:
-    return make_batch(ROWS, SEQ_LEN, seed=step, first_sample=ROWS * step, ragged=step % 2 == 1)
+    return make_batch(
+        ROWS, SEQ_LEN, seed=step, first_sample=ROWS * step, ragged=step % 2 == 1, repeats=step % 4 in (1, 2)
+    )
 
 
 def _packed(step: int) -> Batch:

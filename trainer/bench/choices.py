@@ -141,8 +141,8 @@ class Yardstick:
     def __init__(self, logits: Tensor, context: RoutingContext) -> None:
         """Score by the softmax of the logits (T, E)."""
         self._valid = context.valid_rows
-        scores = coarse(logits.softmax(-1).double()).view(*self._valid.shape, -1)  # (B, S, E)
-        self._rows = [row[valid] for row, valid in zip(scores, self._valid, strict=True)]
+        scores = logits.softmax(-1).double().view(*self._valid.shape, -1)  # (B, S, E)
+        self._rows = [coarse(row[valid]) for row, valid in zip(scores, self._valid, strict=True)]
         self._best: dict[tuple[int, int, float], Measured] = {}
 
     def measure(self, chosen: Tensor, *, top_k: int, factor: float) -> Measured:

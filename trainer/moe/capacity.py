@@ -65,9 +65,8 @@ def limit_to_capacity(
     queue = torch.where(
         limited, group * decision.num_experts + decision.expert_index, num_groups * decision.num_experts
     )
-    place = _place_in_queue(
-        queue, _arrival_order(decision, capacity, context, salt), num_groups * decision.num_experts + 1
-    )
+    order = _arrival_order(decision, queue, capacity, context, salt)
+    place = _place_in_queue(queue, order, num_groups * decision.num_experts + 1)
     kept = decision.kept & (~limited | (place < per_group))
     weight = decision.combine_weight
     if capacity.renormalize_after_drop:
@@ -75,8 +74,10 @@ def limit_to_capacity(
     return replace(decision, kept=kept, combine_weight=weight, capacity=num_groups * per_group)
 
 
-def _arrival_order(decision: RoutingDecision, capacity: CapacityConfig, context: RoutingContext, salt: int) -> Tensor:
-    """Return (A,) assignments in the order in which they ask for room."""
+def _arrival_order(
+    decision: RoutingDecision, queue: Tensor, capacity: CapacityConfig, context: RoutingContext, salt: int
+) -> Tensor:
+    """Return (A,) assignments in the order in which they ask for room in their queues (A,)."""
     order = torch.arange(decision.expert_index.numel(), device=decision.expert_index.device)
     if capacity.policy == "position":
         return order  # token-major, then slot: the list's own order
@@ -86,7 +87,7 @@ def _arrival_order(decision: RoutingDecision, capacity: CapacityConfig, context:
         drawn = uniform(context.noise_key, 1, salt=f"capacity {salt}").squeeze(-1)  # (T,)
         return drawn[decision.token_index].argsort(stable=True)
     if capacity.policy == "probability":
-        return coarse(decision.combine_weight.detach()).argsort(descending=True, stable=True)
+        return coarse(decision.combine_weight.detach(), group=queue).argsort(descending=True, stable=True)
     assert decision.top_k is not None, "a config with a capacity has a router with a fixed k"
     return order.view(decision.num_tokens, decision.top_k).t().reshape(-1)  # all first choices, then all second ones
 

@@ -105,6 +105,13 @@ def test_a_small_gradient_that_is_wrong_by_a_factor_of_two_is_a_difference(dtype
     assert found.cause is not None and "router gradients are 2 times those of one process" in found.cause
 
 
+def test_a_small_gradient_that_one_layout_loses_is_a_difference() -> None:
+    """Small, but far above the rounding of the step's norm."""
+    small, lost = {"gradients": with_gradient(GATE, 1e-12)}, {"gradients": with_gradient(GATE, 0.0)}
+    assert compared(lost, small).first_different == f"gradient of {GATE}"
+    assert compared(small, lost).first_different == f"gradient of {GATE}"
+
+
 @pytest.mark.parametrize(
     ("mine", "first"),
     [

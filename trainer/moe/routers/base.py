@@ -32,7 +32,8 @@ class BaseRouter(LookAheadRouter):
         logits = gate_logits(self.gate, x)  # (T, E)
         expert = first_top_k(logits.detach(), 1)  # (T, 1)
         if self.looks_ahead(context):
-            rows = coarse_logits(logits.detach()).view(*context.valid_rows.shape, -1)  # (B, S, E)
+            compared = logits.detach().where(context.valid[:, None], -torch.inf)
+            rows = coarse_logits(compared.view(*context.valid_rows.shape, -1), dim=1)  # (B, S, E)
             assigned = torch.zeros_like(context.valid_rows, dtype=torch.int64)
             for row, valid in enumerate(context.valid_rows):
                 assigned[row, valid] = balanced(rows[row, valid])

@@ -65,7 +65,8 @@ class AssignmentRouter(LookAheadRouter):
 
     def _assign_rows(self, scores: Tensor, context: RoutingContext, top_k: int) -> Tensor:
         """Return (T, E) bool, one sequence at a time."""
-        rows = coarse(scores).view(*context.valid_rows.shape, -1)  # (B, S, E)
+        rows = scores.where(context.valid[:, None], 0).view(*context.valid_rows.shape, -1)  # (B, S, E)
+        rows = coarse(rows, dim=1)
         chosen = torch.zeros_like(rows, dtype=torch.bool)
         for row, valid in enumerate(context.valid_rows):
             room = places(int(valid.sum()), rows.shape[-1], top_k=top_k, room=self.room)

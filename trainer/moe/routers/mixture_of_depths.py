@@ -34,7 +34,8 @@ class MixtureOfDepthsRouter(LookAheadRouter):
         if not self.looks_ahead(context):
             chosen = logits.detach() > 0
         else:
-            rows = coarse_logits(logits.detach()).view(context.valid_rows.shape)  # (B, S)
+            compared = logits.detach().squeeze(-1).where(context.valid, -torch.inf)
+            rows = coarse_logits(compared.view(context.valid_rows.shape), dim=1)  # (B, S)
             chosen = torch.zeros_like(rows, dtype=torch.bool)
             for row, valid in enumerate(context.valid_rows):
                 num_computed = places(int(valid.sum()), 1, top_k=1, room=self.config.share)

@@ -48,8 +48,10 @@ class TopPRouter(Router):
 def likeliest(probs: Tensor, p: float, at_most: int) -> Tensor:
     """Return (T, E) bool: the fewest entries of probs (T, E), likeliest first, that add up to p, or `at_most`."""
     ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-    before = ordered.cumsum(-1) - ordered  # what the ones ahead add up to
-    taken = before < p
+    # What the ones ahead lack of 1: added up from its small end it is exact to its own last bit. As 1 less a sum that
+    # rounds to 1 it would be rounding alone, which for p = 1 would decide about all that is left.
+    lacking = ordered.flip(-1).cumsum(-1).flip(-1)
+    taken = lacking > 1 - p
     taken[:, at_most:] = False
     taken[:, 0] = True
     return torch.zeros_like(taken).scatter(-1, order, taken)

@@ -1,0 +1,244 @@
+"""Random configs, each trained by one process and by two to four ranks: how far apart anything that they compute is.
+
+    python -m tests.random_configs --count 200 --seed 0       a line for each config, and the worst of all
+    python -m tests.random_configs --count 1 --seed 17        one of them again: number 17 is a function of 17 alone
+
+Every router with its options, every loss and capacity that no layout may change, and text full of repeated tokens, in
+float64 for 10 steps. What `prove` labels as not layout-invariant is never drawn. Ends with 1 if any config differs by
+more than 1e-9.
+"""
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from tests.repeated_texts import repeated_texts
+from trainer.experiment import ExperimentConfig
+from trainer.moe.routers.config.options import RouterOptions
+from trainer.moe.routers.registry import RouterConfig
+from trainer.prove.cases import Case, as_config, labels, reference
+from trainer.prove.compare import Comparison, compare
+from trainer.prove.pool import LocalRanks
+from trainer.prove.ranks import run_case
+from trainer.prove.rounding import FLOORS
+
+STEPS, TOLERANCE, TIMEOUT_S = 10, 1e-9, 300.0
+ROUTERS: dict[str, type[RouterOptions]] = {
+    router.model_fields["kind"].default: router for router in get_args(get_args(RouterConfig)[0])
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A config, and the layout that is compared with one process."""
+
+    number: int
+    config: ExperimentConfig
+    case: Case
+    text: str
+
+    @property
+    def name(self) -> str:
+        """What it is, on one line."""
+        moe = self.config.model.moe
+        assert moe is not None
+        router = moe.router.model_dump(exclude_defaults=True, exclude={"kind"})
+        room = "" if moe.capacity.factor is None else f", room {moe.capacity.factor} by {moe.capacity.policy}"
+        return f"{moe.router.kind} {router} of {moe.num_experts}{room}; {self.text}; {self.case.name}"
+
+
+def draw(number: int, folder: Path) -> Trial:
+    """Return a config that is valid, and a layout that it can have; a function of the number."""
+    drawn = random.Random(number)
+    while True:  # most of what is drawn is valid; rules between keys refuse the rest
+        text = drawn.choice(list(repeated_texts(folder)))
+        rows, peak_lr = drawn.randint(3, 9), drawn.choice([1e-3, 3e-3, 1e-2])
+        values = {
+            "name": f"config{number}",
+            "seed": drawn.randrange(1000),
+            "model": _model(drawn, list(ROUTERS)[number % len(ROUTERS)]),
+            "data": {
+                "sources": repeated_texts(folder)[text],
+                "packing": drawn.choice(["crossing", "whole"]) if text in ("documents", "answers") else "crossing",
+                "cache_dir": str(folder / "cache"),
+            },
+            "optim": {"weight_decay": drawn.choice([0.0, 0.1]), "betas": drawn.choice([(0.9, 0.95), (0.8, 0.999)])},
+            "schedule": {
+                "kind": drawn.choice(["warmup_cosine", "warmup_stable_decay"]),
+                "peak_lr": peak_lr,
+                "warmup_steps": drawn.choice([0, 1, 3]),
+            },
+            "train": {
+                "steps": STEPS + drawn.choice([0, 5]),
+                "global_batch_size": rows,
+                # Of a gradient that is 0 but for rounding, as that of q and k where all tokens are equal, AdamW makes
+                # lr / eps times as much: with the rounding of a gradient of 100 and lr 1e-2 that is over 1e-9.
+                "grad_clip": drawn.choice([0.1, 1.0] if peak_lr > 1e-3 else [None, 0.1, 1.0]),
+                "dtype": "float64",
+            },
+        }
+        try:
+            config = ExperimentConfig.model_validate(values)
+            case = _layout(drawn, config)
+            as_config(config, case)
+        except ValidationError:
+            continue
+        if not labels(config):
+            return Trial(number, config, case, text)
+
+
+def _model(drawn: random.Random, kind: str) -> dict[str, Any]:
+    layers, heads = drawn.randint(1, 3), drawn.choice([1, 2, 4])
+    return {
+        "num_layers": layers,
+        "d_model": heads * drawn.choice([4, 8]),
+        "num_heads": heads,
+        "num_kv_heads": drawn.choice([None, 1]),
+        "d_ff": 16,
+        "seq_len": drawn.choice([8, 12, 24, 32]),
+        "attention_within": drawn.choice(["row", "document"]),
+        "activation": drawn.choice(["swiglu", "gelu"]),
+        "qk_norm": drawn.random() < 0.3,
+        "tie_embeddings": drawn.random() < 0.3,
+        "init_std": drawn.choice([0.02, 0.1, 0.3, 0.6]),
+        "moe": _moe(drawn, kind, layers),
+    }
+
+
+def _moe(drawn: random.Random, kind: str, layers: int) -> dict[str, Any]:
+    num_experts = 1 if kind == "mixture_of_depths" else drawn.choice([2, 3, 4, 6, 8, 9])
+
+    def sometimes(value: Any, otherwise: Any) -> Any:
+        return value if drawn.random() < 0.3 else otherwise
+
+    scope = drawn.choice(["sequence", "global_batch"])
+    return {
+        "num_experts": num_experts,
+        "d_ff": drawn.choice([4, 12]),
+        "first_dense_layers": sometimes(1, 0) if layers > 1 else 0,
+        "every": sometimes(2, 1),
+        "num_shared_experts": sometimes(drawn.randint(1, 2), 0),
+        "router": _router(drawn, kind, num_experts),
+        "capacity": _capacity(drawn) if ROUTERS[kind].has_fixed_k and drawn.random() < 0.5 else {},
+        "balance": {
+            "coef": drawn.choice([0.0, 0.01, 0.3]),
+            "scope": scope,
+            "counts": sometimes("previous_step", "exact") if scope == "global_batch" else "exact",
+            "convention": sometimes(drawn.choice(["hf", "megatron", "gshard_first_choice"]), "canonical"),
+        },
+        "cv_squared": {
+            "importance_coef": sometimes(0.1, 0.0),
+            "load_coef": 0.1 if kind == "noisy_top_k" and drawn.random() < 0.5 else 0.0,
+            "scope": drawn.choice(["sequence", "global_batch"]),
+        },
+        "device_balance": {"coef": sometimes(0.1, 0.0), "groups": drawn.choice([2, 3])},
+        "diversity_coef": sometimes(0.1, 0.0),
+        "z_loss_coef": drawn.choice([0.0, 0.001, 0.1]),
+    }
+
+
+def _capacity(drawn: random.Random) -> dict[str, Any]:
+    return {
+        "factor": drawn.choice([0.5, 1.0, 1.25]),
+        "min": drawn.randint(1, 3),
+        "policy": drawn.choice(["position", "choice_major", "probability", "random"]),
+        "renormalize_after_drop": drawn.random() < 0.3,
+    }
+
+
+def router_options(drawn: random.Random, num_experts: int) -> dict[str, Any]:
+    """Return a value for every option that some router has."""
+    most = min(4, num_experts)
+    return {
+        "top_k": drawn.randint(1, most),
+        "draw_top_k": [1, most, drawn.randint(1, most)],
+        "normalize": drawn.random() < 0.5,
+        "scale": drawn.choice([0.5, 2.0]),
+        "null_experts": drawn.randint(1, 3),
+        "jitter": drawn.choice([0.01, 0.3]),
+        "score": drawn.choice(["softmax", "sigmoid"]),
+        "bias_update_rate": drawn.choice([0.0, 0.001, 0.05]),
+        "groups": drawn.randint(2, 4),
+        "groups_kept": drawn.randint(1, 2),
+        "group_score": drawn.choice(["best", "best_two"]),
+        "random_second": drawn.random() < 0.5,
+        "d_proj": drawn.choice([3, 8]),
+        "p": drawn.choice([0.3, 0.5, 0.9, 1.0]),
+        "max_experts": drawn.randint(1, most),
+        "sparsity_coef": drawn.choice([0.0, 0.1]),
+        "room": drawn.choice([0.6, 1.0, 1.5]),
+        "iterations": drawn.choice([1, 5, 30]),
+        "share": drawn.choice([0.125, 0.5, 1.0]),
+        "predictor_coef": drawn.choice([0.01, 0.3]),
+        "salt": drawn.randrange(5),
+        "evaluation": drawn.choice(["top_k", "same"]),
+    }
+
+
+def _router(drawn: random.Random, kind: str, num_experts: int) -> dict[str, Any]:
+    """Some of the options that a router of this kind has, the others as they are by default."""
+    options = router_options(drawn, num_experts)
+    known = ROUTERS[kind].model_fields
+    return {"kind": kind} | {key: value for key, value in options.items() if key in known and drawn.random() < 0.5}
+
+
+def _layout(drawn: random.Random, config: ExperimentConfig) -> Case:
+    moe = config.model.moe
+    assert moe is not None
+    world_size = drawn.randint(2, 4)
+    ep_size = drawn.choice([n for n in range(1, world_size + 1) if world_size % n == 0 and n <= moe.num_experts])
+    dispatcher = "all_to_all"
+    if ep_size > 1:
+        padded = ["padded_all_to_all"] if moe.capacity.factor is not None else []
+        dispatcher = drawn.choice(["all_to_all", "all_gather", "hierarchical", *padded])
+    return Case(
+        world_size=world_size,
+        ep_size=ep_size,
+        dispatcher=dispatcher,
+        chunks=drawn.randint(1, min(3, moe.num_experts // ep_size)),
+        data=drawn.choice(["replicate", "shard"]),
+        ranks_per_node=2 if world_size == 4 else 4,
+        micro_batch_size=drawn.randint(1, -(-config.train.global_batch_size // world_size)),
+    )
+
+
+def compared(trial: Trial, ranks: LocalRanks) -> Comparison:
+    """Train it both ways."""
+    alone = run_case(trial.config, reference(trial.config), ranks, steps=STEPS, timeout_s=TIMEOUT_S)
+    together = run_case(trial.config, trial.case, ranks, steps=STEPS, timeout_s=TIMEOUT_S)
+    return compare(together, alone, tolerance=TOLERANCE, floor=FLOORS["float64"])
+
+
+def main() -> int:
+    """Compare `--count` configs from number `--seed` on."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0, help="number of the first config")
+    options = parser.parse_args()
+    worst, differing = 0.0, []
+    with tempfile.TemporaryDirectory() as folder, closing(LocalRanks()) as ranks:
+        for number in range(options.seed, options.seed + options.count):
+            start = time.perf_counter()
+            trial = draw(number, Path(folder))
+            found = compared(trial, ranks)
+            group, error = max(found.worst.items(), key=lambda pair: pair[1])
+            worst = max(worst, error)
+            verdict = "equal" if found.is_equal else f"DIFFERS: {found.first_different}: {found.cause}"
+            spent = time.perf_counter() - start
+            print(f"{number:4} {error:7.0e} {group:16} {spent:5.1f}s  {trial.name}  {verdict}", flush=True)
+            if not found.is_equal:
+                differing.append(number)
+    print(f"{options.count} configs, the worst relative error {worst:.0e}; {len(differing)} differ: {differing}")
+    return 1 if differing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
