@@ -14,7 +14,7 @@ from trainer.checkpoint.kept_tokenizer import tokenizer_of
 from trainer.checkpoint.load import Found, find, find_newest, removed_meanwhile
 from trainer.checkpoint.run_folder import RunFolder, check_belongs
 from trainer.checkpoint.tensor_file import check_numbers
-from trainer.config.dump import changed_keys, short
+from trainer.config.dump import ABSENT, changed_keys, short
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.distributed import runtime
 from trainer.distributed.mesh import Mesh
@@ -22,6 +22,10 @@ from trainer.engine.base import Engine
 from trainer.errors import CheckpointError, DataError
 from trainer.experiment import ExperimentConfig
 from trainer.run import Run
+
+_SAME_RATE = 0.01
+"""Share of a learning rate by which another schedule may change it without a word."""
+_OF_THE_RATE = ("schedule.", "train.steps")
 
 
 def resume(run: Run, found: Found) -> None:
@@ -43,6 +47,8 @@ def resume(run: Run, found: Found) -> None:
     run.skipped_steps = int(found.run["skipped_steps"])
     run.skipped_in_a_row = int(found.run["skipped_in_a_row"])
     run.spikes.restore(found.run.get("spikes", {}))
+    if (jump := _rate_jump(found, run)) is not None:
+        run.console.warning(jump)
     run.console.message(f"resuming from {found.path}{_moved(found, run)}")
     faults.hit("resume.loaded")
 
@@ -81,6 +87,23 @@ def _changes_since(found: Found, config: ExperimentConfig) -> list[str]:
     unread = f"{found.path}: its config is not one of this version; beside model and seed nothing of it is compared"
     other = [f"seed was {short(seed)} in {found.path} and is now {config.seed}"] if seed != config.seed else []
     return [unread, *other]
+
+
+def _rate_jump(found: Found, run: Run) -> str | None:
+    """Say from where to where the learning rate jumps, if it goes on by another schedule or length of the run."""
+    stored, done = _stored_config(found), found.step
+    if stored is None or not 0 < done < run.config.train.steps:
+        return None
+    before, now = stored.schedule.build(total_steps=stored.train.steps), run.schedule(done)
+    if abs(now - before(done)) <= _SAME_RATE * abs(before(done)):
+        return None
+    changes = changed_keys(stored, run.config)
+    # An option that only one of two kinds has is no reason of its own.
+    keys = [str(c) for c in changes if c.key.startswith(_OF_THE_RATE) and ABSENT not in (c.old, c.new)]
+    return (
+        f"the learning rate was {before(done - 1):.2e} in step {done} and goes on with {now:.2e} in step {done + 1} "
+        f"({', '.join(keys)})"
+    )
 
 
 def _moved(found: Found, run: Run) -> str:

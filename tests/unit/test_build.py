@@ -154,7 +154,12 @@ def test_what_is_learned_is_compared_with_what_the_checkpoint_says(folder: Path)
     path = _saved(folder)
     where = ["parallel.micro_batch_size=2", "train.steps=20", "checkpoint.every=5", "name=tiny"]
     run, said = _build(folder, ["seed=7", "schedule.peak_lr=0.002", *where])
-    assert said == [f"seed was 1337 in {path} and is now 7", f"schedule.peak_lr was 0.001 in {path} and is now 0.002"]
+    assert said == [
+        f"seed was 1337 in {path} and is now 7",
+        f"schedule.peak_lr was 0.001 in {path} and is now 0.002",
+        "the learning rate was 1.00e-03 in step 1 and goes on with 1.99e-03 in step 2 "
+        "(schedule.peak_lr: 0.001 -> 0.002, train.steps: 10 -> 20)",
+    ]
     assert run.start_step == 1
     assert _build(folder, ["seed=8"])[1] == [], "the folder's config.yaml is there again, and compared before"
 
@@ -190,3 +195,31 @@ def test_a_config_of_another_version_leaves_model_and_seed_to_compare(folder: Pa
         f"{path}: its config is not one of this version; beside model and seed nothing of it is compared",
         f"seed was 1337 in {path} and is now 7",
     ]
+
+
+# --- a schedule that is another one from where a run goes on ----------------------------------------------------------
+
+
+def test_a_jump_of_the_learning_rate_is_said_where_a_run_goes_on(folder: Path) -> None:
+    """A cosine that was at its end is in its middle again in a longer run, and the model was not trained for that."""
+    cosine = ["schedule.peak_lr=3e-3", "train.steps=40"]
+    run, _ = _build(folder, cosine)
+    run.saver.start(40, run.engine.state(), run.checkpoint_info())
+    saved = run.saver.wait()
+    assert saved is not None and saved.error is None
+
+    def said(*overrides: str) -> list[str]:
+        resumed, warnings = _build(folder, [*cosine, *overrides])
+        assert resumed.start_step == 40
+        return warnings
+
+    def jump(rate: str, changes: str) -> str:
+        return f"the learning rate was 3.00e-04 in step 40 and goes on with {rate} in step 41 ({changes})"
+
+    assert said("train.steps=60") == [jump("9.34e-04", "train.steps: 40 -> 60")]
+    other = ["schedule.kind=warmup_stable_decay", "schedule.warmup_steps=0", "train.steps=80"]
+    kind = "schedule.kind: warmup_cosine -> warmup_stable_decay"
+    changes = f"{kind}, schedule.final_fraction: 0.1 -> 0.0, train.steps: 40 -> 80"
+    assert said(*other) == [jump("3.00e-03", changes)]
+    assert said("train.steps=60", "schedule.peak_lr=0.000964") == [], "the rate is the same, by chance"
+    assert said("schedule.peak_lr=0.1") == [], "nothing is left to train"
