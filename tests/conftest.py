@@ -29,3 +29,12 @@ def ranks() -> Iterator[Ranks]:
     processes = Ranks()
     yield processes
     processes.close()
+
+
+@pytest.fixture
+def unwritten_memory_is_nan() -> Iterator[None]:
+    """Without it, memory that nobody has written is often zeros."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all(), "torch.utils.deterministic.fill_uninitialized_memory is on by default"
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -109,7 +109,7 @@ def _compare(case: Case, rows: str, dtype: torch.dtype, tolerance: float) -> Non
     logits = transformers_models.their_logits(theirs, batch.tokens, mask)
     assert output.logits is not None and output.logits.dtype is dtype is logits.dtype
     torch.testing.assert_close(output.logits[batch.valid], logits[batch.valid], rtol=0, atol=tolerance)
-    learned = batch.target_mask
+    learned = batch.loss_mask & batch.valid
     (output.loss_sum / learned.sum()).backward()
     F.cross_entropy(logits[learned], batch.targets[learned]).backward()
     gradients = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
@@ -166,7 +166,7 @@ def test_a_step_has_the_gradient_of_their_loss_with_their_balance_loss(num_piece
     gate = theirs.get_submodule("model.layers.1.mlp.gate")
     gate.register_forward_hook(lambda _, inputs, output: routed.append(output[0]))
     logits = transformers_models.their_logits(theirs, batch.tokens, mask)
-    learned = batch.target_mask
+    learned = batch.loss_mask & batch.valid
     loss = F.cross_entropy(logits[learned], batch.targets[learned])
     with transformers_models.WithoutFloat32():
         balance_loss = load_balancing_loss_func((routed[0],), 4, 2, attention_mask=batch.valid.long())

@@ -1,7 +1,6 @@
 """Layers and models that are built by hand have weights from the constructor on, and cost nothing on meta."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,15 +13,6 @@ from trainer.moe.config import CapacityConfig
 from trainer.moe.dispatch.local import LocalDispatcher
 from trainer.moe.experts import Experts
 from trainer.moe.layer import MoELayer
-
-
-@pytest.fixture
-def unwritten_memory_is_nan() -> Iterator[None]:
-    """Without it, memory that nobody has written is often zeros."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all(), "torch.utils.deterministic.fill_uninitialized_memory is on by default"
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def _num_experts(router: dict[str, Any]) -> int:

@@ -72,6 +72,7 @@ def _weights(num_experts: int) -> tuple[Tensor, Tensor]:
     return w_in, torch.randn(num_experts, D_MODEL, D_FF, generator=generator)
 
 
+@pytest.mark.usefixtures("unwritten_memory_is_nan")
 @pytest.mark.parametrize("poison", [torch.inf, torch.nan])
 @pytest.mark.parametrize("rows", [[5, 0, 3], [0, 0, 4], [0, 0, 0]], ids=str)
 @pytest.mark.parametrize("kernel", get_args(ExpertsKernel))

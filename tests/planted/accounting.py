@@ -1,0 +1,218 @@
+"""Faults of counting: which tokens, choices and steps a number is of."""
+
+from tests.planted.fault import Fault
+
+PARITY = "tests/laws/test_transformers_parity.py"
+NATIVE = "tests/unit/engine/test_native.py"
+ORACLE = "tests/laws/test_oracle.py"
+STATS = "tests/unit/moe/test_stats.py"
+LOOP = "tests/unit/test_loop.py"
+SCHEDULE = "tests/unit/optim/test_schedule.py"
+
+_STATS = "trainer/moe/stats.py"
+_STEP = "trainer/engine/step.py"
+_LAYER = "trainer/moe/layer.py"
+_LOOP = "trainer/loop.py"
+
+_PASSES_ON = """\
+full = (outputs.order.row_of_slot == len(outputs.rows)).all(1) & context.valid
+        out = torch.where(full[:, None], tokens, outputs.y).view(x.shape)
+"""
+
+
+def _fault(name: str, file: str, old: str, new: str, *tests: str) -> Fault:
+    return Fault(name=name, file=file, old=old, new=new, tests=tests)
+
+
+FAULTS = [
+    # Of a step
+    _fault("N_g counts targets", _STEP, "int(b.valid.sum())]", "int(b.target_mask.sum())]", NATIVE),
+    _fault(
+        "N_g counts targets, against transformers", _STEP, "int(b.valid.sum())]", "int(b.target_mask.sum())]", PARITY
+    ),
+    _fault("N_g counts filling", _STEP, "int(b.valid.sum())]", "b.valid.numel()]", NATIVE),
+    _fault("T_g counts what is not learned", _STEP, "[[int(b.target_mask.sum()),", "[[int(b.valid.sum()),", PARITY),
+    _fault(
+        "auxiliary losses are per target",
+        "trainer/moe/losses.py",
+        "1 / (len(moe) * denominators.routed_tokens)",
+        "1 / (len(moe) * denominators.target_tokens)",
+        NATIVE,
+    ),
+    _fault(
+        "auxiliary losses are added up over layers",
+        "trainer/moe/losses.py",
+        "1 / (len(moe) * denominators.routed_tokens)",
+        "1 / denominators.routed_tokens",
+        NATIVE,
+    ),
+    _fault(
+        "the loop is a step ahead of the schedule",
+        _LOOP,
+        "lr, limit = run.schedule(step),",
+        "lr, limit = run.schedule(step + 1),",
+        LOOP,
+    ),
+    _fault(
+        "the loop is a step behind the schedule",
+        _LOOP,
+        "lr, limit = run.schedule(step),",
+        "lr, limit = run.schedule(max(0, step - 1)),",
+        LOOP,
+    ),
+    _fault(
+        "a step learns at another rate than it says",
+        _LOOP,
+        "train_step(batches, lr=lr,",
+        "train_step(batches, lr=run.schedule(step + 1),",
+        LOOP,
+    ),
+    _fault(
+        "the metrics say the next step's rate",
+        _LOOP,
+        "result, lr=lr, pace=pace",
+        "result, lr=run.schedule(done), pace=pace",
+        LOOP,
+    ),
+    _fault(
+        "the optimizer is not told the rate",
+        "trainer/engine/native.py",
+        'group["lr"] = lr',
+        'group["lr"] = 1e-3',
+        NATIVE,
+    ),
+    _fault(
+        "warmup begins at 0",
+        "trainer/optim/schedule.py",
+        "    if step < warmup_steps:\n        return peak_lr * (step + 1) / warmup_steps\n    progress",
+        "    if step < warmup_steps:\n        return peak_lr * step / warmup_steps\n    progress",
+        SCHEDULE,
+        LOOP,
+    ),
+    _fault(
+        "the cosine ends a step late",
+        "trainer/optim/schedule.py",
+        "max(1, total_steps - 1 - warmup_steps)",
+        "max(1, total_steps - warmup_steps)",
+        SCHEDULE,
+        LOOP,
+    ),
+    _fault(
+        "a step is given the rows of the one before",
+        _LOOP,
+        "run.position += train.global_batch_size",
+        "run.position += train.global_batch_size - 1",
+        LOOP,
+    ),
+    # Of a layer
+    _fault(
+        "gshard_first_choice is counted after drops",
+        _STATS,
+        "_count(decision, row, counted & first, rows)",
+        "_count(decision, row, counted & first & limited.kept, rows)",
+        STATS,
+    ),
+    _fault(
+        "gshard_first_choice counts last choices",
+        _STATS,
+        "decision.token_index[1:] != decision.token_index[:-1]",
+        "decision.token_index[1:] == decision.token_index[:-1]",
+        STATS,
+    ),
+    _fault(
+        "the load is counted after drops",
+        _STATS,
+        "counts=_count(decision, row, counted, rows),\n        first",
+        "counts=_count(decision, row, counted & limited.kept, rows),\n        first",
+        STATS,
+    ),
+    _fault(
+        "importance is counted after drops",
+        _STATS,
+        "_importance(decision, row, counted, rows)",
+        "_importance(decision, row, counted & limited.kept, rows)",
+        STATS,
+    ),
+    _fault("what was kept counts as dropped", _STATS, "counted & ~limited.kept", "counted & limited.kept", STATS),
+    _fault(
+        "statistics are of all tokens",
+        _STATS,
+        "decision.kept if context.counted is None else decision.kept & context.counted[decision.token_index]",
+        "decision.kept",
+        STATS,
+    ),
+    _fault("z is not squared", _STATS, "logits.logsumexp(-1).square()", "logits.logsumexp(-1)", STATS, ORACLE),
+    _fault(
+        "a token whose experts are all full passes its input on",
+        _LAYER,
+        "out = outputs.y.view(x.shape)\n",
+        _PASSES_ON,
+        ORACLE,
+    ),
+    _fault(
+        "what is dropped is computed all the same",
+        _LAYER,
+        "decision = limit_to_capacity(routed.decision, self.capacity, context, salt=self.layer)",
+        "decision = routed.decision",
+        ORACLE,
+    ),
+    _fault(
+        "the shared experts are left out",
+        _LAYER,
+        "out = out + self.shared(x) *",
+        "out = out + 0 * self.shared(x) *",
+        PARITY,
+    ),
+    _fault(
+        "the shared experts are averaged with the others",
+        _LAYER,
+        "out = out + self.shared(x) *",
+        "out = out + 0.5 * self.shared(x) *",
+        PARITY,
+    ),
+    _fault(
+        "the shared experts compute filling",
+        _LAYER,
+        "self.shared(x) * context.valid.view(*x.shape[:2], 1)",
+        "self.shared(x)",
+        ORACLE,
+    ),
+    _fault(
+        "experts get the tokens without the router's weights",
+        "trainer/moe/dispatch/order.py",
+        "        return row_of_assignment.view(shape), decision.combine_weight.view(shape)",
+        "        return row_of_assignment.view(shape), 0 * decision.combine_weight.view(shape) + 1",
+        PARITY,
+    ),
+    _fault(
+        "the z-loss is of biased logits",
+        "trainer/moe/routers/top_k.py",
+        "            logits=logits,\n",
+        '            logits=logits + getattr(self, "bias", 0),\n',
+        ORACLE,
+    ),
+    _fault(
+        "a bias that selects weighs too",
+        "trainer/moe/routers/top_k.py",
+        "decision=self.decide(scores, expert_index, context),\n            logits=logits",
+        "decision=self.decide(self.selection_scores(scores), expert_index, context),\n            logits=logits",
+        PARITY,
+    ),
+    _fault(
+        "gate weights are not scaled", "trainer/moe/routers/top_k.py", "weight * self.config.scale,", "weight,", PARITY
+    ),
+    _fault(
+        "gate weights are always normalised",
+        "trainer/moe/routers/top_k.py",
+        "if self.config.normalize:",
+        "if True:",
+        PARITY,
+    ),
+    _fault(
+        "a group is scored by its best expert alone",
+        "trainer/moe/routers/group_limited.py",
+        'min(2 if config.group_score == "best_two" else 1,',
+        "min(1,",
+        PARITY,
+    ),
+]

@@ -1,0 +1,143 @@
+"""Faults of the model: what a block computes and in which order, and what is learned of it."""
+
+from tests.planted.fault import Fault
+
+PARITY = "tests/laws/test_transformers_parity.py"
+GPT = "trainer/models/gpt.py"
+
+_ROTATION = """\
+    angle = torch.cat([angle, angle], dim=-1)
+    return torch.stack([angle.cos(), angle.sin()]).to(dtype)
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    \"\"\"Turn each pair (i, i + d/2) of x (..., S, d) by its position's angle; the result is in the wider dtype.\"\"\"
+    cos, sin = rotary
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-right, left], dim=-1) * sin
+"""
+_ROTATION_OF_NEIGHBOURS = """\
+    angle = angle.repeat_interleave(2, dim=-1)
+    return torch.stack([angle.cos(), angle.sin()]).to(dtype)
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    cos, sin = rotary
+    left, right = x[..., ::2], x[..., 1::2]
+    return x * cos + torch.stack([-right, left], dim=-1).flatten(-2) * sin
+"""
+
+
+def _in_gpt(name: str, old: str, new: str, *tests: str) -> Fault:
+    return Fault(name=name, file=GPT, old=old, new=new, tests=tests or (PARITY,))
+
+
+FAULTS = [
+    _in_gpt(
+        "queries and keys are normalised after the rotation",
+        """\
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, rotary), rotate(k, rotary)
+""",
+        """\
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+""",
+    ),
+    _in_gpt(
+        "the norms of queries and keys are exchanged",
+        "self.q_norm(q), self.k_norm(k)",
+        "self.k_norm(q), self.q_norm(k)",
+    ),
+    _in_gpt("keys are not normalised", "self.q_norm(q), self.k_norm(k)", "self.q_norm(q), k"),
+    _in_gpt("rope_theta is ignored", "self.config.rope_theta, x.dtype", "10000.0, x.dtype"),
+    _in_gpt(
+        "rotation frequencies are off",
+        "dtype=torch.float64) / head_dim)",
+        "dtype=torch.float64) / (head_dim - 2))",
+    ),
+    _in_gpt(
+        "rotation frequencies are float32", "device=positions.device, dtype=torch.float64", "device=positions.device"
+    ),
+    _in_gpt(
+        "the rotation turns the other way", "torch.cat([-right, left], dim=-1)", "torch.cat([right, -left], dim=-1)"
+    ),
+    _in_gpt("the rotation pairs neighbours instead of halves", _ROTATION, _ROTATION_OF_NEIGHBOURS),
+    _in_gpt("keys are not rotated", "rotate(q, rotary), rotate(k, rotary)", "rotate(q, rotary), k"),
+    _in_gpt(
+        "the eps of a norm is outside the root",
+        "torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)",
+        "(1 / (x.square().mean(-1, keepdim=True).sqrt() + self.eps))",
+    ),
+    _in_gpt("norm_eps is ignored", "keepdim=True) + self.eps)", "keepdim=True) + 1e-6)"),
+    _in_gpt("a norm subtracts the mean", "x.square().mean(-1, keepdim=True)", "x.var(-1, keepdim=True, correction=0)"),
+    _in_gpt("a norm does not scale", "+ self.eps) * self.weight", "+ self.eps)"),
+    _in_gpt("there is no final norm", "F.linear(self.norm(hidden), weight)", "F.linear(hidden, weight)"),
+    _in_gpt("attention is without its norm", "self.attention(self.attention_norm(x),", "self.attention(x,"),
+    _in_gpt("the feed-forward is without its norm", "return x, self.ffn_norm(x)", "return x, x"),
+    _in_gpt("attention has the norm of the feed-forward", "self.attention_norm(x)", "self.ffn_norm(x)"),
+    _in_gpt("the residual stream ends at attention", "x = x + self.attention(", "x = self.attention("),
+    _in_gpt("the residual stream ends at experts", "return x + y, stats", "return y, stats"),
+    _in_gpt("the residual stream goes through the norm", "return x + y, stats", "return normed + y, stats"),
+    _in_gpt("the residual stream ends at a dense block", "return x + self.ffn(normed)", "return self.ffn(normed)"),
+    _in_gpt("keys and values are exchanged", "q, k, v = heads.split", "q, v, k = heads.split"),
+    _in_gpt(
+        "the embedding is scaled by the root of its width",
+        "x = self.embedding(tokens)",
+        "x = self.embedding(tokens) * self.config.d_model**0.5",
+    ),
+    _in_gpt(
+        "a tied head teaches the embedding nothing",
+        "weight = self.embedding.weight if",
+        "weight = self.embedding.weight.detach() if",
+    ),
+    _in_gpt(
+        "a head of its own is not used",
+        "weight = self.embedding.weight if self.head is None else self.head.weight",
+        "weight = self.embedding.weight",
+    ),
+    _in_gpt(
+        "logits are as narrow as the products",
+        "return logits.to(torch.promote_types(logits.dtype, torch.float32))",
+        "return logits",
+        "tests/unit/models/test_gpt.py",
+    ),
+    _in_gpt(
+        "documents of a row see each other",
+        'if self.config.attention_within == "document" else None',
+        "if False else None",
+        PARITY,
+        "tests/laws/test_documents.py",
+    ),
+    _in_gpt("the loss mask is ignored", "* target_mask).sum(1)", ").sum(1)", PARITY, "tests/unit/models/test_gpt.py"),
+    Fault(
+        name="targets that are masked count",
+        file="trainer/data/batch.py",
+        old="return self.loss_mask & self.valid",
+        new="return self.valid",
+        tests=(PARITY,),
+    ),
+    Fault(
+        name="targets of filling count",
+        file="trainer/data/batch.py",
+        old="return self.loss_mask & self.valid",
+        new="return self.loss_mask",
+        tests=(PARITY,),
+    ),
+    Fault(
+        name="gate and up are exchanged",
+        file="trainer/ops/expert_ffn.py",
+        old="return F.silu(gate) * up",
+        new="return gate * F.silu(up)",
+        tests=(PARITY,),
+    ),
+    Fault(
+        name="the gate is a GELU's",
+        file="trainer/ops/expert_ffn.py",
+        old="return F.silu(gate) * up",
+        new="return F.gelu(gate) * up",
+        tests=(PARITY,),
+    ),
+]

@@ -1,0 +1,96 @@
+"""Faults of where things are: which tokens attention and its cache look at, and which blocks have experts."""
+
+from tests.planted.fault import Fault
+from tests.planted.model import GPT, PARITY
+
+CACHE = "tests/unit/models/test_cache.py"
+ATTENTION = "tests/unit/ops/test_attention.py"
+
+
+def _in_attention(name: str, old: str, new: str, *tests: str) -> Fault:
+    return Fault(name=name, file="trainer/ops/attention.py", old=old, new=new, tests=tests)
+
+
+def _in_cache(name: str, old: str, new: str) -> Fault:
+    return Fault(name=name, file="trainer/models/cache.py", old=old, new=new, tests=(CACHE,))
+
+
+def _in_config(name: str, old: str, new: str) -> Fault:
+    tests = ("tests/unit/models/test_config.py",)
+    return Fault(name=name, file="trainer/models/config.py", old=old, new=new, tests=tests)
+
+
+FAULTS = [
+    Fault(
+        name="rows of a cache have the positions of the first",
+        file=GPT,
+        old="extension.positions[:, None]",
+        new="extension.positions[:1, None]",
+        tests=(CACHE,),
+    ),
+    Fault(
+        name="a cache routes every token as the first one",
+        file=GPT,
+        old="position=extension.positions.flatten()",
+        new="position=torch.zeros_like(tokens).flatten()",
+        tests=(CACHE,),
+    ),
+    Fault(
+        name="the logits of a piece are of its last column",
+        file=GPT,
+        old="last = (num_new - 1).clamp(min=0)",
+        new="last = num_new * 0 + tokens.shape[1] - 1",
+        tests=(CACHE,),
+    ),
+    _in_cache(
+        "new tokens take the first slots",
+        "positions = self.lengths[:, None] + columns",
+        "positions = 0 * self.lengths[:, None] + columns",
+    ),
+    _in_cache("new tokens do not see themselves", "visible=slots <= positions", "visible=slots < positions"),
+    _in_cache("new tokens see the one after them", "visible=slots <= positions", "visible=slots <= 1 + positions"),
+    _in_cache(
+        "a copied row has the length of the first", "lengths=self.lengths[rows]", "lengths=self.lengths[0 * rows]"
+    ),
+    _in_attention(
+        "attention is scaled by the width and not by its root",
+        "enable_gqa=k.shape[1] != num_heads,",
+        "enable_gqa=k.shape[1] != num_heads,\n            scale=1 / q.shape[-1],",
+        PARITY,
+    ),
+    _in_attention("attention looks ahead", "is_causal=mask is None and q.shape[2] > 1,", "is_causal=False,", PARITY),
+    _in_attention(
+        "a document's tokens see the next one",
+        "return same.tril()[:, None]",
+        "return same.tril(1)[:, None]",
+        PARITY,
+        ATTENTION,
+    ),
+    _in_attention(
+        "attention in blocks looks one token ahead",
+        "return torch.arange(stop, device=device) > torch",
+        "return torch.arange(stop, device=device) - 1 > torch",
+        ATTENTION,
+    ),
+    _in_attention(
+        "attention in blocks is not scaled", "q.to(wide) * d**-0.5, k.to(wide)", "q.to(wide), k.to(wide)", ATTENTION
+    ),
+    _in_attention(
+        "heads share keys in another order",
+        "return x.repeat_interleave(num_heads // x.shape[1], dim=1)",
+        "return x.repeat(1, num_heads // x.shape[1], 1, 1)",
+        ATTENTION,
+    ),
+    _in_config("every: n begins at the first layer", "if (i - start + 1) % every == 0", "if (i - start) % every == 0"),
+    _in_config(
+        "every: n does not count from the dense layers", "if (i - start + 1) % every == 0", "if (i + 1) % every == 0"
+    ),
+    _in_config(
+        "first_dense_layers is ignored", "for i in range(start, self.num_layers)", "for i in range(self.num_layers)"
+    ),
+    _in_config(
+        "one dense layer too many",
+        "start, every = self.moe.first_dense_layers,",
+        "start, every = self.moe.first_dense_layers + 1,",
+    ),
+]
