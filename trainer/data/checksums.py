@@ -138,7 +138,7 @@ class CheckedArray:
         for block in blocks:
             values = self._values[block * self._block_len : (block + 1) * self._block_len]
             stated = self._checksums[block * CHECKSUM_BYTES : (block + 1) * CHECKSUM_BYTES]
-            if hashlib.sha256(values).digest()[:CHECKSUM_BYTES] != stated:
+            if hashlib.sha256(values.data).digest()[:CHECKSUM_BYTES] != stated:
                 first = block * BLOCK_BYTES
                 raise damaged(self._path, f"bytes {first} to {first + values.nbytes - 1} are")
             self._is_unread[block] = False
