@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.builders import make_batch, make_engine, rows_of
+from tests.builders import make_batch, make_engine, rows_of, tiny_model_config
+from tests.ranks import Ranks, mesh_here
 from trainer.experiment import ExperimentConfig
 from trainer.moe.config import MoEConfig
 from trainer.moe.terms import loss_terms
+from trainer.parallel.config import ParallelConfig
 from trainer.prove.cases import labels
 
 ROWS, SEQ_LEN = 4, 8
@@ -107,3 +109,28 @@ def test_a_config_is_labelled_exactly_if_micro_batches_change_what_it_learns_or_
     difference = float((learned(config, 1) - learned(config, 2)).abs().max())
     assert difference < 1e-11 or difference > 1e-6, "neither rounding nor a difference"
     assert bool(labels(config)) == (difference > 1e-6), (labels(config), difference)
+
+
+def _learned_on_a_rank(wire: str, dtype: torch.dtype) -> list[float]:
+    """Return the losses and norms of two steps on two ranks that send each other rows."""
+    mesh = mesh_here(ep_size=2)
+    parallel = ParallelConfig.model_validate({"ep_size": 2, "dispatcher": {"kind": "all_to_all", "wire": wire}})
+    engine = make_engine(tiny_model_config(), dtype=dtype, mesh=mesh, parallel=parallel)
+    rank, values = mesh.layout.rank, []
+    for step in range(2):
+        batch = make_batch(ROWS, SEQ_LEN, seed=step, first_sample=ROWS * step)
+        result = engine.train_step([rows_of(batch, 2 * rank, 2 * rank + 2)], lr=1e-2)
+        values += [result.loss, result.grad_norm]
+    return values
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_that_are_rounded_on_their_way_are_labelled_exactly_if_they_are_not_rounded_already(
+    ranks: Ranks, dtype: str
+) -> None:
+    plain, rounded = (
+        ranks.run(2, _learned_on_a_rank, wire, getattr(torch, dtype))[0] for wire in ("compute", "bfloat16")
+    )
+    sections = {"parallel": {"dispatcher": {"kind": "all_to_all", "wire": "bfloat16"}}, "train": {"dtype": dtype}}
+    config = ExperimentConfig.model_validate({"name": "x", **sections})
+    assert bool(labels(config)) == (plain != rounded) == (dtype == "float32")

@@ -142,7 +142,9 @@ def labels(config: ExperimentConfig) -> list[str]:
     if moe is None:
         return []
     found = []
-    if isinstance(config.parallel.dispatcher, ExchangeOptions) and config.parallel.dispatcher.wire == "bfloat16":
+    dispatcher = config.parallel.dispatcher
+    rounds_rows = isinstance(dispatcher, ExchangeOptions) and dispatcher.wire == "bfloat16"
+    if rounds_rows and config.train.dtype != "bfloat16":  # in bfloat16 the rows are in it anyway
         found.append("parallel.dispatcher.wire: bfloat16")
     if moe.capacity.scope == "rank" and moe.can_drop:
         found.append("model.moe.capacity.scope: rank")
