@@ -1,10 +1,14 @@
-"""Ranks as torchrun starts them, without it: its store is this process's, so that a test may kill what it likes."""
+"""Ranks as torchrun starts them, without it: its store is in a process of its own, so a test may harm what it likes."""
 
+import multiprocessing
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from tests import warm
@@ -21,6 +25,8 @@ class Started:
     processes: list[warm.Process]
     errors: list[Path]
     """What each has written to stderr."""
+    store: BaseProcess
+    """Has the store; `os.kill` it, or stop it."""
 
     def said(self) -> str:
         return "".join(f"{path.read_text()}" for path in self.errors)
@@ -44,24 +50,37 @@ class Started:
         return [self.processes[rank].poll() for rank in ranks]
 
 
+def _have_store(pipe: Connection) -> None:
+    store = serve(LOOPBACK, 0, clients=None, timeout_s=60)
+    pipe.send(store.port)
+    while True:
+        signal.pause()
+
+
 @contextmanager
-def launched(world_size: int, arguments: Sequence[str], folder: Path) -> Iterator[Started]:
+def launched(
+    world_size: int, arguments: Sequence[str], folder: Path, *, ranks_per_node: int | None = None
+) -> Iterator[Started]:
     """Start `python ARGUMENTS` as every rank of a run, and end what is left of them.
 
     Args:
         world_size: ranks, all on this machine.
         arguments: of python.
         folder: to run in; gets stdout.RANK and stderr.RANK.
+        ranks_per_node: what they believe, if not that they are all on one.
     """
-    store = serve(LOOPBACK, 0, clients=None, timeout_s=60)
+    here, there = multiprocessing.Pipe()
+    store = warm.CONTEXT.Process(target=_have_store, args=(there,), daemon=True)
+    store.start()
+    port = str(here.recv())
     processes, errors = [], []
     for rank in range(world_size):
         environment = {
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "MASTER_ADDR": LOOPBACK,
-            "MASTER_PORT": str(store.port),
+            "MASTER_PORT": port,
             "WORLD_SIZE": str(world_size),
-            "LOCAL_WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(ranks_per_node or world_size),
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
         }
@@ -72,7 +91,9 @@ def launched(world_size: int, arguments: Sequence[str], folder: Path) -> Iterato
             )
         )
     try:
-        yield Started(processes, errors)
+        yield Started(processes, errors, store)
     finally:
+        store.kill()
+        store.join()
         for process in processes:
             process.kill()

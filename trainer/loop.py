@@ -48,6 +48,7 @@ def fit(run: Run, stop: StopRequest, status: StatusFile) -> Examination | None:
         pace.begin()
         journal.enter("data")
         if run.stream.waits_for_text(run.position, train.global_batch_size):
+            status.enter("reading")
             with raise_together(run.mesh.world):
                 run.stream.read_on(run.position, train.global_batch_size, ahead=is_first_here())
         batches = run.stream.micro_batches(

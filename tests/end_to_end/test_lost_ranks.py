@@ -151,6 +151,36 @@ def test_one_rank_may_work_longer_than_an_exchange_may_take(tmp_path: Path) -> N
         assert took >= 9
 
 
+def test_the_first_host_freezes_and_the_others_name_it_and_end(workplace: Path) -> None:
+    """With its rank and the store, which then answers nobody: torch's client would wait for ever."""
+    arguments = ["-m", "trainer", "train", "tiny.yaml", f"parallel.timeout_s={TIMEOUT_S}"]
+    with launched(3, arguments, workplace, ranks_per_node=1) as ranks:
+        wait_for_step(workplace, ranks, 3)
+        assert ranks.store.pid is not None
+        os.kill(ranks.store.pid, signal.SIGSTOP)
+        ranks.processes[0].send_signal(signal.SIGSTOP)
+        took = ranks.wait_for([1, 2], seconds=LIMIT_S)
+        assert ranks.codes([1, 2]) == [5, 5]
+        assert took >= TIMEOUT_S - 1, "nobody is given up early"
+        for path in ranks.errors[1:]:
+            first, second = path.read_text().splitlines()[-2:]
+            assert first.startswith("rank 0 is lost at step ") and " has not answered for " in first, path.read_text()
+            assert second.startswith("  noticed by rank ")
+
+
+def test_a_store_that_freezes_while_ranks_wait_for_one_of_them_is_named(tmp_path: Path) -> None:
+    (tmp_path / "meeting.py").write_text(MEETING.replace("FAULT", "open('meets', 'w'); time.sleep(1000)"))
+    with launched(3, ["meeting.py"], tmp_path) as ranks:
+        while not (tmp_path / "meets").exists():
+            time.sleep(0.02)
+        assert ranks.store.pid is not None
+        os.kill(ranks.store.pid, signal.SIGSTOP)
+        ranks.wait_for([0, 1, 2], seconds=LIMIT_S)
+        assert ranks.codes([0, 1, 2]) == [5, 5, 5]
+        assert ranks.said().count("lost at step 0 in start-up: the store of all ranks at 127.0.0.1:") == 3
+        assert ranks.said().count(": the process that hosts it (torchrun, or rank 0) is frozen\n") == 3
+
+
 def test_a_rank_that_freezes_while_others_wait_for_its_work_is_named(tmp_path: Path) -> None:
     (tmp_path / "meeting.py").write_text(MEETING.replace("FAULT", "os.kill(os.getpid(), signal.SIGSTOP)"))
     with launched(3, ["meeting.py"], tmp_path) as ranks:

@@ -263,6 +263,19 @@ def test_a_restart_after_a_killed_rank_repeats_the_run_bit_for_bit(workplace: Pa
         assert losses(workplace, name) == losses(workplace, "whole")
 
 
+def test_a_frozen_process_that_is_the_only_rank_is_named_and_the_run_goes_on(workplace: Path, start: Start) -> None:
+    process = start(*launch("frozen", 1, "parallel.timeout_s=6", "train.steps=30"))
+    status = wait_for(workplace, "frozen", 1, step=12)[0]
+    os.kill(status.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    wait_for(workplace, "frozen", 1, step=1, not_of=status.attempt)
+    assert time.monotonic() - began > 6, "it is given its time"
+    code, said = ended(process)
+    assert code == 0, said
+    assert f"rank 0 (pid {status.pid}) gave no sign of life for 6 s (frozen or stuck), killed at about step " in said
+    assert " starting again from step 10 in 1 s " in said, said
+
+
 def test_torchrun_alone_is_killed_and_nothing_is_left_of_it_when_the_run_goes_on(workplace: Path, start: Start) -> None:
     process = start(*launch("agent", 2))
     statuses = wait_for(workplace, "agent", 2, step=15)
@@ -342,18 +355,20 @@ def test_a_stop_while_the_supervisor_waits_is_75_where_there_is_a_checkpoint(wor
     assert "stopped by SIGTERM before" in said and newest(workplace, "paused") == 1
 
 
-@pytest.mark.parametrize("who", ["supervisor", "rank"])
-def test_a_stop_before_the_first_step_is_75_and_saves_nothing(workplace: Path, start: Start, who: str) -> None:
+@pytest.mark.parametrize(("who", "number"), [("supervisor", signal.SIGINT), ("rank", signal.SIGTERM)])
+def test_a_stop_before_the_first_step_is_75_and_saves_nothing(
+    workplace: Path, start: Start, who: str, number: signal.Signals
+) -> None:
     """Rank 1 sleeps at the end of its start-up, and rank 0 waits for it in the first exchange of the first step."""
     process = start(*launch(f"early{who}", 2), TURNOUT_FAULTS="start.done:1=sleep")
     statuses = wait_for(workplace, f"early{who}", 2, step=0)
     while not (workplace / f"runs/early{who}/environment.json").is_file():
         time.sleep(0.02)
     time.sleep(0.5)
-    os.kill(process.pid if who == "supervisor" else statuses[1].pid, signal.SIGTERM)
+    os.kill(process.pid if who == "supervisor" else statuses[1].pid, number)
     code, said = ended(process)
     assert code == 75, said
-    assert "stopped by SIGTERM before its first step: nothing is lost; start again to go on" in said
+    assert f"stopped by {number.name} before its first step: nothing is lost; start again to go on" in said
     assert "starting again" not in said and newest(workplace, f"early{who}") is None
 
 

@@ -79,6 +79,22 @@ def verdict(beats: Mapping[int, Beat], silent: Sequence[int], *, silence_s: floa
     return "\n".join(lines)
 
 
+def store_verdict(address: str, lost: Sequence[int], *, silence_s: float, step: int, phase: str) -> str:
+    """Say what it means that the store is silent, in which everybody's beats are.
+
+    Args:
+        address: of the store.
+        lost: ranks of its machine; none if this rank is one of them, and so it is a process that is frozen.
+        silence_s: for how long it has not answered.
+        step: of this rank.
+        phase: of this rank.
+    """
+    silence = f"the store of all ranks at {address} has not answered for {silence_s:.0f} s"
+    if not lost:
+        return f"lost at step {step} in {phase}: {silence}: the process that hosts it (torchrun, or rank 0) is frozen"
+    return f"{_ranks(lost)} lost at step {step} in {phase}: {silence}, and their machine is frozen or cut off"
+
+
 def _accusation(beats: Mapping[int, Beat], silent: Sequence[int], silence_s: float) -> str:
     if silent:
         left = [beat for rank, beat in beats.items() if rank not in silent]

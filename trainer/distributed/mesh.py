@@ -14,16 +14,19 @@ import torch.distributed as dist
 from trainer import faults
 from trainer.distributed.agreement import differing
 from trainer.distributed.collectives import Group, is_of_exchange, reason_of
+from trainer.distributed.deadline import ends_after
 from trainer.distributed.device_clock import clock_of
-from trainer.distributed.interface import interface_towards
+from trainer.distributed.interface import interface_towards, is_loopback, stay_on_loopback
 from trainer.distributed.journal import Journal
-from trainer.distributed.layout import Layout
+from trainer.distributed.layout import Layout, ranks_here
+from trainer.distributed.store import meet_in_store
 from trainer.distributed.watch import Watch
 from trainer.errors import CommError, ConfigError, first_line
 from trainer.stopwatch import Stopwatch
 
 _START_S = 300.0
 """Processes import and start for different times: nobody is given up earlier."""
+_LATE_S = 10.0
 _NCCL_MARGIN_S = 15.0
 _SAVING = timedelta(hours=6)
 """Files may take long; a rank that is lost is noticed elsewhere."""
@@ -102,22 +105,38 @@ def joined(layout: Layout, device: torch.device, *, timeout_s: float) -> Iterato
 
 def _meet(layout: Layout, journal: Journal, *, timeout_s: float, on_gpu: bool) -> tuple[Watch, dist.Store]:
     """Find the other ranks, and begin to watch over each other; return the store that they meet in as well."""
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     try:
-        socket.getaddrinfo(os.environ.get("MASTER_ADDR"), None)
+        socket.getaddrinfo(address, None)
     except OSError as error:  # the store would try again and again
         raise RuntimeError(f"MASTER_ADDR: {error.strerror}") from error
     start_s = max(timeout_s, _START_S)
-    rendezvous = dist.rendezvous("env://", layout.rank, layout.world_size, timeout=timedelta(seconds=start_s))
-    store, rank, world_size = next(rendezvous)
-    # Under torchrun the store outlives the ranks: without a name of its own, a restarted attempt reads the addresses
-    # of the dead ones (pytorch #135712).
-    attempt = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    watch = Watch(attempt, rank=rank, world_size=world_size, journal=journal, timeout_s=timeout_s, on_gpu=on_gpu)
+    silent = CommError(f"the store there has not answered for {start_s:.0f} s")
+    # The store's clients know timeouts for some of what they do.
+    with ends_after(start_s + _LATE_S, str(_cannot_join(layout, silent)), CommError.exit_code):
+        try:
+            store = meet_in_store(address, int(port), rank=layout.rank, world_size=layout.world_size, timeout_s=start_s)
+        except OSError as error:  # another process listens there
+            raise RuntimeError(str(error)) from error
+        # Under torchrun the store outlives the ranks: without a name of its own, a restarted attempt reads the
+        # addresses of the dead ones (pytorch #135712).
+        attempt = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        first = range(layout.ranks_per_node)
+        watch = Watch(
+            attempt,
+            rank=layout.rank,
+            world_size=layout.world_size,
+            journal=journal,
+            timeout_s=timeout_s,
+            on_gpu=on_gpu,
+            store_address=f"{address}:{port}",
+            beside_store=() if layout.rank in first else first,
+        )
     watch.start(wait_s=start_s)
     return watch, attempt
 
 
-def _cannot_join(layout: Layout, error: RuntimeError) -> CommError:
+def _cannot_join(layout: Layout, error: Exception) -> CommError:
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     return CommError(
         f"rank {layout.rank}: cannot join the other {layout.world_size - 1} ranks through {address}:{port}: "
@@ -127,10 +146,14 @@ def _cannot_join(layout: Layout, error: RuntimeError) -> CommError:
 
 
 def _choose_interface(layout: Layout) -> None:
-    """Tell gloo the interface that the other nodes are behind, unless the user has or all ranks are on this one."""
+    """Tell gloo the interface that the other ranks are behind, unless the user has."""
+    master = os.environ.get("MASTER_ADDR", "localhost")
+    if ranks_here() == layout.world_size or is_loopback(master):
+        stay_on_loopback()
+        return
     if layout.ranks_per_node == layout.world_size or "GLOO_SOCKET_IFNAME" in os.environ:
         return
-    name = interface_towards(os.environ.get("MASTER_ADDR", "localhost"))
+    name = interface_towards(master)
     if name not in (None, "lo"):  # the first node may know itself by a loopback address only
         os.environ["GLOO_SOCKET_IFNAME"] = name
 

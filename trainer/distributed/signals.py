@@ -1,12 +1,15 @@
 """Being asked to stop: the first signal asks, the second one ends the process. Imports no torch."""
 
+import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
 from trainer.errors import Stopped
+from trainer.status import ASKED, WATCHED
 
 SAME_REQUEST_S = 2.0
 """What comes so soon after a request belongs to it: a scheduler and torchrun both send it to every process."""
@@ -23,6 +26,18 @@ def listen(handler: Callable[[int, FrameType | None], None]) -> dict[int, object
     """
     heard = [number for number in _ASKING if signal.getsignal(number) is not signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in heard}
+
+
+def _asked_by() -> str | None:
+    """Return the signal that a supervisor was sent, if it is why this process is asked; it sends SIGTERM always."""
+    folder = os.environ.get(WATCHED)
+    if folder is None:
+        return None
+    try:
+        name = (Path(folder) / ASKED).read_text()
+    except OSError:  # somebody else asks
+        return None
+    return name if name in {number.name for number in _ASKING} else None
 
 
 class StopRequest:
@@ -85,7 +100,7 @@ class StopRequest:
         if self._is_obeyed:
             return
         if self.requested_by is None:
-            self.requested_by, self._since = signal.Signals(number).name, time.monotonic()
+            self.requested_by, self._since = _asked_by() or signal.Signals(number).name, time.monotonic()
             if self._ends_at_once:
                 self.check()
         elif time.monotonic() - self._since > SAME_REQUEST_S:

@@ -25,6 +25,7 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
 from trainer.distributed.interface import address_to_listen_on
+from trainer.distributed.life import show_life
 from trainer.distributed.store import serve
 from trainer.errors import CommError, first_line
 from trainer.status import REPORT
@@ -76,6 +77,7 @@ class Rendezvous(StaticTCPRendezvous):
 def run() -> None:
     """Run torchrun with this process's arguments; exit with 1 if a rank failed or a signal came, with 5 if it did."""
     descriptor = int(os.environ.pop(REPORT))  # not for the ranks
+    show_life("torchrun")
     logging.disable(logging.ERROR)  # what it says of ranks is in the report
     options = torchrun.parse_args(sys.argv[1:])
     address, port = options.master_addr, options.master_port

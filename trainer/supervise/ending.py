@@ -5,7 +5,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.errors import PREEMPTED, ResourceError
+from trainer.distributed.layout import named
+from trainer.errors import PREEMPTED, CommError, ResourceError
 from trainer.status import Status
 from trainer.supervise.policy import STAYS_WRONG
 
@@ -52,6 +53,8 @@ def judge(
     statuses: Mapping[int, Status],
     ranks: Collection[int],
     is_alone: bool,
+    silent: Sequence[str] = (),
+    silence_s: float = 0.0,
 ) -> Ending:
     """Find out what ended an attempt.
 
@@ -67,6 +70,8 @@ def judge(
         statuses: what this attempt's ranks wrote last.
         ranks: those of this machine.
         is_alone: the process is the only rank, not torchrun.
+        silent: who gave no sign of life, and so all of them were killed: ranks by number, torchrun.
+        silence_s: for how long.
     """
     reported = [_Failure(**failure) for failure in report.get("failures", [])]
     if is_alone and returncode:
@@ -79,7 +84,10 @@ def judge(
     ended = {rank for rank, status in statuses.items() if status.state == "ended"}
     failures = [failure for failure in reported if failure.rank not in ended] + written
     has_begun = any(status.phase != "start-up" for status in statuses.values())
-    if failures:
+    if silent and not any(failure.code in STAYS_WRONG for failure in written):
+        code = -signal.SIGKILL
+        what = f"{_named(silent, pid, statuses)} gave no sign of life for {silence_s:g} s (frozen or stuck), killed"
+    elif failures:
         first = min(failures, key=lambda one: (_weight(one.code), one.time, one.rank))
         code, why = first.code, f" ({first.error})" if first.error else ""
         what = f"rank {first.rank} (pid {first.pid}) {_how(code)}{why}"
@@ -90,7 +98,9 @@ def judge(
         why = f" ({report['error']})" if "error" in report else ""
         what = f"{'rank 0' if is_alone else 'torchrun'} (pid {pid}) {_how(returncode)}{why}"
     exit_code = code
-    if code < 0:  # of several ranks, the others have said what a lost one means
+    if silent and code < 0:
+        exit_code = CommError.exit_code
+    elif code < 0:  # of several ranks, the others have said what a lost one means
         said = [failure.code for failure in written if failure.code != PREEMPTED]
         exit_code = said[0] if said else 128 - code
     last = _last(statuses)
@@ -104,6 +114,17 @@ def judge(
         has_begun=has_begun,
         is_unsaved=code == ResourceError.exit_code and last is not None and last.phase == "saving",
     )
+
+
+def _named(silent: Sequence[str], pid: int, statuses: Mapping[int, Status]) -> str:
+    """Return who was silent, in words; if torchrun was, that is what the ranks went under."""
+    if "torchrun" in silent:
+        return f"torchrun (pid {pid})"
+    ranks = sorted(int(name) for name in silent if name.isdigit())
+    if len(ranks) != 1:
+        return named(ranks) if ranks else f"process {pid}"
+    status = statuses.get(ranks[0])
+    return f"rank {ranks[0]} (pid {pid if status is None else status.pid})"
 
 
 def _weight(code: int) -> int:

@@ -5,7 +5,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.run_folder import RunFolder
@@ -15,6 +16,7 @@ from trainer.status import ATTEMPT, Status, read_statuses
 from trainer.supervise.child import Child
 from trainer.supervise.ending import Ending, judge
 from trainer.supervise.launch import Launch, environment_of_attempt
+from trainer.supervise.lifesigns import LifeSigns
 from trainer.supervise.policy import Outcome, Policy, Restart, decide, is_retried
 from trainer.supervise.requests import StopRequests
 
@@ -22,6 +24,10 @@ _LOOK_S = 0.1
 _LOOK_AT_RANKS_S = 1.0
 _LAST_CHANCE_S = 5.0
 """A run that was asked to stop a second time has so long to end."""
+_DONE_S = 330.0
+"""When its ranks are done, torchrun waits five minutes for other machines, or for ever if its store is silent."""
+_START_S = 300.0
+"""While it imports torch, or compiles, a process may be silent for so much longer."""
 _LOCK_S, _OLD_STORE_S = 30.0, 15.0
 """An attempt waits so long for what the last one has left: the folder's lock, the first machine's port."""
 
@@ -36,6 +42,7 @@ class Supervisor:
         folder: RunFolder,
         *,
         patience_s: float,
+        silence_s: float = 60.0,
         policy: Policy | None = None,
     ) -> None:
         """Prepare.
@@ -45,10 +52,13 @@ class Supervisor:
             arguments: of `python -m trainer`, for every rank.
             folder: of the run.
             patience_s: when one of several ranks has failed, the others may take so long to end.
+            silence_s: the only rank of a run may be frozen for so long; of several the others notice it, so they have
+                `patience_s`.
             policy: how patient to be with a run that fails.
         """
         self._launch, self._arguments, self._folder = launch, arguments, folder
         self._patience_s, self._policy = patience_s, policy or Policy()
+        self._silence_s = silence_s if launch.world_size == 1 else patience_s
 
     def run(self) -> int:
         """Run to the end, to a failure that is final, or until asked to stop; return the exit code."""
@@ -73,23 +83,33 @@ class Supervisor:
 
     def _attempt(self, requests: StopRequests) -> Ending:
         """Start the ranks once and wait for their end."""
-        environment = environment_of_attempt(os.environ)
-        child = Child(self._launch.command(self._arguments), environment)
         is_alone = self._launch.world_size == 1
+        with closing(LifeSigns("0" if is_alone else "torchrun")) as life:
+            return self._watch(requests, life, environment_of_attempt(os.environ) | life.environment, is_alone=is_alone)
+
+    def _watch(self, requests: StopRequests, life: LifeSigns, environment: dict[str, str], *, is_alone: bool) -> Ending:
+        """Start a process, stop it when asked to, kill it when it is lost; return how it ended."""
+        child = Child(self._launch.command(self._arguments), environment)
         num_asked, looked, kill_at = 0, time.monotonic(), float("inf")
+        silent: list[str] = []
         while (returncode := child.poll()) is None:
             time.sleep(_LOOK_S)
             now = time.monotonic()
             if requests.count > num_asked:
                 num_asked += 1
+                life.ask(requests.name)
                 child.ask_to_stop()
                 if num_asked > 1:
                     kill_at = min(kill_at, now + _LAST_CHANCE_S)
-            if not is_alone and now - looked > _LOOK_AT_RANKS_S:
-                looked = now
-                if any(map(_has_failed, self._statuses(environment).values())):
+            life.listen()
+            if now - looked > _LOOK_AT_RANKS_S:
+                looked, statuses = now, self._statuses(environment)
+                if not is_alone and any(map(_has_failed, statuses.values())):
                     kill_at = min(kill_at, now + self._patience_s)
-            if now > kill_at:
+                if not is_alone and all(_is_done(statuses.get(rank)) for rank in self._launch.ranks):
+                    kill_at = min(kill_at, now + _DONE_S)
+                silent = silent or self._silent(life, statuses)
+            if silent or now > kill_at:
                 child.kill()
         report = child.close()
         statuses = self._statuses(environment)
@@ -100,7 +120,15 @@ class Supervisor:
             statuses=statuses,
             ranks=self._launch.ranks,
             is_alone=is_alone,
+            silent=silent,
+            silence_s=self._silence_s,
         )
+
+    def _silent(self, life: LifeSigns, statuses: Mapping[int, Status]) -> list[str]:
+        """Return who is frozen: silent for too long, and not because it has ended."""
+        has_begun = any(status.phase != "start-up" for status in statuses.values())
+        limit_s = self._silence_s if has_begun else self._silence_s + _START_S
+        return [name for name in life.silent(limit_s) if _may_run(name, statuses)]
 
     def _statuses(self, environment: dict[str, str]) -> dict[int, Status]:
         return read_statuses(self._folder.status, environment[ATTEMPT])
@@ -147,6 +175,16 @@ def newest_checkpoint(folder: RunFolder) -> int | None:
 def _has_failed(status: Status) -> bool:
     """Tell whether a rank has ended before the end of the run, with or without a word."""
     return status.exit_code != 0 if status.state == "ended" else not is_alive(status.pid)
+
+
+def _is_done(status: Status | None) -> bool:
+    return status is not None and status.state == "ended" and status.exit_code == 0
+
+
+def _may_run(name: str, statuses: Mapping[int, Status]) -> bool:
+    """Tell whether a process that is silent has not just ended."""
+    status = statuses.get(int(name)) if name.isdigit() else None
+    return status is None or (status.state != "ended" and is_alive(status.pid))
 
 
 def _announcement(ending: Ending, newest: int | None, restart: Restart) -> str:

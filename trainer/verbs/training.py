@@ -4,6 +4,7 @@ import argparse
 import os
 
 from trainer.distributed.layout import check_layout, launched
+from trainer.distributed.life import show_life
 from trainer.distributed.signals import StopRequest
 from trainer.errors import Stopped, TurnoutError, exit_code_of
 from trainer.status import StatusFile
@@ -35,6 +36,7 @@ def train(options: argparse.Namespace) -> int:
         folder = folder_of(config)
         warnings = checked(folder, config)
         status = StatusFile(folder.status, rank=layout.rank)
+        show_life(str(layout.rank), status if layout.world_size == 1 else None)
         try:
             from trainer.workflows import train_run
 
@@ -58,5 +60,5 @@ def launch(options: argparse.Namespace) -> int:
     ranks.check_port(os.environ)
     if ranks.node_rank == 0:  # the others' ranks come after its own
         folder.check_free()
-    arguments = ["train", str(options.config), *options.overrides]
-    return Supervisor(ranks, arguments, folder, patience_s=config.parallel.timeout_s + 30).run()
+    arguments, timeout_s = ["train", str(options.config), *options.overrides], config.parallel.timeout_s
+    return Supervisor(ranks, arguments, folder, patience_s=timeout_s + 30, silence_s=timeout_s).run()
