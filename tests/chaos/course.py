@@ -42,7 +42,7 @@ schedule: {kind: warmup_cosine, peak_lr: 3e-3, warmup_steps: 5}
 train: {steps: 30, global_batch_size: 7}
 eval: {every: 10, max_tokens_per_domain: 128}
 checkpoint: {every: 5, keep: 2, retry_s: 2}
-parallel: {micro_batch_size: 2, timeout_s: 4}
+parallel: {micro_batch_size: 2, timeout_s: 12}
 metrics: {log_every: 1}
 """
 STEPS, ROWS = 30, 7

@@ -11,7 +11,7 @@ from tests.chaos.arena import Arena, Prepare
 from tests.chaos.course import LONGEST_S, Course, Outcome, damage, differences, resumed_at
 
 _SURVIVE_S = 30.0
-"""Survivors end by themselves: parallel.timeout_s 4, 5 s more, and what a busy machine adds."""
+"""Survivors end by themselves: parallel.timeout_s 12, 5 s more, and what a busy machine adds."""
 
 
 @dataclass(frozen=True, slots=True)
