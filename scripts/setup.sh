@@ -5,9 +5,11 @@
 #   scripts/setup.sh dev       that, and what the tests need
 #
 # An environment that you chose (TURNOUT_PYTHON=path, else an active virtualenv, else an active conda environment) is
-# used when it has Python >= 3.11 and torch >= 2.11: the project is installed into it, and its torch stays. Otherwise
-# the project gets its own .venv: TURNOUT_PYTHON or the first suitable python on PATH, and the torch of constraints.txt.
+# used when it has Python >= 3.11 and a torch that pyproject.toml allows: the project is installed into it, its torch
+# stays, and so does what else fits. Otherwise the project gets its own .venv: TURNOUT_PYTHON or the first suitable
+# python on PATH, and the lock, requirements/*.txt: exactly these versions, checked by hash, of pip too. Nothing floats.
 # A call with nothing to do takes a fraction of a second and needs no network. State and pip's log: .cache/setup/.
+# To renew the lock: python -m scripts.lock
 set -euo pipefail
 
 root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
@@ -39,14 +41,15 @@ if importlib.util.find_spec("torch"):
     except (metadata.PackageNotFoundError, KeyError):
         pass  # the remains of one
 number = re.match(r"(\d+)\.(\d+)", torch)
-torch_fits = "fits" if number and (int(number[1]), int(number[2])) >= (2, 11) else "-"
+torch_fits = "fits" if number and (2, 11) <= (int(number[1]), int(number[2])) < (3, 0) else "-"
 spec = importlib.util.find_spec("trainer")
 package = os.path.join(os.path.realpath(root), "trainer", "__init__.py")
 here = spec and spec.origin and os.path.realpath(spec.origin) == package
 makes_venv = importlib.util.find_spec("ensurepip") and importlib.util.find_spec("venv")
 key = hashlib.sha256(version.encode())
-for name in ("pyproject.toml", "constraints.txt"):
-    with open(os.path.join(root, name), "rb") as file:
+lock = os.path.join(root, "requirements")
+for name in [os.path.join(root, "pyproject.toml")] + [os.path.join(lock, name) for name in sorted(os.listdir(lock))]:
+    with open(name, "rb") as file:
         key.update(hashlib.sha256(file.read()).digest())
 print(version, "new" if sys.version_info[:2] > (3, 14) else "ok", torch, torch_fits, "here" if here else "-",
       "venv" if makes_venv else "-", key.hexdigest(), hashlib.sha256(sys.prefix.encode()).hexdigest()[:16])
@@ -58,7 +61,7 @@ describe() {
     facts="$("$1" -c "$probe" "$root" 2>/dev/null)" || facts=""
     version="" age="" torch="" torch_fits="" here="" makes_venv="" key="" prefix=""
     read -r version age torch torch_fits here makes_venv key prefix <<<"$facts" || true
-    [ "$age" = ok ] || [ "$age" = new ] # new: newer than the newest that the torch of constraints.txt has wheels for
+    [ "$age" = ok ] || [ "$age" = new ] # new: newer than the newest that the lock has files for
 }
 
 # ready: true if in the interpreter described last nothing has to be installed for this level (dev includes launch).
@@ -122,31 +125,28 @@ choose() {
 
 # Sets `base`: the first python that can make .venv.
 find_base() {
-    local name candidate found="" spare="" crippled=""
+    local name candidate found="" crippled=""
     for name in ${chosen:+"$chosen"} python3 python python3.14 python3.13 python3.12 python3.11; do
         while read -r candidate; do
             case "$candidate" in "" | "$venv"/*) continue ;; esac
-            if ! describe "$candidate"; then
+            if ! describe "$candidate" || [ "$age" = new ]; then
                 found="$found, $candidate (${version:-does not run})"
             elif [ "$makes_venv" != venv ]; then
                 crippled="${crippled:-python${version%.*}}"
-            elif [ "$age" = ok ]; then
+            else
                 base="$candidate"
                 return
-            else
-                spare="${spare:-$candidate}"
             fi
         done <<<"$(type -aP "$name")"
         if [ -n "$chosen" ]; then break; fi
     done
-    base="$spare"
-    if [ -n "$base" ]; then return; fi
     if [ -n "$crippled" ]; then
         die "$crippled cannot make a virtual environment: its ensurepip or venv module is missing;" \
             "install the package $crippled-venv (Debian, Ubuntu: sudo apt install $crippled-venv)"
     fi
     found="${found#, }"
-    die "needs Python 3.11 or newer; found ${found:-none}; install one, or set TURNOUT_PYTHON to its path"
+    die "needs Python 3.11 to 3.14, for which the lock has files; found ${found:-none}; install one, or set" \
+        "TURNOUT_PYTHON to its path"
 }
 
 make_venv() {
@@ -169,18 +169,10 @@ failed() {
 }
 
 install() {
-    local what=. constraints="$root/constraints.txt" torch_before="$torch"
+    local torch_before="$torch"
     mkdir -p "$state"
-    if [ "$level" = dev ]; then what='.[dev]'; fi
-    if [ "$owner" = user ]; then
-        constraints="$state/constraints.txt"
-        printf 'torch==%s\n' "$torch_before" >"$constraints"
-    fi
-    : >"$state/unfinished"
-    if ! (cd "$root" && "$python" -m pip install -e "$what" -c "$constraints") >"$state/log" 2>&1; then
-        grep -q '^Installing collected packages' "$state/log" || rm -f "$state/unfinished" # nothing was changed yet
-        failed "pip install failed"
-    fi
+    # PYTHONSAFEPATH would hide scripts/ from it.
+    (cd "$root" && PYTHONSAFEPATH="" "$python" -m scripts.install "$level" "$owner" "$state") || failed "pip install failed"
     describe "$python" || die "$python no longer runs"
     if [ "$owner" = user ] && [ "$torch" != "$torch_before" ]; then
         die "torch changed from $torch_before to $torch in $python; that is a bug in scripts/setup.sh"
@@ -188,7 +180,7 @@ install() {
     [ "$here" = here ] || die "$python finds another trainer than $root/trainer; is PYTHONPATH set?"
     rm -f "$state/launch" "$state/dev"
     printf '%s\n' "$key" >"$state/$level"
-    rm -f "$state/unfinished"
+    say "ready after $SECONDS s"
 }
 
 case "$level" in
@@ -212,8 +204,8 @@ fi
 
 if ! choose; then
     if [ -e "$state/unfinished" ]; then say "the last setup was interrupted"; fi
-    say "setting up .venv (about a minute, or as long as downloading torch takes)"
     make_venv
+    say "setting up .venv with Python $version (about a minute, or as long as downloading torch takes)"
 elif ready; then
     printf '%s\n' "$python"
     exit 0

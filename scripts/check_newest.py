@@ -1,0 +1,71 @@
+"""Try the newest of everything that pyproject.toml allows, apart from the lock and the tests of every day.
+
+    python -m scripts.check_newest                       all checks and tests
+    python -m scripts.check_newest tests/unit -q         only pytest, with these arguments
+    python -m scripts.check_newest --torch 2.13.0 ...    with this torch: its newest one is of several GB
+
+It makes an environment in .cache/newest, runs scripts/test.sh there, and prints a table: what is newer there than in
+the lock, and what is newer still, outside the bounds. Its exit code is that of the tests. Runs once a week
+(.github/workflows/newest.yml); if it fails, a bound or the code has to change before the lock is renewed.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import venv
+from pathlib import Path
+
+from scripts.locked import PINS, ROOT, normalised, read
+
+FOLDER = ROOT / ".cache/newest"
+PYTHON = FOLDER / "bin/python"
+
+
+def main() -> int:
+    """Return the exit code of scripts/test.sh."""
+    parser = argparse.ArgumentParser(description="Try the newest of everything that pyproject.toml allows.")
+    parser.add_argument("--torch", help="use this version of torch")
+    arguments, pytest_arguments = parser.parse_known_args()
+    venv.create(FOLDER, with_pip=True, clear=True)
+    _pip("install", "--quiet", "--upgrade", "pip")
+    held = [f"torch=={arguments.torch}"] if arguments.torch else []
+    _pip("install", "--quiet", "--editable", f"{ROOT}[dev]", *held)
+    there = {normalised(found["name"]): found["version"] for found in json.loads(_pip("list", "--format", "json"))}
+    newer = json.loads(_pip("list", "--outdated", "--format", "json"))
+    outside = {normalised(found["name"]): found["latest_version"] for found in newer}
+    variables = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+    variables["TURNOUT_PYTHON"] = str(PYTHON)
+    code = subprocess.run([ROOT / "scripts/test.sh", *pytest_arguments], env=variables).returncode
+    lines = table(there, outside)
+    lines.append(f"The checks {'pass' if code == 0 else f'fail ({code})'} with the newest of everything.")
+    print("\n".join(lines))
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with Path(summary).open("a") as file:
+            file.write("\n".join(lines) + "\n")
+    return code
+
+
+def table(there: dict[str, str], outside: dict[str, str]) -> list[str]:
+    """Return lines of a table of what is not as in the lock.
+
+    Args:
+        there: versions that were installed, by package.
+        outside: later versions, which a bound of ours or of another package keeps out.
+    """
+    locked = {pin.name: pin.version for part in PINS if part != "torch-cpu" for pin in read(part).values()}
+    rows = [("package", "lock", "newest inside the bounds", "newest"), ("---", "---", "---", "---")]
+    for name, version in sorted(there.items()):
+        before = locked.get(name, "-")
+        if name != "turnout" and (version.partition("+")[0] != before or name in outside):
+            rows.append((name, before, version, outside.get(name, "")))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows] + [""]
+
+
+def _pip(*arguments: str) -> str:
+    return subprocess.run([PYTHON, "-m", "pip", *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

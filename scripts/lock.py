@@ -1,0 +1,145 @@
+"""Renew the lock, requirements/*.txt: every package with its version and the hashes of its files.
+
+    python -m scripts.lock           the newest of everything inside pyproject.toml's bounds
+    python -m scripts.lock --keep    only what a change of pyproject.toml or constraints.txt makes necessary
+
+Runs on any Python that pyproject.toml allows, with nothing installed: uv, which does the work, is locked too, and comes
+into .cache/lock. Afterwards: `scripts/test.sh`, and commit requirements/. The files:
+
+    pip.txt           the installer and the build backend, first into .venv
+    torch-cpu.txt     a CPU build of the same torch, taken where pip finds it, as it does in CI
+    base.txt          what training needs, with torch as the registry has it
+    cuda.txt          what that torch asks for besides where it is built for CUDA
+    lm-eval.txt, tensorboard.txt, dev.txt    what each extra adds
+    uv.txt            uv, for the next renewal
+
+One version of a package serves all Pythons and platforms, and its hashes are those of all its files on the registry.
+CPU builds of torch are not there: their hashes are those of the wheels in the folders where pip is told to find links.
+"""
+
+import argparse
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import venv
+from pathlib import Path
+
+from scripts.locked import FOLDER, PINS, ROOT, digest, normalised, parse
+
+CACHE = ROOT / ".cache/lock"
+PROJECT = "pyproject.toml"
+PURPOSE = {
+    "pip": "The installer and the build backend.",
+    "torch-cpu": "Torch's CPU build.",
+    "base": "What training needs.",
+    "cuda": "What torch's CUDA build asks for besides.",
+    "lm-eval": "What the extra lm-eval adds.",
+    "tensorboard": "What the extra tensorboard adds.",
+    "dev": "What the tests and checks add.",
+    "uv": "What renews the lock.",
+}
+INCLUDES = {"base": ["pip"], "lm-eval": ["base"], "tensorboard": ["base"], "dev": ["lm-eval", "tensorboard"]}
+OF_CUDA = re.compile(r"(nvidia|cuda)-.*|triton")
+
+
+def main() -> None:
+    """Resolve, share the packages out over the files, and say what changed."""
+    parser = argparse.ArgumentParser(description="Renew requirements/*.txt, the lock.")
+    parser.add_argument("--keep", action="store_true", help="keep the versions that still fit")
+    keep = parser.parse_args().keep
+    before = _locked()
+    uv = _uv()
+    backend = tomllib.loads((ROOT / PROJECT).read_text())["build-system"]["requires"]
+    solution = _resolve(uv, [PROJECT, "--all-extras"], ["pip", "uv", *backend], before if keep else {})
+    asked = {"uv": ([], ["uv"]), "pip": ([], ["pip", *backend]), "base": ([PROJECT], [])}
+    asked |= {extra: ([PROJECT, "--extra", extra], []) for extra in ("lm-eval", "tensorboard", "dev")}
+    files: dict[str, set[str]] = {}
+    for name, (options, beside) in asked.items():
+        elsewhere = set().union(*files.values())
+        files[name] = set(_resolve(uv, options, beside, solution)) - elsewhere
+    files["cuda"] = {package for package in files["base"] if OF_CUDA.fullmatch(package)}
+    files["base"] -= files["cuda"]
+    assert set().union(*files.values()) == set(solution), "all of the solution is for something"
+    for name, packages in files.items():
+        _write(name, [solution[package] for package in sorted(packages)])
+    _write("torch-cpu", _cpu_build(next(parse(solution["torch"])).version))
+    _report(before, _locked())
+
+
+def _uv() -> Path:
+    if not (CACHE / "bin/uv").exists():
+        venv.create(CACHE, with_pip=True, clear=True)
+    pip = [CACHE / "bin/python", "-m", "pip", "install", "--quiet", "--require-hashes"]
+    subprocess.run([*pip, "-r", FOLDER / "uv.txt"], check=True)
+    return CACHE / "bin/uv"
+
+
+def _resolve(uv: Path, options: list[str], packages: list[str], preferred: dict[str, str]) -> dict[str, str]:
+    """Return the text of each package in uv's solution.
+
+    Args:
+        uv: the program.
+        options: the project and its extras, or nothing.
+        packages: requirements beside them.
+        preferred: a solution whose versions are kept where they fit.
+    """
+    project = tomllib.loads((ROOT / PROJECT).read_text())["project"]
+    source, solution = CACHE / "asked.in", CACHE / "solution.txt"
+    source.write_text("".join(f"{package}\n" for package in packages))
+    solution.write_text("".join(preferred.values()))
+    command = [uv, "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--universal", "--generate-hashes"]
+    command += [source, *options, "--constraint", "constraints.txt", "--output-file", solution]
+    command += ["--python-version", project["requires-python"].removeprefix(">="), "--fork-strategy", "fewest"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    return _blocks(solution.read_text())
+
+
+def _blocks(text: str) -> dict[str, str]:
+    """Return the lines of each package: its pin, and its hashes."""
+    blocks = re.findall(r"^[A-Za-z0-9].*\n(?:[ \t]+--hash.*\n)*", text, re.MULTILINE)
+    return {normalised(re.split(r"[=\s]", block, maxsplit=1)[0]): block for block in blocks}
+
+
+def _write(name: str, blocks: list[str]) -> None:
+    lines = [f"# {PURPOSE[name]} Written by scripts/lock.py, not by hand.", f"# inputs: {digest()}"]
+    lines += [f"-r {other}.txt" for other in INCLUDES.get(name, [])]
+    (FOLDER / f"{name}.txt").write_text("\n".join(lines) + "\n" + "".join(blocks))
+
+
+def _cpu_build(version: str) -> list[str]:
+    """Return the pin of torch's CPU build: the wheels that this machine has, and those that others had before."""
+    asked = subprocess.run([sys.executable, "-m", "pip", "config", "get", "global.find-links"], capture_output=True)
+    folders = {*asked.stdout.decode().split(), *os.environ.get("PIP_FIND_LINKS", "").split()}
+    wheels = {path for folder in folders for path in Path(folder).glob(f"torch-{version}+cpu-*.whl")}
+    hashes = {hashlib.sha256(path.read_bytes()).hexdigest() for path in wheels}
+    hashes |= {value for pin in parse(_text("torch-cpu")) if pin.version == f"{version}+cpu" for value in pin.hashes}
+    lines = [f"torch=={version}+cpu", *(f"    --hash=sha256:{value}" for value in sorted(hashes))]
+    return [" \\\n".join(lines) + "\n"] if hashes else []
+
+
+def _text(name: str) -> str:
+    path = FOLDER / f"{name}.txt"
+    return path.read_text() if path.exists() else ""
+
+
+def _locked() -> dict[str, str]:
+    """Return the text of each package in the lock."""
+    return {package: block for name in PINS if name != "torch-cpu" for package, block in _blocks(_text(name)).items()}
+
+
+def _report(before: dict[str, str], after: dict[str, str]) -> None:
+    def versions(blocks: dict[str, str]) -> dict[str, str]:
+        return {pin.name: pin.version for pin in parse("".join(blocks.values()))}
+
+    old, new = versions(before), versions(after)
+    changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    for name in changed:
+        print(f"{name:32} {old.get(name, '-'):>16} -> {new.get(name, '-')}")
+    print(f"{len(new)} packages, {len(changed)} of them changed")
+
+
+if __name__ == "__main__":
+    main()
