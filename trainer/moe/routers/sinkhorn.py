@@ -15,7 +15,8 @@ from trainer.ops.select import coarse_logits, first_top_k
 class SinkhornRouter(LookAheadRouter):
     """Selects by the transport plan of a sequence's logits, and weighs by the scores of the logits themselves.
 
-    The plan is even over experts; the k largest entries of a token are nearly so. In evaluation the logits select.
+    The plan is even over experts; the k largest entries of a token are nearly so. Where all tokens of a sequence are
+    equal every entry is the same, and the first k experts get them. In evaluation the logits select.
 
     Source: S-BASE (Clark et al. 2022, arXiv 2202.01169), appendix B.2.1, over each sequence; the combine weight is the
     sigmoid of the logit, as in BASE and Megatron-Core.
