@@ -111,6 +111,7 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
         ),
         console=console,
         trackers=Trackers([] if lines is None else [lines]),
+        logs=lines,
         machine=Machine(folder.path, device),
         profiler=Profiler(config.profile, folder.profile, mesh, device, say=console.message, warn=console.warning),
         size=size,
@@ -146,7 +147,7 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
             )
     faults.hit("start.written")
     if lines is not None:
-        lines.resume_at(run.start_step)
+        lines.resume_at(run.start_step, None if found is None else found.run.get("logs"))
     faults.hit("start.done")
     return run
 

@@ -67,13 +67,17 @@ def fit(run: Run, stop: StopRequest, status: StatusFile) -> Examination | None:
         done, is_last = step + 1, step + 1 == train.steps
         guard.account(run, done, result, limit=limit)
         faults.hit("step.taken")
-        stopped_by = _agree(run, stop)
+        is_logged = every(config.metrics.log_every, done) or is_last or done == run.start_step + 1
+        is_saved = every(config.checkpoint.every, done) or is_last
+        stopped_by, is_lost = _agree(run, stop, looks=is_logged or is_saved)
         faults.hit("step.agreed")
+        if is_lost:
+            _regain_folder(run)
         gap = None
         if every(config.metrics.routing_gap_every, done):
             journal.enter("evaluation")
             gap = _compare_routing(run)
-        if every(config.metrics.log_every, done) or is_last or done == run.start_step + 1 or gap is not None:
+        if is_logged or gap is not None:
             log_step(run, done, result, lr=lr, pace=pace, gap=gap)
         run.console.tick(done)
         guard.check_patience(run, done, result)
@@ -89,7 +93,7 @@ def fit(run: Run, stop: StopRequest, status: StatusFile) -> Examination | None:
             status.enter("evaluating")
             examination = examine(config, run.engine, run.corpus, tasks, run.mesh, with_held_out=with_held_out)
             report(run, done, examination)
-        if every(config.checkpoint.every, done) or is_last or stopped_by:
+        if is_saved or stopped_by or is_lost:
             journal.enter("saving")
             status.enter("saving")
             save(run, done, is_last=is_last, is_stopped=stopped_by is not None)
@@ -193,12 +197,31 @@ def _compare_routing(run: Run) -> RoutingGap | None:
     return routing_gap(run.engine, rows, moe, seed=config.seed, world=run.mesh.world)
 
 
-def _agree(run: Run, stop: StopRequest) -> str | None:
-    """Return the signal that asked any rank to stop: all ranks stop after the same step."""
+def _agree(run: Run, stop: StopRequest, *, looks: bool) -> tuple[str | None, bool]:
+    """Return the signal that asked any rank to stop, and whether the run folder was lost: the same on all ranks.
+
+    Args:
+        run: the run.
+        stop: what this rank was asked.
+        looks: let rank 0, which holds the folder, see whether it still does.
+    """
+    is_lost = looks and not run.folder.is_held()
     if run.mesh.world.size == 1:
-        return stop.requested_by
-    asked = run.mesh.world.sum_(torch.tensor([int(bool(stop))], device=run.mesh.world.device))
-    return (stop.requested_by or "a signal to another rank") if int(asked) else None
+        return stop.requested_by, is_lost
+    asked = torch.tensor([int(bool(stop)), int(is_lost)], device=run.mesh.world.device)
+    num_asked, num_lost = run.mesh.world.sum_(asked).tolist()
+    return (stop.requested_by or "a signal to another rank") if num_asked else None, bool(num_lost)
+
+
+def _regain_folder(run: Run) -> None:
+    """Make the run folder anew: what it held is on no disk now but may be in memory, and so is saved next.
+
+    Raises:
+        ConfigError: if it is another run's by now.
+    """
+    with raise_together(run.mesh.world):
+        if run.mesh.layout.rank == 0:
+            run.console.warning(run.folder.regain())
 
 
 def log_step(

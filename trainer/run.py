@@ -19,7 +19,7 @@ from trainer.experiment import ExperimentConfig
 from trainer.metrics.console import Console
 from trainer.metrics.machine import Machine
 from trainer.metrics.profiler import Profiler
-from trainer.metrics.trackers import Trackers
+from trainer.metrics.trackers import JsonlTracker, Trackers
 from trainer.models.flops import ModelSize
 
 
@@ -38,6 +38,8 @@ class Run:
     saver: Saver
     console: Console
     trackers: Trackers
+    logs: JsonlTracker | None
+    """metrics.jsonl and routing.jsonl, where this rank writes them."""
     machine: Machine
     profiler: Profiler
     size: ModelSize
@@ -66,6 +68,7 @@ class Run:
             "skipped_in_a_row": self.skipped_in_a_row,
             "spikes": self.spikes.record(),
             "tokens": self.tokens,
+            "logs": {} if self.logs is None else self.logs.record(),
             "streams": self.stream.places(self.position),
             "rows_of_a_step": self.config.train.global_batch_size,
             "data_fingerprint": self.corpus.fingerprint,

@@ -2,8 +2,8 @@
 
 import io
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Sequence
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,8 +32,8 @@ from trainer.evaluation.shown import summary_of
 from trainer.experiment import ExperimentConfig
 from trainer.loop import announce, fit
 from trainer.metrics.console import Console
-from trainer.metrics.jsonl import read_jsonl
 from trainer.metrics.readable import visible
+from trainer.metrics.records import loss_curve
 from trainer.metrics.streaming import Utf8Streamer
 from trainer.metrics.summary import RunSummary
 from trainer.models.generation import generate
@@ -224,14 +224,16 @@ def _header(run: Run) -> list[str | tuple[str, str]]:
 
 
 def _summary(run: Run, examination: Examination, prompt: str, sample: str) -> RunSummary:
-    logged = [record for record in read_jsonl(run.folder.metrics) if _is_of_training(record)]
+    logged_steps, losses = [], []
+    with suppress(OSError):  # then what this process has seen is shown
+        logged_steps, losses = loss_curve(run.folder.metrics)
     steps = max(run.start_step, run.config.train.steps)
     layers, title = run.engine.model.config.moe_layers, f"{run.config.name}: {steps} steps done"
     return replace(
         summary_of(examination, run.corpus, layers, title=title),
         facts=(),
-        steps=[line["step"] for line in logged],
-        losses=[line["loss"] for line in logged],
+        steps=logged_steps,
+        losses=losses,
         prompt=prompt,
         sample=sample,
         written=[
@@ -241,12 +243,6 @@ def _summary(run: Run, examination: Examination, prompt: str, sample: str) -> Ru
             ("more text", f"python -m trainer generate {run.folder.path}"),
         ],
     )
-
-
-def _is_of_training(record: Mapping[str, object]) -> bool:
-    """Tell a line of training from others in metrics.jsonl, which anybody may have written into."""
-    step, loss = record.get("step"), record.get("loss")
-    return type(step) is int and step >= 0 and "loss" in record and (loss is None or type(loss) in (int, float))
 
 
 def _as_trained(prompt: list[int], config: ExperimentConfig, tokenizer: Tokenizer) -> list[int]:

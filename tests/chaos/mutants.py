@@ -131,7 +131,7 @@ def the_snapshot_is_no_copy() -> None:
 
 def repeated_steps_stay_in_the_metrics() -> None:
     """Do not cut what comes after the checkpoint."""
-    JsonlSink.resume_at = lambda sink, step: None  # type: ignore[method-assign]
+    JsonlSink.resume_at = lambda sink, step, known=None: None  # type: ignore[method-assign]
 
 
 def leftovers_are_not_cleaned() -> None:
@@ -153,7 +153,7 @@ def the_end_does_not_wait_for_the_saver() -> None:
 
 def only_the_rank_that_was_asked_stops() -> None:
     """Take the stop flag of this rank for that of all."""
-    trainer.loop._agree = lambda run, stop: stop.requested_by  # type: ignore[assignment]
+    trainer.loop._agree = lambda run, stop, *, looks: (stop.requested_by, False)  # type: ignore[assignment]
 
 
 KILLED = {

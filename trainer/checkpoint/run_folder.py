@@ -46,6 +46,10 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.profile = path / "profile"
         self._lock: IO[str] | None = None
+        self._is_watched = False
+        """The file system can tell whether the lock is still there."""
+        self._written: dict[Path, str] = {}
+        """Small files by what is in them, for a folder that somebody removes."""
 
     def lock(self) -> None:
         """Make the folder, and claim it for this process until it ends.
@@ -68,7 +72,7 @@ class RunFolder:
             raise ResourceError(
                 f"{self.path}: cannot be written: {error.strerror}; set runs_dir to another place"
             ) from None
-        self._lock = lock
+        self._lock, self._is_watched = lock, is_at(path, lock.fileno())
         with suppress(OSError):  # a full disk: only messages name the owner
             os.ftruncate(lock.fileno(), 0)
             os.write(lock.fileno(), f"{socket.gethostname()} process {os.getpid()}".encode())
@@ -88,6 +92,43 @@ class RunFolder:
             return lock
         lock.close()  # another process has replaced it in between
         return self._claim(path, attempts=attempts - 1)
+
+    def is_held(self) -> bool:
+        """Tell whether the folder that was locked still has its name, and the lock its own; costs microseconds."""
+        return self._lock is None or not self._is_watched or is_at(self.path / ".lock", self._lock.fileno())
+
+    def regain(self) -> str:
+        """Make a folder anew that somebody has moved or removed under this run, or lock it again; return what was done.
+
+        Small files that this run has written into it are written again; what only the disk had is gone.
+
+        Raises:
+            ConfigError: if the folder is another run's by now.
+            ResourceError: if it cannot be written.
+        """
+        assert self._lock is not None, "lock it first"
+        is_there, moved_to = self.config.exists(), _place(self._lock)
+        try:
+            self.lock()
+            if self._is_another_runs():
+                self._lock = None  # which frees it
+                raise ConfigError(f"{self.path}: it has another run_id; use another name=...")
+        except ConfigError as error:
+            now = "the folder of this run was moved or removed, and is another run's now"
+            raise ConfigError(f"{now}: {error}") from None
+        for path, text in self._written.items():
+            if not path.exists():
+                self.write(path, text)
+        if is_there:
+            return f"{self.path}: its .lock was moved or removed while the run trains; it is locked again"
+        was = "was removed" if moved_to is None else f"was moved to {moved_to.parent}"
+        return f"{self.path}: {was} while the run trains; it is made anew, and what follows is saved there"
+
+    def _is_another_runs(self) -> bool:
+        mine = self._written.get(self.run_id)
+        with suppress(OSError, ValueError):
+            return mine is not None and self.run_id.read_text() != mine
+        return False
 
     def owner(self) -> str | None:
         """Return who trains into the folder now; None if nobody does, or it cannot be told."""
@@ -118,8 +159,10 @@ class RunFolder:
                 advice += f"; if that trains into a folder that this one is a copy of (cp -al), remove {lock}"
         return ConfigError(f"{self.path}: {owner} is training into it; {advice}")
 
-    def write(self, path: Path, text: str) -> None:
-        """Replace a small file as a whole."""
+    def write(self, path: Path, text: str, *, is_passing: bool = False) -> None:
+        """Replace a small file as a whole; `regain` writes it again, unless it is a passing one."""
+        if not is_passing:
+            self._written[path] = text
         try:
             replace_file(path, text)
         except OSError as error:
@@ -141,6 +184,7 @@ class RunFolder:
                 break
         else:
             found = secrets.token_hex(8)
+        self._written[self.run_id] = f"{found}\n"
         if found != kept:
             self.write(self.run_id, f"{found}\n")
         return found
@@ -148,6 +192,14 @@ class RunFolder:
     def write_environment(self, values: dict[str, Any]) -> None:
         """Record versions and fingerprints."""
         self.write(self.environment, json.dumps(values, indent=1) + "\n")
+
+
+def _place(lock: IO[str]) -> Path | None:
+    """Return where an open file is now; None if it is nowhere, or the system does not tell."""
+    with suppress(OSError):
+        path = Path(f"/proc/self/fd/{lock.fileno()}").readlink()
+        return path if is_at(path, lock.fileno()) else None
+    return None
 
 
 def _owner(lock: IO[str]) -> str:

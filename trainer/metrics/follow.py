@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,8 @@ class Tail:
         self._path, self._at = path, 0
 
     def new(self) -> Iterator[dict[str, Any]]:
-        """Yield the records that are whole by now, each once."""
-        with self._path.open("rb") as file:
+        """Yield the records that are whole by now, each once; none of a file that somebody has just removed."""
+        with suppress(FileNotFoundError), self._path.open("rb") as file:
             file.seek(self._at)
             while (line := file.readline()).endswith(b"\n"):
                 self._at = file.tell()

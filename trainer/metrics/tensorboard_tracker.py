@@ -36,12 +36,14 @@ class TensorBoardTracker:
             warn: what is called with the one warning, if writing fails.
         """
         self._folder, self._heatmap_every, self._moe_layers, self._warn = folder, heatmap_every, moe_layers, warn
-        self._num_steps = 0
+        self._config_text, self._num_steps = config_text, 0
         self._writer: SummaryWriter | None = None
-        self._attempt(lambda: self._open(start_step, config_text))
+        self._attempt(lambda: self._open(start_step))
 
     def log(self, record: Logged, experts: Logged | None = None) -> None:
         """Write a record, and flush it."""
+        if self._writer is not None and not self._folder.is_dir():  # somebody has removed it under the run
+            self._attempt(lambda: self._open(int(record["step"]) - 1))
         if self._writer is not None:
             self._attempt(lambda: self._write(record, experts))
 
@@ -51,13 +53,13 @@ class TensorBoardTracker:
             self._attempt(self._writer.close)
             self._writer = None
 
-    def _open(self, start_step: int, config_text: str) -> None:
+    def _open(self, start_step: int) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what TensorBoard imports
             from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(self._folder), purge_step=start_step + 1)
-        self._writer.add_text("config", f"```yaml\n{config_text}\n```", start_step + 1)
+        self._writer.add_text("config", f"```yaml\n{self._config_text}\n```", start_step + 1)
 
     def _write(self, record: Logged, experts: Logged | None) -> None:
         assert self._writer is not None

@@ -7,6 +7,7 @@ from typing import Any, Protocol, Self
 
 from trainer.errors import CommError, ElsewhereError, exit_code_of
 from trainer.metrics.jsonl import JsonlSink
+from trainer.metrics.log_content import LogContent
 
 _LAST_CHANCE_S = 10.0
 """A run waits so long at its end for those who keep its records."""
@@ -38,10 +39,20 @@ class JsonlTracker:
     def __init__(self, metrics: Path, routing: Path, *, warn: Callable[[str], None]) -> None:
         self._metrics, self._routing = JsonlSink(metrics, warn=warn), JsonlSink(routing, warn=warn)
 
-    def resume_at(self, step: int) -> None:
-        """Forget what a run that resumes from completed step `step` will log again."""
-        self._metrics.resume_at(step)
-        self._routing.resume_at(step)
+    def resume_at(self, step: int, known: object = None) -> None:
+        """Forget what a run that resumes from completed step `step` will log again.
+
+        Args:
+            step: completed steps.
+            known: what the checkpoint says that `record` gave.
+        """
+        logs = known if isinstance(known, Mapping) else {}
+        self._metrics.resume_at(step, LogContent.recorded(logs.get("metrics")))
+        self._routing.resume_at(step, LogContent.recorded(logs.get("routing")))
+
+    def record(self) -> dict[str, dict[str, int]]:
+        """Return what a checkpoint remembers of the logs, in JSON values."""
+        return {"metrics": self._metrics.content().record(), "routing": self._routing.content().record()}
 
     def log(self, record: Logged, experts: Logged | None = None) -> None:
         """Write the lines; they are in the hands of the operating system on return."""

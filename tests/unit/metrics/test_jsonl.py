@@ -81,20 +81,24 @@ def test_resume_drops_evaluations_of_later_steps_and_keeps_records_without_step(
 def test_resume_drops_a_half_line_and_lines_a_power_cut_left(tmp_path: Path):
     path = tmp_path / "m.jsonl"
     path.write_bytes(b'{"step": 1}\n\0\0\0\0\n{"step": 2}\n')
-    with closing(JsonlSink(path)) as sink:
+    warned: list[str] = []
+    with closing(JsonlSink(path, warn=warned.append)) as sink:
         with path.open("ab") as other:
             other.write(b'{"step": 3')
         sink.resume_at(3)
     assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+    assert warned == [f"{path}: 1 lines are no records; the run goes on without them"]
 
 
-def test_a_crash_while_resuming_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("before", ['{"step": 1}\n{"step": 2}\n', '{"step": 2}\n{"step": 1}\n'])
+def test_a_crash_while_resuming_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str):
+    """Both where the end is cut off, and where lines between others go."""
     path = tmp_path / "m.jsonl"
-    before = '{"step": 1}\n{"step": 2}\n'
     path.write_text(before)
     warned: list[str] = []
     with closing(JsonlSink(path, warn=warned.append)) as sink:
         monkeypatch.setattr(Path, "replace", _raise_no_space)
+        monkeypatch.setattr(os, "ftruncate", _raise_no_space)
         sink.resume_at(1)
     assert path.read_text() == before
     assert len(warned) == 1
@@ -198,12 +202,14 @@ def test_what_is_no_file_is_refused_and_left_alone(tmp_path: Path, kind: str):
 
 
 def test_a_line_that_is_too_long_or_too_deep_is_forgotten_on_resuming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("trainer.metrics.jsonl._LONGEST_BYTES", 200_000)
+    monkeypatch.setattr("trainer.metrics.records._LONGEST_BYTES", 200_000)
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\n' + "[" * 100_000 + '\n{"step": 1, "x": "' + "x" * 500_000 + '"}\n{"step": 2}\n')
-    with closing(JsonlSink(path)) as sink:
+    warned: list[str] = []
+    with closing(JsonlSink(path, warn=warned.append)) as sink:
         sink.resume_at(2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert warned == [f"{path}: 2 lines are no records; the run goes on without them"]
 
 
 def test_the_half_line_that_is_cut_may_be_long(tmp_path: Path):
