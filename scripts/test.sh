@@ -33,8 +33,8 @@ if [ "$#" -eq 0 ]; then
 fi
 
 # Last, so that pytest's own summary closes the output. Its 5, "no tests ran", is a failure like any other.
-# All of them run on two cores, a file at a time: most tests wait for processes that they have started.
-if [ "$#" -eq 0 ]; then set -- -n 2 --dist loadfile; fi
+# Four at a time on two cores, a file each: half of the time, tests wait for processes that they have started.
+if [ "$#" -eq 0 ]; then set -- -n 4 --dist loadfile; fi
 code=0
 "$python" -m pytest "$@" || code=$?
 if [ "$code" -eq 0 ] && [ -n "$failed" ]; then code=1; fi
