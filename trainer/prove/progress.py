@@ -34,17 +34,17 @@ class LayoutProgress:
             name: of the layout.
             number: its place, from 1; None for what the others are compared with.
         """
-        which = f"{number or 0} of {self._total}:"
-        name += ", which the others are compared with" if number is None else ""
         elapsed = duration(self._clock() - self._started_s)
+        text = f"{number or 0} of {self._total}, after {elapsed}: {name}"
+        text += ", which the others are compared with" if number is None else ""
         console = RichConsole(file=self._stream, markup=False, highlight=False)  # type: ignore[arg-type]
         if not self._stream.isatty() or console.is_dumb_terminal:
-            self._stream.write(f"{which} {name}, after {elapsed}\n")
+            self._stream.write(f"{text}\n")
             self._stream.flush()
             yield
             return
         # Nothing else is printed while it is there, and it leaves nothing behind.
-        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        columns = SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}")  # cut off at its end
         with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as shown:
-            shown.add_task(f"{which} {name}, after {elapsed}, for", total=None)
+            shown.add_task(text, total=None)
             yield

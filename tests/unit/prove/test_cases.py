@@ -1,4 +1,4 @@
-"""Which layouts a proof runs, and what it takes for not layout-invariant."""
+"""Which layouts a proof runs: each once."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from trainer.experiment import ExperimentConfig
 from trainer.prove.cases import ENGINES, all_cases, as_config, reference
 
 
-def config_of(moe: dict[str, Any] | None, *, rows: int = 8, **sections: Any) -> ExperimentConfig:
+def config_of(moe: dict[str, Any] | None, *, rows: int) -> ExperimentConfig:
     """A config with so many rows in a step."""
-    values = {"name": "x", "model": {"moe": moe}, "train": {"global_batch_size": rows}, **sections}
+    values = {"name": "x", "model": {"moe": moe}, "train": {"global_batch_size": rows}}
     return ExperimentConfig.model_validate(values)
 
 

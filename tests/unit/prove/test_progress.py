@@ -26,9 +26,9 @@ def shown(stream: io.StringIO) -> str:
 
 def test_a_log_has_a_line_for_each_layout(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown(io.StringIO()).splitlines() == [
-        "0 of 2: 1 rank, rows by 8, which the others are compared with, after 40s",
-        "1 of 2: 1 rank, rows by 4, after 1m 20s",
-        "2 of 2: 2 ranks, ep 1, rows by 4, after 2m 00s",
+        "0 of 2, after 40s: 1 rank, rows by 8, which the others are compared with",
+        "1 of 2, after 1m 20s: 1 rank, rows by 4",
+        "2 of 2, after 2m 00s: 2 ranks, ep 1, rows by 4",
     ]
     assert capsys.readouterr().out == ""
 
@@ -38,9 +38,10 @@ def test_a_terminal_has_a_line_that_changes_and_goes_unless_it_cannot(
     kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TERM", kind)
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "50")
     text = shown(Terminal())
-    assert "1 of 2: 1 rank, rows by 4, after 1m 20s" in text and "2 of 2: 2 ranks" in text
+    assert "1 of 2, after 1m 20s: 1 rank" in text and "2 of 2, after 2m 00s: 2 ranks" in text
+    assert ("0:00:00" in text) == (kind != "dumb")  # how long this one runs
     assert ("\x1b[2K" in text) == (kind != "dumb")  # wiped away
     assert capsys.readouterr().out == ""
 
