@@ -8,6 +8,7 @@ from trainer import faults
 from trainer.assemble import build_model, check_memory, numerics, resolve_kernel, whole_model
 from trainer.checkpoint.compatible import abridged
 from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.identity import identify
 from trainer.checkpoint.kept_tokenizer import check_given, fingerprint_in_use, keep, tokenizer_of
 from trainer.checkpoint.load import find_newest
 from trainer.checkpoint.run_folder import RunFolder
@@ -132,7 +133,15 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
     with raise_together(mesh.world):
         if is_writer:
             keep(folder, corpus.tokenizer)
-            run.id = folder.identify(None if found is None else found.run.get("id"))
+            identity = identify(
+                folder,
+                name=config.name,
+                found=None if found is None else found.run,
+                step=run.start_step,
+            )
+            run.id, run.parent = identity.id, identity.parent
+            if identity.said is not None:
+                console.warning(identity.said)
             folder.write(folder.config, dump(config))
             faults.hit("start.config_written")
             folder.write_environment(
@@ -178,7 +187,12 @@ def track(run: Run) -> Trackers:
                 name=run.config.name,
                 start_step=run.start_step,
                 moe_layers=run.config.model.moe_layers,
-                described={**run.config.model_dump(mode="json"), "layout": run.layout(), "parameters": size},
+                described={
+                    **run.config.model_dump(mode="json"),
+                    "layout": run.layout(),
+                    "parameters": size,
+                    **({} if run.parent is None else {"parent": run.parent_record()}),
+                },
                 say=run.console.message,
                 warn=run.console.warning,
             )

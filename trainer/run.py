@@ -1,11 +1,12 @@
 """Everything of one training run, as the loop and the guard have it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from trainer.checkpoint.identity import Parent
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.saver import Saver
 from trainer.data.corpus import Corpus
@@ -46,6 +47,8 @@ class Run:
     spikes: SpikeWindow
     id: str = ""
     """What the run is known by elsewhere; rank 0 knows it."""
+    parent: Parent | None = None
+    """The run that it branched off from; rank 0 knows it."""
     start_step: int = 0
     """Completed steps."""
     position: int = 0
@@ -63,6 +66,7 @@ class Run:
         """Return what a checkpoint says of itself beside the state."""
         return {
             "id": self.id,
+            "parent": self.parent_record(),
             "position": self.position,
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
@@ -80,6 +84,10 @@ class Run:
             "versions": {"turnout": runtime.turnout_version(), "torch": torch.__version__},
             "config": self.config.model_dump(mode="json"),
         }
+
+    def parent_record(self) -> dict[str, Any] | None:
+        """Return the run that it branched off from, in JSON values."""
+        return None if self.parent is None else asdict(self.parent)
 
     def layout(self) -> dict[str, int | str]:
         """Return who trains, in JSON values."""

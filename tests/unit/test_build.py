@@ -1,6 +1,7 @@
 """What a run is made of: the same on all ranks, and what its checkpoint says it was."""
 
 import io
+import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from tests.ranks import Ranks, mesh_here
-from trainer.build import build_run
+from trainer.build import build_run, track
 from trainer.checkpoint import shared
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.loader import load
@@ -19,6 +20,7 @@ from trainer.distributed.mesh import Mesh
 from trainer.errors import CheckpointError, ConfigError, TurnoutError
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.console import Console
+from trainer.metrics.trackers import Trackers
 from trainer.run import Run
 
 CONFIG = """\
@@ -223,3 +225,33 @@ def test_a_jump_of_the_learning_rate_is_said_where_a_run_goes_on(folder: Path) -
     assert said(*other) == [jump("3.00e-03", changes)]
     assert said("train.steps=60", "schedule.peak_lr=0.000964") == [], "the rate is the same, by chance"
     assert said("schedule.peak_lr=0.1") == [], "nothing is left to train"
+
+
+# --- a run that branches off ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "folder", "moved folder"])
+def test_a_copy_is_a_run_of_its_own_in_wandb_too_and_a_moved_folder_is_not(
+    folder: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = _build(folder, ["name=a"])
+    first.saver.start(3, first.engine.state(), first.checkpoint_info())
+    first.saver.wait()
+    here, there = folder / "runs/a", folder / "runs/b"
+    if what == "checkpoint":
+        shutil.copytree(here / "checkpoints", there / "checkpoints")
+    elif what == "folder":
+        shutil.copytree(here, there)
+    else:
+        here.rename(there)
+    orders: list[dict[str, Any]] = []
+    monkeypatch.setattr("trainer.build.WandbTracker", lambda _, **given: orders.append(given))
+    second, said = _build(folder, ["name=b", "metrics.wandb.mode=offline"])
+    track(second)
+    second.trackers = Trackers()
+    assert second.start_step == 3 and orders[0]["run_id"] == second.id == (there / "run_id").read_text().strip()
+    assert (second.id == first.id) == (what == "moved folder") == ("parent" not in orders[0]["described"])
+    parent = {"id": first.id, "name": "a", "step": 3, "folder": str(here) if what == "folder" else None}
+    if what != "moved folder":
+        assert orders[0]["described"]["parent"] == second.checkpoint_info()["parent"] == parent
+        assert f"branches off from run {first.id} ('a', step 3): a run of its own from here, {second.id}" in said[-1]

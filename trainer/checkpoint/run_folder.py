@@ -1,7 +1,8 @@
 """The folder of one run: where things are in it, who may write to it, and whether a config still belongs to it.
 
     runs/NAME/
-      config.yaml  environment.json  run_id  tokenizer.json  metrics.jsonl  routing.jsonl  checkpoints/  status/
+      config.yaml  environment.json  run_id  origin.json  tokenizer.json
+      metrics.jsonl  routing.jsonl  checkpoints/  status/
       predictions/  experts.svg  wandb/  tensorboard/  profile/    where asked for
 
 Imports no torch, so that a config that does not belong to its run folder is refused at once.
@@ -11,8 +12,6 @@ import fcntl
 import json
 import logging
 import os
-import re
-import secrets
 import socket
 from collections.abc import Iterable
 from contextlib import suppress
@@ -25,7 +24,6 @@ from trainer.errors import ConfigError, ResourceError
 
 _log = logging.getLogger(__name__)
 _ATTEMPTS = 10  # a file system may not tell which file has a name
-_RUN_ID = re.compile(r"[0-9a-z]{8,64}")
 
 
 class RunFolder:
@@ -37,6 +35,7 @@ class RunFolder:
         self.environment = path / "environment.json"
         self.tokenizer = path / "tokenizer.json"
         self.run_id = path / "run_id"
+        self.origin = path / "origin.json"
         self.metrics = path / "metrics.jsonl"
         self.routing = path / "routing.jsonl"
         self.checkpoints = path / "checkpoints"
@@ -55,10 +54,11 @@ class RunFolder:
         """Make the folder, and claim it for this process until it ends.
 
         Raises:
-            ConfigError: if another process trains into it, or the lock is no file.
+            ConfigError: if another process trains into it, the lock is no file, or its checkpoints are another run's.
             ResourceError: if it cannot be written.
         """
         path = self.path / ".lock"
+        self._check_own_checkpoints()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = self._claim(path)
@@ -76,6 +76,16 @@ class RunFolder:
         with suppress(OSError):  # a full disk: only messages name the owner
             os.ftruncate(lock.fileno(), 0)
             os.write(lock.fileno(), f"{socket.gethostname()} process {os.getpid()}".encode())
+
+    def _check_own_checkpoints(self) -> None:
+        """Refuse a link to the checkpoints of another run, which has a lock of its own and prunes by itself."""
+        if self.checkpoints.is_symlink():
+            theirs = self.checkpoints.resolve().parent
+            if any((theirs / name).exists() for name in (".lock", self.run_id.name, self.config.name)):
+                raise ConfigError(
+                    f"{self.checkpoints}: is a link into another run's folder, {theirs}, whose checkpoints would be "
+                    "removed; copy the one to go on from"
+                )
 
     def _claim(self, path: Path, *, attempts: int = _ATTEMPTS) -> IO[str]:
         """Lock the file that has this name."""
@@ -168,26 +178,13 @@ class RunFolder:
         except OSError as error:
             raise ResourceError(f"{path}: cannot be written: {error.strerror}") from None
 
-    def identify(self, known: object = None) -> str:
-        """Return what the run is known by elsewhere, in wandb for one; made up once, and kept in the folder.
-
-        Args:
-            known: what a checkpoint of the run says it is, for a folder that has forgotten it.
-        """
-        try:
-            with os.fdopen(open_regular(self.run_id, os.O_RDONLY)) as file:
-                kept: object = file.read(100).strip()
-        except (OSError, ValueError):
-            kept = None
-        for found in (kept, known):
-            if isinstance(found, str) and _RUN_ID.fullmatch(found):
-                break
-        else:
-            found = secrets.token_hex(8)
-        self._written[self.run_id] = f"{found}\n"
-        if found != kept:
-            self.write(self.run_id, f"{found}\n")
-        return found
+    def write_unless_same(self, path: Path, text: str) -> None:
+        """Replace a small file as a whole, if it is not what it should be."""
+        self._written[path] = text
+        with suppress(OSError, ValueError), os.fdopen(open_regular(path, os.O_RDONLY), encoding="utf-8") as file:
+            if file.read(len(text) + 1) == text:
+                return
+        self.write(path, text)
 
     def write_environment(self, values: dict[str, Any]) -> None:
         """Record versions and fingerprints."""

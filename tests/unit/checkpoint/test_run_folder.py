@@ -2,7 +2,6 @@
 
 import errno
 import os
-import re
 from pathlib import Path
 
 import pytest
@@ -63,6 +62,20 @@ def test_a_snapshot_of_a_run_that_goes_on_is_refused_with_what_to_do(tmp_path: P
     copy.lock()
 
 
+def test_a_link_to_another_run_s_checkpoints_is_refused_and_one_to_another_disk_is_not(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "a").lock()
+    for where, is_refused in (("a/checkpoints", True), ("disk/b", False)):
+        (tmp_path / where).mkdir(parents=True)
+        (tmp_path / "b").mkdir(exist_ok=True)
+        (tmp_path / "b/checkpoints").unlink(missing_ok=True)
+        (tmp_path / "b/checkpoints").symlink_to(tmp_path / where)
+        if is_refused:
+            with pytest.raises(ConfigError, match=r"b/checkpoints: is a link into another run's folder, .*/a, whose"):
+                RunFolder(tmp_path / "b").lock()
+        else:
+            RunFolder(tmp_path / "b").lock()
+
+
 def test_a_lock_that_is_a_pipe_holds_nobody_up(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / ".lock")
     assert RunFolder(tmp_path).owner() is None
@@ -86,25 +99,3 @@ def test_a_full_disk_does_not_keep_from_the_lock(tmp_path: Path, monkeypatch: py
     first.lock()
     with pytest.raises(ConfigError, match="another process is training into it"):
         RunFolder(tmp_path / "run").lock()
-
-
-# --- what a run is known by elsewhere ---------------------------------------------------------------------------------
-
-
-def test_a_run_keeps_the_name_it_is_known_by(tmp_path: Path):
-    folder = RunFolder(tmp_path)
-    first = folder.identify()
-    assert re.fullmatch("[0-9a-f]{16}", first)
-    assert RunFolder(tmp_path).identify("0123456789") == first
-
-
-def test_a_folder_that_has_forgotten_it_is_told_by_a_checkpoint(tmp_path: Path):
-    assert RunFolder(tmp_path).identify("0123456789") == "0123456789"
-    assert (tmp_path / "run_id").read_text() == "0123456789\n"
-
-
-@pytest.mark.parametrize("kept", ["", "../../x", "x" * 65, "A" * 16, "a" * 7, "\udcff"])
-def test_what_is_no_such_name_is_replaced(tmp_path: Path, kept: str):
-    (tmp_path / "run_id").write_text(kept, errors="surrogateescape")
-    found = RunFolder(tmp_path).identify(["no text"])
-    assert re.fullmatch("[0-9a-f]{16}", found) and (tmp_path / "run_id").read_text() == f"{found}\n"
