@@ -23,6 +23,7 @@ from trainer.distributed.beats import Beat, silent_ranks, verdict
 from trainer.distributed.journal import Journal
 from trainer.distributed.process import home, is_alive
 from trainer.errors import CommError, ElsewhereError, Stopped, TurnoutError, first_line
+from trainer.terminal import say
 
 _BEAT_S, _LISTEN_S = 1.0, 2.5
 """Between beats; between two readings, so that a living rank's beat changes for certain."""
@@ -202,7 +203,7 @@ class Watch:
             if waits and self._state is None and self.journal.quiet_s > self.timeout_s + _GRACE_S:
                 shown = self.explain(CommError(f"rank {self.rank}: {self._last()} did not come back"))
                 if not isinstance(shown, ElsewhereError):
-                    print(shown, file=sys.stderr, flush=True)
+                    say(shown, file=sys.stderr)
                 os._exit(shown.exit_code)
 
     def _publish(self, store: dist.Store) -> None:
