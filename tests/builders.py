@@ -1,6 +1,7 @@
 """Small real objects for tests: batches, contexts, models, configs."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -140,6 +141,7 @@ def make_engine_of(
     mesh: Mesh | None = None,
     parallel: ParallelConfig | None = None,
     vocab_size: int = 32,
+    folder: Path | None = None,
     **optim: Any,
 ) -> StepEngine:
     """An engine of one process, or of a rank of a mesh; in bfloat16 the parameters are float32."""
@@ -150,7 +152,7 @@ def make_engine_of(
         )
     model = parallelize(whole, parallel, mesh, torch.device("cpu"), seed=seed, dtype=dtype, can_compile=True)
     numerics = NumericsConfig(seed=seed, dtype=dtype, grad_clip=grad_clip)
-    engine = section.build(model, AdamWConfig(**optim), numerics, mesh)
+    engine = section.build(model, AdamWConfig(**optim), numerics, mesh, folder=folder)
     assert isinstance(engine, StepEngine)
     return engine
 

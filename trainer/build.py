@@ -22,6 +22,7 @@ from trainer.distributed import runtime
 from trainer.distributed.agreement import differing
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.together import raise_together
+from trainer.distributed.version import turnout_version
 from trainer.engine.spikes import SpikeWindow
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation.preparation import read_tasks
@@ -94,7 +95,7 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
         ):
             if said is not None:
                 console.warning(said)
-    engine = config.engine.build(model, config.optim, numerics(config), mesh)
+    engine = config.engine.build(model, config.optim, numerics(config), mesh, folder=folder.deepspeed)
     faults.hit("start.engine")
     run = Run(
         mesh=mesh,
@@ -207,7 +208,7 @@ def _check_alike(config: ExperimentConfig, mesh: Mesh) -> None:
     Raises:
         ConfigError: with each key that differs, its values and who has them.
     """
-    versions = {"turnout": runtime.turnout_version(), "torch": torch.__version__}
+    versions = {"turnout": turnout_version(), "torch": torch.__version__}
     values = {"version": versions, **config.model_dump(exclude=_OF_A_HOST)}
     different = differing(mesh.world, values)
     if different:

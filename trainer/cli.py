@@ -8,33 +8,37 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from trainer.config.nodes import shown_path
+from trainer.config.overrides import as_override
 from trainer.distributed.layout import is_first_rank
 from trainer.errors import CommError, ElsewhereError, Stopped, TurnoutError, exit_code_of, first_line
-from trainer.metrics.readable import visible
+from trainer.experiment import ExperimentConfig
+from trainer.terminal import one_line, say, show_logs
 from trainer.verbs import benching, checkpoints, configs, proving, trained, training
+from trainer.verbs.arguments import Parser, Version
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a verb and exit with its code; a `TurnoutError` is printed as it stands, one line for each problem."""
-    options = _parse(arguments)
+    show_logs()
+    options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         code = options.verb(options)
     except ElsewhereError as error:  # the rank that had it says so
         _let_others_speak(0.5)
         _end_at_once(error.exit_code)
     except CommError as error:
-        print(visible(str(error)), file=sys.stderr)
+        say(error, file=sys.stderr)
         _end_at_once(error.exit_code)
     except Stopped as error:
         if is_first_rank():
-            print(error, file=sys.stderr)
+            say(error, file=sys.stderr)
         _end_at_once(error.exit_code)
     except TurnoutError as error:
         if error.is_this_ranks or is_first_rank() or options.verb is training.launch:
-            print(visible(str(error)), file=sys.stderr)
+            say(error, file=sys.stderr)
         else:  # rank 0 has the same one, says so, and torchrun ends the others; unless it is this rank's alone
             _let_others_speak(10)
-            print(visible(f"rank {os.environ['RANK']}: {error}"), file=sys.stderr)
+            say(f"rank {os.environ['RANK']}: {error}", file=sys.stderr)
         code = error.exit_code
     except (KeyboardInterrupt, Exception) as error:  # what nobody has said anything more specific about
         code = exit_code_of(error)
@@ -61,29 +65,46 @@ def _explain(error: BaseException) -> None:
     """Say in a line what has ended the process, for errors that are not ours and yet no bugs."""
     match error:
         case KeyboardInterrupt():  # no run, or the second Ctrl-C of one: there is nothing new to save
-            print("interrupted", file=sys.stderr)
+            say("interrupted", file=sys.stderr)
         case BrokenPipeError():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         case OSError():
-            print(f"{shown_path(os.fsdecode(error.filename))}: {error.strerror}", file=sys.stderr)
+            say(f"{shown_path(os.fsdecode(error.filename))}: {error.strerror}", file=sys.stderr)
         case _:
-            print(f"out of memory: {first_line(error)}; lower parallel.micro_batch_size", file=sys.stderr)
+            say(one_line(f"out of memory: {first_line(error)}; lower parallel.micro_batch_size"), file=sys.stderr)
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse, and accept overrides behind an option as well as before it."""
-    parser = _parser()
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse, and accept overrides behind an option as well as before it; exit with 2 and a line if it is wrong."""
+    parser = command_line()
     options, rest = parser.parse_known_args(arguments)
     stray = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(options, "overrides")]
+    if stray and hasattr(options, "overrides"):
+        meant = [as_override(word, value, ExperimentConfig) for word, value in _with_values(stray)]
+        parser.exit(2, "".join(f"{one_line(line)}\n" for line in meant))
     if stray:
         parser.error(f"unrecognized arguments: {' '.join(stray)}")
     if rest:
-        options.overrides += rest
+        options.overrides = [*options.overrides, *rest]
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="turnout", description="Train mixture-of-experts language models.")
+def _with_values(words: Sequence[str]) -> list[tuple[str, str | None]]:
+    """Return each option that there is not, with the value that was given to it; of a stray value, the value alone."""
+    found: list[tuple[str, str | None]] = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        if equals or word.startswith("-") or not found or found[-1][1] is not None:
+            found.append((name, value if equals else None))
+        else:
+            found[-1] = (found[-1][0], word)
+    return found
+
+
+def command_line() -> Parser:
+    """Return the parser of every verb."""
+    parser = Parser(prog="turnout", description="Train mixture-of-experts language models.")
+    parser.add_argument("--version", action=Version, help="print the versions of turnout, Python and torch")
     # DeepSpeed's launcher gives every rank its number like this too; LOCAL_RANK says the same.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(required=True, metavar="VERB")

@@ -27,6 +27,7 @@ from trainer.metrics.experts_svg import experts_svg
 from trainer.metrics.summary import RunSummary
 from trainer.moe.causality import evaluation_warning
 from trainer.restore import load_trained
+from trainer.terminal import say
 
 
 def examine(
@@ -104,7 +105,7 @@ def evaluate_top_ks(
     )
     moe = config.model.moe
     trained = [] if moe is None else getattr(moe.router, "draw_top_k", None) or [getattr(moe.router, "top_k", 0)]
-    print(f"{config.name} at step {found.step}, held-out text", table(results, trained=trained), sep="\n", file=screen)
+    say(f"{config.name} at step {found.step}, held-out text\n{table(results, trained=trained)}", file=screen)
     return {"step": found.step, "experts_per_token": {str(at.top_k): at.record() for at in results}}
 
 
@@ -133,7 +134,7 @@ def evaluate_by_lm_eval(
     engine, tokenizer, found = load_trained(config, folder, step=step, warn=console.warning)
     model = HarnessModel(_subject(config, engine, Mesh.of_one()), tokenizer)
     results, table = run_harness(model, tasks, include_path=include_path, limit=limit)
-    print(table, file=screen)
+    say(table, file=screen)
     return {"step": found.step, "lm_eval": results}
 
 

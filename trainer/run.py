@@ -11,8 +11,8 @@ from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.saver import Saver
 from trainer.data.corpus import Corpus
 from trainer.data.stream import TrainStream
-from trainer.distributed import runtime
 from trainer.distributed.mesh import Mesh
+from trainer.distributed.version import turnout_version
 from trainer.engine.base import Engine
 from trainer.engine.spikes import SpikeWindow
 from trainer.evaluation.base import Task
@@ -81,7 +81,7 @@ class Run:
             # of step and row.
             "random": {"kind": "counter_based", "seed": self.config.seed},
             "layout": self.layout(),
-            "versions": {"turnout": runtime.turnout_version(), "torch": torch.__version__},
+            "versions": {"turnout": turnout_version(), "torch": torch.__version__},
             "config": self.config.model_dump(mode="json"),
         }
 

@@ -32,7 +32,6 @@ from trainer.evaluation.shown import summary_of
 from trainer.experiment import ExperimentConfig
 from trainer.loop import announce, fit
 from trainer.metrics.console import Console
-from trainer.metrics.readable import visible
 from trainer.metrics.records import loss_curve
 from trainer.metrics.streaming import Utf8Streamer
 from trainer.metrics.summary import RunSummary
@@ -43,6 +42,7 @@ from trainer.moe.causality import evaluation_warning
 from trainer.restore import load_trained
 from trainer.run import Run
 from trainer.status import StatusFile, remove_others
+from trainer.terminal import visible
 
 _SAMPLE_PROMPT_TOKENS, _SAMPLE_TOKENS = 48, 320
 
@@ -172,7 +172,7 @@ def generate_text(config: ExperimentConfig, folder: RunFolder, options: Generate
     shown = visible if sys.stdout.isatty() else str
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # for a terminal that has no UTF-8
-    print(text, end="", flush=True)
+    print(shown(text), end="", flush=True)
     try:
         for token in tokens:
             print(shown(streamer.feed(tokenizer.decode([token]))), end="", flush=True)

@@ -15,6 +15,7 @@ from trainer.bench.training import Training, train
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.errors import ConfigError, NumericsError
 from trainer.experiment import ExperimentConfig
+from trainer.terminal import say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,12 +145,12 @@ def _trained(training: Training, number: str) -> Outcome:
     label = f"{number} {training.folder.path}"
     result = outcome(training)
     if result is None:
-        print(f"{label}: training for {training.config.train.steps} steps", flush=True)
+        say(f"{label}: training for {training.config.train.steps} steps")
         train(training)
         result = outcome(training)
         if result is None:  # it ended well, so its last step was evaluated
             raise NumericsError(f"{training.folder.metrics}: its held-out loss is not finite; leave it out with --only")
-    print(f"{label}: held-out loss {result.held_out_loss:.4f}", flush=True)
+    say(f"{label}: held-out loss {result.held_out_loss:.4f}")
     return result
 
 

@@ -3,7 +3,7 @@
     runs/NAME/
       config.yaml  environment.json  run_id  origin.json  tokenizer.json
       metrics.jsonl  routing.jsonl  checkpoints/  status/
-      predictions/  experts.svg  wandb/  tensorboard/  profile/    where asked for
+      predictions/  experts.svg  wandb/  tensorboard/  profile/  deepspeed/    where asked for
 
 Imports no torch, so that a config that does not belong to its run folder is refused at once.
 """
@@ -44,6 +44,8 @@ class RunFolder:
         self.experts_picture = path / "experts.svg"
         self.tensorboard = path / "tensorboard"
         self.profile = path / "profile"
+        self.deepspeed = path / "deepspeed"
+        """What DeepSpeed writes of its own."""
         self._lock: IO[str] | None = None
         self._is_watched = False
         """The file system can tell whether the lock is still there."""

@@ -55,7 +55,7 @@ def inline(value: Any) -> str:
             # YAML 1.1 sees a number in 1.0e-05 but text in 1e-05.
             return text.replace("e", ".0e") if "e" in text and "." not in text else text
         case dict():
-            return "{" + ", ".join(f"{key}: {inline(inner)}" for key, inner in _kind_first(value)) + "}"
+            return "{" + ", ".join(f"{_key(key)}: {inline(inner)}" for key, inner in _kind_first(value)) + "}"
         case list() | tuple():
             return "[" + ", ".join(inline(entry) for entry in value) + "]"
         case str():
@@ -104,19 +104,24 @@ def _has_sections(value: Any) -> bool:
 def _block(value: dict[str, Any]) -> Iterator[str]:
     for key, inner in _kind_first(value):
         if isinstance(inner, dict) and inner:
-            yield f"{key}:"
+            yield f"{_key(key)}:"
             yield from (f"  {line}" for line in _block(inner))
         elif _has_sections(inner):
-            yield f"{key}:"
+            yield f"{_key(key)}:"
             for entry in inner:
                 lines = list(_block(entry)) if isinstance(entry, dict) and entry else [inline(entry)]
                 yield from (f"{'    ' if i else '  - '}{line}" for i, line in enumerate(lines))
         else:
-            yield f"{key}: {inline(inner)}"
+            yield f"{_key(key)}: {inline(inner)}"
 
 
 def _kind_first(value: dict[str, Any]) -> list[tuple[str, Any]]:
     return sorted(value.items(), key=lambda item: item[0] != "kind")
+
+
+def _key(key: object) -> str:
+    """Write a key; those that no schema has, as of DeepSpeed's own sections, may be any text."""
+    return inline(str(key))
 
 
 def _is_plain(text: str) -> bool:

@@ -9,9 +9,9 @@ from typing import Any, Final, NamedTuple
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from trainer.config import slots, wording
+from trainer.config import foreign, slots, wording
 from trainer.config.base import Config, Problem
-from trainer.config.nodes import UNUSABLE, Finding, Key, Node, Place
+from trainer.config.nodes import UNUSABLE, Finding, Key, Node, Place, dotted
 from trainer.config.slots import Slot
 
 _RANGES: Final = {
@@ -137,8 +137,7 @@ def _findings(spot: _Spot, tree: Node, root: type[Config]) -> Iterator[Finding]:
         yield Finding(_key_place(tree, key), key, _lower(spot.details["msg"]))
     elif kind == "extra_forbidden":
         assert spot.section is not None, "only sections have keys"
-        message = wording.unknown_key(str(key[-1]), spot.section, spot.siblings, root)
-        yield Finding(node.key_place, key, message)
+        yield from _unknown(key, node, spot.section, spot.siblings, root)
     elif kind == "union_tag_not_found":
         options = slots.all_kinds(spot.slot.annotation)
         yield Finding(node.key_place, key, f"needs a kind; add kind: with one of {', '.join(options)}")
@@ -147,6 +146,18 @@ def _findings(spot: _Spot, tree: Node, root: type[Config]) -> Iterator[Finding]:
         yield Finding(tag.place, (*key, "kind"), wording.choice(tag.value, slots.all_kinds(spot.slot.annotation)))
     else:
         yield Finding(node.place, key, _about_value(spot, node, context))
+
+
+def _unknown(
+    key: Key, node: Node, section: type[Config], siblings: list[type[Config]], root: type[Config]
+) -> Iterator[Finding]:
+    """Report a key that a section does not have; of another trainer's section, each key that is in it."""
+    name, where = str(key[-1]), dotted(key[:-1])
+    if name in foreign.SECTIONS and isinstance(node.value, dict) and node.value:
+        for part, inner in node.value.items():
+            yield Finding(inner.key_place, (*key, part), wording.unknown_key(part, root, [], root, where=name))
+    else:
+        yield Finding(node.key_place, key, wording.unknown_key(name, section, siblings, root, where=where))
 
 
 def _about_value(spot: _Spot, node: Node, context: dict[str, Any]) -> str:

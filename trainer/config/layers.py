@@ -137,16 +137,22 @@ def _text(path: Path, locate: Any) -> str:
         raise _NotOpened(locate(0, 0), f"cannot be read: {reason}") from None
     if len(data) > MAX_BYTES:
         raise Unreadable(locate(0, 0), f"more than {MAX_BYTES} bytes; a configuration has a few thousand")
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise Unreadable(locate(1, 1), "the text is UTF-16; save the file as UTF-8")
-    if data.startswith(codecs.BOM_UTF8):
-        raise Unreadable(locate(1, 1), "a byte-order mark; save the file as UTF-8 without one")
+    if _is_wide(data):
+        raise Unreadable(locate(1, 1), "the text is UTF-16 or UTF-32; save the file as UTF-8")
+    data = data.removeprefix(codecs.BOM_UTF8)  # as editors on Windows begin a file
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line_start = data.rfind(b"\n", 0, error.start) + 1
         place = locate(data.count(b"\n", 0, error.start) + 1, len(data[line_start : error.start].decode()) + 1)
         raise Unreadable(place, f"byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8") from None
+
+
+def _is_wide(data: bytes) -> bool:
+    """Tell text of two or four bytes for a character, by its mark or by the zeros in its first letters."""
+    begins = data[:64]
+    has_mark = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE))
+    return has_mark or begins.count(0) * 3 > len(begins)
 
 
 def _similar_file(path: Path) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
-from trainer.config import slots
+from trainer.config import foreign, slots
 from trainer.config.base import Config
 from trainer.config.layers import merge
 from trainer.config.nodes import Finding, Key, Node, Place, Unreadable, shown
@@ -46,6 +46,31 @@ def apply(tree: Node, overrides: Sequence[str], slot: Slot, findings: list[Findi
         except Unreadable as error:
             findings.append(error.finding)
     return tree
+
+
+def as_override(option: str, value: str | None, root: type[Config]) -> str:
+    """Say that there is no such option of the command line, and which override may have been meant.
+
+    Args:
+        option: as it was typed, with its dashes; or a word that is neither.
+        value: what was typed behind it; None: nothing.
+        root: the schema.
+    """
+    said, key = shown(option)[1:-1], option.lstrip("-").replace("-", "_")
+    if not option.startswith("-"):
+        return f"{said}: is no override; write key=value, such as train.steps=100"
+    given = "..." if value is None else value
+    section, _, last = key.rpartition(".")
+    if section in slots.homes(root).get(last, ()):
+        return f"{said}: is no option; write {key}={given}"
+    meant = foreign.meant_by(last, section)
+    if meant is None:
+        known = [f"{home}.{last}".lstrip(".") for home in sorted(slots.homes(root).get(last, ()))]
+        hint = f"write {' or '.join(f'{name}={given}' for name in known)}" if 0 < len(known) <= 3 else "leave it out"
+        return f"{said}: is no option; {hint}"
+    if not meant.key:
+        return f"{said}: is no option; {meant}"
+    return f"{said}: is no option; write {meant.key}={'...' if meant.note else given}" + meant.said_of_value
 
 
 def _parse(text: str, place: Place, findings: list[Finding]) -> tuple[list[str], Node]:

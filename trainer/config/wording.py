@@ -4,13 +4,17 @@ import difflib
 import re
 from typing import Any, Literal, get_args, get_origin
 
-from trainer.config import slots
+from trainer.config import foreign, slots
 from trainer.config.base import LINE_PATTERN, PATH_PATTERN, Config
 from trainer.config.nodes import Node, shown
 from trainer.config.yaml_nodes import resolve
 
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 _WORDS_OF_BOOLS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
+_MAX_ELSEWHERE = 3
+_NULLS = frozenset({"none", "never", "off", "no", "nil", "disabled"})
+_SAME_WORD = 0.6
+"""Similarity from which two words may be one, misspelled."""
 _NAME_PATTERN = re.compile(r"\^\[A-Za-z0-9\]\[A-Za-z0-9\._-\]\{0,(\d+)\}\$")
 
 
@@ -18,11 +22,24 @@ def choice(value: object, options: list[str]) -> str:
     """Say that a value is none of `options`."""
     if len(options) == 1:
         return f"must be {options[0]}, got {shown(value)}"
-    near = difflib.get_close_matches(str(value).lower(), options, n=1)
-    return f"{shown(value)} is not one of {', '.join(options)}" + (f"; did you mean {near[0]}?" if near else "")
+    text = "null" if value is None else str(value).lower()
+    hint = ""
+    if text in foreign.NO_HALF and "bfloat16" in options:
+        hint = "; there is no float16: use bfloat16"
+    elif (similar := _meant_value(text, options) or near(text, options, cutoff=0.6)) is not None:
+        hint = f"; did you mean {similar}?"
+    return f"{shown(value)} is not one of {', '.join(options)}{hint}"
 
 
-def unknown_key(key: str, section: type[Config], siblings: list[type[Config]], root: type[Config]) -> str:
+def _meant_value(text: str, options: list[str]) -> str | None:
+    """Return what another trainer means by a value, where that is one of the options."""
+    meant = foreign.VALUES.get(text)
+    return meant if meant in options else None
+
+
+def unknown_key(
+    key: str, section: type[Config], siblings: list[type[Config]], root: type[Config], *, where: str = ""
+) -> str:
     """Say that a section has no such key, and where the reader may have meant to go.
 
     Args:
@@ -30,6 +47,7 @@ def unknown_key(key: str, section: type[Config], siblings: list[type[Config]], r
         section: the section it was found in.
         siblings: the sections that a `kind` chooses from, `section` among them.
         root: the whole schema.
+        where: dotted key of the section.
     """
     options = list(section.model_fields)
     owners = [kind for other in siblings if key in other.model_fields for kind in slots.kinds(other)]
@@ -43,12 +61,22 @@ def unknown_key(key: str, section: type[Config], siblings: list[type[Config]], r
     if last in homes and all(part in homes for part in first.split(".")):
         nested = "".join(f"{part}: {{" for part in first.split("."))
         return f"unknown key; dots are for overrides: write {nested}{last}: ...{'}' * (first.count('.') + 1)}"
-    if len(elsewhere := homes.get(key, frozenset())) == 1:
-        where = next(iter(elsewhere))
-        return f"unknown key; did you mean {where}.{key}?" if where else f"unknown key; {key} belongs to the top level"
-    if near := _near_key(key, options, homes):
-        return f"unknown key; did you mean {near}?"
+    if (meant := foreign.meant_by(key, where)) is not None and (not meant.key or exists(meant.key, root)):
+        return f"unknown key; {meant}"
+    elsewhere = _elsewhere(key, homes)
+    if elsewhere == [key]:
+        return f"unknown key; {key} belongs to the top level"
+    if 0 < len(elsewhere) <= _MAX_ELSEWHERE:
+        return f"unknown key; did you mean {' or '.join(elsewhere)}?"
+    if similar := _near_key(key, options, homes):
+        return f"unknown key; did you mean {similar}?"
     return f"unknown key; use {_any_of(options)}"
+
+
+def exists(key: str, root: type[Config]) -> bool:
+    """Tell whether a schema has a dotted key, under any kind of the sections on the way."""
+    section, _, last = key.rpartition(".")
+    return section in slots.homes(root).get(last, frozenset())
 
 
 def expected(annotation: Any) -> str:
@@ -88,14 +116,42 @@ def pattern(value: str, expression: str) -> str:
     return f"{shown(value)} does not have the form {expression}"
 
 
+def _elsewhere(key: str, homes: dict[str, frozenset[str]]) -> list[str]:
+    """Return the dotted keys of this name, or that it is the last two parts of: eval_every for eval.every."""
+    found = [f"{home}.{key}".lstrip(".") for home in homes.get(key, ())]
+    joined = [
+        f"{home}.{name}"
+        for name, where in homes.items()
+        for home in where
+        if key == f"{home.rpartition('.')[2]}_{name}"
+    ]
+    return sorted(found or joined)
+
+
 def _near_key(key: str, here: list[str], homes: dict[str, frozenset[str]]) -> str | None:
     """A very similar key of the section, else a very similar one that one other section has, else a similar one."""
-    if near := difflib.get_close_matches(key, here, n=1, cutoff=0.8):
-        return near[0]
+    if similar := near(key, here, cutoff=0.8):
+        return similar
     elsewhere = [name for name, where in homes.items() if len(where) == 1]
-    if near := difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.85):
-        return f"{next(iter(homes[near[0]]))}.{near[0]}".lstrip(".")
-    return next(iter(difflib.get_close_matches(key, here, n=1)), None)
+    if similar := near(key, elsewhere, cutoff=0.85):
+        return f"{next(iter(homes[similar]))}.{similar}".lstrip(".")
+    return near(key, here, cutoff=0.7)
+
+
+def near(text: str, options: list[str], *, cutoff: float) -> str | None:
+    """Return the most similar option that may be the same words with a slip in them.
+
+    num_layers is no slip of num_heads, nor warmup_ratio of warmup_steps: who followed that would set another thing.
+    """
+    similar = difflib.get_close_matches(text, options, n=5, cutoff=cutoff)
+    return next((option for option in similar if _may_be_slip(text, option)), None)
+
+
+def _may_be_slip(text: str, option: str) -> bool:
+    words, others = re.split("[_.-]", text), re.split("[_.-]", option)
+    if len(words) != len(others):  # a word more or less, or one that is written as two
+        return True
+    return all(difflib.SequenceMatcher(None, a, b).ratio() >= _SAME_WORD for a, b in zip(words, others, strict=True))
 
 
 def _any_of(options: list[str]) -> str:
@@ -118,6 +174,8 @@ def _how_to_write(node: Node, annotation: Any) -> str | None:
     if isinstance(value, str):
         if (number := _as_number(value, types)) is not None:
             return "remove the quotes" if value == number and node.written is None else f"write {number}"
+        if slots.accepts_null(annotation) and value.lower() in _NULLS and str not in types:
+            return "write null"
         if bool in types and value.lower() in _WORDS_OF_BOOLS:
             return f"write {_WORDS_OF_BOOLS[value.lower()]}"
         if bool in types and value.lower() in ("true", "false"):

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from trainer.terminal import say
+
 
 @contextmanager
 def ends_after(seconds: float, message: str, exit_code: int) -> Iterator[None]:
@@ -28,5 +30,5 @@ def ends_after(seconds: float, message: str, exit_code: int) -> Iterator[None]:
 def end_at_once(message: str | None, exit_code: int) -> None:
     """End the process without waiting for anything of it, after a last message if there is one."""
     if message is not None:
-        print(message, file=sys.stderr, flush=True)
+        say(message, file=sys.stderr)
     os._exit(exit_code)

@@ -10,13 +10,13 @@ import os
 import platform
 import shutil
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from trainer.distributed.layout import ranks_here
+from trainer.distributed.version import turnout_version
 from trainer.errors import ConfigError
 
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # glibc's names for mallopt
@@ -82,14 +82,6 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.strip()
-
-
-def turnout_version() -> str | None:
-    """Return the version that pip knows; None where the code runs without having been installed."""
-    try:
-        return metadata.version("turnout")
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def describe() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -22,8 +23,10 @@ class NativeEngineConfig(Config):
 
     kind: Literal["native"] = "native"
 
-    def build(self, model: GPT, optim: OptimConfig, numerics: NumericsConfig, mesh: Mesh) -> Engine:
-        """Make the engine around an initialised model."""
+    def build(
+        self, model: GPT, optim: OptimConfig, numerics: NumericsConfig, mesh: Mesh, *, folder: Path | None = None
+    ) -> Engine:
+        """Make the engine around an initialised model; it writes nothing into `folder`."""
         from trainer.engine.native import NativeEngine
 
         return NativeEngine(model, optim, numerics, mesh)

@@ -12,13 +12,14 @@ from rich.console import Console as RichConsole
 from rich.console import RenderableType
 from rich.text import Text
 
-from trainer.metrics import lines, readable
+from trainer.metrics import lines
 from trainer.metrics.glyphs import QUIET
 from trainer.metrics.live import LiveScreen
 from trainer.metrics.plain import PlainScreen
 from trainer.metrics.progress import BarProgress, Pace, Record, TrainingProgress
 from trainer.metrics.steady import SteadyStream
 from trainer.metrics.summary import RunSummary, SummaryScreen
+from trainer.terminal import visible
 
 
 class Screen(Protocol):
@@ -70,15 +71,15 @@ class Console:
         label_width = max((len(entry[0]) for entry in entries if not isinstance(entry, str)), default=0)
         for index, entry in enumerate(entries):
             if isinstance(entry, str):
-                self._screen.line(Text(readable.visible(entry), style="bold" if index == 0 else ""))
+                self._screen.line(Text(visible(entry), style="bold" if index == 0 else ""))
             else:
                 label, value = entry
                 text = Text(f"  {label:{label_width}}  ", style=QUIET)
-                self._screen.line(text.append(readable.visible(value), style="default"), hanging=label_width + 4)
+                self._screen.line(text.append(visible(value), style="default"), hanging=label_width + 4)
 
     def message(self, text: str) -> None:
         """Print a line."""
-        self._screen.line(Text(readable.visible(text)))
+        self._screen.line(Text(visible(text)))
 
     def warning(self, text: str) -> None:
         """Print a line that asks for attention."""

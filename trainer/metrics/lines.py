@@ -7,6 +7,7 @@ from rich.text import Text
 from trainer.metrics import readable
 from trainer.metrics.glyphs import ALERT, GOOD, QUIET
 from trainer.metrics.progress import BarProgress, Record, TrainingProgress
+from trainer.terminal import visible
 
 
 def step_label(step: int, total_steps: int) -> Text:
@@ -60,7 +61,7 @@ def evaluation(record: Record, progress: TrainingProgress) -> Text:
 
 def task(step: int, total_steps: int, name: str, metrics: Mapping[str, float]) -> Text:
     """Return an evaluation task's numbers as one line."""
-    line = step_label(step, total_steps).append("  ").append(readable.visible(name), style="bold default")
+    line = step_label(step, total_steps).append("  ").append(visible(name), style="bold default")
     for label, value in task_cells(metrics):
         line.append(f"  {label} ").append(value, style="default")
     return line
@@ -77,25 +78,25 @@ def task_cells(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
 
 def checkpoint(path: str, step: int, total_steps: int, note: str) -> Text:
     """Return the notice of a saved checkpoint."""
-    line = step_label(step, total_steps).append("  saved ").append(readable.visible(path), style="default")
+    line = step_label(step, total_steps).append("  saved ").append(visible(path), style="default")
     return line.append(f"  {note}", style=QUIET) if note else line
 
 
 def finished_bar(bar: BarProgress) -> Text:
     """Return what remains of a finished progress bar."""
-    line = Text(readable.visible(bar.label))
+    line = Text(visible(bar.label))
     took = f"{bar.elapsed_s:.1f}s" if bar.elapsed_s < 10 else readable.duration(bar.elapsed_s)
     return line.append(f"  {readable.size(bar.done_bytes)} in {took}", style=QUIET)
 
 
 def running_bar(bar: BarProgress) -> Text:
     """Return a progress bar on its way, for logs."""
-    return Text(f"{readable.visible(bar.label)}  {100 * bar.fraction:.0f}% of {readable.size(bar.total_bytes)}")
+    return Text(f"{visible(bar.label)}  {100 * bar.fraction:.0f}% of {readable.size(bar.total_bytes)}")
 
 
 def warning(text: str) -> Text:
     """Return a warning."""
-    return Text().append("warning: ", style=f"bold {ALERT}").append(readable.visible(text))
+    return Text().append("warning: ", style=f"bold {ALERT}").append(visible(text))
 
 
 def _change(now: float | None, before: float | None) -> Text:

@@ -13,6 +13,7 @@ from trainer.metrics.glyphs import ACCENT, ALERT, QUIET, Glyphs, glyphs_for
 from trainer.metrics.layout import packed
 from trainer.metrics.pictures import sparkline
 from trainer.metrics.progress import BarProgress, TrainingProgress
+from trainer.terminal import visible
 
 _REDRAW_EVERY_S = 0.1
 _TREND_WIDTH = (10, 28)
@@ -148,7 +149,7 @@ class BarLine:
         width = options.max_width - 1
         speed = "-" if progress.bytes_per_s is None else readable.size(progress.bytes_per_s)
         done = f"  {100 * progress.fraction:3.0f}%  {readable.size(progress.total_bytes)}  {speed + '/s':>9}"
-        line = Text(readable.visible(progress.label), no_wrap=True, overflow="crop")
+        line = Text(visible(progress.label), no_wrap=True, overflow="crop")
         line.truncate(max(10, width - len(done) - 12))
         line.append("  ")
         line.append_text(bar(progress.fraction, width - line.cell_len - len(done), glyphs_for(options.encoding)))

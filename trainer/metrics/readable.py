@@ -1,13 +1,10 @@
-"""Numbers and foreign text as people read them: what does not exist is a dash, what is not finite says so."""
+"""Numbers as people read them: what does not exist is a dash, what is not finite says so."""
 
 import math
-import unicodedata
 from itertools import pairwise
 
 DASH = "-"
 
-# Characters that reorder their surroundings: a sample could otherwise rewrite the line it is shown on.
-_BIDI_CONTROLS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _SUFFIXES = ("", "k", "M", "G", "T", "P", "E")
 _SECONDS = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
 
@@ -61,19 +58,3 @@ def size(num_bytes: float) -> str:
     """Format a number of bytes in decimal units: 812 B, 45.2 kB, 1.25 GB."""
     text = rate(num_bytes)
     return f"{text[:-1]} {text[-1]}B" if text[-1].isalpha() else f"{text} B"
-
-
-def visible(text: str) -> str:
-    """Replace characters that would move the cursor, colour the screen or reorder the line; keep newlines and tabs.
-
-    A half-trained model writes escape bytes as readily as letters, and a terminal obeys them.
-    """
-    return "".join(_visible(c) for c in text)
-
-
-def _visible(character: str) -> str:
-    if character in "\n\t":
-        return character
-    if character in _BIDI_CONTROLS or unicodedata.category(character) in ("Cc", "Cs"):
-        return "\ufffd"
-    return character

@@ -18,6 +18,7 @@ from trainer.metrics.glyphs import ACCENT, QUIET, Glyphs, glyphs_for
 from trainer.metrics.layout import Within, packed
 from trainer.metrics.lines import task_cells
 from trainer.metrics.pictures import loss_chart
+from trainer.terminal import visible
 
 _CHART_HEIGHT = 9
 _MAX_WIDTH = 100
@@ -79,7 +80,7 @@ class SummaryScreen:
         glyphs = glyphs_for(options.encoding)
         width = min(_MAX_WIDTH, options.max_width)
         yield Text()
-        title = Text(readable.visible(self._summary.title), style="bold")
+        title = Text(visible(self._summary.title), style="bold")
         yield Within(Rule(title, align="left", style=QUIET, characters=glyphs.bar_left), width)
         for heading, body in self._sections(width - 4, glyphs, has_bold=console.is_terminal):
             yield Text()
@@ -122,7 +123,7 @@ class SummaryScreen:
         highest = max(_length(v) for s in scores for v in (s.bits_per_byte, s.unigram_bits_per_byte)) or 1.0
         room = max(0, width - len(header) - 3)
         for score in scores:
-            line = Text(set_cell_size(readable.visible(score.name), name_width))
+            line = Text(set_cell_size(visible(score.name), name_width))
             line.append(f"{readable.number(score.bits_per_byte):>8}", style="bold")
             if has_unigram:
                 line.append(f"{readable.number(score.unigram_bits_per_byte):>16}", style=QUIET)
@@ -136,14 +137,14 @@ class SummaryScreen:
         name_width = min(20, max(cell_len(name) for name, _ in self._summary.tasks))
         for name, metrics in self._summary.tasks:
             cells = [Text(f"{label} ", style=QUIET).append(value, style="bold") for label, value in task_cells(metrics)]
-            label = set_cell_size(readable.visible(name), name_width)
+            label = set_cell_size(visible(name), name_width)
             for line in packed(cells, width - name_width - 3, gap=3):
                 yield Text(f"{label}   ").append_text(line)
                 label = " " * name_width
 
     def _sample(self) -> Panel:
-        text = Text(readable.visible(self._summary.prompt), style="bold")
-        text.append(readable.visible(self._summary.sample), style="not bold")
+        text = Text(visible(self._summary.prompt), style="bold")
+        text.append(visible(self._summary.sample), style="not bold")
         return Panel(text, box=box.ROUNDED, border_style=QUIET, padding=(0, 1))
 
 
@@ -168,9 +169,7 @@ def _aligned(pairs: Sequence[tuple[str, str]]) -> Text:
     label_width = max(len(label) for label, _ in pairs)
     text = Text(overflow="fold")
     for label, value in pairs:
-        text.append("\n" if text else "").append(f"{label:{label_width}}  ", style=QUIET).append(
-            readable.visible(value)
-        )
+        text.append("\n" if text else "").append(f"{label:{label_width}}  ", style=QUIET).append(visible(value))
     return text
 
 

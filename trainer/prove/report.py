@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trainer.prove.cases import Case
 from trainer.prove.compare import GROUPS, Comparison
+from trainer.terminal import say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,24 +42,24 @@ class Table:
 
     def head(self, title: str, *, tolerance: float) -> None:
         """Print what is above the lines."""
-        print(f"{title}\nworst relative error; at most {tolerance:.0e} is equal\n")
+        say(f"{title}\nworst relative error; at most {tolerance:.0e} is equal\n")
         names = "".join(f"{group.removeprefix('gradient: '):>9}" for group in self._groups)
-        print(f"{'':{self._width}}{names}{'flips':>7}", flush=True)
+        say(f"{'':{self._width}}{names}{'flips':>7}")
 
     def line(self, row: Row) -> None:
         """Print a layout's result."""
-        print(f"{row.case.name:{self._width}}{_cells(row, self._groups)}  {_verdict(row, self._labels)}", flush=True)
+        say(f"{row.case.name:{self._width}}{_cells(row, self._groups)}  {_verdict(row, self._labels)}")
 
     def foot(self, rows: Sequence[Row]) -> None:
         """Print what is wrong with each layout that fails, and why some may."""
         for row in rows:
             if row.error is not None:
-                print(f"\n{row.case.name}: {row.error}")
+                say(f"\n{row.case.name}: {row.error}")
             elif row.comparison is not None and not row.comparison.is_equal:
                 first, cause = row.comparison.first_different, row.comparison.cause
-                print(f"\n{row.case.name}: first different is {first}\n  {cause}")
+                say(f"\n{row.case.name}: first different is {first}\n  {cause}")
         for label in self._labels:
-            print(f"\n{label}: not layout-invariant by definition")
+            say(f"\n{label}: not layout-invariant by definition")
 
 
 def _cells(row: Row, groups: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from trainer.supervise.launch import Launch, environment_of_attempt
 from trainer.supervise.lifesigns import LifeSigns
 from trainer.supervise.policy import Outcome, Policy, Restart, decide, is_retried
 from trainer.supervise.requests import StopRequests
+from trainer.terminal import say
 
 _LOOK_S = 0.1
 _LOOK_AT_RANKS_S = 1.0
@@ -217,4 +218,4 @@ def _newest_is(newest: int | None) -> str:
 
 def _say(text: str) -> None:
     with contextlib.suppress(OSError):  # the terminal has gone
-        print(text, file=sys.stderr, flush=True)
+        say(text, file=sys.stderr)

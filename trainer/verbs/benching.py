@@ -29,7 +29,7 @@ def add(verbs: Verbs) -> None:
     bench = verbs.add_parser("bench", help="Compare what a config can choose between.")
     actions = bench.add_subparsers(required=True, metavar="ACTION")
 
-    sub = verb(actions, "routers", routers)
+    sub = verb(actions, "routers", routers, example="--train configs/smoke.yaml --budget 65536 --only top_k,hash")
     sub.add_argument("--only", metavar="A,B", help="only these routers")
     sub.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON as well")
     sub.add_argument("--svg", type=Path, metavar="FILE", help="draw it as well")

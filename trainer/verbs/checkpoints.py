@@ -11,7 +11,8 @@ from trainer.checkpoint.pruning import plan_prune
 from trainer.checkpoint.weight_map import WeightMapConfig
 from trainer.config.loader import load
 from trainer.errors import CheckpointError, ConfigError, ResourceError
-from trainer.verbs.arguments import RUN, Verbs, takes_config, takes_overrides, takes_step, verb
+from trainer.terminal import say
+from trainer.verbs.arguments import Verbs, takes_overrides, takes_run, takes_step, verb
 from trainer.verbs.named import existing_run, folder_of, named_config, named_run
 
 
@@ -20,29 +21,31 @@ def add(verbs: Verbs) -> None:
     checkpoint = verbs.add_parser("checkpoint", help="List, examine, remove and convert a run's checkpoints.")
     actions = checkpoint.add_subparsers(required=True, metavar="ACTION")
 
-    sub = takes_config(verb(actions, "list", show_list), RUN)
+    sub = takes_run(verb(actions, "list", show_list, example="runs/smoke --full"))
     sub.add_argument("--full", action="store_true", help="hash every byte instead of comparing sizes")
     sub.add_argument("--json", action="store_true", help="print one JSON list")
 
-    sub = takes_config(verb(actions, "verify", verify), RUN)
+    sub = takes_run(verb(actions, "verify", verify, example="runs/smoke --step 40"))
     sub.add_argument("--step", type=int, help="only the checkpoint of this step")
     sub.add_argument("--json", action="store_true", help="print one JSON list")
 
-    sub = takes_config(verb(actions, "prune", prune), RUN)
+    sub = takes_run(verb(actions, "prune", prune, example="runs/smoke --keep 2 --dry-run"))
     sub.add_argument("--keep", type=int, help="newest sound ones to keep (checkpoint.keep of the run's config)")
     sub.add_argument("--keep-every", type=int, help="keep those of steps that are a multiple of this as well")
     sub.add_argument("--damaged", action="store_true", help="remove those that are not sound, too")
     sub.add_argument("--dry-run", action="store_true", help="only say what would be removed")
 
-    sub = verb(actions, "export-dcp", export)
-    sub.add_argument("config", type=Path, help=RUN)
-    sub.add_argument("out", type=Path, help="folder to make")
+    sub = takes_run(verb(actions, "export-dcp", export, example="runs/smoke exported/smoke"), with_overrides=False)
+    sub.add_argument("out", type=Path, metavar="OUT", help="folder to make")
     takes_overrides(sub, "name=other")
     takes_step(sub)
 
-    sub = verb(actions, "import-deepspeed", import_)
-    sub.add_argument("config", type=Path, help="experiment file of the run to start")
-    sub.add_argument("folder", type=Path, help="what save_checkpoint was given, or the folder of a tag in it")
+    example = "configs/mine.yaml theirs/checkpoints --map weights.yaml name=imported"
+    sub = verb(actions, "import-deepspeed", import_, example=example)
+    sub.add_argument("config", type=Path, metavar="CONFIG", help="experiment file of the run to start")
+    sub.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="what save_checkpoint was given, or the folder of a tag in it"
+    )
     takes_overrides(sub, "name=other")
     what = "which weights become which (docs/deepspeed.md)"
     sub.add_argument("--map", type=Path, required=True, metavar="FILE", help=what)
@@ -60,7 +63,7 @@ def show_list(options: argparse.Namespace) -> int:
     for entry in entries(folder, with_content=options.full):
         size = "-" if entry.size_bytes is None else _megabytes(entry.size_bytes)
         name = folder.of_step(entry.step).name
-        print(f"{name}  {size:>11}  {entry.written}  {entry.layout_text:<26}  {entry.wrong or well}")
+        say(f"{name}  {size:>11}  {entry.written}  {entry.layout_text:<26}  {entry.wrong or well}")
     return 0
 
 
@@ -86,7 +89,7 @@ def verify(options: argparse.Namespace) -> int:
             continue
         experts = f"{found.num_experts} experts in {found.num_layers} layers" if found.num_experts else "no experts"
         sound = f"sound: {found.num_tensors} tensors, {experts}, {_megabytes(found.size_bytes)}"
-        print("\n".join(found.findings or [f"{folder.of_step(number)}: {sound}"]), flush=True)
+        say("\n".join(found.findings or [f"{folder.of_step(number)}: {sound}"]))
     if options.json:
         print(json.dumps(records))
     return 0 if is_sound else CheckpointError.exit_code
@@ -108,17 +111,17 @@ def prune(options: argparse.Namespace) -> int:
     for step in plan.remove:
         if not options.dry_run:
             folder.remove(step)
-        print(f"{word} {folder.of_step(step)}", flush=True)
+        say(f"{word} {folder.of_step(step)}")
     if not options.dry_run:
         folder.clean()
     for path in plan.leftovers:
         if not options.dry_run and path.exists():
             raise ResourceError(f"{path}: cannot be removed; look who may write there")
-        print(f"{word} {path}, which a killed run left")
+        say(f"{word} {path}, which a killed run left")
     for step, reason in plan.damaged.items():
         if step not in plan.remove:
-            print(f"kept {reason}; --damaged removes it")
-    print(f"{len(plan.keep)} sound: {', '.join(folder.of_step(step).name for step in plan.keep)}")
+            say(f"kept {reason}; --damaged removes it")
+    say(f"{len(plan.keep)} sound: {', '.join(folder.of_step(step).name for step in plan.keep)}")
     return 0
 
 
@@ -130,10 +133,8 @@ def export(options: argparse.Namespace) -> int:
 
     manifest = export_dcp(folder, options.step, options.out).manifest
     size = _megabytes(manifest.size_bytes)
-    print(
-        f"{options.out}: {len(manifest.tensors)} tensors of step {manifest.step}, {size}, read back equal bit for bit"
-    )
-    print("DCP files are pickles and have no hashes: load them only where you trust everyone who can write there")
+    say(f"{options.out}: {len(manifest.tensors)} tensors of step {manifest.step}, {size}, read back equal bit for bit")
+    say("DCP files are pickles and have no hashes: load them only where you trust everyone who can write there")
     return 0
 
 
@@ -145,9 +146,7 @@ def import_(options: argparse.Namespace) -> int:
     from trainer.workflows import start_from_deepspeed
 
     saved = start_from_deepspeed(config, folder_of(config), options.folder, map_, is_trusted=options.trust_checkpoint)
-    print(
-        f"saved {saved.path}: the weights of {options.folder}, moments at zero; train the same config to go on from it"
-    )
+    say(f"saved {saved.path}: the weights of {options.folder}, moments at zero; train the same config to go on from it")
     return 0
 
 

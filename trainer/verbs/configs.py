@@ -13,6 +13,7 @@ from trainer.config.wording import choice
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.moe.conventions import CONVENTIONS, Routed, convert
+from trainer.terminal import say
 from trainer.verbs.arguments import Verbs, takes_config, verb
 from trainer.verbs.named import named_config
 
@@ -21,13 +22,15 @@ def add(verbs: Verbs) -> None:
     """Add its actions with their arguments."""
     config = verbs.add_parser("config", help="Show, compare and describe experiment files.")
     actions = config.add_subparsers(required=True, metavar="ACTION")
-    takes_config(verb(actions, "show", show))
-    verb(actions, "schema", schema)
-    sub = verb(actions, "diff", difference)
-    sub.add_argument("a", type=Path)
-    sub.add_argument("b", type=Path)
-    sub = verb(actions, "coefficient", coefficient)
-    sub.add_argument("coefficient", help="weight of the balance loss in the trainer that it is from")
+    takes_config(verb(actions, "show", show, example="configs/smoke.yaml train.steps=100"))
+    verb(actions, "schema", schema, example="")
+    sub = verb(actions, "diff", difference, example="configs/smoke.yaml runs/smoke/config.yaml")
+    sub.add_argument("a", type=Path, metavar="A", help="experiment file")
+    sub.add_argument("b", type=Path, metavar="B", help="another one")
+    sub = verb(actions, "coefficient", coefficient, example="0.01 --from deepspeed configs/smoke.yaml")
+    sub.add_argument(
+        "coefficient", metavar="COEFFICIENT", help="weight of the balance loss in the trainer that it is from"
+    )
     names = ", ".join(CONVENTIONS)
     sub.add_argument("--from", dest="source", required=True, metavar="TRAINER", help=f"one of {names}")
     sub.add_argument("--to", dest="target", default="turnout", metavar="TRAINER", help="another one (turnout)")
@@ -50,7 +53,7 @@ def schema(options: argparse.Namespace) -> int:
 def difference(options: argparse.Namespace) -> int:
     """Print the keys in which two configs differ."""
     a, b = (load(path, [], ExperimentConfig) for path in (options.a, options.b))
-    print("\n".join(diff(a, b)))
+    say("\n".join(diff(a, b)))
     return 0
 
 
@@ -68,14 +71,14 @@ def coefficient(options: argparse.Namespace) -> int:
         moe=model.moe, num_layers=model.num_layers, num_moe_layers=len(model.moe_layers), world_size=world_size
     )
     converted = convert(coef, source=options.source, target=options.target, model=routed)
-    print(f"{coef:.12g} of {options.source} is {converted.coef:.12g} of {options.target}")
+    say(f"{coef:.12g} of {options.source} is {converted.coef:.12g} of {options.target}")
     if options.target in ("turnout", "gshard_first_choice"):
         keys = ", ".join(f"{key}: {_shown(value)}" for key, value in converted.balance.items())
         counts_less = CONVENTIONS[options.source].scope == "micro_batch" and model.moe.balance.scope != "micro_batch"
         comment = f"  # add scope: micro_batch to count over what {options.source} does" if counts_less else ""
-        print(f"balance: {{{keys}}}{comment}")
+        say(f"balance: {{{keys}}}{comment}")
     for warning in converted.warnings:
-        print(f"warning: not exact: {warning}")
+        say(f"warning: not exact: {warning}")
     return 0
 
 

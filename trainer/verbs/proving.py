@@ -15,7 +15,7 @@ _LONGEST_S = 1e8
 
 def add(verbs: Verbs) -> None:
     """Add it with its arguments."""
-    sub = takes_config(verb(verbs, "prove", prove))
+    sub = takes_config(verb(verbs, "prove", prove, example="configs/quickstart.yaml --scale small"))
     sub.add_argument("--steps", type=int, default=10, help="optimizer steps of each layout (10)")
     what = "(float64; float32 if deepspeed, which has no float64, is among the engines)"
     sub.add_argument("--dtype", choices=["float64", "float32", "bfloat16"], help=what)

@@ -10,13 +10,15 @@ from trainer.config.nodes import shown
 from trainer.config.numbers import MAX_INT
 from trainer.errors import ConfigError
 from trainer.moe.config import MoEConfig
-from trainer.verbs.arguments import RUN, Verbs, takes_config, takes_step, verb
+from trainer.verbs.arguments import Verbs, takes_run, takes_step, verb
 from trainer.verbs.named import existing_run
 
 
 def add(verbs: Verbs) -> None:
     """Add them with their arguments."""
-    sub = takes_step(takes_config(verb(verbs, "eval", evaluate), RUN))
+    sub = takes_step(
+        takes_run(verb(verbs, "eval", evaluate, example="runs/smoke --json eval.max_tokens_per_domain=null"))
+    )
     sub.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
     sub.add_argument("--tasks", metavar="A,B", help="evaluate only these of eval.tasks, and no held-out text")
     sub.add_argument(
@@ -28,7 +30,9 @@ def add(verbs: Verbs) -> None:
     )
     sub.add_argument("--limit", type=int, metavar="N", help="only so many examples of each of lm-eval's tasks")
 
-    sub = takes_step(takes_config(verb(verbs, "generate", generate), RUN))
+    sub = takes_step(
+        takes_run(verb(verbs, "generate", generate, example="runs/smoke --prompt 'It was' --max-tokens 100"))
+    )
     sub.add_argument("--prompt", default="", help="text to go on from; default: the start of a document")
     sub.add_argument("--max-tokens", type=int, default=400, help="how many tokens to write at the most (400)")
     sub.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (0.8)")

@@ -17,9 +17,9 @@ from trainer.verbs.named import checked, folder_of, named_config
 
 def add(verbs: Verbs) -> None:
     """Add them with their arguments."""
-    takes_config(verb(verbs, "train", train))
+    takes_config(verb(verbs, "train", train, example="configs/smoke.yaml train.steps=100 name=longer"))
 
-    sub = takes_config(verb(verbs, "launch", launch))
+    sub = takes_config(verb(verbs, "launch", launch, example="configs/smoke.yaml --nproc 2 parallel.ep_size=2"))
     sub.add_argument("--nproc", metavar="N", help="ranks on this machine (NPROC, else 1)")
     sub.add_argument("--nnodes", metavar="N", help="machines; the same command on each (NNODES, else 1)")
     sub.add_argument("--node-rank", metavar="N", help="this machine's number, from 0 (NODE_RANK)")

@@ -255,6 +255,16 @@ def _run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\r"])
+def test_a_file_of_another_system_is_read_like_any_other(tmp_path: Path, line_end: bytes) -> None:
+    text = "base: b.yaml\nname: x\nruns_dir: '\u65e5\u672c'\nmodel:\n  num_layers: 3\n"
+    for mark in (b"", b"\xef\xbb\xbf"):
+        (tmp_path / "b.yaml").write_bytes(mark + b"seed: 5\n".replace(b"\n", line_end))
+        (tmp_path / "x.yaml").write_bytes(mark + text.encode().replace(b"\n", line_end))
+        config = load(tmp_path / "x.yaml", [], ExperimentConfig)
+        assert (config.name, config.runs_dir, config.model.num_layers, config.seed) == ("x", "\u65e5\u672c", 3, 5)
+
+
 def test_reading_a_configuration_loads_no_torch() -> None:
     code = (
         "import sys, trainer.experiment, trainer.config.loader, trainer.config.dump, trainer.config.schema\n"

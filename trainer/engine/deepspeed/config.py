@@ -68,7 +68,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         raise ValueError(f"has more than {MAX_NODES} keys; a configuration has a few hundred")
     for key in repeated(key for key, _ in pairs):
         raise ValueError(f"has the key {shown(key)[1:-1]} twice")
-    return dict(pairs)
+    values = dict(pairs)
+    if "" in values:
+        raise ValueError("has a key without a name")
+    return values
 
 
 def _refuse(name: str) -> Any:
@@ -133,8 +136,8 @@ class DeepSpeedEngineConfig(Config):
         for problem in conflicts(self.deepspeed_config, ours):
             yield Problem(f"engine.deepspeed_config.{problem.key}", problem.message)
 
-    def whole(self, *, grad_clip: float | None) -> dict[str, Any]:
-        """Return the configuration that DeepSpeed is given."""
+    def whole(self, *, grad_clip: float | None, folder: Path | None = None) -> dict[str, Any]:
+        """Return the configuration that DeepSpeed is given; its files are in `folder`, without one there are none."""
         zero: dict[str, Any] = {"stage": self.zero_stage}
         if self.offload_optimizer != "none":
             zero["offload_optimizer"] = {"device": self.offload_optimizer}
@@ -148,11 +151,13 @@ class DeepSpeedEngineConfig(Config):
             "zero_force_ds_cpu_optimizer": False,
             "timers": {"throughput": {"enabled": False}},  # which would wait for the device in every forward pass
         }
-        return merged(self.deepspeed_config, ours)
+        return merged(self.deepspeed_config, ours, folder=folder)
 
-    def build(self, model: GPT, optim: OptimConfig, numerics: NumericsConfig, mesh: Mesh) -> Engine:
-        """Start DeepSpeed around an initialised model; every rank must."""
+    def build(
+        self, model: GPT, optim: OptimConfig, numerics: NumericsConfig, mesh: Mesh, *, folder: Path | None = None
+    ) -> Engine:
+        """Start DeepSpeed around an initialised model; every rank must. Its own files are in `folder`."""
         from trainer.engine.deepspeed.engine import DeepSpeedEngine
 
-        config = self.whole(grad_clip=numerics.grad_clip)
+        config = self.whole(grad_clip=numerics.grad_clip, folder=folder)
         return DeepSpeedEngine(model, optim, numerics, mesh, config=config, adam=self.adam)

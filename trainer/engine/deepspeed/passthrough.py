@@ -5,12 +5,16 @@ Imports no torch and nothing of DeepSpeed.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from trainer.config.base import Problem
+from trainer.config.nodes import MAX_SHOWN, shown
+from trainer.config.numbers import MAX_INT
+from trainer.config.wording import near
 from trainer.optim.registry import OptimConfig
 
 
@@ -74,8 +78,6 @@ _FREE: dict[str, str] = {
     "flops_profiler": "a mapping",
     "tensorboard": "a mapping",
     "csv_monitor": "a mapping",
-    "wandb": "a mapping",
-    "comet": "a mapping",
     "aio": "a mapping",
     "zero_optimization.allgather_bucket_size": "an even whole number above 0",
     "zero_optimization.allgather_partitions": "true or false",
@@ -91,13 +93,21 @@ _FREE: dict[str, str] = {
     "zero_optimization.offload_optimizer.buffer_count": "a whole number above 0",
 }
 """Options, and whole sections, of speed, memory and logs, and what they are: taken over."""
+_FOLDERS = ("csv_monitor.output_path", "tensorboard.output_path")
+"""Where DeepSpeed writes: into the run folder, whatever the directory that it was started in."""
+_NAMES = ("csv_monitor.job_name", "tensorboard.job_name", "flops_profiler.output_file")
+"""What it calls a file or a folder there."""
+_WRITERS = ("csv_monitor", "tensorboard", "flops_profiler")
+"""Sections that write files."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _IS: dict[str, Callable[[Any], bool]] = {
     "true or false": lambda value: isinstance(value, bool),
     "a mapping": lambda value: isinstance(value, Mapping),
     "a whole number above 0": lambda value: _is_whole(value),
     "an even whole number above 0": lambda value: _is_whole(value) and value % 2 == 0,
 }
-_REFUSED = {
+_TRACKED = "it would send the run from within it, and write beside the run folder; use metrics.wandb"
+_REFUSED: dict[str, str] = {
     "gradient_accumulation_steps": "it follows from train.global_batch_size, parallel.micro_batch_size and the ranks",
     "scheduler": "the learning rate is that of `schedule`",
     "checkpoint": "checkpoints are those of `checkpoint`; docs/checkpoint.md",
@@ -106,8 +116,10 @@ _REFUSED = {
     "expert_parallel": "experts are shared by parallel.ep_size ranks",
     "zero_optimization.offload_param": "it is of stage 3",
     "zero_optimization.elastic_checkpoint": "checkpoints are those of `checkpoint`",
+    "wandb": _TRACKED,
+    "comet": _TRACKED,
 }
-_SWITCHED = ("bf16", "fp16", "amp", "torch_autocast")
+_SWITCHED = ("bf16", "fp16", "amp", "torch_autocast", "wandb", "comet")
 """Sections that say nothing unless they are enabled."""
 _STAGE_3 = "zero_optimization.stage3_"
 """Options that stages 1 and 2 do not look at; many a file has them."""
@@ -134,13 +146,13 @@ def _objection(key: str, value: Any, ours: Ours) -> str | None:
     """Return what is wrong with an option that has one right value, or that nobody knows; None if nothing is."""
     if key in _SAME:
         name, get = _SAME[key]
-        wrong = f"{json.dumps(value)}, but {name} is {json.dumps(get(ours))}; make them agree, or leave it out here"
+        wrong = f"{_said(value)}, but {name} is {json.dumps(get(ours))}; make them agree, or leave it out here"
         return None if _equal(value, get(ours)) else wrong
     if key in _ONLY:
         only, why = _ONLY[key]
-        return None if _equal(value, only) else f"{json.dumps(value)}: {why}; leave it out"
-    near = get_close_matches(key, [*_SAME, *_ONLY, *_FREE, *_REFUSED], n=1, cutoff=0.85)
-    hint = f"did you mean {near[0]}?" if near else "leave it out"
+        return None if _equal(value, only) else f"{_said(value)}: {why}; leave it out"
+    similar = near(key, [*_SAME, *_ONLY, *_FREE, *_REFUSED], cutoff=0.85)
+    hint = f"did you mean {similar}?" if similar else "leave it out"
     return f"not among the options of DeepSpeed that are known to leave what is learned alone; {hint}"
 
 
@@ -151,21 +163,51 @@ def _unusable(raw: Mapping[str, Any], ours: Ours) -> Iterator[Problem]:
         if value in ("auto", None):
             continue
         if not _IS[kind](value):
-            yield Problem(key, f"{json.dumps(value)} is not {kind}")
+            yield Problem(key, f"{_said(value)} is not {kind}")
         elif key == "zero_optimization.reduce_bucket_size" and ours.has_uneven_experts:
             yield Problem(
                 key,
                 "parallel.ep_size does not divide model.moe.num_experts: ranks with different numbers of experts would "
                 "fill their buckets at different moments; leave it out, and buckets hold the whole model",
             )
+    for key in _FOLDERS:
+        if _value_at(raw, key) not in ("auto", "", None):
+            section = key.partition(".")[0]
+            yield Problem(
+                key, f"{shown(_value_at(raw, key))}: it is deepspeed/{section} in the run folder; leave it out"
+            )
+    for key in _NAMES:
+        value = _value_at(raw, key)
+        if value not in ("auto", "", None) and not (isinstance(value, str) and _NAME.fullmatch(value)):
+            yield Problem(
+                key,
+                f"{shown(value)} is not the name of something in the run folder's deepspeed/; use at most 128 letters, "
+                "digits, '.', '_' and '-', starting with a letter or a digit",
+            )
 
 
-def merged(raw: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
-    """Return DeepSpeed's options that are taken over, under ours."""
+def merged(raw: Mapping[str, Any], ours: Mapping[str, Any], *, folder: Path | None) -> dict[str, Any]:
+    """Return DeepSpeed's options that are taken over, under ours; what writes files writes them into a folder.
+
+    Without a folder, as in a proof, nothing does.
+    """
     result = free_options(raw)
+    for section in _WRITERS:
+        options = result.pop(section, {})
+        if folder is not None and options:
+            result[section] = options | _places(section, options, folder)
     for key, value in _leaves(ours):
         _put(result, key.split("."), value)
     return result
+
+
+def _places(section: str, options: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """Return the options that say where a section's files are."""
+    if section == "flops_profiler":
+        name = options.get("output_file")
+        return {"output_file": str(folder / name)} if name else {}
+    name = options.get("job_name")
+    return {"output_path": str(folder / section if name else folder), "job_name": name or section}
 
 
 def free_options(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,6 +234,12 @@ def _value_at(values: Any, key: str) -> Any:
     return values
 
 
+def _said(value: Any) -> str:
+    """Return a value as a JSON file has it, cut to what a message holds."""
+    text = json.dumps(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+
+
 def _put(tree: dict[str, Any], path: list[str], value: Any) -> None:
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
@@ -200,7 +248,7 @@ def _put(tree: dict[str, Any], path: list[str], value: Any) -> None:
 
 def _is_whole(value: Any) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and value > 0 and value == int(value)
+    return is_number and 0 < value <= MAX_INT and value == int(value)
 
 
 def _is_on(section: Any) -> bool:

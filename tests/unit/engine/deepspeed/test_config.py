@@ -100,6 +100,17 @@ def test_a_file_that_says_the_same_is_taken_over_without_what_is_said_elsewhere(
         ({"steps_per_print": "often"}, 'steps_per_print: "often" is not a whole number above 0'),
         ({"wall_clock_breakdown": 1}, "wall_clock_breakdown: 1 is not true or false"),
         ({"csv_monitor": 5}, "csv_monitor: 5 is not a mapping"),
+        ({"csv_monitor": {"output_path": "/tmp/x"}}, "output_path: '/tmp/x': it is deepspeed/csv_monitor in the run"),
+        ({"tensorboard": {"output_path": "logs"}}, "output_path: 'logs': it is deepspeed/tensorboard in the run"),
+        ({"csv_monitor": {"job_name": "../../x"}}, "job_name: '../../x' is not the name of something in the run"),
+        ({"tensorboard": {"job_name": "/tmp"}}, "job_name: '/tmp' is not the name of something in the run folder"),
+        ({"flops_profiler": {"output_file": "a/b.txt"}}, "output_file: 'a/b.txt' is not the name of something in the"),
+        ({"flops_profiler": {"output_file": "a\n"}}, "output_file: 'a\\n' is not the name of something in the run"),
+        ({"flops_profiler": {"output_file": 5}}, "output_file: 5 is not the name of something in the run folder"),
+        ({"wandb": {"enabled": True, "project": "x"}}, "wandb: it would send the run from within it, and write beside"),
+        ({"comet": {"enabled": True, "api_key": "x"}}, "comet: it would send the run from within it, and write beside"),
+        ({"steps_per_print": 1e300}, "steps_per_print: 1e+300 is not a whole number above 0"),
+        ({"progressive_layer_drop": "x" * 5000}, "not among the options of DeepSpeed that are known to leave what is"),
         ({"zero_optimization": {"allgather_bucket_size": 3}}, "3 is not an even whole number above 0"),
         ({"zero_optimization": {"reduce_bucket_size": -5}}, "-5 is not a whole number above 0"),
         ({"timers": {"throughput": {"enabled": True}}}, "not among the options of DeepSpeed that are known"),
@@ -110,6 +121,37 @@ def test_a_file_that_says_the_same_is_taken_over_without_what_is_said_elsewhere(
 def test_what_says_otherwise_or_may_change_what_is_learned_is_an_error(raw: Any, said: str) -> None:
     (message,) = _refusal(raw)
     assert said in message and message.startswith("engine.deepspeed_config.")
+
+
+def test_what_deepspeed_writes_is_in_the_run_folder(tmp_path: Path) -> None:
+    raw = {
+        "csv_monitor": {"enabled": True},
+        "tensorboard": {"enabled": True, "output_path": "", "job_name": "mine"},
+        "flops_profiler": {"enabled": True, "output_file": "flops.txt", "profile_step": 2},
+        "wandb": {"enabled": False, "project": "x"},
+        "comet": {"enabled": "auto"},
+    }
+    engine = _experiment(raw).engine
+    assert isinstance(engine, DeepSpeedEngineConfig)
+    given = engine.whole(grad_clip=None, folder=tmp_path / "deepspeed")
+    assert given["csv_monitor"] == {"enabled": True, "output_path": f"{tmp_path}/deepspeed", "job_name": "csv_monitor"}
+    assert given["tensorboard"]["output_path"] == f"{tmp_path}/deepspeed/tensorboard"
+    assert given["tensorboard"]["job_name"] == "mine"
+    assert given["flops_profiler"]["output_file"] == f"{tmp_path}/deepspeed/flops.txt"
+    nowhere = engine.whole(grad_clip=None)  # as in a proof
+    assert not {"csv_monitor", "tensorboard", "flops_profiler", "wandb", "comet"} & nowhere.keys()
+    assert not {"wandb", "comet"} & given.keys()
+
+
+def test_deepspeed_s_own_csv_files_are_where_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed makes their folder as soon as it starts, wherever it was started."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    section = DeepSpeedEngineConfig(deepspeed_config={"csv_monitor": {"enabled": True}})
+    engine = make_engine_of(section, tiny_model_config(), folder=tmp_path / "run" / "deepspeed")
+    engine.close()
+    assert [path.name for path in tmp_path.glob("run/deepspeed/*")] == ["csv_monitor"]
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_everything_is_said_at_once() -> None:
@@ -149,6 +191,7 @@ def test_a_json_file_is_read_once_and_recorded(tmp_path: Path) -> None:
         ("", "is not JSON: Expecting value: line 1 column 1"),
         ("[1]", "ds.json: is not a mapping"),
         ('{"a": 1, "a": 2}', "has the key a twice"),
+        ('{"comms_logger": {"": 2}}', "has a key without a name"),
         ('{"gradient_clipping": NaN}', "has NaN, which is no JSON that fits in 64 bits"),
         ('{"gradient_clipping": 1e999}', "has 1e999, which is no JSON that fits in 64 bits"),
         (f'{{"steps_per_print": {"9" * 5000}}}', f"has {'9' * 55}..., which is no JSON that fits in 64 bits"),
@@ -201,10 +244,10 @@ def test_a_proof_takes_no_offence_at_what_it_changes_itself() -> None:
     assert {as_config(plain, case).engine.kind for case in cases} == {"native", "deepspeed"}
 
 
-def test_what_deepspeed_itself_refuses_is_a_config_error_and_leaves_nothing() -> None:
+def test_what_deepspeed_itself_refuses_is_a_config_error_and_leaves_nothing(tmp_path: Path) -> None:
     section = DeepSpeedEngineConfig(deepspeed_config={"csv_monitor": {"enabled": "perhaps"}})
     with pytest.raises(ConfigError, match=r"engine.deepspeed_config: DeepSpeed refuses it: 1 validation error"):
-        make_engine_of(section, tiny_model_config())
+        make_engine_of(section, tiny_model_config(), folder=tmp_path)
     assert not dist.is_initialized()
 
 

@@ -1,0 +1,196 @@
+"""Names of other trainers: each is answered by the key that stands for it here, and never by one that looks alike."""
+
+import difflib
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import pytest
+
+from trainer.config import slots
+from trainer.config.foreign import HUGGING_FACE, NO_HALF, SECTIONS, TABLES, VALUES, Meant, meant_by
+from trainer.config.loader import load
+from trainer.config.overrides import as_override
+from trainer.config.wording import choice, unknown_key
+from trainer.errors import ConfigError
+from trainer.experiment import ExperimentConfig
+from trainer.models.config import ModelConfig
+
+NAMES = {name: meant for table in TABLES for name, meant in table.items()}
+
+
+def sections_of(key: str) -> list[Any]:
+    """The sections that have a dotted key, of every kind on the way; found without the code's own index."""
+    found: list[Any] = [ExperimentConfig]
+    *path, last = key.split(".")
+    for part in path:
+        below: list[Any] = []
+        for section in found:
+            if part == "0":
+                below.append(section)
+                continue
+            field = section.model_fields.get(part) if section is not None else None
+            for one in slots.alternatives(field.annotation) if field is not None else []:
+                below += slots.sections(get_args(one)[0] if get_origin(one) is list else one)
+        found = below
+    return [section for section in found if last in section.model_fields]
+
+
+@pytest.mark.parametrize("meant", {m.key: m for m in NAMES.values() if m.key}.values(), ids=lambda meant: meant.key)
+def test_what_is_to_be_written_is_a_key_of_the_schema(meant: Meant) -> None:
+    sections = sections_of(meant.key)
+    assert sections
+    kinds = [kind for kind in meant.note.split() if any(kind in slots.kinds(section) for section in sections)]
+    if "kind:" in meant.note and meant.note.startswith("of "):
+        assert kinds, f"none of {meant.note} has {meant.key}"
+
+
+def test_every_key_that_a_note_names_is_in_the_schema() -> None:
+    words = {
+        word.strip("():;,").removesuffix("metrics.jsonl") for meant in NAMES.values() for word in meant.note.split()
+    }
+    dotted = {word for word in words if "." in word.strip(".") and word.split(".")[0] in ExperimentConfig.model_fields}
+    assert len(dotted) > 15
+    assert [word for word in dotted if not sections_of(word.split("=")[0])] == []
+
+
+def test_there_are_many_names_each_in_one_table_and_none_is_a_key_of_ours() -> None:
+    assert len(NAMES) == sum(map(len, TABLES)) >= 200
+    assert [name for name in NAMES if name in slots.homes(ExperimentConfig)] == []
+    assert all(meant.key or meant.note for meant in NAMES.values())
+    assert not SECTIONS & ExperimentConfig.model_fields.keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_answered_wherever_it_stands(name: str) -> None:
+    section, _, last = name.rpartition(".")
+    for where, kind in ((section, ExperimentConfig), (section or "model", ModelConfig)):
+        said = unknown_key(last, kind, [], ExperimentConfig, where=where)
+        assert said == f"unknown key; {NAMES[name]}"
+    assert meant_by(last.replace("_", "-").upper(), section) == NAMES[name]
+
+
+def test_names_of_hugging_face_are_spelled_as_there() -> None:
+    """Their dataclass and configs know them; a few older names are still in many scripts."""
+    transformers = pytest.importorskip("transformers")
+    known = set(transformers.TrainingArguments.__dataclass_fields__)
+    for name in ("MixtralConfig", "Qwen3MoeConfig", "DeepseekV3Config", "OlmoeConfig", "SwitchTransformersConfig"):
+        config = getattr(transformers, name)
+        known |= config().to_dict().keys() | config.attribute_map.keys()
+    known |= transformers.GPT2Config().to_dict().keys() | transformers.BertConfig().to_dict().keys()
+    older = {
+        *("warmup_ratio", "torch_dtype", "train_batch_size", "use_qk_norm", "scoring_func", "attn_implementation"),
+        *("router_z_loss_coef", "shared_expert_intermediate_size", "n_group", "topk_group"),
+    }
+    assert set(HUGGING_FACE) - known <= older
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("max_grad_norm: 1\n", ["2:1: max_grad_norm: unknown key; write train.grad_clip"]),
+        ("model: {hidden_size: 64}\n", ["2:9: model.hidden_size: unknown key; write model.d_model"]),
+        (
+            "train:\n  warmup_ratio: 0.1\n",
+            ["3:3: train.warmup_ratio: unknown key; write schedule.warmup_steps (in steps: the share of train.steps)"],
+        ),
+        (
+            "train: {gradient_accumulation_steps: 4}\n",
+            ["2:9: train.gradient_accumulation_steps: unknown key; it follows from train.global_batch_size, "
+             "parallel.micro_batch_size and the ranks; leave it out"],
+        ),
+        (
+            "model: {moe: {router: {num_experts_per_tok: 2}}}\n",
+            ["2:24: model.moe.router.num_experts_per_tok: unknown key; write model.moe.router.top_k"],
+        ),
+        (
+            "parallel: {tensor-model-parallel-size: 2}\n",
+            ["2:12: parallel.tensor-model-parallel-size: unknown key; a layer is not cut into pieces (no tensor, "
+             "sequence or pipeline parallelism); leave it out"],
+        ),
+        ("checkpoint: {interval: 5}\n", ["2:14: checkpoint.interval: unknown key; write checkpoint.every"]),
+        ("training: {local_batch_size: 4, steps: 9}\noptimizer: {lr: 1, name: AdamW, eps: 1}\n",
+         ["2:12: training.local_batch_size: unknown key; write parallel.micro_batch_size",
+          "2:33: training.steps: unknown key; write train.steps",
+          "3:13: optimizer.lr: unknown key; write schedule.peak_lr",
+          "3:20: optimizer.name: unknown key; write optim.kind",
+          "3:33: optimizer.eps: unknown key; did you mean optim.eps?"]),
+        ("eval_every: 5\n", ["2:1: eval_every: unknown key; did you mean eval.every?"]),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_trainer_is_answered_line_by_line(tmp_path: Path, text: str, lines: list[str]) -> None:
+    (tmp_path / "x.yaml").write_text(f"name: x\n{text}")
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path / "x.yaml", [], ExperimentConfig)
+    assert str(caught.value).replace(f"{tmp_path}/x.yaml:", "").split("\n") == lines
+
+
+def test_an_override_of_another_trainer_is_answered_too(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("name: x\n")
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path / "x.yaml", ["optimizer.lr=3e-4", "n_layer=4", "train.save_steps=5"], ExperimentConfig)
+    assert str(caught.value).split("\n") == [
+        "<override 1>: optimizer.lr: unknown key; write schedule.peak_lr",
+        "<override 2>: n_layer: unknown key; write model.num_layers",
+        "<override 3>: train.save_steps: unknown key; write checkpoint.every",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--train.steps", "10", "--train.steps: is no option; write train.steps=10"),
+        ("--train.steps", None, "--train.steps: is no option; write train.steps=..."),
+        ("--seed", "3", "--seed: is no option; write seed=3"),
+        ("--steps", "3", "--steps: is no option; write profile.steps=3 or train.steps=3"),
+        ("--lr", "3e-4", "--lr: is no option; write schedule.peak_lr=3e-4"),
+        ("--micro-batch-size", "4", "--micro-batch-size: is no option; write parallel.micro_batch_size=4"),
+        ("--optimizer.lr", "1", "--optimizer.lr: is no option; write schedule.peak_lr=1"),
+        (
+            "--warmup_ratio",
+            "0.1",
+            "--warmup_ratio: is no option; write schedule.warmup_steps=... (in steps: the share of train.steps)",
+        ),
+        ("--fp16", None, "--fp16: is no option; there is no float16; use train.dtype: bfloat16"),
+        ("--bogus", "1", "--bogus: is no option; leave it out"),
+        ("7", None, "7: is no override; write key=value, such as train.steps=100"),
+    ],
+)  # fmt: skip
+def test_an_option_that_there_is_not_is_answered_by_the_override(option: str, value: str | None, said: str) -> None:
+    assert as_override(option, value, ExperimentConfig) == said
+
+
+@pytest.mark.parametrize(
+    ("key", "alike"),
+    [("warmup_stops", "warmup_steps"), ("num_head", "num_heads"), ("d_mdoel", "d_model"), ("numlayers", "num_layers")],
+)
+def test_a_slip_is_answered_by_what_it_looks_like(key: str, alike: str) -> None:
+    assert unknown_key(key, ModelConfig, [], ExperimentConfig).endswith(f"{alike}?")
+
+
+@pytest.mark.parametrize("key", ["num_blocks", "d_emb", "interval", "grad_norm", "rope_scaling", "norm_type", "d_kv"])
+def test_other_words_are_not_taken_for_slips(key: str) -> None:
+    for section in (ExperimentConfig, ModelConfig, type(ExperimentConfig(name="x").train)):
+        said = unknown_key(key, section, [], ExperimentConfig)
+        assert "did you mean" not in said, said
+
+
+@pytest.mark.parametrize("text", NO_HALF)
+def test_a_precision_that_there_is_not_is_never_taken_for_another(text: str) -> None:
+    said = choice(text, ["float32", "bfloat16", "float64"])
+    assert said.endswith("is not one of float32, bfloat16, float64; there is no float16: use bfloat16")
+
+
+def test_every_value_that_is_meant_is_one_of_the_schema() -> None:
+    options = {
+        text for leaf in slots.homes(ExperimentConfig) for home in slots.homes(ExperimentConfig)[leaf]
+        for section in sections_of(f"{home}.{leaf}".lstrip("."))
+        for text in slots.literals(section.model_fields[leaf].annotation)
+    }  # fmt: skip
+    assert set(VALUES.values()) <= options
+
+
+@pytest.mark.parametrize("value", ["off", "no", "false", False, "none", None, "disable", "OFF"])
+def test_a_mode_that_is_off_is_disabled_and_not_offline(value: object) -> None:
+    options = ["disabled", "auto", "online", "offline"]
+    assert difflib.get_close_matches("off", options, n=1) == ["offline"], "what it looks like"
+    assert choice(value, options).endswith("; did you mean disabled?")

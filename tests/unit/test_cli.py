@@ -1,0 +1,103 @@
+"""The command line, without what its verbs do: help, examples, and what is said of arguments that there are not."""
+
+import argparse
+import platform
+import shlex
+from collections.abc import Iterator
+
+import pytest
+
+from trainer.cli import command_line, main, parse
+
+
+def verbs(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """Yield the parsers that a verb, or an action of one, ends in."""
+    below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not below:
+        yield parser
+    for action in below:
+        for sub in action.choices.values():
+            yield from verbs(sub)
+
+
+VERBS = {verb.prog: verb for verb in verbs(command_line())}
+
+
+def test_there_are_all_verbs() -> None:
+    assert {"turnout train", "turnout eval", "turnout generate", "turnout checkpoint prune"} <= VERBS.keys()
+    assert len(VERBS) == 15
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_the_help_of_a_verb_has_an_example_that_is_understood(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([*name.split()[1:], "--help"])
+    assert exit_.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    _, found, example = said.partition(" example: ")
+    assert found and example.startswith(name)
+    options = parse(shlex.split(example)[1:])
+    assert options.verb is VERBS[name].get_default("verb")
+    assert said.startswith(f"usage: {name} [-h]")
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_every_argument_of_a_verb_is_described(name: str) -> None:
+    assert [action.dest for action in VERBS[name]._actions if not action.help] == []
+
+
+@pytest.mark.parametrize("verb", ["eval", "generate", "checkpoint list", "checkpoint verify", "checkpoint prune"])
+def test_what_takes_a_run_says_so(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*verb.split(), "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert " RUN [a.b=c ...]" in said and "RUN run folder, such as runs/smoke; or the experiment file" in said
+    assert f"example: turnout {verb} runs/smoke" in said
+
+
+def test_the_version_is_one_line_and_needs_no_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith("turnout ") and f", Python {platform.python_version()}, torch 2." in out
+    assert len(out.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lines"),
+    [
+        ("train x.yaml --train.steps 10", ["--train.steps: is no option; write train.steps=10"]),
+        ("train x.yaml --train.steps=10", ["--train.steps: is no option; write train.steps=10"]),
+        ("launch x.yaml --nproc 2 --lr 1e-3 name=y", ["--lr: is no option; write schedule.peak_lr=1e-3"]),
+        (
+            "train x.yaml --bf16 --seed 3 7",
+            [
+                "--bf16: is no option; write train.dtype=... (as bfloat16)",
+                "--seed: is no option; write seed=3",
+                "7: is no override; write key=value, such as train.steps=100",
+            ],
+        ),
+        ("config schema --x", ["turnout: unrecognized arguments: --x; see turnout --help"]),
+        ("eval", ["turnout eval: the following arguments are required: RUN; see turnout eval --help"]),
+        (
+            "prove x.yaml --steps a",
+            ["turnout prove: argument --steps: invalid int value: 'a'; see turnout prove --help"],
+        ),
+    ],
+)
+def test_what_is_no_argument_is_answered_in_lines(
+    arguments: str, lines: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments.split())
+    assert exit_.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.splitlines() == lines
+
+
+def test_overrides_may_stand_before_and_behind_options() -> None:
+    first = parse(["train", "x.yaml", "a=1"])
+    second = parse(["eval", "runs/x", "a=1", "--step", "3", "b=2"])
+    assert (first.overrides, second.overrides, second.step) == (["a=1"], ["a=1", "b=2"], 3)
+    assert parse(["train", "x.yaml"]).overrides == []

@@ -1,0 +1,123 @@
+"""What others wrote reaches a terminal as text, whichever way it goes there."""
+
+import ast
+import io
+import logging
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from trainer import cli, workflows
+from trainer.checkpoint.run_folder import RunFolder
+from trainer.config.dump import dump, inline
+from trainer.config.loader import load
+from trainer.data.tokenizers.byte import ByteTokenizer
+from trainer.experiment import ExperimentConfig
+from trainer.terminal import one_line, say, show_logs, visible
+from trainer.workflows import GenerateOptions
+
+STEERS = "a\x1b[2J\x07\r\x9b\u202eb\u2028c"
+SHOWN = "a\ufffd[2J\ufffd\ufffd\ufffd\ufffdb\ufffdc"
+TRAINER = Path(cli.__file__).parent
+RAW = {
+    "terminal.py": 1,  # `say` itself
+    "workflows.py": 3,  # a generated text, which a file or pipe gets as it is
+    "verbs/configs.py": 2,  # YAML and JSON, which escape by themselves
+    "verbs/checkpoints.py": 2,  # JSON
+    "verbs/trained.py": 1,  # JSON
+}
+"""Calls of `print` in each file."""
+
+
+def test_foreign_text_cannot_steer_the_terminal() -> None:
+    assert visible(f"{STEERS}\n\tc\udc80\u00e9\u65e5") == f"{SHOWN}\n\tc\ufffd\u00e9\u65e5"
+    assert visible("plain") == "plain"
+
+
+def test_a_line_stays_one_and_short() -> None:
+    assert one_line(f"{STEERS}\n\td") == f"{SHOWN} d"
+    assert one_line("x" * 10_000) == "x" * 497 + "..."
+
+
+def test_whoever_prints_goes_through_say() -> None:
+    found: dict[str, int] = {}
+    for path in TRAINER.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+                name = path.relative_to(TRAINER).as_posix()
+                found[name] = found.get(name, 0) + 1
+    assert found == RAW
+
+
+def test_what_is_logged_is_a_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    monkeypatch.setattr(logging, "lastResort", handler)
+    log = logging.Logger("lonely")
+    show_logs()
+    log.warning("%s: cannot be read\n%s", STEERS, "and more")
+    assert capsys.readouterr().err == f"{SHOWN}: cannot be read and more\n"
+
+
+def test_say_shows_what_it_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    say(STEERS)
+    say(ValueError(STEERS), file=sys.stderr)
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == f"{SHOWN}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "x.yaml", f"--{STEERS}"],
+        ["train", "x.yaml", f"--{STEERS}=1", "y\x1b[2J"],
+        ["config", "schema", STEERS],
+        ["config", "schema", f"--{STEERS}"],
+        [STEERS],
+        ["eval", "x", "--step", STEERS],
+        ["prove", "x.yaml", "--scale", STEERS],
+        ["eval", "x", "--" + "x" * 100_000],
+    ],
+)
+def test_an_argument_that_steers_a_terminal_is_shown(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    out, err = capfd.readouterr()
+    assert exit_.value.code == 2 and out == ""
+    lines = err.splitlines()
+    assert 1 <= len(lines) <= 2 and all(line.isprintable() and len(line) <= 700 for line in lines), err[:2000]
+
+
+def test_a_key_of_anybody_s_section_is_written_so_that_it_reads_back(tmp_path: Path) -> None:
+    """DeepSpeed's own sections may have any keys; their names reach the screen by `config show` and its record."""
+    keys = {"a: b": 1, STEERS: {"x\ny": [{"-": 1, "no": 2}]}, "#": "z", "on": True}
+    engine = {"kind": "deepspeed", "deepspeed_config": {"comms_logger": keys}}
+    config = ExperimentConfig.model_validate({"name": "x", "engine": engine})
+    text = dump(config)
+    assert text.replace("\n", "").isprintable() and inline(keys).isprintable()
+    (tmp_path / "x.yaml").write_text(text)
+    assert load(tmp_path / "x.yaml", [], ExperimentConfig) == config
+
+
+class Screen(io.StringIO):
+    """Standard output."""
+
+    def __init__(self, *, is_terminal: bool) -> None:
+        super().__init__()
+        self.isatty = lambda: is_terminal  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(("is_terminal", "wanted"), [(True, f"{SHOWN}|{SHOWN}\n"), (False, f"{STEERS}|{STEERS}\n")])
+def test_a_prompt_and_what_follows_it_are_shown_on_a_terminal(
+    is_terminal: bool, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file or a pipe gets both as they are."""
+    engine = SimpleNamespace(model=SimpleNamespace(moe_layers=list))
+    monkeypatch.setattr(workflows, "load_trained", lambda *_, **__: (engine, ByteTokenizer(), None))
+    monkeypatch.setattr(workflows, "generate", lambda *_, **__: iter(f"|{STEERS}".encode()))
+    screen = Screen(is_terminal=is_terminal)
+    monkeypatch.setattr(sys, "stdout", screen)
+    options = GenerateOptions(prompt=STEERS, max_tokens=1, temperature=0, top_k=None, top_p=1, seed=0, step=None)
+    workflows.generate_text(ExperimentConfig(name="x"), RunFolder(Path("x")), options)
+    assert screen.getvalue() == wanted
