@@ -174,7 +174,7 @@ def test_other_words_are_not_taken_for_slips(key: str) -> None:
         assert "did you mean" not in said, said
 
 
-@pytest.mark.parametrize("text", NO_HALF)
+@pytest.mark.parametrize("text", sorted(NO_HALF))
 def test_a_precision_that_there_is_not_is_never_taken_for_another(text: str) -> None:
     said = choice(text, ["float32", "bfloat16", "float64"])
     assert said.endswith("is not one of float32, bfloat16, float64; there is no float16: use bfloat16")
