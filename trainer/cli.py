@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from trainer.config.nodes import shown_path
 from trainer.distributed.layout import is_first_rank
+from trainer.environment import check_of_process
 from trainer.errors import CommError, ElsewhereError, Stopped, TurnoutError, exit_code_of, first_line
 from trainer.metrics.readable import visible
 from trainer.verbs import benching, checkpoints, configs, proving, trained, training
@@ -18,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a verb and exit with its code; a `TurnoutError` is printed as it stands, one line for each problem."""
     options = _parse(arguments)
     try:
+        check_of_process()
         code = options.verb(options)
     except ElsewhereError as error:  # the rank that had it says so
         _let_others_speak(0.5)
