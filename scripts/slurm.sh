@@ -13,7 +13,21 @@
 #SBATCH --output=slurm-%j.log
 set -euo pipefail
 
-cd -- "${SLURM_SUBMIT_DIR:?submit this with sbatch}"
+for name in SLURM_JOB_ID SLURM_JOB_NUM_NODES; do
+    case "${!name:-}" in
+    "" | *[!0-9]* | 0*)
+        echo "slurm.sh: $name=${!name:-}: is not a number of at least 1; submit this with sbatch" >&2
+        exit 2
+        ;;
+    esac
+done
+for name in SLURM_SUBMIT_DIR SLURM_JOB_NODELIST; do
+    if [ -z "${!name:-}" ]; then echo "slurm.sh: $name is not set; submit this with sbatch" >&2 && exit 2; fi
+done
+if ! cd -- "$SLURM_SUBMIT_DIR" 2>/dev/null; then
+    echo "slurm.sh: SLURM_SUBMIT_DIR=$SLURM_SUBMIT_DIR: is no folder of this machine; submit from a shared disk" >&2
+    exit 2
+fi
 if [ ! -x launch.sh ]; then
     echo "slurm.sh: $PWD has no launch.sh: submit from the repository, sbatch scripts/slurm.sh CONFIG" >&2
     exit 2

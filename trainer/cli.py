@@ -10,6 +10,7 @@ from typing import NoReturn
 from trainer.config.nodes import shown_path
 from trainer.config.overrides import as_override
 from trainer.distributed.layout import is_first_rank
+from trainer.environment import check_of_process
 from trainer.errors import CommError, ElsewhereError, Stopped, TurnoutError, exit_code_of, first_line
 from trainer.experiment import ExperimentConfig
 from trainer.terminal import one_line, say, show_logs
@@ -22,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     show_logs()
     options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
+        check_of_process()
         code = options.verb(options)
     except ElsewhereError as error:  # the rank that had it says so
         _let_others_speak(0.5)

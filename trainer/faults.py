@@ -44,7 +44,14 @@ def planned(text: str, rank: str) -> list[Fault]:
     return faults
 
 
-_PLANNED = planned(os.environ.get("TURNOUT_FAULTS", ""), os.environ.get("RANK", "0"))
+def _planned_at_start() -> list[Fault]:
+    try:
+        return planned(os.environ.get("TURNOUT_FAULTS", ""), os.environ.get("RANK", "0"))
+    except ValueError:  # the command line says so (trainer/environment.py)
+        return []
+
+
+_PLANNED = _planned_at_start()
 
 
 def hit(point: str) -> None:

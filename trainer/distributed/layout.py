@@ -5,10 +5,10 @@ rank = edp_rank * ep_size + ep_rank       world 6, ep_size 3    edp 0: ranks 0 1
                                           experts split over the columns, copied down the rows
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from trainer.environment import is_first, local_place, place
 from trainer.errors import ConfigError
 
 
@@ -75,25 +75,24 @@ def launched(*, ep_size: int) -> Layout:
     Raises:
         ConfigError: if `ep_size` does not fit the number of ranks.
     """
-    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    world_size, rank = place()
     check_layout(world_size=world_size, ep_size=ep_size)
     return Layout(world_size=world_size, rank=rank, ep_size=ep_size, ranks_per_node=ranks_here() or world_size)
 
 
 def ranks_here() -> int | None:
     """Return how many ranks torchrun or DeepSpeed's launcher has started on this machine; None if it is not said."""
-    said = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
-    return int(said) if said else None
+    return local_place()[0]
 
 
 def is_first_rank() -> bool:
     """Tell whether this process is the one that speaks where all would say the same."""
-    return os.environ.get("RANK", "0") == "0"
+    return is_first("RANK")
 
 
 def is_first_here() -> bool:
     """Tell whether this process is the one that does what is to be done once on each machine."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    return is_first("LOCAL_RANK")
 
 
 def even_slice(total: int, parts: int, index: int) -> tuple[int, int]:

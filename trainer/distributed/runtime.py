@@ -1,8 +1,6 @@
 """The process a run lives in: device, memory allocator, compiler, versions.
 
-It reads LOCAL_RANK and CXX of the environment. Others are read where they are used: a rank's place in
-`layout`, where ranks meet in `mesh`, planned faults in `faults`, what a supervisor hands to its ranks in `status`,
-`torchrun` and `supervise`, what `launch` was told in `cli`; most of these must not import torch, as this module does.
+It reads CXX of the environment; `trainer/environment.py` has what says how a process was started.
 """
 
 import ctypes
@@ -15,8 +13,8 @@ from typing import Any
 
 import torch
 
-from trainer.distributed.layout import ranks_here
 from trainer.distributed.version import turnout_version
+from trainer.environment import local_place
 from trainer.errors import ConfigError
 
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # glibc's names for mallopt
@@ -34,8 +32,8 @@ def start(device: str) -> torch.device:
     keep_freed_memory()
     if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    num_ranks = max(ranks_here() or 1, local_rank + 1)
+    num_here, local_rank = local_place()
+    num_ranks = max(num_here or 1, local_rank + 1)
     num_gpus = torch.cuda.device_count()
     if num_ranks > num_gpus:  # on every rank of the machine, not only on those without a GPU
         raise ConfigError(

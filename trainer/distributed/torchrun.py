@@ -27,8 +27,9 @@ from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCP
 from trainer.distributed.interface import address_to_listen_on
 from trainer.distributed.life import show_life
 from trainer.distributed.store import serve
-from trainer.errors import CommError, first_line
-from trainer.status import REPORT
+from trainer.environment import Variables
+from trainer.errors import CommError, ConfigError, first_line
+from trainer.status import REPORT, WATCHED
 
 _BACKEND = "turnout"
 _MEET_S = 600
@@ -74,17 +75,18 @@ class Rendezvous(StaticTCPRendezvous):
         return 0
 
 
-def run() -> None:
+def run() -> NoReturn:
     """Run torchrun with this process's arguments; exit with 1 if a rank failed or a signal came, with 5 if it did."""
-    descriptor = int(os.environ.pop(REPORT))  # not for the ranks
+    descriptor = _descriptor()
     show_life("torchrun")
     logging.disable(logging.ERROR)  # what it says of ranks is in the report
     options = torchrun.parse_args(sys.argv[1:])
+    options.log_dir = os.environ.get(WATCHED)  # what torchrun leaves there goes with the supervisor's own
     address, port = options.master_addr, options.master_port
     where = f"{address}:{port}"
     options.rdzv_backend, options.rdzv_endpoint = _BACKEND, where
-    silent = _explained(f"the store there has not answered for {_MEET_S} s", where)
-    late = threading.Timer(_MEET_S + _LATE_S, _end, [descriptor, silent])
+    silent = {"error": _explained(f"the store there has not answered for {_MEET_S} s", where)}
+    late = threading.Timer(_MEET_S + _LATE_S, _end, [descriptor, silent, CommError.exit_code])
 
     def meeting(parameters: RendezvousParameters) -> RendezvousHandler:
         return Rendezvous(address, port, options.node_rank, parameters.max_nodes, parameters.run_id, _MEET_S, late=late)
@@ -96,20 +98,32 @@ def run() -> None:
         failures = [
             {"rank": rank, "pid": failure.pid, "code": failure.exitcode} for rank, failure in error.failures.items()
         ]
-        _report(descriptor, {"failures": failures})
+        _end(descriptor, {"failures": failures}, 1)
     except SignalException as error:
-        _report(descriptor, {"signal": error.sigval.name})
+        _end(descriptor, {"signal": error.sigval.name}, 1)
     except (RuntimeError, OSError, RendezvousError) as error:  # of its store, which it has through the network
-        _end(descriptor, _explained(first_line(error), where))
-    else:
-        return
-    sys.exit(1)
+        _end(descriptor, {"error": _explained(first_line(error), where)}, CommError.exit_code)
+    _end(descriptor, {}, 0)
 
 
-def _end(descriptor: int, error: str) -> NoReturn:
-    """End without waiting for the store; ranks that there may be end with this process."""
-    _report(descriptor, {"error": error})
-    os._exit(CommError.exit_code)
+def _descriptor() -> int:
+    """Return where to report to, which is not for the ranks."""
+    variables = Variables(os.environ)
+    descriptor = variables.number(REPORT, least=0, default=None, note="; this module is started by launch")
+    try:
+        variables.check()
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    del os.environ[REPORT]
+    return descriptor
+
+
+def _end(descriptor: int, report: dict[str, Any], exit_code: int) -> NoReturn:
+    """Report, and end without waiting: not for the store, nor for python, which takes a second to forget torch."""
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(report, file)
+    os._exit(exit_code)
 
 
 def _explained(reason: str, where: str) -> str:
@@ -118,11 +132,6 @@ def _explained(reason: str, where: str) -> str:
         f"cannot meet the other machines through {where}: {reason}; check that "
         "every machine was started, with the same MASTER_ADDR and MASTER_PORT, and that the port is free on the first"
     )
-
-
-def _report(descriptor: int, report: dict[str, Any]) -> None:
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(report, file)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from trainer.distributed.interface import LOOPBACK, address_to_listen_on, listening_socket
+from trainer.environment import SUPERVISOR, Variables
 from trainer.errors import ConfigError
 from trainer.status import ATTEMPT
 
-SUPERVISOR = "TURNOUT_SUPERVISOR"
-"""Environment variable: the supervisor's process id."""
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+_MOST_RANKS_HERE = 1024
 _SHUTDOWN_S = "600"
 """torchrun kills ranks that have not ended so long after a signal: saving may take a while. After the failure of a rank
 it kills the others 30 s later, whatever this says; and torch 2.11 knows no other time at all."""
@@ -51,23 +51,15 @@ class Launch:
         Raises:
             ConfigError: one line for each value that cannot be.
         """
-        problems: list[str] = []
+        variables = Variables(environment)
 
         def number(name: str, default: int | None, least: int, most: int | None = None) -> int:
-            given = options.get(name)
-            text = environment.get(name.upper(), "") if given is None else given
-            source = f"{name.upper()}=" if given is None else f"--{name.replace('_', '-')} "
-            if default is not None and given is None and not text:
-                return default
-            if text.isascii() and text.isdigit() and least <= int(text) and (most is None or int(text) <= most):
-                return int(text)
-            allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
-            value = f"{source}{text}: is not" if text else f"{name.upper()}: is not set; use"
-            problems.append(f"{value} a number {allowed}")
-            return least
+            return variables.number(name.upper(), least=least, most=most, default=default, option=options.get(name))
 
         nproc, nnodes = number("nproc", 1, 1), number("nnodes", 1, 1)
         launch = cls(nproc=nproc, nnodes=nnodes)
+        if nproc > _MOST_RANKS_HERE:
+            variables.problems.append(f"NPROC={nproc}: is more than {_MOST_RANKS_HERE} ranks on one machine")
         if nnodes > 1:
             launch = cls(
                 nproc=nproc,
@@ -77,9 +69,10 @@ class Launch:
                 master_port=number("master_port", 29500, 1, 65535),
             )
             if not launch.master_addr:
-                problems.append(f"NNODES={nnodes} needs MASTER_ADDR as well: the address of the first machine")
-        if problems:
-            raise ConfigError("\n".join(problems))
+                variables.problems.append(
+                    f"NNODES={nnodes} needs MASTER_ADDR as well: the address of the first machine"
+                )
+        variables.check()
         return launch
 
     @property

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 from trainer.distributed.process import is_alive
-from trainer.supervise.launch import SUPERVISOR
+from trainer.environment import SUPERVISOR
 
 _PR_SET_PDEATHSIG = 1
 _LAUNCHERS = {"TORCHELASTIC_RUN_ID", "CROSS_SIZE"}

@@ -6,11 +6,13 @@ import os
 from trainer.distributed.layout import check_layout, launched
 from trainer.distributed.life import show_life
 from trainer.distributed.signals import StopRequest
+from trainer.environment import SUPERVISOR, check_of_rank
 from trainer.errors import Stopped, TurnoutError, exit_code_of
 from trainer.status import StatusFile
 from trainer.supervise.launch import Launch
 from trainer.supervise.lifeline import end_with_launcher
 from trainer.supervise.supervisor import Supervisor
+from trainer.tasks import check_tasks, task_warning
 from trainer.verbs.arguments import Verbs, takes_config, verb
 from trainer.verbs.named import checked, folder_of, named_config
 
@@ -29,12 +31,15 @@ def add(verbs: Verbs) -> None:
 
 def train(options: argparse.Namespace) -> int:
     """Train a config, or go on with its run."""
+    check_of_rank()
+    if not (os.environ.get("WORLD_SIZE") or os.environ.get(SUPERVISOR)):
+        check_tasks(os.environ, expected=1)
     end_with_launcher()
     with StopRequest() as stop:
         config = named_config(options)
         layout = launched(ep_size=config.parallel.ep_size)
         folder = folder_of(config)
-        warnings = checked(folder, config)
+        warnings = [*checked(folder, config), *_of_tasks()]
         status = StatusFile(folder.status, rank=layout.rank)
         show_life(str(layout.rank), status if layout.world_size == 1 else None)
         try:
@@ -50,10 +55,18 @@ def train(options: argparse.Namespace) -> int:
         return code
 
 
+def _of_tasks() -> list[str]:
+    """Return a warning where one process trains in a batch script for several."""
+    is_launched = os.environ.get("WORLD_SIZE") or os.environ.get(SUPERVISOR)
+    warning = None if is_launched else task_warning(os.environ)
+    return [] if warning is None else [warning]
+
+
 def launch(options: argparse.Namespace) -> int:
     """Train a config on one or several ranks of this machine, and start them again after a failure that may pass."""
     config = named_config(options)
     ranks = Launch.of(vars(options), os.environ)
+    check_tasks(os.environ, expected=ranks.nnodes)
     check_layout(world_size=ranks.world_size, ep_size=config.parallel.ep_size)
     folder = folder_of(config)
     checked(folder, config)

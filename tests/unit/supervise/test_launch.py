@@ -3,9 +3,10 @@ import sys
 
 import pytest
 
+from trainer.environment import SUPERVISOR
 from trainer.errors import ConfigError
 from trainer.status import ATTEMPT
-from trainer.supervise.launch import SUPERVISOR, Launch, environment_of_attempt
+from trainer.supervise.launch import Launch, environment_of_attempt
 
 
 def test_options_stand_before_the_environment() -> None:

@@ -1,0 +1,168 @@
+"""Environment variables that say how a process was started, read in one place. Imports no torch.
+
+A launcher sets most of them, and nobody looks at them: a wrong one is named, with its value and what is allowed.
+"""
+
+import os
+import re
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from trainer import faults
+from trainer.errors import ConfigError
+
+SUPERVISOR = "TURNOUT_SUPERVISOR"
+"""Environment variable: the supervisor's process id."""
+_MOST_RANKS, _MOST_DIGITS, _MOST_SHOWN = 1 << 20, 18, 40
+_OPENMP = re.compile(r"\s*[1-9]\d{0,4}\s*(,\s*[1-9]\d{0,4}\s*)*", re.ASCII)
+_INTERFACES = "GLOO_SOCKET_IFNAME"
+
+
+@dataclass(slots=True)
+class Variables:
+    """Reads values, and collects what is wrong with them."""
+
+    environment: Mapping[str, str]
+    problems: list[str] = field(default_factory=list)
+
+    def number(
+        self,
+        name: str,
+        *,
+        least: int,
+        most: int | None = None,
+        default: int | None = 0,
+        option: str | None = None,
+        note: str = "",
+    ) -> int:
+        """Return a number: the default where it is not set, or is empty, or is wrong.
+
+        Args:
+            name: of the variable.
+            least: allowed.
+            most: allowed; None: any.
+            default: None if there must be a value.
+            option: of the command line, which counts in place of the variable where it was given.
+            note: ends the message.
+        """
+        text = self.environment.get(name, "") if option is None else option
+        if option is None and not text and default is not None:
+            return default
+        is_number = text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS
+        if is_number and least <= int(text) and (most is None or int(text) <= most):
+            return int(text)
+        allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
+        if len(text) > _MOST_SHOWN:
+            text = f"{text[:_MOST_SHOWN]}..."
+        source = f"{name}=" if option is None else f"--{name.lower().replace('_', '-')} "
+        what = f"{source}{text}: is not" if text or option is not None else f"{name}: is not set; use"
+        self.problems.append(f"{what} a number {allowed}{note}")
+        return least if default is None else default
+
+    def check(self) -> None:
+        """Raise what was found.
+
+        Raises:
+            ConfigError: one line for each problem; every rank says its own, as nobody knows who is the first one.
+        """
+        if self.problems:
+            error = ConfigError("\n".join(self.problems))
+            error.is_this_ranks = True
+            raise error
+
+
+def place() -> tuple[int, int]:
+    """Return how many ranks a launcher has started, and which of them this process is; alone without a launcher.
+
+    Raises:
+        ConfigError: naming each variable that cannot be.
+    """
+    variables = Variables(os.environ)
+    found = _place(variables)
+    variables.check()
+    return found
+
+
+def local_place() -> tuple[int | None, int]:
+    """Return how many ranks there are on this machine (None if it is not said), and which of them this process is.
+
+    Raises:
+        ConfigError: naming each variable that cannot be.
+    """
+    variables = Variables(os.environ)
+    found = _local_place(variables, None)
+    variables.check()
+    return found
+
+
+def is_first(name: str) -> bool:
+    """Tell whether RANK or LOCAL_RANK is 0, or no number at all."""
+    text = os.environ.get(name, "")
+    return not (text.isascii() and text.isdigit() and text.strip("0"))
+
+
+def check_of_process() -> None:
+    """Refuse what any process reads and cannot be.
+
+    Raises:
+        ConfigError: naming each variable that cannot be.
+    """
+    variables = Variables(os.environ)
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if threads and not _OPENMP.fullmatch(threads):
+        variables.problems.append(f"OMP_NUM_THREADS={threads}: is not a number of at least 1, nor a list of them")
+    try:
+        faults.planned(os.environ.get("TURNOUT_FAULTS", ""), "0")
+    except ValueError as error:
+        variables.problems.append(str(error))
+    variables.check()
+
+
+def check_of_rank() -> None:
+    """Refuse what says which rank a process is, and cannot be.
+
+    Raises:
+        ConfigError: naming each variable that cannot be.
+    """
+    variables = Variables(os.environ)
+    variables.number(SUPERVISOR, least=1, most=(1 << 31) - 1, note=": launch sets it; unset it")
+    world_size, _ = _place(variables)
+    is_known = not variables.problems
+    _local_place(variables, world_size if is_known and os.environ.get("WORLD_SIZE") else None)
+    variables.number("MASTER_PORT", least=1, most=65535)
+    if world_size > 1:
+        variables.problems += _unknown_interfaces(os.environ)
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        if missing and not variables.problems:
+            variables.problems.append(
+                f"WORLD_SIZE={world_size} needs {', '.join(missing)} as well; launch and torchrun set all of them"
+            )
+    variables.check()
+
+
+def _place(variables: Variables) -> tuple[int, int]:
+    note = "; launch and torchrun set it"
+    world_size = variables.number("WORLD_SIZE", least=1, most=_MOST_RANKS, default=1, note=note)
+    most = None if variables.problems else world_size - 1
+    if variables.environment.get("WORLD_SIZE"):
+        note = f" (WORLD_SIZE={world_size}){note}"
+    else:
+        note = ": WORLD_SIZE is not set, so there is one rank; launch and torchrun set both"
+    return world_size, variables.number("RANK", least=0, most=most, note=note)
+
+
+def _local_place(variables: Variables, world_size: int | None) -> tuple[int | None, int]:
+    note = "; launch and torchrun set it"
+    name = "LOCAL_WORLD_SIZE" if variables.environment.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE"  # DeepSpeed's launcher
+    here = variables.number(name, least=1, most=world_size, note=note)
+    most = here - 1 if here else None
+    return here or None, variables.number("LOCAL_RANK", least=0, most=most, note=note)
+
+
+def _unknown_interfaces(environment: Mapping[str, str]) -> Sequence[str]:
+    """Return a line for each interface that gloo would look for in vain; NCCL's names have a language of their own."""
+    names = environment.get(_INTERFACES, "")
+    known = [name for _, name in socket.if_nameindex()]
+    unknown = [name for name in filter(None, names.split(",")) if name not in known]
+    return [f"{_INTERFACES}={names}: {name} is no interface here; use {', '.join(known)}" for name in unknown]
