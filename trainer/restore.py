@@ -12,7 +12,7 @@ from trainer.checkpoint.files import StoredTensors
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.kept_tokenizer import tokenizer_of
 from trainer.checkpoint.load import Found, find, find_newest, removed_meanwhile
-from trainer.checkpoint.run_folder import RunFolder, check_belongs
+from trainer.checkpoint.run_folder import RunFolder, check_belongs, order_warnings
 from trainer.checkpoint.tensor_file import check_numbers
 from trainer.config.dump import ABSENT, changed_keys, short
 from trainer.data.tokenizers.base import Tokenizer
@@ -38,8 +38,8 @@ def resume(run: Run, found: Found) -> None:
     saved, now = found.run["data_fingerprint"], run.corpus.fingerprint
     if saved != now:
         raise DataError(
-            f"{found.path}: was trained on other text than data.sources gives now (fingerprint {abridged(saved)}, now "
-            f"{abridged(now)}); restore the files, or start a new run with name=..."
+            f"{found.path}: was trained on other text than data.sources and data.split give now (fingerprint "
+            f"{abridged(saved)}, now {abridged(now)}); restore the files, or start a new run with name=..."
         )
     run.start_step, run.position = found.step, int(found.run["position"])
     run.tokens = int(found.run["tokens"])
@@ -86,7 +86,7 @@ def _changes_since(found: Found, config: ExperimentConfig) -> list[str]:
     seed = counters.get("seed") if isinstance(counters, Mapping) else None
     unread = f"{found.path}: its config is not one of this version; beside model and seed nothing of it is compared"
     other = [f"seed was {short(seed)} in {found.path} and is now {config.seed}"] if seed != config.seed else []
-    return [unread, *other]
+    return [unread, *other, *(order_warnings(["seed"]) if other else [])]
 
 
 def _rate_jump(found: Found, run: Run) -> str | None:

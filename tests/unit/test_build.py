@@ -22,6 +22,7 @@ from trainer.experiment import ExperimentConfig
 from trainer.metrics.console import Console
 from trainer.metrics.trackers import Trackers
 from trainer.run import Run
+from trainer.verbs.named import checked
 
 CONFIG = """\
 name: tiny
@@ -29,6 +30,11 @@ model: {num_layers: 1, d_model: 8, num_heads: 2, seq_len: 8, d_ff: 8, moe: {num_
 train: {steps: 10, global_batch_size: 4}
 schedule: {kind: warmup_cosine, warmup_steps: 0}
 """
+
+ORDER = (
+    "from here on the rows come in another order: of the epoch under way some documents are read again and others are "
+    "left out; set it back, or use a new name=..., to read each once"
+)
 
 
 @pytest.fixture
@@ -159,11 +165,31 @@ def test_what_is_learned_is_compared_with_what_the_checkpoint_says(folder: Path)
     assert said == [
         f"seed was 1337 in {path} and is now 7",
         f"schedule.peak_lr was 0.001 in {path} and is now 0.002",
+        f"seed: {ORDER}",
         "the learning rate was 1.00e-03 in step 1 and goes on with 1.99e-03 in step 2 "
         "(schedule.peak_lr: 0.001 -> 0.002, train.steps: 10 -> 20)",
     ]
     assert run.start_step == 1
     assert _build(folder, ["seed=8"])[1] == [], "the folder's config.yaml is there again, and compared before"
+
+
+def test_what_a_change_means_for_the_order_of_the_rows_is_said_where_a_run_goes_on(folder: Path) -> None:
+    changes = ["seed=7", "data.mixture.by=tokens", "train.global_batch_size=8", "data.workers=1"]
+    where = RunFolder(folder / "runs/tiny")
+    run, _ = _build(folder, [])
+    said = checked(where, _config(folder, changes))
+    assert said == [
+        f"seed was 1337 in {where.path} and is now 7",
+        f"data.mixture.by was weight in {where.path} and is now tokens",
+        f"train.global_batch_size was 4 in {where.path} and is now 8",
+    ], "nothing was read yet"
+    run.saver.start(1, run.engine.state(), run.checkpoint_info())
+    run.saver.wait()
+    assert checked(where, _config(folder, changes)) == [
+        *said[:2],
+        f"{said[2]}; the rows go on in their order, 8 a step",
+        f"seed, data.mixture.by: {ORDER.replace('set it', 'set them')}",
+    ]
 
 
 def _without(*keys: str) -> Callable[[dict[str, Any]], object]:
@@ -196,6 +222,7 @@ def test_a_config_of_another_version_leaves_model_and_seed_to_compare(folder: Pa
     assert _build(folder, ["seed=7"])[1] == [
         f"{path}: its config is not one of this version; beside model and seed nothing of it is compared",
         f"seed was 1337 in {path} and is now 7",
+        f"seed: {ORDER}",
     ]
 
 

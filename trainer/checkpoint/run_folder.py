@@ -12,6 +12,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterable
 from contextlib import suppress
@@ -209,18 +210,22 @@ def _owner(lock: IO[str]) -> str:
 _IDENTITY = ("model.", "data.tokenizer")
 _COMPARED_BY_CONTENT = ("data.tokenizer.path",)
 _LEARNING = ("seed", "data.", "optim.", "schedule.", "train.")
-_HARMLESS = ("train.steps", "train.max_consecutive_skips", "data.cache_dir")
+_HARMLESS = ("train.steps", "train.max_consecutive_skips", "data.cache_dir", "data.workers")
+_ORDERING = re.compile(r"seed|data\.(mixture\..*|packing|sources\.\d+\.weight)")
+"""What the order of the rows is a function of, beside the text."""
+_BATCH = "train.global_batch_size"
 
 
-def check_belongs(folder: RunFolder, changes: Iterable[Change]) -> list[str]:
+def check_belongs(folder: RunFolder, changes: Iterable[Change], *, goes_on: bool = True) -> list[str]:
     """Judge what changed between the config a run folder was started with and the one given now.
 
     Args:
         folder: of the run.
         changes: (dotted key, value in the folder, value now).
+        goes_on: there is a checkpoint: some of the text has been read under the old config.
 
     Returns:
-        One warning for each change of what is learned.
+        One warning for each change of what is learned, and one that says what they mean for the order of the rows.
 
     Raises:
         ConfigError: if the model itself changed; one line for each key.
@@ -239,7 +244,20 @@ def check_belongs(folder: RunFolder, changes: Iterable[Change]) -> list[str]:
                 f"set '{key}={inline(old)}', or use a new name=..."
             )
         elif key.startswith(_LEARNING) and not key.startswith(_HARMLESS):
-            warnings.append(f"{key} was {inline(old)} in {folder.path} and is now {inline(new)}")
+            meaning = f"; the rows go on in their order, {inline(new)} a step" if key == _BATCH and goes_on else ""
+            warnings.append(f"{key} was {inline(old)} in {folder.path} and is now {inline(new)}{meaning}")
     if refused:
         raise ConfigError("\n".join(refused))
-    return warnings
+    return [*warnings, *(order_warnings(change.key for change in changes) if goes_on else [])]
+
+
+def order_warnings(changed: Iterable[str]) -> list[str]:
+    """Return a line if any of these keys orders the rows: where a run goes on, what was read is no part of an epoch."""
+    keys = [key for key in changed if _ORDERING.fullmatch(key)]
+    if not keys:
+        return []
+    return [
+        f"{', '.join(keys)}: from here on the rows come in another order: of the epoch under way some documents are "
+        f"read again and others are left out; set {'it' if len(keys) == 1 else 'them'} back, or use a new name=..., to "
+        "read each once"
+    ]

@@ -1,13 +1,14 @@
-"""A safetensors file, read as what it is: a file that anybody may have written. Imports no torch."""
+"""A safetensors file, read as what it is: a file that anybody may have written.
+
+Imports no torch, and what it needs only where a file is opened: every verb imports this, also to say that a config is
+wrong.
+"""
 
 import json
 from collections.abc import Iterable
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from trainer.checkpoint.manifest import unreadable
 from trainer.errors import CheckpointError, first_line
@@ -29,6 +30,8 @@ def open_tensors(path: Path, framework: Literal["pt", "numpy"] = "pt") -> Any:
     Raises:
         CheckpointError: if it is none.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
@@ -77,6 +80,8 @@ def _first_not_finite(path: Path) -> str | None:
 
 def _is_finite(file: BufferedReader, num_bytes: int, dtype: str) -> bool:
     """Read so much of a file, and tell whether every number in it is finite."""
+    import numpy as np
+
     words, exponent = _EXPONENT[dtype]
     block = np.empty(min(num_bytes, _BLOCK_BYTES) // np.dtype(words).itemsize, words)
     is_special = np.empty(block.shape, bool)

@@ -26,7 +26,7 @@ def checked(folder: RunFolder, config: ExperimentConfig) -> list[str]:
     Raises:
         ConfigError: if the folder is another model's, or its own record cannot be read.
     """
-    return check_belongs(folder, _changes(folder, config))
+    return check_belongs(folder, _changes(folder, config), goes_on=any(folder.checkpoints.glob("step_*")))
 
 
 def named_run(options: argparse.Namespace) -> RunFolder:

@@ -1,4 +1,4 @@
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -38,6 +38,28 @@ def test_rows_of_a_domain_are_its_text(make_corpus):
     batch = TrainStream(make_corpus(low="a" * 40, high="z" * 80), packing="crossing", seq_len=4, seed=0).rows(0, 64)
     assert set(batch.domain.unique().tolist()) == {0, 1}
     assert torch.equal(batch.tokens, torch.where(batch.domain == 0, ord("a"), ord("z")))
+
+
+@pytest.mark.parametrize(("key", "is_whole"), [("global_batch_size", True), ("seed", False), ("mixture", False)])
+def test_what_a_run_warns_of_changes_an_epoch_and_another_batch_size_does_not(make_corpus, key: str, is_whole: bool):
+    """Half of an epoch is read, then the run goes on with another value of one key."""
+    text = "".join(chr(97 + i // 26) + chr(97 + i % 26) + "..." for i in range(120))
+    corpus = make_corpus(a=text, b=text.upper())
+    first = TrainStream(corpus, packing="crossing", seq_len=5, seed=0)
+    epochs = [rows.num_rows or 0 for rows in first.domain_rows]
+    half, step = sum(epochs) // 2, 7 if key == "global_batch_size" else 4
+    then = TrainStream(
+        replace(corpus, weights=(0.9, 0.1)) if key == "mixture" else corpus,
+        packing="crossing",
+        seq_len=5,
+        seed=1 if key == "seed" else 0,
+    )
+    batches = [first.rows(0, half), *(then.rows(start, step) for start in range(half, 40 * half, step))]
+    is_once = []
+    for domain, num_rows in enumerate(epochs):
+        rows = [row for batch in batches for row in batch.tokens[batch.domain[:, 0] == domain].tolist()][:num_rows]
+        is_once.append(len({tuple(row) for row in rows}) == num_rows)
+    assert all(is_once) == is_whole
 
 
 def test_only_the_training_text_is_drawn(make_corpus):
