@@ -7,8 +7,8 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, NonNegativeInt
 
 from trainer.config.base import Config, Problem
-from trainer.data.rows.base import Row, type_name
-from trainer.errors import DataError
+from trainer.data.rows.bad import BadRow
+from trainer.data.rows.base import ANOTHER_TYPE, Row, type_name
 
 Scalar = str | int | float | bool | None
 
@@ -59,7 +59,7 @@ class FilterConfig(Config):
         """Return whether a row passes.
 
         Raises:
-            DataError: if the row has no such column, or a value of a type that a condition does not fit.
+            BadRow: if the row has no such column, or a value of a type that a condition does not fit.
         """
         value = row.value(self.column)
         if self.one_of is not None and not _is_among(value, self.one_of):
@@ -72,9 +72,10 @@ class FilterConfig(Config):
         if self.at_least is None and self.at_most is None:
             return True
         if not isinstance(value, int | float) or isinstance(value, bool):
-            raise DataError(
+            raise BadRow(
                 f"{row.where}: {self.column!r} is {type_name(value)}; at_least and at_most need a number; correct the "
-                "row or the filter"
+                "row or the filter",
+                reason=ANOTHER_TYPE,
             )
         return (self.at_least is None or value >= self.at_least) and (self.at_most is None or value <= self.at_most)
 

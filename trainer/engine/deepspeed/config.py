@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, JsonValue, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from trainer.config.base import Config, Problem
+from trainer.config.base import Config, Problem, at_home
 from trainer.config.layers import MAX_BYTES as _MAX_BYTES
 from trainer.config.nodes import shown_path
 from trainer.engine.deepspeed.passthrough import Ours, conflicts, merged
@@ -33,7 +33,7 @@ def _read(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        path = Path(value)
+        path = Path(at_home(value))
         if path.exists() and not path.is_file():
             raise ValueError("is not a file")
         if path.stat().st_size > _MAX_BYTES:
