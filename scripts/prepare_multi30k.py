@@ -14,7 +14,8 @@ import json
 import sys
 from pathlib import Path
 
-from trainer.data.sources.files import find_files, read_text
+from trainer.data.sources.files import read_text
+from trainer.data.sources.finding import TEXT, find_files
 from trainer.errors import DataError
 
 SPLITS = ("train", "val", "test_2016_flickr")
@@ -62,7 +63,7 @@ def parallel_rows(folder: Path, split: str) -> list[dict[str, str]]:
 def find(folder: Path, name: str) -> Path:
     """Return the file of a name, packed or not."""
     packed = folder / f"{name}.gz"
-    return find_files(str(packed if packed.exists() else folder / name))[0]
+    return find_files(str(packed if packed.exists() else folder / name), TEXT)[0]
 
 
 if __name__ == "__main__":

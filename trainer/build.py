@@ -16,6 +16,7 @@ from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.shared import check_shared
 from trainer.config.dump import dump
 from trainer.data.corpus import build_corpus
+from trainer.data.skipped import summary
 from trainer.data.stream import TrainStream
 from trainer.data.tokenizers.sent import of_plain, to_plain
 from trainer.distributed import runtime
@@ -38,10 +39,11 @@ from trainer.moe.causality import evaluation_warning, training_warning
 from trainer.restore import resume
 from trainer.run import Run
 
+_PLACE: Any = {"path": True, "data_files": True}
 _OF_A_HOST: Any = {
     "runs_dir": True,
-    "data": {"cache_dir": True, "sources": {"__all__": {"path": True}}, "tokenizer": {"path": True}},
-    "eval": {"tasks": {"__all__": {"rows": {"path": True}, "candidates_file": True}}},
+    "data": {"cache_dir": True, "sources": {"__all__": _PLACE}, "tokenizer": {"path": True}},
+    "eval": {"tasks": {"__all__": {"rows": _PLACE, "candidates_file": True}}},
 }
 """Keys of which hosts may have their own values: a file system can be mounted anywhere. Their content is compared."""
 
@@ -144,6 +146,11 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
             if identity.said is not None:
                 console.warning(identity.said)
             folder.write(folder.config, dump(config))
+            run.list_skipped_rows()
+            for remark in corpus.remarks:
+                console.message(remark)
+            if corpus.skipped:
+                console.warning(f"{summary(corpus.skipped)}: {folder.skipped_rows}")
             faults.hit("start.config_written")
             folder.write_environment(
                 {

@@ -29,6 +29,10 @@ class DataError(TurnoutError):
     exit_code = 3
 
 
+class MissingFile(DataError):
+    """A file that the config names is not there."""
+
+
 class CheckpointError(TurnoutError):
     """A checkpoint is missing, damaged or belongs to another model."""
 

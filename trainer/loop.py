@@ -51,6 +51,8 @@ def fit(run: Run, stop: StopRequest, status: StatusFile) -> Examination | None:
             status.enter("reading")
             with raise_together(run.mesh.world):
                 run.stream.read_on(run.position, train.global_batch_size, ahead=is_first_here())
+            if run.mesh.layout.rank == 0:
+                run.list_skipped_rows()
         batches = run.stream.micro_batches(
             run.position,
             global_batch_size=train.global_batch_size,

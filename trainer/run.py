@@ -10,6 +10,7 @@ from trainer.checkpoint.identity import Parent
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.saver import Saver
 from trainer.data.corpus import Corpus
+from trainer.data.skipped import write_list
 from trainer.data.stream import TrainStream
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.version import turnout_version
@@ -88,6 +89,14 @@ class Run:
     def parent_record(self) -> dict[str, Any] | None:
         """Return the run that it branched off from, in JSON values."""
         return None if self.parent is None else asdict(self.parent)
+
+    def list_skipped_rows(self) -> None:
+        """Write what was left out of the text so far into the run folder; a disk that refuses is a warning."""
+        try:
+            skipped = self.stream.skipped(self.config.data.sources)
+            write_list(self.folder.skipped_rows, skipped, goes_on=self.position > 0)
+        except OSError as error:
+            self.console.warning(f"{self.folder.skipped_rows}: cannot be written: {error.strerror or error}")
 
     def layout(self) -> dict[str, int | str]:
         """Return who trains, in JSON values."""

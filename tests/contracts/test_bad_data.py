@@ -66,8 +66,8 @@ CASES = {
     "missing jsonl": Case(nothing, JSONL, "a.jsonl: no such file; paths are relative to "),
     "missing parquet": Case(nothing, PARQUET, "a.parquet: no such file; paths are relative to "),
     "glob of nothing": Case(nothing, TextSourceConfig(path="*.txt"), "*.txt: the glob matches no file; "),
-    "directory": Case(lambda f: (f / "a.txt").mkdir(), TEXT, "a.txt: is a folder; "),
-    "directory as jsonl": Case(lambda f: (f / "a.jsonl").mkdir(), JSONL, "a.jsonl: is a folder; "),
+    "directory": Case(lambda f: (f / "a.txt").mkdir(), TEXT, "a.txt: is a folder without a file that text takes "),
+    "directory as jsonl": Case(lambda f: (f / "a.jsonl").mkdir(), JSONL, "a.jsonl: is a folder without a file "),
     "broken link": Case(
         lambda f: (f / "a.txt").symlink_to("gone"), TextSourceConfig(path="*.txt"), "a.txt: matched by *.txt, but it is"
     ),

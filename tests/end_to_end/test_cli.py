@@ -291,9 +291,30 @@ def test_a_bad_text_is_one_line_and_exit_3(workplace: Path, content: bytes | Non
     refused(run(workplace, "train", "tiny.yaml"), 3, message)
 
 
+def test_rows_that_cannot_be_used_are_left_out_said_and_listed(workplace: Path) -> None:
+    rows = [json.dumps({"text": f"It was a bright cold day in April, number {i}. " * 9}) for i in range(60)]
+    (workplace / "rows.jsonl").write_text("\n".join([*rows, '{"text": null}', "{"]) + "\n")
+    source = "data.sources=[{kind: jsonl, path: rows.jsonl, domain: prose}]"
+    refused(run(workplace, "train", "tiny.yaml", source), 3, r"^rows\.jsonl:61: 'text' is null; it must be a string")
+    skips = [source, "data.sources.0.on_bad_row=skip"]
+    result = run(workplace, "train", "tiny.yaml", *skips, "train.steps=3")
+    assert result.returncode == 0, result.stderr
+    said = [line for line in result.stdout.splitlines() if "left out" in line]
+    assert said == [
+        "warning: left out 2 rows that cannot be used (1 not JSON, 1 of another type), of data.sources 0: "
+        "runs/tiny/skipped_rows.jsonl"
+    ]
+    (line,) = (workplace / "runs/tiny/skipped_rows.jsonl").read_text().splitlines()
+    listed = json.loads(line)
+    assert (listed["source"], listed["rows"], len(listed["first"])) == (0, 2, 2)
+    assert listed["first"][1].startswith("rows.jsonl:62: not JSON (")
+    (workplace / "rows.jsonl").write_text("\n".join(rows[1:]) + "\n")
+    refused(run(workplace, "train", "tiny.yaml", *skips, "train.steps=4"), 3, r"was trained on other text")
+
+
 def test_a_flipped_bit_of_the_token_cache_is_exit_3_wherever_the_run_meets_it(workplace: Path) -> None:
     (workplace / "text.txt").write_text("It was a bright cold day in April, and the clocks were striking. " * 8000)
-    assert run(workplace, "train", "tiny.yaml", "train.steps=1").returncode == 0
+    assert run(workplace, "train", "tiny.yaml", "train.steps=3").returncode == 0
     (tokens,) = (workplace / ".cache/tokens").glob("*/prose.train.tokens")
     content = bytearray(tokens.read_bytes())
     content[300_000] ^= 4

@@ -3,7 +3,7 @@
     runs/NAME/
       config.yaml  environment.json  run_id  origin.json  tokenizer.json
       metrics.jsonl  routing.jsonl  checkpoints/  status/
-      predictions/  experts.svg  wandb/  tensorboard/  profile/  deepspeed/    where asked for
+      predictions/  skipped_rows.jsonl  experts.svg  wandb/  tensorboard/  profile/  deepspeed/    where asked for
 
 Imports no torch, so that a config that does not belong to its run folder is refused at once.
 """
@@ -40,6 +40,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.routing = path / "routing.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.skipped_rows = path / "skipped_rows.jsonl"
         self.status = path / "status"
         self.predictions = path / "predictions"
         self.experts_picture = path / "experts.svg"

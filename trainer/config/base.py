@@ -1,17 +1,25 @@
 """The base class of every section of an experiment file."""
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Final, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 PATH_PATTERN = r"^[^\x00-\x1f\x7f]{0,1000}$"
 LINE_PATTERN = r"^[^\x00-\x1f\x7f]*$"
 """Of text that others show in a line."""
-PathText = Annotated[str, Field(min_length=1, pattern=PATH_PATTERN)]
+
+
+def at_home(path: str) -> str:
+    """Return a path whose leading ~ or ~USER stands for a home folder, as a shell has it."""
+    return os.path.expanduser(path) if path.startswith("~") else path  # noqa: PTH111 - it may be no path yet
+
+
+PathText = Annotated[str, Field(min_length=1, pattern=PATH_PATTERN), AfterValidator(at_home)]
 """A path that a system can use and a message can repeat."""
 _MAX_DIVISORS: Final = 30
 _NEAR_DIVISORS: Final = 10

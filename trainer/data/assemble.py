@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from trainer.data.config import SplitConfig
 from trainer.data.ingest import SIDES, DomainInfo, check_sides, ingest
+from trainer.data.resplit import documents, with_both_sides
+from trainer.data.rows.bad import SkippedRows
 from trainer.data.shards import TokenFile, TokenWriter, open_token_file
 from trainer.data.sources.base import Document
 from trainer.data.tokenizers.base import Tokenizer
@@ -17,6 +19,7 @@ class IngestedPart(NamedTuple):
 
     folder: Path
     domains: list[DomainInfo]
+    skipped: SkippedRows
 
 
 def assemble(
@@ -43,6 +46,8 @@ def assemble(
             domain = _cut(*pieces[0], folder, tokenizer=tokenizer, split=split)
         else:
             domain = _join(pieces, folder, tokenizer=tokenizer)
+        if split.kind == "auto" and not domain.is_cut and not all(getattr(domain, s).num_documents for s in SIDES):
+            domain = with_both_sides(domain, folder, tokenizer=tokenizer)
         check_sides(domain, split)
         found.append(domain)
     return found
@@ -66,7 +71,13 @@ def _join(pieces: Sequence[tuple[Path, DomainInfo]], folder: Path, *, tokenizer:
                 writer.extend(open_token_file(part, f"{name}.{side}", info, vocab_size=tokenizer.vocab_size))
             sides[side] = writer.info()
     num_documents = sum(domain.num_documents for _, domain in pieces)
-    return DomainInfo(name=name, is_cut=False, num_documents=num_documents, **sides)
+    return DomainInfo(
+        name=name,
+        is_cut=False,
+        num_documents=num_documents,
+        train=sides["train"],
+        validation=sides["validation"],
+    )
 
 
 def _cut(part: Path, domain: DomainInfo, folder: Path, *, tokenizer: Tokenizer, split: SplitConfig) -> DomainInfo:
@@ -87,8 +98,5 @@ def _cut(part: Path, domain: DomainInfo, folder: Path, *, tokenizer: Tokenizer, 
 
 
 def _only_document(file: TokenFile, domain: str, tokenizer: Tokenizer) -> Document:
-    answer = int(file.answer_starts[0])
-    prompt, text = (
-        tokenizer.decode(tokens.tolist()).decode() for tokens in (file.tokens[:answer], file.tokens[answer:])
-    )
+    ((prompt, text),) = documents(file, tokenizer)
     return Document(name=domain, domain=domain, text=text, prompt=prompt)

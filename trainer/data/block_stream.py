@@ -16,15 +16,15 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
 from trainer.config.base import Config
 from trainer.data.cache import FileState, cache_error, new_name, publish, remove_remains, sole_builder
-from trainer.data.ingest import SIDES, write_text
+from trainer.data.ingest import SIDES, no_documents, write_text
 from trainer.data.records import read_record, record_text
+from trainer.data.rows.bad import SkippedCounter, SkippedRows
 from trainer.data.shards import ShardInfo, TokenFile, TokenWriter, is_intact, open_token_file
 from trainer.data.sources.base import Document
 from trainer.data.sources.registry import HfStreamSourceConfig
@@ -55,6 +55,8 @@ class BlockInfo(Config):
     train: ShardInfo
     validation: ShardInfo
     """What of it is held out. That of block 0 is evaluated on; nothing that is held out is ever learned."""
+    skipped: SkippedRows = SkippedRows()
+    """What was left out of it."""
 
     def content(self) -> tuple[object, ...]:
         """Return where it lies and the hashes of what it holds."""
@@ -89,9 +91,9 @@ class StreamedSource:
         for file in self.files:
             if FileState.of(Path(file.path)) != file:
                 raise DataError(f"{file.path}: changed since the run started; it must stay as it is; start again")
-        end, is_epoch_over = begin, True
+        end, is_epoch_over, skipped = begin, True, SkippedCounter()
         with self._writer(folder, "train") as train, self._writer(folder, "validation") as validation:
-            for place, document in self._documents(begin):
+            for place, document in self._documents(begin, skipped):
                 writer = validation if is_held_out(document.prompt + document.text, self.held_out) else train
                 write_text(writer, self.tokenizer, document.text, prompt=document.prompt)
                 end = place.model_copy(update={"document": place.document + 1})
@@ -100,18 +102,18 @@ class StreamedSource:
                     break
             infos = train.info(), validation.info()
         if end == begin == Mark(epoch=begin.epoch):
-            raise DataError(f"data.sources: {self.config.path}: holds no documents; it needs some; correct it")
+            raise no_documents(f"{self.config.path}:", skipped.total())
         if is_epoch_over:
             end = Mark(epoch=begin.epoch + 1)
-        return BlockInfo(begin=begin, end=end, train=infos[0], validation=infos[1])
+        return BlockInfo(begin=begin, end=end, train=infos[0], validation=infos[1], skipped=skipped.total())
 
-    def _documents(self, begin: Mark) -> Iterator[tuple[Mark, Document]]:
-        """Yield the documents from a place to the end of its epoch."""
+    def _documents(self, begin: Mark, skipped: SkippedCounter) -> Iterator[tuple[Mark, Document]]:
+        """Yield the documents from a place to the end of its epoch; count what is left out."""
         source = self.config.build()
         parts = source.parts()
         for part in range(begin.part, len(parts)):
             first = begin.document if part == begin.part else 0
-            for number, document in enumerate(islice(source.read(parts[part]), first, None), first):
+            for number, document in enumerate(source.usable(parts[part], skipped, first=first), first):
                 yield Mark(epoch=begin.epoch, part=part, document=number), document
 
     def _writer(self, folder: Path, side: Side) -> TokenWriter:

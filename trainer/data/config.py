@@ -17,7 +17,8 @@ class SplitConfig(Config):
     kind: Literal["auto", "hash", "tail"] = "auto"
     """`hash`: whole documents, by the hash of their text. `tail`: the end of the domain's text.
 
-    `auto` takes the tail of a domain that is one document and the hash otherwise.
+    `auto` takes the tail of a domain that is one document and the hash otherwise; where that leaves a side empty, the
+    documents of the one text that is nearest to it go there.
     """
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share that is held out."""

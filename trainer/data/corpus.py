@@ -12,7 +12,9 @@ from trainer.data.config import DataConfig
 from trainer.data.mixture import domain_shares
 from trainer.data.prepare import Progress, prepare
 from trainer.data.records import hash_of
+from trainer.data.rows.bad import SkippedRows
 from trainer.data.shards import TokenFile, open_token_file
+from trainer.data.skipped import SkippedOf
 from trainer.data.source_cache import CachedSource, SourceManifest
 from trainer.data.sources.registry import HfStreamSourceConfig
 from trainer.data.tokenizers.base import Tokenizer
@@ -37,6 +39,10 @@ class Corpus:
     folders: tuple[Path, ...]
     """Where the token files of each domain are."""
     tokenizer: Tokenizer
+    skipped: tuple[SkippedOf, ...] = ()
+    """What was left out of sources that have `on_bad_row: skip`; of a stream, of its first block."""
+    remarks: tuple[str, ...] = ()
+    """What whoever starts a run should be told of it, a line each."""
     fingerprint: str
     """Hash of all tokens, domains and the tokenizer: equal exactly if the same can be learned, wherever files are."""
 
@@ -95,6 +101,8 @@ class _Domain(NamedTuple):
     content: list[str]
     """Hashes of what it holds."""
     stream: BlockStream | None = None
+    skipped: SkippedRows = SkippedRows()
+    """Of the first block of a stream."""
 
 
 def _open(config: DataConfig, prepared: Sequence[tuple[CachedSource, SourceManifest]], tokenizer: Tokenizer) -> Corpus:
@@ -106,6 +114,8 @@ def _open(config: DataConfig, prepared: Sequence[tuple[CachedSource, SourceManif
     ingested = [domain for source, manifest in prepared for domain in _opened(source, manifest, tokenizer)]
     found = sorted([*ingested, *streams], key=lambda domain: domain.source)
     _check_sources(found)
+    skipped = [SkippedOf(source.index, None, manifest.skipped) for source, manifest in prepared]
+    skipped += [SkippedOf(domain.source, 0, domain.skipped) for domain in streams]
     return Corpus(
         domains=tuple(domain.name for domain in found),
         weights=domain_shares(
@@ -119,11 +129,25 @@ def _open(config: DataConfig, prepared: Sequence[tuple[CachedSource, SourceManif
         streams=tuple(domain.stream for domain in found),
         folders=tuple(domain.folder for domain in found),
         tokenizer=tokenizer,
+        remarks=tuple(_remarks(prepared)),
+        skipped=tuple(one for one in sorted(skipped, key=lambda one: one.source) if one.rows.count),
         # What is learned. The split is in it as the content of the two sides; paths and times are not.
         fingerprint=hash_of(
             {"tokenizer": tokenizer.fingerprint, "domains": [[domain.name, *domain.content] for domain in found]}
         ),
     )
+
+
+def _remarks(prepared: Sequence[tuple[CachedSource, SourceManifest]]) -> Iterator[str]:
+    for source, manifest in prepared:
+        yield from (f"data.sources.{source.index}: {line}" for line in source.source.taken())
+        for domain in manifest.domains:
+            if domain.is_resplit:
+                yield (
+                    f"data.split: the hash at fraction {source.split.fraction} leaves one side of domain {domain.name} "
+                    f"empty; split by the text whose hash is nearest: {domain.train.num_documents} documents are "
+                    f"learned and {domain.validation.num_documents} held out"
+                )
 
 
 def _opened(source: CachedSource, manifest: SourceManifest, tokenizer: Tokenizer) -> Iterator[_Domain]:
@@ -160,7 +184,9 @@ def _opened_stream(config: DataConfig, index: int, source: HfStreamSourceConfig,
     # The whole is not read: its addresses, the sizes of its files and its first block have to do.
     content = [cached.content.origin, *(str(file.size_bytes) for file in cached.content.files)]
     content += [*block.info.train.content(), *block.info.validation.content()]
-    return _Domain(index, source.domain, cached.folder, block.train, block.validation, content, stream)
+    return _Domain(
+        index, source.domain, cached.folder, block.train, block.validation, content, stream, block.info.skipped
+    )
 
 
 def _check_sources(found: Sequence[_Domain]) -> None:

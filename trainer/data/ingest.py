@@ -9,6 +9,7 @@ import numpy as np
 
 from trainer.config.base import Config
 from trainer.data.config import SplitConfig
+from trainer.data.rows.bad import SkippedRows
 from trainer.data.shards import ShardInfo, TokenWriter
 from trainer.data.sources.base import Document
 from trainer.data.splits import DomainSplit, Piece, Side
@@ -29,6 +30,8 @@ class DomainInfo(Config):
     """Split by its tail, not by the hashes of its documents."""
     num_documents: int
     """As they were read: one that was cut counts once."""
+    is_resplit: bool = False
+    """The hash left one side empty, and one text has changed sides (resplit.py)."""
     train: ShardInfo
     validation: ShardInfo
 
@@ -61,9 +64,13 @@ class _DomainWriter:
     def finish(self) -> DomainInfo:
         """Write what waited for the end."""
         self._write(self._split.finish())
-        sides = {side: writer.info() for side, writer in self._sides.items()}
-        is_cut = self._split.kind == "tail"
-        return DomainInfo(name=self._name, is_cut=is_cut, num_documents=self._num_documents, **sides)
+        return DomainInfo(
+            name=self._name,
+            is_cut=self._split.kind == "tail",
+            num_documents=self._num_documents,
+            train=self._sides["train"].info(),
+            validation=self._sides["validation"].info(),
+        )
 
     def _write(self, pieces: Sequence[Piece]) -> int:
         return sum(
@@ -147,10 +154,25 @@ def check_sides(domain: DomainInfo, split: SplitConfig) -> None:
                 f"data.split: domain {domain.name} has too little text to hold out {split.fraction} of it; both sides "
                 "need at least one character; give it more text"
             )
+        if split.kind == "auto":
+            raise DataError(
+                f"data.split: all documents of domain {domain.name} ({domain.num_documents}) are one text, so "
+                "that none can be held out that is not learned; give it other text, or use data.split.kind: tail"
+            )
         raise DataError(
             f"data.split: kind hash at fraction {split.fraction} leaves the {side} side of domain {domain.name} empty "
             f"(documents: {domain.num_documents}); both sides need one; use data.split.kind: tail"
         )
+
+
+def no_documents(name: str, skipped: SkippedRows) -> DataError:
+    """Return the error for a source that nothing can be learned from."""
+    if not skipped.count:
+        return DataError(f"data.sources: {name} holds no documents; it needs some; remove or correct it")
+    return DataError(
+        f"data.sources: {name} holds no documents that can be used: on_bad_row: skip left out {skipped.count} "
+        f"({skipped}), the first of them {skipped.first[0]}"
+    )
 
 
 def _check_number(num_domains: int) -> None:

@@ -7,7 +7,7 @@ CACHE/NAME.parts/     one that is not: sources.json says of which files, and eac
 import logging
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -17,8 +17,9 @@ from trainer.config.base import Config
 from trainer.data.assemble import assemble
 from trainer.data.cache import FileState, new_name, publish
 from trainer.data.config import DataConfig, SplitConfig
-from trainer.data.ingest import SIDES, DomainInfo
+from trainer.data.ingest import SIDES, DomainInfo, no_documents
 from trainer.data.records import hash_of, read_record, record_text
+from trainer.data.rows.bad import SkippedRows, all_skipped
 from trainer.data.shards import is_intact, paths
 from trainer.data.sources.base import Source
 from trainer.data.sources.registry import InstalledSourceConfig, SourceConfig
@@ -52,6 +53,8 @@ class SourceManifest(Config):
     vocab_size: int
     content: Content
     domains: list[DomainInfo]
+    skipped: SkippedRows = SkippedRows()
+    """What was left out of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,24 +164,24 @@ class CachedSource:
         for before in self.content.files:
             if FileState.of(Path(before.path)) != before:
                 raise DataError(f"{before.path}: changed while it was read; it must stay as it is; start again")
+        parts = [task.result() for task in tasks]
+        skipped = all_skipped(part.skipped for part in parts)
         if self.source.rejects_copies:
-            _refuse_copies(content)
+            _refuse_copies(content, unless=set(skipped.empty_files))
         folder = tasks[0].folder
         if len(tasks) > 1:
             folder = new_name(self.folder)
             folder.mkdir()
-        parts = [task.result() for task in tasks]
         domains = assemble(parts, folder, tokenizer=self.tokenizer, split=self.split)
         if not domains:
-            raise DataError(
-                f"data.sources: source {self.index} holds no documents; it needs some; remove or correct it"
-            )
+            raise no_documents(f"source {self.index}", skipped)
         manifest = SourceManifest(
             format=_FORMAT,
             tokenizer=self.tokenizer.fingerprint,
             vocab_size=self.tokenizer.vocab_size,
             content=content,
             domains=domains,
+            skipped=skipped,
         )
         return UnpublishedSource(self, folder, manifest)
 
@@ -242,6 +245,8 @@ class UnpublishedSource(NamedTuple):
 def _identity(config: SourceConfig) -> dict[str, Any]:
     """Return what the documents are a function of, but for the content of files."""
     options = config.model_dump(mode="json", exclude={"weight"})  # another mixture is drawn from the same tokens
+    if options.get("on_bad_row") == "error":  # what was read before there was a choice is still what it was
+        del options["on_bad_row"]
     if not isinstance(config, InstalledSourceConfig):
         return options | {"relative_to": str(Path.cwd())}
     versions = {"python": platform.python_version()}
@@ -257,9 +262,12 @@ def _sizes(content: Content) -> list[int]:
     return [file.size_bytes for file in content.files]
 
 
-def _refuse_copies(content: Content) -> None:
+def _refuse_copies(content: Content, *, unless: Collection[str]) -> None:
+    """Refuse two files of the same content, `unless` nothing of them was used."""
     first: dict[str, str] = {}
     for file in content.files:
+        if file.path in unless:
+            continue
         assert file.sha256 is not None, "it was hashed"
         if file.sha256 in first:
             raise DataError(

@@ -3,7 +3,7 @@
 # B rows, S tokens in a row, n rows of one domain.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -19,6 +19,8 @@ from trainer.data.crossing import CrossingRows, Windows
 from trainer.data.domain_rows import DomainRows, Rows
 from trainer.data.mixture import Mixture
 from trainer.data.shards import TokenFile
+from trainer.data.skipped import SkippedOf
+from trainer.data.sources.registry import HfStreamSourceConfig, SourceConfig
 from trainer.data.splits import Side
 from trainer.data.streamed import Place, StreamedRows
 from trainer.data.whole import PackedDocuments, WholeRows
@@ -92,6 +94,19 @@ class TrainStream:
         for name, rows in zip(self._corpus.domains, self.domain_rows, strict=True):
             if isinstance(rows, StreamedRows) and name in places:
                 rows.go_on_from(Place.model_validate(places[name]))
+
+    def skipped(self, sources: Sequence[SourceConfig]) -> list[SkippedOf]:
+        """Return what was left out of the text so far: of sources that were ingested, and of blocks that were read.
+
+        Args:
+            sources: of the config.
+        """
+        streams = {s.domain: index for index, s in enumerate(sources) if isinstance(s, HfStreamSourceConfig)}
+        found = list(self._corpus.skipped)
+        for name, rows in zip(self._corpus.domains, self.domain_rows, strict=True):
+            if isinstance(rows, StreamedRows):
+                found += [SkippedOf(streams[name], block, info.skipped) for block, info in rows.blocks()]
+        return [one for one in found if one.rows.count]
 
     def _last_visits(self, first_slot: int, count: int) -> list[tuple[StreamedRows, int]]:
         """Return the streams that some rows are of, each with its last visit."""

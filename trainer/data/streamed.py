@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config.base import Config
-from trainer.data.block_stream import BlockStream, Mark
+from trainer.data.block_stream import BlockInfo, BlockStream, Mark
 from trainer.data.domain_rows import DomainRows, Rows
 from trainer.data.permutation import FOR_BLOCK_ROWS, hash64
 from trainer.data.shards import TokenFile
@@ -76,6 +76,10 @@ class StreamedRows(DomainRows):
     def epochs(self, num_visits: int) -> float:
         """Return how often the stream was read to its end before the last of its first visits."""
         return float(self.place(num_visits).mark.epoch)
+
+    def blocks(self) -> list[tuple[int, BlockInfo]]:
+        """Return the blocks whose place in the run is known, by number."""
+        return [(known.place.block, self._stream.info(known.place.block)) for known in self._known]
 
     def is_known(self, visit: int) -> bool:
         """Tell whether a visit can be read without waiting for a block."""

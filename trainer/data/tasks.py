@@ -13,6 +13,7 @@ from trainer.data.assemble import IngestedPart
 from trainer.data.config import SplitConfig
 from trainer.data.ingest import SIDES, DomainInfo, count_characters, ingest
 from trainer.data.records import read_record, record_text
+from trainer.data.rows.bad import SkippedCounter, SkippedRows
 from trainer.data.rows.base import Part
 from trainer.data.shards import is_intact
 from trainer.data.sources.registry import SourceConfig
@@ -28,6 +29,7 @@ class _Result(Config):
     """What was made of a part."""
 
     domains: list[DomainInfo]
+    skipped: SkippedRows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +68,7 @@ class Task:
     def result(self) -> IngestedPart:
         """Return what was made of the part."""
         result = read_record(self.folder / RESULT, _Result, of=self.folder.name)
-        return IngestedPart(self.folder, result.domains)
+        return IngestedPart(self.folder, result.domains, result.skipped)
 
     def run(self, tokenizer: Tokenizer, advance: Callable[[int], None]) -> None:
         """Read the part; `advance` is told the bytes of text that are done, after each document.
@@ -78,13 +80,15 @@ class Task:
         if self.folder.exists():  # what a killed process left
             shutil.rmtree(self.folder)
         self.folder.mkdir()
-        source = self.source.build()
+        source, skipped = self.source.build(), SkippedCounter()
         domains = ingest(
-            source.documents() if self.part is None else source.read(self.part),
+            source.usable(self.part, skipped),
             self.folder,
             tokenizer=tokenizer,
             split=self.split,
             advance=advance,
             lengths=count_characters(source.documents()) if self.split.kind == "tail" else None,
         )
-        (self.folder / RESULT).write_text(record_text(_Result(domains=domains), of=self.folder.name))
+        (self.folder / RESULT).write_text(
+            record_text(_Result(domains=domains, skipped=skipped.total()), of=self.folder.name)
+        )

@@ -15,7 +15,7 @@ from typing import Self
 
 from trainer.data.tasks import Task
 from trainer.data.tokenizers.base import Tokenizer
-from trainer.errors import ResourceError
+from trainer.errors import ResourceError, TurnoutError
 
 _WORTH_BYTES = 24 << 20
 """What a process is worth starting for: it takes about a second until it reads."""
@@ -162,6 +162,6 @@ def end_with_parent() -> None:
 
 def _portable(error: Exception) -> Exception:
     """Return an error that can be sent: ours and the system's as they are, others with their traceback as text."""
-    if type(error).__module__ == "trainer.errors" or isinstance(error, OSError):
+    if isinstance(error, TurnoutError | OSError):
         return error
     return RuntimeError("".join(traceback.format_exception(error)))

@@ -4,73 +4,7 @@ from pathlib import Path
 import pytest
 
 from trainer.data.sources import files
-from trainer.data.sources.files import find_files, read_text
-
-
-def test_a_path_is_found(folder):
-    (folder / "a.txt").write_text("a")
-    assert find_files("a.txt") == [Path("a.txt")]
-
-
-def test_matches_of_a_glob_are_sorted(folder):
-    for name in ("b.txt", "a.txt", "c.md"):
-        (folder / name).write_text("x")
-    assert find_files("*.txt") == [Path("a.txt"), Path("b.txt")]
-
-
-def test_two_stars_stand_for_any_number_of_folders(folder):
-    (folder / "x" / "y").mkdir(parents=True)
-    for name in ("a.txt", "x/b.txt", "x/y/c.txt"):
-        (folder / name).write_text("x")
-    assert find_files("**/*.txt") == [Path("a.txt"), Path("x/b.txt"), Path("x/y/c.txt")]
-
-
-def test_patterns_keep_their_order_and_name_each_file_once(folder):
-    for name in ("a.txt", "b.txt"):
-        (folder / name).write_text("x")
-    assert find_files(["b.txt", "*.txt"]) == [Path("b.txt"), Path("a.txt")]
-
-
-def test_a_file_with_brackets_in_its_name_is_found(folder):
-    (folder / "a[1].txt").write_text("x")
-    assert find_files("a[1].txt") == [Path("a[1].txt")]
-
-
-def test_an_absolute_glob_works(folder):
-    (folder / "a.txt").write_text("x")
-    assert find_files(str(folder / "*.txt")) == [folder / "a.txt"]
-
-
-def test_a_missing_file_is_named(folder, says):
-    with says(f"a.txt: no such file; paths are relative to {folder}; correct the path"):
-        find_files("a.txt")
-
-
-def test_a_glob_without_a_match_is_named(folder, says):
-    (folder / "x.txt").mkdir()
-    with says(f"*.txt: the glob matches no file; globs are relative to {folder}; correct the glob"):
-        find_files("*.txt")
-
-
-def test_a_folder_is_refused(folder, says):
-    (folder / "x").mkdir()
-    with says("x: is a folder; a file or a glob is needed; use x/**/*.txt"):
-        find_files("x")
-
-
-def test_a_broken_link_is_not_passed_over(folder, says):
-    (folder / "a.txt").symlink_to("nowhere")
-    with says("a.txt: matched by *.txt, but it is no file (a broken link?); remove it"):
-        find_files("*.txt")
-
-
-def test_a_folder_that_may_not_be_read_is_named(folder, monkeypatch, says):
-    def refuse(path: Path) -> bool:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "is_file", refuse)
-    with says("x/a.txt: cannot be read (Permission denied); make it readable for this user"):
-        find_files("x/a.txt")
+from trainer.data.sources.files import read_text
 
 
 def test_carriage_returns_are_kept(folder):

@@ -1,8 +1,16 @@
+import hashlib
+import json
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
-from trainer.data.config import SplitConfig
+from trainer.data.config import DataConfig, SplitConfig
+from trainer.data.corpus import Corpus, build_corpus
+from trainer.data.rows import jsonl
+from trainer.data.shards import TokenFile
+from trainer.data.sources.registry import JsonlSourceConfig
 from trainer.data.splits import DomainSplit, is_held_out, tail_cut
 
 
@@ -102,3 +110,64 @@ def test_a_domain_without_documents_has_no_pieces():
 def test_a_tail_needs_the_length_of_the_text():
     with pytest.raises(ValueError, match="num_characters"):
         DomainSplit(SplitConfig(kind="tail"))
+
+
+# --- where the hash leaves a side empty -------------------------------------------------------------------------------
+
+
+def _corpus(texts: list[str], *, fraction: float, part_bytes: int, cache: str, **options: Any) -> Corpus:
+    rows = [json.dumps({"text": text[2:], "ask": text[:2]}) + "\n" for text in texts]
+    Path("rows.jsonl").write_text("".join(rows))
+    source = JsonlSourceConfig(path="rows.jsonl", prompt="{ask}", domain="d")
+    split = SplitConfig(fraction=fraction, **options)
+    with mock.patch.object(jsonl, "_PART_BYTES", part_bytes), mock.patch.object(jsonl, "_CHUNK_BYTES", 50):
+        return build_corpus(DataConfig(sources=[source], split=split, cache_dir=cache, workers=1))
+
+
+def _texts(file: TokenFile) -> list[str]:
+    return bytes(file.tokens[:]).decode("latin-1").split("\xff") if file.num_tokens else []
+
+
+REPEATED = [f"text {i % 12}" for i in range(60)]  # the lowest hash of the 12 is at 0.104
+
+
+@pytest.mark.parametrize("part_bytes", [100, 1 << 20])
+@pytest.mark.parametrize(("fraction", "alone"), [(0.01, min), (0.99, max)])
+def test_auto_moves_the_text_whose_hash_is_nearest_to_an_empty_side(folder, part_bytes, fraction, alone):
+    assert len({is_held_out(text, fraction) for text in REPEATED}) == 1
+    corpus = _corpus(REPEATED, fraction=fraction, part_bytes=part_bytes, cache="cache")
+    moved = alone(REPEATED, key=lambda text: hashlib.sha256(text.encode()).digest())
+    sides = _texts(corpus.train[0]), _texts(corpus.validation[0])
+    few, many = sides if alone is max else reversed(sides)
+    assert few == [moved] * 5
+    assert many == [text for text in REPEATED if text != moved]
+    assert corpus.train[0].has_prompts and corpus.validation[0].has_prompts
+    assert corpus.train[0].num_bytes + corpus.validation[0].num_bytes == sum(map(len, REPEATED))
+    assert corpus.remarks == (
+        f"data.split: the hash at fraction {fraction} leaves one side of domain d empty; split by the text whose hash "
+        f"is nearest: {len(sides[0])} documents are learned and {len(sides[1])} held out",
+    )
+    again = build_corpus(
+        DataConfig(
+            sources=[JsonlSourceConfig(path="rows.jsonl", prompt="{ask}", domain="d")],
+            split=SplitConfig(fraction=fraction),
+            cache_dir="cache",
+        )
+    )
+    assert (again.fingerprint, again.remarks) == (corpus.fingerprint, corpus.remarks)
+
+
+def test_what_was_asked_for_is_not_changed(folder, says):
+    with says(
+        "data.split: kind hash at fraction 0.01 leaves the validation side of domain d empty (documents: 60); both "
+        "sides need one; use data.split.kind: tail"
+    ):
+        _corpus(REPEATED, fraction=0.01, part_bytes=100, cache="cache", kind="hash")
+
+
+def test_one_text_again_and_again_is_not_held_out_from_itself(folder, says):
+    with says(
+        "data.split: all documents of domain d (9) are one text, so that none can be held out that is not learned; "
+        "give it other text, or use data.split.kind: tail"
+    ):
+        _corpus(["text 1"] * 9, fraction=0.1, part_bytes=100, cache="cache")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer.errors import DataError
+from trainer.data.rows.bad import BadRow, usable
 
 _JSON_TYPES = {
     type(None): "null",
@@ -17,6 +17,9 @@ _JSON_TYPES = {
     str: "a string",
     list: "a list",
 }
+
+ANOTHER_TYPE = "of another type"
+"""Reason why a row cannot be used."""
 
 
 class Row(NamedTuple):
@@ -31,14 +34,17 @@ class Row(NamedTuple):
         """Return the value of a column; `a.b` is what column `a` has under `b`, where no column has that name.
 
         Raises:
-            DataError: if there is none.
+            BadRow: if there is none.
         """
         if column in self.values:
             return self.values[column]
         value: Any = self.values
         for key in column.split("."):
             if not isinstance(value, dict) or key not in value:
-                raise DataError(f"{self.where}: no column {column!r}; {_has(value, key)}; correct the name or the row")
+                raise BadRow(
+                    f"{self.where}: no column {column!r}; {_has(value, key)}; correct the name or the row",
+                    reason="without a column",
+                )
             value = value[key]
         return value
 
@@ -46,12 +52,13 @@ class Row(NamedTuple):
         """Return the string in a column.
 
         Raises:
-            DataError: if there is none.
+            BadRow: if there is none.
         """
         value = self.value(column)
         if not isinstance(value, str):
-            raise DataError(
-                f"{self.where}: {column!r} is {type_name(value)}; it must be a string; correct or remove the row"
+            raise BadRow(
+                f"{self.where}: {column!r} is {type_name(value)}; it must be a string; correct or remove the row",
+                reason=ANOTHER_TYPE,
             )
         return value
 
@@ -84,12 +91,24 @@ class Rows(ABC):
         """
 
     @abstractmethod
+    def entries(self, part: Part) -> Iterator[Row | BadRow]:
+        """Yield the rows of one of this object's parts, those that cannot be read as what is wrong with them.
+
+        Raises:
+            DataError: naming the file, if it cannot be read to its end.
+        """
+
     def read(self, part: Part) -> Iterator[Row]:
         """Yield the rows of one of this object's parts.
 
         Raises:
             DataError: naming file and row, if one is unreadable.
         """
+        return usable(self.entries(part))
+
+    def taken(self) -> list[str]:
+        """Return what is taken where a folder does not say it: a line for each."""
+        return []
 
     def origin(self) -> str:
         """Return what is read and is no local file: its addresses and their versions. Empty if all files are local."""
@@ -107,7 +126,7 @@ class Rows(ABC):
                 found = True
                 yield row
         if not found:
-            raise DataError(f"{self}: holds no rows; it needs some; correct the path")
+            raise BadRow(f"{self}: holds no rows; it needs some; correct the path")
 
 
 def type_name(value: Any) -> str:

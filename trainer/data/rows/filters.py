@@ -9,8 +9,8 @@ from pydantic import AfterValidator, Field
 from trainer.config.base import Config, Problem
 from trainer.config.nodes import shown
 from trainer.config.numbers import Whole
-from trainer.data.rows.base import Row, type_name
-from trainer.errors import DataError
+from trainer.data.rows.bad import BadRow
+from trainer.data.rows.base import ANOTHER_TYPE, Row, type_name
 
 Scalar = str | int | float | bool | None
 
@@ -63,7 +63,7 @@ class FilterConfig(Config):
         """Return whether a row passes.
 
         Raises:
-            DataError: if the row has no such column, or a value of a type that a condition does not fit.
+            BadRow: if the row has no such column, or a value of a type that a condition does not fit.
         """
         value = row.value(self.column)
         if self.one_of is not None and not _is_among(value, self.one_of):
@@ -76,9 +76,10 @@ class FilterConfig(Config):
         if self.at_least is None and self.at_most is None:
             return True
         if not isinstance(value, int | float) or isinstance(value, bool):
-            raise DataError(
+            raise BadRow(
                 f"{row.where}: {self.column!r} is {type_name(value)}; at_least and at_most need a number; correct the "
-                "row or the filter"
+                "row or the filter",
+                reason=ANOTHER_TYPE,
             )
         return (self.at_least is None or value >= self.at_least) and (self.at_most is None or value <= self.at_most)
 

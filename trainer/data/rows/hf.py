@@ -5,6 +5,7 @@ missing, once it has seen the first 10 MB.
 """
 
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,13 +13,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from trainer.data.rows import jsonl
+from trainer.data.rows.bad import BadRow
 from trainer.data.rows.base import Part, Row, Rows
-from trainer.data.rows.jsonl import JsonlRows, Lines
+from trainer.data.rows.jsonl import JsonlRows, Lines, no_rows
+from trainer.data.rows.memory import bounded
 from trainer.data.rows.registry import FORMATS, DatasetConfig
-from trainer.data.sources.files import find_files, open_binary, readable
+from trainer.data.rows.tables import lines_left_out, one_line, row_of, values_in
+from trainer.data.sources.files import open_binary, readable
+from trainer.data.sources.finding import OF_FORMAT, find_files, taken_from_folders
 from trainer.errors import DataError
 
-_BATCH_ROWS = 1000
+_BATCH_ROWS = 100
+"""In memory at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,13 +36,27 @@ class Shard(Part):
     name: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmptyFile(Part):
+    """A file of no bytes, which no library takes for one of its format."""
+
+    name: str
+
+
 class HfRows(Rows):
     """A split of a data set."""
 
-    def __init__(self, config: DatasetConfig, *, columns: Iterable[str] = ()) -> None:
-        """Take the options; `columns` are the only ones that are wanted, or none for all."""
+    def __init__(self, config: DatasetConfig, *, columns: Iterable[str] = (), skips_bad_rows: bool = False) -> None:
+        """Take the options.
+
+        Args:
+            config: which data set.
+            columns: the only ones that are wanted; none: all.
+            skips_bad_rows: whether lines of a csv with too many fields are bad rows, and not an error of the file.
+        """
         self._config = config
         self._columns = sorted(set(columns))
+        self._skips_bad_rows = skips_bad_rows
 
     def files(self) -> list[Path]:
         """Return the local files.
@@ -54,7 +75,8 @@ class HfRows(Rows):
         remote = [name for name in self._names if "://" in name]
         if all(name.startswith("hf://") for name in remote):
             return "\n".join(remote)
-        versions = getattr(self._files, "origin_metadata", [])  # of a web server, the ETag
+        of_split = self._loaded[0].config.data_files[self._config.split]
+        versions = getattr(of_split, "origin_metadata", [])  # of a web server, the ETag
         return "\n".join([*remote, *("/".join(version) for version in versions)])
 
     def parts(self) -> Sequence[Part]:
@@ -65,65 +87,131 @@ class HfRows(Rows):
         """
         if self._is_local_json:
             return self._lines.parts()
+        empty = [EmptyFile(name=name, size_bytes=0) for name in self._names if _is_empty(name)]
+        names = [name for name in self._names if not _is_empty(name)]
+        if empty and not names:
+            return empty
         with self._explained():
             num_shards = self._stream.num_shards
-        names = self._names if len(self._names) == num_shards else [f"{self} shard {i}" for i in range(num_shards)]
+        names = names if len(names) == num_shards else [f"{self} shard {i}" for i in range(num_shards)]
         sizes = [Path(name).stat().st_size if Path(name).is_file() else 0 for name in names]
-        return [
+        shards = [
             Shard(index=i, name=name, size_bytes=size) for i, (name, size) in enumerate(zip(names, sizes, strict=True))
         ]
+        return [*empty, *shards]
 
-    def read(self, part: Part) -> Iterator[Row]:
-        """Yield the rows of a shard.
+    def entries(self, part: Part) -> Iterator[Row | BadRow]:
+        """Yield the rows of a shard, those that cannot be read as what is wrong with them.
 
         Raises:
-            DataError: naming file and row, if it cannot be read.
+            DataError: naming the file and about the row, if the library cannot go on.
         """
         if isinstance(part, Lines):
-            yield from self._lines.read(part)
-            return
-        assert isinstance(part, Shard), "parts() gave it"
+            yield from self._lines.entries(part)
+        elif isinstance(part, EmptyFile):
+            yield no_rows(part.name)
+        else:
+            assert isinstance(part, Shard), "parts() gave it"
+            yield from self._rows_of(part)
+
+    def _rows_of(self, part: Shard) -> Iterator[Row | BadRow]:
         number = 0
         with self._explained():
             shard = self._stream.shard(self._stream.num_shards, part.index)
             tables = shard.with_format("arrow").iter(batch_size=_BATCH_ROWS)
         while True:
-            with self._explained(f"{part.name}: row {number + 1} or one of the next {_BATCH_ROWS}"):
+            where = f"{part.name}: row {number + 1} or one of the next {_BATCH_ROWS}"
+            with self._explained(where), lines_left_out(part.name) as left_out:
                 table = next(tables, None)
-                rows = [] if table is None else table.to_pylist()
+                rows = [] if table is None else values_in(table)
+            yield from left_out
             if table is None:
                 break
             for values in rows:
                 number += 1
-                yield Row(f"{part.name}: row {number}", values)
+                yield row_of(values, f"{part.name}: row {number}")
         if number == 0:
-            raise DataError(f"{part.name}: holds no rows; every file needs some; remove it")
+            yield no_rows(part.name)
 
     def __str__(self) -> str:
         return ":".join(part for part in (self._config.path, self._config.name, self._config.split) if part)
 
     @cached_property
-    def _builder(self) -> Any:
+    def _patterns(self) -> list[str]:
+        """What `data_files` names."""
+        data_files = self._config.data_files or []
+        return [data_files] if isinstance(data_files, str) else data_files
+
+    def _found(self) -> list[str]:
+        """Return what `data_files` names, as the library takes it: it knows no braces, and no folder.
+
+        Raises:
+            DataError: if local files of a format are not there, which the library says less clearly.
+        """
+        if self._config.path not in FORMATS:
+            return self._patterns
+        found: list[str] = []
+        for pattern in self._patterns:
+            files = [] if "://" in pattern else find_files(pattern, OF_FORMAT[self._config.path])
+            is_ours = "{" in pattern or Path(pattern).is_dir()
+            found += [str(path) for path in files] if files and is_ours else [pattern]
+        return found
+
+    def taken(self) -> list[str]:
+        """Return a line for each folder that files are taken from."""
+        if self._config.path not in FORMATS:
+            return []
+        return taken_from_folders(self._patterns, OF_FORMAT[self._config.path])
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, dict[str, list[str]]]:
+        """What the library reads files with that are not empty, and all files of each split."""
         datasets = _library()
         config = self._config
-        if config.path in FORMATS and config.data_files is not None:
-            local = [config.data_files] if isinstance(config.data_files, str) else config.data_files
-            find_files([pattern for pattern in local if "://" not in pattern])  # says what is wrong more clearly
         options = {"keep_default_na": False} if config.path == "csv" else {}  # `NA` is a text like any other
         with self._explained():
-            return datasets.load_dataset_builder(
+            builder = datasets.load_dataset_builder(
                 config.path,
                 name=config.name,
                 revision=config.revision,
-                data_files=None if config.data_files is None else {config.split: _pinned(config.data_files)},
+                data_files=None if not self._patterns else {config.split: _pinned(self._found())},
                 data_dir=config.data_dir,
                 **options,
             )
+        self._check_inside(builder)
+        if builder.name == "parquet":  # by default it reads a whole row group at a time
+            builder.config.batch_size = _BATCH_ROWS
+        if builder.name == "csv" and self._skips_bad_rows:
+            builder.config.on_bad_lines = "warn"
+        files = builder.config.data_files or {}
+        named = {str(split): [str(name) for name in names] for split, names in files.items()}
+        for names in files.values():
+            names[:] = [name for name in names if not _is_empty(str(name))]
+        return builder, named
+
+    def _check_inside(self, builder: Any) -> None:
+        """Refuse files outside of a local data set, which its README.md may name; of the hub the library does.
+
+        Raises:
+            DataError: if there is one.
+        """
+        config = self._config
+        if config.data_files is not None or not Path(config.path).is_dir():
+            return
+        roots = [os.path.realpath(root) for root in (config.path, Path(config.path, config.data_dir or "."))]
+        for name in (str(name) for names in (builder.config.data_files or {}).values() for name in names):
+            path = Path(os.path.normpath(name))
+            if "://" in name or "::" in name or not any(path.is_relative_to(root) for root in roots):
+                raise DataError(
+                    f"{self}: its README.md names {name}, which is not in {config.path}; a data set reads files of its "
+                    "own; correct README.md, or name files by data_files"
+                )
 
     @cached_property
     def _stream(self) -> Any:
+        """The rows of all files that are not empty."""
         with self._explained():
-            stream = self._builder.as_streaming_dataset(split=self._config.split)
+            stream = self._loaded[0].as_streaming_dataset(split=self._config.split)
             if self._columns and stream.features is not None:
                 # A column that is not there is reported with the first row, beside those that are.
                 wanted = {column if column in stream.features else column.split(".")[0] for column in self._columns}
@@ -134,20 +222,16 @@ class HfRows(Rows):
     @cached_property
     def _names(self) -> list[str]:
         """Paths and addresses of the split's files; none for a data set that a script makes."""
-        return [str(name) for name in self._files]
-
-    @cached_property
-    def _files(self) -> Sequence[str]:
-        data_files = self._builder.config.data_files or {}
-        if data_files and self._config.split not in data_files:
-            known = ", ".join(str(split) for split in data_files)
+        named = self._loaded[1]
+        if named and self._config.split not in named:
+            known = ", ".join(named)
             raise DataError(f"{self}: no split {self._config.split!r}; the data set has {known}; correct `split`")
-        return data_files.get(self._config.split, [])
+        return named.get(self._config.split, [])
 
     @cached_property
     def _is_local_json(self) -> bool:
         """Whether these are JSON Lines; a file may also be one list, which the library reads whole."""
-        if self._builder.name != "json" or not self._names or self.origin():
+        if self._loaded[0].name != "json" or not self._names or self.origin():
             return False
         return all(not _starts_a_list(path) for path in self.files())
 
@@ -157,29 +241,33 @@ class HfRows(Rows):
 
     @contextmanager
     def _explained(self, where: str = "") -> Iterator[None]:
-        """Make one line of whatever the library raises."""
+        """Make one line of whatever the library raises, and let it take no more memory than some rows need."""
         try:
-            yield
+            with bounded(
+                where or f"{self}",
+                f"a row has at most {jsonl.MAX_ROW_BYTES} bytes: split those that have more, or the file",
+            ):
+                yield
         except DataError:
             raise
         except ConnectionError as error:
             raise DataError(
-                f"{self}: cannot be reached ({_line(error)}); the hub or its cache is needed; check the network, or "
+                f"{self}: cannot be reached ({one_line(error)}); the hub or its cache is needed; check the network, or "
                 "give local files"
             ) from error
         except MemoryError:
             raise
         except Exception as error:  # of any library that reads a format
-            reason = _line(error) or type(error).__name__
+            reason = one_line(error) or type(error).__name__
             raise DataError(f"{where or self}: cannot be read ({reason}); correct the data or its options") from error
 
 
-def _pinned(data_files: str | list[str]) -> list[str]:
+def _pinned(data_files: list[str]) -> list[str]:
     """Put the commit into addresses of the hub: what is at a branch tomorrow is another text."""
     from huggingface_hub import HfApi, HfFileSystem
 
     pinned = []
-    for address in [data_files] if isinstance(data_files, str) else data_files:
+    for address in data_files:
         if address.startswith("hf://datasets/"):
             place: Any = HfFileSystem().resolve_path(address)
             commit = HfApi().dataset_info(place.repo_id, revision=place.revision).sha
@@ -202,6 +290,6 @@ def _library() -> Any:
     return datasets
 
 
-def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else ""
+def _is_empty(name: str) -> bool:
+    """Return whether a file has no bytes; of those elsewhere that is not known."""
+    return "://" not in name and Path(name).is_file() and Path(name).stat().st_size == 0

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.data.rows.base import Part, Row, Rows, type_name
+from trainer.data.rows.bad import BadRow
+from trainer.data.rows.base import ANOTHER_TYPE, Part, Row, Rows, type_name
 from trainer.data.sources import files
-from trainer.errors import DataError
+from trainer.data.sources.finding import JSON_LINES, find_files, taken_from_folders
 
 MAX_ROW_BYTES = 128 << 20
 """Largest row; a file without line ends is no reason to fill the memory."""
@@ -36,9 +37,13 @@ class JsonlRows(Rows):
         """Return the files: paths in order, the matches of a glob sorted, each file once.
 
         Raises:
-            DataError: if a path is missing or a folder, or a glob matches no file.
+            DataError: if there are none where a path, glob or folder says.
         """
-        return files.find_files(self._path)
+        return find_files(self._path, JSON_LINES)
+
+    def taken(self) -> list[str]:
+        """Return a line for each folder that files are taken from."""
+        return taken_from_folders(self._path, JSON_LINES)
 
     def parts(self) -> list[Lines]:
         """Return pieces of 16 MB, cut behind a line; a compressed file is one.
@@ -48,22 +53,21 @@ class JsonlRows(Rows):
         """
         return [part for path in self.files() for part in _cut(path)]
 
-    def read(self, part: Part) -> Iterator[Row]:
-        """Yield the rows of a part.
+    def entries(self, part: Part) -> Iterator[Row | BadRow]:
+        """Yield the rows of a part, or `file:line: reason` where a line is no JSON object in UTF-8 or a file has none.
 
         Raises:
-            DataError: as `file:line: reason`, if a line is not a JSON object in UTF-8, or a whole file has no row.
+            DataError: if the file cannot be read, or is damaged.
         """
         assert isinstance(part, Lines), "parts() gave it"
         has_rows = False
         for line, content, first_byte in _lines(part):
-            where = f"{part.path}:{line}"
-            text = files.decode(content, part.path, first_byte=first_byte, first_line=line)
-            if text.strip():
+            row = _row(content, part.path, line=line, first_byte=first_byte)
+            if row is not None:
                 has_rows = True
-                yield Row(where, _parse(text, where=where))
+                yield row
         if not has_rows and part.start_byte == 0 and _is_whole(part):
-            raise DataError(f"{part.path}: holds no rows (empty or only white space); every file needs some; remove it")
+            yield no_rows(part.path)
 
     def __str__(self) -> str:
         return self._path if isinstance(self._path, str) else ", ".join(self._path)
@@ -108,13 +112,38 @@ def _lines(part: Lines) -> Iterator[tuple[int, bytes, int]]:
             content = file.readline(MAX_ROW_BYTES + 1)
             if not content:
                 return
-            if len(content) > MAX_ROW_BYTES:
-                raise DataError(
-                    f"{part.path}:{line}: more than {MAX_ROW_BYTES} bytes in one row; that is the limit; split the row"
-                )
             yield line, content, position
             position += len(content)
             line += 1
+            while len(content) > MAX_ROW_BYTES and not content.endswith(b"\n"):  # the rest of what is too large
+                rest = file.readline(_CHUNK_BYTES)
+                position += len(rest)
+                if not rest or rest.endswith(b"\n"):
+                    break
+
+
+def _row(content: bytes, path: Path, *, line: int, first_byte: int) -> Row | BadRow | None:
+    """Return the row of a line, or what is wrong with it; None for a blank one."""
+    where = f"{path}:{line}"
+    try:
+        if len(content) > MAX_ROW_BYTES:
+            raise too_large(where)
+        text = files.decode(content, path, first_byte=first_byte, first_line=line)
+        return Row(where, _parse(text, where=where)) if text.strip() else None
+    except BadRow as bad:
+        return bad
+
+
+def too_large(where: str) -> BadRow:
+    """Return the error for a row over the limit."""
+    message = f"{where}: more than {MAX_ROW_BYTES} bytes in one row; that is the limit; split the row"
+    return BadRow(message, reason=files.TOO_LARGE)
+
+
+def no_rows(path: Path | str) -> BadRow:
+    """Return the error for a file without rows."""
+    message = f"{path}: holds no rows (empty or only white space); every file needs some; remove it"
+    return BadRow(message, reason="a file without rows", file=path)
 
 
 def _parse(text: str, *, where: str) -> dict[str, Any]:
@@ -127,5 +156,8 @@ def _parse(text: str, *, where: str) -> dict[str, Any]:
     else:
         if isinstance(row, dict):
             return row
-        raise DataError(f"{where}: the row is {type_name(row)}; every row is an object; correct or remove it")
-    raise DataError(f"{where}: not JSON ({reason}); every line is one JSON object; correct or remove it")
+        message = f"{where}: the row is {type_name(row)}; every row is an object; correct or remove it"
+        raise BadRow(message, reason=ANOTHER_TYPE)
+    raise BadRow(
+        f"{where}: not JSON ({reason}); every line is one JSON object; correct or remove it", reason="not JSON"
+    )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from trainer.config.base import Config, PathText, Problem
+from trainer.config.base import Config, PathText, Problem, at_home
 
 if TYPE_CHECKING:
     from trainer.data.rows.base import Rows
@@ -24,7 +24,8 @@ class JsonlRowsConfig(Config):
 
     kind: Literal["jsonl"] = "jsonl"
     path: Paths
-    """A file, a glob, or a list of them; relative to the working directory."""
+    """A file, a glob such as rows/*.{jsonl,jsonl.gz}, a folder (its .jsonl and .ndjson files, in all folders below), or
+    a list of them; relative to the working directory."""
 
     def rows(self) -> Rows:
         """Make what reads them."""
@@ -36,7 +37,7 @@ class JsonlRowsConfig(Config):
 class DatasetConfig(Config):
     """Whatever Hugging Face `datasets` reads: a data set of the hub, or local parquet, arrow, csv, json and text."""
 
-    path: Name
+    path: Annotated[Name, AfterValidator(at_home)]
     """Name of a data set on the hub, a local folder, or a format (parquet, arrow, csv, json, text) of `data_files`."""
     name: Name | None = None
     """Which of the data set's configurations."""
@@ -45,7 +46,8 @@ class DatasetConfig(Config):
     split: Name = "train"
     """Which split of the data set, as its authors cut it."""
     data_files: Paths | None = None
-    """Files, globs or addresses, relative to the data set, or to the working directory for a format."""
+    """Files, globs or addresses, relative to the data set, or to the working directory for a format. Of a format also a
+    folder: all its files of that format."""
     data_dir: PathText | None = None
     """Folder inside the data set."""
 
@@ -54,16 +56,22 @@ class DatasetConfig(Config):
         yield from super().problems()
         if self.path in FORMATS and self.data_files is None:
             yield Problem("path", f"{self.path} is a format; say which files with data_files")
+        if self.path == "pandas":
+            yield Problem("path", "pandas reads pickles, which can run code; write the data as parquet")
 
     def rows(self) -> Rows:
         """Make what reads them."""
         from trainer.data.rows.hf import HfRows
 
-        return HfRows(self, columns=self.columns())
+        return HfRows(self, columns=self.columns(), skips_bad_rows=self.skips_bad_rows())
 
     def columns(self) -> set[str]:
         """Return every column that is read; none means all."""
         return set()
+
+    def skips_bad_rows(self) -> bool:
+        """Return whether a row that cannot be used is left out."""
+        return False
 
 
 class HfRowsConfig(DatasetConfig):

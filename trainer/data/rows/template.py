@@ -13,8 +13,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 
 from trainer.config.nodes import shown
-from trainer.data.rows.base import Row, type_name
-from trainer.errors import DataError
+from trainer.data.rows.bad import BadRow
+from trainer.data.rows.base import ANOTHER_TYPE, Row, type_name
 
 _TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -70,7 +70,7 @@ class Template:
         """Return the text for a row.
 
         Raises:
-            DataError: naming row and column, if a value is missing, of another type or not valid Unicode.
+            BadRow: naming row and column, if a value is missing, of another type or not valid Unicode.
         """
         return "".join(piece if isinstance(piece, str) else _format(row, *piece) for piece in self._pieces)
 
@@ -103,16 +103,19 @@ def check_unicode(text: str, column: str, *, where: str) -> str:
     """Return a text as it is.
 
     Raises:
-        DataError: if it has half of a surrogate pair, which JSON can escape and no encoding of text can hold.
+        BadRow: if it has half of a surrogate pair, which JSON can escape and no encoding of text can hold.
     """
     if not text.isascii() and (half := _SURROGATE.search(text)):
-        raise DataError(
+        raise BadRow(
             f"{where}: {column!r} has the lone surrogate \\u{ord(half[0]):04x} at character {half.start()}; text must "
-            "be valid Unicode; correct or remove the row"
+            "be valid Unicode; correct or remove the row",
+            reason="not Unicode",
         )
     return text
 
 
-def _wrong(row: Row, column: str, value: Any, needed: str) -> DataError:
+def _wrong(row: Row, column: str, value: Any, needed: str) -> BadRow:
     shown = value if isinstance(value, int | float) else type_name(value)
-    return DataError(f"{row.where}: {column!r} is {shown}; it must be {needed}; correct or remove the row")
+    return BadRow(
+        f"{row.where}: {column!r} is {shown}; it must be {needed}; correct or remove the row", reason=ANOTHER_TYPE
+    )

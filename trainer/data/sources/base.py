@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.data.rows.bad import BadRow, SkippedCounter
 from trainer.data.rows.base import Part
 
 
@@ -28,6 +29,8 @@ class Source(ABC):
     """Share of the mixture, split evenly over the domains found."""
     rejects_copies: bool = False
     """Whether two files with the same content are a mistake."""
+    skips_bad_rows: bool = False
+    """Whether a document that cannot be used is left out and counted, and no error."""
 
     @abstractmethod
     def files(self) -> list[Path]:
@@ -55,15 +58,50 @@ class Source(ABC):
             DataError: naming the file (and line), if one is unreadable, empty or not UTF-8.
         """
 
+    def entries(self, part: Part) -> Iterator[Document | BadRow]:
+        """Yield the documents of a part, and in place of those that cannot be used what is wrong with them.
+
+        Raises:
+            DataError: if a file cannot be read to its end.
+        """
+        return self.read(part)
+
+    def taken(self) -> list[str]:
+        """Return what is taken where a folder does not say it: a line for each."""
+        return []
+
     def origin(self) -> str:
         """Return what is read and is no local file: its addresses and their versions. Empty if all files are local."""
         return ""
 
-    def documents(self) -> Iterator[Document]:
-        """Yield all documents, part by part.
+    def usable(self, part: Part | None, skipped: SkippedCounter, *, first: int = 0) -> Iterator[Document]:
+        """Yield the documents of a part that are to be learned.
+
+        Args:
+            part: None: all parts, one after the other.
+            skipped: counts those that are left out.
+            first: documents to pass over, with what is left out before them.
 
         Raises:
-            DataError: as `parts` and `read`.
+            DataError: as `parts` and `read`; of what cannot be used, if it is not to be left out.
         """
-        for part in self.parts():
-            yield from self.read(part)
+        number = 0
+        for one in self.parts() if part is None else [part]:
+            for entry in self.entries(one):
+                is_wanted = number >= first
+                if not isinstance(entry, BadRow):
+                    number += 1
+                    if is_wanted:
+                        yield entry
+                elif not self.skips_bad_rows:
+                    raise entry
+                elif is_wanted:
+                    skipped.add(entry)
+
+    def documents(self) -> Iterator[Document]:
+        """Yield all documents that are to be learned, part by part.
+
+        Raises:
+            DataError: as `usable`.
+        """
+        return self.usable(None, SkippedCounter())

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from trainer.config.base import Config, Problem, repeated
 from trainer.config.nodes import shown
+from trainer.data.rows.bad import OnBadRow
 from trainer.data.rows.filters import FilterConfig
 from trainer.data.rows.registry import DatasetConfig, JsonlRowsConfig, Name, Paths
 from trainer.data.rows.template import Template, TemplateText
@@ -49,9 +50,13 @@ class TextSourceConfig(Config):
 
     kind: Literal["text"] = "text"
     path: Paths
-    """A file, a glob such as corpus/**/*.txt, or a list of them; relative to the working directory."""
+    """A file, a glob such as corpus/**/*.{txt,md}, a folder (its .txt, .text, .md and .rst files, in all folders
+    below), or a list of them; relative to the working directory."""
     domain: Domain = "text"
     """Name of the domain in per-domain losses."""
+    on_bad_row: OnBadRow = "error"
+    """What becomes of a file that cannot be used (empty, not UTF-8, damaged, too large): `error` ends the run with its
+    name; `skip` leaves it out, counts it and lists the first ones in runs/NAME/skipped_rows.jsonl."""
     weight: Weight = 1.0
     """Share of the mixture."""
 
@@ -72,6 +77,10 @@ class TableConfig(Config):
     """What is read before `text` and not learned: no token of it is a target."""
     filters: list[FilterConfig] = Field(default=[])
     """Rows that do not pass all of these are left out."""
+    on_bad_row: OnBadRow = "error"
+    """What becomes of a row that cannot be used (not JSON, null, of another type, without text, too large), and of a
+    file without rows: `error` ends the run with its place; `skip` leaves it out, counts it and lists the first ones in
+    runs/NAME/skipped_rows.jsonl. A file that cannot be read to its end is an error all the same."""
     domain_key: Name | None = None
     """Column with the document's domain. Null: all documents are of `domain`."""
     domain: Domain
@@ -89,6 +98,10 @@ class TableConfig(Config):
         """Return every column that is read."""
         named = [*Template(self.text).columns, *Template(self.prompt).columns, *(f.column for f in self.filters)]
         return {*named, self.domain_key} if self.domain_key is not None else set(named)
+
+    def skips_bad_rows(self) -> bool:
+        """Return whether a row that cannot be used is left out."""
+        return self.on_bad_row == "skip"
 
 
 class JsonlSourceConfig(TableConfig, JsonlRowsConfig):

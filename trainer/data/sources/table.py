@@ -5,11 +5,12 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from trainer.data.rows.bad import BadRow, usable
 from trainer.data.rows.base import Part, Row, Rows
 from trainer.data.rows.template import Template
 from trainer.data.sources.base import Document, Source
+from trainer.data.sources.files import NO_TEXT
 from trainer.data.sources.registry import Domain, TableConfig
-from trainer.errors import DataError
 
 _DOMAIN = TypeAdapter(Domain)
 
@@ -21,6 +22,7 @@ class TableSource(Source):
 
     def __init__(self, rows: Rows, config: TableConfig) -> None:
         self.weight = config.weight
+        self.skips_bad_rows = config.on_bad_row == "skip"
         self._rows = rows
         self._config = config
         self._text, self._prompt = Template(config.text), Template(config.prompt)
@@ -33,6 +35,10 @@ class TableSource(Source):
             DataError: if there are none.
         """
         return self._rows.files()
+
+    def taken(self) -> list[str]:
+        """Return a line for each folder that files are taken from."""
+        return self._rows.taken()
 
     def origin(self) -> str:
         """Return the addresses of what is not local, with their versions."""
@@ -52,16 +58,34 @@ class TableSource(Source):
         Raises:
             DataError: naming file and row, if a row is unreadable or does not have what is asked of it.
         """
-        for row in self._rows.read(part):
-            if all(condition.keeps(row) for condition in self._config.filters):
-                yield self._document(row)
+        return usable(self.entries(part))
+
+    def entries(self, part: Part) -> Iterator[Document | BadRow]:
+        """Yield a document for each row of a part that passes the filters, or what is wrong with the row.
+
+        Raises:
+            DataError: naming the file, if it cannot be read to its end.
+        """
+        for row in self._rows.entries(part):
+            entry = row if isinstance(row, BadRow) else self._entry(row)
+            if entry is not None:
+                yield entry
+
+    def _entry(self, row: Row) -> Document | BadRow | None:
+        """Return the document of a row; None if it does not pass the filters."""
+        try:
+            is_kept = all(condition.keeps(row) for condition in self._config.filters)
+            return self._document(row) if is_kept else None
+        except BadRow as bad:
+            return bad
 
     def _document(self, row: Row) -> Document:
         text = self._text.render(row)
         if not text.strip():
-            raise DataError(
+            raise BadRow(
                 f"{row.where}: {self._config.text!r} holds no text (empty or only white space); every row needs some; "
-                "remove it"
+                "remove it",
+                reason=NO_TEXT,
             )
         return Document(name=row.where, domain=self._domain(row), text=text, prompt=self._prompt.render(row))
 
@@ -73,9 +97,10 @@ class TableSource(Source):
             try:
                 _DOMAIN.validate_python(domain)
             except ValidationError as error:
-                raise DataError(
+                raise BadRow(
                     f"{row.where}: domain {domain!r} is no name; names are 1 to 64 letters, digits, dots, dashes and "
-                    "underscores; correct the row or set another domain_key"
+                    "underscores; correct the row or set another domain_key",
+                    reason="of a domain that is no name",
                 ) from error
             self._known_domains.add(domain)
         return domain

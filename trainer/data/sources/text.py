@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.data.rows.bad import BadRow, usable
 from trainer.data.rows.base import Part
 from trainer.data.sources.base import Document, Source
-from trainer.data.sources.files import find_files, read_text, readable
+from trainer.data.sources.files import read_text, readable
+from trainer.data.sources.finding import TEXT, find_files, taken_from_folders
 from trainer.data.sources.registry import TextSourceConfig
 
 _PART_BYTES = 16 << 20
@@ -24,21 +26,26 @@ class TextSource(Source):
 
     def __init__(self, config: TextSourceConfig) -> None:
         self.weight = config.weight
+        self.skips_bad_rows = config.on_bad_row == "skip"
         self._config = config
 
     def files(self) -> list[Path]:
         """Return the files: paths in order, the matches of a glob sorted, each file once.
 
         Raises:
-            DataError: if a path is missing or a folder, or a glob matches no file.
+            DataError: if there are none where a path, glob or folder says.
         """
-        return find_files(self._config.path)
+        return find_files(self._config.path, TEXT)
+
+    def taken(self) -> list[str]:
+        """Return a line for each folder that files are taken from."""
+        return taken_from_folders(self._config.path, TEXT)
 
     def parts(self) -> list[Files]:
         """Return groups of files of about 16 MB.
 
         Raises:
-            DataError: if a path is missing or a folder, or a glob matches no file.
+            DataError: if there are none where a path, glob or folder says.
         """
         parts: list[Files] = []
         group: list[Path] = []
@@ -58,6 +65,20 @@ class TextSource(Source):
         Raises:
             DataError: naming the file, if one is unreadable, empty or not UTF-8.
         """
+        return usable(self.entries(part))
+
+    def entries(self, part: Part) -> Iterator[Document | BadRow]:
+        """Yield each file's text, or what is wrong with it.
+
+        Raises:
+            DataError: naming the file, if the system does not let it be read.
+        """
         assert isinstance(part, Files), "parts() gave it"
         for path in part.paths:
-            yield Document(name=str(path), domain=self._config.domain, text=read_text(path))
+            yield self._document(path)
+
+    def _document(self, path: Path) -> Document | BadRow:
+        try:
+            return Document(name=str(path), domain=self._config.domain, text=read_text(path))
+        except BadRow as bad:
+            return bad

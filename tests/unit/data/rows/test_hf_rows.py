@@ -110,7 +110,7 @@ BAD = {
     "no parquet": (options(path="parquet", data_files="bad.parquet"), "parquet:train: cannot be read ("),
     "a torn csv": (
         options(path="csv", data_files="torn.csv"),
-        "torn.csv: row 1 or one of the next 1000: cannot be read (",
+        "torn.csv: row 1 or one of the next 100: cannot be read (",
     ),
     "a truncated zst": (options(path="json", data_files="cut.jsonl.zst"), "cut.jsonl.zst: damaged zstd data ("),
     "no such split": (options(path="set", split="test"), "set:test: no split 'test'; the data set has train"),
@@ -136,3 +136,70 @@ def test_what_cannot_be_read_is_one_line(name):
         read(**given)
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def _card(configs: str) -> None:
+    Path("set/data").mkdir(parents=True)
+    Path("outside").mkdir()
+    Path("set/data/train.jsonl").write_text('{"text": "inside"}\n')
+    Path("outside/secret.jsonl").write_text('{"text": "secret"}\n')
+    Path("set/README.md").write_text(f"---\nconfigs:\n- config_name: default\n{configs}\n---\n")
+
+
+@pytest.mark.parametrize(
+    "configs",
+    [
+        "  data_files: ../outside/secret.jsonl",
+        "  data_files: ../outside/*.jsonl",
+        "  data_files: data/../../outside/secret.jsonl",
+        "  data_files: {folder}/outside/secret.jsonl",
+        "  data_dir: ../outside",
+        "  data_files: [{{split: train, path: data/train.jsonl}}, {{split: test, path: ../outside/secret.jsonl}}]",
+    ],
+)
+def test_a_data_set_that_names_files_outside_of_it_is_refused(tmp_path, configs):
+    _card(configs.format(folder=tmp_path))
+    with pytest.raises(DataError) as error:
+        read("set")
+    assert str(error.value).startswith("set:train: its README.md names ")
+    assert str(error.value).endswith(
+        "secret.jsonl, which is not in set; a data set reads files of its own; correct README.md, or name files by "
+        "data_files"
+    )
+
+
+def test_a_data_set_names_files_in_it_which_may_be_links(tmp_path):
+    _card("  data_files: data/*.jsonl")
+    Path("set/data/train.jsonl").rename("blob")
+    Path("set/data/train.jsonl").symlink_to(tmp_path / "blob")  # as the hub's cache has them
+    assert [row.values for row in read("set")] == [{"text": "inside"}]
+
+
+def test_files_that_the_config_names_may_be_anywhere():
+    _card("  data_files: data/*.jsonl")
+    assert [row.values for row in read("set", data_files="../outside/*.jsonl")] == [{"text": "secret"}]
+
+
+def test_a_row_that_cannot_be_read_is_named(tmp_path):
+    bytes_ = pa.array([b"a"] * 7 + [b"\xff"] + [b"b"])
+    column = pa.StringArray.from_buffers(9, *bytes_.buffers()[1:])
+    pq.write_table(pa.table({"text": column}), "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: row 8: cannot be read \('utf-8' codec can't decode byte 0xff"):
+        read("parquet", data_files="a.parquet")
+
+
+def test_a_row_over_the_limit_is_named(monkeypatch):
+    monkeypatch.setattr("trainer.data.rows.jsonl.MAX_ROW_BYTES", 20)
+    pq.write_table(pa.table({"text": ["a" * 20, "é" * 11]}), "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: row 2: more than 20 bytes in one row; that is the limit"):
+        read("parquet", data_files="a.parquet")
+
+
+def test_an_empty_file_among_others_is_named():
+    for name in ("0.parquet", "2.parquet"):
+        Path(name).touch()
+    pq.write_table(pa.table({"text": ["a"]}), "1.parquet")
+    with pytest.raises(
+        DataError, match=r"0\.parquet: holds no rows \(empty or only white space\); every file needs some"
+    ):
+        read("parquet", data_files="*.parquet")
