@@ -82,7 +82,7 @@ def launched(
             "WORLD_SIZE": str(world_size),
             "LOCAL_WORLD_SIZE": str(ranks_per_node or world_size),
             "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
+            "LOCAL_RANK": str(rank % (ranks_per_node or world_size)),
         }
         errors.append(folder / f"stderr.{rank}")
         processes.append(

@@ -33,8 +33,8 @@ _LISTEN_S = 2.5
 """Between two readings, so that a living rank's beat changes for certain."""
 _LOOK_S, _LONGEST_PAUSE_S = 2.0, 0.5
 """Between looks at who lives, while a meeting is waited for; between questions whether all have come."""
-_ANSWER_S = 2.0
-"""The store has so long to answer when this rank has given up."""
+_ANSWER_S = 4.0
+"""The store has so long to answer when this rank has given up, unless it was silent before."""
 _KEY_S = 5.0
 """A beat that should be in the store has so long to appear."""
 _GUARD_S = 0.25
@@ -168,8 +168,8 @@ class Watch:
         waited_s = self.journal.quiet_s
         self._state = "gave up"
         self._pulse.hurry()
-        if self._pulse.silence_s > _ANSWER_S:
-            return self._end(CommError(self._silence_of_store(error)))
+        if self._pulse.silence_s > min(_ANSWER_S, self.timeout_s / 2):
+            return self._end(CommError(self._silence_of_store(error, self._pulse.silence_s)))
         try:
             before = self._read_or_end(error)
             time.sleep(_LISTEN_S)
@@ -225,7 +225,7 @@ class Watch:
             if self._pulse.silence_s > self.timeout_s:
                 self._state = "gave up"
                 error = CommError(f"rank {self.rank}: {self._last()} was its last exchange")
-                end_at_once(self._silence_of_store(error), CommError.exit_code)
+                end_at_once(self._silence_of_store(error, self._pulse.silence_s), CommError.exit_code)
 
     def _beat(self, number: int) -> Beat:
         journal = self.journal
@@ -245,9 +245,8 @@ class Watch:
             pid=os.getpid(),
         )
 
-    def _silence_of_store(self, error: CommError) -> str:
+    def _silence_of_store(self, error: CommError, silence_s: float) -> str:
         """Say whose machine is lost when the store is silent, as far as this rank can tell."""
-        silence_s = max(self._pulse.silence_s, _ANSWER_S)
         step, phase = self.journal.step, self.journal.phase
         text = store_verdict(self._store_address, self._beside_store, silence_s=silence_s, step=step, phase=phase)
         return f"{text}\n  noticed by {error}"
@@ -261,7 +260,7 @@ class Watch:
         return {rank: Beat.from_json(text) for rank, text in enumerate(texts)}
 
     def _read_or_end(self, error: CommError) -> dict[int, Beat]:
-        with ends_after(_ANSWER_S, self._silence_of_store(error), CommError.exit_code):
+        with ends_after(_ANSWER_S, self._silence_of_store(error, _ANSWER_S), CommError.exit_code):
             return self._read()
 
     def _is_said(self, text: str) -> bool:
