@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from trainer.checkpoint.run_folder import RunFolder
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.verbs.arguments import Verbs, takes_overrides, verb
-from trainer.verbs.named import existing_run
+from trainer.verbs.named import existing_run, telling_what_makes_it
 
 _ABOVE_SEEDS = 1 << 63
 _OF_CHOICES = {"tokens": 256, "sequences": 4, "experts": 8, "top_k": 2, "seed": 0, "rounds": 5, "run": None}
@@ -94,20 +95,21 @@ def _compare_choices(options: argparse.Namespace) -> int:
 
     from trainer.bench.routers import ChoicesOptions, bench_choices
 
-    return bench_choices(
-        kinds,
-        ChoicesOptions(
-            sequences=options.sequences,
-            tokens=options.tokens,
-            num_experts=options.experts,
-            top_k=options.top_k,
-            seed=options.seed,
-            rounds=options.rounds,
-        ),
-        run=run,
-        json_path=options.json,
-        svg_path=options.svg,
-    )
+    with nullcontext() if run is None else telling_what_makes_it(run[0]):
+        return bench_choices(
+            kinds,
+            ChoicesOptions(
+                sequences=options.sequences,
+                tokens=options.tokens,
+                num_experts=options.experts,
+                top_k=options.top_k,
+                seed=options.seed,
+                rounds=options.rounds,
+            ),
+            run=run,
+            json_path=options.json,
+            svg_path=options.svg,
+        )
 
 
 def _measurable(options: argparse.Namespace, given: set[str]) -> tuple[ExperimentConfig, RunFolder]:
@@ -116,7 +118,7 @@ def _measurable(options: argparse.Namespace, given: set[str]) -> tuple[Experimen
     Raises:
         ConfigError: if it has no routers with a choice, or its numbers were given as well.
     """
-    config, folder = existing_run(argparse.Namespace(config=options.run, overrides=[]))
+    config, folder = existing_run(argparse.Namespace(config=options.run, overrides=[]), beside=options)
     moe = config.model.moe
     if moe is None or moe.num_experts < 2:
         raise ConfigError(f"--run: {options.run} has no two experts to choose between; name another run")
