@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trainer.config.base import Config, PathText, Problem, repeated
+from trainer.config.base import LINE_PATTERN, Config, PathText, Problem, repeated
 from trainer.config.numbers import MAX_INT, Count, Factor, Rows, Seconds, Steps, Whole
 from trainer.data.config import DataConfig
 from trainer.data.sources.registry import InstalledSourceConfig
@@ -95,6 +95,8 @@ class ExperimentConfig(Config):
     """Name of the run; its folder is RUNS_DIR/NAME."""
     runs_dir: PathText = "runs"
     """Folder of all runs."""
+    prepare: Annotated[str, Field(min_length=1, max_length=500, pattern=LINE_PATTERN)] | None = None
+    """Command that makes the files this config reads, for people: an error about a file that is missing names it."""
     seed: Whole = 1337
     """Initial weights, order of the data and all noise are functions of it."""
     model: ModelConfig = ModelConfig()

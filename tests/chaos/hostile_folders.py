@@ -1,5 +1,6 @@
 """Run folders in which somebody left something for the next run: links, pipes, logs that are none."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,11 @@ def _to_outside(path: Path, box: Box) -> None:
     path.symlink_to(box.outside / "step_00000001")
 
 
+def _elsewhere(path: Path, box: Box) -> None:
+    """A record by which the run was started where its text is not."""
+    path.write_text(json.dumps({"working_directory": str(box.outside), "run_folder": str(box.run)}))
+
+
 def _file(path: Path, box: Box) -> None:
     path.write_text("x")
 
@@ -160,6 +166,10 @@ CASES: dict[str, tuple[Callable[[Box], object], list[str], set[int]]] = {
     "lock a pipe": (_instead(".lock", _pipe), MORE, REFUSED),
     "lock a folder": (_instead(".lock", _folder), MORE, REFUSED),
     "environment a link": (_instead("environment.json", _link), MORE, GOES_ON),
+    "environment a pipe": (_instead("environment.json", _pipe), ["eval", "runs/tiny"], GOES_ON),
+    "environment of elsewhere": (_instead("environment.json", _elsewhere), ["eval", "runs/tiny"], REFUSED),
+    "list of skipped rows a link": (_instead("skipped_rows.jsonl", _link), MORE, GOES_ON),
+    "list of skipped rows a folder": (_instead("skipped_rows.jsonl", _folder), MORE, GOES_ON),
     "tokenizer a link": (_instead("tokenizer.json", _link), MORE, GOES_ON),
     "run id a link": (_instead("run_id", _link), MORE, GOES_ON),
     "run id a pipe": (_instead("run_id", _pipe), MORE, GOES_ON),

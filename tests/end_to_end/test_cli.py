@@ -291,6 +291,24 @@ def test_a_bad_text_is_one_line_and_exit_3(workplace: Path, content: bytes | Non
     refused(run(workplace, "train", "tiny.yaml"), 3, message)
 
 
+def test_a_run_folder_is_used_from_anywhere_and_wherever_it_was_moved_with_its_text(workplace: Path) -> None:
+    project, elsewhere = workplace / "project", workplace / "elsewhere"
+    project.mkdir()
+    elsewhere.mkdir()
+    for name in ("tiny.yaml", "text.txt"):
+        (workplace / name).rename(project / name)
+    assert run(project, "train", "tiny.yaml", "train.steps=10").returncode == 0
+    result = run(elsewhere, "train", "../project/runs/tiny", "train.steps=12")
+    assert result.returncode == 0, result.stderr
+    assert "resuming from" in result.stdout and not list(elsewhere.iterdir())
+    project.rename(workplace / "moved")
+    numbers = run(elsewhere, "eval", str(workplace / "moved/runs/tiny"), "--json")
+    assert numbers.returncode == 0, numbers.stderr
+    assert json.loads(numbers.stdout)["step"] == 12 and "this is not the text" not in numbers.stderr
+    assert not list(elsewhere.iterdir()) and len(list((workplace / "moved/.cache/tokens").glob("*.lock"))) == 2
+    refused(run(elsewhere, "train", "../moved/runs/tiny", "name=b"), 2, r"is the folder of a run, which goes on in it;")
+
+
 def test_rows_that_cannot_be_used_are_left_out_said_and_listed(workplace: Path) -> None:
     rows = [json.dumps({"text": f"It was a bright cold day in April, number {i}. " * 9}) for i in range(60)]
     (workplace / "rows.jsonl").write_text("\n".join([*rows, '{"text": null}', "{"]) + "\n")

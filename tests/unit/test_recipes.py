@@ -1,5 +1,7 @@
 import gzip
 import json
+import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from scripts.recipes.__main__ import RECIPES
+from tests import warm
 from trainer.config.loader import load
 from trainer.experiment import ExperimentConfig
 from trainer.models.flops import model_size
@@ -23,6 +27,52 @@ def recipe(name: str) -> ExperimentConfig:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_is_sound(path):
     load(str(path), [], ExperimentConfig)
+
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def local_files(config: ExperimentConfig) -> list[str]:
+    """Return the paths that a config reads from this machine."""
+    rows = [*config.data.sources, *(task.rows for task in config.eval.tasks)]
+    given = [getattr(one, "path", None) for one in rows if one.kind in ("text", "jsonl")]
+    given += [getattr(task, "candidates_file", None) for task in config.eval.tasks]
+    return [path for one in given if one is not None for path in ([one] if isinstance(one, str) else one)]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_config_that_reads_files_says_what_makes_them(path):
+    config = load(str(path), [], ExperimentConfig)
+    if path.stem == "moe_1b":  # anybody's own text
+        return
+    assert (config.prepare is not None) == bool(local_files(config))
+    if config.prepare is None:
+        return
+    if script := re.search(r"python (scripts/\w+\.py)", config.prepare):
+        assert (ROOT / script[1]).is_file()
+    elif small := re.fullmatch(r"python -m scripts\.recipes (\w+)", config.prepare):
+        made = {f"data/small/{small[1]}/{name}" for name in RECIPES[small[1]](random.Random(0))}
+        assert set(local_files(config)) <= made
+    else:
+        assert config.prepare.startswith(f"curl -o {local_files(config)[0]} https://")
+
+
+def test_a_file_that_is_missing_is_named_with_the_command_that_makes_it(tmp_path):
+    config = str(ROOT / "configs/recipes/small/recommendation.yaml")
+    result = warm.run(["-m", "trainer", "train", config], cwd=tmp_path)
+    assert result.returncode == 3
+    assert result.stderr == (
+        f"data/small/recommendation/train.jsonl: no such file; paths are relative to {tmp_path}; correct the path, or "
+        "make what this config reads: python -m scripts.recipes recommendation\n"
+    )
+    Path(tmp_path, "data/small/recommendation").mkdir(parents=True)
+    rows = "".join(json.dumps({"history": f"a; b {i}", "next": f"c {i}"}) + "\n" for i in range(300))
+    for name in ("train.jsonl", "test.jsonl"):
+        Path(tmp_path, "data/small/recommendation", name).write_text(rows)
+    result = warm.run(["-m", "trainer", "train", config], cwd=tmp_path)
+    assert result.returncode == 3
+    assert result.stderr.startswith("data/small/recommendation/items.txt: no such file; ")
+    assert result.stderr.endswith(" or make what this config reads: python -m scripts.recipes recommendation\n")
 
 
 def test_the_twin_has_as_many_active_parameters():

@@ -20,7 +20,7 @@ from trainer.moe.config import BalanceConfig, MoEConfig
 
 _LOGGED = 50
 """Lines of metrics.jsonl that a training has at least, if it has as many steps."""
-_OF_WHERE = {"runs_dir", "parallel", "engine", "checkpoint", "metrics", "profile"}
+_OF_WHERE = {"runs_dir", "prepare", "parallel", "engine", "checkpoint", "metrics", "profile"}
 """Sections that change nothing of what is learned."""
 
 

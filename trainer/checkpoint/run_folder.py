@@ -25,6 +25,8 @@ from trainer.errors import ConfigError, ResourceError
 
 _log = logging.getLogger(__name__)
 _ATTEMPTS = 10  # a file system may not tell which file has a name
+_LARGEST_BYTES = 1 << 20
+_PLACE = re.compile(r"/[^\x00-\x1f\x7f]{0,4000}")
 
 
 class RunFolder:
@@ -191,8 +193,41 @@ class RunFolder:
         self.write(path, text)
 
     def write_environment(self, values: dict[str, Any]) -> None:
-        """Record versions and fingerprints."""
-        self.write(self.environment, json.dumps(values, indent=1) + "\n")
+        """Record versions and fingerprints, and what the config's paths are relative to."""
+        places = {"working_directory": str(Path.cwd()), "run_folder": str(self.path.absolute())}
+        self.write(self.environment, json.dumps({**values, **places}, indent=1) + "\n")
+
+    def home(self, *, runs_dir: str, name: str) -> Path | None:
+        """Return the working directory that the run was started in; None if it is not known.
+
+        Where that is gone, run and text may have been moved together: then it is at the same place beside the run
+        folder. Of a folder that does not say where it was, its place in RUNS_DIR/NAME does.
+
+        Args:
+            runs_dir: of the run's config.
+            name: the same.
+        """
+        here, candidates = self.path.absolute(), list[Path]()
+        started_in, was_at = self._places()
+        if started_in is not None:
+            candidates.append(Path(started_in))
+            if was_at is not None:
+                candidates.append(Path(os.path.normpath(here / os.path.relpath(started_in, was_at))))
+        own = Path(runs_dir, name)
+        if not own.is_absolute() and here.parts[-len(own.parts) :] == own.parts:
+            candidates.append(Path(*here.parts[: -len(own.parts)]))
+        return next((path for path in candidates if path.is_dir() and os.access(path, os.X_OK)), None)
+
+    def _places(self) -> tuple[str | None, str | None]:
+        """Return working directory and run folder at the last start, as far as the folder says them."""
+        try:
+            with os.fdopen(open_regular(self.environment, os.O_RDONLY), "rb") as file:
+                values = json.loads(file.read(_LARGEST_BYTES))
+        except (OSError, ValueError, RecursionError):
+            return None, None
+        found = [values.get(key) for key in ("working_directory", "run_folder")] if isinstance(values, dict) else []
+        places = [value if isinstance(value, str) and _PLACE.fullmatch(value) else None for value in found]
+        return (places[0], places[1]) if places else (None, None)
 
 
 def _place(lock: IO[str]) -> Path | None:

@@ -4,13 +4,16 @@
 """
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainer.data.rows.bad import SkippedRows, all_skipped
-from trainer.durable import replace_file
+from trainer.durable import open_regular, replace_file
+
+_LARGEST_BYTES = 64 << 20
 
 
 class SkippedOf(NamedTuple):
@@ -60,7 +63,9 @@ def _blocks_in(path: Path) -> dict[tuple[int, int | None], dict[str, Any]]:
     """Return the lines of blocks in a list, as far as they are some."""
     found: dict[tuple[int, int | None], dict[str, Any]] = {}
     with suppress(OSError):
-        for text in path.read_bytes().splitlines():
+        with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as file:
+            content = file.read(_LARGEST_BYTES)
+        for text in content.splitlines():
             with suppress(ValueError, KeyError, TypeError, RecursionError):
                 line = json.loads(text)
                 if type(line["source"]) is int and type(line["block"]) is int:

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from trainer.data.rows.base import Row
 from trainer.data.rows.template import Template
 from trainer.data.sources.files import read_text
+from trainer.data.sources.finding import TEXT, find_files
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.errors import DataError
 from trainer.evaluation.base import Task, TaskResult
@@ -51,7 +51,7 @@ class RankingTask(Task):
             return [completion_tokens(text, tokenizer, ends_document=config.ends_document) for text in texts]
 
         path = config.candidates_file
-        common = [] if path is None else _lines(Path(path))
+        common = [] if path is None else _lines(path)
         common_tokens, common_bytes = tokens_of(common), _bytes(common)
         for text, tokens in zip(common, common_tokens, strict=True):  # of one line each, and no row's fault
             fitted([tokenizer.end_of_document], [tokens], seq_len=seq_len, where=f"{path}: {text[:40]!r}")
@@ -134,9 +134,10 @@ def _relevant(row: Row, column: str, texts: Sequence[str]) -> frozenset[int]:
     return frozenset(place_of(one, texts, row, column) for one in values)
 
 
-def _lines(path: Path) -> list[str]:
-    texts = [line.removesuffix("\r") for line in read_text(path).split("\n") if line.strip()]
-    check_options(texts, where=str(path), what="candidates")
+def _lines(path: str) -> list[str]:
+    content = "\n".join(read_text(file) for file in find_files(path, TEXT))
+    texts = [line.removesuffix("\r") for line in content.split("\n") if line.strip()]
+    check_options(texts, where=path, what="candidates")
     return texts
 
 

@@ -13,6 +13,8 @@ from trainer.terminal import one_line, say
 Verbs = argparse._SubParsersAction
 """Where a verb is added: those of the command line, or the actions of one verb."""
 
+RUN = "run folder or experiment file"
+
 
 class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong, and repeats nothing that would steer a terminal."""

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from trainer.config.numbers import MAX_INT
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.verbs.arguments import Verbs, takes_overrides, verb
-from trainer.verbs.named import existing_run
+from trainer.verbs.named import existing_run, telling_what_makes_it
 
 _MOST = {"tokens": 1 << 20, "sequences": 1 << 20, "experts": 1 << 20, "rounds": 1 << 20, "seeds": 1000}
 """Largest values; of the other options that of a 64-bit number."""
@@ -105,20 +106,21 @@ def _compare_choices(options: argparse.Namespace) -> int:
 
     from trainer.bench.routers import ChoicesOptions, bench_choices
 
-    return bench_choices(
-        kinds,
-        ChoicesOptions(
-            sequences=options.sequences,
-            tokens=options.tokens,
-            num_experts=options.experts,
-            top_k=options.top_k,
-            seed=options.seed,
-            rounds=options.rounds,
-        ),
-        run=run,
-        json_path=options.json,
-        svg_path=options.svg,
-    )
+    with nullcontext() if run is None else telling_what_makes_it(run[0]):
+        return bench_choices(
+            kinds,
+            ChoicesOptions(
+                sequences=options.sequences,
+                tokens=options.tokens,
+                num_experts=options.experts,
+                top_k=options.top_k,
+                seed=options.seed,
+                rounds=options.rounds,
+            ),
+            run=run,
+            json_path=options.json,
+            svg_path=options.svg,
+        )
 
 
 def _measurable(options: argparse.Namespace, given: set[str]) -> tuple[ExperimentConfig, RunFolder]:
@@ -127,7 +129,7 @@ def _measurable(options: argparse.Namespace, given: set[str]) -> tuple[Experimen
     Raises:
         ConfigError: if it has no routers with a choice, or its numbers were given as well.
     """
-    config, folder = existing_run(argparse.Namespace(config=options.run, overrides=[]))
+    config, folder = existing_run(argparse.Namespace(config=options.run, overrides=[]), beside=options)
     moe = config.model.moe
     if moe is None or moe.num_experts < 2:
         raise ConfigError(f"--run: {options.run} has no two experts to choose between; name another run")

@@ -13,7 +13,7 @@ from trainer.config.loader import load
 from trainer.errors import CheckpointError, ConfigError, ResourceError
 from trainer.terminal import say
 from trainer.verbs.arguments import Verbs, takes_overrides, takes_run, takes_step, verb
-from trainer.verbs.named import existing_run, folder_of, named_config, named_run
+from trainer.verbs.named import existing_run, folder_of, named_config, named_run, telling_what_makes_it
 
 
 def add(verbs: Verbs) -> None:
@@ -145,7 +145,9 @@ def import_(options: argparse.Namespace) -> int:
 
     from trainer.workflows import start_from_deepspeed
 
-    saved = start_from_deepspeed(config, folder_of(config), options.folder, map_, is_trusted=options.trust_checkpoint)
+    folder = folder_of(config)
+    with telling_what_makes_it(config):
+        saved = start_from_deepspeed(config, folder, options.folder, map_, is_trusted=options.trust_checkpoint)
     say(f"saved {saved.path}: the weights of {options.folder}, moments at zero; train the same config to go on from it")
     return 0
 

@@ -1,12 +1,15 @@
 """Which config and which run the words of a command line name."""
 
 import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from trainer.checkpoint.run_folder import RunFolder, check_belongs
 from trainer.config.dump import Change, changed_keys
 from trainer.config.loader import load
-from trainer.errors import CheckpointError, ConfigError
+from trainer.errors import CheckpointError, ConfigError, MissingFile
 from trainer.experiment import ExperimentConfig
 
 
@@ -40,18 +43,65 @@ def named_run(options: argparse.Namespace) -> RunFolder:
     return RunFolder(options.config)
 
 
-def existing_run(options: argparse.Namespace) -> tuple[ExperimentConfig, RunFolder]:
-    """Return config and folder of a run that is named by its folder or by its config file."""
+def run_to_train(options: argparse.Namespace) -> tuple[ExperimentConfig, RunFolder]:
+    """Return config and folder of a run that is named by its config file or, if it has begun, by its folder.
+
+    Raises:
+        ConfigError: if it is named by its folder, and overrides would give it another.
+    """
+    if not (options.config / "config.yaml").is_file():
+        config = named_config(options)
+        return config, folder_of(config)
+    config, folder = existing_run(options)
+    kept = load(folder.config, [], ExperimentConfig)
+    if (config.runs_dir, config.name) != (kept.runs_dir, kept.name):
+        raise ConfigError(
+            f"{options.config}: is the folder of a run, which goes on in it; name a config file to start another run"
+        )
+    return config, folder
+
+
+def existing_run(
+    options: argparse.Namespace, *, beside: argparse.Namespace | None = None
+) -> tuple[ExperimentConfig, RunFolder]:
+    """Return config and folder of a run that is named by its folder or by its config file.
+
+    Paths of a config are relative to the working directory. That of a run that is named by its folder becomes the one
+    that it was started in, whose files it needs; paths among the options go on meaning what they meant.
+
+    Args:
+        options: with `config` and `overrides`.
+        beside: other options of the command line.
+    """
     if options.config.is_dir():
         folder = RunFolder(options.config)
         if not folder.config.is_file():
             raise CheckpointError(f"{folder.path}: has no config.yaml, so it is not a run folder; train first")
         config = load(folder.config, options.overrides, ExperimentConfig)
+        home = folder.home(runs_dir=config.runs_dir, name=config.name)
+        if home is not None and not home.samefile(Path.cwd()):
+            folder = RunFolder(folder.path.absolute())
+            for given in (options, beside or options):
+                vars(given).update({k: v.absolute() for k, v in vars(given).items() if isinstance(v, Path)})
+            os.chdir(home)
     else:
         config = named_config(options)
         folder = folder_of(config)
     checked(folder, config)
     return config, folder
+
+
+@contextmanager
+def telling_what_makes_it(config: ExperimentConfig) -> Iterator[None]:
+    """Let an error about a file that is missing name the command that makes what a config reads."""
+    try:
+        yield
+    except MissingFile as error:
+        if config.prepare is None:
+            raise
+        told = MissingFile(f"{error}, or make what this config reads: {config.prepare}")
+        told.is_this_ranks = error.is_this_ranks
+        raise told from None
 
 
 def _changes(folder: RunFolder, config: ExperimentConfig) -> list[Change]:

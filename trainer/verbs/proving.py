@@ -8,7 +8,7 @@ from trainer.config.numbers import MAX_STEPS
 from trainer.errors import ConfigError
 from trainer.prove.cases import ENGINES
 from trainer.verbs.arguments import Verbs, takes_config, verb
-from trainer.verbs.named import named_config
+from trainer.verbs.named import named_config, telling_what_makes_it
 
 _LONGEST_S = 1e8
 
@@ -37,16 +37,17 @@ def prove(options: argparse.Namespace) -> int:
 
     from trainer.prove.proof import prove
 
-    return prove(
-        config,
-        steps=options.steps,
-        dtype=options.dtype,
-        is_small=options.scale == "small",
-        only=options.layouts,
-        engines=_engines(options.engines),
-        json_path=options.json,
-        timeout_s=options.timeout,
-    )
+    with telling_what_makes_it(config):
+        return prove(
+            config,
+            steps=options.steps,
+            dtype=options.dtype,
+            is_small=options.scale == "small",
+            only=options.layouts,
+            engines=_engines(options.engines),
+            json_path=options.json,
+            timeout_s=options.timeout,
+        )
 
 
 def _engines(text: str | None) -> list[str] | None:

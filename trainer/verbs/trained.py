@@ -11,7 +11,7 @@ from trainer.config.numbers import MAX_INT
 from trainer.errors import ConfigError
 from trainer.moe.config import MoEConfig
 from trainer.verbs.arguments import Verbs, takes_run, takes_step, verb
-from trainer.verbs.named import existing_run
+from trainer.verbs.named import existing_run, telling_what_makes_it
 
 
 def add(verbs: Verbs) -> None:
@@ -52,20 +52,21 @@ def evaluate(options: argparse.Namespace) -> int:
     from trainer.examine import evaluate_by_lm_eval, evaluate_checkpoint, evaluate_top_ks
 
     screen = sys.stderr if options.json else sys.stdout
-    if top_ks is not None:
-        record = evaluate_top_ks(config, folder, top_ks, step=options.step, screen=screen)
-    elif options.lm_eval is None:
-        record = evaluate_checkpoint(config, folder, step=options.step, only=only, screen=screen)
-    else:
-        record = evaluate_by_lm_eval(
-            config,
-            folder,
-            _names(options.lm_eval),
-            include_path=options.include_path,
-            limit=options.limit,
-            step=options.step,
-            screen=screen,
-        )
+    with telling_what_makes_it(config):
+        if top_ks is not None:
+            record = evaluate_top_ks(config, folder, top_ks, step=options.step, screen=screen)
+        elif options.lm_eval is None:
+            record = evaluate_checkpoint(config, folder, step=options.step, only=only, screen=screen)
+        else:
+            record = evaluate_by_lm_eval(
+                config,
+                folder,
+                _names(options.lm_eval),
+                include_path=options.include_path,
+                limit=options.limit,
+                step=options.step,
+                screen=screen,
+            )
     if options.json:
         print(json.dumps(record, default=float))  # lm-eval's have numpy's numbers
     return 0

@@ -13,15 +13,15 @@ from trainer.supervise.launch import Launch
 from trainer.supervise.lifeline import end_with_launcher
 from trainer.supervise.supervisor import Supervisor
 from trainer.tasks import check_tasks, task_warning
-from trainer.verbs.arguments import Verbs, takes_config, verb
-from trainer.verbs.named import checked, folder_of, named_config
+from trainer.verbs.arguments import RUN, Verbs, takes_config, verb
+from trainer.verbs.named import checked, run_to_train, telling_what_makes_it
 
 
 def add(verbs: Verbs) -> None:
     """Add them with their arguments."""
-    takes_config(verb(verbs, "train", train, example="configs/smoke.yaml train.steps=100 name=longer"))
+    takes_config(verb(verbs, "train", train, example="configs/smoke.yaml train.steps=100 name=longer"), RUN)
 
-    sub = takes_config(verb(verbs, "launch", launch, example="configs/smoke.yaml --nproc 2 parallel.ep_size=2"))
+    sub = takes_config(verb(verbs, "launch", launch, example="configs/smoke.yaml --nproc 2 parallel.ep_size=2"), RUN)
     sub.add_argument("--nproc", metavar="N", help="ranks on this machine (NPROC, else 1)")
     sub.add_argument("--nnodes", metavar="N", help="machines; the same command on each (NNODES, else 1)")
     sub.add_argument("--node-rank", metavar="N", help="this machine's number, from 0 (NODE_RANK)")
@@ -36,16 +36,16 @@ def train(options: argparse.Namespace) -> int:
         check_tasks(os.environ, expected=1)
     end_with_launcher()
     with StopRequest() as stop:
-        config = named_config(options)
+        config, folder = run_to_train(options)
         layout = launched(ep_size=config.parallel.ep_size)
-        folder = folder_of(config)
         warnings = [*checked(folder, config), *_of_tasks()]
         status = StatusFile(folder.status, rank=layout.rank)
         show_life(str(layout.rank), status if layout.world_size == 1 else None)
         try:
             from trainer.workflows import train_run
 
-            code = train_run(config, folder, layout, warnings=warnings, stop=stop, status=status)
+            with telling_what_makes_it(config):
+                code = train_run(config, folder, layout, warnings=warnings, stop=stop, status=status)
         except BaseException as error:
             is_plain = isinstance(error, TurnoutError | Stopped)
             code = exit_code_of(error)
@@ -64,11 +64,10 @@ def _of_tasks() -> list[str]:
 
 def launch(options: argparse.Namespace) -> int:
     """Train a config on one or several ranks of this machine, and start them again after a failure that may pass."""
-    config = named_config(options)
+    config, folder = run_to_train(options)
     ranks = Launch.of(vars(options), os.environ)
     check_tasks(os.environ, expected=ranks.nnodes)
     check_layout(world_size=ranks.world_size, ep_size=config.parallel.ep_size)
-    folder = folder_of(config)
     checked(folder, config)
     ranks.check_port(os.environ)
     if ranks.node_rank == 0:  # the others' ranks come after its own

@@ -141,7 +141,7 @@ def test_no_rows_at_all_are_none(tmp_path: Path) -> None:
 
 def test_a_file_of_candidates_is_checked_as_a_whole(tmp_path: Path) -> None:
     fields = {"kind": "ranking", "candidates_file": str(tmp_path / "items.txt"), "relevant": "a", "k": [1]}
-    with pytest.raises(DataError, match=r"items\.txt: cannot be read"):
+    with pytest.raises(DataError, match=r"items\.txt: no such file; "):
         build(tmp_path, [GOOD], **fields)
     (tmp_path / "items.txt").write_text("a\r\nb\na\n")
     with pytest.raises(DataError, match=r"items\.txt: 'a' is twice among its candidates; each once"):

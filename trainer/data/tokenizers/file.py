@@ -9,7 +9,7 @@ from trainer.data.tokenizers.exact import Unsuitable, made_exact
 from trainer.data.tokenizers.folder import OPTIONS, TOKENIZER, parse, read_text, stated_end
 from trainer.data.tokenizers.subword import SubwordTokenizer
 from trainer.durable import NotRegular
-from trainer.errors import DataError
+from trainer.errors import DataError, MissingFile
 
 _KNOWN_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|end\u2581of\u2581sentence|>", "</s>", "<eos>", "[EOS]")
 """GPT-2 and Qwen; Llama 3; DeepSeek; Llama 2 and Mistral; Gemma; others."""
@@ -58,7 +58,7 @@ def _content(file: Path) -> dict[str, Any]:
             advice = "write one with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         else:
             advice = f"a tokenizer.json or a folder with one is needed; paths are relative to {Path.cwd()}"
-        raise DataError(f"{name}: no such file; {advice}") from None
+        raise MissingFile(f"{name}: no such file; {advice}") from None
     except OSError as error:
         raise DataError(f"{name}: cannot be read ({error.strerror}); make it readable") from None
     except ValueError as error:
