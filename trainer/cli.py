@@ -67,7 +67,7 @@ def _explain(error: BaseException) -> None:
         case OSError():
             print(f"{shown_path(os.fsdecode(error.filename))}: {error.strerror}", file=sys.stderr)
         case _:
-            print(f"out of memory: {first_line(error)}; lower parallel.micro_batch_size", file=sys.stderr)
+            print(f"out of memory: {first_line(error)}; use a machine with more of it", file=sys.stderr)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
