@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from trainer import faults
+from trainer import faults, memory
 from trainer.assemble import build_model, check_memory, numerics, resolve_kernel, whole_model
 from trainer.checkpoint.compatible import abridged
 from trainer.checkpoint.folder import CheckpointFolder
@@ -73,7 +73,8 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
                 in_use = fingerprint_in_use(folder)
                 tokenizer = tokenizer_of(folder, config.data, fingerprint=in_use, progress=bar)
                 check_given(folder, config.data, tokenizer)
-                corpus = build_corpus(config.data, tokenizer=tokenizer, progress=bar)
+                with memory.reading_text():
+                    corpus = build_corpus(config.data, tokenizer=tokenizer, progress=bar)
     sent = mesh.world.broadcast_object(None if tokenizer is None else to_plain(tokenizer))
     if corpus is None:  # what rank 0 has made of it is on the disk now
         corpus = build_corpus(config.data, tokenizer=of_plain(sent, config.data))
@@ -89,7 +90,8 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
         if is_writer:
             config.metrics.check_installed()
             lines = JsonlTracker(folder.metrics, folder.routing, warn=console.warning)
-    model = build_model(config, corpus.tokenizer, mesh, device, warn=console.warning)
+    with memory.making_weights(config, num_parameters=size.total_parameters):
+        model = build_model(config, corpus.tokenizer, mesh, device, warn=console.warning)
     if config.model.moe is not None:
         for said in (
             training_warning(config.model.moe, model.moe_layers()),
@@ -97,7 +99,8 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
         ):
             if said is not None:
                 console.warning(said)
-    engine = config.engine.build(model, config.optim, numerics(config), mesh, folder=folder.deepspeed)
+    with memory.making_optimizer(config):
+        engine = config.engine.build(model, config.optim, numerics(config), mesh, folder=folder.deepspeed)
     faults.hit("start.engine")
     run = Run(
         mesh=mesh,
@@ -131,7 +134,7 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
             faults.hit("resume.cleaned")
     found = find_newest(run.saver.folder, mesh.world, warn=console.warning)
     if found is not None:
-        with raise_together(mesh.world):
+        with raise_together(mesh.world), memory.reading_checkpoint(config):
             resume(run, found)
     with raise_together(mesh.world):
         if is_writer:

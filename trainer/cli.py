@@ -73,7 +73,7 @@ def _explain(error: BaseException) -> None:
         case OSError():
             say(f"{shown_path(os.fsdecode(error.filename))}: {error.strerror}", file=sys.stderr)
         case _:
-            say(one_line(f"out of memory: {first_line(error)}; lower parallel.micro_batch_size"), file=sys.stderr)
+            say(one_line(f"out of memory: {first_line(error)}; use a machine with more of it"), file=sys.stderr)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

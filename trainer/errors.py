@@ -5,6 +5,8 @@ Each of these is for a person: the command line prints its message as it stands,
 """
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class TurnoutError(Exception):
@@ -74,6 +76,12 @@ class ResourceError(TurnoutError):
     exit_code = 7
 
 
+class ShortOfMemory(ResourceError):
+    """Memory has run out on this rank; what helps hangs on what it was doing."""
+
+    is_this_ranks = True
+
+
 PREEMPTED = 75
 """Exit code of a run that was asked to stop and lost nothing; starting it again continues it."""
 
@@ -101,7 +109,7 @@ def exit_code_of(error: BaseException) -> int | None:
             return 0
         case OSError() if error.filename is not None:  # of the user, who may have typed it
             return ConfigError.exit_code if error.errno == errno.ENAMETOOLONG else ResourceError.exit_code
-        case Exception() if _is_out_of_memory(error):
+        case Exception() if is_out_of_memory(error):
             return ResourceError.exit_code
     return None
 
@@ -112,7 +120,22 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+@contextmanager
+def short_of_memory(doing: str, advice: str) -> Iterator[None]:
+    """Say what helps where memory runs out in a block.
+
+    Raises:
+        ShortOfMemory: in place of whatever error says that it has.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, TurnoutError) or not is_out_of_memory(error):
+            raise
+        raise ShortOfMemory(f"out of memory while {doing}: {first_line(error)}; {advice}") from None
+
+
+def is_out_of_memory(error: Exception) -> bool:
     """Tell memory that ran out from other failures; torch has a class of its own for it only on a GPU."""
     names = {kind.__name__ for kind in type(error).__mro__}
     is_said = isinstance(error, RuntimeError) and any(words in str(error) for words in _TOO_LARGE)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from trainer import memory
 from trainer.checkpoint.load import Found
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.data.corpus import Corpus, build_corpus
@@ -72,7 +73,8 @@ def evaluate_checkpoint(
     chosen = [task for task in config.eval.tasks if only is None or task.name in only]
     alone = Mesh.of_one()
     tasks = read_tasks(chosen, corpus, seq_len=config.model.seq_len, world=alone.world, warn=console.warning)
-    examination = examine(config, engine, corpus, tasks, alone, with_held_out=only is None)
+    with memory.evaluating(config):
+        examination = examine(config, engine, corpus, tasks, alone, with_held_out=only is None)
     layers, title = engine.model.config.moe_layers, f"{config.name} at step {found.step}"
     summary = summary_of(examination, corpus, layers, title=title)
     written = _write_findings(folder, examination, summary, step=found.step, warn=console.warning)
@@ -95,14 +97,15 @@ def evaluate_top_ks(
         screen: where to show it.
     """
     engine, corpus, found = _with_text(config, folder, step, Console(file=sys.stderr))
-    results = evaluate_each_k(
-        engine,
-        corpus,
-        top_ks,
-        packing=config.data.packing,
-        batch_size=config.parallel.micro_batch_size,
-        max_tokens_per_domain=config.eval.max_tokens_per_domain,
-    )
+    with memory.evaluating(config):
+        results = evaluate_each_k(
+            engine,
+            corpus,
+            top_ks,
+            packing=config.data.packing,
+            batch_size=config.parallel.micro_batch_size,
+            max_tokens_per_domain=config.eval.max_tokens_per_domain,
+        )
     moe = config.model.moe
     trained = [] if moe is None else getattr(moe.router, "draw_top_k", None) or [getattr(moe.router, "top_k", 0)]
     say(f"{config.name} at step {found.step}, held-out text\n{table(results, trained=trained)}", file=screen)
@@ -133,7 +136,8 @@ def evaluate_by_lm_eval(
     console = Console(file=sys.stderr)
     engine, tokenizer, found = load_trained(config, folder, step=step, warn=console.warning)
     model = HarnessModel(_subject(config, engine, Mesh.of_one()), tokenizer)
-    results, table = run_harness(model, tasks, include_path=include_path, limit=limit)
+    with memory.evaluating(config):
+        results, table = run_harness(model, tasks, include_path=include_path, limit=limit)
     say(table, file=screen)
     return {"step": found.step, "lm_eval": results}
 

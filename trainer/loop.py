@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from trainer import faults, guard
+from trainer import faults, guard, memory
 from trainer.checkpoint.saver import Saved
 from trainer.distributed.layout import is_first_here
 from trainer.distributed.signals import StopRequest
@@ -38,7 +38,8 @@ def fit(run: Run, stop: StopRequest, status: StatusFile) -> Examination | None:
     journal = run.mesh.world.journal
     pace = StepPace(journal.stopwatch)
     examination = None
-    guard.confirm_copies(run, run.start_step)
+    with memory.making_optimizer(config):  # which moments are part of what is compared
+        guard.confirm_copies(run, run.start_step)
     stop.begin_steps()
     for step in range(run.start_step, train.steps):
         journal.step, journal.is_in_step = step + 1, step > run.start_step
@@ -61,7 +62,8 @@ def fit(run: Run, stop: StopRequest, status: StatusFile) -> Examination | None:
             world_size=run.mesh.layout.world_size,
         )
         lr, limit = run.schedule(step), run.spikes.limit()
-        result = run.engine.train_step(batches, lr=lr, skip_above=limit if train.spikes.skip else None)
+        with memory.taking_steps(config):
+            result = run.engine.train_step(batches, lr=lr, skip_above=limit if train.spikes.skip else None)
         run.position += train.global_batch_size
         run.tokens += result.num_tokens
         pace.end(result.num_tokens)
@@ -78,7 +80,8 @@ def fit(run: Run, stop: StopRequest, status: StatusFile) -> Examination | None:
         gap = None
         if every(config.metrics.routing_gap_every, done):
             journal.enter("evaluation")
-            gap = _compare_routing(run)
+            with memory.evaluating(config):
+                gap = _compare_routing(run)
         if is_logged or gap is not None:
             log_step(run, done, result, lr=lr, pace=pace, gap=gap)
         run.console.tick(done)
@@ -93,12 +96,14 @@ def fit(run: Run, stop: StopRequest, status: StatusFile) -> Examination | None:
         if with_held_out or tasks:
             journal.enter("evaluation")
             status.enter("evaluating")
-            examination = examine(config, run.engine, run.corpus, tasks, run.mesh, with_held_out=with_held_out)
+            with memory.evaluating(config):
+                examination = examine(config, run.engine, run.corpus, tasks, run.mesh, with_held_out=with_held_out)
             report(run, done, examination)
         if is_saved or stopped_by or is_lost:
             journal.enter("saving")
             status.enter("saving")
-            save(run, done, is_last=is_last, is_stopped=stopped_by is not None)
+            with memory.saving(config):
+                save(run, done, is_last=is_last, is_stopped=stopped_by is not None)
         else:
             announce(run, run.saver.finished())
         faults.hit("step.done")

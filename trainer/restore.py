@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from pydantic import ValidationError
 
-from trainer import faults
+from trainer import faults, memory
 from trainer.assemble import build_model, in_one_process, numerics, resolve_kernel
 from trainer.checkpoint.catalogue import layout_of
 from trainer.checkpoint.compatible import abridged, check_fits, check_model, check_record, check_tokenizer
@@ -146,7 +146,8 @@ def load_trained(
     tokenizer = tokenizer_of(folder, config.data, fingerprint=found.run["tokenizer_fingerprint"])
     device = runtime.start(config.parallel.device)
     config = resolve_kernel(in_one_process(config), device)
-    model = build_model(config, tokenizer, mesh, device, warn=warn)
+    with memory.reading_checkpoint(config):
+        model = build_model(config, tokenizer, mesh, device, warn=warn)
     engine = config.engine.build(model, config.optim, numerics(config), mesh)
     while True:
         try:

@@ -26,7 +26,7 @@ from trainer.distributed.mesh import Mesh, joined
 from trainer.distributed.signals import StopRequest
 from trainer.distributed.together import raise_together
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
-from trainer.errors import PREEMPTED, CommError, ConfigError, NumericsError, TurnoutError
+from trainer.errors import PREEMPTED, CommError, ConfigError, NumericsError, ShortOfMemory, TurnoutError
 from trainer.evaluation.examination import Examination
 from trainer.evaluation.shown import summary_of
 from trainer.experiment import ExperimentConfig
@@ -95,7 +95,7 @@ def train_run(
             examination = fit(run, stop, status)
         except Exception as error:
             # What is being saved is still worth having, where nobody that it needs has been lost.
-            is_everybodys = isinstance(error, TurnoutError) and not isinstance(error, CommError)
+            is_everybodys = isinstance(error, TurnoutError) and not isinstance(error, CommError | ShortOfMemory)
             if is_everybodys or mesh.world.size == 1:
                 announce(run, run.saver.wait())
                 run.saver.close()

@@ -174,6 +174,14 @@ CASES: dict[str, tuple[Callable[[Box], object], list[str], set[int]]] = {
     "run id a link": (_instead("run_id", _link), MORE, GOES_ON),
     "run id a pipe": (_instead("run_id", _pipe), MORE, GOES_ON),
     "run id a device": (_instead("run_id", _device), MORE, GOES_ON),
+    "origin a link": (_instead("origin.json", _link), MORE, GOES_ON),
+    "origin a pipe": (_instead("origin.json", _pipe), MORE, GOES_ON),
+    "origin nested deeply": (_instead("origin.json", lambda path, _: path.write_text("[" * 60_000)), MORE, GOES_ON),
+    "origin somewhere else": (
+        _instead("origin.json", lambda path, box: path.write_text(f'{{"folder": "{box.outside}", "parent": {{}}}}')),
+        MORE,
+        GOES_ON,
+    ),
     "run id a path": (_log(b"/../../x\n", "run_id"), MORE, GOES_ON),
     "config a link": (
         lambda box: (
@@ -211,6 +219,15 @@ CASES: dict[str, tuple[Callable[[Box], object], list[str], set[int]]] = {
         ),
         MORE,
         GOES_ON,
+    ),
+    "checkpoints a link into another run": (
+        lambda box: (
+            (box.run / "checkpoints").rename(box.outside / "checkpoints"),
+            (box.outside / ".lock").touch(),
+            (box.run / "checkpoints").symlink_to(box.outside / "checkpoints"),
+        ),
+        MORE,
+        REFUSED,
     ),
     "a checkpoint that is a link, to prune": (_checkpoints("step_00000009", _to_outside), PRUNE, GOES_ON),
     "what is removed a link, to prune": (_checkpoints(".trash-step_00000009", _to_outside), PRUNE, GOES_ON),

@@ -64,23 +64,38 @@ def identify(folder: RunFolder, *, name: str, found: Mapping[str, Any] | None = 
     found = {} if found is None else found
     known, trained_as = _id(found.get("id")), _trained_as(found)
     parent = _parent(origin.get("parent")) if origin.get("id") == kept else None
-    source = None if kept is None else _copied_from(folder, kept, origin, trained_as)
+    copied_from = None if kept is None else _copied_from(folder, kept, origin, trained_as)
+    # Before a branch has saved, its newest checkpoint is its parent's.
     is_strange = known not in (None, kept, None if parent is None else parent.id)
     is_graft = is_strange and (kept is not None or trained_as not in (None, name))
-    if source is None and not is_graft:
-        run_id, said = kept or known or secrets.token_hex(8), None
-        parent = parent or (_parent(found.get("parent")) if kept is None else None)
+    if copied_from is None and not is_graft:
+        if kept is None:  # the folder has forgotten it, or is new
+            parent = _parent(found.get("parent"))
+        identity = Identity(id=kept or known or secrets.token_hex(8), parent=parent, said=None)
     else:
-        run_id, of, was = secrets.token_hex(8), (known if is_graft else kept) or "", trained_as or origin.get("name")
-        parent = Parent(id=of, name=_text(was), step=step, folder=None if source is None else str(source))
-        called = "" if parent.name is None else f"{shown(parent.name)}, "
-        said = f"{folder.path}: branches off from run {of} ({called}step {step}): a run of its own from here, {run_id}"
-    folder.write_unless_same(folder.run_id, f"{run_id}\n")
-    here = {"id": run_id, "name": name, "folder": str(folder.path.absolute())}
-    folder.write_unless_same(
-        folder.origin, json.dumps({**here, "parent": None if parent is None else asdict(parent)}, indent=1) + "\n"
-    )
-    return Identity(id=run_id, parent=parent, said=said)
+        parent = Parent(
+            id=(known if is_graft else kept) or "",
+            name=_text(trained_as or origin.get("name")),
+            step=step,
+            folder=None if copied_from is None else str(copied_from),
+        )
+        identity = _branch(folder, parent)
+    _write_down(folder, identity, name=name)
+    return identity
+
+
+def _branch(folder: RunFolder, parent: Parent) -> Identity:
+    run_id, called = secrets.token_hex(8), "" if parent.name is None else f"{shown(parent.name)}, "
+    where = f"branches off from run {parent.id} ({called}step {parent.step})"
+    return Identity(id=run_id, parent=parent, said=f"{folder.path}: {where}: a run of its own from here, {run_id}")
+
+
+def _write_down(folder: RunFolder, identity: Identity, *, name: str) -> None:
+    """Write the id first: whoever is killed in between branches off once more, and is never taken for the parent."""
+    folder.write_unless_same(folder.run_id, f"{identity.id}\n")
+    parent = None if identity.parent is None else asdict(identity.parent)
+    origin = {"id": identity.id, "name": name, "folder": str(folder.path.absolute()), "parent": parent}
+    folder.write_unless_same(folder.origin, json.dumps(origin, indent=1) + "\n")
 
 
 def _copied_from(folder: RunFolder, kept: str, origin: Mapping[str, Any], trained_as: str | None) -> Path | None:

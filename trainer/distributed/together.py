@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from trainer.distributed.collectives import Group
-from trainer.errors import ElsewhereError, TurnoutError
+from trainer.errors import ElsewhereError, TurnoutError, exit_code_of
 
 
 @contextmanager
@@ -61,4 +61,4 @@ def meet(group: Group, value: Any) -> list[Any]:
 def _report(error: Exception) -> tuple[str, int]:
     if isinstance(error, TurnoutError):
         return str(error), error.exit_code
-    return "".join(traceback.format_exception_only(error)).strip(), 1
+    return "".join(traceback.format_exception_only(error)).strip(), exit_code_of(error) or 1

@@ -101,3 +101,8 @@ def test_an_unforeseen_error_keeps_its_type_where_it_happened(ranks: Ranks) -> N
     assert (kind, text) == ("ZeroDivisionError", "cannot read x, says 0")
     assert (other, code) == ("ElsewhereError", 1)
     assert other_text == "rank 0: ZeroDivisionError: cannot read x, says 0"
+
+
+def test_memory_that_runs_out_on_one_rank_ends_the_others_with_its_code(ranks: Ranks) -> None:
+    (kind, *_), (other, _, code, _) = ranks.run(2, fail_on, [0], MemoryError)
+    assert (kind, other, code) == ("MemoryError", "ElsewhereError", 7)
