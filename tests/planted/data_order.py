@@ -36,14 +36,14 @@ FAULTS = [
         "data/domain_rows.py",
         "hash64(seed, FOR_ORDER, domain, epoch.astype(np.uint64))",
         "hash64(seed, FOR_ORDER, domain)",
-        "data/test_stream.py",
+        "data/test_domain_rows.py",
     ),
     in_package(
         "all domains share an order",
         "data/domain_rows.py",
         "hash64(seed, FOR_ORDER, domain, epoch",
         "hash64(seed, FOR_ORDER, 0, epoch",
-        "data/test_stream.py",
+        "data/test_domain_rows.py",
     ),
     in_package(
         "a permutation's walk forgets which key is whose",
