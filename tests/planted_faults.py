@@ -27,11 +27,25 @@ from typing import Literal, NoReturn
 
 import pytest
 
-from tests.planted import accounting, experts, model, noise, places
+from tests.planted import (
+    accounting,
+    checkpoints,
+    data_order,
+    experts,
+    measures,
+    model,
+    noise,
+    places,
+    ranks,
+    routing,
+    runs,
+    steps,
+)
 from tests.planted.fault import Fault
 
 ROOT = Path(__file__).parents[1]
-FAULTS: list[Fault] = [*model.FAULTS, *places.FAULTS, *noise.FAULTS, *accounting.FAULTS, *experts.FAULTS]
+_TOPICS = (model, places, noise, accounting, experts, data_order, steps, ranks, routing, checkpoints, measures, runs)
+FAULTS: list[Fault] = [fault for topic in _TOPICS for fault in topic.FAULTS]
 
 Verdict = Literal["caught", "survived", "no longer applies", "broken", "timed out"]
 """broken: pytest could not run the tests, since the faulty file does not import or a named test is gone."""

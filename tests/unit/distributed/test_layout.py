@@ -20,6 +20,8 @@ def test_ep_ranks_on_several_whole_nodes_have_neighbours_and_counterparts() -> N
     assert layout.nodes_of_ep == 2
     assert layout.ep_inside_ranks() == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert layout.ep_between_ranks() == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    oblong = Layout(world_size=6, ep_size=6, ranks_per_node=3)
+    assert oblong.ep_inside_ranks() == [[0, 1, 2], [3, 4, 5]] and oblong.ep_between_ranks() == [[0, 3], [1, 4], [2, 5]]
     for other in (Layout(world_size=8, ep_size=4, ranks_per_node=8), Layout(world_size=6, ep_size=3, ranks_per_node=2)):
         assert other.nodes_of_ep == 1 and other.ep_inside_ranks() == other.ep_ranks()
 

@@ -32,6 +32,15 @@ def test_an_expert_does_not_depend_on_how_many_others_there_are() -> None:
     assert torch.equal(few["blocks.1.ffn.experts.w_in"], many["blocks.1.ffn.experts.w_in"][:3])
 
 
+def test_an_expert_does_not_depend_on_the_rank_that_holds_it() -> None:
+    config, name = tiny_model_config({"num_experts": 4}), "blocks.0.ffn.experts.w_in"
+    model = GPT(config, 32)
+    for moe in model.moe_layers():
+        moe.experts.keep(1, 3)
+    initialize(model, 0)
+    assert torch.equal(_parameters(model)[name], _parameters(make_model(config))[name][1:3])
+
+
 def test_experts_are_distinct() -> None:
     w = _parameters(make_model(tiny_model_config()))["blocks.0.ffn.experts.w_out"]
     assert all(not torch.equal(w[i], w[j]) for i in range(4) for j in range(i))

@@ -1,0 +1,88 @@
+"""Faults of what a checkpoint holds and which ones stay."""
+
+from tests.planted.fault import in_package
+
+FAULTS = [
+    in_package(
+        "the first rank writes everything",
+        "checkpoint/plan.py",
+        "min(ranks, key=lambda rank: (load[rank], rank))",
+        "min(ranks)",
+        "checkpoint/test_plan.py",
+    ),
+    in_package(
+        "a tensor of another shape fits",
+        "checkpoint/compatible.py",
+        "if tuple(saved.shape) != part.global_shape:",
+        "if len(saved.shape) != len(part.global_shape):",
+        "checkpoint/test_compatible.py",
+        "checkpoint/test_save_and_load.py",
+    ),
+    in_package(
+        "a tensor of another dtype fits",
+        "checkpoint/compatible.py",
+        "if saved.dtype != dtype:",
+        "if saved.dtype[:5] != dtype[:5]:",
+        "checkpoint/test_compatible.py",
+        "checkpoint/test_save_and_load.py",
+    ),
+    in_package(
+        "an expert that is not finite has its number on the rank",
+        "checkpoint/finite.py",
+        "ill[0] + part.start",
+        "ill[0]",
+        "checkpoint/test_finite.py",
+    ),
+    in_package(
+        "a sum that overflows is taken for a bad number",
+        "checkpoint/finite.py",
+        "if not is_fine and _is_ill(tensor)]",
+        "if not is_fine]",
+        "checkpoint/test_finite.py",
+    ),
+    in_package(
+        "an overlap of one index is whole",
+        "checkpoint/coverage.py",
+        "if start < end:",
+        "if start < end - 1:",
+        "checkpoint/test_manifest.py",
+        "checkpoint/test_plan.py",
+    ),
+    in_package(
+        "one moment of experts is enough",
+        "checkpoint/coverage.py",
+        "if found is None or list(found)",
+        "if found is not None and list(found)",
+        "checkpoint/test_manifest.py",
+        "checkpoint/test_plan.py",
+    ),
+    in_package(
+        "pruning counts from the oldest checkpoint",
+        "checkpoint/pruning.py",
+        "newest=sound[-1]",
+        "newest=sound[0]",
+        "checkpoint/test_pruning.py",
+    ),
+    in_package(
+        "damaged checkpoints count among those that are kept",
+        "checkpoint/folder.py",
+        "num_sound += self.is_sound(step)",
+        "num_sound += 1",
+        "checkpoint/test_pruning.py",
+        "checkpoint/test_save_and_load.py",
+    ),
+    in_package(
+        "a file has to hold its largest tensor only",
+        "checkpoint/manifest.py",
+        "held_bytes[part.file] += part",
+        "held_bytes[part.file] = part",
+        "checkpoint/test_manifest.py",
+    ),
+    in_package(
+        "a manifest's hash is not compared",
+        "checkpoint/manifest.py",
+        "is_intact = stated == _hash(values)",
+        "is_intact = len(stated) == len(_hash(values))",
+        "checkpoint/test_manifest.py",
+    ),
+]

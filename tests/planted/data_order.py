@@ -1,0 +1,118 @@
+"""Faults of the order of the data, of what is held out and of counting it."""
+
+from tests.planted.fault import in_package
+
+FAULTS = [
+    in_package(
+        "a source with many domains is drawn more often",
+        "data/mixture.py",
+        "weights[source] / int(in_source[source]) / total",
+        "weights[source] / total",
+        "data/test_mixture.py",
+    ),
+    in_package(
+        "the temperature of a mixture is inverted",
+        "data/mixture.py",
+        "max(num_tokens), 1 / config.temperature",
+        "max(num_tokens), config.temperature",
+        "data/test_mixture.py",
+    ),
+    in_package(
+        "every block of a mixture begins with the same rows",
+        "data/mixture.py",
+        "block * self.quotas[domain[here]] + numbers[places[here]]",
+        "numbers[places[here]]",
+        "data/test_mixture.py",
+    ),
+    in_package(
+        "a mixture ignores its seed",
+        "data/mixture.py",
+        "hash64(self._seed, FOR_BLOCK, block)",
+        "hash64(FOR_BLOCK, block)",
+        "data/test_mixture.py",
+    ),
+    in_package(
+        "every epoch has the order of the first",
+        "data/domain_rows.py",
+        "hash64(seed, FOR_ORDER, domain, epoch.astype(np.uint64))",
+        "hash64(seed, FOR_ORDER, domain)",
+        "data/test_domain_rows.py",
+    ),
+    in_package(
+        "all domains share an order",
+        "data/domain_rows.py",
+        "hash64(seed, FOR_ORDER, domain, epoch",
+        "hash64(seed, FOR_ORDER, 0, epoch",
+        "data/test_domain_rows.py",
+    ),
+    in_package(
+        "a permutation's walk forgets which key is whose",
+        "data/permutation.py",
+        "key[outside], num_rows",
+        "key[: outside.sum()], num_rows",
+        "data/test_permutation.py",
+    ),
+    in_package(
+        "held-out documents are read from the other end of the hash",
+        "data/splits.py",
+        'digest[:8], "big"',
+        'digest[:8], "little"',
+        "data/test_splits.py",
+    ),
+    in_package(
+        "a prompt does not count for the side of its document",
+        "data/splits.py",
+        "is_held_out(prompt + text,",
+        "is_held_out(text,",
+        "data/test_splits.py",
+    ),
+    in_package(
+        "the held-out tail repeats the whole prompt",
+        "data/splits.py",
+        "text[in_text:], prompt[before:]",
+        "text[in_text:], prompt",
+        "data/test_splits.py",
+    ),
+    in_package(
+        "a block does not look at prompts when it holds out",
+        "data/block_stream.py",
+        "is_held_out(document.prompt + document.text,",
+        "is_held_out(document.text,",
+        "data/test_block_stream.py",
+    ),
+    in_package(
+        "a block begins with the last document of the one before",
+        "data/block_stream.py",
+        '"document": place.document + 1',
+        '"document": place.document',
+        "data/test_block_stream.py",
+    ),
+    in_package(
+        "a block skips documents of later parts",
+        "data/block_stream.py",
+        "begin.document if part == begin.part else 0",
+        "begin.document",
+        "data/test_block_stream.py",
+    ),
+    in_package(
+        "the end of a document counts as a byte",
+        "data/tokenizers/byte.py",
+        "num_bytes[self.end_of_document] = 0",
+        "num_bytes[self.end_of_document] = 1",
+        "data/test_byte_tokenizer.py",
+    ),
+    in_package(
+        "the unigram floor is fitted to what it predicts",
+        "data/unigram.py",
+        "_counts(corpus.train[domain_index]",
+        "_counts(corpus.validation[domain_index]",
+        "data/test_unigram.py",
+    ),
+    in_package(
+        "a piece goes into the emptiest row that fits",
+        "data/best_fit.py",
+        "(fitting & -fitting).bit_length()",
+        "fitting.bit_length()",
+        "data/test_best_fit.py",
+    ),
+]

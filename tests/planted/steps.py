@@ -1,0 +1,72 @@
+"""Faults of optimizer steps, of initial weights and of counted work."""
+
+from tests.planted.fault import in_package
+
+FAULTS = [
+    in_package(
+        "norms, biases and embeddings are decayed",
+        "optim/adamw.py",
+        "(list(not_decayed), 0.0)",
+        "(list(not_decayed), config.weight_decay)",
+        "engine/test_native.py",
+        "models/test_initialize.py",
+    ),
+    in_package("the optimizer ignores betas", "optim/adamw.py", "betas=config.betas, ", "", "engine/test_native.py"),
+    in_package("the optimizer ignores eps", "optim/adamw.py", ", eps=config.eps", "", "engine/test_native.py"),
+    in_package(
+        "the gradient's norm is added up as it is and not squared",
+        "engine/sums.py",
+        ".double().square()",
+        ".double()",
+        "engine/test_native.py",
+    ),
+    in_package(
+        "a step's balance loss is of its last micro-batch",
+        "engine/sums.py",
+        "share.balance_loss + (0 if self.balance_loss is None else self.balance_loss)",
+        "share.balance_loss",
+        "engine/test_native.py",
+    ),
+    in_package(
+        "a spike is judged by the variance",
+        "engine/spikes.py",
+        "self.sigmas * math.sqrt(variance)",
+        "self.sigmas * variance",
+        "engine/test_spikes.py",
+    ),
+    in_package(
+        "one more spike than the patience is skipped",
+        "engine/spikes.py",
+        "self.skipped_in_a_row < self.patience",
+        "self.skipped_in_a_row <= self.patience",
+        "engine/test_spikes.py",
+    ),
+    in_package(
+        "experts are blamed before dense weights",
+        "engine/nonfinite.py",
+        "ranks = dense or [rank for rank, mine in enumerate(everyone) if not mine.expert_share_is_finite]",
+        "ranks = [rank for rank, mine in enumerate(everyone) if not mine.expert_share_is_finite] or dense",
+        "engine/test_nonfinite.py",
+    ),
+    in_package(
+        "experts of every rank start alike",
+        "models/initialize.py",
+        "e = first_expert[name] + i",
+        "e = i",
+        "models/test_initialize.py",
+    ),
+    in_package(
+        "training is counted as two forward passes",
+        "models/flops.py",
+        "return 3 * self",
+        "return 2 * self",
+        "models/test_flops.py",
+    ),
+    in_package(
+        "attention's values cost nothing",
+        "models/flops.py",
+        "flops += 4 * model",
+        "flops += 2 * model",
+        "models/test_flops.py",
+    ),
+]
