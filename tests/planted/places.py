@@ -81,16 +81,20 @@ FAULTS = [
         "return x.repeat(1, num_heads // x.shape[1], 1, 1)",
         ATTENTION,
     ),
-    _in_config("every: n begins at the first layer", "if (i - start + 1) % every == 0", "if (i - start) % every == 0"),
     _in_config(
-        "every: n does not count from the dense layers", "if (i - start + 1) % every == 0", "if (i + 1) % every == 0"
+        "every: n begins at the first layer",
+        "return (layer - self.moe.first_dense_layers + 1) % self.moe.every == 0",
+        "return (layer - self.moe.first_dense_layers) % self.moe.every == 0",
     ),
     _in_config(
-        "first_dense_layers is ignored", "for i in range(start, self.num_layers)", "for i in range(self.num_layers)"
+        "every: n does not count from the dense layers",
+        "return (layer - self.moe.first_dense_layers + 1) % self.moe.every == 0",
+        "return (layer + 1) % self.moe.every == 0",
     ),
+    _in_config("first_dense_layers is ignored", "or layer < self.moe.first_dense_layers:", "or layer < 0:"),
     _in_config(
         "one dense layer too many",
-        "start, every = self.moe.first_dense_layers,",
-        "start, every = self.moe.first_dense_layers + 1,",
+        "or layer < self.moe.first_dense_layers:",
+        "or layer < self.moe.first_dense_layers + 1:",
     ),
 ]
