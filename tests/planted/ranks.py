@@ -85,14 +85,14 @@ FAULTS = [
         "moe/dispatch/chunks.py",
         "torch.tensor(order).argsort()",
         "torch.tensor(order)",
-        "tests/contracts/test_dispatchers.py",
+        "moe/test_chunks.py",
     ),
     in_package(
         "null experts are renumbered",
         "moe/dispatch/chunks.py",
         "torch.where(expert < len(new_number), new_number[expert.clamp(max=len(new_number) - 1)], expert)",
         "new_number[expert.clamp(max=len(new_number) - 1)]",
-        "tests/contracts/test_dispatchers.py",
+        "moe/test_chunks.py",
     ),
     in_package(
         "all gathered tokens are numbered from the first rank",
