@@ -25,7 +25,7 @@ FAULTS = [
         "engine/sums.py",
         "share.balance_loss + (0 if self.balance_loss is None else self.balance_loss)",
         "share.balance_loss",
-        "engine/test_native.py",
+        "engine/test_sums.py",
     ),
     in_package(
         "a spike is judged by the variance",
