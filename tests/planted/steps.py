@@ -21,13 +21,6 @@ FAULTS = [
         "engine/test_native.py",
     ),
     in_package(
-        "a step's balance loss is of its last micro-batch",
-        "engine/sums.py",
-        "share.balance_loss + (0 if self.balance_loss is None else self.balance_loss)",
-        "share.balance_loss",
-        "engine/test_sums.py",
-    ),
-    in_package(
         "a spike is judged by the variance",
         "engine/spikes.py",
         "self.sigmas * math.sqrt(variance)",
@@ -47,13 +40,6 @@ FAULTS = [
         "ranks = dense or [rank for rank, mine in enumerate(everyone) if not mine.expert_share_is_finite]",
         "ranks = [rank for rank, mine in enumerate(everyone) if not mine.expert_share_is_finite] or dense",
         "engine/test_nonfinite.py",
-    ),
-    in_package(
-        "experts of every rank start alike",
-        "models/initialize.py",
-        "e = first_expert[name] + i",
-        "e = i",
-        "models/test_initialize.py::test_an_expert_does_not_depend_on_the_rank_that_holds_it",
     ),
     in_package(
         "training is counted as two forward passes",
