@@ -40,4 +40,18 @@ FAULTS = [
         "checkpoint/test_manifest.py",
         "checkpoint/test_plan.py",
     ),
+    in_package(
+        "a manifest's hash is not compared",
+        "checkpoint/manifest.py",
+        "is_intact = stated == _hash(values)",
+        "is_intact = len(stated) == len(_hash(values))",
+        "checkpoint/test_manifest.py::test_a_manifest_that_its_hash_is_not_of_is_damaged",
+    ),
+    in_package(
+        "a file has to hold its largest tensor only",
+        "checkpoint/manifest.py",
+        "held_bytes[part.file] += part",
+        "held_bytes[part.file] = part",
+        "checkpoint/test_manifest.py::test_a_file_has_to_hold_all_of_its_tensors_together",
+    ),
 ]

@@ -69,4 +69,18 @@ FAULTS = [
         "flops += 2 * model",
         "models/test_flops.py",
     ),
+    in_package(
+        "a step's balance loss is of its last micro-batch",
+        "engine/sums.py",
+        "share.balance_loss + (0 if self.balance_loss is None else self.balance_loss)",
+        "share.balance_loss",
+        "engine/test_sums.py",
+    ),
+    in_package(
+        "experts of every rank start alike",
+        "models/initialize.py",
+        "e = first_expert[name] + i",
+        "e = i",
+        "models/test_initialize.py::test_an_expert_does_not_depend_on_the_rank_that_holds_it",
+    ),
 ]
