@@ -4,13 +4,6 @@ from tests.planted.fault import in_package
 
 FAULTS = [
     in_package(
-        "a permutation's gradient is permuted forwards",
-        "ops/permute.py",
-        "_move(grad, order, not ctx.is_inverse)",
-        "_move(grad, order, ctx.is_inverse)",
-        "ops/test_permute.py",
-    ),
-    in_package(
         "the gradient of a token is of its first row",
         "ops/permute.py",
         "grad_x += grad_rows.index_select(0, row_of_slot[:, slot])",
@@ -75,22 +68,6 @@ FAULTS = [
         "moe/test_conventions.py",
     ),
     in_package(
-        "null experts weigh as one",
-        "moe/balance.py",
-        "alike[-1] = nulls",
-        "alike[-1] = 1",
-        "moe/test_by_hand.py",
-        "tests/laws/test_router_oracles.py",
-    ),
-    in_package(
-        "groups of experts do not scale their loss",
-        "moe/balance.py",
-        "return groups * (in_groups",
-        "return (in_groups",
-        "moe/test_by_hand.py",
-        "tests/laws/test_extra_losses.py",
-    ),
-    in_package(
         "busy experts' bias rises",
         "moe/routers/bias_balanced.py",
         "torch.sign(even - counts)",
@@ -112,10 +89,10 @@ FAULTS = [
         "moe/test_yardstick.py",
     ),
     in_package(
-        "sums of importance and load are exchanged",
-        "moe/sums.py",
-        "counts, importance, load = parts",
-        "counts, load, importance = parts",
-        "tests/laws/test_extra_losses.py",
+        "a permutation's gradient is permuted forwards",
+        "ops/permute.py",
+        "_move(grad, order, not ctx.is_inverse)",
+        "_move(grad, order, ctx.is_inverse)",
+        "ops/test_permute.py::test_a_permutation_and_its_inverse_have_the_gradients_of_indexing",
     ),
 ]

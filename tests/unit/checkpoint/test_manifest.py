@@ -101,3 +101,23 @@ def test_what_would_not_be_read_again_is_not_written(folder: Path, monkeypatch: 
     monkeypatch.setattr("trainer.checkpoint.manifest._MOST_VALUES", 10)
     with pytest.raises(CheckpointError, match=r"step 1 not saved: its manifest has \d+ bytes, too many to be read"):
         manifest_text(manifest)
+
+
+def test_a_manifest_that_its_hash_is_not_of_is_damaged(folder: Path) -> None:
+    path = folder / "manifest.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"step": 2}))
+    with pytest.raises(CheckpointError, match="its hash does not match its content"):
+        read_manifest(folder)
+
+
+def test_a_file_has_to_hold_all_of_its_tensors_together(folder: Path) -> None:
+    """Each of these is no larger than the file, which says how large it is."""
+
+    def change(values: dict[str, Any]) -> None:
+        values["files"][FILE]["size_bytes"] = 40
+        values["tensors"]["model.b"] = values["tensors"]["model.a"]
+
+    rewrite(folder, change)
+    with pytest.raises(CheckpointError, match="has 40 bytes for 64 of tensors"):
+        read_manifest(folder)

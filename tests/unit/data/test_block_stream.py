@@ -1,6 +1,7 @@
 import errno
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from trainer.data.block_stream import BlockStream, Mark, StreamedSource
 from trainer.data.cache import FileState
 from trainer.data.shards import TokenFile
 from trainer.data.sources.registry import HfStreamSourceConfig
+from trainer.data.splits import is_held_out
 from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.errors import DataError, ResourceError
 
@@ -70,6 +72,18 @@ def test_what_is_held_out_is_never_learned(source):
     held_out = {d for i in range(number) for d in bytes(stream.block(i).validation.tokens[:]).split(b"\xff")} - {b""}
     assert held_out
     assert not learned & held_out
+
+
+def test_a_prompt_is_part_of_what_decides_whether_a_document_is_held_out(source, folder):
+    """As in splits.py: answers that are alike would otherwise all be on one side."""
+    prompts = [f"question {number}" for number in range(40)]
+    rows = [json.dumps({"asked": prompt, "text": "yes"}) for prompt in prompts]
+    (folder / "answers.jsonl").write_text("\n".join(rows) + "\n")
+    config = HfStreamSourceConfig(path="json", data_files="answers.jsonl", prompt="{asked}", block_tokens=5000)
+    files = tuple(FileState.of(path) for path in config.build().files())
+    info = BlockStream(replace(source, config=config, files=files)).info(0)
+    held_out = sum(is_held_out(f"{prompt}yes", 0.1) for prompt in prompts)
+    assert 0 < held_out == info.validation.num_documents < info.train.num_documents == 40 - held_out
 
 
 def test_blocks_may_be_asked_for_in_any_order(source, tmp_path):

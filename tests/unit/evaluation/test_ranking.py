@@ -23,6 +23,8 @@ def test_metrics_equal_hand_computed_ones() -> None:
     assert metrics["ndcg@1"] == pytest.approx((1 + 0 + 0) / 3)
     two = 1 / math.log2(3)  # the gain of the second place
     assert metrics["ndcg@3"] == pytest.approx((1 + 1 / math.log2(4) + two / (1 + two)) / 3)
+    # Of more right ones than k, no more than k can be among the first k.
+    assert ranking_metrics([[1, 2, 3]], [1, 2]).items() >= {"ndcg@1": 1.0, "ndcg@2": 1.0}.items()
 
 
 def test_of_equal_scores_the_right_ones_come_last() -> None:
