@@ -28,12 +28,11 @@ def main() -> int:
     parser.add_argument("--torch", help="use this version of torch")
     arguments, pytest_arguments = parser.parse_known_args()
     venv.create(FOLDER, with_pip=True, clear=True)
-    _pip("install", "--quiet", "--upgrade", "pip")
     held = [f"torch=={arguments.torch}"] if arguments.torch else []
-    _pip("install", "--quiet", "--editable", f"{ROOT}[dev]", *held)
-    there = {normalised(found["name"]): found["version"] for found in json.loads(_pip("list", "--format", "json"))}
-    newer = json.loads(_pip("list", "--outdated", "--format", "json"))
-    outside = {normalised(found["name"]): found["latest_version"] for found in newer}
+    for what in (["--upgrade", "pip"], ["--editable", f"{ROOT}[dev]", *held]):
+        subprocess.run([PYTHON, "-m", "pip", "install", *what], check=True)
+    there = {normalised(found["name"]): found["version"] for found in _list()}
+    outside = {normalised(found["name"]): found["latest_version"] for found in _list("--outdated")}
     variables = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
     variables["TURNOUT_PYTHON"] = str(PYTHON)
     code = subprocess.run([ROOT / "scripts/test.sh", *pytest_arguments], env=variables).returncode
@@ -63,8 +62,9 @@ def table(there: dict[str, str], outside: dict[str, str]) -> list[str]:
     return ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows] + [""]
 
 
-def _pip(*arguments: str) -> str:
-    return subprocess.run([PYTHON, "-m", "pip", *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
+def _list(*options: str) -> list[dict[str, str]]:
+    command = [PYTHON, "-m", "pip", "list", "--format", "json", *options]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
 if __name__ == "__main__":
