@@ -15,11 +15,11 @@ from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.experiment import ExperimentConfig
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCKS: list[tuple[Path, str]] = [
-    (path, block)
+BLOCKS = {
+    f"{path.stem} {number}": (path, str(block))
     for path in DOCUMENTS
-    for block in re.findall(r"^```yaml\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
-]
+    for number, block in enumerate(re.findall(r"^```yaml\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE))
+}
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "configs/mine.yaml"
 
 
-@pytest.mark.parametrize(("path", "block"), BLOCKS, ids=[f"{path.stem} {i}" for i, (path, _) in enumerate(BLOCKS)])
+@pytest.mark.parametrize(("path", "block"), BLOCKS.values(), ids=BLOCKS.keys())
 def test_yaml_in_a_document_is_a_config_whose_files_are_there(path, block, place, monkeypatch):
     if block.startswith("weights:"):
         place.write_text(block)
@@ -49,7 +49,7 @@ def test_yaml_in_a_document_is_a_config_whose_files_are_there(path, block, place
 
 
 def test_the_readme_shows_a_whole_config_and_tasks():
-    shown = [block for path, block in BLOCKS if path.name == "README.md"]
+    shown = [block for path, block in BLOCKS.values() if path.name == "README.md"]
     assert len(shown) == 2
     whole = next(block for block in shown if "\nname:" in block)
     sections = set(ExperimentConfig.model_fields) - {"runs_dir"}
