@@ -2,6 +2,7 @@
 
 import io
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from trainer.evaluation.examination import Examination
 from trainer.evaluation.shown import summary_of
 from trainer.experiment import ExperimentConfig
 from trainer.loop import announce, fit
+from trainer.metrics import readable
 from trainer.metrics.console import Console
 from trainer.metrics.records import loss_curve
 from trainer.metrics.streaming import Utf8Streamer
@@ -71,6 +73,7 @@ def train_run(
 ) -> int:
     """Train into a locked folder, as one of the ranks of a layout; return the exit code."""
     stop.check()
+    began_s = time.monotonic()
     device = runtime.start(config.parallel.device)
     screen = None if layout.rank == 0 else io.StringIO()  # one rank speaks for all
     with (
@@ -109,7 +112,8 @@ def train_run(
         prompt, sample, speechless = _sample(run)  # every rank takes part: it needs everyone's experts
         if layout.rank == 0:
             faults.hit("end.summary")
-            console.summary(_summary(run, examination, prompt, sample))
+            elapsed_s = time.monotonic() - began_s
+            console.summary(_summary(run, examination, prompt, sample, elapsed_s=elapsed_s))
         run.engine.close()
         if speechless is not None:  # weights that are finite and too large for what is computed with them
             step = max(run.start_step, config.train.steps)
@@ -223,15 +227,18 @@ def _header(run: Run) -> list[str | tuple[str, str]]:
     ]
 
 
-def _summary(run: Run, examination: Examination, prompt: str, sample: str) -> RunSummary:
+def _summary(run: Run, examination: Examination, prompt: str, sample: str, *, elapsed_s: float) -> RunSummary:
     logged_steps, losses = [], []
     with suppress(OSError):  # then what this process has seen is shown
         logged_steps, losses = loss_curve(run.folder.metrics)
     steps = max(run.start_step, run.config.train.steps)
     layers, title = run.engine.model.config.moe_layers, f"{run.config.name}: {steps} steps done"
+    since = f" since step {run.start_step}" if run.start_step else ""
+    elapsed = f"{readable.duration(elapsed_s)}{since}"
+    asked_for = [("profile", run.folder.profile), ("deepspeed", run.folder.deepspeed)]
     return replace(
         summary_of(examination, run.corpus, layers, title=title),
-        facts=(),
+        facts=[("time", elapsed), ("tokens", readable.rate(run.tokens))],
         steps=logged_steps,
         losses=losses,
         prompt=prompt,
@@ -239,7 +246,8 @@ def _summary(run: Run, examination: Examination, prompt: str, sample: str) -> Ru
         written=[
             ("run folder", str(run.folder.path)),
             ("checkpoint", str(run.saver.folder.of_step(steps))),
-            ("metrics", str(run.folder.metrics)),
+            *run.trackers.written(),
+            *((label, str(path)) for label, path in asked_for if path.is_dir()),
             ("more text", f"python -m trainer generate {run.folder.path}"),
         ],
     )

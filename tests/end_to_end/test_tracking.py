@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ train: {steps: 50, global_batch_size: 16}
 eval: {every: 10, max_tokens_per_domain: 512}
 checkpoint: {every: 15}
 parallel: {micro_batch_size: 16}
+profile: {start: 45, steps: 1}
 metrics: {log_every: 1, tensorboard: true, wandb: {mode: offline, project: paper, tags: [small]}}
 """
 SECRETS = {"WANDB_API_KEY": "5ec7e7" * 6 + "5ec7", "HF_TOKEN": "hf_5ec7e7", "OPENAI_API_KEY": "sk-5ec7e7"}
@@ -69,6 +71,13 @@ def test_a_killed_run_goes_on_in_wandb_and_tensorboard_as_in_its_own_metrics(tmp
     resumed = train(tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert "wandb: it has steps 31 to 42, which are taken again now: they are not sent again" in resumed.stdout
+
+    screen = resumed.stdout[resumed.stdout.index("tiny: 50 steps done") :].splitlines()
+    assert any(re.fullmatch(r" *time \d+[ms].* since step 30 +tokens 51\.2k", line) for line in screen), screen
+    last = resumed.stdout[resumed.stdout.index("written to") :]
+    for label, place in (("metrics", "metrics.jsonl"), ("tensorboard", "tensorboard"), ("profile", "profile")):
+        assert re.search(rf"^ *{label} +runs/tiny/{place}$", last, re.MULTILINE), last
+    assert re.search(r"^ *wandb +runs/tiny/wandb/offline-run-\S+$", last, re.MULTILINE), last
 
     folder = tmp_path / "runs/tiny"
     run_id, lines = (folder / "run_id").read_text().strip(), numbers(folder / "metrics.jsonl")

@@ -1,18 +1,17 @@
 """The benches of routers as pictures of their own: SVGs that need nothing else, light and dark."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
-from xml.sax.saxutils import escape
 
 from trainer.bench.choices import FACTORS, Choice
+from trainer.bench.labels import Box, place_labels
 from trainer.bench.logits import LogitsKind
 from trainer.bench.outcomes import Outcome
+from trainer.metrics.svg import document, text, text_width
 
-_MARGIN, _NAME, _ROW, _PANEL, _GAP = 16, 130, 22, 210, 34
-_VALUE = 66
+_MARGIN, _NAME, _ROW, _PANEL, _GAP = 16, 130, 22, 210, 24
+_VALUE = 88
 """Width of what is written behind a bar."""
-_CHARACTER = 7
-"""Width of a letter at 12 pixels, about."""
 _PLOT = (560, 380)
 _TICKS = 5
 _STYLE = """
@@ -42,7 +41,7 @@ def choices_svg(choices: Sequence[Choice], titles: Mapping[LogitsKind, str], *, 
         The text of an SVG file.
     """
     routers = list(dict.fromkeys(choice.router for choice in choices))
-    left, top = _MARGIN + _NAME, 104
+    left, top = _MARGIN + math.ceil(max(_NAME, *(text_width(router) + 8 for router in routers))), 104
     body = [f'<text class="quiet" x="{_MARGIN}" y="48">share of the best sum of scores that is kept</text>']
     for index, (style, factor) in enumerate(zip(("bar", "more"), FACTORS, strict=True)):
         x = _MARGIN + index * 180
@@ -51,16 +50,17 @@ def choices_svg(choices: Sequence[Choice], titles: Mapping[LogitsKind, str], *, 
             f'<text class="quiet" x="{x + 18}" y="70">room for {factor:g} fair share{"s" if factor != 1 else ""}</text>'
         )
     for row, router in enumerate(routers):
-        body.append(f'<text class="end" x="{left - 8}" y="{top + row * _ROW + 15}">{escape(router)}</text>')
+        body.append(f'<text class="end" x="{left - 8}" y="{top + row * _ROW + 15}">{text(router)}</text>')
     for index, (kind, panel) in enumerate(titles.items()):
         of_kind = {choice.router: choice for choice in choices if choice.logits == kind}
         x = left + index * (_PANEL + _VALUE + _GAP)
-        body.append(f'<text class="panel" x="{x}" y="{top - 10}">{escape(kind)}<title>{escape(panel)}</title></text>')
+        body.append(f'<text class="panel" x="{x}" y="{top - 10}">{text(kind)}<title>{text(panel)}</title></text>')
         for row, router in enumerate(routers):
             body += _bars(of_kind[router], top_k, x=x, y=top + row * _ROW)
         body.append(f'<line class="axis" x1="{x}" y1="{top}" x2="{x}" y2="{top + len(routers) * _ROW}"/>')
     width = left + len(titles) * (_PANEL + _VALUE + _GAP)
-    return _svg(body, title, width=width, height=top + len(routers) * _ROW + _MARGIN)
+    height = top + len(routers) * _ROW + _MARGIN
+    return document(body, title=title, style=_STYLE, margin=_MARGIN, width=width, height=height)
 
 
 def _bars(choice: Choice, top_k: int, *, x: int, y: int) -> Iterator[str]:
@@ -68,7 +68,7 @@ def _bars(choice: Choice, top_k: int, *, x: int, y: int) -> Iterator[str]:
     fair, more = (1 - choice.at[factor].gap for factor in FACTORS)
     said = f"{choice.router}: {fair:.4f} at {FACTORS[0]:g}, {more:.4f} at {FACTORS[1]:g}"
     own_k = "" if choice.top_k == top_k else f", k {choice.top_k}"
-    yield f"<g><title>{escape(said)}</title>"
+    yield f"<g><title>{text(said)}</title>"
     yield f'<rect class="more" x="{x}" y="{y + 4}" width="{_PANEL * more:.1f}" height="{_ROW - 8}"/>'
     yield f'<rect class="bar" x="{x}" y="{y + 4}" width="{_PANEL * fair:.1f}" height="{_ROW - 8}"/></g>'
     yield f'<text class="quiet" x="{x + _PANEL * max(fair, more) + 6:.1f}" y="{y + 15}">{fair:.3f}{own_k}</text>'
@@ -112,20 +112,28 @@ def outcomes_svg(outcomes: Sequence[Outcome], *, title: str) -> str:
         )
         for one, load in points
     }
-    taken = [_Box(x - 6, y - 6, 12, 12) for x, y in places.values()]
+    margins = [Box(0, 0, 10_000, top - 8), Box(0, top + height + 4, 10_000, 48)]  # the legend; numbers of the axis
+    drawn = [Box(x - 6, y - 6, 12, 12) for x, y in places.values()]
+    labels = place_labels(places, {name: text_width(name) for name in places}, [*margins, *drawn], least_x=left)
     for one, load in points:
-        x, y = places[one.router]
-        label = _free_box(x, y, _CHARACTER * len(one.router), taken, left=left)
-        taken.append(label)
-        near = label.x if label.x > x else label.x + label.width
-        if abs(label.y + label.height / 2 - y) > 8:  # away from its point: show whose it is
-            body.append(f'<line class="axis" x1="{x:.1f}" y1="{y:.1f}" x2="{near:.1f}" y2="{label.y + 7:.1f}"/>')
-        style, end = ("no" if one.looks_ahead == "no" else "ahead"), ("" if label.x > x else ' class="end"')
-        said = escape(f"{one.router}: held-out loss {one.held_out_loss:.4f}, imbalance {load:.2f}")
+        (x, y), label = places[one.router], labels[one.router]
+        if label.line is not None:
+            ends = 'x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"'.format(*label.line)
+            body.append(f'<line class="axis" {ends}/>')
+        style, end = ("no" if one.looks_ahead == "no" else "ahead"), (' class="end"' if label.is_left else "")
+        said = text(f"{one.router}: held-out loss {one.held_out_loss:.4f}, imbalance {load:.2f}")
         body.append(f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{said}</title></circle>')
-        body.append(f'<text{end} x="{near:.1f}" y="{label.y + 11:.1f}">{escape(one.router)}</text>')
-    room_for_names = _CHARACTER * max((len(one.router) for one, _ in points), default=0) + 14
-    return _svg(body, title, width=left + width + room_for_names, height=top + height + 60)
+        near = label.box.x + (label.box.width if label.is_left else 0)
+        body.append(f'<text{end} x="{near:.1f}" y="{label.box.y + 11:.1f}">{text(one.router)}</text>')
+    inside = [*drawn, *(label.box for label in labels.values())]
+    return document(
+        body,
+        title=title,
+        style=_STYLE,
+        margin=_MARGIN,
+        width=max([left + width + _MARGIN, *(box.x + box.width for box in inside)]) + _MARGIN,
+        height=max([top + height + 60, *(box.y + box.height + _MARGIN for box in inside)]),
+    )
 
 
 def _around(values: Sequence[float]) -> tuple[float, float]:
@@ -133,44 +141,3 @@ def _around(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values, default=0.0), max(values, default=1.0)
     air = 0.08 * (high - low) or 0.05
     return low - air, high + air
-
-
-class _Box(NamedTuple):
-    """A part of the picture, in pixels."""
-
-    x: float
-    y: float
-    width: float
-    height: float
-
-    def covers(self, other: "_Box") -> bool:
-        """Tell whether they have a part in common."""
-        beside = self.x >= other.x + other.width or other.x >= self.x + self.width
-        return not beside and self.y < other.y + other.height and other.y < self.y + self.height
-
-
-def _free_box(x: float, y: float, width: float, taken: Sequence[_Box], *, left: float) -> _Box:
-    """Return where a label of the point (x, y) covers nothing: right or left of it, as near to its height as can be."""
-    step = 0
-    while True:
-        for down in (step, -step):
-            for near in (x + 9, x - 9 - width):
-                box = _Box(near, y - 7 + down, width, 14)
-                if near >= left and not any(box.covers(other) for other in taken):
-                    return box
-        step += 3
-
-
-def _svg(body: Sequence[str], title: str, *, width: int, height: int) -> str:
-    width = max(width, 2 * _MARGIN + 8 * len(title))
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-            f'height="{height}" role="img">',
-            f"<title>{escape(title)}</title>",
-            f"<style>{_STYLE}</style>",
-            f'<text class="title" x="{_MARGIN}" y="28">{escape(title)}</text>',
-            *body,
-            "</svg>\n",
-        ]
-    )

@@ -4,20 +4,18 @@
 """
 
 import math
-import re
 from collections.abc import Iterator, Sequence
-from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.metrics.specialisation import domain_entropy_bits, mutual_information_bits
+from trainer.metrics.svg import cut, document, text, text_width
 
-_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _MARGIN, _ROW, _GAP = 16, 22, 30
-_CHARACTER = 7
-"""Width of a letter at 12 pixels, about."""
-_LONGEST_NAME = 24
+_SMALL = 10
+"""Size of the numbers."""
+_LONGEST_NAME = 40
 _WIDEST_MAP, _LEAST_WIDTH = 640, 500
 _NOTE = "the expert tells {:.2f} of {:.2f} bits of a token's domain"
 _STEPS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -27,7 +25,8 @@ _LOW, _EVEN, _HIGH = (33, 102, 172), (240, 240, 236), (179, 88, 6)
 _STYLE = """
 svg { background: #ffffff; font: 12px ui-sans-serif, system-ui, sans-serif; fill: #1f2328 }
 .title { font-size: 15px; font-weight: 600 } .layer { font-weight: 600 } .quiet { fill: #59636e }
-.name { text-anchor: end } .value { text-anchor: middle; font-size: 10px } .on-dark { fill: #ffffff }
+.name { text-anchor: end } .middle { text-anchor: middle } .value { text-anchor: middle; font-size: 10px }
+.on-dark { fill: #ffffff }
 .on-light { fill: #1f2328 } .none { fill: none; stroke: #8c959f; stroke-dasharray: 3 }
 @media (prefers-color-scheme: dark) { svg { background: #0d1117; fill: #e6edf3 } .quiet { fill: #9198a1 } }
 """
@@ -59,56 +58,54 @@ def experts_svg(
             f"{len(domains)} domains"
         )
     num_experts = table.shape[2]
-    left = _MARGIN + _CHARACTER * min(_LONGEST_NAME, max(map(len, domains))) + 10
+    shown = [cut(domain, _LONGEST_NAME) for domain in domains]
+    left = math.ceil(_MARGIN + max(map(text_width, shown)) + 10)
     cell = max(6, min(34, _WIDEST_MAP // num_experts))
-    longest = max(_LEAST_WIDTH, *(_CHARACTER * (len(text) + 2) for text in (title, *(n + _NOTE for n in layer_names))))
-    width = max(left + cell * num_experts, _MARGIN + longest) + _MARGIN
+    headings = [text_width(f"{name}  {_NOTE}", is_bold=True) for name in layer_names]
+    width = max(left + cell * num_experts, _MARGIN + max(_LEAST_WIDTH, *headings)) + _MARGIN
     map_height = 2 * _ROW + _ROW * len(domains) + _GAP
-    top = 110
-    body = [*_head(title, num_experts)]
+    top = 116
+    body = [*_head(num_experts)]
     for layer, name in enumerate(layer_names):
-        body += _map(table[layer], domains, name, left=left, top=top + layer * map_height, cell=cell)
+        body += _map(table[layer], domains, shown, name, left=left, top=top + layer * map_height, cell=cell)
     height = top + len(layer_names) * map_height
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-            f'height="{height}" role="img">',
-            f"<title>{_text(title)}</title>",
-            f"<style>{_STYLE}</style>",
-            *body,
-            "</svg>\n",
-        ]
-    )
+    return document(body, title=title, style=_STYLE, margin=_MARGIN, width=width, height=height)
 
 
-def _head(title: str, num_experts: int) -> Iterator[str]:
-    yield f'<text class="title" x="{_MARGIN}" y="28">{_text(title)}</text>'
+def _head(num_experts: int) -> Iterator[str]:
     words = f"a row is a domain, a column an expert; shares in percent, even is 1/{num_experts}"
     yield f'<text class="quiet" x="{_MARGIN}" y="48">{words}</text>'
-    size = 44
-    for index, step in enumerate(_STEPS):
+    labels = [{_STEPS[0]: f"<={step:g}x", _STEPS[-1]: f">={step:g}x"}.get(step, f"{step:g}x") for step in _STEPS]
+    size = math.ceil(max(map(text_width, labels))) + 8
+    for index, (step, label) in enumerate(zip(_STEPS, labels, strict=True)):
         x = _MARGIN + index * size
         yield f'<rect class="scale" x="{x}" y="60" width="{size}" height="14" fill="{_colour(step)}"/>'
-        label = {_STEPS[0]: f"<={step:g}x", _STEPS[-1]: f">={step:g}x"}.get(step, f"{step:g}x")
-        yield f'<text class="quiet" x="{x + 2}" y="88">{_text(label)}</text>'
+        yield f'<text class="quiet middle" x="{x + size / 2:g}" y="88">{text(label)}</text>'
 
 
 def _map(
-    counts: NDArray[np.float64], domains: Sequence[str], name: str, *, left: int, top: int, cell: int
+    counts: NDArray[np.float64],
+    domains: Sequence[str],
+    shown: Sequence[str],
+    name: str,
+    *,
+    left: int,
+    top: int,
+    cell: int,
 ) -> Iterator[str]:
     num_experts = counts.shape[1]
     bits, most = mutual_information_bits(counts.tolist()), domain_entropy_bits(counts.tolist())
     note = _NOTE.format(bits, most)
-    yield f'<g><text x="{_MARGIN}" y="{top}"><tspan class="layer">{_text(name)}</tspan>'
+    yield f'<g><text x="{_MARGIN}" y="{top}"><tspan class="layer">{text(name)}</tspan>'
     yield f'<tspan class="quiet" dx="10">{note}</tspan></text>'
-    every = max(1, math.ceil(_CHARACTER * len(str(num_experts)) / cell))  # numbers that do not run into each other
+    # Numbers that do not run into each other.
+    every = max(1, math.ceil((text_width(str(num_experts), size=_SMALL) + 2) / cell))
     for expert in range(0, num_experts, every):
         x = left + expert * cell + cell / 2
         yield f'<text class="value quiet" x="{x:g}" y="{top + _ROW - 4}">{expert}</text>'
-    for row, (domain, own) in enumerate(zip(domains, counts, strict=True)):
+    for row, (domain, label, own) in enumerate(zip(domains, shown, counts, strict=True)):
         y = top + (row + 1) * _ROW
-        shown = domain if len(domain) <= _LONGEST_NAME else f"{domain[: _LONGEST_NAME - 3]}..."
-        yield (f'<text class="name" x="{left - 8}" y="{y + 15}">{_text(shown)}<title>{_text(domain)}</title></text>')
+        yield f'<text class="name" x="{left - 8}" y="{y + 15}">{text(label)}<title>{text(domain)}</title></text>'
         total = own.sum()
         if total == 0:
             yield f'<rect class="none" x="{left}" y="{y}" width="{cell * num_experts}" height="{_ROW - 1}"/>'
@@ -120,10 +117,10 @@ def _map(
 
 def _cell(domain: str, expert: int, share: float, num_experts: int, *, x: int, y: int, cell: int) -> str:
     ratio = share * num_experts
-    label = _text(f"{domain}, expert {expert}: {100 * share:.1f} % of assignments, {ratio:.2f} times the even share")
+    label = text(f"{domain}, expert {expert}: {100 * share:.1f} % of assignments, {ratio:.2f} times the even share")
     rect = (
         f'<rect class="cell" x="{x}" y="{y}" width="{cell - 1}" height="{_ROW - 1}" '
-        f"fill={quoteattr(_colour(ratio))}><title>{label}</title></rect>"
+        f'fill="{_colour(ratio)}"><title>{label}</title></rect>'
     )
     if cell < 26:  # no room for a number
         return rect
@@ -141,8 +138,3 @@ def _colour(ratio: float) -> str:
     end = _HIGH if place > 0 else _LOW
     mixed = [round(even + (far - even) * abs(place)) for even, far in zip(_EVEN, end, strict=True)]
     return "#{:02x}{:02x}{:02x}".format(*mixed)
-
-
-def _text(text: str) -> str:
-    """Return text that is nothing but text to a reader of XML."""
-    return escape(_NOT_XML.sub("\ufffd", text))

@@ -47,6 +47,10 @@ class TensorBoardTracker:
         if self._writer is not None:
             self._attempt(lambda: self._write(record, experts))
 
+    def written(self) -> list[tuple[str, str]]:
+        """Return the folder of the event files; nothing if writing has failed."""
+        return [] if self._writer is None else [("tensorboard", str(self._folder))]
+
     def close(self, exit_code: int, *, patience_s: float) -> None:
         """Close the event file."""
         if self._writer is not None:

@@ -28,6 +28,10 @@ class Tracker(Protocol):
         """
         ...
 
+    def written(self) -> list[tuple[str, str]]:
+        """Return what it keeps and where that is, for the last screen: a label and a path or an address."""
+        ...
+
     def close(self, exit_code: int, *, patience_s: float) -> None:
         """Keep what is not safe yet, for so long at most; the run has ended with this code."""
         ...
@@ -37,6 +41,7 @@ class JsonlTracker:
     """The truth: a line in metrics.jsonl for each record, and one in routing.jsonl."""
 
     def __init__(self, metrics: Path, routing: Path, *, warn: Callable[[str], None]) -> None:
+        self._path = metrics
         self._metrics, self._routing = JsonlSink(metrics, warn=warn), JsonlSink(routing, warn=warn)
 
     def resume_at(self, step: int, known: object = None) -> None:
@@ -60,6 +65,10 @@ class JsonlTracker:
             self._routing.write(experts)
         self._metrics.write(record)
 
+    def written(self) -> list[tuple[str, str]]:
+        """Return the file of metrics."""
+        return [("metrics", str(self._path))]
+
     def close(self, exit_code: int, *, patience_s: float) -> None:
         """Close the files."""
         self._metrics.close()
@@ -82,6 +91,10 @@ class Trackers:
         """Keep a record everywhere."""
         for tracker in self._trackers:
             tracker.log(record, experts)
+
+    def written(self) -> list[tuple[str, str]]:
+        """Return what all of them keep, and where."""
+        return [place for tracker in self._trackers for place in tracker.written()]
 
     def __enter__(self) -> Self:
         return self

@@ -1,7 +1,7 @@
 """The process that shows a run in Weights & Biases: it reads metrics.jsonl as it grows, and hands it on.
 
     stdin    orders, a line of JSON; at the end of the run its exit code; nothing more, and no code if it was killed
-    stdout   {"text": ..., "is_warning": ...}, a line each, for the run's console
+    stdout   {"text": ..., "is_warning": ..., "place": ...}, a line each, for the run's console; place where it says one
 
 wandb can hang, ask questions, print, and take long to end; here it does so beside the run. How far it has come is known
 by step: from its server, or offline from a file. So steps that are taken again are not sent again, and what a killed
@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -82,10 +83,11 @@ class Mirror:
                 self.say(f"not all was sent; to send the rest: {_sync(run)}", is_warning=True)
             position.settle()
 
-    def say(self, text: str, *, is_warning: bool = False) -> None:
-        """Show the user of the run a line."""
+    def say(self, text: str, *, is_warning: bool = False, place: str | None = None) -> None:
+        """Show the user of the run a line; `place` is where the run can be looked at."""
+        said = {"text": text, "is_warning": is_warning, "place": place}
         with contextlib.suppress(OSError):  # the run has gone
-            os.write(self._screen, json.dumps({"text": text, "is_warning": is_warning}).encode() + b"\n")
+            os.write(self._screen, json.dumps(said).encode() + b"\n")
 
     def _open(self) -> "wandb.Run":
         """Begin the run in wandb or go on with it, offline where it cannot be reached."""
@@ -99,12 +101,13 @@ class Mirror:
                 why = error
                 wandb.teardown()  # else the id counts as taken
             else:
-                self.say(run.url or "online")
+                self.say(run.url or "online", place=run.url)
                 return run
         run = self._init("offline")
         kept = f"kept offline; to upload it: {_sync(run)}"
         is_expected = why is None or (mode == "auto" and isinstance(why, wandb.errors.UsageError))  # there is no key
-        self.say(kept if why is None else f"{reason(why)}; {kept}", is_warning=not is_expected)
+        place = str(Path(run.dir).parent)
+        self.say(kept if why is None else f"{reason(why)}; {kept}", is_warning=not is_expected, place=place)
         return run
 
     def _init(self, mode: Literal["online", "offline"]) -> "wandb.Run":
@@ -196,6 +199,7 @@ def main() -> None:
         mirror.run()
     except Exception as error:
         mirror.say(f"{reason(error)}; {_ADVICE}", is_warning=True)
+    shutil.rmtree(orders["scratch"], ignore_errors=True)
     os._exit(0)  # what wandb registered for the way out is of no use any more, and can take seconds
 
 

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -64,12 +66,21 @@ class WandbTracker:
             "config": described,
         }
         self._heard, self._has_begun = b"", False
+        self._place = str(folder / "wandb")
+        """Where the run can be looked at: its folder, or an address once there is one."""
+        self._scratch: str | None = None
         self._mirror = self._start()
 
     def log(self, record: Logged, experts: Logged | None = None) -> None:
         """Show what the mirror has to say; the record is in metrics.jsonl already, where it reads."""
         if self._mirror is not None and self._has_ended(self._mirror, within_s=0.0):
             self._mirror = None
+
+    def written(self) -> list[tuple[str, str]]:
+        """Return where wandb has the run, as far as it has said so by now."""
+        if self._mirror is not None:
+            self._has_ended(self._mirror, within_s=0.0)
+        return [("wandb", self._place)]
 
     def close(self, exit_code: int, *, patience_s: float) -> None:
         """Let the mirror finish, and kill it if that takes too long; without patience it finishes by itself."""
@@ -80,7 +91,7 @@ class WandbTracker:
         if patience_s == 0 or self._has_ended(mirror, within_s=_ANSWER_S):
             return
         if not self._has_begun and self._orders["mode"] != "offline":
-            _kill(mirror)
+            self._kill(mirror)
             self._orders["mode"] = "offline"
             self._warn("wandb: its server did not answer before the run had ended")
             mirror = self._start()
@@ -88,14 +99,16 @@ class WandbTracker:
                 return
             _tell(mirror, str(exit_code))
         if not self._has_ended(mirror, within_s=patience_s - _ANSWER_S):
-            _kill(mirror)
+            self._kill(mirror)
             self._warn(f"wandb: it did not finish within {patience_s:.0f} s; {self._advice}")
 
     def _start(self) -> subprocess.Popen[bytes] | None:
         try:
+            # wandb leaves folders where temporary files go; the mirror removes this one when it ends.
+            self._orders["scratch"] = self._scratch = tempfile.mkdtemp(prefix="turnout-wandb-")
             mirror = subprocess.Popen(
                 [sys.executable, "-m", "trainer.metrics.wandb_mirror"],
-                env=_environment(self._folder),
+                env=_environment(self._folder) | {"TMPDIR": self._scratch},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -103,6 +116,7 @@ class WandbTracker:
             )
         except OSError as error:
             self._warn(f"wandb: its process does not start ({error.strerror}); {self._advice}")
+            self._remove_scratch()
             return None
         assert mirror.stdout is not None
         os.set_blocking(mirror.stdout.fileno(), False)
@@ -118,10 +132,24 @@ class WandbTracker:
         for line in lines:
             self._has_begun = True
             said = json.loads(line)
+            if said["place"] is not None:
+                self._place = said["place"].replace(str(self._folder.absolute()), str(self._folder), 1)
             (self._warn if said["is_warning"] else self._say)(f"wandb: {said['text']}")
         if mirror.returncode:  # with 0 it has said why
             self._warn(f"wandb: its process ended with {mirror.returncode}; {self._advice}")
+        if mirror.returncode is not None:
+            self._remove_scratch()  # where it was killed
         return mirror.returncode is not None
+
+    def _kill(self, mirror: subprocess.Popen[bytes]) -> None:
+        mirror.kill()
+        mirror.wait()
+        self._remove_scratch()
+
+    def _remove_scratch(self) -> None:
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch = None
 
     @property
     def _advice(self) -> str:
@@ -133,11 +161,6 @@ def _tell(mirror: subprocess.Popen[bytes], line: str) -> None:
     with suppress(OSError):  # it has ended, which is noticed elsewhere
         mirror.stdin.write(line.encode() + b"\n")
         mirror.stdin.flush()
-
-
-def _kill(mirror: subprocess.Popen[bytes]) -> None:
-    mirror.kill()
-    mirror.wait()
 
 
 def _environment(folder: Path) -> dict[str, str]:

@@ -1,15 +1,15 @@
 """The pictures of the benches, read back as XML."""
 
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
 
+from tests.drawn import NAMESPACE, Text, outside, overlapping, texts
 from trainer.bench.choices import FACTORS, Choice
 from trainer.bench.outcomes import Outcome
 from trainer.bench.picture import choices_svg, outcomes_svg
 from trainer.moe.yardstick import Measured
-
-NAMESPACE = "{http://www.w3.org/2000/svg}"
 
 
 def choice(router: str, *, score: float, top_k: int = 2) -> Choice:
@@ -52,16 +52,37 @@ def test_points_lie_where_their_numbers_say_and_names_cover_nothing() -> None:
     assert len(ahead) == 12, "and one in the legend"
     assert float(far.get("cx") or 0) > max(float(point.get("cx") or 0) for point in ahead)
     assert float(far.get("cy") or 0) < min(float(point.get("cy") or 0) for point in ahead), "losses rise upwards"
-    names = [text for text in ElementTree.fromstring(svg).iter(f"{NAMESPACE}text") if "router_" in (text.text or "")]
-    boxes = []
-    for text in names:
-        width = 6.5 * len(text.text or "")
-        x = float(text.get("x") or 0) - (width if text.get("class") == "end" else 0)
-        boxes.append((x, float(text.get("y") or 0), width))
-    assert len(boxes) == 12 and "unknown" not in svg
-    for index, (x, y, width) in enumerate(boxes):
-        for other_x, other_y, other_width in boxes[index + 1 :]:
-            assert abs(y - other_y) >= 13 or x + width <= other_x or other_x + other_width <= x
+    names = [text for text in texts(svg) if "router_" in text.words]
+    assert len(names) == 12 and "unknown" not in svg
+    assert overlapping(svg) == [] and outside(svg) == []
+    points = [Text("", float(p.get("cx") or 0) - 5, float(p.get("cy") or 0) - 5, 10, 10) for p in [*ahead, far]]
+    assert not [(name.words, point) for name in names for point in points if name.covers(point)]
+
+
+def test_no_line_goes_through_a_name_where_it_can_go_round() -> None:
+    """Three routers at one point, and two more beside it: what a training has come to."""
+    points = {"expert_choice": (1.0, 1.667), "greedy": (1.0, 1.666), "linear_program": (1.0, 1.667),
+              "group_limited": (1.18, 1.668), "bias_balanced": (1.19, 1.661), "sinkhorn": (1.21, 1.679),
+              "switch": (1.41, 1.66), "dense": (1.0, 1.613), "hash": (1.98, 1.575), "random": (1.07, 1.96)}  # fmt: skip
+    svg = outcomes_svg([outcome(name, loss, load) for name, (load, loss) in points.items()], title="t")
+    assert overlapping(svg) == []
+    lines = [
+        {key: float(line.get(key) or 0) for key in ("x1", "y1", "x2", "y2")} for line in drawn(svg, "line", "axis")
+    ]
+    assert lines, "not every name is beside its point"
+    for line in lines:
+        for part in range(1, 20):
+            x, y = (line[f"{axis}1"] + (line[f"{axis}2"] - line[f"{axis}1"]) * part / 20 for axis in "xy")
+            on_it = Text("", x, y, 0.1, 0.1)
+            assert not [name.words for name in texts(svg) if name.words in points and name.covers(on_it)]
+
+
+@pytest.mark.parametrize("title", ["t", "a title " * 40])
+def test_no_text_of_the_bars_covers_another(title: str) -> None:
+    names = ["a_router_of_somebody_with_a_long_name", *(f"router_{n}" for n in range(20))]
+    both = [replace(choice(name, score=1.0, top_k=16), logits=kind) for name in names for kind in ("random", "skewed")]
+    svg = choices_svg(both, {"random": "x", "skewed": "y"}, top_k=2, title=title)
+    assert overlapping(svg) == [] and outside(svg) == []
 
 
 @pytest.mark.parametrize("losses", [[2.0], [2.0, 2.0], []])

@@ -5,9 +5,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from tests.drawn import NAMESPACE, outside, overlapping, texts
 from trainer.metrics.experts_svg import experts_svg
 
-NAMESPACE = "{http://www.w3.org/2000/svg}"
 COUNTS = [[[10, 10, 60, 20], [25, 25, 25, 25]], [[0, 0, 0, 40], [1, 1, 1, 1]]]
 
 
@@ -71,6 +71,28 @@ def test_everything_lies_inside_the_picture(num_experts: int) -> None:
         if text.get("class") in ("title", "quiet", None):  # the others end, or have their middle, at x
             words = "".join(text.itertext())
             assert float(text.get("x") or 0) + 6.5 * len(words) <= width, words
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "num_domains"), [(1, 12), (2, 1), (8, 12), (16, 12), (64, 3), (256, 3), (1000, 1)]
+)
+def test_no_text_covers_another_or_leaves_the_picture(num_experts: int, num_domains: int) -> None:
+    """The scale, the numbers of experts, the domains and their shares, under a long title."""
+    domains = [f"wmt14-de-en.{'very-' * 9}long-name.part-{number:05d}" for number in range(num_domains)]
+    counts = [[[1.0 + (row == expert) * 1e6 for expert in range(num_experts)] for row in range(num_domains)]] * 2
+    svg = experts_svg(counts, domains, ["layer 0", "layer 127"], title="run." * 32 + ": 1000000 steps done")
+    assert overlapping(svg) == [] and outside(svg) == []
+    assert len({text.words for text in texts(svg) if text.words.startswith("wmt14")}) == num_domains, "names differ"
+
+
+def test_the_scale_has_a_label_under_each_of_its_colours() -> None:
+    svg = experts_svg(COUNTS, ["code", "prose"], ["layer 0", "layer 3"], title="t")
+    scale = [rect for rect in ElementTree.fromstring(svg).iter(f"{NAMESPACE}rect") if rect.get("class") == "scale"]
+    labels = [text for text in texts(svg) if text.words.endswith("x")]
+    assert [label.words for label in labels] == ["<=0.25x", "0.5x", "1x", "2x", ">=4x"]
+    for rect, label in zip(scale, labels, strict=True):
+        x, width = (float(rect.get(key) or 0) for key in ("x", "width"))
+        assert x <= label.x and label.x + label.width <= x + width
 
 
 def test_shapes_that_disagree_are_refused() -> None:

@@ -30,6 +30,7 @@ def test_steps_that_are_taken_again_replace_what_they_were(tmp_path: Path):
     resumed = _open(tmp_path, start_step=4)
     _train(resumed, range(5, 10), loss=2.0)
     resumed.log({"step": 9, "eval/loss": 0.5})
+    assert resumed.written() == [("tensorboard", str(tmp_path))]
     resumed.close(0, patience_s=10.0)
     found = _read(tmp_path)
     assert [(e.step, e.value) for e in found.Scalars("loss")] == [(s, 1.0 if s < 5 else 2.0) for s in range(1, 10)]
@@ -52,6 +53,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning_and_nothing_else(tmp_path:
     warnings: list[str] = []
     tracker = _open(tmp_path / "file", warn=warnings.append)
     _train(tracker, range(1, 3), loss=1.0)
+    assert tracker.written() == []
     tracker.close(0, patience_s=10.0)
     (warning,) = warnings
     assert "TensorBoard gets nothing more: " in warning and "metrics.jsonl has everything" in warning

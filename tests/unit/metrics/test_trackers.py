@@ -15,6 +15,9 @@ class Witness:
     def log(self, record: Any, experts: Any = None) -> None:
         self.seen.append((record, experts))
 
+    def written(self) -> list[tuple[str, str]]:
+        return [("witness", str(len(self.seen)))]
+
     def close(self, exit_code: int, *, patience_s: float) -> None:
         self.seen.append((exit_code, patience_s))
 
@@ -25,6 +28,7 @@ def test_everybody_gets_every_record_and_the_end_once():
         trackers.log({"step": 1})
         trackers.add([two])
         trackers.log({"step": 2}, {"counts": []})
+        assert trackers.written() == [("witness", "2"), ("witness", "1")]
     with trackers:
         pass
     assert one.seen == [({"step": 1}, None), ({"step": 2}, {"counts": []}), (0, 10.0)]

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -37,6 +38,19 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NETRC", str(tmp_path / "home/.netrc"))
+
+
+@pytest.fixture(autouse=True)
+def temporary(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A place for temporary files, in which nothing is left, however it ends."""
+    place = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setenv("TMPDIR", str(place))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    yield place
+    end = time.monotonic() + LONG_S
+    while (left := list(place.iterdir())) and time.monotonic() < end:  # a mirror outlives its run
+        time.sleep(0.05)
+    assert not left
 
 
 @pytest.fixture
@@ -144,6 +158,7 @@ def test_an_online_run_that_was_killed_goes_on_where_its_server_says(tmp_path: P
     assert content_of(tmp_path / "snapshot") == shared, "another name of the same files was written through"
     assert received(server) == written(tmp_path)
     assert server.url in second.said[0] and not second.warned
+    assert second.wandb.written() == [("wandb", second.said[0].removeprefix("wandb: "))]
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in files if KEY.encode() in path.read_bytes()], "a key was written down"
     assert not [path for path in server.paths if "/sdk/" in path], "errors were reported elsewhere"
@@ -169,6 +184,7 @@ def test_without_a_key_a_run_is_kept_offline(tmp_path: Path, mode: str, is_warni
     (line,) = attempt.said + attempt.warned
     assert line.startswith("wandb: No API key configured") and "kept offline; to upload it: wandb sync " in line
     assert Path(line.split()[-1]).is_dir()
+    assert attempt.wandb.written() == [("wandb", line.split()[-1])]
 
 
 def test_a_server_that_nobody_reaches_costs_a_warning_and_the_run_is_kept_offline(
@@ -194,6 +210,7 @@ def test_a_process_that_hangs_holds_a_run_up_for_no_longer_than_it_may(tmp_path:
     monkeypatch.setattr(wandb_tracker, "_ANSWER_S", 0.2)
     attempt = Attempt(tmp_path)
     attempt.train(5)
+    assert attempt.wandb.written() == [("wandb", str(tmp_path / "wandb"))], "it has not said anything"
     process = attempt.mirror
     began = time.monotonic()
     attempt.wandb.close(0, patience_s=1.0)
