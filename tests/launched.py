@@ -58,6 +58,19 @@ def _have_store(pipe: Connection) -> None:
 
 
 @contextmanager
+def store_apart() -> Iterator[tuple[BaseProcess, int]]:
+    """Have a store in a process of its own; yield that and its port."""
+    here, there = multiprocessing.Pipe()
+    process = warm.CONTEXT.Process(target=_have_store, args=(there,), daemon=True)
+    process.start()
+    try:
+        yield process, here.recv()
+    finally:
+        process.kill()
+        process.join()
+
+
+@contextmanager
 def launched(
     world_size: int, arguments: Sequence[str], folder: Path, *, ranks_per_node: int | None = None
 ) -> Iterator[Started]:
@@ -69,31 +82,33 @@ def launched(
         folder: to run in; gets stdout.RANK and stderr.RANK.
         ranks_per_node: what they believe, if not that they are all on one.
     """
-    here, there = multiprocessing.Pipe()
-    store = warm.CONTEXT.Process(target=_have_store, args=(there,), daemon=True)
-    store.start()
-    port = str(here.recv())
-    processes, errors = [], []
+    with store_apart() as (store, port):
+        started = Started([], [], store)
+        try:
+            _start(started, world_size, arguments, folder, port=port, ranks_per_node=ranks_per_node or world_size)
+            yield started
+        finally:
+            for process in started.processes:
+                process.kill()
+
+
+def _start(
+    started: Started, world_size: int, arguments: Sequence[str], folder: Path, *, port: int, ranks_per_node: int
+) -> None:
     for rank in range(world_size):
         environment = {
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "MASTER_ADDR": LOOPBACK,
-            "MASTER_PORT": port,
+            "MASTER_PORT": str(port),
             "WORLD_SIZE": str(world_size),
-            "LOCAL_WORLD_SIZE": str(ranks_per_node or world_size),
+            "LOCAL_WORLD_SIZE": str(ranks_per_node),
             "RANK": str(rank),
-            "LOCAL_RANK": str(rank % (ranks_per_node or world_size)),
+            "LOCAL_RANK": str(rank % ranks_per_node),
         }
-        errors.append(folder / f"stderr.{rank}")
-        processes.append(
+        errors = folder / f"stderr.{rank}"
+        started.errors.append(errors)
+        started.processes.append(
             warm.Process(
-                arguments, cwd=folder, stdout=folder / f"stdout.{rank}", stderr=errors[-1], environment=environment
+                arguments, cwd=folder, stdout=folder / f"stdout.{rank}", stderr=errors, environment=environment
             )
         )
-    try:
-        yield Started(processes, errors, store)
-    finally:
-        store.kill()
-        store.join()
-        for process in processes:
-            process.kill()

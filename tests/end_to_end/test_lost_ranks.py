@@ -3,6 +3,7 @@
 The issue's figure, ten of ten each: `pytest tests/end_to_end/test_lost_ranks.py --times 10`.
 """
 
+import json
 import os
 import random
 import signal
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.launched import ROOT, Started, launched
+from tests import warm
+from tests.launched import ROOT, Started, launched, store_apart
+from trainer.distributed.interface import LOOPBACK
 
 CONFIG = """\
 name: lost
@@ -171,7 +174,9 @@ def test_the_first_host_freezes_and_the_others_name_it_and_end(workplace: Path) 
 def test_a_store_that_freezes_while_ranks_wait_for_one_of_them_is_named(tmp_path: Path) -> None:
     (tmp_path / "meeting.py").write_text(MEETING.replace("FAULT", "open('meets', 'w'); time.sleep(1000)"))
     with launched(3, ["meeting.py"], tmp_path) as ranks:
+        end = time.monotonic() + 100
         while not (tmp_path / "meets").exists():
+            assert time.monotonic() < end, ranks.said()
             time.sleep(0.02)
         assert ranks.store.pid is not None
         os.kill(ranks.store.pid, signal.SIGSTOP)
@@ -179,6 +184,29 @@ def test_a_store_that_freezes_while_ranks_wait_for_one_of_them_is_named(tmp_path
         assert ranks.codes([0, 1, 2]) == [5, 5, 5]
         assert ranks.said().count("lost at step 0 in start-up: the store of all ranks at 127.0.0.1:") == 3
         assert ranks.said().count(": the process that hosts it (torchrun, or rank 0) is frozen\n") == 3
+
+
+TORCHRUN = """
+import os, sys
+from trainer.distributed import torchrun
+torchrun._MEET_S, torchrun._LATE_S = 1, 1
+os.environ["TURNOUT_REPORT"] = str(os.open("report", os.O_CREAT | os.O_WRONLY))
+torchrun.run()
+"""
+
+
+def test_torchrun_does_not_wait_for_ever_for_a_store_that_is_frozen(tmp_path: Path) -> None:
+    """Torch's own time-out of one second ends its question, and not what it asks next."""
+    (tmp_path / "torchrun.py").write_text(TORCHRUN)
+    with store_apart() as (process, port):
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGSTOP)
+        where = ["--nnodes", "2", "--node-rank", "1", "--master-addr", LOOPBACK, "--master-port", str(port)]
+        done = warm.run(["torchrun.py", *where, "--nproc-per-node", "1", "-m", "trainer"], cwd=tmp_path, timeout=60)
+    assert done.returncode == 5, done.stderr
+    said = json.loads((tmp_path / "report").read_text())["error"]
+    assert said.startswith(f"cannot meet the other machines through {LOOPBACK}:{port}: "), said
+    assert "Traceback" not in done.stderr
 
 
 def test_a_rank_that_freezes_while_others_wait_for_its_work_is_named(tmp_path: Path) -> None:
