@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.ranks import Ranks, mesh_here
-from trainer.build import build_run, track
+from trainer.build import build_run
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.loader import load
 from trainer.distributed.mesh import Mesh
@@ -28,7 +28,7 @@ train: {steps: 8, global_batch_size: 4}
 eval: {max_tokens_per_domain: 64}
 schedule: {kind: warmup_cosine, warmup_steps: 0}
 checkpoint: {every: 3, asynchronous: false}
-metrics: {log_every: 1, tensorboard: true}
+metrics: {log_every: 1}
 """
 FILES = ["config.yaml", "environment.json", "metrics.jsonl", "routing.jsonl", "run_id", "tokenizer.json"]
 
@@ -63,8 +63,7 @@ def _train(folder: Path, harm: Callable[[Path], object], mesh: Mesh | None = Non
     run.engine.train_step = train_step  # type: ignore[method-assign, assignment]
     error = None
     try:
-        with track(run):
-            fit(run, StopRequest(), status)
+        fit(run, StopRequest(), status)
     except TurnoutError as caught:
         error = f"{type(caught).__name__} {caught.exit_code}: {caught}"
     run.saver.close()
@@ -98,7 +97,7 @@ def test_a_folder_that_goes_is_made_anew_and_saved_into_at_once(folder: Path, ha
     was = f"was moved to {folder}/runs/moved" if harm is _move else "was removed"
     assert said[0] == f"{run}: {was} while the run trains; it is made anew, and what follows is saved there"
     assert [line for line in said[1:] if "are restored" not in line] == []
-    assert {path.name for path in run.iterdir()} >= {*FILES, ".lock", "checkpoints", "status", "tensorboard"}
+    assert {path.name for path in run.iterdir()} >= {*FILES, ".lock", "checkpoints", "status"}
     assert _steps(run) == [*range(1, 9)], "every line is there"
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [f"step_{s:08d}" for s in (5, 6, 8)]
     with pytest.raises(ConfigError, match="is training into it"):

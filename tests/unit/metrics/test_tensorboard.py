@@ -1,5 +1,6 @@
 """Event files, read back by TensorBoard itself."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,3 +73,13 @@ def test_a_disk_that_fills_up_is_a_warning_and_nothing_else(tmp_path: Path, monk
     _train(tracker, range(1, 4), loss=1.0)
     tracker.close(0, patience_s=10.0)
     assert len(warnings) == 1 and "No space left on device" in warnings[0]
+
+
+def test_a_folder_that_is_removed_meanwhile_gets_what_comes(tmp_path: Path):
+    tracker = _open(tmp_path / "tensorboard")
+    _train(tracker, range(1, 4), loss=1.0)
+    shutil.rmtree(tmp_path / "tensorboard")
+    _train(tracker, range(4, 7), loss=2.0)
+    tracker.close(0, patience_s=10.0)
+    found = _read(tmp_path / "tensorboard")
+    assert [(e.step, e.value) for e in found.Scalars("loss")] == [(step, 2.0) for step in range(4, 7)]
