@@ -201,7 +201,8 @@ class RunFolder:
         """Return the working directory that the run was started in; None if it is not known.
 
         Where that is gone, run and text may have been moved together: then it is at the same place beside the run
-        folder. Of a folder that does not say where it was, its place in RUNS_DIR/NAME does.
+        folder. Of a folder that does not say where it was, its place in RUNS_DIR/NAME does. Whoever is in a directory
+        that any of this leads to, as with a copy of both, stays there.
 
         Args:
             runs_dir: of the run's config.
@@ -216,7 +217,8 @@ class RunFolder:
         own = Path(runs_dir, name)
         if not own.is_absolute() and here.parts[-len(own.parts) :] == own.parts:
             candidates.append(Path(*here.parts[: -len(own.parts)]))
-        return next((path for path in candidates if path.is_dir() and os.access(path, os.X_OK)), None)
+        there = [path for path in candidates if path.is_dir() and os.access(path, os.X_OK)]
+        return next((path for path in there if path.samefile(Path.cwd())), there[0] if there else None)
 
     def _places(self) -> tuple[str | None, str | None]:
         """Return working directory and run folder at the last start, as far as the folder says them."""

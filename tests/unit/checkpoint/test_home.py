@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,13 @@ def test_a_run_folder_that_is_moved_with_its_text_finds_it_at_the_same_place(fol
     (tmp_path / "far/away").mkdir(parents=True)
     Path("project").rename("far/away/work")
     assert home(RunFolder(Path("far/away/work/runs/a"))) == tmp_path / "far/away/work"
+
+
+def test_in_a_copy_of_run_and_text_it_is_the_copy(folder, tmp_path, monkeypatch):
+    shutil.copytree("project", "copy")
+    assert home(RunFolder(Path("copy/runs/a"))) == tmp_path / "project", "where it was trained"
+    monkeypatch.chdir("copy")
+    assert home(RunFolder(Path("runs/a"))) == tmp_path / "copy"
 
 
 def test_a_run_elsewhere_than_its_text_is_moved_with_it_too(tmp_path, monkeypatch):
