@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -163,8 +164,8 @@ def router_gradients_doubled() -> None:
 def _other_option(key: str, change: Callable[[Any], Any]) -> None:
     whole = DeepSpeedEngineConfig.whole
 
-    def wrong(self: DeepSpeedEngineConfig, *, grad_clip: float | None) -> dict[str, Any]:
-        config = whole(self, grad_clip=grad_clip)
+    def wrong(self: DeepSpeedEngineConfig, *, grad_clip: float | None, folder: Path | None = None) -> dict[str, Any]:
+        config = whole(self, grad_clip=grad_clip, folder=folder)
         return {**config, key: change(config[key])}
 
     DeepSpeedEngineConfig.whole = wrong  # type: ignore[method-assign]

@@ -167,7 +167,7 @@ CASES: dict[str, tuple[Callable[[Box], object], list[str], set[int]]] = {
     "lock a folder": (_instead(".lock", _folder), MORE, REFUSED),
     "environment a link": (_instead("environment.json", _link), MORE, GOES_ON),
     "environment a pipe": (_instead("environment.json", _pipe), ["eval", "runs/tiny"], GOES_ON),
-    "environment of elsewhere": (_instead("environment.json", _elsewhere), ["eval", "runs/tiny"], REFUSED),
+    "environment of elsewhere": (_instead("environment.json", _elsewhere), ["eval", "runs/tiny"], GOES_ON),
     "list of skipped rows a link": (_instead("skipped_rows.jsonl", _link), MORE, GOES_ON),
     "list of skipped rows a folder": (_instead("skipped_rows.jsonl", _folder), MORE, GOES_ON),
     "tokenizer a link": (_instead("tokenizer.json", _link), MORE, GOES_ON),

@@ -119,6 +119,13 @@ def wait_for(workplace: Path, name: str, ranks: int, *, step: int, not_of: str =
     raise AssertionError(f"{name} has not come to step {step}")
 
 
+def wait_for_lines(path: Path, count: int) -> None:
+    end = time.monotonic() + 100
+    while not path.is_file() or len(path.read_text().splitlines()) < count:
+        assert time.monotonic() < end, path
+        time.sleep(0.02)
+
+
 def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
@@ -264,8 +271,11 @@ def test_a_restart_after_a_killed_rank_repeats_the_run_bit_for_bit(workplace: Pa
 
 
 def test_a_frozen_process_that_is_the_only_rank_is_named_and_the_run_goes_on(workplace: Path, start: Start) -> None:
-    process = start(*launch("frozen", 1, "parallel.timeout_s=6", "train.steps=30"))
-    status = wait_for(workplace, "frozen", 1, step=12)[0]
+    """It sleeps in step 20, so that it is not through by then; after the restart there are fewer steps than that."""
+    fault = {"TURNOUT_FAULTS": "step.begin#20=sleep"}
+    process = start(*launch("frozen", 1, "parallel.timeout_s=6", "train.steps=25"), **fault)
+    status = wait_for(workplace, "frozen", 1, step=1)[0]
+    wait_for_lines(workplace / "runs/frozen/metrics.jsonl", 19)
     os.kill(status.pid, signal.SIGSTOP)
     began = time.monotonic()
     wait_for(workplace, "frozen", 1, step=1, not_of=status.attempt)

@@ -204,7 +204,7 @@ def test_a_launcher_that_says_who_is_who_is_believed(
     for name, value in (SRUN | RANK_OF_TWO | {"SLURM_PROCID": "1", "MASTER_ADDR": "no-such-host.invalid"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("trainer.verbs.training.end_with_launcher", lambda: None)
-    monkeypatch.setattr("trainer.verbs.training.named_config", _reached)
+    monkeypatch.setattr("trainer.verbs.training.run_to_train", _reached)
     with pytest.raises(Reached):
         cli.main(["train", config])
 

@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ def check_finite(slices: Mapping[str, Slice], group: Group, folder: CheckpointFo
         return
     newest = folder.newest_sound() if group.index == 0 else None
     found = {name: _described(name, slices[name]) for name in mine}
-    reports: list[tuple[dict[str, str], Path | None]] = meet(group, (found, newest))
+    reports: list[tuple[dict[str, str], str | None]] = meet(group, (found, None if newest is None else str(newest)))
     raise NumericsError(_in_words([report[0] for report in reports], group, reports[0][1], step=step))
 
 
@@ -61,7 +60,7 @@ def _described(name: str, part: Slice) -> str:
     return f"{name} (expert {ill[0] + part.start}{f' and {len(ill) - 1} more' if len(ill) > 1 else ''})"
 
 
-def _in_words(everyone: list[dict[str, str]], group: Group, newest: Path | None, *, step: int) -> str:
+def _in_words(everyone: list[dict[str, str]], group: Group, newest: str | None, *, step: int) -> str:
     names = dict.fromkeys(name for mine in everyone for name in mine)
     first = min(names, key=_order)
     ranks = [rank for rank, mine in enumerate(everyone) if first in mine]

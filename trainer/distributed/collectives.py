@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from trainer.distributed.journal import Journal, Operation
-from trainer.distributed.plain import from_json, to_json
+from trainer.distributed.plain import Plain, from_json, to_json
 from trainer.distributed.watch import Watch
 from trainer.errors import CommError, first_line
 
@@ -107,7 +107,7 @@ class Group:
                 dist.broadcast(x, self.ranks[source], group=self._handle)
         return x
 
-    def gather_objects(self, value: Any) -> list[Any]:
+    def gather_objects(self, value: Plain) -> list[Any]:
         """Return everybody's value, as JSON on the way (see `plain`): for what is small; tuples come back as lists.
 
         Raises:
@@ -126,7 +126,7 @@ class Group:
         sent = [_bytes_of(part[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
         return [self._read(data, source) for source, data in enumerate(sent)]
 
-    def broadcast_object(self, value: Any) -> Any:
+    def broadcast_object(self, value: Plain) -> Any:
         """Return the first member's value, as JSON on the way (see `plain`): for what may be large.
 
         Raises:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from trainer.distributed.collectives import Group
+from trainer.distributed.plain import Plain
 from trainer.errors import ElsewhereError, TurnoutError, exit_code_of
 
 
@@ -47,7 +48,7 @@ def raise_together(group: Group) -> Iterator[None]:
     raise error
 
 
-def meet(group: Group, value: Any) -> list[Any]:
+def meet(group: Group, value: Plain) -> list[Any]:
     """Return what every rank has to say, once all have come here, however long one of them still works.
 
     Raises:

@@ -30,6 +30,7 @@ from trainer.distributed.store import serve
 from trainer.environment import Variables
 from trainer.errors import CommError, ConfigError, first_line
 from trainer.status import REPORT, WATCHED
+from trainer.terminal import say
 
 _BACKEND = "turnout"
 _MEET_S = 600
@@ -113,7 +114,7 @@ def _descriptor() -> int:
     try:
         variables.check()
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        say(error, file=sys.stderr)
         sys.exit(error.exit_code)
     del os.environ[REPORT]
     return descriptor

@@ -72,7 +72,8 @@ def _settle(options: argparse.Namespace, *, mine: Mapping[str, Any], others: Map
         setattr(options, name, value)
         least, most = (0 if name == "seed" else 1), _MOST.get(name, MAX_INT)
         if isinstance(value, int) and not least <= value <= most:
-            raise ConfigError(f"{_flag(name)}: is {shown(value)}; use {least} to {most}")
+            allowed = f"{least} or more" if value < least else f"{most} at the most"
+            raise ConfigError(f"{_flag(name)}: is {shown(value)}; use {allowed}")
     for name in ("json", "svg"):
         path = getattr(options, name)
         if path is not None and (path.is_dir() or not path.parent.is_dir()):

@@ -124,7 +124,7 @@ def _check_lm_eval(options: argparse.Namespace) -> None:
     if options.tasks is not None:
         raise ConfigError("eval: --tasks are those of the config, --lm-eval another kind; use one of them")
     if options.limit is not None and not 1 <= options.limit <= MAX_INT:
-        raise ConfigError(f"eval: use 1 <= --limit < 2^63, not {shown(options.limit)}")
+        raise ConfigError("eval: use --limit >= 1" if options.limit < 1 else "eval: use --limit < 2^63")
     if options.include_path is not None and not options.include_path.is_dir():
         raise ConfigError(f"--include-path: {options.include_path} is no folder; correct the path")
 

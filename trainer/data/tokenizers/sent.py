@@ -6,7 +6,6 @@ from trainer.data.config import DataConfig
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.data.tokenizers.folder import OPTIONS, TOKENIZER, parse, stated_end
-from trainer.data.tokenizers.subword import SubwordTokenizer, fingerprint_of
 from trainer.errors import DataError
 
 
@@ -30,6 +29,8 @@ def of_plain(value: dict[str, Any], data: DataConfig) -> Tokenizer:
     fingerprint, files = value["fingerprint"], value["files"]
     if fingerprint == ByteTokenizer.fingerprint:
         return ByteTokenizer()
+    from trainer.data.tokenizers.subword import SubwordTokenizer, fingerprint_of  # its library, for whom uses it only
+
     text, end = files[TOKENIZER], stated_end(parse(files[OPTIONS])) or ""
     if fingerprint == fingerprint_of(text, end):
         return SubwordTokenizer(text, end)
