@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 
 from trainer.errors import TurnoutError
 
-Plain: TypeAlias = "None | bool | int | float | str | Sequence[Plain] | Mapping[str, Plain]"
-"""Values that `to_json` takes. Named in the signatures, so that the type checker finds what would stop one rank alone."""
+Plain: TypeAlias = "bool | int | float | str | Sequence[Plain] | Mapping[str, Plain] | None"
+"""Values that `to_json` takes. Signatures name it, so that the type checker finds what would stop one rank alone."""
 
 
 def to_json(value: Plain) -> bytes:
