@@ -38,12 +38,13 @@ from tests.planted import (
     places,
     ranks,
     routing,
+    runs,
     steps,
 )
 from tests.planted.fault import Fault
 
 ROOT = Path(__file__).parents[1]
-_TOPICS = (model, places, noise, accounting, experts, data_order, steps, ranks, routing, checkpoints, measures)
+_TOPICS = (model, places, noise, accounting, experts, data_order, steps, ranks, routing, checkpoints, measures, runs)
 FAULTS: list[Fault] = [fault for topic in _TOPICS for fault in topic.FAULTS]
 
 Verdict = Literal["caught", "survived", "no longer applies", "broken", "timed out"]

@@ -1,6 +1,6 @@
 """Faults of counting: which tokens, choices and steps a number is of."""
 
-from tests.planted.fault import Fault
+from tests.planted.fault import Fault, in_package
 
 PARITY = "tests/laws/test_transformers_parity.py"
 NATIVE = "tests/unit/engine/test_native.py"
@@ -214,5 +214,27 @@ FAULTS = [
         'min(2 if config.group_score == "best_two" else 1,',
         "min(1,",
         PARITY,
+    ),
+    in_package(
+        "null experts weigh as one",
+        "moe/balance.py",
+        "alike[-1] = nulls",
+        "alike[-1] = 1",
+        "tests/laws/test_extra_losses.py",
+    ),
+    in_package(
+        "groups of experts do not scale their loss",
+        "moe/balance.py",
+        "return groups * (in_groups",
+        "return (in_groups",
+        "moe/test_by_hand.py",
+        "tests/laws/test_extra_losses.py",
+    ),
+    in_package(
+        "sums of importance and load are exchanged",
+        "moe/sums.py",
+        "counts, importance, load = parts",
+        "counts, load, importance = parts",
+        "moe/test_sums.py",
     ),
 ]

@@ -63,6 +63,15 @@ def test_the_likeliest_choice_counts_and_is_what_full_passes_say(
     assert metrics["cut_prompts"] == 0
 
 
+def test_a_choice_is_as_long_as_its_bytes(tmp_path: Path) -> None:
+    choices = ["oooo", "\u65e5\u672c\u8a9e", "\u00e9\u00e9"]
+    log_probs = np.array([_log_prob("Which? ", [*_tokens(choice), 255]) for choice in choices])
+    right = int((log_probs / [len(choice.encode()) for choice in choices]).argmax())
+    assert right != (log_probs / [len(choice) for choice in choices]).argmax(), "or nothing could be told"
+    task = build(tmp_path, [{"q": "Which? ", "right": right}], kind="choice", choices=choices, answer="right")
+    assert task.evaluate(subject()).metrics["acc_norm"] == 1.0
+
+
 def test_choices_can_be_each_rows_own(tmp_path: Path) -> None:
     rows = [
         {"q": "2 + 2 = ", "options": ["4", "22"], "right": 0},

@@ -93,3 +93,11 @@ def test_nobodys_texts_are_written_as_long_as_another_ranks_are() -> None:
 
     assert generate_many(model, [], max_new_tokens=6, choose=greedy, stop_token=0, anybody=anybody) == []
     assert asked == [False] * 3
+
+
+def test_a_full_row_goes_on_from_its_second_half() -> None:
+    """A row has 8 tokens: from the 9th on, what is written hangs on the last 4."""
+    model = make_model(tiny_model_config(), dtype=torch.float64)
+    written = [1, 2, *_alone(model, [1, 2], 9, None)]
+    assert written[9:] == _alone(model, written[5:9], 2, None)
+    assert written[9:] != _alone(model, written[1:5], 2, None), "or nothing could be told"

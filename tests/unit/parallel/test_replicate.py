@@ -77,3 +77,20 @@ def test_the_rank_whose_share_was_not_finite_knows_it(ranks: Ranks) -> None:
     assert sums == [True, False, True], "everybody's sum is not finite"
     (first, _), (second, _) = ranks.run(2, _shares, True, 1)
     assert first == [True, True, True] and second == [True, False, True]
+
+
+def _late(bucket_bytes: int) -> list[float]:
+    """Gradients of weights of which the backward pass fills the last one long before the first."""
+    replicate._BUCKET_BYTES = bucket_bytes
+    group = mesh_here().world
+    weights = [nn.Parameter(torch.tensor([float(i + 1)], dtype=torch.float64)) for i in range(3)]
+    summed = GradientSum(weights, group)
+    summed.expect()
+    (weights[0] * weights[1] * weights[2] * (group.index + 1)).backward()
+    summed.finish()
+    return [float(weight.grad) for weight in weights if weight.grad is not None]
+
+
+@pytest.mark.parametrize("bucket_bytes", [8, 16, 1 << 20])
+def test_a_bucket_waits_for_the_gradients_of_all_its_weights(ranks: Ranks, bucket_bytes: int) -> None:
+    assert ranks.run(2, _late, bucket_bytes) == [[3 * 6.0, 3 * 3.0, 3 * 2.0]] * 2

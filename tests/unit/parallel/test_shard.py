@@ -4,6 +4,7 @@ from typing import Literal
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from tests.builders import make_batch, make_engine, tiny_model_config
 from tests.ranks import Ranks, mesh_here
@@ -12,7 +13,7 @@ from trainer.engine.native import NativeEngine
 from trainer.models.generation import generate
 from trainer.models.sampling import SamplingOptions
 from trainer.parallel.config import ParallelConfig
-from trainer.parallel.shard import local
+from trainer.parallel.shard import first_row, local
 from trainer.prove.gather import gather_state
 
 Data = Literal["replicate", "shard"]
@@ -81,3 +82,14 @@ def test_bfloat16_rounds_sharded_gradients_as_it_rounds_replicated_ones(ranks: R
     for name, gradient in replicated.items():
         assert gradient.dtype == torch.float32
         assert torch.equal(sharded[name], gradient), name
+
+
+def _is_where_it_is_said_to_be() -> bool:
+    """Whether the rows of each part are those of the whole weight from `first_row` on."""
+    weights = [p for p in engine(mesh_here(), "shard", torch.float64).parameters.values() if isinstance(p, DTensor)]
+    return all([torch.equal(local(p), p.full_tensor()[first_row(p) :][: len(local(p))]) for p in weights])
+
+
+def test_parts_begin_where_they_are_said_to(ranks: Ranks) -> None:
+    """Of three ranks nearly no weight has as many rows as two others together."""
+    assert ranks.run(3, _is_where_it_is_said_to_be) == [True] * 3

@@ -172,3 +172,8 @@ def test_a_label_explains_losses_but_neither_copies_that_part_nor_other_starting
     assert not Row(case=Case(micro_batch_size=1), comparison=None, error="lost").is_sound(labelled)
     unlabelled = Row(case=Case(micro_batch_size=1), comparison=compared({"balance_losses": [1.1, 1.1, 1.1]}))
     assert not unlabelled.is_sound([]) and replace(unlabelled, comparison=compared({})).is_sound([])
+
+
+def test_a_weight_of_another_shape_is_a_difference() -> None:
+    other = weights(0.001) | {HEAD: weights(0.001)[HEAD].T[:1].contiguous()}
+    assert not compared({"first_update": other}).is_equal

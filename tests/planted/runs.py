@@ -1,0 +1,84 @@
+"""Faults of configuration, of supervising and of proving."""
+
+from tests.planted.fault import in_package
+
+FAULTS = [
+    in_package(
+        "an option can come before its kind",
+        "config/overrides.py",
+        '(0, len(one[0])) if one[0][-1] == "kind" else (1, 0)',
+        "(1, 0)",
+        "config/test_overrides.py",
+    ),
+    in_package(
+        "an earlier base lies over a later one",
+        "config/layers.py",
+        "merge(under, layer, self._slot)",
+        "merge(layer, under, self._slot)",
+        "config/test_loader.py",
+    ),
+    in_package(
+        "options of another kind stay",
+        "config/layers.py",
+        "if other is not section or",
+        "if other is section and",
+        "config/test_loader.py",
+        "config/test_overrides.py",
+    ),
+    in_package(
+        "a rank that ended is blamed before one that was killed",
+        "supervise/ending.py",
+        "return 1 if code < 0 else 2",
+        "return 2 if code < 0 else 1",
+        "supervise/test_ending.py",
+    ),
+    in_package(
+        "a killed run's exit code is below 128",
+        "supervise/ending.py",
+        "else 128 - code",
+        "else 128 + code",
+        "supervise/test_ending.py",
+    ),
+    in_package(
+        "the first pause is doubled",
+        "supervise/policy.py",
+        "2 ** (number - 1)",
+        "2 ** number",
+        "supervise/test_policy.py",
+    ),
+    in_package(
+        "an old checkpoint is progress",
+        "supervise/policy.py",
+        "step > than)",
+        "step >= than)",
+        "supervise/test_policy.py",
+    ),
+    in_package(
+        "what is no number is equal",
+        "prove/compare.py",
+        "if not error <= tolerance:",
+        "if error > tolerance:",
+        "prove/test_compare.py",
+    ),
+    in_package(
+        "the last step of a comparison is left out",
+        "prove/compare.py",
+        "for step in range(1, end):",
+        "for step in range(1, end - 1):",
+        "prove/test_compare.py",
+    ),
+    in_package(
+        "a proof has no floor for gradients",
+        "prove/rounding.py",
+        "max(_largest(theirs), self.floor * self.step_size)",
+        "_largest(theirs)",
+        "prove/test_compare.py",
+    ),
+    in_package(
+        "a weight of another shape is equal",
+        "prove/rounding.py",
+        'return float("inf")',
+        "return 0.0",
+        "prove/test_compare.py",
+    ),
+]
