@@ -8,7 +8,7 @@ import torch
 from tests.saved import save, save_unseen
 from trainer.checkpoint import tensor_file
 from trainer.checkpoint.catalogue import entries
-from trainer.checkpoint.finite import not_finite
+from trainer.checkpoint.finite import check_finite, not_finite
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.load import find_newest
 from trainer.checkpoint.pruning import plan_prune
@@ -65,6 +65,15 @@ def test_a_large_tensor_is_looked_at_in_pieces(tmp_path: Path, monkeypatch: pyte
     slices = {"model.a": Slice.whole(torch.ones(3)), "model.b": Slice.whole(tensor), "model.c": Slice.whole(tensor[:1])}
     save_unseen(tmp_path, 3, TrainState(slices=slices))
     assert "model.b is not finite" in str(CheckpointFolder(tmp_path).wrong(3))
+
+
+def test_experts_have_the_numbers_that_they_have_in_the_model(tmp_path: Path) -> None:
+    """Of experts 6 to 8, two are ill."""
+    tensor = torch.ones(3, 2, 2)
+    tensor[1, 0, 0], tensor[2, 1, 1] = NAN, INF
+    slices = {"model.w_in": Slice(tensor=tensor, global_shape=(9, 2, 2), start=6, is_of_experts=True)}
+    with pytest.raises(NumericsError, match=r"^step 5: model\.w_in \(expert 7 and 1 more\) is not finite; nothing"):
+        check_finite(slices, Group.of_one(), CheckpointFolder(tmp_path), step=5)
 
 
 def test_a_save_is_refused_and_names_tensor_step_and_the_last_good_one(tmp_path: Path) -> None:
