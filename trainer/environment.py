@@ -3,6 +3,7 @@
 A launcher sets most of them, and nobody looks at them: a wrong one is named, with its value and what is allowed.
 """
 
+import importlib
 import os
 import re
 import socket
@@ -10,13 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from trainer import faults
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, first_line
 
 SUPERVISOR = "TURNOUT_SUPERVISOR"
 """Environment variable: the supervisor's process id."""
 _MOST_RANKS, _MOST_DIGITS, _MOST_SHOWN = 1 << 20, 18, 40
 _OPENMP = re.compile(r"\s*[1-9]\d{0,4}\s*(,\s*[1-9]\d{0,4}\s*)*", re.ASCII)
 _INTERFACES = "GLOO_SOCKET_IFNAME"
+_READ_BY_TORCH = ("TORCH_LOGS", "TORCH_DISTRIBUTED_DEBUG")
+"""By its import, which fails where it cannot use them."""
 
 
 @dataclass(slots=True)
@@ -112,6 +115,7 @@ def check_of_process() -> None:
     threads = os.environ.get("OMP_NUM_THREADS", "")
     if threads and not _OPENMP.fullmatch(threads):
         variables.problems.append(f"OMP_NUM_THREADS={threads}: is not a number of at least 1, nor a list of them")
+    variables.problems += _unknown_to_torch()
     try:
         faults.planned(os.environ.get("TURNOUT_FAULTS", ""), "0")
     except ValueError as error:
@@ -132,7 +136,7 @@ def check_of_rank() -> None:
     _local_place(variables, world_size if is_known and os.environ.get("WORLD_SIZE") else None)
     variables.number("MASTER_PORT", least=1, most=65535)
     if world_size > 1:
-        variables.problems += _unknown_interfaces(os.environ)
+        variables.problems += unknown_interfaces(os.environ)
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
         if missing and not variables.problems:
             variables.problems.append(
@@ -160,7 +164,18 @@ def _local_place(variables: Variables, world_size: int | None) -> tuple[int | No
     return here or None, variables.number("LOCAL_RANK", least=0, most=most, note=note)
 
 
-def _unknown_interfaces(environment: Mapping[str, str]) -> Sequence[str]:
+def _unknown_to_torch() -> Sequence[str]:
+    """Return a line where torch cannot be imported for what these variables say; hardly anybody sets them."""
+    given = [f"{name}={os.environ[name]}" for name in _READ_BY_TORCH if os.environ.get(name)]
+    try:
+        if given:
+            importlib.import_module("torch.distributed")
+    except (ValueError, RuntimeError) as error:
+        return [f"{' '.join(given)}: torch cannot be imported so: {first_line(error)}; correct it, or unset it"]
+    return []
+
+
+def unknown_interfaces(environment: Mapping[str, str]) -> Sequence[str]:
     """Return a line for each interface that gloo would look for in vain; NCCL's names have a language of their own."""
     names = environment.get(_INTERFACES, "")
     known = [name for _, name in socket.if_nameindex()]

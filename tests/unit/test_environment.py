@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -39,6 +40,8 @@ BAD = [
     *[(verb, "OMP_NUM_THREADS", bad, {}) for verb in ("train", "launch") for bad in ["abc", "0", "-1", "4,", "1.5"]],
     *[(verb, "TURNOUT_FAULTS", bad, {}) for verb in ("train", "launch") for bad in ["save", "save=die", "a=kill,b"]],
     *[("launch", "NPROC", bad, {}) for bad in [*NO_NUMBER, "0", "1025"]],
+    *[("launch", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", bad, {"NPROC": "2"}) for bad in NO_NUMBER],
+    ("launch", "GLOO_SOCKET_IFNAME", "nowhere0", {"NPROC": "2"}),
     *[("launch", "NNODES", bad, ON_TWO_MACHINES) for bad in [*NO_NUMBER, "0"]],
     *[("launch", "NODE_RANK", bad, ON_TWO_MACHINES) for bad in [*NO_NUMBER, "2"]],
     *[("launch", "MASTER_PORT", bad, ON_TWO_MACHINES) for bad in [*NO_NUMBER, "0", "99999"]],
@@ -89,6 +92,14 @@ def test_a_variable_that_cannot_be_is_named_in_one_line(
     assert code == 2 and len(lines) == 1, lines
     shown = value if len(value) < 100 else value[:40] + "..."
     assert lines[0].startswith("TURNOUT_FAULTS: " if name == "TURNOUT_FAULTS" else f"{name}={shown}: "), lines[0]
+
+
+@pytest.mark.parametrize(("name", "value"), [("TORCH_DISTRIBUTED_DEBUG", "foo"), ("TORCH_LOGS", "bogus")])
+def test_a_variable_with_which_torch_cannot_be_imported_is_named_in_one_line(name: str, value: str) -> None:
+    command = [sys.executable, "-m", "trainer", "launch", "no.yaml"]
+    ended = subprocess.run(command, env={**os.environ, name: value}, capture_output=True, text=True, timeout=100)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
+    assert ended.stderr.startswith(f"{name}={value}: torch cannot be imported so: ")
 
 
 def _never(seconds: float) -> None:

@@ -82,6 +82,7 @@ def run() -> NoReturn:
     show_life("torchrun")
     logging.disable(logging.ERROR)  # what it says of ranks is in the report
     options = torchrun.parse_args(sys.argv[1:])
+    options.standalone = False  # whatever PET_STANDALONE says: it stands above the backend, and unpickles
     options.log_dir = os.environ.get(WATCHED)  # what torchrun leaves there goes with the supervisor's own
     address, port = options.master_addr, options.master_port
     where = f"{address}:{port}"

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from trainer.distributed.interface import LOOPBACK, address_to_listen_on, listening_socket
-from trainer.environment import SUPERVISOR, Variables
+from trainer.environment import SUPERVISOR, Variables, unknown_interfaces
 from trainer.errors import ConfigError
 from trainer.status import ATTEMPT
 
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 _MOST_RANKS_HERE = 1024
-_SHUTDOWN_S = "600"
+_SHUTDOWN, _SHUTDOWN_S = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600"
 """torchrun kills ranks that have not ended so long after a signal: saving may take a while. After the failure of a rank
 it kills the others 30 s later, whatever this says; and torch 2.11 knows no other time at all."""
 _OF_A_RANK = {
@@ -72,6 +72,9 @@ class Launch:
                 variables.problems.append(
                     f"NNODES={nnodes} needs MASTER_ADDR as well: the address of the first machine"
                 )
+        variables.number(_SHUTDOWN, least=0, most=10**6)
+        if launch.world_size > 1:
+            variables.problems += unknown_interfaces(environment)
         variables.check()
         return launch
 
@@ -124,14 +127,17 @@ class Launch:
 def environment_of_attempt(environment: Mapping[str, str]) -> dict[str, str]:
     """Return a new attempt's environment: the given one with the attempt's name and what torchrun should know.
 
-    What another launcher says of ranks is left out: the ranks of an attempt are this one's alone.
+    What another launcher says of ranks is left out: the ranks of an attempt are this one's alone. So are defaults of
+    torchrun's options (PET_*): with PET_STANDALONE it would meet in a store that listens to everybody, and unpickle it.
     """
     own = {ATTEMPT: uuid.uuid4().hex, SUPERVISOR: str(os.getpid())}
     if sys.flags.safe_path:  # python -P is not handed down by torchrun
         own["PYTHONSAFEPATH"] = "1"
     defaults = {
         "PET_SIGNALS_TO_HANDLE": environment.get("TORCHELASTIC_SIGNALS_TO_HANDLE", _SIGNALS),
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": _SHUTDOWN_S,
+        _SHUTDOWN: _SHUTDOWN_S,
     }
-    given = {name: value for name, value in environment.items() if name not in _OF_A_RANK}
+    given = {
+        name: value for name, value in environment.items() if name not in _OF_A_RANK and not name.startswith("PET_")
+    }
     return {**defaults, **given, **own}

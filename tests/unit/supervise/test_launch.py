@@ -51,6 +51,8 @@ def test_every_attempt_has_its_name_and_torchrun_hears_usr1_and_is_patient() -> 
     assert "SIGUSR1" in one["PET_SIGNALS_TO_HANDLE"] and one["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "600"
     theirs = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"]
     assert not {*theirs} & {*environment_of_attempt(dict.fromkeys(theirs, "1"))}, "of another launcher"
+    theirs = ["PET_STANDALONE", "PET_RDZV_BACKEND", "PET_MAX_RESTARTS", "PET_NO_PYTHON"]
+    assert not {*theirs} & {*environment_of_attempt(dict.fromkeys(theirs, "1"))}, "of torchrun's options"
     own = {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
     environment = environment_of_attempt(own)
     assert environment["PET_SIGNALS_TO_HANDLE"] == "SIGTERM" and environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "5"
