@@ -136,6 +136,7 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
     if found is not None:
         with raise_together(mesh.world), memory.reading_checkpoint(config):
             resume(run, found)
+    has_no_logs = False
     with raise_together(mesh.world):
         if is_writer:
             keep(folder, corpus.tokenizer)
@@ -146,6 +147,8 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
                 step=run.start_step,
             )
             run.id, run.parent = identity.id, identity.parent
+            # A branch by a checkpoint alone: the lines that this remembers are in the folder that it was copied from.
+            has_no_logs = identity.said is not None and not folder.metrics.stat().st_size
             if identity.said is not None:
                 console.warning(identity.said)
             folder.write(folder.config, dump(config))
@@ -167,7 +170,7 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
             )
     faults.hit("start.written")
     if lines is not None:
-        lines.resume_at(run.start_step, None if found is None else found.run.get("logs"))
+        lines.resume_at(run.start_step, None if found is None or has_no_logs else found.run.get("logs"))
     faults.hit("start.done")
     return run
 

@@ -262,6 +262,8 @@ def test_a_copy_is_a_run_of_its_own_in_wandb_too_and_a_moved_folder_is_not(
     folder: Path, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, _ = _build(folder, ["name=a"])
+    assert first.logs is not None
+    first.logs.log({"step": 3, "loss": 2.0}, {"step": 3})
     first.saver.start(3, first.engine.state(), first.checkpoint_info())
     first.saver.wait()
     here, there = folder / "runs/a", folder / "runs/b"
@@ -282,3 +284,4 @@ def test_a_copy_is_a_run_of_its_own_in_wandb_too_and_a_moved_folder_is_not(
     if what != "moved folder":
         assert orders[0]["described"]["parent"] == second.checkpoint_info()["parent"] == parent
         assert f"branches off from run {first.id} ('a', step 3): a run of its own from here, {second.id}" in said[-1]
+    assert not any("damaged or gone" in line for line in said), "a branch by a checkpoint alone begins a log"

@@ -60,7 +60,7 @@ class RunFolder:
         """Make the folder, and claim it for this process until it ends.
 
         Raises:
-            ConfigError: if another process trains into it, the lock is no file, or its checkpoints are another run's.
+            ConfigError: if another process trains into it, the lock is no file, or its checkpoints are no folder or another run's.
             ResourceError: if it cannot be written.
         """
         path = self.path / ".lock"
@@ -84,7 +84,9 @@ class RunFolder:
             os.write(lock.fileno(), f"{socket.gethostname()} process {os.getpid()}".encode())
 
     def _check_own_checkpoints(self) -> None:
-        """Refuse a link to the checkpoints of another run, which has a lock of its own and prunes by itself."""
+        """Refuse what can hold none, and a link to those of another run, which has a lock of its own and prunes too."""
+        if os.path.lexists(self.checkpoints) and not self.checkpoints.is_dir():
+            raise ConfigError(f"{self.checkpoints}: is no folder, and checkpoints go there; remove it, it is not ours")
         if self.checkpoints.is_symlink():
             theirs = self.checkpoints.resolve().parent
             if any((theirs / name).exists() for name in (".lock", self.run_id.name, self.config.name)):

@@ -162,6 +162,11 @@ class JsonlSink:
             )
         elif num_damaged and not is_whole:
             self._warn(f"{self.path}: {num_damaged} lines are no records; the run goes on without them")
+        elif known is not None and not is_whole:
+            self._warn(
+                f"{self.path}: its first {known.size_bytes} bytes are not what they were when step {step} was saved: "
+                "lines were changed, repeated or moved; the run goes on with them"
+            )
 
     def _drop(self, step: int, first_dropped: int, *, is_scattered: bool) -> None:
         """Take away the lines that are not kept, from the first of them on."""

@@ -46,7 +46,7 @@ def loss_chart(
     which nothing was finite is left empty. The lowest row begins a little under the lowest value, not at 0.
 
     Args:
-        steps: Completed steps, ascending.
+        steps: Completed steps; those of a log that was damaged may not ascend.
         values: As many values; None or not finite where there is none.
         width: Columns, labels included.
         height: Lines, the axis of steps included; at least 3.
@@ -64,7 +64,8 @@ def loss_chart(
     num_rows = max(2, height - 1)
     # What is labelled are means, between these two, and no longer to write.
     label_width = max(len(_label(v)) for v in (finite.min(), finite.max()))
-    columns = _resample(np.asarray(steps, dtype=float), numbers, max(8, width - label_width - 2))
+    at = np.asarray(steps, dtype=float)
+    columns = _resample(at, numbers, max(8, width - label_width - 2))
     drawn = columns[np.isfinite(columns)]
     low, high = float(drawn.min()), float(drawn.max())
     # One eighth of a row below the minimum, so that the lowest value still shows.
@@ -78,7 +79,7 @@ def loss_chart(
         axis = glyphs.tick if row in labels else glyphs.axis
         chart.append(f"{labels.get(row, ''):>{label_width}} {axis}", style=QUIET)
         chart.append(_chart_row(columns, num_rows - 1 - row, rows_per_unit, floor, glyphs) + "\n", style=ACCENT)
-    chart.append(" " * (label_width + 2) + _step_labels(steps[0], steps[-1], len(columns)), style=QUIET)
+    chart.append(" " * (label_width + 2) + _step_labels(int(at.min()), int(at.max()), len(columns)), style=QUIET)
     return chart
 
 
@@ -102,8 +103,8 @@ def _step_labels(first: int, last: int, width: int) -> str:
 
 
 def _resample(steps: np.ndarray, values: np.ndarray, num_columns: int) -> np.ndarray:
-    span = steps[-1] - steps[0] or 1.0
-    where = np.minimum(((steps - steps[0]) / span * num_columns).astype(int), num_columns - 1)
+    span = np.ptp(steps) or 1.0
+    where = np.minimum(((steps - steps.min()) / span * num_columns).astype(int), num_columns - 1)
     columns = _mean_by_column(values, where, num_columns)
     known = np.isfinite(columns)
     unlogged = np.bincount(where, minlength=num_columns) == 0

@@ -28,6 +28,21 @@ def test_a_lock_that_is_no_file_is_refused_and_nothing_is_written_through_it(tmp
     assert other.read_text() == "mine"
 
 
+@pytest.mark.parametrize("kind", ["file", "link to nothing", "pipe"])
+def test_checkpoints_that_are_no_folder_are_refused_before_a_step_is_taken(tmp_path: Path, kind: str) -> None:
+    checkpoints = tmp_path / "run/checkpoints"
+    checkpoints.parent.mkdir()
+    match kind:
+        case "file":
+            checkpoints.touch()
+        case "link to nothing":
+            checkpoints.symlink_to(tmp_path / "nothing")
+        case "pipe":
+            os.mkfifo(checkpoints)
+    with pytest.raises(ConfigError, match=r"run/checkpoints: is no folder, and checkpoints go there; remove it"):
+        RunFolder(tmp_path / "run").lock()
+
+
 def test_a_lock_that_a_snapshot_shares_is_not_written_through_and_locks_its_own_folder(tmp_path: Path) -> None:
     original = RunFolder(tmp_path / "run")
     original.lock()

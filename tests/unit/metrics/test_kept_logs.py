@@ -204,6 +204,44 @@ def test_what_is_lost_of_what_a_checkpoint_remembers_is_told_with_its_number(
     tracker.close(0, patience_s=0)
 
 
+def _flip(path: Path) -> None:
+    path.write_text(path.read_text().replace('"step": 3, "loss": 1.5', '"step": 3, "loss": 9.5'))
+
+
+def _empty_a_record(path: Path) -> None:
+    path.write_text(path.read_text().replace('"step": 3, "loss": 1.5', '"step": 3'))
+
+
+def _repeat(path: Path) -> None:
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:3], *lines[2:]]))
+
+
+def _move(path: Path) -> None:
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[7::-1], *lines[8:]]))
+
+
+@pytest.mark.parametrize("harm", [_flip, _empty_a_record, _repeat, _move])
+def test_so_is_what_was_changed_though_it_is_as_many_records(
+    path: Path, warned: list[str], harm: Callable[[Path], object]
+):
+    tracker = JsonlTracker(path, path.with_name("r.jsonl"), warn=warned.append)
+    for step in range(1, 9):
+        tracker.log({"step": step, "loss": 1.5}, {"step": step})
+    known = tracker.record()
+    tracker.log({"step": 9, "loss": 1.5})
+    tracker.close(0, patience_s=0)
+    harm(path)
+    tracker = JsonlTracker(path, path.with_name("r.jsonl"), warn=warned.append)
+    tracker.resume_at(8, known)
+    assert set(_steps(path)) == {*range(1, 9)}
+    size = known["metrics"]["size_bytes"]
+    told = f"{path}: its first {size} bytes are not what they were when step 8 was saved: lines were changed, "
+    assert len(warned) == 1 and warned[0].startswith(told)
+    tracker.close(0, patience_s=0)
+
+
 def test_what_a_checkpoint_remembers_is_not_parsed_again(path: Path, sink: JsonlSink, monkeypatch: pytest.MonkeyPatch):
     known = sink.content().record()
     _write(sink, range(11, 14))
