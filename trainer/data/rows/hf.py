@@ -6,6 +6,7 @@ missing, once it has seen the first 10 MB.
 
 import logging
 import os
+import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -250,16 +251,28 @@ class HfRows(Rows):
                 yield
         except DataError:
             raise
-        except ConnectionError as error:
-            raise DataError(
-                f"{self}: cannot be reached ({one_line(error)}); the hub or its cache is needed; check the network, or "
-                "give local files"
-            ) from error
         except MemoryError:
             raise
         except Exception as error:  # of any library that reads a format
             reason = one_line(error) or type(error).__name__
+            if _is_of_the_network(error):
+                addresses = [pattern for pattern in self._patterns if "://" in pattern] or [str(self)]
+                raise DataError(
+                    f"{', '.join(addresses)}: cannot be reached ({reason}); the hub or its cache is needed; check the "
+                    "network, or give local files"
+                ) from error
             raise DataError(f"{where or self}: cannot be read ({reason}); correct the data or its options") from error
+
+
+def _is_of_the_network(error: BaseException | None) -> bool:
+    """Tell whether an error comes from no answer, or from no address for a name, of whatever client."""
+    while error is not None:
+        if isinstance(error, ConnectionError | TimeoutError | socket.gaierror):
+            return True
+        if {"TransportError", "ClientConnectionError"} & {kind.__name__ for kind in type(error).__mro__}:
+            return True  # of httpx and its forks, and of aiohttp, which need not be installed
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _pinned(data_files: list[str]) -> list[str]:

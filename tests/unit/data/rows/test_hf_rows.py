@@ -1,8 +1,9 @@
 import gzip
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -136,6 +137,28 @@ def test_what_cannot_be_read_is_one_line(name):
         read(**given)
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
+
+
+class TransportError(Exception):
+    """Has the name that httpx and its forks give theirs."""
+
+
+def _no_address() -> NoReturn:
+    try:
+        raise socket.gaierror(-2, "Name or service not known")
+    except OSError as error:
+        raise RuntimeError("[Errno -2] Name or service not known") from error
+
+
+def _no_answer() -> NoReturn:
+    raise TransportError("timed out")
+
+
+@pytest.mark.parametrize("fail", [_no_address, _no_answer])
+def test_no_network_is_no_fault_of_the_data(fail: Callable[[], NoReturn], monkeypatch):
+    monkeypatch.setattr("trainer.data.rows.hf._pinned", lambda _: fail())
+    with pytest.raises(DataError, match=r"^hf://datasets/a/b/c\.csv: cannot be reached \(.*check the network, or give"):
+        read(path="csv", data_files="hf://datasets/a/b/c.csv")
 
 
 def _card(configs: str) -> None:
