@@ -174,6 +174,6 @@ def test_a_step_has_the_gradient_of_their_loss_with_their_balance_loss(num_piece
     (loss + 0.3 * balance_loss).backward()
     assert float(step.total.loss) == pytest.approx(float(loss.detach()), abs=1e-12)
     assert step.total.balance_loss is not None
-    assert float(step.total.balance_loss) == pytest.approx(float(balance_loss) / 2, abs=1e-12)
+    assert float(step.total.balance_loss) == pytest.approx(float(balance_loss.detach()) / 2, abs=1e-12)
     gradients = {name: part.tensor for name, part in engine.gradients().slices.items()}
     _compare_gradients(gradients, theirs, case.config(), 1e-12)

@@ -60,7 +60,8 @@ class RunFolder:
         """Make the folder, and claim it for this process until it ends.
 
         Raises:
-            ConfigError: if another process trains into it, the lock is no file, or its checkpoints are no folder or another run's.
+            ConfigError: if another process trains into it, the lock is no file, or its checkpoints are no folder or are
+                another run's.
             ResourceError: if it cannot be written.
         """
         path = self.path / ".lock"
