@@ -2,6 +2,7 @@
 # Checks everything: format, lint, types, import contracts, then the tests. Fails if any of them fails.
 #
 #   ./scripts/test.sh                    everything
+#   ./scripts/test.sh fast               everything but the tests that start runs or compile (marker `slow`)
 #   ./scripts/test.sh tests/unit -k x    only pytest, with these arguments (paths are relative to the repository)
 set -euo pipefail
 
@@ -9,6 +10,12 @@ cd -- "$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 python="$(scripts/setup.sh dev)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # tests are small, and many start several processes
 
+what="${1-all}" # all and fast check the code as well
+case "$what" in
+    all) set -- ;;
+    fast) shift && set -- -m "not slow" "$@" ;;
+    *) what=pytest ;;
+esac
 failed=""
 
 # stage NAME COMMAND...: runs one check, prints its name, result and seconds, and its output if it fails.
@@ -24,7 +31,7 @@ stage() {
     fi
 }
 
-if [ "$#" -eq 0 ]; then
+if [ "$what" != pytest ]; then
     stage "ruff format" "$python" -m ruff format --check .
     stage "ruff check" "$python" -m ruff check .
     stage "pyrefly" "$python" -m pyrefly check --python-interpreter-path "$python"
@@ -34,7 +41,7 @@ fi
 
 # Last, so that pytest's own summary closes the output. Its 5, "no tests ran", is a failure like any other.
 # Four at a time on two cores, a file each: half of the time, tests wait for processes that they have started.
-if [ "$#" -eq 0 ]; then set -- -n 4 --dist loadfile; fi
+if [ "$what" != pytest ]; then set -- -n 4 --dist loadfile "$@"; fi
 code=0
 "$python" -m pytest "$@" || code=$?
 if [ "$code" -eq 0 ] && [ -n "$failed" ]; then code=1; fi

@@ -13,6 +13,16 @@ settings.register_profile("turnout", deadline=None)  # how long an example takes
 settings.load_profile("turnout")
 
 
+_SLOW_FOLDERS = {"end_to_end", "chaos"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts runs; elsewhere a test or file says so itself."""
+    for item in items:
+        if _SLOW_FOLDERS & set(item.path.parts):
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--times", type=int, default=1, help="how often to repeat what happens by chance")
 

@@ -12,7 +12,7 @@ from trainer.models.gpt import Block
 from trainer.ops.attention import blocked_attention, torch_attention
 from trainer.parallel.config import ParallelConfig
 
-pytestmark = pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler")]
 
 STEPS, ROWS, SEQ_LEN = 6, 6, 70  # 70: a whole block of attention and a part of one
 

@@ -24,6 +24,8 @@ from trainer.engine.step import NumericsConfig, StepEngine
 from trainer.optim.registry import AdamWConfig
 from trainer.prove.gather import gather_state
 
+pytestmark = pytest.mark.slow
+
 ROWS, SEQ_LEN, CLIP = 12, 8, 0.5
 MOE = {
     "num_experts": 5,  # no number of ranks divides them

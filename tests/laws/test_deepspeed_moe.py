@@ -16,6 +16,8 @@ from trainer.models.gpt import build_moe
 from trainer.moe.dispatch.registry import AllToAllDispatcherConfig
 from trainer.moe.losses import Denominators, objective
 
+pytestmark = pytest.mark.slow
+
 EXPERTS, WIDTH, HIDDEN, ROWS, SEQ_LEN = 4, 16, 12, 3, 10
 CPU = torch.device("cpu")
 

@@ -26,6 +26,8 @@ from trainer.errors import CheckpointError
 from trainer.parallel.config import ParallelConfig
 from trainer.prove.gather import gather_state
 
+pytestmark = pytest.mark.slow
+
 ROWS, SEQ_LEN, EXPERTS, BEFORE = 12, 8, 8, 4
 MOE = {
     "num_experts": EXPERTS,

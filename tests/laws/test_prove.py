@@ -29,6 +29,8 @@ from trainer.prove.proof import prove
 from trainer.prove.ranks import run_case
 from trainer.prove.rounding import FLOORS
 
+pytestmark = pytest.mark.slow
+
 STEPS, TOLERANCE, TIMEOUT_S = 3, 1e-9, 120.0
 BEYOND_LABELS = (dense_gradients_not_summed, norm_of_one_rank, experts_seeded_by_rank, bias_by_rank)
 """Faults that no setting explains: a config with a label that differs so fails all the same."""

@@ -26,6 +26,8 @@ from trainer.errors import CheckpointError, ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.models.gpt import GPT, RMSNorm, rotary_table, rotate
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 CONFIG = """\
 name: imported

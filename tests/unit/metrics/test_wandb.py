@@ -23,6 +23,8 @@ from trainer.metrics.config import MetricsConfig
 from trainer.metrics.trackers import JsonlTracker
 from trainer.metrics.wandb_tracker import WandbTracker
 
+pytestmark = pytest.mark.slow
+
 ID = "0a1b2c3d"
 LABELS = {"tags": ["a"], "group": "g"}
 NOBODY = "http://127.0.0.1:9"
