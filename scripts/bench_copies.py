@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainer.assemble import build_model, numerics, resolve_kernel
-from trainer.checkpoint.copies import check_copies
+from trainer.checkpoint.replica_check import check_copies
 from trainer.config.loader import load
 from trainer.data.corpus import build_corpus
 from trainer.data.stream import TrainStream

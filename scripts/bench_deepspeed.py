@@ -26,8 +26,8 @@ from trainer.assemble import build_model, numerics, resolve_kernel
 from trainer.config.loader import load
 from trainer.data.batch import Batch
 from trainer.data.tokenizers.byte import ByteTokenizer
+from trainer.distributed.flight_recorder import Journal
 from trainer.distributed.interface import stay_on_loopback
-from trainer.distributed.journal import Journal
 from trainer.distributed.layout import Layout
 from trainer.distributed.mesh import Mesh, build_mesh
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig

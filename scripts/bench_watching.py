@@ -19,7 +19,7 @@ from trainer.distributed.layout import launched
 from trainer.distributed.mesh import joined
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.machine import Machine, over_ranks
-from trainer.stopwatch import Clock, HostClock, Stopwatch
+from trainer.step_timer import Clock, HostClock, Stopwatch
 
 
 class Counting:

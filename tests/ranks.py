@@ -5,7 +5,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from trainer.distributed.journal import Journal
+from trainer.distributed.flight_recorder import Journal
 from trainer.distributed.layout import Layout
 from trainer.distributed.mesh import Mesh, build_mesh
 from trainer.prove.pool import Failure, LocalRanks

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import trainer.workflows
-from trainer import faults
+from trainer import fault_injection
 from trainer.prove import pool  # whose processes come from the same server: its list of imports is in this one
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -112,7 +112,9 @@ def _work(arguments: list[str], cwd: str, outputs: list[str], variables: dict[st
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     shorten_sample()
-    faults._PLANNED[:] = faults.planned(os.environ.get("TURNOUT_FAULTS", ""), os.environ.get("RANK", "0"))
+    fault_injection._PLANNED[:] = fault_injection.planned(
+        os.environ.get("TURNOUT_FAULTS", ""), os.environ.get("RANK", "0")
+    )
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)

@@ -13,7 +13,7 @@ from trainer.engine.registry import NativeEngineConfig
 from trainer.engine.step import NumericsConfig
 from trainer.errors import ConfigError, ResourceError
 from trainer.experiment import ExperimentConfig
-from trainer.metrics import readable
+from trainer.metrics import formatting
 from trainer.metrics.machine import total_memory
 from trainer.models.gpt import GPT
 from trainer.moe.dispatch.registry import LocalDispatcherConfig
@@ -72,8 +72,8 @@ def check_memory(config: ExperimentConfig, layout: Layout, device: torch.device)
     what, (most, advice) = max(parts.items(), key=lambda part: part[1][0])
     where = f"{ranks_here} ranks on this machine need" if ranks_here > 1 else "it needs"
     raise ResourceError(
-        f"{config.name}: {where} at least {readable.size(needed)} of memory ({readable.size(ranks_here * most)} for "
-        f"{what}), and there are {readable.size(there)}; lower {advice}"
+        f"{config.name}: {where} at least {formatting.size(needed)} of memory ({formatting.size(ranks_here * most)} for "
+        f"{what}), and there are {formatting.size(there)}; lower {advice}"
     )
 
 

@@ -4,29 +4,29 @@ from typing import Any
 
 import torch
 
-from trainer import faults, memory
+from trainer import fault_injection, memory
 from trainer.assemble import build_model, check_memory, numerics, resolve_kernel, whole_model
 from trainer.checkpoint.compatible import abridged
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.identity import identify
-from trainer.checkpoint.kept_tokenizer import check_given, fingerprint_in_use, keep, tokenizer_of
 from trainer.checkpoint.load import find_newest
 from trainer.checkpoint.run_folder import RunFolder
+from trainer.checkpoint.run_tokenizer import check_given, fingerprint_in_use, keep, tokenizer_of
 from trainer.checkpoint.saver import Saver
-from trainer.checkpoint.shared import check_shared
+from trainer.checkpoint.shared_fs import check_shared
 from trainer.config.dump import dump
 from trainer.data.corpus import build_corpus
 from trainer.data.skipped import summary
 from trainer.data.stream import TrainStream
 from trainer.data.tokenizers.sent import of_plain, to_plain
 from trainer.distributed import runtime
-from trainer.distributed.agreement import differing
+from trainer.distributed.collective_errors import raise_together
+from trainer.distributed.consistency import differing
 from trainer.distributed.mesh import Mesh
-from trainer.distributed.together import raise_together
 from trainer.distributed.version import turnout_version
 from trainer.engine.spikes import SpikeWindow
 from trainer.errors import ConfigError, DataError
-from trainer.evaluation.preparation import read_tasks
+from trainer.evaluation.load_tasks import read_tasks
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.console import Console
 from trainer.metrics.machine import Machine
@@ -82,7 +82,7 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
     if different:
         raise DataError(f"{different[0]}; all ranks must read the same text (data.sources)")
     tasks = read_tasks(config.eval.tasks, corpus, seq_len=config.model.seq_len, world=mesh.world, warn=console.warning)
-    faults.hit("start.text")
+    fault_injection.hit("start.text")
     stream = TrainStream(corpus, packing=config.data.packing, seq_len=config.model.seq_len, seed=config.seed)
     size = model_size(whole_model(config, corpus.tokenizer))
     lines = None
@@ -101,7 +101,7 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
                 console.warning(said)
     with memory.making_optimizer(config):
         engine = config.engine.build(model, config.optim, numerics(config), mesh, folder=folder.deepspeed)
-    faults.hit("start.engine")
+    fault_injection.hit("start.engine")
     run = Run(
         mesh=mesh,
         config=config,
@@ -131,7 +131,7 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
     with raise_together(mesh.world):
         if is_writer:
             run.saver.folder.clean()
-            faults.hit("resume.cleaned")
+            fault_injection.hit("resume.cleaned")
     found = find_newest(run.saver.folder, mesh.world, warn=console.warning)
     if found is not None:
         with raise_together(mesh.world), memory.reading_checkpoint(config):
@@ -157,7 +157,7 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
                 console.message(remark)
             if corpus.skipped:
                 console.warning(f"{summary(corpus.skipped)}: {folder.skipped_rows}")
-            faults.hit("start.config_written")
+            fault_injection.hit("start.config_written")
             folder.write_environment(
                 {
                     **runtime.describe(),
@@ -168,10 +168,10 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
                     "tasks": {task.config.name: {"fingerprint": task.fingerprint, **task.signatures} for task in tasks},
                 }
             )
-    faults.hit("start.written")
+    fault_injection.hit("start.written")
     if lines is not None:
         lines.resume_at(run.start_step, None if found is None or has_no_logs else found.run.get("logs"))
-    faults.hit("start.done")
+    fault_injection.hit("start.done")
     return run
 
 

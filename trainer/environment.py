@@ -10,7 +10,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from trainer import faults
+from trainer import fault_injection
 from trainer.errors import ConfigError, first_line
 
 SUPERVISOR = "TURNOUT_SUPERVISOR"
@@ -117,7 +117,7 @@ def check_of_process() -> None:
         variables.problems.append(f"OMP_NUM_THREADS={threads}: is not a number of at least 1, nor a list of them")
     variables.problems += _unknown_to_torch()
     try:
-        faults.planned(os.environ.get("TURNOUT_FAULTS", ""), "0")
+        fault_injection.planned(os.environ.get("TURNOUT_FAULTS", ""), "0")
     except ValueError as error:
         variables.problems.append(str(error))
     variables.check()

@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from trainer import memory
+from trainer.atomic_io import replace_file
 from trainer.checkpoint.load import Found
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.distributed.mesh import Mesh
-from trainer.durable import replace_file
 from trainer.engine.base import Engine
 from trainer.errors import ConfigError
 from trainer.evaluation.base import Task
-from trainer.evaluation.each_k import evaluate_each_k, table
+from trainer.evaluation.context import Subject
 from trainer.evaluation.examination import Examination, write_predictions
 from trainer.evaluation.held_out import evaluate
-from trainer.evaluation.preparation import read_tasks
-from trainer.evaluation.shown import summary_of
-from trainer.evaluation.subject import Subject
+from trainer.evaluation.load_tasks import read_tasks
+from trainer.evaluation.report import summary_of
+from trainer.evaluation.top_k_sweep import evaluate_each_k, table
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.console import Console
 from trainer.metrics.experts_svg import experts_svg
@@ -128,7 +128,7 @@ def evaluate_by_lm_eval(
         ConfigError: if lm-eval is not installed, or does not know a task.
     """
     try:
-        from trainer.evaluation.harness import HarnessModel, run_harness
+        from trainer.evaluation.lm_eval import HarnessModel, run_harness
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"--lm-eval: {error.name} is not installed; lm-eval is an extra: pip install 'turnout[lm-eval]'"

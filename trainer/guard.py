@@ -1,7 +1,7 @@
 """What a run does about numbers that went wrong: skipped steps, loss spikes, copies that differ."""
 
-from trainer.checkpoint.copies import check_copies
 from trainer.checkpoint.finite import check_finite
+from trainer.checkpoint.replica_check import check_copies
 from trainer.engine.base import StepResult
 from trainer.errors import NumericsError
 from trainer.run import Run

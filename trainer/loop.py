@@ -4,18 +4,18 @@ import time
 
 import torch
 
-from trainer import faults, guard, memory
+from trainer import fault_injection, guard, memory
 from trainer.checkpoint.saver import Saved
+from trainer.distributed.collective_errors import raise_together
 from trainer.distributed.layout import is_first_here
 from trainer.distributed.signals import StopRequest
-from trainer.distributed.together import raise_together
 from trainer.engine.base import StepResult
 from trainer.evaluation.examination import Examination, due, write_predictions
 from trainer.evaluation.routing_gap import RoutingGap, held_out_rows, routing_gap
 from trainer.examine import examine
 from trainer.metrics.machine import over_ranks
-from trainer.metrics.pace import StepPace
 from trainer.metrics.routing import routing_metrics
+from trainer.metrics.throughput import StepPace
 from trainer.run import Run
 from trainer.status import StatusFile
 
@@ -45,7 +45,7 @@ def fit(run: Run, stop: StopRequest, status: StatusFile) -> Examination | None:
         journal.step, journal.is_in_step = step + 1, step > run.start_step
         status.begin_step(step + 1, first_row=run.position, num_rows=train.global_batch_size)
         run.profiler.begin(step + 1)
-        faults.hit("step.begin")
+        fault_injection.hit("step.begin")
         pace.begin()
         journal.enter("data")
         if run.stream.waits_for_text(run.position, train.global_batch_size):
@@ -70,11 +70,11 @@ def fit(run: Run, stop: StopRequest, status: StatusFile) -> Examination | None:
 
         done, is_last = step + 1, step + 1 == train.steps
         guard.account(run, done, result, limit=limit)
-        faults.hit("step.taken")
+        fault_injection.hit("step.taken")
         is_logged = every(config.metrics.log_every, done) or is_last or done == run.start_step + 1
         is_saved = every(config.checkpoint.every, done) or is_last
         stopped_by, is_lost = _agree(run, stop, looks=is_logged or is_saved)
-        faults.hit("step.agreed")
+        fault_injection.hit("step.agreed")
         if is_lost:
             _regain_folder(run)
         gap = None
@@ -106,7 +106,7 @@ def fit(run: Run, stop: StopRequest, status: StatusFile) -> Examination | None:
                 save(run, done, is_last=is_last, is_stopped=stopped_by is not None)
         else:
             announce(run, run.saver.finished())
-        faults.hit("step.done")
+        fault_injection.hit("step.done")
         if stopped_by and not is_last:
             stop.obey()
             run.console.message(f"stopped by {stopped_by} after step {done}: saved; start again to go on")
@@ -124,7 +124,7 @@ def report(run: Run, done: int, examination: Examination) -> None:
     record = {"step": done, **examination.record()}
     if examination.held_out is not None:
         record |= {f"data/{domain}/epochs": number for domain, number in run.stream.epochs(run.position).items()}
-    faults.hit("eval.done")
+    fault_injection.hit("eval.done")
     run.trackers.log(record)
     if examination.held_out is not None:
         run.console.evaluation(record)
@@ -136,7 +136,7 @@ def report(run: Run, done: int, examination: Examination) -> None:
                 write_predictions(run.folder.predictions, result, step=done)
             except OSError as error:  # no reason to stop learning
                 run.console.warning(f"{run.folder.predictions}: predictions are lost: {error.strerror or error}")
-    faults.hit("eval.written")
+    fault_injection.hit("eval.written")
 
 
 def save(run: Run, done: int, *, is_last: bool = False, is_stopped: bool = False) -> None:
@@ -186,7 +186,7 @@ def announce(run: Run, saved: Saved | None) -> None:
     lost = f"{saved.stalled_s * 1e3:.0f} ms" if saved.stalled_s < 1 else f"{saved.stalled_s:.1f} s"
     note = f"{saved.size_bytes / 1e6:.0f} MB in {saved.behind_s:.1f} s, of which training waited {lost}"
     run.console.checkpoint(saved.path, saved.step, note=note)
-    faults.hit("save.reported")
+    fault_injection.hit("save.reported")
 
 
 def _compare_routing(run: Run) -> RoutingGap | None:
@@ -267,8 +267,8 @@ def log_step(
         if gap is not None:
             record |= gap.record()
             experts |= gap.experts()
-        faults.hit("log.begin")
+        fault_injection.hit("log.begin")
     record |= over_ranks(speed.parts, run.machine.read(), run.mesh.world)
     run.trackers.log(record, experts)
-    faults.hit("log.written")
+    fault_injection.hit("log.written")
     run.console.step(record)

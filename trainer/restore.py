@@ -4,15 +4,15 @@ from collections.abc import Callable, Mapping
 
 from pydantic import ValidationError
 
-from trainer import faults, memory
+from trainer import fault_injection, memory
 from trainer.assemble import build_model, in_one_process, numerics, resolve_kernel
-from trainer.checkpoint.catalogue import layout_of
 from trainer.checkpoint.compatible import abridged, check_fits, check_model, check_record, check_tokenizer
 from trainer.checkpoint.files import StoredTensors
 from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.kept_tokenizer import tokenizer_of
+from trainer.checkpoint.listing import layout_of
 from trainer.checkpoint.load import Found, find, find_newest, removed_meanwhile
 from trainer.checkpoint.run_folder import RunFolder, check_belongs, order_warnings
+from trainer.checkpoint.run_tokenizer import tokenizer_of
 from trainer.checkpoint.tensor_file import check_numbers
 from trainer.config.dump import ABSENT, changed_keys, short
 from trainer.data.tokenizers.base import Tokenizer
@@ -30,7 +30,7 @@ _OF_THE_RATE = ("schedule.", "train.steps")
 
 def resume(run: Run, found: Found) -> None:
     """Go on from a checkpoint: each rank reads its own parts, however the ranks that wrote it were laid out."""
-    faults.hit("resume.found")
+    fault_injection.hit("resume.found")
     _load_state(found, run.engine, run.config, run.corpus.tokenizer)
     if not run.folder.config.is_file():  # with it, the comparison was made before torch was imported
         for warning in _changes_since(found, run.config):
@@ -50,7 +50,7 @@ def resume(run: Run, found: Found) -> None:
     if (jump := _rate_jump(found, run)) is not None:
         run.console.warning(jump)
     run.console.message(f"resuming from {found.path}{_moved(found, run)}")
-    faults.hit("resume.loaded")
+    fault_injection.hit("resume.loaded")
 
 
 def _load_state(found: Found, engine: Engine, config: ExperimentConfig, tokenizer: Tokenizer) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from trainer import faults
+from trainer import fault_injection
 from trainer.assemble import in_one_process, resolve_kernel, whole_model
 from trainer.build import build_run, track
 from trainer.checkpoint.folder import CheckpointFolder
@@ -22,17 +22,17 @@ from trainer.checkpoint.weight_map import WeightMapConfig
 from trainer.config.dump import dump
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.distributed import runtime
+from trainer.distributed.collective_errors import raise_together
 from trainer.distributed.layout import Layout
 from trainer.distributed.mesh import Mesh, joined
 from trainer.distributed.signals import StopRequest
-from trainer.distributed.together import raise_together
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.errors import PREEMPTED, CommError, ConfigError, NumericsError, ShortOfMemory, TurnoutError
 from trainer.evaluation.examination import Examination
-from trainer.evaluation.shown import summary_of
+from trainer.evaluation.report import summary_of
 from trainer.experiment import ExperimentConfig
 from trainer.loop import announce, fit
-from trainer.metrics import readable
+from trainer.metrics import formatting
 from trainer.metrics.console import Console
 from trainer.metrics.records import loss_curve
 from trainer.metrics.streaming import Utf8Streamer
@@ -87,7 +87,7 @@ def train_run(
             if layout.rank == 0:
                 folder.lock()
                 remove_others(folder.status, world_size=layout.world_size)
-                faults.hit("start.locked")
+                fault_injection.hit("start.locked")
         status.enter("start-up")
         run = build_run(config, folder, console, mesh, device)
         outermost.enter_context(track(run))  # closed when the ranks have left each other: nobody waits for it
@@ -108,10 +108,10 @@ def train_run(
             run.engine.close()
             run.trackers.exit_code = PREEMPTED
             return PREEMPTED
-        faults.hit("end.trained")
+        fault_injection.hit("end.trained")
         prompt, sample, speechless = _sample(run)  # every rank takes part: it needs everyone's experts
         if layout.rank == 0:
-            faults.hit("end.summary")
+            fault_injection.hit("end.summary")
             elapsed_s = time.monotonic() - began_s
             console.summary(_summary(run, examination, prompt, sample, elapsed_s=elapsed_s))
         run.engine.close()
@@ -234,11 +234,11 @@ def _summary(run: Run, examination: Examination, prompt: str, sample: str, *, el
     steps = max(run.start_step, run.config.train.steps)
     layers, title = run.engine.model.config.moe_layers, f"{run.config.name}: {steps} steps done"
     since = f" since step {run.start_step}" if run.start_step else ""
-    elapsed = f"{readable.duration(elapsed_s)}{since}"
+    elapsed = f"{formatting.duration(elapsed_s)}{since}"
     asked_for = [("profile", run.folder.profile), ("deepspeed", run.folder.deepspeed)]
     return replace(
         summary_of(examination, run.corpus, layers, title=title),
-        facts=[("time", elapsed), ("tokens", readable.rate(run.tokens))],
+        facts=[("time", elapsed), ("tokens", formatting.rate(run.tokens))],
         steps=logged_steps,
         losses=losses,
         prompt=prompt,

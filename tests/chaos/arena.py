@@ -22,10 +22,10 @@ import torch
 
 import trainer.cli
 import trainer.workflows
-from trainer import faults
+from trainer import fault_injection
 from trainer.distributed.interface import LOOPBACK
 from trainer.distributed.store import serve
-from trainer.supervise.lifeline import end_with
+from trainer.supervise.die_with_parent import end_with
 
 _GRACE_S = 20.0
 """A rank that was asked to end has so long."""
@@ -194,7 +194,7 @@ def _be_a_rank(
         sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
         sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
         torch.set_num_threads(1)
-        faults._PLANNED[:] = faults.planned(planted, variables["RANK"])
+        fault_injection._PLANNED[:] = fault_injection.planned(planted, variables["RANK"])
         if largest_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
         if prepare is not None:

@@ -17,8 +17,8 @@ from tests.saved import digest, whole
 from tests.warm import shorten_sample
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.load import find
-from trainer.data.crossing import CrossingRows
-from trainer.data.domain_rows import DomainRows
+from trainer.data.concat_rows import CrossingRows
+from trainer.data.row_order import DomainRows
 from trainer.data.stream import TrainStream
 from trainer.errors import CheckpointError
 

@@ -12,7 +12,7 @@ from tests.chaos.kills import NEVER_THERE, POINTS
 from tests.chaos.mutants import KILLED, STOPPED
 from tests.chaos.run import scenarios
 from tests.launched import ROOT
-from trainer.faults import planned
+from trainer.fault_injection import planned
 
 SCENARIOS = list(scenarios(release=False, seed=0))
 

@@ -131,7 +131,7 @@ MEETING = """
 import signal, sys, os, time, torch
 from trainer.distributed.layout import launched
 from trainer.distributed.mesh import joined
-from trainer.distributed.together import raise_together
+from trainer.distributed.collective_errors import raise_together
 from trainer.errors import TurnoutError
 layout = launched(ep_size=1)
 try:

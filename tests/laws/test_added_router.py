@@ -12,7 +12,7 @@ from tests.builders import make_batch, make_engine, rows_of, tiny_model_config
 from tests.laws.test_router_oracles import D_FF, make_layer, make_tokens
 from tests.ranks import Ranks
 from trainer.data.stream import fill_rows
-from trainer.distributed.journal import Journal
+from trainer.distributed.flight_recorder import Journal
 from trainer.distributed.layout import Layout, even_slice
 from trainer.distributed.mesh import Mesh, build_mesh
 from trainer.models.config import ModelConfig

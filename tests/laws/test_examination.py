@@ -9,12 +9,12 @@ import torch.distributed as dist
 
 from tests.builders import make_engine, tiny_model_config
 from tests.ranks import Ranks
-from trainer.distributed.journal import Journal
+from trainer.distributed.flight_recorder import Journal
 from trainer.distributed.layout import Layout
 from trainer.distributed.mesh import build_mesh
+from trainer.evaluation.batch_generation import write
+from trainer.evaluation.context import Subject
 from trainer.evaluation.scoring import Question, score
-from trainer.evaluation.subject import Subject
-from trainer.evaluation.writing import write
 from trainer.models.sampling import SamplingOptions
 from trainer.parallel.config import ParallelConfig
 

@@ -12,7 +12,7 @@ from tests.ranks import Ranks
 from trainer.checkpoint.state import TrainState
 from trainer.data.batch import Batch
 from trainer.data.stream import fill_rows
-from trainer.distributed.journal import Journal
+from trainer.distributed.flight_recorder import Journal
 from trainer.distributed.layout import Layout, even_slice
 from trainer.distributed.mesh import Mesh, build_mesh
 from trainer.engine.native import NativeEngine

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.builders import make_batch, make_engine, rows_of, tiny_model_config
 from tests.ranks import Ranks, mesh_here
-from trainer.checkpoint.copies import check_copies
+from trainer.checkpoint.replica_check import check_copies
 from trainer.data.batch import Batch
 from trainer.data.stream import fill_rows
 from trainer.distributed.layout import Layout, even_slice, named

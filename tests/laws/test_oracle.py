@@ -13,8 +13,8 @@ from trainer.moe.balance import balance_loss
 from trainer.moe.dispatch.local import LocalDispatcher
 from trainer.moe.experts import Experts
 from trainer.moe.layer import MoELayer
+from trainer.moe.loss_stats import LayerSums
 from trainer.moe.losses import Denominators, objective, z_loss
-from trainer.moe.sums import LayerSums
 from trainer.ops.expert_ffn import Activation
 from trainer.ops.kernels import ExpertsKernel
 

@@ -232,9 +232,9 @@ FAULTS = [
     ),
     in_package(
         "sums of importance and load are exchanged",
-        "moe/sums.py",
+        "moe/loss_stats.py",
         "counts, importance, load = parts",
         "counts, load, importance = parts",
-        "moe/test_sums.py",
+        "moe/test_loss_stats.py",
     ),
 ]

@@ -33,17 +33,17 @@ FAULTS = [
     ),
     in_package(
         "every epoch has the order of the first",
-        "data/domain_rows.py",
+        "data/row_order.py",
         "hash64(seed, FOR_ORDER, domain, epoch.astype(np.uint64))",
         "hash64(seed, FOR_ORDER, domain)",
-        "data/test_domain_rows.py",
+        "data/test_row_order.py",
     ),
     in_package(
         "all domains share an order",
-        "data/domain_rows.py",
+        "data/row_order.py",
         "hash64(seed, FOR_ORDER, domain, epoch",
         "hash64(seed, FOR_ORDER, 0, epoch",
-        "data/test_domain_rows.py",
+        "data/test_row_order.py",
     ),
     in_package(
         "a permutation's walk forgets which key is whose",

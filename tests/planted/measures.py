@@ -96,17 +96,17 @@ FAULTS = [
     ),
     in_package(
         "speed is of all steps so far",
-        "metrics/pace.py",
+        "metrics/throughput.py",
         "        self._seconds = 0.0\n        return speed",
         "        return speed",
-        "metrics/test_pace.py",
+        "metrics/test_throughput.py",
     ),
     in_package(
         "loads are over the busiest expert",
-        "metrics/loads.py",
+        "metrics/expert_load.py",
         "max(1, sum(counts)) / len(counts)",
         "max(1, max(counts))",
-        "metrics/test_loads.py",
+        "metrics/test_expert_load.py",
     ),
     in_package(
         "a large domain weighs more",
@@ -124,9 +124,9 @@ FAULTS = [
     ),
     in_package(
         "minutes are hundredths",
-        "metrics/readable.py",
+        "metrics/formatting.py",
         "{left % unit // smaller:02d}",
         "{left // smaller:02d}",
-        "metrics/test_readable.py",
+        "metrics/test_formatting.py",
     ),
 ]

@@ -83,10 +83,10 @@ FAULTS = [
     ),
     in_package(
         "the yardstick has one place less",
-        "moe/yardstick.py",
+        "moe/routing_optimum.py",
         "kept.long().cumsum(0) <= room",
         "kept.long().cumsum(0) < room",
-        "moe/test_yardstick.py",
+        "moe/test_routing_optimum.py",
     ),
     in_package(
         "a permutation's gradient is permuted forwards",

@@ -27,17 +27,17 @@ FAULTS = [
     ),
     in_package(
         "a rank that ended is blamed before one that was killed",
-        "supervise/ending.py",
+        "supervise/exit_status.py",
         "return 1 if code < 0 else 2",
         "return 2 if code < 0 else 1",
-        "supervise/test_ending.py",
+        "supervise/test_exit_status.py",
     ),
     in_package(
         "a killed run's exit code is below 128",
-        "supervise/ending.py",
+        "supervise/exit_status.py",
         "else 128 - code",
         "else 128 + code",
-        "supervise/test_ending.py",
+        "supervise/test_exit_status.py",
     ),
     in_package(
         "the first pause is doubled",

@@ -29,7 +29,7 @@ FAULTS = [
     ),
     in_package(
         "the gradient's norm is added up as it is and not squared",
-        "engine/sums.py",
+        "engine/reduce.py",
         ".double().square()",
         ".double()",
         "engine/test_native.py",
@@ -71,10 +71,10 @@ FAULTS = [
     ),
     in_package(
         "a step's balance loss is of its last micro-batch",
-        "engine/sums.py",
+        "engine/reduce.py",
         "share.balance_loss + (0 if self.balance_loss is None else self.balance_loss)",
         "share.balance_loss",
-        "engine/test_sums.py",
+        "engine/test_reduce.py",
     ),
     in_package(
         "experts of every rank start alike",

@@ -16,7 +16,7 @@ from tests.laws.test_router_oracles import KINDS
 from trainer.moe.capacity import expert_capacity, limit_to_capacity
 from trainer.moe.config import CapacityConfig
 from trainer.moe.routers.config.options import AssignmentOptions, RouterOptions
-from trainer.moe.routers.config.row_choice import MixtureOfDepthsRouterConfig
+from trainer.moe.routers.config.sequence_choice import MixtureOfDepthsRouterConfig
 from trainer.moe.routers.registry import RouterConfig
 from trainer.moe.routing import Router, RoutingContext
 from trainer.ops.noise import token_keys

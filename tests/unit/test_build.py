@@ -13,7 +13,7 @@ import torch
 
 from tests.ranks import Ranks, mesh_here
 from trainer.build import build_run, track
-from trainer.checkpoint import shared
+from trainer.checkpoint import shared_fs
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.loader import load
 from trainer.distributed.mesh import Mesh
@@ -67,7 +67,7 @@ def _build(folder: Path, overrides: list[str], mesh: Mesh | None = None) -> tupl
 
 def _error_here(folder: Path, overrides: list[list[str]], visible_s: float = 0.1) -> str | None:
     """Return how making the run ends on this rank, each rank with its own overrides."""
-    shared.VISIBLE_S = visible_s
+    shared_fs.VISIBLE_S = visible_s
     mesh = mesh_here()
     try:
         _build(folder, overrides[mesh.layout.rank], mesh)

@@ -1,7 +1,7 @@
 """What routers choose, given the same logits: how much of the best score they keep, how even, how fast.
 
-Every choice is measured by the same scores, the softmax of the logits, and on the same programme (`moe/yardstick.py`):
-k experts for a token, and room at an expert for its fair share times a capacity factor.
+Every choice is measured by the same scores, the softmax of the logits, and on the same linear programme
+(`moe/routing_optimum.py`): k experts for a token, and room at an expert for its fair share times a capacity factor.
 
 # T tokens, n valid tokens of one sequence, k experts per token, E experts, D d_model.
 """
@@ -21,9 +21,9 @@ from trainer.bench.logits import LayerLogits, Logits, LogitsKind
 from trainer.errors import ConfigError
 from trainer.moe.routers.bias_balanced import BiasBalancedRouter
 from trainer.moe.routers.config.options import RouterOptions
-from trainer.moe.routers.look_ahead import places
+from trainer.moe.routers.non_causal import places
 from trainer.moe.routing import Router, RoutingContext
-from trainer.moe.yardstick import Measured, measure, within_room
+from trainer.moe.routing_optimum import Measured, measure, within_room
 from trainer.ops.select import coarse
 
 FACTORS = (1.0, 1.25)

@@ -11,12 +11,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from trainer.atomic_io import replace_file
 from trainer.bench.choices import FACTORS, Choice
 from trainer.bench.logits import LogitsKind
 from trainer.bench.outcomes import Outcome
-from trainer.durable import replace_file
 from trainer.errors import ResourceError
-from trainer.metrics import readable
+from trainer.metrics import formatting
 from trainer.metrics.glyphs import QUIET
 
 _WIDTH = 200
@@ -64,13 +64,13 @@ def show_choices(choices: Sequence[Choice], titles: Mapping[LogitsKind, str], *,
             table.add_row(
                 choice.router,
                 str(choice.top_k),
-                readable.number(choice.experts_per_token, digits=2),
-                *(readable.number(1 - measured.gap, digits=4) for measured in (fair, more)),
-                readable.percent(max(0.0, fair.gap)),  # of the optimum a rounding error may be below 0
-                readable.number(choice.load_imbalance, digits=2),
-                *(readable.percent(measured.drop_rate) for measured in (fair, more)),
-                readable.number(choice.call_s * 1e3, digits=2),
-                readable.ratio(_times_reference(choice.call_s, {one.router: one.call_s for one in mine})),
+                formatting.number(choice.experts_per_token, digits=2),
+                *(formatting.number(1 - measured.gap, digits=4) for measured in (fair, more)),
+                formatting.percent(max(0.0, fair.gap)),  # of the optimum a rounding error may be below 0
+                formatting.number(choice.load_imbalance, digits=2),
+                *(formatting.percent(measured.drop_rate) for measured in (fair, more)),
+                formatting.number(choice.call_s * 1e3, digits=2),
+                formatting.ratio(_times_reference(choice.call_s, {one.router: one.call_s for one in mine})),
             )
         screen.print(table)
     _foot(screen, _CHOICES_LEGEND, notes)
@@ -85,14 +85,14 @@ def show_outcomes(outcomes: Sequence[Outcome], title: str, *, notes: Sequence[st
         spread = statistics.stdev(one.held_out_losses) if len(one.held_out_losses) > 1 else None
         table.add_row(
             one.router,
-            readable.number(one.held_out_loss, digits=4),
-            readable.number(spread, digits=4),
-            readable.number(one.load_imbalance, digits=2),
-            readable.percent(one.drop_rate),
-            readable.number(one.experts_per_token, digits=2),
-            readable.number(one.width_per_token, digits=0),
-            readable.number(one.step_s * 1e3, digits=1),
-            readable.ratio(_times_reference(one.step_s, step_s)),
+            formatting.number(one.held_out_loss, digits=4),
+            formatting.number(spread, digits=4),
+            formatting.number(one.load_imbalance, digits=2),
+            formatting.percent(one.drop_rate),
+            formatting.number(one.experts_per_token, digits=2),
+            formatting.number(one.width_per_token, digits=0),
+            formatting.number(one.step_s * 1e3, digits=1),
+            formatting.ratio(_times_reference(one.step_s, step_s)),
             one.looks_ahead,
         )
     screen.print(table)

@@ -13,12 +13,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from trainer.atomic_io import sync_folder
 from trainer.checkpoint.compatible import check_record
 from trainer.checkpoint.files import StoredTensors
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.load import Found, find
 from trainer.config.nodes import shown_path
-from trainer.durable import sync_folder
 from trainer.errors import CheckpointError, ConfigError
 
 

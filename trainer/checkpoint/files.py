@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from trainer import faults
+from trainer import fault_injection
 from trainer.checkpoint.manifest import DTYPES, Manifest, StoredFile, StoredSlice
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.checkpoint.tensor_file import open_tensors
@@ -56,19 +56,19 @@ def write_durably(path: Path, pieces: Sequence[bytes | memoryview]) -> StoredFil
     Raises:
         OSError: if the disk refuses.
     """
-    faults.hit("save.before_file")
+    fault_injection.hit("save.before_file")
     hashed = hashlib.sha256()
     with path.open("xb") as file:
         for number, piece in enumerate(pieces):
             if number == len(pieces) // 2:
-                faults.hit("save.mid_file")
+                fault_injection.hit("save.mid_file")
             hashed.update(piece)
             file.write(piece)
         size_bytes = file.tell()
         file.flush()
-        faults.hit("save.file_written")
+        fault_injection.hit("save.file_written")
         os.fsync(file.fileno())
-    faults.hit("save.file_synced")
+    fault_injection.hit("save.file_synced")
     return StoredFile(size_bytes=size_bytes, sha256=hashed.hexdigest())
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.state import Slice
+from trainer.distributed.collective_errors import meet
 from trainer.distributed.collectives import Group
 from trainer.distributed.layout import named
-from trainer.distributed.together import meet
 from trainer.errors import NumericsError
 
 

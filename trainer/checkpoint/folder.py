@@ -13,10 +13,10 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from trainer import faults
+from trainer import fault_injection
+from trainer.atomic_io import sync_folder
 from trainer.checkpoint.manifest import Manifest, OtherFormat, check_file, read_manifest
 from trainer.checkpoint.tensor_file import check_numbers
-from trainer.durable import sync_folder
 from trainer.errors import CheckpointError, ResourceError
 
 _NAME = re.compile(r"step_([0-9]{8,18})")
@@ -83,7 +83,7 @@ class CheckpointFolder:
             sync_folder(self.path.parent)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        faults.hit("save.folder_made")
+        fault_injection.hit("save.folder_made")
 
     def commit(self, step: int) -> Path:
         """Give what was written and flushed its name: from here on it is a checkpoint.
@@ -93,15 +93,15 @@ class CheckpointFolder:
         """
         temporary, final = self.temporary(step), self.of_step(step)
         sync_folder(temporary)
-        faults.hit("save.folder_synced")
+        fault_injection.hit("save.folder_synced")
         if os.path.lexists(final):  # a damaged one that this run was not resumed from, or no folder at all
             self.remove(step)
-        faults.hit("save.before_rename")
+        fault_injection.hit("save.before_rename")
         temporary.rename(final)
-        faults.hit("save.renamed")
+        fault_injection.hit("save.renamed")
         sync_folder(self.path)
         self.note_sound(step)
-        faults.hit("save.committed")
+        fault_injection.hit("save.committed")
         return final
 
     def abandon(self, step: int) -> None:
@@ -132,9 +132,9 @@ class CheckpointFolder:
         trash = self.path / f".trash-step_{step:08d}"
         shutil.rmtree(trash, ignore_errors=True)
         self.of_step(step).rename(trash)
-        faults.hit("remove.out_of_sight")
+        fault_injection.hit("remove.out_of_sight")
         shutil.rmtree(trash, ignore_errors=True)
-        faults.hit("remove.done")
+        fault_injection.hit("remove.done")
 
     def note_sound(self, step: int) -> None:
         """Remember that a checkpoint was checked and found sound, as long as nobody touches it."""
@@ -226,7 +226,7 @@ class CheckpointFolder:
 
     def prune(self, *, newest: int) -> None:
         """Remove what is outdated. What cannot be read or removed stays, with a warning: it does no harm."""
-        faults.hit("prune.begin")
+        fault_injection.hit("prune.begin")
         try:
             outdated = self.outdated(newest=newest)
         except OSError as error:
@@ -237,7 +237,7 @@ class CheckpointFolder:
                 self.remove(step)
             except OSError as error:
                 _log.warning("%s: cannot be removed: %s", self.of_step(step), error.strerror)
-        faults.hit("prune.done")
+        fault_injection.hit("prune.done")
 
     def _is_damaged(self, step: int) -> bool:
         """Tell whether the bytes of a checkpoint are wrong; not so if that cannot be told."""

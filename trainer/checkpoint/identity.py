@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.atomic_io import open_regular
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.nodes import shown
-from trainer.durable import open_regular
 
 _ID = re.compile(r"[0-9a-z]{8,64}")
 _LONGEST_BYTES = 1 << 16

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer import faults
+from trainer import fault_injection
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import Manifest, OtherFormat, check_file
 from trainer.checkpoint.tensor_file import check_numbers
+from trainer.distributed.collective_errors import meet
 from trainer.distributed.collectives import Group
 from trainer.distributed.layout import named
 from trainer.distributed.plain import error_of_plain, error_to_plain
-from trainer.distributed.together import meet
 from trainer.errors import CheckpointError, ResourceError
 
 
@@ -55,7 +55,7 @@ def find_newest(folder: CheckpointFolder, group: Group, *, warn: Callable[[str],
         step = group.gather_objects(max(steps, default=None))[0]
         if step is None:
             break
-        faults.hit("resume.candidate")
+        fault_injection.hit("resume.candidate")
         found = _check(folder, step, group)
         if isinstance(found, Found):
             for reason in rejected.values():
@@ -98,7 +98,7 @@ def _check(folder: CheckpointFolder, step: int, group: Group) -> Found | str:
             check_numbers(path, [name])
     except (CheckpointError, ResourceError) as error:
         wrong = error
-    faults.hit("resume.checked")
+    fault_injection.hit("resume.checked")
     told = meet(group, (error_to_plain(wrong), None if manifest is None else manifest.sha256))
     reports = [(error_of_plain(error), sha256) for error, sha256 in told]
     for rank, (error, _) in enumerate(reports):

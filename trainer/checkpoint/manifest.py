@@ -16,10 +16,10 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import ConfigDict, Field, JsonValue, ValidationError
 
+from trainer.atomic_io import NotRegular, open_regular
 from trainer.checkpoint.coverage import flaw, missing_names
 from trainer.config.base import Config, Problem
 from trainer.config.nodes import dotted, shown
-from trainer.durable import NotRegular, open_regular
 from trainer.errors import CheckpointError, ResourceError, TurnoutError
 
 FORMAT = 2

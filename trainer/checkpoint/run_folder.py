@@ -19,8 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from trainer.atomic_io import NotRegular, is_at, open_regular, replace_file
 from trainer.config.dump import ABSENT, Change, inline
-from trainer.durable import NotRegular, is_at, open_regular, replace_file
 from trainer.errors import ConfigError, ResourceError
 
 _log = logging.getLogger(__name__)

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer import faults
+from trainer import fault_injection
 from trainer.checkpoint.files import write_durably, write_files
 from trainer.checkpoint.finite import check_finite
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import FORMAT, MANIFEST, Manifest, StoredFile, StoredSlice, StoredTensor, manifest_text
 from trainer.checkpoint.plan import Place, SavePlan, describe, plan_save
-from trainer.checkpoint.shared import VISIBLE_S
+from trainer.checkpoint.shared_fs import VISIBLE_S
 from trainer.checkpoint.state import TrainState
 from trainer.distributed.collectives import Group
 from trainer.distributed.mesh import Mesh
@@ -105,7 +105,7 @@ class Saver:
             mine = {name: place.to_plain() for name, place in describe(state).items()}
             everyone = self._mesh.world.gather_objects(mine)
             self._plan = plan_save([{name: Place.of_plain(at) for name, at in held.items()} for held in everyone])
-        faults.hit("save.planned")
+        fault_injection.hit("save.planned")
         names = self._plan.of_rank(self._mesh.layout.rank)
         check_finite({name: state.slices[name] for name in names}, self._mesh.world, self.folder, step=step)
         job = _Job(
@@ -119,7 +119,7 @@ class Saver:
         )
         if any(part.tensor.is_cuda for part in state.slices.values()):
             torch.cuda.synchronize()
-        faults.hit("save.snapshot")
+        fault_injection.hit("save.snapshot")
         self._ended, self._outcome = threading.Event(), None
         self._thread = threading.Thread(target=self._work, args=(job, began, self._ended), name="saver", daemon=True)
         self._thread.start()
@@ -205,11 +205,11 @@ class Saver:
                 files, file_of = write_files(temporary, job.tensors, rank=self._group.index)
             except (OSError, MemoryError) as refused:
                 error = self._explain(job, refused)
-            faults.hit("save.before_vote")
+            fault_injection.hit("save.before_vote")
             written = {name: stored.model_dump() for name, stored in files.items()}
             reports = self._group.gather_objects((error_to_plain(error), written, file_of))
             error = next((error_of_plain(report[0]) for report in reports if report[0] is not None), None)
-            faults.hit("save.voted")
+            fault_injection.hit("save.voted")
             if is_first and error is None:
                 error = self._attempt(job, lambda: self._commit(job, reports))
         if is_first and error is not None:
@@ -237,7 +237,7 @@ class Saver:
             if size_bytes != stored.size_bytes:
                 raise OSError(errno.EIO, f"{name} has {size_bytes} bytes instead of {stored.size_bytes}")
         manifest = Manifest(format=FORMAT, step=job.step, run=job.run, values=job.values, tensors=tensors, files=files)
-        faults.hit("save.before_manifest")
+        fault_injection.hit("save.before_manifest")
         text = manifest_text(manifest)
         write_durably(temporary / MANIFEST, [text[: len(text) // 2], text[len(text) // 2 :]])
         self.folder.commit(job.step)

@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from trainer.atomic_io import NotRegular, open_regular
 from trainer.config import slots
 from trainer.config.nodes import UNUSABLE, Finding, Node, Place, Unreadable, shown, shown_path
 from trainer.config.slots import Slot
 from trainer.config.yaml_nodes import compose
-from trainer.durable import NotRegular, open_regular
 
 MAX_BYTES: Final = 2**20
 """Largest file."""

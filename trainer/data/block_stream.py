@@ -20,6 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
+from trainer.atomic_io import replace_file
 from trainer.config.base import Config
 from trainer.data.cache import FileState, cache_error, new_name, publish, remove_remains, sole_builder
 from trainer.data.ingest import SIDES, no_documents, write_text
@@ -31,7 +32,6 @@ from trainer.data.sources.registry import HfStreamSourceConfig
 from trainer.data.splits import Side, is_held_out
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.data.workers import end_with_parent
-from trainer.durable import replace_file
 from trainer.errors import DataError
 
 _log = logging.getLogger(__name__)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer.data.block_stream import BlockStream, StreamedSource
+from trainer.data.build_cache import Progress, prepare
 from trainer.data.cache import cache_error
 from trainer.data.checksums import Damaged
 from trainer.data.config import DataConfig
 from trainer.data.mixture import domain_shares
-from trainer.data.prepare import Progress, prepare
 from trainer.data.records import hash_of
 from trainer.data.rows.bad import SkippedRows
 from trainer.data.shards import TokenFile, open_token_file

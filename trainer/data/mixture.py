@@ -7,7 +7,7 @@ restart, gets the same visit of the same domain, so the position of a run in its
     domain    b a a c b a a a ... | a b a a c ...            shuffled by a permutation of the block
     visit     0 0 1 0 1 2 3 4 ... |                          how often the domain was visited before
 
-What a visit reads is the business of the domain's rows (domain_rows.py).
+What a visit reads is the business of the domain's rows (row_order.py).
 
 # D domains, n slots.
 """

@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trainer.atomic_io import open_regular, replace_file
 from trainer.data.rows.bad import SkippedRows, all_skipped
-from trainer.durable import open_regular, replace_file
 
 _LARGEST_BYTES = 64 << 20
 

@@ -13,19 +13,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
+from trainer.atomic_io import replace_file
 from trainer.config.base import Config
-from trainer.data.assemble import assemble
 from trainer.data.cache import FileState, new_name, publish
 from trainer.data.config import DataConfig, SplitConfig
 from trainer.data.ingest import SIDES, DomainInfo, no_documents
+from trainer.data.join_parts import assemble
+from trainer.data.read_tasks import RESULT, Task
 from trainer.data.records import hash_of, read_record, record_text
 from trainer.data.rows.bad import SkippedRows, all_skipped
 from trainer.data.shards import is_intact, paths
 from trainer.data.sources.base import Source
 from trainer.data.sources.registry import InstalledSourceConfig, SourceConfig
-from trainer.data.tasks import RESULT, Task
 from trainer.data.tokenizers.base import Tokenizer
-from trainer.durable import replace_file
 from trainer.errors import DataError
 
 _FORMAT = 3  # raised by whatever changes the files or the documents of a source

@@ -13,17 +13,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.data.batch import Batch
+from trainer.data.concat_rows import CrossingRows, Windows
 from trainer.data.config import Packing
 from trainer.data.corpus import Corpus
-from trainer.data.crossing import CrossingRows, Windows
-from trainer.data.domain_rows import DomainRows, Rows
 from trainer.data.mixture import Mixture
+from trainer.data.packed_rows import PackedDocuments, WholeRows
+from trainer.data.row_order import DomainRows, Rows
 from trainer.data.shards import TokenFile
 from trainer.data.skipped import SkippedOf
 from trainer.data.sources.registry import HfStreamSourceConfig, SourceConfig
 from trainer.data.splits import Side
 from trainer.data.streamed import Place, StreamedRows
-from trainer.data.whole import PackedDocuments, WholeRows
 from trainer.distributed.layout import even_slice
 from trainer.errors import DataError
 

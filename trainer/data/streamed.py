@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from trainer.config.base import Config
 from trainer.data.block_stream import BlockInfo, BlockStream, Mark
-from trainer.data.domain_rows import DomainRows, Rows
 from trainer.data.permutation import FOR_BLOCK_ROWS, hash64
+from trainer.data.row_order import DomainRows, Rows
 from trainer.data.shards import TokenFile
 from trainer.errors import DataError
 

@@ -13,7 +13,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Self
 
-from trainer.data.tasks import Task
+from trainer.data.read_tasks import Task
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.errors import ResourceError, TurnoutError
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
-from trainer.distributed.journal import Journal, Operation
+from trainer.distributed.flight_recorder import Journal, Operation
 from trainer.distributed.plain import Plain, from_json, to_json
-from trainer.distributed.watch import Watch
+from trainer.distributed.watchdog import Watch
 from trainer.errors import CommError, first_line
 
 

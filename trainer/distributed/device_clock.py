@@ -2,7 +2,7 @@
 
 import torch
 
-from trainer.stopwatch import Clock, HostClock
+from trainer.step_timer import Clock, HostClock
 
 
 class CudaClock:

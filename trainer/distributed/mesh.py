@@ -11,18 +11,18 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from trainer import faults
-from trainer.distributed.agreement import differing
+from trainer import fault_injection
 from trainer.distributed.collectives import Group, is_of_exchange, reason_of
+from trainer.distributed.consistency import differing
 from trainer.distributed.deadline import ends_after
 from trainer.distributed.device_clock import clock_of
+from trainer.distributed.flight_recorder import Journal
 from trainer.distributed.interface import interface_towards, is_loopback, stay_on_loopback
-from trainer.distributed.journal import Journal
 from trainer.distributed.layout import Layout, ranks_here
 from trainer.distributed.store import meet_in_store
-from trainer.distributed.watch import Watch
+from trainer.distributed.watchdog import Watch
 from trainer.errors import CommError, ConfigError, first_line
-from trainer.stopwatch import Stopwatch
+from trainer.step_timer import Stopwatch
 
 _START_S = 300.0
 """Processes import and start for different times: nobody is given up earlier."""
@@ -89,7 +89,7 @@ def joined(layout: Layout, device: torch.device, *, timeout_s: float) -> Iterato
             mesh = build_mesh(layout, journal, watch)
         except RuntimeError as error:  # of the network, or because a rank has left meanwhile, which the watch knows
             raise _cannot_join(layout, error) from error
-        faults.hit("start.joined")
+        fault_injection.hit("start.joined")
         yield mesh
     except CommError as error:
         raise watch.explain(error) from error

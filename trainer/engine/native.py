@@ -6,8 +6,8 @@ from torch import Tensor
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.distributed.mesh import Mesh
 from trainer.engine.nonfinite import Findings, is_finite
+from trainer.engine.reduce import square_norm
 from trainer.engine.step import NumericsConfig, StepEngine
-from trainer.engine.sums import square_norm
 from trainer.models.gpt import GPT, is_decayed
 from trainer.optim.adamw import build_adamw
 from trainer.optim.registry import OptimConfig

@@ -15,14 +15,14 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from trainer import faults
+from trainer import fault_injection
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.data.batch import Batch
 from trainer.distributed.mesh import Mesh
 from trainer.engine.base import Engine, EvalSums, RoutingSums, StepResult
-from trainer.engine.known import KnownSums
+from trainer.engine.global_stats import KnownSums
 from trainer.engine.nonfinite import Findings, in_words
-from trainer.engine.sums import (
+from trainer.engine.reduce import (
     StepTotals,
     routing_like,
     routing_sums,
@@ -184,7 +184,7 @@ class StepEngine(Engine):
             self._drop_gradients()
         else:
             self._update(lr, grad_norm)
-            faults.hit("step.weights_updated")
+            fault_injection.hit("step.weights_updated")
             self.optimizer_steps += 1
             if routing is not None:
                 self.previous_counts = step.choices
@@ -193,7 +193,7 @@ class StepEngine(Engine):
                 counts = step.choices if has_nulls else routing.counts
                 for layer, moe in enumerate(self.model.moe_layers()):
                     moe.router.update(counts[layer])
-        faults.hit("step.updated")
+        fault_injection.hit("step.updated")
         return StepResult(
             loss=loss,
             balance_loss=None if total.balance_loss is None else float(total.balance_loss),

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.evaluation.context import Subject
 from trainer.evaluation.registry import TaskConfig
-from trainer.evaluation.subject import Subject
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from trainer.data.rows.base import Row
 from trainer.data.rows.template import Template
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.evaluation.base import Task, TaskResult
+from trainer.evaluation.context import Subject
 from trainer.evaluation.examples import (
     check_options,
     completion_tokens,
@@ -22,7 +23,6 @@ from trainer.evaluation.examples import (
 )
 from trainer.evaluation.registry import ChoiceTaskConfig
 from trainer.evaluation.scoring import Question, fitted, score
-from trainer.evaluation.subject import Subject
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trainer.durable import replace_file
+from trainer.atomic_io import replace_file
 from trainer.evaluation.base import Task, TaskResult
 from trainer.evaluation.held_out import EvalResult
 

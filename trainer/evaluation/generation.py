@@ -9,11 +9,11 @@ from trainer.data.rows.template import Template
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.errors import DataError
 from trainer.evaluation.base import Task, TaskResult
+from trainer.evaluation.batch_generation import room_for_prompt, write
+from trainer.evaluation.context import Subject
 from trainer.evaluation.examples import fingerprint_of, prompt_tokens, read_examples
 from trainer.evaluation.registry import GenerationTaskConfig, TextMetric
-from trainer.evaluation.subject import Subject
 from trainer.evaluation.text_metrics import Judgement, judge
-from trainer.evaluation.writing import room_for_prompt, write
 from trainer.models.sampling import SamplingOptions
 
 

@@ -1,7 +1,7 @@
 """How far the routers of a model are from the best choice, while it trains.
 
-The yardstick is the linear programme (`moe/yardstick.py`), row by row, with the room that the capacity gives, or a fair
-share where there is no capacity. The rows are of held-out text and the same at every step, so that steps can be
+The optimum is that of a linear programme (`moe/routing_optimum.py`), row by row, with the room that the capacity gives,
+or a fair share where there is no capacity. The rows are of held-out text and the same at every step, so that steps can be
 compared; the routers decide as in training.
 
 # L MoE layers, E experts, T tokens.
@@ -20,13 +20,13 @@ from trainer.data.batch import Batch
 from trainer.data.config import Packing
 from trainer.data.corpus import Corpus
 from trainer.data.stream import evaluation_batches
+from trainer.distributed.collective_errors import meet, raise_together
 from trainer.distributed.collectives import Group
-from trainer.distributed.together import meet, raise_together
 from trainer.engine.base import Engine
 from trainer.moe.capacity import expert_capacity
 from trainer.moe.config import MoEConfig
 from trainer.moe.routing import RouterOutput, RoutingOptions
-from trainer.moe.yardstick import Measured, measure
+from trainer.moe.routing_optimum import Measured, measure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.distributed.together import meet
+from trainer.distributed.collective_errors import meet
 from trainer.errors import DataError
-from trainer.evaluation.subject import LIGHTER, Subject, batches
+from trainer.evaluation.context import LIGHTER, Subject, batches
 from trainer.models.cache import KVCache
 from trainer.models.generation import padded
 

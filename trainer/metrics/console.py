@@ -12,12 +12,12 @@ from rich.console import Console as RichConsole
 from rich.console import RenderableType
 from rich.text import Text
 
-from trainer.metrics import lines
+from trainer.metrics import log_lines
 from trainer.metrics.glyphs import QUIET
 from trainer.metrics.live import LiveScreen
 from trainer.metrics.plain import PlainScreen
 from trainer.metrics.progress import BarProgress, Pace, Record, TrainingProgress
-from trainer.metrics.steady import SteadyStream
+from trainer.metrics.safe_stream import SteadyStream
 from trainer.metrics.summary import RunSummary, SummaryScreen
 from trainer.terminal import visible
 
@@ -83,7 +83,7 @@ class Console:
 
     def warning(self, text: str) -> None:
         """Print a line that asks for attention."""
-        self._screen.line(lines.warning(text), hanging=9)
+        self._screen.line(log_lines.warning(text), hanging=9)
 
     def progress_bar(self, label: str, total_bytes: int = 0) -> "ProgressBar":
         """Show a job measured in bytes; its `update` fits where a callback (done, total, label) is asked for."""
@@ -108,27 +108,27 @@ class Console:
     def evaluation(self, record: Record) -> None:
         """Print a permanent line with the held-out numbers of an evaluation."""
         self._progress.step = int(record["step"] or 0)
-        line = lines.evaluation(record, self._progress)
+        line = log_lines.evaluation(record, self._progress)
         self._progress.bits_per_byte = record.get("eval/bits_per_byte")
         self._screen.line(line, hanging=self._hanging)
-        shares = lines.time_shares(self._progress.record)
+        shares = log_lines.time_shares(self._progress.record)
         if shares and not self.is_live:  # the panel has them
-            label = lines.step_label(self._progress.step, self._progress.total_steps)
+            label = log_lines.step_label(self._progress.step, self._progress.total_steps)
             self._screen.line(label.append("  time  ").append_text(Text("  ").join(shares)))
 
     def task(self, step: int, name: str, metrics: Mapping[str, float]) -> None:
         """Print a permanent line with the numbers of an evaluation task."""
         self._progress.step = step
-        self._screen.line(lines.task(step, self._progress.total_steps, name, metrics), hanging=self._hanging)
+        self._screen.line(log_lines.task(step, self._progress.total_steps, name, metrics), hanging=self._hanging)
 
     @property
     def _hanging(self) -> int:
         """Where a line goes on that is too long: under its first word beyond the step."""
-        return lines.step_label(0, self._progress.total_steps).cell_len + 2
+        return log_lines.step_label(0, self._progress.total_steps).cell_len + 2
 
     def checkpoint(self, path: str | os.PathLike[str], step: int, *, note: str = "") -> None:
         """Print a permanent line: where the checkpoint of completed step `step` lies, and what it took."""
-        self._screen.line(lines.checkpoint(os.fspath(path), step, self._progress.total_steps, note))
+        self._screen.line(log_lines.checkpoint(os.fspath(path), step, self._progress.total_steps, note))
 
     def summary(self, summary: RunSummary) -> None:
         """Print the last screen of a run in place of the live panel."""
@@ -151,7 +151,7 @@ class Console:
         self._bars = [other for other in self._bars if other is not bar]
         self._screen.show_bars(self._bars)
         if is_complete:
-            self._screen.line(lines.finished_bar(bar))
+            self._screen.line(log_lines.finished_bar(bar))
 
 
 class ProgressBar:

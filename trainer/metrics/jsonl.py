@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer import faults
-from trainer.durable import NotRegular, is_at, open_own
+from trainer import fault_injection
+from trainer.atomic_io import NotRegular, is_at, open_own
 from trainer.errors import DataError
 from trainer.metrics.log_content import LogContent, content_of, copy_content, write_whole
 from trainer.metrics.records import is_kept, lines, parse
@@ -171,7 +171,7 @@ class JsonlSink:
     def _drop(self, step: int, first_dropped: int, *, is_scattered: bool) -> None:
         """Take away the lines that are not kept, from the first of them on."""
         if not is_scattered:
-            faults.hit("metrics.cut")
+            fault_injection.hit("metrics.cut")
             os.ftruncate(self._descriptor, first_dropped)
             return
 
@@ -180,7 +180,7 @@ class JsonlSink:
             for line in lines(self.path, first_dropped):
                 if is_kept(line, step):
                     write_whole(target, line)
-            faults.hit("metrics.cut")
+            fault_injection.hit("metrics.cut")
 
         self._replace(write)
 

@@ -8,7 +8,7 @@ from rich.console import ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.text import Text
 
-from trainer.metrics import lines, readable
+from trainer.metrics import formatting, log_lines
 from trainer.metrics.glyphs import ACCENT, ALERT, QUIET, Glyphs, glyphs_for
 from trainer.metrics.layout import packed
 from trainer.metrics.pictures import sparkline
@@ -92,7 +92,7 @@ class TrainingPanel:
         width = options.max_width - 1
         yield self._bar(width, glyphs)
         yield from self._values(width, glyphs)
-        yield from packed(lines.time_shares(self._progress.record), width, gap=2)
+        yield from packed(log_lines.time_shares(self._progress.record), width, gap=2)
         if self._progress.troubles:
             yield Text(", ".join(self._progress.troubles), style=ALERT, no_wrap=True, overflow="crop")
 
@@ -101,20 +101,20 @@ class TrainingPanel:
         total = f"{progress.total_steps:,}"
         line = Text("step ", style=QUIET, no_wrap=True, overflow="crop")
         line.append(f"{progress.step:>{len(total)},}", style="bold default").append(f" / {total}  ")
-        left = f"  {100 * progress.fraction:3.0f}%  {readable.duration(progress.eta_s):>7} left"
+        left = f"  {100 * progress.fraction:3.0f}%  {formatting.duration(progress.eta_s):>7} left"
         line.append_text(bar(progress.fraction, width - line.cell_len - len(left), glyphs))
         return line.append(left)
 
     def _values(self, width: int, glyphs: Glyphs) -> RenderResult:
         record = self._progress.record
         cells = (
-            ("loss", readable.number(record.get("loss")), 6),
-            ("bits/byte", readable.number(self._progress.bits_per_byte), 9),
-            ("tokens/s", readable.rate(record.get("tokens_per_s")), 8),
-            ("imbalance", readable.ratio(record.get("load_imbalance")), 9),
-            ("dropped", readable.percent(record.get("drop_rate")), 7),
-            ("lr", readable.learning_rate(record.get("lr")), 7),
-            ("grad norm", readable.number(record.get("grad_norm"), digits=2), 9),
+            ("loss", formatting.number(record.get("loss")), 6),
+            ("bits/byte", formatting.number(self._progress.bits_per_byte), 9),
+            ("tokens/s", formatting.rate(record.get("tokens_per_s")), 8),
+            ("imbalance", formatting.ratio(record.get("load_imbalance")), 9),
+            ("dropped", formatting.percent(record.get("drop_rate")), 7),
+            ("lr", formatting.learning_rate(record.get("lr")), 7),
+            ("grad norm", formatting.number(record.get("grad_norm"), digits=2), 9),
         )
         gap = "  " if width < 76 else "   "
         labels = Text(no_wrap=True, overflow="crop", style=QUIET)
@@ -147,8 +147,8 @@ class BarLine:
         """Lay out for the width at hand."""
         progress = self._progress
         width = options.max_width - 1
-        speed = "-" if progress.bytes_per_s is None else readable.size(progress.bytes_per_s)
-        done = f"  {100 * progress.fraction:3.0f}%  {readable.size(progress.total_bytes)}  {speed + '/s':>9}"
+        speed = "-" if progress.bytes_per_s is None else formatting.size(progress.bytes_per_s)
+        done = f"  {100 * progress.fraction:3.0f}%  {formatting.size(progress.total_bytes)}  {speed + '/s':>9}"
         line = Text(visible(progress.label), no_wrap=True, overflow="crop")
         line.truncate(max(10, width - len(done) - 12))
         line.append("  ")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer.distributed.collectives import Group
-from trainer.stopwatch import PARTS, Part
+from trainer.step_timer import PARTS, Part
 
 _GB = 1e9
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))

@@ -6,9 +6,9 @@ from rich.console import Console as RichConsole
 from rich.console import RenderableType
 from rich.text import Text
 
-from trainer.metrics import lines
+from trainer.metrics import log_lines
 from trainer.metrics.progress import BarProgress, TrainingProgress
-from trainer.metrics.steady import SteadyStream
+from trainer.metrics.safe_stream import SteadyStream
 
 _BAR_EVERY_S = 10.0
 
@@ -48,7 +48,7 @@ class PlainScreen:
     def show_training(self, progress: TrainingProgress, *, is_logged: bool) -> None:
         """Write the logged step; what happens between logged steps is not written."""
         if is_logged:
-            self.line(lines.logged_step(progress))
+            self.line(log_lines.logged_step(progress))
 
     def show_bars(self, bars: Sequence[BarProgress]) -> None:
         """Write how far the newest job is, now and then."""
@@ -58,7 +58,7 @@ class PlainScreen:
         said, said_at_s = self._said
         if bar.elapsed_s - (said_at_s if said is bar else 0.0) >= _BAR_EVERY_S:
             self._said = (bar, bar.elapsed_s)
-            self.line(lines.running_bar(bar))
+            self.line(log_lines.running_bar(bar))
 
     def close(self) -> None:
         """Nothing stays open."""

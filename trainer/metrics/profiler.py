@@ -10,8 +10,8 @@ from typing import TypeVar
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
+from trainer.distributed.collective_errors import meet
 from trainer.distributed.mesh import Mesh
-from trainer.distributed.together import meet
 from trainer.metrics.config import ProfileConfig
 
 _T = TypeVar("_T")

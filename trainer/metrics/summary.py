@@ -12,11 +12,11 @@ from rich.panel import Panel
 from rich.rule import Rule
 from rich.text import Text
 
-from trainer.metrics import readable
+from trainer.metrics import formatting
 from trainer.metrics.experts_picture import expert_by_domain
 from trainer.metrics.glyphs import ACCENT, QUIET, Glyphs, glyphs_for
 from trainer.metrics.layout import Within, packed
-from trainer.metrics.lines import task_cells
+from trainer.metrics.log_lines import task_cells
 from trainer.metrics.pictures import loss_chart
 from trainer.terminal import visible
 
@@ -124,13 +124,13 @@ class SummaryScreen:
         room = max(0, width - len(header) - 3)
         for score in scores:
             line = Text(set_cell_size(visible(score.name), name_width))
-            line.append(f"{readable.number(score.bits_per_byte):>8}", style="bold")
+            line.append(f"{formatting.number(score.bits_per_byte):>8}", style="bold")
             if has_unigram:
-                line.append(f"{readable.number(score.unigram_bits_per_byte):>16}", style=QUIET)
+                line.append(f"{formatting.number(score.unigram_bits_per_byte):>16}", style=QUIET)
             yield line.append("   ").append_text(_two_bars(score, highest, room, glyphs))
         if self._summary.eval_loss_capacity is not None:
-            dropless = readable.number(self._summary.eval_loss)
-            limited = readable.number(self._summary.eval_loss_capacity)
+            dropless = formatting.number(self._summary.eval_loss)
+            limited = formatting.number(self._summary.eval_loss_capacity)
             yield Text(f"loss {dropless} nats per token dropless, {limited} at the capacity of training", style=QUIET)
 
     def _tasks(self, width: int) -> Iterator[Text]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.metrics.loads import layer_loads
+from trainer.metrics.expert_load import layer_loads
 from trainer.metrics.trackers import Logged
 
 if TYPE_CHECKING:

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from trainer.durable import open_own
+from trainer.atomic_io import open_own
 from trainer.errors import PREEMPTED
-from trainer.metrics.follow import EndOfRun, Position, Tail
-from trainer.metrics.loads import layer_loads
+from trainer.metrics.expert_load import layer_loads
+from trainer.metrics.tail import EndOfRun, Position, Tail
 
 if TYPE_CHECKING:
     import wandb

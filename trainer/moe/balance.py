@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from trainer.moe.config import BalanceConfig, MoEConfig
+from trainer.moe.loss_stats import LayerSums, choice_counts
 from trainer.moe.stats import MoEStats
-from trainer.moe.sums import LayerSums, choice_counts
 
 
 def balance_loss(stats: MoEStats, config: MoEConfig, *, known: LayerSums | None) -> Tensor:

@@ -17,8 +17,8 @@ from torch import Tensor
 from trainer.moe.balance import balance_loss, convention_scale, device_balance_loss
 from trainer.moe.config import MoEConfig
 from trainer.moe.cv_squared import cv_squared_loss
+from trainer.moe.loss_stats import LayerSums
 from trainer.moe.stats import MoEStats
-from trainer.moe.sums import LayerSums
 from trainer.moe.terms import loss_terms
 
 

@@ -1,8 +1,8 @@
 """The auxiliary losses that a config turns on, and which tokens each one is made of. Imports no torch.
 
 A loss of rows is the same however a step is cut into micro-batches and over ranks. One that knows the sums of the whole
-step is, too, since every micro-batch is told them before its own loss is made (`engine/known.py`). One that is made of
-a micro-batch, or of those that were there so far, hangs on the layout, and `prove` labels it.
+step is, too, since every micro-batch is told them before its own loss is made (`engine/global_stats.py`). One that is
+made of a micro-batch, or of those that were there so far, hangs on the layout, and `prove` labels it.
 """
 
 from collections.abc import Iterator

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from trainer.distributed.journal import Journal
+from trainer.distributed.flight_recorder import Journal
 from trainer.distributed.layout import Layout
 from trainer.distributed.mesh import Mesh, build_mesh
 from trainer.errors import CommError

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.status import ATTEMPT, REPORT
-from trainer.supervise.lifeline import end_with
+from trainer.supervise.die_with_parent import end_with
 
 _LEFTOVERS_S = 10.0
 

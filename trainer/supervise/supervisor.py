@@ -14,7 +14,7 @@ from trainer.distributed.process import is_alive
 from trainer.errors import PREEMPTED
 from trainer.status import ATTEMPT, Status, read_statuses
 from trainer.supervise.child import Child
-from trainer.supervise.ending import Ending, judge
+from trainer.supervise.exit_status import Ending, judge
 from trainer.supervise.launch import Launch, environment_of_attempt
 from trainer.supervise.lifesigns import LifeSigns
 from trainer.supervise.policy import Outcome, Policy, Restart, decide, is_retried

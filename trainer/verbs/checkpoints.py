@@ -5,8 +5,8 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
-from trainer.checkpoint.catalogue import entries
 from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.listing import entries
 from trainer.checkpoint.pruning import plan_prune
 from trainer.checkpoint.weight_map import WeightMapConfig
 from trainer.config.loader import load
@@ -73,7 +73,7 @@ def verify(options: argparse.Namespace) -> int:
     newest = folder.existing(options.step)
     steps = folder.steps() if options.step is None else [newest]
 
-    from trainer.checkpoint.examine import examine
+    from trainer.checkpoint.verify import examine
 
     records, is_sound = [], True
     for number in reversed(steps):

@@ -9,8 +9,8 @@ from trainer.distributed.signals import StopRequest
 from trainer.environment import SUPERVISOR, check_of_rank
 from trainer.errors import Stopped, TurnoutError, exit_code_of
 from trainer.status import StatusFile
+from trainer.supervise.die_with_parent import end_with_launcher
 from trainer.supervise.launch import Launch
-from trainer.supervise.lifeline import end_with_launcher
 from trainer.supervise.supervisor import Supervisor
 from trainer.tasks import check_tasks, task_warning
 from trainer.verbs.arguments import RUN, Verbs, takes_config, verb

@@ -5,7 +5,7 @@ import pytest
 from trainer.bench.kinds import ALONE, ROUTERS, chosen_kinds, looks_ahead, router_config
 from trainer.errors import ConfigError
 from trainer.moe.config import MoEConfig
-from trainer.moe.routers.config.row_choice import BaseRouterConfig
+from trainer.moe.routers.config.sequence_choice import BaseRouterConfig
 from trainer.moe.routers.config.token_choice import TopKRouterConfig
 
 

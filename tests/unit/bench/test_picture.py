@@ -9,7 +9,7 @@ from tests.drawn import NAMESPACE, Text, outside, overlapping, texts
 from trainer.bench.choices import FACTORS, Choice
 from trainer.bench.outcomes import Outcome
 from trainer.bench.picture import choices_svg, outcomes_svg
-from trainer.moe.yardstick import Measured
+from trainer.moe.routing_optimum import Measured
 
 
 def choice(router: str, *, score: float, top_k: int = 2) -> Choice:

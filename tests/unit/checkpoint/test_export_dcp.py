@@ -7,7 +7,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from tests.saved import load, save_unseen
-from tests.unit.checkpoint.test_examine import RUN, _tensors
+from tests.unit.checkpoint.test_verify import RUN, _tensors
 from trainer.checkpoint import export_dcp as module
 from trainer.checkpoint.export_dcp import export_dcp
 from trainer.checkpoint.folder import CheckpointFolder

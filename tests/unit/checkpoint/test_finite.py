@@ -7,9 +7,9 @@ import torch
 
 from tests.saved import save, save_unseen
 from trainer.checkpoint import tensor_file
-from trainer.checkpoint.catalogue import entries
 from trainer.checkpoint.finite import check_finite, not_finite
 from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.listing import entries
 from trainer.checkpoint.load import find_newest
 from trainer.checkpoint.pruning import plan_prune
 from trainer.checkpoint.state import Slice, TrainState

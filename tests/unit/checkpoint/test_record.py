@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.saved import save
-from tests.unit.checkpoint.test_examine import RUN
+from tests.unit.checkpoint.test_verify import RUN
 from trainer.checkpoint.compatible import check_model, check_record, check_tokenizer
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.load import Found, find

@@ -11,6 +11,7 @@ import torch
 
 from tests.saved import load, save, try_to_save, whole
 from tests.unit.checkpoint.test_manifest import rewrite
+from trainer.atomic_io import open_regular
 from trainer.checkpoint import folder as folder_module
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.load import Found, find, find_newest
@@ -19,7 +20,6 @@ from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.distributed.collectives import Group
 from trainer.distributed.mesh import Mesh
-from trainer.durable import open_regular
 from trainer.errors import CheckpointError, ResourceError
 
 

@@ -13,8 +13,8 @@ from trainer.config.dump import inline
 from trainer.config.loader import load
 from trainer.data.sources.registry import InstalledSourceConfig, TextSourceConfig
 from trainer.experiment import ExperimentConfig
+from trainer.moe.routers.config.fixed import RoundRobinRouterConfig
 from trainer.moe.routers.config.token_choice import BiasBalancedRouterConfig, DenseRouterConfig
-from trainer.moe.routers.config.unlearned import RoundRobinRouterConfig
 from trainer.optim.registry import WarmupStableDecayConfig
 
 Loader = Callable[..., ExperimentConfig]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from trainer.data import corpus as module
-from trainer.data import source_cache, tasks
+from trainer.data import read_tasks, source_cache
 from trainer.data.cache import FileState, sole_builder
 from trainer.data.config import DataConfig, SplitConfig
 from trainer.data.corpus import Corpus, build_corpus
@@ -33,13 +33,13 @@ def config(folder: Path) -> DataConfig:
 def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """One entry for every build."""
     made: list[str] = []
-    ingest = tasks.ingest
+    ingest = read_tasks.ingest
 
     def counting(*args: Any, **options: Any) -> object:
         made.append("built")
         return ingest(*args, **options)
 
-    monkeypatch.setattr(tasks, "ingest", counting)
+    monkeypatch.setattr(read_tasks, "ingest", counting)
     return made
 
 
@@ -282,13 +282,13 @@ def test_whoever_waits_is_told(config, folder):
 
 
 def test_a_file_that_changes_while_it_is_read_is_named(config, folder, monkeypatch, says):
-    ingest = tasks.ingest
+    ingest = read_tasks.ingest
 
     def meddling(*args: Any, **options: Any) -> object:
         (folder / "b.txt").write_text("shorter")
         return ingest(*args, **options)
 
-    monkeypatch.setattr(tasks, "ingest", meddling)
+    monkeypatch.setattr(read_tasks, "ingest", meddling)
     with says("b.txt: changed while it was read; it must stay as it is; start again"):
         build_corpus(config)
     assert all(name.startswith(".") for name in in_cache(folder))
@@ -308,7 +308,7 @@ def test_a_full_disk_is_named(config, folder, monkeypatch):
     def full(*args: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tasks, "ingest", full)
+    monkeypatch.setattr(read_tasks, "ingest", full)
     with pytest.raises(ResourceError) as error:
         build_corpus(config)
     assert str(error.value) == (

@@ -6,9 +6,9 @@ import time
 import torch
 
 from tests.ranks import Ranks, mesh_here
+from trainer.distributed.collective_errors import raise_together
 from trainer.distributed.collectives import Exchange, Group
-from trainer.distributed.journal import Journal
-from trainer.distributed.together import raise_together
+from trainer.distributed.flight_recorder import Journal
 from trainer.errors import DataError, ElsewhereError, TurnoutError
 
 

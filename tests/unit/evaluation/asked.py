@@ -12,8 +12,8 @@ from tests.builders import make_engine, tiny_model_config
 from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.distributed.collectives import Group
 from trainer.evaluation.base import Task
+from trainer.evaluation.context import Subject
 from trainer.evaluation.registry import AnyTaskConfig
-from trainer.evaluation.subject import Subject
 
 SEQ_LEN = 64
 _CONFIG: TypeAdapter[Any] = TypeAdapter(AnyTaskConfig)

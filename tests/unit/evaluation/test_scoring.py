@@ -10,8 +10,8 @@ from tests.builders import make_batch, make_engine, tiny_model_config
 from trainer.distributed.collectives import Group
 from trainer.engine.native import NativeEngine
 from trainer.errors import DataError
+from trainer.evaluation.context import Subject
 from trainer.evaluation.scoring import Question, Score, fitted, score
-from trainer.evaluation.subject import Subject
 from trainer.models.generation import generate_many, greedy
 from trainer.moe.routing import RoutingOptions
 

@@ -176,7 +176,7 @@ def test_a_snapshot_that_cannot_be_left_alone_is_an_error_that_names_the_file(
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\n')
     os.link(path, tmp_path / "snapshot")
-    monkeypatch.setattr("trainer.durable.shutil.copyfileobj", _raise_no_space)
+    monkeypatch.setattr("trainer.atomic_io.shutil.copyfileobj", _raise_no_space)
     with pytest.raises(OSError, match="No space left") as error:
         JsonlSink(path)
     assert error.value.filename == str(path)

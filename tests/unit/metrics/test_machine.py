@@ -8,7 +8,7 @@ import torch
 from tests.ranks import Ranks, mesh_here
 from trainer.distributed.collectives import Group
 from trainer.metrics.machine import Machine, over_ranks
-from trainer.stopwatch import PARTS, Part
+from trainer.step_timer import PARTS, Part
 
 
 def _parts(**seconds: float) -> dict[Part, float]:

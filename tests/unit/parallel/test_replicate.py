@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tests.ranks import Ranks, mesh_here
 from trainer.distributed.collectives import Group
-from trainer.distributed.journal import Journal
+from trainer.distributed.flight_recorder import Journal
 from trainer.parallel import replicate
 from trainer.parallel.replicate import GradientSum
 

@@ -15,17 +15,17 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from trainer.atomic_io import replace_file
+from trainer.data.build_cache import Progress
 from trainer.data.cache import cache_error, new_name, publish, remove_remains, sole_builder
 from trainer.data.config import DataConfig
 from trainer.data.corpus import Corpus, build_corpus
-from trainer.data.prepare import Progress
 from trainer.data.shards import TokenFile
 from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.data.tokenizers.exact import made_exact
 from trainer.data.tokenizers.folder import END_OF_DOCUMENT, TOKENIZER, read_text
 from trainer.data.tokenizers.registry import BPETokenizerConfig, ByteTokenizerConfig
 from trainer.data.tokenizers.subword import SubwordTokenizer, fingerprint_of
-from trainer.durable import replace_file
 
 _FORMAT = 1  # raised by whatever makes another tokenizer of the same text
 _FINGERPRINT = "fingerprint"

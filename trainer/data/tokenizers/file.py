@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from trainer.atomic_io import NotRegular
 from trainer.config.nodes import shown, shown_path
 from trainer.data.tokenizers.exact import Unsuitable, made_exact
 from trainer.data.tokenizers.folder import OPTIONS, TOKENIZER, parse, read_text, stated_end
 from trainer.data.tokenizers.subword import SubwordTokenizer
-from trainer.durable import NotRegular
 from trainer.errors import DataError, MissingFile
 
 _KNOWN_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|end\u2581of\u2581sentence|>", "</s>", "<eos>", "[EOS]")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.durable import open_regular
+from trainer.atomic_io import open_regular
 
 TOKENIZER, OPTIONS = "tokenizer.json", "tokenizer_config.json"
 END_OF_DOCUMENT = "<|endoftext|>"

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint.state import Slice, TrainState
+from trainer.distributed.collective_errors import raise_together
 from trainer.distributed.mesh import Mesh
-from trainer.distributed.together import raise_together
 from trainer.engine.deepspeed.optimizer import MOMENTS, build_optimizer, describe_groups, moments_of, set_steps
 from trainer.engine.deepspeed.partition import Partition, Placed
 from trainer.engine.deepspeed.start import alone, initialize, load_deepspeed, marked, release
 from trainer.engine.nonfinite import Findings, is_finite
+from trainer.engine.reduce import square_norm
 from trainer.engine.step import NumericsConfig, StepEngine
-from trainer.engine.sums import square_norm
 from trainer.models.gpt import GPT
 from trainer.optim.registry import OptimConfig
 

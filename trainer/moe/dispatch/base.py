@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trainer.moe.dispatch.order import ExpertOrder
 from trainer.moe.routing import RoutingDecision
-from trainer.stopwatch import Stopwatch
+from trainer.step_timer import Stopwatch
 
 # T tokens, k slots, R rows here, E_local experts here, D d_model.
 

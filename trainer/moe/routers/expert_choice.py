@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from trainer.moe.routers.look_ahead import AssignmentRouter
+from trainer.moe.routers.non_causal import AssignmentRouter
 from trainer.ops.select import first_top_k
 
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from trainer.moe.routers.look_ahead import AssignmentRouter
+from trainer.moe.routers.non_causal import AssignmentRouter
 from trainer.ops.assignment import greedy
 
 

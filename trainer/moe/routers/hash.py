@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from trainer.moe.routers.config.unlearned import HashRouterConfig
+from trainer.moe.routers.config.fixed import HashRouterConfig
 from trainer.moe.routing import Causality, Router, RouterOutput, RoutingContext, RoutingDecision
 from trainer.ops.noise import uniform
 from trainer.ops.select import first_top_k

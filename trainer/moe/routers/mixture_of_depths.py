@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.moe.routers.config.row_choice import MixtureOfDepthsRouterConfig
-from trainer.moe.routers.look_ahead import LookAheadRouter, places
+from trainer.moe.routers.config.sequence_choice import MixtureOfDepthsRouterConfig
+from trainer.moe.routers.non_causal import LookAheadRouter, places
 from trainer.moe.routers.top_k import gate_logits
 from trainer.moe.routing import RouterOutput, RoutingContext, RoutingDecision
 from trainer.ops.select import coarse_logits, first_top_k

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from trainer.moe.routers.config.unlearned import RandomRouterConfig
+from trainer.moe.routers.config.fixed import RandomRouterConfig
 from trainer.moe.routers.hash import at_random
 from trainer.moe.routing import Causality, Router, RouterOutput, RoutingContext
 from trainer.ops.noise import token_keys, uniform

@@ -7,7 +7,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from trainer.moe.routers.config.row_choice import (
+from trainer.moe.routers.config.fixed import HashRouterConfig, RandomRouterConfig, RoundRobinRouterConfig
+from trainer.moe.routers.config.sequence_choice import (
     BaseRouterConfig,
     ExpertChoiceRouterConfig,
     GreedyRouterConfig,
@@ -26,7 +27,6 @@ from trainer.moe.routers.config.token_choice import (
     TopKRouterConfig,
     TopPRouterConfig,
 )
-from trainer.moe.routers.config.unlearned import HashRouterConfig, RandomRouterConfig, RoundRobinRouterConfig
 
 RouterConfig = Annotated[
     TopKRouterConfig

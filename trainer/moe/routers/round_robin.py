@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from trainer.moe.routers.config.unlearned import RoundRobinRouterConfig
+from trainer.moe.routers.config.fixed import RoundRobinRouterConfig
 from trainer.moe.routing import Causality, Router, RouterOutput, RoutingContext, RoutingDecision
 
 

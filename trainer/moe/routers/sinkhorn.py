@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from trainer.moe.routers.config.row_choice import SinkhornRouterConfig
-from trainer.moe.routers.look_ahead import LookAheadRouter
+from trainer.moe.routers.config.sequence_choice import SinkhornRouterConfig
+from trainer.moe.routers.non_causal import LookAheadRouter
 from trainer.moe.routers.top_k import gate_logits, scores_of
 from trainer.moe.routing import RouterOutput, RoutingContext, RoutingDecision
 from trainer.ops.assignment import transport_plan

@@ -1,0 +1,73 @@
+from dataclasses import replace
+from typing import Any
+
+from trainer.distributed.heartbeat import Beat, silent_ranks, verdict
+
+
+def beat(**changes: Any) -> Beat:
+    first = Beat(
+        number=7,
+        state="waits",
+        step=3,
+        phase="forward",
+        where="moe/layer.py:40",
+        count=12,
+        operations=["#11 sum over world [4]", "#12 exchange over ep [2, 3]"],
+        meetings=1,
+    )
+    return replace(first, **changes)
+
+
+def said(beats: dict[int, Beat], silent: list[int]) -> list[str]:
+    return verdict(beats, silent, silence_s=3, waited_s=20).splitlines()
+
+
+def test_a_beat_survives_the_store() -> None:
+    assert Beat.from_json(beat(error="e").to_json()) == beat(error="e")
+
+
+def test_silent_is_who_should_have_been_heard_of() -> None:
+    before = {0: beat(), 1: beat(), 2: beat(state="left"), 3: beat(state="gave up")}
+    after = {**before, 0: beat(number=8)}
+    assert silent_ranks(before, after) == [1]
+
+
+def test_a_lost_rank_is_named_with_the_step_of_those_that_are_left() -> None:
+    lines = said({0: beat(step=4, count=14), 1: beat(state="works"), 2: beat()}, [1])
+    assert lines[0].startswith("rank 1 is lost at step 4 in forward: not heard of for 3 s")
+    assert lines[0].endswith("the exchange had gone on for 20 s")
+    assert lines[2] == (
+        "  rank 1 is silent, said last that it was in step 3, forward at moe/layer.py:40; last exchanges: "
+        "#11 sum over world [4] #12 exchange over ep [2, 3]"
+    )
+
+
+def test_a_living_rank_that_never_came_is_named() -> None:
+    first = said({0: beat(), 1: beat(state="works", count=11, phase="data")}, [])[0]
+    assert first.startswith("rank 1 is alive, but never came to exchange #12 (step 3, data)")
+
+
+def test_ranks_in_different_exchanges_are_told_apart_from_a_failed_network() -> None:
+    other = beat(operations=["#12 gather over ep [2]"])
+    first = said({0: beat(), 1: beat(operations=["#12 exchange over ep [4, 4]"]), 2: other}, [])[0]
+    assert first.startswith("rank 2 is in another exchange than the others at step 3 in forward")
+    assert said({0: beat(), 1: beat()}, [])[0].startswith("no rank is missing at step 3: the network")
+
+
+def test_a_rank_that_works_while_others_gave_up_is_named() -> None:
+    first = said({0: beat(state="gave up"), 1: beat(state="works"), 2: beat(state="gave up")}, [])[0]
+    assert first.startswith("rank 1 is alive, but not in the exchange: at step 3, forward at moe/layer.py:40")
+
+
+def test_a_rank_that_ended_early_is_named() -> None:
+    assert said({0: beat(), 1: beat(state="left")}, [])[0].startswith(
+        "rank 1 is at its end at step 3 while the others go on"
+    )
+
+
+def test_of_many_ranks_the_lost_and_the_slowest_are_listed() -> None:
+    beats = {rank: beat(count=rank) for rank in range(100)}
+    lines = said(beats, [99])
+    assert len(lines) == 1 + 16 + 1
+    assert "rank 99 is silent" in lines[-2]
+    assert lines[-1] == "  and 84 ranks that came as far or farther"

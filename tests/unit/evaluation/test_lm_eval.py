@@ -1,0 +1,167 @@
+"""lm-eval through our adapter: local tasks, without a network, give the numbers that we compute ourselves."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("lm_eval")
+
+from lm_eval.tasks import TaskManager
+
+from tests.unit.evaluation.asked import SEQ_LEN, build, subject
+from trainer.data.tokenizers.byte import ByteTokenizer
+from trainer.errors import ConfigError, DataError
+from trainer.evaluation import lm_eval
+from trainer.evaluation.lm_eval import HarnessModel, run_harness
+from trainer.evaluation.scoring import Question, score
+
+ROWS = [
+    {"q": f"Is {n} even?", "label": n % 2, "text": f"{n} is {'odd' if n % 2 else 'even'}. " * (1 + n)}
+    for n in range(12)
+]
+CHOICE = """task: local_choice
+output_type: multiple_choice
+doc_to_text: "{{q}}"
+doc_to_choice: ["yes", "no, it is odd", "no"]
+doc_to_target: label
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+ROLLING = """task: local_rolling
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: bits_per_byte}]
+"""
+WRITING = """task: local_writing
+output_type: generate_until
+doc_to_text: "{{q}} "
+doc_to_target: "{{text}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 8}
+metric_list: [{metric: exact_match}]
+"""
+
+
+@pytest.fixture
+def model() -> HarnessModel:
+    return HarnessModel(subject(), ByteTokenizer())
+
+
+@pytest.fixture
+def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with tasks over a local file."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+    where = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {rows}}}}}\ntest_split: test\n"
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    for text in (CHOICE, ROLLING, WRITING):
+        name = text.splitlines()[0].removeprefix("task: ")
+        (folder / f"{name}.yaml").write_text(text + where)
+    return folder
+
+
+def _ask(*arguments: Any) -> Any:
+    """What lm-eval calls an instance, as far as a model looks at it."""
+    return SimpleNamespace(args=arguments)
+
+
+def test_accuracy_is_that_of_our_own_choice_task(model: HarnessModel, tasks: Path, tmp_path: Path) -> None:
+    """lm-eval puts a space before each choice and counts no end of document."""
+    results, table = run_harness(model, ["local_choice"], include_path=tasks, limit=None)
+    theirs = results["local_choice"]
+    fields: dict[str, Any] = {"choices": [" yes", " no, it is odd", " no"], "answer": "label", "ends_document": False}
+    ours = build(tmp_path, ROWS, kind="choice", **fields).evaluate(subject()).metrics
+    assert theirs["acc,none"] == ours["acc"]
+    assert "local_choice" in table and 0 <= theirs["acc_norm,none"] <= 1
+
+
+def test_bits_per_byte_are_those_of_each_text_read_as_a_document(model: HarnessModel, tasks: Path) -> None:
+    """Texts of up to four rows: lm-eval's windows begin where the one before ended, with the token before it known."""
+    results, _ = run_harness(model, ["local_rolling"], include_path=tasks, limit=None)
+    nats = num_bytes = 0
+    for row in ROWS:
+        tokens = list(row["text"].encode())
+        num_bytes += len(tokens)
+        last, asked = 255, []
+        for start in range(0, len(tokens) - len(tokens) % SEQ_LEN, SEQ_LEN):
+            asked.append(Question(prompt=[last], completions=[tokens[start : start + SEQ_LEN]]))
+            last = tokens[start + SEQ_LEN - 1]
+        rest = len(tokens) % SEQ_LEN
+        if rest:  # the last window is full: it reads on from further back
+            known = [255, *tokens][: len(tokens) - rest + 1][-(SEQ_LEN + 1 - rest) :]
+            asked.append(Question(prompt=known, completions=[tokens[-rest:]]))
+        nats -= sum(scores[0].log_prob for scores in score(subject(), asked))
+    assert max(len(row["text"]) for row in ROWS) > 2 * SEQ_LEN
+    assert results["local_rolling"]["bits_per_byte,none"] == pytest.approx(nats / math.log(2) / num_bytes, abs=1e-6)
+
+
+def test_a_text_is_written_up_to_the_first_stop(model: HarnessModel) -> None:
+    asked = [_ask("Is it? ", {"until": [], "max_gen_toks": 12}), _ask("Is it not? ", {"until": [], "max_gen_toks": 12})]
+    free = model.generate_until(asked)
+    stop = free[0][3:5]
+    stopped = model.generate_until([_ask("Is it? ", {"until": [stop, "\n"], "max_gen_toks": 12})])
+    assert stopped == [free[0][: free[0].index(stop)]]
+    assert free == model.generate_until(asked)
+
+
+def test_answers_keep_the_order_of_the_requests(model: HarnessModel) -> None:
+    """Requests are grouped by context for scoring, and by options for writing."""
+    pairs = [("a b", " c"), ("d", " e"), ("a b", "f"), ("", "c"), ("d", " e")]
+    together = model.loglikelihood([_ask(*pair) for pair in pairs])
+    for (context, continuation), (found, _) in zip(pairs, together, strict=True):
+        question = Question(prompt=[255, *context.encode()], completions=[list(continuation.encode())])
+        assert found == pytest.approx(score(subject(), [question])[0][0].log_prob, abs=1e-10)
+    assert len({round(value, 6) for value, _ in together}) == 4
+    options = [{"until": [], "max_gen_toks": length} for length in (3, 5, 3)]
+    texts = model.generate_until([_ask("x", one) for one in options])
+    assert texts[0] == texts[2] and texts[1].startswith(texts[0].rstrip("\ufffd")) and len(texts[1]) > len(texts[0])
+
+
+def test_a_trailing_space_of_the_context_belongs_to_what_follows(model: HarnessModel) -> None:
+    """As in lm-eval's own models: "a " + "b" is scored as "a" + " b"."""
+    (spaced,), (moved,) = (model.loglikelihood([_ask(*pair)]) for pair in (("a ", "b"), ("a", " b")))
+    assert spaced == moved
+
+
+def test_what_it_cannot_do_is_said_in_a_line(model: HarnessModel, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def own_tasks_only(include_path: str, include_defaults: bool = True) -> TaskManager:
+        """Looking through all tasks of lm-eval takes half a minute."""
+        return TaskManager(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr(lm_eval, "TaskManager", own_tasks_only)
+    with pytest.raises(ConfigError, match=r"^--lm-eval: 'local_chioce' is not a task of lm-eval or of --include-path"):
+        run_harness(model, ["local_chioce"], include_path=tasks, limit=None)
+    with pytest.raises(
+        ConfigError, match=r"max_gen_toks 64 leaves no room for a prompt in model\.seq_len 64; use 1 to 63"
+    ):
+        model.generate_until([_ask("x", {"max_gen_toks": 64})])
+    with pytest.raises(ConfigError, match="generation option 'num_beams' is not supported"):
+        model.generate_until([_ask("x", {"num_beams": 4})])
+    with pytest.raises(DataError, match="70 tokens are to be scored, and a row of the model has 64"):
+        model.loglikelihood([_ask("x", "y" * 70)])
+
+
+def test_data_that_is_not_there_is_an_error_of_data(model: HarnessModel, tasks: Path) -> None:
+    (tasks.parent / "rows.jsonl").unlink()
+    with pytest.raises(DataError, match=r"^lm-eval: local_choice: .*; check the task and its data$"):
+        run_harness(model, ["local_choice"], include_path=tasks, limit=None)
+
+
+def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from trainer.checkpoint.run_folder import RunFolder
+    from trainer.examine import evaluate_by_lm_eval
+    from trainer.experiment import ExperimentConfig
+
+    monkeypatch.delitem(sys.modules, "trainer.evaluation.lm_eval")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    config, folder = ExperimentConfig(name="x"), RunFolder(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"^--lm-eval: lm_eval is not installed; .* pip install 'turnout\[lm-eval\]'$"
+    ):
+        evaluate_by_lm_eval(config, folder, ["a"], include_path=None, limit=None, step=None, screen=sys.stdout)

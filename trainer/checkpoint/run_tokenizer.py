@@ -1,0 +1,109 @@
+"""The tokenizer of a run, kept in its folder: whoever goes on from a checkpoint reads and writes the same ids.
+
+It counts once there is a checkpoint, which says its hash; until then it is written anew at every start.
+"""
+
+from pathlib import Path
+
+from trainer.checkpoint.compatible import abridged
+from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.run_folder import RunFolder
+from trainer.config.nodes import shown_path
+from trainer.data.build_cache import Progress
+from trainer.data.config import DataConfig
+from trainer.data.tokenizers.base import Tokenizer
+from trainer.data.tokenizers.folder import OPTIONS, TOKENIZER, parse, read_text, stated_end
+from trainer.errors import CheckpointError, ResourceError
+
+_ADVICE = "restore it, or remove it, and what data.tokenizer gives is compared in its place"
+
+
+def fingerprint_in_use(folder: RunFolder) -> str | None:
+    """Return what the newest checkpoint says its tokenizer is; None if there is none that says it."""
+    checkpoints = CheckpointFolder(folder.checkpoints)
+    for step in reversed(checkpoints.steps()):
+        try:
+            fingerprint = checkpoints.manifest(step).run.get("tokenizer_fingerprint")
+        except (CheckpointError, ResourceError):  # whoever loads it says what is wrong with it
+            continue
+        if isinstance(fingerprint, str):
+            return fingerprint
+    return None
+
+
+def keep(folder: RunFolder, tokenizer: Tokenizer) -> None:
+    """Write the tokenizer's files into the run folder.
+
+    Raises:
+        ResourceError: if the disk refuses.
+    """
+    for name, text in tokenizer.files().items():
+        folder.write(folder.path / name, text)
+
+
+def tokenizer_of(
+    folder: RunFolder, data: DataConfig, *, fingerprint: str | None, progress: Progress | None = None
+) -> Tokenizer:
+    """Return the tokenizer that a run goes on with: its own, or the one of `data` where it has none.
+
+    Args:
+        folder: of the run.
+        data: its `data` section.
+        fingerprint: of the tokenizer that its checkpoints were trained with; None if it has no checkpoint.
+        progress: is told how far training a new one is.
+
+    Raises:
+        CheckpointError: if the run's own is damaged, or is gone and `data` does not give it again.
+        DataError: if there is none of its own, and what `data` names is unusable.
+    """
+    own = None
+    if fingerprint is not None and data.tokenizer.kind != "byte":  # that one is code
+        own = _kept(folder, fingerprint=fingerprint)
+    tokenizer = own or data.tokenizer.build(data, progress=progress)
+    if fingerprint not in (None, tokenizer.fingerprint):
+        raise CheckpointError(
+            f"{folder.checkpoints}: was trained with another tokenizer than data.tokenizer gives (fingerprint "
+            f"{abridged(fingerprint)}, now {abridged(tokenizer.fingerprint)}), and {folder.tokenizer} is gone; restore "
+            "it, or use a new name=..."
+        )
+    return tokenizer
+
+
+def check_given(folder: RunFolder, data: DataConfig, tokenizer: Tokenizer) -> None:
+    """Compare the tokenizer of a run with the file that `data` names, if that is there: training goes on with both.
+
+    Raises:
+        CheckpointError: if the file has changed.
+        DataError: if it is unusable now.
+    """
+    section = data.tokenizer
+    if section.kind != "file" or not Path(section.path).exists():
+        return
+    given = section.build(data).fingerprint
+    if given != tokenizer.fingerprint:
+        raise CheckpointError(
+            f"{folder.tokenizer}: is what the run was trained with, and {shown_path(section.path)} is another one now "
+            f"(fingerprint {abridged(tokenizer.fingerprint)}, now {abridged(given)}); restore that file, or use a new "
+            "name=..."
+        )
+
+
+def _kept(folder: RunFolder, *, fingerprint: str) -> Tokenizer | None:
+    """Return the tokenizer in the run folder, if its files are what was written, to the byte; None if they are gone."""
+    from trainer.data.tokenizers.subword import SubwordTokenizer, fingerprint_of
+
+    try:
+        text, options = (read_text(folder.path / name, through_links=False) for name in (TOKENIZER, OPTIONS))
+        end = stated_end(parse(options)) or ""
+        now = fingerprint_of(text, end)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
+        raise CheckpointError(f"{folder.tokenizer}: cannot be read ({reason}); {_ADVICE}") from None
+    if now != fingerprint:
+        raise CheckpointError(
+            f"{folder.tokenizer}: is not the tokenizer that {folder.checkpoints} were trained with (fingerprint "
+            f"{abridged(now)}, theirs {abridged(fingerprint)}); {_ADVICE}"
+        )
+    return SubwordTokenizer(text, end)
