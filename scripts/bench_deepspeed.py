@@ -26,7 +26,7 @@ from trainer.assemble import build_model, numerics, resolve_kernel
 from trainer.config.loader import load
 from trainer.data.batch import Batch
 from trainer.data.tokenizers.byte import ByteTokenizer
-from trainer.distributed.flight_recorder import Journal
+from trainer.distributed.flight_recorder import FlightRecorder
 from trainer.distributed.interface import stay_on_loopback
 from trainer.distributed.layout import Layout
 from trainer.distributed.mesh import Mesh, build_mesh
@@ -162,7 +162,7 @@ def contend(pipe: Connection, config: ExperimentConfig, contender: str, rank: in
     stay_on_loopback()
     dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
     layout = Layout(world_size=world_size, rank=rank, ep_size=config.parallel.ep_size, ranks_per_node=world_size)
-    mesh = build_mesh(layout, Journal())
+    mesh = build_mesh(layout, FlightRecorder())
     batches = make_batches(config, rank, world_size)
     if contender.startswith("DeepSpeed's"):
         step = their_steps(config, mesh, batches)

@@ -19,7 +19,7 @@ from trainer.distributed.layout import launched
 from trainer.distributed.mesh import joined
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.machine import Machine, over_ranks
-from trainer.step_timer import Clock, HostClock, Stopwatch
+from trainer.step_timer import Clock, HostClock, StepTimer
 
 
 class Counting:
@@ -51,7 +51,7 @@ def main() -> None:
         stream = TrainStream(corpus, packing=config.data.packing, seq_len=config.model.seq_len, seed=config.seed)
         model = build_model(config, corpus.tokenizer, mesh, device, warn=print)
         engine = config.engine.build(model, config.optim, numerics(config), mesh)
-        watch, machine = mesh.world.journal.stopwatch, Machine(Path(), device)
+        watch, machine = mesh.world.recorder.step_timer, Machine(Path(), device)
         clock = watch._clock = Counting(watch._clock)
 
         def step(number: int) -> None:
@@ -90,7 +90,7 @@ def main() -> None:
 
 def _mark_ms() -> float:
     """What one mark on the processor costs, made and read."""
-    watch, number = Stopwatch(HostClock()), 100_000
+    watch, number = StepTimer(HostClock()), 100_000
     watch.start()
     began = time.perf_counter()
     for _ in range(number // 2):

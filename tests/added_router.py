@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from trainer.moe.routers.config.options import RouterOptions
 from trainer.moe.routing import Causality, Router, RouterOutput, RoutingContext, RoutingDecision
-from trainer.ops.select import first_top_k
+from trainer.ops.select import stable_top_k
 
 
 class ThresholdRouterConfig(RouterOptions):
@@ -32,6 +32,6 @@ class ThresholdRouter(Router):
         with torch.autocast(x.device.type, enabled=False):
             logits = self.gate(x.to(self.gate.weight.dtype))
         scores = logits.sigmoid()
-        chosen = (scores > self.threshold).scatter(-1, first_top_k(scores.detach(), 1), True)
+        chosen = (scores > self.threshold).scatter(-1, stable_top_k(scores.detach(), 1), True)
         decision = RoutingDecision.from_mask(chosen, scores, valid=context.valid)
         return RouterOutput(decision=decision, logits=logits, probs=scores / scores.sum(-1, keepdim=True))

@@ -16,33 +16,33 @@ from trainer.models.gpt import GPT
 from trainer.moe.dispatch.all_to_all import AllToAllDispatcher
 from trainer.moe.dispatch.order import ExpertOrder
 from trainer.moe.experts import Experts
-from trainer.parallel.replicate import GradientSum
+from trainer.parallel.replicate import GradientReducer
 
 EP_SIZE = 2
 
 
 def expert_gradients_times_ep() -> None:
     """PyTorch #160285: the way back of the rows has summed already, and a reducer multiplies once more."""
-    whole = GradientSum.finish
+    whole = GradientReducer.finish
 
-    def wrong(self: GradientSum) -> None:
+    def wrong(self: GradientReducer) -> None:
         whole(self)
         if self.group.name == "edp":
             for p in self.parameters:
                 assert p.grad is not None
                 p.grad.mul_(EP_SIZE)
 
-    GradientSum.finish = wrong  # type: ignore[method-assign]
+    GradientReducer.finish = wrong  # type: ignore[method-assign]
 
 
 def dense_gradients_not_summed() -> None:
     """Every rank steps by its own share."""
-    whole = GradientSum.__init__
+    whole = GradientReducer.__init__
 
-    def wrong(self: GradientSum, parameters: Sequence[torch.nn.Parameter], group: Group) -> None:
+    def wrong(self: GradientReducer, parameters: Sequence[torch.nn.Parameter], group: Group) -> None:
         whole(self, parameters, Group.of_one() if group.name == "world" else group)
 
-    GradientSum.__init__ = wrong  # type: ignore[method-assign]
+    GradientReducer.__init__ = wrong  # type: ignore[method-assign]
 
 
 def norm_of_one_rank() -> None:
@@ -77,14 +77,14 @@ def counts_after_drop() -> None:
     """The load is counted after the capacity has cut it."""
     from trainer.moe import layer
 
-    whole = layer.account
+    whole = layer.collect_stats
 
     def wrong(routed: Any, limited: Any, context: Any, **kwargs: Any) -> Any:
         stats = whole(routed, limited, context, **kwargs)
         kept = replace(routed.decision, kept=limited.kept)
         return replace(stats, counts=whole(replace(routed, decision=kept), kept, context).counts)
 
-    layer.account = wrong
+    layer.collect_stats = wrong
 
 
 def experts_seeded_by_rank() -> None:

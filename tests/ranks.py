@@ -5,7 +5,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from trainer.distributed.flight_recorder import Journal
+from trainer.distributed.flight_recorder import FlightRecorder
 from trainer.distributed.layout import Layout
 from trainer.distributed.mesh import Mesh, build_mesh
 from trainer.prove.pool import Failure, LocalRanks
@@ -33,9 +33,9 @@ class Ranks(LocalRanks):
         return answers
 
 
-def mesh_here(*, ep_size: int = 1, ranks_per_node: int = 1, journal: Journal | None = None) -> Mesh:
+def mesh_here(*, ep_size: int = 1, ranks_per_node: int = 1, recorder: FlightRecorder | None = None) -> Mesh:
     """The groups of the rank that calls it, inside a function that `Ranks` runs."""
     layout = Layout(
         world_size=dist.get_world_size(), rank=dist.get_rank(), ep_size=ep_size, ranks_per_node=ranks_per_node
     )
-    return build_mesh(layout, journal or Journal())
+    return build_mesh(layout, recorder or FlightRecorder())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trainer.checkpoint.files import StoredTensors
 from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.load import Found, find
+from trainer.checkpoint.load import CheckpointHandle, find
 from trainer.checkpoint.saver import Saved, Saver
 from trainer.checkpoint.state import TrainState
 from trainer.distributed.mesh import Mesh
@@ -40,7 +40,7 @@ def try_to_save(folder: CheckpointFolder | Path, step: int, state: TrainState, r
     return saved
 
 
-def whole(found: Found) -> dict[str, Tensor]:
+def whole(found: CheckpointHandle) -> dict[str, Tensor]:
     """Every tensor of a checkpoint."""
     with StoredTensors(found.path, found.manifest) as tensors:
         return {name: tensors.read(name) for name in found.manifest.tensors}
@@ -57,7 +57,7 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def resume(engine: Engine, folder: CheckpointFolder | Path, step: int) -> Found:
+def resume(engine: Engine, folder: CheckpointFolder | Path, step: int) -> CheckpointHandle:
     """Load a step's checkpoint into an engine, whatever part of the model it has."""
     found = find(folder if isinstance(folder, CheckpointFolder) else CheckpointFolder(folder), step)
     with StoredTensors(found.path, found.manifest) as tensors:

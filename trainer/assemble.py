@@ -72,8 +72,8 @@ def check_memory(config: ExperimentConfig, layout: Layout, device: torch.device)
     what, (most, advice) = max(parts.items(), key=lambda part: part[1][0])
     where = f"{ranks_here} ranks on this machine need" if ranks_here > 1 else "it needs"
     raise ResourceError(
-        f"{config.name}: {where} at least {formatting.size(needed)} of memory ({formatting.size(ranks_here * most)} for "
-        f"{what}), and there are {formatting.size(there)}; lower {advice}"
+        f"{config.name}: {where} at least {formatting.size(needed)} of memory ({formatting.size(ranks_here * most)} "
+        f"for {what}), and there are {formatting.size(there)}; lower {advice}"
     )
 
 

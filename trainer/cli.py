@@ -11,7 +11,7 @@ from trainer.config.nodes import shown_path
 from trainer.config.overrides import as_override
 from trainer.distributed.layout import is_first_rank
 from trainer.environment import check_of_process
-from trainer.errors import CommError, ElsewhereError, Stopped, TurnoutError, exit_code_of, first_line
+from trainer.errors import CommError, RemoteRankError, StopRequested, TurnoutError, exit_code_of, first_line
 from trainer.experiment import ExperimentConfig
 from trainer.terminal import one_line, say, show_logs
 from trainer.verbs import benching, checkpoints, configs, proving, trained, training
@@ -25,13 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         check_of_process()
         code = options.verb(options)
-    except ElsewhereError as error:  # the rank that had it says so
+    except RemoteRankError as error:  # the rank that had it says so
         _let_others_speak(0.5)
         _end_at_once(error.exit_code)
     except CommError as error:
         say(error, file=sys.stderr)
         _end_at_once(error.exit_code)
-    except Stopped as error:
+    except StopRequested as error:
         if is_first_rank():
             say(error, file=sys.stderr)
         _end_at_once(error.exit_code)

@@ -54,7 +54,7 @@ class DivergedError(TurnoutError):
     exit_code = CommError.exit_code
 
 
-class ElsewhereError(TurnoutError):
+class RemoteRankError(TurnoutError):
     """Another rank failed and has said so; this one only ends with it, and in silence."""
 
     is_of_the_group = True
@@ -86,7 +86,7 @@ PREEMPTED = 75
 """Exit code of a run that was asked to stop and lost nothing; starting it again continues it."""
 
 
-class Stopped(BaseException):
+class StopRequested(BaseException):
     """A run was asked to stop before its first step. Like KeyboardInterrupt, no `except Exception` holds it up."""
 
     exit_code = PREEMPTED
@@ -101,7 +101,7 @@ INTERRUPTED = 130
 def exit_code_of(error: BaseException) -> int | None:
     """Return the exit code of a process that an error has ended; None for a bug, which Python shows and makes 1 of."""
     match error:
-        case TurnoutError() | Stopped():
+        case TurnoutError() | StopRequested():
             return error.exit_code
         case KeyboardInterrupt():
             return INTERRUPTED

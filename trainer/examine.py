@@ -9,14 +9,14 @@ from typing import Any, TextIO
 
 from trainer import memory
 from trainer.atomic_io import replace_file
-from trainer.checkpoint.load import Found
+from trainer.checkpoint.load import CheckpointHandle
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.distributed.mesh import Mesh
 from trainer.engine.base import Engine
 from trainer.errors import ConfigError
 from trainer.evaluation.base import Task
-from trainer.evaluation.context import Subject
+from trainer.evaluation.context import EvalContext
 from trainer.evaluation.examination import Examination, write_predictions
 from trainer.evaluation.held_out import evaluate
 from trainer.evaluation.load_tasks import read_tasks
@@ -144,7 +144,7 @@ def evaluate_by_lm_eval(
 
 def _with_text(
     config: ExperimentConfig, folder: RunFolder, step: int | None, console: Console
-) -> tuple[Engine, Corpus, Found]:
+) -> tuple[Engine, Corpus, CheckpointHandle]:
     """Load a checkpoint and the text of its config; say what keeps a held-out loss from being trusted."""
     engine, tokenizer, found = load_trained(config, folder, step=step, warn=console.warning)
     with console.progress_bar("reading text") as bar:
@@ -158,10 +158,10 @@ def _with_text(
     return engine, corpus, found
 
 
-def _subject(config: ExperimentConfig, engine: Engine, mesh: Mesh) -> Subject:
+def _subject(config: ExperimentConfig, engine: Engine, mesh: Mesh) -> EvalContext:
     """Return who is asked; a forward pass may cost what one of training does."""
     tokens_per_pass = config.parallel.micro_batch_size * config.model.seq_len
-    return Subject(engine=engine, world=mesh.world, tokens_per_pass=tokens_per_pass)
+    return EvalContext(engine=engine, world=mesh.world, tokens_per_pass=tokens_per_pass)
 
 
 def _write_findings(

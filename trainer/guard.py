@@ -7,7 +7,7 @@ from trainer.errors import NumericsError
 from trainer.run import Run
 
 
-def account(run: Run, done: int, result: StepResult, *, limit: float | None) -> None:
+def record_step_health(run: Run, done: int, result: StepResult, *, limit: float | None) -> None:
     """Count and report a step that was skipped or whose loss is a spike.
 
     Args:

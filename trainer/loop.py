@@ -35,19 +35,19 @@ def fit(run: Run, stop: StopRequest, status: StatusFile) -> Examination | None:
         ResourceError: if the last checkpoint could not be saved.
     """
     config, train = run.config, run.config.train
-    journal = run.mesh.world.journal
-    pace = StepPace(journal.stopwatch)
+    recorder = run.mesh.world.recorder
+    pace = StepPace(recorder.step_timer)
     examination = None
     with memory.making_optimizer(config):  # which moments are part of what is compared
         guard.confirm_copies(run, run.start_step)
     stop.begin_steps()
     for step in range(run.start_step, train.steps):
-        journal.step, journal.is_in_step = step + 1, step > run.start_step
+        recorder.step, recorder.is_in_step = step + 1, step > run.start_step
         status.begin_step(step + 1, first_row=run.position, num_rows=train.global_batch_size)
         run.profiler.begin(step + 1)
         fault_injection.hit("step.begin")
         pace.begin()
-        journal.enter("data")
+        recorder.enter("data")
         if run.stream.waits_for_text(run.position, train.global_batch_size):
             status.enter("reading")
             with raise_together(run.mesh.world):
@@ -69,7 +69,7 @@ def fit(run: Run, stop: StopRequest, status: StatusFile) -> Examination | None:
         pace.end(result.num_tokens)
 
         done, is_last = step + 1, step + 1 == train.steps
-        guard.account(run, done, result, limit=limit)
+        guard.record_step_health(run, done, result, limit=limit)
         fault_injection.hit("step.taken")
         is_logged = every(config.metrics.log_every, done) or is_last or done == run.start_step + 1
         is_saved = every(config.checkpoint.every, done) or is_last
@@ -79,14 +79,14 @@ def fit(run: Run, stop: StopRequest, status: StatusFile) -> Examination | None:
             _regain_folder(run)
         gap = None
         if every(config.metrics.routing_gap_every, done):
-            journal.enter("evaluation")
+            recorder.enter("evaluation")
             with memory.evaluating(config):
                 gap = _compare_routing(run)
         if is_logged or gap is not None:
             log_step(run, done, result, lr=lr, pace=pace, gap=gap)
         run.console.tick(done)
         guard.check_patience(run, done, result)
-        journal.is_in_step = False
+        recorder.is_in_step = False
         run.profiler.end(done)
         if every(config.parallel.check_copies_every, done):
             guard.confirm_copies(run, done)
@@ -94,13 +94,13 @@ def fit(run: Run, stop: StopRequest, status: StatusFile) -> Examination | None:
         with_held_out = every(config.eval.every, done) or is_last
         tasks = due(run.tasks, done, with_held_out=with_held_out, is_last=is_last)
         if with_held_out or tasks:
-            journal.enter("evaluation")
+            recorder.enter("evaluation")
             status.enter("evaluating")
             with memory.evaluating(config):
                 examination = examine(config, run.engine, run.corpus, tasks, run.mesh, with_held_out=with_held_out)
             report(run, done, examination)
         if is_saved or stopped_by or is_lost:
-            journal.enter("saving")
+            recorder.enter("saving")
             status.enter("saving")
             with memory.saving(config):
                 save(run, done, is_last=is_last, is_stopped=stopped_by is not None)
@@ -216,7 +216,7 @@ def _agree(run: Run, stop: StopRequest, *, looks: bool) -> tuple[str | None, boo
     if run.mesh.world.size == 1:
         return stop.requested_by, is_lost
     asked = torch.tensor([int(bool(stop)), int(is_lost)], device=run.mesh.world.device)
-    num_asked, num_lost = run.mesh.world.sum_(asked).tolist()
+    num_asked, num_lost = run.mesh.world.all_reduce_(asked).tolist()
     return (stop.requested_by or "a signal to another rank") if num_asked else None, bool(num_lost)
 
 
@@ -240,7 +240,7 @@ def log_step(
     flops_per_s = speed.tokens_per_s * run.size.training_flops_per_token
     routing, experts = result.routing, None
     moe = run.config.model.moe
-    is_work_known = moe is None or moe.is_work_known
+    has_static_flops = moe is None or moe.has_static_flops
     record = {
         "step": done,
         "tokens": run.tokens,
@@ -252,7 +252,9 @@ def log_step(
         "lr": lr,
         "tokens_per_s": speed.tokens_per_s,
         "step_s": speed.step_s,
-        "mfu": None if peak is None or not is_work_known else flops_per_s / (peak * 1e12 * run.mesh.layout.world_size),
+        "mfu": None
+        if peak is None or not has_static_flops
+        else flops_per_s / (peak * 1e12 * run.mesh.layout.world_size),
         "drop_rate": None,
         "load_imbalance": None,
         "dead_experts": None,

@@ -10,7 +10,7 @@ from trainer.checkpoint.compatible import abridged, check_fits, check_model, che
 from trainer.checkpoint.files import StoredTensors
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.listing import layout_of
-from trainer.checkpoint.load import Found, find, find_newest, removed_meanwhile
+from trainer.checkpoint.load import CheckpointHandle, find, find_newest, removed_meanwhile
 from trainer.checkpoint.run_folder import RunFolder, check_belongs, order_warnings
 from trainer.checkpoint.run_tokenizer import tokenizer_of
 from trainer.checkpoint.tensor_file import check_numbers
@@ -28,7 +28,7 @@ _SAME_RATE = 0.01
 _OF_THE_RATE = ("schedule.", "train.steps")
 
 
-def resume(run: Run, found: Found) -> None:
+def resume(run: Run, found: CheckpointHandle) -> None:
     """Go on from a checkpoint: each rank reads its own parts, however the ranks that wrote it were laid out."""
     fault_injection.hit("resume.found")
     _load_state(found, run.engine, run.config, run.corpus.tokenizer)
@@ -53,7 +53,7 @@ def resume(run: Run, found: Found) -> None:
     fault_injection.hit("resume.loaded")
 
 
-def _load_state(found: Found, engine: Engine, config: ExperimentConfig, tokenizer: Tokenizer) -> None:
+def _load_state(found: CheckpointHandle, engine: Engine, config: ExperimentConfig, tokenizer: Tokenizer) -> None:
     check_record(found)
     stored = _stored_config(found)
     filled_up = None if stored is None else stored.model.model_dump(mode="json")
@@ -65,7 +65,7 @@ def _load_state(found: Found, engine: Engine, config: ExperimentConfig, tokenize
         engine.load_state(tensors.like(mine))
 
 
-def _stored_config(found: Found) -> ExperimentConfig | None:
+def _stored_config(found: CheckpointHandle) -> ExperimentConfig | None:
     """Return the config that a checkpoint was written with, filled up; None if this version cannot read it."""
     try:
         return ExperimentConfig.model_validate(found.run.get("config"))
@@ -73,7 +73,7 @@ def _stored_config(found: Found) -> ExperimentConfig | None:
         return None
 
 
-def _changes_since(found: Found, config: ExperimentConfig) -> list[str]:
+def _changes_since(found: CheckpointHandle, config: ExperimentConfig) -> list[str]:
     """Return a warning for each change of what is learned since a checkpoint.
 
     Raises:
@@ -89,7 +89,7 @@ def _changes_since(found: Found, config: ExperimentConfig) -> list[str]:
     return [unread, *other, *(order_warnings(["seed"]) if other else [])]
 
 
-def _rate_jump(found: Found, run: Run) -> str | None:
+def _rate_jump(found: CheckpointHandle, run: Run) -> str | None:
     """Say from where to where the learning rate jumps, if it goes on by another schedule or length of the run."""
     stored, done = _stored_config(found), found.step
     if stored is None or not 0 < done < run.config.train.steps:
@@ -106,21 +106,21 @@ def _rate_jump(found: Found, run: Run) -> str | None:
     )
 
 
-def _moved(found: Found, run: Run) -> str:
+def _moved(found: CheckpointHandle, run: Run) -> str:
     """Say how the layout differs from the one that wrote the checkpoint."""
     before, now = layout_of(found.manifest), run.layout()
     changes = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
     return f" ({', '.join(changes)})" if changes else ""
 
 
-def _newest(checkpoints: CheckpointFolder, warn: Callable[[str], None]) -> Found:
+def _newest(checkpoints: CheckpointFolder, warn: Callable[[str], None]) -> CheckpointHandle:
     found = find_newest(checkpoints, Mesh.of_one().world, warn=warn)
     if found is None:
         raise CheckpointError(f"{checkpoints.path}: has no checkpoint; train first")
     return found
 
 
-def _find_sound(checkpoints: CheckpointFolder, step: int) -> Found:
+def _find_sound(checkpoints: CheckpointFolder, step: int) -> CheckpointHandle:
     found = find(checkpoints, step)
     try:
         check_numbers(found.path, found.manifest.files)
@@ -131,7 +131,7 @@ def _find_sound(checkpoints: CheckpointFolder, step: int) -> Found:
 
 def load_trained(
     config: ExperimentConfig, folder: RunFolder, *, step: int | None, warn: Callable[[str], None]
-) -> tuple[Engine, Tokenizer, Found]:
+) -> tuple[Engine, Tokenizer, CheckpointHandle]:
     """Return an engine with the weights of a run's checkpoint, of `step` or the newest, all in this process.
 
     The tokenizer is the one that the run keeps in its folder. Where a run that trains removes the newest checkpoint

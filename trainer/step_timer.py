@@ -34,7 +34,7 @@ class HostClock:
         return end - begin
 
 
-class Stopwatch:
+class StepTimer:
     """Measures which part of its step a rank is in: exactly one at any moment.
 
     #  entered   data | forward                                      | backward                | optimizer

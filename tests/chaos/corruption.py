@@ -24,7 +24,7 @@ from tests.ranks import Ranks, mesh_here
 from tests.saved import whole
 from trainer.checkpoint import files
 from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.load import Found, find_newest
+from trainer.checkpoint.load import CheckpointHandle, find_newest
 from trainer.checkpoint.saver import Saver
 from trainer.distributed.collectives import Group
 from trainer.distributed.layout import even_slice
@@ -108,12 +108,12 @@ def _judge(folder: Path, newest: Path, expected: str, what: str, result: Result)
         result.not_loadable.append(what)
 
 
-def _found(folder: Path, path: Path) -> Found:
+def _found(folder: Path, path: Path) -> CheckpointHandle:
     step = int(path.name.removeprefix("step_"))
-    return Found(path=path, manifest=CheckpointFolder(folder).check(step))
+    return CheckpointHandle(path=path, manifest=CheckpointFolder(folder).check(step))
 
 
-def _digest(found: Found) -> str:
+def _digest(found: CheckpointHandle) -> str:
     """Hash every number of a checkpoint."""
     digest = hashlib.sha256()
     for name, tensor in whole(found).items():

@@ -98,7 +98,7 @@ def _through(dispatcher: Any, rank: int, experts: tuple[int, int], decision: Rou
         assert rows_per_expert.sum() == len(x) and len(rows_per_expert) == len(w_in[mine])
         return loop(x, rows_per_expert, w_in[mine], w_out[mine], "swiglu")
 
-    y = dispatcher.run(x, decision, run_experts)
+    y = dispatcher.forward(x, decision, run_experts).y
     assert y.shape == x.shape
     assert [e for mine in seen for e in range(mine.start, mine.stop)] == list(range(len(w_in)))
     names = ("x", "weight", "w_in", "w_out")

@@ -13,7 +13,7 @@ from tests.laws.test_router_oracles import VARIANTS
 from trainer.moe.routers.config.options import TopKOptions
 from trainer.moe.routers.registry import RouterConfig
 from trainer.moe.routing import Router, RouterOutput, RoutingContext, RoutingDecision
-from trainer.ops.select import first_top_k
+from trainer.ops.select import stable_top_k
 
 ADAPTER: TypeAdapter[Any] = TypeAdapter(RouterConfig)
 
@@ -62,7 +62,7 @@ class WrongRouter(ThresholdRouter):
         scores = logits.softmax(-1)
         asked = None if wrong == "deaf" else context.top_k
         top_k = asked or self.config.top_k
-        expert_index = first_top_k(scores.detach(), top_k)
+        expert_index = stable_top_k(scores.detach(), top_k)
         if wrong == "twice the same":
             expert_index = expert_index[:, :1].expand(-1, top_k)
         weight = scores.gather(-1, expert_index)

@@ -11,8 +11,8 @@ from tests.added_router import ThresholdRouterConfig
 from tests.builders import make_batch, make_engine, rows_of, tiny_model_config
 from tests.laws.test_router_oracles import D_FF, make_layer, make_tokens
 from tests.ranks import Ranks
-from trainer.data.stream import fill_rows
-from trainer.distributed.flight_recorder import Journal
+from trainer.data.stream import pad_rows
+from trainer.distributed.flight_recorder import FlightRecorder
 from trainer.distributed.layout import Layout, even_slice
 from trainer.distributed.mesh import Mesh, build_mesh
 from trainer.models.config import ModelConfig
@@ -61,7 +61,7 @@ def train(layout: Layout, mesh: Mesh, num_pieces: int) -> torch.Tensor:
     for step in range(STEPS):
         batch = make_batch(ROWS, SEQ_LEN, seed=step, first_sample=ROWS * step, ragged=step % 2 == 1)
         first, end = even_slice(ROWS, layout.world_size, layout.rank)
-        mine = fill_rows(rows_of(batch, first, end), ROWS // layout.world_size)
+        mine = pad_rows(rows_of(batch, first, end), ROWS // layout.world_size)
         size = len(mine.tokens) // num_pieces
         result = engine.train_step([rows_of(mine, i * size, (i + 1) * size) for i in range(num_pieces)], lr=3e-3)
         assert result.routing is not None and result.balance_loss is not None
@@ -73,7 +73,7 @@ def train(layout: Layout, mesh: Mesh, num_pieces: int) -> torch.Tensor:
 def on_a_rank(ep_size: int) -> torch.Tensor:
     """`train` as one of many."""
     layout = Layout(world_size=dist.get_world_size(), rank=dist.get_rank(), ep_size=ep_size, ranks_per_node=2)
-    return train(layout, build_mesh(layout, Journal()), 1)
+    return train(layout, build_mesh(layout, FlightRecorder()), 1)
 
 
 def test_it_learns_the_same_in_micro_batches() -> None:

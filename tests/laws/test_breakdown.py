@@ -22,7 +22,7 @@ def _step(parallel: dict[str, Any], engine: str = "native", ep_size: int = 2) ->
     config = ParallelConfig.model_validate({"ep_size": ep_size, **parallel})
     made = make_engine_of(section, tiny_model_config({"capacity": {"factor": 2.0}}), mesh=mesh, parallel=config)
     batch = make_batch(4, 8, first_sample=4 * mesh.layout.rank)
-    pace = StepPace(mesh.world.journal.stopwatch)
+    pace = StepPace(mesh.world.recorder.step_timer)
     for _ in range(2):
         pace.begin()
         made.train_step([rows_of(batch, 0, 2), rows_of(batch, 2, 4)], lr=1e-3)

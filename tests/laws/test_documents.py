@@ -8,7 +8,7 @@ import torch
 
 from tests.builders import make_batch, make_engine, make_model, make_packed_batch, tiny_model_config
 from trainer.data.batch import Batch
-from trainer.data.stream import fill_rows
+from trainer.data.stream import pad_rows
 from trainer.engine.native import NativeEngine
 
 ROWS, SEQ_LEN = 5, 24
@@ -92,7 +92,7 @@ MODELS = {
 def test_filling_in_rows_changes_no_loss_gradient_or_statistic(moe: dict, in_wide_rows: dict, within: str) -> None:
     batch = make_packed_batch(6, 8, first_sample=40)
     expected, _ = _step(moe, batch, within)
-    filled, engine = _step({**moe, **in_wide_rows}, fill_rows(_wider(batch, 16), 9), within)
+    filled, engine = _step({**moe, **in_wide_rows}, pad_rows(_wider(batch, 16), 9), within)
     assert expected.keys() == filled.keys()
     for name, value in expected.items():
         torch.testing.assert_close(filled[name], value, rtol=0, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")

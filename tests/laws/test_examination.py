@@ -9,11 +9,11 @@ import torch.distributed as dist
 
 from tests.builders import make_engine, tiny_model_config
 from tests.ranks import Ranks
-from trainer.distributed.flight_recorder import Journal
+from trainer.distributed.flight_recorder import FlightRecorder
 from trainer.distributed.layout import Layout
 from trainer.distributed.mesh import build_mesh
 from trainer.evaluation.batch_generation import write
-from trainer.evaluation.context import Subject
+from trainer.evaluation.context import EvalContext
 from trainer.evaluation.scoring import Question, score
 from trainer.models.sampling import SamplingOptions
 from trainer.parallel.config import ParallelConfig
@@ -38,10 +38,10 @@ def _questions(count: int) -> list[Question]:
 
 def examine(layout: Layout, parallel: dict[str, Any], num_questions: int) -> dict[str, Any]:
     """Scores and texts, in passes of a few rows."""
-    mesh = build_mesh(layout, Journal())
+    mesh = build_mesh(layout, FlightRecorder())
     config = tiny_model_config({"num_experts": 8}, seq_len=20)
     engine = make_engine(config, dtype=torch.float64, mesh=mesh, parallel=ParallelConfig.model_validate(parallel))
-    subject = Subject(engine=engine, world=mesh.world, tokens_per_pass=40)
+    subject = EvalContext(engine=engine, world=mesh.world, tokens_per_pass=40)
     questions = _questions(num_questions)
     prompts = [question.prompt for question in questions]
     texts = {
@@ -79,7 +79,7 @@ def test_what_is_drawn_is_not_greedy_and_not_the_same_for_equal_prompts() -> Non
     """A control: the comparison above would hold for texts that temperature does not reach."""
     alone = examine(Layout(), {}, 13)
     assert alone["texts"]["drawn"] != alone["texts"]["greedy"]
-    mesh = build_mesh(Layout(), Journal())
-    subject = Subject(engine=make_engine(tiny_model_config(seq_len=20)), world=mesh.world, tokens_per_pass=40)
+    mesh = build_mesh(Layout(), FlightRecorder())
+    subject = EvalContext(engine=make_engine(tiny_model_config(seq_len=20)), world=mesh.world, tokens_per_pass=40)
     options = SamplingOptions(temperature=1.0)
     assert len(set(map(tuple, write(subject, [[1, 2]] * 5, max_new_tokens=9, stop_token=-1, options=options)))) == 5

@@ -11,8 +11,8 @@ from tests.laws.test_router_oracles import KINDS as ROUTERS
 from tests.ranks import Ranks
 from trainer.checkpoint.state import TrainState
 from trainer.data.batch import Batch
-from trainer.data.stream import fill_rows
-from trainer.distributed.flight_recorder import Journal
+from trainer.data.stream import pad_rows
+from trainer.distributed.flight_recorder import FlightRecorder
 from trainer.distributed.layout import Layout, even_slice
 from trainer.distributed.mesh import Mesh, build_mesh
 from trainer.engine.native import NativeEngine
@@ -92,13 +92,13 @@ def _share(step: int, layout: Layout, num_pieces: int, *, is_packed: bool) -> li
         )
     first, end = even_slice(ROWS, layout.world_size, layout.rank)
     size = -(-ROWS // layout.world_size // num_pieces) if num_pieces > 1 else -(-ROWS // layout.world_size)
-    mine = fill_rows(rows_of(whole, first, end), size * num_pieces)
+    mine = pad_rows(rows_of(whole, first, end), size * num_pieces)
     return [rows_of(mine, i * size, (i + 1) * size) for i in range(num_pieces)]
 
 
 def train(layout: Layout, moe: dict, parallel: dict, num_pieces: int, is_packed: bool) -> dict[str, Any]:
     """Ten steps: what was measured at each, and this rank's state afterwards."""
-    mesh = build_mesh(layout, Journal())
+    mesh = build_mesh(layout, FlightRecorder())
     engine = _engine(moe, mesh, parallel, is_packed=is_packed)
     curve = []
     for step in range(STEPS):

@@ -11,7 +11,7 @@ from tests.laws.test_router_oracles import NUM_ROWS, SEQ_LEN, make_layer, make_t
 from trainer.models.gpt import build_moe
 from trainer.moe.balance import balance_loss, device_balance_loss
 from trainer.moe.cv_squared import cv_squared, cv_squared_loss
-from trainer.moe.dispatch.base import Outputs
+from trainer.moe.dispatch.base import Combined
 from trainer.moe.dispatch.order import group_by_expert
 from trainer.moe.layer import MoELayer
 from trainer.moe.losses import Denominators, objective
@@ -155,12 +155,12 @@ def test_likeness_is_as_exact_under_autocast() -> None:
     decision = RoutingDecision.from_top_k(
         torch.tensor([[0, 1]]).repeat(T, 1), torch.ones(T, 2), num_experts=2, valid=torch.ones(T, dtype=torch.bool)
     )
-    outputs = Outputs.of(rows, group_by_expert(decision), is_compiled=False)
+    outputs = Combined.of(rows, group_by_expert(decision), is_compiled=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        likeness = outputs.likeness()
-    exact = Outputs.of(rows.double(), group_by_expert(decision), is_compiled=False).likeness()
-    assert likeness.dtype == torch.float32
-    torch.testing.assert_close(likeness.double(), exact, rtol=0, atol=1e-6)
+        expert_similarity = outputs.expert_similarity()
+    exact = Combined.of(rows.double(), group_by_expert(decision), is_compiled=False).expert_similarity()
+    assert expert_similarity.dtype == torch.float32
+    torch.testing.assert_close(expert_similarity.double(), exact, rtol=0, atol=1e-6)
     assert float(exact.mean()) == pytest.approx(1 / D, rel=0.3)
 
 

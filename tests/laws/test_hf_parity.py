@@ -7,7 +7,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter, load
 
 from tests.builders import make_context, moe_config
 from trainer.moe.losses import Denominators, objective
-from trainer.moe.stats import account
+from trainer.moe.stats import collect_stats
 
 NUM_ROWS, SEQ_LEN, D_MODEL = 4, 32, 16
 
@@ -33,7 +33,7 @@ def test_balance_loss_and_its_gradient_equal_mixtral_s(num_experts: int, top_k: 
         valid[0, 20:] = valid[2, 5:] = False
     config, router, x, context = _routed(num_experts, top_k, valid.flatten())
     routed = router(x, context)
-    stats = account(routed, routed.decision, context)
+    stats = collect_stats(routed, routed.decision, context)
     denominators = Denominators(target_tokens=1, routed_tokens=int(valid.sum()))
     ours = objective(torch.zeros(()), [stats], known=None, denominators=denominators, config=config).total
     theirs = 0.02 * load_balancing_loss_func(

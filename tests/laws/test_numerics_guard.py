@@ -16,7 +16,7 @@ from tests.builders import make_batch, make_engine, rows_of, tiny_model_config
 from tests.ranks import Ranks, mesh_here
 from trainer.checkpoint.replica_check import check_copies
 from trainer.data.batch import Batch
-from trainer.data.stream import fill_rows
+from trainer.data.stream import pad_rows
 from trainer.distributed.layout import Layout, even_slice, named
 from trainer.distributed.mesh import Mesh
 from trainer.engine.native import NativeEngine
@@ -44,7 +44,7 @@ def _engine(mesh: Mesh, **parallel: Any) -> NativeEngine:
 def _share(step: int, layout: Layout) -> list[Batch]:
     whole = make_batch(ROWS, SEQ_LEN, seed=step, first_sample=ROWS * step)
     first, end = even_slice(ROWS, layout.world_size, layout.rank)
-    return [fill_rows(rows_of(whole, first, end), -(-ROWS // layout.world_size))]
+    return [pad_rows(rows_of(whole, first, end), -(-ROWS // layout.world_size))]
 
 
 def _bits(engine: NativeEngine) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from trainer.moe.balance import balance_loss
 from trainer.moe.dispatch.local import LocalDispatcher
 from trainer.moe.experts import Experts
 from trainer.moe.layer import MoELayer
-from trainer.moe.loss_stats import LayerSums
+from trainer.moe.loss_stats import LossStats
 from trainer.moe.losses import Denominators, objective, z_loss
 from trainer.ops.expert_ffn import Activation
 from trainer.ops.kernels import ExpertsKernel
@@ -208,7 +208,7 @@ def test_global_counts_replace_this_micro_batch_s_own(router: dict) -> None:
     elsewhere = torch.tensor([5, 0, 2, 9])
     total = stats.counts.sum(0) + elsewhere
     config = moe_config(num_experts=NUM_EXPERTS, router=router, balance={"scope": "global_batch"})
-    mine = balance_loss(stats, config, known=LayerSums(counts=total))
+    mine = balance_loss(stats, config, known=LossStats(counts=total))
     p_sum = torch.stack([routed.probs[t] for t in range(len(valid)) if valid[t]]).sum(0)
     oracle = sum(
         (NUM_EXPERTS * (int(total[e]) / int(total.sum())) * p_sum[e] for e in range(NUM_EXPERTS)),

@@ -109,7 +109,7 @@ def test_a_run_folder_that_a_rank_does_not_see_is_refused_at_the_start(ranks: Ra
     assert second.startswith(f"ConfigError: rank 1: runs_dir: {folder}/own/tiny on host ")
     assert f" is not the folder that rank 0 writes into, {folder}/runs/tiny on host " in second
     assert second.endswith("; use a folder on a file system that all nodes share")
-    assert first.startswith("ElsewhereError: rank 1: runs_dir: ")
+    assert first.startswith("RemoteRankError: rank 1: runs_dir: ")
     assert list((folder / "runs/tiny").iterdir()) == [], "and nothing was begun"
 
 

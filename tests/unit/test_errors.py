@@ -4,7 +4,7 @@ import os
 import pytest
 
 from trainer import cli
-from trainer.errors import ConfigError, ElsewhereError, Stopped, exit_code_of, first_line
+from trainer.errors import ConfigError, RemoteRankError, StopRequested, exit_code_of, first_line
 from trainer.verbs import configs
 
 
@@ -47,7 +47,11 @@ def test_the_process_ends_with_the_code_of_its_error(
 
 
 def test_errors_of_ours_know_their_code() -> None:
-    assert [exit_code_of(error) for error in (ConfigError("x"), ElsewhereError("x", 6), Stopped("x"))] == [2, 6, 75]
+    assert [exit_code_of(error) for error in (ConfigError("x"), RemoteRankError("x", 6), StopRequested("x"))] == [
+        2,
+        6,
+        75,
+    ]
 
 
 @pytest.mark.parametrize(("text", "line"), [("", "ValueError"), (" \n", "ValueError"), ("\n  a\nb", "a")])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.step_timer import PARTS, Part, Stopwatch
+from trainer.step_timer import PARTS, Part, StepTimer
 
 
 class Ticks:
@@ -27,7 +27,7 @@ class Ticks:
 
 def test_a_part_within_another_is_not_counted_in_that_as_well():
     clock = Ticks()
-    watch = Stopwatch(clock)
+    watch = StepTimer(clock)
     watch.start()
     clock.time += 1
     watch.enter("data")
@@ -57,7 +57,7 @@ _ACTIONS = st.one_of(
 @given(st.lists(st.lists(_ACTIONS), max_size=5))
 def test_the_parts_of_some_steps_make_up_their_time(steps: list[list[int | tuple[str, Part | None]]]):
     clock = Ticks()
-    watch, total = Stopwatch(clock), 0
+    watch, total = StepTimer(clock), 0
     for actions in steps:
         clock.time += 100  # between steps: nobody's
         watch.start()
@@ -77,7 +77,7 @@ def test_the_parts_of_some_steps_make_up_their_time(steps: list[list[int | tuple
 
 def test_outside_of_steps_nothing_is_measured():
     clock = Ticks()
-    watch = Stopwatch(clock)
+    watch = StepTimer(clock)
     watch.enter("forward")
     with watch.within("experts"):
         clock.time += 5
@@ -90,7 +90,7 @@ def test_outside_of_steps_nothing_is_measured():
 
 def test_marks_of_a_step_are_read_when_the_next_one_has_ended_and_a_device_is_through_with_them():
     clock = Ticks()
-    watch = Stopwatch(clock)
+    watch = StepTimer(clock)
     watch.start()
     watch.stop()
     assert clock.asked == 0
@@ -103,7 +103,7 @@ def test_marks_of_a_step_are_read_when_the_next_one_has_ended_and_a_device_is_th
 
 def test_a_block_that_fails_ends_its_part():
     clock = Ticks()
-    watch = Stopwatch(clock)
+    watch = StepTimer(clock)
     watch.start()
     with pytest.raises(ZeroDivisionError), watch.within("experts"):
         raise ZeroDivisionError
@@ -114,7 +114,7 @@ def test_a_block_that_fails_ends_its_part():
 
 def test_a_step_that_an_error_has_ended_is_forgotten():
     clock = Ticks()
-    watch = Stopwatch(clock)
+    watch = StepTimer(clock)
     watch.start()
     watch.begin("communication")
     clock.time += 3
@@ -133,7 +133,7 @@ def test_a_profiler_sees_the_parts_by_name_in_pairs():
         yield
         seen.append(f"/{name}")
 
-    watch = Stopwatch()
+    watch = StepTimer()
     watch.region = region
     watch.start()
     watch.enter("forward")

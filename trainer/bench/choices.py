@@ -24,7 +24,7 @@ from trainer.moe.routers.config.options import RouterOptions
 from trainer.moe.routers.non_causal import places
 from trainer.moe.routing import Router, RoutingContext
 from trainer.moe.routing_optimum import Measured, measure, within_room
-from trainer.ops.select import coarse
+from trainer.ops.select import round_mantissa
 
 FACTORS = (1.0, 1.25)
 """Of the room at an expert; the first one is what balance, experts per token and time are measured with."""
@@ -142,7 +142,7 @@ class Yardstick:
         """Score by the softmax of the logits (T, E)."""
         self._valid = context.valid_rows
         scores = logits.softmax(-1).double().view(*self._valid.shape, -1)  # (B, S, E)
-        self._rows = [coarse(row[valid]) for row, valid in zip(scores, self._valid, strict=True)]
+        self._rows = [round_mantissa(row[valid]) for row, valid in zip(scores, self._valid, strict=True)]
         self._best: dict[tuple[int, int, float], Measured] = {}
 
     def measure(self, chosen: Tensor, *, top_k: int, factor: float) -> Measured:
@@ -174,7 +174,7 @@ def ready_router(config: RouterOptions, layer: LayerLogits, rehearsal: RoutingCo
     """Return a router whose logits are what it reads, after it has learned its selection bias if it has one."""
     num_experts = layer.measured.shape[-1]
     router: Router = config.build(d_model=num_experts, num_experts=num_experts, layer=0)  # type: ignore[attr-defined]
-    hand_through(router)
+    set_identity_gate(router)
     if isinstance(router, BiasBalancedRouter):
         for step in range(UPDATES):
             router.bias_update_rate = BIAS_UPDATE_RATE * (1 - step / UPDATES)
@@ -189,14 +189,14 @@ def unreadable(kinds: Sequence[str], *, num_experts: int, top_k: int) -> dict[st
     for kind in kinds:
         config = router_config(kind, num_experts=num_experts, top_k=top_k)
         try:
-            hand_through(config.build(d_model=num_experts, num_experts=num_experts, layer=0))  # type: ignore[attr-defined]
+            set_identity_gate(config.build(d_model=num_experts, num_experts=num_experts, layer=0))  # type: ignore[attr-defined]
         except ConfigError as error:
             found[kind] = str(error)
     return found
 
 
 @torch.no_grad()
-def hand_through(router: nn.Module) -> None:
+def set_identity_gate(router: nn.Module) -> None:
     """Set a router's weights so that its logits are what it reads, D = E.
 
     Of `cosine` they are that only but for a positive factor for each token, since it divides by their length: it

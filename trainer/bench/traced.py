@@ -77,7 +77,7 @@ def _traced_batch(
     assert moe is not None, "whoever asks has looked"
     here = batch.to(engine.model.embedding.weight.device)
     with torch.no_grad(), engine.autocast():
-        output = engine.model(here, RoutingOptions(noise_seed=seed, keeps_routing=True))
+        output = engine.model(here, RoutingOptions(noise_seed=seed, return_router_outputs=True))
     is_text = batch.valid.any(1)
     layers = [stats.routed.logits for stats in output.moe if stats.routed is not None]
     stacked = [

@@ -14,7 +14,7 @@ from trainer.bench.kinds import ALONE, router_config
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.dump import changed_values, dump, inline, short
 from trainer.config.loader import load
-from trainer.errors import PREEMPTED, ConfigError, ResourceError, Stopped, TurnoutError
+from trainer.errors import PREEMPTED, ConfigError, ResourceError, StopRequested, TurnoutError
 from trainer.experiment import ExperimentConfig
 from trainer.moe.config import BalanceConfig, MoEConfig
 
@@ -125,9 +125,9 @@ def _router_changes(kind: str, moe: MoEConfig) -> Iterator[str]:
         draw_top_k=getattr(moe.router, "draw_top_k", None),
     )
     yield f"model.moe.router={inline(router.model_dump())}"
-    if router.balances_itself:
+    if router.is_self_balancing:
         yield "model.moe.balance.coef=0"
-    elif moe.router.balances_itself and moe.balance.coef == 0:  # which this one would be nothing without
+    elif moe.router.is_self_balancing and moe.balance.coef == 0:  # which this one would be nothing without
         yield f"model.moe.balance.coef={BalanceConfig().coef}"
     if factor is not None and not router.has_fixed_k:  # room is the router's own business then
         yield "model.moe.capacity.factor=null"
@@ -175,7 +175,7 @@ def train(training: Training) -> Path:
         process.wait()
         raise
     if code == PREEMPTED:
-        raise Stopped(f"{path}: stopped and saved; repeat the command to go on")
+        raise StopRequested(f"{path}: stopped and saved; repeat the command to go on")
     if code:
         lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
         error = TurnoutError(f"{training.router}: its training ended with code {code} ({log}): {lines[-1]}")

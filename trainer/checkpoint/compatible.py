@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.load import Found
+from trainer.checkpoint.load import CheckpointHandle
 from trainer.checkpoint.manifest import StoredTensor, record_flaws
 from trainer.checkpoint.state import TrainState
 from trainer.config.dump import short
@@ -12,7 +12,7 @@ from trainer.config.nodes import dotted
 from trainer.errors import CheckpointError
 
 
-def check_fits(found: Found, mine: TrainState) -> None:
+def check_fits(found: CheckpointHandle, mine: TrainState) -> None:
     """Compare names, shapes and dtypes of a checkpoint's tensors with those of a state.
 
     Raises:
@@ -28,7 +28,7 @@ def check_fits(found: Found, mine: TrainState) -> None:
         raise _refusal(found.path, differences)
 
 
-def check_model(found: Found, model: Mapping[str, Any], *, stored: Mapping[str, Any] | None = None) -> None:
+def check_model(found: CheckpointHandle, model: Mapping[str, Any], *, stored: Mapping[str, Any] | None = None) -> None:
     """Compare the model that a checkpoint was written with to the one of the config.
 
     Args:
@@ -52,7 +52,7 @@ def check_model(found: Found, model: Mapping[str, Any], *, stored: Mapping[str, 
         raise _refusal(found.path, differences)
 
 
-def check_tokenizer(found: Found, *, fingerprint: str) -> None:
+def check_tokenizer(found: CheckpointHandle, *, fingerprint: str) -> None:
     """Compare tokenizers: the same number means another text under another one.
 
     Raises:
@@ -66,7 +66,7 @@ def check_tokenizer(found: Found, *, fingerprint: str) -> None:
         )
 
 
-def check_record(found: Found) -> None:
+def check_record(found: CheckpointHandle) -> None:
     """Refuse a checkpoint that does not say all that a run needs to go on.
 
     Raises:

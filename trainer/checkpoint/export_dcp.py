@@ -17,12 +17,12 @@ from trainer.atomic_io import sync_folder
 from trainer.checkpoint.compatible import check_record
 from trainer.checkpoint.files import StoredTensors
 from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.load import Found, find
+from trainer.checkpoint.load import CheckpointHandle, find
 from trainer.config.nodes import shown_path
 from trainer.errors import CheckpointError, ConfigError
 
 
-def export_dcp(folder: CheckpointFolder, step: int | None, out: Path) -> Found:
+def export_dcp(folder: CheckpointFolder, step: int | None, out: Path) -> CheckpointHandle:
     """Write a checkpoint's whole tensors, and the numbers that describe the run, into a new folder of DCP files.
 
     Tensors have the names that docs/checkpoint.md gives them; `step`, `position` and `optimizer_steps` are int64
@@ -69,7 +69,7 @@ def export_dcp(folder: CheckpointFolder, step: int | None, out: Path) -> Found:
     return found
 
 
-def _numbers(found: Found) -> dict[str, Tensor]:
+def _numbers(found: CheckpointHandle) -> dict[str, Tensor]:
     values = {
         "step": found.step,
         "position": found.run["position"],

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.state import Slice
-from trainer.distributed.collective_errors import meet
+from trainer.distributed.collective_errors import barrier_gather
 from trainer.distributed.collectives import Group
 from trainer.distributed.layout import named
 from trainer.errors import NumericsError
@@ -29,11 +29,13 @@ def check_finite(slices: Mapping[str, Slice], group: Group, folder: CheckpointFo
         NumericsError: if any is not; on every rank, with the same message.
     """
     mine = not_finite({name: part.tensor for name, part in slices.items()})
-    if not int(group.sum_(torch.tensor([len(mine)], device=group.device))):
+    if not int(group.all_reduce_(torch.tensor([len(mine)], device=group.device))):
         return
     newest = folder.newest_sound() if group.index == 0 else None
     found = {name: _described(name, slices[name]) for name in mine}
-    reports: list[tuple[dict[str, str], str | None]] = meet(group, (found, None if newest is None else str(newest)))
+    reports: list[tuple[dict[str, str], str | None]] = barrier_gather(
+        group, (found, None if newest is None else str(newest))
+    )
     raise NumericsError(_in_words([report[0] for report in reports], group, reports[0][1], step=step))
 
 

@@ -9,7 +9,7 @@ from trainer import fault_injection
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import Manifest, OtherFormat, check_file
 from trainer.checkpoint.tensor_file import check_numbers
-from trainer.distributed.collective_errors import meet
+from trainer.distributed.collective_errors import barrier_gather
 from trainer.distributed.collectives import Group
 from trainer.distributed.layout import named
 from trainer.distributed.plain import error_of_plain, error_to_plain
@@ -17,7 +17,7 @@ from trainer.errors import CheckpointError, ResourceError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class CheckpointHandle:
     """A checkpoint whose bytes are those that were written."""
 
     path: Path
@@ -34,7 +34,7 @@ class Found:
         return self.manifest.run
 
 
-def find_newest(folder: CheckpointFolder, group: Group, *, warn: Callable[[str], None]) -> Found | None:
+def find_newest(folder: CheckpointFolder, group: Group, *, warn: Callable[[str], None]) -> CheckpointHandle | None:
     """Return the newest undamaged checkpoint, or None if there is none at all; the same one on every rank.
 
     A run that trains may remove one while it is read, and save another: the folder is looked at again each time.
@@ -57,7 +57,7 @@ def find_newest(folder: CheckpointFolder, group: Group, *, warn: Callable[[str],
             break
         fault_injection.hit("resume.candidate")
         found = _check(folder, step, group)
-        if isinstance(found, Found):
+        if isinstance(found, CheckpointHandle):
             for reason in rejected.values():
                 warn(f"{reason}; using step {step} instead")
             return found
@@ -75,7 +75,7 @@ def removed_meanwhile(path: Path) -> str | None:
     return None if path.exists() else f"{path}: was removed while it was read, by a run that trains"
 
 
-def find(folder: CheckpointFolder, step: int) -> Found:
+def find(folder: CheckpointFolder, step: int) -> CheckpointHandle:
     """Return the checkpoint of one step, its bytes checked by this process alone.
 
     Raises:
@@ -83,12 +83,12 @@ def find(folder: CheckpointFolder, step: int) -> Found:
     """
     path = folder.of_step(folder.existing(step))
     try:
-        return Found(path=path, manifest=folder.check(step))
+        return CheckpointHandle(path=path, manifest=folder.check(step))
     except CheckpointError as error:
         raise CheckpointError(removed_meanwhile(path) or str(error)) from None
 
 
-def _check(folder: CheckpointFolder, step: int, group: Group) -> Found | str:
+def _check(folder: CheckpointFolder, step: int, group: Group) -> CheckpointHandle | str:
     """Check a checkpoint, each rank some of its files; return on every rank what is damaged, if anything is."""
     path, wrong, manifest = folder.of_step(step), None, None
     try:
@@ -99,7 +99,7 @@ def _check(folder: CheckpointFolder, step: int, group: Group) -> Found | str:
     except (CheckpointError, ResourceError) as error:
         wrong = error
     fault_injection.hit("resume.checked")
-    told = meet(group, (error_to_plain(wrong), None if manifest is None else manifest.sha256))
+    told = barrier_gather(group, (error_to_plain(wrong), None if manifest is None else manifest.sha256))
     reports = [(error_of_plain(error), sha256) for error, sha256 in told]
     for rank, (error, _) in enumerate(reports):
         if isinstance(error, OtherFormat | ResourceError):
@@ -115,4 +115,4 @@ def _check(folder: CheckpointFolder, step: int, group: Group) -> Found | str:
         )
     assert manifest is not None
     folder.note_sound(step)
-    return Found(path=path, manifest=manifest)
+    return CheckpointHandle(path=path, manifest=manifest)

@@ -37,7 +37,7 @@ def check_copies(state: TrainState, mesh: Mesh, *, step: int, equal_at: int | No
     """
     if mesh.world.size == 1:
         return
-    mesh.world.journal.enter("comparing copies")
+    mesh.world.recorder.enter("comparing copies")
     table = mesh.world.gather(_fingerprints(state).to(mesh.world.device)).cpu()  # (W, N, 3); waits for the device
     first_copy = torch.arange(len(table)) % mesh.layout.ep_size  # the first rank with the same experts
     suspect = _differs(table, table[:1]) | _differs(table, table[first_copy])  # (W, N)

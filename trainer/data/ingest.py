@@ -26,7 +26,7 @@ class DomainInfo(Config):
     """What is known of one domain's token files."""
 
     name: str
-    is_cut: bool
+    is_sharded: bool
     """Split by its tail, not by the hashes of its documents."""
     num_documents: int
     """As they were read: one that was cut counts once."""
@@ -66,7 +66,7 @@ class _DomainWriter:
         self._write(self._split.finish())
         return DomainInfo(
             name=self._name,
-            is_cut=self._split.kind == "tail",
+            is_sharded=self._split.kind == "tail",
             num_documents=self._num_documents,
             train=self._sides["train"].info(),
             validation=self._sides["validation"].info(),
@@ -149,7 +149,7 @@ def check_sides(domain: DomainInfo, split: SplitConfig) -> None:
         info: ShardInfo = getattr(domain, side)
         if info.num_documents > 0:
             continue
-        if domain.is_cut:
+        if domain.is_sharded:
             raise DataError(
                 f"data.split: domain {domain.name} has too little text to hold out {split.fraction} of it; both sides "
                 "need at least one character; give it more text"

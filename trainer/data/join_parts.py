@@ -46,7 +46,7 @@ def assemble(
             domain = _cut(*pieces[0], folder, tokenizer=tokenizer, split=split)
         else:
             domain = _join(pieces, folder, tokenizer=tokenizer)
-        if split.kind == "auto" and not domain.is_cut and not all(getattr(domain, s).num_documents for s in SIDES):
+        if split.kind == "auto" and not domain.is_sharded and not all(getattr(domain, s).num_documents for s in SIDES):
             domain = with_both_sides(domain, folder, tokenizer=tokenizer)
         check_sides(domain, split)
         found.append(domain)
@@ -73,7 +73,7 @@ def _join(pieces: Sequence[tuple[Path, DomainInfo]], folder: Path, *, tokenizer:
     num_documents = sum(domain.num_documents for _, domain in pieces)
     return DomainInfo(
         name=name,
-        is_cut=False,
+        is_sharded=False,
         num_documents=num_documents,
         train=sides["train"],
         validation=sides["validation"],

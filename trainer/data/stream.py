@@ -27,7 +27,7 @@ from trainer.data.streamed import Place, StreamedRows
 from trainer.distributed.layout import even_slice
 from trainer.errors import DataError
 
-FILLING = -1
+PADDING = -1
 """sample_id of filling rows, and document_id of all filling."""
 
 
@@ -144,10 +144,10 @@ class TrainStream:
         largest = -(-global_batch_size // world_size)
         num_batches = -(-largest // micro_batch_size)
         size = -(-largest // num_batches)
-        return [fill_rows(row_slice(rows, size * i, size * (i + 1)), size) for i in range(num_batches)]
+        return [pad_rows(row_slice(rows, size * i, size * (i + 1)), size) for i in range(num_batches)]
 
 
-def fill_rows(batch: Batch, num_rows: int) -> Batch:
+def pad_rows(batch: Batch, num_rows: int) -> Batch:
     """Return the batch with filling below its rows: not valid, token 0, domain 0, sample_id FILLING.
 
     Raises:
@@ -161,7 +161,7 @@ def fill_rows(batch: Batch, num_rows: int) -> Batch:
     filling = _batch(
         [],
         domain=np.zeros(num_rows - present, dtype=np.int64),
-        sample_id=np.full(num_rows - present, FILLING, dtype=np.int64),
+        sample_id=np.full(num_rows - present, PADDING, dtype=np.int64),
         seq_len=seq_len,
     )
     return Batch(**{f.name: torch.cat([getattr(batch, f.name), getattr(filling, f.name)]) for f in fields(Batch)})
@@ -205,7 +205,7 @@ def evaluation_batches(
             sample_id=sample_id,
             seq_len=seq_len,
         )
-        yield fill_rows(batch, batch_size)
+        yield pad_rows(batch, batch_size)
 
 
 def row_slice(batch: Batch, first: int, end: int) -> Batch:
@@ -273,14 +273,14 @@ def _batch(
     shape = len(domain), seq_len
     tokens, targets = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
     valid, loss_mask = (torch.zeros(shape, dtype=torch.bool) for _ in range(2))
-    document = torch.full(shape, FILLING, dtype=torch.int64)
+    document = torch.full(shape, PADDING, dtype=torch.int64)
     for numbers, rows in parts:
         here, is_real = torch.from_numpy(numbers), torch.from_numpy(rows.is_real)
         valid[here] = is_real
         loss_mask[here] = torch.from_numpy(rows.is_learned) & is_real
         tokens[here] = torch.from_numpy(rows.tokens).where(is_real, 0)
         targets[here] = torch.from_numpy(rows.targets).where(is_real, 0)
-        document[here] = torch.from_numpy(rows.document).where(is_real, FILLING)
+        document[here] = torch.from_numpy(rows.document).where(is_real, PADDING)
 
     def whole_rows(values: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(values)[:, None].expand(shape).contiguous()  # (B,) -> (B, S)

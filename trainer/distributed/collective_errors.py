@@ -7,18 +7,18 @@ from typing import Any
 
 from trainer.distributed.collectives import Group
 from trainer.distributed.plain import Plain
-from trainer.errors import ElsewhereError, TurnoutError, exit_code_of
+from trainer.errors import RemoteRankError, TurnoutError, exit_code_of
 
 
 @contextmanager
 def raise_together(group: Group) -> Iterator[None]:
     """Run a block on all ranks of a group; if it failed on any, fail on all of them, with the same exit code.
 
-    The rank that had the error raises it as it is, with its number in front; the others raise an `ElsewhereError`,
+    The rank that had the error raises it as it is, with its number in front; the others raise an `RemoteRankError`,
     which is not shown again. A collective that failed is not asked about: its group is of no use any more.
 
     Raises:
-        TurnoutError: what the first failing rank had, or an `ElsewhereError` with its exit code.
+        TurnoutError: what the first failing rank had, or an `RemoteRankError` with its exit code.
     """
     if group.size == 1:
         yield
@@ -32,14 +32,14 @@ def raise_together(group: Group) -> Iterator[None]:
         error = caught
     except Exception as caught:
         error = caught
-    reports = meet(group, None if error is None else _report(error))
+    reports = barrier_gather(group, None if error is None else _report(error))
     failed = [rank for rank, report in enumerate(reports) if report is not None]
     if not failed:
         return
     first = failed[0]
     text, exit_code = reports[first]
     if group.index != first:
-        raise ElsewhereError(f"rank {group.ranks[first]}: {text}", exit_code) from None
+        raise RemoteRankError(f"rank {group.ranks[first]}: {text}", exit_code) from None
     assert error is not None
     if isinstance(error, TurnoutError):
         shown = type(error)(f"rank {group.ranks[first]}: {error}")
@@ -48,14 +48,14 @@ def raise_together(group: Group) -> Iterator[None]:
     raise error
 
 
-def meet(group: Group, value: Plain) -> list[Any]:
+def barrier_gather(group: Group, value: Plain) -> list[Any]:
     """Return what every rank has to say, once all have come here, however long one of them still works.
 
     Raises:
         TurnoutError: if one of them is lost.
     """
     if group.watch is not None:
-        group.watch.meet()  # patient: one rank may read text or write files for longer than an exchange may take
+        group.watch.barrier()  # patient: one rank may read text or write files for longer than an exchange may take
     return group.gather_objects(value)
 
 

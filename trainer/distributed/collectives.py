@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
-from trainer.distributed.flight_recorder import Journal, Operation
+from trainer.distributed.flight_recorder import FlightRecorder, Operation
 from trainer.distributed.plain import Plain, from_json, to_json
-from trainer.distributed.watchdog import Watch
+from trainer.distributed.watchdog import Watchdog
 from trainer.errors import CommError, first_line
 
 
@@ -32,8 +32,8 @@ class Group:
         *,
         me: int,
         handle: dist.ProcessGroup | None,
-        journal: Journal,
-        watch: Watch | None = None,
+        recorder: FlightRecorder,
+        watch: Watchdog | None = None,
     ) -> None:
         """Describe a group.
 
@@ -42,17 +42,17 @@ class Group:
             ranks: its members' numbers in the world, in order.
             me: this rank's number in the world.
             handle: torch's group; None for a group of one.
-            journal: where this rank's collectives are written down.
+            recorder: where this rank's collectives are written down.
             watch: tells who is alive, where somebody watches.
         """
         assert (handle is None) == (len(ranks) == 1)
         self.name, self.ranks, self.index = name, tuple(ranks), ranks.index(me)
-        self._handle, self.journal, self.watch = handle, journal, watch
+        self._handle, self.recorder, self.watch = handle, recorder, watch
 
     @classmethod
-    def of_one(cls, journal: Journal | None = None) -> "Group":
+    def of_one(cls, recorder: FlightRecorder | None = None) -> "Group":
         """Return a group with nobody else in it."""
-        return cls("world", [0], me=0, handle=None, journal=journal or Journal())
+        return cls("world", [0], me=0, handle=None, recorder=recorder or FlightRecorder())
 
     @property
     def device(self) -> torch.device:
@@ -75,21 +75,21 @@ class Group:
         """Return the same ranks in the form that torch's FSDP takes."""
         return DeviceMesh.from_group(self.handle, self.device.type)
 
-    def sum_(self, x: Tensor) -> Tensor:
+    def all_reduce_(self, x: Tensor) -> Tensor:
         """Add up x over the ranks, in place; every rank gets bitwise the same."""
         if self._handle is not None:
             with self._watched("sum", [x.numel()]):
                 dist.all_reduce(x, group=self._handle)
         return x
 
-    def start_sum(self, x: Tensor) -> "Flight":
+    def start_all_reduce(self, x: Tensor) -> "PendingOp":
         """Begin to add up x over the ranks, in place, and let it go on behind what is computed until it is landed."""
         assert self._handle is not None, "nobody to add up with"
-        operation = self.journal.note("sum", self.name, [x.numel()])
+        operation = self.recorder.note("sum", self.name, [x.numel()])
         with self._reported(operation):
             work = dist.all_reduce(x, group=self._handle, async_op=True)
         assert work is not None, "this rank is in the group"
-        return Flight(self, operation, work, x, x)
+        return PendingOp(self, operation, work, x, x)
 
     def gather(self, x: Tensor) -> Tensor:
         """Return (size, *x.shape): everybody's x, which has the same shape everywhere."""
@@ -156,45 +156,45 @@ class Group:
         Returns:
             (sum(receive), ...) in the order of the members.
         """
-        return self.start_exchange(x, send, receive).wait()
+        return self.start_all_to_all(x, send, receive).wait()
 
-    def start_exchange(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> "Exchange":
+    def start_all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> "AllToAll":
         """Begin an `exchange`, and let it go on behind what is computed until its `wait`; so does its way back."""
         assert sum(send) == len(x), f"{sum(send)} rows to send, {len(x)} rows there"
-        return Exchange(x, self, tuple(send), tuple(receive))
+        return AllToAll(x, self, tuple(send), tuple(receive))
 
-    def launch(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> "Flight":
+    def issue_all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> "PendingOp":
         """Begin to exchange rows, outside autograd."""
         out, x = x.new_empty(sum(receive), *x.shape[1:]), x.contiguous()
-        operation = self.journal.note("exchange", self.name, send)
+        operation = self.recorder.note("exchange", self.name, send)
         with self._reported(operation):
             work = dist.all_to_all_single(out, x, list(receive), list(send), group=self._handle, async_op=True)
         assert work is not None, "this rank is in the group"
-        return Flight(self, operation, work, x, out)
+        return PendingOp(self, operation, work, x, out)
 
     def _read(self, data: bytes, source: int) -> Any:
         try:
             return from_json(data)
         except (ValueError, RecursionError) as error:
-            last = self.journal.operations[-1]
+            last = self.recorder.operations[-1]
             raise CommError(
-                f"rank {self.ranks[self.index]}: {last} failed at step {self.journal.step}: rank {self.ranks[source]} "
+                f"rank {self.ranks[self.index]}: {last} failed at step {self.recorder.step}: rank {self.ranks[source]} "
                 f"has sent what is no JSON"
             ) from error
 
     @contextmanager
     def _watched(self, name: str, sizes: Sequence[int]) -> Iterator[None]:
-        operation = self.journal.note(name, self.name, sizes)
+        operation = self.recorder.note(name, self.name, sizes)
         with self.awaited(operation):
             yield
 
     @contextmanager
     def awaited(self, operation: Operation) -> Iterator[None]:
         """Write down that an operation is waited for; if it fails it stays the one where the rank gave up."""
-        self.journal.wait_for(operation)
+        self.recorder.wait_for(operation)
         with self._reported(operation):
             yield
-        self.journal.end()
+        self.recorder.end()
 
     @contextmanager
     def _reported(self, operation: Operation) -> Iterator[None]:
@@ -202,34 +202,34 @@ class Group:
             yield
         except RuntimeError as error:
             raise CommError(
-                f"rank {self.ranks[self.index]}: {operation} failed at step {self.journal.step}: {reason_of(error)}"
+                f"rank {self.ranks[self.index]}: {operation} failed at step {self.recorder.step}: {reason_of(error)}"
             ) from error
 
 
-class Exchange:
-    """An exchange that has begun. Backward, the gradient is under way from where `wait` was to where it began."""
+class AllToAll:
+    """An all-to-all in progress. Backward, its gradient is in flight from where `wait` was to where it began."""
 
     def __init__(self, x: Tensor, group: Group, send: tuple[int, ...], receive: tuple[int, ...]) -> None:
         self.group, self.send, self.receive = group, send, receive
-        self.flight: Flight | None = None
-        self._sent: Tensor | None = x if group.size == 1 else _Depart.apply(x, self)
+        self.pending: PendingOp | None = None
+        self._sent: Tensor | None = x if group.size == 1 else _Send.apply(x, self)
 
     def wait(self) -> Tensor:
         """Return (sum(receive), ...) in the order of the members. Only once."""
         sent, self._sent = self._sent, None  # it hangs on this exchange, which must not hang on it as well
         assert sent is not None
-        return sent if self.group.size == 1 else _Arrive.apply(sent, self)
+        return sent if self.group.size == 1 else _Receive.apply(sent, self)
 
-    def land(self) -> Tensor:
-        """Return what was launched last, once it is there."""
-        assert self.flight is not None
-        flight, self.flight = self.flight, None
-        return flight.land()
+    def received(self) -> Tensor:
+        """Wait for the rows of the last message, and return them."""
+        assert self.pending is not None
+        pending, self.pending = self.pending, None
+        return pending.wait()
 
 
 @dataclass(frozen=True, slots=True)
-class Flight:
-    """An operation that has begun."""
+class PendingOp:
+    """A collective operation in progress."""
 
     group: Group
     operation: Operation
@@ -238,45 +238,45 @@ class Flight:
     """Kept until it has been sent."""
     out: Tensor
 
-    def land(self) -> Tensor:
-        """Return its result, once it is there."""
+    def wait(self) -> Tensor:
+        """Wait for the operation, and return its result."""
         with self.group.awaited(self.operation):
             self.work.wait()
         return self.out
 
 
-class _Depart(torch.autograd.Function):
+class _Send(torch.autograd.Function):
     """Rows begin to travel. Backward, their gradient is waited for."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
+    def forward(ctx: Any, x: Tensor, exchange: AllToAll) -> Tensor:
         ctx.exchange = exchange
-        exchange.flight = exchange.group.launch(x, exchange.send, exchange.receive)
-        return x.view_as(x)  # what `_Arrive` hangs on
+        exchange.pending = exchange.group.issue_all_to_all(x, exchange.send, exchange.receive)
+        return x.view_as(x)  # what `_Receive` hangs on
 
     @staticmethod
     @once_differentiable
     # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.land(), None
+        return ctx.exchange.received(), None
 
 
-class _Arrive(torch.autograd.Function):
-    """Rows are waited for. Backward, their gradient begins to travel; `_Depart` alone may look at what is returned."""
+class _Receive(torch.autograd.Function):
+    """Rows are waited for. Backward, their gradient begins to travel; `_Send` alone may look at what is returned."""
 
     @staticmethod
-    def forward(ctx: Any, sent: Tensor, exchange: Exchange) -> Tensor:
+    def forward(ctx: Any, sent: Tensor, exchange: AllToAll) -> Tensor:
         ctx.exchange = exchange
-        return exchange.land()
+        return exchange.received()
 
     @staticmethod
     @once_differentiable
     # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        exchange: Exchange = ctx.exchange
-        assert exchange.flight is None, "its gradient is under way already"
-        exchange.flight = exchange.group.launch(grad, exchange.receive, exchange.send)
-        return exchange.flight.out, None
+        exchange: AllToAll = ctx.exchange
+        assert exchange.pending is None, "its gradient is under way already"
+        exchange.pending = exchange.group.issue_all_to_all(grad, exchange.receive, exchange.send)
+        return exchange.pending.out, None
 
 
 def _bytes_of(x: Tensor) -> bytes:

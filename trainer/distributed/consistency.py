@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from trainer.config.dump import changed_values, short
-from trainer.distributed.collective_errors import meet
+from trainer.distributed.collective_errors import barrier_gather
 from trainer.distributed.collectives import Group
 from trainer.distributed.layout import named
 
@@ -21,7 +21,7 @@ def differing(group: Group, values: Mapping[str, Any]) -> list[str]:
     """
     if group.size == 1:
         return []
-    reports = meet(group, (socket.gethostname(), dict(values)))
+    reports = barrier_gather(group, (socket.gethostname(), dict(values)))
     first = reports[0][1]
     others: dict[str, dict[str, list[int]]] = {}  # key: value: who has it
     olds: dict[str, str] = {}

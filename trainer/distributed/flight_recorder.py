@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from trainer import fault_injection
-from trainer.step_timer import Part, Stopwatch
+from trainer.step_timer import Part, StepTimer
 
 _REMEMBERED = 32
 _PART_OF: dict[str, Part] = {
@@ -35,7 +35,7 @@ class Operation:
 
 
 @dataclass(slots=True)
-class Journal:
+class FlightRecorder:
     """The last collectives of this rank, oldest first, and where it is."""
 
     step: int = 0
@@ -50,13 +50,13 @@ class Journal:
     is_in_step: bool = False
     """Inside a step that is not the first one: nothing takes long here but waiting for others."""
     operations: deque[Operation] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
-    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    step_timer: StepTimer = field(default_factory=StepTimer)
     """Measures the same phases, and how long exchanges are waited for."""
 
     def enter(self, phase: str) -> None:
         """Write down that another phase begins."""
         self.phase, self.changed_at = phase, time.monotonic()
-        self.stopwatch.enter(_PART_OF.get(phase, "other"))
+        self.step_timer.enter(_PART_OF.get(phase, "other"))
         fault_injection.hit(f"phase.{phase.replace(' ', '_')}")
 
     def note(self, name: str, group: str, sizes: Sequence[int]) -> Operation:
@@ -71,12 +71,12 @@ class Journal:
     def wait_for(self, operation: Operation) -> None:
         """Write down that this rank cannot go on before the operation has come back."""
         self.running, self.changed_at = operation, time.monotonic()
-        self.stopwatch.begin("communication")
+        self.step_timer.begin("communication")
 
     def end(self) -> None:
         """Write down that the operation has come back."""
         self.running, self.changed_at = None, time.monotonic()
-        self.stopwatch.end()
+        self.step_timer.end()
         fault_injection.hit("exchange.end")
 
     @property

@@ -10,7 +10,7 @@ _RANKS_SHOWN = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Beat:
+class Heartbeat:
     """One rank's state, as it published it."""
 
     number: int
@@ -26,7 +26,7 @@ class Beat:
     operations: Sequence[str]
     """The last of them."""
     meetings: int
-    """Meetings it has come to (see `Watch.meet`)."""
+    """Meetings it has come to (see `Watchdog.barrier_gather`)."""
     error: str | None = None
     """Why it left, if not at the end."""
     exit_code: int = 0
@@ -41,7 +41,7 @@ class Beat:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> "Beat":
+    def from_json(cls, text: str | bytes) -> "Heartbeat":
         """Read what `to_json` wrote."""
         return cls(**json.loads(text))
 
@@ -51,14 +51,14 @@ class Beat:
         return f"step {self.step}, {self.phase}{at}"
 
 
-def silent_ranks(before: Mapping[int, Beat], after: Mapping[int, Beat]) -> list[int]:
+def silent_ranks(before: Mapping[int, Heartbeat], after: Mapping[int, Heartbeat]) -> list[int]:
     """Return the ranks that should have been heard of between two readings and were not."""
     return [
         rank for rank, beat in after.items() if beat.number == before[rank].number and beat.state in ("works", "waits")
     ]
 
 
-def verdict(beats: Mapping[int, Beat], silent: Sequence[int], *, silence_s: float, waited_s: float) -> str:
+def verdict(beats: Mapping[int, Heartbeat], silent: Sequence[int], *, silence_s: float, waited_s: float) -> str:
     """Say who is missing, where it was, and what every rank did last.
 
     Args:
@@ -95,7 +95,7 @@ def store_verdict(address: str, lost: Sequence[int], *, silence_s: float, step: 
     return f"{_ranks(lost)} lost at step {step} in {phase}: {silence}, and their machine is frozen or cut off"
 
 
-def _accusation(beats: Mapping[int, Beat], silent: Sequence[int], silence_s: float) -> str:
+def _accusation(beats: Mapping[int, Heartbeat], silent: Sequence[int], silence_s: float) -> str:
     if silent:
         left = [beat for rank, beat in beats.items() if rank not in silent]
         at = max(left, key=lambda beat: beat.count) if left else beats[silent[0]]
@@ -129,7 +129,7 @@ def _accusation(beats: Mapping[int, Beat], silent: Sequence[int], silence_s: flo
     return f"no rank is missing at step {max(beat.step for beat in beats.values())}: the network between them failed"
 
 
-def _kind(beat: Beat) -> str:
+def _kind(beat: Heartbeat) -> str:
     """Return name and group of a rank's last operation, without number and sizes."""
     return beat.operations[-1].partition(" ")[2].partition(" [")[0] if beat.operations else ""
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from trainer.distributed.heartbeat import Beat
+from trainer.distributed.heartbeat import Heartbeat
 
 _BEAT_S = 1.0
 
@@ -16,10 +16,10 @@ def key_of(rank: int) -> str:
     return f"beat/{rank}"
 
 
-class Pulse:
+class HeartbeatThread:
     """Publishes beats. Nobody else of this process writes them, so that a later one is never overwritten."""
 
-    def __init__(self, store: dist.Store, *, rank: int, beat: Callable[[int], Beat]) -> None:
+    def __init__(self, store: dist.Store, *, rank: int, beat: Callable[[int], Heartbeat]) -> None:
         """Prepare.
 
         Args:

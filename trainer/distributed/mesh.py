@@ -16,13 +16,13 @@ from trainer.distributed.collectives import Group, is_of_exchange, reason_of
 from trainer.distributed.consistency import differing
 from trainer.distributed.deadline import ends_after
 from trainer.distributed.device_clock import clock_of
-from trainer.distributed.flight_recorder import Journal
+from trainer.distributed.flight_recorder import FlightRecorder
 from trainer.distributed.interface import interface_towards, is_loopback, stay_on_loopback
 from trainer.distributed.layout import Layout, ranks_here
 from trainer.distributed.store import meet_in_store
-from trainer.distributed.watchdog import Watch
+from trainer.distributed.watchdog import Watchdog
 from trainer.errors import CommError, ConfigError, first_line
-from trainer.step_timer import Stopwatch
+from trainer.step_timer import StepTimer
 
 _START_S = 300.0
 """Processes import and start for different times: nobody is given up earlier."""
@@ -51,9 +51,9 @@ class Mesh:
     """All ranks once more, for a thread of its own: what is written behind the loop is agreed on there."""
 
     @classmethod
-    def of_one(cls, journal: Journal | None = None) -> "Mesh":
+    def of_one(cls, recorder: FlightRecorder | None = None) -> "Mesh":
         """Return the mesh of a single process."""
-        one = Group.of_one(journal)
+        one = Group.of_one(recorder)
         return cls(layout=Layout(), world=one, ep=one, ep_inside=one, ep_between=one, edp=one, saving=one)
 
 
@@ -66,13 +66,13 @@ def joined(layout: Layout, device: torch.device, *, timeout_s: float) -> Iterato
         device: CPU ranks talk by gloo, GPUs by NCCL.
         timeout_s: how long one exchange may take before a rank counts as lost.
     """
-    journal, on_gpu = Journal(stopwatch=Stopwatch(clock_of(device))), device.type != "cpu"
+    recorder, on_gpu = FlightRecorder(step_timer=StepTimer(clock_of(device))), device.type != "cpu"
     if layout.world_size == 1:
-        yield Mesh.of_one(journal)
+        yield Mesh.of_one(recorder)
         return
     _choose_interface(layout)
     try:
-        watch, store = _meet(layout, journal, timeout_s=timeout_s, on_gpu=on_gpu)
+        watch, store = _meet(layout, recorder, timeout_s=timeout_s, on_gpu=on_gpu)
     except RuntimeError as error:
         raise _cannot_join(layout, error) from error
     try:
@@ -86,7 +86,7 @@ def joined(layout: Layout, device: torch.device, *, timeout_s: float) -> Iterato
                 world_size=layout.world_size,
                 timeout=timeout,
             )
-            mesh = build_mesh(layout, journal, watch)
+            mesh = build_mesh(layout, recorder, watch)
         except RuntimeError as error:  # of the network, or because a rank has left meanwhile, which the watch knows
             raise _cannot_join(layout, error) from error
         fault_injection.hit("start.joined")
@@ -95,7 +95,7 @@ def joined(layout: Layout, device: torch.device, *, timeout_s: float) -> Iterato
         raise watch.explain(error) from error
     except BaseException as error:
         if is_of_exchange(error):
-            where = f"rank {layout.rank}: an exchange of torch's or DeepSpeed's own failed at step {journal.step}"
+            where = f"rank {layout.rank}: an exchange of torch's or DeepSpeed's own failed at step {recorder.step}"
             raise watch.explain(CommError(f"{where}: {reason_of(error)}")) from error
         watch.leave(error)
         raise
@@ -103,7 +103,7 @@ def joined(layout: Layout, device: torch.device, *, timeout_s: float) -> Iterato
     dist.destroy_process_group()
 
 
-def _meet(layout: Layout, journal: Journal, *, timeout_s: float, on_gpu: bool) -> tuple[Watch, dist.Store]:
+def _meet(layout: Layout, recorder: FlightRecorder, *, timeout_s: float, on_gpu: bool) -> tuple[Watchdog, dist.Store]:
     """Find the other ranks, and begin to watch over each other; return the store that they meet in as well."""
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     try:
@@ -122,11 +122,11 @@ def _meet(layout: Layout, journal: Journal, *, timeout_s: float, on_gpu: bool) -
         # addresses of the dead ones (pytorch #135712).
         attempt = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         first = range(layout.ranks_per_node)
-        watch = Watch(
+        watch = Watchdog(
             attempt,
             rank=layout.rank,
             world_size=layout.world_size,
-            journal=journal,
+            recorder=recorder,
             timeout_s=timeout_s,
             on_gpu=on_gpu,
             store_address=f"{address}:{port}",
@@ -158,7 +158,7 @@ def _choose_interface(layout: Layout) -> None:
         os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
-def build_mesh(layout: Layout, journal: Journal, watch: Watch | None = None) -> Mesh:
+def build_mesh(layout: Layout, recorder: FlightRecorder, watch: Watchdog | None = None) -> Mesh:
     """Make this rank's groups; with more than one rank, torch's default process group must exist.
 
     Raises:
@@ -175,10 +175,10 @@ def build_mesh(layout: Layout, journal: Journal, watch: Watch | None = None) -> 
             if tuple(ranks) not in handles:  # kinds that are the same ranks are the same group
                 handles[tuple(ranks)] = cast(dist.ProcessGroup, dist.new_group(ranks)) if len(ranks) > 1 else None
         mine = next(ranks for ranks in members if layout.rank in ranks)
-        return Group(name, mine, me=layout.rank, handle=handles[tuple(mine)], journal=journal, watch=watch)
+        return Group(name, mine, me=layout.rank, handle=handles[tuple(mine)], recorder=recorder, watch=watch)
 
     # With a journal of its own: the run's begins with what the run exchanges.
-    starting = Group("start", everyone, me=layout.rank, handle=dist.group.WORLD, journal=Journal(), watch=watch)
+    starting = Group("start", everyone, me=layout.rank, handle=dist.group.WORLD, recorder=FlightRecorder(), watch=watch)
     different = differing(starting, {"parallel": {"ep_size": layout.ep_size}})
     if different:  # now, since ranks that make different groups wait for each other
         raise ConfigError(f"{different[0]}; all ranks need the same config")
@@ -186,7 +186,7 @@ def build_mesh(layout: Layout, journal: Journal, watch: Watch | None = None) -> 
     saving = cast(dist.ProcessGroup, dist.new_group(everyone, backend="gloo", timeout=_SAVING))
     return Mesh(
         layout=layout,
-        saving=Group("saving", everyone, me=layout.rank, handle=saving, journal=Journal()),
+        saving=Group("saving", everyone, me=layout.rank, handle=saving, recorder=FlightRecorder()),
         world=group("world", [everyone]),
         ep=group("ep", layout.ep_ranks()),
         ep_inside=group("ep inside a node", layout.ep_inside_ranks()),

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
-from trainer.errors import Stopped
+from trainer.errors import StopRequested
 from trainer.status import ASKED, WATCHED
 
 SAME_REQUEST_S = 2.0
@@ -69,7 +69,7 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not self._is_obeyed and kind is not Stopped:
+        if not self._is_obeyed and kind is not StopRequested:
             self._restore()
 
     def begin_steps(self) -> None:
@@ -88,7 +88,7 @@ class StopRequest:
             Stopped: if it was; the handler does so itself, unless it ran in code that swallows every error.
         """
         if self.requested_by is not None:
-            raise Stopped(
+            raise StopRequested(
                 f"stopped by {self.requested_by} before its first step: nothing is lost; start again to go on"
             )
 

@@ -23,11 +23,11 @@ from typing import Literal
 import torch.distributed as dist
 
 from trainer.distributed.deadline import end_at_once, ends_after
-from trainer.distributed.flight_recorder import Journal
-from trainer.distributed.heartbeat import Beat, silent_ranks, store_verdict, verdict
-from trainer.distributed.heartbeat_thread import Pulse, key_of
+from trainer.distributed.flight_recorder import FlightRecorder
+from trainer.distributed.heartbeat import Heartbeat, silent_ranks, store_verdict, verdict
+from trainer.distributed.heartbeat_thread import HeartbeatThread, key_of
 from trainer.distributed.process import home, is_alive
-from trainer.errors import CommError, ElsewhereError, Stopped, TurnoutError, first_line
+from trainer.errors import CommError, RemoteRankError, StopRequested, TurnoutError, first_line
 
 _LISTEN_S = 2.5
 """Between two readings, so that a living rank's beat changes for certain."""
@@ -46,7 +46,7 @@ _SOURCE = str(Path(__file__).parents[1])
 _HERE = str(Path(__file__).parent)
 
 
-class Watch:
+class Watchdog:
     """One rank's part in watching over all of them."""
 
     def __init__(
@@ -55,7 +55,7 @@ class Watch:
         *,
         rank: int,
         world_size: int,
-        journal: Journal,
+        recorder: FlightRecorder,
         timeout_s: float,
         on_gpu: bool = False,
         store_address: str = "",
@@ -67,19 +67,19 @@ class Watch:
             store: that of this attempt, shared by all ranks.
             rank: this one.
             world_size: how many there are.
-            journal: what this rank does.
+            recorder: what this rank does.
             timeout_s: how long one exchange may take.
             on_gpu: exchanges return at once and are waited for elsewhere, so that a quiet journal in the middle of a
                 step counts as waiting.
             store_address: where the store is, for messages.
             beside_store: ranks of the machine that the store is on, if this is not one of them.
         """
-        self.rank, self.world_size, self.journal = rank, world_size, journal
+        self.rank, self.world_size, self.recorder = rank, world_size, recorder
         self.timeout_s, self.on_gpu = timeout_s, on_gpu
         # Connections of its own: one that waits for an answer would make the others wait as well.
         self._store = store.clone()  # pyrefly: ignore[missing-attribute]
         self._store.set_timeout(timedelta(seconds=_KEY_S))
-        self._pulse = Pulse(store.clone(), rank=rank, beat=self._beat)  # pyrefly: ignore[missing-attribute]
+        self._pulse = HeartbeatThread(store.clone(), rank=rank, beat=self._beat)  # pyrefly: ignore[missing-attribute]
         self._store_address, self._beside_store = store_address, beside_store
         self._state: Literal["gave up", "left"] | None = None
         self._error: str | None = None
@@ -112,7 +112,7 @@ class Watch:
             self.leave(error)
             raise
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait until every rank has come here, for as long as it takes while all are alive.
 
         Raises:
@@ -144,7 +144,7 @@ class Watch:
         """
         self._wait(done, is_awaited=lambda beat: beat.state != "left" or beat.error is not None, failing="is gone")
 
-    def _wait(self, done: Callable[[float], bool], *, is_awaited: Callable[[Beat], bool], failing: str) -> None:
+    def _wait(self, done: Callable[[float], bool], *, is_awaited: Callable[[Heartbeat], bool], failing: str) -> None:
         pause, looked = 0.005, time.monotonic()
         heard: dict[int, tuple[int, float]] = {}  # rank: its last beat's number, and when it changed
         while not done(pause):
@@ -163,9 +163,9 @@ class Watch:
     def explain(self, error: CommError) -> TurnoutError:
         """Return what really happened when an exchange failed on this rank: who is missing, or whose error it was.
 
-        One rank says it; the others get an `ElsewhereError`.
+        One rank says it; the others get an `RemoteRankError`.
         """
-        waited_s = self.journal.quiet_s
+        waited_s = self.recorder.quiet_s
         self._state = "gave up"
         self._pulse.hurry()
         if self._pulse.silence_s > min(_ANSWER_S, self.timeout_s / 2):
@@ -189,7 +189,7 @@ class Watch:
         """Tell the others that this rank's run has ended, and why if not at its end."""
         self._state = "left"
         if error is not None:
-            is_plain = isinstance(error, TurnoutError | Stopped)
+            is_plain = isinstance(error, TurnoutError | StopRequested)
             self._error = str(error) if is_plain else "".join(traceback.format_exception_only(error)).strip()
             self._exit_code = error.exit_code if is_plain else 1
             speaks = self.rank == 0 or (isinstance(error, TurnoutError) and error.is_this_ranks)
@@ -201,7 +201,7 @@ class Watch:
     def _of_another(self, text: str, exit_code: int, has_said: bool) -> TurnoutError:
         """Return an error to show, on the first rank to ask if nobody has said it, or to end with in silence."""
         if has_said or self._is_said(text):
-            return ElsewhereError(text, exit_code)
+            return RemoteRankError(text, exit_code)
         error = CommError(text)
         error.exit_code = exit_code
         return error
@@ -218,25 +218,25 @@ class Watch:
         while not self._ended.wait(_GUARD_S):
             if self._state is not None:  # the main thread asks what has happened, and has a deadline
                 continue
-            waits = self.journal.running is not None or (self.on_gpu and self.journal.is_in_step)
-            if waits and self.journal.quiet_s > self.timeout_s + _GRACE_S:
+            waits = self.recorder.running is not None or (self.on_gpu and self.recorder.is_in_step)
+            if waits and self.recorder.quiet_s > self.timeout_s + _GRACE_S:
                 shown = self.explain(CommError(f"rank {self.rank}: {self._last()} did not come back"))
-                end_at_once(None if isinstance(shown, ElsewhereError) else str(shown), shown.exit_code)
+                end_at_once(None if isinstance(shown, RemoteRankError) else str(shown), shown.exit_code)
             if self._pulse.silence_s > self.timeout_s:
                 self._state = "gave up"
                 error = CommError(f"rank {self.rank}: {self._last()} was its last exchange")
                 end_at_once(self._silence_of_store(error, self._pulse.silence_s), CommError.exit_code)
 
-    def _beat(self, number: int) -> Beat:
-        journal = self.journal
-        return Beat(
+    def _beat(self, number: int) -> Heartbeat:
+        recorder = self.recorder
+        return Heartbeat(
             number=number,
-            state=self._state or ("waits" if journal.running is not None else "works"),
-            step=journal.step,
-            phase=journal.phase,
+            state=self._state or ("waits" if recorder.running is not None else "works"),
+            step=recorder.step,
+            phase=recorder.phase,
             where="" if self._state else _where(sys._current_frames().get(self._main or 0)),
-            count=journal.count,
-            operations=[str(operation) for operation in list(journal.operations)[-8:]],
+            count=recorder.count,
+            operations=[str(operation) for operation in list(recorder.operations)[-8:]],
             meetings=self._meetings,
             error=self._error,
             exit_code=self._exit_code,
@@ -247,19 +247,19 @@ class Watch:
 
     def _silence_of_store(self, error: CommError, silence_s: float) -> str:
         """Say whose machine is lost when the store is silent, as far as this rank can tell."""
-        step, phase = self.journal.step, self.journal.phase
+        step, phase = self.recorder.step, self.recorder.phase
         text = store_verdict(self._store_address, self._beside_store, silence_s=silence_s, step=step, phase=phase)
         return f"{text}\n  noticed by {error}"
 
-    def _has_vanished(self, beat: Beat) -> bool:
+    def _has_vanished(self, beat: Heartbeat) -> bool:
         """Tell whether a rank of this machine has no process any more: its silence need not be waited for."""
         return beat.home == self._home and not is_alive(beat.pid)
 
-    def _read(self) -> dict[int, Beat]:
+    def _read(self) -> dict[int, Heartbeat]:
         texts = self._store.multi_get([key_of(rank) for rank in range(self.world_size)])
-        return {rank: Beat.from_json(text) for rank, text in enumerate(texts)}
+        return {rank: Heartbeat.from_json(text) for rank, text in enumerate(texts)}
 
-    def _read_or_end(self, error: CommError) -> dict[int, Beat]:
+    def _read_or_end(self, error: CommError) -> dict[int, Heartbeat]:
         with ends_after(_ANSWER_S, self._silence_of_store(error, _ANSWER_S), CommError.exit_code):
             return self._read()
 
@@ -269,7 +269,7 @@ class Watch:
             return self._store.add("said", 1) > 1
 
     def _last(self) -> str:
-        operations = list(self.journal.operations)
+        operations = list(self.recorder.operations)
         return str(operations[-1]) if operations else "the first exchange"
 
 

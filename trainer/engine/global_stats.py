@@ -17,14 +17,14 @@ from torch import Tensor
 
 from trainer.data.batch import Batch
 from trainer.distributed.collectives import Group
-from trainer.engine.reduce import sum_together
+from trainer.engine.reduce import all_reduce_packed
 from trainer.models.gpt import GPTOutput
 from trainer.moe.config import MoEConfig
-from trainer.moe.loss_stats import LayerSums
+from trainer.moe.loss_stats import LossStats
 from trainer.moe.terms import loss_terms
 
 
-class KnownSums:
+class GlobalStats:
     """Decides which sums a step's losses are made of, and gets them.
 
     Args:
@@ -47,7 +47,7 @@ class KnownSums:
         balance = self._moe.balance if self._moe else None
         return balance is not None and balance.scope != "sequence" and not self._has_loss_of_counts
 
-    def before(self, batches: Sequence[Batch], forward: Callable[[Batch], GPTOutput]) -> LayerSums | None:
+    def before(self, batches: Sequence[Batch], forward: Callable[[Batch], GPTOutput]) -> LossStats | None:
         """Return the sums of the whole step, by a pass without gradients; None where no loss needs one."""
         if len(batches) == 1 or not self._needs_exact_sums:
             return None
@@ -55,15 +55,15 @@ class KnownSums:
             parts = [self.own(forward(batch)) for batch in batches]
         return self._over_ranks([part for part in parts if part is not None])
 
-    def own(self, output: GPTOutput) -> LayerSums | None:
+    def own(self, output: GPTOutput) -> LossStats | None:
         """Return a micro-batch's sums under the configured convention; None without a MoE layer."""
         if self._moe is None or not output.moe:
             return None
-        return LayerSums.of(output.moe, self._moe.balance)
+        return LossStats.of(output.moe, self._moe.balance)
 
     def of_step(
-        self, before: LayerSums | None, own: LayerSums | None, *, choices: Tensor, previous_counts: Tensor
-    ) -> LayerSums | None:
+        self, before: LossStats | None, own: LossStats | None, *, choices: Tensor, previous_counts: Tensor
+    ) -> LossStats | None:
         """Return what the losses of a micro-batch may know of the step; None: only the micro-batch itself.
 
         Args:
@@ -90,9 +90,9 @@ class KnownSums:
         balance = self._moe.balance if self._moe else None
         return balance.counts if balance is not None and balance.scope == "global_batch" else None
 
-    def _over_ranks(self, parts: Sequence[LayerSums]) -> LayerSums | None:
+    def _over_ranks(self, parts: Sequence[LossStats]) -> LossStats | None:
         """Add up the micro-batches of all ranks; None without a MoE layer."""
         if not parts:
             return None
         here = functools.reduce(operator.add, parts)
-        return here.replaced(sum_together(here.tensors(), self._world))
+        return here.replaced(all_reduce_packed(here.tensors(), self._world))

@@ -11,8 +11,8 @@ from trainer.engine.step import NumericsConfig, StepEngine
 from trainer.models.gpt import GPT, is_decayed
 from trainer.optim.adamw import build_adamw
 from trainer.optim.registry import OptimConfig
-from trainer.parallel.replicate import GradientSum
-from trainer.parallel.shard import is_cut, local
+from trainer.parallel.replicate import GradientReducer
+from trainer.parallel.shard import is_sharded, local
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -30,7 +30,7 @@ class NativeEngine(StepEngine):
         self._dense = [p for name, p in self.parameters.items() if name not in self.first_expert]
         self._experts = [self.parameters[name] for name in self.first_expert]
         self.gradient_sums = [
-            GradientSum([p for p in parameters if not is_cut(p)], group)
+            GradientReducer([p for p in parameters if not is_sharded(p)], group)
             for parameters, group in ((self._dense, self.mesh.world), (self._experts, self.mesh.edp))
         ]
 
@@ -59,7 +59,7 @@ class NativeEngine(StepEngine):
             gradient_sum.finish()
         layout, square = self.mesh.layout, torch.zeros((), dtype=torch.float64, device=self.device)
         for mine, is_first in ((self._dense, layout.rank == 0), (self._experts, layout.edp_rank == 0)):
-            counted = mine if is_first else [p for p in mine if is_cut(p)]  # of copies, the first one
+            counted = mine if is_first else [p for p in mine if is_sharded(p)]  # of copies, the first one
             square = square + square_norm([local(p.grad) for p in counted if p.grad is not None]).to(self.device)
         return square
 

@@ -67,9 +67,9 @@ def square_norm(gradients: Sequence[Tensor]) -> Tensor:
     return torch.nn.utils.get_total_norm(gradients, foreach=True).double().square()
 
 
-def sum_together(parts: Sequence[Tensor], group: Group) -> list[Tensor]:
+def all_reduce_packed(parts: Sequence[Tensor], group: Group) -> list[Tensor]:
     """Add up several small tensors over a group in one message of float64, which holds every count exactly."""
-    flat = group.sum_(torch.cat([part.reshape(-1).double() for part in parts]))
+    flat = group.all_reduce_(torch.cat([part.reshape(-1).double() for part in parts]))
     pieces = flat.split([part.numel() for part in parts])
     return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
 

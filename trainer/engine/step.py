@@ -20,14 +20,14 @@ from trainer.checkpoint.state import Slice, TrainState
 from trainer.data.batch import Batch
 from trainer.distributed.mesh import Mesh
 from trainer.engine.base import Engine, EvalSums, RoutingSums, StepResult
-from trainer.engine.global_stats import KnownSums
+from trainer.engine.global_stats import GlobalStats
 from trainer.engine.nonfinite import Findings, in_words
 from trainer.engine.reduce import (
     StepTotals,
+    all_reduce_packed,
     routing_like,
     routing_sums,
     routing_tensors,
-    sum_together,
 )
 from trainer.models.gpt import GPT, GPTOutput
 from trainer.models.initialize import expert_parameters
@@ -76,7 +76,7 @@ class StepEngine(Engine):
         self.parameters = dict(model.named_parameters())
         self.first_expert = expert_parameters(model)
         self.optimizer_steps = 0
-        self.known = KnownSums(self.moe_config, mesh.world)
+        self.known = GlobalStats(self.moe_config, mesh.world)
         moe = self.moe_config
         columns = 0 if moe is None else moe.num_experts + (moe.router.num_null_experts > 0)
         shape = (len(model.moe_layers()), columns)
@@ -128,15 +128,15 @@ class StepEngine(Engine):
 
         The gradient of the whole step is summed over ranks afterwards, and not clipped yet.
         """
-        journal = self.mesh.world.journal
-        journal.enter("counting")
+        recorder = self.mesh.world.recorder
+        recorder.enter("counting")
         batches = [batch.to(self.device) for batch in micro_batches]
         denominators = self._denominators(batches)
         options = RoutingOptions(noise_seed=self.numerics.seed, top_k=self._drawn_top_k())
         before = self.known.before(batches, lambda batch: self._forward(batch, options))
         total, routing, choices = StepTotals(), None, torch.zeros_like(self.previous_counts)
         for batch in batches:
-            journal.enter("forward")
+            recorder.enter("forward")
             output = self._forward(batch, options)
             here = self.known.own(output)
             if here is not None:
@@ -148,12 +148,12 @@ class StepEngine(Engine):
                 denominators=denominators,
                 config=self.moe_config,
             )
-            journal.enter("backward")
+            recorder.enter("backward")
             self._backward(share.total, is_last=batch is batches[-1])
             total.add(share, output)
             sums = routing_sums(output)
             routing = sums if routing is None or sums is None else routing + sums
-        journal.enter("gradient sums")
+        recorder.enter("gradient sums")
         square, own_objective = self._sum_gradients(), torch.as_tensor(total.objective)
         total, choices, routing, square = self._sum_small(total, choices, routing, square)
         if self.known.is_balance_only_logged and total.prob_sum is not None:
@@ -173,7 +173,7 @@ class StepEngine(Engine):
     def apply(self, step: Accumulated, *, lr: float, skip_above: float | None = None) -> StepResult:
         """Clip the gradient and step; skip the step if loss or gradient is not finite, or the loss too high."""
         total, routing = step.total, step.routing
-        self.mesh.world.journal.enter("update")
+        self.mesh.world.recorder.enter("update")
         # Waits for the device: the decision to step hangs on these. They are sums over all ranks, and so is it.
         loss, objective, grad_norm = float(total.loss), float(total.objective), float(step.grad_norm)
         not_finite = None
@@ -215,7 +215,7 @@ class StepEngine(Engine):
         routing = routing_sums(output)
         here = torch.stack([output.row_loss.double().sum(), batch.target_mask.sum().double()])
         parts = [here] if routing is None else [here, *routing_tensors(routing)]
-        here, *parts = sum_together(parts, self.mesh.world)
+        here, *parts = all_reduce_packed(parts, self.mesh.world)
         return EvalSums(
             loss_sum=float(here[0]),
             target_tokens=int(here[1]),
@@ -272,7 +272,7 @@ class StepEngine(Engine):
     def _denominators(self, batches: Sequence[Batch]) -> Denominators:
         """Count target and routed tokens of the whole step, over all ranks, before its first forward pass."""
         counts = torch.tensor([[int(b.target_mask.sum()), int(b.valid.sum())] for b in batches], device=self.device)
-        target_tokens, routed_tokens = self.mesh.world.sum_(counts.sum(0)).tolist()
+        target_tokens, routed_tokens = self.mesh.world.all_reduce_(counts.sum(0)).tolist()
         return Denominators(target_tokens=max(1, target_tokens), routed_tokens=max(1, routed_tokens))
 
     def _sum_small(
@@ -283,7 +283,7 @@ class StepEngine(Engine):
             return total, choices, routing, square
         parts = [square, choices, *total.tensors()]
         routed = [] if routing is None else routing_tensors(routing)
-        square, choices_sum, *rest = sum_together([*parts, *routed], self.mesh.world)
+        square, choices_sum, *rest = all_reduce_packed([*parts, *routed], self.mesh.world)
         num_totals = len(parts) - 2
         return (
             total.replaced(rest[:num_totals]),
@@ -295,7 +295,7 @@ class StepEngine(Engine):
     def _what_is_not_finite(self, step: Accumulated) -> str:
         """Say it in words, the same ones on every rank, which must all call it."""
         mine = self._findings(step.own_objective)
-        self.mesh.world.journal.enter("finding what is not finite")
+        self.mesh.world.recorder.enter("finding what is not finite")
         everyone = [Findings(**found) for found in self.mesh.world.gather_objects(asdict(mine))]
         return in_words(everyone, list(self.parameters), grad_norm=float(step.grad_norm))
 

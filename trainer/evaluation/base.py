@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.evaluation.context import Subject
+from trainer.evaluation.context import EvalContext
 from trainer.evaluation.registry import TaskConfig
 
 
@@ -37,5 +37,5 @@ class Task(ABC):
     """What makes metrics comparable with others', by the name of the metric."""
 
     @abstractmethod
-    def evaluate(self, subject: Subject) -> TaskResult:
+    def evaluate(self, subject: EvalContext) -> TaskResult:
         """Ask, and judge the answers; the same on every rank. Every rank must call it."""

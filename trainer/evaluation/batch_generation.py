@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from trainer.distributed.collective_errors import meet
-from trainer.evaluation.context import LIGHTER, Subject, batches
+from trainer.distributed.collective_errors import barrier_gather
+from trainer.evaluation.context import KV_CACHE_BATCH_FACTOR, EvalContext, batches
 from trainer.models.generation import generate_many, greedy
 from trainer.models.sampling import SamplingOptions
 from trainer.ops.noise import stable_hash
@@ -15,7 +15,7 @@ Tokens = Sequence[int]
 
 
 def write(
-    subject: Subject,
+    subject: EvalContext,
     prompts: Sequence[Tokens],
     *,
     max_new_tokens: int,
@@ -50,7 +50,7 @@ def write(
                 anybody=lambda goes_on: _any(subject, goes_on),
             )
         written += zip(numbers, texts, strict=True)
-    return [text for _, text in sorted(item for part in meet(world, written) for item in part)]
+    return [text for _, text in sorted(item for part in barrier_gather(world, written) for item in part)]
 
 
 def room_for_prompt(max_new_tokens: int, *, seq_len: int) -> int:
@@ -59,16 +59,16 @@ def room_for_prompt(max_new_tokens: int, *, seq_len: int) -> int:
 
 
 def _batches(
-    prompts: Sequence[Tokens], numbers: Sequence[int], max_new_tokens: int, subject: Subject
+    prompts: Sequence[Tokens], numbers: Sequence[int], max_new_tokens: int, subject: EvalContext
 ) -> list[list[int]]:
     sizes = [len(prompts[i]) + max_new_tokens for i in numbers]
-    return list(batches(numbers, sizes, budget=LIGHTER * subject.tokens_per_pass))
+    return list(batches(numbers, sizes, budget=KV_CACHE_BATCH_FACTOR * subject.tokens_per_pass))
 
 
-def _any(subject: Subject, goes_on: bool) -> bool:
+def _any(subject: EvalContext, goes_on: bool) -> bool:
     if subject.world.size == 1:
         return goes_on
-    return bool(subject.world.sum_(torch.tensor([int(goes_on)], device=subject.world.device)))
+    return bool(subject.world.all_reduce_(torch.tensor([int(goes_on)], device=subject.world.device)))
 
 
 def _chooser(options: SamplingOptions, numbers: Sequence[int]) -> Callable[[Tensor, Sequence[int]], Tensor]:

@@ -11,7 +11,7 @@ from trainer.data.rows.base import Row
 from trainer.data.rows.template import Template
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.evaluation.base import Task, TaskResult
-from trainer.evaluation.context import Subject
+from trainer.evaluation.context import EvalContext
 from trainer.evaluation.examples import (
     check_options,
     completion_tokens,
@@ -28,7 +28,7 @@ from trainer.evaluation.scoring import Question, fitted, score
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Example:
     question: Question
-    is_cut: bool
+    is_sharded: bool
     num_bytes: Sequence[int]
     """Of each choice."""
     answer: int
@@ -51,7 +51,7 @@ class ChoiceTask(Task):
             column = config.choices_column
             texts = [choice.render(row) for choice in choices] if column is None else texts_in(row, column)
             check_options(texts, where=row.where, what="choices")
-            question, is_cut = fitted(
+            question, is_sharded = fitted(
                 prompt_tokens(prompt, row, tokenizer),
                 [completion_tokens(text, tokenizer, ends_document=config.ends_document) for text in texts],
                 seq_len=seq_len,
@@ -59,18 +59,18 @@ class ChoiceTask(Task):
             )
             return _Example(
                 question=question,
-                is_cut=is_cut,
+                is_sharded=is_sharded,
                 num_bytes=[len(text.encode()) for text in texts],
                 answer=place_of(row.value(config.answer), texts, row, config.answer),
             )
 
         self._examples = read_examples(config, example)
         self.num_examples = len(self._examples)
-        self.num_cut = sum(example.is_cut for example in self._examples)
+        self.num_cut = sum(example.is_sharded for example in self._examples)
         asked = ([e.question.prompt, e.question.completions, e.answer] for e in self._examples)
         self.fingerprint = fingerprint_of(config.name, *asked)
 
-    def evaluate(self, subject: Subject) -> TaskResult:
+    def evaluate(self, subject: EvalContext) -> TaskResult:
         """Score every choice of every row."""
         scores = score(subject, [example.question for example in self._examples])
         log_probs = [[one.log_prob for one in row] for row in scores]

@@ -7,7 +7,7 @@ from typing import TypeVar
 from trainer.distributed.collectives import Group
 from trainer.engine.base import Engine
 
-LIGHTER = 4
+KV_CACHE_BATCH_FACTOR = 4
 """So many more tokens may be in a cache, or be read into one: that keeps one layer's activations and hardly a logit,
 where training keeps all layers' and a logit for each token and entry of the vocabulary."""
 
@@ -15,7 +15,7 @@ _Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
+class EvalContext:
     """A model, and what a forward pass of it may cost."""
 
     engine: Engine

@@ -10,7 +10,7 @@ from trainer.data.tokenizers.base import Tokenizer
 from trainer.errors import DataError
 from trainer.evaluation.base import Task, TaskResult
 from trainer.evaluation.batch_generation import room_for_prompt, write
-from trainer.evaluation.context import Subject
+from trainer.evaluation.context import EvalContext
 from trainer.evaluation.examples import fingerprint_of, prompt_tokens, read_examples
 from trainer.evaluation.registry import GenerationTaskConfig, TextMetric
 from trainer.evaluation.text_metrics import Judgement, judge
@@ -23,7 +23,7 @@ class _Example:
     prompt: str
     tokens: Sequence[int]
     """Of the prompt, as far as it fits."""
-    is_cut: bool
+    is_sharded: bool
     references: Sequence[str]
 
 
@@ -59,13 +59,13 @@ class GenerationTask(Task):
                 where=row.where,
                 prompt=prompt.render(row),
                 tokens=tokens[-room:],
-                is_cut=len(tokens) > room,
+                is_sharded=len(tokens) > room,
                 references=texts,
             )
 
         self._examples = read_examples(config, example)
         self.num_examples = len(self._examples)
-        self.num_cut = sum(example.is_cut for example in self._examples)
+        self.num_cut = sum(example.is_sharded for example in self._examples)
         self.fingerprint = fingerprint_of(config.name, *([e.tokens, e.references] for e in self._examples))
         first = self._examples[0].references  # how it is computed does not depend on the texts
         judged = {metric: self._judgement(metric, [first[0]], [first]) for metric in config.metrics}
@@ -74,7 +74,7 @@ class GenerationTask(Task):
     def _judgement(self, metric: TextMetric, texts: Sequence[str], references: Sequence[Sequence[str]]) -> Judgement:
         return judge(metric, texts, references, bleu_tokenize=self._options.bleu_tokenize)
 
-    def evaluate(self, subject: Subject) -> TaskResult:
+    def evaluate(self, subject: EvalContext) -> TaskResult:
         """Write after every prompt and judge the texts."""
         end = self._tokenizer.end_of_document
         written = write(
@@ -101,7 +101,7 @@ class GenerationTask(Task):
                     "prediction": text,
                     "references": e.references,
                     "ended": ended,
-                    "cut_prompt": e.is_cut,
+                    "cut_prompt": e.is_sharded,
                 }
                 for e, text, ended in zip(self._examples, texts, is_ended, strict=True)
             ],

@@ -16,7 +16,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.errors import ConfigError, DataError, first_line
 from trainer.evaluation.batch_generation import room_for_prompt, write
-from trainer.evaluation.context import Subject
+from trainer.evaluation.context import EvalContext
 from trainer.evaluation.scoring import Question, Score, Tokens, fitted, score
 from trainer.models.sampling import SamplingOptions
 
@@ -27,7 +27,7 @@ _SAMPLING = ("do_sample", "temperature", "top_k", "top_p")
 class HarnessModel(TemplateLM):
     """Answers lm-eval's requests."""
 
-    def __init__(self, subject: Subject, tokenizer: Tokenizer) -> None:
+    def __init__(self, subject: EvalContext, tokenizer: Tokenizer) -> None:
         """Answer for a model that reads with this tokenizer."""
         super().__init__()
         self._subject, self._tokenizer = subject, tokenizer

@@ -11,7 +11,7 @@ from trainer.data.sources.finding import TEXT, find_files
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.errors import DataError
 from trainer.evaluation.base import Task, TaskResult
-from trainer.evaluation.context import Subject
+from trainer.evaluation.context import EvalContext
 from trainer.evaluation.examples import (
     check_options,
     completion_tokens,
@@ -28,7 +28,7 @@ from trainer.evaluation.scoring import Question, fitted, score
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Example:
     question: Question
-    is_cut: bool
+    is_sharded: bool
     num_bytes: Sequence[int]
     """Of each candidate."""
     relevant: frozenset[int]
@@ -67,19 +67,21 @@ class RankingTask(Task):
                     f"{row.where}: has {len(texts)} candidates, and eval.tasks: {config.name}: k has {max(config.k)}; "
                     "use smaller k, or give it more"
                 )
-            question, is_cut = fitted(prompt_tokens(prompt, row, tokenizer), tokens, seq_len=seq_len, where=row.where)
+            question, is_sharded = fitted(
+                prompt_tokens(prompt, row, tokenizer), tokens, seq_len=seq_len, where=row.where
+            )
             relevant = _relevant(row, config.relevant, texts)
-            return _Example(question=question, is_cut=is_cut, num_bytes=num_bytes, relevant=relevant)
+            return _Example(question=question, is_sharded=is_sharded, num_bytes=num_bytes, relevant=relevant)
 
         self._examples = read_examples(config, example)
         self.num_examples = len(self._examples)
-        self.num_cut = sum(example.is_cut for example in self._examples)
+        self.num_cut = sum(example.is_sharded for example in self._examples)
         own = (
             [e.question.prompt, sorted(e.relevant), *([] if common else e.question.completions)] for e in self._examples
         )
         self.fingerprint = fingerprint_of(config.name, common, *own)
 
-    def evaluate(self, subject: Subject) -> TaskResult:
+    def evaluate(self, subject: EvalContext) -> TaskResult:
         """Score every candidate of every row."""
         scores = score(subject, [example.question for example in self._examples])
         ranks = []

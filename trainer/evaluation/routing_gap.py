@@ -1,8 +1,8 @@
 """How far the routers of a model are from the best choice, while it trains.
 
 The optimum is that of a linear programme (`moe/routing_optimum.py`), row by row, with the room that the capacity gives,
-or a fair share where there is no capacity. The rows are of held-out text and the same at every step, so that steps can be
-compared; the routers decide as in training.
+or a fair share where there is no capacity. The rows are of held-out text and the same at every step, so that steps can
+be compared; the routers decide as in training.
 
 # L MoE layers, E experts, T tokens.
 """
@@ -20,7 +20,7 @@ from trainer.data.batch import Batch
 from trainer.data.config import Packing
 from trainer.data.corpus import Corpus
 from trainer.data.stream import evaluation_batches
-from trainer.distributed.collective_errors import meet, raise_together
+from trainer.distributed.collective_errors import barrier_gather, raise_together
 from trainer.distributed.collectives import Group
 from trainer.engine.base import Engine
 from trainer.moe.capacity import expert_capacity
@@ -74,7 +74,7 @@ def routing_gap(
         seed: of the noise, as in training.
         world: all ranks.
     """
-    options = RoutingOptions(noise_seed=seed, keeps_routing=True)
+    options = RoutingOptions(noise_seed=seed, return_router_outputs=True)
     solved: list[tuple[Measured, list[float]]] = []  # of this rank's part of all pairs of row and layer
     number = 0
     with raise_together(world):
@@ -90,7 +90,7 @@ def routing_gap(
                     if number % world.size == world.index:
                         solved.append(_of_row(of_layer, here.valid, row, config))
                     number += 1
-    parts = meet(world, [(asdict(measured), prices) for measured, prices in solved])
+    parts = barrier_gather(world, [(asdict(measured), prices) for measured, prices in solved])
     found = [parts[i % world.size][i // world.size] for i in range(number)]
     everything = [(Measured(**measured), prices) for measured, prices in found]
     num_layers = len(engine.model.moe_layers())

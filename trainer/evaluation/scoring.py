@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.distributed.collective_errors import meet
+from trainer.distributed.collective_errors import barrier_gather
 from trainer.errors import DataError
-from trainer.evaluation.context import LIGHTER, Subject, batches
+from trainer.evaluation.context import KV_CACHE_BATCH_FACTOR, EvalContext, batches
 from trainer.models.cache import KVCache
 from trainer.models.generation import padded
 
@@ -62,7 +62,7 @@ def fitted(prompt: Tokens, completions: Sequence[Tokens], *, seq_len: int, where
 
 
 @torch.no_grad()
-def score(subject: Subject, questions: Sequence[Question]) -> list[list[Score]]:
+def score(subject: EvalContext, questions: Sequence[Question]) -> list[list[Score]]:
     """Return the scores of every completion of every question, the same on all ranks.
 
     Dropless, in the precision of training. The layout and what is scored together change floating-point order only.
@@ -76,7 +76,7 @@ def score(subject: Subject, questions: Sequence[Question]) -> list[list[Score]]:
     for _ in range(max(passes) - passes[world.index]):
         _nothing(subject)
     scores: list[list[Score]] = [[] for _ in questions]
-    for question, _, log_prob, is_greedy in sorted(item for part in meet(world, found) for item in part):
+    for question, _, log_prob, is_greedy in sorted(item for part in barrier_gather(world, found) for item in part):
         scores[question].append(Score(log_prob=log_prob, is_greedy=is_greedy))
     return scores
 
@@ -106,7 +106,7 @@ class _Round:
     passes: Sequence[Sequence[_Line]]
 
 
-def _rounds(questions: Sequence[Question], numbers: Sequence[int], subject: Subject) -> Iterator[_Round]:
+def _rounds(questions: Sequence[Question], numbers: Sequence[int], subject: EvalContext) -> Iterator[_Round]:
     """Plan one rank's forward passes."""
     budget = subject.tokens_per_pass
     has_stem = {i: len(questions[i].completions) > 1 and len(questions[i].prompt) > 1 for i in numbers}
@@ -115,12 +115,12 @@ def _rounds(questions: Sequence[Question], numbers: Sequence[int], subject: Subj
     for lines in batches(alone, [len(line) for line in alone], budget=budget):
         yield _Round(stems=(), passes=[lines])
     shared = [i for i in numbers if has_stem[i]]
-    for group in batches(shared, [len(questions[i].prompt) - 1 for i in shared], budget=LIGHTER * budget):
+    for group in batches(shared, [len(questions[i].prompt) - 1 for i in shared], budget=KV_CACHE_BATCH_FACTOR * budget):
         stems = [questions[i].prompt[:-1] for i in group]
         lines = [line for row, i in enumerate(group) for line in _lines(questions[i], i, row)]
         lines.sort(key=lambda line: -len(line))
         cached = max(map(len, stems)) + max(map(len, lines))
-        most = max(1, LIGHTER * budget // cached)
+        most = max(1, KV_CACHE_BATCH_FACTOR * budget // cached)
         yield _Round(stems=stems, passes=list(batches(lines, [len(line) for line in lines], budget=budget, most=most)))
 
 
@@ -138,7 +138,7 @@ def _num_passes(plan: Iterable[_Round]) -> int:
     return sum(len(round_.passes) + bool(round_.stems) for round_ in plan)
 
 
-def _run(subject: Subject, round_: _Round) -> Iterator[tuple[tuple[int, int], Score]]:
+def _run(subject: EvalContext, round_: _Round) -> Iterator[tuple[tuple[int, int], Score]]:
     model = subject.engine.model
     device = model.embedding.weight.device
     stems: KVCache | None = None
@@ -166,7 +166,7 @@ def _run(subject: Subject, round_: _Round) -> Iterator[tuple[tuple[int, int], Sc
                 yield line.key, Score(log_prob=log_prob, is_greedy=is_greedy)
 
 
-def _nothing(subject: Subject) -> None:
+def _nothing(subject: EvalContext) -> None:
     """Run a forward pass without a token, for experts that others have tokens for."""
     model = subject.engine.model
     with subject.engine.autocast():

@@ -17,7 +17,7 @@ from trainer.metrics.glyphs import QUIET
 from trainer.metrics.live import LiveScreen
 from trainer.metrics.plain import PlainScreen
 from trainer.metrics.progress import BarProgress, Pace, Record, TrainingProgress
-from trainer.metrics.safe_stream import SteadyStream
+from trainer.metrics.safe_stream import SafeStream
 from trainer.metrics.summary import RunSummary, SummaryScreen
 from trainer.terminal import visible
 
@@ -54,7 +54,7 @@ class Console:
         width: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        stream = SteadyStream(file or sys.stdout)
+        stream = SafeStream(file or sys.stdout)
         self._clock = clock
         self._pace = Pace(clock)
         self._progress = TrainingProgress(total_steps=total_steps, step=start_step)
@@ -186,7 +186,7 @@ class ProgressBar:
         self._console._end_bar(self._bar, is_complete=error is None)
 
 
-def _screen(stream: SteadyStream, width: int | None, clock: Callable[[], float]) -> Screen:
+def _screen(stream: SafeStream, width: int | None, clock: Callable[[], float]) -> Screen:
     if not stream.isatty():
         return PlainScreen(stream, width=width)
     rich = RichConsole(

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from trainer.metrics import log_lines
 from trainer.metrics.progress import BarProgress, TrainingProgress
-from trainer.metrics.safe_stream import SteadyStream
+from trainer.metrics.safe_stream import SafeStream
 
 _BAR_EVERY_S = 10.0
 
@@ -16,7 +16,7 @@ _BAR_EVERY_S = 10.0
 class PlainScreen:
     """Writes one line for each logged step; a line is never wrapped, so that it can be searched for."""
 
-    def __init__(self, stream: SteadyStream, *, width: int | None) -> None:
+    def __init__(self, stream: SafeStream, *, width: int | None) -> None:
         self._stream = stream
         # Said in so many words, because rich would obey FORCE_COLOR, which CI systems set.
         self._rich = RichConsole(

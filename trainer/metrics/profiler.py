@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-from trainer.distributed.collective_errors import meet
+from trainer.distributed.collective_errors import barrier_gather
 from trainer.distributed.mesh import Mesh
 from trainer.metrics.config import ProfileConfig
 
@@ -49,7 +49,7 @@ class Profiler:
         """
         self._config, self._folder, self._mesh, self._device = config, folder, mesh, device
         self._say, self._warn = say, warn
-        self._stopwatch = mesh.world.journal.stopwatch
+        self._stopwatch = mesh.world.recorder.step_timer
         self._looks = config is not None and mesh.layout.rank in config.ranks
         self._running: profile | None = None
         self._first = 0
@@ -80,7 +80,7 @@ class Profiler:
         if running is not None:
             name = self._attempt(lambda: self._write(running, config))
         # However long one of them writes: an exchange would take the others for lost.
-        for rank, (written, troubles) in enumerate(meet(self._mesh.world, (name, self._troubles))):
+        for rank, (written, troubles) in enumerate(barrier_gather(self._mesh.world, (name, self._troubles))):
             if written is not None:
                 self._say(f"profile of rank {rank}: {self._folder / written}")
             for trouble in troubles:

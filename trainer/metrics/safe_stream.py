@@ -9,7 +9,7 @@ from typing import TextIO
 _GONE = frozenset({errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO})
 
 
-class SteadyStream:
+class SafeStream:
     """Text stream around another that swallows its errors and replaces what its encoding cannot hold.
 
     A full disk loses what was written while it was full; a reader that went away silences the stream for good.

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from trainer.step_timer import Part, Stopwatch
+from trainer.step_timer import Part, StepTimer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,8 +20,8 @@ class Speed:
 class StepPace:
     """Tokens and seconds since the last logged step; what is done between two steps is not training time."""
 
-    def __init__(self, stopwatch: Stopwatch, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._stopwatch, self._clock = stopwatch, clock
+    def __init__(self, step_timer: StepTimer, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._stopwatch, self._clock = step_timer, clock
         self._tokens = self._steps = 0
         self._seconds = self._began = 0.0
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from trainer.errors import CommError, ElsewhereError, exit_code_of
+from trainer.errors import CommError, RemoteRankError, exit_code_of
 from trainer.metrics.jsonl import JsonlSink
 from trainer.metrics.log_content import LogContent
 
@@ -105,7 +105,7 @@ class Trackers:
         code = self.exit_code if error is None else exit_code_of(error) or 1
         # Where ranks are lost, or Ctrl-C was pressed again, this process has something better to do.
         is_in_haste = error is not None and (
-            not isinstance(error, Exception) or isinstance(error, CommError | ElsewhereError)
+            not isinstance(error, Exception) or isinstance(error, CommError | RemoteRankError)
         )
         while self._trackers:
             self._trackers.pop().close(code, patience_s=0.0 if is_in_haste else _LAST_CHANCE_S)

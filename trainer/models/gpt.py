@@ -326,7 +326,7 @@ def routing_context(batch: Batch, options: RoutingOptions) -> RoutingContext:
         top_k=options.top_k,
         dropless=options.dropless,
         counted=batch.target_mask.flatten() if options.counts_targets_only else None,
-        keeps_routing=options.keeps_routing,
+        return_router_outputs=options.return_router_outputs,
     )
 
 

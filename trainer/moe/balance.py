@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from trainer.moe.config import BalanceConfig, MoEConfig
-from trainer.moe.loss_stats import LayerSums, choice_counts
+from trainer.moe.loss_stats import LossStats, choice_counts
 from trainer.moe.stats import MoEStats
 
 
-def balance_loss(stats: MoEStats, config: MoEConfig, *, known: LayerSums | None) -> Tensor:
+def balance_loss(stats: MoEStats, config: MoEConfig, *, known: LossStats | None) -> Tensor:
     """Return one layer's balance loss summed over tokens: n * E * sum_e f_e P_e for each scope of n tokens, added up.
 
     f_e is the share of assignments that went to expert e, before drops and without gradient; P_e is the mean router
@@ -35,7 +35,7 @@ def balance_loss(stats: MoEStats, config: MoEConfig, *, known: LayerSums | None)
     return _product(share, stats.prob_sum, config)
 
 
-def device_balance_loss(stats: MoEStats, config: MoEConfig, *, known: LayerSums | None) -> Tensor:
+def device_balance_loss(stats: MoEStats, config: MoEConfig, *, known: LossStats | None) -> Tensor:
     """Return one layer's balance loss between groups of experts, summed over tokens, in the units of `balance_loss`.
 
     n * G * sum_g F_g P_g, where F_g and P_g are sums of f_e and P_e over a group's experts.
@@ -78,7 +78,7 @@ def convention_scale(config: MoEConfig, *, num_moe_layers: int) -> float:
             return 1
 
 
-def _counts_in_scope(stats: MoEStats, config: BalanceConfig, known: LayerSums | None) -> Tensor:
+def _counts_in_scope(stats: MoEStats, config: BalanceConfig, known: LossStats | None) -> Tensor:
     """Return (B or 1, E or E + 1): the counts of each scope."""
     if config.scope == "global_batch" and known is not None:
         return known.counts[None]

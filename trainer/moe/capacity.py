@@ -12,7 +12,7 @@ from torch import Tensor
 from trainer.moe.config import CapacityConfig
 from trainer.moe.routing import Causality, RoutingContext, RoutingDecision
 from trainer.ops.noise import uniform
-from trainer.ops.select import coarse
+from trainer.ops.select import round_mantissa
 
 
 def expert_capacity(assignments: int, num_experts: int, *, factor: float, minimum: int) -> int:
@@ -87,7 +87,7 @@ def _arrival_order(
         drawn = uniform(context.noise_key, 1, salt=f"capacity {salt}").squeeze(-1)  # (T,)
         return drawn[decision.token_index].argsort(stable=True)
     if capacity.policy == "probability":
-        return coarse(decision.combine_weight.detach(), group=queue).argsort(descending=True, stable=True)
+        return round_mantissa(decision.combine_weight.detach(), group=queue).argsort(descending=True, stable=True)
     assert decision.top_k is not None, "a config with a capacity has a router with a fixed k"
     return order.view(decision.num_tokens, decision.top_k).t().reshape(-1)  # all first choices, then all second ones
 

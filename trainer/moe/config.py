@@ -130,10 +130,10 @@ class MoEConfig(Config):
         return self.router.experts_per_token(self.num_experts)
 
     @property
-    def is_work_known(self) -> bool:
+    def has_static_flops(self) -> bool:
         """Whether `experts_per_token` can be counted on, and with it the work of a step."""
-        has_even_nulls = not self.router.num_null_experts or self.balance.coef > 0 or self.router.balances_itself
-        return self.router.is_work_known and has_even_nulls
+        has_even_nulls = not self.router.num_null_experts or self.balance.coef > 0 or self.router.is_self_balancing
+        return self.router.has_static_flops and has_even_nulls
 
     @property
     def can_drop(self) -> bool:
@@ -156,7 +156,7 @@ class MoEConfig(Config):
             yield Problem("balance.convention", "gshard_first_choice knows no null experts; use canonical")
         if self.capacity.policy == "choice_major" and self.capacity.factor is not None and not self.router.has_probs:
             yield Problem("capacity.policy", f"{self.router.kind} ranks no choices; use position or random")
-        if self.balance.convention == "hf" and not self.router.is_work_known:
+        if self.balance.convention == "hf" and not self.router.has_static_flops:
             why = "top_p has no k" if self.router.kind == "top_p" else "every step draws another k"
             yield Problem("balance.convention", f"hf means k times ours, and {why}; use canonical")
         yield from self._cv_squared_problems()

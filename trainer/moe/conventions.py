@@ -128,7 +128,7 @@ class Routed:
         router = self.moe.router
         if isinstance(router, EvenOptions):
             raise ConfigError(f"model.moe.router: {router.kind} has no probabilities, so there is no balance loss")
-        if router.has_fixed_k and not router.is_work_known:
+        if router.has_fixed_k and not router.has_static_flops:
             raise ConfigError(
                 "model.moe.router.draw_top_k: every step has another k, which coefficients of other trainers are "
                 "about; convert with a config that leaves it out"

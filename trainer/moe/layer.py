@@ -8,7 +8,7 @@ from trainer.moe.config import CapacityConfig
 from trainer.moe.dispatch.base import Dispatcher
 from trainer.moe.experts import Experts
 from trainer.moe.routing import Router, RoutingContext
-from trainer.moe.stats import MoEStats, account
+from trainer.moe.stats import MoEStats, collect_stats
 
 # B sequences, S tokens each, T = B * S, R rows, D d_model.
 
@@ -50,12 +50,14 @@ class MoELayer(nn.Module):
         tokens = x.flatten(0, 1)  # (T, D)
         routed = self.router(tokens, context)
         decision = limit_to_capacity(routed.decision, self.capacity, context, salt=self.layer)
-        outputs = self.dispatcher.outputs(tokens.to(compute_dtype(tokens)), decision, self.experts)
+        outputs = self.dispatcher.forward(tokens.to(compute_dtype(tokens)), decision, self.experts)
         out = outputs.y.view(x.shape)
         if self.shared is not None:
             out = out + self.shared(x) * context.valid.view(*x.shape[:2], 1)
-        likeness = outputs.likeness() if self.wants_likeness else None
-        return out, account(routed, decision, context, wants_importance=self.wants_importance, likeness=likeness)
+        expert_similarity = outputs.expert_similarity() if self.wants_likeness else None
+        return out, collect_stats(
+            routed, decision, context, wants_importance=self.wants_importance, expert_similarity=expert_similarity
+        )
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

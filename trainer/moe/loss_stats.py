@@ -14,7 +14,7 @@ from trainer.moe.stats import MoEStats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LayerSums:
+class LossStats:
     """Sums over some tokens, without gradient."""
 
     counts: Tensor
@@ -25,7 +25,7 @@ class LayerSums:
     """(L, E) smooth counts."""
 
     @classmethod
-    def of(cls, moe: Sequence[MoEStats], config: BalanceConfig) -> "LayerSums":
+    def of(cls, moe: Sequence[MoEStats], config: BalanceConfig) -> "LossStats":
         """Add up the rows of a micro-batch."""
         return cls(
             counts=torch.stack([choice_counts(stats, config).sum(0) for stats in moe]),
@@ -33,7 +33,7 @@ class LayerSums:
             load=_stacked([stats.load for stats in moe]),
         )
 
-    def layer(self, i: int) -> "LayerSums":
+    def layer(self, i: int) -> "LossStats":
         """Return the sums (E,) of one layer."""
         parts = (self.counts, self.importance, self.load)
         return self.like([None if part is None else part[i] for part in parts])
@@ -42,18 +42,18 @@ class LayerSums:
         """Return the sums that there are, in a fixed order."""
         return [part for part in (self.counts, self.importance, self.load) if part is not None]
 
-    def replaced(self, tensors: Sequence[Tensor]) -> "LayerSums":
+    def replaced(self, tensors: Sequence[Tensor]) -> "LossStats":
         """Return the same with other values, in the order of `tensors`."""
         values = iter(tensors)
         parts = (self.counts, self.importance, self.load)
         return self.like([None if part is None else next(values).to(part.dtype) for part in parts])
 
-    def __add__(self, other: "LayerSums") -> "LayerSums":
+    def __add__(self, other: "LossStats") -> "LossStats":
         """Add up two disjoint sets of tokens."""
         return self.replaced([a + b for a, b in zip(self.tensors(), other.tensors(), strict=True)])
 
     @classmethod
-    def like(cls, parts: Sequence[Tensor | None]) -> "LayerSums":
+    def like(cls, parts: Sequence[Tensor | None]) -> "LossStats":
         """Make sums of counts, importance and load."""
         counts, importance, load = parts
         assert counts is not None

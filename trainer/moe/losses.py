@@ -17,7 +17,7 @@ from torch import Tensor
 from trainer.moe.balance import balance_loss, convention_scale, device_balance_loss
 from trainer.moe.config import MoEConfig
 from trainer.moe.cv_squared import cv_squared_loss
-from trainer.moe.loss_stats import LayerSums
+from trainer.moe.loss_stats import LossStats
 from trainer.moe.stats import MoEStats
 from trainer.moe.terms import loss_terms
 
@@ -55,7 +55,7 @@ def objective(
     loss_sum: Tensor,
     moe: Sequence[MoEStats],
     *,
-    known: LayerSums | None,
+    known: LossStats | None,
     denominators: Denominators,
     config: MoEConfig | None,
 ) -> Objective:
@@ -96,7 +96,7 @@ def objective(
 
 
 def extra_losses(
-    stats: MoEStats, known: LayerSums | None, denominators: Denominators, config: MoEConfig
+    stats: MoEStats, known: LossStats | None, denominators: Denominators, config: MoEConfig
 ) -> dict[str, tuple[float, Tensor]]:
     """Return coefficient and value of each loss of one layer that is on, by name; values are sums over tokens."""
     found = {}
@@ -108,7 +108,7 @@ def extra_losses(
 
 
 def _extra_value(
-    name: str, stats: MoEStats, known: LayerSums | None, denominators: Denominators, config: MoEConfig
+    name: str, stats: MoEStats, known: LossStats | None, denominators: Denominators, config: MoEConfig
 ) -> Tensor | None:
     """Return a loss of one layer summed over tokens; None of those that are logged at any coefficient, or not there."""
 

@@ -32,7 +32,7 @@ class RoutingOptions:
     """Experts per token instead of the configured number, of routers that have one."""
     counts_targets_only: bool = False
     """Statistics are of the tokens whose target counts in the loss, not of those that are only read (evaluation)."""
-    keeps_routing: bool = False
+    return_router_outputs: bool = False
     """What each router put out is handed on with the statistics: for whoever looks at choices one by one."""
 
 
@@ -58,7 +58,7 @@ class RoutingContext:
     """Ignore the capacity."""
     counted: Tensor | None = None
     """bool, of valid tokens: which of them are in the statistics. None: all."""
-    keeps_routing: bool = False
+    return_router_outputs: bool = False
     """Hand on what the router puts out."""
     is_incremental: bool = False
     """The rows are pieces that are appended to a cache: what comes later in them is not there yet."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trainer.ops.assignment import Solution, linear_program
-from trainer.ops.select import coarse, first_top_k
+from trainer.ops.select import round_mantissa, stable_top_k
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +70,7 @@ def measure(scores: Tensor, chosen: Tensor, *, top_k: int, room: int, num_free: 
     Returns:
         The measurement, and the optimum with the experts' prices.
     """
-    scores = coarse(scores.detach().double())
+    scores = round_mantissa(scores.detach().double())
     best = linear_program(scores, top_k=top_k, room=room, num_free=num_free)
     kept = within_room(scores, chosen, top_k=top_k, room=room, num_free=num_free)
     return (
@@ -90,7 +90,7 @@ def within_room(scores: Tensor, chosen: Tensor, *, top_k: int, room: int, num_fr
 
     The last `num_free` experts have room for all.
     """
-    ranked = first_top_k(scores.masked_fill(~chosen, -torch.inf), min(top_k, scores.shape[1]))  # (n, k)
+    ranked = stable_top_k(scores.masked_fill(~chosen, -torch.inf), min(top_k, scores.shape[1]))  # (n, k)
     kept = torch.zeros_like(chosen).scatter(-1, ranked, True) & chosen
     has_place = kept.long().cumsum(0) <= room
     has_place[:, scores.shape[1] - num_free :] = True

@@ -45,13 +45,13 @@ class MoEStats:
     """What the router put out, if it was asked for."""
 
 
-def account(
+def collect_stats(
     routed: RouterOutput,
     limited: RoutingDecision,
     context: RoutingContext,
     *,
     wants_importance: bool = False,
-    likeness: Tensor | None = None,
+    expert_similarity: Tensor | None = None,
 ) -> MoEStats:
     """Sum up what a layer did.
 
@@ -60,7 +60,7 @@ def account(
         limited: the same decision after `limit_to_capacity`.
         context: of the same tokens.
         wants_importance: some loss is made of the sums of combine weights.
-        likeness: (T,) of the outputs of each token's experts, if some loss is made of it.
+        expert_similarity: (T,) of the outputs of each token's experts, if some loss is made of it.
     """
     decision, rows = routed.decision, context.num_sequences
     counted = decision.kept if context.counted is None else decision.kept & context.counted[decision.token_index]
@@ -90,9 +90,9 @@ def account(
         null_counts=_sum_rows(null, row, rows) if has_nulls else None,
         importance=_importance(decision, row, counted, rows) if wants_importance else None,
         load=per_row(routed.load),
-        likeness_sum=per_row(likeness),
+        likeness_sum=per_row(expert_similarity),
         router_loss=per_row(routed.loss),
-        routed=routed if context.keeps_routing else None,
+        routed=routed if context.return_router_outputs else None,
     )
 
 

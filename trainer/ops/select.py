@@ -7,7 +7,7 @@ _STEPS = 4096
 _GAP = 1 / (4 * _STEPS)
 
 
-def first_top_k(scores: Tensor, k: int) -> Tensor:
+def stable_top_k(scores: Tensor, k: int) -> Tensor:
     """Return (T, k) int64 columns of the k largest scores of each row, best first; equal scores in column order.
 
     `torch.topk` leaves the order of equal scores open (it returned columns 6 and 5 of eight equal ones), and a tie that
@@ -20,7 +20,7 @@ def first_top_k(scores: Tensor, k: int) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 
-def coarse(scores: Tensor, *, dim: int = 0, group: Tensor | None = None) -> Tensor:
+def round_mantissa(scores: Tensor, *, dim: int = 0, group: Tensor | None = None) -> Tensor:
     """Return scores, which are not negative, in 12 significant bits and equal where only rounding tells them apart.
 
     For comparing tokens with one another: two equal tokens of a row, such as the same byte twice at its start, have
@@ -39,8 +39,8 @@ def coarse(scores: Tensor, *, dim: int = 0, group: Tensor | None = None) -> Tens
     return torch.ldexp((mantissa * _STEPS).round() / _STEPS, exponent)
 
 
-def coarse_logits(logits: Tensor, *, dim: int = 0) -> Tensor:
-    """Return logits in multiples of 1 / 4096, since their error does not shrink with them, and merged as by `coarse`.
+def round_logits(logits: Tensor, *, dim: int = 0) -> Tensor:
+    """Return logits in multiples of 1 / 4096, whose error does not shrink with them, merged as by `round_mantissa`.
 
     Args:
         logits: any shape; -inf for what is not to be chosen, which changes no other.

@@ -17,9 +17,9 @@ def build_adamw(
     Weights that are cut over ranks are groups of their own: torch's fused update takes one kind of tensor at a time.
     """
     groups = [
-        {"params": [p for p in parameters if isinstance(p, DTensor) == is_cut], "weight_decay": weight_decay}
+        {"params": [p for p in parameters if isinstance(p, DTensor) == is_sharded], "weight_decay": weight_decay}
         for parameters, weight_decay in ((list(decayed), config.weight_decay), (list(not_decayed), 0.0))
-        for is_cut in (False, True)
+        for is_sharded in (False, True)
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=0.0, betas=config.betas, eps=config.eps, fused=True

@@ -42,7 +42,7 @@ def parallelize(
     """
     for moe in model.moe_layers():
         moe.dispatcher = config.dispatcher.build(mesh, moe.experts.num_experts)
-        moe.dispatcher.stopwatch = mesh.world.journal.stopwatch
+        moe.dispatcher.step_timer = mesh.world.recorder.step_timer
         if mesh.ep.size > 1:
             moe.experts.keep(*even_slice(moe.experts.num_experts, mesh.ep.size, mesh.ep.index))
     if config.compile and can_compile:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from trainer.distributed.collectives import Flight, Group
+from trainer.distributed.collectives import Group, PendingOp
 
 _BUCKET_BYTES = 25 << 20
 """Gradients summed in one message."""
@@ -15,7 +15,7 @@ _IN_FLIGHT = 2
 """Messages under way at a time: each is a copy of its gradients."""
 
 
-class GradientSum:
+class GradientReducer:
     """Adds up gradients over the ranks of a group.
 
     #  backward pass  ... block 2 ... block 1 ... block 0
@@ -37,7 +37,7 @@ class GradientSum:
         self._bucket_of: dict[Tensor, int] = {p: i for i, bucket in enumerate(self._buckets) for p in bucket}
         self._missing: list[int] | None = None
         self._departed = 0
-        self._flights: deque[tuple[list[Parameter], Flight]] = deque()
+        self._flights: deque[tuple[list[Parameter], PendingOp]] = deque()
         self._own: list[Tensor] = []
         for parameter in self._bucket_of:
             parameter.register_post_accumulate_grad_hook(self._arrived)
@@ -79,12 +79,12 @@ class GradientSum:
         self._departed += 1
         share = torch.cat([_gradient(p).reshape(-1) for p in bucket])
         self._own.append(share.sum())  # not finite where a number is not; a sum is one pass over memory
-        self._flights.append((bucket, self.group.start_sum(share)))
+        self._flights.append((bucket, self.group.start_all_reduce(share)))
 
     @torch.no_grad()
     def _land(self) -> None:
         bucket, flight = self._flights.popleft()
-        for parameter, part in zip(bucket, flight.land().split([p.numel() for p in bucket]), strict=True):
+        for parameter, part in zip(bucket, flight.wait().split([p.numel() for p in bucket]), strict=True):
             _gradient(parameter).copy_(part.view_as(parameter))
 
 

@@ -36,22 +36,22 @@ def shard(model: GPT, mesh: Mesh, *, dtype: torch.dtype) -> GPT:
     experts = [moe.experts for moe in model.moe_layers()]
     if mesh.edp.size > 1:
         for module in experts:
-            _cut(module, mesh.edp)
+            _shard_module(module, mesh.edp)
     # What is cut already is left out by FSDP itself; what is nobody's copy must be named.
     alone = {p for module in experts for p in module.parameters()} if mesh.edp.size == 1 else set()
     for block in cast(Iterable[Block], model.blocks):
         if dtype is torch.bfloat16:
             linear = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
             matrices: list[nn.Module] = [m for n, m in linear.items() if parameter_role(f"{n}.weight") == "matrix"]
-            _cut(matrices, mesh.world, gathered_in=dtype)
-        _cut(block, mesh.world, ignored=alone)
-    _cut(model, mesh.world, ignored=alone)
+            _shard_module(matrices, mesh.world, gathered_in=dtype)
+        _shard_module(block, mesh.world, ignored=alone)
+    _shard_module(model, mesh.world, ignored=alone)
     for method in ("next_logits", "target_log_probs"):
         register_fsdp_forward_method(model, method)
     return model
 
 
-def _cut(
+def _shard_module(
     module: nn.Module | list[nn.Module],
     group: Group,
     *,
@@ -70,7 +70,7 @@ def _cut(
         sharded.set_force_sum_reduction_for_comms(True)  # or gloo is asked for a kind of sum that it does not have
 
 
-def is_cut(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
     """Tell whether this rank has a part of the tensor only, by `shard`."""
     return isinstance(tensor, DTensor)
 

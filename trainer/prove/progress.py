@@ -10,7 +10,7 @@ from rich.console import Console as RichConsole
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from trainer.metrics.formatting import duration
-from trainer.metrics.safe_stream import SteadyStream
+from trainer.metrics.safe_stream import SafeStream
 
 
 class LayoutProgress:
@@ -24,7 +24,7 @@ class LayoutProgress:
 
     def __init__(self, total: int, *, file: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._total, self._clock, self._started_s = total, clock, clock()
-        self._stream = SteadyStream(file or sys.stderr)
+        self._stream = SafeStream(file or sys.stderr)
 
     @contextmanager
     def running(self, name: str, number: int | None = None) -> Iterator[None]:

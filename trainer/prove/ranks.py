@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from trainer.distributed.flight_recorder import Journal
+from trainer.distributed.flight_recorder import FlightRecorder
 from trainer.distributed.layout import Layout
 from trainer.distributed.mesh import Mesh, build_mesh
 from trainer.errors import CommError
@@ -62,5 +62,5 @@ def _collect(config: ExperimentConfig, case: Case, steps: int, prepare: Callable
     layout = Layout(
         world_size=case.world_size, rank=dist.get_rank(), ep_size=case.ep_size, ranks_per_node=case.ranks_per_node
     )
-    mine = collect(config, build_mesh(layout, Journal()), steps=steps)
+    mine = collect(config, build_mesh(layout, FlightRecorder()), steps=steps)
     return mine if layout.rank == 0 else Evidence()

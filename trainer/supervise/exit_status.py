@@ -12,7 +12,7 @@ from trainer.supervise.policy import STAYS_WRONG
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ending:
+class ExitStatus:
     """The end of one attempt."""
 
     code: int
@@ -55,7 +55,7 @@ def judge(
     is_alone: bool,
     silent: Sequence[str] = (),
     silence_s: float = 0.0,
-) -> Ending:
+) -> ExitStatus:
     """Find out what ended an attempt.
 
     torchrun's own exit code is 1 whatever happened, and a rank that was killed leaves no word: what torchrun reports
@@ -104,7 +104,7 @@ def judge(
         said = [failure.code for failure in written if failure.code != PREEMPTED]
         exit_code = said[0] if said else 128 - code
     last = _last(statuses)
-    return Ending(
+    return ExitStatus(
         code=code,
         exit_code=exit_code,
         what=what,

@@ -14,7 +14,7 @@ from trainer.distributed.process import is_alive
 from trainer.errors import PREEMPTED
 from trainer.status import ATTEMPT, Status, read_statuses
 from trainer.supervise.child import Child
-from trainer.supervise.exit_status import Ending, judge
+from trainer.supervise.exit_status import ExitStatus, judge
 from trainer.supervise.launch import Launch, environment_of_attempt
 from trainer.supervise.lifesigns import LifeSigns
 from trainer.supervise.policy import Outcome, Policy, Restart, decide, is_retried
@@ -82,13 +82,15 @@ class Supervisor:
                 if requests.count:
                     return self._stopped_between(requests, ending, history[-1].checkpoint)
 
-    def _attempt(self, requests: StopRequests) -> Ending:
+    def _attempt(self, requests: StopRequests) -> ExitStatus:
         """Start the ranks once and wait for their end."""
         is_alone = self._launch.world_size == 1
         with closing(LifeSigns("0" if is_alone else "torchrun")) as life:
             return self._watch(requests, life, environment_of_attempt(os.environ) | life.environment, is_alone=is_alone)
 
-    def _watch(self, requests: StopRequests, life: LifeSigns, environment: dict[str, str], *, is_alone: bool) -> Ending:
+    def _watch(
+        self, requests: StopRequests, life: LifeSigns, environment: dict[str, str], *, is_alone: bool
+    ) -> ExitStatus:
         """Start a process, stop it when asked to, kill it when it is lost; return how it ended."""
         child = Child(self._launch.command(self._arguments), environment)
         num_asked, looked, kill_at = 0, time.monotonic(), float("inf")
@@ -148,7 +150,7 @@ class Supervisor:
                 socket.create_connection(address, timeout=1.0).close()
                 time.sleep(_LOOK_S)
 
-    def _stopped(self, requests: StopRequests, ending: Ending) -> int:
+    def _stopped(self, requests: StopRequests, ending: ExitStatus) -> int:
         """Return the exit code of a run that was asked to stop and has ended."""
         if not is_retried(ending.code):
             return ending.exit_code
@@ -159,7 +161,7 @@ class Supervisor:
         _say(f"{ending.what} {ending.where}, after {requests.name} had asked it to stop; {_newest_is(newest)}")
         return ending.exit_code
 
-    def _stopped_between(self, requests: StopRequests, ending: Ending, newest: int | None) -> int:
+    def _stopped_between(self, requests: StopRequests, ending: ExitStatus, newest: int | None) -> int:
         """Return the exit code of a run that was asked to stop while it waited to start again."""
         _say(f"stopped by {requests.name} before it was started again; {_newest_is(newest)}")
         return PREEMPTED if newest is not None or ending.step <= 1 else ending.exit_code
@@ -188,14 +190,14 @@ def _may_run(name: str, statuses: Mapping[int, Status]) -> bool:
     return status is None or (status.state != "ended" and is_alive(status.pid))
 
 
-def _announcement(ending: Ending, newest: int | None, restart: Restart) -> str:
+def _announcement(ending: ExitStatus, newest: int | None, restart: Restart) -> str:
     return (
         f"{ending.what} {ending.where}; starting again from step {newest or 0} in {restart.pause_s:g} s "
         f"(restart {restart.number}, {restart.num_left} more without progress)"
     )
 
 
-def _given_up(endings: Sequence[Ending], newest: int | None) -> str:
+def _given_up(endings: Sequence[ExitStatus], newest: int | None) -> str:
     """Say how the last attempt ended, and in which step each of them did."""
     last, places = endings[-1], [_place(ending) for ending in endings]
     is_one_place = len(set(places)) == 1
@@ -206,7 +208,7 @@ def _given_up(endings: Sequence[Ending], newest: int | None) -> str:
     )
 
 
-def _place(ending: Ending) -> str:
+def _place(ending: ExitStatus) -> str:
     if ending.rows is None:
         return "in start-up"
     return f"in step {ending.step} with rows {ending.rows[0]} to {ending.rows[1]}"

@@ -7,7 +7,7 @@ from trainer.distributed.layout import check_layout, launched
 from trainer.distributed.life import show_life
 from trainer.distributed.signals import StopRequest
 from trainer.environment import SUPERVISOR, check_of_rank
-from trainer.errors import Stopped, TurnoutError, exit_code_of
+from trainer.errors import StopRequested, TurnoutError, exit_code_of
 from trainer.status import StatusFile
 from trainer.supervise.die_with_parent import end_with_launcher
 from trainer.supervise.launch import Launch
@@ -47,7 +47,7 @@ def train(options: argparse.Namespace) -> int:
             with telling_what_makes_it(config):
                 code = train_run(config, folder, layout, warnings=warnings, stop=stop, status=status)
         except BaseException as error:
-            is_plain = isinstance(error, TurnoutError | Stopped)
+            is_plain = isinstance(error, TurnoutError | StopRequested)
             code = exit_code_of(error)
             status.end(1 if code is None else code, str(error) if is_plain else f"{type(error).__name__}: {error}")
             raise

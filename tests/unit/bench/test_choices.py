@@ -10,8 +10,8 @@ from trainer.bench.choices import (
     Yardstick,
     chosen_experts,
     compare_choices,
-    hand_through,
     ready_router,
+    set_identity_gate,
     unreadable,
 )
 from trainer.bench.kinds import ALONE, ROUTERS, router_config
@@ -131,7 +131,7 @@ def test_a_router_with_weights_that_nobody_knows_is_refused() -> None:
             self.temperature = nn.Parameter(torch.ones(1))
 
     with pytest.raises(ConfigError, match=r"Novel\.temperature: trainer/bench/choices\.py has no"):
-        hand_through(Novel())
+        set_identity_gate(Novel())
 
 
 def test_a_router_with_one_gate_of_any_name_is_given_logits() -> None:
@@ -141,7 +141,7 @@ def test_a_router_with_one_gate_of_any_name_is_given_logits() -> None:
             self.score = nn.Linear(3, 3, bias=False)
 
     own = Own()
-    hand_through(own)
+    set_identity_gate(own)
     assert torch.equal(own.score.weight, torch.eye(3))
     assert unreadable(KINDS, num_experts=5, top_k=2) == {}
 

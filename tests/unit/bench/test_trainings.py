@@ -57,8 +57,8 @@ def test_only_the_router_is_replaced_and_the_budget_becomes_steps(tmp_path: Path
         assert training.config.train.steps == 10, "640 tokens, 64 of them in a step"
         assert training.config.metrics.log_every == 1
         assert training.folder.path == tmp_path / "out" / f"{training.router}-seed7"
-        balances_itself = training.router in BALANCE_THEMSELVES
-        assert moe.balance.coef == (0 if balances_itself else 0.03) and moe.capacity.factor is None
+        is_self_balancing = training.router in BALANCE_THEMSELVES
+        assert moe.balance.coef == (0 if is_self_balancing else 0.03) and moe.capacity.factor is None
         assert getattr(moe.router, "top_k", 2) == 2
         if training.router != ALONE:
             assert (moe.num_experts, moe.d_ff) == (4, 24)

@@ -9,7 +9,7 @@ import torch
 from tests.saved import save
 from trainer.checkpoint.compatible import check_fits, check_model, check_tokenizer
 from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.load import Found, find
+from trainer.checkpoint.load import CheckpointHandle, find
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.errors import CheckpointError
 
@@ -22,7 +22,7 @@ def _state(tensors: dict[str, torch.Tensor]) -> TrainState:
 
 
 @pytest.fixture
-def found(tmp_path: Path) -> Found:
+def found(tmp_path: Path) -> CheckpointHandle:
     save(tmp_path, 5, _state(TENSORS), {"config": {"model": MODEL}, "tokenizer_fingerprint": "a" * 64})
     return find(CheckpointFolder(tmp_path), 5)
 
@@ -41,7 +41,7 @@ def found(tmp_path: Path) -> Found:
     ],
 )
 def test_other_tensors_are_refused_by_name_shape_and_dtype(
-    found: Found, mine: dict[str, torch.Tensor], message: str
+    found: CheckpointHandle, mine: dict[str, torch.Tensor], message: str
 ) -> None:
     with pytest.raises(CheckpointError) as caught:
         check_fits(found, _state(mine))
@@ -50,7 +50,7 @@ def test_other_tensors_are_refused_by_name_shape_and_dtype(
     )
 
 
-def test_the_same_tensors_fit(found: Found) -> None:
+def test_the_same_tensors_fit(found: CheckpointHandle) -> None:
     check_fits(found, _state(TENSORS))
 
 
@@ -65,19 +65,21 @@ def test_the_same_tensors_fit(found: Found) -> None:
         ),
     ],
 )
-def test_another_model_is_refused_by_key_and_values(found: Found, model: dict[str, Any], message: str) -> None:
+def test_another_model_is_refused_by_key_and_values(
+    found: CheckpointHandle, model: dict[str, Any], message: str
+) -> None:
     """Also where the tensors have the same shapes."""
     with pytest.raises(CheckpointError) as caught:
         check_model(found, model)
     assert message in str(caught.value) and "use the run's own config, or a new name=..." in str(caught.value)
 
 
-def test_the_same_model_and_one_with_younger_keys_fit(found: Found) -> None:
+def test_the_same_model_and_one_with_younger_keys_fit(found: CheckpointHandle) -> None:
     check_model(found, MODEL)
     check_model(found, {**MODEL, "a_later_option": 1})
 
 
-def test_another_tokenizer_is_refused_with_both_fingerprints(found: Found) -> None:
+def test_another_tokenizer_is_refused_with_both_fingerprints(found: CheckpointHandle) -> None:
     check_tokenizer(found, fingerprint="a" * 64)
     with pytest.raises(CheckpointError, match=r"another tokenizer .*fingerprint aaaaaaaaaaaa, now bbbbbbbbbbbb"):
         check_tokenizer(found, fingerprint="b" * 64)

@@ -14,7 +14,7 @@ from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.loader import load
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.signals import StopRequest
-from trainer.errors import ConfigError, ElsewhereError, TurnoutError
+from trainer.errors import ConfigError, RemoteRankError, TurnoutError
 from trainer.experiment import ExperimentConfig
 from trainer.loop import fit
 from trainer.metrics.console import Console
@@ -149,4 +149,4 @@ def test_all_ranks_save_into_it_or_end_together(ranks: Ranks, folder: Path) -> N
     shutil.rmtree(folder / "runs")
     (_, error), (_, other) = ranks.run(2, _on_a_rank, folder, _put_another_there)
     assert error is not None and error.startswith("ConfigError 2: rank 0: the folder of this run")
-    assert other is not None and other.startswith(f"{ElsewhereError.__name__} 2: ")
+    assert other is not None and other.startswith(f"{RemoteRankError.__name__} 2: ")

@@ -10,14 +10,14 @@ from tests.saved import save
 from tests.unit.checkpoint.test_verify import RUN
 from trainer.checkpoint.compatible import check_model, check_record, check_tokenizer
 from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.load import Found, find
+from trainer.checkpoint.load import CheckpointHandle, find
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.errors import CheckpointError
 
 FLOOD = "\x1b[2J\n" * 10_000
 
 
-def _found(path: Path, values: dict[str, Any] | None = None, **run: Any) -> Found:
+def _found(path: Path, values: dict[str, Any] | None = None, **run: Any) -> CheckpointHandle:
     state = TrainState(slices={"model.a": Slice.whole(torch.ones(2))}, values={"optimizer_steps": 1, **(values or {})})
     save(path, 1, state, {**RUN, **run})
     return find(CheckpointFolder(path), 1)

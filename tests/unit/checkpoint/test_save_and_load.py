@@ -14,7 +14,7 @@ from tests.unit.checkpoint.test_manifest import rewrite
 from trainer.atomic_io import open_regular
 from trainer.checkpoint import folder as folder_module
 from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.load import Found, find, find_newest
+from trainer.checkpoint.load import CheckpointHandle, find, find_newest
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.state import Slice, TrainState
@@ -43,7 +43,7 @@ def _silent(line: str) -> None:
     raise AssertionError(f"unexpected warning: {line}")
 
 
-def _newest(folder: CheckpointFolder, warn: Callable[[str], None] = _silent) -> Found | None:
+def _newest(folder: CheckpointFolder, warn: Callable[[str], None] = _silent) -> CheckpointHandle | None:
     return find_newest(folder, Group.of_one(), warn=warn)
 
 

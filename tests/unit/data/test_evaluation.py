@@ -3,7 +3,7 @@ import torch
 
 from trainer.data.batch import Batch
 from trainer.data.corpus import Corpus
-from trainer.data.stream import FILLING, evaluation_batches
+from trainer.data.stream import PADDING, evaluation_batches
 
 
 def batches(corpus: Corpus, *, batch_size: int = 2, max_tokens: int | None = None) -> list[Batch]:
@@ -27,12 +27,12 @@ def test_the_last_window_is_filled_with_positions_that_are_not_valid(make_corpus
     assert batch.valid.tolist() == [[True, True, True], [True, True, False]]
     assert batch.loss_mask.tolist() == batch.valid.tolist()
     assert batch.tokens[1, 2] == batch.targets[1, 2] == 0
-    assert batch.document_id[1].tolist() == [0, 0, FILLING]
+    assert batch.document_id[1].tolist() == [0, 0, PADDING]
 
 
 def test_sample_ids_are_window_numbers(make_corpus):
     found = batches(make_corpus(a="abcdefgh" * 2))
-    assert torch.cat([b.sample_id[:, 0] for b in found]).tolist() == [0, 1, 2, FILLING]
+    assert torch.cat([b.sample_id[:, 0] for b in found]).tolist() == [0, 1, 2, PADDING]
 
 
 def test_windows_of_a_limited_evaluation_are_evenly_spaced(make_corpus):

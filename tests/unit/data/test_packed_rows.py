@@ -5,7 +5,7 @@ from tests.texts import EOD, make_corpus_of, make_file, make_text
 from trainer.data.batch import Batch
 from trainer.data.packed_rows import PackedDocuments, WholeRows
 from trainer.data.shards import TokenFile
-from trainer.data.stream import FILLING, TrainStream, evaluation_batches
+from trainer.data.stream import PADDING, TrainStream, evaluation_batches
 
 A, B, C = [1, 2, 3], [11, 12, 13, 14, 15, 16, 17], [21]
 
@@ -30,7 +30,7 @@ def test_documents_share_rows_and_long_ones_are_cut():
         [1, 2, 3, EOD, 17, EOD],
         [21, EOD, 0, 0, 0, 0],
     ]
-    filling = [FILLING] * 4
+    filling = [PADDING] * 4
     assert batch.document_id.tolist() == [[1] * 6, [0, 0, 0, 0, 1, 1], [2, 2, *filling]]
     assert batch.valid.tolist() == batch.loss_mask.tolist() == [[True] * 6, [True] * 6, [True] * 2 + [False] * 4]
     assert batch.position.tolist() == [list(range(6))] * 3
@@ -38,7 +38,7 @@ def test_documents_share_rows_and_long_ones_are_cut():
 
 def test_prompts_are_read_and_not_learned():
     batch = packed(A, B, C, prompts=(2, 6, 1))
-    assert batch.sample_id[:, 0].tolist() == [1, 2, FILLING], "the first row is all prompt, and not evaluated"
+    assert batch.sample_id[:, 0].tolist() == [1, 2, PADDING], "the first row is all prompt, and not evaluated"
     assert batch.loss_mask.tolist()[:2] == [
         [False, False, True, True, True, True],  # 3 EOD, and 17 EOD of B
         [False, True, False, False, False, False],  # nothing of C but its end
@@ -97,7 +97,7 @@ def test_an_evaluation_is_limited_to_evenly_spaced_rows():
     found = evaluation_batches(corpus, 0, packing="whole", seq_len=10, batch_size=2, max_tokens=39)
     numbers = [int(n) for batch in found for n in batch.sample_id[:, 0]]
     num_rows = PackedDocuments(corpus.validation[0], seq_len=10, end_of_document=EOD).num_rows
-    assert numbers == [0, num_rows // 3, 2 * num_rows // 3, FILLING]
+    assert numbers == [0, num_rows // 3, 2 * num_rows // 3, PADDING]
 
 
 def test_bytes_of_targets_are_those_of_the_answers():

@@ -6,7 +6,7 @@ import torch
 
 from trainer.data.batch import Batch
 from trainer.data.shards import TokenFile
-from trainer.data.stream import FILLING, TrainStream, fill_rows
+from trainer.data.stream import PADDING, TrainStream, pad_rows
 
 TEXT = "".join(chr(97 + i % 26) for i in range(200))
 
@@ -92,27 +92,27 @@ def test_a_short_last_micro_batch_is_filled_with_rows_that_are_not_valid(make_co
         10, global_batch_size=3, micro_batch_size=2
     )
     last = batches[-1]
-    assert last.sample_id[:, 0].tolist() == [12, FILLING]
+    assert last.sample_id[:, 0].tolist() == [12, PADDING]
     assert last.valid.tolist() == last.loss_mask.tolist() == [[True] * 3, [False] * 3]
     assert last.tokens[1].tolist() == last.targets[1].tolist() == [0, 0, 0]
     assert last.position[1].tolist() == [0, 1, 2]
 
 
 def test_a_rank_without_rows_gets_filling(make_corpus):
-    batch = fill_rows(TrainStream(make_corpus(a=TEXT), packing="crossing", seq_len=3, seed=0).rows(10, 0), 2)
+    batch = pad_rows(TrainStream(make_corpus(a=TEXT), packing="crossing", seq_len=3, seed=0).rows(10, 0), 2)
     assert batch.tokens.shape == (2, 3)
     assert not batch.valid.any()
 
 
 def test_a_full_batch_is_not_copied(make_corpus):
     batch = TrainStream(make_corpus(a=TEXT), packing="crossing", seq_len=3, seed=0).rows(0, 2)
-    assert fill_rows(batch, 2) is batch
+    assert pad_rows(batch, 2) is batch
 
 
 def test_misuse_is_refused(make_corpus):
     stream = TrainStream(make_corpus(a=TEXT), packing="crossing", seq_len=3, seed=0)
     with pytest.raises(ValueError, match="3 rows do not fit in 2"):
-        fill_rows(stream.rows(0, 3), 2)
+        pad_rows(stream.rows(0, 3), 2)
     with pytest.raises(ValueError, match="micro_batch_size is 0"):
         stream.micro_batches(0, global_batch_size=1, micro_batch_size=0)
     with pytest.raises(ValueError, match="negative"):

@@ -7,9 +7,9 @@ import torch
 
 from tests.ranks import Ranks, mesh_here
 from trainer.distributed.collective_errors import raise_together
-from trainer.distributed.collectives import Exchange, Group
-from trainer.distributed.flight_recorder import Journal
-from trainer.errors import DataError, ElsewhereError, TurnoutError
+from trainer.distributed.collectives import AllToAll, Group
+from trainer.distributed.flight_recorder import FlightRecorder
+from trainer.errors import DataError, RemoteRankError, TurnoutError
 
 
 def exchange_uneven() -> tuple[list, list]:
@@ -37,7 +37,7 @@ def count_exchanges() -> int:
         x = torch.ones(2, 3, requires_grad=True)
         (world.exchange(x, [1, 1], [1, 1]) * 2).sum().backward()
     end = time.monotonic() + 10  # threads of the group let go of it a moment later
-    while (left := sum(type(thing) is Exchange for thing in gc.get_objects())) and time.monotonic() < end:
+    while (left := sum(type(thing) is AllToAll for thing in gc.get_objects())) and time.monotonic() < end:
         time.sleep(0.01)
     return left
 
@@ -50,21 +50,21 @@ def test_an_exchange_is_freed_with_its_result(ranks: Ranks) -> None:
 def test_a_group_of_one_exchanges_nothing() -> None:
     group = Group.of_one()
     x = torch.arange(4.0)
-    assert group.sum_(x) is x and group.exchange(x, [4], [4]) is x and group.broadcast_(x) is x
+    assert group.all_reduce_(x) is x and group.exchange(x, [4], [4]) is x and group.broadcast_(x) is x
     assert group.gather(x).shape == (1, 4) and group.gather_objects("a") == ["a"]
-    assert group.journal.count == 0
+    assert group.recorder.count == 0
 
 
 def note_four() -> list[str]:
-    journal = Journal()
-    mesh = mesh_here(ep_size=2, journal=journal)
-    mesh.world.sum_(torch.zeros(5))
+    recorder = FlightRecorder()
+    mesh = mesh_here(ep_size=2, recorder=recorder)
+    mesh.world.all_reduce_(torch.zeros(5))
     mesh.ep.gather(torch.zeros(2))
     mesh.edp.broadcast_(torch.zeros(1))
     for _ in range(100):
-        mesh.world.sum_(torch.zeros(1))
-    first, last = journal.operations[0], journal.operations[-1]
-    return [str(journal.count), str(len(journal.operations)), str(first), str(last)]
+        mesh.world.all_reduce_(torch.zeros(1))
+    first, last = recorder.operations[0], recorder.operations[-1]
+    return [str(recorder.count), str(len(recorder.operations)), str(first), str(last)]
 
 
 def test_the_journal_keeps_the_last_operations_with_number_group_and_sizes(ranks: Ranks) -> None:
@@ -88,9 +88,9 @@ def fail_on(failing: list[int], kind: type[Exception]) -> tuple[str, str, int | 
 def test_one_rank_s_error_is_everyone_s_and_shown_by_the_one_that_had_it(ranks: Ranks) -> None:
     message = "rank 1: cannot read x, says 1"
     expected = [
-        (ElsewhereError.__name__, message, DataError.exit_code, False),
+        (RemoteRankError.__name__, message, DataError.exit_code, False),
         (DataError.__name__, message, DataError.exit_code, True),
-        (ElsewhereError.__name__, message, DataError.exit_code, False),
+        (RemoteRankError.__name__, message, DataError.exit_code, False),
     ]
     assert ranks.run(3, fail_on, [1, 2], DataError) == expected
     assert ranks.run(3, fail_on, [], DataError) == [("", "", None, None)] * 3
@@ -99,10 +99,10 @@ def test_one_rank_s_error_is_everyone_s_and_shown_by_the_one_that_had_it(ranks: 
 def test_an_unforeseen_error_keeps_its_type_where_it_happened(ranks: Ranks) -> None:
     (kind, text, *_), (other, other_text, code, _) = ranks.run(2, fail_on, [0], ZeroDivisionError)
     assert (kind, text) == ("ZeroDivisionError", "cannot read x, says 0")
-    assert (other, code) == ("ElsewhereError", 1)
+    assert (other, code) == ("RemoteRankError", 1)
     assert other_text == "rank 0: ZeroDivisionError: cannot read x, says 0"
 
 
 def test_memory_that_runs_out_on_one_rank_ends_the_others_with_its_code(ranks: Ranks) -> None:
     (kind, *_), (other, _, code, _) = ranks.run(2, fail_on, [0], MemoryError)
-    assert (kind, other, code) == ("MemoryError", "ElsewhereError", 7)
+    assert (kind, other, code) == ("MemoryError", "RemoteRankError", 7)

@@ -1,11 +1,11 @@
 from dataclasses import replace
 from typing import Any
 
-from trainer.distributed.heartbeat import Beat, silent_ranks, verdict
+from trainer.distributed.heartbeat import Heartbeat, silent_ranks, verdict
 
 
-def beat(**changes: Any) -> Beat:
-    first = Beat(
+def beat(**changes: Any) -> Heartbeat:
+    first = Heartbeat(
         number=7,
         state="waits",
         step=3,
@@ -18,12 +18,12 @@ def beat(**changes: Any) -> Beat:
     return replace(first, **changes)
 
 
-def said(beats: dict[int, Beat], silent: list[int]) -> list[str]:
+def said(beats: dict[int, Heartbeat], silent: list[int]) -> list[str]:
     return verdict(beats, silent, silence_s=3, waited_s=20).splitlines()
 
 
 def test_a_beat_survives_the_store() -> None:
-    assert Beat.from_json(beat(error="e").to_json()) == beat(error="e")
+    assert Heartbeat.from_json(beat(error="e").to_json()) == beat(error="e")
 
 
 def test_silent_is_who_should_have_been_heard_of() -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from trainer.distributed import signals
 from trainer.distributed.signals import StopRequest
-from trainer.errors import Stopped
+from trainer.errors import StopRequested
 
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
 
@@ -23,7 +23,7 @@ def heard() -> Iterator[list[int]]:
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_signal_before_the_first_step_ends_the_run_there(heard: list[int], number: signal.Signals) -> None:
     with (
-        pytest.raises(Stopped, match=f"stopped by {number.name} before its first step: nothing is lost"),
+        pytest.raises(StopRequested, match=f"stopped by {number.name} before its first step: nothing is lost"),
         StopRequest(),
     ):
         signal.raise_signal(number)
@@ -31,7 +31,7 @@ def test_a_signal_before_the_first_step_ends_the_run_there(heard: list[int], num
 
 
 def test_a_signal_that_was_swallowed_ends_the_run_at_its_first_step(heard: list[int]) -> None:
-    with pytest.raises(Stopped), StopRequest() as stop:
+    with pytest.raises(StopRequested), StopRequest() as stop:
         try:
             signal.raise_signal(signal.SIGTERM)
         except BaseException:

@@ -33,7 +33,7 @@ def test_the_loss_is_per_target_and_what_routers_lose_is_per_valid_token() -> No
     batch = make_batch(4, 8, seed=1, ragged=True)
     num_targets, num_valid = int(batch.target_mask.sum()), int(batch.valid.sum())
     assert num_targets < num_valid < batch.valid.numel()
-    output = engine.model(batch, RoutingOptions(keeps_routing=True))
+    output = engine.model(batch, RoutingOptions(return_router_outputs=True))
     valid, z, sparsity = batch.valid.flatten(), [], []
     for stats in output.moe:
         assert stats.routed is not None and stats.routed.logits is not None and stats.routed.probs is not None

@@ -12,7 +12,7 @@ from tests.builders import make_engine, tiny_model_config
 from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.distributed.collectives import Group
 from trainer.evaluation.base import Task
-from trainer.evaluation.context import Subject
+from trainer.evaluation.context import EvalContext
 from trainer.evaluation.registry import AnyTaskConfig
 
 SEQ_LEN = 64
@@ -27,7 +27,7 @@ def build(folder: Path, rows: Sequence[Any], *, seq_len: int = SEQ_LEN, **fields
     return _CONFIG.validate_python(values).build(ByteTokenizer(), seq_len=seq_len)
 
 
-def subject() -> Subject:
+def subject() -> EvalContext:
     """A small model over bytes, with random weights."""
     engine = make_engine(tiny_model_config(seq_len=SEQ_LEN), dtype=torch.float64, vocab_size=256)
-    return Subject(engine=engine, world=Group.of_one(), tokens_per_pass=300)
+    return EvalContext(engine=engine, world=Group.of_one(), tokens_per_pass=300)

@@ -10,7 +10,7 @@ from tests.builders import make_batch, make_engine, tiny_model_config
 from trainer.distributed.collectives import Group
 from trainer.engine.native import NativeEngine
 from trainer.errors import DataError
-from trainer.evaluation.context import Subject
+from trainer.evaluation.context import EvalContext
 from trainer.evaluation.scoring import Question, Score, fitted, score
 from trainer.models.generation import generate_many, greedy
 from trainer.moe.routing import RoutingOptions
@@ -23,8 +23,8 @@ def _engine(router: str = "top_k", dtype: torch.dtype = torch.float64) -> Native
     return make_engine(tiny_model_config(moe, seq_len=SEQ_LEN), dtype=dtype)
 
 
-def _subject(engine: NativeEngine, tokens_per_pass: int) -> Subject:
-    return Subject(engine=engine, world=Group.of_one(), tokens_per_pass=tokens_per_pass)
+def _subject(engine: NativeEngine, tokens_per_pass: int) -> EvalContext:
+    return EvalContext(engine=engine, world=Group.of_one(), tokens_per_pass=tokens_per_pass)
 
 
 def _questions(count: int = 9) -> list[Question]:

@@ -3,7 +3,7 @@
 import pytest
 
 from trainer.metrics.throughput import StepPace
-from trainer.step_timer import Stopwatch
+from trainer.step_timer import StepTimer
 
 
 class Ticks:
@@ -19,7 +19,7 @@ class Ticks:
 
 def test_the_parts_of_a_mean_step_make_up_its_time_and_pauses_do_not_count():
     clock = Ticks()
-    watch = Stopwatch(clock)
+    watch = StepTimer(clock)
     pace = StepPace(watch, clock.now)
     for seconds in (1.0, 3.0):
         pace.begin()
@@ -40,7 +40,7 @@ def test_the_parts_of_a_mean_step_make_up_its_time_and_pauses_do_not_count():
 
 def test_a_device_that_is_behind_does_not_make_the_rest_negative():
     host, device = Ticks(), Ticks()
-    watch = Stopwatch(device)
+    watch = StepTimer(device)
     pace = StepPace(watch, host.now)
     pace.begin()
     watch.enter("optimizer")

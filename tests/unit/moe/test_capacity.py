@@ -12,7 +12,7 @@ from trainer.moe.capacity import expert_capacity, limit_to_capacity
 from trainer.moe.config import CapacityConfig
 from trainer.moe.routing import RoutingContext, RoutingDecision
 from trainer.ops.noise import uniform
-from trainer.ops.select import coarse
+from trainer.ops.select import round_mantissa
 
 
 def _decision(
@@ -33,7 +33,7 @@ def _kept_by_a_loop(decision: RoutingDecision, config: CapacityConfig, context: 
     if config.policy == "choice_major":
         assignments.sort(key=lambda a: (a % k, a // k))
     elif config.policy == "probability":
-        assignments.sort(key=lambda a: (-float(coarse(decision.combine_weight[a])), a))
+        assignments.sort(key=lambda a: (-float(round_mantissa(decision.combine_weight[a])), a))
     elif config.policy == "random" and context.noise_key is not None:
         drawn = uniform(context.noise_key, 1, salt="capacity 0").flatten().tolist()
         assignments.sort(key=lambda a: (drawn[int(decision.token_index[a])], a))

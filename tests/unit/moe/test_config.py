@@ -32,7 +32,7 @@ def moe(**options: Any) -> MoEConfig:
     ids=str,
 )
 def test_work_is_known_where_something_holds_it(options: dict[str, Any], is_known: bool) -> None:
-    assert moe(**options).is_work_known == is_known
+    assert moe(**options).has_static_flops == is_known
 
 
 def test_diversity_needs_two_experts_in_some_step() -> None:

@@ -19,7 +19,7 @@ from trainer.moe.balance import balance_loss, convention_scale
 from trainer.moe.config import MoEConfig
 from trainer.moe.conventions import CONVENTIONS, Routed, convert, factor
 from trainer.moe.losses import Denominators, objective
-from trainer.moe.stats import MoEStats, account
+from trainer.moe.stats import MoEStats, collect_stats
 
 NUM_ROWS, SEQ_LEN, D_MODEL, NUM_EXPERTS = 3, 8, 5, 6
 NUM_TOKENS = NUM_ROWS * SEQ_LEN
@@ -50,7 +50,7 @@ def routed_layers(num_layers: int, top_k: int, **router: Any) -> list[Layer]:
             Layer(
                 probs=routed.probs.detach(),
                 experts=routed.decision.expert_index.view(NUM_TOKENS, top_k),
-                stats=account(routed, routed.decision, context),
+                stats=collect_stats(routed, routed.decision, context),
             )
         )
     return layers

@@ -2,13 +2,13 @@
 
 import torch
 
-from trainer.moe.loss_stats import LayerSums
+from trainer.moe.loss_stats import LossStats
 
 COUNTS, IMPORTANCE, LOAD = torch.tensor([[5, 3], [4, 4]]), torch.tensor([[1.5, 0.5], [1.0, 2.0]]), torch.ones(2, 2)
 
 
-def _sums(importance: torch.Tensor | None = IMPORTANCE) -> LayerSums:
-    return LayerSums(counts=COUNTS, importance=importance, load=LOAD)
+def _sums(importance: torch.Tensor | None = IMPORTANCE) -> LossStats:
+    return LossStats(counts=COUNTS, importance=importance, load=LOAD)
 
 
 def test_sums_of_a_layer_and_of_two_sets_of_tokens() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.moe.routing_optimum import Measured, measure, within_room
-from trainer.ops.select import coarse
+from trainer.ops.select import round_mantissa
 
 
 def test_by_hand() -> None:
@@ -35,7 +35,7 @@ def test_no_choice_beats_the_optimum(n: int, num_experts: int, top_k: int, room:
     assert (best.chosen.sum(0) <= room).all() and (best.chosen.sum(1) <= top_k).all()
     again, _ = measure(scores, best.chosen, top_k=top_k, room=room)
     assert again.gap == 0 and again.drop_rate == again.optimum_drop_rate
-    kept = within_room(coarse(scores), chosen, top_k=top_k, room=room)
+    kept = within_room(round_mantissa(scores), chosen, top_k=top_k, room=room)
     assert not (kept & ~chosen).any()
     assert (kept.sum(0) <= room).all() and (kept.sum(1) <= top_k).all()
 
@@ -49,7 +49,7 @@ def test_the_optimum_is_what_trying_every_assignment_finds(
     for cells in itertools.product((0, 1), repeat=n * num_experts):
         x = torch.tensor(cells).view(n, num_experts)
         if (x.sum(1) <= top_k).all() and (x.sum(0) <= room).all():
-            best = max(best, float((coarse(scores.double()) * x).sum()))
+            best = max(best, float((round_mantissa(scores.double()) * x).sum()))
     measured, _ = measure(scores, torch.zeros_like(scores, dtype=torch.bool), top_k=top_k, room=room)
     assert measured.optimum == pytest.approx(best, abs=1e-9)
 

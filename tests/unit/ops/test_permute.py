@@ -52,7 +52,7 @@ def test_output_and_gradients_equal_a_dense_matrix_product(decision: RoutingDeci
     dispatcher = LocalDispatcher()
     sent = dispatcher.dispatch(x, decision)
     factor = torch.repeat_interleave(torch.arange(1, decision.num_experts + 1).double(), sent.rows_per_expert)
-    y = dispatcher.bring_back(sent.x * factor[:, None], sent).y
+    y = dispatcher.combine(sent.x * factor[:, None], sent).y
 
     weight = decision.combine_weight * decision.kept * (decision.expert_index + 1)
     dense = torch.zeros(decision.num_tokens, dtype=torch.float64).index_add(0, decision.token_index, weight)
@@ -96,7 +96,7 @@ def test_no_rows_at_all_gives_zeros_and_zero_gradients() -> None:
     x = torch.randn(2, 3, requires_grad=True)
     dispatcher = LocalDispatcher()
     sent = dispatcher.dispatch(x, decision)
-    y = dispatcher.bring_back(sent.x, sent).y
+    y = dispatcher.combine(sent.x, sent).y
     y.sum().backward()
     assert y.shape == (2, 3) and not y.any() and x.grad is not None and not x.grad.any()
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.ops.select import coarse, coarse_logits, first_top_k
+from trainer.ops.select import round_logits, round_mantissa, stable_top_k
 
 
 def _by_passes(scores: torch.Tensor, k: int) -> torch.Tensor:
@@ -25,11 +25,11 @@ def _by_passes(scores: torch.Tensor, k: int) -> torch.Tensor:
 def test_equals_masked_passes_of_argmax(tokens: int, experts: int, seed: int, levels: int, data: st.DataObject) -> None:
     scores = torch.randint(0, levels, (tokens, experts), generator=torch.Generator().manual_seed(seed)).float() / levels
     k = data.draw(st.integers(1, experts))
-    assert torch.equal(first_top_k(scores, k), _by_passes(scores, k))
+    assert torch.equal(stable_top_k(scores, k), _by_passes(scores, k))
 
 
 def test_equal_scores_go_to_the_lower_expert() -> None:
-    assert first_top_k(torch.ones(3, 64), 4).tolist() == [[0, 1, 2, 3]] * 3
+    assert stable_top_k(torch.ones(3, 64), 4).tolist() == [[0, 1, 2, 3]] * 3
 
 
 LAST_BITS = torch.linspace(-1, 1, 9)[:, None]
@@ -42,55 +42,55 @@ def test_scores_that_only_rounding_tells_apart_are_equal_on_the_border_of_two_st
 ) -> None:
     scores = (2048.5 + step) / 4096 * 2.0**exponent * (1 + 2e-7 * LAST_BITS)  # (9, 1)
     assert len((torch.frexp(scores).mantissa * 4096).round().unique()) == 2, "12 bits alone tell them apart"
-    assert len(coarse(scores).unique()) == 1
+    assert len(round_mantissa(scores).unique()) == 1
 
 
 @pytest.mark.parametrize("step", [-9000, -1, 0, 901])
 def test_logits_that_only_rounding_tells_apart_are_equal_on_the_border_of_two_steps_too(step: int) -> None:
     logits = (step + 0.5) / 4096 + 1e-6 * LAST_BITS
     assert len((logits * 4096).round().unique()) == 2, "multiples of 1 / 4096 alone tell them apart"
-    assert len(coarse_logits(logits).unique()) == 1
+    assert len(round_logits(logits).unique()) == 1
 
 
 @pytest.mark.parametrize("num_experts", range(2, 65))
 def test_an_even_plan_is_even_for_any_number_of_experts(num_experts: int) -> None:
     """The logarithm of 1 / 16 lies 6e-6 from the border of two steps: less than float32 logits are off by."""
     noise = torch.rand(num_experts, 5, generator=torch.Generator().manual_seed(num_experts)) * 4e-5 - 2e-5
-    assert (coarse_logits(noise.double() - math.log(num_experts)).diff(dim=0) == 0).all()
+    assert (round_logits(noise.double() - math.log(num_experts)).diff(dim=0) == 0).all()
 
 
 def test_scores_that_differ_keep_their_order_and_their_size() -> None:
     scores = torch.rand(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    rounded = coarse(scores)
+    rounded = round_mantissa(scores)
     assert ((rounded - scores).abs() <= scores / 2048).all()
     pairs = scores[:, None] > scores * (1 + 1 / 1024)  # (50, 50, 3)
     assert (rounded[:, None] > rounded)[pairs].all()
     logits = 5 * scores - 2
-    assert ((coarse_logits(logits) - logits).abs() <= 1 / 4096).all()
-    assert (coarse_logits(logits)[:, None] > coarse_logits(logits))[logits[:, None] > logits + 1 / 2048].all()
+    assert ((round_logits(logits) - logits).abs() <= 1 / 4096).all()
+    assert (round_logits(logits)[:, None] > round_logits(logits))[logits[:, None] > logits + 1 / 2048].all()
 
 
 def test_columns_and_groups_are_compared_by_themselves() -> None:
     scores = torch.tensor([[0.3, 0.30001], [0.30002, 0.5], [0.7, 0.49999]])
-    together = coarse(scores)
+    together = round_mantissa(scores)
     for column in (0, 1):
-        assert torch.equal(coarse(scores[:, column]), together[:, column])
-    assert torch.equal(coarse(scores.t(), dim=1).t(), together)
-    assert torch.equal(coarse_logits(scores.expand(2, 3, 2), dim=1)[1], coarse_logits(scores))
+        assert torch.equal(round_mantissa(scores[:, column]), together[:, column])
+    assert torch.equal(round_mantissa(scores.t(), dim=1).t(), together)
+    assert torch.equal(round_logits(scores.expand(2, 3, 2), dim=1)[1], round_logits(scores))
     assert together[0, 0] == together[1, 0] and together[1, 1] == together[2, 1]
     group = torch.tensor([0, 1] * 3)
-    assert torch.equal(coarse(scores.flatten(), group=group), together.flatten())
+    assert torch.equal(round_mantissa(scores.flatten(), group=group), together.flatten())
     shuffled = torch.tensor([4, 1, 3, 0, 5, 2])
-    assert torch.equal(coarse(scores.flatten()[shuffled], group=group[shuffled]), together.flatten()[shuffled])
+    assert torch.equal(round_mantissa(scores.flatten()[shuffled], group=group[shuffled]), together.flatten()[shuffled])
 
 
 def test_few_scores_and_strange_ones() -> None:
-    assert coarse(torch.zeros(0, 3)).shape == (0, 3) and coarse(torch.zeros(0), group=torch.zeros(0).long()).shape == (
-        0,
-    )
-    assert coarse(torch.tensor(0.3)) == coarse(torch.tensor([0.3]))[0]
-    assert coarse(torch.tensor([0.0, 1.0, 0.0])).tolist() == [0.0, 1.0, 0.0]
+    assert round_mantissa(torch.zeros(0, 3)).shape == (0, 3) and round_mantissa(
+        torch.zeros(0), group=torch.zeros(0).long()
+    ).shape == (0,)
+    assert round_mantissa(torch.tensor(0.3)) == round_mantissa(torch.tensor([0.3]))[0]
+    assert round_mantissa(torch.tensor([0.0, 1.0, 0.0])).tolist() == [0.0, 1.0, 0.0]
     below_normal = torch.tensor([1.646525696e-42, 1.647926994e-42])  # a last bit is all that tells them apart
-    assert below_normal[0] != below_normal[1] and len(coarse(below_normal).unique()) == 1
-    assert coarse_logits(torch.tensor([[-torch.inf], [1.0]])).flatten().tolist() == [-torch.inf, 1.0]
-    assert not coarse(torch.tensor([torch.nan, torch.inf, 1.0])).isfinite().all()
+    assert below_normal[0] != below_normal[1] and len(round_mantissa(below_normal).unique()) == 1
+    assert round_logits(torch.tensor([[-torch.inf], [1.0]])).flatten().tolist() == [-torch.inf, 1.0]
+    assert not round_mantissa(torch.tensor([torch.nan, torch.inf, 1.0])).isfinite().all()

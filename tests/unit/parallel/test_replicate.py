@@ -7,22 +7,22 @@ from torch import Tensor, nn
 
 from tests.ranks import Ranks, mesh_here
 from trainer.distributed.collectives import Group
-from trainer.distributed.flight_recorder import Journal
+from trainer.distributed.flight_recorder import FlightRecorder
 from trainer.parallel import replicate
-from trainer.parallel.replicate import GradientSum
+from trainer.parallel.replicate import GradientReducer
 
 
 def _sums(num_passes: int, who: int | None) -> tuple[list[Tensor], list[list[int]]]:
     """Gradients after some backward passes of 4 layers, a bucket each; and how many sums had begun at each layer."""
     replicate._BUCKET_BYTES = 1
-    journal = Journal()
-    mesh = mesh_here(journal=journal)
+    recorder = FlightRecorder()
+    mesh = mesh_here(recorder=recorder)
     generator = torch.Generator().manual_seed(3)
     layers = nn.Sequential(*[nn.Linear(3, 3, bias=False) for _ in range(4)]).double()
     for p in layers.parameters():
         nn.init.normal_(p, generator=generator)
     unused = nn.Parameter(torch.ones(2).double())
-    summed = GradientSum([unused, *layers.parameters()], mesh.world)
+    summed = GradientReducer([unused, *layers.parameters()], mesh.world)
     begun: list[list[int]] = []
     for i in range(num_passes):
         begun.append([])
@@ -31,7 +31,7 @@ def _sums(num_passes: int, who: int | None) -> tuple[list[Tensor], list[list[int
             summed.expect()
         for layer in layers:
             x = layer(x)
-            x.register_hook(lambda grad: begun[-1].append(journal.count))
+            x.register_hook(lambda grad: begun[-1].append(recorder.count))
         x.square().sum().backward()
     summed.finish()
     return [torch.zeros(2) if p.grad is None else p.grad for p in (unused, *layers.parameters())], begun
@@ -56,7 +56,7 @@ def _shares(world_is_one: bool, victim: int) -> tuple[list[bool], list[bool]]:
     """Whether this rank's share was finite in three steps, and the gradients; in the second, the victim's is not."""
     group = Group.of_one() if world_is_one else mesh_here().world
     layers = nn.Sequential(*[nn.Linear(3, 3, bias=False) for _ in range(3)])
-    summed = GradientSum(list(layers.parameters()), group)
+    summed = GradientReducer(list(layers.parameters()), group)
     shares, sums = [], []
     for i in range(3):
         layers.zero_grad()
@@ -84,7 +84,7 @@ def _late(bucket_bytes: int) -> list[float]:
     replicate._BUCKET_BYTES = bucket_bytes
     group = mesh_here().world
     weights = [nn.Parameter(torch.tensor([float(i + 1)], dtype=torch.float64)) for i in range(3)]
-    summed = GradientSum(weights, group)
+    summed = GradientReducer(weights, group)
     summed.expect()
     (weights[0] * weights[1] * weights[2] * (group.index + 1)).backward()
     summed.finish()

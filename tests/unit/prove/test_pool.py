@@ -6,7 +6,7 @@ from contextlib import closing
 
 import torch.distributed as dist
 
-from trainer.errors import DataError, ElsewhereError
+from trainer.errors import DataError, RemoteRankError
 from trainer.prove.pool import Failure, LocalRanks
 
 
@@ -39,7 +39,7 @@ def test_local_ranks_listen_on_the_loopback_interface_alone() -> None:
 
 def test_a_failure_is_the_answer_of_the_rank_that_had_it_and_the_processes_are_replaced() -> None:
     with closing(LocalRanks()) as ranks:
-        for kind in (DataError, ElsewhereError, None):
+        for kind in (DataError, RemoteRankError, None):
             _, failure = ranks.run(2, fail, kind, timeout_s=5)
             assert isinstance(failure, Failure)
             assert failure.is_lost == (kind is None)

@@ -1,7 +1,7 @@
 import pytest
 
 from trainer.status import Phase, Status
-from trainer.supervise.exit_status import Ending, judge
+from trainer.supervise.exit_status import ExitStatus, judge
 
 
 def running(rank: int, step: int, phase: Phase = "training") -> Status:
@@ -15,12 +15,12 @@ def ended(rank: int, step: int, code: int, error: str | None = None, *, updated:
     return status
 
 
-def torchrun(code: int, report: dict, *statuses: Status) -> Ending:
+def torchrun(code: int, report: dict, *statuses: Status) -> ExitStatus:
     written = {status.rank: status for status in statuses}
     return judge(code, pid=99, report=report, statuses=written, ranks=range(2), is_alone=False)
 
 
-def alone(code: int, status: Status) -> Ending:
+def alone(code: int, status: Status) -> ExitStatus:
     return judge(code, pid=100, report={}, statuses={0: status}, ranks=[0], is_alone=True)
 
 

@@ -12,7 +12,7 @@ import pytest
 from trainer.distributed import life as of_process
 from trainer.distributed.life import Progress, show_life
 from trainer.distributed.signals import StopRequest
-from trainer.errors import Stopped
+from trainer.errors import StopRequested
 from trainer.status import BEATS, StatusFile
 from trainer.supervise import lifesigns
 from trainer.supervise.lifesigns import LifeSigns
@@ -118,10 +118,10 @@ def test_a_system_without_room_for_a_pipe_takes_nobody_for_silent(monkeypatch: p
 
 def test_a_process_that_a_supervisor_asks_to_stop_says_what_the_supervisor_was_sent(life: LifeSigns) -> None:
     life.ask("SIGINT")
-    with pytest.raises(Stopped, match="stopped by SIGINT before its first step"), StopRequest():
+    with pytest.raises(StopRequested, match="stopped by SIGINT before its first step"), StopRequest():
         signal.raise_signal(signal.SIGTERM)
     life.ask("no signal\x1b[2J")
-    with pytest.raises(Stopped, match="stopped by SIGTERM before its first step"), StopRequest():
+    with pytest.raises(StopRequested, match="stopped by SIGTERM before its first step"), StopRequest():
         signal.raise_signal(signal.SIGTERM)
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.distributed.collectives import Exchange
-from trainer.moe.dispatch.all_to_all import AllToAllDispatcher, Bounds, Sent
-from trainer.moe.dispatch.base import Dispatched, Outputs, RunExperts
+from trainer.distributed.collectives import AllToAll
+from trainer.moe.dispatch.all_to_all import AllToAllDispatcher, Bounds, DispatchHandle
+from trainer.moe.dispatch.base import Combined, Dispatched, RunExperts
 from trainer.moe.dispatch.order import ExchangePlan, ExpertOrder, group_by_expert, plan_exchange
 from trainer.moe.routing import RoutingDecision
 from trainer.ops.permute import inverse_permute, permute
@@ -37,19 +37,21 @@ class AllGatherDispatcher(AllToAllDispatcher):
         """Gather all ranks' tokens and pick the rows of the experts that are here."""
         everything = self._gather(x, decision)
         arrived, plan = self._pick(everything, self.bounds)
-        return Dispatched(x=arrived, rows_per_expert=plan.rows_per_expert, handle=Sent(everything.order, plan))
+        return Dispatched(
+            x=arrived, rows_per_expert=plan.rows_per_expert, handle=DispatchHandle(everything.order, plan)
+        )
 
-    def bring_back(self, y: Tensor, dispatched: Dispatched) -> Outputs:
+    def combine(self, y: Tensor, dispatched: Dispatched) -> Combined:
         """Gather all experts' rows, take those of this rank's tokens and sum them."""
-        sent: Sent = dispatched.handle
+        sent: DispatchHandle = dispatched.handle
         rows = self._mine(self._start_back(y, sent.plan).wait().to(y.dtype), sent.plan)
-        return Outputs.of(rows, sent.order, is_compiled=self.is_compiled)
+        return Combined.of(rows, sent.order, is_compiled=self.is_compiled)
 
-    def outputs(self, x: Tensor, decision: RoutingDecision, experts: RunExperts) -> Outputs:
+    def forward(self, x: Tensor, decision: RoutingDecision, experts: RunExperts) -> Combined:
         """Return what the experts make of x (T, D): part by part, each on its way back while others are computed."""
         if len(self.chunks.bounds) == 1:
-            return super().outputs(x, decision, experts)
-        within = self.stopwatch.within
+            return super().forward(x, decision, experts)
+        within = self.step_timer.within
         with within("dispatch"):
             everything = self._gather(x, self.chunks.renumbered(decision))
         back = []
@@ -62,7 +64,7 @@ class AllGatherDispatcher(AllToAllDispatcher):
                 back.append((self._start_back(y, plan), plan))
         with within("combine"):
             rows = torch.cat([self._mine(exchange.wait().to(x.dtype), plan) for exchange, plan in back])
-            return Outputs.of(rows, everything.order, is_compiled=self.is_compiled)
+            return Combined.of(rows, everything.order, is_compiled=self.is_compiled)
 
     def _gather(self, x: Tensor, decision: RoutingDecision) -> _Everything:
         order = group_by_expert(decision)
@@ -86,7 +88,7 @@ class AllGatherDispatcher(AllToAllDispatcher):
         picked = torch.cat([tokens[b:u] for tokens, b, u in by_rank])
         return permute(everything.tokens.index_select(0, picked), plan.order), plan
 
-    def _start_back(self, y: Tensor, plan: ExchangePlan) -> Exchange:
+    def _start_back(self, y: Tensor, plan: ExchangePlan) -> AllToAll:
         """Begin to give this rank's rows to all: they arrive by rank, and there by whose token they are of."""
         return self._start_to_all(inverse_permute(y, plan.order), self._rows_at(plan))
 
@@ -100,7 +102,7 @@ class AllGatherDispatcher(AllToAllDispatcher):
     def _rows_at(self, plan: ExchangePlan) -> list[int]:
         return [sum(row[rank] for row in plan.sizes) for rank in range(self.group.size)]
 
-    def _start_to_all(self, x: Tensor, rows: Sequence[int]) -> Exchange:
+    def _start_to_all(self, x: Tensor, rows: Sequence[int]) -> AllToAll:
         """Begin to put all ranks' x one below the other; the gradient is the sum over ranks, in their order."""
         copies = x.repeat(self.group.size, *(1 for _ in x.shape[1:]))
         sizes = [[n] * self.group.size for n in rows]

@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trainer.distributed.collectives import Exchange, Group
+from trainer.distributed.collectives import AllToAll, Group
 from trainer.distributed.layout import even_slices
 from trainer.errors import CommError
-from trainer.moe.dispatch.base import Dispatched, Dispatcher, Outputs, RunExperts
+from trainer.moe.dispatch.base import Combined, Dispatched, Dispatcher, RunExperts
 from trainer.moe.dispatch.chunks import Chunks
 from trainer.moe.dispatch.order import ExchangePlan, ExpertOrder, group_by_expert, plan_exchange
 from trainer.moe.routing import RoutingDecision
@@ -25,8 +25,8 @@ Bounds = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
-    """What `bring_back` must know of a `dispatch`."""
+class DispatchHandle:
+    """What `combine` must know of a `dispatch`."""
 
     order: ExpertOrder
     plan: ExchangePlan
@@ -60,19 +60,19 @@ class AllToAllDispatcher(Dispatcher):
         """Send each kept assignment's row to its expert."""
         order, rows, (plan,) = self.prepare(x, decision, [self.bounds])
         arrived = permute(self.send(rows, plan.sizes), plan.order)
-        return Dispatched(x=arrived, rows_per_expert=plan.rows_per_expert, handle=Sent(order, plan))
+        return Dispatched(x=arrived, rows_per_expert=plan.rows_per_expert, handle=DispatchHandle(order, plan))
 
-    def bring_back(self, y: Tensor, dispatched: Dispatched) -> Outputs:
+    def combine(self, y: Tensor, dispatched: Dispatched) -> Combined:
         """Send every row back and sum each token's."""
-        sent: Sent = dispatched.handle
+        sent: DispatchHandle = dispatched.handle
         rows = self.send(inverse_permute(y, sent.plan.order), sent.plan.sizes_back)
-        return Outputs.of(rows, sent.order, is_compiled=self.is_compiled)
+        return Combined.of(rows, sent.order, is_compiled=self.is_compiled)
 
-    def outputs(self, x: Tensor, decision: RoutingDecision, experts: RunExperts) -> Outputs:
+    def forward(self, x: Tensor, decision: RoutingDecision, experts: RunExperts) -> Combined:
         """Return what the experts make of x (T, D): part by part, each computed while others are under way."""
         if len(self.chunks.bounds) == 1:
-            return super().outputs(x, decision, experts)
-        within = self.stopwatch.within
+            return super().forward(x, decision, experts)
+        within = self.step_timer.within
         with within("dispatch"):
             order, rows, plans = self.prepare(x, self.chunks.renumbered(decision), self.chunks.bounds)
             parts = rows.split([sum(plan.sizes[self.group.index]) for plan in plans])
@@ -87,7 +87,7 @@ class AllToAllDispatcher(Dispatcher):
                 back.append(self.start(inverse_permute(y, plan.order), plan.sizes_back))
         with within("combine"):
             rows = torch.cat([exchange.wait() for exchange in back]).to(x.dtype)
-            return Outputs.of(rows, order, is_compiled=self.is_compiled)
+            return Combined.of(rows, order, is_compiled=self.is_compiled)
 
     def prepare(
         self, x: Tensor, decision: RoutingDecision, cuts: Sequence[Bounds]
@@ -103,14 +103,14 @@ class AllToAllDispatcher(Dispatcher):
         """Exchange rows in the wire dtype; sizes (G, G) has the rows from each rank to each."""
         return self.start(rows, sizes).wait().to(rows.dtype)
 
-    def start(self, rows: Tensor, sizes: Sequence[Sequence[int]]) -> Exchange:
+    def start(self, rows: Tensor, sizes: Sequence[Sequence[int]]) -> AllToAll:
         """Begin to exchange rows, ordered by receiver; they arrive in the wire dtype, ordered by sender."""
         return self.depart(rows.bfloat16() if self.wire == "bfloat16" else rows, sizes)
 
-    def depart(self, rows: Tensor, sizes: Sequence[Sequence[int]]) -> Exchange:
+    def depart(self, rows: Tensor, sizes: Sequence[Sequence[int]]) -> AllToAll:
         """Begin to exchange rows as they are."""
         me = self.group.index
-        return self.group.start_exchange(rows, sizes[me], [row[me] for row in sizes])
+        return self.group.start_all_to_all(rows, sizes[me], [row[me] for row in sizes])
 
     def check(self, counts: Tensor, order: ExpertOrder) -> None:
         """Refuse a table whose row of this rank is not what this rank said: another collective was crossed with it."""

@@ -1,4 +1,4 @@
-"""What a dispatcher is: it moves rows to the experts and back."""
+"""Dispatcher interface: moves rows to the experts and back."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trainer.moe.dispatch.order import ExpertOrder
 from trainer.moe.routing import RoutingDecision
-from trainer.step_timer import Stopwatch
+from trainer.step_timer import StepTimer
 
 # T tokens, k slots, R rows here, E_local experts here, D d_model.
 
@@ -28,8 +28,8 @@ class Dispatched:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outputs:
-    """What its experts made of each token, on the token's rank."""
+class Combined:
+    """Expert outputs on each token's source rank."""
 
     y: Tensor
     """(T, D): each token's rows, weighted and summed in list order; a token without experts has 0."""
@@ -38,11 +38,11 @@ class Outputs:
     order: ExpertOrder
 
     @classmethod
-    def of(cls, rows: Tensor, order: ExpertOrder, *, is_compiled: bool) -> "Outputs":
+    def of(cls, rows: Tensor, order: ExpertOrder, *, is_compiled: bool) -> "Combined":
         """Sum rows (R, D), compiled where it can be."""
         return cls(y=order.combine(rows, is_compiled=is_compiled), rows=rows, order=order)
 
-    def likeness(self) -> Tensor:
+    def expert_similarity(self) -> Tensor:
         """Return (T,): how much the outputs of a token's experts are alike, the mean squared cosine of their pairs.
 
         1: they are multiples of each other. 0: they are orthogonal, or there are fewer than two.
@@ -59,7 +59,7 @@ class Outputs:
 
 
 class RunExperts(Protocol):
-    """What computes rows: all experts that are here, or those from the first to the last of `part`."""
+    """Computes rows with all local experts, or with those in the range `part`."""
 
     def __call__(self, x: Tensor, rows_per_expert: Tensor, part: tuple[int, int] | None = None) -> Tensor:
         """Return (R, D) for rows (R, D) grouped by expert."""
@@ -71,26 +71,22 @@ class Dispatcher(ABC):
 
     is_compiled: bool = False
     """Compile what surrounds the sending, where it can be."""
-    stopwatch: Stopwatch = Stopwatch()
-    """Measures the three parts of `run`, if somebody starts it; `parallelize` gives the run's."""
+    step_timer: StepTimer = StepTimer()
+    """Measures the three parts of `forward` once it is started; `parallelize` sets the run's."""
 
-    def run(self, x: Tensor, decision: RoutingDecision, experts: RunExperts) -> Tensor:
-        """Return (T, D): what the experts make of x (T, D), weighted and summed."""
-        return self.outputs(x, decision, experts).y
-
-    def outputs(self, x: Tensor, decision: RoutingDecision, experts: RunExperts) -> Outputs:
-        """Return what the experts make of x (T, D), row by row and summed."""
-        with self.stopwatch.within("dispatch"):
+    def forward(self, x: Tensor, decision: RoutingDecision, experts: RunExperts) -> Combined:
+        """Return the experts' outputs for x (T, D), row by row and combined."""
+        with self.step_timer.within("dispatch"):
             sent = self.dispatch(x, decision)
-        with self.stopwatch.within("experts"):
+        with self.step_timer.within("experts"):
             y = experts(sent.x, sent.rows_per_expert)
-        with self.stopwatch.within("combine"):
-            return self.bring_back(y, sent)
+        with self.step_timer.within("combine"):
+            return self.combine(y, sent)
 
     @abstractmethod
     def dispatch(self, x: Tensor, decision: RoutingDecision) -> Dispatched:
         """Send each kept assignment's row of x (T, D) to its expert."""
 
     @abstractmethod
-    def bring_back(self, y: Tensor, dispatched: Dispatched) -> Outputs:
+    def combine(self, y: Tensor, dispatched: Dispatched) -> Combined:
         """Return the rows y (R, D) to the ranks of their tokens, and sum each token's."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trainer.distributed.collectives import Exchange
+from trainer.distributed.collectives import AllToAll
 from trainer.distributed.mesh import Mesh
 from trainer.moe.dispatch.all_to_all import AllToAllDispatcher, Wire
 from trainer.ops.permute import permute
@@ -29,7 +29,7 @@ class HierarchicalDispatcher(AllToAllDispatcher):
         super().__init__(mesh.ep, num_experts, wire, num_chunks)
         self.inside, self.between = mesh.ep_inside, mesh.ep_between
 
-    def depart(self, rows: Tensor, sizes: Sequence[Sequence[int]]) -> Exchange:
+    def depart(self, rows: Tensor, sizes: Sequence[Sequence[int]]) -> AllToAll:
         """Make the hop inside the node, and begin the one between nodes, which is the slow one."""
         places, nodes = self.inside.size, self.between.size
         node, place = self.between.index, self.inside.index
@@ -46,7 +46,7 @@ class HierarchicalDispatcher(AllToAllDispatcher):
         rows = permute(rows, _reorder(held.reshape(-1), torch.arange(places * nodes).view(places, nodes).T, device))
         to_node = held.sum(0).tolist()
         from_node = table[:, :, node, place].sum(1).tolist()
-        return self.between.start_exchange(rows, to_node, from_node)
+        return self.between.start_all_to_all(rows, to_node, from_node)
 
 
 def _reorder(lengths: Tensor, order: Tensor, device: torch.device) -> Tensor:

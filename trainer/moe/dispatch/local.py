@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from trainer.moe.dispatch.base import Dispatched, Dispatcher, Outputs
+from trainer.moe.dispatch.base import Combined, Dispatched, Dispatcher
 from trainer.moe.dispatch.order import ExpertOrder, group_by_expert
 from trainer.moe.routing import RoutingDecision
 
@@ -15,7 +15,7 @@ class LocalDispatcher(Dispatcher):
         order = group_by_expert(decision)
         return Dispatched(x=order.gather(x), rows_per_expert=order.rows_per_expert, handle=order)
 
-    def bring_back(self, y: Tensor, dispatched: Dispatched) -> Outputs:
+    def combine(self, y: Tensor, dispatched: Dispatched) -> Combined:
         """Sum each token's rows; they are here."""
         order: ExpertOrder = dispatched.handle
-        return Outputs.of(y, order, is_compiled=self.is_compiled)
+        return Combined.of(y, order, is_compiled=self.is_compiled)

@@ -8,12 +8,12 @@ from trainer.moe.routers.non_causal import LookAheadRouter
 from trainer.moe.routers.top_k import gate_logits
 from trainer.moe.routing import RouterOutput, RoutingContext, RoutingDecision
 from trainer.ops.assignment import balanced
-from trainer.ops.select import coarse_logits, first_top_k
+from trainer.ops.select import round_logits, stable_top_k
 
 # B sequences, T tokens, n valid tokens of one sequence, E experts, D d_model.
 
 
-class BaseRouter(LookAheadRouter):
+class BASELayerRouter(LookAheadRouter):
     """Balanced assignment of a sequence's tokens at the greatest sum of logits, ceil(n / E) for an expert at most.
 
     The weight is the sigmoid of the chosen logit, so there is a gradient and no balance loss is needed. In evaluation
@@ -30,10 +30,10 @@ class BaseRouter(LookAheadRouter):
     def forward(self, x: Tensor, context: RoutingContext) -> RouterOutput:
         """Route tokens x (T, D)."""
         logits = gate_logits(self.gate, x)  # (T, E)
-        expert = first_top_k(logits.detach(), 1)  # (T, 1)
+        expert = stable_top_k(logits.detach(), 1)  # (T, 1)
         if self.looks_ahead(context):
             compared = logits.detach().where(context.valid[:, None], -torch.inf)
-            rows = coarse_logits(compared.view(*context.valid_rows.shape, -1), dim=1)  # (B, S, E)
+            rows = round_logits(compared.view(*context.valid_rows.shape, -1), dim=1)  # (B, S, E)
             assigned = torch.zeros_like(context.valid_rows, dtype=torch.int64)
             for row, valid in enumerate(context.valid_rows):
                 assigned[row, valid] = balanced(rows[row, valid])

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from trainer.moe.routers.non_causal import AssignmentRouter
-from trainer.ops.select import first_top_k
+from trainer.ops.select import stable_top_k
 
 
 class ExpertChoiceRouter(AssignmentRouter):
@@ -16,4 +16,4 @@ class ExpertChoiceRouter(AssignmentRouter):
     def assign(self, scores: Tensor, *, top_k: int, room: int) -> Tensor:
         """Choose columns by column."""
         chosen = torch.zeros_like(scores.t(), dtype=torch.bool)
-        return chosen.scatter(-1, first_top_k(scores.t(), room), True).t()
+        return chosen.scatter(-1, stable_top_k(scores.t(), room), True).t()

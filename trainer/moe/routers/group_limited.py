@@ -5,7 +5,7 @@ from torch import Tensor
 
 from trainer.moe.routers.bias_balanced import BiasBalancedRouter
 from trainer.moe.routers.config.token_choice import GroupLimitedRouterConfig
-from trainer.ops.select import first_top_k
+from trainer.ops.select import stable_top_k
 
 # T tokens, E experts, G groups of E / G neighbouring experts, n null experts.
 
@@ -31,6 +31,6 @@ class GroupLimitedRouter(BiasBalancedRouter):
         grouped = biased[:, : self.num_experts].unflatten(-1, (self.groups, -1))  # (T, G, E / G)
         group_score = grouped.topk(self.scored_by, dim=-1).values.sum(-1)  # (T, G)
         kept = torch.zeros_like(group_score, dtype=torch.bool)
-        kept.scatter_(-1, first_top_k(group_score, self.groups_kept), True)
+        kept.scatter_(-1, stable_top_k(group_score, self.groups_kept), True)
         limited = grouped.masked_fill(~kept[..., None], -torch.inf).flatten(1)
         return torch.cat([limited, biased[:, self.num_experts :]], dim=-1)

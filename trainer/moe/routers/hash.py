@@ -8,7 +8,7 @@ from torch import Tensor
 from trainer.moe.routers.config.fixed import HashRouterConfig
 from trainer.moe.routing import Causality, Router, RouterOutput, RoutingContext, RoutingDecision
 from trainer.ops.noise import uniform
-from trainer.ops.select import first_top_k
+from trainer.ops.select import stable_top_k
 
 
 class HashRouter(Router):
@@ -32,7 +32,7 @@ class HashRouter(Router):
 
 def at_random(drawn: Tensor, x: Tensor, context: RoutingContext, top_k: int) -> RouterOutput:
     """Route every token to the k experts with the largest of its numbers (T, E), with equal weights."""
-    expert_index = first_top_k(drawn, top_k)  # (T, k)
+    expert_index = stable_top_k(drawn, top_k)  # (T, k)
     weight = torch.full(
         expert_index.shape, 1 / top_k, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)
     )

@@ -8,7 +8,7 @@ from trainer.moe.routers.config.sequence_choice import MixtureOfDepthsRouterConf
 from trainer.moe.routers.non_causal import LookAheadRouter, places
 from trainer.moe.routers.top_k import gate_logits
 from trainer.moe.routing import RouterOutput, RoutingContext, RoutingDecision
-from trainer.ops.select import coarse_logits, first_top_k
+from trainer.ops.select import round_logits, stable_top_k
 
 # B sequences of S tokens, T = B * S, n valid tokens of one sequence, D d_model.
 
@@ -35,12 +35,12 @@ class MixtureOfDepthsRouter(LookAheadRouter):
             chosen = logits.detach() > 0
         else:
             compared = logits.detach().squeeze(-1).where(context.valid, -torch.inf)
-            rows = coarse_logits(compared.view(context.valid_rows.shape), dim=1)  # (B, S)
+            rows = round_logits(compared.view(context.valid_rows.shape), dim=1)  # (B, S)
             chosen = torch.zeros_like(rows, dtype=torch.bool)
             for row, valid in enumerate(context.valid_rows):
                 num_computed = places(int(valid.sum()), 1, top_k=1, room=self.config.share)
                 here = torch.zeros_like(rows[row, valid], dtype=torch.bool)
-                here[first_top_k(rows[row, valid][None], num_computed)[0]] = True
+                here[stable_top_k(rows[row, valid][None], num_computed)[0]] = True
                 chosen[row, valid] = here
             chosen = chosen.view(-1, 1)
         loss = None

@@ -8,7 +8,7 @@ from trainer.moe.routers.config.token_choice import NoisyTopKRouterConfig
 from trainer.moe.routers.top_k import TopKRouter, gate_logits, jittered
 from trainer.moe.routing import RouterOutput, RoutingContext
 from trainer.ops.noise import standard_normal
-from trainer.ops.select import first_top_k
+from trainer.ops.select import stable_top_k
 
 # T tokens, k experts per token, E experts, n null experts, D d_model.
 
@@ -42,7 +42,7 @@ class NoisyTopKRouter(TopKRouter):
         probs = noisy.softmax(-1)
         top_k = context.top_k or self.config.top_k
         return RouterOutput(
-            decision=self.decide(probs, first_top_k(noisy.detach(), top_k), context),
+            decision=self.decide(probs, stable_top_k(noisy.detach(), top_k), context),
             logits=clean,
             probs=self.with_nulls_together(probs),
             scores=probs.detach(),

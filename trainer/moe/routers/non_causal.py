@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trainer.moe.routers.config.options import AssignmentOptions, LookAheadOptions
 from trainer.moe.routers.top_k import gate_logits
 from trainer.moe.routing import Causality, Router, RouterOutput, RoutingContext, RoutingDecision
-from trainer.ops.select import coarse, first_top_k
+from trainer.ops.select import round_mantissa, stable_top_k
 
 
 class LookAheadRouter(Router):
@@ -59,14 +59,14 @@ class AssignmentRouter(LookAheadRouter):
         if self.looks_ahead(context):
             chosen = self._assign_rows(scores, context, top_k)
         else:
-            chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, first_top_k(scores, top_k), True)
+            chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, stable_top_k(scores, top_k), True)
         decision = RoutingDecision.from_mask(chosen, probs, valid=context.valid)
         return RouterOutput(decision=decision, logits=logits, probs=probs)
 
     def _assign_rows(self, scores: Tensor, context: RoutingContext, top_k: int) -> Tensor:
         """Return (T, E) bool, one sequence at a time."""
         rows = scores.where(context.valid[:, None], 0).view(*context.valid_rows.shape, -1)  # (B, S, E)
-        rows = coarse(rows, dim=1)
+        rows = round_mantissa(rows, dim=1)
         chosen = torch.zeros_like(rows, dtype=torch.bool)
         for row, valid in enumerate(context.valid_rows):
             room = places(int(valid.sum()), rows.shape[-1], top_k=top_k, room=self.room)

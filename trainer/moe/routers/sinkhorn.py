@@ -7,7 +7,7 @@ from trainer.moe.routers.non_causal import LookAheadRouter
 from trainer.moe.routers.top_k import gate_logits, scores_of
 from trainer.moe.routing import RouterOutput, RoutingContext, RoutingDecision
 from trainer.ops.assignment import transport_plan
-from trainer.ops.select import coarse_logits, first_top_k
+from trainer.ops.select import round_logits, stable_top_k
 
 # B sequences of S tokens, T = B * S, k experts per token, E experts, D d_model.
 
@@ -35,9 +35,9 @@ class SinkhornRouter(LookAheadRouter):
             rows = logits.view(*context.valid_rows.shape, -1)  # (B, S, E)
             plan = transport_plan(rows, context.valid_rows, iterations=self.config.iterations)
             # A row of equal tokens has an even plan, but for rounding.
-            selected_by = coarse_logits(plan, dim=-1).view(logits.shape)
+            selected_by = round_logits(plan, dim=-1).view(logits.shape)
         scores, _ = scores_of(logits, self.config.score)
-        expert_index = first_top_k(selected_by, context.top_k or self.config.top_k)
+        expert_index = stable_top_k(selected_by, context.top_k or self.config.top_k)
         decision = RoutingDecision.from_top_k(
             expert_index, scores.gather(-1, expert_index), num_experts=logits.shape[-1], valid=context.valid
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from trainer.moe.routers.config.options import Score, TopKOptions
 from trainer.moe.routing import Causality, Router, RouterOutput, RoutingContext, RoutingDecision
 from trainer.ops.noise import uniform
-from trainer.ops.select import first_top_k
+from trainer.ops.select import stable_top_k
 
 
 class TopKRouter(Router):
@@ -38,7 +38,7 @@ class TopKRouter(Router):
         """Route tokens x (T, D)."""
         logits = self.logits(jittered(x, context, self.config.jitter, salt=self.layer))  # (T, E + n)
         scores, probs = scores_of(logits, self.score)
-        expert_index = first_top_k(self.selection_scores(scores.detach()), context.top_k or self.config.top_k)
+        expert_index = stable_top_k(self.selection_scores(scores.detach()), context.top_k or self.config.top_k)
         return RouterOutput(
             decision=self.decide(scores, expert_index, context),
             logits=logits,

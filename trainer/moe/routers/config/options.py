@@ -24,12 +24,12 @@ class RouterOptions(Config):
     """There are probabilities for a balance loss to be made of."""
 
     @property
-    def is_work_known(self) -> bool:
+    def has_static_flops(self) -> bool:
         """Whether it is known before how many experts compute a token."""
         return True
 
     @property
-    def balances_itself(self) -> bool:
+    def is_self_balancing(self) -> bool:
         """Whether its load is even without a balance loss, which its authors then leave out."""
         return False
 
@@ -96,7 +96,7 @@ class TopKOptions(JitterOptions):
     """
 
     @property
-    def is_work_known(self) -> bool:
+    def has_static_flops(self) -> bool:
         """Whether k is the same in every step."""
         return self.draw_top_k is None
 
@@ -161,7 +161,7 @@ class LookAheadOptions(RouterOptions):
     training, and then its loss is of a model that has seen what it predicts. Text is always written the first way."""
 
     @property
-    def balances_itself(self) -> bool:
+    def is_self_balancing(self) -> bool:
         """Every expert gets its share of a sequence."""
         return True
 

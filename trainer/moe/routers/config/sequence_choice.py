@@ -78,9 +78,9 @@ class BaseRouterConfig(LookAheadOptions):
 
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
         """Make the router of MoE layer `layer`."""
-        from trainer.moe.routers.base_layer import BaseRouter
+        from trainer.moe.routers.base_layer import BASELayerRouter
 
-        return BaseRouter(self, d_model=d_model, num_experts=num_experts)
+        return BASELayerRouter(self, d_model=d_model, num_experts=num_experts)
 
 
 class SinkhornRouterConfig(LookAheadOptions):

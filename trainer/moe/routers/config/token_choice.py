@@ -112,7 +112,7 @@ class BiasBalancedRouterConfig(TopKOptions):
     """Gamma: what the bias of an expert moves by in one optimizer step."""
 
     @property
-    def balances_itself(self) -> bool:
+    def is_self_balancing(self) -> bool:
         """By its bias."""
         return self.bias_update_rate > 0
 
@@ -139,7 +139,7 @@ class GroupLimitedRouterConfig(TopKOptions):
     """What a group counts for a token: the sum of its two best scores (V3, 2412.19437) or the best (V2, 2405.04434)."""
 
     @property
-    def balances_itself(self) -> bool:
+    def is_self_balancing(self) -> bool:
         """By its bias, if it has one."""
         return self.bias_update_rate > 0
 
@@ -184,7 +184,7 @@ class TopPRouterConfig(JitterOptions):
     """Weight of the sparsity loss: the entropy of the probabilities, which few experts hold when it is small."""
 
     @property
-    def is_work_known(self) -> bool:
+    def has_static_flops(self) -> bool:
         """Every token has its own number."""
         return False
 
