@@ -174,13 +174,13 @@ FAULTS = [
     ),
     _fault(
         "routers that look ahead do so in evaluation",
-        f"{ROUTERS}/look_ahead.py",
+        f"{ROUTERS}/non_causal.py",
         "return context.is_training or (self",
         "return not context.is_incremental or (self",
     ),
     _fault(
         "routers that look ahead never do",
-        f"{ROUTERS}/look_ahead.py",
+        f"{ROUTERS}/non_causal.py",
         "return context.is_training or (self",
         "return context.top_k == 0 or (self",
     ),
