@@ -83,7 +83,7 @@ def make_batch(
 def make_packed_batch(
     num_rows: int, seq_len: int, *, vocab_size: int = 32, seed: int = 0, first_sample: int = 0, longest: int = 5
 ) -> Batch:
-    """Rows of whole documents of random lengths, with filling behind them; only the end of each is learned."""
+    """Rows of whole documents of random lengths, with padding behind them; only the end of each is learned."""
     generator = torch.Generator().manual_seed(seed)
     batch = make_batch(num_rows, seq_len, vocab_size=vocab_size, seed=seed, first_sample=first_sample)
     document, loss_mask = torch.full_like(batch.tokens, -1), torch.zeros_like(batch.loss_mask)

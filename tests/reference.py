@@ -15,7 +15,7 @@ from torch import Tensor
 class Routed:
     """What the oracle's router decides."""
 
-    experts: list[list[int]]  # per token, best first; empty for filling
+    experts: list[list[int]]  # per token, best first; empty for padding
     weights: list[list[Tensor]]
     probs: Tensor  # (T, E)
     logits: Tensor  # (T, E)

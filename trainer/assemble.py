@@ -51,7 +51,7 @@ def check_memory(config: ExperimentConfig, layout: Layout, device: torch.device)
     vocab_size = getattr(config.data.tokenizer, "vocab_size", _LEAST_VOCABULARY)
     weights = model.weights(vocab_size=vocab_size)
     experts_here = 0 if model.moe is None else model.moe.num_experts // layout.ep_size
-    # Weights that are cut over the ranks are made whole first; whoever cuts the moments has at least the weights whole.
+    # Sharded weights are made whole first; whoever shards the moments has at least the weights whole.
     is_copied = config.parallel.data == "replicate" and isinstance(config.engine, NativeEngineConfig)
     held = size * (_WITH_GRADIENT_AND_MOMENTS if is_copied else 1) * (weights.dense + experts_here * weights.expert)
     num_rows = min(config.parallel.micro_batch_size, rows_of_rank)

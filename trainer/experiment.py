@@ -85,7 +85,7 @@ class CheckpointConfig(Config):
     retry_s: Seconds = 600.0
     """Seconds for which a save that has to be, at the end or before a stop, is tried again if the disk refuses it."""
     asynchronous: bool = True
-    """Write behind the training loop, from a copy of the state in memory. False: the loop waits, without a copy."""
+    """Write in the background, from a copy of the state in memory. False: the loop waits, without a copy."""
 
 
 class ExperimentConfig(Config):

@@ -55,7 +55,7 @@ class Run:
     position: int = 0
     """Number of the next training row: with the seed, all there is to resume of the data."""
     tokens: int = 0
-    """Tokens read so far, without filling."""
+    """Tokens read so far, without padding."""
     skipped_steps: int = 0
     """Steps so far that were not taken: not finite, or skipped spikes."""
     skipped_in_a_row: int = 0

@@ -203,7 +203,7 @@ def _header(run: Run) -> list[str | tuple[str, str]]:
         )
         cut = [("tokens", f"{corpus.tokenizer.vocab_size} kinds, {num_bytes / num_tokens:.2f} bytes each")]
     tokens = config.train.global_batch_size * config.model.seq_len
-    at_most = "at most " if config.data.packing == "whole" else ""  # some of it is filling
+    at_most = "at most " if config.data.packing == "whole" else ""  # some of it is padding
     layout = run.mesh.layout
     ranks = [("ranks", f"{layout.world_size}, experts over {layout.ep_size}")] if layout.world_size > 1 else []
     uses = config.engine

@@ -58,14 +58,14 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 def is_well_formed(config: RouterOptions, num_experts: int) -> None:
-    """Experts of a token are different and exist, weights are as declared, the list is in order, filling has none."""
+    """Experts of a token are different and exist, weights are as declared, the list is in order, padding has none."""
     valid = torch.rand(B * S, generator=torch.Generator().manual_seed(5)) < 0.8
     for is_training in (True, False):
         output = make(config, num_experts)(make_x(), context_of(is_training=is_training, valid=valid))
         decision = output.decision
         assert decision.num_tokens == B * S and decision.num_experts == num_experts
         assert (decision.token_index.diff() >= 0).all(), "listed by token"
-        assert not decision.kept[~valid[decision.token_index]].any(), "filling has no experts"
+        assert not decision.kept[~valid[decision.token_index]].any(), "padding has no experts"
         pairs = list(zip(decision.token_index.tolist(), decision.expert_index.tolist(), strict=True))
         assert len(pairs) == len(set(pairs)), "no expert twice"
         assert (decision.expert_index >= 0).all()
@@ -94,7 +94,7 @@ def is_well_formed(config: RouterOptions, num_experts: int) -> None:
 
 
 def filling_changes_nothing(config: RouterOptions, num_experts: int) -> None:
-    """What stands in filling, and how much of it there is, changes nothing for the tokens."""
+    """What stands in padding, and how much of it there is, changes nothing for the tokens."""
     router, x = make(config, num_experts), make_x()
     valid = (torch.arange(S) < torch.tensor([[S], [5], [3]])).flatten()
     for is_training in (True, False):

@@ -69,7 +69,7 @@ class WrongRouter(ThresholdRouter):
         weight = weight if wrong == "not normalised" else weight / weight.sum(-1, keepdim=True)
         if wrong == "no gradient":
             weight = weight.detach() + 0 * self.gate.weight.sum()
-        if wrong == "routes filling":
+        if wrong == "routes padding":
             valid = torch.ones_like(valid)
         decision = RoutingDecision.from_top_k(expert_index, weight, num_experts=4, valid=valid)
         return RouterOutput(decision=decision, logits=logits, probs=scores)
@@ -82,7 +82,7 @@ WRONG = {
     "twice the same": "is_well_formed",
     "not normalised": "is_well_formed",
     "no gradient": "everything_learns",
-    "routes filling": "is_well_formed",
+    "routes padding": "is_well_formed",
     "narrow": "scores_are_wide",
     "deaf": "k_of_one_call_is_k_of_the_config",
     "compares last bits": "rounding_chooses_no_expert",

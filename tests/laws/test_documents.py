@@ -1,4 +1,4 @@
-"""Law: a document is learned as if it had its row for itself, and filling is nothing."""
+"""Law: a document is learned as if it had its row for itself, and padding is nothing."""
 
 from dataclasses import replace
 from typing import Any
@@ -46,12 +46,12 @@ def test_within_a_row_documents_see_those_before_them() -> None:
 
 
 def _wider(batch: Batch, seq_len: int) -> Batch:
-    """The same rows with filling behind them; what is in filling should not matter."""
+    """The same rows with padding behind them; what is in padding should not matter."""
     rows, present = batch.tokens.shape
-    filling = make_batch(rows, seq_len, seed=77)
-    filling = replace(filling, valid=torch.zeros_like(filling.valid), document_id=torch.full_like(filling.tokens, -1))
+    padding = make_batch(rows, seq_len, seed=77)
+    padding = replace(padding, valid=torch.zeros_like(padding.valid), document_id=torch.full_like(padding.tokens, -1))
     parts = {
-        name: torch.cat([getattr(batch, name), getattr(filling, name)[:, present:]], dim=1)
+        name: torch.cat([getattr(batch, name), getattr(padding, name)[:, present:]], dim=1)
         for name in Batch.__dataclass_fields__
     }
     return Batch(**parts | {"sample_id": batch.sample_id[:, :1].expand(rows, seq_len).contiguous()})
@@ -100,5 +100,5 @@ def test_filling_in_rows_changes_no_loss_gradient_or_statistic(moe: dict, in_wid
         assert expected["dropped"].sum() > 0
     sums = engine.eval_loss(_wider(batch, 16), dropless=True)
     assert sums.target_tokens == int(batch.target_mask.sum())
-    # Evaluation counts the tokens whose next token is predicted, and no filling.
+    # Evaluation counts the tokens whose next token is predicted, and no padding.
     assert sums.routing is not None and sums.routing.tokens.tolist() == [int(batch.target_mask.sum())] * 2

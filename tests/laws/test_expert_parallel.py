@@ -201,6 +201,6 @@ def test_accumulation_over_ranks_learns_the_same(ranks: Ranks, moe: dict) -> Non
 
 @pytest.mark.parametrize("data", ["replicate", "shard"])
 def test_packed_documents_whose_answers_are_learned_are_the_same_on_any_ranks(ranks: Ranks, data: str) -> None:
-    """Attention stays in documents, and rows end in filling."""
+    """Attention stays in documents, and rows end in padding."""
     moe = MODELS["bias_balanced, jitter, capacity"]
     _compare(ranks, (4, 2), moe, {"data": data}, num_pieces=2, is_packed=True)

@@ -52,7 +52,7 @@ def _tokens_and_valid() -> tuple[torch.Tensor, torch.Tensor]:
     x = torch.randn(NUM_ROWS, SEQ_LEN, D_MODEL, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     valid = torch.ones(NUM_ROWS, SEQ_LEN, dtype=torch.bool)
     valid[1, 3:] = False  # a padded tail
-    valid[2, :] = False  # a row that is all filling
+    valid[2, :] = False  # a row that is all padding
     return x.requires_grad_(), valid.flatten()
 
 
@@ -96,7 +96,7 @@ def test_layer_output_equals_a_loop_over_tokens_and_experts(
         x.flatten(0, 1), _oracle(layer, x, valid, router), layer.experts.w_in, layer.experts.w_out, activation
     )
     _assert_same(y.flatten(0, 1), oracle, layer, x)
-    assert (y.flatten(0, 1)[~valid] == 0).all(), "filling must come out as exact zeros"
+    assert (y.flatten(0, 1)[~valid] == 0).all(), "padding must come out as exact zeros"
 
 
 def _drop(routed: reference.Routed, room: int, policy: str, *, renormalize: bool) -> None:

@@ -69,7 +69,7 @@ def make_tokens(*, is_training: bool) -> tuple[Tensor, RoutingContext]:
     x = torch.randn(NUM_ROWS, SEQ_LEN, D_MODEL, dtype=torch.float64, generator=generator)
     valid = torch.ones(NUM_ROWS, SEQ_LEN, dtype=torch.bool)
     valid[1, 3:] = False  # a padded tail
-    valid[2, :] = False  # a row that is all filling
+    valid[2, :] = False  # a row that is all padding
     ids = torch.randint(0, 50, (NUM_ROWS * SEQ_LEN,), generator=generator)
     position = torch.arange(SEQ_LEN).repeat(NUM_ROWS)
     key = token_keys(1, ids, position) if is_training else None

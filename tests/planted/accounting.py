@@ -30,7 +30,7 @@ FAULTS = [
     _fault(
         "N_g counts targets, against transformers", _STEP, "int(b.valid.sum())]", "int(b.target_mask.sum())]", PARITY
     ),
-    _fault("N_g counts filling", _STEP, "int(b.valid.sum())]", "b.valid.numel()]", NATIVE),
+    _fault("N_g counts padding", _STEP, "int(b.valid.sum())]", "b.valid.numel()]", NATIVE),
     _fault("T_g counts what is not learned", _STEP, "[[int(b.target_mask.sum()),", "[[int(b.valid.sum()),", PARITY),
     _fault(
         "auxiliary losses are per target",
@@ -171,7 +171,7 @@ FAULTS = [
         PARITY,
     ),
     _fault(
-        "the shared experts compute filling",
+        "the shared experts compute padding",
         _LAYER,
         "self.shared(x) * context.valid.view(*x.shape[:2], 1)",
         "self.shared(x)",

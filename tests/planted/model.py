@@ -120,7 +120,7 @@ FAULTS = [
         tests=(PARITY,),
     ),
     Fault(
-        name="targets of filling count",
+        name="targets of padding count",
         file="trainer/data/batch.py",
         old="return self.loss_mask & self.valid",
         new="return self.loss_mask",

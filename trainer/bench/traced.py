@@ -72,7 +72,7 @@ def traced(config: ExperimentConfig, folder: RunFolder, *, sequences: int, seed:
 def _traced_batch(
     engine: Engine, batch: Batch, config: ExperimentConfig, *, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tokens (B, S), which of them are valid, and logits (L, B, S, E), of the rows that are no filling."""
+    """Return tokens (B, S), which of them are valid, and logits (L, B, S, E), of the rows that are no padding."""
     moe = config.model.moe
     assert moe is not None, "whoever asks has looked"
     here = batch.to(engine.model.embedding.weight.device)

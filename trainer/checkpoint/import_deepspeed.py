@@ -77,12 +77,12 @@ def _refuse_other_kinds(folder: Path) -> None:
     where = shown_path(folder)
     if any(re.fullmatch(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt", name) for name in names):
         raise CheckpointError(
-            f"{where}: its weights are cut over ranks (ZeRO 3); put them together with DeepSpeed first"
+            f"{where}: its weights are sharded over ranks (ZeRO 3); put them together with DeepSpeed first"
         )
     if any(re.fullmatch(r"layer_\d+-.*model_states\.pt", name) for name in names):
         raise CheckpointError(f"{where}: is of a pipeline (files layer_N-model_states.pt), which is not read here")
     if sum(bool(re.fullmatch(r"mp_rank_\d+_model_states\.pt", name)) for name in names) > 1:
-        raise CheckpointError(f"{where}: its weights are cut over tensor-parallel ranks, which is not read here")
+        raise CheckpointError(f"{where}: its weights are sharded over tensor-parallel ranks, which is not read here")
     if "mp_rank_00_model_states.pt" not in names:
         raise CheckpointError(f"{where}: is no checkpoint of DeepSpeed: it has no mp_rank_00_model_states.pt")
 

@@ -1,7 +1,7 @@
 """Copies of the same numbers on several ranks, compared: a bit that has flipped on one of them is found and named.
 
 Whatever two ranks hold the same part of must be bitwise the same: dense weights, moments and buffers on all ranks,
-experts on the ranks with the same ones. What is cut over ranks has no copy, and nothing here can tell if it is sound.
+experts on the ranks with the same ones. What is sharded has no copy, and nothing here can tell if it is sound.
 
 # W ranks, N tensors of a state.
 """

@@ -1,4 +1,4 @@
-"""Saving: a snapshot of the state, then everything slow behind the training loop, then one name for all ranks' files.
+"""Saving: a snapshot of the state, then everything slow in the background, then one name for all ranks' files.
 
     loop      | copy what this rank writes |  next steps ...                                    | told how it went
     behind it |                            | write, hash, flush | all ranks well? | manifest, name | remove old ones

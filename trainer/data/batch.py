@@ -21,15 +21,15 @@ class Batch:
     loss_mask: Tensor
     """bool: this position's target counts in the loss."""
     valid: Tensor
-    """bool: a real token. False is filling: it is never routed and never counted."""
+    """bool: a real token. False is padding: it is never routed and never counted."""
     document_id: Tensor
-    """int64 running number of the document inside its domain; -1 for filling."""
+    """int64 running number of the document inside its domain; -1 for padding."""
     position: Tensor
     """int64 column in the row, from 0; what rotary positions and noise are functions of."""
     domain: Tensor
     """int64 index into the corpus's domains."""
     sample_id: Tensor
-    """int64 number of the row in the run, of which no two training rows share one; -1 for filling rows."""
+    """int64 number of the row in the run, of which no two training rows share one; -1 for padding rows."""
 
     @property
     def target_mask(self) -> Tensor:

@@ -73,7 +73,7 @@ class Windows:
 
         tokens    t0 t1 t2 t3 t4 t5 t6 t7 t8          S = 3
         window 0  t0 t1 t2           -> t1 t2 t3
-        window 2                    t6 t7 --  -> t7 t8 --    -- is filling
+        window 2                    t6 t7 --  -> t7 t8 --    -- is padding
     """
 
     def __init__(self, file: TokenFile, *, seq_len: int) -> None:
@@ -99,7 +99,7 @@ class Windows:
 
 
 def read_windows(file: TokenFile, starts: NDArray[np.int64], seq_len: int) -> Rows:
-    """Return the windows of S + 1 tokens from `starts` (n,) on; filling beyond the end of the text."""
+    """Return the windows of S + 1 tokens from `starts` (n,) on; padding beyond the end of the text."""
     positions = starts[:, None] + np.arange(seq_len + 1)  # (n, S + 1)
     is_inside = positions < file.num_tokens
     positions = np.minimum(positions, file.num_tokens - 1)

@@ -57,7 +57,7 @@ class DataConfig(Config):
     """How text becomes rows, of training and of evaluation.
 
     `crossing`: the text of a domain in windows, wherever documents end. `whole`: rows of whole documents, each begun
-    and ended by an end of document and none cut that fits in a row; what is left of a row is filling.
+    and ended by an end of document and none cut that fits in a row; what is left of a row is padding.
     """
     tokenizer: TokenizerConfig = ByteTokenizerConfig()
     """How text becomes tokens."""

@@ -7,7 +7,7 @@ beginning too, so that every token of it is predicted exactly once in an epoch, 
     targets   t0  t1 t2 EOD
 
 A document that is longer than a row is cut in pieces of a row, each of which goes on where the last one ended; only its
-last piece shares a row with others. Pieces are packed by best-fit decreasing, and what is left of a row is filling:
+last piece shares a row with others. Pieces are packed by best-fit decreasing, and what is left of a row is padding:
 
     row    EOD a0 a1 a2 | EOD b0 | -- --     document   0 0 0 0 1 1 - -
 

@@ -25,7 +25,7 @@ class Rows:
     is_learned: NDArray[np.bool_]
     """The target is to be predicted: it is no part of a prompt."""
     is_real: NDArray[np.bool_]
-    """False is filling; the other fields mean nothing there."""
+    """False is padding; the other fields mean nothing there."""
     document: NDArray[np.int64]
     """Running number of the document inside the domain."""
 

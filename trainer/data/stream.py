@@ -28,7 +28,7 @@ from trainer.distributed.layout import even_slice
 from trainer.errors import DataError
 
 PADDING = -1
-"""sample_id of filling rows, and document_id of all filling."""
+"""sample_id of padding rows, and document_id of all padding."""
 
 
 class TrainStream:
@@ -132,7 +132,7 @@ class TrainStream:
 
         The step has the same rows for any number of ranks and any micro-batch size. Shares are neighbouring rows and
         differ by at most one row; all ranks get as many batches, of one size, filled up with rows that are not valid.
-        That size is the least that does with as many batches: filling is computed like everything else.
+        That size is the least that does with as many batches: padding is computed like everything else.
 
             7 rows, 2 ranks, batches of 2     rank 0   0 1 | 2 -        rank 1   3 4 | 5 6
             7 rows, 2 ranks, batches of 9     rank 0   0 1 2 -          rank 1   3 4 5 6
@@ -148,7 +148,7 @@ class TrainStream:
 
 
 def pad_rows(batch: Batch, num_rows: int) -> Batch:
-    """Return the batch with filling below its rows: not valid, token 0, domain 0, sample_id FILLING.
+    """Return the batch with padding below its rows: not valid, token 0, domain 0, sample_id PADDING.
 
     Raises:
         ValueError: if the batch has more rows already.
@@ -158,13 +158,13 @@ def pad_rows(batch: Batch, num_rows: int) -> Batch:
         raise ValueError(f"{present} rows do not fit in {num_rows}")
     if present == num_rows:
         return batch
-    filling = _batch(
+    padding = _batch(
         [],
         domain=np.zeros(num_rows - present, dtype=np.int64),
         sample_id=np.full(num_rows - present, PADDING, dtype=np.int64),
         seq_len=seq_len,
     )
-    return Batch(**{f.name: torch.cat([getattr(batch, f.name), getattr(filling, f.name)]) for f in fields(Batch)})
+    return Batch(**{f.name: torch.cat([getattr(batch, f.name), getattr(padding, f.name)]) for f in fields(Batch)})
 
 
 def evaluation_batches(
@@ -265,7 +265,7 @@ def _batch(
     """Make a batch.
 
     Args:
-        parts: numbers of rows in the batch, and those rows; what no part has is filling.
+        parts: numbers of rows in the batch, and those rows; what no part has is padding.
         domain: (B,).
         sample_id: (B,).
         seq_len: S.

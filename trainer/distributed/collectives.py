@@ -83,7 +83,7 @@ class Group:
         return x
 
     def start_all_reduce(self, x: Tensor) -> "PendingOp":
-        """Begin to add up x over the ranks, in place, and let it go on behind what is computed until it is landed."""
+        """Start an in-place all-reduce of x, which overlaps with computation until it is waited for."""
         assert self._handle is not None, "nobody to add up with"
         operation = self.recorder.note("sum", self.name, [x.numel()])
         with self._reported(operation):
@@ -159,7 +159,7 @@ class Group:
         return self.start_all_to_all(x, send, receive).wait()
 
     def start_all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> "AllToAll":
-        """Begin an `exchange`, and let it go on behind what is computed until its `wait`; so does its way back."""
+        """Start an `exchange`, which overlaps with computation until its `wait`, forward and backward."""
         assert sum(send) == len(x), f"{sum(send)} rows to send, {len(x)} rows there"
         return AllToAll(x, self, tuple(send), tuple(receive))
 

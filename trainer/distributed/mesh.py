@@ -48,7 +48,7 @@ class Mesh:
     edp: Group
     """Ranks with the same experts."""
     saving: Group
-    """All ranks once more, for a thread of its own: what is written behind the loop is agreed on there."""
+    """All ranks once more, for a thread of its own: what is written in the background is agreed on there."""
 
     @classmethod
     def of_one(cls, recorder: FlightRecorder | None = None) -> "Mesh":

@@ -53,7 +53,7 @@ class NativeEngine(StepEngine):
         """Finish adding up gradients over ranks with the same weights; return this rank's part of the squared norm.
 
         A rank that owns an expert has the sum over its ep peers' tokens already, through the way back of the rows. What
-        is cut over ranks was summed by FSDP.
+        is sharded was summed by FSDP.
         """
         for gradient_sum in self.gradient_sums:
             gradient_sum.finish()

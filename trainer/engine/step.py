@@ -246,7 +246,7 @@ class StepEngine(Engine):
         return {name: self._slice(name, tensor) for name, tensor in tensors.items()}
 
     def _slice(self, name: str, tensor: Tensor) -> Slice:
-        """Say which part of the global tensor this rank has: its own experts, and a piece of what is cut over ranks."""
+        """Say which part of the global tensor this rank has: its own experts, and a piece of what is sharded."""
         parameter = name.partition(".")[2] if name.startswith("model.") else name.split(".", 2)[-1]
         first, shape = self.first_expert.get(parameter), tuple(tensor.shape)
         if first is not None and self.moe_config is not None:

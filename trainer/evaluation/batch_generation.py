@@ -34,7 +34,7 @@ def write(
         is_over: tells whether a text ends for another reason.
     """
     world = subject.world
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # alike ones together: little filling
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # alike ones together: little padding
     plans = [_batches(prompts, order[rank :: world.size], max_new_tokens, subject) for rank in range(world.size)]
     written: list[tuple[int, list[int]]] = []
     for turn in range(max(map(len, plans))):

@@ -23,7 +23,7 @@ class EvalContext:
     """All ranks. Each examines its part, and all run the same number of forward passes, since experts exchange tokens
     in each of them."""
     tokens_per_pass: int
-    """Most tokens of a forward pass of one rank, filling included; a row that is longer has one of its own."""
+    """Most tokens of a forward pass of one rank, padding included; a row that is longer has one of its own."""
 
     @property
     def seq_len(self) -> int:

@@ -133,7 +133,7 @@ def _of_row(routed: RouterOutput, valid: Tensor, row: int, config: MoEConfig) ->
     # The programme's k is the router's, or where a token's number is its own, the mean, rounded.
     top_k = getattr(config.router, "top_k", None) or max(1, round(float(chosen.sum()) / len(chosen)))
     limit = config.capacity
-    if limit.factor is not None:  # filling counts in what a capacity is sized by
+    if limit.factor is not None:  # padding counts in what a capacity is sized by
         room = expert_capacity(top_k * valid.shape[1], num_experts, factor=limit.factor, minimum=limit.min)
     else:
         choices = scores.shape[1]

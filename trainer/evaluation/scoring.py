@@ -68,7 +68,7 @@ def score(subject: EvalContext, questions: Sequence[Question]) -> list[list[Scor
     Dropless, in the precision of training. The layout and what is scored together change floating-point order only.
     """
     world = subject.world
-    order = sorted(range(len(questions)), key=lambda i: -_cost(questions[i]))  # alike ones together: little filling
+    order = sorted(range(len(questions)), key=lambda i: -_cost(questions[i]))  # alike ones together: little padding
     # Rounds are made one by one, here only to be counted: all of them at once would be an object for each completion.
     passes = [_num_passes(_rounds(questions, order[rank :: world.size], subject)) for rank in range(world.size)]
     mine = _rounds(questions, order[world.index :: world.size], subject)

@@ -216,7 +216,7 @@ class GPT(nn.Module):
         Args:
             tokens: (B, S) new tokens of each row.
             cache: of B rows.
-            num_new: (B,) how many of them are real, the rest is filling. None: all. A row with none has no logits of
+            num_new: (B,) how many of them are real, the rest is padding. None: all. A row with none has no logits of
                 meaning.
         """
         if num_new is None:

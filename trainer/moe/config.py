@@ -19,7 +19,7 @@ _WHY_NO_CAPACITY = {
 class CapacityConfig(Config):
     """How many rows an expert accepts: C = max(min, ceil(factor * k * S / E)) from each sequence of S positions.
 
-    A sequence is a row of the batch, whatever it is packed with. Its filling takes no room, and counts in S: what is
+    A sequence is a row of the batch, whatever it is packed with. Its padding takes no room, and counts in S: what is
     sized by C is the same in every step.
     """
 

@@ -5,7 +5,7 @@ layers, with f over all k choices, and 1 when balanced; the table says how the o
 is converted exactly. What differs otherwise no coefficient makes equal: then a warning says what it is.
 
 Not converted: over which ranks and micro-batches others average (theirs depends on the layout), and what they count
-after drops or with filling.
+after drops or with padding.
 
 # E experts, k experts per token, L MoE layers, W processes.
 """

@@ -43,7 +43,7 @@ class RoutingContext:
     token_ids: Tensor
     """int64."""
     valid: Tensor
-    """bool; filling is never dispatched and never counted."""
+    """bool; padding is never dispatched and never counted."""
     position: Tensor
     """int64 column in the row."""
     sequence_index: Tensor

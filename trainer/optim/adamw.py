@@ -14,7 +14,7 @@ def build_adamw(
 ) -> torch.optim.AdamW:
     """Make the optimizer; its learning rate is set before every step.
 
-    Weights that are cut over ranks are groups of their own: torch's fused update takes one kind of tensor at a time.
+    Sharded weights are groups of their own: torch's fused update takes one kind of tensor at a time.
     """
     groups = [
         {"params": [p for p in parameters if isinstance(p, DTensor) == is_sharded], "weight_decay": weight_decay}

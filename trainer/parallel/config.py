@@ -19,7 +19,7 @@ class ParallelConfig(Config):
     ep_size: Experts = 1
     """Ranks that share the experts; each holds a part of them. Divides the number of ranks."""
     data: Literal["replicate", "shard"] = "replicate"
-    """Weights that several ranks share: a copy on each, or (for models that fill the memory) cut over them by FSDP2."""
+    """Weights that several ranks share: replicated, or (for models that fill the memory) sharded by FSDP2."""
     dispatcher: DispatcherConfig = AllToAllDispatcherConfig()
     """How rows reach their experts."""
     timeout_s: Annotated[float, Field(ge=0.1, le=1e8)] = 60.0

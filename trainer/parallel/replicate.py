@@ -1,4 +1,4 @@
-"""Gradients of replicated weights: summed over the ranks that hold them, in buckets, behind the backward pass."""
+"""Gradients of replicated weights: all-reduced over the ranks that hold them, in buckets, during the backward pass."""
 
 from collections import deque
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Weights, gradients and optimizer state cut over the ranks that would hold copies of them (FSDP2, arXiv 2304.11277).
+"""Shard weights, gradients and optimizer state over the ranks that would hold copies of them (FSDP2, arXiv 2304.11277).
 
 A weight is gathered before its block runs and let go behind it (but in bfloat16 the experts' rounded copies stay until
 their backward pass, as autocast's do); its gradient is summed over the ranks and only this rank's part of the sum is
@@ -19,10 +19,10 @@ from trainer.models.gpt import GPT, Block, parameter_role
 
 
 def shard(model: GPT, mesh: Mesh, *, dtype: torch.dtype) -> GPT:
-    """Cut the weights of an initialised model, in place.
+    """Shard the weights of an initialised model, in place.
 
-    Dense weights are cut over all ranks, block by block; experts over the ranks that hold the same ones. Where only one
-    rank holds a part of the experts there is nothing to cut.
+    Dense weights are sharded over all ranks, block by block; experts over the ranks that hold the same ones. Where only
+    one rank holds a part of the experts there is nothing to shard.
 
     Args:
         model: on its device.
@@ -37,7 +37,7 @@ def shard(model: GPT, mesh: Mesh, *, dtype: torch.dtype) -> GPT:
     if mesh.edp.size > 1:
         for module in experts:
             _shard_module(module, mesh.edp)
-    # What is cut already is left out by FSDP itself; what is nobody's copy must be named.
+    # What is sharded already is left out by FSDP itself; what is nobody's copy must be named.
     alone = {p for module in experts for p in module.parameters()} if mesh.edp.size == 1 else set()
     for block in cast(Iterable[Block], model.blocks):
         if dtype is torch.bfloat16:
@@ -71,13 +71,13 @@ def _shard_module(
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Tell whether this rank has a part of the tensor only, by `shard`."""
+    """Tell whether this rank has only a shard of the tensor."""
     return isinstance(tensor, DTensor)
 
 
 @torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor, sharing its memory; all of a tensor that is not cut."""
+    """Return this rank's shard of a tensor, sharing its memory; all of a tensor that is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

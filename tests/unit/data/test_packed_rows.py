@@ -23,15 +23,15 @@ def test_documents_share_rows_and_long_ones_are_cut():
     assert batch.tokens.tolist() == [
         [EOD, 11, 12, 13, 14, 15],  # all of a row: the beginning of B
         [EOD, 1, 2, 3, 16, 17],  # A, and B where it was cut
-        [EOD, 21, 0, 0, 0, 0],  # C, and filling
+        [EOD, 21, 0, 0, 0, 0],  # C, and padding
     ]
     assert batch.targets.tolist() == [
         [11, 12, 13, 14, 15, 16],
         [1, 2, 3, EOD, 17, EOD],
         [21, EOD, 0, 0, 0, 0],
     ]
-    filling = [PADDING] * 4
-    assert batch.document_id.tolist() == [[1] * 6, [0, 0, 0, 0, 1, 1], [2, 2, *filling]]
+    padding = [PADDING] * 4
+    assert batch.document_id.tolist() == [[1] * 6, [0, 0, 0, 0, 1, 1], [2, 2, *padding]]
     assert batch.valid.tolist() == batch.loss_mask.tolist() == [[True] * 6, [True] * 6, [True] * 2 + [False] * 4]
     assert batch.position.tolist() == [list(range(6))] * 3
 
@@ -66,7 +66,7 @@ def test_every_token_and_every_end_is_predicted_once_from_what_is_before_it(seq_
         for before, after in zip([EOD, *document], [*document, EOD], strict=True)
     ]
     assert found == sorted(expected)
-    assert (real == np.sort(real, axis=1)[:, ::-1]).all(), "filling is behind everything else"
+    assert (real == np.sort(real, axis=1)[:, ::-1]).all(), "padding is behind everything else"
 
 
 def test_no_document_is_cut_that_fits_in_a_row():

@@ -39,7 +39,7 @@ def _log_probs(model: GPT, text: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS.keys())
 def test_rows_of_any_lengths_give_the_logits_of_full_passes(fields: dict[str, Any]) -> None:
-    """First 1, 4 and 0 tokens in rows of 4, then 3, 1 and 2 in rows of 3: filling is neither read nor routed."""
+    """First 1, 4 and 0 tokens in rows of 4, then 3, 1 and 2 in rows of 3: padding is neither read nor routed."""
     model, text = _model(fields), _tokens(3, 8)
     first, then = torch.tensor([1, 4, 0]), torch.tensor([3, 1, 2])
     cache = model.new_cache(3, 7)

@@ -152,7 +152,7 @@ B, S, E = 3, 8, 4
 
 
 def rows_with_filling() -> tuple[Tensor, Tensor]:
-    """A whole row, one with filling at its end, one of filling alone."""
+    """A whole row, one with padding at its end, one of padding alone."""
     logits = 2 * torch.randn(B, S, E, generator=torch.Generator().manual_seed(7))
     valid = torch.ones(B, S, dtype=torch.bool)
     valid[1, 5:] = False
@@ -168,7 +168,7 @@ def test_the_plan_moves_every_token_once_and_onto_all_experts_evenly() -> None:
     torch.testing.assert_close(mass.sum(2), valid.double(), rtol=0, atol=1e-12)
     even = (valid.sum(1).double() / E)[:, None].expand(B, E)
     torch.testing.assert_close(mass.sum(1), even, rtol=0, atol=1e-9)
-    assert (plan[~valid] == -torch.inf).all(), "filling has no mass"
+    assert (plan[~valid] == -torch.inf).all(), "padding has no mass"
 
 
 def test_the_plan_is_the_logits_but_for_a_factor_for_each_token_and_each_expert() -> None:

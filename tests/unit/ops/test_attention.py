@@ -59,7 +59,7 @@ def test_attention_equals_the_definition(attention: Callable, S: int, kv_heads: 
 def test_no_query_sees_another_document(attention: Callable, S: int, kv_heads: int) -> None:
     generator = torch.Generator().manual_seed(S)
     document = (torch.rand(B, S, generator=generator) < 0.1).cumsum(1)
-    document[1, S // 2 :] = -1  # filling
+    document[1, S // 2 :] = -1  # padding
     mask = document_mask(document)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         for mine, oracle in zip(

@@ -1,4 +1,4 @@
-"""Gradients summed behind the backward pass."""
+"""Gradients all-reduced during the backward pass."""
 
 import pytest
 import torch

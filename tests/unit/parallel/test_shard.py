@@ -1,4 +1,4 @@
-"""Weights cut over ranks: how much each has, and that nothing but place changes."""
+"""Sharded weights: how much each rank has, and that nothing but place changes."""
 
 from typing import Literal
 
