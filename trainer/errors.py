@@ -1,4 +1,4 @@
-"""What can go wrong for a user, and the exit code that says so.
+"""Errors that a user can meet, each with its exit code.
 
 Each of these is for a person: the command line prints its message as it stands, without a traceback, and exits with
 `exit_code`. The message follows one formula: where: what is wrong, with the values; what is allowed; what to do.

@@ -1,4 +1,4 @@
-"""What a run's model is asked, and where the answers go: while it trains, and by `eval`."""
+"""Evaluate a run's model on held-out text and tasks, during training and by `eval`."""
 
 import sys
 from collections.abc import Callable, Sequence

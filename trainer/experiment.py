@@ -39,7 +39,7 @@ class SpikesConfig(Config):
 
 
 class TrainConfig(Config):
-    """How long and in which precision to train."""
+    """Length and precision of the training."""
 
     steps: Steps = 2000
     """Optimizer steps."""
@@ -102,7 +102,7 @@ class ExperimentConfig(Config):
     model: ModelConfig = ModelConfig()
     """What is computed."""
     data: DataConfig = DataConfig()
-    """Which text is learned."""
+    """Training text."""
     optim: OptimConfig = AdamWConfig()
     """The optimizer."""
     schedule: ScheduleConfig = WarmupCosineConfig()

@@ -19,7 +19,7 @@ _SLEEP_S = 30.0
 
 @dataclass(slots=True)
 class Fault:
-    """What goes wrong, where and when."""
+    """Planned fault: its place, action and countdown."""
 
     point: str
     action: str

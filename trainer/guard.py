@@ -1,4 +1,4 @@
-"""What a run does about numbers that went wrong: skipped steps, loss spikes, copies that differ."""
+"""Handle numerical anomalies of a run: skipped steps, loss spikes, replicas that differ."""
 
 from trainer.checkpoint.finite import check_finite
 from trainer.checkpoint.replica_check import check_copies

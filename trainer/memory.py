@@ -1,4 +1,4 @@
-"""What helps where memory runs out, by what is being done: each of these is a context around one thing."""
+"""Advice for running out of memory, by phase: each context manager wraps one of them."""
 
 from contextlib import AbstractContextManager
 
@@ -37,7 +37,7 @@ def evaluating(config: ExperimentConfig) -> AbstractContextManager[None]:
 
 
 def saving(config: ExperimentConfig) -> AbstractContextManager[None]:
-    """What this rank writes is copied, so that training goes on meanwhile."""
+    """Wrap the copy of what this rank writes, which lets training go on meanwhile."""
     is_copied = config.checkpoint.asynchronous
     advice = "set checkpoint.asynchronous: false, which makes no copy of it" if is_copied else _smaller_model(config)
     return short_of_memory("the state is copied to be saved", advice)

@@ -1,4 +1,4 @@
-"""What each rank is doing, in a file of the run folder that a supervisor and a person can read. Imports no torch.
+"""Status files of the ranks in the run folder, for supervisors and people. Imports no torch.
 
     runs/NAME/status/rank00000.json
 

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: in parts that never overlap and leave nothing out."""
+"""Timer of the parts of a step, which never overlap and leave nothing out."""
 
 import time
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""What others wrote, on a terminal: shown, and never obeyed. Imports no torch."""
+"""Print foreign text on a terminal without obeying its control characters. Imports no torch."""
 
 import logging
 import sys

@@ -1,4 +1,4 @@
-"""What the verbs do once the config is sound: a run from its first line to its last screen, a text."""
+"""Run the verbs once the config is sound: a run from its first line to its last screen, or a text."""
 
 import io
 import sys

@@ -1,4 +1,4 @@
-"""What routers choose, given the same logits: how much of the best score they keep, how even, how fast.
+"""Compare what routers choose for the same logits: share of the best score kept, load balance and speed.
 
 Every choice is measured by the same scores, the softmax of the logits, and on the same linear programme
 (`moe/routing_optimum.py`): k experts for a token, and room at an expert for its fair share times a capacity factor.

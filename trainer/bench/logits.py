@@ -24,7 +24,7 @@ _TOKEN_KINDS = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerLogits:
-    """What the router of one layer is given."""
+    """Inputs to the router of one layer."""
 
     name: str
     measured: Tensor

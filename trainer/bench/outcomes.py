@@ -1,4 +1,4 @@
-"""What trainings came to, read from what their runs wrote down. Imports no torch."""
+"""Results of trainings, read from their run folders. Imports no torch."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ _LATE = 0.9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What one training came to; of several seeds, their means, and the median for time."""
+    """Result of one training; of several seeds, their means, and the median of times."""
 
     router: str
     held_out_losses: Sequence[float]

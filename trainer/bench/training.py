@@ -33,7 +33,7 @@ class Training:
 
     @property
     def folder(self) -> RunFolder:
-        """Where its run is."""
+        """Run folder."""
         return RunFolder(Path(self.config.runs_dir) / self.config.name)
 
 

@@ -1,4 +1,4 @@
-"""Whether a checkpoint may be gone on from, said in the user's terms before anything is copied."""
+"""Check that a run can resume from a checkpoint, before anything is copied."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Whether the parts of a tensor are the whole of it, each index once. Imports no torch.
+"""Check that the parts of a tensor cover it, each index once. Imports no torch.
 
 Experts that one rank alone held are what is lost most quietly: a file without them loads, and the model goes on from
 fresh ones (KempnerForge #202, DeepSpeed #6589). So names and parts are checked when they are written and when they are

@@ -1,4 +1,4 @@
-"""Whether what is to be saved can be gone on from: one number that is not finite spoils every later step.
+"""Check that a state is finite before it is saved: one bad number spoils every later step.
 
 # W ranks.
 """

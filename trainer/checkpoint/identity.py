@@ -1,4 +1,4 @@
-"""What a run is known by elsewhere, in wandb for one: kept where it goes on, another one where it branches off.
+"""Run id, as wandb knows a run: kept when the run resumes, a new one when another run branches off.
 
     run_id         the id: one line
     origin.json    {"id", "name", "folder", "parent": null or {"id", "name", "step", "folder"}}
@@ -40,7 +40,7 @@ class Parent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """Which run a folder is."""
+    """Identity of the run in a folder."""
 
     id: str
     parent: Parent | None

@@ -1,4 +1,4 @@
-"""What checkpoints a run has, told by their manifests and sizes, or by every byte. Imports no torch."""
+"""List a run's checkpoints, from their manifests and sizes, or from every byte. Imports no torch."""
 
 import datetime
 from collections.abc import Iterator

@@ -30,7 +30,7 @@ class CheckpointHandle:
 
     @property
     def run(self) -> Mapping[str, Any]:
-        """What describes the run."""
+        """Description of the run."""
         return self.manifest.run
 
 

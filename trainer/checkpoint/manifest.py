@@ -96,7 +96,7 @@ class StoredTensor(_Entry):
 
 
 class Manifest(_Entry):
-    """What a checkpoint is."""
+    """Manifest of a checkpoint."""
 
     format: Literal[2]
     step: Count

@@ -1,4 +1,4 @@
-"""Which rank writes which part of a state: every part once, the work spread evenly."""
+"""Plan which rank writes which part of a state: every part once, the work spread evenly."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from trainer.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a rank holds of one tensor, without the numbers."""
+    """Place of one rank's part of a tensor, without its values."""
 
     start: int
     length: int
@@ -50,7 +50,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavePlan:
-    """How a state is written."""
+    """Assignment of the parts of a state to the ranks that write them."""
 
     places: dict[str, Place]
     """Every tensor, as any of its holders describes it."""

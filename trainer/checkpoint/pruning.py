@@ -1,4 +1,4 @@
-"""Which checkpoints of a run that stands still can go. Imports no torch."""
+"""Choose which checkpoints of a stopped run to remove. Imports no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from trainer.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrunePlan:
-    """What goes and what stays."""
+    """Checkpoints to remove and to keep."""
 
     remove: list[int]
     """Steps whose checkpoint goes, oldest first."""

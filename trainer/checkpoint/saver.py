@@ -38,7 +38,7 @@ _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saved:
-    """How a save went; the same on every rank."""
+    """Result of a save; the same on every rank."""
 
     step: int
     path: Path

@@ -1,4 +1,4 @@
-"""Whether every rank sees the run folder of rank 0, asked before anything is computed that could not be saved."""
+"""Check that every rank sees rank 0's run folder, before anything is computed that could not be saved."""
 
 import contextlib
 import os

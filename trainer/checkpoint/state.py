@@ -1,4 +1,4 @@
-"""What a checkpoint holds: named tensors, each a slice of a global one, and a few plain values."""
+"""State of a checkpoint: named tensors, each a slice of a global one, and a few plain values."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ class Slice:
 
     @property
     def length(self) -> int:
-        """How many indices of dimension 0 are here; a tensor without dimensions counts as one."""
+        """Number of local indices of dimension 0; 1 for a tensor without dimensions."""
         return self.tensor.shape[0] if self.tensor.dim() else 1
 
     @classmethod

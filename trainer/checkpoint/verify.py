@@ -1,4 +1,4 @@
-"""Whether a checkpoint is what the format promises, and whether what is in it makes sense: nothing that a hash shows.
+"""Verify that a checkpoint keeps the format's promises and that its values make sense, beyond what a hash shows.
 
 A run may save weights that are not finite, and every byte of them is right. Two experts that are equal were seeded or
 sharded wrongly (FastMoE #4) and stay equal, since they get the same gradients.
@@ -28,7 +28,7 @@ _SQUARES = "optim.exp_avg_sq."
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examination:
-    """What was found in one checkpoint."""
+    """Findings of one checkpoint."""
 
     step: int
     findings: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Which weights of another trainer become which of ours: a YAML file. Imports no torch."""
+"""Map from another trainer's weights to ours: a YAML file. Imports no torch."""
 
 import re
 from collections.abc import Iterator

@@ -125,7 +125,7 @@ def _key(key: object) -> str:
 
 
 def _is_plain(text: str) -> bool:
-    """Whether text needs no quotes in YAML 1.2 nor 1.1, whose words for true and false are more."""
+    """Tell whether text needs no quotes in YAML 1.2 nor 1.1, which has more words for true and false."""
     safe = text.isascii() and text[:1].isalpha() and text.replace("/", "").replace("_", "").replace(".", "").isalnum()
     return safe and resolve(text) == text and text.lower() not in {"y", "n", "yes", "no", "on", "off"}
 

@@ -1,4 +1,4 @@
-"""What the schema refuses, in words: a pydantic error becomes a finding for each problem, at its place in the file.
+"""Explain what the schema refuses: a pydantic error becomes a finding for each problem, at its place in the file.
 
 Nothing of pydantic's own wording reaches a user, except for a constraint that no section uses yet.
 """

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 
 class Meant(NamedTuple):
-    """What stands here for an option of another trainer."""
+    """Counterpart here of another trainer's option."""
 
     key: str
     """Dotted, from the root; empty: there is nothing that could be written."""

@@ -24,7 +24,7 @@ UNUSABLE: Final = object()
 
 
 class Place(NamedTuple):
-    """Where something was written. Places sort as a reader meets them: the named file, its bases, the overrides."""
+    """Source location. Locations sort as a reader meets them: the named file, its bases, the overrides."""
 
     rank: int
     """Order among the sources of one configuration."""

@@ -118,7 +118,7 @@ def _assign(node: Node | None, path: list[str], value: Node, slot: Slot, done: K
 
 
 def _default(slot: Slot, place: Place) -> Node:
-    """What an override changes where the file has nothing: the default list, or the defaults of a section."""
+    """Return what an override changes where the file has nothing: the default list, or a section's defaults."""
     if isinstance(slot.default, list | tuple):
         return _as_node(slot.default, place)
     return Node({}, place, place)

@@ -12,7 +12,7 @@ from trainer.config.nodes import Node
 
 
 class Slot(NamedTuple):
-    """What the schema expects at one place."""
+    """Schema of one place in a config."""
 
     annotation: Any
     default: Any = PydanticUndefined
@@ -32,7 +32,7 @@ def alternatives(annotation: Any) -> list[Any]:
 
 
 def accepts_null(annotation: Any) -> bool:
-    """Whether null is among the values."""
+    """True if null is allowed."""
     if get_origin(annotation) is Annotated:
         return accepts_null(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):

@@ -48,7 +48,7 @@ class Mark(Config):
 
 
 class BlockInfo(Config):
-    """What is known of a block."""
+    """Record of one block."""
 
     begin: Mark
     end: Mark
@@ -73,7 +73,7 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamedSource:
-    """What blocks are a function of, and where they are kept."""
+    """Inputs that determine the blocks, and the folder that holds them."""
 
     config: HfStreamSourceConfig
     files: tuple[FileState, ...]

@@ -12,7 +12,7 @@ from trainer.data.tokenizers.registry import ByteTokenizerConfig, TokenizerConfi
 
 
 class SplitConfig(Config):
-    """What is held out for validation, in each domain by itself."""
+    """Validation split, made in each domain by itself."""
 
     kind: Literal["auto", "hash", "tail"] = "auto"
     """`hash`: whole documents, by the hash of their text. `tail`: the end of the domain's text.
@@ -28,7 +28,7 @@ Packing = Literal["crossing", "whole"]
 
 
 class MixtureConfig(Config):
-    """How the rows of the run are shared out among the domains."""
+    """Shares of the domains in the rows of a run."""
 
     by: Literal["weight", "tokens"] = "weight"
     """`weight`: a source has its weight's share of the rows, split evenly over its domains, however much text they are.
@@ -47,7 +47,7 @@ class MixtureConfig(Config):
 
 
 class DataConfig(Config):
-    """Which text is learned."""
+    """Training text."""
 
     sources: Annotated[list[SourceConfig], Field(min_length=1)] = Field(default=[InstalledSourceConfig()])
     """Where text comes from."""

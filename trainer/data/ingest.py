@@ -23,7 +23,7 @@ SIDES: tuple[Side, Side] = ("train", "validation")
 
 
 class DomainInfo(Config):
-    """What is known of one domain's token files."""
+    """Statistics of one domain's token files."""
 
     name: str
     is_sharded: bool

@@ -15,7 +15,7 @@ from trainer.data.tokenizers.base import Tokenizer
 
 
 class IngestedPart(NamedTuple):
-    """What `ingest` made of a part."""
+    """Result of `ingest` for a part."""
 
     folder: Path
     domains: list[DomainInfo]

@@ -1,4 +1,4 @@
-"""Which domain row number n of a run is of: a pure function of the shares, the seed and n.
+"""Domain of row number n of a run: a pure function of the shares, the seed and n.
 
 Rows are numbered from 0 over the whole run; a number is called a slot. Whatever asks for a slot, on any rank, after any
 restart, gets the same visit of the same domain, so the position of a run in its data is one integer.

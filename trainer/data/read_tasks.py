@@ -26,7 +26,7 @@ RESULT = "part.json"
 
 
 class _Result(Config):
-    """What was made of a part."""
+    """Result of reading a part."""
 
     domains: list[DomainInfo]
     skipped: SkippedRows
@@ -44,7 +44,7 @@ class Task:
 
     @property
     def size_bytes(self) -> int:
-        """Of the files; a guess where that is not known."""
+        """Size of the files in bytes; a guess where it is not known."""
         return (self.part.size_bytes if self.part is not None else 0) or _UNKNOWN_BYTES
 
     def is_done(self, tokenizer: Tokenizer) -> bool:

@@ -1,4 +1,4 @@
-"""What becomes of a domain of which the hash has sent every document to one side, where the split is left to us.
+"""Split a domain again whose documents the hash has sent to one side, under `split: auto`.
 
 The documents of one text change sides, that whose hash is nearest to the other side: no text is on both, and it is the
 same one whoever reads. (The tail of the documents would hold out texts that are learned as well.)

@@ -29,7 +29,7 @@ _SMALL_BYTES = 128 << 10
 
 
 class ShardInfo(Config):
-    """What the manifest knows of one token file."""
+    """Entry of one token file in the manifest."""
 
     num_tokens: int
     """Ends of documents included."""
@@ -73,7 +73,7 @@ class TokenFile:
 
     @property
     def has_prompts(self) -> bool:
-        """Whether anything is read and not learned; compares all starts."""
+        """True if some tokens are read and not learned; compares all starts."""
         return not np.array_equal(self.document_starts, self.answer_starts)
 
     def document_of(self, index: ArrayLike) -> NDArray[np.int64]:

@@ -17,7 +17,7 @@ _LARGEST_BYTES = 64 << 20
 
 
 class SkippedOf(NamedTuple):
-    """What was left out of a source."""
+    """Rows left out of a source."""
 
     source: int
     """Index in `data.sources`."""

@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 
 class Content(Config):
-    """What a source was read from."""
+    """Inputs that a source was read from."""
 
     origin: str
     """Addresses and versions of what is not local."""
@@ -46,7 +46,7 @@ class Content(Config):
 
 
 class SourceManifest(Config):
-    """What a finished source was made of, and what was made of it."""
+    """Inputs and results of a finished source."""
 
     format: Literal[3]
     tokenizer: str
@@ -97,7 +97,7 @@ class CachedSource:
 
     @property
     def size_bytes(self) -> int:
-        """Of all local files."""
+        """Size of all local files in bytes."""
         return sum(file.size_bytes for file in self.content.files)
 
     def manifest(self) -> SourceManifest | None:

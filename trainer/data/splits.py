@@ -1,4 +1,4 @@
-"""What is held out for validation: pure functions of the text, so that every run and machine holds out the same.
+"""Validation splits: pure functions of the text, so that every run and machine holds out the same.
 
 `hash` sends whole documents to a side by the SHA-256 of their text: equal texts are on the same side, and a document
 stays where it is when others come or go. `tail` joins the texts of a domain and holds out the end:

@@ -28,7 +28,7 @@ _DOCUMENTS_OF_A_BLOCK = 1 << 40
 
 
 class Place(Config):
-    """Where a block begins, in the stream and in the run."""
+    """Position of a block, in the stream and in the run."""
 
     block: int = 0
     first_visit: int = 0

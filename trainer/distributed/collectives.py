@@ -56,7 +56,7 @@ class Group:
 
     @property
     def device(self) -> torch.device:
-        """Where tensors must be to be exchanged."""
+        """Device that tensors must be on to be exchanged."""
         is_nccl = self._handle is not None and dist.get_backend(self._handle) == "nccl"
         return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
 

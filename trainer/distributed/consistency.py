@@ -1,4 +1,4 @@
-"""What every rank must have been given alike, compared before the difference shows as other numbers or as a hang."""
+"""Compare what all ranks must share, before a difference shows as other numbers or as a hang."""
 
 import socket
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What a rank is doing, in its own words: the phase it is in and the last collectives it took part in. No torch."""
+"""Flight recorder of a rank: its phase and the last collectives it took part in. Imports no torch."""
 
 import time
 from collections import deque

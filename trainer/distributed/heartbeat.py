@@ -1,4 +1,4 @@
-"""What every rank tells the others of itself, and who is missing by what they told. Imports no torch."""
+"""Heartbeats that ranks send, and the diagnosis of silent ranks from them. Imports no torch."""
 
 import json
 from collections.abc import Mapping, Sequence

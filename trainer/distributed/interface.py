@@ -1,4 +1,4 @@
-"""Which of this machine's network addresses ranks meet and listen on. No torch.
+"""Choose the network address that ranks meet and listen on. Imports no torch.
 
 one machine         127.0.0.1 and its interface, so that nobody else can even connect
 several machines    the address that MASTER_ADDR stands for, on the first one; never all addresses

@@ -1,4 +1,4 @@
-"""Which rank is where: plain numbers, checked before any process group exists. Imports no torch.
+"""Layout of ranks: plain numbers, checked before any process group exists. Imports no torch.
 
 rank = edp_rank * ep_size + ep_rank       world 6, ep_size 3    edp 0: ranks 0 1 2
                                                                 edp 1: ranks 3 4 5
@@ -41,7 +41,7 @@ class Layout:
 
     @property
     def edp_rank(self) -> int:
-        """Which copy of the experts this rank belongs to."""
+        """Index of the copy of the experts that this rank belongs to."""
         return self.rank // self.ep_size
 
     def ep_ranks(self) -> list[list[int]]:

@@ -34,7 +34,7 @@ _SAVING = timedelta(hours=6)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mesh:
-    """Who exchanges what with whom."""
+    """Process groups of this rank."""
 
     layout: Layout
     world: Group

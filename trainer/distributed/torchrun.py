@@ -39,7 +39,7 @@ _LATE_S = 5.0
 
 
 class Rendezvous(StaticTCPRendezvous):
-    """Where torchrun of every machine meets: in a store on one address of the first machine."""
+    """Rendezvous of all machines' torchrun in a store on one address of the first machine."""
 
     def __init__(self, *place: Any, late: threading.Timer) -> None:
         """Prepare.

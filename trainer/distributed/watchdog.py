@@ -1,4 +1,4 @@
-"""Who is missing when ranks wait for each other.
+"""Watchdog that names missing ranks when others wait for them.
 
 Every rank publishes a beat a second in torchrun's store (`pulse`). Nobody reads them while all is well and nobody is
 waited for. A rank whose exchange fails reads them twice, names those that have gone silent, and ends; so does one whose

@@ -1,4 +1,4 @@
-"""What an engine is: it owns gradients and performs optimizer steps.
+"""Engine interface: owns gradients and performs optimizer steps.
 
 # L MoE layers, E experts.
 """
@@ -17,7 +17,7 @@ from trainer.models.gpt import GPT
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingSums:
-    """What the MoE layers did over many rows."""
+    """Routing statistics of all MoE layers, summed over many rows."""
 
     counts: Tensor
     """(L, E) int64 assignments before drops."""

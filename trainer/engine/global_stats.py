@@ -1,4 +1,4 @@
-"""What the losses of a micro-batch may know of the whole optimizer step.
+"""Global-batch statistics that the auxiliary losses of a micro-batch need.
 
 A loss over the global batch is no sum of its micro-batches' losses: it is made of sums over all of them. They are known
 before the first one only if they were counted (`balance.counts: exact`), or taken from the step before.
@@ -40,7 +40,7 @@ class GlobalStats:
 
     @property
     def is_balance_only_logged(self) -> bool:
-        """Whether no loss is made of counts: then no pass counts for it, and the step's own balance is logged.
+        """True if no loss uses counts: then there is no counting pass, and the step's own balance is logged.
 
         What is logged hangs on the layout as little as what is learned, whatever tokens a loss would count.
         """
@@ -86,7 +86,7 @@ class GlobalStats:
 
     @property
     def _global_counts(self) -> Literal["exact", "previous_step", "running"] | None:
-        """Where the counts of a balance loss over the global batch come from; None for another scope or no MoE."""
+        """Source of the counts of a global-batch balance loss; None for another scope or no MoE."""
         balance = self._moe.balance if self._moe else None
         return balance.counts if balance is not None and balance.scope == "global_batch" else None
 

@@ -1,4 +1,4 @@
-"""Why a step was skipped: what of loss and gradient was not finite, and on which ranks it began."""
+"""Diagnose a skipped step: which part of loss and gradient was not finite, and on which ranks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from trainer.distributed.layout import named
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Findings:
-    """What one rank found; rank r's is number r of a sequence of them."""
+    """Findings of one rank; rank r's is number r of a sequence of them."""
 
     gradients: list[str]
     """Parameters whose summed gradient, as far as it is here, is not finite."""

@@ -40,7 +40,7 @@ from trainer.parallel.shard import first_row, local
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NumericsConfig:
-    """What an engine must know of `train` and `seed`."""
+    """Options of a step, from `train` and `seed`."""
 
     seed: int
     dtype: torch.dtype

@@ -1,4 +1,4 @@
-"""What an evaluation task is: questions, and what the answers are worth."""
+"""Evaluation task interface: questions, and the score of the answers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from trainer.evaluation.registry import TaskConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskResult:
-    """How a model did."""
+    """Metrics of a model on a task."""
 
     name: str
     metrics: Mapping[str, float]

@@ -1,4 +1,4 @@
-"""What a model writes after prompts: many texts side by side, each rank its part."""
+"""Generate texts after many prompts in batches, each rank its share."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,4 +1,4 @@
-"""Who is examined: a model on all of its ranks."""
+"""Evaluation context: the model, its process group and its token budget for a forward pass."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -54,7 +54,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What tells this tokenizer from others."""
+        """Fingerprint of the tokenizer."""
         return self._tokenizer.fingerprint
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:

@@ -23,7 +23,7 @@ Column = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 class TaskConfig(Config):
-    """What all tasks have: rows, each of which is asked one question."""
+    """Options of all tasks: rows, each of which becomes one question."""
 
     name: Domain
     """Name of the task in metrics: eval/NAME/acc."""
@@ -46,7 +46,7 @@ class TaskConfig(Config):
 
 
 class ChoiceTaskConfig(TaskConfig):
-    """Which of a few texts is the likeliest to follow: classification, multiple choice."""
+    """Multiple choice: the likeliest of a few completions (classification, questions with choices)."""
 
     kind: Literal["choice"] = "choice"
     choices: Annotated[list[TemplateText], Field(min_length=2)] | None = None
@@ -74,7 +74,7 @@ class ChoiceTaskConfig(TaskConfig):
 
 
 class RankingTaskConfig(TaskConfig):
-    """Where the right texts are among many, by how likely each is to follow: recommendation, retrieval."""
+    """Ranking of many texts by how likely each is to follow (recommendation, retrieval)."""
 
     kind: Literal["ranking"] = "ranking"
     candidates_column: Column | None = None
@@ -108,7 +108,7 @@ TextMetric = Literal["bleu", "chrf", "rouge", "exact_match"]
 
 
 class GenerationTaskConfig(TaskConfig):
-    """What the model writes, against what should be written: translation, summaries."""
+    """Generated text against references (translation, summaries)."""
 
     kind: Literal["generation"] = "generation"
     references: Annotated[list[TemplateText], Field(min_length=1)]

@@ -1,4 +1,4 @@
-"""What screens and pictures show of an evaluation."""
+"""Summaries of an evaluation for screens and pictures."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""How far the routers of a model are from the best choice, while it trains.
+"""Measure how far a model's routers are from the optimal choice, while it trains.
 
 The optimum is that of a linear programme (`moe/routing_optimum.py`), row by row, with the room that the capacity gives,
 or a fair share where there is no capacity. The rows are of held-out text and the same at every step, so that steps can

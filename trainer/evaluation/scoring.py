@@ -1,4 +1,4 @@
-"""How likely a model finds texts after a prompt: sums of log-probabilities, token by token.
+"""Score completions of prompts by their log-probabilities, summed over tokens.
 
 # A prompt that several completions share is read once, all but its last token, into a cache ("stem"):
 #   stem    p p p p p p                       one row for each prompt
@@ -33,7 +33,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """What a model says of a completion."""
+    """Score of a completion."""
 
     log_prob: float
     """Nats, summed over its tokens."""

@@ -1,4 +1,4 @@
-"""What written texts are worth against references: sacrebleu's and rouge-score's numbers, and equality."""
+"""Score generated texts against references: sacrebleu's and rouge-score's metrics, and exact match."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -51,7 +51,7 @@ class WandbConfig(Config):
 
 
 class MetricsConfig(Config):
-    """What is written down while training; always to metrics.jsonl and routing.jsonl."""
+    """Metrics that are logged while training, to metrics.jsonl and routing.jsonl at least."""
 
     log_every: Count = 10
     """Steps between lines of metrics.jsonl and routing.jsonl."""

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live panel on a terminal, one plain line for each logged step anywhere else."""
+"""Console output of a run: a live panel on a terminal, a plain line for each logged step anywhere else."""
 
 import os
 import sys
@@ -23,7 +23,7 @@ from trainer.terminal import visible
 
 
 class Screen(Protocol):
-    """Where the console writes: `LiveScreen` or `PlainScreen`."""
+    """Screen interface of the console: `LiveScreen` or `PlainScreen`."""
 
     def line(self, text: Text, *, hanging: int = 0) -> None: ...  # noqa: D102
     def block(self, renderable: RenderableType) -> None: ...  # noqa: D102
@@ -63,7 +63,7 @@ class Console:
 
     @property
     def is_live(self) -> bool:
-        """Whether a person watches a terminal."""
+        """True on a terminal that a person watches."""
         return isinstance(self._screen, LiveScreen)
 
     def header(self, entries: Sequence[str | tuple[str, str]]) -> None:
@@ -123,7 +123,7 @@ class Console:
 
     @property
     def _hanging(self) -> int:
-        """Where a line goes on that is too long: under its first word beyond the step."""
+        """Column where a long line is continued: under its first word beyond the step."""
         return log_lines.step_label(0, self._progress.total_steps).cell_len + 2
 
     def checkpoint(self, path: str | os.PathLike[str], step: int, *, note: str = "") -> None:

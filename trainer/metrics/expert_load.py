@@ -1,4 +1,4 @@
-"""How evenly the experts of each layer are used: rows that a tracker draws over the steps as heat maps."""
+"""Load of each layer's experts: rows that a tracker draws over the steps as heat maps."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which experts serve which domains: small heat maps, one for each MoE layer.
+"""Draw which experts serve which domains: small heat maps, one for each MoE layer.
 
 # L layers, G domains, E experts.
 """

@@ -1,4 +1,4 @@
-"""Which experts serve which domains, as a picture of its own: an SVG that needs nothing else, light and dark.
+"""Draw which experts serve which domains as a self-contained SVG, for light and dark themes.
 
 # L layers, G domains, E experts.
 """

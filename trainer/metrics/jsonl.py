@@ -82,7 +82,7 @@ class JsonlSink:
 
     @property
     def _content(self) -> LogContent:
-        """What has been written or found, as long as nobody else touches it."""
+        """Content that was written or found, as long as nobody else touches the file."""
         if self._known is None:
             self._known = content_of(self._descriptor, os.fstat(self._descriptor).st_size)
         return self._known

@@ -1,4 +1,4 @@
-"""How parts of a screen share its width."""
+"""Lay out parts of a screen side by side."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a log holds, told by its bytes alone: lines, size and checksum, which every checkpoint keeps of its run's logs.
+"""Content of a log: lines, size and checksum of its bytes, which every checkpoint keeps of its run's logs.
 
 So a run that goes on need not parse what was there when its checkpoint was saved, and knows what has been lost of it.
 """

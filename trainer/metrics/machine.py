@@ -1,4 +1,4 @@
-"""What a rank and its host have used up, and what of it matters when there are many ranks."""
+"""System statistics of a rank and its host, and their reduction over ranks."""
 
 import contextlib
 import shutil

@@ -1,4 +1,4 @@
-"""What a progress display knows, as plain values, and the estimate of the time left."""
+"""Progress of a run in plain values, with an estimate of the time left."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ Record = Mapping[str, float | None]
 
 @dataclass(slots=True, kw_only=True)
 class TrainingProgress:
-    """How far training is and what was last seen of it."""
+    """Progress of a training and its last metrics."""
 
     total_steps: int
     step: int = 0

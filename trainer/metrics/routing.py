@@ -1,4 +1,4 @@
-"""What the routing counters of some steps mean, as plain numbers.
+"""Compute routing metrics from the counters of some steps.
 
 # L MoE layers, E experts.
 """

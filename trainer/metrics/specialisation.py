@@ -1,4 +1,4 @@
-"""How much experts and domains have to do with each other.
+"""Measure how much experts specialise in domains.
 
 # G domains, E experts.
 """

@@ -1,4 +1,4 @@
-"""What the pictures have in common: text that is nothing but text, as wide as it may become, in an SVG file."""
+"""Parts that the SVG pictures share: escaped text with an upper bound of its width, and the file around it."""
 
 import re
 from collections.abc import Sequence

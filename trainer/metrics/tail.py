@@ -1,4 +1,4 @@
-"""What the process beside a run needs to know: what is new in its files, how far it has come itself, the run's end."""
+"""Follow a run from another process: new lines of its files, the position so far, the run's end."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""How fast steps are, and where their time goes."""
+"""Throughput of steps, and a breakdown of their time."""
 
 import time
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from trainer.step_timer import Part, StepTimer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
-    """Of some steps."""
+    """Throughput of some steps."""
 
     tokens_per_s: float
     step_s: float

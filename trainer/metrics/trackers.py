@@ -1,4 +1,4 @@
-"""Who keeps what a run says of itself. metrics.jsonl and routing.jsonl always; others beside them, which may fail."""
+"""Trackers of a run's records: metrics.jsonl and routing.jsonl always; others beside them, which may fail."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -13,7 +13,7 @@ from trainer.moe.experts import Experts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSize:
-    """How large a model is, and what a token costs."""
+    """Size of a model, and FLOPs of a token."""
 
     total_parameters: int
     active_parameters: int

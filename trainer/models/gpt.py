@@ -35,7 +35,7 @@ _PLAIN = RoutingOptions()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GPTOutput:
-    """What one forward pass gives."""
+    """Output of a forward pass."""
 
     logits: Tensor | None
     """(B, S, V) float32, if asked for."""

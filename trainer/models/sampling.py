@@ -16,7 +16,7 @@ class BrokenLogits(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions:
-    """How tokens are chosen.
+    """Options for sampling tokens.
 
     Raises:
         ValueError: if a value is out of its range.

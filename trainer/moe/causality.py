@@ -1,4 +1,4 @@
-"""What a model's routing lets a token know of later ones, in words for people.
+"""Warnings about routers that are not causal: a token's experts depend on later tokens.
 
 A language model that is trained with a look at later tokens learns from what it will not have when it writes.
 """

@@ -17,7 +17,7 @@ _WHY_NO_CAPACITY = {
 
 
 class CapacityConfig(Config):
-    """How many rows an expert accepts: C = max(min, ceil(factor * k * S / E)) from each sequence of S positions.
+    """Expert capacity: an expert accepts C = max(min, ceil(factor * k * S / E)) rows from each sequence of S positions.
 
     A sequence is a row of the batch, whatever it is packed with. Its padding takes no room, and counts in S: what is
     sized by C is the same in every step.
@@ -126,18 +126,18 @@ class MoEConfig(Config):
 
     @property
     def experts_per_token(self) -> float:
-        """How many of the routed experts compute a token: the mean if it is set, else the most it can be."""
+        """Number of routed experts of a token: the mean if it is fixed, else the maximum."""
         return self.router.experts_per_token(self.num_experts)
 
     @property
     def has_static_flops(self) -> bool:
-        """Whether `experts_per_token` can be counted on, and with it the work of a step."""
+        """True if `experts_per_token`, and so the FLOPs of a step, are known in advance."""
         has_even_nulls = not self.router.num_null_experts or self.balance.coef > 0 or self.router.is_self_balancing
         return self.router.has_static_flops and has_even_nulls
 
     @property
     def can_drop(self) -> bool:
-        """Whether a token can find an expert full: not where each has room for every token."""
+        """True if an expert can be full: not where each has room for every token."""
         fewest = min(getattr(self.router, "draw_top_k", None) or [getattr(self.router, "top_k", 1)])
         return self.capacity.factor is not None and self.capacity.factor * fewest < self.num_experts
 

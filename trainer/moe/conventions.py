@@ -1,4 +1,4 @@
-"""What a balance coefficient of another trainer means here. Imports no torch.
+"""Convert balance coefficients of other trainers. Imports no torch.
 
 Every trainer multiplies its coefficient by some form of E * sum_e f_e P_e. Ours (`turnout`) is the mean over MoE
 layers, with f over all k choices, and 1 when balanced; the table says how the others differ. What differs by a factor
@@ -22,7 +22,7 @@ from trainer.moe.routers.config.token_choice import BiasBalancedRouterConfig, Gr
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Convention:
-    """How a trainer's loss differs from ours."""
+    """Difference between a trainer's loss and ours."""
 
     source: str
     """Where this was read; the loss takes its coefficient there."""
@@ -108,7 +108,7 @@ CONVENTIONS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routed:
-    """What conversions depend on of a model and how it is run."""
+    """Properties of a model and its run that conversions depend on."""
 
     moe: MoEConfig
     num_layers: int

@@ -1,4 +1,4 @@
-"""What losses over a whole global batch must know of it: sums over its tokens, for every layer.
+"""Statistics for losses over a global batch: sums over its tokens, for every layer.
 
 # B sequences, E experts, L MoE layers.
 """

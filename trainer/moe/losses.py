@@ -24,7 +24,7 @@ from trainer.moe.terms import loss_terms
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Denominators:
-    """What the sums of one optimizer step are divided by, known before its first forward pass."""
+    """Divisors of the sums of one optimizer step, known before its first forward pass."""
 
     target_tokens: int
     """T_g."""

@@ -1,4 +1,4 @@
-"""What a router reads, what it decides, and the contract between them.
+"""Input and output of a router, and the contract between them.
 
 # T tokens here, k experts per token, A assignments, E experts, D d_model, B sequences.
 """
@@ -22,7 +22,7 @@ def weaker(one: Causality, other: Causality) -> Causality:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingOptions:
-    """How one forward pass routes, where that is not the config's business."""
+    """Routing options of one forward pass, beside the config."""
 
     noise_seed: int | None = None
     """Seed of all noise; None switches noise off (evaluation)."""
@@ -38,7 +38,7 @@ class RoutingOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingContext:
-    """What a router may know of its tokens besides their activations; tensors are (T,)."""
+    """Input of a router besides the activations; tensors are (T,)."""
 
     token_ids: Tensor
     """int64."""
@@ -141,7 +141,7 @@ class RoutingDecision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterOutput:
-    """What a router hands on."""
+    """Output of a router."""
 
     decision: RoutingDecision
     logits: Tensor | None
@@ -174,7 +174,7 @@ class Router(nn.Module, ABC):
 
     @property
     def causal_in_evaluation(self) -> Causality:
-        """The same without noise: in evaluation and generation."""
+        """Causality without noise, in evaluation and generation."""
         return self.causal
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""How good a choice of experts was, against the best choice that there is.
+"""Measure a choice of experts against the optimal one.
 
 The yardstick is the programme of `ops/assignment.py`: k experts for a token and room for C tokens at an expert. A
 router's choice is first cut down to what the programme allows, a token's best k and an expert's first C, so that both
@@ -53,7 +53,7 @@ class Measured:
 
     @property
     def optimum_drop_rate(self) -> float:
-        """The same of the optimum."""
+        """Drop rate of the optimal choice."""
         return 1 - self.optimum_kept / self.wanted if self.wanted else 0.0
 
 

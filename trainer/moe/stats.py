@@ -1,4 +1,4 @@
-"""What one MoE layer reports of one forward pass: sums, per row of the batch.
+"""Statistics of one MoE layer for one forward pass: sums, per row of the batch.
 
 Nothing here is reduced over rows or ranks.
 

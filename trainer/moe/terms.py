@@ -29,7 +29,7 @@ class LossTerm:
 
     @property
     def is_layout_invariant(self) -> bool:
-        """Whether it is the same under every layout."""
+        """True if the loss is the same under every layout."""
         return self.scope not in _OF_A_LAYOUT
 
 

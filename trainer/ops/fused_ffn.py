@@ -24,7 +24,7 @@ ROWS_MULTIPLE = 64
 
 @dataclass(frozen=True, slots=True)
 class FusedParts:
-    """What the node is made of; every choice gives the same numbers but for rounding."""
+    """Options of the fused node; every choice gives the same numbers but for rounding."""
 
     product: Callable[[Tensor, Tensor], Tensor]
     """x (n, K), w (N, K) with any strides -> x @ w.T (n, N)."""

@@ -1,4 +1,4 @@
-"""Which of the equal ways to multiply the experts is used where: a table of measurements, never a timing at run time.
+"""Choose the experts' kernel from a table of measurements, never by timing at run time.
 
 A choice that is timed when the run starts differs between two starts of one run, and with it the last bits of every
 sum, so a resumed run would no longer be the run it continues.

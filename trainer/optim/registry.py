@@ -34,7 +34,7 @@ OptimConfig = AdamWConfig
 
 
 class WarmupOptions(Config):
-    """What every schedule begins with."""
+    """Warmup, which every schedule begins with."""
 
     peak_lr: LearningRate = 1e-3
     """Learning rate after warmup."""

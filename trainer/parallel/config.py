@@ -10,7 +10,7 @@ from trainer.moe.dispatch.registry import AllToAllDispatcherConfig, DispatcherCo
 
 
 class ParallelConfig(Config):
-    """Where the model is computed. Nothing here may change what is learned beyond floating-point reordering."""
+    """Placement of the computation. Nothing here may change what is learned beyond floating-point reordering."""
 
     micro_batch_size: Rows = 8
     """Most sequences in one forward pass; the global batch is accumulated from pieces of one size."""

@@ -1,4 +1,4 @@
-"""Which layouts a proof runs: ranks, experts over ranks, dispatchers, micro-batches, engines. Imports no torch."""
+"""Layouts of a proof: ranks, experts over ranks, dispatchers, micro-batches, engines. Imports no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +33,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What the table calls it."""
+        """Name in the table."""
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks, ep {self.ep_size}"
         how = "" if self.ep_size == 1 else f", {self.dispatcher}"
         how += f" in {self.chunks} chunks" if self.chunks > 1 else ""
@@ -43,7 +43,7 @@ class Case:
 
     @property
     def engine(self) -> str:
-        """Which engine it runs under."""
+        """Engine of the layout."""
         return "native" if self.zero_stage is None else "deepspeed"
 
 

@@ -24,7 +24,7 @@ GROUPS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """How far a layout is from one process."""
+    """Difference between a layout and one process."""
 
     worst: dict[str, float]
     """Worst error of each group; a group that the config does not have is missing."""

@@ -1,4 +1,4 @@
-"""What a difference between two layouts looks like: from what differs in the first step, and by which factor."""
+"""Diagnose a difference between two layouts, from what differs in the first step and by which factor."""
 
 import torch
 

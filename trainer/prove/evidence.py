@@ -1,4 +1,4 @@
-"""What one layout computes: the first step in every detail, and where some more steps lead."""
+"""Evidence of one layout: the first step in every detail, and the result of some more steps."""
 
 import hashlib
 from contextlib import closing

@@ -29,7 +29,7 @@ _CONTEXT.set_forkserver_preload([*PRELOAD])
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What a rank could not do."""
+    """Failure of a rank."""
 
     error: TurnoutError | None
     """None for any other exception, and for a rank that was lost."""

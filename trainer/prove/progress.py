@@ -1,4 +1,4 @@
-"""Which layout of a proof is running, on standard error: standard output is the table, for people and programs."""
+"""Progress of a proof on standard error: standard output is the table, for people and programs."""
 
 import sys
 import time

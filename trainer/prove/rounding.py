@@ -1,4 +1,4 @@
-"""How far two layouts' numbers are apart, measured so that what rounding alone can do is no difference.
+"""Measure the difference of two layouts' numbers, so that rounding alone is none.
 
 A relative error is one of sums of another order, as long as the number is as large as what it is a sum of. Where
 terms cancel it is not: a gradient that is 0 on paper is rounding, 1e-16 here and 2e-16 there. So a number that is small
@@ -40,12 +40,12 @@ class Ruler:
 
     @property
     def step_size(self) -> float:
-        """What the first step's gradient is compared with: its norm, or the objective where that has no slope."""
+        """Scale of the first step's gradient: its norm, or the objective where that has no slope."""
         return max(self.reference.grad_norms[0], abs(self.reference.objectives[0]))
 
     @property
     def noise(self) -> float:
-        """What rounding can make of an element of the first step's gradient."""
+        """Largest rounding error of an element of the first step's gradient."""
         return self.tolerance * self.floor * self.step_size
 
     def scalar(self, group: str, step: int, mine: float, theirs: float) -> float:

@@ -1,4 +1,4 @@
-"""How an attempt ended: which rank's end it was, with what code, in which step."""
+"""Exit status of an attempt: the rank that failed first, its code and its step."""
 
 import signal
 from collections.abc import Collection, Mapping, Sequence

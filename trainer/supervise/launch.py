@@ -1,4 +1,4 @@
-"""Which ranks this machine starts, and the command that starts them."""
+"""Ranks that this machine starts, and the command that starts them."""
 
 import os
 import sys
@@ -85,7 +85,7 @@ class Launch:
 
     @property
     def ranks(self) -> range:
-        """Those of this machine."""
+        """Ranks of this machine."""
         return range(self.node_rank * self.nproc, (self.node_rank + 1) * self.nproc)
 
     def check_port(self, environment: Mapping[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""How a supervisor knows that what it started is alive: each process writes a line a second (`distributed/life.py`).
+"""Liveness of a supervisor's children: each process writes a line a second (`distributed/life.py`).
 
     $TMPDIR/turnout-XXXX/beats    a named pipe; "0" is rank 0's sign of life
                          asked    written when a run is to stop: the signal that the supervisor was sent

@@ -1,4 +1,4 @@
-"""Whether a run that failed is started again, and when."""
+"""Restart policy: whether and when a failed run is started again."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ _FINAL = {0, *STAYS_WRONG, PREEMPTED, INTERRUPTED}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """How patient a supervisor is."""
+    """Limits of the restart policy."""
 
     first_pause_s: float = 1.0
     """Before the first restart; doubles with every restart without progress."""
@@ -23,7 +23,7 @@ class Policy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What one attempt came to."""
+    """Result of one attempt."""
 
     code: int
     """Exit code; negative: the signal that killed it."""

@@ -1,4 +1,4 @@
-"""What the verbs' arguments have in common."""
+"""Arguments that the verbs share."""
 
 import argparse
 import platform

@@ -1,4 +1,4 @@
-"""Which config and which run the words of a command line name."""
+"""Resolve the config and the run that a command line names."""
 
 import argparse
 import os

@@ -44,7 +44,7 @@ class SkippedRows(Config):
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """Number of bad rows."""
         return sum(self.reasons.values())
 
     def __str__(self) -> str:

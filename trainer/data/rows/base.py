@@ -1,4 +1,4 @@
-"""What rows are: records with named columns, read part by part."""
+"""Rows: records with named columns, read part by part."""
 
 import difflib
 from abc import ABC, abstractmethod

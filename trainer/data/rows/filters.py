@@ -1,4 +1,4 @@
-"""Which rows are left out: conditions on columns. Imports no torch."""
+"""Filter rows by conditions on columns. Imports no torch."""
 
 import re
 from collections.abc import Iterator

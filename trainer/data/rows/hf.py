@@ -139,7 +139,7 @@ class HfRows(Rows):
 
     @cached_property
     def _patterns(self) -> list[str]:
-        """What `data_files` names."""
+        """Patterns in `data_files`."""
         data_files = self._config.data_files or []
         return [data_files] if isinstance(data_files, str) else data_files
 
@@ -166,7 +166,7 @@ class HfRows(Rows):
 
     @cached_property
     def _loaded(self) -> tuple[Any, dict[str, list[str]]]:
-        """What the library reads files with that are not empty, and all files of each split."""
+        """Load the library's builder for the files that are not empty, and list all files of each split."""
         datasets = _library()
         config = self._config
         options = {"keep_default_na": False} if config.path == "csv" else {}  # `NA` is a text like any other
@@ -231,7 +231,7 @@ class HfRows(Rows):
 
     @cached_property
     def _is_local_json(self) -> bool:
-        """Whether these are JSON Lines; a file may also be one list, which the library reads whole."""
+        """True for JSON Lines; a file may also be one list, which the library reads whole."""
         if self._loaded[0].name != "json" or not self._names or self.origin():
             return False
         return all(not _starts_a_list(path) for path in self.files())

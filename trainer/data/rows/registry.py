@@ -1,4 +1,4 @@
-"""Where rows come from: options of every kind, and the union of them that a task's `rows` accepts. Imports no torch."""
+"""Options of every source of rows, and the union of them that a task's `rows` accepts. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a data source is: named documents, and the files they come from."""
+"""Data source interface: named documents, and the files they come from."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence

@@ -16,7 +16,7 @@ _BRACES = re.compile(r"\{([^{}]*,[^{}]*)\}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileKind:
-    """What a source reads."""
+    """Kind of files that a source reads."""
 
     kind: str
     """Of the source."""

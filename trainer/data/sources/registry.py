@@ -68,7 +68,7 @@ class TextSourceConfig(Config):
 
 
 class TableConfig(Config):
-    """How rows become documents."""
+    """Options that turn rows into documents."""
 
     text: TemplateText = "{text}"
     """What is learned, with columns in braces: "{en} = {de}"; {a.b} is b inside a, {stars:d} and {price:g} are numbers,
@@ -133,7 +133,7 @@ class HfSourceConfig(TableConfig, DatasetConfig):
 
 
 class HfStreamSourceConfig(TableConfig, DatasetConfig):
-    """What `hf` reads, for a corpus too large to ingest: read again in every epoch, some million tokens ahead.
+    """Streamed `hf` source for a corpus too large to ingest: read again in every epoch, some million tokens ahead.
 
     Rows are shuffled inside a block of `block_tokens`, and blocks come in the order of the data set.
     """

@@ -1,4 +1,4 @@
-"""What a tokenizer is."""
+"""Tokenizer interface."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence

@@ -28,7 +28,7 @@ _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
 class SubwordTokenizer(Tokenizer):
-    """What `tokenizers` makes of a text, held to giving it back.
+    """Tokenizer of the `tokenizers` library, checked to give back every text.
 
     A text is cut into pieces of at most 2^17 characters, behind a line where there is one, for memory and threads. Of a
     piece that its ids would not give back exactly (one with U+2581, where that stands for a space), the few characters

@@ -20,7 +20,7 @@ from trainer.distributed.collectives import Group
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Where a parameter lies among the elements of its group."""
+    """Range of a parameter among the elements of its group."""
 
     name: str
     shape: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Which of DeepSpeed's own options are taken over, which must say what our sections say, and which are refused.
+"""Sort DeepSpeed's own options: passed through, required to agree with our sections, or refused.
 
 An option is let through only if it is known to leave what is learned alone: the promise of `engine` holds for it too.
 Imports no torch and nothing of DeepSpeed.
@@ -20,7 +20,7 @@ from trainer.optim.registry import OptimConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ours:
-    """What other sections say about what DeepSpeed has options for as well."""
+    """Values of our sections that DeepSpeed has options for as well."""
 
     zero_stage: int
     offload_optimizer: str

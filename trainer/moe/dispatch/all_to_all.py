@@ -26,7 +26,7 @@ Bounds = Sequence[tuple[int, int]]
 
 @dataclass(frozen=True, slots=True)
 class DispatchHandle:
-    """What `combine` must know of a `dispatch`."""
+    """State that `combine` needs from `dispatch`."""
 
     order: ExpertOrder
     plan: ExchangePlan

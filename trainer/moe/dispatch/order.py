@@ -1,4 +1,4 @@
-"""Where rows go: grouped by expert on the rank that has the tokens, and again on the rank that has the experts.
+"""Order of rows: grouped by expert on the rank that has the tokens, and again on the rank that has the experts.
 
 # T tokens, k slots, A assignments, R rows, E experts, G ranks that share the experts.
 """
@@ -15,7 +15,7 @@ from trainer.ops.permute import combine_rows, gather_rows
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertOrder:
-    """Where each assignment's row is once rows are grouped by expert."""
+    """Index of each assignment's row once rows are grouped by expert."""
 
     token_of_row: Tensor
     """(R,) int64; T for a row that is empty."""
@@ -113,7 +113,7 @@ def _slots(decision: RoutingDecision, row_of_assignment: Tensor, num_rows: int) 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExchangePlan:
-    """What one rank sends and gets, and how what it gets is ordered. Made of the same matrix on every rank."""
+    """Send and receive counts of one rank, and the order of received rows. Made of the same matrix on every rank."""
 
     sizes: list[list[int]]
     """(G, G) rows from each rank to each rank."""

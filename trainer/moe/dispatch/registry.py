@@ -28,7 +28,7 @@ class LocalDispatcherConfig(Config):
 
 
 class ExchangeOptions(Config):
-    """What all dispatchers that send rows have in common."""
+    """Options of all dispatchers that send rows."""
 
     wire: Literal["compute", "bfloat16"] = "compute"
     """Precision of rows on their way: as they are computed, or rounded (which changes what is learned a little)."""

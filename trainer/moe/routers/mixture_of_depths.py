@@ -1,4 +1,4 @@
-"""Which tokens are computed at all: the others keep the residual stream as it is."""
+"""Mixture of depths: some tokens are computed, the others keep the residual stream as it is."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""What routers that decide all tokens of a sequence together have in common.
+"""Base class of routers that decide all tokens of a sequence together.
 
 # B sequences of S tokens, T = B * S, n valid tokens of one sequence, E experts, D d_model.
 """
@@ -17,7 +17,7 @@ from trainer.ops.select import round_mantissa, stable_top_k
 
 
 class LookAheadRouter(Router):
-    """Where a token goes depends on later tokens of its sequence, while training; in evaluation as the config says."""
+    """Non-causal router: a token's experts depend on later tokens while training; in evaluation as configured."""
 
     causal: ClassVar[Causality] = "within_sequence"
 

@@ -1,4 +1,4 @@
-"""As many experts as a token needs: the likeliest ones, until they hold the probability p."""
+"""Top-p router: a token's likeliest experts, until they hold the probability p."""
 
 from typing import ClassVar
 

@@ -1,4 +1,4 @@
-"""What several routers' options have in common. Imports no torch."""
+"""Options that several routers share. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Score = Literal["softmax", "sigmoid"]
 
 
 class RouterOptions(Config):
-    """What a config must say of every router."""
+    """Options of every router."""
 
     ranks_choices: ClassVar[bool] = False
     """Every token has k experts, the best one first."""
@@ -25,22 +25,22 @@ class RouterOptions(Config):
 
     @property
     def has_static_flops(self) -> bool:
-        """Whether it is known before how many experts compute a token."""
+        """True if the number of experts of a token is known in advance."""
         return True
 
     @property
     def is_self_balancing(self) -> bool:
-        """Whether its load is even without a balance loss, which its authors then leave out."""
+        """True if the load is even without a balance loss, which its authors then leave out."""
         return False
 
     @property
     def weight_sum(self) -> float | None:
-        """What a token's combine weights add up to; None: it depends on the token."""
+        """Sum of a token's combine weights; None: it depends on the token."""
         return None
 
     @property
     def num_null_experts(self) -> int:
-        """How many experts that compute nothing a token can choose."""
+        """Number of null experts, which compute nothing."""
         return getattr(self, "null_experts", 0)
 
     def is_always_even(self, num_experts: int) -> bool:
@@ -63,14 +63,14 @@ class RouterOptions(Config):
 
 
 class JitterOptions(RouterOptions):
-    """Of routers that read the token through a gate."""
+    """Options of routers that read the token through a gate."""
 
     jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Multiply what the gate reads by uniform noise from [1 - jitter, 1 + jitter] while training."""
 
 
 class TopKOptions(JitterOptions):
-    """What every router that keeps the k best-scored experts of a token has in common."""
+    """Options of routers that keep the k best-scored experts of a token."""
 
     ranks_choices: ClassVar[bool] = True
     has_fixed_k: ClassVar[bool] = True
@@ -97,7 +97,7 @@ class TopKOptions(JitterOptions):
 
     @property
     def has_static_flops(self) -> bool:
-        """Whether k is the same in every step."""
+        """True if k is the same in every step."""
         return self.draw_top_k is None
 
     @property
@@ -142,7 +142,7 @@ class TopKOptions(JitterOptions):
 
 
 class EvenOptions(RouterOptions):
-    """Of routers that give a token k experts with equal weights."""
+    """Options of routers that give a token k experts with equal weights."""
 
     has_fixed_k: ClassVar[bool] = True
     has_probs: ClassVar[bool] = False
@@ -154,7 +154,7 @@ class EvenOptions(RouterOptions):
 
 
 class LookAheadOptions(RouterOptions):
-    """What every router that decides all tokens of a sequence together has in common."""
+    """Options of routers that decide all tokens of a sequence together."""
 
     evaluation: Literal["top_k", "same"] = "top_k"
     """How held-out text is routed: each token takes its k best-scored experts, which looks at no later token; or as in
@@ -167,7 +167,7 @@ class LookAheadOptions(RouterOptions):
 
 
 class AssignmentOptions(LookAheadOptions):
-    """Of routers that give experts to a sequence's tokens within the room that experts have."""
+    """Options of routers that assign a sequence's tokens to experts within a capacity."""
 
     top_k: Experts = 2
     """Most experts per token, k."""

@@ -52,7 +52,7 @@ class LinearProgramRouterConfig(AssignmentOptions):
 
 
 class GreedyRouterConfig(AssignmentOptions):
-    """The same programme's greedy heuristic: the best pair of token and expert first, while there is room."""
+    """Greedy heuristic for the linear programme: the best pair of token and expert first, while there is room."""
 
     kind: Literal["greedy"] = "greedy"
 

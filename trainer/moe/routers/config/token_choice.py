@@ -113,7 +113,7 @@ class BiasBalancedRouterConfig(TopKOptions):
 
     @property
     def is_self_balancing(self) -> bool:
-        """By its bias."""
+        """True if its bias is updated."""
         return self.bias_update_rate > 0
 
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
@@ -140,7 +140,7 @@ class GroupLimitedRouterConfig(TopKOptions):
 
     @property
     def is_self_balancing(self) -> bool:
-        """By its bias, if it has one."""
+        """True if it has a bias."""
         return self.bias_update_rate > 0
 
     def problems_among(self, num_experts: int) -> Iterator[Problem]:
@@ -171,7 +171,7 @@ class GroupLimitedRouterConfig(TopKOptions):
 
 
 class TopPRouterConfig(JitterOptions):
-    """As many experts as it takes to hold the probability p (Huang et al. 2024, arXiv 2403.07652)."""
+    """Top-p: the fewest experts that hold the probability p (Huang et al. 2024, arXiv 2403.07652)."""
 
     kind: Literal["top_p"] = "top_p"
     p: Annotated[float, Field(gt=0, le=1)] = 0.4
