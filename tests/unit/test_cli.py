@@ -68,6 +68,35 @@ def test_the_version_is_one_line_and_needs_no_torch(capsys: pytest.CaptureFixtur
     ("arguments", "lines"),
     [
         ("train x.yaml --train.steps 10", ["--train.steps: is no option; write train.steps=10"]),
+        *(
+            (
+                f"{given} train x.yaml",
+                [
+                    "--train.steps: is no option; write train.steps=10; the verb comes first, then the config, then "
+                    "its overrides and options: turnout train CONFIG a.b=c"
+                ],
+            )
+            for given in ("--train.steps 10", "--train.steps=10")
+        ),
+        (
+            "train.steps=10 train x.yaml",
+            [
+                "train.steps=10: is no verb; the verb comes first, then the config, then its overrides and options: "
+                "turnout train CONFIG a.b=c"
+            ],
+        ),
+        (
+            "--nproc 2 launch x.yaml",
+            [
+                "--nproc: is no verb; the verb comes first, then the config, then its overrides and options: turnout "
+                "train CONFIG a.b=c"
+            ],
+        ),
+        ("train x.yaml --train.steps = 10", ["--train.steps: is no option; write train.steps=10"]),
+        (
+            "train x.yaml --nothing 1 train.steps 10",
+            ["--nothing: is no option; leave it out", "train.steps: is no override; write train.steps=10"],
+        ),
         ("train x.yaml --train.steps=10", ["--train.steps: is no option; write train.steps=10"]),
         ("launch x.yaml --nproc 2 --lr 1e-3 name=y", ["--lr: is no option; write schedule.peak_lr=1e-3"]),
         (
