@@ -161,7 +161,8 @@ class JsonlSink:
                 "saved are damaged or gone; the run goes on without them"
             )
         elif num_damaged and not is_whole:
-            self._warn(f"{self.path}: {num_damaged} lines are no records; the run goes on without them")
+            damaged = "1 line is no record" if num_damaged == 1 else f"{num_damaged} lines are no records"
+            self._warn(f"{self.path}: {damaged}; the run goes on without {'it' if num_damaged == 1 else 'them'}")
 
     def _drop(self, step: int, first_dropped: int, *, is_scattered: bool) -> None:
         """Take away the lines that are not kept, from the first of them on."""
