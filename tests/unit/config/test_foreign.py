@@ -128,7 +128,7 @@ def test_there_are_many_names_each_in_one_table_and_none_is_a_key_of_ours() -> N
 def test_common_names_are_in_a_table(name: str) -> None:
     meant = meant_by(name)
     assert meant is not None
-    assert meant.key or meant.note.endswith(("; leave it out", "use train.dtype: bfloat16"))
+    assert meant.key or meant.note.endswith(("leave it out", "use train.dtype: bfloat16"))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -245,6 +245,14 @@ def test_an_error_says_once_how_to_go_on_without_the_row(kind: str) -> None:
     assert str(error.value).count("on_bad_row") == 1
 
 
+def test_a_line_of_a_csv_that_ends_the_library_is_such_a_row(folder: Path) -> None:
+    Path("0.csv").write_text("text\na\nb,c,d\ne\n")
+    with pytest.raises(
+        DataError, match=r"Expected 1 fields in line 3, saw 3.*, or go on without it: on_bad_row: skip$"
+    ):
+        build_corpus(_config(HfSourceConfig(path="csv", data_files="0.csv")))
+
+
 def test_no_way_on_is_named_where_there_is_none(folder: Path) -> None:
     Path("rows.jsonl").write_text("[1]\n")
     with pytest.raises(DataError, match=r"correct or remove it$"):  # of a task, which has no such key
