@@ -18,7 +18,7 @@ from trainer.config.yaml_nodes import MAX_DEPTH, compose
 RANK = 1_000_000
 """Overrides are reported after all files."""
 _EXAMPLE: Final = "key=value, such as train.steps=100"
-_LOOSE: Final = re.compile(r"[A-Za-z_][\w.]*(\s*:|\s+=|\s+(?!=))[^=]*", re.ASCII)
+_LOOSE: Final = re.compile(r"([A-Za-z_][\w.]*)(?:\s*:|\s+=|\s+(?!=))[^=]*", re.ASCII)
 """A key and its value as a file has them, or with spaces between them."""
 _IN_WORDS: Final = re.compile(r"([\w.-]*)\s*[:=]?(.*)", re.DOTALL)
 
@@ -43,7 +43,8 @@ def apply(tree: Node, overrides: Sequence[str], slot: Slot, findings: list[Findi
     for number, words in _grouped(overrides, slot.annotation):
         place = Place(RANK + number, 0, 0, f"<override {number}>")
         try:
-            if len(words) > 1 or _LOOSE.fullmatch(words[0]):
+            loose = _LOOSE.fullmatch(words[0])
+            if len(words) > 1 or (loose and names_key(loose[1], slot.annotation)):
                 raise Unreadable(place, _in_words(words, slot.annotation))
             parsed.append(_parse(words[0], place, findings))
         except Unreadable as error:
@@ -63,10 +64,10 @@ def _grouped(overrides: Sequence[str], root: type[Config]) -> Iterator[tuple[int
     while words:
         number, word = words.pop(0)
         group = [word]
-        is_key = "=" not in word and names_key(word.removesuffix(":"), root)
-        if is_key and words and words[0][1].startswith("="):
+        is_key = names_key(word.rstrip(":="), root)
+        if is_key and "=" not in word and words and words[0][1].startswith("="):
             group.append(words.pop(0)[1])
-        is_open = group[-1].endswith("=") or (len(group) == 1 and is_key)
+        is_open = is_key and (group[-1].endswith("=") or len(group) == 1)
         if is_open and words and "=" not in words[0][1] and not names_key(words[0][1], root):
             group.append(words.pop(0)[1])
         yield number, group
@@ -82,9 +83,10 @@ def _in_words(words: list[str], root: type[Config]) -> str:
     """Say that a key and a value in several words, or with a colon between them, are no override."""
     text = " ".join(words)
     match = _IN_WORDS.fullmatch(text)
-    assert match is not None, "words are taken together, or one apart, if they begin with a key"
+    assert match is not None, "any text is a match"
     key, value = match[1], match[2].strip()
-    advice = _meant(key, value or None, root) or f"write {key}={value or '...'}"
+    advice = _meant(key, value or None, root)
+    assert advice is not None, "words are taken together if they begin with a key"
     return f"{shown(text)} is not an override; {advice}, without spaces"
 
 

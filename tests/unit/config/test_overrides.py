@@ -171,6 +171,13 @@ def test_an_override_in_words_is_one_line_with_the_whole_of_it(read: Loader, wor
     ]
 
 
+@pytest.mark.parametrize("word", ["s3://a/b", "hello there", "C:", "bogus:10"])
+def test_a_word_that_names_no_key_is_told_only_the_form(read: Loader, word: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(word)
+    assert str(caught.value) == f"<override 1>: '{word}' is not an override; write key=value, such as train.steps=100"
+
+
 def test_words_that_are_no_override_are_not_taken_together(read: Loader) -> None:
     with pytest.raises(ConfigError) as caught:
         read("bogus", "10", "train.steps", "seed", "3")
