@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from trainer.config.nodes import shown_path
-from trainer.config.overrides import as_override
+from trainer.config.overrides import as_override, names_key
 from trainer.distributed.layout import is_first_rank
 from trainer.environment import check_of_process
 from trainer.errors import CommError, RemoteRankError, StopRequested, TurnoutError, exit_code_of, first_line
@@ -79,8 +79,9 @@ def _explain(error: BaseException) -> None:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse, and accept overrides behind an option as well as before it; exit with 2 and a line if it is wrong."""
     parser = command_line()
+    _refuse_before_verb(parser, arguments)
     options, rest = parser.parse_known_args(arguments)
-    stray = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(options, "overrides")]
+    stray = [word for word in rest if word.startswith("-") or "=" not in word[1:] or not hasattr(options, "overrides")]
     if stray and hasattr(options, "overrides"):
         meant = [as_override(word, value, ExperimentConfig) for word, value in _with_values(stray)]
         parser.exit(2, "".join(f"{one_line(line)}\n" for line in meant))
@@ -91,11 +92,28 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def _refuse_before_verb(parser: Parser, arguments: Sequence[str]) -> None:
+    """Exit with 2 and a line if an option or an override stands where the verb should."""
+    first = next((word for word in arguments if not word.startswith("--local_rank=")), "")
+    known = (option for action in parser._actions for option in action.option_strings)
+    is_option = first.startswith("-") and not any(option.startswith(first.partition("=")[0]) for option in known)
+    if not is_option and "=" not in first:
+        return
+    value = arguments[list(arguments).index(first) + 1 :][:1]
+    [(name, given), *_] = _with_values([first, *(word for word in value if not word.startswith("-"))])
+    is_key = names_key(name.lstrip("-").replace("-", "_"), ExperimentConfig)
+    said = as_override(name, given, ExperimentConfig) if is_option and is_key else f"{first}: is no verb"
+    where = "the verb comes first, then the config, then its overrides and options"
+    parser.exit(2, f"{one_line(f'{said}; {where}')}: {parser.prog} train CONFIG a.b=c\n")
+
+
 def _with_values(words: Sequence[str]) -> list[tuple[str, str | None]]:
     """Return each option that there is not, with the value that was given to it; of a stray value, the value alone."""
     found: list[tuple[str, str | None]] = []
     for word in words:
         name, equals, value = word.partition("=")
+        if word == "=":
+            continue
         if equals or word.startswith("-") or not found or found[-1][1] is not None:
             found.append((name, value if equals else None))
         else:

@@ -4,6 +4,7 @@ import argparse
 import platform
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -68,6 +69,35 @@ def test_the_version_is_one_line_and_needs_no_torch(capsys: pytest.CaptureFixtur
     ("arguments", "lines"),
     [
         ("train x.yaml --train.steps 10", ["--train.steps: is no option; write train.steps=10"]),
+        *(
+            (
+                f"{given} train x.yaml",
+                [
+                    "--train.steps: is no option; write train.steps=10; the verb comes first, then the config, then "
+                    "its overrides and options: turnout train CONFIG a.b=c"
+                ],
+            )
+            for given in ("--train.steps 10", "--train.steps=10")
+        ),
+        (
+            "train.steps=10 train x.yaml",
+            [
+                "train.steps=10: is no verb; the verb comes first, then the config, then its overrides and options: "
+                "turnout train CONFIG a.b=c"
+            ],
+        ),
+        (
+            "--nproc 2 launch x.yaml",
+            [
+                "--nproc: is no verb; the verb comes first, then the config, then its overrides and options: turnout "
+                "train CONFIG a.b=c"
+            ],
+        ),
+        ("train x.yaml --train.steps = 10", ["--train.steps: is no option; write train.steps=10"]),
+        (
+            "train x.yaml --nothing 1 train.steps 10",
+            ["--nothing: is no option; leave it out", "train.steps: is no override; write train.steps=10"],
+        ),
         ("train x.yaml --train.steps=10", ["--train.steps: is no option; write train.steps=10"]),
         ("launch x.yaml --nproc 2 --lr 1e-3 name=y", ["--lr: is no option; write schedule.peak_lr=1e-3"]),
         (
@@ -101,3 +131,58 @@ def test_overrides_may_stand_before_and_behind_options() -> None:
     second = parse(["eval", "runs/x", "a=1", "--step", "3", "b=2"])
     assert (first.overrides, second.overrides, second.step) == (["a=1"], ["a=1", "b=2"], 3)
     assert parse(["train", "x.yaml"]).overrides == []
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home folder with the folder of a run."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "runs" / "a" / "checkpoints" / "step_00000007").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "config.yaml").write_text("name: a\n")
+    return tmp_path / "runs" / "a"
+
+
+def said_by(arguments: list[str], capsys: pytest.CaptureFixture[str], *, code: int) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == code
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["eval", "generate", "checkpoint verify", "checkpoint export-dcp"])
+def test_a_checkpoint_is_answered_by_its_run_and_step(
+    verb: str, run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run_folder.parent)
+    rest = ["out"] if verb.endswith("dcp") else []
+    end = ": is a checkpoint of a run; name the run and its step: {} --step 7\n"
+    for name, run in (
+        ("~/runs/a/checkpoints/step_00000007", str(run_folder)),
+        ("a/checkpoints/step_00000007", "a"),
+    ):
+        said = said_by([*verb.split(), name, *rest], capsys, code=4)
+        assert said == name.replace("~", str(run_folder.parents[1])) + end.format(run)
+    monkeypatch.chdir(run_folder / "checkpoints")
+    assert said_by([*verb.split(), "step_00000007", *rest], capsys, code=4) == "step_00000007" + end.format(run_folder)
+
+
+@pytest.mark.parametrize("verb", ["train", "launch", "checkpoint list", "checkpoint prune"])
+def test_a_folder_inside_a_run_is_answered_by_the_run(
+    verb: str, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step, all_of_them = run_folder / "checkpoints" / "step_00000007", run_folder / "checkpoints"
+    said = said_by([*verb.split(), str(step)], capsys, code=4)
+    assert said == f"{step}: is a checkpoint of a run; name the folder of the run: {run_folder}\n"
+    said = said_by([*verb.split(), str(all_of_them)], capsys, code=4)
+    assert said == f"{all_of_them}: is where a run's checkpoints are; name the folder of the run: {run_folder}\n"
+
+
+def test_a_tilde_that_no_shell_has_taken_is_the_home_folder(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["config", "diff", "~/runs/a/config.yaml", "~/runs/a/config.yaml"])
+    assert exit_.value.code == 0
+    options = parse(["bench", "routers", "--json=~/x.json"])
+    assert options.json == run_folder.parents[1] / "x.json"
+    assert "a/nothing" in said_by(["eval", "~/runs/a/nothing"], capsys, code=2)

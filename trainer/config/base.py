@@ -16,7 +16,10 @@ LINE_PATTERN = r"^[^\x00-\x1f\x7f]*$"
 
 def at_home(path: str) -> str:
     """Return a path whose leading ~ or ~USER stands for a home folder, as a shell has it."""
-    return os.path.expanduser(path) if path.startswith("~") else path  # noqa: PTH111 - it may be no path yet
+    try:
+        return os.path.expanduser(path) if path.startswith("~") else path  # noqa: PTH111 - it may be no path yet
+    except ValueError:  # no user has such a name
+        return path
 
 
 PathText = Annotated[str, Field(min_length=1, pattern=PATH_PATTERN), AfterValidator(at_home)]

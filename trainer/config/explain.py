@@ -155,9 +155,12 @@ def _unknown(
     name, where = str(key[-1]), dotted(key[:-1])
     if name in foreign.SECTIONS and isinstance(node.value, dict) and node.value:
         for part, inner in node.value.items():
-            yield Finding(inner.key_place, (*key, part), wording.unknown_key(part, root, [], root, where=name))
+            yield Finding(
+                inner.key_place, (*key, part), wording.unknown_key(part, root, [], root, where=name, node=inner)
+            )
     else:
-        yield Finding(node.key_place, key, wording.unknown_key(name, section, siblings, root, where=where))
+        said = wording.unknown_key(name, section, siblings, root, where=where, node=node)
+        yield Finding(node.key_place, key, said)
 
 
 def _about_value(spot: _Spot, node: Node, context: dict[str, Any]) -> str:

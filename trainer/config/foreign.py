@@ -1,7 +1,8 @@
 """Names of other trainers' options, and what they are called here: tried before any name that merely looks alike.
 
 A name stands in the table of the first trainer that has it; the others mean the same by it. Dashes are written as
-underscores, and a name that means something else inside a section has the section before it. Imports no torch.
+underscores, and a name that means something else inside a section has the section before it; one that does so anywhere
+but at the top level has a dot before it. Imports no torch.
 """
 
 from typing import Final, NamedTuple
@@ -35,11 +36,19 @@ _NO_LORA = "all weights are trained from the start, and nothing is adapted; leav
 _NO_RECOMPUTE = "activations are kept, not computed again; lower parallel.micro_batch_size instead, and leave it out"
 _NO_DROPOUT = "there is no dropout; leave it out"
 _NO_BIAS = "linear layers have no biases; leave it out"
+_NO_WINDOW = "attention goes over the whole row (model.attention_within: row or document); leave it out"
+_NO_SCALING = "rotary positions are as model.rope_theta has them, and not scaled; leave it out"
+_NO_MTP = "one token is predicted at each position, the next one; leave it out"
+_HEAD_DIM = "a head is model.d_model / model.num_heads wide; leave it out"
+_NORMS = "all norms are RMSNorm; leave it out"
+_ROUTERS_DTYPE = "routers compute in float32 at least; leave it out"
+_PROCESSES = "processes are started by launch --nproc N or torchrun; leave it out"
+_VERBS = "train also evaluates, every eval.every steps, and eval does nothing else; leave it out"
+_OTHER_UNITS = "in steps"
 _NO_HALF = "there is no float16; use train.dtype: bfloat16"
 _RESUMES = "a run goes on from its newest checkpoint when its command is given again; leave it out"
 _ATTENTION = "torch chooses the attention kernel; leave it out"
 _MIN_LR = "as a share of schedule.peak_lr"
-_WARMUP_SHARE = "in steps: the share of train.steps"
 _WIDTH_OF_BOTH = "of dense blocks, and model.moe.d_ff, of one expert"
 _BETA = "both in one list: [beta1, beta2]"
 
@@ -75,10 +84,26 @@ HUGGING_FACE: Final[dict[str, Meant]] = {
     "initializer_range": Meant("model.init_std"),
     "hidden_act": Meant("model.activation", "swiglu for silu"),
     "use_qk_norm": Meant("model.qk_norm"),
+    "head_dim": Meant("", _HEAD_DIM),
+    "sliding_window": Meant("", _NO_WINDOW),
+    "rope_scaling": Meant("", _NO_SCALING),
+    "aux_loss_alpha": Meant("model.moe.balance.coef", "config coefficient --from deepseek-v3 converts it"),
+    "num_nextn_predict_layers": Meant("", _NO_MTP),
     "attention_dropout": Meant("", _NO_DROPOUT),
     "attention_bias": Meant("", _NO_BIAS),
     "output_router_logits": Meant("", "the balance loss is always part of the objective; set model.moe.balance.coef"),
-    # TrainingArguments
+    # TrainingArguments, and trl's
+    "do_train": Meant("", _VERBS),
+    "do_eval": Meant("", _VERBS),
+    "do_predict": Meant("", _VERBS),
+    "max_length": Meant("model.seq_len"),
+    "max_seq_length": Meant("model.seq_len"),
+    "logging_dir": Meant("runs_dir", "the folder of all runs; metrics are in runs_dir/name"),
+    "eval_strategy": Meant("eval.every", _OTHER_UNITS),
+    "evaluation_strategy": Meant("eval.every", _OTHER_UNITS),
+    "save_strategy": Meant("checkpoint.every", _OTHER_UNITS),
+    "logging_strategy": Meant("metrics.log_every", _OTHER_UNITS),
+    "tf32": Meant("", "float32 is multiplied as float32; for less use train.dtype: bfloat16"),
     "learning_rate": Meant("schedule.peak_lr"),
     "max_steps": Meant("train.steps"),
     "num_train_epochs": Meant("train.steps", _EPOCHS),
@@ -91,7 +116,7 @@ HUGGING_FACE: Final[dict[str, Meant]] = {
     "adam_beta2": Meant("optim.betas", _BETA),
     "adam_epsilon": Meant("optim.eps"),
     "lr_scheduler_type": Meant("schedule.kind"),
-    "warmup_ratio": Meant("schedule.warmup_steps", _WARMUP_SHARE),
+    "warmup_ratio": Meant("schedule.warmup_steps"),
     "bf16": Meant("train.dtype", "as bfloat16"),
     "fp16": Meant("", _NO_HALF),
     "torch_dtype": Meant("train.dtype"),
@@ -122,22 +147,30 @@ AXOLOTL: Final[dict[str, Meant]] = {
     "pad_to_sequence_len": Meant("data.packing", "whose rows always have model.seq_len tokens"),
     "num_epochs": Meant("train.steps", _EPOCHS),
     "val_set_size": Meant("data.split.fraction"),
-    "evals_per_epoch": Meant("eval.every", "in steps"),
-    "saves_per_epoch": Meant("checkpoint.every", "in steps"),
-    "datasets": Meant("data.sources"),
+    "evals_per_epoch": Meant("eval.every", _OTHER_UNITS),
+    "saves_per_epoch": Meant("checkpoint.every", _OTHER_UNITS),
+    "datasets": Meant("data.sources", "whose entries have a kind: text, jsonl or hf"),
+    "streaming": Meant("data.sources.0.kind", "as hf_stream"),
     "dataset_prepared_path": Meant("data.cache_dir"),
     "dataset_processes": Meant("data.workers"),
     "train_on_inputs": Meant("data.sources.0.prompt", "which is read and not learned; what is learned is its text"),
     "flash_attention": Meant("", _ATTENTION),
+    "flash_attn": Meant("", _ATTENTION),
+    "use_flash_attn": Meant("", _ATTENTION),
+    "use_flash_attention": Meant("", _ATTENTION),
+    "use_flash_attention_2": Meant("", _ATTENTION),
     "wandb_project": Meant("metrics.wandb.project"),
     "wandb_entity": Meant("metrics.wandb.entity"),
     "wandb_name": Meant("metrics.wandb.name"),
     "wandb_run_name": Meant("metrics.wandb.name"),
     "lora_r": Meant("", _NO_LORA),
+    "lora_alpha": Meant("", _NO_LORA),
+    "lora_dropout": Meant("", _NO_LORA),
+    "lora_target_modules": Meant("", _NO_LORA),
     "adapter": Meant("", _NO_LORA),
     "load_in_8bit": Meant("", _NO_LORA),
     "load_in_4bit": Meant("", _NO_LORA),
-    "tokenizer_type": Meant("data.tokenizer.kind"),
+    "tokenizer_type": Meant("data.tokenizer.kind", "as file, with the tokenizer.json as data.tokenizer.path"),
     "auto_resume_from_checkpoints": Meant("", _RESUMES),
     "loss_watchdog_threshold": Meant("train.spikes.sigmas", "in standard deviations above the usual loss"),
 }
@@ -197,13 +230,18 @@ MEGATRON: Final[dict[str, Meant]] = {
     "ffn_hidden_size": Meant("model.d_ff"),
     "moe_ffn_hidden_size": Meant("model.moe.d_ff"),
     "num_query_groups": Meant("model.num_kv_heads"),
-    "kv_channels": Meant("", "a head is model.d_model / model.num_heads wide; leave it out"),
+    "kv_channels": Meant("", _HEAD_DIM),
     "seq_length": Meant("model.seq_len"),
     "rotary_base": Meant("model.rope_theta"),
     "norm_epsilon": Meant("model.norm_eps"),
     "init_method_std": Meant("model.init_std"),
     "untie_embeddings_and_output_weights": Meant("model.tie_embeddings", "as its opposite"),
     "qk_layernorm": Meant("model.qk_norm"),
+    "normalization": Meant("", _NORMS),
+    "mtp_num_layers": Meant("", _NO_MTP),
+    "num_moe_experts": Meant("model.moe.num_experts"),
+    "moe_router_dtype": Meant("", _ROUTERS_DTYPE),
+    "recompute_activations": Meant("", _NO_RECOMPUTE),
     "hidden_dropout": Meant("", _NO_DROPOUT),
     "moe_router_topk": Meant("model.moe.router.top_k"),
     "moe_router_score_function": Meant("model.moe.router.score"),
@@ -229,7 +267,7 @@ MEGATRON: Final[dict[str, Meant]] = {
     "min_lr": Meant("schedule.final_fraction", _MIN_LR),
     "lr_warmup_iters": Meant("schedule.warmup_steps"),
     "lr_warmup_samples": Meant("schedule.warmup_steps", _EXAMPLES),
-    "lr_warmup_fraction": Meant("schedule.warmup_steps", _WARMUP_SHARE),
+    "lr_warmup_fraction": Meant("schedule.warmup_steps"),
     "lr_decay_style": Meant("schedule.kind"),
     "lr_decay_iters": Meant("train.steps", "at whose end the learning rate is schedule.final_fraction of its peak"),
     "clip_grad": Meant("train.grad_clip"),
@@ -289,13 +327,34 @@ OTHERS: Final[dict[str, Meant]] = {
     "capacity_factor": Meant("model.moe.capacity.factor"),
     "aux_loss_coef": Meant("model.moe.balance.coef", "with model.moe.balance.convention for whose definition it is"),
     "top_k_experts": Meant("model.moe.router.top_k"),
-    "num_gpus": Meant("", "processes are started by launch --nproc N or torchrun; leave it out"),
-    "world_size": Meant("", "processes are started by launch --nproc N or torchrun; leave it out"),
+    "num_gpus": Meant("", _PROCESSES),
+    "world_size": Meant("", _PROCESSES),
+    "devices": Meant("", _PROCESSES),
+    "num_nodes": Meant("", _PROCESSES),
+    "nproc_per_node": Meant("", _PROCESSES),
+    "accelerator": Meant("parallel.device", "cpu or cuda"),
+    "strategy": Meant("parallel.data", "shard for fsdp, replicate for ddp"),
+    "log_every_n_steps": Meant("metrics.log_every"),
+    "val_check_interval": Meant("eval.every", _OTHER_UNITS),
+    ".iterations": Meant("train.steps"),
+    "train.iterations": Meant("train.steps"),
+    "training.iterations": Meant("train.steps"),
+    "num_iterations": Meant("train.steps"),
+    "n_experts": Meant("model.moe.num_experts"),
+    "moe_num_experts": Meant("model.moe.num_experts"),
+    "experts_per_token": Meant("model.moe.router.top_k"),
+    "min_capacity": Meant("model.moe.capacity.min"),
+    "gradient_clipping": Meant("train.grad_clip"),
+    "mixed_precision": Meant("train.dtype", "float32, bfloat16 or float64"),
+    "activation_checkpointing": Meant("", _NO_RECOMPUTE),
+    "optimizer": Meant("optim.kind"),
+    "lr_scheduler": Meant("schedule.kind"),
+    "resume": Meant("", _RESUMES),
     "checkpoint_dir": Meant("runs_dir", "the folder of all runs; checkpoints are in runs_dir/name/checkpoints"),
     "log_dir": Meant("runs_dir", "the folder of all runs; metrics are in runs_dir/name"),
     "random_seed": Meant("seed"),
 }
-"""What Lightning, and scripts that people write for themselves, call things."""
+"""What Lightning and DeepSpeed, and scripts that people write for themselves, call things."""
 
 VALUES: Final[dict[str, str]] = {
     **dict.fromkeys(("off", "no", "false", "none", "null", "disable", "never"), "disabled"),
@@ -308,9 +367,9 @@ VALUES: Final[dict[str, str]] = {
     **dict.fromkeys(("gpu", "cuda:0", "nvidia"), "cuda"),
     **dict.fromkeys(("silu", "swish", "swigelu"), "swiglu"),
     **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), "gelu"),
-    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "fusedadam"), "adamw"),
-    **dict.fromkeys(("cosine", "cosine_with_warmup"), "warmup_cosine"),
-    **dict.fromkeys(("wsd", "trapezoidal"), "warmup_stable_decay"),
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "fusedadam"), "adamw"),
+    **dict.fromkeys(("cosine", "cosine_with_warmup", "constant", "constant_with_warmup"), "warmup_cosine"),
+    **dict.fromkeys(("wsd", "trapezoidal", "linear", "linear_with_warmup"), "warmup_stable_decay"),
     **dict.fromkeys(("fsdp", "fsdp2", "full_shard", "zero3"), "shard"),
     **dict.fromkeys(("ddp", "no_shard"), "replicate"),
     **dict.fromkeys(("torch", "pytorch"), "native"),
@@ -331,6 +390,17 @@ VALUES: Final[dict[str, str]] = {
     **dict.fromkeys(("grouped_gemm", "grouped_mm"), "grouped"),
 }
 """What people write for a value elsewhere, in small letters, and the value that it means here, where that may stand."""
+BESIDES: Final[dict[str, tuple[str, str]]] = {
+    **dict.fromkeys(("constant", "constant_with_warmup"), ("final_fraction", "1")),
+    **dict.fromkeys(("linear", "linear_with_warmup"), ("decay_fraction", "1")),
+}
+"""Of values that are one of ours only with another key beside it: which, and its value."""
+OF_SUFFIX: Final[dict[str, str]] = {
+    **dict.fromkeys(("txt", "text", "md", "rst"), "kind: text, path: "),
+    **dict.fromkeys(("jsonl", "ndjson"), "kind: jsonl, path: "),
+    **{name: f"kind: hf, path: {name}, data_files: " for name in ("parquet", "arrow", "csv", "json")},
+}
+"""How a section reads a file, which stands behind it, by what the file's name ends in."""
 NO_HALF: Final = frozenset({"fp16", "float16", "half", "16-mixed", "f16"})
 """Of a precision that there is not, and that must not be taken for the one it looks like."""
 SECTIONS: Final = frozenset(

@@ -3,6 +3,7 @@
 import codecs
 import difflib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Final
 
 from trainer.atomic_io import NotRegular, open_regular
 from trainer.config import slots
+from trainer.config.base import at_home
 from trainer.config.nodes import UNUSABLE, Finding, Node, Place, Unreadable, shown, shown_path
 from trainer.config.slots import Slot
 from trainer.config.yaml_nodes import compose
@@ -18,6 +20,7 @@ MAX_BYTES: Final = 2**20
 """Largest file."""
 MAX_FILES: Final = 64
 """Most files in one configuration, counting a file each time it is named."""
+_ADDRESS: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(?!/)")
 
 
 def merge(under: Node, over: Node, slot: Slot) -> Node:
@@ -72,6 +75,7 @@ class Files:
         Raises:
             Unreadable: if it or one of its bases is not a readable YAML mapping, or bases go in a circle.
         """
+        name = _as_address(at_home(name)) or at_home(name)
         rank, self._num_read = self._num_read, self._num_read + 1
 
         def locate(line: int, column: int) -> Place:
@@ -103,8 +107,11 @@ class Files:
                 self._findings.append(Finding(node.place, ("base",), message))
 
     def _read_base(self, path: Path, node: Node) -> Node:
-        name = os.path.normpath(path.parent / node.value)
-        real = name if "\0" in name else os.path.realpath(name)
+        name = _as_address(node.value) or os.path.normpath(path.parent / at_home(node.value))
+        try:
+            real = os.path.realpath(name)
+        except ValueError:  # no system has such a name, which is said where the file is opened
+            real = name
         if real in self._reading:
             chain = [os.path.relpath(p) for p in [*self._reading[self._reading.index(real) :], real]]
             raise Unreadable(
@@ -127,7 +134,7 @@ def _text(path: Path, locate: Any) -> str:
         with os.fdopen(open_regular(path, os.O_RDONLY, through_links=True), "rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise _NotOpened(locate(0, 0), f"no such file{_similar_file(path)}") from None
+        raise _NotOpened(locate(0, 0), _missing(path)) from None
     except NotRegular:
         if path.is_dir():
             raise _NotOpened(locate(0, 0), "is a directory; name a .yaml file in it") from None
@@ -153,6 +160,18 @@ def _is_wide(data: bytes) -> bool:
     begins = data[:64]
     has_mark = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE))
     return has_mark or begins.count(0) * 3 > len(begins)
+
+
+def _as_address(name: str) -> str | None:
+    """Return a name that is an address, with both slashes, of which a path keeps one; None if it is none."""
+    match = _ADDRESS.match(name)
+    return None if match is None else f"{match[1]}://{name[match.end() :]}"
+
+
+def _missing(path: Path) -> str:
+    if _as_address(str(path)) is not None:
+        return "is an address, and a configuration is a file of this machine; download it, and name the file"
+    return f"no such file{_similar_file(path)}"
 
 
 def _similar_file(path: Path) -> str:

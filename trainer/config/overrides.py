@@ -1,13 +1,15 @@
 """Overrides from the command line, `a.b=c`: a layer over the file, with the same rules and the same messages."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 from pydantic_core import PydanticUndefined
 
 from trainer.config import foreign, slots
 from trainer.config.base import Config
+from trainer.config.hints import meant_value
 from trainer.config.layers import merge
 from trainer.config.nodes import Finding, Key, Node, Place, Unreadable, shown
 from trainer.config.slots import Slot
@@ -15,6 +17,10 @@ from trainer.config.yaml_nodes import MAX_DEPTH, compose
 
 RANK = 1_000_000
 """Overrides are reported after all files."""
+_EXAMPLE: Final = "key=value, such as train.steps=100"
+_LOOSE: Final = re.compile(r"([A-Za-z_][\w.]*)(?:\s*:|\s+=|\s+(?!=))[^=]*", re.ASCII)
+"""A key and its value as a file has them, or with spaces between them."""
+_IN_WORDS: Final = re.compile(r"([\w.-]*)\s*[:=]?(.*)", re.DOTALL)
 
 
 def apply(tree: Node, overrides: Sequence[str], slot: Slot, findings: list[Finding]) -> Node:
@@ -34,9 +40,13 @@ def apply(tree: Node, overrides: Sequence[str], slot: Slot, findings: list[Findi
         The new configuration.
     """
     parsed: list[tuple[list[str], Node]] = []
-    for number, text in enumerate(overrides, start=1):
+    for number, words in _grouped(overrides, slot.annotation):
+        place = Place(RANK + number, 0, 0, f"<override {number}>")
         try:
-            parsed.append(_parse(text, Place(RANK + number, 0, 0, f"<override {number}>"), findings))
+            loose = _LOOSE.fullmatch(words[0])
+            if len(words) > 1 or (loose and names_key(loose[1], slot.annotation)):
+                raise Unreadable(place, _in_words(words, slot.annotation))
+            parsed.append(_parse(words[0], place, findings))
         except Unreadable as error:
             findings.append(error.finding)
     parsed.sort(key=lambda one: (0, len(one[0])) if one[0][-1] == "kind" else (1, 0))
@@ -48,6 +58,38 @@ def apply(tree: Node, overrides: Sequence[str], slot: Slot, findings: list[Findi
     return tree
 
 
+def _grouped(overrides: Sequence[str], root: type[Config]) -> Iterator[tuple[int, list[str]]]:
+    """Yield the overrides with their numbers; words that are one override, with spaces in it, together."""
+    words = list(enumerate(overrides, start=1))
+    while words:
+        number, word = words.pop(0)
+        group = [word]
+        is_key = names_key(word.rstrip(":="), root)
+        if is_key and "=" not in word and words and words[0][1].startswith("="):
+            group.append(words.pop(0)[1])
+        is_open = is_key and (group[-1].endswith("=") or len(group) == 1)
+        if is_open and words and "=" not in words[0][1] and not names_key(words[0][1], root):
+            group.append(words.pop(0)[1])
+        yield number, group
+
+
+def names_key(word: str, root: type[Config]) -> bool:
+    """Tell whether a word is a dotted key of a schema, or what another trainer calls one."""
+    section, _, last = word.rpartition(".")
+    return section in slots.homes(root).get(last, ()) or foreign.meant_by(last, section) is not None
+
+
+def _in_words(words: list[str], root: type[Config]) -> str:
+    """Say that a key and a value in several words, or with a colon between them, are no override."""
+    text = " ".join(words)
+    match = _IN_WORDS.fullmatch(text)
+    assert match is not None, "any text is a match"
+    key, value = match[1], match[2].strip()
+    advice = _meant(key, value or None, root)
+    assert advice is not None, "words are taken together if they begin with a key"
+    return f"{shown(text)} is not an override; {advice}, without spaces"
+
+
 def as_override(option: str, value: str | None, root: type[Config]) -> str:
     """Say that there is no such option of the command line, and which override may have been meant.
 
@@ -57,27 +99,37 @@ def as_override(option: str, value: str | None, root: type[Config]) -> str:
         root: the schema.
     """
     said, key = shown(option)[1:-1], option.lstrip("-").replace("-", "_")
+    known = _meant(key, value, root)
     if not option.startswith("-"):
-        return f"{said}: is no override; write key=value, such as train.steps=100"
+        return f"{said}: is no override; {known or f'write {_EXAMPLE}'}"
+    return f"{said}: is no option; {known or 'leave it out'}"
+
+
+def _meant(key: str, value: str | None, root: type[Config]) -> str | None:
+    """Return what to do instead of giving a key a value in another form than that of an override; None: no such key."""
     given = "..." if value is None else value
     section, _, last = key.rpartition(".")
-    if section in slots.homes(root).get(last, ()):
-        return f"{said}: is no option; write {key}={given}"
+    homes = slots.homes(root).get(last, ())
+    if section in homes:
+        return f"write {key}={given}"
     meant = foreign.meant_by(last, section)
     if meant is None:
-        known = [f"{home}.{last}".lstrip(".") for home in sorted(slots.homes(root).get(last, ()))]
-        hint = f"write {' or '.join(f'{name}={given}' for name in known)}" if 0 < len(known) <= 3 else "leave it out"
-        return f"{said}: is no option; {hint}"
-    if not meant.key:
-        return f"{said}: is no option; {meant}"
-    return f"{said}: is no option; write {meant.key}={'...' if meant.note else given}" + meant.said_of_value
+        known = [f"{home}.{last}".lstrip(".") for home in homes]
+        return f"write {' or '.join(f'{name}={given}' for name in known)}" if 0 < len(known) <= 3 else None
+    if not meant.key or meant.note:
+        return f"write {meant.key}=...{meant.said_of_value}" if meant.key else meant.note
+    options = [option for annotation in slots.at(root, meant.key) for option in slots.literals(annotation)]
+    written = f"write {meant.key}={meant_value(given, options) or given}"
+    if given.lower() in foreign.BESIDES and meant_value(given, options) is not None:
+        written += f" {meant.key.rpartition('.')[0]}.{'='.join(foreign.BESIDES[given.lower()])}"
+    return written
 
 
 def _parse(text: str, place: Place, findings: list[Finding]) -> tuple[list[str], Node]:
     path, equals, value = text.partition("=")
     bare = path.lstrip("-")
     if not equals or not bare:
-        raise Unreadable(place, f"{shown(text)} is not an override; write key=value, such as train.steps=100")
+        raise Unreadable(place, f"{shown(text)} is not an override; write {_EXAMPLE}")
     if bare != path:
         raise Unreadable(place, f"{shown(text)}: an override has no dashes; write {shown(text.lstrip('-'))[1:-1]}")
     parts = path.split(".")

@@ -103,14 +103,29 @@ def below(slot: Slot, node: Node, part: str | int) -> Slot:
     return field(section_of(slot, kind_of(node, slot)), str(part))
 
 
+def at(root: type[Config], key: str) -> list[Any]:
+    """Return what a schema expects at a dotted key, under each kind of the sections on the way; empty: no such key."""
+    found: list[Any] = [root]
+    for part in key.split("."):
+        entries = [
+            get_args(one)[0]
+            for annotation in found
+            for one in alternatives(annotation)
+            if get_origin(one) is list and part.isdecimal()
+        ]
+        owners = [one for annotation in found for one in sections(annotation) if part in one.model_fields]
+        found = entries + [owner.model_fields[part].annotation for owner in owners]
+    return found
+
+
 @cache
-def homes(root: type[Config]) -> dict[str, frozenset[str]]:
-    """Return, for each key of the whole schema, the dotted sections that have it."""
-    found: dict[str, set[str]] = {}
+def homes(root: type[Config]) -> dict[str, tuple[str, ...]]:
+    """Return, for each key of the whole schema, the dotted sections that have it, in the order of the schema."""
+    found: dict[str, dict[str, None]] = {}  # of ordered sets
     for where, section in _walk(root, ""):
         for key in section.model_fields:
-            found.setdefault(key, set()).add(where)
-    return {key: frozenset(where) for key, where in found.items()}
+            found.setdefault(key, {})[where] = None
+    return {key: tuple(where) for key, where in found.items()}
 
 
 def _walk(section: type[Config], where: str) -> Iterator[tuple[str, type[Config]]]:

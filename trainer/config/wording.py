@@ -6,39 +6,43 @@ from typing import Any, Literal, get_args, get_origin
 
 from trainer.config import foreign, slots
 from trainer.config.base import LINE_PATTERN, PATH_PATTERN, Config
+from trainer.config.hints import how_to_write, meant_value
 from trainer.config.nodes import Node, shown
-from trainer.config.yaml_nodes import resolve
 
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
-_WORDS_OF_BOOLS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
 _MAX_ELSEWHERE = 3
-_NULLS = frozenset({"none", "never", "off", "no", "nil", "disabled"})
 _SAME_WORD = 0.6
 """Similarity from which two words may be one, misspelled."""
+_SAME_NAME = 0.9
+"""The same of names that are not written as equally many words."""
+_UNITS = frozenset({"num", "n", "size", "steps", "step", "coef", "coeff", "rate", "factor", "value", "of", "the"})
+"""Words that name the unit of a number: a name with or without them means the same."""
 _NAME_PATTERN = re.compile(r"\^\[A-Za-z0-9\]\[A-Za-z0-9\._-\]\{0,(\d+)\}\$")
 
 
 def choice(value: object, options: list[str]) -> str:
     """Say that a value is none of `options`."""
+    meant = meant_value(value, options)
     if len(options) == 1:
-        return f"must be {options[0]}, got {shown(value)}"
+        return f"must be {options[0]}, got {shown(value)}" + (f", which is {meant} here" if meant else "")
     text = "null" if value is None else str(value).lower()
     hint = ""
     if text in foreign.NO_HALF and "bfloat16" in options:
         hint = "; there is no float16: use bfloat16"
-    elif (similar := _meant_value(text, options) or near(text, options, cutoff=0.6)) is not None:
-        hint = f"; did you mean {similar}?"
+    elif (similar := meant or near(text, options, cutoff=0.6)) is not None:
+        besides = f" with {': '.join(foreign.BESIDES[text])}" if meant and text in foreign.BESIDES else ""
+        hint = f"; did you mean {similar}{besides}?"
     return f"{shown(value)} is not one of {', '.join(options)}{hint}"
 
 
-def _meant_value(text: str, options: list[str]) -> str | None:
-    """Return what another trainer means by a value, where that is one of the options."""
-    meant = foreign.VALUES.get(text)
-    return meant if meant in options else None
-
-
 def unknown_key(
-    key: str, section: type[Config], siblings: list[type[Config]], root: type[Config], *, where: str = ""
+    key: str,
+    section: type[Config],
+    siblings: list[type[Config]],
+    root: type[Config],
+    *,
+    where: str = "",
+    node: Node | None = None,
 ) -> str:
     """Say that a section has no such key, and where the reader may have meant to go.
 
@@ -48,6 +52,7 @@ def unknown_key(
         siblings: the sections that a `kind` chooses from, `section` among them.
         root: the whole schema.
         where: dotted key of the section.
+        node: the value that the key was given; None: any.
     """
     options = list(section.model_fields)
     owners = [kind for other in siblings if key in other.model_fields for kind in slots.kinds(other)]
@@ -68,15 +73,14 @@ def unknown_key(
         return f"unknown key; {key} belongs to the top level"
     if 0 < len(elsewhere) <= _MAX_ELSEWHERE:
         return f"unknown key; did you mean {' or '.join(elsewhere)}?"
-    if similar := _near_key(key, options, homes):
+    if similar := _near_key(key, section, root, node):
         return f"unknown key; did you mean {similar}?"
     return f"unknown key; use {_any_of(options)}"
 
 
 def exists(key: str, root: type[Config]) -> bool:
     """Tell whether a schema has a dotted key, under any kind of the sections on the way."""
-    section, _, last = key.rpartition(".")
-    return section in slots.homes(root).get(last, frozenset())
+    return bool(slots.at(root, key))
 
 
 def expected(annotation: Any) -> str:
@@ -87,7 +91,7 @@ def expected(annotation: Any) -> str:
 
 def wrong_type(node: Node, annotation: Any) -> str:
     """Say that a value is of another type than the schema's, and how to write it."""
-    hint = _how_to_write(node, annotation)
+    hint = how_to_write(node, annotation)
     return f"expected {expected(annotation)}, got {given(node)}" + (f"; {hint}" if hint else "")
 
 
@@ -116,7 +120,7 @@ def pattern(value: str, expression: str) -> str:
     return f"{shown(value)} does not have the form {expression}"
 
 
-def _elsewhere(key: str, homes: dict[str, frozenset[str]]) -> list[str]:
+def _elsewhere(key: str, homes: dict[str, tuple[str, ...]]) -> list[str]:
     """Return the dotted keys of this name, or that it is the last two parts of: eval_every for eval.every."""
     found = [f"{home}.{key}".lstrip(".") for home in homes.get(key, ())]
     joined = [
@@ -125,17 +129,44 @@ def _elsewhere(key: str, homes: dict[str, frozenset[str]]) -> list[str]:
         for home in where
         if key == f"{home.rpartition('.')[2]}_{name}"
     ]
-    return sorted(found or joined)
+    return found or joined
 
 
-def _near_key(key: str, here: list[str], homes: dict[str, frozenset[str]]) -> str | None:
+def _near_key(key: str, section: type[Config], root: type[Config], node: Node | None) -> str | None:
     """A very similar key of the section, else a very similar one that one other section has, else a similar one."""
+    here = [name for name, field in section.model_fields.items() if _may_be_under(node, [field.annotation])]
     if similar := near(key, here, cutoff=0.8):
         return similar
-    elsewhere = [name for name, where in homes.items() if len(where) == 1]
+    only = {name: f"{where[0]}.{name}".lstrip(".") for name, where in slots.homes(root).items() if len(where) == 1}
+    elsewhere = [name for name, dotted in only.items() if _may_be_under(node, slots.at(root, dotted))]
     if similar := near(key, elsewhere, cutoff=0.85):
-        return f"{next(iter(homes[similar]))}.{similar}".lstrip(".")
+        return only[similar]
     return near(key, here, cutoff=0.7)
+
+
+def _may_be_under(node: Node | None, annotations: list[Any]) -> bool:
+    """Tell whether a value may have been meant for a key: no single value is meant for a section that has no such kind.
+
+    `streaming: true` is no slip of `train`, which is a mapping.
+    """
+    if node is None or node.value is None:
+        return True
+    for annotation in annotations:
+        types = slots.alternatives(annotation)
+        lists = [one for one in types if get_origin(one) in (list, tuple)]
+        if isinstance(node.value, dict) and any(slots.sections(one) for one in (annotation, *map(_of_list, lists))):
+            return True
+        if isinstance(node.value, list) and lists:
+            return True
+        if isinstance(node.value, str | bool | int | float):
+            is_single = len(types) > len(lists) + len(slots.sections(annotation))
+            if is_single or how_to_write(node, annotation) is not None:
+                return True
+    return False
+
+
+def _of_list(annotation: Any) -> Any:
+    return get_args(annotation)[0]
 
 
 def near(text: str, options: list[str], *, cutoff: float) -> str | None:
@@ -149,8 +180,9 @@ def near(text: str, options: list[str], *, cutoff: float) -> str | None:
 
 def _may_be_slip(text: str, option: str) -> bool:
     words, others = re.split("[_.-]", text), re.split("[_.-]", option)
-    if len(words) != len(others):  # a word more or less, or one that is written as two
-        return True
+    if len(words) != len(others):  # one that is written as two, or another word, with which it means something else
+        as_one = difflib.SequenceMatcher(None, "".join(words), "".join(others)).ratio()
+        return as_one >= _SAME_NAME or set(words) ^ set(others) <= _UNITS
     return all(difflib.SequenceMatcher(None, a, b).ratio() >= _SAME_WORD for a, b in zip(words, others, strict=True))
 
 
@@ -166,43 +198,3 @@ def _name(one: Any) -> str:
     if get_origin(one) is list:
         return "a list"
     return _NAMES.get(one, "a mapping")
-
-
-def _how_to_write(node: Node, annotation: Any) -> str | None:
-    value, types, sections = node.value, slots.alternatives(annotation), slots.sections(annotation)
-    wants_list = any(get_origin(one) is list for one in types)
-    if isinstance(value, str):
-        if (number := _as_number(value, types)) is not None:
-            return "remove the quotes" if value == number and node.written is None else f"write {number}"
-        if slots.accepts_null(annotation) and value.lower() in _NULLS and str not in types:
-            return "write null"
-        if bool in types and value.lower() in _WORDS_OF_BOOLS:
-            return f"write {_WORDS_OF_BOOLS[value.lower()]}"
-        if bool in types and value.lower() in ("true", "false"):
-            return "remove the quotes"
-        if value in slots.all_kinds(annotation):
-            return f"write {{kind: {value}}}"
-    if isinstance(value, float) and int in types and value.is_integer() and abs(value) < 2**53:
-        return f"write {int(value)}"
-    if str in types and isinstance(value, bool | int | float):
-        in_quotes = f'"{node.written}"'
-        # A shell takes one pair of quotes off an override.
-        return f"put it in quotes: {in_quotes if node.place.line else shown(in_quotes)}"
-    if value is None and sections:
-        return "write its keys below it, or remove it"
-    if wants_list and isinstance(value, dict):
-        return "start the entry with '- '"
-    if wants_list and value is not None:
-        return f"write [{given(node)}]"
-    return None
-
-
-def _as_number(text: str, types: list[Any]) -> str | None:
-    """The number that text was meant to be, where one is expected."""
-    bare = text.strip().replace("_", "").replace(",", "")
-    try:
-        number = resolve(bare)
-    except ValueError:
-        return None
-    fits = float in types if type(number) is float else type(number) is int and (int in types or float in types)
-    return bare if fits else None

@@ -35,7 +35,8 @@ def summary(skipped: Sequence[SkippedOf]) -> str:
     """Return how much was left out of which sources and why, for a line on the screen."""
     total = all_skipped(one.rows for one in skipped)
     sources = ", ".join(str(index) for index in sorted({one.source for one in skipped}))
-    return f"left out {total.count} rows that cannot be used ({total}), of data.sources {sources}"
+    rows = "1 row" if total.count == 1 else f"{total.count} rows"
+    return f"left out {rows} that cannot be used ({total}), of data.sources {sources}"
 
 
 def write_list(path: Path, skipped: Iterable[SkippedOf], *, goes_on: bool) -> None:

@@ -161,7 +161,8 @@ class JsonlSink:
                 "saved are damaged or gone; the run goes on without them"
             )
         elif num_damaged and not is_whole:
-            self._warn(f"{self.path}: {num_damaged} lines are no records; the run goes on without them")
+            damaged = "1 line is no record" if num_damaged == 1 else f"{num_damaged} lines are no records"
+            self._warn(f"{self.path}: {damaged}; the run goes on without {'it' if num_damaged == 1 else 'them'}")
         elif known is not None and not is_whole:
             self._warn(
                 f"{self.path}: its first {known.size_bytes} bytes are not what they were when step {step} was saved: "

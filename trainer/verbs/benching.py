@@ -13,7 +13,7 @@ from trainer.config.nodes import shown
 from trainer.config.numbers import MAX_INT
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
-from trainer.verbs.arguments import Verbs, takes_overrides, verb
+from trainer.verbs.arguments import Verbs, as_path, takes_overrides, verb
 from trainer.verbs.named import existing_run, telling_what_makes_it
 
 _MOST = {"tokens": 1 << 20, "sequences": 1 << 20, "experts": 1 << 20, "rounds": 1 << 20, "seeds": 1000}
@@ -32,8 +32,8 @@ def add(verbs: Verbs) -> None:
 
     sub = verb(actions, "routers", routers, example="--train configs/smoke.yaml --budget 65536 --only top_k,hash")
     sub.add_argument("--only", metavar="A,B", help="only these routers")
-    sub.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON as well")
-    sub.add_argument("--svg", type=Path, metavar="FILE", help="draw it as well")
+    sub.add_argument("--json", type=as_path, metavar="FILE", help="write the result as JSON as well")
+    sub.add_argument("--svg", type=as_path, metavar="FILE", help="draw it as well")
 
     same = sub.add_argument_group("on the same logits (without --train)")
     same.add_argument("--tokens", type=int, metavar="S", help="in a sequence (256)")
@@ -42,14 +42,14 @@ def add(verbs: Verbs) -> None:
     same.add_argument("--top-k", type=int, metavar="K", help="experts of a token (2, or the run's)")
     same.add_argument("--seed", type=int, help="of the logits and of all noise (0)")
     same.add_argument("--rounds", type=int, metavar="N", help="how often each router is timed (5)")
-    same.add_argument("--run", type=Path, help="run folder or experiment file: logits of its newest checkpoint too")
+    same.add_argument("--run", type=as_path, help="run folder or experiment file: logits of its newest checkpoint too")
 
     trained = sub.add_argument_group("trained on the same text")
-    trained.add_argument("--train", type=Path, metavar="CONFIG", help="train this config with each router in turn")
+    trained.add_argument("--train", type=as_path, metavar="CONFIG", help="train this config with each router in turn")
     takes_overrides(sub, "train.global_batch_size=16")
     trained.add_argument("--budget", type=int, metavar="TOKENS", help="of each training (all steps of the config)")
     trained.add_argument("--seeds", type=int, metavar="N", help="trainings of each router (1)")
-    trained.add_argument("--out", type=Path, metavar="DIR", help="folder of the runs (runs/bench_routers)")
+    trained.add_argument("--out", type=as_path, metavar="DIR", help="folder of the runs (runs/bench_routers)")
 
 
 def routers(options: argparse.Namespace) -> int:

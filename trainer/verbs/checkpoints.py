@@ -3,7 +3,6 @@
 import argparse
 import json
 from contextlib import suppress
-from pathlib import Path
 
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.listing import entries
@@ -12,7 +11,7 @@ from trainer.checkpoint.weight_map import WeightMapConfig
 from trainer.config.loader import load
 from trainer.errors import CheckpointError, ConfigError, ResourceError
 from trainer.terminal import say
-from trainer.verbs.arguments import Verbs, takes_overrides, takes_run, takes_step, verb
+from trainer.verbs.arguments import Verbs, as_path, takes_overrides, takes_run, takes_step, verb
 from trainer.verbs.named import existing_run, folder_of, named_config, named_run, telling_what_makes_it
 
 
@@ -36,19 +35,19 @@ def add(verbs: Verbs) -> None:
     sub.add_argument("--dry-run", action="store_true", help="only say what would be removed")
 
     sub = takes_run(verb(actions, "export-dcp", export, example="runs/smoke exported/smoke"), with_overrides=False)
-    sub.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    sub.add_argument("out", type=as_path, metavar="OUT", help="folder to make")
     takes_overrides(sub, "name=other")
     takes_step(sub)
 
     example = "configs/mine.yaml theirs/checkpoints --map weights.yaml name=imported"
     sub = verb(actions, "import-deepspeed", import_, example=example)
-    sub.add_argument("config", type=Path, metavar="CONFIG", help="experiment file of the run to start")
+    sub.add_argument("config", type=as_path, metavar="CONFIG", help="experiment file of the run to start")
     sub.add_argument(
-        "folder", type=Path, metavar="FOLDER", help="what save_checkpoint was given, or the folder of a tag in it"
+        "folder", type=as_path, metavar="FOLDER", help="what save_checkpoint was given, or the folder of a tag in it"
     )
     takes_overrides(sub, "name=other")
     what = "which weights become which (docs/deepspeed.md)"
-    sub.add_argument("--map", type=Path, required=True, metavar="FILE", help=what)
+    sub.add_argument("--map", type=as_path, required=True, metavar="FILE", help=what)
     sub.add_argument("--trust-checkpoint", action="store_true", help="read its pickles, which can run code")
 
 

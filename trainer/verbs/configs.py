@@ -2,7 +2,6 @@
 
 import argparse
 import math
-from pathlib import Path
 
 from trainer.config.dump import diff, dump
 from trainer.config.loader import load
@@ -14,7 +13,7 @@ from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.moe.conventions import CONVENTIONS, Routed, convert
 from trainer.terminal import say
-from trainer.verbs.arguments import Verbs, takes_config, verb
+from trainer.verbs.arguments import Verbs, as_path, takes_config, verb
 from trainer.verbs.named import named_config
 
 
@@ -25,8 +24,8 @@ def add(verbs: Verbs) -> None:
     takes_config(verb(actions, "show", show, example="configs/smoke.yaml train.steps=100"))
     verb(actions, "schema", schema, example="")
     sub = verb(actions, "diff", difference, example="configs/smoke.yaml runs/smoke/config.yaml")
-    sub.add_argument("a", type=Path, metavar="A", help="experiment file")
-    sub.add_argument("b", type=Path, metavar="B", help="another one")
+    sub.add_argument("a", type=as_path, metavar="A", help="experiment file")
+    sub.add_argument("b", type=as_path, metavar="B", help="another one")
     sub = verb(actions, "coefficient", coefficient, example="0.01 --from deepspeed configs/smoke.yaml")
     sub.add_argument(
         "coefficient", metavar="COEFFICIENT", help="weight of the balance loss in the trainer that it is from"

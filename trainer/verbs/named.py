@@ -2,15 +2,20 @@
 
 import argparse
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from trainer.checkpoint.run_folder import RunFolder, check_belongs
 from trainer.config.dump import Change, changed_keys
 from trainer.config.loader import load
 from trainer.errors import CheckpointError, ConfigError, MissingFile
 from trainer.experiment import ExperimentConfig
+
+_STEP: Final = re.compile(r"step_(\d{1,18})", re.ASCII)
+"""Name of the folder of a checkpoint."""
 
 
 def named_config(options: argparse.Namespace) -> ExperimentConfig:
@@ -36,6 +41,7 @@ def named_run(options: argparse.Namespace) -> RunFolder:
     """Return a run folder that is named by itself, whatever its config, or by a config file."""
     if not options.config.is_dir():
         return folder_of(named_config(options))
+    _refuse_inside_run(options)
     if options.overrides:
         raise ConfigError(
             f"{options.config}: is a folder, and overrides change a config file; name that, or leave them"
@@ -50,6 +56,7 @@ def run_to_train(options: argparse.Namespace) -> tuple[ExperimentConfig, RunFold
         ConfigError: if it is named by its folder, and overrides would give it another.
     """
     if not (options.config / "config.yaml").is_file():
+        _refuse_inside_run(options)
         config = named_config(options)
         return config, folder_of(config)
     config, folder = existing_run(options)
@@ -76,6 +83,7 @@ def existing_run(
     if options.config.is_dir():
         folder = RunFolder(options.config)
         if not folder.config.is_file():
+            _refuse_inside_run(options)
             raise CheckpointError(f"{folder.path}: has no config.yaml, so it is not a run folder; train first")
         config = load(folder.config, options.overrides, ExperimentConfig)
         home = folder.home(runs_dir=config.runs_dir, name=config.name)
@@ -89,6 +97,28 @@ def existing_run(
         folder = folder_of(config)
     checked(folder, config)
     return config, folder
+
+
+def _refuse_inside_run(options: argparse.Namespace) -> None:
+    """Name the run where a folder inside of it was named.
+
+    Raises:
+        CheckpointError: if the folder is a checkpoint of a run, or that of all its checkpoints.
+    """
+    named: Path = options.config
+    folder = named.absolute()
+    step = _STEP.fullmatch(folder.name)
+    checkpoints = folder if step is None else folder.parent
+    if checkpoints.name != "checkpoints" or not (checkpoints.parent / "config.yaml").is_file():
+        return
+    num_inside = 1 if step is None else 2
+    run = checkpoints.parent if len(named.parts) < num_inside else named.parents[num_inside - 1]
+    if step is None:
+        raise CheckpointError(f"{named}: is where a run's checkpoints are; name the folder of the run: {run}")
+    advice = f"name the run and its step: {run} --step {int(step[1])}"
+    if not hasattr(options, "step"):
+        advice = f"name the folder of the run: {run}"
+    raise CheckpointError(f"{named}: is a checkpoint of a run; {advice}")
 
 
 @contextmanager

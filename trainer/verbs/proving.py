@@ -1,13 +1,12 @@
 """The verb prove."""
 
 import argparse
-from pathlib import Path
 
 from trainer.config.nodes import shown
 from trainer.config.numbers import MAX_STEPS
 from trainer.errors import ConfigError
 from trainer.prove.cases import ENGINES
-from trainer.verbs.arguments import Verbs, takes_config, verb
+from trainer.verbs.arguments import Verbs, as_path, takes_config, verb
 from trainer.verbs.named import named_config, telling_what_makes_it
 
 _LONGEST_S = 1e8
@@ -22,7 +21,7 @@ def add(verbs: Verbs) -> None:
     sub.add_argument("--engines", metavar="A,B", help="native, deepspeed (ZeRO 1 and 2) or both; default: the config's")
     sub.add_argument("--scale", choices=["full", "small"], default="full", help="small: shrink model and batch first")
     sub.add_argument("--layouts", metavar="TEXT", help="only layouts whose name has this text, such as 'ep 2'")
-    sub.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON as well")
+    sub.add_argument("--json", type=as_path, metavar="FILE", help="write the result as JSON as well")
     sub.add_argument("--timeout", type=float, default=120.0, help="seconds that ranks wait for each other (120)")
 
 

@@ -4,13 +4,12 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from trainer.config.nodes import shown
 from trainer.config.numbers import MAX_INT
 from trainer.errors import ConfigError
 from trainer.moe.config import MoEConfig
-from trainer.verbs.arguments import Verbs, takes_run, takes_step, verb
+from trainer.verbs.arguments import Verbs, as_path, takes_run, takes_step, verb
 from trainer.verbs.named import existing_run, telling_what_makes_it
 
 
@@ -26,7 +25,7 @@ def add(verbs: Verbs) -> None:
     )
     sub.add_argument("--lm-eval", metavar="A,B", help="evaluate by lm-eval instead, on these of its tasks")
     sub.add_argument(
-        "--include-path", type=Path, metavar="DIR", help="folder with more tasks of lm-eval, as YAML files"
+        "--include-path", type=as_path, metavar="DIR", help="folder with more tasks of lm-eval, as YAML files"
     )
     sub.add_argument("--limit", type=int, metavar="N", help="only so many examples of each of lm-eval's tasks")
 

@@ -11,10 +11,44 @@ from trainer.config.foreign import HUGGING_FACE, NO_HALF, SECTIONS, TABLES, VALU
 from trainer.config.loader import load
 from trainer.config.overrides import as_override
 from trainer.config.wording import choice, unknown_key
+from trainer.config.yaml_nodes import resolve
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.models.config import ModelConfig
 
+SMOKE = Path(__file__).parents[3] / "configs" / "smoke.yaml"
+TYPICAL: dict[str, str] = {
+    **dict.fromkeys(("model.d_model", "model.d_ff", "model.moe.d_ff", "model.seq_len"), "128"),
+    **dict.fromkeys(("model.num_layers", "model.num_heads", "model.moe.num_experts", "train.global_batch_size"), "16"),
+    **dict.fromkeys(("model.num_kv_heads", "model.moe.router.top_k", "model.moe.every"), "2"),
+    **dict.fromkeys(("model.moe.num_shared_experts", "model.moe.first_dense_layers", "parallel.ep_size"), "1"),
+    **dict.fromkeys(("model.moe.router.normalize", "model.tie_embeddings", "model.qk_norm"), "true"),
+    **dict.fromkeys(("parallel.compile", "metrics.tensorboard"), "true"),
+    **dict.fromkeys(("model.moe.router.scale", "train.grad_clip"), "1.0"),
+    **dict.fromkeys(("model.moe.router.jitter", "model.moe.z_loss_coef", "model.init_std"), "0.02"),
+    **dict.fromkeys(("schedule.final_fraction", "data.split.fraction"), "0.1"),
+    **dict.fromkeys(("model.norm_eps", "optim.eps"), "1e-5"),
+    **dict.fromkeys(("checkpoint.every", "eval.every", "metrics.log_every", "schedule.warmup_steps"), "100"),
+    **dict.fromkeys(("metrics.wandb.project", "metrics.wandb.entity", "metrics.wandb.name", "name"), "mine"),
+    **dict.fromkeys(("train.steps", "parallel.timeout_s"), "1800"),
+    "model.moe.router.score": "softmax",
+    "model.moe.capacity.factor": "1.25",
+    "model.moe.capacity.min": "4",
+    "model.rope_theta": "10000",
+    "parallel.micro_batch_size": "8",
+    "parallel.dispatcher.kind": "alltoall",
+    "schedule.peak_lr": "3e-4",
+    "schedule.kind": "cosine",
+    "optim.kind": "adamw_torch",
+    "train.dtype": "bf16",
+    "checkpoint.keep": "3",
+    "data.cache_dir": "prepared",
+    "data.workers": "4",
+    "data.sources.0.path": "data/*.jsonl",
+    "seed": "42",
+}
+"""A value as people write it elsewhere, for every key of ours that takes it as it is."""
+SHARES = {"warmup_ratio": "0.1", "lr_warmup_fraction": "0.01"}
 NAMES = {name: meant for table in TABLES for name, meant in table.items()}
 
 
@@ -44,6 +78,19 @@ def test_what_is_to_be_written_is_a_key_of_the_schema(meant: Meant) -> None:
         assert kinds, f"none of {meant.note} has {meant.key}"
 
 
+@pytest.mark.parametrize("name", [name for name, meant in NAMES.items() if meant.key and not meant.note])
+def test_what_is_the_same_here_is_accepted_as_it_is_written(name: str) -> None:
+    key = NAMES[name].key
+    said = as_override(f"--{name.lstrip('.')}", SHARES.get(name, TYPICAL[key]), ExperimentConfig)
+    written = said.partition("write ")[2].split()
+    extra = ["data.sources.0.kind=text"] if key.startswith("data.sources.0") else []
+    value: Any = load(SMOKE, [*written, *extra], ExperimentConfig).model_dump()
+    for part in key.split("."):
+        value = value[int(part) if part.isdecimal() else part]
+    assert written[0] == f"{key}={written[0].partition('=')[2]}"
+    assert value == resolve(written[0].partition("=")[2])
+
+
 def test_every_key_that_a_note_names_is_in_the_schema() -> None:
     words = {
         word.strip("():;,").removesuffix("metrics.jsonl") for meant in NAMES.values() for word in meant.note.split()
@@ -60,10 +107,35 @@ def test_there_are_many_names_each_in_one_table_and_none_is_a_key_of_ours() -> N
     assert not SECTIONS & ExperimentConfig.model_fields.keys()
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "max_seq_length",
+            "max_length",
+            "logging_dir",
+            "eval_strategy",
+            "save_strategy",
+            "head_dim",
+            "aux_loss_alpha",
+        ),
+        *("sliding_window", "rope_scaling", "n_experts", "num_moe_experts", "gradient_clipping", "mixed_precision"),
+        *("flash_attn", "use_flash_attn", "recompute_activations", "moe_router_dtype", "normalization", "tf32"),
+        *("lora_alpha", "lora_target_modules", "log_every_n_steps", "val_check_interval", "accelerator", "strategy"),
+        *("resume", "streaming", "devices", "do_train", "do_eval", "do_predict", "iterations", "mtp_num_layers"),
+    ],
+)
+def test_common_names_are_in_a_table(name: str) -> None:
+    meant = meant_by(name)
+    assert meant is not None
+    assert meant.key or meant.note.endswith(("leave it out", "use train.dtype: bfloat16"))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_is_answered_wherever_it_stands(name: str) -> None:
     section, _, last = name.rpartition(".")
-    for where, kind in ((section, ExperimentConfig), (section or "model", ModelConfig)):
+    elsewhere = "" if name.startswith(".") else section or "model"
+    for where, kind in ((section, ExperimentConfig), (elsewhere, ModelConfig)):
         said = unknown_key(last, kind, [], ExperimentConfig, where=where)
         assert said == f"unknown key; {NAMES[name]}"
     assert meant_by(last.replace("_", "-").upper(), section) == NAMES[name]
@@ -79,7 +151,8 @@ def test_names_of_hugging_face_are_spelled_as_there() -> None:
     known |= transformers.GPT2Config().to_dict().keys() | transformers.BertConfig().to_dict().keys()
     older = {
         *("warmup_ratio", "torch_dtype", "train_batch_size", "use_qk_norm", "scoring_func", "attn_implementation"),
-        *("router_z_loss_coef", "shared_expert_intermediate_size", "n_group", "topk_group"),
+        *("router_z_loss_coef", "shared_expert_intermediate_size", "n_group", "topk_group", "aux_loss_alpha"),
+        *("rope_scaling", "max_length", "max_seq_length", "logging_dir", "evaluation_strategy"),
     }
     assert set(HUGGING_FACE) - known <= older
 
@@ -91,7 +164,7 @@ def test_names_of_hugging_face_are_spelled_as_there() -> None:
         ("model: {hidden_size: 64}\n", ["2:9: model.hidden_size: unknown key; write model.d_model"]),
         (
             "train:\n  warmup_ratio: 0.1\n",
-            ["3:3: train.warmup_ratio: unknown key; write schedule.warmup_steps (in steps: the share of train.steps)"],
+            ["3:3: train.warmup_ratio: unknown key; write schedule.warmup_steps"],
         ),
         (
             "train: {gradient_accumulation_steps: 4}\n",
@@ -141,17 +214,32 @@ def test_an_override_of_another_trainer_is_answered_too(tmp_path: Path) -> None:
         ("--train.steps", "10", "--train.steps: is no option; write train.steps=10"),
         ("--train.steps", None, "--train.steps: is no option; write train.steps=..."),
         ("--seed", "3", "--seed: is no option; write seed=3"),
-        ("--steps", "3", "--steps: is no option; write profile.steps=3 or train.steps=3"),
+        ("--steps", "3", "--steps: is no option; write train.steps=3 or profile.steps=3"),
         ("--lr", "3e-4", "--lr: is no option; write schedule.peak_lr=3e-4"),
         ("--micro-batch-size", "4", "--micro-batch-size: is no option; write parallel.micro_batch_size=4"),
         ("--optimizer.lr", "1", "--optimizer.lr: is no option; write schedule.peak_lr=1"),
         (
             "--warmup_ratio",
             "0.1",
-            "--warmup_ratio: is no option; write schedule.warmup_steps=... (in steps: the share of train.steps)",
+            "--warmup_ratio: is no option; write schedule.warmup_steps=0.1",
         ),
         ("--fp16", None, "--fp16: is no option; there is no float16; use train.dtype: bfloat16"),
         ("--bogus", "1", "--bogus: is no option; leave it out"),
+        ("--lr_scheduler_type", "cosine", "--lr_scheduler_type: is no option; write schedule.kind=warmup_cosine"),
+        (
+            "--lr_scheduler_type",
+            "linear",
+            "--lr_scheduler_type: is no option; write schedule.kind=warmup_stable_decay schedule.decay_fraction=1",
+        ),
+        ("--optimizer", "AdamW", "--optimizer: is no option; write optim.kind=adamw"),
+        (
+            "--resume",
+            None,
+            "--resume: is no option; a run goes on from its newest checkpoint when its command is given again; leave "
+            "it out",
+        ),
+        ("--streaming", None, "--streaming: is no option; write data.sources.0.kind=... (as hf_stream)"),
+        ("train.steps", "10", "train.steps: is no override; write train.steps=10"),
         ("7", None, "7: is no override; write key=value, such as train.steps=100"),
     ],
 )  # fmt: skip
@@ -165,6 +253,59 @@ def test_an_option_that_there_is_not_is_answered_by_the_override(option: str, va
 )
 def test_a_slip_is_answered_by_what_it_looks_like(key: str, alike: str) -> None:
     assert unknown_key(key, ModelConfig, [], ExperimentConfig).endswith(f"{alike}?")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("streaming=true", "write data.sources.0.kind (as hf_stream)"),
+        ("model.mtp_num_layers=1", "one token is predicted at each position, the next one; leave it out"),
+        ("iterations=10", "write train.steps"),
+        ("train.iterations=10", "write train.steps"),
+        ("devices=2", "processes are started by launch --nproc N or torchrun; leave it out"),
+        ("do_eval=true", "train also evaluates, every eval.every steps, and eval does nothing else; leave it out"),
+        ("model.moe.min_capacity=4", "write model.moe.capacity.min"),
+        ("model.moe.router.num_moe_experts=4", "write model.moe.num_experts"),
+        ("model.moe.router.normalization=RMSNorm", "all norms are RMSNorm; leave it out"),
+        ("parallel.experts_per_token=2", "write model.moe.router.top_k"),
+        ("optimizer=adamw", "write optim.kind"),
+        ("lr_scheduler=cosine", "write schedule.kind"),
+    ],
+)
+def test_a_name_that_looks_like_another_thing_is_answered_by_what_it_means(override: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(SMOKE, [override], ExperimentConfig)
+    assert str(caught.value) == f"<override 1>: {override.partition('=')[0]}: unknown key; {said}"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "trainn.x=1",  # a mapping that looks like a mapping
+        "schedul=cosine",  # and text that is one of its kinds
+        "model.moe.micro_capacity=4",
+        "model.mtp_layers=1",
+        "model.moe.router.free_experts=4",
+        "parallel.experts_norm=4",
+        "trainer_mode=true",
+        "evals=3",
+        "metric=true",
+    ],
+)
+def test_nothing_that_needs_a_mapping_or_means_more_is_taken_for_a_slip(override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(SMOKE, [override], ExperimentConfig)
+    is_slip = override in ("trainn.x=1", "schedul=cosine")
+    assert ("did you mean" in str(caught.value)) == is_slip, caught.value
+
+
+@pytest.mark.parametrize(
+    ("key", "section", "alike"),
+    [("global_batch", "train", "global_batch_size"), ("z_loss", "model.moe", "z_loss_coef")],
+)
+def test_a_unit_that_is_left_out_is_a_slip(key: str, section: str, alike: str) -> None:
+    with pytest.raises(ConfigError, match=rf"did you mean ([a-z.]*\.)?{alike}\?"):
+        load(SMOKE, [f"{section}.{key}=1"], ExperimentConfig)
 
 
 @pytest.mark.parametrize("key", ["num_blocks", "d_emb", "interval", "grad_norm", "rope_scaling", "norm_type", "d_kv"])

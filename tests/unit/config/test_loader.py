@@ -208,6 +208,39 @@ def test_a_missing_file_is_named_with_what_is_there(read: Loader) -> None:
         assert str(caught.value) == f"{name}: no such file; {hint}"
 
 
+def test_a_leading_tilde_is_the_home_folder(read: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home"
+    (home / "below").mkdir(parents=True)
+    (home / "c.yaml").write_text("name: at-home\nseed: 5\n")
+    (home / "below" / "d.yaml").write_text("base: ../c.yaml\nseed: 6\n")
+    monkeypatch.setenv("HOME", str(home))
+    assert read("base: ~/c.yaml").name == "at-home"
+    assert read("base: [~/c.yaml, ~/below/d.yaml]").seed == 6
+    assert load("~/below/d.yaml", [], ExperimentConfig).name == "at-home"
+    with pytest.raises(ConfigError) as caught:
+        read("base: ~/e.yaml")
+    assert str(caught.value).startswith(f"x.yaml:1:7: base: {home}/e.yaml"[:60])
+    assert "no such file" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["~\\0", "~\\ud800/c.yaml", "\\ud800", "~nobody-of-this-name/c.yaml"])
+def test_a_name_that_no_system_has_is_a_line(read: Loader, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"^x\.yaml:1:7: base: .*(cannot be read|no such file)[^\n]*$"):
+        read(f'base: "{name}"')
+
+
+@pytest.mark.parametrize("address", ["https://x.org/c.yaml", "s3://bucket/a/c.yaml", "hf://user/c.yaml"])
+def test_an_address_is_no_missing_file(read: Loader, address: str) -> None:
+    said = f"{address}: is an address, and a configuration is a file of this machine; download it, and name the file"
+    for given in (address, Path(address)):  # the latter with one slash
+        with pytest.raises(ConfigError) as caught:
+            load(given, [], ExperimentConfig)
+        assert str(caught.value) == said
+    with pytest.raises(ConfigError) as caught:
+        read(f"base: {address}")
+    assert str(caught.value) == f"x.yaml:1:7: base: {said}"
+
+
 def test_a_base_that_links_to_itself_is_named(read: Loader, tmp_path: Path) -> None:
     (tmp_path / "loop.yaml").symlink_to("loop.yaml")
     with pytest.raises(ConfigError, match=r"^x\.yaml:1:7: base: loop\.yaml: cannot be read: "):

@@ -12,6 +12,7 @@ from trainer.config.base import Config
 from trainer.config.dump import inline
 from trainer.config.loader import load
 from trainer.data.sources.registry import InstalledSourceConfig, TextSourceConfig
+from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.moe.routers.config.fixed import RoundRobinRouterConfig
 from trainer.moe.routers.config.token_choice import BiasBalancedRouterConfig, DenseRouterConfig
@@ -143,3 +144,52 @@ def test_any_value_written_inline_reads_back(read: Loader, changes: dict[str, An
     config = read(*(f"{key}={inline(value)}" for key, value in changes.items()))
     assert {key: get(config, key) for key in changes} == changes
     assert isinstance(config, Config)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train.steps", "10"),
+        ("train.steps", "=", "10"),
+        ("train.steps=", "10"),
+        ("train.steps", "=10"),
+        ("train.steps:10",),
+        ("train.steps:", "10"),
+        ("train.steps: 10",),
+        ("train.steps 10",),
+        ("train.steps = 10",),
+        ("train_iters", "10"),
+    ],
+    ids=" ".join,
+)
+def test_an_override_in_words_is_one_line_with_the_whole_of_it(read: Loader, words: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read("seed=1", *words, "train.global_batch_size=x")
+    assert str(caught.value).split("\n") == [
+        f"<override 2>: '{' '.join(words)}' is not an override; write train.steps=10, without spaces",
+        f"<override {2 + len(words)}>: train.global_batch_size: expected a whole number, got 'x'",
+    ]
+
+
+@pytest.mark.parametrize("word", ["s3://a/b", "hello there", "C:", "bogus:10"])
+def test_a_word_that_names_no_key_is_told_only_the_form(read: Loader, word: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(word)
+    assert str(caught.value) == f"<override 1>: '{word}' is not an override; write key=value, such as train.steps=100"
+
+
+def test_words_that_are_no_override_are_not_taken_together(read: Loader) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read("bogus", "10", "train.steps", "seed", "3")
+    assert str(caught.value).split("\n") == [
+        "<override 1>: 'bogus' is not an override; write key=value, such as train.steps=100",
+        "<override 2>: '10' is not an override; write key=value, such as train.steps=100",
+        "<override 3>: 'train.steps' is not an override; write key=value, such as train.steps=100",
+        "<override 4>: 'seed 3' is not an override; write seed=3, without spaces",
+    ]
+
+
+@pytest.mark.parametrize("text", ["runs_dir=a = b", "runs_dir=c:d", "name=x", "data.sources.0.path=s3://a:b"])
+def test_an_equals_sign_or_a_colon_in_a_value_is_a_part_of_it(read: Loader, text: str) -> None:
+    key, _, value = text.partition("=")
+    assert get(read(text), key) == value

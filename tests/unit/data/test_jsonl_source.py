@@ -11,6 +11,8 @@ from trainer.data.sources.base import Document
 from trainer.data.sources.registry import JsonlSourceConfig
 from trainer.errors import DataError
 
+WAY_ON = ", or go on without it: on_bad_row: skip"
+
 
 @pytest.fixture
 def read(folder: Path) -> Callable[..., list[Document]]:
@@ -73,50 +75,53 @@ def test_text_is_a_string_and_nothing_else(read, says):
         ("[]", "a list"),
         ("{}", "an object"),
     ]:
-        with says(f"rows.jsonl:2: 'text' is {kind}; it must be a string; correct or remove the row"):
+        with says(f"rows.jsonl:2: 'text' is {kind}; it must be a string; correct or remove the row" + WAY_ON):
             read('{"text": "a"}\n{"text": ' + value + "}")
 
 
 def test_a_missing_key_is_named_with_the_keys_there_are(read, says):
     with says(
         "rows.jsonl:1: no column 'text'; the row has id, txet (did you mean 'txet'?); correct the name or the row"
+        + WAY_ON
     ):
         read('{"id": 1, "txet": "a"}')
 
 
 def test_a_missing_domain_is_named(read, says):
-    with says("rows.jsonl:1: no column 'lang'; the row has text; correct the name or the row"):
+    with says("rows.jsonl:1: no column 'lang'; the row has text; correct the name or the row" + WAY_ON):
         read('{"text": "a"}', domain_key="lang")
 
 
 def test_an_empty_object_has_no_keys(read, says):
-    with says("rows.jsonl:1: no column 'text'; the row has no columns; correct the name or the row"):
+    with says("rows.jsonl:1: no column 'text'; the row has no columns; correct the name or the row" + WAY_ON):
         read("{}")
 
 
 def test_a_domain_that_is_no_name_is_refused(read, says):
     with says(
         "rows.jsonl:1: domain 'a/b' is no name; names are 1 to 64 letters, digits, dots, dashes and underscores; "
-        "correct the row or set another domain_key"
+        "correct the row or set another domain_key" + WAY_ON
     ):
         read('{"text": "a", "lang": "a/b"}', domain_key="lang")
 
 
 def test_a_row_without_text_is_refused(read, says):
-    with says("rows.jsonl:1: '{text}' holds no text (empty or only white space); every row needs some; remove it"):
+    with says(
+        "rows.jsonl:1: '{text}' holds no text (empty or only white space); every row needs some; remove it" + WAY_ON
+    ):
         read('{"text": " \\n"}')
 
 
 def test_a_row_that_is_no_object_is_refused(read, says):
     for row, kind in [('["a"]', "a list"), ('"a"', "a string"), ("null", "null"), ("1.5", "a number")]:
-        with says(f"rows.jsonl:1: the row is {kind}; every row is an object; correct or remove it"):
+        with says(f"rows.jsonl:1: the row is {kind}; every row is an object; correct or remove it" + WAY_ON):
             read(row)
 
 
 def test_a_row_that_is_not_json_is_named_with_the_reason(read, says):
     with says(
         "rows.jsonl:2: not JSON (Expecting ',' delimiter at column 14); every line is one JSON object; correct or "
-        "remove it"
+        "remove it" + WAY_ON
     ):
         read('{"text": "a"}\n{"text": "b" "c"}')
 
@@ -130,7 +135,7 @@ def test_json_that_python_refuses_is_named(read, row):
 def test_a_lone_surrogate_is_refused(read, says):
     with says(
         "rows.jsonl:1: 'text' has the lone surrogate \\ud83d at character 1; text must be valid Unicode; correct or "
-        "remove the row"
+        "remove the row" + WAY_ON
     ):
         read('{"text": "a\\ud83d"}')
 
@@ -138,19 +143,20 @@ def test_a_lone_surrogate_is_refused(read, says):
 def test_a_byte_that_is_not_utf8_is_named_with_its_place_in_the_file(read, says):
     with says(
         "rows.jsonl:2: byte 0xe9 at offset 24 is not UTF-8; text is read as UTF-8; convert the file (iconv -t UTF-8)"
+        + WAY_ON
     ):
         read(b'{"text": "a"}\n{"text": "\xe9"}')
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])
 def test_a_file_without_rows_is_named(read, says, content):
-    with says("rows.jsonl: holds no rows (empty or only white space); every file needs some; remove it"):
+    with says("rows.jsonl: holds no rows (empty or only white space); every file needs some; remove it" + WAY_ON):
         read(content)
 
 
 def test_a_row_over_the_limit_is_named(read, monkeypatch, says):
     monkeypatch.setattr(jsonl, "MAX_ROW_BYTES", 20)
-    with says("rows.jsonl:2: more than 20 bytes in one row; that is the limit; split the row"):
+    with says("rows.jsonl:2: more than 20 bytes in one row; that is the limit; split the row" + WAY_ON):
         read('{"text": "a"}\n' + json.dumps({"text": "a" * 20}))
 
 

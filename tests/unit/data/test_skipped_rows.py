@@ -1,5 +1,6 @@
 """Rows that cannot be used are left out where that is asked for: exactly those, counted, whoever reads."""
 
+import gzip
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from trainer.data.config import DataConfig, SplitConfig
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.data.rows import jsonl
 from trainer.data.rows.bad import SkippedRows, all_skipped
+from trainer.data.rows.jsonl import JsonlRows
 from trainer.data.shards import TokenWriter
 from trainer.data.skipped import SkippedOf, summary, write_list
 from trainer.data.sources.registry import (
@@ -232,6 +234,37 @@ def test_a_file_that_cannot_be_read_to_its_end_is_an_error_all_the_same(folder: 
     Path("1.parquet").write_bytes(Path("1.parquet").read_bytes()[:-3])
     with pytest.raises(DataError, match="cannot be read"):
         build_corpus(_config(_skipping(CASES["parquet"].source)))
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_an_error_says_once_how_to_go_on_without_the_row(kind: str) -> None:
+    CASES[kind].write(True)
+    with pytest.raises(DataError) as error:
+        _content(build_corpus(_config(CASES[kind].source)))
+    assert str(error.value).endswith(", or go on without it: on_bad_row: skip")
+    assert str(error.value).count("on_bad_row") == 1
+
+
+def test_a_line_of_a_csv_that_ends_the_library_is_such_a_row(folder: Path) -> None:
+    Path("0.csv").write_text("text\na\nb,c,d\ne\n")
+    with pytest.raises(
+        DataError, match=r"Expected 1 fields in line 3, saw 3.*, or go on without it: on_bad_row: skip$"
+    ):
+        build_corpus(_config(HfSourceConfig(path="csv", data_files="0.csv")))
+
+
+def test_no_way_on_is_named_where_there_is_none(folder: Path) -> None:
+    Path("rows.jsonl").write_text("[1]\n")
+    with pytest.raises(DataError, match=r"correct or remove it$"):  # of a task, which has no such key
+        list(JsonlRows("rows.jsonl").rows())
+    Path("torn.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 40)[:-9])
+    with pytest.raises(DataError, match=r"copy or compress the file again$"):
+        list(JsonlSourceConfig(path="torn.jsonl.gz").build().documents())
+
+
+def test_one_row_is_a_row(folder: Path) -> None:
+    rows = SkippedRows(reasons={"not JSON": 1}, first=["a.jsonl:7: not JSON"])
+    assert summary([SkippedOf(0, None, rows)]).startswith("left out 1 row that cannot be used")
 
 
 def test_the_list_has_a_line_for_each_source_and_block_and_a_run_goes_on_with_it(folder: Path) -> None:

@@ -87,7 +87,7 @@ def test_resume_drops_a_half_line_and_lines_a_power_cut_left(tmp_path: Path):
             other.write(b'{"step": 3')
         sink.resume_at(3)
     assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
-    assert warned == [f"{path}: 1 lines are no records; the run goes on without them"]
+    assert warned == [f"{path}: 1 line is no record; the run goes on without it"]
 
 
 @pytest.mark.parametrize("before", ['{"step": 1}\n{"step": 2}\n', '{"step": 2}\n{"step": 1}\n'])

@@ -20,7 +20,7 @@ from trainer.data.rows.base import Part, Row, Rows
 from trainer.data.rows.jsonl import JsonlRows, Lines, no_rows
 from trainer.data.rows.memory import bounded
 from trainer.data.rows.registry import FORMATS, DatasetConfig
-from trainer.data.rows.tables import lines_left_out, one_line, row_of, values_in
+from trainer.data.rows.tables import TOO_MANY_FIELDS, has_too_many_fields, lines_left_out, one_line, row_of, values_in
 from trainer.data.sources.files import open_binary, readable
 from trainer.data.sources.finding import OF_FORMAT, find_files, taken_from_folders
 from trainer.errors import DataError
@@ -122,9 +122,13 @@ class HfRows(Rows):
             tables = shard.with_format("arrow").iter(batch_size=_BATCH_ROWS)
         while True:
             where = f"{part.name}: row {number + 1} or one of the next {_BATCH_ROWS}"
-            with self._explained(where), lines_left_out(part.name) as left_out:
-                table = next(tables, None)
-                rows = [] if table is None else values_in(table)
+            try:
+                with self._explained(where), lines_left_out(part.name) as left_out:
+                    table = next(tables, None)
+                    rows = [] if table is None else values_in(table)
+            except BadRow as bad:  # the library ends there; it goes on only where such lines are to be skipped
+                yield bad
+                return
             yield from left_out
             if table is None:
                 break
@@ -261,7 +265,10 @@ class HfRows(Rows):
                     f"{', '.join(addresses)}: cannot be reached ({reason}); the hub or its cache is needed; check the "
                     "network, or give local files"
                 ) from error
-            raise DataError(f"{where or self}: cannot be read ({reason}); correct the data or its options") from error
+            message = f"{where or self}: cannot be read ({reason}); correct the data or its options"
+            if has_too_many_fields(reason):
+                raise BadRow(message, reason=TOO_MANY_FIELDS) from error
+            raise DataError(message) from error
 
 
 def _is_of_the_network(error: BaseException | None) -> bool:

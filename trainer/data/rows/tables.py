@@ -12,7 +12,10 @@ from trainer.data.rows.base import Row
 
 _BAD_LINE = re.compile(r"line (\d+): (.+)")
 """Of a csv, as pandas warns of it."""
+_TOO_LONG_LINE = re.compile(r"Expected \d+ fields in line \d+, saw \d+")
 _MAX_REASON = 300
+TOO_MANY_FIELDS = "of too many fields"
+"""Reason why a line of a csv cannot be used."""
 
 
 def row_of(values: dict[str, Any] | Exception, place: str) -> Row | BadRow:
@@ -27,6 +30,11 @@ def one_line(error: BaseException) -> str:
     """Return the first line of what an error says, cut to what a message holds."""
     lines = str(error).strip().splitlines()
     return lines[0][:_MAX_REASON] if lines else ""
+
+
+def has_too_many_fields(reason: str) -> bool:
+    """Tell whether the library refuses a csv for one of its lines."""
+    return _TOO_LONG_LINE.search(reason) is not None
 
 
 def values_in(table: Any) -> list[dict[str, Any] | Exception]:
@@ -67,4 +75,4 @@ def lines_left_out(name: str) -> Iterator[list[BadRow]]:
         yield found
     for warning in said:
         for number, reason in _BAD_LINE.findall(str(warning.message)):
-            found.append(BadRow(f"{name}:{number}: {reason}; correct or remove the line", reason="of too many fields"))
+            found.append(BadRow(f"{name}:{number}: {reason}; correct or remove the line", reason=TOO_MANY_FIELDS))

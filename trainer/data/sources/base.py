@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trainer.data.rows.bad import BadRow, SkippedCounter
 from trainer.data.rows.base import Part
+from trainer.errors import DataError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,8 @@ class Source(ABC):
     """Share of the mixture, split evenly over the domains found."""
     rejects_copies: bool = False
     """Whether two files with the same content are a mistake."""
+    has_on_bad_row: bool = False
+    """Whether its options say what becomes of a document that cannot be used."""
     skips_bad_rows: bool = False
     """Whether a document that cannot be used is left out and counted, and no error."""
 
@@ -94,9 +97,13 @@ class Source(ABC):
                     if is_wanted:
                         yield entry
                 elif not self.skips_bad_rows:
-                    raise entry
+                    raise self._refusal(entry) from entry
                 elif is_wanted:
                     skipped.add(entry)
+
+    def _refusal(self, row: BadRow) -> DataError:
+        """Return the error for a document that cannot be used and is not to be left out."""
+        return DataError(f"{row}, or go on without it: on_bad_row: skip") if self.has_on_bad_row else row
 
     def documents(self) -> Iterator[Document]:
         """Yield all documents that are to be learned, part by part.

@@ -19,6 +19,7 @@ class TableSource(Source):
     """Documents made from rows, each from one."""
 
     rejects_copies = True
+    has_on_bad_row = True
 
     def __init__(self, rows: Rows, config: TableConfig) -> None:
         self.weight = config.weight

@@ -24,6 +24,8 @@ class Files(Part):
 class TextSource(Source):
     """UTF-8 text files, plain, .gz or .zst; each file is one document."""
 
+    has_on_bad_row = True
+
     def __init__(self, config: TextSourceConfig) -> None:
         self.weight = config.weight
         self.skips_bad_rows = config.on_bad_row == "skip"

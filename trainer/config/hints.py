@@ -1,0 +1,165 @@
+"""How a value of the wrong type is to be written: every hint is something that the schema accepts."""
+
+import re
+from typing import Any, Final, get_origin
+
+from pydantic import TypeAdapter, ValidationError
+
+from trainer.config import foreign, slots
+from trainer.config.base import Config
+from trainer.config.nodes import MAX_SHOWN, Node, shown
+from trainer.config.slots import Slot
+from trainer.config.yaml_nodes import resolve
+
+_WORDS_OF_BOOLS: Final = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
+_NULLS: Final = frozenset({"none", "never", "off", "no", "nil", "disabled"})
+_PLAIN: Final = re.compile(r"[A-Za-z0-9_./~][\w./~*+-]*", re.ASCII)
+"""Text that means itself inside a mapping in braces."""
+
+
+def meant_value(value: object, options: list[str]) -> str | None:
+    """Return which of the options is meant by a value, in large or small letters or as another trainer has it."""
+    text = "null" if value is None else str(value).lower()
+    meant = text if text in options else foreign.VALUES.get(text)
+    return meant if meant in options else None
+
+
+def how_to_write(node: Node, annotation: Any) -> str | None:
+    """Return how a value that is not of a type may be written as one; None if nothing can be said."""
+    value, types = node.value, slots.alternatives(annotation)
+    if isinstance(value, str):
+        if (number := _as_number(value, types)) is not None:
+            return "remove the quotes" if value == number and node.written is None else f"write {number}"
+        if slots.accepts_null(annotation) and value.lower() in _NULLS and str not in types:
+            return "write null"
+        if bool in types and value.lower() in _WORDS_OF_BOOLS:
+            return f"write {_WORDS_OF_BOOLS[value.lower()]}"
+        if bool in types and value.lower() in ("true", "false"):
+            return "remove the quotes" if node.written is None else f"write {value.lower()}"
+    if isinstance(value, float) and int in types and value.is_integer() and abs(value) < 2**53:
+        return f"write {int(value)}"
+    if str in types and isinstance(value, bool | int | float):
+        in_quotes = f'"{node.written}"'
+        # A shell takes one pair of quotes off an override.
+        return f"put it in quotes: {in_quotes if node.place.line else shown(in_quotes)}"
+    if value is None:
+        return "write its keys below it, or remove it" if slots.sections(annotation) else None
+    if isinstance(value, dict):
+        return _mapping_in_list(node, annotation)
+    if isinstance(value, list):
+        return None
+    if (section := _as_section(value, annotation)) is not None:
+        return f"write {section}"
+    written = _as_list(node, annotation)
+    return None if written is None else f"write {written}"
+
+
+def accepts(annotation: Any, value: Any) -> bool:
+    """Tell whether a value, without its places, is of a type; rules between keys count too."""
+    # A section says itself how strict it is, and a file has lists where a tuple is expected.
+    is_lax = slots.sections(annotation) or any(get_origin(one) is tuple for one in slots.alternatives(annotation))
+    try:
+        TypeAdapter(annotation).validate_python(value, strict=None if is_lax else True)
+    except ValidationError:
+        return False
+    return True
+
+
+def _mapping_in_list(node: Node, annotation: Any) -> str | None:
+    """Say how a mapping becomes the entry of a list, where entries are mappings."""
+    if not slots.sections(slots.entry(Slot(annotation), 0).annotation):
+        return None
+    if node.place.line > node.key_place.line:
+        return "start the entry with '- '"
+    return "put it in brackets: [{...}]"
+
+
+def _as_list(node: Node, annotation: Any) -> str | None:
+    """Write a single value as a list, or text with commas as one."""
+    if not any(get_origin(one) in (list, tuple) for one in slots.alternatives(annotation)):
+        return None
+    entry = slots.entry(Slot(annotation), 0).annotation
+    if (section := _as_section(node.value, entry)) is not None:
+        return f"[{section}]"
+    parts = [part.strip() for part in node.value.split(",")] if isinstance(node.value, str) else []
+    if len(parts) > 1 and accepts(annotation, [_read(part) for part in parts]):
+        return f"[{', '.join(part if not isinstance(_read(part), str) else _flow(part) for part in parts)}]"
+    if accepts(annotation, [node.value]):
+        given = shown(node.written)[1:-1] if node.written and not isinstance(node.value, str) else shown(node.value)
+        return f"[{given}]"
+    if len(parts) == 1 and accepts(annotation, [_read(parts[0])]):
+        return f"[{parts[0]}]"
+    return None
+
+
+def _read(text: str) -> Any:
+    """Return the value of text as YAML has it; what is too large for that stays text."""
+    try:
+        return resolve(text)
+    except ValueError:
+        return text
+
+
+def _as_section(value: object, annotation: Any) -> str | None:
+    """Write the mapping that a single value stands for: a kind, an option that only one key has, or a file."""
+    sections = slots.sections(annotation)
+    text = "true" if value is True else "false" if value is False else value
+    if not sections or not isinstance(text, str):
+        return None
+    if (kind := meant_value(text, slots.all_kinds(annotation))) is not None:
+        section = next(one for one in sections if kind in slots.kinds(one))
+        besides = [": ".join(foreign.BESIDES[text.lower()])] if text.lower() in foreign.BESIDES else []
+        required = [f"{name}: ..." for name in _required(section)]
+        return f"{{{', '.join([f'kind: {kind}', *besides, *required])}}}"
+    if len(sections) == 1 and (option := _option_of_one_key(text, sections[0])) is not None:
+        return f"{{{option}}}"
+    return _as_file(text, annotation) if value is text else None
+
+
+def _option_of_one_key(text: str, section: type[Config]) -> str | None:
+    """Return `key: value` where one key of a section alone has a value as one of its options."""
+    found = {
+        name: option
+        for name, field in section.model_fields.items()
+        if (option := meant_value(text, slots.literals(field.annotation))) is not None
+    }
+    return ": ".join(*found.items()) if len(found) == 1 else None
+
+
+def _as_file(text: str, annotation: Any) -> str | None:
+    """Write the mapping that reads a file, by its name's end; else the first that needs no more than a text."""
+    suffix = text.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2].lower()
+    candidates = [start for start in [foreign.OF_SUFFIX.get(suffix)] if start is not None]
+    candidates += [
+        "".join(f"kind: {kind}, " for kind in slots.kinds(section)[:1]) + f"{required[0]}: "
+        for section in slots.sections(annotation)
+        if len(required := _required(section)) == 1
+    ]
+    for start in candidates:
+        pairs = dict(pair.split(": ") for pair in f"{start}{{}}".split(", "))
+        if accepts(annotation, {key: text if given == "{}" else given for key, given in pairs.items()}):
+            return f"{{{start}{_flow(text)}}}"
+    return None
+
+
+def _required(section: type[Config]) -> list[str]:
+    return [name for name, field in section.model_fields.items() if field.is_required()]
+
+
+def _flow(text: str) -> str:
+    """Write text inside a mapping in braces or a list in brackets."""
+    if len(text) > MAX_SHOWN:
+        return "..."
+    is_plain = _PLAIN.fullmatch(text) is not None and isinstance(_read(text), str)
+    return text if is_plain else shown(text)
+
+
+def _as_number(text: str, types: list[Any]) -> str | None:
+    """Return the number that text was meant to be, where one is expected."""
+    bare = text.strip().replace("_", "").replace(",", "")
+    try:
+        number = resolve(bare)
+    except ValueError:
+        return None
+    fits = float in types if type(number) is float else type(number) is int and (int in types or float in types)
+    return bare if fits else None
