@@ -93,7 +93,7 @@ def is_well_formed(config: RouterOptions, num_experts: int) -> None:
             assert (weight.view(B * S, -1).diff(dim=1) <= 1e-12).all(), "the best one first"
 
 
-def filling_changes_nothing(config: RouterOptions, num_experts: int) -> None:
+def padding_changes_nothing(config: RouterOptions, num_experts: int) -> None:
     """What stands in padding, and how much of it there is, changes nothing for the tokens."""
     router, x = make(config, num_experts), make_x()
     valid = (torch.arange(S) < torch.tensor([[S], [5], [3]])).flatten()
@@ -281,7 +281,7 @@ def rounding_chooses_no_expert(config: RouterOptions, num_experts: int) -> None:
 
 CHECKS: list[Callable[[RouterOptions, int], None]] = [
     is_well_formed,
-    filling_changes_nothing,
+    padding_changes_nothing,
     rows_do_not_see_each_other,
     causality_is_as_declared,
     capacity_is_kept,

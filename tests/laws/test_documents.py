@@ -89,7 +89,7 @@ MODELS = {
 
 @pytest.mark.parametrize("within", ["row", "document"])
 @pytest.mark.parametrize(("moe", "in_wide_rows"), MODELS.values(), ids=MODELS.keys())
-def test_filling_in_rows_changes_no_loss_gradient_or_statistic(moe: dict, in_wide_rows: dict, within: str) -> None:
+def test_padding_in_rows_changes_no_loss_gradient_or_statistic(moe: dict, in_wide_rows: dict, within: str) -> None:
     batch = make_packed_batch(6, 8, first_sample=40)
     expected, _ = _step(moe, batch, within)
     filled, engine = _step({**moe, **in_wide_rows}, pad_rows(_wider(batch, 16), 9), within)

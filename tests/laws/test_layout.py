@@ -139,7 +139,7 @@ def test_jitter_is_on_in_the_law_above() -> None:
     assert (with_noise - without).abs().max() > 1e-6
 
 
-def test_uneven_pieces_and_filling_rows_change_nothing() -> None:
+def test_uneven_pieces_and_padding_rows_change_nothing() -> None:
     moe = {"capacity": {"factor": 0.8, "min": 1}, "balance": {"coef": 0.1}}
     config = tiny_model_config(moe)
     whole, pieces = make_engine(config, dtype=torch.float64), make_engine(config, dtype=torch.float64)

@@ -98,7 +98,7 @@ def test_a_short_last_micro_batch_is_filled_with_rows_that_are_not_valid(make_co
     assert last.position[1].tolist() == [0, 1, 2]
 
 
-def test_a_rank_without_rows_gets_filling(make_corpus):
+def test_a_rank_without_rows_gets_padding(make_corpus):
     batch = pad_rows(TrainStream(make_corpus(a=TEXT), packing="crossing", seq_len=3, seed=0).rows(10, 0), 2)
     assert batch.tokens.shape == (2, 3)
     assert not batch.valid.any()

@@ -62,7 +62,7 @@ def test_no_later_token_changes_an_earlier_logit(router: str, capacity: float | 
     assert (before[:, 5:] - after[:, 5:]).abs().amin(-1).max() > 1e-3
 
 
-def test_filling_changes_nothing_and_is_never_routed() -> None:
+def test_padding_changes_nothing_and_is_never_routed() -> None:
     model, batch = make_model(tiny_model_config(), dtype=torch.float64), make_batch(3, 8, ragged=True)
     other = Batch(**{n: getattr(batch, n).clone() for n in Batch.__dataclass_fields__})
     other.tokens[~batch.valid] = 1

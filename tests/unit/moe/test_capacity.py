@@ -151,7 +151,7 @@ def test_null_experts_are_never_limited() -> None:
     assert limited.kept.all()
 
 
-def test_filling_takes_no_place() -> None:
+def test_padding_takes_no_place() -> None:
     decision = _decision([[0], [0], [0]], [[1.0]] * 3, [False, True, True], 1)
     limited = limit_to_capacity(
         decision, CapacityConfig(factor=0.5, min=2), make_context(1, 3, torch.tensor([False, True, True]))

@@ -151,7 +151,7 @@ def test_no_tokens_are_no_assignments() -> None:
 B, S, E = 3, 8, 4
 
 
-def rows_with_filling() -> tuple[Tensor, Tensor]:
+def rows_with_padding() -> tuple[Tensor, Tensor]:
     """A whole row, one with padding at its end, one of padding alone."""
     logits = 2 * torch.randn(B, S, E, generator=torch.Generator().manual_seed(7))
     valid = torch.ones(B, S, dtype=torch.bool)
@@ -161,7 +161,7 @@ def rows_with_filling() -> tuple[Tensor, Tensor]:
 
 
 def test_the_plan_moves_every_token_once_and_onto_all_experts_evenly() -> None:
-    logits, valid = rows_with_filling()
+    logits, valid = rows_with_padding()
     plan = transport_plan(logits, valid, iterations=200)
     assert plan.dtype is torch.float64 and not plan.isnan().any()
     mass = plan.exp()
@@ -173,14 +173,14 @@ def test_the_plan_moves_every_token_once_and_onto_all_experts_evenly() -> None:
 
 def test_the_plan_is_the_logits_but_for_a_factor_for_each_token_and_each_expert() -> None:
     """So it is the balanced plan that is nearest to them: no row or column operation is left over."""
-    logits, valid = rows_with_filling()
+    logits, valid = rows_with_padding()
     scaled = transport_plan(logits, valid, iterations=50)[0] - logits[0].double()  # a_t + b_e
     cross = scaled - scaled[:1] - scaled[:, :1] + scaled[:1, :1]
     torch.testing.assert_close(cross, torch.zeros(S, E, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
-def test_a_row_s_plan_depends_on_no_other_row_and_on_no_filling() -> None:
-    logits, valid = rows_with_filling()
+def test_a_row_s_plan_depends_on_no_other_row_and_on_no_padding() -> None:
+    logits, valid = rows_with_padding()
     together = transport_plan(logits, valid, iterations=20)
     for row in range(B):
         alone = transport_plan(logits[row : row + 1], valid[row : row + 1], iterations=20)[0]
@@ -190,7 +190,7 @@ def test_a_row_s_plan_depends_on_no_other_row_and_on_no_filling() -> None:
 
 
 def test_more_rounds_bring_the_plan_nearer_to_even() -> None:
-    logits, valid = rows_with_filling()
+    logits, valid = rows_with_padding()
     off = [
         float((transport_plan(4 * logits[:1], valid[:1], iterations=rounds).exp().sum(1) - S / E).abs().max())
         for rounds in (1, 5, 50)
