@@ -17,7 +17,7 @@ from trainer.engine.base import Engine
 from trainer.errors import ConfigError
 from trainer.evaluation.base import Task
 from trainer.evaluation.context import EvalContext
-from trainer.evaluation.examination import Examination, write_predictions
+from trainer.evaluation.examination import EvalReport, write_predictions
 from trainer.evaluation.held_out import evaluate
 from trainer.evaluation.load_tasks import read_tasks
 from trainer.evaluation.report import summary_of
@@ -39,7 +39,7 @@ def examine(
     mesh: Mesh,
     *,
     with_held_out: bool = True,
-) -> Examination:
+) -> EvalReport:
     """Evaluate held-out text as the `eval` section says, and these tasks, spread over all ranks."""
     held_out = None
     if with_held_out:
@@ -53,7 +53,7 @@ def examine(
             layout=mesh.layout,
         )
     subject = _subject(config, engine, mesh)
-    return Examination(held_out=held_out, tasks=[task.evaluate(subject) for task in tasks])
+    return EvalReport(held_out=held_out, tasks=[task.evaluate(subject) for task in tasks])
 
 
 def evaluate_checkpoint(
@@ -165,7 +165,7 @@ def _subject(config: ExperimentConfig, engine: Engine, mesh: Mesh) -> EvalContex
 
 
 def _write_findings(
-    folder: RunFolder, examination: Examination, summary: RunSummary, *, step: int, warn: Callable[[str], None]
+    folder: RunFolder, examination: EvalReport, summary: RunSummary, *, step: int, warn: Callable[[str], None]
 ) -> list[tuple[str, str]]:
     """Write predictions and the picture of the experts; return what was written, by label."""
     written: list[tuple[str, str]] = []

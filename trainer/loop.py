@@ -10,7 +10,7 @@ from trainer.distributed.collective_errors import raise_together
 from trainer.distributed.layout import is_first_here
 from trainer.distributed.signals import StopRequest
 from trainer.engine.base import StepResult
-from trainer.evaluation.examination import Examination, due, write_predictions
+from trainer.evaluation.examination import EvalReport, due, write_predictions
 from trainer.evaluation.routing_gap import RoutingGap, held_out_rows, routing_gap
 from trainer.examine import examine
 from trainer.metrics.machine import over_ranks
@@ -23,7 +23,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 """Between two attempts at a save that has to be."""
 
 
-def fit(run: Run, stop: StopRequest, status: StatusFile) -> Examination | None:
+def fit(run: Run, stop: StopRequest, status: StatusFile) -> EvalReport | None:
     """Train to `train.steps`, logging, evaluating and saving on the way.
 
     Returns:
@@ -119,7 +119,7 @@ def every(interval: int | None, done: int) -> bool:
     return interval is not None and done % interval == 0
 
 
-def report(run: Run, done: int, examination: Examination) -> None:
+def report(run: Run, done: int, examination: EvalReport) -> None:
     """Write an evaluation to metrics.jsonl and what was written in it to files, and show it."""
     record = {"step": done, **examination.record()}
     if examination.held_out is not None:

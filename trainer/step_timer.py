@@ -6,8 +6,10 @@ from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
 from typing import Any, Literal, Protocol, get_args
 
-Part = Literal["data", "forward", "dispatch", "experts", "combine", "backward", "optimizer", "communication", "other"]
-PARTS: tuple[Part, ...] = get_args(Part)
+StepPart = Literal[
+    "data", "forward", "dispatch", "experts", "combine", "backward", "optimizer", "communication", "other"
+]
+PARTS: tuple[StepPart, ...] = get_args(StepPart)
 
 
 class Clock(Protocol):
@@ -46,11 +48,11 @@ class StepTimer:
 
     def __init__(self, clock: Clock | None = None) -> None:
         self._clock = HostClock() if clock is None else clock
-        self._open: list[tuple[Part, AbstractContextManager[object] | None]] = []
+        self._open: list[tuple[StepPart, AbstractContextManager[object] | None]] = []
         """The part entered last, and what is within it, innermost last; empty outside of steps."""
-        self._marks: list[tuple[Part, Any]] = []
+        self._marks: list[tuple[StepPart, Any]] = []
         """What began in this step, and when; its last entry is the step's end."""
-        self._before: list[tuple[Part, Any]] = []
+        self._before: list[tuple[StepPart, Any]] = []
         """The same of the step before."""
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self.region: Callable[[str], AbstractContextManager[object]] | None = None
@@ -62,13 +64,13 @@ class StepTimer:
         self._marks = []
         self._push("other")
 
-    def enter(self, part: Part) -> None:
+    def enter(self, part: StepPart) -> None:
         """Begin a part where the one before ends."""
         if self._open:
             self._close_all()
             self._push(part)
 
-    def begin(self, part: Part) -> None:
+    def begin(self, part: StepPart) -> None:
         """Begin a part within the present one."""
         if self._open:
             self._push(part)
@@ -80,7 +82,7 @@ class StepTimer:
             self._mark(self._open[-1][0])
 
     @contextmanager
-    def within(self, part: Part) -> Iterator[None]:
+    def within(self, part: StepPart) -> Iterator[None]:
         """Measure a block as a part within the present one."""
         self.begin(part)
         try:
@@ -96,13 +98,13 @@ class StepTimer:
         self._resolve()
         self._before, self._marks = self._marks, []
 
-    def take(self) -> dict[Part, float]:
+    def take(self) -> dict[StepPart, float]:
         """Return the seconds of each part, of the steps that ended since the last call; a device is waited for."""
         self._resolve()
         seconds, self._seconds = self._seconds, dict.fromkeys(PARTS, 0.0)
         return seconds
 
-    def _push(self, part: Part) -> None:
+    def _push(self, part: StepPart) -> None:
         self._mark(part)
         region = None if self.region is None else self.region(part)
         if region is not None:
@@ -118,7 +120,7 @@ class StepTimer:
         while self._open:
             self._close()
 
-    def _mark(self, part: Part) -> None:
+    def _mark(self, part: StepPart) -> None:
         self._marks.append((part, self._clock.now()))
 
     def _resolve(self) -> None:

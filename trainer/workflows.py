@@ -28,7 +28,7 @@ from trainer.distributed.mesh import Mesh, joined
 from trainer.distributed.signals import StopRequest
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.errors import PREEMPTED, CommError, ConfigError, NumericsError, ShortOfMemory, TurnoutError
-from trainer.evaluation.examination import Examination
+from trainer.evaluation.examination import EvalReport
 from trainer.evaluation.report import summary_of
 from trainer.experiment import ExperimentConfig
 from trainer.loop import announce, fit
@@ -227,7 +227,7 @@ def _header(run: Run) -> list[str | tuple[str, str]]:
     ]
 
 
-def _summary(run: Run, examination: Examination, prompt: str, sample: str, *, elapsed_s: float) -> RunSummary:
+def _summary(run: Run, examination: EvalReport, prompt: str, sample: str, *, elapsed_s: float) -> RunSummary:
     logged_steps, losses = [], []
     with suppress(OSError):  # then what this process has seen is shown
         logged_steps, losses = loss_curve(run.folder.metrics)

@@ -14,7 +14,7 @@ import zstandard
 
 from trainer.data.config import DataConfig, SplitConfig
 from trainer.data.corpus import build_corpus
-from trainer.data.read_tasks import Task
+from trainer.data.read_tasks import ReadTask
 from trainer.data.rows import jsonl
 from trainer.data.sources import files
 from trainer.data.sources.registry import HfSourceConfig, JsonlSourceConfig, SourceConfig, TextSourceConfig
@@ -212,13 +212,13 @@ def test_a_file_over_the_limit_is_named(tmp_path, monkeypatch):
 
 def test_a_file_that_vanishes_while_it_is_read_is_named(tmp_path, monkeypatch):
     rows({"text": "a"}, {"text": "b"})(tmp_path)
-    run = Task.run
-    monkeypatch.setattr(Task, "run", lambda *args: (run(*args), (tmp_path / "a.jsonl").unlink()))
+    run = ReadTask.run
+    monkeypatch.setattr(ReadTask, "run", lambda *args: (run(*args), (tmp_path / "a.jsonl").unlink()))
     assert message(JSONL).startswith("a.jsonl: cannot be read (No such file or directory); ")
 
 
 def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, monkeypatch):
     rows({"text": "a"}, {"text": "b"})(tmp_path)
-    run = Task.run
-    monkeypatch.setattr(Task, "run", lambda *args: (run(*args), (tmp_path / "a.jsonl").write_text("x")))
+    run = ReadTask.run
+    monkeypatch.setattr(ReadTask, "run", lambda *args: (run(*args), (tmp_path / "a.jsonl").write_text("x")))
     assert message(JSONL).startswith("a.jsonl: changed while it was read; ")

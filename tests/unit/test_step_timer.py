@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.step_timer import PARTS, Part, StepTimer
+from trainer.step_timer import PARTS, StepPart, StepTimer
 
 
 class Ticks:
@@ -55,7 +55,7 @@ _ACTIONS = st.one_of(
 
 
 @given(st.lists(st.lists(_ACTIONS), max_size=5))
-def test_the_parts_of_some_steps_make_up_their_time(steps: list[list[int | tuple[str, Part | None]]]):
+def test_the_parts_of_some_steps_make_up_their_time(steps: list[list[int | tuple[str, StepPart | None]]]):
     clock = Ticks()
     watch, total = StepTimer(clock), 0
     for actions in steps:

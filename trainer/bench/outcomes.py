@@ -14,7 +14,7 @@ _LATE = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class TrainingOutcome:
     """Result of one training; of several seeds, their means, and the median of times."""
 
     router: str
@@ -43,7 +43,7 @@ class Outcome:
         return None if self.experts_per_token is None else self.experts_per_token * self.expert_width
 
 
-def outcome(training: Training) -> Outcome | None:
+def outcome(training: Training) -> TrainingOutcome | None:
     """Return what a finished training came to; None if it is not finished.
 
     Raises:
@@ -58,7 +58,7 @@ def outcome(training: Training) -> Outcome | None:
     if not logged or not evaluated:
         return None
     late = [record for record in logged if record["step"] > _LATE * steps]
-    return Outcome(
+    return TrainingOutcome(
         router=training.router,
         held_out_losses=[evaluated[-1]["eval/loss"]],
         load_imbalance=_mean_of(late, "load_imbalance"),
@@ -70,14 +70,14 @@ def outcome(training: Training) -> Outcome | None:
     )
 
 
-def over_seeds(outcomes: Sequence[Outcome]) -> Outcome:
+def over_seeds(outcomes: Sequence[TrainingOutcome]) -> TrainingOutcome:
     """Return one outcome for a router's trainings."""
     first = outcomes[0]
 
-    def mean(value_of: Callable[[Outcome], float | None]) -> float | None:
+    def mean(value_of: Callable[[TrainingOutcome], float | None]) -> float | None:
         return _mean([value_of(one) for one in outcomes])
 
-    return Outcome(
+    return TrainingOutcome(
         router=first.router,
         held_out_losses=[loss for one in outcomes for loss in one.held_out_losses],
         load_imbalance=mean(lambda one: one.load_imbalance),

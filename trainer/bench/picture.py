@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from trainer.bench.choices import FACTORS, Choice
 from trainer.bench.labels import Box, place_labels
 from trainer.bench.logits import LogitsKind
-from trainer.bench.outcomes import Outcome
+from trainer.bench.outcomes import TrainingOutcome
 from trainer.metrics.svg import document, text, text_width
 
 _MARGIN, _NAME, _ROW, _PANEL, _GAP = 16, 130, 22, 210, 24
@@ -74,7 +74,7 @@ def _bars(choice: Choice, top_k: int, *, x: int, y: int) -> Iterator[str]:
     yield f'<text class="quiet" x="{x + _PANEL * max(fair, more) + 6:.1f}" y="{y + 15}">{fair:.3f}{own_k}</text>'
 
 
-def outcomes_svg(outcomes: Sequence[Outcome], *, title: str) -> str:
+def outcomes_svg(outcomes: Sequence[TrainingOutcome], *, title: str) -> str:
     """Draw held-out loss over the imbalance of the experts: a point with its name for each router.
 
     Args:

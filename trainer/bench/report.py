@@ -14,7 +14,7 @@ from rich.table import Table
 from trainer.atomic_io import replace_file
 from trainer.bench.choices import FACTORS, Choice
 from trainer.bench.logits import LogitsKind
-from trainer.bench.outcomes import Outcome
+from trainer.bench.outcomes import TrainingOutcome
 from trainer.errors import ResourceError
 from trainer.metrics import formatting
 from trainer.metrics.glyphs import QUIET
@@ -76,7 +76,7 @@ def show_choices(choices: Sequence[Choice], titles: Mapping[LogitsKind, str], *,
     _foot(screen, _CHOICES_LEGEND, notes)
 
 
-def show_outcomes(outcomes: Sequence[Outcome], title: str, *, notes: Sequence[str]) -> None:
+def show_outcomes(outcomes: Sequence[TrainingOutcome], title: str, *, notes: Sequence[str]) -> None:
     """Print a table of what was learned, a line for each router."""
     screen = _screen()
     table = _table(title, "held out", "+-", "busiest", "drop", "asked", "width", "step ms", "x top_k", "ahead")
@@ -123,7 +123,7 @@ def choices_record(choices: Sequence[Choice]) -> list[dict[str, Any]]:
     ]
 
 
-def outcomes_record(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+def outcomes_record(outcomes: Sequence[TrainingOutcome]) -> list[dict[str, Any]]:
     """Return everything the table says, in JSON values."""
     return [
         {

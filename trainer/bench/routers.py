@@ -7,7 +7,7 @@ from pathlib import Path
 from trainer.bench.choices import BIAS_UPDATE_RATE, UPDATES, compare_choices, unreadable
 from trainer.bench.kinds import ALONE
 from trainer.bench.logits import Logits, made_up
-from trainer.bench.outcomes import Outcome, outcome, over_seeds
+from trainer.bench.outcomes import TrainingOutcome, outcome, over_seeds
 from trainer.bench.picture import choices_svg, outcomes_svg
 from trainer.bench.report import choices_record, outcomes_record, show_choices, show_outcomes, write
 from trainer.bench.traced import traced
@@ -125,7 +125,7 @@ def bench_trainings(trainings: Sequence[Training], *, json_path: Path | None, sv
         Stopped: if a training was asked to stop.
         TurnoutError: if one failed, or its held-out loss is no number.
     """
-    found: dict[str, list[Outcome]] = {}
+    found: dict[str, list[TrainingOutcome]] = {}
     for number, training in enumerate(trainings, start=1):
         found.setdefault(training.router, []).append(_trained(training, f"[{number}/{len(trainings)}]"))
     outcomes = [over_seeds(of_router) for of_router in found.values()]
@@ -140,7 +140,7 @@ def bench_trainings(trainings: Sequence[Training], *, json_path: Path | None, sv
     return 0
 
 
-def _trained(training: Training, number: str) -> Outcome:
+def _trained(training: Training, number: str) -> TrainingOutcome:
     """Return what a training came to, after it if need be."""
     label = f"{number} {training.folder.path}"
     result = outcome(training)

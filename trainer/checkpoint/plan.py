@@ -13,7 +13,7 @@ from trainer.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Placement:
     """Place of one rank's part of a tensor, without its values."""
 
     start: int
@@ -24,7 +24,7 @@ class Place:
     is_of_experts: bool
 
     @classmethod
-    def of(cls, part: Slice) -> "Place":
+    def of(cls, part: Slice) -> "Placement":
         """Describe a slice."""
         return cls(part.start, part.length, part.global_shape, part.tensor.dtype, part.is_of_experts)
 
@@ -33,14 +33,14 @@ class Place:
         return [self.start, self.length, list(self.shape), str(self.dtype).removeprefix("torch."), self.is_of_experts]
 
     @classmethod
-    def of_plain(cls, value: Sequence[Any]) -> "Place":
+    def of_plain(cls, value: Sequence[Any]) -> "Placement":
         """Return the place that another rank has sent."""
         start, length, shape, dtype, is_of_experts = value
         return cls(start, length, tuple(shape), getattr(torch, dtype), is_of_experts)
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class StatePart:
     """A part of a tensor, and who writes it."""
 
     rank: int
@@ -52,9 +52,9 @@ class Part:
 class SavePlan:
     """Assignment of the parts of a state to the ranks that write them."""
 
-    places: dict[str, Place]
+    places: dict[str, Placement]
     """Every tensor, as any of its holders describes it."""
-    parts: dict[str, list[Part]]
+    parts: dict[str, list[StatePart]]
     """By name; in order, each index of dimension 0 once."""
 
     def of_rank(self, rank: int) -> list[str]:
@@ -62,12 +62,12 @@ class SavePlan:
         return [name for name, parts in self.parts.items() if any(part.rank == rank for part in parts)]
 
 
-def describe(state: TrainState) -> dict[str, Place]:
+def describe(state: TrainState) -> dict[str, Placement]:
     """Return what this rank holds."""
-    return {name: Place.of(part) for name, part in state.slices.items()}
+    return {name: Placement.of(part) for name, part in state.slices.items()}
 
 
-def plan_save(held: Sequence[Mapping[str, Place]]) -> SavePlan:
+def plan_save(held: Sequence[Mapping[str, Placement]]) -> SavePlan:
     """Give every part of every tensor to one of the ranks that hold it: the one with the least to write so far.
 
     Args:
@@ -77,8 +77,8 @@ def plan_save(held: Sequence[Mapping[str, Place]]) -> SavePlan:
         CheckpointError: if ranks disagree about a tensor, a part of one is on no rank, or experts lack their moments.
             All ranks come to the same conclusion.
     """
-    places: dict[str, Place] = {}
-    parts: dict[str, list[Part]] = {}
+    places: dict[str, Placement] = {}
+    parts: dict[str, list[StatePart]] = {}
     load = [0] * len(held)
     for name in dict.fromkeys(name for mine in held for name in mine):
         holders: dict[tuple[int, int], list[int]] = {}
@@ -102,7 +102,7 @@ def plan_save(held: Sequence[Mapping[str, Place]]) -> SavePlan:
         for (start, length), ranks in sorted(holders.items()):
             writer = min(ranks, key=lambda rank: (load[rank], rank))
             load[writer] += length * prod(shape[1:]) * places[name].dtype.itemsize
-            parts[name].append(Part(writer, start, length))
+            parts[name].append(StatePart(writer, start, length))
     experts = [name for name, place in places.items() if place.is_of_experts]
     missing = next(missing_names({name: place.shape for name, place in places.items()}, experts), None)
     if missing is not None:

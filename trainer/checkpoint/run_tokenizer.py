@@ -9,7 +9,7 @@ from trainer.checkpoint.compatible import abridged
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.nodes import shown_path
-from trainer.data.build_cache import Progress
+from trainer.data.build_cache import IngestProgress
 from trainer.data.config import DataConfig
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.data.tokenizers.folder import OPTIONS, TOKENIZER, parse, read_text, stated_end
@@ -42,7 +42,7 @@ def keep(folder: RunFolder, tokenizer: Tokenizer) -> None:
 
 
 def tokenizer_of(
-    folder: RunFolder, data: DataConfig, *, fingerprint: str | None, progress: Progress | None = None
+    folder: RunFolder, data: DataConfig, *, fingerprint: str | None, progress: IngestProgress | None = None
 ) -> Tokenizer:
     """Return the tokenizer that a run goes on with: its own, or the one of `data` where it has none.
 

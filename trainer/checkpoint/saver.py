@@ -25,7 +25,7 @@ from trainer.checkpoint.files import write_durably, write_files
 from trainer.checkpoint.finite import check_finite
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import FORMAT, MANIFEST, Manifest, StoredFile, StoredSlice, StoredTensor, manifest_text
-from trainer.checkpoint.plan import Place, SavePlan, describe, plan_save
+from trainer.checkpoint.plan import Placement, SavePlan, describe, plan_save
 from trainer.checkpoint.shared_fs import VISIBLE_S
 from trainer.checkpoint.state import TrainState
 from trainer.distributed.collectives import Group
@@ -104,7 +104,7 @@ class Saver:
         if self._plan is None:  # what is where does not change within a run
             mine = {name: place.to_plain() for name, place in describe(state).items()}
             everyone = self._mesh.world.gather_objects(mine)
-            self._plan = plan_save([{name: Place.of_plain(at) for name, at in held.items()} for held in everyone])
+            self._plan = plan_save([{name: Placement.of_plain(at) for name, at in held.items()} for held in everyone])
         fault_injection.hit("save.planned")
         names = self._plan.of_rank(self._mesh.layout.rank)
         check_finite({name: state.slices[name] for name in names}, self._mesh.world, self.folder, step=step)

@@ -27,7 +27,7 @@ _SQUARES = "optim.exp_avg_sq."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Examination:
+class VerifyReport:
     """Findings of one checkpoint."""
 
     step: int
@@ -45,13 +45,13 @@ class Examination:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
-def examine(folder: CheckpointFolder, step: int) -> Examination:
+def examine(folder: CheckpointFolder, step: int) -> VerifyReport:
     """Read all of a checkpoint, a block of a tensor at a time."""
     path = folder.of_step(step)
     try:
         manifest = folder.manifest(step)
     except CheckpointError as error:
-        return Examination(step=step, findings=[str(error)])
+        return VerifyReport(step=step, findings=[str(error)])
     findings, unsound = [], set()
     for name, stated in sorted(manifest.files.items()):
         try:
@@ -72,7 +72,7 @@ def examine(folder: CheckpointFolder, step: int) -> Examination:
                 findings += _look_at(path, name, stored, tensors)
     experts = [(name, stored) for name, stored in manifest.tensors.items() if stored.is_of_experts]
     layers = {name.rpartition(".")[0] for name, _ in experts if name.startswith(WEIGHT)}
-    return Examination(
+    return VerifyReport(
         step=step,
         findings=findings,
         num_tensors=len(manifest.tensors),

@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from trainer.config import foreign, slots, wording
 from trainer.config.base import Config, Problem
-from trainer.config.nodes import UNUSABLE, Finding, Key, Node, Place, dotted
+from trainer.config.nodes import UNUSABLE, Finding, Key, Node, SourceLocation, dotted
 from trainer.config.slots import Slot
 
 _RANGES: Final = {
@@ -207,7 +207,7 @@ def _node_at(tree: Node, key: Key) -> Node | None:
     return node
 
 
-def _key_place(tree: Node, key: Key) -> Place:
+def _key_place(tree: Node, key: Key) -> SourceLocation:
     """Return the place of a key, or of the nearest section around it that the configuration has."""
     node = tree
     for part in key:

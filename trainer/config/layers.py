@@ -12,7 +12,7 @@ from typing import Any, Final
 from trainer.atomic_io import NotRegular, open_regular
 from trainer.config import slots
 from trainer.config.base import at_home
-from trainer.config.nodes import UNUSABLE, Finding, Node, Place, Unreadable, shown, shown_path
+from trainer.config.nodes import UNUSABLE, Finding, Node, SourceLocation, Unreadable, shown, shown_path
 from trainer.config.slots import Slot
 from trainer.config.yaml_nodes import compose
 
@@ -56,7 +56,7 @@ def with_default_kinds(node: Node, slot: Slot) -> Node:
     return replace(node, value=value)
 
 
-class Files:
+class ConfigFiles:
     """Reads a file and its bases into one tree."""
 
     def __init__(self, slot: Slot, findings: list[Finding]) -> None:
@@ -78,8 +78,8 @@ class Files:
         name = _as_address(at_home(name)) or at_home(name)
         rank, self._num_read = self._num_read, self._num_read + 1
 
-        def locate(line: int, column: int) -> Place:
-            return Place(rank, line, column, name)
+        def locate(line: int, column: int) -> SourceLocation:
+            return SourceLocation(rank, line, column, name)
 
         path = Path(name)
         tree = compose(_text(path, locate), locate, self._findings)

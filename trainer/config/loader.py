@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from trainer.config.base import Config
 from trainer.config.explain import explain
-from trainer.config.layers import Files, with_default_kinds
+from trainer.config.layers import ConfigFiles, with_default_kinds
 from trainer.config.nodes import Finding, Unreadable, report
 from trainer.config.overrides import apply
 from trainer.config.slots import Slot
@@ -33,7 +33,7 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str], root: type[C]) 
     findings: list[Finding] = []
     slot = Slot(root)
     try:
-        tree = Files(slot, findings).read(os.fspath(path))
+        tree = ConfigFiles(slot, findings).read(os.fspath(path))
     except Unreadable as error:
         raise report([*findings, error.finding]) from None
     tree = with_default_kinds(apply(tree, overrides, slot, findings), slot)

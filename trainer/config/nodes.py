@@ -23,7 +23,7 @@ UNUSABLE: Final = object()
 """Value of a node that was already reported: no type accepts it, and what the schema says of it is not repeated."""
 
 
-class Place(NamedTuple):
+class SourceLocation(NamedTuple):
     """Source location. Locations sort as a reader meets them: the named file, its bases, the overrides."""
 
     rank: int
@@ -47,9 +47,9 @@ class Node:
 
     value: Any
     """A scalar, `dict[str, Node]`, `list[Node]` or UNUSABLE."""
-    place: Place
+    place: SourceLocation
     """Where the value starts."""
-    key_place: Place
+    key_place: SourceLocation
     """Where its key starts; the place of the value itself for list entries and the root."""
     written: str | None = None
     """A scalar as it was typed, if it was typed without quotes."""
@@ -70,7 +70,7 @@ class Node:
             return self.value[int(part)]
         return None
 
-    def under_key(self, key_place: Place) -> "Node":
+    def under_key(self, key_place: SourceLocation) -> "Node":
         """Return the same value under another key."""
         return replace(self, key_place=key_place)
 
@@ -78,7 +78,7 @@ class Node:
 class Finding(NamedTuple):
     """One problem: a line of the report."""
 
-    place: Place
+    place: SourceLocation
     key: Key
     """The key that the message is about; empty for the file as a whole."""
     message: str
@@ -92,7 +92,7 @@ class Finding(NamedTuple):
 class Unreadable(Exception):
     """A source that cannot be read to its end. Its finding is the last of that source."""
 
-    def __init__(self, place: Place, message: str, key: Key = ()) -> None:
+    def __init__(self, place: SourceLocation, message: str, key: Key = ()) -> None:
         finding = Finding(place, key, message)
         super().__init__(str(finding))
         self.finding = finding

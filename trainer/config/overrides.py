@@ -11,7 +11,7 @@ from trainer.config import foreign, slots
 from trainer.config.base import Config
 from trainer.config.hints import meant_value
 from trainer.config.layers import merge
-from trainer.config.nodes import Finding, Key, Node, Place, Unreadable, shown
+from trainer.config.nodes import Finding, Key, Node, SourceLocation, Unreadable, shown
 from trainer.config.slots import Slot
 from trainer.config.yaml_nodes import MAX_DEPTH, compose
 
@@ -41,7 +41,7 @@ def apply(tree: Node, overrides: Sequence[str], slot: Slot, findings: list[Findi
     """
     parsed: list[tuple[list[str], Node]] = []
     for number, words in _grouped(overrides, slot.annotation):
-        place = Place(RANK + number, 0, 0, f"<override {number}>")
+        place = SourceLocation(RANK + number, 0, 0, f"<override {number}>")
         try:
             loose = _LOOSE.fullmatch(words[0])
             if len(words) > 1 or (loose and names_key(loose[1], slot.annotation)):
@@ -125,7 +125,7 @@ def _meant(key: str, value: str | None, root: type[Config]) -> str | None:
     return written
 
 
-def _parse(text: str, place: Place, findings: list[Finding]) -> tuple[list[str], Node]:
+def _parse(text: str, place: SourceLocation, findings: list[Finding]) -> tuple[list[str], Node]:
     path, equals, value = text.partition("=")
     bare = path.lstrip("-")
     if not equals or not bare:
@@ -169,14 +169,14 @@ def _assign(node: Node | None, path: list[str], value: Node, slot: Slot, done: K
     return replace(node, value={**node.value, part: below})
 
 
-def _default(slot: Slot, place: Place) -> Node:
+def _default(slot: Slot, place: SourceLocation) -> Node:
     """Return what an override changes where the file has nothing: the default list, or a section's defaults."""
     if isinstance(slot.default, list | tuple):
         return _as_node(slot.default, place)
     return Node({}, place, place)
 
 
-def _as_node(value: Any, place: Place) -> Node:
+def _as_node(value: Any, place: SourceLocation) -> Node:
     if isinstance(value, Config):
         value = value.model_dump()
     if isinstance(value, dict):

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import yaml
 
-from trainer.config.nodes import UNUSABLE, Finding, Key, Node, Place, Unreadable, shown
+from trainer.config.nodes import UNUSABLE, Finding, Key, Node, SourceLocation, Unreadable, shown
 
 MAX_NODES: Final = 5_000
 """Largest configuration, in values and with aliases written out: a ten-line alias bomb asks for a billion."""
@@ -64,7 +64,9 @@ def resolve(text: str) -> Any:
     return text
 
 
-def compose(text: str, locate: Callable[[int, int], Place], findings: list[Finding], key: Key = ()) -> Node | None:
+def compose(
+    text: str, locate: Callable[[int, int], SourceLocation], findings: list[Finding], key: Key = ()
+) -> Node | None:
     """Read one YAML document.
 
     Args:
@@ -98,7 +100,7 @@ def compose(text: str, locate: Callable[[int, int], Place], findings: list[Findi
 
 
 class _Composer:
-    def __init__(self, text: str, locate: Callable[[int, int], Place], findings: list[Finding]) -> None:
+    def __init__(self, text: str, locate: Callable[[int, int], SourceLocation], findings: list[Finding]) -> None:
         self._events: Iterator[yaml.Event] = yaml.parse(text, Loader=yaml.SafeLoader)
         self._locate = locate
         self._findings = findings
@@ -115,12 +117,12 @@ class _Composer:
             raise Unreadable(self._place(following), "a second document; one file is one configuration: remove '---'")
         return root
 
-    def _place(self, event: yaml.Event) -> Place:
+    def _place(self, event: yaml.Event) -> SourceLocation:
         mark = event.start_mark
         assert mark is not None, "only events that are not read from a text have no mark"
         return self._locate(mark.line + 1, mark.column + 1)
 
-    def _found(self, place: Place, key: Key, message: str) -> None:
+    def _found(self, place: SourceLocation, key: Key, message: str) -> None:
         self._findings.append(Finding(place, key, message))
 
     def _grow(self, size: int, event: yaml.Event) -> None:
@@ -129,7 +131,7 @@ class _Composer:
             message = f"more than {MAX_NODES} values, aliases written out; a configuration has a few hundred"
             raise Unreadable(self._place(event), message)
 
-    def _node(self, event: yaml.Event, key: Key, key_place: Place | None, depth: int = 0) -> Node:
+    def _node(self, event: yaml.Event, key: Key, key_place: SourceLocation | None, depth: int = 0) -> Node:
         place = self._place(event)
         key_place = key_place or place
         if isinstance(event, yaml.AliasEvent):
@@ -159,14 +161,14 @@ class _Composer:
             self._anchors[event.anchor] = (node, self._size - size_before)
         return node
 
-    def _tag_is_core(self, event: Any, place: Place, key: Key, *names: str) -> bool:
+    def _tag_is_core(self, event: Any, place: SourceLocation, key: Key, *names: str) -> bool:
         if event.tag is None or event.tag in {_CORE + name for name in names}:
             return True
         tag = f"!!{event.tag.removeprefix(_CORE)}" if event.tag.startswith(_CORE) else event.tag
         self._found(place, key, f"tag {shown(tag)[1:-1]} is not allowed; a configuration is plain values: remove it")
         return False
 
-    def _scalar(self, event: yaml.ScalarEvent, place: Place, key: Key) -> Any:
+    def _scalar(self, event: yaml.ScalarEvent, place: SourceLocation, key: Key) -> Any:
         if not self._tag_is_core(event, place, key, *_TYPES):
             return UNUSABLE
         if not event.implicit[0] and event.tag in (None, f"{_CORE}str"):

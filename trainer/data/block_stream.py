@@ -63,7 +63,7 @@ class BlockInfo(Config):
         return self.begin, self.end, self.train.content(), self.validation.content()
 
 
-class Block(NamedTuple):
+class StreamBlock(NamedTuple):
     """A block, mapped from disk."""
 
     info: BlockInfo
@@ -147,7 +147,7 @@ class BlockStream:
         known = self._recorded(index)
         return known if known is not None else self.block(index).info
 
-    def block(self, index: int) -> Block:
+    def block(self, index: int) -> StreamBlock:
         """Return a block; it is made if it is not there, by one process for all of this host that wait for it.
 
         Raises:
@@ -158,7 +158,7 @@ class BlockStream:
         for is_last in (False, False, True):
             try:
                 known = self._made(index)
-                return Block(known, *(self._open(folder, side, getattr(known, side)) for side in SIDES))
+                return StreamBlock(known, *(self._open(folder, side, getattr(known, side)) for side in SIDES))
             except FileNotFoundError:  # another run that is further on has just removed it
                 if is_last:
                     raise

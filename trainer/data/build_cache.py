@@ -11,14 +11,14 @@ from typing import Protocol
 from trainer.atomic_io import sync_files
 from trainer.data.cache import remove_remains, sole_builder
 from trainer.data.config import DataConfig
-from trainer.data.read_tasks import Task
+from trainer.data.read_tasks import ReadTask
 from trainer.data.source_cache import CachedSource, SourceManifest
 from trainer.data.sources.registry import HfStreamSourceConfig
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.data.workers import run_tasks
 
 
-class Progress(Protocol):
+class IngestProgress(Protocol):
     """Is told how far the corpus is."""
 
     def update(self, done_bytes: int, total_bytes: int, label: str) -> None:
@@ -26,7 +26,7 @@ class Progress(Protocol):
 
 
 def prepare(
-    config: DataConfig, tokenizer: Tokenizer, *, progress: Progress | None
+    config: DataConfig, tokenizer: Tokenizer, *, progress: IngestProgress | None
 ) -> list[tuple[CachedSource, SourceManifest]]:
     """Return every source that is ingested with its manifest, in the order of the config.
 
@@ -49,7 +49,7 @@ def prepare(
 
 
 def _build(
-    missing: Sequence[CachedSource], workers: int | None, *, progress: Progress | None
+    missing: Sequence[CachedSource], workers: int | None, *, progress: IngestProgress | None
 ) -> dict[Path, SourceManifest | None]:
     total_bytes = sum(source.size_bytes for source in missing)
 
@@ -95,7 +95,7 @@ def _build(
     return found
 
 
-def _keep_what_is_done(plans: Sequence[tuple[CachedSource, list[Task]]]) -> None:
+def _keep_what_is_done(plans: Sequence[tuple[CachedSource, list[ReadTask]]]) -> None:
     """Remove what a build that failed leaves, but for whole parts of several: the next start goes on from those."""
     for source, tasks in plans:
         unfinished = [task for task in tasks if len(tasks) == 1 or not task.is_done(source.tokenizer)]

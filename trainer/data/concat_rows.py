@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.permutation import FOR_OFFSET, hash64
-from trainer.data.row_order import DomainRows, Rows, epoch_order
+from trainer.data.row_order import DomainRows, SequenceRows, epoch_order
 from trainer.data.shards import TokenFile
 from trainer.errors import DataError
 
@@ -55,7 +55,7 @@ class CrossingRows(DomainRows):
         """Windows of an epoch."""
         return self._num_rows
 
-    def read(self, visits: NDArray[np.int64]) -> Rows:
+    def read(self, visits: NDArray[np.int64]) -> SequenceRows:
         """Return the windows of visits (n,)."""
         return read_windows(self._file, self.starts(visits), self._seq_len)
 
@@ -79,7 +79,7 @@ class Windows:
     def __init__(self, file: TokenFile, *, seq_len: int) -> None:
         self._file, self._seq_len = file, seq_len
 
-    def read(self, index: NDArray[np.int64]) -> Rows:
+    def read(self, index: NDArray[np.int64]) -> SequenceRows:
         """Return windows (n,) by number."""
         return read_windows(self._file, index * self._seq_len, self._seq_len)
 
@@ -98,13 +98,13 @@ class Windows:
         return np.flatnonzero(np.cumsum(begun - ended)[:num_windows] > 0)
 
 
-def read_windows(file: TokenFile, starts: NDArray[np.int64], seq_len: int) -> Rows:
+def read_windows(file: TokenFile, starts: NDArray[np.int64], seq_len: int) -> SequenceRows:
     """Return the windows of S + 1 tokens from `starts` (n,) on; padding beyond the end of the text."""
     positions = starts[:, None] + np.arange(seq_len + 1)  # (n, S + 1)
     is_inside = positions < file.num_tokens
     positions = np.minimum(positions, file.num_tokens - 1)
     tokens, document = file.tokens[positions].astype(np.int64), file.document_of(positions)
-    return Rows(
+    return SequenceRows(
         tokens=tokens[:, :-1],
         targets=tokens[:, 1:],
         is_learned=file.is_learned(positions[:, 1:], document[:, 1:]),

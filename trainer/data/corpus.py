@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer.data.block_stream import BlockStream, StreamedSource
-from trainer.data.build_cache import Progress, prepare
+from trainer.data.build_cache import IngestProgress, prepare
 from trainer.data.cache import cache_error
 from trainer.data.checksums import Damaged
 from trainer.data.config import DataConfig
@@ -47,7 +47,9 @@ class Corpus:
     """Hash of all tokens, domains and the tokenizer: equal exactly if the same can be learned, wherever files are."""
 
 
-def build_corpus(config: DataConfig, *, tokenizer: Tokenizer | None = None, progress: Progress | None = None) -> Corpus:
+def build_corpus(
+    config: DataConfig, *, tokenizer: Tokenizer | None = None, progress: IngestProgress | None = None
+) -> Corpus:
     """Return the corpus of `config`, from the cache as far as the files it was built from are unchanged.
 
     Files of the same size and modification time count as unchanged; otherwise their content is compared. Several

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.best_fit import best_fit_decreasing
-from trainer.data.row_order import DomainRows, Rows, epoch_order
+from trainer.data.row_order import DomainRows, SequenceRows, epoch_order
 from trainer.data.shards import TokenFile
 
 
@@ -46,7 +46,7 @@ class PackedDocuments:
         self._row_starts = np.cumsum(self._in_row) - self._in_row
         self.num_rows = len(self._in_row)
 
-    def read(self, index: NDArray[np.int64]) -> Rows:
+    def read(self, index: NDArray[np.int64]) -> SequenceRows:
         """Return rows (n,) by number."""
         piece = _ranges(self._row_starts[index], self._in_row[index])  # (P,)
         length = self._length[piece]
@@ -61,7 +61,7 @@ class PackedDocuments:
             rows[is_real] = values
             return rows
 
-        return Rows(
+        return SequenceRows(
             tokens=in_rows(self._tokens(position)),
             targets=in_rows(self._tokens(position + 1)),
             is_learned=in_rows(self._file.is_learned(position + 1, document)),
@@ -94,7 +94,7 @@ class WholeRows(DomainRows):
         """Rows that all documents were packed into."""
         return self._documents.num_rows
 
-    def read(self, visits: NDArray[np.int64]) -> Rows:
+    def read(self, visits: NDArray[np.int64]) -> SequenceRows:
         """Return the rows of visits (n,)."""
         _, index = epoch_order(visits, num_rows=self.num_rows, seed=self._seed, domain=self._domain)
         return self._documents.read(index)

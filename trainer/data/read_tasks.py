@@ -14,7 +14,7 @@ from trainer.data.ingest import SIDES, DomainInfo, count_characters, ingest
 from trainer.data.join_parts import IngestedPart
 from trainer.data.records import read_record, record_text
 from trainer.data.rows.bad import SkippedCounter, SkippedRows
-from trainer.data.rows.base import Part
+from trainer.data.rows.base import SourcePart
 from trainer.data.shards import is_intact
 from trainer.data.sources.registry import SourceConfig
 from trainer.data.tokenizers.base import Tokenizer
@@ -33,11 +33,11 @@ class _Result(Config):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
+class ReadTask:
     """A part to be read into a folder."""
 
     source: SourceConfig
-    part: Part | None
+    part: SourcePart | None
     """None: the whole source by one process, which a tail cut through several documents needs."""
     split: SplitConfig
     folder: Path

@@ -16,7 +16,7 @@ from trainer.data.permutation import FOR_ORDER, hash64, permute
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Rows:
+class SequenceRows:
     """Some rows of one domain; every field is (n, S)."""
 
     tokens: NDArray[np.int64]
@@ -39,7 +39,7 @@ class DomainRows(ABC):
         """Rows of an epoch; None where that is not known."""
 
     @abstractmethod
-    def read(self, visits: NDArray[np.int64]) -> Rows:
+    def read(self, visits: NDArray[np.int64]) -> SequenceRows:
         """Return the rows of visits (n,), in any order and number, whatever was read before."""
 
     def epochs(self, num_visits: int) -> float | None:

@@ -19,7 +19,7 @@ from trainer.data.cache import FileState, new_name, publish
 from trainer.data.config import DataConfig, SplitConfig
 from trainer.data.ingest import SIDES, DomainInfo, no_documents
 from trainer.data.join_parts import assemble
-from trainer.data.read_tasks import RESULT, Task
+from trainer.data.read_tasks import RESULT, ReadTask
 from trainer.data.records import hash_of, read_record, record_text
 from trainer.data.rows.bad import SkippedRows, all_skipped
 from trainer.data.shards import is_intact, paths
@@ -134,7 +134,7 @@ class CachedSource:
         replace_file(self.folder / _MANIFEST, record_text(manifest, of=self.folder.name))
         return manifest
 
-    def tasks(self, *, is_alone: bool) -> list[Task]:
+    def tasks(self, *, is_alone: bool) -> list[ReadTask]:
         """Cut the source into parts, of which a killed process may have done some.
 
         Args:
@@ -145,16 +145,16 @@ class CachedSource:
         """
         parts = [None] if self.split.kind == "tail" else list(self.source.parts())
         if len(parts) == 1:  # which is nothing to go on from
-            return [Task(source=self.config, part=parts[0], split=self.split, folder=new_name(self.folder))]
+            return [ReadTask(source=self.config, part=parts[0], split=self.split, folder=new_name(self.folder))]
         folder = self._parts_folder(is_alone=is_alone)
         # Who reads one of several parts cannot know whether a document is its domain's only one.
         split = self.split.model_copy(update={"kind": "hash"})
         return [
-            Task(source=self.config, part=part, split=split, folder=folder / f"part-{index:05d}")
+            ReadTask(source=self.config, part=part, split=split, folder=folder / f"part-{index:05d}")
             for index, part in enumerate(parts)
         ]
 
-    def assemble(self, tasks: Sequence[Task]) -> "UnpublishedSource":
+    def assemble(self, tasks: Sequence[ReadTask]) -> "UnpublishedSource":
         """Make the source of all its parts, beside its place.
 
         Raises:

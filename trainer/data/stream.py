@@ -18,12 +18,12 @@ from trainer.data.config import Packing
 from trainer.data.corpus import Corpus
 from trainer.data.mixture import Mixture
 from trainer.data.packed_rows import PackedDocuments, WholeRows
-from trainer.data.row_order import DomainRows, Rows
+from trainer.data.row_order import DomainRows, SequenceRows
 from trainer.data.shards import TokenFile
 from trainer.data.skipped import SkippedOf
 from trainer.data.sources.registry import HfStreamSourceConfig, SourceConfig
 from trainer.data.splits import Side
-from trainer.data.streamed import Place, StreamedRows
+from trainer.data.streamed import StreamedRows, StreamPosition
 from trainer.distributed.layout import even_slice
 from trainer.errors import DataError
 
@@ -93,7 +93,7 @@ class TrainStream:
         """Take what `places` returned, so that nothing before it is read again."""
         for name, rows in zip(self._corpus.domains, self.domain_rows, strict=True):
             if isinstance(rows, StreamedRows) and name in places:
-                rows.go_on_from(Place.model_validate(places[name]))
+                rows.go_on_from(StreamPosition.model_validate(places[name]))
 
     def skipped(self, sources: Sequence[SourceConfig]) -> list[SkippedOf]:
         """Return what was left out of the text so far: of sources that were ingested, and of blocks that were read.
@@ -246,7 +246,7 @@ def _nothing_to_predict(corpus: Corpus, domain: int) -> DataError:
     )
 
 
-def _check_vocabulary(rows: Rows, corpus: Corpus, side: Side, domain: int) -> None:
+def _check_vocabulary(rows: SequenceRows, corpus: Corpus, side: Side, domain: int) -> None:
     highest = max(int(part.max(initial=0)) for part in (rows.tokens, rows.targets))
     if highest >= corpus.tokenizer.vocab_size:
         raise DataError(
@@ -256,7 +256,7 @@ def _check_vocabulary(rows: Rows, corpus: Corpus, side: Side, domain: int) -> No
 
 
 def _batch(
-    parts: list[tuple[NDArray[np.int64], Rows]],
+    parts: list[tuple[NDArray[np.int64], SequenceRows]],
     *,
     domain: NDArray[np.int64],
     sample_id: NDArray[np.int64],

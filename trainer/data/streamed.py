@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from trainer.config.base import Config
 from trainer.data.block_stream import BlockInfo, BlockStream, Mark
 from trainer.data.permutation import FOR_BLOCK_ROWS, hash64
-from trainer.data.row_order import DomainRows, Rows
+from trainer.data.row_order import DomainRows, SequenceRows
 from trainer.data.shards import TokenFile
 from trainer.errors import DataError
 
@@ -27,7 +27,7 @@ _OPEN_BLOCKS = 2
 _DOCUMENTS_OF_A_BLOCK = 1 << 40
 
 
-class Place(Config):
+class StreamPosition(Config):
     """Position of a block, in the stream and in the run."""
 
     block: int = 0
@@ -36,7 +36,7 @@ class Place(Config):
 
 
 class _Known(NamedTuple):
-    place: Place
+    place: StreamPosition
     num_rows: int
 
 
@@ -56,7 +56,7 @@ class StreamedRows(DomainRows):
         """
         self._stream, self._min_tokens, self._seed, self._rows_of = stream, min_tokens, seed, rows_of
         self._known: list[_Known] = []
-        self._next = Place()
+        self._next = StreamPosition()
         self._open: dict[int, DomainRows] = {}
 
     @property
@@ -64,14 +64,14 @@ class StreamedRows(DomainRows):
         """Not known."""
         return None
 
-    def go_on_from(self, place: Place) -> None:
+    def go_on_from(self, place: StreamPosition) -> None:
         """Take a place from who was there; nothing was read before."""
         self._known, self._next = [], place
         self._stream.go_on_from(place.block, place.mark)
 
-    def place(self, num_visits: int) -> Place:
+    def place(self, num_visits: int) -> StreamPosition:
         """Return where the block of the last of the first visits begins, which has been read."""
-        return self._block_of(num_visits - 1).place if num_visits else Place()
+        return self._block_of(num_visits - 1).place if num_visits else StreamPosition()
 
     def epochs(self, num_visits: int) -> float:
         """Return how often the stream was read to its end before the last of its first visits."""
@@ -96,9 +96,9 @@ class StreamedRows(DomainRows):
         if ahead:
             self._stream.read_ahead(known.place.block + 1)
 
-    def read(self, visits: NDArray[np.int64]) -> Rows:
+    def read(self, visits: NDArray[np.int64]) -> SequenceRows:
         """Return the rows of visits (n,)."""
-        parts: list[tuple[NDArray[np.int64], Rows]] = []
+        parts: list[tuple[NDArray[np.int64], SequenceRows]] = []
         if len(visits):
             self._block_of(int(visits.max()))
         for known in self._known:
@@ -112,8 +112,8 @@ class StreamedRows(DomainRows):
         if len(order) < len(visits):
             raise ValueError(f"visits before {self._known[0].place.first_visit}, where the run went on, are gone")
         back = np.argsort(order)
-        return Rows(
-            **{f.name: np.concatenate([getattr(rows, f.name) for _, rows in parts])[back] for f in fields(Rows)}
+        return SequenceRows(
+            **{f.name: np.concatenate([getattr(rows, f.name) for _, rows in parts])[back] for f in fields(SequenceRows)}
         )
 
     def _block_of(self, visit: int) -> _Known:
@@ -127,7 +127,7 @@ class StreamedRows(DomainRows):
             num_rows = self._num_rows(place.block)
             self._known.append(_Known(place, num_rows))
             end = self._stream.info(place.block).end
-            self._next = Place(block=place.block + 1, first_visit=place.first_visit + num_rows, mark=end)
+            self._next = StreamPosition(block=place.block + 1, first_visit=place.first_visit + num_rows, mark=end)
         if visit < self._known[0].place.first_visit:
             raise DataError(
                 f"data.sources: {self._stream.name}: the run went on from row {self._known[0].place.first_visit} of "

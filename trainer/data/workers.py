@@ -13,7 +13,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Self
 
-from trainer.data.read_tasks import Task
+from trainer.data.read_tasks import ReadTask
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.errors import ResourceError, TurnoutError
 
@@ -23,7 +23,9 @@ _REPORT_BYTES = 1 << 20
 """Text between two reports of progress."""
 
 
-def run_tasks(tasks: Sequence[Task], tokenizer: Tokenizer, max_processes: int, advance: Callable[[int], None]) -> None:
+def run_tasks(
+    tasks: Sequence[ReadTask], tokenizer: Tokenizer, max_processes: int, advance: Callable[[int], None]
+) -> None:
     """Run all tasks; in this process, where others would not be worth their start.
 
     Args:
@@ -61,7 +63,7 @@ class _Worker:
 
     process: BaseProcess
     pipe: Connection
-    task: Task | None = None
+    task: ReadTask | None = None
 
     @classmethod
     def start(cls, tokenizer: Tokenizer) -> Self:
@@ -73,7 +75,7 @@ class _Worker:
         there.close()
         return cls(process, here)
 
-    def give(self, task: Task | None) -> None:
+    def give(self, task: ReadTask | None) -> None:
         """Give it something to do; None: it may end."""
         self.task = task
         with suppress(BrokenPipeError):  # it was killed: `listen` will notice
@@ -105,7 +107,7 @@ class _Total:
         self._done: dict[Path, int] = {}
         self._total = self._reported = 0
 
-    def of(self, task: Task) -> Callable[[int], None]:
+    def of(self, task: ReadTask) -> Callable[[int], None]:
         """Return what is told how far a task is."""
 
         def update(done_bytes: int) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from trainer import fault_injection
-from trainer.step_timer import Part, StepTimer
+from trainer.step_timer import StepPart, StepTimer
 
 _REMEMBERED = 32
-_PART_OF: dict[str, Part] = {
+_PART_OF: dict[str, StepPart] = {
     "data": "data",
     "counting": "forward",
     "forward": "forward",

@@ -26,7 +26,7 @@ def show_life(name: str, status: StatusFile | None = None) -> None:
         threading.Thread(target=_show, args=(Path(folder) / BEATS, name, status), name="life", daemon=True).start()
 
 
-class Progress:
+class CpuProgress:
     """Tells whether the only rank of a run goes on. With other ranks there is nothing to tell: these look after it."""
 
     def __init__(self, status: StatusFile | None) -> None:
@@ -63,7 +63,7 @@ def _show(path: Path, name: str, status: StatusFile | None) -> None:
         pipe = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
     except OSError:  # the supervisor has gone
         return
-    progress = Progress(status)
+    progress = CpuProgress(status)
     with suppress(BrokenPipeError):  # it has gone now
         while True:
             with suppress(BlockingIOError):  # it is stopped, and has not read for an hour

@@ -12,7 +12,7 @@ from trainer.evaluation.held_out import EvalResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Examination:
+class EvalReport:
     """Results of what was due."""
 
     held_out: EvalResult | None

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from trainer.data.corpus import Corpus
 from trainer.data.unigram import unigram_bits_per_byte
-from trainer.evaluation.examination import Examination
+from trainer.evaluation.examination import EvalReport
 from trainer.evaluation.held_out import EvalResult
 from trainer.metrics.summary import DomainScore, ExpertCounts, RunSummary
 
 
-def summary_of(examination: Examination, corpus: Corpus, moe_layers: Sequence[int], *, title: str) -> RunSummary:
+def summary_of(examination: EvalReport, corpus: Corpus, moe_layers: Sequence[int], *, title: str) -> RunSummary:
     """Return what the last screen shows of an evaluation."""
     held_out, tasks = examination.held_out, [(result.name, result.metrics) for result in examination.tasks]
     if held_out is None:

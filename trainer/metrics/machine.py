@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer.distributed.collectives import Group
-from trainer.step_timer import PARTS, Part
+from trainer.step_timer import PARTS, StepPart
 
 _GB = 1e9
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -58,7 +58,7 @@ def total_memory(device: torch.device) -> int:
     return total
 
 
-def over_ranks(parts: dict[Part, float], machine: dict[str, float | None], group: Group) -> dict[str, float | None]:
+def over_ranks(parts: dict[StepPart, float], machine: dict[str, float | None], group: Group) -> dict[str, float | None]:
     """Return the `time/` and `system/` keys of metrics.jsonl, in one exchange; every rank must call it.
 
     Args:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from trainer.step_timer import Part, StepTimer
+from trainer.step_timer import StepPart, StepTimer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,7 +13,7 @@ class Speed:
 
     tokens_per_s: float
     step_s: float
-    parts: dict[Part, float]
+    parts: dict[StepPart, float]
     """Seconds of a step; together `step_s`."""
 
 

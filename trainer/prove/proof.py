@@ -19,7 +19,7 @@ from trainer.prove.compare import compare
 from trainer.prove.pool import LocalRanks
 from trainer.prove.progress import LayoutProgress
 from trainer.prove.ranks import run_case
-from trainer.prove.report import Row, Table, write_json
+from trainer.prove.report import Table, TableRow, write_json
 from trainer.prove.rounding import FLOORS, TOLERANCES
 
 _FIRST_STEPS = 5
@@ -83,9 +83,9 @@ def prove(
                 with progress.running(case.name, number):
                     mine = run_case(config, case, ranks, steps=steps, timeout_s=timeout_s)
                 comparison = compare(mine, oracle, tolerance=tolerance, floor=floor, steps=first_steps)
-                rows.append(Row(case=case, comparison=comparison))
+                rows.append(TableRow(case=case, comparison=comparison))
             except TurnoutError as error:
-                rows.append(Row(case=case, comparison=None, error=str(error)))
+                rows.append(TableRow(case=case, comparison=None, error=str(error)))
             table.line(rows[-1])
     table.foot(rows)
     if json_path is not None:

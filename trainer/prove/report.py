@@ -11,7 +11,7 @@ from trainer.terminal import say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class TableRow:
     """One layout's result."""
 
     case: Case
@@ -46,11 +46,11 @@ class Table:
         names = "".join(f"{group.removeprefix('gradient: '):>9}" for group in self._groups)
         say(f"{'':{self._width}}{names}{'flips':>7}")
 
-    def line(self, row: Row) -> None:
+    def line(self, row: TableRow) -> None:
         """Print a layout's result."""
         say(f"{row.case.name:{self._width}}{_cells(row, self._groups)}  {_verdict(row, self._labels)}")
 
-    def foot(self, rows: Sequence[Row]) -> None:
+    def foot(self, rows: Sequence[TableRow]) -> None:
         """Print what is wrong with each layout that fails, and why some may."""
         for row in rows:
             if row.error is not None:
@@ -62,14 +62,14 @@ class Table:
             say(f"\n{label}: not layout-invariant by definition")
 
 
-def _cells(row: Row, groups: Sequence[str]) -> str:
+def _cells(row: TableRow, groups: Sequence[str]) -> str:
     if row.comparison is None:
         return f"{'-':>9}" * len(groups) + f"{'-':>7}"
     worst = row.comparison.worst
     return "".join(f"{worst.get(group, 0.0):9.0e}" for group in groups) + f"{row.comparison.flips:7}"
 
 
-def _verdict(row: Row, labels: Sequence[str]) -> str:
+def _verdict(row: TableRow, labels: Sequence[str]) -> str:
     if row.comparison is None:
         return "FAILED"
     if row.comparison.is_equal:
@@ -77,7 +77,7 @@ def _verdict(row: Row, labels: Sequence[str]) -> str:
     return "differs, as labelled" if row.is_sound(labels) else "DIFFERS"
 
 
-def write_json(path: Path, rows: Sequence[Row], *, tolerance: float, labels: Sequence[str]) -> None:
+def write_json(path: Path, rows: Sequence[TableRow], *, tolerance: float, labels: Sequence[str]) -> None:
     """Write everything the table says, for programs."""
     record = {
         "tolerance": tolerance,

@@ -22,7 +22,7 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class AttemptOutcome:
     """Result of one attempt."""
 
     code: int
@@ -47,7 +47,7 @@ def is_retried(code: int) -> bool:
     return code not in _FINAL
 
 
-def decide(history: Sequence[Outcome], *, before: int | None, policy: Policy) -> Restart | None:
+def decide(history: Sequence[AttemptOutcome], *, before: int | None, policy: Policy) -> Restart | None:
     """Return what follows the last of these attempts; None: nothing.
 
     Progress is a newer checkpoint than there was when the attempt began.

@@ -17,7 +17,7 @@ from trainer.supervise.child import Child
 from trainer.supervise.exit_status import ExitStatus, judge
 from trainer.supervise.launch import Launch, environment_of_attempt
 from trainer.supervise.lifesigns import LifeSigns
-from trainer.supervise.policy import Outcome, Policy, Restart, decide, is_retried
+from trainer.supervise.policy import AttemptOutcome, Policy, Restart, decide, is_retried
 from trainer.supervise.requests import StopRequests
 from trainer.terminal import say
 
@@ -67,7 +67,7 @@ class Supervisor:
         with StopRequests() as requests:
             while True:
                 ending = self._attempt(requests)
-                history.append(Outcome(code=ending.code, checkpoint=newest_checkpoint(self._folder)))
+                history.append(AttemptOutcome(code=ending.code, checkpoint=newest_checkpoint(self._folder)))
                 endings.append(ending)
                 if requests.count:
                     return self._stopped(requests, ending)

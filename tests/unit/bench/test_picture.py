@@ -7,7 +7,7 @@ import pytest
 
 from tests.drawn import NAMESPACE, Text, outside, overlapping, texts
 from trainer.bench.choices import FACTORS, Choice
-from trainer.bench.outcomes import Outcome
+from trainer.bench.outcomes import TrainingOutcome
 from trainer.bench.picture import choices_svg, outcomes_svg
 from trainer.moe.routing_optimum import Measured
 
@@ -20,8 +20,8 @@ def choice(router: str, *, score: float, top_k: int = 2) -> Choice:
     )
 
 
-def outcome(router: str, loss: float, load: float | None, looks_ahead: str = "no") -> Outcome:
-    return Outcome(
+def outcome(router: str, loss: float, load: float | None, looks_ahead: str = "no") -> TrainingOutcome:
+    return TrainingOutcome(
         router=router,
         held_out_losses=[loss],
         load_imbalance=load,

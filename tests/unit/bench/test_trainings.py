@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from trainer.bench.kinds import ALONE, ROUTERS
-from trainer.bench.outcomes import Outcome, outcome, over_seeds
+from trainer.bench.outcomes import TrainingOutcome, outcome, over_seeds
 from trainer.bench.training import Training, plan
 from trainer.config.dump import dump
 from trainer.errors import ConfigError
@@ -177,7 +177,7 @@ def test_an_outcome_is_read_from_the_last_tenth_of_a_finished_run(tmp_path: Path
 
 def test_seeds_are_averaged_and_times_are_not() -> None:
     one, two, three = (
-        Outcome(
+        TrainingOutcome(
             router="top_k",
             held_out_losses=[loss],
             load_imbalance=load,

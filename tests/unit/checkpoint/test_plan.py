@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.checkpoint.coverage import flaw
-from trainer.checkpoint.plan import Part, Place, plan_save
+from trainer.checkpoint.plan import Placement, StatePart, plan_save
 from trainer.errors import CheckpointError
 
 
@@ -18,8 +18,8 @@ def _place(
     shape: tuple[int, ...] = (6, 2),
     dtype: torch.dtype = torch.float32,
     is_of_experts: bool = False,
-) -> Place:
-    return Place(start, length, shape, dtype, is_of_experts)
+) -> Placement:
+    return Placement(start, length, shape, dtype, is_of_experts)
 
 
 def test_copies_are_written_once_and_by_turns() -> None:
@@ -36,20 +36,20 @@ def test_copies_are_written_once_and_by_turns() -> None:
 
 def test_parts_are_written_by_those_who_have_them() -> None:
     plan = plan_save([{"x": _place(0, 2)}, {"x": _place(2, 4)}, {"x": _place(0, 2)}, {"x": _place(2, 4)}])
-    assert plan.parts["x"] == [Part(0, 0, 2), Part(1, 2, 4)]
+    assert plan.parts["x"] == [StatePart(0, 0, 2), StatePart(1, 2, 4)]
 
 
 def test_a_rank_without_a_part_writes_none() -> None:
     plan = plan_save([{"x": _place(0, 6)}, {"x": _place(6, 0)}])
-    assert plan.parts["x"] == [Part(0, 0, 6)]
+    assert plan.parts["x"] == [StatePart(0, 0, 6)]
 
 
 def test_a_number_and_an_empty_tensor_are_saved_too() -> None:
     plan = plan_save([{"n": _place(0, 1, ()), "e": _place(0, 0, (0, 4))}] * 2)
-    assert plan.parts == {"n": [Part(0, 0, 1)], "e": [Part(1, 0, 0)]}
+    assert plan.parts == {"n": [StatePart(0, 0, 1)], "e": [StatePart(1, 0, 0)]}
 
 
-def _with_moments() -> dict[str, Place]:
+def _with_moments() -> dict[str, Placement]:
     place = _place(0, 6, is_of_experts=True)
     return {name: place for name in ("model.w", "optim.exp_avg.w", "optim.exp_avg_sq.w")}
 
@@ -76,7 +76,7 @@ def test_experts_with_both_moments_are_whole() -> None:
         ),
     ],
 )
-def test_what_is_not_whole_is_not_saved(held: list[dict[str, Place]], message: str) -> None:
+def test_what_is_not_whole_is_not_saved(held: list[dict[str, Placement]], message: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         plan_save(held)
     assert message in str(caught.value)

@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt
 
 from trainer.config.base import Config, Problem
 from trainer.config.loader import load
-from trainer.config.nodes import Finding, Place, dotted, report, shown
+from trainer.config.nodes import Finding, SourceLocation, dotted, report, shown
 from trainer.errors import ConfigError
 
 
@@ -114,13 +114,14 @@ def test_files_come_in_the_order_they_are_read_and_overrides_last(tmp_path: Path
 
 def test_places_sort_as_a_reader_meets_them() -> None:
     findings = [
-        Finding(Place(*where), (), "") for where in [(1, 2, 1, "b"), (0, 9, 9, "a"), (0, 9, 1, "a"), (1, 0, 0, "b")]
+        Finding(SourceLocation(*where), (), "")
+        for where in [(1, 2, 1, "b"), (0, 9, 9, "a"), (0, 9, 1, "a"), (1, 0, 0, "b")]
     ]
     assert str(report(findings)) == "a:9:1: \na:9:9: \nb: \nb:2:1: "
 
 
 def test_a_line_is_said_once() -> None:
-    finding = Finding(Place(0, 1, 1, "a"), ("b", 0, "c d"), "wrong")
+    finding = Finding(SourceLocation(0, 1, 1, "a"), ("b", 0, "c d"), "wrong")
     assert str(report([finding, finding])) == "a:1:1: b.0.'c d': wrong"
 
 

@@ -6,11 +6,11 @@ import pytest
 
 from trainer.config import slots
 from trainer.config.hints import accepts, how_to_write
-from trainer.config.nodes import Finding, Node, Place
+from trainer.config.nodes import Finding, Node, SourceLocation
 from trainer.config.yaml_nodes import compose
 from trainer.experiment import ExperimentConfig
 
-HERE = Place(1, 0, 0, "<override 1>")
+HERE = SourceLocation(1, 0, 0, "<override 1>")
 VALUES = [
     *("x.txt", "a/b.jsonl.gz", "rows.parquet", "corpus/**/*.md", "no/suffix", "it's, [odd]: {x}", "x" * 80),
     *("on", "off", "true", "false", "none", "5", "0.5", "1,2", "0.9, 0.95", "1_000", "installed", "byte", "gpt2"),

@@ -7,7 +7,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from trainer.config.layers import Files
+from trainer.config.layers import ConfigFiles
 from trainer.config.loader import load
 from trainer.config.schema import json_schema, schema_text
 from trainer.config.slots import Slot
@@ -38,7 +38,7 @@ def test_a_shipped_configuration_is_valid(path: Path, validator: jsonschema.Draf
     if path.parent == CONFIGS:  # what lies deeper is a base: a part of a configuration
         assert load(path, [], ExperimentConfig).name == path.stem
     findings: list[Any] = []
-    validator.validate(Files(Slot(ExperimentConfig), findings).read(str(path)).plain())
+    validator.validate(ConfigFiles(Slot(ExperimentConfig), findings).read(str(path)).plain())
     assert findings == []
 
 

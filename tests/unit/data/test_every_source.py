@@ -163,7 +163,9 @@ def test_parts_that_were_read_are_not_read_again(folder, monkeypatch):
     config = DataConfig(sources=[lines(folder)], split=SplitConfig(kind="hash"), cache_dir="cache", workers=1)
     broken_off(config, monkeypatch, after=60)
     done: list[str] = []
-    run = read_tasks.Task.run
-    monkeypatch.setattr(read_tasks.Task, "run", lambda self, *args: (done.append(self.folder.name), run(self, *args)))
+    run = read_tasks.ReadTask.run
+    monkeypatch.setattr(
+        read_tasks.ReadTask, "run", lambda self, *args: (done.append(self.folder.name), run(self, *args))
+    )
     build_corpus(config)
     assert 0 < len(done) < len(list(JsonlSourceConfig(path="*.jsonl").build().parts()))

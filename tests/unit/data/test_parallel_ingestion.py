@@ -97,20 +97,20 @@ def test_the_only_document_of_a_domain_is_cut_wherever_it_is(folder):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_done_before_a_failure_is_not_done_again(folder, monkeypatch, kind):
     config = data(source(folder, kind), workers=1)
-    run, done = read_tasks.Task.run, []
+    run, done = read_tasks.ReadTask.run, []
 
-    def counted(self: read_tasks.Task, tokenizer: Any, advance: Callable[[int], None]) -> None:
+    def counted(self: read_tasks.ReadTask, tokenizer: Any, advance: Callable[[int], None]) -> None:
         if len(done) == 3:
             raise KeyboardInterrupt
         run(self, tokenizer, advance)
         done.append(self.folder.name)
 
-    monkeypatch.setattr(read_tasks.Task, "run", counted)
+    monkeypatch.setattr(read_tasks.ReadTask, "run", counted)
     with pytest.raises(KeyboardInterrupt):
         build_corpus(config)
     first, done[:] = list(done), []
     monkeypatch.setattr(
-        read_tasks.Task, "run", lambda self, *args: (done.append(self.folder.name), run(self, *args))[1]
+        read_tasks.ReadTask, "run", lambda self, *args: (done.append(self.folder.name), run(self, *args))[1]
     )
     corpus = build_corpus(config)
     assert len(first) == 3
@@ -154,13 +154,13 @@ def test_the_error_of_a_process_is_ours(folder):
         build_corpus(config)
 
 
-def _die(self: read_tasks.Task, tokenizer: object, advance: object) -> None:
+def _die(self: read_tasks.ReadTask, tokenizer: object, advance: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_killed_process_is_named_and_what_the_others_did_is_kept(folder, monkeypatch):
     config = data(source(folder, "jsonl"), workers=2)
-    monkeypatch.setattr(read_tasks.Task, "run", _die)
+    monkeypatch.setattr(read_tasks.ReadTask, "run", _die)
     started = workers.multiprocessing.get_context("fork")  # the only way to hand a spoilt class to another process
     monkeypatch.setattr(workers.multiprocessing, "get_context", lambda kind: started)
     with pytest.raises(ResourceError, match=r"^data: a process that read text was killed by SIGKILL; was it memory"):

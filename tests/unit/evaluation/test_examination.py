@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from trainer.evaluation.base import TaskResult
-from trainer.evaluation.examination import Examination, due
+from trainer.evaluation.examination import EvalReport, due
 
 TASKS: Any = [SimpleNamespace(config=SimpleNamespace(every=every)) for every in (None, 4, "end")]
 
@@ -30,5 +30,5 @@ def test_a_task_is_due_with_held_out_text_or_at_its_own_steps_and_always_at_the_
 
 def test_a_record_has_the_keys_of_every_task() -> None:
     results = [TaskResult(name="a", metrics={"acc": 0.5}), TaskResult(name="b", metrics={"hit@1": 1.0, "mrr": 1.0})]
-    record = Examination(held_out=None, tasks=results).record()
+    record = EvalReport(held_out=None, tasks=results).record()
     assert record == {"eval/a/acc": 0.5, "eval/b/hit@1": 1.0, "eval/b/mrr": 1.0}

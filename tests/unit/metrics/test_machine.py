@@ -8,10 +8,10 @@ import torch
 from tests.ranks import Ranks, mesh_here
 from trainer.distributed.collectives import Group
 from trainer.metrics.machine import Machine, over_ranks
-from trainer.step_timer import PARTS, Part
+from trainer.step_timer import PARTS, StepPart
 
 
-def _parts(**seconds: float) -> dict[Part, float]:
+def _parts(**seconds: float) -> dict[StepPart, float]:
     return {part: seconds.get(part, 0.0) for part in PARTS}
 
 

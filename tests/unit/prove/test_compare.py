@@ -10,7 +10,7 @@ from torch import Tensor
 from trainer.prove.cases import Case
 from trainer.prove.compare import Comparison, compare
 from trainer.prove.evidence import Evidence
-from trainer.prove.report import Row
+from trainer.prove.report import TableRow
 from trainer.prove.rounding import FLOORS, TOLERANCES
 
 HEAD, GATE, BIAS = "head.weight", "blocks.0.ffn.router.gate.weight", "blocks.0.ffn.router.bias"
@@ -164,13 +164,13 @@ def test_a_label_explains_losses_but_neither_copies_that_part_nor_other_starting
     labelled = ["model.moe.balance.scope: micro_batch (balance_loss)"]
 
     def is_sound(**mine: Any) -> bool:
-        return Row(case=Case(micro_batch_size=1), comparison=compared(mine)).is_sound(labelled)
+        return TableRow(case=Case(micro_batch_size=1), comparison=compared(mine)).is_sound(labelled)
 
     assert is_sound(balance_losses=[1.1, 1.1, 1.1]) and is_sound()
     assert not is_sound(balance_losses=[1.1, 1.1, 1.1], disagreements=[HEAD])
     assert not is_sound(balance_losses=[1.1, 1.1, 1.1], start=weights(0.1))
-    assert not Row(case=Case(micro_batch_size=1), comparison=None, error="lost").is_sound(labelled)
-    unlabelled = Row(case=Case(micro_batch_size=1), comparison=compared({"balance_losses": [1.1, 1.1, 1.1]}))
+    assert not TableRow(case=Case(micro_batch_size=1), comparison=None, error="lost").is_sound(labelled)
+    unlabelled = TableRow(case=Case(micro_batch_size=1), comparison=compared({"balance_losses": [1.1, 1.1, 1.1]}))
     assert not unlabelled.is_sound([]) and replace(unlabelled, comparison=compared({})).is_sound([])
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from trainer.distributed import life as of_process
-from trainer.distributed.life import Progress, show_life
+from trainer.distributed.life import CpuProgress, show_life
 from trainer.distributed.signals import StopRequest
 from trainer.errors import StopRequested
 from trainer.status import BEATS, StatusFile
@@ -78,7 +78,7 @@ def test_an_only_rank_that_computes_nothing_in_the_middle_of_a_step_shows_no_lif
     worked_s = 0.0
     monkeypatch.setattr(of_process, "_worked_s", lambda: worked_s)
     status = StatusFile(tmp_path, rank=0)
-    progress = Progress(status)
+    progress = CpuProgress(status)
     assert progress.is_made() and progress.is_made(), "in start-up"
     status.begin_step(3, first_row=0, num_rows=1)
     assert progress.is_made() and not progress.is_made() and not progress.is_made()
@@ -92,7 +92,7 @@ def test_an_only_rank_that_computes_nothing_in_the_middle_of_a_step_shows_no_lif
     for phase in ("saving", "evaluating", "reading"):
         status.enter(phase)
         assert progress.is_made() and progress.is_made(), "waiting there may take long"
-    assert Progress(None).is_made(), "with other ranks"
+    assert CpuProgress(None).is_made(), "with other ranks"
 
 
 def test_without_a_supervisor_or_after_its_end_nothing_happens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,11 +2,11 @@ from collections.abc import Sequence
 
 import pytest
 
-from trainer.supervise.policy import Outcome, Policy, Restart, decide, is_retried
+from trainer.supervise.policy import AttemptOutcome, Policy, Restart, decide, is_retried
 
 
 def decided(*outcomes: tuple[int, int | None], before: int | None = None) -> Restart | None:
-    history: Sequence[Outcome] = [Outcome(code=code, checkpoint=step) for code, step in outcomes]
+    history: Sequence[AttemptOutcome] = [AttemptOutcome(code=code, checkpoint=step) for code, step in outcomes]
     return decide(history, before=before, policy=Policy())
 
 
@@ -36,6 +36,6 @@ def test_a_newer_checkpoint_starts_the_count_again() -> None:
 
 
 def test_pauses_have_an_end() -> None:
-    history = [Outcome(code=1, checkpoint=None)] * 9
+    history = [AttemptOutcome(code=1, checkpoint=None)] * 9
     restart = decide(history, before=None, policy=Policy(max_restarts=10))
     assert restart == Restart(pause_s=60, number=9, num_left=1)

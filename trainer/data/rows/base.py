@@ -64,7 +64,7 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class SourcePart:
     """A piece of what is read, which one process reads by itself."""
 
     size_bytes: int
@@ -83,7 +83,7 @@ class Rows(ABC):
         """
 
     @abstractmethod
-    def parts(self) -> Sequence[Part]:
+    def parts(self) -> Sequence[SourcePart]:
         """Return the parts; at least one.
 
         Raises:
@@ -91,14 +91,14 @@ class Rows(ABC):
         """
 
     @abstractmethod
-    def entries(self, part: Part) -> Iterator[Row | BadRow]:
+    def entries(self, part: SourcePart) -> Iterator[Row | BadRow]:
         """Yield the rows of one of this object's parts, those that cannot be read as what is wrong with them.
 
         Raises:
             DataError: naming the file, if it cannot be read to its end.
         """
 
-    def read(self, part: Part) -> Iterator[Row]:
+    def read(self, part: SourcePart) -> Iterator[Row]:
         """Yield the rows of one of this object's parts.
 
         Raises:

@@ -16,7 +16,7 @@ from typing import Any
 
 from trainer.data.rows import jsonl
 from trainer.data.rows.bad import BadRow
-from trainer.data.rows.base import Part, Row, Rows
+from trainer.data.rows.base import Row, Rows, SourcePart
 from trainer.data.rows.jsonl import JsonlRows, Lines, no_rows
 from trainer.data.rows.memory import bounded
 from trainer.data.rows.registry import FORMATS, DatasetConfig
@@ -30,7 +30,7 @@ _BATCH_ROWS = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shard(Part):
+class Shard(SourcePart):
     """One of a data set's shards, which are its files where they are local."""
 
     index: int
@@ -38,7 +38,7 @@ class Shard(Part):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EmptyFile(Part):
+class EmptyFile(SourcePart):
     """A file of no bytes, which no library takes for one of its format."""
 
     name: str
@@ -80,7 +80,7 @@ class HfRows(Rows):
         versions = getattr(of_split, "origin_metadata", [])  # of a web server, the ETag
         return "\n".join([*remote, *("/".join(version) for version in versions)])
 
-    def parts(self) -> Sequence[Part]:
+    def parts(self) -> Sequence[SourcePart]:
         """Return the shards.
 
         Raises:
@@ -101,7 +101,7 @@ class HfRows(Rows):
         ]
         return [*empty, *shards]
 
-    def entries(self, part: Part) -> Iterator[Row | BadRow]:
+    def entries(self, part: SourcePart) -> Iterator[Row | BadRow]:
         """Yield the rows of a shard, those that cannot be read as what is wrong with them.
 
         Raises:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data.rows.bad import BadRow
-from trainer.data.rows.base import ANOTHER_TYPE, Part, Row, Rows, type_name
+from trainer.data.rows.base import ANOTHER_TYPE, Row, Rows, SourcePart, type_name
 from trainer.data.sources import files
 from trainer.data.sources.finding import JSON_LINES, find_files, taken_from_folders
 
@@ -19,7 +19,7 @@ _CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lines(Part):
+class Lines(SourcePart):
     """Lines of a file that begin in a range of bytes."""
 
     path: Path
@@ -53,7 +53,7 @@ class JsonlRows(Rows):
         """
         return [part for path in self.files() for part in _cut(path)]
 
-    def entries(self, part: Part) -> Iterator[Row | BadRow]:
+    def entries(self, part: SourcePart) -> Iterator[Row | BadRow]:
         """Yield the rows of a part, or `file:line: reason` where a line is no JSON object in UTF-8 or a file has none.
 
         Raises:

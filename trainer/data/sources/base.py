@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.data.rows.bad import BadRow, SkippedCounter
-from trainer.data.rows.base import Part
+from trainer.data.rows.base import SourcePart
 from trainer.errors import DataError
 
 
@@ -44,7 +44,7 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def parts(self) -> Sequence[Part]:
+    def parts(self) -> Sequence[SourcePart]:
         """Return pieces that processes can read side by side; in order they are the whole source.
 
         What the pieces are depends on the files alone.
@@ -54,14 +54,14 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def read(self, part: Part) -> Iterator[Document]:
+    def read(self, part: SourcePart) -> Iterator[Document]:
         """Yield the documents of one of this source's parts.
 
         Raises:
             DataError: naming the file (and line), if one is unreadable, empty or not UTF-8.
         """
 
-    def entries(self, part: Part) -> Iterator[Document | BadRow]:
+    def entries(self, part: SourcePart) -> Iterator[Document | BadRow]:
         """Yield the documents of a part, and in place of those that cannot be used what is wrong with them.
 
         Raises:
@@ -77,7 +77,7 @@ class Source(ABC):
         """Return what is read and is no local file: its addresses and their versions. Empty if all files are local."""
         return ""
 
-    def usable(self, part: Part | None, skipped: SkippedCounter, *, first: int = 0) -> Iterator[Document]:
+    def usable(self, part: SourcePart | None, skipped: SkippedCounter, *, first: int = 0) -> Iterator[Document]:
         """Yield the documents of a part that are to be learned.
 
         Args:

@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.data.rows.base import Part
+from trainer.data.rows.base import SourcePart
 from trainer.data.sources.base import Document, Source
 from trainer.data.sources.files import readable
 from trainer.data.sources.registry import InstalledSourceConfig
@@ -64,15 +64,15 @@ class InstalledSource(Source):
             found += [path for _, path in _headers()]
         return found
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[SourcePart]:
         """Return one part: a text that occurs twice is only noticed by who reads all.
 
         Raises:
             DataError: if a domain is not installed.
         """
-        return [Part(size_bytes=sum(path.stat().st_size for path in self.files()))]
+        return [SourcePart(size_bytes=sum(path.stat().st_size for path in self.files()))]
 
-    def read(self, part: Part) -> Iterator[Document]:
+    def read(self, part: SourcePart) -> Iterator[Document]:
         """Yield the documents: modules' code and docstrings, the topics of Python's manual, headers.
 
         A text that occurs twice in a domain (licences, stubs) is yielded once.

@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from trainer.data.rows.bad import BadRow, usable
-from trainer.data.rows.base import Part, Row, Rows
+from trainer.data.rows.base import Row, Rows, SourcePart
 from trainer.data.rows.template import Template
 from trainer.data.sources.base import Document, Source
 from trainer.data.sources.files import NO_TEXT
@@ -45,7 +45,7 @@ class TableSource(Source):
         """Return the addresses of what is not local, with their versions."""
         return self._rows.origin()
 
-    def parts(self) -> Sequence[Part]:
+    def parts(self) -> Sequence[SourcePart]:
         """Return the parts of the rows.
 
         Raises:
@@ -53,7 +53,7 @@ class TableSource(Source):
         """
         return self._rows.parts()
 
-    def read(self, part: Part) -> Iterator[Document]:
+    def read(self, part: SourcePart) -> Iterator[Document]:
         """Yield a document for each row of a part that passes the filters.
 
         Raises:
@@ -61,7 +61,7 @@ class TableSource(Source):
         """
         return usable(self.entries(part))
 
-    def entries(self, part: Part) -> Iterator[Document | BadRow]:
+    def entries(self, part: SourcePart) -> Iterator[Document | BadRow]:
         """Yield a document for each row of a part that passes the filters, or what is wrong with the row.
 
         Raises:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.data.rows.bad import BadRow, usable
-from trainer.data.rows.base import Part
+from trainer.data.rows.base import SourcePart
 from trainer.data.sources.base import Document, Source
 from trainer.data.sources.files import read_text, readable
 from trainer.data.sources.finding import TEXT, find_files, taken_from_folders
@@ -15,7 +15,7 @@ _PART_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Files(Part):
+class TextFiles(SourcePart):
     """Neighbouring files."""
 
     paths: tuple[Path, ...]
@@ -43,13 +43,13 @@ class TextSource(Source):
         """Return a line for each folder that files are taken from."""
         return taken_from_folders(self._config.path, TEXT)
 
-    def parts(self) -> list[Files]:
+    def parts(self) -> list[TextFiles]:
         """Return groups of files of about 16 MB.
 
         Raises:
             DataError: if there are none where a path, glob or folder says.
         """
-        parts: list[Files] = []
+        parts: list[TextFiles] = []
         group: list[Path] = []
         size_bytes = 0
         for path in self.files():
@@ -57,11 +57,11 @@ class TextSource(Source):
                 size_bytes += path.stat().st_size
             group.append(path)
             if size_bytes >= _PART_BYTES:
-                parts.append(Files(size_bytes=size_bytes, paths=tuple(group)))
+                parts.append(TextFiles(size_bytes=size_bytes, paths=tuple(group)))
                 group, size_bytes = [], 0
-        return [*parts, Files(size_bytes=size_bytes, paths=tuple(group))] if group else parts
+        return [*parts, TextFiles(size_bytes=size_bytes, paths=tuple(group))] if group else parts
 
-    def read(self, part: Part) -> Iterator[Document]:
+    def read(self, part: SourcePart) -> Iterator[Document]:
         """Yield each file's text, line ends as they are, without a byte order mark.
 
         Raises:
@@ -69,13 +69,13 @@ class TextSource(Source):
         """
         return usable(self.entries(part))
 
-    def entries(self, part: Part) -> Iterator[Document | BadRow]:
+    def entries(self, part: SourcePart) -> Iterator[Document | BadRow]:
         """Yield each file's text, or what is wrong with it.
 
         Raises:
             DataError: naming the file, if the system does not let it be read.
         """
-        assert isinstance(part, Files), "parts() gave it"
+        assert isinstance(part, TextFiles), "parts() gave it"
         for path in part.paths:
             yield self._document(path)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from trainer.atomic_io import replace_file
-from trainer.data.build_cache import Progress
+from trainer.data.build_cache import IngestProgress
 from trainer.data.cache import cache_error, new_name, publish, remove_remains, sole_builder
 from trainer.data.config import DataConfig
 from trainer.data.corpus import Corpus, build_corpus
@@ -45,7 +45,7 @@ _WORDS = (
 
 
 def trained_tokenizer(
-    config: BPETokenizerConfig, data: DataConfig, *, progress: Progress | None = None
+    config: BPETokenizerConfig, data: DataConfig, *, progress: IngestProgress | None = None
 ) -> SubwordTokenizer:
     """Return the tokenizer of a text, from the cache if it was made of the same text with the same options.
 
@@ -140,7 +140,9 @@ def _cached(folder: Path) -> SubwordTokenizer | None:
     return None
 
 
-def _build(config: BPETokenizerConfig, folder: Path, corpus: Corpus, *, progress: Progress | None) -> SubwordTokenizer:
+def _build(
+    config: BPETokenizerConfig, folder: Path, corpus: Corpus, *, progress: IngestProgress | None
+) -> SubwordTokenizer:
     if folder.exists():
         _log.warning("%s: the token cache is damaged; training the tokenizer again", folder)
     text = _train(config, corpus, progress=progress)
@@ -153,7 +155,7 @@ def _build(config: BPETokenizerConfig, folder: Path, corpus: Corpus, *, progress
     return tokenizer
 
 
-def _train(config: BPETokenizerConfig, corpus: Corpus, *, progress: Progress | None) -> str:
+def _train(config: BPETokenizerConfig, corpus: Corpus, *, progress: IngestProgress | None) -> str:
     """Return the text of a new tokenizer.json."""
     total_bytes = min(config.max_train_bytes, sum(file.num_bytes for file in corpus.train))
 

@@ -11,7 +11,7 @@ from trainer.config.base import Config, PathText
 from trainer.config.numbers import Count
 
 if TYPE_CHECKING:
-    from trainer.data.build_cache import Progress
+    from trainer.data.build_cache import IngestProgress
     from trainer.data.config import DataConfig
     from trainer.data.tokenizers.base import Tokenizer
 
@@ -21,7 +21,7 @@ class ByteTokenizerConfig(Config):
 
     kind: Literal["byte"] = "byte"
 
-    def build(self, data: DataConfig, *, progress: Progress | None = None) -> Tokenizer:
+    def build(self, data: DataConfig, *, progress: IngestProgress | None = None) -> Tokenizer:
         """Make the tokenizer."""
         from trainer.data.tokenizers.byte import ByteTokenizer
 
@@ -39,7 +39,7 @@ class BPETokenizerConfig(Config):
     max_train_bytes: Count = 1 << 28
     """Text it is trained on: equal parts of all domains, as far as they have it, each spread evenly over the domain."""
 
-    def build(self, data: DataConfig, *, progress: Progress | None = None) -> Tokenizer:
+    def build(self, data: DataConfig, *, progress: IngestProgress | None = None) -> Tokenizer:
         """Train the tokenizer, or take it from the cache."""
         from trainer.data.tokenizers.bpe import trained_tokenizer
 
@@ -58,7 +58,7 @@ class FileTokenizerConfig(Config):
     end_of_document: Annotated[str, Field(min_length=1)] | None = None
     """Token that stands between documents. Null: the folder's eos_token, else a well-known name."""
 
-    def build(self, data: DataConfig, *, progress: Progress | None = None) -> Tokenizer:
+    def build(self, data: DataConfig, *, progress: IngestProgress | None = None) -> Tokenizer:
         """Read the tokenizer."""
         from trainer.data.tokenizers.file import read_tokenizer
 

@@ -43,7 +43,7 @@ class Placed:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class PartitionRows:
     """Whole rows of one parameter."""
 
     start: int
@@ -81,7 +81,7 @@ class Partition:
                 found[placed.name] = flat[start:stop]
         return found
 
-    def rows(self, flat: Tensor) -> dict[str, Rows]:
+    def rows(self, flat: Tensor) -> dict[str, PartitionRows]:
         """Return this rank's rows of every parameter; every rank of the group must call it.
 
         Args:
@@ -101,7 +101,7 @@ class Partition:
                 part = flat[start:stop]
             else:
                 part = torch.cat([flat[start:], tail[: stop - self.size]])
-            found[placed.name] = Rows(first, part.view(last - first, *placed.shape[1:]))
+            found[placed.name] = PartitionRows(first, part.view(last - first, *placed.shape[1:]))
         return found
 
     def wanted(self) -> dict[str, tuple[int, int]]:
