@@ -100,7 +100,7 @@ class ExperimentConfig(Config):
     seed: Whole = 1337
     """Initial weights, order of the data and all noise are functions of it."""
     model: ModelConfig = ModelConfig()
-    """What is computed."""
+    """Model architecture."""
     data: DataConfig = DataConfig()
     """Training text."""
     optim: OptimConfig = AdamWConfig()
@@ -108,17 +108,17 @@ class ExperimentConfig(Config):
     schedule: ScheduleConfig = WarmupCosineConfig()
     """The learning rate."""
     train: TrainConfig = TrainConfig()
-    """How long, in which precision."""
+    """Length and precision of the training."""
     eval: EvalConfig = EvalConfig()
     """Evaluation on held-out text."""
     parallel: ParallelConfig = ParallelConfig()
-    """Where it is computed."""
+    """Placement over ranks and devices."""
     engine: EngineConfig = NativeEngineConfig()
-    """Who performs the optimizer steps."""
+    """Engine that performs the optimizer steps."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When to save."""
     metrics: MetricsConfig = MetricsConfig()
-    """What is written down."""
+    """Metrics and trackers."""
     profile: ProfileConfig | None = None
     """Steps to look at with torch's profiler. Null: none."""
 

@@ -47,7 +47,7 @@ class Run:
     size: ModelSize
     spikes: SpikeWindow
     id: str = ""
-    """What the run is known by elsewhere; rank 0 knows it."""
+    """Run id for trackers; rank 0 knows it."""
     parent: Parent | None = None
     """The run that it branched off from; rank 0 knows it."""
     start_step: int = 0

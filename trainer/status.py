@@ -35,7 +35,7 @@ class Status:
     """One rank's state."""
 
     attempt: str
-    """Which start of the run this rank belongs to; empty without a supervisor."""
+    """Attempt that this rank belongs to; empty without a supervisor."""
     rank: int
     host: str
     pid: int

@@ -29,7 +29,7 @@ class ChoicesOptions:
     top_k: int
     seed: int
     rounds: int
-    """How often each router is timed."""
+    """Number of timings of each router."""
 
 
 def bench_choices(

@@ -35,7 +35,7 @@ class Parent:
     step: int
     """Completed steps of it that the new run goes on from."""
     folder: str | None
-    """Where it was, if that is known."""
+    """Folder that it was in, if known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,7 @@ class Identity:
     id: str
     parent: Parent | None
     said: str | None
-    """What to tell the user of a run that has just branched off."""
+    """Message to the user about a run that has just branched off."""
 
 
 def identify(folder: RunFolder, *, name: str, found: Mapping[str, Any] | None = None, step: int = 0) -> Identity:

@@ -28,7 +28,7 @@ class Entry:
     layout: dict[str, int | str]
     """Of the ranks that wrote it."""
     wrong: str | None
-    """Why it is not sound."""
+    """Reason why it is not sound."""
 
     @property
     def written(self) -> str:

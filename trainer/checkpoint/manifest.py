@@ -102,7 +102,7 @@ class Manifest(_Entry):
     step: Count
     """Completed steps."""
     run: dict[str, JsonValue]
-    """What describes the run: position, config, fingerprints, versions."""
+    """Description of the run: position, config, fingerprints, versions."""
     values: dict[str, int | float | str]
     """Plain values of the engine's state."""
     tensors: dict[TensorName, StoredTensor]

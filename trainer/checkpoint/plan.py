@@ -19,7 +19,7 @@ class Placement:
     start: int
     length: int
     shape: tuple[int, ...]
-    """Of the global tensor."""
+    """Shape of the global tensor."""
     dtype: torch.dtype
     is_of_experts: bool
 

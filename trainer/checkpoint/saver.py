@@ -43,7 +43,7 @@ class Saved:
     step: int
     path: Path
     error: TurnoutError | None
-    """Why there is no checkpoint."""
+    """Reason why there is no checkpoint."""
     size_bytes: int
     stalled_s: float
     """Time that this rank's training loop lost."""
@@ -55,13 +55,13 @@ class Saved:
 class _Job:
     step: int
     tensors: dict[str, Tensor]
-    """What this rank writes, on the CPU."""
+    """Tensors that this rank writes, on the CPU."""
     plan: SavePlan
     values: dict[str, int | float | str]
     run: dict[str, Any]
     prunes: bool
     needed_bytes: int
-    """Of the whole checkpoint."""
+    """Size of the whole checkpoint."""
 
 
 class Saver:

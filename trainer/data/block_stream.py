@@ -56,7 +56,7 @@ class BlockInfo(Config):
     validation: ShardInfo
     """What of it is held out. That of block 0 is evaluated on; nothing that is held out is ever learned."""
     skipped: SkippedRows = SkippedRows()
-    """What was left out of it."""
+    """Rows left out of it."""
 
     def content(self) -> tuple[object, ...]:
         """Return where it lies and the hashes of what it holds."""

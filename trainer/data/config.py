@@ -50,19 +50,19 @@ class DataConfig(Config):
     """Training text."""
 
     sources: Annotated[list[SourceConfig], Field(min_length=1)] = Field(default=[InstalledSourceConfig()])
-    """Where text comes from."""
+    """Sources of the training text."""
     mixture: MixtureConfig = MixtureConfig()
-    """How often each domain is drawn."""
+    """Shares of the domains in the rows of the run."""
     packing: Packing = "crossing"
-    """How text becomes rows, of training and of evaluation.
+    """Packing of text into rows, for training and for evaluation.
 
     `crossing`: the text of a domain in windows, wherever documents end. `whole`: rows of whole documents, each begun
     and ended by an end of document and none cut that fits in a row; what is left of a row is padding.
     """
     tokenizer: TokenizerConfig = ByteTokenizerConfig()
-    """How text becomes tokens."""
+    """Tokenizer."""
     split: SplitConfig = SplitConfig()
-    """What is held out."""
+    """Validation split."""
     cache_dir: PathText = ".cache/tokens"
     """Folder of the tokenised text, built once and reused."""
     workers: Annotated[int, Field(gt=0, le=4096)] | None = None

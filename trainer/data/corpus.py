@@ -37,12 +37,12 @@ class Corpus:
     streams: tuple[BlockStream | None, ...]
     """What is learned of domains that are read meanwhile; None for those that were ingested."""
     folders: tuple[Path, ...]
-    """Where the token files of each domain are."""
+    """Folders of the domains' token files."""
     tokenizer: Tokenizer
     skipped: tuple[SkippedOf, ...] = ()
     """What was left out of sources that have `on_bad_row: skip`; of a stream, of its first block."""
     remarks: tuple[str, ...] = ()
-    """What whoever starts a run should be told of it, a line each."""
+    """Remarks for the user who starts a run, a line each."""
     fingerprint: str
     """Hash of all tokens, domains and the tokenizer: equal exactly if the same can be learned, wherever files are."""
 

@@ -54,7 +54,7 @@ class SourceManifest(Config):
     content: Content
     domains: list[DomainInfo]
     skipped: SkippedRows = SkippedRows()
-    """What was left out of it."""
+    """Rows left out of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,7 @@ class Heartbeat:
     meetings: int
     """Meetings it has come to (see `Watchdog.barrier_gather`)."""
     error: str | None = None
-    """Why it left, if not at the end."""
+    """Reason why the rank left, if not at the end."""
     exit_code: int = 0
     has_said: bool = False
     """It shows its error itself."""

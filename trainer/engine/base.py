@@ -71,7 +71,7 @@ class EvalSums:
     """Cross-entropy in nats."""
     target_tokens: int
     routing: RoutingSums | None
-    """Of target tokens."""
+    """Routing statistics of the target tokens."""
 
     def __add__(self, other: "EvalSums") -> "EvalSums":
         """Add up two disjoint sets of rows."""

@@ -22,7 +22,7 @@ class StepTotals:
 
     loss: Tensor | float = 0.0
     objective: Tensor | float = 0.0
-    """What the gradient is of: the loss and what is added to it."""
+    """Objective: the loss and the auxiliary losses."""
     balance_loss: Tensor | None = None
     z_loss: Tensor | None = None
     prob_sum: Tensor | None = None

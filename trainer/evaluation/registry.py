@@ -28,7 +28,7 @@ class TaskConfig(Config):
     name: Domain
     """Name of the task in metrics: eval/NAME/acc."""
     rows: RowsConfig
-    """Where questions come from."""
+    """Rows that the questions are made of."""
     filters: list[FilterConfig] = Field(default=[])
     """Rows that do not pass all of these are left out."""
     prompt: TemplateText
@@ -86,7 +86,7 @@ class RankingTaskConfig(TaskConfig):
     k: Annotated[list[Count], Field(min_length=1)] = Field(default=[1, 10])
     """Lengths of the top of the list, for hit@k and ndcg@k."""
     order_by: Literal["sum", "mean_per_byte"] = "sum"
-    """What candidates are ordered by: log-probability, or that over their length in bytes."""
+    """Score that orders candidates: log-probability, or that over their length in bytes."""
     ends_document: bool = True
     """The end of the document after a candidate counts as part of it, as it does in training."""
 
@@ -112,12 +112,12 @@ class GenerationTaskConfig(TaskConfig):
 
     kind: Literal["generation"] = "generation"
     references: Annotated[list[TemplateText], Field(min_length=1)]
-    """What should be written, one text or several that are equally good."""
+    """Reference texts, one or several that are equally good."""
     metrics: Annotated[list[TextMetric], Field(min_length=1)] = Field(default=["bleu", "chrf"])
     """bleu and chrf are sacrebleu's, of all texts together, 0 to 100; rouge (rouge1, rouge2, rougeL; words of a to z
     and digits only) and exact_match are means over texts of the best reference, 0 to 1."""
     bleu_tokenize: Literal["13a", "intl", "zh", "char", "none"] = "13a"
-    """How sacrebleu finds words: 13a for languages with spaces, zh for Chinese, char for single characters."""
+    """Tokenizer of sacrebleu: 13a for languages with spaces, zh for Chinese, char for single characters."""
     max_new_tokens: Length = 64
     """Longest text; it ends before where the model ends the document."""
     temperature: Coefficient = 0.0

@@ -90,7 +90,7 @@ class _Line:
     stem: int | None
     """Row of the stem's cache."""
     lead: Tokens
-    """What is read before it."""
+    """Prompt that is read before it."""
     completion: Tokens
 
     def __len__(self) -> int:

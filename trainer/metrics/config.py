@@ -29,13 +29,13 @@ class WandbConfig(Config):
     group: Label | None = None
     """Shows runs together."""
     name: Label | None = None
-    """What the run is called there. Null: `name` of the experiment."""
+    """Name of the run there. Null: `name` of the experiment."""
     job_type: Label | None = None
     """A second way to sort runs."""
     tags: list[Tag] = Field(default=[])
     """Words to find it by."""
     notes: Annotated[str, Field(max_length=10000)] | None = None
-    """What a person wants to remember of it."""
+    """Free notes on the run."""
 
     def problems(self) -> Iterator[Problem]:
         """Refuse what wandb would refuse later, or take for something else."""
@@ -91,9 +91,9 @@ class ProfileConfig(Config):
     start: Steps = 10
     """First step, counted from 1 over the whole run."""
     steps: Steps = 3
-    """How many; a trace has every operation of them."""
+    """Number of steps; a trace has every operation of them."""
     ranks: Annotated[list[Whole], Field(min_length=1)] = Field(default=[0])
-    """Which ranks."""
+    """Ranks to profile."""
     shapes: bool = False
     """Record the shapes that operations work on."""
     stacks: bool = False

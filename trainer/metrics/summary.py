@@ -64,7 +64,7 @@ class RunSummary:
     experts: ExpertCounts | None = None
     prompt: str = ""
     sample: str = ""
-    """What the model wrote after `prompt`."""
+    """Text that the model wrote after `prompt`."""
     written: Sequence[tuple[str, str]] = ()
     """Label and path."""
 

@@ -17,9 +17,9 @@ class Weights(NamedTuple):
     """Numbers of parameters; those of the routers, which are few, are left out."""
 
     dense: int
-    """Of what every rank has."""
+    """Parameters that every rank has."""
     expert: int
-    """Of one routed expert, in all MoE layers together."""
+    """Parameters of one routed expert, in all MoE layers together."""
 
 
 class ModelConfig(Config):
@@ -38,7 +38,7 @@ class ModelConfig(Config):
     seq_len: Length = 256
     """Tokens in a training row, S."""
     attention_within: Literal["row", "document"] = "row"
-    """How far back a token attends: to the beginning of its row, or no further than to that of its document there."""
+    """Range of attention: back to the beginning of the row, or only to that of the token's document."""
     activation: Literal["swiglu", "gelu"] = "swiglu"
     """Feed-forward kind, of dense blocks and experts alike."""
     qk_norm: bool = False

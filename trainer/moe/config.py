@@ -28,7 +28,7 @@ class CapacityConfig(Config):
     min: Length = 4
     """Never less than this many rows, however short the sequence."""
     scope: Literal["sequence", "rank"] = "sequence"
-    """Who shares the C rows: one sequence, or (as in other trainers, not layout-invariant) this rank's micro-batch."""
+    """Tokens that share the C rows: a sequence, or (as elsewhere, not layout-invariant) a rank's micro-batch."""
     policy: Literal["position", "choice_major", "probability", "random"] = "position"
     """Who is kept: earlier tokens first; all first choices before any second (GShard); heavier weights first; or
     tokens at random (DeepSpeed's random token selection; in evaluation by position).
@@ -54,13 +54,13 @@ class BalanceConfig(Config):
     scope: Literal["sequence", "global_batch", "micro_batch"] = "global_batch"
     """Over which tokens the load is counted. `micro_batch` is for parity with others: not layout-invariant."""
     counts: Literal["exact", "previous_step", "running"] = "exact"
-    """Where a global batch's counts come from when it is accumulated.
+    """Source of a global batch's counts under gradient accumulation.
 
     `exact`: a pass without gradients first. `previous_step`: the step before, free. `running`: the micro-batches so
     far, which is what others do and not layout-invariant.
     """
     convention: Literal["canonical", "hf", "megatron", "gshard_first_choice"] = "canonical"
-    """What `coef` means: ours (`canonical`), or what it means in another trainer.
+    """Convention of `coef`: ours (`canonical`), or that of another trainer.
 
     `hf`: as in transformers, k times ours. `megatron`: as in Megatron, summed over layers. `gshard_first_choice`:
     as in GShard, from first choices only.
@@ -110,9 +110,9 @@ class MoEConfig(Config):
     num_shared_experts: ExtraExperts = 0
     """Experts that every token visits, each d_ff wide, added with weight 1."""
     router: RouterConfig = TopKRouterConfig()
-    """Which experts a token visits."""
+    """Router, which chooses a token's experts."""
     capacity: CapacityConfig = CapacityConfig()
-    """How much an expert accepts."""
+    """Capacity of an expert."""
     balance: BalanceConfig = BalanceConfig()
     """Load-balancing loss."""
     cv_squared: CvSquaredConfig = CvSquaredConfig()

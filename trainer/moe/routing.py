@@ -164,7 +164,7 @@ class Router(nn.Module, ABC):
     """Scores tokens. Knows no rank, no capacity and no loss of others."""
 
     causal: ClassVar[Causality] = "strict"
-    """What a token's experts depend on while training. The capacity policy can weaken it.
+    """Dependence of a token's experts on other tokens while training. The capacity policy can weaken it.
 
     `strict`: on no later token. `within_sequence`: on later tokens, but of its own row only. `no`: on any.
     """

@@ -42,7 +42,7 @@ class MoEStats:
     router_loss: Tensor | None = None
     """(B,) the router's own loss, its coefficient included."""
     routed: RouterOutput | None = None
-    """What the router put out, if it was asked for."""
+    """Router output, if it was asked for."""
 
 
 def collect_stats(

@@ -29,7 +29,7 @@ class FusedParts:
     product: Callable[[Tensor, Tensor], Tensor]
     """x (n, K), w (N, K) with any strides -> x @ w.T (n, N)."""
     rows_multiple: int
-    """What group sizes are rounded up to."""
+    """Multiple that group sizes are rounded up to."""
     activate: Callable[[Tensor, Activation], Tensor]
     """(n, H) -> (n, F)."""
     activate_backward: Callable[[Tensor, Tensor, Activation], Tensor]

@@ -21,13 +21,13 @@ class ParallelConfig(Config):
     data: Literal["replicate", "shard"] = "replicate"
     """Weights that several ranks share: replicated, or (for models that fill the memory) sharded by FSDP2."""
     dispatcher: DispatcherConfig = AllToAllDispatcherConfig()
-    """How rows reach their experts."""
+    """Dispatcher, which moves rows to their experts."""
     timeout_s: Annotated[float, Field(ge=0.1, le=1e8)] = 60.0
     """Seconds that one exchange may take before a rank counts as lost; reading text and saving may take longer."""
     check_copies_every: Count | None = 100
     """Steps between comparisons of what several ranks hold copies of; there is one before each save as well. Null: only
     then."""
     experts_kernel: Literal["auto", "loop", "padded", "grouped", "fused", "fused_onednn"] = "auto"
-    """How experts are multiplied. `auto` is resolved from a table of measurements and recorded in the run folder."""
+    """Kernel of the experts. `auto` is resolved from a table of measurements and recorded in the run folder."""
     compile: bool = False
     """Compile what runs between the matrix products with torch.compile; needs a C++ compiler on the CPU."""

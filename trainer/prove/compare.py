@@ -31,7 +31,7 @@ class Comparison:
     first_different: str | None
     """The first thing, in the order it is computed, that is further away than the tolerance."""
     cause: str | None
-    """What a difference of this kind usually is."""
+    """Usual cause of such a difference."""
     flips: int
     """Assignments that differ, over all steps: a near tie decided the other way."""
     is_beyond_labels: bool = False

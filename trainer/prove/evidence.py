@@ -28,7 +28,7 @@ class Evidence:
     extra_losses: list[float] = field(default_factory=list)
     """The sum of all losses that are on besides."""
     objectives: list[float] = field(default_factory=list)
-    """What the gradient is of: the cross-entropy and every loss with its coefficient."""
+    """Objective: the cross-entropy and every loss with its coefficient."""
     grad_norms: list[float] = field(default_factory=list)
     counts: list[Tensor] = field(default_factory=list)
     """(L, E) assignments of every step, before drops."""
@@ -37,7 +37,7 @@ class Evidence:
     start: dict[str, Tensor] = field(default_factory=dict)
     """Weights and buffers before the first step."""
     gradients: dict[str, Tensor] = field(default_factory=dict)
-    """Of the first step, not clipped."""
+    """Gradients of the first step, not clipped."""
     first_update: dict[str, Tensor] = field(default_factory=dict)
     """Weights and buffers after the first step."""
     last_update: dict[str, Tensor] = field(default_factory=dict)

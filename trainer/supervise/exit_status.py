@@ -20,7 +20,7 @@ class ExitStatus:
     exit_code: int
     """What a supervisor exits with that leaves it at that."""
     what: str
-    """Who ended how: "rank 1 (pid 123) was killed by SIGKILL"."""
+    """Description of the end: "rank 1 (pid 123) was killed by SIGKILL"."""
     where: str
     """In which step: "at step 33"."""
     step: int

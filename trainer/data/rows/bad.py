@@ -36,7 +36,7 @@ class SkippedRows(Config):
     """Rows that were left out."""
 
     reasons: dict[str, int] = Field(default={})
-    """How many for each reason."""
+    """Number of rows for each reason."""
     first: list[str] = Field(default=[])
     """The first few: place and reason."""
     empty_files: list[str] = Field(default=[])

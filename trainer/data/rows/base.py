@@ -26,9 +26,9 @@ class Row(NamedTuple):
     """One record."""
 
     where: str
-    """Where it comes from, for error messages: path:line, or a data set's name and the number of the row."""
+    """Origin for error messages: path:line, or a data set's name and the number of the row."""
     values: dict[str, Any]
-    """By column: null, booleans, numbers, strings, lists and dicts of them."""
+    """Values by column: null, booleans, numbers, strings, lists and dicts of them."""
 
     def value(self, column: str) -> Any:
         """Return the value of a column; `a.b` is what column `a` has under `b`, where no column has that name.

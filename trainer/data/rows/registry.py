@@ -40,11 +40,11 @@ class DatasetConfig(Config):
     path: Annotated[Name, AfterValidator(at_home)]
     """Name of a data set on the hub, a local folder, or a format (parquet, arrow, csv, json, text) of `data_files`."""
     name: Name | None = None
-    """Which of the data set's configurations."""
+    """Configuration of the data set, where it has several."""
     revision: Name | None = None
     """Branch, tag or commit of a data set on the hub. A commit stays what it is."""
     split: Name = "train"
-    """Which split of the data set, as its authors cut it."""
+    """Split of the data set, by its authors' name."""
     data_files: Paths | None = None
     """Files, globs or addresses, relative to the data set, or to the working directory for a format. Of a format also a
     folder: all its files of that format."""

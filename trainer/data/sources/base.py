@@ -15,7 +15,7 @@ class Document:
     """One text."""
 
     name: str
-    """Where it comes from, for error messages: a relative path, or path:line."""
+    """Origin for error messages: a relative path, or path:line."""
     domain: str
     text: str
     """What is learned."""
@@ -29,11 +29,11 @@ class Source(ABC):
     weight: float
     """Share of the mixture, split evenly over the domains found."""
     rejects_copies: bool = False
-    """Whether two files with the same content are a mistake."""
+    """True if two files with the same content are a mistake."""
     has_on_bad_row: bool = False
     """Whether its options say what becomes of a document that cannot be used."""
     skips_bad_rows: bool = False
-    """Whether a document that cannot be used is left out and counted, and no error."""
+    """True to leave out and count documents that cannot be used, instead of an error."""
 
     @abstractmethod
     def files(self) -> list[Path]:

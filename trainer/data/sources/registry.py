@@ -29,7 +29,7 @@ class InstalledSourceConfig(Config):
     domains: Annotated[list[Literal["python", "english", "cpp"]], Field(min_length=1)] = Field(
         default=["python", "english", "cpp"]
     )
-    """Which of the three domains to read."""
+    """Domains to read."""
     weight: Weight = 1.0
     """Share of the mixture, split evenly over the domains."""
 
@@ -71,10 +71,10 @@ class TableConfig(Config):
     """Options that turn rows into documents."""
 
     text: TemplateText = "{text}"
-    """What is learned, with columns in braces: "{en} = {de}"; {a.b} is b inside a, {stars:d} and {price:g} are numbers,
+    """Text to learn, with columns in braces: "{en} = {de}"; {a.b} is b inside a, {stars:d} and {price:g} are numbers,
     {label:bad|good} names the numbers 0 and 1."""
     prompt: TemplateText = ""
-    """What is read before `text` and not learned: no token of it is a target."""
+    """Prompt, read before `text` and not learned: no token of it is a target."""
     filters: list[FilterConfig] = Field(default=[])
     """Rows that do not pass all of these are left out."""
     on_bad_row: OnBadRow = "error"

@@ -118,7 +118,7 @@ class DeepSpeedEngineConfig(Config):
     zero_stage: int = 1
     """What is sharded over the ranks that hold copies of a weight: 1 its moments, 2 its gradient as well."""
     offload_optimizer: Literal["none", "cpu"] = "none"
-    """Where master weights and moments are, and where they are updated."""
+    """Device of master weights and moments, where they are also updated."""
     adam: Literal["auto", "torch", "deepspeed"] = "auto"
     """Whose AdamW: `deepspeed` compiles its kernel if need be, `auto` takes it if it was built with DeepSpeed."""
     deepspeed_config: RawConfig = Field(default_factory=dict)

@@ -91,9 +91,9 @@ class SinkhornRouterConfig(LookAheadOptions):
     top_k: Experts = 1
     """Experts per token, k."""
     score: Score = "sigmoid"
-    """How a logit becomes its expert's combine weight."""
+    """Function from a logit to its expert's combine weight."""
     iterations: Annotated[int, Field(gt=0, le=10**4)] = 30
-    """How often rows and columns of the plan are scaled."""
+    """Number of scalings of the plan's rows and columns."""
 
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
         """Make the router of MoE layer `layer`."""

@@ -20,7 +20,7 @@ class TopKRouterConfig(TopKOptions):
 
     kind: Literal["top_k"] = "top_k"
     score: Score = "softmax"
-    """How logits become scores: over all experts together, or each expert by itself."""
+    """Function from logits to scores: over all experts together, or for each expert by itself."""
 
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
         """Make the router of MoE layer `layer`."""
@@ -107,7 +107,7 @@ class BiasBalancedRouterConfig(TopKOptions):
 
     kind: Literal["bias_balanced"] = "bias_balanced"
     score: Score = "sigmoid"
-    """How logits become scores: over all experts together, or each expert by itself."""
+    """Function from logits to scores: over all experts together, or for each expert by itself."""
     bias_update_rate: Coefficient = 0.001
     """Gamma: what the bias of an expert moves by in one optimizer step."""
 
@@ -128,9 +128,9 @@ class GroupLimitedRouterConfig(TopKOptions):
 
     kind: Literal["group_limited"] = "group_limited"
     score: Score = "sigmoid"
-    """How logits become scores: over all experts together, or each expert by itself."""
+    """Function from logits to scores: over all experts together, or for each expert by itself."""
     bias_update_rate: Coefficient = 0.0
-    """As of `bias_balanced`; 0 is no bias."""
+    """Update rate of the bias as in `bias_balanced`; 0: no bias."""
     groups: Experts = 4
     """Equal neighbouring parts that the experts are cut into."""
     groups_kept: Experts = 2
