@@ -25,7 +25,7 @@ _LEAST_VOCABULARY = 256
 """Tokens, where only a file knows how many."""
 _WITH_GRADIENT_AND_MOMENTS = 4
 _BATCH_BYTES = 50
-"""Of a position in `Batch`: six whole numbers and two booleans."""
+"""Bytes of a position in `Batch`: six whole numbers and two booleans."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 

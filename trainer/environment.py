@@ -19,7 +19,7 @@ _MOST_RANKS, _MOST_DIGITS, _MOST_SHOWN = 1 << 20, 18, 40
 _OPENMP = re.compile(r"\s*[1-9]\d{0,4}\s*(,\s*[1-9]\d{0,4}\s*)*", re.ASCII)
 _INTERFACES = "GLOO_SOCKET_IFNAME"
 _READ_BY_TORCH = ("TORCH_LOGS", "TORCH_DISTRIBUTED_DEBUG")
-"""By its import, which fails where it cannot use them."""
+"""Variables that torch reads on import, which fails where it cannot use them."""
 
 
 @dataclass(slots=True)

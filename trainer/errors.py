@@ -93,7 +93,7 @@ class StopRequested(BaseException):
 
 
 _TOO_LARGE = ("can't allocate memory", "Storage size calculation overflowed", "multiplication overflow")
-"""How torch says on a CPU that a tensor does not fit, in memory or in any number of bytes."""
+"""Messages of torch on a CPU for a tensor that does not fit, in memory or in any number of bytes."""
 INTERRUPTED = 130
 """Exit code of a process that Ctrl-C has ended, as shells have it."""
 

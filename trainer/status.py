@@ -46,7 +46,7 @@ class Status:
     phase: Phase = "start-up"
     state: Literal["running", "ended"] = "running"
     exit_code: int | None = None
-    """Of a rank that has ended."""
+    """Exit code of a rank that has ended."""
     error: str | None = None
     """First line of what ended it."""
     started: float = 0.0

@@ -12,7 +12,7 @@ _MPI = (
     ("PMI_SIZE", "PMI_RANK"),
     ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
 )
-"""What Open MPI, MPICH and Intel MPI, and MVAPICH tell a process: how many there are, and which one it is."""
+"""Variables by which Open MPI, MPICH and Intel MPI, and MVAPICH tell a process the world size and its rank."""
 _ADVICE = (
     "start the ranks of one machine by one process (NPROC=N ./launch.sh CONFIG, or torchrun), and those of several "
     "machines by scripts/slurm.sh or one launch.sh on each"

@@ -27,11 +27,11 @@ from trainer.moe.routing_optimum import Measured, measure, within_room
 from trainer.ops.select import round_mantissa
 
 FACTORS = (1.0, 1.25)
-"""Of the room at an expert; the first one is what balance, experts per token and time are measured with."""
+"""Capacity factors; balance, experts per token and time are measured with the first."""
 UPDATES = 200
 """Steps that a router with a selection bias learns it for, before it is measured."""
 BIAS_UPDATE_RATE = 0.01
-"""Of the first of those steps; it falls to 0 in a straight line. The default is for many more steps than 200."""
+"""Update rate at the first of those steps; it decays linearly to 0. The default is for many more steps than 200."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +47,7 @@ class Choice:
     load_imbalance: float
     """Busiest expert over the mean, before drops, of the worst layer."""
     at: dict[float, Measured]
-    """By capacity factor."""
+    """Measurements by capacity factor."""
     call_s: float
     """Median seconds of one call for one layer, without gradients."""
 

@@ -9,7 +9,7 @@ _BESIDE = 9
 """From the middle of a point to its name."""
 _NEAR = 40
 _CROSSING = 60
-"""What a line through another name or point is as bad as: so many pixels away from the point."""
+"""Cost of a line through another name or point, in pixels away from the point."""
 
 
 class Box(NamedTuple):

@@ -16,10 +16,10 @@ from trainer.ops.noise import token_keys
 LogitsKind = Literal["random", "skewed", "traced"]
 
 _SPREAD = 2.0
-"""Of `skewed`: the most loved expert's logits are higher by so much than the middle, the least loved one's lower."""
+"""Skew of `skewed`: the favourite expert's logits are higher than the middle by this, the least favourite's lower."""
 _REHEARSALS = 10
 _TOKEN_KINDS = 256
-"""Of tokens that are made up: as many as there are bytes."""
+"""Number of synthetic token ids: one for each byte value."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,9 +40,9 @@ class Logits:
     kind: LogitsKind
     layers: Sequence[LayerLogits]
     context: RoutingContext
-    """Of the measured tokens, as in training."""
+    """Context of the measured tokens, as in training."""
     rehearsal: RoutingContext
-    """Of the rehearsed ones."""
+    """Context of the warm-up tokens."""
 
     @property
     def num_experts(self) -> int:

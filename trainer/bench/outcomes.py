@@ -24,7 +24,7 @@ class TrainingOutcome:
     """Mean over the last tenth of the steps, as for the two below; None where the run has no such number."""
     drop_rate: float | None
     experts_per_token: float | None
-    """That tokens asked for."""
+    """Experts that tokens asked for."""
     expert_width: int
     """d_ff of one expert."""
     step_s: float

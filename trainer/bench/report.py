@@ -20,7 +20,7 @@ from trainer.metrics import formatting
 from trainer.metrics.glyphs import QUIET
 
 _WIDTH = 200
-"""Of what no terminal reads: nothing is cut there."""
+"""Width of a table that no terminal reads: nothing is cut there."""
 _REFERENCE = "top_k"
 _CHOICES_LEGEND = """\
 k        experts of a token in the programme that choices are measured on

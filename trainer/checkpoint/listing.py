@@ -22,11 +22,11 @@ class Entry:
 
     step: int
     size_bytes: int | None
-    """Of its files; None where the manifest does not tell."""
+    """Size of its files; None where the manifest does not tell."""
     written_s: float
     """When the manifest was written, else the folder: seconds since 1970, by the clock of the machine that wrote."""
     layout: dict[str, int | str]
-    """Of the ranks that wrote it."""
+    """Layout of the ranks that wrote it."""
     wrong: str | None
     """Reason why it is not sound."""
 

@@ -29,7 +29,7 @@ _MOST_VALUES = 4_000_000  # a million parts of tensors; memory is a multiple of 
 _MOST_SAID = 300  # characters of a message
 _MOST = 1 << 53
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.EIO)
-"""What a file that is missing or lies on a bad sector says; other refusals say nothing of the file."""
+"""Error numbers of a file that is missing or on a bad sector; others say nothing about the file."""
 
 DType = Literal["float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"]
 DTYPES: Final[Mapping[DType, tuple[int, str]]] = {

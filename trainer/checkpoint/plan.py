@@ -55,7 +55,7 @@ class SavePlan:
     places: dict[str, Placement]
     """Every tensor, as any of its holders describes it."""
     parts: dict[str, list[StatePart]]
-    """By name; in order, each index of dimension 0 once."""
+    """Parts by name; in order, each index of dimension 0 once."""
 
     def of_rank(self, rank: int) -> list[str]:
         """Return the names of the tensors of which a rank writes its part."""

@@ -18,7 +18,7 @@ class PrunePlan:
     damaged: dict[int, str]
     """Steps whose checkpoint is not sound, and why; they are among those that go only if that was asked for."""
     leftovers: list[Path]
-    """Of killed runs; they go."""
+    """Leftovers of killed runs, to be removed."""
 
 
 def plan_prune(folder: CheckpointFolder, *, with_damaged: bool) -> PrunePlan:

@@ -253,7 +253,7 @@ _COMPARED_BY_CONTENT = ("data.tokenizer.path",)
 _LEARNING = ("seed", "data.", "optim.", "schedule.", "train.")
 _HARMLESS = ("train.steps", "train.max_consecutive_skips", "data.cache_dir", "data.workers")
 _ORDERING = re.compile(r"seed|data\.(mixture\..*|packing|sources\.\d+\.weight)")
-"""What the order of the rows is a function of, beside the text."""
+"""Keys that determine the order of the rows, beside the text."""
 _BATCH = "train.global_batch_size"
 
 

@@ -35,7 +35,7 @@ class VerifyReport:
     """One line each; none: it is sound."""
     num_tensors: int = 0
     num_experts: int = 0
-    """Of a layer; 0 for a dense model."""
+    """Experts of a layer; 0 for a dense model."""
     num_layers: int = 0
     """With experts."""
     size_bytes: int = 0

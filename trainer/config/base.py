@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 PATH_PATTERN = r"^[^\x00-\x1f\x7f]{0,1000}$"
 LINE_PATTERN = r"^[^\x00-\x1f\x7f]*$"
-"""Of text that others show in a line."""
+"""Pattern of text that is shown in a line."""
 
 
 def at_home(path: str) -> str:
@@ -34,7 +34,7 @@ class Problem(NamedTuple):
     key: str
     """Dotted key below the section that the message is about; empty for the section itself."""
     message: str
-    """What is wrong, with the values; what is allowed; what to do."""
+    """Text of the problem: what is wrong, with the values; what is allowed; what to do."""
 
 
 class Config(BaseModel):

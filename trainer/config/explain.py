@@ -30,17 +30,17 @@ class _Spot(NamedTuple):
     node: Node | None
     """The value, if the configuration has one."""
     slot: Slot
-    """What is expected there."""
+    """Schema of the place."""
     outer: Slot
-    """What is expected of the section or list that has it."""
+    """Schema of the section or list around it."""
     section: type[Config] | None
     """The section that has the last key."""
     siblings: list[type[Config]]
     """The sections that could stand in its place, by kind."""
     union: tuple[Key, Slot] | None
-    """Where the value may be of several types and the error is what one of them says."""
+    """Union of types that the error belongs to one of, with its place."""
     branch: str
-    """Which of them."""
+    """Type of the union that reported the error."""
 
 
 def explain(error: ValidationError, tree: Node, root: type[Config]) -> list[Finding]:

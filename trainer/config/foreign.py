@@ -14,7 +14,7 @@ class Meant(NamedTuple):
     key: str
     """Dotted, from the root; empty: there is nothing that could be written."""
     note: str = ""
-    """How a value is converted, or why there is no such key and what to do instead."""
+    """Conversion of the value, or the reason why there is no such key and what to do instead."""
 
     @property
     def said_of_value(self) -> str:
@@ -354,7 +354,7 @@ OTHERS: Final[dict[str, Meant]] = {
     "log_dir": Meant("runs_dir", "the folder of all runs; metrics are in runs_dir/name"),
     "random_seed": Meant("seed"),
 }
-"""What Lightning and DeepSpeed, and scripts that people write for themselves, call things."""
+"""Names of Lightning, DeepSpeed and hand-written scripts."""
 
 VALUES: Final[dict[str, str]] = {
     **dict.fromkeys(("off", "no", "false", "none", "null", "disable", "never"), "disabled"),
@@ -389,20 +389,20 @@ VALUES: Final[dict[str, str]] = {
     **dict.fromkeys(("transformers", "huggingface_hub"), "hf"),
     **dict.fromkeys(("grouped_gemm", "grouped_mm"), "grouped"),
 }
-"""What people write for a value elsewhere, in small letters, and the value that it means here, where that may stand."""
+"""Values of other trainers, in lower case, and the value of ours with the same meaning, where it is allowed."""
 BESIDES: Final[dict[str, tuple[str, str]]] = {
     **dict.fromkeys(("constant", "constant_with_warmup"), ("final_fraction", "1")),
     **dict.fromkeys(("linear", "linear_with_warmup"), ("decay_fraction", "1")),
 }
-"""Of values that are one of ours only with another key beside it: which, and its value."""
+"""Keys, with their values, that some values of ours need beside them."""
 OF_SUFFIX: Final[dict[str, str]] = {
     **dict.fromkeys(("txt", "text", "md", "rst"), "kind: text, path: "),
     **dict.fromkeys(("jsonl", "ndjson"), "kind: jsonl, path: "),
     **{name: f"kind: hf, path: {name}, data_files: " for name in ("parquet", "arrow", "csv", "json")},
 }
-"""How a section reads a file, which stands behind it, by what the file's name ends in."""
+"""Options of a section that reads a file, by the suffix of the file's name."""
 NO_HALF: Final = frozenset({"fp16", "float16", "half", "16-mixed", "f16"})
-"""Of a precision that there is not, and that must not be taken for the one it looks like."""
+"""Names of half precision, which does not exist here and must not be taken for bfloat16."""
 SECTIONS: Final = frozenset(
     {"training", "optimizer", "lr_scheduler", "parallelism", "model_args", "training_args", "job", "comm", "validation"}
 )

@@ -1,4 +1,4 @@
-"""How a value of the wrong type is to be written: every hint is something that the schema accepts."""
+"""Hints for values of the wrong type: every hint is something that the schema accepts."""
 
 import re
 from typing import Any, Final, get_origin

@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 from trainer.errors import ConfigError
 
 Key = tuple[str | int, ...]
-"""Where a value is in the configuration: the keys and list indices that lead to it from the root."""
+"""Path of a value in the configuration: keys and list indices from the root."""
 
 MAX_LINES: Final = 100
 """A report ends after this many problems: whoever has more made one mistake, not hundreds."""
@@ -17,7 +17,7 @@ MAX_SHOWN: Final = 60
 MAX_PATH_SHOWN: Final = 300
 """Characters of a path that a message repeats."""
 _MAX_PARTS: Final = 12
-"""Of a key that a message repeats; no schema is as deep."""
+"""Most parts of a key that a message repeats; no schema is as deep."""
 _PLAIN_PART: Final = re.compile(r"[A-Za-z0-9_-]{1,60}")
 UNUSABLE: Final = object()
 """Value of a node that was already reported: no type accepts it, and what the schema says of it is not repeated."""
@@ -48,9 +48,9 @@ class Node:
     value: Any
     """A scalar, `dict[str, Node]`, `list[Node]` or UNUSABLE."""
     place: SourceLocation
-    """Where the value starts."""
+    """Location of the value."""
     key_place: SourceLocation
-    """Where its key starts; the place of the value itself for list entries and the root."""
+    """Location of its key; of the value itself for list entries and the root."""
     written: str | None = None
     """A scalar as it was typed, if it was typed without quotes."""
 
@@ -82,7 +82,7 @@ class Finding(NamedTuple):
     key: Key
     """The key that the message is about; empty for the file as a whole."""
     message: str
-    """What is wrong, with the values; what is allowed; what to do."""
+    """Text of the problem: what is wrong, with the values; what is allowed; what to do."""
 
     def __str__(self) -> str:
         """Format as one line: where: what is wrong."""

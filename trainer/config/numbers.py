@@ -21,7 +21,7 @@ Steps = Annotated[int, Field(gt=0, le=MAX_STEPS)]
 Layers = Annotated[int, Field(gt=0, le=10**4)]
 """Transformer blocks: ten times the deepest ones that were ever trained (DeepNet, arXiv 2203.00555)."""
 Width = Annotated[int, Field(gt=0, le=2**24)]
-"""Of a residual stream or a hidden layer: hundreds of times the widest."""
+"""Width of a residual stream or a hidden layer; at most hundreds of times the widest known."""
 Length = Annotated[int, Field(gt=0, le=2**27)]
 """Tokens of a row: above the longest contexts (10^8)."""
 Experts = Annotated[int, Field(gt=0, le=2**20)]

@@ -14,7 +14,7 @@ _MAX_ELSEWHERE = 3
 _SAME_WORD = 0.6
 """Similarity from which two words may be one, misspelled."""
 _SAME_NAME = 0.9
-"""The same of names that are not written as equally many words."""
+"""Similarity of names with different numbers of words, above which one is a slip for the other."""
 _UNITS = frozenset({"num", "n", "size", "steps", "step", "coef", "coeff", "rate", "factor", "value", "of", "the"})
 """Words that name the unit of a number: a name with or without them means the same."""
 _NAME_PATTERN = re.compile(r"\^\[A-Za-z0-9\]\[A-Za-z0-9\._-\]\{0,(\d+)\}\$")

@@ -54,7 +54,7 @@ class BlockInfo(Config):
     end: Mark
     train: ShardInfo
     validation: ShardInfo
-    """What of it is held out. That of block 0 is evaluated on; nothing that is held out is ever learned."""
+    """Validation part of the block. That of block 0 is evaluated on; nothing that is held out is ever learned."""
     skipped: SkippedRows = SkippedRows()
     """Rows left out of it."""
 

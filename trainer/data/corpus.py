@@ -32,15 +32,15 @@ class Corpus:
     weights: tuple[float, ...]
     """Share of the rows drawn from each domain; they sum to 1."""
     train: tuple[TokenFile, ...]
-    """What is learned; of a stream, its first block."""
+    """Training tokens; of a stream, its first block."""
     validation: tuple[TokenFile, ...]
     streams: tuple[BlockStream | None, ...]
-    """What is learned of domains that are read meanwhile; None for those that were ingested."""
+    """Streams of domains that are read during training; None for those that were ingested."""
     folders: tuple[Path, ...]
     """Folders of the domains' token files."""
     tokenizer: Tokenizer
     skipped: tuple[SkippedOf, ...] = ()
-    """What was left out of sources that have `on_bad_row: skip`; of a stream, of its first block."""
+    """Rows left out of sources with `on_bad_row: skip`; of a stream, of its first block."""
     remarks: tuple[str, ...] = ()
     """Remarks for the user who starts a run, a line each."""
     fingerprint: str
@@ -104,7 +104,7 @@ class _Domain(NamedTuple):
     """Hashes of what it holds."""
     stream: BlockStream | None = None
     skipped: SkippedRows = SkippedRows()
-    """Of the first block of a stream."""
+    """Rows left out of the first block of a stream."""
 
 
 def _open(config: DataConfig, prepared: Sequence[tuple[CachedSource, SourceManifest]], tokenizer: Tokenizer) -> Corpus:

@@ -17,7 +17,7 @@ from trainer.data.tokenizers.base import Tokenizer
 from trainer.errors import DataError
 
 MAX_DOMAINS = 128
-"""Of a source; each has six files open while it is written."""
+"""Most domains of a source; each has six files open while it is written."""
 
 SIDES: tuple[Side, Side] = ("train", "validation")
 
@@ -29,7 +29,7 @@ class DomainInfo(Config):
     is_sharded: bool
     """Split by its tail, not by the hashes of its documents."""
     num_documents: int
-    """As they were read: one that was cut counts once."""
+    """Number of documents as they were read: one that was cut counts once."""
     is_resplit: bool = False
     """The hash left one side empty, and one text has changed sides (resplit.py)."""
     train: ShardInfo

@@ -24,7 +24,7 @@ from trainer.errors import DataError
 SMALLEST_BLOCK, LARGEST_BLOCK = 1 << 12, 1 << 22
 """Slots in which every domain is visited exactly as often as its share says."""
 _FEW_SLOTS = 16
-"""Of a domain in a block: rounding to whole slots then changes its share by less than a sixteenth."""
+"""Least slots of a domain in a block: rounding then changes its share by less than a sixteenth."""
 
 
 def domain_shares(

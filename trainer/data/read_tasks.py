@@ -20,7 +20,7 @@ from trainer.data.sources.registry import SourceConfig
 from trainer.data.tokenizers.base import Tokenizer
 
 _UNKNOWN_BYTES = 16 << 20
-"""What is taken for the size of a part that does not say."""
+"""Assumed size of a part whose size is not known."""
 RESULT = "part.json"
 """Its record: what was made of it."""
 

@@ -37,11 +37,11 @@ class ShardInfo(Config):
     """UTF-8 bytes of text; an end of document has none."""
     num_documents: int
     sha256: str
-    """Of the tokens file."""
+    """Hash of the tokens file."""
     documents_sha256: str
     answers_sha256: str
     checksums_sha256: str | None = None
-    """Of the checksums file; None where there is none, because the file is small or an older version wrote it."""
+    """Hash of the checksums file; None where there is none, because the file is small or an older version wrote it."""
 
     def content(self) -> list[str]:
         """Return the hashes of what it holds: equal exactly if the same can be learned."""

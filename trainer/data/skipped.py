@@ -22,7 +22,7 @@ class SkippedOf(NamedTuple):
     source: int
     """Index in `data.sources`."""
     block: int | None
-    """Of a stream; None for a source that was ingested."""
+    """Block of a stream; None for a source that was ingested."""
     rows: SkippedRows
 
     def line(self) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class CachedSource:
     """A source, what it is read from now, and its place in the cache."""
 
     index: int
-    """Of the source in `data.sources`."""
+    """Index of the source in `data.sources`."""
     config: SourceConfig
     source: Source
     content: Content

@@ -25,9 +25,9 @@ class Piece(NamedTuple):
 
     side: Side
     text: str
-    """What is learned."""
+    """Text to learn."""
     prompt: str = ""
-    """What is read before it and not learned."""
+    """Prompt, read before the text and not learned."""
 
 
 def is_held_out(text: str, fraction: float) -> bool:

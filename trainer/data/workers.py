@@ -18,7 +18,7 @@ from trainer.data.tokenizers.base import Tokenizer
 from trainer.errors import ResourceError, TurnoutError
 
 _WORTH_BYTES = 24 << 20
-"""What a process is worth starting for: it takes about a second until it reads."""
+"""Least bytes to start another process for: it takes about a second until it reads."""
 _REPORT_BYTES = 1 << 20
 """Text between two reports of progress."""
 

@@ -10,7 +10,7 @@ from trainer.status import BEATS, WATCHED, StatusFile
 
 _BEAT_S = 1.0
 _LEAST_WORK_S = 0.01
-"""Of a core's time, since the last sign of life: a process that has used less, however busy the machine, is stuck."""
+"""Least CPU time since the last sign of life: a process that has used less, however busy the machine, is stuck."""
 
 
 def show_life(name: str, status: StatusFile | None = None) -> None:

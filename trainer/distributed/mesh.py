@@ -42,9 +42,9 @@ class Mesh:
     ep: Group
     """Ranks with different experts, which send each other tokens."""
     ep_inside: Group
-    """Those of `ep` on this rank's node."""
+    """Ranks of `ep` on this rank's node."""
     ep_between: Group
-    """Those of `ep` with this rank's place on the other nodes."""
+    """Ranks of `ep` with this rank's place on the other nodes."""
     edp: Group
     """Ranks with the same experts."""
     saving: Group

@@ -12,7 +12,7 @@ from trainer.errors import StopRequested
 from trainer.status import ASKED, WATCHED
 
 SAME_REQUEST_S = 2.0
-"""What comes so soon after a request belongs to it: a scheduler and torchrun both send it to every process."""
+"""Time in which a repeated signal is the same request: a scheduler and torchrun both send it to every process."""
 _ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 

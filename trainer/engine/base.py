@@ -54,7 +54,7 @@ class StepResult:
     skipped: bool
     """Data and step went on, the weights did not: something was not finite, or the loss was over the limit."""
     not_finite: str | None
-    """Of loss and gradient, what was not finite, in words; such a step is skipped."""
+    """Description of what was not finite in loss and gradient; such a step is skipped."""
     num_tokens: int
     """Valid tokens in the global batch."""
     routing: RoutingSums | None

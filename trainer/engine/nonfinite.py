@@ -19,7 +19,7 @@ class Findings:
     dense_share_is_finite: bool
     """This rank's own share of the dense gradients, before ranks were summed; True where it is not known."""
     expert_share_is_finite: bool
-    """The same of the experts here, which get the gradients of all ranks' tokens."""
+    """True if the local experts' gradient, which comes from all ranks' tokens, is finite."""
 
 
 def is_finite(tensor: Tensor) -> bool:

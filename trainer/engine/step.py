@@ -44,7 +44,7 @@ class NumericsConfig:
 
     seed: int
     dtype: torch.dtype
-    """Of the matrix products; bfloat16 runs under autocast over float32 parameters."""
+    """Dtype of matrix products; bfloat16 runs under autocast over float32 parameters."""
     grad_clip: float | None
 
 

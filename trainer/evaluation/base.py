@@ -15,9 +15,9 @@ class TaskResult:
 
     name: str
     metrics: Mapping[str, float]
-    """By their names in metrics.jsonl, without eval/NAME/."""
+    """Metrics by their names in metrics.jsonl, without eval/NAME/."""
     predictions: Sequence[Mapping[str, Any]] = ()
-    """What was written for each question, in JSON values; empty where nothing is written."""
+    """Generated text of each question, in JSON values; empty where nothing is generated."""
 
     def record(self) -> dict[str, float]:
         """Return the keys of metrics.jsonl."""
@@ -34,7 +34,7 @@ class Task(ABC):
     fingerprint: str
     """Hash of all questions: equal exactly if the same is asked, wherever the rows are."""
     signatures: Mapping[str, str] = {}
-    """What makes metrics comparable with others', by the name of the metric."""
+    """Signatures that make metrics comparable with others', by the name of the metric."""
 
     @abstractmethod
     def evaluate(self, subject: EvalContext) -> TaskResult:

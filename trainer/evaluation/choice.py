@@ -30,7 +30,7 @@ class _Example:
     question: Question
     is_sharded: bool
     num_bytes: Sequence[int]
-    """Of each choice."""
+    """Bytes of each choice."""
     answer: int
 
 

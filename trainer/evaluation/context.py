@@ -8,15 +8,15 @@ from trainer.distributed.collectives import Group
 from trainer.engine.base import Engine
 
 KV_CACHE_BATCH_FACTOR = 4
-"""So many more tokens may be in a cache, or be read into one: that keeps one layer's activations and hardly a logit,
-where training keeps all layers' and a logit for each token and entry of the vocabulary."""
+"""Tokens of a cached pass for each token of a training micro-batch: inference keeps one layer's activations and few
+logits, where training keeps all layers' and a logit for each token and entry of the vocabulary."""
 
 _Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalContext:
-    """A model, and what a forward pass of it may cost."""
+    """The model under evaluation, its process group and its token budget."""
 
     engine: Engine
     world: Group

@@ -22,7 +22,7 @@ class _Example:
     where: str
     prompt: str
     tokens: Sequence[int]
-    """Of the prompt, as far as it fits."""
+    """Tokens of the prompt, as far as they fit."""
     is_sharded: bool
     references: Sequence[str]
 

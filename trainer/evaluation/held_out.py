@@ -53,7 +53,7 @@ class EvalResult:
     looks_ahead: bool = False
     """The model has seen some of what it predicts: a token's experts depend on later tokens."""
     capacity_looks_ahead: bool = False
-    """The same of `at_capacity`: later tokens can take a token's place."""
+    """True if `at_capacity` depends on later tokens, which can take a token's place."""
 
     def record(self) -> dict[str, float]:
         """Return the evaluation keys of metrics.jsonl."""

@@ -30,7 +30,7 @@ class _Example:
     question: Question
     is_sharded: bool
     num_bytes: Sequence[int]
-    """Of each candidate."""
+    """Bytes of each candidate."""
     relevant: frozenset[int]
 
 

@@ -32,7 +32,7 @@ class TaskConfig(Config):
     filters: list[FilterConfig] = Field(default=[])
     """Rows that do not pass all of these are left out."""
     prompt: TemplateText
-    """What is read first, with columns in braces. It begins a document; answers are tokens of their own, so a space
+    """Prompt, with columns in braces. It begins a document; answers are tokens of their own, so a space
     between the two belongs to one of them."""
     max_examples: Count | None = None
     """Evenly spaced rows, this many at the most. Null: all of them."""

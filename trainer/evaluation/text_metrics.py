@@ -8,7 +8,7 @@ from sacrebleu.metrics import BLEU, CHRF
 from trainer.evaluation.registry import TextMetric
 
 References = Sequence[Sequence[str]]
-"""Those of each text; as many for every text."""
+"""References of each text; as many for every text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +16,7 @@ class Judgement:
     """One metric of all texts."""
 
     values: dict[str, float]
-    """By name; a metric can have several."""
+    """Values by name; a metric can have several."""
     signature: str | None = None
     """sacrebleu's own words on how it was computed: numbers with another one are not comparable."""
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _MOST_CELLS = 512
-"""Of a row; wandb has no more bins."""
+"""Most cells of a row; wandb has no more bins."""
 
 
 def layer_loads(experts: Mapping[str, Any], moe_layers: Sequence[int]) -> dict[str, list[float]]:

@@ -19,7 +19,7 @@ _LONGEST_NAME = 40
 _WIDEST_MAP, _LEAST_WIDTH = 640, 500
 _NOTE = "the expert tells {:.2f} of {:.2f} bits of a token's domain"
 _STEPS = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""Of the scale, in units of the even share 1 / E."""
+"""Steps of the scale, in units of the even share 1 / E."""
 # Blue to orange is told apart by the colour-blind, and both are darker than the middle.
 _LOW, _EVEN, _HIGH = (33, 102, 172), (240, 240, 236), (179, 88, 6)
 _STYLE = """

@@ -13,7 +13,7 @@ from trainer.step_timer import PARTS, StepPart
 
 _GB = 1e9
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-"""Of a container, by version 2 and 1 of control groups."""
+"""Memory limits of a container, in versions 2 and 1 of control groups."""
 _LARGEST = ("system/process_gb", "system/gpu_peak_gb", "system/cpu_percent")
 _SMALLEST = ("system/host_free_gb", "system/disk_free_gb")
 

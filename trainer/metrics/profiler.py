@@ -16,9 +16,9 @@ from trainer.metrics.config import ProfileConfig
 
 _T = TypeVar("_T")
 _ROWS = 100
-"""Of a table."""
+"""Rows of a table."""
 _ALLOCATIONS = 1_000_000
-"""That a memory snapshot remembers."""
+"""Allocations that a memory snapshot records."""
 
 
 class Profiler:

@@ -31,7 +31,7 @@ class DomainScore:
     name: str
     bits_per_byte: float | None
     unigram_bits_per_byte: float | None = None
-    """Of a model that knows how frequent each token is and nothing else."""
+    """Bits per byte of a unigram model, which knows token frequencies alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ class RunSummary:
     eval_loss: float | None = None
     """Nats per target token, dropless."""
     eval_loss_capacity: float | None = None
-    """The same under the capacity of training."""
+    """Held-out loss under the capacity of training."""
     tasks: Sequence[tuple[str, Mapping[str, float]]] = ()
     """Name and numbers of each evaluation task."""
     experts: ExpertCounts | None = None

@@ -14,7 +14,7 @@ from typing import Any
 _LAST_CHANCE_S = 60.0
 """A process ends so long after its run at the latest, which may have been killed; who waits for it is less patient."""
 _UNSAFE_S = 20.0
-"""What was handed on may not be on the disk for so long."""
+"""Longest time until what was handed on is on the disk, in seconds."""
 
 
 class EndOfRun:

@@ -44,7 +44,7 @@ _SETTINGS: dict[str, object] = {
     "x_transaction_log_flush_interval": 1.0,
 }
 _BEST = ("eval/loss", "eval/bits_per_byte")
-"""Of what the summary has the best value (`best/...`) beside the last one."""
+"""Metrics whose best value (`best/...`) is in the summary beside the last one."""
 _ADVICE = "metrics.jsonl has everything, and to start the run again sends the rest"
 
 

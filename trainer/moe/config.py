@@ -30,7 +30,7 @@ class CapacityConfig(Config):
     scope: Literal["sequence", "rank"] = "sequence"
     """Tokens that share the C rows: a sequence, or (as elsewhere, not layout-invariant) a rank's micro-batch."""
     policy: Literal["position", "choice_major", "probability", "random"] = "position"
-    """Who is kept: earlier tokens first; all first choices before any second (GShard); heavier weights first; or
+    """Priority of tokens: earlier tokens first; all first choices before any second (GShard); heavier weights first; or
     tokens at random (DeepSpeed's random token selection; in evaluation by position).
 
     Only `position` is causal: under the others a later token can evict an earlier one.

@@ -25,7 +25,7 @@ class Convention:
     """Difference between a trainer's loss and ours."""
 
     source: str
-    """Where this was read; the loss takes its coefficient there."""
+    """Source, where the loss takes its coefficient."""
     layers: Literal["mean", "sum", "over_all", "pooled"]
     """MoE layers are averaged; summed; summed and divided by the number of all layers, dense ones too; or counts and
     probabilities are averaged over layers before they are multiplied."""
@@ -149,7 +149,7 @@ class Converted:
     balance: dict[str, float | str]
     """The `model.moe.balance` mapping that means this; of use where the target is ours."""
     warnings: tuple[str, ...]
-    """Why it is not exactly the same loss; none: it is."""
+    """Reasons why it is not exactly the same loss; none: it is."""
 
 
 def convert(coef: float, *, source: str, target: str, model: Routed) -> Converted:

@@ -33,7 +33,7 @@ class RoutingOptions:
     counts_targets_only: bool = False
     """Statistics are of the tokens whose target counts in the loss, not of those that are only read (evaluation)."""
     return_router_outputs: bool = False
-    """What each router put out is handed on with the statistics: for whoever looks at choices one by one."""
+    """Return each router's output with the statistics."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +169,7 @@ class Router(nn.Module, ABC):
     `strict`: on no later token. `within_sequence`: on later tokens, but of its own row only. `no`: on any.
     """
     initial_values: ClassVar[Mapping[str, float]] = {}
-    """By its name, what a parameter that is no matrix starts from, such as a scale or a temperature. Others start from
+    """Initial values, by name, of parameters that are no matrices, such as a scale or a temperature. Others start from
     0, as biases do; matrices are drawn. Weight decay is for matrices alone."""
 
     @property

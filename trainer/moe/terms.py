@@ -21,7 +21,7 @@ class LossTerm:
     """One auxiliary loss with a coefficient above 0."""
 
     name: str
-    """As metrics.jsonl has it, without `_loss`."""
+    """Name in metrics.jsonl, without `_loss`."""
     coef: float
     made_of: Literal["tokens", "counts", "weights"]
     """Values of single tokens, counts of assignments, or sums of combine weights and smooth counts."""

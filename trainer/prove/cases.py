@@ -28,7 +28,7 @@ class Case:
     ranks_per_node: int = MOST_RANKS
     """Below the number of ranks, nodes are pretended on this machine."""
     zero_stage: int | None = None
-    """Of the DeepSpeed engine; None for the native one."""
+    """ZeRO stage of the DeepSpeed engine; None for the native one."""
     micro_batch_size: int
 
     @property

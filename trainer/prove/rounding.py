@@ -21,7 +21,7 @@ Times the tolerance it is what sums of another order do to a gradient, which was
 routers: 3 rounding units of the step's size in float64 (45 are allowed) and 0.6 in float32 (1.7), in no tensor more.
 """
 _UNITS = {"loss": 10.0, "balance": 1.0, "z": 1.0, "further": 1.0}
-"""What a scalar is made of: logits of about 10, probabilities."""
+"""Size of the terms of a scalar: logits of about 10, probabilities."""
 _NORM_UNITS = 10.0
 """A norm adds up the rounding of every weight: 8 rounding units of the objective were measured, of one element 0.4."""
 _LONGEST_STEP = 2.0

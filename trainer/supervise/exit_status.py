@@ -18,7 +18,7 @@ class ExitStatus:
     code: int
     """Exit code of the rank that ended it; negative: the signal that killed it."""
     exit_code: int
-    """What a supervisor exits with that leaves it at that."""
+    """Exit code of a supervisor that does not restart."""
     what: str
     """Description of the end: "rank 1 (pid 123) was killed by SIGKILL"."""
     where: str

@@ -39,7 +39,7 @@ class Restart:
     number: int
     """Counts restarts without progress, from 1."""
     num_left: int
-    """How many more there would be."""
+    """Number of restarts left."""
 
 
 def is_retried(code: int) -> bool:

@@ -12,7 +12,7 @@ from trainer.distributed.version import turnout_version
 from trainer.terminal import one_line, say
 
 Verbs = argparse._SubParsersAction
-"""Where a verb is added: those of the command line, or the actions of one verb."""
+"""Subparsers that a verb is added to: of the command line, or the actions of one verb."""
 
 RUN = "run folder or experiment file"
 

@@ -68,7 +68,7 @@ class SourcePart:
     """A piece of what is read, which one process reads by itself."""
 
     size_bytes: int
-    """Of its files, as far as it is known."""
+    """Size of its files, as far as it is known."""
 
 
 class Rows(ABC):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 Paths = PathText | Annotated[list[PathText], Field(min_length=1)]
 FORMATS = ("parquet", "arrow", "csv", "json", "text")
-"""What may stand for a data set, with `data_files`."""
+"""File formats that are allowed as `path`, with `data_files`."""
 
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
 

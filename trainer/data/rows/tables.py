@@ -11,7 +11,7 @@ from trainer.data.rows.bad import BadRow
 from trainer.data.rows.base import Row
 
 _BAD_LINE = re.compile(r"line (\d+): (.+)")
-"""Of a csv, as pandas warns of it."""
+"""Warning of pandas about a line of a csv."""
 _TOO_LONG_LINE = re.compile(r"Expected \d+ fields in line \d+, saw \d+")
 _MAX_REASON = 300
 TOO_MANY_FIELDS = "of too many fields"

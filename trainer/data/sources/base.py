@@ -18,9 +18,9 @@ class Document:
     """Origin for error messages: a relative path, or path:line."""
     domain: str
     text: str
-    """What is learned."""
+    """Text to learn."""
     prompt: str = ""
-    """What is read before it and not learned: no token of it is a target."""
+    """Prompt, read before the text and not learned: no token of it is a target."""
 
 
 class Source(ABC):
@@ -31,7 +31,7 @@ class Source(ABC):
     rejects_copies: bool = False
     """True if two files with the same content are a mistake."""
     has_on_bad_row: bool = False
-    """Whether its options say what becomes of a document that cannot be used."""
+    """True if its options say what becomes of a document that cannot be used."""
     skips_bad_rows: bool = False
     """True to leave out and count documents that cannot be used, instead of an error."""
 

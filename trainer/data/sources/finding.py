@@ -19,11 +19,11 @@ class FileKind:
     """Kind of files that a source reads."""
 
     kind: str
-    """Of the source."""
+    """Kind of the source."""
     suffixes: tuple[str, ...]
-    """Of the files that are taken from a folder, perhaps with .gz or .zst behind them."""
+    """Suffixes of the files that are taken from a folder, perhaps followed by .gz or .zst."""
     format: str
-    """What `hf` calls it, which reads addresses."""
+    """Name of the format in `hf`, which reads addresses."""
 
     def takes(self, path: Path) -> bool:
         """Return whether a file in a folder is one."""

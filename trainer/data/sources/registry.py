@@ -55,7 +55,7 @@ class TextSourceConfig(Config):
     domain: Domain = "text"
     """Name of the domain in per-domain losses."""
     on_bad_row: OnBadRow = "error"
-    """What becomes of a file that cannot be used (empty, not UTF-8, damaged, too large): `error` ends the run with its
+    """Action on a file that cannot be used (empty, not UTF-8, damaged, too large): `error` ends the run with its
     name; `skip` leaves it out, counts it and lists the first ones in runs/NAME/skipped_rows.jsonl."""
     weight: Weight = 1.0
     """Share of the mixture."""
@@ -78,7 +78,7 @@ class TableConfig(Config):
     filters: list[FilterConfig] = Field(default=[])
     """Rows that do not pass all of these are left out."""
     on_bad_row: OnBadRow = "error"
-    """What becomes of a row that cannot be used (not JSON, null, of another type, without text, too large), and of a
+    """Action on a row that cannot be used (not JSON, null, of another type, without text, too large), and on a
     file without rows: `error` ends the run with its place; `skip` leaves it out, counts it and lists the first ones in
     runs/NAME/skipped_rows.jsonl. A file that cannot be read to its end is an error all the same."""
     domain_key: Name | None = None

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 Part = dict[str, Any]
-"""Of a tokenizer.json: what is done to a text, or a model."""
+"""Part of a tokenizer.json: a step of text processing, or a model."""
 
 _KEEPING = frozenset({"ByteLevel", "Digits", "FixedLength", "Metaspace", "Punctuation", "Split", "UnicodeScripts"})
 """Pre-tokenizers that cut a text and drop nothing of it, unless their behaviour is Removed."""

@@ -10,7 +10,7 @@ from trainer.atomic_io import open_regular
 
 TOKENIZER, OPTIONS = "tokenizer.json", "tokenizer_config.json"
 END_OF_DOCUMENT = "<|endoftext|>"
-"""What ends a document in the tokenizers that are made here."""
+"""End-of-document token of the tokenizers that are trained here."""
 
 _LARGEST_BYTES = 256 << 20
 

@@ -116,7 +116,7 @@ class DeepSpeedEngineConfig(Config):
 
     kind: Literal["deepspeed"] = "deepspeed"
     zero_stage: int = 1
-    """What is sharded over the ranks that hold copies of a weight: 1 its moments, 2 its gradient as well."""
+    """State sharded over the ranks that hold copies of a weight: 1 its moments, 2 its gradient as well."""
     offload_optimizer: Literal["none", "cpu"] = "none"
     """Device of master weights and moments, where they are also updated."""
     adam: Literal["auto", "torch", "deepspeed"] = "auto"

@@ -94,9 +94,9 @@ _FREE: dict[str, str] = {
 }
 """Options, and whole sections, of speed, memory and logs, and what they are: taken over."""
 _FOLDERS = ("csv_monitor.output_path", "tensorboard.output_path")
-"""Where DeepSpeed writes: into the run folder, whatever the directory that it was started in."""
+"""Folders that DeepSpeed writes to: in the run folder, whatever the directory that it was started in."""
 _NAMES = ("csv_monitor.job_name", "tensorboard.job_name", "flops_profiler.output_file")
-"""What it calls a file or a folder there."""
+"""Names of files or folders there."""
 _WRITERS = ("csv_monitor", "tensorboard", "flops_profiler")
 """Sections that write files."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

@@ -21,7 +21,7 @@ class _Everything:
     """All ranks' tokens, and which token each of their rows is a copy of."""
 
     order: ExpertOrder
-    """Of this rank's rows."""
+    """Order of this rank's rows."""
     counts: Tensor
     """(G, E) rows of each rank for each expert."""
     tokens: Tensor

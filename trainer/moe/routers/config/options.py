@@ -157,7 +157,7 @@ class LookAheadOptions(RouterOptions):
     """Options of routers that decide all tokens of a sequence together."""
 
     evaluation: Literal["top_k", "same"] = "top_k"
-    """How held-out text is routed: each token takes its k best-scored experts, which looks at no later token; or as in
+    """Routing of held-out text: each token takes its k best-scored experts, which looks at no later token; or as in
     training, and then its loss is of a model that has seen what it predicts. Text is always written the first way."""
 
     @property

@@ -136,7 +136,7 @@ class GroupLimitedRouterConfig(TopKOptions):
     groups_kept: Experts = 2
     """Groups that a token's experts may be in."""
     group_score: Literal["best_two", "best"] = "best_two"
-    """What a group counts for a token: the sum of its two best scores (V3, 2412.19437) or the best (V2, 2405.04434)."""
+    """Score of a group for a token: the sum of its two best scores (V3, 2412.19437) or the best (V2, 2405.04434)."""
 
     @property
     def is_self_balancing(self) -> bool:
