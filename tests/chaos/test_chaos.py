@@ -45,8 +45,8 @@ def test_nothing_is_lost_and_every_broken_protection_is_noticed(lines: Iterator[
 
 def test_ranks_are_killed_at_every_place_that_has_a_name() -> None:
     code = "\n".join(path.read_text() for path in Path(ROOT / "trainer").rglob("*.py"))
-    named = set(re.findall(r'faults\.hit\("([^"]+)"\)', code))
-    phases = set(re.findall(r'journal\.enter\("([^"]+)"\)', code))
+    named = set(re.findall(r'fault_injection\.hit\("([^"]+)"\)', code))
+    phases = set(re.findall(r'recorder\.enter\("([^"]+)"\)', code))
     assert named | {f"phase.{phase.replace(' ', '_')}" for phase in phases} == POINTS | NEVER_THERE
     assert len(POINTS) >= 40
 

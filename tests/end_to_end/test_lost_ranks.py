@@ -139,7 +139,7 @@ try:
         with raise_together(mesh.world):
             if layout.rank == 0:
                 FAULT
-        mesh.world.sum_(torch.ones(1))
+        mesh.world.all_reduce_(torch.ones(1))
 except TurnoutError as error:
     print(error, file=sys.stderr, flush=True)
     os._exit(error.exit_code)

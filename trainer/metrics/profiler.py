@@ -49,7 +49,7 @@ class Profiler:
         """
         self._config, self._folder, self._mesh, self._device = config, folder, mesh, device
         self._say, self._warn = say, warn
-        self._stopwatch = mesh.world.recorder.step_timer
+        self._step_timer = mesh.world.recorder.step_timer
         self._looks = config is not None and mesh.layout.rank in config.ranks
         self._running: profile | None = None
         self._first = 0
@@ -64,7 +64,7 @@ class Profiler:
         if self._running is None:
             self._attempt(lambda: self._start(config, step))
         if step == self._first:
-            self._stopwatch.region = record_function
+            self._step_timer.region = record_function
             if config.memory and self._device.type == "cuda":
                 torch.cuda.memory._record_memory_history(max_entries=_ALLOCATIONS)
 
@@ -75,7 +75,7 @@ class Profiler:
             self._attempt(running.step)
         if config is None or step != config.last:
             return
-        self._stopwatch.region, self._running = None, None
+        self._step_timer.region, self._running = None, None
         name = None
         if running is not None:
             name = self._attempt(lambda: self._write(running, config))
@@ -135,6 +135,6 @@ class Profiler:
         try:
             return act()
         except Exception as error:
-            self._looks, self._running, self._stopwatch.region = False, None, None
+            self._looks, self._running, self._step_timer.region = False, None, None
             self._troubles.append((str(error) or type(error).__name__).splitlines()[0])
             return None

@@ -21,25 +21,25 @@ class StepPace:
     """Tokens and seconds since the last logged step; what is done between two steps is not training time."""
 
     def __init__(self, step_timer: StepTimer, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._stopwatch, self._clock = step_timer, clock
+        self._step_timer, self._clock = step_timer, clock
         self._tokens = self._steps = 0
         self._seconds = self._began = 0.0
 
     def begin(self) -> None:
         """Begin a step."""
         self._began = self._clock()
-        self._stopwatch.start()
+        self._step_timer.start()
 
     def end(self, num_tokens: int) -> None:
         """End it."""
-        self._stopwatch.stop()
+        self._step_timer.stop()
         self._seconds += self._clock() - self._began
         self._tokens += num_tokens
         self._steps += 1
 
     def take(self) -> Speed:
         """Return the speed since the last call; there must have been a step."""
-        seconds, parts = self._seconds, self._stopwatch.take()
+        seconds, parts = self._seconds, self._step_timer.take()
         # A GPU's clock may run past the end of the last step, whose update the processor does not wait for.
         parts["other"] = max(0.0, seconds - sum(parts.values()) + parts["other"])
         speed = Speed(
