@@ -175,14 +175,15 @@ def test_processes_end_with_the_one_that_started_them(folder):
     os.mkfifo(folder / "0.pipe")
     os.mkfifo(folder / "1.pipe")
     script = (
-        "from trainer.data import workers, read_tasks\n"
+        "from trainer.data import workers\n"
+        "from trainer.data.read_tasks import ReadTask\n"
         "from trainer.data.config import SplitConfig\n"
         "from trainer.data.rows.jsonl import Lines\n"
         "from trainer.data.sources.registry import JsonlSourceConfig\n"
         "from trainer.data.tokenizers.byte import ByteTokenizer\n"
         "from pathlib import Path\n"
         "parts = [Lines(size_bytes=1 << 30, path=Path(f'{i}.pipe'), start_byte=0, first_line=1) for i in (0, 1)]\n"
-        "todo = [read_tasks.ReadTask(source=JsonlSourceConfig(path='0.jsonl'), part=part, split=SplitConfig(kind='hash'),\n"
+        "todo = [ReadTask(source=JsonlSourceConfig(path='0.jsonl'), part=part, split=SplitConfig(kind='hash'),\n"
         "                   folder=Path(f'p{i}')) for i, part in enumerate(parts)]\n"
         "workers.run_tasks(todo, ByteTokenizer(), 2, print)\n"
     )
