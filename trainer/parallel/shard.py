@@ -37,7 +37,7 @@ def shard(model: GPT, mesh: Mesh, *, dtype: torch.dtype) -> GPT:
     if mesh.edp.size > 1:
         for module in experts:
             _shard_module(module, mesh.edp)
-    # What is sharded already is left out by FSDP itself; what is nobody's copy must be named.
+    # FSDP itself leaves out weights that are sharded already; weights that no other rank holds must be named.
     alone = {p for module in experts for p in module.parameters()} if mesh.edp.size == 1 else set()
     for block in cast(Iterable[Block], model.blocks):
         if dtype is torch.bfloat16:
