@@ -11,14 +11,14 @@ import time
 from pathlib import Path
 from unittest import mock
 
-from trainer.assemble import build_model, numerics, resolve_kernel
 from trainer.config.loader import load
-from trainer.data.checksums import BLOCK_BYTES, CheckedArray
+from trainer.data.batches.stream import TrainStream
 from trainer.data.corpus import build_corpus
-from trainer.data.stream import TrainStream
+from trainer.data.token_cache.checksums import BLOCK_BYTES, CheckedArray
 from trainer.distributed import runtime
 from trainer.distributed.mesh import Mesh
 from trainer.experiment import ExperimentConfig
+from trainer.training.model import build_model, numerics, resolve_kernel
 
 _HASHED_BYTES = 64 << 20
 

@@ -10,15 +10,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from trainer.assemble import build_model, numerics, resolve_kernel
 from trainer.checkpoint.replica_check import check_copies
 from trainer.config.loader import load
+from trainer.data.batches.stream import TrainStream
 from trainer.data.corpus import build_corpus
-from trainer.data.stream import TrainStream
 from trainer.distributed import runtime
 from trainer.distributed.layout import launched
 from trainer.distributed.mesh import joined
 from trainer.experiment import ExperimentConfig
+from trainer.training.model import build_model, numerics, resolve_kernel
 
 
 def main() -> None:

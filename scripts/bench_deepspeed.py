@@ -22,9 +22,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.assemble import build_model, numerics, resolve_kernel
 from trainer.config.loader import load
-from trainer.data.batch import Batch
+from trainer.data.batches.batch import Batch
 from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.distributed.flight_recorder import FlightRecorder
 from trainer.distributed.interface import stay_on_loopback
@@ -35,6 +34,7 @@ from trainer.engine.deepspeed.start import join, load_deepspeed
 from trainer.engine.registry import NativeEngineConfig
 from trainer.experiment import ExperimentConfig
 from trainer.models.gpt import GPT, Block, MoELayer, rotary_table
+from trainer.training.model import build_model, numerics, resolve_kernel
 
 CPU = torch.device("cpu")
 CONTENDERS = ("native", "DeepSpeed engine, ZeRO 1", "DeepSpeed engine, ZeRO 2", "DeepSpeed's own MoE, ZeRO 1")

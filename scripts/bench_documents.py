@@ -16,18 +16,18 @@ from typing import ParamSpec, TypeVar
 
 import numpy as np
 
-from trainer.assemble import build_model, numerics, resolve_kernel
 from trainer.config.loader import load
-from trainer.data.best_fit import best_fit_decreasing
+from trainer.data.batches.best_fit import best_fit_decreasing
+from trainer.data.batches.stream import TrainStream
 from trainer.data.config import MixtureConfig
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.data.mixture import domain_shares
-from trainer.data.shards import TokenFile
-from trainer.data.stream import TrainStream
+from trainer.data.token_cache.shards import TokenFile
 from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.distributed import runtime
 from trainer.distributed.mesh import Mesh
 from trainer.experiment import ExperimentConfig
+from trainer.training.model import build_model, numerics, resolve_kernel
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -13,15 +13,15 @@ from contextlib import closing
 from pathlib import Path
 from statistics import median
 
-from trainer.build import build_run
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.saver import Saved
 from trainer.config.loader import load
+from trainer.console.console import Console
 from trainer.distributed import runtime
 from trainer.distributed.mesh import Mesh
 from trainer.experiment import ExperimentConfig
-from trainer.metrics.console import Console
-from trainer.run import Run
+from trainer.training.run import Run
+from trainer.training.setup import build_run
 
 
 def block(run: Run, num_steps: int, *, saves: bool) -> tuple[float, Saved | None]:

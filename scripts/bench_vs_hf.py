@@ -101,13 +101,13 @@ def turnout(name: str, dtype: str) -> tuple[Callable, str]:
     """Return our training step, through the same composition as the command line's."""
     import torch
 
-    from trainer.assemble import build_model, numerics, resolve_kernel
-    from trainer.data.batch import Batch
+    from trainer.data.batches.batch import Batch
     from trainer.data.tokenizers.byte import ByteTokenizer
     from trainer.distributed import runtime
     from trainer.distributed.mesh import Mesh
     from trainer.experiment import ExperimentConfig
     from trainer.models.flops import model_size
+    from trainer.training.model import build_model, numerics, resolve_kernel
 
     moe = {"num_experts": SHAPE["experts"], "d_ff": SHAPE["d_ff"], "router": {"kind": "top_k", "top_k": SHAPE["top_k"]}}
     config = ExperimentConfig.model_validate(

@@ -10,16 +10,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from trainer.assemble import build_model, numerics, resolve_kernel
 from trainer.config.loader import load
+from trainer.data.batches.stream import TrainStream
 from trainer.data.corpus import build_corpus
-from trainer.data.stream import TrainStream
 from trainer.distributed import runtime
 from trainer.distributed.layout import launched
 from trainer.distributed.mesh import joined
 from trainer.experiment import ExperimentConfig
-from trainer.metrics.machine import Machine, over_ranks
+from trainer.metrics.system_stats import Machine, over_ranks
 from trainer.step_timer import Clock, HostClock, StepTimer
+from trainer.training.model import build_model, numerics, resolve_kernel
 
 
 class Counting:

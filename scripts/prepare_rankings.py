@@ -21,8 +21,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.data.rows.base import Row
-from trainer.data.rows.registry import HfRowsConfig
+from trainer.data.records.base import Row
+from trainer.data.records.registry import HfRowsConfig
 from trainer.errors import DataError
 
 AMAZON = "hf://datasets/McAuley-Lab/Amazon-Reviews-2023/benchmark/5core/last_out_w_his/Video_Games.test.csv"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.data.batch import Batch
+from trainer.data.batches.batch import Batch
 from trainer.distributed.mesh import Mesh
 from trainer.engine.native import NativeEngine
 from trainer.engine.registry import EngineConfig, NativeEngineConfig

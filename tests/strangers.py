@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from tests.listeners import listeners, of_host
+from tests.listening_sockets import listeners, of_host
 from trainer.status import read_statuses
 
 EXECUTED, READY, FOUND = Path("executed"), Path("ready.json"), Path("found.json")

@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
+from trainer.commands import bench, checkpoint, config, evaluate, prove, train
+from trainer.commands.arguments import Parser, Version
 from trainer.config.nodes import shown_path
 from trainer.config.overrides import as_override, names_key
 from trainer.distributed.layout import is_first_rank
@@ -14,8 +16,6 @@ from trainer.environment import check_of_process
 from trainer.errors import CommError, RemoteRankError, StopRequested, TurnoutError, exit_code_of, first_line
 from trainer.experiment import ExperimentConfig
 from trainer.terminal import one_line, say, show_logs
-from trainer.verbs import benching, checkpoints, configs, proving, trained, training
-from trainer.verbs.arguments import Parser, Version
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             say(error, file=sys.stderr)
         _end_at_once(error.exit_code)
     except TurnoutError as error:
-        if error.is_this_ranks or is_first_rank() or options.verb is training.launch:
+        if error.is_this_ranks or is_first_rank() or options.verb is train.launch:
             say(error, file=sys.stderr)
         else:  # rank 0 has the same one, says so, and torchrun ends the others; unless it is this rank's alone
             _let_others_speak(10)
@@ -128,6 +128,6 @@ def command_line() -> Parser:
     # DeepSpeed's launcher gives every rank its number like this too; LOCAL_RANK says the same.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    for group in (training, trained, proving, benching, checkpoints, configs):
+    for group in (train, evaluate, prove, bench, checkpoint, config):
         group.add(verbs)
     return parser

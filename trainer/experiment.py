@@ -12,7 +12,7 @@ from trainer.data.sources.registry import InstalledSourceConfig
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.engine.deepspeed.passthrough import Ours
 from trainer.engine.registry import EngineConfig, NativeEngineConfig
-from trainer.evaluation.registry import AnyTaskConfig
+from trainer.evaluation.tasks.registry import AnyTaskConfig
 from trainer.metrics.config import MetricsConfig, ProfileConfig
 from trainer.models.config import ModelConfig
 from trainer.optim.registry import AdamWConfig, OptimConfig, ScheduleConfig, WarmupCosineConfig

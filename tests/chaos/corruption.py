@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from tests.builders import make_batch, make_engine, rows_of, tiny_model_config
+from tests.checkpoint_helpers import whole
 from tests.ranks import Ranks, mesh_here
-from tests.saved import whole
 from trainer.checkpoint import files
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.load import CheckpointHandle, find_newest

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from tests.chaos.course import Course, outcome
+from tests.chaos.workload import Course, outcome
 
 
 def epochs(course: Course) -> tuple[list[str], int]:

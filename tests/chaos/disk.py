@@ -2,8 +2,8 @@
 
 import random
 
-from tests.chaos.arena import Arena
-from tests.chaos.course import LONGEST_S, STEPS, Course, Outcome, damage, differences
+from tests.chaos.rank_forker import Arena
+from tests.chaos.workload import LONGEST_S, STEPS, Course, Outcome, damage, differences
 
 # Every write of a save, by any rank; the third save is that of step 15, which has others before and behind it. The last
 # two are of the last save, which is tried again.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.chaos import hostile_checkpoints, hostile_configs, hostile_folders
-from tests.chaos.box import Box, Boxes, Outcome
+from tests.chaos.sandbox import Box, Boxes, Outcome
 
 LARGEST_BYTES = 1 << 30
 LONGEST_LINE = 700

@@ -13,7 +13,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from tests.chaos.box import Box
+from tests.chaos.sandbox import Box
 
 Harm = Callable[[Box], object]
 WEIGHT = "model.blocks.0.ffn.experts.w_in"

@@ -4,8 +4,8 @@ import json
 import os
 from collections.abc import Callable
 
-from tests.chaos.box import Box
 from tests.chaos.hostile_checkpoints import pickled
+from tests.chaos.sandbox import Box
 
 Given = tuple[Callable[[Box], object], list[str]]
 

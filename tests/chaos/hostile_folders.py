@@ -5,8 +5,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.chaos.box import Box
 from tests.chaos.hostile_checkpoints import pickled
+from tests.chaos.sandbox import Box
 from tests.folders import hard_linked
 
 MORE = ["train", "tiny.yaml", "train.steps=5"]

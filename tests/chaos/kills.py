@@ -7,8 +7,8 @@ import random
 import time
 from dataclasses import dataclass
 
-from tests.chaos.arena import Arena, Prepare
-from tests.chaos.course import LONGEST_S, Course, Outcome, damage, differences, resumed_at
+from tests.chaos.rank_forker import Arena, Prepare
+from tests.chaos.workload import LONGEST_S, Course, Outcome, damage, differences, resumed_at
 
 _SURVIVE_S = 30.0
 """Survivors end by themselves: parallel.timeout_s 12, 5 s more, and what a busy machine adds."""

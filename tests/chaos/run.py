@@ -25,8 +25,8 @@ import torch
 
 from tests.chaos.disk import FULL_AT
 from tests.chaos.kills import all_kills
-from tests.chaos.mutants import KILLED, STOPPED
-from tests.chaos.trials import (
+from tests.chaos.removed_protections import KILLED, STOPPED
+from tests.chaos.scenarios import (
     Known,
     Lane,
     Report,

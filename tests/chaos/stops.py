@@ -4,9 +4,9 @@ import random
 import signal
 import time
 
-from tests.chaos.arena import Arena, Prepare
-from tests.chaos.course import LONGEST_S, Course, Outcome, damage, differences, resumed_at
-from trainer.metrics.jsonl import read_jsonl
+from tests.chaos.rank_forker import Arena, Prepare
+from tests.chaos.workload import LONGEST_S, Course, Outcome, damage, differences, resumed_at
+from trainer.trackers.jsonl import read_jsonl
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 

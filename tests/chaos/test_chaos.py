@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.kills import NEVER_THERE, POINTS
-from tests.chaos.mutants import KILLED, STOPPED
+from tests.chaos.removed_protections import KILLED, STOPPED
 from tests.chaos.run import scenarios
-from tests.launched import ROOT
+from tests.launched_ranks import ROOT
 from trainer.fault_injection import planned
 
 SCENARIOS = list(scenarios(release=False, seed=0))

@@ -4,9 +4,9 @@ import pickle
 
 import pytest
 
-from tests.chaos.box import Boxes
 from tests.chaos.hostile import Case, cases, wrong
 from tests.chaos.hostile_checkpoints import pickled
+from tests.chaos.sandbox import Boxes
 
 CASES = {case.name: case for case in cases()}
 

@@ -8,8 +8,8 @@ import pytest
 
 from tests.chaos.corruption import HARMS
 from tests.chaos.token_cache import corrupt, make_cache, small_blocks
-from trainer.data.checksums import CheckedArray
 from trainer.data.config import DataConfig
+from trainer.data.token_cache.checksums import CheckedArray
 
 FLIP = {"bit flip": HARMS["bit flip"]}
 

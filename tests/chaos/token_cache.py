@@ -26,11 +26,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tests.chaos.corruption import HARMS, Harm
-from trainer.data import checksums, shards
+from trainer.data.batches.stream import TrainStream, evaluation_batches
 from trainer.data.config import DataConfig, SplitConfig
 from trainer.data.corpus import build_corpus
 from trainer.data.sources.registry import HfStreamSourceConfig, JsonlSourceConfig, TextSourceConfig
-from trainer.data.stream import TrainStream, evaluation_batches
+from trainer.data.token_cache import checksums, shards
 from trainer.errors import DataError
 
 _SEQ_LEN = 32

@@ -14,10 +14,10 @@ import zstandard
 
 from trainer.data.config import DataConfig, SplitConfig
 from trainer.data.corpus import build_corpus
-from trainer.data.read_tasks import ReadTask
-from trainer.data.rows import jsonl
+from trainer.data.records import jsonl
 from trainer.data.sources import files
 from trainer.data.sources.registry import HfSourceConfig, JsonlSourceConfig, SourceConfig, TextSourceConfig
+from trainer.data.token_cache.read_tasks import ReadTask
 from trainer.errors import DataError
 
 Write = Callable[[Path], None]

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 
-from tests import foreign
+from tests import foreign_tokenizers
 from trainer.data.config import DataConfig
 from trainer.data.sources.registry import TextSourceConfig
 from trainer.data.tokenizers.base import Tokenizer
@@ -35,9 +35,9 @@ def _file(content: Callable[[], dict[str, Any]]) -> Callable[[Path], dict[str, A
 FORMS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "byte": lambda folder: {"kind": "byte"},
     "bpe": lambda folder: {"kind": "bpe", "vocab_size": 300},
-    "file, byte-level": _file(foreign.byte_level),
-    "file, byte fallback": _file(foreign.byte_fallback),
-    "file, metaspace": _file(foreign.metaspace),
+    "file, byte-level": _file(foreign_tokenizers.byte_level),
+    "file, byte fallback": _file(foreign_tokenizers.byte_fallback),
+    "file, metaspace": _file(foreign_tokenizers.metaspace),
 }
 
 AWKWARD = [
@@ -52,7 +52,7 @@ awkwardly = settings(max_examples=60, suppress_health_check=[HealthCheck.functio
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
     folder = tmp_path_factory.mktemp("tokenizers")
-    (folder / "text.txt").write_text(foreign.TEXT)
+    (folder / "text.txt").write_text(foreign_tokenizers.TEXT)
     places = {"sources": [TextSourceConfig(path=str(folder / "text.txt"))], "cache_dir": str(folder / "cache")}
     data = {form: DataConfig.model_validate({**places, "tokenizer": FORMS[form](folder)}) for form in FORMS}
     return {form: section.tokenizer.build(section) for form, section in data.items()}
@@ -134,7 +134,7 @@ def test_its_files_are_read_as_the_same_tokenizer(tokenizer, tmp_path):
 def test_others_read_the_same_ids_from_its_files_without_options(tokenizer):
     """Of a text that their decoder can write: of added tokens with accents it makes bytes that are no text."""
     library = Library.from_str(tokenizer.files()["tokenizer.json"])
-    text = foreign.TEXT.replace("é", "e") + "\n  the end "
+    text = foreign_tokenizers.TEXT.replace("é", "e") + "\n  the end "
     assert library.encode(text).ids == tokenizer.encode(text).tolist()
     assert library.decode(library.encode(text).ids) == text
 
@@ -146,7 +146,7 @@ def test_transformers_reads_its_files(made, tmp_path):
         (tmp_path / name).write_text(text)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert theirs is not None
-    ids = theirs(foreign.TEXT)["input_ids"]
-    assert ids == made["bpe"].encode(foreign.TEXT).tolist()
-    assert theirs.decode(ids) == foreign.TEXT
+    ids = theirs(foreign_tokenizers.TEXT)["input_ids"]
+    assert ids == made["bpe"].encode(foreign_tokenizers.TEXT).tolist()
+    assert theirs.decode(ids) == foreign_tokenizers.TEXT
     assert theirs.eos_token_id == made["bpe"].end_of_document

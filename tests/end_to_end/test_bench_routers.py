@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import warm
+from tests import imported_once
 
 CONFIG = """\
 name: tiny
@@ -36,7 +36,7 @@ def workplace(tmp_path: Path) -> Path:
 
 def bench(workplace: Path, arguments: str) -> subprocess.CompletedProcess[str]:
     """Run it."""
-    return warm.run(["-m", "trainer", "bench", "routers", *arguments.split()], cwd=workplace)
+    return imported_once.run(["-m", "trainer", "bench", "routers", *arguments.split()], cwd=workplace)
 
 
 def lines_of(result: subprocess.CompletedProcess[str], router: str) -> list[list[str]]:

@@ -17,8 +17,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from tests.checkpoint_helpers import load
 from tests.end_to_end.test_cli import CONFIG, _environment, refused, run
-from tests.saved import load
 from tests.unit.checkpoint.test_manifest import rewrite
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.run_folder import RunFolder
@@ -262,7 +262,7 @@ PLACES = {
     "as it is listed": "trainer.checkpoint.folder.read_manifest",
     "as it is hashed": "trainer.checkpoint.load.check_file",
     "as its numbers are looked at": "trainer.checkpoint.load.check_numbers",
-    "while the model is made": "trainer.restore.build_model",
+    "while the model is made": "trainer.training.resume.build_model",
     "as its tensors are read": "trainer.checkpoint.files.open_tensors",
 }
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from tests import warm
-from tests.clock import without_clock
-from tests.launched import ROOT
+from tests import imported_once
+from tests.ignore_clock import without_clock
+from tests.launched_ranks import ROOT
 
 CONFIG = """\
 name: tiny
@@ -76,7 +76,7 @@ def make_workplace(folder: Path) -> Path:
 
 def run(workplace: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a verb."""
-    return warm.run(["-m", "trainer", *arguments], cwd=workplace)
+    return imported_once.run(["-m", "trainer", *arguments], cwd=workplace)
 
 
 def run_cold(
@@ -107,7 +107,7 @@ def stop_at(
 ) -> subprocess.CompletedProcess[str]:
     """Run a verb and send it a signal as soon as its output has `words`."""
     stdout, stderr = workplace / "stdout", workplace / "stderr"
-    process = warm.Process(["-m", "trainer", *arguments], cwd=workplace, stdout=stdout, stderr=stderr)
+    process = imported_once.Process(["-m", "trainer", *arguments], cwd=workplace, stdout=stdout, stderr=stderr)
     try:
         while not stdout.exists() or words not in stdout.read_text():
             assert process.poll() is None, stderr.read_text()
@@ -411,7 +411,7 @@ def test_a_full_disk_while_saving_leaves_older_checkpoints_and_exits_7(workplace
 
 def test_two_runs_cannot_write_into_one_folder(workplace: Path) -> None:
     endless = ["-m", "trainer", "train", "tiny.yaml", "train.steps=5000", "eval.every=null"]
-    process = warm.Process(endless, cwd=workplace)
+    process = imported_once.Process(endless, cwd=workplace)
     try:
         while not (workplace / "runs/tiny/metrics.jsonl").exists():
             assert process.poll() is None

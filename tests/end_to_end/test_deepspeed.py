@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import warm
+from tests import imported_once
 from tests.end_to_end import tiny
 from tests.end_to_end.tiny import environment, make_workplace, run, run_ranks, torchrun
 
@@ -96,7 +96,7 @@ main()
 def test_a_missing_deepspeed_is_answered_in_a_line(workplace: Path, tmp_path: Path) -> None:
     (tmp_path / "without.py").write_text(WITHOUT)
     script = str(tmp_path / "without.py")
-    result = warm.run([script, "train", "tiny.yaml", "name=none", "engine.kind=deepspeed"], cwd=workplace)
+    result = imported_once.run([script, "train", "tiny.yaml", "name=none", "engine.kind=deepspeed"], cwd=workplace)
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith("engine.kind: deepspeed: ") and line.endswith("; pip install deepspeed, or use native")
@@ -105,7 +105,7 @@ def test_a_missing_deepspeed_is_answered_in_a_line(workplace: Path, tmp_path: Pa
 def test_a_kernel_that_cannot_be_compiled_is_answered_in_a_line(workplace: Path, tmp_path: Path) -> None:
     options = ["engine.kind=deepspeed", "engine.offload_optimizer=cpu", "engine.adam=deepspeed"]
     variables = {"PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    result = warm.run(
+    result = imported_once.run(
         ["-m", "trainer", "train", "tiny.yaml", "name=none", *options], cwd=workplace, environment=variables
     )
     assert result.returncode == 2, result.stderr

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.launched import ROOT, launched
+from tests.launched_ranks import ROOT, launched
 
 CONFIG = """\
 name: tiny

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub import Hub, serving
+from tests.fake_hub import Hub, serving
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = """

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.hub import Hub, serving
-from tests.launched import ROOT
+from tests.fake_hub import Hub, serving
+from tests.launched_ranks import ROOT
 
 TINY = [
     "model.num_layers=1", "model.d_model=16", "model.num_heads=2", "model.moe.num_experts=4", "model.moe.d_ff=16",

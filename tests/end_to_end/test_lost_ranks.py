@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import warm
-from tests.launched import ROOT, Started, launched, store_apart
+from tests import imported_once
+from tests.launched_ranks import ROOT, Started, launched, store_apart
 from trainer.distributed.interface import LOOPBACK
 
 CONFIG = """\
@@ -94,7 +94,7 @@ def test_a_killed_or_frozen_rank_is_named_by_one_survivor_within_bounds(
 STUCK = """
 import sys, time, torch
 from trainer.cli import main
-import trainer.loop
+import trainer.training.loop
 from trainer.engine.native import NativeEngine
 from trainer.errors import DataError
 whole = NativeEngine.train_step
@@ -202,7 +202,9 @@ def test_torchrun_does_not_wait_for_ever_for_a_store_that_is_frozen(tmp_path: Pa
         assert process.pid is not None
         os.kill(process.pid, signal.SIGSTOP)
         where = ["--nnodes", "2", "--node-rank", "1", "--master-addr", LOOPBACK, "--master-port", str(port)]
-        done = warm.run(["torchrun.py", *where, "--nproc-per-node", "1", "-m", "trainer"], cwd=tmp_path, timeout=60)
+        done = imported_once.run(
+            ["torchrun.py", *where, "--nproc-per-node", "1", "-m", "trainer"], cwd=tmp_path, timeout=60
+        )
     assert done.returncode == 5, done.stderr
     said = json.loads((tmp_path / "report").read_text())["error"]
     assert said.startswith(f"cannot meet the other machines through {LOOPBACK}:{port}: "), said

@@ -13,7 +13,7 @@ import pytest
 
 from tests.end_to_end import tiny
 from tests.end_to_end.tiny import environment, make_workplace, numbers, run, run_ranks, torchrun
-from tests.launched import ROOT
+from tests.launched_ranks import ROOT
 
 assert_same = partial(tiny.assert_same, rel=1e-9, abs=1e-9)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from scripts.recipes.__main__ import RECIPES
-from tests.launched import ROOT
-from trainer.evaluation.text_metrics import judge
+from tests.launched_ranks import ROOT
+from trainer.evaluation.tasks.text_metrics import judge
 
 
 def run(folder: Path, *arguments: str) -> None:

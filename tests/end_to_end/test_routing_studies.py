@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from scripts.routing_studies import COLUMNS, CONFIG, STUDIES
-from tests.launched import ROOT
+from tests.launched_ranks import ROOT
 from trainer.config.loader import load
 from trainer.experiment import ExperimentConfig
 

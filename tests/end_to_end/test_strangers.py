@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.tiny import environment, make_workplace
-from tests.launched import ROOT
+from tests.launched_ranks import ROOT
 
 
 def test_from_another_host_nothing_answers_and_writing_to_the_store_executes_nothing(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ import pytest
 import torch
 from torch.distributed.launcher.api import LaunchConfig
 
-from tests.launched import ROOT
-from tests.listeners import beyond_this_machine, listeners
+from tests.launched_ranks import ROOT
+from tests.listening_sockets import beyond_this_machine, listeners
 from trainer import cli
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.status import Status, read_statuses

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.clock import without_clock
+from tests.ignore_clock import without_clock
 from tests.wandb_server import WandbServer
 
 CONFIG = """\
@@ -59,7 +59,7 @@ def wait_for_mirror(folder: Path) -> None:
 
 
 def _is_mirror_in(folder: Path, process: dict[str, Any]) -> bool:
-    return process["cwd"] == str(folder) and "trainer.metrics.wandb_mirror" in (process["cmdline"] or [])
+    return process["cwd"] == str(folder) and "trainer.trackers.wandb_mirror" in (process["cmdline"] or [])
 
 
 def test_a_killed_run_goes_on_in_wandb_and_tensorboard_as_in_its_own_metrics(tmp_path: Path):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import warm
-from tests.clock import without_clock
-from tests.launched import ROOT, launched
+from tests import imported_once
+from tests.ignore_clock import without_clock
+from tests.launched_ranks import ROOT, launched
 
 CONFIG = """\
 name: tiny
@@ -45,7 +45,7 @@ def environment() -> dict[str, str]:
 
 def run(folder: Path, *arguments: str) -> str:
     """Run a verb in one process to a good end; return what it printed."""
-    result = warm.run(["-m", "trainer", *arguments], cwd=folder)
+    result = imported_once.run(["-m", "trainer", *arguments], cwd=folder)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

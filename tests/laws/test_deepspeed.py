@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from tests.builders import make_batch, make_engine_of, rows_of, tiny_model_config
+from tests.checkpoint_helpers import digest, load, resume
 from tests.ranks import Ranks, mesh_here
-from tests.saved import digest, load, resume
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.saver import Saver
-from trainer.data.batch import Batch
+from trainer.data.batches.batch import Batch
 from trainer.distributed.layout import even_slice
 from trainer.distributed.mesh import Mesh
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig

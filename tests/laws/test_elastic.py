@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from tests.builders import make_batch, make_engine, rows_of, tiny_model_config
+from tests.checkpoint_helpers import digest, load, resume
 from tests.ranks import Ranks, mesh_here
-from tests.saved import digest, load, resume
 from tests.unit.checkpoint.test_manifest import rewrite
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.load import find_newest

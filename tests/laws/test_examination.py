@@ -12,9 +12,9 @@ from tests.ranks import Ranks
 from trainer.distributed.flight_recorder import FlightRecorder
 from trainer.distributed.layout import Layout
 from trainer.distributed.mesh import build_mesh
-from trainer.evaluation.batch_generation import write
 from trainer.evaluation.context import EvalContext
 from trainer.evaluation.scoring import Question, score
+from trainer.evaluation.tasks.batch_generation import write
 from trainer.models.sampling import SamplingOptions
 from trainer.parallel.config import ParallelConfig
 

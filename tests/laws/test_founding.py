@@ -17,7 +17,7 @@ from torch.optim import SGD, Optimizer
 
 from tests.builders import make_batch, make_context, make_model, moe_config, tiny_model_config
 from tests.end_to_end import tiny
-from tests.launched import ROOT
+from tests.launched_ranks import ROOT
 from trainer.config.loader import load
 from trainer.experiment import ExperimentConfig
 from trainer.moe.dispatch.local import LocalDispatcher

@@ -8,7 +8,7 @@ import torch
 
 from tests.builders import make_batch, make_engine, make_packed_batch, rows_of, tiny_model_config
 from tests.laws.test_router_oracles import KINDS
-from trainer.data.batch import Batch
+from trainer.data.batches.batch import Batch
 
 STEPS, ROWS, SEQ_LEN = 20, 16, 8
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.builders import make_batch, make_engine, make_model, tiny_model_config
 from tests.laws.test_router_oracles import VARIANTS
-from trainer.data.batch import Batch
+from trainer.data.batches.batch import Batch
 from trainer.models.config import ModelConfig
 from trainer.models.gpt import GPT, routing_context
 from trainer.moe.layer import MoELayer

@@ -15,8 +15,8 @@ from torch import Tensor
 from tests.builders import make_batch, make_engine, rows_of, tiny_model_config
 from tests.ranks import Ranks, mesh_here
 from trainer.checkpoint.replica_check import check_copies
-from trainer.data.batch import Batch
-from trainer.data.stream import pad_rows
+from trainer.data.batches.batch import Batch
+from trainer.data.batches.stream import pad_rows
 from trainer.distributed.layout import Layout, even_slice, named
 from trainer.distributed.mesh import Mesh
 from trainer.engine.native import NativeEngine

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import warm
+from tests import imported_once
 from tests.builders import make_batch, make_engine, make_packed_batch, rows_of, tiny_model_config
-from tests.saved import load, resume, save
+from tests.checkpoint_helpers import load, resume, save
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.engine.native import NativeEngine
 
@@ -78,7 +78,7 @@ def test_a_resumed_run_continues_bit_for_bit_in_a_new_process(case: str, tmp_pat
     assert _train(first_half, 0, 10, num_pieces) == curve[:10]
     save(tmp_path / "c", 10, first_half.state())
     answer = tmp_path / "answer.json"
-    process = warm.CONTEXT.Process(target=_second_half, args=(case, tmp_path / "c", answer))
+    process = imported_once.CONTEXT.Process(target=_second_half, args=(case, tmp_path / "c", answer))
     process.start()
     process.join(120)
     assert process.exitcode == 0

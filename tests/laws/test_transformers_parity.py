@@ -11,7 +11,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from tests import transformers_models
 from tests.builders import make_batch, make_engine, make_model, make_packed_batch, rows_of, tiny_model_config
-from trainer.data.batch import Batch
+from trainer.data.batches.batch import Batch
 from trainer.models.config import ModelConfig
 from trainer.models.gpt import GPT
 from trainer.ops.attention import document_mask

@@ -6,13 +6,13 @@ PARITY = "tests/laws/test_transformers_parity.py"
 NATIVE = "tests/unit/engine/test_native.py"
 ORACLE = "tests/laws/test_oracle.py"
 STATS = "tests/unit/moe/test_stats.py"
-LOOP = "tests/unit/test_loop.py"
+LOOP = "tests/unit/training/test_loop.py"
 SCHEDULE = "tests/unit/optim/test_schedule.py"
 
 _STATS = "trainer/moe/stats.py"
 _STEP = "trainer/engine/step.py"
 _LAYER = "trainer/moe/layer.py"
-_LOOP = "trainer/loop.py"
+_LOOP = "trainer/training/loop.py"
 
 _PASSES_ON = """\
 full = (outputs.order.row_of_slot == len(outputs.rows)).all(1) & context.valid

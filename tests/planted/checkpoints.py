@@ -72,17 +72,17 @@ FAULTS = [
     ),
     in_package(
         "pruning counts from the oldest checkpoint",
-        "checkpoint/pruning.py",
+        "checkpoint/tools/pruning.py",
         "newest=sound[-1]",
         "newest=sound[0]",
-        "checkpoint/test_pruning.py",
+        "checkpoint/tools/test_pruning.py",
     ),
     in_package(
         "damaged checkpoints count among those that are kept",
         "checkpoint/folder.py",
         "num_sound += self.is_sound(step)",
         "num_sound += 1",
-        "checkpoint/test_pruning.py",
+        "checkpoint/tools/test_pruning.py",
         "checkpoint/test_save_and_load.py",
     ),
 ]

@@ -19,17 +19,17 @@ FAULTS = [
     ),
     in_package(
         "the benefit of a tie goes to the right candidate",
-        "evaluation/ranking.py",
+        "evaluation/tasks/ranking.py",
         "else -values[i], i in relevant)",
         "else -values[i], i not in relevant)",
-        "evaluation/test_ranking.py",
+        "evaluation/tasks/test_ranking.py",
     ),
     in_package(
         "classes that were wrongly chosen have no F1",
-        "evaluation/choice.py",
+        "evaluation/tasks/choice.py",
         "{*chosen, *answers}",
         "{*answers}",
-        "evaluation/test_choice.py",
+        "evaluation/tasks/test_choice.py",
     ),
     in_package(
         "a domain's bits are nats",
@@ -47,10 +47,10 @@ FAULTS = [
     ),
     in_package(
         "the best gain has no end at k",
-        "evaluation/ranking.py",
+        "evaluation/tasks/ranking.py",
         "range(1, min(k, len(places)) + 1)",
         "range(1, len(places) + 1)",
-        "evaluation/test_ranking.py::test_metrics_equal_hand_computed_ones",
+        "evaluation/tasks/test_ranking.py::test_metrics_equal_hand_computed_ones",
     ),
     in_package(
         "imbalance is of the mean layer",
@@ -61,10 +61,10 @@ FAULTS = [
     ),
     in_package(
         "answers are compared over all characters",
-        "evaluation/choice.py",
+        "evaluation/tasks/choice.py",
         "len(text.encode()) for text",
         "len(text) for text",
-        "evaluation/test_choice.py",
+        "evaluation/tasks/test_choice.py",
     ),
     in_package(
         "a nucleus ends before it has p",
@@ -124,9 +124,9 @@ FAULTS = [
     ),
     in_package(
         "minutes are hundredths",
-        "metrics/formatting.py",
+        "console/formatting.py",
         "{left % unit // smaller:02d}",
         "{left // smaller:02d}",
-        "metrics/test_formatting.py",
+        "console/test_formatting.py",
     ),
 ]

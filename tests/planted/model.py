@@ -114,14 +114,14 @@ FAULTS = [
     _in_gpt("the loss mask is ignored", "* target_mask).sum(1)", ").sum(1)", PARITY, "tests/unit/models/test_gpt.py"),
     Fault(
         name="targets that are masked count",
-        file="trainer/data/batch.py",
+        file="trainer/data/batches/batch.py",
         old="return self.loss_mask & self.valid",
         new="return self.valid",
         tests=(PARITY,),
     ),
     Fault(
         name="targets of padding count",
-        file="trainer/data/batch.py",
+        file="trainer/data/batches/batch.py",
         old="return self.loss_mask & self.valid",
         new="return self.loss_mask",
         tests=(PARITY,),

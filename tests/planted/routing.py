@@ -55,17 +55,17 @@ FAULTS = [
     ),
     in_package(
         "fastmoe's loss rises with processes",
-        "moe/conventions.py",
+        "lab/conventions.py",
         "value /= _world_size",
         "value *= _world_size",
-        "moe/test_conventions.py",
+        "lab/test_conventions.py",
     ),
     in_package(
         "dense layers are not counted in a convention",
-        "moe/conventions.py",
+        "lab/conventions.py",
         "model.num_moe_layers / model.num_layers",
         "1.0",
-        "moe/test_conventions.py",
+        "lab/test_conventions.py",
     ),
     in_package(
         "busy experts' bias rises",
@@ -83,10 +83,10 @@ FAULTS = [
     ),
     in_package(
         "the yardstick has one place less",
-        "moe/routing_optimum.py",
+        "evaluation/routing_optimum.py",
         "kept.long().cumsum(0) <= room",
         "kept.long().cumsum(0) < room",
-        "moe/test_routing_optimum.py",
+        "evaluation/test_routing_optimum.py",
     ),
     in_package(
         "a permutation's gradient is permuted forwards",

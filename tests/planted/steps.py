@@ -36,17 +36,17 @@ FAULTS = [
     ),
     in_package(
         "a spike is judged by the variance",
-        "engine/spikes.py",
+        "training/spikes.py",
         "self.sigmas * math.sqrt(variance)",
         "self.sigmas * variance",
-        "engine/test_spikes.py",
+        "training/test_spikes.py",
     ),
     in_package(
         "one more spike than the patience is skipped",
-        "engine/spikes.py",
+        "training/spikes.py",
         "self.skipped_in_a_row < self.patience",
         "self.skipped_in_a_row <= self.patience",
-        "engine/test_spikes.py",
+        "training/test_spikes.py",
     ),
     in_package(
         "experts are blamed before dense weights",

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.texts import make_file
-from trainer.data.concat_rows import CrossingRows
+from trainer.data.batches.concat_rows import CrossingRows
 from trainer.data.mixture import Mixture
 from trainer.data.permutation import hash64, permute
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.texts import make_corpus_of, make_text
-from trainer.data.batch import Batch
+from trainer.data.batches.batch import Batch
+from trainer.data.batches.stream import TrainStream
 from trainer.data.config import Packing
 from trainer.data.corpus import Corpus
-from trainer.data.stream import TrainStream
 
 
 class Attempt(NamedTuple):

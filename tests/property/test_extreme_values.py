@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.leaves import Leaf, leaves
+from tests.schema_leaves import Leaf, leaves
 from trainer.config import layers
 from trainer.config.dump import dump, inline
 from trainer.config.loader import load

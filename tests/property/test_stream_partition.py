@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.batch import Batch
+from trainer.data.batches.batch import Batch
+from trainer.data.batches.stream import TrainStream
 from trainer.data.config import DataConfig, SplitConfig
 from trainer.data.corpus import build_corpus
 from trainer.data.sources.registry import SourceConfig, TextSourceConfig
-from trainer.data.stream import TrainStream
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.launched import ROOT
-from trainer import cli, environment, tasks
+from tests.launched_ranks import ROOT
+from trainer import cli, environment
+from trainer.distributed import mpi_environment
 from trainer.distributed.layout import Layout, is_first_here, is_first_rank, launched
 from trainer.errors import ConfigError
 from trainer.status import REPORT
@@ -45,8 +46,8 @@ BAD = [
     *[("launch", "NNODES", bad, ON_TWO_MACHINES) for bad in [*NO_NUMBER, "0"]],
     *[("launch", "NODE_RANK", bad, ON_TWO_MACHINES) for bad in [*NO_NUMBER, "2"]],
     *[("launch", "MASTER_PORT", bad, ON_TWO_MACHINES) for bad in [*NO_NUMBER, "0", "99999"]],
-    *[("train", name, "4", {rank: "1"}) for name, rank in tasks._MPI],
-    *[("train", name, "x", {rank: "1"}) for name, rank in tasks._MPI],
+    *[("train", name, "4", {rank: "1"}) for name, rank in mpi_environment._MPI],
+    *[("train", name, "x", {rank: "1"}) for name, rank in mpi_environment._MPI],
 ]
 """Verb, variable, value, and the other variables."""
 
@@ -200,8 +201,8 @@ ONE_PROCESS = {
 
 @pytest.mark.parametrize("told", ONE_PROCESS)
 def test_one_process_in_an_allocation_of_several_tasks_may_train(told: str) -> None:
-    tasks.check_tasks(ONE_PROCESS[told], expected=1)
-    warning = tasks.task_warning(ONE_PROCESS[told])
+    mpi_environment.check_tasks(ONE_PROCESS[told], expected=1)
+    warning = mpi_environment.task_warning(ONE_PROCESS[told])
     if told == "sbatch for several tasks":
         assert warning is not None and warning.startswith("SLURM_NTASKS=4, and this run has one process; for more, ")
     else:
@@ -214,8 +215,8 @@ def test_a_launcher_that_says_who_is_who_is_believed(
     """Torchrun of every task, or DeepSpeed's launcher, which starts ranks by MPI."""
     for name, value in (SRUN | RANK_OF_TWO | {"SLURM_PROCID": "1", "MASTER_ADDR": "no-such-host.invalid"}).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("trainer.verbs.training.end_with_launcher", lambda: None)
-    monkeypatch.setattr("trainer.verbs.training.run_to_train", _reached)
+    monkeypatch.setattr("trainer.commands.train.end_with_launcher", lambda: None)
+    monkeypatch.setattr("trainer.commands.train.run_to_train", _reached)
     with pytest.raises(Reached):
         cli.main(["train", config])
 
@@ -229,7 +230,7 @@ def _reached(options: object) -> None:
 
 
 def test_launch_on_every_machine_is_as_many_tasks_as_machines(monkeypatch: pytest.MonkeyPatch) -> None:
-    tasks.check_tasks(SRUN | {"SLURM_PROCID": "1"}, expected=4)
+    mpi_environment.check_tasks(SRUN | {"SLURM_PROCID": "1"}, expected=4)
     assert Launch.of({}, {"NNODES": "4", "NODE_RANK": "1", "MASTER_ADDR": "a"}).nnodes == 4
 
 

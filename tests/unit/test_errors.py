@@ -4,8 +4,8 @@ import os
 import pytest
 
 from trainer import cli
+from trainer.commands import config
 from trainer.errors import ConfigError, RemoteRankError, StopRequested, exit_code_of, first_line
-from trainer.verbs import configs
 
 
 class OutOfMemoryError(RuntimeError):
@@ -34,7 +34,7 @@ def test_the_process_ends_with_the_code_of_its_error(
         raise error
 
     assert exit_code_of(error) == code
-    monkeypatch.setattr(configs, "schema_text", fail)
+    monkeypatch.setattr(config, "schema_text", fail)
     monkeypatch.setattr(os, "dup2", lambda *_: None)
     if code is None:
         with pytest.raises(type(error)):

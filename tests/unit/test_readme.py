@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from scripts.recipes import __main__ as recipes
-from tests.launched import ROOT
+from tests.launched_ranks import ROOT
 from tests.unit.test_recipes import local_files
-from trainer.checkpoint.weight_map import WeightMapConfig
+from trainer.checkpoint.tools.weight_map import WeightMapConfig
 from trainer.config.loader import load
 from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.experiment import ExperimentConfig

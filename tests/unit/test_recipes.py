@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from scripts.recipes.__main__ import RECIPES
-from tests import warm
+from tests import imported_once
 from trainer.config.loader import load
 from trainer.experiment import ExperimentConfig
 from trainer.models.flops import model_size
@@ -59,7 +59,7 @@ def test_a_config_that_reads_files_says_what_makes_them(path):
 
 def test_a_file_that_is_missing_is_named_with_the_command_that_makes_it(tmp_path):
     config = str(ROOT / "configs/recipes/small/recommendation.yaml")
-    result = warm.run(["-m", "trainer", "train", config], cwd=tmp_path)
+    result = imported_once.run(["-m", "trainer", "train", config], cwd=tmp_path)
     assert result.returncode == 3
     assert result.stderr == (
         f"data/small/recommendation/train.jsonl: no such file; paths are relative to {tmp_path}; correct the path, or "
@@ -69,7 +69,7 @@ def test_a_file_that_is_missing_is_named_with_the_command_that_makes_it(tmp_path
     rows = "".join(json.dumps({"history": f"a; b {i}", "next": f"c {i}"}) + "\n" for i in range(300))
     for name in ("train.jsonl", "test.jsonl"):
         Path(tmp_path, "data/small/recommendation", name).write_text(rows)
-    result = warm.run(["-m", "trainer", "train", config], cwd=tmp_path)
+    result = imported_once.run(["-m", "trainer", "train", config], cwd=tmp_path)
     assert result.returncode == 3
     assert result.stderr.startswith("data/small/recommendation/items.txt: no such file; ")
     assert result.stderr.endswith(" or make what this config reads: python -m scripts.recipes recommendation\n")

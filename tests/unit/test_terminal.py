@@ -9,14 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from trainer import cli, workflows
+from trainer import cli
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.dump import dump, inline
 from trainer.config.loader import load
 from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.experiment import ExperimentConfig
 from trainer.terminal import one_line, say, show_logs, visible
-from trainer.workflows import GenerateOptions
+from trainer.training import main
+from trainer.training.main import GenerateOptions
 
 STEERS = "a\x1b[2J\x07\r\x9b\u202eb\u2028c"
 SHOWN = "a\ufffd[2J\ufffd\ufffd\ufffd\ufffdb\ufffdc"
@@ -24,9 +25,9 @@ TRAINER = Path(cli.__file__).parent
 RAW = {
     "terminal.py": 1,  # `say` itself
     "workflows.py": 3,  # a generated text, which a file or pipe gets as it is
-    "verbs/configs.py": 2,  # YAML and JSON, which escape by themselves
-    "verbs/checkpoints.py": 2,  # JSON
-    "verbs/trained.py": 1,  # JSON
+    "commands/config.py": 2,  # YAML and JSON, which escape by themselves
+    "commands/checkpoint.py": 2,  # JSON
+    "commands/evaluate.py": 1,  # JSON
 }
 """Calls of `print` in each file."""
 
@@ -114,10 +115,10 @@ def test_a_prompt_and_what_follows_it_are_shown_on_a_terminal(
 ) -> None:
     """A file or a pipe gets both as they are."""
     engine = SimpleNamespace(model=SimpleNamespace(moe_layers=list))
-    monkeypatch.setattr(workflows, "load_trained", lambda *_, **__: (engine, ByteTokenizer(), None))
-    monkeypatch.setattr(workflows, "generate", lambda *_, **__: iter(f"|{STEERS}".encode()))
+    monkeypatch.setattr(main, "load_trained", lambda *_, **__: (engine, ByteTokenizer(), None))
+    monkeypatch.setattr(main, "generate", lambda *_, **__: iter(f"|{STEERS}".encode()))
     screen = Screen(is_terminal=is_terminal)
     monkeypatch.setattr(sys, "stdout", screen)
     options = GenerateOptions(prompt=STEERS, max_tokens=1, temperature=0, top_k=None, top_p=1, seed=0, step=None)
-    workflows.generate_text(ExperimentConfig(name="x"), RunFolder(Path("x")), options)
+    main.generate_text(ExperimentConfig(name="x"), RunFolder(Path("x")), options)
     assert screen.getvalue() == wanted

@@ -9,8 +9,8 @@ from trainer.checkpoint.compatible import abridged
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.nodes import shown_path
-from trainer.data.build_cache import IngestProgress
 from trainer.data.config import DataConfig
+from trainer.data.token_cache.build_cache import IngestProgress
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.data.tokenizers.folder import OPTIONS, TOKENIZER, parse, read_text, stated_end
 from trainer.errors import CheckpointError, ResourceError

@@ -5,18 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.data.block_stream import BlockStream, StreamedSource
-from trainer.data.build_cache import IngestProgress, prepare
-from trainer.data.cache import cache_error
-from trainer.data.checksums import Damaged
 from trainer.data.config import DataConfig
 from trainer.data.mixture import domain_shares
-from trainer.data.records import hash_of
-from trainer.data.rows.bad import SkippedRows
-from trainer.data.shards import TokenFile, open_token_file
-from trainer.data.skipped import SkippedOf
-from trainer.data.source_cache import CachedSource, SourceManifest
+from trainer.data.records.bad_records import SkippedRows
 from trainer.data.sources.registry import HfStreamSourceConfig
+from trainer.data.token_cache.block_stream import BlockStream, StreamedSource
+from trainer.data.token_cache.build_cache import IngestProgress, prepare
+from trainer.data.token_cache.cache import cache_error
+from trainer.data.token_cache.checksums import Damaged
+from trainer.data.token_cache.shards import TokenFile, open_token_file
+from trainer.data.token_cache.signed_records import hash_of
+from trainer.data.token_cache.skipped import SkippedOf
+from trainer.data.token_cache.source_cache import CachedSource, SourceManifest
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.errors import DataError
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from trainer.checkpoint.state import TrainState
-from trainer.data.batch import Batch
+from trainer.data.batches.batch import Batch
 from trainer.models.gpt import GPT
 
 

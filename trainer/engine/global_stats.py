@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trainer.data.batch import Batch
+from trainer.data.batches.batch import Batch
 from trainer.distributed.collectives import Group
 from trainer.engine.reduce import all_reduce_packed
 from trainer.models.gpt import GPTOutput

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trainer import fault_injection
 from trainer.checkpoint.state import Slice, TrainState
-from trainer.data.batch import Batch
+from trainer.data.batches.batch import Batch
 from trainer.distributed.mesh import Mesh
 from trainer.engine.base import Engine, EvalSums, RoutingSums, StepResult
 from trainer.engine.global_stats import GlobalStats

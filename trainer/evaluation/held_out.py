@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trainer import fault_injection
+from trainer.data.batches.stream import evaluation_batches, row_slice
 from trainer.data.config import Packing
 from trainer.data.corpus import Corpus
-from trainer.data.stream import evaluation_batches, row_slice
 from trainer.distributed.layout import Layout
 from trainer.engine.base import Engine, EvalSums
 from trainer.metrics.specialisation import specialisation_metrics

@@ -15,9 +15,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_
 
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.errors import ConfigError, DataError, first_line
-from trainer.evaluation.batch_generation import room_for_prompt, write
 from trainer.evaluation.context import EvalContext
 from trainer.evaluation.scoring import Question, Score, Tokens, fitted, score
+from trainer.evaluation.tasks.batch_generation import room_for_prompt, write
 from trainer.models.sampling import SamplingOptions
 
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")

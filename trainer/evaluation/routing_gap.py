@@ -1,8 +1,8 @@
 """Measure how far a model's routers are from the optimal choice, while it trains.
 
-The optimum is that of a linear programme (`moe/routing_optimum.py`), row by row, with the room that the capacity gives,
-or a fair share where there is no capacity. The rows are of held-out text and the same at every step, so that steps can
-be compared; the routers decide as in training.
+The optimum is that of a linear programme (`evaluation/routing_optimum.py`), row by row, within the layer's capacity, or
+a fair share where there is none. The rows are of held-out text and the same at every step, so that steps can be
+compared; the routers decide as in training.
 
 # L MoE layers, E experts, T tokens.
 """
@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.data.batch import Batch
+from trainer.data.batches.batch import Batch
+from trainer.data.batches.stream import evaluation_batches
 from trainer.data.config import Packing
 from trainer.data.corpus import Corpus
-from trainer.data.stream import evaluation_batches
 from trainer.distributed.collective_errors import barrier_gather, raise_together
 from trainer.distributed.collectives import Group
 from trainer.engine.base import Engine
+from trainer.evaluation.routing_optimum import Measured, measure
 from trainer.moe.capacity import expert_capacity
 from trainer.moe.config import MoEConfig
 from trainer.moe.routing import RouterOutput, RoutingOptions
-from trainer.moe.routing_optimum import Measured, measure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

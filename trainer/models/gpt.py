@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.data.batch import Batch
+from trainer.data.batches.batch import Batch
 from trainer.models.cache import CachedAttention, Extension, KVCache
 from trainer.models.config import ModelConfig
 from trainer.moe.dispatch.local import LocalDispatcher

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from trainer.assemble import build_model, numerics, resolve_kernel
 from trainer.checkpoint.state import TrainState
+from trainer.data.batches.stream import TrainStream
 from trainer.data.corpus import build_corpus
-from trainer.data.stream import TrainStream
 from trainer.distributed.mesh import Mesh
 from trainer.engine.step import StepEngine
 from trainer.experiment import ExperimentConfig
 from trainer.prove.gather import gather_state
+from trainer.training.model import build_model, numerics, resolve_kernel
 
 
 @dataclass(slots=True, kw_only=True)

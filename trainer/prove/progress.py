@@ -9,8 +9,8 @@ from typing import TextIO
 from rich.console import Console as RichConsole
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from trainer.metrics.formatting import duration
-from trainer.metrics.safe_stream import SafeStream
+from trainer.console.formatting import duration
+from trainer.console.safe_stream import SafeStream
 
 
 class LayoutProgress:

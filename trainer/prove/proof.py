@@ -6,14 +6,13 @@ from pathlib import Path
 
 import torch
 
-from trainer.assemble import check_memory
 from trainer.config.nodes import shown
+from trainer.console.console import Console
 from trainer.data.corpus import build_corpus
 from trainer.distributed.layout import Layout
 from trainer.engine.registry import NativeEngineConfig
 from trainer.errors import ConfigError, TurnoutError
 from trainer.experiment import ExperimentConfig
-from trainer.metrics.console import Console
 from trainer.prove.cases import all_cases, labels, reference, small, without_comparisons
 from trainer.prove.compare import compare
 from trainer.prove.pool import LocalRanks
@@ -21,6 +20,7 @@ from trainer.prove.progress import LayoutProgress
 from trainer.prove.ranks import run_case
 from trainer.prove.report import Table, TableRow, write_json
 from trainer.prove.rounding import FLOORS, TOLERANCES
+from trainer.training.model import check_memory
 
 _FIRST_STEPS = 5
 """Below float64 a near tie parts two correct trajectories sooner or later: so many steps are compared."""

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.saved import save
+from tests.checkpoint_helpers import save
 from trainer.checkpoint.compatible import check_fits, check_model, check_tokenizer
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.load import CheckpointHandle, find

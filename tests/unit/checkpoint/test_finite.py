@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.saved import save, save_unseen
+from tests.checkpoint_helpers import save, save_unseen
 from trainer.checkpoint import tensor_file
 from trainer.checkpoint.finite import check_finite, not_finite
 from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.listing import entries
 from trainer.checkpoint.load import find_newest
-from trainer.checkpoint.pruning import plan_prune
 from trainer.checkpoint.state import Slice, TrainState
+from trainer.checkpoint.tools.listing import entries
+from trainer.checkpoint.tools.pruning import plan_prune
 from trainer.distributed.collectives import Group
 from trainer.errors import CheckpointError, NumericsError
 

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from tests.ranks import Ranks, mesh_here
-from trainer.build import build_run
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.loader import load
+from trainer.console.console import Console
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.signals import StopRequest
 from trainer.errors import ConfigError, RemoteRankError, TurnoutError
 from trainer.experiment import ExperimentConfig
-from trainer.loop import fit
-from trainer.metrics.console import Console
-from trainer.metrics.jsonl import read_jsonl
 from trainer.status import StatusFile
+from trainer.trackers.jsonl import read_jsonl
+from trainer.training.loop import fit
+from trainer.training.setup import build_run
 
 CONFIG = """\
 name: tiny

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.saved import save
+from tests.checkpoint_helpers import save
 from trainer.checkpoint.manifest import Manifest, manifest_text, read_manifest
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.errors import CheckpointError

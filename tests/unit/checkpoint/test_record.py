@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.saved import save
-from tests.unit.checkpoint.test_verify import RUN
+from tests.checkpoint_helpers import save
+from tests.unit.checkpoint.tools.test_verify import RUN
 from trainer.checkpoint.compatible import check_model, check_record, check_tokenizer
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.load import CheckpointHandle, find

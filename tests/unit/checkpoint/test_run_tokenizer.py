@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import foreign
+from tests import foreign_tokenizers
 from tests.ranks import Ranks, mesh_here
-from trainer.build import build_run
 from trainer.checkpoint.run_folder import RunFolder, check_belongs
 from trainer.cli import main
 from trainer.config.dump import Change
 from trainer.config.loader import load
+from trainer.console.console import Console
 from trainer.data.tokenizers import bpe
 from trainer.distributed.mesh import Mesh
 from trainer.errors import CheckpointError, ConfigError
 from trainer.experiment import ExperimentConfig
-from trainer.metrics.console import Console
-from trainer.run import Run
+from trainer.training.run import Run
+from trainer.training.setup import build_run
 
 CONFIG = """\
 name: tiny
@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
     text = "It was a bright cold day in April, and the clocks were striking. " * 50
     (tmp_path / "text.txt").write_text(text)
     (tmp_path / "tiny.yaml").write_text(CONFIG)
-    (tmp_path / "theirs.json").write_text(json.dumps(foreign.byte_level()))
+    (tmp_path / "theirs.json").write_text(json.dumps(foreign_tokenizers.byte_level()))
     return tmp_path
 
 
@@ -161,14 +161,14 @@ def test_without_the_kept_file_the_config_s_tokenizer_is_compared(folder):
     run.folder.tokenizer.unlink()
     assert _build(folder, [_file(folder)]).start_step == 1
     run.folder.tokenizer.unlink()
-    (folder / "theirs.json").write_text(json.dumps(foreign.byte_fallback()))
+    (folder / "theirs.json").write_text(json.dumps(foreign_tokenizers.byte_fallback()))
     with pytest.raises(CheckpointError, match=r"checkpoints: was trained with another tokenizer than data\.tokenizer"):
         _build(folder, [_file(folder)])
 
 
 def test_a_file_that_changed_since_is_refused_with_both_named(folder):
     run = _saved(folder, [_file(folder)])
-    (folder / "theirs.json").write_text(json.dumps(foreign.byte_fallback()))
+    (folder / "theirs.json").write_text(json.dumps(foreign_tokenizers.byte_fallback()))
     with pytest.raises(CheckpointError) as caught:
         _build(folder, [_file(folder)])
     assert str(caught.value).startswith(

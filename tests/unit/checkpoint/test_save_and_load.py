@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.saved import load, save, try_to_save, whole
+from tests.checkpoint_helpers import load, save, try_to_save, whole
 from tests.unit.checkpoint.test_manifest import rewrite
 from trainer.atomic_io import open_regular
 from trainer.checkpoint import folder as folder_module

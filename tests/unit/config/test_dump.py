@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from trainer.config.dump import ABSENT, Change, changed_keys, diff, dump, inline
 from trainer.config.loader import load
 from trainer.data.config import DataConfig
-from trainer.data.rows.filters import FilterConfig
+from trainer.data.records.filters import FilterConfig
 from trainer.data.sources.registry import InstalledSourceConfig, JsonlSourceConfig, TextSourceConfig
 from trainer.experiment import ExperimentConfig, TrainConfig
 from trainer.models.config import ModelConfig

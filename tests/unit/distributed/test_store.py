@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.listeners import listeners
+from tests.listening_sockets import listeners
 from tests.unit.distributed.test_plain import Evil
 from trainer.distributed import interface
 from trainer.distributed.interface import LOOPBACK, address_to_listen_on, loopback_variables

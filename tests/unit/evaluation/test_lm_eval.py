@@ -13,7 +13,7 @@ pytest.importorskip("lm_eval")
 
 from lm_eval.tasks import TaskManager
 
-from tests.unit.evaluation.asked import SEQ_LEN, build, subject
+from tests.unit.evaluation.task_helpers import SEQ_LEN, build, subject
 from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation import lm_eval
@@ -155,8 +155,8 @@ def test_data_that_is_not_there_is_an_error_of_data(model: HarnessModel, tasks: 
 
 def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from trainer.checkpoint.run_folder import RunFolder
-    from trainer.examine import evaluate_by_lm_eval
     from trainer.experiment import ExperimentConfig
+    from trainer.training.evaluate import evaluate_by_lm_eval
 
     monkeypatch.delitem(sys.modules, "trainer.evaluation.lm_eval")
     monkeypatch.setitem(sys.modules, "lm_eval", None)

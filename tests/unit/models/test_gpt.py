@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.builders import make_batch, make_model, rows_of, tiny_model_config
-from trainer.data.batch import Batch
+from trainer.data.batches.batch import Batch
 from trainer.models.gpt import GPT, RMSNorm, parameter_role, rotary_table, rotate
 from trainer.moe.routing import RoutingOptions
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.data.rows.bad import BadRow, SkippedCounter
-from trainer.data.rows.base import SourcePart
+from trainer.data.records.bad_records import BadRow, SkippedCounter
+from trainer.data.records.base import SourcePart
 from trainer.errors import DataError
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from trainer.data.rows.bad import BadRow
+from trainer.data.records.bad_records import BadRow
 from trainer.errors import DataError
 
 MAX_DOCUMENT_BYTES = 1 << 30

@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.data.rows.base import SourcePart
+from trainer.data.records.base import SourcePart
 from trainer.data.sources.base import Document, Source
 from trainer.data.sources.files import readable
 from trainer.data.sources.registry import InstalledSourceConfig

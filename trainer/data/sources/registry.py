@@ -9,10 +9,10 @@ from pydantic import Field
 
 from trainer.config.base import Config, Problem, repeated
 from trainer.config.nodes import shown
-from trainer.data.rows.bad import OnBadRow
-from trainer.data.rows.filters import FilterConfig
-from trainer.data.rows.registry import DatasetConfig, JsonlRowsConfig, Name, Paths
-from trainer.data.rows.template import Template, TemplateText
+from trainer.data.records.bad_records import OnBadRow
+from trainer.data.records.filters import FilterConfig
+from trainer.data.records.registry import DatasetConfig, JsonlRowsConfig, Name, Paths
+from trainer.data.records.template import Template, TemplateText
 
 if TYPE_CHECKING:
     from trainer.data.sources.base import Source

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from trainer.data.rows.bad import BadRow, usable
-from trainer.data.rows.base import Row, Rows, SourcePart
-from trainer.data.rows.template import Template
+from trainer.data.records.bad_records import BadRow, usable
+from trainer.data.records.base import Row, Rows, SourcePart
+from trainer.data.records.template import Template
 from trainer.data.sources.base import Document, Source
 from trainer.data.sources.files import NO_TEXT
 from trainer.data.sources.registry import Domain, TableConfig

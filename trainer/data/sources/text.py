@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.data.rows.bad import BadRow, usable
-from trainer.data.rows.base import SourcePart
+from trainer.data.records.bad_records import BadRow, usable
+from trainer.data.records.base import SourcePart
 from trainer.data.sources.base import Document, Source
 from trainer.data.sources.files import read_text, readable
 from trainer.data.sources.finding import TEXT, find_files, taken_from_folders

@@ -16,11 +16,11 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from trainer.atomic_io import replace_file
-from trainer.data.build_cache import IngestProgress
-from trainer.data.cache import cache_error, new_name, publish, remove_remains, sole_builder
 from trainer.data.config import DataConfig
 from trainer.data.corpus import Corpus, build_corpus
-from trainer.data.shards import TokenFile
+from trainer.data.token_cache.build_cache import IngestProgress
+from trainer.data.token_cache.cache import cache_error, new_name, publish, remove_remains, sole_builder
+from trainer.data.token_cache.shards import TokenFile
 from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.data.tokenizers.exact import made_exact
 from trainer.data.tokenizers.folder import END_OF_DOCUMENT, TOKENIZER, read_text

@@ -11,8 +11,8 @@ from trainer.config.base import Config, PathText
 from trainer.config.numbers import Count
 
 if TYPE_CHECKING:
-    from trainer.data.build_cache import IngestProgress
     from trainer.data.config import DataConfig
+    from trainer.data.token_cache.build_cache import IngestProgress
     from trainer.data.tokenizers.base import Tokenizer
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as Library
 
-from trainer.data.shards import token_dtype
+from trainer.data.token_cache.shards import token_dtype
 from trainer.data.tokenizers import byte_level
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.data.tokenizers.exact import Unsuitable, parts_of

@@ -1,0 +1,123 @@
+"""Warm python: forks of a process that has imported everything and computed nothing. They start in milliseconds.
+
+For what is not about how a process starts: most of a cold one is spent importing torch.
+"""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+import trainer.training.main
+from trainer import fault_injection
+from trainer.prove import pool  # whose processes come from the same server: its list of imports is in this one
+
+CONTEXT = multiprocessing.get_context("forkserver")
+"""Of multiprocessing, whose processes are such forks."""
+CONTEXT.set_forkserver_preload(
+    [*pool.PRELOAD, "trainer.training.main", "trainer.checkpoint.tools.export_dcp", "tests.imported_once", "pytest"]
+)
+
+
+class Process:
+    """A running `python ARGUMENTS`, as subprocess.Popen has it."""
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        *,
+        cwd: Path,
+        stdout: Path | None = None,
+        stderr: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start it.
+
+        Args:
+            arguments: `-m MODULE ...` or `SCRIPT ...`.
+            cwd: to run in.
+            stdout: file for what it prints; None: nowhere.
+            stderr: the same.
+            environment: variables beside those of this process.
+        """
+        variables = {**os.environ, **(environment or {})}
+        outputs = [os.devnull if path is None else str(path.absolute()) for path in (stdout, stderr)]
+        self._process = CONTEXT.Process(target=_work, args=(list(arguments), str(cwd), outputs, variables), daemon=True)
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
+
+    def poll(self) -> int | None:
+        """Return the exit code, negative for a signal; None if it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float) -> int:
+        """Return the exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: if it does not end in time.
+        """
+        self._process.join(timeout)
+        code = self.poll()
+        if code is None:
+            raise subprocess.TimeoutExpired("warm python", timeout)
+        return code
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send it a signal if it runs."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Kill it."""
+        self.send_signal(signal.SIGKILL)
+
+
+def run(
+    arguments: Sequence[str],
+    *,
+    cwd: Path,
+    environment: Mapping[str, str] | None = None,
+    timeout: float = 100.0,
+) -> subprocess.CompletedProcess[str]:
+    """Run `python ARGUMENTS` to its end, as subprocess.run does it with captured output."""
+    with tempfile.TemporaryDirectory() as folder:
+        stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
+        process = Process(arguments, cwd=cwd, stdout=stdout, stderr=stderr, environment=environment)
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(arguments, code, stdout.read_text(), stderr.read_text())
+
+
+def shorten_sample() -> None:
+    """Let a run of this process say 4 bytes at its end, not 320: they take longer than twenty steps of training."""
+    setattr(trainer.training.main, "_SAMPLE_TOKENS", 4)  # noqa: B010 - a constant for everybody else
+
+
+def _work(arguments: list[str], cwd: str, outputs: list[str], variables: dict[str, str]) -> None:
+    for number, path in zip((1, 2), outputs, strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(variables)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)
+    shorten_sample()
+    fault_injection._PLANNED[:] = fault_injection.planned(
+        os.environ.get("TURNOUT_FAULTS", ""), os.environ.get("RANK", "0")
+    )
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")

@@ -1,0 +1,91 @@
+"""DCP files equal the checkpoint bit for bit, or are not there."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from tests.checkpoint_helpers import load, save_unseen
+from tests.unit.checkpoint.tools.test_verify import RUN, _tensors
+from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.state import Slice, TrainState
+from trainer.checkpoint.tools import export_dcp as module
+from trainer.checkpoint.tools.export_dcp import export_dcp
+from trainer.errors import CheckpointError, ConfigError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> CheckpointFolder:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    tensors = {
+        **_tensors(),
+        "model.half": torch.ones(3, dtype=torch.bfloat16),
+        "model.nan": torch.full((2,), torch.nan),
+    }
+    slices = {name: Slice.whole(tensor) for name, tensor in tensors.items()}
+    save_unseen(folder, 3, TrainState(slices=slices, values={"optimizer_steps": 2}), RUN)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_every_tensor_comes_back_bit_for_bit(folder: CheckpointFolder, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export_dcp(folder, None, out)
+    numbers = {"step": 3, "position": 8, "optimizer_steps": 2}
+    source = {**load(folder, 3), **{name: torch.tensor(value) for name, value in numbers.items()}}
+    back = {name: torch.zeros_like(tensor) for name, tensor in source.items()}
+    dcp.load(back, checkpoint_id=out, no_dist=True)
+    for name, tensor in source.items():
+        torch.testing.assert_close(back[name], tensor, rtol=0, atol=0, equal_nan=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "out"]
+
+
+def test_what_reads_back_otherwise_is_not_given_its_name(
+    folder: CheckpointFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = dcp.save
+
+    def spoil(state: dict[str, torch.Tensor], **options: object) -> None:
+        write({**state, "model.embed.weight": state["model.embed.weight"] + 1}, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module.dcp, "save", spoil)
+    with pytest.raises(CheckpointError, match=r"out: not written: model\.embed\.weight differs"):
+        export_dcp(folder, 3, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_a_disk_that_refuses_leaves_nothing(
+    folder: CheckpointFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.dcp, "save", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        export_dcp(folder, 3, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+@pytest.mark.parametrize("taken", ["folder", "file", "link", "no parent"])
+def test_a_place_that_is_taken_is_refused(folder: CheckpointFolder, tmp_path: Path, taken: str) -> None:
+    out = tmp_path / "out"
+    match taken:
+        case "folder":
+            out.mkdir()
+        case "file":
+            out.write_text("x")
+        case "link":
+            out.symlink_to(tmp_path / "nowhere")
+        case "no parent":
+            out = tmp_path / "a" / "b"
+    with pytest.raises(ConfigError, match="is no folder" if taken == "no parent" else "exists; name a folder that"):
+        export_dcp(folder, 3, out)
+
+
+def test_a_damaged_source_is_refused(folder: CheckpointFolder, tmp_path: Path) -> None:
+    file = next(folder.of_step(3).glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        export_dcp(folder, 3, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,66 @@
+"""A list of checkpoints tells what each manifest says, and believes none of it too far."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.checkpoint_helpers import save
+from tests.unit.checkpoint.test_manifest import FILE, rewrite
+from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.state import Slice, TrainState
+from trainer.checkpoint.tools.listing import entries
+
+LAYOUT = {"world_size": 2, "ep_size": 2, "data": "replicate", "engine": "native"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> CheckpointFolder:
+    folder = CheckpointFolder(tmp_path)
+    for step in (1, 2):
+        save(folder, step, TrainState(slices={"model.a": Slice.whole(torch.ones(4))}), {"layout": LAYOUT})
+    return folder
+
+
+def test_oldest_first_with_size_time_and_layout(folder: CheckpointFolder) -> None:
+    first, second = entries(folder, with_content=False)
+    assert (first.step, second.step) == (1, 2)
+    assert first.size_bytes == (folder.of_step(1) / FILE).stat().st_size
+    assert first.written_s == (folder.of_step(1) / "manifest.json").stat().st_mtime
+    assert first.layout_text == "2 ranks, ep 2, replicate" and first.wrong is None
+    assert first.record()["layout"] == LAYOUT
+
+
+def test_a_changed_byte_is_seen_where_all_are_read_and_another_size_always(folder: CheckpointFolder) -> None:
+    file = folder.of_step(2) / FILE
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert [entry.wrong for entry in entries(folder, with_content=False)] == [None, None]
+    sound, damaged = entries(folder, with_content=True)
+    assert sound.wrong is None and damaged.wrong is not None and "its SHA-256" in damaged.wrong
+    file.write_bytes(b"")
+    assert [entry.wrong is None for entry in entries(folder, with_content=False)] == [True, False]
+
+
+def test_without_a_manifest_there_is_a_time_and_a_reason(folder: CheckpointFolder) -> None:
+    (folder.of_step(1) / "manifest.json").unlink()
+    first = next(entries(folder, with_content=False))
+    assert first.size_bytes is None and first.layout_text == "-"
+    assert first.wrong is not None and "has no manifest.json" in first.wrong
+
+
+def test_one_that_is_removed_meanwhile_is_left_out(folder: CheckpointFolder) -> None:
+    found = entries(folder, with_content=False)
+    assert next(found).step == 1
+    shutil.rmtree(folder.of_step(2))
+    assert list(found) == []
+
+
+def test_a_layout_that_is_none_is_not_repeated(folder: CheckpointFolder) -> None:
+    rewrite(
+        folder.of_step(1), lambda values: values["run"].update(layout={"world_size": [1], "data": "a\n\x1b[2J" * 99})
+    )
+    rewrite(folder.of_step(2), lambda values: values["run"].update(layout="x"))
+    first, second = entries(folder, with_content=False)
+    assert first.layout.keys() == {"data"} and first.layout_text.isprintable() and len(first.layout_text) < 80
+    assert second.layout == {}

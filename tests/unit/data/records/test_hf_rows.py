@@ -1,0 +1,228 @@
+import gzip
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from trainer.data.records.base import Row
+from trainer.data.records.registry import HfRowsConfig
+from trainer.errors import DataError
+
+ROWS = [{"text": f"row {i}", "n": i} for i in range(5)]
+
+
+def read(path: str, **options: Any) -> list[Row]:
+    return list(HfRowsConfig(path=path, **options).rows().rows())
+
+
+def _jsonl(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+@pytest.fixture(autouse=True)
+def _offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+
+
+def _write_arrow() -> str:
+    table = pa.Table.from_pylist(ROWS)
+    with pa.OSFile("rows.arrow", "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    return "rows.arrow"
+
+
+def _write_parquet() -> str:
+    pq.write_table(pa.Table.from_pylist(ROWS), "rows.parquet")
+    return "rows.parquet"
+
+
+def _write(name: str, content: bytes) -> Callable[[], str]:
+    def write() -> str:
+        Path(name).write_bytes(content)
+        return name
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("format_", "write"),
+    [
+        ("parquet", _write_parquet),
+        ("arrow", _write_arrow),
+        ("json", _write("rows.jsonl", _jsonl(ROWS))),
+        ("json", _write("rows.jsonl.gz", gzip.compress(_jsonl(ROWS)))),
+        ("json", _write("rows.jsonl.zst", zstandard.compress(_jsonl(ROWS)))),
+        ("json", _write("rows.json", json.dumps(ROWS).encode())),
+        ("csv", _write("rows.csv", b"text,n\n" + b"".join(f"row {i},{i}\n".encode() for i in range(5)))),
+    ],
+)
+def test_every_local_format_gives_its_rows_with_file_and_number(format_, write):
+    name = write()
+    rows = read(format_, data_files=name)
+    assert [row.values for row in rows] == ROWS
+    assert all(name in row.where for row in rows)
+    assert len({row.where for row in rows}) == 5
+
+
+def test_a_folder_is_a_data_set_with_splits():
+    Path("set").mkdir()
+    Path("set/train.jsonl").write_bytes(_jsonl(ROWS))
+    Path("set/test.jsonl").write_bytes(_jsonl(ROWS[:2]))
+    assert len(read("set")) == 5
+    assert len(read("set", split="test")) == 2
+
+
+def test_each_file_is_a_part():
+    for i in range(3):
+        pq.write_table(pa.Table.from_pylist(ROWS[i : i + 1]), f"{i}.parquet")
+    rows = HfRowsConfig(path="parquet", data_files="*.parquet").rows()
+    assert [[row.values["n"] for row in rows.read(part)] for part in rows.parts()] == [[0], [1], [2]]
+
+
+def test_na_is_a_text_like_any_other():
+    Path("rows.csv").write_text("text\nNA\nnull\nx\n")
+    assert [row.values["text"] for row in read("csv", data_files="rows.csv")] == ["NA", "null", "x"]
+
+
+def test_a_number_beyond_the_first_block_stays_a_number():
+    # The library's own reader makes the string "3" of it.
+    Path("rows.jsonl").write_bytes(_jsonl([{"text": "a" * 2000}] * 10_000 + [{"text": 3}]))
+    last = read("json", data_files="rows.jsonl")[-1]
+    assert last.values == {"text": 3}
+    assert last.where.endswith("rows.jsonl:10001")
+
+
+def options(**values: Any) -> dict[str, Any]:
+    return values
+
+
+BAD = {
+    "a missing file": (options(path="parquet", data_files="no.parquet"), "no.parquet: no such file"),
+    "a glob without matches": (options(path="csv", data_files="*.tsv"), "*.tsv: the glob matches no file"),
+    "a folder as a file": (options(path="json", data_files="folder"), "folder: is a folder"),
+    "no parquet": (options(path="parquet", data_files="bad.parquet"), "parquet:train: cannot be read ("),
+    "a torn csv": (
+        options(path="csv", data_files="torn.csv"),
+        "torn.csv: row 1 or one of the next 100: cannot be read (",
+    ),
+    "a truncated zst": (options(path="json", data_files="cut.jsonl.zst"), "cut.jsonl.zst: damaged zstd data ("),
+    "no such split": (options(path="set", split="test"), "set:test: no split 'test'; the data set has train"),
+    "a folder without data": (options(path="./folder"), "./folder:train: cannot be read ("),
+    "an empty json": (options(path="json", data_files="empty.jsonl"), "empty.jsonl: holds no rows"),
+    "an empty parquet": (options(path="parquet", data_files="empty.parquet"), "empty.parquet: "),
+    "an unreachable hub": (options(path="someone/something"), "someone/something:train: cannot be reached ("),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_read_is_one_line(name):
+    given, reason = BAD[name]
+    for folder in ("folder", "set"):
+        Path(folder).mkdir()
+    Path("set/train.jsonl").write_bytes(_jsonl(ROWS))
+    Path("bad.parquet").write_text("this is no parquet file")
+    Path("torn.csv").write_text("a,b\n1,2\n3,4,5\n")
+    Path("cut.jsonl.zst").write_bytes(zstandard.compress(_jsonl(ROWS))[:-4])
+    Path("empty.jsonl").touch()
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), "empty.parquet")
+    with pytest.raises(DataError) as error:
+        read(**given)
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+class TransportError(Exception):
+    """Has the name that httpx and its forks give theirs."""
+
+
+def _no_address() -> NoReturn:
+    try:
+        raise socket.gaierror(-2, "Name or service not known")
+    except OSError as error:
+        raise RuntimeError("[Errno -2] Name or service not known") from error
+
+
+def _no_answer() -> NoReturn:
+    raise TransportError("timed out")
+
+
+@pytest.mark.parametrize("fail", [_no_address, _no_answer])
+def test_no_network_is_no_fault_of_the_data(fail: Callable[[], NoReturn], monkeypatch):
+    monkeypatch.setattr("trainer.data.records.hf._pinned", lambda _: fail())
+    with pytest.raises(DataError, match=r"^hf://datasets/a/b/c\.csv: cannot be reached \(.*check the network, or give"):
+        read(path="csv", data_files="hf://datasets/a/b/c.csv")
+
+
+def _card(configs: str) -> None:
+    Path("set/data").mkdir(parents=True)
+    Path("outside").mkdir()
+    Path("set/data/train.jsonl").write_text('{"text": "inside"}\n')
+    Path("outside/secret.jsonl").write_text('{"text": "secret"}\n')
+    Path("set/README.md").write_text(f"---\nconfigs:\n- config_name: default\n{configs}\n---\n")
+
+
+@pytest.mark.parametrize(
+    "configs",
+    [
+        "  data_files: ../outside/secret.jsonl",
+        "  data_files: ../outside/*.jsonl",
+        "  data_files: data/../../outside/secret.jsonl",
+        "  data_files: {folder}/outside/secret.jsonl",
+        "  data_dir: ../outside",
+        "  data_files: [{{split: train, path: data/train.jsonl}}, {{split: test, path: ../outside/secret.jsonl}}]",
+    ],
+)
+def test_a_data_set_that_names_files_outside_of_it_is_refused(tmp_path, configs):
+    _card(configs.format(folder=tmp_path))
+    with pytest.raises(DataError) as error:
+        read("set")
+    assert str(error.value).startswith("set:train: its README.md names ")
+    assert str(error.value).endswith(
+        "secret.jsonl, which is not in set; a data set reads files of its own; correct README.md, or name files by "
+        "data_files"
+    )
+
+
+def test_a_data_set_names_files_in_it_which_may_be_links(tmp_path):
+    _card("  data_files: data/*.jsonl")
+    Path("set/data/train.jsonl").rename("blob")
+    Path("set/data/train.jsonl").symlink_to(tmp_path / "blob")  # as the hub's cache has them
+    assert [row.values for row in read("set")] == [{"text": "inside"}]
+
+
+def test_files_that_the_config_names_may_be_anywhere():
+    _card("  data_files: data/*.jsonl")
+    assert [row.values for row in read("set", data_files="../outside/*.jsonl")] == [{"text": "secret"}]
+
+
+def test_a_row_that_cannot_be_read_is_named(tmp_path):
+    bytes_ = pa.array([b"a"] * 7 + [b"\xff"] + [b"b"])
+    column = pa.StringArray.from_buffers(9, *bytes_.buffers()[1:])
+    pq.write_table(pa.table({"text": column}), "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: row 8: cannot be read \('utf-8' codec can't decode byte 0xff"):
+        read("parquet", data_files="a.parquet")
+
+
+def test_a_row_over_the_limit_is_named(monkeypatch):
+    monkeypatch.setattr("trainer.data.records.jsonl.MAX_ROW_BYTES", 20)
+    pq.write_table(pa.table({"text": ["a" * 20, "é" * 11]}), "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: row 2: more than 20 bytes in one row; that is the limit"):
+        read("parquet", data_files="a.parquet")
+
+
+def test_an_empty_file_among_others_is_named():
+    for name in ("0.parquet", "2.parquet"):
+        Path(name).touch()
+    pq.write_table(pa.table({"text": ["a"]}), "1.parquet")
+    with pytest.raises(
+        DataError, match=r"0\.parquet: holds no rows \(empty or only white space\); every file needs some"
+    ):
+        read("parquet", data_files="*.parquet")

@@ -1,0 +1,55 @@
+"""The loop: what every step is given, and what metrics.jsonl says of it."""
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.end_to_end.tiny import make_workplace
+from trainer.checkpoint.run_folder import RunFolder
+from trainer.config.loader import load
+from trainer.console.console import Console
+from trainer.distributed.mesh import Mesh
+from trainer.distributed.signals import StopRequest
+from trainer.experiment import ExperimentConfig
+from trainer.status import StatusFile
+from trainer.trackers.jsonl import read_jsonl
+from trainer.training.loop import fit
+from trainer.training.setup import build_run
+
+PEAK, WARMUP, STEPS = 1e-2, 2, 8
+
+
+def test_every_step_learns_at_the_rate_of_its_number_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps count from 0 in the formula and from 1 in metrics.jsonl."""
+    make_workplace(tmp_path, dtype="float32")
+    monkeypatch.chdir(tmp_path)
+    changes = ["eval.every=null", "checkpoint.every=null", "metrics.routing_gap_every=null"]
+    config = load(Path("tiny.yaml"), changes, ExperimentConfig)
+    folder = RunFolder(tmp_path / "runs/tiny")
+    run = build_run(config, folder, Console(STEPS, file=io.StringIO()), Mesh.of_one(), torch.device("cpu"))
+    whole_step, given, rows = run.engine.train_step, [], []
+
+    def train_step(batches: Any, *, lr: float, **options: Any) -> Any:
+        given.append(lr)
+        rows.append([int(row) for batch in batches for row in batch.sample_id[:, 0] if row >= 0])
+        return whole_step(batches, lr=lr, **options)
+
+    run.engine.train_step = train_step  # type: ignore[method-assign]
+    fit(run, StopRequest(), StatusFile(folder.status, rank=0))
+
+    expected = [PEAK * (step + 1) / WARMUP for step in range(WARMUP)]
+    for step in range(WARMUP, STEPS):
+        progress = (step - WARMUP) / (STEPS - 1 - WARMUP)
+        expected.append(PEAK * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2))
+    assert given == pytest.approx(expected, rel=1e-12)
+    records = [record for record in read_jsonl(folder.metrics) if "loss" in record]
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    assert [record["lr"] for record in records] == given
+    assert rows == [list(range(7 * step, 7 * (step + 1))) for step in range(STEPS)]
+    assert [record["tokens"] for record in records] == [7 * 32 * (step + 1) for step in range(STEPS)]

@@ -1,0 +1,155 @@
+"""The verb checkpoint: list, verify, prune, export-dcp, import-deepspeed. Imports torch only where tensors are read."""
+
+import argparse
+import json
+from contextlib import suppress
+
+from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.tools.listing import entries
+from trainer.checkpoint.tools.pruning import plan_prune
+from trainer.checkpoint.tools.weight_map import WeightMapConfig
+from trainer.commands.arguments import Verbs, as_path, takes_overrides, takes_run, takes_step, verb
+from trainer.commands.resolve import existing_run, folder_of, named_config, named_run, telling_what_makes_it
+from trainer.config.loader import load
+from trainer.errors import CheckpointError, ConfigError, ResourceError
+from trainer.terminal import say
+
+
+def add(verbs: Verbs) -> None:
+    """Add its actions with their arguments."""
+    checkpoint = verbs.add_parser("checkpoint", help="List, examine, remove and convert a run's checkpoints.")
+    actions = checkpoint.add_subparsers(required=True, metavar="ACTION")
+
+    sub = takes_run(verb(actions, "list", show_list, example="runs/smoke --full"))
+    sub.add_argument("--full", action="store_true", help="hash every byte instead of comparing sizes")
+    sub.add_argument("--json", action="store_true", help="print one JSON list")
+
+    sub = takes_run(verb(actions, "verify", verify, example="runs/smoke --step 40"))
+    sub.add_argument("--step", type=int, help="only the checkpoint of this step")
+    sub.add_argument("--json", action="store_true", help="print one JSON list")
+
+    sub = takes_run(verb(actions, "prune", prune, example="runs/smoke --keep 2 --dry-run"))
+    sub.add_argument("--keep", type=int, help="newest sound ones to keep (checkpoint.keep of the run's config)")
+    sub.add_argument("--keep-every", type=int, help="keep those of steps that are a multiple of this as well")
+    sub.add_argument("--damaged", action="store_true", help="remove those that are not sound, too")
+    sub.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+
+    sub = takes_run(verb(actions, "export-dcp", export, example="runs/smoke exported/smoke"), with_overrides=False)
+    sub.add_argument("out", type=as_path, metavar="OUT", help="folder to make")
+    takes_overrides(sub, "name=other")
+    takes_step(sub)
+
+    example = "configs/mine.yaml theirs/checkpoints --map weights.yaml name=imported"
+    sub = verb(actions, "import-deepspeed", import_, example=example)
+    sub.add_argument("config", type=as_path, metavar="CONFIG", help="experiment file of the run to start")
+    sub.add_argument(
+        "folder", type=as_path, metavar="FOLDER", help="what save_checkpoint was given, or the folder of a tag in it"
+    )
+    takes_overrides(sub, "name=other")
+    what = "which weights become which (docs/deepspeed.md)"
+    sub.add_argument("--map", type=as_path, required=True, metavar="FILE", help=what)
+    sub.add_argument("--trust-checkpoint", action="store_true", help="read its pickles, which can run code")
+
+
+def show_list(options: argparse.Namespace) -> int:
+    """List a run's checkpoints: step, size, time, layout, and whether manifest and sizes agree."""
+    folder = CheckpointFolder(named_run(options).checkpoints)
+    folder.existing(None)
+    if options.json:
+        print(json.dumps([entry.record() for entry in entries(folder, with_content=options.full)]))
+        return 0
+    well = "sound" if options.full else "whole"
+    for entry in entries(folder, with_content=options.full):
+        size = "-" if entry.size_bytes is None else _megabytes(entry.size_bytes)
+        name = folder.of_step(entry.step).name
+        say(f"{name}  {size:>11}  {entry.written}  {entry.layout_text:<26}  {entry.wrong or well}")
+    return 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Read every byte of a run's checkpoints and look for what makes no sense; exit code 4 if there is anything."""
+    folder = CheckpointFolder(named_run(options).checkpoints)
+    newest = folder.existing(options.step)
+    steps = folder.steps() if options.step is None else [newest]
+
+    from trainer.checkpoint.tools.verify import examine
+
+    records, is_sound = [], True
+    for number in reversed(steps):
+        found = None
+        with suppress(FileNotFoundError):
+            found = examine(folder, number)
+        if found is None or not folder.of_step(number).exists():  # a running trainer has removed it meanwhile
+            folder.existing(options.step)
+            continue
+        is_sound = is_sound and not found.findings
+        records.append(found.record())
+        if options.json:
+            continue
+        experts = f"{found.num_experts} experts in {found.num_layers} layers" if found.num_experts else "no experts"
+        sound = f"sound: {found.num_tensors} tensors, {experts}, {_megabytes(found.size_bytes)}"
+        say("\n".join(found.findings or [f"{folder.of_step(number)}: {sound}"]))
+    if options.json:
+        print(json.dumps(records))
+    return 0 if is_sound else CheckpointError.exit_code
+
+
+def prune(options: argparse.Namespace) -> int:
+    """Remove a run's old checkpoints and what killed runs left, while nobody trains into it."""
+    config, run = existing_run(options)
+    keep = config.checkpoint.keep if options.keep is None else options.keep
+    keep_every = config.checkpoint.keep_every if options.keep_every is None else options.keep_every
+    if keep < 1 or (keep_every is not None and keep_every < 1):
+        raise ConfigError("checkpoint prune: use --keep >= 1 and --keep-every >= 1")
+    if not run.path.is_dir():
+        raise CheckpointError(f"{run.path}: is no run folder; train first")
+    run.lock()
+    folder = CheckpointFolder(run.checkpoints, keep=keep, keep_every=keep_every)
+    plan = plan_prune(folder, with_damaged=options.damaged)
+    word = "would remove" if options.dry_run else "removed"
+    for step in plan.remove:
+        if not options.dry_run:
+            folder.remove(step)
+        say(f"{word} {folder.of_step(step)}")
+    if not options.dry_run:
+        folder.clean()
+    for path in plan.leftovers:
+        if not options.dry_run and path.exists():
+            raise ResourceError(f"{path}: cannot be removed; look who may write there")
+        say(f"{word} {path}, which a killed run left")
+    for step, reason in plan.damaged.items():
+        if step not in plan.remove:
+            say(f"kept {reason}; --damaged removes it")
+    say(f"{len(plan.keep)} sound: {', '.join(folder.of_step(step).name for step in plan.keep)}")
+    return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    """Write a checkpoint as files of torch.distributed.checkpoint into a new folder."""
+    folder = CheckpointFolder(named_run(options).checkpoints)
+
+    from trainer.checkpoint.tools.export_dcp import export_dcp
+
+    manifest = export_dcp(folder, options.step, options.out).manifest
+    size = _megabytes(manifest.size_bytes)
+    say(f"{options.out}: {len(manifest.tensors)} tensors of step {manifest.step}, {size}, read back equal bit for bit")
+    say("DCP files are pickles and have no hashes: load them only where you trust everyone who can write there")
+    return 0
+
+
+def import_(options: argparse.Namespace) -> int:
+    """Start a run from the weights of a checkpoint that DeepSpeed wrote for a model with its own MoE layers."""
+    config = named_config(options)
+    map_ = load(options.map, [], WeightMapConfig)
+
+    from trainer.training.main import start_from_deepspeed
+
+    folder = folder_of(config)
+    with telling_what_makes_it(config):
+        saved = start_from_deepspeed(config, folder, options.folder, map_, is_trusted=options.trust_checkpoint)
+    say(f"saved {saved.path}: the weights of {options.folder}, moments at zero; train the same config to go on from it")
+    return 0
+
+
+def _megabytes(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:.1f} MB"

@@ -1,0 +1,103 @@
+"""The verb config: what an experiment file says."""
+
+import argparse
+import math
+
+from trainer.commands.arguments import Verbs, as_path, takes_config, verb
+from trainer.commands.resolve import named_config
+from trainer.config.dump import diff, dump
+from trainer.config.loader import load
+from trainer.config.nodes import shown
+from trainer.config.numbers import MAX_INT
+from trainer.config.schema import schema_text
+from trainer.config.wording import choice
+from trainer.errors import ConfigError
+from trainer.experiment import ExperimentConfig
+from trainer.lab.conventions import CONVENTIONS, Routed, convert
+from trainer.terminal import say
+
+
+def add(verbs: Verbs) -> None:
+    """Add its actions with their arguments."""
+    config = verbs.add_parser("config", help="Show, compare and describe experiment files.")
+    actions = config.add_subparsers(required=True, metavar="ACTION")
+    takes_config(verb(actions, "show", show, example="configs/smoke.yaml train.steps=100"))
+    verb(actions, "schema", schema, example="")
+    sub = verb(actions, "diff", difference, example="configs/smoke.yaml runs/smoke/config.yaml")
+    sub.add_argument("a", type=as_path, metavar="A", help="experiment file")
+    sub.add_argument("b", type=as_path, metavar="B", help="another one")
+    sub = verb(actions, "coefficient", coefficient, example="0.01 --from deepspeed configs/smoke.yaml")
+    sub.add_argument(
+        "coefficient", metavar="COEFFICIENT", help="weight of the balance loss in the trainer that it is from"
+    )
+    names = ", ".join(CONVENTIONS)
+    sub.add_argument("--from", dest="source", required=True, metavar="TRAINER", help=f"one of {names}")
+    sub.add_argument("--to", dest="target", default="turnout", metavar="TRAINER", help="another one (turnout)")
+    sub.add_argument("--world-size", metavar="W", help="processes that fastmoe spread the experts over")
+    takes_config(sub)
+
+
+def show(options: argparse.Namespace) -> int:
+    """Print a config with every default."""
+    print(dump(named_config(options)), end="")
+    return 0
+
+
+def schema(options: argparse.Namespace) -> int:
+    """Print the JSON schema that editors complete and check experiment files with."""
+    print(schema_text(ExperimentConfig), end="")
+    return 0
+
+
+def difference(options: argparse.Namespace) -> int:
+    """Print the keys in which two configs differ."""
+    a, b = (load(path, [], ExperimentConfig) for path in (options.a, options.b))
+    say("\n".join(diff(a, b)))
+    return 0
+
+
+def coefficient(options: argparse.Namespace) -> int:
+    """Convert the weight of a balance loss from another trainer, for the model of an experiment file."""
+    coef = _number(options.coefficient)
+    world_size = None if options.world_size is None else _count(options.world_size)
+    for option, name in (("--from", options.source), ("--to", options.target)):
+        if name not in CONVENTIONS:
+            raise ConfigError(f"{option}: {choice(name, list(CONVENTIONS))}")
+    model = named_config(options).model
+    if model.moe is None:
+        raise ConfigError(f"{options.config}: model.moe is null, and a dense model has no balance loss")
+    routed = Routed(
+        moe=model.moe, num_layers=model.num_layers, num_moe_layers=len(model.moe_layers), world_size=world_size
+    )
+    converted = convert(coef, source=options.source, target=options.target, model=routed)
+    say(f"{coef:.12g} of {options.source} is {converted.coef:.12g} of {options.target}")
+    if options.target in ("turnout", "gshard_first_choice"):
+        keys = ", ".join(f"{key}: {_shown(value)}" for key, value in converted.balance.items())
+        counts_less = CONVENTIONS[options.source].scope == "micro_batch" and model.moe.balance.scope != "micro_batch"
+        comment = f"  # add scope: micro_batch to count over what {options.source} does" if counts_less else ""
+        say(f"balance: {{{keys}}}{comment}")
+    for warning in converted.warnings:
+        say(f"warning: not exact: {warning}")
+    return 0
+
+
+def _shown(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.12g}"
+
+
+def _number(text: str) -> float:
+    """Return a coefficient as typed."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise ConfigError(f"coefficient: must be a number of at least 0, got {shown(text)}")
+    return value
+
+
+def _count(text: str) -> int:
+    """Return a number of processes as typed."""
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and 0 < int(text) <= MAX_INT):
+        raise ConfigError(f"--world-size: must be a whole number of at least 1, got {shown(text)}")
+    return int(text)

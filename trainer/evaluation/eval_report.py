@@ -1,0 +1,52 @@
+"""Everything that is found out about a model at one moment: held-out text and tasks."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from trainer.atomic_io import replace_file
+from trainer.evaluation.held_out import EvalResult
+from trainer.evaluation.tasks.base import Task, TaskResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalReport:
+    """Results of what was due."""
+
+    held_out: EvalResult | None
+    """None: only tasks were."""
+    tasks: Sequence[TaskResult]
+
+    def record(self) -> dict[str, float]:
+        """Return the evaluation keys of metrics.jsonl."""
+        record = {} if self.held_out is None else self.held_out.record()
+        for result in self.tasks:
+            record |= result.record()
+        return record
+
+
+def due(tasks: Sequence[Task], done: int, *, with_held_out: bool, is_last: bool) -> list[Task]:
+    """Return the tasks to evaluate after `done` steps; after the last step that is all of them."""
+
+    def is_due(every: int | Literal["end"] | None) -> bool:
+        if every is None:
+            return with_held_out or is_last
+        return is_last or (every != "end" and done % every == 0)
+
+    return [task for task in tasks if is_due(task.config.every)]
+
+
+def write_predictions(folder: Path, result: TaskResult, *, step: int) -> Path | None:
+    """Write what a model wrote at a step, one JSON object a line; return the file, or None if it wrote nothing.
+
+    Raises:
+        OSError: if the disk refuses.
+    """
+    if not result.predictions:
+        return None
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{result.name}-step{step}.jsonl"
+    replace_file(path, "".join(f"{json.dumps(one, ensure_ascii=False)}\n" for one in result.predictions))
+    return path

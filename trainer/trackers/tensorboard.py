@@ -1,0 +1,102 @@
+"""A run in TensorBoard: event files in its folder, in which steps that are taken again replace what they were."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.metrics.expert_load import layer_loads
+from trainer.trackers.base import Logged
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class TensorBoardTracker:
+    """Writes records as scalars under their own keys, and the experts' loads as histograms over the expert's number."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        start_step: int,
+        heatmap_every: int | None,
+        moe_layers: Sequence[int],
+        config_text: str,
+        warn: Callable[[str], None],
+    ) -> None:
+        """Open the event files.
+
+        Args:
+            folder: for them.
+            start_step: completed steps; what was written of later ones is void.
+            heatmap_every: logged steps between pictures of the loads; None: no pictures.
+            moe_layers: numbers of the layers that have experts.
+            config_text: the run's config, to be shown beside the metrics.
+            warn: what is called with the one warning, if writing fails.
+        """
+        self._folder, self._heatmap_every, self._moe_layers, self._warn = folder, heatmap_every, moe_layers, warn
+        self._config_text, self._num_steps = config_text, 0
+        self._writer: SummaryWriter | None = None
+        self._attempt(lambda: self._open(start_step))
+
+    def log(self, record: Logged, experts: Logged | None = None) -> None:
+        """Write a record, and flush it."""
+        if self._writer is not None and not self._folder.is_dir():  # somebody has removed it under the run
+            self._attempt(lambda: self._open(int(record["step"]) - 1))
+        if self._writer is not None:
+            self._attempt(lambda: self._write(record, experts))
+
+    def written(self) -> list[tuple[str, str]]:
+        """Return the folder of the event files; nothing if writing has failed."""
+        return [] if self._writer is None else [("tensorboard", str(self._folder))]
+
+    def close(self, exit_code: int, *, patience_s: float) -> None:
+        """Close the event file."""
+        if self._writer is not None:
+            self._attempt(self._writer.close)
+            self._writer = None
+
+    def _open(self, start_step: int) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what TensorBoard imports
+            from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(self._folder), purge_step=start_step + 1)
+        self._writer.add_text("config", f"```yaml\n{self._config_text}\n```", start_step + 1)
+
+    def _write(self, record: Logged, experts: Logged | None) -> None:
+        assert self._writer is not None
+        step = int(record["step"])
+        for key, value in record.items():
+            if key != "step" and isinstance(value, int | float):
+                self._writer.add_scalar(key, value, step)
+        if experts is not None:
+            self._num_steps += 1
+            if self._heatmap_every is not None and (self._num_steps - 1) % self._heatmap_every == 0:
+                for key, loads in layer_loads(experts, self._moe_layers).items():
+                    self._add_row(key, loads, step)
+        self._writer.flush()
+
+    def _add_row(self, key: str, loads: list[float], step: int) -> None:
+        """Write a histogram whose bin i is the load of expert i."""
+        assert self._writer is not None
+        self._writer.add_histogram_raw(
+            key,
+            min=0,
+            max=len(loads),
+            num=len(loads),
+            sum=sum(loads),
+            sum_squares=sum(load * load for load in loads),
+            bucket_limits=[float(i + 1) for i in range(len(loads))],
+            bucket_counts=loads,
+            global_step=step,
+        )
+
+    def _attempt(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except Exception as error:
+            self._writer = None
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self._warn(f"{self._folder}: TensorBoard gets nothing more: {reason}; metrics.jsonl has everything")
