@@ -96,10 +96,10 @@ FAULTS = [
     ),
     in_package(
         "the unigram floor is fitted to what it predicts",
-        "evaluation/unigram.py",
+        "data/unigram.py",
         "_counts(corpus.train[domain_index]",
         "_counts(corpus.validation[domain_index]",
-        "evaluation/test_unigram.py",
+        "data/test_unigram.py",
     ),
     in_package(
         "a piece goes into the emptiest row that fits",

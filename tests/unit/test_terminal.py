@@ -24,7 +24,7 @@ SHOWN = "a\ufffd[2J\ufffd\ufffd\ufffd\ufffdb\ufffdc"
 TRAINER = Path(cli.__file__).parent
 RAW = {
     "terminal.py": 1,  # `say` itself
-    "workflows.py": 3,  # a generated text, which a file or pipe gets as it is
+    "training/main.py": 3,  # a generated text, which a file or pipe gets as it is
     "commands/config.py": 2,  # YAML and JSON, which escape by themselves
     "commands/checkpoint.py": 2,  # JSON
     "commands/evaluate.py": 1,  # JSON

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from trainer.console.summary import DomainScore, ExpertCounts, RunSummary
 from trainer.data.corpus import Corpus
+from trainer.data.unigram import unigram_bits_per_byte
 from trainer.evaluation.eval_report import EvalReport
 from trainer.evaluation.held_out import EvalResult
-from trainer.evaluation.unigram import unigram_bits_per_byte
 
 
 def summary_of(examination: EvalReport, corpus: Corpus, moe_layers: Sequence[int], *, title: str) -> RunSummary:

@@ -130,7 +130,7 @@ def test_a_router_with_weights_that_nobody_knows_is_refused() -> None:
             super().__init__()
             self.temperature = nn.Parameter(torch.ones(1))
 
-    with pytest.raises(ConfigError, match=r"Novel\.temperature: trainer/bench/choices\.py has no"):
+    with pytest.raises(ConfigError, match=r"Novel\.temperature: trainer/lab/router_choices\.py has no"):
         set_identity_gate(Novel())
 
 

@@ -18,7 +18,7 @@ BIG = 80 << 20
 SCRIPT = """
 import json, resource, sys
 from pydantic import TypeAdapter
-from trainer.data.rows import hf, jsonl, memory
+from trainer.data.records import hf, jsonl, memory_limit
 from trainer.data.sources import files
 from trainer.data.sources.registry import SourceConfig
 from trainer.errors import DataError
@@ -26,7 +26,7 @@ import datasets, torch.utils.data  # which datasets imports when it streams
 
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # whatever the code under test does
 files.MAX_DOCUMENT_BYTES = jsonl.MAX_ROW_BYTES = 4 << 20
-memory.MAX_READING_BYTES = 48 << 20
+memory_limit.MAX_READING_BYTES = 48 << 20
 said = {}
 for name, values in json.loads(sys.argv[1]).items():
     source = TypeAdapter(SourceConfig).validate_python(values).build()

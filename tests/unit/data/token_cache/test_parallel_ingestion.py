@@ -176,7 +176,7 @@ def test_processes_end_with_the_one_that_started_them(folder):
     os.mkfifo(folder / "0.pipe")
     os.mkfifo(folder / "1.pipe")
     script = (
-        "from trainer.data import workers\n"
+        "from trainer.data.token_cache import workers\n"
         "from trainer.data.token_cache.read_tasks import ReadTask\n"
         "from trainer.data.config import SplitConfig\n"
         "from trainer.data.records.jsonl import Lines\n"

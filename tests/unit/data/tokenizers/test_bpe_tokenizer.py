@@ -24,8 +24,8 @@ from trainer.data.tokenizers import bpe
 from trainer.data.tokenizers.bpe import even_shares, training_pieces
 from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.data.tokenizers.subword import SubwordTokenizer
+from trainer.data.unigram import unigram_bits_per_byte
 from trainer.errors import DataError
-from trainer.evaluation.unigram import unigram_bits_per_byte
 
 LEARNED = "the cat sat on the mat and the cat saw the rat\n" * 36
 HELD_OUT = ("zyxw zyxwzyxw\n" * 20)[: len(LEARNED) // 9]
@@ -147,7 +147,7 @@ def test_progress_is_told(section):
 
 _BUILD = """\
 import sys
-from trainer.data import workers
+from trainer.data.token_cache import workers
 from trainer.data.config import DataConfig, Packing
 from trainer.data.tokenizers import bpe
 train, trained = bpe._train, []

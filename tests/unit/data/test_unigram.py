@@ -2,8 +2,8 @@ from math import log2
 
 import pytest
 
-from trainer.evaluation import unigram
-from trainer.evaluation.unigram import unigram_bits_per_byte
+from trainer.data import unigram
+from trainer.data.unigram import unigram_bits_per_byte
 
 
 def test_bits_are_those_of_the_smoothed_training_counts(make_corpus):
