@@ -37,7 +37,7 @@ def full_for_good(arena: Arena, course: Course, expected: Outcome, *, seed: int)
     Files of metrics are smaller than any of these sizes, so that checkpoints alone are refused.
     """
     largest = random.Random(seed).randrange(24_000, 40_000)
-    course.start(arena, planted="step.taken#13=kill").settle(seconds=LONGEST_S)
+    course.start(arena, planted="phase.agreeing_on_a_stop#13=kill").settle(seconds=LONGEST_S)
     before = course.checkpoints.steps()
     attempt = course.start(arena, largest_file=largest)
     codes, said = attempt.settle(seconds=LONGEST_S, lets_survivors_end=True), attempt.said()

@@ -37,23 +37,28 @@ class Kill:
 
 # At which time: where it matters in step 12 or the save of step 15. There are two ranks and two micro-batches.
 EVERY_RANK = {
-    "start.joined": 1, "start.text": 1, "start.engine": 1, "start.written": 1, "start.done": 1,
+    "phase.locking_the_run_folder": 1, "phase.comparing_ranks": 1, "phase.reading_text": 1,
+    "phase.building_the_model": 1, "phase.finding_a_checkpoint": 1, "phase.writing_the_run_folder": 1,
+    "phase.resuming_the_logs": 1, "phase.opening_the_trackers": 1,
     "phase.data": 12, "phase.counting": 12, "phase.forward": 25, "phase.backward": 24, "phase.gradient_sums": 12,
-    "phase.update": 12, "phase.evaluation": 2, "phase.comparing_copies": 4, "phase.saving": 3,
-    "exchange.begin": 150, "exchange.end": 151,
-    "step.begin": 12, "step.weights_updated": 13, "step.updated": 14, "step.taken": 12, "step.agreed": 12,
-    "step.done": 15,
-    "log.begin": 12, "log.written": 12, "eval.batch": 4, "eval.done": 2, "eval.written": 2,
+    "phase.update": 12, "phase.router_update": 13, "phase.checking_the_step": 14, "phase.agreeing_on_a_stop": 12,
+    "phase.logging": 12, "phase.writing_metrics": 12, "phase.ending_the_step": 12, "phase.comparing_copies": 4,
+    "phase.evaluation": 2, "phase.evaluation_batch": 4, "phase.writing_the_evaluation": 2,
+    "phase.writing_predictions": 2, "phase.saving": 3, "phase.between_steps": 15, "phase.sampling": 1,
+    "collective.begin": 150, "collective.end": 151,
     "save.planned": 3, "save.snapshot": 3, "save.before_file": 4, "save.mid_file": 4, "save.file_written": 4,
-    "save.file_synced": 4, "save.before_vote": 3, "save.voted": 3, "save.reported": 3, "end.trained": 1,
+    "save.file_synced": 4, "save.before_vote": 3, "save.voted": 3, "save.finished": 3,
 }  # fmt: skip
 FIRST_RANK = {
-    "start.locked": 1, "start.config_written": 1, "resume.cleaned": 1, "save.folder_made": 3, "save.before_manifest": 3,
-    "save.folder_synced": 3, "save.before_rename": 3, "save.renamed": 3, "save.committed": 3, "prune.begin": 3,
-    "remove.out_of_sight": 1, "remove.done": 2, "prune.done": 3, "end.summary": 1,
+    "phase.removing_old_status_files": 1, "phase.recording_the_environment": 1, "resume.cleaned": 1,
+    "save.folder_made": 3, "save.before_manifest": 3, "save.folder_synced": 3, "save.before_rename": 3,
+    "save.renamed": 3, "save.committed": 3, "prune.begin": 3, "remove.out_of_sight": 1, "remove.done": 2,
+    "prune.done": 3, "phase.summary": 1,
 }  # fmt: skip
-RESUMED_EVERY_RANK = ("resume.candidate", "resume.checked", "resume.found", "resume.loaded")
-RESUMED_FIRST_RANK = ("metrics.cut",)
+RESUMED_EVERY_RANK = (
+    "resume.candidate", "resume.checked", "phase.loading_the_checkpoint", "phase.writing_the_run_folder",
+)  # fmt: skip
+RESUMED_FIRST_RANK = ("phase.resuming_the_logs",)
 NEVER_THERE = {"phase.finding_what_is_not_finite"}
 """Only where a loss or gradient is not finite, which none is in this run."""
 POINTS = {*EVERY_RANK, *FIRST_RANK, *RESUMED_EVERY_RANK, *RESUMED_FIRST_RANK}
@@ -81,7 +86,7 @@ def kill_at(arena: Arena, course: Course, expected: Outcome, kill: Kill, prepare
     """
     wrong = []
     if kill.after_resume:
-        course.start(arena, planted="step.taken#13=kill", prepare=prepare).settle(seconds=LONGEST_S)
+        course.start(arena, planted="phase.agreeing_on_a_stop#13=kill", prepare=prepare).settle(seconds=LONGEST_S)
     attempt = course.start(arena, planted=kill.planted, prepare=prepare)
     codes = attempt.settle(seconds=LONGEST_S, lets_survivors_end=kill.victim is not None)
     victims = range(course.world_size) if kill.victim is None else [kill.victim]

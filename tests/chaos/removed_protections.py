@@ -17,7 +17,7 @@ from trainer.checkpoint.saver import Saved, Saver
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.trackers.jsonl import JsonlSink
 
-_LATE = Kill("step.taken", 13, None)
+_LATE = Kill("phase.agreeing_on_a_stop", 13, None)
 """Between two checkpoints: what a resume forgets shows."""
 
 

@@ -272,7 +272,7 @@ def test_a_restart_after_a_killed_rank_repeats_the_run_bit_for_bit(workplace: Pa
 
 def test_a_frozen_process_that_is_the_only_rank_is_named_and_the_run_goes_on(workplace: Path, start: Start) -> None:
     """It sleeps in step 20, so that it is not through by then; after the restart there are fewer steps than that."""
-    fault = {"TURNOUT_FAULTS": "step.begin#20=sleep"}
+    fault = {"TURNOUT_FAULTS": "phase.data#20=sleep"}
     process = start(*launch("frozen", 1, "parallel.timeout_s=6", "train.steps=25"), **fault)
     status = wait_for(workplace, "frozen", 1, step=1)[0]
     wait_for_lines(workplace / "runs/frozen/metrics.jsonl", 19)
@@ -318,13 +318,13 @@ def test_a_crash_loop_ends_after_as_many_restarts_as_it_may_have_and_names_the_r
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(workplace)
-    monkeypatch.setenv("TURNOUT_FAULTS", "step.begin#2=raise")
+    monkeypatch.setenv("TURNOUT_FAULTS", "phase.data#2=raise")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     arguments = ["train", "tiny.yaml", "name=loop", "checkpoint.every=2"]
     folder, policy = RunFolder(Path("runs/loop")), Policy(first_pause_s=0.01, max_restarts=1)
     assert Supervisor(Launch(), arguments, folder, patience_s=30, policy=policy).run() == 1
     *lines, last = [line for line in capfd.readouterr().err.splitlines() if line.startswith(("rank 0", "every"))]
-    error = "(RuntimeError: planted fault at step.begin)"
+    error = "(RuntimeError: planted fault at phase.data)"
     assert [line.split(") ", 1)[1] for line in lines] == [
         f"ended with 1 {error} at step 2; starting again from step 0 in 0.01 s (restart 1, 0 more without progress)",
         f"ended with 1 {error} at step 2; giving up with exit code 1: 1 restarts made no progress",
@@ -355,7 +355,7 @@ def test_a_stop_of_the_supervisor_torchrun_one_rank_or_all_loses_no_step(workpla
 
 
 def test_a_stop_while_the_supervisor_waits_is_75_where_there_is_a_checkpoint(workplace: Path, start: Start) -> None:
-    process = start(*launch("paused", 1, "checkpoint.every=1"), TURNOUT_FAULTS="step.begin#2=raise")
+    process = start(*launch("paused", 1, "checkpoint.every=1"), TURNOUT_FAULTS="phase.data#2=raise")
     assert process.stderr is not None
     while "starting again from step 1 in 1 s" not in process.stderr.readline():
         assert process.poll() is None
@@ -370,7 +370,7 @@ def test_a_stop_before_the_first_step_is_75_and_saves_nothing(
     workplace: Path, start: Start, who: str, number: signal.Signals
 ) -> None:
     """Rank 1 sleeps at the end of its start-up, and rank 0 waits for it in the first exchange of the first step."""
-    process = start(*launch(f"early{who}", 2), TURNOUT_FAULTS="start.done:1=sleep")
+    process = start(*launch(f"early{who}", 2), TURNOUT_FAULTS="phase.opening_the_trackers:1=sleep")
     statuses = wait_for(workplace, f"early{who}", 2, step=0)
     while not (workplace / f"runs/early{who}/environment.json").is_file():
         time.sleep(0.02)
@@ -392,7 +392,7 @@ def test_plain_torchrun_restarts_and_saves_when_it_is_stopped(workplace: Path, s
     options[options.index("--master-port") + 1] = free_port()
     torchrun = ["torch.distributed.run", *options, "--nproc-per-node", "2", "--max-restarts", "3"]
     # The run waits for a slow test before it is done.
-    fault = {"TURNOUT_FAULTS": "step.begin#60=sleep"}
+    fault = {"TURNOUT_FAULTS": "phase.data#60=sleep"}
     process = start(*torchrun, "-m", "trainer", "train", "tiny.yaml", "name=plain", "checkpoint.every=10", **fault)
     pid = wait_for_pid(workplace, other_than=0, step=15)
     os.kill(pid, signal.SIGKILL)

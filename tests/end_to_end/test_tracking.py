@@ -65,7 +65,7 @@ def _is_mirror_in(folder: Path, process: dict[str, Any]) -> bool:
 def test_a_killed_run_goes_on_in_wandb_and_tensorboard_as_in_its_own_metrics(tmp_path: Path):
     (tmp_path / "tiny.yaml").write_text(CONFIG)
     (tmp_path / "text.txt").write_text("It was a bright cold day in April, and the clocks were striking. " * 200)
-    killed = train(tmp_path, TURNOUT_FAULTS="step.begin#43=kill")
+    killed = train(tmp_path, TURNOUT_FAULTS="phase.data#43=kill")
     assert killed.returncode == -9, killed.stderr
     wait_for_mirror(tmp_path)
     resumed = train(tmp_path)

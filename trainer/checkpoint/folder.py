@@ -122,6 +122,7 @@ class CheckpointFolder:
             else:  # no folder, and in the way of a save
                 with suppress(OSError):
                     entry.unlink()
+        fault_injection.hit("resume.cleaned")
 
     def remove(self, step: int) -> None:
         """Take a checkpoint out of sight in one move before its files go, so that a kill leaves no half of it.

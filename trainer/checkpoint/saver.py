@@ -151,6 +151,7 @@ class Saver:
         self._raise_failure()
         assert self._outcome is not None
         self._stalled_s += time.perf_counter() - began
+        fault_injection.hit("save.finished")
         return replace(self._outcome, stalled_s=self._stalled_s)
 
     def close(self) -> None:

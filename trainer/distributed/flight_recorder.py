@@ -16,6 +16,7 @@ _PART_OF: dict[str, StepPart] = {
     "backward": "backward",
     "gradient sums": "optimizer",  # but for the waiting: norms
     "update": "optimizer",
+    "router update": "optimizer",
 }
 
 
@@ -65,7 +66,7 @@ class FlightRecorder:
         operation = Operation(self.count, name, group, tuple(sizes))
         self.operations.append(operation)
         self.changed_at = time.monotonic()
-        fault_injection.hit("exchange.begin")
+        fault_injection.hit("collective.begin")
         return operation
 
     def wait_for(self, operation: Operation) -> None:
@@ -77,7 +78,7 @@ class FlightRecorder:
         """Write down that the operation has come back."""
         self.running, self.changed_at = None, time.monotonic()
         self.step_timer.end()
-        fault_injection.hit("exchange.end")
+        fault_injection.hit("collective.end")
 
     @property
     def quiet_s(self) -> float:

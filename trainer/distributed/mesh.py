@@ -11,7 +11,6 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from trainer import fault_injection
 from trainer.distributed.collectives import Group, is_of_exchange, reason_of
 from trainer.distributed.consistency import differing
 from trainer.distributed.deadline import ends_after
@@ -89,7 +88,6 @@ def joined(layout: Layout, device: torch.device, *, timeout_s: float) -> Iterato
             mesh = build_mesh(layout, recorder, watch)
         except RuntimeError as error:  # of the network, or because a rank has left meanwhile, which the watch knows
             raise _cannot_join(layout, error) from error
-        fault_injection.hit("start.joined")
         yield mesh
     except CommError as error:
         raise watch.explain(error) from error

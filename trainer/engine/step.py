@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from trainer import fault_injection
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.data.batches.batch import Batch
 from trainer.distributed.mesh import Mesh
@@ -184,7 +183,7 @@ class StepEngine(Engine):
             self._drop_gradients()
         else:
             self._update(lr, grad_norm)
-            fault_injection.hit("step.weights_updated")
+            self.mesh.world.recorder.enter("router update")
             self.optimizer_steps += 1
             if routing is not None:
                 self.previous_counts = step.choices
@@ -193,7 +192,6 @@ class StepEngine(Engine):
                 counts = step.choices if has_nulls else routing.counts
                 for layer, moe in enumerate(self.model.moe_layers()):
                     moe.router.update(counts[layer])
-        fault_injection.hit("step.updated")
         return StepResult(
             loss=loss,
             balance_loss=None if total.balance_loss is None else float(total.balance_loss),
@@ -208,6 +206,7 @@ class StepEngine(Engine):
 
     def eval_loss(self, batch: Batch, *, dropless: bool, top_k: int | None = None) -> EvalSums:
         """Evaluate a batch without gradients and without noise."""
+        self.mesh.world.recorder.enter("evaluation batch")
         batch = batch.to(self.device)
         options = RoutingOptions(dropless=dropless, top_k=top_k, counts_targets_only=True)
         with torch.no_grad():

@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer import fault_injection
 from trainer.data.batches.stream import evaluation_batches, row_slice
 from trainer.data.config import Packing
 from trainer.data.corpus import Corpus
@@ -157,7 +156,6 @@ def _domain(
         targets = batch.targets[batch.target_mask].numpy()
         target_bytes += int(token_bytes[targets].sum())
         mine = row_slice(batch, batch_size * layout.rank, batch_size * (layout.rank + 1))
-        fault_injection.hit("eval.batch")
         here = engine.eval_loss(mine, dropless=dropless, top_k=top_k)
         sums = here if sums is None else sums + here
     assert sums is not None, "every domain has validation text"

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer import fault_injection
 from trainer.atomic_io import NotRegular, is_at, open_own
 from trainer.errors import DataError
 from trainer.metrics.log_content import LogContent, content_of, copy_content, write_whole
@@ -172,7 +171,6 @@ class JsonlSink:
     def _drop(self, step: int, first_dropped: int, *, is_scattered: bool) -> None:
         """Take away the lines that are not kept, from the first of them on."""
         if not is_scattered:
-            fault_injection.hit("metrics.cut")
             os.ftruncate(self._descriptor, first_dropped)
             return
 
@@ -181,7 +179,6 @@ class JsonlSink:
             for line in lines(self.path, first_dropped):
                 if is_kept(line, step):
                     write_whole(target, line)
-            fault_injection.hit("metrics.cut")
 
         self._replace(write)
 

@@ -4,7 +4,6 @@ import time
 
 import torch
 
-from trainer import fault_injection
 from trainer.checkpoint.saver import Saved
 from trainer.distributed.collective_errors import raise_together
 from trainer.distributed.layout import is_first_here
@@ -46,7 +45,6 @@ def fit(run: Run, stop: StopRequest, status: StatusFile) -> EvalReport | None:
         recorder.step, recorder.is_in_step = step + 1, step > run.start_step
         status.begin_step(step + 1, first_row=run.position, num_rows=train.global_batch_size)
         run.profiler.begin(step + 1)
-        fault_injection.hit("step.begin")
         pace.begin()
         recorder.enter("data")
         if run.stream.waits_for_text(run.position, train.global_batch_size):
@@ -70,12 +68,12 @@ def fit(run: Run, stop: StopRequest, status: StatusFile) -> EvalReport | None:
         pace.end(result.num_tokens)
 
         done, is_last = step + 1, step + 1 == train.steps
+        recorder.enter("checking the step")
         anomalies.record_step_health(run, done, result, limit=limit)
-        fault_injection.hit("step.taken")
+        recorder.enter("agreeing on a stop")
         is_logged = every(config.metrics.log_every, done) or is_last or done == run.start_step + 1
         is_saved = every(config.checkpoint.every, done) or is_last
         stopped_by, is_lost = _agree(run, stop, looks=is_logged or is_saved)
-        fault_injection.hit("step.agreed")
         if is_lost:
             _regain_folder(run)
         gap = None
@@ -85,6 +83,7 @@ def fit(run: Run, stop: StopRequest, status: StatusFile) -> EvalReport | None:
                 gap = _compare_routing(run)
         if is_logged or gap is not None:
             log_step(run, done, result, lr=lr, pace=pace, gap=gap)
+        recorder.enter("ending the step")
         run.console.tick(done)
         anomalies.check_patience(run, done, result)
         recorder.is_in_step = False
@@ -107,7 +106,7 @@ def fit(run: Run, stop: StopRequest, status: StatusFile) -> EvalReport | None:
                 save(run, done, is_last=is_last, is_stopped=stopped_by is not None)
         else:
             announce(run, run.saver.finished())
-        fault_injection.hit("step.done")
+        recorder.enter("between steps")
         if stopped_by and not is_last:
             stop.obey()
             run.console.message(f"stopped by {stopped_by} after step {done}: saved; start again to go on")
@@ -122,22 +121,23 @@ def every(interval: int | None, done: int) -> bool:
 
 def report(run: Run, done: int, examination: EvalReport) -> None:
     """Write an evaluation to metrics.jsonl and what was written in it to files, and show it."""
+    recorder = run.mesh.world.recorder
+    recorder.enter("writing the evaluation")
     record = {"step": done, **examination.record()}
     if examination.held_out is not None:
         record |= {f"data/{domain}/epochs": number for domain, number in run.stream.epochs(run.position).items()}
-    fault_injection.hit("eval.done")
     run.trackers.log(record)
     if examination.held_out is not None:
         run.console.evaluation(record)
     for result in examination.tasks:
         run.console.task(done, result.name, result.metrics)
+    recorder.enter("writing predictions")
     if run.mesh.layout.rank == 0:
         for result in examination.tasks:
             try:
                 write_predictions(run.folder.predictions, result, step=done)
             except OSError as error:  # no reason to stop learning
                 run.console.warning(f"{run.folder.predictions}: predictions are lost: {error.strerror or error}")
-    fault_injection.hit("eval.written")
 
 
 def save(run: Run, done: int, *, is_last: bool = False, is_stopped: bool = False) -> None:
@@ -187,7 +187,6 @@ def announce(run: Run, saved: Saved | None) -> None:
     lost = f"{saved.stalled_s * 1e3:.0f} ms" if saved.stalled_s < 1 else f"{saved.stalled_s:.1f} s"
     note = f"{saved.size_bytes / 1e6:.0f} MB in {saved.behind_s:.1f} s, of which training waited {lost}"
     run.console.checkpoint(saved.path, saved.step, note=note)
-    fault_injection.hit("save.reported")
 
 
 def _compare_routing(run: Run) -> RoutingGap | None:
@@ -236,6 +235,8 @@ def log_step(
     run: Run, done: int, result: StepResult, *, lr: float, pace: StepPace, gap: RoutingGap | None = None
 ) -> None:
     """Write a step to metrics.jsonl, its counts to routing.jsonl, and show it; every rank must call it."""
+    recorder = run.mesh.world.recorder
+    recorder.enter("logging")
     speed = pace.take()
     peak = run.config.metrics.peak_tflops
     flops_per_s = speed.tokens_per_s * run.size.training_flops_per_token
@@ -270,8 +271,7 @@ def log_step(
         if gap is not None:
             record |= gap.record()
             experts |= gap.experts()
-        fault_injection.hit("log.begin")
     record |= over_ranks(speed.parts, run.machine.read(), run.mesh.world)
+    recorder.enter("writing metrics")
     run.trackers.log(record, experts)
-    fault_injection.hit("log.written")
     run.console.step(record)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from trainer import fault_injection
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.saver import Saved
@@ -83,13 +82,16 @@ def train_run(
     ):
         for warning in warnings:
             console.warning(warning)
+        recorder = mesh.world.recorder
+        recorder.enter("locking the run folder")
         with raise_together(mesh.world):
             if layout.rank == 0:
                 folder.lock()
+                recorder.enter("removing old status files")
                 remove_others(folder.status, world_size=layout.world_size)
-                fault_injection.hit("start.locked")
         status.enter("start-up")
         run = build_run(config, folder, console, mesh, device)
+        recorder.enter("opening the trackers")
         outermost.enter_context(track(run))  # closed when the ranks have left each other: nobody waits for it
         console.header(_header(run))
         if run.start_step >= config.train.steps:
@@ -108,10 +110,10 @@ def train_run(
             run.engine.close()
             run.trackers.exit_code = PREEMPTED
             return PREEMPTED
-        fault_injection.hit("end.trained")
+        recorder.enter("sampling")
         prompt, sample, speechless = _sample(run)  # every rank takes part: it needs everyone's experts
         if layout.rank == 0:
-            fault_injection.hit("end.summary")
+            recorder.enter("summary")
             elapsed_s = time.monotonic() - began_s
             console.summary(_summary(run, examination, prompt, sample, elapsed_s=elapsed_s))
         run.engine.close()

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 
 from pydantic import ValidationError
 
-from trainer import fault_injection
 from trainer.checkpoint.compatible import abridged, check_fits, check_model, check_record, check_tokenizer
 from trainer.checkpoint.files import StoredTensors
 from trainer.checkpoint.folder import CheckpointFolder
@@ -31,7 +30,7 @@ _OF_THE_RATE = ("schedule.", "train.steps")
 
 def resume(run: Run, found: CheckpointHandle) -> None:
     """Go on from a checkpoint: each rank reads its own parts, however the ranks that wrote it were laid out."""
-    fault_injection.hit("resume.found")
+    run.mesh.world.recorder.enter("loading the checkpoint")
     _load_state(found, run.engine, run.config, run.corpus.tokenizer)
     if not run.folder.config.is_file():  # with it, the comparison was made before torch was imported
         for warning in _changes_since(found, run.config):
@@ -51,7 +50,6 @@ def resume(run: Run, found: CheckpointHandle) -> None:
     if (jump := _rate_jump(found, run)) is not None:
         run.console.warning(jump)
     run.console.message(f"resuming from {found.path}{_moved(found, run)}")
-    fault_injection.hit("resume.loaded")
 
 
 def _load_state(found: CheckpointHandle, engine: Engine, config: ExperimentConfig, tokenizer: Tokenizer) -> None:

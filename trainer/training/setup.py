@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 
-from trainer import fault_injection
 from trainer.checkpoint.compatible import abridged
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.identity import identify
@@ -59,6 +58,8 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
         DataError: if the text is unusable, not the same on all ranks, or not the one the run was started with.
         CheckpointError: if checkpoints exist and none can be used.
     """
+    recorder = mesh.world.recorder
+    recorder.enter("comparing ranks")
     _check_alike(config, mesh)
     check_shared(folder, mesh.world)
     if config.profile is not None:
@@ -68,6 +69,7 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
     config = resolve_kernel(config, device)
     is_writer = mesh.layout.rank == 0
     tokenizer = corpus = None
+    recorder.enter("reading text")
     with raise_together(mesh.world):
         if is_writer:
             with console.progress_bar("reading text") as bar:
@@ -83,7 +85,7 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
     if different:
         raise DataError(f"{different[0]}; all ranks must read the same text (data.sources)")
     tasks = read_tasks(config.eval.tasks, corpus, seq_len=config.model.seq_len, world=mesh.world, warn=console.warning)
-    fault_injection.hit("start.text")
+    recorder.enter("building the model")
     stream = TrainStream(corpus, packing=config.data.packing, seq_len=config.model.seq_len, seed=config.seed)
     size = model_size(whole_model(config, corpus.tokenizer))
     lines = None
@@ -102,7 +104,6 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
                 console.warning(said)
     with out_of_memory.making_optimizer(config):
         engine = config.engine.build(model, config.optim, numerics(config), mesh, folder=folder.deepspeed)
-    fault_injection.hit("start.engine")
     run = Run(
         mesh=mesh,
         config=config,
@@ -129,15 +130,16 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
             patience=config.train.max_consecutive_skips,
         ),
     )
+    recorder.enter("finding a checkpoint")
     with raise_together(mesh.world):
         if is_writer:
             run.saver.folder.clean()
-            fault_injection.hit("resume.cleaned")
     found = find_newest(run.saver.folder, mesh.world, warn=console.warning)
     if found is not None:
         with raise_together(mesh.world), out_of_memory.reading_checkpoint(config):
             resume(run, found)
     has_no_logs = False
+    recorder.enter("writing the run folder")
     with raise_together(mesh.world):
         if is_writer:
             keep(folder, corpus.tokenizer)
@@ -158,7 +160,7 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
                 console.message(remark)
             if corpus.skipped:
                 console.warning(f"{summary(corpus.skipped)}: {folder.skipped_rows}")
-            fault_injection.hit("start.config_written")
+            recorder.enter("recording the environment")
             folder.write_environment(
                 {
                     **runtime.describe(),
@@ -169,10 +171,9 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
                     "tasks": {task.config.name: {"fingerprint": task.fingerprint, **task.signatures} for task in tasks},
                 }
             )
-    fault_injection.hit("start.written")
+    recorder.enter("resuming the logs")
     if lines is not None:
         lines.resume_at(run.start_step, None if found is None or has_no_logs else found.run.get("logs"))
-    fault_injection.hit("start.done")
     return run
 
 
