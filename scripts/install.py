@@ -22,7 +22,7 @@ from typing import IO
 
 from scripts.locked import PINS, ROOT, Pin, closure, normalised, read
 
-LEVELS = {"launch": ("base", "."), "dev": ("dev", ".[dev]")}
+LEVELS = {"launch": ("recipes", ".[recipes]"), "dev": ("dev", ".[dev]")}
 SPEAKS_EVERY_S = 5.0
 
 

@@ -8,9 +8,11 @@ into .cache/lock. Afterwards: `scripts/test.sh`, and commit requirements/. The f
 
     pip.txt           the installer and the build backend, first into .venv
     torch-cpu.txt     a CPU build of the same torch, taken where pip finds it, as it does in CI
-    base.txt          what training needs, with torch as the registry has it
-    cuda.txt          what that torch asks for besides where it is built for CUDA
-    lm-eval.txt, tensorboard.txt, dev.txt    what each extra adds
+    base.txt          the base dependencies, with torch as the registry has it
+    cuda.txt          additional dependencies of that torch where it is built for CUDA
+    recipes.txt       the extra `recipes`: whatever the project's own configs use
+    dev.txt           the extra `dev`: tests and checks, with lm-eval and TensorBoard
+    docs.txt          the extra `docs`
     uv.txt            uv, for the next renewal
 
 One version of a package serves all Pythons and platforms, and its hashes are those of all its files on the registry.
@@ -34,14 +36,14 @@ PROJECT = "pyproject.toml"
 PURPOSE = {
     "pip": "The installer and the build backend.",
     "torch-cpu": "Torch's CPU build.",
-    "base": "What training needs.",
-    "cuda": "What torch's CUDA build asks for besides.",
-    "lm-eval": "What the extra lm-eval adds.",
-    "tensorboard": "What the extra tensorboard adds.",
-    "dev": "What the tests and checks add.",
-    "uv": "What renews the lock.",
+    "base": "The base dependencies.",
+    "cuda": "Additional dependencies of torch's CUDA build.",
+    "recipes": "Packages that the extra recipes adds.",
+    "dev": "Packages that the extra dev adds.",
+    "docs": "Packages that the extra docs adds.",
+    "uv": "The tool that renews the lock.",
 }
-INCLUDES = {"base": ["pip"], "lm-eval": ["base"], "tensorboard": ["base"], "dev": ["lm-eval", "tensorboard"]}
+INCLUDES = {"base": ["pip"], "recipes": ["base"], "dev": ["recipes"], "docs": ["dev"]}
 OF_CUDA = re.compile(r"(nvidia|cuda)-.*|triton")
 
 
@@ -55,7 +57,7 @@ def main() -> None:
     backend = tomllib.loads((ROOT / PROJECT).read_text())["build-system"]["requires"]
     solution = _resolve(uv, [PROJECT, "--all-extras"], ["pip", "uv", *backend], before if keep else {})
     asked = {"uv": ([], ["uv"]), "pip": ([], ["pip", *backend]), "base": ([PROJECT], [])}
-    asked |= {extra: ([PROJECT, "--extra", extra], []) for extra in ("lm-eval", "tensorboard", "dev")}
+    asked |= {extra: ([PROJECT, "--extra", extra], []) for extra in ("recipes", "dev", "docs")}
     files: dict[str, set[str]] = {}
     for name, (options, beside) in asked.items():
         elsewhere = set().union(*files.values())

@@ -85,16 +85,16 @@ def test_nothing_of_deepspeed_is_loaded_for_another_engine(workplace: Path, argu
     assert result.returncode == 0, result.stderr
 
 
-WITHOUT = """
+BROKEN = """
 import sys
 from trainer.cli import main
-sys.modules["deepspeed"] = None
+sys.modules["deepspeed.ops"] = None
 main()
 """
 
 
-def test_a_missing_deepspeed_is_answered_in_a_line(workplace: Path, tmp_path: Path) -> None:
-    (tmp_path / "without.py").write_text(WITHOUT)
+def test_a_deepspeed_that_does_not_import_is_answered_in_a_line(workplace: Path, tmp_path: Path) -> None:
+    (tmp_path / "without.py").write_text(BROKEN)
     script = str(tmp_path / "without.py")
     result = imported_once.run([script, "train", "tiny.yaml", "name=none", "engine.kind=deepspeed"], cwd=workplace)
     assert result.returncode == 2

@@ -21,7 +21,7 @@ import packaging
 import pytest
 
 from scripts import install
-from scripts.locked import Pin, read
+from scripts.locked import Pin, closure, read
 
 ROOT = Path(__file__).parents[2]
 TORCH = read("base")["torch"].version
@@ -177,7 +177,7 @@ class Clone:
     def own_python(self) -> str:
         return str(self.root / ".venv/bin/python")
 
-    def pip_calls(self, level: str = "base", *, update: bool = False, cuda: bool = False) -> list[str]:
+    def pip_calls(self, level: str = "recipes", *, update: bool = False, cuda: bool = False) -> list[str]:
         """What installs the lock into .venv, and then the project; where its torch is there, that is an update."""
         files = ["pip", *([] if update else ["torch-cpu"]), level, *(["cuda"] if cuda else [])]
         locked = [f"requirements/{name}.txt --require-hashes --no-deps --no-build-isolation" for name in files]
@@ -426,7 +426,7 @@ def test_a_chosen_environment_is_used_and_keeps_its_torch(clone: Clone, chosen: 
     python = str(prefix / "bin/python")
     environment = {variable: python if variable == "TURNOUT_PYTHON" else str(prefix)}
     assert clone.setup(**environment) == python
-    assert clone.new_calls() == [f"pip . {prefix}"]
+    assert clone.new_calls() == [f"pip .[recipes] {prefix}"]
     assert clone.setup(**environment) == python
     assert clone.new_calls() == []
     assert installed_torch(prefix) == ["torch-2.12.0+cu130.dist-info"]
@@ -444,9 +444,9 @@ def test_what_a_chosen_environment_has_stays_and_nothing_newer_than_the_lock_com
     clone.setup(VIRTUAL_ENV=str(prefix))
     (written,) = clone.root.glob(".cache/setup/*/constraints.txt")
     lines = written.read_text().splitlines()
-    locked = read("base")
+    locked = closure("recipes")
     assert {"torch==2.12.0+cu130", "numpy<=2.99", "rich<=99.1", f"scipy<={locked['scipy'].version}"} < set(lines)
-    assert len(lines) == len(locked) + len(read("pip"))
+    assert len(lines) == len(locked)
 
 
 @pytest.mark.parametrize(

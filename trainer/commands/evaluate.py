@@ -9,6 +9,7 @@ from trainer.commands.arguments import Verbs, as_path, takes_run, takes_step, ve
 from trainer.commands.resolve import existing_run, telling_what_makes_it
 from trainer.config.nodes import shown
 from trainer.config.numbers import MAX_INT
+from trainer.config.packages import check_packages
 from trainer.errors import ConfigError
 from trainer.moe.config import MoEConfig
 
@@ -47,6 +48,8 @@ def evaluate(options: argparse.Namespace) -> int:
     only = _tasks(options.tasks, [task.name for task in config.eval.tasks])
     _check_lm_eval(options)
     top_ks = _top_ks(options, config.model.moe)
+    if top_ks is None and options.lm_eval is None:
+        check_packages(config.eval, at="eval")
 
     from trainer.training.evaluate import evaluate_by_lm_eval, evaluate_checkpoint, evaluate_top_ks
 

@@ -11,6 +11,7 @@ from typing import Final
 from trainer.checkpoint.run_folder import RunFolder, check_belongs
 from trainer.config.dump import Change, changed_keys
 from trainer.config.loader import load
+from trainer.config.packages import check_packages
 from trainer.errors import CheckpointError, ConfigError, MissingFile
 from trainer.experiment import ExperimentConfig
 
@@ -58,8 +59,10 @@ def run_to_train(options: argparse.Namespace) -> tuple[ExperimentConfig, RunFold
     if not (options.config / "config.yaml").is_file():
         _refuse_inside_run(options)
         config = named_config(options)
+        check_packages(config)
         return config, folder_of(config)
     config, folder = existing_run(options)
+    check_packages(config)
     kept = load(folder.config, [], ExperimentConfig)
     if (config.runs_dir, config.name) != (kept.runs_dir, kept.name):
         raise ConfigError(

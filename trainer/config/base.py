@@ -57,6 +57,10 @@ class Config(BaseModel):
         """Yield every rule between the keys of this section that its values break."""
         yield from ()
 
+    def packages(self) -> Iterator[tuple[str, str]]:
+        """Yield (key below this section, top-level package) for each optional package that its values need."""
+        yield from ()
+
     @model_validator(mode="after")
     def _refuse_problems(self) -> Self:
         found = list(self.problems())

@@ -1,7 +1,6 @@
 """The `metrics` and `profile` sections: what is written down while training. Imports no torch."""
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -37,6 +36,11 @@ class WandbConfig(Config):
     notes: Annotated[str, Field(max_length=10000)] | None = None
     """Free notes on the run."""
 
+    def packages(self) -> Iterator[tuple[str, str]]:
+        """Yield wandb, where it is used."""
+        if self.mode != "disabled":
+            yield "mode", "wandb"
+
     def problems(self) -> Iterator[Problem]:
         """Refuse what wandb would refuse later, or take for something else."""
         bad = [c for c in _NOT_IN_A_PROJECT if c in (self.project or "")]
@@ -69,20 +73,12 @@ class MetricsConfig(Config):
     """In wandb and TensorBoard every so many logged steps have, for each MoE layer, the load of each of its experts
     (1 is an even share): drawn over the steps, a heat map. Null: never."""
 
-    def check_installed(self) -> None:
-        """Refuse to begin without a package that is asked for.
-
-        Raises:
-            ConfigError: with how to install it.
-        """
-        for key, package, is_wanted, install in (
-            ("metrics.wandb.mode", "wandb", self.wandb.mode != "disabled", "wandb"),
-            ("metrics.tensorboard", "tensorboard", self.tensorboard, "'turnout[tensorboard]'"),
-        ):
-            if is_wanted and find_spec(package) is None:
-                raise ConfigError(
-                    f"{key}: {package} is not installed here; pip install {install}, or leave the key out"
-                )
+    def packages(self) -> Iterator[tuple[str, str]]:
+        """Yield what the trackers need, and the solver that `routing_gap` is measured with."""
+        if self.tensorboard:
+            yield "tensorboard", "tensorboard"
+        if self.routing_gap_every is not None:
+            yield "routing_gap_every", "scipy"
 
 
 class ProfileConfig(Config):

@@ -22,6 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trainer.packages import importing
+
 
 @dataclass(frozen=True, slots=True)
 class Solution:
@@ -42,9 +44,10 @@ def linear_program(scores: Tensor, *, top_k: int, room: int, num_free: int = 0) 
         room: C.
         num_free: how many of the E, the last ones, have room for every token; their price is 0.
     """
-    from scipy.optimize import linprog  # here: most runs solve nothing, and importing SciPy takes as long as a step
-    from scipy.sparse import eye_array as identity
-    from scipy.sparse import kron, vstack
+    with importing("scipy", user="the linear programme"):  # here: most runs solve nothing, and the import is slow
+        from scipy.optimize import linprog
+        from scipy.sparse import eye_array as identity
+        from scipy.sparse import kron, vstack
 
     n, num_experts = scores.shape
     if n == 0:
@@ -95,7 +98,8 @@ def balanced(scores: Tensor) -> Tensor:
     Args:
         scores: (n, E), of any sign.
     """
-    from scipy.optimize import linear_sum_assignment  # here, as above
+    with importing("scipy", user="the balanced assignment"):
+        from scipy.optimize import linear_sum_assignment
 
     n, num_experts = scores.shape
     places = -(-n // num_experts)

@@ -16,7 +16,6 @@ from trainer.console.summary import RunSummary
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.distributed.mesh import Mesh
 from trainer.engine.base import Engine
-from trainer.errors import ConfigError
 from trainer.evaluation.context import EvalContext
 from trainer.evaluation.eval_report import EvalReport, write_predictions
 from trainer.evaluation.held_out import evaluate
@@ -26,6 +25,7 @@ from trainer.evaluation.tasks.load import read_tasks
 from trainer.evaluation.top_k_sweep import evaluate_each_k, table
 from trainer.experiment import ExperimentConfig
 from trainer.moe.causality import evaluation_warning
+from trainer.packages import importing
 from trainer.terminal import say
 from trainer.training import out_of_memory
 from trainer.training.resume import load_trained
@@ -127,12 +127,9 @@ def evaluate_by_lm_eval(
     Raises:
         ConfigError: if lm-eval is not installed, or does not know a task.
     """
-    try:
+    with importing("lm_eval", user="--lm-eval"):
         from trainer.evaluation.lm_eval import HarnessModel, run_harness
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"--lm-eval: {error.name} is not installed; lm-eval is an extra: pip install 'turnout[lm-eval]'"
-        ) from None
+
     console = Console(file=sys.stderr)
     engine, tokenizer, found = load_trained(config, folder, step=step, warn=console.warning)
     model = HarnessModel(_subject(config, engine, Mesh.of_one()), tokenizer)

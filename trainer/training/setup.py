@@ -91,7 +91,6 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
     lines = None
     with raise_together(mesh.world):
         if is_writer:
-            config.metrics.check_installed()
             lines = JsonlTracker(folder.metrics, folder.routing, warn=console.warning)
     with out_of_memory.making_weights(config, num_parameters=size.total_parameters):
         model = build_model(config, corpus.tokenizer, mesh, device, warn=console.warning)

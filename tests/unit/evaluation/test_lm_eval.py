@@ -162,6 +162,6 @@ def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     config, folder = ExperimentConfig(name="x"), RunFolder(tmp_path)
     with pytest.raises(
-        ConfigError, match=r"^--lm-eval: lm_eval is not installed; .* pip install 'turnout\[lm-eval\]'$"
+        ConfigError, match=r"^--lm-eval: needs lm_eval, which is not installed; pip install 'turnout\[lm-eval\]'$"
     ):
         evaluate_by_lm_eval(config, folder, ["a"], include_path=None, limit=None, step=None, screen=sys.stdout)

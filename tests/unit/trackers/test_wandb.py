@@ -17,7 +17,7 @@ import pytest
 
 from tests.folders import content_of, hard_linked
 from tests.wandb_server import KEY, WandbServer
-from trainer.errors import PREEMPTED, ConfigError
+from trainer.errors import PREEMPTED
 from trainer.metrics.config import MetricsConfig
 from trainer.trackers import wandb
 from trainer.trackers.base import JsonlTracker
@@ -267,15 +267,3 @@ def test_a_full_disk_costs_a_warning(tmp_path: Path):
     (warning,) = attempt.warned
     assert "metrics.jsonl has everything" in warning
     assert len(written(tmp_path)) == 5
-
-
-def test_a_package_that_is_missing_is_named_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("trainer.metrics.config.find_spec", lambda name: None)
-    MetricsConfig().check_installed()
-    with pytest.raises(ConfigError) as error:
-        MetricsConfig.model_validate({"wandb": {"mode": "offline"}}).check_installed()
-    assert str(error.value) == (
-        "metrics.wandb.mode: wandb is not installed here; pip install wandb, or leave the key out"
-    )
-    with pytest.raises(ConfigError, match=r"^metrics\.tensorboard: .* pip install 'turnout\[tensorboard\]', or leave"):
-        MetricsConfig(tensorboard=True).check_installed()

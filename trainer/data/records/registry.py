@@ -59,6 +59,10 @@ class DatasetConfig(Config):
         if self.path == "pandas":
             yield Problem("path", "pandas reads pickles, which can run code; write the data as parquet")
 
+    def packages(self) -> Iterator[tuple[str, str]]:
+        """Yield the library that reads them."""
+        yield "path", "datasets"
+
     def rows(self) -> Rows:
         """Make what reads them."""
         from trainer.data.records.hf import HfRows

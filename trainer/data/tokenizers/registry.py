@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -39,6 +40,10 @@ class BPETokenizerConfig(Config):
     max_train_bytes: Count = 1 << 28
     """Text it is trained on: equal parts of all domains, as far as they have it, each spread evenly over the domain."""
 
+    def packages(self) -> Iterator[tuple[str, str]]:
+        """Yield the library that encodes text."""
+        yield "kind", "tokenizers"
+
     def build(self, data: DataConfig, *, progress: IngestProgress | None = None) -> Tokenizer:
         """Train the tokenizer, or take it from the cache."""
         from trainer.data.tokenizers.bpe import trained_tokenizer
@@ -57,6 +62,10 @@ class FileTokenizerConfig(Config):
     """A tokenizer.json or the folder it is in, such as another run's; relative to the working directory."""
     end_of_document: Annotated[str, Field(min_length=1)] | None = None
     """Token that stands between documents. Null: the folder's eos_token, else a well-known name."""
+
+    def packages(self) -> Iterator[tuple[str, str]]:
+        """Yield the library that encodes text."""
+        yield "kind", "tokenizers"
 
     def build(self, data: DataConfig, *, progress: IngestProgress | None = None) -> Tokenizer:
         """Read the tokenizer."""

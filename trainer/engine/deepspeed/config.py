@@ -125,6 +125,10 @@ class DeepSpeedEngineConfig(Config):
     """DeepSpeed's own options (or a JSON file of them), of which those that leave what is learned alone are taken over.
     One that says otherwise than this file is an error; `auto` says nothing."""
 
+    def packages(self) -> Iterator[tuple[str, str]]:
+        """Yield the engine's library."""
+        yield "kind", "deepspeed"
+
     def problems(self) -> Iterator[Problem]:
         """Refuse the stages that cannot train experts."""
         if self.zero_stage not in (1, 2):

@@ -125,6 +125,13 @@ class GenerationTaskConfig(TaskConfig):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Draw from the likeliest tokens of this total mass."""
 
+    def packages(self) -> Iterator[tuple[str, str]]:
+        """Yield the libraries that compute the metrics."""
+        if {"bleu", "chrf"} & set(self.metrics):
+            yield "metrics", "sacrebleu"
+        if "rouge" in self.metrics:
+            yield "metrics", "rouge_score"
+
     def problems(self) -> Iterator[Problem]:
         """Refuse a metric that is named twice."""
         yield from super().problems()

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sacrebleu.metrics import BLEU, CHRF
-
 from trainer.evaluation.tasks.registry import TextMetric
+from trainer.packages import importing
 
 References = Sequence[Sequence[str]]
 """References of each text; as many for every text."""
@@ -33,6 +32,9 @@ def judge(metric: TextMetric, texts: Sequence[str], references: References, *, b
     """
     match metric:
         case "bleu" | "chrf":
+            with importing("sacrebleu", user=f"eval.tasks: {metric}"):
+                from sacrebleu.metrics import BLEU, CHRF
+
             scorer = BLEU(tokenize=bleu_tokenize) if metric == "bleu" else CHRF()
             score = scorer.corpus_score(texts, list(zip(*references, strict=True)))
             return Judgement(values={metric: score.score}, signature=str(scorer.get_signature()))
@@ -45,7 +47,8 @@ def judge(metric: TextMetric, texts: Sequence[str], references: References, *, b
 
 
 def _rouge(texts: Sequence[str], references: References) -> dict[str, float]:
-    from rouge_score.rouge_scorer import RougeScorer
+    with importing("rouge_score", user="eval.tasks: rouge"):
+        from rouge_score.rouge_scorer import RougeScorer
 
     names = ["rouge1", "rouge2", "rougeL"]
     scorer = RougeScorer(names, use_stemmer=False)

@@ -44,6 +44,10 @@ class LinearProgramRouterConfig(AssignmentOptions):
 
     kind: Literal["linear_program"] = "linear_program"
 
+    def packages(self) -> Iterator[tuple[str, str]]:
+        """Yield the solver."""
+        yield "kind", "scipy"
+
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
         """Make the router of MoE layer `layer`."""
         from trainer.moe.routers.linear_program import LinearProgramRouter
@@ -67,6 +71,10 @@ class BaseRouterConfig(LookAheadOptions):
     """One expert per token, all equally loaded, at the best sum of logits (BASE, Lewis et al. 2021, 2103.16716)."""
 
     kind: Literal["base"] = "base"
+
+    def packages(self) -> Iterator[tuple[str, str]]:
+        """Yield the solver."""
+        yield "kind", "scipy"
 
     def experts_per_token(self, num_experts: int) -> float:
         """Return 1."""

@@ -1,0 +1,49 @@
+"""Optional packages: whether one is installed, and the command that installs it. Imports none of them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Final
+
+from trainer.errors import ConfigError
+
+_EXTRAS: Final = {
+    "lm_eval": "lm-eval",
+    "rouge_score": "text-metrics",
+    "sacrebleu": "text-metrics",
+    "scipy": "lab",
+    "tensorboard": "tensorboard",
+}
+"""Extra of pyproject.toml that installs a package; all others are installed with the project itself."""
+
+
+def is_installed(package: str) -> bool:
+    """Return whether a top-level package can be found."""
+    return find_spec(package) is not None
+
+
+def install_command(package: str) -> str:
+    """Return the command that installs a package, in a version that this project works with."""
+    return f"pip install 'turnout[{_EXTRAS[package]}]'" if package in _EXTRAS else f"pip install {package}"
+
+
+@contextmanager
+def importing(package: str, *, user: str) -> Iterator[None]:
+    """Explain how to install a package if the import in this context does not find it.
+
+    Args:
+        package: its top-level name.
+        user: key, option or feature that needs it; the message starts with it.
+
+    Raises:
+        ConfigError: if the package, or a module that it needs, is missing.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ConfigError(missing(error.name or package, user=user, package=package)) from None
+
+
+def missing(module: str, *, user: str, package: str = "") -> str:
+    """Return the message about a missing module of a package."""
+    return f"{user}: needs {module}, which is not installed; {install_command(package or module)}"
