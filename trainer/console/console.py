@@ -1,4 +1,4 @@
-"""Console output of a run: a live panel on a terminal, a plain line for each logged step anywhere else."""
+"""Console output of a run: a live panel on a terminal, one plain line per logged step anywhere else."""
 
 import os
 import sys
@@ -6,172 +6,203 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Protocol, Self, TextIO
+from typing import Final, Self, TextIO
 
 from rich.console import Console as RichConsole
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
+from rich.live import Live
 from rich.text import Text
 
-from trainer.console import lines
-from trainer.console.glyphs import QUIET
-from trainer.console.live import LiveScreen
-from trainer.console.plain import PlainScreen
-from trainer.console.progress import BarProgress, Pace, Record, TrainingProgress
+from trainer.console import formatting, log_lines
 from trainer.console.safe_stream import SafeStream
+from trainer.console.style import QUIET
 from trainer.console.summary import RunSummary, SummaryScreen
+from trainer.console.training_panel import TrainingPanel, bar_line
+from trainer.console.training_progress import Record, TrainingProgress
 from trainer.terminal import visible
 
-
-class Screen(Protocol):
-    """Screen interface of the console: `LiveScreen` or `PlainScreen`."""
-
-    def line(self, text: Text, *, hanging: int = 0) -> None: ...  # noqa: D102
-    def block(self, renderable: RenderableType) -> None: ...  # noqa: D102
-    def show_training(self, progress: TrainingProgress, *, is_logged: bool) -> None: ...  # noqa: D102
-    def show_bars(self, bars: Sequence[BarProgress]) -> None: ...  # noqa: D102
-    def close(self) -> None: ...  # noqa: D102
+_REDRAW_EVERY_S: Final = 0.1
+_LOG_JOB_EVERY_S: Final = 10.0
+_LOG_WIDTH: Final = 80
 
 
 class Console:
-    """Shows a run to a person. It never raises because of the output: a closed pipe only silences it.
+    """Shows a run to a person. Output errors never raise: a closed pipe only silences it.
 
-    Records have the keys of metrics.jsonl; a value that is None or missing is shown as a dash.
+    Records have the keys of metrics.jsonl; a value that is None or missing is shown as a dash. A terminal gets the live
+    panel, redrawn on the caller's thread, so that no thread of its own holds a lock when the process forks. Anything
+    else gets plain lines that are never wrapped, so that they can be searched.
 
     Args:
-        total_steps: Steps of the whole run; 0 where there is no training to follow.
-        start_step: Completed steps at the start, when a run is resumed.
-        file: Where to write; standard output by default. A terminal gets the live panel.
-        width: Columns; by default the terminal's, and 80 where there is none.
-        clock: Seconds that only grow.
+        total_steps: Steps of the whole run; 0 if nothing is trained.
+        file: Where to write; standard output by default.
+        width: Columns; by default the terminal's, and 80 elsewhere.
+        clock: Monotonic seconds.
     """
 
     def __init__(
         self,
         total_steps: int = 0,
         *,
-        start_step: int = 0,
         file: TextIO | None = None,
         width: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        stream = SafeStream(file or sys.stdout)
-        self._clock = clock
-        self._pace = Pace(clock)
-        self._progress = TrainingProgress(total_steps=total_steps, step=start_step)
-        self._bars: list[BarProgress] = []
-        self._screen = _screen(stream, width, clock)
-
-    @property
-    def is_live(self) -> bool:
-        """True on a terminal that a person watches."""
-        return isinstance(self._screen, LiveScreen)
+        self._stream, self._clock = SafeStream(file or sys.stdout), clock
+        self._progress = TrainingProgress(total_steps=total_steps)
+        self._is_training = False
+        self._jobs: list[ProgressBar] = []
+        self._rich = _rich(self._stream, width, is_terminal=self._stream.isatty())
+        self.is_live = self._rich.is_terminal and not self._rich.is_dumb_terminal
+        """True on a terminal."""
+        if not self.is_live:
+            self._rich = _rich(self._stream, width or _LOG_WIDTH, is_terminal=False)
+        self._live: Live | None = None
+        self._drawn_s = -_REDRAW_EVERY_S
 
     def header(self, entries: Sequence[str | tuple[str, str]]) -> None:
         """Print the first lines of a run: the first is the title, a pair is a label with its value."""
         label_width = max((len(entry[0]) for entry in entries if not isinstance(entry, str)), default=0)
         for index, entry in enumerate(entries):
             if isinstance(entry, str):
-                self._screen.line(Text(visible(entry), style="bold" if index == 0 else ""))
+                self._print(Text(visible(entry), style="bold" if index == 0 else ""))
             else:
                 label, value = entry
                 text = Text(f"  {label:{label_width}}  ", style=QUIET)
-                self._screen.line(text.append(visible(value), style="default"), hanging=label_width + 4)
+                self._print(text.append(visible(value), style="default"))
 
     def message(self, text: str) -> None:
         """Print a line."""
-        self._screen.line(Text(visible(text)))
+        self._print(Text(visible(text)))
 
     def warning(self, text: str) -> None:
         """Print a line that asks for attention."""
-        self._screen.line(lines.warning(text), hanging=9)
+        self._print(log_lines.warning(text))
 
     def progress_bar(self, label: str, total_bytes: int = 0) -> "ProgressBar":
-        """Show a job measured in bytes; its `update` fits where a callback (done, total, label) is asked for."""
+        """Return a progress bar for a job measured in bytes."""
         return ProgressBar(self, label, total_bytes)
 
     def tick(self, step: int) -> None:
-        """Move the live progress bar to completed step `step`; cheap enough for every step, and nothing in a log."""
+        """Move the live progress bar to completed step `step`; cheap enough for every step, and silent in a log."""
         self._progress.step = step
-        self._screen.show_training(self._progress, is_logged=False)
+        self._show_training()
 
     def step(self, record: Record) -> None:
-        """Show a logged step. `eta_s` in the record goes before the console's own estimate."""
-        progress = self._progress
-        progress.step = int(record["step"] or 0)
-        progress.record = record
-        eta_s = self._pace.eta_s(progress.step, progress.total_steps, record.get("step_s"))
-        progress.eta_s = record.get("eta_s", eta_s)
-        progress.steps.append(progress.step)
-        progress.losses.append(record.get("loss"))
-        self._screen.show_training(progress, is_logged=True)
+        """Show a logged step."""
+        self._progress.add(record, now_s=self._clock())
+        self._show_training()
+        if not self.is_live:
+            self._print(log_lines.logged_step(self._progress))
 
     def evaluation(self, record: Record) -> None:
         """Print a permanent line with the held-out numbers of an evaluation."""
         self._progress.step = int(record["step"] or 0)
-        line = lines.evaluation(record, self._progress)
+        line = log_lines.evaluation(record, self._progress)
         self._progress.bits_per_byte = record.get("eval/bits_per_byte")
-        self._screen.line(line, hanging=self._hanging)
-        shares = lines.time_shares(self._progress.record)
-        if shares and not self.is_live:  # the panel has them
-            label = lines.step_label(self._progress.step, self._progress.total_steps)
-            self._screen.line(label.append("  time  ").append_text(Text("  ").join(shares)))
+        self._print(line)
+        shares = log_lines.time_shares(self._progress.record)
+        if shares and not self.is_live:  # the live panel shows them
+            label = log_lines.step_label(self._progress.step, self._progress.total_steps)
+            self._print(label.append("  time  ").append_text(Text("  ").join(shares)))
 
     def task(self, step: int, name: str, metrics: Mapping[str, float]) -> None:
         """Print a permanent line with the numbers of an evaluation task."""
         self._progress.step = step
-        self._screen.line(lines.task(step, self._progress.total_steps, name, metrics), hanging=self._hanging)
-
-    @property
-    def _hanging(self) -> int:
-        """Column where a long line is continued: under its first word beyond the step."""
-        return lines.step_label(0, self._progress.total_steps).cell_len + 2
+        self._print(log_lines.task(step, self._progress.total_steps, name, metrics))
 
     def checkpoint(self, path: str | os.PathLike[str], step: int, *, note: str = "") -> None:
-        """Print a permanent line: where the checkpoint of completed step `step` lies, and what it took."""
-        self._screen.line(lines.checkpoint(os.fspath(path), step, self._progress.total_steps, note))
+        """Print a permanent line: the path of the checkpoint at completed step `step`, and a note."""
+        self._print(log_lines.checkpoint(os.fspath(path), step, self._progress.total_steps, note))
 
     def summary(self, summary: RunSummary) -> None:
         """Print the last screen of a run in place of the live panel."""
         if not summary.losses:
             summary = replace(summary, steps=self._progress.steps, losses=self._progress.losses)
         self.close()
-        self._screen.block(SummaryScreen(summary))
+        with self._rich.capture() as captured:
+            self._rich.print(SummaryScreen(summary))
+        # Rich pads lines to its full width, which a log does not need.
+        self._stream.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+        self._stream.flush()
 
     def close(self) -> None:
-        """Take the live panel away; what was printed stays. Closing twice does nothing."""
-        self._bars = []
-        self._screen.close()
+        """Remove the live panel and give the cursor back; what was printed stays. Closing twice does nothing."""
+        self._jobs, self._is_training = [], False
+        self._redraw()
 
-    def _show_bar(self, bar: BarProgress) -> None:
-        if not any(bar is other for other in self._bars):
-            self._bars.append(bar)
-        self._screen.show_bars(self._bars)
+    def _print(self, text: Text) -> None:
+        if self.is_live:
+            self._rich.print(text)
+        else:
+            self._stream.write(text.plain + "\n")
+            self._stream.flush()
 
-    def _end_bar(self, bar: BarProgress, *, is_complete: bool) -> None:
-        self._bars = [other for other in self._bars if other is not bar]
-        self._screen.show_bars(self._bars)
+    def _show_training(self) -> None:
+        is_new, self._is_training = not self._is_training, True
+        self._redraw(is_due=is_new)
+
+    def _show_job(self, job: "ProgressBar") -> None:
+        is_new = job not in self._jobs
+        if is_new:
+            self._jobs.append(job)
+        self._redraw(is_due=is_new)
+        if not self.is_live and job.elapsed_s - job.logged_s >= _LOG_JOB_EVERY_S:
+            job.logged_s = job.elapsed_s
+            self._print(Text(f"{job.label}  {100 * job.fraction:.0f}% of {formatting.size(job.total_bytes)}"))
+
+    def _end_job(self, job: "ProgressBar", *, is_complete: bool) -> None:
+        self._jobs.remove(job)
+        self._redraw()
         if is_complete:
-            self._screen.line(lines.finished_bar(bar))
+            took = f"{job.elapsed_s:.1f}s" if job.elapsed_s < 10 else formatting.duration(job.elapsed_s)
+            line = Text(job.label).append(f"  {formatting.size(job.done_bytes)} in {took}", style=QUIET)
+            self._print(line)
+
+    def _redraw(self, *, is_due: bool = True) -> None:
+        if not self.is_live or (not is_due and self._clock() - self._drawn_s < _REDRAW_EVERY_S):
+            return
+        self._drawn_s = self._clock()
+        parts: list[RenderableType] = [job.line() for job in self._jobs]
+        if self._is_training:
+            parts.append(TrainingPanel(self._progress))
+        if parts:
+            if self._live is None:
+                self._live = Live(console=self._rich, auto_refresh=False, transient=True)
+                self._live.start()
+            self._live.update(Group(Text(), *parts), refresh=True)
+        elif self._live is not None:
+            self._live.stop()
+            self._live = None
 
 
 class ProgressBar:
-    """A job on the console, from `Console.progress_bar`; a context manager that leaves one line when it is done."""
+    """A job on the console, from `Console.progress_bar`; a context manager that leaves one line on success."""
 
     def __init__(self, console: Console, label: str, total_bytes: int) -> None:
-        self._console = console
-        self._job = label
+        self._console, self._job = console, visible(label)
         self._started_s = console._clock()
-        self._bar = BarProgress(label=label, total_bytes=total_bytes)
+        self.label, self.total_bytes, self.done_bytes = self._job, total_bytes, 0
+        self.elapsed_s = self.logged_s = 0.0
+
+    @property
+    def fraction(self) -> float:
+        """Fraction of all bytes that is done, 0 to 1."""
+        return min(1.0, self.done_bytes / self.total_bytes) if self.total_bytes > 0 else 0.0
 
     def update(self, done_bytes: int, total_bytes: int | None = None, label: str | None = None) -> None:
         """Show how much is done; the total and the label may change on the way."""
-        self._bar.done_bytes = done_bytes
-        if total_bytes is not None:
-            self._bar.total_bytes = total_bytes
-        if label is not None:
-            self._bar.label = label
-        self._bar.elapsed_s = self._console._clock() - self._started_s
-        self._console._show_bar(self._bar)
+        self.done_bytes = done_bytes
+        self.total_bytes = self.total_bytes if total_bytes is None else total_bytes
+        self.label = self.label if label is None else visible(label)
+        self.elapsed_s = self._console._clock() - self._started_s
+        self._console._show_job(self)
+
+    def line(self) -> RenderableType:
+        """Return the bar as a line of the live panel."""
+        speed = f"{formatting.size(self.done_bytes / self.elapsed_s)}/s" if self.elapsed_s > 0 else "-"
+        status = f"{100 * self.fraction:3.0f}%  {formatting.size(self.total_bytes)}  {speed:>9}"
+        return bar_line(Text(self.label), self.fraction, Text(status, style=QUIET))
 
     def __enter__(self) -> Self:
         return self
@@ -179,23 +210,22 @@ class ProgressBar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not self._bar.elapsed_s:
+        if self not in self._console._jobs:
             return  # never updated: there was nothing to do, and nothing was shown
-        self._bar.label = self._job  # not of the last part only
-        self._bar.elapsed_s = self._console._clock() - self._started_s
-        self._console._end_bar(self._bar, is_complete=error is None)
+        self.label = self._job  # drop the label of the last part
+        self.elapsed_s = self._console._clock() - self._started_s
+        self._console._end_job(self, is_complete=error is None)
 
 
-def _screen(stream: SafeStream, width: int | None, clock: Callable[[], float]) -> Screen:
-    if not stream.isatty():
-        return PlainScreen(stream, width=width)
-    rich = RichConsole(
+def _rich(stream: SafeStream, width: int | None, *, is_terminal: bool) -> RichConsole:
+    # All of it is explicit, because rich would obey FORCE_COLOR, which CI systems set.
+    return RichConsole(
         file=stream,  # type: ignore[arg-type]
         width=width,
-        force_terminal=True,
+        force_terminal=is_terminal,
         force_jupyter=False,
+        color_system="auto" if is_terminal else None,
         markup=False,
         highlight=False,
         emoji=False,
     )
-    return PlainScreen(stream, width=width) if rich.is_dumb_terminal else LiveScreen(rich, clock=clock)

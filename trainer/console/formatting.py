@@ -1,4 +1,4 @@
-"""Numbers as people read them: what does not exist is a dash, what is not finite says so."""
+"""Format numbers for people: None is a dash, non-finite numbers are named."""
 
 import math
 from itertools import pairwise
@@ -44,7 +44,7 @@ def learning_rate(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Format with the two largest units that matter: 8s, 3m 10s, 2h 05m, 4d 11h."""
+    """Format with its two largest units: 8s, 3m 10s, 2h 05m, 4d 11h."""
     if seconds is None or not math.isfinite(seconds):
         return DASH
     left = max(0, round(seconds))

@@ -1,64 +1,64 @@
-"""An output stream that cannot stop a training run: what nobody can read any more is dropped."""
+"""An output stream that cannot stop a training run: when its reader is gone, output is dropped."""
 
 import errno
 import io
 import os
-from typing import TextIO
+from typing import Final, TextIO
 
-# The reader is gone for good: a closed pipe, a hung-up terminal, a closed descriptor.
-_GONE = frozenset({errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO})
+_GONE: Final = frozenset({errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO})
+"""Errors after which nobody reads again: a closed pipe, a hung-up terminal, a closed descriptor."""
 
 
 class SafeStream:
-    """Text stream around another that swallows its errors and replaces what its encoding cannot hold.
+    """Text stream that swallows the errors of the one it wraps and replaces characters its encoding lacks.
 
-    A full disk loses what was written while it was full; a reader that went away silences the stream for good.
+    A full disk loses what is written while it is full; a reader that went away silences the stream for good.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
         # Python's own standard output is None in a process that was started without one.
         self._stream = stream or io.StringIO()
-        self.silent = stream is None
-        """Nobody reads this stream any more."""
+        self.is_silent = stream is None
+        """True once output is dropped for good."""
 
     @property
     def encoding(self) -> str:
-        """Encoding of the stream beneath; UTF-8 where it has none (it takes any character)."""
+        """Encoding of the wrapped stream; UTF-8 if it has none."""
         return getattr(self._stream, "encoding", None) or "utf-8"
 
     def isatty(self) -> bool:
-        """Return whether a person watches."""
+        """Return whether the stream is a terminal."""
         try:
             return self._stream.isatty()
         except (OSError, ValueError):
             return False
 
     def fileno(self) -> int:
-        """Return the descriptor beneath, which raises OSError where there is none."""
+        """Return the descriptor of the wrapped stream; raise OSError if it has none."""
         return self._stream.fileno()
 
     def write(self, text: str) -> int:
-        """Write `text` if anyone can still read it."""
-        if not self.silent:
+        """Write `text`, or drop it if the stream is broken."""
+        if not self.is_silent:
             try:
                 self._stream.write(text.encode(self.encoding, "replace").decode(self.encoding))
             except (OSError, ValueError) as error:
-                self._lost(error)
+                self._handle(error)
         return len(text)
 
     def flush(self) -> None:
-        """Flush what was written if anyone can still read it."""
-        if not self.silent:
+        """Flush the wrapped stream unless it is broken."""
+        if not self.is_silent:
             try:
                 self._stream.flush()
             except (OSError, ValueError) as error:
-                self._lost(error)
+                self._handle(error)
 
-    def _lost(self, error: OSError | ValueError) -> None:
+    def _handle(self, error: OSError | ValueError) -> None:
         # ValueError is Python's "I/O operation on closed file".
         if isinstance(error, OSError) and error.errno not in _GONE:
             return
-        self.silent = True
+        self.is_silent = True
         try:
             descriptor = self._stream.fileno()
         except (OSError, ValueError):

@@ -11,7 +11,7 @@ from trainer.atomic_io import replace_file
 from trainer.checkpoint.load import CheckpointHandle
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.console.console import Console
-from trainer.console.experts_svg import experts_svg
+from trainer.console.expert_map_svg import experts_svg
 from trainer.console.summary import RunSummary
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.distributed.mesh import Mesh

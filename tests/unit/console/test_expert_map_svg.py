@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.svg_text_boxes import NAMESPACE, outside, overlapping, texts
-from trainer.console.experts_svg import experts_svg
+from trainer.console.expert_map_svg import experts_svg
 
 COUNTS = [[[10, 10, 60, 20], [25, 25, 25, 25]], [[0, 0, 0, 40], [1, 1, 1, 1]]]
 

@@ -1,23 +1,23 @@
-"""The permanent lines of a run. The terminal shows them in colour, a log as they stand."""
+"""Permanent lines of a run: coloured on a terminal, plain in a log."""
 
 from collections.abc import Mapping
 
 from rich.text import Text
 
 from trainer.console import formatting
-from trainer.console.glyphs import ALERT, GOOD, QUIET
-from trainer.console.progress import BarProgress, Record, TrainingProgress
+from trainer.console.style import ALERT, GOOD, QUIET
+from trainer.console.training_progress import Record, TrainingProgress
 from trainer.terminal import visible
 
 
 def step_label(step: int, total_steps: int) -> Text:
-    """Open a line: the step, aligned over the whole run."""
+    """Return the start of a line: the step, aligned over the whole run."""
     width = len(f"{max(step, total_steps):,}")
     return Text("step ", style=QUIET).append(f"{step:>{width},}", style="default")
 
 
 def logged_step(progress: TrainingProgress) -> Text:
-    """Return a logged step as one line, for logs."""
+    """Format a logged step as one line of a log."""
     record = progress.record
     cells = (
         ("loss", formatting.number(record.get("loss"), digits=4).rjust(6)),
@@ -31,20 +31,20 @@ def logged_step(progress: TrainingProgress) -> Text:
     line = step_label(progress.step, progress.total_steps).append(f" / {progress.total_steps:,}")
     for label, value in cells:
         line.append(f"  {label} {value}")
-    for trouble in progress.troubles:
-        line.append(f"  {trouble}")
+    for alert in progress.alerts:
+        line.append(f"  {alert}")
     return line
 
 
 def time_shares(record: Record) -> list[Text]:
-    """Return where the time of a step goes, in percent; empty if the record does not say."""
+    """Return the share of step time of each part, in percent; empty if the record has no times."""
     seconds = {key.removeprefix("time/"): s or 0.0 for key, s in record.items() if key.startswith("time/")}
     total = sum(seconds.values()) or 1.0
     return [Text(f"{part} {100 * s / total:2.0f}%", style=QUIET) for part, s in seconds.items()]
 
 
 def evaluation(record: Record, progress: TrainingProgress) -> Text:
-    """Return an evaluation as one line; `progress` still holds the evaluation before it."""
+    """Format an evaluation as one line; `progress` still holds the previous evaluation."""
     bits_per_byte = record.get("eval/bits_per_byte")
     line = step_label(progress.step, progress.total_steps)
     line.append("  held out ").append(formatting.number(bits_per_byte), style="bold default").append(" bits/byte")
@@ -53,14 +53,14 @@ def evaluation(record: Record, progress: TrainingProgress) -> Text:
     at_capacity = record.get("eval/loss_capacity")
     if at_capacity is not None:
         line.append(" (capacity ").append(formatting.number(at_capacity), style="default")
-        line.append(", with later tokens in the way)" if record.get("eval/capacity_looks_ahead") else ")")
+        line.append(", not causal)" if record.get("eval/capacity_looks_ahead") else ")")
     if record.get("eval/looks_ahead"):
-        line.append("  sees later tokens", style=ALERT)
+        line.append("  not causal", style=ALERT)
     return line
 
 
 def task(step: int, total_steps: int, name: str, metrics: Mapping[str, float]) -> Text:
-    """Return an evaluation task's numbers as one line."""
+    """Format the numbers of an evaluation task as one line."""
     line = step_label(step, total_steps).append("  ").append(visible(name), style="bold default")
     for label, value in task_cells(metrics):
         line.append(f"  {label} ").append(value, style="default")
@@ -68,7 +68,7 @@ def task(step: int, total_steps: int, name: str, metrics: Mapping[str, float]) -
 
 
 def task_cells(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Return names and numbers as people read them; counts (whole numbers) that are 0 are left out."""
+    """Format metrics as (name, number) pairs; counts (whole numbers) that are 0 are left out."""
     return [
         (name, str(value) if isinstance(value, int) else formatting.number(value))
         for name, value in metrics.items()
@@ -77,31 +77,19 @@ def task_cells(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
 
 
 def checkpoint(path: str, step: int, total_steps: int, note: str) -> Text:
-    """Return the notice of a saved checkpoint."""
+    """Format the notice of a saved checkpoint."""
     line = step_label(step, total_steps).append("  saved ").append(visible(path), style="default")
     return line.append(f"  {note}", style=QUIET) if note else line
 
 
-def finished_bar(bar: BarProgress) -> Text:
-    """Return what remains of a finished progress bar."""
-    line = Text(visible(bar.label))
-    took = f"{bar.elapsed_s:.1f}s" if bar.elapsed_s < 10 else formatting.duration(bar.elapsed_s)
-    return line.append(f"  {formatting.size(bar.done_bytes)} in {took}", style=QUIET)
-
-
-def running_bar(bar: BarProgress) -> Text:
-    """Return a progress bar on its way, for logs."""
-    return Text(f"{visible(bar.label)}  {100 * bar.fraction:.0f}% of {formatting.size(bar.total_bytes)}")
-
-
 def warning(text: str) -> Text:
-    """Return a warning."""
+    """Format a warning."""
     return Text().append("warning: ", style=f"bold {ALERT}").append(visible(text))
 
 
-def _change(now: float | None, before: float | None) -> Text:
-    """Return the difference to the evaluation before, as wide when there is none."""
-    if now is None or before is None:
+def _change(now: float | None, previous: float | None) -> Text:
+    """Format the change since the previous evaluation, blank of the same width if there is none."""
+    if now is None or previous is None:
         return Text(" " * 8)
-    change = round(now - before, 3)
+    change = round(now - previous, 3)
     return Text(f"  {change + 0.0:+.3f}", style=GOOD if change < 0 else ALERT if change > 0 else QUIET)

@@ -1,4 +1,4 @@
-"""Curves for the terminal, as pure functions of plain numbers. The picture of the experts is in experts_picture.py."""
+"""Loss curves for the terminal, as pure functions of plain numbers."""
 
 import math
 from collections.abc import Sequence
@@ -6,16 +6,14 @@ from collections.abc import Sequence
 import numpy as np
 from rich.text import Text
 
-from trainer.console.experts_picture import expert_by_domain
-from trainer.console.glyphs import ACCENT, QUIET, UNICODE, Glyphs
-
-__all__ = ["expert_by_domain", "loss_chart", "sparkline"]
+from trainer.console.style import ACCENT, AXIS, AXIS_TICK, LEVELS, QUIET
 
 
-def sparkline(values: Sequence[float | None], width: int, *, glyphs: Glyphs = UNICODE) -> str:
+def sparkline(values: Sequence[float | None], width: int) -> str:
     """Draw a curve one line high, from the lowest value to the highest, in at most `width` characters.
 
-    More values than characters are averaged; fewer are not stretched. A value that is None or not finite is a space.
+    Values are averaged if there are more than characters, and not stretched if there are fewer. None and non-finite
+    values are spaces.
     """
     if not values or width < 1:
         return ""
@@ -26,31 +24,23 @@ def sparkline(values: Sequence[float | None], width: int, *, glyphs: Glyphs = UN
     if finite.size == 0:
         return " " * num_columns
     low, high = float(finite.min()), float(finite.max())
-    steps = glyphs.levels[1:]  # the lowest value is visible too
+    blocks = LEVELS[1:]  # the lowest value is visible too
     return "".join(
-        " " if math.isnan(v) else steps[round((v - low) / ((high - low) or 1) * (len(steps) - 1))] for v in columns
+        " " if math.isnan(v) else blocks[round((v - low) / ((high - low) or 1) * (len(blocks) - 1))] for v in columns
     )
 
 
-def loss_chart(
-    steps: Sequence[int],
-    values: Sequence[float | None],
-    width: int,
-    height: int,
-    *,
-    glyphs: Glyphs = UNICODE,
-) -> Text:
+def loss_chart(steps: Sequence[int], values: Sequence[float | None], width: int, height: int) -> Text:
     """Draw a curve with labelled axes in exactly `height` lines of at most `width` characters.
 
-    Every column is the mean of the values logged in its range of steps. A range without any is interpolated; one in
-    which nothing was finite is left empty. The lowest row begins a little under the lowest value, not at 0.
+    Each column is the mean of the values logged in its range of steps. A range without records is interpolated; one
+    without finite values is left empty. The lowest row starts just below the lowest value, not at 0.
 
     Args:
-        steps: Completed steps; those of a log that was damaged may not ascend.
-        values: As many values; None or not finite where there is none.
+        steps: Completed steps; a damaged log may have them out of order.
+        values: One value per step; None or not finite if there is none.
         width: Columns, labels included.
-        height: Lines, the axis of steps included; at least 3.
-        glyphs: The alphabet to draw with.
+        height: Lines, step axis included; at least 3.
 
     Raises:
         ValueError: if `steps` and `values` differ in length.
@@ -62,7 +52,7 @@ def loss_chart(
     if finite.size == 0:
         return Text("no finite value was logged", style=QUIET)
     num_rows = max(2, height - 1)
-    # What is labelled are means, between these two, and no longer to write.
+    # Labels are means, which lie between these two and are no longer to write.
     label_width = max(len(_label(v)) for v in (finite.min(), finite.max()))
     at = np.asarray(steps, dtype=float)
     columns = _resample(at, numbers, max(8, width - label_width - 2))
@@ -76,9 +66,9 @@ def loss_chart(
         labels[num_rows // 2] = _label(high / 2 + low / 2)
     chart = Text(no_wrap=True)
     for row in range(num_rows):
-        axis = glyphs.tick if row in labels else glyphs.axis
+        axis = AXIS_TICK if row in labels else AXIS
         chart.append(f"{labels.get(row, ''):>{label_width}} {axis}", style=QUIET)
-        chart.append(_chart_row(columns, num_rows - 1 - row, rows_per_unit, floor, glyphs) + "\n", style=ACCENT)
+        chart.append(_chart_row(columns, num_rows - 1 - row, rows_per_unit, floor) + "\n", style=ACCENT)
     chart.append(" " * (label_width + 2) + _step_labels(int(at.min()), int(at.max()), len(columns)), style=QUIET)
     return chart
 
@@ -87,13 +77,13 @@ def _label(value: float) -> str:
     return f"{value:.2f}" if abs(value) < 1e4 else f"{value:.1e}"
 
 
-def _chart_row(columns: np.ndarray, row: int, rows_per_unit: float, floor: float, glyphs: Glyphs) -> str:
+def _chart_row(columns: np.ndarray, row: int, rows_per_unit: float, floor: float) -> str:
     """Draw row `row`, counted from the bottom: each column is full, empty, or ends here."""
-    top = len(glyphs.levels) - 1
+    top = len(LEVELS) - 1
     cells = []
     for value in columns:
         filled = 0.0 if math.isnan(value) else (value - floor) * rows_per_unit - row
-        cells.append(glyphs.levels[min(top, max(0, round(filled * top)))])
+        cells.append(LEVELS[min(top, max(0, round(filled * top)))])
     return "".join(cells).rstrip()
 
 
@@ -103,13 +93,14 @@ def _step_labels(first: int, last: int, width: int) -> str:
 
 
 def _resample(steps: np.ndarray, values: np.ndarray, num_columns: int) -> np.ndarray:
+    """Average values by column; interpolate columns in which no step was logged."""
     span = np.ptp(steps) or 1.0
     where = np.minimum(((steps - steps.min()) / span * num_columns).astype(int), num_columns - 1)
     columns = _mean_by_column(values, where, num_columns)
-    known = np.isfinite(columns)
+    is_finite = np.isfinite(columns)
     unlogged = np.bincount(where, minlength=num_columns) == 0
     at = np.arange(num_columns)
-    columns[unlogged] = np.interp(at[unlogged], at[known], columns[known])
+    columns[unlogged] = np.interp(at[unlogged], at[is_finite], columns[is_finite])
     return columns
 
 
