@@ -11,7 +11,7 @@ from trainer.atomic_io import replace_file
 from trainer.checkpoint.load import CheckpointHandle
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.console.console import Console
-from trainer.console.expert_map_svg import experts_svg
+from trainer.console.expert_map_svg import expert_map_svg
 from trainer.console.summary import RunSummary
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.distributed.mesh import Mesh
@@ -173,7 +173,7 @@ def _write_findings(
                 written.append((result.name, str(path)))
         if summary.experts is not None:
             experts, title = summary.experts, f"{summary.title}: experts by domain"
-            picture = experts_svg(experts.counts, experts.domains, experts.layer_names, title=title)
+            picture = expert_map_svg(experts.counts, experts.domains, experts.layer_names, title=title)
             replace_file(folder.experts_picture, picture)
             written.append(("experts", str(folder.experts_picture)))
     except OSError as error:  # the numbers are what was asked for

@@ -1,5 +1,6 @@
 """Run the verbs once the config is sound: a run from its first line to its last screen, or a text."""
 
+import codecs
 import io
 import sys
 import time
@@ -20,7 +21,6 @@ from trainer.config.dump import dump
 from trainer.console import formatting
 from trainer.console.console import Console
 from trainer.console.summary import RunSummary
-from trainer.console.utf8_stream import Utf8Streamer
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.distributed import runtime
 from trainer.distributed.collective_errors import raise_together
@@ -165,7 +165,7 @@ def generate_text(config: ExperimentConfig, folder: RunFolder, options: Generate
     # A prompt that is not UTF-8 arrives as surrogates; it is shown with replacement characters, and so read.
     text = options.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     prompt = _as_trained(tokenizer.encode(text).tolist(), config, tokenizer)
-    streamer = Utf8Streamer()
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end within a character
     tokens = generate(
         engine.model,
         prompt,
@@ -181,11 +181,11 @@ def generate_text(config: ExperimentConfig, folder: RunFolder, options: Generate
     print(shown(text), end="", flush=True)
     try:
         for token in tokens:
-            print(shown(streamer.feed(tokenizer.decode([token]))), end="", flush=True)
+            print(shown(decoder.decode(tokenizer.decode([token]))), end="", flush=True)
     except NumericsError as error:
         raise NumericsError(f"{found.path}: {error}; use the checkpoint of another step (--step)") from None
     finally:
-        print(shown(streamer.flush()))
+        print(shown(decoder.decode(b"", final=True)))
     return 0
 
 

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.svg_text_boxes import NAMESPACE, outside, overlapping, texts
-from trainer.console.expert_map_svg import experts_svg
+from trainer.console.expert_map_svg import expert_map_svg
 
 COUNTS = [[[10, 10, 60, 20], [25, 25, 25, 25]], [[0, 0, 0, 40], [1, 1, 1, 1]]]
 
@@ -21,7 +21,7 @@ def _said(element: ElementTree.Element) -> str:
 
 
 def test_every_layer_domain_and_expert_has_a_cell_that_says_its_share() -> None:
-    cells = _cells(experts_svg(COUNTS, ["code", "prose"], ["layer 0", "layer 3"], title="t"))
+    cells = _cells(expert_map_svg(COUNTS, ["code", "prose"], ["layer 0", "layer 3"], title="t"))
     assert len(cells) == 2 * 2 * 4
     assert _said(cells[2]) == "code, expert 2: 60.0 % of assignments, 2.40 times the even share"
     assert _said(cells[11]) == "code, expert 3: 100.0 % of assignments, 4.00 times the even share"
@@ -29,7 +29,7 @@ def test_every_layer_domain_and_expert_has_a_cell_that_says_its_share() -> None:
 
 
 def test_the_same_share_has_the_same_colour_and_the_scale_is_symmetrical_about_even() -> None:
-    cells = _cells(experts_svg(COUNTS, ["code", "prose"], ["layer 0", "layer 3"], title="t"))
+    cells = _cells(expert_map_svg(COUNTS, ["code", "prose"], ["layer 0", "layer 3"], title="t"))
     even = {cell.get("fill") for cell in cells if "1.00 times" in _said(cell)}
     assert even == {"#f0f0ec"}
     assert cells[0].get("fill") == cells[1].get("fill") != cells[3].get("fill")
@@ -37,13 +37,13 @@ def test_the_same_share_has_the_same_colour_and_the_scale_is_symmetrical_about_e
 
 
 def test_layers_are_headed_by_what_the_expert_tells_of_the_domain() -> None:
-    svg = experts_svg([[[1, 0], [0, 1]], [[1, 1], [1, 1]]], ["a", "b"], ["layer 1", "layer 2"], title="t")
-    assert re.findall(r"tells (\S+) of (\S+) bits", svg) == [("1.00", "1.00"), ("0.00", "1.00")]
+    svg = expert_map_svg([[[1, 0], [0, 1]], [[1, 1], [1, 1]]], ["a", "b"], ["layer 1", "layer 2"], title="t")
+    assert re.findall(r"share (\S+) of (\S+) bits", svg) == [("1.00", "1.00"), ("0.00", "1.00")]
 
 
 def test_hostile_names_are_text_and_nothing_else() -> None:
     hostile = "</text><script>alert(1)</script>\x00\x1b&\"'"
-    svg = experts_svg([[[1, 2], [3, 4]]], [hostile, "b"], [hostile], title=hostile)
+    svg = expert_map_svg([[[1, 2], [3, 4]]], [hostile, "b"], [hostile], title=hostile)
     root = ElementTree.fromstring(svg)
     assert not list(root.iter(f"{NAMESPACE}script"))
     shown = hostile.replace("\x00", "\ufffd").replace("\x1b", "\ufffd")
@@ -52,14 +52,14 @@ def test_hostile_names_are_text_and_nothing_else() -> None:
 
 
 def test_a_domain_without_tokens_has_no_cells_and_says_so_by_its_frame() -> None:
-    svg = experts_svg([[[0, 0], [3, 4]]], ["none", "some"], ["layer 0"], title="t")
+    svg = expert_map_svg([[[0, 0], [3, 4]]], ["none", "some"], ["layer 0"], title="t")
     assert len(_cells(svg)) == 2
     assert sum(rect.get("class") == "none" for rect in ElementTree.fromstring(svg).iter(f"{NAMESPACE}rect")) == 1
 
 
 @pytest.mark.parametrize("num_experts", [1, 8, 64, 256])
 def test_everything_lies_inside_the_picture(num_experts: int) -> None:
-    svg = experts_svg(
+    svg = expert_map_svg(
         [[[1] * num_experts]] * 3, ["a domain of a name that is longer than most"], list("xyz"), title="t"
     )
     root = ElementTree.fromstring(svg)
@@ -80,13 +80,13 @@ def test_no_text_covers_another_or_leaves_the_picture(num_experts: int, num_doma
     """The scale, the numbers of experts, the domains and their shares, under a long title."""
     domains = [f"wmt14-de-en.{'very-' * 9}long-name.part-{number:05d}" for number in range(num_domains)]
     counts = [[[1.0 + (row == expert) * 1e6 for expert in range(num_experts)] for row in range(num_domains)]] * 2
-    svg = experts_svg(counts, domains, ["layer 0", "layer 127"], title="run." * 32 + ": 1000000 steps done")
+    svg = expert_map_svg(counts, domains, ["layer 0", "layer 127"], title="run." * 32 + ": 1000000 steps done")
     assert overlapping(svg) == [] and outside(svg) == []
     assert len({text.words for text in texts(svg) if text.words.startswith("wmt14")}) == num_domains, "names differ"
 
 
 def test_the_scale_has_a_label_under_each_of_its_colours() -> None:
-    svg = experts_svg(COUNTS, ["code", "prose"], ["layer 0", "layer 3"], title="t")
+    svg = expert_map_svg(COUNTS, ["code", "prose"], ["layer 0", "layer 3"], title="t")
     scale = [rect for rect in ElementTree.fromstring(svg).iter(f"{NAMESPACE}rect") if rect.get("class") == "scale"]
     labels = [text for text in texts(svg) if text.words.endswith("x")]
     assert [label.words for label in labels] == ["<=0.25x", "0.5x", "1x", "2x", ">=4x"]
@@ -97,4 +97,4 @@ def test_the_scale_has_a_label_under_each_of_its_colours() -> None:
 
 def test_shapes_that_disagree_are_refused() -> None:
     with pytest.raises(ValueError, match="1 layers and 2 domains"):
-        experts_svg([[[1, 2]]], ["a", "b"], ["layer 0"], title="t")
+        expert_map_svg([[[1, 2]]], ["a", "b"], ["layer 0"], title="t")

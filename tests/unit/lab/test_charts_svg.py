@@ -7,7 +7,7 @@ import pytest
 
 from tests.svg_text_boxes import NAMESPACE, Text, outside, overlapping, texts
 from trainer.evaluation.routing_optimum import Measured
-from trainer.lab.picture import choices_svg, outcomes_svg
+from trainer.lab.charts_svg import choices_svg, outcomes_svg
 from trainer.lab.router_choices import FACTORS, Choice
 from trainer.lab.training_outcomes import TrainingOutcome
 

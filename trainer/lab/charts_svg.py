@@ -1,0 +1,108 @@
+"""Draw the router benchmarks as SVG pictures."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from trainer.console.svg import MARGIN, ROW, circle, document, line, rect, text, text_width
+from trainer.lab.logits import LogitsKind
+from trainer.lab.router_choices import FACTORS, Choice
+from trainer.lab.training_outcomes import TrainingOutcome
+
+_MIN_NAME, _PANEL, _GAP = 130, 210, 24
+_VALUE = 88
+"""Width of the number beside a bar, in pixels."""
+_PLOT_WIDTH, _PLOT_HEIGHT = 560, 380
+_TICKS = 5
+_LINE_HEIGHT = 14
+
+
+def choices_svg(choices: Sequence[Choice], titles: Mapping[LogitsKind, str], *, top_k: int, title: str) -> str:
+    """Draw the share of the best score each router keeps: a panel for each kind of logits, a row for each router.
+
+    Args:
+        choices: Of all kinds of logits, each with the same routers.
+        titles: Titles of the panels, by kind of logits.
+        top_k: k; routers with another k are marked with theirs.
+        title: First line of the picture.
+
+    Returns:
+        The text of an SVG file.
+    """
+    routers = list(dict.fromkeys(choice.router for choice in choices))
+    left, top = MARGIN + math.ceil(max(_MIN_NAME, *(text_width(router) + 8 for router in routers))), 104
+    bottom = top + len(routers) * ROW
+    body = [text(MARGIN, 48, "share of the best total score that is kept", "quiet")]
+    for index, (style, factor) in enumerate(zip(("bar", "more"), FACTORS, strict=True)):
+        x = MARGIN + index * 180
+        body += [rect(x, 60, 12, 12, style), text(x + 18, 70, f"capacity factor {factor:g}", "quiet")]
+    body += [text(left - 8, top + row * ROW + 15, router, "end") for row, router in enumerate(routers)]
+    for index, (kind, panel) in enumerate(titles.items()):
+        by_router = {choice.router: choice for choice in choices if choice.logits == kind}
+        x = left + index * (_PANEL + _VALUE + _GAP)
+        body.append(text(x, top - 10, kind, "bold", tooltip=panel))
+        for row, router in enumerate(routers):
+            body += _bars(by_router[router], top_k, x=x, y=top + row * ROW)
+        body.append(line(x, top, x, bottom, "axis"))
+    width = left + len(titles) * (_PANEL + _VALUE + _GAP)
+    return document(body, title=title, width=width, height=bottom + MARGIN)
+
+
+def _bars(choice: Choice, top_k: int, *, x: int, y: int) -> Iterator[str]:
+    """Draw a router's bar at capacity factor 1 over its bar at the larger factor."""
+    fair, more = (1 - choice.at[factor].gap for factor in FACTORS)
+    tooltip = f"{choice.router}: {fair:.4f} at {FACTORS[0]:g}, {more:.4f} at {FACTORS[1]:g}"
+    own_k = "" if choice.top_k == top_k else f", k {choice.top_k}"
+    yield rect(x, y + 4, _PANEL * more, ROW - 8, "more", tooltip=tooltip)
+    yield rect(x, y + 4, _PANEL * fair, ROW - 8, "bar", tooltip=tooltip)
+    yield text(x + _PANEL * max(fair, more) + 6, y + 15, f"{fair:.3f}{own_k}", "quiet")
+
+
+def outcomes_svg(outcomes: Sequence[TrainingOutcome], *, title: str) -> str:
+    """Draw held-out loss over load imbalance: a point for each router, joined to its name in the right margin.
+
+    Args:
+        outcomes: Routers without a load imbalance are left out.
+        title: First line of the picture.
+
+    Returns:
+        The text of an SVG file.
+    """
+    points = [(outcome, outcome.load_imbalance) for outcome in outcomes if outcome.load_imbalance is not None]
+    low_x, high_x = _axis([load for _, load in points])
+    low_y, high_y = _axis([outcome.held_out_loss for outcome, _ in points])
+    left, top, width = MARGIN + 50, 96, _PLOT_WIDTH
+    height = max(_PLOT_HEIGHT, len(points) * _LINE_HEIGHT)
+    right, bottom = left + width, top + height
+    body = [
+        text(MARGIN, 48, "held-out loss, nats per token: lower is better", "quiet"),
+        circle(MARGIN + 6, 66, "no"),
+        text(MARGIN + 18, 70, "causal", "quiet"),
+        circle(MARGIN + 186, 66, "ahead"),
+        text(MARGIN + 198, 70, "looks ahead in training", "quiet"),
+        text(right, bottom + 42, "load of the busiest expert over the mean: 1 is even", "quiet end"),
+    ]
+    for tick in range(_TICKS + 1):
+        x, y = left + width * tick / _TICKS, top + height * tick / _TICKS
+        body += [line(x, top, x, bottom, "grid"), line(left, y, right, y, "grid")]
+        body.append(text(x, bottom + 18, f"{low_x + (high_x - low_x) * tick / _TICKS:.2f}", "quiet middle"))
+        body.append(text(left - 8, y + 4, f"{high_y + (low_y - high_y) * tick / _TICKS:.3f}", "quiet end"))
+    circles, label_y = [], top - _LINE_HEIGHT / 2
+    by_loss = sorted(points, key=lambda point: -point[0].held_out_loss)
+    for number, (outcome, load) in enumerate(by_loss):
+        x = left + width * (load - low_x) / (high_x - low_x)
+        y = top + height * (high_y - outcome.held_out_loss) / (high_y - low_y)
+        tooltip = f"{outcome.router}: held-out loss {outcome.held_out_loss:.4f}, imbalance {load:.2f}"
+        circles.append(circle(x, y, "no" if outcome.looks_ahead == "no" else "ahead", tooltip=tooltip))
+        # As near to the height of its point as the names above and those still to come below it allow.
+        lowest = bottom - (len(points) - 1 - number) * _LINE_HEIGHT
+        label_y = min(max(y, label_y + _LINE_HEIGHT), lowest)
+        body += [line(x, y, right + 10, label_y, "axis"), text(right + 14, label_y + 4, outcome.router)]
+    names = max((text_width(outcome.router) for outcome, _ in points), default=0)
+    return document([*body, *circles], title=title, width=right + 14 + names + MARGIN, height=bottom + 60)
+
+
+def _axis(values: Sequence[float]) -> tuple[float, float]:
+    """Return the ends of an axis that shows all values with a margin."""
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    margin = 0.08 * (high - low) or 0.05
+    return low - margin, high + margin
