@@ -65,9 +65,7 @@ def _head(num_experts: int) -> Iterator[str]:
         yield text(x + size / 2, 88, label, "quiet middle")
 
 
-def _map(
-    counts: np.ndarray, domains: Sequence[str], name: str, *, left: int, top: int, cell: int
-) -> Iterator[str]:
+def _map(counts: np.ndarray, domains: Sequence[str], name: str, *, left: int, top: int, cell: int) -> Iterator[str]:
     num_experts = counts.shape[1]
     note = _NOTE.format(mutual_information_bits(counts.tolist()), domain_entropy_bits(counts.tolist()))
     yield f'<text x="{MARGIN}" y="{top}"><tspan class="bold">{escaped(name)}</tspan>'

@@ -7,8 +7,8 @@ from pathlib import Path
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.errors import ConfigError, NumericsError
 from trainer.experiment import ExperimentConfig
-from trainer.lab.logits import Logits, made_up
 from trainer.lab.charts_svg import choices_svg, outcomes_svg
+from trainer.lab.logits import Logits, made_up
 from trainer.lab.report import choices_record, outcomes_record, show_choices, show_outcomes, write
 from trainer.lab.router_choices import BIAS_UPDATE_RATE, UPDATES, compare_choices, unreadable
 from trainer.lab.router_kinds import ALONE

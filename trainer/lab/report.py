@@ -13,7 +13,7 @@ from rich.table import Table
 
 from trainer.atomic_io import replace_file
 from trainer.console import formatting
-from trainer.console.glyphs import QUIET
+from trainer.console.style import QUIET
 from trainer.errors import ResourceError
 from trainer.lab.logits import LogitsKind
 from trainer.lab.router_choices import FACTORS, Choice
