@@ -33,7 +33,7 @@ from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.engine.deepspeed.start import join, load_deepspeed
 from trainer.engine.registry import NativeEngineConfig
 from trainer.experiment import ExperimentConfig
-from trainer.models.gpt import GPT, Block, MoELayer, rotary_table
+from trainer.models.gpt import GPT, Block, rotary_table
 from trainer.training.model import build_model, numerics, resolve_kernel
 
 CPU = torch.device("cpu")
@@ -81,7 +81,7 @@ class TheirModel(nn.Module):
         moe = config.model.moe
         assert moe is not None
         for block in model.blocks:
-            if isinstance(block.ffn, MoELayer):
+            if isinstance(block.ffn, MoE):
                 expert = TheirExpert(config.model.d_model, moe.d_ff)
                 block.ffn = MoE(
                     config.model.d_model,

@@ -1,4 +1,4 @@
-"""A router that a user adds: one class, one config class, nothing else."""
+"""A user-defined router: one router class and one config class."""
 
 from typing import ClassVar, Literal
 
@@ -11,21 +11,21 @@ from trainer.ops.select import stable_top_k
 
 
 class ThresholdRouterConfig(RouterOptions):
-    """Every expert whose sigmoid is over a threshold, and the best one in any case."""
+    """Every expert whose sigmoid score exceeds a threshold, and always the best one."""
 
     kind: Literal["threshold"] = "threshold"
     threshold: float = 0.6
 
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
-        return ThresholdRouter(self, d_model=d_model, num_experts=num_experts)
+        return ThresholdRouter(d_model=d_model, num_experts=num_experts, threshold=self.threshold)
 
 
 class ThresholdRouter(Router):
     causal: ClassVar[Causality] = "strict"
 
-    def __init__(self, config: ThresholdRouterConfig, *, d_model: int, num_experts: int) -> None:
+    def __init__(self, *, d_model: int, num_experts: int, threshold: float) -> None:
         super().__init__()
-        self.threshold = config.threshold
+        self.threshold = threshold
         self.gate = nn.Linear(d_model, num_experts, bias=False)
 
     def forward(self, x: Tensor, context: RoutingContext) -> RouterOutput:

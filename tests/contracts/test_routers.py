@@ -35,16 +35,16 @@ class WrongRouterConfig(TopKOptions):
     wrong: str
 
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
-        return WrongRouter(self, d_model=d_model, num_experts=num_experts)
+        return WrongRouter(wrong=self.wrong, top_k=self.top_k, d_model=d_model, num_experts=num_experts)
 
 
 class WrongRouter(ThresholdRouter):
-    def __init__(self, config: Any, *, d_model: int, num_experts: int) -> None:
-        super().__init__(ThresholdRouterConfig(), d_model=d_model, num_experts=num_experts)
-        self.config, self.calls = config, 0
+    def __init__(self, *, wrong: str, top_k: int, d_model: int, num_experts: int) -> None:
+        super().__init__(d_model=d_model, num_experts=num_experts, threshold=0.6)
+        self.wrong, self.top_k, self.calls = wrong, top_k, 0
 
     def forward(self, x: Tensor, context: RoutingContext) -> RouterOutput:
-        wrong, valid = self.config.wrong, context.valid
+        wrong, valid = self.wrong, context.valid
         self.calls += 1
         with torch.autocast(x.device.type, enabled=wrong == "narrow", dtype=torch.bfloat16):
             logits = self.gate(x.to(self.gate.weight.dtype))
@@ -61,7 +61,7 @@ class WrongRouter(ThresholdRouter):
             logits = logits + torch.linspace(-1, 1, 4) * self.calls
         scores = logits.softmax(-1)
         asked = None if wrong == "deaf" else context.top_k
-        top_k = asked or self.config.top_k
+        top_k = asked or self.top_k
         expert_index = stable_top_k(scores.detach(), top_k)
         if wrong == "twice the same":
             expert_index = expert_index[:, :1].expand(-1, top_k)

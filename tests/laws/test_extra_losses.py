@@ -13,7 +13,7 @@ from trainer.moe.balance import balance_loss, device_balance_loss
 from trainer.moe.cv_squared import cv_squared, cv_squared_loss
 from trainer.moe.dispatch.base import Combined
 from trainer.moe.dispatch.order import group_by_expert
-from trainer.moe.layer import MoELayer
+from trainer.moe.layer import MoE
 from trainer.moe.losses import Denominators, objective
 from trainer.moe.routing import RoutingDecision
 from trainer.moe.stats import MoEStats
@@ -21,15 +21,15 @@ from trainer.moe.stats import MoEStats
 TOLERANCE = 1e-10
 
 
-def _run(router: dict[str, Any]) -> tuple[MoELayer, Tensor, list[int], MoEStats, Tensor]:
+def _run(router: dict[str, Any]) -> tuple[MoE, Tensor, list[int], MoEStats, Tensor]:
     """A layer that counts everything: with its tokens, which of them are valid, what it did and its output."""
     layer, (x, context) = make_layer(router), make_tokens(is_training=True)
-    layer.wants_importance = layer.wants_likeness = True
+    layer.needs_importance = layer.needs_expert_similarity = True
     y, stats = layer(x, context)
     return layer, x, context.valid.nonzero().flatten().tolist(), stats, y
 
 
-def _same(mine: Tensor, oracle: Tensor, layer: MoELayer, x: Tensor) -> None:
+def _same(mine: Tensor, oracle: Tensor, layer: MoE, x: Tensor) -> None:
     torch.testing.assert_close(mine, oracle, rtol=0, atol=TOLERANCE)
     inputs = [x, *layer.parameters()]
     gradients = [torch.autograd.grad(v.sum(), inputs, allow_unused=True, retain_graph=True) for v in (mine, oracle)]
@@ -144,11 +144,11 @@ def test_diversity_is_the_mean_squared_cosine_between_a_tokens_experts(router: d
         pairs = [(a, b) for i, a in enumerate(outputs) for j, b in enumerate(outputs) if i != j]
         cosines = [((a * b).sum() / (a.norm() * b.norm())) ** 2 for a, b in pairs]
         oracle = oracle + sum(cosines, torch.zeros(())) / max(1, len(cosines))
-    assert stats.likeness_sum is not None
-    _same(stats.likeness_sum.sum(), oracle, layer, x)
+    assert stats.similarity_sum is not None
+    _same(stats.similarity_sum.sum(), oracle, layer, x)
 
 
-def test_likeness_is_as_exact_under_autocast() -> None:
+def test_expert_similarity_is_as_exact_under_autocast() -> None:
     """The mean squared cosine of random outputs is 1 / D, which bfloat16 would not tell from 0."""
     T, D = 64, 512
     rows = torch.randn(2 * T, D, generator=torch.Generator().manual_seed(0))

@@ -22,7 +22,7 @@ from trainer.config.loader import load
 from trainer.experiment import ExperimentConfig
 from trainer.moe.dispatch.local import LocalDispatcher
 from trainer.moe.experts import Experts
-from trainer.moe.layer import MoELayer
+from trainer.moe.layer import MoE
 
 FOUNDING = ROOT / "configs/founding"
 TOP_K, SPARSE = "top_k_experts_per_token", "sparse_expert_model"
@@ -130,10 +130,10 @@ def test_its_selector_neither_changes_the_loss_nor_learns_from_it() -> None:
 # What ours does.
 
 
-def layer_of(router: dict, num_experts: int = NUM_EXPERTS) -> MoELayer:
+def layer_of(router: dict, num_experts: int = NUM_EXPERTS) -> MoE:
     """A layer in float64 with random weights."""
     config = moe_config(num_experts=num_experts, d_ff=D_FF, router=router)
-    layer = MoELayer(
+    layer = MoE(
         router=config.router.build(d_model=D_MODEL, num_experts=num_experts, layer=0),
         experts=Experts(num_experts, D_MODEL, D_FF, activation="swiglu", kernel="loop"),
         dispatcher=LocalDispatcher(),
@@ -145,7 +145,7 @@ def layer_of(router: dict, num_experts: int = NUM_EXPERTS) -> MoELayer:
     return layer
 
 
-def output(layer: MoELayer, x: Tensor) -> Tensor:
+def output(layer: MoE, x: Tensor) -> Tensor:
     return layer(x[None], make_context(1, len(x)))[0][0]
 
 
@@ -183,7 +183,7 @@ def test_the_cross_entropy_alone_teaches_the_gate(top_k: int, normalize: bool) -
 class Feedforward(nn.Module):
     """Expert e of a layer by itself; keeps a tally of the rows that it was given."""
 
-    def __init__(self, layer: MoELayer, expert: int) -> None:
+    def __init__(self, layer: MoE, expert: int) -> None:
         super().__init__()
         self.w_in, self.w_out = layer.experts.w_in[expert], layer.experts.w_out[expert]
         self.rows = 0
@@ -204,13 +204,13 @@ class Router:
         return [weight[:, None] for weight in (x @ self.gate.T).softmax(-1).T]
 
 
-def document_s(layer: MoELayer) -> SparseExpertModel:
+def document_s(layer: MoE) -> SparseExpertModel:
     """The document's model, with the weights of a layer of ours."""
     experts = [Feedforward(layer, expert) for expert in range(layer.experts.num_experts)]
     return SparseExpertModel(experts, Router(layer.router.get_parameter("gate.weight")))
 
 
-def rows_of(layer: MoELayer, run: Callable[[], Tensor]) -> tuple[Tensor, list[int]]:
+def rows_of(layer: MoE, run: Callable[[], Tensor]) -> tuple[Tensor, list[int]]:
     """Run a layer; return what it gave, and how many rows each expert was given."""
     given: list[Tensor] = []
     hook = layer.experts.register_forward_pre_hook(lambda _, arguments: given.append(arguments[1]))

@@ -12,8 +12,8 @@ from tests.laws.test_router_oracles import VARIANTS
 from trainer.data.batches.batch import Batch
 from trainer.models.config import ModelConfig
 from trainer.models.gpt import GPT, routing_context
-from trainer.moe.layer import MoELayer
-from trainer.moe.routers.config.options import LookAheadOptions
+from trainer.moe.layer import MoE
+from trainer.moe.routers.config.options import NonCausalOptions
 from trainer.moe.routers.registry import RouterConfig
 from trainer.moe.routing import RouterOutput, RoutingOptions
 
@@ -60,7 +60,7 @@ def _differ(a: Tensor, b: Tensor) -> bool:
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 
-def _drawn(name: str, layer: MoELayer, x: Tensor, seed: int | None) -> Tensor:
+def _drawn(name: str, layer: MoE, x: Tensor, seed: int | None) -> Tensor:
     """Something that depends on one kind of noise alone."""
     context = routing_context(_same_text_in_every_row(), RoutingOptions(noise_seed=seed))
     if name == "capacity at random":
@@ -138,7 +138,7 @@ def test_a_step_of_training_draws_by_the_seed_of_the_run(name: str) -> None:
 def _trains_otherwise(config: Any) -> bool:
     """Whether a router routes otherwise in training, by its config."""
     drawn = config.kind in ("noisy_top_k", "random") or getattr(config, "jitter", 0) > 0
-    looks_ahead = isinstance(config, LookAheadOptions) and config.evaluation == "top_k"
+    looks_ahead = isinstance(config, NonCausalOptions) and config.evaluation == "top_k"
     return drawn or getattr(config, "random_second", False) or looks_ahead
 
 

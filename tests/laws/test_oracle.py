@@ -12,7 +12,7 @@ from trainer.models.gpt import FeedForward
 from trainer.moe.balance import balance_loss
 from trainer.moe.dispatch.local import LocalDispatcher
 from trainer.moe.experts import Experts
-from trainer.moe.layer import MoELayer
+from trainer.moe.layer import MoE
 from trainer.moe.loss_stats import LossStats
 from trainer.moe.losses import Denominators, objective, z_loss
 from trainer.ops.expert_ffn import Activation
@@ -31,9 +31,9 @@ ROUTERS = [
 ]
 
 
-def _layer(router: dict, activation: Activation, kernel: ExpertsKernel, **fields: Any) -> MoELayer:
+def _layer(router: dict, activation: Activation, kernel: ExpertsKernel, **fields: Any) -> MoE:
     config = moe_config(num_experts=NUM_EXPERTS, d_ff=D_FF, router=router, **fields)
-    layer = MoELayer(
+    layer = MoE(
         router=config.router.build(d_model=D_MODEL, num_experts=NUM_EXPERTS, layer=0),
         experts=Experts(NUM_EXPERTS, D_MODEL, D_FF, activation=activation, kernel=kernel),
         dispatcher=LocalDispatcher(),
@@ -56,7 +56,7 @@ def _tokens_and_valid() -> tuple[torch.Tensor, torch.Tensor]:
     return x.requires_grad_(), valid.flatten()
 
 
-def _oracle(layer: MoELayer, x: torch.Tensor, valid: torch.Tensor, router: dict) -> reference.Routed:
+def _oracle(layer: MoE, x: torch.Tensor, valid: torch.Tensor, router: dict) -> reference.Routed:
     is_dense = router["kind"] == "dense"
     return reference.route(
         x.flatten(0, 1),
@@ -69,13 +69,13 @@ def _oracle(layer: MoELayer, x: torch.Tensor, valid: torch.Tensor, router: dict)
     )
 
 
-def _gradients(value: torch.Tensor, layer: MoELayer, x: torch.Tensor) -> list[torch.Tensor]:
+def _gradients(value: torch.Tensor, layer: MoE, x: torch.Tensor) -> list[torch.Tensor]:
     inputs = [x, *layer.parameters()]
     found = torch.autograd.grad(value, inputs, allow_unused=True, retain_graph=True)
     return [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, found, strict=True)]
 
 
-def _assert_same(mine: torch.Tensor, oracle: torch.Tensor, layer: MoELayer, x: torch.Tensor) -> None:
+def _assert_same(mine: torch.Tensor, oracle: torch.Tensor, layer: MoE, x: torch.Tensor) -> None:
     torch.testing.assert_close(mine, oracle, rtol=0, atol=TOLERANCE)
     probe = torch.linspace(-1, 1, mine.numel(), dtype=torch.float64).view(mine.shape)
     for ours, theirs in zip(

@@ -12,7 +12,7 @@ from tests.builders import make_context, moe_config
 from tests.router_oracles import ORACLES, Case
 from trainer.moe.dispatch.local import LocalDispatcher
 from trainer.moe.experts import Experts
-from trainer.moe.layer import MoELayer
+from trainer.moe.layer import MoE
 from trainer.moe.routers.registry import RouterConfig
 from trainer.moe.routing import RoutingContext
 from trainer.ops.noise import token_keys, uniform
@@ -47,10 +47,10 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-def make_layer(router: dict[str, Any], *, spread: float = 0.7) -> MoELayer:
+def make_layer(router: dict[str, Any], *, spread: float = 0.7) -> MoE:
     num_experts = 1 if router["kind"] == "mixture_of_depths" else 4
     config = moe_config(num_experts=num_experts, d_ff=D_FF, router=router)
-    layer = MoELayer(
+    layer = MoE(
         router=config.router.build(d_model=D_MODEL, num_experts=num_experts, layer=0),
         experts=Experts(num_experts, D_MODEL, D_FF, activation="swiglu", kernel="loop"),
         dispatcher=LocalDispatcher(),
@@ -77,7 +77,7 @@ def make_tokens(*, is_training: bool) -> tuple[Tensor, RoutingContext]:
     return x.requires_grad_(), replace(context, token_ids=ids)
 
 
-def _same(mine: Tensor, oracle: Tensor, layer: MoELayer, x: Tensor) -> None:
+def _same(mine: Tensor, oracle: Tensor, layer: MoE, x: Tensor) -> None:
     torch.testing.assert_close(mine, oracle, rtol=0, atol=TOLERANCE)
     probe = torch.linspace(-1, 1, mine.numel(), dtype=torch.float64).view(mine.shape)
     inputs = [x, *layer.parameters()]

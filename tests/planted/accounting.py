@@ -198,20 +198,18 @@ FAULTS = [
         "decision=self.decide(self.selection_scores(scores), expert_index, context),\n            logits=logits",
         PARITY,
     ),
-    _fault(
-        "gate weights are not scaled", "trainer/moe/routers/top_k.py", "weight * self.config.scale,", "weight,", PARITY
-    ),
+    _fault("gate weights are not scaled", "trainer/moe/routers/top_k.py", "weight * self.scale,", "weight,", PARITY),
     _fault(
         "gate weights are always normalised",
         "trainer/moe/routers/top_k.py",
-        "if self.config.normalize:",
+        "if self.normalize:",
         "if True:",
         PARITY,
     ),
     _fault(
         "a group is scored by its best expert alone",
         "trainer/moe/routers/group_limited.py",
-        'min(2 if config.group_score == "best_two" else 1,',
+        'min(2 if group_score == "best_two" else 1,',
         "min(1,",
         PARITY,
     ),

@@ -13,9 +13,10 @@ def _fault(name: str, file: str, old: str, new: str, *tests: str) -> Fault:
     return Fault(name=name, file=file, old=old, new=new, tests=tests or (IN_USE,))
 
 
-def _built_for_the_first_layer(kind: str, old: str) -> Fault:
+def _built_for_the_first_layer(kind: str, arguments: str = "") -> Fault:
+    old = f"{arguments}**self.top_k_arguments(d_model, num_experts, layer)"
     name = f"{kind} is built for the first layer everywhere"
-    return _fault(name, f"{ROUTERS}/config/token_choice.py", old, old.replace("layer=layer", "layer=0"))
+    return _fault(name, f"{ROUTERS}/config/token_choice.py", old, old.replace("layer)", "0)"))
 
 
 FAULTS = [
@@ -23,20 +24,20 @@ FAULTS = [
     _fault(
         "jitter is equal in all layers",
         f"{ROUTERS}/top_k.py",
-        "self.config.jitter, salt=self.layer",
-        "self.config.jitter, salt=0",
+        "self.jitter, salt=self.layer",
+        "self.jitter, salt=0",
     ),
     _fault(
         "jitter of top_p is equal in all layers",
         f"{ROUTERS}/top_p.py",
-        "self.config.jitter, salt=self.layer",
-        "self.config.jitter, salt=0",
+        "self.jitter, salt=self.layer",
+        "self.jitter, salt=0",
     ),
     _fault(
         "jitter of noisy_top_k is equal in all layers",
         f"{ROUTERS}/noisy_top_k.py",
-        "self.config.jitter, salt=self.layer",
-        "self.config.jitter, salt=0",
+        "self.jitter, salt=self.layer",
+        "self.jitter, salt=0",
     ),
     _fault(
         "normal noise is equal in all layers",
@@ -63,8 +64,8 @@ FAULTS = [
     _fault(
         "every MoE layer says that it is the first",
         GPT,
-        "        layer=layer,\n        wants_importance",
-        "        layer=0,\n        wants_importance",
+        "        layer=layer,\n        needs_importance",
+        "        layer=0,\n        needs_importance",
     ),
     _fault(
         "every router is built for the first layer",
@@ -72,17 +73,18 @@ FAULTS = [
         "num_experts=moe.num_experts, layer=layer)",
         "num_experts=moe.num_experts, layer=0)",
     ),
-    _built_for_the_first_layer(
-        "top_k", "return TopKRouter(self, self.score, d_model=d_model, num_experts=num_experts, layer=layer)"
-    ),
-    _built_for_the_first_layer(
-        "switch", 'return TopKRouter(self, "softmax", d_model=d_model, num_experts=num_experts, layer=layer)'
-    ),
-    *(
-        _built_for_the_first_layer(
-            kind, f"return {kind}Router(self, d_model=d_model, num_experts=num_experts, layer=layer)"
-        )
-        for kind in ("GShard", "NoisyTopK", "Cosine", "BiasBalanced", "GroupLimited", "TopP")
+    _built_for_the_first_layer("top_k", "return TopKRouter(score=self.score, "),
+    _built_for_the_first_layer("switch", "return TopKRouter("),
+    _built_for_the_first_layer("GShard", "random_second=self.random_second, "),
+    _built_for_the_first_layer("NoisyTopK", "NoisyTopKRouter("),
+    _built_for_the_first_layer("Cosine", "d_proj=self.d_proj, "),
+    _built_for_the_first_layer("BiasBalanced", "bias_update_rate=self.bias_update_rate,\n            "),
+    _built_for_the_first_layer("GroupLimited", "group_score=self.group_score,\n            "),
+    _fault(
+        "TopP is built for the first layer everywhere",
+        f"{ROUTERS}/config/token_choice.py",
+        "layer=layer,\n            p=self.p",
+        "layer=0,\n            p=self.p",
     ),
     # Whose noise it is
     _fault(

@@ -77,7 +77,7 @@ FAULTS = [
     in_package(
         "null experts are even with one expert",
         "moe/routers/bias_balanced.py",
-        "share[self.num_experts :] = self.config.null_experts",
+        "share[self.num_experts :] = self.null_experts",
         "share[self.num_experts :] = 1",
         "moe/test_bias_balanced.py",
     ),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.ops.assignment import Solution, linear_program
+from trainer.ops.assignment import Solution, solve_linear_program
 from trainer.ops.select import round_mantissa, stable_top_k
 
 
@@ -71,7 +71,7 @@ def measure(scores: Tensor, chosen: Tensor, *, top_k: int, room: int, num_free: 
         The measurement, and the optimum with the experts' prices.
     """
     scores = round_mantissa(scores.detach().double())
-    best = linear_program(scores, top_k=top_k, room=room, num_free=num_free)
+    best = solve_linear_program(scores, top_k=top_k, capacity=room, num_uncapped=num_free)
     kept = within_room(scores, chosen, top_k=top_k, room=room, num_free=num_free)
     return (
         Measured(

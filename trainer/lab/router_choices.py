@@ -22,7 +22,7 @@ from trainer.lab.logits import LayerLogits, Logits, LogitsKind
 from trainer.lab.router_kinds import router_config
 from trainer.moe.routers.bias_balanced import BiasBalancedRouter
 from trainer.moe.routers.config.options import RouterOptions
-from trainer.moe.routers.non_causal import places
+from trainer.moe.routers.non_causal import sequence_capacity
 from trainer.moe.routing import Router, RoutingContext
 from trainer.ops.select import round_mantissa
 
@@ -158,7 +158,7 @@ class Yardstick:
 
     def _of_row(self, row: int, chosen: Tensor, top_k: int, factor: float) -> Measured:
         scores = self._rows[row]
-        room = places(len(scores), scores.shape[1], top_k=top_k, room=factor)
+        room = sequence_capacity(len(scores), scores.shape[1], top_k=top_k, factor=factor)
         if (row, top_k, factor) not in self._best:
             nothing = torch.zeros_like(chosen)
             self._best[row, top_k, factor], _ = measure(scores, nothing, top_k=top_k, room=room)
@@ -173,7 +173,7 @@ def _sum(parts: Sequence[Measured]) -> Measured:
 def ready_router(config: RouterOptions, layer: LayerLogits, rehearsal: RoutingContext) -> Router:
     """Return a router whose logits are what it reads, after it has learned its selection bias if it has one."""
     num_experts = layer.measured.shape[-1]
-    router: Router = config.build(d_model=num_experts, num_experts=num_experts, layer=0)  # type: ignore[attr-defined]
+    router: Router = config.build(d_model=num_experts, num_experts=num_experts, layer=0)
     set_identity_gate(router)
     if isinstance(router, BiasBalancedRouter):
         for step in range(UPDATES):
@@ -189,7 +189,7 @@ def unreadable(kinds: Sequence[str], *, num_experts: int, top_k: int) -> dict[st
     for kind in kinds:
         config = router_config(kind, num_experts=num_experts, top_k=top_k)
         try:
-            set_identity_gate(config.build(d_model=num_experts, num_experts=num_experts, layer=0))  # type: ignore[attr-defined]
+            set_identity_gate(config.build(d_model=num_experts, num_experts=num_experts, layer=0))
         except ConfigError as error:
             found[kind] = str(error)
     return found

@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 from trainer.config.nodes import shown
 from trainer.errors import ConfigError
-from trainer.moe.routers.config.options import LookAheadOptions, RouterOptions
+from trainer.moe.routers.config.options import NonCausalOptions, RouterOptions
 from trainer.moe.routers.registry import RouterConfig
 
 ROUTERS: dict[str, type[RouterOptions]] = {
@@ -56,7 +56,7 @@ def router_config(
 
 def looks_ahead(config: RouterOptions) -> str:
     """Say when a token's experts depend on later tokens: `no`, `in training`, or `always` (in evaluation as well)."""
-    if not isinstance(config, LookAheadOptions):
+    if not isinstance(config, NonCausalOptions):
         return "no"
     return "always" if config.evaluation == "same" else "in training"
 

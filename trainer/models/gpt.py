@@ -22,7 +22,7 @@ from trainer.models.cache import CachedAttention, Extension, KVCache
 from trainer.models.config import ModelConfig
 from trainer.moe.dispatch.local import LocalDispatcher
 from trainer.moe.experts import Experts
-from trainer.moe.layer import MoELayer
+from trainer.moe.layer import MoE
 from trainer.moe.routing import RoutingContext, RoutingOptions
 from trainer.moe.stats import MoEStats
 from trainer.ops.attention import CausalAttention, document_mask, torch_attention
@@ -147,7 +147,7 @@ class Block(nn.Module):
         # The compiled form is for whole rows: with a cache every call has another length, and would be compiled anew.
         attend = self.attend if self.compiled_attend is None or extend is not None else self.compiled_attend
         x, normed = attend(x, rotary, mask, extend)
-        if isinstance(self.ffn, MoELayer):
+        if isinstance(self.ffn, MoE):
             y, stats = self.ffn(normed, context)
             return x + y, stats
         return x + self.ffn(normed), None
@@ -160,19 +160,19 @@ class Block(nn.Module):
         return x, self.ffn_norm(x)
 
 
-def build_moe(config: ModelConfig, layer: int, kernel: ExpertsKernel) -> MoELayer:
+def build_moe(config: ModelConfig, layer: int, kernel: ExpertsKernel) -> MoE:
     """Make the MoE layer of block `layer`; all experts are local until `parallelize` says otherwise."""
     moe = config.moe
     assert moe is not None, "a block is MoE only if the config has a moe section"
-    return MoELayer(
+    return MoE(
         router=moe.router.build(d_model=config.d_model, num_experts=moe.num_experts, layer=layer),
         experts=Experts(moe.num_experts, config.d_model, moe.d_ff, activation=config.activation, kernel=kernel),
         dispatcher=LocalDispatcher(),
         capacity=moe.capacity,
         shared=FeedForward(config, moe.num_shared_experts * moe.d_ff) if moe.num_shared_experts else None,
         layer=layer,
-        wants_importance=moe.cv_squared.importance_coef > 0,
-        wants_likeness=moe.diversity_coef > 0,
+        needs_importance=moe.cv_squared.importance_coef > 0,
+        needs_expert_similarity=moe.diversity_coef > 0,
     )
 
 
@@ -246,9 +246,9 @@ class GPT(nn.Module):
             lengths=torch.zeros(num_rows, dtype=torch.int64, device=weight.device),
         )
 
-    def moe_layers(self) -> list[MoELayer]:
+    def moe_layers(self) -> list[MoE]:
         """Return the MoE layers, in order."""
-        return [module for module in self.modules() if isinstance(module, MoELayer)]
+        return [module for module in self.modules() if isinstance(module, MoE)]
 
     def _check_top_k(self, top_k: int | None) -> None:
         """Refuse a k for one call that the config would refuse for all.

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from trainer.moe.capacity import capacity_causality
 from trainer.moe.config import MoEConfig
-from trainer.moe.layer import MoELayer
+from trainer.moe.layer import MoE
 from trainer.moe.routing import Causality, weaker
 
 _HOW: dict[Causality, str] = {"within_sequence": "later tokens of its row", "no": "tokens of other rows"}
 
 
-def training_warning(config: MoEConfig, layers: Sequence[MoELayer]) -> str | None:
+def training_warning(config: MoEConfig, layers: Sequence[MoE]) -> str | None:
     """Return what to say before a router or capacity that looks ahead is trained; None where none does."""
     by_router, by_capacity = (
         _weakest([layer.router.causal for layer in layers]),
@@ -35,7 +35,7 @@ def training_warning(config: MoEConfig, layers: Sequence[MoELayer]) -> str | Non
     return None
 
 
-def evaluation_warning(layers: Sequence[MoELayer]) -> str | None:
+def evaluation_warning(layers: Sequence[MoE]) -> str | None:
     """Return what to say beside the loss of a model that sees what it predicts; None where no token does."""
     causal = _weakest([layer.router.causal_in_evaluation for layer in layers])
     if causal == "strict":

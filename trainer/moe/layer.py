@@ -13,7 +13,7 @@ from trainer.moe.stats import MoEStats, collect_stats
 # B sequences, S tokens each, T = B * S, R rows, D d_model.
 
 
-class MoELayer(nn.Module):
+class MoE(nn.Module):
     """Replaces the feed-forward network of a block by experts that each token chooses from."""
 
     def __init__(
@@ -25,8 +25,8 @@ class MoELayer(nn.Module):
         shared: nn.Module | None = None,
         *,
         layer: int = 0,
-        wants_importance: bool = False,
-        wants_likeness: bool = False,
+        needs_importance: bool = False,
+        needs_expert_similarity: bool = False,
     ) -> None:
         """Put a layer together.
 
@@ -37,13 +37,13 @@ class MoELayer(nn.Module):
             capacity: how much an expert accepts.
             shared: what every token passes as well.
             layer: number of the block, which separates random orders.
-            wants_importance: some loss is made of the sums of combine weights.
-            wants_likeness: some loss compares the outputs of a token's experts.
+            needs_importance: some loss is made of the sums of combine weights.
+            needs_expert_similarity: some loss compares the outputs of a token's experts.
         """
         super().__init__()
         self.router, self.experts, self.shared = router, experts, shared
         self.dispatcher, self.capacity, self.layer = dispatcher, capacity, layer
-        self.wants_importance, self.wants_likeness = wants_importance, wants_likeness
+        self.needs_importance, self.needs_expert_similarity = needs_importance, needs_expert_similarity
 
     def forward(self, x: Tensor, context: RoutingContext) -> tuple[Tensor, MoEStats]:
         """Return the layer's output for x (B, S, D) and what it did; tokens that are not valid get 0."""
@@ -54,9 +54,9 @@ class MoELayer(nn.Module):
         out = outputs.y.view(x.shape)
         if self.shared is not None:
             out = out + self.shared(x) * context.valid.view(*x.shape[:2], 1)
-        expert_similarity = outputs.expert_similarity() if self.wants_likeness else None
+        expert_similarity = outputs.expert_similarity() if self.needs_expert_similarity else None
         return out, collect_stats(
-            routed, decision, context, wants_importance=self.wants_importance, expert_similarity=expert_similarity
+            routed, decision, context, needs_importance=self.needs_importance, expert_similarity=expert_similarity
         )
 
 

@@ -126,7 +126,7 @@ def _extra_value(
         case "device_balance":
             return device_balance_loss(stats, config, known=known)
         case "diversity":
-            return None if stats.likeness_sum is None else stats.likeness_sum.sum()
+            return None if stats.similarity_sum is None else stats.similarity_sum.sum()
         case "router":
             return None if stats.router_loss is None else stats.router_loss.sum()
         case _:

@@ -37,7 +37,7 @@ class MoEStats:
     """(B, E) combine weights before drops; like all below with gradient, and None where no loss needs it."""
     load: Tensor | None = None
     """(B, E) smooth counts."""
-    likeness_sum: Tensor | None = None
+    similarity_sum: Tensor | None = None
     """(B,) mean squared cosine between the outputs of a token's experts."""
     router_loss: Tensor | None = None
     """(B,) the router's own loss, its coefficient included."""
@@ -50,7 +50,7 @@ def collect_stats(
     limited: RoutingDecision,
     context: RoutingContext,
     *,
-    wants_importance: bool = False,
+    needs_importance: bool = False,
     expert_similarity: Tensor | None = None,
 ) -> MoEStats:
     """Sum up what a layer did.
@@ -59,7 +59,7 @@ def collect_stats(
         routed: the router's output, before drops.
         limited: the same decision after `limit_to_capacity`.
         context: of the same tokens.
-        wants_importance: some loss is made of the sums of combine weights.
+        needs_importance: some loss is made of the sums of combine weights.
         expert_similarity: (T,) of the outputs of each token's experts, if some loss is made of it.
     """
     decision, rows = routed.decision, context.num_sequences
@@ -88,9 +88,9 @@ def collect_stats(
         tokens=tokens.sum(1),
         entropy_sum=per_row(None if probs is None else torch.special.entr(probs.detach()).sum(-1)),
         null_counts=_sum_rows(null, row, rows) if has_nulls else None,
-        importance=_importance(decision, row, counted, rows) if wants_importance else None,
+        importance=_importance(decision, row, counted, rows) if needs_importance else None,
         load=per_row(routed.load),
-        likeness_sum=per_row(expert_similarity),
+        similarity_sum=per_row(expert_similarity),
         router_loss=per_row(routed.loss),
         routed=routed if context.return_router_outputs else None,
     )

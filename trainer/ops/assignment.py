@@ -35,14 +35,14 @@ class Solution:
     """(E,) float64, not negative: what a place at an expert is worth in the sum of scores, at the margin."""
 
 
-def linear_program(scores: Tensor, *, top_k: int, room: int, num_free: int = 0) -> Solution:
+def solve_linear_program(scores: Tensor, *, top_k: int, capacity: int, num_uncapped: int = 0) -> Solution:
     """Solve the programme exactly, with HiGHS' dual simplex.
 
     Args:
         scores: (n, E), none below 0: then no place stays empty that could be filled with a score above 0.
         top_k: k.
-        room: C.
-        num_free: how many of the E, the last ones, have room for every token; their price is 0.
+        capacity: C.
+        num_uncapped: how many of the E, the last ones, accept every token; their price is 0.
     """
     with importing("scipy", user="the linear programme"):  # here: most runs solve nothing, and the import is slow
         from scipy.optimize import linprog
@@ -54,8 +54,8 @@ def linear_program(scores: Tensor, *, top_k: int, room: int, num_free: int = 0) 
         return Solution(torch.zeros_like(scores, dtype=torch.bool), torch.zeros(num_experts, dtype=torch.float64))
     of_tokens = kron(identity(n), np.ones((1, num_experts)))  # (n, n E)
     of_experts = kron(np.ones((1, n)), identity(num_experts))  # (E, n E)
-    limits = np.concatenate([np.full(n, float(top_k)), np.full(num_experts, float(room))])
-    limits[n + num_experts - num_free :] = n + 1  # one more than ever come, so that the price is 0 and nothing else
+    limits = np.concatenate([np.full(n, float(top_k)), np.full(num_experts, float(capacity))])
+    limits[n + num_experts - num_uncapped :] = n + 1  # one more than ever come, so that the price is 0 and nothing else
     solved = linprog(
         -_finite(scores).ravel(),
         A_ub=vstack([of_tokens, of_experts], format="csr"),
@@ -71,7 +71,7 @@ def linear_program(scores: Tensor, *, top_k: int, room: int, num_free: int = 0) 
     return Solution(chosen.to(scores.device), prices)
 
 
-def greedy(scores: Tensor, *, top_k: int, room: int) -> Tensor:
+def greedy_assignment(scores: Tensor, *, top_k: int, capacity: int) -> Tensor:
     """Return (n, E) bool: pairs by falling score, each taken if its token and its expert still have room.
 
     Equal scores go by token, then by expert. At least half of the best sum (Jenkyns 1976: the pairs that fit are the
@@ -79,7 +79,7 @@ def greedy(scores: Tensor, *, top_k: int, room: int) -> Tensor:
     """
     n, num_experts = scores.shape
     order = scores.detach().flatten().sort(descending=True, stable=True).indices.tolist()
-    wants, has_room = [top_k] * n, [room] * num_experts
+    wants, has_room = [top_k] * n, [capacity] * num_experts
     taken = []
     for pair in order:
         token, expert = divmod(pair, num_experts)
@@ -92,7 +92,7 @@ def greedy(scores: Tensor, *, top_k: int, room: int) -> Tensor:
     return chosen.view(n, num_experts)
 
 
-def balanced(scores: Tensor) -> Tensor:
+def balanced_assignment(scores: Tensor) -> Tensor:
     """Return (n,) int64: one expert for each token, ceil(n / E) tokens for an expert at most, at the best sum.
 
     Args:

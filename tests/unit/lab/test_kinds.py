@@ -5,7 +5,7 @@ import pytest
 from trainer.errors import ConfigError
 from trainer.lab.router_kinds import ALONE, ROUTERS, chosen_kinds, looks_ahead, router_config
 from trainer.moe.config import MoEConfig
-from trainer.moe.routers.config.sequence_choice import BaseRouterConfig
+from trainer.moe.routers.config.sequence_choice import BASELayerRouterConfig
 from trainer.moe.routers.config.token_choice import TopKRouterConfig
 
 
@@ -41,5 +41,5 @@ def test_names_are_chosen_in_the_order_of_the_registry() -> None:
 
 def test_a_router_says_when_it_looks_ahead() -> None:
     assert looks_ahead(TopKRouterConfig()) == "no"
-    assert looks_ahead(BaseRouterConfig()) == "in training"
-    assert looks_ahead(BaseRouterConfig(evaluation="same")) == "always"
+    assert looks_ahead(BASELayerRouterConfig()) == "in training"
+    assert looks_ahead(BASELayerRouterConfig(evaluation="same")) == "always"

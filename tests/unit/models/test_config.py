@@ -5,7 +5,7 @@ import torch
 
 from tests.builders import tiny_model_config
 from trainer.models.gpt import GPT, FeedForward
-from trainer.moe.layer import MoELayer
+from trainer.moe.layer import MoE
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_moe_layers_are_every_nth_after_the_dense_ones(
         blocks = dict(enumerate(GPT(config, 32).blocks))
     for number, block in blocks.items():
         ffn = block.get_submodule("ffn")
-        if isinstance(ffn, MoELayer):
+        if isinstance(ffn, MoE):
             assert number in expected and ffn.layer == number
             assert getattr(ffn.router, "layer", number) == number
             assert isinstance(ffn.shared, FeedForward) and ffn.shared.w_out.weight.shape == (16, 2 * 12)

@@ -10,7 +10,9 @@ from trainer.moe.routing import RoutingContext
 def make(**options: object) -> BiasBalancedRouter:
     config = BiasBalancedRouterConfig.model_validate({"bias_update_rate": 0.01, **options})
     torch.manual_seed(0)
-    return BiasBalancedRouter(config, d_model=6, num_experts=4, layer=0)
+    router = config.build(d_model=6, num_experts=4, layer=0)
+    assert isinstance(router, BiasBalancedRouter)
+    return router
 
 
 def test_it_rises_for_the_underused_and_stays_where_the_load_is_even() -> None:

@@ -12,7 +12,7 @@ from trainer.models.gpt import GPT, RMSNorm
 from trainer.moe.config import CapacityConfig
 from trainer.moe.dispatch.local import LocalDispatcher
 from trainer.moe.experts import Experts
-from trainer.moe.layer import MoELayer
+from trainer.moe.layer import MoE
 
 
 def _num_experts(router: dict[str, Any]) -> int:
@@ -23,7 +23,7 @@ def _num_experts(router: dict[str, Any]) -> int:
 @pytest.mark.parametrize("router", VARIANTS, ids=str)
 def test_a_layer_built_by_hand_computes(router: dict[str, Any]) -> None:
     num_experts = _num_experts(router)
-    layer = MoELayer(
+    layer = MoE(
         router=moe_config(num_experts=num_experts, router=router).router.build(
             d_model=16, num_experts=num_experts, layer=0
         ),

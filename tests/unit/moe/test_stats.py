@@ -29,7 +29,7 @@ def test_counts_are_of_what_was_chosen_and_drops_of_what_was_not_kept(counts_tar
     probs = logits.softmax(-1)
     routed = RouterOutput(decision=decision, logits=logits, probs=probs, loss=weight[:, 0])
     limited = limit_to_capacity(decision, CapacityConfig(factor=0.5, min=1, policy="choice_major"), context)
-    stats = collect_stats(routed, limited, context, wants_importance=True)
+    stats = collect_stats(routed, limited, context, needs_importance=True)
 
     zero = torch.zeros(NUM_ROWS, NUM_EXPERTS, dtype=torch.int64)
     counts, first, importance = zero.clone(), zero.clone(), zero.double()

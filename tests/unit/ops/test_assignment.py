@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainer.ops.assignment import balanced, greedy, linear_program, transport_plan
+from trainer.ops.assignment import balanced_assignment, greedy_assignment, solve_linear_program, transport_plan
 
 SIZES = {
     "n": st.integers(1, 4),
@@ -46,10 +46,10 @@ def test_the_linear_programme_is_the_optimum_of_the_0_1_programme_and_greedy_at_
 ) -> None:
     scores = random_scores(n, num_experts, seed, ties)
     optimum = best_sum(scores, top_k, room)
-    solution = linear_program(scores, top_k=top_k, room=room)
+    solution = solve_linear_program(scores, top_k=top_k, capacity=room)
     assert fits(solution.chosen, top_k, room)
     assert float(scores[solution.chosen].sum()) == pytest.approx(optimum, abs=1e-9)
-    taken = greedy(scores, top_k=top_k, room=room)
+    taken = greedy_assignment(scores, top_k=top_k, capacity=room)
     assert fits(taken, top_k, room)
     assert optimum / 2 - 1e-9 <= float(scores[taken].sum()) <= optimum + 1e-9
 
@@ -61,7 +61,7 @@ def test_at_its_prices_every_token_s_choice_is_its_k_best_and_their_sum_is_the_o
 ) -> None:
     """The price settles who gets the last place, so that two experts can be equally good: compare sums, not choices."""
     scores = random_scores(n, num_experts, seed, ties)
-    solution = linear_program(scores, top_k=top_k, room=room)
+    solution = solve_linear_program(scores, top_k=top_k, capacity=room)
     assert (solution.prices >= 0).all()
     worth = scores - solution.prices
     k_best = worth.clamp(min=0).topk(min(top_k, num_experts), dim=1).values.sum(1)  # (n,)
@@ -70,7 +70,8 @@ def test_at_its_prices_every_token_s_choice_is_its_k_best_and_their_sum_is_the_o
     by_prices = float(k_best.sum() + room * solution.prices.sum())  # what is paid comes back: the dual programme
     assert by_prices == pytest.approx(float(scores[solution.chosen].sum()), abs=1e-8)
     fewer, more = (
-        float(scores[linear_program(scores, top_k=top_k, room=places).chosen].sum()) for places in (room - 1, room + 1)
+        float(scores[solve_linear_program(scores, top_k=top_k, capacity=places).chosen].sum())
+        for places in (room - 1, room + 1)
     )
     optimum = float(scores[solution.chosen].sum())
     assert more - optimum - 1e-8 <= float(solution.prices.sum()) <= optimum - fewer + 1e-8
@@ -80,7 +81,7 @@ def test_at_its_prices_every_token_s_choice_is_its_k_best_and_their_sum_is_the_o
 
 def test_a_price_is_between_what_one_more_place_would_bring_and_what_one_fewer_would_cost() -> None:
     scores = torch.tensor([[0.9, 0.1], [0.8, 0.3], [0.7, 0.0]], dtype=torch.float64)
-    solution = linear_program(scores, top_k=1, room=1)
+    solution = solve_linear_program(scores, top_k=1, capacity=1)
     assert solution.chosen.tolist() == [[True, False], [False, True], [False, False]]
     # Two places at expert 0: token 2 comes as well, for 0.7. None: token 0 leaves, for 0.9.
     assert 0.7 - 1e-9 <= solution.prices[0] <= 0.9 + 1e-9
@@ -90,35 +91,38 @@ def test_a_price_is_between_what_one_more_place_would_bring_and_what_one_fewer_w
 
 def test_no_place_that_could_be_filled_stays_empty() -> None:
     scores = torch.full((4, 2), 0.5)
-    assert linear_program(scores, top_k=1, room=2).chosen.sum() == 4
-    assert greedy(scores, top_k=1, room=2).sum() == 4
+    assert solve_linear_program(scores, top_k=1, capacity=2).chosen.sum() == 4
+    assert greedy_assignment(scores, top_k=1, capacity=2).sum() == 4
 
 
 def test_greedy_takes_pairs_by_score_then_token_then_expert() -> None:
     scores = torch.tensor([[0.6, 0.6], [0.6, 0.1], [0.9, 0.5]])
     # 2-0 first; then 0-0 is refused, as expert 0 is full, 0-1 is taken and 1-1 finds expert 1 full.
-    assert greedy(scores, top_k=1, room=1).tolist() == [[False, True], [False, False], [True, False]]
+    assert greedy_assignment(scores, top_k=1, capacity=1).tolist() == [[False, True], [False, False], [True, False]]
 
 
 def test_greedy_can_be_half_as_good_as_the_optimum() -> None:
     scores = torch.tensor([[1.0, 0.999], [0.999, 0.0]], dtype=torch.float64)
-    assert float(scores[greedy(scores, top_k=1, room=1)].sum()) == pytest.approx(1.0)
-    assert float(scores[linear_program(scores, top_k=1, room=1).chosen].sum()) == pytest.approx(1.998)
+    assert float(scores[greedy_assignment(scores, top_k=1, capacity=1)].sum()) == pytest.approx(1.0)
+    assert float(scores[solve_linear_program(scores, top_k=1, capacity=1).chosen].sum()) == pytest.approx(1.998)
 
 
 def test_choices_are_the_same_from_float32_and_carry_no_gradient() -> None:
     scores = torch.rand(6, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
     double = scores.detach().double()
-    assert torch.equal(linear_program(scores, top_k=2, room=4).chosen, linear_program(double, top_k=2, room=4).chosen)
-    assert torch.equal(greedy(scores, top_k=2, room=4), greedy(double, top_k=2, room=4))
-    assert torch.equal(balanced(scores), balanced(double))
+    assert torch.equal(
+        solve_linear_program(scores, top_k=2, capacity=4).chosen,
+        solve_linear_program(double, top_k=2, capacity=4).chosen,
+    )
+    assert torch.equal(greedy_assignment(scores, top_k=2, capacity=4), greedy_assignment(double, top_k=2, capacity=4))
+    assert torch.equal(balanced_assignment(scores), balanced_assignment(double))
 
 
 def test_a_programme_that_cannot_be_solved_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     failed = SimpleNamespace(status=4, message="numerical trouble")
     monkeypatch.setattr("scipy.optimize.linprog", lambda *_, **__: failed)
     with pytest.raises(ArithmeticError, match="the linear programme of 2 tokens and 3 experts: numerical trouble"):
-        linear_program(torch.rand(2, 3), top_k=1, room=1)
+        solve_linear_program(torch.rand(2, 3), top_k=1, capacity=1)
 
 
 @settings(max_examples=50)
@@ -131,7 +135,7 @@ def test_balanced_is_the_best_of_all_even_assignments(n: int, num_experts: int, 
         for experts in itertools.product(range(num_experts), repeat=n)
         if max(experts.count(expert) for expert in experts) <= places
     ]
-    found = balanced(scores)
+    found = balanced_assignment(scores)
     assert found.shape == (n,) and found.dtype is torch.int64
     assert int(found.bincount(minlength=num_experts).max()) <= places
     assert float(scores.gather(1, found[:, None]).sum()) == pytest.approx(max(sums), abs=1e-9)
@@ -139,11 +143,11 @@ def test_balanced_is_the_best_of_all_even_assignments(n: int, num_experts: int, 
 
 def test_no_tokens_are_no_assignments() -> None:
     nothing = torch.zeros(0, 3)
-    solution = linear_program(nothing, top_k=2, room=1)
+    solution = solve_linear_program(nothing, top_k=2, capacity=1)
     assert solution.chosen.shape == (0, 3) and solution.chosen.dtype is torch.bool
     assert solution.prices.tolist() == [0.0, 0.0, 0.0]
-    assert greedy(nothing, top_k=2, room=1).shape == (0, 3)
-    assert balanced(nothing).shape == (0,)
+    assert greedy_assignment(nothing, top_k=2, capacity=1).shape == (0, 3)
+    assert balanced_assignment(nothing).shape == (0,)
     plan = transport_plan(torch.zeros(2, 0, 3), torch.zeros(2, 0, dtype=torch.bool), iterations=3)
     assert plan.shape == (2, 0, 3)
 

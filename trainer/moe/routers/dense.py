@@ -1,4 +1,4 @@
-"""Every expert for every token: the formula of the second founding document, exactly."""
+"""Dense routing: every token visits every expert, as in the second founding document."""
 
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ from trainer.moe.routing import Causality, Router, RouterOutput, RoutingContext,
 
 
 class DenseRouter(Router):
-    """y = sum_i g_i(x) e_i(x) over all experts, g = softmax of the scores. Not sparse: a baseline for routing."""
+    """Computes y = sum_i g_i(x) e_i(x) over all experts, g = softmax of the logits. A baseline without sparsity."""
 
     causal: ClassVar[Causality] = "strict"
 

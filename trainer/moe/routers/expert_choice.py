@@ -1,4 +1,4 @@
-"""Experts choose tokens: perfect balance, and some tokens are chosen by many experts and some by none."""
+"""Expert choice: every expert picks tokens, so the load is perfectly balanced."""
 
 import torch
 from torch import Tensor
@@ -8,12 +8,13 @@ from trainer.ops.select import stable_top_k
 
 
 class ExpertChoiceRouter(AssignmentRouter):
-    """Every expert takes the C tokens of the sequence with the highest probability for it, the earlier of equals.
+    """Every expert takes the C tokens of a sequence with its highest probabilities; the earlier token wins a tie.
 
-    Source: Zhou et al. 2022 (arXiv 2202.09368), section 3.2, over each sequence; k is the mean number of experts.
+    Source: Zhou et al. 2022 (arXiv 2202.09368), section 3.2, over each sequence; k is the mean number of experts per
+        token, which varies from 0 to E.
     """
 
-    def assign(self, scores: Tensor, *, top_k: int, room: int) -> Tensor:
-        """Choose columns by column."""
+    def assign(self, scores: Tensor, *, top_k: int, capacity: int) -> Tensor:
+        """Select the top C tokens of each expert."""
         chosen = torch.zeros_like(scores.t(), dtype=torch.bool)
-        return chosen.scatter(-1, stable_top_k(scores.t(), room), True).t()
+        return chosen.scatter(-1, stable_top_k(scores.t(), capacity), True).t()

@@ -1,14 +1,14 @@
-"""The greedy heuristic for the programme that `linear_program` solves."""
+"""Greedy heuristic for the programme that `linear_program` solves exactly."""
 
 from torch import Tensor
 
 from trainer.moe.routers.non_causal import AssignmentRouter
-from trainer.ops.assignment import greedy
+from trainer.ops.assignment import greedy_assignment
 
 
 class GreedyRouter(AssignmentRouter):
-    """Takes pairs of token and expert by falling probability while both have room; source: as `linear_program`."""
+    """Takes (token, expert) pairs by descending probability, while both have capacity left."""
 
-    def assign(self, scores: Tensor, *, top_k: int, room: int) -> Tensor:
-        """Fill one sequence's experts."""
-        return greedy(scores, top_k=top_k, room=room)
+    def assign(self, scores: Tensor, *, top_k: int, capacity: int) -> Tensor:
+        """Assign the tokens of one sequence."""
+        return greedy_assignment(scores, top_k=top_k, capacity=capacity)

@@ -1,30 +1,36 @@
-"""Two experts, of which a light second one is visited only sometimes."""
+"""GShard's routing: the second expert is kept at random, in proportion to its weight."""
 
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
-from trainer.moe.routers.config.token_choice import GShardRouterConfig
 from trainer.moe.routers.top_k import TopKRouter
 from trainer.moe.routing import RoutingContext, RoutingDecision
 from trainer.ops.noise import uniform
 
 
 class GShardRouter(TopKRouter):
-    """Keeps a token's choice after the first with probability min(1, k * weight), while training.
+    """Keeps each choice after the first with probability min(1, k * weight) in training.
 
-    The weight is the choice's share of the k, so a second expert that weighs as much as the first is always kept. What
-    is not kept is not asked for: it takes no room, and no count has it.
+    The weight is the choice's share of the sum over the k, so a second expert with the weight of the first is always
+    kept. A choice that is not kept takes no capacity and is not counted.
 
     Source: GShard (arXiv 2006.16668), section 2.2, "random routing", which has k = 2.
     """
 
-    def __init__(self, config: GShardRouterConfig, *, d_model: int, num_experts: int, layer: int) -> None:
-        super().__init__(config, "softmax", d_model=d_model, num_experts=num_experts, layer=layer)
-        self.random_second = config.random_second
+    def __init__(self, *, random_second: bool, **top_k_arguments: Any) -> None:
+        """Create the gate.
+
+        Args:
+            random_second: keep choices after the first at random; False keeps them all.
+            top_k_arguments: those of `TopKRouter`.
+        """
+        super().__init__(**top_k_arguments)
+        self.random_second = random_second
 
     def decide(self, scores: Tensor, expert_index: Tensor, context: RoutingContext) -> RoutingDecision:
-        """Weigh the selected experts (T, k), and let go of light ones by chance."""
+        """Weight the selected experts (T, k), and drop light ones at random in training."""
         decision = super().decide(scores, expert_index, context)
         if context.noise_key is None or not self.random_second:
             return decision

@@ -1,18 +1,18 @@
-"""The best assignment that there is: the optimum that other routers are measured against."""
+"""Optimal assignment: the linear programme that other routers are measured against."""
 
 from torch import Tensor
 
 from trainer.moe.routers.non_causal import AssignmentRouter
-from trainer.ops.assignment import linear_program
+from trainer.ops.assignment import solve_linear_program
 
 
 class LinearProgramRouter(AssignmentRouter):
-    """Maximises the sum of the chosen probabilities, k experts for a token and C tokens for an expert at most.
+    """Maximizes the sum of the chosen probabilities, with at most k experts per token and C tokens per expert.
 
-    The first founding document names this 0-1 programme (section 4.2) without writing it down; see `ops/assignment.py`.
-    Solving takes a CPU thread about 20 ms for 256 tokens and 8 experts: for small models, and as a yardstick.
+    The 0-1 programme of the first founding document (section 4.2); see `ops/assignment.py`. Solving takes one CPU
+    thread about 20 ms for 256 tokens and 8 experts, so it is for small models and as a reference.
     """
 
-    def assign(self, scores: Tensor, *, top_k: int, room: int) -> Tensor:
+    def assign(self, scores: Tensor, *, top_k: int, capacity: int) -> Tensor:
         """Solve the programme of one sequence."""
-        return linear_program(scores, top_k=top_k, room=room).chosen
+        return solve_linear_program(scores, top_k=top_k, capacity=capacity).chosen

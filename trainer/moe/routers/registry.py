@@ -9,7 +9,7 @@ from pydantic import Field
 
 from trainer.moe.routers.config.fixed import HashRouterConfig, RandomRouterConfig, RoundRobinRouterConfig
 from trainer.moe.routers.config.sequence_choice import (
-    BaseRouterConfig,
+    BASELayerRouterConfig,
     ExpertChoiceRouterConfig,
     GreedyRouterConfig,
     LinearProgramRouterConfig,
@@ -39,7 +39,7 @@ RouterConfig = Annotated[
     | TopPRouterConfig
     | ExpertChoiceRouterConfig
     | SinkhornRouterConfig
-    | BaseRouterConfig
+    | BASELayerRouterConfig
     | LinearProgramRouterConfig
     | GreedyRouterConfig
     | MixtureOfDepthsRouterConfig

@@ -24,7 +24,7 @@ class HashRouterConfig(EvenOptions):
         """Make the router of MoE layer `layer`."""
         from trainer.moe.routers.hash import HashRouter
 
-        return HashRouter(self, num_experts=num_experts, layer=layer)
+        return HashRouter(num_experts=num_experts, layer=layer, top_k=self.top_k, salt=self.salt)
 
 
 class RandomRouterConfig(EvenOptions):
@@ -38,7 +38,7 @@ class RandomRouterConfig(EvenOptions):
         """Make the router of MoE layer `layer`."""
         from trainer.moe.routers.random import RandomRouter
 
-        return RandomRouter(self, num_experts=num_experts, layer=layer)
+        return RandomRouter(num_experts=num_experts, layer=layer, top_k=self.top_k)
 
 
 class RoundRobinRouterConfig(EvenOptions):
@@ -52,4 +52,4 @@ class RoundRobinRouterConfig(EvenOptions):
         """Make the router of MoE layer `layer`."""
         from trainer.moe.routers.round_robin import RoundRobinRouter
 
-        return RoundRobinRouter(self, num_experts=num_experts)
+        return RoundRobinRouter(num_experts=num_experts, top_k=self.top_k)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from trainer.config.base import Config, Problem
 from trainer.config.numbers import Experts, ExtraExperts, Factor
 
+if TYPE_CHECKING:
+    from trainer.moe.routing import Router
+
 Score = Literal["softmax", "sigmoid"]
 
 
 class RouterOptions(Config):
-    """Options of every router."""
+    """Base class of all router configs.
+
+    A new router is a subclass with a `kind` and a `build`; whatever else the trainer must know about a router it reads
+    from the flags and properties below, never from a list of names.
+    """
 
     ranks_choices: ClassVar[bool] = False
     """Every token has k experts, the best one first."""
@@ -60,6 +67,10 @@ class RouterOptions(Config):
         top_k = getattr(self, "top_k", 1)
         if top_k > num_experts:
             yield Problem("top_k", f"{top_k} is more than num_experts {num_experts}; use 1 to {num_experts}")
+
+    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
+        """Create the router of block `layer`, importing its module here so that configs stay free of torch."""
+        raise NotImplementedError(f"{type(self).__name__} has no build method")
 
 
 class JitterOptions(RouterOptions):
@@ -136,6 +147,19 @@ class TopKOptions(JitterOptions):
         """Return how many experts a token can have, in any step."""
         return min(num_experts, max(most for _, most in self.most_wanted()))
 
+    def top_k_arguments(self, d_model: int, num_experts: int, layer: int) -> dict[str, Any]:
+        """Return the keyword arguments of `TopKRouter` that all its subclasses share."""
+        return {
+            "d_model": d_model,
+            "num_experts": num_experts,
+            "layer": layer,
+            "top_k": self.top_k,
+            "normalize": self.normalize,
+            "scale": self.scale,
+            "jitter": self.jitter,
+            "null_experts": self.null_experts,
+        }
+
     def most_wanted(self) -> list[tuple[str, int]]:
         """Return every key that says how many experts a token has, with the largest number there."""
         return [("top_k", self.top_k), *([("draw_top_k", max(self.draw_top_k))] if self.draw_top_k else [])]
@@ -153,7 +177,7 @@ class EvenOptions(RouterOptions):
         return 1.0
 
 
-class LookAheadOptions(RouterOptions):
+class NonCausalOptions(RouterOptions):
     """Options of routers that decide all tokens of a sequence together."""
 
     evaluation: Literal["top_k", "same"] = "top_k"
@@ -161,12 +185,17 @@ class LookAheadOptions(RouterOptions):
     training, and then its loss is of a model that has seen what it predicts. Text is always written the first way."""
 
     @property
+    def evaluates_as_trained(self) -> bool:
+        """True if evaluation routes jointly too, so that held-out loss is not causal."""
+        return self.evaluation == "same"
+
+    @property
     def is_self_balancing(self) -> bool:
         """Every expert gets its share of a sequence."""
         return True
 
 
-class AssignmentOptions(LookAheadOptions):
+class AssignmentOptions(NonCausalOptions):
     """Options of routers that assign a sequence's tokens to experts within a capacity."""
 
     top_k: Experts = 2
@@ -177,3 +206,11 @@ class AssignmentOptions(LookAheadOptions):
     def experts_per_token(self, num_experts: int) -> float:
         """Return the mean number: less than k where there is not room for more."""
         return min(self.top_k, self.room * self.top_k)
+
+    def assignment_arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments of `AssignmentRouter`."""
+        return {
+            "top_k": self.top_k,
+            "capacity_factor": self.room,
+            "evaluates_as_trained": self.evaluates_as_trained,
+        }

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from trainer.config.base import Problem
 from trainer.config.numbers import Coefficient, Experts
-from trainer.moe.routers.config.options import AssignmentOptions, LookAheadOptions, Score
+from trainer.moe.routers.config.options import AssignmentOptions, NonCausalOptions, Score
 
 if TYPE_CHECKING:
     from trainer.moe.routing import Router
@@ -36,7 +36,7 @@ class ExpertChoiceRouterConfig(AssignmentOptions):
         """Make the router of MoE layer `layer`."""
         from trainer.moe.routers.expert_choice import ExpertChoiceRouter
 
-        return ExpertChoiceRouter(self, d_model=d_model, num_experts=num_experts)
+        return ExpertChoiceRouter(**self.assignment_arguments(), d_model=d_model, num_experts=num_experts)
 
 
 class LinearProgramRouterConfig(AssignmentOptions):
@@ -52,7 +52,7 @@ class LinearProgramRouterConfig(AssignmentOptions):
         """Make the router of MoE layer `layer`."""
         from trainer.moe.routers.linear_program import LinearProgramRouter
 
-        return LinearProgramRouter(self, d_model=d_model, num_experts=num_experts)
+        return LinearProgramRouter(**self.assignment_arguments(), d_model=d_model, num_experts=num_experts)
 
 
 class GreedyRouterConfig(AssignmentOptions):
@@ -64,10 +64,10 @@ class GreedyRouterConfig(AssignmentOptions):
         """Make the router of MoE layer `layer`."""
         from trainer.moe.routers.greedy import GreedyRouter
 
-        return GreedyRouter(self, d_model=d_model, num_experts=num_experts)
+        return GreedyRouter(**self.assignment_arguments(), d_model=d_model, num_experts=num_experts)
 
 
-class BaseRouterConfig(LookAheadOptions):
+class BASELayerRouterConfig(NonCausalOptions):
     """One expert per token, all equally loaded, at the best sum of logits (BASE, Lewis et al. 2021, 2103.16716)."""
 
     kind: Literal["base"] = "base"
@@ -88,10 +88,10 @@ class BaseRouterConfig(LookAheadOptions):
         """Make the router of MoE layer `layer`."""
         from trainer.moe.routers.base_layer import BASELayerRouter
 
-        return BASELayerRouter(self, d_model=d_model, num_experts=num_experts)
+        return BASELayerRouter(d_model=d_model, num_experts=num_experts, evaluates_as_trained=self.evaluates_as_trained)
 
 
-class SinkhornRouterConfig(LookAheadOptions):
+class SinkhornRouterConfig(NonCausalOptions):
     """Top-k of a balanced transport plan of the logits (S-BASE, Clark et al. 2022, arXiv 2202.01169)."""
 
     has_fixed_k: ClassVar[bool] = True
@@ -107,10 +107,17 @@ class SinkhornRouterConfig(LookAheadOptions):
         """Make the router of MoE layer `layer`."""
         from trainer.moe.routers.sinkhorn import SinkhornRouter
 
-        return SinkhornRouter(self, d_model=d_model, num_experts=num_experts)
+        return SinkhornRouter(
+            d_model=d_model,
+            num_experts=num_experts,
+            top_k=self.top_k,
+            score=self.score,
+            iterations=self.iterations,
+            evaluates_as_trained=self.evaluates_as_trained,
+        )
 
 
-class MixtureOfDepthsRouterConfig(LookAheadOptions):
+class MixtureOfDepthsRouterConfig(NonCausalOptions):
     """Some tokens of a sequence pass the feed-forward network, the others go around it (arXiv 2404.02258).
 
     With `num_experts: 1` the layer's one expert is that network.
@@ -149,4 +156,9 @@ class MixtureOfDepthsRouterConfig(LookAheadOptions):
         """Make the router of MoE layer `layer`."""
         from trainer.moe.routers.mixture_of_depths import MixtureOfDepthsRouter
 
-        return MixtureOfDepthsRouter(self, d_model=d_model)
+        return MixtureOfDepthsRouter(
+            d_model=d_model,
+            capacity=self.share,
+            predictor_coef=self.predictor_coef,
+            evaluates_as_trained=self.evaluates_as_trained,
+        )

@@ -26,7 +26,7 @@ class TopKRouterConfig(TopKOptions):
         """Make the router of MoE layer `layer`."""
         from trainer.moe.routers.top_k import TopKRouter
 
-        return TopKRouter(self, self.score, d_model=d_model, num_experts=num_experts, layer=layer)
+        return TopKRouter(score=self.score, **self.top_k_arguments(d_model, num_experts, layer))
 
 
 class SwitchRouterConfig(TopKOptions):
@@ -44,7 +44,7 @@ class SwitchRouterConfig(TopKOptions):
         """Make the router of MoE layer `layer`."""
         from trainer.moe.routers.top_k import TopKRouter
 
-        return TopKRouter(self, "softmax", d_model=d_model, num_experts=num_experts, layer=layer)
+        return TopKRouter(**self.top_k_arguments(d_model, num_experts, layer))
 
 
 class GShardRouterConfig(TopKOptions):
@@ -73,7 +73,7 @@ class GShardRouterConfig(TopKOptions):
         """Make the router of MoE layer `layer`."""
         from trainer.moe.routers.gshard import GShardRouter
 
-        return GShardRouter(self, d_model=d_model, num_experts=num_experts, layer=layer)
+        return GShardRouter(random_second=self.random_second, **self.top_k_arguments(d_model, num_experts, layer))
 
 
 class NoisyTopKRouterConfig(TopKOptions):
@@ -85,7 +85,7 @@ class NoisyTopKRouterConfig(TopKOptions):
         """Make the router of MoE layer `layer`."""
         from trainer.moe.routers.noisy_top_k import NoisyTopKRouter
 
-        return NoisyTopKRouter(self, d_model=d_model, num_experts=num_experts, layer=layer)
+        return NoisyTopKRouter(**self.top_k_arguments(d_model, num_experts, layer))
 
 
 class CosineRouterConfig(TopKOptions):
@@ -99,7 +99,7 @@ class CosineRouterConfig(TopKOptions):
         """Make the router of MoE layer `layer`."""
         from trainer.moe.routers.cosine import CosineRouter
 
-        return CosineRouter(self, d_model=d_model, num_experts=num_experts, layer=layer)
+        return CosineRouter(d_proj=self.d_proj, **self.top_k_arguments(d_model, num_experts, layer))
 
 
 class BiasBalancedRouterConfig(TopKOptions):
@@ -120,7 +120,11 @@ class BiasBalancedRouterConfig(TopKOptions):
         """Make the router of MoE layer `layer`."""
         from trainer.moe.routers.bias_balanced import BiasBalancedRouter
 
-        return BiasBalancedRouter(self, d_model=d_model, num_experts=num_experts, layer=layer)
+        return BiasBalancedRouter(
+            score=self.score,
+            bias_update_rate=self.bias_update_rate,
+            **self.top_k_arguments(d_model, num_experts, layer),
+        )
 
 
 class GroupLimitedRouterConfig(TopKOptions):
@@ -167,7 +171,14 @@ class GroupLimitedRouterConfig(TopKOptions):
         """Make the router of MoE layer `layer`."""
         from trainer.moe.routers.group_limited import GroupLimitedRouter
 
-        return GroupLimitedRouter(self, d_model=d_model, num_experts=num_experts, layer=layer)
+        return GroupLimitedRouter(
+            score=self.score,
+            bias_update_rate=self.bias_update_rate,
+            groups=self.groups,
+            groups_kept=self.groups_kept,
+            group_score=self.group_score,
+            **self.top_k_arguments(d_model, num_experts, layer),
+        )
 
 
 class TopPRouterConfig(JitterOptions):
@@ -212,7 +223,16 @@ class TopPRouterConfig(JitterOptions):
         """Make the router of MoE layer `layer`."""
         from trainer.moe.routers.top_p import TopPRouter
 
-        return TopPRouter(self, d_model=d_model, num_experts=num_experts, layer=layer)
+        return TopPRouter(
+            d_model=d_model,
+            num_experts=num_experts,
+            layer=layer,
+            p=self.p,
+            max_experts=self.max_experts,
+            normalize=self.normalize,
+            sparsity_coef=self.sparsity_coef,
+            jitter=self.jitter,
+        )
 
 
 class DenseRouterConfig(RouterOptions):
