@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from trainer import packages
 from trainer.errors import ConfigError
 from trainer.evaluation.tasks.text_metrics import judge
-from trainer.ops.assignment import balanced, linear_program
+from trainer.ops.assignment import balanced_assignment, solve_linear_program
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 
@@ -47,9 +47,9 @@ def test_metrics_and_solvers_name_their_extra_when_they_are_reached_without_it(m
         monkeypatch.setitem(sys.modules, name, None)
     scores = torch.ones(2, 2)
     with pytest.raises(ConfigError, match=r"pip install 'turnout\[lab\]'$"):
-        linear_program(scores, top_k=1, room=1)
+        solve_linear_program(scores, top_k=1, capacity=1)
     with pytest.raises(ConfigError, match=r"pip install 'turnout\[lab\]'$"):
-        balanced(scores)
+        balanced_assignment(scores)
     for metric in ("bleu", "chrf", "rouge"):
         with pytest.raises(ConfigError, match=r"^eval\.tasks: \w+: .*; pip install 'turnout\[text-metrics\]'$"):
             judge(metric, ["a"], [["a"]], bleu_tokenize="13a")
