@@ -81,7 +81,7 @@ def measure_domains(num_domains: int) -> None:
             streams=(None,) * num_domains,
             folders=(Path(),) * num_domains,
         )
-        for packing in ("crossing", "whole"):
+        for packing in ("wrapped", "bfd"):
             stream, start = timed(TrainStream, corpus, packing=packing, seq_len=512, seed=0)
             seconds = [timed(stream.rows, first, 512)[1] for first in range(0, 512 * 11, 512)]
             print(
@@ -103,11 +103,12 @@ def measure_steps(path: Path, overrides: list[str], rounds: int) -> None:
     """Take steps in turn."""
     steps = {}
     for within in ("row", "document"):
-        config = load(path, [*overrides, "data.packing=whole", f"model.attention_within={within}"], ExperimentConfig)
+        mask = f"model.document_mask={str(within == 'document').lower()}"
+        config = load(path, [*overrides, "data.packing=bfd", mask], ExperimentConfig)
         device = runtime.start(config.parallel.device)
         config, mesh = resolve_kernel(config, device), Mesh.of_one()
         corpus = build_corpus(config.data)
-        stream = TrainStream(corpus, packing="whole", seq_len=config.model.seq_len, seed=config.seed)
+        stream = TrainStream(corpus, packing="bfd", seq_len=config.model.seq_len, seed=config.seed)
         model = build_model(config, corpus.tokenizer, mesh, device, warn=print)
         steps[within] = config.engine.build(model, config.optim, numerics(config), mesh).train_step
     seconds = {within: [] for within in steps}

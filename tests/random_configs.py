@@ -67,7 +67,7 @@ def draw(number: int, folder: Path) -> Trial:
             "model": _model(drawn, list(ROUTERS)[number % len(ROUTERS)]),
             "data": {
                 "sources": repeated_texts(folder)[text],
-                "packing": drawn.choice(["crossing", "whole"]) if text in ("documents", "answers") else "crossing",
+                "packing": drawn.choice(["wrapped", "bfd"]) if text in ("documents", "answers") else "wrapped",
                 "cache_dir": str(folder / "cache"),
             },
             "optim": {"weight_decay": drawn.choice([0.0, 0.1]), "betas": drawn.choice([(0.9, 0.95), (0.8, 0.999)])},
@@ -104,7 +104,7 @@ def _model(drawn: random.Random, kind: str) -> dict[str, Any]:
         "num_kv_heads": drawn.choice([None, 1]),
         "d_ff": 16,
         "seq_len": drawn.choice([8, 12, 24, 32]),
-        "attention_within": drawn.choice(["row", "document"]),
+        "document_mask": drawn.choice([False, True]),
         "activation": drawn.choice(["swiglu", "gelu"]),
         "qk_norm": drawn.random() < 0.3,
         "tie_embeddings": drawn.random() < 0.3,
@@ -159,7 +159,7 @@ def router_options(drawn: random.Random, num_experts: int) -> dict[str, Any]:
     most = min(4, num_experts)
     return {
         "top_k": drawn.randint(1, most),
-        "draw_top_k": [1, most, drawn.randint(1, most)],
+        "top_k_choices": [1, most, drawn.randint(1, most)],
         "normalize": drawn.random() < 0.5,
         "scale": drawn.choice([0.5, 2.0]),
         "null_experts": drawn.randint(1, 3),
@@ -174,12 +174,12 @@ def router_options(drawn: random.Random, num_experts: int) -> dict[str, Any]:
         "p": drawn.choice([0.3, 0.5, 0.9, 1.0]),
         "max_experts": drawn.randint(1, most),
         "sparsity_coef": drawn.choice([0.0, 0.1]),
-        "room": drawn.choice([0.6, 1.0, 1.5]),
+        "capacity_factor": drawn.choice([0.6, 1.0, 1.5]),
         "iterations": drawn.choice([1, 5, 30]),
-        "share": drawn.choice([0.125, 0.5, 1.0]),
+        "capacity": drawn.choice([0.125, 0.5, 1.0]),
         "predictor_coef": drawn.choice([0.01, 0.3]),
         "salt": drawn.randrange(5),
-        "evaluation": drawn.choice(["top_k", "same"]),
+        "evaluation_routing": drawn.choice(["top_k", "as_trained"]),
     }
 
 

@@ -177,7 +177,7 @@ def top_p(case: Case) -> Routed:
 
 
 def _looks_ahead(case: Case) -> bool:
-    return case.context.noise_key is not None or case.options["evaluation"] == "same"
+    return case.context.noise_key is not None or case.options["evaluation_routing"] == "as_trained"
 
 
 def _assigned(case: Case, assign: Callable[[Tensor, int, int], list[tuple[int, int]]]) -> Routed:
@@ -185,7 +185,9 @@ def _assigned(case: Case, assign: Callable[[Tensor, int, int], list[tuple[int, i
     logits, probs, _ = _scored(case, "softmax")
     chosen: list[list[int]] = [[] for _ in case.x]
     for tokens in case.rows():
-        room = min(len(tokens), math.ceil(case.options["room"] * case.k * len(tokens) / case.num_experts - 1e-9))
+        room = min(
+            len(tokens), math.ceil(case.options["capacity_factor"] * case.k * len(tokens) / case.num_experts - 1e-9)
+        )
         if not _looks_ahead(case):
             pairs = [(i, e) for i, t in enumerate(tokens) for e in best(probs[t], case.k)]
         else:
@@ -282,7 +284,7 @@ def mixture_of_depths(case: Case) -> Routed:
     computed: set[int] = set()
     for tokens in case.rows():
         if _looks_ahead(case):
-            count = math.ceil(case.options["share"] * len(tokens) - 1e-9)
+            count = math.ceil(case.options["capacity"] * len(tokens) - 1e-9)
             computed |= {tokens[i] for i in best([logits[t, 0] for t in tokens], count)}
         else:
             computed |= {t for t in tokens if logits[t, 0] > 0}

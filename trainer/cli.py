@@ -4,15 +4,17 @@ import argparse
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from trainer.commands import bench, checkpoint, config, evaluate, prove, train
 from trainer.commands.arguments import Parser, Version
 from trainer.config.nodes import shown_path
+from trainer.config.old_names import OldNameWarning
 from trainer.config.overrides import as_override, names_key
 from trainer.distributed.layout import is_first_rank
-from trainer.environment import check_of_process
+from trainer.environment import SUPERVISOR, check_of_process
 from trainer.errors import CommError, RemoteRankError, StopRequested, TurnoutError, exit_code_of, first_line
 from trainer.experiment import ExperimentConfig
 from trainer.terminal import one_line, say, show_logs
@@ -21,6 +23,7 @@ from trainer.terminal import one_line, say, show_logs
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a verb and exit with its code; a `TurnoutError` is printed as it stands, one line for each problem."""
     show_logs()
+    _show_old_names()
     options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         check_of_process()
@@ -48,6 +51,21 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             raise
         _explain(error)
     sys.exit(code)
+
+
+def _show_old_names() -> None:
+    """Print each former name of a key as one line: on rank 0 only, and not again below `launch`, which printed it."""
+    is_quiet = bool(os.environ.get(SUPERVISOR)) or not is_first_rank()
+    warnings.filterwarnings("ignore" if is_quiet else "default", category=OldNameWarning)
+    python_s = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, OldNameWarning):
+            say(f"warning: {message}", file=sys.stderr)
+        else:
+            python_s(message, category, *where, **more)
+
+    warnings.showwarning = show
 
 
 def _let_others_speak(seconds: float) -> None:

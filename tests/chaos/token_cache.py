@@ -87,7 +87,7 @@ def make_cache(folder: Path) -> DataConfig:
 def everything(config: DataConfig) -> str:
     """Return a hash of all that a run learns from a text in an epoch, and is evaluated on."""
     corpus, digest = build_corpus(config), hashlib.sha256()
-    stream = TrainStream(corpus, packing="whole", seq_len=_SEQ_LEN, seed=1)
+    stream = TrainStream(corpus, packing="bfd", seq_len=_SEQ_LEN, seed=1)
     slot = 0
     while slot == 0 or min(number or 0 for number in stream.epochs(slot).values()) < 1:
         stream.read_on(slot, 64, ahead=False)
@@ -95,7 +95,7 @@ def everything(config: DataConfig) -> str:
         slot += 64
     for domain in range(len(corpus.domains)):
         for batch in evaluation_batches(
-            corpus, domain, packing="whole", seq_len=_SEQ_LEN, batch_size=16, max_tokens=None
+            corpus, domain, packing="bfd", seq_len=_SEQ_LEN, batch_size=16, max_tokens=None
         ):
             digest.update(batch.targets.numpy().tobytes() + batch.loss_mask.numpy().tobytes())
     return digest.hexdigest()

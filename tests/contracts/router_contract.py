@@ -160,7 +160,7 @@ def capacity_is_kept(config: RouterOptions, num_experts: int) -> None:
             room = expert_capacity(S * decision.top_k, num_experts, factor=1.0, minimum=1)
             assert _busiest(limited) <= room and limited.capacity == B * room
     elif isinstance(config, AssignmentOptions):
-        assert _busiest(decision) <= math.ceil(config.room * config.top_k * S / num_experts)
+        assert _busiest(decision) <= math.ceil(config.capacity_factor * config.top_k * S / num_experts)
 
 
 def _busiest(decision: RoutingDecision) -> int:

@@ -486,20 +486,20 @@ CASES = [
          "name: x\nmodel: {moe: {num_experts: 4, router: {kind: top_k, top_k: 7, null_experts: 2}}}\n",
          [("x.yaml:2:53: model.moe.router.top_k: 7 is more than num_experts 4 and 2 null experts; "
            "use 1 to 6")]),
-    Case("draw_top_k above num_experts",
-         "name: x\nmodel: {moe: {num_experts: 8, router: {kind: cosine, draw_top_k: [1, 9]}}}\n",
-         ["x.yaml:2:54: model.moe.router.draw_top_k: 9 is more than num_experts 8; use 1 to 8"]),
-    Case("draw_top_k of nothing",
-         "name: x\nmodel: {moe: {router: {draw_top_k: []}}}\n",
-         ["x.yaml:2:36: model.moe.router.draw_top_k: must not be empty; write an entry, or remove it"]),
-    Case("draw_top_k of one expert, normalised",
-         "name: x\nmodel: {moe: {router: {draw_top_k: [1]}}}\n",
-         [("x.yaml:2:15: model.moe.router.normalize: true with draw_top_k 1 makes every combine weight the "
-           "constant 1, so the router gets no gradient; set normalize: false, or draw_top_k: 2 or more")]),
-    Case("draw_top_k above the groups kept",
+    Case("top_k_choices above num_experts",
+         "name: x\nmodel: {moe: {num_experts: 8, router: {kind: cosine, top_k_choices: [1, 9]}}}\n",
+         ["x.yaml:2:54: model.moe.router.top_k_choices: 9 is more than num_experts 8; use 1 to 8"]),
+    Case("top_k_choices of nothing",
+         "name: x\nmodel: {moe: {router: {top_k_choices: []}}}\n",
+         ["x.yaml:2:39: model.moe.router.top_k_choices: must not be empty; write an entry, or remove it"]),
+    Case("top_k_choices of one expert, normalised",
+         "name: x\nmodel: {moe: {router: {top_k_choices: [1]}}}\n",
+         [("x.yaml:2:15: model.moe.router.normalize: true with top_k_choices 1 makes every combine weight the "
+           "constant 1, so the router gets no gradient; set normalize: false, or top_k_choices: 2 or more")]),
+    Case("top_k_choices above the groups kept",
          ("name: x\nmodel: {moe: {num_experts: 8, router: {kind: group_limited, groups: 4, "
-          "groups_kept: 1, draw_top_k: [1, 4]}}}\n"),
-         [("x.yaml:2:88: model.moe.router.draw_top_k: 4 is more than the 2 experts of groups_kept 1; keep more "
+          "groups_kept: 1, top_k_choices: [1, 4]}}}\n"),
+         [("x.yaml:2:88: model.moe.router.top_k_choices: 4 is more than the 2 experts of groups_kept 1; keep more "
            "groups")]),
     Case("nothing for the second choice",
          "name: x\nmodel: {moe: {router: {kind: gshard, top_k: 1, normalize: false}}}\n",
@@ -508,7 +508,7 @@ CASES = [
     Case("a sign that nothing teaches",
          "name: x\nmodel: {moe: {num_experts: 1, router: {kind: mixture_of_depths, predictor_coef: 0}}}\n",
          [("x.yaml:2:65: model.moe.router.predictor_coef: 0 leaves the sign, by which evaluation chooses, to chance; "
-           "use more than 0, or evaluation: same")]),
+           "use more than 0, or evaluation_routing: as_trained")]),
     Case("the gap of a router without scores",
          "name: x\nmodel: {moe: {router: {kind: hash}}}\nmetrics: {routing_gap_every: 5}\n",
          [("x.yaml:3:11: metrics.routing_gap_every: hash scores no experts, so no choice can be compared with a "
@@ -552,11 +552,11 @@ CASES = [
          "name: x\nmodel: {moe: {router: {kind: top_p, p: 1.5}}}\n",
          ["x.yaml:2:40: model.moe.router.p: must be at most 1, got 1.5"]),
     Case("no room",
-         "name: x\nmodel: {moe: {router: {kind: greedy, room: 0}}}\n",
-         ["x.yaml:2:44: model.moe.router.room: must be more than 0, got 0"]),
+         "name: x\nmodel: {moe: {router: {kind: greedy, capacity_factor: 0}}}\n",
+         ["x.yaml:2:55: model.moe.router.capacity_factor: must be more than 0, got 0"]),
     Case("evaluation of another kind",
-         "name: x\nmodel: {moe: {router: {kind: base, evaluation: greedy}}}\n",
-         ["x.yaml:2:48: model.moe.router.evaluation: 'greedy' is not one of top_k, same"]),
+         "name: x\nmodel: {moe: {router: {kind: base, evaluation_routing: greedy}}}\n",
+         ["x.yaml:2:56: model.moe.router.evaluation_routing: 'greedy' is not one of top_k, as_trained"]),
     Case("hash above num_experts",
          "name: x\nmodel: {moe: {num_experts: 2, router: {kind: hash, top_k: 3}}}\n",
          ["x.yaml:2:52: model.moe.router.top_k: 3 is more than num_experts 2; use 1 to 2"]),
@@ -565,8 +565,8 @@ CASES = [
          [("x.yaml:2:24: model.moe.router.kind: mixture_of_depths has one network to go around; use "
            "num_experts: 1, not 8")]),
     Case("share above one for a router",
-         "name: x\nmodel: {moe: {num_experts: 1, router: {kind: mixture_of_depths, share: 1.1}}}\n",
-         ["x.yaml:2:72: model.moe.router.share: must be at most 1, got 1.1"]),
+         "name: x\nmodel: {moe: {num_experts: 1, router: {kind: mixture_of_depths, capacity: 1.1}}}\n",
+         ["x.yaml:2:72: model.moe.router.capacity: must be at most 1, got 1.1"]),
     Case("switch, normalised",
          "name: x\nmodel: {moe: {router: {kind: switch, normalize: true}}}\n",
          [("x.yaml:2:38: model.moe.router.normalize: true with top_k 1 makes every combine weight "
@@ -616,8 +616,8 @@ CASES = [
          [("x.yaml:2:48: model.moe.balance.convention: hf means k times ours, and top_p has no k; "
            "use canonical")]),
     Case("hf when every step draws its k",
-         "name: x\nmodel: {moe: {router: {draw_top_k: [1, 2]}, balance: {convention: hf}}}\n",
-         [("x.yaml:2:55: model.moe.balance.convention: hf means k times ours, and every step draws another k; "
+         "name: x\nmodel: {moe: {router: {top_k_choices: [1, 2]}, balance: {convention: hf}}}\n",
+         [("x.yaml:2:58: model.moe.balance.convention: hf means k times ours, and every step draws another k; "
            "use canonical")]),
     Case("load when all experts are taken",
          "name: x\nmodel: {moe: {num_experts: 2, router: {kind: noisy_top_k}, cv_squared: {load_coef: 0.1}}}\n",

@@ -6,7 +6,7 @@ from pathlib import Path
 from tests import imported_once
 from tests.end_to_end.tiny import make_workplace
 
-ROUTER = "model.moe.router={kind: expert_choice, evaluation: same}"
+ROUTER = "model.moe.router={kind: expert_choice, evaluation_routing: as_trained}"
 ARGUMENTS = ["train", "tiny.yaml", "model.moe.capacity.factor=null"]
 
 

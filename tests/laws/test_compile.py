@@ -19,8 +19,8 @@ STEPS, ROWS, SEQ_LEN = 6, 6, 70  # 70: a whole block of attention and a part of 
 MOE = {"capacity": {"factor": 0.6, "min": 1}, "num_shared_experts": 1}
 
 
-def _engine(within: str, *, is_compiled: bool) -> NativeEngine:
-    config = tiny_model_config(MOE, seq_len=SEQ_LEN, attention_within=within)
+def _engine(document_mask: bool, *, is_compiled: bool) -> NativeEngine:
+    config = tiny_model_config(MOE, seq_len=SEQ_LEN, document_mask=document_mask)
     engine = make_engine(config, kernel="fused", dtype=torch.float64, parallel=ParallelConfig(compile=is_compiled))
     expected = blocked_attention if is_compiled else torch_attention
     assert cast(Block, engine.model.blocks[0]).attention.core_attention is expected, "the law compares two ways"
@@ -31,7 +31,7 @@ def _curve(engine: NativeEngine) -> torch.Tensor:
     """Loss, balance loss and gradient norm of every step."""
     curve = []
     for step in range(STEPS):
-        if engine.model.config.attention_within == "document":
+        if engine.model.config.document_mask:
             batch = make_packed_batch(ROWS, SEQ_LEN, seed=step, first_sample=ROWS * step, longest=40)
         else:
             batch = make_batch(ROWS, SEQ_LEN, seed=step, first_sample=ROWS * step, ragged=step % 2 == 1)
@@ -40,8 +40,8 @@ def _curve(engine: NativeEngine) -> torch.Tensor:
     return torch.tensor(curve, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("within", ["row", "document"])
-def test_a_compiled_model_learns_the_same(within: str) -> None:
-    eager, compiled = (_curve(_engine(within, is_compiled=is_compiled)) for is_compiled in (False, True))
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_a_compiled_model_learns_the_same(document_mask: bool) -> None:
+    eager, compiled = (_curve(_engine(document_mask, is_compiled=is_compiled)) for is_compiled in (False, True))
     assert eager[-1, 0] < eager[0, 0]
     torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-10)

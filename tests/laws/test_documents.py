@@ -26,7 +26,7 @@ def _logits_alone(model: torch.nn.Module, packed: Batch, number: int) -> torch.T
 @pytest.mark.parametrize("router", [{"kind": "top_k"}, {"kind": "bias_balanced"}, {"kind": "dense"}], ids=str)
 def test_logits_are_those_that_a_document_has_alone_in_a_row(router: dict) -> None:
     """Rotary positions are relative: where in a row a document begins makes no difference."""
-    config = tiny_model_config({"router": router}, seq_len=SEQ_LEN, attention_within="document", num_layers=3)
+    config = tiny_model_config({"router": router}, seq_len=SEQ_LEN, document_mask=True, num_layers=3)
     model, packed = make_model(config, dtype=torch.float64), make_packed_batch(ROWS, SEQ_LEN, longest=12)
     logits = model(packed, want_logits=True).logits
     numbers = packed.document_id[packed.valid].unique().tolist()
@@ -38,7 +38,7 @@ def test_logits_are_those_that_a_document_has_alone_in_a_row(router: dict) -> No
 
 def test_within_a_row_documents_see_those_before_them() -> None:
     """The law's own control."""
-    config = tiny_model_config(seq_len=SEQ_LEN, attention_within="row")
+    config = tiny_model_config(seq_len=SEQ_LEN, document_mask=False)
     model, packed = make_model(config, dtype=torch.float64), make_packed_batch(1, SEQ_LEN, longest=12)
     logits = model(packed, want_logits=True).logits
     together, alone = logits[packed.document_id == 1], _logits_alone(model, packed, 1)
@@ -57,9 +57,9 @@ def _wider(batch: Batch, seq_len: int) -> Batch:
     return Batch(**parts | {"sample_id": batch.sample_id[:, :1].expand(rows, seq_len).contiguous()})
 
 
-def _step(moe: dict, batch: Batch, within: str) -> tuple[dict[str, Any], NativeEngine]:
+def _step(moe: dict, batch: Batch, document_mask: bool) -> tuple[dict[str, Any], NativeEngine]:
     """Everything that a step gives."""
-    config = tiny_model_config({"balance": {"coef": 0.1}, **moe}, attention_within=within)
+    config = tiny_model_config({"balance": {"coef": 0.1}, **moe}, document_mask=document_mask)
     engine = make_engine(config, dtype=torch.float64, seed=3)
     step = engine.accumulate([batch])
     values = {f"gradient of {name}": part.tensor.clone() for name, part in engine.gradients().slices.items()}
@@ -87,12 +87,14 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("within", ["row", "document"])
+@pytest.mark.parametrize("document_mask", [False, True])
 @pytest.mark.parametrize(("moe", "in_wide_rows"), MODELS.values(), ids=MODELS.keys())
-def test_padding_in_rows_changes_no_loss_gradient_or_statistic(moe: dict, in_wide_rows: dict, within: str) -> None:
+def test_padding_in_rows_changes_no_loss_gradient_or_statistic(
+    moe: dict, in_wide_rows: dict, document_mask: bool
+) -> None:
     batch = make_packed_batch(6, 8, first_sample=40)
-    expected, _ = _step(moe, batch, within)
-    filled, engine = _step({**moe, **in_wide_rows}, pad_rows(_wider(batch, 16), 9), within)
+    expected, _ = _step(moe, batch, document_mask)
+    filled, engine = _step({**moe, **in_wide_rows}, pad_rows(_wider(batch, 16), 9), document_mask)
     assert expected.keys() == filled.keys()
     for name, value in expected.items():
         torch.testing.assert_close(filled[name], value, rtol=0, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")

@@ -56,7 +56,7 @@ OTHER_ROUTERS = {
         "cv_squared": {"importance_coef": 0.3, "load_coef": 0.3},
     },
     "k drawn in every step": {
-        "router": {"kind": "top_k", "draw_top_k": [1, 2, 4]},
+        "router": {"kind": "top_k", "top_k_choices": [1, 2, 4]},
         "capacity": {"factor": 1.0, "min": 1},
     },
     "a bias over null experts": {
@@ -65,7 +65,7 @@ OTHER_ROUTERS = {
     },
     "null experts": {"router": {"kind": "top_k", "top_k": 3, "null_experts": 3}},
     "device balance, diversity": {"device_balance": {"coef": 0.2, "groups": 4}, "diversity_coef": 0.5},
-    "mixture_of_depths": {"router": {"kind": "mixture_of_depths", "share": 0.5}, "num_experts": 1},
+    "mixture_of_depths": {"router": {"kind": "mixture_of_depths", "capacity": 0.5}, "num_experts": 1},
 }
 
 
@@ -75,9 +75,7 @@ def test_every_router_is_under_the_law() -> None:
 
 
 def _engine(moe: dict, mesh: Mesh, parallel: dict, *, is_packed: bool) -> NativeEngine:
-    config = tiny_model_config(
-        {"num_experts": 8, "balance": {"coef": 0.1}, **moe}, attention_within="document" if is_packed else "row"
-    )
+    config = tiny_model_config({"num_experts": 8, "balance": {"coef": 0.1}, **moe}, document_mask=is_packed)
     section = ParallelConfig.model_validate(parallel)
     return make_engine(config, dtype=torch.float64, seed=5, grad_clip=0.5, mesh=mesh, parallel=section)
 
@@ -185,7 +183,7 @@ KINDS = ["all_to_all", "all_gather", "padded_all_to_all", "hierarchical"]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_dispatcher_learns_the_same(ranks: Ranks, kind: str) -> None:
-    moe = {"capacity": {"factor": 1.0, "min": 1}, "router": {"kind": "top_k", "draw_top_k": [1, 2]}}
+    moe = {"capacity": {"factor": 1.0, "min": 1}, "router": {"kind": "top_k", "top_k_choices": [1, 2]}}
     _compare(ranks, (4, 4), moe, {"dispatcher": {"kind": kind, "chunks": 2}})
 
 

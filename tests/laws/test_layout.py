@@ -57,14 +57,14 @@ INVARIANT = {
         for kind in ("group_limited", "switch", "cosine", "top_p", "expert_choice", "sinkhorn", "base", "greedy")
     },
     "k drawn in every step": {
-        "router": {"kind": "top_k", "draw_top_k": [1, 2, 4]},
+        "router": {"kind": "top_k", "top_k_choices": [1, 2, 4]},
         "capacity": {"factor": 1.0, "min": 1},
         "balance": {"coef": 0.1, "counts": "previous_step"},
     },
     "linear_program": {"router": {"kind": "linear_program"}},
     "hash": {"router": {"kind": "hash"}},
     "random": {"router": {"kind": "random"}},
-    "mixture_of_depths": {"router": {"kind": "mixture_of_depths", "share": 0.5}, "num_experts": 1},
+    "mixture_of_depths": {"router": {"kind": "mixture_of_depths", "capacity": 0.5}, "num_experts": 1},
 }
 
 NOT_INVARIANT = {
@@ -120,7 +120,7 @@ def test_one_and_four_micro_batches_learn_the_same_in_float32(moe: dict) -> None
 
 @pytest.mark.parametrize("name", ["global_batch exact", "bias_balanced with jitter and capacity"])
 def test_packed_documents_whose_answers_are_learned_are_the_same_in_any_pieces(name: str) -> None:
-    options = {"dtype": torch.float64, "batch_of": _packed, "attention_within": "document"}
+    options = {"dtype": torch.float64, "batch_of": _packed, "document_mask": True}
     whole, pieces = _losses(INVARIANT[name], 1, **options), _losses(INVARIANT[name], 4, **options)
     assert whole[-1, 0] < whole[0, 0]
     torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-12)

@@ -138,7 +138,7 @@ def test_a_step_of_training_draws_by_the_seed_of_the_run(name: str) -> None:
 def _trains_otherwise(config: Any) -> bool:
     """Whether a router routes otherwise in training, by its config."""
     drawn = config.kind in ("noisy_top_k", "random") or getattr(config, "jitter", 0) > 0
-    looks_ahead = isinstance(config, NonCausalOptions) and config.evaluation == "top_k"
+    looks_ahead = isinstance(config, NonCausalOptions) and config.evaluation_routing == "top_k"
     return drawn or getattr(config, "random_second", False) or looks_ahead
 
 

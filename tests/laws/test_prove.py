@@ -153,7 +153,7 @@ def test_steps_without_targets_are_equal(config: ExperimentConfig, tmp_path: Pat
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     values = config.model_dump()
     values["model"] |= {"num_layers": 1, "seq_len": 8}
-    router = {"kind": "expert_choice", "room": 1.5, "top_k": 4}
+    router = {"kind": "expert_choice", "capacity_factor": 1.5, "top_k": 4}
     values["model"]["moe"] |= {"router": router, "z_loss_coef": 0.0, "capacity": {}, "balance": {"coef": 0.3}}
     source = {"kind": "jsonl", "path": str(tmp_path / "rows.jsonl"), "prompt": "{q}", "text": "{a}", "domain": "qa"}
     values["data"] = {"sources": [source], "cache_dir": str(tmp_path / "cache")}

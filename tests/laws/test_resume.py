@@ -39,7 +39,7 @@ def _train(engine: NativeEngine, first: int, last: int, num_pieces: int) -> list
     """Take steps first .. last - 1 and return every loss and gradient norm as exact text."""
     curve, size = [], ROWS // num_pieces
     for step in range(first, last):
-        make = make_packed_batch if engine.model.config.attention_within == "document" else make_batch
+        make = make_packed_batch if engine.model.config.document_mask else make_batch
         batch = make(ROWS, SEQ_LEN, seed=step, first_sample=ROWS * step)
         pieces = [rows_of(batch, i * size, (i + 1) * size) for i in range(num_pieces)]
         result = engine.train_step(pieces, lr=1e-2 / (1 + step))
@@ -49,7 +49,7 @@ def _train(engine: NativeEngine, first: int, last: int, num_pieces: int) -> list
 
 def _engine(case: str) -> NativeEngine:
     moe, dtype, _ = CASES[case]
-    config = tiny_model_config(moe, attention_within="document" if case == "packed documents" else "row")
+    config = tiny_model_config(moe, document_mask=case == "packed documents")
     return make_engine(config, dtype=dtype, kernel="fused" if case == "fused experts" else "loop")
 
 

@@ -36,14 +36,14 @@ VARIANTS: list[dict[str, Any]] = [
     {"kind": "cosine", "d_proj": 3, "top_k": 3},
     {"kind": "top_p", "p": 0.8, "normalize": True},
     {"kind": "top_p", "p": 1.0, "max_experts": 3, "sparsity_coef": 0.5},
-    {"kind": "expert_choice", "evaluation": "same", "room": 1.5},
+    {"kind": "expert_choice", "evaluation_routing": "as_trained", "capacity_factor": 1.5},
     {"kind": "sinkhorn", "top_k": 2, "score": "softmax", "iterations": 4},
-    {"kind": "linear_program", "room": 1.5, "top_k": 1},
-    {"kind": "linear_program", "room": 0.6},
-    {"kind": "greedy", "room": 0.6, "top_k": 3},
+    {"kind": "linear_program", "capacity_factor": 1.5, "top_k": 1},
+    {"kind": "linear_program", "capacity_factor": 0.6},
+    {"kind": "greedy", "capacity_factor": 0.6, "top_k": 3},
     {"kind": "hash", "top_k": 3, "salt": 4},
-    {"kind": "mixture_of_depths", "share": 0.4},
-    {"kind": "mixture_of_depths", "share": 0.5, "evaluation": "same", "predictor_coef": 0.3},
+    {"kind": "mixture_of_depths", "capacity": 0.4},
+    {"kind": "mixture_of_depths", "capacity": 0.5, "evaluation_routing": "as_trained", "predictor_coef": 0.3},
 ]
 
 
@@ -145,7 +145,7 @@ def test_a_fuller_call_overrides_k() -> None:
             continue  # groups bound what k can be
         decision = layer.router(x.flatten(0, 1), replace(context, top_k=3)).decision
         per_token = torch.bincount(decision.token_index[decision.kept], minlength=len(x.flatten(0, 1)))
-        if router.get("evaluation") == "same":
+        if router.get("evaluation_routing") == "as_trained":
             assert per_token.sum() > 0
             continue
         assert per_token[context.valid].tolist() == [3] * int(context.valid.sum()), router

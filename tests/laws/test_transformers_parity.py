@@ -73,7 +73,7 @@ def _rows(kind: str) -> tuple[Batch, dict[str, Any], Tensor | None]:
             return batch, {}, batch.valid
         case _:
             batch = make_packed_batch(NUM_ROWS, SEQ_LEN, seed=5)
-            return batch, {"attention_within": "document"}, document_mask(batch.document_id)
+            return batch, {"document_mask": True}, document_mask(batch.document_id)
 
 
 ROWS = ["whole rows", "ragged", "documents"]

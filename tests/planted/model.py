@@ -106,7 +106,7 @@ FAULTS = [
     ),
     _in_gpt(
         "documents of a row see each other",
-        'if self.config.attention_within == "document" else None',
+        "if self.config.document_mask else None",
         "if False else None",
         PARITY,
         "tests/laws/test_documents.py",

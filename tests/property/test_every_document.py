@@ -59,7 +59,7 @@ def read(
     return counted
 
 
-@pytest.mark.parametrize("packing", ["whole", "crossing"])
+@pytest.mark.parametrize("packing", ["bfd", "wrapped"])
 @settings(max_examples=25)
 @given(
     sizes=st.lists(st.integers(1, 30), min_size=1, max_size=2),
@@ -90,6 +90,6 @@ def test_every_document_is_read_exactly_once_in_an_epoch(packing, sizes, seed, r
         ends = np.append(text.document_starts[1:] - 1, text.num_tokens)
         lengths = dict(enumerate((ends - text.document_starts + 1).tolist()))
         for epoch, tokens in of_epoch.items():
-            if packing == "whole" and epoch < num_visits // num_rows_of_epoch:
+            if packing == "bfd" and epoch < num_visits // num_rows_of_epoch:
                 assert tokens == lengths, "all of every document, its end included"
             assert all(tokens[n] <= lengths[n] for n in tokens), "nothing twice"

@@ -38,8 +38,8 @@ def cases(draw: st.DrawFn) -> Case:
     if kind == "group_limited":
         groups = draw(st.sampled_from([g for g in range(1, num_experts + 1) if num_experts % g == 0]))
         fields |= {"groups": groups, "groups_kept": groups}
-    if "room" in config_class.model_fields:
-        fields["room"] = draw(st.sampled_from([0.3, 1.0, 1.25, 2.0]))
+    if "capacity_factor" in config_class.model_fields:
+        fields["capacity_factor"] = draw(st.sampled_from([0.3, 1.0, 1.25, 2.0]))
     config = ADAPTER.validate_python(fields)
     assume(not list(config.problems_among(num_experts)))
     rows, seq_len, seed = draw(st.integers(1, 3)), draw(st.integers(1, 9)), draw(st.integers(0, 10**6))
@@ -111,9 +111,9 @@ def test_no_expert_gets_more_than_it_has_room_for(case: Case, policy: str, facto
         assert decision.top_k is not None
         room = [expert_capacity(seq_len * decision.top_k, num_experts, factor=factor, minimum=1)] * len(valid)
     elif isinstance(config, AssignmentOptions) and context.is_training:
-        room = [math.ceil(config.room * config.top_k * int(n) / num_experts - 1e-9) for n in valid]
+        room = [math.ceil(config.capacity_factor * config.top_k * int(n) / num_experts - 1e-9) for n in valid]
     elif isinstance(config, MixtureOfDepthsRouterConfig) and context.is_training:
-        room = [math.ceil(config.share * int(n) - 1e-9) for n in valid]
+        room = [math.ceil(config.capacity * int(n) - 1e-9) for n in valid]
     else:
         return
     kept = ~matrix(decision).isnan().view(context.num_sequences, seq_len, -1)

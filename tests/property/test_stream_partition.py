@@ -23,7 +23,7 @@ def stream(tmp_path_factory: pytest.TempPathFactory) -> TrainStream:
         (folder / name).write_bytes(generator.integers(97, 123, 500).astype(np.uint8).tobytes())
     sources: list[SourceConfig] = [TextSourceConfig(path=str(folder / name), domain=name) for name in ("a", "b")]
     config = DataConfig(sources=sources, split=SplitConfig(fraction=0.1), cache_dir=str(folder / "cache"))
-    return TrainStream(build_corpus(config), packing="crossing", seq_len=7, seed=3)
+    return TrainStream(build_corpus(config), packing="wrapped", seq_len=7, seed=3)
 
 
 def joined(batches: list[Batch]) -> dict[str, torch.Tensor]:

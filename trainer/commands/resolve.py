@@ -3,7 +3,8 @@
 import argparse
 import os
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -12,6 +13,7 @@ from trainer.checkpoint.run_folder import RunFolder, check_belongs
 from trainer.config.dump import Change, changed_keys
 from trainer.config.loader import load
 from trainer.config.packages import check_packages
+from trainer.config.old_names import OldNameWarning
 from trainer.errors import CheckpointError, ConfigError, MissingFile
 from trainer.experiment import ExperimentConfig
 
@@ -22,6 +24,13 @@ _STEP: Final = re.compile(r"step_(\d{1,18})", re.ASCII)
 def named_config(options: argparse.Namespace) -> ExperimentConfig:
     """Return the config of an experiment file, with its overrides."""
     return load(options.config, options.overrides, ExperimentConfig)
+
+
+def recorded_config(folder: RunFolder, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Return the config that a run folder keeps; no warning about old names, since its user did not write it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OldNameWarning)
+        return load(folder.config, overrides, ExperimentConfig)
 
 
 def folder_of(config: ExperimentConfig) -> RunFolder:
@@ -63,7 +72,7 @@ def run_to_train(options: argparse.Namespace) -> tuple[ExperimentConfig, RunFold
         return config, folder_of(config)
     config, folder = existing_run(options)
     check_packages(config)
-    kept = load(folder.config, [], ExperimentConfig)
+    kept = recorded_config(folder)
     if (config.runs_dir, config.name) != (kept.runs_dir, kept.name):
         raise ConfigError(
             f"{options.config}: is the folder of a run, which goes on in it; name a config file to start another run"
@@ -88,7 +97,7 @@ def existing_run(
         if not folder.config.is_file():
             _refuse_inside_run(options)
             raise CheckpointError(f"{folder.path}: has no config.yaml, so it is not a run folder; train first")
-        config = load(folder.config, options.overrides, ExperimentConfig)
+        config = recorded_config(folder, options.overrides)
         home = folder.home(runs_dir=config.runs_dir, name=config.name)
         if home is not None and not home.samefile(Path.cwd()):
             folder = RunFolder(folder.path.absolute())
@@ -142,7 +151,7 @@ def _changes(folder: RunFolder, config: ExperimentConfig) -> list[Change]:
     if not folder.config.is_file():
         return []
     try:
-        return changed_keys(load(folder.config, [], ExperimentConfig), config)
+        return changed_keys(recorded_config(folder), config)
     except ConfigError as error:
         advice = (
             f"{folder.config}: is the run's own record; remove it if it is damaged, its checkpoints know their model"

@@ -3,8 +3,8 @@
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, Final, NamedTuple, Self
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Final, NamedTuple, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -37,6 +37,18 @@ class Problem(NamedTuple):
     """Text of the problem: what is wrong, with the values; what is allowed; what to do."""
 
 
+class Renamed(NamedTuple):
+    """Present name of a key, and of its values, that has another name in older experiment files."""
+
+    key: str
+    values: Mapping[Any, Any] = {}
+    """Old value -> present one; values that are not listed kept their names."""
+
+    def value(self, old: Any) -> Any:
+        """Return the present form of a value."""
+        return self.values.get(old, old) if isinstance(old, str) else old
+
+
 class Config(BaseModel):
     """One section of an experiment file: immutable, closed to unknown keys, strict about types.
 
@@ -52,6 +64,20 @@ class Config(BaseModel):
         allow_inf_nan=False,
         use_attribute_docstrings=True,
     )
+
+    old_names: ClassVar[Mapping[str, Renamed]] = {}
+    """Former keys, which are still accepted: by the loader with a warning, from stored configs silently."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_old_names(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        for old, new in cls.old_names.items():
+            if old in values and (old == new.key or new.key not in values):
+                values[new.key] = new.value(values.pop(old))
+        return values
 
     def problems(self) -> Iterator[Problem]:
         """Yield every rule between the keys of this section that its values break."""

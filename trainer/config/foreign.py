@@ -36,7 +36,7 @@ _NO_LORA = "all weights are trained from the start, and nothing is adapted; leav
 _NO_RECOMPUTE = "activations are kept, not computed again; lower parallel.micro_batch_size instead, and leave it out"
 _NO_DROPOUT = "there is no dropout; leave it out"
 _NO_BIAS = "linear layers have no biases; leave it out"
-_NO_WINDOW = "attention goes over the whole row (model.attention_within: row or document); leave it out"
+_NO_WINDOW = "attention goes over the whole row (model.document_mask); leave it out"
 _NO_SCALING = "rotary positions are as model.rope_theta has them, and not scaled; leave it out"
 _NO_MTP = "one token is predicted at each position, the next one; leave it out"
 _HEAD_DIM = "a head is model.d_model / model.num_heads wide; leave it out"
@@ -143,7 +143,7 @@ HUGGING_FACE: Final[dict[str, Meant]] = {
 AXOLOTL: Final[dict[str, Meant]] = {
     "base_model": Meant("", "weights start at random; to start from DeepSpeed's, use checkpoint import-deepspeed"),
     "sequence_len": Meant("model.seq_len"),
-    "sample_packing": Meant("data.packing", "as whole"),
+    "sample_packing": Meant("data.packing", "as bfd"),
     "pad_to_sequence_len": Meant("data.packing", "whose rows always have model.seq_len tokens"),
     "num_epochs": Meant("train.steps", _EPOCHS),
     "val_set_size": Meant("data.split.fraction"),
@@ -385,7 +385,7 @@ VALUES: Final[dict[str, str]] = {
     "bytes": "byte",
     "global": "global_batch",
     **dict.fromkeys(("probs", "prob"), "probability"),
-    **dict.fromkeys(("packed", "documents", "best_fit"), "whole"),
+    **dict.fromkeys(("packed", "documents", "best_fit"), "bfd"),
     **dict.fromkeys(("transformers", "huggingface_hub"), "hf"),
     **dict.fromkeys(("grouped_gemm", "grouped_mm"), "grouped"),
 }

@@ -13,6 +13,7 @@ from trainer.atomic_io import NotRegular, open_regular
 from trainer.config import slots
 from trainer.config.base import at_home
 from trainer.config.nodes import UNUSABLE, Finding, Node, SourceLocation, Unreadable, shown, shown_path
+from trainer.config.old_names import with_present_names
 from trainer.config.slots import Slot
 from trainer.config.yaml_nodes import compose
 
@@ -87,6 +88,7 @@ class ConfigFiles:
             raise Unreadable(locate(0, 0), "the file is empty; a configuration is key: value pairs")
         if not isinstance(tree.value, dict):
             raise Unreadable(tree.place, f"expected key: value pairs, got {_kind_of_root(tree)}")
+        tree = with_present_names(tree, self._slot, self._findings)
         base = tree.value.pop("base", None)
         if base is None:
             return tree

@@ -10,6 +10,7 @@ from trainer.config.base import Config
 from trainer.config.explain import explain
 from trainer.config.layers import ConfigFiles, with_default_kinds
 from trainer.config.nodes import Finding, Unreadable, report
+from trainer.config.old_names import with_present_names
 from trainer.config.overrides import apply
 from trainer.config.slots import Slot
 
@@ -29,6 +30,9 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str], root: type[C]) 
 
     Raises:
         ConfigError: if anything is wrong, with one line for each problem, in the order of the file.
+
+    Warns:
+        OldNameWarning: for each former name of a key or a value, with the present one.
     """
     findings: list[Finding] = []
     slot = Slot(root)
@@ -36,7 +40,8 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str], root: type[C]) 
         tree = ConfigFiles(slot, findings).read(os.fspath(path))
     except Unreadable as error:
         raise report([*findings, error.finding]) from None
-    tree = with_default_kinds(apply(tree, overrides, slot, findings), slot)
+    tree = with_present_names(apply(tree, overrides, slot, findings), slot, findings)
+    tree = with_default_kinds(tree, slot)
     try:
         config = root.model_validate(tree.plain())
     except ValidationError as error:

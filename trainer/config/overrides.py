@@ -12,11 +12,10 @@ from trainer.config.base import Config
 from trainer.config.hints import meant_value
 from trainer.config.layers import merge
 from trainer.config.nodes import Finding, Key, Node, SourceLocation, Unreadable, shown
+from trainer.config.old_names import FIRST_OVERRIDE
 from trainer.config.slots import Slot
 from trainer.config.yaml_nodes import MAX_DEPTH, compose
 
-RANK = 1_000_000
-"""Overrides are reported after all files."""
 _EXAMPLE: Final = "key=value, such as train.steps=100"
 _LOOSE: Final = re.compile(r"([A-Za-z_][\w.]*)(?:\s*:|\s+=|\s+(?!=))[^=]*", re.ASCII)
 """A key and its value as a file has them, or with spaces between them."""
@@ -41,7 +40,7 @@ def apply(tree: Node, overrides: Sequence[str], slot: Slot, findings: list[Findi
     """
     parsed: list[tuple[list[str], Node]] = []
     for number, words in _grouped(overrides, slot.annotation):
-        place = SourceLocation(RANK + number, 0, 0, f"<override {number}>")
+        place = SourceLocation(FIRST_OVERRIDE + number, 0, 0, f"<override {number}>")
         try:
             loose = _LOOSE.fullmatch(words[0])
             if len(words) > 1 or (loose and names_key(loose[1], slot.annotation)):

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trainer.config.base import Config, PathText, Problem
+from trainer.config.base import Config, PathText, Problem, Renamed
 from trainer.config.numbers import Factor
 from trainer.data.sources.registry import HfStreamSourceConfig, InstalledSourceConfig, SourceConfig
 from trainer.data.tokenizers.registry import ByteTokenizerConfig, TokenizerConfig
@@ -24,7 +24,7 @@ class SplitConfig(Config):
     """Share that is held out."""
 
 
-Packing = Literal["crossing", "whole"]
+Packing = Literal["wrapped", "bfd"]
 
 
 class MixtureConfig(Config):
@@ -49,15 +49,17 @@ class MixtureConfig(Config):
 class DataConfig(Config):
     """Training text."""
 
+    old_names = {"packing": Renamed("packing", {"crossing": "wrapped", "whole": "bfd"})}  # noqa: RUF012
+
     sources: Annotated[list[SourceConfig], Field(min_length=1)] = Field(default=[InstalledSourceConfig()])
     """Sources of the training text."""
     mixture: MixtureConfig = MixtureConfig()
     """Shares of the domains in the rows of the run."""
-    packing: Packing = "crossing"
+    packing: Packing = "wrapped"
     """Packing of text into rows, for training and for evaluation.
 
-    `crossing`: the text of a domain in windows, wherever documents end. `whole`: rows of whole documents, each begun
-    and ended by an end of document and none cut that fits in a row; what is left of a row is padding.
+    `wrapped`: the text of a domain in fixed windows, wherever documents end. `bfd`: whole documents, packed by
+    best-fit decreasing, each begun and ended by an end of document, none cut that fits in a row; the rest is padding.
     """
     tokenizer: TokenizerConfig = ByteTokenizerConfig()
     """Tokenizer."""

@@ -263,7 +263,7 @@ class StepEngine(Engine):
 
     def _drawn_top_k(self) -> int | None:
         """Return the experts per token that this step draws, the same on every rank; None: the configured number."""
-        among = getattr(self.moe_config.router, "draw_top_k", None) if self.moe_config else None
+        among = getattr(self.moe_config.router, "top_k_choices", None) if self.moe_config else None
         if among is None:
             return None
         return among[stable_hash("draw_top_k", self.numerics.seed, self.optimizer_steps) % len(among)]

@@ -137,7 +137,9 @@ def _of_row(routed: RouterOutput, valid: Tensor, row: int, config: MoEConfig) ->
         room = expert_capacity(top_k * valid.shape[1], num_experts, factor=limit.factor, minimum=limit.min)
     else:
         choices = scores.shape[1]
-        room = expert_capacity(top_k * len(scores), choices, factor=getattr(config.router, "room", 1.0), minimum=0)
+        room = expert_capacity(
+            top_k * len(scores), choices, factor=getattr(config.router, "capacity_factor", 1.0), minimum=0
+        )
     room, num_free = min(len(scores), room), scores.shape[1] - num_experts
     measured, best = measure(scores, chosen, top_k=top_k, room=room, num_free=num_free)
     return measured, best.prices[: num_experts + (num_free > 0)].tolist()

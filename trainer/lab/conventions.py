@@ -130,7 +130,7 @@ class Routed:
             raise ConfigError(f"model.moe.router: {router.kind} has no probabilities, so there is no balance loss")
         if router.has_fixed_k and not router.has_static_flops:
             raise ConfigError(
-                "model.moe.router.draw_top_k: every step has another k, which coefficients of other trainers are "
+                "model.moe.router.top_k_choices: every step has another k, which coefficients of other trainers are "
                 "about; convert with a config that leaves it out"
             )
         if not router.has_fixed_k:

@@ -171,7 +171,7 @@ def _training_notes(trainings: Sequence[Training]) -> list[str]:
         notes.append(f"without a balance loss (balance.coef 0), since they balance themselves: {', '.join(evened)}")
     alone = configs.get(ALONE)
     if alone is not None:
-        share = getattr(alone.router, "share", 1.0)
+        share = getattr(alone.router, "capacity", 1.0)
         notes.append(
             f"{ALONE} has one network, {alone.d_ff} wide, for {share:.3g} of the tokens in training: as many weights "
             "as all experts of the others together"

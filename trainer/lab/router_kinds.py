@@ -18,7 +18,7 @@ _MOST_GROUPS = 4
 
 
 def router_config(
-    kind: str, *, num_experts: int, top_k: int, room: float = 1.0, draw_top_k: Sequence[int] | None = None
+    kind: str, *, num_experts: int, top_k: int, room: float = 1.0, top_k_choices: Sequence[int] | None = None
 ) -> RouterOptions:
     """Return a router's config; options that are not named here have their defaults.
 
@@ -27,7 +27,7 @@ def router_config(
         num_experts: E.
         top_k: k, of routers that have the option. `mixture_of_depths` computes the share k / E of all tokens.
         room: of routers that have the option.
-        draw_top_k: of routers that have the option, as far as there are so many experts.
+        top_k_choices: of routers that have the option, as far as there are so many experts.
 
     Raises:
         ConfigError: if the router cannot be with so many experts.
@@ -35,15 +35,15 @@ def router_config(
     known = ROUTERS[kind].model_fields
     cuts = [number for number in range(2, _MOST_GROUPS + 1) if num_experts % number == 0 and num_experts > number]
     groups = max(cuts, default=1)  # of two experts at least: a group of one would be no group
-    most = min(num_experts, max(draw_top_k or [top_k]))
+    most = min(num_experts, max(top_k_choices or [top_k]))
     options: dict[str, Any] = {
         "top_k": top_k,
-        "draw_top_k": None if draw_top_k is None else [min(k, num_experts) for k in draw_top_k],
-        "room": float(room),
+        "top_k_choices": None if top_k_choices is None else [min(k, num_experts) for k in top_k_choices],
+        "capacity_factor": float(room),
         "bias_update_rate": 0.001,  # by default group_limited has no bias
         "groups": groups,
         "groups_kept": max(-(-groups // 2), -(-most * groups // num_experts)),  # half, or as many as k experts need
-        "share": min(1.0, top_k / num_experts),
+        "capacity": min(1.0, top_k / num_experts),
         "d_proj": max(64, num_experts),  # as many directions as experts can be told apart
     }
     if most == 1:  # one normalised weight is always 1, and the router would never learn
@@ -58,7 +58,7 @@ def looks_ahead(config: RouterOptions) -> str:
     """Say when a token's experts depend on later tokens: `no`, `in training`, or `always` (in evaluation as well)."""
     if not isinstance(config, NonCausalOptions):
         return "no"
-    return "always" if config.evaluation == "same" else "in training"
+    return "always" if config.evaluation_routing == "as_trained" else "in training"
 
 
 def chosen_kinds(text: str | None, known: Sequence[str]) -> list[str]:

@@ -122,7 +122,7 @@ def _router_changes(kind: str, moe: MoEConfig) -> Iterator[str]:
         num_experts=moe.num_experts,
         top_k=top_k,
         room=room,
-        draw_top_k=getattr(moe.router, "draw_top_k", None),
+        top_k_choices=getattr(moe.router, "top_k_choices", None),
     )
     yield f"model.moe.router={inline(router.model_dump())}"
     if router.is_self_balancing:

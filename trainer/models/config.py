@@ -5,7 +5,7 @@ from typing import Annotated, Final, Literal, NamedTuple
 
 from pydantic import Field
 
-from trainer.config.base import Config, Problem, divisors
+from trainer.config.base import Config, Problem, Renamed, divisors
 from trainer.config.numbers import Epsilon, Layers, Length, Width
 from trainer.moe.config import MoEConfig
 
@@ -25,6 +25,8 @@ class Weights(NamedTuple):
 class ModelConfig(Config):
     """A GPT-style decoder: RMSNorm, rotary positions, grouped-query attention, dense and MoE feed-forward blocks."""
 
+    old_names = {"attention_within": Renamed("document_mask", {"row": False, "document": True})}  # noqa: RUF012
+
     num_layers: Layers = 6
     """Transformer blocks, L."""
     d_model: Width = 256
@@ -37,8 +39,8 @@ class ModelConfig(Config):
     """Hidden width of the dense feed-forward blocks."""
     seq_len: Length = 256
     """Tokens in a training row, S."""
-    attention_within: Literal["row", "document"] = "row"
-    """Range of attention: back to the beginning of the row, or only to that of the token's document."""
+    document_mask: bool = False
+    """Attend only within a token's own document; false: back to the beginning of the row."""
     activation: Literal["swiglu", "gelu"] = "swiglu"
     """Feed-forward kind, of dense blocks and experts alike."""
     qk_norm: bool = False

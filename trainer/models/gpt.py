@@ -193,7 +193,7 @@ class GPT(nn.Module):
         self._check_top_k(options.top_k)
         context = routing_context(batch, options)
         positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-        mask = document_mask(batch.document_id) if self.config.attention_within == "document" else None
+        mask = document_mask(batch.document_id) if self.config.document_mask else None
         hidden, moe = self._hidden(batch.tokens, positions, context, mask=mask)
         losses = self.compiled_losses or self.losses
         row_loss, logits = losses(hidden, batch.targets, batch.target_mask, want_logits)

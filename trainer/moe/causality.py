@@ -19,7 +19,7 @@ def training_warning(config: MoEConfig, layers: Sequence[MoE]) -> str | None:
         _weakest([layer.router.causal for layer in layers]),
         capacity_causality(config.capacity, is_training=True),
     )
-    is_honest = getattr(config.router, "evaluation", "top_k") == "top_k"
+    is_honest = getattr(config.router, "evaluation_routing", "top_k") == "top_k"
     advice = "; go by the loss on held-out text, not by that of training" if is_honest else ""
     if by_router != "strict":
         return (
@@ -41,8 +41,8 @@ def evaluation_warning(layers: Sequence[MoE]) -> str | None:
     if causal == "strict":
         return None
     return (
-        f"model.moe.router.evaluation: same lets a token's experts depend on {_HOW[causal]}: held-out loss is of a "
-        "model that has seen some of what it predicts; text that is written token by token is routed by top_k"
+        f"model.moe.router.evaluation_routing: as_trained lets a token's experts depend on {_HOW[causal]}: held-out "
+        "loss is of a model that has seen some of what it predicts; generated text is routed by top_k"
     )
 
 

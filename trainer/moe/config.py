@@ -138,7 +138,7 @@ class MoEConfig(Config):
     @property
     def can_drop(self) -> bool:
         """True if an expert can be full: not where each has room for every token."""
-        fewest = min(getattr(self.router, "draw_top_k", None) or [getattr(self.router, "top_k", 1)])
+        fewest = min(getattr(self.router, "top_k_choices", None) or [getattr(self.router, "top_k", 1)])
         return self.capacity.factor is not None and self.capacity.factor * fewest < self.num_experts
 
     def problems(self) -> Iterator[Problem]:

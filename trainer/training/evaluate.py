@@ -107,7 +107,7 @@ def evaluate_top_ks(
             max_tokens_per_domain=config.eval.max_tokens_per_domain,
         )
     moe = config.model.moe
-    trained = [] if moe is None else getattr(moe.router, "draw_top_k", None) or [getattr(moe.router, "top_k", 0)]
+    trained = [] if moe is None else getattr(moe.router, "top_k_choices", None) or [getattr(moe.router, "top_k", 0)]
     say(f"{config.name} at step {found.step}, held-out text\n{table(results, trained=trained)}", file=screen)
     return {"step": found.step, "experts_per_token": {str(at.top_k): at.record() for at in results}}
 

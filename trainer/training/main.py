@@ -205,7 +205,7 @@ def _header(run: Run) -> list[str | tuple[str, str]]:
         )
         cut = [("tokens", f"{corpus.tokenizer.vocab_size} kinds, {num_bytes / num_tokens:.2f} bytes each")]
     tokens = config.train.global_batch_size * config.model.seq_len
-    at_most = "at most " if config.data.packing == "whole" else ""  # some of it is padding
+    at_most = "at most " if config.data.packing == "bfd" else ""  # some of it is padding
     layout = run.mesh.layout
     ranks = [("ranks", f"{layout.world_size}, experts over {layout.ep_size}")] if layout.world_size > 1 else []
     uses = config.engine
@@ -257,7 +257,7 @@ def _summary(run: Run, examination: EvalReport, prompt: str, sample: str, *, ela
 
 def _as_trained(prompt: list[int], config: ExperimentConfig, tokenizer: Tokenizer) -> list[int]:
     """Begin a prompt as its document began in training: behind an end of document, where rows are of whole ones."""
-    return [tokenizer.end_of_document, *prompt] if config.data.packing == "whole" or not prompt else prompt
+    return [tokenizer.end_of_document, *prompt] if config.data.packing == "bfd" or not prompt else prompt
 
 
 def _sample(run: Run) -> tuple[str, str, NumericsError | None]:

@@ -102,7 +102,9 @@ def test_every_key_that_a_note_names_is_in_the_schema() -> None:
 
 def test_there_are_many_names_each_in_one_table_and_none_is_a_key_of_ours() -> None:
     assert len(NAMES) == sum(map(len, TABLES)) >= 200
-    assert [name for name in NAMES if name in slots.homes(ExperimentConfig)] == []
+    homes = slots.homes(ExperimentConfig)
+    assert [name for name in NAMES if name in homes and homes[name] != ("model.moe.router",)] == []
+    assert [name for name in NAMES if name in homes] == ["capacity_factor"], "which some routers have, too"
     assert all(meant.key or meant.note for meant in NAMES.values())
     assert not SECTIONS & ExperimentConfig.model_fields.keys()
 

@@ -6,7 +6,7 @@ from tests.builders import make_batch, make_engine, tiny_model_config
 from trainer.engine.native import NativeEngine
 
 TOKENS = 4 * 8
-MOE = {"num_experts": 8, "router": {"kind": "top_k", "top_k": 2, "draw_top_k": [1, 2, 2, 4]}}
+MOE = {"num_experts": 8, "router": {"kind": "top_k", "top_k": 2, "top_k_choices": [1, 2, 2, 4]}}
 
 
 def _k_of_a_step(engine: NativeEngine, step: int) -> float:

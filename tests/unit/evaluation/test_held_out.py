@@ -21,7 +21,7 @@ def test_bits_are_over_the_bytes_that_are_predicted(tmp_path: Path) -> None:
     result = evaluate(
         make_engine(tiny_model_config(), vocab_size=256),
         build_corpus(data),
-        packing="crossing",
+        packing="wrapped",
         batch_size=2,
         max_tokens_per_domain=None,
         at_capacity=False,

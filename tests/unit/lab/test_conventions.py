@@ -298,8 +298,8 @@ def test_a_router_that_does_not_rank_its_choices_keeps_the_canonical_convention(
             "trainers are about; use a router that does, such as top_k",
         ),
         (
-            {"kind": "top_k", "draw_top_k": [1, 2]},
-            "model.moe.router.draw_top_k: every step has another k, which coefficients of other trainers are about; "
+            {"kind": "top_k", "top_k_choices": [1, 2]},
+            "model.moe.router.top_k_choices: every step has another k, which coefficients of other trainers are about; "
             "convert with a config that leaves it out",
         ),
     ],

@@ -17,7 +17,7 @@ def test_every_router_has_options_that_a_config_accepts(kind: str) -> None:
             {"num_experts": 1 if kind == ALONE else num_experts, "router": router.model_dump()}
         )
         assert config.router == router
-        assert getattr(router, "top_k", top_k) == top_k and getattr(router, "room", 1.25) == 1.25
+        assert getattr(router, "top_k", top_k) == top_k and getattr(router, "capacity_factor", 1.25) == 1.25
 
 
 def test_group_limited_has_groups_to_choose_between() -> None:
@@ -27,7 +27,7 @@ def test_group_limited_has_groups_to_choose_between() -> None:
 
 
 def test_mixture_of_depths_computes_as_large_a_share_of_tokens_as_others_visit_of_experts() -> None:
-    assert router_config(ALONE, num_experts=8, top_k=2).model_dump()["share"] == 0.25
+    assert router_config(ALONE, num_experts=8, top_k=2).model_dump()["capacity"] == 0.25
 
 
 def test_names_are_chosen_in_the_order_of_the_registry() -> None:
@@ -42,4 +42,4 @@ def test_names_are_chosen_in_the_order_of_the_registry() -> None:
 def test_a_router_says_when_it_looks_ahead() -> None:
     assert looks_ahead(TopKRouterConfig()) == "no"
     assert looks_ahead(BASELayerRouterConfig()) == "in training"
-    assert looks_ahead(BASELayerRouterConfig(evaluation="same")) == "always"
+    assert looks_ahead(BASELayerRouterConfig(evaluation_routing="as_trained")) == "always"

@@ -66,7 +66,7 @@ def test_only_the_router_is_replaced_and_the_budget_becomes_steps(tmp_path: Path
 
 
 def test_a_router_that_needs_a_balance_loss_gets_one_and_k_is_drawn_alike(tmp_path: Path) -> None:
-    own = "model.moe.router={kind: bias_balanced, draw_top_k: [1, 2, 2, 4]}"
+    own = "model.moe.router={kind: bias_balanced, top_k_choices: [1, 2, 2, 4]}"
     trainings = planned(tmp_path, own, "model.moe.balance.coef=0", kinds=["top_k", "group_limited", "hash", "greedy"])
     by_router = {training.router: moe_of(training) for training in trainings}
     assert {kind: moe.balance.coef for kind, moe in by_router.items()} == {
@@ -76,7 +76,7 @@ def test_a_router_that_needs_a_balance_loss_gets_one_and_k_is_drawn_alike(tmp_pa
         "greedy": 0,
     }
     for kind in ("top_k", "group_limited"):
-        assert by_router[kind].router.model_dump()["draw_top_k"] == [1, 2, 2, 4]
+        assert by_router[kind].router.model_dump()["top_k_choices"] == [1, 2, 2, 4]
     assert by_router["group_limited"].router.model_dump()["groups_kept"] == 2, "four experts must fit"
     (without,) = planned(tmp_path, "model.moe.balance.coef=0", kinds=["cosine"])
     assert moe_of(without).balance.coef == 0, "top_k without a balance loss is what the config is about"
@@ -98,8 +98,10 @@ def test_a_capacity_is_the_room_of_routers_that_fill_experts_themselves(tmp_path
     by_router = {training.router: moe_of(training) for training in planned(tmp_path, *overrides)}
     assert by_router["top_k"].capacity.factor == by_router["hash"].capacity.factor == 1.5
     for kind in ("greedy", "linear_program"):
-        assert by_router[kind].capacity.factor is None and by_router[kind].router.model_dump()["room"] == 1.5
-    assert by_router["expert_choice"].router.model_dump()["room"] == 1.0, "more would be more experts for a token"
+        assert by_router[kind].capacity.factor is None and by_router[kind].router.model_dump()["capacity_factor"] == 1.5
+    assert by_router["expert_choice"].router.model_dump()["capacity_factor"] == 1.0, (
+        "more would be more experts for a token"
+    )
     assert by_router["top_p"].capacity.factor is None
 
 

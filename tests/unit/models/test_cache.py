@@ -70,8 +70,8 @@ def test_a_selected_row_goes_on_by_itself_wherever_it_was_copied_to(fields: dict
 def test_pieces_of_a_row_are_never_routed_together(kind: str) -> None:
     """Whatever evaluation is asked for: of a piece nobody knows what comes later."""
     text, logits = _tokens(2, 8), []
-    for evaluation in ("top_k", "same"):
-        model = _model({"moe": {"router": {"kind": kind, "evaluation": evaluation}}})
+    for evaluation_routing in ("top_k", "as_trained"):
+        model = _model({"moe": {"router": {"kind": kind, "evaluation_routing": evaluation_routing}}})
         cache = model.new_cache(2, 8)
         logits.append(model.next_logits(text, cache))
     assert torch.equal(*logits)

@@ -31,9 +31,9 @@ def test_training_one_that_does_warns(kind: str) -> None:
     training, evaluation = _said({"router": {"kind": kind}})
     assert training is not None and f"{kind} chooses a token's experts by later tokens of its row" in training
     assert evaluation is None, "each token chooses for itself then"
-    _, evaluation = _said({"router": {"kind": kind, "evaluation": "same"}})
+    _, evaluation = _said({"router": {"kind": kind, "evaluation_routing": "as_trained"}})
     assert evaluation is not None and "seen some of what it predicts" in evaluation
-    training, _ = _said({"router": {"kind": kind, "evaluation": "same"}})
+    training, _ = _said({"router": {"kind": kind, "evaluation_routing": "as_trained"}})
     assert training is not None and "go by the loss on held-out text" not in training
 
 

@@ -17,7 +17,7 @@ def moe(**options: Any) -> MoEConfig:
     [
         ({}, True),
         ({"router": {"kind": "top_p"}}, False),
-        ({"router": {"kind": "top_k", "draw_top_k": [1, 2]}}, False),
+        ({"router": {"kind": "top_k", "top_k_choices": [1, 2]}}, False),
         ({"router": {"kind": "top_k", "null_experts": 8}}, True),
         ({"router": {"kind": "top_k", "null_experts": 8}, "balance": {"coef": 0}}, False),
         ({"router": {"kind": "bias_balanced", "null_experts": 8}, "balance": {"coef": 0}}, True),
@@ -37,6 +37,6 @@ def test_work_is_known_where_something_holds_it(options: dict[str, Any], is_know
 
 def test_diversity_needs_two_experts_in_some_step() -> None:
     one = {"kind": "top_k", "top_k": 1, "normalize": False}
-    assert moe(router={**one, "draw_top_k": [1, 4]}, diversity_coef=0.1).router.most_experts(8) == 4
+    assert moe(router={**one, "top_k_choices": [1, 4]}, diversity_coef=0.1).router.most_experts(8) == 4
     with pytest.raises(ValidationError, match="two experts or more"):
         moe(router=one, diversity_coef=0.1)

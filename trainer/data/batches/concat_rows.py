@@ -1,4 +1,4 @@
-"""Rows cut from the text without regard to documents: `data.packing: crossing`.
+"""Rows cut from the text without regard to documents: `data.packing: wrapped`.
 
     tokens    t0 t1 t2 EOD t4 t5 t6 ...     S = 3
     row       t0 t1 t2                -> t1 t2 EOD
@@ -41,7 +41,7 @@ class CrossingRows(DomainRows):
             raise DataError(
                 f"data.sources: domain {name} has {length} training tokens; one window of model.seq_len {seq_len} "
                 f"needs {seq_len + 1}; give it more text, or use model.seq_len: {max(length - 1, 1)} or less, or "
-                "data.packing: whole"
+                "data.packing: bfd"
             )
         self._file, self._seq_len = file, seq_len
         self._seed, self._domain = seed, domain

@@ -1,4 +1,4 @@
-"""Rows of whole documents: `data.packing: whole`.
+"""Rows of whole documents: `data.packing: bfd`.
 
 A document of tokens t0 .. t2 takes one position more than it has tokens. The end of document (EOD) stands for its
 beginning too, so that every token of it is predicted exactly once in an epoch, the first one and its end included:

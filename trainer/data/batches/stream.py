@@ -187,7 +187,7 @@ def evaluation_batches(
     if seq_len < 1 or batch_size < 1:
         raise ValueError(f"seq_len is {seq_len} and batch_size {batch_size}; both are at least 1")
     file = corpus.validation[domain_index]
-    if packing == "whole":
+    if packing == "bfd":
         text = PackedDocuments(file, seq_len=seq_len, end_of_document=corpus.tokenizer.end_of_document)
     else:
         text = Windows(file, seq_len=seq_len)
@@ -217,14 +217,14 @@ def _domain_rows(corpus: Corpus, domain: int, *, packing: Packing, seq_len: int,
     name, end_of_document = corpus.domains[domain], corpus.tokenizer.end_of_document
 
     def rows_of(file: TokenFile, seed: int) -> DomainRows:
-        if packing == "crossing":
+        if packing == "wrapped":
             return CrossingRows(file, seq_len=seq_len, seed=seed, domain=domain, name=name)
         return WholeRows(file, seq_len=seq_len, end_of_document=end_of_document, seed=seed, domain=domain)
 
     stream = corpus.streams[domain]
     if stream is None:
         return rows_of(corpus.train[domain], seed)
-    return StreamedRows(stream, min_tokens=seq_len + 1 if packing == "crossing" else 1, seed=seed, rows_of=rows_of)
+    return StreamedRows(stream, min_tokens=seq_len + 1 if packing == "wrapped" else 1, seed=seed, rows_of=rows_of)
 
 
 def _evenly_spaced(numbers: NDArray[np.int64], limit: int | None) -> NDArray[np.int64]:

@@ -25,7 +25,7 @@ def test_the_order_of_rows_never_changes_between_releases():
     corpus = make_corpus_of(
         text(1000, [0, 10, 500, 521], 1), text(333, [0], 2), text(70, [0, 30], 3), shares=(0.5, 0.3, 0.2)
     )
-    stream = TrainStream(corpus, packing="crossing", seq_len=16, seed=7)
+    stream = TrainStream(corpus, packing="wrapped", seq_len=16, seed=7)
     digest = hashlib.sha256()
     for first in (0, 4090, 10**6):
         batch = stream.rows(first, 64)
@@ -34,7 +34,7 @@ def test_the_order_of_rows_never_changes_between_releases():
     assert digest.hexdigest() == "9001b8cc92b74b4e01bb67abcea23ac5b7efdc08d2f54c72880566c6ced31b07"
     digest = hashlib.sha256()
     for domain in range(3):
-        for batch in evaluation_batches(corpus, domain, packing="crossing", seq_len=16, batch_size=5, max_tokens=200):
+        for batch in evaluation_batches(corpus, domain, packing="wrapped", seq_len=16, batch_size=5, max_tokens=200):
             for part in (batch.tokens, batch.targets, batch.valid, batch.sample_id):
                 digest.update(part.numpy().astype("<i8").tobytes())
     assert digest.hexdigest() == "6264e455c86afcc513bbe0d3eeb9b0c1765c94187e7137e6b37569d0817fe1a1"
@@ -67,7 +67,7 @@ def test_seeds_and_domains_give_different_orders():
 def test_a_text_shorter_than_a_window_is_named(says):
     with says(
         "data.sources: domain d0 has 4 training tokens; one window of model.seq_len 4 needs 5; give it more text, or "
-        "use model.seq_len: 3 or less, or data.packing: whole"
+        "use model.seq_len: 3 or less, or data.packing: bfd"
     ):
         rows(4)
 
@@ -75,7 +75,7 @@ def test_a_text_shorter_than_a_window_is_named(says):
 def test_prompts_are_read_and_not_learned():
     #        0  1  2  3  4 EOD 6 7 8 EOD 10
     text = make_file([1, 2, 3, 4, 5], [6, 7, 8], [9], prompts=[2, 3, 0])
-    batch = TrainStream(make_corpus_of(text), packing="crossing", seq_len=10, seed=0).rows(0, 1)
+    batch = TrainStream(make_corpus_of(text), packing="wrapped", seq_len=10, seed=0).rows(0, 1)
     assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, EOD, 6, 7, 8, EOD]]
     assert batch.targets[batch.target_mask].tolist() == [3, 4, 5, EOD, EOD, 9]
     assert batch.valid.all()
@@ -83,7 +83,7 @@ def test_prompts_are_read_and_not_learned():
 
 def test_an_evaluation_skips_windows_without_a_target():
     text = make_file(list(range(20)), list(range(30, 36)), prompts=[17, 0])
-    found = list(evaluation_batches(make_corpus_of(text), 0, packing="crossing", seq_len=4, batch_size=1, max_tokens=8))
+    found = list(evaluation_batches(make_corpus_of(text), 0, packing="wrapped", seq_len=4, batch_size=1, max_tokens=8))
     assert [int(batch.sample_id[0, 0]) for batch in found] == [4, 5]
     assert [batch.targets[batch.target_mask].tolist() for batch in found] == [[17, 18, 19, EOD], [30, 31, 32, 33]]
 
@@ -94,14 +94,14 @@ def test_a_text_that_is_all_prompt_cannot_be_evaluated(says):
         "data.split: domain d0 has 3 validation tokens, all of a prompt, and none of them is learned; raise "
         "data.split.fraction or give it more text"
     ):
-        next(evaluation_batches(corpus, 0, packing="crossing", seq_len=4, batch_size=1, max_tokens=None))
+        next(evaluation_batches(corpus, 0, packing="wrapped", seq_len=4, batch_size=1, max_tokens=None))
 
 
 def test_every_target_of_a_text_is_in_a_window_that_is_evaluated():
     for seed in range(20):
         text = make_text(30, longest=9, seed=seed, prompts=True)
         batches = evaluation_batches(
-            make_corpus_of(text), 0, packing="crossing", seq_len=3, batch_size=4, max_tokens=None
+            make_corpus_of(text), 0, packing="wrapped", seq_len=3, batch_size=4, max_tokens=None
         )
         positions = np.arange(1, text.num_tokens)
         learned = text.is_learned(positions, text.document_of(positions))

@@ -8,7 +8,7 @@ from trainer.data.corpus import Corpus
 
 def batches(corpus: Corpus, *, batch_size: int = 2, max_tokens: int | None = None) -> list[Batch]:
     return list(
-        evaluation_batches(corpus, 0, packing="crossing", seq_len=3, batch_size=batch_size, max_tokens=max_tokens)
+        evaluation_batches(corpus, 0, packing="wrapped", seq_len=3, batch_size=batch_size, max_tokens=max_tokens)
     )
 
 
@@ -53,7 +53,7 @@ def test_a_limit_below_a_window_still_takes_one(make_corpus):
 
 def test_the_domain_is_the_one_that_was_asked_for(make_corpus):
     corpus = make_corpus(a="aaaa", b="bbbbbb")
-    (batch,) = evaluation_batches(corpus, 1, packing="crossing", seq_len=4, batch_size=1, max_tokens=None)
+    (batch,) = evaluation_batches(corpus, 1, packing="wrapped", seq_len=4, batch_size=1, max_tokens=None)
     assert batch.domain.unique().tolist() == [1]
     assert batch.tokens[batch.valid].tolist() == [ord("b")] * 2
 

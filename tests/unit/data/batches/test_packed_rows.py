@@ -14,7 +14,7 @@ def packed(*documents: list[int], seq_len: int = 6, prompts: tuple[int, ...] = (
     """The rows of an evaluation, all in one batch."""
     corpus = make_corpus_of(make_file(*documents, prompts=prompts))
     num_rows = PackedDocuments(corpus.validation[0], seq_len=seq_len, end_of_document=EOD).num_rows
-    (batch,) = evaluation_batches(corpus, 0, packing="whole", seq_len=seq_len, batch_size=num_rows, max_tokens=None)
+    (batch,) = evaluation_batches(corpus, 0, packing="bfd", seq_len=seq_len, batch_size=num_rows, max_tokens=None)
     return batch
 
 
@@ -43,7 +43,7 @@ def test_prompts_are_read_and_not_learned():
         [False, False, True, True, True, True],  # 3 EOD, and 17 EOD of B
         [False, True, False, False, False, False],  # nothing of C but its end
     ]
-    stream = TrainStream(make_corpus_of(make_file(A, B, C, prompts=(2, 6, 1))), packing="whole", seq_len=6, seed=0)
+    stream = TrainStream(make_corpus_of(make_file(A, B, C, prompts=(2, 6, 1))), packing="bfd", seq_len=6, seed=0)
     whole = stream.rows(0, 3)
     assert sorted(whole.targets[whole.target_mask].tolist()) == [3, 17, EOD, EOD, EOD]
     assert whole.valid.sum() == 14, "what is not learned is read all the same"
@@ -94,7 +94,7 @@ def test_a_text_of_one_token_has_a_row():
 
 def test_an_evaluation_is_limited_to_evenly_spaced_rows():
     corpus = make_corpus_of(make_text(100, longest=9))
-    found = evaluation_batches(corpus, 0, packing="whole", seq_len=10, batch_size=2, max_tokens=39)
+    found = evaluation_batches(corpus, 0, packing="bfd", seq_len=10, batch_size=2, max_tokens=39)
     numbers = [int(n) for batch in found for n in batch.sample_id[:, 0]]
     num_rows = PackedDocuments(corpus.validation[0], seq_len=10, end_of_document=EOD).num_rows
     assert numbers == [0, num_rows // 3, 2 * num_rows // 3, PADDING]
@@ -103,7 +103,7 @@ def test_an_evaluation_is_limited_to_evenly_spaced_rows():
 def test_bytes_of_targets_are_those_of_the_answers():
     text = make_text(40, longest=12, prompts=True)
     corpus = make_corpus_of(text)
-    found = evaluation_batches(corpus, 0, packing="whole", seq_len=8, batch_size=3, max_tokens=None)
+    found = evaluation_batches(corpus, 0, packing="bfd", seq_len=8, batch_size=3, max_tokens=None)
     targets = np.concatenate([batch.targets[batch.target_mask].numpy() for batch in found])
     ends = np.append(text.document_starts[1:] - 1, text.num_tokens)
     assert corpus.tokenizer.token_bytes()[targets].sum() == (ends - text.answer_starts).sum()
@@ -116,7 +116,7 @@ def test_a_token_outside_the_vocabulary_is_named(says):
         "cache: token 255 in the train text of domain d0; ids are below 200; the folder is damaged: remove it, and it "
         "is built again"
     ):
-        TrainStream(corpus, packing="whole", seq_len=4, seed=0).rows(0, 1)
+        TrainStream(corpus, packing="bfd", seq_len=4, seed=0).rows(0, 1)
 
 
 def test_large_tokens_stay_what_they_are():

@@ -30,7 +30,7 @@ def config(folder: Path) -> DataConfig:
         HfStreamSourceConfig(path="json", data_files="*.jsonl", block_tokens=200, domain="s"),
         TextSourceConfig(path="other.txt", domain="t"),
     ]
-    return DataConfig(sources=sources, split=SplitConfig(fraction=0.2), cache_dir="cache", packing="whole")
+    return DataConfig(sources=sources, split=SplitConfig(fraction=0.2), cache_dir="cache", packing="bfd")
 
 
 def stream_of(corpus: Corpus, config: DataConfig) -> TrainStream:
@@ -131,7 +131,7 @@ def test_ranks_agree_on_when_they_wait(config):
 
 
 def test_windows_of_a_stream_are_read_once(config):
-    crossing = config.model_copy(update={"packing": "crossing"})
+    crossing = config.model_copy(update={"packing": "wrapped"})
     stream = stream_of(build_corpus(crossing), crossing)
     rows = stream.rows(0, slots_of_epochs(stream, 1))
     seen = Counter(bytes(row) for row in np.asarray(rows.tokens[rows.domain[:, 0] == 0], dtype=np.uint8))
@@ -149,8 +149,8 @@ def test_what_a_stream_cannot_have_is_refused(options: dict[str, Any], key: str)
 
 
 def test_a_stream_that_is_too_short_for_a_row_is_named(config, says):
-    crossing = config.model_copy(update={"packing": "crossing"})
-    stream = TrainStream(build_corpus(crossing), packing="crossing", seq_len=300, seed=0)
+    crossing = config.model_copy(update={"packing": "wrapped"})
+    stream = TrainStream(build_corpus(crossing), packing="wrapped", seq_len=300, seed=0)
     with says(
         "data.sources: s: a row needs 301 tokens, and no block of the stream has them; give it more text, or use a "
         "smaller model.seq_len"

@@ -116,7 +116,7 @@ def documents_in(batches: list[Batch]) -> list[str]:
 def test_each_document_is_learned_once_in_an_epoch_wherever_a_run_is_broken_off(kind, folder, monkeypatch):
     source = SOURCES[kind](folder)
     config = DataConfig(
-        sources=[source], split=SplitConfig(kind="hash", fraction=0.2), cache_dir="cache", packing="whole", workers=1
+        sources=[source], split=SplitConfig(kind="hash", fraction=0.2), cache_dir="cache", packing="bfd", workers=1
     )
     for after in (5, 12 if kind == "hf_stream" else 40):  # of a stream only its first block is read beforehand
         broken_off(config, monkeypatch, after=after)
@@ -124,7 +124,7 @@ def test_each_document_is_learned_once_in_an_epoch_wherever_a_run_is_broken_off(
     batches: list[Batch] = []
     attempts = [(3, 1), (2, 3), (0, 2), (4, 2), (1, 1)]
     for number in range(1000):
-        again = TrainStream(build_corpus(config), packing="whole", seq_len=16, seed=3)
+        again = TrainStream(build_corpus(config), packing="bfd", seq_len=16, seed=3)
         if places is not None:
             again.go_on_from(json.loads(json.dumps(places)))
         steps, ranks = attempts[number % len(attempts)]

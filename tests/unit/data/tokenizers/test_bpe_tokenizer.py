@@ -266,9 +266,9 @@ def test_bits_per_byte_are_of_the_same_bytes_but_for_the_first_token(section):
     own, of_bytes = build_corpus(data), build_corpus(data, tokenizer=ByteTokenizer())
     first = own.tokenizer.decode(own.validation[0].tokens[:1])
     assert own.validation[0].num_bytes == of_bytes.validation[0].num_bytes == len(HELD_OUT)
-    assert _target_bytes(own, "crossing") == len(HELD_OUT) - len(first)
-    assert _target_bytes(of_bytes, "crossing") == len(HELD_OUT) - 1
-    assert _target_bytes(own, "whole") == _target_bytes(of_bytes, "whole") == len(HELD_OUT)
+    assert _target_bytes(own, "wrapped") == len(HELD_OUT) - len(first)
+    assert _target_bytes(of_bytes, "wrapped") == len(HELD_OUT) - 1
+    assert _target_bytes(own, "bfd") == _target_bytes(of_bytes, "bfd") == len(HELD_OUT)
 
 
 def test_documents_are_the_same_under_every_tokenizer(folder, section):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from trainer.config.base import Config, Problem
+from trainer.config.base import Config, Problem, Renamed
 from trainer.config.numbers import Experts, ExtraExperts, Factor
 
 if TYPE_CHECKING:
@@ -83,12 +83,13 @@ class JitterOptions(RouterOptions):
 class TopKOptions(JitterOptions):
     """Options of routers that keep the k best-scored experts of a token."""
 
+    old_names = {"draw_top_k": Renamed("top_k_choices")}  # noqa: RUF012
     ranks_choices: ClassVar[bool] = True
     has_fixed_k: ClassVar[bool] = True
 
     top_k: Experts = 2
     """Experts per token, k."""
-    draw_top_k: Annotated[list[Experts], Field(min_length=1)] | None = None
+    top_k_choices: Annotated[list[Experts], Field(min_length=1)] | None = None
     """While training, every optimizer step draws its k from these, by the seed; one that is there twice comes twice as
     often. The model is then good at each of them (`eval --experts-per-token`). Null: always `top_k`, which is what
     evaluation and generation use in any case.
@@ -109,7 +110,7 @@ class TopKOptions(JitterOptions):
     @property
     def has_static_flops(self) -> bool:
         """True if k is the same in every step."""
-        return self.draw_top_k is None
+        return self.top_k_choices is None
 
     @property
     def weight_sum(self) -> float | None:
@@ -118,7 +119,7 @@ class TopKOptions(JitterOptions):
 
     def is_always_even(self, num_experts: int) -> bool:
         """Tell whether every token takes every expert there is."""
-        return min(self.draw_top_k or [self.top_k]) == num_experts + self.null_experts
+        return min(self.top_k_choices or [self.top_k]) == num_experts + self.null_experts
 
     def experts_per_token(self, num_experts: int) -> float:
         """Return how many of the experts compute a token when the load is even."""
@@ -127,8 +128,8 @@ class TopKOptions(JitterOptions):
     def problems(self) -> Iterator[Problem]:
         """Refuse a router that the language-model loss could never train."""
         yield from super().problems()
-        key = "top_k" if self.draw_top_k is None else "draw_top_k"
-        if self.normalize and max(self.draw_top_k or [self.top_k]) == 1:
+        key = "top_k" if self.top_k_choices is None else "top_k_choices"
+        if self.normalize and max(self.top_k_choices or [self.top_k]) == 1:
             yield Problem(
                 "normalize",
                 f"true with {key} 1 makes every combine weight the constant 1, so the router gets no gradient; "
@@ -162,7 +163,7 @@ class TopKOptions(JitterOptions):
 
     def most_wanted(self) -> list[tuple[str, int]]:
         """Return every key that says how many experts a token has, with the largest number there."""
-        return [("top_k", self.top_k), *([("draw_top_k", max(self.draw_top_k))] if self.draw_top_k else [])]
+        return [("top_k", self.top_k), *([("top_k_choices", max(self.top_k_choices))] if self.top_k_choices else [])]
 
 
 class EvenOptions(RouterOptions):
@@ -180,14 +181,17 @@ class EvenOptions(RouterOptions):
 class NonCausalOptions(RouterOptions):
     """Options of routers that decide all tokens of a sequence together."""
 
-    evaluation: Literal["top_k", "same"] = "top_k"
-    """Routing of held-out text: each token takes its k best-scored experts, which looks at no later token; or as in
-    training, and then its loss is of a model that has seen what it predicts. Text is always written the first way."""
+    old_names = {"evaluation": Renamed("evaluation_routing", {"same": "as_trained"})}  # noqa: RUF012
+
+    evaluation_routing: Literal["top_k", "as_trained"] = "top_k"
+    """Routing of held-out text. `top_k`: each token takes its k best-scored experts and depends on no later token.
+    `as_trained`: as in training, so that the loss is of a model that has seen what it predicts. Generation always uses
+    `top_k`."""
 
     @property
     def evaluates_as_trained(self) -> bool:
         """True if evaluation routes jointly too, so that held-out loss is not causal."""
-        return self.evaluation == "same"
+        return self.evaluation_routing == "as_trained"
 
     @property
     def is_self_balancing(self) -> bool:
@@ -198,19 +202,21 @@ class NonCausalOptions(RouterOptions):
 class AssignmentOptions(NonCausalOptions):
     """Options of routers that assign a sequence's tokens to experts within a capacity."""
 
+    old_names = {**NonCausalOptions.old_names, "room": Renamed("capacity_factor")}  # noqa: RUF012
+
     top_k: Experts = 2
     """Most experts per token, k."""
-    room: Factor = 1.0
-    """Tokens that an expert takes of a sequence of n, in units of its fair share k * n / E; rounded up."""
+    capacity_factor: Factor = 1.0
+    """Tokens that an expert takes of a sequence of n, in units of its fair share k * n / E, rounded up."""
 
     def experts_per_token(self, num_experts: int) -> float:
         """Return the mean number: less than k where there is not room for more."""
-        return min(self.top_k, self.room * self.top_k)
+        return min(self.top_k, self.capacity_factor * self.top_k)
 
     def assignment_arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of `AssignmentRouter`."""
         return {
             "top_k": self.top_k,
-            "capacity_factor": self.room,
+            "capacity_factor": self.capacity_factor,
             "evaluates_as_trained": self.evaluates_as_trained,
         }

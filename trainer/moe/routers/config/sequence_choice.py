@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from trainer.config.base import Problem
+from trainer.config.base import Problem, Renamed
 from trainer.config.numbers import Coefficient, Experts
 from trainer.moe.routers.config.options import AssignmentOptions, NonCausalOptions, Score
 
@@ -26,7 +26,7 @@ class ExpertChoiceRouterConfig(AssignmentOptions):
 
     def experts_per_token(self, num_experts: int) -> float:
         """Return the mean number, which grows with the room."""
-        return min(num_experts, self.room * self.top_k)
+        return min(num_experts, self.capacity_factor * self.top_k)
 
     def most_experts(self, num_experts: int) -> int:
         """Return all: any number of experts can choose a token."""
@@ -123,9 +123,10 @@ class MixtureOfDepthsRouterConfig(NonCausalOptions):
     With `num_experts: 1` the layer's one expert is that network.
     """
 
+    old_names = {**NonCausalOptions.old_names, "share": Renamed("capacity")}  # noqa: RUF012
     has_probs: ClassVar[bool] = False
     kind: Literal["mixture_of_depths"] = "mixture_of_depths"
-    share: Annotated[float, Field(gt=0, le=1)] = 0.125
+    capacity: Annotated[float, Field(gt=0, le=1)] = 0.125
     """Share of a sequence's tokens that are computed, rounded up."""
     predictor_coef: Coefficient = 0.01
     """Weight of the loss that teaches a token's logit its own sign: positive if it is among the computed.
@@ -135,15 +136,16 @@ class MixtureOfDepthsRouterConfig(NonCausalOptions):
 
     def problems(self) -> Iterator[Problem]:
         """Refuse an evaluation by what nothing has taught."""
-        if self.predictor_coef == 0 and self.evaluation == "top_k":
+        if self.predictor_coef == 0 and self.evaluation_routing == "top_k":
             yield Problem(
                 "predictor_coef",
-                "0 leaves the sign, by which evaluation chooses, to chance; use more than 0, or evaluation: same",
+                "0 leaves the sign, by which evaluation chooses, to chance; use more than 0, or "
+                "evaluation_routing: as_trained",
             )
 
     def experts_per_token(self, num_experts: int) -> float:
         """Return the share of tokens that are computed."""
-        return self.share
+        return self.capacity
 
     def problems_among(self, num_experts: int) -> Iterator[Problem]:
         """Refuse more than one network."""
@@ -158,7 +160,7 @@ class MixtureOfDepthsRouterConfig(NonCausalOptions):
 
         return MixtureOfDepthsRouter(
             d_model=d_model,
-            capacity=self.share,
+            capacity=self.capacity,
             predictor_coef=self.predictor_coef,
             evaluates_as_trained=self.evaluates_as_trained,
         )
