@@ -566,7 +566,7 @@ CASES = [
            "num_experts: 1, not 8")]),
     Case("share above one for a router",
          "name: x\nmodel: {moe: {num_experts: 1, router: {kind: mixture_of_depths, capacity: 1.1}}}\n",
-         ["x.yaml:2:72: model.moe.router.capacity: must be at most 1, got 1.1"]),
+         ["x.yaml:2:75: model.moe.router.capacity: must be at most 1, got 1.1"]),
     Case("switch, normalised",
          "name: x\nmodel: {moe: {router: {kind: switch, normalize: true}}}\n",
          [("x.yaml:2:38: model.moe.router.normalize: true with top_k 1 makes every combine weight "
