@@ -12,8 +12,8 @@ from typing import Final
 from trainer.checkpoint.run_folder import RunFolder, check_belongs
 from trainer.config.dump import Change, changed_keys
 from trainer.config.loader import load
-from trainer.config.packages import check_packages
 from trainer.config.old_names import OldNameWarning
+from trainer.config.packages import check_packages
 from trainer.errors import CheckpointError, ConfigError, MissingFile
 from trainer.experiment import ExperimentConfig
 
