@@ -1,6 +1,6 @@
 """A user-defined router: one router class and one config class."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ from trainer.ops.select import stable_top_k
 class ThresholdRouterConfig(RouterOptions):
     """Every expert whose sigmoid score exceeds a threshold, and always the best one."""
 
-    kind: Literal["threshold"] = "threshold"
     threshold: float = 0.6
 
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:

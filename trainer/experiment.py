@@ -15,6 +15,7 @@ from trainer.engine.registry import EngineConfig, NativeEngineConfig
 from trainer.evaluation.tasks.registry import AnyTaskConfig
 from trainer.metrics.config import MetricsConfig, ProfileConfig
 from trainer.models.config import ModelConfig
+from trainer.moe.dispatch.registry import ExchangeOptions
 from trainer.optim.registry import AdamWConfig, OptimConfig, ScheduleConfig, WarmupCosineConfig
 from trainer.parallel.config import ParallelConfig
 
@@ -179,7 +180,7 @@ class ExperimentConfig(Config):
                 f"use at most {moe.num_experts}",
             )
         dispatcher, least = self.parallel.dispatcher, moe.num_experts // ep_size
-        if dispatcher.kind != "local" and 0 < least < dispatcher.chunks:
+        if isinstance(dispatcher, ExchangeOptions) and 0 < least < dispatcher.chunks:
             yield Problem(
                 "parallel.dispatcher.chunks",
                 f"{dispatcher.chunks} parts, and a rank may have only {least} experts ({moe.num_experts} over ep_size "

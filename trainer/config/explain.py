@@ -80,7 +80,8 @@ def _locate(details: ErrorDetails, tree: Node, root: type[Config]) -> _Spot:
     while parts:
         siblings = slots.sections(slot.annotation)
         section = siblings[0] if siblings else None
-        if len(options := slots.alternatives(slot.annotation)) > 1:
+        options = slots.alternatives(slot.annotation)
+        if len(options) > 1 or slots.plugin(slot.annotation, parts[0]) is not None:
             label = parts.pop(0)
             if len(siblings) == len(options):
                 section = slots.section_of(slot, label)
@@ -141,6 +142,9 @@ def _findings(spot: _Spot, tree: Node, root: type[Config]) -> Iterator[Finding]:
     elif kind == "union_tag_not_found":
         options = slots.all_kinds(spot.slot.annotation)
         yield Finding(node.key_place, key, f"needs a kind; add kind: with one of {', '.join(options)}")
+    elif kind == "plugin":
+        tag = node.below("kind") or node
+        yield Finding(tag.place, (*key, "kind"), context["text"])
     elif kind == "union_tag_invalid":
         tag = node.below("kind") or node
         yield Finding(tag.place, (*key, "kind"), wording.choice(tag.value, slots.all_kinds(spot.slot.annotation)))
@@ -188,7 +192,7 @@ def _about_value(spot: _Spot, node: Node, context: dict[str, Any]) -> str:
         bound = "at least" if kind == "too_short" else "at most"
         limit = context.get("min_length", context.get("max_length"))
         return f"must have {bound} {limit} entries, got {len(node.value)}"
-    if kind == "file":  # of another file, which the message names
+    if kind in ("file", "plugin_function"):  # of another file, which the message names
         return str(context["text"])
     if kind == "value_error":  # of a rule of ours about one text, which goes on from the text
         return f"{wording.given(node)} {context['error']}"

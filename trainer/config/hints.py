@@ -111,6 +111,8 @@ def _as_section(value: object, annotation: Any) -> str | None:
         besides = [": ".join(foreign.BESIDES[text.lower()])] if text.lower() in foreign.BESIDES else []
         required = [f"{name}: ..." for name in _required(section)]
         return f"{{{', '.join([f'kind: {kind}', *besides, *required])}}}"
+    if slots.plugin(annotation, text) is not None:
+        return f"{{kind: {_flow(text)}}}"
     if len(sections) == 1 and (option := _option_of_one_key(text, sections[0])) is not None:
         return f"{{{option}}}"
     return _as_file(text, annotation) if value is text else None

@@ -9,6 +9,7 @@ from pydantic_core import PydanticUndefined
 
 from trainer.config.base import Config
 from trainer.config.nodes import Node
+from trainer.config.plugins import Pluggable, PluginError, kinds
 
 
 class Slot(NamedTuple):
@@ -45,15 +46,29 @@ def sections(annotation: Any) -> list[type[Config]]:
     return [one for one in alternatives(annotation) if isinstance(one, type) and issubclass(one, Config)]
 
 
-def kinds(section: type[Config]) -> tuple[str, ...]:
-    """Return the values of `kind` that stand for a section; most have one or none."""
-    field = section.model_fields.get("kind")
-    return get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ()
+def plugins(annotation: Any) -> Pluggable | None:
+    """Return the plug-ins that may stand here besides the built-in kinds."""
+    if get_origin(annotation) is not Annotated:
+        return None
+    return next((one for one in get_args(annotation)[1:] if isinstance(one, Pluggable)), None)
+
+
+def plugin(annotation: Any, kind: object) -> type[Config] | None:
+    """Return the section of a plug-in that may stand here and can be imported."""
+    pluggable = plugins(annotation)
+    if pluggable is None or not isinstance(kind, str) or not pluggable.has(kind):
+        return None
+    try:
+        return pluggable.section(kind)
+    except PluginError:  # reported when the configuration is validated
+        return None
 
 
 def all_kinds(annotation: Any) -> list[str]:
-    """Return every value of `kind` that may stand here."""
-    return [kind for section in sections(annotation) for kind in kinds(section)]
+    """Return every value of `kind` that may stand here and has a name of its own."""
+    pluggable = plugins(annotation)
+    built_in = [kind for section in sections(annotation) for kind in kinds(section)]
+    return built_in if pluggable is None else list(dict.fromkeys([*built_in, *pluggable.names()]))
 
 
 def literals(annotation: Any) -> list[str]:
@@ -71,9 +86,9 @@ def kind_of(node: Node | None, slot: Slot) -> object:
 def section_of(slot: Slot, kind: object) -> type[Config] | None:
     """Return the section that stands here if its kind is `kind`."""
     found = sections(slot.annotation)
-    if len(found) == 1:
-        return found[0]
-    return next((section for section in found if kind in kinds(section)), None)
+    built_in = next((section for section in found if kind in kinds(section)), None)
+    section = built_in or plugin(slot.annotation, kind)
+    return found[0] if section is None and len(found) == 1 else section
 
 
 def field(section: type[Config] | None, key: str) -> Slot:
@@ -81,8 +96,12 @@ def field(section: type[Config] | None, key: str) -> Slot:
     info = section.model_fields.get(key) if section is not None else None
     if info is None:
         return UNKNOWN
+    annotation: Any = info.annotation
+    for pluggable in info.metadata:  # pydantic takes it off the annotation of a field
+        if isinstance(pluggable, Pluggable):
+            annotation = Annotated[annotation, pluggable]
     return Slot(
-        info.annotation, info.default if info.default_factory is None else info.get_default(call_default_factory=True)
+        annotation, info.default if info.default_factory is None else info.get_default(call_default_factory=True)
     )
 
 

@@ -57,7 +57,7 @@ def unknown_key(
     options = list(section.model_fields)
     owners = [kind for other in siblings if key in other.model_fields for kind in slots.kinds(other)]
     if owners:
-        kind = section.model_fields["kind"].default
+        kind = section.model_fields["kind"].default or section.__name__
         return f"unknown key for kind: {kind}; it is an option of kind: {' or '.join(owners)}"
     if key == "base":
         return "unknown key; base belongs to the top level"

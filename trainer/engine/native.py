@@ -9,7 +9,6 @@ from trainer.engine.nonfinite import Findings, is_finite
 from trainer.engine.reduce import square_norm
 from trainer.engine.step import NumericsConfig, StepEngine
 from trainer.models.gpt import GPT, is_decayed
-from trainer.optim.adamw import build_adamw
 from trainer.optim.registry import OptimConfig
 from trainer.parallel.replicate import GradientReducer
 from trainer.parallel.shard import is_sharded, local
@@ -22,8 +21,7 @@ class NativeEngine(StepEngine):
 
     def __init__(self, model: GPT, optim: OptimConfig, numerics: NumericsConfig, mesh: Mesh | None = None) -> None:
         super().__init__(model, numerics, Mesh.of_one() if mesh is None else mesh)
-        self.optimizer = build_adamw(
-            optim,
+        self.optimizer = optim.build(
             decayed=[p for name, p in self.parameters.items() if is_decayed(name, p)],
             not_decayed=[p for name, p in self.parameters.items() if not is_decayed(name, p)],
         )

@@ -8,6 +8,7 @@ from pydantic import Field
 from trainer.config.base import LINE_PATTERN, Config, Problem, repeated
 from trainer.config.nodes import shown
 from trainer.config.numbers import Count, Rows, Steps, Whole
+from trainer.config.plugins import KindConfig, Pluggable
 from trainer.errors import ConfigError
 
 _NOT_IN_A_PROJECT = r"/\#?%:"
@@ -54,6 +55,18 @@ class WandbConfig(Config):
             yield Problem("tags", f"{shown(twice[0])} is there twice; remove one")
 
 
+class TrackerOptions(KindConfig):
+    """Options of every tracker, all of which are plug-ins: `build(folder, *, start_step, config)` makes it."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Refuse a kind that is no plug-in."""
+        if type(self) is TrackerOptions:
+            yield Problem("kind", "no tracker has this name; write my_package.module:ClassConfig")
+
+
+TrackerConfig = Annotated[TrackerOptions, Pluggable("trackers", TrackerOptions)]
+
+
 class MetricsConfig(Config):
     """Metrics that are logged while training, to metrics.jsonl and routing.jsonl at least."""
 
@@ -65,6 +78,8 @@ class MetricsConfig(Config):
     """Weights & Biases."""
     tensorboard: bool = False
     """Write the same metrics to the run folder for TensorBoard, too; needs `pip install 'turnout[tensorboard]'`."""
+    trackers: list[TrackerConfig] = Field(default=[])
+    """Trackers of your own, which get the same metrics."""
     routing_gap_every: Count | None = None
     """Steps between comparisons of the routers' choices with the best ones there are (`routing_gap`). Null: never."""
     routing_gap_rows: Rows = 2

@@ -4,12 +4,14 @@ A choice that is timed when the run starts differs between two starts of one run
 sum, so a resumed run would no longer be the run it continues.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from trainer.config.plugins import PluggableFunction
 from trainer.ops import expert_ffn
 from trainer.ops.expert_ffn import Activation, activate
 from trainer.ops.fused_ffn import (
@@ -54,7 +56,14 @@ def run_experts(
         return fused(x, rows_per_expert, w_in, w_out, activation, parts)
     # Behind the cast, so that zeros are written in the narrower dtype. The fused kernels write theirs themselves.
     w_in, w_out = (expert_ffn.without_idle_gradients(w.to(x.dtype), rows_per_expert) for w in (w_in, w_out))
-    return _KERNELS[kernel](x, rows_per_expert, w_in, w_out, activation)
+    run = _KERNELS.get(kernel) or _plugin_kernel(kernel)
+    return run(x, rows_per_expert, w_in, w_out, activation)
+
+
+@cache
+def _plugin_kernel(name: str) -> Callable[..., Tensor]:
+    """Return a kernel that is a plug-in: module:function, or the name of an entry point."""
+    return PluggableFunction("experts_kernels").function(name)
 
 
 @cache

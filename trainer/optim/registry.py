@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Annotated, Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from trainer.config.base import Config, Problem
+from trainer.config.base import Problem
 from trainer.config.numbers import Coefficient, Epsilon, Whole
+from trainer.config.plugins import KindConfig, Pluggable
 from trainer.optim import schedule
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -18,22 +23,37 @@ LearningRate = Annotated[float, Field(gt=0, le=1e3)]
 WarmupShare = Annotated[float, Field(ge=0, le=1e6)]
 
 
-class AdamWConfig(Config):
+class OptimizerOptions(KindConfig):
+    """Options of every optimizer.
+
+    Its state of a parameter is `step` and two tensors of the parameter's shape, `exp_avg` and `exp_avg_sq`, and it
+    updates each element by itself, so that weights can be sharded and checkpoints loaded into another layout.
+    """
+
+    weight_decay: Coefficient = 0.1
+    """Decoupled decay of weight matrices: attention, feed-forward, experts, router gate, output head."""
+
+
+class AdamWConfig(OptimizerOptions):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101); norms, biases and embeddings are not decayed."""
 
     kind: Literal["adamw"] = "adamw"
-    weight_decay: Coefficient = 0.1
-    """Decoupled decay of weight matrices: attention, feed-forward, experts, router gate, output head."""
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)
     """Decay rates of the first and second moment."""
     eps: Epsilon = 1e-8
     """Added to the root of the second moment."""
 
+    def build(self, *, decayed: Iterable[nn.Parameter], not_decayed: Iterable[nn.Parameter]) -> Optimizer:
+        """Make the optimizer of two groups of parameters; its learning rate is set before every step."""
+        from trainer.optim.adamw import build_adamw
 
-OptimConfig = AdamWConfig
+        return build_adamw(self, decayed=decayed, not_decayed=not_decayed)
 
 
-class WarmupOptions(Config):
+OptimConfig = Annotated[AdamWConfig, Pluggable("optimizers", OptimizerOptions)]
+
+
+class WarmupOptions(KindConfig):
     """Warmup, which every schedule begins with."""
 
     peak_lr: LearningRate = 1e-3
@@ -95,4 +115,6 @@ class WarmupStableDecayConfig(WarmupOptions):
         )
 
 
-ScheduleConfig = Annotated[WarmupCosineConfig | WarmupStableDecayConfig, Field(discriminator="kind")]
+ScheduleConfig = Annotated[
+    WarmupCosineConfig | WarmupStableDecayConfig, Field(discriminator="kind"), Pluggable("schedules", WarmupOptions)
+]

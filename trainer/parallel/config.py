@@ -6,6 +6,7 @@ from pydantic import Field
 
 from trainer.config.base import Config
 from trainer.config.numbers import Count, Experts, Rows
+from trainer.config.plugins import PluggableFunction
 from trainer.moe.dispatch.registry import AllToAllDispatcherConfig, DispatcherConfig
 
 
@@ -27,7 +28,10 @@ class ParallelConfig(Config):
     check_copies_every: Count | None = 100
     """Steps between comparisons of what several ranks hold copies of; there is one before each save as well. Null: only
     then."""
-    experts_kernel: Literal["auto", "loop", "padded", "grouped", "fused", "fused_onednn"] = "auto"
-    """Kernel of the experts. `auto` is resolved from a table of measurements and recorded in the run folder."""
+    experts_kernel: Annotated[
+        Literal["auto", "loop", "padded", "grouped", "fused", "fused_onednn"], PluggableFunction("experts_kernels")
+    ] = "auto"
+    """Kernel of the experts. `auto` is resolved from a table of measurements and recorded in the run folder.
+    `my_package.module:function` is a kernel of your own, called as those in trainer/ops/expert_ffn.py are."""
     compile: bool = False
     """Compile what runs between the matrix products with torch.compile; needs a C++ compiler on the CPU."""

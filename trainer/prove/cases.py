@@ -8,7 +8,7 @@ from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.engine.deepspeed.passthrough import free_options
 from trainer.engine.registry import NativeEngineConfig
 from trainer.experiment import ExperimentConfig
-from trainer.moe.dispatch.registry import ExchangeOptions
+from trainer.moe.dispatch.registry import ExchangeOptions, LocalDispatcherConfig
 from trainer.moe.terms import loss_terms
 
 MOST_RANKS = 4
@@ -76,7 +76,7 @@ def all_cases(config: ExperimentConfig, engines: Sequence[str] | None = None) ->
 
 
 def _native_cases(config: ExperimentConfig) -> list[Case]:
-    rows, moe = config.train.global_batch_size, config.model.moe
+    rows, moe, dispatcher = config.train.global_batch_size, config.model.moe, config.parallel.dispatcher
     num_experts = 1 if moe is None else moe.num_experts
     # Halves and single rows, which are the same of two rows; of one row there is only the reference.
     cases = [Case(micro_batch_size=size) for size in dict.fromkeys((-(-rows // 2), 1)) if size < rows]
@@ -95,6 +95,8 @@ def _native_cases(config: ExperimentConfig) -> list[Case]:
             kinds = ["all_gather"]
             if moe is not None and moe.capacity.factor is not None:
                 kinds.append("padded_all_to_all")
+            if not isinstance(dispatcher, ExchangeOptions | LocalDispatcherConfig):
+                kinds.append(dispatcher.kind)  # a plug-in
             cases += [Case(**here, dispatcher=kind, micro_batch_size=share) for kind in kinds]
             if num_experts // ep_size > 1:
                 cases.append(Case(**here, chunks=2, micro_batch_size=share))
@@ -105,15 +107,17 @@ def _native_cases(config: ExperimentConfig) -> list[Case]:
 
 def as_config(config: ExperimentConfig, case: Case) -> ExperimentConfig:
     """Return the config under another layout."""
-    mine = config.parallel.dispatcher
+    mine, kernel = config.parallel.dispatcher, config.parallel.experts_kernel
     dispatcher = mine.model_dump() if mine.kind == case.dispatcher else {"kind": case.dispatcher}
+    if case.chunks > 1 or "chunks" in dispatcher:
+        dispatcher["chunks"] = case.chunks
     parallel = {
         **config.parallel.model_dump(),
         "ep_size": case.ep_size,
         "micro_batch_size": case.micro_batch_size,
-        "dispatcher": dispatcher | {"chunks": case.chunks},
+        "dispatcher": dispatcher,
         "data": case.data,
-        "experts_kernel": "auto",
+        "experts_kernel": kernel if ":" in kernel else "auto",
         "device": "cpu",
         "compile": False,
     }

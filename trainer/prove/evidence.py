@@ -78,7 +78,7 @@ def collect(config: ExperimentConfig, mesh: Mesh, *, steps: int) -> Evidence:
 
 def _train(config: ExperimentConfig, engine: StepEngine, stream: TrainStream, mesh: Mesh, *, steps: int) -> Evidence:
     schedule = config.schedule.build(total_steps=config.train.steps)
-    evidence = Evidence(start=_weights(engine, mesh), adam_eps=config.optim.eps)
+    evidence = Evidence(start=_weights(engine, mesh), adam_eps=getattr(config.optim, "eps", 1e-8))
     for step in range(steps):
         batches = stream.micro_batches(
             step * config.train.global_batch_size,

@@ -1,6 +1,7 @@
 """Trackers of a run's records: metrics.jsonl and routing.jsonl always; others beside them, which may fail."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -73,6 +74,50 @@ class JsonlTracker:
         """Close the files."""
         self._metrics.close()
         self._routing.close()
+
+
+class PluginTracker:
+    """A tracker of a user's: after its first error it is left out, with a warning, and the run continues."""
+
+    def __init__(self, kind: str, build: Callable[[], Tracker], *, warn: Callable[[str], None]) -> None:
+        """Make the tracker.
+
+        Args:
+            kind: its name in messages.
+            build: makes it.
+            warn: called with the one warning.
+        """
+        self._kind, self._warn = kind, warn
+        self._tracker: Tracker | None = None
+        with self._dropping_on_error():
+            self._tracker = build()
+
+    def log(self, record: Logged, experts: Logged | None = None) -> None:
+        """Keep a record."""
+        with self._dropping_on_error():
+            if self._tracker is not None:
+                self._tracker.log(record, experts)
+
+    def written(self) -> list[tuple[str, str]]:
+        """Return what it keeps and where; nothing after an error."""
+        with self._dropping_on_error():
+            return [] if self._tracker is None else self._tracker.written()
+        return []
+
+    def close(self, exit_code: int, *, patience_s: float) -> None:
+        """Close the tracker."""
+        with self._dropping_on_error():
+            if self._tracker is not None:
+                self._tracker.close(exit_code, patience_s=patience_s)
+        self._tracker = None
+
+    @contextmanager
+    def _dropping_on_error(self) -> Generator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._tracker = None
+            self._warn(f"metrics.trackers: {self._kind}: {type(error).__name__}: {error}; going on without it")
 
 
 class Trackers:

@@ -1,5 +1,6 @@
 """The composition root: from a config to everything a run needs. The only module that knows every implementation."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from trainer.metrics.profiler import Profiler
 from trainer.metrics.system_stats import Machine
 from trainer.models.flops import model_size
 from trainer.moe.causality import evaluation_warning, training_warning
-from trainer.trackers.base import JsonlTracker, Tracker, Trackers
+from trainer.trackers.base import JsonlTracker, PluginTracker, Tracker, Trackers
 from trainer.trackers.tensorboard import TensorBoardTracker
 from trainer.trackers.wandb import WandbTracker
 from trainer.training import out_of_memory
@@ -212,6 +213,14 @@ def track(run: Run) -> Trackers:
                 warn=run.console.warning,
             )
         )
+    for section in config.trackers:
+        build = partial(
+            section.build,  # type: ignore[attr-defined] - every plug-in has it
+            run.folder.path,
+            start_step=run.start_step,
+            config=run.config.model_dump(mode="json"),
+        )
+        others.append(PluginTracker(section.kind, build, warn=run.console.warning))
     run.trackers.add(others)
     return run.trackers
 

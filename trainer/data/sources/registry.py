@@ -9,6 +9,7 @@ from pydantic import Field
 
 from trainer.config.base import Config, Problem, repeated
 from trainer.config.nodes import shown
+from trainer.config.plugins import KindConfig, Pluggable
 from trainer.data.records.bad_records import OnBadRow
 from trainer.data.records.filters import FilterConfig
 from trainer.data.records.registry import DatasetConfig, JsonlRowsConfig, Name, Paths
@@ -20,6 +21,15 @@ if TYPE_CHECKING:
 Domain = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Weight = Annotated[float, Field(ge=1e-18, le=1e18)]
 """Only ratios count: tokens of a corpus will do."""
+
+
+class SourceOptions(KindConfig):
+    """Options of every source that is a plug-in."""
+
+    domain: Domain = "plugin"
+    """Name of the domain in per-domain losses."""
+    weight: Weight = 1.0
+    """Share of the mixture, split evenly over the domains found."""
 
 
 class InstalledSourceConfig(Config):
@@ -161,4 +171,5 @@ class HfStreamSourceConfig(TableConfig, DatasetConfig):
 SourceConfig = Annotated[
     InstalledSourceConfig | TextSourceConfig | JsonlSourceConfig | HfSourceConfig | HfStreamSourceConfig,
     Field(discriminator="kind"),
+    Pluggable("sources", SourceOptions),
 ]

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from trainer.config.base import Config, PathText
+from trainer.config.base import PathText
 from trainer.config.numbers import Count
+from trainer.config.plugins import KindConfig, Pluggable
 
 if TYPE_CHECKING:
     from trainer.data.config import DataConfig
@@ -17,7 +18,11 @@ if TYPE_CHECKING:
     from trainer.data.tokenizers.base import Tokenizer
 
 
-class ByteTokenizerConfig(Config):
+class TokenizerOptions(KindConfig):
+    """Options of every tokenizer."""
+
+
+class ByteTokenizerConfig(TokenizerOptions):
     """One token per UTF-8 byte; 0xFF, which UTF-8 never uses, ends a document."""
 
     kind: Literal["byte"] = "byte"
@@ -29,7 +34,7 @@ class ByteTokenizerConfig(Config):
         return ByteTokenizer()
 
 
-class BPETokenizerConfig(Config):
+class BPETokenizerConfig(TokenizerOptions):
     """Byte-level BPE, trained on the training side of the run's own text, which then lies in the cache as bytes too."""
 
     kind: Literal["bpe"] = "bpe"
@@ -51,7 +56,7 @@ class BPETokenizerConfig(Config):
         return trained_tokenizer(self, data, progress=progress)
 
 
-class FileTokenizerConfig(Config):
+class FileTokenizerConfig(TokenizerOptions):
     """A byte-level tokenizer.json (GPT-2, Llama 3, Qwen), or one that falls back to bytes (Llama 2, Mistral, Gemma).
 
     What it would change in a text is left out: a space before it, NFC, BOS and EOS, padding, truncation.
@@ -74,4 +79,8 @@ class FileTokenizerConfig(Config):
         return read_tokenizer(Path(self.path), end_of_document=self.end_of_document)
 
 
-TokenizerConfig = Annotated[ByteTokenizerConfig | BPETokenizerConfig | FileTokenizerConfig, Field(discriminator="kind")]
+TokenizerConfig = Annotated[
+    ByteTokenizerConfig | BPETokenizerConfig | FileTokenizerConfig,
+    Field(discriminator="kind"),
+    Pluggable("tokenizers", TokenizerOptions),
+]

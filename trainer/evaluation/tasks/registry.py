@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from trainer.config.base import Config, PathText, Problem, repeated
+from trainer.config.base import PathText, Problem, repeated
 from trainer.config.nodes import shown
 from trainer.config.numbers import Coefficient, Count, Length
+from trainer.config.plugins import KindConfig, Pluggable
 from trainer.data.records.filters import FilterConfig
 from trainer.data.records.registry import RowsConfig
 from trainer.data.records.template import TemplateText
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 Column = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
-class TaskConfig(Config):
+class TaskConfig(KindConfig):
     """Options of all tasks: rows, each of which becomes one question."""
 
     name: Domain
@@ -154,7 +155,11 @@ class GenerationTaskConfig(TaskConfig):
         return GenerationTask(self, tokenizer, seq_len=seq_len)
 
 
-AnyTaskConfig = Annotated[ChoiceTaskConfig | RankingTaskConfig | GenerationTaskConfig, Field(discriminator="kind")]
+AnyTaskConfig = Annotated[
+    ChoiceTaskConfig | RankingTaskConfig | GenerationTaskConfig,
+    Field(discriminator="kind"),
+    Pluggable("tasks", TaskConfig),
+]
 
 
 def _exactly_one(**fields: object) -> Iterator[Problem]:

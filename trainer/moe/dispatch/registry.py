@@ -6,15 +6,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from trainer.config.base import Config
 from trainer.config.numbers import Experts
+from trainer.config.plugins import KindConfig, Pluggable
 
 if TYPE_CHECKING:
     from trainer.distributed.mesh import Mesh
     from trainer.moe.dispatch.base import Dispatcher
 
 
-class LocalDispatcherConfig(Config):
+class DispatcherOptions(KindConfig):
+    """Options of every dispatcher."""
+
+
+class LocalDispatcherConfig(DispatcherOptions):
     """All experts are here: rows are grouped by expert and nothing is sent."""
 
     kind: Literal["local"] = "local"
@@ -27,7 +31,7 @@ class LocalDispatcherConfig(Config):
         return LocalDispatcher()
 
 
-class ExchangeOptions(Config):
+class ExchangeOptions(DispatcherOptions):
     """Options of all dispatchers that send rows."""
 
     wire: Literal["compute", "bfloat16"] = "compute"
@@ -98,4 +102,5 @@ DispatcherConfig = Annotated[
     | AllGatherDispatcherConfig
     | HierarchicalDispatcherConfig,
     Field(discriminator="kind"),
+    Pluggable("dispatchers", DispatcherOptions),
 ]

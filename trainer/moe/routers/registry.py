@@ -1,13 +1,15 @@
 """The union of the routers' configs that `model.moe.router` accepts. Imports no torch.
 
-To add a router: an implementation file beside this one, a config class in config/, and its name here.
+To add a router: one file beside this one with its config class and its implementation, and a line in `ROUTER_MODULES`.
 """
 
-from typing import Annotated
+from typing import Annotated, Final
 
 from pydantic import Field
 
+from trainer.config.plugins import Pluggable
 from trainer.moe.routers.config.fixed import HashRouterConfig, RandomRouterConfig, RoundRobinRouterConfig
+from trainer.moe.routers.config.options import RouterOptions
 from trainer.moe.routers.config.sequence_choice import (
     BASELayerRouterConfig,
     ExpertChoiceRouterConfig,
@@ -27,6 +29,9 @@ from trainer.moe.routers.config.token_choice import (
     TopKRouterConfig,
     TopPRouterConfig,
 )
+
+ROUTER_MODULES: Final[dict[str, str]] = {}
+"""Kinds that are imported, with torch, when a configuration names them: "x": "trainer.moe.routers.x:XRouterConfig"."""
 
 RouterConfig = Annotated[
     TopKRouterConfig
@@ -48,4 +53,5 @@ RouterConfig = Annotated[
     | DenseRouterConfig
     | RoundRobinRouterConfig,
     Field(discriminator="kind"),
+    Pluggable("routers", RouterOptions, ROUTER_MODULES),
 ]

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from trainer.config.base import Config, Problem, Renamed
+from trainer.config.base import Problem, Renamed
 from trainer.config.numbers import Experts, ExtraExperts, Factor
+from trainer.config.plugins import KindConfig
 
 if TYPE_CHECKING:
     from trainer.moe.routing import Router
@@ -16,11 +17,11 @@ if TYPE_CHECKING:
 Score = Literal["softmax", "sigmoid"]
 
 
-class RouterOptions(Config):
+class RouterOptions(KindConfig):
     """Base class of all router configs.
 
-    A new router is a subclass with a `kind` and a `build`; whatever else the trainer must know about a router it reads
-    from the flags and properties below, never from a list of names.
+    A new router is a subclass with a `build`; whatever else the trainer must know about a router it reads from the
+    flags and properties below, never from a list of names.
     """
 
     ranks_choices: ClassVar[bool] = False
