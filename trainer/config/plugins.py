@@ -1,18 +1,18 @@
 """Plug-ins: kinds that are not built in, from a user's own package.
 
-A `kind` of the form `my_package.module:ClassConfig` names a class; modules are looked up in the working directory first,
-as with `python -m`, then among the installed packages. An installed package can give its kinds short names with entry
+A `kind` of the form `my_package.module:ClassConfig` names a class. Its module is looked up in the working directory, as
+with `python -m`, then among the installed packages. An installed package can give its kinds short names with entry
 points of the group `turnout.GROUP`. Nothing is imported before a configuration names it.
 """
 
 import difflib
 import importlib
-import os
 import re
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, Final, Literal, get_args, get_origin
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError, model_validator
@@ -203,7 +203,7 @@ def load_object(path: str, *, alike: Callable[[object], bool]) -> Any:
 
 
 def _import(name: str) -> Any:
-    here = os.getcwd()
+    here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
         importlib.invalidate_caches()
