@@ -5,13 +5,14 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from trainer.optim.registry import AdamWConfig
 
+Parameters = Iterable[nn.Parameter]
 
-def build_adamw(
-    config: AdamWConfig, *, decayed: Iterable[nn.Parameter], not_decayed: Iterable[nn.Parameter]
-) -> torch.optim.AdamW:
+
+def build_adamw(config: AdamWConfig, *, decayed: Parameters, not_decayed: Parameters) -> Optimizer:
     """Make the optimizer; its learning rate is set before every step.
 
     Sharded weights are groups of their own: torch's fused update takes one kind of tensor at a time.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -14,8 +14,7 @@ from trainer.config.plugins import KindConfig, Pluggable
 from trainer.optim import schedule
 
 if TYPE_CHECKING:
-    from torch import nn
-    from torch.optim import Optimizer
+    from trainer.optim.adamw import Optimizer, Parameters
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -43,7 +42,7 @@ class AdamWConfig(OptimizerOptions):
     eps: Epsilon = 1e-8
     """Added to the root of the second moment."""
 
-    def build(self, *, decayed: Iterable[nn.Parameter], not_decayed: Iterable[nn.Parameter]) -> Optimizer:
+    def build(self, *, decayed: Parameters, not_decayed: Parameters) -> Optimizer:
         """Make the optimizer of two groups of parameters; its learning rate is set before every step."""
         from trainer.optim.adamw import build_adamw
 
