@@ -7,21 +7,24 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from trainer.optim.registry import AdamWConfig
-
 Parameters = Iterable[nn.Parameter]
 
 
-def build_adamw(config: AdamWConfig, *, decayed: Parameters, not_decayed: Parameters) -> Optimizer:
+def build_adamw(
+    *,
+    decayed: Parameters,
+    not_decayed: Parameters,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> Optimizer:
     """Make the optimizer; its learning rate is set before every step.
 
     Sharded weights are groups of their own: torch's fused update takes one kind of tensor at a time.
     """
     groups = [
-        {"params": [p for p in parameters if isinstance(p, DTensor) == is_sharded], "weight_decay": weight_decay}
-        for parameters, weight_decay in ((list(decayed), config.weight_decay), (list(not_decayed), 0.0))
+        {"params": [p for p in parameters if isinstance(p, DTensor) == is_sharded], "weight_decay": decay}
+        for parameters, decay in ((list(decayed), weight_decay), (list(not_decayed), 0.0))
         for is_sharded in (False, True)
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=0.0, betas=config.betas, eps=config.eps, fused=True
-    )
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=betas, eps=eps, fused=True)

@@ -46,7 +46,13 @@ class AdamWConfig(OptimizerOptions):
         """Make the optimizer of two groups of parameters; its learning rate is set before every step."""
         from trainer.optim.adamw import build_adamw
 
-        return build_adamw(self, decayed=decayed, not_decayed=not_decayed)
+        return build_adamw(
+            decayed=decayed,
+            not_decayed=not_decayed,
+            weight_decay=self.weight_decay,
+            betas=self.betas,
+            eps=self.eps,
+        )
 
 
 OptimConfig = Annotated[AdamWConfig, Pluggable("optimizers", OptimizerOptions)]

@@ -3,7 +3,6 @@
 import torch
 from torch import nn
 
-from trainer.optim.adamw import build_adamw
 from trainer.optim.registry import AdamWConfig
 
 
@@ -11,7 +10,7 @@ def _moved(config: AdamWConfig, *, is_decayed: bool) -> float:
     """Return where a weight of 1 is after gradients of 1 and 3 with a learning rate of 0.1."""
     weight = nn.Parameter(torch.ones(1))
     parts = ([weight], []) if is_decayed else ([], [weight])
-    optimizer = build_adamw(config, decayed=parts[0], not_decayed=parts[1])
+    optimizer = config.build(decayed=parts[0], not_decayed=parts[1])
     for gradient in (1.0, 3.0):
         weight.grad = torch.tensor([gradient])
         for group in optimizer.param_groups:
