@@ -131,7 +131,7 @@ def test_a_bad_row_is_found_before_the_first_step(workplace: Path) -> None:
     result = _run(workplace, "train", "tiny.yaml")
     assert (result.returncode, result.stderr) == (
         3,
-        "rows.jsonl:8: 'mood' is 2; the 2 texts to choose from have the numbers 0 to 1; correct or remove the row\n",
+        "rows.jsonl:8: 'mood' is 2; the 2 texts to choose from are numbered 0 to 1; correct or remove the row\n",
     )
     assert "step" not in result.stdout and not (workplace / "runs/tiny/checkpoints").exists()
 

@@ -10,7 +10,7 @@ import pytest
 
 from scripts.recipes.__main__ import RECIPES
 from tests.launched_ranks import ROOT
-from trainer.evaluation.tasks.text_metrics import judge
+from trainer.evaluation.tasks.text_metrics import score_texts
 
 
 def run(folder: Path, *arguments: str) -> None:
@@ -46,7 +46,7 @@ def test_reviews_are_understood(results):
 def test_summaries_say_what_was_agreed_on(results, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "data/small/summarization/test.jsonl").read_text().splitlines()]
     first_lines = [row["dialogue"].split("\n")[0] for row in rows]
-    lead = judge("rouge", first_lines, [[row["summary"]] for row in rows], bleu_tokenize="13a").values["rougeL"]
+    lead = score_texts("rouge", first_lines, [[row["summary"]] for row in rows], bleu_tokenize="13a").values["rougeL"]
     assert results["eval/summary/rougeL"] > lead + 0.2
     assert results["eval/summary/exact_match"] > 0.3
 

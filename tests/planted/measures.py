@@ -6,8 +6,8 @@ FAULTS = [
     in_package(
         "the beginning of a long prompt is kept",
         "evaluation/scoring.py",
-        "prompt[-room:]",
-        "prompt[:room]",
+        "prompt[-max_prompt:]",
+        "prompt[:max_prompt]",
         "evaluation/test_scoring.py",
     ),
     in_package(
@@ -19,17 +19,17 @@ FAULTS = [
     ),
     in_package(
         "the benefit of a tie goes to the right candidate",
-        "evaluation/tasks/ranking.py",
+        "evaluation/tasks/ranking_task.py",
         "else -values[i], i in relevant)",
         "else -values[i], i not in relevant)",
-        "evaluation/tasks/test_ranking.py",
+        "evaluation/tasks/test_ranking_task.py",
     ),
     in_package(
         "classes that were wrongly chosen have no F1",
-        "evaluation/tasks/choice.py",
+        "evaluation/tasks/choice_task.py",
         "{*chosen, *answers}",
         "{*answers}",
-        "evaluation/tasks/test_choice.py",
+        "evaluation/tasks/test_choice_task.py",
     ),
     in_package(
         "a domain's bits are nats",
@@ -47,10 +47,10 @@ FAULTS = [
     ),
     in_package(
         "the best gain has no end at k",
-        "evaluation/tasks/ranking.py",
-        "range(1, min(k, len(places)) + 1)",
-        "range(1, len(places) + 1)",
-        "evaluation/tasks/test_ranking.py::test_metrics_equal_hand_computed_ones",
+        "evaluation/tasks/ranking_task.py",
+        "range(1, min(k, len(ranks)) + 1)",
+        "range(1, len(ranks) + 1)",
+        "evaluation/tasks/test_ranking_task.py::test_metrics_equal_hand_computed_ones",
     ),
     in_package(
         "imbalance is of the mean layer",
@@ -61,10 +61,10 @@ FAULTS = [
     ),
     in_package(
         "answers are compared over all characters",
-        "evaluation/tasks/choice.py",
+        "evaluation/tasks/choice_task.py",
         "len(text.encode()) for text",
         "len(text) for text",
-        "evaluation/tasks/test_choice.py",
+        "evaluation/tasks/test_choice_task.py",
     ),
     in_package(
         "a nucleus ends before it has p",

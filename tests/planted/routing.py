@@ -84,8 +84,8 @@ FAULTS = [
     in_package(
         "the yardstick has one place less",
         "evaluation/routing_optimum.py",
-        "kept.long().cumsum(0) <= room",
-        "kept.long().cumsum(0) < room",
+        "kept.long().cumsum(0) <= capacity",
+        "kept.long().cumsum(0) < capacity",
         "evaluation/test_routing_optimum.py",
     ),
     in_package(

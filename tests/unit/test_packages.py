@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 
 from trainer import packages
 from trainer.errors import ConfigError
-from trainer.evaluation.tasks.text_metrics import judge
+from trainer.evaluation.tasks.text_metrics import score_texts
 from trainer.ops.assignment import balanced_assignment, solve_linear_program
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
@@ -52,4 +52,4 @@ def test_metrics_and_solvers_name_their_extra_when_they_are_reached_without_it(m
         balanced_assignment(scores)
     for metric in ("bleu", "chrf", "rouge"):
         with pytest.raises(ConfigError, match=r"^eval\.tasks: \w+: .*; pip install 'turnout\[text-metrics\]'$"):
-            judge(metric, ["a"], [["a"]], bleu_tokenize="13a")
+            score_texts(metric, ["a"], [["a"]], bleu_tokenize="13a")

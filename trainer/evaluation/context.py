@@ -8,8 +8,8 @@ from trainer.distributed.collectives import Group
 from trainer.engine.base import Engine
 
 KV_CACHE_BATCH_FACTOR = 4
-"""Tokens of a cached pass for each token of a training micro-batch: inference keeps one layer's activations and few
-logits, where training keeps all layers' and a logit for each token and entry of the vocabulary."""
+"""Tokens of a cached pass per token of a training micro-batch: inference keeps one layer's activations and few logits,
+where training keeps all layers' and one logit per token and vocabulary entry."""
 
 _Item = TypeVar("_Item")
 
@@ -20,33 +20,33 @@ class EvalContext:
 
     engine: Engine
     world: Group
-    """All ranks. Each examines its part, and all run the same number of forward passes, since experts exchange tokens
+    """All ranks. Each evaluates its share, and all run the same number of forward passes, since experts exchange tokens
     in each of them."""
     tokens_per_pass: int
-    """Most tokens of a forward pass of one rank, padding included; a row that is longer has one of its own."""
+    """Token budget of one rank's forward pass, padding included; a longer sequence gets a pass of its own."""
 
     @property
     def seq_len(self) -> int:
-        """Tokens that the model can read at once."""
+        """Longest sequence of the model, in tokens."""
         return self.engine.model.config.seq_len
 
 
-def batches(
-    items: Sequence[_Item], sizes: Sequence[int], *, budget: int, most: int | None = None
+def split_batches(
+    items: Sequence[_Item], sizes: Sequence[int], *, budget: int, max_items: int | None = None
 ) -> Iterator[list[_Item]]:
-    """Cut items into lists of neighbours.
+    """Split items into batches of neighbours.
 
     Args:
-        items: what to cut; alike ones should stand together.
+        items: what to split; neighbours should have similar sizes.
         sizes: tokens of each.
-        budget: most tokens of a list, each item filled up to the longest in it; one alone may have more.
-        most: most items of a list.
+        budget: most tokens of a batch, each item padded to the longest in it; a single item may exceed it.
+        max_items: most items of a batch.
     """
     batch: list[_Item] = []
     longest = 0
     for item, size in zip(items, sizes, strict=True):
         longest = max(longest, size)
-        if batch and (longest * (len(batch) + 1) > budget or len(batch) == most):
+        if batch and (longest * (len(batch) + 1) > budget or len(batch) == max_items):
             yield batch
             batch, longest = [], size
         batch.append(item)

@@ -1,22 +1,21 @@
-"""Everything that is found out about a model at one moment: held-out text and tasks."""
+"""Results of one evaluation: held-out text and tasks."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from trainer.atomic_io import replace_file
 from trainer.evaluation.held_out import EvalResult
-from trainer.evaluation.tasks.base import Task, TaskResult
+from trainer.evaluation.tasks.base import Every, Task, TaskResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalReport:
-    """Results of what was due."""
+    """Results of one evaluation."""
 
     held_out: EvalResult | None
-    """None: only tasks were."""
+    """None: only tasks were evaluated."""
     tasks: Sequence[TaskResult]
 
     def record(self) -> dict[str, float]:
@@ -27,22 +26,22 @@ class EvalReport:
         return record
 
 
-def due(tasks: Sequence[Task], done: int, *, with_held_out: bool, is_last: bool) -> list[Task]:
-    """Return the tasks to evaluate after `done` steps; after the last step that is all of them."""
+def due_tasks(tasks: Sequence[Task], done: int, *, with_held_out: bool, is_last: bool) -> list[Task]:
+    """Return the tasks to evaluate after `done` steps: all of them after the last step."""
 
-    def is_due(every: int | Literal["end"] | None) -> bool:
+    def is_due(every: Every) -> bool:
         if every is None:
             return with_held_out or is_last
         return is_last or (every != "end" and done % every == 0)
 
-    return [task for task in tasks if is_due(task.config.every)]
+    return [task for task in tasks if is_due(task.every)]
 
 
 def write_predictions(folder: Path, result: TaskResult, *, step: int) -> Path | None:
-    """Write what a model wrote at a step, one JSON object a line; return the file, or None if it wrote nothing.
+    """Write the texts generated at a step, one JSON object per line; return the file, or None if there are none.
 
     Raises:
-        OSError: if the disk refuses.
+        OSError: if the file cannot be written.
     """
     if not result.predictions:
         return None

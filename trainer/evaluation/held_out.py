@@ -1,4 +1,4 @@
-"""Evaluation on held-out text: loss and bits per byte by domain, dropless and at capacity.
+"""Evaluate held-out text: loss and bits per byte by domain, dropless and at capacity.
 
 # L MoE layers, E experts.
 """
@@ -18,12 +18,12 @@ from trainer.moe.capacity import capacity_causality
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainResult:
-    """One domain's held-out text, as far as it was evaluated."""
+    """Results of one domain's held-out text."""
 
     domain: str
     sums: EvalSums
     target_bytes: int
-    """Bytes of text that the target tokens stand for."""
+    """UTF-8 bytes of the target tokens."""
 
     @property
     def loss(self) -> float:
@@ -32,27 +32,27 @@ class DomainResult:
 
     @property
     def bits_per_byte(self) -> float:
-        """Comparable between tokenizers."""
+        """Loss in bits per byte of text, comparable between tokenizers."""
         return self.sums.loss_sum / math.log(2) / max(1, self.target_bytes)
 
     @property
     def counts(self) -> list[list[int]]:
-        """(L, E) assignments of what was predicted, not of prompts; empty for a dense model."""
+        """(L, E) assignments of predicted tokens, without prompts; empty for a dense model."""
         return [] if self.sums.routing is None else self.sums.routing.counts.tolist()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalResult:
-    """All domains' held-out text."""
+    """Results of all domains' held-out text."""
 
     domains: Sequence[DomainResult]
-    """Dropless: what the model can do."""
+    """Dropless."""
     at_capacity: Sequence[DomainResult] | None
-    """With the capacity of training; None where there is none or it was not asked for."""
+    """With the capacity of training; None without a capacity, or if not requested."""
     looks_ahead: bool = False
-    """The model has seen some of what it predicts: a token's experts depend on later tokens."""
+    """The routing is not causal: a token's experts depend on later tokens, which the model predicts."""
     capacity_looks_ahead: bool = False
-    """True if `at_capacity` depends on later tokens, which can take a token's place."""
+    """The same for `at_capacity`: later tokens can displace a token at an expert."""
 
     def record(self) -> dict[str, float]:
         """Return the evaluation keys of metrics.jsonl."""
@@ -78,7 +78,7 @@ class EvalResult:
         return [list(layer) for layer in zip(*(d.counts for d in self.domains), strict=True)]
 
 
-def evaluate(
+def evaluate_held_out(
     engine: Engine,
     corpus: Corpus,
     *,
@@ -89,23 +89,24 @@ def evaluate(
     layout: Layout,
     top_k: int | None = None,
 ) -> EvalResult:
-    """Evaluate every domain's held-out text, each token of it at most once.
+    """Evaluate every domain's held-out text, each token at most once. Collective.
 
     Args:
-        engine: evaluates batches.
-        corpus: whose validation text.
-        packing: how it becomes rows.
-        batch_size: rows in a forward pass of each rank.
-        max_tokens_per_domain: evenly spaced rows of at most so many tokens; None: the whole text.
+        engine: the model.
+        corpus: the text.
+        packing: how documents become rows.
+        batch_size: rows per forward pass and rank.
+        max_tokens_per_domain: token budget of a domain, spent on evenly spaced rows; None: the whole text.
         at_capacity: evaluate a second time with the capacity of training, if the model has one.
-        layout: every rank evaluates its part of each batch; all get the result of all.
+        layout: each rank evaluates its share of a batch; all ranks get the sums of all.
         top_k: experts per token instead of the configured number.
     """
     moe = engine.model.config.moe
-    passes = [True] + ([False] if at_capacity and moe is not None and moe.capacity.factor is not None else [])
+    has_capacity = moe is not None and moe.capacity.factor is not None
+    passes = [True, False] if at_capacity and has_capacity else [True]
     results = [
         [
-            _domain(
+            _evaluate_domain(
                 engine,
                 corpus,
                 index,
@@ -130,7 +131,7 @@ def evaluate(
     )
 
 
-def _domain(
+def _evaluate_domain(
     engine: Engine,
     corpus: Corpus,
     index: int,
@@ -155,8 +156,8 @@ def _domain(
     ):
         targets = batch.targets[batch.target_mask].numpy()
         target_bytes += int(token_bytes[targets].sum())
-        mine = row_slice(batch, batch_size * layout.rank, batch_size * (layout.rank + 1))
-        here = engine.eval_loss(mine, dropless=dropless, top_k=top_k)
-        sums = here if sums is None else sums + here
+        local = row_slice(batch, batch_size * layout.rank, batch_size * (layout.rank + 1))
+        batch_sums = engine.eval_loss(local, dropless=dropless, top_k=top_k)
+        sums = batch_sums if sums is None else sums + batch_sums
     assert sums is not None, "every domain has validation text"
     return DomainResult(domain=corpus.domains[index], sums=sums, target_bytes=target_bytes)

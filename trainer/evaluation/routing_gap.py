@@ -1,8 +1,8 @@
-"""Measure how far a model's routers are from the optimal choice, while it trains.
+"""Measure during training how far a model's routers are from the optimal choice.
 
-The optimum is that of a linear programme (`evaluation/routing_optimum.py`), row by row, within the layer's capacity, or
-a fair share where there is none. The rows are of held-out text and the same at every step, so that steps can be
-compared; the routers decide as in training.
+The optimum is that of a linear programme (`evaluation/routing_optimum.py`), per sequence, within the layer's capacity
+or, without one, a fair share. The sequences are held-out text, the same at every step, so that steps can be compared;
+the routers decide as in training.
 
 # L MoE layers, E experts, T tokens.
 """
@@ -23,7 +23,7 @@ from trainer.data.corpus import Corpus
 from trainer.distributed.collective_errors import barrier_gather, raise_together
 from trainer.distributed.collectives import Group
 from trainer.engine.base import Engine
-from trainer.evaluation.routing_optimum import Measured, measure
+from trainer.evaluation.routing_optimum import Optimality, measure_optimality
 from trainer.moe.capacity import expert_capacity
 from trainer.moe.config import MoEConfig
 from trainer.moe.routing import RouterOutput, RoutingOptions
@@ -31,16 +31,15 @@ from trainer.moe.routing import RouterOutput, RoutingOptions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingGap:
-    """The choices of some rows beside the best ones."""
+    """Routing of some held-out sequences compared with the optimum."""
 
-    layers: Sequence[Measured]
-    """L sums over the rows."""
+    layers: Sequence[Optimality]
+    """L sums over the sequences."""
     prices: Sequence[list[float]]
-    """(L, E) what room at an expert is worth, mean over rows, less the mean over experts; (L, E + 1) with null
-    experts, whose room has no end and is worth nothing."""
+    """(L, E) value of one more place at an expert, mean over sequences, minus the mean over experts; (L, E + 1) with
+    null experts, whose price is 0."""
     bias: Sequence[list[float]] | None
-    """The learned selection bias, less its mean, in the same columns; its negative is what the router takes for the
-    price."""
+    """The learned selection bias minus its mean, in the same columns; its negative estimates the price."""
 
     def record(self) -> dict[str, float]:
         """Return the keys of metrics.jsonl."""
@@ -55,48 +54,48 @@ class RoutingGap:
 
     def experts(self) -> dict[str, Any]:
         """Return the keys of routing.jsonl."""
-        found: dict[str, Any] = {"prices": self.prices}
-        return found if self.bias is None else {**found, "bias": self.bias}
+        bias = {} if self.bias is None else {"bias": self.bias}
+        return {"prices": self.prices, **bias}
 
 
 def routing_gap(
     engine: Engine, batches: Iterable[Batch], config: MoEConfig, *, seed: int, world: Group
 ) -> RoutingGap | None:
-    """Compare the choices for some rows with the best; None if the routers score nothing.
+    """Compare the routing of some sequences with the optimum; None if the routers compute no scores.
 
-    Every rank must call it, with the same rows. Each routes all of them and solves its share of the programmes; nothing
-    hangs on how many ranks there are then.
+    Collective, with the same sequences on all ranks. Each rank routes all of them and solves its share of the
+    programmes, so the result does not depend on the number of ranks.
 
     Args:
-        engine: whose model.
-        batches: the rows.
+        engine: the model.
+        batches: the sequences.
         config: the `model.moe` section.
         seed: of the noise, as in training.
         world: all ranks.
     """
     options = RoutingOptions(noise_seed=seed, return_router_outputs=True)
-    solved: list[tuple[Measured, list[float]]] = []  # of this rank's part of all pairs of row and layer
+    solved: list[tuple[Optimality, list[float]]] = []  # this rank's share of all (sequence, layer) pairs
     number = 0
     with raise_together(world):
         for batch in batches:
-            here = batch.to(engine.model.embedding.weight.device)
+            on_device = batch.to(engine.model.embedding.weight.device)
             with torch.no_grad(), engine.autocast():
-                output = engine.model(here, options)
-            routed = [stats.routed for stats in output.moe if stats.routed is not None]
-            if any(of_layer.scores is None and of_layer.probs is None for of_layer in routed):
+                output = engine.model(on_device, options)
+            outputs = [stats.routed for stats in output.moe if stats.routed is not None]
+            if any(one.scores is None and one.probs is None for one in outputs):
                 return None
-            for row in [row for row in range(len(here.valid)) if here.valid[row].any()]:
-                for of_layer in routed:
+            for row in [row for row in range(len(on_device.valid)) if on_device.valid[row].any()]:
+                for one in outputs:
                     if number % world.size == world.index:
-                        solved.append(_of_row(of_layer, here.valid, row, config))
+                        solved.append(_solve(one, on_device.valid, row, config))
                     number += 1
-    parts = barrier_gather(world, [(asdict(measured), prices) for measured, prices in solved])
-    found = [parts[i % world.size][i // world.size] for i in range(number)]
-    everything = [(Measured(**measured), prices) for measured, prices in found]
+    parts = barrier_gather(world, [(asdict(optimality), prices) for optimality, prices in solved])
+    gathered = [parts[i % world.size][i // world.size] for i in range(number)]
+    results = [(Optimality(**optimality), prices) for optimality, prices in gathered]
     num_layers = len(engine.model.moe_layers())
-    by_layer = [everything[layer::num_layers] for layer in range(num_layers)]
+    by_layer = [results[layer::num_layers] for layer in range(num_layers)]
     return RoutingGap(
-        layers=[functools.reduce(operator.add, (measured for measured, _ in layer)) for layer in by_layer],
+        layers=[functools.reduce(operator.add, (optimality for optimality, _ in layer)) for layer in by_layer],
         prices=[_centred(torch.tensor([prices for _, prices in layer]).mean(0)) for layer in by_layer],
         bias=_biases(engine),
     )
@@ -105,7 +104,7 @@ def routing_gap(
 def held_out_rows(
     corpus: Corpus, *, packing: Packing, seq_len: int, rows_of_a_domain: int, batch_size: int
 ) -> Iterator[Batch]:
-    """Yield evenly spaced rows of every domain's held-out text, `batch_size` of them at once."""
+    """Yield evenly spaced rows of every domain's held-out text, at most `batch_size` per batch."""
     for domain in range(len(corpus.domains)):
         yield from evaluation_batches(
             corpus,
@@ -117,32 +116,30 @@ def held_out_rows(
         )
 
 
-def _of_row(routed: RouterOutput, valid: Tensor, row: int, config: MoEConfig) -> tuple[Measured, list[float]]:
-    """Measure one layer's choice for a row; return it with the experts' prices.
+def _solve(output: RouterOutput, valid: Tensor, row: int, config: MoEConfig) -> tuple[Optimality, list[float]]:
+    """Compare one layer's routing of a sequence with the optimum; return it with the experts' prices.
 
-    Null experts are what they are to the router: choices like others, with room for every token.
+    Null experts are choices like others, without a capacity limit.
     """
-    decision, num_experts = routed.decision, config.num_experts
-    scores = routed.probs if routed.scores is None else routed.scores
-    assert scores is not None
+    decision, num_experts = output.decision, config.num_experts
+    scores = output.probs if output.scores is None else output.scores
+    assert scores is not None, "routing_gap returns None for routers without scores"
     chosen = torch.zeros_like(scores, dtype=torch.bool)  # (T, E + n)
     chosen[decision.token_index[decision.kept], decision.expert_index[decision.kept]] = True
-    mine = valid[row]
-    scores = scores.reshape(*valid.shape, -1)[row, mine].cpu()
-    chosen = chosen.view(*valid.shape, -1)[row, mine].cpu()
-    # The programme's k is the router's, or where a token's number is its own, the mean, rounded.
+    is_token = valid[row]
+    scores = scores.reshape(*valid.shape, -1)[row, is_token].cpu()
+    chosen = chosen.view(*valid.shape, -1)[row, is_token].cpu()
+    # The programme's k is the router's, or the rounded mean where tokens choose their own number.
     top_k = getattr(config.router, "top_k", None) or max(1, round(float(chosen.sum()) / len(chosen)))
     limit = config.capacity
-    if limit.factor is not None:  # padding counts in what a capacity is sized by
-        room = expert_capacity(top_k * valid.shape[1], num_experts, factor=limit.factor, minimum=limit.min)
+    if limit.factor is not None:  # sized by the whole sequence, padding included
+        capacity = expert_capacity(top_k * valid.shape[1], num_experts, factor=limit.factor, minimum=limit.min)
     else:
-        choices = scores.shape[1]
-        room = expert_capacity(
-            top_k * len(scores), choices, factor=getattr(config.router, "capacity_factor", 1.0), minimum=0
-        )
-    room, num_free = min(len(scores), room), scores.shape[1] - num_experts
-    measured, best = measure(scores, chosen, top_k=top_k, room=room, num_free=num_free)
-    return measured, best.prices[: num_experts + (num_free > 0)].tolist()
+        factor = getattr(config.router, "capacity_factor", 1.0)
+        capacity = expert_capacity(top_k * len(scores), scores.shape[1], factor=factor, minimum=0)
+    capacity, num_uncapped = min(len(scores), capacity), scores.shape[1] - num_experts
+    optimality, best = measure_optimality(scores, chosen, top_k=top_k, capacity=capacity, num_uncapped=num_uncapped)
+    return optimality, best.prices[: num_experts + (num_uncapped > 0)].tolist()
 
 
 def _biases(engine: Engine) -> list[list[float]] | None:
@@ -151,5 +148,5 @@ def _biases(engine: Engine) -> list[list[float]] | None:
 
 
 def _centred(values: Tensor) -> list[float]:
-    """Only differences between experts mean anything: all prices together can rise without changing a choice."""
+    """Subtract the mean: only differences between experts affect a choice."""
     return [round(float(value), 6) for value in values.double() - values.double().mean()]

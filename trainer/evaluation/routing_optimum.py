@@ -1,10 +1,10 @@
-"""Measure a choice of experts against the optimal one.
+"""Compare a router's choice of experts with the optimal one.
 
-The yardstick is the programme of `ops/assignment.py`: k experts for a token and room for C tokens at an expert. A
-router's choice is first cut down to what the programme allows, a token's best k and an expert's first C, so that both
-are answers to the same question and the optimum cannot be beaten.
+The optimum is the linear programme of `ops/assignment.py`: at most k experts per token and C tokens per expert. The
+router's choice is first restricted to those limits (each token's k best, then each expert's first C), so that both
+solve the same problem and the optimum is an upper bound.
 
-# n tokens of one sequence, k experts per token, E experts, C places per expert.
+# n tokens of one sequence, k experts per token, E experts, C capacity of an expert.
 """
 
 from dataclasses import dataclass
@@ -17,23 +17,23 @@ from trainer.ops.select import round_mantissa, stable_top_k
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """One choice beside the optimum; sums over tokens."""
+class Optimality:
+    """One choice and the optimum; sums over tokens."""
 
     wanted: int
     """n * k."""
     kept: int
-    """Assignments that the router's choice keeps."""
+    """Assignments of the router within the limits."""
     optimum_kept: int
     """Assignments of the optimum."""
     score: float
-    """Sum of the scores that are kept."""
+    """Sum of the router's scores over `kept`."""
     optimum: float
-    """Largest sum that there is."""
+    """Largest possible sum."""
 
-    def __add__(self, other: "Measured") -> "Measured":
-        """Add up two sequences."""
-        return Measured(
+    def __add__(self, other: "Optimality") -> "Optimality":
+        """Sum over two sequences."""
+        return Optimality(
             wanted=self.wanted + other.wanted,
             kept=self.kept + other.kept,
             optimum_kept=self.optimum_kept + other.optimum_kept,
@@ -48,7 +48,7 @@ class Measured:
 
     @property
     def drop_rate(self) -> float:
-        """Share of the wanted assignments that found no room."""
+        """Share of the wanted assignments that exceed capacity."""
         return 1 - self.kept / self.wanted if self.wanted else 0.0
 
     @property
@@ -57,24 +57,26 @@ class Measured:
         return 1 - self.optimum_kept / self.wanted if self.wanted else 0.0
 
 
-def measure(scores: Tensor, chosen: Tensor, *, top_k: int, room: int, num_free: int = 0) -> tuple[Measured, Solution]:
-    """Measure a choice for one sequence.
+def measure_optimality(
+    scores: Tensor, chosen: Tensor, *, top_k: int, capacity: int, num_uncapped: int = 0
+) -> tuple[Optimality, Solution]:
+    """Compare a choice for one sequence with the optimum.
 
     Args:
-        scores: (n, E) what a pair of token and expert is worth, none below 0; to 12 bits, as routers compare tokens.
+        scores: (n, E) non-negative value of each token-expert pair; rounded to 12 bits, as routers compare tokens.
         chosen: (n, E) bool, the router's choice before any drops.
         top_k: k.
-        room: C.
-        num_free: how many of the experts, the last ones, have room for every token: null experts.
+        capacity: C.
+        num_uncapped: how many of the last experts have no capacity limit: null experts.
 
     Returns:
-        The measurement, and the optimum with the experts' prices.
+        The comparison, and the optimum with the experts' prices.
     """
     scores = round_mantissa(scores.detach().double())
-    best = solve_linear_program(scores, top_k=top_k, capacity=room, num_uncapped=num_free)
-    kept = within_room(scores, chosen, top_k=top_k, room=room, num_free=num_free)
+    best = solve_linear_program(scores, top_k=top_k, capacity=capacity, num_uncapped=num_uncapped)
+    kept = within_capacity(scores, chosen, top_k=top_k, capacity=capacity, num_uncapped=num_uncapped)
     return (
-        Measured(
+        Optimality(
             wanted=len(scores) * top_k,
             kept=int(kept.sum()),
             optimum_kept=int(best.chosen.sum()),
@@ -85,13 +87,13 @@ def measure(scores: Tensor, chosen: Tensor, *, top_k: int, room: int, num_free: 
     )
 
 
-def within_room(scores: Tensor, chosen: Tensor, *, top_k: int, room: int, num_free: int = 0) -> Tensor:
-    """Return (n, E) bool: of each token's chosen experts the k best, of each expert's tokens then the first C.
+def within_capacity(scores: Tensor, chosen: Tensor, *, top_k: int, capacity: int, num_uncapped: int = 0) -> Tensor:
+    """Return (n, E) bool: each token's k best chosen experts, then each expert's first C tokens.
 
-    The last `num_free` experts have room for all.
+    The last `num_uncapped` experts keep all their tokens.
     """
     ranked = stable_top_k(scores.masked_fill(~chosen, -torch.inf), min(top_k, scores.shape[1]))  # (n, k)
     kept = torch.zeros_like(chosen).scatter(-1, ranked, True) & chosen
-    has_place = kept.long().cumsum(0) <= room
-    has_place[:, scores.shape[1] - num_free :] = True
-    return kept & has_place
+    fits = kept.long().cumsum(0) <= capacity
+    fits[:, scores.shape[1] - num_uncapped :] = True
+    return kept & fits

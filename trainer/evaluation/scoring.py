@@ -1,10 +1,10 @@
 """Score completions of prompts by their log-probabilities, summed over tokens.
 
-# A prompt that several completions share is read once, all but its last token, into a cache ("stem"):
-#   stem    p p p p p p                       one row for each prompt
-#   lines   p a a a | p b b | p c c c c       one row for each completion, on a copy of the stem's cache
-# A prompt with one completion is read with it:
-#   lines   p p p p p p p a a a
+# A prompt shared by several completions is read once, all but its last token, into a KV cache (the prefix):
+#   prefixes   p p p p p p                       one row per prompt
+#   rows       p a a a | p b b | p c c c c       one row per completion, on a copy of the prefix's cache
+# A prompt with one completion is read together with it:
+#   rows       p p p p p p p a a a
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +14,7 @@ import torch
 
 from trainer.distributed.collective_errors import barrier_gather
 from trainer.errors import DataError
-from trainer.evaluation.context import KV_CACHE_BATCH_FACTOR, EvalContext, batches
+from trainer.evaluation.context import KV_CACHE_BATCH_FACTOR, EvalContext, split_batches
 from trainer.models.cache import KVCache
 from trainer.models.generation import padded
 
@@ -23,12 +23,12 @@ Tokens = Sequence[int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """A prompt and what may follow it."""
+    """A prompt and its possible completions."""
 
     prompt: Tokens
     """At least one token."""
     completions: Sequence[Tokens]
-    """At least one token each; with the prompt, at most one more token than a row has."""
+    """At least one token each; at most `seq_len` + 1 tokens together with the prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,137 +38,139 @@ class Score:
     log_prob: float
     """Nats, summed over its tokens."""
     is_greedy: bool
-    """Every token of it was the likeliest one."""
+    """Whether greedy decoding would produce it."""
 
 
-def fitted(prompt: Tokens, completions: Sequence[Tokens], *, seq_len: int, where: str) -> tuple[Question, bool]:
-    """Return a question whose prompt is cut on the left until the longest completion fits, and whether it was cut.
+def fit_question(prompt: Tokens, completions: Sequence[Tokens], *, seq_len: int, where: str) -> tuple[Question, bool]:
+    """Truncate a prompt on the left until the longest completion fits: all completions follow the same prompt.
 
-    All completions are compared after the same prompt.
+    Returns:
+        The question, and whether its prompt was truncated.
 
     Raises:
-        DataError: naming the row, if not even one token of the prompt fits, or a completion has no token.
+        DataError: naming the record, if not even one token of the prompt fits, or a completion has no token.
     """
     longest = max(map(len, completions))
     if min(map(len, completions)) == 0:
-        raise DataError(f"{where}: one of the texts to score has no token; each needs some; correct or remove the row")
-    room = seq_len + 1 - longest
-    if room < 1:
+        raise DataError(f"{where}: one of the texts to score has no tokens; each needs some; correct or remove the row")
+    max_prompt = seq_len + 1 - longest
+    if max_prompt < 1:
         raise DataError(
-            f"{where}: {longest} tokens are to be scored, and a row of the model has {seq_len} (model.seq_len); "
-            "shorten the text or remove the row"
+            f"{where}: the text to score has {longest} tokens, and model.seq_len is {seq_len}; shorten the text or "
+            "remove the row"
         )
-    return Question(prompt=prompt[-room:], completions=completions), len(prompt) > room
+    return Question(prompt=prompt[-max_prompt:], completions=completions), len(prompt) > max_prompt
 
 
 @torch.no_grad()
-def score(subject: EvalContext, questions: Sequence[Question]) -> list[list[Score]]:
-    """Return the scores of every completion of every question, the same on all ranks.
+def score(context: EvalContext, questions: Sequence[Question]) -> list[list[Score]]:
+    """Score every completion of every question. Collective; the result is the same on all ranks.
 
-    Dropless, in the precision of training. The layout and what is scored together change floating-point order only.
+    Dropless, in the precision of training. Layout and batching change only the floating-point order.
     """
-    world = subject.world
-    order = sorted(range(len(questions)), key=lambda i: -_cost(questions[i]))  # alike ones together: little padding
-    # Rounds are made one by one, here only to be counted: all of them at once would be an object for each completion.
-    passes = [_num_passes(_rounds(questions, order[rank :: world.size], subject)) for rank in range(world.size)]
-    mine = _rounds(questions, order[world.index :: world.size], subject)
-    found = [(*key, score.log_prob, score.is_greedy) for round_ in mine for key, score in _run(subject, round_)]
-    for _ in range(max(passes) - passes[world.index]):
-        _nothing(subject)
+    world = context.world
+    order = sorted(range(len(questions)), key=lambda i: -_cost(questions[i]))  # by length: little padding
+    # Only counted here: keeping all rounds would keep an object per completion.
+    num_passes = [_num_passes(_rounds(questions, order[rank :: world.size], context)) for rank in range(world.size)]
+    rounds = _rounds(questions, order[world.index :: world.size], context)
+    local = [(*key, score.log_prob, score.is_greedy) for one in rounds for key, score in _run(context, one)]
+    for _ in range(max(num_passes) - num_passes[world.index]):
+        _empty_pass(context)
     scores: list[list[Score]] = [[] for _ in questions]
-    for question, _, log_prob, is_greedy in sorted(item for part in barrier_gather(world, found) for item in part):
+    for question, _, log_prob, is_greedy in sorted(item for part in barrier_gather(world, local) for item in part):
         scores[question].append(Score(log_prob=log_prob, is_greedy=is_greedy))
     return scores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Line:
-    """One completion."""
+class _Row:
+    """One completion with the part of its prompt that is read together with it."""
 
     key: tuple[int, int]
     """Numbers of question and completion."""
-    stem: int | None
-    """Row of the stem's cache."""
-    lead: Tokens
-    """Prompt that is read before it."""
+    prefix: int | None
+    """Row of the prefix cache."""
+    prompt: Tokens
     completion: Tokens
 
     def __len__(self) -> int:
-        """Return how many tokens are read: all but the last one."""
-        return len(self.lead) + len(self.completion) - 1
+        """Return the number of input tokens: all but the last one."""
+        return len(self.prompt) + len(self.completion) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Round:
-    """Stems, read in one forward pass if there are any, and the passes that go on from them."""
+    """Prefixes, read in one forward pass if there are any, and the passes that continue them."""
 
-    stems: Sequence[Tokens]
-    passes: Sequence[Sequence[_Line]]
+    prefixes: Sequence[Tokens]
+    passes: Sequence[Sequence[_Row]]
 
 
-def _rounds(questions: Sequence[Question], numbers: Sequence[int], subject: EvalContext) -> Iterator[_Round]:
+def _rounds(questions: Sequence[Question], numbers: Sequence[int], context: EvalContext) -> Iterator[_Round]:
     """Plan one rank's forward passes."""
-    budget = subject.tokens_per_pass
-    has_stem = {i: len(questions[i].completions) > 1 and len(questions[i].prompt) > 1 for i in numbers}
-    alone = [line for i in numbers if not has_stem[i] for line in _lines(questions[i], i, None)]
-    alone.sort(key=lambda line: -len(line))
-    for lines in batches(alone, [len(line) for line in alone], budget=budget):
-        yield _Round(stems=(), passes=[lines])
-    shared = [i for i in numbers if has_stem[i]]
-    for group in batches(shared, [len(questions[i].prompt) - 1 for i in shared], budget=KV_CACHE_BATCH_FACTOR * budget):
-        stems = [questions[i].prompt[:-1] for i in group]
-        lines = [line for row, i in enumerate(group) for line in _lines(questions[i], i, row)]
-        lines.sort(key=lambda line: -len(line))
-        cached = max(map(len, stems)) + max(map(len, lines))
-        most = max(1, KV_CACHE_BATCH_FACTOR * budget // cached)
-        yield _Round(stems=stems, passes=list(batches(lines, [len(line) for line in lines], budget=budget, most=most)))
+    budget = context.tokens_per_pass
+    cached_budget = KV_CACHE_BATCH_FACTOR * budget
+    has_prefix = {i: len(questions[i].completions) > 1 and len(questions[i].prompt) > 1 for i in numbers}
+    rows = [row for i in numbers if not has_prefix[i] for row in _rows(questions[i], i, None)]
+    rows.sort(key=lambda row: -len(row))
+    for batch in split_batches(rows, [len(row) for row in rows], budget=budget):
+        yield _Round(prefixes=(), passes=[batch])
+    shared = [i for i in numbers if has_prefix[i]]
+    for group in split_batches(shared, [len(questions[i].prompt) - 1 for i in shared], budget=cached_budget):
+        prefixes = [questions[i].prompt[:-1] for i in group]
+        rows = [row for number, i in enumerate(group) for row in _rows(questions[i], i, number)]
+        rows.sort(key=lambda row: -len(row))
+        cache_len = max(map(len, prefixes)) + max(map(len, rows))
+        max_rows = max(1, cached_budget // cache_len)
+        passes = split_batches(rows, [len(row) for row in rows], budget=budget, max_items=max_rows)
+        yield _Round(prefixes=prefixes, passes=list(passes))
 
 
-def _lines(question: Question, number: int, stem: int | None) -> Iterator[_Line]:
-    lead = question.prompt if stem is None else question.prompt[-1:]
+def _rows(question: Question, number: int, prefix: int | None) -> Iterator[_Row]:
+    prompt = question.prompt if prefix is None else question.prompt[-1:]
     for index, completion in enumerate(question.completions):
-        yield _Line(key=(number, index), stem=stem, lead=lead, completion=completion)
+        yield _Row(key=(number, index), prefix=prefix, prompt=prompt, completion=completion)
 
 
 def _cost(question: Question) -> int:
     return len(question.prompt) + max(map(len, question.completions))
 
 
-def _num_passes(plan: Iterable[_Round]) -> int:
-    return sum(len(round_.passes) + bool(round_.stems) for round_ in plan)
+def _num_passes(rounds: Iterable[_Round]) -> int:
+    return sum(len(one.passes) + bool(one.prefixes) for one in rounds)
 
 
-def _run(subject: EvalContext, round_: _Round) -> Iterator[tuple[tuple[int, int], Score]]:
-    model = subject.engine.model
+def _run(context: EvalContext, round_: _Round) -> Iterator[tuple[tuple[int, int], Score]]:
+    model = context.engine.model
     device = model.embedding.weight.device
-    stems: KVCache | None = None
-    with subject.engine.autocast():
-        if round_.stems:
-            stems = model.new_cache(len(round_.stems), max(map(len, round_.stems)))
-            tokens, num_new = padded(round_.stems, device)
-            model.next_logits(tokens, stems, num_new)
-        for lines in round_.passes:
-            width = max(map(len, lines))
-            if stems is None:
-                cache = model.new_cache(len(lines), width)
+    prefix_cache: KVCache | None = None
+    with context.engine.autocast():
+        if round_.prefixes:
+            prefix_cache = model.new_cache(len(round_.prefixes), max(map(len, round_.prefixes)))
+            tokens, num_new = padded(round_.prefixes, device)
+            model.next_logits(tokens, prefix_cache, num_new)
+        for rows in round_.passes:
+            width = max(map(len, rows))
+            if prefix_cache is None:
+                cache = model.new_cache(len(rows), width)
             else:
-                rows = torch.tensor([line.stem for line in lines], device=device)
-                cache = stems.select(rows, capacity=stems.longest + width)
-            tokens, num_new = padded([[*line.lead, *line.completion[:-1]] for line in lines], device)
-            targets, _ = padded([[*line.lead[1:], *line.completion] for line in lines], device)
-            log_probs, is_likeliest = model.target_log_probs(tokens, targets, cache, num_new)
+                selected = torch.tensor([row.prefix for row in rows], device=device)
+                cache = prefix_cache.select(selected, capacity=prefix_cache.longest + width)
+            tokens, num_new = padded([[*row.prompt, *row.completion[:-1]] for row in rows], device)
+            targets, _ = padded([[*row.prompt[1:], *row.completion] for row in rows], device)
+            log_probs, is_most_likely = model.target_log_probs(tokens, targets, cache, num_new)
             column = torch.arange(width, device=device)
-            first = torch.tensor([[len(line.lead) - 1] for line in lines], device=device)
+            first = torch.tensor([[len(row.prompt) - 1] for row in rows], device=device)
             is_scored = (column >= first) & (column < num_new[:, None])
             sums = torch.where(is_scored, log_probs.double(), 0.0).sum(1).tolist()
-            greedy = (is_likeliest | ~is_scored).all(1).tolist()
-            for line, log_prob, is_greedy in zip(lines, sums, greedy, strict=True):
-                yield line.key, Score(log_prob=log_prob, is_greedy=is_greedy)
+            greedy = (is_most_likely | ~is_scored).all(1).tolist()
+            for row, log_prob, is_greedy in zip(rows, sums, greedy, strict=True):
+                yield row.key, Score(log_prob=log_prob, is_greedy=is_greedy)
 
 
-def _nothing(subject: EvalContext) -> None:
-    """Run a forward pass without a token, for experts that others have tokens for."""
-    model = subject.engine.model
-    with subject.engine.autocast():
+def _empty_pass(context: EvalContext) -> None:
+    """Run a forward pass without tokens, so that this rank's experts serve the other ranks' passes."""
+    model = context.engine.model
+    with context.engine.autocast():
         tokens, num_new = padded([[]], model.embedding.weight.device)
         model.next_logits(tokens, model.new_cache(1, 1), num_new)

@@ -1,4 +1,4 @@
-"""Held-out text at several numbers of experts for a token: what fewer of them cost, and what more are worth."""
+"""Evaluate held-out text at several numbers of experts per token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,25 +7,25 @@ from trainer.data.config import Packing
 from trainer.data.corpus import Corpus
 from trainer.distributed.layout import Layout
 from trainer.engine.base import Engine
-from trainer.evaluation.held_out import EvalResult, evaluate
+from trainer.evaluation.held_out import EvalResult, evaluate_held_out
 from trainer.models.flops import model_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AtK:
-    """One model with one number of experts for a token."""
+class TopKResult:
+    """Result at one number of experts per token."""
 
     top_k: int
     active_parameters: int
-    """Parameters that a token meets then."""
+    """Parameters that a token uses at this k."""
     result: EvalResult
 
     def record(self) -> dict[str, float]:
-        """Return the keys of an evaluation, and what a token costs."""
+        """Return the keys of an evaluation and the active parameters."""
         return {"active_parameters": self.active_parameters, **self.result.record()}
 
 
-def evaluate_each_k(
+def sweep_top_k(
     engine: Engine,
     corpus: Corpus,
     top_ks: Sequence[int],
@@ -33,25 +33,25 @@ def evaluate_each_k(
     packing: Packing,
     batch_size: int,
     max_tokens_per_domain: int | None,
-) -> list[AtK]:
+) -> list[TopKResult]:
     """Evaluate every domain's held-out text with each k, without capacity, in one process.
 
     Args:
-        engine: of a model whose router has the option `top_k`.
-        corpus: whose validation text.
-        top_ks: numbers of experts for a token.
-        packing: how text becomes rows.
-        batch_size: rows in a forward pass.
-        max_tokens_per_domain: evenly spaced rows of at most so many tokens; None: the whole text.
+        engine: a model whose router has the option `top_k`.
+        corpus: the text.
+        top_ks: numbers of experts per token.
+        packing: how documents become rows.
+        batch_size: rows per forward pass.
+        max_tokens_per_domain: token budget of a domain, spent on evenly spaced rows; None: the whole text.
 
     Raises:
-        ValueError: if the router cannot give so many.
+        ValueError: if the router does not allow one of `top_ks`.
     """
     return [
-        AtK(
+        TopKResult(
             top_k=top_k,
             active_parameters=model_size(engine.model, top_k=top_k).active_parameters,
-            result=evaluate(
+            result=evaluate_held_out(
                 engine,
                 corpus,
                 packing=packing,
@@ -66,17 +66,17 @@ def evaluate_each_k(
     ]
 
 
-def table(found: Sequence[AtK], *, trained: Sequence[int]) -> str:
-    """Return a line for each k; a star is at those that the router was trained with."""
+def sweep_table(results: Sequence[TopKResult], *, trained: Sequence[int]) -> str:
+    """Return a table with one line per k; a star marks the values that the router was trained with."""
     lines = [
-        "experts of a token   active parameters   bits per byte      loss   bits that an expert tells of the domain"
+        "experts per token   active parameters   bits per byte      loss   expert-domain mutual information (bits)"
     ]
-    for at in found:
-        record = at.record()
-        star = "*" if at.top_k in trained else " "
-        told = record.get("eval/expert_domain_mi")
+    for result in results:
+        record = result.record()
+        star = "*" if result.top_k in trained else " "
+        information = record.get("eval/expert_domain_mi")
         lines.append(
-            f"{at.top_k:16} {star} {at.active_parameters / 1e6:18.2f}M {record['eval/bits_per_byte']:15.4f} "
-            f"{record['eval/loss']:9.4f}   {'-' if told is None else f'{told:.4f}'}"
+            f"{result.top_k:15} {star} {result.active_parameters / 1e6:18.2f}M {record['eval/bits_per_byte']:15.4f} "
+            f"{record['eval/loss']:9.4f}   {'-' if information is None else f'{information:.4f}'}"
         )
-    return "\n".join([*lines, "* trained with it"])
+    return "\n".join([*lines, "* trained with this k"])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError
-from trainer.evaluation.routing_optimum import Measured, measure, within_room
+from trainer.evaluation.routing_optimum import Optimality, measure_optimality, within_capacity
 from trainer.lab.logits import LayerLogits, Logits, LogitsKind
 from trainer.lab.router_kinds import router_config
 from trainer.moe.routers.bias_balanced import BiasBalancedRouter
@@ -46,7 +46,7 @@ class Choice:
     """Mean number that was asked for."""
     load_imbalance: float
     """Busiest expert over the mean, before drops, of the worst layer."""
-    at: dict[float, Measured]
+    at: dict[float, Optimality]
     """Measurements by capacity factor."""
     call_s: float
     """Median seconds of one call for one layer, without gradients."""
@@ -120,7 +120,7 @@ class _Trial:
         counts = torch.stack([layer.sum(0) for layer in chosen[0]]).double()  # (L, E)
         asked = float(counts.sum()) / (len(counts) * int(context.valid.sum()))
         top_k = getattr(self._config, "top_k", None) or max(1, round(asked))
-        at: dict[float, Measured] = {}
+        at: dict[float, Optimality] = {}
         for factor, of_layers in zip(FACTORS, chosen, strict=True):
             pairs = zip(yardsticks, of_layers, strict=True)
             at[factor] = _sum([stick.measure(layer, top_k=top_k, factor=factor) for stick, layer in pairs])
@@ -143,9 +143,9 @@ class Yardstick:
         self._valid = context.valid_rows
         scores = logits.softmax(-1).double().view(*self._valid.shape, -1)  # (B, S, E)
         self._rows = [round_mantissa(row[valid]) for row, valid in zip(scores, self._valid, strict=True)]
-        self._best: dict[tuple[int, int, float], Measured] = {}
+        self._best: dict[tuple[int, int, float], Optimality] = {}
 
-    def measure(self, chosen: Tensor, *, top_k: int, factor: float) -> Measured:
+    def measure(self, chosen: Tensor, *, top_k: int, factor: float) -> Optimality:
         """Measure a choice (T, E) bool; sums over sequences.
 
         Args:
@@ -156,17 +156,17 @@ class Yardstick:
         rows = chosen.view(*self._valid.shape, -1)
         return _sum([self._of_row(row, rows[row, valid], top_k, factor) for row, valid in enumerate(self._valid)])
 
-    def _of_row(self, row: int, chosen: Tensor, top_k: int, factor: float) -> Measured:
+    def _of_row(self, row: int, chosen: Tensor, top_k: int, factor: float) -> Optimality:
         scores = self._rows[row]
         room = sequence_capacity(len(scores), scores.shape[1], top_k=top_k, factor=factor)
         if (row, top_k, factor) not in self._best:
             nothing = torch.zeros_like(chosen)
-            self._best[row, top_k, factor], _ = measure(scores, nothing, top_k=top_k, room=room)
-        kept = within_room(scores, chosen, top_k=top_k, room=room)
+            self._best[row, top_k, factor], _ = measure_optimality(scores, nothing, top_k=top_k, capacity=room)
+        kept = within_capacity(scores, chosen, top_k=top_k, capacity=room)
         return replace(self._best[row, top_k, factor], kept=int(kept.sum()), score=float(scores[kept].sum()))
 
 
-def _sum(parts: Sequence[Measured]) -> Measured:
+def _sum(parts: Sequence[Optimality]) -> Optimality:
     return functools.reduce(operator.add, parts)
 
 

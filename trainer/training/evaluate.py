@@ -18,11 +18,11 @@ from trainer.distributed.mesh import Mesh
 from trainer.engine.base import Engine
 from trainer.evaluation.context import EvalContext
 from trainer.evaluation.eval_report import EvalReport, write_predictions
-from trainer.evaluation.held_out import evaluate
-from trainer.evaluation.report import summary_of
+from trainer.evaluation.held_out import evaluate_held_out
+from trainer.evaluation.run_summary import summarize_evaluation
 from trainer.evaluation.tasks.base import Task
-from trainer.evaluation.tasks.load import read_tasks
-from trainer.evaluation.top_k_sweep import evaluate_each_k, table
+from trainer.evaluation.tasks.load_tasks import load_tasks
+from trainer.evaluation.top_k_sweep import sweep_table, sweep_top_k
 from trainer.experiment import ExperimentConfig
 from trainer.moe.causality import evaluation_warning
 from trainer.packages import importing
@@ -43,7 +43,7 @@ def examine(
     """Evaluate held-out text as the `eval` section says, and these tasks, spread over all ranks."""
     held_out = None
     if with_held_out:
-        held_out = evaluate(
+        held_out = evaluate_held_out(
             engine,
             corpus,
             packing=config.data.packing,
@@ -72,15 +72,15 @@ def evaluate_checkpoint(
     engine, corpus, found = _with_text(config, folder, step, console)
     chosen = [task for task in config.eval.tasks if only is None or task.name in only]
     alone = Mesh.of_one()
-    tasks = read_tasks(chosen, corpus, seq_len=config.model.seq_len, world=alone.world, warn=console.warning)
+    tasks = load_tasks(chosen, corpus, seq_len=config.model.seq_len, world=alone.world, warn=console.warning)
     with out_of_memory.evaluating(config):
         examination = examine(config, engine, corpus, tasks, alone, with_held_out=only is None)
     layers, title = engine.model.config.moe_layers, f"{config.name} at step {found.step}"
-    summary = summary_of(examination, corpus, layers, title=title)
+    summary = summarize_evaluation(examination, corpus, layers, title=title)
     written = _write_findings(folder, examination, summary, step=found.step, warn=console.warning)
     with closing(Console(file=screen)) as shown:
         shown.summary(replace(summary, written=written))
-    signatures = {f"eval/{t.config.name}/{key}_signature": text for t in tasks for key, text in t.signatures.items()}
+    signatures = {f"eval/{t.name}/{key}_signature": text for t in tasks for key, text in t.signatures.items()}
     return {"step": found.step, **examination.record(), **signatures}
 
 
@@ -98,7 +98,7 @@ def evaluate_top_ks(
     """
     engine, corpus, found = _with_text(config, folder, step, Console(file=sys.stderr))
     with out_of_memory.evaluating(config):
-        results = evaluate_each_k(
+        results = sweep_top_k(
             engine,
             corpus,
             top_ks,
@@ -108,7 +108,7 @@ def evaluate_top_ks(
         )
     moe = config.model.moe
     trained = [] if moe is None else getattr(moe.router, "top_k_choices", None) or [getattr(moe.router, "top_k", 0)]
-    say(f"{config.name} at step {found.step}, held-out text\n{table(results, trained=trained)}", file=screen)
+    say(f"{config.name} at step {found.step}, held-out text\n{sweep_table(results, trained=trained)}", file=screen)
     return {"step": found.step, "experts_per_token": {str(at.top_k): at.record() for at in results}}
 
 
@@ -128,13 +128,13 @@ def evaluate_by_lm_eval(
         ConfigError: if lm-eval is not installed, or does not know a task.
     """
     with importing("lm_eval", user="--lm-eval"):
-        from trainer.evaluation.lm_eval import HarnessModel, run_harness
+        from trainer.evaluation.lm_eval import LmEvalModel, run_lm_eval
 
     console = Console(file=sys.stderr)
     engine, tokenizer, found = load_trained(config, folder, step=step, warn=console.warning)
-    model = HarnessModel(_subject(config, engine, Mesh.of_one()), tokenizer)
+    model = LmEvalModel(_subject(config, engine, Mesh.of_one()), tokenizer)
     with out_of_memory.evaluating(config):
-        results, table = run_harness(model, tasks, include_path=include_path, limit=limit)
+        results, table = run_lm_eval(model, tasks, include_path=include_path, limit=limit)
     say(table, file=screen)
     return {"step": found.step, "lm_eval": results}
 

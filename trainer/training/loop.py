@@ -9,7 +9,7 @@ from trainer.distributed.collective_errors import raise_together
 from trainer.distributed.layout import is_first_here
 from trainer.distributed.signals import StopRequest
 from trainer.engine.base import StepResult
-from trainer.evaluation.eval_report import EvalReport, due, write_predictions
+from trainer.evaluation.eval_report import EvalReport, due_tasks, write_predictions
 from trainer.evaluation.routing_gap import RoutingGap, held_out_rows, routing_gap
 from trainer.metrics.routing import routing_metrics
 from trainer.metrics.system_stats import over_ranks
@@ -92,7 +92,7 @@ def fit(run: Run, stop: StopRequest, status: StatusFile) -> EvalReport | None:
             anomalies.confirm_copies(run, done)
         # Evaluated first: what a checkpoint is resumed from has its evaluation in metrics.jsonl already.
         with_held_out = every(config.eval.every, done) or is_last
-        tasks = due(run.tasks, done, with_held_out=with_held_out, is_last=is_last)
+        tasks = due_tasks(run.tasks, done, with_held_out=with_held_out, is_last=is_last)
         if with_held_out or tasks:
             recorder.enter("evaluation")
             status.enter("evaluating")

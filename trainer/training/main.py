@@ -30,7 +30,7 @@ from trainer.distributed.signals import StopRequest
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.errors import PREEMPTED, CommError, ConfigError, NumericsError, ShortOfMemory, TurnoutError
 from trainer.evaluation.eval_report import EvalReport
-from trainer.evaluation.report import summary_of
+from trainer.evaluation.run_summary import summarize_evaluation
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.records import loss_curve
 from trainer.models.generation import generate
@@ -239,7 +239,7 @@ def _summary(run: Run, examination: EvalReport, prompt: str, sample: str, *, ela
     elapsed = f"{formatting.duration(elapsed_s)}{since}"
     asked_for = [("profile", run.folder.profile), ("deepspeed", run.folder.deepspeed)]
     return replace(
-        summary_of(examination, run.corpus, layers, title=title),
+        summarize_evaluation(examination, run.corpus, layers, title=title),
         facts=[("time", elapsed), ("tokens", formatting.rate(run.tokens))],
         steps=logged_steps,
         losses=losses,

@@ -25,7 +25,7 @@ from trainer.distributed.consistency import differing
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.version import turnout_version
 from trainer.errors import ConfigError, DataError
-from trainer.evaluation.tasks.load import read_tasks
+from trainer.evaluation.tasks.load_tasks import load_tasks
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.profiler import Profiler
 from trainer.metrics.system_stats import Machine
@@ -85,7 +85,7 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
     different = differing(mesh.world, {"data": {"fingerprint": abridged(corpus.fingerprint)}})
     if different:
         raise DataError(f"{different[0]}; all ranks must read the same text (data.sources)")
-    tasks = read_tasks(config.eval.tasks, corpus, seq_len=config.model.seq_len, world=mesh.world, warn=console.warning)
+    tasks = load_tasks(config.eval.tasks, corpus, seq_len=config.model.seq_len, world=mesh.world, warn=console.warning)
     recorder.enter("building the model")
     stream = TrainStream(corpus, packing=config.data.packing, seq_len=config.model.seq_len, seed=config.seed)
     size = model_size(whole_model(config, corpus.tokenizer))
@@ -168,7 +168,7 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
                     "world_size": mesh.layout.world_size,
                     "data_fingerprint": corpus.fingerprint,
                     "tokenizer_fingerprint": corpus.tokenizer.fingerprint,
-                    "tasks": {task.config.name: {"fingerprint": task.fingerprint, **task.signatures} for task in tasks},
+                    "tasks": {task.name: {"fingerprint": task.fingerprint, **task.signatures} for task in tasks},
                 }
             )
     recorder.enter("resuming the logs")

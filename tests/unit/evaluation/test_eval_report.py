@@ -1,14 +1,14 @@
-"""Which tasks are due when."""
+"""Tests for evaluation reports and due tasks."""
 
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from trainer.evaluation.eval_report import EvalReport, due
+from trainer.evaluation.eval_report import EvalReport, due_tasks
 from trainer.evaluation.tasks.base import TaskResult
 
-TASKS: Any = [SimpleNamespace(config=SimpleNamespace(every=every)) for every in (None, 4, "end")]
+TASKS: Any = [SimpleNamespace(every=every) for every in (None, 4, "end")]
 
 
 @pytest.mark.parametrize(
@@ -24,8 +24,8 @@ TASKS: Any = [SimpleNamespace(config=SimpleNamespace(every=every)) for every in 
 def test_a_task_is_due_with_held_out_text_or_at_its_own_steps_and_always_at_the_end(
     done: int, with_held_out: bool, is_last: bool, expected: list[Any]
 ) -> None:
-    found = due(TASKS, done, with_held_out=with_held_out, is_last=is_last)
-    assert [task.config.every for task in found] == expected
+    due = due_tasks(TASKS, done, with_held_out=with_held_out, is_last=is_last)
+    assert [task.every for task in due] == expected
 
 
 def test_a_record_has_the_keys_of_every_task() -> None:

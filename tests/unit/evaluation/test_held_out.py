@@ -1,4 +1,4 @@
-"""What a held-out text is counted by."""
+"""Tests for held-out evaluation."""
 
 import math
 from pathlib import Path
@@ -10,15 +10,15 @@ from trainer.data.config import DataConfig, SplitConfig
 from trainer.data.corpus import build_corpus
 from trainer.data.sources.registry import TextSourceConfig
 from trainer.distributed.layout import Layout
-from trainer.evaluation.held_out import evaluate
+from trainer.evaluation.held_out import evaluate_held_out
 
 
 def test_bits_are_over_the_bytes_that_are_predicted(tmp_path: Path) -> None:
-    """Padding is no text: a row has room for more than the five bytes after the first."""
+    """Padding does not count: the row is longer than the five predicted bytes."""
     (tmp_path / "a.txt").write_text("abcdef" * 2)
     sources = [TextSourceConfig(path=str(tmp_path / "a.txt"), domain="a")]
     data = DataConfig(sources=[*sources], split=SplitConfig(fraction=0.5), cache_dir=str(tmp_path / "cache"))
-    result = evaluate(
+    result = evaluate_held_out(
         make_engine(tiny_model_config(), vocab_size=256),
         build_corpus(data),
         packing="wrapped",

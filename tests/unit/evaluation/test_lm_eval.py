@@ -17,7 +17,7 @@ from tests.unit.evaluation.task_helpers import SEQ_LEN, build, subject
 from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation import lm_eval
-from trainer.evaluation.lm_eval import HarnessModel, run_harness
+from trainer.evaluation.lm_eval import LmEvalModel, run_lm_eval
 from trainer.evaluation.scoring import Question, score
 
 ROWS = [
@@ -47,8 +47,8 @@ metric_list: [{metric: exact_match}]
 
 
 @pytest.fixture
-def model() -> HarnessModel:
-    return HarnessModel(subject(), ByteTokenizer())
+def model() -> LmEvalModel:
+    return LmEvalModel(subject(), ByteTokenizer())
 
 
 @pytest.fixture
@@ -71,9 +71,9 @@ def _ask(*arguments: Any) -> Any:
     return SimpleNamespace(args=arguments)
 
 
-def test_accuracy_is_that_of_our_own_choice_task(model: HarnessModel, tasks: Path, tmp_path: Path) -> None:
+def test_accuracy_is_that_of_our_own_choice_task(model: LmEvalModel, tasks: Path, tmp_path: Path) -> None:
     """lm-eval puts a space before each choice and counts no end of document."""
-    results, table = run_harness(model, ["local_choice"], include_path=tasks, limit=None)
+    results, table = run_lm_eval(model, ["local_choice"], include_path=tasks, limit=None)
     theirs = results["local_choice"]
     fields: dict[str, Any] = {"choices": [" yes", " no, it is odd", " no"], "answer": "label", "ends_document": False}
     ours = build(tmp_path, ROWS, kind="choice", **fields).evaluate(subject()).metrics
@@ -81,9 +81,9 @@ def test_accuracy_is_that_of_our_own_choice_task(model: HarnessModel, tasks: Pat
     assert "local_choice" in table and 0 <= theirs["acc_norm,none"] <= 1
 
 
-def test_bits_per_byte_are_those_of_each_text_read_as_a_document(model: HarnessModel, tasks: Path) -> None:
+def test_bits_per_byte_are_those_of_each_text_read_as_a_document(model: LmEvalModel, tasks: Path) -> None:
     """Texts of up to four rows: lm-eval's windows begin where the one before ended, with the token before it known."""
-    results, _ = run_harness(model, ["local_rolling"], include_path=tasks, limit=None)
+    results, _ = run_lm_eval(model, ["local_rolling"], include_path=tasks, limit=None)
     nats = num_bytes = 0
     for row in ROWS:
         tokens = list(row["text"].encode())
@@ -101,7 +101,7 @@ def test_bits_per_byte_are_those_of_each_text_read_as_a_document(model: HarnessM
     assert results["local_rolling"]["bits_per_byte,none"] == pytest.approx(nats / math.log(2) / num_bytes, abs=1e-6)
 
 
-def test_a_text_is_written_up_to_the_first_stop(model: HarnessModel) -> None:
+def test_a_text_is_written_up_to_the_first_stop(model: LmEvalModel) -> None:
     asked = [_ask("Is it? ", {"until": [], "max_gen_toks": 12}), _ask("Is it not? ", {"until": [], "max_gen_toks": 12})]
     free = model.generate_until(asked)
     stop = free[0][3:5]
@@ -110,7 +110,7 @@ def test_a_text_is_written_up_to_the_first_stop(model: HarnessModel) -> None:
     assert free == model.generate_until(asked)
 
 
-def test_answers_keep_the_order_of_the_requests(model: HarnessModel) -> None:
+def test_answers_keep_the_order_of_the_requests(model: LmEvalModel) -> None:
     """Requests are grouped by context for scoring, and by options for writing."""
     pairs = [("a b", " c"), ("d", " e"), ("a b", "f"), ("", "c"), ("d", " e")]
     together = model.loglikelihood([_ask(*pair) for pair in pairs])
@@ -123,34 +123,34 @@ def test_answers_keep_the_order_of_the_requests(model: HarnessModel) -> None:
     assert texts[0] == texts[2] and texts[1].startswith(texts[0].rstrip("\ufffd")) and len(texts[1]) > len(texts[0])
 
 
-def test_a_trailing_space_of_the_context_belongs_to_what_follows(model: HarnessModel) -> None:
+def test_a_trailing_space_of_the_context_belongs_to_what_follows(model: LmEvalModel) -> None:
     """As in lm-eval's own models: "a " + "b" is scored as "a" + " b"."""
     (spaced,), (moved,) = (model.loglikelihood([_ask(*pair)]) for pair in (("a ", "b"), ("a", " b")))
     assert spaced == moved
 
 
-def test_what_it_cannot_do_is_said_in_a_line(model: HarnessModel, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_cannot_do_is_said_in_a_line(model: LmEvalModel, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def own_tasks_only(include_path: str, include_defaults: bool = True) -> TaskManager:
         """Looking through all tasks of lm-eval takes half a minute."""
         return TaskManager(include_path=include_path, include_defaults=False)
 
     monkeypatch.setattr(lm_eval, "TaskManager", own_tasks_only)
     with pytest.raises(ConfigError, match=r"^--lm-eval: 'local_chioce' is not a task of lm-eval or of --include-path"):
-        run_harness(model, ["local_chioce"], include_path=tasks, limit=None)
+        run_lm_eval(model, ["local_chioce"], include_path=tasks, limit=None)
     with pytest.raises(
-        ConfigError, match=r"max_gen_toks 64 leaves no room for a prompt in model\.seq_len 64; use 1 to 63"
+        ConfigError, match=r"max_gen_toks 64 leaves no space for a prompt in model\.seq_len 64; use 1 to 63"
     ):
         model.generate_until([_ask("x", {"max_gen_toks": 64})])
     with pytest.raises(ConfigError, match="generation option 'num_beams' is not supported"):
         model.generate_until([_ask("x", {"num_beams": 4})])
-    with pytest.raises(DataError, match="70 tokens are to be scored, and a row of the model has 64"):
+    with pytest.raises(DataError, match=r"the text to score has 70 tokens, and model\.seq_len is 64"):
         model.loglikelihood([_ask("x", "y" * 70)])
 
 
-def test_data_that_is_not_there_is_an_error_of_data(model: HarnessModel, tasks: Path) -> None:
+def test_data_that_is_not_there_is_an_error_of_data(model: LmEvalModel, tasks: Path) -> None:
     (tasks.parent / "rows.jsonl").unlink()
     with pytest.raises(DataError, match=r"^lm-eval: local_choice: .*; check the task and its data$"):
-        run_harness(model, ["local_choice"], include_path=tasks, limit=None)
+        run_lm_eval(model, ["local_choice"], include_path=tasks, limit=None)
 
 
 def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

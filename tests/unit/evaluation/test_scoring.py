@@ -11,7 +11,7 @@ from trainer.distributed.collectives import Group
 from trainer.engine.native import NativeEngine
 from trainer.errors import DataError
 from trainer.evaluation.context import EvalContext
-from trainer.evaluation.scoring import Question, Score, fitted, score
+from trainer.evaluation.scoring import Question, Score, fit_question, score
 from trainer.models.generation import generate_many, greedy
 from trainer.moe.routing import RoutingOptions
 
@@ -103,22 +103,22 @@ def test_a_prompt_that_candidates_share_is_read_once() -> None:
 
 
 def test_a_prompt_is_cut_on_the_left_until_the_longest_completion_fits() -> None:
-    question, was_cut = fitted(range(10), [[1], [1, 2, 3]], seq_len=8, where="f:1")
-    assert was_cut and list(question.prompt) == [4, 5, 6, 7, 8, 9]  # 6 + 3 - 1 = 8: the last token is not read
-    question, was_cut = fitted(range(6), [[1], [1, 2, 3]], seq_len=8, where="f:1")
-    assert not was_cut and len(question.prompt) == 6
+    question, is_truncated = fit_question(range(10), [[1], [1, 2, 3]], seq_len=8, where="f:1")
+    assert is_truncated and list(question.prompt) == [4, 5, 6, 7, 8, 9]  # 6 + 3 - 1 = 8: the last token is not read
+    question, is_truncated = fit_question(range(6), [[1], [1, 2, 3]], seq_len=8, where="f:1")
+    assert not is_truncated and len(question.prompt) == 6
 
 
 def test_a_completion_that_does_not_fit_is_refused_by_row() -> None:
-    assert len(fitted([1, 2], [range(8)], seq_len=8, where="f:1")[0].prompt) == 1
-    with pytest.raises(DataError, match=r"^f:7: 9 tokens are to be scored, and a row of the model has 8"):
-        fitted([1, 2], [range(9)], seq_len=8, where="f:7")
+    assert len(fit_question([1, 2], [range(8)], seq_len=8, where="f:1")[0].prompt) == 1
+    with pytest.raises(DataError, match=r"^f:7: the text to score has 9 tokens, and model.seq_len is 8"):
+        fit_question([1, 2], [range(9)], seq_len=8, where="f:7")
 
 
 def test_a_completion_without_a_token_is_refused_by_row() -> None:
     """As an empty text of lm-eval's has none, and one that a tokenizer makes nothing of."""
     with pytest.raises(DataError, match=r"^f:7: one of the texts to score has no token"):
-        fitted([1, 2], [[3], []], seq_len=8, where="f:7")
+        fit_question([1, 2], [[3], []], seq_len=8, where="f:7")
 
 
 def test_scores_follow_the_precision_of_training() -> None:

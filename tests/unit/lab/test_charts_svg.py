@@ -6,14 +6,14 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.svg_text_boxes import NAMESPACE, Text, outside, overlapping, texts
-from trainer.evaluation.routing_optimum import Measured
+from trainer.evaluation.routing_optimum import Optimality
 from trainer.lab.charts_svg import choices_svg, outcomes_svg
 from trainer.lab.router_choices import FACTORS, Choice
 from trainer.lab.training_outcomes import TrainingOutcome
 
 
 def choice(router: str, *, score: float, top_k: int = 2) -> Choice:
-    measured = Measured(wanted=10, kept=9, optimum_kept=10, score=score, optimum=1.0)
+    measured = Optimality(wanted=10, kept=9, optimum_kept=10, score=score, optimum=1.0)
     at = dict.fromkeys(FACTORS, measured)
     return Choice(
         router=router, logits="random", top_k=top_k, experts_per_token=2.0, load_imbalance=1.0, at=at, call_s=1.0

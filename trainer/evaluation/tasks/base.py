@@ -1,12 +1,14 @@
-"""Evaluation task interface: questions, and the score of the answers."""
+"""Evaluation task interface: tokenized questions and the metrics of a model's answers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from trainer.evaluation.context import EvalContext
-from trainer.evaluation.tasks.registry import TaskConfig
+
+Every = int | Literal["end"] | None
+"""Steps between evaluations; "end": only after the last step; None: whenever held-out text is evaluated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,25 +19,26 @@ class TaskResult:
     metrics: Mapping[str, float]
     """Metrics by their names in metrics.jsonl, without eval/NAME/."""
     predictions: Sequence[Mapping[str, Any]] = ()
-    """Generated text of each question, in JSON values; empty where nothing is generated."""
+    """One JSON object per question, with the generated text; empty where nothing is generated."""
 
     def record(self) -> dict[str, float]:
-        """Return the keys of metrics.jsonl."""
+        """Return the metrics under their keys in metrics.jsonl."""
         return {f"eval/{self.name}/{key}": value for key, value in self.metrics.items()}
 
 
 class Task(ABC):
-    """Questions that were read and checked, in tokens."""
+    """Questions that have been read, checked and tokenized."""
 
-    config: TaskConfig
+    name: str
+    every: Every
     num_examples: int
-    num_cut: int
-    """Questions whose prompt was too long for a row of the model: only its end is read."""
+    num_truncated: int
+    """Prompts that do not fit the model's sequence length: only their end is read."""
     fingerprint: str
-    """Hash of all questions: equal exactly if the same is asked, wherever the rows are."""
+    """Hash of all questions, whatever files their records came from."""
     signatures: Mapping[str, str] = {}
-    """Signatures that make metrics comparable with others', by the name of the metric."""
+    """How a metric was computed, by its name: values with different signatures are not comparable."""
 
     @abstractmethod
-    def evaluate(self, subject: EvalContext) -> TaskResult:
-        """Ask, and judge the answers; the same on every rank. Every rank must call it."""
+    def evaluate(self, context: EvalContext) -> TaskResult:
+        """Score the model on every question. Collective; the result is the same on every rank."""

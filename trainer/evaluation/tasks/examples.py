@@ -1,116 +1,127 @@
-"""From rows to questions in tokens, and every way in which a row can be wrong."""
+"""Turn records into tokenized questions, and reject records that no question can be made of."""
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from trainer.data.records.base import Row, type_name
+from trainer.data.records.base import Row, Rows, type_name
 from trainer.data.records.template import Template, check_unicode
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.errors import DataError
-from trainer.evaluation.tasks.registry import TaskConfig
 
 _Example = TypeVar("_Example")
 
 
-def read_examples(config: TaskConfig, make: Callable[[Row], _Example]) -> list[_Example]:
-    """Return what `make` makes of the task's rows: of those that pass the filters, evenly spaced ones.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskRecords:
+    """The records that a task's questions are made of."""
 
-    Raises:
-        DataError: naming file and row, if one is unusable, or if there is none.
-    """
+    task: str
+    """Name of the task, for messages."""
+    source: Rows
+    filters: Sequence[Callable[[Row], bool]] = ()
+    """A record is used if all of these accept it."""
+    max_examples: int | None = None
+    """Use at most this many evenly spaced records; None: all."""
 
-    def rows() -> Iterator[Row]:
-        return (row for row in config.rows.rows().rows() if all(condition.keeps(row) for condition in config.filters))
+    def examples(self, make: Callable[[Row], _Example]) -> list[_Example]:
+        """Make one example of each record that is used.
 
-    if config.max_examples is None:
-        examples = [make(row) for row in rows()]
-    else:  # read twice, so that what is not asked is not kept
-        num_rows = sum(1 for _ in rows())
-        limit = min(num_rows, config.max_examples)
-        asked = {i * num_rows // limit for i in range(limit)}
-        examples = [make(row) for number, row in enumerate(rows()) if number in asked]
-    if not examples:
-        raise DataError(f"eval.tasks: {config.name}: no row passes its filters; it needs some; correct the filters")
-    return examples
+        Raises:
+            DataError: naming file and record, if one is unusable, or if no record passes the filters.
+        """
+        if self.max_examples is None:
+            examples = [make(row) for row in self._accepted()]
+        else:  # two passes, so that unused records are not kept in memory
+            num_rows = sum(1 for _ in self._accepted())
+            limit = min(num_rows, self.max_examples)
+            used = {i * num_rows // limit for i in range(limit)}
+            examples = [make(row) for number, row in enumerate(self._accepted()) if number in used]
+        if not examples:
+            raise DataError(f"eval.tasks: {self.task}: no row passes its filters; it needs some; correct the filters")
+        return examples
+
+    def _accepted(self) -> Iterator[Row]:
+        return (row for row in self.source.rows() if all(accepts(row) for accepts in self.filters))
 
 
 def prompt_tokens(prompt: Template, row: Row, tokenizer: Tokenizer) -> list[int]:
-    """Return the tokens of a prompt, behind the end of a document: here another one begins."""
+    """Tokenize a prompt, after an end-of-document token: it begins a document."""
     return [tokenizer.end_of_document, *tokenizer.encode(prompt.render(row)).tolist()]
 
 
 def completion_tokens(text: str, tokenizer: Tokenizer, *, ends_document: bool) -> list[int]:
-    """Return the tokens of a text that follows a prompt."""
+    """Tokenize a text that follows a prompt."""
     return tokenizer.encode(text).tolist() + [tokenizer.end_of_document] * ends_document
 
 
-def texts_in(row: Row, column: str) -> list[str]:
-    """Return the list of texts in a column.
+def text_list(row: Row, column: str) -> list[str]:
+    """Return the list of strings in a column.
 
     Raises:
-        DataError: if it is none, or one of its entries is none.
+        DataError: if the value is not a list, or one of its entries is not a string.
     """
     values = row.value(column)
     if not isinstance(values, list):
-        raise _wrong(row, column, values, "a list of strings")
+        raise _wrong_type(row, column, values, "a list of strings")
     for value in values:
         if not isinstance(value, str):
             raise DataError(
-                f"{row.where}: {column!r} has {type_name(value)} in it; all of it must be strings; correct or remove "
+                f"{row.where}: {column!r} contains {type_name(value)}; every entry must be a string; correct or remove "
                 "the row"
             )
     return [check_unicode(value, column, where=row.where) for value in values]
 
 
 def check_options(texts: Sequence[str], *, where: str, what: str) -> None:
-    """Refuse options that nobody can choose from.
+    """Check the texts that the model chooses from.
 
     Raises:
-        DataError: if there are fewer than two, or one is empty or there twice.
+        DataError: if there are fewer than two, or one is empty or repeated.
     """
     if len(texts) < 2:
-        raise DataError(
-            f"{where}: has too few {what} ({len(texts)}); two are needed to choose from; correct or remove the row"
-        )
+        raise DataError(f"{where}: has too few {what} ({len(texts)}); at least 2 are needed; correct or remove the row")
     seen: set[str] = set()
     for text in texts:
         if not text:
             raise DataError(f"{where}: one of its {what} is empty; each needs some text; correct or remove the row")
         if text in seen:
-            raise DataError(f"{where}: {text!r} is twice among its {what}; each once; correct or remove the row")
+            raise DataError(
+                f"{where}: {text!r} is repeated in its {what}; each must be unique; correct or remove the row"
+            )
         seen.add(text)
 
 
-def place_of(value: Any, texts: Sequence[str], row: Row, column: str) -> int:
-    """Return which of the texts a value names: by its number, from 0, or by its text, white space around it apart.
+def option_index(value: Any, texts: Sequence[str], row: Row, column: str) -> int:
+    """Return the index of the text that a value names: a 0-based number, or the text, ignoring surrounding white space.
 
     Raises:
-        DataError: if it names none, or several.
+        DataError: if the value names no text, or several.
     """
     if isinstance(value, int) and not isinstance(value, bool):
         if 0 <= value < len(texts):
             return value
         raise DataError(
-            f"{row.where}: {column!r} is {value}; the {len(texts)} texts to choose from have the numbers 0 to "
+            f"{row.where}: {column!r} is {value}; the {len(texts)} texts to choose from are numbered 0 to "
             f"{len(texts) - 1}; correct or remove the row"
         )
     if not isinstance(value, str):
-        raise _wrong(row, column, value, "a whole number or a string")
+        raise _wrong_type(row, column, value, "a whole number or a string")
     found = [i for i, text in enumerate(texts) if text == value] or [
         i for i, text in enumerate(texts) if text.strip() == value.strip()
     ]
     if len(found) != 1:
-        how = "is none" if not found else f"is {len(found)}"
+        problem = "is none" if not found else f"matches {len(found)}"
         raise DataError(
-            f"{row.where}: {column!r} is {_short(value)}, which {how} of the texts to choose from "
+            f"{row.where}: {column!r} is {_short(value)}, which {problem} of the texts to choose from "
             f"({', '.join(map(_short, texts[:4]))}{', ...' if len(texts) > 4 else ''}); correct or remove the row"
         )
     return found[0]
 
 
-def fingerprint_of(*parts: object) -> str:
+def hash_questions(*parts: object) -> str:
     """Return the hash of a task's name and questions, which are JSON values."""
     digest = hashlib.sha256()
     for part in parts:
@@ -118,7 +129,7 @@ def fingerprint_of(*parts: object) -> str:
     return digest.hexdigest()
 
 
-def _wrong(row: Row, column: str, value: Any, needed: str) -> DataError:
+def _wrong_type(row: Row, column: str, value: Any, needed: str) -> DataError:
     return DataError(f"{row.where}: {column!r} is {type_name(value)}; it must be {needed}; correct or remove the row")
 
 

@@ -1,4 +1,4 @@
-"""Every evaluation task's options, and the union of them that an entry of `eval.tasks` accepts. Imports no torch."""
+"""Options of every evaluation task, and their union, which an entry of `eval.tasks` accepts. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from trainer.data.records.filters import FilterConfig
 from trainer.data.records.registry import RowsConfig
 from trainer.data.records.template import TemplateText
 from trainer.data.sources.registry import Domain
+from trainer.evaluation.tasks.text_metrics import TextMetric
 
 if TYPE_CHECKING:
     from trainer.data.tokenizers.base import Tokenizer
     from trainer.evaluation.tasks.base import Task
+    from trainer.evaluation.tasks.examples import TaskRecords
 
 Column = Annotated[str, Field(min_length=1, max_length=1000)]
 
@@ -31,47 +33,65 @@ class TaskConfig(KindConfig):
     rows: RowsConfig
     """Rows that the questions are made of."""
     filters: list[FilterConfig] = Field(default=[])
-    """Rows that do not pass all of these are left out."""
+    """Only rows that pass all of these are used."""
     prompt: TemplateText
-    """Prompt, with columns in braces. It begins a document; answers are tokens of their own, so a space
-    between the two belongs to one of them."""
+    """Prompt, with columns in braces. It begins a document; answers are tokenized on their own, so a space between the
+    two belongs to one of them."""
     max_examples: Count | None = None
-    """Evenly spaced rows, this many at the most. Null: all of them."""
+    """At most this many rows, evenly spaced. Null: all of them."""
     every: Count | Literal["end"] | None = None
     """Steps between evaluations; there is one at the end as well. Null: whenever held-out text is evaluated. `end`:
     only at the end."""
 
     def problems_in(self, seq_len: int) -> Iterator[Problem]:
-        """Yield what does not fit rows of so many tokens."""
+        """Yield options that do not fit the model's sequence length."""
         yield from ()
+
+    def records(self) -> TaskRecords:
+        """Open the rows and apply the filters."""
+        from trainer.evaluation.tasks.examples import TaskRecords
+
+        accepts = [one.keeps for one in self.filters]
+        return TaskRecords(task=self.name, source=self.rows.rows(), filters=accepts, max_examples=self.max_examples)
 
 
 class ChoiceTaskConfig(TaskConfig):
-    """Multiple choice: the likeliest of a few completions (classification, questions with choices)."""
+    """Multiple choice: the most likely of a few completions (classification, questions with choices)."""
 
     kind: Literal["choice"] = "choice"
     choices: Annotated[list[TemplateText], Field(min_length=2)] | None = None
     """The texts, the same for every row or with columns in braces."""
     choices_column: Column | None = None
-    """Column with the list of them, where every row has its own."""
+    """Column with a list of choices, where every row has its own."""
     answer: Column
-    """Column with the right one: its number, from 0, or its text (white space around it does not count)."""
+    """Column with the right choice: its number, from 0, or its text (surrounding white space is ignored)."""
     ends_document: bool = True
-    """The end of the document after a choice counts as part of it, as it does in training. False: a choice may go on,
-    so that 1 is at least as likely as 10."""
+    """Count the end of the document after a choice as part of it, as in training. False: a choice may be continued, so
+    1 is at least as likely as 10."""
 
     def problems(self) -> Iterator[Problem]:
-        """Ask for one source of choices, and for choices that differ."""
+        """Require one source of choices, and distinct choices."""
         yield from super().problems()
         yield from _exactly_one(choices=self.choices, choices_column=self.choices_column)
         for twice in repeated(self.choices or []):
-            yield Problem("choices", f"{shown(twice)} is there twice; each choice once")
+            yield Problem("choices", f"{shown(twice)} is repeated; list each choice once")
 
     def build(self, tokenizer: Tokenizer, *, seq_len: int) -> Task:
         """Read the rows and make the task."""
-        from trainer.evaluation.tasks.choice import ChoiceTask
+        from trainer.evaluation.tasks.choice_task import ChoiceTask
 
-        return ChoiceTask(self, tokenizer, seq_len=seq_len)
+        choices = self.choices or self.choices_column
+        assert choices is not None, "problems() requires one of them"
+        return ChoiceTask(
+            self.records(),
+            tokenizer,
+            seq_len=seq_len,
+            every=self.every,
+            prompt=self.prompt,
+            choices=choices,
+            answer=self.answer,
+            ends_document=self.ends_document,
+        )
 
 
 class RankingTaskConfig(TaskConfig):
@@ -81,31 +101,40 @@ class RankingTaskConfig(TaskConfig):
     candidates_column: Column | None = None
     """Column with the list of candidates."""
     candidates_file: PathText | None = None
-    """File with the candidates of every row, one a line."""
+    """File with the candidates of every row, one per line."""
     relevant: Column
-    """Column with the right ones: a number, from 0, or a text, or a list of them."""
+    """Column with the relevant candidates: a number, from 0, or a text, or a list of them."""
     k: Annotated[list[Count], Field(min_length=1)] = Field(default=[1, 10])
-    """Lengths of the top of the list, for hit@k and ndcg@k."""
+    """Cutoffs of hit@k and ndcg@k."""
     order_by: Literal["sum", "mean_per_byte"] = "sum"
-    """Score that orders candidates: log-probability, or that over their length in bytes."""
+    """Score that orders candidates: log-probability, or log-probability per byte."""
     ends_document: bool = True
-    """The end of the document after a candidate counts as part of it, as it does in training."""
+    """Count the end of the document after a candidate as part of it, as in training."""
 
     def problems(self) -> Iterator[Problem]:
-        """Ask for one source of candidates, and for each k once."""
+        """Require one source of candidates, and distinct k."""
         yield from super().problems()
         yield from _exactly_one(candidates_column=self.candidates_column, candidates_file=self.candidates_file)
         for twice in repeated(self.k):
-            yield Problem("k", f"{twice} is there twice; each k once")
+            yield Problem("k", f"{twice} is repeated; list each k once")
 
     def build(self, tokenizer: Tokenizer, *, seq_len: int) -> Task:
         """Read the rows and make the task."""
-        from trainer.evaluation.tasks.ranking import RankingTask
+        from trainer.evaluation.tasks.ranking_task import RankingTask
 
-        return RankingTask(self, tokenizer, seq_len=seq_len)
-
-
-TextMetric = Literal["bleu", "chrf", "rouge", "exact_match"]
+        return RankingTask(
+            self.records(),
+            tokenizer,
+            seq_len=seq_len,
+            every=self.every,
+            prompt=self.prompt,
+            candidates_column=self.candidates_column,
+            candidates_file=self.candidates_file,
+            relevant=self.relevant,
+            k=self.k,
+            order_by=self.order_by,
+            ends_document=self.ends_document,
+        )
 
 
 class GenerationTaskConfig(TaskConfig):
@@ -113,18 +142,18 @@ class GenerationTaskConfig(TaskConfig):
 
     kind: Literal["generation"] = "generation"
     references: Annotated[list[TemplateText], Field(min_length=1)]
-    """Reference texts, one or several that are equally good."""
+    """Reference texts, one or several equally good ones."""
     metrics: Annotated[list[TextMetric], Field(min_length=1)] = Field(default=["bleu", "chrf"])
-    """bleu and chrf are sacrebleu's, of all texts together, 0 to 100; rouge (rouge1, rouge2, rougeL; words of a to z
-    and digits only) and exact_match are means over texts of the best reference, 0 to 1."""
+    """bleu and chrf are sacrebleu's corpus scores, 0 to 100; rouge (rouge1, rouge2, rougeL; words of a to z and digits
+    only) and exact_match are means over texts of the best reference, 0 to 1."""
     bleu_tokenize: Literal["13a", "intl", "zh", "char", "none"] = "13a"
     """Tokenizer of sacrebleu: 13a for languages with spaces, zh for Chinese, char for single characters."""
     max_new_tokens: Length = 64
-    """Longest text; it ends before where the model ends the document."""
+    """Longest text; it ends earlier where the model ends the document."""
     temperature: Coefficient = 0.0
-    """0 always takes the likeliest token."""
+    """0 always takes the most likely token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Draw from the likeliest tokens of this total mass."""
+    """Draw from the most likely tokens of this total probability."""
 
     def packages(self) -> Iterator[tuple[str, str]]:
         """Yield the libraries that compute the metrics."""
@@ -134,25 +163,37 @@ class GenerationTaskConfig(TaskConfig):
             yield "metrics", "rouge_score"
 
     def problems(self) -> Iterator[Problem]:
-        """Refuse a metric that is named twice."""
+        """Require distinct metrics."""
         yield from super().problems()
         for twice in repeated(self.metrics):
-            yield Problem("metrics", f"{twice} is there twice; name each once")
+            yield Problem("metrics", f"{twice} is repeated; list each metric once")
 
     def problems_in(self, seq_len: int) -> Iterator[Problem]:
-        """Leave room for a prompt."""
+        """Leave space for a prompt."""
         if self.max_new_tokens >= seq_len:
             yield Problem(
                 "max_new_tokens",
-                f"{self.max_new_tokens} leaves no room for a prompt in model.seq_len {seq_len}; use at most "
+                f"{self.max_new_tokens} leaves no space for a prompt in model.seq_len {seq_len}; use at most "
                 f"{seq_len - 1}",
             )
 
     def build(self, tokenizer: Tokenizer, *, seq_len: int) -> Task:
         """Read the rows and make the task."""
-        from trainer.evaluation.tasks.generation import GenerationTask
+        from trainer.evaluation.tasks.generation_task import GenerationTask
 
-        return GenerationTask(self, tokenizer, seq_len=seq_len)
+        return GenerationTask(
+            self.records(),
+            tokenizer,
+            seq_len=seq_len,
+            every=self.every,
+            prompt=self.prompt,
+            references=self.references,
+            metrics=self.metrics,
+            bleu_tokenize=self.bleu_tokenize,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+        )
 
 
 AnyTaskConfig = Annotated[
@@ -168,4 +209,4 @@ def _exactly_one(**fields: object) -> Iterator[Problem]:
     if not given:
         yield Problem("", f"needs {first} or {second}")
     elif len(given) > 1:
-        yield Problem(second, f"is given beside {first}; use one of them")
+        yield Problem(second, f"is given together with {first}; use one of them")

@@ -2,25 +2,27 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from trainer.evaluation.tasks.registry import TextMetric
 from trainer.packages import importing
 
+TextMetric = Literal["bleu", "chrf", "rouge", "exact_match"]
+
 References = Sequence[Sequence[str]]
-"""References of each text; as many for every text."""
+"""References of each text; the same number for every text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Judgement:
-    """One metric of all texts."""
+class TextScore:
+    """One metric over all texts."""
 
     values: dict[str, float]
-    """Values by name; a metric can have several."""
+    """Values by name; rouge has several."""
     signature: str | None = None
-    """sacrebleu's own words on how it was computed: numbers with another one are not comparable."""
+    """sacrebleu's description of its settings: scores with different signatures are not comparable."""
 
 
-def judge(metric: TextMetric, texts: Sequence[str], references: References, *, bleu_tokenize: str) -> Judgement:
+def score_texts(metric: TextMetric, texts: Sequence[str], references: References, *, bleu_tokenize: str) -> TextScore:
     """Compare texts with their references.
 
     Returns:
@@ -28,7 +30,7 @@ def judge(metric: TextMetric, texts: Sequence[str], references: References, *, b
         chrf: corpus chrF2, 0 to 100.
         rouge: rouge1, rouge2 and rougeL, 0 to 1: F1, mean over texts of the best reference, without stemming. Its words
             are runs of the letters a to z and digits.
-        exact_match: share of texts that are one of their references, white space around both apart.
+        exact_match: share of texts equal to one of their references, ignoring surrounding white space.
     """
     match metric:
         case "bleu" | "chrf":
@@ -37,13 +39,13 @@ def judge(metric: TextMetric, texts: Sequence[str], references: References, *, b
 
             scorer = BLEU(tokenize=bleu_tokenize) if metric == "bleu" else CHRF()
             score = scorer.corpus_score(texts, list(zip(*references, strict=True)))
-            return Judgement(values={metric: score.score}, signature=str(scorer.get_signature()))
+            return TextScore(values={metric: score.score}, signature=str(scorer.get_signature()))
         case "rouge":
-            return Judgement(values=_rouge(texts, references))
+            return TextScore(values=_rouge(texts, references))
         case "exact_match":
             pairs = zip(texts, references, strict=True)
-            same = sum(text.strip() in {one.strip() for one in own} for text, own in pairs)
-            return Judgement(values={metric: same / len(texts)})
+            num_equal = sum(text.strip() in {one.strip() for one in own} for text, own in pairs)
+            return TextScore(values={metric: num_equal / len(texts)})
 
 
 def _rouge(texts: Sequence[str], references: References) -> dict[str, float]:

@@ -24,12 +24,12 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "answer out of range": (
         CHOICE,
         {"a": 2},
-        "'a' is 2; the 2 texts to choose from have the numbers 0 to 1; correct or remove the row",
+        "'a' is 2; the 2 texts to choose from are numbered 0 to 1; correct or remove the row",
     ),
     "negative answer": (
         CHOICE,
         {"a": -1},
-        "'a' is -1; the 2 texts to choose from have the numbers 0 to 1; correct or remove the row",
+        "'a' is -1; the 2 texts to choose from are numbered 0 to 1; correct or remove the row",
     ),
     "answer is not among the choices": (
         CHOICE,
@@ -49,20 +49,24 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "answer could be two of them": (
         OWN,
         {"c": ["a ", " a", "b"], "a": "a"},
-        "'a' is 'a', which is 2 of the texts to choose from ('a ', ' a', 'b'); correct or remove the row",
+        "'a' is 'a', which matches 2 of the texts to choose from ('a ', ' a', 'b'); correct or remove the row",
     ),
-    "no choices": (OWN, {"c": []}, "has too few choices (0); two are needed to choose from; correct or remove the row"),
+    "no choices": (OWN, {"c": []}, "has too few choices (0); at least 2 are needed; correct or remove the row"),
     "one choice": (
         OWN,
         {"c": ["x"]},
-        "has too few choices (1); two are needed to choose from; correct or remove the row",
+        "has too few choices (1); at least 2 are needed; correct or remove the row",
     ),
     "an empty choice": (
         OWN,
         {"c": ["x", ""]},
         "one of its choices is empty; each needs some text; correct or remove the row",
     ),
-    "equal choices": (OWN, {"c": ["x", "x"]}, "'x' is twice among its choices; each once; correct or remove the row"),
+    "equal choices": (
+        OWN,
+        {"c": ["x", "x"]},
+        "'x' is repeated in its choices; each must be unique; correct or remove the row",
+    ),
     "choices are no list": (
         OWN,
         {"c": "x, y"},
@@ -71,7 +75,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a choice is no text": (
         OWN,
         {"c": ["x", 7]},
-        "'c' has a number in it; all of it must be strings; correct or remove the row",
+        "'c' contains a number; every entry must be a string; correct or remove the row",
     ),
     "half a character": (
         OWN,
@@ -81,17 +85,17 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "choices that are equal once rendered": (
         {**CHOICE, "choices": ["{r}", "{q}"]},
         {"q": "r"},
-        "'r' is twice among its choices; each once; correct or remove the row",
+        "'r' is repeated in its choices; each must be unique; correct or remove the row",
     ),
     "k beyond the candidates": (
         {**RANKING, "k": [1, 10]},
         {},
-        "has 3 candidates, and eval.tasks: task: k has 10; use smaller k, or give it more",
+        "has 3 candidates, and eval.tasks: task: k has 10; use a smaller k or more candidates",
     ),
     "nothing relevant": (
         RANKING,
         {"a": []},
-        "'a' is empty; one relevant candidate is needed; correct or remove the row",
+        "'a' is empty; at least one relevant candidate is needed; correct or remove the row",
     ),
     "relevant is not among the candidates": (
         RANKING,
@@ -101,12 +105,12 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a choice longer than a row of the model": (
         OWN,
         {"c": ["x", "y" * 64]},
-        "65 tokens are to be scored, and a row of the model has 64 (model.seq_len); shorten the text or remove the row",
+        "the text to score has 65 tokens, and model.seq_len is 64; shorten the text or remove the row",
     ),
     "an empty reference": (
         WRITING,
         {"r": " "},
-        "'{r}' holds no text (empty or only white space); every reference needs some; correct or remove the row",
+        "'{r}' is empty or only white space; every reference needs some text; correct or remove the row",
     ),
     "a reference of another type": (
         WRITING,
@@ -144,14 +148,14 @@ def test_a_file_of_candidates_is_checked_as_a_whole(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"items\.txt: no such file; "):
         build(tmp_path, [GOOD], **fields)
     (tmp_path / "items.txt").write_text("a\r\nb\na\n")
-    with pytest.raises(DataError, match=r"items\.txt: 'a' is twice among its candidates; each once"):
+    with pytest.raises(DataError, match=r"items\.txt: 'a' is repeated in its candidates; each must be unique"):
         build(tmp_path, [GOOD], **fields)
 
 
 def test_a_candidate_that_is_too_long_is_named_and_no_row(tmp_path: Path) -> None:
     (tmp_path / "items.txt").write_text("a\n" + "b" * 500 + "\n")
     fields = {"kind": "ranking", "candidates_file": str(tmp_path / "items.txt"), "relevant": "a", "k": [1]}
-    with pytest.raises(DataError, match=r"items\.txt: 'b{40}': 501 tokens are to be scored"):
+    with pytest.raises(DataError, match=r"items\.txt: 'b{40}': the text to score has 501 tokens"):
         build(tmp_path, [GOOD], **fields)
 
 

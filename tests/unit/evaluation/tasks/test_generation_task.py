@@ -9,7 +9,7 @@ import pytest
 from tests.unit.evaluation.task_helpers import SEQ_LEN, build, subject
 from trainer.evaluation.eval_report import write_predictions
 from trainer.evaluation.tasks.base import Task
-from trainer.evaluation.tasks.text_metrics import judge
+from trainer.evaluation.tasks.text_metrics import score_texts
 from trainer.models.generation import generate_many, greedy
 
 ROWS = [{"q": f"Translate {i}: ", "r": f"Satz {i}"} for i in range(5)]
@@ -41,30 +41,30 @@ def test_temperature_draws_the_same_texts_again_and_others_for_other_rows(tmp_pa
 def test_a_prompt_is_cut_until_the_longest_text_fits(tmp_path: Path) -> None:
     long = {"q": "x" * 100, "r": "y"}
     task = _build(tmp_path, [long, ROWS[0]], max_new_tokens=SEQ_LEN - 1)
-    assert task.num_cut == 2, "room for two tokens"
+    assert task.num_truncated == 2, "room for two tokens"
     assert [one["cut_prompt"] for one in task.evaluate(subject()).predictions] == [True, True]
 
 
 def test_metrics_equal_hand_computed_ones() -> None:
     texts = ["the cat sat on the mat", "a dog ran away today"]
     references = [["the cat sat on a mat", "the cat is on the mat"], ["the dog ran away today", "dogs run"]]
-    bleu = judge("bleu", texts, references, bleu_tokenize="13a")
+    bleu = score_texts("bleu", texts, references, bleu_tokenize="13a")
     # 1- to 4-grams that are in a reference: 6 + 4 of 11, 5 + 3 of 9, 3 + 2 of 7, 1 + 1 of 5; no text is too short
     assert bleu.values["bleu"] == pytest.approx(100 * (10 / 11 * 8 / 9 * 5 / 7 * 2 / 5) ** 0.25)
     assert bleu.signature is not None and bleu.signature.startswith("nrefs:2|case:mixed|eff:no|tok:13a|smooth:exp|")
-    chrf = judge("chrf", texts, references, bleu_tokenize="13a")
+    chrf = score_texts("chrf", texts, references, bleu_tokenize="13a")
     assert 60 < chrf.values["chrf"] < 100 and chrf.signature is not None and "nc:6" in chrf.signature
-    rouge = judge("rouge", texts, references, bleu_tokenize="13a").values
+    rouge = score_texts("rouge", texts, references, bleu_tokenize="13a").values
     assert rouge["rouge1"] == pytest.approx((5 / 6 + 4 / 5) / 2) and rouge["rougeL"] == pytest.approx(
         (5 / 6 + 4 / 5) / 2
     )
-    exact = judge("exact_match", [" a ", "b"], [["a"], ["c"]], bleu_tokenize="13a")
+    exact = score_texts("exact_match", [" a ", "b"], [["a"], ["c"]], bleu_tokenize="13a")
     assert exact.values == {"exact_match": 0.5}
 
 
 def test_chinese_is_cut_into_words_by_its_own_rule() -> None:
     texts, references = ["我喜欢吃苹果和香蕉"], [["我喜欢吃苹果和葡萄"]]
-    plain, chinese = (judge("bleu", texts, references, bleu_tokenize=how).values["bleu"] for how in ("13a", "zh"))
+    plain, chinese = (score_texts("bleu", texts, references, bleu_tokenize=how).values["bleu"] for how in ("13a", "zh"))
     assert plain < 1 < 50 < chinese
 
 

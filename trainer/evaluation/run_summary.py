@@ -1,4 +1,4 @@
-"""Summaries of an evaluation for screens and pictures."""
+"""Summarize an evaluation for the screen and the picture of the experts."""
 
 from collections.abc import Sequence
 
@@ -9,9 +9,9 @@ from trainer.evaluation.eval_report import EvalReport
 from trainer.evaluation.held_out import EvalResult
 
 
-def summary_of(examination: EvalReport, corpus: Corpus, moe_layers: Sequence[int], *, title: str) -> RunSummary:
-    """Return what the last screen shows of an evaluation."""
-    held_out, tasks = examination.held_out, [(result.name, result.metrics) for result in examination.tasks]
+def summarize_evaluation(report: EvalReport, corpus: Corpus, moe_layers: Sequence[int], *, title: str) -> RunSummary:
+    """Return the contents of the summary screen."""
+    held_out, tasks = report.held_out, [(result.name, result.metrics) for result in report.tasks]
     if held_out is None:
         return RunSummary(title=title, tasks=tasks)
     record = held_out.record()
@@ -27,7 +27,7 @@ def summary_of(examination: EvalReport, corpus: Corpus, moe_layers: Sequence[int
 
 
 def domain_scores(corpus: Corpus, held_out: EvalResult) -> list[DomainScore]:
-    """Return the bits per byte of each domain, and of several together, beside a unigram model's."""
+    """Return the bits per byte of each domain, and of all if there are several, with a unigram model's."""
     unigrams = [unigram_bits_per_byte(corpus, index) for index in range(len(corpus.domains))]
     scores = [
         DomainScore(name=result.domain, bits_per_byte=result.bits_per_byte, unigram_bits_per_byte=unigram)
@@ -42,7 +42,7 @@ def domain_scores(corpus: Corpus, held_out: EvalResult) -> list[DomainScore]:
 
 
 def expert_counts(moe_layers: Sequence[int], held_out: EvalResult) -> ExpertCounts | None:
-    """Return the assignments of every MoE layer by domain; None for a dense model."""
+    """Return every MoE layer's assignments by domain; None for a dense model."""
     if not moe_layers:
         return None
     return ExpertCounts(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.unit.evaluation.task_helpers import build, subject
 from trainer.evaluation.scoring import Question, score
-from trainer.evaluation.tasks.ranking import ranking_metrics, ranks_of
+from trainer.evaluation.tasks.ranking_task import ranking_metrics, ranks_of
 
 CANDIDATES = ["item 12", "item 120", "another", "x", "last one"]
 

@@ -10,7 +10,7 @@ import torch
 
 from tests.unit.evaluation.task_helpers import SEQ_LEN, build, subject
 from trainer.data.batches.batch import Batch
-from trainer.evaluation.tasks.choice import choice_metrics, macro_f1
+from trainer.evaluation.tasks.choice_task import choice_metrics, macro_f1
 from trainer.moe.routing import RoutingOptions
 
 ROWS: list[dict[str, Any]] = [
@@ -98,7 +98,7 @@ def test_a_prompt_that_is_too_long_is_cut_on_the_left_and_counted(tmp_path: Path
     room = SEQ_LEN + 1 - 10  # nine bytes and the end of the document, of which the last is not read
     long, short = ({"q": "x" * length + "end ", "right": 0} for length in (500, room - 4))
     task = build(tmp_path, [long, {"q": "end ", "right": 0}], **fields)
-    assert task.num_cut == 1 and task.evaluate(subject()).metrics["cut_prompts"] == 1
+    assert task.num_truncated == 1 and task.evaluate(subject()).metrics["cut_prompts"] == 1
     # Of the shorter one only the end of a document before it is cut.
     assert build(tmp_path, [long], **fields).fingerprint == build(tmp_path, [short], **fields).fingerprint
 
