@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
+from trainer.commands.shipped import as_config
 from trainer.config.base import at_home
 from trainer.distributed.version import turnout_version
 from trainer.terminal import one_line, say
@@ -56,7 +57,7 @@ def verb(
 
 def takes_config(sub: argparse.ArgumentParser, what: str = "experiment file") -> argparse.ArgumentParser:
     """Let a verb take a config and overrides."""
-    sub.add_argument("config", type=as_path, metavar="CONFIG", help=what)
+    sub.add_argument("config", type=as_config, metavar="CONFIG", help=f"{what}, or a name such as quickstart")
     takes_overrides(sub, "train.steps=40")
     return sub
 
@@ -64,7 +65,7 @@ def takes_config(sub: argparse.ArgumentParser, what: str = "experiment file") ->
 def takes_run(sub: argparse.ArgumentParser, *, with_overrides: bool = True) -> argparse.ArgumentParser:
     """Let a verb take a run, which its folder names or its config."""
     what = "run folder, such as runs/smoke; or the experiment file that it was trained from"
-    sub.add_argument("config", type=as_path, metavar="RUN", help=what)
+    sub.add_argument("config", type=as_config, metavar="RUN", help=what)
     if with_overrides:
         takes_overrides(sub, "parallel.device=cpu")
     return sub

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from trainer.checkpoint.run_folder import RunFolder, check_belongs
+from trainer.commands.shipped import check_name
 from trainer.config.dump import Change, changed_keys
 from trainer.config.loader import load
 from trainer.config.old_names import OldNameWarning
@@ -23,6 +24,7 @@ _STEP: Final = re.compile(r"step_(\d{1,18})", re.ASCII)
 
 def named_config(options: argparse.Namespace) -> ExperimentConfig:
     """Return the config of an experiment file, with its overrides."""
+    check_name(options.config)
     return load(options.config, options.overrides, ExperimentConfig)
 
 

@@ -1,0 +1,58 @@
+"""A config of the package is found by its name, unless something of that name is in the folder."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from trainer.cli import parse
+from trainer.commands.resolve import named_config
+from trainer.commands.shipped import FOLDER, as_config, shipped_names
+from trainer.errors import ConfigError
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_they_are_those_at_the_top_of_configs_and_packed_from_there() -> None:
+    assert FOLDER.is_symlink() and FOLDER.samefile(ROOT / "configs")
+    assert shipped_names() == sorted(path.stem for path in (ROOT / "configs").glob("*.yaml")) != []
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packed = project["tool"]["setuptools"]["package-data"]["trainer"]
+    assert {"configs/*.yaml", "configs/schema.json"} < set(packed)
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_each_is_read_by_its_name(name: str) -> None:
+    assert named_config(parse(["train", name])).name == name
+
+
+def test_a_file_or_folder_of_that_name_comes_first(folder: Path) -> None:
+    assert as_config("smoke") == FOLDER / "smoke.yaml"
+    (folder / "smoke").mkdir()
+    assert as_config("smoke") == Path("smoke")
+
+
+@pytest.mark.parametrize("text", ["configs/smoke", "smoke.yaml", "recipes/search", "", ".", "other"])
+def test_other_names_stay_paths(text: str) -> None:
+    assert as_config(text) == Path(text)
+
+
+def test_an_unknown_name_is_answered_with_those_that_there_are() -> None:
+    with pytest.raises(ConfigError) as error:
+        named_config(parse(["train", "quikstart"]))
+    assert str(error.value) == (
+        "quikstart: no such file, and no config of the package; those are "
+        f"{', '.join(shipped_names())}; `turnout init NAME` writes a first one of your own"
+    )
+
+
+def test_an_unknown_name_with_a_similar_file_is_answered_with_the_file(folder: Path) -> None:
+    (folder / "mine.yaml").write_text("name: mine\n")
+    with pytest.raises(ConfigError, match=r"did you mean mine\.yaml\?$"):
+        named_config(parse(["train", "mine"]))
