@@ -15,8 +15,8 @@ from trainer.config.loader import load
 from trainer.data.batches.stream import TrainStream
 from trainer.data.corpus import build_corpus
 from trainer.distributed import runtime
-from trainer.distributed.layout import launched
 from trainer.distributed.mesh import joined
+from trainer.distributed.rank_layout import layout_from_environment
 from trainer.experiment import ExperimentConfig
 from trainer.training.model import build_model, numerics, resolve_kernel
 
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="steps, and comparisons, in turn (20)")
     options = parser.parse_args()
     config = load(options.config, options.overrides, ExperimentConfig)
-    layout = launched(ep_size=config.parallel.ep_size)
+    layout = layout_from_environment(ep_size=config.parallel.ep_size)
     device = runtime.start(config.parallel.device)
     config = resolve_kernel(config, device)
     with joined(layout, device, timeout_s=300) as mesh:

@@ -26,9 +26,9 @@ from trainer.config.loader import load
 from trainer.data.batches.batch import Batch
 from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.distributed.flight_recorder import FlightRecorder
-from trainer.distributed.interface import stay_on_loopback
-from trainer.distributed.layout import Layout
+from trainer.distributed.interface import use_loopback
 from trainer.distributed.mesh import Mesh, build_mesh
+from trainer.distributed.rank_layout import Layout
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.engine.deepspeed.start import join, load_deepspeed
 from trainer.engine.registry import NativeEngineConfig
@@ -159,7 +159,7 @@ def contend(pipe: Connection, config: ExperimentConfig, contender: str, rank: in
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     torch.set_num_threads(1)
-    stay_on_loopback()
+    use_loopback()
     dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
     layout = Layout(world_size=world_size, rank=rank, ep_size=config.parallel.ep_size, ranks_per_node=world_size)
     mesh = build_mesh(layout, FlightRecorder())

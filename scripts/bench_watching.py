@@ -14,8 +14,8 @@ from trainer.config.loader import load
 from trainer.data.batches.stream import TrainStream
 from trainer.data.corpus import build_corpus
 from trainer.distributed import runtime
-from trainer.distributed.layout import launched
 from trainer.distributed.mesh import joined
+from trainer.distributed.rank_layout import layout_from_environment
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.system_stats import Machine, over_ranks
 from trainer.step_timer import Clock, HostClock, StepTimer
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40, help="steps with and without, in turn (40)")
     options = parser.parse_args()
     config = load(options.config, options.overrides, ExperimentConfig)
-    layout = launched(ep_size=config.parallel.ep_size)
+    layout = layout_from_environment(ep_size=config.parallel.ep_size)
     device = runtime.start(config.parallel.device)
     config = resolve_kernel(config, device)
     with joined(layout, device, timeout_s=300) as mesh:

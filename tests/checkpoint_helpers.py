@@ -8,11 +8,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.files import StoredTensors
-from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.load import CheckpointHandle, find
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
+from trainer.checkpoint.find_checkpoint import CheckpointHandle, find
 from trainer.checkpoint.saver import Saved, Saver
 from trainer.checkpoint.state import TrainState
+from trainer.checkpoint.tensor_files import StoredTensors
 from trainer.distributed.mesh import Mesh
 from trainer.engine.base import Engine
 

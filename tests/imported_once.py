@@ -112,7 +112,7 @@ def _work(arguments: list[str], cwd: str, outputs: list[str], variables: dict[st
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     shorten_sample()
-    fault_injection._PLANNED[:] = fault_injection.planned(
+    fault_injection._PLANNED[:] = fault_injection.parse_faults(
         os.environ.get("TURNOUT_FAULTS", ""), os.environ.get("RANK", "0")
     )
     if arguments[0] == "-m":

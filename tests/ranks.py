@@ -6,8 +6,8 @@ from typing import Any
 import torch.distributed as dist
 
 from trainer.distributed.flight_recorder import FlightRecorder
-from trainer.distributed.layout import Layout
 from trainer.distributed.mesh import Mesh, build_mesh
+from trainer.distributed.rank_layout import Layout
 from trainer.prove.pool import Failure, LocalRanks
 
 TIMEOUT_S = 120.0

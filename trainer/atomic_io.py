@@ -37,7 +37,7 @@ def open_regular(path: str | os.PathLike[str], flags: int, *, through_links: boo
     return descriptor
 
 
-def is_at(path: Path, descriptor: int) -> bool:
+def is_open_file(path: Path, descriptor: int) -> bool:
     """Tell whether an open file still has this name: neither removed nor replaced."""
     mine = os.fstat(descriptor)
     try:
@@ -47,7 +47,7 @@ def is_at(path: Path, descriptor: int) -> bool:
     return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
 
 
-def open_own(path: Path, flags: int) -> int:
+def open_unshared(path: Path, flags: int) -> int:
     """Open a regular file to be written, once no other name shares its content: a snapshot by `cp -al` stays as it is.
 
     Raises:

@@ -13,11 +13,11 @@ from trainer.commands.arguments import Parser, Version
 from trainer.config.nodes import shown_path
 from trainer.config.old_names import OldNameWarning
 from trainer.config.overrides import as_override, names_key
-from trainer.distributed.layout import is_first_rank
-from trainer.environment import SUPERVISOR, check_of_process
+from trainer.distributed.rank_layout import is_first_rank
+from trainer.environment import SUPERVISOR, check_process_variables
 from trainer.errors import CommError, RemoteRankError, StopRequested, TurnoutError, exit_code_of, first_line
 from trainer.experiment import ExperimentConfig
-from trainer.terminal import one_line, say, show_logs
+from trainer.terminal import print_safe, show_logs, single_line
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -26,24 +26,24 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     _show_old_names()
     options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
-        check_of_process()
+        check_process_variables()
         code = options.verb(options)
     except RemoteRankError as error:  # the rank that had it says so
         _let_others_speak(0.5)
         _end_at_once(error.exit_code)
     except CommError as error:
-        say(error, file=sys.stderr)
+        print_safe(error, file=sys.stderr)
         _end_at_once(error.exit_code)
     except StopRequested as error:
         if is_first_rank():
-            say(error, file=sys.stderr)
+            print_safe(error, file=sys.stderr)
         _end_at_once(error.exit_code)
     except TurnoutError as error:
-        if error.is_this_ranks or is_first_rank() or options.verb is train.launch:
-            say(error, file=sys.stderr)
+        if error.is_rank_specific or is_first_rank() or options.verb is train.launch:
+            print_safe(error, file=sys.stderr)
         else:  # rank 0 has the same one, says so, and torchrun ends the others; unless it is this rank's alone
             _let_others_speak(10)
-            say(f"rank {os.environ['RANK']}: {error}", file=sys.stderr)
+            print_safe(f"rank {os.environ['RANK']}: {error}", file=sys.stderr)
         code = error.exit_code
     except (KeyboardInterrupt, Exception) as error:  # what nobody has said anything more specific about
         code = exit_code_of(error)
@@ -61,7 +61,7 @@ def _show_old_names() -> None:
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         if issubclass(category, OldNameWarning):
-            say(f"warning: {message}", file=sys.stderr)
+            print_safe(f"warning: {message}", file=sys.stderr)
         else:
             python_s(message, category, *where, **more)
 
@@ -85,13 +85,15 @@ def _explain(error: BaseException) -> None:
     """Say in a line what has ended the process, for errors that are not ours and yet no bugs."""
     match error:
         case KeyboardInterrupt():  # no run, or the second Ctrl-C of one: there is nothing new to save
-            say("interrupted", file=sys.stderr)
+            print_safe("interrupted", file=sys.stderr)
         case BrokenPipeError():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         case OSError():
-            say(f"{shown_path(os.fsdecode(error.filename))}: {error.strerror}", file=sys.stderr)
+            print_safe(f"{shown_path(os.fsdecode(error.filename))}: {error.strerror}", file=sys.stderr)
         case _:
-            say(one_line(f"out of memory: {first_line(error)}; use a machine with more of it"), file=sys.stderr)
+            print_safe(
+                single_line(f"out of memory: {first_line(error)}; use a machine with more of it"), file=sys.stderr
+            )
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -102,7 +104,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     stray = [word for word in rest if word.startswith("-") or "=" not in word[1:] or not hasattr(options, "overrides")]
     if stray and hasattr(options, "overrides"):
         meant = [as_override(word, value, ExperimentConfig) for word, value in _with_values(stray)]
-        parser.exit(2, "".join(f"{one_line(line)}\n" for line in meant))
+        parser.exit(2, "".join(f"{single_line(line)}\n" for line in meant))
     if stray:
         parser.error(f"unrecognized arguments: {' '.join(stray)}")
     if rest:
@@ -122,7 +124,7 @@ def _refuse_before_verb(parser: Parser, arguments: Sequence[str]) -> None:
     is_key = names_key(name.lstrip("-").replace("-", "_"), ExperimentConfig)
     said = as_override(name, given, ExperimentConfig) if is_option and is_key else f"{first}: is no verb"
     where = "the verb comes first, then the config, then its overrides and options"
-    parser.exit(2, f"{one_line(f'{said}; {where}')}: {parser.prog} train CONFIG a.b=c\n")
+    parser.exit(2, f"{single_line(f'{said}; {where}')}: {parser.prog} train CONFIG a.b=c\n")
 
 
 def _with_values(words: Sequence[str]) -> list[tuple[str, str | None]]:

@@ -71,11 +71,11 @@ class Variables:
         """
         if self.problems:
             error = ConfigError("\n".join(self.problems))
-            error.is_this_ranks = True
+            error.is_rank_specific = True
             raise error
 
 
-def place() -> tuple[int, int]:
+def world_size_and_rank() -> tuple[int, int]:
     """Return how many ranks a launcher has started, and which of them this process is; alone without a launcher.
 
     Raises:
@@ -87,7 +87,7 @@ def place() -> tuple[int, int]:
     return found
 
 
-def local_place() -> tuple[int | None, int]:
+def local_size_and_rank() -> tuple[int | None, int]:
     """Return how many ranks there are on this machine (None if it is not said), and which of them this process is.
 
     Raises:
@@ -105,7 +105,7 @@ def is_first(name: str) -> bool:
     return not (text.isascii() and text.isdigit() and text.strip("0"))
 
 
-def check_of_process() -> None:
+def check_process_variables() -> None:
     """Refuse what any process reads and cannot be.
 
     Raises:
@@ -117,13 +117,13 @@ def check_of_process() -> None:
         variables.problems.append(f"OMP_NUM_THREADS={threads}: is not a number of at least 1, nor a list of them")
     variables.problems += _unknown_to_torch()
     try:
-        fault_injection.planned(os.environ.get("TURNOUT_FAULTS", ""), "0")
+        fault_injection.parse_faults(os.environ.get("TURNOUT_FAULTS", ""), "0")
     except ValueError as error:
         variables.problems.append(str(error))
     variables.check()
 
 
-def check_of_rank() -> None:
+def check_rank_variables() -> None:
     """Refuse what says which rank a process is, and cannot be.
 
     Raises:

@@ -13,9 +13,9 @@ class TurnoutError(Exception):
     """Base of every error that its reader can fix."""
 
     exit_code = 1
-    is_of_the_group = False
+    is_on_every_rank = False
     """Every rank has it, or it concerns the exchange itself: there is nobody to tell."""
-    is_this_ranks = False
+    is_rank_specific = False
     """This rank alone has it, and so is the one to show it; what all ranks have is shown by rank 0."""
 
 
@@ -45,7 +45,7 @@ class CommError(TurnoutError):
     """A peer was lost or ranks disagree."""
 
     exit_code = 5
-    is_of_the_group = is_this_ranks = True
+    is_on_every_rank = is_rank_specific = True
 
 
 class DivergedError(TurnoutError):
@@ -57,7 +57,7 @@ class DivergedError(TurnoutError):
 class RemoteRankError(TurnoutError):
     """Another rank failed and has said so; this one only ends with it, and in silence."""
 
-    is_of_the_group = True
+    is_on_every_rank = True
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
@@ -76,10 +76,10 @@ class ResourceError(TurnoutError):
     exit_code = 7
 
 
-class ShortOfMemory(ResourceError):
+class MemoryExhausted(ResourceError):
     """Memory has run out on this rank; what helps hangs on what it was doing."""
 
-    is_this_ranks = True
+    is_rank_specific = True
 
 
 PREEMPTED = 75
@@ -121,18 +121,18 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def short_of_memory(doing: str, advice: str) -> Iterator[None]:
+def explain_out_of_memory(doing: str, advice: str) -> Iterator[None]:
     """Say what helps where memory runs out in a block.
 
     Raises:
-        ShortOfMemory: in place of whatever error says that it has.
+        MemoryExhausted: in place of whatever error says that it has.
     """
     try:
         yield
     except Exception as error:
         if isinstance(error, TurnoutError) or not is_out_of_memory(error):
             raise
-        raise ShortOfMemory(f"out of memory while {doing}: {first_line(error)}; {advice}") from None
+        raise MemoryExhausted(f"out of memory while {doing}: {first_line(error)}; {advice}") from None
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -27,7 +27,7 @@ class Fault:
     """Happens when this reaches 0."""
 
 
-def planned(text: str, rank: str) -> list[Fault]:
+def parse_faults(text: str, rank: str) -> list[Fault]:
     """Return the faults that are asked for on a rank.
 
     Raises:
@@ -46,7 +46,7 @@ def planned(text: str, rank: str) -> list[Fault]:
 
 def _planned_at_start() -> list[Fault]:
     try:
-        return planned(os.environ.get("TURNOUT_FAULTS", ""), os.environ.get("RANK", "0"))
+        return parse_faults(os.environ.get("TURNOUT_FAULTS", ""), os.environ.get("RANK", "0"))
     except ValueError:  # the command line says so (trainer/environment.py)
         return []
 

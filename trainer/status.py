@@ -20,9 +20,9 @@ ATTEMPT = "TURNOUT_ATTEMPT"
 """Environment variable by which a supervisor tells the ranks it started from all others."""
 REPORT = "TURNOUT_REPORT"
 """Environment variable: descriptor on which torchrun tells its supervisor what ended its ranks."""
-WATCHED = "TURNOUT_WATCHED"
+LIVENESS_FOLDER = "TURNOUT_WATCHED"
 """Environment variable: folder through which a supervisor and its processes hear of each other."""
-BEATS, ASKED = "beats", "asked"
+LIVENESS_PIPE, STOP_SIGNAL = "beats", "asked"
 """Files there: a pipe with signs of life; the signal because of which a run is asked to stop."""
 Phase = Literal["start-up", "training", "reading", "evaluating", "saving"]
 

@@ -21,13 +21,13 @@ def visible(text: str) -> str:
     return text if text.isascii() and text.isprintable() else "".join(_visible(c) for c in text)
 
 
-def one_line(text: str) -> str:
+def single_line(text: str) -> str:
     """Return text as a line of a message: nothing in it steers a terminal, breaks the line or floods the screen."""
     line = " ".join(visible(text).split())
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
 
 
-def say(text: object, *, file: TextIO | None = None) -> None:
+def print_safe(text: object, *, file: TextIO | None = None) -> None:
     """Print lines that may repeat what others wrote."""
     print(visible(str(text)), file=file or sys.stdout, flush=True)
 
@@ -43,7 +43,7 @@ class _Visible(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return its message."""
-        return one_line(super().format(record))
+        return single_line(super().format(record))
 
 
 def _visible(character: str) -> str:

@@ -22,12 +22,12 @@ import torch
 from tests.builders import make_batch, make_engine, rows_of, tiny_model_config
 from tests.checkpoint_helpers import whole
 from tests.ranks import Ranks, mesh_here
-from trainer.checkpoint import files
-from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.load import CheckpointHandle, find_newest
+from trainer.checkpoint import tensor_files
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
+from trainer.checkpoint.find_checkpoint import CheckpointHandle, find_newest
 from trainer.checkpoint.saver import Saver
 from trainer.distributed.collectives import Group
-from trainer.distributed.layout import even_slice
+from trainer.distributed.rank_layout import even_slice
 from trainer.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -196,7 +196,7 @@ HARMS: dict[str, Harm] = {
 
 def _train_and_save(folder: Path) -> None:
     """On each of two ranks, which share the experts."""
-    files._FILE_SIZE_BYTES = _FILE_SIZE_BYTES
+    tensor_files._FILE_SIZE_BYTES = _FILE_SIZE_BYTES
     mesh = mesh_here(ep_size=2)
     engine = make_engine(tiny_model_config({"num_experts": 8}), seed=1, mesh=mesh)
     saver = Saver(CheckpointFolder(folder, keep=len(STEPS)), mesh)

@@ -194,7 +194,7 @@ def _be_a_rank(
         sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
         sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
         torch.set_num_threads(1)
-        fault_injection._PLANNED[:] = fault_injection.planned(planted, variables["RANK"])
+        fault_injection._PLANNED[:] = fault_injection.parse_faults(planted, variables["RANK"])
         if largest_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
         if prepare is not None:

@@ -11,10 +11,10 @@ import trainer.training.loop
 import trainer.training.setup
 from tests.chaos.kills import Kill
 from tests.chaos.workload import LONGEST_S, STEPS
-from trainer.checkpoint.files import StoredTensors, _Slices
-from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.saver import Saved, Saver
 from trainer.checkpoint.state import Slice, TrainState
+from trainer.checkpoint.tensor_files import StoredTensors, _Slices
 from trainer.trackers.jsonl import JsonlSink
 
 _LATE = Kill("phase.agreeing_on_a_stop", 13, None)

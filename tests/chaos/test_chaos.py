@@ -12,7 +12,7 @@ from tests.chaos.kills import NEVER_THERE, POINTS
 from tests.chaos.removed_protections import KILLED, STOPPED
 from tests.chaos.run import scenarios
 from tests.launched_ranks import ROOT
-from trainer.fault_injection import planned
+from trainer.fault_injection import parse_faults
 
 SCENARIOS = list(scenarios(release=False, seed=0))
 
@@ -52,11 +52,11 @@ def test_ranks_are_killed_at_every_place_that_has_a_name() -> None:
 
 
 def test_a_fault_is_planted_by_name_time_and_rank() -> None:
-    (fault,) = planned("a.b=kill,save.mid_file#3:1=full", "0")
+    (fault,) = parse_faults("a.b=kill,save.mid_file#3:1=full", "0")
     assert (fault.point, fault.action, fault.countdown) == ("a.b", "kill", 1)
-    assert [fault.countdown for fault in planned("a.b=kill,save.mid_file#3:1=full", "1")] == [1, 3]
+    assert [fault.countdown for fault in parse_faults("a.b=kill,save.mid_file#3:1=full", "1")] == [1, 3]
     with pytest.raises(ValueError, match=r"TURNOUT_FAULTS: save: is not POINT\[#TIME\]\[:RANK\]=ACTION"):
-        planned("save", "0")
+        parse_faults("save", "0")
 
 
 def test_the_documents_name_every_place_and_every_control() -> None:

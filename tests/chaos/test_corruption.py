@@ -7,8 +7,8 @@ import pytest
 
 from tests.chaos.corruption import HARMS, STEPS, corrupt, make_run
 from tests.ranks import Ranks
-from trainer.checkpoint import load as module
-from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint import find_checkpoint as module
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_every_corruption_is_noticed_and_a_sound_checkpoint_is_left(run: Path) -
     assert result.not_noticed == [] and result.not_loadable == [], result
     assert result.count == 150 and result.by_harm.keys() == HARMS.keys()
     assert len(result.by_file) == len(list(CheckpointFolder(run).of_step(STEPS[-1]).iterdir()))
-    assert CheckpointFolder(run).wrong(STEPS[-1]) is None, "as it was"
+    assert CheckpointFolder(run).defect(STEPS[-1]) is None, "as it was"
 
 
 def test_without_the_hashes_of_files_corruptions_go_unnoticed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,8 @@ from tests.chaos.rank_forker import Arena, Attempt, Prepare
 from tests.checkpoint_helpers import digest, whole
 from tests.ignore_clock import without_clock
 from tests.imported_once import shorten_sample
-from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.load import find
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
+from trainer.checkpoint.find_checkpoint import find
 from trainer.data.batches.concat_rows import CrossingRows
 from trainer.data.batches.row_order import DomainRows
 from trainer.data.batches.stream import TrainStream
@@ -141,7 +141,7 @@ class Outcome:
 def outcome(course: Course) -> Outcome:
     """Read what a finished run has left behind."""
     checkpoints = course.checkpoints
-    found = find(checkpoints, checkpoints.existing(None))
+    found = find(checkpoints, checkpoints.resolve_step(None))
     records = (json.loads(line) for line in (course.run / "metrics.jsonl").read_text().splitlines())
     rows: dict[int, str] = {}
     for slot, window in _rows(course):

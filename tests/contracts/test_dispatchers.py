@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.builders import make_context
 from tests.ranks import Ranks, mesh_here
-from trainer.distributed.layout import even_slice
+from trainer.distributed.rank_layout import even_slice
 from trainer.moe.capacity import limit_to_capacity
 from trainer.moe.config import CapacityConfig
 from trainer.moe.dispatch.local import LocalDispatcher

@@ -20,7 +20,7 @@ import torch
 from tests.checkpoint_helpers import load
 from tests.end_to_end.test_cli import CONFIG, _environment, refused, run
 from tests.unit.checkpoint.test_manifest import rewrite
-from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.cli import main
 from trainer.optim.registry import WarmupCosineConfig
@@ -259,11 +259,11 @@ def test_a_run_that_diverges_ends_with_6_and_a_line(workplace: Path, monkeypatch
 
 
 PLACES = {
-    "as it is listed": "trainer.checkpoint.folder.read_manifest",
-    "as it is hashed": "trainer.checkpoint.load.check_file",
-    "as its numbers are looked at": "trainer.checkpoint.load.check_numbers",
+    "as it is listed": "trainer.checkpoint.checkpoint_folder.read_manifest",
+    "as it is hashed": "trainer.checkpoint.find_checkpoint.check_file",
+    "as its numbers are looked at": "trainer.checkpoint.find_checkpoint.check_finite_values",
     "while the model is made": "trainer.training.resume.build_model",
-    "as its tensors are read": "trainer.checkpoint.files.open_tensors",
+    "as its tensors are read": "trainer.checkpoint.tensor_files.open_tensors",
 }
 
 

@@ -114,7 +114,7 @@ main(sys.argv[1:])
         ("raise DataError('shard 7 is damaged')", 3, "rank 1: shard 7 is damaged"),
         ("raise ValueError('a bug')", 1, "ValueError: a bug"),
         ("sys.exit(0)", 1, "rank 1: SystemExit: 0"),
-        ("engine.mesh.world.gather(torch.zeros(2))", 5, "in another exchange than the others"),
+        ("engine.mesh.world.all_gather(torch.zeros(2))", 5, "in another exchange than the others"),
     ],
 )
 def test_a_rank_that_is_stuck_or_fails_alone_is_named_once(workplace: Path, fault: str, code: int, text: str) -> None:
@@ -129,11 +129,11 @@ def test_a_rank_that_is_stuck_or_fails_alone_is_named_once(workplace: Path, faul
 
 MEETING = """
 import signal, sys, os, time, torch
-from trainer.distributed.layout import launched
+from trainer.distributed.rank_layout import layout_from_environment
 from trainer.distributed.mesh import joined
 from trainer.distributed.collective_errors import raise_together
 from trainer.errors import TurnoutError
-layout = launched(ep_size=1)
+layout = layout_from_environment(ep_size=1)
 try:
     with joined(layout, torch.device("cpu"), timeout_s=3) as mesh:
         with raise_together(mesh.world):

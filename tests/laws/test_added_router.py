@@ -13,8 +13,8 @@ from tests.laws.test_router_oracles import D_FF, make_layer, make_tokens
 from tests.ranks import Ranks
 from trainer.data.batches.stream import pad_rows
 from trainer.distributed.flight_recorder import FlightRecorder
-from trainer.distributed.layout import Layout, even_slice
 from trainer.distributed.mesh import Mesh, build_mesh
+from trainer.distributed.rank_layout import Layout, even_slice
 from trainer.models.config import ModelConfig
 
 ROWS, SEQ_LEN, STEPS = 8, 8, 6

@@ -13,11 +13,11 @@ import torch
 from tests.builders import make_batch, make_engine_of, rows_of, tiny_model_config
 from tests.checkpoint_helpers import digest, load, resume
 from tests.ranks import Ranks, mesh_here
-from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.saver import Saver
 from trainer.data.batches.batch import Batch
-from trainer.distributed.layout import even_slice
 from trainer.distributed.mesh import Mesh
+from trainer.distributed.rank_layout import even_slice
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.engine.registry import NativeEngineConfig
 from trainer.engine.step import NumericsConfig, StepEngine

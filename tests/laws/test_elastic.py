@@ -15,12 +15,12 @@ from tests.builders import make_batch, make_engine, rows_of, tiny_model_config
 from tests.checkpoint_helpers import digest, load, resume
 from tests.ranks import Ranks, mesh_here
 from tests.unit.checkpoint.test_manifest import rewrite
-from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.load import find_newest
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
+from trainer.checkpoint.find_checkpoint import find_newest
 from trainer.checkpoint.manifest import StoredFile
 from trainer.checkpoint.saver import Saver
-from trainer.distributed.layout import even_slice
 from trainer.distributed.mesh import Mesh
+from trainer.distributed.rank_layout import even_slice
 from trainer.engine.native import NativeEngine
 from trainer.errors import CheckpointError
 from trainer.parallel.config import ParallelConfig
@@ -167,7 +167,7 @@ def _disk_of_one_is_full(where: Where, folder: Path, victim: int) -> tuple[str, 
     saver.start(1, engine.state(), {})
     saver.wait()
     if dist.get_rank() == victim:
-        import trainer.checkpoint.files as files
+        import trainer.checkpoint.tensor_files as files
 
         def full(path: Path, pieces: Sequence[bytes | memoryview]) -> StoredFile:
             raise OSError(28, "No space left on device")

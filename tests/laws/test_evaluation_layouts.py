@@ -10,8 +10,8 @@ import torch.distributed as dist
 from tests.builders import make_engine, tiny_model_config
 from tests.ranks import Ranks
 from trainer.distributed.flight_recorder import FlightRecorder
-from trainer.distributed.layout import Layout
 from trainer.distributed.mesh import build_mesh
+from trainer.distributed.rank_layout import Layout
 from trainer.evaluation.context import EvalContext
 from trainer.evaluation.scoring import Question, score
 from trainer.evaluation.tasks.batch_generation import generate_batched

@@ -13,8 +13,8 @@ from trainer.checkpoint.state import TrainState
 from trainer.data.batches.batch import Batch
 from trainer.data.batches.stream import pad_rows
 from trainer.distributed.flight_recorder import FlightRecorder
-from trainer.distributed.layout import Layout, even_slice
 from trainer.distributed.mesh import Mesh, build_mesh
+from trainer.distributed.rank_layout import Layout, even_slice
 from trainer.engine.native import NativeEngine
 from trainer.parallel.config import ParallelConfig
 

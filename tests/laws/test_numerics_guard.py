@@ -17,8 +17,8 @@ from tests.ranks import Ranks, mesh_here
 from trainer.checkpoint.replica_check import check_copies
 from trainer.data.batches.batch import Batch
 from trainer.data.batches.stream import pad_rows
-from trainer.distributed.layout import Layout, even_slice, named
 from trainer.distributed.mesh import Mesh
+from trainer.distributed.rank_layout import Layout, even_slice, format_ranks
 from trainer.engine.native import NativeEngine
 from trainer.errors import DivergedError, NumericsError
 from trainer.parallel.config import ParallelConfig
@@ -280,7 +280,7 @@ def _really_differ(engine: NativeEngine, mesh: Mesh) -> bool:
         mine[f"{name} {part.start} {len(part.tensor)}"] = (
             part.tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
         )
-    everyone = mesh.world.gather_objects({key: bytes(raw.numpy()).hex() for key, raw in mine.items()})
+    everyone = mesh.world.all_gather_objects({key: bytes(raw.numpy()).hex() for key, raw in mine.items()})
     return any(len({other[key] for other in everyone if key in other}) > 1 for there in everyone for key in there)
 
 
@@ -322,9 +322,9 @@ def _expected(name: str, victim: int) -> str:
     """What is said of a flip on one of 4 ranks with two copies of the experts (0 and 2, 1 and 3)."""
     name = name.removeprefix("model.")
     if "experts" in name:
-        copies = named([victim % 2, victim % 2 + 2])
+        copies = format_ranks([victim % 2, victim % 2 + 2])
         return f"step 20: {copies} hold different copies of {name}, and which of them is wrong cannot be told; all"
-    others = named([rank for rank in range(4) if rank != victim])
+    others = format_ranks([rank for rank in range(4) if rank != victim])
     return f"step 20: rank {victim} holds another copy of {name} than {others}; all copies were equal at step 10. "
 
 

@@ -11,7 +11,7 @@ import pytest
 from tests.launched_ranks import ROOT
 from trainer import cli, environment
 from trainer.distributed import mpi_environment
-from trainer.distributed.layout import Layout, is_first_here, is_first_rank, launched
+from trainer.distributed.rank_layout import Layout, is_first_on_node, is_first_rank, layout_from_environment
 from trainer.errors import ConfigError
 from trainer.status import REPORT
 from trainer.supervise.launch import Launch
@@ -123,27 +123,27 @@ def test_messages_say_who_sets_it() -> None:
         patch.setenv("RANK", "2")
         expected = r"^RANK=2: is not a number from 0 to 1 \(WORLD_SIZE=2\); launch and torchrun set it$"
         with pytest.raises(ConfigError, match=expected):
-            environment.check_of_rank()
+            environment.check_rank_variables()
         patch.delenv("WORLD_SIZE")
         with pytest.raises(ConfigError, match=r"^RANK=2: is not .* 0: WORLD_SIZE is not set, so there is one rank; "):
-            environment.check_of_rank()
+            environment.check_rank_variables()
 
 
 def test_what_is_right_or_empty_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     for threads in ("1", "16", "4,2", " 8 ", ""):
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
-        environment.check_of_process()
-    environment.check_of_rank()
-    assert launched(ep_size=1) == Layout() and is_first_rank() and is_first_here()
+        environment.check_process_variables()
+    environment.check_rank_variables()
+    assert layout_from_environment(ep_size=1) == Layout() and is_first_rank() and is_first_on_node()
     for name, value in (RANK_OF_TWO | {"RANK": "1", "LOCAL_RANK": "1", "GLOO_SOCKET_IFNAME": "lo"}).items():
         monkeypatch.setenv(name, value)
-    environment.check_of_rank()
-    assert launched(ep_size=2) == Layout(world_size=2, rank=1, ep_size=2, ranks_per_node=2)
-    assert not is_first_rank() and not is_first_here()
+    environment.check_rank_variables()
+    assert layout_from_environment(ep_size=2) == Layout(world_size=2, rank=1, ep_size=2, ranks_per_node=2)
+    assert not is_first_rank() and not is_first_on_node()
     for name in RANK_OF_TWO:
         monkeypatch.setenv(name, "")
-    environment.check_of_rank()
-    assert launched(ep_size=1) == Layout() and is_first_rank() and is_first_here()
+    environment.check_rank_variables()
+    assert layout_from_environment(ep_size=1) == Layout() and is_first_rank() and is_first_on_node()
 
 
 def test_torchruns_part_without_launch_says_so_in_a_line(

@@ -15,7 +15,7 @@ from trainer.config.dump import dump, inline
 from trainer.config.loader import load
 from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.experiment import ExperimentConfig
-from trainer.terminal import one_line, say, show_logs, visible
+from trainer.terminal import print_safe, show_logs, single_line, visible
 from trainer.training import main
 from trainer.training.main import GenerateOptions
 
@@ -38,8 +38,8 @@ def test_foreign_text_cannot_steer_the_terminal() -> None:
 
 
 def test_a_line_stays_one_and_short() -> None:
-    assert one_line(f"{STEERS}\n\td") == f"{SHOWN} d"
-    assert one_line("x" * 10_000) == "x" * 497 + "..."
+    assert single_line(f"{STEERS}\n\td") == f"{SHOWN} d"
+    assert single_line("x" * 10_000) == "x" * 497 + "..."
 
 
 def test_whoever_prints_goes_through_say() -> None:
@@ -62,8 +62,8 @@ def test_what_is_logged_is_a_line(capsys: pytest.CaptureFixture[str], monkeypatc
 
 
 def test_say_shows_what_it_is_given(capsys: pytest.CaptureFixture[str]) -> None:
-    say(STEERS)
-    say(ValueError(STEERS), file=sys.stderr)
+    print_safe(STEERS)
+    print_safe(ValueError(STEERS), file=sys.stderr)
     captured = capsys.readouterr()
     assert captured.out == captured.err == f"{SHOWN}\n"
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.load import CheckpointHandle
-from trainer.checkpoint.manifest import StoredTensor, record_flaws
+from trainer.checkpoint.find_checkpoint import CheckpointHandle
+from trainer.checkpoint.manifest import StoredTensor, run_record_problems
 from trainer.checkpoint.state import TrainState
 from trainer.config.dump import short
 from trainer.config.nodes import dotted
@@ -72,7 +72,7 @@ def check_record(found: CheckpointHandle) -> None:
     Raises:
         CheckpointError: with the first thing that it does not say, or that makes no sense.
     """
-    wrong = next(record_flaws(found.manifest), None)
+    wrong = next(run_record_problems(found.manifest), None)
     if wrong is not None:
         raise CheckpointError(f"{found.path}: is not sound: {wrong}")
 

@@ -11,7 +11,7 @@ WEIGHT, MOMENTS = "model.", ("optim.exp_avg.", "optim.exp_avg_sq.")
 """Prefixes of a parameter's names in a state."""
 
 
-def flaw(spans: Iterable[tuple[int, int]], total: int) -> str | None:
+def partition_error(spans: Iterable[tuple[int, int]], total: int) -> str | None:
     """Return what is wrong with parts that should make up 0 .. total - 1, or None.
 
     Args:
@@ -30,7 +30,7 @@ def flaw(spans: Iterable[tuple[int, int]], total: int) -> str | None:
     return f"it reaches to {end} of {total}" if end > total else None
 
 
-def missing_names(shapes: Mapping[str, Sequence[int]], of_experts: Iterable[str]) -> Iterator[str]:
+def missing_moments(shapes: Mapping[str, Sequence[int]], of_experts: Iterable[str]) -> Iterator[str]:
     """Yield what each stacked weight of experts lacks: its two moments, as many and as large.
 
     Args:

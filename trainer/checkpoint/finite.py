@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.state import Slice
 from trainer.distributed.collective_errors import barrier_gather
 from trainer.distributed.collectives import Group
-from trainer.distributed.layout import named
+from trainer.distributed.rank_layout import format_ranks
 from trainer.errors import NumericsError
 
 
@@ -31,7 +31,7 @@ def check_finite(slices: Mapping[str, Slice], group: Group, folder: CheckpointFo
     mine = not_finite({name: part.tensor for name, part in slices.items()})
     if not int(group.all_reduce_(torch.tensor([len(mine)], device=group.device))):
         return
-    newest = folder.newest_sound() if group.index == 0 else None
+    newest = folder.newest_intact() if group.index == 0 else None
     found = {name: _described(name, slices[name]) for name in mine}
     reports: list[tuple[dict[str, str], str | None]] = barrier_gather(
         group, (found, None if newest is None else str(newest))
@@ -66,7 +66,7 @@ def _in_words(everyone: list[dict[str, str]], group: Group, newest: str | None, 
     names = dict.fromkeys(name for mine in everyone for name in mine)
     first = min(names, key=_order)
     ranks = [rank for rank, mine in enumerate(everyone) if first in mine]
-    where = f" on {named([group.ranks[rank] for rank in ranks])}" if group.size > 1 else ""
+    where = f" on {format_ranks([group.ranks[rank] for rank in ranks])}" if group.size > 1 else ""
     more = f" (and {len(names) - 1} more tensor{'s' * (len(names) > 2)})" if len(names) > 1 else ""
     if newest is None:
         back = "there is no good checkpoint: lower schedule.peak_lr and start again"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trainer.checkpoint.coverage import flaw, missing_names
+from trainer.checkpoint.coverage import missing_moments, partition_error
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.errors import CheckpointError
 
@@ -62,7 +62,7 @@ class SavePlan:
         return [name for name, parts in self.parts.items() if any(part.rank == rank for part in parts)]
 
 
-def describe(state: TrainState) -> dict[str, Placement]:
+def local_placements(state: TrainState) -> dict[str, Placement]:
     """Return what this rank holds."""
     return {name: Placement.of(part) for name, part in state.slices.items()}
 
@@ -95,7 +95,7 @@ def plan_save(held: Sequence[Mapping[str, Placement]]) -> SavePlan:
             if place.length > 0 or 0 in place.shape:
                 holders.setdefault((place.start, place.length), []).append(rank)
         shape = places[name].shape
-        wrong = flaw(holders, shape[0] if shape else 1)
+        wrong = partition_error(holders, shape[0] if shape else 1)
         if wrong is not None:
             raise CheckpointError(f"{name}: not saved: {wrong}; this is a bug in the engine")
         parts[name] = []
@@ -104,7 +104,7 @@ def plan_save(held: Sequence[Mapping[str, Placement]]) -> SavePlan:
             load[writer] += length * prod(shape[1:]) * places[name].dtype.itemsize
             parts[name].append(StatePart(writer, start, length))
     experts = [name for name, place in places.items() if place.is_of_experts]
-    missing = next(missing_names({name: place.shape for name, place in places.items()}, experts), None)
+    missing = next(missing_moments({name: place.shape for name, place in places.items()}, experts), None)
     if missing is not None:
         raise CheckpointError(f"not saved: {missing}; this is a bug in the engine")
     return SavePlan(places=places, parts=parts)

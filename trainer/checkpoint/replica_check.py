@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint.state import TrainState
-from trainer.distributed.layout import named
 from trainer.distributed.mesh import Mesh
+from trainer.distributed.rank_layout import format_ranks
 from trainer.errors import DivergedError, NumericsError
 
 _SHOWN = 3
@@ -38,7 +38,7 @@ def check_copies(state: TrainState, mesh: Mesh, *, step: int, equal_at: int | No
     if mesh.world.size == 1:
         return
     mesh.world.recorder.enter("comparing copies")
-    table = mesh.world.gather(_fingerprints(state).to(mesh.world.device)).cpu()  # (W, N, 3); waits for the device
+    table = mesh.world.all_gather(_fingerprints(state).to(mesh.world.device)).cpu()  # (W, N, 3); waits for the device
     first_copy = torch.arange(len(table)) % mesh.layout.ep_size  # the first rank with the same experts
     suspect = _differs(table, table[:1]) | _differs(table, table[first_copy])  # (W, N)
     if suspect.any():
@@ -101,7 +101,7 @@ def _message(columns: dict[str, Tensor], step: int, equal_at: int | None) -> str
     return (
         f"step {step}: {said}; all copies were equal at step {equal_at}. Nothing has been saved since: start again, "
         "which goes on from the last checkpoint; if it happens again, suspect the memory of the host of "
-        f"{named(wrong)}"
+        f"{format_ranks(wrong)}"
     )
 
 
@@ -124,7 +124,7 @@ def _sentence(sides: Sequence[Sequence[int]], names: Sequence[str]) -> str:
     what = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more tensors" if len(names) > _SHOWN else "")
     wrong = _wrong(sides)
     if wrong is None:
-        ranks = named(sorted(rank for side in sides for rank in side))
+        ranks = format_ranks(sorted(rank for side in sides for rank in side))
         return f"{ranks} hold different copies of {what}, and which of them is wrong cannot be told"
     ranks = sorted(rank for side in wrong for rank in side)
-    return f"{named(ranks)} hold{'s' * (len(ranks) == 1)} another copy of {what} than {named(sides[0])}"
+    return f"{format_ranks(ranks)} hold{'s' * (len(ranks) == 1)} another copy of {what} than {format_ranks(sides[0])}"

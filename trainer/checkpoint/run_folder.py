@@ -14,13 +14,11 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from trainer.atomic_io import NotRegular, is_at, open_regular, replace_file
-from trainer.config.dump import ABSENT, Change, inline
+from trainer.atomic_io import NotRegular, is_open_file, open_regular, replace_file
 from trainer.errors import ConfigError, ResourceError
 
 _log = logging.getLogger(__name__)
@@ -79,7 +77,7 @@ class RunFolder:
             raise ResourceError(
                 f"{self.path}: cannot be written: {error.strerror}; set runs_dir to another place"
             ) from None
-        self._lock, self._is_watched = lock, is_at(path, lock.fileno())
+        self._lock, self._is_watched = lock, is_open_file(path, lock.fileno())
         with suppress(OSError):  # a full disk: only messages name the owner
             os.ftruncate(lock.fileno(), 0)
             os.write(lock.fileno(), f"{socket.gethostname()} process {os.getpid()}".encode())
@@ -107,14 +105,14 @@ class RunFolder:
             raise self._taken(owner) from None
         except OSError as error:  # a file system without locks: nobody can be told apart there
             _log.warning("%s: cannot be locked (%s); start no second run in it", self.path, error.strerror)
-        if attempts == 1 or is_at(path, lock.fileno()):
+        if attempts == 1 or is_open_file(path, lock.fileno()):
             return lock
         lock.close()  # another process has replaced it in between
         return self._claim(path, attempts=attempts - 1)
 
     def is_held(self) -> bool:
         """Tell whether the folder that was locked still has its name, and the lock its own; costs microseconds."""
-        return self._lock is None or not self._is_watched or is_at(self.path / ".lock", self._lock.fileno())
+        return self._lock is None or not self._is_watched or is_open_file(self.path / ".lock", self._lock.fileno())
 
     def regain(self) -> str:
         """Make a folder anew that somebody has moved or removed under this run, or lock it again; return what was done.
@@ -239,66 +237,10 @@ def _place(lock: IO[str]) -> Path | None:
     """Return where an open file is now; None if it is nowhere, or the system does not tell."""
     with suppress(OSError):
         path = Path(f"/proc/self/fd/{lock.fileno()}").readlink()
-        return path if is_at(path, lock.fileno()) else None
+        return path if is_open_file(path, lock.fileno()) else None
     return None
 
 
 def _owner(lock: IO[str]) -> str:
     lock.seek(0)
     return lock.read().strip() or "another process"
-
-
-_IDENTITY = ("model.", "data.tokenizer")
-_COMPARED_BY_CONTENT = ("data.tokenizer.path",)
-_LEARNING = ("seed", "data.", "optim.", "schedule.", "train.")
-_HARMLESS = ("train.steps", "train.max_consecutive_skips", "data.cache_dir", "data.workers")
-_ORDERING = re.compile(r"seed|data\.(mixture\..*|packing|sources\.\d+\.weight)")
-"""Keys that determine the order of the rows, beside the text."""
-_BATCH = "train.global_batch_size"
-
-
-def check_belongs(folder: RunFolder, changes: Iterable[Change], *, goes_on: bool = True) -> list[str]:
-    """Judge what changed between the config a run folder was started with and the one given now.
-
-    Args:
-        folder: of the run.
-        changes: (dotted key, value in the folder, value now).
-        goes_on: there is a checkpoint: some of the text has been read under the old config.
-
-    Returns:
-        One warning for each change of what is learned, and one that says what they mean for the order of the rows.
-
-    Raises:
-        ConfigError: if the model itself changed; one line for each key.
-    """
-    changes = list(changes)
-    new_kinds = {change.key.rpartition(".")[0] for change in changes if change.key.endswith(".kind")}
-    refused, warnings = [], []
-    for key, old, new in changes:
-        if ABSENT in (old, new) and key.rpartition(".")[0] in new_kinds:
-            continue  # an option of the other kind: the line about the kind says it all
-        if key in _COMPARED_BY_CONTENT:
-            continue
-        if key == "model" or key.startswith(_IDENTITY):
-            refused.append(
-                f"{folder.path}: was written with {key} {inline(old)}, the config has {inline(new)}; "
-                f"set '{key}={inline(old)}', or use a new name=..."
-            )
-        elif key.startswith(_LEARNING) and not key.startswith(_HARMLESS):
-            meaning = f"; the rows go on in their order, {inline(new)} a step" if key == _BATCH and goes_on else ""
-            warnings.append(f"{key} was {inline(old)} in {folder.path} and is now {inline(new)}{meaning}")
-    if refused:
-        raise ConfigError("\n".join(refused))
-    return [*warnings, *(order_warnings(change.key for change in changes) if goes_on else [])]
-
-
-def order_warnings(changed: Iterable[str]) -> list[str]:
-    """Return a line if any of these keys orders the rows: where a run goes on, what was read is no part of an epoch."""
-    keys = [key for key in changed if _ORDERING.fullmatch(key)]
-    if not keys:
-        return []
-    return [
-        f"{', '.join(keys)}: from here on the rows come in another order: of the epoch under way some documents are "
-        f"read again and others are left out; set {'it' if len(keys) == 1 else 'them'} back, or use a new name=..., to "
-        "read each once"
-    ]

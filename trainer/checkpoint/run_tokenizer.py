@@ -5,8 +5,8 @@ It counts once there is a checkpoint, which says its hash; until then it is writ
 
 from pathlib import Path
 
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.compatible import abridged
-from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.nodes import shown_path
 from trainer.data.config import DataConfig
@@ -31,7 +31,7 @@ def fingerprint_in_use(folder: RunFolder) -> str | None:
     return None
 
 
-def keep(folder: RunFolder, tokenizer: Tokenizer) -> None:
+def save_tokenizer(folder: RunFolder, tokenizer: Tokenizer) -> None:
     """Write the tokenizer's files into the run folder.
 
     Raises:

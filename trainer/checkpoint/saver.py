@@ -21,16 +21,17 @@ import torch
 from torch import Tensor
 
 from trainer import fault_injection
-from trainer.checkpoint.files import write_durably, write_files
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.finite import check_finite
-from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.manifest import FORMAT, MANIFEST, Manifest, StoredFile, StoredSlice, StoredTensor, manifest_text
-from trainer.checkpoint.plan import Placement, SavePlan, describe, plan_save
+from trainer.checkpoint.manifest import FORMAT, MANIFEST, Manifest, StoredFile, StoredSlice, StoredTensor
+from trainer.checkpoint.manifest_file import manifest_text
+from trainer.checkpoint.plan import Placement, SavePlan, local_placements, plan_save
 from trainer.checkpoint.shared_fs import VISIBLE_S
 from trainer.checkpoint.state import TrainState
+from trainer.checkpoint.tensor_files import write_durably, write_files
 from trainer.distributed.collectives import Group
 from trainer.distributed.mesh import Mesh
-from trainer.distributed.plain import error_of_plain, error_to_plain
+from trainer.distributed.wire_format import error_from_wire, error_to_wire
 from trainer.errors import CheckpointError, ResourceError, TurnoutError
 
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -102,8 +103,8 @@ class Saver:
         self.close()
         began = time.perf_counter()
         if self._plan is None:  # what is where does not change within a run
-            mine = {name: place.to_plain() for name, place in describe(state).items()}
-            everyone = self._mesh.world.gather_objects(mine)
+            mine = {name: place.to_plain() for name, place in local_placements(state).items()}
+            everyone = self._mesh.world.all_gather_objects(mine)
             self._plan = plan_save([{name: Placement.of_plain(at) for name, at in held.items()} for held in everyone])
         fault_injection.hit("save.planned")
         names = self._plan.of_rank(self._mesh.layout.rank)
@@ -208,8 +209,8 @@ class Saver:
                 error = self._explain(job, refused)
             fault_injection.hit("save.before_vote")
             written = {name: stored.model_dump() for name, stored in files.items()}
-            reports = self._group.gather_objects((error_to_plain(error), written, file_of))
-            error = next((error_of_plain(report[0]) for report in reports if report[0] is not None), None)
+            reports = self._group.all_gather_objects((error_to_wire(error), written, file_of))
+            error = next((error_from_wire(report[0]) for report in reports if report[0] is not None), None)
             fault_injection.hit("save.voted")
             if is_first and error is None:
                 error = self._attempt(job, lambda: self._commit(job, reports))
@@ -269,8 +270,8 @@ class Saver:
 
 def _first_error(group: Group, error: TurnoutError | None) -> TurnoutError | None:
     """Return the error of the first rank that has one, on every rank."""
-    reports = group.gather_objects(error_to_plain(error))
-    return next((error_of_plain(report) for report in reports if report is not None), None)
+    reports = group.all_gather_objects(error_to_wire(error))
+    return next((error_from_wire(report) for report in reports if report is not None), None)
 
 
 def _wait_for(folder: Path) -> None:

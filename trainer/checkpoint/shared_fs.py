@@ -32,7 +32,7 @@ def check_shared(folder: RunFolder, group: Group) -> None:
                 folder.path.mkdir(parents=True, exist_ok=True)
                 folder.write(sign, token, is_passing=True)
         here, host = folder.path.absolute(), socket.gethostname()
-        token, there, first_host = group.gather_objects((token, str(here), host) if is_first else None)[0]
+        token, there, first_host = group.all_gather_objects((token, str(here), host) if is_first else None)[0]
         with raise_together(group):
             if not is_first and not _appears(sign, token):
                 raise ConfigError(

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from trainer.commands.shipped import as_config
 from trainer.config.base import at_home
 from trainer.distributed.version import turnout_version
-from trainer.terminal import one_line, say
+from trainer.terminal import print_safe, single_line
 
 Verbs = argparse._SubParsersAction
 """Subparsers that a verb is added to: of the command line, or the actions of one verb."""
@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2."""
-        self.exit(2, f"{one_line(f'{self.prog}: {message}')}; see {self.prog} --help\n")
+        self.exit(2, f"{single_line(f'{self.prog}: {message}')}; see {self.prog} --help\n")
 
 
 class Version(argparse.Action):
@@ -35,7 +35,7 @@ class Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         """Print the line."""
         mine = turnout_version() or "(not installed)"
-        say(f"turnout {mine}, Python {platform.python_version()}, torch {metadata.version('torch')}")
+        print_safe(f"turnout {mine}, Python {platform.python_version()}, torch {metadata.version('torch')}")
         parser.exit(0)
 
 

@@ -4,15 +4,15 @@ import argparse
 import json
 from contextlib import suppress
 
-from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.tools.listing import entries
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
+from trainer.checkpoint.tools.listing import list_checkpoints
 from trainer.checkpoint.tools.pruning import plan_prune
 from trainer.checkpoint.tools.weight_map import WeightMapConfig
 from trainer.commands.arguments import Verbs, as_path, takes_overrides, takes_run, takes_step, verb
 from trainer.commands.resolve import existing_run, folder_of, named_config, named_run, telling_what_makes_it
 from trainer.config.loader import load
 from trainer.errors import CheckpointError, ConfigError, ResourceError
-from trainer.terminal import say
+from trainer.terminal import print_safe
 
 
 def add(verbs: Verbs) -> None:
@@ -54,33 +54,33 @@ def add(verbs: Verbs) -> None:
 def show_list(options: argparse.Namespace) -> int:
     """List a run's checkpoints: step, size, time, layout, and whether manifest and sizes agree."""
     folder = CheckpointFolder(named_run(options).checkpoints)
-    folder.existing(None)
+    folder.resolve_step(None)
     if options.json:
-        print(json.dumps([entry.record() for entry in entries(folder, with_content=options.full)]))
+        print(json.dumps([entry.record() for entry in list_checkpoints(folder, with_content=options.full)]))
         return 0
     well = "sound" if options.full else "whole"
-    for entry in entries(folder, with_content=options.full):
+    for entry in list_checkpoints(folder, with_content=options.full):
         size = "-" if entry.size_bytes is None else _megabytes(entry.size_bytes)
         name = folder.of_step(entry.step).name
-        say(f"{name}  {size:>11}  {entry.written}  {entry.layout_text:<26}  {entry.wrong or well}")
+        print_safe(f"{name}  {size:>11}  {entry.written}  {entry.layout_text:<26}  {entry.wrong or well}")
     return 0
 
 
 def verify(options: argparse.Namespace) -> int:
     """Read every byte of a run's checkpoints and look for what makes no sense; exit code 4 if there is anything."""
     folder = CheckpointFolder(named_run(options).checkpoints)
-    newest = folder.existing(options.step)
+    newest = folder.resolve_step(options.step)
     steps = folder.steps() if options.step is None else [newest]
 
-    from trainer.checkpoint.tools.verify import examine
+    from trainer.checkpoint.tools.verify import verify_checkpoint
 
     records, is_sound = [], True
     for number in reversed(steps):
         found = None
         with suppress(FileNotFoundError):
-            found = examine(folder, number)
+            found = verify_checkpoint(folder, number)
         if found is None or not folder.of_step(number).exists():  # a running trainer has removed it meanwhile
-            folder.existing(options.step)
+            folder.resolve_step(options.step)
             continue
         is_sound = is_sound and not found.findings
         records.append(found.record())
@@ -88,7 +88,7 @@ def verify(options: argparse.Namespace) -> int:
             continue
         experts = f"{found.num_experts} experts in {found.num_layers} layers" if found.num_experts else "no experts"
         sound = f"sound: {found.num_tensors} tensors, {experts}, {_megabytes(found.size_bytes)}"
-        say("\n".join(found.findings or [f"{folder.of_step(number)}: {sound}"]))
+        print_safe("\n".join(found.findings or [f"{folder.of_step(number)}: {sound}"]))
     if options.json:
         print(json.dumps(records))
     return 0 if is_sound else CheckpointError.exit_code
@@ -110,17 +110,17 @@ def prune(options: argparse.Namespace) -> int:
     for step in plan.remove:
         if not options.dry_run:
             folder.remove(step)
-        say(f"{word} {folder.of_step(step)}")
+        print_safe(f"{word} {folder.of_step(step)}")
     if not options.dry_run:
         folder.clean()
     for path in plan.leftovers:
         if not options.dry_run and path.exists():
             raise ResourceError(f"{path}: cannot be removed; look who may write there")
-        say(f"{word} {path}, which a killed run left")
+        print_safe(f"{word} {path}, which a killed run left")
     for step, reason in plan.damaged.items():
         if step not in plan.remove:
-            say(f"kept {reason}; --damaged removes it")
-    say(f"{len(plan.keep)} sound: {', '.join(folder.of_step(step).name for step in plan.keep)}")
+            print_safe(f"kept {reason}; --damaged removes it")
+    print_safe(f"{len(plan.keep)} sound: {', '.join(folder.of_step(step).name for step in plan.keep)}")
     return 0
 
 
@@ -132,8 +132,10 @@ def export(options: argparse.Namespace) -> int:
 
     manifest = export_dcp(folder, options.step, options.out).manifest
     size = _megabytes(manifest.size_bytes)
-    say(f"{options.out}: {len(manifest.tensors)} tensors of step {manifest.step}, {size}, read back equal bit for bit")
-    say("DCP files are pickles and have no hashes: load them only where you trust everyone who can write there")
+    print_safe(
+        f"{options.out}: {len(manifest.tensors)} tensors of step {manifest.step}, {size}, read back equal bit for bit"
+    )
+    print_safe("DCP files are pickles and have no hashes: load them only where you trust everyone who can write there")
     return 0
 
 
@@ -147,7 +149,9 @@ def import_(options: argparse.Namespace) -> int:
     folder = folder_of(config)
     with telling_what_makes_it(config):
         saved = start_from_deepspeed(config, folder, options.folder, map_, is_trusted=options.trust_checkpoint)
-    say(f"saved {saved.path}: the weights of {options.folder}, moments at zero; train the same config to go on from it")
+    print_safe(
+        f"saved {saved.path}: the weights of {options.folder}, moments at zero; train the same config to go on from it"
+    )
     return 0
 
 

@@ -14,7 +14,7 @@ from trainer.config.wording import choice
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.lab.conventions import CONVENTIONS, Routed, convert
-from trainer.terminal import say
+from trainer.terminal import print_safe
 
 
 def add(verbs: Verbs) -> None:
@@ -52,7 +52,7 @@ def schema(options: argparse.Namespace) -> int:
 def difference(options: argparse.Namespace) -> int:
     """Print the keys in which two configs differ."""
     a, b = (load(path, [], ExperimentConfig) for path in (options.a, options.b))
-    say("\n".join(diff(a, b)))
+    print_safe("\n".join(diff(a, b)))
     return 0
 
 
@@ -70,14 +70,14 @@ def coefficient(options: argparse.Namespace) -> int:
         moe=model.moe, num_layers=model.num_layers, num_moe_layers=len(model.moe_layers), world_size=world_size
     )
     converted = convert(coef, source=options.source, target=options.target, model=routed)
-    say(f"{coef:.12g} of {options.source} is {converted.coef:.12g} of {options.target}")
+    print_safe(f"{coef:.12g} of {options.source} is {converted.coef:.12g} of {options.target}")
     if options.target in ("turnout", "gshard_first_choice"):
         keys = ", ".join(f"{key}: {_shown(value)}" for key, value in converted.balance.items())
         counts_less = CONVENTIONS[options.source].scope == "micro_batch" and model.moe.balance.scope != "micro_batch"
         comment = f"  # add scope: micro_batch to count over what {options.source} does" if counts_less else ""
-        say(f"balance: {{{keys}}}{comment}")
+        print_safe(f"balance: {{{keys}}}{comment}")
     for warning in converted.warnings:
-        say(f"warning: not exact: {warning}")
+        print_safe(f"warning: not exact: {warning}")
     return 0
 
 

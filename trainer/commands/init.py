@@ -9,7 +9,7 @@ from trainer.commands.arguments import Verbs, as_path, verb
 from trainer.commands.shipped import SCHEMA
 from trainer.config.nodes import shown
 from trainer.errors import ConfigError
-from trainer.terminal import say
+from trainer.terminal import print_safe
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """The pattern of `name` in an experiment file."""
@@ -66,5 +66,5 @@ def init(options: argparse.Namespace) -> int:
             file.write(text)
     except FileExistsError:
         raise ConfigError(f"{path}: exists already; choose another name, or remove the file") from None
-    say(f"wrote {path}; train it with: turnout train {path}")
+    print_safe(f"wrote {path}; train it with: turnout train {path}")
     return 0

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from trainer.checkpoint.run_folder import RunFolder, check_belongs
+from trainer.checkpoint.config_changes import check_belongs
+from trainer.checkpoint.run_folder import RunFolder
 from trainer.commands.shipped import check_name
 from trainer.config.dump import Change, changed_keys
 from trainer.config.loader import load
@@ -144,7 +145,7 @@ def telling_what_makes_it(config: ExperimentConfig) -> Iterator[None]:
         if config.prepare is None:
             raise
         told = MissingFile(f"{error}, or make what this config reads: {config.prepare}")
-        told.is_this_ranks = error.is_this_ranks
+        told.is_rank_specific = error.is_rank_specific
         raise told from None
 
 

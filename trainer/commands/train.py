@@ -5,11 +5,11 @@ import os
 
 from trainer.commands.arguments import RUN, Verbs, takes_config, verb
 from trainer.commands.resolve import checked, run_to_train, telling_what_makes_it
-from trainer.distributed.layout import check_layout, launched
-from trainer.distributed.life import show_life
+from trainer.distributed.liveness_pipe import start_liveness_thread
 from trainer.distributed.mpi_environment import check_tasks, task_warning
+from trainer.distributed.rank_layout import check_layout, layout_from_environment
 from trainer.distributed.signals import StopRequest
-from trainer.environment import SUPERVISOR, check_of_rank
+from trainer.environment import SUPERVISOR, check_rank_variables
 from trainer.errors import StopRequested, TurnoutError, exit_code_of
 from trainer.status import StatusFile
 from trainer.supervise.die_with_parent import end_with_launcher
@@ -31,16 +31,16 @@ def add(verbs: Verbs) -> None:
 
 def train(options: argparse.Namespace) -> int:
     """Train a config, or go on with its run."""
-    check_of_rank()
+    check_rank_variables()
     if not (os.environ.get("WORLD_SIZE") or os.environ.get(SUPERVISOR)):
         check_tasks(os.environ, expected=1)
     end_with_launcher()
     with StopRequest() as stop:
         config, folder = run_to_train(options)
-        layout = launched(ep_size=config.parallel.ep_size)
+        layout = layout_from_environment(ep_size=config.parallel.ep_size)
         warnings = [*checked(folder, config), *_of_tasks()]
         status = StatusFile(folder.status, rank=layout.rank)
-        show_life(str(layout.rank), status if layout.world_size == 1 else None)
+        start_liveness_thread(str(layout.rank), status if layout.world_size == 1 else None)
         try:
             from trainer.training.main import train_run
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from trainer.distributed.collectives import Group
-from trainer.distributed.plain import Plain
+from trainer.distributed.wire_format import Plain
 from trainer.errors import RemoteRankError, TurnoutError, exit_code_of
 
 
@@ -27,7 +27,7 @@ def raise_together(group: Group) -> Iterator[None]:
     try:
         yield
     except TurnoutError as caught:
-        if caught.is_of_the_group:
+        if caught.is_on_every_rank:
             raise
         error = caught
     except Exception as caught:
@@ -43,7 +43,7 @@ def raise_together(group: Group) -> Iterator[None]:
     assert error is not None
     if isinstance(error, TurnoutError):
         shown = type(error)(f"rank {group.ranks[first]}: {error}")
-        shown.is_this_ranks = True
+        shown.is_rank_specific = True
         raise shown from None
     raise error
 
@@ -56,7 +56,7 @@ def barrier_gather(group: Group, value: Plain) -> list[Any]:
     """
     if group.watch is not None:
         group.watch.barrier()  # patient: one rank may read text or write files for longer than an exchange may take
-    return group.gather_objects(value)
+    return group.all_gather_objects(value)
 
 
 def _report(error: Exception) -> tuple[str, int]:

@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from trainer.distributed.flight_recorder import FlightRecorder, Operation
-from trainer.distributed.plain import Plain, from_json, to_json
 from trainer.distributed.watchdog import Watchdog
+from trainer.distributed.wire_format import Plain, from_json, to_json
 from trainer.errors import CommError, first_line
 
 
@@ -78,25 +78,25 @@ class Group:
     def all_reduce_(self, x: Tensor) -> Tensor:
         """Add up x over the ranks, in place; every rank gets bitwise the same."""
         if self._handle is not None:
-            with self._watched("sum", [x.numel()]):
+            with self._watched("all_reduce", [x.numel()]):
                 dist.all_reduce(x, group=self._handle)
         return x
 
     def start_all_reduce(self, x: Tensor) -> "PendingOp":
         """Start an in-place all-reduce of x, which overlaps with computation until it is waited for."""
         assert self._handle is not None, "nobody to add up with"
-        operation = self.recorder.note("sum", self.name, [x.numel()])
+        operation = self.recorder.note("all_reduce", self.name, [x.numel()])
         with self._reported(operation):
             work = dist.all_reduce(x, group=self._handle, async_op=True)
         assert work is not None, "this rank is in the group"
         return PendingOp(self, operation, work, x, x)
 
-    def gather(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         """Return (size, *x.shape): everybody's x, which has the same shape everywhere."""
         if self._handle is None:
             return x[None].clone()
         parts = [torch.empty_like(x) for _ in self.ranks]
-        with self._watched("gather", [x.numel()]):
+        with self._watched("all_gather", [x.numel()]):
             dist.all_gather(parts, x.contiguous(), group=self._handle)
         return torch.stack(parts)
 
@@ -107,7 +107,7 @@ class Group:
                 dist.broadcast(x, self.ranks[source], group=self._handle)
         return x
 
-    def gather_objects(self, value: Plain) -> list[Any]:
+    def all_gather_objects(self, value: Plain) -> list[Any]:
         """Return everybody's value, as JSON on the way (see `plain`): for what is small; tuples come back as lists.
 
         Raises:
@@ -117,7 +117,7 @@ class Group:
         if self._handle is None:
             return [from_json(data)]
         mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device)
-        with self._watched("gather_objects", [len(mine)]):
+        with self._watched("all_gather_object", [len(mine)]):
             sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in self.ranks]
             dist.all_gather(sizes, sizes[0] + len(mine), group=self._handle)
             room = max(map(int, sizes))
@@ -143,7 +143,7 @@ class Group:
             dist.broadcast(whole, self.ranks[0], group=self._handle)
         return self._read(_bytes_of(whole), 0)
 
-    def exchange(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+    def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """Send the first send[0] rows of x to member 0, the next send[1] to member 1 and so on; differentiable.
 
         Both sides must know the sizes: gloo does not notice a receiver that expects more than was sent.
@@ -159,14 +159,14 @@ class Group:
         return self.start_all_to_all(x, send, receive).wait()
 
     def start_all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> "AllToAll":
-        """Start an `exchange`, which overlaps with computation until its `wait`, forward and backward."""
+        """Start an `all_to_all`, which overlaps with computation until its `wait`, forward and backward."""
         assert sum(send) == len(x), f"{sum(send)} rows to send, {len(x)} rows there"
         return AllToAll(x, self, tuple(send), tuple(receive))
 
     def issue_all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> "PendingOp":
         """Begin to exchange rows, outside autograd."""
         out, x = x.new_empty(sum(receive), *x.shape[1:]), x.contiguous()
-        operation = self.recorder.note("exchange", self.name, send)
+        operation = self.recorder.note("all_to_all", self.name, send)
         with self._reported(operation):
             work = dist.all_to_all_single(out, x, list(receive), list(send), group=self._handle, async_op=True)
         assert work is not None, "this rank is in the group"
@@ -202,7 +202,8 @@ class Group:
             yield
         except RuntimeError as error:
             raise CommError(
-                f"rank {self.ranks[self.index]}: {operation} failed at step {self.recorder.step}: {reason_of(error)}"
+                f"rank {self.ranks[self.index]}: {operation} failed at step {self.recorder.step}: "
+                f"{backend_reason(error)}"
             ) from error
 
 
@@ -283,12 +284,12 @@ def _bytes_of(x: Tensor) -> bytes:
     return x.cpu().numpy().tobytes()
 
 
-def is_of_exchange(error: BaseException) -> bool:
+def is_collective_error(error: BaseException) -> bool:
     """Tell whether an error comes from an exchange that a library makes by itself, as FSDP and DeepSpeed do."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
-def reason_of(error: BaseException) -> str:
+def backend_reason(error: BaseException) -> str:
     """Return what the backend says is wrong, without its own source line and advice."""
     first = first_line(error).partition(" This is typically")[0]
     return re.sub(r"^\[\S*?:\d+\] ", "", first)

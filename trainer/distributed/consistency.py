@@ -7,13 +7,13 @@ from typing import Any
 from trainer.config.dump import changed_values, short
 from trainer.distributed.collective_errors import barrier_gather
 from trainer.distributed.collectives import Group
-from trainer.distributed.layout import named
+from trainer.distributed.rank_layout import format_ranks
 
 _SHOWN = 8
 """Keys, ranks and hosts that a message names; more are counted."""
 
 
-def differing(group: Group, values: Mapping[str, Any]) -> list[str]:
+def differences_across_ranks(group: Group, values: Mapping[str, Any]) -> list[str]:
     """Compare plain values with those of the group's first rank; every rank must call it.
 
     Returns:
@@ -41,7 +41,7 @@ def differing(group: Group, values: Mapping[str, Any]) -> list[str]:
 
 def _who(group: Group, hosts: Sequence[str], who: Sequence[int]) -> str:
     ranks = [group.ranks[index] for index in who]
-    shown = named(ranks) if len(ranks) <= _SHOWN else f"{len(ranks)} ranks from {ranks[0]} on"
+    shown = format_ranks(ranks) if len(ranks) <= _SHOWN else f"{len(ranks)} ranks from {ranks[0]} on"
     return f"{shown} ({_listed(hosts[index] for index in who)})"
 
 

@@ -6,11 +6,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from trainer.terminal import say
+from trainer.terminal import print_safe
 
 
 @contextmanager
-def ends_after(seconds: float, message: str, exit_code: int) -> Iterator[None]:
+def exit_after(seconds: float, message: str, exit_code: int) -> Iterator[None]:
     """Run a block, and if it is not through in time, print a message and end the process, whatever it still waits for.
 
     Args:
@@ -18,7 +18,7 @@ def ends_after(seconds: float, message: str, exit_code: int) -> Iterator[None]:
         message: what is wrong then.
         exit_code: of the process.
     """
-    timer = threading.Timer(seconds, end_at_once, [message, exit_code])
+    timer = threading.Timer(seconds, exit_now, [message, exit_code])
     timer.daemon = True
     timer.start()
     try:
@@ -27,8 +27,8 @@ def ends_after(seconds: float, message: str, exit_code: int) -> Iterator[None]:
         timer.cancel()
 
 
-def end_at_once(message: str | None, exit_code: int) -> None:
+def exit_now(message: str | None, exit_code: int) -> None:
     """End the process without waiting for anything of it, after a last message if there is one."""
     if message is not None:
-        say(message, file=sys.stderr)
+        print_safe(message, file=sys.stderr)
     os._exit(exit_code)

@@ -79,7 +79,7 @@ def verdict(beats: Mapping[int, Heartbeat], silent: Sequence[int], *, silence_s:
     return "\n".join(lines)
 
 
-def store_verdict(address: str, lost: Sequence[int], *, silence_s: float, step: int, phase: str) -> str:
+def diagnose_lost_store(address: str, lost: Sequence[int], *, silence_s: float, step: int, phase: str) -> str:
     """Say what it means that the store is silent, in which everybody's beats are.
 
     Args:

@@ -61,7 +61,7 @@ def loopback_variables(environment: Mapping[str, str]) -> dict[str, str]:
     return {} if name is None else {variable: name for variable in _NAMED_BY if variable not in environment}
 
 
-def stay_on_loopback() -> None:
+def use_loopback() -> None:
     """Set these variables for the rest of this process."""
     os.environ.update(loopback_variables(os.environ))
 

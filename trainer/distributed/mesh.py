@@ -11,14 +11,14 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from trainer.distributed.collectives import Group, is_of_exchange, reason_of
-from trainer.distributed.consistency import differing
-from trainer.distributed.deadline import ends_after
+from trainer.distributed.collectives import Group, backend_reason, is_collective_error
+from trainer.distributed.consistency import differences_across_ranks
+from trainer.distributed.deadline import exit_after
 from trainer.distributed.device_clock import clock_of
 from trainer.distributed.flight_recorder import FlightRecorder
-from trainer.distributed.interface import interface_towards, is_loopback, stay_on_loopback
-from trainer.distributed.layout import Layout, ranks_here
-from trainer.distributed.store import meet_in_store
+from trainer.distributed.interface import interface_towards, is_loopback, use_loopback
+from trainer.distributed.rank_layout import Layout, local_world_size
+from trainer.distributed.store import connect_store
 from trainer.distributed.watchdog import Watchdog
 from trainer.errors import CommError, ConfigError, first_line
 from trainer.step_timer import StepTimer
@@ -92,9 +92,9 @@ def joined(layout: Layout, device: torch.device, *, timeout_s: float) -> Iterato
     except CommError as error:
         raise watch.explain(error) from error
     except BaseException as error:
-        if is_of_exchange(error):
+        if is_collective_error(error):
             where = f"rank {layout.rank}: an exchange of torch's or DeepSpeed's own failed at step {recorder.step}"
-            raise watch.explain(CommError(f"{where}: {reason_of(error)}")) from error
+            raise watch.explain(CommError(f"{where}: {backend_reason(error)}")) from error
         watch.leave(error)
         raise
     watch.leave()
@@ -111,9 +111,9 @@ def _meet(layout: Layout, recorder: FlightRecorder, *, timeout_s: float, on_gpu:
     start_s = max(timeout_s, _START_S)
     silent = CommError(f"the store there has not answered for {start_s:.0f} s")
     # The store's clients know timeouts for some of what they do.
-    with ends_after(start_s + _LATE_S, str(_cannot_join(layout, silent)), CommError.exit_code):
+    with exit_after(start_s + _LATE_S, str(_cannot_join(layout, silent)), CommError.exit_code):
         try:
-            store = meet_in_store(address, int(port), rank=layout.rank, world_size=layout.world_size, timeout_s=start_s)
+            store = connect_store(address, int(port), rank=layout.rank, world_size=layout.world_size, timeout_s=start_s)
         except OSError as error:  # another process listens there
             raise RuntimeError(str(error)) from error
         # Under torchrun the store outlives the ranks: without a name of its own, a restarted attempt reads the
@@ -146,8 +146,8 @@ def _cannot_join(layout: Layout, error: Exception) -> CommError:
 def _choose_interface(layout: Layout) -> None:
     """Tell gloo the interface that the other ranks are behind, unless the user has."""
     master = os.environ.get("MASTER_ADDR", "localhost")
-    if ranks_here() == layout.world_size or is_loopback(master):
-        stay_on_loopback()
+    if local_world_size() == layout.world_size or is_loopback(master):
+        use_loopback()
         return
     if layout.ranks_per_node == layout.world_size or "GLOO_SOCKET_IFNAME" in os.environ:
         return
@@ -177,7 +177,7 @@ def build_mesh(layout: Layout, recorder: FlightRecorder, watch: Watchdog | None 
 
     # With a journal of its own: the run's begins with what the run exchanges.
     starting = Group("start", everyone, me=layout.rank, handle=dist.group.WORLD, recorder=FlightRecorder(), watch=watch)
-    different = differing(starting, {"parallel": {"ep_size": layout.ep_size}})
+    different = differences_across_ranks(starting, {"parallel": {"ep_size": layout.ep_size}})
     if different:  # now, since ranks that make different groups wait for each other
         raise ConfigError(f"{different[0]}; all ranks need the same config")
     # On the CPU whatever the ranks compute on, with its own journal: another thread uses it.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from trainer.distributed.version import turnout_version
-from trainer.environment import local_place
+from trainer.environment import local_size_and_rank
 from trainer.errors import ConfigError
 
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # glibc's names for mallopt
@@ -32,7 +32,7 @@ def start(device: str) -> torch.device:
     keep_freed_memory()
     if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    num_here, local_rank = local_place()
+    num_here, local_rank = local_size_and_rank()
     num_ranks = max(num_here or 1, local_rank + 1)
     num_gpus = torch.cuda.device_count()
     if num_ranks > num_gpus:  # on every rank of the machine, not only on those without a GPU
@@ -82,7 +82,7 @@ def git_commit() -> str | None:
     return found.stdout.strip()
 
 
-def describe() -> dict[str, Any]:
+def environment_info() -> dict[str, Any]:
     """Return what environment.json says of this process: versions and hardware, no secrets."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {

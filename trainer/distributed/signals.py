@@ -9,7 +9,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from trainer.errors import StopRequested
-from trainer.status import ASKED, WATCHED
+from trainer.status import LIVENESS_FOLDER, STOP_SIGNAL
 
 SAME_REQUEST_S = 2.0
 """Time in which a repeated signal is the same request: a scheduler and torchrun both send it to every process."""
@@ -30,11 +30,11 @@ def listen(handler: Callable[[int, FrameType | None], None]) -> dict[int, object
 
 def _asked_by() -> str | None:
     """Return the signal that a supervisor was sent, if it is why this process is asked; it sends SIGTERM always."""
-    folder = os.environ.get(WATCHED)
+    folder = os.environ.get(LIVENESS_FOLDER)
     if folder is None:
         return None
     try:
-        name = (Path(folder) / ASKED).read_text()
+        name = (Path(folder) / STOP_SIGNAL).read_text()
     except OSError:  # somebody else asks
         return None
     return name if name in {number.name for number in _ASKING} else None

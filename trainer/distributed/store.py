@@ -36,7 +36,7 @@ def serve(address: str, port: int, *, clients: int | None, timeout_s: float) -> 
     )
 
 
-def meet_in_store(address: str, port: int, *, rank: int, world_size: int, timeout_s: float) -> dist.Store:
+def connect_store(address: str, port: int, *, rank: int, world_size: int, timeout_s: float) -> dist.Store:
     """Connect to the store of all ranks: torchrun's, or under another launcher the one that rank 0 starts here.
 
     Args:

@@ -25,12 +25,12 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
 from trainer.distributed.interface import address_to_listen_on
-from trainer.distributed.life import show_life
+from trainer.distributed.liveness_pipe import start_liveness_thread
 from trainer.distributed.store import serve
 from trainer.environment import Variables
 from trainer.errors import CommError, ConfigError, first_line
-from trainer.status import REPORT, WATCHED
-from trainer.terminal import say
+from trainer.status import LIVENESS_FOLDER, REPORT
+from trainer.terminal import print_safe
 
 _BACKEND = "turnout"
 _MEET_S = 600
@@ -79,11 +79,11 @@ class Rendezvous(StaticTCPRendezvous):
 def run() -> NoReturn:
     """Run torchrun with this process's arguments; exit with 1 if a rank failed or a signal came, with 5 if it did."""
     descriptor = _descriptor()
-    show_life("torchrun")
+    start_liveness_thread("torchrun")
     logging.disable(logging.ERROR)  # what it says of ranks is in the report
     options = torchrun.parse_args(sys.argv[1:])
     options.standalone = False  # whatever PET_STANDALONE says: it stands above the backend, and unpickles
-    options.log_dir = os.environ.get(WATCHED)  # what torchrun leaves there goes with the supervisor's own
+    options.log_dir = os.environ.get(LIVENESS_FOLDER)  # what torchrun leaves there goes with the supervisor's own
     address, port = options.master_addr, options.master_port
     where = f"{address}:{port}"
     options.rdzv_backend, options.rdzv_endpoint = _BACKEND, where
@@ -115,7 +115,7 @@ def _descriptor() -> int:
     try:
         variables.check()
     except ConfigError as error:
-        say(error, file=sys.stderr)
+        print_safe(error, file=sys.stderr)
         sys.exit(error.exit_code)
     del os.environ[REPORT]
     return descriptor

@@ -22,9 +22,9 @@ from typing import Literal
 
 import torch.distributed as dist
 
-from trainer.distributed.deadline import end_at_once, ends_after
+from trainer.distributed.deadline import exit_after, exit_now
 from trainer.distributed.flight_recorder import FlightRecorder
-from trainer.distributed.heartbeat import Heartbeat, silent_ranks, store_verdict, verdict
+from trainer.distributed.heartbeat import Heartbeat, diagnose_lost_store, silent_ranks, verdict
 from trainer.distributed.heartbeat_thread import HeartbeatThread, key_of
 from trainer.distributed.process import home, is_alive
 from trainer.errors import CommError, RemoteRankError, StopRequested, TurnoutError, first_line
@@ -192,7 +192,7 @@ class Watchdog:
             is_plain = isinstance(error, TurnoutError | StopRequested)
             self._error = str(error) if is_plain else "".join(traceback.format_exception_only(error)).strip()
             self._exit_code = error.exit_code if is_plain else 1
-            speaks = self.rank == 0 or (isinstance(error, TurnoutError) and error.is_this_ranks)
+            speaks = self.rank == 0 or (isinstance(error, TurnoutError) and error.is_rank_specific)
             self._has_said = speaks if is_plain else isinstance(error, Exception)  # with a traceback
         self._ended.set()
         self._pulse.stop(wait_s=_KEY_S)  # a store that is silent or lost tells nobody
@@ -208,7 +208,7 @@ class Watchdog:
 
     def _end(self, error: TurnoutError) -> TurnoutError:
         """Make sure that the process ends soon, whatever a broken group still waits for."""
-        timer = threading.Timer(_EXIT_S, end_at_once, [None, error.exit_code])
+        timer = threading.Timer(_EXIT_S, exit_now, [None, error.exit_code])
         timer.daemon = True
         timer.start()
         return error
@@ -221,11 +221,11 @@ class Watchdog:
             waits = self.recorder.running is not None or (self.on_gpu and self.recorder.is_in_step)
             if waits and self.recorder.quiet_s > self.timeout_s + _GRACE_S:
                 shown = self.explain(CommError(f"rank {self.rank}: {self._last()} did not come back"))
-                end_at_once(None if isinstance(shown, RemoteRankError) else str(shown), shown.exit_code)
+                exit_now(None if isinstance(shown, RemoteRankError) else str(shown), shown.exit_code)
             if self._pulse.silence_s > self.timeout_s:
                 self._state = "gave up"
                 error = CommError(f"rank {self.rank}: {self._last()} was its last exchange")
-                end_at_once(self._silence_of_store(error, self._pulse.silence_s), CommError.exit_code)
+                exit_now(self._silence_of_store(error, self._pulse.silence_s), CommError.exit_code)
 
     def _beat(self, number: int) -> Heartbeat:
         recorder = self.recorder
@@ -248,7 +248,7 @@ class Watchdog:
     def _silence_of_store(self, error: CommError, silence_s: float) -> str:
         """Say whose machine is lost when the store is silent, as far as this rank can tell."""
         step, phase = self.recorder.step, self.recorder.phase
-        text = store_verdict(self._store_address, self._beside_store, silence_s=silence_s, step=step, phase=phase)
+        text = diagnose_lost_store(self._store_address, self._beside_store, silence_s=silence_s, step=step, phase=phase)
         return f"{text}\n  noticed by {error}"
 
     def _has_vanished(self, beat: Heartbeat) -> bool:
@@ -260,12 +260,12 @@ class Watchdog:
         return {rank: Heartbeat.from_json(text) for rank, text in enumerate(texts)}
 
     def _read_or_end(self, error: CommError) -> dict[int, Heartbeat]:
-        with ends_after(_ANSWER_S, self._silence_of_store(error, _ANSWER_S), CommError.exit_code):
+        with exit_after(_ANSWER_S, self._silence_of_store(error, _ANSWER_S), CommError.exit_code):
             return self._read()
 
     def _is_said(self, text: str) -> bool:
         """Ask whether another rank has said what is wrong; who asks first says it."""
-        with ends_after(_ANSWER_S, text, CommError.exit_code):
+        with exit_after(_ANSWER_S, text, CommError.exit_code):
             return self._store.add("said", 1) > 1
 
     def _last(self) -> str:

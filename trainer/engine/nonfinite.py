@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from trainer.distributed.layout import named
+from trainer.distributed.rank_layout import format_ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +55,8 @@ def _origin(everyone: Sequence[Findings], lossy: Sequence[int]) -> str:
     if len(everyone) == 1:
         return "loss not finite" if lossy else "loss finite"
     if lossy:
-        return f"loss not finite on {named(lossy)}"
+        return f"loss not finite on {format_ranks(lossy)}"
     # A dense share is made on its rank alone; the experts' are what all ranks' tokens brought.
     dense = [rank for rank, mine in enumerate(everyone) if not mine.dense_share_is_finite]
     ranks = dense or [rank for rank, mine in enumerate(everyone) if not mine.expert_share_is_finite]
-    return "loss finite on every rank" + (f"; it came from {named(ranks)}" if ranks else "")
+    return "loss finite on every rank" + (f"; it came from {format_ranks(ranks)}" if ranks else "")

@@ -295,7 +295,7 @@ class StepEngine(Engine):
         """Say it in words, the same ones on every rank, which must all call it."""
         mine = self._findings(step.own_objective)
         self.mesh.world.recorder.enter("finding what is not finite")
-        everyone = [Findings(**found) for found in self.mesh.world.gather_objects(asdict(mine))]
+        everyone = [Findings(**found) for found in self.mesh.world.all_gather_objects(asdict(mine))]
         return in_words(everyone, list(self.parameters), grad_norm=float(step.grad_norm))
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:

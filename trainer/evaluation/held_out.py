@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from trainer.data.batches.stream import evaluation_batches, row_slice
 from trainer.data.config import Packing
 from trainer.data.corpus import Corpus
-from trainer.distributed.layout import Layout
+from trainer.distributed.rank_layout import Layout
 from trainer.engine.base import Engine, EvalSums
 from trainer.metrics.specialisation import specialisation_metrics
 from trainer.moe.capacity import capacity_causality

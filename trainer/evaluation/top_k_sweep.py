@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from trainer.data.config import Packing
 from trainer.data.corpus import Corpus
-from trainer.distributed.layout import Layout
+from trainer.distributed.rank_layout import Layout
 from trainer.engine.base import Engine
 from trainer.evaluation.held_out import EvalResult, evaluate_held_out
 from trainer.models.flops import model_size

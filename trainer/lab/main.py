@@ -15,7 +15,7 @@ from trainer.lab.router_kinds import ALONE
 from trainer.lab.router_trainings import Training, train
 from trainer.lab.traced_logits import traced
 from trainer.lab.training_outcomes import TrainingOutcome, outcome, over_seeds
-from trainer.terminal import say
+from trainer.terminal import print_safe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,12 +145,12 @@ def _trained(training: Training, number: str) -> TrainingOutcome:
     label = f"{number} {training.folder.path}"
     result = outcome(training)
     if result is None:
-        say(f"{label}: training for {training.config.train.steps} steps")
+        print_safe(f"{label}: training for {training.config.train.steps} steps")
         train(training)
         result = outcome(training)
         if result is None:  # it ended well, so its last step was evaluated
             raise NumericsError(f"{training.folder.metrics}: its held-out loss is not finite; leave it out with --only")
-    say(f"{label}: held-out loss {result.held_out_loss:.4f}")
+    print_safe(f"{label}: held-out loss {result.held_out_loss:.4f}")
     return result
 
 

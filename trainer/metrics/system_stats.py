@@ -68,7 +68,7 @@ def over_ranks(parts: dict[StepPart, float], machine: dict[str, float | None], g
             rest the worst.
     """
     mine = [*parts.values(), *(float("nan") if value is None else value for value in machine.values())]
-    table = group.gather(torch.tensor(mine, dtype=torch.float64, device=group.device))  # (ranks, values)
+    table = group.all_gather(torch.tensor(mine, dtype=torch.float64, device=group.device))  # (ranks, values)
     times, rest = table.cpu().split([len(PARTS), len(machine)], dim=1)
     record: dict[str, float | None] = _named("time", times.mean(0))
     if group.size > 1:

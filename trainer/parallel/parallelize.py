@@ -5,8 +5,8 @@ from typing import cast
 
 import torch
 
-from trainer.distributed.layout import even_slice
 from trainer.distributed.mesh import Mesh
+from trainer.distributed.rank_layout import even_slice
 from trainer.models.gpt import GPT, Block
 from trainer.models.initialize import initialize
 from trainer.ops.attention import blocked_attention

@@ -123,7 +123,7 @@ def _disagreements(engine: StepEngine, mesh: Mesh) -> list[str]:
     """Return the names of weights and buffers that are not bitwise the same on two ranks that have the same part."""
     slices = {name: part for name, part in engine.state().slices.items() if name.startswith("model.")}
     mine = {name: (part.start, list(part.tensor.shape), _digest(part.tensor)) for name, part in slices.items()}
-    everyone = mesh.world.gather_objects(mine)
+    everyone = mesh.world.all_gather_objects(mine)
     found = []
     for name in slices:
         digests: dict[object, object] = {}

@@ -19,7 +19,7 @@ def gather_state(state: TrainState, mesh: Mesh) -> TrainState:
         return state
     # For each rank and name: first index of dimension 0 that is there, and how many.
     here = {name: (part.start, len(part.tensor) if part.tensor.dim() else 1) for name, part in state.slices.items()}
-    rows = mesh.world.gather_objects(here)
+    rows = mesh.world.all_gather_objects(here)
     table: list[dict[str, tuple[int, int]]] = [{name: (at, size) for name, (at, size) in row.items()} for row in rows]
     slices = {}
     for name, part in state.slices.items():
@@ -32,7 +32,7 @@ def gather_state(state: TrainState, mesh: Mesh) -> TrainState:
         send = [0] * mesh.world.size
         send[0] = len(part.tensor) if me in senders else 0
         receive = [table[r][name][1] if is_first and r in senders else 0 for r in range(mesh.world.size)]
-        arrived = mesh.world.exchange(part.tensor[: send[0]], send, receive)
+        arrived = mesh.world.all_to_all(part.tensor[: send[0]], send, receive)
         if not is_first:
             slices[name] = part
             continue

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer.distributed.interface import stay_on_loopback
+from trainer.distributed.interface import use_loopback
 from trainer.errors import TurnoutError
 
 _LATE_S = 5.0
@@ -113,7 +113,7 @@ def _start() -> _Worker:
 
 def _work(pipe: Connection) -> None:
     torch.set_num_threads(1)
-    stay_on_loopback()
+    use_loopback()
     with suppress(EOFError):
         while True:
             function, args, rank, world_size, store, timeout_s = pipe.recv()

@@ -9,7 +9,7 @@ import torch
 from trainer.config.nodes import shown
 from trainer.console.console import Console
 from trainer.data.corpus import build_corpus
-from trainer.distributed.layout import Layout
+from trainer.distributed.rank_layout import Layout
 from trainer.engine.registry import NativeEngineConfig
 from trainer.errors import ConfigError, TurnoutError
 from trainer.experiment import ExperimentConfig

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from trainer.distributed.flight_recorder import FlightRecorder
-from trainer.distributed.layout import Layout
 from trainer.distributed.mesh import Mesh, build_mesh
+from trainer.distributed.rank_layout import Layout
 from trainer.errors import CommError
 from trainer.experiment import ExperimentConfig
 from trainer.prove.cases import Case, as_config

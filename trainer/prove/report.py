@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trainer.prove.cases import Case
 from trainer.prove.compare import GROUPS, Comparison
-from trainer.terminal import say
+from trainer.terminal import print_safe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,24 +42,24 @@ class Table:
 
     def head(self, title: str, *, tolerance: float) -> None:
         """Print what is above the lines."""
-        say(f"{title}\nworst relative error; at most {tolerance:.0e} is equal\n")
+        print_safe(f"{title}\nworst relative error; at most {tolerance:.0e} is equal\n")
         names = "".join(f"{group.removeprefix('gradient: '):>9}" for group in self._groups)
-        say(f"{'':{self._width}}{names}{'flips':>7}")
+        print_safe(f"{'':{self._width}}{names}{'flips':>7}")
 
     def line(self, row: TableRow) -> None:
         """Print a layout's result."""
-        say(f"{row.case.name:{self._width}}{_cells(row, self._groups)}  {_verdict(row, self._labels)}")
+        print_safe(f"{row.case.name:{self._width}}{_cells(row, self._groups)}  {_verdict(row, self._labels)}")
 
     def foot(self, rows: Sequence[TableRow]) -> None:
         """Print what is wrong with each layout that fails, and why some may."""
         for row in rows:
             if row.error is not None:
-                say(f"\n{row.case.name}: {row.error}")
+                print_safe(f"\n{row.case.name}: {row.error}")
             elif row.comparison is not None and not row.comparison.is_equal:
                 first, cause = row.comparison.first_different, row.comparison.cause
-                say(f"\n{row.case.name}: first different is {first}\n  {cause}")
+                print_safe(f"\n{row.case.name}: first different is {first}\n  {cause}")
         for label in self._labels:
-            say(f"\n{label}: not layout-invariant by definition")
+            print_safe(f"\n{label}: not layout-invariant by definition")
 
 
 def _cells(row: TableRow, groups: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.distributed.layout import named
+from trainer.distributed.rank_layout import format_ranks
 from trainer.errors import PREEMPTED, CommError, ResourceError
 from trainer.status import Status
 from trainer.supervise.policy import STAYS_WRONG
@@ -45,7 +45,7 @@ class _Failure:
     error: str | None = None
 
 
-def judge(
+def diagnose_exit(
     returncode: int,
     *,
     pid: int,
@@ -122,7 +122,7 @@ def _named(silent: Sequence[str], pid: int, statuses: Mapping[int, Status]) -> s
         return f"torchrun (pid {pid})"
     ranks = sorted(int(name) for name in silent if name.isdigit())
     if len(ranks) != 1:
-        return named(ranks) if ranks else f"process {pid}"
+        return format_ranks(ranks) if ranks else f"process {pid}"
     status = statuses.get(ranks[0])
     return f"rank {ranks[0]} (pid {pid if status is None else status.pid})"
 

@@ -8,18 +8,18 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 
-from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.distributed.process import is_alive
 from trainer.errors import PREEMPTED
 from trainer.status import ATTEMPT, Status, read_statuses
 from trainer.supervise.child import Child
-from trainer.supervise.exit_status import ExitStatus, judge
+from trainer.supervise.exit_status import ExitStatus, diagnose_exit
 from trainer.supervise.launch import Launch, environment_of_attempt
-from trainer.supervise.lifesigns import LifeSigns
+from trainer.supervise.liveness_monitor import LivenessMonitor
 from trainer.supervise.policy import AttemptOutcome, Policy, Restart, decide, is_retried
-from trainer.supervise.requests import StopRequests
-from trainer.terminal import say
+from trainer.supervise.stop_signals import StopSignals
+from trainer.terminal import print_safe
 
 _LOOK_S = 0.1
 _LOOK_AT_RANKS_S = 1.0
@@ -64,7 +64,7 @@ class Supervisor:
     def run(self) -> int:
         """Run to the end, to a failure that is final, or until asked to stop; return the exit code."""
         before, history, endings = newest_checkpoint(self._folder), [], []
-        with StopRequests() as requests:
+        with StopSignals() as requests:
             while True:
                 ending = self._attempt(requests)
                 history.append(AttemptOutcome(code=ending.code, checkpoint=newest_checkpoint(self._folder)))
@@ -82,14 +82,14 @@ class Supervisor:
                 if requests.count:
                     return self._stopped_between(requests, ending, history[-1].checkpoint)
 
-    def _attempt(self, requests: StopRequests) -> ExitStatus:
+    def _attempt(self, requests: StopSignals) -> ExitStatus:
         """Start the ranks once and wait for their end."""
         is_alone = self._launch.world_size == 1
-        with closing(LifeSigns("0" if is_alone else "torchrun")) as life:
+        with closing(LivenessMonitor("0" if is_alone else "torchrun")) as life:
             return self._watch(requests, life, environment_of_attempt(os.environ) | life.environment, is_alone=is_alone)
 
     def _watch(
-        self, requests: StopRequests, life: LifeSigns, environment: dict[str, str], *, is_alone: bool
+        self, requests: StopSignals, life: LivenessMonitor, environment: dict[str, str], *, is_alone: bool
     ) -> ExitStatus:
         """Start a process, stop it when asked to, kill it when it is lost; return how it ended."""
         child = Child(self._launch.command(self._arguments), environment)
@@ -116,7 +116,7 @@ class Supervisor:
                 child.kill()
         report = child.close()
         statuses = self._statuses(environment)
-        return judge(
+        return diagnose_exit(
             returncode,
             pid=child.pid,
             report=report,
@@ -127,7 +127,7 @@ class Supervisor:
             silence_s=self._silence_s,
         )
 
-    def _silent(self, life: LifeSigns, statuses: Mapping[int, Status]) -> list[str]:
+    def _silent(self, life: LivenessMonitor, statuses: Mapping[int, Status]) -> list[str]:
         """Return who is frozen: silent for too long, and not because it has ended."""
         has_begun = any(status.phase != "start-up" for status in statuses.values())
         limit_s = self._silence_s if has_begun else self._silence_s + _START_S
@@ -136,7 +136,7 @@ class Supervisor:
     def _statuses(self, environment: dict[str, str]) -> dict[int, Status]:
         return read_statuses(self._folder.status, environment[ATTEMPT])
 
-    def _wait_for_leftovers(self, requests: StopRequests) -> None:
+    def _wait_for_leftovers(self, requests: StopSignals) -> None:
         """Wait until what the last attempt held is free: a new one would take it for another run's, or talk to it."""
         if self._launch.node_rank == 0:
             end = time.monotonic() + _LOCK_S
@@ -150,7 +150,7 @@ class Supervisor:
                 socket.create_connection(address, timeout=1.0).close()
                 time.sleep(_LOOK_S)
 
-    def _stopped(self, requests: StopRequests, ending: ExitStatus) -> int:
+    def _stopped(self, requests: StopSignals, ending: ExitStatus) -> int:
         """Return the exit code of a run that was asked to stop and has ended."""
         if not is_retried(ending.code):
             return ending.exit_code
@@ -161,7 +161,7 @@ class Supervisor:
         _say(f"{ending.what} {ending.where}, after {requests.name} had asked it to stop; {_newest_is(newest)}")
         return ending.exit_code
 
-    def _stopped_between(self, requests: StopRequests, ending: ExitStatus, newest: int | None) -> int:
+    def _stopped_between(self, requests: StopSignals, ending: ExitStatus, newest: int | None) -> int:
         """Return the exit code of a run that was asked to stop while it waited to start again."""
         _say(f"stopped by {requests.name} before it was started again; {_newest_is(newest)}")
         return PREEMPTED if newest is not None or ending.step <= 1 else ending.exit_code
@@ -220,4 +220,4 @@ def _newest_is(newest: int | None) -> str:
 
 def _say(text: str) -> None:
     with contextlib.suppress(OSError):  # the terminal has gone
-        say(text, file=sys.stderr)
+        print_safe(text, file=sys.stderr)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.atomic_io import NotRegular, is_at, open_own
+from trainer.atomic_io import NotRegular, is_open_file, open_unshared
 from trainer.errors import DataError
 from trainer.metrics.log_content import LogContent, content_of, copy_content, write_whole
 from trainer.metrics.records import is_kept, lines, parse
@@ -45,7 +45,7 @@ class JsonlSink:
             self._descriptor = _open(self.path)
         except NotRegular:
             raise DataError(f"{self.path}: is no regular file; remove it, it is not ours") from None
-        self._is_watched = is_at(self.path, self._descriptor)  # where a file system can tell
+        self._is_watched = is_open_file(self.path, self._descriptor)  # where a file system can tell
         _cut_half_line(self._descriptor)
 
     def write(self, record: Mapping[str, object]) -> None:
@@ -104,7 +104,7 @@ class JsonlSink:
     def _look(self) -> None:
         """See whether the file is still the one that is written, and holds what it should."""
         self._mend()
-        if self._is_watched and not is_at(self.path, self._descriptor):
+        if self._is_watched and not is_open_file(self.path, self._descriptor):
             if os.path.lexists(self.path):
                 self._go_over()
             else:
@@ -237,7 +237,7 @@ def _plain(value: Any) -> Any:
 
 
 def _open(path: Path) -> int:
-    return open_own(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+    return open_unshared(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
 
 
 def _cut_half_line(descriptor: int) -> None:

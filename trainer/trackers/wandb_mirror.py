@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from trainer.atomic_io import open_own
+from trainer.atomic_io import open_unshared
 from trainer.errors import PREEMPTED
 from trainer.metrics.expert_load import layer_loads
 from trainer.trackers.tail import EndOfRun, Position, Tail
@@ -69,7 +69,7 @@ class Mirror:
         """Hand on what there is and what comes, until the run ends."""
         place = self._folder / "wandb"
         place.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(open_own(place / ".lock", os.O_WRONLY | os.O_CREAT), "w") as lock:
+        with os.fdopen(open_unshared(place / ".lock", os.O_WRONLY | os.O_CREAT), "w") as lock:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(lock, fcntl.LOCK_EX)  # a killed run's mirror may still be finishing
             run = self._open()

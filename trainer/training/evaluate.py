@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from trainer.atomic_io import replace_file
-from trainer.checkpoint.load import CheckpointHandle
+from trainer.checkpoint.find_checkpoint import CheckpointHandle
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.console.console import Console
 from trainer.console.expert_map_svg import expert_map_svg
@@ -26,7 +26,7 @@ from trainer.evaluation.top_k_sweep import sweep_table, sweep_top_k
 from trainer.experiment import ExperimentConfig
 from trainer.moe.causality import evaluation_warning
 from trainer.packages import importing
-from trainer.terminal import say
+from trainer.terminal import print_safe
 from trainer.training import out_of_memory
 from trainer.training.resume import load_trained
 
@@ -108,7 +108,9 @@ def evaluate_top_ks(
         )
     moe = config.model.moe
     trained = [] if moe is None else getattr(moe.router, "top_k_choices", None) or [getattr(moe.router, "top_k", 0)]
-    say(f"{config.name} at step {found.step}, held-out text\n{sweep_table(results, trained=trained)}", file=screen)
+    print_safe(
+        f"{config.name} at step {found.step}, held-out text\n{sweep_table(results, trained=trained)}", file=screen
+    )
     return {"step": found.step, "experts_per_token": {str(at.top_k): at.record() for at in results}}
 
 
@@ -135,7 +137,7 @@ def evaluate_by_lm_eval(
     model = LmEvalModel(_subject(config, engine, Mesh.of_one()), tokenizer)
     with out_of_memory.evaluating(config):
         results, table = run_lm_eval(model, tasks, include_path=include_path, limit=limit)
-    say(table, file=screen)
+    print_safe(table, file=screen)
     return {"step": found.step, "lm_eval": results}
 
 

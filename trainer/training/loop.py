@@ -6,7 +6,7 @@ import torch
 
 from trainer.checkpoint.saver import Saved
 from trainer.distributed.collective_errors import raise_together
-from trainer.distributed.layout import is_first_here
+from trainer.distributed.rank_layout import is_first_on_node
 from trainer.distributed.signals import StopRequest
 from trainer.engine.base import StepResult
 from trainer.evaluation.eval_report import EvalReport, due_tasks, write_predictions
@@ -50,7 +50,7 @@ def fit(run: Run, stop: StopRequest, status: StatusFile) -> EvalReport | None:
         if run.stream.waits_for_text(run.position, train.global_batch_size):
             status.enter("reading")
             with raise_together(run.mesh.world):
-                run.stream.read_on(run.position, train.global_batch_size, ahead=is_first_here())
+                run.stream.read_on(run.position, train.global_batch_size, ahead=is_first_on_node())
             if run.mesh.layout.rank == 0:
                 run.list_skipped_rows()
         batches = run.stream.micro_batches(
@@ -167,7 +167,7 @@ def _save_now(run: Run, done: int, *, prunes: bool) -> None:
             announce(run, saved)
             return
         # Rank 0's clock decides for all.
-        if not run.mesh.world.gather_objects(time.monotonic() + pause_s < end)[0]:
+        if not run.mesh.world.all_gather_objects(time.monotonic() + pause_s < end)[0]:
             break
         run.console.warning(f"{saved.error}; trying again in {pause_s:.0f} s")
         time.sleep(pause_s)

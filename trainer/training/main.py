@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.saver import Saved
 from trainer.checkpoint.tools.import_deepspeed import read_deepspeed
@@ -24,11 +24,11 @@ from trainer.console.summary import RunSummary
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.distributed import runtime
 from trainer.distributed.collective_errors import raise_together
-from trainer.distributed.layout import Layout
 from trainer.distributed.mesh import Mesh, joined
+from trainer.distributed.rank_layout import Layout
 from trainer.distributed.signals import StopRequest
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
-from trainer.errors import PREEMPTED, CommError, ConfigError, NumericsError, ShortOfMemory, TurnoutError
+from trainer.errors import PREEMPTED, CommError, ConfigError, MemoryExhausted, NumericsError, TurnoutError
 from trainer.evaluation.eval_report import EvalReport
 from trainer.evaluation.run_summary import summarize_evaluation
 from trainer.experiment import ExperimentConfig
@@ -100,7 +100,7 @@ def train_run(
             examination = fit(run, stop, status)
         except Exception as error:
             # What is being saved is still worth having, where nobody that it needs has been lost.
-            is_everybodys = isinstance(error, TurnoutError) and not isinstance(error, CommError | ShortOfMemory)
+            is_everybodys = isinstance(error, TurnoutError) and not isinstance(error, CommError | MemoryExhausted)
             if is_everybodys or mesh.world.size == 1:
                 announce(run, run.saver.wait())
                 run.saver.close()

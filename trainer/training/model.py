@@ -8,8 +8,8 @@ import torch
 from trainer.console import formatting
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.distributed import runtime
-from trainer.distributed.layout import Layout
 from trainer.distributed.mesh import Mesh
+from trainer.distributed.rank_layout import Layout
 from trainer.engine.registry import NativeEngineConfig
 from trainer.engine.step import NumericsConfig
 from trainer.errors import ConfigError, ResourceError

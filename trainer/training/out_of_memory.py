@@ -2,18 +2,18 @@
 
 from contextlib import AbstractContextManager
 
-from trainer.errors import short_of_memory
+from trainer.errors import explain_out_of_memory
 from trainer.experiment import ExperimentConfig
 
 
 def reading_text() -> AbstractContextManager[None]:
     """Text becomes tokens, side by side."""
-    return short_of_memory("text is read", "lower data.workers, each of which holds a part of it")
+    return explain_out_of_memory("text is read", "lower data.workers, each of which holds a part of it")
 
 
 def making_weights(config: ExperimentConfig, *, num_parameters: int) -> AbstractContextManager[None]:
     """Weights get memory and their initial values, whole but for the experts of other ranks."""
-    return short_of_memory(
+    return explain_out_of_memory(
         f"the weights are made ({num_parameters / 1e6:.1f}M parameters in all)", _smaller_model(config)
     )
 
@@ -21,32 +21,32 @@ def making_weights(config: ExperimentConfig, *, num_parameters: int) -> Abstract
 def making_optimizer(config: ExperimentConfig) -> AbstractContextManager[None]:
     """The optimizer's two moments of every weight get memory."""
     shares = "" if config.parallel.data == "shard" else "cut it over more ranks (parallel.data: shard), or "
-    return short_of_memory(
+    return explain_out_of_memory(
         "the optimizer state is made, two numbers for each weight", f"{shares}{_smaller_model(config)}"
     )
 
 
 def taking_steps(config: ExperimentConfig) -> AbstractContextManager[None]:
     """Rows go forward and backward, a micro-batch at a time."""
-    return short_of_memory("a step is taken", _smaller_batch(config))
+    return explain_out_of_memory("a step is taken", _smaller_batch(config))
 
 
 def evaluating(config: ExperimentConfig) -> AbstractContextManager[None]:
     """Rows go forward, as many together as in a micro-batch."""
-    return short_of_memory("the model is evaluated", _smaller_batch(config))
+    return explain_out_of_memory("the model is evaluated", _smaller_batch(config))
 
 
 def saving(config: ExperimentConfig) -> AbstractContextManager[None]:
     """Wrap the copy of what this rank writes, which lets training go on meanwhile."""
     is_copied = config.checkpoint.asynchronous
     advice = "set checkpoint.asynchronous: false, which makes no copy of it" if is_copied else _smaller_model(config)
-    return short_of_memory("the state is copied to be saved", advice)
+    return explain_out_of_memory("the state is copied to be saved", advice)
 
 
 def reading_checkpoint(config: ExperimentConfig) -> AbstractContextManager[None]:
     """Tensors are read from a checkpoint, one at a time beside the model."""
     more = " (parallel.ep_size)" if config.model.moe is not None else ""
-    return short_of_memory("a checkpoint is read", f"use more ranks{more}, or a machine with more memory")
+    return explain_out_of_memory("a checkpoint is read", f"use more ranks{more}, or a machine with more memory")
 
 
 def _smaller_batch(config: ExperimentConfig) -> str:

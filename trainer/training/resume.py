@@ -4,14 +4,15 @@ from collections.abc import Callable, Mapping
 
 from pydantic import ValidationError
 
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.compatible import abridged, check_fits, check_model, check_record, check_tokenizer
-from trainer.checkpoint.files import StoredTensors
-from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.load import CheckpointHandle, find, find_newest, removed_meanwhile
-from trainer.checkpoint.run_folder import RunFolder, check_belongs, order_warnings
+from trainer.checkpoint.config_changes import check_belongs, order_warnings
+from trainer.checkpoint.find_checkpoint import CheckpointHandle, find, find_newest, removed_meanwhile
+from trainer.checkpoint.manifest import recorded_layout
+from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.run_tokenizer import tokenizer_of
-from trainer.checkpoint.tensor_file import check_numbers
-from trainer.checkpoint.tools.listing import layout_of
+from trainer.checkpoint.safetensors_file import check_finite_values
+from trainer.checkpoint.tensor_files import StoredTensors
 from trainer.config.dump import ABSENT, changed_keys, short
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.distributed import runtime
@@ -107,7 +108,7 @@ def _rate_jump(found: CheckpointHandle, run: Run) -> str | None:
 
 def _moved(found: CheckpointHandle, run: Run) -> str:
     """Say how the layout differs from the one that wrote the checkpoint."""
-    before, now = layout_of(found.manifest), run.layout()
+    before, now = recorded_layout(found.manifest), run.layout()
     changes = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
     return f" ({', '.join(changes)})" if changes else ""
 
@@ -122,7 +123,7 @@ def _newest(checkpoints: CheckpointFolder, warn: Callable[[str], None]) -> Check
 def _find_sound(checkpoints: CheckpointFolder, step: int) -> CheckpointHandle:
     found = find(checkpoints, step)
     try:
-        check_numbers(found.path, found.manifest.files)
+        check_finite_values(found.path, found.manifest.files)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; use the checkpoint of another step") from None
     return found

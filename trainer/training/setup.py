@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.compatible import abridged
-from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.find_checkpoint import find_newest
 from trainer.checkpoint.identity import identify
-from trainer.checkpoint.load import find_newest
 from trainer.checkpoint.run_folder import RunFolder
-from trainer.checkpoint.run_tokenizer import check_given, fingerprint_in_use, keep, tokenizer_of
+from trainer.checkpoint.run_tokenizer import check_given, fingerprint_in_use, save_tokenizer, tokenizer_of
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.shared_fs import check_shared
 from trainer.config.dump import dump
@@ -21,7 +21,7 @@ from trainer.data.token_cache.skipped import summary
 from trainer.data.tokenizers.sent import of_plain, to_plain
 from trainer.distributed import runtime
 from trainer.distributed.collective_errors import raise_together
-from trainer.distributed.consistency import differing
+from trainer.distributed.consistency import differences_across_ranks
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.version import turnout_version
 from trainer.errors import ConfigError, DataError
@@ -82,7 +82,7 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
     sent = mesh.world.broadcast_object(None if tokenizer is None else to_plain(tokenizer))
     if corpus is None:  # what rank 0 has made of it is on the disk now
         corpus = build_corpus(config.data, tokenizer=of_plain(sent, config.data))
-    different = differing(mesh.world, {"data": {"fingerprint": abridged(corpus.fingerprint)}})
+    different = differences_across_ranks(mesh.world, {"data": {"fingerprint": abridged(corpus.fingerprint)}})
     if different:
         raise DataError(f"{different[0]}; all ranks must read the same text (data.sources)")
     tasks = load_tasks(config.eval.tasks, corpus, seq_len=config.model.seq_len, world=mesh.world, warn=console.warning)
@@ -142,7 +142,7 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
     recorder.enter("writing the run folder")
     with raise_together(mesh.world):
         if is_writer:
-            keep(folder, corpus.tokenizer)
+            save_tokenizer(folder, corpus.tokenizer)
             identity = identify(
                 folder,
                 name=config.name,
@@ -163,7 +163,7 @@ def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mes
             recorder.enter("recording the environment")
             folder.write_environment(
                 {
-                    **runtime.describe(),
+                    **runtime.environment_info(),
                     "device": str(device),
                     "world_size": mesh.layout.world_size,
                     "data_fingerprint": corpus.fingerprint,
@@ -233,6 +233,6 @@ def _check_alike(config: ExperimentConfig, mesh: Mesh) -> None:
     """
     versions = {"turnout": turnout_version(), "torch": torch.__version__}
     values = {"version": versions, **config.model_dump(exclude=_OF_A_HOST)}
-    different = differing(mesh.world, values)
+    different = differences_across_ranks(mesh.world, values)
     if different:
         raise ConfigError("\n".join(f"{line}; all ranks need the same config and versions" for line in different))

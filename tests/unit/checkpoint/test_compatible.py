@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tests.checkpoint_helpers import save
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.compatible import check_fits, check_model, check_tokenizer
-from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.load import CheckpointHandle, find
+from trainer.checkpoint.find_checkpoint import CheckpointHandle, find
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.errors import CheckpointError
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from tests.checkpoint_helpers import save, save_unseen
-from trainer.checkpoint import tensor_file
+from trainer.checkpoint import safetensors_file
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
+from trainer.checkpoint.find_checkpoint import find_newest
 from trainer.checkpoint.finite import check_finite, not_finite
-from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.load import find_newest
 from trainer.checkpoint.state import Slice, TrainState
-from trainer.checkpoint.tools.listing import entries
+from trainer.checkpoint.tools.listing import list_checkpoints
 from trainer.checkpoint.tools.pruning import plan_prune
 from trainer.distributed.collectives import Group
 from trainer.errors import CheckpointError, NumericsError
@@ -33,7 +33,7 @@ def test_one_number_is_found_in_memory_and_on_the_disk(tmp_path: Path, dtype: to
     assert not_finite({name: part.tensor for name, part in state.slices.items()}) == ["model.b"]
     path = save_unseen(tmp_path, 3, state).path
     assert (
-        CheckpointFolder(tmp_path).wrong(3) == f"{path}: model.b is not finite: the run had diverged when it was saved"
+        CheckpointFolder(tmp_path).defect(3) == f"{path}: model.b is not finite: the run had diverged when it was saved"
     )
 
 
@@ -43,7 +43,7 @@ def test_the_largest_numbers_are_finite_though_their_sum_is_not(tmp_path: Path, 
     tensor = torch.tensor([[largest, largest], [-largest, torch.finfo(dtype).tiny]], dtype=dtype)
     assert not_finite({"model.a": tensor, "model.b": tensor[:1]}) == []
     save(tmp_path, 3, TrainState(slices={"model.a": Slice.whole(tensor)}))
-    assert CheckpointFolder(tmp_path).wrong(3) is None
+    assert CheckpointFolder(tmp_path).defect(3) is None
 
 
 def test_infinities_that_cancel_are_found() -> None:
@@ -54,17 +54,17 @@ def test_what_has_no_such_numbers_is_left_alone(tmp_path: Path) -> None:
     tensors = {"model.a": torch.full((3,), -1), "model.b": torch.ones(2, dtype=torch.bool), "model.c": torch.ones(0, 4)}
     assert not_finite(tensors) == []
     save(tmp_path, 3, TrainState(slices={name: Slice.whole(tensor) for name, tensor in tensors.items()}))
-    assert CheckpointFolder(tmp_path).wrong(3) is None
+    assert CheckpointFolder(tmp_path).defect(3) is None
 
 
 @pytest.mark.parametrize("place", [0, 6, 7, 29])
 def test_a_large_tensor_is_looked_at_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
-    monkeypatch.setattr(tensor_file, "_BLOCK_BYTES", 28)
+    monkeypatch.setattr(safetensors_file, "_BLOCK_BYTES", 28)
     tensor = torch.ones(30)
     tensor[place] = NAN
     slices = {"model.a": Slice.whole(torch.ones(3)), "model.b": Slice.whole(tensor), "model.c": Slice.whole(tensor[:1])}
     save_unseen(tmp_path, 3, TrainState(slices=slices))
-    assert "model.b is not finite" in str(CheckpointFolder(tmp_path).wrong(3))
+    assert "model.b is not finite" in str(CheckpointFolder(tmp_path).defect(3))
 
 
 def test_experts_have_the_numbers_that_they_have_in_the_model(tmp_path: Path) -> None:
@@ -139,9 +139,9 @@ def test_a_run_that_comes_from_before_them_removes_them(folder: CheckpointFolder
 
 
 def test_a_list_that_reads_everything_says_so(folder: CheckpointFolder) -> None:
-    wrong = [entry.wrong for entry in entries(folder, with_content=True)]
+    wrong = [entry.wrong for entry in list_checkpoints(folder, with_content=True)]
     assert wrong[:2] == [None, None] and all("model.b is not finite" in str(reason) for reason in wrong[2:])
-    assert [entry.wrong for entry in entries(folder, with_content=False)] == [None] * 5
+    assert [entry.wrong for entry in list_checkpoints(folder, with_content=False)] == [None] * 5
 
 
 def test_where_all_are_such_it_is_an_error(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.checkpoint_helpers import save
-from trainer.checkpoint.manifest import Manifest, manifest_text, read_manifest
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.manifest_file import manifest_text, read_manifest
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.errors import CheckpointError
 
@@ -67,14 +68,14 @@ def test_what_does_not_describe_whole_tensors_is_refused(
     folder: Path, change: Callable[[dict[str, Any]], object], message: str
 ) -> None:
     rewrite(folder, change)
-    with pytest.raises(CheckpointError, match=rf"manifest\.json: is not sound: .*{message}") as caught:
+    with pytest.raises(CheckpointError, match=rf"manifest\.json: is invalid: .*{message}") as caught:
         read_manifest(folder)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
 TEXTS = {
     "a key twice": ('{"format": 2, "format": 2}', "a key is given twice"),
-    "no number": ('{"format": NaN}', "NaN is no number"),
+    "no number": ('{"format": NaN}', "NaN is not a number"),
     "a flood": ("[" + "{}," * 2_100_000 + "{}]", "bytes are more than a manifest has"),
     "depth": ("[" * 100_000, "RecursionError"),
     "another format": ('{"format": 3, "manifest_sha256": ""}', "its hash does not match"),
@@ -98,7 +99,7 @@ def test_a_name_that_would_steer_a_terminal_is_not_repeated(folder: Path) -> Non
 
 def test_what_would_not_be_read_again_is_not_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest: Manifest = read_manifest(folder)
-    monkeypatch.setattr("trainer.checkpoint.manifest._MOST_VALUES", 10)
+    monkeypatch.setattr("trainer.checkpoint.manifest_file._MAX_VALUES", 10)
     with pytest.raises(CheckpointError, match=r"step 1 not saved: its manifest has \d+ bytes, too many to be read"):
         manifest_text(manifest)
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.checkpoint.coverage import flaw
+from trainer.checkpoint.coverage import partition_error
 from trainer.checkpoint.plan import Placement, StatePart, plan_save
 from trainer.errors import CheckpointError
 
@@ -89,10 +89,10 @@ def test_neighbouring_parts_are_whole_and_any_change_of_one_is_noticed(
     edges = sorted({0, total, *(cut for cut in cuts if cut < total)})
     spans = [(a, b - a) for a, b in itertools.pairwise(edges)]
     shuffled = data.draw(st.permutations(spans))
-    assert flaw(shuffled, total) is None
+    assert partition_error(shuffled, total) is None
     if spans:
         i = data.draw(st.integers(0, len(spans) - 1))
         start, length = shuffled[i]
         for other in ((start, length - 1), (start, length + 1), (start + 1, length), (start, 0)):
-            assert flaw([*shuffled[:i], other, *shuffled[i + 1 :]], total) is not None
-        assert flaw([*shuffled, shuffled[i]], total) is not None
+            assert partition_error([*shuffled[:i], other, *shuffled[i + 1 :]], total) is not None
+        assert partition_error([*shuffled, shuffled[i]], total) is not None

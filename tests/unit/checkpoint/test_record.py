@@ -8,9 +8,9 @@ import torch
 
 from tests.checkpoint_helpers import save
 from tests.unit.checkpoint.tools.test_verify import RUN
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.compatible import check_model, check_record, check_tokenizer
-from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.load import CheckpointHandle, find
+from trainer.checkpoint.find_checkpoint import CheckpointHandle, find
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.errors import CheckpointError
 

@@ -12,7 +12,8 @@ import torch
 
 from tests import foreign_tokenizers
 from tests.ranks import Ranks, mesh_here
-from trainer.checkpoint.run_folder import RunFolder, check_belongs
+from trainer.checkpoint.config_changes import check_belongs
+from trainer.checkpoint.run_folder import RunFolder
 from trainer.cli import main
 from trainer.config.dump import Change
 from trainer.config.loader import load

@@ -12,9 +12,9 @@ import torch
 from tests.checkpoint_helpers import load, save, try_to_save, whole
 from tests.unit.checkpoint.test_manifest import rewrite
 from trainer.atomic_io import open_regular
-from trainer.checkpoint import folder as folder_module
-from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.load import CheckpointHandle, find, find_newest
+from trainer.checkpoint import checkpoint_folder as folder_module
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
+from trainer.checkpoint.find_checkpoint import CheckpointHandle, find, find_newest
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.state import Slice, TrainState
@@ -163,7 +163,7 @@ def test_other_names_are_no_checkpoints(folder: CheckpointFolder, name: str) -> 
 
 
 def test_large_states_are_split_over_files(folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.checkpoint.files._FILE_SIZE_BYTES", 30)
+    monkeypatch.setattr("trainer.checkpoint.tensor_files._FILE_SIZE_BYTES", 30)
     path = save(folder, 1, _state()).path
     assert len(list(path.glob("*.safetensors"))) == 3
     assert torch.equal(load(folder, 1)["model.a"], torch.ones(3, 2))
@@ -261,7 +261,7 @@ def test_one_that_cannot_be_read_now_is_neither_passed_over_nor_removed(
         save(folder, step, _state())
     fresh = CheckpointFolder(folder.path, keep=2)
     with monkeypatch.context() as patched:
-        patched.setattr("trainer.checkpoint.manifest.open_regular", _refuse(errno.EMFILE, of="step_00000015"))
+        patched.setattr("trainer.checkpoint.manifest_file.open_regular", _refuse(errno.EMFILE, of="step_00000015"))
         with pytest.raises(ResourceError, match=r"step_00000015.*cannot be read now: Too many open files"):
             _newest(fresh)
         fresh.prune(newest=10)
@@ -273,7 +273,7 @@ def test_one_that_cannot_be_read_now_is_neither_passed_over_nor_removed(
 def test_a_bad_sector_is_damage(folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (5, 10):
         save(folder, step, _state())
-    monkeypatch.setattr("trainer.checkpoint.manifest.open_regular", _refuse(errno.EIO, of="step_00000010"))
+    monkeypatch.setattr("trainer.checkpoint.manifest_file.open_regular", _refuse(errno.EIO, of="step_00000010"))
     warnings: list[str] = []
     found = _newest(folder, warnings.append)
     assert found is not None and found.step == 5
@@ -284,7 +284,7 @@ def test_one_of_another_version_ends_the_run_and_stays(folder: CheckpointFolder)
     for step in (5, 10):
         save(folder, step, _state())
     rewrite(folder.of_step(10), lambda values: values.update(format=3))
-    with pytest.raises(CheckpointError, match="has format 3, this version reads 2; use the other version"):
+    with pytest.raises(CheckpointError, match="has format 3, this version reads 2; use the version that wrote it"):
         _newest(folder)
     fresh = CheckpointFolder(folder.path, keep=2)
     save(fresh, 7, _state())
@@ -400,9 +400,9 @@ def test_a_failed_save_leaves_older_checkpoints_and_nothing_half_written(
         raise OSError(28, "No space left on device")
 
     target = {
-        "tensors": "trainer.checkpoint.files.write_durably",
+        "tensors": "trainer.checkpoint.tensor_files.write_durably",
         "manifest": "trainer.checkpoint.saver.write_durably",
-        "rename": "trainer.checkpoint.folder.Path.rename",
+        "rename": "trainer.checkpoint.checkpoint_folder.Path.rename",
     }[when]
     with monkeypatch.context() as patch:
         patch.setattr(target, refuse)

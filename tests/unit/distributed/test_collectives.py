@@ -17,7 +17,7 @@ def exchange_uneven() -> tuple[list, list]:
     me = world.index
     x = torch.arange(3.0).add(10 * me)[:, None].requires_grad_()
     send, receive = ([1, 2], [1, 3]) if me == 0 else ([3, 0], [2, 0])
-    y = world.exchange(x, send, receive)
+    y = world.all_to_all(x, send, receive)
     (y * (me + 1)).sum().backward()
     assert x.grad is not None
     return y.flatten().tolist(), x.grad.flatten().tolist()
@@ -35,7 +35,7 @@ def count_exchanges() -> int:
     gc.disable()
     for _ in range(5):
         x = torch.ones(2, 3, requires_grad=True)
-        (world.exchange(x, [1, 1], [1, 1]) * 2).sum().backward()
+        (world.all_to_all(x, [1, 1], [1, 1]) * 2).sum().backward()
     end = time.monotonic() + 10  # threads of the group let go of it a moment later
     while (left := sum(type(thing) is AllToAll for thing in gc.get_objects())) and time.monotonic() < end:
         time.sleep(0.01)
@@ -50,8 +50,8 @@ def test_an_exchange_is_freed_with_its_result(ranks: Ranks) -> None:
 def test_a_group_of_one_exchanges_nothing() -> None:
     group = Group.of_one()
     x = torch.arange(4.0)
-    assert group.all_reduce_(x) is x and group.exchange(x, [4], [4]) is x and group.broadcast_(x) is x
-    assert group.gather(x).shape == (1, 4) and group.gather_objects("a") == ["a"]
+    assert group.all_reduce_(x) is x and group.all_to_all(x, [4], [4]) is x and group.broadcast_(x) is x
+    assert group.all_gather(x).shape == (1, 4) and group.all_gather_objects("a") == ["a"]
     assert group.recorder.count == 0
 
 
@@ -59,7 +59,7 @@ def note_four() -> list[str]:
     recorder = FlightRecorder()
     mesh = mesh_here(ep_size=2, recorder=recorder)
     mesh.world.all_reduce_(torch.zeros(5))
-    mesh.ep.gather(torch.zeros(2))
+    mesh.ep.all_gather(torch.zeros(2))
     mesh.edp.broadcast_(torch.zeros(1))
     for _ in range(100):
         mesh.world.all_reduce_(torch.zeros(1))
@@ -69,7 +69,7 @@ def note_four() -> list[str]:
 
 def test_the_journal_keeps_the_last_operations_with_number_group_and_sizes(ranks: Ranks) -> None:
     for lines in ranks.run(4, note_four):
-        assert lines == ["103", "32", "#72 sum over world [1]", "#103 sum over world [1]"]
+        assert lines == ["103", "32", "#72 all_reduce over world [1]", "#103 all_reduce over world [1]"]
 
 
 def fail_on(failing: list[int], kind: type[Exception]) -> tuple[str, str, int | None, bool | None]:
@@ -80,7 +80,7 @@ def fail_on(failing: list[int], kind: type[Exception]) -> tuple[str, str, int | 
                 raise kind(f"cannot read x, says {world.index}")
     except Exception as error:
         is_turnout = isinstance(error, TurnoutError)
-        code, shown = (error.exit_code, error.is_this_ranks) if is_turnout else (None, None)
+        code, shown = (error.exit_code, error.is_rank_specific) if is_turnout else (None, None)
         return type(error).__name__, str(error), code, shown
     return "", "", None, None
 

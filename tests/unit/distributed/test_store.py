@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.listening_sockets import listeners
-from tests.unit.distributed.test_plain import Evil
+from tests.unit.distributed.test_wire_format import Evil
 from trainer.distributed import interface
 from trainer.distributed.interface import LOOPBACK, address_to_listen_on, loopback_variables
 from trainer.distributed.store import serve

@@ -9,7 +9,7 @@ from tests.builders import make_engine, tiny_model_config
 from trainer.data.config import DataConfig, SplitConfig
 from trainer.data.corpus import build_corpus
 from trainer.data.sources.registry import TextSourceConfig
-from trainer.distributed.layout import Layout
+from trainer.distributed.rank_layout import Layout
 from trainer.evaluation.held_out import evaluate_held_out
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from trainer.status import Phase, Status
-from trainer.supervise.exit_status import ExitStatus, judge
+from trainer.supervise.exit_status import ExitStatus, diagnose_exit
 
 
 def running(rank: int, step: int, phase: Phase = "training") -> Status:
@@ -17,11 +17,11 @@ def ended(rank: int, step: int, code: int, error: str | None = None, *, updated:
 
 def torchrun(code: int, report: dict, *statuses: Status) -> ExitStatus:
     written = {status.rank: status for status in statuses}
-    return judge(code, pid=99, report=report, statuses=written, ranks=range(2), is_alone=False)
+    return diagnose_exit(code, pid=99, report=report, statuses=written, ranks=range(2), is_alone=False)
 
 
 def alone(code: int, status: Status) -> ExitStatus:
-    return judge(code, pid=100, report={}, statuses={0: status}, ranks=[0], is_alone=True)
+    return diagnose_exit(code, pid=100, report={}, statuses={0: status}, ranks=[0], is_alone=True)
 
 
 def failed(codes: dict[int, int]) -> dict:
@@ -111,15 +111,15 @@ def test_a_save_that_had_to_be_and_was_refused_is_told_from_memory_that_ran_out(
 
 def test_who_gave_no_sign_of_life_is_named_and_that_may_pass() -> None:
     kept = {"pid": 100, "report": {}, "silence_s": 60.0}
-    ending = judge(-9, statuses={0: running(0, 7)}, ranks=[0], is_alone=True, silent=["0"], **kept)
+    ending = diagnose_exit(-9, statuses={0: running(0, 7)}, ranks=[0], is_alone=True, silent=["0"], **kept)
     assert (ending.code, ending.exit_code) == (-9, 5)
     assert f"{ending.what} {ending.where}" == (
         "rank 0 (pid 100) gave no sign of life for 60 s (frozen or stuck), killed at about step 7"
     )
     both = {0: running(0, 7), 1: running(1, 7)}
     for silent, who in ((["1", "0"], "ranks 0 and 1"), (["0", "torchrun"], "torchrun (pid 100)")):
-        ending = judge(-9, statuses=both, ranks=range(2), is_alone=False, silent=silent, **kept)
+        ending = diagnose_exit(-9, statuses=both, ranks=range(2), is_alone=False, silent=silent, **kept)
         assert ending.what == f"{who} gave no sign of life for 60 s (frozen or stuck), killed"
     wrong = {0: ended(0, 7, 3, "no"), 1: running(1, 7)}
-    ending = judge(-9, statuses=wrong, ranks=range(2), is_alone=False, silent=["1"], **kept)
+    ending = diagnose_exit(-9, statuses=wrong, ranks=range(2), is_alone=False, silent=["1"], **kept)
     assert (ending.code, ending.what) == (3, "rank 0 (pid 100) ended with 3 (no)"), "what stays wrong comes first"

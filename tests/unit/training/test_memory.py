@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.distributed.layout import Layout
+from trainer.distributed.rank_layout import Layout
 from trainer.errors import ResourceError
 from trainer.experiment import ExperimentConfig
 from trainer.metrics import system_stats

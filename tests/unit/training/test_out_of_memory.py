@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import pytest
 
 from trainer.cli import main
-from trainer.errors import ShortOfMemory, short_of_memory
+from trainer.errors import MemoryExhausted, explain_out_of_memory
 
 CONFIG = """\
 name: tiny
@@ -122,10 +122,10 @@ def test_a_checkpoint_that_does_not_fit_is_no_matter_of_the_batch(
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError(ALLOCATION)])
 def test_memory_and_nothing_else_is_answered(error: Exception) -> None:
     with (
-        pytest.raises(ShortOfMemory, match=r"out of memory while it is tried: .*; do this"),
-        short_of_memory("it is tried", "do this"),
+        pytest.raises(MemoryExhausted, match=r"out of memory while it is tried: .*; do this"),
+        explain_out_of_memory("it is tried", "do this"),
     ):
         raise error
-    for other in (RuntimeError("no"), ShortOfMemory("told already")):
-        with pytest.raises(type(other), match=r"^(no|told already)$"), short_of_memory("it is tried", "do this"):
+    for other in (RuntimeError("no"), MemoryExhausted("told already")):
+        with pytest.raises(type(other), match=r"^(no|told already)$"), explain_out_of_memory("it is tried", "do this"):
             raise other

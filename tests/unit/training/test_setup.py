@@ -32,7 +32,7 @@ schedule: {kind: warmup_cosine, warmup_steps: 0}
 """
 
 ORDER = (
-    "from here on the rows come in another order: of the epoch under way some documents are read again and others are "
+    "from here on the order of the rows changes: in the current epoch some documents are read again and others are "
     "left out; set it back, or use a new name=..., to read each once"
 )
 
@@ -187,7 +187,7 @@ def test_what_a_change_means_for_the_order_of_the_rows_is_said_where_a_run_goes_
     run.saver.wait()
     assert checked(where, _config(folder, changes)) == [
         *said[:2],
-        f"{said[2]}; the rows go on in their order, 8 a step",
+        f"{said[2]}; the rows keep their order, 8 a step",
         f"seed, data.mixture.by: {ORDER.replace('set it', 'set them')}",
     ]
 

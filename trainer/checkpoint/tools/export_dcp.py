@@ -14,10 +14,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from trainer.atomic_io import sync_folder
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.compatible import check_record
-from trainer.checkpoint.files import StoredTensors
-from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.load import CheckpointHandle, find
+from trainer.checkpoint.find_checkpoint import CheckpointHandle, find
+from trainer.checkpoint.tensor_files import StoredTensors
 from trainer.config.nodes import shown_path
 from trainer.errors import CheckpointError, ConfigError
 
@@ -49,7 +49,7 @@ def export_dcp(folder: CheckpointFolder, step: int | None, out: Path) -> Checkpo
         raise ConfigError(f"{out}: exists; name a folder that does not")
     if not out.parent.is_dir():
         raise ConfigError(f"{out.parent}: is no folder; make it first")
-    found = find(folder, folder.existing(step))
+    found = find(folder, folder.resolve_step(step))
     check_record(found)
     temporary = out.with_name(f".export-{uuid.uuid4().hex}")
     temporary.mkdir()

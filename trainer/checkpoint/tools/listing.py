@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.manifest import MANIFEST, Manifest, check_file
-from trainer.checkpoint.tensor_file import check_numbers
-from trainer.config.nodes import shown
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
+from trainer.checkpoint.file_integrity import check_file
+from trainer.checkpoint.manifest import MANIFEST, recorded_layout
+from trainer.checkpoint.safetensors_file import check_finite_values
 from trainer.errors import CheckpointError, ResourceError
 
 _OF_LAYOUT = ("world_size", "ep_size", "data", "engine")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class ListedCheckpoint:
     """One checkpoint, as a list shows it."""
 
     step: int
@@ -55,7 +55,7 @@ class Entry:
         }
 
 
-def entries(folder: CheckpointFolder, *, with_content: bool) -> Iterator[Entry]:
+def list_checkpoints(folder: CheckpointFolder, *, with_content: bool) -> Iterator[ListedCheckpoint]:
     """Yield the checkpoints, oldest first; one that is removed meanwhile is left out.
 
     Args:
@@ -64,24 +64,24 @@ def entries(folder: CheckpointFolder, *, with_content: bool) -> Iterator[Entry]:
     """
     for step in folder.steps():
         with suppress(FileNotFoundError):
-            yield _entry(folder, step, with_content=with_content)
+            yield _listed(folder, step, with_content=with_content)
 
 
-def _entry(folder: CheckpointFolder, step: int, *, with_content: bool) -> Entry:
+def _listed(folder: CheckpointFolder, step: int, *, with_content: bool) -> ListedCheckpoint:
     path, manifest, wrong = folder.of_step(step), None, None
     try:
         manifest = folder.manifest(step)
         for name, stated in manifest.files.items():
             check_file(path, name, stated, with_content=with_content)
         if with_content:
-            check_numbers(path, manifest.files)
+            check_finite_values(path, manifest.files)
     except (CheckpointError, ResourceError) as error:
         wrong = str(error)
-    return Entry(
+    return ListedCheckpoint(
         step=step,
         size_bytes=None if manifest is None else manifest.size_bytes,
         written_s=_written_s(path),
-        layout={} if manifest is None else layout_of(manifest),
+        layout={} if manifest is None else recorded_layout(manifest),
         wrong=wrong,
     )
 
@@ -91,18 +91,3 @@ def _written_s(path: Path) -> float:
         return (path / MANIFEST).lstat().st_mtime
     except FileNotFoundError:
         return path.lstat().st_mtime
-
-
-def layout_of(manifest: Manifest) -> dict[str, int | str]:
-    """Return what is known of the layout, if it looks like one."""
-    found: dict[str, int | str] = {}
-    layout = manifest.run.get("layout")
-    if not isinstance(layout, dict):
-        return found
-    for key in _OF_LAYOUT:
-        value = layout.get(key)
-        if type(value) is int:
-            found[key] = value
-        elif isinstance(value, str):
-            found[key] = shown(value)[1:-1]
-    return found

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.errors import CheckpointError
 
 
@@ -31,8 +31,8 @@ def plan_prune(folder: CheckpointFolder, *, with_damaged: bool) -> PrunePlan:
     Raises:
         CheckpointError: if there is none, or none is sound: what is left of a run is not thrown away.
     """
-    folder.existing(None)
-    reasons = {step: folder.wrong(step) for step in folder.steps()}
+    folder.resolve_step(None)
+    reasons = {step: folder.defect(step) for step in folder.steps()}
     damaged = {step: reason for step, reason in reasons.items() if reason is not None}
     sound = [step for step in reasons if step not in damaged]
     if not sound:

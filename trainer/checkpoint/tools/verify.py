@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.coverage import WEIGHT
-from trainer.checkpoint.files import StoredTensors
-from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.manifest import MANIFEST, Manifest, StoredTensor, check_file, record_flaws
-from trainer.checkpoint.tensor_file import open_tensors
+from trainer.checkpoint.file_integrity import check_file
+from trainer.checkpoint.manifest import MANIFEST, Manifest, StoredTensor, run_record_problems
+from trainer.checkpoint.safetensors_file import open_tensors
+from trainer.checkpoint.tensor_files import StoredTensors
 from trainer.config.nodes import shown
 from trainer.errors import CheckpointError
 
@@ -45,7 +46,7 @@ class VerifyReport:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
-def examine(folder: CheckpointFolder, step: int) -> VerifyReport:
+def verify_checkpoint(folder: CheckpointFolder, step: int) -> VerifyReport:
     """Read all of a checkpoint, a block of a tensor at a time."""
     path = folder.of_step(step)
     try:
@@ -60,7 +61,7 @@ def examine(folder: CheckpointFolder, step: int) -> VerifyReport:
             findings.append(str(error))
             unsound.add(name)
     findings += [f"{path}: {flaw}" for flaw in _strangers(path, manifest)]
-    findings += [f"{path}: {flaw}" for flaw in record_flaws(manifest)]
+    findings += [f"{path}: {flaw}" for flaw in run_record_problems(manifest)]
     unreadable = {name for file in unsound for name in _placed_in(file, manifest)}
     for name in sorted(manifest.files.keys() - unsound):
         there, flaws = _names_in(path / name, manifest)

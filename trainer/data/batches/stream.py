@@ -24,7 +24,7 @@ from trainer.data.sources.registry import HfStreamSourceConfig, SourceConfig
 from trainer.data.token_cache.shards import TokenFile
 from trainer.data.token_cache.skipped import SkippedOf
 from trainer.data.token_cache.splits import Side
-from trainer.distributed.layout import even_slice
+from trainer.distributed.rank_layout import even_slice
 from trainer.errors import DataError
 
 PADDING = -1

@@ -149,4 +149,4 @@ class Partition:
         """Move elements between the ranks; to where messages are sent from, and back, where `x` is not there."""
         if self.group.size == 1:
             return x
-        return self.group.exchange(x.to(self.group.device), send, receive).to(x.device)
+        return self.group.all_to_all(x.to(self.group.device), send, receive).to(x.device)

@@ -6,7 +6,7 @@ from trainer.checkpoint.compatible import abridged
 from trainer.data.corpus import Corpus
 from trainer.distributed.collective_errors import raise_together
 from trainer.distributed.collectives import Group
-from trainer.distributed.consistency import differing
+from trainer.distributed.consistency import differences_across_ranks
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation.tasks.base import Task
 from trainer.evaluation.tasks.registry import AnyTaskConfig
@@ -36,7 +36,9 @@ def load_tasks(
         with raise_together(world):
             if is_my_turn:
                 tasks = [config.build(corpus.tokenizer, seq_len=seq_len) for config in configs]
-    different = differing(world, {"eval": {"tasks": {task.name: abridged(task.fingerprint) for task in tasks}}})
+    different = differences_across_ranks(
+        world, {"eval": {"tasks": {task.name: abridged(task.fingerprint) for task in tasks}}}
+    )
     if different:
         raise DataError(f"{different[0]}; all ranks must read the same rows (eval.tasks)")
     for task in tasks:

@@ -68,10 +68,10 @@ class AllGatherDispatcher(AllToAllDispatcher):
 
     def _gather(self, x: Tensor, decision: RoutingDecision) -> _Everything:
         order = group_by_expert(decision)
-        counts = self.group.gather(order.rows_per_expert)
+        counts = self.group.all_gather(order.rows_per_expert)
         self.check(counts, order)
         rows_of = counts.sum(1).tolist()
-        tokens_of = self.group.gather(torch.tensor([len(x)], device=x.device)).flatten().tolist()
+        tokens_of = self.group.all_gather(torch.tensor([len(x)], device=x.device)).flatten().tolist()
         tokens = self._start_to_all(x, tokens_of).wait().to(x.dtype)
         numbers = self._start_to_all(order.token_of_row[:, None], rows_of).wait().flatten().split(rows_of)
         firsts = [sum(tokens_of[:rank]) for rank in range(self.group.size)]

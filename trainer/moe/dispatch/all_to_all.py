@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trainer.distributed.collectives import AllToAll, Group
-from trainer.distributed.layout import even_slices
+from trainer.distributed.rank_layout import even_slices
 from trainer.errors import CommError
 from trainer.moe.dispatch.base import Combined, Dispatched, Dispatcher, RunExperts
 from trainer.moe.dispatch.chunks import Chunks
@@ -94,7 +94,7 @@ class AllToAllDispatcher(Dispatcher):
     ) -> tuple[ExpertOrder, Tensor, list[ExchangePlan]]:
         """Order the rows of x (T, D) by expert, and plan an exchange for each of the cuts, which follow each other."""
         order = group_by_expert(decision)
-        counts = self.group.gather(order.rows_per_expert)  # (G, E)
+        counts = self.group.all_gather(order.rows_per_expert)  # (G, E)
         self.check(counts, order)
         plans = [plan_exchange(counts, bounds, self.group.index) for bounds in cuts]  # waits: sizes become shapes
         return order, order.gather(x), plans

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from trainer.distributed.layout import even_slices
+from trainer.distributed.rank_layout import even_slices
 from trainer.moe.routing import RoutingDecision
 
 # E experts, G ranks that share the experts.

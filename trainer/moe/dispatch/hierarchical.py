@@ -40,7 +40,7 @@ class HierarchicalDispatcher(AllToAllDispatcher):
         rows = permute(rows, _reorder(mine, torch.arange(nodes * places).view(nodes, places).T, device))
         to_place = table[node, place].sum(0).tolist()
         from_place = table[node, :, :, place].sum(1).tolist()
-        rows = self.inside.exchange(rows, to_place, from_place)
+        rows = self.inside.all_to_all(rows, to_place, from_place)
         # Here by (sender's place, receiver's node); to be sent by (receiver's node, sender's place).
         held = table[node, :, :, place]  # (L, N)
         rows = permute(rows, _reorder(held.reshape(-1), torch.arange(places * nodes).view(places, nodes).T, device))

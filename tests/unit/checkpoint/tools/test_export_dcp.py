@@ -8,7 +8,7 @@ import torch.distributed.checkpoint as dcp
 
 from tests.checkpoint_helpers import load, save_unseen
 from tests.unit.checkpoint.tools.test_verify import RUN, _tensors
-from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.checkpoint.tools import export_dcp as module
 from trainer.checkpoint.tools.export_dcp import export_dcp

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.checkpoint_helpers import save
-from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.checkpoint.tools.pruning import plan_prune
 from trainer.errors import CheckpointError
@@ -58,7 +58,7 @@ def test_what_killed_runs_left_is_listed_and_cleaned_whatever_it_is(path: Path) 
     assert names == [".tmp-step_00000030", ".tmp-step_00000035", ".trash-step_00000001"]
     folder.clean()
     assert folder.leftovers() == [] and folder.steps() == [5, 10, 15, 20, 25]
-    assert folder.wrong(5) is None, "a link is removed, and not what it names"
+    assert folder.defect(5) is None, "a link is removed, and not what it names"
 
 
 @pytest.mark.parametrize("is_link", [False, True])

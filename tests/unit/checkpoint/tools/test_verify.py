@@ -12,13 +12,13 @@ from torch import Tensor
 
 from tests.checkpoint_helpers import save_unseen
 from tests.unit.checkpoint.test_manifest import FILE, rewrite
-from trainer.checkpoint.files import StoredTensors
-from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.state import Slice, TrainState
+from trainer.checkpoint.tensor_files import StoredTensors
 from trainer.checkpoint.tools import verify as module
-from trainer.checkpoint.tools.verify import examine
+from trainer.checkpoint.tools.verify import verify_checkpoint
 from trainer.cli import main
 
 W_IN = "blocks.0.moe.experts.w_in"
@@ -55,7 +55,7 @@ def _save(path: Path, tensors: dict[str, Tensor], step: int = 3, updates: int = 
 
 
 def test_a_sound_one_has_no_findings_and_is_counted(tmp_path: Path) -> None:
-    found = examine(_save(tmp_path, _tensors()), 3)
+    found = verify_checkpoint(_save(tmp_path, _tensors()), 3)
     assert found.findings == []
     assert (found.num_tensors, found.num_experts, found.num_layers) == (6, 4, 1)
     assert found.size_bytes == (tmp_path / "step_00000003" / FILE).stat().st_size
@@ -102,18 +102,18 @@ def test_numbers_that_make_no_sense_are_named(
 ) -> None:
     tensors = _tensors()
     spoil(tensors)
-    assert examine(_save(tmp_path, tensors), 3).findings == [f"{tmp_path}/step_00000003: {finding}"]
+    assert verify_checkpoint(_save(tmp_path, tensors), 3).findings == [f"{tmp_path}/step_00000003: {finding}"]
 
 
 def test_more_updates_than_steps_are_named(tmp_path: Path) -> None:
-    (finding,) = examine(_save(tmp_path, _tensors(), updates=4), 3).findings
+    (finding,) = verify_checkpoint(_save(tmp_path, _tensors(), updates=4), 3).findings
     assert finding.endswith("step_00000003: values.optimizer_steps is 4; of 3 steps it is 0 to 3")
 
 
 def test_a_run_that_is_not_described_is_named(tmp_path: Path) -> None:
     folder = _save(tmp_path, _tensors())
     rewrite(folder.of_step(3), lambda values: values["run"].update(position=-1, data_fingerprint=None))
-    assert [finding.partition(": ")[2] for finding in examine(folder, 3).findings] == [
+    assert [finding.partition(": ")[2] for finding in verify_checkpoint(folder, 3).findings] == [
         "run.position is -1; it is a number of at least 0",
         "run.data_fingerprint is null; it is text",
     ]
@@ -141,37 +141,37 @@ LIES = {
 def test_a_file_that_holds_something_else_is_named(tmp_path: Path, change: dict[str, Tensor], finding: str) -> None:
     folder = _save(tmp_path, _tensors())
     _lie(folder.of_step(3), {**_tensors(), **change})
-    findings = examine(folder, 3).findings
+    findings = verify_checkpoint(folder, 3).findings
     assert len(findings) == 1 and finding.replace("\\", "") in findings[0]
 
 
 def test_a_tensor_that_its_file_lacks_is_named(tmp_path: Path) -> None:
     folder = _save(tmp_path, _tensors())
     _lie(folder.of_step(3), {**{n: t for n, t in _tensors().items() if "embed" not in n}, "pad": torch.ones(99)})
-    assert sorted("embed" in finding for finding in examine(folder, 3).findings) == [False, True]
+    assert sorted("embed" in finding for finding in verify_checkpoint(folder, 3).findings) == [False, True]
 
 
 def test_damaged_files_are_named_and_their_tensors_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.checkpoint.files._FILE_SIZE_BYTES", 100)
+    monkeypatch.setattr("trainer.checkpoint.tensor_files._FILE_SIZE_BYTES", 100)
     tensors = _tensors()
     _nan(tensors)
     folder = _save(tmp_path, tensors)
     first = folder.of_step(3) / FILE
     first.write_bytes(first.read_bytes()[:-1] + b"x")
-    findings = examine(folder, 3).findings
+    findings = verify_checkpoint(folder, 3).findings
     assert len(findings) == 2 and "its SHA-256" in findings[0] and "not finite" in findings[1]
 
 
 def test_a_file_that_is_not_of_it_is_named(tmp_path: Path) -> None:
     folder = _save(tmp_path, _tensors())
     (folder.of_step(3) / "model.pt").write_bytes(b"\x80\x04.")
-    assert "'model.pt' is no file of this checkpoint; nothing reads it" in examine(folder, 3).findings[0]
+    assert "'model.pt' is no file of this checkpoint; nothing reads it" in verify_checkpoint(folder, 3).findings[0]
 
 
 def test_a_damaged_manifest_is_the_only_finding(tmp_path: Path) -> None:
     folder = _save(tmp_path, _tensors())
     (folder.of_step(3) / "manifest.json").write_text("{")
-    assert len(examine(folder, 3).findings) == 1
+    assert len(verify_checkpoint(folder, 3).findings) == 1
 
 
 def test_a_large_tensor_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +185,7 @@ def test_a_large_tensor_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(StoredTensors, "read", note)
     monkeypatch.setattr(module, "_BLOCK_BYTES", 25)
-    assert examine(_save(tmp_path, _tensors()), 3).findings == []
+    assert verify_checkpoint(_save(tmp_path, _tensors()), 3).findings == []
     assert max(sizes) <= 32 and sum(sizes) == sum(t.numel() * t.element_size() for t in _tensors().values())
 
 

@@ -8,11 +8,11 @@ rank = edp_rank * ep_size + ep_rank       world 6, ep_size 3    edp 0: ranks 0 1
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.environment import is_first, local_place, place
+from trainer.environment import is_first, local_size_and_rank, world_size_and_rank
 from trainer.errors import ConfigError
 
 
-def named(ranks: Sequence[int]) -> str:
+def format_ranks(ranks: Sequence[int]) -> str:
     """Return ranks in words: rank 1, or ranks 0, 2 and 3."""
     *before, last = ranks
     return f"ranks {', '.join(map(str, before))} and {last}" if before else f"rank {last}"
@@ -69,20 +69,20 @@ class Layout:
         return [list(range(first, self.world_size, self.ep_size)) for first in range(self.ep_size)]
 
 
-def launched(*, ep_size: int) -> Layout:
+def layout_from_environment(*, ep_size: int) -> Layout:
     """Return this process's place among those that torchrun started; alone without torchrun.
 
     Raises:
         ConfigError: if `ep_size` does not fit the number of ranks.
     """
-    world_size, rank = place()
+    world_size, rank = world_size_and_rank()
     check_layout(world_size=world_size, ep_size=ep_size)
-    return Layout(world_size=world_size, rank=rank, ep_size=ep_size, ranks_per_node=ranks_here() or world_size)
+    return Layout(world_size=world_size, rank=rank, ep_size=ep_size, ranks_per_node=local_world_size() or world_size)
 
 
-def ranks_here() -> int | None:
+def local_world_size() -> int | None:
     """Return how many ranks torchrun or DeepSpeed's launcher has started on this machine; None if it is not said."""
-    return local_place()[0]
+    return local_size_and_rank()[0]
 
 
 def is_first_rank() -> bool:
@@ -90,7 +90,7 @@ def is_first_rank() -> bool:
     return is_first("RANK")
 
 
-def is_first_here() -> bool:
+def is_first_on_node() -> bool:
     """Tell whether this process is the one that does what is to be done once on each machine."""
     return is_first("LOCAL_RANK")
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from trainer import fault_injection
 from trainer.checkpoint.manifest import DTYPES, Manifest, StoredFile, StoredSlice
+from trainer.checkpoint.safetensors_file import open_tensors
 from trainer.checkpoint.state import Slice, TrainState
-from trainer.checkpoint.tensor_file import open_tensors
 from trainer.errors import CheckpointError, first_line
 
 _FILE_SIZE_BYTES = 512 << 20  # a tensor that is larger has a file of its own

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.distributed.layout import Layout, even_slices, launched, named
+from trainer.distributed.rank_layout import Layout, even_slices, format_ranks, layout_from_environment
 from trainer.errors import ConfigError
 
 
@@ -38,9 +38,9 @@ def test_a_degree_that_does_not_divide_names_both_numbers_and_what_would(monkeyp
     monkeypatch.setenv("WORLD_SIZE", "6")
     monkeypatch.setenv("RANK", "4")
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert launched(ep_size=3) == Layout(world_size=6, rank=4, ep_size=3, ranks_per_node=6)
+    assert layout_from_environment(ep_size=3) == Layout(world_size=6, rank=4, ep_size=3, ranks_per_node=6)
     with pytest.raises(ConfigError) as error:
-        launched(ep_size=4)
+        layout_from_environment(ep_size=4)
     assert str(error.value) == (
         "parallel.ep_size: 4 does not divide the 6 ranks that were started; use one of 1, 2, 3, 6, or start a multiple "
         "of 4 (torchrun --nproc-per-node, --nnodes)"
@@ -50,8 +50,12 @@ def test_a_degree_that_does_not_divide_names_both_numbers_and_what_would(monkeyp
 def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.delenv("RANK", raising=False)
-    assert launched(ep_size=1) == Layout()
+    assert layout_from_environment(ep_size=1) == Layout()
 
 
 def test_ranks_in_words() -> None:
-    assert [named([3]), named([0, 2]), named([0, 2, 5])] == ["rank 3", "ranks 0 and 2", "ranks 0, 2 and 5"]
+    assert [format_ranks([3]), format_ranks([0, 2]), format_ranks([0, 2, 5])] == [
+        "rank 3",
+        "ranks 0 and 2",
+        "ranks 0, 2 and 5",
+    ]

@@ -8,7 +8,7 @@ from typing import Self
 from trainer.distributed.signals import SAME_REQUEST_S, listen
 
 
-class StopRequests:
+class StopSignals:
     """Counts requests to stop; what comes within 2 seconds of one belongs to it."""
 
     def __init__(self) -> None:

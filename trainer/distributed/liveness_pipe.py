@@ -6,14 +6,14 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from trainer.status import BEATS, WATCHED, StatusFile
+from trainer.status import LIVENESS_FOLDER, LIVENESS_PIPE, StatusFile
 
 _BEAT_S = 1.0
 _LEAST_WORK_S = 0.01
 """Least CPU time since the last sign of life: a process that has used less, however busy the machine, is stuck."""
 
 
-def show_life(name: str, status: StatusFile | None = None) -> None:
+def start_liveness_thread(name: str, status: StatusFile | None = None) -> None:
     """Write signs of life from now on, if a supervisor listens.
 
     Args:
@@ -21,9 +21,11 @@ def show_life(name: str, status: StatusFile | None = None) -> None:
         status: of the only rank of a run, which nobody else waits for: in the middle of a step, computing nothing is no
             sign of life either.
     """
-    folder = os.environ.get(WATCHED)
+    folder = os.environ.get(LIVENESS_FOLDER)
     if folder is not None:
-        threading.Thread(target=_show, args=(Path(folder) / BEATS, name, status), name="life", daemon=True).start()
+        threading.Thread(
+            target=_show, args=(Path(folder) / LIVENESS_PIPE, name, status), name="life", daemon=True
+        ).start()
 
 
 class CpuProgress:

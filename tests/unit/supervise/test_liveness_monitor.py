@@ -9,39 +9,39 @@ from pathlib import Path
 
 import pytest
 
-from trainer.distributed import life as of_process
-from trainer.distributed.life import CpuProgress, show_life
+from trainer.distributed import liveness_pipe as of_process
+from trainer.distributed.liveness_pipe import CpuProgress, start_liveness_thread
 from trainer.distributed.signals import StopRequest
 from trainer.errors import StopRequested
-from trainer.status import BEATS, StatusFile
-from trainer.supervise import lifesigns
-from trainer.supervise.lifesigns import LifeSigns
+from trainer.status import LIVENESS_PIPE, StatusFile
+from trainer.supervise import liveness_monitor
+from trainer.supervise.liveness_monitor import LivenessMonitor
 
 
 @pytest.fixture
-def life(monkeypatch: pytest.MonkeyPatch) -> Iterator[LifeSigns]:
+def life(monkeypatch: pytest.MonkeyPatch) -> Iterator[LivenessMonitor]:
     """A supervisor's ear; this process is one that it has started."""
     monkeypatch.setattr(of_process, "_BEAT_S", 0.01)
-    with closing(LifeSigns("0")) as made:
+    with closing(LivenessMonitor("0")) as made:
         for name, value in made.environment.items():
             monkeypatch.setenv(name, value)
         yield made
 
 
-def write(life: LifeSigns, text: str) -> None:
-    (pipe,) = [Path(folder) / BEATS for folder in life.environment.values()]
+def write(life: LivenessMonitor, text: str) -> None:
+    (pipe,) = [Path(folder) / LIVENESS_PIPE for folder in life.environment.values()]
     with pipe.open("w") as file:
         file.write(text)
 
 
-def look(life: LifeSigns, monkeypatch: pytest.MonkeyPatch, *, after_s: float) -> None:
+def look(life: LivenessMonitor, monkeypatch: pytest.MonkeyPatch, *, after_s: float) -> None:
     """Listen again, so many seconds after the last time."""
     monkeypatch.setattr(life, "_looked", time.monotonic() - after_s)
     life.listen()
 
 
 def test_silent_is_who_was_started_or_heard_and_is_heard_no_more(
-    life: LifeSigns, monkeypatch: pytest.MonkeyPatch
+    life: LivenessMonitor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for _ in range(3):
         look(life, monkeypatch, after_s=1.0)
@@ -55,14 +55,14 @@ def test_silent_is_who_was_started_or_heard_and_is_heard_no_more(
 
 
 def test_time_for_which_the_supervisor_was_stopped_itself_is_no_silence_of_theirs(
-    life: LifeSigns, monkeypatch: pytest.MonkeyPatch
+    life: LivenessMonitor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     look(life, monkeypatch, after_s=1000.0)
     assert life.silent(1.5) == []
 
 
-def test_a_process_shows_life_again_and_again(life: LifeSigns) -> None:
-    show_life("7")
+def test_a_process_shows_life_again_and_again(life: LivenessMonitor) -> None:
+    start_liveness_thread("7")
     for _ in range(3):
         life._silence_s["7"] = 1e6
         end = time.monotonic() + 30
@@ -97,17 +97,17 @@ def test_an_only_rank_that_computes_nothing_in_the_middle_of_a_step_shows_no_lif
 
 def test_without_a_supervisor_or_after_its_end_nothing_happens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("TURNOUT_WATCHED", raising=False)
-    show_life("0")
+    start_liveness_thread("0")
     monkeypatch.setenv("TURNOUT_WATCHED", str(tmp_path / "gone"))
-    show_life("0")
+    start_liveness_thread("0")
 
 
 def test_a_system_without_room_for_a_pipe_takes_nobody_for_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(**_: object) -> str:
         raise OSError
 
-    monkeypatch.setattr(lifesigns.tempfile, "mkdtemp", full)
-    life = LifeSigns("0")
+    monkeypatch.setattr(liveness_monitor.tempfile, "mkdtemp", full)
+    life = LivenessMonitor("0")
     assert life.environment == {}
     for _ in range(3):
         life.listen()
@@ -116,7 +116,7 @@ def test_a_system_without_room_for_a_pipe_takes_nobody_for_silent(monkeypatch: p
     life.close()
 
 
-def test_a_process_that_a_supervisor_asks_to_stop_says_what_the_supervisor_was_sent(life: LifeSigns) -> None:
+def test_a_process_that_a_supervisor_asks_to_stop_says_what_the_supervisor_was_sent(life: LivenessMonitor) -> None:
     life.ask("SIGINT")
     with pytest.raises(StopRequested, match="stopped by SIGINT before its first step"), StopRequest():
         signal.raise_signal(signal.SIGTERM)
@@ -125,7 +125,7 @@ def test_a_process_that_a_supervisor_asks_to_stop_says_what_the_supervisor_was_s
         signal.raise_signal(signal.SIGTERM)
 
 
-def test_nothing_is_left_of_the_pipe(life: LifeSigns) -> None:
+def test_nothing_is_left_of_the_pipe(life: LivenessMonitor) -> None:
     (folder,) = map(Path, life.environment.values())
     assert folder.stat().st_mode & 0o777 == 0o700, "of this user alone"
     life.close()

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from tests.ranks import Ranks, mesh_here
-from trainer.checkpoint.manifest import OtherFormat
-from trainer.distributed.plain import error_of_plain, error_to_plain, from_json, to_json
+from trainer.checkpoint.manifest import UnsupportedFormat
+from trainer.distributed.wire_format import error_from_wire, error_to_wire, from_json, to_json
 from trainer.errors import CheckpointError, CommError, ResourceError
 
 
@@ -28,10 +28,10 @@ def test_what_is_not_plain_is_refused_where_it_is_sent(value: Any) -> None:
 
 
 def test_errors_keep_their_kind_and_text() -> None:
-    for error in (ResourceError("full"), OtherFormat("old"), CheckpointError("")):
-        found = error_of_plain(from_json(to_json(error_to_plain(error))))
+    for error in (ResourceError("full"), UnsupportedFormat("old"), CheckpointError("")):
+        found = error_from_wire(from_json(to_json(error_to_wire(error))))
         assert (type(found), str(found)) == (type(error), str(error))
-    assert error_of_plain(error_to_plain(None)) is None
+    assert error_from_wire(error_to_wire(None)) is None
 
 
 class Evil:
@@ -58,7 +58,7 @@ def receive_from_a_hostile_rank(path: str) -> str:
         )
         return ""
     try:
-        return str(world.gather_objects("hello"))
+        return str(world.all_gather_objects("hello"))
     except CommError as error:
         return str(error)
 
@@ -66,13 +66,13 @@ def receive_from_a_hostile_rank(path: str) -> str:
 def test_a_pickle_that_arrives_is_an_error_and_executes_nothing(ranks: Ranks, tmp_path: Path) -> None:
     said, _ = ranks.run(2, receive_from_a_hostile_rank, str(tmp_path / "executed"))
     assert not (tmp_path / "executed").exists()
-    assert said.startswith("rank 0: #") and "gather_objects over world" in said and "rank 1 has sent" in said
+    assert said.startswith("rank 0: #") and "all_gather_object over world" in said and "rank 1 has sent" in said
 
 
 def exchange_values() -> list[Any]:
     world = mesh_here().world
     mine = {"rank": world.index, "text": "x" * 1000 * world.index}
-    return [world.gather_objects(mine), world.broadcast_object(mine if world.index == 0 else None)]
+    return [world.all_gather_objects(mine), world.broadcast_object(mine if world.index == 0 else None)]
 
 
 def test_values_of_different_lengths_reach_every_rank(ranks: Ranks) -> None:

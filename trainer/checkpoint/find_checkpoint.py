@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from trainer import fault_injection
-from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.manifest import Manifest, OtherFormat, check_file
-from trainer.checkpoint.tensor_file import check_numbers
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
+from trainer.checkpoint.file_integrity import check_file
+from trainer.checkpoint.manifest import Manifest, UnsupportedFormat
+from trainer.checkpoint.safetensors_file import check_finite_values
 from trainer.distributed.collective_errors import barrier_gather
 from trainer.distributed.collectives import Group
-from trainer.distributed.layout import named
-from trainer.distributed.plain import error_of_plain, error_to_plain
+from trainer.distributed.rank_layout import format_ranks
+from trainer.distributed.wire_format import error_from_wire, error_to_wire
 from trainer.errors import CheckpointError, ResourceError
 
 
@@ -52,7 +53,7 @@ def find_newest(folder: CheckpointFolder, group: Group, *, warn: Callable[[str],
     rejected: dict[int, str] = {}
     while True:
         steps = [step for step in folder.steps() if step not in rejected] if group.index == 0 else []
-        step = group.gather_objects(max(steps, default=None))[0]
+        step = group.all_gather_objects(max(steps, default=None))[0]
         if step is None:
             break
         fault_injection.hit("resume.candidate")
@@ -81,7 +82,7 @@ def find(folder: CheckpointFolder, step: int) -> CheckpointHandle:
     Raises:
         CheckpointError: if it is missing or damaged.
     """
-    path = folder.of_step(folder.existing(step))
+    path = folder.of_step(folder.resolve_step(step))
     try:
         return CheckpointHandle(path=path, manifest=folder.check(step))
     except CheckpointError as error:
@@ -95,14 +96,14 @@ def _check(folder: CheckpointFolder, step: int, group: Group) -> CheckpointHandl
         manifest = folder.manifest(step)
         for name in sorted(manifest.files)[group.index :: group.size]:
             check_file(path, name, manifest.files[name])
-            check_numbers(path, [name])
+            check_finite_values(path, [name])
     except (CheckpointError, ResourceError) as error:
         wrong = error
     fault_injection.hit("resume.checked")
-    told = barrier_gather(group, (error_to_plain(wrong), None if manifest is None else manifest.sha256))
-    reports = [(error_of_plain(error), sha256) for error, sha256 in told]
+    told = barrier_gather(group, (error_to_wire(wrong), None if manifest is None else manifest.sha256))
+    reports = [(error_from_wire(error), sha256) for error, sha256 in told]
     for rank, (error, _) in enumerate(reports):
-        if isinstance(error, OtherFormat | ResourceError):
+        if isinstance(error, UnsupportedFormat | ResourceError):
             raise type(error)(f"{f'rank {group.ranks[rank]}: ' if group.size > 1 else ''}{error}")
     damage = [str(error) for error, _ in reports if error is not None]
     if damage:
@@ -110,9 +111,9 @@ def _check(folder: CheckpointFolder, step: int, group: Group) -> CheckpointHandl
     other = [group.ranks[rank] for rank, (_, sha256) in enumerate(reports) if sha256 != reports[0][1]]
     if other:
         raise CheckpointError(
-            f"{path}: is another checkpoint on {named(other)} than on rank {group.ranks[0]}; set runs_dir to a file "
-            "system that all nodes share, and keep one of them"
+            f"{path}: is another checkpoint on {format_ranks(other)} than on rank {group.ranks[0]}; set runs_dir to a "
+            "file system that all nodes share, and keep one of them"
         )
     assert manifest is not None
-    folder.note_sound(step)
+    folder.mark_intact(step)
     return CheckpointHandle(path=path, manifest=manifest)

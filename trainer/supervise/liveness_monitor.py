@@ -1,4 +1,4 @@
-"""Liveness of a supervisor's children: each process writes a line a second (`distributed/life.py`).
+"""Liveness of a supervisor's children: each process writes a line a second (`distributed/liveness_pipe.py`).
 
     $TMPDIR/turnout-XXXX/beats    a named pipe; "0" is rank 0's sign of life
                          asked    written when a run is to stop: the signal that the supervisor was sent
@@ -13,13 +13,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from trainer.status import ASKED, BEATS, WATCHED
+from trainer.status import LIVENESS_FOLDER, LIVENESS_PIPE, STOP_SIGNAL
 
 _LONGEST_LOOK_S = 1.0
 """More time than this between two looks was no silence of theirs: the supervisor itself was stopped, or the machine."""
 
 
-class LifeSigns:
+class LivenessMonitor:
     """Hears the processes of one attempt."""
 
     def __init__(self, first: str) -> None:
@@ -36,9 +36,9 @@ class LifeSigns:
         self._looked = time.monotonic()
         with contextlib.suppress(OSError):
             folder = Path(tempfile.mkdtemp(prefix="turnout-"))  # for this user alone
-            self._folder, self.environment = folder, {WATCHED: str(folder)}
-            os.mkfifo(folder / BEATS)
-            self._pipe = os.open(folder / BEATS, os.O_RDWR | os.O_NONBLOCK)  # it never ends, though writers do
+            self._folder, self.environment = folder, {LIVENESS_FOLDER: str(folder)}
+            os.mkfifo(folder / LIVENESS_PIPE)
+            self._pipe = os.open(folder / LIVENESS_PIPE, os.O_RDWR | os.O_NONBLOCK)  # it never ends, though writers do
 
     def listen(self) -> None:
         """Take note of who was heard since the last call; often."""
@@ -60,7 +60,7 @@ class LifeSigns:
         """Leave word of why the processes are about to be asked to stop."""
         if self._folder is not None:
             with contextlib.suppress(OSError):
-                (self._folder / ASKED).write_text(signal_name)
+                (self._folder / STOP_SIGNAL).write_text(signal_name)
 
     def close(self) -> None:
         """Remove the pipe."""

@@ -15,8 +15,10 @@ from pathlib import Path
 
 from trainer import fault_injection
 from trainer.atomic_io import sync_folder
-from trainer.checkpoint.manifest import Manifest, OtherFormat, check_file, read_manifest
-from trainer.checkpoint.tensor_file import check_numbers
+from trainer.checkpoint.file_integrity import check_file
+from trainer.checkpoint.manifest import Manifest, UnsupportedFormat
+from trainer.checkpoint.manifest_file import read_manifest
+from trainer.checkpoint.safetensors_file import check_finite_values
 from trainer.errors import CheckpointError, ResourceError
 
 _NAME = re.compile(r"step_([0-9]{8,18})")
@@ -53,7 +55,7 @@ class CheckpointFolder:
         """Return the folder of a step's checkpoint."""
         return self.path / f"step_{step:08d}"
 
-    def existing(self, step: int | None) -> int:
+    def resolve_step(self, step: int | None) -> int:
         """Return the step if it has a checkpoint, the newest one by default.
 
         Raises:
@@ -100,7 +102,7 @@ class CheckpointFolder:
         temporary.rename(final)
         fault_injection.hit("save.renamed")
         sync_folder(self.path)
-        self.note_sound(step)
+        self.mark_intact(step)
         fault_injection.hit("save.committed")
         return final
 
@@ -137,7 +139,7 @@ class CheckpointFolder:
         shutil.rmtree(trash, ignore_errors=True)
         fault_injection.hit("remove.done")
 
-    def note_sound(self, step: int) -> None:
+    def mark_intact(self, step: int) -> None:
         """Remember that a checkpoint was checked and found sound, as long as nobody touches it."""
         self._checked[step] = _signature(self.of_step(step)), None
 
@@ -166,13 +168,13 @@ class CheckpointFolder:
             check_file(self.of_step(step), name, stated)
         return manifest
 
-    def wrong(self, step: int) -> str | None:
+    def defect(self, step: int) -> str | None:
         """Return why a checkpoint is not sound, or None; one that was checked and not touched since is not read again.
 
         Those of which this returns None are whole to the last byte, and every number in them is finite.
 
         Raises:
-            OtherFormat: if another version wrote it: this one cannot tell.
+            UnsupportedFormat: if another version wrote it: this one cannot tell.
             ResourceError: if it cannot be read now.
         """
         signature = _signature(self.of_step(step))
@@ -180,30 +182,30 @@ class CheckpointFolder:
         if checked == signature:
             return reason
         try:
-            check_numbers(self.of_step(step), self.check(step).files)
-        except OtherFormat:
+            check_finite_values(self.of_step(step), self.check(step).files)
+        except UnsupportedFormat:
             raise
         except CheckpointError as error:
             self._checked[step] = signature, str(error)
             return str(error)
-        self.note_sound(step)
+        self.mark_intact(step)
         return None
 
-    def is_sound(self, step: int) -> bool:
+    def is_intact(self, step: int) -> bool:
         """Tell whether a checkpoint is sound, and log once why it is not, or that it cannot be told now."""
         known = self._checked.get(step)
         try:
-            reason = self.wrong(step)
-        except (OtherFormat, ResourceError) as error:
+            reason = self.defect(step)
+        except (UnsupportedFormat, ResourceError) as error:
             _log.warning("%s", error)
             return False
         if reason is not None and self._checked.get(step) != known:
             _log.warning("%s", reason)
         return reason is None
 
-    def newest_sound(self) -> Path | None:
+    def newest_intact(self) -> Path | None:
         """Return the newest sound checkpoint; None if there is none."""
-        return next((self.of_step(step) for step in reversed(self.steps()) if self.is_sound(step)), None)
+        return next((self.of_step(step) for step in reversed(self.steps()) if self.is_intact(step)), None)
 
     def outdated(self, *, newest: int) -> list[int]:
         """Return the steps that nobody needs any more, once `newest` is safe.
@@ -220,7 +222,7 @@ class CheckpointFolder:
         num_sound = 0
         for step in reversed(earlier):
             if num_sound < self.keep:
-                num_sound += self.is_sound(step)
+                num_sound += self.is_intact(step)
             elif self.keep_every is None or step % self.keep_every:
                 found.append(step)
         return sorted(found)
@@ -242,8 +244,8 @@ class CheckpointFolder:
 
     def _is_damaged(self, step: int) -> bool:
         """Tell whether the bytes of a checkpoint are wrong; not so if that cannot be told."""
-        with suppress(OtherFormat, ResourceError):
-            return self.wrong(step) is not None
+        with suppress(UnsupportedFormat, ResourceError):
+            return self.defect(step) is not None
         return False
 
 

@@ -34,13 +34,13 @@ def from_json(data: bytes) -> Any:
     return json.loads(data)
 
 
-def error_to_plain(error: TurnoutError | None) -> list[str] | None:
+def error_to_wire(error: TurnoutError | None) -> list[str] | None:
     """Return an error's kind and message."""
     return None if error is None else [type(error).__name__, str(error)]
 
 
-def error_of_plain(value: Sequence[str] | None) -> TurnoutError | None:
-    """Return the error that `error_to_plain` was given; of a kind that is not ours, a TurnoutError."""
+def error_from_wire(value: Sequence[str] | None) -> TurnoutError | None:
+    """Return the error that `error_to_wire` was given; of a kind that is not ours, a TurnoutError."""
     if value is None:
         return None
     name, message = value

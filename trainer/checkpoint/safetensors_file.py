@@ -10,7 +10,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.checkpoint.manifest import unreadable
+from trainer.checkpoint.file_integrity import read_error
 from trainer.errors import CheckpointError, first_line
 
 _LARGEST_HEADER_BYTES = 16 << 20
@@ -42,7 +42,7 @@ def open_tensors(path: Path, framework: Literal["pt", "numpy"] = "pt") -> Any:
         raise CheckpointError(f"{path}: is no safetensors file ({first_line(error):.200})") from None
 
 
-def check_numbers(folder: Path, files: Iterable[str]) -> None:
+def check_finite_values(folder: Path, files: Iterable[str]) -> None:
     """See that every number in a checkpoint's files is finite; a run that had diverged may have saved others.
 
     Args:
@@ -57,7 +57,7 @@ def check_numbers(folder: Path, files: Iterable[str]) -> None:
         try:
             name = _first_not_finite(folder / file)
         except OSError as error:
-            raise unreadable(folder / file, error) from None
+            raise read_error(folder / file, error) from None
         if name is not None:
             raise CheckpointError(f"{folder}: {name} is not finite: the run had diverged when it was saved")
 

@@ -1,0 +1,63 @@
+"""Decide whether a run may continue under a changed config. Imports no torch, so that a refusal is immediate."""
+
+import re
+from collections.abc import Iterable
+
+from trainer.checkpoint.run_folder import RunFolder
+from trainer.config.dump import ABSENT, Change, inline
+from trainer.errors import ConfigError
+
+_MODEL_KEYS = ("model.", "data.tokenizer")
+_COMPARED_BY_CONTENT = ("data.tokenizer.path",)
+_LEARNING_KEYS = ("seed", "data.", "optim.", "schedule.", "train.")
+_HARMLESS_KEYS = ("train.steps", "train.max_consecutive_skips", "data.cache_dir", "data.workers")
+_ORDER_KEYS = re.compile(r"seed|data\.(mixture\..*|packing|sources\.\d+\.weight)")
+"""Keys that determine the order of the rows, besides the text."""
+_BATCH_KEY = "train.global_batch_size"
+
+
+def check_belongs(folder: RunFolder, changes: Iterable[Change], *, goes_on: bool = True) -> list[str]:
+    """Check the changes between the config that a run folder was started with and the current one.
+
+    Args:
+        folder: of the run.
+        changes: (dotted key, value in the folder, current value).
+        goes_on: the run resumes from a checkpoint, so some text has been read under the old config.
+
+    Returns:
+        A warning for each change of what is learned, and one about the order of the rows if that changes.
+
+    Raises:
+        ConfigError: if the model itself changed; one line for each key.
+    """
+    changes = list(changes)
+    new_kinds = {change.key.rpartition(".")[0] for change in changes if change.key.endswith(".kind")}
+    refused, warnings = [], []
+    for key, old, new in changes:
+        if ABSENT in (old, new) and key.rpartition(".")[0] in new_kinds:
+            continue  # an option of the other kind: the line about the kind is enough
+        if key in _COMPARED_BY_CONTENT:
+            continue
+        if key == "model" or key.startswith(_MODEL_KEYS):
+            refused.append(
+                f"{folder.path}: was written with {key} {inline(old)}, the config has {inline(new)}; "
+                f"set '{key}={inline(old)}', or use a new name=..."
+            )
+        elif key.startswith(_LEARNING_KEYS) and not key.startswith(_HARMLESS_KEYS):
+            meaning = f"; the rows keep their order, {inline(new)} a step" if key == _BATCH_KEY and goes_on else ""
+            warnings.append(f"{key} was {inline(old)} in {folder.path} and is now {inline(new)}{meaning}")
+    if refused:
+        raise ConfigError("\n".join(refused))
+    return [*warnings, *(order_warnings(change.key for change in changes) if goes_on else [])]
+
+
+def order_warnings(changed: Iterable[str]) -> list[str]:
+    """Return a warning if any of these keys changes the order of the rows of a run that resumes."""
+    keys = [key for key in changed if _ORDER_KEYS.fullmatch(key)]
+    if not keys:
+        return []
+    return [
+        f"{', '.join(keys)}: from here on the order of the rows changes: in the current epoch some documents are read "
+        f"again and others are left out; set {'it' if len(keys) == 1 else 'them'} back, or use a new name=..., to "
+        "read each once"
+    ]
