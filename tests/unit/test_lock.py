@@ -120,10 +120,14 @@ def test_ci_runs_set_up_and_the_newest_are_tried_apart_from_it() -> None:
         used = [step["uses"] for step in job["steps"] if "uses" in step]
         assert used and all(re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40}", action) for action in used)
         commands[name] = [step["run"] for step in job["steps"] if "run" in step]
-    assert commands == {"ci": [".ci/run"], "newest": ["python -m scripts.check_newest"]}
+    assert commands == {"ci": ["./scripts/test.sh fast", ".ci/run"], "newest": ["python -m scripts.check_newest"]}
+    conditions = [step.get("if") for step in workflows["ci"]["jobs"]["test"]["steps"] if "run" in step]
+    assert conditions == ["github.event_name == 'pull_request'", "github.event_name != 'pull_request'"]
     assert "schedule" in workflows["newest"][True], "YAML 1.1 reads the key `on` as true"
     pythons = workflows["ci"]["jobs"]["test"]["strategy"]["matrix"]["python"]
-    assert pythons == ["3.11", "3.12", "3.13", "3.14"], "those of scripts/setup.sh"
+    minor = "Programming Language :: Python :: 3."
+    classifiers = [line for line in PROJECT["project"]["classifiers"] if line.startswith(minor)]
+    assert pythons == [line.rpartition(" ")[2] for line in classifiers] == ["3.11", "3.12", "3.13"]
 
 
 def test_the_table_of_the_newest_shows_what_differs() -> None:
