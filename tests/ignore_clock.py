@@ -1,4 +1,4 @@
-"""Of a line of metrics.jsonl, what no two runs have in common."""
+"""Drop times and machine statistics from a line of metrics.jsonl."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,5 +8,5 @@ _PREFIXES = ("time/", "time_max/", "system/")
 
 
 def without_clock(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record without times and what the machine was like: what a run must repeat."""
+    """Return the part of a record that a repeated run must reproduce."""
     return {key: v for key, v in record.items() if key not in _CLOCK and not key.startswith(_PREFIXES)}

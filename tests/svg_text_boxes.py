@@ -1,17 +1,17 @@
-"""Where the texts of an SVG picture are, by how wide a reader's font may make them."""
+"""Bounding boxes of the texts of an SVG picture, for the widest font a reader may have."""
 
 from typing import NamedTuple
 from xml.etree import ElementTree
 
 NAMESPACE = "{http://www.w3.org/2000/svg}"
 SIZES = {"title": 15, "value": 10}
-"""Of classes that have another size than 12 pixels."""
+"""Font sizes of classes, if not 12 pixels."""
 EM, EM_BOLD = 0.6, 0.68
 """Mean width of a character of DejaVu Sans over its size, measured on names and numbers; most fonts are narrower."""
 
 
 class Text(NamedTuple):
-    """The box of a text."""
+    """Bounding box of a text."""
 
     words: str
     x: float
@@ -20,14 +20,14 @@ class Text(NamedTuple):
     height: float
 
     def covers(self, other: "Text") -> bool:
-        """Whether they have a part in common."""
-        beside = self.x >= other.x + other.width or other.x >= self.x + self.width
-        return not beside and self.y < other.y + other.height and other.y < self.y + self.height
+        """Return whether the boxes overlap."""
+        is_beside = self.x >= other.x + other.width or other.x >= self.x + self.width
+        return not is_beside and self.y < other.y + other.height and other.y < self.y + self.height
 
 
 def texts(svg: str) -> list[Text]:
-    """All texts of a picture; what is only said to who points at something is none."""
-    found = []
+    """Return all texts of a picture except tooltips."""
+    boxes = []
     for element in ElementTree.fromstring(svg).iter(f"{NAMESPACE}text"):
         classes = (element.get("class") or "").split()
         size = next((SIZES[name] for name in classes if name in SIZES), 12)
@@ -35,25 +35,25 @@ def texts(svg: str) -> list[Text]:
         words = "".join(element.itertext()).removesuffix(hidden)
         width = (EM_BOLD if "title" in classes else EM) * size * len(words)
         x = float(element.get("x") or 0)
-        if {"end", "name"} & set(classes):
+        if "end" in classes:
             x -= width
         elif {"middle", "value"} & set(classes):
             x -= width / 2
         y = float(element.get("y") or 0)
-        found.append(Text(words, x, y - 0.75 * size, width, 0.95 * size))
-    return found
+        boxes.append(Text(words, x, y - 0.75 * size, width, 0.95 * size))
+    return boxes
 
 
 def overlapping(svg: str) -> list[tuple[str, str]]:
-    """Pairs of texts that cover each other."""
-    found = texts(svg)
+    """Return pairs of texts that overlap."""
+    boxes = texts(svg)
     return [
-        (one.words, other.words) for index, one in enumerate(found) for other in found[index + 1 :] if one.covers(other)
+        (one.words, other.words) for index, one in enumerate(boxes) for other in boxes[index + 1 :] if one.covers(other)
     ]
 
 
 def outside(svg: str) -> list[str]:
-    """Texts that are not in the picture as a whole."""
+    """Return texts that are not wholly inside the picture."""
     root = ElementTree.fromstring(svg)
     width, height = (float(root.get(key) or 0) for key in ("width", "height"))
     return [

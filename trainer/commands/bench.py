@@ -13,8 +13,8 @@ from trainer.config.nodes import shown
 from trainer.config.numbers import MAX_INT
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
-from trainer.lab.router_kinds import ALONE, ROUTERS, chosen_kinds
-from trainer.lab.router_trainings import plan
+from trainer.lab.router_configs import MIXTURE_OF_DEPTHS, ROUTERS, select_kinds
+from trainer.lab.router_trainings import plan_trainings
 
 _MOST = {"tokens": 1 << 20, "sequences": 1 << 20, "experts": 1 << 20, "rounds": 1 << 20, "seeds": 1000}
 """Largest values; of the other options that of a 64-bit number."""
@@ -92,7 +92,7 @@ def _compare_choices(options: argparse.Namespace) -> int:
     given = _settle(options, mine=_OF_CHOICES, others=_OF_TRAINING, why="goes with --train")
     if options.overrides:
         raise ConfigError(f"{options.overrides[0]}: changes a config, and there is none without --train; remove it")
-    kinds = chosen_kinds(options.only, [kind for kind in ROUTERS if kind != ALONE])
+    kinds = select_kinds(options.only, [kind for kind in ROUTERS if kind != MIXTURE_OF_DEPTHS])
     run = None if options.run is None else _measurable(options, given)
     num_logits = options.sequences * options.tokens * options.experts
     if num_logits > _MOST_LOGITS:
@@ -105,7 +105,7 @@ def _compare_choices(options: argparse.Namespace) -> int:
             f"--top-k: {options.top_k} is more than {options.experts} experts; use 1 to {options.experts}"
         )
 
-    from trainer.lab.main import ChoicesOptions, bench_choices
+    from trainer.lab.bench_routers import ChoicesOptions, bench_choices
 
     with nullcontext() if run is None else telling_what_makes_it(run[0]):
         return bench_choices(
@@ -145,11 +145,11 @@ def _measurable(options: argparse.Namespace, given: set[str]) -> tuple[Experimen
 def _compare_trainings(options: argparse.Namespace) -> int:
     """Compare what is learned."""
     _settle(options, mine=_OF_TRAINING, others=_OF_CHOICES, why="does not go with --train")
-    kinds = chosen_kinds(options.only, list(ROUTERS))
-    trainings = plan(
+    kinds = select_kinds(options.only, list(ROUTERS))
+    trainings = plan_trainings(
         options.train, options.overrides, kinds, budget=options.budget, seeds=options.seeds, out=options.out
     )
 
-    from trainer.lab.main import bench_trainings
+    from trainer.lab.bench_routers import bench_trainings
 
     return bench_trainings(trainings, json_path=options.json, svg_path=options.svg)

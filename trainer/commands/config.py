@@ -13,7 +13,7 @@ from trainer.config.schema import schema_text
 from trainer.config.wording import choice
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
-from trainer.lab.conventions import CONVENTIONS, Routed, convert
+from trainer.lab.conventions import CONVENTIONS, RoutedModel, convert
 from trainer.terminal import print_safe
 
 
@@ -66,7 +66,7 @@ def coefficient(options: argparse.Namespace) -> int:
     model = named_config(options).model
     if model.moe is None:
         raise ConfigError(f"{options.config}: model.moe is null, and a dense model has no balance loss")
-    routed = Routed(
+    routed = RoutedModel(
         moe=model.moe, num_layers=model.num_layers, num_moe_layers=len(model.moe_layers), world_size=world_size
     )
     converted = convert(coef, source=options.source, target=options.target, model=routed)

@@ -1,11 +1,11 @@
 """Convert balance coefficients of other trainers. Imports no torch.
 
 Every trainer multiplies its coefficient by some form of E * sum_e f_e P_e. Ours (`turnout`) is the mean over MoE
-layers, with f over all k choices, and 1 when balanced; the table says how the others differ. What differs by a factor
-is converted exactly. What differs otherwise no coefficient makes equal: then a warning says what it is.
+layers, with f over all k choices, and 1 when balanced; `CONVENTIONS` lists how the others differ. Constant factors are
+converted exactly. Differences that no coefficient can make up for are reported as warnings.
 
-Not converted: over which ranks and micro-batches others average (theirs depends on the layout), and what they count
-after drops or with padding.
+Not converted: the ranks and micro-batches over which others average (this depends on their layout), and whether they
+count dropped assignments or padding.
 
 # E experts, k experts per token, L MoE layers, W processes.
 """
@@ -22,26 +22,26 @@ from trainer.moe.routers.config.token_choice import BiasBalancedRouterConfig, Gr
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Convention:
-    """Difference between a trainer's loss and ours."""
+    """Balance loss of another trainer, by its differences from ours."""
 
     source: str
-    """Source, where the loss takes its coefficient."""
+    """Where the loss and its coefficient are defined."""
     layers: Literal["mean", "sum", "over_all", "pooled"]
-    """MoE layers are averaged; summed; summed and divided by the number of all layers, dense ones too; or counts and
+    """Reduction over MoE layers: mean; sum; sum over the number of all layers, dense ones included; or counts and
     probabilities are averaged over layers before they are multiplied."""
     divides_by_k: bool = True
-    """f is a share of all choices; else it adds up to k, which is then the balanced value."""
+    """f sums to 1 over experts; otherwise to k, which is then the balanced value."""
     counts: Literal["all", "first", "first_of_two"] = "all"
-    """f is of all choices of a token; of its first; of its first if there are two, else of all."""
+    """Choices counted in f: all of a token; its first; or its first if k is 2, else all."""
     counts_best_scores: bool = False
-    """f is of the k best scores, whatever a selection bias or groups of experts make of them."""
+    """f counts the k best scores, regardless of selection bias and expert groups."""
     falls_with_world: bool = False
-    """E^2 in the loss is (E / W)^2: it counts the experts of one process."""
+    """The loss has (E / W)^2 for E^2: it counts the experts of one process."""
     scope: Literal["micro_batch", "sequence", "any"] = "micro_batch"
-    """Over which tokens the load is counted; any: as `balance.scope` says."""
+    """Tokens over which the load is counted; any: `balance.scope`."""
 
     def counts_at(self, top_k: int) -> str:
-        """Return which of k choices are counted."""
+        """Return whether all of k choices are counted, or the first only."""
         if top_k == 1 or (self.counts == "first_of_two" and top_k != 2):
             return "all"
         return "all" if self.counts == "all" else "first"
@@ -107,75 +107,75 @@ CONVENTIONS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Routed:
-    """Properties of a model and its run that conversions depend on."""
+class RoutedModel:
+    """Properties of a model and its run that the conversion depends on."""
 
     moe: MoEConfig
     num_layers: int
-    """All layers, dense ones too."""
+    """All layers, dense ones included."""
     num_moe_layers: int
     """L."""
     world_size: int | None = None
-    """W, of the run that the coefficient is of."""
+    """W, of the run the coefficient comes from."""
 
     @property
     def top_k(self) -> int:
         """Experts per token, k.
 
         Raises:
-            ConfigError: if the router has none, or no loss.
+            ConfigError: if the router has no fixed k, or no balance loss.
         """
         router = self.moe.router
         if isinstance(router, EvenOptions):
             raise ConfigError(f"model.moe.router: {router.kind} has no probabilities, so there is no balance loss")
         if router.has_fixed_k and not router.has_static_flops:
             raise ConfigError(
-                "model.moe.router.top_k_choices: every step has another k, which coefficients of other trainers are "
-                "about; convert with a config that leaves it out"
+                "model.moe.router.top_k_choices: k changes from step to step, and coefficients of other trainers are for "
+                "a fixed k; convert with a config that leaves it out"
             )
         if not router.has_fixed_k:
             raise ConfigError(
-                f"model.moe.router: {router.kind} does not give every token top_k experts, which coefficients of other "
-                "trainers are about; use a router that does, such as top_k"
+                f"model.moe.router: {router.kind} does not give every token top_k experts, and coefficients of other "
+                "trainers are for a fixed k; use a router that does, such as top_k"
             )
         return int(getattr(router, "top_k"))  # noqa: B009 - of every router with a fixed k
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Converted:
-    """A coefficient in another convention."""
+class ConvertedCoef:
+    """A coefficient converted to another convention."""
 
     coef: float
     balance: dict[str, float | str]
-    """The `model.moe.balance` mapping that means this; of use where the target is ours."""
+    """Equivalent `model.moe.balance` mapping, for `turnout` as the target."""
     warnings: tuple[str, ...]
-    """Reasons why it is not exactly the same loss; none: it is."""
+    """Reasons why the loss is not exactly the same; empty if it is."""
 
 
-def convert(coef: float, *, source: str, target: str, model: Routed) -> Converted:
-    """Return what a coefficient of one convention is in another one.
+def convert(coef: float, *, source: str, target: str, model: RoutedModel) -> ConvertedCoef:
+    """Convert a coefficient from one convention to another.
 
     Args:
-        coef: not negative.
-        source: a name in CONVENTIONS.
-        target: the same.
-        model: what is trained.
+        coef: Coefficient, not negative.
+        source: Name in CONVENTIONS to convert from.
+        target: Name in CONVENTIONS to convert to.
+        model: The model that is trained.
 
     Raises:
-        ConfigError: if a convention does not fit the model.
+        ConfigError: if a convention does not apply to the model.
     """
     if model.world_size is not None and not any(CONVENTIONS[name].falls_with_world for name in (source, target)):
         raise ConfigError("--world-size: only fastmoe's coefficient depends on it; remove it")
     converted = coef * factor(source, model) / factor(target, model)
     balance = _balance(converted, source, target, model)
-    return Converted(coef=converted, balance=balance, warnings=tuple(_differences(source, target, model, balance)))
+    return ConvertedCoef(coef=converted, balance=balance, warnings=tuple(_differences(source, target, model, balance)))
 
 
-def factor(name: str, model: Routed) -> float:
-    """Return what a coefficient of a convention is multiplied by to mean the same in ours.
+def factor(name: str, model: RoutedModel) -> float:
+    """Return the factor that converts a coefficient of a convention to ours.
 
     Raises:
-        ConfigError: if the convention does not fit the model.
+        ConfigError: if the convention does not apply to the model.
     """
     convention, top_k = CONVENTIONS[name], model.top_k
     value = 1.0 if convention.divides_by_k else float(top_k)
@@ -188,55 +188,54 @@ def factor(name: str, model: Routed) -> float:
     return value
 
 
-def _world_size(name: str, model: Routed) -> int:
-    """Return W, over which the experts must spread evenly."""
+def _world_size(name: str, model: RoutedModel) -> int:
+    """Return W, which must divide the number of experts."""
     world_size, num_experts = model.world_size, model.moe.num_experts
     if world_size is None:
         raise ConfigError(
-            f"--world-size: {name} needs it, since its loss falls as 1 / W^2; give the number of processes that its "
-            "experts were spread over"
+            f"--world-size: {name} needs it, since its loss is proportional to 1 / W^2; give the number of processes "
+            "its experts were distributed over"
         )
     if world_size < 1 or num_experts % world_size:
-        raise ConfigError(f"--world-size: {num_experts} experts cannot spread evenly over {world_size} processes")
+        raise ConfigError(f"--world-size: {num_experts} experts cannot be distributed evenly over {world_size} processes")
     return world_size
 
 
-def _balance(coef: float, source: str, target: str, model: Routed) -> dict[str, float | str]:
-    """Return the mapping to write: ours can count as the source does."""
-    found: dict[str, float | str] = {"coef": coef}
+def _balance(coef: float, source: str, target: str, model: RoutedModel) -> dict[str, float | str]:
+    """Return the `balance` mapping, with the source's way of counting where we have it."""
+    balance: dict[str, float | str] = {"coef": coef}
     counts_first = CONVENTIONS[source].counts_at(model.top_k) == "first" or target == "gshard_first_choice"
     if counts_first and model.moe.router.ranks_choices and not model.moe.router.num_null_experts:
-        found["convention"] = "gshard_first_choice"
+        balance["convention"] = "gshard_first_choice"
     if CONVENTIONS[source].scope == "sequence":
-        found["scope"] = "sequence"
-    return found
+        balance["scope"] = "sequence"
+    return balance
 
 
-def _differences(source: str, target: str, model: Routed, balance: dict[str, float | str]) -> Iterator[str]:
-    """Say what no factor makes good."""
+def _differences(source: str, target: str, model: RoutedModel, balance: dict[str, float | str]) -> Iterator[str]:
+    """Yield the differences that no factor can make up for."""
     a, b, top_k = CONVENTIONS[source], CONVENTIONS[target], model.top_k
     counts = {name: CONVENTIONS[name].counts_at(top_k) for name in (source, target)}
     if len(set(counts.values())) > 1:
         first, every = sorted(counts, key=lambda name: counts[name], reverse=True)
-        can = (
-            f"; the convention above counts as {source} does" if target == "turnout" and "convention" in balance else ""
-        )
-        yield f"{first} counts first choices only, {every} all {top_k}: equal when balanced, and not otherwise{can}"
+        is_matched = target == "turnout" and "convention" in balance
+        note = f"; the convention above counts like {source}" if is_matched else ""
+        yield f"{first} counts first choices only, {every} all {top_k}: equal only when balanced{note}"
     if (a.layers == "pooled") != (b.layers == "pooled") and model.num_moe_layers > 1:
         pooled = source if a.layers == "pooled" else target
         yield (
-            f"{pooled} pools its {model.num_moe_layers} MoE layers, so that one makes up for another: equal where "
-            "layers are loaded alike, and not otherwise"
+            f"{pooled} pools its {model.num_moe_layers} MoE layers, so that one can offset another: equal only where "
+            "all layers have the same load"
         )
     if a.scope != b.scope and "sequence" in (a.scope, b.scope) and "any" not in (a.scope, b.scope):
-        within = source if a.scope == "sequence" else target
-        yield f"{within} counts within each sequence, which is stricter than over a micro-batch"
-    if a.counts_best_scores != b.counts_best_scores and _chooses_by_more_than_scores(model.moe):
+        per_sequence = source if a.scope == "sequence" else target
+        yield f"{per_sequence} counts within each sequence, which is stricter than over a micro-batch"
+    if a.counts_best_scores != b.counts_best_scores and _has_bias_or_groups(model.moe):
         best = source if a.counts_best_scores else target
-        yield f"{best} counts the {top_k} best scores, without selection bias and groups, and not where tokens go"
+        yield f"{best} counts the {top_k} best scores, without selection bias and groups, rather than the actual choices"
     if model.moe.router.num_null_experts:
-        yield "null experts count as experts here, and other trainers have none"
+        yield "null experts count as experts here; other trainers have none"
 
 
-def _chooses_by_more_than_scores(moe: MoEConfig) -> bool:
+def _has_bias_or_groups(moe: MoEConfig) -> bool:
     return isinstance(moe.router, BiasBalancedRouterConfig | GroupLimitedRouterConfig)

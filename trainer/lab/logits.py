@@ -1,6 +1,6 @@
-"""The logits that routers are compared on, and the tokens that they are of.
+"""Logits that routers are compared on, with the routing context of their tokens.
 
-# B sequences of S tokens, T = B * S, E experts, R rehearsals.
+# B sequences of S tokens, T = B * S, E experts, R warm-up batches.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ from trainer.ops.noise import token_keys
 LogitsKind = Literal["random", "skewed", "traced"]
 
 _SPREAD = 2.0
-"""Skew of `skewed`: the favourite expert's logits are higher than the middle by this, the least favourite's lower."""
-_REHEARSALS = 10
+"""Logit offset of the most popular expert of `skewed`; the least popular has its negative."""
+_WARMUP_BATCHES = 10
 _TOKEN_KINDS = 256
-"""Number of synthetic token ids: one for each byte value."""
+"""Synthetic token ids: byte values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,21 +28,21 @@ class LayerLogits:
 
     name: str
     measured: Tensor
-    """(T, E) float32, on which choices are measured."""
-    rehearsed: Sequence[Tensor]
-    """R of (T', E), others of the same kind, for routers that must have seen some before they are measured."""
+    """(T, E) float32; choices are measured on these."""
+    warmup: Sequence[Tensor]
+    """R of (T', E), of the same kind, for routers that must learn a bias before they are measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logits:
-    """Logits of one kind, of one layer or several, all of the same tokens."""
+    """Logits of one kind for the same tokens in one or several layers."""
 
     kind: LogitsKind
     layers: Sequence[LayerLogits]
     context: RoutingContext
-    """Context of the measured tokens, as in training."""
-    rehearsal: RoutingContext
-    """Context of the warm-up tokens."""
+    """Training context of the measured tokens."""
+    warmup_context: RoutingContext
+    """Training context of the warm-up tokens."""
 
     @property
     def num_experts(self) -> int:
@@ -50,33 +50,32 @@ class Logits:
         return self.layers[0].measured.shape[-1]
 
 
-def made_up(kind: Literal["random", "skewed"], *, sequences: int, tokens: int, num_experts: int, seed: int) -> Logits:
-    """Draw logits from a standard normal distribution; `skewed` ones have an offset for each expert as well.
+def synthetic_logits(kind: Literal["random", "skewed"], *, sequences: int, tokens: int, num_experts: int, seed: int) -> Logits:
+    """Draw logits from a standard normal distribution; `skewed` adds an offset to each expert's.
 
-    Offsets lead from +2 to -2 in even steps, in an order that the seed draws: a few experts are nearly everybody's
-    best.
+    Offsets run from +2 to -2 in even steps, in random order, so that a few experts are the best for most tokens.
 
     Args:
-        kind: whether there are offsets.
+        kind: With or without offsets.
         sequences: B.
         tokens: S.
         num_experts: E.
-        seed: of all that is drawn.
+        seed: Seed of everything drawn.
     """
     generator = torch.Generator().manual_seed(seed)
     offset = torch.zeros(num_experts)
     if kind == "skewed":
         order = torch.randperm(num_experts, generator=generator)
         offset = torch.linspace(_SPREAD, -_SPREAD, num_experts)[order]
-    drawn = [torch.randn(sequences * tokens, num_experts, generator=generator) + offset for _ in range(1 + _REHEARSALS)]
+    drawn = [torch.randn(sequences * tokens, num_experts, generator=generator) + offset for _ in range(1 + _WARMUP_BATCHES)]
     ids = torch.randint(_TOKEN_KINDS, (sequences, tokens), generator=generator)
     context = training_context(ids, torch.ones_like(ids, dtype=torch.bool), seed=seed)
-    layer = LayerLogits(name=kind, measured=drawn[0], rehearsed=drawn[1:])
-    return Logits(kind=kind, layers=[layer], context=context, rehearsal=context)
+    layer = LayerLogits(name=kind, measured=drawn[0], warmup=drawn[1:])
+    return Logits(kind=kind, layers=[layer], context=context, warmup_context=context)
 
 
 def training_context(token_ids: Tensor, valid: Tensor, *, seed: int) -> RoutingContext:
-    """Return the context of rows of tokens (B, S) in a step of training."""
+    """Return the routing context of tokens (B, S) in a training step."""
     rows, columns = token_ids.shape
     row, position = (
         index.flatten() for index in torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")

@@ -1,7 +1,7 @@
-"""Trains one router after the other on the same text for the same number of tokens.
+"""Train routers one after the other on the same text for the same number of tokens.
 
-Every training is a run of its own, `python -m trainer train`, in a folder that a repeated command finds again: what is
-finished is not trained again, what was broken off goes on. Imports no torch.
+Each training is a run of its own, `python -m trainer train`, in a folder that a repeated command finds again: finished
+trainings are not repeated, interrupted ones are resumed. Imports no torch.
 """
 
 import subprocess
@@ -15,13 +15,13 @@ from trainer.config.dump import changed_values, dump, inline, short
 from trainer.config.loader import load
 from trainer.errors import PREEMPTED, ConfigError, ResourceError, StopRequested, TurnoutError
 from trainer.experiment import ExperimentConfig
-from trainer.lab.router_kinds import ALONE, router_config
+from trainer.lab.router_configs import MIXTURE_OF_DEPTHS, router_config
 from trainer.moe.config import BalanceConfig, MoEConfig
 
-_LOGGED = 50
-"""Lines of metrics.jsonl that a training has at least, if it has as many steps."""
-_OF_WHERE = {"runs_dir", "prepare", "parallel", "engine", "checkpoint", "metrics", "profile"}
-"""Sections that change nothing of what is learned."""
+_MIN_RECORDS = 50
+"""Least number of records in metrics.jsonl, if a training has that many steps."""
+_NOT_LEARNED = {"runs_dir", "prepare", "parallel", "engine", "checkpoint", "metrics", "profile"}
+"""Keys and sections that do not affect what is learned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,11 +33,11 @@ class Training:
 
     @property
     def folder(self) -> RunFolder:
-        """Run folder."""
+        """Run folder of the training."""
         return RunFolder(Path(self.config.runs_dir) / self.config.name)
 
 
-def plan(
+def plan_trainings(
     path: Path,
     overrides: Sequence[str],
     kinds: Sequence[str],
@@ -46,25 +46,25 @@ def plan(
     seeds: int,
     out: Path,
 ) -> list[Training]:
-    """Return every training, seed by seed, each checked.
+    """Return all trainings, seed by seed, with their configs validated.
 
     Args:
-        path: of the experiment file.
-        overrides: of it.
-        kinds: of routers.
-        budget: tokens to train each one on, in whole steps; None: as many as the config says.
-        seeds: how many, from the config's seed on.
-        out: folder of all runs.
+        path: Experiment file.
+        overrides: Its overrides.
+        kinds: Kinds of routers.
+        budget: Training tokens of each, rounded to whole steps; None: the config's steps.
+        seeds: Number of seeds, from the config's own upwards.
+        out: Folder of all runs.
 
     Raises:
-        ConfigError: if the config has no routers to replace, does not go with one of these, or a run in `out` is of
-            another config.
+        ConfigError: if the config has no router to replace or does not support one of the kinds, or if a run in `out`
+            was trained with another config.
     """
     base = load(path, overrides, ExperimentConfig)
-    tokens_of_a_step = base.train.global_batch_size * base.model.seq_len
-    steps = base.train.steps if budget is None else round(budget / tokens_of_a_step)
+    tokens_per_step = base.train.global_batch_size * base.model.seq_len
+    steps = base.train.steps if budget is None else round(budget / tokens_per_step)
     if steps < 1:
-        raise ConfigError(f"--budget: {budget} is less than half a step; a step has {tokens_of_a_step} tokens")
+        raise ConfigError(f"--budget: {budget} is less than half a step; a step has {tokens_per_step} tokens")
     moe = base.model.moe
     if moe is None or moe.num_experts < 2:
         what = "model.moe: null" if moe is None else f"model.moe.num_experts: {moe.num_experts}"
@@ -73,77 +73,77 @@ def plan(
         *overrides,
         f"runs_dir={inline(str(out))}",
         f"train.steps={steps}",
-        f"metrics.log_every={max(1, min(base.metrics.log_every, steps // _LOGGED))}",
+        f"metrics.log_every={max(1, min(base.metrics.log_every, steps // _MIN_RECORDS))}",
         "parallel.ep_size=1",
     ]
-    load(path, changes, ExperimentConfig)  # what is wrong without any router is said once
-    own = _suitable(kinds, moe, lambda more: load(path, [*changes, *more], ExperimentConfig))
+    load(path, changes, ExperimentConfig)  # report errors that do not depend on the router once
+    changes_of = _router_overrides(kinds, moe, lambda more: load(path, [*changes, *more], ExperimentConfig))
     trainings = []
     for seed in range(base.seed, base.seed + seeds):
         for kind in kinds:
-            named = [f"name={kind}-seed{seed}", f"seed={seed}"]
-            training = Training(router=kind, config=load(path, [*changes, *own[kind], *named], ExperimentConfig))
+            run_id = [f"name={kind}-seed{seed}", f"seed={seed}"]
+            training = Training(router=kind, config=load(path, [*changes, *changes_of[kind], *run_id], ExperimentConfig))
             _check_unchanged(training)
             trainings.append(training)
     return trainings
 
 
-def _suitable(kinds: Sequence[str], moe: MoEConfig, check: Callable[[list[str]], object]) -> dict[str, list[str]]:
-    """Return the overrides of every kind.
+def _router_overrides(kinds: Sequence[str], moe: MoEConfig, check: Callable[[list[str]], object]) -> dict[str, list[str]]:
+    """Return the overrides that select each kind.
 
     Raises:
-        ConfigError: if the rest of the config does not go with some of them, with all that it does go with.
+        ConfigError: with an error for each kind that the rest of the config does not support, and the supported kinds.
     """
-    own: dict[str, list[str]] = {}
-    said: list[str] = []
+    supported: dict[str, list[str]] = {}
+    errors: list[str] = []
     for kind in kinds:
         try:
             changes = list(_router_changes(kind, moe))
             check(changes)
-            own[kind] = changes
+            supported[kind] = changes
         except ConfigError as error:
-            said += [line if line.startswith(f"{kind}.") else f"{kind}: {line}" for line in str(error).splitlines()]
-    if said:
-        others = f"; or compare the others: --only {','.join(own)}" if own else ""
-        raise ConfigError("\n".join(said) + others)
-    return own
+            errors += [line if line.startswith(f"{kind}.") else f"{kind}: {line}" for line in str(error).splitlines()]
+    if errors:
+        others = f"; or compare the others: --only {','.join(supported)}" if supported else ""
+        raise ConfigError("\n".join(errors) + others)
+    return supported
 
 
 def _router_changes(kind: str, moe: MoEConfig) -> Iterator[str]:
-    """Yield overrides that put a router in the place of the config's own, which keeps its options."""
+    """Yield overrides that replace the config's router; its own kind keeps its options."""
     if kind == moe.router.kind:
         return
     factor = moe.capacity.factor
     top_k = min(moe.num_experts, getattr(moe.router, "top_k", 2))  # null experts allow more
-    # More room lets the others do without drops; under expert choice it is more experts for a token.
-    room = 1.0 if factor is None or kind == "expert_choice" else factor
+    # A larger capacity means fewer drops for the others, but more experts per token under expert choice.
+    capacity_factor = 1.0 if factor is None or kind == "expert_choice" else factor
     router = router_config(
         kind,
         num_experts=moe.num_experts,
         top_k=top_k,
-        room=room,
+        capacity_factor=capacity_factor,
         top_k_choices=getattr(moe.router, "top_k_choices", None),
     )
     yield f"model.moe.router={inline(router.model_dump())}"
     if router.is_self_balancing:
         yield "model.moe.balance.coef=0"
-    elif moe.router.is_self_balancing and moe.balance.coef == 0:  # which this one would be nothing without
+    elif moe.router.is_self_balancing and moe.balance.coef == 0:  # this one needs a balance loss
         yield f"model.moe.balance.coef={BalanceConfig().coef}"
-    if factor is not None and not router.has_fixed_k:  # room is the router's own business then
+    if factor is not None and not router.has_fixed_k:  # the router limits its experts itself
         yield "model.moe.capacity.factor=null"
         yield "model.moe.capacity.renormalize_after_drop=false"
-    if kind == ALONE:  # as many weights as all experts, for the share k / E of all tokens
+    if kind == MIXTURE_OF_DEPTHS:  # as many weights as all experts together, for k / E of all tokens
         yield "model.moe.num_experts=1"
         yield f"model.moe.d_ff={moe.num_experts * moe.d_ff}"
 
 
 def _check_unchanged(training: Training) -> None:
-    """Refuse a folder whose run is of another config: its numbers would be compared with those of this one."""
+    """Reject a run folder that was trained with another config, so that only like is compared with like."""
     folder = training.folder
     if not folder.config.is_file():
         return
-    kept = load(folder.config, [], ExperimentConfig).model_dump(exclude=_OF_WHERE)
-    changes = changed_values(kept, training.config.model_dump(exclude=_OF_WHERE))
+    trained = load(folder.config, [], ExperimentConfig).model_dump(exclude=_NOT_LEARNED)
+    changes = changed_values(trained, training.config.model_dump(exclude=_NOT_LEARNED))
     if changes:
         change = changes[0]
         raise ConfigError(
@@ -152,11 +152,11 @@ def _check_unchanged(training: Training) -> None:
         )
 
 
-def train(training: Training) -> Path:
-    """Train to the end, in a process of its own; return the file that has all it said.
+def run_training(training: Training) -> Path:
+    """Train to the end in a subprocess; return its log file.
 
     Raises:
-        Stopped: if it was asked to stop; it has saved what it learned.
+        StopRequested: if the training was asked to stop; it has saved a checkpoint.
         TurnoutError: if it failed, with its exit code.
     """
     path = training.folder.path
@@ -164,21 +164,21 @@ def train(training: Training) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         config.write_text(dump(training.config))
-        with log.open("wb") as said:
+        with log.open("wb") as output:
             command = [sys.executable, "-m", "trainer", "train", str(config)]
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
     except OSError as error:
         raise ResourceError(f"{path.parent}: cannot be written: {error.strerror}; set another --out") from None
     try:
         code = process.wait()
-    except KeyboardInterrupt:  # the terminal has sent it to both, and the run is saving
+    except KeyboardInterrupt:  # the terminal sent it to both processes; the training is saving
         process.wait()
         raise
     if code == PREEMPTED:
-        raise StopRequested(f"{path}: stopped and saved; repeat the command to go on")
+        raise StopRequested(f"{path}: stopped and saved; repeat the command to resume")
     if code:
-        lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
-        error = TurnoutError(f"{training.router}: its training ended with code {code} ({log}): {lines[-1]}")
+        lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
+        error = TurnoutError(f"{training.router}: training exited with code {code} ({log}): {lines[-1]}")
         error.exit_code = code if code > 0 else TurnoutError.exit_code
         raise error
     return log

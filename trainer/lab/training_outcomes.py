@@ -1,30 +1,30 @@
-"""Results of trainings, read from their run folders. Imports no torch."""
+"""Read the results of trainings from their run folders. Imports no torch."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.lab.router_kinds import looks_ahead
+from trainer.lab.router_configs import looks_ahead
 from trainer.lab.router_trainings import Training
 from trainer.trackers.jsonl import read_jsonl
 
 _LATE = 0.9
-"""Routing is judged by the steps after this share of all of them."""
+"""Routing metrics are averaged over the steps after this fraction of the run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingOutcome:
-    """Result of one training; of several seeds, their means, and the median of times."""
+    """Result of one training, or of several seeds: means, and the median of times."""
 
     router: str
     held_out_losses: Sequence[float]
-    """One for each seed: nats per token at the end, routed as the config says for evaluation."""
+    """Final loss of each seed, in nats per token, with the config's evaluation routing."""
     load_imbalance: float | None
-    """Mean over the last tenth of the steps, as for the two below; None where the run has no such number."""
+    """Mean over the last tenth of the steps, like the next two; None if the run does not log it."""
     drop_rate: float | None
     experts_per_token: float | None
-    """Experts that tokens asked for."""
+    """Experts a token asked for, before drops."""
     expert_width: int
     """d_ff of one expert."""
     step_s: float
@@ -39,18 +39,18 @@ class TrainingOutcome:
 
     @property
     def width_per_token(self) -> float | None:
-        """Hidden units that are computed for a token: what its experts cost, whatever their number."""
+        """Hidden units computed per token: the cost of its experts, whatever their number."""
         return None if self.experts_per_token is None else self.experts_per_token * self.expert_width
 
 
-def outcome(training: Training) -> TrainingOutcome | None:
-    """Return what a finished training came to; None if it is not finished.
+def read_outcome(training: Training) -> TrainingOutcome | None:
+    """Read the outcome of a training; None if it is not finished.
 
     Raises:
         DataError: if its metrics.jsonl is damaged.
     """
     steps, moe = training.config.train.steps, training.config.model.moe
-    assert moe is not None, "whoever planned it has looked"
+    assert moe is not None, "plan_trainings checked it"
     path = training.folder.metrics
     records = read_jsonl(path) if path.is_file() else []
     logged = [record for record in records if record.get("step_s") is not None]
@@ -70,8 +70,8 @@ def outcome(training: Training) -> TrainingOutcome | None:
     )
 
 
-def over_seeds(outcomes: Sequence[TrainingOutcome]) -> TrainingOutcome:
-    """Return one outcome for a router's trainings."""
+def mean_over_seeds(outcomes: Sequence[TrainingOutcome]) -> TrainingOutcome:
+    """Combine a router's trainings into one outcome."""
     first = outcomes[0]
 
     def mean(value_of: Callable[[TrainingOutcome], float | None]) -> float | None:
@@ -94,5 +94,5 @@ def _mean_of(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
+    present = [value for value in values if value is not None]
+    return statistics.fmean(present) if present else None

@@ -1,4 +1,4 @@
-"""Each convention's loss in a few plain lines: its coefficient times its loss is our coefficient times ours."""
+"""Each convention's loss as a plain formula: its coefficient times its loss equals our coefficient times ours."""
 
 import itertools
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from trainer.cli import main
 from trainer.config.loader import load
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
-from trainer.lab.conventions import CONVENTIONS, Routed, convert, factor
+from trainer.lab.conventions import CONVENTIONS, RoutedModel, convert, factor
 from trainer.moe.balance import balance_loss, convention_scale
 from trainer.moe.config import MoEConfig
 from trainer.moe.losses import Denominators, objective
@@ -27,7 +27,7 @@ NUM_TOKENS = NUM_ROWS * SEQ_LEN
 
 @dataclass
 class Layer:
-    """What one router did: (T, E) probabilities, (T, k) experts, best first."""
+    """Output of one router: (T, E) probabilities, (T, k) experts, best first."""
 
     probs: Tensor
     experts: Tensor
@@ -35,7 +35,7 @@ class Layer:
 
 
 def routed_layers(num_layers: int, top_k: int, **router: Any) -> list[Layer]:
-    """Random tokens through random routers, in float64."""
+    """Route random tokens through random routers, in float64."""
     config = moe_config(num_experts=NUM_EXPERTS, router={"kind": "top_k", "top_k": top_k, "normalize": False, **router})
     context = make_context(NUM_ROWS, SEQ_LEN)
     layers = []
@@ -67,7 +67,7 @@ def megatron(layers: list[Layer], top_k: int) -> Tensor:
 
 
 def transformers(layers: list[Layer], top_k: int) -> Tensor:
-    """Layers side by side, as if they were tokens of one; one-hot choices are averaged over tokens, not over k."""
+    """Layers concatenated along tokens; one-hot choices are averaged over tokens, not over k."""
     rows = len(layers) * NUM_TOKENS
     per_expert = sum((counts(layer.experts) for layer in layers), torch.zeros(())) / rows
     prob = torch.cat([layer.probs for layer in layers]).mean(0)
@@ -106,7 +106,7 @@ def megablocks(layers: list[Layer], top_k: int) -> Tensor:
 
 
 def olmo_core(layers: list[Layer], top_k: int, num_layers: int) -> Tensor:
-    """The weight is divided by the number of all layers, and each MoE layer's loss attached to its output."""
+    """The weight is divided by the number of all layers; each MoE layer's loss is attached to its output."""
     weight, total = 1.0 / num_layers, torch.zeros(())
     for layer in layers:
         dot = torch.dot(counts(layer.experts), layer.probs.mean(0))
@@ -125,7 +125,7 @@ def fastmoe(layers: list[Layer], top_k: int, world_size: int) -> Tensor:
 
 
 def deepseek_v3(layers: list[Layer], top_k: int) -> Tensor:
-    """Of each sequence sum_e f_e P_e with f_e = E / (k S) c_e; the mean over sequences, the sum over layers."""
+    """sum_e f_e P_e per sequence with f_e = E / (k S) c_e; mean over sequences, sum over layers."""
     total = torch.zeros(())
     for layer in layers:
         for row in range(NUM_ROWS):
@@ -143,15 +143,15 @@ def our_config(top_k: int, **balance: Any) -> MoEConfig:
 
 
 def ours(layers: list[Layer], config: MoEConfig) -> Tensor:
-    """Our share of the objective: coefficient times loss."""
+    """Our term of the objective: coefficient times loss."""
     denominators = Denominators(target_tokens=1, routed_tokens=NUM_TOKENS)
     moe = [layer.stats for layer in layers]
     zero = torch.zeros((), dtype=torch.float64)
     return objective(zero, moe, known=None, denominators=denominators, config=config).total.detach()
 
 
-def model_of(top_k: int, num_moe_layers: int = 3, num_layers: int | None = None, **fields: Any) -> Routed:
-    return Routed(
+def model_of(top_k: int, num_moe_layers: int = 3, num_layers: int | None = None, **fields: Any) -> RoutedModel:
+    return RoutedModel(
         moe=our_config(top_k),
         num_layers=num_layers or num_moe_layers,
         num_moe_layers=num_moe_layers,
@@ -171,7 +171,7 @@ THEIRS: dict[str, Callable[[list[Layer], int], Tensor]] = {
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 @pytest.mark.parametrize("num_layers", [1, 3])
 @pytest.mark.parametrize("name", THEIRS)
-def test_the_mapping_it_says_to_write_gives_their_loss_times_their_coefficient(
+def test_the_printed_mapping_gives_their_loss_times_their_coefficient(
     name: str, num_layers: int, top_k: int
 ) -> None:
     layers = routed_layers(num_layers, top_k)
@@ -193,7 +193,7 @@ def test_olmo_core_divides_by_dense_layers_too(num_moe_layers: int, num_layers: 
 
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 6])
-def test_fastmoe_falls_with_the_square_of_the_processes(world_size: int, top_k: int) -> None:
+def test_fastmoe_is_divided_by_the_square_of_the_number_of_processes(world_size: int, top_k: int) -> None:
     layers = routed_layers(3, top_k)
     model = model_of(top_k, world_size=world_size)
     converted = convert(0.03, source="fastmoe", target="turnout", model=model)
@@ -231,8 +231,8 @@ def test_first_choices_are_no_multiple_of_all_choices(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONVENTIONS)
-def test_with_even_probabilities_a_loss_is_what_its_coefficient_is_multiplied_by(name: str) -> None:
-    """Whatever is chosen, ours is 1 then."""
+def test_with_even_probabilities_a_loss_is_its_conversion_factor(name: str) -> None:
+    """Ours is 1 then, whatever is chosen."""
     layers, model = routed_layers(3, 2), model_of(2, world_size=2 if name == "fastmoe" else None)
     even = torch.full((NUM_TOKENS, NUM_EXPERTS), 1 / NUM_EXPERTS, dtype=torch.float64)
     balanced = [replace(layer, probs=even) for layer in layers]
@@ -248,7 +248,7 @@ def test_with_even_probabilities_a_loss_is_what_its_coefficient_is_multiplied_by
 
 
 @pytest.mark.parametrize("a", CONVENTIONS)
-def test_there_and_back_is_where_one_was(a: str) -> None:
+def test_conversion_round_trips(a: str) -> None:
     for b, top_k in itertools.product(CONVENTIONS, [1, 2, 3]):
         model = model_of(top_k, 3, 4, world_size=3 if "fastmoe" in (a, b) else None)
         there = convert(0.017, source=a, target=b, model=model)
@@ -259,23 +259,23 @@ def test_there_and_back_is_where_one_was(a: str) -> None:
 
 
 @pytest.mark.parametrize(("ours_name", "name"), [("hf", "transformers"), ("megatron", "megatron")])
-def test_the_config_s_own_conventions_say_the_same(ours_name: str, name: str) -> None:
+def test_the_config_s_own_conventions_agree(ours_name: str, name: str) -> None:
     config = our_config(2, convention=ours_name)
     assert convention_scale(config, num_moe_layers=3) == factor(name, model_of(2, 3))
 
 
-def test_a_selection_bias_is_counted_by_some_and_not_by_others() -> None:
+def test_some_conventions_ignore_a_selection_bias() -> None:
     biased = moe_config(router={"kind": "bias_balanced", "top_k": 2})
-    model = Routed(moe=biased, num_layers=1, num_moe_layers=1)
+    model = RoutedModel(moe=biased, num_layers=1, num_moe_layers=1)
     assert "selection bias" in convert(0.1, source="megatron", target="turnout", model=model).warnings[0]
     assert not convert(0.1, source="megatron", target="deepseek-v3", model=model).warnings[1:]
     assert not convert(0.1, source="megablocks", target="turnout", model=model).warnings
 
 
-def test_null_experts_are_nobody_else_s() -> None:
+def test_null_experts_exist_in_no_other_trainer() -> None:
     config = moe_config(router={"kind": "top_k", "top_k": 2, "null_experts": 2})
     converted = convert(
-        0.1, source="deepspeed", target="turnout", model=Routed(moe=config, num_layers=1, num_moe_layers=1)
+        0.1, source="deepspeed", target="turnout", model=RoutedModel(moe=config, num_layers=1, num_moe_layers=1)
     )
     assert any("null experts" in warning for warning in converted.warnings)
     assert "convention" not in converted.balance, "the config would refuse it"
@@ -283,7 +283,7 @@ def test_null_experts_are_nobody_else_s() -> None:
 
 def test_a_router_that_does_not_rank_its_choices_keeps_the_canonical_convention() -> None:
     config = moe_config(router={"kind": "sinkhorn", "top_k": 2})
-    converted = convert(0.1, source="tutel", target="turnout", model=Routed(moe=config, num_layers=1, num_moe_layers=1))
+    converted = convert(0.1, source="tutel", target="turnout", model=RoutedModel(moe=config, num_layers=1, num_moe_layers=1))
     assert converted.balance == {"coef": pytest.approx(0.1)}
     assert "above" not in converted.warnings[0]
 
@@ -294,24 +294,24 @@ def test_a_router_that_does_not_rank_its_choices_keeps_the_canonical_convention(
         ({"kind": "hash"}, "model.moe.router: hash has no probabilities, so there is no balance loss"),
         (
             {"kind": "expert_choice"},
-            "model.moe.router: expert_choice does not give every token top_k experts, which coefficients of other "
-            "trainers are about; use a router that does, such as top_k",
+            "model.moe.router: expert_choice does not give every token top_k experts, and coefficients of other "
+            "trainers are for a fixed k; use a router that does, such as top_k",
         ),
         (
             {"kind": "top_k", "top_k_choices": [1, 2]},
-            "model.moe.router.top_k_choices: every step has another k, which coefficients of other trainers are about; "
-            "convert with a config that leaves it out",
+            "model.moe.router.top_k_choices: k changes from step to step, and coefficients of other trainers are for a "
+            "fixed k; convert with a config that leaves it out",
         ),
     ],
 )
 def test_routers_without_k_or_probabilities_are_refused(router: dict, message: str) -> None:
-    model = Routed(moe=moe_config(router=router), num_layers=1, num_moe_layers=1)
+    model = RoutedModel(moe=moe_config(router=router), num_layers=1, num_moe_layers=1)
     with pytest.raises(ConfigError) as caught:
         convert(0.1, source="turnout", target="megatron", model=model)
     assert str(caught.value) == message
 
 
-# The verb.
+# The command.
 
 CONFIG = """\
 name: x
@@ -328,7 +328,7 @@ def config(tmp_path: Path) -> str:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[str], list[str]]:
-    """Run the verb in this process; return its code, and the lines it wrote to stdout and stderr."""
+    """Run the command in this process; return its exit code and the lines of stdout and stderr."""
     with pytest.raises(SystemExit) as ended:
         main(["config", "coefficient", *arguments])
     out, err = capsys.readouterr()
@@ -336,10 +336,10 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[
 
 
 SCOPE = "  # add scope: micro_batch to count over what {} does"
-FIRST = "warning: not exact: {} counts first choices only, {} all 2: equal when balanced, and not otherwise"
+FIRST = "warning: not exact: {} counts first choices only, {} all 2: equal only when balanced"
 POOLED = (
-    "warning: not exact: transformers pools its 3 MoE layers, so that one makes up for another: equal where layers are "
-    "loaded alike, and not otherwise"
+    "warning: not exact: transformers pools its 3 MoE layers, so that one can offset another: equal only where all "
+    "layers have the same load"
 )
 
 
@@ -367,7 +367,7 @@ POOLED = (
             [
                 "0.01 of deepspeed is 0.03 of turnout",
                 "balance: {coef: 0.03, convention: gshard_first_choice}",
-                FIRST.format("deepspeed", "turnout") + "; the convention above counts as deepspeed does",
+                FIRST.format("deepspeed", "turnout") + "; the convention above counts like deepspeed",
             ],
         ),
         (
@@ -394,7 +394,7 @@ POOLED = (
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value[0][0].isdigit() else "",
 )
-def test_the_verb_says_the_coefficient_and_what_to_write(
+def test_the_command_prints_the_coefficient_and_the_mapping(
     arguments: list[str], printed: list[str], config: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [word for word in arguments if "=" not in word]
@@ -402,7 +402,7 @@ def test_the_verb_says_the_coefficient_and_what_to_write(
     assert run(capsys, *options, config, *overrides) == (0, printed, [])
 
 
-def test_what_it_says_to_write_is_a_balance_section(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_printed_mapping_is_a_balance_section(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("deepspeed", "deepseek-v3"):
         _, lines, _ = run(capsys, "0.01", "--from", name, config)
         mapping = lines[1].removeprefix("balance: ").split("  #")[0]
@@ -428,12 +428,12 @@ NAMES = ", ".join(CONVENTIONS)
         ),
         (
             ["1", "--from", "fastmoe"],
-            "--world-size: fastmoe needs it, since its loss falls as 1 / W^2; give the number of processes that its "
-            "experts were spread over",
+            "--world-size: fastmoe needs it, since its loss is proportional to 1 / W^2; give the number of processes "
+            "its experts were distributed over",
         ),
         (
             ["1", "--from", "fastmoe", "--world-size", "3"],
-            "--world-size: 8 experts cannot spread evenly over 3 processes",
+            "--world-size: 8 experts cannot be distributed evenly over 3 processes",
         ),
         (
             ["1", "--from", "fastmoe", "--world-size", "0"],
@@ -456,7 +456,7 @@ def test_a_dense_model_has_no_balance_loss(config: str, capsys: pytest.CaptureFi
     assert (code, lines) == (2, [f"{config}: model.moe is null, and a dense model has no balance loss"])
 
 
-def test_ours_is_the_mean_over_layers_of_the_loss_that_one_layer_has() -> None:
+def test_ours_is_the_mean_of_the_losses_of_layers() -> None:
     layers, config = routed_layers(3, 2), our_config(2, coef=1.0)
     alone = [balance_loss(layer.stats, config, known=None).detach() / NUM_TOKENS for layer in layers]
     torch.testing.assert_close(ours(layers, config), torch.stack(alone).mean(), rtol=0, atol=1e-12)

@@ -1,4 +1,4 @@
-"""The benches of routers on the screen and on the disk."""
+"""Print the router benchmarks as tables and write them as JSON."""
 
 import json
 import statistics
@@ -20,64 +20,63 @@ from trainer.lab.router_choices import FACTORS, Choice
 from trainer.lab.training_outcomes import TrainingOutcome
 
 _WIDTH = 200
-"""Width of a table that no terminal reads: nothing is cut there."""
+"""Table width in a pipe or file: nothing is truncated there."""
 _REFERENCE = "top_k"
 _CHOICES_LEGEND = """\
-k        experts of a token in the programme that choices are measured on
-asked    how many experts a token asked for, mean
-kept     sum of the softmax scores of what was chosen, over the largest sum that there is with k experts for
-         a token and room at an expert for its fair share of a sequence (or 1.25 of that, with which the
-         largest sum is larger); a choice is first cut down to what this allows: a token's best k, then an
-         expert's first tokens
-gap      what is missing of the largest sum, with room for a fair share
-busiest  load of the busiest expert over the mean, before drops, of the worst layer
-drop     share of the wanted k experts of each token that it did not get: no room, or not asked for
-x top_k  time of a call over that of top_k: medians of interleaved rounds, on the CPU, without gradients"""
+k        experts per token in the optimal programme
+asked    mean number of experts a token asked for, before drops
+kept     total softmax score of the choices, over the largest total with k experts per token and an expert
+         capacity of 1 fair share of a sequence (or 1.25); choices are first limited likewise: a token's best
+         k experts, then an expert's first tokens
+gap      1 - kept, at a capacity of 1 fair share
+busiest  load of the busiest expert over the mean, before drops, in the worst layer
+drop     share of k experts per token that was not reached: expert full, or not asked for
+x top_k  time per call over that of top_k: medians of interleaved rounds, on the CPU, without gradients"""
 _OUTCOMES_LEGEND = """\
-held out nats per token at the end, mean over seeds, routed as the router's config says for evaluation
+held out final loss in nats per token, mean over seeds, with the router's evaluation routing
 +-       standard deviation over seeds
-busiest  load of the busiest expert over the mean, of the worst layer; here and for the next three the mean
-         over the last tenth of the steps counts
-drop     share of the assignments that were over capacity
-asked    how many experts a token asked for
-width    hidden units computed for a token: asked times the width of an expert
-x top_k  median time of a step over that of top_k; trainings run one after the other, so leave the machine alone
-ahead    a token's experts depend on later tokens: no, in training, or always (its held-out loss is flattered)"""
+busiest  load of the busiest expert over the mean, in the worst layer; this and the next three are means over
+         the last tenth of the steps
+drop     share of assignments over capacity
+asked    experts a token asked for, before drops
+width    hidden units computed per token: asked times the width of an expert
+x top_k  median step time over that of top_k; trainings run one after the other, so keep the machine idle
+ahead    a token's experts depend on later tokens: no, in training, or always (its held-out loss is too low)"""
 
 
 def show_choices(choices: Sequence[Choice], titles: Mapping[LogitsKind, str], *, notes: Sequence[str]) -> None:
     """Print a table for each kind of logits.
 
     Args:
-        choices: of all kinds.
-        titles: of each kind's table.
-        notes: lines below all.
+        choices: Choices on all kinds of logits.
+        titles: Table title for each kind.
+        notes: Footnotes.
     """
     screen = _screen()
     for kind, title in titles.items():
-        mine = [choice for choice in choices if choice.logits == kind]
+        of_kind = [choice for choice in choices if choice.logits == kind]
         table = _table(
             title, "k", "asked", "kept 1.0", "kept 1.25", "gap", "busiest", "drop 1.0", "drop 1.25", "ms", "x top_k"
         )
-        for choice in mine:
+        for choice in of_kind:
             fair, more = (choice.at[factor] for factor in FACTORS)
             table.add_row(
                 choice.router,
                 str(choice.top_k),
                 formatting.number(choice.experts_per_token, digits=2),
                 *(formatting.number(1 - measured.gap, digits=4) for measured in (fair, more)),
-                formatting.percent(max(0.0, fair.gap)),  # of the optimum a rounding error may be below 0
+                formatting.percent(max(0.0, fair.gap)),  # rounding can make it slightly negative
                 formatting.number(choice.load_imbalance, digits=2),
                 *(formatting.percent(measured.drop_rate) for measured in (fair, more)),
                 formatting.number(choice.call_s * 1e3, digits=2),
-                formatting.ratio(_times_reference(choice.call_s, {one.router: one.call_s for one in mine})),
+                formatting.ratio(_relative_time(choice.call_s, {one.router: one.call_s for one in of_kind})),
             )
         screen.print(table)
-    _foot(screen, _CHOICES_LEGEND, notes)
+    _print_footnotes(screen, _CHOICES_LEGEND, notes)
 
 
 def show_outcomes(outcomes: Sequence[TrainingOutcome], title: str, *, notes: Sequence[str]) -> None:
-    """Print a table of what was learned, a line for each router."""
+    """Print a table of training outcomes, a line for each router."""
     screen = _screen()
     table = _table(title, "held out", "+-", "busiest", "drop", "asked", "width", "step ms", "x top_k", "ahead")
     step_s = {one.router: one.step_s for one in outcomes}
@@ -92,15 +91,15 @@ def show_outcomes(outcomes: Sequence[TrainingOutcome], title: str, *, notes: Seq
             formatting.number(one.experts_per_token, digits=2),
             formatting.number(one.width_per_token, digits=0),
             formatting.number(one.step_s * 1e3, digits=1),
-            formatting.ratio(_times_reference(one.step_s, step_s)),
+            formatting.ratio(_relative_time(one.step_s, step_s)),
             one.looks_ahead,
         )
     screen.print(table)
-    _foot(screen, _OUTCOMES_LEGEND, notes)
+    _print_footnotes(screen, _OUTCOMES_LEGEND, notes)
 
 
 def choices_record(choices: Sequence[Choice]) -> list[dict[str, Any]]:
-    """Return everything the tables say, in JSON values."""
+    """Return the choices as JSON values."""
     return [
         {
             "router": choice.router,
@@ -124,7 +123,7 @@ def choices_record(choices: Sequence[Choice]) -> list[dict[str, Any]]:
 
 
 def outcomes_record(outcomes: Sequence[TrainingOutcome]) -> list[dict[str, Any]]:
-    """Return everything the table says, in JSON values."""
+    """Return the outcomes as JSON values."""
     return [
         {
             "router": one.router,
@@ -141,8 +140,8 @@ def outcomes_record(outcomes: Sequence[TrainingOutcome]) -> list[dict[str, Any]]
     ]
 
 
-def write(path: Path, content: str | Mapping[str, Any]) -> None:
-    """Write a picture, or a bench for programs.
+def write_result(path: Path, content: str | Mapping[str, Any]) -> None:
+    """Write a picture, or a result as JSON.
 
     Raises:
         ResourceError: if the disk refuses.
@@ -150,7 +149,7 @@ def write(path: Path, content: str | Mapping[str, Any]) -> None:
     text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
     try:
         if path.is_symlink() or (path.exists() and not path.is_file()):
-            path.write_text(text)  # /dev/stdout and its like are written to, and not replaced
+            path.write_text(text)  # write to /dev/stdout and the like, do not replace them
         else:
             replace_file(path, text)
     except OSError as error:
@@ -169,10 +168,10 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _foot(screen: Console, legend: str, notes: Sequence[str]) -> None:
+def _print_footnotes(screen: Console, legend: str, notes: Sequence[str]) -> None:
     for line in (legend, *(f"* {note}" for note in notes)):
         screen.print(line, style=QUIET, soft_wrap=True)
 
 
-def _times_reference(seconds: float, of_all: Mapping[str, float]) -> float | None:
+def _relative_time(seconds: float, of_all: Mapping[str, float]) -> float | None:
     return seconds / of_all[_REFERENCE] if _REFERENCE in of_all else None

@@ -1,4 +1,4 @@
-"""Which trainings a bench plans, and what it reads from their runs."""
+"""Planned trainings and their outcomes, read from run folders."""
 
 import json
 from pathlib import Path
@@ -7,9 +7,9 @@ import pytest
 
 from trainer.config.dump import dump
 from trainer.errors import ConfigError
-from trainer.lab.router_kinds import ALONE, ROUTERS
-from trainer.lab.router_trainings import Training, plan
-from trainer.lab.training_outcomes import TrainingOutcome, outcome, over_seeds
+from trainer.lab.router_configs import MIXTURE_OF_DEPTHS, ROUTERS
+from trainer.lab.router_trainings import Training, plan_trainings
+from trainer.lab.training_outcomes import TrainingOutcome, mean_over_seeds, read_outcome
 from trainer.moe.config import MoEConfig
 
 CONFIG = """\
@@ -22,7 +22,7 @@ model:
 train: {steps: 1000, global_batch_size: 4}
 """
 
-BALANCE_THEMSELVES = {
+SELF_BALANCING = {
     "bias_balanced",
     "group_limited",
     "expert_choice",
@@ -30,7 +30,7 @@ BALANCE_THEMSELVES = {
     "base",
     "linear_program",
     "greedy",
-    ALONE,
+    MIXTURE_OF_DEPTHS,
 }
 
 
@@ -40,7 +40,7 @@ def planned(
     path = folder / "tiny.yaml"
     path.write_text(CONFIG)
     kinds = list(ROUTERS) if kinds is None else kinds
-    return plan(path, overrides, kinds, budget=budget, seeds=seeds, out=folder / "out")
+    return plan_trainings(path, overrides, kinds, budget=budget, seeds=seeds, out=folder / "out")
 
 
 def moe_of(training: Training) -> MoEConfig:
@@ -57,10 +57,10 @@ def test_only_the_router_is_replaced_and_the_budget_becomes_steps(tmp_path: Path
         assert training.config.train.steps == 10, "640 tokens, 64 of them in a step"
         assert training.config.metrics.log_every == 1
         assert training.folder.path == tmp_path / "out" / f"{training.router}-seed7"
-        is_self_balancing = training.router in BALANCE_THEMSELVES
+        is_self_balancing = training.router in SELF_BALANCING
         assert moe.balance.coef == (0 if is_self_balancing else 0.03) and moe.capacity.factor is None
         assert getattr(moe.router, "top_k", 2) == 2
-        if training.router != ALONE:
+        if training.router != MIXTURE_OF_DEPTHS:
             assert (moe.num_experts, moe.d_ff) == (4, 24)
     assert moe_of(trainings[list(ROUTERS).index("switch")]).router.model_dump()["jitter"] == 0.2, "the config's own"
 
@@ -89,11 +89,11 @@ def test_null_experts_of_the_config_are_no_experts_of_the_others(tmp_path: Path)
 
 
 def test_mixture_of_depths_has_all_weights_in_one_network(tmp_path: Path) -> None:
-    moe = moe_of(planned(tmp_path, kinds=[ALONE])[0])
+    moe = moe_of(planned(tmp_path, kinds=[MIXTURE_OF_DEPTHS])[0])
     assert (moe.num_experts, moe.d_ff, moe.experts_per_token * moe.d_ff) == (1, 4 * 24, 2 * 24)
 
 
-def test_a_capacity_is_the_room_of_routers_that_fill_experts_themselves(tmp_path: Path) -> None:
+def test_a_capacity_becomes_the_capacity_option_of_routers_that_limit_experts_themselves(tmp_path: Path) -> None:
     overrides = ["model.moe.capacity.factor=1.5", "model.moe.capacity.renormalize_after_drop=true"]
     by_router = {training.router: moe_of(training) for training in planned(tmp_path, *overrides)}
     assert by_router["top_k"].capacity.factor == by_router["hash"].capacity.factor == 1.5
@@ -137,14 +137,14 @@ def test_seeds_follow_the_config_s_own_and_a_budget_can_be_left_out(tmp_path: Pa
         ),
     ],
 )
-def test_what_does_not_go_together_is_said_before_anything_is_trained(
+def test_conflicts_are_reported_before_any_training(
     tmp_path: Path, overrides: list[str], options: dict, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         planned(tmp_path, *overrides, **options)
 
 
-def test_a_run_of_another_config_is_not_compared_with(tmp_path: Path) -> None:
+def test_a_run_of_another_config_is_rejected(tmp_path: Path) -> None:
     (first,) = planned(tmp_path, kinds=["hash"])
     first.folder.path.mkdir(parents=True)
     first.folder.config.write_text(dump(first.config))
@@ -159,7 +159,7 @@ def test_a_run_of_another_config_is_not_compared_with(tmp_path: Path) -> None:
 
 def test_an_outcome_is_read_from_the_last_tenth_of_a_finished_run(tmp_path: Path) -> None:
     (training,) = planned(tmp_path, kinds=["base"], budget=64 * 20)
-    assert outcome(training) is None, "nothing is there"
+    assert read_outcome(training) is None, "nothing is there"
     steps = [
         {"step": n, "step_s": 0.1 * n, "load_imbalance": float(n), "drop_rate": None, "experts_per_token": 1.0}
         for n in range(1, 21)
@@ -167,10 +167,10 @@ def test_an_outcome_is_read_from_the_last_tenth_of_a_finished_run(tmp_path: Path
     lines = [*steps[:10], {"step": 10, "eval/loss": 3.0}, *steps[10:]]
     training.folder.path.mkdir(parents=True)
     training.folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert outcome(training) is None, "its last step is not evaluated"
+    assert read_outcome(training) is None, "its last step is not evaluated"
     with training.folder.metrics.open("a") as file:
         file.write(json.dumps({"step": 20, "eval/loss": 2.5}) + "\n")
-    found = outcome(training)
+    found = read_outcome(training)
     assert found is not None
     assert (found.held_out_loss, found.load_imbalance, found.drop_rate) == (2.5, 19.5, None)
     assert found.step_s == pytest.approx(1.05)
@@ -191,13 +191,13 @@ def test_seeds_are_averaged_and_times_are_not() -> None:
         )
         for loss, load, step_s in ((1.0, 1.5, 0.1), (2.0, 2.5, 0.2), (6.0, None, 9.9))
     )
-    both = over_seeds([one, two, three])
+    both = mean_over_seeds([one, two, three])
     assert (both.held_out_loss, both.load_imbalance, both.drop_rate, both.step_s) == (3.0, 2.0, None, 0.2)
     assert both.held_out_losses == [1.0, 2.0, 6.0] and both.width_per_token == 16
 
 
-def test_a_loss_that_is_no_number_is_no_outcome(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_is_no_outcome(tmp_path: Path) -> None:
     (training,) = planned(tmp_path, kinds=["top_k"], budget=64)
     training.folder.path.mkdir(parents=True)
     training.folder.metrics.write_text('{"step": 1, "step_s": 0.1}\n{"step": 1, "eval/loss": null}\n')
-    assert outcome(training) is None
+    assert read_outcome(training) is None

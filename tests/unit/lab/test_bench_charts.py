@@ -1,4 +1,4 @@
-"""The pictures of the benches, read back as XML."""
+"""Pictures of the benchmarks, parsed as XML."""
 
 from dataclasses import replace
 from xml.etree import ElementTree
@@ -7,7 +7,7 @@ import pytest
 
 from tests.svg_text_boxes import NAMESPACE, Text, outside, overlapping, texts
 from trainer.evaluation.routing_optimum import Optimality
-from trainer.lab.charts_svg import choices_svg, outcomes_svg
+from trainer.lab.bench_charts import choices_svg, outcomes_svg
 from trainer.lab.router_choices import FACTORS, Choice
 from trainer.lab.training_outcomes import TrainingOutcome
 
@@ -59,8 +59,8 @@ def test_points_lie_where_their_numbers_say_and_names_cover_nothing() -> None:
     assert not [(name.words, point) for name in names for point in points if name.covers(point)]
 
 
-def test_no_line_goes_through_a_name_where_it_can_go_round() -> None:
-    """Three routers at one point, and two more beside it: what a training has come to."""
+def test_no_line_crosses_a_name() -> None:
+    """Three routers at one point and two near it, from a real training."""
     points = {"expert_choice": (1.0, 1.667), "greedy": (1.0, 1.666), "linear_program": (1.0, 1.667),
               "group_limited": (1.18, 1.668), "bias_balanced": (1.19, 1.661), "sinkhorn": (1.21, 1.679),
               "switch": (1.41, 1.66), "dense": (1.0, 1.613), "hash": (1.98, 1.575), "random": (1.07, 1.96)}  # fmt: skip
@@ -69,7 +69,7 @@ def test_no_line_goes_through_a_name_where_it_can_go_round() -> None:
     lines = [
         {key: float(line.get(key) or 0) for key in ("x1", "y1", "x2", "y2")} for line in drawn(svg, "line", "axis")
     ]
-    assert lines, "not every name is beside its point"
+    assert lines, "a line joins each name to its point"
     for line in lines:
         for part in range(1, 20):
             x, y = (line[f"{axis}1"] + (line[f"{axis}2"] - line[f"{axis}1"]) * part / 20 for axis in "xy")

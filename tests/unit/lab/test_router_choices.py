@@ -1,4 +1,4 @@
-"""What routers choose on the same logits, with numbers by hand."""
+"""Router choices on the same logits, against numbers computed by hand."""
 
 import pytest
 import torch
@@ -6,34 +6,34 @@ from torch import Tensor, nn
 
 from tests.added_router import ThresholdRouterConfig
 from trainer.errors import ConfigError
-from trainer.lab.logits import LayerLogits, Logits, made_up, training_context
-from trainer.lab.main import ChoicesOptions, bench_choices
+from trainer.lab.logits import LayerLogits, Logits, synthetic_logits, training_context
+from trainer.lab.bench_routers import ChoicesOptions, bench_choices
 from trainer.lab.router_choices import (
     Choice,
-    Yardstick,
+    RoutingOptimum,
     chosen_experts,
     compare_choices,
-    ready_router,
+    prepare_router,
     set_identity_gate,
-    unreadable,
+    kinds_without_logits,
 )
-from trainer.lab.router_kinds import ALONE, ROUTERS, router_config
+from trainer.lab.router_configs import MIXTURE_OF_DEPTHS, ROUTERS, router_config
 from trainer.moe.routing import Router
 
-KINDS = [kind for kind in ROUTERS if kind != ALONE]
+KINDS = [kind for kind in ROUTERS if kind != MIXTURE_OF_DEPTHS]
 
 
 def logits_of(probs: list[list[float]]) -> Logits:
-    """One sequence whose softmax scores are these."""
+    """One sequence with these softmax scores."""
     logits = torch.tensor(probs).log()
     ids = torch.arange(len(probs))[None]
     context = training_context(ids, torch.ones_like(ids, dtype=torch.bool), seed=0)
-    layer = LayerLogits(name="by hand", measured=logits, rehearsed=[logits])
-    return Logits(kind="traced", layers=[layer], context=context, rehearsal=context)
+    layer = LayerLogits(name="by hand", measured=logits, warmup=[logits])
+    return Logits(kind="traced", layers=[layer], context=context, warmup_context=context)
 
 
 def measured(given: Logits, *kinds: str, top_k: int) -> dict[str, Choice]:
-    """By router."""
+    """Choices by router."""
     return {choice.router: choice for choice in compare_choices(kinds, [given], top_k=top_k, rounds=1)}
 
 
@@ -41,18 +41,18 @@ def test_scores_drops_and_imbalance_by_hand() -> None:
     everyone_loves_expert_0 = logits_of([[0.9, 0.1], [0.8, 0.2], [0.6, 0.4], [0.7, 0.3]])
     found = measured(everyone_loves_expert_0, "top_k", "linear_program", "base", "dense", "round_robin", top_k=1)
     top_k = found["top_k"]
-    # Room for two tokens at an expert: the first two stay, and the best sum sends the last two elsewhere.
+    # A capacity of two tokens per expert: the first two stay, and the optimum sends the last two elsewhere.
     assert top_k.at[1.0].gap == pytest.approx(1 - (0.9 + 0.8) / (0.9 + 0.8 + 0.4 + 0.3), abs=1e-3)
     assert top_k.at[1.0].drop_rate == 0.5
-    # Room for ceil(1.25 * 4 / 2) = 3.
+    # Capacity ceil(1.25 * 4 / 2) = 3.
     assert top_k.at[1.25].gap == pytest.approx(1 - (0.9 + 0.8 + 0.6) / (0.9 + 0.8 + 0.7 + 0.4), abs=1e-3)
     assert top_k.at[1.25].drop_rate == 0.25
     assert (top_k.load_imbalance, top_k.experts_per_token, top_k.top_k) == (2.0, 1.0, 1)
     for best in (found["linear_program"], found["base"]):
         assert best.at[1.0].gap == pytest.approx(0, abs=1e-12) and best.at[1.0].drop_rate == 0
         assert best.load_imbalance == 1
-    assert found["linear_program"].at[1.25].gap == pytest.approx(0, abs=1e-12), "with room for three, it uses it"
-    assert found["base"].at[1.25].gap > 0.05, "it has no room to set"
+    assert found["linear_program"].at[1.25].gap == pytest.approx(0, abs=1e-12), "it uses the larger capacity"
+    assert found["base"].at[1.25].gap > 0.05, "it has no capacity option"
     # Turns by position: experts 0, 1, 0, 1.
     assert found["round_robin"].at[1.0].score == pytest.approx(0.9 + 0.2 + 0.6 + 0.3, abs=1e-3)
     dense = found["dense"]
@@ -70,7 +70,7 @@ def test_greedy_takes_the_best_pair_first_and_pays_for_it_later() -> None:
 
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_nothing_beats_the_linear_programme_and_skew_costs(top_k: int) -> None:
-    random, skewed = (made_up(kind, sequences=2, tokens=32, num_experts=6, seed=0) for kind in ("random", "skewed"))
+    random, skewed = (synthetic_logits(kind, sequences=2, tokens=32, num_experts=6, seed=0) for kind in ("random", "skewed"))
     by_kind = {given.kind: measured(given, *KINDS, top_k=top_k) for given in (random, skewed)}
     for found in by_kind.values():
         assert list(found) == KINDS
@@ -89,11 +89,11 @@ def test_nothing_beats_the_linear_programme_and_skew_costs(top_k: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_router_gets_the_same_logits(kind: str) -> None:
-    given = made_up("skewed", sequences=2, tokens=8, num_experts=5, seed=1)
+    given = synthetic_logits("skewed", sequences=2, tokens=8, num_experts=5, seed=1)
     options = {"jitter": 0.0} if kind == "switch" else {}
     config = router_config(kind, num_experts=5, top_k=2).model_copy(update=options)
     x = given.layers[0].measured
-    output = ready_router(config, given.layers[0], given.rehearsal)(x, given.context)
+    output = prepare_router(config, given.layers[0], given.warmup_context)(x, given.context)
     if kind in ("hash", "random", "round_robin"):
         assert output.logits is None
     elif kind == "cosine":
@@ -105,26 +105,26 @@ def test_every_router_gets_the_same_logits(kind: str) -> None:
 def test_a_programme_is_solved_with_the_scores_of_valid_tokens_only() -> None:
     valid = torch.tensor([[True, True, False]])
     logits = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.99, 0.01]]).log()
-    yardstick = Yardstick(logits, training_context(torch.zeros(1, 3, dtype=torch.int64), valid, seed=0))
+    optimum = RoutingOptimum(logits, training_context(torch.zeros(1, 3, dtype=torch.int64), valid, seed=0))
     chosen = torch.tensor([[True, False], [False, True], [True, False]])
-    found = yardstick.measure(chosen, top_k=1, factor=1.0)
+    found = optimum.measure(chosen, top_k=1, factor=1.0)
     assert (found.wanted, found.kept) == (2, 2)
     assert found.score == found.optimum == pytest.approx(0.9 + 0.4, abs=1e-3)
 
 
 def test_the_choice_of_a_router_is_what_its_rule_says() -> None:
-    given = made_up("skewed", sequences=1, tokens=12, num_experts=3, seed=2)
+    given = synthetic_logits("skewed", sequences=1, tokens=12, num_experts=3, seed=2)
     layer = given.layers[0]
 
     def chosen(kind: str) -> Tensor:
         config = router_config(kind, num_experts=3, top_k=1)
-        return chosen_experts(ready_router(config, layer, given.rehearsal), layer.measured, given.context)
+        return chosen_experts(prepare_router(config, layer, given.warmup_context), layer.measured, given.context)
 
     assert torch.equal(chosen("top_k").long().argmax(1), layer.measured.argmax(1))
     assert (chosen("base").sum(0) == 4).all() and (chosen("expert_choice").sum(0) == 4).all()
 
 
-def test_a_router_with_weights_that_nobody_knows_is_refused() -> None:
+def test_a_router_with_unknown_weights_is_rejected() -> None:
     class Novel(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -143,7 +143,7 @@ def test_a_router_with_one_gate_of_any_name_is_given_logits() -> None:
     own = Own()
     set_identity_gate(own)
     assert torch.equal(own.score.weight, torch.eye(3))
-    assert unreadable(KINDS, num_experts=5, top_k=2) == {}
+    assert kinds_without_logits(KINDS, num_experts=5, top_k=2) == {}
 
 
 class NovelConfig(ThresholdRouterConfig):
@@ -155,7 +155,7 @@ class NovelConfig(ThresholdRouterConfig):
         return router
 
 
-def test_a_router_that_is_added_is_compared_or_left_out_with_a_note(
+def test_an_added_router_is_compared_or_left_out_with_a_note(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(ROUTERS, "threshold", ThresholdRouterConfig)
@@ -175,11 +175,11 @@ def test_a_router_that_is_added_is_compared_or_left_out_with_a_note(
         bench("novel")
 
 
-def test_made_up_logits_repeat_and_their_rehearsals_differ() -> None:
-    one, again, other = (made_up("skewed", sequences=2, tokens=64, num_experts=4, seed=seed) for seed in (5, 5, 6))
+def test_made_up_logits_repeat_and_their_warm_up_batches_differ() -> None:
+    one, again, other = (synthetic_logits("skewed", sequences=2, tokens=64, num_experts=4, seed=seed) for seed in (5, 5, 6))
     assert torch.equal(one.layers[0].measured, again.layers[0].measured)
     assert not torch.equal(one.layers[0].measured, other.layers[0].measured)
     offsets = one.layers[0].measured.mean(0)
     assert float(offsets.max() - offsets.min()) == pytest.approx(4, abs=0.8), "from +2 to -2"
-    assert all(torch.allclose(drawn.mean(0), offsets, atol=0.8) for drawn in one.layers[0].rehearsed)
-    assert not torch.equal(one.layers[0].rehearsed[0], one.layers[0].measured)
+    assert all(torch.allclose(drawn.mean(0), offsets, atol=0.8) for drawn in one.layers[0].warmup)
+    assert not torch.equal(one.layers[0].warmup[0], one.layers[0].measured)

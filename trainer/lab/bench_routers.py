@@ -1,0 +1,180 @@
+"""Run the router benchmarks: choices on the same logits, and trainings on the same text."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from trainer.checkpoint.run_folder import RunFolder
+from trainer.errors import ConfigError, NumericsError
+from trainer.experiment import ExperimentConfig
+from trainer.lab.bench_charts import choices_svg, outcomes_svg
+from trainer.lab.logits import Logits, synthetic_logits
+from trainer.lab.bench_report import choices_record, outcomes_record, show_choices, show_outcomes, write_result
+from trainer.lab.router_choices import BIAS_UPDATE_RATE, UPDATES, compare_choices, kinds_without_logits
+from trainer.lab.router_configs import MIXTURE_OF_DEPTHS
+from trainer.lab.router_trainings import Training, run_training
+from trainer.lab.run_logits import logits_of_run
+from trainer.lab.training_outcomes import TrainingOutcome, mean_over_seeds, read_outcome
+from trainer.terminal import print_safe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChoicesOptions:
+    """Options of the benchmark on the same logits."""
+
+    sequences: int
+    tokens: int
+    """Tokens per sequence."""
+    num_experts: int
+    top_k: int
+    seed: int
+    rounds: int
+    """Timings of each router."""
+
+
+def bench_choices(
+    kinds: Sequence[str],
+    options: ChoicesOptions,
+    *,
+    run: tuple[ExperimentConfig, RunFolder] | None,
+    json_path: Path | None,
+    svg_path: Path | None,
+) -> int:
+    """Compare routers on the same logits, print the result and return the exit code.
+
+    Args:
+        kinds: Kinds of routers.
+        options: Options of the logits and of the measurement.
+        run: A run whose newest checkpoint gives logits as well; `options` has its number of tokens and experts.
+        json_path: File for the numbers.
+        svg_path: File for a picture.
+
+    Raises:
+        CheckpointError: if the run has no checkpoint.
+        ConfigError: if the run's routers compute no logits, or a router does not support this number of experts.
+    """
+    skipped = kinds_without_logits(kinds, num_experts=options.num_experts, top_k=options.top_k)
+    kinds = [kind for kind in kinds if kind not in skipped]
+    if not kinds:
+        raise ConfigError(next(iter(skipped.values())))
+    logits = [
+        synthetic_logits(
+            kind,
+            sequences=options.sequences,
+            tokens=options.tokens,
+            num_experts=options.num_experts,
+            seed=options.seed,
+        )
+        for kind in ("random", "skewed")
+    ]
+    if run is not None:
+        logits.append(logits_of_run(*run, sequences=options.sequences, seed=options.seed))
+    choices = compare_choices(kinds, logits, top_k=options.top_k, rounds=options.rounds)
+    titles = {given.kind: _title(given, options) for given in logits}
+    own_k = [f"{choice.router} by k {choice.top_k}" for choice in choices if choice.top_k != options.top_k]
+    show_choices(
+        choices,
+        titles,
+        notes=[*_notes(kinds, own_k), *(f"{kind} is left out: {reason}" for kind, reason in skipped.items())],
+    )
+    if json_path is not None:
+        settings = {**asdict(options), "run": None if run is None else str(run[1].path)}
+        write_result(json_path, {"options": settings, "choices": choices_record(choices)})
+    if svg_path is not None:
+        title = f"Routers on the same logits: {options.num_experts} experts, {options.top_k} for each token"
+        write_result(svg_path, choices_svg(choices, titles, top_k=options.top_k, title=title))
+    return 0
+
+
+def _title(given: Logits, options: ChoicesOptions) -> str:
+    text = {
+        "random": "standard normal logits",
+        "skewed": "the same with an offset for each expert, from +2 to -2",
+        "traced": f"logits of a trained run on held-out text, {', '.join(layer.name for layer in given.layers)}",
+    }[given.kind]
+    rows, width = given.context.valid_rows.shape
+    return f"{given.kind}: {text}\n{rows} x {width} tokens, {given.num_experts} experts, {options.top_k} for each token"
+
+
+def _notes(kinds: Sequence[str], own_k: Sequence[str]) -> list[str]:
+    """Return the footnotes on routers in the table."""
+    notes = ["routers choose as in training, with noise"]
+    if own_k:
+        notes.append(f"measured against a programme with their own k: {', '.join(dict.fromkeys(own_k))}")
+    if {"bias_balanced", "group_limited"} & set(kinds):
+        notes.append(
+            f"bias_balanced and group_limited learned their bias first: {UPDATES} updates at a rate decaying from "
+            f"{BIAS_UPDATE_RATE} to 0, on other logits of the same kind"
+        )
+    if {"expert_choice", "linear_program", "greedy"} & set(kinds):
+        notes.append("expert_choice, linear_program and greedy are given the capacity they are measured at")
+    if "cosine" in kinds:
+        notes.append("cosine's logits are the given ones, normalised and times 10: its choices are those of top_k")
+    if "noisy_top_k" in kinds:
+        notes.append("noisy_top_k's noise has its untrained scale, 0.70, for every token and expert")
+    if {"hash", "random", "round_robin"} & set(kinds):
+        notes.append("hash, random and round_robin ignore the logits; their choices are scored by the same scores")
+    notes.append(f"{MIXTURE_OF_DEPTHS} has one network and no choice between experts; --train compares it")
+    return notes
+
+
+def bench_trainings(trainings: Sequence[Training], *, json_path: Path | None, svg_path: Path | None) -> int:
+    """Run the trainings that are not finished, compare all of them and return the exit code.
+
+    Raises:
+        StopRequested: if a training was asked to stop.
+        TurnoutError: if a training failed, or its held-out loss is not finite.
+    """
+    by_router: dict[str, list[TrainingOutcome]] = {}
+    for number, training in enumerate(trainings, start=1):
+        by_router.setdefault(training.router, []).append(_trained(training, f"[{number}/{len(trainings)}]"))
+    outcomes = [mean_over_seeds(of_router) for of_router in by_router.values()]
+    config, seeds = trainings[0].config, len(outcomes[0].held_out_losses)
+    tokens = config.train.steps * config.train.global_batch_size * config.model.seq_len
+    title = f"{tokens} tokens each ({config.train.steps} steps), {seeds} seed{'s' if seeds > 1 else ''}"
+    show_outcomes(outcomes, title, notes=_training_notes(trainings))
+    if json_path is not None:
+        write_result(json_path, {"tokens": tokens, "seeds": seeds, "routers": outcomes_record(outcomes)})
+    if svg_path is not None:
+        write_result(svg_path, outcomes_svg(outcomes, title=f"Routers trained on {title}"))
+    return 0
+
+
+def _trained(training: Training, number: str) -> TrainingOutcome:
+    """Return the outcome of a training, running it if it is not finished."""
+    label = f"{number} {training.folder.path}"
+    result = read_outcome(training)
+    if result is None:
+        print_safe(f"{label}: training for {training.config.train.steps} steps")
+        run_training(training)
+        result = read_outcome(training)
+        if result is None:  # it exited normally, so its last step was evaluated
+            raise NumericsError(f"{training.folder.metrics}: its held-out loss is not finite; leave it out with --only")
+    print_safe(f"{label}: held-out loss {result.held_out_loss:.4f}")
+    return result
+
+
+def _training_notes(trainings: Sequence[Training]) -> list[str]:
+    """Return the footnotes on differences between the trainings other than the router."""
+    configs = {training.router: training.config.model.moe for training in trainings}
+    notes = []
+    factors = {router: moe.capacity.factor for router, moe in configs.items() if moe is not None}
+    free = [router for router, factor in factors.items() if factor is None]
+    if len(set(factors.values())) > 1:
+        notes.append(
+            f"without a capacity, which they do not use: {', '.join(free)}; linear_program and greedy get the factor "
+            "as an option"
+        )
+    coefs = {router: moe.balance.coef for router, moe in configs.items() if moe is not None}
+    if len(set(coefs.values())) > 1:
+        self_balancing = [router for router, coef in coefs.items() if coef == 0]
+        notes.append(f"without a balance loss (balance.coef 0), since they balance themselves: {', '.join(self_balancing)}")
+    single = configs.get(MIXTURE_OF_DEPTHS)
+    if single is not None:
+        share = getattr(single.router, "capacity", 1.0)
+        notes.append(
+            f"{MIXTURE_OF_DEPTHS} has one network, {single.d_ff} wide, for {share:.3g} of the tokens in training: as many weights "
+            "as all experts of the others together"
+        )
+    notes.append("finished trainings are not repeated: remove their folder to train them again")
+    return notes
