@@ -8,8 +8,8 @@ from trainer.checkpoint.run_folder import RunFolder
 from trainer.errors import ConfigError, NumericsError
 from trainer.experiment import ExperimentConfig
 from trainer.lab.bench_charts import choices_svg, outcomes_svg
-from trainer.lab.logits import Logits, synthetic_logits
 from trainer.lab.bench_report import choices_record, outcomes_record, show_choices, show_outcomes, write_result
+from trainer.lab.logits import Logits, synthetic_logits
 from trainer.lab.router_choices import BIAS_UPDATE_RATE, UPDATES, compare_choices, kinds_without_logits
 from trainer.lab.router_configs import MIXTURE_OF_DEPTHS
 from trainer.lab.router_trainings import Training, run_training
@@ -168,7 +168,9 @@ def _training_notes(trainings: Sequence[Training]) -> list[str]:
     coefs = {router: moe.balance.coef for router, moe in configs.items() if moe is not None}
     if len(set(coefs.values())) > 1:
         self_balancing = [router for router, coef in coefs.items() if coef == 0]
-        notes.append(f"without a balance loss (balance.coef 0), since they balance themselves: {', '.join(self_balancing)}")
+        notes.append(
+            f"without a balance loss (balance.coef 0), since they balance themselves: {', '.join(self_balancing)}"
+        )
     single = configs.get(MIXTURE_OF_DEPTHS)
     if single is not None:
         share = getattr(single.router, "capacity", 1.0)

@@ -197,7 +197,9 @@ def _world_size(name: str, model: RoutedModel) -> int:
             "its experts were distributed over"
         )
     if world_size < 1 or num_experts % world_size:
-        raise ConfigError(f"--world-size: {num_experts} experts cannot be distributed evenly over {world_size} processes")
+        raise ConfigError(
+            f"--world-size: {num_experts} experts cannot be distributed evenly over {world_size} processes"
+        )
     return world_size
 
 

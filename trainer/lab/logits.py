@@ -50,7 +50,9 @@ class Logits:
         return self.layers[0].measured.shape[-1]
 
 
-def synthetic_logits(kind: Literal["random", "skewed"], *, sequences: int, tokens: int, num_experts: int, seed: int) -> Logits:
+def synthetic_logits(
+    kind: Literal["random", "skewed"], *, sequences: int, tokens: int, num_experts: int, seed: int
+) -> Logits:
     """Draw logits from a standard normal distribution; `skewed` adds an offset to each expert's.
 
     Offsets run from +2 to -2 in even steps, in random order, so that a few experts are the best for most tokens.
@@ -67,7 +69,9 @@ def synthetic_logits(kind: Literal["random", "skewed"], *, sequences: int, token
     if kind == "skewed":
         order = torch.randperm(num_experts, generator=generator)
         offset = torch.linspace(_SPREAD, -_SPREAD, num_experts)[order]
-    drawn = [torch.randn(sequences * tokens, num_experts, generator=generator) + offset for _ in range(1 + _WARMUP_BATCHES)]
+    drawn = [
+        torch.randn(sequences * tokens, num_experts, generator=generator) + offset for _ in range(1 + _WARMUP_BATCHES)
+    ]
     ids = torch.randint(_TOKEN_KINDS, (sequences, tokens), generator=generator)
     context = training_context(ids, torch.ones_like(ids, dtype=torch.bool), seed=seed)
     layer = LayerLogits(name=kind, measured=drawn[0], warmup=drawn[1:])

@@ -92,7 +92,8 @@ class _RouterBenchmark:
     def __init__(self, kind: str, given: Logits, *, top_k: int) -> None:
         self._kind, self._given = kind, given
         self._config, *others = [
-            router_config(kind, num_experts=given.num_experts, top_k=top_k, capacity_factor=factor) for factor in FACTORS
+            router_config(kind, num_experts=given.num_experts, top_k=top_k, capacity_factor=factor)
+            for factor in FACTORS
         ]
         self._routers = [self._prepare(self._config)]
         # Only a router with a capacity option chooses differently at another factor.

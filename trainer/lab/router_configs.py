@@ -76,7 +76,9 @@ def select_kinds(text: str | None, available: Sequence[str]) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name == MIXTURE_OF_DEPTHS and MIXTURE_OF_DEPTHS not in available:
-            raise ConfigError(f"--only: {MIXTURE_OF_DEPTHS} has one network and no choice between experts; --train compares it")
+            raise ConfigError(
+                f"--only: {MIXTURE_OF_DEPTHS} has one network and no choice between experts; --train compares it"
+            )
         if name not in available:
             raise ConfigError(f"--only: {shown(name)} is not a router; use some of {', '.join(available)}, by commas")
     return [kind for kind in available if kind in names]

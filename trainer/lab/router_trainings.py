@@ -82,13 +82,17 @@ def plan_trainings(
     for seed in range(base.seed, base.seed + seeds):
         for kind in kinds:
             run_id = [f"name={kind}-seed{seed}", f"seed={seed}"]
-            training = Training(router=kind, config=load(path, [*changes, *changes_of[kind], *run_id], ExperimentConfig))
+            training = Training(
+                router=kind, config=load(path, [*changes, *changes_of[kind], *run_id], ExperimentConfig)
+            )
             _check_unchanged(training)
             trainings.append(training)
     return trainings
 
 
-def _router_overrides(kinds: Sequence[str], moe: MoEConfig, check: Callable[[list[str]], object]) -> dict[str, list[str]]:
+def _router_overrides(
+    kinds: Sequence[str], moe: MoEConfig, check: Callable[[list[str]], object]
+) -> dict[str, list[str]]:
     """Return the overrides that select each kind.
 
     Raises:

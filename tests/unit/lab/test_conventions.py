@@ -171,9 +171,7 @@ THEIRS: dict[str, Callable[[list[Layer], int], Tensor]] = {
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 @pytest.mark.parametrize("num_layers", [1, 3])
 @pytest.mark.parametrize("name", THEIRS)
-def test_the_printed_mapping_gives_their_loss_times_their_coefficient(
-    name: str, num_layers: int, top_k: int
-) -> None:
+def test_the_printed_mapping_gives_their_loss_times_their_coefficient(name: str, num_layers: int, top_k: int) -> None:
     layers = routed_layers(num_layers, top_k)
     converted = convert(0.03, source=name, target="turnout", model=model_of(top_k, num_layers))
     mine = ours(layers, our_config(top_k, **converted.balance))
@@ -283,7 +281,9 @@ def test_null_experts_exist_in_no_other_trainer() -> None:
 
 def test_a_router_that_does_not_rank_its_choices_keeps_the_canonical_convention() -> None:
     config = moe_config(router={"kind": "sinkhorn", "top_k": 2})
-    converted = convert(0.1, source="tutel", target="turnout", model=RoutedModel(moe=config, num_layers=1, num_moe_layers=1))
+    converted = convert(
+        0.1, source="tutel", target="turnout", model=RoutedModel(moe=config, num_layers=1, num_moe_layers=1)
+    )
     assert converted.balance == {"coef": pytest.approx(0.1)}
     assert "above" not in converted.warnings[0]
 

@@ -6,16 +6,16 @@ from torch import Tensor, nn
 
 from tests.added_router import ThresholdRouterConfig
 from trainer.errors import ConfigError
-from trainer.lab.logits import LayerLogits, Logits, synthetic_logits, training_context
 from trainer.lab.bench_routers import ChoicesOptions, bench_choices
+from trainer.lab.logits import LayerLogits, Logits, synthetic_logits, training_context
 from trainer.lab.router_choices import (
     Choice,
     RoutingOptimum,
     chosen_experts,
     compare_choices,
+    kinds_without_logits,
     prepare_router,
     set_identity_gate,
-    kinds_without_logits,
 )
 from trainer.lab.router_configs import MIXTURE_OF_DEPTHS, ROUTERS, router_config
 from trainer.moe.routing import Router
@@ -70,7 +70,9 @@ def test_greedy_takes_the_best_pair_first_and_pays_for_it_later() -> None:
 
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_nothing_beats_the_linear_programme_and_skew_costs(top_k: int) -> None:
-    random, skewed = (synthetic_logits(kind, sequences=2, tokens=32, num_experts=6, seed=0) for kind in ("random", "skewed"))
+    random, skewed = (
+        synthetic_logits(kind, sequences=2, tokens=32, num_experts=6, seed=0) for kind in ("random", "skewed")
+    )
     by_kind = {given.kind: measured(given, *KINDS, top_k=top_k) for given in (random, skewed)}
     for found in by_kind.values():
         assert list(found) == KINDS
@@ -176,7 +178,9 @@ def test_an_added_router_is_compared_or_left_out_with_a_note(
 
 
 def test_made_up_logits_repeat_and_their_warm_up_batches_differ() -> None:
-    one, again, other = (synthetic_logits("skewed", sequences=2, tokens=64, num_experts=4, seed=seed) for seed in (5, 5, 6))
+    one, again, other = (
+        synthetic_logits("skewed", sequences=2, tokens=64, num_experts=4, seed=seed) for seed in (5, 5, 6)
+    )
     assert torch.equal(one.layers[0].measured, again.layers[0].measured)
     assert not torch.equal(one.layers[0].measured, other.layers[0].measured)
     offsets = one.layers[0].measured.mean(0)

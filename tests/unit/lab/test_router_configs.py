@@ -3,7 +3,7 @@
 import pytest
 
 from trainer.errors import ConfigError
-from trainer.lab.router_configs import MIXTURE_OF_DEPTHS, ROUTERS, select_kinds, looks_ahead, router_config
+from trainer.lab.router_configs import MIXTURE_OF_DEPTHS, ROUTERS, looks_ahead, router_config, select_kinds
 from trainer.moe.config import MoEConfig
 from trainer.moe.routers.config.sequence_choice import BASELayerRouterConfig
 from trainer.moe.routers.config.token_choice import TopKRouterConfig
