@@ -168,15 +168,13 @@ def _training_notes(trainings: Sequence[Training]) -> list[str]:
     coefs = {router: moe.balance.coef for router, moe in configs.items() if moe is not None}
     if len(set(coefs.values())) > 1:
         self_balancing = [router for router, coef in coefs.items() if coef == 0]
-        notes.append(
-            f"without a balance loss (balance.coef 0), since they balance themselves: {', '.join(self_balancing)}"
-        )
+        notes.append(f"without a balance loss (balance.coef 0): {', '.join(self_balancing)} balance themselves")
     single = configs.get(MIXTURE_OF_DEPTHS)
     if single is not None:
         share = getattr(single.router, "capacity", 1.0)
         notes.append(
-            f"{MIXTURE_OF_DEPTHS} has one network, {single.d_ff} wide, for {share:.3g} of the tokens in training: as many weights "
-            "as all experts of the others together"
+            f"{MIXTURE_OF_DEPTHS} has one network, {single.d_ff} wide, for {share:.3g} of the tokens in training: "
+            "as many weights as all experts of the others together"
         )
     notes.append("finished trainings are not repeated: remove their folder to train them again")
     return notes

@@ -130,8 +130,8 @@ class RoutedModel:
             raise ConfigError(f"model.moe.router: {router.kind} has no probabilities, so there is no balance loss")
         if router.has_fixed_k and not router.has_static_flops:
             raise ConfigError(
-                "model.moe.router.top_k_choices: k changes from step to step, and coefficients of other trainers are for "
-                "a fixed k; convert with a config that leaves it out"
+                "model.moe.router.top_k_choices: k changes from step to step, and coefficients of other trainers "
+                "are for a fixed k; convert with a config that leaves it out"
             )
         if not router.has_fixed_k:
             raise ConfigError(
@@ -234,7 +234,7 @@ def _differences(source: str, target: str, model: RoutedModel, balance: dict[str
         yield f"{per_sequence} counts within each sequence, which is stricter than over a micro-batch"
     if a.counts_best_scores != b.counts_best_scores and _has_bias_or_groups(model.moe):
         best = source if a.counts_best_scores else target
-        yield f"{best} counts the {top_k} best scores, without selection bias and groups, rather than the actual choices"
+        yield f"{best} counts the {top_k} best scores, without selection bias and groups, not the actual choices"
     if model.moe.router.num_null_experts:
         yield "null experts count as experts here; other trainers have none"
 

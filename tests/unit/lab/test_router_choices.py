@@ -177,7 +177,7 @@ def test_an_added_router_is_compared_or_left_out_with_a_note(
         bench("novel")
 
 
-def test_made_up_logits_repeat_and_their_warm_up_batches_differ() -> None:
+def test_synthetic_logits_repeat_and_their_warm_up_batches_differ() -> None:
     one, again, other = (
         synthetic_logits("skewed", sequences=2, tokens=64, num_experts=4, seed=seed) for seed in (5, 5, 6)
     )
