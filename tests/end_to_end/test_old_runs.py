@@ -1,0 +1,87 @@
+"""Experiment files, run folders and checkpoints from before the renames: they load, resume bit for bit and export."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tests import imported_once
+from tests.ignore_clock import without_clock
+from trainer.trackers.jsonl import read_jsonl
+
+FIXTURE = Path(__file__).parents[1] / "fixtures/runs_before_renames"
+HASHES = json.loads((FIXTURE / "step_6_sha256.json").read_text())
+WARNINGS = {
+    "expert_choice": ["attention_within: row is now document_mask: false", "room: is now capacity_factor",
+                      "evaluation: same is now evaluation_routing: as_trained", "crossing is now wrapped"],
+    "drawn_k": ["attention_within: document is now document_mask: true", "draw_top_k: is now top_k_choices",
+                "whole is now bfd"],
+    "depths": ["share: is now capacity", "crossing is now wrapped"],
+}  # fmt: skip
+IS_SAME_MACHINE = (
+    torch.backends.cpu.get_cpu_capability() == "AVX512"
+    and torch.__version__.startswith("2.13.0")
+    and os.environ.get("OMP_NUM_THREADS") == "1"
+)
+"""The fixture's machine is asked for the same bits; elsewhere float64 sums may end in other last bits."""
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    for path in FIXTURE.iterdir():
+        if path.is_file():
+            shutil.copy(path, tmp_path)
+    shutil.copytree(FIXTURE / "folders", tmp_path / "runs")
+    return tmp_path
+
+
+def _turnout(workplace: Path, *words: str) -> str:
+    done = imported_once.run(["-m", "trainer", *words], cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", HASHES)
+@pytest.mark.parametrize("by", ["config", "folder"])
+def test_an_old_run_resumes_bit_for_bit(name: str, by: str, workplace: Path) -> None:
+    before = read_jsonl(FIXTURE / "folders" / name / "metrics.jsonl")
+    said = _turnout(workplace, "train", f"{name}.yaml" if by == "config" else f"runs/{name}")
+    assert f"resuming from runs/{name}/checkpoints/step_00000003" in said
+    assert [text in said for text in WARNINGS[name]] == [by == "config"] * len(WARNINGS[name])
+    run = workplace / "runs" / name
+    after = read_jsonl(run / "metrics.jsonl")
+    for old, new in zip(map(without_clock, before), map(without_clock, after), strict=True):
+        assert old == (new if IS_SAME_MACHINE else pytest.approx(new, rel=1e-9))
+    if IS_SAME_MACHINE:
+        assert _hashes(run / "checkpoints/step_00000006") == HASHES[name]
+
+
+def _hashes(checkpoint: Path) -> dict[str, str]:
+    found = {}
+    for path in checkpoint.glob("*.safetensors"):
+        with safe_open(path, "np") as file:
+            found |= {key: hashlib.sha256(file.get_tensor(key).tobytes()).hexdigest() for key in file.keys()}  # noqa: SIM118
+    return found
+
+
+@pytest.mark.parametrize("name", HASHES)
+def test_an_old_run_is_listed_verified_evaluated_and_exported(name: str, workplace: Path) -> None:
+    run = f"runs/{name}"
+    assert "step_00000003" in _turnout(workplace, "checkpoint", "list", run, "--full")
+    _turnout(workplace, "checkpoint", "verify", run)
+    numbers = json.loads(imported_once.run(["-m", "trainer", "eval", run, "--json"], cwd=workplace).stdout)
+    (logged,) = [
+        line for line in read_jsonl(FIXTURE / "folders" / name / "metrics.jsonl")
+        if line["step"] == 3 and "eval/loss" in line
+    ]  # fmt: skip
+    assert numbers["eval/loss"] == pytest.approx(logged["eval/loss"], rel=1e-9)
+    _turnout(workplace, "generate", run, "--max-tokens", "5")
+    _turnout(workplace, "checkpoint", "export-dcp", run, "exported")
+    assert (workplace / "exported" / ".metadata").is_file()
