@@ -165,7 +165,7 @@ def test_prune_never_works_beside_a_run_and_never_removes_the_last_of_a_run(work
     refused(
         checkpoint(workplace, "prune", "runs/tiny", "--damaged"),
         4,
-        r"none of 4 checkpoints is sound; nothing is",
+        r"none of 4 checkpoints is intact; nothing is",
     )
     assert _steps(workplace) == [*STEPS]
 

@@ -80,7 +80,7 @@ FAULTS = [
     in_package(
         "damaged checkpoints count among those that are kept",
         "checkpoint/checkpoint_folder.py",
-        "num_sound += self.is_intact(step)",
+        "num_intact += self.is_intact(step)",
         "num_sound += 1",
         "checkpoint/tools/test_pruning.py",
         "checkpoint/test_save_and_load.py",

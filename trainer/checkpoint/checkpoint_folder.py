@@ -1,8 +1,8 @@
-"""The checkpoints of one run on disk: their names, how one gets its name, which of them stay. Imports no torch.
+"""Checkpoints of one run on disk: names, atomic commit, verification and pruning. Imports no torch.
 
 checkpoints/
-  step_00000500/            whole: the name is given last
-  .tmp-step_00000750/       being written, or left by a killed run: removed at the next start
+  step_00000500/            complete: renamed to this last
+  .tmp-step_00000750/       being written, or left by a killed run and removed at the next start
   .trash-step_00000250/     being removed
 """
 
@@ -26,25 +26,25 @@ _LEFT = re.compile(r"\.(tmp|trash)-step_[0-9]{8,18}")
 _log = logging.getLogger(__name__)
 
 Signature = tuple[tuple[str, int, int], ...]
-"""Name, size and time of the last change of every file of a checkpoint."""
+"""Name, size in bytes and mtime in ns of each file of a checkpoint."""
 
 
 class CheckpointFolder:
     """The checkpoints of one run."""
 
     def __init__(self, path: Path, *, keep: int = 3, keep_every: int | None = None) -> None:
-        """Describe the folder, which need not exist.
+        """Describe the folder; it need not exist.
 
         Args:
-            path: of it.
-            keep: newest sound checkpoints to keep.
-            keep_every: checkpoints of steps that are a multiple of this stay for ever.
+            path: of the folder.
+            keep: number of newest intact checkpoints to keep.
+            keep_every: never remove checkpoints of steps that are a multiple of this.
         """
         self.path, self.keep, self.keep_every = path, keep, keep_every
-        self._checked: dict[int, tuple[Signature, str | None]] = {}
+        self._verified: dict[int, tuple[Signature, str | None]] = {}
 
     def steps(self) -> list[int]:
-        """Return the steps that have a checkpoint, oldest first; the number in the name counts, never a time stamp."""
+        """Return the steps that have a checkpoint, oldest first by the number in the name, not by time."""
         if not self.path.is_dir():
             return []
         entries = [entry for entry in self.path.iterdir() if entry.is_dir() and not entry.is_symlink()]
@@ -56,7 +56,7 @@ class CheckpointFolder:
         return self.path / f"step_{step:08d}"
 
     def resolve_step(self, step: int | None) -> int:
-        """Return the step if it has a checkpoint, the newest one by default.
+        """Return `step` if it has a checkpoint; for None, the newest step that has one.
 
         Raises:
             CheckpointError: if there is none.
@@ -70,11 +70,11 @@ class CheckpointFolder:
         return steps[-1] if step is None else step
 
     def temporary(self, step: int) -> Path:
-        """Return where a step's checkpoint is written before it has its name."""
+        """Return the folder that a step's checkpoint is written into before it is committed."""
         return self.path / f".tmp-step_{step:08d}"
 
     def begin(self, step: int) -> None:
-        """Make the empty folder that a checkpoint is written into.
+        """Create the empty folder that a checkpoint is written into.
 
         Raises:
             OSError: if the disk refuses.
@@ -88,7 +88,7 @@ class CheckpointFolder:
         fault_injection.hit("save.folder_made")
 
     def commit(self, step: int) -> Path:
-        """Give what was written and flushed its name: from here on it is a checkpoint.
+        """Rename the temporary folder, whose files are flushed: from now on it is a checkpoint.
 
         Raises:
             OSError: if the disk refuses.
@@ -96,7 +96,7 @@ class CheckpointFolder:
         temporary, final = self.temporary(step), self.of_step(step)
         sync_folder(temporary)
         fault_injection.hit("save.folder_synced")
-        if os.path.lexists(final):  # a damaged one that this run was not resumed from, or no folder at all
+        if os.path.lexists(final):  # damaged, so this run did not resume from it, or not a folder at all
             self.remove(step)
         fault_injection.hit("save.before_rename")
         temporary.rename(final)
@@ -107,27 +107,27 @@ class CheckpointFolder:
         return final
 
     def abandon(self, step: int) -> None:
-        """Remove what was written so far."""
+        """Remove the temporary folder of a save that failed."""
         shutil.rmtree(self.temporary(step), ignore_errors=True)
 
     def leftovers(self) -> list[Path]:
-        """Return what a killed run left half-written or half-removed; beside a running one also what it is writing."""
+        """Return what a killed run left half-written or half-removed; in a live run, also the save in progress."""
         if not self.path.is_dir():
             return []
         return sorted(entry for entry in self.path.iterdir() if _LEFT.fullmatch(entry.name))
 
     def clean(self) -> None:
-        """Remove what a killed run left half-written or half-removed. Only for who holds the run's lock."""
+        """Remove the leftovers of a killed run. The caller must hold the run's lock."""
         for entry in self.leftovers():
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)
-            else:  # no folder, and in the way of a save
+            else:  # not a folder, and in the way of a save
                 with suppress(OSError):
                     entry.unlink()
         fault_injection.hit("resume.cleaned")
 
     def remove(self, step: int) -> None:
-        """Take a checkpoint out of sight in one move before its files go, so that a kill leaves no half of it.
+        """Rename a checkpoint before deleting its files, so that a kill never leaves half of one under its name.
 
         Raises:
             OSError: if it cannot be moved.
@@ -140,14 +140,14 @@ class CheckpointFolder:
         fault_injection.hit("remove.done")
 
     def mark_intact(self, step: int) -> None:
-        """Remember that a checkpoint was checked and found sound, as long as nobody touches it."""
-        self._checked[step] = _signature(self.of_step(step)), None
+        """Cache that a checkpoint was verified; valid until one of its files changes."""
+        self._verified[step] = _signature(self.of_step(step)), None
 
     def manifest(self, step: int) -> Manifest:
-        """Read a checkpoint's manifest and no other file.
+        """Read only the manifest of a checkpoint.
 
         Raises:
-            CheckpointError: if it is damaged, or of another step.
+            CheckpointError: if it is damaged or of another step.
             ResourceError: if it cannot be read now.
         """
         folder = self.of_step(step)
@@ -157,7 +157,7 @@ class CheckpointFolder:
         return manifest
 
     def check(self, step: int) -> Manifest:
-        """Read all of a checkpoint, and see that its bytes are those that were written.
+        """Read a whole checkpoint and compare every byte with its hash.
 
         Raises:
             CheckpointError: if it is damaged.
@@ -169,66 +169,66 @@ class CheckpointFolder:
         return manifest
 
     def defect(self, step: int) -> str | None:
-        """Return why a checkpoint is not sound, or None; one that was checked and not touched since is not read again.
+        """Return why a checkpoint is not intact, or None if every byte is right and every value finite.
 
-        Those of which this returns None are whole to the last byte, and every number in them is finite.
+        The result is cached until one of the files changes.
 
         Raises:
-            UnsupportedFormat: if another version wrote it: this one cannot tell.
+            UnsupportedFormat: if another version wrote it, so this one cannot tell.
             ResourceError: if it cannot be read now.
         """
         signature = _signature(self.of_step(step))
-        checked, reason = self._checked.get(step, (None, None))
-        if checked == signature:
+        verified, reason = self._verified.get(step, (None, None))
+        if verified == signature:
             return reason
         try:
             check_finite_values(self.of_step(step), self.check(step).files)
         except UnsupportedFormat:
             raise
         except CheckpointError as error:
-            self._checked[step] = signature, str(error)
+            self._verified[step] = signature, str(error)
             return str(error)
         self.mark_intact(step)
         return None
 
     def is_intact(self, step: int) -> bool:
-        """Tell whether a checkpoint is sound, and log once why it is not, or that it cannot be told now."""
-        known = self._checked.get(step)
+        """Return whether a checkpoint is intact; log once why it is not or cannot be verified now."""
+        before = self._verified.get(step)
         try:
             reason = self.defect(step)
         except (UnsupportedFormat, ResourceError) as error:
             _log.warning("%s", error)
             return False
-        if reason is not None and self._checked.get(step) != known:
+        if reason is not None and self._verified.get(step) != before:
             _log.warning("%s", reason)
         return reason is None
 
     def newest_intact(self) -> Path | None:
-        """Return the newest sound checkpoint; None if there is none."""
+        """Return the newest intact checkpoint; None if there is none."""
         return next((self.of_step(step) for step in reversed(self.steps()) if self.is_intact(step)), None)
 
     def outdated(self, *, newest: int) -> list[int]:
-        """Return the steps that nobody needs any more, once `newest` is safe.
+        """Return the steps to remove once `newest` is saved.
 
-        Earlier ones when `keep` sound ones are newer, unless their turn of `keep_every` has come. Later ones only if
-        they are damaged, which is why the run did not come from them. A sound later one stays and is not counted: it
-        would push those out that the run came from.
+        An earlier checkpoint goes if `keep` intact ones are newer and it is not kept by `keep_every`. A later one, left
+        by a run that then resumed from an earlier step, goes only if it is damaged. If intact, it stays without
+        counting towards `keep`: it would push out the checkpoints that this run descends from.
         """
         steps = self.steps()
         earlier = [step for step in steps if step <= newest]
-        found = [step for step in steps if step > newest and self._is_damaged(step)]
+        to_remove = [step for step in steps if step > newest and self._is_damaged(step)]
         if len(earlier) <= self.keep:
-            return found
-        num_sound = 0
+            return to_remove
+        num_intact = 0
         for step in reversed(earlier):
-            if num_sound < self.keep:
-                num_sound += self.is_intact(step)
+            if num_intact < self.keep:
+                num_intact += self.is_intact(step)
             elif self.keep_every is None or step % self.keep_every:
-                found.append(step)
-        return sorted(found)
+                to_remove.append(step)
+        return sorted(to_remove)
 
     def prune(self, *, newest: int) -> None:
-        """Remove what is outdated. What cannot be read or removed stays, with a warning: it does no harm."""
+        """Remove outdated checkpoints; log a warning and leave those that cannot be read or removed."""
         fault_injection.hit("prune.begin")
         try:
             outdated = self.outdated(newest=newest)
@@ -243,7 +243,7 @@ class CheckpointFolder:
         fault_injection.hit("prune.done")
 
     def _is_damaged(self, step: int) -> bool:
-        """Tell whether the bytes of a checkpoint are wrong; not so if that cannot be told."""
+        """Return whether a checkpoint is known to be damaged; False if it cannot be verified."""
         with suppress(UnsupportedFormat, ResourceError):
             return self.defect(step) is not None
         return False

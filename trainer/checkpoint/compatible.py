@@ -1,4 +1,4 @@
-"""Check that a run can resume from a checkpoint, before anything is copied."""
+"""Check that a run can resume from a checkpoint, before any tensor is copied."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +13,10 @@ from trainer.errors import CheckpointError
 
 
 def check_fits(found: CheckpointHandle, mine: TrainState) -> None:
-    """Compare names, shapes and dtypes of a checkpoint's tensors with those of a state.
+    """Compare names, shapes and dtypes of a checkpoint's tensors with those of this run's state.
 
     Raises:
-        CheckpointError: with the first difference and how many there are.
+        CheckpointError: with the first difference and the number of differences.
     """
     saved = found.manifest.tensors
     differences = [
@@ -29,16 +29,16 @@ def check_fits(found: CheckpointHandle, mine: TrainState) -> None:
 
 
 def check_model(found: CheckpointHandle, model: Mapping[str, Any], *, stored: Mapping[str, Any] | None = None) -> None:
-    """Compare the model that a checkpoint was written with to the one of the config.
+    """Compare the model config of a checkpoint with the current one.
 
     Args:
         found: the checkpoint.
         model: the config's `model` section as JSON values.
-        stored: the checkpoint's, with the defaults of keys that are younger than it; None if that cannot be told, and
-            then only the keys that it knows are compared.
+        stored: the checkpoint's `model` section with defaults for keys added since; None if this version cannot parse
+            it, and then only the keys that it has are compared.
 
     Raises:
-        CheckpointError: with the first key that differs, both values, and how many there are.
+        CheckpointError: with the first key that differs, both values and the number of differences.
     """
     saved = found.run.get("config")
     before = saved.get("model") if isinstance(saved, Mapping) else None
@@ -53,7 +53,7 @@ def check_model(found: CheckpointHandle, model: Mapping[str, Any], *, stored: Ma
 
 
 def check_tokenizer(found: CheckpointHandle, *, fingerprint: str) -> None:
-    """Compare tokenizers: the same number means another text under another one.
+    """Compare tokenizers: under another one, the same ids mean different text.
 
     Raises:
         CheckpointError: with both fingerprints.
@@ -67,18 +67,18 @@ def check_tokenizer(found: CheckpointHandle, *, fingerprint: str) -> None:
 
 
 def check_record(found: CheckpointHandle) -> None:
-    """Refuse a checkpoint that does not say all that a run needs to go on.
+    """Check that a checkpoint's record of its run is complete enough to resume from.
 
     Raises:
-        CheckpointError: with the first thing that it does not say, or that makes no sense.
+        CheckpointError: with the first value that is missing or invalid.
     """
-    wrong = next(run_record_problems(found.manifest), None)
-    if wrong is not None:
-        raise CheckpointError(f"{found.path}: is not sound: {wrong}")
+    problem = next(run_record_problems(found.manifest), None)
+    if problem is not None:
+        raise CheckpointError(f"{found.path}: is invalid: {problem}")
 
 
 def abridged(fingerprint: object) -> str:
-    """Return the beginning of a fingerprint, which anybody may have written."""
+    """Return the first characters of a fingerprint from an untrusted file, safe to print."""
     return "".join(c if c.isalnum() else "?" for c in str(fingerprint)[:12])
 
 
@@ -104,7 +104,7 @@ def _refusal(path: Path, differences: list[str]) -> CheckpointError:
 
 
 def _changes(prefix: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
-    """Return the keys of `old` whose values differ."""
+    """Return (key, old, new) for each key of `old` whose value differs."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         return [change for key in old for change in _changes(f"{prefix}.{dotted((key,))}", old[key], new.get(key))]
     return [] if old == new else [(prefix, old, new)]

@@ -1,22 +1,21 @@
-"""Check that the parts of a tensor cover it, each index once. Imports no torch.
+"""Check that the parts of a tensor cover each index exactly once. Imports no torch.
 
-Experts that one rank alone held are what is lost most quietly: a file without them loads, and the model goes on from
-fresh ones (KempnerForge #202, DeepSpeed #6589). So names and parts are checked when they are written and when they are
-read.
+Experts held by a single rank are easily lost in silence: a file without them loads, and training continues from fresh
+ones (KempnerForge #202, DeepSpeed #6589). So names and parts are checked on write and on read.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 WEIGHT, MOMENTS = "model.", ("optim.exp_avg.", "optim.exp_avg_sq.")
-"""Prefixes of a parameter's names in a state."""
+"""Prefixes of a parameter and its AdamW moments in a state."""
 
 
 def partition_error(spans: Iterable[tuple[int, int]], total: int) -> str | None:
-    """Return what is wrong with parts that should make up 0 .. total - 1, or None.
+    """Return why parts do not partition 0 .. total - 1, or None if they do.
 
     Args:
         spans: (start, length) of each part, in any order.
-        total: length of the whole.
+        total: number of indices.
     """
     end = 0
     for start, length in sorted(span for span in spans if span[1] > 0):
@@ -31,11 +30,11 @@ def partition_error(spans: Iterable[tuple[int, int]], total: int) -> str | None:
 
 
 def missing_moments(shapes: Mapping[str, Sequence[int]], of_experts: Iterable[str]) -> Iterator[str]:
-    """Yield what each stacked weight of experts lacks: its two moments, as many and as large.
+    """Yield a line for each expert weight whose two moments are missing or differ from it in shape.
 
     Args:
         shapes: global shape of every tensor.
-        of_experts: names of those whose dimension 0 counts experts.
+        of_experts: names of the tensors whose dimension 0 counts experts.
     """
     for name in of_experts:
         if not name.startswith(WEIGHT):

@@ -1,4 +1,4 @@
-"""Resuming: the newest checkpoint whose every byte is what was written, checked by all ranks together."""
+"""Find the checkpoint to resume from: the newest intact one, verified by all ranks together."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from trainer.errors import CheckpointError, ResourceError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointHandle:
-    """A checkpoint whose bytes are those that were written."""
+    """A verified checkpoint."""
 
     path: Path
     manifest: Manifest
@@ -31,24 +31,24 @@ class CheckpointHandle:
 
     @property
     def run(self) -> Mapping[str, Any]:
-        """Description of the run."""
+        """Record of the run."""
         return self.manifest.run
 
 
 def find_newest(folder: CheckpointFolder, group: Group, *, warn: Callable[[str], None]) -> CheckpointHandle | None:
-    """Return the newest undamaged checkpoint, or None if there is none at all; the same one on every rank.
+    """Return the newest intact checkpoint, the same on every rank; None if the folder has no checkpoint.
 
-    A run that trains may remove one while it is read, and save another: the folder is looked at again each time.
+    The folder is listed again for each candidate, since a training run may meanwhile remove one and save another.
 
     Args:
-        folder: of the run; what rank 0 sees in it counts.
-        group: all ranks; every one must call it.
-        warn: called with one line for each damaged checkpoint that was passed over.
+        folder: of the run, as rank 0 sees it.
+        group: all ranks; collective.
+        warn: called with one line for each damaged checkpoint that is skipped.
 
     Raises:
-        CheckpointError: if there are checkpoints and every one is damaged: a run never starts over silently; if the
-            newest was written by another version; if ranks see different ones.
-        ResourceError: if a rank cannot read the newest now: it may be sound, and so is not passed over.
+        CheckpointError: if every checkpoint is damaged, since a run never starts over silently; if another version
+            wrote the newest one; if ranks see different ones.
+        ResourceError: if a rank cannot read the newest one now; it may be intact, so it is not skipped.
     """
     rejected: dict[int, str] = {}
     while True:
@@ -72,12 +72,12 @@ def find_newest(folder: CheckpointFolder, group: Group, *, warn: Callable[[str],
 
 
 def removed_meanwhile(path: Path) -> str | None:
-    """Say that a checkpoint which could not be read is not there any more; None if it is."""
+    """Return the message for a checkpoint that vanished while it was read; None if it still exists."""
     return None if path.exists() else f"{path}: was removed while it was read, by a run that trains"
 
 
 def find(folder: CheckpointFolder, step: int) -> CheckpointHandle:
-    """Return the checkpoint of one step, its bytes checked by this process alone.
+    """Return the checkpoint of one step, verified by this process alone.
 
     Raises:
         CheckpointError: if it is missing or damaged.
@@ -90,18 +90,18 @@ def find(folder: CheckpointFolder, step: int) -> CheckpointHandle:
 
 
 def _check(folder: CheckpointFolder, step: int, group: Group) -> CheckpointHandle | str:
-    """Check a checkpoint, each rank some of its files; return on every rank what is damaged, if anything is."""
-    path, wrong, manifest = folder.of_step(step), None, None
+    """Verify a checkpoint, each rank a share of its files; return it, or its first defect, on every rank."""
+    path, defect, manifest = folder.of_step(step), None, None
     try:
         manifest = folder.manifest(step)
         for name in sorted(manifest.files)[group.index :: group.size]:
             check_file(path, name, manifest.files[name])
             check_finite_values(path, [name])
     except (CheckpointError, ResourceError) as error:
-        wrong = error
+        defect = error
     fault_injection.hit("resume.checked")
-    told = barrier_gather(group, (error_to_wire(wrong), None if manifest is None else manifest.sha256))
-    reports = [(error_from_wire(error), sha256) for error, sha256 in told]
+    gathered = barrier_gather(group, (error_to_wire(defect), None if manifest is None else manifest.sha256))
+    reports = [(error_from_wire(error), sha256) for error, sha256 in gathered]
     for rank, (error, _) in enumerate(reports):
         if isinstance(error, UnsupportedFormat | ResourceError):
             raise type(error)(f"{f'rank {group.ranks[rank]}: ' if group.size > 1 else ''}{error}")

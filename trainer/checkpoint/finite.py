@@ -1,4 +1,4 @@
-"""Check that a state is finite before it is saved: one bad number spoils every later step.
+"""Check that a state is finite before it is saved: one NaN or Inf spoils every later step.
 
 # W ranks.
 """
@@ -17,64 +17,62 @@ from trainer.errors import NumericsError
 
 
 def check_finite(slices: Mapping[str, Slice], group: Group, folder: CheckpointFolder, *, step: int) -> None:
-    """See that every number of a state is finite, on all ranks together. Every rank must call it.
+    """Check that every value of a state is finite, on all ranks together; collective.
 
     Args:
-        slices: of the state, what this rank answers for; each part is on one rank at least.
+        slices: slices of the state that this rank checks; the ranks together check all of them.
         group: all ranks.
-        folder: of the run's checkpoints, of which the newest sound one is named.
+        folder: checkpoints of the run, of which the message names the newest intact one.
         step: completed steps.
 
     Raises:
-        NumericsError: if any is not; on every rank, with the same message.
+        NumericsError: if a value is not finite; on every rank, with the same message.
     """
-    mine = not_finite({name: part.tensor for name, part in slices.items()})
-    if not int(group.all_reduce_(torch.tensor([len(mine)], device=group.device))):
+    local = not_finite({name: part.tensor for name, part in slices.items()})
+    if not int(group.all_reduce_(torch.tensor([len(local)], device=group.device))):
         return
     newest = folder.newest_intact() if group.index == 0 else None
-    found = {name: _described(name, slices[name]) for name in mine}
+    found = {name: _describe(name, slices[name]) for name in local}
     reports: list[tuple[dict[str, str], str | None]] = barrier_gather(
         group, (found, None if newest is None else str(newest))
     )
-    raise NumericsError(_in_words([report[0] for report in reports], group, reports[0][1], step=step))
+    raise NumericsError(_message([report[0] for report in reports], group, reports[0][1], step=step))
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the tensors in which a number is not finite."""
+    """Return the names of the tensors with a value that is not finite."""
     floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
     if not floats:
         return []
-    # What is not finite makes a sum not finite: one pass at the speed of memory, where `isfinite` takes a hundred times
-    # as long. A sum may overflow by itself, so a suspect is looked at closely. Waits for the device, once.
+    # A value that is not finite makes the sum not finite. Summing is one pass at memory bandwidth; `isfinite` takes a
+    # hundred times as long. A sum of finite values may overflow, so suspects are checked again. One device sync.
     sums = torch.stack([tensor.sum().double() for tensor in floats.values()]).isfinite().tolist()
-    return [n for (n, tensor), is_fine in zip(floats.items(), sums, strict=True) if not is_fine and _is_ill(tensor)]
+    suspects = [item for item, is_fine in zip(floats.items(), sums, strict=True) if not is_fine]
+    return [name for name, tensor in suspects if not tensor.isfinite().all()]
 
 
-def _is_ill(tensor: Tensor) -> bool:
-    return not bool(tensor.isfinite().all())
-
-
-def _described(name: str, part: Slice) -> str:
-    """Write a tensor's name, with the experts that are ill where it is of experts."""
+def _describe(name: str, part: Slice) -> str:
+    """Return a tensor's name, with the affected experts if dimension 0 counts experts."""
     if not part.is_of_experts or part.tensor.dim() < 2:
         return name
-    ill = (~part.tensor.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-    return f"{name} (expert {ill[0] + part.start}{f' and {len(ill) - 1} more' if len(ill) > 1 else ''})"
+    experts = (~part.tensor.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    more = f" and {len(experts) - 1} more" if len(experts) > 1 else ""
+    return f"{name} (expert {experts[0] + part.start}{more})"
 
 
-def _in_words(everyone: list[dict[str, str]], group: Group, newest: str | None, *, step: int) -> str:
-    names = dict.fromkeys(name for mine in everyone for name in mine)
+def _message(by_rank: list[dict[str, str]], group: Group, newest: str | None, *, step: int) -> str:
+    names = dict.fromkeys(name for found in by_rank for name in found)
     first = min(names, key=_order)
-    ranks = [rank for rank, mine in enumerate(everyone) if first in mine]
+    ranks = [rank for rank, found in enumerate(by_rank) if first in found]
     where = f" on {format_ranks([group.ranks[rank] for rank in ranks])}" if group.size > 1 else ""
     more = f" (and {len(names) - 1} more tensor{'s' * (len(names) > 2)})" if len(names) > 1 else ""
     if newest is None:
         back = "there is no good checkpoint: lower schedule.peak_lr and start again"
     else:
         back = f"the last good checkpoint is {newest}: lower schedule.peak_lr and start again to go on from it"
-    return f"step {step}: {everyone[ranks[0]][first]} is not finite{where}{more}; nothing of it is saved; {back}"
+    return f"step {step}: {by_rank[ranks[0]][first]} is not finite{where}{more}; nothing of it is saved; {back}"
 
 
 def _order(name: str) -> bool:
-    """Sort weights before moments, which are ill because of them or before them."""
+    """Sort key: weights before moments."""
     return not name.startswith("model.")

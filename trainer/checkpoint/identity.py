@@ -1,11 +1,10 @@
-"""Run id, as wandb knows a run: kept when the run resumes, a new one when another run branches off.
+"""Run id, also used by wandb: a resumed run keeps it, a branch of another run gets a new one. Imports no torch.
 
-    run_id         the id: one line
+    run_id         the id, on one line
     origin.json    {"id", "name", "folder", "parent": null or {"id", "name", "step", "folder"}}
 
-A folder that was moved or renamed is the same run. A copy is another one: of a whole folder, as long as the one that it
-was copied from is still there and has the same id, and of checkpoints, which say under what name and id they were made.
-Imports no torch.
+A folder that was moved or renamed is the same run; a copy is a branch. A copied folder is recognised if the original
+still exists with the same id, copied checkpoints by the name and id that they record.
 """
 
 import json
@@ -23,19 +22,19 @@ from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.nodes import shown
 
 _ID = re.compile(r"[0-9a-z]{8,64}")
-_LONGEST_BYTES = 1 << 16
+_MAX_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parent:
-    """The run that another one branched off from."""
+    """The run that this one branched off from."""
 
     id: str
     name: str | None
     step: int
-    """Completed steps of it that the new run goes on from."""
+    """Completed steps of the parent that this run continues from."""
     folder: str | None
-    """Folder that it was in, if known."""
+    """Folder of the parent, if known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,16 +44,16 @@ class Identity:
     id: str
     parent: Parent | None
     said: str | None
-    """Message to the user about a run that has just branched off."""
+    """Message to the user if the run has just branched off."""
 
 
 def identify(folder: RunFolder, *, name: str, found: Mapping[str, Any] | None = None, step: int = 0) -> Identity:
-    """Return which run a folder is, and write it down there.
+    """Return the identity of the run in a folder, and record it there.
 
     Args:
         folder: of the run, locked.
         name: of the experiment.
-        found: what the checkpoint that it goes on from says of its run; None without one.
+        found: record of the run in the checkpoint that it resumes from; None without one.
         step: of that checkpoint.
 
     Raises:
@@ -62,25 +61,25 @@ def identify(folder: RunFolder, *, name: str, found: Mapping[str, Any] | None = 
     """
     origin, kept = _read_origin(folder), _read_id(folder)
     found = {} if found is None else found
-    known, trained_as = _id(found.get("id")), _trained_as(found)
+    saved_id, saved_name = _id(found.get("id")), _saved_name(found)
     parent = _parent(origin.get("parent")) if origin.get("id") == kept else None
-    copied_from = None if kept is None else _copied_from(folder, kept, origin, trained_as)
-    # Before a branch has saved, its newest checkpoint is its parent's.
-    is_strange = known not in (None, kept, None if parent is None else parent.id)
-    is_graft = is_strange and (kept is not None or trained_as not in (None, name))
-    if copied_from is None and not is_graft:
-        if kept is None:  # the folder has forgotten it, or is new
+    copied_from = None if kept is None else _copied_from(folder, kept, origin, saved_name)
+    # Until a branch has saved, its newest checkpoint is its parent's.
+    is_foreign = saved_id not in (None, kept, None if parent is None else parent.id)
+    has_copied_checkpoints = is_foreign and (kept is not None or saved_name not in (None, name))
+    if copied_from is None and not has_copied_checkpoints:
+        if kept is None:  # new, or its run_id was removed
             parent = _parent(found.get("parent"))
-        identity = Identity(id=kept or known or secrets.token_hex(8), parent=parent, said=None)
+        identity = Identity(id=kept or saved_id or secrets.token_hex(8), parent=parent, said=None)
     else:
         parent = Parent(
-            id=(known if is_graft else kept) or "",
-            name=_text(trained_as or origin.get("name")),
+            id=(saved_id if has_copied_checkpoints else kept) or "",
+            name=_text(saved_name or origin.get("name")),
             step=step,
             folder=None if copied_from is None else str(copied_from),
         )
         identity = _branch(folder, parent)
-    _write_down(folder, identity, name=name)
+    _record(folder, identity, name=name)
     return identity
 
 
@@ -90,31 +89,31 @@ def _branch(folder: RunFolder, parent: Parent) -> Identity:
     return Identity(id=run_id, parent=parent, said=f"{folder.path}: {where}: a run of its own from here, {run_id}")
 
 
-def _write_down(folder: RunFolder, identity: Identity, *, name: str) -> None:
-    """Write the id first: whoever is killed in between branches off once more, and is never taken for the parent."""
+def _record(folder: RunFolder, identity: Identity, *, name: str) -> None:
+    """Write the id first: a run killed in between branches off again, and is never mistaken for its parent."""
     folder.write_unless_same(folder.run_id, f"{identity.id}\n")
     parent = None if identity.parent is None else asdict(identity.parent)
     origin = {"id": identity.id, "name": name, "folder": str(folder.path.absolute()), "parent": parent}
     folder.write_unless_same(folder.origin, json.dumps(origin, indent=1) + "\n")
 
 
-def _copied_from(folder: RunFolder, kept: str, origin: Mapping[str, Any], trained_as: str | None) -> Path | None:
-    """Return the folder that this one is a copy of: it is still there, and has the same id."""
-    for path in _places(folder, origin, trained_as):
+def _copied_from(folder: RunFolder, kept: str, origin: Mapping[str, Any], saved_name: str | None) -> Path | None:
+    """Return the folder that this one is a copy of, which still exists with the same id; None if it is not a copy."""
+    for path in _former_folders(folder, origin, saved_name):
         with suppress(OSError, ValueError):
             if path.samefile(folder.path):
-                return None  # it was started here before, whatever somebody has made its id since
+                return None  # started in this folder before, even if its run_id was edited since
             if _read_id(RunFolder(path)) == kept:
                 return path
     return None
 
 
-def _places(folder: RunFolder, origin: Mapping[str, Any], trained_as: str | None) -> Iterator[Path]:
-    """Yield where a run may have been before its folder came here."""
+def _former_folders(folder: RunFolder, origin: Mapping[str, Any], saved_name: str | None) -> Iterator[Path]:
+    """Yield the folder that the run was in at its last start."""
     if isinstance(origin.get("folder"), str):
         yield Path(origin["folder"])
-    elif trained_as is not None:  # by a version that did not write it down
-        yield folder.path.parent / trained_as
+    elif saved_name is not None:  # written by a version that did not record its folder
+        yield folder.path.parent / saved_name
 
 
 def _read_id(folder: RunFolder) -> str | None:
@@ -123,19 +122,19 @@ def _read_id(folder: RunFolder) -> str | None:
 
 def _read_origin(folder: RunFolder) -> dict[str, Any]:
     with suppress(ValueError, RecursionError):
-        origin = json.loads(_read(folder.origin, _LONGEST_BYTES))
+        origin = json.loads(_read(folder.origin, _MAX_BYTES))
         return origin if isinstance(origin, dict) else {}
     return {}
 
 
-def _read(path: Path, most: int) -> str:
-    """Return the beginning of a file that anybody may have put there; nothing of what is none."""
+def _read(path: Path, max_characters: int) -> str:
+    """Return the beginning of a regular file; empty if it cannot be read."""
     with suppress(OSError, ValueError), os.fdopen(open_regular(path, os.O_RDONLY), encoding="utf-8") as file:
-        return file.read(most)
+        return file.read(max_characters)
     return ""
 
 
-def _trained_as(found: Mapping[str, Any]) -> str | None:
+def _saved_name(found: Mapping[str, Any]) -> str | None:
     config = found.get("config")
     name = config.get("name") if isinstance(config, Mapping) else None
     return name if isinstance(name, str) else None

@@ -1,4 +1,4 @@
-"""Plan which rank writes which part of a state: every part once, the work spread evenly."""
+"""Plan which rank writes which part of a state: every part once, with the bytes spread evenly."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from trainer.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Place of one rank's part of a tensor, without its values."""
+    """Metadata of one rank's part of a tensor."""
 
     start: int
     length: int
@@ -25,23 +25,23 @@ class Placement:
 
     @classmethod
     def of(cls, part: Slice) -> "Placement":
-        """Describe a slice."""
+        """Return the placement of a slice."""
         return cls(part.start, part.length, part.global_shape, part.tensor.dtype, part.is_of_experts)
 
     def to_plain(self) -> list[Any]:
-        """Return it for another rank."""
+        """Return JSON values for another rank."""
         return [self.start, self.length, list(self.shape), str(self.dtype).removeprefix("torch."), self.is_of_experts]
 
     @classmethod
     def of_plain(cls, value: Sequence[Any]) -> "Placement":
-        """Return the place that another rank has sent."""
+        """Return the placement that another rank sent."""
         start, length, shape, dtype, is_of_experts = value
         return cls(start, length, tuple(shape), getattr(torch, dtype), is_of_experts)
 
 
 @dataclass(frozen=True, slots=True)
 class StatePart:
-    """A part of a tensor, and who writes it."""
+    """A part of a tensor and the rank that writes it."""
 
     rank: int
     start: int
@@ -53,29 +53,29 @@ class SavePlan:
     """Assignment of the parts of a state to the ranks that write them."""
 
     places: dict[str, Placement]
-    """Every tensor, as any of its holders describes it."""
+    """Placement of each tensor on any one of its holders."""
     parts: dict[str, list[StatePart]]
-    """Parts by name; in order, each index of dimension 0 once."""
+    """Parts of each tensor, in order; they cover each index of dimension 0 once."""
 
     def of_rank(self, rank: int) -> list[str]:
-        """Return the names of the tensors of which a rank writes its part."""
+        """Return the names of the tensors that a rank writes a part of."""
         return [name for name, parts in self.parts.items() if any(part.rank == rank for part in parts)]
 
 
 def local_placements(state: TrainState) -> dict[str, Placement]:
-    """Return what this rank holds."""
+    """Return the placements of this rank's slices."""
     return {name: Placement.of(part) for name, part in state.slices.items()}
 
 
 def plan_save(held: Sequence[Mapping[str, Placement]]) -> SavePlan:
-    """Give every part of every tensor to one of the ranks that hold it: the one with the least to write so far.
+    """Assign every part of every tensor to one of its holders: the one with the fewest bytes to write so far.
 
     Args:
-        held: for each rank, what `describe` returned there.
+        held: `local_placements` of each rank.
 
     Raises:
-        CheckpointError: if ranks disagree about a tensor, a part of one is on no rank, or experts lack their moments.
-            All ranks come to the same conclusion.
+        CheckpointError: if ranks disagree about a tensor, part of one is on no rank, or experts lack their moments. The
+            plan and its errors are the same on all ranks.
     """
     places: dict[str, Placement] = {}
     parts: dict[str, list[StatePart]] = {}
@@ -95,9 +95,9 @@ def plan_save(held: Sequence[Mapping[str, Placement]]) -> SavePlan:
             if place.length > 0 or 0 in place.shape:
                 holders.setdefault((place.start, place.length), []).append(rank)
         shape = places[name].shape
-        wrong = partition_error(holders, shape[0] if shape else 1)
-        if wrong is not None:
-            raise CheckpointError(f"{name}: not saved: {wrong}; this is a bug in the engine")
+        error = partition_error(holders, shape[0] if shape else 1)
+        if error is not None:
+            raise CheckpointError(f"{name}: not saved: {error}; this is a bug in the engine")
         parts[name] = []
         for (start, length), ranks in sorted(holders.items()):
             writer = min(ranks, key=lambda rank: (load[rank], rank))

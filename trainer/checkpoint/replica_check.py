@@ -1,7 +1,7 @@
-"""Copies of the same numbers on several ranks, compared: a bit that has flipped on one of them is found and named.
+"""Compare replicated tensors across ranks, to detect and locate a flipped bit.
 
-Whatever two ranks hold the same part of must be bitwise the same: dense weights, moments and buffers on all ranks,
-experts on the ranks with the same ones. What is sharded has no copy, and nothing here can tell if it is sound.
+Parts of a tensor that several ranks hold must be bitwise equal: dense weights, moments and buffers on all ranks,
+experts within each edp group. Sharded tensors have no replica, so they cannot be checked.
 
 # W ranks, N tensors of a state.
 """
@@ -18,27 +18,27 @@ from trainer.distributed.rank_layout import format_ranks
 from trainer.errors import DivergedError, NumericsError
 
 _SHOWN = 3
-"""Tensors that a message names; more are counted."""
+"""Most tensors named in a message; further ones are only counted."""
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_copies(state: TrainState, mesh: Mesh, *, step: int, equal_at: int | None) -> None:
-    """Compare what several ranks hold copies of, in one small message. Every rank must call it.
+    """Compare checksums of replicated tensors across ranks, in one small all-gather; collective.
 
     Args:
-        state: this rank's part; the same names in the same order everywhere.
+        state: of this rank; with the same names in the same order on every rank.
         mesh: this rank's groups.
         step: completed steps.
-        equal_at: completed steps when the copies were last found equal; None: they never were compared.
+        equal_at: completed steps when the copies were last found equal; None if they never were compared.
 
     Raises:
-        NumericsError: if copies differ that never were equal; on every rank, with the same message.
-        DivergedError: if copies differ that were equal once; likewise.
+        NumericsError: if copies differ at the first comparison; on every rank, with the same message.
+        DivergedError: if copies differ that were equal before; on every rank, with the same message.
     """
     if mesh.world.size == 1:
         return
     mesh.world.recorder.enter("comparing copies")
-    table = mesh.world.all_gather(_fingerprints(state).to(mesh.world.device)).cpu()  # (W, N, 3); waits for the device
+    table = mesh.world.all_gather(_fingerprints(state).to(mesh.world.device)).cpu()  # (W, N, 3); device sync
     first_copy = torch.arange(len(table)) % mesh.layout.ep_size  # the first rank with the same experts
     suspect = _differs(table, table[:1]) | _differs(table, table[first_copy])  # (W, N)
     if suspect.any():
@@ -48,16 +48,15 @@ def check_copies(state: TrainState, mesh: Mesh, *, step: int, equal_at: int | No
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """Return the sum of a tensor's bits as whole numbers, int64 on its device; any single flipped bit changes it.
+    """Return an int64 scalar on the tensor's device: a weighted sum of its bits, which any single flipped bit changes.
 
-    Each index of dimension 0 counts with an odd factor of its own, so that the same experts in another order do not
-    have the same sum. Sums wrap around at 2^64; a flipped bit is an odd multiple of a power of two below that: never
-    nothing.
+    Each index of dimension 0 has an odd weight of its own, so that permuted experts do not have the same sum. Sums wrap
+    around at 2^64; a flipped bit changes them by an odd multiple of a smaller power of two, so never by 0.
     """
     if tensor.numel() == 0:
         return torch.zeros((), dtype=torch.int64, device=tensor.device)
     rows = tensor.detach().contiguous().view(len(tensor) if tensor.dim() else 1, -1)
-    # Words of 8 bytes are summed 30 times as fast as smaller ones, which torch converts first.
+    # Summing 8-byte words is 30 times as fast as summing smaller ones, which torch converts first.
     if rows.shape[1] * rows.element_size() % 8 == 0:
         is_aligned = rows.storage_offset() * rows.element_size() % 8 == 0
         sums = (rows if is_aligned else rows.clone()).view(torch.int64).sum(1)
@@ -67,26 +66,26 @@ def checksum(tensor: Tensor) -> Tensor:
 
 
 def _fingerprints(state: TrainState) -> Tensor:
-    """Return (N, 3) int64: of each tensor, where its part begins, how long it is, and its checksum."""
+    """Return (N, 3) int64: start, length and checksum of this rank's part of each tensor."""
     parts = list(state.slices.values())
-    device = parts[0].tensor.device  # some may be elsewhere: moments that are offloaded
+    device = parts[0].tensor.device  # offloaded moments may be on another one
     place = [[part.start, part.tensor.shape[0] if part.tensor.dim() else 1] for part in parts]
     sums = torch.stack([checksum(part.tensor).to(device) for part in parts])
     return torch.cat([torch.tensor(place, device=device), sums[:, None]], dim=1)
 
 
 def _differs(table: Tensor, other: Tensor) -> Tensor:
-    """Tell (W, N) of which tensors each rank has the same part as the other one, and another sum."""
+    """Return (W, N) bool: the part of the tensor is the same as in `other`, but its checksum differs."""
     return (table[..., :2] == other[..., :2]).all(-1) & (table[..., 2] != other[..., 2])
 
 
 def _message(columns: dict[str, Tensor], step: int, equal_at: int | None) -> str:
-    """Say what differs, between which ranks.
+    """Describe which tensors differ, and on which ranks.
 
     Args:
-        columns: the (W, 3) fingerprints of each tensor that differs.
+        columns: (W, 3) fingerprints of each tensor that differs.
         step: completed steps.
-        equal_at: completed steps when all was equal.
+        equal_at: completed steps when all copies were equal.
     """
     names_of: dict[tuple[tuple[int, ...], ...], list[str]] = defaultdict(list)
     for name, column in columns.items():
@@ -106,7 +105,7 @@ def _message(columns: dict[str, Tensor], step: int, equal_at: int | None) -> str
 
 
 def _sides(column: Sequence[Sequence[int]]) -> Iterable[tuple[tuple[int, ...], ...]]:
-    """Return, for each part of a tensor whose copies differ, the ranks that agree with each other, most first."""
+    """Yield, for each part of a tensor whose copies differ, the groups of ranks that agree, largest first."""
     parts: dict[tuple[int, int], dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for rank, (start, length, total) in enumerate(column):
         parts[start, length][total].append(rank)
@@ -116,7 +115,7 @@ def _sides(column: Sequence[Sequence[int]]) -> Iterable[tuple[tuple[int, ...], .
 
 
 def _wrong(sides: Sequence[Sequence[int]]) -> Sequence[Sequence[int]] | None:
-    """Return the ranks outside the majority; None if there is none."""
+    """Return the groups outside the majority; None if there is no majority."""
     return sides[1:] if len(sides[0]) > sum(map(len, sides[1:])) else None
 
 

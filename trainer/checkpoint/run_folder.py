@@ -1,11 +1,11 @@
-"""The folder of one run: where things are in it, who may write to it, and whether a config still belongs to it.
+"""Run folder: its paths, the lock of the process that trains into it, and atomic writes of its small files.
 
     runs/NAME/
       config.yaml  environment.json  run_id  origin.json  tokenizer.json
       metrics.jsonl  routing.jsonl  checkpoints/  status/
-      predictions/  skipped_rows.jsonl  experts.svg  wandb/  tensorboard/  profile/  deepspeed/    where asked for
+      predictions/  skipped_rows.jsonl  experts.svg  wandb/  tensorboard/  profile/  deepspeed/    if enabled
 
-Imports no torch, so that a config that does not belong to its run folder is refused at once.
+Imports no torch.
 """
 
 import fcntl
@@ -22,13 +22,13 @@ from trainer.atomic_io import NotRegular, is_open_file, open_regular, replace_fi
 from trainer.errors import ConfigError, ResourceError
 
 _log = logging.getLogger(__name__)
-_ATTEMPTS = 10  # a file system may not tell which file has a name
-_LARGEST_BYTES = 1 << 20
-_PLACE = re.compile(r"/[^\x00-\x1f\x7f]{0,4000}")
+_LOCK_ATTEMPTS = 10  # some file systems never report a stable inode
+_MAX_BYTES = 1 << 20
+_PATH = re.compile(r"/[^\x00-\x1f\x7f]{0,4000}")
 
 
 class RunFolder:
-    """Paths of one run, and its lock."""
+    """Paths, lock and small files of one run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -47,88 +47,92 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.profile = path / "profile"
         self.deepspeed = path / "deepspeed"
-        """What DeepSpeed writes of its own."""
+        """Files that DeepSpeed writes by itself."""
         self._lock: IO[str] | None = None
-        self._is_watched = False
-        """The file system can tell whether the lock is still there."""
+        self._has_stable_inode = False
+        """The file system can tell whether the lock file is still in its place."""
         self._written: dict[Path, str] = {}
-        """Small files by what is in them, for a folder that somebody removes."""
+        """Content of small files, to restore them if the folder is removed."""
 
     def lock(self) -> None:
-        """Make the folder, and claim it for this process until it ends.
+        """Create the folder and lock it until this process ends.
 
         Raises:
-            ConfigError: if another process trains into it, the lock is no file, or its checkpoints are no folder or are
-                another run's.
-            ResourceError: if it cannot be written.
+            ConfigError: if another process trains into it, the lock is not a file, or `checkpoints` is not a folder or
+                belongs to another run.
+            ResourceError: if the folder cannot be written.
         """
         path = self.path / ".lock"
         self._check_own_checkpoints()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = self._claim(path)
-            if os.fstat(lock.fileno()).st_nlink > 1:  # with a snapshot by `cp -al`, whose lock it must not be
+            if os.fstat(lock.fileno()).st_nlink > 1:  # shared with a snapshot made by `cp -al`: unshare it
                 replace_file(path, "")
-                lock.close()  # only now: who opened it meanwhile waits until it has lost its name
+                lock.close()  # after the replacement: whoever opened the old file then finds that it lost its name
                 lock = self._claim(path)
         except NotRegular:
-            raise ConfigError(f"{path}: is no regular file; remove it, it is not ours") from None
+            raise ConfigError(f"{path}: is not a regular file; remove it, it is not ours") from None
         except OSError as error:
             raise ResourceError(
                 f"{self.path}: cannot be written: {error.strerror}; set runs_dir to another place"
             ) from None
-        self._lock, self._is_watched = lock, is_open_file(path, lock.fileno())
-        with suppress(OSError):  # a full disk: only messages name the owner
+        self._lock, self._has_stable_inode = lock, is_open_file(path, lock.fileno())
+        with suppress(OSError):  # full disk; the text is only for messages
             os.ftruncate(lock.fileno(), 0)
             os.write(lock.fileno(), f"{socket.gethostname()} process {os.getpid()}".encode())
 
     def _check_own_checkpoints(self) -> None:
-        """Refuse what can hold none, and a link to those of another run, which has a lock of its own and prunes too."""
+        """Refuse `checkpoints` if it is not a folder, or links to those of another run, which prunes them too."""
         if os.path.lexists(self.checkpoints) and not self.checkpoints.is_dir():
-            raise ConfigError(f"{self.checkpoints}: is no folder, and checkpoints go there; remove it, it is not ours")
+            raise ConfigError(
+                f"{self.checkpoints}: is not a folder, and checkpoints go there; remove it, it is not ours"
+            )
         if self.checkpoints.is_symlink():
             theirs = self.checkpoints.resolve().parent
             if any((theirs / name).exists() for name in (".lock", self.run_id.name, self.config.name)):
                 raise ConfigError(
                     f"{self.checkpoints}: is a link into another run's folder, {theirs}, whose checkpoints would be "
-                    "removed; copy the one to go on from"
+                    "removed; copy the checkpoint to start from"
                 )
 
-    def _claim(self, path: Path, *, attempts: int = _ATTEMPTS) -> IO[str]:
-        """Lock the file that has this name."""
+    def _claim(self, path: Path, *, attempts: int = _LOCK_ATTEMPTS) -> IO[str]:
+        """Open and lock the file; try again if another process replaces it in between."""
         lock = os.fdopen(open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "a+")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it with the process, however that ends
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the kernel however the process ends
         except BlockingIOError:
             owner = _owner(lock)
             lock.close()
             raise self._taken(owner) from None
-        except OSError as error:  # a file system without locks: nobody can be told apart there
+        except OSError as error:  # a file system without locks
             _log.warning("%s: cannot be locked (%s); start no second run in it", self.path, error.strerror)
         if attempts == 1 or is_open_file(path, lock.fileno()):
             return lock
-        lock.close()  # another process has replaced it in between
+        lock.close()  # replaced by another process in between
         return self._claim(path, attempts=attempts - 1)
 
     def is_held(self) -> bool:
-        """Tell whether the folder that was locked still has its name, and the lock its own; costs microseconds."""
-        return self._lock is None or not self._is_watched or is_open_file(self.path / ".lock", self._lock.fileno())
+        """Return whether the locked folder and its lock file are still in their place; takes microseconds."""
+        return (
+            self._lock is None or not self._has_stable_inode or is_open_file(self.path / ".lock", self._lock.fileno())
+        )
 
     def regain(self) -> str:
-        """Make a folder anew that somebody has moved or removed under this run, or lock it again; return what was done.
+        """Recreate or relock a folder that was moved or removed during the run; return a warning that says which.
 
-        Small files that this run has written into it are written again; what only the disk had is gone.
+        Small files that this run wrote are restored; files that only the disk had are lost.
 
         Raises:
-            ConfigError: if the folder is another run's by now.
-            ResourceError: if it cannot be written.
+            ConfigError: if the folder belongs to another run by now.
+            ResourceError: if the folder cannot be written.
         """
         assert self._lock is not None, "lock it first"
-        is_there, moved_to = self.config.exists(), _place(self._lock)
+        is_there, moved_to = self.config.exists(), _current_path(self._lock)
         try:
             self.lock()
             if self._is_another_runs():
-                self._lock = None  # which frees it
+                self._lock = None  # closes and so releases it
                 raise ConfigError(f"{self.path}: it has another run_id; use another name=...")
         except ConfigError as error:
             now = "the folder of this run was moved or removed, and is another run's now"
@@ -137,9 +141,9 @@ class RunFolder:
             if not path.exists():
                 self.write(path, text)
         if is_there:
-            return f"{self.path}: its .lock was moved or removed while the run trains; it is locked again"
+            return f"{self.path}: its .lock was moved or removed while the run trains; it has been locked again"
         was = "was removed" if moved_to is None else f"was moved to {moved_to.parent}"
-        return f"{self.path}: {was} while the run trains; it is made anew, and what follows is saved there"
+        return f"{self.path}: {was} while the run trains; it has been recreated, and the run continues in it"
 
     def _is_another_runs(self) -> bool:
         mine = self._written.get(self.run_id)
@@ -148,11 +152,11 @@ class RunFolder:
         return False
 
     def owner(self) -> str | None:
-        """Return who trains into the folder now; None if nobody does, or it cannot be told."""
+        """Return the host and process that train into the folder now; None if there is none, or it is unknown."""
         try:
             with os.fdopen(open_regular(self.path / ".lock", os.O_RDONLY)) as lock:
                 try:
-                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # and closed, and so freed, at once
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released at once, by closing the file
                 except BlockingIOError:
                     return _owner(lock)
         except OSError:
@@ -177,7 +181,7 @@ class RunFolder:
         return ConfigError(f"{self.path}: {owner} is training into it; {advice}")
 
     def write(self, path: Path, text: str, *, is_passing: bool = False) -> None:
-        """Replace a small file as a whole; `regain` writes it again, unless it is a passing one."""
+        """Replace a small file atomically; `regain` restores it unless `is_passing`."""
         if not is_passing:
             self._written[path] = text
         try:
@@ -186,7 +190,7 @@ class RunFolder:
             raise ResourceError(f"{path}: cannot be written: {error.strerror}") from None
 
     def write_unless_same(self, path: Path, text: str) -> None:
-        """Replace a small file as a whole, if it is not what it should be."""
+        """Replace a small file atomically unless it already has this content."""
         self._written[path] = text
         with suppress(OSError, ValueError), os.fdopen(open_regular(path, os.O_RDONLY), encoding="utf-8") as file:
             if file.read(len(text) + 1) == text:
@@ -194,23 +198,23 @@ class RunFolder:
         self.write(path, text)
 
     def write_environment(self, values: dict[str, Any]) -> None:
-        """Record versions and fingerprints, and what the config's paths are relative to."""
+        """Write environment.json: versions, fingerprints, and the directory that the config's paths are relative to."""
         places = {"working_directory": str(Path.cwd()), "run_folder": str(self.path.absolute())}
         self.write(self.environment, json.dumps({**values, **places}, indent=1) + "\n")
 
-    def home(self, *, runs_dir: str, name: str) -> Path | None:
-        """Return the working directory that the run was started in; None if it is not known.
+    def start_directory(self, *, runs_dir: str, name: str) -> Path | None:
+        """Return the working directory that the run was started in; None if it is unknown.
 
-        Where that is gone, run and text may have been moved together: then it is at the same place beside the run
-        folder. Of a folder that does not say where it was, its place in RUNS_DIR/NAME does. Whoever is in a directory
-        that any of this leads to, as with a copy of both, stays there.
+        Candidates are the recorded directory, the one at the same relative path from the run folder, in case run and
+        text were moved together, and the one that makes the run folder RUNS_DIR/NAME. The current directory is
+        preferred if it is one of them, as with a copy of run and text.
 
         Args:
             runs_dir: of the run's config.
-            name: the same.
+            name: of the run's config.
         """
         here, candidates = self.path.absolute(), list[Path]()
-        started_in, was_at = self._places()
+        started_in, was_at = self._recorded_paths()
         if started_in is not None:
             candidates.append(Path(started_in))
             if was_at is not None:
@@ -221,20 +225,20 @@ class RunFolder:
         there = [path for path in candidates if path.is_dir() and os.access(path, os.X_OK)]
         return next((path for path in there if path.samefile(Path.cwd())), there[0] if there else None)
 
-    def _places(self) -> tuple[str | None, str | None]:
-        """Return working directory and run folder at the last start, as far as the folder says them."""
+    def _recorded_paths(self) -> tuple[str | None, str | None]:
+        """Return working directory and run folder at the last start; None for those not recorded."""
         try:
             with os.fdopen(open_regular(self.environment, os.O_RDONLY), "rb") as file:
-                values = json.loads(file.read(_LARGEST_BYTES))
+                values = json.loads(file.read(_MAX_BYTES))
         except (OSError, ValueError, RecursionError):
             return None, None
         found = [values.get(key) for key in ("working_directory", "run_folder")] if isinstance(values, dict) else []
-        places = [value if isinstance(value, str) and _PLACE.fullmatch(value) else None for value in found]
-        return (places[0], places[1]) if places else (None, None)
+        paths = [value if isinstance(value, str) and _PATH.fullmatch(value) else None for value in found]
+        return (paths[0], paths[1]) if paths else (None, None)
 
 
-def _place(lock: IO[str]) -> Path | None:
-    """Return where an open file is now; None if it is nowhere, or the system does not tell."""
+def _current_path(lock: IO[str]) -> Path | None:
+    """Return the current path of an open file; None if it was removed, or the system cannot tell."""
     with suppress(OSError):
         path = Path(f"/proc/self/fd/{lock.fileno()}").readlink()
         return path if is_open_file(path, lock.fileno()) else None

@@ -1,6 +1,6 @@
-"""The tokenizer of a run, kept in its folder: whoever goes on from a checkpoint reads and writes the same ids.
+"""Tokenizer in a run's folder, so that a resumed run encodes text to the same ids.
 
-It counts once there is a checkpoint, which says its hash; until then it is written anew at every start.
+It is used once there is a checkpoint, which records its fingerprint; until then every start overwrites it.
 """
 
 from pathlib import Path
@@ -15,16 +15,16 @@ from trainer.data.tokenizers.base import Tokenizer
 from trainer.data.tokenizers.folder import OPTIONS, TOKENIZER, parse, read_text, stated_end
 from trainer.errors import CheckpointError, ResourceError
 
-_ADVICE = "restore it, or remove it, and what data.tokenizer gives is compared in its place"
+_ADVICE = "restore it, or remove it to use data.tokenizer if that is still the same"
 
 
 def fingerprint_in_use(folder: RunFolder) -> str | None:
-    """Return what the newest checkpoint says its tokenizer is; None if there is none that says it."""
+    """Return the tokenizer fingerprint that the newest checkpoint records; None if none does."""
     checkpoints = CheckpointFolder(folder.checkpoints)
     for step in reversed(checkpoints.steps()):
         try:
             fingerprint = checkpoints.manifest(step).run.get("tokenizer_fingerprint")
-        except (CheckpointError, ResourceError):  # whoever loads it says what is wrong with it
+        except (CheckpointError, ResourceError):  # reported when it is loaded
             continue
         if isinstance(fingerprint, str):
             return fingerprint
@@ -44,21 +44,21 @@ def save_tokenizer(folder: RunFolder, tokenizer: Tokenizer) -> None:
 def tokenizer_of(
     folder: RunFolder, data: DataConfig, *, fingerprint: str | None, progress: IngestProgress | None = None
 ) -> Tokenizer:
-    """Return the tokenizer that a run goes on with: its own, or the one of `data` where it has none.
+    """Return a run's own tokenizer, or the one that `data` names if it has none.
 
     Args:
         folder: of the run.
         data: its `data` section.
         fingerprint: of the tokenizer that its checkpoints were trained with; None if it has no checkpoint.
-        progress: is told how far training a new one is.
+        progress: reports the progress of training a new tokenizer.
 
     Raises:
-        CheckpointError: if the run's own is damaged, or is gone and `data` does not give it again.
-        DataError: if there is none of its own, and what `data` names is unusable.
+        CheckpointError: if the run's own tokenizer is damaged, or is gone and `data` gives another one.
+        DataError: if the run has none of its own and the one that `data` names is unusable.
     """
     own = None
-    if fingerprint is not None and data.tokenizer.kind != "byte":  # that one is code
-        own = _kept(folder, fingerprint=fingerprint)
+    if fingerprint is not None and data.tokenizer.kind != "byte":  # the byte tokenizer is code, without files
+        own = _read_own(folder, fingerprint=fingerprint)
     tokenizer = own or data.tokenizer.build(data, progress=progress)
     if fingerprint not in (None, tokenizer.fingerprint):
         raise CheckpointError(
@@ -70,11 +70,11 @@ def tokenizer_of(
 
 
 def check_given(folder: RunFolder, data: DataConfig, tokenizer: Tokenizer) -> None:
-    """Compare the tokenizer of a run with the file that `data` names, if that is there: training goes on with both.
+    """Check that the file that `data` names, if it exists, is still the tokenizer of the run.
 
     Raises:
         CheckpointError: if the file has changed.
-        DataError: if it is unusable now.
+        DataError: if the file is unusable now.
     """
     section = data.tokenizer
     if section.kind != "file" or not Path(section.path).exists():
@@ -82,14 +82,14 @@ def check_given(folder: RunFolder, data: DataConfig, tokenizer: Tokenizer) -> No
     given = section.build(data).fingerprint
     if given != tokenizer.fingerprint:
         raise CheckpointError(
-            f"{folder.tokenizer}: is what the run was trained with, and {shown_path(section.path)} is another one now "
+            f"{folder.tokenizer}: is the tokenizer of this run, and {shown_path(section.path)} is another one "
             f"(fingerprint {abridged(tokenizer.fingerprint)}, now {abridged(given)}); restore that file, or use a new "
             "name=..."
         )
 
 
-def _kept(folder: RunFolder, *, fingerprint: str) -> Tokenizer | None:
-    """Return the tokenizer in the run folder, if its files are what was written, to the byte; None if they are gone."""
+def _read_own(folder: RunFolder, *, fingerprint: str) -> Tokenizer | None:
+    """Return the tokenizer in the run folder after comparing its fingerprint; None if its files are gone."""
     from trainer.data.tokenizers.subword import SubwordTokenizer, fingerprint_of
 
     try:

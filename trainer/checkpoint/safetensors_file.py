@@ -1,7 +1,7 @@
-"""A safetensors file, read as what it is: a file that anybody may have written.
+"""Open a safetensors file as untrusted input and check that its values are finite.
 
-Imports no torch, and what it needs only where a file is opened: every verb imports this, also to say that a config is
-wrong.
+Imports no torch, and safetensors and numpy only inside functions: every command imports this module, even to report an
+error in a config.
 """
 
 import json
@@ -14,21 +14,21 @@ from trainer.checkpoint.file_integrity import read_error
 from trainer.errors import CheckpointError, first_line
 
 _LARGEST_HEADER_BYTES = 16 << 20
-_BLOCK_BYTES = 1 << 18  # looked at together: a processor's cache holds them; a multiple of every number's size
+_BLOCK_BYTES = 1 << 18  # fits in a CPU cache; a multiple of every element size
 _EXPONENT = {
     "F64": ("<u8", 0x7FF0 << 48),
     "F32": ("<u4", 0x7F80 << 16),
     "BF16": ("<u2", 0x7F80),
     "F16": ("<u2", 0x7C00),
 }
-"""A number as an unsigned integer, and the bits that are all set in one that is not finite."""
+"""By dtype: the unsigned integer type of its bits, and the exponent mask, all ones in a value that is not finite."""
 
 
 def open_tensors(path: Path, framework: Literal["pt", "numpy"] = "pt") -> Any:
-    """Open a safetensors file whose header is not a flood: what is read of it is several times as large in memory.
+    """Open a safetensors file, unless its header is huge: a parsed header takes several times its size in memory.
 
     Raises:
-        CheckpointError: if it is none.
+        CheckpointError: if it is not a safetensors file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -43,15 +43,15 @@ def open_tensors(path: Path, framework: Literal["pt", "numpy"] = "pt") -> Any:
 
 
 def check_finite_values(folder: Path, files: Iterable[str]) -> None:
-    """See that every number in a checkpoint's files is finite; a run that had diverged may have saved others.
+    """Check that every value in a checkpoint's files is finite; a diverged run may have saved NaN or Inf.
 
     Args:
         folder: of the checkpoint.
-        files: names of safetensors files in it, whose hashes are right.
+        files: names of its safetensors files, whose hashes are verified.
 
     Raises:
-        CheckpointError: naming the first tensor with a number that is not finite.
-        ResourceError: if this process cannot read them now.
+        CheckpointError: naming the first tensor with a value that is not finite.
+        ResourceError: if this process cannot read the files now.
     """
     for file in files:
         try:
@@ -63,15 +63,15 @@ def check_finite_values(folder: Path, files: Iterable[str]) -> None:
 
 
 def _first_not_finite(path: Path) -> str | None:
-    """Return the name of a file's first tensor that has a number which is not finite, in the order of the file."""
-    open_tensors(path, "numpy")  # which sees that the header is whole, and every tensor inside the file
+    """Return the name of the first tensor in a file with a value that is not finite; None if there is none."""
+    open_tensors(path, "numpy")  # validates the header, and that every tensor lies inside the file
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-        places = sorted(
+        entries = sorted(
             (entry["data_offsets"], entry["dtype"], name) for name, entry in header.items() if name != "__metadata__"
         )
-        for (start, end), dtype, name in places:
+        for (start, end), dtype, name in entries:
             file.seek(8 + length + start)
             if dtype in _EXPONENT and not _is_finite(file, end - start, dtype):
                 return name
@@ -79,18 +79,18 @@ def _first_not_finite(path: Path) -> str | None:
 
 
 def _is_finite(file: BufferedReader, num_bytes: int, dtype: str) -> bool:
-    """Read so much of a file, and tell whether every number in it is finite."""
+    """Read `num_bytes` from a file and return whether every value is finite."""
     import numpy as np
 
     words, exponent = _EXPONENT[dtype]
     block = np.empty(min(num_bytes, _BLOCK_BYTES) // np.dtype(words).itemsize, words)
     is_special = np.empty(block.shape, bool)
     while num_bytes > 0:
-        # Into the same memory again and again: to get it anew takes longer than to look at it.
+        # Buffers are reused: allocating new ones takes longer than the check itself.
         length = file.readinto(block.data.cast("B")[:num_bytes])
         count = length // block.itemsize
         np.bitwise_and(block[:count], exponent, out=block[:count])
         if np.equal(block[:count], exponent, out=is_special[:count]).any():
             return False
-        num_bytes -= length or num_bytes  # a file that has become shorter meanwhile ends it
+        num_bytes -= length or num_bytes  # stop if the file has been truncated meanwhile
     return True

@@ -1,11 +1,11 @@
-"""Saving: a snapshot of the state, then everything slow in the background, then one name for all ranks' files.
+"""Save checkpoints: snapshot the state, then write it in the background and commit it with a rename.
 
-    loop      | copy what this rank writes |  next steps ...                                    | told how it went
-    behind it |                            | write, hash, flush | all ranks well? | manifest, name | remove old ones
+    training loop | copy this rank's parts |  next steps ...                                     | result
+    background    |                        | write, hash, flush | vote of all ranks | manifest, rename | prune
 
-What is written gets its name only after every rank has said that its own files are on the disk; if one cannot, none of
-them counts. A save is reported when it has its name, never before; old checkpoints go after that, for to judge which
-are sound may mean to read all of them.
+The rename happens only after every rank has voted that its files are on disk; if one rank fails, the save fails on all.
+A save is reported only after its rename. Old checkpoints are pruned last: verifying which are intact can mean reading
+them all.
 """
 
 import errno
@@ -44,19 +44,19 @@ class Saved:
     step: int
     path: Path
     error: TurnoutError | None
-    """Reason why there is no checkpoint."""
+    """Why the save failed; None if it succeeded."""
     size_bytes: int
     stalled_s: float
-    """Time that this rank's training loop lost."""
+    """Time for which the save blocked this rank's training loop."""
     behind_s: float
-    """Time from the snapshot until the checkpoint had its name."""
+    """Time from the snapshot to the rename."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
     step: int
     tensors: dict[str, Tensor]
-    """Tensors that this rank writes, on the CPU."""
+    """Tensors that this rank writes, in CPU memory."""
     plan: SavePlan
     values: dict[str, int | float | str]
     run: dict[str, Any]
@@ -66,7 +66,7 @@ class _Job:
 
 
 class Saver:
-    """Saves the checkpoints of one run, as one of its ranks. One save is under way at a time."""
+    """Saves the checkpoints of one run, on one of its ranks; one save at a time."""
 
     def __init__(self, folder: CheckpointFolder, mesh: Mesh, *, copies: bool = True) -> None:
         """Prepare.
@@ -74,38 +74,38 @@ class Saver:
         Args:
             folder: of the run.
             mesh: this rank's groups.
-            copies: whether to take a snapshot. If not, the state must not change before the save has ended.
+            copies: copy the state before writing it. If False, it must not change before the save has ended.
         """
         self.folder, self._mesh, self._group, self._copies = folder, mesh, mesh.saving, copies
         self._plan: SavePlan | None = None
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._ended: threading.Event | None = None
-        """Of the save that is under way, or that nobody asked about yet: set when it is known how it went."""
+        """Set when the result of the current save is known; None if there is no save, or its result was returned."""
         self._outcome: Saved | None = None
         self._failure: BaseException | None = None
         self._stalled_s = 0.0
 
     def start(self, step: int, state: TrainState, run: Mapping[str, Any], *, prunes: bool = True) -> None:
-        """Take a snapshot and begin to write it; every rank must call it, and none while a save is under way.
+        """Take a snapshot and start to write it; collective, and only while no other save is in progress.
 
         Args:
             step: completed steps.
             state: may change as soon as this returns.
-            run: JSON values that describe the run; rank 0's are written.
-            prunes: remove needless checkpoints afterwards; to judge which these are may take long.
+            run: JSON record of the run; rank 0's is written.
+            prunes: prune old checkpoints afterwards, which may take long.
 
         Raises:
-            CheckpointError: if the state is not whole over all ranks; on every rank.
-            NumericsError: if a number of it is not finite; on every rank.
+            CheckpointError: if the ranks together do not hold the whole state; on every rank.
+            NumericsError: if a value is not finite; on every rank.
         """
         assert self._ended is None, "wait for the last save first"
         self.close()
         began = time.perf_counter()
-        if self._plan is None:  # what is where does not change within a run
-            mine = {name: place.to_plain() for name, place in local_placements(state).items()}
-            everyone = self._mesh.world.all_gather_objects(mine)
-            self._plan = plan_save([{name: Placement.of_plain(at) for name, at in held.items()} for held in everyone])
+        if self._plan is None:  # placement does not change within a run
+            local = {name: place.to_plain() for name, place in local_placements(state).items()}
+            gathered = self._mesh.world.all_gather_objects(local)
+            self._plan = plan_save([{name: Placement.of_plain(at) for name, at in held.items()} for held in gathered])
         fault_injection.hit("save.planned")
         names = self._plan.of_rank(self._mesh.layout.rank)
         check_finite({name: state.slices[name] for name in names}, self._mesh.world, self.folder, step=step)
@@ -127,7 +127,7 @@ class Saver:
         self._stalled_s = time.perf_counter() - began
 
     def finished(self) -> Saved | None:
-        """Return how the save went if it has ended, once; None if none is under way, or it is not through.
+        """Return the result of a save that has ended, once; None if there is no save or it still runs.
 
         Raises:
             CommError: if a rank was lost meanwhile.
@@ -135,9 +135,7 @@ class Saver:
         return self.wait() if self._ended is not None and self._ended.is_set() else None
 
     def wait(self) -> Saved | None:
-        """Wait until the save under way has ended and return how it went; None if there is none.
-
-        It is waited for as long as it takes while all ranks are alive.
+        """Wait for the current save, however long it takes while all ranks are alive; return its result, or None.
 
         Raises:
             CommError: if a rank was lost meanwhile.
@@ -156,7 +154,7 @@ class Saver:
         return replace(self._outcome, stalled_s=self._stalled_s)
 
     def close(self) -> None:
-        """Wait until the thread of the last save is through, and the checkpoints that it made needless are gone."""
+        """Wait for the background thread: until the last save has also pruned old checkpoints."""
         if self._thread is not None:
             self._thread.join()
             self._raise_failure()
@@ -167,7 +165,7 @@ class Saver:
             raise failure
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
-        """Copy into memory that is kept for the next save."""
+        """Copy a tensor into a CPU buffer that the next save reuses."""
         if not self._copies:
             return tensor.detach().cpu()
         if name not in self._buffers:
@@ -189,13 +187,13 @@ class Saver:
             ended.set()
             if error is None and job.prunes and self._group.index == 0:
                 self.folder.prune(newest=job.step)
-        except BaseException as caught:  # told where the loop asks
+        except BaseException as caught:  # raised in the training loop, by `wait` or `close`
             self._failure = caught
         finally:
             ended.set()
 
     def _write(self, job: _Job) -> TurnoutError | None:
-        """Write a checkpoint together with the other ranks; return what went wrong, if anything."""
+        """Write a checkpoint together with the other ranks; return the error, if any."""
         is_first, temporary = self._group.index == 0, self.folder.temporary(job.step)
         error = self._attempt(job, lambda: self.folder.begin(job.step)) if is_first else None
         error = _first_error(self._group, error)
@@ -219,7 +217,7 @@ class Saver:
         return _first_error(self._group, error)
 
     def _commit(self, job: _Job, reports: Sequence[tuple[None, dict[str, Any], dict[str, str]]]) -> None:
-        """Write the manifest and give the checkpoint its name."""
+        """Write the manifest and rename the checkpoint."""
         temporary = self.folder.temporary(job.step)
         tensors = {
             name: StoredTensor(
@@ -235,7 +233,7 @@ class Saver:
         }
         files = {name: StoredFile(**stored) for report in reports for name, stored in report[1].items()}
         for name, stored in files.items():
-            size_bytes = (temporary / name).stat().st_size  # FileNotFoundError: not on a file system that all nodes see
+            size_bytes = (temporary / name).stat().st_size  # FileNotFoundError: not a shared file system
             if size_bytes != stored.size_bytes:
                 raise OSError(errno.EIO, f"{name} has {size_bytes} bytes instead of {stored.size_bytes}")
         manifest = Manifest(format=FORMAT, step=job.step, run=job.run, values=job.values, tensors=tensors, files=files)
@@ -269,7 +267,7 @@ class Saver:
 
 
 def _first_error(group: Group, error: TurnoutError | None) -> TurnoutError | None:
-    """Return the error of the first rank that has one, on every rank."""
+    """Return the error of the first rank that has one; collective."""
     reports = group.all_gather_objects(error_to_wire(error))
     return next((error_from_wire(report) for report in reports if report is not None), None)
 

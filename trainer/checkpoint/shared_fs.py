@@ -1,4 +1,4 @@
-"""Check that every rank sees rank 0's run folder, before anything is computed that could not be saved."""
+"""Check that every rank sees rank 0's run folder, before computing anything that could not be saved."""
 
 import contextlib
 import os
@@ -14,27 +14,27 @@ from trainer.distributed.collectives import Group
 from trainer.errors import ConfigError
 
 VISIBLE_S = 30.0
-"""A network file system may show a file to other nodes so much later."""
+"""Longest delay until a network file system shows a new file to other nodes, in seconds."""
 
 
 def check_shared(folder: RunFolder, group: Group) -> None:
-    """Let every rank look for what rank 0 has just written into the run folder; every rank must call it.
+    """Let every rank look for a file that rank 0 has just written into the run folder; collective.
 
     Raises:
-        ConfigError: if one does not see it, in other words has another folder of the same name.
+        ConfigError: if a rank does not see it, so its folder is a different one of the same name.
     """
     if group.size == 1:
         return
-    sign, token, is_first = folder.path / ".start", uuid4().hex, group.index == 0
+    marker, token, is_first = folder.path / ".start", uuid4().hex, group.index == 0
     try:
         with raise_together(group):
             if is_first:
                 folder.path.mkdir(parents=True, exist_ok=True)
-                folder.write(sign, token, is_passing=True)
+                folder.write(marker, token, is_passing=True)
         here, host = folder.path.absolute(), socket.gethostname()
         token, there, first_host = group.all_gather_objects((token, str(here), host) if is_first else None)[0]
         with raise_together(group):
-            if not is_first and not _appears(sign, token):
+            if not is_first and not _appears(marker, token):
                 raise ConfigError(
                     f"runs_dir: {here} on host {host} is not the folder that rank 0 writes into, {there} on host "
                     f"{first_host}; use a folder on a file system that all nodes share"
@@ -42,23 +42,23 @@ def check_shared(folder: RunFolder, group: Group) -> None:
     finally:
         if is_first:
             with contextlib.suppress(OSError):
-                sign.unlink(missing_ok=True)
+                marker.unlink(missing_ok=True)
 
 
-def _appears(sign: Path, token: str) -> bool:
-    """Wait until a file says the token; tell whether it came to that."""
+def _appears(marker: Path, token: str) -> bool:
+    """Wait until a file contains the token; return False after VISIBLE_S."""
     end = time.monotonic() + VISIBLE_S
-    while not _says(sign, token):
+    while not _contains(marker, token):
         if time.monotonic() >= end:
             return False
         time.sleep(0.05)
     return True
 
 
-def _says(sign: Path, token: str) -> bool:
-    """Tell whether a file is there and begins with the token, whatever else may have its name on another host."""
+def _contains(marker: Path, token: str) -> bool:
+    """Return whether a regular file exists and begins with the token."""
     try:
-        with os.fdopen(open_regular(sign, os.O_RDONLY), "rb") as file:
+        with os.fdopen(open_regular(marker, os.O_RDONLY), "rb") as file:
             return file.read(len(token)) == token.encode()
     except OSError:
         return False

@@ -1,4 +1,4 @@
-"""State of a checkpoint: named tensors, each a slice of a global one, and a few plain values."""
+"""Training state: named tensors, each a slice of a global one, and a few scalars."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,12 +9,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slice:
-    """A contiguous part of a global tensor along dimension 0; the whole of it in one process."""
+    """A contiguous part of a global tensor along dimension 0; all of it in a single process."""
 
     tensor: Tensor
     global_shape: tuple[int, ...]
     start: int = 0
-    """First index of dimension 0 that is here."""
+    """First local index of dimension 0."""
     is_of_experts: bool = False
     """Dimension 0 counts experts."""
 
@@ -25,13 +25,13 @@ class Slice:
 
     @classmethod
     def whole(cls, tensor: Tensor) -> Self:
-        """Return a slice that is all of its tensor."""
+        """Return a slice that covers its whole tensor."""
         return cls(tensor=tensor, global_shape=tuple(tensor.shape))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainState:
-    """Everything that the next step depends on. Names never contain a rank."""
+    """Everything that the next step depends on. Names are global: they never contain a rank."""
 
     slices: Mapping[str, Slice] = field(default_factory=dict)
     values: Mapping[str, int | float | str] = field(default_factory=dict)

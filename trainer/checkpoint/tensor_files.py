@@ -1,7 +1,7 @@
-"""A checkpoint's safetensors files: written with their hashes taken from memory, read slice by slice.
+"""Write a checkpoint's safetensors files with their hashes, and read them slice by slice.
 
-A safetensors file with a flipped bit loads without a word, so every byte is hashed while it is written, before the disk
-had it, and checked before it is used.
+A safetensors file with a flipped bit loads without an error. So every byte is hashed in memory as it is written, and
+verified before it is used.
 """
 
 import hashlib
@@ -22,22 +22,22 @@ from trainer.checkpoint.safetensors_file import open_tensors
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.errors import CheckpointError, first_line
 
-_FILE_SIZE_BYTES = 512 << 20  # a tensor that is larger has a file of its own
-_MOST_NAMES = 10_000  # a name and what is said of it have less than 1 kB, and a header is read of at most 16 MiB
+_FILE_SIZE_BYTES = 512 << 20  # a larger tensor gets a file of its own
+_MAX_NAMES = 10_000  # a header entry has less than 1 kB, and headers of up to 16 MiB are read
 
 
 def write_files(
     folder: Path, tensors: Mapping[str, Tensor], *, rank: int
 ) -> tuple[dict[str, StoredFile], dict[str, str]]:
-    """Write tensors into a folder and flush them to the disk.
+    """Write tensors into a folder and flush them to disk.
 
     Args:
-        folder: not yet under its final name; there may be files of other ranks in it.
+        folder: temporary folder of the save, shared with other ranks.
         tensors: on the CPU, by global name.
-        rank: of the writer, part of the files' names.
+        rank: of the writer; part of the file names.
 
     Returns:
-        What each file is, and which file each tensor is in.
+        The size and hash of each file, and the file of each tensor.
 
     Raises:
         OSError: if the disk refuses.
@@ -51,7 +51,7 @@ def write_files(
 
 
 def write_durably(path: Path, pieces: Sequence[bytes | memoryview]) -> StoredFile:
-    """Write a new file, its pieces one after another, and flush it to the disk; return what it is.
+    """Write the concatenated pieces to a new file and flush it to disk; return its size and hash.
 
     Raises:
         OSError: if the disk refuses.
@@ -73,11 +73,11 @@ def write_durably(path: Path, pieces: Sequence[bytes | memoryview]) -> StoredFil
 
 
 def _as_safetensors(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
-    """Return the pieces of a safetensors file: its header, and every tensor's own memory.
+    """Return the pieces of a safetensors file: its header, then a view of each tensor's memory.
 
-        8 bytes: N | N bytes: JSON {name: {dtype, shape, data_offsets}}, padded | tensors, those of wide numbers first
+        8 bytes: N | N bytes: JSON {name: {dtype, shape, data_offsets}}, padded | tensors, widest dtypes first
 
-    The library would copy it all, and hold the interpreter's lock meanwhile: the training loop would stand still.
+    The safetensors library would copy all tensors while holding the GIL, which would stall the training loop.
     """
     header, pieces, end = {}, [], 0
     for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
@@ -93,7 +93,7 @@ def _as_safetensors(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
 
 
 class StoredTensors:
-    """The tensors of a checkpoint whose files were checked. Reads what is asked for and no more."""
+    """Tensors of a verified checkpoint, read on demand."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._folder, self._manifest = folder, manifest
@@ -108,10 +108,10 @@ class StoredTensors:
         self._open.clear()
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> Tensor:
-        """Return indices start .. start + length - 1 of dimension 0 of a tensor; all of it by default.
+        """Return indices start .. start + length - 1 of dimension 0 of a tensor; all of them by default.
 
         Raises:
-            CheckpointError: if its files do not hold what the manifest says.
+            CheckpointError: if its files differ from the manifest.
         """
         stored = self._manifest.tensors[name]
         length = stored.length - start if length is None else length
@@ -125,11 +125,11 @@ class StoredTensors:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def like(self, state: TrainState) -> TrainState:
-        """Return the same parts of the same tensors as `state` has, read when they are looked up."""
+        """Return the parts of the tensors that `state` has, read when they are looked up."""
         return TrainState(slices=_Slices(self, state.slices), values=self._manifest.values)
 
     def _read_part(self, name: str, part: StoredSlice, first: int, end: int) -> Tensor:
-        """Return indices first .. end - 1 of what a file has of a tensor."""
+        """Return indices first .. end - 1 of the slice that a file holds."""
         stored, path = self._manifest.tensors[name], self._folder / part.file
         expected = [part.length, *stored.shape[1:]] if stored.shape else []
         try:
@@ -147,7 +147,7 @@ class StoredTensors:
 
 
 class _Slices(Mapping[str, Slice]):
-    """Slices that are read when they are looked up: a state need not be in memory twice."""
+    """Slices read when they are looked up, so that a state is never in memory twice."""
 
     def __init__(self, tensors: StoredTensors, like: Mapping[str, Slice]) -> None:
         self._tensors, self._like = tensors, like
@@ -165,12 +165,12 @@ class _Slices(Mapping[str, Slice]):
 
 
 def _split_by_size(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
-    """Yield names whose tensors fill one file each."""
+    """Yield the names of the tensors of each file."""
     names: list[str] = []
     size = 0
     for name, tensor in tensors.items():
         size_bytes = tensor.numel() * tensor.element_size()
-        if names and (size + size_bytes > _FILE_SIZE_BYTES or len(names) == _MOST_NAMES):
+        if names and (size + size_bytes > _FILE_SIZE_BYTES or len(names) == _MAX_NAMES):
             yield names
             names, size = [], 0
         names.append(name)

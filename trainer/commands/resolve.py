@@ -101,7 +101,7 @@ def existing_run(
             _refuse_inside_run(options)
             raise CheckpointError(f"{folder.path}: has no config.yaml, so it is not a run folder; train first")
         config = recorded_config(folder, options.overrides)
-        home = folder.home(runs_dir=config.runs_dir, name=config.name)
+        home = folder.start_directory(runs_dir=config.runs_dir, name=config.name)
         if home is not None and not home.samefile(Path.cwd()):
             folder = RunFolder(folder.path.absolute())
             for given in (options, beside or options):

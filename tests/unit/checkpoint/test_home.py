@@ -22,7 +22,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
 
 
 def home(folder: RunFolder, *, runs_dir: str = "runs", name: str = "a") -> Path | None:
-    return folder.home(runs_dir=runs_dir, name=name)
+    return folder.start_directory(runs_dir=runs_dir, name=name)
 
 
 def test_it_is_where_the_run_was_started(folder, tmp_path):

@@ -95,7 +95,7 @@ def test_a_folder_that_goes_is_made_anew_and_saved_into_at_once(folder: Path, ha
     run = folder / "runs/tiny"
     assert error is None
     was = f"was moved to {folder}/runs/moved" if harm is _move else "was removed"
-    assert said[0] == f"{run}: {was} while the run trains; it is made anew, and what follows is saved there"
+    assert said[0] == f"{run}: {was} while the run trains; it has been recreated, and the run continues in it"
     assert [line for line in said[1:] if "are restored" not in line] == []
     assert {path.name for path in run.iterdir()} >= {*FILES, ".lock", "checkpoints", "status"}
     assert _steps(run) == [*range(1, 9)], "every line is there"
@@ -107,7 +107,9 @@ def test_a_folder_that_goes_is_made_anew_and_saved_into_at_once(folder: Path, ha
 def test_a_lock_that_goes_is_taken_again(folder: Path) -> None:
     said, error = _train(folder, lambda run: (run / ".lock").unlink())
     assert error is None
-    assert said == [f"{folder}/runs/tiny: its .lock was moved or removed while the run trains; it is locked again"]
+    assert said == [
+        f"{folder}/runs/tiny: its .lock was moved or removed while the run trains; it has been locked again"
+    ]
 
 
 def _give_to_another(run: Path) -> None:
@@ -144,7 +146,7 @@ def _on_a_rank(folder: Path, harm: Callable[[Path], object]) -> tuple[list[str],
 
 def test_all_ranks_save_into_it_or_end_together(ranks: Ranks, folder: Path) -> None:
     (said, error), (_, other) = ranks.run(2, _on_a_rank, folder, _remove)
-    assert error is other is None and "it is made anew" in said[0]
+    assert error is other is None and "it has been recreated" in said[0]
     assert sorted(path.name for path in (folder / "runs/tiny/checkpoints").iterdir())[0] == "step_00000005"
     shutil.rmtree(folder / "runs")
     (_, error), (_, other) = ranks.run(2, _on_a_rank, folder, _put_another_there)

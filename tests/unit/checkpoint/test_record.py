@@ -67,6 +67,6 @@ def test_a_foreign_fingerprint_is_refused_in_a_line(tmp_path: Path) -> None:
 def test_a_record_that_makes_no_sense_is_refused_in_a_line(
     tmp_path: Path, values: dict[str, Any], run: dict[str, Any]
 ) -> None:
-    with pytest.raises(CheckpointError, match=r"is not sound: (run|values)\.") as caught:
+    with pytest.raises(CheckpointError, match=r"is invalid: (run|values)\.") as caught:
         check_record(_found(tmp_path, values, **run))
     assert str(caught.value).isprintable() and len(str(caught.value)) < 500

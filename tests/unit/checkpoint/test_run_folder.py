@@ -23,7 +23,7 @@ def test_a_lock_that_is_no_file_is_refused_and_nothing_is_written_through_it(tmp
             os.mkfifo(lock)
         case "folder":
             lock.mkdir()
-    with pytest.raises(ConfigError, match=r"run/\.lock: is no regular file; remove it"):
+    with pytest.raises(ConfigError, match=r"run/\.lock: is not a regular file; remove it"):
         RunFolder(tmp_path / "run").lock()
     assert other.read_text() == "mine"
 
@@ -39,7 +39,7 @@ def test_checkpoints_that_are_no_folder_are_refused_before_a_step_is_taken(tmp_p
             checkpoints.symlink_to(tmp_path / "nothing")
         case "pipe":
             os.mkfifo(checkpoints)
-    with pytest.raises(ConfigError, match=r"run/checkpoints: is no folder, and checkpoints go there; remove it"):
+    with pytest.raises(ConfigError, match=r"run/checkpoints: is not a folder, and checkpoints go there; remove it"):
         RunFolder(tmp_path / "run").lock()
 
 

@@ -131,7 +131,7 @@ def test_a_flipped_byte_of_the_kept_file_is_noticed_wherever_it_is(folder):
             _build(folder, [BPE])
         message = str(caught.value)
         assert message.startswith(f"{run.folder.tokenizer}: ") and "\n" not in message
-        assert message.endswith("; restore it, or remove it, and what data.tokenizer gives is compared in its place")
+        assert message.endswith("; restore it, or remove it to use data.tokenizer if that is still the same")
 
 
 def test_a_damaged_tokenizer_is_exit_4_and_one_line_for_every_verb(folder, capsys):
@@ -173,7 +173,7 @@ def test_a_file_that_changed_since_is_refused_with_both_named(folder):
     with pytest.raises(CheckpointError) as caught:
         _build(folder, [_file(folder)])
     assert str(caught.value).startswith(
-        f"{run.folder.tokenizer}: is what the run was trained with, and {folder}/theirs.json is another one now "
+        f"{run.folder.tokenizer}: is the tokenizer of this run, and {folder}/theirs.json is another one "
         f"(fingerprint {run.corpus.tokenizer.fingerprint[:12]}, now "
     )
     assert _verb(folder, "generate", "--max-tokens", "1") == 0, "what was learned is still read as it was"

@@ -1,6 +1,6 @@
-"""A checkpoint as torch.distributed.checkpoint (DCP) files, for programs that read nothing else.
+"""Export a checkpoint as torch.distributed.checkpoint (DCP) files, for other programs.
 
-Never read back by us: DCP files are pickles, which can execute code where they are loaded, and have no hashes.
+Turnout never loads DCP files: they have no hashes, and are pickles, which can execute code when they are loaded.
 """
 
 import shutil
@@ -23,41 +23,41 @@ from trainer.errors import CheckpointError, ConfigError
 
 
 def export_dcp(folder: CheckpointFolder, step: int | None, out: Path) -> CheckpointHandle:
-    """Write a checkpoint's whole tensors, and the numbers that describe the run, into a new folder of DCP files.
+    """Write a checkpoint's whole tensors and its counters into a new folder of DCP files.
 
-    Tensors have the names that docs/checkpoint.md gives them; `step`, `position` and `optimizer_steps` are int64
-    tensors without dimensions. The whole checkpoint is in memory once. `out` is there whole or not at all; a killed
-    export leaves a folder beside it whose name begins with a dot.
+    Tensors have the names of docs/checkpoint.md; `step`, `position` and `optimizer_steps` are int64 scalars. Needs
+    memory for one whole checkpoint. `out` appears complete or not at all; a killed export leaves a folder `.export-*`
+    next to it.
 
     Args:
         folder: of the run.
-        step: of the checkpoint; None: the newest, which must be sound.
-        out: must not exist; its parent must.
+        step: of the checkpoint; None: the newest.
+        out: folder to create; its parent must exist.
 
     Returns:
-        The checkpoint; what was written was read back and found equal to it.
+        The checkpoint. The export was read back and compared with it.
 
     Raises:
         ConfigError: if `out` exists or its parent does not.
-        CheckpointError: if there is no such checkpoint, it is not sound or does not describe its run, or what was
-            written is not the source bit for bit.
+        CheckpointError: if there is no such checkpoint, it is damaged or its record of the run is incomplete, or the
+            export differs from it.
         OSError: if the disk refuses.
     """
     if "\0" in str(out):
-        raise ConfigError(f"{shown_path(out)}: is no path; name a folder")
+        raise ConfigError(f"{shown_path(out)}: is not a path; name a folder")
     if out.is_symlink() or out.exists():
         raise ConfigError(f"{out}: exists; name a folder that does not")
     if not out.parent.is_dir():
-        raise ConfigError(f"{out.parent}: is no folder; make it first")
+        raise ConfigError(f"{out.parent}: is not a folder; create it first")
     found = find(folder, folder.resolve_step(step))
     check_record(found)
     temporary = out.with_name(f".export-{uuid.uuid4().hex}")
     temporary.mkdir()
     try:
         with StoredTensors(found.path, found.manifest) as tensors, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it shall be
-            state = _numbers(found) | {name: tensors.read(name) for name in found.manifest.tensors}
-            # More threads lose errors: a save that failed would be reported as done (pytorch#191391).
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # intended
+            state = _counters(found) | {name: tensors.read(name) for name in found.manifest.tensors}
+            # With several threads DCP loses errors, and reports a failed save as done (pytorch#191391).
             writer = dcp.FileSystemWriter(temporary, thread_count=1, sync_files=True)
             dcp.save(state, storage_writer=writer, no_dist=True)
             _compare(state, temporary, out)
@@ -69,7 +69,7 @@ def export_dcp(folder: CheckpointFolder, step: int | None, out: Path) -> Checkpo
     return found
 
 
-def _numbers(found: CheckpointHandle) -> dict[str, Tensor]:
+def _counters(found: CheckpointHandle) -> dict[str, Tensor]:
     values = {
         "step": found.step,
         "position": found.run["position"],
@@ -79,7 +79,7 @@ def _numbers(found: CheckpointHandle) -> dict[str, Tensor]:
 
 
 def _compare(state: Mapping[str, Tensor], folder: Path, out: Path) -> None:
-    """Read everything back and compare it bit for bit, one tensor at a time."""
+    """Read the export back and compare it bit for bit, one tensor at a time."""
     reader = dcp.FileSystemReader(folder)
     names = reader.read_metadata().state_dict_metadata.keys()
     if names != state.keys():

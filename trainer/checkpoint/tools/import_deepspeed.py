@@ -1,11 +1,11 @@
-"""Weights out of a checkpoint that DeepSpeed wrote for a model with its own MoE layers, under their names there.
+"""Read the weights of a checkpoint that DeepSpeed wrote for a model with its own MoE layers.
 
-FOLDER/latest                                          names TAG
-FOLDER/TAG/mp_rank_00_model_states.pt                  everything but experts
+FOLDER/latest                                          contains TAG
+FOLDER/TAG/mp_rank_00_model_states.pt                  all weights but those of experts
 FOLDER/TAG/layer_L_expert_E_mp_rank_00_model_states.pt expert E of the L-th MoE layer, whichever rank held it
 
-These are pickles, which can run code where they are read: only for files whose writer is trusted. Moments are not taken
-over: DeepSpeed keeps them by rank and position, not by name.
+These are pickles, which can execute code when they are loaded: read only trusted files. Moments are not imported:
+DeepSpeed stores them by rank and position, not by name.
 """
 
 import re
@@ -26,21 +26,21 @@ _SHOWN = 5
 
 
 def read_deepspeed(folder: Path, *, is_trusted: bool) -> dict[str, Tensor]:
-    """Return every weight of a checkpoint by its name there; experts by their global numbers.
+    """Return all weights of a checkpoint under DeepSpeed's names, experts with their global numbers.
 
     Args:
-        folder: that `save_checkpoint` was given, or the one of a tag in it.
-        is_trusted: the user has said that reading pickles from there is right.
+        folder: that was passed to `save_checkpoint`, or the folder of a tag in it.
+        is_trusted: the user allows loading pickles from it.
 
     Raises:
-        CheckpointError: if they are not to be trusted, it is no such checkpoint, or experts are missing.
+        CheckpointError: if it is not trusted, is not such a checkpoint, or lacks experts.
     """
     if not is_trusted:
         raise CheckpointError(
             f"{shown_path(folder)}: DeepSpeed's checkpoints are pickles, which can run code when they are read; give "
             "--trust-checkpoint if you trust whoever wrote it"
         )
-    folder = _of_tag(folder)
+    folder = _tag_folder(folder)
     _refuse_other_kinds(folder)
     record = _unpickled(folder / "mp_rank_00_model_states.pt")
     weights = _tensors(record.get("module"), folder / "mp_rank_00_model_states.pt")
@@ -60,7 +60,7 @@ def read_deepspeed(folder: Path, *, is_trusted: bool) -> dict[str, Tensor]:
     return weights
 
 
-def _of_tag(folder: Path) -> Path:
+def _tag_folder(folder: Path) -> Path:
     latest = folder / "latest"
     if not latest.is_file():
         return folder
@@ -80,21 +80,21 @@ def _refuse_other_kinds(folder: Path) -> None:
             f"{where}: its weights are sharded over ranks (ZeRO 3); put them together with DeepSpeed first"
         )
     if any(re.fullmatch(r"layer_\d+-.*model_states\.pt", name) for name in names):
-        raise CheckpointError(f"{where}: is of a pipeline (files layer_N-model_states.pt), which is not read here")
+        raise CheckpointError(f"{where}: is of a pipeline (files layer_N-model_states.pt), which is not supported")
     if sum(bool(re.fullmatch(r"mp_rank_\d+_model_states\.pt", name)) for name in names) > 1:
-        raise CheckpointError(f"{where}: its weights are sharded over tensor-parallel ranks, which is not read here")
+        raise CheckpointError(f"{where}: its weights are sharded over tensor-parallel ranks, which is not supported")
     if "mp_rank_00_model_states.pt" not in names:
-        raise CheckpointError(f"{where}: is no checkpoint of DeepSpeed: it has no mp_rank_00_model_states.pt")
+        raise CheckpointError(f"{where}: is not a DeepSpeed checkpoint: it has no mp_rank_00_model_states.pt")
 
 
 def _unpickled(path: Path) -> Mapping[str, Any]:
-    """Read a file; as data only wherever that is possible."""
+    """Load a pickle with weights_only if possible, else in full."""
     try:
         try:
             values = torch.load(path, map_location="cpu", weights_only=True)
         except UnpicklingError:
             values = torch.load(path, map_location="cpu", weights_only=False)
-    except Exception as error:  # whatever unpickling comes to
+    except Exception as error:  # unpickling can raise anything
         raise CheckpointError(f"{shown_path(path)}: cannot be read: {first_line(error):.200}") from None
     if not isinstance(values, Mapping):
         raise CheckpointError(f"{shown_path(path)}: holds no names")
@@ -109,7 +109,7 @@ def _tensors(values: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _check_experts(folder: Path, found: Mapping[int, set[int]], counts: Any) -> None:
-    """Every layer must have each of its experts once; the main file says how many there are."""
+    """Check that each layer has all of its experts; the main file records their number."""
     expected = [count for count in counts if isinstance(count, int)] if isinstance(counts, list | tuple) else []
     for layer in sorted({*found, *range(len(expected))}):
         experts = found.get(layer, set())

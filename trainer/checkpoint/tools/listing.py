@@ -1,4 +1,4 @@
-"""List a run's checkpoints, from their manifests and sizes, or from every byte. Imports no torch."""
+"""List a run's checkpoints, comparing file sizes or every byte with the manifests. Imports no torch."""
 
 import datetime
 from collections.abc import Iterator
@@ -18,26 +18,26 @@ _OF_LAYOUT = ("world_size", "ep_size", "data", "engine")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListedCheckpoint:
-    """One checkpoint, as a list shows it."""
+    """One checkpoint of a list."""
 
     step: int
     size_bytes: int | None
-    """Size of its files; None where the manifest does not tell."""
+    """Total size of its files; None if the manifest cannot be read."""
     written_s: float
-    """When the manifest was written, else the folder: seconds since 1970, by the clock of the machine that wrote."""
+    """Modification time of the manifest, else of the folder: seconds since 1970, by the clock of the writer."""
     layout: dict[str, int | str]
     """Layout of the ranks that wrote it."""
     wrong: str | None
-    """Reason why it is not sound."""
+    """Why it is not intact; None if it is."""
 
     @property
     def written(self) -> str:
-        """The time it was written, here."""
+        """Time it was written, in local time."""
         return datetime.datetime.fromtimestamp(self.written_s).isoformat(sep=" ", timespec="seconds")
 
     @property
     def layout_text(self) -> str:
-        """The layout in words: `2 ranks, ep 2, replicate`."""
+        """Layout in words, such as `2 ranks, ep 2, replicate`."""
         ranks = self.layout.get("world_size")
         words = [] if ranks is None else [f"{ranks} rank{'' if ranks == 1 else 's'}"]
         words += [f"ep {self.layout['ep_size']}"] if "ep_size" in self.layout else []
@@ -56,11 +56,11 @@ class ListedCheckpoint:
 
 
 def list_checkpoints(folder: CheckpointFolder, *, with_content: bool) -> Iterator[ListedCheckpoint]:
-    """Yield the checkpoints, oldest first; one that is removed meanwhile is left out.
+    """Yield the checkpoints, oldest first, without those removed meanwhile.
 
     Args:
         folder: of the run.
-        with_content: hash every byte and look at every number, instead of comparing sizes.
+        with_content: verify hashes and that all values are finite, instead of only comparing sizes.
     """
     for step in folder.steps():
         with suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""Choose which checkpoints of a stopped run to remove. Imports no torch."""
+"""Plan which checkpoints of a stopped run to remove. Imports no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,36 +12,36 @@ class PrunePlan:
     """Checkpoints to remove and to keep."""
 
     remove: list[int]
-    """Steps whose checkpoint goes, oldest first."""
+    """Steps of checkpoints to remove, oldest first."""
     keep: list[int]
-    """Steps whose sound checkpoint stays."""
+    """Steps of intact checkpoints to keep."""
     damaged: dict[int, str]
-    """Steps whose checkpoint is not sound, and why; they are among those that go only if that was asked for."""
+    """Steps of damaged checkpoints, with the reason; removed only on request."""
     leftovers: list[Path]
-    """Leftovers of killed runs, to be removed."""
+    """Leftovers of killed runs, to remove."""
 
 
 def plan_prune(folder: CheckpointFolder, *, with_damaged: bool) -> PrunePlan:
-    """Judge every checkpoint of a run, which reads all of them. Only for who holds the run's lock.
+    """Verify all checkpoints of a run and plan which to remove. The caller must hold the run's lock.
 
     Args:
-        folder: of the run; says how many to keep.
-        with_damaged: let those go that are not sound.
+        folder: of the run, with the number of checkpoints to keep.
+        with_damaged: also remove damaged checkpoints.
 
     Raises:
-        CheckpointError: if there is none, or none is sound: what is left of a run is not thrown away.
+        CheckpointError: if there is no intact checkpoint: the last remains of a run are never removed.
     """
     folder.resolve_step(None)
     reasons = {step: folder.defect(step) for step in folder.steps()}
     damaged = {step: reason for step, reason in reasons.items() if reason is not None}
-    sound = [step for step in reasons if step not in damaged]
-    if not sound:
-        raise CheckpointError(f"{folder.path}: none of {len(damaged)} checkpoints is sound; nothing is removed")
-    outdated = [step for step in folder.outdated(newest=sound[-1]) if step not in damaged]
+    intact = [step for step in reasons if step not in damaged]
+    if not intact:
+        raise CheckpointError(f"{folder.path}: none of {len(damaged)} checkpoints is intact; nothing is removed")
+    outdated = [step for step in folder.outdated(newest=intact[-1]) if step not in damaged]
     remove = sorted([*outdated, *damaged]) if with_damaged else outdated
     return PrunePlan(
         remove=remove,
-        keep=[step for step in sound if step not in remove],
+        keep=[step for step in intact if step not in remove],
         damaged=damaged,
         leftovers=folder.leftovers(),
     )

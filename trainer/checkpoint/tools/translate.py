@@ -1,4 +1,4 @@
-"""Another trainer's weights made ours, as a map says which become which.
+"""Translate another trainer's weights into ours by a weight map.
 
 # E experts.
 """
@@ -24,13 +24,13 @@ def translate(
 
     Args:
         theirs: their weights by their names.
-        map_: which of them become which of ours.
+        map_: the sources of each of our weights.
         ours: shapes of all our parameters.
-        of_experts: names of the stacked ones among them, with E.
+        of_experts: E of each of our stacked expert weights.
 
     Raises:
-        CheckpointError: naming every weight of ours that has no source, every source that is missing or has another
-            shape, and every weight of theirs that is not used.
+        CheckpointError: naming our weights without a source, sources that are missing or have another shape, and their
+            weights that are not used.
     """
     source = _Source(theirs, map_.transpose)
     result: dict[str, Tensor] = {}
@@ -52,7 +52,7 @@ def translate(
 
 
 class _Source:
-    """Their weights: what is taken of them, and what is wrong with it. None stands for what could not be made."""
+    """Their weights, with a record of which were used and of all problems. Methods return None after a problem."""
 
     def __init__(self, weights: Mapping[str, Tensor], transpose: Sequence[str]) -> None:
         self._weights, self._transpose = weights, transpose
@@ -60,23 +60,23 @@ class _Source:
         self.problems: list[str] = []
 
     def make(self, ours: str, sources: Sequence[str] | None, num_experts: int | None) -> Tensor | None:
-        """Return a weight of ours, of the sources that the map names; `num_experts` if it is stacked."""
+        """Return one of our weights from its sources, stacked over `num_experts` unless that is None."""
         if sources is None:
             self.problems.append(f"{ours}: no line of the map says where it comes from")
             return None
         if num_experts is None:
-            return self._joined(sources)
+            return self._concatenate(sources)
         if not all("<expert>" in source for source in sources):
             self.problems.append(f"{ours}: is one tensor for each expert there; write <expert> for its number")
             return None
-        return self._stacked(ours, [[s.replace("<expert>", str(e)) for s in sources] for e in range(num_experts)])
+        return self._stack(ours, [[s.replace("<expert>", str(e)) for s in sources] for e in range(num_experts)])
 
     def unused(self, ignore: Sequence[str]) -> list[str]:
-        """Return what is wrong with weights of theirs that nothing was made of."""
-        rest = [n for n in self._weights if n not in self._used and not _is_among(n, ignore)]
+        """Return a problem for each of their weights that was not used."""
+        rest = [n for n in self._weights if n not in self._used and not _matches(n, ignore)]
         return [f"{name}: is not used; map it, or name it under `ignore`" for name in rest]
 
-    def _taken(self, name: str) -> Tensor | None:
+    def _take(self, name: str) -> Tensor | None:
         self._used.add(name)
         if name not in self._weights:
             near = get_close_matches(name, self._weights, n=1)
@@ -84,15 +84,15 @@ class _Source:
             self.problems.append(f"{name}: is not in the checkpoint{hint}")
             return None
         tensor = self._weights[name].float()
-        if not _is_among(name, self._transpose):
+        if not _matches(name, self._transpose):
             return tensor
         if tensor.dim() != 2:
             self.problems.append(f"{name}: has {tensor.dim()} dimensions, and `transpose` is for two")
             return None
         return tensor.mT
 
-    def _joined(self, names: Sequence[str]) -> Tensor | None:
-        parts = [self._taken(name) for name in names]
+    def _concatenate(self, names: Sequence[str]) -> Tensor | None:
+        parts = [self._take(name) for name in names]
         present = [part for part in parts if part is not None]
         if len(present) < len(parts):
             return None
@@ -102,9 +102,9 @@ class _Source:
             self.problems.append(f"{names[0]}: cannot be put together with {', '.join(names[1:])}: other shapes")
             return None
 
-    def _stacked(self, ours: str, names: Sequence[Sequence[str]]) -> Tensor | None:
-        """Return what `names` has for each expert, as one tensor."""
-        experts = [self._joined(of_one) for of_one in names]
+    def _stack(self, ours: str, names: Sequence[Sequence[str]]) -> Tensor | None:
+        """Return the tensors of all experts, stacked; `names` are the sources of each."""
+        experts = [self._concatenate(of_one) for of_one in names]
         present = [expert for expert in experts if expert is not None]
         shapes = sorted({str(list(expert.shape)) for expert in present})
         if len(shapes) > 1:
@@ -112,5 +112,5 @@ class _Source:
         return torch.stack(present) if len(present) == len(experts) and len(shapes) == 1 else None
 
 
-def _is_among(name: str, patterns: Sequence[str]) -> bool:
+def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,7 +1,6 @@
-"""Verify that a checkpoint keeps the format's promises and that its values make sense, beyond what a hash shows.
+"""Verify a checkpoint beyond its hashes: names in the files, finite values, distinct experts.
 
-A run may save weights that are not finite, and every byte of them is right. Two experts that are equal were seeded or
-sharded wrongly (FastMoE #4) and stay equal, since they get the same gradients.
+Two equal experts were seeded or sharded wrongly (FastMoE #4) and stay equal, since they get the same gradients.
 """
 
 import hashlib
@@ -23,7 +22,7 @@ from trainer.checkpoint.tensor_files import StoredTensors
 from trainer.config.nodes import shown
 from trainer.errors import CheckpointError
 
-_BLOCK_BYTES = 64 << 20  # what is in memory at a time, unless a single expert is larger
+_BLOCK_BYTES = 64 << 20  # in memory at a time, unless a single expert is larger
 _SQUARES = "optim.exp_avg_sq."
 
 
@@ -33,12 +32,12 @@ class VerifyReport:
 
     step: int
     findings: list[str] = field(default_factory=list)
-    """One line each; none: it is sound."""
+    """One line each; empty if the checkpoint is intact."""
     num_tensors: int = 0
     num_experts: int = 0
-    """Experts of a layer; 0 for a dense model."""
+    """Experts per layer; 0 for a dense model."""
     num_layers: int = 0
-    """With experts."""
+    """MoE layers."""
     size_bytes: int = 0
 
     def record(self) -> dict[str, Any]:
@@ -47,30 +46,30 @@ class VerifyReport:
 
 
 def verify_checkpoint(folder: CheckpointFolder, step: int) -> VerifyReport:
-    """Read all of a checkpoint, a block of a tensor at a time."""
+    """Read a whole checkpoint in blocks, and return everything that is wrong with it."""
     path = folder.of_step(step)
     try:
         manifest = folder.manifest(step)
     except CheckpointError as error:
         return VerifyReport(step=step, findings=[str(error)])
-    findings, unsound = [], set()
+    findings, damaged = [], set()
     for name, stated in sorted(manifest.files.items()):
         try:
             check_file(path, name, stated)
         except CheckpointError as error:
             findings.append(str(error))
-            unsound.add(name)
-    findings += [f"{path}: {flaw}" for flaw in _strangers(path, manifest)]
-    findings += [f"{path}: {flaw}" for flaw in run_record_problems(manifest)]
-    unreadable = {name for file in unsound for name in _placed_in(file, manifest)}
-    for name in sorted(manifest.files.keys() - unsound):
-        there, flaws = _names_in(path / name, manifest)
-        findings += flaws
-        unreadable |= _placed_in(name, manifest) - there
+            damaged.add(name)
+    findings += [f"{path}: {problem}" for problem in _unlisted_files(path, manifest)]
+    findings += [f"{path}: {problem}" for problem in run_record_problems(manifest)]
+    unreadable = {name for file in damaged for name in _listed_names(file, manifest)}
+    for name in sorted(manifest.files.keys() - damaged):
+        present, problems = _present_names(path / name, manifest)
+        findings += problems
+        unreadable |= _listed_names(name, manifest) - present
     with StoredTensors(path, manifest) as tensors:
         for name, stored in manifest.tensors.items():
             if name not in unreadable:
-                findings += _look_at(path, name, stored, tensors)
+                findings += _check_values(path, name, stored, tensors)
     experts = [(name, stored) for name, stored in manifest.tensors.items() if stored.is_of_experts]
     layers = {name.rpartition(".")[0] for name, _ in experts if name.startswith(WEIGHT)}
     return VerifyReport(
@@ -83,46 +82,46 @@ def verify_checkpoint(folder: CheckpointFolder, step: int) -> VerifyReport:
     )
 
 
-def _strangers(path: Path, manifest: Manifest) -> Iterator[str]:
+def _unlisted_files(path: Path, manifest: Manifest) -> Iterator[str]:
     for name in sorted(entry.name for entry in path.iterdir()):
         if name != MANIFEST and name not in manifest.files:
-            yield f"{shown(name)} is no file of this checkpoint; nothing reads it"
+            yield f"{shown(name)} is not a file of this checkpoint; nothing reads it"
 
 
-def _placed_in(file: str, manifest: Manifest) -> set[str]:
-    """Return the names of the tensors that the manifest places in a file."""
+def _listed_names(file: str, manifest: Manifest) -> set[str]:
+    """Return the tensor names that the manifest lists for a file."""
     return {name for name, stored in manifest.tensors.items() if any(part.file == file for part in stored.slices)}
 
 
-def _names_in(path: Path, manifest: Manifest) -> tuple[set[str], list[str]]:
-    """Return the names in a file, and what is wrong with them."""
+def _present_names(path: Path, manifest: Manifest) -> tuple[set[str], list[str]]:
+    """Return the tensor names in a file, and its differences from the manifest."""
     try:
-        there = set(open_tensors(path).keys())
+        present = set(open_tensors(path).keys())
     except CheckpointError as error:
         return set(), [str(error)]
-    placed, flaws = _placed_in(path.name, manifest), []
-    if lacking := sorted(placed - there):
-        flaws.append(f"{path}: lacks {lacking[0]}, which {MANIFEST} places there ({len(lacking)} such names)")
-    if more := sorted(there - placed):
-        flaws.append(f"{path}: has {shown(more[0])}, which {MANIFEST} does not place there ({len(more)} such names)")
-    return there, flaws
+    listed, problems = _listed_names(path.name, manifest), []
+    if missing := sorted(listed - present):
+        problems.append(f"{path}: lacks {missing[0]}, which {MANIFEST} lists there ({len(missing)} such)")
+    if extra := sorted(present - listed):
+        problems.append(f"{path}: has {shown(extra[0])}, which {MANIFEST} does not list there ({len(extra)} such)")
+    return present, problems
 
 
-def _look_at(path: Path, name: str, stored: StoredTensor, tensors: StoredTensors) -> Iterator[str]:
-    """Yield what is wrong with the numbers of one tensor."""
+def _check_values(path: Path, name: str, stored: StoredTensor, tensors: StoredTensors) -> Iterator[str]:
+    """Yield what is wrong with the values of one tensor."""
     where = f"{path}: {name}"
     not_finite: dict[int, int] = {}
     negative: dict[int, int] = {}
-    of_bytes: defaultdict[bytes, list[int]] = defaultdict(list)
+    starts_by_hash: defaultdict[bytes, list[int]] = defaultdict(list)
     try:
         for start, block in _blocks(name, stored, tensors):
             if block.is_floating_point():
                 _count(not_finite, start, ~block.isfinite())
                 if name.startswith(_SQUARES):
                     _count(negative, start, block < 0)
-            # Moments of experts that never had a token are all zero, and so are those of a run's first checkpoint.
+            # Moments that are all zero may be equal: experts without tokens, or a checkpoint of step 0.
             if stored.is_of_experts and block.dim() > 1 and (name.startswith(WEIGHT) or bool(block.any())):
-                of_bytes[_hash(block)].append(start)
+                starts_by_hash[_hash(block)].append(start)
     except CheckpointError as error:
         yield str(error)
         return
@@ -130,13 +129,13 @@ def _look_at(path: Path, name: str, stored: StoredTensor, tensors: StoredTensors
         if counts:
             of = f", in {_listed('expert', sorted(counts))} of {stored.length}" if stored.is_of_experts else ""
             yield f"{where}: {sum(counts.values())} values are {what}{of}"
-    for same in of_bytes.values():
+    for same in starts_by_hash.values():
         if len(same) > 1:
             yield f"{where}: {_listed('expert', same)} of {stored.length} are equal to the last bit"
 
 
 def _blocks(name: str, stored: StoredTensor, tensors: StoredTensors) -> Iterator[tuple[int, Tensor]]:
-    """Yield pieces of a tensor with their first index: experts one by one, others as large as memory shall take."""
+    """Yield (first index, block) of a tensor: experts one by one, others in blocks of _BLOCK_BYTES."""
     if 0 in stored.shape:
         return
     length = 1 if stored.is_of_experts else max(1, _BLOCK_BYTES // stored.index_bytes)
@@ -155,7 +154,7 @@ def _hash(block: Tensor) -> bytes:
 
 
 def _listed(noun: str, numbers: list[int]) -> str:
-    """Write `expert 3`, `experts 1 and 2`, `experts 0, 1, 2, 3, 4, 5, 6, 7 and 56 more`."""
+    """Return `expert 3`, `experts 1 and 2` or `experts 0, 1, 2, 3, 4, 5, 6, 7 and 56 more`."""
     first, rest = numbers[:8], len(numbers) - 8
     words = [str(number) for number in first] + ([f"{rest} more"] if rest > 0 else [])
     joined = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

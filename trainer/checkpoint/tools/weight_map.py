@@ -1,4 +1,4 @@
-"""Map from another trainer's weights to ours: a YAML file. Imports no torch."""
+"""Config of a weight map: from another trainer's weight names to ours. Imports no torch."""
 
 import re
 from collections.abc import Iterator
@@ -12,21 +12,21 @@ Name = Annotated[str, Field(min_length=1, max_length=500)]
 
 
 class WeightMapConfig(Config):
-    """Names of ours, and where each of them comes from.
+    """Sources of each of our weights.
 
-    `<layer>` stands for a number on both sides, `<expert>` in a source for each expert's in turn. Several sources are
-    put together along their first dimension.
+    `<layer>` stands for a layer number on both sides, `<expert>` in a source for the number of each expert. Several
+    sources are concatenated along dimension 0.
     """
 
     weights: dict[Name, Name | list[Name]]
-    """Our name, or a pattern of our names: the name or names there."""
+    """Our name, or a pattern of our names: the name or names of its sources."""
     ignore: list[Name] = Field(default_factory=list)
-    """Names there, with * and ?, that are not needed."""
+    """Names of sources that are not needed; * and ? are wildcards."""
     transpose: list[Name] = Field(default_factory=list)
-    """Names there, with * and ?, whose two dimensions are the other way round."""
+    """Names of two-dimensional sources to transpose; * and ? are wildcards."""
 
     def problems(self) -> Iterator[Problem]:
-        """Refuse numbers that nobody can know."""
+        """Refuse placeholders that cannot be resolved."""
         for ours, theirs in self.weights.items():
             if ours.count("<layer>") > 1:
                 yield Problem("weights", f"{ours}: has <layer> more than once")
@@ -38,7 +38,7 @@ class WeightMapConfig(Config):
                     yield Problem("weights", f"{source}: {min(unknown)} is not in {ours}")
 
     def sources(self, name: str) -> list[str] | None:
-        """Return where one of our weights comes from, `<expert>` left as it is; None if nothing says so."""
+        """Return the sources of one of our weights, with `<expert>` unresolved; None if it is not in the map."""
         for ours, theirs in self.weights.items():
             pattern = re.escape(ours).replace("<layer>", r"(?P<layer>\d+)")
             match = re.fullmatch(pattern, name)

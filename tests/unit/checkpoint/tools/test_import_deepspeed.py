@@ -303,7 +303,7 @@ def _change(folder: Path, kind: str, proof: Path) -> None:
         ("of stage 3", "its weights are sharded over ranks (ZeRO 3); put them together with DeepSpeed first"),
         ("of two tensor-parallel ranks", "its weights are sharded over tensor-parallel ranks"),
         ("of a pipeline", "is of a pipeline"),
-        ("nothing there", "is no checkpoint of DeepSpeed: it has no mp_rank_00_model_states.pt"),
+        ("nothing there", "is not a DeepSpeed checkpoint: it has no mp_rank_00_model_states.pt"),
     ],
 )
 def test_what_is_no_whole_checkpoint_is_refused(

@@ -45,7 +45,7 @@ def test_damaged_ones_go_where_that_is_asked_for(path: Path) -> None:
 @pytest.mark.parametrize("with_damaged", [False, True])
 def test_if_none_is_sound_nothing_goes(path: Path, with_damaged: bool) -> None:
     _damage(path, 5, 10, 15, 20, 25)
-    with pytest.raises(CheckpointError, match="none of 5 checkpoints is sound; nothing is removed"):
+    with pytest.raises(CheckpointError, match="none of 5 checkpoints is intact; nothing is removed"):
         plan_prune(CheckpointFolder(path), with_damaged=with_damaged)
 
 

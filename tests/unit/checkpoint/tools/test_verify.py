@@ -133,7 +133,7 @@ LIES = {
         {"model.embed.weight": torch.ones(5, 3, dtype=torch.int32)},
         r"is \[5, 3\] I32 in it, and \[5, 3\] float",
     ),
-    "name": ({"model.other": torch.ones(5, 3)}, r"has 'model\.other', which manifest\.json does not place there"),
+    "name": ({"model.other": torch.ones(5, 3)}, r"has 'model\.other', which manifest\.json does not list there"),
 }
 
 
@@ -165,7 +165,7 @@ def test_damaged_files_are_named_and_their_tensors_left_alone(tmp_path: Path, mo
 def test_a_file_that_is_not_of_it_is_named(tmp_path: Path) -> None:
     folder = _save(tmp_path, _tensors())
     (folder.of_step(3) / "model.pt").write_bytes(b"\x80\x04.")
-    assert "'model.pt' is no file of this checkpoint; nothing reads it" in verify_checkpoint(folder, 3).findings[0]
+    assert "'model.pt' is not a file of this checkpoint; nothing reads it" in verify_checkpoint(folder, 3).findings[0]
 
 
 def test_a_damaged_manifest_is_the_only_finding(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_one_that_a_trainer_removes_meanwhile_is_left_out(
             folder.remove(3)
         return strangers(path, manifest)
 
-    monkeypatch.setattr(module, "_strangers", remove_first)
+    monkeypatch.setattr(module, "_unlisted_files", remove_first)
     with pytest.raises(SystemExit, match="0"):
         main(["checkpoint", "verify", str(tmp_path), "--json"])
     assert [record["step"] for record in json.loads(capsys.readouterr().out)] == [6]
