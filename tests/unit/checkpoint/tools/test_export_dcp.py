@@ -79,7 +79,7 @@ def test_a_place_that_is_taken_is_refused(folder: CheckpointFolder, tmp_path: Pa
             out.symlink_to(tmp_path / "nowhere")
         case "no parent":
             out = tmp_path / "a" / "b"
-    with pytest.raises(ConfigError, match="is no folder" if taken == "no parent" else "exists; name a folder that"):
+    with pytest.raises(ConfigError, match="is not a folder" if taken == "no parent" else "exists; name a folder that"):
         export_dcp(folder, 3, out)
 
 

@@ -195,12 +195,12 @@ def test_one_that_a_trainer_removes_meanwhile_is_left_out(
     run = RunFolder(tmp_path)
     folder = _save(run.checkpoints, _tensors(), step=3)
     _save(run.checkpoints, _tensors(), step=6)
-    strangers = module._strangers
+    unlisted_files = module._unlisted_files
 
     def remove_first(path: Path, manifest: Manifest) -> Iterator[str]:
         if folder.of_step(3).exists():
             folder.remove(3)
-        return strangers(path, manifest)
+        return unlisted_files(path, manifest)
 
     monkeypatch.setattr(module, "_unlisted_files", remove_first)
     with pytest.raises(SystemExit, match="0"):
