@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+import trainer.training.generate_text
 import trainer.training.main
 from trainer import fault_injection
 from trainer.prove import pool  # whose processes come from the same server: its list of imports is in this one
@@ -100,7 +101,7 @@ def run(
 
 def shorten_sample() -> None:
     """Let a run of this process say 4 bytes at its end, not 320: they take longer than twenty steps of training."""
-    setattr(trainer.training.main, "_SAMPLE_TOKENS", 4)  # noqa: B010 - a constant for everybody else
+    setattr(trainer.training.generate_text, "_SAMPLE_TOKENS", 4)  # noqa: B010 - a constant for everybody else
 
 
 def _work(arguments: list[str], cwd: str, outputs: list[str], variables: dict[str, str]) -> None:

@@ -153,7 +153,7 @@ def the_end_does_not_wait_for_the_saver() -> None:
 
 def only_the_rank_that_was_asked_stops() -> None:
     """Take the stop flag of this rank for that of all."""
-    trainer.training.loop._agree = lambda run, stop, *, looks: (stop.requested_by, False)  # type: ignore[assignment]
+    trainer.training.loop._agree = lambda run, stop, *, checks_folder: (stop.requested_by, False)  # type: ignore[assignment]
 
 
 KILLED = {

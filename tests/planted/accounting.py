@@ -100,8 +100,8 @@ FAULTS = [
     _fault(
         "a step is given the rows of the one before",
         _LOOP,
-        "run.position += train.global_batch_size",
-        "run.position += train.global_batch_size - 1",
+        "run.position += batch_size",
+        "run.position += batch_size - 1",
         LOOP,
     ),
     # Of a layer

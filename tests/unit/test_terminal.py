@@ -6,6 +6,7 @@ import logging
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -15,16 +16,16 @@ from trainer.config.dump import dump, inline
 from trainer.config.loader import load
 from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.experiment import ExperimentConfig
+from trainer.models.sampling import SamplingOptions
 from trainer.terminal import print_safe, show_logs, single_line, visible
-from trainer.training import main
-from trainer.training.main import GenerateOptions
+from trainer.training import generate_text
 
 STEERS = "a\x1b[2J\x07\r\x9b\u202eb\u2028c"
 SHOWN = "a\ufffd[2J\ufffd\ufffd\ufffd\ufffdb\ufffdc"
 TRAINER = Path(cli.__file__).parent
 RAW = {
     "terminal.py": 1,  # `say` itself
-    "training/main.py": 3,  # a generated text, which a file or pipe gets as it is
+    "training/generate_text.py": 3,  # a generated text, which a file or pipe gets as it is
     "commands/config.py": 2,  # YAML and JSON, which escape by themselves
     "commands/checkpoint.py": 2,  # JSON
     "commands/evaluate.py": 1,  # JSON
@@ -115,10 +116,10 @@ def test_a_prompt_and_what_follows_it_are_shown_on_a_terminal(
 ) -> None:
     """A file or a pipe gets both as they are."""
     engine = SimpleNamespace(model=SimpleNamespace(moe_layers=list))
-    monkeypatch.setattr(main, "load_trained", lambda *_, **__: (engine, ByteTokenizer(), None))
-    monkeypatch.setattr(main, "generate", lambda *_, **__: iter(f"|{STEERS}".encode()))
+    monkeypatch.setattr(generate_text, "load_trained", lambda *_, **__: (engine, ByteTokenizer(), None))
+    monkeypatch.setattr(generate_text, "generate", lambda *_, **__: iter(f"|{STEERS}".encode()))
     screen = Screen(is_terminal=is_terminal)
     monkeypatch.setattr(sys, "stdout", screen)
-    options = GenerateOptions(prompt=STEERS, max_tokens=1, temperature=0, top_k=None, top_p=1, seed=0, step=None)
-    main.generate_text(ExperimentConfig(name="x"), RunFolder(Path("x")), options)
+    options: dict[str, Any] = {"max_tokens": 1, "sampling": SamplingOptions(temperature=0), "seed": 0, "step": None}
+    generate_text.generate_text(ExperimentConfig(name="x"), RunFolder(Path("x")), prompt=STEERS, **options)
     assert screen.getvalue() == wanted

@@ -144,7 +144,7 @@ def import_(options: argparse.Namespace) -> int:
     config = named_config(options)
     map_ = load(options.map, [], WeightMapConfig)
 
-    from trainer.training.main import start_from_deepspeed
+    from trainer.training.start_from_deepspeed import start_from_deepspeed
 
     folder = folder_of(config)
     with telling_what_makes_it(config):

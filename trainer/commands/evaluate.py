@@ -1,4 +1,4 @@
-"""The verbs that use a trained run: eval, generate."""
+"""The command `eval`: evaluate a checkpoint of a run."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ from trainer.moe.config import MoEConfig
 
 
 def add(verbs: Verbs) -> None:
-    """Add them with their arguments."""
+    """Add the command with its arguments."""
     sub = takes_step(
         takes_run(verb(verbs, "eval", evaluate, example="runs/smoke --json eval.max_tokens_per_domain=null"))
     )
@@ -30,17 +30,6 @@ def add(verbs: Verbs) -> None:
     )
     sub.add_argument("--limit", type=int, metavar="N", help="only so many examples of each of lm-eval's tasks")
 
-    sub = takes_step(
-        takes_run(verb(verbs, "generate", generate, example="runs/smoke --prompt 'It was' --max-tokens 100"))
-    )
-    sub.add_argument("--prompt", default="", help="text to go on from; default: the start of a document")
-    sub.add_argument("--max-tokens", type=int, default=400, help="how many tokens to write at the most (400)")
-    sub.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (0.8)")
-    sub.add_argument("--top-k", type=int, help="draw from the k likeliest tokens only")
-    sub.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this total mass (1)")
-    sub.add_argument("--greedy", action="store_true", help="the same as --temperature 0")
-    sub.add_argument("--seed", type=int, default=0, help="the same seed writes the same text (0)")
-
 
 def evaluate(options: argparse.Namespace) -> int:
     """Evaluate a run's newest checkpoint: tasks, and held-out text (all with eval.max_tokens_per_domain=null)."""
@@ -51,7 +40,7 @@ def evaluate(options: argparse.Namespace) -> int:
     if top_ks is None and options.lm_eval is None:
         check_packages(config.eval, at="eval")
 
-    from trainer.training.evaluate import evaluate_by_lm_eval, evaluate_checkpoint, evaluate_top_ks
+    from trainer.training.evaluate_run import evaluate_by_lm_eval, evaluate_checkpoint, evaluate_top_ks
 
     screen = sys.stderr if options.json else sys.stdout
     with telling_what_makes_it(config):
@@ -133,36 +122,3 @@ def _check_lm_eval(options: argparse.Namespace) -> None:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
-
-
-def generate(options: argparse.Namespace) -> int:
-    """Write text with a run's newest checkpoint."""
-    config, folder = existing_run(options)
-    is_sound = (
-        0 <= options.temperature < float("inf")
-        and 0 < options.top_p <= 1
-        and (options.top_k is None or 1 <= options.top_k <= MAX_INT)
-        and 1 <= options.max_tokens <= MAX_INT
-        and 0 <= options.seed <= MAX_INT
-    )
-    if not is_sound:
-        raise ConfigError(
-            "generate: use --temperature >= 0, 0 < --top-p <= 1, --top-k >= 1, --max-tokens >= 1, --seed >= 0, whole "
-            "numbers below 2^63"
-        )
-
-    from trainer.training.main import GenerateOptions, generate_text
-
-    return generate_text(
-        config,
-        folder,
-        GenerateOptions(
-            prompt=options.prompt,
-            max_tokens=options.max_tokens,
-            temperature=0.0 if options.greedy else options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=options.seed,
-            step=options.step,
-        ),
-    )

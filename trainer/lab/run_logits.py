@@ -19,7 +19,7 @@ from trainer.evaluation.routing_gap import held_out_rows
 from trainer.experiment import ExperimentConfig
 from trainer.lab.logits import LayerLogits, Logits, training_context
 from trainer.moe.routing import RoutingOptions
-from trainer.training.resume import load_trained
+from trainer.training.load_trained import load_trained
 
 
 def logits_of_run(config: ExperimentConfig, folder: RunFolder, *, sequences: int, seed: int) -> Logits:

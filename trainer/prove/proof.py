@@ -20,7 +20,7 @@ from trainer.prove.progress import LayoutProgress
 from trainer.prove.ranks import run_case
 from trainer.prove.report import Table, TableRow, write_json
 from trainer.prove.rounding import FLOORS, TOLERANCES
-from trainer.training.model import check_memory
+from trainer.training.memory import check_memory
 
 _FIRST_STEPS = 5
 """Below float64 a near tie parts two correct trajectories sooner or later: so many steps are compared."""

@@ -8,13 +8,13 @@ from trainer.training.run import Run
 
 
 def record_step_health(run: Run, done: int, result: StepResult, *, limit: float | None) -> None:
-    """Count and report a step that was skipped or whose loss is a spike.
+    """Count and report a skipped step or a loss spike.
 
     Args:
-        run: whose counters and window of losses move on.
+        run: its counters and its window of losses are updated.
         done: completed steps, this one included.
         result: of this step.
-        limit: what the window said, before the step, a spike is above.
+        limit: loss above which this step is a spike, as of before the step.
     """
     spikes = run.spikes
     is_spike = result.not_finite is None and limit is not None and result.loss > limit
@@ -26,31 +26,32 @@ def record_step_health(run: Run, done: int, result: StepResult, *, limit: float 
         run.skipped_in_a_row = 0
     if is_spike:
         spikes.count += 1
-        usual = f"above {limit:.4g}, {spikes.sigmas:g} standard deviations over the mean of {len(spikes.losses)} losses"
-        what = f"its loss {result.loss:.4g} is a spike ({usual})"
+        bound = f"above {limit:.4g}, {spikes.sigmas:g} standard deviations over the mean of {len(spikes.losses)} losses"
+        problem = f"loss {result.loss:.4g} is a spike ({bound})"
         if not result.skipped:
-            run.console.warning(f"step {done}: {what}; it was taken, as train.spikes.skip is false")
-        elif spikes.skipped():
+            run.console.warning(f"step {done}: {problem}; the step was taken, as train.spikes.skip is false")
+        elif spikes.note_skipped():
             run.console.warning(
-                f"step {done} skipped: {what}; the {spikes.skipped_in_a_row}. in a row: losses like it "
-                "are taken for usual from now on"
+                f"step {done} skipped: {problem}, number {spikes.skipped_in_a_row} in a row: the spike window restarts "
+                "from here"
             )
         else:
-            run.console.warning(f"step {done} skipped: {what}")
+            run.console.warning(f"step {done} skipped: {problem}")
     if not result.skipped:
-        spikes.taken(result.loss)
+        spikes.note_taken(result.loss)
 
 
 def check_patience(run: Run, done: int, result: StepResult) -> None:
-    """Give up a run whose loss or gradient does not become finite again.
+    """Stop a run whose loss or gradient stays non-finite.
 
     Raises:
-        NumericsError: after `train.max_consecutive_skips` such steps, or because copies of the weights differ.
+        NumericsError: after `train.max_consecutive_skips` such steps.
+        DivergedError: if replicas of the weights differ, the likely cause where one rank alone is affected.
     """
     if result.not_finite is None or run.skipped_in_a_row < run.config.train.max_consecutive_skips:
         return
-    confirm_copies(run, done)  # the likely cause, where one rank alone is ill
-    check_finite(run.engine.state().slices, run.mesh.world, run.saver.folder, step=done)  # and where all are
+    check_replicas(run, done)
+    check_finite(run.engine.state().slices, run.mesh.world, run.saver.folder, step=done)
     raise NumericsError(
         f"step {done}: {run.skipped_in_a_row} steps in a row are not finite, the last one because {result.not_finite}; "
         f"the weights are those of step {done - run.skipped_in_a_row - run.spikes.skipped_in_a_row}: lower "
@@ -58,11 +59,11 @@ def check_patience(run: Run, done: int, result: StepResult) -> None:
     )
 
 
-def confirm_copies(run: Run, done: int) -> None:
-    """See that all ranks with copies of the same numbers hold the same ones; after each step at the most once.
+def check_replicas(run: Run, done: int) -> None:
+    """Check that replicated tensors are bitwise equal across ranks, at most once per step. Collective.
 
     Raises:
-        NumericsError: if any differ.
+        DivergedError: if any differ.
     """
     if run.copies_equal_at != done:
         check_copies(run.engine.state(), run.mesh, step=done, equal_at=run.copies_equal_at)

@@ -1,4 +1,4 @@
-"""Everything of one training run, as the loop and the guard have it."""
+"""State of one training run, shared by the modules of this package."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +27,7 @@ from trainer.training.spikes import SpikeWindow
 
 @dataclass(slots=True, kw_only=True)
 class Run:
-    """Everything of one training run."""
+    """State of one training run on one rank."""
 
     config: ExperimentConfig
     mesh: Mesh
@@ -41,30 +41,30 @@ class Run:
     console: Console
     trackers: Trackers
     logs: JsonlTracker | None
-    """metrics.jsonl and routing.jsonl, where this rank writes them."""
+    """metrics.jsonl and routing.jsonl; None on ranks that do not write them."""
     machine: Machine
     profiler: Profiler
     size: ModelSize
     spikes: SpikeWindow
     id: str = ""
-    """Run id for trackers; rank 0 knows it."""
+    """Run id for trackers; on rank 0 only."""
     parent: Parent | None = None
-    """The run that it branched off from; rank 0 knows it."""
+    """Run that this one branched off from; on rank 0 only."""
     start_step: int = 0
     """Completed steps."""
     position: int = 0
-    """Number of the next training row: with the seed, all there is to resume of the data."""
+    """Number of the next training row: with the seed, the whole state of the data order."""
     tokens: int = 0
-    """Tokens read so far, without padding."""
+    """Tokens trained on so far, without padding."""
     skipped_steps: int = 0
-    """Steps so far that were not taken: not finite, or skipped spikes."""
+    """Steps that were not taken so far: non-finite ones and skipped spikes."""
     skipped_in_a_row: int = 0
-    """Steps that were not finite since the last one that was taken."""
+    """Non-finite steps since the last step that was taken."""
     copies_equal_at: int | None = None
-    """Completed steps when ranks were last seen to hold equal copies; None: not looked yet."""
+    """Completed steps at the last check that replicas are equal; None: not checked yet."""
 
     def checkpoint_info(self) -> dict[str, Any]:
-        """Return what a checkpoint says of itself beside the state."""
+        """Return the metadata of a checkpoint."""
         return {
             "id": self.id,
             "parent": self.parent_record(),
@@ -78,28 +78,27 @@ class Run:
             "rows_of_a_step": self.config.train.global_batch_size,
             "data_fingerprint": self.corpus.fingerprint,
             "tokenizer_fingerprint": self.corpus.tokenizer.fingerprint,
-            # No generator has a state: weights, order of the rows and all noise are functions of this and the numbers
-            # of step and row.
+            # No generator has state: weights, row order and noise are functions of the seed, the step and the row.
             "random": {"kind": "counter_based", "seed": self.config.seed},
-            "layout": self.layout(),
+            "layout": self.layout_record(),
             "versions": {"turnout": turnout_version(), "torch": torch.__version__},
             "config": self.config.model_dump(mode="json"),
         }
 
     def parent_record(self) -> dict[str, Any] | None:
-        """Return the run that it branched off from, in JSON values."""
+        """Return the parent run as JSON values."""
         return None if self.parent is None else asdict(self.parent)
 
-    def list_skipped_rows(self) -> None:
-        """Write what was left out of the text so far into the run folder; a disk that refuses is a warning."""
+    def write_skipped_rows(self) -> None:
+        """List the rows skipped so far in the run folder; a disk error is a warning."""
         try:
             skipped = self.stream.skipped(self.config.data.sources)
             write_list(self.folder.skipped_rows, skipped, goes_on=self.position > 0)
         except OSError as error:
             self.console.warning(f"{self.folder.skipped_rows}: cannot be written: {error.strerror or error}")
 
-    def layout(self) -> dict[str, int | str]:
-        """Return who trains, in JSON values."""
+    def layout_record(self) -> dict[str, int | str]:
+        """Return the layout as JSON values."""
         return {
             "world_size": self.mesh.layout.world_size,
             "ep_size": self.mesh.layout.ep_size,

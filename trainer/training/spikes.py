@@ -1,25 +1,25 @@
-"""Loss spikes: losses far above those of the steps before."""
+"""Detect loss spikes: losses far above those of recent steps."""
 
 import math
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-_LEAST = 32
-"""Losses that tell what is usual: fewer judge nothing."""
+_MIN_LOSSES = 32
+"""With fewer losses in the window no step is a spike."""
 
 
 class SpikeWindow:
-    """The last losses of steps that were taken, and what counts as a spike after them.
+    """Recent losses of steps that were taken, and the limit above which the next loss is a spike.
 
-    Only finite losses of steps that were taken enter: one NaN would make every comparison false, and spikes that were
-    skipped would make themselves usual. So that a loss which stays high is not skipped for ever, the window empties
-    after `patience` skipped spikes without a step between them that was taken; the next 32 losses are then not judged.
+    Losses of skipped steps stay out: one NaN would make every comparison false, and skipped spikes would raise the
+    limit. So that a loss which stays high is not skipped forever, the window is emptied after `patience` skipped spikes
+    in a row; no spike is detected until it holds 32 losses again.
 
     Args:
-        sigmas: standard deviations above the mean; None: nothing is a spike.
-        size: how many losses to keep.
-        patience: skipped spikes in a row after which what is usual is learned anew.
+        sigmas: standard deviations above the mean; None: no loss is a spike.
+        size: losses in the window.
+        patience: skipped spikes in a row after which the window restarts.
     """
 
     def __init__(self, *, sigmas: float | None, size: int, patience: int) -> None:
@@ -29,25 +29,25 @@ class SpikeWindow:
         self.count = 0
         """Spikes so far, skipped or not."""
         self.skipped_in_a_row = 0
-        """Spikes that were skipped since the last step that was taken."""
+        """Spikes skipped since the last step that was taken."""
 
     def limit(self) -> float | None:
-        """Return the loss above which the next step is a spike, in nats per token; None: it is not judged."""
-        if self.sigmas is None or len(self.losses) < _LEAST:
+        """Return the loss above which the next step is a spike, in nats per token; None: no limit."""
+        if self.sigmas is None or len(self.losses) < _MIN_LOSSES:
             return None
         mean = math.fsum(self.losses) / len(self.losses)
         variance = math.fsum((loss - mean) ** 2 for loss in self.losses) / len(self.losses)
-        # Losses that are all the same say nothing of how far one may be from them.
+        # Constant losses have no scale to compare with.
         return mean + self.sigmas * math.sqrt(variance) if variance > 0 else None
 
-    def taken(self, loss: float) -> None:
-        """Note the loss of a step that was taken."""
+    def note_taken(self, loss: float) -> None:
+        """Add the loss of a step that was taken."""
         self.skipped_in_a_row = 0
         if self.sigmas is not None:
             self.losses.append(loss)
 
-    def skipped(self) -> bool:
-        """Note a spike that was skipped; return whether it was one too many, so that the window starts anew."""
+    def note_skipped(self) -> bool:
+        """Count a skipped spike; return whether the window restarts because of it."""
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row < self.patience:
             return False
@@ -55,11 +55,11 @@ class SpikeWindow:
         return True
 
     def record(self) -> dict[str, Any]:
-        """Return everything that later decisions hang on, for a checkpoint; JSON keeps each float to its last bit."""
+        """Return the state for a checkpoint; JSON keeps every bit of a float."""
         return {"losses": list(self.losses), "count": self.count, "skipped_in_a_row": self.skipped_in_a_row}
 
     def restore(self, record: Mapping[str, Any]) -> None:
-        """Take over a `record`; an empty one, as of a checkpoint that has none, is a new window."""
+        """Restore a `record`; an empty one, from a checkpoint without it, gives an empty window."""
         self.losses.clear()
         self.losses.extend(record.get("losses", []))
         self.count = int(record.get("count", 0))

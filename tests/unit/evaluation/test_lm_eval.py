@@ -156,7 +156,7 @@ def test_data_that_is_not_there_is_an_error_of_data(model: LmEvalModel, tasks: P
 def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from trainer.checkpoint.run_folder import RunFolder
     from trainer.experiment import ExperimentConfig
-    from trainer.training.evaluate import evaluate_by_lm_eval
+    from trainer.training.evaluate_run import evaluate_by_lm_eval
 
     monkeypatch.delitem(sys.modules, "trainer.evaluation.lm_eval")
     monkeypatch.setitem(sys.modules, "lm_eval", None)

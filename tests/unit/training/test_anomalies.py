@@ -266,9 +266,9 @@ def _spikes(**fields: Any) -> dict[str, dict[str, Any]]:
 def test_a_spike_is_reported_and_counted_and_taken(folder: Path) -> None:
     report = _run(folder, _spikes(), factors={40: 3.0, 20: 3.0})
     assert len(report.said) == 1, "at step 20 there was too little to judge by"
-    assert report.said[0].startswith("step 40: its loss ")
+    assert report.said[0].startswith("step 40: loss ")
     assert "is a spike (above " in report.said[0] and "over the mean of 39 losses)" in report.said[0]
-    assert report.said[0].endswith("; it was taken, as train.spikes.skip is false")
+    assert report.said[0].endswith("; the step was taken, as train.spikes.skip is false")
     assert [r["loss_spikes"] for r in _records(folder)] == [int(step >= 40) for step in range(1, 61)]
     assert {r["skipped_steps"] for r in _records(folder)} == {0}
     assert report.window["losses"] == [r["loss"] for r in _records(folder)], "each loss, to its last bit"
@@ -276,7 +276,7 @@ def test_a_spike_is_reported_and_counted_and_taken(folder: Path) -> None:
 
 def test_a_spike_is_skipped_on_all_ranks_and_stays_out_of_the_window(ranks: Ranks, folder: Path) -> None:
     first, second = ranks.run(2, _on_a_rank, folder, _spikes(skip=True, steps=42), 1, {40: 5.0, 41: math.nan})
-    assert first.said[0].startswith("step 40 skipped: its loss ") and "is a spike (above " in first.said[0]
+    assert first.said[0].startswith("step 40 skipped: loss ") and "is a spike (above " in first.said[0]
     assert first.said[1].startswith("step 41 skipped: the gradient of ") and len(first.said) == 2
     records = _records(folder)
     assert [(r["skipped_steps"], r["loss_spikes"]) for r in records[38:]] == [(0, 0), (1, 1), (2, 1), (2, 1)]
@@ -290,7 +290,7 @@ def test_a_loss_that_stays_high_is_taken_after_a_few_skipped_steps(folder: Path)
     report = _run(folder, changes, factors=dict.fromkeys(range(41, 81), 3.0))
     assert report.error is None
     assert [line[:15] for line in report.said] == [f"step {step} skipped" for step in (41, 42, 43)]
-    assert report.said[-1].endswith("; the 3. in a row: losses like it are taken for usual from now on")
+    assert report.said[-1].endswith(", number 3 in a row: the spike window restarts from here")
     assert _records(folder)[-1]["skipped_steps"] == 3
     assert len(report.window["losses"]) == 80 - 43 and report.window["skipped_in_a_row"] == 0
 

@@ -1,4 +1,4 @@
-"""A training that cannot fit is refused before anything of it is made, by what must be in memory at once."""
+"""Tests for check_memory: a run that cannot fit is refused before anything is allocated."""
 
 import re
 from typing import Any
@@ -11,8 +11,8 @@ from trainer.errors import ResourceError
 from trainer.experiment import ExperimentConfig
 from trainer.metrics import system_stats
 from trainer.metrics.system_stats import total_memory
-from trainer.training import model
-from trainer.training.model import check_memory
+from trainer.training import memory
+from trainer.training.memory import check_memory
 
 CPU = torch.device("cpu")
 MODEL = {"num_layers": 2, "d_model": 8, "num_heads": 2, "d_ff": 16, "seq_len": 32, "tie_embeddings": True}
@@ -58,9 +58,9 @@ CASES = {
 def test_what_is_needed_fits_and_a_byte_less_is_refused(
     config: ExperimentConfig, layout: Layout, needed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "total_memory", lambda device: needed)
+    monkeypatch.setattr(memory, "total_memory", lambda device: needed)
     check_memory(config, layout, CPU)
-    monkeypatch.setattr(model, "total_memory", lambda device: needed - 1)
+    monkeypatch.setattr(memory, "total_memory", lambda device: needed - 1)
     with pytest.raises(ResourceError, match=r"x: .* at least"):
         check_memory(config, layout, CPU)
 
@@ -70,8 +70,8 @@ def test_what_is_needed_fits_and_a_byte_less_is_refused(
     [
         (
             {"model": {"num_layers": 1, "d_model": 2**18, "num_heads": 2, "moe": None}},
-            r"it needs at least 4\.41 TB of memory \(4\.41 TB for weights with gradients and moments\), and there are "
-            r"16\.0 GB; lower model\.d_model, model\.num_layers or the experts",
+            r"needs at least 4\.41 TB of memory \(4\.41 TB for weights with gradients and moments\), and "
+            r"16\.0 GB is available; lower model\.d_model, model\.num_layers or the experts",
         ),
         (
             {"model": {**MODEL, "seq_len": 2**27}},
@@ -86,7 +86,7 @@ def test_what_is_needed_fits_and_a_byte_less_is_refused(
 def test_what_needs_the_most_is_named_with_the_key_that_lowers_it(
     sections: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "total_memory", lambda device: 16 * 10**9)
+    monkeypatch.setattr(memory, "total_memory", lambda device: 16 * 10**9)
     with pytest.raises(ResourceError) as caught:
         check_memory(_config(**sections), Layout(), CPU)
     assert re.search(said, str(caught.value)), str(caught.value)

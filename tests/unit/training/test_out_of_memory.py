@@ -1,4 +1,4 @@
-"""Memory that runs out: what is advised helps there, wherever it happens."""
+"""Tests for the advice in out-of-memory errors."""
 
 import contextlib
 import io
@@ -26,46 +26,46 @@ PLACES: dict[str, tuple[str, list[str], str]] = {
     "text": (
         "trainer.training.setup.build_corpus",
         [],
-        "text is read: {}; lower data.workers, each of which holds a part of it",
+        "reading text: {}; lower data.workers, each of which holds a part of it",
     ),
     "weights": (
         "trainer.training.setup.build_model",
         [],
-        "the weights are made (0.0M parameters in all): {}; " + SMALLER,
+        "making the weights (0.0M parameters in all): {}; " + SMALLER,
     ),
     "dense weights": (
         "trainer.training.setup.build_model",
         ["model.moe=null"],
-        "the weights are made (0.0M parameters in all): {}; make the model smaller (model.d_model, model.d_ff, "
+        "making the weights (0.0M parameters in all): {}; make the model smaller (model.d_model, model.d_ff, "
         "model.num_layers)",
     ),
     "engine": (
         "trainer.engine.native.NativeEngine.__init__",
         [],
-        "the optimizer state is made, two numbers for each weight: {}; cut it over more ranks (parallel.data: shard), "
+        "making the optimizer state, two numbers per weight: {}; shard it over more ranks (parallel.data: shard), "
         f"or {SMALLER}",
     ),
     "moments": (
         "trainer.engine.native.NativeEngine._state_of",
         ["parallel.data=shard"],
-        "the optimizer state is made, two numbers for each weight: {}; " + SMALLER,
+        "making the optimizer state, two numbers per weight: {}; " + SMALLER,
     ),
-    "step": ("trainer.engine.step.StepEngine.accumulate", [], "a step is taken: {}; " + BATCH),
+    "step": ("trainer.engine.step.StepEngine.accumulate", [], "taking a step: {}; " + BATCH),
     "step of a row": (
         "trainer.engine.step.StepEngine.accumulate",
         ["parallel.micro_batch_size=1"],
-        "a step is taken: {}; parallel.micro_batch_size is 1 already: lower model.seq_len, or " + SMALLER,
+        "taking a step: {}; parallel.micro_batch_size is 1 already: lower model.seq_len, or " + SMALLER,
     ),
-    "evaluation": ("trainer.training.evaluate.evaluate", [], "the model is evaluated: {}; " + BATCH),
+    "evaluation": ("trainer.training.evaluate_run.evaluate_held_out", [], "evaluating the model: {}; " + BATCH),
     "save": (
         "trainer.checkpoint.saver.Saver._copy",
         [],
-        "the state is copied to be saved: {}; set checkpoint.asynchronous: false, which makes no copy of it",
+        "copying the state to save it: {}; set checkpoint.asynchronous: false, which makes no copy of it",
     ),
     "save without a copy": (
         "trainer.checkpoint.saver.Saver._copy",
         ["checkpoint.asynchronous=false"],
-        "the state is copied to be saved: {}; " + SMALLER,
+        "copying the state to save it: {}; " + SMALLER,
     ),
 }
 ALLOCATION = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
@@ -108,13 +108,13 @@ def test_a_checkpoint_that_does_not_fit_is_no_matter_of_the_batch(
 ) -> None:
     assert _train()[0] == 0
     read = (
-        f"out of memory while a checkpoint is read: {ALLOCATION}; use more ranks (parallel.ep_size), or a machine with"
+        f"out of memory while reading a checkpoint: {ALLOCATION}; use more ranks (parallel.ep_size), or a machine with"
     )
     monkeypatch.setattr("trainer.training.resume.StoredTensors.read", _refuse)
     assert _train("train.steps=3") == (7, f"{read} more memory\n")
     monkeypatch.undo()
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("trainer.training.resume.build_model", _refuse)
+    monkeypatch.setattr("trainer.training.load_trained.build_model", _refuse)
     code, said = _run("generate", "runs/tiny")
     assert (code, said) == (7, f"{read} more memory\n")
 

@@ -22,7 +22,8 @@ from trainer.errors import CheckpointError, ConfigError, TurnoutError
 from trainer.experiment import ExperimentConfig
 from trainer.trackers.base import Trackers
 from trainer.training.run import Run
-from trainer.training.setup import build_run, track
+from trainer.training.setup import build_run
+from trainer.training.start_trackers import start_trackers
 
 CONFIG = """\
 name: tiny
@@ -166,7 +167,7 @@ def test_what_is_learned_is_compared_with_what_the_checkpoint_says(folder: Path)
         f"seed was 1337 in {path} and is now 7",
         f"schedule.peak_lr was 0.001 in {path} and is now 0.002",
         f"seed: {ORDER}",
-        "the learning rate was 1.00e-03 in step 1 and goes on with 1.99e-03 in step 2 "
+        "the learning rate was 1.00e-03 in step 1 and continues at 1.99e-03 in step 2 "
         "(schedule.peak_lr: 0.001 -> 0.002, train.steps: 10 -> 20)",
     ]
     assert run.start_step == 1
@@ -220,7 +221,7 @@ def test_a_config_of_another_version_leaves_model_and_seed_to_compare(folder: Pa
     with pytest.raises(CheckpointError, match=r"model\.norm_eps is 1\.0e-06 in it and 0\.001 in the config"):
         _build(folder, ["model.norm_eps=1e-3"])
     assert _build(folder, ["seed=7"])[1] == [
-        f"{path}: its config is not one of this version; beside model and seed nothing of it is compared",
+        f"{path}: this version cannot read its config; only model and seed are compared",
         f"seed was 1337 in {path} and is now 7",
         f"seed: {ORDER}",
     ]
@@ -243,7 +244,7 @@ def test_a_jump_of_the_learning_rate_is_said_where_a_run_goes_on(folder: Path) -
         return warnings
 
     def jump(rate: str, changes: str) -> str:
-        return f"the learning rate was 3.00e-04 in step 40 and goes on with {rate} in step 41 ({changes})"
+        return f"the learning rate was 3.00e-04 in step 40 and continues at {rate} in step 41 ({changes})"
 
     assert said("train.steps=60") == [jump("9.34e-04", "train.steps: 40 -> 60")]
     other = ["schedule.kind=warmup_stable_decay", "schedule.warmup_steps=0", "train.steps=80"]
@@ -274,9 +275,9 @@ def test_a_copy_is_a_run_of_its_own_in_wandb_too_and_a_moved_folder_is_not(
     else:
         here.rename(there)
     orders: list[dict[str, Any]] = []
-    monkeypatch.setattr("trainer.training.setup.WandbTracker", lambda _, **given: orders.append(given))
+    monkeypatch.setattr("trainer.training.start_trackers.WandbTracker", lambda _, **given: orders.append(given))
     second, said = _build(folder, ["name=b", "metrics.wandb.mode=offline"])
-    track(second)
+    start_trackers(second)
     second.trackers = Trackers()
     assert second.start_step == 3 and orders[0]["run_id"] == second.id == (there / "run_id").read_text().strip()
     assert (second.id == first.id) == (what == "moved folder") == ("parent" not in orders[0]["described"])

@@ -11,7 +11,7 @@ from trainer.training.spikes import SpikeWindow
 def _filled(count: int, **fields: int) -> SpikeWindow:
     window = SpikeWindow(sigmas=6.0, **{"size": 128, "patience": 3, **fields})
     for i in range(count):
-        window.taken(2.0 + 0.1 * (i % 5))
+        window.note_taken(2.0 + 0.1 * (i % 5))
     return window
 
 
@@ -29,7 +29,7 @@ def test_nothing_is_judged_by_fewer_than_32_losses() -> None:
 def test_losses_that_are_all_the_same_judge_nothing() -> None:
     window = SpikeWindow(sigmas=6.0, size=64, patience=3)
     for _ in range(64):
-        window.taken(0.1)
+        window.note_taken(0.1)
     assert window.limit() is None
 
 
@@ -37,33 +37,33 @@ def test_only_the_last_losses_count() -> None:
     window = _filled(100, size=40)
     assert len(window.losses) == 40
     for _ in range(40):
-        window.taken(9.0)
-    window.taken(9.5)
+        window.note_taken(9.0)
+    window.note_taken(9.5)
     limit = window.limit()
     assert limit is not None and limit > 9.0
 
 
 def test_the_window_starts_anew_after_too_many_skipped_spikes_in_a_row() -> None:
     window = _filled(40)
-    assert [window.skipped(), window.skipped(), window.skipped()] == [False, False, True]
+    assert [window.note_skipped(), window.note_skipped(), window.note_skipped()] == [False, False, True]
     assert window.limit() is None and not window.losses
     assert window.skipped_in_a_row == 3
-    window.taken(50.0)
+    window.note_taken(50.0)
     assert window.skipped_in_a_row == 0
 
 
 def test_a_step_that_is_taken_between_them_begins_the_count_again() -> None:
     window = _filled(40)
-    assert not window.skipped() and not window.skipped()
-    window.taken(2.0)
-    assert not window.skipped() and not window.skipped() and window.skipped()
+    assert not window.note_skipped() and not window.note_skipped()
+    window.note_taken(2.0)
+    assert not window.note_skipped() and not window.note_skipped() and window.note_skipped()
 
 
 def test_a_window_survives_json_to_the_last_bit() -> None:
     window = _filled(50)
-    window.taken(1 / 3)
+    window.note_taken(1 / 3)
     window.count = 7
-    assert not window.skipped()
+    assert not window.note_skipped()
     other = _filled(3)
     other.restore(json.loads(json.dumps(window.record())))
     assert other.record() == window.record() and other.limit() == window.limit()
@@ -79,5 +79,5 @@ def test_a_smaller_window_takes_over_the_newest() -> None:
 def test_no_sigmas_no_spikes() -> None:
     window = SpikeWindow(sigmas=None, size=64, patience=3)
     for i in range(64):
-        window.taken(float(i))
+        window.note_taken(float(i))
     assert window.limit() is None and not window.losses

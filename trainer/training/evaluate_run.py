@@ -27,11 +27,11 @@ from trainer.experiment import ExperimentConfig
 from trainer.moe.causality import evaluation_warning
 from trainer.packages import importing
 from trainer.terminal import print_safe
-from trainer.training import out_of_memory
-from trainer.training.resume import load_trained
+from trainer.training import memory
+from trainer.training.load_trained import load_trained
 
 
-def examine(
+def evaluate_run(
     config: ExperimentConfig,
     engine: Engine,
     corpus: Corpus,
@@ -40,7 +40,7 @@ def examine(
     *,
     with_held_out: bool = True,
 ) -> EvalReport:
-    """Evaluate held-out text as the `eval` section says, and these tasks, spread over all ranks."""
+    """Evaluate held-out text, with the options of the `eval` section, and tasks. Collective."""
     held_out = None
     if with_held_out:
         held_out = evaluate_held_out(
@@ -52,52 +52,52 @@ def examine(
             at_capacity=config.eval.at_capacity,
             layout=mesh.layout,
         )
-    subject = _subject(config, engine, mesh)
-    return EvalReport(held_out=held_out, tasks=[task.evaluate(subject) for task in tasks])
+    context = _context(config, engine, mesh)
+    return EvalReport(held_out=held_out, tasks=[task.evaluate(context) for task in tasks])
 
 
 def evaluate_checkpoint(
     config: ExperimentConfig, folder: RunFolder, *, step: int | None, only: Sequence[str] | None, screen: TextIO
 ) -> dict[str, float | str]:
-    """Evaluate a checkpoint as the `eval` section says, show it on `screen` and return its numbers.
+    """Evaluate a checkpoint with the options of the `eval` section; show and return the metrics.
 
     Args:
         config: of the run.
-        folder: where its checkpoints are; gets predictions, and the picture of its experts.
-        step: which checkpoint; None: the newest.
-        only: evaluate only these tasks, and no held-out text; None: everything.
-        screen: where to show it.
+        folder: of the run; predictions and the picture of the experts are written there.
+        step: of the checkpoint; None: the newest.
+        only: evaluate only these tasks and no held-out text; None: everything.
+        screen: where to print.
     """
     console = Console(file=sys.stderr)
     engine, corpus, found = _with_text(config, folder, step, console)
-    chosen = [task for task in config.eval.tasks if only is None or task.name in only]
+    selected = [task for task in config.eval.tasks if only is None or task.name in only]
     alone = Mesh.of_one()
-    tasks = load_tasks(chosen, corpus, seq_len=config.model.seq_len, world=alone.world, warn=console.warning)
-    with out_of_memory.evaluating(config):
-        examination = examine(config, engine, corpus, tasks, alone, with_held_out=only is None)
+    tasks = load_tasks(selected, corpus, seq_len=config.model.seq_len, world=alone.world, warn=console.warning)
+    with memory.hint_evaluation(config):
+        evaluation = evaluate_run(config, engine, corpus, tasks, alone, with_held_out=only is None)
     layers, title = engine.model.config.moe_layers, f"{config.name} at step {found.step}"
-    summary = summarize_evaluation(examination, corpus, layers, title=title)
-    written = _write_findings(folder, examination, summary, step=found.step, warn=console.warning)
-    with closing(Console(file=screen)) as shown:
-        shown.summary(replace(summary, written=written))
+    summary = summarize_evaluation(evaluation, corpus, layers, title=title)
+    written = _write_files(folder, evaluation, summary, step=found.step, warn=console.warning)
+    with closing(Console(file=screen)) as console:
+        console.summary(replace(summary, written=written))
     signatures = {f"eval/{t.name}/{key}_signature": text for t in tasks for key, text in t.signatures.items()}
-    return {"step": found.step, **examination.record(), **signatures}
+    return {"step": found.step, **evaluation.record(), **signatures}
 
 
 def evaluate_top_ks(
     config: ExperimentConfig, folder: RunFolder, top_ks: Sequence[int], *, step: int | None, screen: TextIO
 ) -> dict[str, Any]:
-    """Evaluate a checkpoint's held-out text at several numbers of experts for a token; show and return the numbers.
+    """Evaluate a checkpoint's held-out text at several numbers of experts per token; show and return the metrics.
 
     Args:
         config: of a run whose router has the option `top_k`.
-        folder: where its checkpoints are.
-        top_ks: numbers that the router can give.
-        step: which checkpoint; None: the newest.
-        screen: where to show it.
+        folder: of the run.
+        top_ks: numbers of experts per token that the router allows.
+        step: of the checkpoint; None: the newest.
+        screen: where to print.
     """
     engine, corpus, found = _with_text(config, folder, step, Console(file=sys.stderr))
-    with out_of_memory.evaluating(config):
+    with memory.hint_evaluation(config):
         results = sweep_top_k(
             engine,
             corpus,
@@ -111,7 +111,7 @@ def evaluate_top_ks(
     print_safe(
         f"{config.name} at step {found.step}, held-out text\n{sweep_table(results, trained=trained)}", file=screen
     )
-    return {"step": found.step, "experts_per_token": {str(at.top_k): at.record() for at in results}}
+    return {"step": found.step, "experts_per_token": {str(result.top_k): result.record() for result in results}}
 
 
 def evaluate_by_lm_eval(
@@ -124,18 +124,18 @@ def evaluate_by_lm_eval(
     step: int | None,
     screen: TextIO,
 ) -> dict[str, Any]:
-    """Evaluate a checkpoint on tasks of lm-eval, show its table on `screen` and return its numbers.
+    """Evaluate a checkpoint on tasks of lm-eval; print its table and return its results.
 
     Raises:
-        ConfigError: if lm-eval is not installed, or does not know a task.
+        ConfigError: if lm-eval is not installed or a task is unknown.
     """
     with importing("lm_eval", user="--lm-eval"):
         from trainer.evaluation.lm_eval import LmEvalModel, run_lm_eval
 
     console = Console(file=sys.stderr)
     engine, tokenizer, found = load_trained(config, folder, step=step, warn=console.warning)
-    model = LmEvalModel(_subject(config, engine, Mesh.of_one()), tokenizer)
-    with out_of_memory.evaluating(config):
+    model = LmEvalModel(_context(config, engine, Mesh.of_one()), tokenizer)
+    with memory.hint_evaluation(config):
         results, table = run_lm_eval(model, tasks, include_path=include_path, limit=limit)
     print_safe(table, file=screen)
     return {"step": found.step, "lm_eval": results}
@@ -144,32 +144,30 @@ def evaluate_by_lm_eval(
 def _with_text(
     config: ExperimentConfig, folder: RunFolder, step: int | None, console: Console
 ) -> tuple[Engine, Corpus, CheckpointHandle]:
-    """Load a checkpoint and the text of its config; say what keeps a held-out loss from being trusted."""
+    """Load a checkpoint and its text; warn about reasons not to trust a held-out loss."""
     engine, tokenizer, found = load_trained(config, folder, step=step, warn=console.warning)
     with console.progress_bar("reading text") as bar:
         corpus = build_corpus(config.data, tokenizer=tokenizer, progress=bar)
     if found.run["data_fingerprint"] != corpus.fingerprint:
-        console.warning(
-            "this is not the text the run was trained on: some of what is held out now may have been learned"
-        )
-    if said := evaluation_warning(engine.model.moe_layers()):
-        console.warning(said)
+        console.warning("the run was trained on other text, which may contain some of what is held out now")
+    if warning := evaluation_warning(engine.model.moe_layers()):
+        console.warning(warning)
     return engine, corpus, found
 
 
-def _subject(config: ExperimentConfig, engine: Engine, mesh: Mesh) -> EvalContext:
-    """Return who is asked; a forward pass may cost what one of training does."""
+def _context(config: ExperimentConfig, engine: Engine, mesh: Mesh) -> EvalContext:
+    """Build the context of tasks, with the token budget of a training micro-batch."""
     tokens_per_pass = config.parallel.micro_batch_size * config.model.seq_len
     return EvalContext(engine=engine, world=mesh.world, tokens_per_pass=tokens_per_pass)
 
 
-def _write_findings(
-    folder: RunFolder, examination: EvalReport, summary: RunSummary, *, step: int, warn: Callable[[str], None]
+def _write_files(
+    folder: RunFolder, evaluation: EvalReport, summary: RunSummary, *, step: int, warn: Callable[[str], None]
 ) -> list[tuple[str, str]]:
-    """Write predictions and the picture of the experts; return what was written, by label."""
+    """Write predictions and the picture of the experts; return labels and paths of the files."""
     written: list[tuple[str, str]] = []
     try:
-        for result in examination.tasks:
+        for result in evaluation.tasks:
             path = write_predictions(folder.predictions, result, step=step)
             if path is not None:
                 written.append((result.name, str(path)))
@@ -178,6 +176,6 @@ def _write_findings(
             picture = expert_map_svg(experts.counts, experts.domains, experts.layer_names, title=title)
             replace_file(folder.experts_picture, picture)
             written.append(("experts", str(folder.experts_picture)))
-    except OSError as error:  # the numbers are what was asked for
+    except OSError as error:  # the metrics are still shown
         warn(f"{folder.path}: predictions and pictures are not written: {error.strerror or error}")
     return written

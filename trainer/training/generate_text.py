@@ -1,0 +1,114 @@
+"""Generate text: from a checkpoint for `generate`, and a sample at the end of training."""
+
+import codecs
+import io
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from trainer.checkpoint.run_folder import RunFolder
+from trainer.console.console import Console
+from trainer.data.tokenizers.base import Tokenizer
+from trainer.errors import NumericsError
+from trainer.experiment import ExperimentConfig
+from trainer.models.generation import generate
+from trainer.models.sampling import SamplingOptions
+from trainer.moe.causality import evaluation_warning
+from trainer.terminal import visible
+from trainer.training.load_trained import load_trained
+from trainer.training.run import Run
+
+_SAMPLE_PROMPT_TOKENS, _SAMPLE_TOKENS = 48, 320
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A generated continuation of held-out text."""
+
+    prompt: str
+    text: str
+    error: NumericsError | None
+    """Why the text ends early: the model's logits are not finite."""
+
+
+def generate_text(
+    config: ExperimentConfig,
+    folder: RunFolder,
+    *,
+    prompt: str,
+    max_tokens: int,
+    sampling: SamplingOptions,
+    seed: int,
+    step: int | None,
+) -> None:
+    """Generate a text with a run's checkpoint and stream it to standard output.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        prompt: beginning of the text; empty: the start of a document.
+        max_tokens: longest continuation.
+        sampling: temperature, top-k, top-p.
+        seed: the same seed gives the same text.
+        step: of the checkpoint; None: the newest.
+
+    Raises:
+        NumericsError: if the model's logits are not finite.
+    """
+    console = Console(file=sys.stderr)
+    engine, tokenizer, found = load_trained(config, folder, step=step, warn=console.warning)
+    if warning := evaluation_warning(engine.model.moe_layers()):
+        console.warning(warning)
+    # Bytes of a prompt that are not UTF-8 arrive as surrogates; the model reads the replacement characters shown.
+    prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end within a character
+    tokens = generate(
+        engine.model,
+        _document_prompt(tokenizer.encode(prompt).tolist(), config, tokenizer),
+        max_new_tokens=max_tokens,
+        options=sampling,
+        generator=torch.Generator().manual_seed(seed),
+        stop_token=tokenizer.end_of_document,
+    )
+    # A terminal shows control characters instead of obeying them; a file or pipe gets the text unchanged.
+    escape = visible if sys.stdout.isatty() else str
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # for a terminal without UTF-8
+    print(escape(prompt), end="", flush=True)
+    try:
+        for token in tokens:
+            print(escape(decoder.decode(tokenizer.decode([token]))), end="", flush=True)
+    except NumericsError as error:
+        raise NumericsError(f"{found.path}: {error}; use the checkpoint of another step (--step)") from None
+    finally:
+        print(escape(decoder.decode(b"", final=True)))
+
+
+def sample_held_out(run: Run) -> Sample:
+    """Continue the beginning of the first domain's held-out text. Collective: experts are on all ranks."""
+    corpus, world = run.corpus, run.mesh.world
+    prompt = corpus.validation[0].tokens[:_SAMPLE_PROMPT_TOKENS].tolist()
+    prompt = _document_prompt(prompt, run.config, corpus.tokenizer)
+    tokens = generate(
+        run.engine.model,
+        prompt,
+        max_new_tokens=_SAMPLE_TOKENS,
+        options=SamplingOptions(temperature=0.8),
+        generator=torch.Generator().manual_seed(0),
+        stop_token=corpus.tokenizer.end_of_document,
+        agree=lambda token: int(world.broadcast_(torch.tensor([token], device=world.device))),
+    )
+    generated, failure = list[int](), None
+    try:
+        with run.engine.autocast():
+            generated.extend(tokens)
+    except NumericsError as error:
+        failure = error
+    prompt_text, text = (corpus.tokenizer.decode(part).decode("utf-8", "replace") for part in (prompt, generated))
+    return Sample(prompt=prompt_text, text=text, error=failure)
+
+
+def _document_prompt(prompt: list[int], config: ExperimentConfig, tokenizer: Tokenizer) -> list[int]:
+    """Start a prompt as documents start in training: after an end-of-document token if rows hold whole documents."""
+    return [tokenizer.end_of_document, *prompt] if config.data.packing == "bfd" or not prompt else prompt

@@ -1,0 +1,68 @@
+"""Load a run's checkpoint for evaluation, in one process."""
+
+from collections.abc import Callable
+
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
+from trainer.checkpoint.compatible import check_record
+from trainer.checkpoint.find_checkpoint import CheckpointHandle, find, find_newest, removed_meanwhile
+from trainer.checkpoint.run_folder import RunFolder
+from trainer.checkpoint.run_tokenizer import tokenizer_of
+from trainer.checkpoint.safetensors_file import check_finite_values
+from trainer.data.tokenizers.base import Tokenizer
+from trainer.distributed import runtime
+from trainer.distributed.mesh import Mesh
+from trainer.engine.base import Engine
+from trainer.errors import CheckpointError
+from trainer.experiment import ExperimentConfig
+from trainer.training import memory
+from trainer.training.model import build_model, numerics, resolve_kernel, single_process
+from trainer.training.resume import load_state
+
+
+def load_trained(
+    config: ExperimentConfig, folder: RunFolder, *, step: int | None, warn: Callable[[str], None]
+) -> tuple[Engine, Tokenizer, CheckpointHandle]:
+    """Load a checkpoint, of `step` or the newest one, into an engine in this process.
+
+    The tokenizer is the one kept in the run folder. If a running trainer removes the newest checkpoint before it is
+    read, the next one is loaded.
+
+    Raises:
+        CheckpointError: if there is none, or it is damaged or of another model.
+    """
+    checkpoints, mesh = CheckpointFolder(folder.checkpoints), Mesh.of_one()
+    found = _newest(checkpoints, warn) if step is None else _find_intact(checkpoints, step)
+    check_record(found)
+    tokenizer = tokenizer_of(folder, config.data, fingerprint=found.run["tokenizer_fingerprint"])
+    device = runtime.start(config.parallel.device)
+    config = resolve_kernel(single_process(config), device)
+    with memory.hint_reading_checkpoint(config):
+        model = build_model(config, tokenizer, mesh, device, warn=warn)
+    engine = config.engine.build(model, config.optim, numerics(config), mesh)
+    while True:
+        try:
+            load_state(found, engine, config, tokenizer)
+        except CheckpointError as error:
+            removed = removed_meanwhile(found.path)
+            if removed is None or step is not None:
+                raise CheckpointError(removed or str(error)) from None
+            found = _newest(checkpoints, warn)
+            warn(f"{removed}; using step {found.step} instead")
+        else:
+            return engine, tokenizer, found
+
+
+def _newest(checkpoints: CheckpointFolder, warn: Callable[[str], None]) -> CheckpointHandle:
+    found = find_newest(checkpoints, Mesh.of_one().world, warn=warn)
+    if found is None:
+        raise CheckpointError(f"{checkpoints.path}: has no checkpoint; train first")
+    return found
+
+
+def _find_intact(checkpoints: CheckpointFolder, step: int) -> CheckpointHandle:
+    found = find(checkpoints, step)
+    try:
+        check_finite_values(found.path, found.manifest.files)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; use the checkpoint of another step") from None
+    return found

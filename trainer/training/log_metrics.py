@@ -1,0 +1,78 @@
+"""Log steps and evaluations: to metrics.jsonl, routing.jsonl and the other trackers, and to the console."""
+
+from trainer.engine.base import StepResult
+from trainer.evaluation.eval_report import EvalReport, write_predictions
+from trainer.evaluation.routing_gap import RoutingGap
+from trainer.metrics.routing import routing_metrics
+from trainer.metrics.system_stats import over_ranks
+from trainer.metrics.throughput import StepPace
+from trainer.training.run import Run
+
+
+def log_step(
+    run: Run, done: int, result: StepResult, *, lr: float, pace: StepPace, gap: RoutingGap | None = None
+) -> None:
+    """Log a step. Collective."""
+    recorder = run.mesh.world.recorder
+    recorder.enter("logging")
+    speed = pace.take()
+    routing, experts = result.routing, None
+    record = {
+        "step": done,
+        "tokens": run.tokens,
+        "loss": result.loss,
+        "balance_loss": result.balance_loss,
+        "z_loss": result.z_loss,
+        **{f"{name}_loss": value for name, value in result.extra_losses.items()},
+        "grad_norm": result.grad_norm,
+        "lr": lr,
+        "tokens_per_s": speed.tokens_per_s,
+        "step_s": speed.step_s,
+        "mfu": _mfu(run, speed.tokens_per_s),
+        "drop_rate": None,
+        "load_imbalance": None,
+        "dead_experts": None,
+        "router_entropy": None,
+        "experts_per_token": None,
+        "skipped_steps": run.skipped_steps,
+        "loss_spikes": run.spikes.count,
+    }
+    if routing is not None:
+        record |= routing_metrics(routing.counts, routing.dropped, routing.tokens, routing.entropy_sum)
+        experts = {"step": done, "counts": routing.counts.tolist(), "dropped": routing.dropped.tolist()}
+        if gap is not None:
+            record |= gap.record()
+            experts |= gap.experts()
+    record |= over_ranks(speed.parts, run.machine.read(), run.mesh.world)
+    recorder.enter("writing metrics")
+    run.trackers.log(record, experts)
+    run.console.step(record)
+
+
+def _mfu(run: Run, tokens_per_s: float) -> float | None:
+    """Return the model FLOPs utilisation; None without `metrics.peak_tflops`, or if FLOPs per token vary."""
+    peak, moe = run.config.metrics.peak_tflops, run.config.model.moe
+    if peak is None or (moe is not None and not moe.has_static_flops):
+        return None
+    return tokens_per_s * run.size.training_flops_per_token / (peak * 1e12 * run.mesh.layout.world_size)
+
+
+def log_evaluation(run: Run, done: int, evaluation: EvalReport) -> None:
+    """Log an evaluation and write the generated texts to files."""
+    recorder = run.mesh.world.recorder
+    recorder.enter("writing the evaluation")
+    record = {"step": done, **evaluation.record()}
+    if evaluation.held_out is not None:
+        record |= {f"data/{domain}/epochs": number for domain, number in run.stream.epochs(run.position).items()}
+    run.trackers.log(record)
+    if evaluation.held_out is not None:
+        run.console.evaluation(record)
+    for result in evaluation.tasks:
+        run.console.task(done, result.name, result.metrics)
+    recorder.enter("writing predictions")
+    if run.mesh.layout.rank == 0:
+        for result in evaluation.tasks:
+            try:
+                write_predictions(run.folder.predictions, result, step=done)
+            except OSError as error:  # no reason to stop training
+                run.console.warning(f"{run.folder.predictions}: predictions are lost: {error.strerror or error}")

@@ -1,0 +1,119 @@
+"""Memory of a training run: refuse what cannot fit, and add advice to out-of-memory errors, by phase."""
+
+from contextlib import AbstractContextManager
+
+import torch
+
+from trainer.console import formatting
+from trainer.distributed.rank_layout import Layout
+from trainer.engine.registry import NativeEngineConfig
+from trainer.errors import ResourceError, explain_out_of_memory
+from trainer.experiment import ExperimentConfig
+from trainer.metrics.system_stats import total_memory
+
+_MIN_VOCAB_SIZE = 256
+"""Assumed where the vocabulary size is only known from a file."""
+_WITH_GRADIENT_AND_MOMENTS = 4
+_BATCH_BYTES = 50
+"""Bytes per position of a `Batch`: six int64 and two bool."""
+
+
+def check_memory(config: ExperimentConfig, layout: Layout, device: torch.device) -> None:
+    """Refuse a training run that cannot fit into this machine's memory, before allocating anything.
+
+    Counts only what must be in memory at once: weights, gradients and moments, one micro-batch's activations and, on a
+    CPU, the rows of a step.
+
+    Raises:
+        ResourceError: with the largest part and the keys that lower it.
+    """
+    model, train, size = config.model, config.train, 8 if config.train.dtype == "float64" else 4
+    rows_per_rank = -(-train.global_batch_size // layout.world_size)
+    vocab_size = getattr(config.data.tokenizer, "vocab_size", _MIN_VOCAB_SIZE)
+    weights = model.weights(vocab_size=vocab_size)
+    local_experts = 0 if model.moe is None else model.moe.num_experts // layout.ep_size
+    # Sharded weights are made whole first; whatever shards the moments holds at least the weights whole.
+    is_replicated = config.parallel.data == "replicate" and isinstance(config.engine, NativeEngineConfig)
+    copies = _WITH_GRADIENT_AND_MOMENTS if is_replicated else 1
+    state = size * copies * (weights.dense + local_experts * weights.expert)
+    num_rows = min(config.parallel.micro_batch_size, rows_per_rank)
+    activations = size // 2 * model.activations(vocab_size=vocab_size, num_rows=num_rows)  # may be bfloat16
+    batch = _BATCH_BYTES * rows_per_rank * model.seq_len if device.type == "cpu" else 0
+    local_ranks = layout.ranks_per_node if device.type == "cpu" else 1
+    needed, available = local_ranks * (state + activations + batch), total_memory(device)
+    if needed <= available:
+        return
+    parts = {
+        "weights with gradients and moments" if is_replicated else "weights": (
+            state,
+            "model.d_model, model.num_layers or the experts, or share these among more ranks (parallel.ep_size)",
+        ),
+        "activations of one micro-batch": (activations, "parallel.micro_batch_size or model.seq_len"),
+        "rows of one step": (batch, "train.global_batch_size or model.seq_len"),
+    }
+    part, (part_size, advice) = max(parts.items(), key=lambda item: item[1][0])
+    subject = f"{local_ranks} ranks on this machine need" if local_ranks > 1 else "needs"
+    raise ResourceError(
+        f"{config.name}: {subject} at least {formatting.size(needed)} of memory "
+        f"({formatting.size(local_ranks * part_size)} for {part}), and {formatting.size(available)} is available; "
+        f"lower {advice}"
+    )
+
+
+def hint_reading_text() -> AbstractContextManager[None]:
+    """Advise on memory while worker processes tokenize text."""
+    return explain_out_of_memory("reading text", "lower data.workers, each of which holds a part of it")
+
+
+def hint_making_weights(config: ExperimentConfig, *, num_parameters: int) -> AbstractContextManager[None]:
+    """Advise on memory while weights are allocated and initialised, all but the experts of other ranks."""
+    return explain_out_of_memory(
+        f"making the weights ({num_parameters / 1e6:.1f}M parameters in all)", _smaller_model(config)
+    )
+
+
+def hint_making_optimizer(config: ExperimentConfig) -> AbstractContextManager[None]:
+    """Advise on memory while the optimizer's two moments of every weight are allocated."""
+    sharding = "" if config.parallel.data == "shard" else "shard it over more ranks (parallel.data: shard), or "
+    return explain_out_of_memory(
+        "making the optimizer state, two numbers per weight", f"{sharding}{_smaller_model(config)}"
+    )
+
+
+def hint_step(config: ExperimentConfig) -> AbstractContextManager[None]:
+    """Advise on memory during a training step."""
+    return explain_out_of_memory("taking a step", _smaller_batch(config))
+
+
+def hint_evaluation(config: ExperimentConfig) -> AbstractContextManager[None]:
+    """Advise on memory during an evaluation, whose batches are micro-batches."""
+    return explain_out_of_memory("evaluating the model", _smaller_batch(config))
+
+
+def hint_saving(config: ExperimentConfig) -> AbstractContextManager[None]:
+    """Advise on memory while this rank's state is copied, to be written in the background."""
+    is_copied = config.checkpoint.asynchronous
+    advice = "set checkpoint.asynchronous: false, which makes no copy of it" if is_copied else _smaller_model(config)
+    return explain_out_of_memory("copying the state to save it", advice)
+
+
+def hint_reading_checkpoint(config: ExperimentConfig) -> AbstractContextManager[None]:
+    """Advise on memory while a checkpoint is read, one tensor at a time."""
+    key = " (parallel.ep_size)" if config.model.moe is not None else ""
+    return explain_out_of_memory("reading a checkpoint", f"use more ranks{key}, or a machine with more memory")
+
+
+def _smaller_batch(config: ExperimentConfig) -> str:
+    rows = config.parallel.micro_batch_size
+    if rows > 1:
+        return f"lower parallel.micro_batch_size, which is {rows}"
+    return f"parallel.micro_batch_size is 1 already: lower model.seq_len, or {_smaller_model(config)}"
+
+
+def _smaller_model(config: ExperimentConfig) -> str:
+    if config.model.moe is None:
+        return "make the model smaller (model.d_model, model.d_ff, model.num_layers)"
+    return (
+        "make the model smaller (model.moe.num_experts, model.moe.d_ff, model.d_model, model.num_layers), or share its "
+        "experts among more ranks (parallel.ep_size)"
+    )

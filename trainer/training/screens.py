@@ -1,0 +1,69 @@
+"""Contents of a run's first and last screen."""
+
+from contextlib import suppress
+from dataclasses import replace
+
+from trainer.console import formatting
+from trainer.console.summary import RunSummary
+from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
+from trainer.evaluation.eval_report import EvalReport
+from trainer.evaluation.run_summary import summarize_evaluation
+from trainer.metrics.records import loss_curve
+from trainer.training.generate_text import Sample
+from trainer.training.run import Run
+
+Line = str | tuple[str, str]
+"""A heading, or a label with its text."""
+
+
+def header(run: Run) -> list[Line]:
+    """Describe the run before its first step."""
+    config, size, corpus, layout = run.config, run.size, run.corpus, run.mesh.layout
+    moe = config.model.moe
+    experts = "dense"
+    if moe is not None:
+        experts = f"{moe.num_experts} experts, {moe.experts_per_token:.3g} for each token, router {moe.router.kind}"
+    parameters = f"{size.total_parameters / 1e6:.2f}M parameters, {size.active_parameters / 1e6:.2f}M active"
+    tokens = config.train.global_batch_size * config.model.seq_len
+    at_most = "at most " if config.data.packing == "bfd" else ""  # some of it is padding
+    steps = f"{config.train.steps} of {at_most}{tokens} tokens, {config.train.dtype}"
+    lines: list[Line] = [f"turnout: training {config.name}", ("model", f"{parameters}; {experts}")]
+    sizes = [
+        f"{domain} {file.num_bytes / 1e6:.1f} MB" for domain, file in zip(corpus.domains, corpus.train, strict=True)
+    ]
+    lines.append(("text", ", ".join(sizes)))
+    if config.data.tokenizer.kind != "byte":
+        bytes_per_token = sum(file.num_bytes for file in corpus.train) / sum(file.num_tokens for file in corpus.train)
+        lines.append(("tokens", f"{corpus.tokenizer.vocab_size} kinds, {bytes_per_token:.2f} bytes each"))
+    lines.append(("steps", f"{steps}, experts by {config.parallel.experts_kernel}"))
+    if layout.world_size > 1:
+        lines.append(("ranks", f"{layout.world_size}, experts over {layout.ep_size}"))
+    if isinstance(config.engine, DeepSpeedEngineConfig):
+        lines.append(("engine", f"DeepSpeed, ZeRO {config.engine.zero_stage}"))
+    return [*lines, ("folder", str(run.folder.path))]
+
+
+def final_summary(run: Run, evaluation: EvalReport, sample: Sample, *, elapsed_s: float) -> RunSummary:
+    """Summarize a finished run: evaluation, loss curve, sample and files."""
+    logged_steps, losses = [], []
+    with suppress(OSError):  # the curve is shown without earlier processes' steps
+        logged_steps, losses = loss_curve(run.folder.metrics)
+    steps = max(run.start_step, run.config.train.steps)
+    layers, title = run.engine.model.config.moe_layers, f"{run.config.name}: {steps} steps done"
+    since = f" since step {run.start_step}" if run.start_step else ""
+    optional = [("profile", run.folder.profile), ("deepspeed", run.folder.deepspeed)]
+    return replace(
+        summarize_evaluation(evaluation, run.corpus, layers, title=title),
+        facts=[("time", f"{formatting.duration(elapsed_s)}{since}"), ("tokens", formatting.rate(run.tokens))],
+        steps=logged_steps,
+        losses=losses,
+        prompt=sample.prompt,
+        sample=sample.text,
+        written=[
+            ("run folder", str(run.folder.path)),
+            ("checkpoint", str(run.saver.folder.of_step(steps))),
+            *run.trackers.written(),
+            *((label, str(path)) for label, path in optional if path.is_dir()),
+            ("more text", f"python -m trainer generate {run.folder.path}"),
+        ],
+    )

@@ -1,0 +1,59 @@
+"""Start the trackers that a config asks for, in addition to metrics.jsonl."""
+
+from functools import partial
+
+from trainer.config.dump import dump
+from trainer.trackers.base import PluginTracker, Tracker, Trackers
+from trainer.trackers.tensorboard import TensorBoardTracker
+from trainer.trackers.wandb import WandbTracker
+from trainer.training.run import Run
+
+
+def start_trackers(run: Run) -> Trackers:
+    """Start TensorBoard, wandb and plug-in trackers on rank 0; return all trackers, for the caller to close."""
+    config, started = run.config.metrics, list[Tracker]()
+    if run.mesh.layout.rank != 0:
+        return run.trackers
+    if config.tensorboard:
+        started.append(
+            TensorBoardTracker(
+                run.folder.tensorboard,
+                start_step=run.start_step,
+                heatmap_every=config.heatmap_every,
+                moe_layers=run.config.model.moe_layers,
+                config_text=dump(run.config),
+                warn=run.console.warning,
+            )
+        )
+    if config.wandb.mode != "disabled":
+        started.append(_wandb(run))
+    for section in config.trackers:
+        build = partial(
+            section.build,  # type: ignore[attr-defined] - every plug-in has it
+            run.folder.path,
+            start_step=run.start_step,
+            config=run.config.model_dump(mode="json"),
+        )
+        started.append(PluginTracker(section.kind, build, warn=run.console.warning))
+    run.trackers.add(started)
+    return run.trackers
+
+
+def _wandb(run: Run) -> WandbTracker:
+    size = {"total": run.size.total_parameters, "active": run.size.active_parameters}
+    return WandbTracker(
+        run.config.metrics,
+        folder=run.folder.path,
+        run_id=run.id,
+        name=run.config.name,
+        start_step=run.start_step,
+        moe_layers=run.config.model.moe_layers,
+        described={
+            **run.config.model_dump(mode="json"),
+            "layout": run.layout_record(),
+            "parameters": size,
+            **({} if run.parent is None else {"parent": run.parent_record()}),
+        },
+        say=run.console.message,
+        warn=run.console.warning,
+    )
