@@ -47,13 +47,13 @@ def dense_gradients_not_summed() -> None:
 
 def norm_of_one_rank() -> None:
     """DeepSpeed #8475, Automodel #3816: every rank clips by the norm of what it holds."""
-    whole = NativeEngine._sum_small
+    whole = NativeEngine._reduce_sums
 
     def wrong(self: NativeEngine, total: Any, choices: Any, routing: Any, norm: Any) -> Any:
         *rest, _ = whole(self, total, choices, routing, norm)
         return (*rest, norm)
 
-    NativeEngine._sum_small = wrong  # type: ignore[method-assign]
+    NativeEngine._reduce_sums = wrong  # type: ignore[method-assign]
 
 
 def balance_loss_divided_by_dp() -> None:
@@ -150,7 +150,7 @@ def bias_by_rank() -> None:
 
 def router_gradients_doubled() -> None:
     """A factor that is seen nowhere else: without losses of its own a router has a small part of a step's gradient."""
-    whole = NativeEngine._sum_gradients
+    whole = NativeEngine._reduce_gradients
 
     def wrong(self: NativeEngine) -> torch.Tensor:
         for name, p in self.parameters.items():
@@ -158,7 +158,7 @@ def router_gradients_doubled() -> None:
                 p.grad.mul_(2)
         return whole(self)
 
-    NativeEngine._sum_gradients = wrong  # type: ignore[method-assign]
+    NativeEngine._reduce_gradients = wrong  # type: ignore[method-assign]
 
 
 def _other_option(key: str, change: Callable[[Any], Any]) -> None:

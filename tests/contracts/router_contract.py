@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.builders import make_context
 from trainer.moe.capacity import expert_capacity, limit_to_capacity
-from trainer.moe.config import CapacityConfig
+from trainer.moe.options import CapacityConfig
 from trainer.moe.routers.config.options import AssignmentOptions, RouterOptions
 from trainer.moe.routing import Router, RoutingContext, RoutingDecision
 from trainer.ops.noise import token_keys

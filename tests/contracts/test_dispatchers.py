@@ -11,7 +11,6 @@ from tests.builders import make_context
 from tests.ranks import Ranks, mesh_here
 from trainer.distributed.rank_layout import even_slice
 from trainer.moe.capacity import limit_to_capacity
-from trainer.moe.config import CapacityConfig
 from trainer.moe.dispatch.local import LocalDispatcher
 from trainer.moe.dispatch.registry import (
     AllGatherDispatcherConfig,
@@ -19,6 +18,7 @@ from trainer.moe.dispatch.registry import (
     HierarchicalDispatcherConfig,
     PaddedAllToAllDispatcherConfig,
 )
+from trainer.moe.options import CapacityConfig
 from trainer.moe.routing import RoutingDecision
 from trainer.ops.expert_ffn import loop
 

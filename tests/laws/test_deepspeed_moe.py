@@ -129,7 +129,9 @@ def _ours(convention: Convention, mesh: Mesh) -> dict[str, Tensor]:
     x, cotangent = _x(mesh.layout.rank)
     out, stats = layer(x, make_context(ROWS, SEQ_LEN))
     tokens = Denominators(target_tokens=1, routed_tokens=ROWS * SEQ_LEN)
-    share_ = objective(torch.zeros(()), [stats], known=None, denominators=tokens, config=config.moe)
+    assert config.moe is not None
+    losses = config.moe.aux_losses
+    share_ = objective(torch.zeros(()), [stats], global_stats=None, denominators=tokens, losses=losses)
     ((out * cotangent).sum() + share_.total).backward()
     assert bool(stats.dropped.sum() > 0) == convention.dropped
     return {

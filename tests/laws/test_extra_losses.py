@@ -9,8 +9,7 @@ from torch import Tensor
 from tests.builders import make_context, moe_config
 from tests.laws.test_router_oracles import NUM_ROWS, SEQ_LEN, make_layer, make_tokens
 from trainer.models.gpt import build_moe
-from trainer.moe.balance import balance_loss, device_balance_loss
-from trainer.moe.cv_squared import cv_squared, cv_squared_loss
+from trainer.moe.balance import balance_loss, cv_squared, cv_squared_loss, device_balance_loss
 from trainer.moe.dispatch.base import Combined
 from trainer.moe.dispatch.order import group_by_expert
 from trainer.moe.layer import MoE
@@ -59,7 +58,7 @@ def test_importance_is_the_variation_of_summed_weights(kind: str, scope: Any) ->
                 sums[int(e)] = sums[int(e)] + weight
         oracle = oracle + len(tokens) * _cv_squared(sums)
     assert stats.importance is not None
-    mine = cv_squared_loss(stats.importance, stats.tokens, scope=scope, known=None, routed_tokens=len(valid))
+    mine = cv_squared_loss(stats.importance, stats.tokens, scope=scope, step_sums=None, routed_tokens=len(valid))
     _same(mine, oracle, layer, x)
 
 
@@ -68,17 +67,19 @@ def test_load_is_the_variation_of_summed_chances() -> None:
     load = layer.router(x.flatten(0, 1), make_tokens(is_training=True)[1]).load
     oracle = len(valid) * _cv_squared([sum((load[t, e] for t in valid), torch.zeros(())) for e in range(4)])
     assert stats.load is not None
-    mine = cv_squared_loss(stats.load, stats.tokens, scope="global_batch", known=None, routed_tokens=len(valid))
+    mine = cv_squared_loss(stats.load, stats.tokens, scope="global_batch", step_sums=None, routed_tokens=len(valid))
     _same(mine, oracle, layer, x)
 
 
 def test_shares_of_a_variation_add_up_to_it_with_their_gradients() -> None:
     own = torch.rand(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     tokens = torch.tensor([3, 5, 2, 4, 6])
-    whole = cv_squared_loss(own, tokens, scope="global_batch", known=None, routed_tokens=20)
+    whole = cv_squared_loss(own, tokens, scope="global_batch", step_sums=None, routed_tokens=20)
     known = own.detach().sum(0)
     parts = [slice(0, 1), slice(1, 3), slice(3, 5)]
-    shares = [cv_squared_loss(own[p], tokens[p], scope="global_batch", known=known, routed_tokens=20) for p in parts]
+    shares = [
+        cv_squared_loss(own[p], tokens[p], scope="global_batch", step_sums=known, routed_tokens=20) for p in parts
+    ]
     assert whole.item() == pytest.approx(20 * float(cv_squared(known)), abs=1e-12)
     assert sum(share.item() for share in shares) == pytest.approx(whole.item(), abs=1e-12)
     (oracle,) = torch.autograd.grad(20 * cv_squared(own.sum(0)), own)
@@ -88,7 +89,7 @@ def test_shares_of_a_variation_add_up_to_it_with_their_gradients() -> None:
 
 def test_a_variation_of_nothing_is_zero_and_has_no_nan() -> None:
     sums = torch.zeros(2, 4, dtype=torch.float64).requires_grad_()
-    value = cv_squared_loss(sums, torch.zeros(2), scope="sequence", known=None, routed_tokens=1)
+    value = cv_squared_loss(sums, torch.zeros(2), scope="sequence", step_sums=None, routed_tokens=1)
     assert value.item() == 0 and torch.equal(torch.autograd.grad(value, sums)[0], torch.zeros(2, 4).double())
     assert cv_squared(torch.ones(4)).item() == 0
     assert cv_squared(torch.tensor([4.0, 0, 0, 0])).item() == 3  # E - 1: everything at one expert
@@ -111,7 +112,7 @@ def test_device_balance_is_the_balance_of_groups(scope: str) -> None:
             f = sum(e in group for e in chosen) / max(1, len(chosen))
             p = sum((output.probs[t, e] for t in tokens for e in group), torch.zeros(()))
             oracle = oracle + 2 * f * p
-    _same(device_balance_loss(stats, config, known=None), oracle, layer, x)
+    _same(device_balance_loss(stats, config.aux_losses, global_stats=None), oracle, layer, x)
 
 
 def test_null_experts_are_balanced_as_so_many_experts_alike() -> None:
@@ -126,7 +127,7 @@ def test_null_experts_are_balanced_as_so_many_experts_alike() -> None:
     of_nulls = sum(e >= 4 for e in chosen) / len(chosen) / 3  # each null expert's share, if they shared evenly
     for e in range(4, 7):
         oracle = oracle + 7 * of_nulls * sum((probs[t, e] for t in valid), torch.zeros(()))
-    _same(balance_loss(stats, moe_config(router=router), known=None), oracle, layer, x)
+    _same(balance_loss(stats, moe_config(router=router).aux_losses, global_stats=None), oracle, layer, x)
     assert stats.null_counts is not None
     assert int(stats.counts.sum() + stats.null_counts.sum()) == 3 * len(valid)
 
@@ -176,6 +177,7 @@ def test_every_loss_is_in_the_objective_with_its_coefficient() -> None:
         "diversity_coef": 0.4,
     }
     config = tiny_model_config(moe)
+    assert config.moe is not None
     layer = build_moe(config, 0, "loop").double()
     for parameter in layer.parameters():
         parameter.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
@@ -185,9 +187,9 @@ def test_every_loss_is_in_the_objective_with_its_coefficient() -> None:
     share = objective(
         torch.tensor(0.0),
         [stats, stats],
-        known=None,
+        global_stats=None,
         denominators=Denominators(target_tokens=1, routed_tokens=16),
-        config=config.moe,
+        losses=config.moe.aux_losses,
     )
     assert set(share.extra) == {"importance", "load", "device_balance", "diversity"}
     coefs = {"importance": 0.1, "load": 0.2, "device_balance": 0.3, "diversity": 0.4}

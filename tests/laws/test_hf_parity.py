@@ -35,7 +35,9 @@ def test_balance_loss_and_its_gradient_equal_mixtral_s(num_experts: int, top_k: 
     routed = router(x, context)
     stats = collect_stats(routed, routed.decision, context)
     denominators = Denominators(target_tokens=1, routed_tokens=int(valid.sum()))
-    ours = objective(torch.zeros(()), [stats], known=None, denominators=denominators, config=config).total
+    ours = objective(
+        torch.zeros(()), [stats], global_stats=None, denominators=denominators, losses=config.aux_losses
+    ).total
     theirs = 0.02 * load_balancing_loss_func(
         (routed.logits,), num_experts, top_k, attention_mask=valid.long() if padded else None
     )

@@ -10,7 +10,6 @@ from tests.builders import make_batch, make_engine, rows_of, tiny_model_config
 from tests.ranks import Ranks, mesh_here
 from trainer.experiment import ExperimentConfig
 from trainer.moe.config import MoEConfig
-from trainer.moe.terms import loss_terms
 from trainer.parallel.config import ParallelConfig
 from trainer.prove.cases import labels
 
@@ -100,7 +99,7 @@ def test_every_loss_is_under_the_law() -> None:
     everything = {key: value for alone in ALONE.values() for key, value in alone.items()}
     everything["cv_squared"] = {"importance_coef": 1.0, "load_coef": 1.0}
     everything["router"] = {"kind": "noisy_top_k"}
-    assert {term.name for term in loss_terms(MoEConfig.model_validate(everything))} == set(ALONE)
+    assert {term.name for term in MoEConfig.model_validate(everything).aux_losses.terms()} == set(ALONE)
 
 
 @pytest.mark.parametrize("moe", [pytest.param(moe, id=name) for name, moe in cases()])

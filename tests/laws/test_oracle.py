@@ -188,7 +188,7 @@ def test_objective_equals_a_loop_for_every_scope_and_convention(router: dict, sc
     routed = _oracle(layer, x, valid, router)
     loss_sum = (x.sum() * 0.25).exp()  # any differentiable stand-in for a cross-entropy
     denominators = Denominators(target_tokens=5, routed_tokens=int(valid.sum()))
-    mine = objective(loss_sum, [stats, stats], known=None, denominators=denominators, config=config)
+    mine = objective(loss_sum, [stats, stats], global_stats=None, denominators=denominators, losses=config.aux_losses)
 
     first_only = convention == "gshard_first_choice"
     balance = reference.balance_loss(routed, _scopes(scope, valid), first_choice_only=first_only)
@@ -208,7 +208,7 @@ def test_global_counts_replace_this_micro_batch_s_own(router: dict) -> None:
     elsewhere = torch.tensor([5, 0, 2, 9])
     total = stats.counts.sum(0) + elsewhere
     config = moe_config(num_experts=NUM_EXPERTS, router=router, balance={"scope": "global_batch"})
-    mine = balance_loss(stats, config, known=LossStats(counts=total))
+    mine = balance_loss(stats, config.aux_losses, global_stats=LossStats(counts=total))
     p_sum = torch.stack([routed.probs[t] for t in range(len(valid)) if valid[t]]).sum(0)
     oracle = sum(
         (NUM_EXPERTS * (int(total[e]) / int(total.sum())) * p_sum[e] for e in range(NUM_EXPERTS)),
@@ -233,4 +233,4 @@ def test_an_even_load_with_even_probabilities_gives_one_per_token(scope: str, to
     layer.router.get_parameter("gate.weight").data.zero_()
     _, stats = layer(torch.zeros(2, 4, D_MODEL, dtype=torch.float64), make_context(2, 4))
     config = moe_config(num_experts=NUM_EXPERTS, router=router, balance={"scope": scope})
-    assert balance_loss(stats, config, known=None).item() == pytest.approx(8.0)
+    assert balance_loss(stats, config.aux_losses, global_stats=None).item() == pytest.approx(8.0)

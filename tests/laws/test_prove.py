@@ -139,7 +139,7 @@ def test_a_millionth_of_a_gradient_that_is_doubled_is_caught_and_named(
     oracle = run_case(config, reference(config), LocalRanks(), steps=2, timeout_s=TIMEOUT_S)
     gate = float(oracle.gradients["blocks.1.ffn.router.gate.weight"].norm())
     assert 1e-8 < gate / oracle.grad_norms[0] < 1e-5
-    monkeypatch.setattr(NativeEngine, "_sum_gradients", NativeEngine._sum_gradients)  # put back after the test
+    monkeypatch.setattr(NativeEngine, "_reduce_gradients", NativeEngine._reduce_gradients)  # put back after the test
     router_gradients_doubled()
     mine = run_case(config, Case(micro_batch_size=4), LocalRanks(), steps=2, timeout_s=TIMEOUT_S)
     comparison = compare(mine, oracle, tolerance=TOLERANCE, floor=FLOORS["float64"])

@@ -216,7 +216,7 @@ FAULTS = [
     in_package(
         "null experts weigh as one",
         "moe/balance.py",
-        "alike[-1] = nulls",
+        "alike[-1] = num_null_experts",
         "alike[-1] = 1",
         "tests/laws/test_extra_losses.py",
     ),
@@ -229,10 +229,10 @@ FAULTS = [
         "tests/laws/test_extra_losses.py",
     ),
     in_package(
-        "sums of importance and load are exchanged",
-        "moe/loss_stats.py",
-        "counts, importance, load = parts",
-        "counts, load, importance = parts",
+        "sums come back in reverse order",
+        "ops/tensor_sums.py",
+        "values = iter(tensors)",
+        "values = iter(tensors[::-1])",
         "moe/test_loss_stats.py",
     ),
 ]

@@ -41,14 +41,14 @@ FAULTS = [
     ),
     in_package(
         "a variation is of a sample",
-        "moe/cv_squared.py",
+        "moe/balance.py",
         "sums.var(-1, correction=0)",
         "sums.var(-1)",
         "tests/laws/test_extra_losses.py",
     ),
     in_package(
         "every micro-batch has the whole variation",
-        "moe/cv_squared.py",
+        "moe/balance.py",
         "tokens.sum() * value.detach()",
         "routed_tokens * value.detach()",
         "tests/laws/test_extra_losses.py",

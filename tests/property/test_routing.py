@@ -14,7 +14,7 @@ from tests.builders import make_context
 from tests.contracts.router_contract import D, matrix
 from tests.laws.test_router_oracles import KINDS
 from trainer.moe.capacity import expert_capacity, limit_to_capacity
-from trainer.moe.config import CapacityConfig
+from trainer.moe.options import CapacityConfig
 from trainer.moe.routers.config.options import AssignmentOptions, RouterOptions
 from trainer.moe.routers.config.sequence_choice import MixtureOfDepthsRouterConfig
 from trainer.moe.routers.registry import RouterConfig

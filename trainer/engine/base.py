@@ -1,4 +1,4 @@
-"""Engine interface: owns gradients and performs optimizer steps.
+"""Engine interface: owns the gradients and performs optimizer steps.
 
 # L MoE layers, E experts.
 """
@@ -8,16 +8,19 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from trainer.checkpoint.state import TrainState
 from trainer.data.batches.batch import Batch
 from trainer.models.gpt import GPT
+from trainer.moe.stats import MoEStats
+from trainer.ops.tensor_sums import TensorSums
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RoutingSums:
-    """Routing statistics of all MoE layers, summed over many rows."""
+class RoutingSums(TensorSums):
+    """Routing statistics of all MoE layers, summed over rows."""
 
     counts: Tensor
     """(L, E) int64 assignments before drops."""
@@ -28,39 +31,41 @@ class RoutingSums:
     entropy_sum: Tensor | None
     """(L,) entropy of the router probabilities, in nats; None if the router has none."""
 
-    def __add__(self, other: "RoutingSums") -> "RoutingSums":
-        """Add up two disjoint sets of rows."""
-        return RoutingSums(
-            counts=self.counts + other.counts,
-            dropped=self.dropped + other.dropped,
-            tokens=self.tokens + other.tokens,
-            entropy_sum=None
-            if self.entropy_sum is None or other.entropy_sum is None
-            else self.entropy_sum + other.entropy_sum,
+    @classmethod
+    def of(cls, moe: Sequence[MoEStats]) -> "RoutingSums | None":
+        """Sum over the rows of a micro-batch; None for a dense model."""
+        if not moe:
+            return None
+        entropies = [stats.entropy_sum.sum() for stats in moe if stats.entropy_sum is not None]
+        return cls(
+            counts=torch.stack([stats.counts.sum(0) for stats in moe]),
+            dropped=torch.stack([stats.dropped.sum() for stats in moe]),
+            tokens=torch.stack([stats.tokens.sum() for stats in moe]),
+            entropy_sum=torch.stack(entropies) if entropies else None,
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """One optimizer step, over all of its micro-batches."""
+    """Result of one optimizer step, over all ranks and micro-batches."""
 
     loss: float
     """Cross-entropy in nats per target token."""
     balance_loss: float | None
-    """Per routed token and MoE layer, without coefficient: 1 when balanced."""
+    """Per routed token and MoE layer, without coefficient: 1 if balanced."""
     z_loss: float | None
     grad_norm: float
     """2-norm of the whole gradient before clipping."""
     skipped: bool
-    """Data and step went on, the weights did not: something was not finite, or the loss was over the limit."""
+    """True if the update was skipped, because of a value that is not finite or a loss above the limit."""
     not_finite: str | None
-    """Description of what was not finite in loss and gradient; such a step is skipped."""
+    """Description of the non-finite loss or gradient that caused the skip."""
     num_tokens: int
     """Valid tokens in the global batch."""
     routing: RoutingSums | None
     """None for a dense model."""
     extra_losses: dict[str, float] = field(default_factory=dict)
-    """The losses that are on besides these, by name, in the same units: without coefficient, but for `router`."""
+    """The other losses that are on, by name, in the same units: without coefficient, except `router`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +79,7 @@ class EvalSums:
     """Routing statistics of the target tokens."""
 
     def __add__(self, other: "EvalSums") -> "EvalSums":
-        """Add up two disjoint sets of rows."""
+        """Add the sums of two disjoint sets of rows."""
         routing = None if self.routing is None or other.routing is None else self.routing + other.routing
         return EvalSums(
             loss_sum=self.loss_sum + other.loss_sum,
@@ -84,37 +89,37 @@ class EvalSums:
 
 
 class Engine(ABC):
-    """Performs optimizer steps. Owns gradients: accumulation, reduction, clipping, update."""
+    """Performs optimizer steps. Owns the gradients: accumulation, reduction, clipping, update."""
 
     model: GPT
 
     @abstractmethod
     def train_step(self, micro_batches: Sequence[Batch], *, lr: float, skip_above: float | None = None) -> StepResult:
-        """Take one optimizer step over the global batch that the micro-batches make up.
+        """Take one optimizer step over the global batch that the micro-batches form.
 
-        The step is skipped, on all ranks, if its loss or gradient is not finite or its loss is above `skip_above`.
+        All ranks skip the update if loss or gradient is not finite, or if the loss exceeds `skip_above`.
         """
 
     @abstractmethod
     def eval_loss(self, batch: Batch, *, dropless: bool, top_k: int | None = None) -> EvalSums:
-        """Evaluate a batch without gradients and without noise.
+        """Evaluate a batch without gradients and noise.
 
         Args:
             batch: of this rank.
             dropless: ignore the capacity.
-            top_k: experts per token instead of the configured number.
+            top_k: experts per token, overriding the config.
         """
 
     @abstractmethod
     def state(self) -> TrainState:
-        """Return everything that the next step depends on, by name. Every rank must call it."""
+        """Return everything the next step depends on, by name. Collective: every rank must call it."""
 
     @abstractmethod
     def load_state(self, state: TrainState) -> None:
-        """Take over a state of the parts that `wanted` names, each rank by itself: reading may fail on one of them."""
+        """Load the slices that `wanted` names. Not collective, so that a read may fail on one rank alone."""
 
     def wanted(self) -> TrainState:
-        """Return which parts of which tensors `load_state` takes; only their places matter."""
+        """Return the slices of tensors that `load_state` expects; only their positions and shapes matter."""
         return self.state()
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -122,4 +127,4 @@ class Engine(ABC):
         return nullcontext()
 
     def close(self) -> None:  # noqa: B027 - most engines hold nothing to close
-        """Release what the engine holds."""
+        """Release the engine's resources."""

@@ -1,7 +1,8 @@
 """Global-batch statistics that the auxiliary losses of a micro-batch need.
 
-A loss over the global batch is no sum of its micro-batches' losses: it is made of sums over all of them. They are known
-before the first one only if they were counted (`balance.counts: exact`), or taken from the step before.
+A loss over the global batch is not the sum of its micro-batches' losses: it is a function of sums over all of them.
+Before the first backward pass these are known only from a counting pass (`balance.counts: exact`), or approximately,
+from the previous step.
 
 # L MoE layers, E experts.
 """
@@ -19,80 +20,79 @@ from trainer.data.batches.batch import Batch
 from trainer.distributed.collectives import Group
 from trainer.engine.reduce import all_reduce_packed
 from trainer.models.gpt import GPTOutput
-from trainer.moe.config import MoEConfig
 from trainer.moe.loss_stats import LossStats
-from trainer.moe.terms import loss_terms
+from trainer.moe.terms import AuxLosses
 
 
 class GlobalStats:
-    """Decides which sums a step's losses are made of, and gets them.
+    """Provides each micro-batch's losses with the sums that they are computed from.
 
     Args:
-        moe: the `model.moe` section; None for a dense model.
+        losses: the auxiliary losses; None for a dense model.
         world: all ranks, over which sums are taken.
     """
 
-    def __init__(self, moe: MoEConfig | None, world: Group) -> None:
-        self._moe, self._world = moe, world
-        terms = [] if moe is None else loss_terms(moe)
+    def __init__(self, losses: AuxLosses | None, world: Group) -> None:
+        self._losses, self._world = losses, world
+        terms = [] if losses is None else losses.terms()
         self._needs_exact_sums = any(term.scope == "step" for term in terms)
         self._has_loss_of_counts = any(term.made_of == "counts" for term in terms)
 
     @property
     def is_balance_only_logged(self) -> bool:
-        """True if no loss uses counts: then there is no counting pass, and the step's own balance is logged.
+        """True if no loss uses counts: then no counting pass is run, and the balance loss of the whole step is logged.
 
-        What is logged hangs on the layout as little as what is learned, whatever tokens a loss would count.
+        Logged values must not depend on the layout either, whatever the scope of the loss.
         """
-        balance = self._moe.balance if self._moe else None
+        balance = self._losses.balance if self._losses else None
         return balance is not None and balance.scope != "sequence" and not self._has_loss_of_counts
 
-    def before(self, batches: Sequence[Batch], forward: Callable[[Batch], GPTOutput]) -> LossStats | None:
-        """Return the sums of the whole step, by a pass without gradients; None where no loss needs one."""
+    def prepass(self, batches: Sequence[Batch], forward: Callable[[Batch], GPTOutput]) -> LossStats | None:
+        """Return the sums of the whole step from a counting pass without gradients; None if no loss needs one."""
         if len(batches) == 1 or not self._needs_exact_sums:
             return None
         with torch.no_grad():
-            parts = [self.own(forward(batch)) for batch in batches]
-        return self._over_ranks([part for part in parts if part is not None])
+            parts = [self.local(forward(batch)) for batch in batches]
+        return self._all_reduce([part for part in parts if part is not None])
 
-    def own(self, output: GPTOutput) -> LossStats | None:
-        """Return a micro-batch's sums under the configured convention; None without a MoE layer."""
-        if self._moe is None or not output.moe:
+    def local(self, output: GPTOutput) -> LossStats | None:
+        """Return this micro-batch's own sums; None without MoE layers."""
+        if self._losses is None or not output.moe:
             return None
-        return LossStats.of(output.moe, self._moe.balance)
+        return LossStats.of(output.moe, self._losses.balance)
 
-    def of_step(
-        self, before: LossStats | None, own: LossStats | None, *, choices: Tensor, previous_counts: Tensor
+    def for_losses(
+        self, prepass: LossStats | None, local: LossStats | None, *, choices: Tensor, previous_counts: Tensor
     ) -> LossStats | None:
-        """Return what the losses of a micro-batch may know of the step; None: only the micro-batch itself.
+        """Return the sums for the losses of one micro-batch; None: they use its own.
 
         Args:
-            before: sums of the whole step, if there was a pass for them.
-            own: of this micro-batch.
-            choices: (L, E) counts of the micro-batches so far, with this one.
-            previous_counts: (L, E) of the step before.
+            prepass: sums of the whole step, if there was a counting pass.
+            local: of this micro-batch.
+            choices: (L, E) counts of the micro-batches so far, including this one.
+            previous_counts: (L, E) of the previous step.
         """
-        if own is None:
+        if local is None:
             return None
-        if before is None and self._needs_exact_sums:
-            before = self._over_ranks([own])  # the only micro-batch: known now
-        match self._global_counts:
+        if prepass is None and self._needs_exact_sums:
+            prepass = self._all_reduce([local])  # this is the only micro-batch
+        match self._source_of_counts:
             case "previous_step":
-                return replace(before or own, counts=previous_counts)
+                return replace(prepass or local, counts=previous_counts)
             case "running":
-                return replace(before or own, counts=choices)
+                return replace(prepass or local, counts=choices)
             case _:
-                return before
+                return prepass
 
     @property
-    def _global_counts(self) -> Literal["exact", "previous_step", "running"] | None:
-        """Source of the counts of a global-batch balance loss; None for another scope or no MoE."""
-        balance = self._moe.balance if self._moe else None
+    def _source_of_counts(self) -> Literal["exact", "previous_step", "running"] | None:
+        """Source of the counts of a global-batch balance loss; None for another scope or a dense model."""
+        balance = self._losses.balance if self._losses else None
         return balance.counts if balance is not None and balance.scope == "global_batch" else None
 
-    def _over_ranks(self, parts: Sequence[LossStats]) -> LossStats | None:
-        """Add up the micro-batches of all ranks; None without a MoE layer."""
+    def _all_reduce(self, parts: Sequence[LossStats]) -> LossStats | None:
+        """Sum over the micro-batches of all ranks; None without MoE layers."""
         if not parts:
             return None
-        here = functools.reduce(operator.add, parts)
-        return here.replaced(all_reduce_packed(here.tensors(), self._world))
+        local = functools.reduce(operator.add, parts)
+        return local.with_tensors(all_reduce_packed(local.tensors(), self._world))

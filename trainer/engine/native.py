@@ -47,7 +47,7 @@ class NativeEngine(StepEngine):
                 gradient_sum.expect()
         objective.backward()
 
-    def _sum_gradients(self) -> Tensor:
+    def _reduce_gradients(self) -> Tensor:
         """Finish adding up gradients over ranks with the same weights; return this rank's part of the squared norm.
 
         A rank that owns an expert has the sum over its ep peers' tokens already, through the way back of the rows. What
@@ -75,11 +75,11 @@ class NativeEngine(StepEngine):
     def _drop_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _findings(self, own_objective: Tensor) -> Findings:
+    def _findings(self, local_objective: Tensor) -> Findings:
         dense, experts = (gradient_sum.own_is_finite for gradient_sum in self.gradient_sums)
         return Findings(
             gradients=[n for n, p in self.parameters.items() if p.grad is not None and not is_finite(local(p.grad))],
-            loss_is_finite=is_finite(own_objective),
+            loss_is_finite=is_finite(local_objective),
             dense_share_is_finite=dense,
             expert_share_is_finite=experts,
         )

@@ -1,4 +1,4 @@
-"""The small sums of an optimizer step, and how they are added up over ranks in one message.
+"""Small sums of an optimizer step, and their all-reduce in one message.
 
 # L MoE layers, E experts.
 """
@@ -11,18 +11,17 @@ import torch
 from torch import Tensor
 
 from trainer.distributed.collectives import Group
-from trainer.engine.base import RoutingSums
 from trainer.models.gpt import GPTOutput
 from trainer.moe.losses import Objective
 
 
 @dataclass(slots=True)
 class StepTotals:
-    """Sums of a step's shares, kept as tensors until its end."""
+    """Sums of the micro-batches' shares, kept on the device until the end of the step."""
 
     loss: Tensor | float = 0.0
     objective: Tensor | float = 0.0
-    """Objective: the loss and the auxiliary losses."""
+    """Cross-entropy plus auxiliary losses."""
     balance_loss: Tensor | None = None
     z_loss: Tensor | None = None
     prob_sum: Tensor | None = None
@@ -44,13 +43,13 @@ class StepTotals:
             self.extra[name] = value + self.extra.get(name, 0)
 
     def tensors(self) -> list[Tensor]:
-        """Return the sums that there are, in a fixed order."""
+        """Return the sums that exist, in a fixed order."""
         sums = (torch.as_tensor(self.loss), torch.as_tensor(self.objective))
         every = (*sums, self.balance_loss, self.z_loss, self.prob_sum, *self.extra.values())
         return [tensor for tensor in every if tensor is not None]
 
-    def replaced(self, tensors: Sequence[Tensor]) -> Self:
-        """Return the same with other values, in the order of `tensors`."""
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
+        """Return a copy with these values in place of `tensors()`, in their own (wider) dtype."""
         values = iter(tensors)
         return type(self)(
             loss=next(values),
@@ -63,42 +62,12 @@ class StepTotals:
 
 
 def square_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """Return the squared 2-norm of all these gradients together, float64."""
+    """Return the squared 2-norm of all these gradients together, in float64."""
     return torch.nn.utils.get_total_norm(gradients, foreach=True).double().square()
 
 
 def all_reduce_packed(parts: Sequence[Tensor], group: Group) -> list[Tensor]:
-    """Add up several small tensors over a group in one message of float64, which holds every count exactly."""
+    """All-reduce several small tensors over a group in one message of float64, which represents every count exactly."""
     flat = group.all_reduce_(torch.cat([part.reshape(-1).double() for part in parts]))
     pieces = flat.split([part.numel() for part in parts])
     return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
-
-
-def routing_tensors(routing: RoutingSums) -> list[Tensor]:
-    """Return the sums that there are, in a fixed order."""
-    parts = [routing.counts, routing.dropped, routing.tokens, routing.entropy_sum]
-    return [part for part in parts if part is not None]
-
-
-def routing_like(routing: RoutingSums, parts: Sequence[Tensor]) -> RoutingSums:
-    """Return sums in the dtypes of `routing`, from tensors in the order of `routing_tensors`."""
-    values = [part.to(like.dtype) for part, like in zip(parts, routing_tensors(routing), strict=True)]
-    return RoutingSums(
-        counts=values[0],
-        dropped=values[1],
-        tokens=values[2],
-        entropy_sum=None if routing.entropy_sum is None else values[3],
-    )
-
-
-def routing_sums(output: GPTOutput) -> RoutingSums | None:
-    """Add up the rows of a micro-batch; None for a dense model."""
-    if not output.moe:
-        return None
-    entropies = [stats.entropy_sum.sum() for stats in output.moe if stats.entropy_sum is not None]
-    return RoutingSums(
-        counts=torch.stack([stats.counts.sum(0) for stats in output.moe]),
-        dropped=torch.stack([stats.dropped.sum() for stats in output.moe]),
-        tokens=torch.stack([stats.tokens.sum() for stats in output.moe]),
-        entropy_sum=torch.stack(entropies) if entropies else None,
-    )

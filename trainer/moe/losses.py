@@ -2,8 +2,8 @@
 
     objective = CE_sum / T_g + 1/L sum over MoE layers of (coef_b * B + coef_z * Z + ...) / N_g
 
-T_g counts target tokens and N_g valid routed tokens of the whole optimizer step, over all ranks and micro-batches, so
-the objective of a step is the plain sum of its micro-batches' shares, however it is cut.
+T_g is the number of target tokens and N_g that of valid routed tokens of the whole optimizer step, over all ranks and
+micro-batches. The objective of a step is therefore the plain sum of its micro-batches' shares, however it is split.
 
 # B sequences, E experts, L MoE layers.
 """
@@ -14,17 +14,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from trainer.moe.balance import balance_loss, convention_scale, device_balance_loss
-from trainer.moe.config import MoEConfig
-from trainer.moe.cv_squared import cv_squared_loss
+from trainer.moe.balance import balance_loss, convention_scale, cv_squared_loss, device_balance_loss
 from trainer.moe.loss_stats import LossStats
 from trainer.moe.stats import MoEStats
-from trainer.moe.terms import loss_terms
+from trainer.moe.terms import AuxLosses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Denominators:
-    """Divisors of the sums of one optimizer step, known before its first forward pass."""
+    """Divisors of the sums of one optimizer step, counted before its first forward pass."""
 
     target_tokens: int
     """T_g."""
@@ -34,56 +32,53 @@ class Denominators:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """One micro-batch's share of the objective, and its parts in canonical units: they sum up over micro-batches."""
+    """One micro-batch's share of the objective, and its parts in canonical units; shares sum over micro-batches."""
 
     total: Tensor
     """Scalar with gradient."""
     loss: Tensor
-    """Cross-entropy, nats per target token; no gradient."""
+    """Cross-entropy in nats per target token; no gradient."""
     balance_loss: Tensor | None
-    """Mean over MoE layers, per routed token, without coefficient: 1 when balanced.
-
-    None without router probabilities.
-    """
+    """Mean over MoE layers, per routed token, without coefficient: 1 if balanced. None without router probabilities."""
     z_loss: Tensor | None
     """Mean over MoE layers, per routed token, without coefficient. None without router logits."""
     extra: dict[str, Tensor] = field(default_factory=dict)
-    """The losses that are on besides, by name, in the same units; `router` has its coefficient in it."""
+    """The other losses that are on, by name, in the same units; `router` includes its coefficient."""
 
 
 def objective(
     loss_sum: Tensor,
     moe: Sequence[MoEStats],
     *,
-    known: LossStats | None,
+    global_stats: LossStats | None,
     denominators: Denominators,
-    config: MoEConfig | None,
+    losses: AuxLosses | None,
 ) -> Objective:
     """Return one micro-batch's share of the objective.
 
     Args:
         loss_sum: scalar, cross-entropy summed over the micro-batch's target tokens.
         moe: one entry for each MoE layer.
-        known: what losses over the global batch are made of; None: this micro-batch's own sums.
+        global_stats: sums for losses over the global batch; None: this micro-batch's own.
         denominators: of the whole optimizer step.
-        config: the `model.moe` section; None for a dense model.
+        losses: the auxiliary losses; None for a dense model.
     """
     loss = loss_sum / denominators.target_tokens
-    if config is None or not moe:
+    if losses is None or not moe:
         return Objective(total=loss, loss=loss.detach(), balance_loss=None, z_loss=None)
     per_layer_token = 1 / (len(moe) * denominators.routed_tokens)
-    layers = [(stats, None if known is None else known.layer(i)) for i, stats in enumerate(moe)]
+    layers = [(stats, None if global_stats is None else global_stats.layer(i)) for i, stats in enumerate(moe)]
     total, balance, z = loss, None, None
     if all(stats.prob_sum is not None for stats in moe):
-        parts = [balance_loss(stats, config, known=sums) for stats, sums in layers]
+        parts = [balance_loss(stats, losses, global_stats=sums) for stats, sums in layers]
         balance = torch.stack(parts).sum() * per_layer_token
-        total = total + config.balance.coef * convention_scale(config, num_moe_layers=len(moe)) * balance
+        total = total + losses.balance.coef * convention_scale(losses, num_moe_layers=len(moe)) * balance
     if all(stats.z_sum is not None for stats in moe):
         z = torch.stack([z_loss(stats) for stats in moe]).sum() * per_layer_token
-        total = total + config.z_loss_coef * z
+        total = total + losses.z_loss_coef * z
     extra: dict[str, Tensor] = {}
     for stats, sums in layers:
-        for name, (coef, value) in extra_losses(stats, sums, denominators, config).items():
+        for name, (coef, value) in extra_losses(stats, sums, denominators, losses).items():
             total = total + coef * value * per_layer_token
             extra[name] = extra.get(name, 0) + value.detach() * per_layer_token
     return Objective(
@@ -96,35 +91,35 @@ def objective(
 
 
 def extra_losses(
-    stats: MoEStats, known: LossStats | None, denominators: Denominators, config: MoEConfig
+    stats: MoEStats, global_stats: LossStats | None, denominators: Denominators, losses: AuxLosses
 ) -> dict[str, tuple[float, Tensor]]:
-    """Return coefficient and value of each loss of one layer that is on, by name; values are sums over tokens."""
+    """Return coefficient and value of each further loss of one layer that is on, by name; values sum over tokens."""
     found = {}
-    for term in loss_terms(config):
-        value = _extra_value(term.name, stats, known, denominators, config)
+    for term in losses.terms():
+        value = _extra_value(term.name, stats, global_stats, denominators, losses)
         if value is not None:
             found[term.name] = term.coef, value
     return found
 
 
 def _extra_value(
-    name: str, stats: MoEStats, known: LossStats | None, denominators: Denominators, config: MoEConfig
+    name: str, stats: MoEStats, global_stats: LossStats | None, denominators: Denominators, losses: AuxLosses
 ) -> Tensor | None:
-    """Return a loss of one layer summed over tokens; None of those that are logged at any coefficient, or not there."""
+    """Return a loss of one layer summed over tokens; None for balance and z-loss, and where the router has none."""
 
-    def variation(own: Tensor | None, of_step: Tensor | None) -> Tensor | None:
-        if own is None:
+    def variation(local: Tensor | None, step_sums: Tensor | None) -> Tensor | None:
+        if local is None:
             return None
-        scope, routed_tokens = config.cv_squared.scope, denominators.routed_tokens
-        return cv_squared_loss(own, stats.tokens, scope=scope, known=of_step, routed_tokens=routed_tokens)
+        scope, routed_tokens = losses.cv_squared.scope, denominators.routed_tokens
+        return cv_squared_loss(local, stats.tokens, scope=scope, step_sums=step_sums, routed_tokens=routed_tokens)
 
     match name:
         case "importance":
-            return variation(stats.importance, None if known is None else known.importance)
+            return variation(stats.importance, None if global_stats is None else global_stats.importance)
         case "load":
-            return variation(stats.load, None if known is None else known.load)
+            return variation(stats.load, None if global_stats is None else global_stats.load)
         case "device_balance":
-            return device_balance_loss(stats, config, known=known)
+            return device_balance_loss(stats, losses, global_stats=global_stats)
         case "diversity":
             return None if stats.similarity_sum is None else stats.similarity_sum.sum()
         case "router":

@@ -1,24 +1,24 @@
-"""The auxiliary losses that a config turns on, and which tokens each one is made of. Imports no torch.
+"""The auxiliary losses that a config turns on, and the tokens whose sums each one is computed from. Imports no torch.
 
-A loss of rows is the same however a step is cut into micro-batches and over ranks. One that knows the sums of the whole
-step is, too, since every micro-batch is told them before its own loss is made (`engine/global_stats.py`). One that is
-made of a micro-batch, or of those that were there so far, hangs on the layout, and `prove` labels it.
+A loss of rows does not depend on how a step is split into micro-batches and over ranks. Neither does a loss of the
+whole step, because every micro-batch gets the sums of the step before its own share is computed
+(`engine/global_stats.py`). A loss of one micro-batch, or of those so far, depends on the layout, and `prove` labels it.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from trainer.moe.config import MoEConfig
+from trainer.moe.options import BalanceConfig, CvSquaredConfig, DeviceBalanceConfig
 
 Scope = Literal["row", "step", "previous_step", "running", "micro_batch"]
-"""Whose sums: each row's, the whole step's, those of the step before, of the micro-batches so far, of this one."""
-_OF_A_LAYOUT: tuple[Scope, ...] = ("running", "micro_batch")
+"""Tokens that are summed: of each row, of the step, of the previous step, of the micro-batches so far, of this one."""
+_LAYOUT_DEPENDENT: tuple[Scope, ...] = ("running", "micro_batch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossTerm:
-    """One auxiliary loss with a coefficient above 0."""
+    """An auxiliary loss with a positive coefficient."""
 
     name: str
     """Name in metrics.jsonl, without `_loss`."""
@@ -30,34 +30,48 @@ class LossTerm:
     @property
     def is_layout_invariant(self) -> bool:
         """True if the loss is the same under every layout."""
-        return self.scope not in _OF_A_LAYOUT
+        return self.scope not in _LAYOUT_DEPENDENT
 
 
-def loss_terms(moe: MoEConfig) -> list[LossTerm]:
-    """Return every auxiliary loss that is on; a router that has no loss of its own leaves the last one out."""
-    return [term for term in _all_terms(moe) if term.coef > 0]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuxLosses:
+    """The auxiliary losses of a model's MoE layers, with what they need to know about its router."""
 
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    cv_squared: CvSquaredConfig = field(default_factory=CvSquaredConfig)
+    device_balance: DeviceBalanceConfig = field(default_factory=DeviceBalanceConfig)
+    diversity_coef: float = 0.0
+    z_loss_coef: float = 0.0
+    num_null_experts: int = 0
+    choices_per_token: float = 1
+    """k, null experts included; only the `hf` convention uses it."""
+    has_probs: bool = True
+    is_always_even: bool = False
+    """Every expert always gets the same number of tokens of every sequence."""
 
-def _all_terms(moe: MoEConfig) -> Iterator[LossTerm]:
-    if moe.router.has_probs:
-        counts = _scope_of_counts(moe)
-        yield LossTerm(name="balance", coef=moe.balance.coef, made_of="counts", scope=counts)
-        yield LossTerm(name="device_balance", coef=moe.device_balance.coef, made_of="counts", scope=counts)
-    cv = moe.cv_squared
-    weights: Scope = "row" if cv.scope == "sequence" else "step"
-    yield LossTerm(name="importance", coef=cv.importance_coef, made_of="weights", scope=weights)
-    yield LossTerm(name="load", coef=cv.load_coef, made_of="weights", scope=weights)
-    yield LossTerm(name="z", coef=moe.z_loss_coef, made_of="tokens", scope="row")
-    yield LossTerm(name="diversity", coef=moe.diversity_coef, made_of="tokens", scope="row")
-    yield LossTerm(name="router", coef=1.0, made_of="tokens", scope="row")  # its coefficient is in it
+    def terms(self) -> list[LossTerm]:
+        """Return every loss that is on. The router's own loss is always listed: only the router knows if it has one."""
+        return [term for term in self._all_terms() if term.coef > 0]
 
+    def _all_terms(self) -> Iterator[LossTerm]:
+        if self.has_probs:
+            counts = self._scope_of_counts()
+            yield LossTerm(name="balance", coef=self.balance.coef, made_of="counts", scope=counts)
+            yield LossTerm(name="device_balance", coef=self.device_balance.coef, made_of="counts", scope=counts)
+        cv = self.cv_squared
+        weights: Scope = "row" if cv.scope == "sequence" else "step"
+        yield LossTerm(name="importance", coef=cv.importance_coef, made_of="weights", scope=weights)
+        yield LossTerm(name="load", coef=cv.load_coef, made_of="weights", scope=weights)
+        yield LossTerm(name="z", coef=self.z_loss_coef, made_of="tokens", scope="row")
+        yield LossTerm(name="diversity", coef=self.diversity_coef, made_of="tokens", scope="row")
+        yield LossTerm(name="router", coef=1.0, made_of="tokens", scope="row")  # its coefficient is already applied
 
-def _scope_of_counts(moe: MoEConfig) -> Scope:
-    """Return over which tokens assignments are counted for a balance loss."""
-    balance = moe.balance
-    is_even = moe.router.is_always_even(moe.num_experts) and balance.convention != "gshard_first_choice"
-    if is_even or balance.scope == "sequence":  # shares of an even load are the same over any tokens
-        return "row"
-    if balance.scope == "micro_batch":
-        return "micro_batch"
-    return "step" if balance.counts == "exact" else balance.counts
+    def _scope_of_counts(self) -> Scope:
+        """Return the tokens over which the balance losses count assignments."""
+        balance = self.balance
+        is_even = self.is_always_even and balance.convention != "gshard_first_choice"
+        if is_even or balance.scope == "sequence":  # the shares of an even load are the same over any tokens
+            return "row"
+        if balance.scope == "micro_batch":
+            return "micro_batch"
+        return "step" if balance.counts == "exact" else balance.counts

@@ -9,7 +9,6 @@ from trainer.engine.deepspeed.passthrough import free_options
 from trainer.engine.registry import NativeEngineConfig
 from trainer.experiment import ExperimentConfig
 from trainer.moe.dispatch.registry import ExchangeOptions, LocalDispatcherConfig
-from trainer.moe.terms import loss_terms
 
 MOST_RANKS = 4
 ENGINES = ("native", "deepspeed")
@@ -152,7 +151,7 @@ def labels(config: ExperimentConfig) -> list[str]:
         found.append("parallel.dispatcher.wire: bfloat16")
     if moe.capacity.scope == "rank" and moe.can_drop:
         found.append("model.moe.capacity.scope: rank")
-    made_of_layout = [term for term in loss_terms(moe) if not term.is_layout_invariant]
+    made_of_layout = [term for term in moe.aux_losses.terms() if not term.is_layout_invariant]
     if made_of_layout:
         key = "scope: micro_batch" if made_of_layout[0].scope == "micro_batch" else "counts: running"
         losses = " and ".join(f"{term.name}_loss" for term in made_of_layout)

@@ -147,7 +147,7 @@ def ours(layers: list[Layer], config: MoEConfig) -> Tensor:
     denominators = Denominators(target_tokens=1, routed_tokens=NUM_TOKENS)
     moe = [layer.stats for layer in layers]
     zero = torch.zeros((), dtype=torch.float64)
-    return objective(zero, moe, known=None, denominators=denominators, config=config).total.detach()
+    return objective(zero, moe, global_stats=None, denominators=denominators, losses=config.aux_losses).total.detach()
 
 
 def model_of(top_k: int, num_moe_layers: int = 3, num_layers: int | None = None, **fields: Any) -> RoutedModel:
@@ -259,7 +259,7 @@ def test_conversion_round_trips(a: str) -> None:
 @pytest.mark.parametrize(("ours_name", "name"), [("hf", "transformers"), ("megatron", "megatron")])
 def test_the_config_s_own_conventions_agree(ours_name: str, name: str) -> None:
     config = our_config(2, convention=ours_name)
-    assert convention_scale(config, num_moe_layers=3) == factor(name, model_of(2, 3))
+    assert convention_scale(config.aux_losses, num_moe_layers=3) == factor(name, model_of(2, 3))
 
 
 def test_some_conventions_ignore_a_selection_bias() -> None:
@@ -458,5 +458,5 @@ def test_a_dense_model_has_no_balance_loss(config: str, capsys: pytest.CaptureFi
 
 def test_ours_is_the_mean_of_the_losses_of_layers() -> None:
     layers, config = routed_layers(3, 2), our_config(2, coef=1.0)
-    alone = [balance_loss(layer.stats, config, known=None).detach() / NUM_TOKENS for layer in layers]
+    alone = [balance_loss(layer.stats, config.aux_losses, global_stats=None).detach() / NUM_TOKENS for layer in layers]
     torch.testing.assert_close(ours(layers, config), torch.stack(alone).mean(), rtol=0, atol=1e-12)

@@ -9,10 +9,10 @@ import torch
 from tests.builders import make_batch, make_context, moe_config, tiny_model_config
 from tests.laws.test_router_oracles import VARIANTS
 from trainer.models.gpt import GPT, RMSNorm
-from trainer.moe.config import CapacityConfig
 from trainer.moe.dispatch.local import LocalDispatcher
 from trainer.moe.experts import Experts
 from trainer.moe.layer import MoE
+from trainer.moe.options import CapacityConfig
 
 
 def _num_experts(router: dict[str, Any]) -> int:

@@ -20,7 +20,7 @@ def test_sums_of_a_layer_and_of_two_sets_of_tokens() -> None:
 
 
 def test_sums_that_are_not_there_stay_away() -> None:
-    found = _sums(None).replaced([COUNTS + 1, LOAD + 1])
+    found = _sums(None).with_tensors([COUNTS + 1, LOAD + 1])
     assert found.importance is None
     assert torch.equal(found.counts, COUNTS + 1)
     assert found.load is not None and torch.equal(found.load, LOAD + 1)

@@ -120,7 +120,7 @@ class DeepSpeedEngine(StepEngine):
         self._deepspeed._backward_prologue()
         self._deepspeed.backward(objective, scale_wrt_gas=False)
 
-    def _sum_gradients(self) -> Tensor:
+    def _reduce_gradients(self) -> Tensor:
         """Return this rank's part of the squared norm: an element lies in one rank's partition only."""
         square = torch.zeros((), dtype=torch.float64, device=self.device)
         for i in range(len(self._partitions)):
@@ -137,7 +137,7 @@ class DeepSpeedEngine(StepEngine):
         self._norm = None
         self._deepspeed.step()  # which drops what it has gathered if it skips
 
-    def _findings(self, own_objective: Tensor) -> Findings:
+    def _findings(self, local_objective: Tensor) -> Findings:
         names = [
             name
             for i, partition in enumerate(self._partitions)
@@ -146,7 +146,7 @@ class DeepSpeedEngine(StepEngine):
         ]
         return Findings(
             gradients=names,
-            loss_is_finite=is_finite(own_objective),
+            loss_is_finite=is_finite(local_objective),
             dense_share_is_finite=True,  # not known: DeepSpeed adds up in place
             expert_share_is_finite=True,
         )

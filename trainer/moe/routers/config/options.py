@@ -29,7 +29,15 @@ class RouterOptions(KindConfig):
     has_fixed_k: ClassVar[bool] = False
     """Every token asks for k experts, so that a capacity can be sized before anything is routed."""
     has_probs: ClassVar[bool] = True
-    """There are probabilities for a balance loss to be made of."""
+    """The router has probabilities, from which a balance loss can be computed."""
+    learns_weights: ClassVar[bool] = True
+    """Combine weights depend on learned scores."""
+    estimates_load: ClassVar[bool] = False
+    """The router returns a differentiable load."""
+    required_experts: ClassVar[int | None] = None
+    """The only possible number of experts; None: any number."""
+    why_no_capacity: ClassVar[str] = "this router decides by itself how many tokens an expert gets"
+    """Reason why a router without `has_fixed_k` takes no capacity factor, for the error message."""
 
     @property
     def has_static_flops(self) -> bool:
@@ -172,6 +180,7 @@ class EvenOptions(RouterOptions):
 
     has_fixed_k: ClassVar[bool] = True
     has_probs: ClassVar[bool] = False
+    learns_weights: ClassVar[bool] = False
 
     @property
     def weight_sum(self) -> float | None:

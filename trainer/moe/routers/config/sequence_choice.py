@@ -125,6 +125,7 @@ class MixtureOfDepthsRouterConfig(NonCausalOptions):
 
     old_names = {**NonCausalOptions.old_names, "share": Renamed("capacity")}  # noqa: RUF012
     has_probs: ClassVar[bool] = False
+    required_experts: ClassVar[int | None] = 1
     kind: Literal["mixture_of_depths"] = "mixture_of_depths"
     capacity: Annotated[float, Field(gt=0, le=1)] = 0.125
     """Share of a sequence's tokens that are computed, rounded up."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -79,6 +79,7 @@ class GShardRouterConfig(TopKOptions):
 class NoisyTopKRouterConfig(TopKOptions):
     """Top-k of logits plus noise, whose size per expert and token is learned (Shazeer et al. 2017, 1701.06538)."""
 
+    estimates_load: ClassVar[bool] = True
     kind: Literal["noisy_top_k"] = "noisy_top_k"
 
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
@@ -184,6 +185,9 @@ class GroupLimitedRouterConfig(TopKOptions):
 class TopPRouterConfig(JitterOptions):
     """Top-p: the fewest experts that hold the probability p (Huang et al. 2024, arXiv 2403.07652)."""
 
+    why_no_capacity: ClassVar[str] = (
+        "how many experts tokens take under top_p is not known before, so no room can be sized by it"
+    )
     kind: Literal["top_p"] = "top_p"
     p: Annotated[float, Field(gt=0, le=1)] = 0.4
     """A token takes its likeliest experts until their probabilities add up to this."""
@@ -238,6 +242,7 @@ class TopPRouterConfig(JitterOptions):
 class DenseRouterConfig(RouterOptions):
     """Every expert for every token, weighted by the softmax of the scores: y = sum_i g_i(x) e_i(x)."""
 
+    why_no_capacity: ClassVar[str] = "the dense router sends every token to every expert"
     kind: Literal["dense"] = "dense"
 
     def is_always_even(self, num_experts: int) -> bool:

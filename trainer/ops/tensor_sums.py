@@ -1,0 +1,30 @@
+"""Dataclasses of sums, which are added and all-reduced field by field."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSums:
+    """Base class of dataclasses whose fields are all tensors, or None where a sum does not exist."""
+
+    def tensors(self) -> list[Tensor]:
+        """Return the sums that exist, in the order of the fields."""
+        return [tensor for tensor in self._values().values() if tensor is not None]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
+        """Return a copy with these values in place of `tensors()`, cast to the dtypes of those."""
+        values = iter(tensors)
+        return replace(
+            self, **{name: None if old is None else next(values).to(old.dtype) for name, old in self._values().items()}
+        )
+
+    def __add__(self, other: Self) -> Self:
+        """Add the sums of two disjoint sets of tokens."""
+        return self.with_tensors([a + b for a, b in zip(self.tensors(), other.tensors(), strict=True)])
+
+    def _values(self) -> dict[str, Tensor | None]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
