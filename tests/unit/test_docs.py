@@ -48,9 +48,7 @@ def blocks_of(page: Path) -> Iterator[Block]:
         yield Block(page, language, text)
 
 
-BLOCKS = {
-    f"{page.relative_to(ROOT)} {number}": block for page in PAGES for number, block in enumerate(blocks_of(page))
-}
+BLOCKS = {f"{page.relative_to(ROOT)} {number}": block for page in PAGES for number, block in enumerate(blocks_of(page))}
 
 
 def of_language(*languages: str) -> pytest.MarkDecorator:
