@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def run_in_terminal(arguments: list[str], columns: int) -> str:
-    """Run Turnout on a pseudo-terminal of this width, and return everything that it wrote, escape sequences included."""
+    """Run Turnout on a pseudo-terminal of this width; return its output, escape sequences included."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     environment = {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor", "COLUMNS": str(columns)}
@@ -63,7 +63,7 @@ def _read(descriptor: int) -> bytes:
 
 
 def screens(written: str) -> Iterator[list[str]]:
-    """Yield the lines on the screen each time the live panel is complete. Handles the sequences that rich.live sends."""
+    """Yield the lines on the screen whenever the live panel is complete, as rich.live draws it."""
     lines, row = [""], 0
     for piece in _CURSOR.split(written):
         if piece in ("\r\n", "\n"):
