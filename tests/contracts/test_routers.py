@@ -8,8 +8,8 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from tests.added_router import ThresholdRouter, ThresholdRouterConfig
-from tests.contracts import router_contract
 from tests.laws.test_router_oracles import VARIANTS
+from trainer.contracts import router as router_contract
 from trainer.moe.routers.config.options import TopKOptions
 from trainer.moe.routers.registry import RouterConfig
 from trainer.moe.routing import Router, RouterOutput, RoutingContext, RoutingDecision

@@ -11,8 +11,8 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from tests.builders import make_context
-from tests.contracts.router_contract import D, matrix
 from tests.laws.test_router_oracles import KINDS
+from trainer.contracts.router import D, matrix
 from trainer.moe.capacity import expert_capacity, limit_to_capacity
 from trainer.moe.options import CapacityConfig
 from trainer.moe.routers.config.options import AssignmentOptions, RouterOptions

@@ -1,4 +1,4 @@
-"""What every router must keep, as checks that a router added by a user can be given as well.
+"""Contract of a router: checks for every router of the registry and for plug-ins.
 
 # B sequences of S tokens, T = B * S, k experts per token, E experts.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.builders import make_context
+from trainer.contracts.ensure import ensure
 from trainer.moe.capacity import expert_capacity, limit_to_capacity
 from trainer.moe.options import CapacityConfig
 from trainer.moe.routers.config.options import AssignmentOptions, RouterOptions
@@ -23,8 +23,8 @@ B, S, D = 3, 8, 6
 
 
 def make(config: RouterOptions, num_experts: int, *, spread: float = 0.8, seed: int = 0) -> Router:
-    """A router in float64 with weights of some size."""
-    router = config.build(d_model=D, num_experts=num_experts, layer=0).double()  # type: ignore[attr-defined]
+    """Make a router in float64 with normal weights of standard deviation `spread`."""
+    router = config.build(d_model=D, num_experts=num_experts, layer=0).double()
     generator = torch.Generator().manual_seed(seed)
     for parameter in router.parameters():
         parameter.data.normal_(0, spread, generator=generator)
@@ -34,19 +34,25 @@ def make(config: RouterOptions, num_experts: int, *, spread: float = 0.8, seed: 
 
 
 def make_x(seed: int = 0, rows: int = B) -> Tensor:
+    """Return random tokens (rows * S, D)."""
     return torch.randn(rows * S, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def context_of(*, is_training: bool, rows: int = B, valid: Tensor | None = None, seed: int = 0) -> RoutingContext:
-    """Token ids, and noise if training, that differ from token to token."""
-    ids = torch.randint(0, 99, (rows * S,), generator=torch.Generator().manual_seed(seed))
-    context = make_context(rows, S, valid)
-    key = token_keys(seed, context.sequence_index, context.position) if is_training else None
-    return replace(context, token_ids=ids, noise_key=key)
+    """Return a context whose token ids, and noise while training, differ from token to token."""
+    position, sequence_index = torch.arange(S).repeat(rows), torch.arange(rows).repeat_interleave(S)
+    return RoutingContext(
+        token_ids=torch.randint(0, 99, (rows * S,), generator=torch.Generator().manual_seed(seed)),
+        valid=torch.ones(rows * S, dtype=torch.bool) if valid is None else valid,
+        position=position,
+        sequence_index=sequence_index,
+        num_sequences=rows,
+        noise_key=token_keys(seed, sequence_index, position) if is_training else None,
+    )
 
 
 def matrix(decision: RoutingDecision) -> Tensor:
-    """(T, E) the weights of what is kept, NaN elsewhere: which experts a token has, and how much they count."""
+    """Return (T, E): the combine weights of kept assignments, NaN elsewhere."""
     cells = torch.full((decision.num_tokens, decision.num_experts), torch.nan, dtype=torch.float64)
     kept = decision.kept & (decision.expert_index < decision.num_experts)
     cells[decision.token_index[kept], decision.expert_index[kept]] = decision.combine_weight.detach()[kept].double()
@@ -54,57 +60,88 @@ def matrix(decision: RoutingDecision) -> Tensor:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two matrices are bitwise equal, NaN included."""
     return torch.equal(a.nan_to_num(-7), b.nan_to_num(-7))
 
 
 def is_well_formed(config: RouterOptions, num_experts: int) -> None:
-    """Experts of a token are different and exist, weights are as declared, the list is in order, padding has none."""
+    """The decision is well formed: experts exist and differ, weights are as declared, padding has none."""
     valid = torch.rand(B * S, generator=torch.Generator().manual_seed(5)) < 0.8
     for is_training in (True, False):
         output = make(config, num_experts)(make_x(), context_of(is_training=is_training, valid=valid))
         decision = output.decision
-        assert decision.num_tokens == B * S and decision.num_experts == num_experts
-        assert (decision.token_index.diff() >= 0).all(), "listed by token"
-        assert not decision.kept[~valid[decision.token_index]].any(), "padding has no experts"
+        ensure(
+            decision.num_tokens == B * S and decision.num_experts == num_experts,
+            f"a decision of {decision.num_tokens} tokens and {decision.num_experts} experts",
+        )
+        ensure((decision.token_index.diff() >= 0).all(), "assignments are not listed by token")
+        ensure(not decision.kept[~valid[decision.token_index]].any(), "padding has experts")
         pairs = list(zip(decision.token_index.tolist(), decision.expert_index.tolist(), strict=True))
-        assert len(pairs) == len(set(pairs)), "no expert twice"
-        assert (decision.expert_index >= 0).all()
-        assert (decision.expert_index < num_experts + config.num_null_experts).all()
+        ensure(len(pairs) == len(set(pairs)), "a token has an expert twice")
+        ensure((decision.expert_index >= 0).all(), "negative expert index")
+        ensure(
+            (decision.expert_index < num_experts + config.num_null_experts).all(),
+            "an expert index beyond the last expert",
+        )
         weight = decision.combine_weight
-        assert weight.dtype == torch.float64 and torch.isfinite(weight).all() and (weight >= 0).all()
+        ensure(
+            weight.dtype == torch.float64 and torch.isfinite(weight).all() and (weight >= 0).all(),
+            f"combine weights in {weight.dtype} from {weight.min():g} to {weight.max():g}",
+        )
         if decision.top_k is not None:
-            assert len(pairs) == B * S * decision.top_k
-            assert decision.token_index.tolist() == [t for t in range(B * S) for _ in range(decision.top_k)]
+            ensure(
+                len(pairs) == B * S * decision.top_k,
+                f"{len(pairs)} assignments of {B * S} tokens, with top_k {decision.top_k}",
+            )
+            ensure(
+                decision.token_index.tolist() == [t for t in range(B * S) for _ in range(decision.top_k)],
+                "a token without its top_k assignments",
+            )
         if config.weight_sum is not None:
             kept = weight.detach() * decision.kept
             sums = torch.zeros(B * S, dtype=torch.float64).index_add(0, decision.token_index, kept)
             torch.testing.assert_close(sums[valid], torch.full_like(sums[valid], config.weight_sum))
         if output.probs is not None:
-            assert output.probs.shape == (B * S, num_experts + (config.num_null_experts > 0))
+            ensure(
+                output.probs.shape == (B * S, num_experts + (config.num_null_experts > 0)),
+                f"probs of shape {tuple(output.probs.shape)}",
+            )
             torch.testing.assert_close(output.probs.sum(-1), torch.ones(B * S, dtype=torch.float64))
         if output.scores is not None:
-            assert output.scores.shape == (B * S, num_experts + config.num_null_experts)
-            assert not output.scores.requires_grad and (output.scores >= 0).all()
+            ensure(
+                output.scores.shape == (B * S, num_experts + config.num_null_experts),
+                f"scores of shape {tuple(output.scores.shape)}",
+            )
+            ensure(not output.scores.requires_grad and (output.scores >= 0).all(), "scores with gradient, or negative")
         else:
-            assert config.num_null_experts == 0 or output.probs is None, "null experts must be told apart"
+            ensure(
+                config.num_null_experts == 0 or output.probs is None,
+                "scores are missing, which tell null experts apart",
+            )
         if config.has_fixed_k:
-            assert decision.top_k is not None
+            ensure(decision.top_k is not None, "has_fixed_k is declared, and the decision has no top_k")
         if config.ranks_choices and not hasattr(make(config, num_experts), "bias"):
-            assert (weight.view(B * S, -1).diff(dim=1) <= 1e-12).all(), "the best one first"
+            ensure(
+                (weight.view(B * S, -1).diff(dim=1) <= 1e-12).all(),
+                "ranks_choices is declared, and a later choice weighs more",
+            )
 
 
 def padding_changes_nothing(config: RouterOptions, num_experts: int) -> None:
-    """What stands in padding, and how much of it there is, changes nothing for the tokens."""
+    """The content and the amount of padding change nothing for the tokens."""
     router, x = make(config, num_experts), make_x()
     valid = (torch.arange(S) < torch.tensor([[S], [5], [3]])).flatten()
     for is_training in (True, False):
         context = context_of(is_training=is_training, valid=valid)
         other = torch.where(valid[:, None], x, 100 * make_x(seed=9))
-        assert same(matrix(router(x, context).decision), matrix(router(other, context).decision))
+        ensure(
+            same(matrix(router(x, context).decision), matrix(router(other, context).decision)),
+            "the content of padding changes decisions",
+        )
 
 
 def rows_do_not_see_each_other(config: RouterOptions, num_experts: int) -> None:
-    """A row alone is routed as in company, which is what makes a router independent of the layout."""
+    """A sequence is routed the same alone as in a batch, so that the layout changes nothing."""
     router, x = make(config, num_experts), make_x()
     for is_training in (True, False):
         context = context_of(is_training=is_training)
@@ -112,27 +149,30 @@ def rows_do_not_see_each_other(config: RouterOptions, num_experts: int) -> None:
         for row in range(B):
             here = slice(row * S, (row + 1) * S)
             alone = replace(
-                make_context(1, S),
+                context_of(is_training=False, rows=1),
                 token_ids=context.token_ids[here],
                 noise_key=None if context.noise_key is None else context.noise_key[here],
             )
-            assert same(matrix(router(x[here], alone).decision), together[here])
+            ensure(
+                same(matrix(router(x[here], alone).decision), together[here]),
+                f"sequence {row} is routed otherwise when it is alone",
+            )
 
 
 def causality_is_as_declared(config: RouterOptions, num_experts: int) -> None:
-    """Later tokens change nothing under `strict`, and something otherwise: a promise that says too little is wrong."""
+    """Tokens depend on others exactly as `causal` declares, neither less nor more."""
     router = make(config, num_experts)
     for is_training in (True, False):
         declared = router.causal if is_training else router.causal_in_evaluation
         leaks, crosses = _leaks(router, is_training)
-        assert leaks == (declared != "strict"), (
-            f"training {is_training}: declared {declared}, sees later tokens {leaks}"
+        ensure(
+            leaks == (declared != "strict"), f"training {is_training}: declared {declared}, sees later tokens {leaks}"
         )
-        assert crosses == (declared == "no"), f"training {is_training}: declared {declared}, sees other rows {crosses}"
+        ensure(crosses == (declared == "no"), f"training {is_training}: declared {declared}, sees other rows {crosses}")
 
 
 def _leaks(router: Router, is_training: bool) -> tuple[bool, bool]:
-    """Whether later tokens of the row, and whether other rows, change what an earlier token gets."""
+    """Return whether later tokens of the sequence, and whether other sequences, change what an earlier token gets."""
     leaks = crosses = False
     for seed in range(6):
         x, context = make_x(seed), context_of(is_training=is_training, seed=seed)
@@ -149,18 +189,22 @@ def _leaks(router: Router, is_training: bool) -> tuple[bool, bool]:
 
 
 def capacity_is_kept(config: RouterOptions, num_experts: int) -> None:
-    """No expert gets more rows of a sequence than it has room for."""
+    """No expert gets more rows of a sequence than its capacity."""
     router, context = make(config, num_experts, spread=3.0), context_of(is_training=True)
     decision = router(make_x() + 1, context).decision
     if config.has_fixed_k:
-        assert decision.top_k is not None
+        ensure(decision.top_k is not None, "has_fixed_k is declared, and the decision has no top_k")
         for policy in ("position", "probability", "random", *(["choice_major"] if config.ranks_choices else [])):
             section = CapacityConfig.model_validate({"factor": 1.0, "min": 1, "policy": policy})
             limited = limit_to_capacity(decision, section, context)
             room = expert_capacity(S * decision.top_k, num_experts, factor=1.0, minimum=1)
-            assert _busiest(limited) <= room and limited.capacity == B * room
+            ensure(
+                _busiest(limited) <= room and limited.capacity == B * room,
+                f"{policy}: {_busiest(limited)} rows of a sequence for one expert, whose capacity is {room}",
+            )
     elif isinstance(config, AssignmentOptions):
-        assert _busiest(decision) <= math.ceil(config.capacity_factor * config.top_k * S / num_experts)
+        most = math.ceil(config.capacity_factor * config.top_k * S / num_experts)
+        ensure(_busiest(decision) <= most, f"{_busiest(decision)} rows of a sequence for one expert, not {most}")
 
 
 def _busiest(decision: RoutingDecision) -> int:
@@ -169,66 +213,80 @@ def _busiest(decision: RoutingDecision) -> int:
 
 
 def equal_scores_are_broken_the_same_way(config: RouterOptions, num_experts: int) -> None:
-    """With all scores equal the answer is still one answer, in every row and at every call."""
+    """Equal scores are broken the same way in every sequence."""
     router = make(config, num_experts, spread=0.0)
     context = context_of(is_training=False)
     context = replace(context, token_ids=context.token_ids.view(B, S)[:1].expand(B, S).flatten())
     rows = matrix(router(torch.zeros(B * S, D, dtype=torch.float64), context).decision).view(B, S, -1)
-    assert same(rows[0], rows[1]) and same(rows[0], rows[2])
+    ensure(
+        same(rows[0], rows[1]) and same(rows[0], rows[2]), "equal scores give different experts in different sequences"
+    )
 
 
 def everything_learns(config: RouterOptions, num_experts: int) -> None:
-    """Every parameter gets a finite gradient that is not zero from what the experts' outputs do."""
+    """Every parameter gets a finite gradient through the combine weights that is not zero."""
     router = make(config, num_experts)
     output = router(make_x(), context_of(is_training=True))
     decision = output.decision
     value = (decision.combine_weight * torch.linspace(-1, 1, decision.combine_weight.numel()) ** 3)[decision.kept].sum()
     for name, parameter in router.named_parameters():
         (gradient,) = torch.autograd.grad(value, parameter, retain_graph=True)
-        assert torch.isfinite(gradient).all() and (gradient != 0).any(), name
+        ensure(
+            torch.isfinite(gradient).all() and (gradient != 0).any(),
+            f"{name} has no gradient, or one that is not finite",
+        )
 
 
 def noise_is_a_function_of_its_key(config: RouterOptions, num_experts: int) -> None:
-    """The same call gives the same answer: there is no generator with a state."""
+    """Equal calls give equal decisions: noise is a function of its key."""
     router, x = make(config, num_experts), make_x()
     for is_training in (True, False):
         context = context_of(is_training=is_training)
-        assert same(matrix(router(x, context).decision), matrix(router(x, context).decision))
+        ensure(
+            same(matrix(router(x, context).decision), matrix(router(x, context).decision)),
+            "two equal calls give different decisions",
+        )
 
 
 def scores_are_wide(config: RouterOptions, num_experts: int) -> None:
-    """Under autocast nothing of the router is narrower than float32."""
+    """Under autocast every output stays at least float32."""
     router = make(config, num_experts).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = router(make_x().bfloat16(), context_of(is_training=True))
     wide: list[Any] = [output.decision.combine_weight, output.logits, output.probs, output.load, output.loss]
-    assert all(part.dtype == torch.float32 for part in wide if part is not None)
+    ensure(
+        all(part.dtype == torch.float32 for part in wide if part is not None),
+        "an output is narrower than float32 under autocast",
+    )
 
 
 def what_is_not_finite_is_no_crash(config: RouterOptions, num_experts: int) -> None:
-    """A NaN or an infinity comes out as one, so that the step is skipped on all ranks and not ended on one."""
+    """NaN and infinity in the input raise no error, so that all ranks skip the step together."""
     for bad in (torch.nan, torch.inf):
         router, x = make(config, num_experts), make_x()
         x[3] = bad
         decision = router(x, context_of(is_training=True)).decision
-        assert ((decision.expert_index >= 0) & (decision.expert_index < num_experts + config.num_null_experts)).all()
+        ensure(
+            ((decision.expert_index >= 0) & (decision.expert_index < num_experts + config.num_null_experts)).all(),
+            "an input that is not finite gives an expert that does not exist",
+        )
 
 
 def extreme_scores_have_gradients(config: RouterOptions, num_experts: int) -> None:
-    """Logits of +-200 underflow in float32; loss and gradient stay finite."""
+    """Logits of +-200, which underflow in float32, leave loss and gradient finite."""
     router = make(config, num_experts).float()
     x = 40 * make_x().float()
     output = router(x, context_of(is_training=True))
     parts = [output.decision.combine_weight.sum(), output.probs, output.loss]
     value = sum((part.square().sum() for part in parts if part is not None), torch.zeros(()))
-    assert torch.isfinite(value)
+    ensure(torch.isfinite(value), "large logits give a loss that is not finite")
     for name, parameter in router.named_parameters():
         (gradient,) = torch.autograd.grad(value, parameter, retain_graph=True)
-        assert torch.isfinite(gradient).all(), name
+        ensure(torch.isfinite(gradient).all(), f"large logits give {name} a gradient that is not finite")
 
 
 def k_of_one_call_is_k_of_the_config(config: RouterOptions, num_experts: int) -> None:
-    """What a call asks for is what a router gives that was made with this number."""
+    """`context.top_k` gives the same experts as the option `top_k`."""
     if "top_k" not in type(config).model_fields:
         return
     for top_k in range(1, num_experts + 1):
@@ -239,12 +297,14 @@ def k_of_one_call_is_k_of_the_config(config: RouterOptions, num_experts: int) ->
             context = context_of(is_training=is_training)
             asked = make(config, num_experts)(make_x(), replace(context, top_k=top_k)).decision
             built = make(wanted, num_experts)(make_x(), context).decision
-            assert asked.top_k == built.top_k
-            assert same(matrix(asked), matrix(built)), top_k
+            ensure(asked.top_k == built.top_k, f"context.top_k {top_k} gives {asked.top_k} experts")
+            ensure(
+                same(matrix(asked), matrix(built)), f"context.top_k {top_k} gives other experts than the option top_k"
+            )
 
 
 def repeated_tokens() -> dict[str, tuple[Tensor, Tensor]]:
-    """Rows (B * S, D) in which tokens are equal, as in rulers, indentation and blank lines, and the valid tokens."""
+    """Return rows (B * S, D) with repeated tokens, as in indentation and blank lines, and the valid tokens."""
     drawn = make_x(seed=2, rows=B).view(B, S, D)
     one_each, everything = drawn[:, :1].expand(B, S, D), torch.ones(B, S, dtype=torch.bool)
     alone = torch.arange(S) == torch.tensor([[0], [S // 2], [S - 1]])
@@ -261,7 +321,7 @@ def repeated_tokens() -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def rounding_chooses_no_expert(config: RouterOptions, num_experts: int) -> None:
-    """Tokens that are equal but for their last bits, as another layout rounds them, get the same experts and room."""
+    """Tokens that differ in their last bits, as another layout rounds them, get the same experts."""
     policies = ["probability"] * config.has_fixed_k + ["choice_major"] * config.ranks_choices
     capacities = [CapacityConfig.model_validate({"factor": 1.0, "min": 1, "policy": policy}) for policy in policies]
     for dtype, spread in itertools.product((torch.float64, torch.float32), (0.5, 12.0)):
@@ -276,7 +336,10 @@ def rounding_chooses_no_expert(config: RouterOptions, num_experts: int) -> None:
                     decision = router(x.to(dtype) * (1 + last_bits * torch.finfo(dtype).eps * drawn), context).decision
                     limited = [limit_to_capacity(decision, capacity, context) for capacity in capacities]
                     found.append(torch.stack([~matrix(each).isnan() for each in (decision, *limited)]))
-                assert torch.equal(found[1], found[0]) and torch.equal(found[2], found[0]), (name, dtype, spread)
+                ensure(
+                    torch.equal(found[1], found[0]) and torch.equal(found[2], found[0]),
+                    f"the last bits of an input choose the experts: {name}, {dtype}, spread {spread}",
+                )
 
 
 CHECKS: list[Callable[[RouterOptions, int], None]] = [
