@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from trainer.commands import bench, checkpoint, config, evaluate, generate, init, prove, train
+from trainer.commands import bench, check_plugin, checkpoint, config, evaluate, generate, init, prove, train
 from trainer.commands.arguments import Parser, Version
 from trainer.config.nodes import shown_path
 from trainer.config.old_names import OldNameWarning
@@ -148,6 +148,6 @@ def command_line() -> Parser:
     # DeepSpeed's launcher gives every rank its number like this too; LOCAL_RANK says the same.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    for group in (init, train, evaluate, generate, prove, bench, checkpoint, config):
+    for group in (init, train, evaluate, generate, prove, bench, checkpoint, config, check_plugin):
         group.add(verbs)
     return parser

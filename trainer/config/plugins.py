@@ -81,19 +81,20 @@ class Pluggable:
         """
         entry_point = _entry_points(self.group).get(kind)
         path = self.lazy.get(kind) or (kind if entry_point is None else entry_point.value)
-        found = load_object(path, alike=self._is_usable)
-        if not self._is_usable(found):
+        found = load_object(path, alike=self.accepts)
+        if not self.accepts(found):
             raise PluginError(
                 f"{path} is not a config class of turnout.{self.group}; derive it from "
                 f"{self.base.__module__}.{self.base.__name__}"
             )
         if (own := kinds(found)) and kind not in own:
             raise PluginError(f"{found.__name__} has a field kind of its own ({own[0]}); remove it from the class")
-        if not callable(getattr(found, "build", None)):
+        if getattr(found, "build", None) is getattr(self.base, "build", None):
             raise PluginError(f"{found.__name__} has no method build; see docs/extending.md")
         return found
 
-    def _is_usable(self, found: object) -> bool:
+    def accepts(self, found: object) -> bool:
+        """Tell whether an object is a config class of this section."""
         return isinstance(found, type) and issubclass(found, self.base) and found is not self.base
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

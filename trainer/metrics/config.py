@@ -1,7 +1,10 @@
 """The `metrics` and `profile` sections: what is written down while training. Imports no torch."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -10,6 +13,9 @@ from trainer.config.nodes import shown
 from trainer.config.numbers import Count, Rows, Steps, Whole
 from trainer.config.plugins import KindConfig, Pluggable
 from trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trainer.trackers.base import Tracker
 
 _NOT_IN_A_PROJECT = r"/\#?%:"
 Label = Annotated[str, Field(min_length=1, max_length=128, pattern=LINE_PATTERN)]
@@ -56,7 +62,17 @@ class WandbConfig(Config):
 
 
 class TrackerOptions(KindConfig):
-    """Options of every tracker, all of which are plug-ins: `build(folder, *, start_step, config)` makes it."""
+    """Base class of the configs of trackers that are plug-ins."""
+
+    def build(self, folder: Path, *, start_step: int, config: dict[str, Any]) -> Tracker:
+        """Make the tracker.
+
+        Args:
+            folder: folder of the run.
+            start_step: completed steps; records of later steps that it has from before are void.
+            config: the whole configuration as plain values.
+        """
+        raise NotImplementedError
 
     def problems(self) -> Iterator[Problem]:
         """Refuse a kind that is no plug-in."""

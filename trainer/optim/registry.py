@@ -23,7 +23,7 @@ WarmupShare = Annotated[float, Field(ge=0, le=1e6)]
 
 
 class OptimizerOptions(KindConfig):
-    """Options of every optimizer.
+    """Base class of all optimizer configs.
 
     Its state of a parameter is `step` and two tensors of the parameter's shape, `exp_avg` and `exp_avg_sq`, and it
     updates each element by itself, so that weights can be sharded and checkpoints loaded into another layout.
@@ -31,6 +31,10 @@ class OptimizerOptions(KindConfig):
 
     weight_decay: Coefficient = 0.1
     """Decoupled decay of weight matrices: attention, feed-forward, experts, router gate, output head."""
+
+    def build(self, *, decayed: Parameters, not_decayed: Parameters) -> Optimizer:
+        """Make the optimizer of two groups of parameters; its learning rate is set before every step."""
+        raise NotImplementedError
 
 
 class AdamWConfig(OptimizerOptions):
@@ -43,7 +47,7 @@ class AdamWConfig(OptimizerOptions):
     """Added to the root of the second moment."""
 
     def build(self, *, decayed: Parameters, not_decayed: Parameters) -> Optimizer:
-        """Make the optimizer of two groups of parameters; its learning rate is set before every step."""
+        """Make the optimizer."""
         from trainer.optim.adamw import build_adamw
 
         return build_adamw(
@@ -75,6 +79,10 @@ class WarmupOptions(KindConfig):
                 "warmup_steps",
                 f"{asked} is no share of the run; use less than 1, or {math.ceil(asked)} for so many steps",
             )
+
+    def build(self, *, total_steps: int) -> Callable[[int], float]:
+        """Return the learning rate as a function of the 0-based step."""
+        raise NotImplementedError
 
     def warmup(self, total_steps: int) -> int:
         """Return the steps of warmup in a run."""

@@ -24,12 +24,16 @@ Weight = Annotated[float, Field(ge=1e-18, le=1e18)]
 
 
 class SourceOptions(KindConfig):
-    """Options of every source that is a plug-in."""
+    """Base class of the configs of sources that are plug-ins."""
 
     domain: Domain = "plugin"
     """Name of the domain in per-domain losses."""
     weight: Weight = 1.0
     """Share of the mixture, split evenly over the domains found."""
+
+    def build(self) -> Source:
+        """Make the source."""
+        raise NotImplementedError
 
 
 class InstalledSourceConfig(Config):

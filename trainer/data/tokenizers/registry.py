@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 
 class TokenizerOptions(KindConfig):
-    """Options of every tokenizer."""
+    """Base class of all tokenizer configs."""
+
+    def build(self, data: DataConfig, *, progress: IngestProgress | None = None) -> Tokenizer:
+        """Make the tokenizer; `data` is the section it belongs to."""
+        raise NotImplementedError
 
 
 class ByteTokenizerConfig(TokenizerOptions):

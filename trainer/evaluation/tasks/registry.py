@@ -43,6 +43,10 @@ class TaskConfig(KindConfig):
     """Steps between evaluations; there is one at the end as well. Null: whenever held-out text is evaluated. `end`:
     only at the end."""
 
+    def build(self, tokenizer: Tokenizer, *, seq_len: int) -> Task:
+        """Read the rows and make the task."""
+        raise NotImplementedError
+
     def problems_in(self, seq_len: int) -> Iterator[Problem]:
         """Yield options that do not fit the model's sequence length."""
         yield from ()

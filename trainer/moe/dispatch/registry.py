@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 
 class DispatcherOptions(KindConfig):
-    """Options of every dispatcher."""
+    """Base class of all dispatcher configs."""
+
+    def build(self, mesh: Mesh, num_experts: int) -> Dispatcher:
+        """Make the dispatcher of a rank."""
+        raise NotImplementedError
 
 
 class LocalDispatcherConfig(DispatcherOptions):

@@ -1,0 +1,29 @@
+"""The verb check-plugin."""
+
+import argparse
+
+from trainer.commands.arguments import Verbs, verb
+from trainer.terminal import print_safe
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verb with its arguments."""
+    sub = verb(verbs, "check-plugin", check_plugin, example="my_package.router:MyRouterConfig top_k=2")
+    sub.add_argument("plugin", metavar="MODULE:CLASS", help="config class of the plug-in, or its entry point's name")
+    sub.add_argument("options", nargs="*", default=[], metavar="KEY=VALUE", help="keys of its config")
+
+
+def check_plugin(options: argparse.Namespace) -> int:
+    """Check that a router, dispatcher, source or other plug-in keeps its contract."""
+    from trainer.contracts.plugin import check_plugin as check
+
+    group, outcomes = check(options.plugin, options.options)
+    print_safe(f"{options.plugin}: turnout.{group}")
+    num_failed = 0
+    for outcome in outcomes:
+        num_failed += outcome.error is not None
+        print_safe(f"{'FAILED' if outcome.error else 'ok    '}  {outcome.promise}")
+        if outcome.error:
+            print_safe(f"        {outcome.name}: {outcome.error}")
+    print_safe(f"{num_failed} checks failed" if num_failed else "all checks passed")
+    return 1 if num_failed else 0
