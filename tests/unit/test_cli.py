@@ -26,7 +26,7 @@ VERBS = {verb.prog: verb for verb in verbs(command_line())}
 
 def test_there_are_all_verbs() -> None:
     assert {"turnout train", "turnout eval", "turnout generate", "turnout checkpoint prune"} <= VERBS.keys()
-    assert len(VERBS) == 16
+    assert len(VERBS) == 17
 
 
 @pytest.mark.parametrize("name", VERBS)

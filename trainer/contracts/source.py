@@ -4,6 +4,7 @@ import pickle
 from collections.abc import Sequence
 
 from trainer.contracts.ensure import ensure
+from trainer.data.records.base import SourcePart
 from trainer.data.sources.base import Document, Source
 from trainer.data.sources.registry import SourceOptions
 
@@ -64,7 +65,7 @@ def _documents(source: Source) -> list[Document]:
     return [document for document, _ in zip(source.documents(), range(_MOST), strict=False)]
 
 
-def _of_parts(source: Source, parts: Sequence[object]) -> list[Document]:
+def _of_parts(source: Source, parts: Sequence[SourcePart]) -> list[Document]:
     found: list[Document] = []
     for part in parts:
         found += [document for document, _ in zip(source.read(part), range(_MOST - len(found)), strict=False)]

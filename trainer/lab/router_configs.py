@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 from trainer.config.nodes import shown
+from trainer.config.plugins import PluginError
 from trainer.errors import ConfigError
 from trainer.moe.routers.config.options import NonCausalOptions, RouterOptions
-from trainer.moe.routers.registry import RouterConfig
+from trainer.moe.routers.registry import ROUTER_MODULES, ROUTER_PLUGINS, RouterConfig
 
 ROUTERS: dict[str, type[RouterOptions]] = {
     config.model_fields["kind"].default: config for config in get_args(get_args(RouterConfig)[0])
@@ -32,7 +33,8 @@ def router_config(
     Raises:
         ConfigError: if the router does not support this number of experts.
     """
-    fields = ROUTERS[kind].model_fields
+    section = router_class(kind)
+    fields = section.model_fields
     divisors = [number for number in range(2, _MAX_GROUPS + 1) if num_experts % number == 0 and num_experts > number]
     groups = max(divisors, default=1)  # of at least two experts each
     most = min(num_experts, max(top_k_choices or [top_k]))
@@ -48,10 +50,31 @@ def router_config(
     }
     if most == 1:  # a single normalised weight is always 1: the router would never learn
         options |= {"normalize": False, "random_second": False}
-    config = ROUTERS[kind](**{key: value for key, value in options.items() if key in fields})
+    config = section(**{key: value for key, value in options.items() if key in fields})
     for problem in config.problems_among(1 if kind == MIXTURE_OF_DEPTHS else num_experts):
         raise ConfigError(f"{kind}.{problem.key}: {problem.message}")
     return config
+
+
+def router_kinds() -> list[str]:
+    """Return every kind of the registry, those that are imported lazily last."""
+    return [*ROUTERS, *ROUTER_MODULES]
+
+
+def router_class(kind: str) -> type[RouterOptions]:
+    """Return the config class of a kind of the registry or a plug-in.
+
+    Raises:
+        ConfigError: if it is a plug-in that cannot be used.
+    """
+    if kind in ROUTERS:
+        return ROUTERS[kind]
+    try:
+        section = ROUTER_PLUGINS.section(kind)
+    except PluginError as error:
+        raise ConfigError(f"--only: {error}") from None
+    assert issubclass(section, RouterOptions), "ROUTER_PLUGINS accepts no others"
+    return section
 
 
 def looks_ahead(config: RouterOptions) -> str:
@@ -62,7 +85,7 @@ def looks_ahead(config: RouterOptions) -> str:
 
 
 def select_kinds(text: str | None, available: Sequence[str]) -> list[str]:
-    """Return the router kinds named by `--only`, in registry order.
+    """Return the router kinds named by `--only`, in registry order, then plug-ins in the order given.
 
     Args:
         text: Comma-separated names; None: all.
@@ -79,6 +102,8 @@ def select_kinds(text: str | None, available: Sequence[str]) -> list[str]:
             raise ConfigError(
                 f"--only: {MIXTURE_OF_DEPTHS} has one network and no choice between experts; --train compares it"
             )
-        if name not in available:
+        if ROUTER_PLUGINS.has(name):
+            router_class(name)
+        elif name not in available:
             raise ConfigError(f"--only: {shown(name)} is not a router; use some of {', '.join(available)}, by commas")
-    return [kind for kind in available if kind in names]
+    return [kind for kind in available if kind in names] + [name for name in names if name not in available]

@@ -33,6 +33,8 @@ from trainer.moe.routers.config.token_choice import (
 ROUTER_MODULES: Final[dict[str, str]] = {}
 """Kinds that are imported, with torch, when a configuration names them: "x": "trainer.moe.routers.x:XRouterConfig"."""
 
+ROUTER_PLUGINS: Final = Pluggable("routers", RouterOptions, ROUTER_MODULES)
+
 RouterConfig = Annotated[
     TopKRouterConfig
     | BiasBalancedRouterConfig
@@ -53,5 +55,5 @@ RouterConfig = Annotated[
     | DenseRouterConfig
     | RoundRobinRouterConfig,
     Field(discriminator="kind"),
-    Pluggable("routers", RouterOptions, ROUTER_MODULES),
+    ROUTER_PLUGINS,
 ]
