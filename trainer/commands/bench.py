@@ -13,7 +13,7 @@ from trainer.config.nodes import shown
 from trainer.config.numbers import MAX_INT
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
-from trainer.lab.router_configs import MIXTURE_OF_DEPTHS, ROUTERS, select_kinds
+from trainer.lab.router_configs import MIXTURE_OF_DEPTHS, router_kinds, select_kinds
 from trainer.lab.router_trainings import plan_trainings
 
 _MOST = {"tokens": 1 << 20, "sequences": 1 << 20, "experts": 1 << 20, "rounds": 1 << 20, "seeds": 1000}
@@ -92,7 +92,7 @@ def _compare_choices(options: argparse.Namespace) -> int:
     given = _settle(options, mine=_OF_CHOICES, others=_OF_TRAINING, why="goes with --train")
     if options.overrides:
         raise ConfigError(f"{options.overrides[0]}: changes a config, and there is none without --train; remove it")
-    kinds = select_kinds(options.only, [kind for kind in ROUTERS if kind != MIXTURE_OF_DEPTHS])
+    kinds = select_kinds(options.only, [kind for kind in router_kinds() if kind != MIXTURE_OF_DEPTHS])
     run = None if options.run is None else _measurable(options, given)
     num_logits = options.sequences * options.tokens * options.experts
     if num_logits > _MOST_LOGITS:
@@ -145,7 +145,7 @@ def _measurable(options: argparse.Namespace, given: set[str]) -> tuple[Experimen
 def _compare_trainings(options: argparse.Namespace) -> int:
     """Compare what is learned."""
     _settle(options, mine=_OF_TRAINING, others=_OF_CHOICES, why="does not go with --train")
-    kinds = select_kinds(options.only, list(ROUTERS))
+    kinds = select_kinds(options.only, router_kinds())
     trainings = plan_trainings(
         options.train, options.overrides, kinds, budget=options.budget, seeds=options.seeds, out=options.out
     )
