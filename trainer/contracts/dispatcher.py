@@ -11,8 +11,8 @@ from torch import Tensor
 
 from trainer.contracts.ensure import ContractError, ensure
 from trainer.distributed.flight_recorder import FlightRecorder
-from trainer.distributed.rank_layout import Layout, even_slice
 from trainer.distributed.mesh import Mesh, build_mesh
+from trainer.distributed.rank_layout import Layout, even_slice
 from trainer.moe.capacity import limit_to_capacity
 from trainer.moe.config import CapacityConfig
 from trainer.moe.dispatch.base import Dispatcher

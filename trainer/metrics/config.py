@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -13,9 +13,6 @@ from trainer.config.nodes import shown
 from trainer.config.numbers import Count, Rows, Steps, Whole
 from trainer.config.plugins import KindConfig, Pluggable
 from trainer.errors import ConfigError
-
-if TYPE_CHECKING:
-    from trainer.trackers.base import Tracker
 
 _NOT_IN_A_PROJECT = r"/\#?%:"
 Label = Annotated[str, Field(min_length=1, max_length=128, pattern=LINE_PATTERN)]
@@ -64,8 +61,8 @@ class WandbConfig(Config):
 class TrackerOptions(KindConfig):
     """Base class of the configs of trackers that are plug-ins."""
 
-    def build(self, folder: Path, *, start_step: int, config: dict[str, Any]) -> Tracker:
-        """Make the tracker.
+    def build(self, folder: Path, *, start_step: int, config: dict[str, Any]) -> Any:
+        """Make the tracker, which has the methods of `trainer.trackers.base.Tracker`.
 
         Args:
             folder: folder of the run.
