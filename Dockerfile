@@ -5,7 +5,7 @@
 #   docker run --rm --init -v "$PWD:/work" --user "$(id -u):$(id -g)" --gpus all --ipc host turnout \
 #       launch mine.yaml --nproc 8
 #
-# It holds exactly the lock (requirements/), checked by hash. torch is the CPU build of Python 3.11 where pip finds it, with
+# It holds exactly the lock (requirements/), checked by hash. torch is its CPU build where pip finds that, with
 #   --build-arg PIP_EXTRA_INDEX_URL=URL      PyTorch's index of CPU wheels
 # else the default index's build for CUDA, with its libraries (several GB more); that one runs on CPUs too. Kernels that
 # are compiled at run time (Triton, DeepSpeed's) need a compiler and, for DeepSpeed's, the CUDA toolkit:

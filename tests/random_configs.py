@@ -16,14 +16,13 @@ import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import ValidationError
 
+from tests.registries import ROUTERS
 from tests.repeated_texts import repeated_texts
 from trainer.experiment import ExperimentConfig
-from trainer.moe.routers.config.options import RouterOptions
-from trainer.moe.routers.registry import RouterConfig
 from trainer.prove.cases import Case, as_config, labels, reference
 from trainer.prove.compare import Comparison, compare
 from trainer.prove.pool import LocalRanks
@@ -31,9 +30,6 @@ from trainer.prove.ranks import run_case
 from trainer.prove.rounding import FLOORS
 
 STEPS, TOLERANCE, TIMEOUT_S = 10, 1e-9, 300.0
-ROUTERS: dict[str, type[RouterOptions]] = {
-    router.model_fields["kind"].default: router for router in get_args(get_args(RouterConfig)[0])
-}
 
 
 @dataclass(frozen=True, slots=True)

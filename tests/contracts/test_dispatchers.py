@@ -9,15 +9,10 @@ from torch import Tensor
 
 from tests.builders import make_context
 from tests.ranks import Ranks, mesh_here
+from tests.registries import DISPATCHERS
 from trainer.distributed.rank_layout import even_slice
 from trainer.moe.capacity import limit_to_capacity
 from trainer.moe.dispatch.local import LocalDispatcher
-from trainer.moe.dispatch.registry import (
-    AllGatherDispatcherConfig,
-    AllToAllDispatcherConfig,
-    HierarchicalDispatcherConfig,
-    PaddedAllToAllDispatcherConfig,
-)
 from trainer.moe.options import CapacityConfig
 from trainer.moe.routing import RoutingDecision
 from trainer.ops.expert_ffn import loop
@@ -25,12 +20,9 @@ from trainer.ops.expert_ffn import loop
 D, F, SEQUENCES, SEQ_LEN = 6, 5, 2, 4
 TOKENS = SEQUENCES * SEQ_LEN
 
-DROPLESS = {
-    "all_to_all": AllToAllDispatcherConfig(),
-    "all_gather": AllGatherDispatcherConfig(),
-    "hierarchical": HierarchicalDispatcherConfig(),  # 4 ranks are 2 nodes of 2; fewer ranks go in one hop
-}
-AT_CAPACITY = {**DROPLESS, "padded_all_to_all": PaddedAllToAllDispatcherConfig()}
+# hierarchical: 4 ranks are 2 nodes of 2; fewer ranks go in one hop
+AT_CAPACITY = {kind: config() for kind, config in DISPATCHERS.items() if kind != "local"}
+DROPLESS = {kind: config for kind, config in AT_CAPACITY.items() if kind != "padded_all_to_all"}
 IN_CHUNKS = {name: config.model_copy(update={"chunks": 2}) for name, config in AT_CAPACITY.items()}
 
 # (ranks, experts, experts per token)

@@ -4,14 +4,12 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
+from tests.registries import SOURCES as CONFIGS
 from trainer.data.sources.base import Source
-from trainer.data.sources.registry import SourceConfig
-
-CONFIGS = {config.model_fields["kind"].default: config for config in get_args(get_args(SourceConfig)[0])}
 
 
 def _text(folder: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +13,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 
 from tests import foreign_tokenizers
+from tests.registries import TOKENIZERS as CONFIGS
 from trainer.data.config import DataConfig
 from trainer.data.sources.registry import TextSourceConfig
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.data.tokenizers.file import read_tokenizer
-from trainer.data.tokenizers.registry import TokenizerConfig
-
-CONFIGS = {config.model_fields["kind"].default: config for config in get_args(get_args(TokenizerConfig)[0])}
 
 
 def _file(content: Callable[[], dict[str, Any]]) -> Callable[[Path], dict[str, Any]]:

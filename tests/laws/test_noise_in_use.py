@@ -1,7 +1,7 @@
 """Law: in use, noise is another one in each layer, row, position and run, and evaluation has none."""
 
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -9,17 +9,16 @@ from torch import Tensor
 
 from tests.builders import make_batch, make_engine, make_model, tiny_model_config
 from tests.laws.test_router_oracles import VARIANTS
+from tests.registries import ROUTERS
 from trainer.data.batches.batch import Batch
 from trainer.models.config import ModelConfig
 from trainer.models.gpt import GPT, routing_context
 from trainer.moe.layer import MoE
 from trainer.moe.routers.config.options import NonCausalOptions
-from trainer.moe.routers.registry import RouterConfig
 from trainer.moe.routing import RouterOutput, RoutingOptions
 
 NUM_ROWS, SEQ_LEN = 4, 8
-ROUTERS: tuple[Any, ...] = get_args(get_args(RouterConfig)[0])
-JITTERED = [router.model_fields["kind"].default for router in ROUTERS if "jitter" in router.model_fields]
+JITTERED = [kind for kind, router in ROUTERS.items() if "jitter" in router.model_fields]
 NOISE: dict[str, dict[str, Any]] = {
     **{f"jitter of {kind}": {"router": {"kind": kind, "jitter": 0.4}} for kind in JITTERED},
     "noisy_top_k": {"router": {"kind": "noisy_top_k"}},

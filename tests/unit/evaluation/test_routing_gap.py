@@ -7,6 +7,7 @@ import torch
 
 from tests.builders import make_batch, make_engine, tiny_model_config
 from tests.ranks import Ranks, mesh_here
+from tests.registries import LEARNED_ROUTERS
 from trainer.distributed.mesh import Mesh
 from trainer.engine.native import NativeEngine
 from trainer.evaluation.routing_gap import RoutingGap, routing_gap
@@ -22,9 +23,7 @@ def _gap(router: dict[str, Any], **moe: Any) -> tuple[NativeEngine, RoutingGap |
     return engine, routing_gap(engine, batches, config.moe, seed=1, world=ALONE)
 
 
-@pytest.mark.parametrize(
-    "kind", ["top_k", "noisy_top_k", "expert_choice", "greedy", "sinkhorn", "base", "top_p", "dense"]
-)
+@pytest.mark.parametrize("kind", LEARNED_ROUTERS)
 def test_no_router_beats_the_optimum(kind: str) -> None:
     _, found = _gap({"kind": kind})
     assert found is not None

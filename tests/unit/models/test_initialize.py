@@ -1,18 +1,14 @@
 """Initial weights: a function of seed, name and expert, with the stated spread."""
 
-from typing import get_args
-
 import pytest
 import torch
 from torch import nn
 
 from tests.builders import make_engine, make_model, tiny_model_config
+from tests.registries import ROUTERS
 from trainer.models.gpt import GPT, is_matrix, parameter_role
 from trainer.models.initialize import initialize
-from trainer.moe.routers.registry import RouterConfig
 from trainer.moe.routers.top_k import TopKRouter
-
-ROUTERS = [config.model_fields["kind"].default for config in get_args(get_args(RouterConfig)[0])]
 
 
 def _parameters(model: GPT) -> dict[str, torch.Tensor]:

@@ -1,0 +1,33 @@
+"""Every registered kind of router, dispatcher, source, tokenizer and task: tests list none of them by hand."""
+
+from typing import Any, get_args
+
+from trainer.config.plugins import Pluggable
+from trainer.data.sources.registry import SourceConfig
+from trainer.data.tokenizers.registry import TokenizerConfig
+from trainer.evaluation.tasks.registry import AnyTaskConfig
+from trainer.moe.dispatch.registry import DispatcherConfig
+from trainer.moe.routers.registry import RouterConfig
+
+
+def by_kind(union: Any) -> dict[str, Any]:
+    """Return the config class of each kind of an annotated union, in the order of the registry."""
+    sections, *annotations = get_args(union)
+    found = {section.model_fields["kind"].default: section for section in get_args(sections)}
+    for mark in annotations:
+        if isinstance(mark, Pluggable):
+            found |= {kind: mark.section(kind) for kind in mark.lazy}
+    return found
+
+
+ROUTERS = by_kind(RouterConfig)
+DISPATCHERS = by_kind(DispatcherConfig)
+LEARNED_ROUTERS = {
+    kind: router
+    for kind, router in ROUTERS.items()
+    if kind != "mixture_of_depths" and list(router().build(d_model=4, num_experts=4, layer=0).parameters())
+}
+"""Routers with weights that choose among several experts."""
+SOURCES = by_kind(SourceConfig)
+TOKENIZERS = by_kind(TokenizerConfig)
+TASKS = by_kind(AnyTaskConfig)
