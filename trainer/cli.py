@@ -1,4 +1,4 @@
-"""The command line: parses, calls the verb, and ends as it ended. The verbs are in trainer/verbs/."""
+"""The command line: parse the arguments, run a command of trainer/commands/ and exit with its code."""
 
 import argparse
 import os
@@ -21,31 +21,31 @@ from trainer.terminal import print_safe, show_logs, single_line
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run a verb and exit with its code; a `TurnoutError` is printed as it stands, one line for each problem."""
+    """Run a command and exit with its code; print the message of a `TurnoutError` without a traceback."""
     show_logs()
     _show_old_names()
-    options = parse(sys.argv[1:] if arguments is None else arguments)
+    options = parse_command_line(sys.argv[1:] if arguments is None else arguments)
     try:
         check_process_variables()
-        code = options.verb(options)
-    except RemoteRankError as error:  # the rank that had it says so
-        _let_others_speak(0.5)
-        _end_at_once(error.exit_code)
+        code = options.command(options)
+    except RemoteRankError as error:  # reported by the rank that failed
+        _wait_for_report(0.5)
+        _exit_now(error.exit_code)
     except CommError as error:
         print_safe(error, file=sys.stderr)
-        _end_at_once(error.exit_code)
+        _exit_now(error.exit_code)
     except StopRequested as error:
         if is_first_rank():
             print_safe(error, file=sys.stderr)
-        _end_at_once(error.exit_code)
+        _exit_now(error.exit_code)
     except TurnoutError as error:
-        if error.is_rank_specific or is_first_rank() or options.verb is train.launch:
+        if error.is_rank_specific or is_first_rank() or options.command is train.launch_command:
             print_safe(error, file=sys.stderr)
-        else:  # rank 0 has the same one, says so, and torchrun ends the others; unless it is this rank's alone
-            _let_others_speak(10)
+        else:  # normally rank 0 has the same error and reports it before torchrun ends this rank
+            _wait_for_report(10)
             print_safe(f"rank {os.environ['RANK']}: {error}", file=sys.stderr)
         code = error.exit_code
-    except (KeyboardInterrupt, Exception) as error:  # what nobody has said anything more specific about
+    except (KeyboardInterrupt, Exception) as error:  # errors of the system
         code = exit_code_of(error)
         if code is None:
             raise
@@ -54,37 +54,37 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _show_old_names() -> None:
-    """Print each former name of a key as one line: on rank 0 only, and not again below `launch`, which printed it."""
+    """Print warnings about old key names as one line each: on rank 0 only, and not again under `launch`."""
     is_quiet = bool(os.environ.get(SUPERVISOR)) or not is_first_rank()
     warnings.filterwarnings("ignore" if is_quiet else "default", category=OldNameWarning)
-    python_s = warnings.showwarning
+    default = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         if issubclass(category, OldNameWarning):
             print_safe(f"warning: {message}", file=sys.stderr)
         else:
-            python_s(message, category, *where, **more)
+            default(message, category, *where, **more)
 
     warnings.showwarning = show
 
 
-def _let_others_speak(seconds: float) -> None:
-    """Wait for the rank that says what is wrong: torchrun ends all ranks as soon as one has ended."""
+def _wait_for_report(seconds: float) -> None:
+    """Give the rank that reports the error time to: torchrun ends all ranks as soon as one has exited."""
     sys.stderr.flush()
     time.sleep(seconds)
 
 
-def _end_at_once(code: int) -> NoReturn:
-    """End without waiting for the exchanges of a broken group, which python's own way out may do for ever."""
+def _exit_now(code: int) -> NoReturn:
+    """Exit without Python's shutdown, which may wait forever for collectives of a broken group."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def _explain(error: BaseException) -> None:
-    """Say in a line what has ended the process, for errors that are not ours and yet no bugs."""
+    """Print one line about a system error that is not a bug."""
     match error:
-        case KeyboardInterrupt():  # no run, or the second Ctrl-C of one: there is nothing new to save
+        case KeyboardInterrupt():  # not training, or the second Ctrl-C: nothing left to save
             print_safe("interrupted", file=sys.stderr)
         case BrokenPipeError():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -96,39 +96,41 @@ def _explain(error: BaseException) -> None:
             )
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse, and accept overrides behind an option as well as before it; exit with 2 and a line if it is wrong."""
+def parse_command_line(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the arguments, with overrides before or after options; exit with code 2 and one line if they are wrong."""
     parser = command_line()
-    _refuse_before_verb(parser, arguments)
+    _check_command_first(parser, arguments)
     options, rest = parser.parse_known_args(arguments)
-    stray = [word for word in rest if word.startswith("-") or "=" not in word[1:] or not hasattr(options, "overrides")]
-    if stray and hasattr(options, "overrides"):
-        meant = [as_override(word, value, ExperimentConfig) for word, value in _with_values(stray)]
-        parser.exit(2, "".join(f"{single_line(line)}\n" for line in meant))
-    if stray:
-        parser.error(f"unrecognized arguments: {' '.join(stray)}")
+    unknown = [
+        word for word in rest if word.startswith("-") or "=" not in word[1:] or not hasattr(options, "overrides")
+    ]
+    if unknown and hasattr(options, "overrides"):
+        hints = [as_override(word, value, ExperimentConfig) for word, value in _with_values(unknown)]
+        parser.exit(2, "".join(f"{single_line(line)}\n" for line in hints))
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
 
 
-def _refuse_before_verb(parser: Parser, arguments: Sequence[str]) -> None:
-    """Exit with 2 and a line if an option or an override stands where the verb should."""
+def _check_command_first(parser: Parser, arguments: Sequence[str]) -> None:
+    """Exit with code 2 and one line if an option or an override precedes the command."""
     first = next((word for word in arguments if not word.startswith("--local_rank=")), "")
-    known = (option for action in parser._actions for option in action.option_strings)
-    is_option = first.startswith("-") and not any(option.startswith(first.partition("=")[0]) for option in known)
+    options = (option for action in parser._actions for option in action.option_strings)
+    is_option = first.startswith("-") and not any(option.startswith(first.partition("=")[0]) for option in options)
     if not is_option and "=" not in first:
         return
     value = arguments[list(arguments).index(first) + 1 :][:1]
     [(name, given), *_] = _with_values([first, *(word for word in value if not word.startswith("-"))])
     is_key = names_key(name.lstrip("-").replace("-", "_"), ExperimentConfig)
-    said = as_override(name, given, ExperimentConfig) if is_option and is_key else f"{first}: is no verb"
-    where = "the verb comes first, then the config, then its overrides and options"
-    parser.exit(2, f"{single_line(f'{said}; {where}')}: {parser.prog} train CONFIG a.b=c\n")
+    problem = as_override(name, given, ExperimentConfig) if is_option and is_key else f"{first}: is not a command"
+    order = "the command comes first, then the config, then its overrides and options"
+    parser.exit(2, f"{single_line(f'{problem}; {order}')}: {parser.prog} train CONFIG a.b=c\n")
 
 
 def _with_values(words: Sequence[str]) -> list[tuple[str, str | None]]:
-    """Return each option that there is not, with the value that was given to it; of a stray value, the value alone."""
+    """Pair unknown options with their values; a value without an option stands alone."""
     found: list[tuple[str, str | None]] = []
     for word in words:
         name, equals, value = word.partition("=")
@@ -142,12 +144,12 @@ def _with_values(words: Sequence[str]) -> list[tuple[str, str | None]]:
 
 
 def command_line() -> Parser:
-    """Return the parser of every verb."""
+    """Build the parser of all commands."""
     parser = Parser(prog="turnout", description="Train mixture-of-experts language models.")
     parser.add_argument("--version", action=Version, help="print the versions of turnout, Python and torch")
-    # DeepSpeed's launcher gives every rank its number like this too; LOCAL_RANK says the same.
+    # DeepSpeed's launcher passes this option to every rank, in addition to LOCAL_RANK.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for group in (init, train, evaluate, generate, prove, bench, checkpoint, config, check_plugin):
-        group.add(verbs)
+        group.add(subparsers)
     return parser

@@ -51,7 +51,7 @@ def checkpoint(workplace: Path, *arguments: str) -> subprocess.CompletedProcess[
 
 
 def turnout(workplace: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a verb in this process, which has torch: most of a process of its own would be spent importing it."""
+    """Run a command in this process, which has torch: most of a process of its own would be spent importing it."""
     output, error = io.StringIO(), io.StringIO()
     with (
         contextlib.chdir(workplace),
@@ -145,7 +145,7 @@ def test_prune_says_what_it_does_and_keeps_what_is_damaged(workplace: Path) -> N
     result = checkpoint(workplace, "prune", "runs/tiny", "--keep", "2")
     first, leftover, kept, last = result.stdout.splitlines()
     assert first == "removed runs/tiny/checkpoints/step_00000005"
-    assert leftover == "removed runs/tiny/checkpoints/.tmp-step_00000025, which a killed run left"
+    assert leftover == "removed runs/tiny/checkpoints/.tmp-step_00000025, left by a killed run"
     assert kept.startswith("kept runs/tiny/checkpoints/step_00000020/") and kept.endswith("--damaged removes it")
     assert last == "2 sound: step_00000010, step_00000015"
     assert _steps(workplace) == [10, 15, 20]
@@ -217,7 +217,7 @@ def test_what_is_no_run_is_one_line(workplace: Path) -> None:
         refused(checkpoint(workplace, verb, "empty", *out), 4, r"empty/checkpoints: has no checkpoint; train first")
         refused(checkpoint(workplace, verb, "nowhere.yaml", *out), 2, r"nowhere\.yaml: no such file")
     refused(checkpoint(workplace, "prune", "empty"), 4, r"empty: has no config\.yaml, so it is not a run folder")
-    refused(checkpoint(workplace, "prune", "tiny.yaml", "name=none"), 4, r"runs/none: is no run folder")
+    refused(checkpoint(workplace, "prune", "tiny.yaml", "name=none"), 4, r"runs/none: is not a run folder")
     refused(checkpoint(workplace, "list", "runs/tiny", "name=x"), 2, r"is a folder, and overrides change a config")
     assert not (workplace / "runs/none").exists() and not (workplace / "out").exists()
 

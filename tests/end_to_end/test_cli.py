@@ -75,14 +75,14 @@ def make_workplace(folder: Path) -> Path:
 
 
 def run(workplace: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a verb."""
+    """Run a command."""
     return imported_once.run(["-m", "trainer", *arguments], cwd=workplace)
 
 
 def run_cold(
     workplace: Path, *arguments: str, environment: Mapping[str, str] = MappingProxyType({}), **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Run a verb in a process that imports everything itself."""
+    """Run a command in a process that imports everything itself."""
     return subprocess.run(
         _command(*arguments),
         cwd=workplace,
@@ -105,7 +105,7 @@ def _environment() -> dict[str, str]:
 def stop_at(
     workplace: Path, arguments: Sequence[str], words: str, number: signal.Signals
 ) -> subprocess.CompletedProcess[str]:
-    """Run a verb and send it a signal as soon as its output has `words`."""
+    """Run a command and send it a signal as soon as its output has `words`."""
     stdout, stderr = workplace / "stdout", workplace / "stderr"
     process = imported_once.Process(["-m", "trainer", *arguments], cwd=workplace, stdout=stdout, stderr=stderr)
     try:
@@ -306,7 +306,11 @@ def test_a_run_folder_is_used_from_anywhere_and_wherever_it_was_moved_with_its_t
     assert numbers.returncode == 0, numbers.stderr
     assert json.loads(numbers.stdout)["step"] == 12 and "this is not the text" not in numbers.stderr
     assert not list(elsewhere.iterdir()) and len(list((workplace / "moved/.cache/tokens").glob("*.lock"))) == 2
-    refused(run(elsewhere, "train", "../moved/runs/tiny", "name=b"), 2, r"is the folder of a run, which goes on in it;")
+    refused(
+        run(elsewhere, "train", "../moved/runs/tiny", "name=b"),
+        2,
+        r"is a run folder, and the overrides name another run;",
+    )
 
 
 def test_rows_that_cannot_be_used_are_left_out_said_and_listed(workplace: Path) -> None:

@@ -106,7 +106,7 @@ def test_tasks_are_evaluated_when_they_are_due_and_eval_gives_the_same_numbers(w
     unknown = _run(workplace, "eval", "runs/tiny", "--tasks", "mod")
     assert (unknown.returncode, unknown.stderr) == (
         2,
-        "--tasks: 'mod' is no task of the config (eval.tasks); it has mood, next, echo\n",
+        "--tasks: 'mod' is not a task of the config (eval.tasks); it has mood, next, echo\n",
     )
 
 
@@ -160,7 +160,7 @@ def test_options_that_need_lm_eval_say_so(workplace: Path) -> None:
             "eval: --tasks are those of the config, --lm-eval another kind; use one of them\n",
         ),
         (["--lm-eval", "a", "--limit", "0"], "eval: use --limit >= 1\n"),
-        (["--lm-eval", "a", "--include-path", "none"], "--include-path: none is no folder; correct the path\n"),
+        (["--lm-eval", "a", "--include-path", "none"], "--include-path: none is not a folder; correct the path\n"),
     ):
         result = _run(workplace, "eval", "runs/tiny", *arguments)
         assert (result.returncode, result.stderr) == (2, message)
@@ -170,8 +170,8 @@ def test_options_that_need_lm_eval_say_so(workplace: Path) -> None:
     ("router", "arguments", "message"),
     [
         ("{kind: top_k}", ["1,5"], "--experts-per-token: 5 is more than num_experts 4; use 1 to 4\n"),
-        ("{kind: top_k}", ["1,"], "--experts-per-token: '' is no number of experts; use numbers such as 1,2,4\n"),
-        ("{kind: top_k}", ["0"], "--experts-per-token: '0' is no number of experts; use numbers such as 1,2,4\n"),
+        ("{kind: top_k}", ["1,"], "--experts-per-token: '' is not a number of experts; use numbers such as 1,2,4\n"),
+        ("{kind: top_k}", ["0"], "--experts-per-token: '0' is not a number of experts; use numbers such as 1,2,4\n"),
         ("{kind: dense}", ["1"], "--experts-per-token: dense has no top_k to be changed; leave it out\n"),
         (
             "{kind: top_k}",

@@ -44,14 +44,14 @@ def environment() -> dict[str, str]:
 
 
 def run(folder: Path, *arguments: str) -> str:
-    """Run a verb in one process to a good end; return what it printed."""
+    """Run a command in one process to a good end; return what it printed."""
     result = imported_once.run(["-m", "trainer", *arguments], cwd=folder)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
 def run_ranks(folder: Path, num_ranks: int, *arguments: str) -> str:
-    """Run a verb as several ranks to a good end; return what the first one printed."""
+    """Run a command as several ranks to a good end; return what the first one printed."""
     with launched(num_ranks, ["-m", "trainer", *arguments], folder) as ranks:
         ranks.wait_for(range(num_ranks), seconds=100)
         assert ranks.codes(range(num_ranks)) == [0] * num_ranks, ranks.said()
@@ -59,7 +59,7 @@ def run_ranks(folder: Path, num_ranks: int, *arguments: str) -> str:
 
 
 def torchrun(folder: Path, num_ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a verb under torchrun, as a user does."""
+    """Run a command under torchrun, as a user does."""
     options = ["--standalone", "--nproc-per-node", str(num_ranks)]
     command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "trainer", *arguments]
     return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=200)

@@ -1,4 +1,4 @@
-"""The command line, without what its verbs do: help, examples, and what is said of arguments that there are not."""
+"""Tests for the command line: help, examples and unknown arguments."""
 
 import argparse
 import platform
@@ -8,52 +8,52 @@ from pathlib import Path
 
 import pytest
 
-from trainer.cli import command_line, main, parse
+from trainer.cli import command_line, main, parse_command_line
 
 
-def verbs(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """Yield the parsers that a verb, or an action of one, ends in."""
+def commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """Yield the parser of every command and subcommand."""
     below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     if not below:
         yield parser
     for action in below:
         for sub in action.choices.values():
-            yield from verbs(sub)
+            yield from commands(sub)
 
 
-VERBS = {verb.prog: verb for verb in verbs(command_line())}
+COMMANDS = {command.prog: command for command in commands(command_line())}
 
 
-def test_there_are_all_verbs() -> None:
-    assert {"turnout train", "turnout eval", "turnout generate", "turnout checkpoint prune"} <= VERBS.keys()
-    assert len(VERBS) == 17
+def test_there_are_all_commands() -> None:
+    assert {"turnout train", "turnout eval", "turnout generate", "turnout checkpoint prune"} <= COMMANDS.keys()
+    assert len(COMMANDS) == 17
 
 
-@pytest.mark.parametrize("name", VERBS)
-def test_the_help_of_a_verb_has_an_example_that_is_understood(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_has_an_example_that_is_understood(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([*name.split()[1:], "--help"])
     assert exit_.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
     _, found, example = said.partition(" example: ")
     assert found and example.startswith(name)
-    options = parse(shlex.split(example)[1:])
-    assert options.verb is VERBS[name].get_default("verb")
+    options = parse_command_line(shlex.split(example)[1:])
+    assert options.command is COMMANDS[name].get_default("command")
     assert said.startswith(f"usage: {name} [-h]")
 
 
-@pytest.mark.parametrize("name", VERBS)
-def test_every_argument_of_a_verb_is_described(name: str) -> None:
-    assert [action.dest for action in VERBS[name]._actions if not action.help] == []
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_argument_of_a_command_is_described(name: str) -> None:
+    assert [action.dest for action in COMMANDS[name]._actions if not action.help] == []
 
 
-@pytest.mark.parametrize("verb", ["eval", "generate", "checkpoint list", "checkpoint verify", "checkpoint prune"])
-def test_what_takes_a_run_says_so(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", ["eval", "generate", "checkpoint list", "checkpoint verify", "checkpoint prune"])
+def test_what_takes_a_run_says_so(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main([*verb.split(), "--help"])
+        main([*command.split(), "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert " RUN [a.b=c ...]" in said and "RUN run folder, such as runs/smoke; or the experiment file" in said
-    assert f"example: turnout {verb} runs/smoke" in said
+    assert f"example: turnout {command} runs/smoke" in said
 
 
 def test_the_version_is_one_line_and_needs_no_torch(capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,7 +73,7 @@ def test_the_version_is_one_line_and_needs_no_torch(capsys: pytest.CaptureFixtur
             (
                 f"{given} train x.yaml",
                 [
-                    "--train.steps: is no option; write train.steps=10; the verb comes first, then the config, then "
+                    "--train.steps: is no option; write train.steps=10; the command comes first, then the config, then "
                     "its overrides and options: turnout train CONFIG a.b=c"
                 ],
             )
@@ -82,15 +82,15 @@ def test_the_version_is_one_line_and_needs_no_torch(capsys: pytest.CaptureFixtur
         (
             "train.steps=10 train x.yaml",
             [
-                "train.steps=10: is no verb; the verb comes first, then the config, then its overrides and options: "
-                "turnout train CONFIG a.b=c"
+                "train.steps=10: is not a command; the command comes first, then the config, then its overrides and "
+                "options: turnout train CONFIG a.b=c"
             ],
         ),
         (
             "--nproc 2 launch x.yaml",
             [
-                "--nproc: is no verb; the verb comes first, then the config, then its overrides and options: turnout "
-                "train CONFIG a.b=c"
+                "--nproc: is not a command; the command comes first, then the config, then its overrides and options: "
+                "turnout train CONFIG a.b=c"
             ],
         ),
         ("train x.yaml --train.steps = 10", ["--train.steps: is no option; write train.steps=10"]),
@@ -127,10 +127,10 @@ def test_what_is_no_argument_is_answered_in_lines(
 
 
 def test_overrides_may_stand_before_and_behind_options() -> None:
-    first = parse(["train", "x.yaml", "a=1"])
-    second = parse(["eval", "runs/x", "a=1", "--step", "3", "b=2"])
+    first = parse_command_line(["train", "x.yaml", "a=1"])
+    second = parse_command_line(["eval", "runs/x", "a=1", "--step", "3", "b=2"])
     assert (first.overrides, second.overrides, second.step) == (["a=1"], ["a=1", "b=2"], 3)
-    assert parse(["train", "x.yaml"]).overrides == []
+    assert parse_command_line(["train", "x.yaml"]).overrides == []
 
 
 @pytest.fixture
@@ -149,32 +149,34 @@ def said_by(arguments: list[str], capsys: pytest.CaptureFixture[str], *, code: i
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", ["eval", "generate", "checkpoint verify", "checkpoint export-dcp"])
+@pytest.mark.parametrize("command", ["eval", "generate", "checkpoint verify", "checkpoint export-dcp"])
 def test_a_checkpoint_is_answered_by_its_run_and_step(
-    verb: str, run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    command: str, run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(run_folder.parent)
-    rest = ["out"] if verb.endswith("dcp") else []
+    rest = ["out"] if command.endswith("dcp") else []
     end = ": is a checkpoint of a run; name the run and its step: {} --step 7\n"
     for name, run in (
         ("~/runs/a/checkpoints/step_00000007", str(run_folder)),
         ("a/checkpoints/step_00000007", "a"),
     ):
-        said = said_by([*verb.split(), name, *rest], capsys, code=4)
+        said = said_by([*command.split(), name, *rest], capsys, code=4)
         assert said == name.replace("~", str(run_folder.parents[1])) + end.format(run)
     monkeypatch.chdir(run_folder / "checkpoints")
-    assert said_by([*verb.split(), "step_00000007", *rest], capsys, code=4) == "step_00000007" + end.format(run_folder)
+    assert said_by([*command.split(), "step_00000007", *rest], capsys, code=4) == "step_00000007" + end.format(
+        run_folder
+    )
 
 
-@pytest.mark.parametrize("verb", ["train", "launch", "checkpoint list", "checkpoint prune"])
+@pytest.mark.parametrize("command", ["train", "launch", "checkpoint list", "checkpoint prune"])
 def test_a_folder_inside_a_run_is_answered_by_the_run(
-    verb: str, run_folder: Path, capsys: pytest.CaptureFixture[str]
+    command: str, run_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     step, all_of_them = run_folder / "checkpoints" / "step_00000007", run_folder / "checkpoints"
-    said = said_by([*verb.split(), str(step)], capsys, code=4)
+    said = said_by([*command.split(), str(step)], capsys, code=4)
     assert said == f"{step}: is a checkpoint of a run; name the folder of the run: {run_folder}\n"
-    said = said_by([*verb.split(), str(all_of_them)], capsys, code=4)
-    assert said == f"{all_of_them}: is where a run's checkpoints are; name the folder of the run: {run_folder}\n"
+    said = said_by([*command.split(), str(all_of_them)], capsys, code=4)
+    assert said == f"{all_of_them}: is the checkpoints folder of a run; name the folder of the run: {run_folder}\n"
 
 
 def test_a_tilde_that_no_shell_has_taken_is_the_home_folder(
@@ -183,6 +185,6 @@ def test_a_tilde_that_no_shell_has_taken_is_the_home_folder(
     with pytest.raises(SystemExit) as exit_:
         main(["config", "diff", "~/runs/a/config.yaml", "~/runs/a/config.yaml"])
     assert exit_.value.code == 0
-    options = parse(["bench", "routers", "--json=~/x.json"])
+    options = parse_command_line(["bench", "routers", "--json=~/x.json"])
     assert options.json == run_folder.parents[1] / "x.json"
     assert "a/nothing" in said_by(["eval", "~/runs/a/nothing"], capsys, code=2)

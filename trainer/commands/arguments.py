@@ -1,4 +1,4 @@
-"""Arguments that the verbs share."""
+"""Arguments shared by several commands."""
 
 import argparse
 import platform
@@ -12,14 +12,14 @@ from trainer.config.base import at_home
 from trainer.distributed.version import turnout_version
 from trainer.terminal import print_safe, single_line
 
-Verbs = argparse._SubParsersAction
-"""Subparsers that a verb is added to: of the command line, or the actions of one verb."""
+Subparsers = argparse._SubParsersAction
+"""Where a command is added: to the command line, or to a command with subcommands."""
 
 RUN = "run folder or experiment file"
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, and repeats nothing that would steer a terminal."""
+    """Prints a usage error as one line that is safe for a terminal."""
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2."""
@@ -27,56 +27,56 @@ class Parser(argparse.ArgumentParser):
 
 
 class Version(argparse.Action):
-    """Prints what a report of a fault should say, and ends."""
+    """Prints the versions to state in a bug report, and exits."""
 
     def __init__(self, option_strings: list[str], dest: str, help: str) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        """Print the line."""
-        mine = turnout_version() or "(not installed)"
-        print_safe(f"turnout {mine}, Python {platform.python_version()}, torch {metadata.version('torch')}")
+        """Print one line."""
+        version = turnout_version() or "(not installed)"
+        print_safe(f"turnout {version}, Python {platform.python_version()}, torch {metadata.version('torch')}")
         parser.exit(0)
 
 
 def as_path(text: str) -> Path:
-    """Return a path that was typed; no shell takes the ~ from one in quotes, or behind an equals sign."""
+    """Return a path, with ~ expanded: shells leave it in quotes and after an equals sign."""
     return Path(at_home(text))
 
 
-def verb(
-    verbs: Verbs, name: str, function: Callable[[argparse.Namespace], int], *, example: str
+def add_command(
+    subparsers: Subparsers, name: str, function: Callable[[argparse.Namespace], int], *, example: str
 ) -> argparse.ArgumentParser:
-    """Add a verb; its help is what its function says of itself, and an example of the words behind its name."""
+    """Add a command; its help is the docstring of its function and an example of its arguments."""
     text = (function.__doc__ or "").strip()
-    sub = verbs.add_parser(name, help=text, description=text)
-    sub.epilog = f"example: {sub.prog} {example}".rstrip()
-    sub.set_defaults(verb=function)
-    return sub
+    parser = subparsers.add_parser(name, help=text, description=text)
+    parser.epilog = f"example: {parser.prog} {example}".rstrip()
+    parser.set_defaults(command=function)
+    return parser
 
 
-def takes_config(sub: argparse.ArgumentParser, what: str = "experiment file") -> argparse.ArgumentParser:
-    """Let a verb take a config and overrides."""
-    sub.add_argument("config", type=as_config, metavar="CONFIG", help=f"{what}, or a name such as quickstart")
-    takes_overrides(sub, "train.steps=40")
-    return sub
+def add_config(parser: argparse.ArgumentParser, what: str = "experiment file") -> argparse.ArgumentParser:
+    """Add a config and overrides to a command's arguments."""
+    parser.add_argument("config", type=as_config, metavar="CONFIG", help=f"{what}, or a name such as quickstart")
+    add_overrides(parser, "train.steps=40")
+    return parser
 
 
-def takes_run(sub: argparse.ArgumentParser, *, with_overrides: bool = True) -> argparse.ArgumentParser:
-    """Let a verb take a run, which its folder names or its config."""
+def add_run(parser: argparse.ArgumentParser, *, with_overrides: bool = True) -> argparse.ArgumentParser:
+    """Add a run, named by its folder or its config, to a command's arguments."""
     what = "run folder, such as runs/smoke; or the experiment file that it was trained from"
-    sub.add_argument("config", type=as_config, metavar="RUN", help=what)
+    parser.add_argument("config", type=as_config, metavar="RUN", help=what)
     if with_overrides:
-        takes_overrides(sub, "parallel.device=cpu")
-    return sub
+        add_overrides(parser, "parallel.device=cpu")
+    return parser
 
 
-def takes_overrides(sub: argparse.ArgumentParser, example: str) -> None:
-    """Let a verb take overrides; the command line accepts them behind options too."""
-    sub.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help=f"keys to change, such as {example}")
+def add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
+    """Add overrides to a command's arguments; the command line accepts them after options too."""
+    parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help=f"keys to change, such as {example}")
 
 
-def takes_step(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Let a verb take another checkpoint than the newest."""
-    sub.add_argument("--step", type=int, help="use the checkpoint of this step instead of the newest")
-    return sub
+def add_step(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the choice of a checkpoint to a command's options."""
+    parser.add_argument("--step", type=int, help="use the checkpoint of this step instead of the newest")
+    return parser

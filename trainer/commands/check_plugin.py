@@ -1,23 +1,25 @@
-"""The verb check-plugin."""
+"""The command `check-plugin`: run the contract checks on a plug-in."""
 
 import argparse
 
-from trainer.commands.arguments import Verbs, verb
+from trainer.commands.arguments import Subparsers, add_command
 from trainer.terminal import print_safe
 
 
-def add(verbs: Verbs) -> None:
-    """Add the verb with its arguments."""
-    sub = verb(verbs, "check-plugin", check_plugin, example="my_package.router:MyRouterConfig top_k=2")
+def add(subparsers: Subparsers) -> None:
+    """Add the command with its arguments."""
+    sub = add_command(
+        subparsers, "check-plugin", check_plugin_command, example="my_package.router:MyRouterConfig top_k=2"
+    )
     sub.add_argument("plugin", metavar="MODULE:CLASS", help="config class of the plug-in, or its entry point's name")
     sub.add_argument("options", nargs="*", default=[], metavar="KEY=VALUE", help="keys of its config")
 
 
-def check_plugin(options: argparse.Namespace) -> int:
+def check_plugin_command(options: argparse.Namespace) -> int:
     """Check that a router, dispatcher, source or other plug-in keeps its contract."""
-    from trainer.contracts.plugin import check_plugin as check
+    from trainer.contracts.plugin import check_plugin
 
-    group, outcomes = check(options.plugin, options.options)
+    group, outcomes = check_plugin(options.plugin, options.options)
     print_safe(f"{options.plugin}: turnout.{group}")
     num_failed = 0
     for outcome in outcomes:

@@ -1,4 +1,4 @@
-"""The verb checkpoint: list, verify, prune, export-dcp, import-deepspeed. Imports torch only where tensors are read."""
+"""The command `checkpoint`, with its subcommands. Imports torch only to read tensors."""
 
 import argparse
 import json
@@ -8,52 +8,60 @@ from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.tools.listing import list_checkpoints
 from trainer.checkpoint.tools.pruning import plan_prune
 from trainer.checkpoint.tools.weight_map import WeightMapConfig
-from trainer.commands.arguments import Verbs, as_path, takes_overrides, takes_run, takes_step, verb
-from trainer.commands.resolve import existing_run, folder_of, named_config, named_run, telling_what_makes_it
+from trainer.commands.arguments import Subparsers, add_command, add_overrides, add_run, add_step, as_path
+from trainer.commands.resolve import existing_run, load_named_config, named_run_folder, run_folder_of, suggest_prepare
 from trainer.config.loader import load
 from trainer.errors import CheckpointError, ConfigError, ResourceError
 from trainer.terminal import print_safe
 
 
-def add(verbs: Verbs) -> None:
-    """Add its actions with their arguments."""
-    checkpoint = verbs.add_parser("checkpoint", help="List, examine, remove and convert a run's checkpoints.")
-    actions = checkpoint.add_subparsers(required=True, metavar="ACTION")
+def add(subparsers: Subparsers) -> None:
+    """Add the subcommands with their arguments."""
+    checkpoint = subparsers.add_parser("checkpoint", help="List, verify, prune and convert a run's checkpoints.")
+    subcommands = checkpoint.add_subparsers(required=True, metavar="COMMAND")
 
-    sub = takes_run(verb(actions, "list", show_list, example="runs/smoke --full"))
+    sub = add_run(add_command(subcommands, "list", list_command, example="runs/smoke --full"))
     sub.add_argument("--full", action="store_true", help="hash every byte instead of comparing sizes")
     sub.add_argument("--json", action="store_true", help="print one JSON list")
 
-    sub = takes_run(verb(actions, "verify", verify, example="runs/smoke --step 40"))
+    sub = add_run(add_command(subcommands, "verify", verify_command, example="runs/smoke --step 40"))
     sub.add_argument("--step", type=int, help="only the checkpoint of this step")
     sub.add_argument("--json", action="store_true", help="print one JSON list")
 
-    sub = takes_run(verb(actions, "prune", prune, example="runs/smoke --keep 2 --dry-run"))
-    sub.add_argument("--keep", type=int, help="newest sound ones to keep (checkpoint.keep of the run's config)")
-    sub.add_argument("--keep-every", type=int, help="keep those of steps that are a multiple of this as well")
-    sub.add_argument("--damaged", action="store_true", help="remove those that are not sound, too")
-    sub.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    sub = add_run(add_command(subcommands, "prune", prune_command, example="runs/smoke --keep 2 --dry-run"))
+    sub.add_argument(
+        "--keep", type=int, help="number of newest intact checkpoints to keep (checkpoint.keep of the run's config)"
+    )
+    sub.add_argument("--keep-every", type=int, help="also keep steps that are a multiple of this")
+    sub.add_argument("--damaged", action="store_true", help="also remove damaged checkpoints")
+    sub.add_argument("--dry-run", action="store_true", help="only print what would be removed")
 
-    sub = takes_run(verb(actions, "export-dcp", export, example="runs/smoke exported/smoke"), with_overrides=False)
-    sub.add_argument("out", type=as_path, metavar="OUT", help="folder to make")
-    takes_overrides(sub, "name=other")
-    takes_step(sub)
+    sub = add_run(
+        add_command(subcommands, "export-dcp", export_dcp_command, example="runs/smoke exported/smoke"),
+        with_overrides=False,
+    )
+    sub.add_argument("out", type=as_path, metavar="OUT", help="folder to create")
+    add_overrides(sub, "name=other")
+    add_step(sub)
 
     example = "configs/mine.yaml theirs/checkpoints --map weights.yaml name=imported"
-    sub = verb(actions, "import-deepspeed", import_, example=example)
+    sub = add_command(subcommands, "import-deepspeed", import_deepspeed_command, example=example)
     sub.add_argument("config", type=as_path, metavar="CONFIG", help="experiment file of the run to start")
     sub.add_argument(
-        "folder", type=as_path, metavar="FOLDER", help="what save_checkpoint was given, or the folder of a tag in it"
+        "folder",
+        type=as_path,
+        metavar="FOLDER",
+        help="the folder given to save_checkpoint, or the folder of a tag in it",
     )
-    takes_overrides(sub, "name=other")
-    what = "which weights become which (docs/deepspeed.md)"
+    add_overrides(sub, "name=other")
+    what = "mapping of weight names (docs/deepspeed.md)"
     sub.add_argument("--map", type=as_path, required=True, metavar="FILE", help=what)
     sub.add_argument("--trust-checkpoint", action="store_true", help="read its pickles, which can run code")
 
 
-def show_list(options: argparse.Namespace) -> int:
+def list_command(options: argparse.Namespace) -> int:
     """List a run's checkpoints: step, size, time, layout, and whether manifest and sizes agree."""
-    folder = CheckpointFolder(named_run(options).checkpoints)
+    folder = CheckpointFolder(named_run_folder(options).checkpoints)
     folder.resolve_step(None)
     if options.json:
         print(json.dumps([entry.record() for entry in list_checkpoints(folder, with_content=options.full)]))
@@ -66,9 +74,9 @@ def show_list(options: argparse.Namespace) -> int:
     return 0
 
 
-def verify(options: argparse.Namespace) -> int:
-    """Read every byte of a run's checkpoints and look for what makes no sense; exit code 4 if there is anything."""
-    folder = CheckpointFolder(named_run(options).checkpoints)
+def verify_command(options: argparse.Namespace) -> int:
+    """Read every byte of a run's checkpoints and check hashes and values; exit code 4 if any is damaged."""
+    folder = CheckpointFolder(named_run_folder(options).checkpoints)
     newest = folder.resolve_step(options.step)
     steps = folder.steps() if options.step is None else [newest]
 
@@ -79,7 +87,7 @@ def verify(options: argparse.Namespace) -> int:
         found = None
         with suppress(FileNotFoundError):
             found = verify_checkpoint(folder, number)
-        if found is None or not folder.of_step(number).exists():  # a running trainer has removed it meanwhile
+        if found is None or not folder.of_step(number).exists():  # pruned by a running trainer
             folder.resolve_step(options.step)
             continue
         is_sound = is_sound and not found.findings
@@ -94,15 +102,15 @@ def verify(options: argparse.Namespace) -> int:
     return 0 if is_sound else CheckpointError.exit_code
 
 
-def prune(options: argparse.Namespace) -> int:
-    """Remove a run's old checkpoints and what killed runs left, while nobody trains into it."""
+def prune_command(options: argparse.Namespace) -> int:
+    """Remove a run's old checkpoints and leftovers of killed runs, while it is not training."""
     config, run = existing_run(options)
     keep = config.checkpoint.keep if options.keep is None else options.keep
     keep_every = config.checkpoint.keep_every if options.keep_every is None else options.keep_every
     if keep < 1 or (keep_every is not None and keep_every < 1):
         raise ConfigError("checkpoint prune: use --keep >= 1 and --keep-every >= 1")
     if not run.path.is_dir():
-        raise CheckpointError(f"{run.path}: is no run folder; train first")
+        raise CheckpointError(f"{run.path}: is not a run folder; train first")
     run.lock()
     folder = CheckpointFolder(run.checkpoints, keep=keep, keep_every=keep_every)
     plan = plan_prune(folder, with_damaged=options.damaged)
@@ -115,8 +123,8 @@ def prune(options: argparse.Namespace) -> int:
         folder.clean()
     for path in plan.leftovers:
         if not options.dry_run and path.exists():
-            raise ResourceError(f"{path}: cannot be removed; look who may write there")
-        print_safe(f"{word} {path}, which a killed run left")
+            raise ResourceError(f"{path}: cannot be removed; check its permissions")
+        print_safe(f"{word} {path}, left by a killed run")
     for step, reason in plan.damaged.items():
         if step not in plan.remove:
             print_safe(f"kept {reason}; --damaged removes it")
@@ -124,9 +132,9 @@ def prune(options: argparse.Namespace) -> int:
     return 0
 
 
-def export(options: argparse.Namespace) -> int:
-    """Write a checkpoint as files of torch.distributed.checkpoint into a new folder."""
-    folder = CheckpointFolder(named_run(options).checkpoints)
+def export_dcp_command(options: argparse.Namespace) -> int:
+    """Convert a checkpoint to torch.distributed.checkpoint, in a new folder."""
+    folder = CheckpointFolder(named_run_folder(options).checkpoints)
 
     from trainer.checkpoint.tools.export_dcp import export_dcp
 
@@ -139,18 +147,18 @@ def export(options: argparse.Namespace) -> int:
     return 0
 
 
-def import_(options: argparse.Namespace) -> int:
-    """Start a run from the weights of a checkpoint that DeepSpeed wrote for a model with its own MoE layers."""
-    config = named_config(options)
-    map_ = load(options.map, [], WeightMapConfig)
+def import_deepspeed_command(options: argparse.Namespace) -> int:
+    """Start a run from the weights of a DeepSpeed checkpoint of a model with DeepSpeed MoE layers."""
+    config = load_named_config(options)
+    weight_map = load(options.map, [], WeightMapConfig)
 
     from trainer.training.start_from_deepspeed import start_from_deepspeed
 
-    folder = folder_of(config)
-    with telling_what_makes_it(config):
-        saved = start_from_deepspeed(config, folder, options.folder, map_, is_trusted=options.trust_checkpoint)
+    folder = run_folder_of(config)
+    with suggest_prepare(config):
+        saved = start_from_deepspeed(config, folder, options.folder, weight_map, is_trusted=options.trust_checkpoint)
     print_safe(
-        f"saved {saved.path}: the weights of {options.folder}, moments at zero; train the same config to go on from it"
+        f"saved {saved.path}: the weights of {options.folder}, moments at zero; train the same config to continue"
     )
     return 0
 

@@ -1,10 +1,10 @@
-"""The verb config: what an experiment file says."""
+"""The command `config`: show, compare and describe experiment files."""
 
 import argparse
 import math
 
-from trainer.commands.arguments import Verbs, as_path, takes_config, verb
-from trainer.commands.resolve import named_config
+from trainer.commands.arguments import Subparsers, add_command, add_config, as_path
+from trainer.commands.resolve import load_named_config
 from trainer.config.dump import diff, dump
 from trainer.config.loader import load
 from trainer.config.nodes import shown
@@ -17,53 +17,53 @@ from trainer.lab.conventions import CONVENTIONS, RoutedModel, convert
 from trainer.terminal import print_safe
 
 
-def add(verbs: Verbs) -> None:
-    """Add its actions with their arguments."""
-    config = verbs.add_parser("config", help="Show, compare and describe experiment files.")
-    actions = config.add_subparsers(required=True, metavar="ACTION")
-    takes_config(verb(actions, "show", show, example="configs/smoke.yaml train.steps=100"))
-    verb(actions, "schema", schema, example="")
-    sub = verb(actions, "diff", difference, example="configs/smoke.yaml runs/smoke/config.yaml")
+def add(subparsers: Subparsers) -> None:
+    """Add the subcommands with their arguments."""
+    config = subparsers.add_parser("config", help="Show, compare and describe experiment files.")
+    subcommands = config.add_subparsers(required=True, metavar="COMMAND")
+    add_config(add_command(subcommands, "show", show_command, example="configs/smoke.yaml train.steps=100"))
+    add_command(subcommands, "schema", schema_command, example="")
+    sub = add_command(subcommands, "diff", diff_command, example="configs/smoke.yaml runs/smoke/config.yaml")
     sub.add_argument("a", type=as_path, metavar="A", help="experiment file")
     sub.add_argument("b", type=as_path, metavar="B", help="another one")
-    sub = verb(actions, "coefficient", coefficient, example="0.01 --from deepspeed configs/smoke.yaml")
-    sub.add_argument(
-        "coefficient", metavar="COEFFICIENT", help="weight of the balance loss in the trainer that it is from"
+    sub = add_command(
+        subcommands, "coefficient", coefficient_command, example="0.01 --from deepspeed configs/smoke.yaml"
     )
+    sub.add_argument("coefficient", metavar="COEFFICIENT", help="balance-loss coefficient in the other trainer")
     names = ", ".join(CONVENTIONS)
     sub.add_argument("--from", dest="source", required=True, metavar="TRAINER", help=f"one of {names}")
     sub.add_argument("--to", dest="target", default="turnout", metavar="TRAINER", help="another one (turnout)")
-    sub.add_argument("--world-size", metavar="W", help="processes that fastmoe spread the experts over")
-    takes_config(sub)
+    sub.add_argument("--world-size", metavar="W", help="number of processes with experts in fastmoe")
+    add_config(sub)
 
 
-def show(options: argparse.Namespace) -> int:
-    """Print a config with every default."""
-    print(dump(named_config(options)), end="")
+def show_command(options: argparse.Namespace) -> int:
+    """Print a config with all defaults."""
+    print(dump(load_named_config(options)), end="")
     return 0
 
 
-def schema(options: argparse.Namespace) -> int:
+def schema_command(options: argparse.Namespace) -> int:
     """Print the JSON schema that editors complete and check experiment files with."""
     print(schema_text(ExperimentConfig), end="")
     return 0
 
 
-def difference(options: argparse.Namespace) -> int:
-    """Print the keys in which two configs differ."""
+def diff_command(options: argparse.Namespace) -> int:
+    """Print the keys that differ between two configs."""
     a, b = (load(path, [], ExperimentConfig) for path in (options.a, options.b))
     print_safe("\n".join(diff(a, b)))
     return 0
 
 
-def coefficient(options: argparse.Namespace) -> int:
-    """Convert the weight of a balance loss from another trainer, for the model of an experiment file."""
+def coefficient_command(options: argparse.Namespace) -> int:
+    """Convert a balance-loss coefficient of another trainer, for the model of an experiment file."""
     coef = _number(options.coefficient)
     world_size = None if options.world_size is None else _count(options.world_size)
     for option, name in (("--from", options.source), ("--to", options.target)):
         if name not in CONVENTIONS:
             raise ConfigError(f"{option}: {choice(name, list(CONVENTIONS))}")
-    model = named_config(options).model
+    model = load_named_config(options).model
     if model.moe is None:
         raise ConfigError(f"{options.config}: model.moe is null, and a dense model has no balance loss")
     routed = RoutedModel(
@@ -86,7 +86,7 @@ def _shown(value: float | str) -> str:
 
 
 def _number(text: str) -> float:
-    """Return a coefficient as typed."""
+    """Parse a coefficient."""
     try:
         value = float(text)
     except ValueError:
@@ -97,7 +97,7 @@ def _number(text: str) -> float:
 
 
 def _count(text: str) -> int:
-    """Return a number of processes as typed."""
+    """Parse a number of processes."""
     if not (text.isascii() and text.isdigit() and len(text) < 20 and 0 < int(text) <= MAX_INT):
         raise ConfigError(f"--world-size: must be a whole number of at least 1, got {shown(text)}")
     return int(text)

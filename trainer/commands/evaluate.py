@@ -5,8 +5,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-from trainer.commands.arguments import Verbs, as_path, takes_run, takes_step, verb
-from trainer.commands.resolve import existing_run, telling_what_makes_it
+from trainer.commands.arguments import Subparsers, add_command, add_run, add_step, as_path
+from trainer.commands.resolve import existing_run, suggest_prepare
 from trainer.config.nodes import shown
 from trainer.config.numbers import MAX_INT
 from trainer.config.packages import check_packages
@@ -14,24 +14,28 @@ from trainer.errors import ConfigError
 from trainer.moe.config import MoEConfig
 
 
-def add(verbs: Verbs) -> None:
+def add(subparsers: Subparsers) -> None:
     """Add the command with its arguments."""
-    sub = takes_step(
-        takes_run(verb(verbs, "eval", evaluate, example="runs/smoke --json eval.max_tokens_per_domain=null"))
+    sub = add_step(
+        add_run(
+            add_command(
+                subparsers, "eval", evaluate_command, example="runs/smoke --json eval.max_tokens_per_domain=null"
+            )
+        )
     )
-    sub.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
+    sub.add_argument("--json", action="store_true", help="print the metrics as one JSON object")
     sub.add_argument("--tasks", metavar="A,B", help="evaluate only these of eval.tasks, and no held-out text")
     sub.add_argument(
-        "--experts-per-token", metavar="K,L", help="held-out text at each of these numbers instead of router.top_k"
+        "--experts-per-token", metavar="K,L", help="evaluate held-out text with each of these instead of router.top_k"
     )
-    sub.add_argument("--lm-eval", metavar="A,B", help="evaluate by lm-eval instead, on these of its tasks")
+    sub.add_argument("--lm-eval", metavar="A,B", help="evaluate these tasks of lm-eval instead")
     sub.add_argument(
-        "--include-path", type=as_path, metavar="DIR", help="folder with more tasks of lm-eval, as YAML files"
+        "--include-path", type=as_path, metavar="DIR", help="folder with more lm-eval tasks, as YAML files"
     )
-    sub.add_argument("--limit", type=int, metavar="N", help="only so many examples of each of lm-eval's tasks")
+    sub.add_argument("--limit", type=int, metavar="N", help="examples per lm-eval task (all)")
 
 
-def evaluate(options: argparse.Namespace) -> int:
+def evaluate_command(options: argparse.Namespace) -> int:
     """Evaluate a run's newest checkpoint: tasks, and held-out text (all with eval.max_tokens_per_domain=null)."""
     config, folder = existing_run(options)
     only = _tasks(options.tasks, [task.name for task in config.eval.tasks])
@@ -43,7 +47,7 @@ def evaluate(options: argparse.Namespace) -> int:
     from trainer.training.evaluate_run import evaluate_by_lm_eval, evaluate_checkpoint, evaluate_top_ks
 
     screen = sys.stderr if options.json else sys.stdout
-    with telling_what_makes_it(config):
+    with suggest_prepare(config):
         if top_ks is not None:
             record = evaluate_top_ks(config, folder, top_ks, step=options.step, screen=screen)
         elif options.lm_eval is None:
@@ -64,7 +68,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def _tasks(text: str | None, known: Sequence[str]) -> list[str] | None:
-    """Return the tasks of `--tasks`.
+    """Parse `--tasks`.
 
     Raises:
         ConfigError: if one is unknown.
@@ -75,27 +79,29 @@ def _tasks(text: str | None, known: Sequence[str]) -> list[str] | None:
     for name in names:
         if name not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"
-            raise ConfigError(f"--tasks: {shown(name)} is no task of the config (eval.tasks); {has}")
+            raise ConfigError(f"--tasks: {shown(name)} is not a task of the config (eval.tasks); {has}")
     return names
 
 
 def _top_ks(options: argparse.Namespace, moe: MoEConfig | None) -> list[int] | None:
-    """Return the numbers of `--experts-per-token`.
+    """Parse `--experts-per-token`.
 
     Raises:
-        ConfigError: if the router has no such option, or cannot give so many.
+        ConfigError: if the router has no `top_k`, or does not allow one of the values.
     """
     if options.experts_per_token is None:
         return None
     if options.tasks is not None or options.lm_eval is not None:
-        raise ConfigError("--experts-per-token: is about held-out text; leave out --tasks and --lm-eval")
+        raise ConfigError("--experts-per-token: evaluates held-out text only; leave out --tasks and --lm-eval")
     if moe is None or not hasattr(moe.router, "top_k"):
         kind = "a dense model" if moe is None else moe.router.kind
-        raise ConfigError(f"--experts-per-token: {kind} has no top_k to be changed; leave it out")
+        raise ConfigError(f"--experts-per-token: {kind} has no top_k to change; leave the option out")
     names = _names(options.experts_per_token)
     for name in names:
         if not name.isascii() or not name.isdigit() or len(name) > 9 or int(name) < 1:
-            raise ConfigError(f"--experts-per-token: {shown(name)} is no number of experts; use numbers such as 1,2,4")
+            raise ConfigError(
+                f"--experts-per-token: {shown(name)} is not a number of experts; use numbers such as 1,2,4"
+            )
         router = moe.router.model_copy(update={"top_k": int(name)})
         for problem in router.problems_among(moe.num_experts):
             raise ConfigError(f"--experts-per-token: {problem.message}")
@@ -103,21 +109,21 @@ def _top_ks(options: argparse.Namespace, moe: MoEConfig | None) -> list[int] | N
 
 
 def _check_lm_eval(options: argparse.Namespace) -> None:
-    """Check what goes with `--lm-eval`.
+    """Check the options of `--lm-eval`.
 
     Raises:
-        ConfigError: if something does not.
+        ConfigError: if they do not fit together.
     """
     if options.lm_eval is None:
         if options.include_path is not None or options.limit is not None:
-            raise ConfigError("eval: --include-path and --limit are for --lm-eval; name its tasks with it")
+            raise ConfigError("eval: --include-path and --limit need --lm-eval; name its tasks with --lm-eval")
         return
     if options.tasks is not None:
-        raise ConfigError("eval: --tasks are those of the config, --lm-eval another kind; use one of them")
+        raise ConfigError("eval: --tasks selects tasks of the config, --lm-eval other ones; use one of them")
     if options.limit is not None and not 1 <= options.limit <= MAX_INT:
         raise ConfigError("eval: use --limit >= 1" if options.limit < 1 else "eval: use --limit < 2^63")
     if options.include_path is not None and not options.include_path.is_dir():
-        raise ConfigError(f"--include-path: {options.include_path} is no folder; correct the path")
+        raise ConfigError(f"--include-path: {options.include_path} is not a folder; correct the path")
 
 
 def _names(text: str) -> list[str]:

@@ -2,16 +2,20 @@
 
 import argparse
 
-from trainer.commands.arguments import Verbs, takes_run, takes_step, verb
+from trainer.commands.arguments import Subparsers, add_command, add_run, add_step
 from trainer.commands.resolve import existing_run
 from trainer.config.numbers import MAX_INT
 from trainer.errors import ConfigError
 
 
-def add(verbs: Verbs) -> None:
+def add(subparsers: Subparsers) -> None:
     """Add the command with its arguments."""
-    sub = takes_step(
-        takes_run(verb(verbs, "generate", generate_command, example="runs/smoke --prompt 'It was' --max-tokens 100"))
+    sub = add_step(
+        add_run(
+            add_command(
+                subparsers, "generate", generate_command, example="runs/smoke --prompt 'It was' --max-tokens 100"
+            )
+        )
     )
     sub.add_argument("--prompt", default="", help="text to continue; default: the start of a document")
     sub.add_argument("--max-tokens", type=int, default=400, help="generate at most this many tokens (400)")

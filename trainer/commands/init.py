@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Final
 
-from trainer.commands.arguments import Verbs, as_path, verb
+from trainer.commands.arguments import Subparsers, add_command, as_path
 from trainer.commands.shipped import SCHEMA
 from trainer.config.nodes import shown
 from trainer.errors import ConfigError
@@ -48,13 +48,15 @@ checkpoint: {{every: 100}}
 """
 
 
-def add(verbs: Verbs) -> None:
+def add(subparsers: Subparsers) -> None:
     """Add the command with its argument."""
-    sub = verb(verbs, "init", init, example="my_first")
-    sub.add_argument("name", nargs="?", type=as_path, default=Path("first"), metavar="NAME", help="name of it (first)")
+    sub = add_command(subparsers, "init", init_command, example="my_first")
+    sub.add_argument(
+        "name", nargs="?", type=as_path, default=Path("first"), metavar="NAME", help="name of the experiment (first)"
+    )
 
 
-def init(options: argparse.Namespace) -> int:
+def init_command(options: argparse.Namespace) -> int:
     """Write a first experiment file, NAME.yaml, with comments."""
     given: Path = options.name
     path = given if given.suffix in (".yaml", ".yml") else given.with_name(f"{given.name}.yaml")

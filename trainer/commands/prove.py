@@ -1,42 +1,44 @@
-"""The verb prove."""
+"""The command `prove`: compare all layouts of a config."""
 
 import argparse
 
-from trainer.commands.arguments import Verbs, as_path, takes_config, verb
-from trainer.commands.resolve import named_config, telling_what_makes_it
+from trainer.commands.arguments import Subparsers, add_command, add_config, as_path
+from trainer.commands.resolve import load_named_config, suggest_prepare
 from trainer.config.nodes import shown
 from trainer.config.numbers import MAX_STEPS
 from trainer.errors import ConfigError
 from trainer.prove.cases import ENGINES
 
-_LONGEST_S = 1e8
+_MAX_TIMEOUT_S = 1e8
 
 
-def add(verbs: Verbs) -> None:
-    """Add it with its arguments."""
-    sub = takes_config(verb(verbs, "prove", prove, example="configs/quickstart.yaml --scale small"))
-    sub.add_argument("--steps", type=int, default=10, help="optimizer steps of each layout (10)")
-    what = "(float64; float32 if deepspeed, which has no float64, is among the engines)"
+def add(subparsers: Subparsers) -> None:
+    """Add the command with its arguments."""
+    sub = add_config(add_command(subparsers, "prove", prove_command, example="configs/quickstart.yaml --scale small"))
+    sub.add_argument("--steps", type=int, default=10, help="optimizer steps per layout (10)")
+    what = "precision (float64; float32 with deepspeed, which has no float64)"
     sub.add_argument("--dtype", choices=["float64", "float32", "bfloat16"], help=what)
     sub.add_argument("--engines", metavar="A,B", help="native, deepspeed (ZeRO 1 and 2) or both; default: the config's")
     sub.add_argument("--scale", choices=["full", "small"], default="full", help="small: shrink model and batch first")
-    sub.add_argument("--layouts", metavar="TEXT", help="only layouts whose name has this text, such as 'ep 2'")
-    sub.add_argument("--json", type=as_path, metavar="FILE", help="write the result as JSON as well")
-    sub.add_argument("--timeout", type=float, default=120.0, help="seconds that ranks wait for each other (120)")
+    sub.add_argument("--layouts", metavar="TEXT", help="only layouts whose name contains this text, such as 'ep 2'")
+    sub.add_argument("--json", type=as_path, metavar="FILE", help="also write the result as JSON")
+    sub.add_argument(
+        "--timeout", type=float, default=120.0, help="seconds after which a rank stops waiting for another (120)"
+    )
 
 
-def prove(options: argparse.Namespace) -> int:
-    """Prove that every layout up to four ranks learns what one process learns from this config."""
-    config = named_config(options)
-    if not 1 <= options.steps <= MAX_STEPS or not 0 < options.timeout <= _LONGEST_S:
+def prove_command(options: argparse.Namespace) -> int:
+    """Check that every layout with up to four ranks learns the same as one process from a config."""
+    config = load_named_config(options)
+    if not 1 <= options.steps <= MAX_STEPS or not 0 < options.timeout <= _MAX_TIMEOUT_S:
         raise ConfigError(
-            f"prove: use 1 <= --steps <= {MAX_STEPS} and 0 < --timeout <= {_LONGEST_S:.0e}, not {shown(options.steps)} "
-            f"and {options.timeout:g}"
+            f"prove: use 1 <= --steps <= {MAX_STEPS} and 0 < --timeout <= {_MAX_TIMEOUT_S:.0e}, not "
+            f"{shown(options.steps)} and {options.timeout:g}"
         )
 
     from trainer.prove.proof import prove
 
-    with telling_what_makes_it(config):
+    with suggest_prepare(config):
         return prove(
             config,
             steps=options.steps,
@@ -50,7 +52,7 @@ def prove(options: argparse.Namespace) -> int:
 
 
 def _engines(text: str | None) -> list[str] | None:
-    """Return the engines of `--engines`.
+    """Parse `--engines`.
 
     Raises:
         ConfigError: if one is unknown.
@@ -60,5 +62,7 @@ def _engines(text: str | None) -> list[str] | None:
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in ENGINES:
-            raise ConfigError(f"--engines: {shown(name)} is not an engine; use some of {', '.join(ENGINES)}, by commas")
+            raise ConfigError(
+                f"--engines: {shown(name)} is not an engine; use {' or '.join(ENGINES)}, or both separated by a comma"
+            )
     return names

@@ -20,80 +20,80 @@ from trainer.errors import CheckpointError, ConfigError, MissingFile
 from trainer.experiment import ExperimentConfig
 
 _STEP: Final = re.compile(r"step_(\d{1,18})", re.ASCII)
-"""Name of the folder of a checkpoint."""
+"""Name of a checkpoint's folder."""
 
 
-def named_config(options: argparse.Namespace) -> ExperimentConfig:
-    """Return the config of an experiment file, with its overrides."""
+def load_named_config(options: argparse.Namespace) -> ExperimentConfig:
+    """Load the experiment file of a command line, with its overrides."""
     check_name(options.config)
     return load(options.config, options.overrides, ExperimentConfig)
 
 
 def recorded_config(folder: RunFolder, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """Return the config that a run folder keeps; no warning about old names, since its user did not write it."""
+    """Load the config kept in a run folder, without warnings about old names: the user did not write it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OldNameWarning)
         return load(folder.config, overrides, ExperimentConfig)
 
 
-def folder_of(config: ExperimentConfig) -> RunFolder:
-    """Return the folder of a config's run, which need not be there."""
+def run_folder_of(config: ExperimentConfig) -> RunFolder:
+    """Return the run folder of a config, which may not exist."""
     return RunFolder(Path(config.runs_dir) / config.name)
 
 
-def checked(folder: RunFolder, config: ExperimentConfig) -> list[str]:
-    """Return warnings about what differs between the config that a run folder keeps and the one given now.
+def check_run_folder(folder: RunFolder, config: ExperimentConfig) -> list[str]:
+    """Compare a config with the one kept in its run folder; return warnings.
 
     Raises:
-        ConfigError: if the folder is another model's, or its own record cannot be read.
+        ConfigError: if the folder has another model, or its config cannot be read.
     """
     return check_belongs(folder, _changes(folder, config), goes_on=any(folder.checkpoints.glob("step_*")))
 
 
-def named_run(options: argparse.Namespace) -> RunFolder:
-    """Return a run folder that is named by itself, whatever its config, or by a config file."""
+def named_run_folder(options: argparse.Namespace) -> RunFolder:
+    """Return a run folder named by its path or by a config file."""
     if not options.config.is_dir():
-        return folder_of(named_config(options))
+        return run_folder_of(load_named_config(options))
     _refuse_inside_run(options)
     if options.overrides:
         raise ConfigError(
-            f"{options.config}: is a folder, and overrides change a config file; name that, or leave them"
+            f"{options.config}: is a folder, and overrides need a config file; name one, or remove the overrides"
         )
     return RunFolder(options.config)
 
 
 def run_to_train(options: argparse.Namespace) -> tuple[ExperimentConfig, RunFolder]:
-    """Return config and folder of a run that is named by its config file or, if it has begun, by its folder.
+    """Return config and folder of a run to start or resume, named by its config file or its folder.
 
     Raises:
-        ConfigError: if it is named by its folder, and overrides would give it another.
+        ConfigError: if it is named by its folder and overrides change the folder.
     """
     if not (options.config / "config.yaml").is_file():
         _refuse_inside_run(options)
-        config = named_config(options)
+        config = load_named_config(options)
         check_packages(config)
-        return config, folder_of(config)
+        return config, run_folder_of(config)
     config, folder = existing_run(options)
     check_packages(config)
     kept = recorded_config(folder)
     if (config.runs_dir, config.name) != (kept.runs_dir, kept.name):
         raise ConfigError(
-            f"{options.config}: is the folder of a run, which goes on in it; name a config file to start another run"
+            f"{options.config}: is a run folder, and the overrides name another run; name a config file to start one"
         )
     return config, folder
 
 
 def existing_run(
-    options: argparse.Namespace, *, beside: argparse.Namespace | None = None
+    options: argparse.Namespace, *, other_options: argparse.Namespace | None = None
 ) -> tuple[ExperimentConfig, RunFolder]:
-    """Return config and folder of a run that is named by its folder or by its config file.
+    """Return config and folder of an existing run, named by its folder or by its config file.
 
-    Paths of a config are relative to the working directory. That of a run that is named by its folder becomes the one
-    that it was started in, whose files it needs; paths among the options go on meaning what they meant.
+    Paths in a config are relative to the working directory. For a run named by its folder, change to the directory it
+    was started in, and make the paths among the options absolute.
 
     Args:
         options: with `config` and `overrides`.
-        beside: other options of the command line.
+        other_options: further options of the command line, if they are in another namespace.
     """
     if options.config.is_dir():
         folder = RunFolder(options.config)
@@ -104,21 +104,21 @@ def existing_run(
         home = folder.start_directory(runs_dir=config.runs_dir, name=config.name)
         if home is not None and not home.samefile(Path.cwd()):
             folder = RunFolder(folder.path.absolute())
-            for given in (options, beside or options):
+            for given in (options, other_options or options):
                 vars(given).update({k: v.absolute() for k, v in vars(given).items() if isinstance(v, Path)})
             os.chdir(home)
     else:
-        config = named_config(options)
-        folder = folder_of(config)
-    checked(folder, config)
+        config = load_named_config(options)
+        folder = run_folder_of(config)
+    check_run_folder(folder, config)
     return config, folder
 
 
 def _refuse_inside_run(options: argparse.Namespace) -> None:
-    """Name the run where a folder inside of it was named.
+    """Check that the named folder is not inside a run folder.
 
     Raises:
-        CheckpointError: if the folder is a checkpoint of a run, or that of all its checkpoints.
+        CheckpointError: if it is a checkpoint or the folder of all checkpoints; names the run.
     """
     named: Path = options.config
     folder = named.absolute()
@@ -126,10 +126,10 @@ def _refuse_inside_run(options: argparse.Namespace) -> None:
     checkpoints = folder if step is None else folder.parent
     if checkpoints.name != "checkpoints" or not (checkpoints.parent / "config.yaml").is_file():
         return
-    num_inside = 1 if step is None else 2
-    run = checkpoints.parent if len(named.parts) < num_inside else named.parents[num_inside - 1]
+    depth = 1 if step is None else 2
+    run = checkpoints.parent if len(named.parts) < depth else named.parents[depth - 1]
     if step is None:
-        raise CheckpointError(f"{named}: is where a run's checkpoints are; name the folder of the run: {run}")
+        raise CheckpointError(f"{named}: is the checkpoints folder of a run; name the folder of the run: {run}")
     advice = f"name the run and its step: {run} --step {int(step[1])}"
     if not hasattr(options, "step"):
         advice = f"name the folder of the run: {run}"
@@ -137,26 +137,26 @@ def _refuse_inside_run(options: argparse.Namespace) -> None:
 
 
 @contextmanager
-def telling_what_makes_it(config: ExperimentConfig) -> Iterator[None]:
-    """Let an error about a file that is missing name the command that makes what a config reads."""
+def suggest_prepare(config: ExperimentConfig) -> Iterator[None]:
+    """Add the command `prepare` of the config to an error about a missing file."""
     try:
         yield
     except MissingFile as error:
         if config.prepare is None:
             raise
-        told = MissingFile(f"{error}, or make what this config reads: {config.prepare}")
-        told.is_rank_specific = error.is_rank_specific
-        raise told from None
+        advised = MissingFile(f"{error}, or make what this config reads: {config.prepare}")
+        advised.is_rank_specific = error.is_rank_specific
+        raise advised from None
 
 
 def _changes(folder: RunFolder, config: ExperimentConfig) -> list[Change]:
-    """Return what differs from the config a run folder keeps; nothing if it keeps none."""
+    """Return the changes since the config kept in a run folder; none if it keeps none."""
     if not folder.config.is_file():
         return []
     try:
         return changed_keys(recorded_config(folder), config)
     except ConfigError as error:
         advice = (
-            f"{folder.config}: is the run's own record; remove it if it is damaged, its checkpoints know their model"
+            f"{folder.config}: is the run's own record; remove it if it is damaged: checkpoints also record their model"
         )
         raise ConfigError(f"{error}\n{advice}") from None

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.cli import parse
-from trainer.commands.resolve import named_config
+from trainer.cli import parse_command_line
+from trainer.commands.resolve import load_named_config
 from trainer.commands.shipped import FOLDER, as_config, shipped_names
 from trainer.errors import ConfigError
 
@@ -29,7 +29,7 @@ def test_they_are_those_at_the_top_of_configs_and_packed_from_there() -> None:
 
 @pytest.mark.parametrize("name", shipped_names())
 def test_each_is_read_by_its_name(name: str) -> None:
-    assert named_config(parse(["train", name])).name == name
+    assert load_named_config(parse_command_line(["train", name])).name == name
 
 
 def test_a_file_or_folder_of_that_name_comes_first(folder: Path) -> None:
@@ -45,7 +45,7 @@ def test_other_names_stay_paths(text: str) -> None:
 
 def test_an_unknown_name_is_answered_with_those_that_there_are() -> None:
     with pytest.raises(ConfigError) as error:
-        named_config(parse(["train", "quikstart"]))
+        load_named_config(parse_command_line(["train", "quikstart"]))
     assert str(error.value) == (
         "quikstart: no such file, and no config of the package; those are "
         f"{', '.join(shipped_names())}; `turnout init NAME` writes a first one of your own"
@@ -55,4 +55,4 @@ def test_an_unknown_name_is_answered_with_those_that_there_are() -> None:
 def test_an_unknown_name_with_a_similar_file_is_answered_with_the_file(folder: Path) -> None:
     (folder / "mine.yaml").write_text("name: mine\n")
     with pytest.raises(ConfigError, match=r"did you mean mine\.yaml\?$"):
-        named_config(parse(["train", "mine"]))
+        load_named_config(parse_command_line(["train", "mine"]))

@@ -14,7 +14,7 @@ import torch
 from tests.ranks import Ranks, mesh_here
 from trainer.checkpoint import shared_fs
 from trainer.checkpoint.run_folder import RunFolder
-from trainer.commands.resolve import checked
+from trainer.commands.resolve import check_run_folder
 from trainer.config.loader import load
 from trainer.console.console import Console
 from trainer.distributed.mesh import Mesh
@@ -178,7 +178,7 @@ def test_what_a_change_means_for_the_order_of_the_rows_is_said_where_a_run_goes_
     changes = ["seed=7", "data.mixture.by=tokens", "train.global_batch_size=8", "data.workers=1"]
     where = RunFolder(folder / "runs/tiny")
     run, _ = _build(folder, [])
-    said = checked(where, _config(folder, changes))
+    said = check_run_folder(where, _config(folder, changes))
     assert said == [
         f"seed was 1337 in {where.path} and is now 7",
         f"data.mixture.by was weight in {where.path} and is now tokens",
@@ -186,7 +186,7 @@ def test_what_a_change_means_for_the_order_of_the_rows_is_said_where_a_run_goes_
     ], "nothing was read yet"
     run.saver.start(1, run.engine.state(), run.checkpoint_info())
     run.saver.wait()
-    assert checked(where, _config(folder, changes)) == [
+    assert check_run_folder(where, _config(folder, changes)) == [
         *said[:2],
         f"{said[2]}; the rows keep their order, 8 a step",
         f"seed, data.mixture.by: {ORDER.replace('set it', 'set them')}",
