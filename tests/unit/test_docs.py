@@ -20,7 +20,7 @@ from tests.launched_ranks import ROOT
 from tests.unit.test_recipes import local_files
 from trainer import errors
 from trainer.checkpoint.tools.weight_map import WeightMapConfig
-from trainer.cli import parse
+from trainer.cli import parse_command_line
 from trainer.config.loader import load
 from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.experiment import ExperimentConfig
@@ -136,9 +136,9 @@ def test_commands_parse_and_start_files_that_exist(block):
 def check_command(words: list[str]) -> None:
     program, rest = words[0], words[1:]
     if program == "turnout" or rest[:2] == ["-m", "trainer"]:
-        parse(rest if program == "turnout" else rest[2:])
+        parse_command_line(rest if program == "turnout" else rest[2:])
     elif program == "./launch.sh":
-        parse(["launch", *(rest or ["configs/quickstart.yaml"])])
+        parse_command_line(["launch", *(rest or ["configs/quickstart.yaml"])])
     elif program == "torchrun":
         at = rest.index("-m") if "-m" in rest else len(rest) - 1
         check_command(["python", *rest[at:]])
