@@ -465,9 +465,7 @@ def test_a_reader_that_leaves_ends_the_output_and_not_with_a_traceback(workplace
 def test_a_model_that_does_not_fit_is_exit_7(workplace: Path) -> None:
     huge = ["model.d_model=4194304", "model.num_heads=2", "model.moe=null", "model.num_layers=1"]
     result = run(workplace, "train", "tiny.yaml", *huge)
-    refused(
-        result, 7, r"tiny: needs at least 1\.13 PB of memory \(1\.13 PB for weights with gradients and moments\)"
-    )
+    refused(result, 7, r"tiny: needs at least 1\.13 PB of memory \(1\.13 PB for weights with gradients and moments\)")
     projected = ["model.d_model=8192", "model.d_ff=8", "model.moe.router={kind: cosine, d_proj: 16777216}"]
     result = run(workplace, "train", "tiny.yaml", *projected, "model.num_layers=1", "model.moe.d_ff=8")
     # what only torch finds
