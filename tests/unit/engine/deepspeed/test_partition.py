@@ -47,7 +47,7 @@ class Seat:
     def __init__(self, room: Room, index: int) -> None:
         self.room, self.index, self.size, self.device = room, index, room.size, torch.device("cpu")
 
-    def exchange(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+    def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         assert sum(send) == len(x)
         self.room.sent[self.index] = list(x.split(list(send)))
         self.room.barrier.wait()
