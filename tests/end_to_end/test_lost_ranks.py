@@ -82,13 +82,13 @@ def test_a_killed_or_frozen_rank_is_named_by_one_survivor_within_bounds(
             said = ranks.said()
         print(f"seed {seed}: {how.name} rank {victim}: survivors ended after {took:.1f} s\n{said}")
         assert ranks.codes(survivors) == [5, 5]
-        assert said.count("not heard of") == 1
+        assert said.count("no heartbeat for") == 1
         first, *lines = said[said.index(f"rank {victim} is lost at step ") :].splitlines()
         assert " in " in first
         assert len(lines) >= 3
         for rank, line in enumerate(lines[:3]):
             assert line.startswith(f"  rank {rank} ")
-            assert "last exchanges: #" in line
+            assert "last collectives: #" in line
 
 
 STUCK = """
@@ -110,11 +110,11 @@ main(sys.argv[1:])
 @pytest.mark.parametrize(
     ("fault", "code", "text"),
     [
-        ("time.sleep(1000)", 5, "rank 1 is alive, but never came to exchange #"),
+        ("time.sleep(1000)", 5, "rank 1 is alive, but never came to collective #"),
         ("raise DataError('shard 7 is damaged')", 3, "rank 1: shard 7 is damaged"),
         ("raise ValueError('a bug')", 1, "ValueError: a bug"),
         ("sys.exit(0)", 1, "rank 1: SystemExit: 0"),
-        ("engine.mesh.world.all_gather(torch.zeros(2))", 5, "in another exchange than the others"),
+        ("engine.mesh.world.all_gather(torch.zeros(2))", 5, "in another collective than the others"),
     ],
 )
 def test_a_rank_that_is_stuck_or_fails_alone_is_named_once(workplace: Path, fault: str, code: int, text: str) -> None:

@@ -13,8 +13,8 @@ FAULTS = [
     in_package(
         "ranks of one place are counted by nodes",
         "distributed/rank_layout.py",
-        "ep[place::size]",
-        "ep[place :: self.nodes_of_ep]",
+        "ep[local::size]",
+        "ep[local :: self.nodes_of_ep]",
         "distributed/test_rank_layout.py",
     ),
     in_package(

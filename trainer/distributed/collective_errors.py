@@ -1,4 +1,4 @@
-"""One rank's error is every rank's error: nobody waits for a rank that has given up."""
+"""Propagate one rank's error to all ranks, so that none waits for a rank that has failed."""
 
 import traceback
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ from trainer.errors import RemoteRankError, TurnoutError, exit_code_of
 
 @contextmanager
 def raise_together(group: Group) -> Iterator[None]:
-    """Run a block on all ranks of a group; if it failed on any, fail on all of them, with the same exit code.
+    """Run a block on all ranks of a group; if it fails on one of them, fail on all, with the same exit code.
 
-    The rank that had the error raises it as it is, with its number in front; the others raise an `RemoteRankError`,
-    which is not shown again. A collective that failed is not asked about: its group is of no use any more.
+    The first rank that failed raises its error with its number in front; the others raise a `RemoteRankError`, which is
+    not shown again. A failed collective is raised as it is, since its group cannot be used any more.
 
     Raises:
-        TurnoutError: what the first failing rank had, or an `RemoteRankError` with its exit code.
+        TurnoutError: the error of the first rank that failed, or a `RemoteRankError` with its exit code.
     """
     if group.size == 1:
         yield
@@ -49,13 +49,13 @@ def raise_together(group: Group) -> Iterator[None]:
 
 
 def barrier_gather(group: Group, value: Plain) -> list[Any]:
-    """Return what every rank has to say, once all have come here, however long one of them still works.
+    """Return the values of all ranks, once all have come here, however long one of them takes.
 
     Raises:
         TurnoutError: if one of them is lost.
     """
     if group.watch is not None:
-        group.watch.barrier()  # patient: one rank may read text or write files for longer than an exchange may take
+        group.watch.barrier()  # without timeout: one rank may read text or write files for long
     return group.all_gather_objects(value)
 
 

@@ -1,7 +1,7 @@
-"""Every collective but those of FSDP2: the only module that calls torch.distributed to exchange anything.
+"""Collectives on groups of ranks: the only module that calls those of torch.distributed, besides FSDP2.
 
-A group of one rank exchanges nothing and needs no process group, so that one process runs the same code as many.
-All sums are SUM: nothing is ever averaged here, and nobody else divides by a number of ranks.
+A group of one rank communicates nothing and needs no process group, so that one process runs the same code as many.
+Reductions are always SUM: nothing is averaged here, and no other code divides by a number of ranks.
 """
 
 import re
@@ -23,7 +23,7 @@ from trainer.errors import CommError, first_line
 
 
 class Group:
-    """Ranks that exchange tensors with each other. Every one of them must make the same calls in the same order."""
+    """A group of ranks. All methods are collective: every member must make the same calls in the same order."""
 
     def __init__(
         self,
@@ -39,11 +39,11 @@ class Group:
 
         Args:
             name: for messages.
-            ranks: its members' numbers in the world, in order.
-            me: this rank's number in the world.
-            handle: torch's group; None for a group of one.
-            recorder: where this rank's collectives are written down.
-            watch: tells who is alive, where somebody watches.
+            ranks: global ranks of its members, in order.
+            me: global rank of this process.
+            handle: torch's process group; None for a group of one.
+            recorder: records this rank's collectives.
+            watch: watchdog, if there is one.
         """
         assert (handle is None) == (len(ranks) == 1)
         self.name, self.ranks, self.index = name, tuple(ranks), ranks.index(me)
@@ -51,12 +51,12 @@ class Group:
 
     @classmethod
     def of_one(cls, recorder: FlightRecorder | None = None) -> "Group":
-        """Return a group with nobody else in it."""
+        """Return a group of this process alone."""
         return cls("world", [0], me=0, handle=None, recorder=recorder or FlightRecorder())
 
     @property
     def device(self) -> torch.device:
-        """Device that tensors must be on to be exchanged."""
+        """Device that tensors must be on."""
         is_nccl = self._handle is not None and dist.get_backend(self._handle) == "nccl"
         return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
 
@@ -67,24 +67,24 @@ class Group:
 
     @property
     def handle(self) -> dist.ProcessGroup:
-        """Torch's own group, for a library that exchanges by itself."""
-        assert self._handle is not None, "nobody to share with"
+        """Torch's process group, for libraries that communicate by themselves."""
+        assert self._handle is not None, "a group of one has no process group"
         return self._handle
 
     def device_mesh(self) -> DeviceMesh:
-        """Return the same ranks in the form that torch's FSDP takes."""
+        """Return the group as a torch DeviceMesh, for FSDP2."""
         return DeviceMesh.from_group(self.handle, self.device.type)
 
     def all_reduce_(self, x: Tensor) -> Tensor:
-        """Add up x over the ranks, in place; every rank gets bitwise the same."""
+        """Sum x over the ranks, in place; the result is bitwise equal on every rank."""
         if self._handle is not None:
             with self._watched("all_reduce", [x.numel()]):
                 dist.all_reduce(x, group=self._handle)
         return x
 
     def start_all_reduce(self, x: Tensor) -> "PendingOp":
-        """Start an in-place all-reduce of x, which overlaps with computation until it is waited for."""
-        assert self._handle is not None, "nobody to add up with"
+        """Start an in-place all-reduce of x that overlaps with computation until its `wait`."""
+        assert self._handle is not None, "a group of one has nothing to reduce"
         operation = self.recorder.note("all_reduce", self.name, [x.numel()])
         with self._reported(operation):
             work = dist.all_reduce(x, group=self._handle, async_op=True)
@@ -92,7 +92,7 @@ class Group:
         return PendingOp(self, operation, work, x, x)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """Return (size, *x.shape): everybody's x, which has the same shape everywhere."""
+        """Return (size, *x.shape): x of every member; its shape must be the same on all."""
         if self._handle is None:
             return x[None].clone()
         parts = [torch.empty_like(x) for _ in self.ranks]
@@ -101,14 +101,14 @@ class Group:
         return torch.stack(parts)
 
     def broadcast_(self, x: Tensor, *, source: int = 0) -> Tensor:
-        """Overwrite x by that of member `source`."""
+        """Overwrite x with that of member `source`."""
         if self._handle is not None:
             with self._watched("broadcast", [x.numel()]):
                 dist.broadcast(x, self.ranks[source], group=self._handle)
         return x
 
     def all_gather_objects(self, value: Plain) -> list[Any]:
-        """Return everybody's value, as JSON on the way (see `plain`): for what is small; tuples come back as lists.
+        """Return the values of all members, sent as JSON (see `wire_format`); for small values. Tuples become lists.
 
         Raises:
             TypeError: if it is no plain value.
@@ -120,14 +120,14 @@ class Group:
         with self._watched("all_gather_object", [len(mine)]):
             sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in self.ranks]
             dist.all_gather(sizes, sizes[0] + len(mine), group=self._handle)
-            room = max(map(int, sizes))
-            parts = [mine.new_empty(room) for _ in self.ranks]
-            dist.all_gather(parts, torch.nn.functional.pad(mine, (0, room - len(mine))), group=self._handle)
+            longest = max(map(int, sizes))
+            parts = [mine.new_empty(longest) for _ in self.ranks]
+            dist.all_gather(parts, torch.nn.functional.pad(mine, (0, longest - len(mine))), group=self._handle)
         sent = [_bytes_of(part[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
         return [self._read(data, source) for source, data in enumerate(sent)]
 
     def broadcast_object(self, value: Plain) -> Any:
-        """Return the first member's value, as JSON on the way (see `plain`): for what may be large.
+        """Return the first member's value, sent as JSON (see `wire_format`); for values that may be large.
 
         Raises:
             TypeError: if it is no plain value.
@@ -146,7 +146,7 @@ class Group:
     def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """Send the first send[0] rows of x to member 0, the next send[1] to member 1 and so on; differentiable.
 
-        Both sides must know the sizes: gloo does not notice a receiver that expects more than was sent.
+        Both sides must pass matching sizes: gloo does not notice if a receiver expects more than was sent.
 
         Args:
             x: (sum(send), ...).
@@ -154,17 +154,17 @@ class Group:
             receive: rows from each member.
 
         Returns:
-            (sum(receive), ...) in the order of the members.
+            (sum(receive), ...) ordered by member.
         """
         return self.start_all_to_all(x, send, receive).wait()
 
     def start_all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> "AllToAll":
-        """Start an `all_to_all`, which overlaps with computation until its `wait`, forward and backward."""
+        """Start an `all_to_all` that overlaps with computation until its `wait`, forward and backward."""
         assert sum(send) == len(x), f"{sum(send)} rows to send, {len(x)} rows there"
         return AllToAll(x, self, tuple(send), tuple(receive))
 
     def issue_all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> "PendingOp":
-        """Begin to exchange rows, outside autograd."""
+        """Start an all-to-all outside autograd."""
         out, x = x.new_empty(sum(receive), *x.shape[1:]), x.contiguous()
         operation = self.recorder.note("all_to_all", self.name, send)
         with self._reported(operation):
@@ -179,7 +179,7 @@ class Group:
             last = self.recorder.operations[-1]
             raise CommError(
                 f"rank {self.ranks[self.index]}: {last} failed at step {self.recorder.step}: rank {self.ranks[source]} "
-                f"has sent what is no JSON"
+                f"sent invalid JSON"
             ) from error
 
     @contextmanager
@@ -190,7 +190,7 @@ class Group:
 
     @contextmanager
     def awaited(self, operation: Operation) -> Iterator[None]:
-        """Write down that an operation is waited for; if it fails it stays the one where the rank gave up."""
+        """Record a wait for an operation. If it fails, the flight recorder keeps it as the running one."""
         self.recorder.wait_for(operation)
         with self._reported(operation):
             yield
@@ -208,7 +208,7 @@ class Group:
 
 
 class AllToAll:
-    """An all-to-all in progress. Backward, its gradient is in flight from where `wait` was to where it began."""
+    """An all-to-all in progress. Backward, the gradient is in flight from the node of `wait` to that of the start."""
 
     def __init__(self, x: Tensor, group: Group, send: tuple[int, ...], receive: tuple[int, ...]) -> None:
         self.group, self.send, self.receive = group, send, receive
@@ -216,13 +216,13 @@ class AllToAll:
         self._sent: Tensor | None = x if group.size == 1 else _Send.apply(x, self)
 
     def wait(self) -> Tensor:
-        """Return (sum(receive), ...) in the order of the members. Only once."""
-        sent, self._sent = self._sent, None  # it hangs on this exchange, which must not hang on it as well
+        """Return (sum(receive), ...) ordered by member. Call it once."""
+        sent, self._sent = self._sent, None  # its graph refers to this object: break the cycle
         assert sent is not None
         return sent if self.group.size == 1 else _Receive.apply(sent, self)
 
     def received(self) -> Tensor:
-        """Wait for the rows of the last message, and return them."""
+        """Wait for the pending all-to-all and return the received rows."""
         assert self.pending is not None
         pending, self.pending = self.pending, None
         return pending.wait()
@@ -230,30 +230,30 @@ class AllToAll:
 
 @dataclass(frozen=True, slots=True)
 class PendingOp:
-    """A collective operation in progress."""
+    """A collective in progress."""
 
     group: Group
     operation: Operation
     work: dist.Work
     x: Tensor
-    """Kept until it has been sent."""
+    """Input, kept alive until it has been sent."""
     out: Tensor
 
     def wait(self) -> Tensor:
-        """Wait for the operation, and return its result."""
+        """Wait for the collective and return its result."""
         with self.group.awaited(self.operation):
             self.work.wait()
         return self.out
 
 
 class _Send(torch.autograd.Function):
-    """Rows begin to travel. Backward, their gradient is waited for."""
+    """Start to send rows. Backward waits for their gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, exchange: AllToAll) -> Tensor:
         ctx.exchange = exchange
         exchange.pending = exchange.group.issue_all_to_all(x, exchange.send, exchange.receive)
-        return x.view_as(x)  # what `_Receive` hangs on
+        return x.view_as(x)  # makes `_Receive` depend on this node
 
     @staticmethod
     @once_differentiable
@@ -263,7 +263,7 @@ class _Send(torch.autograd.Function):
 
 
 class _Receive(torch.autograd.Function):
-    """Rows are waited for. Backward, their gradient begins to travel; `_Send` alone may look at what is returned."""
+    """Wait for rows. Backward starts to send their gradient and returns its buffer, which only `_Send` may read."""
 
     @staticmethod
     def forward(ctx: Any, sent: Tensor, exchange: AllToAll) -> Tensor:
@@ -275,7 +275,7 @@ class _Receive(torch.autograd.Function):
     # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         exchange: AllToAll = ctx.exchange
-        assert exchange.pending is None, "its gradient is under way already"
+        assert exchange.pending is None, "its gradient is already in flight"
         exchange.pending = exchange.group.issue_all_to_all(grad, exchange.receive, exchange.send)
         return exchange.pending.out, None
 
@@ -285,11 +285,11 @@ def _bytes_of(x: Tensor) -> bytes:
 
 
 def is_collective_error(error: BaseException) -> bool:
-    """Tell whether an error comes from an exchange that a library makes by itself, as FSDP and DeepSpeed do."""
+    """Return whether an error comes from a collective that a library issues itself, as FSDP and DeepSpeed do."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
 def backend_reason(error: BaseException) -> str:
-    """Return what the backend says is wrong, without its own source line and advice."""
+    """Return the backend's error message, without its source line and advice."""
     first = first_line(error).partition(" This is typically")[0]
     return re.sub(r"^\[\S*?:\d+\] ", "", first)

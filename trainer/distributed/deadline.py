@@ -1,4 +1,4 @@
-"""An end to waiting for what may never come back, as torch's client of a store does whatever its timeout. No torch."""
+"""Exit a process that waits for ever, as torch's store client may despite its timeout. Imports no torch."""
 
 import os
 import sys
@@ -11,11 +11,11 @@ from trainer.terminal import print_safe
 
 @contextmanager
 def exit_after(seconds: float, message: str, exit_code: int) -> Iterator[None]:
-    """Run a block, and if it is not through in time, print a message and end the process, whatever it still waits for.
+    """Run a block; if it takes longer than `seconds`, print a message and exit the process.
 
     Args:
-        seconds: how long it may take.
-        message: what is wrong then.
+        seconds: longest time for the block.
+        message: printed on timeout.
         exit_code: of the process.
     """
     timer = threading.Timer(seconds, exit_now, [message, exit_code])
@@ -28,7 +28,7 @@ def exit_after(seconds: float, message: str, exit_code: int) -> Iterator[None]:
 
 
 def exit_now(message: str | None, exit_code: int) -> None:
-    """End the process without waiting for anything of it, after a last message if there is one."""
+    """Exit the process without cleaning up, after printing a message unless it is None."""
     if message is not None:
         print_safe(message, file=sys.stderr)
     os._exit(exit_code)

@@ -1,4 +1,4 @@
-"""The clock of the device that computes."""
+"""Clock of a device, for the step timer."""
 
 import torch
 
@@ -6,20 +6,20 @@ from trainer.step_timer import Clock, HostClock
 
 
 class CudaClock:
-    """A GPU's time: a mark is made when the GPU comes to it, while the processor is far ahead."""
+    """Clock by CUDA events, which the GPU records when it reaches them, long after the CPU."""
 
     def now(self) -> torch.cuda.Event:
-        """Return a mark in the present stream."""
+        """Record and return an event on the current stream."""
         mark = torch.cuda.Event(enable_timing=True)
         mark.record()
         return mark
 
     def seconds(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        """Return the time between two marks, once the GPU has come to the second one."""
+        """Return the time between two events; waits for the second one."""
         end.synchronize()
         return begin.elapsed_time(end) / 1e3
 
 
 def clock_of(device: torch.device) -> Clock:
-    """Return the clock by which work on a device is measured."""
+    """Return the clock for a device."""
     return CudaClock() if device.type == "cuda" else HostClock()

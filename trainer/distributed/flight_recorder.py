@@ -1,4 +1,4 @@
-"""Flight recorder of a rank: its phase and the last collectives it took part in. Imports no torch."""
+"""Flight recorder of a rank: its current phase and last collectives. Imports no torch."""
 
 import time
 from collections import deque
@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from trainer import fault_injection
 from trainer.step_timer import StepPart, StepTimer
 
-_REMEMBERED = 32
+_MAX_OPERATIONS = 32
 _PART_OF: dict[str, StepPart] = {
     "data": "data",
     "counting": "forward",
     "forward": "forward",
     "backward": "backward",
-    "gradient sums": "optimizer",  # but for the waiting: norms
+    "gradient sums": "optimizer",  # norms; waiting for collectives counts as communication
     "update": "optimizer",
     "router update": "optimizer",
 }
@@ -22,14 +22,14 @@ _PART_OF: dict[str, StepPart] = {
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One collective, as this rank saw it."""
+    """One collective on this rank."""
 
     number: int
-    """Counts this rank's collectives from 1; equal on all ranks as long as they do the same."""
+    """Sequence number of the collective on this rank, from 1; equal on all ranks while they run in step."""
     name: str
     group: str
     sizes: tuple[int, ...]
-    """Elements, or rows sent to each rank."""
+    """Number of elements, or of rows sent to each rank."""
 
     def __str__(self) -> str:
         return f"#{self.number} {self.name} over {self.group} {list(self.sizes)}"
@@ -37,31 +37,31 @@ class Operation:
 
 @dataclass(slots=True)
 class FlightRecorder:
-    """The last collectives of this rank, oldest first, and where it is."""
+    """Phase of this rank and its last collectives, oldest first."""
 
     step: int = 0
-    """The step being taken, from 1; 0 before the first."""
+    """Current step, from 1; 0 before the first."""
     phase: str = "start-up"
-    """Part of the step, or what is done between two steps."""
+    """Part of the run: of start-up, of a step or between steps."""
     count: int = 0
     running: Operation | None = None
-    """The exchange that this rank is in now."""
+    """Collective that this rank waits for now."""
     changed_at: float = field(default_factory=time.monotonic)
-    """When something was last written down."""
+    """Monotonic time of the last change, in seconds."""
     is_in_step: bool = False
-    """Inside a step that is not the first one: nothing takes long here but waiting for others."""
-    operations: deque[Operation] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
+    """Inside a step other than the first, where only waiting for other ranks takes long."""
+    operations: deque[Operation] = field(default_factory=lambda: deque(maxlen=_MAX_OPERATIONS))
     step_timer: StepTimer = field(default_factory=StepTimer)
-    """Measures the same phases, and how long exchanges are waited for."""
+    """Measures the phases, and the time spent waiting for collectives."""
 
     def enter(self, phase: str) -> None:
-        """Write down that another phase begins."""
+        """Begin a phase. Tests inject faults at the beginning of a phase, by its name."""
         self.phase, self.changed_at = phase, time.monotonic()
         self.step_timer.enter(_PART_OF.get(phase, "other"))
         fault_injection.hit(f"phase.{phase.replace(' ', '_')}")
 
     def note(self, name: str, group: str, sizes: Sequence[int]) -> Operation:
-        """Write an operation down, as it begins."""
+        """Record that a collective begins."""
         self.count += 1
         operation = Operation(self.count, name, group, tuple(sizes))
         self.operations.append(operation)
@@ -70,17 +70,17 @@ class FlightRecorder:
         return operation
 
     def wait_for(self, operation: Operation) -> None:
-        """Write down that this rank cannot go on before the operation has come back."""
+        """Record that this rank waits for a collective."""
         self.running, self.changed_at = operation, time.monotonic()
         self.step_timer.begin("communication")
 
     def end(self) -> None:
-        """Write down that the operation has come back."""
+        """Record that the collective has completed."""
         self.running, self.changed_at = None, time.monotonic()
         self.step_timer.end()
         fault_injection.hit("collective.end")
 
     @property
     def quiet_s(self) -> float:
-        """Seconds since something was written down."""
+        """Seconds since the last change."""
         return time.monotonic() - self.changed_at

@@ -1,4 +1,4 @@
-"""This rank's beats in the store, once a second, from a thread of its own that also knows whether the store answers."""
+"""Publish this rank's heartbeat in the store once a second, and measure how long the store has not answered."""
 
 import threading
 import time
@@ -12,44 +12,44 @@ _BEAT_S = 1.0
 
 
 def key_of(rank: int) -> str:
-    """Return the key of a rank's last beat."""
+    """Return the store key of a rank's last heartbeat."""
     return f"beat/{rank}"
 
 
 class HeartbeatThread:
-    """Publishes beats. Nobody else of this process writes them, so that a later one is never overwritten."""
+    """Publishes heartbeats; the only writer of this rank's key, so that an older one never overwrites a newer one."""
 
     def __init__(self, store: dist.Store, *, rank: int, beat: Callable[[int], Heartbeat]) -> None:
         """Prepare.
 
         Args:
-            store: a connection that nobody else uses: one that waits for an answer makes the others wait as well.
-            rank: this one.
-            beat: describes this rank now; is given the beat's number.
+            store: a connection of its own, since a blocked request blocks all users of a connection.
+            rank: of this process.
+            beat: returns the current heartbeat with a given number.
         """
-        self._store, self._rank, self._describe = store, rank, beat
+        self._store, self._rank, self._beat = store, rank, beat
         self._asked_at: float | None = None
         self._is_last = False
         self._wake = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Publish the first beat, and go on."""
+        """Start to publish."""
         self._thread.start()
 
-    def hurry(self) -> None:
-        """Publish the next beat now: something has changed that others should know."""
+    def publish_now(self) -> None:
+        """Publish the next heartbeat at once, after a change that other ranks wait for."""
         self._wake.set()
 
     def stop(self, *, wait_s: float) -> None:
-        """Publish a last beat, if the store takes it in time."""
+        """Publish a last heartbeat, if the store accepts it in time."""
         self._is_last = True
         self._wake.set()
         self._thread.join(wait_s)
 
     @property
     def silence_s(self) -> float:
-        """Seconds for which the store has owed an answer; 0 where it owes none, or its end is known."""
+        """Seconds for which the store has not answered; 0 if no request is pending or the store is known to be lost."""
         asked_at = self._asked_at
         return 0.0 if asked_at is None else time.monotonic() - asked_at
 
@@ -61,9 +61,9 @@ class HeartbeatThread:
             self._wake.clear()
             self._asked_at = time.monotonic()
             try:
-                self._store.set(key, self._describe(number).to_json())
-                self._store.check([key])  # the one above is not answered
-            except RuntimeError:  # the store is lost, and with it torchrun: an exchange will fail soon
+                self._store.set(key, self._beat(number).to_json())
+                self._store.check([key])  # `set` does not wait for an answer
+            except RuntimeError:  # the store is lost, and torchrun with it: a collective will fail soon
                 is_last = True
             self._asked_at = None
             if not is_last:

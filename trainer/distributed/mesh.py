@@ -1,4 +1,4 @@
-"""This rank's groups: all ranks, those that share its experts, those that hold the same experts."""
+"""Process groups of this rank: all ranks, those with its experts' other shards, those with the same experts."""
 
 import os
 import socket
@@ -23,12 +23,12 @@ from trainer.distributed.watchdog import Watchdog
 from trainer.errors import CommError, ConfigError, first_line
 from trainer.step_timer import StepTimer
 
-_START_S = 300.0
-"""Processes import and start for different times: nobody is given up earlier."""
-_LATE_S = 10.0
+_MIN_START_S = 300.0
+"""Minimum rendezvous timeout: import and start-up times differ between ranks."""
+_RENDEZVOUS_GRACE_S = 10.0
 _NCCL_MARGIN_S = 15.0
-_SAVING = timedelta(hours=6)
-"""Files may take long; a rank that is lost is noticed elsewhere."""
+_SAVING_TIMEOUT = timedelta(hours=6)
+"""Writing files may take long; lost ranks are detected by the watchdog."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,17 +37,17 @@ class Mesh:
 
     layout: Layout
     world: Group
-    """All ranks: they have different tokens and the same dense weights."""
+    """All ranks: different tokens, the same dense weights."""
     ep: Group
-    """Ranks with different experts, which send each other tokens."""
+    """Ranks that shard one copy of the experts and send each other tokens."""
     ep_inside: Group
-    """Ranks of `ep` on this rank's node."""
+    """Ranks of `ep` on this node."""
     ep_between: Group
-    """Ranks of `ep` with this rank's place on the other nodes."""
+    """Ranks of `ep` with this local rank, one per node."""
     edp: Group
     """Ranks with the same experts."""
     saving: Group
-    """All ranks once more, for a thread of its own: what is written in the background is agreed on there."""
+    """All ranks again, as a separate gloo group for the thread that saves in the background."""
 
     @classmethod
     def of_one(cls, recorder: FlightRecorder | None = None) -> "Mesh":
@@ -58,12 +58,12 @@ class Mesh:
 
 @contextmanager
 def joined(layout: Layout, device: torch.device, *, timeout_s: float) -> Iterator[Mesh]:
-    """Join the other ranks that torchrun started, and leave them at the end; alone, there is nobody to join.
+    """Connect to the other ranks and yield this rank's groups; leave the groups at the end.
 
     Args:
-        layout: this rank's place.
-        device: CPU ranks talk by gloo, GPUs by NCCL.
-        timeout_s: how long one exchange may take before a rank counts as lost.
+        layout: of this rank.
+        device: selects gloo for CPUs and NCCL for GPUs.
+        timeout_s: longest time for one collective before a rank counts as lost.
     """
     recorder, on_gpu = FlightRecorder(step_timer=StepTimer(clock_of(device))), device.type != "cpu"
     if layout.world_size == 1:
@@ -75,7 +75,7 @@ def joined(layout: Layout, device: torch.device, *, timeout_s: float) -> Iterato
     except RuntimeError as error:
         raise _cannot_join(layout, error) from error
     try:
-        # NCCL's own watchdog kills the process at its timeout, without a word on who is missing: the watch goes first.
+        # NCCL's own watchdog kills the process at its timeout without naming the lost rank, so ours must be earlier.
         timeout = timedelta(seconds=timeout_s + (_NCCL_MARGIN_S if on_gpu else 0))
         try:
             dist.init_process_group(
@@ -86,14 +86,14 @@ def joined(layout: Layout, device: torch.device, *, timeout_s: float) -> Iterato
                 timeout=timeout,
             )
             mesh = build_mesh(layout, recorder, watch)
-        except RuntimeError as error:  # of the network, or because a rank has left meanwhile, which the watch knows
+        except RuntimeError as error:  # from the network, or since a rank has left meanwhile
             raise _cannot_join(layout, error) from error
         yield mesh
     except CommError as error:
         raise watch.explain(error) from error
     except BaseException as error:
         if is_collective_error(error):
-            where = f"rank {layout.rank}: an exchange of torch's or DeepSpeed's own failed at step {recorder.step}"
+            where = f"rank {layout.rank}: a collective of torch or DeepSpeed failed at step {recorder.step}"
             raise watch.explain(CommError(f"{where}: {backend_reason(error)}")) from error
         watch.leave(error)
         raise
@@ -102,22 +102,22 @@ def joined(layout: Layout, device: torch.device, *, timeout_s: float) -> Iterato
 
 
 def _meet(layout: Layout, recorder: FlightRecorder, *, timeout_s: float, on_gpu: bool) -> tuple[Watchdog, dist.Store]:
-    """Find the other ranks, and begin to watch over each other; return the store that they meet in as well."""
+    """Connect to the store of all ranks and start the watchdog; return both."""
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     try:
         socket.getaddrinfo(address, None)
-    except OSError as error:  # the store would try again and again
+    except OSError as error:  # the store's client would retry until its timeout
         raise RuntimeError(f"MASTER_ADDR: {error.strerror}") from error
-    start_s = max(timeout_s, _START_S)
+    start_s = max(timeout_s, _MIN_START_S)
     silent = CommError(f"the store there has not answered for {start_s:.0f} s")
-    # The store's clients know timeouts for some of what they do.
-    with exit_after(start_s + _LATE_S, str(_cannot_join(layout, silent)), CommError.exit_code):
+    # The store's timeout does not cover all of its client's requests.
+    with exit_after(start_s + _RENDEZVOUS_GRACE_S, str(_cannot_join(layout, silent)), CommError.exit_code):
         try:
             store = connect_store(address, int(port), rank=layout.rank, world_size=layout.world_size, timeout_s=start_s)
         except OSError as error:  # another process listens there
             raise RuntimeError(str(error)) from error
-        # Under torchrun the store outlives the ranks: without a name of its own, a restarted attempt reads the
-        # addresses of the dead ones (pytorch #135712).
+        # Under torchrun the store outlives the ranks: without a prefix, a restarted attempt would read the addresses of
+        # dead ranks (pytorch #135712).
         attempt = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         first = range(layout.ranks_per_node)
         watch = Watchdog(
@@ -128,7 +128,7 @@ def _meet(layout: Layout, recorder: FlightRecorder, *, timeout_s: float, on_gpu:
             timeout_s=timeout_s,
             on_gpu=on_gpu,
             store_address=f"{address}:{port}",
-            beside_store=() if layout.rank in first else first,
+            store_node_ranks=() if layout.rank in first else first,
         )
     watch.start(wait_s=start_s)
     return watch, attempt
@@ -144,7 +144,7 @@ def _cannot_join(layout: Layout, error: Exception) -> CommError:
 
 
 def _choose_interface(layout: Layout) -> None:
-    """Tell gloo the interface that the other ranks are behind, unless the user has."""
+    """Select the network interface that gloo uses to reach the other ranks, unless the user has set it."""
     master = os.environ.get("MASTER_ADDR", "localhost")
     if local_world_size() == layout.world_size or is_loopback(master):
         use_loopback()
@@ -152,15 +152,15 @@ def _choose_interface(layout: Layout) -> None:
     if layout.ranks_per_node == layout.world_size or "GLOO_SOCKET_IFNAME" in os.environ:
         return
     name = interface_towards(master)
-    if name not in (None, "lo"):  # the first node may know itself by a loopback address only
+    if name not in (None, "lo"):  # the first node may resolve its own name to loopback
         os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
 def build_mesh(layout: Layout, recorder: FlightRecorder, watch: Watchdog | None = None) -> Mesh:
-    """Make this rank's groups; with more than one rank, torch's default process group must exist.
+    """Create this rank's groups; with more than one rank, torch's default process group must exist.
 
     Raises:
-        ConfigError: if the ranks would make different groups.
+        ConfigError: if the ranks would create different groups.
     """
     if layout.world_size == 1:
         return Mesh.of_one()
@@ -168,20 +168,20 @@ def build_mesh(layout: Layout, recorder: FlightRecorder, watch: Watchdog | None 
     handles: dict[tuple[int, ...], dist.ProcessGroup | None] = {tuple(everyone): dist.group.WORLD}
 
     def group(name: str, members: list[list[int]]) -> Group:
-        """Make all groups of a kind, as every rank must, and return the one that this rank is in."""
+        """Create all groups of a kind, as every rank must, and return this rank's."""
         for ranks in members:
-            if tuple(ranks) not in handles:  # kinds that are the same ranks are the same group
+            if tuple(ranks) not in handles:  # groups with the same ranks are created once
                 handles[tuple(ranks)] = cast(dist.ProcessGroup, dist.new_group(ranks)) if len(ranks) > 1 else None
         mine = next(ranks for ranks in members if layout.rank in ranks)
         return Group(name, mine, me=layout.rank, handle=handles[tuple(mine)], recorder=recorder, watch=watch)
 
-    # With a journal of its own: the run's begins with what the run exchanges.
+    # With a flight recorder of its own: that of the run starts with the run's own collectives.
     starting = Group("start", everyone, me=layout.rank, handle=dist.group.WORLD, recorder=FlightRecorder(), watch=watch)
     different = differences_across_ranks(starting, {"parallel": {"ep_size": layout.ep_size}})
-    if different:  # now, since ranks that make different groups wait for each other
+    if different:  # checked first: ranks that create different groups wait for each other
         raise ConfigError(f"{different[0]}; all ranks need the same config")
-    # On the CPU whatever the ranks compute on, with its own journal: another thread uses it.
-    saving = cast(dist.ProcessGroup, dist.new_group(everyone, backend="gloo", timeout=_SAVING))
+    # On the CPU for every device, with a flight recorder of its own, since another thread uses it.
+    saving = cast(dist.ProcessGroup, dist.new_group(everyone, backend="gloo", timeout=_SAVING_TIMEOUT))
     return Mesh(
         layout=layout,
         saving=Group("saving", everyone, me=layout.rank, handle=saving, recorder=FlightRecorder()),

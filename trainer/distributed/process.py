@@ -1,12 +1,12 @@
-"""Processes of this machine, by number. Imports no torch."""
+"""Process ids of this host. Imports no torch."""
 
 import os
 import socket
 from pathlib import Path
 
 
-def home() -> str:
-    """Return where process numbers mean what they mean here: this machine, and this container on it."""
+def pid_namespace() -> str:
+    """Return a name of the host and container within which process ids are unique."""
     try:
         return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:  # not Linux
@@ -14,7 +14,7 @@ def home() -> str:
 
 
 def is_alive(pid: int) -> bool:
-    """Tell whether there is a process of this number, running or not yet waited for."""
+    """Return whether a process with this id exists, running or not yet waited for."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,8 +1,8 @@
-"""Layout of ranks: plain numbers, checked before any process group exists. Imports no torch.
+"""Layout of ranks in an expert-parallel grid, checked before any process group exists. Imports no torch.
 
 rank = edp_rank * ep_size + ep_rank       world 6, ep_size 3    edp 0: ranks 0 1 2
                                                                 edp 1: ranks 3 4 5
-                                          experts split over the columns, copied down the rows
+                                          experts sharded over the columns, replicated down the rows
 """
 
 from collections.abc import Sequence
@@ -13,21 +13,21 @@ from trainer.errors import ConfigError
 
 
 def format_ranks(ranks: Sequence[int]) -> str:
-    """Return ranks in words: rank 1, or ranks 0, 2 and 3."""
+    """Return `rank 1`, or `ranks 0, 2 and 3`."""
     *before, last = ranks
     return f"ranks {', '.join(map(str, before))} and {last}" if before else f"rank {last}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """One rank's place among all ranks."""
+    """Position of one rank in the grid."""
 
     world_size: int = 1
     rank: int = 0
     ep_size: int = 1
-    """Ranks that share one copy of the experts: neighbours, on one node first."""
+    """Ranks that shard one copy of the experts: consecutive ranks, so on one node if possible."""
     ranks_per_node: int = 1
-    """Ranks on every machine."""
+    """Ranks on each node."""
 
     @property
     def edp_size(self) -> int:
@@ -36,41 +36,41 @@ class Layout:
 
     @property
     def ep_rank(self) -> int:
-        """This rank's number among those that share its copy of the experts."""
+        """Index of this rank among those that shard its copy of the experts."""
         return self.rank % self.ep_size
 
     @property
     def edp_rank(self) -> int:
-        """Index of the copy of the experts that this rank belongs to."""
+        """Index of this rank's copy of the experts."""
         return self.rank // self.ep_size
 
     def ep_ranks(self) -> list[list[int]]:
-        """Return the ranks of every copy of the experts."""
+        """Return the ranks of each copy of the experts."""
         return [list(range(first, first + self.ep_size)) for first in range(0, self.world_size, self.ep_size)]
 
     @property
     def nodes_of_ep(self) -> int:
-        """Nodes that one copy of the experts is spread over; 1 if its ranks do not fill whole nodes."""
+        """Nodes that one copy of the experts spans; 1 if its ranks do not fill whole nodes."""
         inside = self.ranks_per_node
         return self.ep_size // inside if 1 < inside < self.ep_size and self.ep_size % inside == 0 else 1
 
     def ep_inside_ranks(self) -> list[list[int]]:
-        """Return the ranks of every copy of the experts, node by node."""
+        """Return the ranks of each copy of the experts on each node."""
         size = self.ep_size // self.nodes_of_ep
         return [list(range(first, first + size)) for first in range(0, self.world_size, size)]
 
     def ep_between_ranks(self) -> list[list[int]]:
-        """Return, for every copy of the experts and place on a node, the ranks with that place, one of each node."""
+        """Return, for each copy of the experts and local rank, the ranks with that local rank, one per node."""
         size = self.ep_size // self.nodes_of_ep
-        return [ep[place::size] for ep in self.ep_ranks() for place in range(size)]
+        return [ep[local::size] for ep in self.ep_ranks() for local in range(size)]
 
     def edp_ranks(self) -> list[list[int]]:
-        """Return, for every part of the experts, the ranks that hold it."""
+        """Return, for each shard of the experts, the ranks that hold it."""
         return [list(range(first, self.world_size, self.ep_size)) for first in range(self.ep_size)]
 
 
 def layout_from_environment(*, ep_size: int) -> Layout:
-    """Return this process's place among those that torchrun started; alone without torchrun.
+    """Return the layout of this process from its launcher's variables; a single rank without a launcher.
 
     Raises:
         ConfigError: if `ep_size` does not fit the number of ranks.
@@ -81,22 +81,22 @@ def layout_from_environment(*, ep_size: int) -> Layout:
 
 
 def local_world_size() -> int | None:
-    """Return how many ranks torchrun or DeepSpeed's launcher has started on this machine; None if it is not said."""
+    """Return the number of ranks that a launcher started on this node; None if unknown."""
     return local_size_and_rank()[0]
 
 
 def is_first_rank() -> bool:
-    """Tell whether this process is the one that speaks where all would say the same."""
+    """Return whether this is rank 0, which prints messages that all ranks share."""
     return is_first("RANK")
 
 
 def is_first_on_node() -> bool:
-    """Tell whether this process is the one that does what is to be done once on each machine."""
+    """Return whether this is local rank 0, which does the work that is done once per node."""
     return is_first("LOCAL_RANK")
 
 
 def even_slice(total: int, parts: int, index: int) -> tuple[int, int]:
-    """Return first and last + 1 of part `index` when 0 .. total - 1 is cut into neighbouring parts.
+    """Return (start, end) of part `index` if 0 .. total - 1 is split into consecutive parts.
 
     Sizes differ by at most one: 8 experts over 3 ranks are 0 1 | 2 3 4 | 5 6 7.
     """
@@ -104,15 +104,15 @@ def even_slice(total: int, parts: int, index: int) -> tuple[int, int]:
 
 
 def even_slices(total: int, parts: int) -> list[tuple[int, int]]:
-    """Return every part's first and last + 1, in order."""
+    """Return (start, end) of all parts, in order."""
     return [even_slice(total, parts, index) for index in range(parts)]
 
 
 def check_layout(*, world_size: int, ep_size: int) -> None:
-    """Refuse degrees that do not fit together.
+    """Check that ep_size divides the number of ranks.
 
     Raises:
-        ConfigError: naming each factor, and what would fit.
+        ConfigError: naming both, and the sizes that fit.
     """
     if world_size % ep_size:
         fitting = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)

@@ -1,6 +1,6 @@
-"""The process a run lives in: device, memory allocator, compiler, versions.
+"""Process of a run: its device, memory allocator, compiler and versions.
 
-It reads CXX of the environment; `trainer/environment.py` has what says how a process was started.
+Reads CXX from the environment; `trainer/environment.py` reads the launchers' variables.
 """
 
 import ctypes
@@ -17,15 +17,15 @@ from trainer.distributed.version import turnout_version
 from trainer.environment import local_size_and_rank
 from trainer.errors import ConfigError
 
-_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # glibc's names for mallopt
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # mallopt parameters of glibc
 _KEEP_BELOW_BYTES = 1 << 30
 
 
 def start(device: str) -> torch.device:
-    """Prepare the process and return the device that `parallel.device` names.
+    """Set up the memory allocator and return this rank's device, as `parallel.device` names it.
 
     Raises:
-        ConfigError: if a GPU is asked for and there is none, or this machine has fewer than ranks.
+        ConfigError: if a GPU is requested and there is none, or this node has fewer GPUs than ranks.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("parallel.device: cuda, but torch sees no GPU here; use auto or cpu")
@@ -35,21 +35,21 @@ def start(device: str) -> torch.device:
     num_here, local_rank = local_size_and_rank()
     num_ranks = max(num_here or 1, local_rank + 1)
     num_gpus = torch.cuda.device_count()
-    if num_ranks > num_gpus:  # on every rank of the machine, not only on those without a GPU
+    if num_ranks > num_gpus:  # raised on every rank of the node, not only on those without a GPU
         raise ConfigError(
             f"parallel.device: {num_ranks} ranks on this machine, but torch sees {num_gpus} GPU{'s' * (num_gpus > 1)}; "
             f"start at most {num_gpus} here (NPROC, --nproc-per-node), or use parallel.device=cpu"
         )
     chosen = torch.device("cuda", local_rank)
-    torch.cuda.set_device(chosen)  # what torch.distributed means by "the" GPU of this process
+    torch.cuda.set_device(chosen)  # NCCL uses the current device
     return chosen
 
 
 def keep_freed_memory() -> bool:
-    """Ask glibc to keep freed blocks of up to 1 GiB instead of handing each back to the system.
+    """Let glibc keep freed blocks of up to 1 GiB instead of unmapping them; return False without glibc.
 
-    Activations are freed and asked for again every step; by default every large one is a new mapping whose pages are
-    faulted in and zeroed anew. Returns whether there is such a setting here.
+    Activations are freed and allocated again every step; by default each large one is a new mapping whose pages must be
+    faulted in and zeroed again.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -59,12 +59,12 @@ def keep_freed_memory() -> bool:
 
 
 def has_cpp_compiler() -> bool:
-    """Tell whether torch.compile can build its CPU kernels."""
+    """Return whether torch.compile can build CPU kernels."""
     return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "g++", "clang++"))
 
 
 def cpu_vendor() -> str:
-    """Return the processor's vendor as it names itself, such as GenuineIntel; empty where the system does not tell."""
+    """Return the CPU vendor, such as GenuineIntel; empty if unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -73,7 +73,7 @@ def cpu_vendor() -> str:
 
 
 def git_commit() -> str | None:
-    """Return the commit of the checkout that this code runs from; None outside a checkout."""
+    """Return the git commit of this code; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
@@ -83,7 +83,7 @@ def git_commit() -> str | None:
 
 
 def environment_info() -> dict[str, Any]:
-    """Return what environment.json says of this process: versions and hardware, no secrets."""
+    """Return versions and hardware of this process for environment.json, without secrets."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "python": platform.python_version(),

@@ -1,7 +1,7 @@
-"""The store in which ranks meet: torch's TCPStore on one address, where torch's own listens on all of them.
+"""Rendezvous store of the ranks: torch's TCPStore, listening on one address instead of all.
 
-It has no password, and who reaches it can read and write every key: on one machine nobody else does, over several the
-port must be closed to strangers (docs/reliability.md). Nothing that is read from it here is unpickled.
+It has no password: whoever reaches it can read and write every key. On one host it listens on loopback only; over
+several, the port must be closed to strangers (docs/reliability.md). Values read from it are never unpickled here.
 """
 
 import os
@@ -13,13 +13,13 @@ from trainer.distributed.interface import address_to_listen_on, listening_socket
 
 
 def serve(address: str, port: int, *, clients: int | None, timeout_s: float) -> dist.TCPStore:
-    """Start a store that listens on one address; port 0 takes a free one.
+    """Start a store that listens on one address.
 
     Args:
-        address: of this machine.
-        port: there.
-        clients: how many connect, this process included, for which it waits; None waits for nobody.
-        timeout_s: how long whoever asks it waits for an answer.
+        address: of this host.
+        port: to listen on; 0 picks a free one.
+        clients: number of clients to wait for, including this process; None does not wait.
+        timeout_s: timeout of requests.
 
     Raises:
         OSError: if it cannot listen there.
@@ -37,17 +37,17 @@ def serve(address: str, port: int, *, clients: int | None, timeout_s: float) -> 
 
 
 def connect_store(address: str, port: int, *, rank: int, world_size: int, timeout_s: float) -> dist.Store:
-    """Connect to the store of all ranks: torchrun's, or under another launcher the one that rank 0 starts here.
+    """Connect to the store of all ranks: torchrun's, or one that rank 0 starts under other launchers.
 
     Args:
         address: MASTER_ADDR.
         port: MASTER_PORT.
-        rank: this one.
-        world_size: how many there are.
-        timeout_s: how long the others may take to come.
+        rank: of this process.
+        world_size: number of ranks.
+        timeout_s: longest time to wait for the other ranks.
 
     Raises:
-        OSError, RuntimeError: if the ranks cannot meet there.
+        OSError, RuntimeError: if the ranks cannot connect.
     """
     is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if rank == 0 and not is_torchruns:

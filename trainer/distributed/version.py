@@ -1,10 +1,10 @@
-"""The version of Turnout that runs here. Imports no torch."""
+"""Version of Turnout. Imports no torch."""
 
 from importlib import metadata
 
 
 def turnout_version() -> str | None:
-    """Return the version that pip knows; None where the code runs without having been installed."""
+    """Return the installed version; None if the package is not installed."""
     try:
         return metadata.version("turnout")
     except metadata.PackageNotFoundError:

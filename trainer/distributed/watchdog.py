@@ -1,12 +1,12 @@
-"""Watchdog that names missing ranks when others wait for them.
+"""Watchdog: name the lost rank when a collective fails or hangs, and end this one.
 
-Every rank publishes a beat a second in torchrun's store (`pulse`). Nobody reads them while all is well and nobody is
-waited for. A rank whose exchange fails reads them twice, names those that have gone silent, and ends; so does one whose
-exchange never comes back.
+Every rank publishes a heartbeat once a second in torchrun's store. They are read only while a rank waits for others in
+a barrier, or when a collective has failed or timed out: then this rank reads them twice, names the ranks that have gone
+silent, and exits.
 
-The store may fall silent as well, when its machine freezes or is cut off, and whoever asks it then waits for ever,
-whatever timeout torch was given. So the thread that looks after this rank asks it nothing while all is well, and every
-question that is asked when something is wrong has a deadline, which is set first.
+The store may also fall silent, if its host freezes or is cut off. Requests to it then block for ever, whatever timeout
+torch was given. So the watchdog's thread sends no requests while all is well, and sets a deadline before each request
+after a failure.
 """
 
 import os
@@ -24,30 +24,30 @@ import torch.distributed as dist
 
 from trainer.distributed.deadline import exit_after, exit_now
 from trainer.distributed.flight_recorder import FlightRecorder
-from trainer.distributed.heartbeat import Heartbeat, diagnose_lost_store, silent_ranks, verdict
+from trainer.distributed.heartbeat import Heartbeat, diagnose_lost_ranks, diagnose_lost_store, silent_ranks
 from trainer.distributed.heartbeat_thread import HeartbeatThread, key_of
-from trainer.distributed.process import home, is_alive
+from trainer.distributed.process import is_alive, pid_namespace
 from trainer.errors import CommError, RemoteRankError, StopRequested, TurnoutError, first_line
 
-_LISTEN_S = 2.5
-"""Between two readings, so that a living rank's beat changes for certain."""
-_LOOK_S, _LONGEST_PAUSE_S = 2.0, 0.5
-"""Between looks at who lives, while a meeting is waited for; between questions whether all have come."""
-_ANSWER_S = 4.0
-"""The store has so long to answer when this rank has given up, unless it was silent before."""
-_KEY_S = 5.0
-"""A beat that should be in the store has so long to appear."""
-_GUARD_S = 0.25
+_READ_INTERVAL_S = 2.5
+"""Pause between two readings of the heartbeats, in which a living rank's heartbeat is certain to change."""
+_LIVENESS_CHECK_S, _MAX_POLL_S = 2.0, 0.5
+"""While waiting in a barrier: interval of liveness checks, and longest interval of polls."""
+_STORE_DEADLINE_S = 4.0
+"""Deadline for the store's answer after this rank gave up."""
+_KEY_TIMEOUT_S = 5.0
+"""Timeout for a key that should be in the store."""
+_CHECK_S = 0.25
 _GRACE_S = 1.0
-"""An exchange that does not end by itself at its timeout is ended from outside so much later."""
+"""Time after its timeout at which the watchdog ends a collective that did not fail by itself."""
 _EXIT_S = 2.0
-"""A rank that gave up has so long to end in good order."""
-_SOURCE = str(Path(__file__).parents[1])
-_HERE = str(Path(__file__).parent)
+"""Time for a rank that gave up to exit regularly."""
+_PACKAGE = str(Path(__file__).parents[1])
+_THIS_FOLDER = str(Path(__file__).parent)
 
 
 class Watchdog:
-    """One rank's part in watching over all of them."""
+    """Watchdog of one rank."""
 
     def __init__(
         self,
@@ -59,44 +59,45 @@ class Watchdog:
         timeout_s: float,
         on_gpu: bool = False,
         store_address: str = "",
-        beside_store: Sequence[int] = (),
+        store_node_ranks: Sequence[int] = (),
     ) -> None:
         """Prepare.
 
         Args:
-            store: that of this attempt, shared by all ranks.
-            rank: this one.
-            world_size: how many there are.
-            recorder: what this rank does.
-            timeout_s: how long one exchange may take.
-            on_gpu: exchanges return at once and are waited for elsewhere, so that a quiet journal in the middle of a
-                step counts as waiting.
-            store_address: where the store is, for messages.
-            beside_store: ranks of the machine that the store is on, if this is not one of them.
+            store: of this attempt, shared by all ranks.
+            rank: of this process.
+            world_size: number of ranks.
+            recorder: flight recorder of this rank.
+            timeout_s: longest time for one collective.
+            on_gpu: collectives return at once and are waited for elsewhere, so a flight recorder without changes in the
+                middle of a step counts as waiting.
+            store_address: of the store, for messages.
+            store_node_ranks: ranks on the store's host, if this is not one of them.
         """
         self.rank, self.world_size, self.recorder = rank, world_size, recorder
         self.timeout_s, self.on_gpu = timeout_s, on_gpu
-        # Connections of its own: one that waits for an answer would make the others wait as well.
+        # Separate connections: a blocked request blocks all users of its connection.
         self._store = store.clone()  # pyrefly: ignore[missing-attribute]
-        self._store.set_timeout(timedelta(seconds=_KEY_S))
-        self._pulse = HeartbeatThread(store.clone(), rank=rank, beat=self._beat)  # pyrefly: ignore[missing-attribute]
-        self._store_address, self._beside_store = store_address, beside_store
+        self._store.set_timeout(timedelta(seconds=_KEY_TIMEOUT_S))
+        connection = store.clone()  # pyrefly: ignore[missing-attribute]
+        self._heartbeats = HeartbeatThread(connection, rank=rank, beat=self._beat)
+        self._store_address, self._store_node_ranks = store_address, store_node_ranks
         self._state: Literal["gave up", "left"] | None = None
         self._error: str | None = None
-        self._exit_code, self._has_said = 0, False
-        self._meetings = 0
-        self._home = home()
+        self._exit_code, self._is_reported = 0, False
+        self._barriers = 0
+        self._pid_namespace = pid_namespace()
         self._ended = threading.Event()
         self._main = threading.main_thread().ident
-        self._thread = threading.Thread(target=self._guard, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self, *, wait_s: float) -> None:
-        """Publish the first beat and wait for that of every rank, before the first exchange.
+        """Publish the first heartbeat and wait for one of every rank, before the first collective.
 
         Raises:
             CommError: naming the ranks that have not started within `wait_s`.
         """
-        self._pulse.start()
+        self._heartbeats.start()
         self._thread.start()
         missing, end = set(range(self.world_size)), time.monotonic() + wait_s
         try:
@@ -105,10 +106,10 @@ class Watchdog:
                 if missing and time.monotonic() > end:
                     raise CommError(
                         f"rank {self.rank}: ranks {sorted(missing)} of {self.world_size} have not started within "
-                        f"{wait_s:.0f} s; look at what they, or their nodes, say"
+                        f"{wait_s:.0f} s; see their output, or that of their nodes"
                     )
                 time.sleep(0.02 if missing else 0)
-        except BaseException as error:  # those that come later must not wait for this one
+        except BaseException as error:  # ranks that start later must not wait for this one
             self.leave(error)
             raise
 
@@ -116,116 +117,118 @@ class Watchdog:
         """Wait until every rank has come here, for as long as it takes while all are alive.
 
         Raises:
-            TurnoutError: what ended another rank (silent, that rank says it), or a `CommError` if one is lost.
+            TurnoutError: the error that ended another rank and that it reports itself, or a `CommError` if one is lost.
         """
-        self._meetings += 1
-        self._pulse.hurry()
-        key, number = f"meeting/{self._meetings}", self._meetings
+        self._barriers += 1
+        self._heartbeats.publish_now()
+        key, number = f"barrier/{self._barriers}", self._barriers
         self._store.add(key, 1)
 
-        def all_came(pause_s: float) -> bool:
+        def have_all_come(pause_s: float) -> bool:
             time.sleep(pause_s)
             return self._store.add(key, 0) >= self.world_size
 
         self._wait(
-            all_came,
-            is_awaited=lambda beat: beat.meetings < number,
-            failing="does not come to the meeting of all ranks",
+            have_all_come,
+            is_awaited=lambda beat: beat.barriers < number,
+            failure="does not come to the barrier of all ranks",
         )
 
     def wait_until(self, done: Callable[[float], bool]) -> None:
-        """Wait for what all ranks do together elsewhere, for as long as it takes while all are alive.
+        """Wait for work that all ranks share in another thread, for as long as it takes while all are alive.
 
         Args:
-            done: waits at most so many seconds, and tells whether all have done their part.
+            done: waits for at most the given seconds, and returns whether the work is done.
 
         Raises:
             CommError: if a rank is lost.
         """
-        self._wait(done, is_awaited=lambda beat: beat.state != "left" or beat.error is not None, failing="is gone")
+        self._wait(done, is_awaited=lambda beat: beat.state != "left" or beat.error is not None, failure="is gone")
 
-    def _wait(self, done: Callable[[float], bool], *, is_awaited: Callable[[Heartbeat], bool], failing: str) -> None:
-        pause, looked = 0.005, time.monotonic()
-        heard: dict[int, tuple[int, float]] = {}  # rank: its last beat's number, and when it changed
-        while not done(pause):
-            pause = min(2 * pause, _LONGEST_PAUSE_S)
+    def _wait(self, done: Callable[[float], bool], *, is_awaited: Callable[[Heartbeat], bool], failure: str) -> None:
+        pause_s, checked_at = 0.005, time.monotonic()
+        last_change: dict[int, tuple[int, float]] = {}  # rank: (number of its last heartbeat, time it was first seen)
+        while not done(pause_s):
+            pause_s = min(2 * pause_s, _MAX_POLL_S)
             now = time.monotonic()
-            if now - looked < _LOOK_S:
+            if now - checked_at < _LIVENESS_CHECK_S:
                 continue
-            looked, beats = now, self._read()
-            for rank in (rank for rank, beat in beats.items() if is_awaited(beat)):
-                if rank not in heard or heard[rank][0] != beats[rank].number:
-                    heard[rank] = (beats[rank].number, now)
-                is_gone = beats[rank].state in ("gave up", "left") or self._has_vanished(beats[rank])
-                if is_gone or now - heard[rank][1] > self.timeout_s:
-                    raise CommError(f"rank {self.rank}: rank {rank} {failing}")
+            checked_at, beats = now, self._read()
+            for rank, beat in ((rank, beat) for rank, beat in beats.items() if is_awaited(beat)):
+                if rank not in last_change or last_change[rank][0] != beat.number:
+                    last_change[rank] = (beat.number, now)
+                is_gone = beat.state in ("gave up", "left") or self._has_vanished(beat)
+                if is_gone or now - last_change[rank][1] > self.timeout_s:
+                    raise CommError(f"rank {self.rank}: rank {rank} {failure}")
 
     def explain(self, error: CommError) -> TurnoutError:
-        """Return what really happened when an exchange failed on this rank: who is missing, or whose error it was.
+        """Return the cause of a collective's failure on this rank: a lost rank, or another rank's error.
 
-        One rank says it; the others get an `RemoteRankError`.
+        One rank reports it; the others get a `RemoteRankError`.
         """
         waited_s = self.recorder.quiet_s
         self._state = "gave up"
-        self._pulse.hurry()
-        if self._pulse.silence_s > min(_ANSWER_S, self.timeout_s / 2):
-            return self._end(CommError(self._silence_of_store(error, self._pulse.silence_s)))
+        self._heartbeats.publish_now()
+        silence_s = self._heartbeats.silence_s
+        if silence_s > min(_STORE_DEADLINE_S, self.timeout_s / 2):
+            return self._exit_soon(CommError(self._silence_of_store(error, silence_s)))
         try:
-            before = self._read_or_end(error)
-            time.sleep(_LISTEN_S)
-            beats = self._read_or_end(error)
+            before = self._read_or_exit(error)
+            time.sleep(_READ_INTERVAL_S)
+            beats = self._read_or_exit(error)
             for rank, beat in beats.items():
                 if beat.state == "left" and beat.error is not None:
-                    return self._end(self._of_another(f"rank {rank}: {beat.error}", beat.exit_code, beat.has_said))
+                    shown = self._shared_error(f"rank {rank}: {beat.error}", beat.exit_code, beat.is_reported)
+                    return self._exit_soon(shown)
             silent = silent_ranks(before, beats)
-            text = verdict(beats, silent, silence_s=_LISTEN_S, waited_s=waited_s)
+            text = diagnose_lost_ranks(beats, silent, silence_s=_READ_INTERVAL_S, waited_s=waited_s)
             text = f"{text}\n  noticed by {error}"
-            return self._end(self._of_another(text, CommError.exit_code, has_said=False))
-        except RuntimeError as lost:  # the store as well
+            return self._exit_soon(self._shared_error(text, CommError.exit_code, is_reported=False))
+        except RuntimeError as lost:  # the store is lost as well
             text = f"{error}; torchrun's store does not answer either: the node that hosts it (the first) is lost"
-            return self._end(CommError(f"{text} ({first_line(lost)})"))
+            return self._exit_soon(CommError(f"{text} ({first_line(lost)})"))
 
     def leave(self, error: BaseException | None = None) -> None:
-        """Tell the others that this rank's run has ended, and why if not at its end."""
+        """Publish that this rank's run has ended, with the error if there was one."""
         self._state = "left"
         if error is not None:
             is_plain = isinstance(error, TurnoutError | StopRequested)
             self._error = str(error) if is_plain else "".join(traceback.format_exception_only(error)).strip()
             self._exit_code = error.exit_code if is_plain else 1
-            speaks = self.rank == 0 or (isinstance(error, TurnoutError) and error.is_rank_specific)
-            self._has_said = speaks if is_plain else isinstance(error, Exception)  # with a traceback
+            reports = self.rank == 0 or (isinstance(error, TurnoutError) and error.is_rank_specific)
+            self._is_reported = reports if is_plain else isinstance(error, Exception)  # with a traceback
         self._ended.set()
-        self._pulse.stop(wait_s=_KEY_S)  # a store that is silent or lost tells nobody
+        self._heartbeats.stop(wait_s=_KEY_TIMEOUT_S)  # limited, since the store may be silent or lost
         self._thread.join()
 
-    def _of_another(self, text: str, exit_code: int, has_said: bool) -> TurnoutError:
-        """Return an error to show, on the first rank to ask if nobody has said it, or to end with in silence."""
-        if has_said or self._is_said(text):
+    def _shared_error(self, text: str, exit_code: int, is_reported: bool) -> TurnoutError:
+        """Return the error: to be shown on the first rank that asks, silent on the others or if already reported."""
+        if is_reported or self._is_claimed(text):
             return RemoteRankError(text, exit_code)
         error = CommError(text)
         error.exit_code = exit_code
         return error
 
-    def _end(self, error: TurnoutError) -> TurnoutError:
-        """Make sure that the process ends soon, whatever a broken group still waits for."""
+    def _exit_soon(self, error: TurnoutError) -> TurnoutError:
+        """Make sure that the process exits soon, even if a broken process group blocks it; return the error."""
         timer = threading.Timer(_EXIT_S, exit_now, [None, error.exit_code])
         timer.daemon = True
         timer.start()
         return error
 
-    def _guard(self) -> None:
-        """End the process if it waits for what does not come: an exchange, or an answer of the store."""
-        while not self._ended.wait(_GUARD_S):
-            if self._state is not None:  # the main thread asks what has happened, and has a deadline
+    def _run(self) -> None:
+        """End the process if a collective or the store exceeds its timeout."""
+        while not self._ended.wait(_CHECK_S):
+            if self._state is not None:  # the main thread looks for the cause, with a deadline
                 continue
             waits = self.recorder.running is not None or (self.on_gpu and self.recorder.is_in_step)
             if waits and self.recorder.quiet_s > self.timeout_s + _GRACE_S:
-                shown = self.explain(CommError(f"rank {self.rank}: {self._last()} did not come back"))
+                shown = self.explain(CommError(f"rank {self.rank}: {self._last()} did not complete"))
                 exit_now(None if isinstance(shown, RemoteRankError) else str(shown), shown.exit_code)
-            if self._pulse.silence_s > self.timeout_s:
+            if self._heartbeats.silence_s > self.timeout_s:
                 self._state = "gave up"
-                error = CommError(f"rank {self.rank}: {self._last()} was its last exchange")
-                exit_now(self._silence_of_store(error, self._pulse.silence_s), CommError.exit_code)
+                error = CommError(f"rank {self.rank}: {self._last()} was its last collective")
+                exit_now(self._silence_of_store(error, self._heartbeats.silence_s), CommError.exit_code)
 
     def _beat(self, number: int) -> Heartbeat:
         recorder = self.recorder
@@ -237,47 +240,48 @@ class Watchdog:
             where="" if self._state else _where(sys._current_frames().get(self._main or 0)),
             count=recorder.count,
             operations=[str(operation) for operation in list(recorder.operations)[-8:]],
-            meetings=self._meetings,
+            barriers=self._barriers,
             error=self._error,
             exit_code=self._exit_code,
-            has_said=self._has_said,
-            home=self._home,
+            is_reported=self._is_reported,
+            pid_namespace=self._pid_namespace,
             pid=os.getpid(),
         )
 
     def _silence_of_store(self, error: CommError, silence_s: float) -> str:
-        """Say whose machine is lost when the store is silent, as far as this rank can tell."""
+        """Return a message that names the ranks on the silent store's host, as far as this rank knows them."""
         step, phase = self.recorder.step, self.recorder.phase
-        text = diagnose_lost_store(self._store_address, self._beside_store, silence_s=silence_s, step=step, phase=phase)
+        lost = self._store_node_ranks
+        text = diagnose_lost_store(self._store_address, lost, silence_s=silence_s, step=step, phase=phase)
         return f"{text}\n  noticed by {error}"
 
     def _has_vanished(self, beat: Heartbeat) -> bool:
-        """Tell whether a rank of this machine has no process any more: its silence need not be waited for."""
-        return beat.home == self._home and not is_alive(beat.pid)
+        """Return whether a rank on this host has no process any more, so that no timeout need be waited for."""
+        return beat.pid_namespace == self._pid_namespace and not is_alive(beat.pid)
 
     def _read(self) -> dict[int, Heartbeat]:
         texts = self._store.multi_get([key_of(rank) for rank in range(self.world_size)])
         return {rank: Heartbeat.from_json(text) for rank, text in enumerate(texts)}
 
-    def _read_or_end(self, error: CommError) -> dict[int, Heartbeat]:
-        with exit_after(_ANSWER_S, self._silence_of_store(error, _ANSWER_S), CommError.exit_code):
+    def _read_or_exit(self, error: CommError) -> dict[int, Heartbeat]:
+        with exit_after(_STORE_DEADLINE_S, self._silence_of_store(error, _STORE_DEADLINE_S), CommError.exit_code):
             return self._read()
 
-    def _is_said(self, text: str) -> bool:
-        """Ask whether another rank has said what is wrong; who asks first says it."""
-        with exit_after(_ANSWER_S, text, CommError.exit_code):
-            return self._store.add("said", 1) > 1
+    def _is_claimed(self, text: str) -> bool:
+        """Return whether another rank has claimed the report; if not, claim it."""
+        with exit_after(_STORE_DEADLINE_S, text, CommError.exit_code):
+            return self._store.add("reported", 1) > 1
 
     def _last(self) -> str:
         operations = list(self.recorder.operations)
-        return str(operations[-1]) if operations else "the first exchange"
+        return str(operations[-1]) if operations else "the first collective"
 
 
 def _where(frame: FrameType | None) -> str:
-    """Return file and line of the innermost call of this project that is not about exchanging itself."""
+    """Return file and line of the innermost frame in this package, outside trainer/distributed."""
     while frame is not None:
         name = frame.f_code.co_filename
-        if name.startswith(_SOURCE) and not name.startswith(_HERE):
-            return f"{os.path.relpath(name, _SOURCE)}:{frame.f_lineno}"
+        if name.startswith(_PACKAGE) and not name.startswith(_THIS_FOLDER):
+            return f"{os.path.relpath(name, _PACKAGE)}:{frame.f_lineno}"
         frame = frame.f_back
     return ""

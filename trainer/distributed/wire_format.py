@@ -1,6 +1,6 @@
-"""Plain values on their way between ranks: as JSON, so that whatever arrives is read and nothing of it is executed.
+"""Encode objects that ranks send each other as JSON, so that received data is never executed. Imports no torch.
 
-Pickle, which torch's own `all_gather_object` uses, runs what a stranger sends who has found the port. Imports no torch.
+Pickle, which torch's own `all_gather_object` uses, executes code of any stranger who has found the port.
 """
 
 import json
@@ -10,37 +10,37 @@ from typing import Any, TypeAlias
 from trainer.errors import TurnoutError
 
 Plain: TypeAlias = "bool | int | float | str | Sequence[Plain] | Mapping[str, Plain] | None"
-"""Values that `to_json` takes. Signatures name it, so that the type checker finds what would stop one rank alone."""
+"""Values that `to_json` accepts. As a type it lets the checker find values that would fail on one rank alone."""
 
 
 def to_json(value: Plain) -> bytes:
-    """Return a plain value as text: None, bool, int, float, str, sequences of these, mappings from str to these.
+    """Encode None, bool, int, float, str, sequences of these or mappings from str to these.
 
-    Floats come back bit for bit, what is not finite included; tuples come back as lists.
+    Floats are restored bit for bit, including NaN and Inf; tuples become lists.
 
     Raises:
-        TypeError: if the value is something else.
+        TypeError: for any other value.
     """
     _check(value)
     return json.dumps(value, separators=(",", ":")).encode()
 
 
 def from_json(data: bytes) -> Any:
-    """Return the value that `to_json` was given.
+    """Decode the result of `to_json`.
 
     Raises:
-        ValueError: if it is no such text.
+        ValueError: if it is not JSON.
     """
     return json.loads(data)
 
 
 def error_to_wire(error: TurnoutError | None) -> list[str] | None:
-    """Return an error's kind and message."""
+    """Encode an error as its class name and message."""
     return None if error is None else [type(error).__name__, str(error)]
 
 
 def error_from_wire(value: Sequence[str] | None) -> TurnoutError | None:
-    """Return the error that `error_to_wire` was given; of a kind that is not ours, a TurnoutError."""
+    """Decode the result of `error_to_wire`; a TurnoutError if the class is unknown."""
     if value is None:
         return None
     name, message = value
@@ -55,13 +55,13 @@ def _check(value: Any) -> None:
     if value is None or isinstance(value, bool | int | float | str):
         return
     if isinstance(value, Mapping):
-        wrong = [key for key in value if not isinstance(key, str)]
-        if wrong:
-            raise TypeError(f"{wrong[0]!r} is the key of a mapping and no text: JSON would make one of it")
+        invalid = [key for key in value if not isinstance(key, str)]
+        if invalid:
+            raise TypeError(f"{invalid[0]!r} is a key of a mapping and not a str: JSON would convert it")
         parts: Sequence[Any] = list(value.values())
     elif isinstance(value, list | tuple):
         parts = value
     else:
-        raise TypeError(f"{type(value).__name__} is no plain value: ranks send each other tensors and JSON only")
+        raise TypeError(f"{type(value).__name__} cannot be sent: ranks send each other tensors and JSON only")
     for part in parts:
         _check(part)

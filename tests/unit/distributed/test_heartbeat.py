@@ -1,7 +1,7 @@
 from dataclasses import replace
 from typing import Any
 
-from trainer.distributed.heartbeat import Heartbeat, silent_ranks, verdict
+from trainer.distributed.heartbeat import Heartbeat, diagnose_lost_ranks, silent_ranks
 
 
 def beat(**changes: Any) -> Heartbeat:
@@ -12,14 +12,14 @@ def beat(**changes: Any) -> Heartbeat:
         phase="forward",
         where="moe/layer.py:40",
         count=12,
-        operations=["#11 sum over world [4]", "#12 exchange over ep [2, 3]"],
-        meetings=1,
+        operations=["#11 all_reduce over world [4]", "#12 all_to_all over ep [2, 3]"],
+        barriers=1,
     )
     return replace(first, **changes)
 
 
 def said(beats: dict[int, Heartbeat], silent: list[int]) -> list[str]:
-    return verdict(beats, silent, silence_s=3, waited_s=20).splitlines()
+    return diagnose_lost_ranks(beats, silent, silence_s=3, waited_s=20).splitlines()
 
 
 def test_a_beat_survives_the_store() -> None:
@@ -34,34 +34,34 @@ def test_silent_is_who_should_have_been_heard_of() -> None:
 
 def test_a_lost_rank_is_named_with_the_step_of_those_that_are_left() -> None:
     lines = said({0: beat(step=4, count=14), 1: beat(state="works"), 2: beat()}, [1])
-    assert lines[0].startswith("rank 1 is lost at step 4 in forward: not heard of for 3 s")
-    assert lines[0].endswith("the exchange had gone on for 20 s")
+    assert lines[0].startswith("rank 1 is lost at step 4 in forward: no heartbeat for 3 s")
+    assert lines[0].endswith("the collective had taken 20 s")
     assert lines[2] == (
-        "  rank 1 is silent, said last that it was in step 3, forward at moe/layer.py:40; last exchanges: "
-        "#11 sum over world [4] #12 exchange over ep [2, 3]"
+        "  rank 1 is silent, last seen in step 3, forward at moe/layer.py:40; last collectives: "
+        "#11 all_reduce over world [4] #12 all_to_all over ep [2, 3]"
     )
 
 
 def test_a_living_rank_that_never_came_is_named() -> None:
     first = said({0: beat(), 1: beat(state="works", count=11, phase="data")}, [])[0]
-    assert first.startswith("rank 1 is alive, but never came to exchange #12 (step 3, data)")
+    assert first.startswith("rank 1 is alive, but never came to collective #12 (step 3, data)")
 
 
-def test_ranks_in_different_exchanges_are_told_apart_from_a_failed_network() -> None:
-    other = beat(operations=["#12 gather over ep [2]"])
-    first = said({0: beat(), 1: beat(operations=["#12 exchange over ep [4, 4]"]), 2: other}, [])[0]
-    assert first.startswith("rank 2 is in another exchange than the others at step 3 in forward")
+def test_ranks_in_different_collectives_are_told_apart_from_a_failed_network() -> None:
+    other = beat(operations=["#12 all_gather over ep [2]"])
+    first = said({0: beat(), 1: beat(operations=["#12 all_to_all over ep [4, 4]"]), 2: other}, [])[0]
+    assert first.startswith("rank 2 is in another collective than the others at step 3 in forward")
     assert said({0: beat(), 1: beat()}, [])[0].startswith("no rank is missing at step 3: the network")
 
 
 def test_a_rank_that_works_while_others_gave_up_is_named() -> None:
     first = said({0: beat(state="gave up"), 1: beat(state="works"), 2: beat(state="gave up")}, [])[0]
-    assert first.startswith("rank 1 is alive, but not in the exchange: at step 3, forward at moe/layer.py:40")
+    assert first.startswith("rank 1 is alive, but not in the collective: at step 3, forward at moe/layer.py:40")
 
 
 def test_a_rank_that_ended_early_is_named() -> None:
     assert said({0: beat(), 1: beat(state="left")}, [])[0].startswith(
-        "rank 1 is at its end at step 3 while the others go on"
+        "rank 1 is at its end at step 3 while the others continue"
     )
 
 
