@@ -13,9 +13,9 @@ from tests.registries import DISPATCHERS
 from trainer.distributed.rank_layout import even_slice
 from trainer.moe.capacity import limit_to_capacity
 from trainer.moe.dispatch.local import LocalDispatcher
-from trainer.moe.options import CapacityConfig
+from trainer.moe.layer_options import CapacityConfig
 from trainer.moe.routing import RoutingDecision
-from trainer.ops.expert_ffn import loop
+from trainer.ops.expert_ffn import loop_ffn
 
 D, F, SEQUENCES, SEQ_LEN = 6, 5, 2, 4
 TOKENS = SEQUENCES * SEQ_LEN
@@ -88,7 +88,7 @@ def _through(dispatcher: Any, rank: int, experts: tuple[int, int], decision: Rou
         mine = slice(*(part or (0, len(w_in))))
         seen.append(mine)
         assert rows_per_expert.sum() == len(x) and len(rows_per_expert) == len(w_in[mine])
-        return loop(x, rows_per_expert, w_in[mine], w_out[mine], "swiglu")
+        return loop_ffn(x, rows_per_expert, w_in[mine], w_out[mine], "swiglu")
 
     y = dispatcher.forward(x, decision, run_experts).y
     assert y.shape == x.shape

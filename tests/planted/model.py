@@ -4,6 +4,7 @@ from tests.planted.fault import Fault
 
 PARITY = "tests/laws/test_transformers_parity.py"
 GPT = "trainer/models/gpt.py"
+ROTARY = "trainer/ops/rotary.py"
 
 _ROTATION = """\
     angle = torch.cat([angle, angle], dim=-1)
@@ -11,7 +12,7 @@ _ROTATION = """\
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    \"\"\"Turn each pair (i, i + d/2) of x (..., S, d) by its position's angle; the result is in the wider dtype.\"\"\"
+    \"\"\"Rotate each pair (i, i + d/2) of x (..., S, d) by its position's angle; in the wider dtype.\"\"\"
     cos, sin = rotary
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-right, left], dim=-1) * sin
@@ -30,6 +31,10 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 
 def _in_gpt(name: str, old: str, new: str, *tests: str) -> Fault:
     return Fault(name=name, file=GPT, old=old, new=new, tests=tests or (PARITY,))
+
+
+def _in_rotary(name: str, old: str, new: str) -> Fault:
+    return Fault(name=name, file=ROTARY, old=old, new=new, tests=(PARITY,))
 
 
 FAULTS = [
@@ -53,18 +58,18 @@ FAULTS = [
     ),
     _in_gpt("keys are not normalised", "self.q_norm(q), self.k_norm(k)", "self.q_norm(q), k"),
     _in_gpt("rope_theta is ignored", "self.config.rope_theta, x.dtype", "10000.0, x.dtype"),
-    _in_gpt(
+    _in_rotary(
         "rotation frequencies are off",
         "dtype=torch.float64) / head_dim)",
         "dtype=torch.float64) / (head_dim - 2))",
     ),
-    _in_gpt(
+    _in_rotary(
         "rotation frequencies are float32", "device=positions.device, dtype=torch.float64", "device=positions.device"
     ),
-    _in_gpt(
+    _in_rotary(
         "the rotation turns the other way", "torch.cat([-right, left], dim=-1)", "torch.cat([right, -left], dim=-1)"
     ),
-    _in_gpt("the rotation pairs neighbours instead of halves", _ROTATION, _ROTATION_OF_NEIGHBOURS),
+    _in_rotary("the rotation pairs neighbours instead of halves", _ROTATION, _ROTATION_OF_NEIGHBOURS),
     _in_gpt("keys are not rotated", "rotate(q, rotary), rotate(k, rotary)", "rotate(q, rotary), k"),
     _in_gpt(
         "the eps of a norm is outside the root",

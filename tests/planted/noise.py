@@ -191,7 +191,7 @@ FAULTS = [
         GPT,
         "            is_incremental=True,\n",
         "            is_incremental=True,\n            noise_key=extension.positions.flatten(),\n",
-        "tests/unit/models/test_cache.py",
+        "tests/unit/models/test_kv_cache.py",
     ),
     _fault(
         "a random capacity goes by position in training too",

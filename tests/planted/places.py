@@ -3,7 +3,7 @@
 from tests.planted.fault import Fault
 from tests.planted.model import GPT, PARITY
 
-CACHE = "tests/unit/models/test_cache.py"
+CACHE = "tests/unit/models/test_kv_cache.py"
 ATTENTION = "tests/unit/ops/test_attention.py"
 
 
@@ -12,7 +12,7 @@ def _in_attention(name: str, old: str, new: str, *tests: str) -> Fault:
 
 
 def _in_cache(name: str, old: str, new: str) -> Fault:
-    return Fault(name=name, file="trainer/models/cache.py", old=old, new=new, tests=(CACHE,))
+    return Fault(name=name, file="trainer/models/kv_cache.py", old=old, new=new, tests=(CACHE,))
 
 
 def _in_config(name: str, old: str, new: str) -> Fault:

@@ -69,15 +69,15 @@ FAULTS = [
     in_package(
         "the second hop expects what is sent",
         "moe/dispatch/hierarchical.py",
-        "table[:, :, node, place].sum(1).tolist()",
-        "table[node, place, :, :].sum(1).tolist()",
+        "table[:, :, node, local_rank].sum(1).tolist()",
+        "table[node, local_rank, :, :].sum(1).tolist()",
         "tests/contracts/test_dispatchers.py",
     ),
     in_package(
         "the first hop's rows stay by sender",
         "moe/dispatch/hierarchical.py",
-        "torch.arange(places * nodes).view(places, nodes).T",
-        "torch.arange(places * nodes).view(places, nodes)",
+        "torch.arange(per_node * nodes).view(per_node, nodes).T",
+        "torch.arange(per_node * nodes).view(per_node, nodes)",
         "tests/contracts/test_dispatchers.py",
     ),
     in_package(

@@ -14,7 +14,7 @@ from tests.builders import make_context
 from tests.laws.test_router_oracles import KINDS
 from trainer.contracts.router import D, matrix
 from trainer.moe.capacity import expert_capacity, limit_to_capacity
-from trainer.moe.options import CapacityConfig
+from trainer.moe.layer_options import CapacityConfig
 from trainer.moe.routers.config.options import AssignmentOptions, RouterOptions
 from trainer.moe.routers.config.sequence_choice import MixtureOfDepthsRouterConfig
 from trainer.moe.routers.registry import RouterConfig

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trainer.contracts.ensure import ensure
 from trainer.moe.capacity import expert_capacity, limit_to_capacity
-from trainer.moe.options import CapacityConfig
+from trainer.moe.layer_options import CapacityConfig
 from trainer.moe.routers.config.options import AssignmentOptions, RouterOptions
 from trainer.moe.routing import Router, RoutingContext, RoutingDecision
 from trainer.ops.noise import token_keys

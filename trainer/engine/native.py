@@ -8,7 +8,8 @@ from trainer.distributed.mesh import Mesh
 from trainer.engine.nonfinite import Findings, is_finite
 from trainer.engine.reduce import square_norm
 from trainer.engine.step import NumericsConfig, StepEngine
-from trainer.models.gpt import GPT, is_decayed
+from trainer.models.gpt import GPT
+from trainer.models.parameter_roles import is_decayed
 from trainer.optim.registry import OptimConfig
 from trainer.parallel.replicate import GradientReducer
 from trainer.parallel.shard import is_sharded, local

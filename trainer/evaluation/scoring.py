@@ -15,8 +15,8 @@ import torch
 from trainer.distributed.collective_errors import barrier_gather
 from trainer.errors import DataError
 from trainer.evaluation.context import KV_CACHE_BATCH_FACTOR, EvalContext, split_batches
-from trainer.models.cache import KVCache
-from trainer.models.generation import padded
+from trainer.models.generation import pad_right
+from trainer.models.kv_cache import KVCache
 
 Tokens = Sequence[int]
 
@@ -147,7 +147,7 @@ def _run(context: EvalContext, round_: _Round) -> Iterator[tuple[tuple[int, int]
     with context.engine.autocast():
         if round_.prefixes:
             prefix_cache = model.new_cache(len(round_.prefixes), max(map(len, round_.prefixes)))
-            tokens, num_new = padded(round_.prefixes, device)
+            tokens, num_new = pad_right(round_.prefixes, device)
             model.next_logits(tokens, prefix_cache, num_new)
         for rows in round_.passes:
             width = max(map(len, rows))
@@ -156,8 +156,8 @@ def _run(context: EvalContext, round_: _Round) -> Iterator[tuple[tuple[int, int]
             else:
                 selected = torch.tensor([row.prefix for row in rows], device=device)
                 cache = prefix_cache.select(selected, capacity=prefix_cache.longest + width)
-            tokens, num_new = padded([[*row.prompt, *row.completion[:-1]] for row in rows], device)
-            targets, _ = padded([[*row.prompt[1:], *row.completion] for row in rows], device)
+            tokens, num_new = pad_right([[*row.prompt, *row.completion[:-1]] for row in rows], device)
+            targets, _ = pad_right([[*row.prompt[1:], *row.completion] for row in rows], device)
             log_probs, is_most_likely = model.target_log_probs(tokens, targets, cache, num_new)
             column = torch.arange(width, device=device)
             first = torch.tensor([[len(row.prompt) - 1] for row in rows], device=device)
@@ -172,5 +172,5 @@ def _empty_pass(context: EvalContext) -> None:
     """Run a forward pass without tokens, so that this rank's experts serve the other ranks' passes."""
     model = context.engine.model
     with context.engine.autocast():
-        tokens, num_new = padded([[]], model.embedding.weight.device)
+        tokens, num_new = pad_right([[]], model.embedding.weight.device)
         model.next_logits(tokens, model.new_cache(1, 1), num_new)

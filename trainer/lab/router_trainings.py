@@ -17,7 +17,7 @@ from trainer.errors import PREEMPTED, ConfigError, ResourceError, StopRequested,
 from trainer.experiment import ExperimentConfig
 from trainer.lab.router_configs import MIXTURE_OF_DEPTHS, router_config
 from trainer.moe.config import MoEConfig
-from trainer.moe.options import BalanceConfig
+from trainer.moe.layer_options import BalanceConfig
 
 _MIN_RECORDS = 50
 """Least number of records in metrics.jsonl, if a training has that many steps."""

@@ -102,7 +102,7 @@ def generate_many(
     texts: list[list[int]] = [[] for _ in prompts]
     owner: list[int | None] = list(range(len(prompts))) or [None]  # which text a row is; None: it is over
     cache = model.new_cache(len(owner), longest + max_new_tokens - 1)
-    tokens, num_new = padded(prompts or [[]], device)
+    tokens, num_new = pad_right(prompts or [[]], device)
     for left in reversed(range(max_new_tokens)):
         logits = model.next_logits(tokens, cache, num_new)
         going = [(row, text) for row, text in enumerate(owner) if text is not None]
@@ -122,16 +122,16 @@ def generate_many(
         if 2 * len(kept) <= len(owner):  # rows that are over cost as much as others
             cache = cache.select(torch.tensor(kept, device=device))
             owner, new = [owner[row] for row in kept], [new[row] for row in kept]
-        tokens, num_new = padded(new, device)
+        tokens, num_new = pad_right(new, device)
     return texts
 
 
-def greedy(logits: Tensor, _: Sequence[int]) -> Tensor:
+def greedy_tokens(logits: Tensor, _: Sequence[int]) -> Tensor:
     """Choose the likeliest token of each row of logits (n, V), the lowest id of equal ones."""
     return logits.argmax(-1)
 
 
-def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return rows of tokens as (B, S), filled up with 0 on the right, and how many of each are real (B,)."""
     width = max(1, *(len(row) for row in rows))
     tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)

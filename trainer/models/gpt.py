@@ -1,25 +1,23 @@
-"""The model: a GPT-style decoder with dense and mixture-of-experts blocks, whole, on one device, nothing distributed.
+"""The model: a GPT-style decoder with dense and mixture-of-experts blocks, on one device.
 
-Pre-norm blocks with RMSNorm (arXiv 1910.07467), rotary positions in the rotate-half layout (arXiv 2104.09864) and
-grouped-query attention (arXiv 2305.13245): what Mixtral and Qwen3-MoE are made of. `qk_norm` normalises each head by
-itself, as in Qwen3-MoE; OLMoE normalises queries and keys over the whole width, which is another function.
+Pre-norm blocks with RMSNorm (arXiv 1910.07467), rotary positions and grouped-query attention (arXiv 2305.13245), like
+Mixtral and Qwen3-MoE. `qk_norm` normalizes each head separately, as in Qwen3-MoE (OLMoE normalizes over the whole
+width, which is a different function).
 
 # B rows, S tokens in a row, T = B * S, D d_model, V vocabulary, H query heads, Hkv key and value heads, d head width.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.data.batches.batch import Batch
-from trainer.models.cache import CachedAttention, Extension, KVCache
 from trainer.models.config import ModelConfig
+from trainer.models.kv_cache import CachedAttention, Extension, KVCache
 from trainer.moe.dispatch.local import LocalDispatcher
 from trainer.moe.experts import Experts
 from trainer.moe.layer import MoE
@@ -29,8 +27,9 @@ from trainer.ops.attention import CausalAttention, document_mask, torch_attentio
 from trainer.ops.expert_ffn import activate
 from trainer.ops.kernels import ExpertsKernel
 from trainer.ops.noise import token_keys
+from trainer.ops.rotary import rotary_table, rotate
 
-_PLAIN = RoutingOptions()
+_DEFAULTS = RoutingOptions()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +37,11 @@ class GPTOutput:
     """Output of a forward pass."""
 
     logits: Tensor | None
-    """(B, S, V) float32, if asked for."""
+    """(B, S, V) float32, if requested."""
     row_loss: Tensor
     """(B,) cross-entropy in nats, summed over each row's target tokens."""
     moe: tuple[MoEStats, ...]
-    """One entry for each MoE layer."""
+    """Statistics of each MoE layer."""
 
     @property
     def loss_sum(self) -> Tensor:
@@ -51,14 +50,14 @@ class GPTOutput:
 
 
 class RMSNorm(nn.Module):
-    """Divides by the root mean square over the last dimension; statistics in at least float32."""
+    """Divides by the root mean square over the last dimension, computed in at least float32."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x (..., width); the result is in the weight's dtype."""
+        """Normalize x (..., width); the result is in the weight's dtype."""
         x = x.to(self.weight.dtype)
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
 
@@ -77,13 +76,13 @@ class Attention(nn.Module):
         self.core_attention: CausalAttention = torch_attention
 
     def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None, extend: CachedAttention | None) -> Tensor:
-        """Attend over x (B, S, D) and what is cached.
+        """Attend over x (B, S, D), and over the cache if there is one.
 
         Args:
-            x: of every token.
+            x: the normalized residual stream.
             rotary: (2, ..., S, d) cosines and sines.
-            mask: (B, 1, S, S) which keys each query sees; None: all that are not later.
-            extend: over this layer's cache, where there is one.
+            mask: (B, 1, S, S) bool, the keys visible to each query; None: causal.
+            extend: attention over this layer's cache, to which the new keys and values are appended.
         """
         B, S, _ = x.shape
         heads = self.qkv(x).view(B, S, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 Hkv, S, d)
@@ -95,23 +94,8 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(B, S, -1))
 
 
-def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Tensor:
-    """Return (2, ..., S, head_dim): cosines and sines of the angles at positions (..., S), computed in float64."""
-    rate = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim)
-    angle = positions.double()[..., None] * rate  # (..., S, d/2)
-    angle = torch.cat([angle, angle], dim=-1)
-    return torch.stack([angle.cos(), angle.sin()]).to(dtype)
-
-
-def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Turn each pair (i, i + d/2) of x (..., S, d) by its position's angle; the result is in the wider dtype."""
-    cos, sin = rotary
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-right, left], dim=-1) * sin
-
-
 class FeedForward(nn.Module):
-    """A dense feed-forward network: SwiGLU or GELU, no biases."""
+    """Dense feed-forward network: SwiGLU or GELU, without biases."""
 
     def __init__(self, config: ModelConfig, d_ff: int) -> None:
         super().__init__()
@@ -125,7 +109,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each on a normalised copy of the residual stream."""
+    """Transformer block: attention and feed-forward, each on a normalized copy of the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: int, kernel: ExpertsKernel) -> None:
         super().__init__()
@@ -143,8 +127,8 @@ class Block(nn.Module):
         mask: Tensor | None = None,
         extend: CachedAttention | None = None,
     ) -> tuple[Tensor, MoEStats | None]:
-        """Return the residual stream (B, S, D) after this block, and what its MoE layer did."""
-        # The compiled form is for whole rows: with a cache every call has another length, and would be compiled anew.
+        """Return the residual stream (B, S, D) after this block, and its MoE layer's statistics."""
+        # The compiled function is for whole rows: with a cache, each call has another length and would recompile it.
         attend = self.attend if self.compiled_attend is None or extend is not None else self.compiled_attend
         x, normed = attend(x, rotary, mask, extend)
         if isinstance(self.ffn, MoE):
@@ -155,13 +139,13 @@ class Block(nn.Module):
     def attend(
         self, x: Tensor, rotary: Tensor, mask: Tensor | None, extend: CachedAttention | None
     ) -> tuple[Tensor, Tensor]:
-        """Return the residual stream after attention, and its normalised copy for the feed-forward."""
+        """Return the residual stream after attention, and its normalized copy for the feed-forward."""
         x = x + self.attention(self.attention_norm(x), rotary, mask, extend)
         return x, self.ffn_norm(x)
 
 
 def build_moe(config: ModelConfig, layer: int, kernel: ExpertsKernel) -> MoE:
-    """Make the MoE layer of block `layer`; all experts are local until `parallelize` says otherwise."""
+    """Create the MoE layer of block `layer`, with all experts local; `parallelize` distributes them."""
     moe = config.moe
     assert moe is not None, "a block is MoE only if the config has a moe section"
     return MoE(
@@ -188,9 +172,10 @@ class GPT(nn.Module):
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, vocab_size, bias=False)
         self.compiled_losses: Callable[..., tuple[Tensor, Tensor | None]] | None = None
 
-    def forward(self, batch: Batch, options: RoutingOptions = _PLAIN, *, want_logits: bool = False) -> GPTOutput:
-        """Return the losses of a micro-batch (and its logits), and what its MoE layers did."""
-        self._check_top_k(options.top_k)
+    def forward(self, batch: Batch, options: RoutingOptions = _DEFAULTS, *, want_logits: bool = False) -> GPTOutput:
+        """Return the losses of a micro-batch, its logits if `want_logits`, and its MoE statistics."""
+        if options.top_k is not None and self.config.moe is not None:
+            self.config.moe.check_top_k(options.top_k)
         context = routing_context(batch, options)
         positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
         mask = document_mask(batch.document_id) if self.config.document_mask else None
@@ -202,42 +187,41 @@ class GPT(nn.Module):
     def losses(
         self, hidden: Tensor, targets: Tensor, target_mask: Tensor, want_logits: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Return each row's cross-entropy (B,) of the last residual stream (B, S, D), and the logits if asked for."""
+        """Return each row's cross-entropy (B,), and the logits if wanted, from the final residual stream (B, S, D)."""
         logits = self._logits(hidden)
         nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")  # (T,)
         row_loss = (nats.view(targets.shape) * target_mask).sum(1)
         return row_loss, logits if want_logits else None
 
     def next_logits(self, tokens: Tensor, cache: KVCache, num_new: Tensor | None = None) -> Tensor:
-        """Return the logits (B, V) of the token after each row's new ones, which are appended to the cache.
+        """Append new tokens to the cache and return the logits (B, V) of each row's next token.
 
-        Dropless, without noise; a row is one document.
+        Dropless and without noise; a row is one document.
 
         Args:
             tokens: (B, S) new tokens of each row.
             cache: of B rows.
-            num_new: (B,) how many of them are real, the rest is padding. None: all. A row with none has no logits of
-                meaning.
+            num_new: (B,) number of tokens that are not padding; None: S. The logits of a row with 0 are meaningless.
         """
         if num_new is None:
             num_new = torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
-        hidden = self._appended(tokens, cache, num_new)
+        hidden = self._append(tokens, cache, num_new)
         last = (num_new - 1).clamp(min=0)
         return self._logits(hidden[torch.arange(len(hidden), device=hidden.device), last])
 
     def target_log_probs(
         self, tokens: Tensor, targets: Tensor, cache: KVCache, num_new: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return each target's log-probability (B, S) in nats, and whether it is the likeliest token.
+        """Return each target's log-probability (B, S) in nats, and whether it is the most probable token.
 
-        Dropless, without noise. Arguments are those of `next_logits`; targets (B, S) are what comes after each token.
+        Dropless and without noise. Arguments as in `next_logits`; targets (B, S) are the tokens after `tokens`.
         """
-        logits = self._logits(self._appended(tokens, cache, num_new))  # (B, S, V)
+        logits = self._logits(self._append(tokens, cache, num_new))  # (B, S, V)
         nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         return -nats.view(targets.shape), logits.argmax(-1) == targets
 
     def new_cache(self, num_rows: int, capacity: int) -> KVCache:
-        """Return an empty cache for `capacity` tokens in each row."""
+        """Return an empty cache for `capacity` tokens per row."""
         c, weight = self.config, self.embedding.weight
         shape = (c.num_layers, num_rows, capacity, c.num_kv_heads or c.num_heads, c.head_dim)
         return KVCache(
@@ -250,25 +234,8 @@ class GPT(nn.Module):
         """Return the MoE layers, in order."""
         return [module for module in self.modules() if isinstance(module, MoE)]
 
-    def _check_top_k(self, top_k: int | None) -> None:
-        """Refuse a k for one call that the config would refuse for all.
-
-        Raises:
-            ValueError: if the router cannot give so many experts.
-        """
-        moe = self.config.moe
-        if top_k is None or moe is None:
-            return
-        if not hasattr(moe.router, "top_k"):
-            raise ValueError(f"top_k {top_k} for one call: {moe.router.kind} has no top_k")
-        wanted = moe.router.model_copy(update={"top_k": top_k})
-        problems = [f"{p.key}: {p.message}" for p in wanted.problems_among(moe.num_experts)]
-        if top_k < 1 or top_k > moe.num_experts + moe.router.num_null_experts or problems:
-            said = problems[0] if problems else f"{moe.num_experts} experts"
-            raise ValueError(f"top_k {top_k} for one call: {said}")
-
-    def _appended(self, tokens: Tensor, cache: KVCache, num_new: Tensor) -> Tensor:
-        """Return the residual stream (B, S, D) of new tokens, which are in the cache then."""
+    def _append(self, tokens: Tensor, cache: KVCache, num_new: Tensor) -> Tensor:
+        """Append new tokens to the cache and return their residual stream (B, S, D)."""
         B, S = tokens.shape
         extension = cache.extension(S)
         context = RoutingContext(
@@ -280,7 +247,7 @@ class GPT(nn.Module):
             dropless=True,
             is_incremental=True,
         )
-        # One head dimension of size 1: rows have positions of their own.
+        # A head dimension of size 1, since each row has its own positions.
         hidden, _ = self._hidden(tokens, extension.positions[:, None], context, extension=extension)
         cache.grow(num_new, at_most=S)
         return hidden
@@ -294,7 +261,7 @@ class GPT(nn.Module):
         mask: Tensor | None = None,
         extension: Extension | None = None,
     ) -> tuple[Tensor, tuple[MoEStats, ...]]:
-        """Return the residual stream (B, S, D) after the last block, and what the MoE layers did."""
+        """Return the residual stream (B, S, D) after the last block, and the MoE layers' statistics."""
         x = self.embedding(tokens)  # (B, S, D)
         rotary = rotary_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         moe = []
@@ -312,7 +279,7 @@ class GPT(nn.Module):
 
 
 def routing_context(batch: Batch, options: RoutingOptions) -> RoutingContext:
-    """Return what the routers may know of a micro-batch."""
+    """Return the routers' context for a micro-batch."""
     num_sequences, S = batch.tokens.shape
     seed = options.noise_seed
     keys = None if seed is None else token_keys(seed, batch.sample_id, batch.position).flatten()
@@ -328,36 +295,3 @@ def routing_context(batch: Batch, options: RoutingOptions) -> RoutingContext:
         counted=batch.target_mask.flatten() if options.counts_targets_only else None,
         return_router_outputs=options.return_router_outputs,
     )
-
-
-Role = Literal["embedding", "head", "norm", "router", "expert", "matrix"]
-
-
-def parameter_role(name: str) -> Role:
-    """Return what a parameter of GPT is for, from its name: initialisation and weight decay go by it."""
-    parts = name.split(".")
-    if any(part == "norm" or part.endswith("_norm") for part in parts):
-        return "norm"
-    for part, role in (("embedding", "embedding"), ("head", "head"), ("router", "router"), ("experts", "expert")):
-        if part in parts:
-            return role  # type: ignore[return-value]
-    return "matrix"
-
-
-def is_matrix(name: str, parameter: Tensor) -> bool:
-    """Tell a matrix from a bias, a scale or a temperature. Those of experts are stacked, which is a dimension more."""
-    return parameter.dim() >= (3 if parameter_role(name) == "expert" else 2)
-
-
-def is_decayed(name: str, parameter: Tensor) -> bool:
-    """Tell whether weight decay applies to a parameter: to matrices, but not to the embedding."""
-    return is_matrix(name, parameter) and parameter_role(name) not in ("norm", "embedding")
-
-
-def initial_std(name: str, config: ModelConfig) -> float:
-    """Return the standard deviation of a weight's initial values.
-
-    As in GPT-2, residual outputs are scaled by 1/sqrt(2 L).
-    """
-    writes_to_residual = name.endswith(("attention.out.weight", "w_out", "w_out.weight"))
-    return config.init_std / math.sqrt(2 * config.num_layers) if writes_to_residual else config.init_std

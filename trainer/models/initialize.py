@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from trainer.models.gpt import GPT, initial_std, is_matrix, parameter_role
+from trainer.models.gpt import GPT
+from trainer.models.parameter_roles import initial_std, is_matrix, parameter_role
 from trainer.moe.experts import Experts
 from trainer.moe.routing import Router
 from trainer.ops.noise import stable_hash
@@ -21,7 +22,7 @@ def initialize(model: GPT, seed: int) -> None:
     """
     first_expert, stated = expert_parameters(model), _stated_values(model)
     for name, parameter in model.named_parameters():
-        std = initial_std(name, model.config)
+        std = initial_std(name, init_std=model.config.init_std, num_layers=model.config.num_layers)
         match parameter_role(name):
             case "norm":
                 parameter.fill_(1.0)

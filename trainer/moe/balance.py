@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from trainer.moe.layer_options import BalanceConfig
 from trainer.moe.loss_stats import LossStats, choice_counts
-from trainer.moe.options import BalanceConfig
 from trainer.moe.stats import MoEStats
 from trainer.moe.terms import AuxLosses
 

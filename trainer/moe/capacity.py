@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from trainer.moe.options import CapacityConfig
+from trainer.moe.layer_options import CapacityConfig
 from trainer.moe.routing import Causality, RoutingContext, RoutingDecision
 from trainer.ops.noise import uniform
 from trainer.ops.select import round_mantissa

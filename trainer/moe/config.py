@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from trainer.config.base import Config, Problem, divisors
 from trainer.config.numbers import Coefficient, Count, Experts, ExtraExperts, Whole, Width
-from trainer.moe.options import BalanceConfig, CapacityConfig, CvSquaredConfig, DeviceBalanceConfig
+from trainer.moe.layer_options import BalanceConfig, CapacityConfig, CvSquaredConfig, DeviceBalanceConfig
 from trainer.moe.routers.config.token_choice import TopKRouterConfig
 from trainer.moe.routers.registry import RouterConfig
 from trainer.moe.terms import AuxLosses
@@ -69,6 +69,19 @@ class MoEConfig(Config):
             has_probs=self.router.has_probs,
             is_always_even=self.router.is_always_even(self.num_experts),
         )
+
+    def check_top_k(self, top_k: int) -> None:
+        """Check a k that overrides the configured one for a single call.
+
+        Raises:
+            ValueError: if the router cannot select that many experts.
+        """
+        if not hasattr(self.router, "top_k"):
+            raise ValueError(f"top_k {top_k} for one call: {self.router.kind} has no top_k")
+        problems = list(self.router.model_copy(update={"top_k": top_k}).problems_among(self.num_experts))
+        if top_k < 1 or top_k > self.num_experts + self.router.num_null_experts or problems:
+            reason = f"{problems[0].key}: {problems[0].message}" if problems else f"{self.num_experts} experts"
+            raise ValueError(f"top_k {top_k} for one call: {reason}")
 
     def problems(self) -> Iterator[Problem]:
         """Check the router, capacity and losses against each other."""

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from trainer.moe.capacity import limit_to_capacity
 from trainer.moe.dispatch.base import Dispatcher
 from trainer.moe.experts import Experts
-from trainer.moe.options import CapacityConfig
+from trainer.moe.layer_options import CapacityConfig
 from trainer.moe.routing import Router, RoutingContext
 from trainer.moe.stats import MoEStats, collect_stats
 

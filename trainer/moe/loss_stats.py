@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.moe.options import BalanceConfig
+from trainer.moe.layer_options import BalanceConfig
 from trainer.moe.stats import MoEStats
 from trainer.ops.tensor_sums import TensorSums
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from trainer.moe.options import BalanceConfig, CvSquaredConfig, DeviceBalanceConfig
+from trainer.moe.layer_options import BalanceConfig, CvSquaredConfig, DeviceBalanceConfig
 
 Scope = Literal["row", "step", "previous_step", "running", "micro_batch"]
 """Tokens that are summed: of each row, of the step, of the previous step, of the micro-batches so far, of this one."""

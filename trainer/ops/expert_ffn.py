@@ -1,6 +1,6 @@
 """The experts' feed-forward networks over rows grouped by expert: one definition, and faster ways to the same numbers.
 
-`loop` is the definition. Every function takes the same arguments:
+`loop_ffn` is the definition. Every function takes the same arguments:
 
     x: (R, D) rows grouped by expert, ascending.
     rows_per_expert: (E,) int64, sums to R; an expert may have none, and its weights then get a gradient of zeros,
@@ -56,14 +56,14 @@ def activate(h: Tensor, activation: Activation) -> Tensor:
     return F.silu(gate) * up
 
 
-def loop(x: Tensor, rows_per_expert: Tensor, w_in: Tensor, w_out: Tensor, activation: Activation) -> Tensor:
+def loop_ffn(x: Tensor, rows_per_expert: Tensor, w_in: Tensor, w_out: Tensor, activation: Activation) -> Tensor:
     """One expert after the other, in plain autograd: the oracle of the others."""
     w_in, w_out = w_in.to(x.dtype), w_out.to(x.dtype)
     groups = x.split(rows_per_expert.tolist())  # waits for the device: sizes become shapes
     return torch.cat([activate(rows @ w_in[e].T, activation) @ w_out[e].T for e, rows in enumerate(groups)])
 
 
-def padded(x: Tensor, rows_per_expert: Tensor, w_in: Tensor, w_out: Tensor, activation: Activation) -> Tensor:
+def padded_ffn(x: Tensor, rows_per_expert: Tensor, w_in: Tensor, w_out: Tensor, activation: Activation) -> Tensor:
     """Batched products over groups padded to the busiest one's length: (E, M, D).
 
     For even loads and many small experts.
@@ -79,7 +79,7 @@ def padded(x: Tensor, rows_per_expert: Tensor, w_in: Tensor, w_out: Tensor, acti
     return y.flatten(0, 1).index_select(0, cell)
 
 
-def grouped(x: Tensor, rows_per_expert: Tensor, w_in: Tensor, w_out: Tensor, activation: Activation) -> Tensor:
+def grouped_ffn(x: Tensor, rows_per_expert: Tensor, w_in: Tensor, w_out: Tensor, activation: Activation) -> Tensor:
     """Torch's grouped matrix product: no padding and no wait for the sizes. Not for float64."""
     if len(x) == 0:  # the kernels refuse an empty operand; a sum of nothing is 0 for any weights, and depends on them
         return x + (w_in[:, :0].sum() + w_out[:, :0].sum()).to(x.dtype)

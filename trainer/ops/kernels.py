@@ -31,9 +31,9 @@ _MANY_ROWS = 512
 ExpertsKernel = Literal["loop", "padded", "grouped", "fused", "fused_onednn"]
 
 _KERNELS = {
-    "loop": expert_ffn.loop,
-    "padded": expert_ffn.padded,
-    "grouped": expert_ffn.grouped,
+    "loop": expert_ffn.loop_ffn,
+    "padded": expert_ffn.padded_ffn,
+    "grouped": expert_ffn.grouped_ffn,
 }
 
 

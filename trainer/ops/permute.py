@@ -1,10 +1,9 @@
-"""Moving token rows into expert order and back, with the backward written out.
+"""Move token rows into expert order and back, with hand-written backward passes.
 
-Autograd's own backward of `x[index]` adds rows one by one;
-here every token's rows are known, so it is a gather as well.
+Autograd's backward of `x[index]` is a scatter-add, row by row. Here each token's rows are known, so it is a gather too.
 
 # T tokens, k slots per token, A = T * k assignments, R <= A rows, D width.
-# row_of_slot (T, k): the row that assignment (t, slot) became, or R if it has none (dropped, or not valid).
+# row_of_slot (T, k): the row of assignment (t, slot), or R if it has none (dropped, or padding).
 """
 
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from torch import Tensor
 
 
 def _with_zero_row(rows: Tensor, is_full: bool) -> Tensor:
-    """Append the row of zeros that index R means, if a slot can ask for it."""
+    """Append the row of zeros at index R, unless every slot has a row."""
     return rows if is_full else torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
 
 
@@ -39,7 +38,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 def _combine(rows: Tensor, weight: Tensor, row_of_slot: Tensor, is_full: bool) -> Tensor:
-    """Return (T, D) in the wider dtype: the sum over slots, one after the other, so that its order is the slots'."""
+    """Return (T, D) in the wider dtype: the weighted sum over slots, accumulated in slot order."""
     rows = _with_zero_row(rows, is_full)
     out = rows.index_select(0, row_of_slot[:, 0]) * weight[:, :1]
     for slot in range(1, row_of_slot.shape[1]):
@@ -58,7 +57,7 @@ def _combine_backward(
 
 @cache
 def _combine_parts(compiled: bool) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
-    if compiled:  # one pass over the rows each, instead of one for every operation
+    if compiled:  # one pass over the rows instead of one per operation
         return torch.compile(_combine, dynamic=True), torch.compile(_combine_backward, dynamic=True)
     return _combine, _combine_backward
 
@@ -83,7 +82,7 @@ class _CombineRows(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         rows, weight, token_of_row, row_of_slot = ctx.saved_tensors
         num_slots, num_tokens = row_of_slot.numel(), len(grad_out)
-        # A row without a slot gets the number behind the last one, where the weight is 0.
+        # Rows without a slot get the index after the last slot, where the weight is 0.
         slot_of_row = row_of_slot.new_full((len(rows) + 1,), num_slots)
         slot_of_row[row_of_slot.reshape(-1)] = torch.arange(num_slots, device=rows.device)
         slot_of_row = slot_of_row[:-1]  # (R,) index into the flattened (T, k)
@@ -97,13 +96,13 @@ class _CombineRows(torch.autograd.Function):
 
 
 def gather_rows(x: Tensor, token_of_row: Tensor, row_of_slot: Tensor, *, is_full: bool = False) -> Tensor:
-    """Copy tokens into rows.
+    """Copy tokens into rows in expert order.
 
     Args:
         x: (T, D).
         token_of_row: (R,) int64.
-        row_of_slot: (T, k) int64 in [0, R], the inverse; R for a slot without a row.
-        is_full: every slot has a row, which spares a copy.
+        row_of_slot: (T, k) int64 in [0, R], the inverse mapping; R for a slot without a row.
+        is_full: every slot has a row, which saves a copy.
 
     Returns:
         (R, D) rows.
@@ -120,15 +119,15 @@ def combine_rows(
     is_full: bool = False,
     is_compiled: bool = False,
 ) -> Tensor:
-    """Sum every token's rows with their weights, in slot order; a slot without a row adds nothing.
+    """Return the weighted sum of each token's rows, in slot order; a slot without a row adds nothing.
 
     Args:
         rows: (R, D).
         weight: (T, k), at least float32; differentiable.
-        token_of_row: (R,) int64; T for a row that is no token's.
+        token_of_row: (R,) int64; T for an empty row.
         row_of_slot: (T, k) int64 in [0, R].
-        is_full: every slot has a row, which spares a copy.
-        is_compiled: make one compiled pass of it, forward and backward.
+        is_full: every slot has a row, which saves a copy.
+        is_compiled: use the compiled forward and backward.
 
     Returns:
         (T, D) in the wider dtype of rows and weight.
@@ -154,11 +153,11 @@ def _move(x: Tensor, order: Tensor, is_inverse: bool) -> Tensor:
     return torch.empty_like(x).index_copy_(0, order, x) if is_inverse else x.index_select(0, order)
 
 
-def permute(x: Tensor, order: Tensor) -> Tensor:
-    """Return rows order[0], order[1], ... of x (R, D); order (R,) has every number below R once."""
+def permute_rows(x: Tensor, order: Tensor) -> Tensor:
+    """Return rows order[0], order[1], ... of x (R, D); order (R,) is a permutation of 0 .. R - 1."""
     return _Permute.apply(x, order, False)
 
 
-def inverse_permute(x: Tensor, order: Tensor) -> Tensor:
-    """Undo `permute`: row i of x (R, D) goes to place order[i]."""
+def unpermute_rows(x: Tensor, order: Tensor) -> Tensor:
+    """Undo `permute_rows`: row i of x (R, D) moves to index order[i]."""
     return _Permute.apply(x, order, True)

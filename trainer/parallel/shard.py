@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from trainer.distributed.collectives import Group
 from trainer.distributed.mesh import Mesh
-from trainer.models.gpt import GPT, Block, parameter_role
+from trainer.models.gpt import GPT, Block
+from trainer.models.parameter_roles import parameter_role
 
 
 def shard(model: GPT, mesh: Mesh, *, dtype: torch.dtype) -> GPT:

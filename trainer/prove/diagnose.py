@@ -2,7 +2,7 @@
 
 import torch
 
-from trainer.models.gpt import parameter_role
+from trainer.models.parameter_roles import parameter_role
 from trainer.prove.evidence import Evidence
 from trainer.prove.rounding import Ruler
 

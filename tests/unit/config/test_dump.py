@@ -17,7 +17,7 @@ from trainer.data.sources.registry import InstalledSourceConfig, JsonlSourceConf
 from trainer.experiment import ExperimentConfig, TrainConfig
 from trainer.models.config import ModelConfig
 from trainer.moe.config import MoEConfig
-from trainer.moe.options import BalanceConfig, CapacityConfig
+from trainer.moe.layer_options import BalanceConfig, CapacityConfig
 from trainer.moe.routers.config.token_choice import BiasBalancedRouterConfig, DenseRouterConfig, TopKRouterConfig
 from trainer.moe.routers.registry import RouterConfig
 from trainer.optim.registry import AdamWConfig, WarmupCosineConfig, WarmupStableDecayConfig

@@ -12,7 +12,7 @@ from trainer.engine.native import NativeEngine
 from trainer.errors import DataError
 from trainer.evaluation.context import EvalContext
 from trainer.evaluation.scoring import Question, Score, fit_question, score
-from trainer.models.generation import generate_many, greedy
+from trainer.models.generation import generate_many, greedy_tokens
 from trainer.moe.routing import RoutingOptions
 
 SEQ_LEN = 24
@@ -75,7 +75,7 @@ def test_a_score_is_that_of_the_text_read_by_itself(router: str, tokens_per_pass
 def test_what_the_model_writes_by_itself_is_greedy_and_anything_else_is_not() -> None:
     engine = _engine()
     prompt = [3, 1, 4]
-    (text,) = generate_many(engine.model, [prompt], max_new_tokens=5, choose=greedy, stop_token=-1)
+    (text,) = generate_many(engine.model, [prompt], max_new_tokens=5, choose=greedy_tokens, stop_token=-1)
     other = [*text[:-1], (text[-1] + 1) % 32]
     (row,) = score(_subject(engine, 100), [Question(prompt=prompt, completions=[text, other])])
     assert [one.is_greedy for one in row] == [True, False]

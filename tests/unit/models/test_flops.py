@@ -7,7 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.builders import make_batch, make_model, tiny_model_config
 from trainer.models.flops import model_size
-from trainer.models.gpt import GPT, parameter_role
+from trainer.models.gpt import GPT
+from trainer.models.parameter_roles import parameter_role
 
 SHAPES = {
     "moe": ({}, {}),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.builders import make_batch, make_model, tiny_model_config
-from trainer.models.generation import generate, generate_many, greedy
+from trainer.models.generation import generate, generate_many, greedy_tokens
 from trainer.models.gpt import GPT
 from trainer.models.sampling import SamplingOptions
 
@@ -68,16 +68,16 @@ def test_texts_written_side_by_side_are_those_written_one_by_one(router: str) ->
     prompts = [torch.randint(0, 32, (1 + n % 9,), generator=draw).tolist() for n in range(14)]
     free = [token for prompt in prompts for token in _alone(model, prompt, 12, None)]
     stop = max(set(free), key=free.count)
-    texts = generate_many(model, prompts, max_new_tokens=12, choose=greedy, stop_token=stop)
+    texts = generate_many(model, prompts, max_new_tokens=12, choose=greedy_tokens, stop_token=stop)
     assert texts == [_alone(model, prompt, 12, stop) for prompt in prompts]
     assert len({len(text) for text in texts}) > 3 and any(text[-1] != stop for text in texts)
 
 
 def test_a_text_can_end_for_another_reason() -> None:
     model = make_model(tiny_model_config(), dtype=torch.float64)
-    free = generate_many(model, [[1, 2]], max_new_tokens=6, choose=greedy, stop_token=-1)[0]
+    free = generate_many(model, [[1, 2]], max_new_tokens=6, choose=greedy_tokens, stop_token=-1)[0]
     ended = generate_many(
-        model, [[1, 2]], max_new_tokens=6, choose=greedy, stop_token=-1, is_over=lambda text: len(text) == 4
+        model, [[1, 2]], max_new_tokens=6, choose=greedy_tokens, stop_token=-1, is_over=lambda text: len(text) == 4
     )
     assert len(free) == 6 and ended == [free[:4]]
 
@@ -91,7 +91,7 @@ def test_nobodys_texts_are_written_as_long_as_another_ranks_are() -> None:
         asked.append(goes_on)
         return next(said)
 
-    assert generate_many(model, [], max_new_tokens=6, choose=greedy, stop_token=0, anybody=anybody) == []
+    assert generate_many(model, [], max_new_tokens=6, choose=greedy_tokens, stop_token=0, anybody=anybody) == []
     assert asked == [False] * 3
 
 

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 
 from tests.builders import make_batch, make_model, rows_of, tiny_model_config
 from trainer.data.batches.batch import Batch
-from trainer.models.gpt import GPT, RMSNorm, parameter_role, rotary_table, rotate
+from trainer.models.gpt import GPT, RMSNorm
+from trainer.models.parameter_roles import parameter_role
 from trainer.moe.routing import RoutingOptions
+from trainer.ops.rotary import rotary_table, rotate
 
 SHAPES = {
     "moe": {},

@@ -6,8 +6,9 @@ from torch import nn
 
 from tests.builders import make_engine, make_model, tiny_model_config
 from tests.registries import ROUTERS
-from trainer.models.gpt import GPT, is_matrix, parameter_role
+from trainer.models.gpt import GPT
 from trainer.models.initialize import initialize
+from trainer.models.parameter_roles import is_matrix, parameter_role
 from trainer.moe.routers.top_k import TopKRouter
 
 

@@ -12,7 +12,7 @@ from trainer.models.gpt import GPT, RMSNorm
 from trainer.moe.dispatch.local import LocalDispatcher
 from trainer.moe.experts import Experts
 from trainer.moe.layer import MoE
-from trainer.moe.options import CapacityConfig
+from trainer.moe.layer_options import CapacityConfig
 
 
 def _num_experts(router: dict[str, Any]) -> int:

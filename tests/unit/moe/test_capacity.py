@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.builders import make_context
 from trainer.moe.capacity import expert_capacity, limit_to_capacity
-from trainer.moe.options import CapacityConfig
+from trainer.moe.layer_options import CapacityConfig
 from trainer.moe.routing import RoutingContext, RoutingDecision
 from trainer.ops.noise import uniform
 from trainer.ops.select import round_mantissa

@@ -9,7 +9,7 @@ from tests.builders import make_batch, make_model, tiny_model_config
 from trainer.models.gpt import GPT
 from trainer.moe.capacity import capacity_causality
 from trainer.moe.causality import evaluation_warning, training_warning
-from trainer.moe.options import CapacityConfig
+from trainer.moe.layer_options import CapacityConfig
 
 
 def _said(moe: dict[str, Any]) -> tuple[str | None, str | None]:

@@ -7,7 +7,7 @@ import torch
 
 from tests.builders import make_context
 from trainer.moe.capacity import limit_to_capacity
-from trainer.moe.options import CapacityConfig
+from trainer.moe.layer_options import CapacityConfig
 from trainer.moe.routing import RouterOutput, RoutingDecision
 from trainer.moe.stats import collect_stats
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from trainer.moe.dispatch.local import LocalDispatcher
 from trainer.moe.dispatch.order import group_by_expert
 from trainer.moe.routing import RoutingDecision
-from trainer.ops.permute import combine_rows, gather_rows, inverse_permute, permute
+from trainer.ops.permute import combine_rows, gather_rows, permute_rows, unpermute_rows
 
 
 @st.composite
@@ -104,7 +104,7 @@ def test_no_rows_at_all_gives_zeros_and_zero_gradients() -> None:
 def test_a_permutation_and_its_inverse_have_the_gradients_of_indexing() -> None:
     """Of an order that is not its own inverse."""
     order = torch.tensor([2, 0, 3, 1])
-    for moved_by, expected in ((permute, order), (inverse_permute, order.argsort())):
+    for moved_by, expected in ((permute_rows, order), (unpermute_rows, order.argsort())):
         x, like = (torch.arange(8.0).view(4, 2).requires_grad_() for _ in range(2))
         weight = torch.arange(8.0).view(4, 2).square()
         moved, indexed = moved_by(x, order), like[expected]

@@ -19,7 +19,7 @@ from trainer.distributed.collective_errors import raise_together
 from trainer.distributed.mesh import Mesh
 from trainer.engine.deepspeed.optimizer import MOMENTS, build_optimizer, describe_groups, moments_of, set_steps
 from trainer.engine.deepspeed.partition import Partition, Placed
-from trainer.engine.deepspeed.start import alone, initialize, load_deepspeed, marked, release
+from trainer.engine.deepspeed.start import alone, load_deepspeed, marked, release, start_engine
 from trainer.engine.nonfinite import Findings, is_finite
 from trainer.engine.reduce import square_norm
 from trainer.engine.step import NumericsConfig, StepEngine
@@ -62,7 +62,7 @@ class DeepSpeedEngine(StepEngine):
                 optimizer = build_optimizer(deepspeed, described, optim, adam=adam, config=config, device=self.device)
             experts = [self.parameters[name] for name in self.first_expert]
             stack.enter_context(marked(model, experts, mesh))
-            self._deepspeed = initialize(deepspeed, model, optimizer, self._with_room(config), mesh, self.device)
+            self._deepspeed = start_engine(deepspeed, model, optimizer, self._with_room(config), mesh, self.device)
             stack.callback(release, self._deepspeed)
             self._open = stack.pop_all()
         self._zero = self._deepspeed.optimizer

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from trainer.distributed.mesh import Mesh
 from trainer.engine.deepspeed.start import expert_group_name
 from trainer.errors import ConfigError, first_line
-from trainer.models.gpt import is_decayed
+from trainer.models.parameter_roles import is_decayed
 from trainer.optim.registry import OptimConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

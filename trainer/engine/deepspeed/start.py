@@ -68,7 +68,7 @@ def join(deepspeed: Any, mesh: Mesh, device: torch.device) -> None:
         deepspeed.init_distributed(dist_init_required=False)
 
 
-def initialize(
+def start_engine(
     deepspeed: Any,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,

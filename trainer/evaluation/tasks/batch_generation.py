@@ -7,7 +7,7 @@ from torch import Tensor
 
 from trainer.distributed.collective_errors import barrier_gather
 from trainer.evaluation.context import KV_CACHE_BATCH_FACTOR, EvalContext, split_batches
-from trainer.models.generation import generate_many, greedy
+from trainer.models.generation import generate_many, greedy_tokens
 from trainer.models.sampling import SamplingOptions
 from trainer.ops.noise import stable_hash
 
@@ -75,7 +75,7 @@ def _any(context: EvalContext, is_active: bool) -> bool:
 
 def _chooser(sampling: SamplingOptions, numbers: Sequence[int]) -> Callable[[Tensor, Sequence[int]], Tensor]:
     if sampling.temperature == 0:
-        return greedy
+        return greedy_tokens
     # One generator per text: its draws do not depend on the batch or the rank.
     generators = [torch.Generator().manual_seed(stable_hash("text", number)) for number in numbers]
 

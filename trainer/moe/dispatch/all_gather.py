@@ -1,4 +1,4 @@
-"""Every rank gets every token: the reference for the dispatchers that send only what is needed."""
+"""All-gather dispatcher: every rank gets every token. Reference for the dispatchers that send only what is needed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from trainer.moe.dispatch.all_to_all import AllToAllDispatcher, Bounds, Dispatch
 from trainer.moe.dispatch.base import Combined, Dispatched, RunExperts
 from trainer.moe.dispatch.order import ExchangePlan, ExpertOrder, group_by_expert, plan_exchange
 from trainer.moe.routing import RoutingDecision
-from trainer.ops.permute import inverse_permute, permute
+from trainer.ops.permute import permute_rows, unpermute_rows
 
-# T tokens, R rows here, E experts, G ranks that share the experts, D d_model.
+# T tokens, R rows here, E experts, G ranks of the expert-parallel group, D d_model.
 
 
 @dataclass(frozen=True, slots=True)
-class _Everything:
-    """All ranks' tokens, and which token each of their rows is a copy of."""
+class _Gathered:
+    """Tokens of all ranks, and the token of each of their rows."""
 
     order: ExpertOrder
     """Order of this rank's rows."""
@@ -27,46 +27,44 @@ class _Everything:
     tokens: Tensor
     """(all T, D)."""
     token_of_row: Sequence[Tensor]
-    """For each rank, numbers in `tokens`, in expert order."""
+    """For each rank, the index in `tokens` of each of its rows, in expert order."""
 
 
 class AllGatherDispatcher(AllToAllDispatcher):
-    """Gives every token to every rank, which takes what its experts need: the simplest to trust, for few ranks."""
+    """Sends every token to every rank, which selects the rows of its experts. Simplest to verify; for few ranks."""
 
     def dispatch(self, x: Tensor, decision: RoutingDecision) -> Dispatched:
-        """Gather all ranks' tokens and pick the rows of the experts that are here."""
-        everything = self._gather(x, decision)
-        arrived, plan = self._pick(everything, self.bounds)
-        return Dispatched(
-            x=arrived, rows_per_expert=plan.rows_per_expert, handle=DispatchHandle(everything.order, plan)
-        )
+        """Gather all ranks' tokens and select the rows of the local experts."""
+        gathered = self._gather(x, decision)
+        arrived, plan = self._pick(gathered, self.bounds)
+        return Dispatched(x=arrived, rows_per_expert=plan.rows_per_expert, handle=DispatchHandle(gathered.order, plan))
 
     def combine(self, y: Tensor, dispatched: Dispatched) -> Combined:
-        """Gather all experts' rows, take those of this rank's tokens and sum them."""
+        """Gather all experts' rows, select those of this rank's tokens and sum them."""
         sent: DispatchHandle = dispatched.handle
         rows = self._mine(self._start_back(y, sent.plan).wait().to(y.dtype), sent.plan)
         return Combined.of(rows, sent.order, is_compiled=self.is_compiled)
 
     def forward(self, x: Tensor, decision: RoutingDecision, experts: RunExperts) -> Combined:
-        """Return what the experts make of x (T, D): part by part, each on its way back while others are computed."""
+        """Dispatch, compute and combine chunk by chunk; outputs of one chunk are sent while another is computed."""
         if len(self.chunks.bounds) == 1:
             return super().forward(x, decision, experts)
         within = self.step_timer.within
         with within("dispatch"):
-            everything = self._gather(x, self.chunks.renumbered(decision))
+            gathered = self._gather(x, self.chunks.renumbered(decision))
         back = []
         for bounds, part in zip(self.chunks.bounds, self.chunks.of_rank[self.group.index], strict=True):
             with within("dispatch"):
-                arrived, plan = self._pick(everything, bounds)
+                arrived, plan = self._pick(gathered, bounds)
             with within("experts"):
                 y = experts(arrived, plan.rows_per_expert, part)
             with within("combine"):
                 back.append((self._start_back(y, plan), plan))
         with within("combine"):
             rows = torch.cat([self._mine(exchange.wait().to(x.dtype), plan) for exchange, plan in back])
-            return Combined.of(rows, everything.order, is_compiled=self.is_compiled)
+            return Combined.of(rows, gathered.order, is_compiled=self.is_compiled)
 
-    def _gather(self, x: Tensor, decision: RoutingDecision) -> _Everything:
+    def _gather(self, x: Tensor, decision: RoutingDecision) -> _Gathered:
         order = group_by_expert(decision)
         counts = self.group.all_gather(order.rows_per_expert)
         self.check(counts, order)
@@ -76,24 +74,24 @@ class AllGatherDispatcher(AllToAllDispatcher):
         numbers = self._start_to_all(order.token_of_row[:, None], rows_of).wait().flatten().split(rows_of)
         firsts = [sum(tokens_of[:rank]) for rank in range(self.group.size)]
         token_of_row = [number + first for number, first in zip(numbers, firsts, strict=True)]
-        return _Everything(order, counts, tokens, token_of_row)
+        return _Gathered(order, counts, tokens, token_of_row)
 
-    def _pick(self, everything: _Everything, bounds: Bounds) -> tuple[Tensor, ExchangePlan]:
+    def _pick(self, gathered: _Gathered, bounds: Bounds) -> tuple[Tensor, ExchangePlan]:
         """Return the rows of the experts within this rank's bounds, in expert order."""
-        counts = everything.counts
+        counts = gathered.counts
         plan = plan_exchange(counts, bounds, self.group.index)
         first, end = bounds[self.group.index]
         before, until = counts[:, :first].sum(1).tolist(), counts[:, :end].sum(1).tolist()
-        by_rank = zip(everything.token_of_row, before, until, strict=True)
+        by_rank = zip(gathered.token_of_row, before, until, strict=True)
         picked = torch.cat([tokens[b:u] for tokens, b, u in by_rank])
-        return permute(everything.tokens.index_select(0, picked), plan.order), plan
+        return permute_rows(gathered.tokens.index_select(0, picked), plan.order), plan
 
     def _start_back(self, y: Tensor, plan: ExchangePlan) -> AllToAll:
-        """Begin to give this rank's rows to all: they arrive by rank, and there by whose token they are of."""
-        return self._start_to_all(inverse_permute(y, plan.order), self._rows_at(plan))
+        """Start sending this rank's rows to all ranks; they arrive ordered by rank, then by the rank of their token."""
+        return self._start_to_all(unpermute_rows(y, plan.order), self._rows_at(plan))
 
     def _mine(self, rows: Tensor, plan: ExchangePlan) -> Tensor:
-        """Return this rank's tokens' rows of those of all."""
+        """Return the rows of this rank's tokens, given those of all ranks."""
         sizes, me = plan.sizes, self.group.index
         starts = [sum(row[rank] for row in sizes[:me]) for rank in range(self.group.size)]
         parts = zip(rows.split(self._rows_at(plan)), starts, sizes[me], strict=True)
@@ -103,7 +101,7 @@ class AllGatherDispatcher(AllToAllDispatcher):
         return [sum(row[rank] for row in plan.sizes) for rank in range(self.group.size)]
 
     def _start_to_all(self, x: Tensor, rows: Sequence[int]) -> AllToAll:
-        """Begin to put all ranks' x one below the other; the gradient is the sum over ranks, in their order."""
+        """Start the concatenation of all ranks' x; its gradient is the sum over ranks, in rank order."""
         copies = x.repeat(self.group.size, *(1 for _ in x.shape[1:]))
         sizes = [[n] * self.group.size for n in rows]
         return self.start(copies, sizes) if x.is_floating_point() else self.depart(copies, sizes)

@@ -1,4 +1,4 @@
-"""Dispatcher interface: moves rows to the experts and back."""
+"""Dispatcher interface: sends token rows to their experts and combines the outputs."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from trainer.step_timer import StepTimer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dispatched:
-    """Rows where their experts are."""
+    """Rows on the ranks of their experts."""
 
     x: Tensor
     """(R, D) grouped by expert, ascending."""
     rows_per_expert: Tensor
     """(E_local,) int64, sums to R."""
     handle: Any
-    """Opaque; only the dispatcher that made it reads it."""
+    """Opaque state that the same dispatcher needs in `combine`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,25 +32,25 @@ class Combined:
     """Expert outputs on each token's source rank."""
 
     y: Tensor
-    """(T, D): each token's rows, weighted and summed in list order; a token without experts has 0."""
+    """(T, D) weighted sum of each token's rows, in assignment order; 0 for a token without experts."""
     rows: Tensor
     """(R, D) in expert order."""
     order: ExpertOrder
 
     @classmethod
     def of(cls, rows: Tensor, order: ExpertOrder, *, is_compiled: bool) -> "Combined":
-        """Sum rows (R, D), compiled where it can be."""
+        """Combine rows (R, D), given in expert order."""
         return cls(y=order.combine(rows, is_compiled=is_compiled), rows=rows, order=order)
 
     def expert_similarity(self) -> Tensor:
-        """Return (T,): how much the outputs of a token's experts are alike, the mean squared cosine of their pairs.
+        """Return (T,): the mean squared cosine between the outputs of each pair of a token's experts.
 
-        1: they are multiples of each other. 0: they are orthogonal, or there are fewer than two.
+        1 if they are parallel; 0 if they are orthogonal or there are fewer than two.
         """
         slots = self.order.row_of_slot  # (T, k)
         rows = torch.cat([self.rows, self.rows.new_zeros(1, self.rows.shape[1])])
         wide = torch.promote_types(rows.dtype, torch.float32)
-        unit = F.normalize(rows.to(wide)[slots], dim=-1)  # (T, k, D); an empty slot is 0
+        unit = F.normalize(rows.to(wide)[slots], dim=-1)  # (T, k, D); 0 in empty slots
         with torch.autocast(rows.device.type, enabled=False):  # a mean of 1 / D would vanish in bfloat16
             squared = (unit @ unit.mT).square()  # (T, k, k)
         has_row = (slots < len(self.rows)).sum(-1)  # (T,)
@@ -59,7 +59,7 @@ class Combined:
 
 
 class RunExperts(Protocol):
-    """Computes rows with all local experts, or with those in the range `part`."""
+    """Applies all local experts, or those in the range `part`, to their rows."""
 
     def __call__(self, x: Tensor, rows_per_expert: Tensor, part: tuple[int, int] | None = None) -> Tensor:
         """Return (R, D) for rows (R, D) grouped by expert."""
@@ -67,15 +67,15 @@ class RunExperts(Protocol):
 
 
 class Dispatcher(ABC):
-    """Moves rows to experts and back. Knows ranks; knows nothing of gating. Holds no parameters."""
+    """Sends rows to experts and back. Depends on ranks, not on routing; has no parameters."""
 
     is_compiled: bool = False
-    """Compile what surrounds the sending, where it can be."""
+    """Use compiled kernels around the communication."""
     step_timer: StepTimer = StepTimer()
-    """Measures the three parts of `forward` once it is started; `parallelize` sets the run's."""
+    """Measures the three parts of `forward`, once started; `parallelize` sets that of the run."""
 
     def forward(self, x: Tensor, decision: RoutingDecision, experts: RunExperts) -> Combined:
-        """Return the experts' outputs for x (T, D), row by row and combined."""
+        """Dispatch x (T, D), apply the experts and combine their outputs."""
         with self.step_timer.within("dispatch"):
             sent = self.dispatch(x, decision)
         with self.step_timer.within("experts"):
@@ -85,8 +85,8 @@ class Dispatcher(ABC):
 
     @abstractmethod
     def dispatch(self, x: Tensor, decision: RoutingDecision) -> Dispatched:
-        """Send each kept assignment's row of x (T, D) to its expert."""
+        """Send the row of each kept assignment of x (T, D) to its expert."""
 
     @abstractmethod
     def combine(self, y: Tensor, dispatched: Dispatched) -> Combined:
-        """Return the rows y (R, D) to the ranks of their tokens, and sum each token's."""
+        """Send the outputs y (R, D) back to the ranks of their tokens, and sum those of each token."""

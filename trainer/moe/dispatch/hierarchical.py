@@ -1,4 +1,4 @@
-"""Rows travel in two hops, inside the node and then between nodes: fewer and larger messages over the slow wires."""
+"""Hierarchical all-to-all: one hop inside the node, one between nodes, for fewer and larger inter-node messages."""
 
 from collections.abc import Sequence
 
@@ -8,53 +8,54 @@ from torch import Tensor
 from trainer.distributed.collectives import AllToAll
 from trainer.distributed.mesh import Mesh
 from trainer.moe.dispatch.all_to_all import AllToAllDispatcher, Wire
-from trainer.ops.permute import permute
+from trainer.ops.permute import permute_rows
 
-# G ranks that share the experts, on N nodes of L ranks; rank = node * L + place.
+# G ranks of the expert-parallel group, on N nodes of L ranks; rank = node * L + local_rank.
 
 
 class HierarchicalDispatcher(AllToAllDispatcher):
-    """Sends a row to the rank of its own node that has the receiver's place, which sends it on to the receiver's node.
+    """Sends a row to the rank of its own node with the receiver's local rank, which forwards it to the receiver's node.
 
-    #  2 nodes of 2, from rank 0 (node 0, place 0)      to 1: hop to place 1
-    #                                                   to 2: hop to node 1
-    #                                                   to 3: hop to place 1 = rank 1, from there to node 1 = rank 3
+    #  2 nodes of 2 ranks, from rank 0 (node 0, local rank 0)    to 1: hop to local rank 1
+    #                                                            to 2: hop to node 1
+    #                                                            to 3: hop to local rank 1 = rank 1, then to rank 3
 
-    A rank talks to L - 1 neighbours and to N - 1 ranks of other nodes instead of to G - 1. What arrives, and in which
-    order, is what `all_to_all` brings.
+    A rank exchanges messages with L - 1 ranks of its node and N - 1 ranks of other nodes instead of G - 1. Rows arrive
+    in the same order as with `all_to_all`.
     """
 
     def __init__(self, mesh: Mesh, num_experts: int, wire: Wire, num_chunks: int) -> None:
-        """Prepare the sending; the ep ranks must fill whole nodes."""
+        """Create the dispatcher; the expert-parallel ranks must fill whole nodes."""
         super().__init__(mesh.ep, num_experts, wire, num_chunks)
         self.inside, self.between = mesh.ep_inside, mesh.ep_between
 
     def depart(self, rows: Tensor, sizes: Sequence[Sequence[int]]) -> AllToAll:
-        """Make the hop inside the node, and begin the one between nodes, which is the slow one."""
-        places, nodes = self.inside.size, self.between.size
-        node, place = self.between.index, self.inside.index
-        table = torch.tensor(sizes).view(nodes, places, nodes, places)  # [node, place of sender][of receiver]
+        """Run the hop inside the node, and start the slow one between nodes."""
+        per_node, nodes = self.inside.size, self.between.size
+        node, local_rank = self.between.index, self.inside.index
+        table = torch.tensor(sizes).view(nodes, per_node, nodes, per_node)  # [node, local rank of sender][of receiver]
         device = rows.device
-        # By receiving place, then node: what goes to one neighbour lies together.
-        mine = table[node, place].reshape(-1)  # (G,)
-        rows = permute(rows, _reorder(mine, torch.arange(nodes * places).view(nodes, places).T, device))
-        to_place = table[node, place].sum(0).tolist()
-        from_place = table[node, :, :, place].sum(1).tolist()
-        rows = self.inside.all_to_all(rows, to_place, from_place)
-        # Here by (sender's place, receiver's node); to be sent by (receiver's node, sender's place).
-        held = table[node, :, :, place]  # (L, N)
-        rows = permute(rows, _reorder(held.reshape(-1), torch.arange(places * nodes).view(places, nodes).T, device))
+        # By receiving local rank, then node: rows for one neighbour are contiguous.
+        mine = table[node, local_rank].reshape(-1)  # (G,)
+        rows = permute_rows(rows, _reorder(mine, torch.arange(nodes * per_node).view(nodes, per_node).T, device))
+        to_inside = table[node, local_rank].sum(0).tolist()
+        from_inside = table[node, :, :, local_rank].sum(1).tolist()
+        rows = self.inside.all_to_all(rows, to_inside, from_inside)
+        # Now ordered by (sender's local rank, receiver's node); sent by (receiver's node, sender's local rank).
+        held = table[node, :, :, local_rank]  # (L, N)
+        by_node = torch.arange(per_node * nodes).view(per_node, nodes).T
+        rows = permute_rows(rows, _reorder(held.reshape(-1), by_node, device))
         to_node = held.sum(0).tolist()
-        from_node = table[:, :, node, place].sum(1).tolist()
+        from_node = table[:, :, node, local_rank].sum(1).tolist()
         return self.between.start_all_to_all(rows, to_node, from_node)
 
 
 def _reorder(lengths: Tensor, order: Tensor, device: torch.device) -> Tensor:
-    """Return the row numbers that put blocks of these lengths into another order.
+    """Return the row indices that rearrange blocks of these lengths.
 
     Args:
-        lengths: (n,) rows of each block as they lie.
-        order: n block numbers, any shape, in the order that is wanted.
+        lengths: (n,) rows of each block, in the present order.
+        order: n block indices, of any shape, in the new order.
         device: of the result.
     """
     starts = (lengths.cumsum(0) - lengths).tolist()

@@ -1,4 +1,4 @@
-"""The dispatcher of one process: all experts are here, so rows are only put into expert order."""
+"""Dispatcher for a single rank, where rows are only reordered."""
 
 from torch import Tensor
 
@@ -8,7 +8,7 @@ from trainer.moe.routing import RoutingDecision
 
 
 class LocalDispatcher(Dispatcher):
-    """All experts are here: groups rows by expert and sends nothing."""
+    """Groups rows by expert; all experts are local, so nothing is sent."""
 
     def dispatch(self, x: Tensor, decision: RoutingDecision) -> Dispatched:
         """Copy the row of each kept assignment into expert order."""
@@ -16,6 +16,6 @@ class LocalDispatcher(Dispatcher):
         return Dispatched(x=order.gather(x), rows_per_expert=order.rows_per_expert, handle=order)
 
     def combine(self, y: Tensor, dispatched: Dispatched) -> Combined:
-        """Sum each token's rows; they are here."""
+        """Sum the rows of each token."""
         order: ExpertOrder = dispatched.handle
         return Combined.of(y, order, is_compiled=self.is_compiled)

@@ -1,6 +1,6 @@
-"""Order of rows: grouped by expert on the rank that has the tokens, and again on the rank that has the experts.
+"""Row orders: by expert on the rank of the tokens, and again on the rank of the experts.
 
-# T tokens, k slots, A assignments, R rows, E experts, G ranks that share the experts.
+# T tokens, k slots, A assignments, R rows, E experts, G ranks of the expert-parallel group.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from trainer.ops.permute import combine_rows, gather_rows
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertOrder:
-    """Index of each assignment's row once rows are grouped by expert."""
+    """Mapping between assignments and rows grouped by expert."""
 
     token_of_row: Tensor
-    """(R,) int64; T for a row that is empty."""
+    """(R,) int64; T for an empty row."""
     row_of_slot: Tensor
     """(T, k) int64; R for a slot without a row."""
     rows_per_expert: Tensor
@@ -64,7 +64,7 @@ def group_by_expert(decision: RoutingDecision) -> ExpertOrder:
 
 
 def pad_to_capacity(decision: RoutingDecision) -> ExpertOrder:
-    """Give every expert exactly `capacity` rows, empty ones at the end; no shape depends on what was decided.
+    """Pad every expert to exactly `capacity` rows; no shape depends on the decision.
 
     #  capacity 2   t0e0 . | t0e1 t1e1 | t1e2 .      token_of_row   [0, T, 0, 1, 1, T]    T: an empty row
     """
@@ -74,8 +74,8 @@ def pad_to_capacity(decision: RoutingDecision) -> ExpertOrder:
     order = key.argsort(stable=True)  # (A,)
     counts = torch.bincount(key, minlength=decision.num_experts + 1)
     start = counts.cumsum(0) - counts
-    place = torch.arange(key.numel(), device=key.device) - start[key[order]]  # (A,) within the expert
-    row = torch.where(key[order] < decision.num_experts, key[order] * capacity + place, num_rows)
+    index = torch.arange(key.numel(), device=key.device) - start[key[order]]  # (A,) within the expert
+    row = torch.where(key[order] < decision.num_experts, key[order] * capacity + index, num_rows)
     row_of_assignment = torch.empty_like(row).index_copy_(0, order, row)
     token_of_row = torch.full((num_rows + 1,), decision.num_tokens, device=key.device)
     token_of_row[row_of_assignment] = decision.token_index
@@ -90,19 +90,19 @@ def pad_to_capacity(decision: RoutingDecision) -> ExpertOrder:
 
 
 def _expert_or_none(decision: RoutingDecision) -> Tensor:
-    """Return (A,) the expert of each assignment; E, which sorts behind all of them, for what is not dispatched."""
+    """Return (A,) the expert of each assignment; E, which sorts last, if it is not dispatched."""
     dispatched = decision.kept & (decision.expert_index < decision.num_experts)
     return torch.where(dispatched, decision.expert_index, decision.num_experts)
 
 
 def _slots(decision: RoutingDecision, row_of_assignment: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Lay the list out as (T, k), with empty slots for tokens that have fewer assignments than others."""
+    """Reshape assignments to (T, k), with empty slots for tokens that have fewer than the most."""
     if decision.top_k is not None:
         shape = (decision.num_tokens, decision.top_k)
         return row_of_assignment.view(shape), decision.combine_weight.view(shape)
     per_token = torch.bincount(decision.token_index, minlength=decision.num_tokens)
     start = per_token.cumsum(0) - per_token
-    # The list is token-major, so an assignment's slot is its distance from its token's first one.
+    # Assignments are token-major, so a slot is the distance from the token's first assignment.
     slot = torch.arange(row_of_assignment.numel(), device=start.device) - start[decision.token_index]
     width = max(1, int(per_token.max())) if decision.num_tokens else 1  # waits for the device
     slots = row_of_assignment.new_full((decision.num_tokens, width), num_rows)
@@ -113,18 +113,18 @@ def _slots(decision: RoutingDecision, row_of_assignment: Tensor, num_rows: int) 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExchangePlan:
-    """Send and receive counts of one rank, and the order of received rows. Made of the same matrix on every rank."""
+    """Send and receive counts of one rank, and the order of received rows; all ranks derive it from the same table."""
 
     sizes: list[list[int]]
     """(G, G) rows from each rank to each rank."""
     order: Tensor
-    """(R,) int64: arrival number of each row once rows are grouped by expert, and inside an expert by sender."""
+    """(R,) int64 arrival index of each row, grouped by expert and within an expert by sender."""
     rows_per_expert: Tensor
     """(E_local,) int64."""
 
     @property
     def sizes_back(self) -> list[list[int]]:
-        """(G, G) rows from each rank to each rank on the way back."""
+        """(G, G) rows from each rank to each rank in the combine."""
         return [list(column) for column in zip(*self.sizes, strict=True)]
 
 
@@ -136,9 +136,9 @@ def plan_exchange(counts: Tensor, bounds: Sequence[tuple[int, int]], index: int)
     #                                                         order   0 3 4 5 6 7 | 1 2 8
 
     Args:
-        counts: (G, E) int64, rows that each rank has for each expert.
+        counts: (G, E) int64 rows of each rank for each expert.
         bounds: (G,) first and last + 1 expert of each rank.
-        index: whose plan.
+        index: of the rank in the group.
     """
     sizes = torch.stack([counts[:, first:end].sum(1) for first, end in bounds], dim=1).tolist()  # [from][to]
     first, end = bounds[index]

@@ -1,4 +1,4 @@
-"""Rows travel in buffers of a fixed size, so that no rank waits for a size."""
+"""All-to-all with buffers of static size, so that no sizes have to be exchanged."""
 
 from collections.abc import Sequence
 
@@ -12,27 +12,27 @@ from trainer.ops.permute import gather_rows
 
 
 class PaddedAllToAllDispatcher(AllToAllDispatcher):
-    """Sends as many rows for every expert as its capacity, empty ones included: no sizes to agree on or to wait for."""
+    """Pads the rows of every expert to its capacity: sizes are static, so nothing waits for them."""
 
     def prepare(
-        self, x: Tensor, decision: RoutingDecision, cuts: Sequence[Bounds]
+        self, x: Tensor, decision: RoutingDecision, chunks: Sequence[Bounds]
     ) -> tuple[ExpertOrder, Tensor, list[ExchangePlan]]:
-        """Order the rows of x (T, D) by expert, empty ones up to the capacity, and plan an exchange for each cut."""
-        if decision.capacity is None:  # a dropless evaluation: sizes are whatever they are
-            return super().prepare(x, decision, cuts)
+        """Order the rows of x (T, D) by expert, padded to the capacity, and plan the exchange of each chunk."""
+        if decision.capacity is None:  # dropless evaluation: sizes are dynamic
+            return super().prepare(x, decision, chunks)
         order = pad_to_capacity(decision)
-        # What empty rows are copied from: a token of zeros, which has no slots and so gets no gradient.
+        # Empty rows are copies of an additional token of zeros, which has no slots and so no gradient.
         slots = order.row_of_slot
         no_slots = slots.new_full((1, slots.shape[1]), len(order.token_of_row))
         rows = gather_rows(torch.cat([x, x.new_zeros(1, x.shape[1])]), order.token_of_row, torch.cat([slots, no_slots]))
-        return order, rows, [self._plan(bounds, decision.capacity, x.device) for bounds in cuts]
+        return order, rows, [self._plan(bounds, decision.capacity, x.device) for bounds in chunks]
 
     def _plan(self, bounds: Bounds, capacity: int, device: torch.device) -> ExchangePlan:
         size = self.group.size
-        send = [(end - first) * capacity for first, end in bounds]  # the same from every rank
+        send = [(end - first) * capacity for first, end in bounds]  # the same on every rank
         first, end = bounds[self.group.index]
         here = end - first
-        # Arrival order is (sender, expert, place); expert order is (expert, sender, place).
+        # Arrival order is (sender, expert, row); expert order is (expert, sender, row).
         arrival = torch.arange(size * here * capacity, device=device).view(size, here, capacity)
         return ExchangePlan(
             sizes=[send] * size,

@@ -1,4 +1,4 @@
-"""Every dispatcher's options, and the union of them that `parallel.dispatcher` accepts. Imports no torch."""
+"""Configs of the dispatchers, and their union that `parallel.dispatcher` accepts. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class DispatcherOptions(KindConfig):
 
 
 class LocalDispatcherConfig(DispatcherOptions):
-    """All experts are here: rows are grouped by expert and nothing is sent."""
+    """All experts are local: rows are grouped by expert and nothing is sent."""
 
     kind: Literal["local"] = "local"
 
     def build(self, mesh: Mesh, num_experts: int) -> Dispatcher:
-        """Make the dispatcher."""
+        """Create the dispatcher."""
         from trainer.moe.dispatch.local import LocalDispatcher
 
         assert mesh.ep.size == 1, "a config with ep_size > 1 is refused"
@@ -36,24 +36,24 @@ class LocalDispatcherConfig(DispatcherOptions):
 
 
 class ExchangeOptions(DispatcherOptions):
-    """Options of all dispatchers that send rows."""
+    """Options of all dispatchers that communicate."""
 
     wire: Literal["compute", "bfloat16"] = "compute"
-    """Precision of rows on their way: as they are computed, or rounded (which changes what is learned a little)."""
+    """Dtype of communicated rows: that of the computation, or rounded to bfloat16, which changes results slightly."""
     chunks: Experts = 1
-    """Parts that a rank's experts are cut into: the rows of one travel while another one is computed.
+    """Parts that a rank's experts are split into, to overlap communication of one with computation of another.
 
-    Each costs a pass over the experts' gradients, and with `parallel.data: shard` gathers their weights once more.
+    Each chunk costs a pass over the experts' gradients and, with `parallel.data: shard`, another gather of the weights.
     """
 
 
 class AllToAllDispatcherConfig(ExchangeOptions):
-    """Every row is sent to the rank of its expert: any number of them."""
+    """Every row is sent to the rank of its expert; sizes are dynamic."""
 
     kind: Literal["all_to_all"] = "all_to_all"
 
     def build(self, mesh: Mesh, num_experts: int) -> Dispatcher:
-        """Make the dispatcher; nothing is sent where all experts are on one rank."""
+        """Create the dispatcher: `local` if all experts are on one rank."""
         if mesh.ep.size == 1:
             return LocalDispatcherConfig().build(mesh, num_experts)
         from trainer.moe.dispatch.all_to_all import AllToAllDispatcher
@@ -62,36 +62,36 @@ class AllToAllDispatcherConfig(ExchangeOptions):
 
 
 class PaddedAllToAllDispatcherConfig(ExchangeOptions):
-    """Every expert is sent as many rows as its capacity, so that no rank waits for a size; needs a capacity."""
+    """Every expert gets as many rows as its capacity, so that no sizes are exchanged; needs a capacity factor."""
 
     kind: Literal["padded_all_to_all"] = "padded_all_to_all"
 
     def build(self, mesh: Mesh, num_experts: int) -> Dispatcher:
-        """Make the dispatcher."""
+        """Create the dispatcher."""
         from trainer.moe.dispatch.padded_all_to_all import PaddedAllToAllDispatcher
 
         return PaddedAllToAllDispatcher(mesh.ep, num_experts, self.wire, self.chunks)
 
 
 class AllGatherDispatcherConfig(ExchangeOptions):
-    """Every rank gets all tokens and takes what its experts need: for few ranks, and to check the others against."""
+    """Every rank gets all tokens and selects the rows of its experts: for few ranks, and as a reference."""
 
     kind: Literal["all_gather"] = "all_gather"
 
     def build(self, mesh: Mesh, num_experts: int) -> Dispatcher:
-        """Make the dispatcher."""
+        """Create the dispatcher."""
         from trainer.moe.dispatch.all_gather import AllGatherDispatcher
 
         return AllGatherDispatcher(mesh.ep, num_experts, self.wire, self.chunks)
 
 
 class HierarchicalDispatcherConfig(ExchangeOptions):
-    """As `all_to_all`, in two hops, inside the node and then between nodes, for an `ep_size` of several whole nodes."""
+    """`all_to_all` in two hops, inside the node and between nodes, for an `ep_size` of several whole nodes."""
 
     kind: Literal["hierarchical"] = "hierarchical"
 
     def build(self, mesh: Mesh, num_experts: int) -> Dispatcher:
-        """Make the dispatcher; one hop where the ranks that share the experts do not fill several nodes."""
+        """Create the dispatcher: `all_to_all` if the expert-parallel ranks do not span several nodes."""
         if mesh.layout.nodes_of_ep == 1:
             return AllToAllDispatcherConfig(wire=self.wire, chunks=self.chunks).build(mesh, num_experts)
         from trainer.moe.dispatch.hierarchical import HierarchicalDispatcher

@@ -10,7 +10,7 @@ from tests.unit.evaluation.task_helpers import SEQ_LEN, build, subject
 from trainer.evaluation.eval_report import write_predictions
 from trainer.evaluation.tasks.base import Task
 from trainer.evaluation.tasks.text_metrics import score_texts
-from trainer.models.generation import generate_many, greedy
+from trainer.models.generation import generate_many, greedy_tokens
 
 ROWS = [{"q": f"Translate {i}: ", "r": f"Satz {i}"} for i in range(5)]
 
@@ -24,7 +24,9 @@ def test_what_is_written_is_what_the_model_writes_after_the_prompt_alone(tmp_pat
     result = _build(tmp_path, ROWS).evaluate(subject())
     for row, prediction in zip(ROWS, result.predictions, strict=True):
         prompt = [255, *row["q"].encode()]
-        (tokens,) = generate_many(subject().engine.model, [prompt], max_new_tokens=12, choose=greedy, stop_token=255)
+        (tokens,) = generate_many(
+            subject().engine.model, [prompt], max_new_tokens=12, choose=greedy_tokens, stop_token=255
+        )
         text = bytes(token for token in tokens if token != 255).decode("utf-8", "replace").strip()
         assert prediction["prediction"] == text and prediction["ended"] == (tokens[-1] == 255)
         assert prediction["prompt"] == row["q"] and prediction["references"] == [row["r"]]
