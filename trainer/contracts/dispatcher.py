@@ -19,7 +19,7 @@ from trainer.moe.dispatch.base import Dispatcher
 from trainer.moe.dispatch.local import LocalDispatcher
 from trainer.moe.dispatch.registry import DispatcherOptions
 from trainer.moe.routing import RoutingContext, RoutingDecision
-from trainer.ops.expert_ffn import loop
+from trainer.ops.expert_ffn import loop_ffn
 from trainer.prove.pool import Failure, LocalRanks
 
 D, F, T, K = 6, 5, 8, 2
@@ -101,7 +101,7 @@ def _route(dispatcher: Dispatcher, rank: int, experts: tuple[int, int], num_expe
     def run_experts(x: Tensor, rows_per_expert: Tensor, part: tuple[int, int] | None = None) -> Tensor:
         mine = slice(*(part or (0, len(w_in))))
         ensure(int(rows_per_expert.sum()) == len(x), "rows_per_expert does not sum to the rows")
-        return loop(x, rows_per_expert, w_in[mine], w_out[mine], "swiglu")
+        return loop_ffn(x, rows_per_expert, w_in[mine], w_out[mine], "swiglu")
 
     y = dispatcher.forward(x, decision, run_experts).y
     grads = torch.autograd.grad(y.square().sum(), (x, decision.combine_weight, w_in))
