@@ -6,23 +6,23 @@ import torch
 from torch import Tensor
 
 from trainer.contracts.ensure import ensure
-from trainer.ops.expert_ffn import Activation, loop_ffn
+from trainer.ops.expert_ffn import Activation
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Activation], Tensor]
 _D, _F = 8, 16
 
 
-def rows_equal_the_loop_ffn(kernel: Kernel) -> None:
+def rows_equal_the_loop(kernel: Kernel) -> None:
     """Outputs and gradients are those of a loop over the experts."""
     _compare(kernel, [3, 5, 1, 7])
 
 
-def idle_experts_equal_the_loop_ffn(kernel: Kernel) -> None:
+def idle_experts_equal_the_loop(kernel: Kernel) -> None:
     """Experts without rows change nothing."""
     _compare(kernel, [0, 4, 0, 0])
 
 
-def no_rows_equal_the_loop_ffn(kernel: Kernel) -> None:
+def no_rows_equal_the_loop(kernel: Kernel) -> None:
     """A rank without rows gets an empty output."""
     _compare(kernel, [0, 0, 0, 0])
 
@@ -32,7 +32,7 @@ CHECKS = [rows_equal_the_loop, idle_experts_equal_the_loop, no_rows_equal_the_lo
 
 def _compare(kernel: Kernel, rows: list[int]) -> None:
     for activation in ("swiglu", "gelu"):
-        found, expected = (_run(each, rows, activation) for each in (kernel, loop))
+        found, expected = (_run(each, rows, activation) for each in (kernel, loop_ffn))
         for name, one, other in zip(("output", "x's gradient", "w_in's gradient"), found, expected, strict=True):
             where = f"{activation}, rows_per_expert {rows}: {name}"
             ensure(one.shape == other.shape, f"{where} has shape {tuple(one.shape)}, not {tuple(other.shape)}")
