@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from trainer.contracts.ensure import ensure
-from trainer.ops.expert_ffn import Activation
+from trainer.ops.expert_ffn import Activation, loop_ffn
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Activation], Tensor]
 _D, _F = 8, 16
