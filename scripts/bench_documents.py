@@ -22,7 +22,7 @@ from trainer.data.batches.stream import TrainStream
 from trainer.data.config import MixtureConfig
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.data.mixture import domain_shares
-from trainer.data.token_cache.shards import TokenFile
+from trainer.data.token_cache.token_files import TokenFile
 from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.distributed import runtime
 from trainer.distributed.mesh import Mesh
@@ -70,7 +70,7 @@ def measure_domains(num_domains: int) -> None:
     print(f"{num_domains} domains, {sum(text.num_documents for text in texts)} documents")
     num_tokens = [text.num_tokens for text in texts]
     for section in (MixtureConfig(), MixtureConfig(by="tokens")):
-        shares = domain_shares(section, sources=[0] * num_domains, weights=[1.0], num_tokens=num_tokens)
+        shares = domain_shares(**section.model_dump(), sources=[0] * num_domains, weights=[1.0], num_tokens=num_tokens)
         corpus = Corpus(
             domains=tuple(str(number) for number in range(num_domains)),
             weights=shares,

@@ -14,8 +14,8 @@ import json
 import sys
 from pathlib import Path
 
-from trainer.data.sources.files import read_text
-from trainer.data.sources.finding import TEXT, find_files
+from trainer.data.records.find_files import TEXT, find_files
+from trainer.data.records.text_files import read_document
 from trainer.errors import DataError
 
 SPLITS = ("train", "val", "test_2016_flickr")
@@ -47,7 +47,7 @@ def parallel_rows(folder: Path, split: str) -> list[dict[str, str]]:
     """
     paths = {language: find(folder, f"{split}.{language}") for language in LANGUAGES}
     # Only at line feeds: sentences have other characters that some call ends of lines.
-    lines = {language: read_text(path).removesuffix("\n").split("\n") for language, path in paths.items()}
+    lines = {language: read_document(path).removesuffix("\n").split("\n") for language, path in paths.items()}
     for language, path in paths.items():
         if len(lines[language]) != len(lines["en"]):
             raise DataError(

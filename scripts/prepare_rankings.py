@@ -21,8 +21,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.data.records.base import Row
-from trainer.data.records.registry import HfRowsConfig
+from trainer.data.records.base import Record
+from trainer.data.records.registry import HfRecordsConfig
 from trainer.errors import DataError
 
 AMAZON = "hf://datasets/McAuley-Lab/Amazon-Reviews-2023/benchmark/5core/last_out_w_his/Video_Games.test.csv"
@@ -47,7 +47,7 @@ def main() -> None:
     out = options.out or Path("data") / options.name
     make = {"recommendation": next_purchases, "search": judged_queries}[options.name]
     try:
-        questions = list(make(HfRowsConfig.model_validate(source).rows().rows()))
+        questions = list(make(HfRecordsConfig.model_validate(source).reader().records()))
         if not questions:
             raise DataError(f"{source['path']}: no question can be made of its rows; see --help for what is needed")
     except DataError as error:
@@ -59,7 +59,7 @@ def main() -> None:
     print(f"{path}: {len(questions)} rows")
 
 
-def next_purchases(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
+def next_purchases(rows: Iterable[Record]) -> Iterator[dict[str, Any]]:
     """Yield people with a past: `history`, `next`, and 100 `candidates`.
 
     Raises:
@@ -82,7 +82,7 @@ def next_purchases(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
         yield {"history": " ".join(history), "next": last, "candidates": candidates}
 
 
-def judged_queries(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
+def judged_queries(rows: Iterable[Record]) -> Iterator[dict[str, Any]]:
     """Yield queries with something to choose from: `user`, `query`, `candidates`, and which of them are `relevant`.
 
     Raises:

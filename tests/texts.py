@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from trainer.data.corpus import Corpus
-from trainer.data.token_cache.shards import TokenFile
+from trainer.data.token_cache.token_files import TokenFile
 from trainer.data.tokenizers.byte import ByteTokenizer
 
 EOD = ByteTokenizer().end_of_document

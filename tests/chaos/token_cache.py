@@ -30,7 +30,7 @@ from trainer.data.batches.stream import TrainStream, evaluation_batches
 from trainer.data.config import DataConfig, SplitConfig
 from trainer.data.corpus import build_corpus
 from trainer.data.sources.registry import HfStreamSourceConfig, JsonlSourceConfig, TextSourceConfig
-from trainer.data.token_cache import checksums, shards
+from trainer.data.token_cache import checksums, token_files
 from trainer.errors import DataError
 
 _SEQ_LEN = 32
@@ -90,7 +90,7 @@ def everything(config: DataConfig) -> str:
     stream = TrainStream(corpus, packing="bfd", seq_len=_SEQ_LEN, seed=1)
     slot = 0
     while slot == 0 or min(number or 0 for number in stream.epochs(slot).values()) < 1:
-        stream.read_on(slot, 64, ahead=False)
+        stream.load_blocks(slot, 64, prefetch=False)
         digest.update(stream.rows(slot, 64).targets.numpy().tobytes())
         slot += 64
     for domain in range(len(corpus.domains)):
@@ -180,12 +180,12 @@ def _warnings() -> Iterator[list[str]]:
 @contextmanager
 def small_blocks() -> Iterator[None]:
     """Let small files have many blocks."""
-    before = shards._SMALL_BYTES, checksums.BLOCK_BYTES
-    shards._SMALL_BYTES, checksums.BLOCK_BYTES = _SMALL_BYTES, _BLOCK_BYTES
+    before = token_files._SMALL_BYTES, checksums.BLOCK_BYTES
+    token_files._SMALL_BYTES, checksums.BLOCK_BYTES = _SMALL_BYTES, _BLOCK_BYTES
     try:
         yield
     finally:
-        shards._SMALL_BYTES, checksums.BLOCK_BYTES = before
+        token_files._SMALL_BYTES, checksums.BLOCK_BYTES = before
 
 
 def main() -> None:

@@ -14,8 +14,7 @@ import zstandard
 
 from trainer.data.config import DataConfig, SplitConfig
 from trainer.data.corpus import build_corpus
-from trainer.data.records import jsonl
-from trainer.data.sources import files
+from trainer.data.records import json_lines, text_files
 from trainer.data.sources.registry import HfSourceConfig, JsonlSourceConfig, SourceConfig, TextSourceConfig
 from trainer.data.token_cache.read_tasks import ReadTask
 from trainer.errors import DataError
@@ -44,8 +43,8 @@ def parquet(**columns: list[Any]) -> Write:
     return lambda folder: pq.write_table(pa.table(columns), folder / "a.parquet")
 
 
-def rows(*given: dict[str, Any], name: str = "a.jsonl") -> Write:
-    return file(name, "".join(json.dumps(row) + "\n" for row in given))
+def records(*given: dict[str, Any], name: str = "a.jsonl") -> Write:
+    return file(name, "".join(json.dumps(record) + "\n" for record in given))
 
 
 def nothing(folder: Path) -> None:
@@ -66,7 +65,7 @@ CASES = {
     "missing jsonl": Case(nothing, JSONL, "a.jsonl: no such file; paths are relative to "),
     "missing parquet": Case(nothing, PARQUET, "a.parquet: no such file; paths are relative to "),
     "glob of nothing": Case(nothing, TextSourceConfig(path="*.txt"), "*.txt: the glob matches no file; "),
-    "directory": Case(lambda f: (f / "a.txt").mkdir(), TEXT, "a.txt: is a folder without a file that text takes "),
+    "directory": Case(lambda f: (f / "a.txt").mkdir(), TEXT, "a.txt: is a folder without a file that kind text reads "),
     "directory as jsonl": Case(lambda f: (f / "a.jsonl").mkdir(), JSONL, "a.jsonl: is a folder without a file "),
     "broken link": Case(
         lambda f: (f / "a.txt").symlink_to("gone"), TextSourceConfig(path="*.txt"), "a.txt: matched by *.txt, but it is"
@@ -78,8 +77,8 @@ CASES = {
     ),
     "empty text": Case(file("a.txt", ""), TEXT, "a.txt: holds no text "),
     "white text": Case(file("a.txt", " \n\t\n"), TEXT, "a.txt: holds no text "),
-    "empty jsonl": Case(file("a.jsonl", ""), JSONL, "a.jsonl: holds no rows "),
-    "blank lines": Case(file("a.jsonl", "\n\n"), JSONL, "a.jsonl: holds no rows "),
+    "empty jsonl": Case(file("a.jsonl", ""), JSONL, "a.jsonl: holds no records "),
+    "blank lines": Case(file("a.jsonl", "\n\n"), JSONL, "a.jsonl: holds no records "),
     "empty parquet": Case(parquet(text=[]), PARQUET, "{folder}/a.parquet: "),
     "text not UTF-8": Case(file("a.txt", b"ab\ncd\xff"), TEXT, "a.txt:2: byte 0xff at offset 5 is not UTF-8; "),
     "jsonl not UTF-8": Case(
@@ -100,69 +99,73 @@ CASES = {
         both(parquet(text=["a"] * 99), lambda f: os.truncate(f / "a.parquet", 300)), PARQUET, "parquet:train: cannot be"
     ),
     "not JSON": Case(file("a.jsonl", '{"text": "a"}\n{"text": \n'), JSONL, "a.jsonl:2: not JSON (Expecting value at "),
-    "row is a list": Case(file("a.jsonl", '["a"]\n'), JSONL, "a.jsonl:1: the row is a list; "),
+    "record is a list": Case(file("a.jsonl", '["a"]\n'), JSONL, "a.jsonl:1: the record is a list; "),
     "missing column": Case(
-        rows({"text": "a"}, {"txt": "b"}), JSONL, "a.jsonl:2: no column 'text'; the row has txt (did you mean 'txt'?); "
+        records({"text": "a"}, {"txt": "b"}),
+        JSONL,
+        "a.jsonl:2: no column 'text'; the record has txt (did you mean 'txt'?); ",
     ),
     "missing column of parquet": Case(
-        parquet(txt=["a"]), PARQUET, "{folder}/a.parquet: row 1: no column 'text'; the row has txt (did you mean"
+        parquet(txt=["a"]), PARQUET, "{folder}/a.parquet: record 1: no column 'text'; the record has txt (did you mean"
     ),
     "missing column of a csv": Case(
         file("a.csv", "txt,n\na,1\n"),
         HfSourceConfig(path="csv", data_files="a.csv"),
-        "{folder}/a.csv: row 1: no column 'text'; the row has txt, n (did you mean 'txt'?); ",
+        "{folder}/a.csv: record 1: no column 'text'; the record has txt, n (did you mean 'txt'?); ",
     ),
-    "wrong type on row 10 000": Case(
-        rows(*GOOD[1:], {"text": 3}), JSONL, "a.jsonl:10000: 'text' is a number; it must be a string; "
+    "wrong type on record 10 000": Case(
+        records(*GOOD[1:], {"text": 3}), JSONL, "a.jsonl:10000: 'text' is a number; it must be a string; "
     ),
-    "wrong type on row 10 000 through datasets": Case(
-        rows(*GOOD[1:], {"text": 3}),
+    "wrong type on record 10 000 through datasets": Case(
+        records(*GOOD[1:], {"text": 3}),
         HfSourceConfig(path="json", data_files="a.jsonl"),
         "{folder}/a.jsonl:10000: 'text' is a number; it must be a string; ",
     ),
-    "null on row 10 000 of a parquet": Case(
-        parquet(text=[row["text"] for row in GOOD[1:]] + [None]),
+    "null on record 10 000 of a parquet": Case(
+        parquet(text=[record["text"] for record in GOOD[1:]] + [None]),
         PARQUET,
-        "{folder}/a.parquet: row 10000: 'text' is null; it must be a string; ",
+        "{folder}/a.parquet: record 10000: 'text' is null; it must be a string; ",
     ),
-    "column of numbers": Case(parquet(text=[1, 2]), PARQUET, "{folder}/a.parquet: row 1: 'text' is a number; it must"),
-    "empty row": Case(rows({"text": "a"}, {"text": " "}), JSONL, "a.jsonl:2: '{{text}}' holds no text "),
+    "column of numbers": Case(
+        parquet(text=[1, 2]), PARQUET, "{folder}/a.parquet: record 1: 'text' is a number; it must"
+    ),
+    "empty record": Case(records({"text": "a"}, {"text": " "}), JSONL, "a.jsonl:2: '{{text}}' holds no text "),
     "half a character": Case(
         file("a.jsonl", '{"text": "\\ud800"}\n'), JSONL, "a.jsonl:1: 'text' has the lone surrogate \\ud800 at character"
     ),
     "label without a name": Case(
-        rows({"text": "a", "label": 2}),
+        records({"text": "a", "label": 2}),
         JsonlSourceConfig(path="a.jsonl", text="{text} {label:bad|good}"),
         "a.jsonl:1: 'label' is 2; it must be a whole number from 0 to 1; ",
     ),
     "filter of another type": Case(
-        rows({"text": "a", "stars": "5"}),
+        records({"text": "a", "stars": "5"}),
         JsonlSourceConfig(path="a.jsonl", filters=[{"column": "stars", "at_least": 4}]),  # type: ignore[list-item]
         "a.jsonl:1: 'stars' is a string; at_least and at_most need a number; ",
     ),
     "filter that leaves nothing": Case(
-        rows({"text": "a"}),
+        records({"text": "a"}),
         JsonlSourceConfig(path="a.jsonl", filters=[{"column": "text", "one_of": ["b"]}]),  # type: ignore[list-item]
         "data.sources: source 0 holds no documents; ",
     ),
     "domain that is no name": Case(
-        rows({"text": "a", "of": "../x"}),
+        records({"text": "a", "of": "../x"}),
         JsonlSourceConfig(path="a.jsonl", domain_key="of"),
         "a.jsonl:1: domain '../x'",
     ),
     "too many domains": Case(
-        rows(*({"text": "a", "of": f"d{i}"} for i in range(200))),
+        records(*({"text": "a", "of": f"d{i}"} for i in range(200))),
         JsonlSourceConfig(path="a.jsonl", domain_key="of"),
         "data.sources: more than 128 domains in one source; ",
     ),
     "duplicate shard": Case(
-        both(rows({"text": "a"}), rows({"text": "a"}, name="b.jsonl")),
+        both(records({"text": "a"}), records({"text": "a"}, name="b.jsonl")),
         JsonlSourceConfig(path="*.jsonl"),
-        "b.jsonl: is a copy of a.jsonl; each row is read once; ",
+        "b.jsonl: is a copy of a.jsonl; each record is read once; ",
     ),
     "too little to hold out": Case(file("a.txt", "x"), TEXT, "data.split: domain text has too little text to hold out"),
     "no such split": Case(
-        lambda f: (f / "set").mkdir() or rows({"text": "a"}, name="set/train.jsonl")(f),
+        lambda f: (f / "set").mkdir() or records({"text": "a"}, name="set/train.jsonl")(f),
         HfSourceConfig(path="set", split="test"),
         "set:test: no split 'test'; the data set has train; ",
     ),
@@ -201,24 +204,24 @@ def test_a_line_of_200_mb_is_not_read_into_memory(tmp_path):
     with (tmp_path / "a.jsonl").open("wb") as lines:
         lines.write(b'{"text": "a"}\n{"text": "')
         lines.truncate(200 << 20)
-    assert message(JSONL).startswith(f"a.jsonl:2: more than {jsonl.MAX_ROW_BYTES} bytes in one row; ")
+    assert message(JSONL).startswith(f"a.jsonl:2: more than {json_lines.MAX_RECORD_BYTES} bytes in one record; ")
 
 
 def test_a_file_over_the_limit_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MAX_DOCUMENT_BYTES", 1 << 20)
+    monkeypatch.setattr(text_files, "MAX_DOCUMENT_BYTES", 1 << 20)
     (tmp_path / "a.txt").write_text("a" * (1 << 21))
     assert message(TEXT).startswith("a.txt: more than 1048576 bytes in one document; ")
 
 
 def test_a_file_that_vanishes_while_it_is_read_is_named(tmp_path, monkeypatch):
-    rows({"text": "a"}, {"text": "b"})(tmp_path)
+    records({"text": "a"}, {"text": "b"})(tmp_path)
     run = ReadTask.run
     monkeypatch.setattr(ReadTask, "run", lambda *args: (run(*args), (tmp_path / "a.jsonl").unlink()))
     assert message(JSONL).startswith("a.jsonl: cannot be read (No such file or directory); ")
 
 
 def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, monkeypatch):
-    rows({"text": "a"}, {"text": "b"})(tmp_path)
+    records({"text": "a"}, {"text": "b"})(tmp_path)
     run = ReadTask.run
     monkeypatch.setattr(ReadTask, "run", lambda *args: (run(*args), (tmp_path / "a.jsonl").write_text("x")))
     assert message(JSONL).startswith("a.jsonl: changed while it was read; ")

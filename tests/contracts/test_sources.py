@@ -19,13 +19,13 @@ def _text(folder: Path) -> dict[str, Any]:
 
 
 def _jsonl(folder: Path) -> dict[str, Any]:
-    rows = [{"text": "one", "of": "d"}, {"text": "two", "of": "e"}]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return {"path": str(folder / "rows.jsonl"), "domain_key": "of"}
+    records = [{"text": "one", "of": "d"}, {"text": "two", "of": "e"}]
+    (folder / "records.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return {"path": str(folder / "records.jsonl"), "domain_key": "of"}
 
 
 def _hf(folder: Path) -> dict[str, Any]:
-    (folder / "rows.csv").write_text("source,target,of\na,b,d\nc,d,e\n")
+    (folder / "records.csv").write_text("source,target,of\na,b,d\nc,d,e\n")
     return {"path": "csv", "data_files": str(folder / "*.csv"), "text": "{source} = {target}", "domain_key": "of"}
 
 

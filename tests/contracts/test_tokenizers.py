@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as Library
 from tests import foreign_tokenizers
 from tests.registries import TOKENIZERS as CONFIGS
 from trainer.data.config import DataConfig
+from trainer.data.corpus import build_tokenizer
 from trainer.data.sources.registry import TextSourceConfig
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.data.tokenizers.file import read_tokenizer
@@ -53,7 +54,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
     (folder / "text.txt").write_text(foreign_tokenizers.TEXT)
     places = {"sources": [TextSourceConfig(path=str(folder / "text.txt"))], "cache_dir": str(folder / "cache")}
     data = {form: DataConfig.model_validate({**places, "tokenizer": FORMS[form](folder)}) for form in FORMS}
-    return {form: section.tokenizer.build(section) for form, section in data.items()}
+    return {form: build_tokenizer(section) for form, section in data.items()}
 
 
 @pytest.fixture(params=FORMS)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.texts import make_file
 from trainer.data.batches.concat_rows import CrossingRows
 from trainer.data.mixture import Mixture
-from trainer.data.permutation import hash64, permute
+from trainer.data.permutation import hash64, permute_index
 
 SEEDS = st.integers(min_value=0, max_value=2**64)
 
@@ -22,17 +22,17 @@ def mixtures(draw: st.DrawFn) -> Mixture:
 
 @given(size=st.integers(1, 3000), seed=SEEDS)
 def test_a_permutation_is_a_bijection(size, seed):
-    image = permute(np.arange(size, dtype=np.uint64), size=size, key=hash64(seed))
+    image = permute_index(np.arange(size, dtype=np.uint64), size=size, key=hash64(seed))
     assert sorted(image.tolist()) == list(range(size))
 
 
 @given(size=st.integers(1, 2**40), seed=SEEDS, data=st.data())
 def test_an_element_does_not_depend_on_the_others(size, seed, data):
     index = np.array(data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=20)), dtype=np.uint64)
-    together = permute(index, size=size, key=hash64(seed))
+    together = permute_index(index, size=size, key=hash64(seed))
     assert (together < size).all()
     assert together.tolist() == [
-        int(permute(index[i : i + 1], size=size, key=hash64(seed))[0]) for i in range(len(index))
+        int(permute_index(index[i : i + 1], size=size, key=hash64(seed))[0]) for i in range(len(index))
     ]
 
 

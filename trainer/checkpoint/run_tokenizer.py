@@ -10,9 +10,16 @@ from trainer.checkpoint.compatible import abridged
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.nodes import shown_path
 from trainer.data.config import DataConfig
+from trainer.data.corpus import build_tokenizer
 from trainer.data.token_cache.build_cache import IngestProgress
 from trainer.data.tokenizers.base import Tokenizer
-from trainer.data.tokenizers.folder import OPTIONS, TOKENIZER, parse, read_text, stated_end
+from trainer.data.tokenizers.hf_files import (
+    OPTIONS,
+    TOKENIZER,
+    parse_json_object,
+    read_tokenizer_file,
+    stated_end_of_document,
+)
 from trainer.errors import CheckpointError, ResourceError
 
 _ADVICE = "restore it, or remove it to use data.tokenizer if that is still the same"
@@ -59,7 +66,7 @@ def tokenizer_of(
     own = None
     if fingerprint is not None and data.tokenizer.kind != "byte":  # the byte tokenizer is code, without files
         own = _read_own(folder, fingerprint=fingerprint)
-    tokenizer = own or data.tokenizer.build(data, progress=progress)
+    tokenizer = own or build_tokenizer(data, progress=progress)
     if fingerprint not in (None, tokenizer.fingerprint):
         raise CheckpointError(
             f"{folder.checkpoints}: was trained with another tokenizer than data.tokenizer gives (fingerprint "
@@ -79,7 +86,7 @@ def check_given(folder: RunFolder, data: DataConfig, tokenizer: Tokenizer) -> No
     section = data.tokenizer
     if section.kind != "file" or not Path(section.path).exists():
         return
-    given = section.build(data).fingerprint
+    given = section.build().fingerprint
     if given != tokenizer.fingerprint:
         raise CheckpointError(
             f"{folder.tokenizer}: is the tokenizer of this run, and {shown_path(section.path)} is another one "
@@ -90,12 +97,12 @@ def check_given(folder: RunFolder, data: DataConfig, tokenizer: Tokenizer) -> No
 
 def _read_own(folder: RunFolder, *, fingerprint: str) -> Tokenizer | None:
     """Return the tokenizer in the run folder after comparing its fingerprint; None if its files are gone."""
-    from trainer.data.tokenizers.subword import SubwordTokenizer, fingerprint_of
+    from trainer.data.tokenizers.subword import SubwordTokenizer, tokenizer_fingerprint
 
     try:
-        text, options = (read_text(folder.path / name, through_links=False) for name in (TOKENIZER, OPTIONS))
-        end = stated_end(parse(options)) or ""
-        now = fingerprint_of(text, end)
+        text, options = (read_tokenizer_file(folder.path / name, through_links=False) for name in (TOKENIZER, OPTIONS))
+        end = stated_end_of_document(parse_json_object(options)) or ""
+        now = tokenizer_fingerprint(text, end)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

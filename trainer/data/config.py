@@ -1,4 +1,4 @@
-"""The `data` section: which text, how it is cut into tokens, and what is held out. Imports no torch."""
+"""The `data` section: sources, tokenizer, packing and the validation split. Imports no torch."""
 
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -8,40 +8,28 @@ from pydantic import Field
 from trainer.config.base import Config, PathText, Problem, Renamed
 from trainer.config.numbers import Factor
 from trainer.data.sources.registry import HfStreamSourceConfig, InstalledSourceConfig, SourceConfig
+from trainer.data.token_cache.splits import SplitConfig
 from trainer.data.tokenizers.registry import ByteTokenizerConfig, TokenizerConfig
-
-
-class SplitConfig(Config):
-    """Validation split, made in each domain by itself."""
-
-    kind: Literal["auto", "hash", "tail"] = "auto"
-    """`hash`: whole documents, by the hash of their text. `tail`: the end of the domain's text.
-
-    `auto` takes the tail of a domain that is one document and the hash otherwise; where that leaves a side empty, the
-    documents of the one text that is nearest to it go there.
-    """
-    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share that is held out."""
-
 
 Packing = Literal["wrapped", "bfd"]
 
 
 class MixtureConfig(Config):
-    """Shares of the domains in the rows of a run."""
+    """Share of each domain in the training rows."""
 
     by: Literal["weight", "tokens"] = "weight"
-    """`weight`: a source has its weight's share of the rows, split evenly over its domains, however much text they are.
+    """`weight`: each source gets its weight's share of the rows, split evenly over its domains, regardless of their
+    size.
 
     `tokens`: a domain's share is proportional to the weight of its source times its training tokens; with equal weights
-    all domains are then read equally often.
+    all domains are read equally often.
     """
     temperature: Factor = 1.0
-    """For `by: tokens`, whose shares are then proportional to weight * tokens^(1 / temperature): above 1 they are more
-    even, so that small domains are read more often than large ones."""
+    """For `by: tokens`: shares are proportional to weight * tokens^(1 / temperature). Above 1 they are more even, so
+    small domains are repeated more often than large ones."""
 
     def problems(self) -> Iterator[Problem]:
-        """Refuse a temperature that could have no effect."""
+        """Refuse a temperature without effect."""
         if self.by == "weight" and self.temperature != 1:
             yield Problem("temperature", f"{self.temperature} has no effect on shares by weight; set by: tokens")
 
@@ -54,12 +42,13 @@ class DataConfig(Config):
     sources: Annotated[list[SourceConfig], Field(min_length=1)] = Field(default=[InstalledSourceConfig()])
     """Sources of the training text."""
     mixture: MixtureConfig = MixtureConfig()
-    """Shares of the domains in the rows of the run."""
+    """Share of each domain in the training rows."""
     packing: Packing = "wrapped"
     """Packing of text into rows, for training and for evaluation.
 
-    `wrapped`: the text of a domain in fixed windows, wherever documents end. `bfd`: whole documents, packed by
-    best-fit decreasing, each begun and ended by an end of document, none cut that fits in a row; the rest is padding.
+    `wrapped`: windows of a domain's text that ignore document boundaries. `bfd`: whole documents, packed by best-fit
+    decreasing, with an end of document before and after each and padding in the rest of a row; only documents longer
+    than a row are split.
     """
     tokenizer: TokenizerConfig = ByteTokenizerConfig()
     """Tokenizer."""
@@ -68,10 +57,10 @@ class DataConfig(Config):
     cache_dir: PathText = ".cache/tokens"
     """Folder of the tokenised text, built once and reused."""
     workers: Annotated[int, Field(gt=0, le=4096)] | None = None
-    """Processes that read text side by side, once; which changes nothing but the time. Null: one for each core."""
+    """Number of processes that tokenise text in parallel; does not affect the result. Null: one for each core."""
 
     def problems(self) -> Iterator[Problem]:
-        """Refuse what a stream cannot have: it has no end."""
+        """Refuse options that need the end of a stream."""
         if not any(isinstance(source, HfStreamSourceConfig) for source in self.sources):
             return
         if self.split.kind == "tail":

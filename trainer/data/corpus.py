@@ -1,4 +1,4 @@
-"""The corpus: every source's text as memory-mapped tokens, read once and reused while its files stay the same."""
+"""The corpus: text of all sources as memory-mapped tokens, ingested once and reused while the files do not change."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,20 +7,23 @@ from typing import NamedTuple
 
 from trainer.data.config import DataConfig
 from trainer.data.mixture import domain_shares
-from trainer.data.records.bad_records import SkippedRows
+from trainer.data.records.bad_records import SkippedRecords
 from trainer.data.sources.registry import HfStreamSourceConfig
 from trainer.data.token_cache.block_stream import BlockStream, StreamedSource
-from trainer.data.token_cache.build_cache import IngestProgress, prepare
-from trainer.data.token_cache.cache import cache_error
-from trainer.data.token_cache.checksums import Damaged
-from trainer.data.token_cache.shards import TokenFile, open_token_file
-from trainer.data.token_cache.signed_records import hash_of
-from trainer.data.token_cache.skipped import SkippedOf
+from trainer.data.token_cache.build_cache import IngestProgress, build_sources
+from trainer.data.token_cache.cache_folder import cache_error
+from trainer.data.token_cache.checksums import DamagedCache
+from trainer.data.token_cache.domain_files import open_side
+from trainer.data.token_cache.signed_json import hash_of
+from trainer.data.token_cache.skipped import SourceSkips
 from trainer.data.token_cache.source_cache import CachedSource, SourceManifest
+from trainer.data.token_cache.token_files import TokenFile
 from trainer.data.tokenizers.base import Tokenizer
+from trainer.data.tokenizers.registry import BPETokenizerConfig, ByteTokenizerConfig
 from trainer.errors import DataError
 
-_NUM_ATTEMPTS = 10
+_MAX_ATTEMPTS = 10
+_Ingested = tuple[CachedSource, SourceManifest]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -28,72 +31,107 @@ class Corpus:
     """All text of a run as tokens; the tuples have one entry per domain, in the same order."""
 
     domains: tuple[str, ...]
-    """Names: by source, then in alphabetical order."""
+    """Names, ordered by source and then alphabetically."""
     weights: tuple[float, ...]
-    """Share of the rows drawn from each domain; they sum to 1."""
+    """Share of the training rows of each domain; they sum to 1."""
     train: tuple[TokenFile, ...]
-    """Training tokens; of a stream, its first block."""
+    """Training text; the first block of a stream."""
     validation: tuple[TokenFile, ...]
     streams: tuple[BlockStream | None, ...]
-    """Streams of domains that are read during training; None for those that were ingested."""
+    """Streams of the domains read during training; None for ingested domains."""
     folders: tuple[Path, ...]
     """Folders of the domains' token files."""
     tokenizer: Tokenizer
-    skipped: tuple[SkippedOf, ...] = ()
-    """Rows left out of sources with `on_bad_row: skip`; of a stream, of its first block."""
+    skipped: tuple[SourceSkips, ...] = ()
+    """Records skipped under `on_bad_row: skip`; for a stream, those of its first block."""
     remarks: tuple[str, ...] = ()
-    """Remarks for the user who starts a run, a line each."""
+    """Remarks for the user at the start of a run, a line each."""
     fingerprint: str
-    """Hash of all tokens, domains and the tokenizer: equal exactly if the same can be learned, wherever files are."""
+    """Hash of tokenizer, domains and all tokens: equal exactly if the same can be learned, regardless of paths."""
+
+
+def build_tokenizer(config: DataConfig, *, progress: IngestProgress | None = None) -> Tokenizer:
+    """Return the tokenizer of the `data` section; a BPE comes from the cache or is trained on the training text.
+
+    Raises:
+        DataError: if the tokenizer, or the text of a BPE, is unusable.
+        ResourceError: if the disk is full, or a process that read text was killed.
+    """
+    if not isinstance(config.tokenizer, BPETokenizerConfig):
+        return config.tokenizer.build()
+    from trainer.data.train_bpe import train_bpe  # needs `tokenizers`
+
+    text = build_corpus(config.model_copy(update={"tokenizer": ByteTokenizerConfig()}), progress=progress)
+    return train_bpe(
+        text.train,
+        text_fingerprint=text.fingerprint,
+        vocab_size=config.tokenizer.vocab_size,
+        min_frequency=config.tokenizer.min_frequency,
+        max_train_bytes=config.tokenizer.max_train_bytes,
+        cache_dir=config.cache_dir,
+        progress=progress,
+    )
 
 
 def build_corpus(
     config: DataConfig, *, tokenizer: Tokenizer | None = None, progress: IngestProgress | None = None
 ) -> Corpus:
-    """Return the corpus of `config`, from the cache as far as the files it was built from are unchanged.
+    """Return the corpus of a `data` section, from the cache for sources whose files have not changed.
 
     Files of the same size and modification time count as unchanged; otherwise their content is compared. Several
-    processes may call this at once: one builds, the others wait for it. One that is killed has lost at most the parts
-    that it was at. What is in the cache is compared with what was written there, when it is opened or first read.
+    processes may call this at once: one builds, the others wait. A killed build loses at most the parts in progress.
+    The content of the cache is verified when it is opened or first read.
 
     Args:
         config: the `data` section.
-        tokenizer: of a run that has one already. None: the one that the section describes.
-        progress: is told how far a build is.
+        tokenizer: tokenizer of an existing run. None: that of the section.
+        progress: receives the progress of ingestion.
 
     Raises:
-        DataError: if a source is unusable, a side of the split stays empty, or the cache is damaged or not writable.
+        DataError: if a source is unusable, a side of the split is empty, or the cache is damaged or not writable.
         ResourceError: if the disk is full, or a process that read text was killed.
     """
-    tokenizer = tokenizer or config.tokenizer.build(config, progress=progress)
-    for _ in range(_NUM_ATTEMPTS):
-        prepared = []
+    tokenizer = tokenizer or build_tokenizer(config, progress=progress)
+    for _ in range(_MAX_ATTEMPTS):
+        ingested: list[_Ingested] = []
         try:
-            prepared = prepare(config, tokenizer, progress=progress)
-            corpus = _open(config, prepared, tokenizer)
+            sources = [
+                _locate(config, index, tokenizer)
+                for index, source in enumerate(config.sources)
+                if not isinstance(source, HfStreamSourceConfig)
+            ]
+            manifests = build_sources(sources, max_workers=config.workers, progress=progress)
+            ingested = list(zip(sources, manifests, strict=True))
+            corpus = _open(config, ingested, tokenizer)
         except FileNotFoundError:
             continue
-        except Damaged:
-            if _is_as_found(prepared):
+        except DamagedCache:
+            if _is_unchanged(ingested):
                 raise
             continue
-        except OSError as error:  # what goes wrong with a source's files is a DataError already
+        except OSError as error:  # errors of a source's files are DataErrors already
             raise cache_error(config.cache_dir, error) from error
-        if _is_as_found(prepared):
+        if _is_unchanged(ingested):
             return corpus
     raise DataError(
-        f"data.cache_dir: {config.cache_dir}: other runs keep replacing what is in it; a text must stay the same while "
-        "it is learned; stop what changes it, or set a folder of this run's own"
+        f"data.cache_dir: {config.cache_dir}: other runs keep replacing its content; a text must not change during "
+        "training; stop what changes it, or give this run a cache_dir of its own"
     )
 
 
-def _is_as_found(prepared: Sequence[tuple[CachedSource, SourceManifest]]) -> bool:
-    """Tell whether no folder was replaced between its manifest and its last token file, by who sees newer text."""
-    return all(source.manifest() == manifest for source, manifest in prepared)
+def _locate(config: DataConfig, index: int, tokenizer: Tokenizer) -> CachedSource:
+    return CachedSource.locate(
+        config.sources[index], index=index, split=config.split, cache_dir=config.cache_dir, tokenizer=tokenizer
+    )
+
+
+def _is_unchanged(ingested: Sequence[_Ingested]) -> bool:
+    """Return whether no other process, which saw newer text, has replaced a folder since its manifest was read."""
+    return all(source.manifest() == manifest for source, manifest in ingested)
 
 
 class _Domain(NamedTuple):
-    """One domain, found."""
+    """An opened domain."""
 
     source: int
     name: str
@@ -101,75 +139,73 @@ class _Domain(NamedTuple):
     train: TokenFile
     validation: TokenFile
     content: list[str]
-    """Hashes of what it holds."""
+    """Hashes of its content."""
     stream: BlockStream | None = None
-    skipped: SkippedRows = SkippedRows()
-    """Rows left out of the first block of a stream."""
+    skipped: SkippedRecords = SkippedRecords()
+    """Records skipped in the first block of a stream."""
 
 
-def _open(config: DataConfig, prepared: Sequence[tuple[CachedSource, SourceManifest]], tokenizer: Tokenizer) -> Corpus:
+def _open(config: DataConfig, ingested: Sequence[_Ingested], tokenizer: Tokenizer) -> Corpus:
     streams = [
-        _opened_stream(config, index, source, tokenizer)
+        _open_stream(config, index, source, tokenizer)
         for index, source in enumerate(config.sources)
         if isinstance(source, HfStreamSourceConfig)
     ]
-    ingested = [domain for source, manifest in prepared for domain in _opened(source, manifest, tokenizer)]
-    found = sorted([*ingested, *streams], key=lambda domain: domain.source)
-    _check_sources(found)
-    skipped = [SkippedOf(source.index, None, manifest.skipped) for source, manifest in prepared]
-    skipped += [SkippedOf(domain.source, 0, domain.skipped) for domain in streams]
+    opened = [domain for source, manifest in ingested for domain in _open_domains(source, manifest)]
+    domains = sorted([*opened, *streams], key=lambda domain: domain.source)
+    _refuse_shared_domains(domains)
+    skipped = [SourceSkips(source.index, None, manifest.skipped) for source, manifest in ingested]
+    skipped += [SourceSkips(domain.source, 0, domain.skipped) for domain in streams]
     return Corpus(
-        domains=tuple(domain.name for domain in found),
+        domains=tuple(domain.name for domain in domains),
         weights=domain_shares(
-            config.mixture,
-            sources=[domain.source for domain in found],
+            by=config.mixture.by,
+            temperature=config.mixture.temperature,
+            sources=[domain.source for domain in domains],
             weights=[source.weight for source in config.sources],
-            num_tokens=[domain.train.num_tokens for domain in found],
+            num_tokens=[domain.train.num_tokens for domain in domains],
         ),
-        train=tuple(domain.train for domain in found),
-        validation=tuple(domain.validation for domain in found),
-        streams=tuple(domain.stream for domain in found),
-        folders=tuple(domain.folder for domain in found),
+        train=tuple(domain.train for domain in domains),
+        validation=tuple(domain.validation for domain in domains),
+        streams=tuple(domain.stream for domain in domains),
+        folders=tuple(domain.folder for domain in domains),
         tokenizer=tokenizer,
-        remarks=tuple(_remarks(prepared)),
-        skipped=tuple(one for one in sorted(skipped, key=lambda one: one.source) if one.rows.count),
-        # What is learned. The split is in it as the content of the two sides; paths and times are not.
+        remarks=tuple(_remarks(ingested)),
+        skipped=tuple(one for one in sorted(skipped, key=lambda one: one.source) if one.records.count),
+        # The split is part of it as the content of the two sides; paths and times are not.
         fingerprint=hash_of(
-            {"tokenizer": tokenizer.fingerprint, "domains": [[domain.name, *domain.content] for domain in found]}
+            {"tokenizer": tokenizer.fingerprint, "domains": [[domain.name, *domain.content] for domain in domains]}
         ),
     )
 
 
-def _remarks(prepared: Sequence[tuple[CachedSource, SourceManifest]]) -> Iterator[str]:
-    for source, manifest in prepared:
-        yield from (f"data.sources.{source.index}: {line}" for line in source.source.taken())
+def _remarks(ingested: Sequence[_Ingested]) -> Iterator[str]:
+    for source, manifest in ingested:
+        yield from (f"data.sources.{source.index}: {line}" for line in source.source.folder_notes())
         for domain in manifest.domains:
             if domain.is_resplit:
                 yield (
                     f"data.split: the hash at fraction {source.split.fraction} leaves one side of domain {domain.name} "
-                    f"empty; split by the text whose hash is nearest: {domain.train.num_documents} documents are "
+                    f"empty; moved the text with the nearest hash there: {domain.train.num_documents} documents are "
                     f"learned and {domain.validation.num_documents} held out"
                 )
 
 
-def _opened(source: CachedSource, manifest: SourceManifest, tokenizer: Tokenizer) -> Iterator[_Domain]:
+def _open_domains(source: CachedSource, manifest: SourceManifest) -> Iterator[_Domain]:
     for domain in manifest.domains:
-        train, validation = (
-            open_token_file(source.folder, f"{domain.name}.{side}", info, vocab_size=tokenizer.vocab_size)
-            for side, info in (("train", domain.train), ("validation", domain.validation))
-        )
-        content = [*domain.train.content(), *domain.validation.content()]
-        yield _Domain(source.index, domain.name, source.folder, train, validation, content)
+        train = open_side(source.folder, domain, "train", vocab_size=manifest.vocab_size)
+        validation = open_side(source.folder, domain, "validation", vocab_size=manifest.vocab_size)
+        yield _Domain(source.index, domain.name, source.folder, train, validation, domain.content())
 
 
-def _opened_stream(config: DataConfig, index: int, source: HfStreamSourceConfig, tokenizer: Tokenizer) -> _Domain:
-    """Return a domain that is read while it is learned; its first block stands for its text."""
-    cached = CachedSource.of(config, index, tokenizer)
+def _open_stream(config: DataConfig, index: int, source: HfStreamSourceConfig, tokenizer: Tokenizer) -> _Domain:
+    """Open a streamed domain, represented by its first block."""
+    cached = _locate(config, index, tokenizer)
     stream = BlockStream(
         StreamedSource(
             config=source,
             files=tuple(cached.content.files),
-            folder=cached.folder.with_name(f"{cached.folder.name}-{cached.content.at_a_glance()}.stream"),
+            folder=cached.folder.with_name(f"{cached.folder.name}-{cached.content.quick_hash()}.stream"),
             tokenizer=tokenizer,
             held_out=config.split.fraction,
         )
@@ -183,7 +219,7 @@ def _opened_stream(config: DataConfig, index: int, source: HfStreamSourceConfig,
                 f"data.sources: {source.domain}: {what} has {block.info.train.num_documents} documents to learn and "
                 f"{block.info.validation.num_documents} held out; both need one; {remedy}"
             )
-    # The whole is not read: its addresses, the sizes of its files and its first block have to do.
+    # The whole text is not read: addresses, file sizes and the first block identify it.
     content = [cached.content.origin, *(str(file.size_bytes) for file in cached.content.files)]
     content += [*block.info.train.content(), *block.info.validation.content()]
     return _Domain(
@@ -191,11 +227,11 @@ def _opened_stream(config: DataConfig, index: int, source: HfStreamSourceConfig,
     )
 
 
-def _check_sources(found: Sequence[_Domain]) -> None:
+def _refuse_shared_domains(domains: Sequence[_Domain]) -> None:
     first: dict[str, int] = {}
-    for domain in found:
+    for domain in domains:
         if first.setdefault(domain.name, domain.source) != domain.source:
             raise DataError(
                 f"data.sources: sources {first[domain.name]} and {domain.source} both have domain {domain.name}; a "
-                "domain is of one source; give each its own `domain`"
+                "domain belongs to one source; give each its own `domain`"
             )

@@ -1,7 +1,7 @@
-"""Seeded permutations that need no memory: any element is computed by itself.
+"""Seeded permutations that need no memory: each element is computed on its own.
 
-Written in whole-number arithmetic on numpy arrays, not with numpy's random generators, whose streams may change between
-versions: the order of the data is part of what a checkpoint resumes.
+They use integer arithmetic instead of numpy's random generators, whose streams may change between versions: a resumed
+run relies on the order of the data.
 """
 
 from math import isqrt
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 U64 = NDArray[np.uint64]
 
-# What a hash of a run's seed is for; two purposes must not share a stream.
+# Purposes of a hash of the run's seed; each has its own random stream.
 FOR_BLOCK, FOR_ORDER, FOR_OFFSET, FOR_BLOCK_ROWS = 1, 2, 3, 4
 
 _NUM_ROUNDS = 6
@@ -21,7 +21,7 @@ _FACTOR_2 = np.uint64(0x94D049BB133111EB)
 
 
 def hash64(*parts: int | U64) -> U64:
-    """Return a 64-bit hash of whole numbers, in order; arrays are broadcast. At least one dimension.
+    """Return a 64-bit hash of integers; arrays are broadcast. The result has at least one dimension.
 
     Source: the output function of splitmix64 (Steele et al. 2014), applied after each part.
     """
@@ -32,13 +32,13 @@ def hash64(*parts: int | U64) -> U64:
     return state
 
 
-def permute(index: U64, *, size: int, key: U64) -> U64:
-    """Return where a pseudo-random permutation of [0, size) sends each index.
+def permute_index(index: U64, *, size: int, key: U64) -> U64:
+    """Apply a pseudo-random permutation of [0, size) to each index.
 
     Args:
         index: (n,) in [0, size).
-        size: how many elements are permuted.
-        key: (n,) or (1,), from hash64; each key has a permutation of its own.
+        size: number of permuted elements.
+        key: (n,) or (1,), from hash64; selects the permutation.
 
     Returns:
         (n,) in [0, size).
@@ -48,8 +48,8 @@ def permute(index: U64, *, size: int, key: U64) -> U64:
     if size < 1:
         raise ValueError(f"size {size} has no permutation")
     key = np.broadcast_to(key, index.shape)
-    # The network permutes a grid of num_rows * num_columns >= size cells. A cell beyond size is sent on until it is
-    # below: the walk follows the cycle it is on, which leads back to the index itself in the end, so it does end.
+    # The network permutes a grid of num_rows * num_columns >= size cells. It is applied again to results beyond size;
+    # that walk terminates, because its cycle leads back to the index itself.
     num_rows = isqrt(size - 1) + 1
     num_columns = -(-size // num_rows)
     result = _feistel(index, key, num_rows=num_rows, num_columns=num_columns)
@@ -60,7 +60,7 @@ def permute(index: U64, *, size: int, key: U64) -> U64:
 
 def _feistel(index: U64, key: U64, *, num_rows: int, num_columns: int) -> U64:
     row, column = np.divmod(index, np.uint64(num_columns))
-    for number in range(_NUM_ROUNDS):  # each round moves one coordinate by a hash of the other: it can be undone
+    for number in range(_NUM_ROUNDS):  # invertible: each round shifts one coordinate by a hash of the other
         if number % 2 == 0:
             row = (row + _round(key, number, column)) % np.uint64(num_rows)
         else:
@@ -69,7 +69,7 @@ def _feistel(index: U64, key: U64, *, num_rows: int, num_columns: int) -> U64:
 
 
 def _round(key: U64, number: int, coordinate: U64) -> U64:
-    """Element (coordinate, number) of the splitmix64 stream that starts at key, below 2^32 so that sums do not wrap."""
+    """Return element (coordinate, number) of the splitmix64 stream of `key`, below 2^32 so that sums do not wrap."""
     counter = coordinate * np.uint64(_NUM_ROUNDS) + np.uint64(number)
     return _mix(key + counter * _INCREMENT) >> np.uint64(32)
 

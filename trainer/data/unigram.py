@@ -1,20 +1,20 @@
-"""The floor: what a model that knows only how common each token is would reach."""
+"""Unigram baseline: bits per byte of a model that uses token frequencies only."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.corpus import Corpus
-from trainer.data.token_cache.shards import TokenFile
+from trainer.data.token_cache.token_files import TokenFile
 
-_CHUNK_TOKENS = 1 << 24  # a count of a chunk needs 8 bytes a token
+_CHUNK_TOKENS = 1 << 24  # counting a chunk takes 8 bytes per token
 
 
 def unigram_bits_per_byte(corpus: Corpus, domain_index: int) -> float:
     """Return the bits per byte of a unigram model on a domain's validation tokens.
 
     The model is p(token) = (count + 1) / (N + V), counted in the domain's training tokens. A language model that is not
-    better has learned nothing of the order of tokens. Ends of documents are predicted too, and are no bytes; prompts
-    are neither counted nor predicted.
+    better has learned nothing about the order of tokens. Ends of documents are predicted but have no bytes; prompts are
+    neither counted nor predicted.
     """
     vocab_size, token_bytes = corpus.tokenizer.vocab_size, corpus.tokenizer.token_bytes()
     counts = _counts(corpus.train[domain_index], vocab_size) + 1

@@ -84,10 +84,10 @@ def _take_step(run: Run, step: int, pace: StepPace, status: StatusFile) -> tuple
     run.profiler.begin(step + 1)
     pace.begin()
     recorder.enter("data")
-    if run.stream.waits_for_text(run.position, batch_size):
+    if run.stream.needs_new_block(run.position, batch_size):
         status.enter("reading")
         with raise_together(run.mesh.world):
-            run.stream.read_on(run.position, batch_size, ahead=is_first_on_node())
+            run.stream.load_blocks(run.position, batch_size, prefetch=is_first_on_node())
         if run.mesh.layout.rank == 0:
             run.write_skipped_rows()
     batches = run.stream.micro_batches(

@@ -42,7 +42,7 @@ def resume(run: Run, found: CheckpointHandle) -> None:
         )
     run.start_step, run.position = found.step, int(found.run["position"])
     run.tokens = int(found.run["tokens"])
-    run.stream.go_on_from(found.run.get("streams", {}))
+    run.stream.resume_at(found.run.get("streams", {}))
     run.skipped_steps = int(found.run["skipped_steps"])
     run.skipped_in_a_row = int(found.run["skipped_in_a_row"])
     run.spikes.restore(found.run.get("spikes", {}))

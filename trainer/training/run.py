@@ -12,7 +12,7 @@ from trainer.checkpoint.saver import Saver
 from trainer.console.console import Console
 from trainer.data.batches.stream import TrainStream
 from trainer.data.corpus import Corpus
-from trainer.data.token_cache.skipped import write_list
+from trainer.data.token_cache.skipped import write_skipped
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.version import turnout_version
 from trainer.engine.base import Engine
@@ -74,7 +74,7 @@ class Run:
             "spikes": self.spikes.record(),
             "tokens": self.tokens,
             "logs": {} if self.logs is None else self.logs.record(),
-            "streams": self.stream.places(self.position),
+            "streams": self.stream.stream_positions(self.position),
             "rows_of_a_step": self.config.train.global_batch_size,
             "data_fingerprint": self.corpus.fingerprint,
             "tokenizer_fingerprint": self.corpus.tokenizer.fingerprint,
@@ -93,7 +93,7 @@ class Run:
         """List the rows skipped so far in the run folder; a disk error is a warning."""
         try:
             skipped = self.stream.skipped(self.config.data.sources)
-            write_list(self.folder.skipped_rows, skipped, goes_on=self.position > 0)
+            write_skipped(self.folder.skipped_rows, skipped, keeps_blocks=self.position > 0)
         except OSError as error:
             self.console.warning(f"{self.folder.skipped_rows}: cannot be written: {error.strerror or error}")
 

@@ -17,8 +17,8 @@ from trainer.config.dump import dump
 from trainer.console.console import Console
 from trainer.data.batches.stream import TrainStream
 from trainer.data.corpus import Corpus, build_corpus
-from trainer.data.token_cache.skipped import summary
-from trainer.data.tokenizers.sent import of_plain, to_plain
+from trainer.data.token_cache.skipped import summarize_skipped
+from trainer.data.broadcast_tokenizer import tokenizer_from_plain, tokenizer_to_plain
 from trainer.distributed import runtime
 from trainer.distributed.collective_errors import raise_together
 from trainer.distributed.consistency import differences_across_ranks
@@ -109,9 +109,9 @@ def open_data(config: ExperimentConfig, folder: RunFolder, console: Console, mes
                 check_given(folder, config.data, tokenizer)
                 with memory.hint_reading_text():
                     corpus = build_corpus(config.data, tokenizer=tokenizer, progress=bar)
-    sent = mesh.world.broadcast_object(None if tokenizer is None else to_plain(tokenizer))
+    sent = mesh.world.broadcast_object(None if tokenizer is None else tokenizer_to_plain(tokenizer))
     if corpus is None:  # rank 0 has filled the token cache
-        corpus = build_corpus(config.data, tokenizer=of_plain(sent, config.data))
+        corpus = build_corpus(config.data, tokenizer=tokenizer_from_plain(sent, config.data))
     different = differences_across_ranks(mesh.world, {"data": {"fingerprint": abridged(corpus.fingerprint)}})
     if different:
         raise DataError(f"{different[0]}; all ranks must read the same text (data.sources)")
@@ -205,7 +205,7 @@ def write_run_folder(run: Run, checkpoint: CheckpointHandle | None, device: torc
             for remark in corpus.remarks:
                 run.console.message(remark)
             if corpus.skipped:
-                run.console.warning(f"{summary(corpus.skipped)}: {folder.skipped_rows}")
+                run.console.warning(f"{summarize_skipped(corpus.skipped)}: {folder.skipped_rows}")
             recorder.enter("recording the environment")
             folder.write_environment(
                 {

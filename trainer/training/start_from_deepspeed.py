@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from trainer.data.corpus import build_tokenizer
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.saver import Saved
@@ -35,7 +36,7 @@ def start_from_deepspeed(
         raise ConfigError(f"{folder.checkpoints}: has checkpoints; start a new run with name=...")
     tensors = read_deepspeed(source, is_trusted=is_trusted)
     cpu, alone = torch.device("cpu"), single_process(config)
-    model = meta_model(resolve_kernel(alone, cpu), config.data.tokenizer.build(config.data))
+    model = meta_model(resolve_kernel(alone, cpu), build_tokenizer(config.data))
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     num_experts = {name: shapes[name][0] for name in expert_parameters(model)}
     weights = translate(tensors, weight_map, shapes, num_experts)  # before anything is written

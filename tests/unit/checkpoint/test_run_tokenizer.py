@@ -18,7 +18,7 @@ from trainer.cli import main
 from trainer.config.dump import Change
 from trainer.config.loader import load
 from trainer.console.console import Console
-from trainer.data.tokenizers import bpe
+from trainer.data import train_bpe
 from trainer.distributed.mesh import Mesh
 from trainer.errors import CheckpointError, ConfigError
 from trainer.experiment import ExperimentConfig
@@ -82,7 +82,7 @@ def trains_no_more(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[[]
 
     def forbid() -> None:
         shutil.rmtree(folder / "cache")
-        monkeypatch.setattr(bpe, "_train", lambda *_, **__: pytest.fail("trained a tokenizer"))
+        monkeypatch.setattr(train_bpe, "_train", lambda *_, **__: pytest.fail("trained a tokenizer"))
 
     return forbid
 

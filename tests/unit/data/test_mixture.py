@@ -4,7 +4,7 @@ import pytest
 from trainer.data import mixture as module
 from trainer.data.config import MixtureConfig
 from trainer.data.mixture import LARGEST_BLOCK, SMALLEST_BLOCK, Mixture, domain_shares
-from trainer.data.permutation import permute
+from trainer.data.permutation import permute_index
 
 
 def mixture(*shares: float, seed: int = 0) -> Mixture:
@@ -14,7 +14,7 @@ def mixture(*shares: float, seed: int = 0) -> Mixture:
 def shares(*, weights: list[float], num_tokens: list[int], sources: list[int] | None = None, **section) -> list[float]:
     config = MixtureConfig.model_validate(section)
     sources = sources or list(range(len(num_tokens)))
-    return list(domain_shares(config, sources=sources, weights=weights, num_tokens=num_tokens))
+    return list(domain_shares(**config.model_dump(), sources=sources, weights=weights, num_tokens=num_tokens))
 
 
 def test_a_source_has_its_weights_share_split_over_its_domains():
@@ -84,8 +84,8 @@ def test_the_largest_block_is_the_end():
 @pytest.mark.parametrize("share", [1e-7, 0.0])
 def test_a_domain_that_would_never_be_drawn_is_named(says, share):
     with says(
-        f"data.sources: domain d1 has {share:.2g} of the rows and would never be drawn; the smallest share that is "
-        "drawn is 1/4194304 (2.4e-07); raise its weight or data.mixture.temperature, or leave it out"
+        f"data.sources: domain d1 has {share:.2g} of the rows and would never be drawn; the smallest possible "
+        "share is 1/4194304 (2.4e-07); raise its weight or data.mixture.temperature, or leave it out"
     ):
         mixture(1 - share, share)
 
@@ -100,7 +100,9 @@ def test_visits_are_counted_up_to_any_slot():
 
 def test_a_block_is_laid_out_once_for_all_batches_in_it(monkeypatch):
     laid_out = []
-    monkeypatch.setattr(module, "permute", lambda *args, **options: laid_out.append(1) or permute(*args, **options))
+    monkeypatch.setattr(
+        module, "permute_index", lambda *args, **kwargs: laid_out.append(1) or permute_index(*args, **kwargs)
+    )
     mixed = mixture(*np.random.default_rng(0).lognormal(0, 1, 300))
     for first in range(0, mixed.block_slots, 512):
         mixed.locate(np.arange(first, first + 512))

@@ -4,18 +4,18 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from trainer.data.permutation import hash64, permute
+from trainer.data.permutation import hash64, permute_index
 
 
 def whole(size: int, *key: int) -> list[int]:
-    return permute(np.arange(size, dtype=np.uint64), size=size, key=hash64(*key)).tolist()
+    return permute_index(np.arange(size, dtype=np.uint64), size=size, key=hash64(*key)).tolist()
 
 
 def many(size: int, *, num_keys: int) -> np.ndarray:
     """Return the permutations of keys 0, 1, ... as (num_keys, size)."""
     index = np.tile(np.arange(size, dtype=np.uint64), num_keys)
     keys = hash64(np.arange(num_keys, dtype=np.uint64)).repeat(size)
-    return permute(index, size=size, key=keys).astype(np.int64).reshape(num_keys, size)
+    return permute_index(index, size=size, key=keys).astype(np.int64).reshape(num_keys, size)
 
 
 def test_the_order_never_changes_between_releases():
@@ -28,7 +28,7 @@ def test_keys_give_different_orders():
 
 def test_every_element_can_have_a_key_of_its_own():
     keys = hash64(np.arange(5, dtype=np.uint64))
-    together = permute(np.full(5, 3, dtype=np.uint64), size=7, key=keys)
+    together = permute_index(np.full(5, 3, dtype=np.uint64), size=7, key=keys)
     assert together.tolist() == [whole(7, key)[3] for key in range(5)]
 
 
@@ -38,11 +38,11 @@ def test_one_element_stays():
 
 def test_nothing_has_no_permutation():
     with pytest.raises(ValueError, match="size 0"):
-        permute(np.zeros(0, dtype=np.uint64), size=0, key=hash64(1))
+        permute_index(np.zeros(0, dtype=np.uint64), size=0, key=hash64(1))
 
 
 def test_no_index_gives_no_index():
-    assert permute(np.zeros(0, dtype=np.uint64), size=5, key=hash64(1)).tolist() == []
+    assert permute_index(np.zeros(0, dtype=np.uint64), size=5, key=hash64(1)).tolist() == []
 
 
 def test_every_order_of_four_is_equally_common():

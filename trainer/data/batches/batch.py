@@ -1,4 +1,4 @@
-"""One micro-batch: what the model reads and what is known of every token.
+"""A micro-batch: token ids, and what loss, attention and metrics need of every token.
 
 # B rows, S tokens in a row.
 """
@@ -17,25 +17,25 @@ class Batch:
     tokens: Tensor
     """int64 token ids."""
     targets: Tensor
-    """int64 ids of the token after each one."""
+    """int64 id of the next token."""
     loss_mask: Tensor
-    """bool: this position's target counts in the loss."""
+    """bool: the target of this position counts in the loss."""
     valid: Tensor
-    """bool: a real token. False is padding: it is never routed and never counted."""
+    """bool: a real token. False is padding, which is neither routed nor counted."""
     document_id: Tensor
-    """int64 running number of the document inside its domain; -1 for padding."""
+    """int64 number of the document in its domain; -1 for padding."""
     position: Tensor
-    """int64 column in the row, from 0; what rotary positions and noise are functions of."""
+    """int64 column in the row, from 0; input of rotary embedding and noise."""
     domain: Tensor
     """int64 index into the corpus's domains."""
     sample_id: Tensor
-    """int64 number of the row in the run, of which no two training rows share one; -1 for padding rows."""
+    """int64 number of the row in the run, unique among training rows; -1 for padding rows."""
 
     @property
     def target_mask(self) -> Tensor:
-        """(B, S) bool: positions that are counted in the loss."""
+        """(B, S) bool: positions that count in the loss."""
         return self.loss_mask & self.valid
 
     def to(self, device: torch.device) -> Self:
-        """Return the batch on `device`."""
+        """Return a copy of the batch on `device`."""
         return type(self)(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})

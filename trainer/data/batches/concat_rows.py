@@ -1,10 +1,10 @@
-"""Rows cut from the text without regard to documents: `data.packing: wrapped`.
+"""Rows of concatenated documents, whose boundaries are ignored: `data.packing: wrapped`.
 
     tokens    t0 t1 t2 EOD t4 t5 t6 ...     S = 3
     row       t0 t1 t2                -> t1 t2 EOD
     the next            EOD t4 t5     -> t4 t5 t6
 
-# N tokens of a domain's text, n rows, S tokens in a row.
+# n rows, S tokens in a row.
 """
 
 import numpy as np
@@ -12,26 +12,26 @@ from numpy.typing import NDArray
 
 from trainer.data.batches.row_order import DomainRows, SequenceRows, epoch_order
 from trainer.data.permutation import FOR_OFFSET, hash64
-from trainer.data.token_cache.shards import TokenFile
+from trainer.data.token_cache.token_files import TokenFile
 from trainer.errors import DataError
 
 
 class CrossingRows(DomainRows):
-    """Windows of S + 1 tokens (S inputs, each with the token after it) at a stride of S.
+    """Windows of S + 1 tokens (S inputs and their targets) at a stride of S.
 
-    So no token is predicted twice in an epoch. An epoch starts at an offset of its own, so that windows are cut
-    elsewhere every time. In exchange up to 2 S - 1 tokens at the ends of a domain are left out of an epoch.
+    So no token is a target twice in an epoch. Each epoch has its own offset, so that window boundaries vary; in
+    exchange, up to 2 S - 1 tokens at the ends of a domain are left out of an epoch.
     """
 
     def __init__(self, file: TokenFile, *, seq_len: int, seed: int, domain: int, name: str) -> None:
-        """Start the rows of a domain.
+        """Create the rows of a domain.
 
         Args:
             file: its training text.
             seq_len: S.
-            seed: the order is a function of it, and of `domain`.
+            seed: seed of the order, together with `domain`.
             domain: index of the domain.
-            name: of the domain, for messages.
+            name: name of the domain, for messages.
 
         Raises:
             DataError: if the text is shorter than one window.
@@ -45,14 +45,14 @@ class CrossingRows(DomainRows):
             )
         self._file, self._seq_len = file, seq_len
         self._seed, self._domain = seed, domain
-        # Every offset in [0, S) leaves room for this many windows. A text of less than two windows has one, and fewer
-        # offsets. Either way the number does not depend on the epoch.
+        # This many windows fit at every offset in [0, S). A text of less than two windows has one window and fewer
+        # offsets. Either way, the number does not depend on the epoch.
         self._num_rows = max((length - seq_len) // seq_len, 1)
         self._num_offsets = min(length - self._num_rows * seq_len, seq_len)
 
     @property
     def num_rows(self) -> int:
-        """Windows of an epoch."""
+        """Number of windows of an epoch."""
         return self._num_rows
 
     def read(self, visits: NDArray[np.int64]) -> SequenceRows:
@@ -60,16 +60,16 @@ class CrossingRows(DomainRows):
         return read_windows(self._file, self.starts(visits), self._seq_len)
 
     def starts(self, visits: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the position of the first token of each visit's window (n,)."""
+        """Return the position of the first token of each visit's window, (n,)."""
         epoch, window = epoch_order(visits, num_rows=self._num_rows, seed=self._seed, domain=self._domain)
         hashed = hash64(self._seed, FOR_OFFSET, self._domain, epoch.astype(np.uint64))
         return (hashed % np.uint64(self._num_offsets)).astype(np.int64) + window * self._seq_len
 
 
 class Windows:
-    """A text from its beginning to its end in windows of S: what is held out.
+    """Windows of S tokens that cover a text from beginning to end, for evaluation.
 
-    Every token but the first is predicted exactly once, from those before it in its window.
+    Every token but the first is a target exactly once.
 
         tokens    t0 t1 t2 t3 t4 t5 t6 t7 t8          S = 3
         window 0  t0 t1 t2           -> t1 t2 t3
@@ -84,22 +84,22 @@ class Windows:
         return read_windows(self._file, index * self._seq_len, self._seq_len)
 
     def with_targets(self) -> NDArray[np.int64]:
-        """Return the numbers of the windows in which anything is learned, ascending."""
+        """Return the numbers of the windows that have a target, ascending."""
         file, last = self._file, self._file.num_tokens - 1
         if last < 1:
             return np.zeros(0, dtype=np.int64)
-        # The window of position p predicts positions p + 1 to p + S: of a document, from its answer to its end.
+        # A window from p has the targets p + 1 to p + S; those of a document go from its answer to its end.
         ends = np.append(file.document_starts[1:] - 1, last)
         answers = np.maximum(file.answer_starts, 1)
         has_target = answers <= ends
-        first, behind = (answers[has_target] - 1) // self._seq_len, (ends[has_target] - 1) // self._seq_len + 1
+        first, stop = (answers[has_target] - 1) // self._seq_len, (ends[has_target] - 1) // self._seq_len + 1
         num_windows = -(-last // self._seq_len)
-        begun, ended = (np.bincount(where, minlength=num_windows + 1) for where in (first, behind))
+        begun, ended = (np.bincount(where, minlength=num_windows + 1) for where in (first, stop))
         return np.flatnonzero(np.cumsum(begun - ended)[:num_windows] > 0)
 
 
 def read_windows(file: TokenFile, starts: NDArray[np.int64], seq_len: int) -> SequenceRows:
-    """Return the windows of S + 1 tokens from `starts` (n,) on; padding beyond the end of the text."""
+    """Return the windows of S + 1 tokens that begin at `starts` (n,), padded after the end of the text."""
     positions = starts[:, None] + np.arange(seq_len + 1)  # (n, S + 1)
     is_inside = positions < file.num_tokens
     positions = np.minimum(positions, file.num_tokens - 1)

@@ -1,4 +1,4 @@
-"""Batches for training and for evaluation: rows of the domains, put together.
+"""Batches for training and evaluation, assembled from rows of the domains.
 
 # B rows, S tokens in a row, n rows of one domain.
 """
@@ -16,14 +16,14 @@ from trainer.data.batches.batch import Batch
 from trainer.data.batches.concat_rows import CrossingRows, Windows
 from trainer.data.batches.packed_rows import PackedDocuments, WholeRows
 from trainer.data.batches.row_order import DomainRows, SequenceRows
-from trainer.data.batches.streamed import StreamedRows, StreamPosition
+from trainer.data.batches.streamed_rows import StreamedRows, StreamPosition
 from trainer.data.config import Packing
 from trainer.data.corpus import Corpus
 from trainer.data.mixture import Mixture
 from trainer.data.sources.registry import HfStreamSourceConfig, SourceConfig
-from trainer.data.token_cache.shards import TokenFile
-from trainer.data.token_cache.skipped import SkippedOf
+from trainer.data.token_cache.skipped import SourceSkips
 from trainer.data.token_cache.splits import Side
+from trainer.data.token_cache.token_files import TokenFile
 from trainer.distributed.rank_layout import even_slice
 from trainer.errors import DataError
 
@@ -32,10 +32,10 @@ PADDING = -1
 
 
 class TrainStream:
-    """The rows of a training run, by number. Holds no position: the caller's slot number is all there is to resume."""
+    """Rows of a training run by number. It has no position of its own: a run resumes from a slot number."""
 
     def __init__(self, corpus: Corpus, *, packing: Packing, seq_len: int, seed: int) -> None:
-        """Start the stream.
+        """Create the rows of all domains.
 
         Raises:
             DataError: if a domain is too short for a row or its share too small to be drawn.
@@ -63,53 +63,52 @@ class TrainStream:
             parts.append((here, rows))
         return _batch(parts, domain=domain, sample_id=slots, seq_len=self._seq_len)
 
-    def waits_for_text(self, first_slot: int, count: int) -> bool:
-        """Tell whether rows first_slot .. first_slot + count - 1 have parts of a stream that were not looked at yet.
+    def needs_new_block(self, first_slot: int, count: int) -> bool:
+        """Return whether rows first_slot .. first_slot + count - 1 need blocks of a stream not located yet.
 
-        All ranks that have asked for the same rows so far get the same answer.
+        Ranks that have read the same rows so far get the same answer.
         """
-        last = self._last_visits(first_slot, count)
-        return any(not rows.is_known(visit) for rows, visit in last)
+        return any(not rows.is_located(visit) for rows, visit in self._last_visits(first_slot, count))
 
-    def read_on(self, first_slot: int, count: int, *, ahead: bool) -> None:
-        """Make the blocks of streams that those rows are of; `ahead`: begin with the next ones behind.
+    def load_blocks(self, first_slot: int, count: int, *, prefetch: bool) -> None:
+        """Build the stream blocks of those rows; `prefetch` also starts the next ones in the background.
 
         Raises:
             DataError: if their text is unusable.
         """
         for rows, visit in self._last_visits(first_slot, count):
-            rows.read_on(visit, ahead=ahead)
+            rows.load(visit, prefetch=prefetch)
 
-    def places(self, num_slots: int) -> dict[str, Any]:
-        """Return where the streams are after the first rows of the run, in JSON values."""
+    def stream_positions(self, num_slots: int) -> dict[str, Any]:
+        """Return the position of each stream after the first `num_slots` rows of the run, as JSON values by domain."""
         visits = self.mixture.num_visits(num_slots).tolist()
         return {
-            self._corpus.domains[domain]: rows.place(visits[domain]).model_dump()
+            self._corpus.domains[domain]: rows.position(visits[domain]).model_dump()
             for domain, rows in enumerate(self.domain_rows)
             if isinstance(rows, StreamedRows)
         }
 
-    def go_on_from(self, places: Mapping[str, Any]) -> None:
-        """Take what `places` returned, so that nothing before it is read again."""
+    def resume_at(self, positions: Mapping[str, Any]) -> None:
+        """Continue from the result of `stream_positions`, without reading the text before."""
         for name, rows in zip(self._corpus.domains, self.domain_rows, strict=True):
-            if isinstance(rows, StreamedRows) and name in places:
-                rows.go_on_from(StreamPosition.model_validate(places[name]))
+            if isinstance(rows, StreamedRows) and name in positions:
+                rows.resume_at(StreamPosition.model_validate(positions[name]))
 
-    def skipped(self, sources: Sequence[SourceConfig]) -> list[SkippedOf]:
-        """Return what was left out of the text so far: of sources that were ingested, and of blocks that were read.
+    def skipped(self, sources: Sequence[SourceConfig]) -> list[SourceSkips]:
+        """Return the records skipped so far: in ingested sources and in the blocks read.
 
         Args:
-            sources: of the config.
+            sources: sources of the config.
         """
         streams = {s.domain: index for index, s in enumerate(sources) if isinstance(s, HfStreamSourceConfig)}
-        found = list(self._corpus.skipped)
+        skipped = list(self._corpus.skipped)
         for name, rows in zip(self._corpus.domains, self.domain_rows, strict=True):
             if isinstance(rows, StreamedRows):
-                found += [SkippedOf(streams[name], block, info.skipped) for block, info in rows.blocks()]
-        return [one for one in found if one.rows.count]
+                skipped += [SourceSkips(streams[name], block, info.skipped) for block, info in rows.blocks()]
+        return [one for one in skipped if one.records.count]
 
     def _last_visits(self, first_slot: int, count: int) -> list[tuple[StreamedRows, int]]:
-        """Return the streams that some rows are of, each with its last visit."""
+        """Return the streams with any of those rows, each with its last visit."""
         if not any(isinstance(rows, StreamedRows) for rows in self.domain_rows):
             return []
         domain, visit = self.mixture.locate(np.arange(first_slot, first_slot + count, dtype=np.int64))
@@ -120,7 +119,7 @@ class TrainStream:
         ]
 
     def epochs(self, num_slots: int) -> dict[str, float | None]:
-        """Return how often each domain is read by the first rows of the run; None where that is not known."""
+        """Return the epochs of each domain in the first `num_slots` rows of the run; None if unknown."""
         visits = self.mixture.num_visits(num_slots).tolist()
         counted = zip(self._corpus.domains, self.domain_rows, visits, strict=True)
         return {name: rows.epochs(num_visits) for name, rows, num_visits in counted}
@@ -128,17 +127,17 @@ class TrainStream:
     def micro_batches(
         self, first_slot: int, *, global_batch_size: int, micro_batch_size: int, rank: int = 0, world_size: int = 1
     ) -> list[Batch]:
-        """Return a rank's share of rows first_slot .. first_slot + global_batch_size - 1, cut into equal batches.
+        """Return a rank's share of rows first_slot .. first_slot + global_batch_size - 1, split into equal batches.
 
-        The step has the same rows for any number of ranks and any micro-batch size. Shares are neighbouring rows and
-        differ by at most one row; all ranks get as many batches, of one size, filled up with rows that are not valid.
-        That size is the least that does with as many batches: padding is computed like everything else.
+        The step has the same rows for any number of ranks and any micro-batch size. Shares are consecutive rows and
+        differ by at most one row. All ranks get the same number of batches, all of one size, which padding rows fill
+        up. That size is the smallest for this number of batches, because padding costs as much as real rows.
 
             7 rows, 2 ranks, batches of 2     rank 0   0 1 | 2 -        rank 1   3 4 | 5 6
             7 rows, 2 ranks, batches of 9     rank 0   0 1 2 -          rank 1   3 4 5 6
         """
         if micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size is {micro_batch_size}; a batch has at least one row")
+            raise ValueError(f"micro_batch_size is {micro_batch_size}; it must be at least 1")
         start, end = even_slice(global_batch_size, world_size, rank)
         rows = self.rows(first_slot + start, end - start)
         largest = -(-global_batch_size // world_size)
@@ -148,10 +147,10 @@ class TrainStream:
 
 
 def pad_rows(batch: Batch, num_rows: int) -> Batch:
-    """Return the batch with padding below its rows: not valid, token 0, domain 0, sample_id PADDING.
+    """Append padding rows to a batch: not valid, token 0, domain 0, sample_id PADDING.
 
     Raises:
-        ValueError: if the batch has more rows already.
+        ValueError: if the batch has more rows.
     """
     present, seq_len = batch.tokens.shape
     if present > num_rows:
@@ -170,22 +169,22 @@ def pad_rows(batch: Batch, num_rows: int) -> Batch:
 def evaluation_batches(
     corpus: Corpus, domain_index: int, *, packing: Packing, seq_len: int, batch_size: int, max_tokens: int | None
 ) -> Iterator[Batch]:
-    """Yield a domain's validation text as batches of `batch_size` rows; sample_id is the number of the row.
+    """Yield the validation text of a domain in batches of `batch_size` rows; sample_id is the number of the row.
 
     Args:
-        corpus: whose text.
-        domain_index: which of its domains.
-        packing: how its rows are made; see `Windows` and `PackedDocuments`.
+        corpus: the corpus.
+        domain_index: index of the domain.
+        packing: packing of its rows; see `Windows` and `PackedDocuments`.
         seq_len: S.
-        batch_size: B; the last batch is filled up with rows that are not valid.
-        max_tokens: at most this many positions, in evenly spaced rows of those that have a target, though never less
-            than one row. None: the whole text.
+        batch_size: B; padding rows fill up the last batch.
+        max_tokens: most positions, but at least one row; rows are evenly spaced among those with a target. None: the
+            whole text.
 
     Raises:
         DataError: if there is no token to predict, or an id outside the vocabulary.
     """
     if seq_len < 1 or batch_size < 1:
-        raise ValueError(f"seq_len is {seq_len} and batch_size {batch_size}; both are at least 1")
+        raise ValueError(f"seq_len is {seq_len} and batch_size {batch_size}; both must be at least 1")
     file = corpus.validation[domain_index]
     if packing == "bfd":
         text = PackedDocuments(file, seq_len=seq_len, end_of_document=corpus.tokenizer.end_of_document)
@@ -209,7 +208,7 @@ def evaluation_batches(
 
 
 def row_slice(batch: Batch, first: int, end: int) -> Batch:
-    """Return rows first .. end - 1 of a batch, as far as it has them."""
+    """Return rows first .. end - 1 of a batch, or fewer if it ends before."""
     return Batch(**{f.name: getattr(batch, f.name)[first:end] for f in fields(Batch)})
 
 
@@ -237,12 +236,12 @@ def _nothing_to_predict(corpus: Corpus, domain: int) -> DataError:
     name, num_tokens = corpus.domains[domain], corpus.validation[domain].num_tokens
     if num_tokens > 1:
         return DataError(
-            f"data.split: domain {name} has {num_tokens} validation tokens, all of a prompt, and none of them is "
-            "learned; raise data.split.fraction or give it more text"
+            f"data.split: domain {name} has {num_tokens} validation tokens, all of them in a prompt, so there is "
+            "nothing to predict; raise data.split.fraction or give it more text"
         )
     return DataError(
-        f"data.split: domain {name} has {num_tokens} validation token; one is predicted from another, so 2 are needed; "
-        "raise data.split.fraction or give it more text"
+        f"data.split: domain {name} has {num_tokens} validation token; a prediction needs 2; raise data.split.fraction "
+        "or give it more text"
     )
 
 
@@ -262,12 +261,12 @@ def _batch(
     sample_id: NDArray[np.int64],
     seq_len: int,
 ) -> Batch:
-    """Make a batch.
+    """Assemble a batch.
 
     Args:
-        parts: numbers of rows in the batch, and those rows; what no part has is padding.
-        domain: (B,).
-        sample_id: (B,).
+        parts: row numbers in the batch, and those rows; all other rows are padding.
+        domain: (B,) domain of each row.
+        sample_id: (B,) sample_id of each row.
         seq_len: S.
     """
     shape = len(domain), seq_len
@@ -282,7 +281,7 @@ def _batch(
         targets[here] = torch.from_numpy(rows.targets).where(is_real, 0)
         document[here] = torch.from_numpy(rows.document).where(is_real, PADDING)
 
-    def whole_rows(values: NDArray[np.int64]) -> Tensor:
+    def expand_rows(values: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(values)[:, None].expand(shape).contiguous()  # (B,) -> (B, S)
 
     return Batch(
@@ -292,6 +291,6 @@ def _batch(
         valid=valid,
         document_id=document,
         position=torch.arange(seq_len).expand(shape).contiguous(),
-        domain=whole_rows(domain),
-        sample_id=whole_rows(sample_id),
+        domain=expand_rows(domain),
+        sample_id=expand_rows(sample_id),
     )

@@ -1,4 +1,4 @@
-"""Rows that cannot be used: what is wrong with one, and how many were left out. Imports no torch."""
+"""Unusable records: their error, and counts of those that were skipped. Imports no torch."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -10,41 +10,41 @@ from pydantic import Field
 from trainer.config.base import Config
 from trainer.errors import DataError
 
-OnBadRow = Literal["error", "skip"]
-_NUM_PLACES = 10
-_MAX_PLACE = 300
+OnBadRecord = Literal["error", "skip"]
+_MAX_EXAMPLES = 10
+_MAX_EXAMPLE_CHARACTERS = 300
 _Entry = TypeVar("_Entry")
 
 
-class BadRow(DataError):
-    """One row cannot be used, though the others of its file can; or a file that would be one row, or has none."""
+class BadRecord(DataError):
+    """A record that cannot be used although others of its file can; also a file that is one record or has none."""
 
     def __init__(self, message: str, *, reason: str = "cannot be used", file: str | Path | None = None) -> None:
-        """Say what is wrong.
+        """Create the error.
 
         Args:
             message: one line that begins with the place.
-            reason: what is counted together, in a few words.
-            file: path of the file, if nothing of it can be used.
+            reason: category in a few words; skipped records are counted by it.
+            file: path of the file, if none of it can be used.
         """
         super().__init__(message)
         self.reason = reason
         self.file = None if file is None else str(file)
 
 
-class SkippedRows(Config):
-    """Rows that were left out."""
+class SkippedRecords(Config):
+    """Counts and examples of skipped records."""
 
     reasons: dict[str, int] = Field(default={})
-    """Number of rows for each reason."""
+    """Number of records by reason."""
     first: list[str] = Field(default=[])
-    """The first few: place and reason."""
+    """Place and reason of the first few."""
     empty_files: list[str] = Field(default=[])
     """Files of which nothing could be used."""
 
     @property
     def count(self) -> int:
-        """Number of bad rows."""
+        """Number of skipped records."""
         return sum(self.reasons.values())
 
     def __str__(self) -> str:
@@ -53,28 +53,28 @@ class SkippedRows(Config):
 
 
 class SkippedCounter:
-    """Counts rows that are left out, one after the other."""
+    """Accumulates skipped records."""
 
     def __init__(self) -> None:
         self._reasons: Counter[str] = Counter()
         self._first: list[str] = []
         self._files: list[str] = []
 
-    def add(self, row: BadRow) -> None:
-        """Count a row."""
-        self._reasons[row.reason] += 1
-        if len(self._first) < _NUM_PLACES:
-            self._first.append(str(row)[:_MAX_PLACE])
-        if row.file is not None:
-            self._files.append(row.file)
+    def add(self, record: BadRecord) -> None:
+        """Count a record."""
+        self._reasons[record.reason] += 1
+        if len(self._first) < _MAX_EXAMPLES:
+            self._first.append(str(record)[:_MAX_EXAMPLE_CHARACTERS])
+        if record.file is not None:
+            self._files.append(record.file)
 
-    def total(self) -> SkippedRows:
-        """Return what was counted so far."""
-        return SkippedRows(reasons=dict(self._reasons), first=list(self._first), empty_files=list(self._files))
+    def total(self) -> SkippedRecords:
+        """Return the counts so far."""
+        return SkippedRecords(reasons=dict(self._reasons), first=list(self._first), empty_files=list(self._files))
 
 
-def all_skipped(parts: Iterable[SkippedRows]) -> SkippedRows:
-    """Return what was left out of parts together, in their order."""
+def merge_skipped(parts: Iterable[SkippedRecords]) -> SkippedRecords:
+    """Add up the counts of several parts; examples keep the order of the parts."""
     reasons: Counter[str] = Counter()
     first: list[str] = []
     files: list[str] = []
@@ -82,16 +82,16 @@ def all_skipped(parts: Iterable[SkippedRows]) -> SkippedRows:
         reasons.update(part.reasons)
         first += part.first
         files += part.empty_files
-    return SkippedRows(reasons=dict(reasons), first=first[:_NUM_PLACES], empty_files=files)
+    return SkippedRecords(reasons=dict(reasons), first=first[:_MAX_EXAMPLES], empty_files=files)
 
 
-def usable(entries: Iterable[_Entry | BadRow]) -> Iterator[_Entry]:
-    """Yield the entries.
+def raise_on_bad(entries: Iterable[_Entry | BadRecord]) -> Iterator[_Entry]:
+    """Yield the entries up to the first bad one.
 
     Raises:
-        BadRow: the first one that there is.
+        BadRecord: the first bad entry.
     """
     for entry in entries:
-        if isinstance(entry, BadRow):
+        if isinstance(entry, BadRecord):
             raise entry
         yield entry

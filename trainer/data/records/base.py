@@ -1,4 +1,4 @@
-"""Rows: records with named columns, read part by part."""
+"""Records with named columns, and the interface of their readers."""
 
 import difflib
 from abc import ABC, abstractmethod
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer.data.records.bad_records import BadRow, usable
+from trainer.data.records.bad_records import BadRecord, raise_on_bad
 
 _JSON_TYPES = {
     type(None): "null",
@@ -18,31 +18,32 @@ _JSON_TYPES = {
     list: "a list",
 }
 
-ANOTHER_TYPE = "of another type"
-"""Reason why a row cannot be used."""
+WRONG_TYPE = "of another type"
+"""`BadRecord.reason` of a value of the wrong type."""
 
 
-class Row(NamedTuple):
-    """One record."""
+class Record(NamedTuple):
+    """One entry of a data set."""
 
     where: str
-    """Origin for error messages: path:line, or a data set's name and the number of the row."""
+    """Place for error messages: path:line, or the name of a data set and the record's number."""
     values: dict[str, Any]
-    """Values by column: null, booleans, numbers, strings, lists and dicts of them."""
+    """Values by column: null, booleans, numbers, strings, and lists and dicts of them."""
 
     def value(self, column: str) -> Any:
-        """Return the value of a column; `a.b` is what column `a` has under `b`, where no column has that name.
+        """Return the value of a column; `a.b` is key `b` of column `a`, unless a column has that very name.
 
         Raises:
-            BadRow: if there is none.
+            BadRecord: if there is no such column.
         """
         if column in self.values:
             return self.values[column]
         value: Any = self.values
         for key in column.split("."):
             if not isinstance(value, dict) or key not in value:
-                raise BadRow(
-                    f"{self.where}: no column {column!r}; {_has(value, key)}; correct the name or the row",
+                raise BadRecord(
+                    f"{self.where}: no column {column!r}; {_describe_parent(value, key)}; correct the name or the "
+                    "record",
                     reason="without a column",
                 )
             value = value[key]
@@ -52,27 +53,30 @@ class Row(NamedTuple):
         """Return the string in a column.
 
         Raises:
-            BadRow: if there is none.
+            BadRecord: if there is no such column or it is no string.
         """
         value = self.value(column)
         if not isinstance(value, str):
-            raise BadRow(
-                f"{self.where}: {column!r} is {type_name(value)}; it must be a string; correct or remove the row",
-                reason=ANOTHER_TYPE,
+            raise BadRecord(
+                f"{self.where}: {column!r} is {type_name(value)}; it must be a string; correct or remove the record",
+                reason=WRONG_TYPE,
             )
         return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourcePart:
-    """A piece of what is read, which one process reads by itself."""
+    """A piece of a source that one process can read on its own."""
 
     size_bytes: int
-    """Size of its files, as far as it is known."""
+    """Size of its files; 0 where unknown."""
 
 
-class Rows(ABC):
-    """Reads records in a fixed order. A part is a function of the files alone, and parts in order are all rows."""
+class RecordReader(ABC):
+    """Reads records in a fixed order.
+
+    Parts depend on the files alone; concatenated in order they are all records.
+    """
 
     @abstractmethod
     def files(self) -> list[Path]:
@@ -87,56 +91,56 @@ class Rows(ABC):
         """Return the parts; at least one.
 
         Raises:
-            DataError: if what is to be read is not there.
+            DataError: if the data is missing.
         """
 
     @abstractmethod
-    def entries(self, part: SourcePart) -> Iterator[Row | BadRow]:
-        """Yield the rows of one of this object's parts, those that cannot be read as what is wrong with them.
+    def entries(self, part: SourcePart) -> Iterator[Record | BadRecord]:
+        """Yield the records of one of this reader's parts, with a `BadRecord` in place of each unusable one.
 
         Raises:
             DataError: naming the file, if it cannot be read to its end.
         """
 
-    def read(self, part: SourcePart) -> Iterator[Row]:
-        """Yield the rows of one of this object's parts.
+    def read(self, part: SourcePart) -> Iterator[Record]:
+        """Yield the records of one of this reader's parts.
 
         Raises:
-            DataError: naming file and row, if one is unreadable.
+            DataError: naming file and record, if one is unusable.
         """
-        return usable(self.entries(part))
+        return raise_on_bad(self.entries(part))
 
-    def taken(self) -> list[str]:
-        """Return what is taken where a folder does not say it: a line for each."""
+    def folder_notes(self) -> list[str]:
+        """Return a line for each folder: which of its files are read and which are not."""
         return []
 
     def origin(self) -> str:
-        """Return what is read and is no local file: its addresses and their versions. Empty if all files are local."""
+        """Return the addresses and versions of remote files; empty if all files are local."""
         return ""
 
-    def rows(self) -> Iterator[Row]:
-        """Yield all rows.
+    def records(self) -> Iterator[Record]:
+        """Yield all records.
 
         Raises:
-            DataError: naming file and row, if one is unreadable, or if there are none.
+            DataError: naming file and record, if one is unusable, or if there are none.
         """
         found = False
         for part in self.parts():
-            for row in self.read(part):
+            for record in self.read(part):
                 found = True
-                yield row
+                yield record
         if not found:
-            raise BadRow(f"{self}: holds no rows; it needs some; correct the path")
+            raise BadRecord(f"{self}: holds no records; it needs some; correct the path")
 
 
 def type_name(value: Any) -> str:
-    """Return what JSON calls the type of a value, with its article."""
+    """Return the JSON type of a value, with its article."""
     return _JSON_TYPES.get(type(value), "an object")
 
 
-def _has(value: Any, key: str) -> str:
+def _describe_parent(value: Any, key: str) -> str:
     if not isinstance(value, dict):
-        return f"what should have {key!r} is {type_name(value)}"
+        return f"the parent of {key!r} is {type_name(value)}"
     close = difflib.get_close_matches(key, value, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return f"the row has {', '.join(list(value)[:8]) or 'no columns'}{hint}"
+    return f"the record has {', '.join(list(value)[:8]) or 'no columns'}{hint}"

@@ -1,4 +1,4 @@
-"""Options of every source of rows, and the union of them that a task's `rows` accepts. Imports no torch."""
+"""Options of every record reader, and their union for the `rows` of a task. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from trainer.config.base import Config, PathText, Problem, at_home
+from trainer.data.records.find_files import FORMATS
 
 if TYPE_CHECKING:
-    from trainer.data.records.base import Rows
+    from trainer.data.records.base import RecordReader
 
 Paths = PathText | Annotated[list[PathText], Field(min_length=1)]
-FORMATS = ("parquet", "arrow", "csv", "json", "text")
-"""File formats that are allowed as `path`, with `data_files`."""
-
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
-class JsonlRowsConfig(Config):
+class JsonlRecordsConfig(Config):
     """Files with one JSON object a line, plain, .gz or .zst."""
 
     kind: Literal["jsonl"] = "jsonl"
@@ -27,11 +25,11 @@ class JsonlRowsConfig(Config):
     """A file, a glob such as rows/*.{jsonl,jsonl.gz}, a folder (its .jsonl and .ndjson files, in all folders below), or
     a list of them; relative to the working directory."""
 
-    def rows(self) -> Rows:
-        """Make what reads them."""
-        from trainer.data.records.jsonl import JsonlRows
+    def reader(self) -> RecordReader:
+        """Create the reader."""
+        from trainer.data.records.json_lines import JsonlReader
 
-        return JsonlRows(self.path)
+        return JsonlReader(self.path)
 
 
 class DatasetConfig(Config):
@@ -42,12 +40,12 @@ class DatasetConfig(Config):
     name: Name | None = None
     """Configuration of the data set, where it has several."""
     revision: Name | None = None
-    """Branch, tag or commit of a data set on the hub. A commit stays what it is."""
+    """Branch, tag or commit of a data set on the hub. Only a commit always stands for the same data."""
     split: Name = "train"
     """Split of the data set, by its authors' name."""
     data_files: Paths | None = None
-    """Files, globs or addresses, relative to the data set, or to the working directory for a format. Of a format also a
-    folder: all its files of that format."""
+    """Files, globs or addresses, relative to the data set, or to the working directory for a format. For a format also
+    a folder: all its files of that format."""
     data_dir: PathText | None = None
     """Folder inside the data set."""
 
@@ -55,7 +53,7 @@ class DatasetConfig(Config):
         """Refuse a format without files."""
         yield from super().problems()
         if self.path in FORMATS and self.data_files is None:
-            yield Problem("path", f"{self.path} is a format; say which files with data_files")
+            yield Problem("path", f"{self.path} is a format; name its files with data_files")
         if self.path == "pandas":
             yield Problem("path", "pandas reads pickles, which can run code; write the data as parquet")
 
@@ -63,25 +61,34 @@ class DatasetConfig(Config):
         """Yield the library that reads them."""
         yield "path", "datasets"
 
-    def rows(self) -> Rows:
-        """Make what reads them."""
-        from trainer.data.records.hf import HfRows
+    def reader(self) -> RecordReader:
+        """Create the reader."""
+        from trainer.data.records.hf import HfReader
 
-        return HfRows(self, columns=self.columns(), skips_bad_rows=self.skips_bad_rows())
+        return HfReader(
+            self.path,
+            name=self.name,
+            revision=self.revision,
+            split=self.split,
+            data_files=[self.data_files] if isinstance(self.data_files, str) else self.data_files or [],
+            data_dir=self.data_dir,
+            columns=self.columns(),
+            skips_bad_records=self.skips_bad_records(),
+        )
 
     def columns(self) -> set[str]:
-        """Return every column that is read; none means all."""
+        """Return the columns to read; empty for all."""
         return set()
 
-    def skips_bad_rows(self) -> bool:
-        """Return whether a row that cannot be used is left out."""
+    def skips_bad_records(self) -> bool:
+        """Return whether unusable records are skipped."""
         return False
 
 
-class HfRowsConfig(DatasetConfig):
+class HfRecordsConfig(DatasetConfig):
     """Whatever Hugging Face `datasets` reads: a data set of the hub, or local parquet, arrow, csv, json and text."""
 
     kind: Literal["hf"] = "hf"
 
 
-RowsConfig = Annotated[JsonlRowsConfig | HfRowsConfig, Field(discriminator="kind")]
+RecordsConfig = Annotated[JsonlRecordsConfig | HfRecordsConfig, Field(discriminator="kind")]

@@ -1,4 +1,4 @@
-"""Tables of a library as rows: what cannot be read or is too large row by row, and what the library leaves out."""
+"""Records of Arrow tables, converted one by one where the table has unusable ones, and the CSV lines pandas skips."""
 
 import re
 import warnings
@@ -6,50 +6,51 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from trainer.data.records import jsonl
-from trainer.data.records.bad_records import BadRow
-from trainer.data.records.base import Row
+from trainer.data.records import json_lines
+from trainer.data.records.bad_records import BadRecord
+from trainer.data.records.base import Record
 
-_BAD_LINE = re.compile(r"line (\d+): (.+)")
-"""Warning of pandas about a line of a csv."""
-_TOO_LONG_LINE = re.compile(r"Expected \d+ fields in line \d+, saw \d+")
-_MAX_REASON = 300
+_SKIPPED_LINE = re.compile(r"line (\d+): (.+)")
+"""Warning of pandas about a skipped CSV line."""
+_TOO_MANY_FIELDS = re.compile(r"Expected \d+ fields in line \d+, saw \d+")
+_MAX_REASON_CHARACTERS = 300
 TOO_MANY_FIELDS = "of too many fields"
-"""Reason why a line of a csv cannot be used."""
+"""`BadRecord.reason` of a CSV line."""
 
 
-def row_of(values: dict[str, Any] | Exception, place: str) -> Row | BadRow:
-    """Return a row, or what is wrong with it."""
+def to_record(values: dict[str, Any] | Exception, place: str) -> Record | BadRecord:
+    """Return a record, or its error if the library could not convert it or it is too large."""
     if isinstance(values, Exception):
-        reason = "that cannot be read"
-        return BadRow(f"{place}: cannot be read ({one_line(values)}); correct or remove the row", reason=reason)
-    return jsonl.too_large(place) if _is_too_large(values) else Row(place, values)
+        return BadRecord(
+            f"{place}: cannot be read ({first_line_of(values)}); correct or remove the record",
+            reason="that cannot be read",
+        )
+    return json_lines.too_large(place) if _is_too_large(values) else Record(place, values)
 
 
-def one_line(error: BaseException) -> str:
-    """Return the first line of what an error says, cut to what a message holds."""
+def first_line_of(error: BaseException) -> str:
+    """Return the first line of an error message, truncated."""
     lines = str(error).strip().splitlines()
-    return lines[0][:_MAX_REASON] if lines else ""
+    return lines[0][:_MAX_REASON_CHARACTERS] if lines else ""
 
 
 def has_too_many_fields(reason: str) -> bool:
-    """Tell whether the library refuses a csv for one of its lines."""
-    return _TOO_LONG_LINE.search(reason) is not None
+    """Return whether pandas refused a CSV file because of a line with too many fields."""
+    return _TOO_MANY_FIELDS.search(reason) is not None
 
 
-def values_in(table: Any) -> list[dict[str, Any] | Exception]:
-    """Return the rows of a table; where one cannot be read, one by one."""
+def table_values(table: Any) -> list[dict[str, Any] | Exception]:
+    """Return the values of each record of a table, with an exception in place of each that cannot be converted."""
+    converted = _try_convert(table)
+    if not isinstance(converted, Exception):
+        return [*converted]
+    rows = (_try_convert(table.slice(i, 1)) for i in range(table.num_rows))
+    return [row if isinstance(row, Exception) else row[0] for row in rows]
+
+
+def _try_convert(table: Any) -> list[dict[str, Any]] | Exception:
     try:
         return table.to_pylist()
-    except MemoryError:
-        raise
-    except Exception:
-        return [_row(table.slice(i, 1)) for i in range(table.num_rows)]
-
-
-def _row(table: Any) -> dict[str, Any] | Exception:
-    try:
-        return table.to_pylist()[0]
     except MemoryError:
         raise
     except Exception as error:
@@ -58,21 +59,19 @@ def _row(table: Any) -> dict[str, Any] | Exception:
 
 def _is_too_large(values: dict[str, Any]) -> bool:
     num_characters = sum(len(value) for value in values.values() if isinstance(value, str | bytes))
-    if 4 * num_characters <= jsonl.MAX_ROW_BYTES:
+    if 4 * num_characters <= json_lines.MAX_RECORD_BYTES:
         return False
-    return (
-        sum(len(value.encode("utf-8", "surrogatepass")) for value in values.values() if isinstance(value, str))
-        > jsonl.MAX_ROW_BYTES
-    )
+    num_bytes = sum(len(value.encode("utf-8", "surrogatepass")) for value in values.values() if isinstance(value, str))
+    return num_bytes > json_lines.MAX_RECORD_BYTES
 
 
 @contextmanager
-def lines_left_out(name: str) -> Iterator[list[BadRow]]:
-    """Gather the lines that the library leaves out of a csv in a block, because they have too many fields."""
-    found: list[BadRow] = []
-    with warnings.catch_warnings(record=True) as said:
+def collect_skipped_lines(name: str) -> Iterator[list[BadRecord]]:
+    """Collect the lines with too many fields that pandas skips in a CSV file inside the block."""
+    skipped: list[BadRecord] = []
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        yield found
-    for warning in said:
-        for number, reason in _BAD_LINE.findall(str(warning.message)):
-            found.append(BadRow(f"{name}:{number}: {reason}; correct or remove the line", reason=TOO_MANY_FIELDS))
+        yield skipped
+    for warning in caught:
+        for number, reason in _SKIPPED_LINE.findall(str(warning.message)):
+            skipped.append(BadRecord(f"{name}:{number}: {reason}; correct or remove the line", reason=TOO_MANY_FIELDS))

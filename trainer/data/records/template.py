@@ -1,7 +1,7 @@
-"""Texts with columns in them.
+"""Templates that render records to text.
 
-"{en} = {de}"              strings; a value of another type is an error, never a guess
-"{translation.en}"         what column `translation` has under `en`
+"{en} = {de}"              strings; a value of another type is an error, never converted
+"{translation.en}"         key `en` of column `translation`
 "{stars:d}" "{price:g}"    whole numbers; numbers
 "{label:bad|good}"         the first, second, ... text, for the numbers 0, 1, ... (or false and true)
 "{{" "}}"                  braces
@@ -13,28 +13,29 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 
 from trainer.config.nodes import shown
-from trainer.data.records.bad_records import BadRow
-from trainer.data.records.base import ANOTHER_TYPE, Row, type_name
+from trainer.data.records.bad_records import BadRecord
+from trainer.data.records.base import WRONG_TYPE, Record, type_name
 
 _TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def check_template(text: str) -> str:
-    """Return a template as it is.
+    """Return a valid template unchanged.
 
     Raises:
-        ValueError: if it has a brace without its partner, or a column without a name.
+        ValueError: if it has an unmatched brace, a column without a name or an unknown format.
     """
     for token in _TOKEN.finditer(text):
         if token[0] in "{}":
-            raise ValueError(f"has {token[0]!r} without its partner; write {token[0] * 2} for a brace")
+            raise ValueError(f"has an unmatched {token[0]!r}; write {token[0] * 2} for a brace")
         column, has_format, format_ = (token[1] or "").partition(":")
         if token[1] is not None and not column:
-            raise ValueError("has {} without the name of a column; write {text}, or {{}} for braces")
+            raise ValueError("has {} without a column name; write {text}, or {{}} for braces")
         if has_format and format_ not in ("d", "g") and "|" not in format_:
             raise ValueError(
-                f"has {shown(token[0])[1:-1]}; after a colon come d (a whole number), g (a number) or no|yes (choices)"
+                f"has {shown(token[0])[1:-1]}; after the colon, use d (a whole number), g (a number) or "
+                "no|yes (choices)"
             )
     return text
 
@@ -44,10 +45,10 @@ TemplateText = Annotated[str, AfterValidator(check_template)]
 
 
 class Template:
-    """Renders rows."""
+    """A parsed template."""
 
     def __init__(self, text: str) -> None:
-        """Take a template that `check_template` accepts."""
+        """Parse a template that `check_template` accepts."""
         self._pieces: list[str | tuple[str, str]] = []  # text, or a column and its format
         end = 0
         for token in _TOKEN.finditer(text):
@@ -63,59 +64,59 @@ class Template:
 
     @property
     def columns(self) -> list[str]:
-        """Columns that are read, in order."""
+        """Columns of the template, in order."""
         return [piece[0] for piece in self._pieces if isinstance(piece, tuple)]
 
-    def render(self, row: Row) -> str:
-        """Return the text for a row.
+    def render(self, record: Record) -> str:
+        """Return the text of a record.
 
         Raises:
-            BadRow: naming row and column, if a value is missing, of another type or not valid Unicode.
+            BadRecord: naming record and column, if a value is missing, of another type or not valid Unicode.
         """
-        return "".join(piece if isinstance(piece, str) else _format(row, *piece) for piece in self._pieces)
+        return "".join(piece if isinstance(piece, str) else _format(record, *piece) for piece in self._pieces)
 
 
-def _format(row: Row, column: str, format_: str) -> str:
+def _format(record: Record, column: str, format_: str) -> str:
     if not format_:
-        return check_unicode(row.text(column), column, where=row.where)
-    value = row.value(column)
+        return check_unicode(record.text(column), column, where=record.where)
+    value = record.value(column)
     if format_ == "d":
         if isinstance(value, int) and not isinstance(value, bool):
             return str(value)
-        raise _wrong(row, column, value, "a whole number")
+        raise _wrong_type(record, column, value, "a whole number")
     if format_ == "g":
         if isinstance(value, int | float) and not isinstance(value, bool):
             return _shortest(value)
-        raise _wrong(row, column, value, "a number")
+        raise _wrong_type(record, column, value, "a number")
     choices = format_.split("|")
     if isinstance(value, int) and 0 <= value < len(choices):
         return choices[value]
-    raise _wrong(row, column, value, f"a whole number from 0 to {len(choices) - 1}")
+    raise _wrong_type(record, column, value, f"a whole number from 0 to {len(choices) - 1}")
 
 
 def _shortest(value: float) -> str:
-    """Return a number as people write it, and no other number: 19 for 19.0, 978300760 as it is."""
+    """Return a short notation of the same number: 19 for 19.0, and 978300760 unchanged."""
     text = f"{value:g}"
     return text if isinstance(value, float) and float(text) == value else str(value)
 
 
 def check_unicode(text: str, column: str, *, where: str) -> str:
-    """Return a text as it is.
+    """Return valid Unicode text unchanged.
 
     Raises:
-        BadRow: if it has half of a surrogate pair, which JSON can escape and no encoding of text can hold.
+        BadRecord: if it has a lone surrogate, which JSON can escape but UTF-8 cannot encode.
     """
     if not text.isascii() and (half := _SURROGATE.search(text)):
-        raise BadRow(
+        raise BadRecord(
             f"{where}: {column!r} has the lone surrogate \\u{ord(half[0]):04x} at character {half.start()}; text must "
-            "be valid Unicode; correct or remove the row",
+            "be valid Unicode; correct or remove the record",
             reason="not Unicode",
         )
     return text
 
 
-def _wrong(row: Row, column: str, value: Any, needed: str) -> BadRow:
+def _wrong_type(record: Record, column: str, value: Any, needed: str) -> BadRecord:
     shown = value if isinstance(value, int | float) else type_name(value)
-    return BadRow(
-        f"{row.where}: {column!r} is {shown}; it must be {needed}; correct or remove the row", reason=ANOTHER_TYPE
+    return BadRecord(
+        f"{record.where}: {column!r} is {shown}; it must be {needed}; correct or remove the record", reason=WRONG_TYPE
     )

@@ -1,13 +1,17 @@
 """Data source interface: named documents, and the files they come from."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.data.records.bad_records import BadRow, SkippedCounter
+from trainer.data.records.bad_records import BadRecord, SkippedCounter
 from trainer.data.records.base import SourcePart
 from trainer.errors import DataError
+
+DOMAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""Full match of a domain's name, which is part of file names and metrics."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,20 +24,20 @@ class Document:
     text: str
     """Text to learn."""
     prompt: str = ""
-    """Prompt, read before the text and not learned: no token of it is a target."""
+    """Prompt, read before the text and not learned: none of its tokens is a target."""
 
 
 class Source(ABC):
-    """Reads documents in a fixed order. Knows nothing of tokens or splits."""
+    """Reads documents in a fixed order; independent of tokenizer and split."""
 
     weight: float
     """Share of the mixture, split evenly over the domains found."""
     rejects_copies: bool = False
-    """True if two files with the same content are a mistake."""
+    """True if two files with the same content are an error."""
     has_on_bad_row: bool = False
-    """True if its options say what becomes of a document that cannot be used."""
-    skips_bad_rows: bool = False
-    """True to leave out and count documents that cannot be used, instead of an error."""
+    """True if the source has the option `on_bad_row`."""
+    skips_bad_records: bool = False
+    """True to skip and count unusable documents instead of raising."""
 
     @abstractmethod
     def files(self) -> list[Path]:
@@ -45,12 +49,12 @@ class Source(ABC):
 
     @abstractmethod
     def parts(self) -> Sequence[SourcePart]:
-        """Return pieces that processes can read side by side; in order they are the whole source.
+        """Return pieces that processes can read in parallel; concatenated in order they are the whole source.
 
-        What the pieces are depends on the files alone.
+        They depend on the files alone.
 
         Raises:
-            DataError: if what is to be read is not there.
+            DataError: if the data is missing.
         """
 
     @abstractmethod
@@ -61,54 +65,55 @@ class Source(ABC):
             DataError: naming the file (and line), if one is unreadable, empty or not UTF-8.
         """
 
-    def entries(self, part: SourcePart) -> Iterator[Document | BadRow]:
-        """Yield the documents of a part, and in place of those that cannot be used what is wrong with them.
+    def entries(self, part: SourcePart) -> Iterator[Document | BadRecord]:
+        """Yield the documents of a part, with a `BadRecord` in place of each unusable one.
 
         Raises:
             DataError: if a file cannot be read to its end.
         """
         return self.read(part)
 
-    def taken(self) -> list[str]:
-        """Return what is taken where a folder does not say it: a line for each."""
+    def folder_notes(self) -> list[str]:
+        """Return a line for each folder: which of its files are read and which are not."""
         return []
 
     def origin(self) -> str:
-        """Return what is read and is no local file: its addresses and their versions. Empty if all files are local."""
+        """Return the addresses and versions of remote files; empty if all files are local."""
         return ""
 
-    def usable(self, part: SourcePart | None, skipped: SkippedCounter, *, first: int = 0) -> Iterator[Document]:
-        """Yield the documents of a part that are to be learned.
+    def usable_documents(
+        self, part: SourcePart | None, skipped: SkippedCounter, *, first: int = 0
+    ) -> Iterator[Document]:
+        """Yield the documents of a part that can be used.
 
         Args:
-            part: None: all parts, one after the other.
-            skipped: counts those that are left out.
-            first: documents to pass over, with what is left out before them.
+            part: None for all parts, one after the other.
+            skipped: counts the documents that are skipped.
+            first: number of usable documents to pass over, together with the skipped ones before them.
 
         Raises:
-            DataError: as `parts` and `read`; of what cannot be used, if it is not to be left out.
+            DataError: as `parts` and `read`; also for the first unusable document, unless those are skipped.
         """
         number = 0
         for one in self.parts() if part is None else [part]:
             for entry in self.entries(one):
                 is_wanted = number >= first
-                if not isinstance(entry, BadRow):
+                if not isinstance(entry, BadRecord):
                     number += 1
                     if is_wanted:
                         yield entry
-                elif not self.skips_bad_rows:
-                    raise self._refusal(entry) from entry
+                elif not self.skips_bad_records:
+                    raise self._error(entry) from entry
                 elif is_wanted:
                     skipped.add(entry)
 
-    def _refusal(self, row: BadRow) -> DataError:
-        """Return the error for a document that cannot be used and is not to be left out."""
-        return DataError(f"{row}, or go on without it: on_bad_row: skip") if self.has_on_bad_row else row
+    def _error(self, record: BadRecord) -> DataError:
+        return DataError(f"{record}, or skip it: on_bad_row: skip") if self.has_on_bad_row else record
 
     def documents(self) -> Iterator[Document]:
-        """Yield all documents that are to be learned, part by part.
+        """Yield all usable documents, part by part.
 
         Raises:
-            DataError: as `usable`.
+            DataError: as `usable_documents`.
         """
-        return self.usable(None, SkippedCounter())
+        return self.usable_documents(None, SkippedCounter())

@@ -1,7 +1,7 @@
 """Text that every machine with Turnout has: three domains of real text, without a download.
 
-The documents are a function of the Python patch version and the torch version. A file is one document in each domain
-it has text for; no text is in two domains.
+The documents depend on the Python patch version and the torch version. A file is one document in each domain that it
+has text for; no text is in two domains.
 """
 
 import ast
@@ -10,23 +10,22 @@ import importlib.util
 import os
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
 from trainer.data.records.base import SourcePart
+from trainer.data.records.text_files import readable
 from trainer.data.sources.base import Document, Source
-from trainer.data.sources.files import readable
-from trainer.data.sources.registry import InstalledSourceConfig
 from trainer.errors import DataError
 
 MIN_DOCSTRING_CHARACTERS = 60
-"""Docstrings up to this length are labels rather than prose; they are in no domain."""
+"""Docstrings up to this length are labels rather than prose and are left out."""
 
-# Tests, tables and generated code are not what people write; the other folders are missing from some Linux
-# distributions or from newer Pythons, and the corpus should not depend on that.
-_UNWRITTEN = {"test", "tests", "idle_test", "encodings", "pydoc_data", "__phello__", "__pycache__"}
+# The first set holds tests, tables and generated code, which nobody wrote as prose or code. The folders of the second
+# are missing from some Linux distributions or newer Pythons, on which the corpus must not depend.
+_GENERATED = {"test", "tests", "idle_test", "encodings", "pydoc_data", "__phello__", "__pycache__"}
 _UNSTABLE = {"distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtledemo", "site-packages", "dist-packages"}
 _EXCLUDED_PREFIXES = (".", "_sysconfigdata", "config-", "sitecustomize")  # hidden, or written for one machine
 
@@ -34,7 +33,7 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 class SeparatedModule(NamedTuple):
-    """One Python module, taken apart."""
+    """A Python module, separated into code and docstrings."""
 
     code: str
     """The module without its docstrings; still a valid module."""
@@ -45,9 +44,9 @@ class SeparatedModule(NamedTuple):
 class InstalledSource(Source):
     """Python's standard library (`python`), its documentation (`english`) and torch's C++ headers (`cpp`)."""
 
-    def __init__(self, config: InstalledSourceConfig) -> None:
-        self.weight = config.weight
-        self._domains = frozenset(config.domains)
+    def __init__(self, domains: Iterable[str], *, weight: float = 1.0) -> None:
+        self.weight = weight
+        self._domains = frozenset(domains)
 
     def files(self) -> list[Path]:
         """Return the files of the chosen domains, sorted by their path in the library.
@@ -65,7 +64,7 @@ class InstalledSource(Source):
         return found
 
     def parts(self) -> list[SourcePart]:
-        """Return one part: a text that occurs twice is only noticed by who reads all.
+        """Return a single part: repeated texts are found by reading everything.
 
         Raises:
             DataError: if a domain is not installed.
@@ -73,9 +72,9 @@ class InstalledSource(Source):
         return [SourcePart(size_bytes=sum(path.stat().st_size for path in self.files()))]
 
     def read(self, part: SourcePart) -> Iterator[Document]:
-        """Yield the documents: modules' code and docstrings, the topics of Python's manual, headers.
+        """Yield the code and docstrings of modules, the topics of Python's manual, and headers.
 
-        A text that occurs twice in a domain (licences, stubs) is yielded once.
+        Texts repeated in a domain (licences, stubs) are yielded once.
 
         Raises:
             DataError: if a domain is not installed or a file cannot be read.
@@ -99,7 +98,7 @@ class InstalledSource(Source):
         if "cpp" in self._domains:
             for name, path in _headers():
                 with readable(path):
-                    # No header is known that is not UTF-8; if one comes, it must not stop the default config.
+                    # All known headers are UTF-8; a future one that is not must not break the default config.
                     yield Document(name=name, domain="cpp", text=path.read_bytes().decode("utf-8", errors="replace"))
 
     def _module_documents(self, name: str, path: Path) -> Iterator[Document]:
@@ -107,7 +106,7 @@ class InstalledSource(Source):
             with readable(path), tokenize.open(path) as file:
                 module = separate(file.read())
         except (SyntaxError, ValueError):
-            return  # a template, or another version's syntax: not a module of this Python
+            return  # a template, or the syntax of another version
         if "python" in self._domains:
             yield Document(name=name, domain="python", text=module.code)
         prose = [text for text in module.docstrings if len(text) > MIN_DOCSTRING_CHARACTERS]
@@ -116,31 +115,31 @@ class InstalledSource(Source):
 
 
 def separate(source: str) -> SeparatedModule:
-    """Take a module's docstrings out of its code.
+    """Separate a module's docstrings from its code.
 
     Raises:
         SyntaxError: if it is not a Python module.
     """
-    lines = source.encode().splitlines(keepends=True)  # columns of the syntax tree count UTF-8 bytes
+    lines = source.encode().splitlines(keepends=True)  # the syntax tree counts columns in UTF-8 bytes
     found: list[tuple[int, str]] = []
     for node in _statements(ast.parse(source)):
         if isinstance(node, _DOCUMENTED) and (text := ast.get_docstring(node)) is not None:
-            _cut(lines, node.body[0], alone=len(node.body) == 1 and not isinstance(node, ast.Module))
+            _remove(lines, node.body[0], alone=len(node.body) == 1 and not isinstance(node, ast.Module))
             found.append((node.body[0].lineno, text))
     return SeparatedModule(b"".join(lines).decode(), [text for _, text in sorted(found)])
 
 
 def _statements(module: ast.Module) -> list[ast.AST]:
-    """List the module and all statements in it; ast.walk goes into expressions too, which doubles the time."""
+    """Return the module and all statements in it; ast.walk also visits expressions and takes twice as long."""
     nodes: list[ast.AST] = [module]
-    for node in nodes:  # grows meanwhile
+    for node in nodes:  # grows during the loop
         for part in ("body", "orelse", "finalbody", "handlers", "cases"):
             nodes += getattr(node, part, ())
     return nodes
 
 
-def _cut(lines: list[bytes], docstring: ast.stmt, *, alone: bool) -> None:
-    """Take a docstring out of the lines, in place; line numbers stay right, so that more can be cut."""
+def _remove(lines: list[bytes], docstring: ast.stmt, *, alone: bool) -> None:
+    """Remove a docstring from the lines in place; line numbers stay valid for the next one."""
     assert docstring.end_lineno is not None and docstring.end_col_offset is not None, "ast.parse gives every end"
     first, last = docstring.lineno - 1, docstring.end_lineno - 1
     before, after = lines[first][: docstring.col_offset], lines[last][docstring.end_col_offset :]
@@ -193,7 +192,7 @@ def _headers() -> list[tuple[str, Path]]:
 
 
 def _walk(root: Path, suffix: str) -> list[tuple[str, Path]]:
-    """Return (path below root with forward slashes, path), sorted by the former."""
+    """Return (POSIX path relative to root, path) of all files with this suffix, sorted."""
     found: list[tuple[str, Path]] = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if not _is_excluded(name)]
@@ -205,4 +204,4 @@ def _walk(root: Path, suffix: str) -> list[tuple[str, Path]]:
 
 
 def _is_excluded(name: str) -> bool:
-    return name in _UNWRITTEN | _UNSTABLE or "generated" in name or name.startswith(_EXCLUDED_PREFIXES)
+    return name in _GENERATED | _UNSTABLE or "generated" in name or name.startswith(_EXCLUDED_PREFIXES)

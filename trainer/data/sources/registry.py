@@ -1,4 +1,4 @@
-"""Every data source's options, and the union of them that an entry of `data.sources` accepts. Imports no torch."""
+"""Options of every data source, and their union for an entry of `data.sources`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from pydantic import Field
 from trainer.config.base import Config, Problem, repeated
 from trainer.config.nodes import shown
 from trainer.config.plugins import KindConfig, Pluggable
-from trainer.data.records.bad_records import OnBadRow
+from trainer.data.records.bad_records import OnBadRecord
 from trainer.data.records.filters import FilterConfig
-from trainer.data.records.registry import DatasetConfig, JsonlRowsConfig, Name, Paths
+from trainer.data.records.registry import DatasetConfig, JsonlRecordsConfig, Name, Paths
 from trainer.data.records.template import Template, TemplateText
+from trainer.data.sources.base import DOMAIN_NAME
 
 if TYPE_CHECKING:
+    from trainer.data.records.base import RecordReader
     from trainer.data.sources.base import Source
 
-Domain = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Domain = Annotated[str, Field(pattern=f"^{DOMAIN_NAME.pattern}$")]
 Weight = Annotated[float, Field(ge=1e-18, le=1e18)]
-"""Only ratios count: tokens of a corpus will do."""
+"""Only ratios matter, so numbers of tokens can be given."""
 
 
 class SourceOptions(KindConfig):
-    """Base class of the configs of sources that are plug-ins."""
+    """Base class of the configs of plug-in sources."""
 
     domain: Domain = "plugin"
     """Name of the domain in per-domain losses."""
@@ -32,7 +34,7 @@ class SourceOptions(KindConfig):
     """Share of the mixture, split evenly over the domains found."""
 
     def build(self) -> Source:
-        """Make the source."""
+        """Create the source."""
         raise NotImplementedError
 
 
@@ -48,15 +50,15 @@ class InstalledSourceConfig(Config):
     """Share of the mixture, split evenly over the domains."""
 
     def problems(self) -> Iterator[Problem]:
-        """Refuse a domain that is named twice."""
+        """Refuse a domain that is listed twice."""
         for twice in repeated(self.domains):
             yield Problem("domains", f"{twice} is named twice; name each domain once")
 
     def build(self) -> Source:
-        """Make the source."""
+        """Create the source."""
         from trainer.data.sources.installed import InstalledSource
 
-        return InstalledSource(self)
+        return InstalledSource(self.domains, weight=self.weight)
 
 
 class TextSourceConfig(Config):
@@ -68,57 +70,74 @@ class TextSourceConfig(Config):
     below), or a list of them; relative to the working directory."""
     domain: Domain = "text"
     """Name of the domain in per-domain losses."""
-    on_bad_row: OnBadRow = "error"
-    """Action on a file that cannot be used (empty, not UTF-8, damaged, too large): `error` ends the run with its
-    name; `skip` leaves it out, counts it and lists the first ones in runs/NAME/skipped_rows.jsonl."""
+    on_bad_row: OnBadRecord = "error"
+    """Action on a file that cannot be used (empty, not UTF-8, damaged, too large): `error` ends the run and names it;
+    `skip` leaves it out, counts it and lists the first ones in runs/NAME/skipped_rows.jsonl."""
     weight: Weight = 1.0
     """Share of the mixture."""
 
     def build(self) -> Source:
-        """Make the source."""
+        """Create the source."""
         from trainer.data.sources.text import TextSource
 
-        return TextSource(self)
+        return TextSource(
+            self.path, domain=self.domain, weight=self.weight, skips_bad_records=self.on_bad_row == "skip"
+        )
 
 
 class TableConfig(Config):
-    """Options that turn rows into documents."""
+    """Options for turning records into documents."""
 
     text: TemplateText = "{text}"
-    """Text to learn, with columns in braces: "{en} = {de}"; {a.b} is b inside a, {stars:d} and {price:g} are numbers,
+    """Text to learn, with columns in braces: "{en} = {de}"; {a.b} is key b of a, {stars:d} and {price:g} are numbers,
     {label:bad|good} names the numbers 0 and 1."""
     prompt: TemplateText = ""
-    """Prompt, read before `text` and not learned: no token of it is a target."""
+    """Prompt, read before `text` and not learned: none of its tokens is a target."""
     filters: list[FilterConfig] = Field(default=[])
-    """Rows that do not pass all of these are left out."""
-    on_bad_row: OnBadRow = "error"
-    """Action on a row that cannot be used (not JSON, null, of another type, without text, too large), and on a
-    file without rows: `error` ends the run with its place; `skip` leaves it out, counts it and lists the first ones in
-    runs/NAME/skipped_rows.jsonl. A file that cannot be read to its end is an error all the same."""
+    """Only records that pass all of these are read."""
+    on_bad_row: OnBadRecord = "error"
+    """Action on a record that cannot be used (not JSON, null, of another type, without text, too large), and on a file
+    without records: `error` ends the run and names its place; `skip` leaves it out, counts it and lists the first ones
+    in runs/NAME/skipped_rows.jsonl. A file that cannot be read to its end is always an error."""
     domain_key: Name | None = None
-    """Column with the document's domain. Null: all documents are of `domain`."""
+    """Column with the document's domain. Null: all documents belong to `domain`."""
     domain: Domain
     """Name of the domain in per-domain losses."""
     weight: Weight = 1.0
     """Share of the mixture, split evenly over the domains found."""
 
     def problems(self) -> Iterator[Problem]:
-        """Refuse a text that is the same for all rows."""
+        """Refuse a template without columns."""
         yield from super().problems()
         if not Template(self.text).columns:
             yield Problem("text", f"{shown(self.text)} has no column; write {{column}} where its text belongs")
 
     def columns(self) -> set[str]:
-        """Return every column that is read."""
+        """Return the columns to read."""
         named = [*Template(self.text).columns, *Template(self.prompt).columns, *(f.column for f in self.filters)]
         return {*named, self.domain_key} if self.domain_key is not None else set(named)
 
-    def skips_bad_rows(self) -> bool:
-        """Return whether a row that cannot be used is left out."""
+    def skips_bad_records(self) -> bool:
+        """Return whether unusable records are skipped."""
         return self.on_bad_row == "skip"
 
+    def source_of(self, reader: RecordReader) -> Source:
+        """Create a source of the records of `reader`."""
+        from trainer.data.sources.table import TableSource
 
-class JsonlSourceConfig(TableConfig, JsonlRowsConfig):
+        return TableSource(
+            reader,
+            domain=self.domain,
+            text=self.text,
+            prompt=self.prompt,
+            filters=self.filters,
+            domain_key=self.domain_key,
+            weight=self.weight,
+            skips_bad_records=self.skips_bad_records(),
+        )
+
+
+class JsonlSourceConfig(TableConfig, JsonlRecordsConfig):
     """Files with one JSON object a line, plain, .gz or .zst; each line is one document."""
 
     kind: Literal["jsonl"] = "jsonl"
@@ -126,50 +145,44 @@ class JsonlSourceConfig(TableConfig, JsonlRowsConfig):
     """Name of the domain in per-domain losses."""
 
     def build(self) -> Source:
-        """Make the source."""
-        from trainer.data.sources.table import TableSource
-
-        return TableSource(self.rows(), self)
+        """Create the source."""
+        return self.source_of(self.reader())
 
 
 class HfSourceConfig(TableConfig, DatasetConfig):
-    """Whatever Hugging Face `datasets` reads; each row is one document."""
+    """Whatever Hugging Face `datasets` reads; each record is one document."""
 
     kind: Literal["hf"] = "hf"
     domain: Domain = "hf"
     """Name of the domain in per-domain losses."""
 
     def build(self) -> Source:
-        """Make the source."""
-        from trainer.data.sources.table import TableSource
-
-        return TableSource(self.rows(), self)
+        """Create the source."""
+        return self.source_of(self.reader())
 
 
 class HfStreamSourceConfig(TableConfig, DatasetConfig):
-    """Streamed `hf` source for a corpus too large to ingest: read again in every epoch, some million tokens ahead.
+    """Streamed `hf` source for a corpus too large to ingest: read again in every epoch, a block ahead of training.
 
-    Rows are shuffled inside a block of `block_tokens`, and blocks come in the order of the data set.
+    Training rows are shuffled within a block of `block_tokens`; blocks keep the order of the data set.
     """
 
     kind: Literal["hf_stream"] = "hf_stream"
     domain: Domain = "hf_stream"
     """Name of the domain in per-domain losses."""
     block_tokens: Annotated[int, Field(gt=0, le=1 << 40)] = 1 << 24
-    """Tokens that are read ahead, kept on the disk (three times as many) and shuffled among themselves. What is held
-    out of the first block is evaluated on; what is held out of others is never read."""
+    """Tokens of a block: read ahead, shuffled among themselves and kept on the disk (three blocks at a time).
+    Evaluation uses the held-out text of the first block; that of later blocks is never used."""
 
     def problems(self) -> Iterator[Problem]:
-        """Refuse what only a corpus that is read beforehand can have."""
+        """Refuse options that need the whole corpus to be read first."""
         yield from super().problems()
         if self.domain_key is not None:
-            yield Problem("domain_key", "a stream is of one domain; give each domain a source of its own, with filters")
+            yield Problem("domain_key", "a stream has one domain; give each domain a source of its own, with filters")
 
     def build(self) -> Source:
-        """Make the source."""
-        from trainer.data.sources.table import TableSource
-
-        return TableSource(self.rows(), self)
+        """Create the source."""
+        return self.source_of(self.reader())
 
 
 SourceConfig = Annotated[

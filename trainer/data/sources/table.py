@@ -1,33 +1,50 @@
-"""Rows as documents."""
+"""Records as documents."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
-
-from trainer.data.records.bad_records import BadRow, usable
-from trainer.data.records.base import Row, Rows, SourcePart
+from trainer.data.records.bad_records import BadRecord, raise_on_bad
+from trainer.data.records.base import Record, RecordReader, SourcePart
+from trainer.data.records.filters import FilterConfig
 from trainer.data.records.template import Template
-from trainer.data.sources.base import Document, Source
-from trainer.data.sources.files import NO_TEXT
-from trainer.data.sources.registry import Domain, TableConfig
-
-_DOMAIN = TypeAdapter(Domain)
+from trainer.data.records.text_files import NO_TEXT
+from trainer.data.sources.base import DOMAIN_NAME, Document, Source
 
 
 class TableSource(Source):
-    """Documents made from rows, each from one."""
+    """Makes one document from each record."""
 
     rejects_copies = True
     has_on_bad_row = True
 
-    def __init__(self, rows: Rows, config: TableConfig) -> None:
-        self.weight = config.weight
-        self.skips_bad_rows = config.on_bad_row == "skip"
-        self._rows = rows
-        self._config = config
-        self._text, self._prompt = Template(config.text), Template(config.prompt)
-        self._known_domains: set[str] = set()
+    def __init__(
+        self,
+        reader: RecordReader,
+        *,
+        domain: str,
+        text: str = "{text}",
+        prompt: str = "",
+        filters: Sequence[FilterConfig] = (),
+        domain_key: str | None = None,
+        weight: float = 1.0,
+        skips_bad_records: bool = False,
+    ) -> None:
+        """Create the source.
+
+        Args:
+            reader: reads the records.
+            domain: domain of all documents without `domain_key`.
+            text: template of the text to learn.
+            prompt: template of the prompt before it.
+            filters: only records that pass all of them become documents.
+            domain_key: column with the document's domain.
+            weight: share of the mixture.
+            skips_bad_records: skip unusable records instead of raising.
+        """
+        self.weight, self.skips_bad_records = weight, skips_bad_records
+        self._reader, self._filters = reader, filters
+        self._text_template, self._text, self._prompt = text, Template(text), Template(prompt)
+        self._domain, self._domain_key = domain, domain_key
 
     def files(self) -> list[Path]:
         """Return the local files, in the order in which they are read.
@@ -35,73 +52,71 @@ class TableSource(Source):
         Raises:
             DataError: if there are none.
         """
-        return self._rows.files()
+        return self._reader.files()
 
-    def taken(self) -> list[str]:
-        """Return a line for each folder that files are taken from."""
-        return self._rows.taken()
+    def folder_notes(self) -> list[str]:
+        """Return a line for each folder: which of its files are read and which are not."""
+        return self._reader.folder_notes()
 
     def origin(self) -> str:
-        """Return the addresses of what is not local, with their versions."""
-        return self._rows.origin()
+        """Return the addresses and versions of remote files."""
+        return self._reader.origin()
 
     def parts(self) -> Sequence[SourcePart]:
-        """Return the parts of the rows.
+        """Return the parts of the reader.
 
         Raises:
-            DataError: if what is to be read is not there.
+            DataError: if the data is missing.
         """
-        return self._rows.parts()
+        return self._reader.parts()
 
     def read(self, part: SourcePart) -> Iterator[Document]:
-        """Yield a document for each row of a part that passes the filters.
+        """Yield a document for each record of a part that passes the filters.
 
         Raises:
-            DataError: naming file and row, if a row is unreadable or does not have what is asked of it.
+            DataError: naming file and record, if one is unreadable or lacks a value that is needed.
         """
-        return usable(self.entries(part))
+        return raise_on_bad(self.entries(part))
 
-    def entries(self, part: SourcePart) -> Iterator[Document | BadRow]:
-        """Yield a document for each row of a part that passes the filters, or what is wrong with the row.
+    def entries(self, part: SourcePart) -> Iterator[Document | BadRecord]:
+        """Yield a document for each record of a part that passes the filters, or the record's error.
 
         Raises:
             DataError: naming the file, if it cannot be read to its end.
         """
-        for row in self._rows.entries(part):
-            entry = row if isinstance(row, BadRow) else self._entry(row)
+        for record in self._reader.entries(part):
+            entry = record if isinstance(record, BadRecord) else self._entry(record)
             if entry is not None:
                 yield entry
 
-    def _entry(self, row: Row) -> Document | BadRow | None:
-        """Return the document of a row; None if it does not pass the filters."""
+    def _entry(self, record: Record) -> Document | BadRecord | None:
+        """Return the document of a record; None if it does not pass the filters."""
         try:
-            is_kept = all(condition.keeps(row) for condition in self._config.filters)
-            return self._document(row) if is_kept else None
-        except BadRow as bad:
+            is_kept = all(condition.keeps(record) for condition in self._filters)
+            return self._document(record) if is_kept else None
+        except BadRecord as bad:
             return bad
 
-    def _document(self, row: Row) -> Document:
-        text = self._text.render(row)
+    def _document(self, record: Record) -> Document:
+        text = self._text.render(record)
         if not text.strip():
-            raise BadRow(
-                f"{row.where}: {self._config.text!r} holds no text (empty or only white space); every row needs some; "
-                "remove it",
+            raise BadRecord(
+                f"{record.where}: {self._text_template!r} holds no text (empty or only white space); every record "
+                "needs some; remove it",
                 reason=NO_TEXT,
             )
-        return Document(name=row.where, domain=self._domain(row), text=text, prompt=self._prompt.render(row))
+        return Document(
+            name=record.where, domain=self._domain_of(record), text=text, prompt=self._prompt.render(record)
+        )
 
-    def _domain(self, row: Row) -> str:
-        if self._config.domain_key is None:
-            return self._config.domain
-        domain = row.text(self._config.domain_key)
-        if domain not in self._known_domains:
-            try:
-                _DOMAIN.validate_python(domain)
-            except ValidationError as error:
-                raise BadRow(
-                    f"{row.where}: domain {domain!r} is no name; names are 1 to 64 letters, digits, dots, dashes and "
-                    "underscores; correct the row or set another domain_key",
-                    reason="of a domain that is no name",
-                ) from error
-            self._known_domains.add(domain)
+    def _domain_of(self, record: Record) -> str:
+        if self._domain_key is None:
+            return self._domain
+        domain = record.text(self._domain_key)
+        if not DOMAIN_NAME.fullmatch(domain):
+            raise BadRecord(
+                f"{record.where}: domain {domain!r} is not a valid name; names are 1 to 64 letters, digits, dots, "
+                "dashes and underscores; correct the record or set another domain_key",
+                reason="of a domain that is no name",
+            )
         return domain

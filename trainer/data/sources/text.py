@@ -1,55 +1,55 @@
 """Text files as documents."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.data.records.bad_records import BadRow, usable
+from trainer.data.records.bad_records import BadRecord, raise_on_bad
 from trainer.data.records.base import SourcePart
+from trainer.data.records.find_files import TEXT, describe_folders, find_files
+from trainer.data.records.text_files import read_document, readable
 from trainer.data.sources.base import Document, Source
-from trainer.data.sources.files import read_text, readable
-from trainer.data.sources.finding import TEXT, find_files, taken_from_folders
-from trainer.data.sources.registry import TextSourceConfig
 
 _PART_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TextFiles(SourcePart):
-    """Neighbouring files."""
+class FileGroup(SourcePart):
+    """Consecutive files."""
 
     paths: tuple[Path, ...]
 
 
 class TextSource(Source):
-    """UTF-8 text files, plain, .gz or .zst; each file is one document."""
+    """Reads UTF-8 text files, plain, .gz or .zst; each file is one document."""
 
     has_on_bad_row = True
 
-    def __init__(self, config: TextSourceConfig) -> None:
-        self.weight = config.weight
-        self.skips_bad_rows = config.on_bad_row == "skip"
-        self._config = config
+    def __init__(
+        self, path: str | Sequence[str], *, domain: str = "text", weight: float = 1.0, skips_bad_records: bool = False
+    ) -> None:
+        self._path, self._domain = path, domain
+        self.weight, self.skips_bad_records = weight, skips_bad_records
 
     def files(self) -> list[Path]:
         """Return the files: paths in order, the matches of a glob sorted, each file once.
 
         Raises:
-            DataError: if there are none where a path, glob or folder says.
+            DataError: if a path, glob or folder has none.
         """
-        return find_files(self._config.path, TEXT)
+        return find_files(self._path, TEXT)
 
-    def taken(self) -> list[str]:
-        """Return a line for each folder that files are taken from."""
-        return taken_from_folders(self._config.path, TEXT)
+    def folder_notes(self) -> list[str]:
+        """Return a line for each folder: which of its files are read and which are not."""
+        return describe_folders(self._path, TEXT)
 
-    def parts(self) -> list[TextFiles]:
+    def parts(self) -> list[FileGroup]:
         """Return groups of files of about 16 MB.
 
         Raises:
-            DataError: if there are none where a path, glob or folder says.
+            DataError: if a path, glob or folder has none.
         """
-        parts: list[TextFiles] = []
+        parts: list[FileGroup] = []
         group: list[Path] = []
         size_bytes = 0
         for path in self.files():
@@ -57,30 +57,30 @@ class TextSource(Source):
                 size_bytes += path.stat().st_size
             group.append(path)
             if size_bytes >= _PART_BYTES:
-                parts.append(TextFiles(size_bytes=size_bytes, paths=tuple(group)))
+                parts.append(FileGroup(size_bytes=size_bytes, paths=tuple(group)))
                 group, size_bytes = [], 0
-        return [*parts, TextFiles(size_bytes=size_bytes, paths=tuple(group))] if group else parts
+        return [*parts, FileGroup(size_bytes=size_bytes, paths=tuple(group))] if group else parts
 
     def read(self, part: SourcePart) -> Iterator[Document]:
-        """Yield each file's text, line ends as they are, without a byte order mark.
+        """Yield the text of each file without a byte order mark; line ends are unchanged.
 
         Raises:
             DataError: naming the file, if one is unreadable, empty or not UTF-8.
         """
-        return usable(self.entries(part))
+        return raise_on_bad(self.entries(part))
 
-    def entries(self, part: SourcePart) -> Iterator[Document | BadRow]:
-        """Yield each file's text, or what is wrong with it.
+    def entries(self, part: SourcePart) -> Iterator[Document | BadRecord]:
+        """Yield the text of each file, or its error.
 
         Raises:
-            DataError: naming the file, if the system does not let it be read.
+            DataError: naming the file, if the system refuses to read it.
         """
-        assert isinstance(part, TextFiles), "parts() gave it"
+        assert isinstance(part, FileGroup), "parts() gave it"
         for path in part.paths:
             yield self._document(path)
 
-    def _document(self, path: Path) -> Document | BadRow:
+    def _document(self, path: Path) -> Document | BadRecord:
         try:
-            return Document(name=str(path), domain=self._config.domain, text=read_text(path))
-        except BadRow as bad:
+            return Document(name=str(path), domain=self._domain, text=read_document(path))
+        except BadRecord as bad:
             return bad

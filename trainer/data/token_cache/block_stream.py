@@ -1,11 +1,11 @@
-"""A corpus too large to ingest, block by block: some million tokens at a time become token files, and go again.
+"""Streaming of a corpus too large to ingest: blocks of some million tokens, built ahead of training and then removed.
 
-A block is a function of the text alone: the next documents that are not held out, until there are `block_tokens` tokens
-or the epoch ends. So whoever needs one makes it, on any host, as often as it is needed; who knows where it begins need
-not read what comes before it.
+A block depends on the text alone: the next documents that are not held out, until there are `block_tokens` tokens or
+the epoch ends. So any host can build it, as often as needed, and a process that knows where it begins need not read
+the text before it.
 
-FOLDER/block-00000007/       its token files; removed once it is three blocks ago, but for those of block 0
-FOLDER/block-00000007.json   what it is and where it ends, which is where the next one begins; stays
+FOLDER/block-00000007/       its token files; removed three blocks later, except those of block 0
+FOLDER/block-00000007.json   its signed entry with the position of the next block; kept
 """
 
 import logging
@@ -22,25 +22,33 @@ from typing import NamedTuple
 
 from trainer.atomic_io import replace_file
 from trainer.config.base import Config
-from trainer.data.records.bad_records import SkippedCounter, SkippedRows
+from trainer.data.records.bad_records import SkippedCounter, SkippedRecords
 from trainer.data.sources.base import Document
 from trainer.data.sources.registry import HfStreamSourceConfig
-from trainer.data.token_cache.cache import FileState, cache_error, new_name, publish, remove_remains, sole_builder
-from trainer.data.token_cache.ingest import SIDES, no_documents, write_text
-from trainer.data.token_cache.shards import ShardInfo, TokenFile, TokenWriter, is_intact, open_token_file
-from trainer.data.token_cache.signed_records import read_record, record_text
+from trainer.data.token_cache.cache_folder import (
+    FileState,
+    build_lock,
+    cache_error,
+    publish,
+    remove_abandoned,
+    temporary_path,
+)
+from trainer.data.token_cache.domain_files import SIDES, write_document
+from trainer.data.token_cache.ingest import no_documents
+from trainer.data.token_cache.signed_json import read_signed, signed_json
 from trainer.data.token_cache.splits import Side, is_held_out
+from trainer.data.token_cache.token_files import TokenFile, TokenFileInfo, TokenWriter, is_intact, open_token_file
 from trainer.data.token_cache.workers import end_with_parent
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.errors import DataError
 
 _log = logging.getLogger(__name__)
 _KEPT_BLOCKS = 3
-"""Blocks whose token files stay: the one that is read, the one before and the next."""
+"""Number of blocks whose token files are kept: the current, the previous and the next one."""
 
 
 class Mark(Config):
-    """A place in the stream: before a document of a part of the source, in an epoch."""
+    """Position in the stream: an epoch, a part of the source, and a document of that part."""
 
     epoch: int = 0
     part: int = 0
@@ -48,18 +56,18 @@ class Mark(Config):
 
 
 class BlockInfo(Config):
-    """Record of one block."""
+    """Entry of one block."""
 
     begin: Mark
     end: Mark
-    train: ShardInfo
-    validation: ShardInfo
-    """Validation part of the block. That of block 0 is evaluated on; nothing that is held out is ever learned."""
-    skipped: SkippedRows = SkippedRows()
-    """Rows left out of it."""
+    train: TokenFileInfo
+    validation: TokenFileInfo
+    """Held-out text. That of block 0 is used for evaluation; that of other blocks is never used."""
+    skipped: SkippedRecords = SkippedRecords()
+    """Records that were skipped."""
 
     def content(self) -> tuple[object, ...]:
-        """Return where it lies and the hashes of what it holds."""
+        """Return position and hashes of the block."""
         return self.begin, self.end, self.train.content(), self.validation.content()
 
 
@@ -76,27 +84,28 @@ class StreamedSource:
     """Inputs that determine the blocks, and the folder that holds them."""
 
     config: HfStreamSourceConfig
+    """The source's options: the process that builds ahead opens the source itself."""
     files: tuple[FileState, ...]
-    """The local files, as they are when the run starts."""
+    """Local files, as they were when the run started."""
     folder: Path
     tokenizer: Tokenizer
     held_out: float
 
     def build(self, begin: Mark, folder: Path) -> BlockInfo:
-        """Read the block that begins at a place into a folder.
+        """Build the block that begins at `begin` in a folder.
 
         Raises:
             DataError: if the text is unusable, has changed or has no documents.
         """
         for file in self.files:
             if FileState.of(Path(file.path)) != file:
-                raise DataError(f"{file.path}: changed since the run started; it must stay as it is; start again")
+                raise DataError(f"{file.path}: changed since the run started; it must not change meanwhile; restart")
         end, is_epoch_over, skipped = begin, True, SkippedCounter()
         with self._writer(folder, "train") as train, self._writer(folder, "validation") as validation:
-            for place, document in self._documents(begin, skipped):
+            for mark, document in self._documents(begin, skipped):
                 writer = validation if is_held_out(document.prompt + document.text, self.held_out) else train
-                write_text(writer, self.tokenizer, document.text, prompt=document.prompt)
-                end = place.model_copy(update={"document": place.document + 1})
+                write_document(writer, self.tokenizer, document.text, prompt=document.prompt)
+                end = mark.model_copy(update={"document": mark.document + 1})
                 if train.num_tokens >= self.config.block_tokens:
                     is_epoch_over = False
                     break
@@ -108,12 +117,12 @@ class StreamedSource:
         return BlockInfo(begin=begin, end=end, train=infos[0], validation=infos[1], skipped=skipped.total())
 
     def _documents(self, begin: Mark, skipped: SkippedCounter) -> Iterator[tuple[Mark, Document]]:
-        """Yield the documents from a place to the end of its epoch; count what is left out."""
+        """Yield the documents from `begin` to the end of its epoch; count skipped records."""
         source = self.config.build()
         parts = source.parts()
         for part in range(begin.part, len(parts)):
             first = begin.document if part == begin.part else 0
-            for number, document in enumerate(source.usable(parts[part], skipped, first=first), first):
+            for number, document in enumerate(source.usable_documents(parts[part], skipped, first=first), first):
                 yield Mark(epoch=begin.epoch, part=part, document=number), document
 
     def _writer(self, folder: Path, side: Side) -> TokenWriter:
@@ -122,119 +131,119 @@ class StreamedSource:
 
 
 class BlockStream:
-    """The blocks of a source by number: from the disk, or made now."""
+    """Blocks of a source by number, from the disk or built on demand."""
 
     def __init__(self, source: StreamedSource) -> None:
         self._source = source
         self._begins = {0: Mark()}
-        self._ahead: BaseProcess | None = None
+        self._prefetch: BaseProcess | None = None
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Domain of the stream, for messages."""
         return str(self._source.config.domain)
 
-    def go_on_from(self, index: int, begin: Mark) -> None:
-        """Take somebody's word for where a block begins, so that nothing before it must be read."""
+    def resume_at(self, index: int, begin: Mark) -> None:
+        """Set where a block begins, so that the text before it need not be read."""
         self._begins[index] = begin
 
     def info(self, index: int) -> BlockInfo:
-        """Return what is known of a block; it is made if nobody has made it yet.
+        """Return the entry of a block, which is built if it never was.
 
         Raises:
             DataError: if the text is unusable.
         """
-        known = self._recorded(index)
-        return known if known is not None else self.block(index).info
+        info = self._stored_info(index)
+        return info if info is not None else self.block(index).info
 
     def block(self, index: int) -> StreamBlock:
-        """Return a block; it is made if it is not there, by one process for all of this host that wait for it.
+        """Return a block. If it is missing, one process of this host builds it and the others wait.
 
         Raises:
-            DataError: if the text is unusable, or not what it was, or the cache cannot be written.
+            DataError: if the text is unusable or has changed, or the cache cannot be written.
             ResourceError: if the disk is full.
         """
         folder = self._folder(index)
         for is_last in (False, False, True):
             try:
-                known = self._made(index)
-                return StreamBlock(known, *(self._open(folder, side, getattr(known, side)) for side in SIDES))
-            except FileNotFoundError:  # another run that is further on has just removed it
+                info = self._ensure_built(index)
+                return StreamBlock(info, *(self._open(folder, side, getattr(info, side)) for side in SIDES))
+            except FileNotFoundError:  # just removed by a run that is further ahead
                 if is_last:
                     raise
             except OSError as error:
                 raise cache_error(str(folder.parent), error) from error
         raise AssertionError("the last attempt returns or raises")
 
-    def read_ahead(self, index: int) -> None:
-        """Begin to make a block in a process of its own, unless one is being made."""
-        if self._ahead is not None and self._ahead.is_alive():
+    def prefetch(self, index: int) -> None:
+        """Start to build a block in the background, unless one is being built."""
+        if self._prefetch is not None and self._prefetch.is_alive():
             return
-        known = self._recorded(index)
-        if known is not None and self._is_there(self._folder(index), known):
+        info = self._stored_info(index)
+        if info is not None and self._is_intact(self._folder(index), info):
             return
         context = multiprocessing.get_context("spawn")
         arguments = self._source, index, self._begin(index)
-        self._ahead = context.Process(target=_read_ahead, args=arguments, daemon=True)
-        self._ahead.start()
+        self._prefetch = context.Process(target=_build_in_background, args=arguments, daemon=True)
+        self._prefetch.start()
 
     def _begin(self, index: int) -> Mark:
-        """Return where a block begins; what lies between it and the last known place is read for that."""
+        """Return where a block begins; reads the text from the last known position to there."""
         while index not in self._begins:
-            last = max(known for known in self._begins if known < index)
+            last = max(block for block in self._begins if block < index)
             self._begins[last + 1] = self.info(last).end
         return self._begins[index]
 
-    def _made(self, index: int) -> BlockInfo:
-        """Return a block whose files are on the disk."""
+    def _ensure_built(self, index: int) -> BlockInfo:
+        """Return the entry of a block whose files exist."""
         folder = self._folder(index)
-        known = self._recorded(index)
-        if known is None or not self._is_there(folder, known):
+        info = self._stored_info(index)
+        if info is None or not self._is_intact(folder, info):
             begin = self._begin(index)
-            with sole_builder(folder, waiting=lambda: None) as is_alone:
+            with build_lock(folder, waiting=lambda: None) as is_alone:
                 if is_alone:
-                    remove_remains([folder])
-                known = self._recorded(index)
-                if known is None or not self._is_there(folder, known):
+                    remove_abandoned([folder])
+                info = self._stored_info(index)  # another process may have built it meanwhile
+                if info is None or not self._is_intact(folder, info):
                     if folder.exists():
                         _log.warning("%s: the token cache is damaged; reading the block again", folder)
-                    known = self._make(index, begin, known)
-        return known
+                    info = self._build(index, begin, info)
+        return info
 
-    def _make(self, index: int, begin: Mark, known: BlockInfo | None) -> BlockInfo:
+    def _build(self, index: int, begin: Mark, previous: BlockInfo | None) -> BlockInfo:
         folder = self._folder(index)
-        temporary = new_name(folder)
+        temporary = temporary_path(folder)
         temporary.mkdir()
         try:
             info = self._source.build(begin, temporary)
-            if known is not None and info.content() != known.content():
+            if previous is not None and info.content() != previous.content():
                 raise DataError(
-                    f"data.sources: {self.name}: block {index} is not what it was; a text must stay the same while it "
-                    f"is learned; restore it, or remove {folder.parent} and start a new run"
+                    f"data.sources: {self.name}: block {index} is not what it was before; a text must not change "
+                    f"during training; restore it, or remove {folder.parent} and start a new run"
                 )
-            publish(temporary, folder, unless=lambda: self._is_there(folder, info))
+            publish(temporary, folder, unless=lambda: self._is_intact(folder, info))
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        replace_file(folder.with_suffix(".json"), record_text(info, of=_name(folder)))
-        if index > _KEPT_BLOCKS:  # what is held out of block 0 is evaluated on
+        replace_file(folder.with_suffix(".json"), signed_json(info, of=_name(folder)))
+        if index > _KEPT_BLOCKS:  # block 0 is needed for evaluation
             shutil.rmtree(self._folder(index - _KEPT_BLOCKS), ignore_errors=True)
         return info
 
-    def _recorded(self, index: int) -> BlockInfo | None:
+    def _stored_info(self, index: int) -> BlockInfo | None:
         folder = self._folder(index)
         try:
-            return read_record(folder.with_suffix(".json"), BlockInfo, of=_name(folder))
+            return read_signed(folder.with_suffix(".json"), BlockInfo, of=_name(folder))
         except OSError:
             return None
         except ValueError:
             _log.warning("%s.json: the token cache is damaged; reading the block again", folder)
             return None
 
-    def _is_there(self, folder: Path, info: BlockInfo) -> bool:
+    def _is_intact(self, folder: Path, info: BlockInfo) -> bool:
         vocab_size = self._source.tokenizer.vocab_size
         return all(is_intact(folder, side, getattr(info, side), vocab_size=vocab_size) for side in SIDES)
 
-    def _open(self, folder: Path, side: Side, info: ShardInfo) -> TokenFile:
+    def _open(self, folder: Path, side: Side, info: TokenFileInfo) -> TokenFile:
         return open_token_file(folder, side, info, vocab_size=self._source.tokenizer.vocab_size)
 
     def _folder(self, index: int) -> Path:
@@ -242,14 +251,14 @@ class BlockStream:
 
 
 def _name(folder: Path) -> str:
-    """Return what a block is a block of, and which."""
+    """Return the name of stream and block that is part of the signature."""
     return f"{folder.parent.name}/{folder.name}"
 
 
-def _read_ahead(source: StreamedSource, index: int, begin: Mark) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the run, and ends this with it
+def _build_in_background(source: StreamedSource, index: int, begin: Mark) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, with which this process ends
     threading.Thread(target=end_with_parent, daemon=True).start()
     stream = BlockStream(source)
-    stream.go_on_from(index, begin)
-    with suppress(DataError, OSError):  # whoever needs the block meets the same, and says so
+    stream.resume_at(index, begin)
+    with suppress(DataError, OSError):  # the run meets the same error when it needs the block, and reports it
         stream.block(index)

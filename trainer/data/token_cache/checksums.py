@@ -1,10 +1,10 @@
-"""Tokens that are compared with checksums as they are read, block by block, and only where they are read.
+"""Token arrays whose blocks are verified against checksums when they are first read.
 
 DOMAIN.train.tokens       | 64 KiB | 64 KiB | rest |
-DOMAIN.train.checksums    | 8 bytes| 8 bytes| 8 bytes |     the beginning of each block's SHA-256
+DOMAIN.train.checksums    | 8 bytes| 8 bytes| 8 bytes |     the first bytes of each block's SHA-256
 
-The hash of the checksums is in the manifest, and the manifest has its own. So a corpus of any size is compared without
-being read twice: a process hashes each block once, when it first reads from it.
+The manifest holds the hash of the checksums, and is signed itself. So a corpus of any size is verified without an extra
+pass: a process hashes each block once, when it first reads from it.
 """
 
 import hashlib
@@ -18,55 +18,55 @@ from numpy.typing import NDArray
 from trainer.errors import DataError
 
 BLOCK_BYTES = 1 << 16
-"""About what the system reads ahead for one page of a mapped file: a block costs no further reading."""
+"""About the read-ahead of the system for one page of a mapped file, so that a block costs no extra reading."""
 CHECKSUM_BYTES = 8
 _BUFFER_BYTES = 1 << 16
 
 
-class Damaged(DataError):
-    """A file of the cache is not what was written."""
+class DamagedCache(DataError):
+    """A file of the cache does not have the content that was written."""
 
 
 class BlockChecksums:
-    """The checksums of a file that is being written."""
+    """Checksums of a file, computed while it is written."""
 
     def __init__(self) -> None:
         self._done = bytearray()
-        self._block, self._room = hashlib.sha256(), BLOCK_BYTES
+        self._block, self._free_bytes = hashlib.sha256(), BLOCK_BYTES
 
     def update(self, content: memoryview) -> None:
-        """Add what is appended to the file."""
+        """Add content appended to the file."""
         while len(content):
-            piece = content[: self._room]
+            piece = content[: self._free_bytes]
             self._block.update(piece)
-            self._room -= len(piece)
+            self._free_bytes -= len(piece)
             content = content[len(piece) :]
-            if self._room == 0:
+            if self._free_bytes == 0:
                 self._done += self._block.digest()[:CHECKSUM_BYTES]
-                self._block, self._room = hashlib.sha256(), BLOCK_BYTES
+                self._block, self._free_bytes = hashlib.sha256(), BLOCK_BYTES
 
     def digest(self) -> bytes:
         """Return the checksums of the file so far."""
-        is_begun = self._room < BLOCK_BYTES
-        return bytes(self._done) + (self._block.digest()[:CHECKSUM_BYTES] if is_begun else b"")
+        has_partial_block = self._free_bytes < BLOCK_BYTES
+        return bytes(self._done) + (self._block.digest()[:CHECKSUM_BYTES] if has_partial_block else b"")
 
 
 class HashedFile:
-    """A new file, hashed from memory while it is written."""
+    """A new file, hashed while it is written."""
 
     def __init__(self, path: Path, checksums: BlockChecksums | None = None) -> None:
         self._file = path.open("xb", buffering=0)
         self._hash, self._checksums = hashlib.sha256(), checksums
-        self._waiting = bytearray()  # documents may be short, and every call costs
+        self._buffer = bytearray()  # documents may be short, and system calls are expensive
 
     def write(self, content: bytes) -> None:
-        """Append."""
-        self._waiting += content
-        if len(self._waiting) >= _BUFFER_BYTES:
+        """Append content."""
+        self._buffer += content
+        if len(self._buffer) >= _BUFFER_BYTES:
             self._flush()
 
     def sha256(self) -> str:
-        """Return the hash of what was written so far."""
+        """Return the hash of the content so far."""
         self._flush()
         return self._hash.hexdigest()
 
@@ -76,32 +76,32 @@ class HashedFile:
             self._flush()
 
     def _flush(self) -> None:
-        self._hash.update(self._waiting)
-        with memoryview(self._waiting) as content:
+        self._hash.update(self._buffer)
+        with memoryview(self._buffer) as content:
             if self._checksums is not None:
                 self._checksums.update(content)
             written = 0
-            while written < len(content):  # the system may take less than all
+            while written < len(content):  # the system may write less
                 written += self._file.write(content[written:])
-        self._waiting.clear()
+        self._buffer.clear()
 
 
 class CheckedArray:
-    """An array on the disk, one-dimensional and read-only, of which no block is given out that is not what was written.
+    """A read-only one-dimensional array on the disk, which verifies each block when it is first read.
 
-    A block is compared once: what the system reads again later, because memory was short, is not.
+    Pages that the system drops and reads again later are not verified again.
     """
 
     def __init__(self, path: Path, dtype: np.dtype[np.unsignedinteger], checksums: bytes) -> None:
         """Map a file.
 
         Args:
-            path: of the file.
-            dtype: of its entries.
-            checksums: of its blocks, which are taken for what they should be.
+            path: path of the file.
+            dtype: type of its entries.
+            checksums: expected checksums of its blocks.
         """
         self._path, self._checksums = path, checksums
-        # As a plain array, which keeps the mapping alive: indexing a np.memmap costs several times as much.
+        # A plain array keeps the mapping alive; indexing np.memmap itself is several times slower.
         self._values: NDArray[np.unsignedinteger] = np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
         self._block_len = BLOCK_BYTES // dtype.itemsize
         self._is_unread = np.ones(num_blocks(self._values.nbytes), dtype=np.bool_)
@@ -111,10 +111,10 @@ class CheckedArray:
         return len(self._values)
 
     def __getitem__(self, index: slice | NDArray[np.integer]) -> NDArray[np.unsignedinteger]:
-        """Return entries, as of a plain array.
+        """Index like a plain array.
 
         Raises:
-            DataError: if a block that they are in is damaged.
+            DataError: if a block with these entries is damaged.
         """
         if self._has_unread:
             self._check(self._unread_blocks(index))
@@ -137,8 +137,8 @@ class CheckedArray:
     def _check(self, blocks: Iterable[int]) -> None:
         for block in blocks:
             values = self._values[block * self._block_len : (block + 1) * self._block_len]
-            stated = self._checksums[block * CHECKSUM_BYTES : (block + 1) * CHECKSUM_BYTES]
-            if hashlib.sha256(values.data).digest()[:CHECKSUM_BYTES] != stated:
+            expected = self._checksums[block * CHECKSUM_BYTES : (block + 1) * CHECKSUM_BYTES]
+            if hashlib.sha256(values.data).digest()[:CHECKSUM_BYTES] != expected:
                 first = block * BLOCK_BYTES
                 raise damaged(self._path, f"bytes {first} to {first + values.nbytes - 1} are")
             self._is_unread[block] = False
@@ -146,13 +146,13 @@ class CheckedArray:
 
 
 def num_blocks(size_bytes: int) -> int:
-    """Return how many blocks a file has."""
+    """Return the number of blocks of a file."""
     return -(-size_bytes // BLOCK_BYTES)
 
 
-def damaged(path: Path, what: str = "its content is") -> Damaged:
-    """Return the error for a file of the cache that is not what was written."""
-    return Damaged(
-        f"{path}: {what} not what was written (the checksum differs); a disk or memory has changed it; remove "
-        f"{path.parent}, and it is made again from the text"
+def damaged(path: Path, what: str = "its content is") -> DamagedCache:
+    """Return the error for a damaged file of the cache."""
+    return DamagedCache(
+        f"{path}: {what} not what was written (the checksum differs); disk or memory has corrupted it; "
+        f"remove {path.parent}, and it is built again from the text"
     )

@@ -1,31 +1,39 @@
-"""From the token files of a source's parts to those of the source."""
+"""Join the token files of a source's parts to those of the source."""
 
+import hashlib
+import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.data.config import SplitConfig
-from trainer.data.records.bad_records import SkippedRows
+from trainer.data.records.bad_records import SkippedRecords
 from trainer.data.sources.base import Document
-from trainer.data.token_cache.ingest import SIDES, DomainInfo, check_sides, ingest
-from trainer.data.token_cache.resplit import documents, with_both_sides
-from trainer.data.token_cache.shards import TokenFile, TokenWriter, open_token_file
+from trainer.data.token_cache.domain_files import (
+    SIDES,
+    DomainInfo,
+    domain_paths,
+    open_side,
+    read_documents,
+    write_document,
+    write_sides,
+)
+from trainer.data.token_cache.ingest import check_sides, ingest
+from trainer.data.token_cache.splits import SplitConfig
 from trainer.data.tokenizers.base import Tokenizer
 
 
 class IngestedPart(NamedTuple):
-    """Result of `ingest` for a part."""
+    """A part of a source as token files."""
 
     folder: Path
     domains: list[DomainInfo]
-    skipped: SkippedRows
+    skipped: SkippedRecords
 
 
-def assemble(
+def join_parts(
     parts: Sequence[IngestedPart], folder: Path, *, tokenizer: Tokenizer, split: SplitConfig
 ) -> list[DomainInfo]:
-    """Join the token files of parts, in order, into `folder`; a single part is there already.
+    """Concatenate the token files of parts, in order, into `folder`, which is that of the part if there is only one.
 
     Returns:
         The domains, by name.
@@ -37,66 +45,77 @@ def assemble(
     for part in parts:
         for domain in part.domains:
             by_name.setdefault(domain.name, []).append((part.folder, domain))
-    found = []
+    joined = []
     for name in sorted(by_name):
         pieces = by_name[name]
         if len(parts) == 1:
             domain = pieces[0][1]
         elif split.kind == "auto" and sum(piece.num_documents for _, piece in pieces) == 1:
-            domain = _cut(*pieces[0], folder, tokenizer=tokenizer, split=split)
+            domain = _split_only_document(*pieces[0], folder, tokenizer=tokenizer, split=split)
         else:
-            domain = _join(pieces, folder, tokenizer=tokenizer)
-        if split.kind == "auto" and not domain.is_sharded and not all(getattr(domain, s).num_documents for s in SIDES):
-            domain = with_both_sides(domain, folder, tokenizer=tokenizer)
+            domain = _concatenate(pieces, folder, tokenizer=tokenizer)
+        if split.kind == "auto" and not domain.is_cut and not all(domain.side(side).num_documents for side in SIDES):
+            domain = _fill_empty_side(domain, folder, tokenizer=tokenizer)
         check_sides(domain, split)
-        found.append(domain)
-    return found
+        joined.append(domain)
+    return joined
 
 
-def _join(pieces: Sequence[tuple[Path, DomainInfo]], folder: Path, *, tokenizer: Tokenizer) -> DomainInfo:
+def _concatenate(pieces: Sequence[tuple[Path, DomainInfo]], folder: Path, *, tokenizer: Tokenizer) -> DomainInfo:
     name = pieces[0][1].name
-    sides = {}
-    with ExitStack() as files:
+    with write_sides(folder, name, tokenizer) as writers:
         for side in SIDES:
-            writer = files.enter_context(
-                TokenWriter(
-                    folder,
-                    f"{name}.{side}",
-                    vocab_size=tokenizer.vocab_size,
-                    end_of_document=tokenizer.end_of_document,
-                )
-            )
             for part, domain in pieces:
-                info = getattr(domain, side)
-                writer.extend(open_token_file(part, f"{name}.{side}", info, vocab_size=tokenizer.vocab_size))
-            sides[side] = writer.info()
+                writers[side].extend(open_side(part, domain, side, vocab_size=tokenizer.vocab_size))
+        sides = {side: writer.info() for side, writer in writers.items()}
     num_documents = sum(domain.num_documents for _, domain in pieces)
-    return DomainInfo(
-        name=name,
-        is_sharded=False,
-        num_documents=num_documents,
-        train=sides["train"],
-        validation=sides["validation"],
-    )
+    return DomainInfo.model_validate({"name": name, "is_cut": False, "num_documents": num_documents, **sides})
 
 
-def _cut(part: Path, domain: DomainInfo, folder: Path, *, tokenizer: Tokenizer, split: SplitConfig) -> DomainInfo:
-    """Split the only document of a domain by its tail: that it is the only one was not known to who read its part."""
-    side = next(side for side in SIDES if getattr(domain, side).num_documents)
-    name = f"{domain.name}.{side}"
-    file = open_token_file(part, name, getattr(domain, side), vocab_size=tokenizer.vocab_size)
-    document = _only_document(file, domain.name, tokenizer)
-    (cut,) = ingest(
-        [document],
+def _split_only_document(
+    part: Path, domain: DomainInfo, folder: Path, *, tokenizer: Tokenizer, split: SplitConfig
+) -> DomainInfo:
+    """Split the only document of a domain by its tail; whoever read the part could not know it was the only one."""
+    side = next(side for side in SIDES if domain.side(side).num_documents)
+    file = open_side(part, domain, side, vocab_size=tokenizer.vocab_size)
+    ((prompt, text),) = read_documents(file, tokenizer)
+    (result,) = ingest(
+        [Document(name=domain.name, domain=domain.name, text=text, prompt=prompt)],
         folder,
         tokenizer=tokenizer,
         split=split.model_copy(update={"kind": "tail"}),
-        advance=lambda _: None,
-        lengths={domain.name: len(document.prompt) + len(document.text)},
+        lengths={domain.name: len(prompt) + len(text)},
     )
-    return cut
+    return result
 
 
-def _only_document(file: TokenFile, domain: str, tokenizer: Tokenizer) -> Document:
-    ((prompt, text),) = documents(file, tokenizer)
-    return Document(name=domain, domain=domain, text=text, prompt=prompt)
+def _fill_empty_side(domain: DomainInfo, folder: Path, *, tokenizer: Tokenizer) -> DomainInfo:
+    """Move the documents of one text to the empty side of a domain, in place.
+
+    It is the text whose hash is nearest to the other side: no text is on both sides, and every reader moves the same
+    one. (A tail split would hold out texts that are also learned.)
+
+    Returns:
+        The new entry; the old one if all documents are one text.
+    """
+    full, empty = SIDES if domain.train.num_documents else reversed(SIDES)
+    file = open_side(folder, domain, full, vocab_size=tokenizer.vocab_size)
+    # The first bytes of the hash decide the side (splits.is_held_out): the lowest are held out.
+    digests = [
+        hashlib.sha256((prompt + text).encode()).digest()[:8] for prompt, text in read_documents(file, tokenizer)
+    ]
+    if len(set(digests)) < 2:
+        return domain
+    moved = min(digests) if empty == "validation" else max(digests)
+    temporary = folder / f".{domain.name}.resplit"
+    temporary.mkdir()
+    with write_sides(temporary, domain.name, tokenizer) as writers:
+        for digest, (prompt, text) in zip(digests, read_documents(file, tokenizer), strict=True):
+            write_document(writers[empty if digest == moved else full], tokenizer, text, prompt=prompt)
+        sides = {side: writer.info() for side, writer in writers.items()}
+    for path in domain_paths(folder, domain, vocab_size=tokenizer.vocab_size):
+        path.unlink()
+    for path in list(temporary.iterdir()):
+        path.rename(folder / path.name)
+    shutil.rmtree(temporary)
+    return domain.model_copy(update={**sides, "is_resplit": True})

@@ -1,6 +1,6 @@
-"""Reading one part of a source: a piece of work that any process can do, and that is done once.
+"""Ingestion of one part of a source: a task for any process, which need not be repeated once it is done.
 
-CACHE/NAME.parts/part-00007     what was made of a part: token files, and part.json, which was written last
+CACHE/NAME.parts/part-00007     the token files of a part, and part.json, which is written last
 """
 
 import shutil
@@ -9,86 +9,81 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.config.base import Config
-from trainer.data.config import SplitConfig
-from trainer.data.records.bad_records import SkippedCounter, SkippedRows
+from trainer.data.records.bad_records import SkippedCounter, SkippedRecords
 from trainer.data.records.base import SourcePart
 from trainer.data.sources.registry import SourceConfig
-from trainer.data.token_cache.ingest import SIDES, DomainInfo, count_characters, ingest
+from trainer.data.token_cache.domain_files import DomainInfo, is_domain_intact
+from trainer.data.token_cache.ingest import count_characters, ingest
 from trainer.data.token_cache.join_parts import IngestedPart
-from trainer.data.token_cache.shards import is_intact
-from trainer.data.token_cache.signed_records import read_record, record_text
+from trainer.data.token_cache.signed_json import read_signed, signed_json
+from trainer.data.token_cache.splits import SplitConfig
 from trainer.data.tokenizers.base import Tokenizer
 
-_UNKNOWN_BYTES = 16 << 20
-"""Assumed size of a part whose size is not known."""
+_ASSUMED_BYTES = 16 << 20
+"""Size of a part of unknown size."""
 RESULT = "part.json"
-"""Its record: what was made of it."""
+"""File with the result of a task."""
 
 
 class _Result(Config):
-    """Result of reading a part."""
-
     domains: list[DomainInfo]
-    skipped: SkippedRows
+    skipped: SkippedRecords
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadTask:
-    """A part to be read into a folder."""
+    """A part to ingest, and the folder for its token files."""
 
     source: SourceConfig
+    """The source's options: each process opens the source itself."""
     part: SourcePart | None
-    """None: the whole source by one process, which a tail cut through several documents needs."""
+    """None for the whole source, which a tail split across documents needs."""
     split: SplitConfig
     folder: Path
 
     @property
     def size_bytes(self) -> int:
-        """Size of the files in bytes; a guess where it is not known."""
-        return (self.part.size_bytes if self.part is not None else 0) or _UNKNOWN_BYTES
+        """Size of the files in bytes; a guess if it is unknown."""
+        return (self.part.size_bytes if self.part is not None else 0) or _ASSUMED_BYTES
 
     def is_done(self, tokenizer: Tokenizer) -> bool:
-        """Tell whether somebody has read the part before, and what that made is still what it was."""
+        """Return whether the part was ingested before and its files are intact."""
         try:
             domains = self.result().domains
         except (OSError, ValueError):
             return False
         return all(
-            is_intact(
-                self.folder,
-                f"{domain.name}.{side}",
-                getattr(domain, side),
-                vocab_size=tokenizer.vocab_size,
-                verify=True,
-            )
-            for domain in domains
-            for side in SIDES
+            is_domain_intact(self.folder, domain, vocab_size=tokenizer.vocab_size, verify=True) for domain in domains
         )
 
     def result(self) -> IngestedPart:
-        """Return what was made of the part."""
-        result = read_record(self.folder / RESULT, _Result, of=self.folder.name)
+        """Return the ingested part.
+
+        Raises:
+            OSError: if it cannot be read.
+            ValueError: if it is damaged.
+        """
+        result = read_signed(self.folder / RESULT, _Result, of=self.folder.name)
         return IngestedPart(self.folder, result.domains, result.skipped)
 
     def run(self, tokenizer: Tokenizer, advance: Callable[[int], None]) -> None:
-        """Read the part; `advance` is told the bytes of text that are done, after each document.
+        """Ingest the part; call `advance` with the bytes of text of each document.
 
         Raises:
             DataError: if it is unusable.
             OSError: if the folder cannot be written.
         """
-        if self.folder.exists():  # what a killed process left
+        if self.folder.exists():  # left by a killed process
             shutil.rmtree(self.folder)
         self.folder.mkdir()
         source, skipped = self.source.build(), SkippedCounter()
         domains = ingest(
-            source.usable(self.part, skipped),
+            source.usable_documents(self.part, skipped),
             self.folder,
             tokenizer=tokenizer,
             split=self.split,
             advance=advance,
             lengths=count_characters(source.documents()) if self.split.kind == "tail" else None,
         )
-        (self.folder / RESULT).write_text(
-            record_text(_Result(domains=domains, skipped=skipped.total()), of=self.folder.name)
-        )
+        result = _Result(domains=domains, skipped=skipped.total())
+        (self.folder / RESULT).write_text(signed_json(result, of=self.folder.name))

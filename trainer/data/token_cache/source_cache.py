@@ -1,7 +1,7 @@
-"""One source as token files: found in the cache, or made, part by part, and kept there.
+"""One source in the token cache: found there, or ingested part by part.
 
-CACHE/NAME            a source that is finished (cache.py); the name stands for everything but the files' content
-CACHE/NAME.parts/     one that is not: sources.json says of which files, and each part is whole or not there (tasks.py)
+CACHE/NAME            a finished source (cache_folder.py); NAME identifies everything but the content of its files
+CACHE/NAME.parts/     an unfinished one: sources.json lists its files, and each part is complete or absent
 """
 
 import logging
@@ -15,51 +15,62 @@ from typing import Any, Literal, NamedTuple, Self
 
 from trainer.atomic_io import replace_file
 from trainer.config.base import Config
-from trainer.data.config import DataConfig, SplitConfig
-from trainer.data.records.bad_records import SkippedRows, all_skipped
+from trainer.data.records.bad_records import SkippedRecords, merge_skipped
 from trainer.data.sources.base import Source
 from trainer.data.sources.registry import InstalledSourceConfig, SourceConfig
-from trainer.data.token_cache.cache import FileState, new_name, publish
-from trainer.data.token_cache.ingest import SIDES, DomainInfo, no_documents
-from trainer.data.token_cache.join_parts import assemble
+from trainer.data.token_cache.cache_folder import FileState, publish, temporary_path
+from trainer.data.token_cache.domain_files import DomainInfo, domain_paths, is_domain_intact
+from trainer.data.token_cache.ingest import no_documents
+from trainer.data.token_cache.join_parts import join_parts
 from trainer.data.token_cache.read_tasks import RESULT, ReadTask
-from trainer.data.token_cache.shards import is_intact, paths
-from trainer.data.token_cache.signed_records import hash_of, read_record, record_text
+from trainer.data.token_cache.signed_json import hash_of, read_signed, signed_json
+from trainer.data.token_cache.splits import SplitConfig
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.errors import DataError
 
-_FORMAT = 3  # raised by whatever changes the files or the documents of a source
-_MANIFEST, _PARTS_OF = "manifest.json", "sources.json"
+_FORMAT = 3  # raise with any change to the token files or to the documents of a source
+_MANIFEST, _PARTS_CONTENT = "manifest.json", "sources.json"
 _log = logging.getLogger(__name__)
 
 
 class Content(Config):
-    """Inputs that a source was read from."""
+    """Inputs that a source is read from."""
 
     origin: str
-    """Addresses and versions of what is not local."""
+    """Addresses and versions of remote files."""
     files: list[FileState]
 
-    def at_a_glance(self) -> str:
-        """Return a short name for what can be known without reading: addresses, paths, sizes and times."""
+    def quick_hash(self) -> str:
+        """Return a short hash of what is known without reading: addresses, paths, sizes and times."""
         return hash_of([self.origin, *([file.path, file.size_bytes, file.mtime_ns] for file in self.files)])[:16]
+
+    def hashed(self) -> Self:
+        """Return the content with the hashes of all files."""
+        return self.model_copy(update={"files": [file.hashed() for file in self.files]})
+
+    def may_equal(self, other: "Content") -> bool:
+        """Return whether addresses and sizes are equal."""
+        return self.origin == other.origin and self._sizes() == other._sizes()
+
+    def _sizes(self) -> list[int]:
+        return [file.size_bytes for file in self.files]
 
 
 class SourceManifest(Config):
-    """Inputs and results of a finished source."""
+    """Inputs and domains of a finished source."""
 
     format: Literal[3]
     tokenizer: str
     vocab_size: int
     content: Content
     domains: list[DomainInfo]
-    skipped: SkippedRows = SkippedRows()
-    """Rows left out of it."""
+    skipped: SkippedRecords = SkippedRecords()
+    """Records that were skipped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CachedSource:
-    """A source, what it is read from now, and its place in the cache."""
+    """A source, its current files, and its folder in the cache."""
 
     index: int
     """Index of the source in `data.sources`."""
@@ -71,18 +82,19 @@ class CachedSource:
     split: SplitConfig
 
     @classmethod
-    def of(cls, data: DataConfig, index: int, tokenizer: Tokenizer) -> Self:
-        """Look at the files of a source.
+    def locate(
+        cls, config: SourceConfig, *, index: int, split: SplitConfig, cache_dir: str, tokenizer: Tokenizer
+    ) -> Self:
+        """Look up the files of a source and its folder.
 
         Raises:
-            DataError: if one is missing.
+            DataError: if a file is missing.
         """
-        config = data.sources[index]
         source = config.build()
-        made_of = {
+        identity = {
             "format": _FORMAT,
             "source": _identity(config),
-            "split": data.split.model_dump(mode="json"),
+            "split": split.model_dump(mode="json"),
             "tokenizer": tokenizer.fingerprint,
         }
         return cls(
@@ -90,9 +102,9 @@ class CachedSource:
             config=config,
             source=source,
             content=Content(origin=source.origin(), files=[FileState.of(path) for path in source.files()]),
-            folder=Path(data.cache_dir) / hash_of(made_of)[:16],
+            folder=Path(cache_dir) / hash_of(identity)[:16],
             tokenizer=tokenizer,
-            split=data.split,
+            split=split,
         )
 
     @property
@@ -101,21 +113,21 @@ class CachedSource:
         return sum(file.size_bytes for file in self.content.files)
 
     def manifest(self) -> SourceManifest | None:
-        """Return the manifest that is in the cache, of whatever content."""
+        """Return the manifest in the cache, whatever its content; None if there is none."""
         try:
-            return read_record(self.folder / _MANIFEST, SourceManifest, of=self.folder.name)
+            return read_signed(self.folder / _MANIFEST, SourceManifest, of=self.folder.name)
         except (OSError, ValueError):
             return None
 
     def untouched(self) -> SourceManifest | None:
-        """Return the manifest if no file was touched since; takes no lock, so a cache may be read-only."""
+        """Return the manifest if no file was touched since; takes no lock, so the cache may be read-only."""
         manifest = self.manifest()
-        if manifest is None or manifest.content.at_a_glance() != self.content.at_a_glance():
+        if manifest is None or manifest.content.quick_hash() != self.content.quick_hash():
             return None
         return manifest if self.is_intact(manifest) else None
 
     def reusable(self) -> SourceManifest | None:
-        """Return the manifest if it was made of the same content and is whole; under the lock of the folder."""
+        """Return the manifest if it is intact and of the same content; call it under the lock of the folder."""
         if not self.folder.exists():
             return None
         manifest = self.manifest()
@@ -123,56 +135,56 @@ class CachedSource:
             _log.warning("%s: the token cache is damaged; building it again", self.folder)
             return None
         before, now = manifest.content, self.content
-        if before.at_a_glance() == now.at_a_glance():  # built by the process that was waited for
+        if before.quick_hash() == now.quick_hash():  # built by the process that held the lock
             return manifest
-        if before.origin != now.origin or _sizes(before) != _sizes(now):
+        if not before.may_equal(now):
             return None
-        hashed = self._hashed()
-        if [file.sha256 for file in before.files] != [file.sha256 for file in hashed.files]:
+        now = now.hashed()
+        if [file.sha256 for file in before.files] != [file.sha256 for file in now.files]:
             return None
-        manifest = manifest.model_copy(update={"content": hashed})  # touched or moved: remember, to be quick next time
-        replace_file(self.folder / _MANIFEST, record_text(manifest, of=self.folder.name))
+        manifest = manifest.model_copy(update={"content": now})  # touched or moved: skip the hashing next time
+        replace_file(self.folder / _MANIFEST, signed_json(manifest, of=self.folder.name))
         return manifest
 
     def tasks(self, *, is_alone: bool) -> list[ReadTask]:
-        """Cut the source into parts, of which a killed process may have done some.
+        """Divide the source into tasks, some of which a killed process may have done.
 
         Args:
-            is_alone: nobody else can be at it. Otherwise a folder of this process's own is used, from its beginning.
+            is_alone: no other process can be building the source. Otherwise a folder of this process's own is used.
 
         Raises:
-            DataError: if what is to be read is not there.
+            DataError: if the data is missing.
         """
         parts = [None] if self.split.kind == "tail" else list(self.source.parts())
-        if len(parts) == 1:  # which is nothing to go on from
-            return [ReadTask(source=self.config, part=parts[0], split=self.split, folder=new_name(self.folder))]
+        if len(parts) == 1:  # nothing to resume from
+            return [ReadTask(source=self.config, part=parts[0], split=self.split, folder=temporary_path(self.folder))]
         folder = self._parts_folder(is_alone=is_alone)
-        # Who reads one of several parts cannot know whether a document is its domain's only one.
+        # The reader of one of several parts cannot know whether a document is the only one of its domain.
         split = self.split.model_copy(update={"kind": "hash"})
         return [
             ReadTask(source=self.config, part=part, split=split, folder=folder / f"part-{index:05d}")
             for index, part in enumerate(parts)
         ]
 
-    def assemble(self, tasks: Sequence[ReadTask]) -> "UnpublishedSource":
-        """Make the source of all its parts, beside its place.
+    def join(self, tasks: Sequence[ReadTask]) -> "UnpublishedSource":
+        """Join the finished tasks in a temporary folder.
 
         Raises:
-            DataError: if a file changed, is there twice, or a domain has no text on one side of the split.
+            DataError: if a file changed or is a copy of another, or a domain has no text on one side of the split.
         """
-        content = self._hashed()
+        content = self.content.hashed()
         for before in self.content.files:
             if FileState.of(Path(before.path)) != before:
-                raise DataError(f"{before.path}: changed while it was read; it must stay as it is; start again")
+                raise DataError(f"{before.path}: changed during reading; files must not change meanwhile; start again")
         parts = [task.result() for task in tasks]
-        skipped = all_skipped(part.skipped for part in parts)
+        skipped = merge_skipped(part.skipped for part in parts)
         if self.source.rejects_copies:
-            _refuse_copies(content, unless=set(skipped.empty_files))
+            _refuse_copies(content, unused=set(skipped.empty_files))
         folder = tasks[0].folder
         if len(tasks) > 1:
-            folder = new_name(self.folder)
+            folder = temporary_path(self.folder)
             folder.mkdir()
-        domains = assemble(parts, folder, tokenizer=self.tokenizer, split=self.split)
+        domains = join_parts(parts, folder, tokenizer=self.tokenizer, split=self.split)
         if not domains:
             raise no_documents(f"source {self.index}", skipped)
         manifest = SourceManifest(
@@ -186,66 +198,54 @@ class CachedSource:
         return UnpublishedSource(self, folder, manifest)
 
     def _parts_folder(self, *, is_alone: bool) -> Path:
-        """Return the folder of the parts, empty if those that are there are of other files."""
-        folder = self.folder.with_name(f"{self.folder.name}.parts") if is_alone else new_name(self.folder)
-        made_of = folder / _PARTS_OF
-        if not made_of.is_file() or made_of.read_text() != self.content.model_dump_json():
+        """Return the folder of the parts; parts of other files are removed from it."""
+        folder = self.folder.with_name(f"{self.folder.name}.parts") if is_alone else temporary_path(self.folder)
+        content = folder / _PARTS_CONTENT
+        if not content.is_file() or content.read_text() != self.content.model_dump_json():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            made_of.write_text(self.content.model_dump_json())
+            content.write_text(self.content.model_dump_json())
         return folder
 
-    def _hashed(self) -> Content:
-        return self.content.model_copy(update={"files": [file.hashed() for file in self.content.files]})
-
     def is_intact(self, manifest: SourceManifest, *, verify: bool = False) -> bool:
-        """Return whether all files are there in the size that the manifest knows; `verify` hashes them too."""
+        """Return whether all files exist in the size of the manifest; `verify` compares their hashes too."""
         return all(
-            is_intact(
-                self.folder,
-                f"{domain.name}.{side}",
-                getattr(domain, side),
-                vocab_size=manifest.vocab_size,
-                verify=verify,
-            )
+            is_domain_intact(self.folder, domain, vocab_size=manifest.vocab_size, verify=verify)
             for domain in manifest.domains
-            for side in SIDES
         )
 
 
 class UnpublishedSource(NamedTuple):
-    """A source that is whole, in a folder that has not its name yet."""
+    """A complete source in a temporary folder."""
 
     source: CachedSource
     folder: Path
     manifest: SourceManifest
 
-    def files(self) -> list[Path]:
-        """Return what must be on the disk before it is published."""
+    def paths(self) -> list[Path]:
+        """Return the files that must be on the disk before publishing."""
+        vocab_size = self.manifest.vocab_size
         return [
             path
             for domain in self.manifest.domains
-            for side in SIDES
-            for path in paths(
-                self.folder, f"{domain.name}.{side}", getattr(domain, side), vocab_size=self.manifest.vocab_size
-            )
+            for path in domain_paths(self.folder, domain, vocab_size=vocab_size)
         ]
 
     def publish(self) -> None:
-        """Give it its manifest and its name, in place of what had it."""
+        """Write the manifest and move the folder to its place in the cache."""
 
-        def is_there() -> bool:
+        def is_published() -> bool:
             return self.source.manifest() == self.manifest and self.source.is_intact(self.manifest, verify=True)
 
-        (self.folder / RESULT).unlink(missing_ok=True)  # of its only part; the manifest says all of it
-        (self.folder / _MANIFEST).write_text(record_text(self.manifest, of=self.source.folder.name))
-        publish(self.folder, self.source.folder, unless=is_there)
+        (self.folder / RESULT).unlink(missing_ok=True)  # of a single part; the manifest replaces it
+        (self.folder / _MANIFEST).write_text(signed_json(self.manifest, of=self.source.folder.name))
+        publish(self.folder, self.source.folder, unless=is_published)
 
 
 def _identity(config: SourceConfig) -> dict[str, Any]:
-    """Return what the documents are a function of, but for the content of files."""
-    options = config.model_dump(mode="json", exclude={"weight"})  # another mixture is drawn from the same tokens
-    if options.get("on_bad_row") == "error":  # what was read before there was a choice is still what it was
+    """Return everything the documents depend on, except the content of files."""
+    options = config.model_dump(mode="json", exclude={"weight"})  # the mixture is drawn from the same tokens
+    if options.get("on_bad_row") == "error":  # keeps the name of caches from before this option
         del options["on_bad_row"]
     if not isinstance(config, InstalledSourceConfig):
         return options | {"relative_to": str(Path.cwd())}
@@ -253,24 +253,24 @@ def _identity(config: SourceConfig) -> dict[str, Any]:
     if "cpp" in config.domains:
         try:
             versions["torch"] = metadata.version("torch")
-        except metadata.PackageNotFoundError:  # built from source without a package: its files tell
+        except metadata.PackageNotFoundError:  # built from source, without a package; its files are compared
             versions["torch"] = "unknown"
     return options | versions
 
 
-def _sizes(content: Content) -> list[int]:
-    return [file.size_bytes for file in content.files]
+def _refuse_copies(content: Content, *, unused: Collection[str]) -> None:
+    """Refuse two files of the same content, except unused ones.
 
-
-def _refuse_copies(content: Content, *, unless: Collection[str]) -> None:
-    """Refuse two files of the same content, `unless` nothing of them was used."""
+    Raises:
+        DataError: naming both.
+    """
     first: dict[str, str] = {}
     for file in content.files:
-        if file.path in unless:
+        if file.path in unused:
             continue
         assert file.sha256 is not None, "it was hashed"
         if file.sha256 in first:
             raise DataError(
-                f"{file.path}: is a copy of {first[file.sha256]}; each row is read once; remove one of them"
+                f"{file.path}: is a copy of {first[file.sha256]}; each record is read once; remove one of them"
             )
         first[file.sha256] = file.path

@@ -8,12 +8,12 @@ from numpy.typing import NDArray
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back. Can be pickled, so that other processes need not read its files."""
+    """Converts text to token ids and back. Can be pickled, so that other processes need not read its files."""
 
     vocab_size: int
     """Ids are in [0, vocab_size)."""
     end_of_document: int
-    """Id that stands between two documents. No text gives it, whatever it says."""
+    """Id between two documents; no text encodes to it."""
     fingerprint: str
     """Equal for two tokenizers that give equal ids for every text."""
 
@@ -21,22 +21,21 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> NDArray[np.integer]:
         """Return the ids of `text`, without an end of document.
 
-        `decode` gives exactly the UTF-8 bytes of the text back, whatever characters it has. The dtype is the smallest
-        unsigned one that holds the vocabulary.
+        `decode` restores the UTF-8 bytes of any text exactly. The dtype is `token_dtype(vocab_size)`.
         """
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
-        """Return what `encode` gives for each text, where that is possible in less time, by several threads.
+        """Return the ids of each text; implementations may use several threads.
 
-        Processes that already share the cores set TOKENIZERS_PARALLELISM=false.
+        Processes that share the cores set TOKENIZERS_PARALLELISM=false.
         """
         return [self.encode(text) for text in texts]
 
     @abstractmethod
     def decode(self, tokens: Iterable[int]) -> bytes:
-        """Return the bytes of `tokens`; an end of document gives none.
+        """Return the bytes of `tokens`, without those of an end of document.
 
-        Decoding is concatenation: no token needs its neighbours.
+        Decoding is concatenation: the bytes of a token do not depend on its neighbours.
 
         Raises:
             ValueError: if an id is not in [0, vocab_size).
@@ -44,11 +43,20 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def token_bytes(self) -> NDArray[np.int64]:
-        """Return (vocab_size,): how many bytes of text each id stands for, 0 for an end of document. Read-only."""
+        """Return (vocab_size,): number of bytes of text of each id, 0 for an end of document. Read-only."""
 
     @abstractmethod
     def files(self) -> Mapping[str, str]:
-        """Return a folder, text by file name, from which Hugging Face's libraries read a tokenizer of the same ids.
+        """Return text by file name: a folder from which Hugging Face libraries read a tokenizer with the same ids.
 
-        `tokenizer.json`, and `tokenizer_config.json` that names the end of document.
+        `tokenizer.json`, and `tokenizer_config.json` with the end of document.
         """
+
+
+def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
+    """Return the smallest little-endian unsigned type that holds ids in [0, vocab_size)."""
+    for name in ("u1", "<u2", "<u4"):
+        dtype = np.dtype(name)
+        if vocab_size - 1 <= np.iinfo(dtype).max:
+            return dtype
+    raise ValueError(f"vocab_size {vocab_size} needs more than 32 bits for a token")

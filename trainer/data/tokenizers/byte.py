@@ -1,4 +1,4 @@
-"""Bytes as tokens."""
+"""Tokenizer of UTF-8 bytes."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.data.tokenizers.byte_level import ALPHABET
-from trainer.data.tokenizers.folder import END_OF_DOCUMENT, folder_of
+from trainer.data.tokenizers.hf_files import END_OF_DOCUMENT, hf_files
 
 
 class ByteTokenizer(Tokenizer):
@@ -23,7 +23,7 @@ class ByteTokenizer(Tokenizer):
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
 
     def decode(self, tokens: Iterable[int]) -> bytes:
-        """Return the bytes of `tokens`, which need not be whole characters; an end of document gives none.
+        """Return the bytes of `tokens`, which need not be whole characters, without ends of documents.
 
         Raises:
             ValueError: if an id is not in [0, 256).
@@ -31,14 +31,14 @@ class ByteTokenizer(Tokenizer):
         return bytes(token for token in tokens if token != self.end_of_document)
 
     def token_bytes(self) -> NDArray[np.int64]:
-        """Return (256,): 1 for every id but the end of document, which is 0."""
+        """Return (256,): 1 for every id, but 0 for the end of document."""
         num_bytes = np.ones(self.vocab_size, dtype=np.int64)
         num_bytes[self.end_of_document] = 0
         num_bytes.flags.writeable = False
         return num_bytes
 
     def files(self) -> Mapping[str, str]:
-        """Return a byte-level tokenizer that merges nothing; whoever reads it elsewhere gets the same ids."""
+        """Return a byte-level BPE without merges, which gives the same ids."""
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
         vocabulary = {character: byte for byte, character in enumerate(ALPHABET) if byte != self.end_of_document}
         end = {"id": self.end_of_document, "content": END_OF_DOCUMENT, "special": True, "normalized": False}
@@ -50,4 +50,4 @@ class ByteTokenizer(Tokenizer):
             "decoder": byte_level,
             "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
         }
-        return folder_of(json.dumps(content, ensure_ascii=False, indent=1), END_OF_DOCUMENT)
+        return hf_files(json.dumps(content, ensure_ascii=False, indent=1), END_OF_DOCUMENT)

@@ -3,7 +3,7 @@
 Bytes that are a visible character of Latin-1 stand for themselves; the others are U+0100, U+0101, ... in their order,
 so that a space is U+0120.
 
-Source: GPT-2 (Radford et al. 2019), whose vocabulary files everybody's tokenizers have kept to.
+Source: GPT-2 (Radford et al. 2019); later byte-level tokenizers use the same vocabulary files.
 """
 
 from collections.abc import Iterator
@@ -22,8 +22,8 @@ BYTES = {character: byte for byte, character in enumerate(ALPHABET)}
 """The byte of each character."""
 
 
-def bytes_of(token: str) -> bytes | None:
-    """Return the bytes that a token is written for; None if it has a character that is not of the alphabet."""
+def spelled_bytes(token: str) -> bytes | None:
+    """Return the bytes that a token is spelled for; None if it has a character outside the alphabet."""
     try:
         return bytes(BYTES[character] for character in token)
     except KeyError:

@@ -1,4 +1,4 @@
-"""A tokenizer that somebody has made: a tokenizer.json, or a local folder of Hugging Face's with one."""
+"""Tokenizers from a tokenizer.json, or a local Hugging Face folder with one."""
 
 import json
 from pathlib import Path
@@ -6,34 +6,39 @@ from typing import Any
 
 from trainer.atomic_io import NotRegular
 from trainer.config.nodes import shown, shown_path
-from trainer.data.tokenizers.exact import Unsuitable, made_exact
-from trainer.data.tokenizers.folder import OPTIONS, TOKENIZER, parse, read_text, stated_end
+from trainer.data.tokenizers.hf_files import (
+    OPTIONS,
+    TOKENIZER,
+    parse_json_object,
+    read_tokenizer_file,
+    stated_end_of_document,
+)
+from trainer.data.tokenizers.lossless import UnsuitableTokenizer, make_lossless
 from trainer.data.tokenizers.subword import SubwordTokenizer
 from trainer.errors import DataError, MissingFile
 
-_KNOWN_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|end\u2581of\u2581sentence|>", "</s>", "<eos>", "[EOS]")
+_COMMON_END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<|end\u2581of\u2581sentence|>", "</s>", "<eos>", "[EOS]")
 """GPT-2 and Qwen; Llama 3; DeepSeek; Llama 2 and Mistral; Gemma; others."""
-_MOST_SHOWN = 8
+_MAX_LISTED = 8
 
 
 def read_tokenizer(path: Path, *, end_of_document: str | None) -> SubwordTokenizer:
-    """Return the tokenizer of a tokenizer.json or of the folder it is in.
+    """Read a tokenizer and make it lossless.
 
     Args:
-        path: of either.
-        end_of_document: name of the token that stands between documents. None: what the folder calls its eos_token,
-            else a name that is well known.
+        path: a tokenizer.json, or the folder it is in.
+        end_of_document: name of the token between documents. None: the eos_token of the folder, else a well-known name.
 
     Raises:
-        DataError: if there is none, it is damaged, it does not keep every character, or it has no such token.
+        DataError: if the file is missing or damaged, cannot be made lossless, or has no such token.
     """
     file = path / TOKENIZER if path.is_dir() else path
     content = _content(file)
     try:
         end = _end_of_document(file, content, end_of_document)
-        exact = made_exact(content, end_of_document=end)
-        return SubwordTokenizer(json.dumps(exact, ensure_ascii=False, indent=1), end)
-    except Unsuitable as error:
+        lossless = make_lossless(content, end_of_document=end)
+        return SubwordTokenizer(json.dumps(lossless, ensure_ascii=False, indent=1), end)
+    except UnsuitableTokenizer as error:
         raise DataError(
             f"{shown_path(file)}: {error}; a text must come back byte for byte; use a byte-level tokenizer (GPT-2, "
             "Llama 3, Qwen) or one that falls back to bytes (Llama 2, Mistral, Gemma)"
@@ -41,17 +46,17 @@ def read_tokenizer(path: Path, *, end_of_document: str | None) -> SubwordTokeniz
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise DataError(
-            f"{shown_path(file)}: is no tokenizer.json ({reason}); it may be damaged: fetch it anew"
+            f"{shown_path(file)}: is not a tokenizer.json ({reason}); it may be damaged: download it again"
         ) from None
 
 
 def _content(file: Path) -> dict[str, Any]:
     name = shown_path(file)
     try:
-        return parse(read_text(file, through_links=True))
+        return parse_json_object(read_tokenizer_file(file, through_links=True))
     except NotRegular:
         raise DataError(
-            f"{name}: is no regular file; a tokenizer.json is needed; correct data.tokenizer.path"
+            f"{name}: is not a regular file; a tokenizer.json is needed; correct data.tokenizer.path"
         ) from None
     except FileNotFoundError:
         if file.parent.is_dir() and file.name == TOKENIZER:
@@ -62,30 +67,30 @@ def _content(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"{name}: cannot be read ({error.strerror}); make it readable") from None
     except ValueError as error:
-        raise DataError(f"{name}: cannot be read ({error}); it may be damaged: fetch it anew") from None
+        raise DataError(f"{name}: cannot be read ({error}); it may be damaged: download it again") from None
 
 
 def _end_of_document(file: Path, content: dict[str, Any], wanted: str | None) -> str:
-    """Return the name of the token that stands between documents.
+    """Return the name of the token between documents.
 
     Raises:
         DataError: if there is none.
     """
     tokens = [token["content"] for token in content["added_tokens"]]
-    has = ", ".join(map(shown, tokens[:_MOST_SHOWN])) + (", ..." if len(tokens) > _MOST_SHOWN else "")
+    listed = ", ".join(map(shown, tokens[:_MAX_LISTED])) + (", ..." if len(tokens) > _MAX_LISTED else "")
     if wanted is not None:
         if wanted not in tokens:
             raise DataError(
                 f"{shown_path(file)}: has no added token {shown(wanted)} (data.tokenizer.end_of_document); it has "
-                f"{has or 'none'}; name one of them"
+                f"{listed or 'none'}; name one of them"
             )
         return wanted
-    beside = [file.parent / name for name in (OPTIONS, "special_tokens_map.json")] if file.name == TOKENIZER else []
-    stated = [stated_end(_content(path)) for path in beside if path.exists()]
-    for name in (*stated, *_KNOWN_ENDS):
+    options = [file.parent / name for name in (OPTIONS, "special_tokens_map.json")] if file.name == TOKENIZER else []
+    stated = [stated_end_of_document(_content(path)) for path in options if path.exists()]
+    for name in (*stated, *_COMMON_END_TOKENS):
         if name is not None and name in tokens:
             return name
     raise DataError(
-        f"{shown_path(file)}: does not say which token ends a document; its added tokens are {has or 'none'}; one must "
-        "stand between documents: name it as data.tokenizer.end_of_document"
+        f"{shown_path(file)}: does not name the token that ends a document; its added tokens are {listed or 'none'}; "
+        "one must stand between documents: set data.tokenizer.end_of_document"
     )

@@ -1,4 +1,4 @@
-"""Every tokenizer's options, and the union of them that `data.tokenizer` accepts. Imports no torch."""
+"""Options of every tokenizer, and their union for `data.tokenizer`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ from trainer.config.numbers import Count
 from trainer.config.plugins import KindConfig, Pluggable
 
 if TYPE_CHECKING:
-    from trainer.data.config import DataConfig
-    from trainer.data.token_cache.build_cache import IngestProgress
     from trainer.data.tokenizers.base import Tokenizer
 
 
 class TokenizerOptions(KindConfig):
     """Base class of all tokenizer configs."""
 
-    def build(self, data: DataConfig, *, progress: IngestProgress | None = None) -> Tokenizer:
-        """Make the tokenizer; `data` is the section it belongs to."""
+    def build(self) -> Tokenizer:
+        """Create the tokenizer."""
         raise NotImplementedError
 
 
@@ -31,52 +29,47 @@ class ByteTokenizerConfig(TokenizerOptions):
 
     kind: Literal["byte"] = "byte"
 
-    def build(self, data: DataConfig, *, progress: IngestProgress | None = None) -> Tokenizer:
-        """Make the tokenizer."""
+    def build(self) -> Tokenizer:
+        """Create the tokenizer."""
         from trainer.data.tokenizers.byte import ByteTokenizer
 
         return ByteTokenizer()
 
 
 class BPETokenizerConfig(TokenizerOptions):
-    """Byte-level BPE, trained on the training side of the run's own text, which then lies in the cache as bytes too."""
+    """Byte-level BPE, trained on the training side of the run's own text, which is then cached as bytes too."""
 
+    # It has no build(): training needs a corpus (trainer/data/corpus.py: build_tokenizer).
     kind: Literal["bpe"] = "bpe"
     vocab_size: Annotated[int, Field(ge=257, le=1 << 20)] = 8192
     """Tokens: 256 bytes, the end of document, and merges."""
     min_frequency: Count = 2
     """Least occurrences of a pair that is merged."""
     max_train_bytes: Count = 1 << 28
-    """Text it is trained on: equal parts of all domains, as far as they have it, each spread evenly over the domain."""
+    """Size of the text to train on: equal parts of all domains where they are large enough, spread evenly over each."""
 
     def packages(self) -> Iterator[tuple[str, str]]:
         """Yield the library that encodes text."""
         yield "kind", "tokenizers"
 
-    def build(self, data: DataConfig, *, progress: IngestProgress | None = None) -> Tokenizer:
-        """Train the tokenizer, or take it from the cache."""
-        from trainer.data.tokenizers.bpe import trained_tokenizer
-
-        return trained_tokenizer(self, data, progress=progress)
-
 
 class FileTokenizerConfig(TokenizerOptions):
-    """A byte-level tokenizer.json (GPT-2, Llama 3, Qwen), or one that falls back to bytes (Llama 2, Mistral, Gemma).
+    """A byte-level tokenizer.json (GPT-2, Llama 3, Qwen), or one with byte fallback (Llama 2, Mistral, Gemma).
 
-    What it would change in a text is left out: a space before it, NFC, BOS and EOS, padding, truncation.
+    Its steps that change text are removed: a space before the text, NFC, BOS and EOS, padding, truncation.
     """
 
     kind: Literal["file"] = "file"
     path: PathText
     """A tokenizer.json or the folder it is in, such as another run's; relative to the working directory."""
     end_of_document: Annotated[str, Field(min_length=1)] | None = None
-    """Token that stands between documents. Null: the folder's eos_token, else a well-known name."""
+    """Token between documents. Null: the folder's eos_token, else a well-known name."""
 
     def packages(self) -> Iterator[tuple[str, str]]:
         """Yield the library that encodes text."""
         yield "kind", "tokenizers"
 
-    def build(self, data: DataConfig, *, progress: IngestProgress | None = None) -> Tokenizer:
+    def build(self) -> Tokenizer:
         """Read the tokenizer."""
         from trainer.data.tokenizers.file import read_tokenizer
 

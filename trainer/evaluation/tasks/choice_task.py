@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from trainer.data.records.base import Row
+from trainer.data.records.base import Record
 from trainer.data.records.template import Template
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.evaluation.context import EvalContext
@@ -68,7 +68,7 @@ class ChoiceTask(Task):
         question_prompt = Template(prompt)
         templates = [] if isinstance(choices, str) else [Template(text) for text in choices]
 
-        def example(row: Row) -> _Example:
+        def example(row: Record) -> _Example:
             texts = text_list(row, choices) if isinstance(choices, str) else [one.render(row) for one in templates]
             check_options(texts, where=row.where, what="choices")
             question, is_truncated = fit_question(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from trainer.data.records.base import Row, Rows, type_name
+from trainer.data.records.base import Record, RecordReader, type_name
 from trainer.data.records.template import Template, check_unicode
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.errors import DataError
@@ -20,13 +20,13 @@ class TaskRecords:
 
     task: str
     """Name of the task, for messages."""
-    source: Rows
-    filters: Sequence[Callable[[Row], bool]] = ()
+    source: RecordReader
+    filters: Sequence[Callable[[Record], bool]] = ()
     """A record is used if all of these accept it."""
     max_examples: int | None = None
     """Use at most this many evenly spaced records; None: all."""
 
-    def examples(self, make: Callable[[Row], _Example]) -> list[_Example]:
+    def examples(self, make: Callable[[Record], _Example]) -> list[_Example]:
         """Make one example of each record that is used.
 
         Raises:
@@ -43,11 +43,11 @@ class TaskRecords:
             raise DataError(f"eval.tasks: {self.task}: no row passes its filters; it needs some; correct the filters")
         return examples
 
-    def _accepted(self) -> Iterator[Row]:
-        return (row for row in self.source.rows() if all(accepts(row) for accepts in self.filters))
+    def _accepted(self) -> Iterator[Record]:
+        return (row for row in self.source.records() if all(accepts(row) for accepts in self.filters))
 
 
-def prompt_tokens(prompt: Template, row: Row, tokenizer: Tokenizer) -> list[int]:
+def prompt_tokens(prompt: Template, row: Record, tokenizer: Tokenizer) -> list[int]:
     """Tokenize a prompt, after an end-of-document token: it begins a document."""
     return [tokenizer.end_of_document, *tokenizer.encode(prompt.render(row)).tolist()]
 
@@ -57,7 +57,7 @@ def completion_tokens(text: str, tokenizer: Tokenizer, *, ends_document: bool) -
     return tokenizer.encode(text).tolist() + [tokenizer.end_of_document] * ends_document
 
 
-def text_list(row: Row, column: str) -> list[str]:
+def text_list(row: Record, column: str) -> list[str]:
     """Return the list of strings in a column.
 
     Raises:
@@ -94,7 +94,7 @@ def check_options(texts: Sequence[str], *, where: str, what: str) -> None:
         seen.add(text)
 
 
-def option_index(value: Any, texts: Sequence[str], row: Row, column: str) -> int:
+def option_index(value: Any, texts: Sequence[str], row: Record, column: str) -> int:
     """Return the index of the text that a value names: a 0-based number, or the text, ignoring surrounding white space.
 
     Raises:
@@ -129,7 +129,7 @@ def hash_questions(*parts: object) -> str:
     return digest.hexdigest()
 
 
-def _wrong_type(row: Row, column: str, value: Any, needed: str) -> DataError:
+def _wrong_type(row: Record, column: str, value: Any, needed: str) -> DataError:
     return DataError(f"{row.where}: {column!r} is {type_name(value)}; it must be {needed}; correct or remove the row")
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.data.records.base import Row
+from trainer.data.records.base import Record
 from trainer.data.records.template import Template
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.errors import DataError
@@ -69,7 +69,7 @@ class GenerationTask(Task):
         question_prompt, templates = Template(prompt), [Template(text) for text in references]
         limit = max_prompt_tokens(max_new_tokens, seq_len=seq_len)
 
-        def example(row: Row) -> _Example:
+        def example(row: Record) -> _Example:
             tokens = prompt_tokens(question_prompt, row, tokenizer)
             texts = [template.render(row) for template in templates]
             for template, text in zip(references, texts, strict=True):

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer.data.records.base import Row
+from trainer.data.records.base import Record
+from trainer.data.records.find_files import TEXT, find_files
 from trainer.data.records.template import Template
-from trainer.data.sources.files import read_text
-from trainer.data.sources.finding import TEXT, find_files
+from trainer.data.records.text_files import read_document
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.errors import DataError
 from trainer.evaluation.context import EvalContext
@@ -83,7 +83,7 @@ class RankingTask(Task):
             where = f"{candidates_file}: {text[:40]!r}"
             fit_question([tokenizer.end_of_document], [tokens], seq_len=seq_len, where=where)
 
-        def example(row: Row) -> _Example:
+        def example(row: Record) -> _Example:
             texts, tokens, num_bytes = shared, shared_tokens, shared_bytes
             if candidates_column is not None:
                 texts = text_list(row, candidates_column)
@@ -153,7 +153,7 @@ def _ndcg(ranks: Sequence[int], k: int) -> float:
     return gain / sum(1 / math.log2(1 + rank) for rank in range(1, min(k, len(ranks)) + 1))
 
 
-def _relevant(row: Row, column: str, texts: Sequence[str]) -> frozenset[int]:
+def _relevant(row: Record, column: str, texts: Sequence[str]) -> frozenset[int]:
     value = row.value(column)
     values = value if isinstance(value, list) else [value]
     if not values:
@@ -164,7 +164,7 @@ def _relevant(row: Row, column: str, texts: Sequence[str]) -> frozenset[int]:
 
 
 def _read_lines(path: str) -> list[str]:
-    content = "\n".join(read_text(file) for file in find_files(path, TEXT))
+    content = "\n".join(read_document(file) for file in find_files(path, TEXT))
     texts = [line.removesuffix("\r") for line in content.split("\n") if line.strip()]
     check_options(texts, where=path, what="candidates")
     return texts

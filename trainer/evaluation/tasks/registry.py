@@ -12,7 +12,7 @@ from trainer.config.nodes import shown
 from trainer.config.numbers import Coefficient, Count, Length
 from trainer.config.plugins import KindConfig, Pluggable
 from trainer.data.records.filters import FilterConfig
-from trainer.data.records.registry import RowsConfig
+from trainer.data.records.registry import RecordsConfig
 from trainer.data.records.template import TemplateText
 from trainer.data.sources.registry import Domain
 from trainer.evaluation.tasks.text_metrics import TextMetric
@@ -30,7 +30,7 @@ class TaskConfig(KindConfig):
 
     name: Domain
     """Name of the task in metrics: eval/NAME/acc."""
-    rows: RowsConfig
+    rows: RecordsConfig
     """Rows that the questions are made of."""
     filters: list[FilterConfig] = Field(default=[])
     """Only rows that pass all of these are used."""
@@ -56,7 +56,7 @@ class TaskConfig(KindConfig):
         from trainer.evaluation.tasks.examples import TaskRecords
 
         accepts = [one.keeps for one in self.filters]
-        return TaskRecords(task=self.name, source=self.rows.rows(), filters=accepts, max_examples=self.max_examples)
+        return TaskRecords(task=self.name, source=self.rows.reader(), filters=accepts, max_examples=self.max_examples)
 
 
 class ChoiceTaskConfig(TaskConfig):

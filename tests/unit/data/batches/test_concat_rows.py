@@ -5,7 +5,7 @@ import numpy as np
 from tests.texts import EOD, make_corpus_of, make_file, make_text
 from trainer.data.batches.concat_rows import CrossingRows
 from trainer.data.batches.stream import TrainStream, evaluation_batches
-from trainer.data.token_cache.shards import TokenFile
+from trainer.data.token_cache.token_files import TokenFile
 
 
 def rows(num_tokens: int, *, seq_len: int = 4, seed: int = 0, domain: int = 0) -> CrossingRows:
@@ -91,8 +91,8 @@ def test_an_evaluation_skips_windows_without_a_target():
 def test_a_text_that_is_all_prompt_cannot_be_evaluated(says):
     corpus = make_corpus_of(make_file([1, 2, 3], prompts=[3]))
     with says(
-        "data.split: domain d0 has 3 validation tokens, all of a prompt, and none of them is learned; raise "
-        "data.split.fraction or give it more text"
+        "data.split: domain d0 has 3 validation tokens, all of them in a prompt, so there is nothing to predict; "
+        "raise data.split.fraction or give it more text"
     ):
         next(evaluation_batches(corpus, 0, packing="wrapped", seq_len=4, batch_size=1, max_tokens=None))
 

@@ -60,8 +60,8 @@ def test_the_domain_is_the_one_that_was_asked_for(make_corpus):
 
 def test_one_token_cannot_be_evaluated(make_corpus, says):
     with says(
-        "data.split: domain a has 1 validation token; one is predicted from another, so 2 are needed; raise "
-        "data.split.fraction or give it more text"
+        "data.split: domain a has 1 validation token; a prediction needs 2; raise data.split.fraction "
+        "or give it more text"
     ):
         batches(make_corpus(a="ab"))
 

@@ -5,7 +5,7 @@ from tests.texts import EOD, make_corpus_of, make_file, make_text
 from trainer.data.batches.batch import Batch
 from trainer.data.batches.packed_rows import PackedDocuments, WholeRows
 from trainer.data.batches.stream import PADDING, TrainStream, evaluation_batches
-from trainer.data.token_cache.shards import TokenFile
+from trainer.data.token_cache.token_files import TokenFile
 
 A, B, C = [1, 2, 3], [11, 12, 13, 14, 15, 16, 17], [21]
 

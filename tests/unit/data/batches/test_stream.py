@@ -6,7 +6,7 @@ import torch
 
 from trainer.data.batches.batch import Batch
 from trainer.data.batches.stream import PADDING, TrainStream, pad_rows
-from trainer.data.token_cache.shards import TokenFile
+from trainer.data.token_cache.token_files import TokenFile
 
 TEXT = "".join(chr(97 + i % 26) for i in range(200))
 

@@ -3,13 +3,13 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from trainer.data.records.base import Row
+from trainer.data.records.base import Record
 from trainer.data.records.filters import FilterConfig
 from trainer.errors import DataError
 
 
 def keeps(value: Any, **conditions: Any) -> bool:
-    return FilterConfig(column="x", **conditions).keeps(Row("f:1", {"x": value}))
+    return FilterConfig(column="x", **conditions).keeps(Record("f:1", {"x": value}))
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_a_value_of_another_type_is_an_error_and_not_left_out(value, conditions)
 
 def test_a_missing_column_is_an_error():
     with pytest.raises(DataError, match=r"^f:1: no column 'y'"):
-        FilterConfig(column="y", one_of=[1]).keeps(Row("f:1", {"x": 1}))
+        FilterConfig(column="y", one_of=[1]).keeps(Record("f:1", {"x": 1}))
 
 
 @pytest.mark.parametrize(

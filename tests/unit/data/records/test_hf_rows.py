@@ -10,19 +10,19 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from trainer.data.records.base import Row
-from trainer.data.records.registry import HfRowsConfig
+from trainer.data.records.base import Record
+from trainer.data.records.registry import HfRecordsConfig
 from trainer.errors import DataError
 
-ROWS = [{"text": f"row {i}", "n": i} for i in range(5)]
+ROWS = [{"text": f"record {i}", "n": i} for i in range(5)]
 
 
-def read(path: str, **options: Any) -> list[Row]:
-    return list(HfRowsConfig(path=path, **options).rows().rows())
+def read(path: str, **options: Any) -> list[Record]:
+    return list(HfRecordsConfig(path=path, **options).reader().records())
 
 
-def _jsonl(rows: list[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+def _jsonl(records: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
 @pytest.fixture(autouse=True)
@@ -34,14 +34,14 @@ def _offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _write_arrow() -> str:
     table = pa.Table.from_pylist(ROWS)
-    with pa.OSFile("rows.arrow", "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+    with pa.OSFile("records.arrow", "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table)
-    return "rows.arrow"
+    return "records.arrow"
 
 
 def _write_parquet() -> str:
-    pq.write_table(pa.Table.from_pylist(ROWS), "rows.parquet")
-    return "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(ROWS), "records.parquet")
+    return "records.parquet"
 
 
 def _write(name: str, content: bytes) -> Callable[[], str]:
@@ -57,19 +57,19 @@ def _write(name: str, content: bytes) -> Callable[[], str]:
     [
         ("parquet", _write_parquet),
         ("arrow", _write_arrow),
-        ("json", _write("rows.jsonl", _jsonl(ROWS))),
-        ("json", _write("rows.jsonl.gz", gzip.compress(_jsonl(ROWS)))),
-        ("json", _write("rows.jsonl.zst", zstandard.compress(_jsonl(ROWS)))),
-        ("json", _write("rows.json", json.dumps(ROWS).encode())),
-        ("csv", _write("rows.csv", b"text,n\n" + b"".join(f"row {i},{i}\n".encode() for i in range(5)))),
+        ("json", _write("records.jsonl", _jsonl(ROWS))),
+        ("json", _write("records.jsonl.gz", gzip.compress(_jsonl(ROWS)))),
+        ("json", _write("records.jsonl.zst", zstandard.compress(_jsonl(ROWS)))),
+        ("json", _write("records.json", json.dumps(ROWS).encode())),
+        ("csv", _write("records.csv", b"text,n\n" + b"".join(f"record {i},{i}\n".encode() for i in range(5)))),
     ],
 )
 def test_every_local_format_gives_its_rows_with_file_and_number(format_, write):
     name = write()
-    rows = read(format_, data_files=name)
-    assert [row.values for row in rows] == ROWS
-    assert all(name in row.where for row in rows)
-    assert len({row.where for row in rows}) == 5
+    records = read(format_, data_files=name)
+    assert [record.values for record in records] == ROWS
+    assert all(name in record.where for record in records)
+    assert len({record.where for record in records}) == 5
 
 
 def test_a_folder_is_a_data_set_with_splits():
@@ -83,21 +83,21 @@ def test_a_folder_is_a_data_set_with_splits():
 def test_each_file_is_a_part():
     for i in range(3):
         pq.write_table(pa.Table.from_pylist(ROWS[i : i + 1]), f"{i}.parquet")
-    rows = HfRowsConfig(path="parquet", data_files="*.parquet").rows()
-    assert [[row.values["n"] for row in rows.read(part)] for part in rows.parts()] == [[0], [1], [2]]
+    records = HfRecordsConfig(path="parquet", data_files="*.parquet").reader()
+    assert [[record.values["n"] for record in records.read(part)] for part in records.parts()] == [[0], [1], [2]]
 
 
 def test_na_is_a_text_like_any_other():
-    Path("rows.csv").write_text("text\nNA\nnull\nx\n")
-    assert [row.values["text"] for row in read("csv", data_files="rows.csv")] == ["NA", "null", "x"]
+    Path("records.csv").write_text("text\nNA\nnull\nx\n")
+    assert [record.values["text"] for record in read("csv", data_files="records.csv")] == ["NA", "null", "x"]
 
 
 def test_a_number_beyond_the_first_block_stays_a_number():
     # The library's own reader makes the string "3" of it.
-    Path("rows.jsonl").write_bytes(_jsonl([{"text": "a" * 2000}] * 10_000 + [{"text": 3}]))
-    last = read("json", data_files="rows.jsonl")[-1]
+    Path("records.jsonl").write_bytes(_jsonl([{"text": "a" * 2000}] * 10_000 + [{"text": 3}]))
+    last = read("json", data_files="records.jsonl")[-1]
     assert last.values == {"text": 3}
-    assert last.where.endswith("rows.jsonl:10001")
+    assert last.where.endswith("records.jsonl:10001")
 
 
 def options(**values: Any) -> dict[str, Any]:
@@ -111,12 +111,12 @@ BAD = {
     "no parquet": (options(path="parquet", data_files="bad.parquet"), "parquet:train: cannot be read ("),
     "a torn csv": (
         options(path="csv", data_files="torn.csv"),
-        "torn.csv: row 1 or one of the next 100: cannot be read (",
+        "torn.csv: record 1 or one of the next 100: cannot be read (",
     ),
     "a truncated zst": (options(path="json", data_files="cut.jsonl.zst"), "cut.jsonl.zst: damaged zstd data ("),
     "no such split": (options(path="set", split="test"), "set:test: no split 'test'; the data set has train"),
     "a folder without data": (options(path="./folder"), "./folder:train: cannot be read ("),
-    "an empty json": (options(path="json", data_files="empty.jsonl"), "empty.jsonl: holds no rows"),
+    "an empty json": (options(path="json", data_files="empty.jsonl"), "empty.jsonl: holds no records"),
     "an empty parquet": (options(path="parquet", data_files="empty.parquet"), "empty.parquet: "),
     "an unreachable hub": (options(path="someone/something"), "someone/something:train: cannot be reached ("),
 }
@@ -156,7 +156,7 @@ def _no_answer() -> NoReturn:
 
 @pytest.mark.parametrize("fail", [_no_address, _no_answer])
 def test_no_network_is_no_fault_of_the_data(fail: Callable[[], NoReturn], monkeypatch):
-    monkeypatch.setattr("trainer.data.records.hf._pinned", lambda _: fail())
+    monkeypatch.setattr("trainer.data.records.hf.pin_commits", lambda _: fail())
     with pytest.raises(DataError, match=r"^hf://datasets/a/b/c\.csv: cannot be reached \(.*check the network, or give"):
         read(path="csv", data_files="hf://datasets/a/b/c.csv")
 
@@ -186,7 +186,7 @@ def test_a_data_set_that_names_files_outside_of_it_is_refused(tmp_path, configs)
         read("set")
     assert str(error.value).startswith("set:train: its README.md names ")
     assert str(error.value).endswith(
-        "secret.jsonl, which is not in set; a data set reads files of its own; correct README.md, or name files by "
+        "secret.jsonl, which is not in set; a data set may only read its own files; correct README.md, or name files by "
         "data_files"
     )
 
@@ -195,26 +195,26 @@ def test_a_data_set_names_files_in_it_which_may_be_links(tmp_path):
     _card("  data_files: data/*.jsonl")
     Path("set/data/train.jsonl").rename("blob")
     Path("set/data/train.jsonl").symlink_to(tmp_path / "blob")  # as the hub's cache has them
-    assert [row.values for row in read("set")] == [{"text": "inside"}]
+    assert [record.values for record in read("set")] == [{"text": "inside"}]
 
 
 def test_files_that_the_config_names_may_be_anywhere():
     _card("  data_files: data/*.jsonl")
-    assert [row.values for row in read("set", data_files="../outside/*.jsonl")] == [{"text": "secret"}]
+    assert [record.values for record in read("set", data_files="../outside/*.jsonl")] == [{"text": "secret"}]
 
 
 def test_a_row_that_cannot_be_read_is_named(tmp_path):
     bytes_ = pa.array([b"a"] * 7 + [b"\xff"] + [b"b"])
     column = pa.StringArray.from_buffers(9, *bytes_.buffers()[1:])
     pq.write_table(pa.table({"text": column}), "a.parquet")
-    with pytest.raises(DataError, match=r"a\.parquet: row 8: cannot be read \('utf-8' codec can't decode byte 0xff"):
+    with pytest.raises(DataError, match=r"a\.parquet: record 8: cannot be read \('utf-8' codec can't decode byte 0xff"):
         read("parquet", data_files="a.parquet")
 
 
 def test_a_row_over_the_limit_is_named(monkeypatch):
-    monkeypatch.setattr("trainer.data.records.jsonl.MAX_ROW_BYTES", 20)
+    monkeypatch.setattr("trainer.data.records.json_lines.MAX_RECORD_BYTES", 20)
     pq.write_table(pa.table({"text": ["a" * 20, "é" * 11]}), "a.parquet")
-    with pytest.raises(DataError, match=r"a\.parquet: row 2: more than 20 bytes in one row; that is the limit"):
+    with pytest.raises(DataError, match=r"a\.parquet: record 2: more than 20 bytes in one record; that is the limit"):
         read("parquet", data_files="a.parquet")
 
 
@@ -223,6 +223,6 @@ def test_an_empty_file_among_others_is_named():
         Path(name).touch()
     pq.write_table(pa.table({"text": ["a"]}), "1.parquet")
     with pytest.raises(
-        DataError, match=r"0\.parquet: holds no rows \(empty or only white space\); every file needs some"
+        DataError, match=r"0\.parquet: holds no records \(empty or only white space\); every file needs some"
     ):
         read("parquet", data_files="*.parquet")

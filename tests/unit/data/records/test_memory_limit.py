@@ -18,14 +18,13 @@ BIG = 80 << 20
 SCRIPT = """
 import json, resource, sys
 from pydantic import TypeAdapter
-from trainer.data.records import hf, jsonl, memory_limit
-from trainer.data.sources import files
+from trainer.data.records import hf, json_lines, memory_limit, text_files
 from trainer.data.sources.registry import SourceConfig
 from trainer.errors import DataError
 import datasets, torch.utils.data  # which datasets imports when it streams
 
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # whatever the code under test does
-files.MAX_DOCUMENT_BYTES = jsonl.MAX_ROW_BYTES = 4 << 20
+text_files.MAX_DOCUMENT_BYTES = json_lines.MAX_RECORD_BYTES = 4 << 20
 memory_limit.MAX_READING_BYTES = 48 << 20
 said = {}
 for name, values in json.loads(sys.argv[1]).items():
@@ -53,7 +52,7 @@ def _packed(name: str, *content: bytes) -> Path:
 
 
 def _parquet_of_one_text() -> Path:
-    """A thousand rows of the same 10 MB, which are in the file once: it has 588 bytes."""
+    """A thousand records of the same 10 MB, which are in the file once: it has 588 bytes."""
     texts = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), pa.array(["x" * (10 << 20)]))
     options: Any = {"compression": "zstd", "dictionary_pagesize_limit": 1 << 30, "store_schema": False}
     pq.write_table(pa.table({"text": texts}), "a.parquet", **options)
@@ -85,20 +84,20 @@ def _hf(format_: str, path: Path) -> dict[str, Any]:
 def test_what_asks_for_too_much_is_refused_and_does_not_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     pq.write_table(pa.table({"text": [f"text {i}" for i in range(5000)]}), "good.parquet")
-    row = b'{"text": "', b"x", b'"}'
+    record = b'{"text": "', b"x", b'"}'
     too_long, too_much = "more than 4194304 bytes in one", "asks for more than 48 MiB of memory; "
     cases = {
         "text, gz": ({"kind": "text", "path": str(_packed("a.txt.gz", b"x"))}, too_long),
         "text, zst": ({"kind": "text", "path": str(_packed("a.txt.zst", b"x"))}, too_long),
-        "jsonl, gz": ({"kind": "jsonl", "path": str(_packed("a.jsonl.gz", *row))}, too_long),
-        "jsonl, zst": ({"kind": "jsonl", "path": str(_packed("a.jsonl.zst", *row))}, too_long),
-        "json lines of datasets": (_hf("json", _packed("b.jsonl.gz", *row)), too_long),
-        "json list": (_hf("json", _packed("a.json.gz", b"[", *row, b"]")), too_much),
+        "jsonl, gz": ({"kind": "jsonl", "path": str(_packed("a.jsonl.gz", *record))}, too_long),
+        "jsonl, zst": ({"kind": "jsonl", "path": str(_packed("a.jsonl.zst", *record))}, too_long),
+        "json lines of datasets": (_hf("json", _packed("b.jsonl.gz", *record)), too_long),
+        "json list": (_hf("json", _packed("a.json.gz", b"[", *record, b"]")), too_much),
         "csv": (_hf("csv", _packed("a.csv.gz", b"text\n", b"x", b"\n")), too_much),
         "text of datasets": (_hf("text", _packed("b.txt.gz", b"x")), too_much),
         "parquet, one text a thousand times": (_hf("parquet", _parquet_of_one_text()), too_much),
-        "parquet, one row": (_hf("parquet", _parquet_of_one_row()), too_much),
-        "arrow, one row": (_hf("arrow", _arrow("a.arrow", pa.table({"text": ["x" * BIG]}))), too_much),
+        "parquet, one record": (_hf("parquet", _parquet_of_one_row()), too_much),
+        "arrow, one record": (_hf("arrow", _arrow("a.arrow", pa.table({"text": ["x" * BIG]}))), too_much),
         "arrow, one text a hundred times": (_hf("arrow", _arrow("b.arrow", _arrow_of_one_text())), too_much),
     }
     sources = {"good": _hf("parquet", Path("good.parquet"))} | {name: values for name, (values, _) in cases.items()}

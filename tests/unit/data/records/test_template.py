@@ -1,12 +1,12 @@
 import pytest
 
-from trainer.data.records.base import Row
+from trainer.data.records.base import Record
 from trainer.data.records.template import Template, check_template
 from trainer.errors import DataError
 
 
 def render(template: str, **values: object) -> str:
-    return Template(check_template(template)).render(Row("f:3", values))
+    return Template(check_template(template)).render(Record("f:3", values))
 
 
 @pytest.mark.parametrize(
@@ -36,17 +36,21 @@ def test_a_row_is_rendered(template, values, text):
 @pytest.mark.parametrize(
     ("template", "values", "reason"),
     [
-        ("{tex}", {"text": 1}, "no column 'tex'; the row has text (did you mean 'text'?); correct the name or the row"),
-        ("{t.de}", {"t": {"en": "dog"}}, "no column 't.de'; the row has en; correct the name or the row"),
-        ("{t.en}", {"t": "x"}, "no column 't.en'; what should have 'en' is a string; correct the name or the row"),
-        ("{a}", {"a": 3}, "'a' is a number; it must be a string; correct or remove the row"),
-        ("{a}", {"a": None}, "'a' is null; it must be a string; correct or remove the row"),
-        ("{a}", {"a": ["x"]}, "'a' is a list; it must be a string; correct or remove the row"),
-        ("{a:d}", {"a": 3.5}, "'a' is 3.5; it must be a whole number; correct or remove the row"),
-        ("{a:d}", {"a": "3"}, "'a' is a string; it must be a whole number; correct or remove the row"),
-        ("{a:g}", {"a": None}, "'a' is null; it must be a number; correct or remove the row"),
-        ("{a:x|y}", {"a": 2}, "'a' is 2; it must be a whole number from 0 to 1; correct or remove the row"),
-        ("{a:x|y}", {"a": -1}, "'a' is -1; it must be a whole number from 0 to 1; correct or remove the row"),
+        (
+            "{tex}",
+            {"text": 1},
+            "no column 'tex'; the record has text (did you mean 'text'?); correct the name or the record",
+        ),
+        ("{t.de}", {"t": {"en": "dog"}}, "no column 't.de'; the record has en; correct the name or the record"),
+        ("{t.en}", {"t": "x"}, "no column 't.en'; the parent of 'en' is a string; correct the name or the record"),
+        ("{a}", {"a": 3}, "'a' is a number; it must be a string; correct or remove the record"),
+        ("{a}", {"a": None}, "'a' is null; it must be a string; correct or remove the record"),
+        ("{a}", {"a": ["x"]}, "'a' is a list; it must be a string; correct or remove the record"),
+        ("{a:d}", {"a": 3.5}, "'a' is 3.5; it must be a whole number; correct or remove the record"),
+        ("{a:d}", {"a": "3"}, "'a' is a string; it must be a whole number; correct or remove the record"),
+        ("{a:g}", {"a": None}, "'a' is null; it must be a number; correct or remove the record"),
+        ("{a:x|y}", {"a": 2}, "'a' is 2; it must be a whole number from 0 to 1; correct or remove the record"),
+        ("{a:x|y}", {"a": -1}, "'a' is -1; it must be a whole number from 0 to 1; correct or remove the record"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named_with_its_row(template, values, reason):

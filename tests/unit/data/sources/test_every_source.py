@@ -15,7 +15,7 @@ from trainer.data.batches.batch import Batch
 from trainer.data.batches.stream import TrainStream
 from trainer.data.config import DataConfig, SplitConfig
 from trainer.data.corpus import build_corpus
-from trainer.data.records import jsonl
+from trainer.data.records import json_lines
 from trainer.data.sources import installed
 from trainer.data.sources.base import Document
 from trainer.data.sources.registry import (
@@ -27,8 +27,8 @@ from trainer.data.sources.registry import (
     TextSourceConfig,
 )
 from trainer.data.token_cache import read_tasks
-from trainer.data.token_cache.shards import TokenWriter
 from trainer.data.token_cache.splits import is_held_out
+from trainer.data.token_cache.token_files import TokenWriter
 
 ALL = [f"text {i:03d}" + "!" * (i % 7) for i in range(90)]
 LEARNED = [text for text in ALL if not is_held_out(text, 0.2)]
@@ -42,9 +42,9 @@ def text(folder: Path) -> SourceConfig:
 
 
 def lines(folder: Path) -> SourceConfig:
-    rows = [json.dumps({"text": document}) + "\n" for document in ALL]
+    records = [json.dumps({"text": document}) + "\n" for document in ALL]
     for file in range(3):
-        (folder / f"{file}.jsonl").write_text("".join(rows[file * 30 : file * 30 + 30]))
+        (folder / f"{file}.jsonl").write_text("".join(records[file * 30 : file * 30 + 30]))
     return JsonlSourceConfig(path="*.jsonl", domain="d")
 
 
@@ -75,7 +75,7 @@ SOURCES: dict[str, Callable[[Path], SourceConfig]] = {
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several parts of each source; of this machine's text, documents that can be compared."""
-    monkeypatch.setattr(jsonl, "_PART_BYTES", 500)
+    monkeypatch.setattr(json_lines, "_PART_BYTES", 500)
     monkeypatch.setattr("trainer.data.sources.text._PART_BYTES", 100)
 
     def documents(self: object) -> Iterator[Document]:
@@ -108,8 +108,8 @@ def broken_off(config: DataConfig, monkeypatch: pytest.MonkeyPatch, *, after: in
 
 def documents_in(batches: list[Batch]) -> list[str]:
     """Return the documents of batches, put together of their targets."""
-    rows = [(batch, row) for batch in batches for row in range(len(batch.tokens))]
-    targets = [bytes(batch.targets[row][batch.valid[row]].tolist()) for batch, row in rows]
+    records = [(batch, record) for batch in batches for record in range(len(batch.tokens))]
+    targets = [bytes(batch.targets[record][batch.valid[record]].tolist()) for batch, record in records]
     return [document.decode() for of_row in targets for document in of_row.split(b"\xff")[:-1]]
 
 
@@ -127,11 +127,11 @@ def test_each_document_is_learned_once_in_an_epoch_wherever_a_run_is_broken_off(
     for number in range(1000):
         again = TrainStream(build_corpus(config), packing="bfd", seq_len=16, seed=3)
         if places is not None:
-            again.go_on_from(json.loads(json.dumps(places)))
+            again.resume_at(json.loads(json.dumps(places)))
         steps, ranks = attempts[number % len(attempts)]
         for step in range(steps + 1):
-            if again.waits_for_text(position, size):
-                again.read_on(position, size, ahead=False)
+            if again.needs_new_block(position, size):
+                again.load_blocks(position, size, prefetch=False)
             found = [
                 again.micro_batches(position, global_batch_size=size, micro_batch_size=2, rank=rank, world_size=ranks)
                 for rank in range(ranks)
@@ -140,12 +140,12 @@ def test_each_document_is_learned_once_in_an_epoch_wherever_a_run_is_broken_off(
                 break
             batches += [batch for of_rank in found for batch in of_rank]
             position += size
-        places = again.places(position)
+        places = again.stream_positions(position)
         if (again.epochs(position)[config_domain(source)] or 0) >= EPOCHS:
             break
     read = Counter(documents_in(batches))
     assert set(read) == set(LEARNED)
-    # The last step may have begun another epoch, and rows of it are whole documents: each once more at the most.
+    # The last step may have begun another epoch, and records of it are whole documents: each once more at the most.
     assert min(read.values()) == EPOCHS
     assert max(read.values()) <= EPOCHS + 1
     by_slot = Counter(int(i) for batch in batches for i in batch.sample_id[:, 0].tolist() if i >= 0)

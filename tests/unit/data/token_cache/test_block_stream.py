@@ -9,9 +9,9 @@ import pytest
 
 from trainer.data.sources.registry import HfStreamSourceConfig
 from trainer.data.token_cache.block_stream import BlockStream, Mark, StreamedSource
-from trainer.data.token_cache.cache import FileState
-from trainer.data.token_cache.shards import TokenFile
+from trainer.data.token_cache.cache_folder import FileState
 from trainer.data.token_cache.splits import is_held_out
+from trainer.data.token_cache.token_files import TokenFile
 from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.errors import DataError, ResourceError
 
@@ -103,7 +103,7 @@ def test_a_block_is_made_without_those_before_it_where_its_beginning_is_known(so
         config=source.config, files=source.files, folder=tmp_path / "other", tokenizer=source.tokenizer, held_out=0.1
     )
     again = BlockStream(other)
-    again.go_on_from(6, begin)
+    again.resume_at(6, begin)
     assert documents(again, 6) == expected
     assert sorted(path.name for path in (tmp_path / "other").glob("block-*[0-9]")) == ["block-00000006"]
 
@@ -138,9 +138,9 @@ def test_a_block_that_an_older_version_made_is_the_same_block(source):
 def test_reading_ahead_makes_the_next_block(source, monkeypatch):
     stream = BlockStream(source)
     stream.block(0)
-    stream.read_ahead(1)
-    assert stream._ahead is not None
-    stream._ahead.join(60)
+    stream.prefetch(1)
+    assert stream._prefetch is not None
+    stream._prefetch.join(60)
     monkeypatch.setattr(StreamedSource, "build", lambda *args: pytest.fail("made again"))
     assert len(documents(stream, 1)) == 23
 
@@ -148,9 +148,9 @@ def test_reading_ahead_makes_the_next_block(source, monkeypatch):
 def test_reading_ahead_makes_a_block_again_whose_files_are_gone(source):
     stream = BlockStream(source)
     stream.block(4)
-    stream.read_ahead(1)
-    assert stream._ahead is not None
-    stream._ahead.join(60)
+    stream.prefetch(1)
+    assert stream._prefetch is not None
+    stream._prefetch.join(60)
     assert (source.folder / "block-00000001").exists()
 
 
@@ -188,10 +188,10 @@ def test_a_block_that_another_run_removes_meanwhile_is_made_again(source, monkey
 def test_a_killed_reader_leaves_nothing_half(source):
     stream = BlockStream(source)
     stream.block(0)
-    stream.read_ahead(1)
-    assert stream._ahead is not None
-    stream._ahead.kill()
-    stream._ahead.join()
+    stream.prefetch(1)
+    assert stream._prefetch is not None
+    stream._prefetch.kill()
+    stream._prefetch.join()
     assert len(documents(stream, 1)) == 23
 
 
@@ -201,7 +201,7 @@ def test_a_file_that_changes_during_the_run_is_named(source, folder, says):
     with (folder / "2.jsonl").open("a") as file:
         file.write('{"text": "new"}\n')
     path = (folder / "2.jsonl").resolve()
-    with says(f"{path}: changed since the run started; it must stay as it is; start again"):
+    with says(f"{path}: changed since the run started; it must not change meanwhile; restart"):
         stream.block(1)
 
 

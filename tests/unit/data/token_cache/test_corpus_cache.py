@@ -16,7 +16,7 @@ from trainer.data.config import DataConfig, SplitConfig
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.data.sources.registry import TextSourceConfig
 from trainer.data.token_cache import read_tasks, source_cache
-from trainer.data.token_cache.cache import FileState, sole_builder
+from trainer.data.token_cache.cache_folder import FileState, build_lock
 from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.errors import DataError, ResourceError
 
@@ -131,8 +131,8 @@ def test_a_flipped_bit_is_an_error_that_names_the_file(config, builds, says, nam
     folder = build_corpus(config).folders[0]
     flip(folder / name, 3)
     with says(
-        f"{folder / name}: its content is not what was written (the checksum differs); a disk or memory has changed "
-        f"it; remove {folder}, and it is made again from the text"
+        f"{folder / name}: its content is not what was written (the checksum differs); disk or memory has corrupted "
+        f"it; remove {folder}, and it is built again from the text"
     ):
         build_corpus(config)
     assert builds == ["built"]
@@ -147,7 +147,7 @@ def test_a_large_text_is_compared_where_it_is_read(config, folder, says):
     assert tokens[np.array([[0, 140_000]])].tobytes() == b"aa"
     with says(
         f"{corpus.folders[0] / 'text.train.tokens'}: bytes 65536 to 131071 are not what was written (the checksum "
-        f"differs); a disk or memory has changed it; remove {corpus.folders[0]}, and it is made again from the text"
+        f"differs); disk or memory has corrupted it; remove {corpus.folders[0]}, and it is built again from the text"
     ):
         tokens[np.array([[0, 100_000]])]
 
@@ -235,8 +235,8 @@ def test_a_cache_that_is_replaced_for_ever_is_named(config, monkeypatch, says):
     build_corpus(config)
     monkeypatch.setattr(module, "_open", lambda *args: (_ for _ in ()).throw(FileNotFoundError()))
     with says(
-        "data.cache_dir: cache: other runs keep replacing what is in it; a text must stay the same while it is "
-        "learned; stop what changes it, or set a folder of this run's own"
+        "data.cache_dir: cache: other runs keep replacing its content; a text must not change during training; "
+        "stop what changes it, or give this run a cache_dir of its own"
     ):
         build_corpus(config)
 
@@ -269,7 +269,7 @@ def test_whoever_waits_is_told(config, folder):
             told.set()
 
     def hold() -> None:
-        with sole_builder(corpus.folders[0], waiting=lambda: None):
+        with build_lock(corpus.folders[0], waiting=lambda: None):
             free.set()
             told.wait(10)
 
@@ -289,7 +289,7 @@ def test_a_file_that_changes_while_it_is_read_is_named(config, folder, monkeypat
         return ingest(*args, **options)
 
     monkeypatch.setattr(read_tasks, "ingest", meddling)
-    with says("b.txt: changed while it was read; it must stay as it is; start again"):
+    with says("b.txt: changed during reading; files must not change meanwhile; start again"):
         build_corpus(config)
     assert all(name.startswith(".") for name in in_cache(folder))
 
@@ -299,8 +299,8 @@ def test_a_cache_that_cannot_be_written_is_named(config, folder):
     with pytest.raises(DataError) as error:
         build_corpus(config)
     assert str(error.value) == (
-        "data.cache_dir: cache: cannot be written (File exists); tokens are kept there; set a folder that this user "
-        "can write to"
+        "data.cache_dir: cache: cannot be written (File exists); it holds the tokenised text; set a folder that this "
+        "user can write to"
     )
 
 
@@ -312,7 +312,7 @@ def test_a_full_disk_is_named(config, folder, monkeypatch):
     with pytest.raises(ResourceError) as error:
         build_corpus(config)
     assert str(error.value) == (
-        "data.cache_dir: cache: the disk is full (No space left on device); tokens need about as much room as the "
+        "data.cache_dir: cache: the disk is full (No space left on device); tokens take about as much space as the "
         "text; free some or set another folder"
     )
     assert all(name.startswith(".") for name in in_cache(folder))

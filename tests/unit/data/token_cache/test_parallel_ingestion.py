@@ -14,7 +14,7 @@ import pytest
 
 from trainer.data.config import DataConfig, SplitConfig
 from trainer.data.corpus import Corpus, build_corpus
-from trainer.data.records import jsonl
+from trainer.data.records import json_lines
 from trainer.data.sources.registry import HfSourceConfig, JsonlSourceConfig, SourceConfig, TextSourceConfig
 from trainer.data.token_cache import read_tasks, workers
 from trainer.errors import DataError, ResourceError
@@ -47,10 +47,10 @@ def data(*sources: SourceConfig, cache: str = "cache", **options: Any) -> DataCo
 
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jsonl, "_PART_BYTES", 500)
-    monkeypatch.setattr(jsonl, "_CHUNK_BYTES", 100)
+    monkeypatch.setattr(json_lines, "_PART_BYTES", 500)
+    monkeypatch.setattr(json_lines, "_CHUNK_BYTES", 100)
     monkeypatch.setattr("trainer.data.sources.text._PART_BYTES", 500)
-    monkeypatch.setattr(workers, "_WORTH_BYTES", 1000)
+    monkeypatch.setattr(workers, "_MIN_PROCESS_BYTES", 1000)
 
 
 def content(corpus: Corpus) -> list[tuple[str, bytes, list[int], bytes, list[int]]]:
@@ -82,7 +82,7 @@ def test_any_number_of_processes_makes_the_same_tokens_of_every_document_once(fo
 @pytest.mark.parametrize("number", [1, 2])
 def test_parts_make_what_the_whole_makes(folder, monkeypatch, number):
     in_parts = build_corpus(data(source(folder, "jsonl"), cache="parts", workers=number))
-    monkeypatch.setattr(jsonl, "_PART_BYTES", 1 << 20)
+    monkeypatch.setattr(json_lines, "_PART_BYTES", 1 << 20)
     assert content(in_parts) == content(build_corpus(data(source(folder, "jsonl"), cache="whole")))
 
 
@@ -125,7 +125,7 @@ def test_a_part_that_has_changed_since_it_was_made_is_made_again(folder, monkeyp
     expected = content(build_corpus(data(*config.sources, cache="sound")))
     with monkeypatch.context() as context:
         context.setattr(
-            "trainer.data.token_cache.source_cache.assemble",
+            "trainer.data.token_cache.source_cache.join_parts",
             lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt()),
         )
         with pytest.raises(KeyboardInterrupt):
@@ -137,7 +137,7 @@ def test_a_part_that_has_changed_since_it_was_made_is_made_again(folder, monkeyp
 
 def test_parts_of_other_files_are_not_used(folder, monkeypatch):
     config = data(source(folder, "jsonl"), workers=1)
-    finish = "trainer.data.token_cache.source_cache.assemble"
+    finish = "trainer.data.token_cache.source_cache.join_parts"
     with monkeypatch.context() as context:
         context.setattr(finish, lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
@@ -151,7 +151,7 @@ def test_the_error_of_a_process_is_ours(folder):
     config = data(source(folder, "jsonl"), workers=2)
     with (folder / "4.jsonl").open("a") as file:
         file.write('{"txt": "a"}\n')
-    with pytest.raises(DataError, match=r"^4\.jsonl:21: no column 'text'; the row has txt \(did you mean 'txt'\?\)"):
+    with pytest.raises(DataError, match=r"^4\.jsonl:21: no column 'text'; the record has txt \(did you mean 'txt'\?\)"):
         build_corpus(config)
 
 
@@ -164,7 +164,9 @@ def test_a_killed_process_is_named_and_what_the_others_did_is_kept(folder, monke
     monkeypatch.setattr(read_tasks.ReadTask, "run", _die)
     started = workers.multiprocessing.get_context("fork")  # the only way to hand a spoilt class to another process
     monkeypatch.setattr(workers.multiprocessing, "get_context", lambda kind: started)
-    with pytest.raises(ResourceError, match=r"^data: a process that read text was killed by SIGKILL; was it memory"):
+    with pytest.raises(
+        ResourceError, match=r"^data: a process that read text was killed by SIGKILL; was it out of memory"
+    ):
         build_corpus(config)
     monkeypatch.undo()
     monkeypatch.chdir(folder)
@@ -179,11 +181,11 @@ def test_processes_end_with_the_one_that_started_them(folder):
         "from trainer.data.token_cache import workers\n"
         "from trainer.data.token_cache.read_tasks import ReadTask\n"
         "from trainer.data.config import SplitConfig\n"
-        "from trainer.data.records.jsonl import Lines\n"
+        "from trainer.data.records.json_lines import LineRange\n"
         "from trainer.data.sources.registry import JsonlSourceConfig\n"
         "from trainer.data.tokenizers.byte import ByteTokenizer\n"
         "from pathlib import Path\n"
-        "parts = [Lines(size_bytes=1 << 30, path=Path(f'{i}.pipe'), start_byte=0, first_line=1) for i in (0, 1)]\n"
+        "parts = [LineRange(size_bytes=1 << 30, path=Path(f'{i}.pipe'), start_byte=0, first_line=1) for i in (0, 1)]\n"
         "todo = [ReadTask(source=JsonlSourceConfig(path='0.jsonl'), part=part, split=SplitConfig(kind='hash'),\n"
         "                   folder=Path(f'p{i}')) for i, part in enumerate(parts)]\n"
         "workers.run_tasks(todo, ByteTokenizer(), 2, print)\n"
@@ -221,7 +223,7 @@ def _wait_for(condition: Callable[[], Any]) -> Any:
 def test_a_copy_of_a_file_is_named(folder):
     config = data(source(folder, "jsonl"))
     (folder / "9.jsonl").write_bytes((folder / "2.jsonl").read_bytes())
-    with pytest.raises(DataError, match=r"^9\.jsonl: is a copy of 2\.jsonl; each row is read once; remove one"):
+    with pytest.raises(DataError, match=r"^9\.jsonl: is a copy of 2\.jsonl; each record is read once; remove one"):
         build_corpus(config)
 
 

@@ -1,4 +1,4 @@
-"""Rows that cannot be used are left out where that is asked for: exactly those, counted, whoever reads."""
+"""Records that cannot be used are left out where that is asked for: exactly those, counted, whoever reads."""
 
 import gzip
 import json
@@ -14,9 +14,9 @@ import pytest
 
 from trainer.data.config import DataConfig, SplitConfig
 from trainer.data.corpus import Corpus, build_corpus
-from trainer.data.records import jsonl
-from trainer.data.records.bad_records import SkippedRows, all_skipped
-from trainer.data.records.jsonl import JsonlRows
+from trainer.data.records import json_lines
+from trainer.data.records.bad_records import SkippedRecords, merge_skipped
+from trainer.data.records.json_lines import JsonlReader
 from trainer.data.sources.registry import (
     HfSourceConfig,
     HfStreamSourceConfig,
@@ -26,46 +26,48 @@ from trainer.data.sources.registry import (
 )
 from trainer.data.token_cache import workers
 from trainer.data.token_cache.block_stream import BlockStream
-from trainer.data.token_cache.shards import TokenWriter
-from trainer.data.token_cache.skipped import SkippedOf, summary, write_list
+from trainer.data.token_cache.skipped import SourceSkips, summarize_skipped, write_skipped
+from trainer.data.token_cache.token_files import TokenWriter
 from trainer.errors import DataError
 
 GOOD = [f"text {i:02d}" + "!" * (i % 7) for i in range(40)]
 
 
 class Case:
-    """Files with good and bad rows."""
+    """Files with good and bad records."""
 
     def __init__(self, write: Callable[[bool], object], source: SourceConfig, **reasons: int) -> None:
         self.write, self.source, self.reasons = write, source, Counter(reasons)
 
 
-def _lines(rows: list[str | bytes], name: str) -> None:
-    Path(name).write_bytes(b"".join((row if isinstance(row, bytes) else row.encode()) + b"\n" for row in rows))
+def _lines(records: list[str | bytes], name: str) -> None:
+    Path(name).write_bytes(
+        b"".join((record if isinstance(record, bytes) else record.encode()) + b"\n" for record in records)
+    )
 
 
 def _jsonl(is_bad: bool) -> None:
-    rows: list[str | bytes] = [json.dumps({"text": text, "n": 1}) for text in GOOD]
+    records: list[str | bytes] = [json.dumps({"text": text, "n": 1}) for text in GOOD]
     if is_bad:
-        rows[3:3] = ['{"text": null, "n": 1}', '{"text": "a", "n": ', '["a"]']
-        rows[20:20] = ['{"txt": "a", "n": 1}', '{"text": " ", "n": 1}', b'{"text": "\xff", "n": 1}']
-        rows += ['{"text": "\\ud800", "n": 1}', json.dumps({"text": "long " * 60, "n": 1}), '{"text": 3, "n": 1}']
+        records[3:3] = ['{"text": null, "n": 1}', '{"text": "a", "n": ', '["a"]']
+        records[20:20] = ['{"txt": "a", "n": 1}', '{"text": " ", "n": 1}', b'{"text": "\xff", "n": 1}']
+        records += ['{"text": "\\ud800", "n": 1}', json.dumps({"text": "long " * 60, "n": 1}), '{"text": 3, "n": 1}']
         for name in ("empty.jsonl", "hollow.jsonl", "none.jsonl"):
             Path(name).write_text("\n" * (name == "hollow.jsonl"))
-    _lines(rows[:25], "0.jsonl")
-    _lines(rows[25:], "1.jsonl")
+    _lines(records[:25], "0.jsonl")
+    _lines(records[25:], "1.jsonl")
 
 
 def _parquet(is_bad: bool) -> None:
-    rows: list[str | None] = list(GOOD)
+    records: list[str | None] = list(GOOD)
     if is_bad:
-        rows[3:3] = [None, " \n", "long " * 60]
-        rows += [None]
+        records[3:3] = [None, " \n", "long " * 60]
+        records += [None]
         Path("2.parquet").write_bytes(b"")
         for name in ("3.parquet", "4.parquet"):
             pq.write_table(pa.table({"text": pa.array([], pa.string())}), name)
-    pq.write_table(pa.table({"text": rows[:20]}), "0.parquet")
-    broken = pa.array([row and row.encode() for row in rows[20:]], pa.binary())
+    pq.write_table(pa.table({"text": records[:20]}), "0.parquet")
+    broken = pa.array([record and record.encode() for record in records[20:]], pa.binary())
     if is_bad:
         broken = pa.concat_arrays([broken, pa.array([b"a\xff"])])
     pq.write_table(
@@ -75,12 +77,12 @@ def _parquet(is_bad: bool) -> None:
 
 
 def _csv(is_bad: bool) -> None:
-    rows = [f"{text},1" for text in GOOD]
+    records = [f"{text},1" for text in GOOD]
     if is_bad:
-        rows[5:5] = ["a,b,c,d", ",1"]
+        records[5:5] = ["a,b,c,d", ",1"]
         Path("1.csv").write_bytes(b"")
         Path("2.csv").write_text("text,n\n")
-    Path("0.csv").write_text("text,n\n" + "\n".join(rows) + "\n")
+    Path("0.csv").write_text("text,n\n" + "\n".join(records) + "\n")
 
 
 def _text(is_bad: bool) -> None:
@@ -95,13 +97,13 @@ def _text(is_bad: bool) -> None:
 
 
 OF_JSONL = {"of another type": 3, "not JSON": 1, "without a column": 1, "without text": 1, "not UTF-8": 1}
-OF_JSONL |= {"not Unicode": 1, "too large": 1, "a file without rows": 3}
+OF_JSONL |= {"not Unicode": 1, "too large": 1, "a file without records": 3}
 OF_PARQUET = {
     "of another type": 2,
     "without text": 1,
     "too large": 1,
     "that cannot be read": 1,
-    "a file without rows": 3,
+    "a file without records": 3,
 }
 CASES = {
     "jsonl": Case(_jsonl, JsonlSourceConfig(path="*.jsonl", domain="d"), **OF_JSONL),
@@ -115,7 +117,7 @@ CASES = {
     "csv": Case(
         _csv,
         HfSourceConfig(path="csv", data_files="*.csv", domain="d"),
-        **{"of too many fields": 1, "without text": 1, "a file without rows": 2},
+        **{"of too many fields": 1, "without text": 1, "a file without records": 2},
     ),
     "text": Case(
         _text,
@@ -128,11 +130,11 @@ CASES = {
 @pytest.fixture(autouse=True)
 def _small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several parts of each source, and limits that a test can pass."""
-    monkeypatch.setattr(jsonl, "_PART_BYTES", 300)
-    monkeypatch.setattr(jsonl, "_CHUNK_BYTES", 100)
+    monkeypatch.setattr(json_lines, "_PART_BYTES", 300)
+    monkeypatch.setattr(json_lines, "_CHUNK_BYTES", 100)
     monkeypatch.setattr("trainer.data.sources.text._PART_BYTES", 100)
-    monkeypatch.setattr(jsonl, "MAX_ROW_BYTES", 200)
-    monkeypatch.setattr("trainer.data.sources.files.MAX_DOCUMENT_BYTES", 200)
+    monkeypatch.setattr(json_lines, "MAX_RECORD_BYTES", 200)
+    monkeypatch.setattr("trainer.data.records.text_files.MAX_DOCUMENT_BYTES", 200)
 
 
 def _config(source: SourceConfig, *, cache: str = "cache") -> DataConfig:
@@ -143,17 +145,17 @@ def _skipping(source: SourceConfig) -> SourceConfig:
     return source.model_copy(update={"on_bad_row": "skip"})
 
 
-def _content(corpus: Corpus) -> tuple[list[bytes], SkippedRows]:
+def _content(corpus: Corpus) -> tuple[list[bytes], SkippedRecords]:
     """Return the documents of an epoch by side, and what was left out of it."""
     (stream,) = corpus.streams
     if stream is None:
         sides = [bytes(file.tokens[:]) for file in (*corpus.train, *corpus.validation)]
-        return sides, all_skipped(one.rows for one in corpus.skipped)
+        return sides, merge_skipped(one.records for one in corpus.skipped)
     sides, skipped = [[], []], []
     for index in count():
         block = stream.block(index)
         if block.info.begin.epoch:
-            return [b"\xff".join(side) for side in sides], all_skipped(skipped)
+            return [b"\xff".join(side) for side in sides], merge_skipped(skipped)
         skipped.append(block.info.skipped)
         for side, file in zip(sides, (block.train, block.validation), strict=True):
             side += [bytes(file.tokens[:])] * bool(file.num_tokens)
@@ -201,7 +203,7 @@ def test_whoever_reads_and_is_killed_leaves_out_the_same(kind: str, monkeypatch:
             with pytest.raises(KeyboardInterrupt):
                 build_corpus(config)
     assert _content(build_corpus(config)) == expected
-    monkeypatch.setattr(workers, "_WORTH_BYTES", 1)
+    monkeypatch.setattr(workers, "_MIN_PROCESS_BYTES", 1)
     forks = workers.multiprocessing.get_context("fork")  # which have the small limits
     monkeypatch.setattr(workers.multiprocessing, "get_context", lambda kind: forks)
     assert _content(build_corpus(config.model_copy(update={"cache_dir": "many", "workers": 3}))) == expected
@@ -214,11 +216,10 @@ def test_a_source_of_which_nothing_is_left_is_refused(source: SourceConfig) -> N
     Path("0.jsonl").write_text('{"txt": "a"}\n' * 3)
     with pytest.raises(DataError) as error:
         build_corpus(_config(_skipping(source)))
-    assert (
-        "holds no documents that can be used: on_bad_row: skip left out 3 (3 without a column), the first of "
-        in str(error.value)
+    assert "holds no usable documents: on_bad_row: skip left out 3 (3 without a column), the first of " in str(
+        error.value
     )
-    assert "0.jsonl:1: no column 'text'; the row has txt (did you mean 'txt'?)" in str(error.value)
+    assert "0.jsonl:1: no column 'text'; the record has txt (did you mean 'txt'?)" in str(error.value)
 
 
 def test_what_nothing_is_left_out_of_is_the_same_text(folder: Path) -> None:
@@ -226,7 +227,7 @@ def test_what_nothing_is_left_out_of_is_the_same_text(folder: Path) -> None:
     source = JsonlSourceConfig(path="*.jsonl")
     one, two = build_corpus(_config(source)), build_corpus(_config(_skipping(source)))
     assert one.fingerprint == two.fingerprint
-    assert one.folders != two.folders, "another run may add a bad row"
+    assert one.folders != two.folders, "another run may add a bad record"
 
 
 def test_a_file_that_cannot_be_read_to_its_end_is_an_error_all_the_same(folder: Path) -> None:
@@ -241,47 +242,45 @@ def test_an_error_says_once_how_to_go_on_without_the_row(kind: str) -> None:
     CASES[kind].write(True)
     with pytest.raises(DataError) as error:
         _content(build_corpus(_config(CASES[kind].source)))
-    assert str(error.value).endswith(", or go on without it: on_bad_row: skip")
+    assert str(error.value).endswith(", or skip it: on_bad_row: skip")
     assert str(error.value).count("on_bad_row") == 1
 
 
 def test_a_line_of_a_csv_that_ends_the_library_is_such_a_row(folder: Path) -> None:
     Path("0.csv").write_text("text\na\nb,c,d\ne\n")
-    with pytest.raises(
-        DataError, match=r"Expected 1 fields in line 3, saw 3.*, or go on without it: on_bad_row: skip$"
-    ):
+    with pytest.raises(DataError, match=r"Expected 1 fields in line 3, saw 3.*, or skip it: on_bad_row: skip$"):
         build_corpus(_config(HfSourceConfig(path="csv", data_files="0.csv")))
 
 
 def test_no_way_on_is_named_where_there_is_none(folder: Path) -> None:
-    Path("rows.jsonl").write_text("[1]\n")
+    Path("records.jsonl").write_text("[1]\n")
     with pytest.raises(DataError, match=r"correct or remove it$"):  # of a task, which has no such key
-        list(JsonlRows("rows.jsonl").rows())
+        list(JsonlReader("records.jsonl").records())
     Path("torn.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 40)[:-9])
     with pytest.raises(DataError, match=r"copy or compress the file again$"):
         list(JsonlSourceConfig(path="torn.jsonl.gz").build().documents())
 
 
 def test_one_row_is_a_row(folder: Path) -> None:
-    rows = SkippedRows(reasons={"not JSON": 1}, first=["a.jsonl:7: not JSON"])
-    assert summary([SkippedOf(0, None, rows)]).startswith("left out 1 row that cannot be used")
+    records = SkippedRecords(reasons={"not JSON": 1}, first=["a.jsonl:7: not JSON"])
+    assert summarize_skipped([SourceSkips(0, None, records)]).startswith("left out 1 record that cannot be used")
 
 
 def test_the_list_has_a_line_for_each_source_and_block_and_a_run_goes_on_with_it(folder: Path) -> None:
     path = folder / "skipped_rows.jsonl"
-    rows = SkippedRows(reasons={"not JSON": 2, "too large": 3}, first=["a.jsonl:7: not JSON"])
-    ingested, first, later = SkippedOf(2, None, rows), SkippedOf(0, 0, rows), SkippedOf(0, 5, rows)
+    records = SkippedRecords(reasons={"not JSON": 2, "too large": 3}, first=["a.jsonl:7: not JSON"])
+    ingested, first, later = SourceSkips(2, None, records), SourceSkips(0, 0, records), SourceSkips(0, 5, records)
     assert (
-        summary([ingested, first])
-        == "left out 10 rows that cannot be used (6 too large, 4 not JSON), of data.sources 0, 2"
+        summarize_skipped([ingested, first])
+        == "left out 10 records that cannot be used (6 too large, 4 not JSON), of data.sources 0, 2"
     )
-    write_list(path, [ingested, first], goes_on=False)
-    write_list(path, [ingested, later], goes_on=True)
+    write_skipped(path, [ingested, first], keeps_blocks=False)
+    write_skipped(path, [ingested, later], keeps_blocks=True)
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"source": index, "block": block, "rows": 5, "reasons": rows.reasons, "first": rows.first}
+        {"source": index, "block": block, "rows": 5, "reasons": records.reasons, "first": records.first}
         for index, block in ((0, 0), (0, 5), (2, None))
     ]
-    write_list(path, [], goes_on=False)
+    write_skipped(path, [], keeps_blocks=False)
     assert not path.exists()
 
 
@@ -293,6 +292,6 @@ def test_blocks_of_a_stream_count_each_row_once_wherever_they_are_made(folder: P
     infos = [stream.info(index) for index in range(4)]
     again = BlockStream(stream._source)
     for index, info in enumerate(infos):
-        again.go_on_from(index, info.begin)
+        again.resume_at(index, info.begin)
         again._folder(index).with_suffix(".json").unlink()
         assert again.info(index) == info

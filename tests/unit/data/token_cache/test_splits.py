@@ -8,10 +8,10 @@ import pytest
 
 from trainer.data.config import DataConfig, SplitConfig
 from trainer.data.corpus import Corpus, build_corpus
-from trainer.data.records import jsonl
+from trainer.data.records import json_lines
 from trainer.data.sources.registry import JsonlSourceConfig
-from trainer.data.token_cache.shards import TokenFile
-from trainer.data.token_cache.splits import DomainSplit, is_held_out, tail_cut
+from trainer.data.token_cache.splits import DomainSplit, is_held_out, tail_start
+from trainer.data.token_cache.token_files import TokenFile
 
 
 def split(texts: list[str], **options: Any) -> list[tuple[str, str]]:
@@ -22,12 +22,12 @@ def split(texts: list[str], **options: Any) -> list[tuple[str, str]]:
 
 
 def test_the_tail_of_shakespeare_is_cut_where_nanogpt_cuts_it():
-    assert tail_cut(1_115_394, 0.1) == 1_003_854
+    assert tail_start(1_115_394, 0.1) == 1_003_854
 
 
 @pytest.mark.parametrize(("length", "fraction", "train"), [(10, 0.9, 1), (10, 0.7, 3), (1, 0.1, 0), (3, 1e-5, 2)])
 def test_the_cut_takes_the_fraction_as_it_is_written(length, fraction, train):
-    assert tail_cut(length, fraction) == train  # int(10 * (1 - 0.9)) is 0 in floating point
+    assert tail_start(length, fraction) == train  # int(10 * (1 - 0.9)) is 0 in floating point
 
 
 def test_the_tail_is_counted_in_characters_not_bytes():
@@ -120,7 +120,7 @@ def _corpus(texts: list[str], *, fraction: float, part_bytes: int, cache: str, *
     Path("rows.jsonl").write_text("".join(rows))
     source = JsonlSourceConfig(path="rows.jsonl", prompt="{ask}", domain="d")
     split = SplitConfig(fraction=fraction, **options)
-    with mock.patch.object(jsonl, "_PART_BYTES", part_bytes), mock.patch.object(jsonl, "_CHUNK_BYTES", 50):
+    with mock.patch.object(json_lines, "_PART_BYTES", part_bytes), mock.patch.object(json_lines, "_CHUNK_BYTES", 50):
         return build_corpus(DataConfig(sources=[source], split=split, cache_dir=cache, workers=1))
 
 
@@ -144,8 +144,8 @@ def test_auto_moves_the_text_whose_hash_is_nearest_to_an_empty_side(folder, part
     assert corpus.train[0].has_prompts and corpus.validation[0].has_prompts
     assert corpus.train[0].num_bytes + corpus.validation[0].num_bytes == sum(map(len, REPEATED))
     assert corpus.remarks == (
-        f"data.split: the hash at fraction {fraction} leaves one side of domain d empty; split by the text whose hash "
-        f"is nearest: {len(sides[0])} documents are learned and {len(sides[1])} held out",
+        f"data.split: the hash at fraction {fraction} leaves one side of domain d empty; moved the text with the "
+        f"nearest hash there: {len(sides[0])} documents are learned and {len(sides[1])} held out",
     )
     again = build_corpus(
         DataConfig(
@@ -167,7 +167,7 @@ def test_what_was_asked_for_is_not_changed(folder, says):
 
 def test_one_text_again_and_again_is_not_held_out_from_itself(folder, says):
     with says(
-        "data.split: all documents of domain d (9) are one text, so that none can be held out that is not learned; "
-        "give it other text, or use data.split.kind: tail"
+        "data.split: all 9 documents of domain d are the same text, which would be both learned and held out; add "
+        "other text, or use data.split.kind: tail"
     ):
         _corpus(["text 1"] * 9, fraction=0.1, part_bytes=100, cache="cache")

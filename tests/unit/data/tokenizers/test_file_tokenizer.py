@@ -132,8 +132,8 @@ def test_a_tokenizer_without_an_end_of_document_is_refused(folder, says):
     content = foreign_tokenizers.byte_fallback()
     content["added_tokens"] = content["added_tokens"][:1]
     with says(
-        "tokenizer.json: does not say which token ends a document; its added tokens are '<unk>'; one must stand "
-        "between documents: name it as data.tokenizer.end_of_document"
+        "tokenizer.json: does not name the token that ends a document; its added tokens are '<unk>'; one must stand "
+        "between documents: set data.tokenizer.end_of_document"
     ):
         read(Path(), content)
 
@@ -214,16 +214,16 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "not UTF-8": (b"\xff\xfe", "cannot be read ('utf-8' codec can't decode byte 0xff in position 0: "),
     "a list": (b"[]", "cannot be read (it holds no JSON object)"),
     "nested for ever": (b"[" * 100_000, "cannot be read (it is nested too deeply)"),
-    "another object": (b'{"eos_token": "x"}', "is no tokenizer.json (it has no 'added_tokens')"),
-    "no model": (b'{"added_tokens": [{"content": "</s>"}]}', "is no tokenizer.json (it has no 'model')"),
-    "a section of another form": (b'{"added_tokens": 7}', "is no tokenizer.json ("),
+    "another object": (b'{"eos_token": "x"}', "is not a tokenizer.json (it has no 'added_tokens')"),
+    "no model": (b'{"added_tokens": [{"content": "</s>"}]}', "is not a tokenizer.json (it has no 'model')"),
+    "a section of another form": (b'{"added_tokens": 7}', "is not a tokenizer.json ("),
     "a merge of unknown tokens": (
         json.dumps(_model(foreign_tokenizers.byte_level(), merges=[["qqqq", "zzzz"]])).encode(),
-        "is no tokenizer.json (Token `qqqq` out of vocabulary",
+        "is not a tokenizer.json (Token `qqqq` out of vocabulary",
     ),
     "an unknown token that it does not have": (
         json.dumps(_model(foreign_tokenizers.byte_fallback(), unk_token="<nil>", byte_fallback=False)).encode(),
-        "is no tokenizer.json (",
+        "is not a tokenizer.json (",
     ),
 }
 
@@ -236,7 +236,7 @@ def test_a_file_that_is_no_tokenizer_is_refused_in_one_line(folder, name):
         read_tokenizer(Path(), end_of_document=None)
     message = str(caught.value)
     assert message.startswith(f"tokenizer.json: {reason}")
-    assert message.endswith("; it may be damaged: fetch it anew") and "\n" not in message
+    assert message.endswith("; it may be damaged: download it again") and "\n" not in message
 
 
 def test_a_missing_file_or_folder_is_named_with_what_to_do(folder, says):
@@ -253,7 +253,7 @@ def test_a_missing_file_or_folder_is_named_with_what_to_do(folder, says):
 
 def test_a_pipe_is_not_waited_for(folder, says):
     os.mkfifo(folder / "pipe")
-    with says("pipe: is no regular file; a tokenizer.json is needed; correct data.tokenizer.path"):
+    with says("pipe: is not a regular file; a tokenizer.json is needed; correct data.tokenizer.path"):
         read_tokenizer(Path("pipe"), end_of_document=None)
 
 

@@ -9,15 +9,15 @@ from pydantic import TypeAdapter, ValidationError
 
 from trainer.data.config import DataConfig
 from trainer.data.corpus import build_corpus
-from trainer.data.records.registry import HfRowsConfig, JsonlRowsConfig
-from trainer.data.sources import finding
-from trainer.data.sources.finding import JSON_LINES, OF_FORMAT, TEXT, taken_from_folders
+from trainer.data.records import find_files as module
+from trainer.data.records.find_files import FORMATS, JSON_LINES, TEXT, describe_folders
+from trainer.data.records.registry import HfRecordsConfig, JsonlRecordsConfig
 from trainer.data.sources.registry import HfSourceConfig, SourceConfig, TextSourceConfig
 from trainer.data.tokenizers.registry import FileTokenizerConfig
 
 
 def find_files(patterns: str | list[str]) -> list[Path]:
-    return finding.find_files(patterns, TEXT)
+    return module.find_files(patterns, TEXT)
 
 
 def touch(*names: str) -> None:
@@ -73,7 +73,7 @@ def test_a_glob_without_a_match_is_named(folder, says):
 
 def test_a_broken_link_is_not_passed_over(folder, says):
     (folder / "a.txt").symlink_to("nowhere")
-    with says("a.txt: matched by *.txt, but it is no file (a broken link?); remove it"):
+    with says("a.txt: matched by *.txt, but it is not a file (a broken link?); remove it"):
         find_files("*.txt")
 
 
@@ -114,10 +114,10 @@ def test_of_a_folder_all_files_of_the_kind_are_taken_and_no_hidden_ones(folder):
     (folder / "x/link").symlink_to(folder / "x/a")
     assert find_files("x") == [Path(f"x/{name}") for name in ("a-c.md", "a/c.txt.gz", "a/d.RST", "b.txt")]
     assert find_files(["y.txt", "x/"]) == [Path("y.txt"), *find_files("x")]
-    assert taken_from_folders(["y.txt", "x"], TEXT) == [
+    assert describe_folders(["y.txt", "x"], TEXT) == [
         "x: is a folder; read from it: 1 .md, 1 .rst, 2 .txt; left out: 1 .jsonl, 1 without a suffix"
     ]
-    assert finding.find_files("x", JSON_LINES) == [Path("x/e.jsonl")]
+    assert module.find_files("x", JSON_LINES) == [Path("x/e.jsonl")]
 
 
 @pytest.mark.parametrize(
@@ -126,34 +126,33 @@ def test_of_a_folder_all_files_of_the_kind_are_taken_and_no_hidden_ones(folder):
         (
             ["x/a.jsonl", "x/b/c.jsonl.zst"],
             TEXT,
-            "text takes from one (.txt, .text, .md, .rst); it has 2 .jsonl; use kind: jsonl",
+            "text reads (.txt, .text, .md, .rst); it has 2 .jsonl; use kind: jsonl",
         ),
-        (["x/a.txt"], JSON_LINES, "jsonl takes from one (.jsonl, .ndjson); it has 1 .txt; use kind: text"),
+        (["x/a.txt"], JSON_LINES, "jsonl reads (.jsonl, .ndjson); it has 1 .txt; use kind: text"),
         (
             ["x/a.parquet"],
             TEXT,
-            "text takes from one (.txt, .text, .md, .rst); it has 1 .parquet; use kind: hf, path: parquet, data_files: "
-            "x",
+            "text reads (.txt, .text, .md, .rst); it has 1 .parquet; use kind: hf, path: parquet, data_files: x",
         ),
         (
             ["x/a.py", "x/b.py", "x/c.c"],
             TEXT,
-            "text takes from one (.txt, .text, .md, .rst); it has 1 .c, 2 .py; use a glob such as x/**/*.py",
+            "text reads (.txt, .text, .md, .rst); it has 1 .c, 2 .py; use a glob such as x/**/*.py",
         ),
-        ([], OF_FORMAT["csv"], "hf takes from one (.csv); it has no files; use a glob such as x/**/*"),
+        ([], FORMATS["csv"], "hf reads (.csv); it has no files; use a glob such as x/**/*"),
     ],
 )
 def test_a_folder_with_nothing_of_the_kind_is_named_with_what_reads_it(folder, says, names, kind, rest):
     Path("x").mkdir()
     touch(*names)
     with says(f"x: is a folder without a file that {rest}"):
-        finding.find_files("x", kind)
+        module.find_files("x", kind)
 
 
 @pytest.mark.parametrize("address", ["https://example.com/a.jsonl", "s3://a/*.txt", "hf://datasets/a/b/{c,d}.txt"])
 def test_an_address_is_said_to_be_one(folder, says, address):
     with says(
-        f"{address}: is an address, and text reads files of this machine; use kind: hf with path: text and data_files, "
+        f"{address}: is an address, and text reads local files; use kind: hf with path: text and data_files, "
         "or download it"
     ):
         find_files(address)
@@ -165,7 +164,10 @@ def test_folders_and_braces_work_for_formats_of_datasets_too(folder):
         pq.write_table(pa.table({"text": [text]}), name)
 
     def texts(data_files: str) -> list[str]:
-        return [row.values["text"] for row in HfRowsConfig(path="parquet", data_files=data_files).rows().rows()]
+        return [
+            record.values["text"]
+            for record in HfRecordsConfig(path="parquet", data_files=data_files).reader().records()
+        ]
 
     assert texts("x") == ["a", "b"]
     assert texts("x/**/*.{parquet,pq}") == ["a", "c", "b"]
@@ -173,7 +175,7 @@ def test_folders_and_braces_work_for_formats_of_datasets_too(folder):
 
 def test_what_is_taken_from_a_folder_is_a_remark_of_the_corpus(folder):
     touch("x/a.txt", "x/b.md")
-    pq.write_table(pa.table({"text": [f"row {i}" for i in range(40)]}), "x/c.parquet")
+    pq.write_table(pa.table({"text": [f"record {i}" for i in range(40)]}), "x/c.parquet")
     sources = [TextSourceConfig(path="x"), HfSourceConfig(path="parquet", data_files="x")]
     data = DataConfig.model_validate(
         {"sources": [s.model_dump() for s in sources], "cache_dir": "cache", "split": {"fraction": 0.5}}
@@ -188,9 +190,9 @@ def test_what_is_taken_from_a_folder_is_a_remark_of_the_corpus(folder):
 
 HOMES: dict[str, Callable[[str], Any]] = {
     "text": lambda path: TextSourceConfig(path=path).path,
-    "a list": lambda path: JsonlRowsConfig(path=["a", path]).path[1],
-    "a folder of datasets": lambda path: HfRowsConfig(path=path).path,
-    "files of datasets": lambda path: HfRowsConfig(path="csv", data_files=path).data_files,
+    "a list": lambda path: JsonlRecordsConfig(path=["a", path]).path[1],
+    "a folder of datasets": lambda path: HfRecordsConfig(path=path).path,
+    "files of datasets": lambda path: HfRecordsConfig(path="csv", data_files=path).data_files,
     "the cache": lambda path: DataConfig(cache_dir=path).cache_dir,
     "a tokenizer": lambda path: FileTokenizerConfig(path=path).path,
 }

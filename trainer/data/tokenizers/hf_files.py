@@ -1,4 +1,4 @@
-"""A tokenizer as files in Hugging Face's form: tokenizer.json, and beside it what ends a document."""
+"""Files of a tokenizer in Hugging Face's format: tokenizer.json, and the end of document in a second file."""
 
 import json
 import os
@@ -10,13 +10,13 @@ from trainer.atomic_io import open_regular
 
 TOKENIZER, OPTIONS = "tokenizer.json", "tokenizer_config.json"
 END_OF_DOCUMENT = "<|endoftext|>"
-"""End-of-document token of the tokenizers that are trained here."""
+"""End-of-document token of byte tokenizers and trained tokenizers."""
 
-_LARGEST_BYTES = 256 << 20
+_MAX_BYTES = 256 << 20
 
 
-def folder_of(text: str, end_of_document: str) -> Mapping[str, str]:
-    """Return the files of a tokenizer, from the text of its tokenizer.json."""
+def hf_files(text: str, end_of_document: str) -> Mapping[str, str]:
+    """Return the files of a tokenizer, given the text of its tokenizer.json."""
     options = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": end_of_document,
@@ -25,25 +25,25 @@ def folder_of(text: str, end_of_document: str) -> Mapping[str, str]:
     return {TOKENIZER: text, OPTIONS: json.dumps(options, indent=1) + "\n"}
 
 
-def read_text(path: Path, *, through_links: bool) -> str:
-    """Return a file's text.
+def read_tokenizer_file(path: Path, *, through_links: bool) -> str:
+    """Return the text of a file.
 
     Raises:
-        OSError: if it cannot be read, or is no file.
+        OSError: if it cannot be read, or is not a regular file.
         ValueError: if it is too large, or not UTF-8.
     """
     with os.fdopen(open_regular(path, os.O_RDONLY, through_links=through_links), "rb") as file:
-        content = file.read(_LARGEST_BYTES + 1)
-    if len(content) > _LARGEST_BYTES:
-        raise ValueError(f"it has more than {_LARGEST_BYTES >> 20} MiB")
+        content = file.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise ValueError(f"it has more than {_MAX_BYTES >> 20} MiB")
     return content.decode("utf-8")
 
 
-def parse(text: str) -> dict[str, Any]:
-    """Return the object that a JSON file holds.
+def parse_json_object(text: str) -> dict[str, Any]:
+    """Parse a JSON object.
 
     Raises:
-        ValueError: if it holds none.
+        ValueError: if the text is anything else.
     """
     try:
         content = json.loads(text)
@@ -54,8 +54,8 @@ def parse(text: str) -> dict[str, Any]:
     return content
 
 
-def stated_end(options: Mapping[str, Any]) -> str | None:
-    """Return the token that a tokenizer_config.json or special_tokens_map.json names as the end of a text."""
+def stated_end_of_document(options: Mapping[str, Any]) -> str | None:
+    """Return the eos_token of a parsed tokenizer_config.json or special_tokens_map.json; None if it has none."""
     token = options.get("eos_token")
     if isinstance(token, dict):
         token = token.get("content")

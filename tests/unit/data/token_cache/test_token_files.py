@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from trainer.data.token_cache import checksums, shards
-from trainer.data.token_cache.shards import (
+from trainer.data.token_cache import checksums, token_files
+from trainer.data.token_cache.token_files import (
     TokenFile,
     TokenWriter,
     is_intact,
@@ -100,7 +100,7 @@ def test_a_file_of_the_wrong_size_or_content_is_not_intact(folder):
 
 
 def test_an_array_is_compared_wherever_it_is_read(folder, monkeypatch):
-    monkeypatch.setattr(shards, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(token_files, "_SMALL_BYTES", 0)
     monkeypatch.setattr(checksums, "BLOCK_BYTES", 8)
     with TokenWriter(folder, "d.train", vocab_size=1 << 16, end_of_document=0) as writer:
         writer.write(np.arange(22), num_bytes=22)

@@ -1,6 +1,6 @@
-"""Records of the cache: JSON with a hash of itself and of what it is a record of.
+"""JSON files of the cache, signed with a hash of their content and of the folder they describe.
 
-So a record whose bits have changed, or that has got into another folder, is no record.
+A file with flipped bits, or one moved to another folder, is detected.
 """
 
 import hashlib
@@ -11,21 +11,21 @@ from typing import Any, TypeVar
 from trainer.config.base import Config
 
 _HASH = "record_sha256"
-_Record = TypeVar("_Record", bound=Config)
+_Content = TypeVar("_Content", bound=Config)
 
 
-def record_text(record: Config, *, of: str) -> str:
-    """Return the content of a file that holds a record of `of`."""
-    values = record.model_dump(mode="json")
+def signed_json(content: Config, *, of: str) -> str:
+    """Return the signed JSON of `content`, which describes the folder `of`."""
+    values = content.model_dump(mode="json")
     return json.dumps({**values, _HASH: hash_of([of, values])}, indent=1)
 
 
-def read_record(path: Path, kind: type[_Record], *, of: str) -> _Record:
-    """Return a record; those of older versions have no hash, and are taken as they are.
+def read_signed(path: Path, kind: type[_Content], *, of: str) -> _Content:
+    """Read a signed file; files of older versions have no hash and are not checked.
 
     Raises:
         OSError: if it cannot be read.
-        ValueError: if it is damaged, or of something else.
+        ValueError: if it is damaged, or describes another folder.
     """
     values = json.loads(path.read_bytes())
     if isinstance(values, dict):
@@ -36,5 +36,5 @@ def read_record(path: Path, kind: type[_Record], *, of: str) -> _Record:
 
 
 def hash_of(value: Any) -> str:
-    """Return the SHA-256 of a value of JSON."""
+    """Return the SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8")).hexdigest()

@@ -1,9 +1,9 @@
-"""Token files: one domain's training or validation text as it lies on disk.
+"""Token files: the training or validation text of one domain on disk.
 
 DOMAIN.train.tokens      ids, little-endian, in the smallest unsigned type that holds the vocabulary
 DOMAIN.train.documents   int64 position of each document's first token
-DOMAIN.train.answers     int64 position of each document's first token that is learned: those before it are its prompt
-DOMAIN.train.checksums   of the blocks of a large tokens file (checksums.py); other files are compared whole when opened
+DOMAIN.train.answers     int64 position of each document's first learned token; those before it are its prompt
+DOMAIN.train.checksums   of the blocks of a large tokens file (checksums.py); other files are verified when opened
 
 tokens      p0 d0 d0 EOD d1 d1 EOD d2      the end of document belongs to the document before it
 documents   0            4         7
@@ -28,18 +28,19 @@ from trainer.data.token_cache.checksums import (
     damaged,
     num_blocks,
 )
+from trainer.data.tokenizers.base import token_dtype
 
 _POSITION = np.dtype("<i8")
 _CHUNK_TOKENS = 1 << 22
 _SMALL_BYTES = 128 << 10
-"""Files up to this size are read and not mapped: a mapping keeps a file open, and a run may have thousands."""
+"""Files up to this size are read into memory: a mapping keeps a file open, and a run may have thousands."""
 
 
-class ShardInfo(Config):
+class TokenFileInfo(Config):
     """Entry of one token file in the manifest."""
 
     num_tokens: int
-    """Ends of documents included."""
+    """Includes ends of documents."""
     num_bytes: int
     """UTF-8 bytes of text; an end of document has none."""
     num_documents: int
@@ -48,62 +49,53 @@ class ShardInfo(Config):
     documents_sha256: str
     answers_sha256: str
     checksums_sha256: str | None = None
-    """Hash of the checksums file; None where there is none, because the file is small or an older version wrote it."""
+    """Hash of the checksums file; None for a small tokens file, or one from an older version."""
 
     def content(self) -> list[str]:
-        """Return the hashes of what it holds: equal exactly if the same can be learned."""
+        """Return the hashes of the content: equal exactly if the content is."""
         return [self.sha256, self.documents_sha256, self.answers_sha256]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TokenFile:
-    """The tokens of one domain's training or validation text, mapped from disk and compared with what was written."""
+    """Training or validation text of one domain, mapped from disk and verified against its hashes."""
 
     tokens: NDArray[np.unsignedinteger] | CheckedArray
     """(num_tokens,), read-only."""
     document_starts: NDArray[np.int64]
     """(num_documents,) position of each document's first token; the first is 0."""
     answer_starts: NDArray[np.int64]
-    """(num_documents,) position of each document's first token that is learned, which is its end if none is."""
+    """(num_documents,) position of each document's first learned token; its end if none is learned."""
     num_bytes: int
     """UTF-8 bytes of text; an end of document has none."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens, ends of documents included."""
+        """Number of tokens, including ends of documents."""
         return len(self.tokens)
 
     @property
     def num_documents(self) -> int:
-        """Documents, pieces of a cut one included."""
+        """Number of documents, including parts of a divided one."""
         return len(self.document_starts)
 
     @property
     def has_prompts(self) -> bool:
-        """True if some tokens are read and not learned; compares all starts."""
+        """Whether any document has a prompt; compares all starts."""
         return not np.array_equal(self.document_starts, self.answer_starts)
 
     def document_of(self, index: ArrayLike) -> NDArray[np.int64]:
-        """Return the running number of the document that each token belongs to; same shape as `index`."""
+        """Return the number of each token's document; same shape as `index`."""
         return np.searchsorted(self.document_starts, index, side="right") - 1
 
     def is_learned(self, index: NDArray[np.int64], document: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return whether each token is to be predicted: an answer and the end of its document, but no prompt.
+        """Return whether each token is a target: part of an answer or the end of its document, but not of a prompt.
 
         Args:
             index: positions.
-            document: the document that each one belongs to; same shape.
+            document: number of each token's document; same shape.
         """
         return index >= self.answer_starts[document]
-
-
-def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
-    """Return the smallest little-endian unsigned type that holds ids in [0, vocab_size)."""
-    for name in ("u1", "<u2", "<u4"):
-        dtype = np.dtype(name)
-        if vocab_size - 1 <= np.iinfo(dtype).max:
-            return dtype
-    raise ValueError(f"vocab_size {vocab_size} needs more than 32 bits for a token")
 
 
 class TokenWriter:
@@ -120,13 +112,13 @@ class TokenWriter:
         self._starts, self._answers = (HashedFile(path(folder, name)) for path in (starts_path, answers_path))
 
     def write(self, tokens: NDArray[np.integer], *, num_bytes: int, num_prompt_tokens: int = 0) -> None:
-        """Append a document of `num_bytes` bytes of text, of which the first tokens are not learned.
+        """Append a document of `num_bytes` bytes of text; its first `num_prompt_tokens` are not learned.
 
         Raises:
             ValueError: if a token is outside the vocabulary.
         """
-        is_certain = tokens.dtype == self._dtype and self._vocab_size > np.iinfo(self._dtype).max
-        if not is_certain and tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab_size:
+        fits_by_type = tokens.dtype == self._dtype and self._vocab_size > np.iinfo(self._dtype).max
+        if not fits_by_type and tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab_size:
             raise ValueError(f"tokens in [{tokens.min()}, {tokens.max()}] do not fit the vocabulary {self._vocab_size}")
         start = self._next_start()
         self._starts.write(start.to_bytes(_POSITION.itemsize, "little"))
@@ -136,7 +128,7 @@ class TokenWriter:
         self._num_bytes += num_bytes
 
     def extend(self, file: "TokenFile") -> None:
-        """Append all documents of another token file of this vocabulary."""
+        """Append all documents of another token file with the same vocabulary."""
         if file.num_documents == 0:
             return
         start = self._next_start()
@@ -149,12 +141,12 @@ class TokenWriter:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens so far, ends of documents included."""
+        """Number of tokens so far, including ends of documents."""
         return self._num_tokens
 
-    def info(self) -> ShardInfo:
-        """Return what was written so far."""
-        return ShardInfo(
+    def info(self) -> TokenFileInfo:
+        """Return the manifest entry of the file so far."""
+        return TokenFileInfo(
             num_tokens=self._num_tokens,
             num_bytes=self._num_bytes,
             num_documents=self._num_documents,
@@ -177,7 +169,7 @@ class TokenWriter:
         return self._num_tokens * self._dtype.itemsize > _SMALL_BYTES
 
     def _next_start(self) -> int:
-        """Close the document before; return where the next one begins."""
+        """End the previous document; return the start of the next one."""
         if self._num_documents > 0:
             self._append(self._end_of_document)
         return self._num_tokens
@@ -187,8 +179,8 @@ class TokenWriter:
         self._num_tokens += len(tokens)
 
 
-def is_intact(folder: Path, name: str, info: ShardInfo, *, vocab_size: int, verify: bool = False) -> bool:
-    """Return whether a token file is there in the size that the manifest knows; `verify` reads and hashes it too."""
+def is_intact(folder: Path, name: str, info: TokenFileInfo, *, vocab_size: int, verify: bool = False) -> bool:
+    """Return whether a token file exists in the size of the manifest; `verify` compares its hashes too."""
     try:
         for path, size_bytes, sha256 in _expected(folder, name, info, vocab_size=vocab_size):
             if path.stat().st_size != size_bytes:
@@ -202,46 +194,46 @@ def is_intact(folder: Path, name: str, info: ShardInfo, *, vocab_size: int, veri
     return True
 
 
-def open_token_file(folder: Path, name: str, info: ShardInfo, *, vocab_size: int) -> TokenFile:
-    """Map a token file into memory. Positions are compared with what was written now, tokens when they are read.
+def open_token_file(folder: Path, name: str, info: TokenFileInfo, *, vocab_size: int) -> TokenFile:
+    """Map a token file into memory. Positions are verified now, tokens of large files when they are read.
 
     Raises:
         DataError: naming the file, if one is damaged.
     """
     tokens, dtype = tokens_path(folder, name), token_dtype(vocab_size)
     if info.checksums_sha256 is None:
-        checked = _mapped(tokens, dtype, info.sha256)
+        verified = _verified(tokens, dtype, info.sha256)
     else:
         path = _path(folder, name, "checksums")
         checksums = path.read_bytes()
         if hashlib.sha256(checksums).hexdigest() != info.checksums_sha256:
             raise damaged(path)
-        checked = CheckedArray(tokens, dtype, checksums)
+        verified = CheckedArray(tokens, dtype, checksums)
     return TokenFile(
-        tokens=checked,
-        document_starts=_mapped(starts_path(folder, name), _POSITION, info.documents_sha256),
-        answer_starts=_mapped(answers_path(folder, name), _POSITION, info.answers_sha256),
+        tokens=verified,
+        document_starts=_verified(starts_path(folder, name), _POSITION, info.documents_sha256),
+        answer_starts=_verified(answers_path(folder, name), _POSITION, info.answers_sha256),
         num_bytes=info.num_bytes,
     )
 
 
-def paths(folder: Path, name: str, info: ShardInfo, *, vocab_size: int) -> list[Path]:
+def token_file_paths(folder: Path, name: str, info: TokenFileInfo, *, vocab_size: int) -> list[Path]:
     """Return the files of DOMAIN.SIDE."""
     return [path for path, _, _ in _expected(folder, name, info, vocab_size=vocab_size)]
 
 
 def tokens_path(folder: Path, name: str) -> Path:
-    """Return where the tokens of DOMAIN.SIDE are."""
+    """Return the path of the tokens of DOMAIN.SIDE."""
     return _path(folder, name, "tokens")
 
 
 def starts_path(folder: Path, name: str) -> Path:
-    """Return where the document starts of DOMAIN.SIDE are."""
+    """Return the path of the document starts of DOMAIN.SIDE."""
     return _path(folder, name, "documents")
 
 
 def answers_path(folder: Path, name: str) -> Path:
-    """Return where the answer starts of DOMAIN.SIDE are."""
+    """Return the path of the answer starts of DOMAIN.SIDE."""
     return _path(folder, name, "answers")
 
 
@@ -249,8 +241,8 @@ def _path(folder: Path, name: str, kind: str) -> Path:
     return folder / f"{name}.{kind}"
 
 
-def _expected(folder: Path, name: str, info: ShardInfo, *, vocab_size: int) -> list[tuple[Path, int, str]]:
-    """Return the files of DOMAIN.SIDE, with their sizes and hashes."""
+def _expected(folder: Path, name: str, info: TokenFileInfo, *, vocab_size: int) -> list[tuple[Path, int, str]]:
+    """Return the files of DOMAIN.SIDE with their sizes and hashes."""
     num_tokens_bytes = info.num_tokens * token_dtype(vocab_size).itemsize
     num_positions_bytes = info.num_documents * _POSITION.itemsize
     expected = [
@@ -264,12 +256,12 @@ def _expected(folder: Path, name: str, info: ShardInfo, *, vocab_size: int) -> l
     return expected
 
 
-def _mapped(path: Path, dtype: np.dtype, sha256: str) -> np.ndarray:
+def _verified(path: Path, dtype: np.dtype, sha256: str) -> np.ndarray:
     if path.stat().st_size <= _SMALL_BYTES:
         values = np.fromfile(path, dtype=dtype)
         values.flags.writeable = False
     else:
-        # As a plain array, which keeps the mapping alive: indexing a np.memmap costs several times as much.
+        # A plain array keeps the mapping alive; indexing np.memmap itself is several times slower.
         values = np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
     if hashlib.sha256(values.data).hexdigest() != sha256:
         raise damaged(path)

@@ -1,9 +1,9 @@
-"""A folder that is either whole or not there, however many processes build it and wherever they are killed.
+"""Folders of the cache that are complete or absent, with any number of builders, killed at any time.
 
-CACHE/NAME                the finished folder; its manifest.json was written once all else was on the disk
-CACHE/NAME.parts          what is done of one that is not finished (source_cache.py)
-CACHE/.NAME.RANDOM        being built, or the remains of a killed build: removed by the next builder
-CACHE/NAME.lock           locked while somebody builds; the lock ends with its process
+CACHE/NAME                a finished folder; its manifest.json was written when all else was on the disk
+CACHE/NAME.parts          finished parts of an unfinished source (source_cache.py)
+CACHE/.NAME.RANDOM        being built, or left by a killed builder and removed by the next one
+CACHE/NAME.lock           locked during a build; the lock ends with its process
 """
 
 import errno
@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Self
 
 from trainer.config.base import Config
-from trainer.data.sources.files import readable
+from trainer.data.records.text_files import readable
 from trainer.errors import DataError, ResourceError
 
 
 class FileState(Config):
-    """One file that was read: what tells quickly, and what tells surely, whether it is still the same."""
+    """State of an input file: size and time for a quick comparison, and the hash for a reliable one."""
 
     path: str
     size_bytes: int
@@ -51,18 +51,18 @@ class FileState(Config):
 
 
 @contextmanager
-def sole_builder(folder: Path, *, waiting: Callable[[], None]) -> Iterator[bool]:
-    """Keep other processes from building `folder`; call `waiting` first if another one is at it.
+def build_lock(folder: Path, *, waiting: Callable[[], None]) -> Iterator[bool]:
+    """Hold the lock for building `folder`; call `waiting` before waiting for another process.
 
-    Gives whether that is certain: some file systems have no locks.
+    Yields False on file systems without locks, where others may be building at the same time.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f"{folder.name}.lock").open("a") as file:
         yield _lock(file.fileno(), waiting=waiting)
 
 
-def remove_remains(folders: Collection[Path]) -> None:
-    """Remove what killed builds of these folders of one cache left; only where nobody else can be building them."""
+def remove_abandoned(folders: Collection[Path]) -> None:
+    """Remove the temporary folders of killed builds of these folders; call it under their locks."""
     names = {folder.name for folder in folders}
     for cache in {folder.parent for folder in folders}:
         for path in list(cache.glob(".*")):
@@ -70,16 +70,16 @@ def remove_remains(folders: Collection[Path]) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def new_name(folder: Path) -> Path:
-    """Return a name for a folder that may become `folder`; if it does not, the next builder removes it."""
+def temporary_path(folder: Path) -> Path:
+    """Return a new path to build `folder` at; if it is never published, the next builder removes it."""
     return folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
 
 
 def publish(temporary: Path, folder: Path, *, unless: Callable[[], bool]) -> None:
-    """Let a folder of a name from `new_name` become `folder`, replacing what was there.
+    """Rename a folder from `temporary_path` to `folder`, replacing an existing one.
 
-    Where there are no locks, another builder may have been quicker: if `unless` says that what is there now is what was
-    built, it stays. Processes that have the old folder's files open keep reading them.
+    Without locks, another builder may have been faster: its folder stays if `unless` returns True, which means that it
+    holds the same. Processes that have files of the old folder open can still read them.
     """
     while True:
         try:
@@ -90,7 +90,7 @@ def publish(temporary: Path, folder: Path, *, unless: Callable[[], bool]) -> Non
             if unless():
                 shutil.rmtree(temporary, ignore_errors=True)
                 return
-            old = new_name(folder)
+            old = temporary_path(folder)
             with suppress(FileNotFoundError):  # another builder moved it away first
                 folder.rename(old)
             shutil.rmtree(old, ignore_errors=True)
@@ -99,21 +99,21 @@ def publish(temporary: Path, folder: Path, *, unless: Callable[[], bool]) -> Non
 
 
 def cache_error(cache_dir: str, error: OSError) -> DataError | ResourceError:
-    """Say what the system refuses to do in the cache folder."""
+    """Return the error for a cache folder that the system does not let us write."""
     reason = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError(
-            f"data.cache_dir: {cache_dir}: the disk is full ({reason}); tokens need about as much room as the text; "
+            f"data.cache_dir: {cache_dir}: the disk is full ({reason}); tokens take about as much space as the text; "
             "free some or set another folder"
         )
     return DataError(
-        f"data.cache_dir: {cache_dir}: cannot be written ({reason}); tokens are kept there; set a folder that this "
-        "user can write to"
+        f"data.cache_dir: {cache_dir}: cannot be written ({reason}); it holds the tokenised text; set a folder that "
+        "this user can write to"
     )
 
 
 def _lock(descriptor: int, *, waiting: Callable[[], None]) -> bool:
-    """Return whether the lock is held; False where the file system has none, and then the last rename wins."""
+    """Take the lock; return False if the file system has none, where the last rename wins."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -70,47 +70,45 @@ def test_a_run_that_goes_on_elsewhere_reads_what_it_would_have_read(config, fold
     stream = stream_of(build_corpus(config), config)
     expected = stream.rows(0, 90)
     batches: list[Batch] = []
-    position, places = 0, stream.places(0)
+    position, places = 0, stream.stream_positions(0)
     for steps, ranks in ((4, 1), (1, 3), (7, world_size), (3, 2)):
         # Another host: nothing in its cache, and nothing known but the place.
         elsewhere = config.model_copy(update={"cache_dir": f"cache-{position}"})
         again = stream_of(build_corpus(elsewhere), elsewhere)
-        again.go_on_from(json.loads(json.dumps(places)))
+        again.resume_at(json.loads(json.dumps(places)))
         for _ in range(steps):
-            if again.waits_for_text(position, 6):
-                again.read_on(position, 6, ahead=False)
+            if again.needs_new_block(position, 6):
+                again.load_blocks(position, 6, prefetch=False)
             for rank in range(ranks):
                 batches += again.micro_batches(
                     position, global_batch_size=6, micro_batch_size=4, rank=rank, world_size=ranks
                 )
             position += 6
-        places = again.places(position)
+        places = again.stream_positions(position)
     rows = {int(i): b.tokens[r] for b in batches for r, i in enumerate(b.sample_id[:, 0].tolist()) if i >= 0}
     assert sorted(rows) == list(range(90))
     assert all((rows[slot] == expected.tokens[slot]).all() for slot in range(90))
 
 
 def test_a_stream_whose_share_shrinks_in_a_run_that_goes_on_is_named(config):
-    places = stream_of(build_corpus(config), config).places(120)
+    places = stream_of(build_corpus(config), config).stream_positions(120)
     stream, text = config.sources
     less = config.model_copy(update={"sources": [stream, text.model_copy(update={"weight": 9.0})]})
     again = stream_of(build_corpus(less), less)
-    again.go_on_from(places)
-    with pytest.raises(
-        DataError, match=r"^data\.sources: s: the run went on from row \d+ of this stream, and is asked"
-    ):
-        again.read_on(120, 6, ahead=False)
+    again.resume_at(places)
+    with pytest.raises(DataError, match=r"^data\.sources: s: the run resumed at row \d+ of this stream but now needs"):
+        again.load_blocks(120, 6, prefetch=False)
 
 
 def test_what_lies_before_the_place_is_not_read_again(config, monkeypatch):
     stream = stream_of(build_corpus(config), config)
     position = slots_of_epochs(stream, 1) + 30
     stream.rows(position - 6, 6)
-    places = stream.places(position)
+    places = stream.stream_positions(position)
     assert places["s"]["block"] > 3
     elsewhere = config.model_copy(update={"cache_dir": "elsewhere"})
     again = stream_of(build_corpus(elsewhere), elsewhere)
-    again.go_on_from(places)
+    again.resume_at(places)
     again.rows(position, 6)
     made = sorted(path.name for path in Path("elsewhere").glob("*.stream/*.json"))
     assert made[0] == "block-00000000.json"  # what is held out of it is evaluated on
@@ -122,9 +120,9 @@ def test_ranks_agree_on_when_they_wait(config):
     answers: list[list[bool]] = [[], []]
     for rank, stream in enumerate(streams):
         for step in range(12):
-            answers[rank].append(stream.waits_for_text(step * 6, 6))
+            answers[rank].append(stream.needs_new_block(step * 6, 6))
             if answers[rank][-1]:
-                stream.read_on(step * 6, 6, ahead=False)
+                stream.load_blocks(step * 6, 6, prefetch=False)
             stream.micro_batches(step * 6, global_batch_size=6, micro_batch_size=6, rank=rank, world_size=2)
     assert answers[0] == answers[1]
     assert True in answers[0][1:]

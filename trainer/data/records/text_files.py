@@ -1,4 +1,4 @@
-"""Reading text files: every way a file can be wrong becomes one line that names it."""
+"""Reading text files; every failure becomes a one-line error that names the file."""
 
 import gzip
 import io
@@ -8,23 +8,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from trainer.data.records.bad_records import BadRow
+from trainer.data.records.bad_records import BadRecord
 from trainer.errors import DataError
 
 MAX_DOCUMENT_BYTES = 1 << 30
-"""Largest document; one is held in memory while it becomes tokens."""
+"""Largest document: each is held in memory while it is tokenised."""
 
 NO_TEXT, TOO_LARGE = "without text", "too large"
-"""Reasons why a document cannot be used."""
+"""Values of `BadRecord.reason`."""
 
 _CHUNK_BYTES = 1 << 20
 
 
-def read_text(path: Path) -> str:
-    """Return the text of a UTF-8 file, plain or .gz. A byte order mark is left out; line ends stay as they are.
+def read_document(path: Path) -> str:
+    """Return the text of a UTF-8 file, plain, .gz or .zst, without a byte order mark; line ends are unchanged.
 
     Raises:
-        BadRow: if the file is too large, damaged, not UTF-8 or holds no text.
+        BadRecord: if the file is too large, damaged, not UTF-8 or holds no text.
         DataError: if it cannot be read.
     """
     content = bytearray()
@@ -32,13 +32,13 @@ def read_text(path: Path) -> str:
         while chunk := file.read(_CHUNK_BYTES):
             content += chunk
             if len(content) > MAX_DOCUMENT_BYTES:
-                raise BadRow(
+                raise BadRecord(
                     f"{path}: more than {MAX_DOCUMENT_BYTES} bytes in one document; that is the limit; split the file",
                     reason=TOO_LARGE,
                 )
     text = decode(content, path)
     if not text.strip():
-        raise BadRow(
+        raise BadRecord(
             f"{path}: holds no text (empty or only white space); every file needs some; remove it",
             reason=NO_TEXT,
             file=path,
@@ -47,35 +47,35 @@ def read_text(path: Path) -> str:
 
 
 def decode(content: bytes | bytearray, path: Path, *, first_byte: int = 0, first_line: int = 1) -> str:
-    """Return `content`, which starts at this byte and line of the file, as text.
+    """Decode `content`, which starts at this byte and line of the file.
 
     Raises:
-        BadRow: naming line and byte, if it is not UTF-8.
+        BadRecord: naming line and byte, if it is not UTF-8.
     """
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = first_line + content.count(b"\n", 0, error.start)
-        raise BadRow(
+        raise BadRecord(
             f"{path}:{line}: byte 0x{content[error.start]:02x} at offset {first_byte + error.start} is not UTF-8; "
             "text is read as UTF-8; convert the file (iconv -t UTF-8)",
             reason="not UTF-8",
         ) from error
-    # The mark is an artefact of the editor, not text; only the very start of a file can have it.
+    # A byte order mark is an artefact of the editor, not text; it can only stand at the start of a file.
     return text.removeprefix("\ufeff") if first_byte == 0 else text
 
 
 def is_compressed(path: Path) -> bool:
-    """Return whether a file can only be read from its beginning."""
+    """Return whether a file is compressed, and so can only be read from its beginning."""
     return path.suffix in (".gz", ".zst")
 
 
 def open_binary(path: Path) -> BinaryIO:
-    """Open a file for reading bytes; .gz and .zst are unpacked."""
+    """Open a file for reading bytes; .gz and .zst are decompressed."""
     if path.suffix == ".gz":
         return cast(BinaryIO, gzip.open(path, "rb"))
     if path.suffix == ".zst":
-        import pyarrow  # which, unlike zstandard's own reader, notices a file that was cut off
+        import pyarrow  # unlike the reader of zstandard, it notices a truncated file
 
         return cast(BinaryIO, io.BufferedReader(pyarrow.CompressedInputStream(str(path), "zstd")))
     return path.open("rb")
@@ -83,7 +83,7 @@ def open_binary(path: Path) -> BinaryIO:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turn what the system says while a file is found or read into a DataError that names it; damage into a BadRow."""
+    """Turn an OSError about a file into a DataError that names it, and damaged compression into a BadRecord."""
     try:
         yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -95,6 +95,6 @@ def readable(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: cannot be read ({reason}); make it readable for this user") from error
 
 
-def _damaged(path: Path, format_: str, error: Exception) -> BadRow:
+def _damaged(path: Path, format_: str, error: Exception) -> BadRecord:
     message = f"{path}: damaged {format_} data ({error}); copy or compress the file again"
-    return BadRow(message, reason=f"damaged {format_} data")
+    return BadRecord(message, reason=f"damaged {format_} data")

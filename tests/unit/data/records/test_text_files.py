@@ -3,46 +3,47 @@ from pathlib import Path
 
 import pytest
 
-from trainer.data.sources import files
-from trainer.data.sources.files import read_text
+from trainer.data.records import text_files
+from trainer.data.records.text_files import read_document
+from trainer.errors import DataError
 
 
 def test_carriage_returns_are_kept(folder):
     (folder / "a.txt").write_bytes(b"a\r\nb\n")
-    assert read_text(Path("a.txt")) == "a\r\nb\n"
+    assert read_document(Path("a.txt")) == "a\r\nb\n"
 
 
 def test_a_byte_order_mark_is_left_out(folder):
     (folder / "a.txt").write_bytes(b"\xef\xbb\xbfa")
-    assert read_text(Path("a.txt")) == "a"
+    assert read_document(Path("a.txt")) == "a"
 
 
 def test_a_mark_inside_the_text_is_kept(folder):
     (folder / "a.txt").write_text("a\ufeffb", encoding="utf-8")
-    assert read_text(Path("a.txt")) == "a\ufeffb"
+    assert read_document(Path("a.txt")) == "a\ufeffb"
 
 
 def test_nul_is_text(folder):
     (folder / "a.txt").write_bytes(b"a\0b")
-    assert read_text(Path("a.txt")) == "a\0b"
+    assert read_document(Path("a.txt")) == "a\0b"
 
 
 def test_gzip_is_unpacked(folder):
     (folder / "a.txt.gz").write_bytes(gzip.compress("schön".encode()))
-    assert read_text(Path("a.txt.gz")) == "schön"
+    assert read_document(Path("a.txt.gz")) == "schön"
 
 
 @pytest.mark.parametrize("content", [b"", b" \n\t\r\n", b"\xef\xbb\xbf"])
 def test_a_file_without_text_is_named(folder, says, content):
     (folder / "a.txt").write_bytes(content)
     with says("a.txt: holds no text (empty or only white space); every file needs some; remove it"):
-        read_text(Path("a.txt"))
+        read_document(Path("a.txt"))
 
 
 def test_a_byte_that_is_not_utf8_is_named_with_its_line(folder, says):
     (folder / "a.txt").write_bytes(b"one\ntwo\nth\xe9")
     with says("a.txt:3: byte 0xe9 at offset 10 is not UTF-8; text is read as UTF-8; convert the file (iconv -t UTF-8)"):
-        read_text(Path("a.txt"))
+        read_document(Path("a.txt"))
 
 
 def test_a_truncated_gzip_is_named(folder, says):
@@ -51,7 +52,7 @@ def test_a_truncated_gzip_is_named(folder, says):
         "a.txt.gz: damaged gzip data (Compressed file ended before the end-of-stream marker was reached); copy or "
         "compress the file again"
     ):
-        read_text(Path("a.txt.gz"))
+        read_document(Path("a.txt.gz"))
 
 
 @pytest.mark.parametrize("damage", [0, 12, -6])  # the header, the data, the checksum
@@ -59,8 +60,8 @@ def test_a_damaged_gzip_is_named(folder, damage):
     content = bytearray(gzip.compress(b"abc" * 100))
     content[damage] ^= 0xFF
     (folder / "a.txt.gz").write_bytes(content)
-    with pytest.raises(files.DataError, match=r"^a\.txt\.gz: damaged gzip data \(.+\); copy or compress"):
-        read_text(Path("a.txt.gz"))
+    with pytest.raises(DataError, match=r"^a\.txt\.gz: damaged gzip data \(.+\); copy or compress"):
+        read_document(Path("a.txt.gz"))
 
 
 def test_a_file_that_may_not_be_read_is_named(folder, monkeypatch, says):
@@ -69,11 +70,11 @@ def test_a_file_that_may_not_be_read_is_named(folder, monkeypatch, says):
 
     monkeypatch.setattr(Path, "open", refuse)
     with says("a.txt: cannot be read (Permission denied); make it readable for this user"):
-        read_text(Path("a.txt"))
+        read_document(Path("a.txt"))
 
 
 def test_a_document_over_the_limit_is_named(folder, monkeypatch, says):
-    monkeypatch.setattr(files, "MAX_DOCUMENT_BYTES", 3)
+    monkeypatch.setattr(text_files, "MAX_DOCUMENT_BYTES", 3)
     (folder / "a.txt").write_text("abcd")
     with says("a.txt: more than 3 bytes in one document; that is the limit; split the file"):
-        read_text(Path("a.txt"))
+        read_document(Path("a.txt"))

@@ -15,15 +15,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainer.data import train_bpe
 from trainer.data.batches.stream import evaluation_batches
 from trainer.data.config import DataConfig, Packing
-from trainer.data.corpus import Corpus, build_corpus
+from trainer.data.corpus import Corpus, build_corpus, build_tokenizer
 from trainer.data.sources import text
 from trainer.data.token_cache import workers
-from trainer.data.tokenizers import bpe
-from trainer.data.tokenizers.bpe import even_shares, training_pieces
 from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.data.tokenizers.subword import SubwordTokenizer
+from trainer.data.train_bpe import even_shares, training_pieces
 from trainer.data.unigram import unigram_bits_per_byte
 from trainer.errors import DataError
 
@@ -53,18 +53,18 @@ def section(folder: Path) -> Callable[..., DataConfig]:
 def trainings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """One entry for every training."""
     made: list[str] = []
-    train = bpe._train
+    train = train_bpe._train
 
     def counting(*args: Any, **options: Any) -> str:
         made.append("trained")
         return train(*args, **options)
 
-    monkeypatch.setattr(bpe, "_train", counting)
+    monkeypatch.setattr(train_bpe, "_train", counting)
     return made
 
 
 def built(section: DataConfig) -> SubwordTokenizer:
-    tokenizer = section.tokenizer.build(section)
+    tokenizer = build_tokenizer(section)
     assert isinstance(tokenizer, SubwordTokenizer)
     return tokenizer
 
@@ -119,8 +119,8 @@ def test_a_text_with_fewer_tokens_than_asked_says_so_at_every_start(section, cap
     with caplog.at_level(logging.WARNING):
         first, second = built(section(vocab_size=5000)), built(section(vocab_size=5000))
     assert 257 < first.vocab_size == second.vocab_size < 300
-    said = f"the text has only {first.vocab_size} tokens that occur 2 times; going on with those"
-    assert caplog.messages == [f"data.tokenizer.vocab_size: 5000, and {said}"] * 2
+    said = f"the text has only {first.vocab_size} tokens that occur 2 times; using those"
+    assert caplog.messages == [f"data.tokenizer.vocab_size: 5000, but {said}"] * 2
 
 
 def test_a_cache_that_cannot_be_written_is_named(section, folder):
@@ -141,19 +141,20 @@ def test_progress_is_told(section):
             seen.append((done_bytes, total_bytes, label))
 
     data = section()
-    data.tokenizer.build(data, progress=Seen())
+    build_tokenizer(data, progress=Seen())
     assert seen[-1] == (len(LEARNED), len(LEARNED), "training the tokenizer")
 
 
 _BUILD = """\
 import sys
 from trainer.data.token_cache import workers
-from trainer.data.config import DataConfig, Packing
-from trainer.data.tokenizers import bpe
-train, trained = bpe._train, []
-bpe._train = lambda *arguments, **options: trained.append(1) or train(*arguments, **options)
+from trainer.data.config import DataConfig
+from trainer.data.corpus import build_tokenizer
+from trainer.data import train_bpe
+train, trained = train_bpe._train, []
+train_bpe._train = lambda *arguments, **options: trained.append(1) or train(*arguments, **options)
 data = DataConfig.model_validate_json(sys.argv[1])
-print(data.tokenizer.build(data).fingerprint, len(trained))
+print(build_tokenizer(data).fingerprint, len(trained))
 """
 
 
@@ -209,7 +210,7 @@ def test_shares_are_all_there_is_or_equal_parts(sizes, total):
 
 
 def _pieces(corpus: Corpus, max_bytes: int) -> str:
-    return "".join(training_pieces(corpus, max_bytes))
+    return "".join(training_pieces(corpus.train, max_bytes))
 
 
 def test_a_large_limit_takes_all_that_is_learned(make_corpus):
@@ -237,7 +238,7 @@ def test_what_a_limit_takes_is_spread_over_the_documents(folder):
 
 def test_a_long_document_is_read_in_pieces_of_whole_characters(make_corpus):
     corpus = make_corpus(a="é" * 200_000)
-    pieces = list(training_pieces(corpus, 1 << 30))
+    pieces = list(training_pieces(corpus.train, 1 << 30))
     assert max(map(len, pieces)) <= 1 << 16 and set("".join(pieces)) == {"é"}
     assert 99_990 <= len("".join(pieces)) <= 100_000
 
@@ -286,10 +287,15 @@ def test_documents_are_the_same_under_every_tokenizer(folder, section):
 
 
 def test_processes_that_read_side_by_side_cut_text_into_the_same_tokens(folder, section, monkeypatch):
-    monkeypatch.setattr(workers, "_WORTH_BYTES", 1)
+    monkeypatch.setattr(workers, "_MIN_PROCESS_BYTES", 1)
     monkeypatch.setattr(text, "_PART_BYTES", 4000)
-    started, start = [], workers._Worker.start
-    monkeypatch.setattr(workers._Worker, "start", lambda tokenizer: started.append(tokenizer) or start(tokenizer))
+    pools, pool = [], workers.ProcessPoolExecutor
+
+    def counting(num_processes: int, **options: Any) -> Any:
+        pools.append(num_processes)
+        return pool(num_processes, **options)
+
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", counting)
     for number in range(40):
         (folder / f"{number}.txt").write_text(f"the cat sat on mat {number}, été\u2581 {'the rat ' * number}")
     found = []
@@ -298,7 +304,7 @@ def test_processes_that_read_side_by_side_cut_text_into_the_same_tokens(folder, 
         split, sources = {"kind": "hash"}, [{"kind": "text", "path": "*.txt"}]
         found.append(build_corpus(DataConfig.model_validate(data | {"split": split, "sources": sources})))
     assert found[0].fingerprint == found[1].fingerprint
-    assert len(started) == 4, "two for the bytes, two for the tokens"
+    assert pools == [2, 2], "one pool for the bytes, one for the tokens"
 
 
 def test_of_a_stream_the_first_block_is_what_it_is_trained_on(folder):

@@ -1,0 +1,108 @@
+"""The token files of one domain, DOMAIN.train and DOMAIN.validation, and their documents."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from trainer.config.base import Config
+from trainer.data.token_cache.splits import Side
+from trainer.data.token_cache.token_files import (
+    TokenFile,
+    TokenFileInfo,
+    TokenWriter,
+    is_intact,
+    open_token_file,
+    token_file_paths,
+)
+from trainer.data.tokenizers.base import Tokenizer
+
+SIDES: tuple[Side, Side] = ("train", "validation")
+
+
+class DomainInfo(Config):
+    """Manifest entry of one domain."""
+
+    name: str
+    is_cut: bool
+    """Split by its tail, not by the hashes of its documents."""
+    num_documents: int
+    """Number of documents read; one that the tail split divided counts once."""
+    is_resplit: bool = False
+    """The hash left one side empty, so the documents of one text have changed sides (join_parts.py)."""
+    train: TokenFileInfo
+    validation: TokenFileInfo
+
+    def side(self, side: Side) -> TokenFileInfo:
+        """Return the entry of one side."""
+        return self.train if side == "train" else self.validation
+
+    def content(self) -> list[str]:
+        """Return the hashes of both sides: equal exactly if the content is."""
+        return [*self.train.content(), *self.validation.content()]
+
+
+@contextmanager
+def write_sides(folder: Path, domain: str, tokenizer: Tokenizer) -> Iterator[dict[Side, TokenWriter]]:
+    """Open writers for both sides of a domain."""
+    with ExitStack() as files:
+        vocab_size, end_of_document = tokenizer.vocab_size, tokenizer.end_of_document
+        yield {
+            side: files.enter_context(
+                TokenWriter(folder, f"{domain}.{side}", vocab_size=vocab_size, end_of_document=end_of_document)
+            )
+            for side in SIDES
+        }
+
+
+def open_side(folder: Path, domain: DomainInfo, side: Side, *, vocab_size: int) -> TokenFile:
+    """Map one side of a domain into memory.
+
+    Raises:
+        DataError: naming the file, if one is damaged.
+    """
+    return open_token_file(folder, f"{domain.name}.{side}", domain.side(side), vocab_size=vocab_size)
+
+
+def is_domain_intact(folder: Path, domain: DomainInfo, *, vocab_size: int, verify: bool = False) -> bool:
+    """Return whether all files of a domain exist in the expected size; `verify` compares their hashes too."""
+    return all(
+        is_intact(folder, f"{domain.name}.{side}", domain.side(side), vocab_size=vocab_size, verify=verify)
+        for side in SIDES
+    )
+
+
+def domain_paths(folder: Path, domain: DomainInfo, *, vocab_size: int) -> list[Path]:
+    """Return all files of a domain."""
+    return [
+        path
+        for side in SIDES
+        for path in token_file_paths(folder, f"{domain.name}.{side}", domain.side(side), vocab_size=vocab_size)
+    ]
+
+
+def write_document(writer: TokenWriter, tokenizer: Tokenizer, text: str, *, prompt: str = "") -> int:
+    """Append a document; return its bytes of text."""
+    tokens = tokenizer.encode(text)
+    num_prompt_tokens, num_bytes = 0, len(text.encode())
+    if prompt:
+        # Tokenised separately, so that no token spans the end of the prompt: at generation time, the prompt is all
+        # there is.
+        prompt_tokens = tokenizer.encode(prompt)
+        tokens = np.concatenate([prompt_tokens, tokens])
+        num_prompt_tokens = len(prompt_tokens)
+        num_bytes += len(prompt.encode())
+    writer.write(tokens, num_bytes=num_bytes, num_prompt_tokens=num_prompt_tokens)
+    return num_bytes
+
+
+def read_documents(file: TokenFile, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
+    """Yield prompt and text of each document."""
+    # An end of document follows each document but the last.
+    ends = [*(file.document_starts[1:] - 1).tolist(), file.num_tokens]
+    for start, answer, end in zip(file.document_starts.tolist(), file.answer_starts.tolist(), ends, strict=True):
+        prompt, text = (
+            tokenizer.decode(file.tokens[a:b].tolist()).decode() for a, b in ((start, answer), (answer, end))
+        )
+        yield prompt, text
