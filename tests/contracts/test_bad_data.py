@@ -73,7 +73,7 @@ CASES = {
     "name not UTF-8": Case(
         lambda f: (f / os.fsdecode(b"caf\xe9.txt")).touch(),
         TextSourceConfig(path="*.txt"),
-        "'caf\\udce9.txt': its name is not UTF-8; ",
+        "'caf\\udce9.txt': its name is not UTF-8, ",
     ),
     "empty text": Case(file("a.txt", ""), TEXT, "a.txt: holds no text "),
     "white text": Case(file("a.txt", " \n\t\n"), TEXT, "a.txt: holds no text "),
@@ -224,4 +224,4 @@ def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, monkeypatch):
     records({"text": "a"}, {"text": "b"})(tmp_path)
     run = ReadTask.run
     monkeypatch.setattr(ReadTask, "run", lambda *args: (run(*args), (tmp_path / "a.jsonl").write_text("x")))
-    assert message(JSONL).startswith("a.jsonl: changed while it was read; ")
+    assert message(JSONL).startswith("a.jsonl: changed during reading; ")

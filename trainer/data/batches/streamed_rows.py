@@ -141,8 +141,8 @@ class StreamedRows(DomainRows):
         if visit < first_visit:
             raise DataError(
                 f"data.sources: {self._stream.name}: the run resumed at row {first_visit} of this stream but now "
-                f"needs row {visit}; the stream's share of the mixture must not shrink in a resumed run; restore weights and "
-                "mixture, or start a new run"
+                f"needs row {visit}; the stream's share of the mixture must not shrink in a resumed run; restore "
+                "weights and mixture, or start a new run"
             )
         return next(b for b in reversed(self._located) if b.start.first_visit <= visit and b.num_rows)
 

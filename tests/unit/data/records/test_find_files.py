@@ -145,7 +145,7 @@ def test_of_a_folder_all_files_of_the_kind_are_taken_and_no_hidden_ones(folder):
 def test_a_folder_with_nothing_of_the_kind_is_named_with_what_reads_it(folder, says, names, kind, rest):
     Path("x").mkdir()
     touch(*names)
-    with says(f"x: is a folder without a file that {rest}"):
+    with says(f"x: is a folder without a file that kind {rest}"):
         module.find_files("x", kind)
 
 

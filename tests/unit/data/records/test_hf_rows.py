@@ -186,8 +186,8 @@ def test_a_data_set_that_names_files_outside_of_it_is_refused(tmp_path, configs)
         read("set")
     assert str(error.value).startswith("set:train: its README.md names ")
     assert str(error.value).endswith(
-        "secret.jsonl, which is not in set; a data set may only read its own files; correct README.md, or name files by "
-        "data_files"
+        "secret.jsonl, which is not in set; a data set may only read its own files; correct README.md, or name files "
+        "by data_files"
     )
 
 

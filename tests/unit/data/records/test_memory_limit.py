@@ -85,7 +85,7 @@ def test_what_asks_for_too_much_is_refused_and_does_not_get_it(tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     pq.write_table(pa.table({"text": [f"text {i}" for i in range(5000)]}), "good.parquet")
     record = b'{"text": "', b"x", b'"}'
-    too_long, too_much = "more than 4194304 bytes in one", "asks for more than 48 MiB of memory; "
+    too_long, too_much = "more than 4194304 bytes in one", "needs more than 48 MiB of memory to read a few records; "
     cases = {
         "text, gz": ({"kind": "text", "path": str(_packed("a.txt.gz", b"x"))}, too_long),
         "text, zst": ({"kind": "text", "path": str(_packed("a.txt.zst", b"x"))}, too_long),

@@ -99,8 +99,8 @@ def test_an_empty_object_has_no_keys(read, says):
 
 def test_a_domain_that_is_no_name_is_refused(read, says):
     with says(
-        "records.jsonl:1: domain 'a/b' is not a valid name; names are 1 to 64 letters, digits, dots, dashes and underscores; "
-        "correct the record or set another domain_key" + WAY_ON
+        "records.jsonl:1: domain 'a/b' is not a valid name; names are 1 to 64 letters, digits, dots, dashes and "
+        "underscores; correct the record or set another domain_key" + WAY_ON
     ):
         read('{"text": "a", "lang": "a/b"}', domain_key="lang")
 

@@ -162,7 +162,7 @@ def _die(self: read_tasks.ReadTask, tokenizer: object, advance: object) -> None:
 def test_a_killed_process_is_named_and_what_the_others_did_is_kept(folder, monkeypatch):
     config = data(source(folder, "jsonl"), workers=2)
     monkeypatch.setattr(read_tasks.ReadTask, "run", _die)
-    started = workers.multiprocessing.get_context("fork")  # the only way to hand a spoilt class to another process
+    started = workers.multiprocessing.get_context("fork")  # hands the patched class to the processes
     monkeypatch.setattr(workers.multiprocessing, "get_context", lambda kind: started)
     with pytest.raises(
         ResourceError, match=r"^data: a process that read text was killed by SIGKILL; was it out of memory"
@@ -180,7 +180,7 @@ def test_processes_end_with_the_one_that_started_them(folder):
     script = (
         "from trainer.data.token_cache import workers\n"
         "from trainer.data.token_cache.read_tasks import ReadTask\n"
-        "from trainer.data.config import SplitConfig\n"
+        "from trainer.data.token_cache.splits import SplitConfig\n"
         "from trainer.data.records.json_lines import LineRange\n"
         "from trainer.data.sources.registry import JsonlSourceConfig\n"
         "from trainer.data.tokenizers.byte import ByteTokenizer\n"
@@ -191,7 +191,7 @@ def test_processes_end_with_the_one_that_started_them(folder):
         "workers.run_tasks(todo, ByteTokenizer(), 2, print)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", script], cwd=folder, env={**os.environ, "PYTHONPATH": str(Path.cwd())}
+        [sys.executable, "-c", script], cwd=folder, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[4])}
     )
     children = _wait_for(lambda: children if len(children := _children(process.pid)) >= 2 else None)
     process.kill()
