@@ -382,7 +382,7 @@ CASES = [
           "55, 56, 60, ..."]),
     Case("a pattern that Python cannot use",
          f"name: x\ndata: {{sources: [{{kind: jsonl, path: a, filters: [{{column: c, matches: '{'(' * 5000}'}}]}}]}}\n",
-         [f"x.yaml:2:72: data.sources.0.filters.0.matches: '{'(' * 55}...' is no regular expression that Python can "
+         [f"x.yaml:2:72: data.sources.0.filters.0.matches: '{'(' * 55}...' is not a regular expression that Python can "
           "use (RecursionError)"]),
     Case("empty list",
          "name: x\ndata: {sources: []}\n",

@@ -323,7 +323,7 @@ def test_rows_that_cannot_be_used_are_left_out_said_and_listed(workplace: Path) 
     assert result.returncode == 0, result.stderr
     said = [line for line in result.stdout.splitlines() if "left out" in line]
     assert said == [
-        "warning: left out 2 rows that cannot be used (1 not JSON, 1 of another type), of data.sources 0: "
+        "warning: left out 2 records that cannot be used (1 not JSON, 1 of another type), of data.sources 0: "
         "runs/tiny/skipped_rows.jsonl"
     ]
     (line,) = (workplace / "runs/tiny/skipped_rows.jsonl").read_text().splitlines()

@@ -15,11 +15,11 @@ WRITING: dict[str, Any] = {"kind": "generation", "references": ["{r}"]}
 
 GOOD = {"q": "q", "a": 0, "c": ["x", "y", "z"], "r": "r"}
 BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "no column of the prompt": (CHOICE, {"q": ...}, "no column 'q'; the row has a, c, r; correct the name or the row"),
+    "no column of the prompt": (CHOICE, {"q": ...}, "no column 'q'; the record has a, c, r; correct the name or the record"),
     "no column of the answer": (
         {**CHOICE, "answer": "rr"},
         {},
-        "no column 'rr'; the row has q, a, c, r (did you mean 'r'?); correct the name or the row",
+        "no column 'rr'; the record has q, a, c, r (did you mean 'r'?); correct the name or the record",
     ),
     "answer out of range": (
         CHOICE,
@@ -80,7 +80,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "half a character": (
         OWN,
         {"c": ["x", "\ud83d"]},
-        "'c' has the lone surrogate \\ud83d at character 0; text must be valid Unicode; correct or remove the row",
+        "'c' has the lone surrogate \\ud83d at character 0; text must be valid Unicode; correct or remove the record",
     ),
     "choices that are equal once rendered": (
         {**CHOICE, "choices": ["{r}", "{q}"]},
@@ -115,7 +115,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a reference of another type": (
         WRITING,
         {"r": 5},
-        "'r' is a number; it must be a string; correct or remove the row",
+        "'r' is a number; it must be a string; correct or remove the record",
     ),
 }
 
@@ -139,7 +139,7 @@ def test_no_rows_left_by_the_filters_are_none(tmp_path: Path) -> None:
 
 
 def test_no_rows_at_all_are_none(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"rows\.jsonl: holds no rows"):
+    with pytest.raises(DataError, match=r"rows\.jsonl: holds no records"):
         build(tmp_path, [], **CHOICE)
 
 
