@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from trainer.contracts.ensure import ensure
-from trainer.data.config import DataConfig
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.data.tokenizers.file import read_tokenizer
 from trainer.data.tokenizers.registry import TokenizerOptions
@@ -80,5 +79,5 @@ CHECKS = [
 
 
 def make(config: TokenizerOptions) -> Tokenizer:
-    """Make the tokenizer as a run would, with default data."""
-    return config.build(DataConfig())
+    """Make the tokenizer as a run would."""
+    return config.build()

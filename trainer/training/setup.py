@@ -16,9 +16,9 @@ from trainer.checkpoint.shared_fs import check_shared
 from trainer.config.dump import dump
 from trainer.console.console import Console
 from trainer.data.batches.stream import TrainStream
+from trainer.data.broadcast_tokenizer import tokenizer_from_plain, tokenizer_to_plain
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.data.token_cache.skipped import summarize_skipped
-from trainer.data.broadcast_tokenizer import tokenizer_from_plain, tokenizer_to_plain
 from trainer.distributed import runtime
 from trainer.distributed.collective_errors import raise_together
 from trainer.distributed.consistency import differences_across_ranks

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from trainer.data.corpus import build_tokenizer
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.saver import Saved
@@ -15,6 +14,7 @@ from trainer.checkpoint.tools.translate import translate
 from trainer.checkpoint.tools.weight_map import WeightMapConfig
 from trainer.config.dump import dump
 from trainer.console.console import Console
+from trainer.data.corpus import build_tokenizer
 from trainer.distributed.mesh import Mesh
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig

@@ -15,7 +15,11 @@ WRITING: dict[str, Any] = {"kind": "generation", "references": ["{r}"]}
 
 GOOD = {"q": "q", "a": 0, "c": ["x", "y", "z"], "r": "r"}
 BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "no column of the prompt": (CHOICE, {"q": ...}, "no column 'q'; the record has a, c, r; correct the name or the record"),
+    "no column of the prompt": (
+        CHOICE,
+        {"q": ...},
+        "no column 'q'; the record has a, c, r; correct the name or the record",
+    ),
     "no column of the answer": (
         {**CHOICE, "answer": "rr"},
         {},
