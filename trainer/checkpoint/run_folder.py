@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import socket
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -213,17 +214,19 @@ class RunFolder:
             runs_dir: of the run's config.
             name: of the run's config.
         """
-        here, candidates = self.path.absolute(), list[Path]()
-        started_in, was_at = self._recorded_paths()
-        if started_in is not None:
-            candidates.append(Path(started_in))
-            if was_at is not None:
-                candidates.append(Path(os.path.normpath(here / os.path.relpath(started_in, was_at))))
-        own = Path(runs_dir, name)
+        here, own = self.path.absolute(), Path(runs_dir, name)
+        there = self.recorded_directories()
         if not own.is_absolute() and here.parts[-len(own.parts) :] == own.parts:
-            candidates.append(Path(*here.parts[: -len(own.parts)]))
-        there = [path for path in candidates if path.is_dir() and os.access(path, os.X_OK)]
+            there += _accessible([Path(*here.parts[: -len(own.parts)])])
         return next((path for path in there if path.samefile(Path.cwd())), there[0] if there else None)
+
+    def recorded_directories(self) -> list[Path]:
+        """Return the recorded working directory, and the one at the same relative path from the run folder."""
+        started_in, was_at = self._recorded_paths()
+        if started_in is None:
+            return []
+        moved = [] if was_at is None else [os.path.normpath(self.path.absolute() / os.path.relpath(started_in, was_at))]
+        return _accessible([Path(started_in), *map(Path, moved)])
 
     def _recorded_paths(self) -> tuple[str | None, str | None]:
         """Return working directory and run folder at the last start; None for those not recorded."""
@@ -235,6 +238,10 @@ class RunFolder:
         found = [values.get(key) for key in ("working_directory", "run_folder")] if isinstance(values, dict) else []
         paths = [value if isinstance(value, str) and _PATH.fullmatch(value) else None for value in found]
         return (paths[0], paths[1]) if paths else (None, None)
+
+
+def _accessible(paths: Iterable[Path]) -> list[Path]:
+    return [path for path in paths if path.is_dir() and os.access(path, os.X_OK)]
 
 
 def _current_path(lock: IO[str]) -> Path | None:

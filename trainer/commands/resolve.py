@@ -16,6 +16,7 @@ from trainer.config.dump import Change, changed_keys
 from trainer.config.loader import load
 from trainer.config.old_names import OldNameWarning
 from trainer.config.packages import check_packages
+from trainer.config.plugins import searching
 from trainer.errors import CheckpointError, ConfigError, MissingFile
 from trainer.experiment import ExperimentConfig
 
@@ -30,8 +31,11 @@ def load_named_config(options: argparse.Namespace) -> ExperimentConfig:
 
 
 def recorded_config(folder: RunFolder, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """Load the config kept in a run folder, without warnings about old names: the user did not write it."""
-    with warnings.catch_warnings():
+    """Load the config kept in a run folder, without warnings about old names: the user did not write it.
+
+    Plug-ins are also looked up in the working directory that the run was started in.
+    """
+    with warnings.catch_warnings(), searching(folder.recorded_directories()):
         warnings.simplefilter("ignore", OldNameWarning)
         return load(folder.config, overrides, ExperimentConfig)
 

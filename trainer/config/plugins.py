@@ -9,9 +9,12 @@ import difflib
 import importlib
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Literal, get_args, get_origin
 
@@ -23,6 +26,7 @@ from trainer.config.base import Config
 
 PATH: Final = r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$"
 """Pattern of a plug-in's name: module:Class or module:function."""
+_MORE_FOLDERS: ContextVar[tuple[str, ...]] = ContextVar("folders that plug-ins are looked up in", default=())
 _EXAMPLE: Final = "my_package.module:ClassConfig"
 
 
@@ -203,11 +207,23 @@ def load_object(path: str, *, alike: Callable[[object], bool]) -> Any:
     return getattr(module, name)
 
 
+@contextmanager
+def searching(folders: Sequence[Path]) -> Generator[None]:
+    """Look modules up in these folders as well, after the working directory."""
+    token = _MORE_FOLDERS.set(tuple(map(str, folders)))
+    try:
+        yield
+    finally:
+        _MORE_FOLDERS.reset(token)
+
+
 def _import(name: str) -> Any:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
         importlib.invalidate_caches()
+    if find_spec(name.partition(".")[0]) is None:
+        sys.path.extend(folder for folder in _MORE_FOLDERS.get() if folder not in sys.path)
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
