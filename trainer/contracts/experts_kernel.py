@@ -1,4 +1,4 @@
-"""Contract of an experts kernel: the numbers and gradients of `trainer.ops.expert_ffn.loop`."""
+"""Contract of an experts kernel: the numbers and gradients of `trainer.ops.expert_ffn.loop_ffn`."""
 
 from collections.abc import Callable
 

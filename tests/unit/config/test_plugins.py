@@ -163,9 +163,14 @@ def test_bench_takes_a_plugin_by_name() -> None:
 
 
 def test_an_experts_kernel_is_a_function() -> None:
-    assert experiment("parallel.experts_kernel=trainer.ops.expert_ffn:loop").parallel.experts_kernel.endswith(":loop")
-    said = message("parallel.experts_kernel=trainer.ops.expert_ffn:lop")
-    assert said == "<override 2>: parallel.experts_kernel: module trainer.ops.expert_ffn has no lop; did you mean loop?"
+    assert experiment("parallel.experts_kernel=trainer.ops.expert_ffn:loop_ffn").parallel.experts_kernel.endswith(
+        ":loop_ffn"
+    )
+    said = message("parallel.experts_kernel=trainer.ops.expert_ffn:lop_ffn")
+    assert (
+        said
+        == "<override 2>: parallel.experts_kernel: module trainer.ops.expert_ffn has no lop_ffn; did you mean loop_ffn?"
+    )
     assert "'lop' is not one of auto, loop" in message("parallel.experts_kernel=lop")
 
 

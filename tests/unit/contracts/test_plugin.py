@@ -17,7 +17,7 @@ from trainer.errors import ConfigError
 from trainer.evaluation.tasks.registry import ChoiceTaskConfig
 from trainer.metrics.config import TrackerOptions
 from trainer.moe.dispatch.registry import AllGatherDispatcherConfig, AllToAllDispatcherConfig, DispatcherOptions
-from trainer.ops.expert_ffn import loop, padded
+from trainer.ops.expert_ffn import loop_ffn, padded_ffn
 from trainer.optim.registry import AdamWConfig, OptimizerOptions, WarmupCosineConfig, WarmupOptions
 
 HERE = f"{__name__}"
@@ -72,7 +72,7 @@ class QuietTrackerConfig(TrackerOptions):
 
 def half(x: Tensor, rows: Tensor, w_in: Tensor, w_out: Tensor, activation: Any) -> Tensor:
     """A kernel that is wrong by a factor."""
-    return loop(x, rows, w_in, w_out, activation) / 2
+    return loop_ffn(x, rows, w_in, w_out, activation) / 2
 
 
 def outcomes(name: str, *options: str) -> tuple[str, list[Outcome]]:
@@ -158,7 +158,7 @@ def test_others_of_this_project_keep_their_contracts(tmp_path: Path) -> None:
         (tokenizer.CHECKS, ByteTokenizerConfig()),
         (optimizer.OPTIMIZER_CHECKS, AdamWConfig()),
         (optimizer.SCHEDULE_CHECKS, WarmupCosineConfig()),
-        (experts_kernel.CHECKS, padded),
+        (experts_kernel.CHECKS, padded_ffn),
         (task.CHECKS, questions),
         (tracker.CHECKS, QuietTrackerConfig()),
     ]
