@@ -189,7 +189,7 @@ def test_a_store_that_freezes_while_ranks_wait_for_one_of_them_is_named(tmp_path
 TORCHRUN = """
 import os, sys
 from trainer.distributed import torchrun
-torchrun._MEET_S, torchrun._LATE_S = 1, 1
+torchrun._RENDEZVOUS_S, torchrun._GRACE_S = 1, 1
 os.environ["TURNOUT_REPORT"] = str(os.open("report", os.O_CREAT | os.O_WRONLY))
 torchrun.run()
 """
@@ -207,7 +207,7 @@ def test_torchrun_does_not_wait_for_ever_for_a_store_that_is_frozen(tmp_path: Pa
         )
     assert done.returncode == 5, done.stderr
     said = json.loads((tmp_path / "report").read_text())["error"]
-    assert said.startswith(f"cannot meet the other machines through {LOOPBACK}:{port}: "), said
+    assert said.startswith(f"cannot connect to the other nodes through {LOOPBACK}:{port}: "), said
     assert "Traceback" not in done.stderr
 
 

@@ -204,7 +204,7 @@ def test_a_port_that_is_taken_is_a_config_error(
     where = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(taken_port)]
     monkeypatch.setattr(Supervisor, "run", lambda _: 99)
     for node_rank, code, said in (
-        ("0", 2, f"MASTER_PORT={taken_port}: cannot be used on this machine (127.0.0.1): Address already in use; use"),
+        ("0", 2, f"MASTER_PORT={taken_port}: cannot be used on this node (127.0.0.1): Address already in use; use"),
         ("1", 99, ""),
     ):
         with pytest.raises(SystemExit) as exit_:
@@ -222,7 +222,7 @@ def test_torchrun_that_cannot_meet_says_so_in_a_line(
     folder, policy = RunFolder(Path("runs/port")), Policy(max_restarts=0)
     assert Supervisor(ranks, ["train", "tiny.yaml"], folder, patience_s=30, policy=policy).run() == 5
     said = capfd.readouterr().err
-    assert said.count(f"ended with 5 (cannot meet the other machines through 127.0.0.1:{taken_port}: ") == 1, said
+    assert said.count(f"ended with 5 (cannot connect to the other nodes through 127.0.0.1:{taken_port}: ") == 1, said
     assert "Traceback" not in said and len(said.splitlines()) <= 4, said
 
 
@@ -282,7 +282,9 @@ def test_a_frozen_process_that_is_the_only_rank_is_named_and_the_run_goes_on(wor
     assert time.monotonic() - began > 6, "it is given its time"
     code, said = ended(process)
     assert code == 0, said
-    assert f"rank 0 (pid {status.pid}) gave no sign of life for 6 s (frozen or stuck), killed at about step " in said
+    assert (
+        f"rank 0 (pid {status.pid}) sent no liveness message for 6 s (frozen or stuck), killed at about step " in said
+    )
     assert " starting again from step 10 in 1 s " in said, said
 
 
@@ -378,7 +380,7 @@ def test_a_stop_before_the_first_step_is_75_and_saves_nothing(
     os.kill(process.pid if who == "supervisor" else statuses[1].pid, number)
     code, said = ended(process)
     assert code == 75, said
-    assert f"stopped by {number.name} before its first step: nothing is lost; start again to go on" in said
+    assert f"stopped by {number.name} before its first step: nothing is lost; start it again to continue" in said
     assert "starting again" not in said and newest(workplace, f"early{who}") is None
 
 

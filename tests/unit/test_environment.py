@@ -183,7 +183,7 @@ def test_tasks_of_srun_that_would_each_train_the_same_run_are_refused(
         monkeypatch.setenv(name, value)
     code, lines = ended(verb, config, capsys)
     assert code == 2 and len(lines) == 1, lines
-    assert lines[0].startswith(("SLURM_STEP_NUM_TASKS=4: is how many", "SLURM_NTASKS=4: is how many processes were"))
+    assert lines[0].startswith(("SLURM_STEP_NUM_TASKS=4: so many", "SLURM_NTASKS=4: so many processes were"))
     assert "torchrun" in lines[0] and "launch.sh" in lines[0] and "scripts/slurm.sh" in lines[0]
 
 

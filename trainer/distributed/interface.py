@@ -1,7 +1,7 @@
-"""Choose the network address that ranks meet and listen on. Imports no torch.
+"""Choose the network address and interface that ranks listen on. Imports no torch.
 
-one machine         127.0.0.1 and its interface, so that nobody else can even connect
-several machines    the address that MASTER_ADDR stands for, on the first one; never all addresses
+one node         127.0.0.1 and its interface, so that no other host can even connect
+several nodes    the address that MASTER_ADDR resolves to on the first node; never all addresses
 """
 
 import ipaddress
@@ -15,17 +15,17 @@ from trainer.errors import ConfigError
 LOOPBACK = "127.0.0.1"
 _GET_ADDRESS = 0x8915  # Linux: SIOCGIFADDR
 _NAMED_BY = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-"""Environment variables by which a user names the interface between the machines."""
+"""Environment variables by which a user names the interface between the nodes."""
 
 
 def interface_towards(host: str) -> str | None:
-    """Return the name of the interface from which this machine reaches a host; None where the system does not tell.
+    """Return the name of the interface with the route to a host; None if unknown.
 
-    gloo binds to whatever the machine's own name stands for: on many clusters a loopback or management address.
+    By default gloo binds to the address of the host name, on many clusters a loopback or management address.
     """
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))  # sends nothing: it only chooses a route
+            probe.connect((host, 9))  # UDP: selects a route and sends nothing
             address = probe.getsockname()[0]
     except OSError:
         return None
@@ -33,7 +33,7 @@ def interface_towards(host: str) -> str | None:
 
 
 def addresses() -> dict[str, str]:
-    """Return this machine's IPv4 addresses by interface; empty where the system does not tell."""
+    """Return this host's IPv4 addresses by interface; empty if unknown."""
     found = {}
     try:
         import fcntl
@@ -52,44 +52,43 @@ def addresses() -> dict[str, str]:
 
 
 def loopback_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return what lets gloo and NCCL listen on this machine's loopback interface only; not what the user has set.
+    """Return variables that restrict gloo and NCCL to the loopback interface, without those already set.
 
-    For ranks that are all on this machine. gloo binds by default to what the machine's name stands for, and NCCL to an
-    interface that other machines are behind.
+    For ranks that are all on this node. By default gloo binds to the address of the host name, and NCCL to an interface
+    that other hosts can reach.
     """
     name = interface_towards(LOOPBACK)
     return {} if name is None else {variable: name for variable in _NAMED_BY if variable not in environment}
 
 
 def use_loopback() -> None:
-    """Set these variables for the rest of this process."""
+    """Restrict gloo and NCCL to the loopback interface in this process."""
     os.environ.update(loopback_variables(os.environ))
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether a host is this machine by its very name: localhost, 127.0.0.1, ::1."""
+    """Return whether a host is literally loopback: localhost, 127.0.0.1 or ::1. Does not resolve names."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name, even if it stands for such an address here
+    except ValueError:  # a name, even if it resolves to such an address
         return False
 
 
 def address_to_listen_on(master_addr: str, environment: Mapping[str, str]) -> str:
-    """Return the address on which the first machine lets the others in: one, and not all that it has.
+    """Return the single address on which the first node listens: the one that MASTER_ADDR resolves to.
 
-    It is the one that MASTER_ADDR stands for here. A name may stand for a loopback address on the machine itself
-    (127.0.1.1 for its own name), or for an address that a router hands on: then it is that of the interface which the
-    user has named, or of the only one there is.
+    MASTER_ADDR may also resolve to a loopback address (127.0.1.1 for the host's own name) or to one that a router
+    translates. Then it is the address of the interface that the user has named, or of the only one.
 
     Args:
-        master_addr: what the user says.
-        environment: with GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME, where an interface was named.
+        master_addr: given by the user.
+        environment: with GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME, if the user has named an interface.
 
     Raises:
-        ConfigError: if several would do, or none.
+        ConfigError: if the address is ambiguous, or there is none.
     """
     own = [address for address in _resolved(master_addr) if _is_own(address)]
-    if is_loopback(master_addr):  # all "machines" are this one
+    if is_loopback(master_addr):  # all nodes are this host
         return own[0] if own else LOOPBACK
     outward = [address for address in own if not _is_inward(address)]
     if outward:
@@ -101,26 +100,24 @@ def address_to_listen_on(master_addr: str, environment: Mapping[str, str]) -> st
     if len(found) == 1:
         return next(iter(found.values()))
     is_inward = bool(own) and ipaddress.ip_address(own[0]).is_loopback
-    stands_for = (
-        f"stands for {own[0]}, which only this machine reaches" if is_inward else "is no address of this machine"
-    )
+    problem = f"resolves to {own[0]}, which only this host reaches" if is_inward else "is not an address of this host"
     having = ", ".join(f"{name} {address}" for name, address in found.items()) or "no other address"
     raise ConfigError(
-        f"MASTER_ADDR={master_addr}: {stands_for}; the first machine (NODE_RANK=0) has {having}; set MASTER_ADDR to "
-        "the address that the other machines reach, or GLOO_SOCKET_IFNAME to its interface"
+        f"MASTER_ADDR={master_addr}: {problem}; the first node (NODE_RANK=0) has {having}; set MASTER_ADDR to "
+        "the address that the other nodes reach, or GLOO_SOCKET_IFNAME to its interface"
     )
 
 
 def listening_socket(address: str, port: int) -> socket.socket:
-    """Return a socket that listens on one address; port 0 takes a free one.
+    """Return a socket that listens on one address; port 0 picks a free one.
 
     Raises:
-        OSError: if another process listens there, or this one may not.
+        OSError: if the port is in use or not permitted.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # after the last attempt's connections
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of the last attempt may linger
         listener.bind((address, port))
         listener.listen(4096)
     except OSError:
@@ -130,7 +127,7 @@ def listening_socket(address: str, port: int) -> socket.socket:
 
 
 def _is_inward(address: str) -> bool:
-    """Tell whether no other machine can reach an address, or it stands for all of them."""
+    """Return whether an address is loopback, or the wildcard for all addresses."""
     parsed = ipaddress.ip_address(address)
     return parsed.is_loopback or parsed.is_unspecified
 

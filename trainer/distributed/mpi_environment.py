@@ -1,6 +1,6 @@
-"""Processes that srun or mpirun has started side by side, and that know nothing of each other. Imports no torch.
+"""Refuse processes that srun or mpirun has started without a launcher for ranks. Imports no torch.
 
-Each of them would train the same run in the same folder: they are refused, and told how ranks are started.
+Each of them would train the same run in the same folder.
 """
 
 from collections.abc import Mapping
@@ -12,22 +12,22 @@ _MPI = (
     ("PMI_SIZE", "PMI_RANK"),
     ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
 )
-"""Variables by which Open MPI, MPICH and Intel MPI, and MVAPICH tell a process the world size and its rank."""
+"""World size and rank, as set by Open MPI, by MPICH and Intel MPI, and by MVAPICH."""
 _ADVICE = (
-    "start the ranks of one machine by one process (NPROC=N ./launch.sh CONFIG, or torchrun), and those of several "
-    "machines by scripts/slurm.sh or one launch.sh on each"
+    "start the ranks of one node by one process (NPROC=N ./launch.sh CONFIG, or torchrun), and those of several "
+    "nodes by scripts/slurm.sh or one launch.sh on each"
 )
 
 
 def check_tasks(environment: Mapping[str, str], *, expected: int) -> None:
-    """Refuse to be one of several processes that would each start the same run.
+    """Check that this is not one of several processes that would each start the same run.
 
     Args:
         environment: of this process.
-        expected: how many the user knows of: the machines, under `launch`.
+        expected: intended number of processes: the nodes, under `launch`.
 
     Raises:
-        ConfigError: naming the variable that says so, and how several ranks are started.
+        ConfigError: naming the variable with their number, and how to start several ranks.
     """
     variables = Variables(environment)
     sizes = {size: variables.number(size, least=1) for size, rank in _MPI if environment.get(rank)}
@@ -35,16 +35,16 @@ def check_tasks(environment: Mapping[str, str], *, expected: int) -> None:
     if name is not None:
         sizes[name] = variables.number(name, least=1)
     variables.problems += [
-        f"{name}={size}: is how many processes were started, and each would train the same run by itself; {_ADVICE}"
+        f"{name}={size}: so many processes were started, and each would train the same run by itself; {_ADVICE}"
         for name, size in sizes.items()
         if size > expected
     ]
-    variables.problems = variables.problems[:1]  # srun sets PMI_SIZE too
+    variables.problems = variables.problems[:1]  # srun also sets PMI_SIZE
     variables.check()
 
 
 def task_warning(environment: Mapping[str, str]) -> str | None:
-    """Return what to say in a batch script for several tasks that trains in one process, or None: it may be meant."""
+    """Return a warning if a batch job with several tasks trains in one process, which may be intended; else None."""
     tasks = environment.get("SLURM_NTASKS", "")
     if _of_step(environment) is not None or not environment.get("SLURM_PROCID") or tasks in ("", "1"):
         return None
@@ -52,10 +52,10 @@ def task_warning(environment: Mapping[str, str]) -> str | None:
 
 
 def _of_step(environment: Mapping[str, str]) -> str | None:
-    """Return the variable that has how many tasks srun has started, this one among them; None if it has started none.
+    """Return the variable with the number of tasks in this process's srun step; None outside of a step.
 
-    An allocation of several tasks starts nothing: in the shell of salloc there is SLURM_NTASKS and no SLURM_PROCID, in
-    a batch script it is 0 and there is no step.
+    An allocation alone starts no tasks: salloc's shell has SLURM_NTASKS without SLURM_PROCID, and a batch script has
+    SLURM_PROCID=0 without a step.
     """
     if environment.get("SLURM_STEP_NUM_TASKS"):
         return "SLURM_STEP_NUM_TASKS"

@@ -1,4 +1,4 @@
-"""Being asked to stop: the first signal asks, the second one ends the process. Imports no torch."""
+"""Stop signals of a rank: the first one requests a stop, the second one ends the process. Imports no torch."""
 
 import os
 import signal
@@ -12,54 +12,54 @@ from trainer.errors import StopRequested
 from trainer.status import LIVENESS_FOLDER, STOP_SIGNAL
 
 SAME_REQUEST_S = 2.0
-"""Time in which a repeated signal is the same request: a scheduler and torchrun both send it to every process."""
-_ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""Time in which a repeated signal is the same request, since a scheduler and torchrun both signal each process."""
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def listen(handler: Callable[[int, FrameType | None], None]) -> dict[int, object]:
-    """Handle what asks a process to stop: SIGTERM, Ctrl-C, SIGUSR1 (Slurm's warning), SIGHUP (the terminal has gone).
+    """Install a handler for SIGTERM, SIGINT, SIGUSR1 (Slurm's warning) and SIGHUP (the terminal was closed).
 
-    A signal that was ignored before (nohup, a shell's &) stays ignored.
+    A signal that is ignored already (nohup, a shell's &) stays ignored.
 
     Returns:
-        Who handled each of them before.
+        The previous handlers.
     """
-    heard = [number for number in _ASKING if signal.getsignal(number) is not signal.SIG_IGN]
-    return {number: signal.signal(number, handler) for number in heard}
+    handled = [number for number in _STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in handled}
 
 
-def _asked_by() -> str | None:
-    """Return the signal that a supervisor was sent, if it is why this process is asked; it sends SIGTERM always."""
+def _signal_of_supervisor() -> str | None:
+    """Return the signal that the supervisor received, if it requested this stop; it always forwards SIGTERM."""
     folder = os.environ.get(LIVENESS_FOLDER)
     if folder is None:
         return None
     try:
         name = (Path(folder) / STOP_SIGNAL).read_text()
-    except OSError:  # somebody else asks
+    except OSError:  # the request does not come from the supervisor
         return None
-    return name if name in {number.name for number in _ASKING} else None
+    return name if name in {number.name for number in _STOP_SIGNALS} else None
 
 
 class StopRequest:
-    """Notes the first signal that asks to stop.
+    """Records the first stop signal.
 
-    Before the first step there is nothing to save, and the run ends where it is. From then on the handler only sets a
-    flag: the loop looks at it between two steps.
+    Before the first step there is nothing to save, so the signal ends the run at once. After that the handler only sets
+    a flag, which the training loop checks between steps.
 
-    Another signal is handled as if nobody listened, so an impatient user always gets out; what was saved before stays.
-    Not so within 2 seconds of the first. Nor once the request was obeyed: the process is ending, and torchrun sends
-    one more as soon as the first rank has ended.
+    A second signal has its default effect, so that an impatient user can always end the process; earlier checkpoints
+    stay. Further signals are ignored within 2 seconds of the first, and after the run has obeyed: torchrun sends
+    another one when the first rank has exited.
     """
 
     def __init__(self) -> None:
         self.requested_by: str | None = None
-        """Name of the signal, once there was one."""
+        """Name of the first stop signal; None if there was none."""
         self._ends_at_once, self._is_obeyed = True, False
         self._since = 0.0
         self._before: dict[int, object] = {}
 
     def __bool__(self) -> bool:
-        """Tell whether a stop was asked for."""
+        """Return whether a stop was requested."""
         return self.requested_by is not None
 
     def __enter__(self) -> Self:
@@ -73,34 +73,34 @@ class StopRequest:
             self._restore()
 
     def begin_steps(self) -> None:
-        """Only note signals from now on.
+        """Only set the flag from now on.
 
         Raises:
-            Stopped: if there was one already.
+            StopRequested: if it is set already.
         """
         self._ends_at_once = False
         self.check()
 
     def check(self) -> None:
-        """End a run that was asked to stop before its first step.
+        """End a run if a stop was requested before its first step.
 
         Raises:
-            Stopped: if it was; the handler does so itself, unless it ran in code that swallows every error.
+            StopRequested: if so. The handler raises it too, but it may run in code that swallows exceptions.
         """
         if self.requested_by is not None:
             raise StopRequested(
-                f"stopped by {self.requested_by} before its first step: nothing is lost; start again to go on"
+                f"stopped by {self.requested_by} before its first step: nothing is lost; start it again to continue"
             )
 
     def obey(self) -> None:
-        """Do nothing about further signals: the run has saved, and ends."""
+        """Ignore further signals: the run has saved and is ending."""
         self._is_obeyed = True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._is_obeyed:
             return
         if self.requested_by is None:
-            self.requested_by, self._since = _asked_by() or signal.Signals(number).name, time.monotonic()
+            self.requested_by, self._since = _signal_of_supervisor() or signal.Signals(number).name, time.monotonic()
             if self._ends_at_once:
                 self.check()
         elif time.monotonic() - self._since > SAME_REQUEST_S:

@@ -1,8 +1,8 @@
-"""torchrun for a supervisor, `python -m trainer.distributed.torchrun`, that reports in silence what has ended and how.
+"""torchrun for a supervisor, `python -m trainer.distributed.torchrun`: reports through a pipe which ranks failed.
 
-torchrun itself exits with 1 whatever happened, and repeats every error in a page of its own. Its store listens on all
-addresses, and its rendezvous for one machine (`--standalone`) unpickles a key of it that anybody may write: here the
-store listens on one address, and machines have their numbers (torchrun's static rendezvous), so nothing is unpickled.
+torchrun itself exits with 1 for every failure, and prints a page for each error. Its store listens on all addresses,
+and its rendezvous for one node (`--standalone`) unpickles a key that anyone can write. Here the store listens on one
+address and nodes are numbered (torchrun's static rendezvous), so that nothing is unpickled.
 """
 
 import json
@@ -33,20 +33,21 @@ from trainer.status import LIVENESS_FOLDER, REPORT
 from trainer.terminal import print_safe
 
 _BACKEND = "turnout"
-_MEET_S = 600
-"""Machines are started at different times: so long the first ones wait for the last."""
-_LATE_S = 5.0
+_RENDEZVOUS_S = 600
+"""Rendezvous timeout: nodes start at different times."""
+_GRACE_S = 5.0
 
 
 class Rendezvous(StaticTCPRendezvous):
-    """Rendezvous of all machines' torchrun in a store on one address of the first machine."""
+    """Static rendezvous of the nodes in a store that listens on one address of the first node."""
 
     def __init__(self, *place: Any, late: threading.Timer) -> None:
         """Prepare.
 
         Args:
-            place: as torchrun's own has it.
-            late: what happens if the store falls silent before the ranks run; then no timeout of torch's holds.
+            place: arguments of torchrun's static rendezvous.
+            late: timer that reports a failure if the store falls silent before the ranks run, which torch's timeouts do
+                not cover.
         """
         super().__init__(*place)
         self.late = late
@@ -54,46 +55,47 @@ class Rendezvous(StaticTCPRendezvous):
         late.start()
 
     def get_backend(self) -> str:
-        """Return its name among torchrun's."""
+        """Return the name of this rendezvous backend."""
         return _BACKEND
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Wait for every machine.
+        """Wait for all nodes.
 
         Raises:
-            OSError, RuntimeError: if they cannot meet there.
+            OSError, RuntimeError: if they cannot connect.
         """
         if self._store is None and self.rank == 0:
             address = address_to_listen_on(self.master_addr, os.environ)
             seconds = self.timeout.total_seconds()
             store = serve(address, self.master_port, clients=self.world_size, timeout_s=seconds)
-            self._store, self.master_addr, self.master_port = store, address, store.port  # as its ranks are told
+            self._store, self.master_addr, self.master_port = store, address, store.port  # passed on to the ranks
         return super().next_rendezvous()
 
     def num_nodes_waiting(self) -> Literal[0]:
-        """Return 0; torchrun asks from when its ranks run."""
+        """Return 0. torchrun first calls this once its ranks run, so the timer is cancelled."""
         self.late.cancel()
         return 0
 
 
 def run() -> NoReturn:
-    """Run torchrun with this process's arguments; exit with 1 if a rank failed or a signal came, with 5 if it did."""
+    """Run torchrun; exit with 1 after a failed rank or a signal, with 5 if torchrun itself failed."""
     descriptor = _descriptor()
     start_liveness_thread("torchrun")
-    logging.disable(logging.ERROR)  # what it says of ranks is in the report
+    logging.disable(logging.ERROR)  # its messages about ranks are in the report
     options = torchrun.parse_args(sys.argv[1:])
-    options.standalone = False  # whatever PET_STANDALONE says: it stands above the backend, and unpickles
-    options.log_dir = os.environ.get(LIVENESS_FOLDER)  # what torchrun leaves there goes with the supervisor's own
+    options.standalone = False  # even if PET_STANDALONE is set, which would override the backend and unpickle
+    options.log_dir = os.environ.get(LIVENESS_FOLDER)  # removed together with the supervisor's temporary folder
     address, port = options.master_addr, options.master_port
     where = f"{address}:{port}"
     options.rdzv_backend, options.rdzv_endpoint = _BACKEND, where
-    silent = {"error": _explained(f"the store there has not answered for {_MEET_S} s", where)}
-    late = threading.Timer(_MEET_S + _LATE_S, _end, [descriptor, silent, CommError.exit_code])
+    silent = {"error": _failure(f"the store there has not answered for {_RENDEZVOUS_S} s", where)}
+    late = threading.Timer(_RENDEZVOUS_S + _GRACE_S, _end, [descriptor, silent, CommError.exit_code])
 
-    def meeting(parameters: RendezvousParameters) -> RendezvousHandler:
-        return Rendezvous(address, port, options.node_rank, parameters.max_nodes, parameters.run_id, _MEET_S, late=late)
+    def make_handler(parameters: RendezvousParameters) -> RendezvousHandler:
+        nodes, run_id = parameters.max_nodes, parameters.run_id
+        return Rendezvous(address, port, options.node_rank, nodes, run_id, _RENDEZVOUS_S, late=late)
 
-    rendezvous_handler_registry.register(_BACKEND, meeting)
+    rendezvous_handler_registry.register(_BACKEND, make_handler)
     try:
         torchrun.run(options)
     except ChildFailedError as error:
@@ -103,13 +105,13 @@ def run() -> NoReturn:
         _end(descriptor, {"failures": failures}, 1)
     except SignalException as error:
         _end(descriptor, {"signal": error.sigval.name}, 1)
-    except (RuntimeError, OSError, RendezvousError) as error:  # of its store, which it has through the network
-        _end(descriptor, {"error": _explained(first_line(error), where)}, CommError.exit_code)
+    except (RuntimeError, OSError, RendezvousError) as error:  # from its store, over the network
+        _end(descriptor, {"error": _failure(first_line(error), where)}, CommError.exit_code)
     _end(descriptor, {}, 0)
 
 
 def _descriptor() -> int:
-    """Return where to report to, which is not for the ranks."""
+    """Return the descriptor of the report pipe, and remove it from the environment of the ranks."""
     variables = Variables(os.environ)
     descriptor = variables.number(REPORT, least=0, default=None, note="; this module is started by launch")
     try:
@@ -122,17 +124,17 @@ def _descriptor() -> int:
 
 
 def _end(descriptor: int, report: dict[str, Any], exit_code: int) -> NoReturn:
-    """Report, and end without waiting: not for the store, nor for python, which takes a second to forget torch."""
+    """Write the report and exit at once, without waiting for the store or a second for Python to unload torch."""
     with os.fdopen(descriptor, "w") as file:
         json.dump(report, file)
     os._exit(exit_code)
 
 
-def _explained(reason: str, where: str) -> str:
-    """Return torchrun's own failure in one line."""
+def _failure(reason: str, where: str) -> str:
+    """Return a message about a failure of torchrun itself."""
     return (
-        f"cannot meet the other machines through {where}: {reason}; check that "
-        "every machine was started, with the same MASTER_ADDR and MASTER_PORT, and that the port is free on the first"
+        f"cannot connect to the other nodes through {where}: {reason}; check that "
+        "every node was started, with the same MASTER_ADDR and MASTER_PORT, and that the port is free on the first"
     )
 
 

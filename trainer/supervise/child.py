@@ -1,4 +1,4 @@
-"""The process that a supervisor watches: the only rank, or torchrun."""
+"""Child process of a supervisor: the only rank, or torchrun."""
 
 import contextlib
 import json
@@ -17,14 +17,14 @@ _LEFTOVERS_S = 10.0
 
 
 class Child:
-    """A process in a group of its own, so that a terminal's Ctrl-C reaches it through the supervisor alone, once."""
+    """A process in a process group of its own, so that Ctrl-C reaches it once, through the supervisor."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         """Start it.
 
         Args:
-            command: and its arguments.
-            environment: names the attempt.
+            command: with its arguments.
+            environment: of the process, with the name of the attempt.
         """
         self._attempt = environment[ATTEMPT]
         self._reports, reports = os.pipe()
@@ -44,17 +44,17 @@ class Child:
         """Return the exit code, negative for a signal; None while it runs."""
         return self._process.poll()
 
-    def ask_to_stop(self) -> None:
-        """Send SIGTERM; torchrun hands it on."""
+    def request_stop(self) -> None:
+        """Send SIGTERM; torchrun forwards it to its ranks."""
         self._process.terminate()
 
     def kill(self) -> None:
-        """Kill the group; torchrun's ranks, which have groups of their own, end with it."""
+        """Kill the process group; torchrun's ranks have their own groups, but die with their parent."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
     def close(self) -> dict[str, Any]:
-        """After its end, kill what is left of the attempt, and return what torchrun reported; empty: nothing."""
+        """After the process has ended, kill the rest of the attempt; return torchrun's report, possibly empty."""
         with os.fdopen(self._reports, "rb") as file:
             text = file.read()
         end = time.monotonic() + _LEFTOVERS_S
@@ -62,12 +62,12 @@ class Child:
             time.sleep(0.05)
         try:
             return json.loads(text or b"{}")
-        except ValueError:  # it was killed while it wrote
+        except ValueError:  # killed while it wrote the report
             return {}
 
 
 def _kill_all(attempt: str) -> int:
-    """Kill the processes that have an attempt's name in their environment; return how many there were."""
+    """Kill all processes with the attempt's name in their environment; return their number."""
     mark, found = f"{ATTEMPT}={attempt}".encode(), 0
     for folder in Path("/proc").glob("[1-9]*"):
         with contextlib.suppress(OSError):

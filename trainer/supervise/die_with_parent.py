@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, however that ends. On Linux; elsewhere nothing happens."""
+"""Kill a process when its parent ends, however that ends. Linux only; a no-op elsewhere."""
 
 import ctypes
 import os
@@ -11,14 +11,14 @@ from trainer.environment import SUPERVISOR
 
 _PR_SET_PDEATHSIG = 1
 _LAUNCHERS = {"TORCHELASTIC_RUN_ID", "CROSS_SIZE"}
-"""Variables that torchrun and DeepSpeed's launcher set, each one of its own."""
+"""A variable that torchrun sets, and one that DeepSpeed's launcher sets."""
 
 
 def end_with(parent: int) -> Callable[[], None]:
-    """Return what a new process must call to be killed when its parent ends; made before the process is.
+    """Return a function that a new process must call in order to be killed when its parent ends.
 
     Args:
-        parent: process id; if the caller is not its child (any more), the call kills at once.
+        parent: process id; if the caller is not its child any more, the call kills at once.
     """
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
@@ -32,10 +32,10 @@ def end_with(parent: int) -> Callable[[], None]:
 
 
 def end_with_launcher() -> None:
-    """Bind a rank to torchrun, DeepSpeed's launcher or the supervisor, if one of them has started it."""
+    """Let this rank be killed when torchrun, DeepSpeed's launcher or the supervisor that started it ends."""
     supervisor = os.environ.get(SUPERVISOR)
     if supervisor is None and not _LAUNCHERS & os.environ.keys():
         return
     end_with(os.getppid())()
-    if supervisor is not None and not is_alive(int(supervisor)):  # it ended, and torchrun, before this rank was bound
+    if supervisor is not None and not is_alive(int(supervisor)):  # it and torchrun ended before this call
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Exit status of an attempt: the rank that failed first, its code and its step."""
+"""Exit status of an attempt: which rank failed first, with which code and in which step."""
 
 import signal
 from collections.abc import Collection, Mapping, Sequence
@@ -13,35 +13,35 @@ from trainer.supervise.policy import STAYS_WRONG
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExitStatus:
-    """The end of one attempt."""
+    """How one attempt ended."""
 
     code: int
     """Exit code of the rank that ended it; negative: the signal that killed it."""
     exit_code: int
-    """Exit code of a supervisor that does not restart."""
+    """Exit code of the supervisor if it does not restart."""
     what: str
-    """Description of the end: "rank 1 (pid 123) was killed by SIGKILL"."""
+    """What ended it, such as "rank 1 (pid 123) was killed by SIGKILL"."""
     where: str
-    """In which step: "at step 33"."""
+    """Where it ended, such as "at step 33"."""
     step: int
-    """The step being taken, from 1; 0 before the first."""
+    """Current step, from 1; 0 before the first."""
     rows: Sequence[int] | None
     """First and last row of that step."""
     has_begun: bool
-    """A rank had come to its first step."""
+    """Some rank had begun its first step."""
     is_unsaved: bool
-    """The disk refused a save that had to be: another attempt would compute the same again, for the same disk."""
+    """The final save failed for lack of resources: another attempt would repeat the work and fail again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Failure:
-    """A rank that did not come to the end of the run."""
+    """A rank that ended before the run did."""
 
     rank: int
     pid: int
     code: int
     time: float = float("inf")
-    """Unix time of its own word."""
+    """Unix time of its last status; inf if it wrote none."""
     error: str | None = None
 
 
@@ -56,22 +56,22 @@ def diagnose_exit(
     silent: Sequence[str] = (),
     silence_s: float = 0.0,
 ) -> ExitStatus:
-    """Find out what ended an attempt.
+    """Determine what ended an attempt.
 
-    torchrun's own exit code is 1 whatever happened, and a rank that was killed leaves no word: what torchrun reports
-    comes first, then what the ranks wrote themselves. When one rank fails, torchrun ends the others by SIGTERM (after
-    30 s by SIGKILL) and reports them as well. A signal that came too late to stop anything changes nothing: where all
-    ranks of this machine wrote that the run is done, it is.
+    torchrun's own exit code is 1 for every failure, and a killed rank writes no status, so both torchrun's report and
+    the ranks' status files are used. When one rank fails, torchrun ends the others by SIGTERM (by SIGKILL after 30 s)
+    and reports them too. A stop signal that came too late is ignored: if all ranks of this node have finished, the run
+    has.
 
     Args:
-        returncode: of the process that was started; negative for a signal.
-        pid: of that process.
-        report: of torchrun; empty if it gave none.
-        statuses: what this attempt's ranks wrote last.
-        ranks: those of this machine.
-        is_alone: the process is the only rank, not torchrun.
-        silent: who gave no sign of life, and so all of them were killed: ranks by number, torchrun.
-        silence_s: for how long.
+        returncode: of the child process; negative for a signal.
+        pid: of the child process.
+        report: of torchrun; empty if there is none.
+        statuses: last status of each rank of this attempt.
+        ranks: ranks of this node.
+        is_alone: the child is the only rank, not torchrun.
+        silent: processes without liveness messages, for which the attempt was killed: ranks by number, or torchrun.
+        silence_s: for how long they were silent.
     """
     reported = [_Failure(**failure) for failure in report.get("failures", [])]
     if is_alone and returncode:
@@ -86,9 +86,9 @@ def diagnose_exit(
     has_begun = any(status.phase != "start-up" for status in statuses.values())
     if silent and not any(failure.code in STAYS_WRONG for failure in written):
         code = -signal.SIGKILL
-        what = f"{_named(silent, pid, statuses)} gave no sign of life for {silence_s:g} s (frozen or stuck), killed"
+        what = f"{_named(silent, pid, statuses)} sent no liveness message for {silence_s:g} s (frozen or stuck), killed"
     elif failures:
-        first = min(failures, key=lambda one: (_weight(one.code), one.time, one.rank))
+        first = min(failures, key=lambda one: (_priority(one.code), one.time, one.rank))
         code, why = first.code, f" ({first.error})" if first.error else ""
         what = f"rank {first.rank} (pid {first.pid}) {_how(code)}{why}"
     elif all(rank in statuses and statuses[rank].exit_code == 0 for rank in ranks):
@@ -100,9 +100,9 @@ def diagnose_exit(
     exit_code = code
     if silent and code < 0:
         exit_code = CommError.exit_code
-    elif code < 0:  # of several ranks, the others have said what a lost one means
-        said = [failure.code for failure in written if failure.code != PREEMPTED]
-        exit_code = said[0] if said else 128 - code
+    elif code < 0:  # prefer the exit code by which other ranks reported the lost one
+        reported_codes = [failure.code for failure in written if failure.code != PREEMPTED]
+        exit_code = reported_codes[0] if reported_codes else 128 - code
     last = _last(statuses)
     return ExitStatus(
         code=code,
@@ -117,7 +117,7 @@ def diagnose_exit(
 
 
 def _named(silent: Sequence[str], pid: int, statuses: Mapping[int, Status]) -> str:
-    """Return who was silent, in words; if torchrun was, that is what the ranks went under."""
+    """Return the silent processes in words; if torchrun is one of them, only torchrun."""
     if "torchrun" in silent:
         return f"torchrun (pid {pid})"
     ranks = sorted(int(name) for name in silent if name.isdigit())
@@ -127,19 +127,19 @@ def _named(silent: Sequence[str], pid: int, statuses: Mapping[int, Status]) -> s
     return f"rank {ranks[0]} (pid {pid if status is None else status.pid})"
 
 
-def _weight(code: int) -> int:
-    """Return a failure's place among several, as the others end because one did; of equals the first knows why."""
+def _priority(code: int) -> int:
+    """Return how likely a failure is the cause of the others, lowest first; ties are broken by time."""
     if code in STAYS_WRONG:
-        return 0  # whatever else happened would happen again
+        return 0  # would recur, whatever else happened
     if code == -signal.SIGTERM:
-        return 4  # by torchrun, as another rank had failed
+        return 4  # sent by torchrun after another rank failed
     if code == PREEMPTED:
         return 3
     return 1 if code < 0 else 2
 
 
 def _last(statuses: Mapping[int, Status]) -> Status | None:
-    """Return the farthest status: of a rank that wrote its end if there is one, as the others' are a second old."""
+    """Return the status with the highest step; prefer ranks that have ended, as other statuses are up to 1 s old."""
     ended = [status for status in statuses.values() if status.state == "ended"]
     return max(ended or statuses.values(), key=lambda status: status.step, default=None)
 

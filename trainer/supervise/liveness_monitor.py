@@ -1,9 +1,9 @@
-"""Liveness of a supervisor's children: each process writes a line a second (`distributed/liveness_pipe.py`).
+"""Liveness of a supervisor's processes, from the messages that each writes into a pipe once a second.
 
-    $TMPDIR/turnout-XXXX/beats    a named pipe; "0" is rank 0's sign of life
-                         asked    written when a run is to stop: the signal that the supervisor was sent
+    $TMPDIR/turnout-XXXX/beats    named pipe, written by `distributed/liveness_pipe.py`; "0" is a message of rank 0
+                         asked    name of the stop signal that the supervisor received
 
-No part of the run folder: a disk that is full or slow is not a rank that is frozen.
+Not in the run folder, so that a full or slow disk does not look like a frozen rank.
 """
 
 import contextlib
@@ -15,37 +15,38 @@ from pathlib import Path
 
 from trainer.status import LIVENESS_FOLDER, LIVENESS_PIPE, STOP_SIGNAL
 
-_LONGEST_LOOK_S = 1.0
-"""More time than this between two looks was no silence of theirs: the supervisor itself was stopped, or the machine."""
+_MAX_POLL_S = 1.0
+"""A longer time between two polls is not counted as silence: the supervisor or the host was suspended."""
 
 
 class LivenessMonitor:
-    """Hears the processes of one attempt."""
+    """Monitors the processes of one attempt."""
 
     def __init__(self, first: str) -> None:
-        """Make the pipe; on a system without room for it nobody is heard, and nobody counts as silent.
+        """Create the pipe. If the system cannot, no process ever counts as silent.
 
         Args:
-            first: who is started; others are started by it.
+            first: name of the process that the supervisor starts.
         """
         self.environment: dict[str, str] = {}
-        """What the processes need to know."""
+        """Variables for the processes."""
         self._folder: Path | None = None
         self._pipe: int | None = None
         self._silence_s = {first: 0.0}
-        self._looked = time.monotonic()
+        self._polled_at = time.monotonic()
         with contextlib.suppress(OSError):
-            folder = Path(tempfile.mkdtemp(prefix="turnout-"))  # for this user alone
+            folder = Path(tempfile.mkdtemp(prefix="turnout-"))  # readable by this user only
             self._folder, self.environment = folder, {LIVENESS_FOLDER: str(folder)}
             os.mkfifo(folder / LIVENESS_PIPE)
-            self._pipe = os.open(folder / LIVENESS_PIPE, os.O_RDWR | os.O_NONBLOCK)  # it never ends, though writers do
+            # Opened for writing too, so that there is no end of file when the last writer exits.
+            self._pipe = os.open(folder / LIVENESS_PIPE, os.O_RDWR | os.O_NONBLOCK)
 
-    def listen(self) -> None:
-        """Take note of who was heard since the last call; often."""
+    def poll(self) -> None:
+        """Read the messages since the last call; call it often."""
         if self._pipe is None:
             return
         now = time.monotonic()
-        passed, self._looked = min(now - self._looked, _LONGEST_LOOK_S), now
+        passed, self._polled_at = min(now - self._polled_at, _MAX_POLL_S), now
         for name in self._silence_s:
             self._silence_s[name] += passed
         with contextlib.suppress(BlockingIOError):
@@ -53,11 +54,11 @@ class LivenessMonitor:
                 self._silence_s |= dict.fromkeys(text.decode(errors="replace").split(), 0.0)
 
     def silent(self, limit_s: float) -> list[str]:
-        """Return who was not heard for longer than this: who was started, and who was heard before."""
+        """Return the processes without a message for longer than this: the first one and any that sent one before."""
         return [name for name, silence_s in self._silence_s.items() if silence_s > limit_s]
 
-    def ask(self, signal_name: str) -> None:
-        """Leave word of why the processes are about to be asked to stop."""
+    def record_stop_signal(self, signal_name: str) -> None:
+        """Record the signal for the processes that are about to receive SIGTERM."""
         if self._folder is not None:
             with contextlib.suppress(OSError):
                 (self._folder / STOP_SIGNAL).write_text(signal_name)

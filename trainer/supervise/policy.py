@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from trainer.errors import INTERRUPTED, PREEMPTED, CheckpointError, ConfigError, DataError, NumericsError
 
 STAYS_WRONG = {ConfigError.exit_code, DataError.exit_code, CheckpointError.exit_code, NumericsError.exit_code}
-"""Exit codes of what no other attempt can mend."""
+"""Exit codes of failures that would recur in every attempt."""
 _FINAL = {0, *STAYS_WRONG, PREEMPTED, INTERRUPTED}
 
 
@@ -15,10 +15,10 @@ class Policy:
     """Limits of the restart policy."""
 
     first_pause_s: float = 1.0
-    """Before the first restart; doubles with every restart without progress."""
+    """Pause before the first restart; doubles with each restart without progress."""
     longest_pause_s: float = 60.0
     max_restarts: int = 3
-    """Restarts without progress."""
+    """Most restarts without progress."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,34 +28,34 @@ class AttemptOutcome:
     code: int
     """Exit code; negative: the signal that killed it."""
     checkpoint: int | None
-    """Step of the newest checkpoint at its end."""
+    """Step of the newest checkpoint at the end of the attempt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restart:
-    """Start again."""
+    """Decision to start the run again."""
 
     pause_s: float
     number: int
-    """Counts restarts without progress, from 1."""
+    """Index of this restart without progress, from 1."""
     num_left: int
-    """Number of restarts left."""
+    """Restarts left without progress."""
 
 
 def is_retried(code: int) -> bool:
-    """Tell whether another attempt may end otherwise: not where config, data, checkpoints or numbers are wrong."""
+    """Return whether another attempt may succeed; not if config, data, checkpoints or numerics are wrong."""
     return code not in _FINAL
 
 
 def decide(history: Sequence[AttemptOutcome], *, before: int | None, policy: Policy) -> Restart | None:
-    """Return what follows the last of these attempts; None: nothing.
+    """Decide whether to restart after the last attempt; None: do not.
 
-    Progress is a newer checkpoint than there was when the attempt began.
+    An attempt makes progress if it leaves a newer checkpoint than it found.
 
     Args:
-        history: every attempt so far, oldest first; at least one.
-        before: step of the newest checkpoint when the first one began.
-        policy: how patient to be.
+        history: all attempts so far, oldest first; at least one.
+        before: step of the newest checkpoint before the first attempt.
+        policy: limits.
     """
     if not is_retried(history[-1].code):
         return None

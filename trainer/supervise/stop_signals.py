@@ -1,4 +1,4 @@
-"""Being asked to stop as a supervisor is."""
+"""Stop signals of a supervisor."""
 
 import signal
 import time
@@ -9,12 +9,12 @@ from trainer.distributed.signals import SAME_REQUEST_S, listen
 
 
 class StopSignals:
-    """Counts requests to stop; what comes within 2 seconds of one belongs to it."""
+    """Counts stop signals; a signal within SAME_REQUEST_S of the last counted one is the same request."""
 
     def __init__(self) -> None:
         self.count = 0
         self.name = ""
-        """Of the first one's signal."""
+        """Name of the first signal."""
         self._last = 0.0
         self._before: dict[int, object] = {}
 
@@ -29,7 +29,7 @@ class StopSignals:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def sleep(self, seconds: float) -> None:
-        """Wait, though no longer than until there is a request."""
+        """Sleep, but return at the first stop signal."""
         end = time.monotonic() + seconds
         while self.count == 0 and time.monotonic() < end:
             time.sleep(min(0.1, seconds))

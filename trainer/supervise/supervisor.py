@@ -1,4 +1,4 @@
-"""Starts a run, and starts it again when something that may not happen again has ended it."""
+"""Supervisor: start a run, and restart it after failures that may not recur."""
 
 import contextlib
 import os
@@ -21,20 +21,20 @@ from trainer.supervise.policy import AttemptOutcome, Policy, Restart, decide, is
 from trainer.supervise.stop_signals import StopSignals
 from trainer.terminal import print_safe
 
-_LOOK_S = 0.1
-_LOOK_AT_RANKS_S = 1.0
-_LAST_CHANCE_S = 5.0
-"""A run that was asked to stop a second time has so long to end."""
-_DONE_S = 330.0
-"""When its ranks are done, torchrun waits five minutes for other machines, or for ever if its store is silent."""
+_POLL_S = 0.1
+_STATUS_POLL_S = 1.0
+_SECOND_STOP_S = 5.0
+"""Time for a run to end after the second stop signal."""
+_TORCHRUN_EXIT_S = 330.0
+"""Time for torchrun to exit after its ranks: it waits 5 minutes for other nodes, for ever if its store is silent."""
 _START_S = 300.0
-"""While it imports torch, or compiles, a process may be silent for so much longer."""
+"""Additional silence allowed during start-up, while a process imports torch or compiles."""
 _LOCK_S, _OLD_STORE_S = 30.0, 15.0
-"""An attempt waits so long for what the last one has left: the folder's lock, the first machine's port."""
+"""Longest wait before a restart: until the run folder is unlocked, and until the first node's port is closed."""
 
 
 class Supervisor:
-    """Watches over one run on one machine."""
+    """Supervises one run on one node."""
 
     def __init__(
         self,
@@ -49,21 +49,21 @@ class Supervisor:
         """Prepare.
 
         Args:
-            launch: which ranks to start.
+            launch: ranks to start.
             arguments: of `python -m trainer`, for every rank.
             folder: of the run.
-            patience_s: when one of several ranks has failed, the others may take so long to end.
-            silence_s: the only rank of a run may be frozen for so long; of several the others notice it, so they have
-                `patience_s`.
-            policy: how patient to be with a run that fails.
+            patience_s: time for the other ranks to end after one has failed.
+            silence_s: longest silence of a single rank. With several ranks the others detect a frozen one, so the limit
+                is `patience_s`.
+            policy: restart policy.
         """
         self._launch, self._arguments, self._folder = launch, arguments, folder
         self._patience_s, self._policy = patience_s, policy or Policy()
         self._silence_s = silence_s if launch.world_size == 1 else patience_s
 
     def run(self) -> int:
-        """Run to the end, to a failure that is final, or until asked to stop; return the exit code."""
-        before, history, endings = newest_checkpoint(self._folder), [], []
+        """Run to the end, to a final failure or to a stop signal; return the exit code."""
+        first_checkpoint, history, endings = newest_checkpoint(self._folder), [], []
         with StopSignals() as requests:
             while True:
                 ending = self._attempt(requests)
@@ -71,19 +71,19 @@ class Supervisor:
                 endings.append(ending)
                 if requests.count:
                     return self._stopped(requests, ending)
-                restart = None if ending.is_unsaved else decide(history, before=before, policy=self._policy)
+                restart = None if ending.is_unsaved else decide(history, before=first_checkpoint, policy=self._policy)
                 if restart is None:
                     if is_retried(ending.code) and not ending.is_unsaved:
-                        _say(_given_up(endings[-self._policy.max_restarts - 1 :], history[-1].checkpoint))
+                        _print(_given_up(endings[-self._policy.max_restarts - 1 :], history[-1].checkpoint))
                     return ending.exit_code
-                _say(_announcement(ending, history[-1].checkpoint, restart))
+                _print(_announcement(ending, history[-1].checkpoint, restart))
                 requests.sleep(restart.pause_s)
                 self._wait_for_leftovers(requests)
                 if requests.count:
                     return self._stopped_between(requests, ending, history[-1].checkpoint)
 
     def _attempt(self, requests: StopSignals) -> ExitStatus:
-        """Start the ranks once and wait for their end."""
+        """Start the ranks once and wait until they have ended."""
         is_alone = self._launch.world_size == 1
         with closing(LivenessMonitor("0" if is_alone else "torchrun")) as life:
             return self._watch(requests, life, environment_of_attempt(os.environ) | life.environment, is_alone=is_alone)
@@ -91,26 +91,26 @@ class Supervisor:
     def _watch(
         self, requests: StopSignals, life: LivenessMonitor, environment: dict[str, str], *, is_alone: bool
     ) -> ExitStatus:
-        """Start a process, stop it when asked to, kill it when it is lost; return how it ended."""
+        """Start a process, forward stop signals, kill it if it hangs; return its exit status."""
         child = Child(self._launch.command(self._arguments), environment)
-        num_asked, looked, kill_at = 0, time.monotonic(), float("inf")
+        num_forwarded, read_at, kill_at = 0, time.monotonic(), float("inf")
         silent: list[str] = []
         while (returncode := child.poll()) is None:
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
             now = time.monotonic()
-            if requests.count > num_asked:
-                num_asked += 1
-                life.ask(requests.name)
-                child.ask_to_stop()
-                if num_asked > 1:
-                    kill_at = min(kill_at, now + _LAST_CHANCE_S)
-            life.listen()
-            if now - looked > _LOOK_AT_RANKS_S:
-                looked, statuses = now, self._statuses(environment)
+            if requests.count > num_forwarded:
+                num_forwarded += 1
+                life.record_stop_signal(requests.name)
+                child.request_stop()
+                if num_forwarded > 1:
+                    kill_at = min(kill_at, now + _SECOND_STOP_S)
+            life.poll()
+            if now - read_at > _STATUS_POLL_S:
+                read_at, statuses = now, self._statuses(environment)
                 if not is_alone and any(map(_has_failed, statuses.values())):
                     kill_at = min(kill_at, now + self._patience_s)
                 if not is_alone and all(_is_done(statuses.get(rank)) for rank in self._launch.ranks):
-                    kill_at = min(kill_at, now + _DONE_S)
+                    kill_at = min(kill_at, now + _TORCHRUN_EXIT_S)
                 silent = silent or self._silent(life, statuses)
             if silent or now > kill_at:
                 child.kill()
@@ -128,7 +128,7 @@ class Supervisor:
         )
 
     def _silent(self, life: LivenessMonitor, statuses: Mapping[int, Status]) -> list[str]:
-        """Return who is frozen: silent for too long, and not because it has ended."""
+        """Return the frozen processes: silent for too long, although they have not ended."""
         has_begun = any(status.phase != "start-up" for status in statuses.values())
         limit_s = self._silence_s if has_begun else self._silence_s + _START_S
         return [name for name in life.silent(limit_s) if _may_run(name, statuses)]
@@ -137,38 +137,38 @@ class Supervisor:
         return read_statuses(self._folder.status, environment[ATTEMPT])
 
     def _wait_for_leftovers(self, requests: StopSignals) -> None:
-        """Wait until what the last attempt held is free: a new one would take it for another run's, or talk to it."""
+        """Wait until the last attempt has released the folder's lock or, on other nodes, the rendezvous port."""
         if self._launch.node_rank == 0:
             end = time.monotonic() + _LOCK_S
             while self._folder.owner() is not None and time.monotonic() < end and not requests.count:
-                time.sleep(_LOOK_S)
+                time.sleep(_POLL_S)
             return
-        # The first machine's ranks may still be ending: who joins their store meets the dead.
+        # While the first node's old store still listens, new ranks would connect to the old attempt.
         address, end = (self._launch.master_addr, self._launch.master_port), time.monotonic() + _OLD_STORE_S
-        with contextlib.suppress(OSError):  # refused: the old one has gone
+        with contextlib.suppress(OSError):  # connection refused: the old store is gone
             while time.monotonic() < end and not requests.count:
                 socket.create_connection(address, timeout=1.0).close()
-                time.sleep(_LOOK_S)
+                time.sleep(_POLL_S)
 
     def _stopped(self, requests: StopSignals, ending: ExitStatus) -> int:
-        """Return the exit code of a run that was asked to stop and has ended."""
+        """Return the exit code of a run that has ended after a stop signal."""
         if not is_retried(ending.code):
             return ending.exit_code
-        if not ending.has_begun:  # it was asked before it could listen
-            _say(f"stopped by {requests.name} before its first step: nothing is lost; start again to go on")
+        if not ending.has_begun:  # the signal came before the handler was installed
+            _print(f"stopped by {requests.name} before its first step: nothing is lost; start it again to continue")
             return PREEMPTED
         newest = newest_checkpoint(self._folder)
-        _say(f"{ending.what} {ending.where}, after {requests.name} had asked it to stop; {_newest_is(newest)}")
+        _print(f"{ending.what} {ending.where}, after a stop was requested by {requests.name}; {_newest_is(newest)}")
         return ending.exit_code
 
     def _stopped_between(self, requests: StopSignals, ending: ExitStatus, newest: int | None) -> int:
-        """Return the exit code of a run that was asked to stop while it waited to start again."""
-        _say(f"stopped by {requests.name} before it was started again; {_newest_is(newest)}")
+        """Return the exit code of a run that received a stop signal before a restart."""
+        _print(f"stopped by {requests.name} before it was started again; {_newest_is(newest)}")
         return PREEMPTED if newest is not None or ending.step <= 1 else ending.exit_code
 
 
 def newest_checkpoint(folder: RunFolder) -> int | None:
-    """Return the step of a run's newest checkpoint by name; None if there is none."""
+    """Return the step of a run's newest checkpoint, intact or not; None if there is none."""
     steps: list[int] = []
     with contextlib.suppress(OSError):
         steps = CheckpointFolder(folder.checkpoints).steps()
@@ -176,7 +176,7 @@ def newest_checkpoint(folder: RunFolder) -> int | None:
 
 
 def _has_failed(status: Status) -> bool:
-    """Tell whether a rank has ended before the end of the run, with or without a word."""
+    """Return whether a rank has failed: with an exit code, or without having written one."""
     return status.exit_code != 0 if status.state == "ended" else not is_alive(status.pid)
 
 
@@ -185,7 +185,7 @@ def _is_done(status: Status | None) -> bool:
 
 
 def _may_run(name: str, statuses: Mapping[int, Status]) -> bool:
-    """Tell whether a process that is silent has not just ended."""
+    """Return whether a silent process may still be running."""
     status = statuses.get(int(name)) if name.isdigit() else None
     return status is None or (status.state != "ended" and is_alive(status.pid))
 
@@ -198,17 +198,17 @@ def _announcement(ending: ExitStatus, newest: int | None, restart: Restart) -> s
 
 
 def _given_up(endings: Sequence[ExitStatus], newest: int | None) -> str:
-    """Say how the last attempt ended, and in which step each of them did."""
-    last, places = endings[-1], [_place(ending) for ending in endings]
-    is_one_place = len(set(places)) == 1
-    where = f"every attempt ended {places[0]}" if is_one_place else f"the attempts ended {', '.join(places)}"
+    """Return a message: how the last attempt ended, and in which step each attempt did."""
+    last, steps = endings[-1], [_step(ending) for ending in endings]
+    is_same_step = len(set(steps)) == 1
+    where = f"every attempt ended {steps[0]}" if is_same_step else f"the attempts ended {', '.join(steps)}"
     return (
         f"{last.what} {last.where}; giving up with exit code {last.exit_code}: "
         f"{len(endings) - 1} restarts made no progress\n{where}; {_newest_is(newest)}"
     )
 
 
-def _place(ending: ExitStatus) -> str:
+def _step(ending: ExitStatus) -> str:
     if ending.rows is None:
         return "in start-up"
     return f"in step {ending.step} with rows {ending.rows[0]} to {ending.rows[1]}"
@@ -218,6 +218,6 @@ def _newest_is(newest: int | None) -> str:
     return "there is no checkpoint yet" if newest is None else f"the newest checkpoint is of step {newest}"
 
 
-def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # the terminal has gone
+def _print(text: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal was closed
         print_safe(text, file=sys.stderr)

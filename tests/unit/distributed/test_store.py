@@ -84,14 +84,14 @@ def test_a_name_that_others_know_otherwise_means_the_interface_that_is_named_or_
             address_to_listen_on(name, named)
         assert str(error.value).startswith(f"MASTER_ADDR={name}: ")
         assert str(error.value).endswith(
-            "the first machine (NODE_RANK=0) has eth0 10.0.0.1, ib0 10.1.0.1; set MASTER_ADDR to the address that the "
-            "other machines reach, or GLOO_SOCKET_IFNAME to its interface"
+            "the first node (NODE_RANK=0) has eth0 10.0.0.1, ib0 10.1.0.1; set MASTER_ADDR to the address that the "
+            "other nodes reach, or GLOO_SOCKET_IFNAME to its interface"
         )
 
 
 def test_all_addresses_are_none(network: dict[str, str]) -> None:
     network["ib0"] = "10.1.0.1"
-    with pytest.raises(ConfigError, match=r"MASTER_ADDR=0\.0\.0\.0: is no address of this machine"):
+    with pytest.raises(ConfigError, match=r"MASTER_ADDR=0\.0\.0\.0: is not an address of this host"):
         address_to_listen_on("0.0.0.0", {})
 
 

@@ -114,12 +114,12 @@ def test_who_gave_no_sign_of_life_is_named_and_that_may_pass() -> None:
     ending = diagnose_exit(-9, statuses={0: running(0, 7)}, ranks=[0], is_alone=True, silent=["0"], **kept)
     assert (ending.code, ending.exit_code) == (-9, 5)
     assert f"{ending.what} {ending.where}" == (
-        "rank 0 (pid 100) gave no sign of life for 60 s (frozen or stuck), killed at about step 7"
+        "rank 0 (pid 100) sent no liveness message for 60 s (frozen or stuck), killed at about step 7"
     )
     both = {0: running(0, 7), 1: running(1, 7)}
     for silent, who in ((["1", "0"], "ranks 0 and 1"), (["0", "torchrun"], "torchrun (pid 100)")):
         ending = diagnose_exit(-9, statuses=both, ranks=range(2), is_alone=False, silent=silent, **kept)
-        assert ending.what == f"{who} gave no sign of life for 60 s (frozen or stuck), killed"
+        assert ending.what == f"{who} sent no liveness message for 60 s (frozen or stuck), killed"
     wrong = {0: ended(0, 7, 3, "no"), 1: running(1, 7)}
     ending = diagnose_exit(-9, statuses=wrong, ranks=range(2), is_alone=False, silent=["1"], **kept)
     assert (ending.code, ending.what) == (3, "rank 0 (pid 100) ended with 3 (no)"), "what stays wrong comes first"

@@ -21,7 +21,7 @@ from trainer.supervise.liveness_monitor import LivenessMonitor
 @pytest.fixture
 def life(monkeypatch: pytest.MonkeyPatch) -> Iterator[LivenessMonitor]:
     """A supervisor's ear; this process is one that it has started."""
-    monkeypatch.setattr(of_process, "_BEAT_S", 0.01)
+    monkeypatch.setattr(of_process, "_INTERVAL_S", 0.01)
     with closing(LivenessMonitor("0")) as made:
         for name, value in made.environment.items():
             monkeypatch.setenv(name, value)
@@ -37,7 +37,7 @@ def write(life: LivenessMonitor, text: str) -> None:
 def look(life: LivenessMonitor, monkeypatch: pytest.MonkeyPatch, *, after_s: float) -> None:
     """Listen again, so many seconds after the last time."""
     monkeypatch.setattr(life, "_looked", time.monotonic() - after_s)
-    life.listen()
+    life.poll()
 
 
 def test_silent_is_who_was_started_or_heard_and_is_heard_no_more(
@@ -69,7 +69,7 @@ def test_a_process_shows_life_again_and_again(life: LivenessMonitor) -> None:
         while life.silent(1e5):
             assert time.monotonic() < end
             time.sleep(0.01)
-            life.listen()
+            life.poll()
 
 
 def test_an_only_rank_that_computes_nothing_in_the_middle_of_a_step_shows_no_life(
@@ -110,17 +110,17 @@ def test_a_system_without_room_for_a_pipe_takes_nobody_for_silent(monkeypatch: p
     life = LivenessMonitor("0")
     assert life.environment == {}
     for _ in range(3):
-        life.listen()
-        life.ask("SIGINT")
+        life.poll()
+        life.record_stop_signal("SIGINT")
     assert life.silent(0.0) == []
     life.close()
 
 
 def test_a_process_that_a_supervisor_asks_to_stop_says_what_the_supervisor_was_sent(life: LivenessMonitor) -> None:
-    life.ask("SIGINT")
+    life.record_stop_signal("SIGINT")
     with pytest.raises(StopRequested, match="stopped by SIGINT before its first step"), StopRequest():
         signal.raise_signal(signal.SIGTERM)
-    life.ask("no signal\x1b[2J")
+    life.record_stop_signal("no signal\x1b[2J")
     with pytest.raises(StopRequested, match="stopped by SIGTERM before its first step"), StopRequest():
         signal.raise_signal(signal.SIGTERM)
 
@@ -133,8 +133,8 @@ def test_nothing_is_left_of_the_pipe(life: LivenessMonitor) -> None:
 
 
 def test_work_is_that_of_the_other_threads() -> None:
-    before = of_process._worked_s()
+    before = of_process._cpu_s()
     end = time.thread_time() + 0.05
     while time.thread_time() < end:  # this thread, as it asks
         pass
-    assert of_process._worked_s() - before < 0.04
+    assert of_process._cpu_s() - before < 0.04
