@@ -124,7 +124,7 @@ class Launch:
 def environment_of_attempt(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of a new attempt: the given one with the attempt's name and settings for torchrun.
 
-    Rank variables of other launchers are removed, and so are defaults of torchrun's options (PET_*): with PET_STANDALONE
+    Rank variables of other launchers are removed, and so are torchrun's defaults (PET_*): with PET_STANDALONE
     it would use a store that listens on all addresses, and unpickle values from it.
     """
     own = {ATTEMPT: uuid.uuid4().hex, SUPERVISOR: str(os.getpid())}

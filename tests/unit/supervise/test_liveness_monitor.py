@@ -36,7 +36,7 @@ def write(life: LivenessMonitor, text: str) -> None:
 
 def look(life: LivenessMonitor, monkeypatch: pytest.MonkeyPatch, *, after_s: float) -> None:
     """Listen again, so many seconds after the last time."""
-    monkeypatch.setattr(life, "_looked", time.monotonic() - after_s)
+    monkeypatch.setattr(life, "_polled_at", time.monotonic() - after_s)
     life.poll()
 
 
@@ -76,7 +76,7 @@ def test_an_only_rank_that_computes_nothing_in_the_middle_of_a_step_shows_no_lif
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worked_s = 0.0
-    monkeypatch.setattr(of_process, "_worked_s", lambda: worked_s)
+    monkeypatch.setattr(of_process, "_cpu_s", lambda: worked_s)
     status = StatusFile(tmp_path, rank=0)
     progress = CpuProgress(status)
     assert progress.is_made() and progress.is_made(), "in start-up"
