@@ -503,11 +503,11 @@ CASES = [
            "groups")]),
     Case("nothing for the second choice",
          "name: x\nmodel: {moe: {router: {kind: gshard, top_k: 1, normalize: false}}}\n",
-         [("x.yaml:2:15: model.moe.router.random_second: true has no effect where no token has a second expert; "
+         [("x.yaml:2:15: model.moe.router.random_second: true has no effect without a second expert; "
            "use false")]),
     Case("a sign that nothing teaches",
          "name: x\nmodel: {moe: {num_experts: 1, router: {kind: mixture_of_depths, predictor_coef: 0}}}\n",
-         [("x.yaml:2:65: model.moe.router.predictor_coef: 0 leaves the sign, by which evaluation chooses, to chance; "
+         [("x.yaml:2:65: model.moe.router.predictor_coef: 0 leaves the sign, by which evaluation routes, untrained; "
            "use more than 0, or evaluation_routing: as_trained")]),
     Case("the gap of a router without scores",
          "name: x\nmodel: {moe: {router: {kind: hash}}}\nmetrics: {routing_gap_every: 5}\n",
@@ -531,8 +531,8 @@ CASES = [
            " more groups")]),
     Case("capacity of top_p",
          "name: x\nmodel: {moe: {router: {kind: top_p}, capacity: {factor: 1.0}}}\n",
-         [("x.yaml:2:49: model.moe.capacity.factor: how many experts tokens take under top_p is not "
-           "known before, so no room can be sized by it; use factor: null")]),
+         [("x.yaml:2:49: model.moe.capacity.factor: the number of experts per token varies under "
+           "top_p, so a capacity cannot be computed in advance; use factor: null")]),
     Case("capacity of expert choice",
          "name: x\nmodel: {moe: {router: {kind: expert_choice}, capacity: {factor: 1.0}}}\n",
          [("x.yaml:2:57: model.moe.capacity.factor: this router decides by itself how many tokens an"
@@ -562,7 +562,7 @@ CASES = [
          ["x.yaml:2:52: model.moe.router.top_k: 3 is more than num_experts 2; use 1 to 2"]),
     Case("many networks to go around",
          "name: x\nmodel: {moe: {router: {kind: mixture_of_depths}}}\n",
-         [("x.yaml:2:24: model.moe.router.kind: mixture_of_depths has one network to go around; use "
+         [("x.yaml:2:24: model.moe.router.kind: mixture_of_depths has a single expert; use "
            "num_experts: 1, not 8")]),
     Case("share above one for a router",
          "name: x\nmodel: {moe: {num_experts: 1, router: {kind: mixture_of_depths, capacity: 1.1}}}\n",
@@ -575,8 +575,8 @@ CASES = [
     Case("first choices and null experts",
          ("name: x\nmodel: {moe: {router: {kind: top_k, null_experts: 1}, balance: {convention: "
           "gshard_first_choice}}}\n"),
-         [("x.yaml:2:65: model.moe.balance.convention: gshard_first_choice knows no null experts; "
-           "use canonical")]),
+         [("x.yaml:2:65: model.moe.balance.convention: gshard_first_choice does not support null "
+           "experts; use canonical")]),
     Case("first choices of expert choice",
          "name: x\nmodel: {moe: {router: {kind: expert_choice}, balance: {convention: gshard_first_choice}}}\n",
          [("x.yaml:2:56: model.moe.balance.convention: gshard_first_choice needs a router that ranks"
@@ -595,8 +595,8 @@ CASES = [
            "null experts")]),
     Case("diversity of one expert",
          "name: x\nmodel: {moe: {router: {kind: switch}, diversity_coef: 0.1}}\n",
-         [("x.yaml:2:39: model.moe.diversity_coef: needs tokens with two experts or more, whose "
-           "outputs can be compared; use 0")]),
+         [("x.yaml:2:39: model.moe.diversity_coef: needs at least two experts per token, whose "
+           "outputs are compared; use 0")]),
     Case("null experts of the dense router",
          "name: x\nmodel: {moe: {router: {kind: dense, null_experts: 1}}}\n",
          [("x.yaml:2:37: model.moe.router.null_experts: unknown key for kind: dense; it is an option"
@@ -610,29 +610,29 @@ CASES = [
     Case("choice_major without a ranking",
          ("name: x\nmodel: {moe: {router: {kind: hash, top_k: 2}, capacity: {factor: 1.0, policy: "
           "choice_major}}}\n"),
-         ["x.yaml:2:71: model.moe.capacity.policy: hash ranks no choices; use position or random"]),
+         ["x.yaml:2:71: model.moe.capacity.policy: hash does not rank choices; use position or random"]),
     Case("hf of top_p",
          "name: x\nmodel: {moe: {router: {kind: top_p}, balance: {convention: hf}}}\n",
          [("x.yaml:2:48: model.moe.balance.convention: hf means k times ours, and top_p has no k; "
            "use canonical")]),
     Case("hf when every step draws its k",
          "name: x\nmodel: {moe: {router: {top_k_choices: [1, 2]}, balance: {convention: hf}}}\n",
-         [("x.yaml:2:58: model.moe.balance.convention: hf means k times ours, and every step draws another k; "
+         [("x.yaml:2:58: model.moe.balance.convention: hf means k times ours, and k changes from step to step; "
            "use canonical")]),
     Case("load when all experts are taken",
          "name: x\nmodel: {moe: {num_experts: 2, router: {kind: noisy_top_k}, cv_squared: {load_coef: 0.1}}}\n",
          [("x.yaml:2:73: model.moe.cv_squared.load_coef: every token takes all 2 experts, so the "
-           "load is even; use 0")]),
+           "load is uniform; use 0")]),
     Case("importance that is not learned",
          "name: x\nmodel: {moe: {router: {kind: random}, cv_squared: {importance_coef: 0.1}}}\n",
          [("x.yaml:2:52: model.moe.cv_squared.importance_coef: the weights of random are not "
            "learned; use 0")]),
     Case("device groups without probabilities",
          "name: x\nmodel: {moe: {router: {kind: hash}, device_balance: {coef: 0.1}}}\n",
-         ["x.yaml:2:54: model.moe.device_balance.coef: hash has no probabilities to even out; use 0"]),
+         ["x.yaml:2:54: model.moe.device_balance.coef: hash has no probabilities to balance; use 0"]),
     Case("one device group",
          "name: x\nmodel: {moe: {device_balance: {coef: 0.1, groups: 1}}}\n",
-         [("x.yaml:2:43: model.moe.device_balance.groups: 1 group is always even; use 2 or more, or "
+         [("x.yaml:2:43: model.moe.device_balance.groups: 1 group is always balanced; use 2 or more, or "
            "coef: 0")]),
     Case("warmup as long as training",
          "name: x\nschedule:\n  kind: warmup_cosine\n  warmup_steps: 100\ntrain: {steps: 100}\n",

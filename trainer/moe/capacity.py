@@ -1,4 +1,4 @@
-"""Capacity: how many rows an expert accepts, and which assignments that drops. Pure, and before any communication.
+"""Expert capacity: the rows an expert accepts, and the assignments dropped beyond it. Pure, before any communication.
 
 # T tokens, k experts per token, A assignments, E experts, B sequences of S tokens, C rows per expert and sequence.
 """
@@ -26,11 +26,11 @@ def expert_capacity(assignments: int, num_experts: int, *, factor: float, minimu
 
 
 def capacity_causality(capacity: CapacityConfig, *, is_training: bool) -> Causality:
-    """Return what it depends on whether a token is kept; in evaluation nothing is at random."""
+    """Return which other tokens can decide whether a token is kept; in evaluation `random` goes by position."""
     if capacity.factor is None:
         return "strict"
     if capacity.scope == "rank":
-        return "no"  # earlier rows take the room that later ones find
+        return "no"  # earlier rows of the batch fill the experts before later ones
     by_position = ("position",) if is_training else ("position", "random")
     return "strict" if capacity.policy in by_position else "within_sequence"
 
@@ -38,16 +38,16 @@ def capacity_causality(capacity: CapacityConfig, *, is_training: bool) -> Causal
 def limit_to_capacity(
     decision: RoutingDecision, capacity: CapacityConfig, context: RoutingContext, *, salt: int = 0
 ) -> RoutingDecision:
-    """Drop the assignments that come after an expert is full; identity without a factor or under `context.dropless`.
+    """Drop the assignments that exceed their expert's capacity; identity without a factor or under `context.dropless`.
 
-    The returned `capacity` is static: B * C rows per expert for `scope: sequence`, C for `scope: rank`, where C is no
-    more than there are assignments.
+    The returned `capacity` is static: B * C rows per expert for `scope: sequence`, C for `scope: rank`, where C is at
+    most the number of assignments.
 
     Args:
-        decision: what the router wants.
-        capacity: how much an expert accepts, and who goes first.
+        decision: of the router.
+        capacity: rows per expert, and the priority of tokens.
         context: of the same tokens.
-        salt: separates the layers' random orders.
+        salt: separates the random orders of different layers.
 
     Source: GShard (arXiv 2006.16668) for `choice_major`; Riquelme et al. 2021 (arXiv 2106.05974) for `probability`;
         Kim et al. 2021 (arXiv 2109.10465) for `random`.
@@ -56,18 +56,18 @@ def limit_to_capacity(
         return decision
     num_groups = context.num_sequences if capacity.scope == "sequence" else 1
     num_assignments = decision.expert_index.numel()
-    wanted = num_assignments // max(1, num_groups)
-    per_group = expert_capacity(wanted, decision.num_experts, factor=capacity.factor, minimum=capacity.min)
-    per_group = min(per_group, max(1, wanted))  # more room than there are assignments would only be memory
+    in_group = num_assignments // max(1, num_groups)
+    per_group = expert_capacity(in_group, decision.num_experts, factor=capacity.factor, minimum=capacity.min)
+    per_group = min(per_group, max(1, in_group))  # more would only waste memory
     limited = decision.kept & (decision.expert_index < decision.num_experts)
     group = context.sequence_index[decision.token_index] if num_groups > 1 else torch.zeros_like(decision.token_index)
-    # Assignments that need no room share one queue of their own behind all others.
+    # Assignments that take no capacity share one additional queue, after all others.
     queue = torch.where(
         limited, group * decision.num_experts + decision.expert_index, num_groups * decision.num_experts
     )
     order = _arrival_order(decision, queue, capacity, context, salt)
-    place = _place_in_queue(queue, order, num_groups * decision.num_experts + 1)
-    kept = decision.kept & (~limited | (place < per_group))
+    position = _position_in_queue(queue, order, num_groups * decision.num_experts + 1)
+    kept = decision.kept & (~limited | (position < per_group))
     weight = decision.combine_weight
     if capacity.renormalize_after_drop:
         weight = _renormalize(decision, kept)
@@ -77,10 +77,10 @@ def limit_to_capacity(
 def _arrival_order(
     decision: RoutingDecision, queue: Tensor, capacity: CapacityConfig, context: RoutingContext, salt: int
 ) -> Tensor:
-    """Return (A,) assignments in the order in which they ask for room in their queues (A,)."""
+    """Return (A,) the order in which assignments claim capacity in their queues (A,)."""
     order = torch.arange(decision.expert_index.numel(), device=decision.expert_index.device)
     if capacity.policy == "position":
-        return order  # token-major, then slot: the list's own order
+        return order  # token-major, then slot
     if capacity.policy == "random":
         if context.noise_key is None:
             return order
@@ -88,25 +88,25 @@ def _arrival_order(
         return drawn[decision.token_index].argsort(stable=True)
     if capacity.policy == "probability":
         return round_mantissa(decision.combine_weight.detach(), group=queue).argsort(descending=True, stable=True)
-    assert decision.top_k is not None, "a config with a capacity has a router with a fixed k"
-    return order.view(decision.num_tokens, decision.top_k).t().reshape(-1)  # all first choices, then all second ones
+    assert decision.top_k is not None, "a capacity needs a router with a fixed k"
+    return order.view(decision.num_tokens, decision.top_k).t().reshape(-1)  # all first choices, then all second
 
 
-def _place_in_queue(queue: Tensor, order: Tensor, num_queues: int) -> Tensor:
-    """Return (A,): how many assignments stand before each one in its queue.
+def _position_in_queue(queue: Tensor, order: Tensor, num_queues: int) -> Tensor:
+    """Return (A,): the number of assignments before each one in its queue.
 
-    #  queue  [1 0 1 1 0], order = list order   ->   place [0 0 1 2 1]
+    #  queue  [1 0 1 1 0], order = list order   ->   position [0 0 1 2 1]
     """
     by_queue = order[queue[order].argsort(stable=True)]  # (A,) grouped by queue, in order of arrival
     lengths = torch.bincount(queue, minlength=num_queues)
     start = lengths.cumsum(0) - lengths
-    place = torch.empty_like(queue)
-    place[by_queue] = torch.arange(queue.numel(), device=queue.device) - start[queue[by_queue]]
-    return place
+    position = torch.empty_like(queue)
+    position[by_queue] = torch.arange(queue.numel(), device=queue.device) - start[queue[by_queue]]
+    return position
 
 
 def _renormalize(decision: RoutingDecision, kept: Tensor) -> Tensor:
-    """Scale every token's surviving weights to the sum its weights had before the drop."""
+    """Scale each token's remaining weights to the sum of its weights before the drop."""
     weight = decision.combine_weight
     zero = weight.new_zeros(decision.num_tokens)
     before = zero.index_add(0, decision.token_index, weight * decision.kept)

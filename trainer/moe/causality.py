@@ -1,7 +1,4 @@
-"""Warnings about routers that are not causal: a token's experts depend on later tokens.
-
-A language model that is trained with a look at later tokens learns from what it will not have when it writes.
-"""
+"""Warnings about routing that is not causal: a token's experts depend on later tokens, absent at generation time."""
 
 from collections.abc import Sequence
 
@@ -10,39 +7,39 @@ from trainer.moe.config import MoEConfig
 from trainer.moe.layer import MoE
 from trainer.moe.routing import Causality, weaker
 
-_HOW: dict[Causality, str] = {"within_sequence": "later tokens of its row", "no": "tokens of other rows"}
+_HOW: dict[Causality, str] = {"within_sequence": "later tokens of its sequence", "no": "tokens of other sequences"}
 
 
 def training_warning(config: MoEConfig, layers: Sequence[MoE]) -> str | None:
-    """Return what to say before a router or capacity that looks ahead is trained; None where none does."""
+    """Return a warning if router or capacity is not causal in training; None if both are."""
     by_router, by_capacity = (
         _weakest([layer.router.causal for layer in layers]),
         capacity_causality(config.capacity, is_training=True),
     )
-    is_honest = getattr(config.router, "evaluation_routing", "top_k") == "top_k"
-    advice = "; go by the loss on held-out text, not by that of training" if is_honest else ""
+    is_causal_in_evaluation = getattr(config.router, "evaluation_routing", "top_k") == "top_k"
+    advice = "; judge by the held-out loss, not by the training loss" if is_causal_in_evaluation else ""
     if by_router != "strict":
         return (
-            f"model.moe.router: {config.router.kind} chooses a token's experts by {_HOW[by_router]} as well, which "
-            f"nobody has who writes text{advice}"
+            f"model.moe.router: {config.router.kind} is not causal: a token's experts depend on {_HOW[by_router]}, "
+            f"which do not exist at generation time{advice}"
         )
     if layers and by_capacity != "strict":
         what = "scope: rank" if by_capacity == "no" else f"policy: {config.capacity.policy}"
         return (
-            f"model.moe.capacity: with {what} a token's experts can be taken by {_HOW[by_capacity]}, which nobody has "
-            f"who writes text{advice}"
+            f"model.moe.capacity: {what} is not causal: {_HOW[by_capacity]}, which do not exist at generation "
+            f"time, can evict a token from its experts{advice}"
         )
     return None
 
 
 def evaluation_warning(layers: Sequence[MoE]) -> str | None:
-    """Return what to say beside the loss of a model that sees what it predicts; None where no token does."""
+    """Return a warning if evaluation is not causal, so that its loss is too low; None if it is causal."""
     causal = _weakest([layer.router.causal_in_evaluation for layer in layers])
     if causal == "strict":
         return None
     return (
         f"model.moe.router.evaluation_routing: as_trained lets a token's experts depend on {_HOW[causal]}: held-out "
-        "loss is of a model that has seen some of what it predicts; generated text is routed by top_k"
+        "loss is that of a model that sees some of what it predicts, and generation routes by top_k instead"
     )
 
 

@@ -95,19 +95,17 @@ class MoEConfig(Config):
                 f"gshard_first_choice needs a router that ranks its choices, not {self.router.kind}; use canonical",
             )
         if self.balance.convention == "gshard_first_choice" and self.router.num_null_experts:
-            yield Problem("balance.convention", "gshard_first_choice knows no null experts; use canonical")
+            yield Problem("balance.convention", "gshard_first_choice does not support null experts; use canonical")
         if self.capacity.policy == "choice_major" and self.capacity.factor is not None and not self.router.has_probs:
-            yield Problem("capacity.policy", f"{self.router.kind} ranks no choices; use position or random")
+            yield Problem("capacity.policy", f"{self.router.kind} does not rank choices; use position or random")
         if self.balance.convention == "hf" and not self.router.has_static_flops:
             has_k = hasattr(self.router, "top_k")
-            why = "every step draws another k" if has_k else f"{self.router.kind} has no k"
+            why = "k changes from step to step" if has_k else f"{self.router.kind} has no k"
             yield Problem("balance.convention", f"hf means k times ours, and {why}; use canonical")
         yield from self._cv_squared_problems()
         yield from self._device_balance_problems()
         if self.diversity_coef and self.router.most_experts(self.num_experts) < 2:
-            yield Problem(
-                "diversity_coef", "needs tokens with two experts or more, whose outputs can be compared; use 0"
-            )
+            yield Problem("diversity_coef", "needs at least two experts per token, whose outputs are compared; use 0")
 
     def _cv_squared_problems(self) -> Iterator[Problem]:
         kind, choices = self.router.kind, self.num_experts + self.router.num_null_experts
@@ -115,7 +113,7 @@ class MoEConfig(Config):
             yield Problem("cv_squared.load_coef", f"only noisy_top_k estimates a load, not {kind}; use 0")
         elif self.cv_squared.load_coef and getattr(self.router, "top_k", 0) >= choices:
             yield Problem(
-                "cv_squared.load_coef", f"every token takes all {choices} experts, so the load is even; use 0"
+                "cv_squared.load_coef", f"every token takes all {choices} experts, so the load is uniform; use 0"
             )
         if self.cv_squared.importance_coef and not self.router.learns_weights:
             yield Problem("cv_squared.importance_coef", f"the weights of {kind} are not learned; use 0")
@@ -125,9 +123,9 @@ class MoEConfig(Config):
         if self.device_balance.coef == 0:
             return
         if not self.router.has_probs:
-            yield Problem("device_balance.coef", f"{self.router.kind} has no probabilities to even out; use 0")
+            yield Problem("device_balance.coef", f"{self.router.kind} has no probabilities to balance; use 0")
         if groups == 1:
-            yield Problem("device_balance.groups", "1 group is always even; use 2 or more, or coef: 0")
+            yield Problem("device_balance.groups", "1 group is always balanced; use 2 or more, or coef: 0")
         if self.num_experts % groups:
             yield Problem(
                 "device_balance.groups",

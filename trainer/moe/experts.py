@@ -1,4 +1,4 @@
-"""The experts of one layer: E feed-forward networks as stacked weights."""
+"""Experts of one layer: E feed-forward networks with stacked weights."""
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from trainer.ops.kernels import ExpertsKernel, run_experts
 class Experts(nn.Module):
     """E feed-forward networks without biases; dimension 0 of every parameter is the expert.
 
-    Sees rows grouped by expert and nothing else: no ids, no ranks, no weights.
+    Its input is rows grouped by expert: it depends neither on tokens, ranks nor combine weights.
     """
 
     def __init__(
@@ -20,19 +20,19 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.num_experts, self.first = num_experts, 0
-        """How many experts the layer has, and the global number of the first one that is here."""
+        """Experts of the whole layer, and the global index of the first local one."""
         width = 2 * d_ff if activation == "swiglu" else d_ff
         self.w_in = nn.Parameter(torch.empty(num_experts, width, d_model))  # (E, H, D)
         self.w_out = nn.Parameter(torch.empty(num_experts, d_model, d_ff))  # (E, D, F)
-        for weight in self.parameters():  # each expert as nn.Linear would start; on meta it costs nothing
+        for weight in self.parameters():  # as nn.Linear initializes each expert; free on the meta device
             bound = weight.shape[-1] ** -0.5
             nn.init.uniform_(weight, -bound, bound)
         self.activation, self.kernel = activation, kernel
         self.is_compiled = False
-        """Compile what runs between the products, where the kernel can."""
+        """Compile the operations between the matrix products, if the kernel supports it."""
 
     def keep(self, first: int, end: int) -> None:
-        """Hold experts first .. end - 1 only."""
+        """Keep only experts first .. end - 1."""
         self.first = first
         for name, weight in list(self.named_parameters()):
             setattr(self, name, nn.Parameter(weight.detach()[first:end].clone()))
@@ -43,7 +43,7 @@ class Experts(nn.Module):
         Args:
             x: grouped by expert.
             rows_per_expert: (E_local,), or of those in `part`.
-            part: first and last + 1 of the experts here that are to be applied; None: all.
+            part: first and last + 1 of the local experts to apply; None: all.
         """
         w_in, w_out = self.w_in, self.w_out
         if part is not None:

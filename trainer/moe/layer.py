@@ -1,4 +1,4 @@
-"""The MoE layer: route, limit, dispatch, compute, combine."""
+"""The MoE layer: route, limit to capacity, dispatch, apply the experts, combine."""
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from trainer.moe.stats import MoEStats, collect_stats
 
 
 class MoE(nn.Module):
-    """Replaces the feed-forward network of a block by experts that each token chooses from."""
+    """Mixture-of-experts layer, which replaces the feed-forward network of a block."""
 
     def __init__(
         self,
@@ -28,17 +28,17 @@ class MoE(nn.Module):
         needs_importance: bool = False,
         needs_expert_similarity: bool = False,
     ) -> None:
-        """Put a layer together.
+        """Create the layer.
 
         Args:
-            router: scores tokens.
-            experts: what is here of them.
-            dispatcher: moves rows to experts and back.
-            capacity: how much an expert accepts.
-            shared: what every token passes as well.
-            layer: number of the block, which separates random orders.
-            needs_importance: some loss is made of the sums of combine weights.
-            needs_expert_similarity: some loss compares the outputs of a token's experts.
+            router: assigns experts to tokens.
+            experts: the local ones.
+            dispatcher: sends rows to experts and combines the outputs.
+            capacity: limits the rows per expert.
+            shared: applied to every token in addition.
+            layer: index of the block; separates the random orders of different layers.
+            needs_importance: a loss uses the sums of combine weights.
+            needs_expert_similarity: a loss compares the outputs of a token's experts.
         """
         super().__init__()
         self.router, self.experts, self.shared = router, experts, shared
@@ -46,7 +46,7 @@ class MoE(nn.Module):
         self.needs_importance, self.needs_expert_similarity = needs_importance, needs_expert_similarity
 
     def forward(self, x: Tensor, context: RoutingContext) -> tuple[Tensor, MoEStats]:
-        """Return the layer's output for x (B, S, D) and what it did; tokens that are not valid get 0."""
+        """Return the layer's output for x (B, S, D), 0 for padding, and its statistics."""
         tokens = x.flatten(0, 1)  # (T, D)
         routed = self.router(tokens, context)
         decision = limit_to_capacity(routed.decision, self.capacity, context, salt=self.layer)
@@ -61,6 +61,6 @@ class MoE(nn.Module):
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that matrix products of x run in: autocast's where it is on, else x's own."""
+    """Return the dtype of matrix products of x: autocast's if enabled, else that of x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

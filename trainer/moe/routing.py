@@ -1,4 +1,4 @@
-"""Input and output of a router, and the contract between them.
+"""The router interface: its input, its output, and the decision that layers act on.
 
 # T tokens here, k experts per token, A assignments, E experts, D d_model, B sequences.
 """
@@ -16,22 +16,22 @@ _WEAKEST_LAST: tuple[Causality, ...] = ("strict", "within_sequence", "no")
 
 
 def weaker(one: Causality, other: Causality) -> Causality:
-    """Return which of two promises says less."""
+    """Return the weaker of two guarantees."""
     return max(one, other, key=_WEAKEST_LAST.index)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingOptions:
-    """Routing options of one forward pass, beside the config."""
+    """Routing options of one forward pass, which are not in the config."""
 
     noise_seed: int | None = None
-    """Seed of all noise; None switches noise off (evaluation)."""
+    """Seed of all noise; None: no noise (evaluation)."""
     dropless: bool = False
     """Ignore the capacity (evaluation, generation)."""
     top_k: int | None = None
-    """Experts per token instead of the configured number, of routers that have one."""
+    """Experts per token, overriding the config."""
     counts_targets_only: bool = False
-    """Statistics are of the tokens whose target counts in the loss, not of those that are only read (evaluation)."""
+    """Collect statistics only of tokens whose target counts in the loss (evaluation), not of the context."""
     return_router_outputs: bool = False
     """Return each router's output with the statistics."""
 
@@ -43,29 +43,29 @@ class RoutingContext:
     token_ids: Tensor
     """int64."""
     valid: Tensor
-    """bool; padding is never dispatched and never counted."""
+    """bool; False for padding, which is neither dispatched nor counted."""
     position: Tensor
     """int64 column in the row."""
     sequence_index: Tensor
-    """int64 row of this batch, in [0, num_sequences)."""
+    """int64 row of the batch, in [0, num_sequences)."""
     num_sequences: int
-    """B; rows are equally long, so a row has T / B tokens."""
+    """B; all rows have T / B tokens."""
     noise_key: Tensor | None = None
-    """int64 key of this token's noise, a function of seed, sample and position; None: no noise."""
+    """int64 key of each token's noise, a function of seed, sample and position; None: no noise."""
     top_k: int | None = None
-    """Experts per token instead of the configured number, of routers that have one."""
+    """Experts per token, overriding the config."""
     dropless: bool = False
     """Ignore the capacity."""
     counted: Tensor | None = None
-    """bool, of valid tokens: which of them are in the statistics. None: all."""
+    """bool; the valid tokens that are in the statistics. None: all of them."""
     return_router_outputs: bool = False
-    """Hand on what the router puts out."""
+    """Return the router's output with the statistics."""
     is_incremental: bool = False
-    """The rows are pieces that are appended to a cache: what comes later in them is not there yet."""
+    """The rows are appended to a KV cache, so the rest of each sequence does not exist yet."""
 
     @property
     def is_training(self) -> bool:
-        """Training has noise, evaluation and generation have none."""
+        """True if there is noise: only training has it."""
         return self.noise_key is not None
 
     @property
@@ -76,29 +76,29 @@ class RoutingContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingDecision:
-    """A sparse (T, E) matrix in coordinate form: which token goes to which expert, and how much it counts.
+    """A sparse (T, E) matrix of combine weights in coordinate form: the assignments of tokens to experts.
 
-    Assignments are listed token-major, then slot; sums over a token's experts run in this order.
+    Assignments are ordered by token, then slot; sums over a token's experts are accumulated in this order.
     """
 
     token_index: Tensor
     """(A,) int64 in [0, num_tokens)."""
     expert_index: Tensor
-    """(A,) int64, global expert ids; an index >= num_experts is a null expert, which computes nothing."""
+    """(A,) int64 global expert index; an index >= num_experts is a null expert, which computes nothing."""
     combine_weight: Tensor
     """(A,) at least float32, differentiable."""
     kept: Tensor
-    """(A,) bool; False: dropped, or the token is not valid."""
+    """(A,) bool; False if dropped, or if the token is padding."""
     num_tokens: int
     num_experts: int
     top_k: int | None = None
-    """k, if every token has exactly k assignments; then A = T * k and assignment a belongs to token a // k."""
+    """k, if every token has exactly k assignments: A = T * k, and assignment a belongs to token a // k."""
     capacity: int | None = None
-    """Rows an expert may get from this rank; static. None: dropless."""
+    """Static maximum of rows per expert from this rank. None: dropless."""
 
     @classmethod
     def from_top_k(cls, expert_index: Tensor, combine_weight: Tensor, *, num_experts: int, valid: Tensor) -> Self:
-        """Make the decision of a router that gives every token k experts.
+        """Create a decision in which every token has k experts.
 
         Args:
             expert_index: (T, k) int64.
@@ -120,11 +120,11 @@ class RoutingDecision:
 
     @classmethod
     def from_mask(cls, chosen: Tensor, weight: Tensor, *, valid: Tensor) -> Self:
-        """Make the decision of a router that gives tokens different numbers of experts, listed in expert order.
+        """Create a decision in which the number of experts varies by token; a token's are in expert order.
 
         Args:
-            chosen: (T, E) bool; of tokens that are not valid it does not matter.
-            weight: (T, E), of which the chosen entries are the combine weights.
+            chosen: (T, E) bool; ignored for padding.
+            weight: (T, E) combine weights of the chosen entries.
             valid: (T,) bool.
         """
         num_tokens, num_experts = chosen.shape
@@ -145,36 +145,36 @@ class RouterOutput:
 
     decision: RoutingDecision
     logits: Tensor | None
-    """(T, E) at least float32, raw: no selection bias. None: the router has none, and its z-loss is 0."""
+    """(T, E) at least float32, without selection bias. None: the router has none, and no z-loss."""
     probs: Tensor | None
-    """(T, E) at least float32, each row sums to 1. None: the router has none, and its balance loss is 0.
+    """(T, E) at least float32; each row sums to 1. None: the router has none, and no balance loss.
 
-    With null experts (T, E + 1): the last column is all of them together.
+    With null experts (T, E + 1): the last column is their sum.
     """
     load: Tensor | None = None
-    """(T, E) smooth estimate of how often a token goes to an expert, of routers whose noise gives one."""
+    """(T, E) differentiable probability that a token selects an expert, from routers whose noise defines one."""
     scores: Tensor | None = None
-    """(T, E + n) without gradient, not negative: what a pair of token and expert (or null expert) is worth in the
-    router's own eyes, before any selection bias; choices are measured by it. None: what `probs` says."""
+    """(T, E + n) non-negative affinity of token and expert (or null expert) before any selection bias, without
+    gradient; the optimality of routing is measured by it. None: `probs` is used."""
     loss: Tensor | None = None
-    """(T,) the router's own loss, its coefficient included; None: it has none."""
+    """(T,) the router's own loss, including its coefficient; None: it has none."""
 
 
 class Router(nn.Module, ABC):
-    """Scores tokens. Knows no rank, no capacity and no loss of others."""
+    """Assigns experts to tokens. Independent of ranks, capacity and the auxiliary losses."""
 
     causal: ClassVar[Causality] = "strict"
-    """Dependence of a token's experts on other tokens while training. The capacity policy can weaken it.
+    """Dependence of a token's experts on other tokens in training. The capacity policy can weaken it.
 
-    `strict`: on no later token. `within_sequence`: on later tokens, but of its own row only. `no`: on any.
+    `strict`: on no later token. `within_sequence`: on later tokens of the same row only. `no`: on any token.
     """
     initial_values: ClassVar[Mapping[str, float]] = {}
-    """Initial values, by name, of parameters that are no matrices, such as a scale or a temperature. Others start from
-    0, as biases do; matrices are drawn. Weight decay is for matrices alone."""
+    """Initial values, by name, of parameters that are not matrices, such as a scale or a temperature; the default is 0.
+    Matrices are initialized randomly, and only they have weight decay."""
 
     @property
     def causal_in_evaluation(self) -> Causality:
-        """Causality without noise, in evaluation and generation."""
+        """Causality in evaluation."""
         return self.causal
 
     @abstractmethod
@@ -182,7 +182,7 @@ class Router(nn.Module, ABC):
         """Route tokens x (T, D)."""
 
     def update(self, tokens_per_expert: Tensor) -> None:
-        """Learn from the (E,) counts of a whole optimizer step, before drops; (E + 1,) with null experts, all together.
+        """Update the router's state from a step's counts (E,) before drops; (E + 1,) with the sum of null experts.
 
-        Called once after each step; does nothing unless overridden.
+        Called once after each optimizer step; does nothing unless overridden.
         """

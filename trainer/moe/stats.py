@@ -1,6 +1,4 @@
-"""Statistics of one MoE layer for one forward pass: sums, per row of the batch.
-
-Nothing here is reduced over rows or ranks.
+"""Statistics of one MoE layer in one forward pass: sums per row of the batch, not reduced over rows or ranks.
 
 # B sequences, T = B * S tokens, A assignments, E experts.
 """
@@ -20,29 +18,29 @@ class MoEStats:
     counts: Tensor
     """(B, E) int64 assignments before drops."""
     first_choice_counts: Tensor
-    """(B, E) int64 assignments that are their token's first."""
+    """(B, E) int64 assignments that are the first of their token."""
     prob_sum: Tensor | None
-    """(B, E) router probabilities; None if the router has none, as for the two below."""
+    """(B, E) router probabilities, or (B, E + 1) with null experts; None if the router has none."""
     z_sum: Tensor | None
-    """(B,) squared logsumexp of the logits."""
+    """(B,) squared logsumexp of the logits; None if the router has none."""
     dropped: Tensor
     """(B,) int64 assignments over capacity."""
     tokens: Tensor
     """(B,) int64 counted tokens."""
     entropy_sum: Tensor | None
-    """(B,) entropy of the router probabilities, in nats; no gradient."""
+    """(B,) entropy of the router probabilities in nats, without gradient; None if the router has none."""
     null_counts: Tensor | None = None
-    """(B,) int64 assignments to null experts; None if the router has none, as for those below."""
+    """(B,) int64 assignments to null experts; None if there are none."""
     importance: Tensor | None = None
-    """(B, E) combine weights before drops; like all below with gradient, and None where no loss needs it."""
+    """(B, E) combine weights before drops. Like those below, it has a gradient and is None if no loss needs it."""
     load: Tensor | None = None
     """(B, E) smooth counts."""
     similarity_sum: Tensor | None = None
     """(B,) mean squared cosine between the outputs of a token's experts."""
     router_loss: Tensor | None = None
-    """(B,) the router's own loss, its coefficient included."""
+    """(B,) the router's own loss, including its coefficient."""
     routed: RouterOutput | None = None
-    """Router output, if it was asked for."""
+    """Output of the router, if requested."""
 
 
 def collect_stats(
@@ -53,14 +51,14 @@ def collect_stats(
     needs_importance: bool = False,
     expert_similarity: Tensor | None = None,
 ) -> MoEStats:
-    """Sum up what a layer did.
+    """Return the statistics of a layer.
 
     Args:
         routed: the router's output, before drops.
-        limited: the same decision after `limit_to_capacity`.
+        limited: its decision after `limit_to_capacity`.
         context: of the same tokens.
-        needs_importance: some loss is made of the sums of combine weights.
-        expert_similarity: (T,) of the outputs of each token's experts, if some loss is made of it.
+        needs_importance: a loss uses the sums of combine weights.
+        expert_similarity: (T,) similarity of the outputs of each token's experts, if a loss uses it.
     """
     decision, rows = routed.decision, context.num_sequences
     counted = decision.kept if context.counted is None else decision.kept & context.counted[decision.token_index]
@@ -97,12 +95,12 @@ def collect_stats(
 
 
 def _sum_rows(marked: Tensor, row: Tensor, rows: int) -> Tensor:
-    """Return (B,) int64: how many assignments of each row are marked."""
+    """Return (B,) int64: the number of marked assignments of each row."""
     return torch.bincount(row, weights=marked.double(), minlength=rows).long()
 
 
 def _cells(decision: RoutingDecision, row: Tensor, counted: Tensor, rows: int) -> Tensor:
-    """Return (A,): number of the (row, expert) cell of each counted assignment, B * E for all others."""
+    """Return (A,): index of the (row, expert) cell of each counted assignment; B * E for all others."""
     counted = counted & (decision.expert_index < decision.num_experts)  # null experts have no column
     return torch.where(counted, row * decision.num_experts + decision.expert_index, rows * decision.num_experts)
 

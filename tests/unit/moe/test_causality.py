@@ -29,10 +29,13 @@ def test_nothing_is_said_of_routers_that_do_not(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["expert_choice", "sinkhorn", "base", "linear_program", "greedy"])
 def test_training_one_that_does_warns(kind: str) -> None:
     training, evaluation = _said({"router": {"kind": kind}})
-    assert training is not None and f"{kind} chooses a token's experts by later tokens of its row" in training
+    assert (
+        training is not None
+        and f"{kind} is not causal: a token's experts depend on later tokens of its sequence" in training
+    )
     assert evaluation is None, "each token chooses for itself then"
     _, evaluation = _said({"router": {"kind": kind, "evaluation_routing": "as_trained"}})
-    assert evaluation is not None and "seen some of what it predicts" in evaluation
+    assert evaluation is not None and "sees some of what it predicts" in evaluation
     training, _ = _said({"router": {"kind": kind, "evaluation_routing": "as_trained"}})
     assert training is not None and "go by the loss on held-out text" not in training
 
@@ -77,7 +80,7 @@ def _logits(model: GPT, seed: int, changed_from: int | None) -> torch.Tensor:
 @pytest.mark.parametrize("policy", ["choice_major", "probability", "random"])
 def test_a_capacity_that_later_tokens_fill_warns(policy: str) -> None:
     training, evaluation = _said({"capacity": {"factor": 1.0, "policy": policy}})
-    assert training is not None and f"with policy: {policy}" in training and "later tokens" in training
+    assert training is not None and f"policy: {policy} is not causal" in training and "later tokens" in training
     assert evaluation is None
     training, _ = _said({"capacity": {"factor": 1.0, "scope": "rank"}})
-    assert training is not None and "tokens of other rows" in training
+    assert training is not None and "tokens of other sequences" in training

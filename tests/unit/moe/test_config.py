@@ -38,5 +38,5 @@ def test_work_is_known_where_something_holds_it(options: dict[str, Any], is_know
 def test_diversity_needs_two_experts_in_some_step() -> None:
     one = {"kind": "top_k", "top_k": 1, "normalize": False}
     assert moe(router={**one, "top_k_choices": [1, 4]}, diversity_coef=0.1).router.most_experts(8) == 4
-    with pytest.raises(ValidationError, match="two experts or more"):
+    with pytest.raises(ValidationError, match="at least two experts"):
         moe(router=one, diversity_coef=0.1)

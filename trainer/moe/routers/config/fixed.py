@@ -1,4 +1,4 @@
-"""Configs of the routers that learn nothing: what routing must beat. Imports no torch."""
+"""Configs of routers without learned parameters, as baselines. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ if TYPE_CHECKING:
 
 
 class HashRouterConfig(EvenOptions):
-    """Experts by a hash of the token's id, with equal weights (Roller et al. 2021, arXiv 2106.04426)."""
+    """Experts by a hash of the token id, with equal weights (Roller et al. 2021, arXiv 2106.04426)."""
 
     kind: Literal["hash"] = "hash"
     top_k: Experts = 1
-    """Experts per token, k; all different."""
+    """Distinct experts per token, k."""
     salt: Whole = 0
-    """Another salt is another hash."""
+    """Selects the hash function."""
 
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
-        """Make the router of MoE layer `layer`."""
+        """Create the router of block `layer`."""
         from trainer.moe.routers.hash import HashRouter
 
         return HashRouter(num_experts=num_experts, layer=layer, top_k=self.top_k, salt=self.salt)
 
 
 class RandomRouterConfig(EvenOptions):
-    """Experts at random for every token, with equal weights: what routing must beat."""
+    """Random experts for every token, with equal weights: the baseline for learned routing."""
 
     kind: Literal["random"] = "random"
     top_k: Experts = 2
-    """Experts per token, k; all different."""
+    """Distinct experts per token, k."""
 
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
-        """Make the router of MoE layer `layer`."""
+        """Create the router of block `layer`."""
         from trainer.moe.routers.random import RandomRouter
 
         return RandomRouter(num_experts=num_experts, layer=layer, top_k=self.top_k)
 
 
 class RoundRobinRouterConfig(EvenOptions):
-    """Experts in turn by position, with equal weights: perfect balance, nothing learned. For benchmarks."""
+    """Experts in turn by position, with equal weights: perfectly balanced, for benchmarks."""
 
     kind: Literal["round_robin"] = "round_robin"
     top_k: Experts = 2
     """Experts per token, k."""
 
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
-        """Make the router of MoE layer `layer`."""
+        """Create the router of block `layer`."""
         from trainer.moe.routers.round_robin import RoundRobinRouter
 
         return RoundRobinRouter(num_experts=num_experts, top_k=self.top_k)

@@ -1,4 +1,4 @@
-"""Options that several routers share. Imports no torch."""
+"""Options shared by several routers. Imports no torch."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class RouterOptions(KindConfig):
     """
 
     ranks_choices: ClassVar[bool] = False
-    """Every token has k experts, the best one first."""
+    """A token's k choices are listed from best to worst."""
     has_fixed_k: ClassVar[bool] = False
-    """Every token asks for k experts, so that a capacity can be sized before anything is routed."""
+    """Every token has exactly k choices, so that a capacity can be computed before routing."""
     has_probs: ClassVar[bool] = True
     """The router has probabilities, from which a balance loss can be computed."""
     learns_weights: ClassVar[bool] = True
@@ -41,38 +41,38 @@ class RouterOptions(KindConfig):
 
     @property
     def has_static_flops(self) -> bool:
-        """True if the number of experts of a token is known in advance."""
+        """True if the number of experts per token is known in advance."""
         return True
 
     @property
     def is_self_balancing(self) -> bool:
-        """True if the load is even without a balance loss, which its authors then leave out."""
+        """True if the router balances the load without a balance loss, which its authors omit."""
         return False
 
     @property
     def weight_sum(self) -> float | None:
-        """Sum of a token's combine weights; None: it depends on the token."""
+        """Sum of a token's combine weights; None if it depends on the token."""
         return None
 
     @property
     def num_null_experts(self) -> int:
-        """Number of null experts, which compute nothing."""
+        """Number of null experts (experts without computation)."""
         return getattr(self, "null_experts", 0)
 
     def is_always_even(self, num_experts: int) -> bool:
-        """Tell whether every expert gets equally many tokens of every sequence in training, whatever scores are."""
+        """Return whether in training every expert gets the same number of tokens of a sequence, for any scores."""
         return num_experts + self.num_null_experts == 1
 
     def experts_per_token(self, num_experts: int) -> float:
-        """Return how many of the experts compute a token: the mean if it is set, else the most it can be."""
+        """Return the number of experts that compute a token: the mean if it is fixed, else the maximum."""
         return getattr(self, "top_k", num_experts)
 
     def most_experts(self, num_experts: int) -> int:
-        """Return how many experts a token can have."""
+        """Return the maximum number of experts per token."""
         return min(num_experts, getattr(self, "top_k", num_experts))
 
     def problems_among(self, num_experts: int) -> Iterator[Problem]:
-        """Refuse options that do not go with so many experts."""
+        """Check the options that depend on `num_experts`."""
         top_k = getattr(self, "top_k", 1)
         if top_k > num_experts:
             yield Problem("top_k", f"{top_k} is more than num_experts {num_experts}; use 1 to {num_experts}")
@@ -83,14 +83,14 @@ class RouterOptions(KindConfig):
 
 
 class JitterOptions(RouterOptions):
-    """Options of routers that read the token through a gate."""
+    """Options of routers with a gate on the token's activations."""
 
     jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Multiply what the gate reads by uniform noise from [1 - jitter, 1 + jitter] while training."""
+    """Multiply the gate's input by uniform noise from [1 - jitter, 1 + jitter] in training."""
 
 
 class TopKOptions(JitterOptions):
-    """Options of routers that keep the k best-scored experts of a token."""
+    """Options of routers that select the k best-scored experts of a token."""
 
     old_names = {"draw_top_k": Renamed("top_k_choices")}  # noqa: RUF012
     ranks_choices: ClassVar[bool] = True
@@ -99,21 +99,21 @@ class TopKOptions(JitterOptions):
     top_k: Experts = 2
     """Experts per token, k."""
     top_k_choices: Annotated[list[Experts], Field(min_length=1)] | None = None
-    """While training, every optimizer step draws its k from these, by the seed; one that is there twice comes twice as
-    often. The model is then good at each of them (`eval --experts-per-token`). Null: always `top_k`, which is what
-    evaluation and generation use in any case.
+    """Draw k for every training step from these values, by the seed; repeat a value to draw it more often. The model
+    then performs well at each of them (`eval --experts-per-token`). Null: always `top_k`, which evaluation and
+    generation always use.
 
-    Where weights are normalised, steps that draw 1 teach the router by its own losses only: the weight is always 1.
+    With normalized weights, steps with k = 1 train the router by its auxiliary losses only: the weight is always 1.
     """
     normalize: bool = True
     """Divide the k combine weights by their sum. False keeps the raw scores."""
     scale: Factor = 1.0
-    """Factor on the combine weights, after normalisation (DeepSeek's routed scaling factor)."""
+    """Factor on the combine weights, after normalization (DeepSeek's routed scaling factor)."""
     null_experts: ExtraExperts = 0
-    """Experts that compute nothing and can be among a token's k, so that easy tokens take fewer (MoE++, 2410.07348).
+    """Experts without computation that can be among a token's k, so that easy tokens use fewer (MoE++, 2410.07348).
 
-    Their scores count in the normalisation, and what they would weigh is left out of the sum. The balance loss evens
-    them out with the rest: a token then has k * E / (E + null_experts) experts on average.
+    Their scores take part in the normalization, but they add nothing to the output. The balance loss includes them: a
+    token then has k * E / (E + null_experts) real experts on average.
     """
 
     @property
@@ -123,19 +123,19 @@ class TopKOptions(JitterOptions):
 
     @property
     def weight_sum(self) -> float | None:
-        """The scale, if weights are normalised."""
+        """The scale, if weights are normalized."""
         return self.scale if self.normalize else None
 
     def is_always_even(self, num_experts: int) -> bool:
-        """Tell whether every token takes every expert there is."""
+        """Return whether every token takes all experts."""
         return min(self.top_k_choices or [self.top_k]) == num_experts + self.null_experts
 
     def experts_per_token(self, num_experts: int) -> float:
-        """Return how many of the experts compute a token when the load is even."""
+        """Return the mean number of real experts per token at a uniform load."""
         return self.top_k * num_experts / (num_experts + self.null_experts)
 
     def problems(self) -> Iterator[Problem]:
-        """Refuse a router that the language-model loss could never train."""
+        """Refuse a router that gets no gradient from the language-model loss."""
         yield from super().problems()
         key = "top_k" if self.top_k_choices is None else "top_k_choices"
         if self.normalize and max(self.top_k_choices or [self.top_k]) == 1:
@@ -146,16 +146,16 @@ class TopKOptions(JitterOptions):
             )
 
     def problems_among(self, num_experts: int) -> Iterator[Problem]:
-        """Refuse more choices than there are."""
+        """Refuse a k above the number of experts."""
         choices = num_experts + self.null_experts
         nulls = f" and {self.null_experts} null experts" if self.null_experts else ""
-        for key, most in self.most_wanted():
+        for key, most in self.top_k_limits():
             if most > choices:
                 yield Problem(key, f"{most} is more than num_experts {num_experts}{nulls}; use 1 to {choices}")
 
     def most_experts(self, num_experts: int) -> int:
-        """Return how many experts a token can have, in any step."""
-        return min(num_experts, max(most for _, most in self.most_wanted()))
+        """Return the maximum number of experts per token, over all steps."""
+        return min(num_experts, max(most for _, most in self.top_k_limits()))
 
     def top_k_arguments(self, d_model: int, num_experts: int, layer: int) -> dict[str, Any]:
         """Return the keyword arguments of `TopKRouter` that all its subclasses share."""
@@ -170,13 +170,13 @@ class TopKOptions(JitterOptions):
             "null_experts": self.null_experts,
         }
 
-    def most_wanted(self) -> list[tuple[str, int]]:
-        """Return every key that says how many experts a token has, with the largest number there."""
+    def top_k_limits(self) -> list[tuple[str, int]]:
+        """Return every key that sets k, with its largest value."""
         return [("top_k", self.top_k), *([("top_k_choices", max(self.top_k_choices))] if self.top_k_choices else [])]
 
 
 class EvenOptions(RouterOptions):
-    """Options of routers that give a token k experts with equal weights."""
+    """Options of routers that assign k experts with equal weights."""
 
     has_fixed_k: ClassVar[bool] = True
     has_probs: ClassVar[bool] = False
@@ -184,19 +184,19 @@ class EvenOptions(RouterOptions):
 
     @property
     def weight_sum(self) -> float | None:
-        """Return 1."""
+        """1."""
         return 1.0
 
 
 class NonCausalOptions(RouterOptions):
-    """Options of routers that decide all tokens of a sequence together."""
+    """Options of routers that route all tokens of a sequence jointly."""
 
     old_names = {"evaluation": Renamed("evaluation_routing", {"same": "as_trained"})}  # noqa: RUF012
 
     evaluation_routing: Literal["top_k", "as_trained"] = "top_k"
-    """Routing of held-out text. `top_k`: each token takes its k best-scored experts and depends on no later token.
-    `as_trained`: as in training, so that the loss is of a model that has seen what it predicts. Generation always uses
-    `top_k`."""
+    """Routing of held-out text. `top_k`: each token takes its k best-scored experts, independently of later tokens.
+    `as_trained`: jointly, as in training; the loss is then that of a model that sees what it predicts. Generation
+    always uses `top_k`."""
 
     @property
     def evaluates_as_trained(self) -> bool:
@@ -205,7 +205,7 @@ class NonCausalOptions(RouterOptions):
 
     @property
     def is_self_balancing(self) -> bool:
-        """Every expert gets its share of a sequence."""
+        """True: every expert gets its share of a sequence."""
         return True
 
 
@@ -215,12 +215,12 @@ class AssignmentOptions(NonCausalOptions):
     old_names = {**NonCausalOptions.old_names, "room": Renamed("capacity_factor")}  # noqa: RUF012
 
     top_k: Experts = 2
-    """Most experts per token, k."""
+    """Maximum experts per token, k."""
     capacity_factor: Factor = 1.0
-    """Tokens that an expert takes of a sequence of n, in units of its fair share k * n / E, rounded up."""
+    """Tokens of a sequence of n that an expert accepts, in units of its fair share k * n / E, rounded up."""
 
     def experts_per_token(self, num_experts: int) -> float:
-        """Return the mean number: less than k where there is not room for more."""
+        """Return the mean number of experts: less than k if the capacity factor is below 1."""
         return min(self.top_k, self.capacity_factor * self.top_k)
 
     def assignment_arguments(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Configs of the routers that decide a sequence's tokens together, and so look ahead. Imports no torch."""
+"""Configs of routers that route the tokens of a sequence jointly, and so are not causal. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 
 class ExpertChoiceRouterConfig(AssignmentOptions):
-    """Every expert takes the tokens of a sequence that score best for it (Zhou et al. 2022, arXiv 2202.09368)."""
+    """Every expert takes the best-scored tokens of a sequence (Zhou et al. 2022, arXiv 2202.09368)."""
 
     kind: Literal["expert_choice"] = "expert_choice"
 
     def is_always_even(self, num_experts: int) -> bool:
-        """Return true: every expert takes as many as it has room for."""
+        """Return True: every expert is filled to capacity."""
         return True
 
     def experts_per_token(self, num_experts: int) -> float:
-        """Return the mean number, which grows with the room."""
+        """Return the mean number, which is proportional to the capacity factor."""
         return min(num_experts, self.capacity_factor * self.top_k)
 
     def most_experts(self, num_experts: int) -> int:
@@ -33,14 +33,14 @@ class ExpertChoiceRouterConfig(AssignmentOptions):
         return num_experts
 
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
-        """Make the router of MoE layer `layer`."""
+        """Create the router of block `layer`."""
         from trainer.moe.routers.expert_choice import ExpertChoiceRouter
 
         return ExpertChoiceRouter(**self.assignment_arguments(), d_model=d_model, num_experts=num_experts)
 
 
 class LinearProgramRouterConfig(AssignmentOptions):
-    """The best assignment there is: the 0-1 programme of the first founding document, solved exactly."""
+    """Optimal assignment: the 0-1 programme of the first founding document, solved exactly."""
 
     kind: Literal["linear_program"] = "linear_program"
 
@@ -49,26 +49,26 @@ class LinearProgramRouterConfig(AssignmentOptions):
         yield "kind", "scipy"
 
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
-        """Make the router of MoE layer `layer`."""
+        """Create the router of block `layer`."""
         from trainer.moe.routers.linear_program import LinearProgramRouter
 
         return LinearProgramRouter(**self.assignment_arguments(), d_model=d_model, num_experts=num_experts)
 
 
 class GreedyRouterConfig(AssignmentOptions):
-    """Greedy heuristic for the linear programme: the best pair of token and expert first, while there is room."""
+    """Greedy heuristic for the linear programme: (token, expert) pairs by descending score, within capacity."""
 
     kind: Literal["greedy"] = "greedy"
 
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
-        """Make the router of MoE layer `layer`."""
+        """Create the router of block `layer`."""
         from trainer.moe.routers.greedy import GreedyRouter
 
         return GreedyRouter(**self.assignment_arguments(), d_model=d_model, num_experts=num_experts)
 
 
 class BASELayerRouterConfig(NonCausalOptions):
-    """One expert per token, all equally loaded, at the best sum of logits (BASE, Lewis et al. 2021, 2103.16716)."""
+    """One expert per token, all equally loaded, at the maximum sum of logits (BASE layers, arXiv 2103.16716)."""
 
     kind: Literal["base"] = "base"
 
@@ -85,7 +85,7 @@ class BASELayerRouterConfig(NonCausalOptions):
         return 1
 
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
-        """Make the router of MoE layer `layer`."""
+        """Create the router of block `layer`."""
         from trainer.moe.routers.base_layer import BASELayerRouter
 
         return BASELayerRouter(d_model=d_model, num_experts=num_experts, evaluates_as_trained=self.evaluates_as_trained)
@@ -99,12 +99,12 @@ class SinkhornRouterConfig(NonCausalOptions):
     top_k: Experts = 1
     """Experts per token, k."""
     score: Score = "sigmoid"
-    """Function from a logit to its expert's combine weight."""
+    """Function from logits to combine weights."""
     iterations: Annotated[int, Field(gt=0, le=10**4)] = 30
-    """Number of scalings of the plan's rows and columns."""
+    """Number of Sinkhorn iterations."""
 
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
-        """Make the router of MoE layer `layer`."""
+        """Create the router of block `layer`."""
         from trainer.moe.routers.sinkhorn import SinkhornRouter
 
         return SinkhornRouter(
@@ -118,9 +118,9 @@ class SinkhornRouterConfig(NonCausalOptions):
 
 
 class MixtureOfDepthsRouterConfig(NonCausalOptions):
-    """Some tokens of a sequence pass the feed-forward network, the others go around it (arXiv 2404.02258).
+    """Some tokens of a sequence pass through the feed-forward network, the others skip it (arXiv 2404.02258).
 
-    With `num_experts: 1` the layer's one expert is that network.
+    That network is the layer's only expert: `num_experts: 1`.
     """
 
     old_names = {**NonCausalOptions.old_names, "share": Renamed("capacity")}  # noqa: RUF012
@@ -130,33 +130,31 @@ class MixtureOfDepthsRouterConfig(NonCausalOptions):
     capacity: Annotated[float, Field(gt=0, le=1)] = 0.125
     """Share of a sequence's tokens that are computed, rounded up."""
     predictor_coef: Coefficient = 0.01
-    """Weight of the loss that teaches a token's logit its own sign: positive if it is among the computed.
+    """Weight of the loss that trains the sign of a token's logit to predict whether the token is computed.
 
-    In evaluation the sign alone decides, which looks at no later token.
+    In evaluation the sign alone decides, which is causal.
     """
 
     def problems(self) -> Iterator[Problem]:
-        """Refuse an evaluation by what nothing has taught."""
+        """Refuse an evaluation by untrained signs."""
         if self.predictor_coef == 0 and self.evaluation_routing == "top_k":
             yield Problem(
                 "predictor_coef",
-                "0 leaves the sign, by which evaluation chooses, to chance; use more than 0, or "
+                "0 leaves the sign, by which evaluation routes, untrained; use more than 0, or "
                 "evaluation_routing: as_trained",
             )
 
     def experts_per_token(self, num_experts: int) -> float:
-        """Return the share of tokens that are computed."""
+        """Return the fraction of tokens that are computed."""
         return self.capacity
 
     def problems_among(self, num_experts: int) -> Iterator[Problem]:
-        """Refuse more than one network."""
+        """Refuse more than one expert."""
         if num_experts != 1:
-            yield Problem(
-                "kind", f"mixture_of_depths has one network to go around; use num_experts: 1, not {num_experts}"
-            )
+            yield Problem("kind", f"mixture_of_depths has a single expert; use num_experts: 1, not {num_experts}")
 
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
-        """Make the router of MoE layer `layer`."""
+        """Create the router of block `layer`."""
         from trainer.moe.routers.mixture_of_depths import MixtureOfDepthsRouter
 
         return MixtureOfDepthsRouter(
