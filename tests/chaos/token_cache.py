@@ -26,7 +26,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tests.chaos.corruption import HARMS, Harm
-from trainer.data.batches.stream import TrainStream, evaluation_batches
+from trainer.data.batches.evaluation import evaluation_batches
+from trainer.data.batches.stream import TrainStream
 from trainer.data.config import DataConfig, SplitConfig
 from trainer.data.corpus import build_corpus
 from trainer.data.sources.registry import HfStreamSourceConfig, JsonlSourceConfig, TextSourceConfig

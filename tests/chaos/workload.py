@@ -17,9 +17,9 @@ from tests.ignore_clock import without_clock
 from tests.imported_once import shorten_sample
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.find_checkpoint import find
-from trainer.data.batches.concat_rows import CrossingRows
 from trainer.data.batches.row_order import DomainRows
 from trainer.data.batches.stream import TrainStream
+from trainer.data.batches.wrapped_rows import WrappedRows
 from trainer.errors import CheckpointError
 
 CONFIG = """\
@@ -119,7 +119,7 @@ def observe(prepare: Prepare | None) -> None:
 
 def window(rows: DomainRows, domain: int, visit: int) -> str:
     """Name the window of a visit: domain, epoch, position."""
-    assert isinstance(rows, CrossingRows), "the run has windows"
+    assert isinstance(rows, WrappedRows), "the run has windows"
     return f"{domain}:{visit // rows.num_rows}:{rows.starts(np.array([visit]))[0]}"
 
 

@@ -11,7 +11,7 @@ from tests.added_router import ThresholdRouterConfig
 from tests.builders import make_batch, make_engine, rows_of, tiny_model_config
 from tests.laws.test_router_oracles import D_FF, make_layer, make_tokens
 from tests.ranks import Ranks
-from trainer.data.batches.stream import pad_rows
+from trainer.data.batches.assemble import pad_rows
 from trainer.distributed.flight_recorder import FlightRecorder
 from trainer.distributed.mesh import Mesh, build_mesh
 from trainer.distributed.rank_layout import Layout, even_slice

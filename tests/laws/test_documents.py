@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.builders import make_batch, make_engine, make_model, make_packed_batch, tiny_model_config
+from trainer.data.batches.assemble import pad_rows
 from trainer.data.batches.batch import Batch
-from trainer.data.batches.stream import pad_rows
 from trainer.engine.native import NativeEngine
 
 ROWS, SEQ_LEN = 5, 24

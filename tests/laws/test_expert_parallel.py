@@ -10,8 +10,8 @@ from tests.builders import make_batch, make_engine, make_packed_batch, rows_of, 
 from tests.laws.test_router_oracles import KINDS as ROUTERS
 from tests.ranks import Ranks
 from trainer.checkpoint.state import TrainState
+from trainer.data.batches.assemble import pad_rows
 from trainer.data.batches.batch import Batch
-from trainer.data.batches.stream import pad_rows
 from trainer.distributed.flight_recorder import FlightRecorder
 from trainer.distributed.mesh import Mesh, build_mesh
 from trainer.distributed.rank_layout import Layout, even_slice

@@ -16,8 +16,8 @@ from tests.builders import make_batch, make_engine, rows_of, tiny_model_config
 from tests.ranks import Ranks, mesh_here
 from tests.registries import DISPATCHERS, LEARNED_ROUTERS
 from trainer.checkpoint.replica_check import check_copies
+from trainer.data.batches.assemble import pad_rows
 from trainer.data.batches.batch import Batch
-from trainer.data.batches.stream import pad_rows
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.rank_layout import Layout, even_slice, format_ranks
 from trainer.engine.native import NativeEngine

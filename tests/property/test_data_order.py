@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.texts import make_file
-from trainer.data.batches.concat_rows import CrossingRows
+from trainer.data.batches.wrapped_rows import WrappedRows
 from trainer.data.mixture import Mixture
 from trainer.data.permutation import hash64, permute_index
 
@@ -42,7 +42,7 @@ def test_an_element_does_not_depend_on_the_others(size, seed, data):
 )
 def test_an_epoch_has_every_window_once_and_predicts_no_token_twice(num_tokens, seq_len, seed, epoch, data):
     num_tokens = max(num_tokens, seq_len + 1)
-    rows = CrossingRows(make_file([0] * num_tokens), seq_len=seq_len, seed=seed, domain=0, name="d")
+    rows = WrappedRows(make_file([0] * num_tokens), seq_len=seq_len, seed=seed, domain=0, name="d")
     windows = rows.num_rows
     visits = np.arange(epoch * windows, (epoch + 1) * windows)
     starts = sorted(rows.starts(visits).tolist())

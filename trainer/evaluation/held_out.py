@@ -7,7 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.data.batches.stream import evaluation_batches, row_slice
+from trainer.data.batches.assemble import row_slice
+from trainer.data.batches.evaluation import evaluation_batches
 from trainer.data.config import Packing
 from trainer.data.corpus import Corpus
 from trainer.distributed.rank_layout import Layout

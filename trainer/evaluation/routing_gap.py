@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.batches.batch import Batch
-from trainer.data.batches.stream import evaluation_batches
+from trainer.data.batches.evaluation import evaluation_batches
 from trainer.data.config import Packing
 from trainer.data.corpus import Corpus
 from trainer.distributed.collective_errors import barrier_gather, raise_together

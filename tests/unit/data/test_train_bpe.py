@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.data import train_bpe
-from trainer.data.batches.stream import evaluation_batches
+from trainer.data.batches.evaluation import evaluation_batches
 from trainer.data.config import DataConfig, Packing
 from trainer.data.corpus import Corpus, build_corpus, build_tokenizer
 from trainer.data.sources import text

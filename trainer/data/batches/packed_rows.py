@@ -81,7 +81,7 @@ class PackedDocuments:
         return np.where(is_inside, tokens[np.clip(positions, 0, last)], self._end_of_document).astype(np.int64)
 
 
-class WholeRows(DomainRows):
+class PackedRows(DomainRows):
     """Packed documents in the order of a run; each epoch has every row once."""
 
     def __init__(self, file: TokenFile, *, seq_len: int, end_of_document: int, seed: int, domain: int) -> None:

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from trainer.data.batches.assemble import PADDING
 from trainer.data.batches.batch import Batch
-from trainer.data.batches.stream import PADDING, evaluation_batches
+from trainer.data.batches.evaluation import evaluation_batches
 from trainer.data.corpus import Corpus
 
 

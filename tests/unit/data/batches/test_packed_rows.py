@@ -2,9 +2,11 @@ import numpy as np
 import pytest
 
 from tests.texts import EOD, make_corpus_of, make_file, make_text
+from trainer.data.batches.assemble import PADDING
 from trainer.data.batches.batch import Batch
-from trainer.data.batches.packed_rows import PackedDocuments, WholeRows
-from trainer.data.batches.stream import PADDING, TrainStream, evaluation_batches
+from trainer.data.batches.evaluation import evaluation_batches
+from trainer.data.batches.packed_rows import PackedDocuments, PackedRows
+from trainer.data.batches.stream import TrainStream
 from trainer.data.token_cache.token_files import TokenFile
 
 A, B, C = [1, 2, 3], [11, 12, 13, 14, 15, 16, 17], [21]
@@ -79,7 +81,7 @@ def test_no_document_is_cut_that_fits_in_a_row():
 
 
 def test_each_epoch_has_every_row_once_in_an_order_of_its_own():
-    rows = WholeRows(make_text(200, longest=20), seq_len=16, end_of_document=EOD, seed=3, domain=0)
+    rows = PackedRows(make_text(200, longest=20), seq_len=16, end_of_document=EOD, seed=3, domain=0)
     epochs = rows.read(np.arange(3 * rows.num_rows)).document.reshape(3, rows.num_rows, -1)
     orders = [[tuple(row) for row in epoch] for epoch in epochs.tolist()]
     assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from trainer.data.batches.assemble import PADDING, pad_rows
 from trainer.data.batches.batch import Batch
-from trainer.data.batches.stream import PADDING, TrainStream, pad_rows
+from trainer.data.batches.stream import TrainStream
 from trainer.data.token_cache.token_files import TokenFile
 
 TEXT = "".join(chr(97 + i % 26) for i in range(200))

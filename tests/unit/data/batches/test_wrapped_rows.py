@@ -3,14 +3,15 @@ import hashlib
 import numpy as np
 
 from tests.texts import EOD, make_corpus_of, make_file, make_text
-from trainer.data.batches.concat_rows import CrossingRows
-from trainer.data.batches.stream import TrainStream, evaluation_batches
+from trainer.data.batches.evaluation import evaluation_batches
+from trainer.data.batches.stream import TrainStream
+from trainer.data.batches.wrapped_rows import WrappedRows
 from trainer.data.token_cache.token_files import TokenFile
 
 
-def rows(num_tokens: int, *, seq_len: int = 4, seed: int = 0, domain: int = 0) -> CrossingRows:
+def rows(num_tokens: int, *, seq_len: int = 4, seed: int = 0, domain: int = 0) -> WrappedRows:
     text = make_file(list(range(num_tokens)))
-    return CrossingRows(text, seq_len=seq_len, seed=seed, domain=domain, name=f"d{domain}")
+    return WrappedRows(text, seq_len=seq_len, seed=seed, domain=domain, name=f"d{domain}")
 
 
 def test_the_order_of_rows_never_changes_between_releases():

@@ -16,7 +16,7 @@ from trainer.data.token_cache.token_files import TokenFile
 from trainer.errors import DataError
 
 
-class CrossingRows(DomainRows):
+class WrappedRows(DomainRows):
     """Windows of S + 1 tokens (S inputs and their targets) at a stride of S.
 
     So no token is a target twice in an epoch. Each epoch has its own offset, so that window boundaries vary; in

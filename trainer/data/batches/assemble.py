@@ -1,0 +1,101 @@
+"""Assembly of batches from rows of the domains, and their padding.
+
+# B rows, S tokens in a row.
+"""
+
+from dataclasses import fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trainer.data.batches.batch import Batch
+from trainer.data.batches.row_order import SequenceRows
+from trainer.data.corpus import Corpus
+from trainer.data.token_cache.splits import Side
+from trainer.errors import DataError
+
+PADDING = -1
+"""sample_id of padding rows, and document_id of all padding."""
+
+
+def assemble(
+    parts: list[tuple[NDArray[np.int64], SequenceRows]],
+    *,
+    domain: NDArray[np.int64],
+    sample_id: NDArray[np.int64],
+    seq_len: int,
+) -> Batch:
+    """Assemble a batch.
+
+    Args:
+        parts: row numbers in the batch, and those rows; all other rows are padding.
+        domain: (B,) domain of each row.
+        sample_id: (B,) sample_id of each row.
+        seq_len: S.
+    """
+    shape = len(domain), seq_len
+    tokens, targets = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
+    valid, loss_mask = (torch.zeros(shape, dtype=torch.bool) for _ in range(2))
+    document = torch.full(shape, PADDING, dtype=torch.int64)
+    for numbers, rows in parts:
+        here, is_real = torch.from_numpy(numbers), torch.from_numpy(rows.is_real)
+        valid[here] = is_real
+        loss_mask[here] = torch.from_numpy(rows.is_learned) & is_real
+        tokens[here] = torch.from_numpy(rows.tokens).where(is_real, 0)
+        targets[here] = torch.from_numpy(rows.targets).where(is_real, 0)
+        document[here] = torch.from_numpy(rows.document).where(is_real, PADDING)
+
+    def expand_rows(values: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(values)[:, None].expand(shape).contiguous()  # (B,) -> (B, S)
+
+    return Batch(
+        tokens=tokens,
+        targets=targets,
+        loss_mask=loss_mask,
+        valid=valid,
+        document_id=document,
+        position=torch.arange(seq_len).expand(shape).contiguous(),
+        domain=expand_rows(domain),
+        sample_id=expand_rows(sample_id),
+    )
+
+
+def pad_rows(batch: Batch, num_rows: int) -> Batch:
+    """Append padding rows to a batch: not valid, token 0, domain 0, sample_id PADDING.
+
+    Raises:
+        ValueError: if the batch has more rows.
+    """
+    present, seq_len = batch.tokens.shape
+    if present > num_rows:
+        raise ValueError(f"{present} rows do not fit in {num_rows}")
+    if present == num_rows:
+        return batch
+    padding = assemble(
+        [],
+        domain=np.zeros(num_rows - present, dtype=np.int64),
+        sample_id=np.full(num_rows - present, PADDING, dtype=np.int64),
+        seq_len=seq_len,
+    )
+    return Batch(**{f.name: torch.cat([getattr(batch, f.name), getattr(padding, f.name)]) for f in fields(Batch)})
+
+
+def row_slice(batch: Batch, first: int, end: int) -> Batch:
+    """Return rows first .. end - 1 of a batch, or fewer if it ends before."""
+    return Batch(**{f.name: getattr(batch, f.name)[first:end] for f in fields(Batch)})
+
+
+def check_vocabulary(rows: SequenceRows, corpus: Corpus, side: Side, domain: int) -> None:
+    """Check that all tokens of rows are inside the vocabulary.
+
+    Raises:
+        DataError: naming the cache folder, if one is not.
+    """
+    highest = max(int(part.max(initial=0)) for part in (rows.tokens, rows.targets))
+    if highest >= corpus.tokenizer.vocab_size:
+        raise DataError(
+            f"{corpus.folders[domain]}: token {highest} in the {side} text of domain {corpus.domains[domain]}; ids are "
+            f"below {corpus.tokenizer.vocab_size}; the folder is damaged: remove it, and it is built again"
+        )

@@ -1,0 +1,77 @@
+"""Validation text in batches.
+
+# B rows, S tokens in a row.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.data.batches.assemble import assemble, check_vocabulary, pad_rows
+from trainer.data.batches.batch import Batch
+from trainer.data.batches.packed_rows import PackedDocuments
+from trainer.data.batches.wrapped_rows import Windows
+from trainer.data.config import Packing
+from trainer.data.corpus import Corpus
+from trainer.errors import DataError
+
+
+def evaluation_batches(
+    corpus: Corpus, domain_index: int, *, packing: Packing, seq_len: int, batch_size: int, max_tokens: int | None
+) -> Iterator[Batch]:
+    """Yield the validation text of a domain in batches of `batch_size` rows; sample_id is the number of the row.
+
+    Args:
+        corpus: the corpus.
+        domain_index: index of the domain.
+        packing: packing of its rows; see `Windows` and `PackedDocuments`.
+        seq_len: S.
+        batch_size: B; padding rows fill up the last batch.
+        max_tokens: most positions, but at least one row; rows are evenly spaced among those with a target. None: the
+            whole text.
+
+    Raises:
+        DataError: if there is no token to predict, or an id outside the vocabulary.
+    """
+    if seq_len < 1 or batch_size < 1:
+        raise ValueError(f"seq_len is {seq_len} and batch_size {batch_size}; both must be at least 1")
+    file = corpus.validation[domain_index]
+    if packing == "bfd":
+        text = PackedDocuments(file, seq_len=seq_len, end_of_document=corpus.tokenizer.end_of_document)
+    else:
+        text = Windows(file, seq_len=seq_len)
+    numbers = text.with_targets()
+    if not len(numbers):
+        raise _nothing_to_predict(corpus, domain_index)
+    numbers = _evenly_spaced(numbers, None if max_tokens is None else max(max_tokens // seq_len, 1))
+    for first in range(0, len(numbers), batch_size):
+        sample_id = numbers[first : first + batch_size]
+        rows = text.read(sample_id)
+        check_vocabulary(rows, corpus, "validation", domain_index)
+        batch = assemble(
+            [(np.arange(len(sample_id)), rows)],
+            domain=np.full_like(sample_id, domain_index),
+            sample_id=sample_id,
+            seq_len=seq_len,
+        )
+        yield pad_rows(batch, batch_size)
+
+
+def _evenly_spaced(numbers: NDArray[np.int64], limit: int | None) -> NDArray[np.int64]:
+    if limit is None or limit >= len(numbers):
+        return numbers
+    return numbers[np.arange(limit, dtype=np.int64) * len(numbers) // limit]
+
+
+def _nothing_to_predict(corpus: Corpus, domain: int) -> DataError:
+    name, num_tokens = corpus.domains[domain], corpus.validation[domain].num_tokens
+    if num_tokens > 1:
+        return DataError(
+            f"data.split: domain {name} has {num_tokens} validation tokens, all of them in a prompt, so there is "
+            "nothing to predict; raise data.split.fraction or give it more text"
+        )
+    return DataError(
+        f"data.split: domain {name} has {num_tokens} validation token; a prediction needs 2; raise data.split.fraction "
+        "or give it more text"
+    )
