@@ -1,16 +1,15 @@
 """Tasks as a user has them: while training, by eval, on two ranks, and with rows that are wrong."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
-from tests.launched_ranks import ROOT, launched
+from tests import imported_once
+from tests.launched_ranks import launched
 
 CONFIG = """\
 name: tiny
@@ -46,14 +45,7 @@ def workplace(tmp_path: Path) -> Path:
 
 
 def _run(workplace: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "trainer", *arguments],
-        cwd=workplace,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    return imported_once.run(["-m", "trainer", *arguments], cwd=workplace)
 
 
 def _evaluations(workplace: Path, name: str = "tiny") -> dict[int, dict[str, Any]]:

@@ -1,13 +1,11 @@
 """Names of the hub, through the library's real code, against a hub of our own."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import imported_once
 from tests.fake_hub import Hub, serving
 
 REPOSITORY = Path(__file__).parents[2]
@@ -33,15 +31,10 @@ def pairs(number: int) -> bytes:
 
 def run(hub: Hub, folder: Path, **options: str) -> str:
     """Build a corpus of a data set of the hub in a process of its own; return what it says."""
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": hub.address,
-        "HF_HOME": str(folder / "home"),
-        "PYTHONPATH": str(REPOSITORY),
-    }
-    environment.pop("HF_HUB_OFFLINE", None)
-    command = [sys.executable, "-c", SCRIPT, json.dumps({"path": "someone/pairs", "text": "{en} = {de}", **options})]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    environment = {"HF_ENDPOINT": hub.address, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "0"}
+    (folder / "script.py").write_text(SCRIPT)
+    arguments = ["script.py", json.dumps({"path": "someone/pairs", "text": "{en} = {de}", **options})]
+    done = imported_once.run(arguments, cwd=folder, environment=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -3,9 +3,6 @@
 import csv
 import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests import imported_once
 from tests.fake_hub import Hub, serving
 from tests.launched_ranks import ROOT
 
@@ -113,18 +111,10 @@ MORE = {
 @pytest.mark.parametrize("name", HUBS)
 def test_a_recipe_reads_what_the_hub_has_under_its_names(name, tmp_path):
     with serving(*HUBS[name]) as hub:
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": hub.address,
-            "HF_HOME": str(tmp_path / "home"),
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-        }
-        environment.pop("HF_HUB_OFFLINE", None)
+        environment = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
 
         def run(*arguments: str) -> str:
-            command = [sys.executable, *arguments]
-            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+            done = imported_once.run(arguments, cwd=tmp_path, environment=environment, timeout=200)
             assert done.returncode == 0, done.stderr
             return done.stdout
 
@@ -142,14 +132,9 @@ def test_questions_have_the_right_answers_among_their_candidates(tmp_path):
         "recommendation": ["a.csv"],
         "search": ["a.parquet", "--path", "parquet", "--split", "test"],
     }.items():
-        command = [
-            sys.executable,
-            str(ROOT / "scripts/prepare_rankings.py"),
-            name,
-            str(tmp_path / name),
-            "--data-files",
-        ]
-        subprocess.run([*command, *options], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        script = [str(ROOT / "scripts/prepare_rankings.py"), name, str(tmp_path / name), "--data-files"]
+        done = imported_once.run([*script, *options], cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
     people, queries = (questions(tmp_path / name / "test.jsonl") for name in ("recommendation", "search"))
     for question in people:
         assert len(set(question["candidates"])) == 100

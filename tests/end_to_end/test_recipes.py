@@ -1,22 +1,18 @@
 """Every recipe in its small form, as a user without a network runs it: it learns what it is about."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from scripts.recipes.__main__ import RECIPES
+from tests import imported_once
 from tests.launched_ranks import ROOT
 from trainer.evaluation.tasks.text_metrics import score_texts
 
 
 def run(folder: Path, *arguments: str) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+    done = imported_once.run(["-m", *arguments], cwd=folder, environment={"HF_HUB_OFFLINE": "1"}, timeout=400)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,12 +1,13 @@
 """The studies of balancing run as their script says, and tell every run's figures."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from scripts import routing_studies
 from scripts.routing_studies import COLUMNS, CONFIG, STUDIES
+from tests import imported_once
 from tests.launched_ranks import ROOT
 from trainer.config.loader import load
 from trainer.experiment import ExperimentConfig
@@ -20,12 +21,19 @@ def test_the_runs_of_a_study_are_experiments(study: str, name: str) -> None:
     load(CONFIG, ["seed=1", *STUDIES[study][name], *TINY, *SHORT], ExperimentConfig)
 
 
-def test_a_study_says_what_every_run_and_their_mean_gave(tmp_path: Path) -> None:
-    options = ["--seeds", "1", "2", "--runs-dir", str(tmp_path)]
-    command = [sys.executable, str(ROOT / "scripts/routing_studies.py"), "bias", *options, *TINY, *SHORT]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+def _run_warm(command: list[str], **_: object) -> None:
+    done = imported_once.run(command[1:], cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    _, *lines = done.stdout.splitlines()
+
+
+def test_a_study_says_what_every_run_and_their_mean_gave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--seeds", "1", "2", "--runs-dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["routing_studies.py", "bias", *options, *TINY, *SHORT])
+    monkeypatch.setattr(routing_studies.subprocess, "run", _run_warm)
+    routing_studies.main()
+    _, *lines = capsys.readouterr().out.splitlines()
     rows = [line.split() for line in lines]
     figures = {" ".join(row[: -len(COLUMNS)]): [float(cell) for cell in row[-len(COLUMNS) :]] for row in rows}
     for name in STUDIES["bias"]:

@@ -5,7 +5,6 @@ import os
 import pickle
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests import imported_once
 from tests.checkpoint_helpers import load
 from tests.ranks import Ranks, mesh_here
 from trainer.checkpoint.tools.import_deepspeed import read_deepspeed
@@ -170,14 +170,7 @@ def workplace(tmp_path: Path) -> Path:
 
 
 def _command(workplace: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "trainer", *arguments],
-        cwd=workplace,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    return imported_once.run(["-m", "trainer", *arguments], cwd=workplace)
 
 
 def test_our_model_computes_what_theirs_did_and_trains_on(written: tuple[Path, Tensor], workplace: Path) -> None:
