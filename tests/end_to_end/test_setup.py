@@ -576,14 +576,14 @@ def test_ci_installs_the_lock_whatever_environment_is_active(clone: Clone, chose
     calls = clone.new_calls()
     installed = ["python3 venv", *clone.pip_calls("dev")]
     assert calls[: len(installed)] == installed
-    assert calls[-1] == "pytest -n 4 --dist loadfile"
+    assert calls[-1] == "pytest -n 4 --dist loadfile --no-loadscope-reorder"
     assert all(call.startswith("pip . ") or "--require-hashes" in call for call in calls if call.startswith("pip "))
 
 
 def test_every_check_runs_and_pytest_speaks_last(checks: Clone) -> None:
     run = checks.run("scripts/test.sh")
     assert run.returncode == 0
-    pytest_call = "pytest -n 4 --dist loadfile"
+    pytest_call = "pytest -n 4 --dist loadfile --no-loadscope-reorder"
     names = ["ruff format --check .", "ruff check .", "pyrefly check", "lint-imports", pytest_call]
     assert [call.split(" --python")[0] for call in checks.new_calls()] == names
     lines = run.stdout.splitlines()
