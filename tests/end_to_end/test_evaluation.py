@@ -146,10 +146,10 @@ def test_options_that_need_lm_eval_say_so(workplace: Path) -> None:
     (workplace / "runs/tiny").mkdir(parents=True)
     (workplace / "runs/tiny/config.yaml").write_text(CONFIG)
     for arguments, message in (
-        (["--limit", "3"], "eval: --include-path and --limit are for --lm-eval; name its tasks with it\n"),
+        (["--limit", "3"], "eval: --include-path and --limit need --lm-eval; name its tasks with --lm-eval\n"),
         (
             ["--lm-eval", "a", "--tasks", "mood"],
-            "eval: --tasks are those of the config, --lm-eval another kind; use one of them\n",
+            "eval: --tasks selects tasks of the config, --lm-eval other ones; use one of them\n",
         ),
         (["--lm-eval", "a", "--limit", "0"], "eval: use --limit >= 1\n"),
         (["--lm-eval", "a", "--include-path", "none"], "--include-path: none is not a folder; correct the path\n"),
@@ -164,11 +164,11 @@ def test_options_that_need_lm_eval_say_so(workplace: Path) -> None:
         ("{kind: top_k}", ["1,5"], "--experts-per-token: 5 is more than num_experts 4; use 1 to 4\n"),
         ("{kind: top_k}", ["1,"], "--experts-per-token: '' is not a number of experts; use numbers such as 1,2,4\n"),
         ("{kind: top_k}", ["0"], "--experts-per-token: '0' is not a number of experts; use numbers such as 1,2,4\n"),
-        ("{kind: dense}", ["1"], "--experts-per-token: dense has no top_k to be changed; leave it out\n"),
+        ("{kind: dense}", ["1"], "--experts-per-token: dense has no top_k to change; leave the option out\n"),
         (
             "{kind: top_k}",
             ["1", "--tasks", "mood"],
-            "--experts-per-token: is about held-out text; leave out --tasks and --lm-eval\n",
+            "--experts-per-token: evaluates held-out text only; leave out --tasks and --lm-eval\n",
         ),
     ],
 )
