@@ -201,14 +201,14 @@ IN_DEEPSPEED: dict[Callable[[], None], str] = {
 """The same under DeepSpeed."""
 NAMED: dict[Callable[[], None], str] = {
     expert_gradients_times_ep: "expert gradients are 2 times those of one process",
-    dense_gradients_not_summed: "ranks hold different copies",
-    norm_of_one_rank: "ranks hold different copies",
+    dense_gradients_not_summed: "differ: some ranks reduce, clip or update on their own",
+    norm_of_one_rank: "differ: some ranks reduce, clip or update on their own",
     balance_loss_divided_by_dp: "the balance loss is 0.5 times that of one process",
-    counts_after_drop: "the experts' counts add up to another number",
-    experts_seeded_by_rank: "blocks.0.ffn.experts.w_in starts from other values: initialisation hangs on the rank",
-    lost_expert: "experts [2, 5] of blocks.0.ffn.experts.w_in got no gradient: their rows are lost",
-    swapped_combine_weights: "rows are combined with other weights",
+    counts_after_drop: "the experts' token counts have another sum",
+    experts_seeded_by_rank: "blocks.0.ffn.experts.w_in has other initial values: initialisation depends on the rank",
+    lost_expert: "experts [2, 5] of blocks.0.ffn.experts.w_in received no gradient: their tokens are lost",
+    swapped_combine_weights: "wrong combine weights",
     skipped_collective: "ranks",
-    bias_by_rank: "ranks hold different copies of blocks.0.ffn.router.bias",
+    bias_by_rank: "replicas of blocks.0.ffn.router.bias differ",
 }
 """What a proof says of each."""

@@ -23,11 +23,11 @@ from pydantic import ValidationError
 from tests.registries import ROUTERS
 from tests.repeated_texts import repeated_texts
 from trainer.experiment import ExperimentConfig
-from trainer.prove.cases import Case, as_config, labels, reference
+from trainer.prove.cases import Case, apply_case, labels, reference
 from trainer.prove.compare import Comparison, compare
 from trainer.prove.pool import LocalRanks
-from trainer.prove.ranks import run_case
 from trainer.prove.rounding import FLOORS
+from trainer.prove.run_case import run_case
 
 STEPS, TOLERANCE, TIMEOUT_S = 10, 1e-9, 300.0
 
@@ -84,7 +84,7 @@ def draw(number: int, folder: Path) -> Trial:
         try:
             config = ExperimentConfig.model_validate(values)
             case = _layout(drawn, config)
-            as_config(config, case)
+            apply_case(config, case)
         except ValidationError:
             continue
         if not labels(config):

@@ -26,8 +26,8 @@ from trainer.prove.compare import compare
 from trainer.prove.evidence import Evidence
 from trainer.prove.pool import LocalRanks
 from trainer.prove.proof import prove
-from trainer.prove.ranks import run_case
 from trainer.prove.rounding import FLOORS
+from trainer.prove.run_case import run_case
 
 pytestmark = pytest.mark.slow
 

@@ -70,8 +70,8 @@ FAULTS = [
     in_package(
         "a proof has no floor for gradients",
         "prove/rounding.py",
-        "max(_largest(theirs), self.floor * self.step_size)",
-        "_largest(theirs)",
+        "max(_max_abs(expected), self.floor * self.step_size)",
+        "_max_abs(expected)",
         "prove/test_compare.py",
     ),
     in_package(

@@ -1,4 +1,4 @@
-"""Layouts of a proof: ranks, experts over ranks, dispatchers, micro-batches, engines. Imports no torch."""
+"""Layouts of a proof: ranks, expert parallelism, dispatchers, micro-batches, engines. Imports no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from trainer.engine.registry import NativeEngineConfig
 from trainer.experiment import ExperimentConfig
 from trainer.moe.dispatch.registry import ExchangeOptions, LocalDispatcherConfig
 
-MOST_RANKS = 4
+MAX_RANKS = 4
 ENGINES = ("native", "deepspeed")
 """Engines that a proof can run."""
 
@@ -24,21 +24,21 @@ class Case:
     dispatcher: str = "all_to_all"
     chunks: int = 1
     data: Literal["replicate", "shard"] = "replicate"
-    ranks_per_node: int = MOST_RANKS
-    """Below the number of ranks, nodes are pretended on this machine."""
+    ranks_per_node: int = MAX_RANKS
+    """If smaller than the number of ranks, simulates several nodes on this machine."""
     zero_stage: int | None = None
     """ZeRO stage of the DeepSpeed engine; None for the native one."""
     micro_batch_size: int
 
     @property
     def name(self) -> str:
-        """Name in the table."""
+        """Name of the layout in the table."""
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks, ep {self.ep_size}"
         how = "" if self.ep_size == 1 else f", {self.dispatcher}"
         how += f" in {self.chunks} chunks" if self.chunks > 1 else ""
-        cut = ", shard" if self.data == "shard" else ""
+        sharding = ", shard" if self.data == "shard" else ""
         engine = "" if self.zero_stage is None else f", ZeRO {self.zero_stage}"
-        return f"{ranks}{how}{cut}{engine}, rows by {self.micro_batch_size}"
+        return f"{ranks}{how}{sharding}{engine}, rows by {self.micro_batch_size}"
 
     @property
     def engine(self) -> str:
@@ -47,7 +47,7 @@ class Case:
 
 
 def reference(config: ExperimentConfig) -> Case:
-    """Return what all others are compared with: one process, one micro-batch."""
+    """Return the layout that all others are compared with: one process, one micro-batch."""
     return Case(micro_batch_size=config.train.global_batch_size)
 
 
@@ -65,7 +65,7 @@ def all_cases(config: ExperimentConfig, engines: Sequence[str] | None = None) ->
     cases = _native_cases(config)
     found = cases if "native" in engines else []
     if "deepspeed" in engines:
-        # How rows move and what an engine does with gradients have nothing to do with each other.
+        # Dispatchers and engines are independent: one dispatcher is enough.
         plain = [Case(micro_batch_size=config.train.global_batch_size)]
         plain += [
             case for case in cases if case.dispatcher == "all_to_all" and (case.chunks, case.data) == (1, "replicate")
@@ -77,9 +77,9 @@ def all_cases(config: ExperimentConfig, engines: Sequence[str] | None = None) ->
 def _native_cases(config: ExperimentConfig) -> list[Case]:
     rows, moe, dispatcher = config.train.global_batch_size, config.model.moe, config.parallel.dispatcher
     num_experts = 1 if moe is None else moe.num_experts
-    # Halves and single rows, which are the same of two rows; of one row there is only the reference.
+    # Halves and single rows; equal for two rows, and none for one row, which is the reference.
     cases = [Case(micro_batch_size=size) for size in dict.fromkeys((-(-rows // 2), 1)) if size < rows]
-    for world_size in range(2, MOST_RANKS + 1):
+    for world_size in range(2, MAX_RANKS + 1):
         share = -(-rows // world_size)
         for ep_size in range(1, min(world_size, num_experts) + 1):
             if world_size % ep_size:
@@ -104,10 +104,10 @@ def _native_cases(config: ExperimentConfig) -> list[Case]:
     return cases
 
 
-def as_config(config: ExperimentConfig, case: Case) -> ExperimentConfig:
-    """Return the config under another layout."""
-    mine, kernel = config.parallel.dispatcher, config.parallel.experts_kernel
-    dispatcher = mine.model_dump() if mine.kind == case.dispatcher else {"kind": case.dispatcher}
+def apply_case(config: ExperimentConfig, case: Case) -> ExperimentConfig:
+    """Return the config with another layout."""
+    current, kernel = config.parallel.dispatcher, config.parallel.experts_kernel
+    dispatcher = current.model_dump() if current.kind == case.dispatcher else {"kind": case.dispatcher}
     if case.chunks > 1 or "chunks" in dispatcher:
         dispatcher["chunks"] = case.chunks
     parallel = {
@@ -127,10 +127,10 @@ def as_config(config: ExperimentConfig, case: Case) -> ExperimentConfig:
     return ExperimentConfig.model_validate({**config.model_dump(), "parallel": parallel, "engine": engine})
 
 
-def without_comparisons(config: ExperimentConfig) -> ExperimentConfig:
-    """Return the config without what its `deepspeed_config` repeats of other sections, which a proof changes.
+def without_repeated_options(config: ExperimentConfig) -> ExperimentConfig:
+    """Drop keys of `deepspeed_config` that repeat other sections, which a proof changes.
 
-    Nor does it say how large buckets are: under some layouts ranks hold different numbers of experts.
+    Also drop the bucket size: in some layouts ranks hold different numbers of experts.
     """
     if not isinstance(config.engine, DeepSpeedEngineConfig):
         return config
@@ -140,27 +140,27 @@ def without_comparisons(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def labels(config: ExperimentConfig) -> list[str]:
-    """Return the settings that are not layout-invariant by definition; such a config differs, and does not fail."""
+    """Return the settings that are not layout-invariant by definition: their differences do not fail a proof."""
     moe = config.model.moe
     if moe is None:
         return []
     found = []
     dispatcher = config.parallel.dispatcher
     rounds_rows = isinstance(dispatcher, ExchangeOptions) and dispatcher.wire == "bfloat16"
-    if rounds_rows and config.train.dtype != "bfloat16":  # in bfloat16 the rows are in it anyway
+    if rounds_rows and config.train.dtype != "bfloat16":  # under bfloat16 the rows are bfloat16 anyway
         found.append("parallel.dispatcher.wire: bfloat16")
     if moe.capacity.scope == "rank" and moe.can_drop:
         found.append("model.moe.capacity.scope: rank")
-    made_of_layout = [term for term in moe.aux_losses.terms() if not term.is_layout_invariant]
-    if made_of_layout:
-        key = "scope: micro_batch" if made_of_layout[0].scope == "micro_batch" else "counts: running"
-        losses = " and ".join(f"{term.name}_loss" for term in made_of_layout)
+    variant = [term for term in moe.aux_losses.terms() if not term.is_layout_invariant]
+    if variant:
+        key = "scope: micro_batch" if variant[0].scope == "micro_batch" else "counts: running"
+        losses = " and ".join(f"{term.name}_loss" for term in variant)
         found.append(f"model.moe.balance.{key} ({losses})")
     return found
 
 
-def small(config: ExperimentConfig) -> ExperimentConfig:
-    """Return the config with a small model and batch, and everything that decides about routing as it is."""
+def shrink(config: ExperimentConfig) -> ExperimentConfig:
+    """Return the config with a small model and batch, and unchanged routing."""
     values = config.model_dump()
     model, moe = values["model"], values["model"]["moe"]
     heads = min(model["num_heads"], 4)
@@ -176,5 +176,7 @@ def small(config: ExperimentConfig) -> ExperimentConfig:
     }
     if moe is not None:
         moe["d_ff"] = min(moe["d_ff"], 32)
-    values["train"]["global_batch_size"] = min(values["train"]["global_batch_size"], 7)  # no number of ranks divides it
+    values["train"]["global_batch_size"] = min(
+        values["train"]["global_batch_size"], 7
+    )  # not divisible by any number of ranks
     return ExperimentConfig.model_validate(values)

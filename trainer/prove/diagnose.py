@@ -1,4 +1,4 @@
-"""Diagnose a difference between two layouts, from what differs in the first step and by which factor."""
+"""Guess the cause of a difference between layouts from what differs in the first step, and by which factor."""
 
 import torch
 
@@ -7,122 +7,125 @@ from trainer.prove.evidence import Evidence
 from trainer.prove.rounding import Ruler
 
 _SAME_RATIO = 1e-3
-"""A ratio of two gradients counts as constant within this."""
+"""Relative tolerance within which a ratio of gradients counts as constant."""
 
 
-def diagnose(mine: Evidence, ruler: Ruler, *, step: int) -> str:
-    """Say what a difference looks like.
+def diagnose(actual: Evidence, ruler: Ruler, *, step: int) -> str:
+    """Describe the likely cause of a difference.
 
     Args:
-        mine: the layout's evidence.
-        ruler: against one process.
-        step: the first one, from 0, that differs.
+        actual: the layout's evidence.
+        ruler: measures errors against one process.
+        step: first step that differs, from 0.
     """
     reference = ruler.reference
 
     def differs(group: str) -> bool:
-        here, there = mine.scalars(group), reference.scalars(group)
-        return bool(there) and not ruler.scalar(group, 0, here[0], there[0]) <= ruler.tolerance
+        values, expected = actual.scalars(group), reference.scalars(group)
+        return bool(expected) and not ruler.scalar(group, 0, values[0], expected[0]) <= ruler.tolerance
 
-    if started := other_start(mine, reference):
-        return f"{started} starts from other values: initialisation hangs on the rank"
+    if started := different_start(actual, reference):
+        return f"{started} has other initial values: initialisation depends on the rank"
     if reference.counts:
-        if int(mine.counts[0].sum()) != int(reference.counts[0].sum()):
-            return "the experts' counts add up to another number: rows are counted twice, not at all, or after drops"
-        if not torch.equal(mine.counts[0][0], reference.counts[0][0]):
-            return "tokens chose other experts in the first layer: the router or the rows of the batch differ"
-    if lost := _lost_experts(mine, ruler):
-        return f"{lost} got no gradient: their rows are lost"
-    if reference.dropped and int(mine.dropped[0][0]) != int(reference.dropped[0][0]):
-        return "other rows are dropped in the first layer: the capacity hangs on the layout"
+        if int(actual.counts[0].sum()) != int(reference.counts[0].sum()):
+            return (
+                "the experts' token counts have another sum: assignments are counted twice, not at all, or after drops"
+            )
+        if not torch.equal(actual.counts[0][0], reference.counts[0][0]):
+            return "tokens chose other experts in the first layer: the router or the batch differs"
+    if lost := _lost_experts(actual, ruler):
+        return f"{lost} received no gradient: their tokens are lost"
+    if reference.dropped and int(actual.dropped[0][0]) != int(reference.dropped[0][0]):
+        return "other tokens are dropped in the first layer: the capacity depends on the layout"
     if differs("loss"):
         return (
-            "the forward pass differs though tokens chose the same experts: rows are combined with other weights, or "
-            "experts got other rows"
+            "the forward pass differs although tokens chose the same experts: wrong combine weights, or experts "
+            "received other tokens"
         )
-    for group, name in (("balance", "balance loss"), ("z", "z-loss"), ("further", "sum of further losses")):
+    for group, name in (("balance", "balance loss"), ("z", "z-loss"), ("further", "sum of other losses")):
         if differs(group):
-            times = _times(mine.scalars(group)[0], reference.scalars(group)[0])
-            return f"the {name} is {times}: its counts or its divisor"
-    if said := _gradients(mine, ruler):
-        return said
+            ratio = _ratio(actual.scalars(group)[0], reference.scalars(group)[0])
+            return f"the {name} is {ratio}: check its counts and its divisor"
+    if cause := _gradient_cause(actual, ruler):
+        return cause
     if differs("norm"):
-        return "gradients are equal and their norm is not: weights are left out of it, or counted more than once"
+        return "gradients are equal and their norm is not: the norm omits weights, or counts some more than once"
     for name, tensor in reference.first_update.items():
-        if not ruler.weight(name, mine.first_update[name], tensor, steps=1) <= ruler.tolerance:
+        if not ruler.weight(name, actual.first_update[name], tensor, steps=1) <= ruler.tolerance:
             if name not in reference.gradients:
-                return "the selection bias was updated from other counts than those of all ranks"
-            return "equal gradients gave other weights: the update, the clipping or the learning rate differs by rank"
-    return _later(mine, ruler, step)
+                return "the selection bias was not updated from the counts of all ranks"
+            return "equal gradients gave other weights: clipping, learning rate or update differs between ranks"
+    return _later_cause(actual, ruler, step)
 
 
-def other_start(mine: Evidence, reference: Evidence) -> str | None:
-    """Name the first weight or buffer that starts from other values."""
-    return next((name for name, tensor in reference.start.items() if not torch.equal(mine.start[name], tensor)), None)
+def different_start(actual: Evidence, reference: Evidence) -> str | None:
+    """Return the name of the first weight or buffer with other initial values; None if there is none."""
+    return next((name for name, tensor in reference.start.items() if not torch.equal(actual.start[name], tensor)), None)
 
 
-def kind_of(name: str) -> str:
-    """Return whose gradient it is: a `router`'s, an `expert`'s, or `dense`."""
+def gradient_group(name: str) -> str:
+    """Return the group of a weight's gradient: `router`, `expert` or `dense`."""
     role = parameter_role(name)
     return role if role in ("router", "expert") else "dense"
 
 
-def _gradients(mine: Evidence, ruler: Ruler) -> str | None:
-    """Say by which factor gradients of the first step are wrong, or that they are by none."""
-    ratios = {kind: _common_ratio(mine, ruler, kind) for kind in ("dense", "router", "expert")}
+def _gradient_cause(actual: Evidence, ruler: Ruler) -> str | None:
+    """Describe how gradients of the first step are wrong: by a common factor, or by none; None if they are equal."""
+    ratios = {kind: _common_ratio(actual, ruler, kind) for kind in ("dense", "router", "expert")}
     wrong = {kind: ratio for kind, ratio in ratios.items() if ratio is not None and abs(ratio - 1) > ruler.tolerance}
     different = {
-        kind_of(name)
+        gradient_group(name)
         for name in ruler.reference.gradients
-        if not ruler.gradient(name, mine.gradients[name]) <= ruler.tolerance
+        if not ruler.gradient(name, actual.gradients[name]) <= ruler.tolerance
     }
     uneven = [kind for kind, ratio in ratios.items() if ratio is None and kind in different]
     if uneven:
-        return f"gradients of {' and '.join(uneven)} weights differ by no common factor: some ranks' share is missing"
+        groups = " and ".join(uneven)
+        return f"gradients of {groups} weights differ by no common factor: the share of some ranks is missing"
     factors = [
         f"{kind} gradients are {ratio:.4g} times those of one process"
         for kind, ratio in wrong.items()
         if kind in different
     ]
-    return f"{', '.join(factors)}: a factor of the number of ranks where gradients are summed" if factors else None
+    return f"{', '.join(factors)}: gradients are summed with a wrong factor of the number of ranks" if factors else None
 
 
-def _later(mine: Evidence, ruler: Ruler, step: int) -> str:
-    """Say what parts layouts whose first step is equal; a near tie only where choices were counted that fell so."""
-    flips = mine.flips(ruler.reference)[: step + 1]
+def _later_cause(actual: Evidence, ruler: Ruler, step: int) -> str:
+    """Describe why layouts differ after an equal first step; near ties only if the counts show any."""
+    flips = actual.flips(ruler.reference)[: step + 1]
     if any(flips):
         first = next(at for at, number in enumerate(flips) if number)
         return (
-            f"the first step is equal: later ones part, as they do when a near tie in the routing falls the other way "
+            f"the first step is equal; later steps differ after near ties in the routing were decided the other way "
             f"({flips[first]} choices in step {first + 1})"
         )
     moved = [
         name
         for name, tensor in ruler.reference.first_update.items()
-        if ruler.is_rounding(name) and not torch.equal(mine.first_update[name], tensor)
+        if ruler.is_rounding(name) and not torch.equal(actual.first_update[name], tensor)
     ]
     if moved and ruler.noise > ruler.tolerance * ruler.reference.adam_eps:
         return (
-            f"the gradient of {moved[0]} is nothing but rounding in the first step, and optim.eps "
-            f"{ruler.reference.adam_eps:g} is small enough for AdamW to make steps of it, which differ"
+            f"the gradient of {moved[0]} is only rounding error in the first step, and optim.eps "
+            f"{ruler.reference.adam_eps:g} is so small that AdamW turns it into steps, which differ"
         )
     return (
-        f"the first step is equal and no choice fell the other way up to step {step + 1}: what changes from step to "
-        "step differs, such as moments, a bias or a learning rate"
+        f"the first step is equal and no choice differs up to step {step + 1}: state that is carried over steps "
+        "differs, such as moments, a bias or the learning rate"
     )
 
 
-def _times(here: float, there: float) -> str:
-    return f"{here / there:.4g} times that of one process" if there else f"{here:.4g}, and 0 in one process"
+def _ratio(actual: float, expected: float) -> str:
+    return f"{actual / expected:.4g} times that of one process" if expected else f"{actual:.4g}, and 0 in one process"
 
 
-def _common_ratio(mine: Evidence, ruler: Ruler, kind: str) -> float | None:
-    """Return the factor between two sets of gradients, if it is the same everywhere."""
+def _common_ratio(actual: Evidence, ruler: Ruler, kind: str) -> float | None:
+    """Return the factor between two sets of gradients; None if it is not constant."""
     ratios = []
     for name, gradient in ruler.reference.gradients.items():
-        if kind_of(name) != kind or ruler.is_rounding(name):
+        if gradient_group(name) != kind or ruler.is_rounding(name):
             continue
-        a, b = mine.gradients[name].double().flatten(), gradient.double().flatten()
+        a, b = actual.gradients[name].double().flatten(), gradient.double().flatten()
         square = float(b @ b)
         if square == 0:
             continue
@@ -135,12 +138,12 @@ def _common_ratio(mine: Evidence, ruler: Ruler, kind: str) -> float | None:
     return sum(ratios) / len(ratios)
 
 
-def _lost_experts(mine: Evidence, ruler: Ruler) -> str | None:
-    """Name the experts of the first weight that have a gradient in one process and none here."""
+def _lost_experts(actual: Evidence, ruler: Ruler) -> str | None:
+    """Name the experts, of the first weight with any, that have a gradient in one process and none in this layout."""
     for name, gradient in ruler.reference.gradients.items():
-        if kind_of(name) == "expert":
-            here, there = (g.flatten(1).abs().amax(1) for g in (mine.gradients[name], gradient))
-            lost = (there > ruler.noise) & (here == 0)
+        if gradient_group(name) == "expert":
+            values, expected = (g.flatten(1).abs().amax(1) for g in (actual.gradients[name], gradient))
+            lost = (expected > ruler.noise) & (values == 0)
             if bool(lost.any()):
                 return f"experts {lost.nonzero().flatten().tolist()} of {name}"
     return None

@@ -1,4 +1,4 @@
-"""Evidence of one layout: the first step in every detail, and the result of some more steps."""
+"""Collect the evidence of one layout: every tensor of the first step, and the result of some more steps."""
 
 import hashlib
 from contextlib import closing
@@ -19,16 +19,16 @@ from trainer.training.model import build_model, numerics, resolve_kernel
 
 @dataclass(slots=True, kw_only=True)
 class Evidence:
-    """Whole tensors, whatever the layout; on rank 0."""
+    """Whole tensors, whatever the layout; only on rank 0."""
 
     losses: list[float] = field(default_factory=list)
     """Cross-entropy of every step."""
     balance_losses: list[float] = field(default_factory=list)
     z_losses: list[float] = field(default_factory=list)
     extra_losses: list[float] = field(default_factory=list)
-    """The sum of all losses that are on besides."""
+    """Sum of all other auxiliary losses."""
     objectives: list[float] = field(default_factory=list)
-    """Objective: the cross-entropy and every loss with its coefficient."""
+    """Cross-entropy plus every auxiliary loss times its coefficient."""
     grad_norms: list[float] = field(default_factory=list)
     counts: list[Tensor] = field(default_factory=list)
     """(L, E) assignments of every step, before drops."""
@@ -37,7 +37,7 @@ class Evidence:
     start: dict[str, Tensor] = field(default_factory=dict)
     """Weights and buffers before the first step."""
     gradients: dict[str, Tensor] = field(default_factory=dict)
-    """Gradients of the first step, not clipped."""
+    """Gradients of the first step before clipping."""
     first_update: dict[str, Tensor] = field(default_factory=dict)
     """Weights and buffers after the first step."""
     last_update: dict[str, Tensor] = field(default_factory=dict)
@@ -45,10 +45,10 @@ class Evidence:
     learning_rates: list[float] = field(default_factory=list)
     adam_eps: float = 0.0
     disagreements: list[str] = field(default_factory=list)
-    """Weights and buffers of which two ranks held different copies after the first step, or after the last."""
+    """Weights and buffers whose replicas differ after the first or the last step."""
 
     def scalars(self, group: str) -> list[float]:
-        """Return every step's `loss`, `balance`, `z` or `further` loss or gradient `norm`."""
+        """Return a group of scalars, one per step: `loss`, `balance`, `z`, `further` or gradient `norm`."""
         return {
             "loss": self.losses,
             "balance": self.balance_losses,
@@ -58,13 +58,13 @@ class Evidence:
         }[group]
 
     def flips(self, reference: "Evidence") -> list[int]:
-        """Return for each step how many assignments went to other experts, as far as counts tell."""
+        """Return the number of assignments to other experts in each step, as far as counts show."""
         pairs = zip(self.counts, reference.counts, strict=True)
-        return [int((mine - theirs).abs().sum()) // 2 for mine, theirs in pairs]
+        return [int((ours - theirs).abs().sum()) // 2 for ours, theirs in pairs]
 
 
 def collect(config: ExperimentConfig, mesh: Mesh, *, steps: int) -> Evidence:
-    """Train some steps under a layout, and write everything down. Every rank of the mesh calls it."""
+    """Train some steps under a layout and collect the evidence. Collective."""
     device = torch.device("cpu")
     config = resolve_kernel(config, device)
     corpus = build_corpus(config.data)
@@ -120,18 +120,18 @@ def _weights(engine: StepEngine, mesh: Mesh) -> dict[str, Tensor]:
 
 
 def _disagreements(engine: StepEngine, mesh: Mesh) -> list[str]:
-    """Return the names of weights and buffers that are not bitwise the same on two ranks that have the same part."""
+    """Return the names of weights and buffers whose replicas are not bitwise equal."""
     slices = {name: part for name, part in engine.state().slices.items() if name.startswith("model.")}
-    mine = {name: (part.start, list(part.tensor.shape), _digest(part.tensor)) for name, part in slices.items()}
-    everyone = mesh.world.all_gather_objects(mine)
-    found = []
+    local = {name: (part.start, list(part.tensor.shape), _digest(part.tensor)) for name, part in slices.items()}
+    gathered = mesh.world.all_gather_objects(local)
+    differing = []
     for name in slices:
         digests: dict[object, object] = {}
-        for start, shape, digest in (parts[name] for parts in everyone):
+        for start, shape, digest in (parts[name] for parts in gathered):
             if digests.setdefault((start, tuple(shape)), digest) != digest:
-                found.append(name.removeprefix("model."))
+                differing.append(name.removeprefix("model."))
                 break
-    return found
+    return differing
 
 
 def _digest(tensor: Tensor) -> str:
@@ -139,7 +139,7 @@ def _digest(tensor: Tensor) -> str:
 
 
 def _whole(state: TrainState, mesh: Mesh) -> dict[str, Tensor]:
-    """Return copies of the whole tensors on rank 0, and nothing elsewhere."""
+    """Return copies of the whole tensors on rank 0; nothing on other ranks."""
     state = gather_state(state, mesh)
     if mesh.layout.rank > 0:
         return {}
@@ -147,4 +147,4 @@ def _whole(state: TrainState, mesh: Mesh) -> dict[str, Tensor]:
 
 
 def _ignore(message: str) -> None:
-    """Forget a warning: the run itself says it."""
+    """Drop a warning: training shows it."""

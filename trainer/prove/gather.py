@@ -1,4 +1,4 @@
-"""A state that is spread over several ranks, put together on the first one, to be compared with another."""
+"""Gather a sharded state on rank 0."""
 
 import torch
 
@@ -8,16 +8,16 @@ from trainer.errors import CheckpointError
 
 
 def gather_state(state: TrainState, mesh: Mesh) -> TrainState:
-    """Return the whole state on rank 0; other ranks get what they had. Every rank must call it.
+    """Return the whole state on rank 0, and the local state on other ranks. Collective.
 
-    Of several ranks with the same part the first one sends it.
+    Of several ranks with the same slice, the first one sends it.
 
     Raises:
-        CheckpointError: if parts reach beyond the end or some are missing; on every rank.
+        CheckpointError: if slices overlap the end or are missing; on every rank.
     """
     if mesh.world.size == 1:
         return state
-    # For each rank and name: first index of dimension 0 that is there, and how many.
+    # Per rank and name: start and length along dimension 0.
     here = {name: (part.start, len(part.tensor) if part.tensor.dim() else 1) for name, part in state.slices.items()}
     rows = mesh.world.all_gather_objects(here)
     table: list[dict[str, tuple[int, int]]] = [{name: (at, size) for name, (at, size) in row.items()} for row in rows]
@@ -36,7 +36,7 @@ def gather_state(state: TrainState, mesh: Mesh) -> TrainState:
         if not is_first:
             slices[name] = part
             continue
-        whole = torch.empty(part.global_shape, dtype=arrived.dtype)  # on the CPU: a GPU may have no room for it
+        whole = torch.empty(part.global_shape, dtype=arrived.dtype)  # on the CPU: it may not fit on a GPU
         for row, piece in zip(table, arrived.split(receive), strict=True):
             start = row[name][0]
             whole[start : start + len(piece)] = piece
@@ -45,7 +45,7 @@ def gather_state(state: TrainState, mesh: Mesh) -> TrainState:
 
 
 def _senders(parts: list[tuple[int, int]], total: int, name: str) -> list[int]:
-    """Return the ranks whose parts, one after the other, are the whole of a tensor.
+    """Return the ranks whose slices, in order, make up a whole tensor.
 
     #  parts of 4 ranks   (0, 2) (2, 3) (0, 2) (2, 3)     total 5     senders 0, 1
     """
@@ -53,9 +53,11 @@ def _senders(parts: list[tuple[int, int]], total: int, name: str) -> list[int]:
     while end < total:
         rank = next((r for r, (start, length) in enumerate(parts) if start == end and length > 0), None)
         if rank is None:
-            raise CheckpointError(f"{name}: no rank has what begins at index {end} of {total}; ranks have {parts}")
+            raise CheckpointError(
+                f"{name}: no rank has the slice that starts at index {end} of {total}; ranks have {parts}"
+            )
         senders.append(rank)
         end += parts[rank][1]
     if end > total:
-        raise CheckpointError(f"{name}: a part reaches beyond index {total}; ranks have {parts}")
+        raise CheckpointError(f"{name}: a slice extends beyond index {total}; ranks have {parts}")
     return senders

@@ -1,4 +1,4 @@
-"""Local ranks: processes that are started once and given one function after another to run together."""
+"""Local ranks: processes that start once and run one function after another together."""
 
 import multiprocessing
 import pickle
@@ -19,10 +19,10 @@ import torch.distributed as dist
 from trainer.distributed.interface import use_loopback
 from trainer.errors import TurnoutError
 
-_LATE_S = 5.0
-PRELOAD = ("trainer.prove.ranks", "torch._dynamo")
-"""Imported once for all ranks, which are forks of a process that computes nothing. Torch needs the second one for the
-first optimizer."""
+_GRACE_S = 5.0
+PRELOAD = ("trainer.prove.run_case", "torch._dynamo")
+"""Imported once, by the server process that all ranks are forked from. Torch imports the second one with the first
+optimizer."""
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([*PRELOAD])
 
@@ -32,13 +32,13 @@ class Failure:
     """Failure of a rank."""
 
     error: TurnoutError | None
-    """None for any other exception, and for a rank that was lost."""
+    """None for other exceptions and for a lost rank."""
     text: str
-    """The traceback; empty for a rank that was lost."""
+    """Traceback; empty for a lost rank."""
 
     @property
     def is_lost(self) -> bool:
-        """It died, or did not come back in time."""
+        """Whether the process died or did not answer in time."""
         return self.error is None and not self.text
 
 
@@ -49,29 +49,29 @@ class _Worker:
 
 
 class LocalRanks:
-    """Runs a function on ranks 0 .. n - 1 of a fresh gloo group, in processes that stay for the next one."""
+    """Runs functions on ranks 0 .. n - 1 of a new gloo group each, in processes that are reused."""
 
     def __init__(self) -> None:
         self._workers: list[_Worker] = []
 
     def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float) -> list[Any]:
-        """Return what `function(*args)` returned on each rank, or a `Failure`.
+        """Run `function(*args)` on each rank; return each rank's result or `Failure`.
 
-        As long as nobody failed nobody is late: a rank that waits for a lost one gives up by itself after `timeout_s`.
-        After a failure the processes are replaced.
+        Without a failure there is no deadline: a rank that waits for a lost one gives up after `timeout_s`. After a
+        failure the processes are replaced.
 
         Args:
-            world_size: ranks.
-            function: of a module; finds torch's default group made.
+            world_size: number of ranks.
+            function: module-level; torch's default group is initialised.
             args: the same for all ranks.
-            timeout_s: how long ranks wait for each other.
+            timeout_s: how long a rank waits for the others.
         """
         while len(self._workers) < world_size:
             self._workers.append(_start())
         workers = self._workers[:world_size]
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             for rank, worker in enumerate(workers):
-                with suppress(OSError):  # it died: its answer will say so
+                with suppress(OSError):  # it died: _receive reports it
                     worker.pipe.send((function, args, rank, world_size, str(Path(folder) / "store"), timeout_s))
             answers = _receive([worker.pipe for worker in workers], timeout_s)
         if any(isinstance(answer, Failure) for answer in answers):
@@ -79,7 +79,7 @@ class LocalRanks:
         return answers
 
     def close(self) -> None:
-        """End the processes."""
+        """Kill the processes."""
         for worker in self._workers:
             worker.process.kill()
             worker.process.join()
@@ -91,24 +91,24 @@ def _receive(pipes: list[Connection], timeout_s: float) -> list[Any]:
     missing = dict(enumerate(pipes))
     has_failed = False
     while missing:
-        ready = wait(list(missing.values()), timeout=timeout_s + _LATE_S if has_failed else None)
+        ready = wait(list(missing.values()), timeout=timeout_s + _GRACE_S if has_failed else None)
         if not ready:
             break
         for rank, pipe in list(missing.items()):
             if pipe in ready:
                 del missing[rank]
-                with suppress(EOFError, OSError):  # it died: no answer
+                with suppress(EOFError, OSError):  # it died
                     answers[rank] = pipe.recv()
                 has_failed = has_failed or isinstance(answers[rank], Failure)
     return answers
 
 
 def _start() -> _Worker:
-    here, there = multiprocessing.Pipe()
-    process = _CONTEXT.Process(target=_work, args=(there,), daemon=True)
+    parent_end, child_end = multiprocessing.Pipe()
+    process = _CONTEXT.Process(target=_work, args=(child_end,), daemon=True)
     process.start()
-    there.close()
-    return _Worker(process, here)
+    child_end.close()
+    return _Worker(process, parent_end)
 
 
 def _work(pipe: Connection) -> None:
@@ -126,12 +126,12 @@ def _work(pipe: Connection) -> None:
                     timeout=timedelta(seconds=timeout_s),
                 )
                 answer = function(*args)
-                dist.barrier()  # nobody leaves while others still connect
+                dist.barrier()  # no rank leaves while others are still connecting
             except TurnoutError as error:
                 answer = Failure(error, traceback.format_exc())
             except BaseException:
                 answer = Failure(None, traceback.format_exc())
-            # Pickled by value: torch's own way lends memory of a process that may end.
+            # Pickled by value: torch's reducers share memory of a process that may exit.
             pipe.send_bytes(pickle.dumps(answer))
             if dist.is_initialized():
                 dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The proof: one process against every layout, on the user's own config."""
+"""Compare every layout of a config with one process."""
 
 from collections.abc import Sequence
 from contextlib import closing
@@ -13,17 +13,17 @@ from trainer.distributed.rank_layout import Layout
 from trainer.engine.registry import NativeEngineConfig
 from trainer.errors import ConfigError, TurnoutError
 from trainer.experiment import ExperimentConfig
-from trainer.prove.cases import all_cases, labels, reference, small, without_comparisons
+from trainer.prove.cases import all_cases, labels, reference, shrink, without_repeated_options
 from trainer.prove.compare import compare
 from trainer.prove.pool import LocalRanks
 from trainer.prove.progress import LayoutProgress
-from trainer.prove.ranks import run_case
 from trainer.prove.report import Table, TableRow, write_json
 from trainer.prove.rounding import FLOORS, TOLERANCES
+from trainer.prove.run_case import run_case
 from trainer.training.memory import check_memory
 
-_FIRST_STEPS = 5
-"""Below float64 a near tie parts two correct trajectories sooner or later: so many steps are compared."""
+_COMPARED_STEPS = 5
+"""Steps compared below float64, where near ties in the routing eventually separate correct trajectories."""
 
 
 def prove(
@@ -37,25 +37,25 @@ def prove(
     json_path: Path | None,
     timeout_s: float,
 ) -> int:
-    """Run the matrix and show it; return 0 if every layout learns what one process learns, else 1.
+    """Run all layouts and print the results; return 0 if all learn the same as one process, else 1.
 
     Args:
-        config: the user's.
-        steps: optimizer steps of each layout.
-        dtype: of the computation, in place of `train.dtype`; None: float64, or float32 if an engine has no float64.
+        config: to run.
+        steps: optimizer steps per layout.
+        dtype: replaces `train.dtype`; None: float64, or float32 if an engine has no float64.
         is_small: shrink model and batch first.
-        only: only layouts whose name has this text.
+        only: run only layouts whose name contains this text.
         engines: some of `ENGINES`; None: the config's own.
         json_path: where to write the result as JSON.
-        timeout_s: how long ranks wait for each other.
+        timeout_s: how long a rank waits for the others.
     """
-    config = without_comparisons(config)
-    config = small(config) if is_small else config
+    config = without_repeated_options(config)
+    config = shrink(config) if is_small else config
     has_deepspeed = "deepspeed" in (engines or [config.engine.kind])
     if has_deepspeed and dtype == "float64":
         raise ConfigError("--dtype: float64: DeepSpeed sums gradients in float32; use float32, or --engines native")
     dtype = dtype or ("float32" if has_deepspeed else "float64")
-    if not has_deepspeed:  # it may not have this dtype
+    if not has_deepspeed:  # the config's engine may not support this dtype
         config = config.model_copy(update={"engine": NativeEngineConfig()})
     train = {**config.train.model_dump(), "dtype": dtype}
     config = ExperimentConfig.model_validate({**config.model_dump(), "train": train})
@@ -63,31 +63,31 @@ def prove(
     with Console().progress_bar("reading text") as bar:
         build_corpus(config.data, progress=bar)
     tolerance, floor = TOLERANCES[dtype], FLOORS[dtype]
-    first_steps = None if dtype == "float64" else min(steps, _FIRST_STEPS)
+    first_steps = None if dtype == "float64" else min(steps, _COMPARED_STEPS)
     possible = all_cases(config, engines)
     cases = [case for case in possible if only is None or only in case.name]
     if not cases:
         names = "\n  ".join(case.name for case in possible)
-        raise ConfigError(f"--layouts: no layout has the text {shown(only)} in its name; there are\n  {names}")
+        raise ConfigError(f"--layouts: no layout has {shown(only)} in its name; the layouts are\n  {names}")
     compared = "" if first_steps in (None, steps) else f", the first {first_steps} compared"
-    found = labels(config)
-    rows, progress, alone = [], LayoutProgress(len(cases)), reference(config)
+    exceptions = labels(config)
+    rows, progress, single = [], LayoutProgress(len(cases)), reference(config)
     with closing(LocalRanks()) as ranks:
-        with progress.running(alone.name):
-            oracle = run_case(config, alone, ranks, steps=steps, timeout_s=timeout_s)
-        table = Table(cases, compare(oracle, oracle, tolerance=tolerance).worst, labels=found)
+        with progress.running(single.name):
+            expected = run_case(config, single, ranks, steps=steps, timeout_s=timeout_s)
+        table = Table(cases, compare(expected, expected, tolerance=tolerance).worst, labels=exceptions)
         title = f"{config.name}: {len(cases)} layouts against one process, {steps} steps in {dtype}{compared}"
         table.head(title, tolerance=tolerance)
         for number, case in enumerate(cases, 1):
             try:
                 with progress.running(case.name, number):
-                    mine = run_case(config, case, ranks, steps=steps, timeout_s=timeout_s)
-                comparison = compare(mine, oracle, tolerance=tolerance, floor=floor, steps=first_steps)
+                    actual = run_case(config, case, ranks, steps=steps, timeout_s=timeout_s)
+                comparison = compare(actual, expected, tolerance=tolerance, floor=floor, steps=first_steps)
                 rows.append(TableRow(case=case, comparison=comparison))
             except TurnoutError as error:
                 rows.append(TableRow(case=case, comparison=None, error=str(error)))
             table.line(rows[-1])
     table.foot(rows)
     if json_path is not None:
-        write_json(json_path, rows, tolerance=tolerance, labels=found)
-    return 0 if all(row.is_sound(found) for row in rows) else 1
+        write_json(json_path, rows, tolerance=tolerance, labels=exceptions)
+    return 0 if all(row.is_accepted(exceptions) for row in rows) else 1

@@ -1,4 +1,4 @@
-"""The proof on the screen and on the disk."""
+"""Print the results of a proof as a table, and write them as JSON."""
 
 import json
 from collections.abc import Collection, Sequence
@@ -12,28 +12,28 @@ from trainer.terminal import print_safe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableRow:
-    """One layout's result."""
+    """Result of one layout."""
 
     case: Case
     comparison: Comparison | None
-    """None if it did not run."""
+    """None if the layout failed to run."""
     error: str | None = None
 
-    def is_sound(self, labels: Sequence[str]) -> bool:
-        """Tell whether it learns what one process learns, or differs in a way that settings with a label explain."""
+    def is_accepted(self, labels: Sequence[str]) -> bool:
+        """Return whether the layout equals one process, or differs only as far as labelled settings allow."""
         found = self.comparison
         return found is not None and (found.is_equal or (bool(labels) and not found.is_beyond_labels))
 
 
 class Table:
-    """Worst relative errors, a line for each layout as soon as it is there."""
+    """Table of worst relative errors, with one line per layout, printed as the results arrive."""
 
     def __init__(self, cases: Sequence[Case], groups: Collection[str], *, labels: Sequence[str]) -> None:
         """Lay out the columns.
 
         Args:
-            cases: every layout that will come.
-            groups: what is compared, some of `GROUPS`.
+            cases: all layouts.
+            groups: the groups of `GROUPS` that the config has.
             labels: settings that are not layout-invariant.
         """
         self._groups = [group for group in GROUPS if group in groups]
@@ -41,23 +41,23 @@ class Table:
         self._labels = labels
 
     def head(self, title: str, *, tolerance: float) -> None:
-        """Print what is above the lines."""
-        print_safe(f"{title}\nworst relative error; at most {tolerance:.0e} is equal\n")
+        """Print title and column names."""
+        print_safe(f"{title}\nlargest relative error of each group; up to {tolerance:.0e} counts as equal\n")
         names = "".join(f"{group.removeprefix('gradient: '):>9}" for group in self._groups)
         print_safe(f"{'':{self._width}}{names}{'flips':>7}")
 
     def line(self, row: TableRow) -> None:
-        """Print a layout's result."""
+        """Print the result of a layout."""
         print_safe(f"{row.case.name:{self._width}}{_cells(row, self._groups)}  {_verdict(row, self._labels)}")
 
     def foot(self, rows: Sequence[TableRow]) -> None:
-        """Print what is wrong with each layout that fails, and why some may."""
+        """Print the cause of each difference, and the labelled settings."""
         for row in rows:
             if row.error is not None:
                 print_safe(f"\n{row.case.name}: {row.error}")
             elif row.comparison is not None and not row.comparison.is_equal:
                 first, cause = row.comparison.first_different, row.comparison.cause
-                print_safe(f"\n{row.case.name}: first different is {first}\n  {cause}")
+                print_safe(f"\n{row.case.name}: first difference: {first}\n  {cause}")
         for label in self._labels:
             print_safe(f"\n{label}: not layout-invariant by definition")
 
@@ -74,11 +74,11 @@ def _verdict(row: TableRow, labels: Sequence[str]) -> str:
         return "FAILED"
     if row.comparison.is_equal:
         return "equal"
-    return "differs, as labelled" if row.is_sound(labels) else "DIFFERS"
+    return "differs, as labelled" if row.is_accepted(labels) else "DIFFERS"
 
 
 def write_json(path: Path, rows: Sequence[TableRow], *, tolerance: float, labels: Sequence[str]) -> None:
-    """Write everything the table says, for programs."""
+    """Write the results as JSON."""
     record = {
         "tolerance": tolerance,
         "not_invariant": list(labels),

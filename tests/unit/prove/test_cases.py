@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from trainer.experiment import ExperimentConfig
-from trainer.prove.cases import ENGINES, all_cases, as_config, reference
+from trainer.prove.cases import ENGINES, all_cases, apply_case, reference
 
 
 def config_of(moe: dict[str, Any] | None, *, rows: int) -> ExperimentConfig:
@@ -31,5 +31,5 @@ def test_no_layout_is_run_twice_however_many_rows_a_step_has(moe: dict[str, Any]
             cases = all_cases(config, engines)
             assert len({*cases}) == len({case.name for case in cases}) == len(cases), (rows, engines)
             assert reference(config) not in cases, (rows, engines)
-            layouts = [(case.world_size, as_config(config, case).model_dump_json()) for case in cases]
+            layouts = [(case.world_size, apply_case(config, case).model_dump_json()) for case in cases]
             assert len({*layouts}) == len(cases), (rows, engines)

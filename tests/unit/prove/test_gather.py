@@ -45,8 +45,8 @@ def test_parts_make_the_whole_on_the_first_rank(ranks: Ranks, parts: list[tuple[
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ([(0, 2), (3, 5)], "cut: no rank has what begins at index 2 of 5; ranks have [(0, 2), (3, 2)]"),
-        ([(0, 2), (1, 5)], "cut: no rank has what begins at index 2 of 5"),
+        ([(0, 2), (3, 5)], "cut: no rank has the slice that starts at index 2 of 5; ranks have [(0, 2), (3, 2)]"),
+        ([(0, 2), (1, 5)], "cut: no rank has the slice that starts at index 2 of 5"),
     ],
 )
 def test_a_part_that_is_missing_is_an_error_on_every_rank(

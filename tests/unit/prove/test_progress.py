@@ -26,7 +26,7 @@ def shown(stream: io.StringIO) -> str:
 
 def test_a_log_has_a_line_for_each_layout(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown(io.StringIO()).splitlines() == [
-        "0 of 2, after 40s: 1 rank, rows by 8, which the others are compared with",
+        "0 of 2, after 40s: 1 rank, rows by 8, the reference",
         "1 of 2, after 1m 20s: 1 rank, rows by 4",
         "2 of 2, after 2m 00s: 2 ranks, ep 1, rows by 4",
     ]

@@ -15,7 +15,7 @@ from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.engine.deepspeed.optimizer import moments_of, set_steps
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
-from trainer.prove.cases import all_cases, as_config, small, without_comparisons
+from trainer.prove.cases import all_cases, apply_case, shrink, without_repeated_options
 
 
 def _experiment(raw: Any, *, zero_stage: int = 1, **sections: Any) -> ExperimentConfig:
@@ -237,11 +237,11 @@ def test_null_says_nothing() -> None:
 def test_a_proof_takes_no_offence_at_what_it_changes_itself() -> None:
     raw = {"train_batch_size": 16, "torch_autocast": {"enabled": True}, "zero_optimization": {"overlap_comm": True}}
     config = _experiment(raw, train={"global_batch_size": 16, "dtype": "bfloat16"})
-    plain = small(without_comparisons(config))
+    plain = shrink(without_repeated_options(config))
     assert isinstance(plain.engine, DeepSpeedEngineConfig)
     assert plain.engine.deepspeed_config == {"zero_optimization": {"overlap_comm": True}}
     cases = all_cases(plain, ["native", "deepspeed"])
-    assert {as_config(plain, case).engine.kind for case in cases} == {"native", "deepspeed"}
+    assert {apply_case(plain, case).engine.kind for case in cases} == {"native", "deepspeed"}
 
 
 def test_what_deepspeed_itself_refuses_is_a_config_error_and_leaves_nothing(tmp_path: Path) -> None:

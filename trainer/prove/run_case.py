@@ -1,4 +1,4 @@
-"""One layout, trained: in this process, or on local ranks."""
+"""Run one layout: in this process, or on local ranks."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from trainer.distributed.mesh import Mesh, build_mesh
 from trainer.distributed.rank_layout import Layout
 from trainer.errors import CommError
 from trainer.experiment import ExperimentConfig
-from trainer.prove.cases import Case, as_config
+from trainer.prove.cases import Case, apply_case
 from trainer.prove.evidence import Evidence, collect
 from trainer.prove.pool import Failure, LocalRanks
 
@@ -26,17 +26,18 @@ def run_case(
     """Train some steps of a config under a layout.
 
     Args:
-        config: the user's.
-        case: the layout; with one rank it is run in this process.
-        ranks: to run it on.
+        config: to run.
+        case: the layout; one rank runs in this process.
+        ranks: processes for several ranks.
         steps: optimizer steps.
-        timeout_s: how long ranks wait for each other.
-        prepare: called first on each of several ranks; a function of a module. Tests plant faults with it.
+        timeout_s: how long a rank waits for the others.
+        prepare: a module-level function called first on each of several ranks; tests plant faults with it.
 
     Raises:
-        TurnoutError: what a rank could not do, or `CommError` naming the ranks that did not come back in time.
+        TurnoutError: the error of a rank.
+        CommError: with the ranks that did not finish in time.
     """
-    config = as_config(config, case)
+    config = apply_case(config, case)
     if case.world_size == 1:
         return collect(config, Mesh.of_one(), steps=steps)
     answers = ranks.run(case.world_size, _collect, config, case, steps, prepare, timeout_s=timeout_s)
@@ -47,13 +48,13 @@ def run_case(
         if failure.error is not None and not isinstance(failure.error, CommError):
             raise type(failure.error)(f"rank {rank}: {failure.error}")
     lost = [rank for rank, failure in failures.items() if failure.is_lost]
-    said = [
+    reasons = [
         f"rank {rank}: {failure.error or failure.text.strip().splitlines()[-1]}"
         for rank, failure in failures.items()
         if not failure.is_lost
     ]
     silent = [f"ranks {lost} never finished a step"] if lost else []
-    raise CommError(f"{case.name}: {'; '.join(silent + said)}")
+    raise CommError(f"{case.name}: {'; '.join(silent + reasons)}")
 
 
 def _collect(config: ExperimentConfig, case: Case, steps: int, prepare: Callable[[], None] | None) -> Evidence:
@@ -62,5 +63,5 @@ def _collect(config: ExperimentConfig, case: Case, steps: int, prepare: Callable
     layout = Layout(
         world_size=case.world_size, rank=dist.get_rank(), ep_size=case.ep_size, ranks_per_node=case.ranks_per_node
     )
-    mine = collect(config, build_mesh(layout, FlightRecorder()), steps=steps)
-    return mine if layout.rank == 0 else Evidence()
+    evidence = collect(config, build_mesh(layout, FlightRecorder()), steps=steps)
+    return evidence if layout.rank == 0 else Evidence()
