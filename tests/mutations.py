@@ -63,11 +63,9 @@ def balance_loss_divided_by_dp() -> None:
     def wrong(*args: Any, **kwargs: Any) -> Any:
         share = whole(*args, **kwargs)
         assert share.balance_loss is not None
-        config = kwargs["config"]
-        stats = args[1]
-        kwargs["config"] = config.model_copy(
-            update={"balance": config.balance.model_copy(update={"coef": config.balance.coef / 2})}
-        )
+        losses, stats = kwargs["losses"], args[1]
+        halved = losses.balance.model_copy(update={"coef": losses.balance.coef / 2})
+        kwargs["losses"] = replace(losses, balance=halved)
         return replace(whole(args[0], stats, **kwargs), balance_loss=share.balance_loss / 2)
 
     step.objective = wrong
