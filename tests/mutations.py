@@ -193,7 +193,7 @@ def deepspeed_forgets_micro_batches() -> None:
 
 IN_DEEPSPEED: dict[Callable[[], None], str] = {
     deepspeed_averages: "dense gradients are 0.5 times those of one process, router gradients are 0.5 times",
-    deepspeed_clips_elsewhere: "equal gradients gave other weights: the update, the clipping or the learning rate",
+    deepspeed_clips_elsewhere: "equal gradients gave other weights: clipping, learning rate or update",
     deepspeed_forgets_micro_batches: "gradients of dense and router and expert weights differ by no common factor",
 }
 """The same under DeepSpeed."""

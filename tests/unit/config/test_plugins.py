@@ -17,7 +17,7 @@ from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.lab.router_configs import router_class, router_kinds, select_kinds
 from trainer.moe.routers.registry import ROUTER_MODULES
-from trainer.prove.cases import all_cases, as_config, small
+from trainer.prove.cases import all_cases, apply_case, shrink
 
 PACKAGE = Path(__file__).parents[2] / "plugin_router"
 PATH = "my_router.threshold:ThresholdRouterConfig"
@@ -152,8 +152,8 @@ def test_a_line_in_the_table_adds_a_router_to_this_project(monkeypatch: pytest.M
         "threshold",
     ]
     assert router_class("threshold") is type(config.model.moe.router)
-    cases = all_cases(small(config))
-    assert all(as_config(config, case).model.moe == config.model.moe for case in cases)
+    cases = all_cases(shrink(config))
+    assert all(apply_case(config, case).model.moe == config.model.moe for case in cases)
 
 
 def test_bench_takes_a_plugin_by_name() -> None:
