@@ -1,4 +1,9 @@
-"""A run in Weights & Biases, kept up by a process beside it (`wandb_mirror`) that can hang or die without harm."""
+"""Weights & Biases tracker: starts and watches the process that uploads the run (`wandb_upload`).
+
+wandb runs in a process of its own because a thread cannot contain it: `wandb.init` replaces `sys.exit` and
+`sys.excepthook`, waits for its service at exit without a limit, and interrupts the main thread when a run is stopped
+on the website. Its process can hang or die; the run never waits for it, except briefly at its end.
+"""
 
 import json
 import os
@@ -11,161 +16,186 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trainer.metrics.config import MetricsConfig
+from trainer.atomic_io import replace_file
 from trainer.trackers.base import Logged
 
-_ANSWER_S = 4.0
-"""A server that has not answered by the end of the run has so long left."""
 _FINISH_S = 6.0
-"""One that has may take so long for the rest."""
+"""Time limit for wandb's own finish at the end of a run: less than a run waits for its trackers."""
+_OUTLIVE_S = 60.0
+"""Longest time the upload process outlives the run, which may have been killed."""
+_SYNC_S = 3600.0
 _ROOT = str(Path(__file__).parents[2])
 
 
 class WandbTracker:
-    """Starts the mirror, shows what it has to say, and waits for it at the end, but not for long.
-
-    The mirror reads metrics.jsonl by itself: nothing is handed to it while training, so nothing can fill up.
-    """
+    """Uploads a run to wandb while it trains, by a process that reads metrics.jsonl; offline, `sync` does it later."""
 
     def __init__(
         self,
-        config: MetricsConfig,
-        *,
         folder: Path,
+        *,
+        mode: str,
         run_id: str,
-        name: str,
         start_step: int,
+        heatmap_every: int | None,
         moe_layers: Sequence[int],
-        described: Mapping[str, Any],
+        labels: Mapping[str, Any],
+        config: Mapping[str, Any],
         say: Callable[[str], None],
         warn: Callable[[str], None],
     ) -> None:
-        """Start the mirror.
+        """Write the settings of the upload, and start it unless the mode is offline.
 
         Args:
-            config: the `metrics` section.
-            folder: of the run.
-            run_id: what the run is known by in wandb.
-            name: of the experiment.
-            start_step: completed steps.
-            moe_layers: numbers of the layers that have experts.
-            described: JSON values: the run's config and what else wandb shows as such.
-            say: shows a line to the user.
-            warn: shows a warning.
+            folder: Run folder.
+            mode: `online`, `offline` or `auto`: online unless WANDB_MODE or a missing API key prevents it.
+            run_id: Id of the run in wandb.
+            start_step: Completed steps.
+            heatmap_every: Logged steps between expert loads; None: never.
+            moe_layers: Indices of the MoE layers.
+            labels: project, entity, group, name, job_type, tags and notes of the run in wandb.
+            config: JSON values that wandb shows as the run's config.
+            say: Shows a message to the user.
+            warn: Shows a warning.
         """
         self._folder, self._say, self._warn = folder, say, warn
-        self._orders = {
-            **config.wandb.model_dump(mode="json"),
-            "name": config.wandb.name or name,
-            "folder": str(folder.absolute()),
+        self._place = self._sync_command = f"turnout sync-wandb {folder}"
+        self._upload: _Upload | None = None
+        upload_settings = {
+            "mode": mode,
             "run_id": run_id,
             "start_step": start_step,
-            "heatmap_every": config.heatmap_every,
-            "finish_s": _FINISH_S,
+            "heatmap_every": heatmap_every,
             "moe_layers": list(moe_layers),
-            "config": described,
+            "labels": dict(labels),
+            "config": config,
         }
-        self._heard, self._has_begun = b"", False
-        self._place = str(folder / "wandb")
-        """Where the run can be looked at: its folder, or an address once there is one."""
-        self._scratch: str | None = None
-        self._mirror = self._start()
+        try:
+            path = settings_path(folder)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, json.dumps(upload_settings))
+            if mode == "offline" or (mode == "auto" and os.environ.get("WANDB_MODE", "online") != "online"):
+                say(f"wandb: offline; to upload the run: {self._sync_command}")
+            else:
+                self._upload = _Upload(folder, finish_s=_FINISH_S, outlive_s=_OUTLIVE_S)
+        except OSError as error:
+            warn(f"wandb: cannot start: {error.strerror or error}; {self._advice}")
 
     def log(self, record: Logged, experts: Logged | None = None) -> None:
-        """Show what the mirror has to say; the record is in metrics.jsonl already, where it reads."""
-        if self._mirror is not None and self._has_ended(self._mirror, within_s=0.0):
-            self._mirror = None
+        """Show messages of the upload process; it reads the record from metrics.jsonl itself."""
+        if self._upload is not None and self._has_ended(self._upload, within_s=0.0):
+            self._upload = None
 
     def written(self) -> list[tuple[str, str]]:
-        """Return where wandb has the run, as far as it has said so by now."""
-        if self._mirror is not None:
-            self._has_ended(self._mirror, within_s=0.0)
+        """Return the run's address in wandb, or the command that uploads the run."""
+        self.log({})
         return [("wandb", self._place)]
 
     def close(self, exit_code: int, *, patience_s: float) -> None:
-        """Let the mirror finish, and kill it if that takes too long; without patience it finishes by itself."""
-        mirror, self._mirror = self._mirror, None
-        if mirror is None:
+        """Let the upload finish, and kill it after `patience_s`; if that is 0, it finishes in the background."""
+        upload, self._upload = self._upload, None
+        if upload is None:
             return
-        _tell(mirror, str(exit_code))
-        if patience_s == 0 or self._has_ended(mirror, within_s=_ANSWER_S):
-            return
-        if not self._has_begun and self._orders["mode"] != "offline":
-            self._kill(mirror)
-            self._orders["mode"] = "offline"
-            self._warn("wandb: its server did not answer before the run had ended")
-            mirror = self._start()
-            if mirror is None:
-                return
-            _tell(mirror, str(exit_code))
-        if not self._has_ended(mirror, within_s=patience_s - _ANSWER_S):
-            self._kill(mirror)
-            self._warn(f"wandb: it did not finish within {patience_s:.0f} s; {self._advice}")
+        upload.end(exit_code)
+        if patience_s > 0 and not self._has_ended(upload, within_s=patience_s):
+            upload.kill()
+            self._warn(f"wandb: did not finish within {patience_s:.0f} s; {self._advice}")
 
-    def _start(self) -> subprocess.Popen[bytes] | None:
-        try:
-            # wandb leaves folders where temporary files go; the mirror removes this one when it ends.
-            self._orders["scratch"] = self._scratch = tempfile.mkdtemp(prefix="turnout-wandb-")
-            mirror = subprocess.Popen(
-                [sys.executable, "-m", "trainer.trackers.wandb_mirror"],
-                env=_environment(self._folder) | {"TMPDIR": self._scratch},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,  # a terminal's Ctrl-C is the run's, which then closes it
-            )
-        except OSError as error:
-            self._warn(f"wandb: its process does not start ({error.strerror}); {self._advice}")
-            self._remove_scratch()
-            return None
-        assert mirror.stdout is not None
-        os.set_blocking(mirror.stdout.fileno(), False)
-        _tell(mirror, json.dumps(self._orders))
-        return mirror
-
-    def _has_ended(self, mirror: subprocess.Popen[bytes], *, within_s: float) -> bool:
-        """Tell whether it ends within some time; show what it has said."""
-        with suppress(subprocess.TimeoutExpired):
-            mirror.wait(within_s)
-        assert mirror.stdout is not None
-        *lines, self._heard = (self._heard + (mirror.stdout.read() or b"")).split(b"\n")
-        for line in lines:
-            self._has_begun = True
-            said = json.loads(line)
-            if said["place"] is not None:
-                self._place = said["place"].replace(str(self._folder.absolute()), str(self._folder), 1)
-            (self._warn if said["is_warning"] else self._say)(f"wandb: {said['text']}")
-        if mirror.returncode:  # with 0 it has said why
-            self._warn(f"wandb: its process ended with {mirror.returncode}; {self._advice}")
-        if mirror.returncode is not None:
-            self._remove_scratch()  # where it was killed
-        return mirror.returncode is not None
-
-    def _kill(self, mirror: subprocess.Popen[bytes]) -> None:
-        mirror.kill()
-        mirror.wait()
-        self._remove_scratch()
-
-    def _remove_scratch(self) -> None:
-        if self._scratch is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
-        self._scratch = None
+    def _has_ended(self, upload: "_Upload", *, within_s: float) -> bool:
+        code = upload.wait(within_s)
+        for message in upload.messages():
+            self._place = message["url"] or self._place
+            (self._warn if message["is_warning"] else self._say)(f"wandb: {message['text']}")
+        if code:  # a process that exits with 0 has reported why
+            self._warn(f"wandb: its process exited with code {code}; {self._advice}")
+        return code is not None
 
     @property
     def _advice(self) -> str:
-        return f"{self._folder / 'metrics.jsonl'} has everything, and to start the run again sends the rest"
+        return f"metrics.jsonl is complete; to upload the rest: {self._sync_command}"
 
 
-def _tell(mirror: subprocess.Popen[bytes], line: str) -> None:
-    assert mirror.stdin is not None
-    with suppress(OSError):  # it has ended, which is noticed elsewhere
-        mirror.stdin.write(line.encode() + b"\n")
-        mirror.stdin.flush()
+def settings_path(folder: Path) -> Path:
+    """Return the file with the settings of a run's upload."""
+    return folder / "wandb" / "run.json"
+
+
+def sync(folder: Path, show: Callable[[str], None]) -> bool:
+    """Upload the records of a run that wandb does not have; return whether all of them were sent.
+
+    Raises:
+        OSError: if the upload process cannot be started.
+    """
+    upload = _Upload(folder, finish_s=_SYNC_S, outlive_s=_SYNC_S)
+    upload.end(0)
+    has_failed = False
+    while True:
+        code = upload.wait(0.2)
+        for message in upload.messages():
+            has_failed |= message["is_warning"]
+            show(f"wandb: {message['text']}")
+        if code is not None:
+            return code == 0 and not has_failed
+
+
+class _Upload:
+    """The upload process: it gets the run's exit code on stdin and reports messages as JSON lines on stdout."""
+
+    def __init__(self, folder: Path, *, finish_s: float, outlive_s: float) -> None:
+        # wandb leaves folders among temporary files; this one is removed with the process.
+        self._scratch, self._buffer = tempfile.mkdtemp(prefix="turnout-wandb-"), b""
+        arguments = [str(folder.absolute()), self._scratch, str(finish_s), str(outlive_s)]
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "trainer.trackers.wandb_upload", *arguments],
+                env=_environment(folder) | {"TMPDIR": self._scratch},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # a terminal's Ctrl-C is for the run, which then ends the upload
+            )
+        except OSError:
+            self._remove_scratch()
+            raise
+        assert self._process.stdout is not None, "it is a pipe"
+        os.set_blocking(self._process.stdout.fileno(), False)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def end(self, exit_code: int) -> None:
+        """Report the end of the run."""
+        assert self._process.stdin is not None, "it is a pipe"
+        with suppress(OSError):  # the process has ended, which `wait` reports
+            self._process.stdin.write(f"{exit_code}\n".encode())
+            self._process.stdin.flush()
+
+    def wait(self, seconds: float) -> int | None:
+        """Wait for the process; return its exit code, None if it still runs."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+            self._remove_scratch()
+        return self._process.returncode
+
+    def messages(self) -> list[dict[str, Any]]:
+        """Return the messages received since the last call."""
+        assert self._process.stdout is not None, "it is a pipe"
+        *lines, self._buffer = (self._buffer + (self._process.stdout.read() or b"")).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def kill(self) -> None:
+        """Kill the process."""
+        self._process.kill()
+        self.wait(60.0)
+
+    def _remove_scratch(self) -> None:
+        shutil.rmtree(self._scratch, ignore_errors=True)
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """Return the mirror's environment: nothing is written or sent elsewhere, no other run's service is used."""
+    """Return an environment in which wandb writes to the run folder only and uses no other run's service."""
     kept = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     path = os.pathsep.join(filter(None, [_ROOT, kept.get("PYTHONPATH")]))
-    quiet = {"WANDB_CACHE_DIR": str(folder.absolute() / "wandb" / ".cache"), "WANDB_ERROR_REPORTING": "false"}
-    return {**quiet, **kept, "PYTHONPATH": path}
+    defaults = {"WANDB_CACHE_DIR": str(folder.absolute() / "wandb" / ".cache"), "WANDB_ERROR_REPORTING": "false"}
+    return {**defaults, **kept, "PYTHONPATH": path}

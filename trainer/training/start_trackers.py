@@ -40,15 +40,20 @@ def start_trackers(run: Run) -> Trackers:
 
 
 def _wandb(run: Run) -> WandbTracker:
+    config = run.config.metrics
     size = {"total": run.size.total_parameters, "active": run.size.active_parameters}
     return WandbTracker(
-        run.config.metrics,
-        folder=run.folder.path,
+        run.folder.path,
+        mode=config.wandb.mode,
         run_id=run.id,
-        name=run.config.name,
         start_step=run.start_step,
+        heatmap_every=config.heatmap_every,
         moe_layers=run.config.model.moe_layers,
-        described={
+        labels={
+            **config.wandb.model_dump(mode="json", exclude={"mode"}),
+            "name": config.wandb.name or run.config.name,
+        },
+        config={
             **run.config.model_dump(mode="json"),
             "layout": run.layout_record(),
             "parameters": size,
