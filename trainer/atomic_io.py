@@ -1,4 +1,4 @@
-"""Files that survive a power failure: written whole, flushed, then given their name."""
+"""Atomic file writes that survive a power failure: write, flush, rename."""
 
 import errno
 import os
@@ -8,27 +8,27 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-_COPIED_BYTES = 1 << 20
-_MANY = 200
-"""Files, of which each by itself takes longer than all that the system holds back."""
+_COPY_BLOCK_BYTES = 1 << 20
+_SYNC_ALL_ABOVE = 200
+"""Above this many files, one os.sync() is faster than an fsync per file."""
 
 
 class NotRegular(OSError):
-    """Something else has the name of a file: a link, a pipe, a folder, a device."""
+    """The path is not a regular file but a link, a pipe, a folder or a device."""
 
 
 def open_regular(path: str | os.PathLike[str], flags: int, *, through_links: bool = False) -> int:
-    """Open a file as `os.open` does, but nothing that is no file: a pipe is not waited for, a device not read.
+    """Open a file as `os.open` does, but only a regular file: never block on a pipe or read a device.
 
     Raises:
-        NotRegular: if something else has its name.
+        NotRegular: if it is not a regular file.
         OSError: if the system refuses.
     """
     try:
         descriptor = os.open(path, flags | os.O_NONBLOCK | (0 if through_links else os.O_NOFOLLOW), 0o644)
     except OSError as error:
         is_link = error.errno == errno.ELOOP and not through_links
-        if is_link or error.errno in (errno.EISDIR, errno.ENXIO):  # the last one: a pipe that nobody reads
+        if is_link or error.errno in (errno.EISDIR, errno.ENXIO):  # ENXIO: a pipe without a reader
             raise NotRegular(error.errno, "is no regular file", os.fspath(path)) from None
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -38,7 +38,7 @@ def open_regular(path: str | os.PathLike[str], flags: int, *, through_links: boo
 
 
 def is_open_file(path: Path, descriptor: int) -> bool:
-    """Tell whether an open file still has this name: neither removed nor replaced."""
+    """Return whether a path still names an open file, which was neither removed nor replaced."""
     mine = os.fstat(descriptor)
     try:
         there = path.lstat()
@@ -48,10 +48,10 @@ def is_open_file(path: Path, descriptor: int) -> bool:
 
 
 def open_unshared(path: Path, flags: int) -> int:
-    """Open a regular file to be written, once no other name shares its content: a snapshot by `cp -al` stays as it is.
+    """Open a regular file for writing, after copying it if it has other hard links: a `cp -al` snapshot is not changed.
 
     Raises:
-        NotRegular: if something else has its name.
+        NotRegular: if it is not a regular file.
         OSError: if the system refuses.
     """
     descriptor = open_regular(path, flags)
@@ -63,11 +63,11 @@ def open_unshared(path: Path, flags: int) -> int:
 
 
 def _unshare(path: Path) -> None:
-    """Replace a file by a copy of it."""
-    temporary = _beside(path)
+    """Replace a file with a copy of itself."""
+    temporary = _temporary(path)
     try:
         with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as shared, temporary.open("xb") as file:
-            shutil.copyfileobj(shared, file, _COPIED_BYTES)
+            shutil.copyfileobj(shared, file, _COPY_BLOCK_BYTES)
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
@@ -77,18 +77,18 @@ def _unshare(path: Path) -> None:
     sync_folder(path.parent)
 
 
-def _beside(path: Path) -> Path:
-    """Return a name that nobody has, for what is to become the file."""
+def _temporary(path: Path) -> Path:
+    """Return an unused name in the same folder."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
 
 def replace_file(path: Path, content: str) -> None:
-    """Replace a file by `content`; whoever reads it sees the old or the new one, also after a power failure.
+    """Replace a file atomically: readers see the old or the new content, even after a power failure.
 
     Raises:
-        OSError: if the disk refuses; the old file is untouched and nothing half-written stays.
+        OSError: if the disk refuses; then the old file is unchanged and no temporary file is left.
     """
-    temporary = _beside(path)
+    temporary = _temporary(path)
     try:
         with temporary.open("x", encoding="utf-8") as file:
             file.write(content)
@@ -102,8 +102,8 @@ def replace_file(path: Path, content: str) -> None:
 
 
 def sync_files(paths: Sequence[Path]) -> None:
-    """Wait until files are on the disk; of many at once everything that the system still holds back is written."""
-    if len(paths) > _MANY:
+    """Flush files to disk: each by fsync, or everything by one os.sync() if they are many."""
+    if len(paths) > _SYNC_ALL_ABOVE:
         os.sync()
         return
     for path in paths:
@@ -112,7 +112,7 @@ def sync_files(paths: Sequence[Path]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
+    """Flush a folder's entries, so that renames and new files in it are durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,6 @@
-"""Environment variables that say how a process was started, read in one place. Imports no torch.
+"""Read and validate the environment variables of launchers. Imports no torch.
 
-A launcher sets most of them, and nobody looks at them: a wrong one is named, with its value and what is allowed.
+Users rarely see these variables, so errors name the variable, its value and what is allowed.
 """
 
 import importlib
@@ -14,17 +14,17 @@ from trainer import fault_injection
 from trainer.errors import ConfigError, first_line
 
 SUPERVISOR = "TURNOUT_SUPERVISOR"
-"""Environment variable: the supervisor's process id."""
-_MOST_RANKS, _MOST_DIGITS, _MOST_SHOWN = 1 << 20, 18, 40
+"""Environment variable: process id of the supervisor."""
+_MAX_RANKS, _MAX_DIGITS, _MAX_SHOWN = 1 << 20, 18, 40
 _OPENMP = re.compile(r"\s*[1-9]\d{0,4}\s*(,\s*[1-9]\d{0,4}\s*)*", re.ASCII)
 _INTERFACES = "GLOO_SOCKET_IFNAME"
 _READ_BY_TORCH = ("TORCH_LOGS", "TORCH_DISTRIBUTED_DEBUG")
-"""Variables that torch reads on import, which fails where it cannot use them."""
+"""Variables that torch reads on import, which fails if they are invalid."""
 
 
 @dataclass(slots=True)
 class Variables:
-    """Reads values, and collects what is wrong with them."""
+    """Reads values and collects problems."""
 
     environment: Mapping[str, str]
     problems: list[str] = field(default_factory=list)
@@ -39,35 +39,35 @@ class Variables:
         option: str | None = None,
         note: str = "",
     ) -> int:
-        """Return a number: the default where it is not set, or is empty, or is wrong.
+        """Return a number; the default (or `least`) if it is unset, empty or invalid.
 
         Args:
             name: of the variable.
-            least: allowed.
-            most: allowed; None: any.
-            default: None if there must be a value.
-            option: of the command line, which counts in place of the variable where it was given.
-            note: ends the message.
+            least: smallest allowed value.
+            most: largest allowed value; None for any.
+            default: None if a value is required.
+            option: value of the command-line option, which overrides the variable; None if not given.
+            note: appended to the message.
         """
         text = self.environment.get(name, "") if option is None else option
         if option is None and not text and default is not None:
             return default
-        is_number = text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS
+        is_number = text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS
         if is_number and least <= int(text) and (most is None or int(text) <= most):
             return int(text)
         allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
-        if len(text) > _MOST_SHOWN:
-            text = f"{text[:_MOST_SHOWN]}..."
+        if len(text) > _MAX_SHOWN:
+            text = f"{text[:_MAX_SHOWN]}..."
         source = f"{name}=" if option is None else f"--{name.lower().replace('_', '-')} "
         what = f"{source}{text}: is not" if text or option is not None else f"{name}: is not set; use"
         self.problems.append(f"{what} a number {allowed}{note}")
         return least if default is None else default
 
     def check(self) -> None:
-        """Raise what was found.
+        """Raise all problems found.
 
         Raises:
-            ConfigError: one line for each problem; every rank says its own, as nobody knows who is the first one.
+            ConfigError: one line for each; printed by every rank, since the rank number itself may be wrong.
         """
         if self.problems:
             error = ConfigError("\n".join(self.problems))
@@ -76,46 +76,48 @@ class Variables:
 
 
 def world_size_and_rank() -> tuple[int, int]:
-    """Return how many ranks a launcher has started, and which of them this process is; alone without a launcher.
+    """Return (world size, rank); (1, 0) without a launcher.
 
     Raises:
-        ConfigError: naming each variable that cannot be.
+        ConfigError: naming each invalid variable.
     """
     variables = Variables(os.environ)
-    found = _place(variables)
+    found = _world_size_and_rank(variables)
     variables.check()
     return found
 
 
 def local_size_and_rank() -> tuple[int | None, int]:
-    """Return how many ranks there are on this machine (None if it is not said), and which of them this process is.
+    """Return (number of ranks on this node, local rank); the number is None if unknown.
 
     Raises:
-        ConfigError: naming each variable that cannot be.
+        ConfigError: naming each invalid variable.
     """
     variables = Variables(os.environ)
-    found = _local_place(variables, None)
+    found = _local_size_and_rank(variables, None)
     variables.check()
     return found
 
 
 def is_first(name: str) -> bool:
-    """Tell whether RANK or LOCAL_RANK is 0, or no number at all."""
+    """Return whether RANK or LOCAL_RANK is 0, or not a number."""
     text = os.environ.get(name, "")
     return not (text.isascii() and text.isdigit() and text.strip("0"))
 
 
 def check_process_variables() -> None:
-    """Refuse what any process reads and cannot be.
+    """Check the variables of any process.
 
     Raises:
-        ConfigError: naming each variable that cannot be.
+        ConfigError: naming each invalid variable.
     """
     variables = Variables(os.environ)
     threads = os.environ.get("OMP_NUM_THREADS", "")
     if threads and not _OPENMP.fullmatch(threads):
-        variables.problems.append(f"OMP_NUM_THREADS={threads}: is not a number of at least 1, nor a list of them")
-    variables.problems += _unknown_to_torch()
+        variables.problems.append(
+            f"OMP_NUM_THREADS={threads}: is not a number of at least 1, nor a list of such numbers"
+        )
+    variables.problems += _refused_by_torch()
     try:
         fault_injection.parse_faults(os.environ.get("TURNOUT_FAULTS", ""), "0")
     except ValueError as error:
@@ -124,16 +126,16 @@ def check_process_variables() -> None:
 
 
 def check_rank_variables() -> None:
-    """Refuse what says which rank a process is, and cannot be.
+    """Check the variables of a rank.
 
     Raises:
-        ConfigError: naming each variable that cannot be.
+        ConfigError: naming each invalid variable.
     """
     variables = Variables(os.environ)
     variables.number(SUPERVISOR, least=1, most=(1 << 31) - 1, note=": launch sets it; unset it")
-    world_size, _ = _place(variables)
+    world_size, _ = _world_size_and_rank(variables)
     is_known = not variables.problems
-    _local_place(variables, world_size if is_known and os.environ.get("WORLD_SIZE") else None)
+    _local_size_and_rank(variables, world_size if is_known and os.environ.get("WORLD_SIZE") else None)
     variables.number("MASTER_PORT", least=1, most=65535)
     if world_size > 1:
         variables.problems += unknown_interfaces(os.environ)
@@ -145,9 +147,9 @@ def check_rank_variables() -> None:
     variables.check()
 
 
-def _place(variables: Variables) -> tuple[int, int]:
+def _world_size_and_rank(variables: Variables) -> tuple[int, int]:
     note = "; launch and torchrun set it"
-    world_size = variables.number("WORLD_SIZE", least=1, most=_MOST_RANKS, default=1, note=note)
+    world_size = variables.number("WORLD_SIZE", least=1, most=_MAX_RANKS, default=1, note=note)
     most = None if variables.problems else world_size - 1
     if variables.environment.get("WORLD_SIZE"):
         note = f" (WORLD_SIZE={world_size}){note}"
@@ -156,7 +158,7 @@ def _place(variables: Variables) -> tuple[int, int]:
     return world_size, variables.number("RANK", least=0, most=most, note=note)
 
 
-def _local_place(variables: Variables, world_size: int | None) -> tuple[int | None, int]:
+def _local_size_and_rank(variables: Variables, world_size: int | None) -> tuple[int | None, int]:
     note = "; launch and torchrun set it"
     name = "LOCAL_WORLD_SIZE" if variables.environment.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE"  # DeepSpeed's launcher
     here = variables.number(name, least=1, most=world_size, note=note)
@@ -164,20 +166,20 @@ def _local_place(variables: Variables, world_size: int | None) -> tuple[int | No
     return here or None, variables.number("LOCAL_RANK", least=0, most=most, note=note)
 
 
-def _unknown_to_torch() -> Sequence[str]:
-    """Return a line where torch cannot be imported for what these variables say; hardly anybody sets them."""
+def _refused_by_torch() -> Sequence[str]:
+    """Return a problem if torch cannot be imported because of these variables; try only if one is set."""
     given = [f"{name}={os.environ[name]}" for name in _READ_BY_TORCH if os.environ.get(name)]
     try:
         if given:
             importlib.import_module("torch.distributed")
     except (ValueError, RuntimeError) as error:
-        return [f"{' '.join(given)}: torch cannot be imported so: {first_line(error)}; correct it, or unset it"]
+        return [f"{' '.join(given)}: torch cannot be imported with it: {first_line(error)}; correct it, or unset it"]
     return []
 
 
 def unknown_interfaces(environment: Mapping[str, str]) -> Sequence[str]:
-    """Return a line for each interface that gloo would look for in vain; NCCL's names have a language of their own."""
+    """Return a problem for each unknown interface in GLOO_SOCKET_IFNAME; NCCL's variable has a syntax of its own."""
     names = environment.get(_INTERFACES, "")
     known = [name for _, name in socket.if_nameindex()]
     unknown = [name for name in filter(None, names.split(",")) if name not in known]
-    return [f"{_INTERFACES}={names}: {name} is no interface here; use {', '.join(known)}" for name in unknown]
+    return [f"{_INTERFACES}={names}: {name} is not an interface here; use {', '.join(known)}" for name in unknown]

@@ -1,7 +1,7 @@
-"""Errors that a user can meet, each with its exit code.
+"""Errors for users, each with its exit code.
 
-Each of these is for a person: the command line prints its message as it stands, without a traceback, and exits with
-`exit_code`. The message follows one formula: where: what is wrong, with the values; what is allowed; what to do.
+The command line prints the message without a traceback and exits with `exit_code`. Messages follow one formula: where:
+what is wrong, with the values; what is allowed; what to do.
 """
 
 import errno
@@ -10,29 +10,29 @@ from contextlib import contextmanager
 
 
 class TurnoutError(Exception):
-    """Base of every error that its reader can fix."""
+    """Base class of errors that a user can fix."""
 
     exit_code = 1
     is_on_every_rank = False
-    """Every rank has it, or it concerns the exchange itself: there is nobody to tell."""
+    """Raised on every rank, or about the communication itself, so that it is not sent to other ranks."""
     is_rank_specific = False
-    """This rank alone has it, and so is the one to show it; what all ranks have is shown by rank 0."""
+    """Raised on this rank alone, which therefore prints it; errors of all ranks are printed by rank 0."""
 
 
 class ConfigError(TurnoutError):
-    """The experiment file, an override or the command line is wrong. One line for each problem."""
+    """The config, an override or the command line is wrong; one line for each problem."""
 
     exit_code = 2
 
 
 class DataError(TurnoutError):
-    """A data file is missing, empty, unreadable or not what it was."""
+    """A data file is missing, empty, unreadable or changed."""
 
     exit_code = 3
 
 
 class MissingFile(DataError):
-    """A file that the config names is not there."""
+    """A file that the config names does not exist."""
 
 
 class CheckpointError(TurnoutError):
@@ -42,20 +42,20 @@ class CheckpointError(TurnoutError):
 
 
 class CommError(TurnoutError):
-    """A peer was lost or ranks disagree."""
+    """A rank was lost, or ranks disagree."""
 
     exit_code = 5
     is_on_every_rank = is_rank_specific = True
 
 
 class DivergedError(TurnoutError):
-    """Copies of the same numbers have come apart: a fault of some memory, which may not happen again."""
+    """Replicated tensors differ: a memory error, which may not recur."""
 
     exit_code = CommError.exit_code
 
 
 class RemoteRankError(TurnoutError):
-    """Another rank failed and has said so; this one only ends with it, and in silence."""
+    """Another rank failed and reports it; this one exits without a message."""
 
     is_on_every_rank = True
 
@@ -65,7 +65,7 @@ class RemoteRankError(TurnoutError):
 
 
 class NumericsError(TurnoutError):
-    """Training left the finite numbers and did not come back."""
+    """Training diverged: loss, gradients or weights are not finite."""
 
     exit_code = 6
 
@@ -77,37 +77,37 @@ class ResourceError(TurnoutError):
 
 
 class MemoryExhausted(ResourceError):
-    """Memory has run out on this rank; what helps hangs on what it was doing."""
+    """This rank ran out of memory; the message has advice for what it was doing."""
 
     is_rank_specific = True
 
 
 PREEMPTED = 75
-"""Exit code of a run that was asked to stop and lost nothing; starting it again continues it."""
+"""Exit code of a run that stopped on request and can be continued."""
 
 
 class StopRequested(BaseException):
-    """A run was asked to stop before its first step. Like KeyboardInterrupt, no `except Exception` holds it up."""
+    """A stop was requested before the first step. A BaseException, so that `except Exception` does not catch it."""
 
     exit_code = PREEMPTED
 
 
 _TOO_LARGE = ("can't allocate memory", "Storage size calculation overflowed", "multiplication overflow")
-"""Messages of torch on a CPU for a tensor that does not fit, in memory or in any number of bytes."""
+"""Parts of torch's messages on a CPU if a tensor exceeds memory or the range of sizes."""
 INTERRUPTED = 130
-"""Exit code of a process that Ctrl-C has ended, as shells have it."""
+"""Exit code after Ctrl-C, as in shells."""
 
 
 def exit_code_of(error: BaseException) -> int | None:
-    """Return the exit code of a process that an error has ended; None for a bug, which Python shows and makes 1 of."""
+    """Return the exit code for an error; None for a bug, for which Python prints a traceback and exits with 1."""
     match error:
         case TurnoutError() | StopRequested():
             return error.exit_code
         case KeyboardInterrupt():
             return INTERRUPTED
-        case BrokenPipeError():  # the reader of our output has left, as head does
+        case BrokenPipeError():  # the reader of our output has exited, such as head
             return 0
-        case OSError() if error.filename is not None:  # of the user, who may have typed it
+        case OSError() if error.filename is not None:  # a path that the user may have typed
             return ConfigError.exit_code if error.errno == errno.ENAMETOOLONG else ResourceError.exit_code
         case Exception() if is_out_of_memory(error):
             return ResourceError.exit_code
@@ -115,17 +115,17 @@ def exit_code_of(error: BaseException) -> int | None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error of somebody else says, in a line; its kind if it says nothing."""
+    """Return the first line of an error's message; its class name if it is empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
 @contextmanager
 def explain_out_of_memory(doing: str, advice: str) -> Iterator[None]:
-    """Say what helps where memory runs out in a block.
+    """Convert out-of-memory errors of a block into one with advice.
 
     Raises:
-        MemoryExhausted: in place of whatever error says that it has.
+        MemoryExhausted: in place of an out-of-memory error.
     """
     try:
         yield
@@ -136,7 +136,7 @@ def explain_out_of_memory(doing: str, advice: str) -> Iterator[None]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Tell memory that ran out from other failures; torch has a class of its own for it only on a GPU."""
+    """Return whether an error means out of memory; torch has its own class for it only on GPUs."""
     names = {kind.__name__ for kind in type(error).__mro__}
     is_said = isinstance(error, RuntimeError) and any(words in str(error) for words in _TOO_LARGE)
     return is_said or bool(names & {"MemoryError", "OutOfMemoryError"})

@@ -1,9 +1,10 @@
-"""Named places where a test can make a run fail: killed, stuck, out of space. Nothing happens unless it is asked for.
+"""Inject faults at named points, for tests: kill a rank, stall it or fill its disk. Imports no torch.
 
-    TURNOUT_FAULTS="save.mid_file#2:1=kill"    rank 1 is killed when it comes to save.mid_file for the second time
+    TURNOUT_FAULTS="save.mid_file#2:1=kill"    kill rank 1 when it reaches save.mid_file for the second time
 
-Several are separated by commas. Without `#` it is the first time, without `:` every rank. Actions: `kill` (SIGKILL),
-`raise` (an error nobody expects), `full` (no space left on device), `sleep` (for 30 s). Imports no torch.
+Faults are separated by commas. Without `#` the first time counts, without `:` every rank. Actions: `kill` (SIGKILL),
+`raise` (RuntimeError), `full` (ENOSPC), `sleep` (30 s). Points are phases of the flight recorder (`phase.NAME`, with _
+for spaces), collectives and places within a save.
 """
 
 import errno
@@ -19,19 +20,19 @@ _SLEEP_S = 30.0
 
 @dataclass(slots=True)
 class Fault:
-    """Planned fault: its place, action and countdown."""
+    """A planned fault: its point, action and countdown."""
 
     point: str
     action: str
     countdown: int
-    """Happens when this reaches 0."""
+    """Visits of the point until the fault happens."""
 
 
 def parse_faults(text: str, rank: str) -> list[Fault]:
-    """Return the faults that are asked for on a rank.
+    """Parse TURNOUT_FAULTS and return the faults of one rank.
 
     Raises:
-        ValueError: if the text does not say what, where and when.
+        ValueError: if a fault is malformed.
     """
     faults = []
     for part in filter(None, text.split(",")):
@@ -47,7 +48,7 @@ def parse_faults(text: str, rank: str) -> list[Fault]:
 def _planned_at_start() -> list[Fault]:
     try:
         return parse_faults(os.environ.get("TURNOUT_FAULTS", ""), os.environ.get("RANK", "0"))
-    except ValueError:  # the command line says so (trainer/environment.py)
+    except ValueError:  # reported by trainer/environment.py
         return []
 
 
@@ -55,16 +56,15 @@ _PLANNED = _planned_at_start()
 
 
 def hit(point: str) -> None:
-    """Come to a named place."""
+    """Mark a fault point; trigger a fault that is planned for it."""
     for fault in _PLANNED:
         if fault.point == point:
             fault.countdown -= 1
             if fault.countdown == 0:
-                happen(fault)
+                _trigger(fault)
 
 
-def happen(fault: Fault) -> None:
-    """Let it go wrong."""
+def _trigger(fault: Fault) -> None:
     match fault.action:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)

@@ -1,8 +1,8 @@
-"""Status files of the ranks in the run folder, for supervisors and people. Imports no torch.
+"""Status files of the ranks in the run folder, for the supervisor and users. Imports no torch.
 
     runs/NAME/status/rank00000.json
 
-Replaced as a whole, about once a second, but not flushed to the disk: it is worth nothing after a power failure.
+Replaced atomically about once a second, but not flushed to disk: after a power failure it is of no use.
 """
 
 import contextlib
@@ -17,53 +17,53 @@ from pathlib import Path
 from typing import Literal
 
 ATTEMPT = "TURNOUT_ATTEMPT"
-"""Environment variable by which a supervisor tells the ranks it started from all others."""
+"""Environment variable: name of the attempt, by which a supervisor recognises the ranks it started."""
 REPORT = "TURNOUT_REPORT"
-"""Environment variable: descriptor on which torchrun tells its supervisor what ended its ranks."""
+"""Environment variable: descriptor of the pipe to which torchrun reports failed ranks."""
 LIVENESS_FOLDER = "TURNOUT_WATCHED"
-"""Environment variable: folder through which a supervisor and its processes hear of each other."""
+"""Environment variable: temporary folder shared by a supervisor and its processes."""
 LIVENESS_PIPE, STOP_SIGNAL = "beats", "asked"
-"""Files there: a pipe with signs of life; the signal because of which a run is asked to stop."""
+"""Files in it: the pipe of liveness messages; the name of the stop signal."""
 Phase = Literal["start-up", "training", "reading", "evaluating", "saving"]
 
 _NAME = re.compile(r"rank\d{5,}\.json")
-_PAUSE_S = 1.0
+_INTERVAL_S = 1.0
 
 
 @dataclass(slots=True, kw_only=True)
 class Status:
-    """One rank's state."""
+    """Status of one rank."""
 
     attempt: str
-    """Attempt that this rank belongs to; empty without a supervisor."""
+    """Attempt of the supervisor; empty without one."""
     rank: int
     host: str
     pid: int
     step: int = 0
-    """The step being taken, from 1; 0 before the first."""
+    """Current step, from 1; 0 before the first."""
     rows: Sequence[int] | None = None
-    """First and last row (sample id) of that step, over all ranks."""
+    """First and last row (sample id) of the step, over all ranks."""
     phase: Phase = "start-up"
     state: Literal["running", "ended"] = "running"
     exit_code: int | None = None
-    """Exit code of a rank that has ended."""
+    """Exit code; None while the rank runs."""
     error: str | None = None
-    """First line of what ended it."""
+    """First line of the error that ended it."""
     started: float = 0.0
-    """Unix time, in seconds."""
+    """Unix time of the start, in seconds."""
     updated: float = 0.0
     """Unix time of this record, in seconds."""
 
 
 class StatusFile:
-    """Writes one rank's status. A disk that refuses does not stop training: the file then says what it said before."""
+    """Writes one rank's status. Disk errors are ignored, so that they never stop training."""
 
     def __init__(self, folder: Path, *, rank: int) -> None:
-        """Prepare; nothing is written before `enter`, since the folder may be another run's.
+        """Prepare; nothing is written before the first `enter`, since the folder may still belong to another run.
 
         Args:
-            folder: for the files of all ranks.
-            rank: this one.
+            folder: of the status files.
+            rank: of this process.
         """
         self.path = folder / f"rank{rank:05d}.json"
         self.status = Status(
@@ -76,29 +76,29 @@ class StatusFile:
         self._written: float | None = None
 
     def enter(self, phase: Phase) -> None:
-        """Note that another part of the run begins."""
+        """Begin a phase of the run."""
         self.status.phase = phase
         self._write()
 
     def begin_step(self, step: int, *, first_row: int, num_rows: int) -> None:
-        """Note that a step begins; written at most once a second.
+        """Begin a step; written at most once a second.
 
         Args:
             step: from 1.
-            first_row: number of its first row in the whole run.
+            first_row: index of its first row in the run.
             num_rows: rows of the step, over all ranks.
         """
         self.status.step, self.status.rows = step, [first_row, first_row + num_rows - 1]
         is_new, self.status.phase = self.status.phase != "training", "training"
-        if is_new or self._written is None or time.monotonic() - self._written >= _PAUSE_S:
+        if is_new or self._written is None or time.monotonic() - self._written >= _INTERVAL_S:
             self._write()
 
     def end(self, exit_code: int, error: str | None = None) -> None:
-        """Note the end, unless this rank has written nothing yet.
+        """Write the end of the rank, unless it has written nothing yet.
 
         Args:
             exit_code: of the process.
-            error: what ended it; its first line is kept.
+            error: message of the error that ended it, if any; its first line is kept.
         """
         if self._written is not None:
             self.status.state, self.status.exit_code = "ended", exit_code
@@ -110,14 +110,14 @@ class StatusFile:
         temporary = self.path.with_name(f".{self.path.name}")
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.unlink(missing_ok=True)  # of a killed run, perhaps shared with a snapshot; or no file at all
+            temporary.unlink(missing_ok=True)  # left by a killed run: maybe a hard link of a snapshot, or not a file
             with temporary.open("x") as file:
                 file.write(json.dumps(asdict(self.status)) + "\n")
             temporary.replace(self.path)
 
 
 def read_statuses(folder: Path, attempt: str) -> dict[int, Status]:
-    """Return what the ranks of one attempt wrote last, by rank; those of other attempts are left out."""
+    """Return the last status of each rank of one attempt; other attempts are ignored."""
     statuses = {}
     with contextlib.suppress(OSError):
         for path in sorted(folder.iterdir()):
@@ -128,11 +128,11 @@ def read_statuses(folder: Path, attempt: str) -> dict[int, Status]:
 
 
 def remove_others(folder: Path, *, world_size: int) -> None:
-    """Remove what ranks wrote that a run with fewer of them no longer has.
+    """Remove the status files of ranks that no longer exist.
 
     Args:
-        folder: with the files of all ranks.
-        world_size: ranks that there are.
+        folder: of the status files.
+        world_size: current number of ranks.
     """
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
@@ -141,7 +141,7 @@ def remove_others(folder: Path, *, world_size: int) -> None:
 
 
 def _read(path: Path) -> Status | None:
-    """Return a status; None if the file has gone or is not one."""
+    """Return a status; None if the file is missing or malformed."""
     try:
         record = json.loads(path.read_text())
         return Status(**{field.name: record[field.name] for field in fields(Status)})

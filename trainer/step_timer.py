@@ -1,4 +1,4 @@
-"""Timer of the parts of a step, which never overlap and leave nothing out."""
+"""Timer of the parts of a step, which do not overlap and add up to the whole step."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,10 +13,10 @@ PARTS: tuple[StepPart, ...] = get_args(StepPart)
 
 
 class Clock(Protocol):
-    """Makes marks that are compared later: to know a device's time at once would mean to wait for the device."""
+    """Clock whose timestamps are compared later, since reading a device's time at once would synchronise with it."""
 
     def now(self) -> Any:
-        """Return a mark."""
+        """Return a timestamp."""
         ...
 
     def seconds(self, begin: Any, end: Any) -> float:
@@ -25,10 +25,10 @@ class Clock(Protocol):
 
 
 class HostClock:
-    """The processor's time, where the processor does the work."""
+    """Clock of the CPU."""
 
     def now(self) -> float:
-        """Return seconds from some moment on."""
+        """Return a monotonic time in seconds."""
         return time.perf_counter()
 
     def seconds(self, begin: float, end: float) -> float:
@@ -37,53 +37,53 @@ class HostClock:
 
 
 class StepTimer:
-    """Measures which part of its step a rank is in: exactly one at any moment.
+    """Measures the time in each part of a step; exactly one part is active at a time.
 
     #  entered   data | forward                                      | backward                | optimizer
-    #  within                  | dispatch | experts | combine |               | communication |
+    #  nested                  | dispatch | experts | combine |               | communication |
     #  counted   data | forward| dispatch | experts | combine |forward|backward|communication|..| optimizer
 
-    A part within another one is not counted in that as well. Outside of steps nothing is measured.
+    The time of a nested part does not count for the enclosing one. Nothing is measured outside of steps.
     """
 
     def __init__(self, clock: Clock | None = None) -> None:
         self._clock = HostClock() if clock is None else clock
         self._open: list[tuple[StepPart, AbstractContextManager[object] | None]] = []
-        """The part entered last, and what is within it, innermost last; empty outside of steps."""
+        """Current part and its nested parts, innermost last; empty outside of steps."""
         self._marks: list[tuple[StepPart, Any]] = []
-        """What began in this step, and when; its last entry is the step's end."""
+        """Parts begun in this step, with timestamps; the last entry is the end of the step."""
         self._before: list[tuple[StepPart, Any]] = []
-        """The same of the step before."""
+        """The same for the previous step."""
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self.region: Callable[[str], AbstractContextManager[object]] | None = None
-        """Names a part in the trace of a profiler, while one runs."""
+        """Opens a named region in a profiler's trace, while one is recorded."""
 
     def start(self) -> None:
-        """Begin a step; one that an error has ended is forgotten."""
+        """Begin a step; discard one that ended by an error."""
         self._close_all()
         self._marks = []
         self._push("other")
 
     def enter(self, part: StepPart) -> None:
-        """Begin a part where the one before ends."""
+        """End the current part and begin another."""
         if self._open:
             self._close_all()
             self._push(part)
 
     def begin(self, part: StepPart) -> None:
-        """Begin a part within the present one."""
+        """Begin a part nested in the current one."""
         if self._open:
             self._push(part)
 
     def end(self) -> None:
-        """End what was begun last, and go on with what is around it."""
+        """End the innermost nested part and return to the enclosing one."""
         if len(self._open) > 1:
             self._close()
             self._mark(self._open[-1][0])
 
     @contextmanager
     def within(self, part: StepPart) -> Iterator[None]:
-        """Measure a block as a part within the present one."""
+        """Measure a block as a part nested in the current one."""
         self.begin(part)
         try:
             yield
@@ -94,12 +94,12 @@ class StepTimer:
         """End the step."""
         self._close_all()
         self._mark("other")
-        # A device is through with a step before the next one ends, since that one waits for its loss: no wait here.
+        # No wait: the device has finished the previous step, since this one synchronised with its loss.
         self._resolve()
         self._before, self._marks = self._marks, []
 
     def take(self) -> dict[StepPart, float]:
-        """Return the seconds of each part, of the steps that ended since the last call; a device is waited for."""
+        """Return the seconds of each part in the steps since the last call; synchronises with the device."""
         self._resolve()
         seconds, self._seconds = self._seconds, dict.fromkeys(PARTS, 0.0)
         return seconds

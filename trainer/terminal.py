@@ -1,48 +1,48 @@
-"""Print foreign text on a terminal without obeying its control characters. Imports no torch."""
+"""Print untrusted text on a terminal without its control characters. Imports no torch."""
 
 import logging
 import sys
 import unicodedata
 from typing import Final, TextIO
 
-# Characters that reorder their surroundings: a sample could otherwise rewrite the line it is shown on.
+# Characters that reorder the surrounding text: a sample could otherwise rewrite its own line.
 _BIDI_CONTROLS: Final = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _HIDDEN: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
-"""Categories of control characters, halves of pairs, and what some readers break a line at."""
-_LONGEST: Final = 500
-"""Characters of a line about what somebody typed."""
+"""Unicode categories of control characters, surrogates and line separators."""
+_MAX_LENGTH: Final = 500
+"""Most characters of a one-line message."""
 
 
 def visible(text: str) -> str:
     """Replace characters that would move the cursor, colour the screen or reorder the line; keep newlines and tabs.
 
-    A half-trained model writes escape bytes as readily as letters, and a terminal obeys them.
+    A half-trained model generates escape bytes as readily as letters, and a terminal would obey them.
     """
     return text if text.isascii() and text.isprintable() else "".join(_visible(c) for c in text)
 
 
 def single_line(text: str) -> str:
-    """Return text as a line of a message: nothing in it steers a terminal, breaks the line or floods the screen."""
+    """Return text as one line of a message, shortened and without control characters."""
     line = " ".join(visible(text).split())
-    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
+    return line if len(line) <= _MAX_LENGTH else f"{line[: _MAX_LENGTH - 3]}..."
 
 
 def print_safe(text: object, *, file: TextIO | None = None) -> None:
-    """Print lines that may repeat what others wrote."""
+    """Print text that may contain untrusted parts."""
     print(visible(str(text)), file=file or sys.stdout, flush=True)
 
 
 def show_logs() -> None:
-    """Let what the program logs, which names files, reach a terminal as everything else does."""
+    """Filter log records, which name files, like all other output."""
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_Visible())
 
 
 class _Visible(logging.Formatter):
-    """Formats a record as one line."""
+    """Formats a record as one safe line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return its message."""
+        """Return the message of a record."""
         return single_line(super().format(record))
 
 

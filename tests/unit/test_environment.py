@@ -100,7 +100,7 @@ def test_a_variable_with_which_torch_cannot_be_imported_is_named_in_one_line(nam
     command = [sys.executable, "-m", "trainer", "launch", "no.yaml"]
     ended = subprocess.run(command, env={**os.environ, name: value}, capture_output=True, text=True, timeout=100)
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
-    assert ended.stderr.startswith(f"{name}={value}: torch cannot be imported so: ")
+    assert ended.stderr.startswith(f"{name}={value}: torch cannot be imported with it: ")
 
 
 def _never(seconds: float) -> None:
