@@ -9,7 +9,7 @@ import shlex
 import shutil
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,7 @@ from trainer.checkpoint.tools.weight_map import WeightMapConfig
 from trainer.cli import parse_command_line
 from trainer.config.loader import load
 from trainer.data.tokenizers.byte import ByteTokenizer
+from trainer.distributed.heartbeat import Heartbeat, diagnose_lost_ranks
 from trainer.experiment import ExperimentConfig
 from trainer.status import Status
 
@@ -214,6 +215,34 @@ def test_the_operations_page_has_every_exit_code_and_every_key_of_a_status_file(
     codes = {kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and hasattr(kind, "exit_code")}
     assert {code for code in codes if f"\n| {code} |" not in text} == set()
     assert {field.name for field in fields(Status) if f"`{field.name}`" not in text} == set()
+
+
+def test_the_operations_page_shows_the_message_about_a_lost_rank_as_it_is():
+    survivor = Heartbeat(
+        number=1,
+        barriers=0,
+        state="gave up",
+        step=27,
+        phase="forward",
+        where="",
+        count=164,
+        operations=[
+            "#162 all_reduce over world [1]",
+            "#163 all_reduce over world [2]",
+            "#164 all_to_all over ep [9, 7, 16]",
+        ],
+    )
+    lost = replace(
+        survivor,
+        state="works",
+        step=26,
+        phase="backward",
+        where="moe/layer.py:40",
+        count=160,
+        operations=["#160 all_to_all over ep [8, 8, 16]"],
+    )
+    message = diagnose_lost_ranks({0: survivor, 2: lost}, [2], silence_s=3, waited_s=4)
+    assert f"```text\n{message}\n```" in (ROOT / "docs/operations.md").read_text()
 
 
 def test_extras_that_pages_name_exist():
