@@ -82,7 +82,8 @@ def check_metrics_page(metrics: Path) -> None:
 def test_the_router_of_the_readme_trains_resumes_and_evaluates(clone):
     (block,) = [block.text for block in blocks_of(ROOT / "README.md") if block.language == "python"]
     (clone / "my_routers.py").write_text(block)
-    (arguments,) = commands_below("Add a router")
+    check, arguments = commands_below("Add a router")
+    assert "all checks passed" in run(clone, *check)
     run(clone, *arguments, *SMALL)
     run(clone, *arguments, *SMALL, "train.steps=30")
     assert (clone / "runs/threshold/checkpoints/step_00000030").is_dir()
