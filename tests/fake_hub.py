@@ -1,4 +1,4 @@
-"""A hub of data sets in this process: as much of its protocol as `datasets` asks for, so that its real code is run."""
+"""A hub of data sets in this process, with as much of the protocol as the real code of `datasets` uses."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 
 class Hub:
-    """One data set, of one commit."""
+    """A data set with one commit."""
 
     def __init__(self, name: str, files: Mapping[str, bytes], *, commit: str) -> None:
         self.name, self.files, self.commit = name, dict(files), commit
@@ -71,7 +71,7 @@ def serving(hub: Hub, *others: Hub) -> Iterator[Hub]:
             self.do_GET()
 
         def log_message(self, format: str, *args: object) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         hub.address = f"http://127.0.0.1:{server.server_port}"

@@ -1,4 +1,4 @@
-"""Small tokenizers in the forms that others have made, as the content of a tokenizer.json."""
+"""Small tokenizers in the formats of well-known models, as the content of a tokenizer.json."""
 
 import json
 from typing import Any
@@ -14,7 +14,7 @@ SPACE = "\u2581"
 
 
 def byte_level() -> dict[str, Any]:
-    """Llama 3's and Qwen's form: special tokens beside the merges, NFC, BOS and EOS, padding, truncation."""
+    """Llama 3 and Qwen: special tokens, NFC, BOS and EOS, padding, truncation."""
     library = Tokenizer(models.BPE(ignore_merges=True))
     library.normalizer = normalizers.NFC()
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -35,7 +35,7 @@ def byte_level() -> dict[str, Any]:
 
 
 def byte_fallback() -> dict[str, Any]:
-    """Llama 2's form: a mark for spaces, one of them before the text, and bytes for what is not in the vocabulary."""
+    """Llama 2: a mark for spaces, one before the text, and byte fallback."""
     words = ["<unk>", "<s>", "</s>", *BYTE_TOKENS, SPACE, *"abcdefghijklmnopqrstuvwxyzIA.,()é"]
     merges = [("t", "h"), ("th", "e"), (SPACE, "the"), (SPACE, SPACE), ("i", "n"), (SPACE, "a"), ("<", "s")]
     words += ["".join(merge) for merge in merges[:-1]]
@@ -53,7 +53,7 @@ def byte_fallback() -> dict[str, Any]:
 
 
 def metaspace() -> dict[str, Any]:
-    """Mistral's newer form: the pre-tokenizer writes the mark; here over a unigram model."""
+    """Newer Mistral: the pre-tokenizer writes the mark; here with a unigram model."""
     words = ["<unk>", "<s>", "</s>", *BYTE_TOKENS, SPACE, *"abcdefghijklmnopqrstuvwxyz", f"{SPACE}the", "ing"]
     pieces = [(word, -1.0 - 0.01 * index) for index, word in enumerate(words)]
     library = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
@@ -66,7 +66,7 @@ def metaspace() -> dict[str, Any]:
 
 
 def wordpiece() -> dict[str, Any]:
-    """BERT's form, which changes the text and drops white space."""
+    """BERT, which changes the text and drops white space."""
     library = Tokenizer(models.WordPiece({"[UNK]": 0, "the": 1, "##s": 2}, unk_token="[UNK]"))
     library.normalizer = normalizers.BertNormalizer()
     library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

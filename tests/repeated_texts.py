@@ -1,4 +1,4 @@
-"""Small texts that are full of repeated tokens: rulers, indentation, blank lines, padding bytes, one byte all along.
+"""Small texts full of repeated tokens: rulers, indentation, blank lines, padding bytes, a single byte.
 
 Rows of equal tokens are where routers that compare tokens meet values that differ by rounding alone.
 """
@@ -14,7 +14,7 @@ _WORDS = ["a", "token", "and", "its", "router", "share", "every", "expert", "kee
 
 @cache
 def repeated_texts(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Write texts of every kind once, and return the entries of `data.sources` that read each."""
+    """Write a text of every kind; return the entries of `data.sources` that read them."""
     drawn = random.Random(0)
 
     def words(count: int) -> str:

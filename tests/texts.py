@@ -1,4 +1,4 @@
-"""Small tokenised texts for tests, made of numbers."""
+"""Small tokenised texts of numbers, for tests."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ EOD = ByteTokenizer().end_of_document
 
 
 def make_file(*documents: Sequence[int], prompts: Sequence[int] = ()) -> TokenFile:
-    """The tokens of some documents, of which the first `prompts` (one number for each) are not learned."""
+    """Return a token file of documents; the first `prompts` tokens of each are its prompt."""
     tokens, starts = [], []
     for document in documents:
         if starts:
@@ -30,7 +30,7 @@ def make_file(*documents: Sequence[int], prompts: Sequence[int] = ()) -> TokenFi
 
 
 def make_text(num_documents: int, *, longest: int, seed: int = 0, prompts: bool = False) -> TokenFile:
-    """Documents of random lengths and tokens; `prompts`: some of each is not learned."""
+    """Return documents of random lengths and tokens; `prompts` gives each a prompt of random length."""
     generator = np.random.default_rng(seed)
     lengths = generator.integers(1, longest + 1, num_documents)
     documents = [generator.integers(0, EOD, length).tolist() for length in lengths]
@@ -38,7 +38,7 @@ def make_text(num_documents: int, *, longest: int, seed: int = 0, prompts: bool 
 
 
 def make_corpus_of(*files: TokenFile, shares: Sequence[float] = (), vocab_size: int = 256) -> Corpus:
-    """A corpus of one domain for each text, which is both its training and its validation text."""
+    """Return a corpus with a domain for each text, used for both training and validation."""
     tokenizer = ByteTokenizer()
     tokenizer.vocab_size = vocab_size
     return Corpus(

@@ -1,4 +1,4 @@
-"""Every way in which data can be bad is one line that names the place, and exit code 3."""
+"""Every kind of bad data is a one-line error that names the place, and exit code 3."""
 
 import gzip
 import json
@@ -29,7 +29,7 @@ class Case(NamedTuple):
     write: Write
     source: SourceConfig
     message: str
-    """The beginning of the line."""
+    """The beginning of the message."""
 
 
 def file(name: str, content: bytes | str) -> Write:
@@ -186,7 +186,7 @@ def message(source: SourceConfig) -> str:
     with pytest.raises(DataError) as error:
         build_corpus(DataConfig(sources=[source], split=SplitConfig(fraction=0.5), cache_dir="cache"))
     assert error.value.exit_code == 3
-    whole = {".lock", ".parts"}  # of several files, those that were read are kept for the next start
+    whole = {".lock", ".parts"}  # finished parts are kept for the next start
     assert [path.name for path in Path("cache").glob("*") if path.suffix not in whole] == []
     return str(error.value)
 

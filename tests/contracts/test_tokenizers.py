@@ -83,7 +83,7 @@ def test_a_text_ends_no_document_and_has_the_bytes_of_its_tokens(tokenizer, text
 
 @awkwardly
 @given(texts=st.lists(texts, max_size=4))
-def test_a_batch_is_what_its_texts_are_one_by_one(tokenizer, texts):
+def test_a_batch_encodes_like_single_texts(tokenizer, texts):
     batch = tokenizer.encode_batch(texts)
     assert [ids.tolist() for ids in batch] == [tokenizer.encode(text).tolist() for text in texts]
     assert {ids.dtype for ids in batch} <= {tokenizer.encode("").dtype}
@@ -131,7 +131,7 @@ def test_its_files_are_read_as_the_same_tokenizer(tokenizer, tmp_path):
 
 
 def test_others_read_the_same_ids_from_its_files_without_options(tokenizer):
-    """Of a text that their decoder can write: of added tokens with accents it makes bytes that are no text."""
+    """For texts that the decoder of Hugging Face restores; it turns added tokens with accents into invalid bytes."""
     library = Library.from_str(tokenizer.files()["tokenizer.json"])
     text = foreign_tokenizers.TEXT.replace("é", "e") + "\n  the end "
     assert library.encode(text).ids == tokenizer.encode(text).tolist()

@@ -1,4 +1,4 @@
-"""Laws of the data order: permutations, epochs, quotas, and independence of how slots are asked for."""
+"""Laws of the data order: permutations, epochs, quotas, and independence of how slots are requested."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""Law: wherever a run is broken off, and whoever goes on with it, an epoch has every document exactly once."""
+"""Law: an epoch has every document exactly once, wherever a run is interrupted and on whatever ranks it resumes."""
 
 from collections import Counter, defaultdict
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class Attempt(NamedTuple):
     world_size: int
     micro_batch_size: int
     pieces_lost: int
-    """Micro-batches that each rank reads of the step in which the attempt is killed; they are never counted."""
+    """Micro-batches that each rank reads of the step in which it is killed; never counted."""
 
 
 ATTEMPTS = st.lists(
@@ -35,7 +35,7 @@ ATTEMPTS = st.lists(
 def read(
     corpus: Corpus, packing: Packing, attempts: list[Attempt], *, num_rows: int, rows_of_a_step: int
 ) -> list[Batch]:
-    """Return the micro-batches that count, of all ranks, in a run of at least `num_rows` rows."""
+    """Return the counted micro-batches of all ranks, in a run of at least `num_rows` rows."""
     counted, position, number = [], 0, 0
     while position < num_rows:
         attempt = attempts[number % len(attempts)] if number < 50 else Attempt(num_rows, 1, 4, 0)

@@ -1,4 +1,4 @@
-"""Law 7: a global batch is the same rows however it is cut into micro-batches and ranks."""
+"""Law 7: a global batch has the same rows for any number of ranks and any micro-batch size."""
 
 from dataclasses import fields
 

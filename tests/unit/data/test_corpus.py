@@ -13,7 +13,7 @@ def config(path: str | list[str] = "a.txt", **options: Any) -> DataConfig:
     return DataConfig(sources=[TextSourceConfig(path=path)], cache_dir="cache", **options)
 
 
-def test_one_file_is_cut_without_an_end_of_document(folder):
+def test_one_file_is_split_without_an_end_of_document(folder):
     (folder / "a.txt").write_text("abcdefghij")
     corpus = build_corpus(config())
     assert corpus.domains == ("text",)
@@ -60,7 +60,7 @@ def test_the_fingerprint_does_not_depend_on_where_files_are(folder, monkeypatch)
         {"sources": [TextSourceConfig(path="b.txt")]},
     ],
 )
-def test_the_fingerprint_depends_on_what_is_learned(folder, other):
+def test_the_fingerprint_depends_on_the_learned_content(folder, other):
     (folder / "a.txt").write_text("abcdefghij")
     (folder / "b.txt").write_text("abcdefghiJ")
     base = config()
@@ -88,9 +88,9 @@ def test_a_corpus_of_several_files_keeps_their_order(folder):
         assert np.array_equal(file.document_of(file.document_starts), np.arange(len(texts)))
 
 
-def test_a_missing_file_is_named_though_its_tokens_are_in_the_cache(folder, says):
+def test_a_missing_file_is_named_though_its_tokens_are_in_the_cache(folder, raises_error):
     (folder / "a.txt").write_text("abcdefghij")
     build_corpus(config())
     (folder / "a.txt").unlink()
-    with says(f"a.txt: no such file; paths are relative to {Path.cwd()}; correct the path"):
+    with raises_error(f"a.txt: no such file; paths are relative to {Path.cwd()}; correct the path"):
         build_corpus(config())

@@ -25,7 +25,7 @@ def test_by_tokens_all_domains_are_read_equally_often():
     assert shares(weights=[1.0, 1.0], num_tokens=[10, 20, 10], sources=[0, 0, 1], by="tokens") == [0.25, 0.5, 0.25]
 
 
-def test_by_tokens_a_weight_says_how_much_more_often():
+def test_by_tokens_a_weight_multiplies_the_epochs():
     assert shares(weights=[1.0, 6.0], num_tokens=[30, 10], by="tokens") == pytest.approx([1 / 3, 2 / 3])
 
 
@@ -61,7 +61,7 @@ def test_quotas_are_rounded_to_the_largest_remainders():
     assert mixture(0.9998, 0.0002).quotas.tolist() == [4095, 1]  # 0.8 of a slot
 
 
-def test_a_block_grows_where_a_domain_would_be_left_out():
+def test_a_block_grows_if_a_domain_would_have_no_slot():
     grown = mixture(0.9999, 0.0001)  # 0.4 of 4096 slots
     assert grown.block_slots == 2**18  # 26 slots, and 13 of half of it
     assert grown.quotas.tolist() == [2**18 - 26, 26]
@@ -82,8 +82,8 @@ def test_the_largest_block_is_the_end():
 
 
 @pytest.mark.parametrize("share", [1e-7, 0.0])
-def test_a_domain_that_would_never_be_drawn_is_named(says, share):
-    with says(
+def test_a_domain_that_would_never_be_drawn_is_named(raises_error, share):
+    with raises_error(
         f"data.sources: domain d1 has {share:.2g} of the rows and would never be drawn; the smallest possible "
         "share is 1/4194304 (2.4e-07); raise its weight or data.mixture.temperature, or leave it out"
     ):

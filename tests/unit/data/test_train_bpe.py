@@ -33,7 +33,7 @@ HELD_OUT = ("zyxw zyxwzyxw\n" * 20)[: len(LEARNED) // 9]
 
 @pytest.fixture
 def section(folder: Path) -> Callable[..., DataConfig]:
-    """The data section of a text of which the last part is held out."""
+    """Return the data section of a text whose last part is held out."""
     (folder / "text.txt").write_text(LEARNED + HELD_OUT)
 
     def make(**options: Any) -> DataConfig:
@@ -76,7 +76,7 @@ def test_frequent_words_are_tokens_and_the_vocabulary_is_as_large_as_asked(secti
     assert tokenizer.decode([tokenizer.end_of_document]) == b""
 
 
-def test_nothing_that_is_held_out_has_a_say(section, folder):
+def test_held_out_text_does_not_influence_training(section, folder):
     before = built(section())
     assert len(before.encode("zyxw")) == 4
     (folder / "text.txt").write_text(LEARNED + "w" * len(HELD_OUT))
@@ -111,16 +111,16 @@ def test_a_damaged_cache_is_trained_again_with_a_message(section, trainings, fol
     with caplog.at_level(logging.WARNING):
         assert built(section()).fingerprint == first.fingerprint
     assert len(trainings) == 2
-    said = f"{place.relative_to(folder)}: the token cache is damaged; training the tokenizer again"
-    assert caplog.messages == [said]
+    message = f"{place.relative_to(folder)}: the token cache is damaged; training the tokenizer again"
+    assert caplog.messages == [message]
 
 
-def test_a_text_with_fewer_tokens_than_asked_says_so_at_every_start(section, caplog):
+def test_a_vocabulary_smaller_than_requested_is_logged_at_every_start(section, caplog):
     with caplog.at_level(logging.WARNING):
         first, second = built(section(vocab_size=5000)), built(section(vocab_size=5000))
     assert 257 < first.vocab_size == second.vocab_size < 300
-    said = f"the text has only {first.vocab_size} tokens that occur 2 times; using those"
-    assert caplog.messages == [f"data.tokenizer.vocab_size: 5000, but {said}"] * 2
+    message = f"the text has only {first.vocab_size} tokens that occur 2 times; using those"
+    assert caplog.messages == [f"data.tokenizer.vocab_size: 5000, but {message}"] * 2
 
 
 def test_a_cache_that_cannot_be_written_is_named(section, folder):
@@ -133,7 +133,7 @@ def test_a_cache_that_cannot_be_written_is_named(section, folder):
         built(section())
 
 
-def test_progress_is_told(section):
+def test_progress_is_reported(section):
     seen: list[tuple[int, int, str]] = []
 
     class Seen:
@@ -169,23 +169,23 @@ def _start(section: DataConfig, **environment: str) -> subprocess.Popen[str]:
 
 
 def _said(process: subprocess.Popen[str]) -> tuple[str, int]:
-    """Return the fingerprint of a process's tokenizer, and how often it has trained one."""
+    """Return the fingerprint of a process's tokenizer and the number of trainings."""
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 0
     fingerprint, trained = output.split()
     return fingerprint, int(trained)
 
 
-def test_the_same_text_gives_the_same_tokenizer_whatever_the_process(section, folder):
-    words = [f"{a}{b}{c}" for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvwx"]  # many pairs are as frequent
+def test_the_same_text_gives_the_same_tokenizer_in_any_process(section, folder):
+    words = [f"{a}{b}{c}" for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvwx"]  # many pairs of equal frequency
     (folder / "text.txt").write_text(" ".join(words * 3) + HELD_OUT)
-    places = [section(vocab_size=600).model_copy(update={"cache_dir": f"cache{i}"}) for i in range(3)]
+    folders = [section(vocab_size=600).model_copy(update={"cache_dir": f"cache{i}"}) for i in range(3)]
     environments = [
         {"PYTHONHASHSEED": "1", "TOKENIZERS_PARALLELISM": "false"},
         {"PYTHONHASHSEED": "2", "RAYON_NUM_THREADS": "1"},
         {"PYTHONHASHSEED": "3", "RAYON_NUM_THREADS": "4", "TOKENIZERS_PARALLELISM": "true"},
     ]
-    processes = [_start(place, **environment) for place, environment in zip(places, environments, strict=True)]
+    processes = [_start(place, **environment) for place, environment in zip(folders, environments, strict=True)]
     found = [_said(process) for process in processes]
     assert found == [(found[0][0], 1)] * 3
 
@@ -224,7 +224,7 @@ def test_a_limit_is_shared_by_the_domains(make_corpus):
     assert (found.count("a"), found.count("b"), found.count("c")) == (50, 50, 10)
 
 
-def test_what_a_limit_takes_is_spread_over_the_documents(folder):
+def test_a_limited_sample_is_spread_over_the_documents(folder):
     for number in range(100):
         (folder / f"{number:02}.txt").write_text(f"{number:02};" * 10)
     source = {"kind": "text", "path": "*.txt"}
@@ -262,7 +262,7 @@ def _target_bytes(corpus: Corpus, packing: Packing) -> int:
 
 
 def test_bits_per_byte_are_of_the_same_bytes_but_for_the_first_token(section):
-    """Which is a byte or a word, and is not predicted where rows cross documents."""
+    """The first token, a byte or a word, is not a target in wrapped rows."""
     data = section()
     own, of_bytes = build_corpus(data), build_corpus(data, tokenizer=ByteTokenizer())
     first = own.tokenizer.decode(own.validation[0].tokens[:1])
@@ -286,7 +286,7 @@ def test_documents_are_the_same_under_every_tokenizer(folder, section):
         assert (mine.tokens[:] == own.tokenizer.end_of_document).sum() == mine.num_documents - 1
 
 
-def test_processes_that_read_side_by_side_cut_text_into_the_same_tokens(folder, section, monkeypatch):
+def test_parallel_ingestion_gives_the_same_tokens(folder, section, monkeypatch):
     monkeypatch.setattr(workers, "_MIN_PROCESS_BYTES", 1)
     monkeypatch.setattr(text, "_PART_BYTES", 4000)
     pools, pool = [], workers.ProcessPoolExecutor
@@ -307,7 +307,7 @@ def test_processes_that_read_side_by_side_cut_text_into_the_same_tokens(folder, 
     assert pools == [2, 2], "one pool for the bytes, one for the tokens"
 
 
-def test_of_a_stream_the_first_block_is_what_it_is_trained_on(folder):
+def test_a_streamed_corpus_trains_on_its_first_block(folder):
     (folder / "rows.jsonl").write_text("".join(f'{{"text": "the cat sat on mat {i}"}}\n' for i in range(200)))
     source = {"kind": "hf_stream", "path": "json", "data_files": "rows.jsonl", "block_tokens": 500}
     tokenizer = {"kind": "bpe", "vocab_size": 270}
@@ -323,7 +323,7 @@ def test_the_floor_counts_a_large_vocabulary(make_corpus, monkeypatch):
     assert 1 < unigram_bits_per_byte(corpus, 0) < 17
 
 
-def test_the_cache_holds_what_hugging_face_reads(section, folder):
+def test_the_cached_tokenizer_is_a_hugging_face_file(section, folder):
     tokenizer = built(section())
     (file,) = (folder / "cache").glob("bpe-*/tokenizer.json")
     assert file.read_text() == tokenizer.files()["tokenizer.json"]

@@ -6,27 +6,18 @@ strings and missing keys into null.
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trainer.data.records import json_lines
 from trainer.data.records.bad_records import BadRecord
 from trainer.data.records.base import Record, RecordReader, SourcePart
 from trainer.data.records.find_files import FORMATS, describe_folders, find_files
-from trainer.data.records.hf_library import import_datasets, is_network_error, pin_commits
+from trainer.data.records.hf_library import import_datasets, library_errors, pin_commits
 from trainer.data.records.json_lines import JsonlReader, LineRange, no_records
-from trainer.data.records.memory_limit import limit_memory
-from trainer.data.records.tables import (
-    TOO_MANY_FIELDS,
-    collect_skipped_lines,
-    first_line_of,
-    has_too_many_fields,
-    table_values,
-    to_record,
-)
+from trainer.data.records.tables import collect_skipped_lines, table_values, to_record
 from trainer.data.records.text_files import open_binary, readable
 from trainer.errors import DataError
 
@@ -82,19 +73,11 @@ class HfReader(RecordReader):
         self._skips_bad_records = skips_bad_records
 
     def files(self) -> list[Path]:
-        """Return the local files.
-
-        Raises:
-            DataError: if the data set or its split cannot be found.
-        """
+        """Return the local files of the split."""
         return [Path(name) for name in self._names if "://" not in name]
 
     def origin(self) -> str:
-        """Return the addresses of remote files, with their commit or another mark of their version.
-
-        Raises:
-            DataError: if the data set or its split cannot be found.
-        """
+        """Return the addresses of remote files, with their commit or another mark of their version."""
         remote = [name for name in self._names if "://" in name]
         if all(name.startswith("hf://") for name in remote):
             return "\n".join(remote)
@@ -103,11 +86,7 @@ class HfReader(RecordReader):
         return "\n".join([*remote, *("/".join(version) for version in versions)])
 
     def parts(self) -> Sequence[SourcePart]:
-        """Return the shards.
-
-        Raises:
-            DataError: if the data set or its split cannot be found or opened.
-        """
+        """Return the shards of the split."""
         if self._is_local_json:
             return self._json_lines.parts()
         empty = [EmptyFile(name=name, size_bytes=0) for name in self._names if _is_empty(name)]
@@ -257,29 +236,9 @@ class HfReader(RecordReader):
     def _json_lines(self) -> JsonlReader:
         return JsonlReader(self._names)
 
-    @contextmanager
-    def _library_errors(self, where: str = "") -> Iterator[None]:
-        """Turn whatever the library raises into a one-line DataError, and limit its memory."""
-        try:
-            with limit_memory(
-                where or f"{self}",
-                f"a record has at most {json_lines.MAX_RECORD_BYTES} bytes: split those that have more, or the file",
-            ):
-                yield
-        except (DataError, MemoryError):
-            raise
-        except Exception as error:  # from any of the libraries behind it
-            reason = first_line_of(error) or type(error).__name__
-            if is_network_error(error):
-                addresses = [pattern for pattern in self._data_files if "://" in pattern] or [str(self)]
-                raise DataError(
-                    f"{', '.join(addresses)}: cannot be reached ({reason}); the hub or its cache is needed; check the "
-                    "network, or give local files"
-                ) from error
-            message = f"{where or self}: cannot be read ({reason}); correct the data or its options"
-            if has_too_many_fields(reason):
-                raise BadRecord(message, reason=TOO_MANY_FIELDS) from error
-            raise DataError(message) from error
+    def _library_errors(self, where: str = "") -> AbstractContextManager[None]:
+        addresses = [pattern for pattern in self._data_files if "://" in pattern] or [str(self)]
+        return library_errors(where or str(self), addresses=addresses)
 
 
 def _starts_with_list(path: Path) -> bool:

@@ -34,11 +34,7 @@ class JsonlReader(RecordReader):
         self._path = path
 
     def files(self) -> list[Path]:
-        """Return the files: paths in order, the matches of a glob sorted, each file once.
-
-        Raises:
-            DataError: if a path, glob or folder has none.
-        """
+        """Return the files: paths in order, the matches of a glob sorted, each file once."""
         return find_files(self._path, JSON_LINES)
 
     def folder_notes(self) -> list[str]:
@@ -46,11 +42,7 @@ class JsonlReader(RecordReader):
         return describe_folders(self._path, JSON_LINES)
 
     def parts(self) -> list[LineRange]:
-        """Return pieces of about 16 MB that end with a line; a compressed file is one piece.
-
-        Raises:
-            DataError: if a file cannot be read.
-        """
+        """Return pieces of about 16 MB that end with a line; a compressed file is one piece."""
         return [part for path in self.files() for part in _split_file(path)]
 
     def entries(self, part: SourcePart) -> Iterator[Record | BadRecord]:

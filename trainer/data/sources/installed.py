@@ -49,11 +49,7 @@ class InstalledSource(Source):
         self._domains = frozenset(domains)
 
     def files(self) -> list[Path]:
-        """Return the files of the chosen domains, sorted by their path in the library.
-
-        Raises:
-            DataError: if a domain is not installed.
-        """
+        """Return the files of the chosen domains, sorted by their path in the library."""
         found: list[Path] = []
         if self._domains & {"python", "english"}:
             found += [path for _, path in _library()]
@@ -64,11 +60,7 @@ class InstalledSource(Source):
         return found
 
     def parts(self) -> list[SourcePart]:
-        """Return a single part: repeated texts are found by reading everything.
-
-        Raises:
-            DataError: if a domain is not installed.
-        """
+        """Return a single part: repeated texts are found by reading everything."""
         return [SourcePart(size_bytes=sum(path.stat().st_size for path in self.files()))]
 
     def read(self, part: SourcePart) -> Iterator[Document]:

@@ -47,11 +47,7 @@ class TableSource(Source):
         self._domain, self._domain_key = domain, domain_key
 
     def files(self) -> list[Path]:
-        """Return the local files, in the order in which they are read.
-
-        Raises:
-            DataError: if there are none.
-        """
+        """Return the local files of the reader."""
         return self._reader.files()
 
     def folder_notes(self) -> list[str]:
@@ -63,27 +59,15 @@ class TableSource(Source):
         return self._reader.origin()
 
     def parts(self) -> Sequence[SourcePart]:
-        """Return the parts of the reader.
-
-        Raises:
-            DataError: if the data is missing.
-        """
+        """Return the parts of the reader."""
         return self._reader.parts()
 
     def read(self, part: SourcePart) -> Iterator[Document]:
-        """Yield a document for each record of a part that passes the filters.
-
-        Raises:
-            DataError: naming file and record, if one is unreadable or lacks a value that is needed.
-        """
+        """Yield a document for each record of a part that passes the filters."""
         return raise_on_bad(self.entries(part))
 
     def entries(self, part: SourcePart) -> Iterator[Document | BadRecord]:
-        """Yield a document for each record of a part that passes the filters, or the record's error.
-
-        Raises:
-            DataError: naming the file, if it cannot be read to its end.
-        """
+        """Yield a document for each record of a part that passes the filters, or the record's error."""
         for record in self._reader.entries(part):
             entry = record if isinstance(record, BadRecord) else self._entry(record)
             if entry is not None:

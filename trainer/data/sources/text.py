@@ -32,11 +32,7 @@ class TextSource(Source):
         self.weight, self.skips_bad_records = weight, skips_bad_records
 
     def files(self) -> list[Path]:
-        """Return the files: paths in order, the matches of a glob sorted, each file once.
-
-        Raises:
-            DataError: if a path, glob or folder has none.
-        """
+        """Return the files: paths in order, the matches of a glob sorted, each file once."""
         return find_files(self._path, TEXT)
 
     def folder_notes(self) -> list[str]:
@@ -44,11 +40,7 @@ class TextSource(Source):
         return describe_folders(self._path, TEXT)
 
     def parts(self) -> list[FileGroup]:
-        """Return groups of files of about 16 MB.
-
-        Raises:
-            DataError: if a path, glob or folder has none.
-        """
+        """Return groups of files of about 16 MB."""
         parts: list[FileGroup] = []
         group: list[Path] = []
         size_bytes = 0
@@ -62,19 +54,11 @@ class TextSource(Source):
         return [*parts, FileGroup(size_bytes=size_bytes, paths=tuple(group))] if group else parts
 
     def read(self, part: SourcePart) -> Iterator[Document]:
-        """Yield the text of each file without a byte order mark; line ends are unchanged.
-
-        Raises:
-            DataError: naming the file, if one is unreadable, empty or not UTF-8.
-        """
+        """Yield the text of each file without a byte order mark; line ends are unchanged."""
         return raise_on_bad(self.entries(part))
 
     def entries(self, part: SourcePart) -> Iterator[Document | BadRecord]:
-        """Yield the text of each file, or its error.
-
-        Raises:
-            DataError: naming the file, if the system refuses to read it.
-        """
+        """Yield the text of each file, or its error."""
         assert isinstance(part, FileGroup), "parts() gave it"
         for path in part.paths:
             yield self._document(path)

@@ -50,10 +50,8 @@ class Content(Config):
 
     def may_equal(self, other: "Content") -> bool:
         """Return whether addresses and sizes are equal."""
-        return self.origin == other.origin and self._sizes() == other._sizes()
-
-    def _sizes(self) -> list[int]:
-        return [file.size_bytes for file in self.files]
+        sizes, other_sizes = ([file.size_bytes for file in content.files] for content in (self, other))
+        return self.origin == other.origin and sizes == other_sizes
 
 
 class SourceManifest(Config):

@@ -6,7 +6,7 @@ from trainer.data.batches.best_fit import best_fit_decreasing
 
 
 def rooms_of(lengths: list[int], room: int) -> list[int]:
-    """What is left of each row, by the definition: the longest first, each into the fullest row that has room."""
+    """Return the free space of each row by definition: longest first, each into the fullest row that has space."""
     rooms: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [i for i, left in enumerate(rooms) if left >= length]

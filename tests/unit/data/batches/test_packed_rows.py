@@ -20,11 +20,11 @@ def packed(*documents: list[int], seq_len: int = 6, prompts: tuple[int, ...] = (
     return batch
 
 
-def test_documents_share_rows_and_long_ones_are_cut():
+def test_documents_share_rows_and_long_ones_are_split():
     batch = packed(A, B, C)
     assert batch.tokens.tolist() == [
-        [EOD, 11, 12, 13, 14, 15],  # all of a row: the beginning of B
-        [EOD, 1, 2, 3, 16, 17],  # A, and B where it was cut
+        [EOD, 11, 12, 13, 14, 15],  # a full row: the beginning of B
+        [EOD, 1, 2, 3, 16, 17],  # A, and the rest of B
         [EOD, 21, 0, 0, 0, 0],  # C, and padding
     ]
     assert batch.targets.tolist() == [
@@ -43,7 +43,7 @@ def test_prompts_are_read_and_not_learned():
     assert batch.sample_id[:, 0].tolist() == [1, 2, PADDING], "the first row is all prompt, and not evaluated"
     assert batch.loss_mask.tolist()[:2] == [
         [False, False, True, True, True, True],  # 3 EOD, and 17 EOD of B
-        [False, True, False, False, False, False],  # nothing of C but its end
+        [False, True, False, False, False, False],  # only the end of C
     ]
     stream = TrainStream(make_corpus_of(make_file(A, B, C, prompts=(2, 6, 1))), packing="bfd", seq_len=6, seed=0)
     whole = stream.rows(0, 3)
@@ -54,7 +54,7 @@ def test_prompts_are_read_and_not_learned():
 @pytest.mark.parametrize("seq_len", [1, 2, 3, 7, 16, 100])
 @pytest.mark.parametrize("longest", [1, 5, 40])
 def test_every_token_and_every_end_is_predicted_once_from_what_is_before_it(seq_len, longest):
-    """Tokens are numbers that occur once, so that each says where it is from."""
+    """Tokens are unique numbers, so that each identifies its position."""
     lengths = np.random.default_rng(seq_len).integers(0, longest + 1, 50)
     starts = 1000 + np.cumsum(lengths) - lengths
     documents = [list(range(start, start + length)) for start, length in zip(starts, lengths, strict=True)]
@@ -71,7 +71,7 @@ def test_every_token_and_every_end_is_predicted_once_from_what_is_before_it(seq_
     assert (real == np.sort(real, axis=1)[:, ::-1]).all(), "padding is behind everything else"
 
 
-def test_no_document_is_cut_that_fits_in_a_row():
+def test_documents_that_fit_in_a_row_are_not_split():
     text = make_text(300, longest=31, seed=1)
     rows = PackedDocuments(text, seq_len=32, end_of_document=EOD).read(np.arange(1000) % 7)
     for row in range(7):
@@ -112,16 +112,16 @@ def test_bytes_of_targets_are_those_of_the_answers():
     assert (targets == EOD).sum() == text.num_documents
 
 
-def test_a_token_outside_the_vocabulary_is_named(says):
+def test_a_token_outside_the_vocabulary_is_named(raises_error):
     corpus = make_corpus_of(make_file([1, 200, 3]), vocab_size=200)
-    with says(
+    with raises_error(
         "cache: token 255 in the train text of domain d0; ids are below 200; the folder is damaged: remove it, and it "
         "is built again"
     ):
         TrainStream(corpus, packing="bfd", seq_len=4, seed=0).rows(0, 1)
 
 
-def test_large_tokens_stay_what_they_are():
+def test_large_token_ids_are_preserved():
     file = make_file([70_000, 5], [70_001])
     assert isinstance(file, TokenFile)
     rows = PackedDocuments(file, seq_len=8, end_of_document=EOD).read(np.array([0]))

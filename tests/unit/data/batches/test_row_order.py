@@ -1,4 +1,4 @@
-"""Epochs and domains have orders of their own."""
+"""Order of the rows of epochs and domains."""
 
 import numpy as np
 

@@ -42,8 +42,8 @@ def test_rows_of_a_domain_are_its_text(make_corpus):
 
 
 @pytest.mark.parametrize(("key", "is_whole"), [("global_batch_size", True), ("seed", False), ("mixture", False)])
-def test_what_a_run_warns_of_changes_an_epoch_and_another_batch_size_does_not(make_corpus, key: str, is_whole: bool):
-    """Half of an epoch is read, then the run goes on with another value of one key."""
+def test_seed_and_mixture_change_an_epoch_and_batch_size_does_not(make_corpus, key: str, is_whole: bool):
+    """Half of an epoch is read; then the run resumes with another value of one key."""
     text = "".join(chr(97 + i // 26) + chr(97 + i % 26) + "..." for i in range(120))
     corpus = make_corpus(a=text, b=text.upper())
     first = TrainStream(corpus, packing="wrapped", seq_len=5, seed=0)
@@ -88,7 +88,7 @@ def test_two_streams_of_the_same_seed_give_the_same_rows(make_corpus):
     assert torch.equal(one.tokens, two.tokens)
 
 
-def test_a_short_last_micro_batch_is_filled_with_rows_that_are_not_valid(make_corpus):
+def test_a_short_last_micro_batch_is_padded(make_corpus):
     batches = TrainStream(make_corpus(a=TEXT), packing="wrapped", seq_len=3, seed=0).micro_batches(
         10, global_batch_size=3, micro_batch_size=2
     )
@@ -120,19 +120,19 @@ def test_misuse_is_refused(make_corpus):
         stream.rows(-1, 2)
 
 
-def test_a_text_shorter_than_a_row_is_named(make_corpus, says):
-    with says(
+def test_a_text_shorter_than_a_row_is_named(make_corpus, raises_error):
+    with raises_error(
         "data.sources: domain b has 4 training tokens; one window of model.seq_len 16 needs 17; give it more text, "
         "or use model.seq_len: 3 or less, or data.packing: bfd"
     ):
         TrainStream(make_corpus(a=TEXT, b="abcdefgh"), packing="wrapped", seq_len=16, seed=0)
 
 
-def test_a_token_outside_the_vocabulary_is_named(make_corpus, says):
+def test_a_token_outside_the_vocabulary_is_named(make_corpus, raises_error):
     corpus = make_corpus(a=TEXT)
     corpus.tokenizer.vocab_size = 122
     stream = TrainStream(corpus, packing="wrapped", seq_len=30, seed=0)
-    with says(
+    with raises_error(
         f"{corpus.folders[0]}: token 122 in the train text of domain a; ids are below 122; the folder is damaged: "
         "remove it, and it is built again"
     ):

@@ -1,4 +1,4 @@
-"""Every document of a stream is read once in each epoch, whoever reads, wherever it goes on."""
+"""Every document of a stream is read once in each epoch, on any ranks, however the run is resumed."""
 
 import json
 from collections import Counter
@@ -38,7 +38,7 @@ def stream_of(corpus: Corpus, config: DataConfig) -> TrainStream:
 
 
 def texts(batches: list[Batch]) -> list[str]:
-    """Return the documents of domain s that are in some batches, put together of their targets."""
+    """Return the documents of domain s in batches, rebuilt from their targets."""
     found = []
     for batch in batches:
         for row in range(len(batch.tokens)):
@@ -51,7 +51,7 @@ def texts(batches: list[Batch]) -> list[str]:
 
 
 def slots_of_epochs(stream: TrainStream, number: int) -> int:
-    """Return how many rows of the run read the stream so often, to the row."""
+    """Return the exact number of the run's rows that cover the stream this many times."""
     slot = 0
     while (stream.epochs(slot + 1)["s"] or 0) < number:
         slot += 1
@@ -66,13 +66,13 @@ def test_every_document_is_learned_once_in_each_epoch(config):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_a_run_that_goes_on_elsewhere_reads_what_it_would_have_read(config, folder, world_size):
+def test_a_run_resumed_on_another_host_reads_the_same_rows(config, folder, world_size):
     stream = stream_of(build_corpus(config), config)
     expected = stream.rows(0, 90)
     batches: list[Batch] = []
     position, places = 0, stream.stream_positions(0)
     for steps, ranks in ((4, 1), (1, 3), (7, world_size), (3, 2)):
-        # Another host: nothing in its cache, and nothing known but the place.
+        # Another host: an empty cache, and only the position.
         elsewhere = config.model_copy(update={"cache_dir": f"cache-{position}"})
         again = stream_of(build_corpus(elsewhere), elsewhere)
         again.resume_at(json.loads(json.dumps(places)))
@@ -90,7 +90,7 @@ def test_a_run_that_goes_on_elsewhere_reads_what_it_would_have_read(config, fold
     assert all((rows[slot] == expected.tokens[slot]).all() for slot in range(90))
 
 
-def test_a_stream_whose_share_shrinks_in_a_run_that_goes_on_is_named(config):
+def test_a_stream_whose_share_shrinks_in_a_resumed_run_is_named(config):
     places = stream_of(build_corpus(config), config).stream_positions(120)
     stream, text = config.sources
     less = config.model_copy(update={"sources": [stream, text.model_copy(update={"weight": 9.0})]})
@@ -100,7 +100,7 @@ def test_a_stream_whose_share_shrinks_in_a_run_that_goes_on_is_named(config):
         again.load_blocks(120, 6, prefetch=False)
 
 
-def test_what_lies_before_the_place_is_not_read_again(config, monkeypatch):
+def test_text_before_the_resumed_position_is_not_read_again(config, monkeypatch):
     stream = stream_of(build_corpus(config), config)
     position = slots_of_epochs(stream, 1) + 30
     stream.rows(position - 6, 6)
@@ -111,7 +111,7 @@ def test_what_lies_before_the_place_is_not_read_again(config, monkeypatch):
     again.resume_at(places)
     again.rows(position, 6)
     made = sorted(path.name for path in Path("elsewhere").glob("*.stream/*.json"))
-    assert made[0] == "block-00000000.json"  # what is held out of it is evaluated on
+    assert made[0] == "block-00000000.json"  # needed for evaluation
     assert made[1] >= f"block-{places['s']['block']:08d}.json"
 
 
@@ -141,15 +141,15 @@ def test_windows_of_a_stream_are_read_once(config):
     ("options", "key"),
     [({"split": SplitConfig(kind="tail")}, "split.kind"), ({"mixture": {"by": "tokens"}}, "mixture.by")],
 )
-def test_what_a_stream_cannot_have_is_refused(options: dict[str, Any], key: str):
+def test_options_that_a_stream_cannot_have_are_refused(options: dict[str, Any], key: str):
     with pytest.raises(ValueError, match=f"{key}: .*hf_stream"):
         DataConfig(sources=[HfStreamSourceConfig(path="a/b")], **options)
 
 
-def test_a_stream_that_is_too_short_for_a_row_is_named(config, says):
+def test_a_stream_that_is_too_short_for_a_row_is_named(config, raises_error):
     crossing = config.model_copy(update={"packing": "wrapped"})
     stream = TrainStream(build_corpus(crossing), packing="wrapped", seq_len=300, seed=0)
-    with says(
+    with raises_error(
         "data.sources: s: a row needs 301 tokens, and no block of the stream has them; give it more text, or use a "
         "smaller model.seq_len"
     ):

@@ -15,7 +15,7 @@ def rows(num_tokens: int, *, seq_len: int = 4, seed: int = 0, domain: int = 0) -
 
 
 def test_the_order_of_rows_never_changes_between_releases():
-    """The hashes are those of the first release: a run goes on in the order in which it was begun."""
+    """The hashes are those of the first release: a resumed run keeps its order."""
 
     def text(num_tokens: int, starts: list[int], seed: int) -> TokenFile:
         tokens = (((np.arange(num_tokens) * 2654435761 + seed) >> 7) % 255).astype(np.uint8)
@@ -47,7 +47,7 @@ def test_a_text_of_exactly_one_window_is_always_read_whole():
     assert found.num_rows == 1 and found.epochs(3) == 3.0
 
 
-def test_a_text_of_less_than_two_windows_is_cut_at_every_place_that_fits():
+def test_a_text_of_less_than_two_windows_uses_every_offset_that_fits():
     assert set(rows(7).starts(np.arange(200)).tolist()) == {0, 1, 2}
 
 
@@ -65,8 +65,8 @@ def test_seeds_and_domains_give_different_orders():
     assert len(orders) == 3
 
 
-def test_a_text_shorter_than_a_window_is_named(says):
-    with says(
+def test_a_text_shorter_than_a_window_is_named(raises_error):
+    with raises_error(
         "data.sources: domain d0 has 4 training tokens; one window of model.seq_len 4 needs 5; give it more text, or "
         "use model.seq_len: 3 or less, or data.packing: bfd"
     ):
@@ -89,9 +89,9 @@ def test_an_evaluation_skips_windows_without_a_target():
     assert [batch.targets[batch.target_mask].tolist() for batch in found] == [[17, 18, 19, EOD], [30, 31, 32, 33]]
 
 
-def test_a_text_that_is_all_prompt_cannot_be_evaluated(says):
+def test_a_text_that_is_all_prompt_cannot_be_evaluated(raises_error):
     corpus = make_corpus_of(make_file([1, 2, 3], prompts=[3]))
-    with says(
+    with raises_error(
         "data.split: domain d0 has 3 validation tokens, all of them in a prompt, so there is nothing to predict; "
         "raise data.split.fraction or give it more text"
     ):

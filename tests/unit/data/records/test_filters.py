@@ -28,7 +28,7 @@ def keeps(value: Any, **conditions: Any) -> bool:
         ({"one_of": ["ab", "abc"], "max_characters": 2}, ["ab"], ["abc", "x"]),
     ],
 )
-def test_a_row_passes_if_every_condition_holds(conditions, kept, left_out):
+def test_a_record_passes_if_every_condition_holds(conditions, kept, left_out):
     assert [value for value in [*kept, *left_out] if keeps(value, **conditions)] == kept
 
 
@@ -56,6 +56,6 @@ def test_a_missing_column_is_an_error():
         {"matches": "("},
     ],
 )
-def test_a_filter_that_says_nothing_or_that_no_row_passes_is_refused(conditions):
+def test_a_filter_without_conditions_or_that_no_record_passes_is_refused(conditions):
     with pytest.raises(ValidationError):
         FilterConfig(column="x", **conditions)

@@ -1,4 +1,4 @@
-"""A small file that asks for much memory, of any kind, is refused in a line, and does not get it."""
+"""Small files that expand to huge records are refused in one line, within the memory limit."""
 
 import gzip
 import json
@@ -21,28 +21,28 @@ from pydantic import TypeAdapter
 from trainer.data.records import hf, json_lines, memory_limit, text_files
 from trainer.data.sources.registry import SourceConfig
 from trainer.errors import DataError
-import datasets, torch.utils.data  # which datasets imports when it streams
+import datasets, torch.utils.data  # imported by datasets when it streams
 
-resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # whatever the code under test does
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # a hard limit, whatever the code under test sets
 text_files.MAX_DOCUMENT_BYTES = json_lines.MAX_RECORD_BYTES = 4 << 20
 memory_limit.MAX_READING_BYTES = 48 << 20
-said = {}
+results = {}
 for name, values in json.loads(sys.argv[1]).items():
     source = TypeAdapter(SourceConfig).validate_python(values).build()
     if name == "good":
-        said[name] = len(list(source.documents()))
+        results[name] = len(list(source.documents()))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         continue
     try:
-        said[name] = str([len(document.text) for document in source.documents()])
+        results[name] = str([len(document.text) for document in source.documents()])
     except DataError as error:
-        said[name] = str(error)
-print(json.dumps([said, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before]))
+        results[name] = str(error)
+print(json.dumps([results, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before]))
 """
 
 
 def _packed(name: str, *content: bytes) -> Path:
-    """Write a file; of content, "x" stands for BIG of them."""
+    """Write a compressed file; a piece b"x" of its content is repeated BIG times."""
     path = Path(name)
     with gzip.open(path, "wb", 1) if path.suffix == ".gz" else zstandard.open(path, "wb") as file:
         for piece in content:
@@ -52,7 +52,7 @@ def _packed(name: str, *content: bytes) -> Path:
 
 
 def _parquet_of_one_text() -> Path:
-    """A thousand records of the same 10 MB, which are in the file once: it has 588 bytes."""
+    """A thousand records of the same 10 MB, stored once: the file has 588 bytes."""
     texts = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), pa.array(["x" * (10 << 20)]))
     options: Any = {"compression": "zstd", "dictionary_pagesize_limit": 1 << 30, "store_schema": False}
     pq.write_table(pa.table({"text": texts}), "a.parquet", **options)
@@ -81,7 +81,9 @@ def _hf(format_: str, path: Path) -> dict[str, Any]:
     return {"kind": "hf", "path": format_, "data_files": str(path)}
 
 
-def test_what_asks_for_too_much_is_refused_and_does_not_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_beyond_the_limit_is_refused_without_allocating(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     pq.write_table(pa.table({"text": [f"text {i}" for i in range(5000)]}), "good.parquet")
     record = b'{"text": "', b"x", b'"}'
@@ -110,9 +112,9 @@ def test_what_asks_for_too_much_is_refused_and_does_not_get_it(tmp_path: Path, m
         timeout=200,
     )
     assert result.returncode == 0, result.stderr
-    said, more_kb = json.loads(result.stdout.splitlines()[-1])
-    assert said.pop("good") == 5000
-    for name, line in said.items():
+    results, more_kb = json.loads(result.stdout.splitlines()[-1])
+    assert results.pop("good") == 5000
+    for name, line in results.items():
         values, expected = cases[name]
         assert Path(values.get("data_files", values["path"])).name in line and expected in line, (name, line)
         assert "\n" not in line

@@ -29,7 +29,7 @@ def render(template: str, **values: object) -> str:
         ("{two words}", {"two words": "x"}, "x"),
     ],
 )
-def test_a_row_is_rendered(template, values, text):
+def test_a_record_is_rendered(template, values, text):
     assert render(template, **values) == text
 
 
@@ -53,7 +53,7 @@ def test_a_row_is_rendered(template, values, text):
         ("{a:x|y}", {"a": -1}, "'a' is -1; it must be a whole number from 0 to 1; correct or remove the record"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_named_with_its_row(template, values, reason):
+def test_a_value_of_the_wrong_type_is_named_with_its_record(template, values, reason):
     with pytest.raises(DataError) as error:
         render(template, **values)
     assert str(error.value) == f"f:3: {reason}"

@@ -1,4 +1,4 @@
-"""Of every kind of source each document is learned once in an epoch, wherever a run is broken off, whoever goes on."""
+"""For every kind of source, each document is learned once in an epoch, however the run is interrupted and resumed."""
 
 import json
 from collections import Counter
@@ -74,7 +74,7 @@ SOURCES: dict[str, Callable[[Path], SourceConfig]] = {
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several parts of each source; of this machine's text, documents that can be compared."""
+    """Several parts of each source, and comparable documents of the installed text."""
     monkeypatch.setattr(json_lines, "_PART_BYTES", 500)
     monkeypatch.setattr("trainer.data.sources.text._PART_BYTES", 100)
 
@@ -85,11 +85,11 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Killed(BaseException):
-    """In place of a signal."""
+    """Stands for a signal."""
 
 
 def broken_off(config: DataConfig, monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
-    """Begin to read the corpus, up to some document."""
+    """Ingest the corpus up to some document."""
     left = after
     write = TokenWriter.write
 
@@ -107,7 +107,7 @@ def broken_off(config: DataConfig, monkeypatch: pytest.MonkeyPatch, *, after: in
 
 
 def documents_in(batches: list[Batch]) -> list[str]:
-    """Return the documents of batches, put together of their targets."""
+    """Return the documents of batches, rebuilt from their targets."""
     records = [(batch, record) for batch in batches for record in range(len(batch.tokens))]
     targets = [bytes(batch.targets[record][batch.valid[record]].tolist()) for batch, record in records]
     return [document.decode() for of_row in targets for document in of_row.split(b"\xff")[:-1]]
@@ -119,7 +119,7 @@ def test_each_document_is_learned_once_in_an_epoch_wherever_a_run_is_broken_off(
     config = DataConfig(
         sources=[source], split=SplitConfig(kind="hash", fraction=0.2), cache_dir="cache", packing="bfd", workers=1
     )
-    for after in (5, 12 if kind == "hf_stream" else 40):  # of a stream only its first block is read beforehand
+    for after in (5, 12 if kind == "hf_stream" else 40):  # only the first block of a stream is read beforehand
         broken_off(config, monkeypatch, after=after)
     size, position, places = 5, 0, None
     batches: list[Batch] = []
@@ -136,7 +136,7 @@ def test_each_document_is_learned_once_in_an_epoch_wherever_a_run_is_broken_off(
                 again.micro_batches(position, global_batch_size=size, micro_batch_size=2, rank=rank, world_size=ranks)
                 for rank in range(ranks)
             ]
-            if step == steps:  # killed in the middle of its accumulation: nothing of it counts
+            if step == steps:  # killed during accumulation: the step does not count
                 break
             batches += [batch for of_rank in found for batch in of_rank]
             position += size
@@ -145,7 +145,7 @@ def test_each_document_is_learned_once_in_an_epoch_wherever_a_run_is_broken_off(
             break
     read = Counter(documents_in(batches))
     assert set(read) == set(LEARNED)
-    # The last step may have begun another epoch, and records of it are whole documents: each once more at the most.
+    # The last step may have begun another epoch, whose rows are whole documents: each at most once more.
     assert min(read.values()) == EPOCHS
     assert max(read.values()) <= EPOCHS + 1
     by_slot = Counter(int(i) for batch in batches for i in batch.sample_id[:, 0].tolist() if i >= 0)

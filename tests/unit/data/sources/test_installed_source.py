@@ -15,7 +15,7 @@ def test_docstrings_are_taken_out_of_the_code():
     assert module.docstrings == ["About a.", "Do\nit."]
 
 
-def test_what_had_only_a_docstring_keeps_a_body():
+def test_a_function_with_only_a_docstring_keeps_a_body():
     assert separate('class A:\n    "Doc."\n').code == "class A:\n    ...\n"
 
 
@@ -64,7 +64,7 @@ def test_no_text_is_there_twice_or_empty(installed_documents):
     assert all(text.strip() for _, text in texts)
 
 
-def test_what_is_written_for_one_machine_and_packages_are_left_out(installed_documents):
+def test_machine_specific_files_and_packages_are_left_out(installed_documents):
     for document in installed_documents:
         assert not {"site-packages", "test", "config"} & set(document.name.split("/")), document.name
         assert "_sysconfigdata" not in document.name
@@ -76,35 +76,35 @@ def test_only_the_chosen_domains_are_read():
     assert {path.suffix for path in source.files()} == {".h"}
 
 
-def test_a_python_without_its_library_is_named(folder, monkeypatch, says):
+def test_a_python_without_its_library_is_named(folder, monkeypatch, raises_error):
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(folder))
-    with says(
+    with raises_error(
         f"data.sources: installed: no standard library at {folder}; domains python and english read it; use a Python "
         "that has its library as files, or set domains: [cpp]"
     ):
         InstalledSourceConfig().build().files()
 
 
-def test_a_file_that_does_not_parse_is_no_module(folder, monkeypatch):
+def test_a_file_that_does_not_parse_is_skipped(folder, monkeypatch):
     (folder / "a.py").write_text("print 'two'\n")
     (folder / "b.py").write_text("x = 1\n")
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(folder))
     assert [d.name for d in InstalledSourceConfig(domains=["python"]).build().documents()] == ["b.py"]
 
 
-def test_a_missing_manual_is_named(monkeypatch, says):
+def test_a_missing_manual_is_named(monkeypatch, raises_error):
     monkeypatch.setitem(sys.modules, "pydoc_data", None)
     monkeypatch.delitem(sys.modules, "pydoc_data.topics", raising=False)
-    with says(
+    with raises_error(
         "data.sources: installed: this Python has no pydoc_data.topics; domain english reads it; install the full "
         "standard library, or set domains without english"
     ):
         InstalledSourceConfig(domains=["english"]).build().files()
 
 
-def test_missing_headers_are_named(monkeypatch, says):
+def test_missing_headers_are_named(monkeypatch, raises_error):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with says(
+    with raises_error(
         "data.sources: installed: torch's C++ headers are not installed; domain cpp reads torch/include; install torch "
         "from a wheel, or set domains without cpp"
     ):

@@ -24,7 +24,7 @@ def text(number: int) -> str:
 
 @pytest.fixture
 def source(folder: Path) -> StreamedSource:
-    """90 documents of 24 bytes in three files; blocks of about 20 documents that are learned."""
+    """90 documents of 24 bytes in three files; blocks of about 20 training documents."""
     for file in range(3):
         rows = [json.dumps({"text": text(number)}) for number in range(30 * file, 30 * file + 30)]
         (folder / f"{file}.jsonl").write_text("\n".join(rows) + "\n")
@@ -65,7 +65,7 @@ def test_an_epoch_of_blocks_has_every_document_once(source):
     assert stream.info(number).begin == Mark(epoch=1)
 
 
-def test_what_is_held_out_is_never_learned(source):
+def test_held_out_text_is_never_learned(source):
     stream = BlockStream(source)
     number = num_blocks(stream)
     learned = {d for i in range(number) for d in bytes(stream.block(i).train.tokens[:]).split(b"\xff")}
@@ -74,8 +74,8 @@ def test_what_is_held_out_is_never_learned(source):
     assert not learned & held_out
 
 
-def test_a_prompt_is_part_of_what_decides_whether_a_document_is_held_out(source, folder):
-    """As in splits.py: answers that are alike would otherwise all be on one side."""
+def test_the_split_of_a_stream_depends_on_the_prompt_too(source, folder):
+    """As in splits.py: otherwise, equal answers would all be on one side."""
     prompts = [f"question {number}" for number in range(40)]
     rows = [json.dumps({"asked": prompt, "text": "yes"}) for prompt in prompts]
     (folder / "answers.jsonl").write_text("\n".join(rows) + "\n")
@@ -113,7 +113,7 @@ def test_token_files_of_old_blocks_go_and_come_again(source):
     first = documents(stream, 1)
     stream.block(4)
     assert not (source.folder / "block-00000001").exists()
-    assert (source.folder / "block-00000000").exists()  # evaluated on by every start
+    assert (source.folder / "block-00000000").exists()  # every start needs it for evaluation
     assert documents(BlockStream(source), 1) == first
 
 
@@ -145,7 +145,7 @@ def test_reading_ahead_makes_the_next_block(source, monkeypatch):
     assert len(documents(stream, 1)) == 23
 
 
-def test_reading_ahead_makes_a_block_again_whose_files_are_gone(source):
+def test_prefetch_rebuilds_a_block_whose_files_are_gone(source):
     stream = BlockStream(source)
     stream.block(4)
     stream.prefetch(1)
@@ -195,13 +195,13 @@ def test_a_killed_reader_leaves_nothing_half(source):
     assert len(documents(stream, 1)) == 23
 
 
-def test_a_file_that_changes_during_the_run_is_named(source, folder, says):
+def test_a_file_that_changes_during_the_run_is_named(source, folder, raises_error):
     stream = BlockStream(source)
     stream.block(0)
     with (folder / "2.jsonl").open("a") as file:
         file.write('{"text": "new"}\n')
     path = (folder / "2.jsonl").resolve()
-    with says(f"{path}: changed since the run started; it must not change meanwhile; restart"):
+    with raises_error(f"{path}: changed since the run started; it must not change meanwhile; restart"):
         stream.block(1)
 
 

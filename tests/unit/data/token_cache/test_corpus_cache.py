@@ -89,12 +89,12 @@ def test_a_renamed_file_of_the_same_content_is_not_built_again(config, builds, f
 def test_changed_content_of_the_same_size_is_built_again(config, builds, folder):
     first = build_corpus(config)
     (folder / "a.txt").write_text("ABCDEFGH")
-    os.utime(folder / "a.txt", ns=(1, 1))  # a clock may be too coarse to tell
+    os.utime(folder / "a.txt", ns=(1, 1))  # the clock may be too coarse for a new time
     second = build_corpus(config)
     assert builds == ["built", "built"]
     assert all_text(second) == b"ABCDEFGH|ijklmnop"
     assert second.fingerprint != first.fingerprint
-    assert all_text(first) == b"abcdefgh|ijklmnop"  # whoever has the old files open keeps reading them
+    assert all_text(first) == b"abcdefgh|ijklmnop"  # open files stay readable
 
 
 def test_a_new_match_of_a_glob_is_built_in(config, builds, folder):
@@ -127,10 +127,10 @@ def flip(file: Path, at: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["text.train.tokens", "text.validation.documents", "text.train.answers"])
-def test_a_flipped_bit_is_an_error_that_names_the_file(config, builds, says, name):
+def test_a_flipped_bit_is_an_error_that_names_the_file(config, builds, raises_error, name):
     folder = build_corpus(config).folders[0]
     flip(folder / name, 3)
-    with says(
+    with raises_error(
         f"{folder / name}: its content is not what was written (the checksum differs); disk or memory has corrupted "
         f"it; remove {folder}, and it is built again from the text"
     ):
@@ -138,14 +138,14 @@ def test_a_flipped_bit_is_an_error_that_names_the_file(config, builds, says, nam
     assert builds == ["built"]
 
 
-def test_a_large_text_is_compared_where_it_is_read(config, folder, says):
+def test_a_large_text_is_compared_where_it_is_read(config, folder, raises_error):
     (folder / "a.txt").write_text("abcdefgh" * 40_000)
     corpus = build_corpus(config)
     flip(corpus.folders[0] / "text.train.tokens", 70_000)
     tokens = build_corpus(config).train[0].tokens
     assert tokens[: 1 << 16].tobytes() == b"abcdefgh" * (1 << 13)
     assert tokens[np.array([[0, 140_000]])].tobytes() == b"aa"
-    with says(
+    with raises_error(
         f"{corpus.folders[0] / 'text.train.tokens'}: bytes 65536 to 131071 are not what was written (the checksum "
         f"differs); disk or memory has corrupted it; remove {corpus.folders[0]}, and it is built again from the text"
     ):
@@ -153,7 +153,7 @@ def test_a_large_text_is_compared_where_it_is_read(config, folder, says):
 
 
 @pytest.mark.parametrize("length", [8, 40_000])
-def test_a_cache_of_an_older_version_is_used_and_compared_whole(config, builds, folder, length):
+def test_a_cache_of_an_older_version_is_used_and_verified_when_opened(config, builds, folder, length):
     (folder / "a.txt").write_text("abcdefgh" * length)
     corpus = build_corpus(config)
     manifest = corpus.folders[0] / "manifest.json"
@@ -168,7 +168,7 @@ def test_a_cache_of_an_older_version_is_used_and_compared_whole(config, builds, 
         build_corpus(config)
 
 
-def test_the_cache_of_another_source_is_no_cache(config, builds, caplog):
+def test_the_cache_of_another_source_is_not_used(config, builds, caplog):
     mine = build_corpus(config)
     other = build_corpus(config.model_copy(update={"split": SplitConfig(kind="tail", fraction=0.25)}))
     for file in other.folders[0].iterdir():
@@ -194,7 +194,7 @@ def test_a_failed_build_leaves_nothing_that_looks_finished(config, folder, monke
     assert all_text(build_corpus(config)) == b"abcdefgh|ijklmnop"
 
 
-def test_what_a_killed_build_left_is_removed_by_the_next(config, folder):
+def test_leftovers_of_a_killed_build_are_removed_by_the_next(config, folder):
     corpus = build_corpus(config)
     left = folder / "cache" / f".{corpus.folders[0].name}.killed"
     corpus.folders[0].rename(left)
@@ -231,10 +231,10 @@ def test_without_locks_the_last_rename_wins(config, folder, monkeypatch):
     assert in_cache(folder) == [corpora[0].folders[0].name]
 
 
-def test_a_cache_that_is_replaced_for_ever_is_named(config, monkeypatch, says):
+def test_a_cache_that_keeps_being_replaced_is_named(config, monkeypatch, raises_error):
     build_corpus(config)
     monkeypatch.setattr(module, "_open", lambda *args: (_ for _ in ()).throw(FileNotFoundError()))
-    with says(
+    with raises_error(
         "data.cache_dir: cache: other runs keep replacing its content; a text must not change during training; "
         "stop what changes it, or give this run a cache_dir of its own"
     ):
@@ -256,22 +256,22 @@ def test_a_folder_replaced_while_it_is_opened_is_opened_again(config, folder, mo
     assert all_text(build_corpus(config)) == b"ABCD\xffij|klmnop"
 
 
-def test_whoever_waits_is_told(config, folder):
+def test_waiting_for_another_process_is_reported(config, folder):
     build_corpus(config)
     corpus = build_corpus(config)
     (corpus.folders[0] / "manifest.json").unlink()
-    told, free = threading.Event(), threading.Event()
+    is_waiting, free = threading.Event(), threading.Event()
     labels: list[str] = []
 
     class Reports:
         def update(self, done_bytes: int, total_bytes: int, label: str) -> None:
             labels.append(label)
-            told.set()
+            is_waiting.set()
 
     def hold() -> None:
         with build_lock(corpus.folders[0], waiting=lambda: None):
             free.set()
-            told.wait(10)
+            is_waiting.wait(10)
 
     holder = threading.Thread(target=hold)
     holder.start()
@@ -281,7 +281,7 @@ def test_whoever_waits_is_told(config, folder):
     assert labels == ["waiting for another process that reads this text", "tokenising"]
 
 
-def test_a_file_that_changes_while_it_is_read_is_named(config, folder, monkeypatch, says):
+def test_a_file_that_changes_while_it_is_read_is_named(config, folder, monkeypatch, raises_error):
     ingest = read_tasks.ingest
 
     def meddling(*args: Any, **options: Any) -> object:
@@ -289,7 +289,7 @@ def test_a_file_that_changes_while_it_is_read_is_named(config, folder, monkeypat
         return ingest(*args, **options)
 
     monkeypatch.setattr(read_tasks, "ingest", meddling)
-    with says("b.txt: changed during reading; files must not change meanwhile; start again"):
+    with raises_error("b.txt: changed during reading; files must not change meanwhile; start again"):
         build_corpus(config)
     assert all(name.startswith(".") for name in in_cache(folder))
 

@@ -38,7 +38,7 @@ def test_domains_are_listed_by_name(folder):
     assert [domain.name for domain in run(folder, ("z", "ab"), ("b", "ab"))] == ["b", "z"]
 
 
-def test_each_domain_is_cut_by_itself(folder):
+def test_each_domain_is_split_separately(folder):
     one, two = run(folder, ("a", "ab"), ("b", "cdef"))
     assert (text_of(folder, one, "train"), text_of(folder, one, "validation")) == (b"a", b"b")
     assert (text_of(folder, two, "train"), text_of(folder, two, "validation")) == (b"cd", b"ef")
@@ -68,40 +68,40 @@ def test_bytes_are_those_of_the_text(folder):
     assert domain.train.num_bytes + domain.validation.num_bytes == 5
 
 
-def test_progress_is_told_after_every_document(folder):
-    told: list[int] = []
+def test_progress_is_reported_after_every_document(folder):
+    reported: list[int] = []
     given = documents(*[("a", f"{i:030d}") for i in range(3)], ("b", "ä"))
-    ingest(given, folder, tokenizer=ByteTokenizer(), split=SplitConfig(kind="hash"), advance=told.append)
-    assert told == [30, 30, 30, 2]
+    ingest(given, folder, tokenizer=ByteTokenizer(), split=SplitConfig(kind="hash"), advance=reported.append)
+    assert reported == [30, 30, 30, 2]
 
 
-def test_a_hash_that_holds_out_nothing_says_to_use_the_tail(folder, says):
-    with says(
+def test_the_error_for_a_hash_that_holds_out_nothing_suggests_the_tail(folder, raises_error):
+    with raises_error(
         "data.split: kind hash at fraction 0.001 leaves the validation side of domain a empty (documents: 2); both "
         "sides need one; use data.split.kind: tail"
     ):
         run(folder, ("a", "ab"), ("a", "cd"), kind="hash", fraction=0.001)
 
 
-def test_a_hash_of_one_document_says_to_use_the_tail(folder, says):
-    with says(
+def test_the_error_for_a_hash_of_one_document_suggests_the_tail(folder, raises_error):
+    with raises_error(
         "data.split: kind hash at fraction 0.999 leaves the train side of domain a empty (documents: 1); both sides "
         "need one; use data.split.kind: tail"
     ):
         run(folder, ("a", "ab"), kind="hash", fraction=0.999)
 
 
-def test_a_text_too_short_to_cut_is_named(folder, says):
-    with says(
+def test_a_text_too_short_to_split_is_named(folder, raises_error):
+    with raises_error(
         "data.split: domain a has too little text to hold out 0.5 of it; both sides need at least one character; give "
         "it more text"
     ):
         run(folder, ("a", "x"))
 
 
-def test_too_many_domains_are_refused(folder, monkeypatch, says):
+def test_too_many_domains_are_refused(folder, monkeypatch, raises_error):
     monkeypatch.setattr(module, "MAX_DOMAINS", 2)
-    with says(
+    with raises_error(
         "data.sources: more than 2 domains in one source; that is the limit; check that domain_key names a kind of "
         "text and not a single document"
     ):
@@ -110,7 +110,7 @@ def test_too_many_domains_are_refused(folder, monkeypatch, says):
 
 @pytest.mark.parametrize("kind", ["auto", "hash"])
 def test_documents_are_written_as_they_come(folder, kind):
-    """At most one document waits, so that memory does not grow with the corpus."""
+    """At most one document is buffered, so memory does not grow with the corpus."""
     written: list[int] = []
 
     def watched() -> Iterator[Document]:

@@ -1,4 +1,4 @@
-"""Parts are read side by side, once, by processes that may be killed; what comes out is what one process makes."""
+"""Parallel ingestion: each part once, by processes that may be killed, with the same result as one process."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def texts(number: int) -> list[str]:
 
 
 def source(folder: Path, kind: str, number: int = 120) -> SourceConfig:
-    """Write documents into several files of about the same size, and return the source that reads them."""
+    """Write documents to several files of similar size; return a source that reads them."""
     documents = texts(number)
     for index in range(6):
         rows = [json.dumps({"text": text, "of": f"d{i % 2}"}) for i, text in enumerate(documents) if i % 6 == index]
@@ -80,13 +80,13 @@ def test_any_number_of_processes_makes_the_same_tokens_of_every_document_once(fo
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_parts_make_what_the_whole_makes(folder, monkeypatch, number):
+def test_ingestion_in_parts_gives_the_same_tokens(folder, monkeypatch, number):
     in_parts = build_corpus(data(source(folder, "jsonl"), cache="parts", workers=number))
     monkeypatch.setattr(json_lines, "_PART_BYTES", 1 << 20)
     assert content(in_parts) == content(build_corpus(data(source(folder, "jsonl"), cache="whole")))
 
 
-def test_the_only_document_of_a_domain_is_cut_wherever_it_is(folder):
+def test_the_only_document_of_a_domain_is_split_in_any_part(folder):
     (folder / "a.jsonl").write_text('{"text": "abcdefghij", "of": "one"}\n{"text": "x", "of": "two"}\n')
     (folder / "b.jsonl").write_text("".join(f'{{"text": "{i}", "of": "two"}}\n' for i in range(40)))
     corpus = build_corpus(data(JsonlSourceConfig(path="*.jsonl", domain_key="of")))
@@ -95,7 +95,7 @@ def test_the_only_document_of_a_domain_is_cut_wherever_it_is(folder):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_was_done_before_a_failure_is_not_done_again(folder, monkeypatch, kind):
+def test_finished_parts_survive_a_failure(folder, monkeypatch, kind):
     config = data(source(folder, kind), workers=1)
     run, done = read_tasks.ReadTask.run, []
 
@@ -147,7 +147,7 @@ def test_parts_of_other_files_are_not_used(folder, monkeypatch):
     assert "new" in documents_of(build_corpus(config))
 
 
-def test_the_error_of_a_process_is_ours(folder):
+def test_the_error_of_a_process_is_raised_here(folder):
     config = data(source(folder, "jsonl"), workers=2)
     with (folder / "4.jsonl").open("a") as file:
         file.write('{"txt": "a"}\n')
@@ -159,7 +159,7 @@ def _die(self: read_tasks.ReadTask, tokenizer: object, advance: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_process_is_named_and_what_the_others_did_is_kept(folder, monkeypatch):
+def test_a_killed_process_is_named_and_finished_parts_are_kept(folder, monkeypatch):
     config = data(source(folder, "jsonl"), workers=2)
     monkeypatch.setattr(read_tasks.ReadTask, "run", _die)
     started = workers.multiprocessing.get_context("fork")  # hands the patched class to the processes

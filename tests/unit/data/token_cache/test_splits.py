@@ -21,12 +21,12 @@ def split(texts: list[str], **options: Any) -> list[tuple[str, str]]:
     return [(piece.side, piece.text) for piece in pieces]
 
 
-def test_the_tail_of_shakespeare_is_cut_where_nanogpt_cuts_it():
+def test_the_tail_of_shakespeare_begins_where_nanogpt_splits_it():
     assert tail_start(1_115_394, 0.1) == 1_003_854
 
 
 @pytest.mark.parametrize(("length", "fraction", "train"), [(10, 0.9, 1), (10, 0.7, 3), (1, 0.1, 0), (3, 1e-5, 2)])
-def test_the_cut_takes_the_fraction_as_it_is_written(length, fraction, train):
+def test_the_tail_uses_the_fraction_in_decimal(length, fraction, train):
     assert tail_start(length, fraction) == train  # int(10 * (1 - 0.9)) is 0 in floating point
 
 
@@ -56,14 +56,14 @@ def test_a_tail_goes_through_a_prompt_and_its_answer(fraction, pieces):
     assert [(piece.side, piece.prompt, piece.text) for piece in found] == pieces
 
 
-def test_a_prompt_is_part_of_what_is_hashed():
+def test_the_hash_covers_the_prompt():
     config = SplitConfig(kind="hash", fraction=0.5)
     for text in ("one", "two", "three", "four"):
         (whole,), (cut,) = DomainSplit(config).add(text), DomainSplit(config).add(text[2:], prompt=text[:2])
         assert whole.side == cut.side
 
 
-def test_a_cut_between_documents_leaves_no_empty_piece():
+def test_a_split_between_documents_leaves_no_empty_piece():
     assert split(["ab", "cd"], kind="tail", fraction=0.5) == [("train", "ab"), ("validation", "cd")]
 
 
@@ -76,7 +76,7 @@ def test_auto_takes_the_hash_of_several_documents():
     assert split(texts, fraction=0.3) == split(texts, fraction=0.3, kind="hash")
 
 
-def test_the_hash_keeps_documents_whole_and_in_order():
+def test_the_hash_split_keeps_documents_whole_and_in_order():
     texts = [f"text {i}" for i in range(50)]
     pieces = split(texts, fraction=0.3, kind="hash")
     assert [text for _, text in pieces] == texts
@@ -157,16 +157,16 @@ def test_auto_moves_the_text_whose_hash_is_nearest_to_an_empty_side(folder, part
     assert (again.fingerprint, again.remarks) == (corpus.fingerprint, corpus.remarks)
 
 
-def test_what_was_asked_for_is_not_changed(folder, says):
-    with says(
+def test_an_explicit_hash_split_is_not_changed(folder, raises_error):
+    with raises_error(
         "data.split: kind hash at fraction 0.01 leaves the validation side of domain d empty (documents: 60); both "
         "sides need one; use data.split.kind: tail"
     ):
         _corpus(REPEATED, fraction=0.01, part_bytes=100, cache="cache", kind="hash")
 
 
-def test_one_text_again_and_again_is_not_held_out_from_itself(folder, says):
-    with says(
+def test_copies_of_one_text_are_never_on_both_sides(folder, raises_error):
+    with raises_error(
         "data.split: all 9 documents of domain d are the same text, which would be both learned and held out; add "
         "other text, or use data.split.kind: tail"
     ):

@@ -1,4 +1,4 @@
-"""Tokenizers that others have made: what is read of them, and what is refused."""
+"""Foreign tokenizers: steps that are kept, removed and refused."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def tokens(tokenizer: SubwordTokenizer, text: str) -> list[bytes]:
 # --- what is left out and what is kept --------------------------------------------------------------------------------
 
 
-def test_nothing_is_put_around_a_text_nor_cut_from_it(folder):
+def test_no_bos_eos_padding_or_truncation_is_applied(folder):
     tokenizer = read(folder, foreign_tokenizers.byte_level())
     text = "It was a bright cold day in April"
     assert tokenizer.decode(tokenizer.encode(text)) == text.encode()
@@ -43,17 +43,17 @@ def test_nothing_is_put_around_a_text_nor_cut_from_it(folder):
     assert len(tokenizer.encode("a")) == 1, "no padding, no BOS, no EOS"
 
 
-def test_no_space_is_put_before_a_text(folder):
+def test_no_space_is_added_before_a_text(folder):
     tokenizer = read(folder, foreign_tokenizers.byte_fallback())
     assert tokens(tokenizer, "the the") == [b"the", b" the"]
     assert tokens(tokenizer, " the") == [b" the"]
 
 
-def test_what_is_in_no_vocabulary_becomes_bytes(folder):
+def test_characters_outside_the_vocabulary_become_bytes(folder):
     assert tokens(read(folder, foreign_tokenizers.byte_fallback()), "a\u00fc") == [b"a", b"\xc3", b"\xbc"]
 
 
-def test_only_what_would_not_come_back_becomes_bytes(folder):
+def test_only_characters_that_do_not_round_trip_become_bytes(folder):
     tokenizer = read(folder, foreign_tokenizers.byte_fallback())
     text = "in the " * 20 + foreign_tokenizers.SPACE + " the in" * 20
     ids = tokenizer.encode(text)
@@ -67,7 +67,7 @@ def test_added_tokens_are_tokens_and_special_ones_are_not(folder):
     assert len(tokens(tokenizer, "<|begin|>")) > 1
 
 
-def test_a_long_text_is_cut_behind_a_line(folder):
+def test_a_long_text_is_split_at_line_ends(folder):
     tokenizer = read(folder, foreign_tokenizers.byte_level())
     line = "It was a bright cold day in April\n"
     text = line * (600_000 // len(line))
@@ -77,7 +77,7 @@ def test_a_long_text_is_cut_behind_a_line(folder):
 
 
 def test_files_of_earlier_versions_are_read(folder):
-    """GPT-2's own has no type and merges as text; a Metaspace said whether it puts a space before the text."""
+    """GPT-2's own file has no type, and merges as text; an old Metaspace has add_prefix_space."""
     content = foreign_tokenizers.byte_level()
     now = read(folder, content).encode(foreign_tokenizers.TEXT).tolist()
     model = {key: value for key, value in content["model"].items() if key != "type"}
@@ -119,19 +119,19 @@ def test_a_file_by_another_name_does_not_belong_to_the_folder(folder):
     assert read_tokenizer(path, end_of_document=None).end_of_document == ids["<|end_of_text|>"]
 
 
-def test_a_name_that_the_tokenizer_does_not_have_is_refused_with_those_it_has(folder, says):
+def test_a_name_that_the_tokenizer_does_not_have_is_refused_with_those_it_has(folder, raises_error):
     (folder / "tokenizer.json").write_text(json.dumps(foreign_tokenizers.byte_fallback()))
-    with says(
+    with raises_error(
         "tokenizer.json: has no added token '<|eot|>' (data.tokenizer.end_of_document); it has '<unk>', '<s>', '</s>'; "
         "name one of them"
     ):
         read_tokenizer(Path("tokenizer.json"), end_of_document="<|eot|>")
 
 
-def test_a_tokenizer_without_an_end_of_document_is_refused(folder, says):
+def test_a_tokenizer_without_an_end_of_document_is_refused(folder, raises_error):
     content = foreign_tokenizers.byte_fallback()
     content["added_tokens"] = content["added_tokens"][:1]
-    with says(
+    with raises_error(
         "tokenizer.json: does not name the token that ends a document; its added tokens are '<unk>'; one must stand "
         "between documents: set data.tokenizer.end_of_document"
     ):
@@ -201,9 +201,9 @@ UNSUITABLE: dict[str, tuple[Callable[[], Content], str]] = {
 
 
 @pytest.mark.parametrize("name", UNSUITABLE)
-def test_a_tokenizer_that_cannot_give_every_text_back_is_refused_with_the_reason(folder, says, name):
+def test_a_tokenizer_that_cannot_give_every_text_back_is_refused_with_the_reason(folder, raises_error, name):
     content, reason = UNSUITABLE[name]
-    with says(f"tokenizer.json: {reason}; {ADVICE}"):
+    with raises_error(f"tokenizer.json: {reason}; {ADVICE}"):
         read(Path(), content())
 
 
@@ -229,7 +229,7 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_a_file_that_is_no_tokenizer_is_refused_in_one_line(folder, name):
+def test_an_invalid_tokenizer_file_is_refused_in_one_line(folder, name):
     content, reason = DAMAGED[name]
     (folder / "tokenizer.json").write_bytes(content)
     with pytest.raises(DataError) as caught:
@@ -239,21 +239,21 @@ def test_a_file_that_is_no_tokenizer_is_refused_in_one_line(folder, name):
     assert message.endswith("; it may be damaged: download it again") and "\n" not in message
 
 
-def test_a_missing_file_or_folder_is_named_with_what_to_do(folder, says):
-    with says(
+def test_a_missing_file_or_folder_is_named_with_advice(folder, raises_error):
+    with raises_error(
         "gpt2: no such file; a tokenizer.json or a folder with one is needed; paths are relative to " + str(folder)
     ):
         read_tokenizer(Path("gpt2"), end_of_document=None)
     (folder / "model").mkdir()
-    with says(
+    with raises_error(
         "model/tokenizer.json: no such file; write one with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
     ):
         read_tokenizer(Path("model"), end_of_document=None)
 
 
-def test_a_pipe_is_not_waited_for(folder, says):
+def test_a_pipe_is_not_waited_for(folder, raises_error):
     os.mkfifo(folder / "pipe")
-    with says("pipe: is not a regular file; a tokenizer.json is needed; correct data.tokenizer.path"):
+    with raises_error("pipe: is not a regular file; a tokenizer.json is needed; correct data.tokenizer.path"):
         read_tokenizer(Path("pipe"), end_of_document=None)
 
 

@@ -64,7 +64,7 @@ def _write(name: str, content: bytes) -> Callable[[], str]:
         ("csv", _write("records.csv", b"text,n\n" + b"".join(f"record {i},{i}\n".encode() for i in range(5)))),
     ],
 )
-def test_every_local_format_gives_its_rows_with_file_and_number(format_, write):
+def test_every_local_format_gives_its_records_with_file_and_number(format_, write):
     name = write()
     records = read(format_, data_files=name)
     assert [record.values for record in records] == ROWS
@@ -93,7 +93,7 @@ def test_na_is_a_text_like_any_other():
 
 
 def test_a_number_beyond_the_first_block_stays_a_number():
-    # The library's own reader makes the string "3" of it.
+    # The reader of the library would return the string "3".
     Path("records.jsonl").write_bytes(_jsonl([{"text": "a" * 2000}] * 10_000 + [{"text": 3}]))
     last = read("json", data_files="records.jsonl")[-1]
     assert last.values == {"text": 3}
@@ -123,7 +123,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_read_is_one_line(name):
+def test_an_unreadable_data_set_is_a_one_line_error(name):
     given, reason = BAD[name]
     for folder in ("folder", "set"):
         Path(folder).mkdir()
@@ -140,7 +140,7 @@ def test_what_cannot_be_read_is_one_line(name):
 
 
 class TransportError(Exception):
-    """Has the name that httpx and its forks give theirs."""
+    """An error with the class name of httpx and its forks."""
 
 
 def _no_address() -> NoReturn:
@@ -155,7 +155,7 @@ def _no_answer() -> NoReturn:
 
 
 @pytest.mark.parametrize("fail", [_no_address, _no_answer])
-def test_no_network_is_no_fault_of_the_data(fail: Callable[[], NoReturn], monkeypatch):
+def test_a_network_error_is_not_blamed_on_the_data(fail: Callable[[], NoReturn], monkeypatch):
     monkeypatch.setattr("trainer.data.records.hf.pin_commits", lambda _: fail())
     with pytest.raises(DataError, match=r"^hf://datasets/a/b/c\.csv: cannot be reached \(.*check the network, or give"):
         read(path="csv", data_files="hf://datasets/a/b/c.csv")
@@ -194,7 +194,7 @@ def test_a_data_set_that_names_files_outside_of_it_is_refused(tmp_path, configs)
 def test_a_data_set_names_files_in_it_which_may_be_links(tmp_path):
     _card("  data_files: data/*.jsonl")
     Path("set/data/train.jsonl").rename("blob")
-    Path("set/data/train.jsonl").symlink_to(tmp_path / "blob")  # as the hub's cache has them
+    Path("set/data/train.jsonl").symlink_to(tmp_path / "blob")  # as in the cache of the hub
     assert [record.values for record in read("set")] == [{"text": "inside"}]
 
 
@@ -203,7 +203,7 @@ def test_files_that_the_config_names_may_be_anywhere():
     assert [record.values for record in read("set", data_files="../outside/*.jsonl")] == [{"text": "secret"}]
 
 
-def test_a_row_that_cannot_be_read_is_named(tmp_path):
+def test_an_unreadable_record_is_named(tmp_path):
     bytes_ = pa.array([b"a"] * 7 + [b"\xff"] + [b"b"])
     column = pa.StringArray.from_buffers(9, *bytes_.buffers()[1:])
     pq.write_table(pa.table({"text": column}), "a.parquet")
@@ -211,7 +211,7 @@ def test_a_row_that_cannot_be_read_is_named(tmp_path):
         read("parquet", data_files="a.parquet")
 
 
-def test_a_row_over_the_limit_is_named(monkeypatch):
+def test_a_record_over_the_limit_is_named(monkeypatch):
     monkeypatch.setattr("trainer.data.records.json_lines.MAX_RECORD_BYTES", 20)
     pq.write_table(pa.table({"text": ["a" * 20, "é" * 11]}), "a.parquet")
     with pytest.raises(DataError, match=r"a\.parquet: record 2: more than 20 bytes in one record; that is the limit"):

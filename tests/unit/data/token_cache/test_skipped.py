@@ -1,4 +1,4 @@
-"""Records that cannot be used are left out where that is asked for: exactly those, counted, whoever reads."""
+"""`on_bad_row: skip` leaves out exactly the unusable records and counts them, in any process."""
 
 import gzip
 import json
@@ -129,7 +129,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def _small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several parts of each source, and limits that a test can pass."""
+    """Small limits: several parts of each source, and records over the limit."""
     monkeypatch.setattr(json_lines, "_PART_BYTES", 300)
     monkeypatch.setattr(json_lines, "_CHUNK_BYTES", 100)
     monkeypatch.setattr("trainer.data.sources.text._PART_BYTES", 100)
@@ -146,7 +146,7 @@ def _skipping(source: SourceConfig) -> SourceConfig:
 
 
 def _content(corpus: Corpus) -> tuple[list[bytes], SkippedRecords]:
-    """Return the documents of an epoch by side, and what was left out of it."""
+    """Return the documents of an epoch by side, and the skipped records."""
     (stream,) = corpus.streams
     if stream is None:
         sides = [bytes(file.tokens[:]) for file in (*corpus.train, *corpus.validation)]
@@ -163,7 +163,7 @@ def _content(corpus: Corpus) -> tuple[list[bytes], SkippedRecords]:
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_the_rest_is_what_it_is_without_them_and_they_are_counted(kind: str, tmp_path: Path) -> None:
+def test_skipping_leaves_the_rest_unchanged_and_counts_bad_records(kind: str, tmp_path: Path) -> None:
     case = CASES[kind]
     case.write(True)
     with pytest.raises(DataError):
@@ -181,7 +181,7 @@ def test_the_rest_is_what_it_is_without_them_and_they_are_counted(kind: str, tmp
 
 
 def _until(after: int) -> Callable[..., None]:
-    """Return what writes so many documents, and is then killed."""
+    """Return a write function that is killed after some documents."""
     left, write = count(), TokenWriter.write
 
     def until(self: TokenWriter, *args: Any, **options: Any) -> None:
@@ -193,7 +193,7 @@ def _until(after: int) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "text"])
-def test_whoever_reads_and_is_killed_leaves_out_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_readers_skip_the_same_records(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     CASES[kind].write(True)
     config = _config(_skipping(CASES[kind].source))
     expected = _content(build_corpus(config.model_copy(update={"cache_dir": "undisturbed"})))
@@ -204,7 +204,7 @@ def test_whoever_reads_and_is_killed_leaves_out_the_same(kind: str, monkeypatch:
                 build_corpus(config)
     assert _content(build_corpus(config)) == expected
     monkeypatch.setattr(workers, "_MIN_PROCESS_BYTES", 1)
-    forks = workers.multiprocessing.get_context("fork")  # which have the small limits
+    forks = workers.multiprocessing.get_context("fork")  # forks inherit the small limits
     monkeypatch.setattr(workers.multiprocessing, "get_context", lambda kind: forks)
     assert _content(build_corpus(config.model_copy(update={"cache_dir": "many", "workers": 3}))) == expected
 
@@ -222,7 +222,7 @@ def test_a_source_of_which_nothing_is_left_is_refused(source: SourceConfig) -> N
     assert "0.jsonl:1: no column 'text'; the record has txt (did you mean 'txt'?)" in str(error.value)
 
 
-def test_what_nothing_is_left_out_of_is_the_same_text(folder: Path) -> None:
+def test_skip_does_not_change_a_text_without_bad_records(folder: Path) -> None:
     _jsonl(False)
     source = JsonlSourceConfig(path="*.jsonl")
     one, two = build_corpus(_config(source)), build_corpus(_config(_skipping(source)))
@@ -238,7 +238,7 @@ def test_a_file_that_cannot_be_read_to_its_end_is_an_error_all_the_same(folder: 
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_an_error_says_once_how_to_go_on_without_the_row(kind: str) -> None:
+def test_an_error_suggests_once_to_skip_the_record(kind: str) -> None:
     CASES[kind].write(True)
     with pytest.raises(DataError) as error:
         _content(build_corpus(_config(CASES[kind].source)))
@@ -246,7 +246,7 @@ def test_an_error_says_once_how_to_go_on_without_the_row(kind: str) -> None:
     assert str(error.value).count("on_bad_row") == 1
 
 
-def test_a_line_of_a_csv_that_ends_the_library_is_such_a_row(folder: Path) -> None:
+def test_a_csv_line_with_too_many_fields_is_a_bad_record(folder: Path) -> None:
     Path("0.csv").write_text("text\na\nb,c,d\ne\n")
     with pytest.raises(DataError, match=r"Expected 1 fields in line 3, saw 3.*, or skip it: on_bad_row: skip$"):
         build_corpus(_config(HfSourceConfig(path="csv", data_files="0.csv")))
@@ -254,19 +254,19 @@ def test_a_line_of_a_csv_that_ends_the_library_is_such_a_row(folder: Path) -> No
 
 def test_no_way_on_is_named_where_there_is_none(folder: Path) -> None:
     Path("records.jsonl").write_text("[1]\n")
-    with pytest.raises(DataError, match=r"correct or remove it$"):  # of a task, which has no such key
+    with pytest.raises(DataError, match=r"correct or remove it$"):  # tasks have no such option
         list(JsonlReader("records.jsonl").records())
     Path("torn.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 40)[:-9])
     with pytest.raises(DataError, match=r"copy or compress the file again$"):
         list(JsonlSourceConfig(path="torn.jsonl.gz").build().documents())
 
 
-def test_one_row_is_a_row(folder: Path) -> None:
+def test_one_record_is_singular_in_the_summary(folder: Path) -> None:
     records = SkippedRecords(reasons={"not JSON": 1}, first=["a.jsonl:7: not JSON"])
     assert summarize_skipped([SourceSkips(0, None, records)]).startswith("left out 1 record that cannot be used")
 
 
-def test_the_list_has_a_line_for_each_source_and_block_and_a_run_goes_on_with_it(folder: Path) -> None:
+def test_the_list_has_a_line_for_each_source_and_block_and_survives_a_resume(folder: Path) -> None:
     path = folder / "skipped_rows.jsonl"
     records = SkippedRecords(reasons={"not JSON": 2, "too large": 3}, first=["a.jsonl:7: not JSON"])
     ingested, first, later = SourceSkips(2, None, records), SourceSkips(0, 0, records), SourceSkips(0, 5, records)
@@ -284,7 +284,7 @@ def test_the_list_has_a_line_for_each_source_and_block_and_a_run_goes_on_with_it
     assert not path.exists()
 
 
-def test_blocks_of_a_stream_count_each_row_once_wherever_they_are_made(folder: Path) -> None:
+def test_blocks_of_a_stream_count_each_record_once_on_any_host(folder: Path) -> None:
     _parquet(True)
     corpus = build_corpus(_config(_skipping(CASES["stream"].source)))
     stream = corpus.streams[0]
