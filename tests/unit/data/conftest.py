@@ -12,7 +12,7 @@ from trainer.errors import DataError
 
 
 @pytest.fixture
-def raises_error() -> Callable[[str], pytest.RaisesExc[DataError]]:
+def fails() -> Callable[[str], pytest.RaisesExc[DataError]]:
     """Expect a DataError with exactly this text."""
     return lambda text: pytest.raises(DataError, match=f"^{re.escape(text)}$")
 

@@ -88,9 +88,9 @@ def test_a_corpus_of_several_files_keeps_their_order(folder):
         assert np.array_equal(file.document_of(file.document_starts), np.arange(len(texts)))
 
 
-def test_a_missing_file_is_named_though_its_tokens_are_in_the_cache(folder, raises_error):
+def test_a_missing_file_is_named_though_its_tokens_are_in_the_cache(folder, fails):
     (folder / "a.txt").write_text("abcdefghij")
     build_corpus(config())
     (folder / "a.txt").unlink()
-    with raises_error(f"a.txt: no such file; paths are relative to {Path.cwd()}; correct the path"):
+    with fails(f"a.txt: no such file; paths are relative to {Path.cwd()}; correct the path"):
         build_corpus(config())

@@ -82,8 +82,8 @@ def test_the_largest_block_is_the_end():
 
 
 @pytest.mark.parametrize("share", [1e-7, 0.0])
-def test_a_domain_that_would_never_be_drawn_is_named(raises_error, share):
-    with raises_error(
+def test_a_domain_that_would_never_be_drawn_is_named(fails, share):
+    with fails(
         f"data.sources: domain d1 has {share:.2g} of the rows and would never be drawn; the smallest possible "
         "share is 1/4194304 (2.4e-07); raise its weight or data.mixture.temperature, or leave it out"
     ):

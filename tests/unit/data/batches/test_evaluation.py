@@ -59,8 +59,8 @@ def test_the_domain_is_the_one_that_was_asked_for(make_corpus):
     assert batch.tokens[batch.valid].tolist() == [ord("b")] * 2
 
 
-def test_one_token_cannot_be_evaluated(make_corpus, raises_error):
-    with raises_error(
+def test_one_token_cannot_be_evaluated(make_corpus, fails):
+    with fails(
         "data.split: domain a has 1 validation token; a prediction needs 2; raise data.split.fraction "
         "or give it more text"
     ):

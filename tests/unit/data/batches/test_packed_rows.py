@@ -112,9 +112,9 @@ def test_bytes_of_targets_are_those_of_the_answers():
     assert (targets == EOD).sum() == text.num_documents
 
 
-def test_a_token_outside_the_vocabulary_is_named(raises_error):
+def test_a_token_outside_the_vocabulary_is_named(fails):
     corpus = make_corpus_of(make_file([1, 200, 3]), vocab_size=200)
-    with raises_error(
+    with fails(
         "cache: token 255 in the train text of domain d0; ids are below 200; the folder is damaged: remove it, and it "
         "is built again"
     ):

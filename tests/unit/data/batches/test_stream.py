@@ -120,19 +120,19 @@ def test_misuse_is_refused(make_corpus):
         stream.rows(-1, 2)
 
 
-def test_a_text_shorter_than_a_row_is_named(make_corpus, raises_error):
-    with raises_error(
+def test_a_text_shorter_than_a_row_is_named(make_corpus, fails):
+    with fails(
         "data.sources: domain b has 4 training tokens; one window of model.seq_len 16 needs 17; give it more text, "
         "or use model.seq_len: 3 or less, or data.packing: bfd"
     ):
         TrainStream(make_corpus(a=TEXT, b="abcdefgh"), packing="wrapped", seq_len=16, seed=0)
 
 
-def test_a_token_outside_the_vocabulary_is_named(make_corpus, raises_error):
+def test_a_token_outside_the_vocabulary_is_named(make_corpus, fails):
     corpus = make_corpus(a=TEXT)
     corpus.tokenizer.vocab_size = 122
     stream = TrainStream(corpus, packing="wrapped", seq_len=30, seed=0)
-    with raises_error(
+    with fails(
         f"{corpus.folders[0]}: token 122 in the train text of domain a; ids are below 122; the folder is damaged: "
         "remove it, and it is built again"
     ):

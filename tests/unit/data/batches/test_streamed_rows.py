@@ -146,10 +146,10 @@ def test_options_that_a_stream_cannot_have_are_refused(options: dict[str, Any], 
         DataConfig(sources=[HfStreamSourceConfig(path="a/b")], **options)
 
 
-def test_a_stream_that_is_too_short_for_a_row_is_named(config, raises_error):
+def test_a_stream_that_is_too_short_for_a_row_is_named(config, fails):
     crossing = config.model_copy(update={"packing": "wrapped"})
     stream = TrainStream(build_corpus(crossing), packing="wrapped", seq_len=300, seed=0)
-    with raises_error(
+    with fails(
         "data.sources: s: a row needs 301 tokens, and no block of the stream has them; give it more text, or use a "
         "smaller model.seq_len"
     ):

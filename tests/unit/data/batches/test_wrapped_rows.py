@@ -65,8 +65,8 @@ def test_seeds_and_domains_give_different_orders():
     assert len(orders) == 3
 
 
-def test_a_text_shorter_than_a_window_is_named(raises_error):
-    with raises_error(
+def test_a_text_shorter_than_a_window_is_named(fails):
+    with fails(
         "data.sources: domain d0 has 4 training tokens; one window of model.seq_len 4 needs 5; give it more text, or "
         "use model.seq_len: 3 or less, or data.packing: bfd"
     ):
@@ -89,9 +89,9 @@ def test_an_evaluation_skips_windows_without_a_target():
     assert [batch.targets[batch.target_mask].tolist() for batch in found] == [[17, 18, 19, EOD], [30, 31, 32, 33]]
 
 
-def test_a_text_that_is_all_prompt_cannot_be_evaluated(raises_error):
+def test_a_text_that_is_all_prompt_cannot_be_evaluated(fails):
     corpus = make_corpus_of(make_file([1, 2, 3], prompts=[3]))
-    with raises_error(
+    with fails(
         "data.split: domain d0 has 3 validation tokens, all of them in a prompt, so there is nothing to predict; "
         "raise data.split.fraction or give it more text"
     ):

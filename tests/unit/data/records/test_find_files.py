@@ -60,29 +60,29 @@ def test_an_absolute_glob_works(folder):
     assert find_files(str(folder / "*.txt")) == [folder / "a.txt"]
 
 
-def test_a_missing_file_is_named(folder, raises_error):
-    with raises_error(f"a.txt: no such file; paths are relative to {folder}; correct the path"):
+def test_a_missing_file_is_named(folder, fails):
+    with fails(f"a.txt: no such file; paths are relative to {folder}; correct the path"):
         find_files("a.txt")
 
 
-def test_a_glob_without_a_match_is_named(folder, raises_error):
+def test_a_glob_without_a_match_is_named(folder, fails):
     (folder / "x.txt").mkdir()
-    with raises_error(f"*.txt: the glob matches no file; globs are relative to {folder}; correct the glob"):
+    with fails(f"*.txt: the glob matches no file; globs are relative to {folder}; correct the glob"):
         find_files("*.txt")
 
 
-def test_a_broken_link_is_not_passed_over(folder, raises_error):
+def test_a_broken_link_is_not_passed_over(folder, fails):
     (folder / "a.txt").symlink_to("nowhere")
-    with raises_error("a.txt: matched by *.txt, but it is not a file (a broken link?); remove it"):
+    with fails("a.txt: matched by *.txt, but it is not a file (a broken link?); remove it"):
         find_files("*.txt")
 
 
-def test_a_folder_that_may_not_be_read_is_named(folder, monkeypatch, raises_error):
+def test_a_folder_that_may_not_be_read_is_named(folder, monkeypatch, fails):
     def refuse(path: Path) -> bool:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "is_file", refuse)
-    with raises_error("x/a.txt: cannot be read (Permission denied); make it readable for this user"):
+    with fails("x/a.txt: cannot be read (Permission denied); make it readable for this user"):
         find_files("x/a.txt")
 
 
@@ -94,9 +94,9 @@ def test_braces_stand_for_either(folder):
     assert find_files("{c,b}.{rst,md}*") == [Path("b.md"), Path("c.rst")]
 
 
-def test_a_path_among_braces_that_is_missing_is_named(folder, raises_error):
+def test_a_path_among_braces_that_is_missing_is_named(folder, fails):
     touch("a.txt")
-    with raises_error(f"b.txt: no such file; paths are relative to {folder}; correct the path"):
+    with fails(f"b.txt: no such file; paths are relative to {folder}; correct the path"):
         find_files("{a,b}.txt")
 
 
@@ -142,16 +142,16 @@ def test_of_a_folder_all_files_of_the_kind_are_taken_and_no_hidden_ones(folder):
         ([], FORMATS["csv"], "hf reads (.csv); it has no files; use a glob such as x/**/*"),
     ],
 )
-def test_the_error_for_a_folder_without_matching_files_suggests_a_kind(folder, raises_error, names, kind, rest):
+def test_the_error_for_a_folder_without_matching_files_suggests_a_kind(folder, fails, names, kind, rest):
     Path("x").mkdir()
     touch(*names)
-    with raises_error(f"x: is a folder without a file that kind {rest}"):
+    with fails(f"x: is a folder without a file that kind {rest}"):
         module.find_files("x", kind)
 
 
 @pytest.mark.parametrize("address", ["https://example.com/a.jsonl", "s3://a/*.txt", "hf://datasets/a/b/{c,d}.txt"])
-def test_an_address_is_refused_with_the_kind_that_reads_it(folder, raises_error, address):
-    with raises_error(
+def test_an_address_is_refused_with_the_kind_that_reads_it(folder, fails, address):
+    with fails(
         f"{address}: is an address, and text reads local files; use kind: hf with path: text and data_files, "
         "or download it"
     ):

@@ -34,23 +34,23 @@ def test_gzip_is_unpacked(folder):
 
 
 @pytest.mark.parametrize("content", [b"", b" \n\t\r\n", b"\xef\xbb\xbf"])
-def test_a_file_without_text_is_named(folder, raises_error, content):
+def test_a_file_without_text_is_named(folder, fails, content):
     (folder / "a.txt").write_bytes(content)
-    with raises_error("a.txt: holds no text (empty or only white space); every file needs some; remove it"):
+    with fails("a.txt: holds no text (empty or only white space); every file needs some; remove it"):
         read_document(Path("a.txt"))
 
 
-def test_a_byte_that_is_not_utf8_is_named_with_its_line(folder, raises_error):
+def test_a_byte_that_is_not_utf8_is_named_with_its_line(folder, fails):
     (folder / "a.txt").write_bytes(b"one\ntwo\nth\xe9")
-    with raises_error(
+    with fails(
         "a.txt:3: byte 0xe9 at offset 10 is not UTF-8; text is read as UTF-8; convert the file (iconv -t UTF-8)"
     ):
         read_document(Path("a.txt"))
 
 
-def test_a_truncated_gzip_is_named(folder, raises_error):
+def test_a_truncated_gzip_is_named(folder, fails):
     (folder / "a.txt.gz").write_bytes(gzip.compress(b"abc" * 100)[:-9])
-    with raises_error(
+    with fails(
         "a.txt.gz: damaged gzip data (Compressed file ended before the end-of-stream marker was reached); copy or "
         "compress the file again"
     ):
@@ -66,17 +66,17 @@ def test_a_damaged_gzip_is_named(folder, damage):
         read_document(Path("a.txt.gz"))
 
 
-def test_a_file_that_may_not_be_read_is_named(folder, monkeypatch, raises_error):
+def test_a_file_that_may_not_be_read_is_named(folder, monkeypatch, fails):
     def refuse(path: Path, mode: str) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)
-    with raises_error("a.txt: cannot be read (Permission denied); make it readable for this user"):
+    with fails("a.txt: cannot be read (Permission denied); make it readable for this user"):
         read_document(Path("a.txt"))
 
 
-def test_a_document_over_the_limit_is_named(folder, monkeypatch, raises_error):
+def test_a_document_over_the_limit_is_named(folder, monkeypatch, fails):
     monkeypatch.setattr(text_files, "MAX_DOCUMENT_BYTES", 3)
     (folder / "a.txt").write_text("abcd")
-    with raises_error("a.txt: more than 3 bytes in one document; that is the limit; split the file"):
+    with fails("a.txt: more than 3 bytes in one document; that is the limit; split the file"):
         read_document(Path("a.txt"))

@@ -76,9 +76,9 @@ def test_only_the_chosen_domains_are_read():
     assert {path.suffix for path in source.files()} == {".h"}
 
 
-def test_a_python_without_its_library_is_named(folder, monkeypatch, raises_error):
+def test_a_python_without_its_library_is_named(folder, monkeypatch, fails):
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(folder))
-    with raises_error(
+    with fails(
         f"data.sources: installed: no standard library at {folder}; domains python and english read it; use a Python "
         "that has its library as files, or set domains: [cpp]"
     ):
@@ -92,19 +92,19 @@ def test_a_file_that_does_not_parse_is_skipped(folder, monkeypatch):
     assert [d.name for d in InstalledSourceConfig(domains=["python"]).build().documents()] == ["b.py"]
 
 
-def test_a_missing_manual_is_named(monkeypatch, raises_error):
+def test_a_missing_manual_is_named(monkeypatch, fails):
     monkeypatch.setitem(sys.modules, "pydoc_data", None)
     monkeypatch.delitem(sys.modules, "pydoc_data.topics", raising=False)
-    with raises_error(
+    with fails(
         "data.sources: installed: this Python has no pydoc_data.topics; domain english reads it; install the full "
         "standard library, or set domains without english"
     ):
         InstalledSourceConfig(domains=["english"]).build().files()
 
 
-def test_missing_headers_are_named(monkeypatch, raises_error):
+def test_missing_headers_are_named(monkeypatch, fails):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with raises_error(
+    with fails(
         "data.sources: installed: torch's C++ headers are not installed; domain cpp reads torch/include; install torch "
         "from a wheel, or set domains without cpp"
     ):

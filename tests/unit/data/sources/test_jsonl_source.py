@@ -58,16 +58,16 @@ def test_gzip_is_unpacked(folder):
     assert [d.text for d in JsonlSourceConfig(path="*.gz").build().documents()] == ["a"]
 
 
-def test_a_truncated_gzip_is_named(folder, raises_error):
+def test_a_truncated_gzip_is_named(folder, fails):
     (folder / "records.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n')[:-9])
-    with raises_error(
+    with fails(
         "records.jsonl.gz: damaged gzip data (Compressed file ended before the end-of-stream marker was reached); copy "
         "or compress the file again"
     ):
         list(JsonlSourceConfig(path="records.jsonl.gz").build().documents())
 
 
-def test_text_is_a_string_and_nothing_else(read, raises_error):
+def test_text_is_a_string_and_nothing_else(read, fails):
     for value, kind in [
         ("null", "null"),
         ("3", "a number"),
@@ -75,60 +75,52 @@ def test_text_is_a_string_and_nothing_else(read, raises_error):
         ("[]", "a list"),
         ("{}", "an object"),
     ]:
-        with raises_error(
-            f"records.jsonl:2: 'text' is {kind}; it must be a string; correct or remove the record" + WAY_ON
-        ):
+        with fails(f"records.jsonl:2: 'text' is {kind}; it must be a string; correct or remove the record" + WAY_ON):
             read('{"text": "a"}\n{"text": ' + value + "}")
 
 
-def test_a_missing_key_is_named_with_the_keys_there_are(read, raises_error):
-    with raises_error(
+def test_a_missing_key_is_named_with_the_keys_there_are(read, fails):
+    with fails(
         "records.jsonl:1: no column 'text'; the record has id, txet (did you mean 'txet'?); correct the name or the "
         "record" + WAY_ON
     ):
         read('{"id": 1, "txet": "a"}')
 
 
-def test_a_missing_domain_is_named(read, raises_error):
-    with raises_error(
-        "records.jsonl:1: no column 'lang'; the record has text; correct the name or the record" + WAY_ON
-    ):
+def test_a_missing_domain_is_named(read, fails):
+    with fails("records.jsonl:1: no column 'lang'; the record has text; correct the name or the record" + WAY_ON):
         read('{"text": "a"}', domain_key="lang")
 
 
-def test_an_empty_object_has_no_keys(read, raises_error):
-    with raises_error(
-        "records.jsonl:1: no column 'text'; the record has no columns; correct the name or the record" + WAY_ON
-    ):
+def test_an_empty_object_has_no_keys(read, fails):
+    with fails("records.jsonl:1: no column 'text'; the record has no columns; correct the name or the record" + WAY_ON):
         read("{}")
 
 
-def test_an_invalid_domain_name_is_refused(read, raises_error):
-    with raises_error(
+def test_an_invalid_domain_name_is_refused(read, fails):
+    with fails(
         "records.jsonl:1: domain 'a/b' is not a valid name; names are 1 to 64 letters, digits, dots, dashes and "
         "underscores; correct the record or set another domain_key" + WAY_ON
     ):
         read('{"text": "a", "lang": "a/b"}', domain_key="lang")
 
 
-def test_a_record_without_text_is_refused(read, raises_error):
-    with raises_error(
+def test_a_record_without_text_is_refused(read, fails):
+    with fails(
         "records.jsonl:1: '{text}' holds no text (empty or only white space); every record needs some; remove it"
         + WAY_ON
     ):
         read('{"text": " \\n"}')
 
 
-def test_a_record_that_is_not_an_object_is_refused(read, raises_error):
+def test_a_record_that_is_not_an_object_is_refused(read, fails):
     for record, kind in [('["a"]', "a list"), ('"a"', "a string"), ("null", "null"), ("1.5", "a number")]:
-        with raises_error(
-            f"records.jsonl:1: the record is {kind}; every record is an object; correct or remove it" + WAY_ON
-        ):
+        with fails(f"records.jsonl:1: the record is {kind}; every record is an object; correct or remove it" + WAY_ON):
             read(record)
 
 
-def test_a_line_that_is_not_json_is_named_with_the_reason(read, raises_error):
-    with raises_error(
+def test_a_line_that_is_not_json_is_named_with_the_reason(read, fails):
+    with fails(
         "records.jsonl:2: not JSON (Expecting ',' delimiter at column 14); every line is one JSON object; correct or "
         "remove it" + WAY_ON
     ):
@@ -141,16 +133,16 @@ def test_json_that_python_refuses_is_named(read, record):
         read(record)
 
 
-def test_a_lone_surrogate_is_refused(read, raises_error):
-    with raises_error(
+def test_a_lone_surrogate_is_refused(read, fails):
+    with fails(
         "records.jsonl:1: 'text' has the lone surrogate \\ud83d at character 1; text must be valid Unicode; correct or "
         "remove the record" + WAY_ON
     ):
         read('{"text": "a\\ud83d"}')
 
 
-def test_a_byte_that_is_not_utf8_is_named_with_its_place_in_the_file(read, raises_error):
-    with raises_error(
+def test_a_byte_that_is_not_utf8_is_named_with_its_place_in_the_file(read, fails):
+    with fails(
         "records.jsonl:2: byte 0xe9 at offset 24 is not UTF-8; text is read as UTF-8; convert the file (iconv -t UTF-8)"
         + WAY_ON
     ):
@@ -158,18 +150,16 @@ def test_a_byte_that_is_not_utf8_is_named_with_its_place_in_the_file(read, raise
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])
-def test_a_file_without_records_is_named(read, raises_error, content):
-    with raises_error(
+def test_a_file_without_records_is_named(read, fails, content):
+    with fails(
         "records.jsonl: holds no records (empty or only white space); every file needs some; remove it" + WAY_ON
     ):
         read(content)
 
 
-def test_a_record_over_the_limit_is_named(read, monkeypatch, raises_error):
+def test_a_record_over_the_limit_is_named(read, monkeypatch, fails):
     monkeypatch.setattr(json_lines, "MAX_RECORD_BYTES", 20)
-    with raises_error(
-        "records.jsonl:2: more than 20 bytes in one record; that is the limit; split the record" + WAY_ON
-    ):
+    with fails("records.jsonl:2: more than 20 bytes in one record; that is the limit; split the record" + WAY_ON):
         read('{"text": "a"}\n' + json.dumps({"text": "a" * 20}))
 
 

@@ -195,13 +195,13 @@ def test_a_killed_reader_leaves_nothing_half(source):
     assert len(documents(stream, 1)) == 23
 
 
-def test_a_file_that_changes_during_the_run_is_named(source, folder, raises_error):
+def test_a_file_that_changes_during_the_run_is_named(source, folder, fails):
     stream = BlockStream(source)
     stream.block(0)
     with (folder / "2.jsonl").open("a") as file:
         file.write('{"text": "new"}\n')
     path = (folder / "2.jsonl").resolve()
-    with raises_error(f"{path}: changed since the run started; it must not change meanwhile; restart"):
+    with fails(f"{path}: changed since the run started; it must not change meanwhile; restart"):
         stream.block(1)
 
 

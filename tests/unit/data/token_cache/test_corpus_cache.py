@@ -127,10 +127,10 @@ def flip(file: Path, at: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["text.train.tokens", "text.validation.documents", "text.train.answers"])
-def test_a_flipped_bit_is_an_error_that_names_the_file(config, builds, raises_error, name):
+def test_a_flipped_bit_is_an_error_that_names_the_file(config, builds, fails, name):
     folder = build_corpus(config).folders[0]
     flip(folder / name, 3)
-    with raises_error(
+    with fails(
         f"{folder / name}: its content is not what was written (the checksum differs); disk or memory has corrupted "
         f"it; remove {folder}, and it is built again from the text"
     ):
@@ -138,14 +138,14 @@ def test_a_flipped_bit_is_an_error_that_names_the_file(config, builds, raises_er
     assert builds == ["built"]
 
 
-def test_a_large_text_is_compared_where_it_is_read(config, folder, raises_error):
+def test_a_large_text_is_compared_where_it_is_read(config, folder, fails):
     (folder / "a.txt").write_text("abcdefgh" * 40_000)
     corpus = build_corpus(config)
     flip(corpus.folders[0] / "text.train.tokens", 70_000)
     tokens = build_corpus(config).train[0].tokens
     assert tokens[: 1 << 16].tobytes() == b"abcdefgh" * (1 << 13)
     assert tokens[np.array([[0, 140_000]])].tobytes() == b"aa"
-    with raises_error(
+    with fails(
         f"{corpus.folders[0] / 'text.train.tokens'}: bytes 65536 to 131071 are not what was written (the checksum "
         f"differs); disk or memory has corrupted it; remove {corpus.folders[0]}, and it is built again from the text"
     ):
@@ -231,10 +231,10 @@ def test_without_locks_the_last_rename_wins(config, folder, monkeypatch):
     assert in_cache(folder) == [corpora[0].folders[0].name]
 
 
-def test_a_cache_that_keeps_being_replaced_is_named(config, monkeypatch, raises_error):
+def test_a_cache_that_keeps_being_replaced_is_named(config, monkeypatch, fails):
     build_corpus(config)
     monkeypatch.setattr(module, "_open", lambda *args: (_ for _ in ()).throw(FileNotFoundError()))
-    with raises_error(
+    with fails(
         "data.cache_dir: cache: other runs keep replacing its content; a text must not change during training; "
         "stop what changes it, or give this run a cache_dir of its own"
     ):
@@ -281,7 +281,7 @@ def test_waiting_for_another_process_is_reported(config, folder):
     assert labels == ["waiting for another process that reads this text", "tokenising"]
 
 
-def test_a_file_that_changes_while_it_is_read_is_named(config, folder, monkeypatch, raises_error):
+def test_a_file_that_changes_while_it_is_read_is_named(config, folder, monkeypatch, fails):
     ingest = read_tasks.ingest
 
     def meddling(*args: Any, **options: Any) -> object:
@@ -289,7 +289,7 @@ def test_a_file_that_changes_while_it_is_read_is_named(config, folder, monkeypat
         return ingest(*args, **options)
 
     monkeypatch.setattr(read_tasks, "ingest", meddling)
-    with raises_error("b.txt: changed during reading; files must not change meanwhile; start again"):
+    with fails("b.txt: changed during reading; files must not change meanwhile; start again"):
         build_corpus(config)
     assert all(name.startswith(".") for name in in_cache(folder))
 

@@ -75,33 +75,33 @@ def test_progress_is_reported_after_every_document(folder):
     assert reported == [30, 30, 30, 2]
 
 
-def test_the_error_for_a_hash_that_holds_out_nothing_suggests_the_tail(folder, raises_error):
-    with raises_error(
+def test_the_error_for_a_hash_that_holds_out_nothing_suggests_the_tail(folder, fails):
+    with fails(
         "data.split: kind hash at fraction 0.001 leaves the validation side of domain a empty (documents: 2); both "
         "sides need one; use data.split.kind: tail"
     ):
         run(folder, ("a", "ab"), ("a", "cd"), kind="hash", fraction=0.001)
 
 
-def test_the_error_for_a_hash_of_one_document_suggests_the_tail(folder, raises_error):
-    with raises_error(
+def test_the_error_for_a_hash_of_one_document_suggests_the_tail(folder, fails):
+    with fails(
         "data.split: kind hash at fraction 0.999 leaves the train side of domain a empty (documents: 1); both sides "
         "need one; use data.split.kind: tail"
     ):
         run(folder, ("a", "ab"), kind="hash", fraction=0.999)
 
 
-def test_a_text_too_short_to_split_is_named(folder, raises_error):
-    with raises_error(
+def test_a_text_too_short_to_split_is_named(folder, fails):
+    with fails(
         "data.split: domain a has too little text to hold out 0.5 of it; both sides need at least one character; give "
         "it more text"
     ):
         run(folder, ("a", "x"))
 
 
-def test_too_many_domains_are_refused(folder, monkeypatch, raises_error):
+def test_too_many_domains_are_refused(folder, monkeypatch, fails):
     monkeypatch.setattr(module, "MAX_DOMAINS", 2)
-    with raises_error(
+    with fails(
         "data.sources: more than 2 domains in one source; that is the limit; check that domain_key names a kind of "
         "text and not a single document"
     ):

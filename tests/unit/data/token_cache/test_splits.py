@@ -157,16 +157,16 @@ def test_auto_moves_the_text_whose_hash_is_nearest_to_an_empty_side(folder, part
     assert (again.fingerprint, again.remarks) == (corpus.fingerprint, corpus.remarks)
 
 
-def test_an_explicit_hash_split_is_not_changed(folder, raises_error):
-    with raises_error(
+def test_an_explicit_hash_split_is_not_changed(folder, fails):
+    with fails(
         "data.split: kind hash at fraction 0.01 leaves the validation side of domain d empty (documents: 60); both "
         "sides need one; use data.split.kind: tail"
     ):
         _corpus(REPEATED, fraction=0.01, part_bytes=100, cache="cache", kind="hash")
 
 
-def test_copies_of_one_text_are_never_on_both_sides(folder, raises_error):
-    with raises_error(
+def test_copies_of_one_text_are_never_on_both_sides(folder, fails):
+    with fails(
         "data.split: all 9 documents of domain d are the same text, which would be both learned and held out; add "
         "other text, or use data.split.kind: tail"
     ):

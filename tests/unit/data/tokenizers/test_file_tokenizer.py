@@ -119,19 +119,19 @@ def test_a_file_by_another_name_does_not_belong_to_the_folder(folder):
     assert read_tokenizer(path, end_of_document=None).end_of_document == ids["<|end_of_text|>"]
 
 
-def test_a_name_that_the_tokenizer_does_not_have_is_refused_with_those_it_has(folder, raises_error):
+def test_a_name_that_the_tokenizer_does_not_have_is_refused_with_those_it_has(folder, fails):
     (folder / "tokenizer.json").write_text(json.dumps(foreign_tokenizers.byte_fallback()))
-    with raises_error(
+    with fails(
         "tokenizer.json: has no added token '<|eot|>' (data.tokenizer.end_of_document); it has '<unk>', '<s>', '</s>'; "
         "name one of them"
     ):
         read_tokenizer(Path("tokenizer.json"), end_of_document="<|eot|>")
 
 
-def test_a_tokenizer_without_an_end_of_document_is_refused(folder, raises_error):
+def test_a_tokenizer_without_an_end_of_document_is_refused(folder, fails):
     content = foreign_tokenizers.byte_fallback()
     content["added_tokens"] = content["added_tokens"][:1]
-    with raises_error(
+    with fails(
         "tokenizer.json: does not name the token that ends a document; its added tokens are '<unk>'; one must stand "
         "between documents: set data.tokenizer.end_of_document"
     ):
@@ -201,9 +201,9 @@ UNSUITABLE: dict[str, tuple[Callable[[], Content], str]] = {
 
 
 @pytest.mark.parametrize("name", UNSUITABLE)
-def test_a_tokenizer_that_cannot_give_every_text_back_is_refused_with_the_reason(folder, raises_error, name):
+def test_a_tokenizer_that_cannot_give_every_text_back_is_refused_with_the_reason(folder, fails, name):
     content, reason = UNSUITABLE[name]
-    with raises_error(f"tokenizer.json: {reason}; {ADVICE}"):
+    with fails(f"tokenizer.json: {reason}; {ADVICE}"):
         read(Path(), content())
 
 
@@ -239,21 +239,21 @@ def test_an_invalid_tokenizer_file_is_refused_in_one_line(folder, name):
     assert message.endswith("; it may be damaged: download it again") and "\n" not in message
 
 
-def test_a_missing_file_or_folder_is_named_with_advice(folder, raises_error):
-    with raises_error(
+def test_a_missing_file_or_folder_is_named_with_advice(folder, fails):
+    with fails(
         "gpt2: no such file; a tokenizer.json or a folder with one is needed; paths are relative to " + str(folder)
     ):
         read_tokenizer(Path("gpt2"), end_of_document=None)
     (folder / "model").mkdir()
-    with raises_error(
+    with fails(
         "model/tokenizer.json: no such file; write one with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
     ):
         read_tokenizer(Path("model"), end_of_document=None)
 
 
-def test_a_pipe_is_not_waited_for(folder, raises_error):
+def test_a_pipe_is_not_waited_for(folder, fails):
     os.mkfifo(folder / "pipe")
-    with raises_error("pipe: is not a regular file; a tokenizer.json is needed; correct data.tokenizer.path"):
+    with fails("pipe: is not a regular file; a tokenizer.json is needed; correct data.tokenizer.path"):
         read_tokenizer(Path("pipe"), end_of_document=None)
 
 
