@@ -160,13 +160,13 @@ def router_gradients_doubled() -> None:
 
 
 def _other_option(key: str, change: Callable[[Any], Any]) -> None:
-    whole = DeepSpeedEngineConfig.whole
+    whole = DeepSpeedEngineConfig.resolved
 
     def wrong(self: DeepSpeedEngineConfig, *, grad_clip: float | None, folder: Path | None = None) -> dict[str, Any]:
         config = whole(self, grad_clip=grad_clip, folder=folder)
         return {**config, key: change(config[key])}
 
-    DeepSpeedEngineConfig.whole = wrong  # type: ignore[method-assign]
+    DeepSpeedEngineConfig.resolved = wrong  # type: ignore[method-assign]
 
 
 def deepspeed_averages() -> None:

@@ -639,7 +639,8 @@ CASES = [
          ["x.yaml:4:3: schedule.warmup_steps: 100 does not fit in train.steps 100; use at most 99" + AS_SHARE]),
     Case("a warmup that is neither steps nor a share of the run",
          "name: x\nschedule: {warmup_steps: 1.5}\n",
-         ["x.yaml:2:12: schedule.warmup_steps: 1.5 is no share of the run; use less than 1, or 2 for so many steps"]),
+         [("x.yaml:2:12: schedule.warmup_steps: 1.5 is not a fraction of the run; use less than 1, "
+           "or 2 for that many steps")]),
     Case("heads that do not divide",
          "name: x\nmodel: {d_model: 100, num_heads: 3}\n",
          ["x.yaml:2:23: model.num_heads: 3 does not divide d_model 100; use one of 1, 2, 4, 5, 10, 20, 25, 50, 100"]),

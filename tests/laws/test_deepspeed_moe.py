@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tests.builders import make_context, tiny_model_config
 from tests.ranks import Ranks, mesh_here
 from trainer.distributed.mesh import Mesh
-from trainer.engine.deepspeed.start import alone, join, load_deepspeed
+from trainer.engine.deepspeed.start import join, load_deepspeed, single_process_group
 from trainer.models.gpt import build_moe
 from trainer.moe.dispatch.registry import AllToAllDispatcherConfig
 from trainer.moe.losses import Denominators, objective
@@ -152,7 +152,7 @@ def _grad(tensor: Tensor) -> Tensor:
 
 def _both(convention: Convention, ep_size: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     mesh = mesh_here(ep_size=ep_size) if ep_size > 1 else Mesh.of_one()
-    with alone(mesh, CPU):
+    with single_process_group(mesh, CPU):
         return _theirs(convention, mesh), _ours(convention, mesh)
 
 

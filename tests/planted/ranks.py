@@ -62,8 +62,8 @@ FAULTS = [
     in_package(
         "a gradient departs before its bucket is full",
         "parallel/replicate.py",
-        "self._missing[self._departed] == 0",
-        "self._missing[self._departed] < len(self._buckets[self._departed])",
+        "self._missing[self._launched] == 0",
+        "self._missing[self._launched] < len(self._buckets[self._launched])",
         "parallel/test_replicate.py",
     ),
     in_package(

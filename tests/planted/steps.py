@@ -51,8 +51,8 @@ FAULTS = [
     in_package(
         "experts are blamed before dense weights",
         "engine/nonfinite.py",
-        "ranks = dense or [rank for rank, mine in enumerate(everyone) if not mine.expert_share_is_finite]",
-        "ranks = [rank for rank, mine in enumerate(everyone) if not mine.expert_share_is_finite] or dense",
+        "ranks = dense or [rank for rank, mine in enumerate(findings) if not mine.expert_share_is_finite]",
+        "ranks = [rank for rank, mine in enumerate(findings) if not mine.expert_share_is_finite] or dense",
         "engine/test_nonfinite.py",
     ),
     in_package(

@@ -1,4 +1,4 @@
-"""Optimizer steps by torch alone: gradients in `.grad`, summed over ranks as they come, AdamW on each rank."""
+"""Native engine: gradients in `.grad`, all-reduced during the backward pass, and a torch optimizer on each rank."""
 
 import torch
 from torch import Tensor
@@ -28,13 +28,13 @@ class NativeEngine(StepEngine):
         )
         self._dense = [p for name, p in self.parameters.items() if name not in self.first_expert]
         self._experts = [self.parameters[name] for name in self.first_expert]
-        self.gradient_sums = [
+        self.gradient_reducers = [
             GradientReducer([p for p in parameters if not is_sharded(p)], group)
             for parameters, group in ((self._dense, self.mesh.world), (self._experts, self.mesh.edp))
         ]
 
     def gradients(self) -> TrainState:
-        """Return the gradients by the names of their parameters; zeros where there is none."""
+        """Return the gradients by parameter name; zeros for parameters without one."""
         return TrainState(
             slices={
                 name: self._slice(f"model.{name}", torch.zeros_like(p) if p.grad is None else p.grad)
@@ -44,26 +44,26 @@ class NativeEngine(StepEngine):
 
     def _backward(self, objective: Tensor, *, is_last: bool) -> None:
         if is_last:
-            for gradient_sum in self.gradient_sums:
-                gradient_sum.expect()
+            for gradient_reducer in self.gradient_reducers:
+                gradient_reducer.expect()
         objective.backward()
 
     def _reduce_gradients(self) -> Tensor:
-        """Finish adding up gradients over ranks with the same weights; return this rank's part of the squared norm.
+        """Finish the all-reduce over replicas; return this rank's part of the squared norm.
 
-        A rank that owns an expert has the sum over its ep peers' tokens already, through the way back of the rows. What
-        is sharded was summed by FSDP.
+        The gradient of a local expert already includes the tokens of all expert-parallel ranks, through the backward
+        of the all-to-all. Sharded gradients were reduced by FSDP.
         """
-        for gradient_sum in self.gradient_sums:
-            gradient_sum.finish()
+        for gradient_reducer in self.gradient_reducers:
+            gradient_reducer.finish()
         layout, square = self.mesh.layout, torch.zeros((), dtype=torch.float64, device=self.device)
         for mine, is_first in ((self._dense, layout.rank == 0), (self._experts, layout.edp_rank == 0)):
-            counted = mine if is_first else [p for p in mine if is_sharded(p)]  # of copies, the first one
+            counted = mine if is_first else [p for p in mine if is_sharded(p)]  # of replicas only the first is counted
             square = square + square_norm([local(p.grad) for p in counted if p.grad is not None]).to(self.device)
         return square
 
     def _update(self, lr: float, grad_norm: float) -> None:
-        """Clip, step, and let go of the gradient."""
+        """Clip, update and discard the gradient."""
         clip = self.numerics.grad_clip
         if clip is not None and grad_norm > clip:
             gradients = [local(p.grad) for p in self.parameters.values() if p.grad is not None]
@@ -77,7 +77,7 @@ class NativeEngine(StepEngine):
         self.optimizer.zero_grad(set_to_none=True)
 
     def _findings(self, local_objective: Tensor) -> Findings:
-        dense, experts = (gradient_sum.own_is_finite for gradient_sum in self.gradient_sums)
+        dense, experts = (gradient_reducer.local_is_finite for gradient_reducer in self.gradient_reducers)
         return Findings(
             gradients=[n for n, p in self.parameters.items() if p.grad is not None and not is_finite(local(p.grad))],
             loss_is_finite=is_finite(local_objective),
@@ -98,7 +98,7 @@ class NativeEngine(StepEngine):
             self._state_of(p)["step"].fill_(self.optimizer_steps)
 
     def _state_of(self, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
-        """Return AdamW's state of a parameter, made as torch makes it if there was no step yet."""
+        """Return the optimizer state of a parameter, created as torch does if there was no step yet."""
         state = self.optimizer.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)

@@ -1,4 +1,4 @@
-"""Diagnose a skipped step: which part of loss and gradient was not finite, and on which ranks."""
+"""Diagnosis of a skipped step: which part of loss and gradient was not finite, and on which ranks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,36 +10,36 @@ from trainer.distributed.rank_layout import format_ranks
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Findings:
-    """Findings of one rank; rank r's is number r of a sequence of them."""
+    """Non-finite values found on one rank; sequences of findings are ordered by rank."""
 
     gradients: list[str]
-    """Parameters whose summed gradient, as far as it is here, is not finite."""
+    """Parameters whose reduced gradient is not finite, in the part held by this rank."""
     loss_is_finite: bool
-    """This rank's own share of the objective."""
+    """This rank's share of the objective is finite."""
     dense_share_is_finite: bool
-    """This rank's own share of the dense gradients, before ranks were summed; True where it is not known."""
+    """This rank's dense gradients were finite before the reduction; True if unknown."""
     expert_share_is_finite: bool
-    """True if the local experts' gradient, which comes from all ranks' tokens, is finite."""
+    """The local experts' gradients, which come from the tokens of all ranks, were finite before the reduction."""
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Tell whether every number is."""
+    """Return whether all elements are finite."""
     return bool(tensor.isfinite().all())
 
 
-def in_words(everyone: Sequence[Findings], parameters: Sequence[str], *, grad_norm: float) -> str:
-    """Return what was not finite and where it came from.
+def describe_findings(findings: Sequence[Findings], parameters: Sequence[str], *, grad_norm: float) -> str:
+    """Return a description of what was not finite, and of the ranks that it came from.
 
     For example `the gradient of blocks.1.ffn.experts.w_in is not finite (loss not finite on rank 1)`.
 
     Args:
-        everyone: the findings of all ranks.
-        parameters: all names, in the order of the forward pass: the first one is named, the others are counted.
+        findings: of all ranks.
+        parameters: all names, in the order of the forward pass; the first affected one is named, the others counted.
         grad_norm: of the step.
     """
-    found = {name for mine in everyone for name in mine.gradients}
-    names = [name for name in parameters if name in found]
-    lossy = [rank for rank, mine in enumerate(everyone) if not mine.loss_is_finite]
+    affected = {name for mine in findings for name in mine.gradients}
+    names = [name for name in parameters if name in affected]
+    lossy = [rank for rank, mine in enumerate(findings) if not mine.loss_is_finite]
     if len(names) > 1:
         what = f"the gradient of {names[0]} and {len(names) - 1} more parameter{'s' * (len(names) > 2)} is not finite"
     elif names:
@@ -47,16 +47,16 @@ def in_words(everyone: Sequence[Findings], parameters: Sequence[str], *, grad_no
     elif lossy:
         what = "the loss is not finite, though the gradient is"
     else:
-        what = f"the gradient's norm is {grad_norm}, though each number of it is finite"
-    return f"{what} ({_origin(everyone, lossy)})"
+        what = f"the gradient norm is {grad_norm}, though every element is finite"
+    return f"{what} ({_origin(findings, lossy)})"
 
 
-def _origin(everyone: Sequence[Findings], lossy: Sequence[int]) -> str:
-    if len(everyone) == 1:
+def _origin(findings: Sequence[Findings], lossy: Sequence[int]) -> str:
+    if len(findings) == 1:
         return "loss not finite" if lossy else "loss finite"
     if lossy:
         return f"loss not finite on {format_ranks(lossy)}"
-    # A dense share is made on its rank alone; the experts' are what all ranks' tokens brought.
-    dense = [rank for rank, mine in enumerate(everyone) if not mine.dense_share_is_finite]
-    ranks = dense or [rank for rank, mine in enumerate(everyone) if not mine.expert_share_is_finite]
+    # A rank computes its dense gradients alone; those of its experts come from the tokens of all ranks.
+    dense = [rank for rank, mine in enumerate(findings) if not mine.dense_share_is_finite]
+    ranks = dense or [rank for rank, mine in enumerate(findings) if not mine.expert_share_is_finite]
     return "loss finite on every rank" + (f"; it came from {format_ranks(ranks)}" if ranks else "")

@@ -1,4 +1,4 @@
-"""Every engine's options, and the union of them that `engine` accepts. Imports no torch."""
+"""Configs of the engines, and their union that `engine` accepts. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 class NativeEngineConfig(Config):
-    """Optimizer steps by torch alone."""
+    """Optimizer steps in plain torch."""
 
     kind: Literal["native"] = "native"
 
     def build(
         self, model: GPT, optim: OptimConfig, numerics: NumericsConfig, mesh: Mesh, *, folder: Path | None = None
     ) -> Engine:
-        """Make the engine around an initialised model; it writes nothing into `folder`."""
+        """Create the engine for an initialized model; `folder` is not used."""
         from trainer.engine.native import NativeEngine
 
         return NativeEngine(model, optim, numerics, mesh)

@@ -20,7 +20,7 @@ from trainer.data.batches.batch import Batch
 from trainer.distributed.mesh import Mesh
 from trainer.engine.base import EvalSums, RoutingSums, StepResult
 from trainer.engine.global_stats import GlobalStats
-from trainer.engine.nonfinite import Findings, in_words
+from trainer.engine.nonfinite import Findings, describe_findings
 from trainer.engine.reduce import StepTotals, all_reduce_packed
 from trainer.engine.training_state import StatefulEngine
 from trainer.models.gpt import GPT, GPTOutput
@@ -232,8 +232,8 @@ class StepEngine(StatefulEngine):
         """Return a description of the non-finite values, the same on every rank. Collective."""
         mine = self._findings(step.local_objective)
         self.mesh.world.recorder.enter("finding what is not finite")
-        everyone = [Findings(**found) for found in self.mesh.world.all_gather_objects(asdict(mine))]
-        return in_words(everyone, list(self.parameters), grad_norm=float(step.grad_norm))
+        findings = [Findings(**found) for found in self.mesh.world.all_gather_objects(asdict(mine))]
+        return describe_findings(findings, list(self.parameters), grad_norm=float(step.grad_norm))
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return a context in which the model computes in the precision of training."""

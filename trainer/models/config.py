@@ -1,4 +1,4 @@
-"""The `model` section: what is computed. Imports no torch."""
+"""The `model` section. Imports no torch."""
 
 from collections.abc import Iterator
 from typing import Annotated, Final, Literal, NamedTuple
@@ -10,16 +10,16 @@ from trainer.config.numbers import Epsilon, Layers, Length, Width
 from trainer.moe.config import MoEConfig
 
 MAX_WEIGHTS: Final = 2**50
-"""Parameters of a model: 10^15, of which no machine of any size holds one copy."""
+"""Maximum parameters of a model, about 10^15: more than any machine can hold."""
 
 
 class Weights(NamedTuple):
-    """Numbers of parameters; those of the routers, which are few, are left out."""
+    """Parameter counts, without the few of the routers."""
 
     dense: int
-    """Parameters that every rank has."""
+    """Parameters outside the routed experts, which every rank has."""
     expert: int
-    """Parameters of one routed expert, in all MoE layers together."""
+    """Parameters of one routed expert, summed over all MoE layers."""
 
 
 class ModelConfig(Config):
@@ -34,7 +34,7 @@ class ModelConfig(Config):
     num_heads: Width = 8
     """Query heads."""
     num_kv_heads: Width | None = None
-    """Key and value heads, shared by groups of query heads. Null: one for each query head."""
+    """Key and value heads, shared by groups of query heads. Null: one per query head."""
     d_ff: Width = 1024
     """Hidden width of the dense feed-forward blocks."""
     seq_len: Length = 256
@@ -42,7 +42,7 @@ class ModelConfig(Config):
     document_mask: bool = False
     """Attend only within a token's own document; false: back to the beginning of the row."""
     activation: Literal["swiglu", "gelu"] = "swiglu"
-    """Feed-forward kind, of dense blocks and experts alike."""
+    """Feed-forward kind of dense blocks and experts."""
     qk_norm: bool = False
     """RMSNorm on every query and key head (Qwen3)."""
     rope_theta: Annotated[float, Field(ge=1, le=1e15)] = 10000.0
@@ -50,9 +50,9 @@ class ModelConfig(Config):
     norm_eps: Epsilon = 1e-6
     """Added to the mean square in RMSNorm."""
     tie_embeddings: bool = False
-    """Use the token embedding as the output head too."""
+    """Use the token embedding as output head."""
     init_std: Annotated[float, Field(gt=0, le=1e3)] = 0.02
-    """Standard deviation of the initial weights; layers that write to the residual stream get it over sqrt(2 L)."""
+    """Standard deviation of initial weights; for layers that write to the residual stream, divided by sqrt(2 L)."""
     moe: MoEConfig | None = MoEConfig()
     """Mixture-of-experts blocks. Null: a dense model."""
 
@@ -67,13 +67,13 @@ class ModelConfig(Config):
         return tuple(layer for layer in range(self.num_layers) if self.has_experts(layer))
 
     def has_experts(self, layer: int) -> bool:
-        """Tell whether the feed-forward of block `layer` is MoE."""
+        """Return whether the feed-forward of block `layer` is MoE."""
         if self.moe is None or layer < self.moe.first_dense_layers:
             return False
         return (layer - self.moe.first_dense_layers + 1) % self.moe.every == 0
 
     def weights(self, *, vocab_size: int) -> Weights:
-        """Count the parameters without making the model; the tokenizer decides the size V of the vocabulary."""
+        """Count the parameters without building the model; V is the vocabulary size of the tokenizer."""
         D, L, num_moe = self.d_model, self.num_layers, len(self.moe_layers)
         attention = D * (self.num_heads + 2 * (self.num_kv_heads or self.num_heads)) * self.head_dim + D * D
         norms = 2 * D + (2 * self.head_dim if self.qk_norm else 0)
@@ -85,17 +85,14 @@ class ModelConfig(Config):
         return Weights(dense, num_moe * self._feed_forward(self.moe.d_ff))
 
     def activations(self, *, vocab_size: int, num_rows: int) -> int:
-        """Count the numbers that a forward pass of so many rows keeps for the backward pass, at the least.
-
-        They are the residual stream before each block, and the logits.
-        """
+        """Return a lower bound of the values stored for the backward pass: residual streams and logits."""
         return num_rows * self.seq_len * (self.num_layers * self.d_model + vocab_size)
 
     def _feed_forward(self, d_ff: int) -> int:
         return (3 if self.activation == "swiglu" else 2) * self.d_model * d_ff
 
     def problems(self) -> Iterator[Problem]:
-        """Check widths against heads, that an MoE model has MoE layers, and that the whole can be counted."""
+        """Check widths against heads, that an MoE model has MoE layers, and the total size."""
         weights = self.weights(vocab_size=1)
         total = weights.dense + (self.moe.num_experts if self.moe is not None else 0) * weights.expert
         if total > MAX_WEIGHTS:

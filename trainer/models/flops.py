@@ -1,4 +1,4 @@
-"""Parameters and floating-point operations of a model, counted from its modules and not from a list of names.
+"""Parameters and floating-point operations of a model, counted from its modules.
 
 # S tokens in a row, E experts, V vocabulary, D d_model.
 """
@@ -13,26 +13,26 @@ from trainer.moe.experts import Experts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSize:
-    """Size of a model, and FLOPs of a token."""
+    """Parameters of a model, and FLOPs per token."""
 
     total_parameters: int
     active_parameters: int
-    """Parameters that one token meets: those of its experts, everything else whole (the embedding included)."""
+    """Parameters used by one token: those of its experts, and all others (the embedding included)."""
     forward_flops_per_token: int
-    """Multiplications and additions in matrix products; attention scores all S x S pairs, as torch's counter does."""
+    """Multiplications and additions of matrix products; attention counts all S x S pairs, like torch's counter."""
 
     @property
     def training_flops_per_token(self) -> int:
-        """Forward and backward: the backward has two products for each one of the forward."""
+        """FLOPs of forward and backward; the backward has two products per product of the forward."""
         return 3 * self.forward_flops_per_token
 
 
 def model_size(model: GPT, *, top_k: int | None = None) -> ModelSize:
-    """Count a model; it may be on the meta device.
+    """Count parameters and FLOPs of a model, which may be on the meta device.
 
     Args:
-        model: what to count.
-        top_k: experts per token instead of the configured number, for a router with this option.
+        model: the model.
+        top_k: experts per token, overriding the config, for routers with this option.
     """
     moe = model.config.moe
     if moe is not None and top_k is not None:
@@ -43,7 +43,7 @@ def model_size(model: GPT, *, top_k: int | None = None) -> ModelSize:
         if isinstance(module, nn.Linear):
             flops += 2 * module.weight.numel()
         elif isinstance(module, Attention):
-            flops += 4 * model.config.seq_len * module.num_heads * module.head_dim  # scores, and their sum of values
+            flops += 4 * model.config.seq_len * module.num_heads * module.head_dim  # scores and weighted values
         elif isinstance(module, Experts):
             assert moe is not None, "a model with experts has a moe section"
             weights = module.w_in.numel() + module.w_out.numel()

@@ -1,4 +1,4 @@
-"""Generating text: one token after the other, with a cache of keys and values."""
+"""Text generation, token by token, with a KV cache."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -25,17 +25,17 @@ def generate(
 ) -> Iterator[int]:
     """Yield new token ids until `max_new_tokens` or `stop_token` (which is not yielded).
 
-    Positions beyond the trained row length were never learned, so when the row is full the second half of it becomes
-    the prompt of a fresh cache.
+    Positions beyond the trained sequence length were never learned: when the row is full, its second half becomes the
+    prompt of a new cache.
 
     Args:
-        model: in evaluation use; dropless and without noise.
-        prompt: at least one token id; only the last `seq_len` count.
-        max_new_tokens: how many at the most.
+        model: runs dropless and without noise.
+        prompt: at least one token id; only the last `seq_len` are used.
+        max_new_tokens: maximum number of new tokens.
         options: temperature, top-k, top-p.
         generator: on the CPU; the same seed gives the same text.
         stop_token: ends the text.
-        agree: makes one token of what several ranks drew, where experts are on several ranks and all must go on alike.
+        agree: returns one token for all ranks, given that of this rank, if experts are on several ranks.
 
     Raises:
         NumericsError: if the model's logits are not finite.
@@ -48,10 +48,8 @@ def generate(
     logits = model.next_logits(torch.tensor([window], device=device), cache)
     for number in range(max_new_tokens):
         token = agree(_drawn(logits, options, generator))
-        if token == _NO_TOKEN:  # on all ranks: nobody waits for one that has given up
-            raise NumericsError(
-                f"token {number}: the model's logits are not finite, and no token can be drawn from them"
-            )
+        if token == _NO_TOKEN:  # on all ranks, so that none waits for another
+            raise NumericsError(f"token {number}: the model's logits are not finite, so no token can be sampled")
         if token == stop_token:
             return
         yield token
@@ -82,25 +80,25 @@ def generate_many(
     is_over: Callable[[Sequence[int]], bool] = lambda _: False,
     anybody: Callable[[bool], bool] = bool,
 ) -> list[list[int]]:
-    """Return what the model writes after each of several prompts, side by side.
+    """Generate continuations of several prompts in one batch.
 
-    A text is the same whatever is written beside it, up to floating-point reordering.
+    A text does not depend on the others in the batch, up to floating-point reordering.
 
     Args:
-        model: in evaluation use; dropless and without noise.
-        prompts: token ids, at least one each, and few enough for `max_new_tokens` more in a row. There may be none:
-            with experts on several ranks, all of them go on until no rank has a text left.
-        max_new_tokens: how many at the most.
-        choose: takes logits (n, V) and which prompt each is of; returns n token ids.
-        stop_token: ends a text, and is its last token then.
-        is_over: tells whether a text, which is not empty, ends for another reason.
-        anybody: takes whether this rank goes on; returns whether any does.
+        model: runs dropless and without noise.
+        prompts: token ids, at least one each, leaving `max_new_tokens` of the sequence length. May be empty: with
+            experts on several ranks, all ranks continue until none has a text left.
+        max_new_tokens: maximum number of new tokens.
+        choose: takes logits (n, V) and the prompt index of each; returns n token ids.
+        stop_token: ends a text, and is included in it.
+        is_over: returns whether a non-empty text ends for another reason.
+        anybody: takes whether this rank continues; returns whether any rank does.
     """
     device = model.embedding.weight.device
     longest = max(map(len, prompts), default=1)
     assert longest + max_new_tokens - 1 <= model.config.seq_len, "positions beyond a row were never learned"
     texts: list[list[int]] = [[] for _ in prompts]
-    owner: list[int | None] = list(range(len(prompts))) or [None]  # which text a row is; None: it is over
+    owner: list[int | None] = list(range(len(prompts))) or [None]  # text of each row; None: finished
     cache = model.new_cache(len(owner), longest + max_new_tokens - 1)
     tokens, num_new = pad_right(prompts or [[]], device)
     for left in reversed(range(max_new_tokens)):
@@ -108,7 +106,7 @@ def generate_many(
         going = [(row, text) for row, text in enumerate(owner) if text is not None]
         new: list[list[int]] = [[] for _ in owner]
         if going:
-            # Waits for the device: what is written next hangs on it.
+            # Waits for the device: the next forward pass depends on it.
             chosen = choose(logits[[row for row, _ in going]], [text for _, text in going]).tolist()
             for (row, text), token in zip(going, chosen, strict=True):
                 texts[text].append(token)
@@ -119,7 +117,7 @@ def generate_many(
         if left == 0 or not anybody(any(new)):
             break
         kept = [row for row, text in enumerate(owner) if text is not None] or [0]
-        if 2 * len(kept) <= len(owner):  # rows that are over cost as much as others
+        if 2 * len(kept) <= len(owner):  # finished rows cost as much as others
             cache = cache.select(torch.tensor(kept, device=device))
             owner, new = [owner[row] for row in kept], [new[row] for row in kept]
         tokens, num_new = pad_right(new, device)
@@ -127,12 +125,12 @@ def generate_many(
 
 
 def greedy_tokens(logits: Tensor, _: Sequence[int]) -> Tensor:
-    """Choose the likeliest token of each row of logits (n, V), the lowest id of equal ones."""
+    """Return the most probable token of each row of logits (n, V); the lowest id wins a tie."""
     return logits.argmax(-1)
 
 
 def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return rows of tokens as (B, S), filled up with 0 on the right, and how many of each are real (B,)."""
+    """Return rows of tokens as (B, S), padded with 0 on the right, and their lengths (B,)."""
     width = max(1, *(len(row) for row in rows))
     tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
     return tokens, torch.tensor([len(row) for row in rows], device=device)

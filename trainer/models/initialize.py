@@ -1,4 +1,4 @@
-"""Initial weights: every tensor is a function of the seed, its name and the global expert id, never of a rank."""
+"""Initial weights: every tensor is a function of the seed, its name and the global expert index, not of the layout."""
 
 import torch
 from torch import Tensor
@@ -14,20 +14,19 @@ from trainer.ops.noise import stable_hash
 
 @torch.no_grad()
 def initialize(model: GPT, seed: int) -> None:
-    """Fill every parameter and buffer of a model on its device.
+    """Initialize every parameter and buffer of a model, on its device.
 
-    Expert e of a stacked (E, ...) weight has a random stream of its own, so that the same experts start from the same
-    weights wherever they live. What is no matrix is not drawn: norms are 1, a router says what its own start from, and
-    biases are 0.
+    Each expert of a stacked (E, ...) weight has its own random stream, so that it starts from the same weights on any
+    rank. Parameters that are not matrices are constant: norms 1, those of a router its `initial_values`, biases 0.
     """
-    first_expert, stated = expert_parameters(model), _stated_values(model)
+    first_expert, router_values = expert_parameters(model), _router_values(model)
     for name, parameter in model.named_parameters():
         std = initial_std(name, init_std=model.config.init_std, num_layers=model.config.num_layers)
         match parameter_role(name):
             case "norm":
                 parameter.fill_(1.0)
             case _ if not is_matrix(name, parameter):
-                parameter.fill_(stated.get(name, 0.0))
+                parameter.fill_(router_values.get(name, 0.0))
             case "expert":
                 for i, weight in enumerate(parameter):
                     e = first_expert[name] + i
@@ -39,7 +38,7 @@ def initialize(model: GPT, seed: int) -> None:
 
 
 def expert_parameters(model: GPT) -> dict[str, int]:
-    """Return the names of all stacked (E_local, ...) weights, with the global number of their first expert."""
+    """Return the global index of the first expert of every stacked (E_local, ...) weight, by name."""
     return {
         f"{prefix}.{name}": module.first
         for prefix, module in model.named_modules()
@@ -48,8 +47,8 @@ def expert_parameters(model: GPT) -> dict[str, int]:
     }
 
 
-def _stated_values(model: GPT) -> dict[str, float]:
-    """Return what routers say of their parameters that are no matrices."""
+def _router_values(model: GPT) -> dict[str, float]:
+    """Return the routers' `initial_values`, by full parameter name."""
     return {
         f"{prefix}.{name}": value
         for prefix, module in model.named_modules()
@@ -59,6 +58,6 @@ def _stated_values(model: GPT) -> dict[str, float]:
 
 
 def _normal(like: Tensor, std: float, seed: int) -> Tensor:
-    """Draw on the CPU in float32, so that every device and dtype starts from the same values."""
+    """Sample on the CPU in float32, so that every device and dtype starts from the same values."""
     generator = torch.Generator().manual_seed(seed)
     return torch.empty(like.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)

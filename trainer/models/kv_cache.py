@@ -1,7 +1,7 @@
-"""Keys and values of the tokens so far, in rows that grow each by itself.
+"""KV cache whose rows have independent lengths.
 
-A token's slot is its position, so a query at position p sees slots 0 .. p; what a slot beyond a row's end holds is
-overwritten before any query of that row sees it.
+A token's slot is its position, so a query at position p sees slots 0 .. p. Slots beyond the end of a row are
+overwritten before any query of that row sees them.
 
 # slot     0  1  2  3  4      lengths
 # row 0    a  b  c  d  .      4
@@ -19,28 +19,28 @@ from torch import Tensor
 from trainer.ops.attention import torch_attention
 
 CachedAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""One layer's `Extension.attend`: queries, keys and values of the new tokens in, what they read (B, H, S, d) out."""
+"""`Extension.attend` of one layer: queries, keys and values of the new tokens -> attention output (B, H, S, d)."""
 
 
 @dataclass(slots=True, kw_only=True)
 class KVCache:
-    """Rows of keys and values."""
+    """Keys and values of the tokens so far."""
 
     keys: Tensor
     """(L, B, capacity, Hkv, d)."""
     values: Tensor
     lengths: Tensor
-    """(B,) int64 tokens in each row."""
+    """(B,) int64 tokens per row."""
     longest: int = 0
-    """The longest row, known without asking the device; at least that."""
+    """Upper bound of `lengths`, known without waiting for the device."""
 
     @property
     def capacity(self) -> int:
-        """Tokens that a row can hold."""
+        """Maximum tokens per row."""
         return self.keys.shape[2]
 
     def extension(self, num_tokens: int) -> "Extension":
-        """Return room for so many more tokens in each row; `grow` says afterwards how many of them are real."""
+        """Return the slots of `num_tokens` more tokens per row; afterwards `grow` counts those that are real."""
         end = self.longest + num_tokens
         assert end <= self.capacity, f"{end} tokens in a cache for {self.capacity}"
         columns = torch.arange(num_tokens, device=self.lengths.device)
@@ -51,20 +51,20 @@ class KVCache:
         return Extension(cache=self, positions=positions, end=end, visible=slots <= positions[:, None, :, None])
 
     def grow(self, num_new: Tensor, at_most: int) -> None:
-        """Count the first num_new (B,) tokens of each row as there, of which no row has more than `at_most`."""
+        """Extend the rows by num_new (B,) tokens, each at most `at_most`."""
         self.lengths = self.lengths + num_new
         self.longest += at_most
 
     @torch.no_grad()
     def select(self, rows: Tensor, *, capacity: int | None = None) -> "KVCache":
-        """Return a cache of some rows, each as often as it is named, with room for `capacity` tokens."""
-        room, end = self.capacity if capacity is None else capacity, self.longest
-        assert room >= end, f"{end} tokens in a cache for {room}"
+        """Return a cache of these rows, which may repeat, with the given capacity."""
+        capacity, end = self.capacity if capacity is None else capacity, self.longest
+        assert capacity >= end, f"{end} tokens in a cache for {capacity}"
 
         def copied(x: Tensor) -> Tensor:
-            chosen = x.new_empty(x.shape[0], len(rows), room, *x.shape[3:])
+            chosen = x.new_empty(x.shape[0], len(rows), capacity, *x.shape[3:])
             torch.index_select(x[:, :, :end], 1, rows, out=chosen[:, :, :end])
-            chosen[:, :, end:] = 0  # what nobody may see is still multiplied, by 0: it must be a number
+            chosen[:, :, end:] = 0  # hidden slots are multiplied by 0, so they must be finite
             return chosen
 
         return KVCache(
@@ -74,18 +74,18 @@ class KVCache:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extension:
-    """Tokens that are being appended to a cache, in all layers."""
+    """Slots of tokens that are being appended to a cache, for all layers."""
 
     cache: KVCache
     positions: Tensor
     """(B, S) int64."""
     end: int
-    """Slots that any of them may see."""
+    """Number of leading slots visible to any of the new tokens."""
     visible: Tensor | None
-    """(B, 1, S, end) which slots each new token sees. None: the cache was empty, and they are causal."""
+    """(B, 1, S, end) slots visible to each new token. None: the cache was empty, so attention is causal."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store keys and values (B, Hkv, S, d) of the new tokens; return what queries (B, H, S, d) read."""
+        """Store keys and values (B, Hkv, S, d) of new tokens; return the output of queries (B, H, S, d)."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]  # (B, capacity, Hkv, d)
         rows = torch.arange(len(keys), device=keys.device)[:, None]
         keys[rows, self.positions] = k.transpose(1, 2).to(keys.dtype)

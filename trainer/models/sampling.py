@@ -1,4 +1,4 @@
-"""The next token from logits: temperature, top-k, nucleus (top-p) and greedy choice, as pure functions.
+"""Sampling of the next token: temperature, top-k, nucleus (top-p) and greedy, as pure functions.
 
 # B rows, V vocabulary.
 """
@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 
 class BrokenLogits(ValueError):
-    """Logits that no token can be drawn from: one is NaN or +inf, or no token is left."""
+    """Logits that cannot be sampled: some are NaN or +inf, or no token is left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,15 +25,15 @@ class SamplingOptions:
     temperature: float = 1.0
     """Divides the logits; 0 always takes the most probable token."""
     top_k: int | None = None
-    """Only the k most probable tokens. None: all of them."""
+    """Keep only the k most probable tokens. None: all."""
     top_p: float | None = None
-    """Only the fewest tokens whose probabilities reach p together, after `top_k`. None: all of them."""
+    """Keep only the fewest tokens whose probabilities add up to p, after `top_k`. None: all."""
 
     def __post_init__(self) -> None:
         _check(self.temperature, self.top_k, self.top_p)
 
     def sample(self, logits: Tensor, *, generator: Generator | None = None) -> Tensor:
-        """Choose a token for each row: (B, V) to (B,) int64. See `sample`."""
+        """Sample a token for each row: (B, V) to (B,) int64. See `sample`."""
         return sample(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, generator=generator)
 
 
@@ -42,17 +42,17 @@ def filter_logits(
 ) -> Tensor:
     """Scale logits by the temperature and set those of excluded tokens to -inf.
 
-    Temperature comes first, then top_k, then top_p on what top_k left, renormalised. Among equal logits the lower id is
-    the more probable one. At least one token of each row survives; temperature 0 leaves exactly one.
+    Applied in the order temperature, top_k, top_p (renormalized after top_k). Of equal logits the lower id ranks first.
+    Each row keeps at least one token; at temperature 0 exactly one.
 
     Args:
-        logits: (B, V) of any float type; -inf marks a token that is never chosen.
-        temperature: Not negative.
-        top_k: At least 1; more than V is all.
+        logits: (B, V) of any float type; -inf excludes a token.
+        temperature: Non-negative.
+        top_k: At least 1; above V it keeps all.
         top_p: In (0, 1].
 
     Returns:
-        (B, V), at least float32, with 0 as the highest logit of every row: softmax is the distribution to draw from.
+        (B, V), at least float32, with 0 as the maximum of every row; its softmax is the sampling distribution.
 
     Raises:
         ValueError: for an option out of range or a shape that is not (B, V).
@@ -89,10 +89,10 @@ def sample(
     top_p: float | None = None,
     generator: Generator | None = None,
 ) -> Tensor:
-    """Choose one token for each row of `logits`.
+    """Sample one token for each row of `logits`.
 
-    The same generator state gives the same tokens. Temperature 0 is greedy, ties to the lowest id, and draws nothing
-    from the generator.
+    The same generator state gives the same tokens. Temperature 0 is greedy, breaks ties by the lowest id, and does not
+    use the generator.
 
     Args:
         logits: (B, V) of any float type.
@@ -116,7 +116,7 @@ def sample(
 def _check(temperature: float, top_k: int | None, top_p: float | None) -> None:
     if not (temperature >= 0 and math.isfinite(temperature)):
         raise ValueError(
-            f"temperature: {temperature} is not a finite number >= 0; 0 is greedy, 1 is the model as it is"
+            f"temperature: {temperature} is not a finite number >= 0; 0 is greedy, 1 leaves the model unchanged"
         )
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k: {top_k} is less than 1; leave it out to allow every token")
@@ -128,6 +128,6 @@ def _check_logits(logits: Tensor) -> None:
     if logits.dim() != 2 or logits.size(1) == 0 or not logits.is_floating_point():
         raise ValueError(f"logits: {logits.dtype} of shape {tuple(logits.shape)}; (B, V) of a float type is needed")
     highest = logits.amax(dim=-1)  # NaN if the row holds one
-    # .item() waits for the device; a sampled token is read on the host right after anyway.
+    # .item() waits for the device, but the sampled token is read right after anyway.
     if not highest.isfinite().all().item():
         raise BrokenLogits("logits: a row holds NaN or +inf, or has no token left; the model or the mask is broken")

@@ -1,18 +1,18 @@
-"""Assignments of tokens to experts that have room for so many: the best one, the greedy one, and a balanced plan.
+"""Capacity-constrained assignment of tokens to experts: optimal, greedy, and by a balanced transport plan.
 
-The programme, whose 0-1 form is the first founding document's (section 4.2):
+The linear programme (its 0-1 form is in the first founding document, section 4.2):
 
     maximise  sum over t, e of score_te x_te
-    subject to  sum_e x_te <= k      each token has k experts at most
-                sum_t x_te <= C      each expert has room for C tokens
+    subject to  sum_e x_te <= k      at most k experts per token
+                sum_t x_te <= C      at most C tokens per expert
                 0 <= x_te <= 1
 
-Its matrix is the incidence matrix of a bipartite graph, which is totally unimodular: the vertices of the linear
-programme are integral, so its solution is the solution of the 0-1 programme (Hoffman and Kruskal 1956). The dual price
-of an expert's room lies between what one more place would add and what one place fewer would cost; with prices v, every
-token's best k by score - v are a solution (but for ties), so -v is what the bias of a bias-balanced router should be.
+Its constraint matrix is the incidence matrix of a bipartite graph, which is totally unimodular. The vertices of the
+feasible set are therefore integral, and its solution also solves the 0-1 programme (Hoffman and Kruskal 1956). The dual
+price v_e of an expert's capacity lies between the gain of one more slot and the cost of one fewer. Up to ties, each
+token's top k by score - v is a solution, so -v is the ideal selection bias of a bias-balanced router.
 
-# n tokens, E experts, k experts per token, C places per expert.
+# n tokens, E experts, k experts per token, C capacity of an expert.
 """
 
 from dataclasses import dataclass
@@ -27,19 +27,19 @@ from trainer.packages import importing
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """The best assignment and what it says about the experts."""
+    """Optimal assignment, and the dual prices of the experts' capacity."""
 
     chosen: Tensor
     """(n, E) bool."""
     prices: Tensor
-    """(E,) float64, not negative: what a place at an expert is worth in the sum of scores, at the margin."""
+    """(E,) float64, non-negative: marginal gain in the sum of scores per unit of capacity."""
 
 
 def solve_linear_program(scores: Tensor, *, top_k: int, capacity: int, num_uncapped: int = 0) -> Solution:
-    """Solve the programme exactly, with HiGHS' dual simplex.
+    """Solve the programme exactly, by the dual simplex of HiGHS.
 
     Args:
-        scores: (n, E), none below 0: then no place stays empty that could be filled with a score above 0.
+        scores: (n, E), non-negative, so that no slot stays empty that a positive score could fill.
         top_k: k.
         capacity: C.
         num_uncapped: how many of the E, the last ones, accept every token; their price is 0.
@@ -55,7 +55,7 @@ def solve_linear_program(scores: Tensor, *, top_k: int, capacity: int, num_uncap
     of_tokens = kron(identity(n), np.ones((1, num_experts)))  # (n, n E)
     of_experts = kron(np.ones((1, n)), identity(num_experts))  # (E, n E)
     limits = np.concatenate([np.full(n, float(top_k)), np.full(num_experts, float(capacity))])
-    limits[n + num_experts - num_uncapped :] = n + 1  # one more than ever come, so that the price is 0 and nothing else
+    limits[n + num_experts - num_uncapped :] = n + 1  # never binding, so that the price is exactly 0
     solved = linprog(
         -_finite(scores).ravel(),
         A_ub=vstack([of_tokens, of_experts], format="csr"),
@@ -72,10 +72,10 @@ def solve_linear_program(scores: Tensor, *, top_k: int, capacity: int, num_uncap
 
 
 def greedy_assignment(scores: Tensor, *, top_k: int, capacity: int) -> Tensor:
-    """Return (n, E) bool: pairs by falling score, each taken if its token and its expert still have room.
+    """Return (n, E) bool: pairs by descending score, each taken while its token and its expert have capacity left.
 
-    Equal scores go by token, then by expert. At least half of the best sum (Jenkyns 1976: the pairs that fit are the
-    intersection of two matroids).
+    Ties are broken by token, then by expert. The sum is at least half of the optimum (Jenkyns 1976: feasible sets are
+    the intersection of two matroids).
     """
     n, num_experts = scores.shape
     order = scores.detach().flatten().sort(descending=True, stable=True).indices.tolist()
@@ -93,7 +93,7 @@ def greedy_assignment(scores: Tensor, *, top_k: int, capacity: int) -> Tensor:
 
 
 def balanced_assignment(scores: Tensor) -> Tensor:
-    """Return (n,) int64: one expert for each token, ceil(n / E) tokens for an expert at most, at the best sum.
+    """Return (n,) int64: one expert per token, at most ceil(n / E) tokens per expert, at the maximum sum of scores.
 
     Args:
         scores: (n, E), of any sign.
@@ -103,31 +103,31 @@ def balanced_assignment(scores: Tensor) -> Tensor:
 
     n, num_experts = scores.shape
     places = -(-n // num_experts)
-    value = _finite(scores).repeat(places, axis=1)  # (n, E * places), an expert's side by side
+    value = _finite(scores).repeat(places, axis=1)  # (n, E * places), an expert's slots are adjacent
     _, place = linear_sum_assignment(value, maximize=True)
     return torch.from_numpy(place // max(1, places)).to(scores.device)
 
 
 def _finite(scores: Tensor) -> NDArray[np.float64]:
-    """Return scores for a solver, which refuses what is not finite: such a step is skipped, whatever is chosen."""
+    """Return scores for a solver, which refuses non-finite values; a step that has any is skipped in any case."""
     return scores.detach().double().nan_to_num(0.0, 0.0, 0.0).cpu().numpy()
 
 
 def transport_plan(logits: Tensor, valid: Tensor, *, iterations: int) -> Tensor:
-    """Return (B, S, E) log of a plan that moves each sequence's tokens evenly onto experts (Sinkhorn and Knopp 1967).
+    """Return (B, S, E): the log of a transport plan of each sequence's tokens to experts (Sinkhorn and Knopp 1967).
 
-    exp(logits) is scaled by rows and columns in turn: tokens end up with equal sums, and experts as well. In logarithms
-    and float64, with a fixed number of rounds: a sequence's plan does not depend on its neighbours in the batch.
+    Rows and columns of exp(logits) are scaled in turn until all tokens have equal sums, and all experts too. In the log
+    domain and float64, with a fixed number of iterations, so that a sequence's plan does not depend on the batch.
 
     Args:
         logits: (B, S, E).
-        valid: (B, S) bool; other tokens have no mass, and -inf in the plan.
-        iterations: rounds.
+        valid: (B, S) bool; padding has no mass, and -inf in the plan.
+        iterations: scalings of rows and columns.
     """
     plan = logits.detach().double().masked_fill(~valid[..., None], -torch.inf)
     num_valid = valid.sum(1).clamp(min=1).double()[:, None, None]
     for _ in range(iterations):
-        plan = plan - plan.logsumexp(1, keepdim=True).nan_to_num(neginf=0.0)  # columns: an equal share each
+        plan = plan - plan.logsumexp(1, keepdim=True).nan_to_num(neginf=0.0)  # columns: equal shares
         plan = plan + (num_valid / plan.shape[-1]).log()
-        plan = plan - plan.logsumexp(2, keepdim=True).nan_to_num(neginf=0.0)  # rows: every token once
+        plan = plan - plan.logsumexp(2, keepdim=True).nan_to_num(neginf=0.0)  # rows: 1 per token
     return plan

@@ -1,10 +1,10 @@
-"""Causal attention: torch's own kernel, and products in blocks of queries where those are faster.
+"""Causal attention: torch's fused kernel, and a blocked implementation that is faster on the CPU.
 
-Both take queries (B, H, S, d), keys and values (B, Hkv, S, d), every H / Hkv query heads sharing a key head, and return
-(B, H, S, d) in the dtype of the values. Neither looks at autocast: what dtype they work in is said here. A mask
-(B, 1, S, S), which must be causal itself, says which keys each query sees; None: all that are not later.
+Both take queries (B, H, S, d) and keys and values (B, Hkv, S, d), where H / Hkv query heads share a key head, and
+return (B, H, S, d) in the dtype of the values. Both disable autocast and choose their dtypes themselves. A mask
+(B, 1, S, S), which must be causal, marks the keys visible to each query; None: all that are not later.
 
-# B rows, H query heads, Hkv key and value heads, G = H / Hkv, N = B * Hkv, S tokens, d head width, n queries a block.
+# B rows, H query heads, Hkv key and value heads, G = H / Hkv, N = B * Hkv, S tokens, d head width, n queries per block.
 """
 
 from collections.abc import Callable
@@ -17,31 +17,31 @@ from torch import Tensor
 CausalAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 _BLOCK = 64
-"""Queries in a block: each block is multiplied with no later keys than its own."""
+"""Queries per block; a block skips the keys after its own end."""
 _LONGEST = 512
-"""Beyond this many tokens the kept weights, S^2 / 2 for each head, cost more memory than the time is worth."""
+"""Maximum tokens: beyond it the stored weights, S^2 / 2 per head, cost more memory than the speed is worth."""
 
 
 def document_mask(document: Tensor) -> Tensor:
-    """Return (B, 1, S, S) bool: which keys a query sees that sees its own document (B, S) and nothing later.
+    """Return (B, 1, S, S) bool: a causal mask within documents, given the document of each token (B, S).
 
-    #  document  0 0 1      sees  x . .
-    #                             x x .
-    #                             . . x
+    #  document  0 0 1      visible  x . .
+    #                                x x .
+    #                                . . x
     """
     same = document[:, :, None] == document[:, None, :]
     return same.tril()[:, None]
 
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Run torch's fused kernel: causal, or every query sees the keys that a mask (B, 1, S, keys) says.
+    """Run torch's fused kernel, causal or with a mask (B, 1, S, keys).
 
-    On the CPU bfloat16 is computed in float32: its kernel takes 1.3 times as long in bfloat16, casts included.
+    On the CPU bfloat16 is computed in float32, since the bfloat16 kernel takes 1.3 times as long, casts included.
     """
     is_on_cpu, num_heads = v.device.type == "cpu", q.shape[1]
     dtype = torch.float32 if is_on_cpu and v.dtype is torch.bfloat16 else v.dtype
     if mask is not None and not is_on_cpu:
-        # Of the GPU's kernels none that takes a mask lets heads share keys but the one that keeps all S x S scores.
+        # The only GPU kernel with a mask and shared key heads is the one that stores all S x S scores.
         k, v = for_every_head(k, num_heads), for_every_head(v, num_heads)
     with torch.autocast(q.device.type, enabled=False):  # it would cast everything to bfloat16 again
         y = F.scaled_dot_product_attention(
@@ -56,14 +56,14 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 
 
 def for_every_head(x: Tensor, num_heads: int) -> Tensor:
-    """Return (B, H, S, d): of keys or values (B, Hkv, S, d) a copy for each query head that shares them."""
+    """Return (B, H, S, d): keys or values (B, Hkv, S, d) repeated for each query head that shares them."""
     return x.repeat_interleave(num_heads // x.shape[1], dim=1)
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Multiply block by block, for the CPU and inside torch.compile, which fuses what lies between the products.
+    """Compute attention block by block, for the CPU and torch.compile, which fuses the operations between products.
 
-    Scores and softmax are at least float32, whatever the dtype of the values; all other products are in that dtype.
+    Scores and softmax are at least float32; all other products are in the dtype of the values.
     """
     (B, H, S, d), Hkv = q.shape, k.shape[1]
     if S > _LONGEST:
@@ -106,7 +106,7 @@ class _BlockedAttention(torch.autograd.Function):
         q, k, v, out, *weights = ctx.saved_tensors
         N, G, _, d = q.shape
         wide = torch.promote_types(v.dtype, torch.float32)
-        # Of the softmax: dL/ds = w * (dL/dw - sum_j w_j dL/dw_j), and that sum is the output times its gradient.
+        # Softmax backward: dL/ds = w * (dL/dw - sum_j w_j dL/dw_j); the sum equals output times its gradient.
         inner = (grad_out.to(wide) * out.to(wide)).sum(-1, keepdim=True)  # (N, G, S, 1)
         grad_out = grad_out.to(v.dtype)
         grad_q = []
@@ -131,10 +131,10 @@ def _blocks(q: Tensor) -> list[tuple[int, int]]:
 
 
 def _rows(x: Tensor, start: int, stop: int) -> Tensor:
-    """Return a block of x (N, G, S, w) with its heads one below the other: (N, G n, w)."""
+    """Return a block of x (N, G, S, w) with its heads stacked: (N, G n, w)."""
     return x[:, :, start:stop].flatten(1, 2)
 
 
 def _later(start: int, stop: int, device: torch.device) -> Tensor:
-    """Return (n, stop): whether a key comes after a query of the block."""
+    """Return (n, stop) bool: whether a key is later than a query of the block."""
     return torch.arange(stop, device=device) > torch.arange(start, stop, device=device)[:, None]

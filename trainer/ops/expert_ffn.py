@@ -1,15 +1,15 @@
-"""The experts' feed-forward networks over rows grouped by expert: one definition, and faster ways to the same numbers.
+"""The experts' feed-forward networks over rows grouped by expert: the reference, and faster equivalents.
 
-`loop_ffn` is the definition. Every function takes the same arguments:
+`loop_ffn` is the reference. All functions take the same arguments:
 
     x: (R, D) rows grouped by expert, ascending.
-    rows_per_expert: (E,) int64, sums to R; an expert may have none, and its weights then get a gradient of zeros,
-        which `without_idle_gradients` writes whatever a kernel leaves there.
+    rows_per_expert: (E,) int64, sums to R; the weights of an expert without rows get a gradient of zeros
+        (`without_idle_gradients`).
     w_in: (E, H, D); H = 2 F for swiglu (gate rows first, then up), F for gelu.
     w_out: (E, D, F).
     activation: "swiglu" (Shazeer 2020, arXiv 2002.05202) or "gelu".
 
-and returns (R, D) in x's dtype; weights are cast to it, gradients arrive in the weights' own dtype.
+and return (R, D) in x's dtype. Weights are cast to it; their gradients are in their own dtype.
 
 # R rows, E experts, D d_model, F d_ff, H width before the activation, M rows of the busiest expert.
 """
@@ -34,22 +34,22 @@ class _WithoutIdleGradients(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (rows_per_expert,) = ctx.saved_tensors
         idle = rows_per_expert == 0
-        if grad.device.type == "cpu" and not idle.any():  # on a GPU asking would cost more than writing
+        if grad.device.type == "cpu" and not idle.any():  # on a GPU, checking would cost more than writing
             return grad, None
         return grad.masked_fill(idle[:, None, None], 0), None
 
 
 def without_idle_gradients(weight: Tensor, rows_per_expert: Tensor) -> Tensor:
-    """Return weights (E, ., .) as they are, of which experts without rows (E,) get a gradient of zeros.
+    """Return weights (E, ., .) unchanged, such that experts without rows (E,) get a gradient of zeros.
 
-    Kernels can leave other things there: torch's grouped product what was in memory, on Blackwell (pytorch#172439), and
-    the padded one NaN, where it multiplies an idle expert's zeros by a weight that is not finite.
+    Kernels can leave other values there: torch's grouped product uninitialized memory, on Blackwell (pytorch#172439),
+    and the padded one NaN, from zeros times a weight that is not finite.
     """
     return _WithoutIdleGradients.apply(weight, rows_per_expert)
 
 
 def activate(h: Tensor, activation: Activation) -> Tensor:
-    """Apply the non-linearity: (..., H) -> (..., F)."""
+    """Apply the activation function: (..., H) -> (..., F)."""
     if activation == "gelu":
         return F.gelu(h)
     gate, up = h.chunk(2, dim=-1)
@@ -57,21 +57,18 @@ def activate(h: Tensor, activation: Activation) -> Tensor:
 
 
 def loop_ffn(x: Tensor, rows_per_expert: Tensor, w_in: Tensor, w_out: Tensor, activation: Activation) -> Tensor:
-    """One expert after the other, in plain autograd: the oracle of the others."""
+    """Apply one expert after the other, in plain autograd: the reference for the other kernels."""
     w_in, w_out = w_in.to(x.dtype), w_out.to(x.dtype)
     groups = x.split(rows_per_expert.tolist())  # waits for the device: sizes become shapes
     return torch.cat([activate(rows @ w_in[e].T, activation) @ w_out[e].T for e, rows in enumerate(groups)])
 
 
 def padded_ffn(x: Tensor, rows_per_expert: Tensor, w_in: Tensor, w_out: Tensor, activation: Activation) -> Tensor:
-    """Batched products over groups padded to the busiest one's length: (E, M, D).
-
-    For even loads and many small experts.
-    """
+    """Apply batched products over groups padded to the largest, (E, M, D): for uniform loads and many small experts."""
     num_experts, width = w_in.shape[0], int(rows_per_expert.max())  # waits for the device
     start = rows_per_expert.cumsum(0) - rows_per_expert
     expert = torch.repeat_interleave(torch.arange(num_experts, device=x.device), rows_per_expert, output_size=len(x))
-    cell = expert * width + torch.arange(len(x), device=x.device) - start[expert]  # (R,) place in the padded buffer
+    cell = expert * width + torch.arange(len(x), device=x.device) - start[expert]  # (R,) index in the padded buffer
     groups = x.new_zeros(num_experts * width, x.shape[1]).index_copy(0, cell, x)
     groups = groups.view(num_experts, width, x.shape[1])  # (E, M, D)
     h = torch.bmm(groups, w_in.to(x.dtype).transpose(1, 2))  # (E, M, H)
@@ -80,8 +77,8 @@ def padded_ffn(x: Tensor, rows_per_expert: Tensor, w_in: Tensor, w_out: Tensor, 
 
 
 def grouped_ffn(x: Tensor, rows_per_expert: Tensor, w_in: Tensor, w_out: Tensor, activation: Activation) -> Tensor:
-    """Torch's grouped matrix product: no padding and no wait for the sizes. Not for float64."""
-    if len(x) == 0:  # the kernels refuse an empty operand; a sum of nothing is 0 for any weights, and depends on them
+    """Apply torch's grouped matrix product, without padding and without waiting for the sizes. Not for float64."""
+    if len(x) == 0:  # kernels refuse empty operands; an empty sum is 0 for any weights, and still depends on them
         return x + (w_in[:, :0].sum() + w_out[:, :0].sum()).to(x.dtype)
     ends = rows_per_expert.cumsum(0).to(torch.int32)
     h = F.grouped_mm(x, w_in.to(x.dtype).transpose(1, 2), offs=ends)  # (R, H)

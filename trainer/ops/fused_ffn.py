@@ -1,9 +1,9 @@
-"""The experts' feed-forward as one autograd node: weight gradients are written in place, group sizes are rounded up.
+"""The experts' feed-forward as one autograd node, with in-place weight gradients and rounded group sizes.
 
-Plain autograd spends its time beside the products: the backward of `w[e]` makes a full-size tensor of zeros for every
-expert and adds them up, and on the CPU a bfloat16 product of a size not met before first builds a kernel for it (2 to
-4 ms, more than the product itself), while routing gives new sizes every step. Here one expert's rows go through both
-layers before the next one's, so that what lies between them stays in the cache.
+Plain autograd is slow outside the products: the backward of `w[e]` allocates a full-size tensor of zeros per expert and
+sums them, and on the CPU every new size of a bfloat16 product builds a kernel first (2 to 4 ms, more than the product),
+while routing yields new sizes in every step. Here each expert runs both layers before the next one starts, so that
+intermediate results stay in the cache.
 
 # R rows, Rp >= R rows with padding, E experts, D d_model, F d_ff, H width before the activation.
 """
@@ -19,12 +19,12 @@ from torch import Tensor
 from trainer.ops.expert_ffn import Activation
 
 ROWS_MULTIPLE = 64
-"""Group sizes are rounded up to this where the library builds a kernel for every size: oneDNN, on the CPU."""
+"""Group sizes are rounded up to a multiple of this if the library (oneDNN) builds a kernel for every size."""
 
 
 @dataclass(frozen=True, slots=True)
 class FusedParts:
-    """Options of the fused node; every choice gives the same numbers but for rounding."""
+    """Implementation choices of the fused node, all equal up to rounding."""
 
     product: Callable[[Tensor, Tensor], Tensor]
     """x (n, K), w (N, K) with any strides -> x @ w.T (n, N)."""
@@ -44,30 +44,27 @@ def fused(
     activation: Activation,
     parts: FusedParts,
 ) -> Tensor:
-    """One autograd node for all experts; arguments and result as in `expert_ffn`."""
+    """Apply all experts in one autograd node; arguments and result as in `expert_ffn`."""
     return _FusedFFN.apply(x, rows_per_expert, w_in, w_out, activation, parts)
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:
-    """Multiply by torch's own choice of library: MKL for float32 on the CPU."""
+    """Multiply by torch's default library: MKL for float32 on the CPU."""
     return x @ w.T
 
 
 def onednn_product(x: Tensor, w: Tensor) -> Tensor:
-    """Multiply by oneDNN, in float32 on the CPU; on AMD processors MKL takes 1.2 to 1.4 times as long."""
+    """Multiply float32 by oneDNN on the CPU; on AMD processors MKL takes 1.2 to 1.4 times as long."""
     return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
 
 
 def has_onednn_product() -> bool:
-    """Tell whether this build of torch has `onednn_product`.
-
-    The operator is what torch.compile itself uses, not public.
-    """
+    """Return whether this build of torch has `onednn_product`, a non-public operator that torch.compile uses."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def activate_backward(da: Tensor, h: Tensor, activation: Activation) -> Tensor:
-    """Return the gradient of h (n, H), given that of its activation (n, F)."""
+    """Return the gradient of h (n, H), given the gradient of its activation (n, F)."""
     if activation == "gelu":
         return torch.ops.aten.gelu_backward(da, h)
     gate, up = h.chunk(2, dim=-1)
@@ -75,10 +72,7 @@ def activate_backward(da: Tensor, h: Tensor, activation: Activation) -> Tensor:
 
 
 def activate_backward_to_compile(da: Tensor, h: Tensor, activation: Activation) -> Tensor:
-    """Return what `activate_backward` does, written for one pass: both halves share one exponential.
-
-    In pieces it would be the slower one; compiled it takes half the time.
-    """
+    """Return the same as `activate_backward`, sharing one exponential: slower in eager mode, twice as fast compiled."""
     if activation == "gelu":
         return torch.ops.aten.gelu_backward(da, h)
     wide = torch.promote_types(h.dtype, torch.float32)
@@ -122,7 +116,7 @@ class _FusedFFN(torch.autograd.Function):
         xs, hs, activated = saved[:count], saved[count : 2 * count], saved[2 * count :]
         dx = torch.empty_like(grad_y)
         grad_w_in, grad_w_out = groups.gradient_like(w_in), groups.gradient_like(w_out)
-        dys = groups.split(grad_y.contiguous())  # zeros in the padding, which therefore adds nothing below
+        dys = groups.split(grad_y.contiguous())  # zero padding, which adds nothing below
         for (e, rows, size), x_e, h, a, dy in zip(groups, xs, hs, activated, dys, strict=True):
             da = parts.product(dy, w_out[e].T)  # (n, F)
             torch.mm(dy.T, a, out=grad_w_out[e])
@@ -133,7 +127,7 @@ class _FusedFFN(torch.autograd.Function):
 
 
 class _Groups:
-    """The rows of each expert that has any: (expert, its rows of R, how many).
+    """Rows of each expert that has any: (expert, slice of R, size).
 
     #  rows_per_expert 3 0 2, multiple 4     x   a a a | b b        split   a a a .   b b . .
     """
@@ -155,13 +149,13 @@ class _Groups:
         return len(self.groups)
 
     def split(self, x: Tensor) -> list[Tensor]:
-        """Return each group's rows of x (R, D), rounded up with rows of zeros."""
+        """Return each group's rows of x (R, D), padded with zeros to the multiple."""
         if self.multiple == 1:
             return [x[rows] for _, rows, _ in self.groups]
         return [F.pad(x[rows], (0, 0, 0, -size % self.multiple)) for _, rows, size in self.groups]
 
     def gradient_like(self, weight: Tensor) -> Tensor:
-        """Return a buffer for a weight gradient: zeros where no product will write."""
+        """Return a buffer for a weight gradient, with zeros for the experts that no product writes to."""
         grad = torch.empty_like(weight)
         for e in self.idle:
             grad[e] = 0

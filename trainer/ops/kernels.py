@@ -1,7 +1,7 @@
-"""Choose the experts' kernel from a table of measurements, never by timing at run time.
+"""Choice of the experts' kernel, from a table of measurements and not by timing at run time.
 
-A choice that is timed when the run starts differs between two starts of one run, and with it the last bits of every
-sum, so a resumed run would no longer be the run it continues.
+A choice by timing could differ between two starts of a run, and with it the last bits of every sum: a resumed run
+would no longer be bit-identical.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from trainer.ops.fused_ffn import (
 )
 
 _MANY_ROWS = 512
-"""From here on the products of one expert outweigh what surrounds them."""
+"""Rows per expert from which its matrix products dominate the runtime."""
 
 ExpertsKernel = Literal["loop", "padded", "grouped", "fused", "fused_onednn"]
 
@@ -49,12 +49,12 @@ def run_experts(
 ) -> Tensor:
     """Run the named kernel; arguments and result as in `expert_ffn`.
 
-    `is_compiled` compiles the activation between the products of the fused kernels, once for all layers and sizes.
+    `is_compiled` compiles the activation of the fused kernels, once for all layers and sizes.
     """
     if kernel in ("fused", "fused_onednn"):
         parts = _fused_parts(kernel == "fused_onednn", is_compiled, x.device.type, x.dtype)
         return fused(x, rows_per_expert, w_in, w_out, activation, parts)
-    # Behind the cast, so that zeros are written in the narrower dtype. The fused kernels write theirs themselves.
+    # After the cast, so that zeros are written in the narrower dtype. The fused kernels write zeros themselves.
     w_in, w_out = (expert_ffn.without_idle_gradients(w.to(x.dtype), rows_per_expert) for w in (w_in, w_out))
     run = _KERNELS.get(kernel) or _plugin_kernel(kernel)
     return run(x, rows_per_expert, w_in, w_out, activation)
@@ -75,7 +75,7 @@ def _fused_parts(onednn: bool, compiled: bool, device: str, dtype: torch.dtype) 
         backward = torch.compile(activate_backward_to_compile, dynamic=True)
     return FusedParts(
         product=onednn_product if by_onednn else product,
-        # Torch multiplies bfloat16 by oneDNN as well.
+        # torch uses oneDNN for bfloat16 too.
         rows_multiple=ROWS_MULTIPLE if device == "cpu" and (by_onednn or dtype is torch.bfloat16) else 1,
         activate=forward,
         activate_backward=backward,
@@ -85,17 +85,17 @@ def _fused_parts(onednn: bool, compiled: bool, device: str, dtype: torch.dtype) 
 def choose_experts_kernel(
     device: str, dtype: torch.dtype, *, cpu_vendor: str, rows_per_expert: int, d_model: int, d_ff: int
 ) -> ExpertsKernel:
-    """Return what `experts_kernel: auto` means; docs/benchmarks.md has the measurements behind each line.
+    """Return the kernel for `experts_kernel: auto`; the measurements are in docs/benchmarks.md.
 
     Args:
         device: "cpu" or "cuda".
         dtype: of the matrix products.
-        cpu_vendor: as the processor names itself.
-        rows_per_expert: in one forward pass, if the load is even.
+        cpu_vendor: vendor ID of the processor.
+        rows_per_expert: in one forward pass, at a uniform load.
         d_model: D.
         d_ff: F of one expert.
     """
-    # grouped_mm wants rows of a multiple of 16 bytes.
+    # grouped_mm needs rows of a multiple of 16 bytes.
     can_group = all(width * dtype.itemsize % 16 == 0 for width in (d_model, d_ff))
     if device == "cuda":
         return "grouped" if dtype is torch.bfloat16 and can_group else "loop"
@@ -103,5 +103,5 @@ def choose_experts_kernel(
         return "fused"
     if rows_per_expert < _MANY_ROWS:
         return "grouped" if can_group else "fused"
-    # MKL is written for Intel's processors; on others oneDNN multiplies float32 faster.
+    # MKL is tuned for Intel processors; on others oneDNN is faster in float32.
     return "fused_onednn" if cpu_vendor != "GenuineIntel" and has_onednn_product() else "fused"

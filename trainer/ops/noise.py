@@ -1,4 +1,4 @@
-"""Counter-based noise: a pure function of integer keys, so it does not know the layout, the step order or the device.
+"""Counter-based noise: a pure function of integer keys, independent of layout, step order and device.
 
 Integers are 32-bit values held in int64 tensors: torch has no unsigned arithmetic on every device, and a product of two
 32-bit values keeps its low 32 bits in int64 even where it wraps.
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
-_GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio: consecutive multiples spread evenly
+_GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: consecutive multiples are spread evenly
 
 
 def stable_hash(*parts: int | str) -> int:
@@ -29,11 +29,11 @@ def mix32(x: Tensor) -> Tensor:
 
 
 def token_keys(seed: int, sample_id: Tensor, position: Tensor) -> Tensor:
-    """Return the noise key of every token: a function of the run's seed, the sample and the position in it.
+    """Return the noise key of every token, a function of the seed, the sample and the position.
 
     Args:
         seed: any integer.
-        sample_id: int64, global number of the row.
+        sample_id: int64, global index of the row.
         position: int64, same shape.
     """
     seed32 = stable_hash("noise", seed) & _MASK
@@ -42,12 +42,12 @@ def token_keys(seed: int, sample_id: Tensor, position: Tensor) -> Tensor:
 
 
 def uniform(key: Tensor, num_columns: int, *, salt: int | str) -> Tensor:
-    """Return (T, num_columns) float32 from [0, 1), a function of the token's key, the column and the salt alone.
+    """Return (T, num_columns) float32 in [0, 1), a function of the token's key, the column and the salt only.
 
     Args:
         key: (T,) int64 token keys.
         num_columns: values per token.
-        salt: separates independent uses of one key, for example the layer.
+        salt: separates independent uses of one key, such as layers.
     """
     column = torch.arange(num_columns, device=key.device, dtype=torch.int64) * _GOLDEN
     bits = mix32(mix32(key ^ (stable_hash("salt", salt) & _MASK))[:, None] + column)  # (T, num_columns)
@@ -55,6 +55,6 @@ def uniform(key: Tensor, num_columns: int, *, salt: int | str) -> Tensor:
 
 
 def standard_normal(key: Tensor, num_columns: int, *, salt: int | str) -> Tensor:
-    """Return (T, num_columns) float64 standard normal noise, as `uniform` does (Box and Muller 1958)."""
+    """Return (T, num_columns) float64 standard normal noise; arguments as in `uniform` (Box and Muller 1958)."""
     radius, angle = uniform(key, 2 * num_columns, salt=salt).double().chunk(2, dim=-1)
     return (-2 * torch.log1p(-radius)).sqrt() * torch.cos(2 * math.pi * angle)

@@ -1,4 +1,4 @@
-"""AdamW over parameters grouped by what they are for."""
+"""AdamW with weight decay by parameter group."""
 
 from collections.abc import Iterable
 
@@ -18,9 +18,9 @@ def build_adamw(
     betas: tuple[float, float],
     eps: float,
 ) -> Optimizer:
-    """Make the optimizer; its learning rate is set before every step.
+    """Create the optimizer; the learning rate is set before every step.
 
-    Sharded weights are groups of their own: torch's fused update takes one kind of tensor at a time.
+    Sharded weights are in separate groups: torch's fused update does not mix kinds of tensors.
     """
     groups = [
         {"params": [p for p in parameters if isinstance(p, DTensor) == is_sharded], "weight_decay": decay}

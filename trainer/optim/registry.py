@@ -1,4 +1,4 @@
-"""The `optim` and `schedule` sections: every optimizer's and schedule's options. Imports no torch."""
+"""The `optim` and `schedule` sections: options of all optimizers and schedules. Imports no torch."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ WarmupShare = Annotated[float, Field(ge=0, le=1e6)]
 class OptimizerOptions(KindConfig):
     """Base class of all optimizer configs.
 
-    Its state of a parameter is `step` and two tensors of the parameter's shape, `exp_avg` and `exp_avg_sq`, and it
-    updates each element by itself, so that weights can be sharded and checkpoints loaded into another layout.
+    The state of a parameter is `step` and two tensors of its shape, `exp_avg` and `exp_avg_sq`, and updates are
+    element-wise, so that weights can be sharded and checkpoints loaded into another layout.
     """
 
     weight_decay: Coefficient = 0.1
     """Decoupled decay of weight matrices: attention, feed-forward, experts, router gate, output head."""
 
     def build(self, *, decayed: Parameters, not_decayed: Parameters) -> Optimizer:
-        """Make the optimizer of two groups of parameters; its learning rate is set before every step."""
+        """Create the optimizer for two groups of parameters; the learning rate is set before every step."""
         raise NotImplementedError
 
 
@@ -63,21 +63,20 @@ OptimConfig = Annotated[AdamWConfig, Pluggable("optimizers", OptimizerOptions)]
 
 
 class WarmupOptions(KindConfig):
-    """Warmup, which every schedule begins with."""
+    """Linear warmup, shared by all schedules."""
 
     peak_lr: LearningRate = 1e-3
     """Learning rate after warmup."""
     warmup_steps: Whole | WarmupShare | None = None
-    """Steps of linear warmup, or the share of the run that it takes, below 1, which fits a run of any length. Null:
-    100, or a tenth of a run shorter than 1000."""
+    """Steps of linear warmup; or, below 1, a fraction of the run. Null: 100, or a tenth of a run below 1000 steps."""
 
     def problems(self) -> Iterator[Problem]:
-        """Refuse a number that is neither steps nor a share."""
-        asked = self.warmup_steps
-        if isinstance(asked, float) and asked >= 1:
+        """Refuse a number that is neither steps nor a fraction."""
+        warmup = self.warmup_steps
+        if isinstance(warmup, float) and warmup >= 1:
             yield Problem(
                 "warmup_steps",
-                f"{asked} is no share of the run; use less than 1, or {math.ceil(asked)} for so many steps",
+                f"{warmup} is not a fraction of the run; use less than 1, or {math.ceil(warmup)} for that many steps",
             )
 
     def build(self, *, total_steps: int) -> Callable[[int], float]:
@@ -85,8 +84,8 @@ class WarmupOptions(KindConfig):
         raise NotImplementedError
 
     def warmup(self, total_steps: int) -> int:
-        """Return the steps of warmup in a run."""
-        return schedule.warmup_of(self.warmup_steps, total_steps)
+        """Return the warmup steps of a run."""
+        return schedule.resolve_warmup(self.warmup_steps, total_steps)
 
 
 class WarmupCosineConfig(WarmupOptions):
@@ -94,7 +93,7 @@ class WarmupCosineConfig(WarmupOptions):
 
     kind: Literal["warmup_cosine"] = "warmup_cosine"
     final_fraction: Fraction = 0.1
-    """Learning rate at the end, as a share of the peak."""
+    """Final learning rate, as a fraction of the peak."""
 
     def build(self, *, total_steps: int) -> Callable[[int], float]:
         """Return the learning rate as a function of the 0-based step."""
@@ -108,13 +107,13 @@ class WarmupCosineConfig(WarmupOptions):
 
 
 class WarmupStableDecayConfig(WarmupOptions):
-    """Linear warmup, a constant stretch, and a linear decay over the last steps (arXiv 2404.06395)."""
+    """Linear warmup, a constant phase, and linear decay over the last steps (arXiv 2404.06395)."""
 
     kind: Literal["warmup_stable_decay"] = "warmup_stable_decay"
     decay_fraction: Fraction = 0.2
-    """Share of the run, at its end, over which the learning rate falls; what warmup leaves, if that is less."""
+    """Fraction of the run, at its end, over which the learning rate decays; at most the steps after warmup."""
     final_fraction: Fraction = 0.0
-    """Learning rate at the end, as a share of the peak."""
+    """Final learning rate, as a fraction of the peak."""
 
     def build(self, *, total_steps: int) -> Callable[[int], float]:
         """Return the learning rate as a function of the 0-based step."""

@@ -1,20 +1,20 @@
-"""Learning-rate schedules: pure functions of the step, so there is nothing of them to save."""
+"""Learning-rate schedules, as pure functions of the step: they have no state to save."""
 
 import math
 
 
-def warmup_of(asked: float | None, total_steps: int) -> int:
-    """Return the steps of warm-up that a config asks for: a number, a share of the run below 1, or None.
+def resolve_warmup(warmup: float | None, total_steps: int) -> int:
+    """Return the warmup steps, given a number of steps, a fraction of the run below 1, or None.
 
-    None is 100, or a tenth of a run shorter than 1000. A share leaves at least the last step.
+    None gives 100, or a tenth of a run below 1000 steps. A fraction leaves at least the last step.
     """
-    if asked is None:
+    if warmup is None:
         return min(100, total_steps // 10)
-    return asked if isinstance(asked, int) else min(round(asked * total_steps), total_steps - 1)
+    return warmup if isinstance(warmup, int) else min(round(warmup * total_steps), total_steps - 1)
 
 
 def warmup_cosine(step: int, *, total_steps: int, peak_lr: float, warmup_steps: int, final_fraction: float) -> float:
-    """Learning rate of a 0-based step: linear warmup, then half a cosine that ends at `final_fraction * peak_lr`."""
+    """Return the learning rate of a 0-based step: linear warmup, then cosine decay to `final_fraction * peak_lr`."""
     if step < warmup_steps:
         return peak_lr * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))
@@ -24,9 +24,9 @@ def warmup_cosine(step: int, *, total_steps: int, peak_lr: float, warmup_steps: 
 def warmup_stable_decay(
     step: int, *, total_steps: int, peak_lr: float, warmup_steps: int, decay_fraction: float, final_fraction: float
 ) -> float:
-    """Learning rate of a 0-based step: linear warmup, constant, then linear down to `final_fraction * peak_lr`.
+    """Return the learning rate of a 0-based step: warmup, constant, then linear decay to `final_fraction * peak_lr`.
 
-    Where the decay would begin within the warmup it begins at its end, from the peak: the rate never jumps.
+    A decay that would begin during warmup begins at its end instead, from the peak, so the rate never jumps.
     """
     if step < warmup_steps:
         return peak_lr * (step + 1) / warmup_steps

@@ -1,4 +1,4 @@
-"""The only place where model meets machine: what moves its rows, where its weights are, what of it is compiled."""
+"""Apply a layout to a model: dispatchers, local experts, compilation, initial weights, sharding."""
 
 from collections.abc import Iterable
 from typing import cast
@@ -24,19 +24,19 @@ def parallelize(
     dtype: torch.dtype,
     can_compile: bool,
 ) -> GPT:
-    """Give a whole single-device model its layout; nothing it computes changes beyond floating-point reordering.
+    """Apply a layout to a single-device model, in place; results change by floating-point reordering only.
 
-    1. Every MoE layer gets the configured dispatcher, and keeps this rank's part of its experts.
-    2. What runs between the matrix products is compiled, where asked for and possible.
-    3. Weights get memory and their initial values.
-    4. They are cut over the ranks that would hold copies, where asked for.
+    1. Every MoE layer gets the configured dispatcher and keeps its local experts.
+    2. The operations between matrix products are compiled, if configured and possible.
+    3. Weights are allocated and initialized.
+    4. Weights are sharded over the ranks that would hold replicas, if configured.
 
     Args:
-        model: on the meta device; its weights have no values yet.
+        model: on the meta device.
         config: the `parallel` section.
         mesh: this rank's groups.
-        device: where it will run.
-        seed: of the initial values.
+        device: target device.
+        seed: of the initial weights.
         dtype: of the matrix products.
         can_compile: whether this machine can build compiled kernels.
     """
@@ -53,9 +53,10 @@ def parallelize(
 
 
 def compile_glue(model: GPT, device: torch.device) -> None:
-    """Compile what surrounds the matrix products.
+    """Compile the operations around matrix products.
 
-    For fixed shapes: norms, attention and losses. For any number of rows: the experts' activation and the combine.
+    Norms, attention and losses are compiled for static shapes; the experts' activation and the combine for any number
+    of rows.
     """
     for block in cast(Iterable[Block], model.blocks):
         if device.type == "cpu":

@@ -1,4 +1,4 @@
-"""Gradients of replicated weights: all-reduced over the ranks that hold them, in buckets, during the backward pass."""
+"""Bucketed all-reduce of the gradients of replicated weights, overlapped with the backward pass."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -10,81 +10,81 @@ from torch.nn import Parameter
 from trainer.distributed.collectives import Group, PendingOp
 
 _BUCKET_BYTES = 25 << 20
-"""Gradients summed in one message."""
-_IN_FLIGHT = 2
-"""Messages under way at a time: each is a copy of its gradients."""
+"""Bytes of gradients per message."""
+_MAX_PENDING = 2
+"""Maximum pending messages; each holds a copy of its gradients."""
 
 
 class GradientReducer:
-    """Adds up gradients over the ranks of a group.
+    """All-reduces gradients over a group.
 
     #  backward pass  ... block 2 ... block 1 ... block 0
     #  messages              [bucket 0     ][bucket 1     ][bucket 2]     finish
 
-    A bucket departs as soon as the gradients of all its weights are there, and buckets depart in one order everywhere,
-    so that every rank's messages meet their own kind.
+    A bucket is launched as soon as all its gradients are ready, in the same order on every rank, so that collectives
+    match.
     """
 
     def __init__(self, parameters: Sequence[Parameter], group: Group) -> None:
-        """Watch some weights.
+        """Register hooks on the parameters.
 
         Args:
-            parameters: in the order of the forward pass; the backward pass fills them from the end.
-            group: ranks that hold copies of them.
+            parameters: in the order of the forward pass; the backward pass reaches the last ones first.
+            group: ranks that hold replicas of them.
         """
         self.parameters, self.group = parameters, group
         self._buckets = _buckets(list(reversed(parameters))) if group.size > 1 else []
         self._bucket_of: dict[Tensor, int] = {p: i for i, bucket in enumerate(self._buckets) for p in bucket}
         self._missing: list[int] | None = None
-        self._departed = 0
-        self._flights: deque[tuple[list[Parameter], PendingOp]] = deque()
-        self._own: list[Tensor] = []
+        self._launched = 0
+        self._pending: deque[tuple[list[Parameter], PendingOp]] = deque()
+        self._local_sums: list[Tensor] = []
         for parameter in self._bucket_of:
-            parameter.register_post_accumulate_grad_hook(self._arrived)
+            parameter.register_post_accumulate_grad_hook(self._on_gradient)
 
     def expect(self) -> None:
-        """Say that the next backward pass is the last one of the step: what it fills may depart."""
-        assert not self._flights and self._departed == 0, "the sums of another step are under way"
+        """Announce the last backward pass of the step, during which buckets are launched."""
+        assert not self._pending and self._launched == 0, "the reduction of another step is pending"
         self._missing = [len(bucket) for bucket in self._buckets]
-        self._own = []
+        self._local_sums = []
 
     def finish(self) -> None:
-        """Wait until all gradients are summed; a weight without one takes part with zeros."""
-        while self._departed < len(self._buckets):
-            self._depart()
-        while self._flights:
-            self._land()
-        self._missing, self._departed = None, 0
+        """Wait until all gradients are reduced; a missing gradient counts as zeros."""
+        while self._launched < len(self._buckets):
+            self._launch()
+        while self._pending:
+            self._wait_for_oldest()
+        self._missing, self._launched = None, 0
 
     @property
-    def own_is_finite(self) -> bool:
-        """Tell whether this rank's share was finite at the last step, before it was added to the others'."""
-        own = self._own
-        if self.group.size == 1:  # there are no others: the share is the gradient
-            own = [p.grad.sum() for p in self.parameters if p.grad is not None]
-        return all(bool(total.isfinite()) for total in own)
+    def local_is_finite(self) -> bool:
+        """True if this rank's gradients were finite in the last step, before the reduction."""
+        sums = self._local_sums
+        if self.group.size == 1:  # no reduction: the local gradient is the gradient
+            sums = [p.grad.sum() for p in self.parameters if p.grad is not None]
+        return all(bool(total.isfinite()) for total in sums)
 
-    def _arrived(self, parameter: Tensor) -> None:
+    def _on_gradient(self, parameter: Tensor) -> None:
         if self._missing is None:
             return
         self._missing[self._bucket_of[parameter]] -= 1
-        while self._departed < len(self._buckets) and self._missing[self._departed] == 0:
-            self._depart()
+        while self._launched < len(self._buckets) and self._missing[self._launched] == 0:
+            self._launch()
 
     @torch.no_grad()
-    def _depart(self) -> None:
-        if len(self._flights) == _IN_FLIGHT:
-            self._land()
-        bucket = self._buckets[self._departed]
-        self._departed += 1
+    def _launch(self) -> None:
+        if len(self._pending) == _MAX_PENDING:
+            self._wait_for_oldest()
+        bucket = self._buckets[self._launched]
+        self._launched += 1
         share = torch.cat([_gradient(p).reshape(-1) for p in bucket])
-        self._own.append(share.sum())  # not finite where a number is not; a sum is one pass over memory
-        self._flights.append((bucket, self.group.start_all_reduce(share)))
+        self._local_sums.append(share.sum())  # finite unless a value is not; a single pass over memory
+        self._pending.append((bucket, self.group.start_all_reduce(share)))
 
     @torch.no_grad()
-    def _land(self) -> None:
-        bucket, flight = self._flights.popleft()
-        for parameter, part in zip(bucket, flight.wait().split([p.numel() for p in bucket]), strict=True):
+    def _wait_for_oldest(self) -> None:
+        bucket, pending = self._pending.popleft()
+        for parameter, part in zip(bucket, pending.wait().split([p.numel() for p in bucket]), strict=True):
             _gradient(parameter).copy_(part.view_as(parameter))
 
 

@@ -1,8 +1,8 @@
-"""What is said of a loss or gradient that is not finite."""
+"""Descriptions of a loss or gradient that is not finite."""
 
 import pytest
 
-from trainer.engine.nonfinite import Findings, in_words
+from trainer.engine.nonfinite import Findings, describe_findings
 
 NAMES = ["a", "b", "c", "d"]
 
@@ -44,7 +44,7 @@ CASES = {
     ),
     "a norm that is too large": (
         [_found(), _found()],
-        "the gradient's norm is inf, though each number of it is finite (loss finite on every rank)",
+        "the gradient norm is inf, though every element is finite (loss finite on every rank)",
     ),
     "one process": ([_found("c", loss=False)], "the gradient of c is not finite (loss not finite)"),
     "one process, its gradient": ([_found("c")], "the gradient of c is not finite (loss finite)"),
@@ -53,4 +53,4 @@ CASES = {
 
 @pytest.mark.parametrize(("everyone", "text"), CASES.values(), ids=CASES.keys())
 def test_what_is_not_finite_is_said_with_where_it_came_from(everyone: list[Findings], text: str) -> None:
-    assert in_words(everyone, NAMES, grad_norm=float("inf")) == text
+    assert describe_findings(everyone, NAMES, grad_norm=float("inf")) == text

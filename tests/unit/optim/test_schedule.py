@@ -11,7 +11,7 @@ from trainer.config import slots
 from trainer.config.loader import load
 from trainer.experiment import ExperimentConfig
 from trainer.optim.registry import ScheduleConfig, WarmupCosineConfig, WarmupStableDecayConfig
-from trainer.optim.schedule import warmup_of
+from trainer.optim.schedule import resolve_warmup
 
 SHIPPED = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
 
@@ -39,14 +39,14 @@ def test_no_warmup_and_no_decay_are_possible() -> None:
 
 
 def test_warmup_that_is_not_configured_fits_any_run() -> None:
-    assert [warmup_of(None, n) for n in (1, 9, 40, 1000, 10**6)] == [0, 0, 4, 100, 100]
+    assert [resolve_warmup(None, n) for n in (1, 9, 40, 1000, 10**6)] == [0, 0, 4, 100, 100]
     assert WarmupCosineConfig(peak_lr=1.0).build(total_steps=40)(3) == 1.0
 
 
 def test_warmup_as_a_share_of_the_run_fits_any_run_and_a_number_is_taken_as_it_is() -> None:
-    assert [warmup_of(0.1, n) for n in (1, 4, 20, 500)] == [0, 0, 2, 50]
-    assert [warmup_of(0.999, n) for n in (1, 2, 500)] == [0, 1, 499]
-    assert [warmup_of(0.0, 10), warmup_of(0, 10), warmup_of(7, 10)] == [0, 0, 7]
+    assert [resolve_warmup(0.1, n) for n in (1, 4, 20, 500)] == [0, 0, 2, 50]
+    assert [resolve_warmup(0.999, n) for n in (1, 2, 500)] == [0, 1, 499]
+    assert [resolve_warmup(0.0, 10), resolve_warmup(0, 10), resolve_warmup(7, 10)] == [0, 0, 7]
 
 
 @pytest.mark.parametrize("config", slots.sections(ScheduleConfig), ids=lambda config: config.__name__)

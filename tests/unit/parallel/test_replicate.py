@@ -66,7 +66,7 @@ def _shares(world_is_one: bool, victim: int) -> tuple[list[bool], list[bool]]:
         summed.expect()
         layers(x).sum().backward()
         summed.finish()
-        shares.append(summed.own_is_finite)
+        shares.append(summed.local_is_finite)
         sums.append(all(bool(p.grad.isfinite().all()) for p in layers.parameters() if p.grad is not None))
     return shares, sums
 

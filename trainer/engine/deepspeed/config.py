@@ -1,4 +1,4 @@
-"""The DeepSpeed engine's options. Imports no torch and nothing of DeepSpeed."""
+"""Options of the DeepSpeed engine. Imports neither torch nor DeepSpeed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _STAGES = {
 
 
 def _read(value: Any) -> Any:
-    """Replace the path of a JSON file by what is in it: the run folder records that, and ranks compare it."""
+    """Replace the path of a JSON file by its content, which the run folder records and ranks compare."""
     if not isinstance(value, str):
         return value
     try:
@@ -79,7 +79,7 @@ def _refuse(name: str) -> Any:
 
 
 def _check_size(values: Any) -> None:
-    """Refuse what is larger than a configuration may be in YAML, before anything looks at each of its values."""
+    """Refuse a file beyond the limits of YAML configs, before its values are checked one by one."""
     level, num_values = [values], 0
     for _ in range(MAX_DEPTH):
         num_values += len(level)
@@ -108,7 +108,7 @@ def _whole(text: str) -> int:
 
 _MAPPING = {"anyOf": [{"type": "object"}, {"type": "string"}]}
 RawConfig = Annotated[dict[str, JsonValue], BeforeValidator(_read), WithJsonSchema(_MAPPING)]
-"""A mapping, or the path of a JSON file that holds one."""
+"""A mapping, or the path of a JSON file that contains one."""
 
 
 class DeepSpeedEngineConfig(Config):
@@ -116,52 +116,52 @@ class DeepSpeedEngineConfig(Config):
 
     kind: Literal["deepspeed"] = "deepspeed"
     zero_stage: int = 1
-    """State sharded over the ranks that hold copies of a weight: 1 its moments, 2 its gradient as well."""
+    """ZeRO stage: 1 shards the moments over the replicas of a weight, 2 its gradient as well."""
     offload_optimizer: Literal["none", "cpu"] = "none"
-    """Device of master weights and moments, where they are also updated."""
+    """Device of master weights and moments, which also updates them."""
     adam: Literal["auto", "torch", "deepspeed"] = "auto"
-    """Whose AdamW: `deepspeed` compiles its kernel if need be, `auto` takes it if it was built with DeepSpeed."""
+    """Implementation of AdamW: `deepspeed` compiles its kernel if needed, `auto` uses it if it was built at install."""
     deepspeed_config: RawConfig = Field(default_factory=dict)
-    """DeepSpeed's own options (or a JSON file of them), of which those that leave what is learned alone are taken over.
-    One that says otherwise than this file is an error; `auto` says nothing."""
+    """DeepSpeed's own options, or a JSON file of them. Those that do not change what is learned are passed through; one
+    that contradicts this config is an error, and `auto` is ignored."""
 
     def packages(self) -> Iterator[tuple[str, str]]:
         """Yield the engine's library."""
         yield "kind", "deepspeed"
 
     def problems(self) -> Iterator[Problem]:
-        """Refuse the stages that cannot train experts."""
+        """Refuse ZeRO stages that cannot train experts."""
         if self.zero_stage not in (1, 2):
             reason = _STAGES.get(self.zero_stage, "there is no such stage; use 1 or 2")
             yield Problem("zero_stage", f"{self.zero_stage}: {reason}")
 
     def conflicts(self, ours: Ours) -> Iterator[Problem]:
-        """Yield what `deepspeed_config` says that the other sections do not."""
+        """Yield the options of `deepspeed_config` that contradict the other sections."""
         for problem in conflicts(self.deepspeed_config, ours):
             yield Problem(f"engine.deepspeed_config.{problem.key}", problem.message)
 
-    def whole(self, *, grad_clip: float | None, folder: Path | None = None) -> dict[str, Any]:
-        """Return the configuration that DeepSpeed is given; its files are in `folder`, without one there are none."""
+    def resolved(self, *, grad_clip: float | None, folder: Path | None = None) -> dict[str, Any]:
+        """Return the configuration passed to DeepSpeed, which writes its files into `folder`, or none without it."""
         zero: dict[str, Any] = {"stage": self.zero_stage}
         if self.offload_optimizer != "none":
             zero["offload_optimizer"] = {"device": self.offload_optimizer}
         ours = {
-            "train_micro_batch_size_per_gpu": 1,  # rows are counted elsewhere: DeepSpeed divides by nothing
+            "train_micro_batch_size_per_gpu": 1,  # makes DeepSpeed divide by nothing
             "gradient_accumulation_steps": 1,
             "gradient_allreduce_op": "sum",
             "gradient_clipping": grad_clip or 0.0,
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            "timers": {"throughput": {"enabled": False}},  # which would wait for the device in every forward pass
+            "timers": {"throughput": {"enabled": False}},  # would wait for the device in every forward pass
         }
         return merged(self.deepspeed_config, ours, folder=folder)
 
     def build(
         self, model: GPT, optim: OptimConfig, numerics: NumericsConfig, mesh: Mesh, *, folder: Path | None = None
     ) -> Engine:
-        """Start DeepSpeed around an initialised model; every rank must. Its own files are in `folder`."""
+        """Start DeepSpeed for an initialized model; it writes its files into `folder`. Collective."""
         from trainer.engine.deepspeed.engine import DeepSpeedEngine
 
-        config = self.whole(grad_clip=numerics.grad_clip, folder=folder)
+        config = self.resolved(grad_clip=numerics.grad_clip, folder=folder)
         return DeepSpeedEngine(model, optim, numerics, mesh, config=config, adam=self.adam)

@@ -1,10 +1,10 @@
 """Optimizer steps by DeepSpeed's ZeRO 1 and 2 (arXiv 1910.02054), on our model, objective and checkpoint format.
 
-DeepSpeed cuts moments (stage 1) and gradients too (stage 2) over the ranks that hold copies of a weight, sums gradients
-and runs the optimizer. What it would decide by itself is decided here, once: gradients are added up, not averaged
-(`gradient_allreduce_op: sum`, and no division by micro-batches); the norm is that of `StepEngine`, each element once;
-whether a step is taken. bfloat16 is torch's own autocast over float32 weights, as in the native engine: DeepSpeed's
-`bf16` section would round the router, and its `torch_autocast` section would also add gradients up in bfloat16.
+DeepSpeed shards moments (stage 1) and gradients (stage 2) over the replicas of a weight, reduces gradients and runs the
+optimizer. Its own decisions are overridden here: gradients are summed, not averaged (`gradient_allreduce_op: sum`, no
+division by micro-batches); the norm is that of `StepEngine`, which counts each element once; and `StepEngine` decides
+whether to update. bfloat16 is torch's autocast over float32 weights, as in the native engine: DeepSpeed's `bf16`
+section would round the router, and its `torch_autocast` section would also accumulate gradients in bfloat16.
 """
 
 from collections.abc import Mapping
@@ -17,17 +17,23 @@ from torch import Tensor
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.distributed.collective_errors import raise_together
 from trainer.distributed.mesh import Mesh
-from trainer.engine.deepspeed.optimizer import MOMENTS, build_optimizer, describe_groups, moments_of, set_steps
-from trainer.engine.deepspeed.partition import Partition, Placed
-from trainer.engine.deepspeed.start import alone, load_deepspeed, marked, release, start_engine
+from trainer.engine.deepspeed.optimizer import MOMENTS, build_optimizer, moments_of, parameter_groups, set_steps
+from trainer.engine.deepspeed.partition import ParameterSpan, Partition
+from trainer.engine.deepspeed.start import (
+    expert_markers,
+    load_deepspeed,
+    release,
+    single_process_group,
+    start_engine,
+)
 from trainer.engine.nonfinite import Findings, is_finite
 from trainer.engine.reduce import square_norm
 from trainer.engine.step import NumericsConfig, StepEngine
 from trainer.models.gpt import GPT
 from trainer.optim.registry import OptimConfig
 
-_LARGEST_BUCKET = 500_000_000
-"""Elements, of which a buffer is allocated; DeepSpeed's own default."""
+_MAX_BUCKET_SIZE = 500_000_000
+"""Maximum elements of a bucket, for which a buffer is allocated; DeepSpeed's default."""
 
 
 class DeepSpeedEngine(StepEngine):
@@ -43,39 +49,41 @@ class DeepSpeedEngine(StepEngine):
         config: Mapping[str, Any],
         adam: str,
     ) -> None:
-        """Start DeepSpeed; every rank must.
+        """Start DeepSpeed. Collective: every rank must call it.
 
         Args:
             model: on its device.
-            optim: the optimizer's numbers.
-            numerics: of the run.
+            optim: hyperparameters of the optimizer.
+            numerics: numeric options of the run.
             mesh: this rank's groups.
-            config: DeepSpeed's own, whole (`DeepSpeedEngineConfig.whole`).
-            adam: whose AdamW, see `DeepSpeedEngineConfig.adam`.
+            config: DeepSpeed's configuration (`DeepSpeedEngineConfig.resolved`).
+            adam: implementation of AdamW, see `DeepSpeedEngineConfig.adam`.
         """
         super().__init__(model, numerics, mesh)
         with ExitStack() as stack:
-            stack.enter_context(alone(mesh, self.device))
+            stack.enter_context(single_process_group(mesh, self.device))
             with raise_together(mesh.world):  # DeepSpeed or a compiler may be missing on one host alone
                 deepspeed = load_deepspeed(self.device)
-                described = describe_groups(optim, self.parameters, self.first_expert, mesh)
-                optimizer = build_optimizer(deepspeed, described, optim, adam=adam, config=config, device=self.device)
+                groups = parameter_groups(optim, self.parameters, self.first_expert, mesh)
+                optimizer = build_optimizer(deepspeed, groups, optim, adam=adam, config=config, device=self.device)
             experts = [self.parameters[name] for name in self.first_expert]
-            stack.enter_context(marked(model, experts, mesh))
-            self._deepspeed = start_engine(deepspeed, model, optimizer, self._with_room(config), mesh, self.device)
+            stack.enter_context(expert_markers(model, experts, mesh))
+            self._deepspeed = start_engine(
+                deepspeed, model, optimizer, self._with_bucket_size(config), mesh, self.device
+            )
             stack.callback(release, self._deepspeed)
             self._open = stack.pop_all()
         self._zero = self._deepspeed.optimizer
-        self._partitions = self._placed()
+        self._partitions = self._find_partitions()
         self._norm: float | None = None
-        """Of the step that is ending; None if it is not taken. DeepSpeed asks for both."""
-        self._zero.scaled_global_norm = self._tell_norm
-        self._zero.check_overflow = self._tell_whether_skipped
+        """Gradient norm of the current step; None if it is skipped. Answers two of DeepSpeed's queries."""
+        self._zero.scaled_global_norm = self._report_norm
+        self._zero.check_overflow = self._report_overflow
         self._zero.check_grad_overflow = True
-        self._zero._update_scale = lambda has_overflow=False: None  # there is no loss scale; it would speak of overflow
+        self._zero._update_scale = lambda has_overflow=False: None  # no loss scale, and no log line about overflow
 
     def gradients(self) -> TrainState:
-        """Return the gradients of the whole step, not clipped, by the names of their parameters; a collective."""
+        """Return the unclipped gradients of the whole step, by parameter name. Collective."""
         slices = {}
         for i, partition in enumerate(self._partitions):
             for name, rows in partition.rows(self._flat_gradient(i)).items():
@@ -92,7 +100,7 @@ class DeepSpeedEngine(StepEngine):
         return {name: cut[name] for name in names}
 
     def wanted(self) -> TrainState:
-        """Return the parts of a state that are loaded here: of moments, every row that this rank has a number of."""
+        """Return the slices to load: of moments, every row of which this rank holds an element."""
         moments = {}
         for partition in self._partitions:
             for name, (first, last) in partition.wanted().items():
@@ -110,18 +118,18 @@ class DeepSpeedEngine(StepEngine):
         set_steps(self._zero.optimizer, self.optimizer_steps)
 
     def close(self) -> None:
-        """Take DeepSpeed's hooks and marks off the model, which stays as it is."""
+        """Remove DeepSpeed's hooks and markers from the model, which is otherwise unchanged."""
         self._open.close()
 
     def _backward(self, objective: Tensor, *, is_last: bool) -> None:
-        # As DeepSpeed's own forward pass would do, or let the objective's gradient do; it is not used.
+        # Done by DeepSpeed's own forward pass, which is not used.
         self._zero.clear_backward_seen_flag()
         self._deepspeed.set_gradient_accumulation_boundary(is_last)
         self._deepspeed._backward_prologue()
         self._deepspeed.backward(objective, scale_wrt_gas=False)
 
     def _reduce_gradients(self) -> Tensor:
-        """Return this rank's part of the squared norm: an element lies in one rank's partition only."""
+        """Return this rank's part of the squared norm; every element is in exactly one rank's partition."""
         square = torch.zeros((), dtype=torch.float64, device=self.device)
         for i in range(len(self._partitions)):
             square = square + square_norm(self._gradient_pieces(i)).to(self.device)
@@ -135,7 +143,7 @@ class DeepSpeedEngine(StepEngine):
 
     def _drop_gradients(self) -> None:
         self._norm = None
-        self._deepspeed.step()  # which drops what it has gathered if it skips
+        self._deepspeed.step()  # which discards the gradients if it skips
 
     def _findings(self, local_objective: Tensor) -> Findings:
         names = [
@@ -147,37 +155,38 @@ class DeepSpeedEngine(StepEngine):
         return Findings(
             gradients=names,
             loss_is_finite=is_finite(local_objective),
-            dense_share_is_finite=True,  # not known: DeepSpeed adds up in place
+            dense_share_is_finite=True,  # unknown: DeepSpeed reduces in place
             expert_share_is_finite=True,
         )
 
-    def _placed(self) -> list[Partition]:
-        """Find where DeepSpeed has laid each parameter."""
+    def _find_partitions(self) -> list[Partition]:
+        """Return the position of each parameter in DeepSpeed's flat partitions."""
         name_of = {parameter: name for name, parameter in self.parameters.items()}
         partitions = []
         for i, parameters in enumerate(self._zero.round_robin_bit16_groups):
             names = [name_of[p] for p in parameters]
             offsets = self._zero.round_robin_bit16_offsets[i]
-            placed = [
-                Placed(name, tuple(p.shape), offset) for name, p, offset in zip(names, parameters, offsets, strict=True)
+            spans = [
+                ParameterSpan(name, tuple(p.shape), offset)
+                for name, p, offset in zip(names, parameters, offsets, strict=True)
             ]
             group = self.mesh.edp if names[0] in self.first_expert else self.mesh.world
-            partitions.append(Partition(placed, int(self._zero.partition_size[i]), group))
+            partitions.append(Partition(spans, int(self._zero.partition_size[i]), group))
         return partitions
 
-    def _with_room(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the config with buckets no larger than the model, unless it says otherwise.
+    def _with_bucket_size(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the config with a bucket size of at most the model, unless it is set.
 
-        DeepSpeed sums a bucket when the next gradient does not fit. Ranks with different numbers of experts would do so
-        at different moments, and wait for each other: there a bucket holds everything.
+        DeepSpeed reduces a bucket when the next gradient does not fit. Ranks with different numbers of experts would do
+        so at different points and deadlock, so there a bucket holds the whole model.
         """
-        room, moe = sum(p.numel() for p in self.parameters.values()), self.moe_config
+        bucket_size, moe = sum(p.numel() for p in self.parameters.values()), self.moe_config
         if moe is None or moe.num_experts % self.mesh.layout.ep_size == 0:
-            room = min(room, _LARGEST_BUCKET)
-        return {**config, "zero_optimization": {"reduce_bucket_size": room, **config["zero_optimization"]}}
+            bucket_size = min(bucket_size, _MAX_BUCKET_SIZE)
+        return {**config, "zero_optimization": {"reduce_bucket_size": bucket_size, **config["zero_optimization"]}}
 
     def _rows_of(self, name: str, first: int, rows: Tensor) -> Slice:
-        """Return rows of a parameter of this rank as a part of the global tensor."""
+        """Return rows of a local parameter as a slice of the global tensor."""
         whole = self._slice(f"model.{name}", self.parameters[name])
         return Slice(
             tensor=rows,
@@ -187,22 +196,22 @@ class DeepSpeedEngine(StepEngine):
         )
 
     def _gradient_pieces(self, group: int) -> list[Tensor]:
-        """Return what this rank has of the summed gradient of a group, in order."""
+        """Return this rank's pieces of the reduced gradient of a group, in order."""
         if self._zero.cpu_offload:
-            self._zero._wait_for_offload_copies()  # which come behind the backward pass
+            self._zero._wait_for_offload_copies()  # started after the backward pass
             return [self._zero.single_partition_of_fp32_groups[group].grad]
         return list(self._zero.averaged_gradients[group])
 
     def _flat_gradient(self, group: int) -> Tensor:
-        """Return the same as one tensor, as long as the partition."""
+        """Return the pieces as one tensor, padded to the size of the partition."""
         flat = torch.cat([piece.reshape(-1) for piece in self._gradient_pieces(group)])
         missing = self._partitions[group].size - len(flat)
         return torch.cat([flat, flat.new_zeros(missing)]) if missing > 0 else flat
 
-    def _tell_norm(self, norm_type: int = 2) -> Tensor:
-        """Answer DeepSpeed, which would measure it again, in float32."""
+    def _report_norm(self, norm_type: int = 2) -> Tensor:
+        """Return our norm to DeepSpeed, which would compute it again in float32."""
         return torch.tensor(self._norm, dtype=torch.float32, device=self._zero.device)
 
-    def _tell_whether_skipped(self, partition_gradients: bool = True) -> None:
-        """Answer DeepSpeed, which would look for infinities by itself."""
+    def _report_overflow(self, partition_gradients: bool = True) -> None:
+        """Set DeepSpeed's overflow flag by our decision instead of its own check."""
         self._zero.overflow = self._norm is None

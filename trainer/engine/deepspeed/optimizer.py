@@ -1,4 +1,4 @@
-"""AdamW for ZeRO: torch's, or DeepSpeed's kernels; and its state, which each of them keeps in another way."""
+"""AdamW for ZeRO, by torch or by DeepSpeed's kernels, and access to their different states."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -15,63 +15,63 @@ from trainer.optim.registry import OptimConfig
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def describe_groups(
+def parameter_groups(
     optim: OptimConfig, parameters: Mapping[str, nn.Parameter], experts: Collection[str], mesh: Mesh
 ) -> list[dict[str, Any]]:
-    """Group parameters as DeepSpeed wants them: experts apart, and every group with a name of its own.
+    """Group parameters as DeepSpeed requires: experts separately, and every group named.
 
     Args:
-        optim: how much decays.
+        optim: weight decay.
         parameters: of this rank, by name.
-        experts: names of those that are experts.
+        experts: names of the expert parameters.
         mesh: this rank's groups.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        groups.setdefault((name in experts, is_decayed(name, parameter)), []).append(parameter)
+        members.setdefault((name in experts, is_decayed(name, parameter)), []).append(parameter)
     return [
         {
-            "params": members,
+            "params": group,
             "weight_decay": optim.weight_decay if decays else 0.0,
             "name": expert_group_name(mesh) if is_expert else f"dense, {'decayed' if decays else 'not decayed'}",
             "moe": is_expert,
         }
-        for (is_expert, decays), members in groups.items()
+        for (is_expert, decays), group in members.items()
     ]
 
 
 def build_optimizer(
     deepspeed: Any,
-    described: list[dict[str, Any]],
+    groups: list[dict[str, Any]],
     optim: OptimConfig,
     *,
     adam: str,
     config: Mapping[str, Any],
     device: torch.device,
 ) -> torch.optim.Optimizer:
-    """Make the optimizer.
+    """Create the optimizer.
 
     Args:
         deepspeed: the module.
-        described: its groups.
-        optim: its numbers.
+        groups: its parameter groups.
+        optim: its hyperparameters.
         adam: `torch`, `deepspeed`, or `auto`: DeepSpeed's kernel if it was built when DeepSpeed was installed.
-        config: DeepSpeed's own.
-        device: where weights are.
+        config: DeepSpeed's configuration.
+        device: of the weights.
 
     Raises:
-        ConfigError: if DeepSpeed's kernel is asked for and cannot be built.
+        ConfigError: if DeepSpeed's kernel is requested and cannot be built.
     """
-    numbers: dict[str, Any] = {"lr": 0.0, "betas": optim.betas, "eps": optim.eps}
+    options: dict[str, Any] = {"lr": 0.0, "betas": optim.betas, "eps": optim.eps}
     offloads = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
     kernel = "cpu_adam" if offloads or device.type == "cpu" else "fused_adam"
     if adam == "torch" or (adam == "auto" and not _is_built(kernel)):
-        return torch.optim.AdamW(described, **numbers, fused=True)
+        return torch.optim.AdamW(groups, **options, fused=True)
     try:
         if kernel == "cpu_adam":
-            return deepspeed.ops.adam.DeepSpeedCPUAdam(described, **numbers, adamw_mode=True)
-        return deepspeed.ops.adam.FusedAdam(described, **numbers, adam_w_mode=True)
-    except Exception as error:  # whatever a compiler, or its absence, makes of it
+            return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **options, adamw_mode=True)
+        return deepspeed.ops.adam.FusedAdam(groups, **options, adam_w_mode=True)
+    except Exception as error:  # any failure of the compiler, or its absence
         cause = error.__cause__ or error
         raise ConfigError(
             f"engine.adam: DeepSpeed's {kernel} cannot be built: {first_line(cause):.200}; use torch"
@@ -79,7 +79,7 @@ def build_optimizer(
 
 
 def moments_of(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]:
-    """Return the moments of a partition, made as the optimizer makes them if there was no step yet."""
+    """Return the moments of a partition, created as the optimizer does if there was no step yet."""
     state = optimizer.state[flat]
     if not state:
         state |= {key: torch.zeros_like(flat.detach()) for key in MOMENTS}
@@ -91,7 +91,7 @@ def moments_of(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tens
 
 
 def set_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
-    """Say how many steps the moments are of."""
+    """Set the step count of the moments."""
     for state in optimizer.state.values():
         state["step"] = state["step"].fill_(steps) if isinstance(state["step"], Tensor) else steps
 

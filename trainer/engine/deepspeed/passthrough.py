@@ -1,7 +1,7 @@
-"""Sort DeepSpeed's own options: passed through, required to agree with our sections, or refused.
+"""Handling of DeepSpeed's own options: passed through, required to agree with our sections, or refused.
 
-An option is let through only if it is known to leave what is learned alone: the promise of `engine` holds for it too.
-Imports no torch and nothing of DeepSpeed.
+An option is passed through only if it is known not to change what is learned, as `engine` promises. Imports neither
+torch nor DeepSpeed.
 """
 
 import json
@@ -20,7 +20,7 @@ from trainer.optim.registry import OptimConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ours:
-    """Values of our sections that DeepSpeed has options for as well."""
+    """Values of our sections for which DeepSpeed has options too."""
 
     zero_stage: int
     offload_optimizer: str
@@ -31,7 +31,7 @@ class Ours:
     optim: OptimConfig
     peak_lr: float
     has_uneven_experts: bool
-    """Ranks do not all hold the same number of experts."""
+    """Ranks hold different numbers of experts."""
 
 
 _SAME: dict[str, tuple[str, Callable[[Ours], Any]]] = {
@@ -46,7 +46,7 @@ _SAME: dict[str, tuple[str, Callable[[Ours], Any]]] = {
     "optimizer.params.eps": ("optim.eps", lambda ours: ours.optim.eps),
     "optimizer.params.weight_decay": ("optim.weight_decay", lambda ours: ours.optim.weight_decay),
 }
-"""Options that may repeat what a key of ours says, and the key."""
+"""Options that may repeat the value of one of our keys, with that key."""
 _ONLY: dict[str, tuple[Any, str]] = {
     "optimizer.type": ("AdamW", "the engine trains with AdamW"),
     "bf16.enabled": (False, "it would round the router's weights as well; train.dtype: bfloat16 keeps them in float32"),
@@ -67,7 +67,7 @@ _ONLY: dict[str, tuple[Any, str]] = {
     "managed_gradient_accumulation": (True, "the engine says which micro-batch is the last one"),
     "use_data_before_expert_parallel_": (False, "ranks that share experts are neighbours"),
 }
-"""Options that have one value here, and why."""
+"""Options with a single allowed value, and the reason."""
 _FREE: dict[str, str] = {
     "steps_per_print": "a whole number above 0",
     "wall_clock_breakdown": "true or false",
@@ -92,11 +92,11 @@ _FREE: dict[str, str] = {
     "zero_optimization.offload_optimizer.fast_init": "true or false",
     "zero_optimization.offload_optimizer.buffer_count": "a whole number above 0",
 }
-"""Options, and whole sections, of speed, memory and logs, and what they are: taken over."""
+"""Options and sections for speed, memory and logging, which are passed through, with their type."""
 _FOLDERS = ("csv_monitor.output_path", "tensorboard.output_path")
-"""Folders that DeepSpeed writes to: in the run folder, whatever the directory that it was started in."""
+"""Folders that DeepSpeed writes to, which are set to the run folder."""
 _NAMES = ("csv_monitor.job_name", "tensorboard.job_name", "flops_profiler.output_file")
-"""Names of files or folders there."""
+"""Names of files or folders in there."""
 _WRITERS = ("csv_monitor", "tensorboard", "flops_profiler")
 """Sections that write files."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -120,13 +120,13 @@ _REFUSED: dict[str, str] = {
     "comet": _TRACKED,
 }
 _SWITCHED = ("bf16", "fp16", "amp", "torch_autocast", "wandb", "comet")
-"""Sections that say nothing unless they are enabled."""
+"""Sections without effect unless enabled."""
 _STAGE_3 = "zero_optimization.stage3_"
-"""Options that stages 1 and 2 do not look at; many a file has them."""
+"""Prefix of options that stages 1 and 2 ignore, but which many files contain."""
 
 
 def conflicts(raw: Mapping[str, Any], ours: Ours) -> Iterator[Problem]:
-    """Yield every option that cannot be taken over, with the reason."""
+    """Yield every option that cannot be passed through, with the reason."""
     yield from _unusable(raw, ours)
     off = {section for section in _SWITCHED if not _is_on(raw.get(section))}
     refused: list[str] = []
@@ -143,27 +143,27 @@ def conflicts(raw: Mapping[str, Any], ours: Ours) -> Iterator[Problem]:
 
 
 def _objection(key: str, value: Any, ours: Ours) -> str | None:
-    """Return what is wrong with an option that has one right value, or that nobody knows; None if nothing is."""
+    """Return what is wrong with an option that has a single allowed value or is unknown; None if it is valid."""
     if key in _SAME:
         name, get = _SAME[key]
-        wrong = f"{_said(value)}, but {name} is {json.dumps(get(ours))}; make them agree, or leave it out here"
+        wrong = f"{_as_json(value)}, but {name} is {json.dumps(get(ours))}; make them agree, or leave it out here"
         return None if _equal(value, get(ours)) else wrong
     if key in _ONLY:
         only, why = _ONLY[key]
-        return None if _equal(value, only) else f"{_said(value)}: {why}; leave it out"
+        return None if _equal(value, only) else f"{_as_json(value)}: {why}; leave it out"
     similar = near(key, [*_SAME, *_ONLY, *_FREE, *_REFUSED], cutoff=0.85)
     hint = f"did you mean {similar}?" if similar else "leave it out"
     return f"not among the options of DeepSpeed that are known to leave what is learned alone; {hint}"
 
 
 def _unusable(raw: Mapping[str, Any], ours: Ours) -> Iterator[Problem]:
-    """Yield every free option that is not what it must be."""
+    """Yield every invalid value of a passed-through option."""
     for key, kind in _FREE.items():
         value = _value_at(raw, key)
         if value in ("auto", None):
             continue
         if not _IS[kind](value):
-            yield Problem(key, f"{_said(value)} is not {kind}")
+            yield Problem(key, f"{_as_json(value)} is not {kind}")
         elif key == "zero_optimization.reduce_bucket_size" and ours.has_uneven_experts:
             yield Problem(
                 key,
@@ -187,9 +187,9 @@ def _unusable(raw: Mapping[str, Any], ours: Ours) -> Iterator[Problem]:
 
 
 def merged(raw: Mapping[str, Any], ours: Mapping[str, Any], *, folder: Path | None) -> dict[str, Any]:
-    """Return DeepSpeed's options that are taken over, under ours; what writes files writes them into a folder.
+    """Return the passed-through options, overridden by ours; files are written into `folder`.
 
-    Without a folder, as in a proof, nothing does.
+    Without a folder, as in `prove`, no files are written.
     """
     result = free_options(raw)
     for section in _WRITERS:
@@ -202,7 +202,7 @@ def merged(raw: Mapping[str, Any], ours: Mapping[str, Any], *, folder: Path | No
 
 
 def _places(section: str, options: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """Return the options that say where a section's files are."""
+    """Return the options for the location of a section's files."""
     if section == "flops_profiler":
         name = options.get("output_file")
         return {"output_file": str(folder / name)} if name else {}
@@ -211,7 +211,7 @@ def _places(section: str, options: Mapping[str, Any], folder: Path) -> dict[str,
 
 
 def free_options(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that no section of ours says anything about."""
+    """Return the passed-through options."""
     result: dict[str, Any] = {}
     for key, value in _leaves(raw):
         if _is_free(key) and value not in ("auto", None):
@@ -228,14 +228,14 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _value_at(values: Any, key: str) -> Any:
-    """Return an option by its dotted key; None if it is not there."""
+    """Return an option by its dotted key; None if it is absent."""
     for part in key.split("."):
         values = values.get(part) if isinstance(values, Mapping) else None
     return values
 
 
-def _said(value: Any) -> str:
-    """Return a value as a JSON file has it, cut to what a message holds."""
+def _as_json(value: Any) -> str:
+    """Return a value as JSON, truncated for messages."""
     text = json.dumps(value)
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 

@@ -1,8 +1,7 @@
-"""DeepSpeed, imported and started around a model: its process groups, its expert groups, its engine.
+"""Import and start of DeepSpeed for a model: its process groups, expert groups and engine.
 
-DeepSpeed looks for expert parameters only in a model that has one of its own MoE layers (without, it dies of them). So
-the model is given one that has no parameters and does nothing, and each expert parameter the two marks that such a
-layer sets on its own.
+DeepSpeed handles expert parameters only in a model that contains one of its own MoE layers, and fails otherwise. So an
+empty one is added to the model, and each expert parameter gets the two attributes that such a layer sets.
 """
 
 import logging
@@ -23,7 +22,7 @@ from trainer.errors import ConfigError, first_line
 
 _MARKER = "deepspeed_expert_marker"
 _TALKATIVE = ("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger")
-"""Options of DeepSpeed whose only effect is a line in its log."""
+"""Options of DeepSpeed that only produce log lines."""
 
 
 def load_deepspeed(device: torch.device) -> Any:
@@ -33,7 +32,7 @@ def load_deepspeed(device: torch.device) -> Any:
         ConfigError: if it is not installed.
     """
     on_cpu = device.type == "cpu"
-    # Read at its first import; else it guesses, with a warning.
+    # Read at its first import; if unset, it guesses with a warning.
     chosen = os.environ.setdefault("DS_ACCELERATOR", device.type)
     if chosen != device.type:
         raise ConfigError(
@@ -45,23 +44,20 @@ def load_deepspeed(device: torch.device) -> Any:
     except ImportError as error:
         raise ConfigError(f"engine.kind: deepspeed: {error}; pip install deepspeed, or use native") from error
     if on_cpu:
-        # A faster sum for ranks of one machine, which it would compile now: half a minute, an error without a compiler.
+        # A faster all-reduce within a machine, which it would compile now: takes half a minute, and needs a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 def join(deepspeed: Any, mesh: Mesh, device: torch.device) -> None:
-    """Give DeepSpeed torch's process group, which must exist.
-
-    What it remembers of another group, of an engine before this one, is forgotten.
-    """
+    """Initialize DeepSpeed with torch's process group, which must exist, and drop references to earlier groups."""
     from deepspeed.comm import comm
     from deepspeed.utils import groups
 
-    # DeepSpeed's own calls of what torch has renamed.
+    # DeepSpeed calls functions that torch has renamed.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     groups._release_process_group_references()
-    # Not a copy, which would wait half an hour for a lost rank.
+    # Not a copy of the group, which would wait half an hour for a lost rank.
     groups._WORLD_GROUP = dist.group.WORLD  # type: ignore[assignment]
     comm.cdb = None
     with _environment(mesh, device):
@@ -76,10 +72,10 @@ def start_engine(
     mesh: Mesh,
     device: torch.device,
 ) -> Any:
-    """Return DeepSpeed's engine around a model whose experts are marked; every rank must call it.
+    """Return DeepSpeed's engine for a model with marked experts. Collective: every rank must call it.
 
     Raises:
-        ConfigError: if DeepSpeed refuses its configuration, or lacks a package for it.
+        ConfigError: if DeepSpeed rejects its configuration, or a package is missing.
     """
     level = logging.INFO if any(config.get(key) for key in _TALKATIVE) else logging.WARNING
     logging.getLogger("DeepSpeed").setLevel(level)
@@ -89,21 +85,21 @@ def start_engine(
             engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=dict(config), dist_init_required=False
             )
-        except (ImportError, ValueError) as error:  # pydantic's errors are of the second kind
+        except (ImportError, ValueError) as error:  # pydantic's errors are ValueErrors
             raise ConfigError(f"engine.deepspeed_config: DeepSpeed refuses it: {first_line(error):.200}") from error
     return engine
 
 
 def release(engine: Any) -> None:
-    """Take DeepSpeed's engine off its model."""
+    """Detach DeepSpeed's engine from its model."""
     engine.module_forward_pre_hook.remove()
     engine.module_forward_post_hook.remove()
     engine.destroy()
 
 
 @contextmanager
-def alone(mesh: Mesh, device: torch.device) -> Iterator[None]:
-    """Give a single process the process group that DeepSpeed cannot do without."""
+def single_process_group(mesh: Mesh, device: torch.device) -> Iterator[None]:
+    """Provide the process group that DeepSpeed needs even in a single process."""
     if mesh.world.size > 1 or dist.is_initialized():
         yield
         return
@@ -119,20 +115,20 @@ def alone(mesh: Mesh, device: torch.device) -> Iterator[None]:
 
 
 def _handle(group: Group) -> dist.ProcessGroup:
-    """Return torch's group of ours; of one rank it is made here."""
+    """Return the torch process group; a group of one rank is created here."""
     if group.size > 1:
         return group.handle
     return cast(dist.ProcessGroup, dist.new_group(list(group.ranks), use_local_synchronization=True))
 
 
 def expert_group_name(mesh: Mesh) -> str:
-    """Return what DeepSpeed calls the groups of ranks that share experts."""
+    """Return DeepSpeed's name for the expert-parallel groups."""
     return f"ep_size_{mesh.layout.ep_size}"
 
 
 @contextmanager
-def marked(model: nn.Module, experts: Sequence[nn.Parameter], mesh: Mesh) -> Iterator[None]:
-    """Say to DeepSpeed which parameters are copied over `mesh.edp` only. Always, also where that is all ranks."""
+def expert_markers(model: nn.Module, experts: Sequence[nn.Parameter], mesh: Mesh) -> Iterator[None]:
+    """Mark the parameters that are replicated over `mesh.edp` only, even if that is all ranks."""
     if not experts:
         yield
         return
@@ -142,14 +138,14 @@ def marked(model: nn.Module, experts: Sequence[nn.Parameter], mesh: Mesh) -> Ite
     name = expert_group_name(mesh)
 
     class ExpertMarker(MoE):
-        """Has no parameters and computes nothing."""
+        """Empty MoE layer, which registers the expert groups."""
 
         def __init__(self) -> None:
             nn.Module.__init__(self)
             self.num_experts, self.ep_size = mesh.layout.ep_size, mesh.layout.ep_size
 
         def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-            """Say which groups they are, when an engine is made around the model."""
+            """Register the groups; DeepSpeed calls this when it creates an engine."""
             groups._EXPERT_PARALLEL_GROUP[name] = _handle(mesh.ep)
             groups._EXPERT_PARALLEL_GROUP_RANKS[name] = list(mesh.ep.ranks)
             groups._EXPERT_DATA_PARALLEL_GROUP[name] = _handle(mesh.edp)
@@ -169,7 +165,7 @@ def marked(model: nn.Module, experts: Sequence[nn.Parameter], mesh: Mesh) -> Ite
 
 @contextmanager
 def _environment(mesh: Mesh, device: torch.device) -> Iterator[None]:
-    """Set what a launcher sets, for as long as DeepSpeed looks for it; what is there already stays."""
+    """Set the variables of a launcher that are missing, while DeepSpeed starts."""
     layout = mesh.layout
     values = {"RANK": layout.rank, "LOCAL_RANK": device.index or 0, "WORLD_SIZE": layout.world_size}
     missing = {key: str(value) for key, value in values.items() if key not in os.environ}

@@ -56,7 +56,7 @@ AGREES = {
 def test_a_file_that_says_the_same_is_taken_over_without_what_is_said_elsewhere() -> None:
     config = _experiment(AGREES, zero_stage=2, train={"dtype": "bfloat16"})
     assert isinstance(config.engine, DeepSpeedEngineConfig)
-    assert config.engine.whole(grad_clip=1.0) == {
+    assert config.engine.resolved(grad_clip=1.0) == {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_allreduce_op": "sum",
@@ -133,12 +133,12 @@ def test_what_deepspeed_writes_is_in_the_run_folder(tmp_path: Path) -> None:
     }
     engine = _experiment(raw).engine
     assert isinstance(engine, DeepSpeedEngineConfig)
-    given = engine.whole(grad_clip=None, folder=tmp_path / "deepspeed")
+    given = engine.resolved(grad_clip=None, folder=tmp_path / "deepspeed")
     assert given["csv_monitor"] == {"enabled": True, "output_path": f"{tmp_path}/deepspeed", "job_name": "csv_monitor"}
     assert given["tensorboard"]["output_path"] == f"{tmp_path}/deepspeed/tensorboard"
     assert given["tensorboard"]["job_name"] == "mine"
     assert given["flops_profiler"]["output_file"] == f"{tmp_path}/deepspeed/flops.txt"
-    nowhere = engine.whole(grad_clip=None)  # as in a proof
+    nowhere = engine.resolved(grad_clip=None)  # as in a proof
     assert not {"csv_monitor", "tensorboard", "flops_profiler", "wandb", "comet"} & nowhere.keys()
     assert not {"wandb", "comet"} & given.keys()
 
@@ -230,8 +230,8 @@ def test_buckets_must_hold_everything_where_ranks_hold_different_numbers_of_expe
 def test_null_says_nothing() -> None:
     config = _experiment({"tensorboard": None, "zero_optimization": {"reduce_bucket_size": None}})
     assert isinstance(config.engine, DeepSpeedEngineConfig)
-    assert config.engine.whole(grad_clip=None)["zero_optimization"] == {"stage": 1}
-    assert "tensorboard" not in config.engine.whole(grad_clip=None)
+    assert config.engine.resolved(grad_clip=None)["zero_optimization"] == {"stage": 1}
+    assert "tensorboard" not in config.engine.resolved(grad_clip=None)
 
 
 def test_a_proof_takes_no_offence_at_what_it_changes_itself() -> None:

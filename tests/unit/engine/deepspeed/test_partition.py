@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainer.engine.deepspeed.partition import Partition, Placed
+from trainer.engine.deepspeed.partition import ParameterSpan, Partition
 
 
 class Room:
@@ -57,24 +57,24 @@ class Seat:
         return torch.cat(parts)
 
 
-def _laid_out(shapes: Sequence[tuple[int, ...]], paddings: Sequence[int]) -> tuple[list[Placed], int]:
-    placed, offset = [], 0
+def _laid_out(shapes: Sequence[tuple[int, ...]], paddings: Sequence[int]) -> tuple[list[ParameterSpan], int]:
+    span, offset = [], 0
     for number, (shape, padding) in enumerate(zip(shapes, paddings, strict=True)):
-        placed.append(Placed(f"p{number}", shape, offset))
-        offset = placed[-1].end + padding
-    return placed, placed[-1].end
+        span.append(ParameterSpan(f"p{number}", shape, offset))
+        offset = span[-1].end + padding
+    return span, span[-1].end
 
 
 def _check(shapes: Sequence[tuple[int, ...]], paddings: Sequence[int], num_ranks: int, spare: int) -> None:
-    placed, end = _laid_out(shapes, paddings)
+    span, end = _laid_out(shapes, paddings)
     size = -(-end // num_ranks) + spare
     line = torch.full((size * num_ranks,), -1.0)
-    whole = {p.name: torch.arange(p.offset, p.end, dtype=torch.float32).view(p.shape) for p in placed}
-    for p in placed:
+    whole = {p.name: torch.arange(p.offset, p.end, dtype=torch.float32).view(p.shape) for p in span}
+    for p in span:
         line[p.offset : p.end] = whole[p.name].view(-1)
 
     def rank(seat: Seat) -> Any:
-        partition = Partition(placed, size, seat)  # type: ignore[arg-type]
+        partition = Partition(span, size, seat)  # type: ignore[arg-type]
         mine = line[seat.index * size : (seat.index + 1) * size].clone()
         fragments = {name: part.clone() for name, part in partition.fragments(mine).items()}
         rows = {name: (part.start, part.tensor.clone()) for name, part in partition.rows(mine).items()}
@@ -96,7 +96,7 @@ def _check(shapes: Sequence[tuple[int, ...]], paddings: Sequence[int], num_ranks
         pieces = [fragments[name] for fragments, _, _ in results if name in fragments]
         assert torch.equal(torch.cat(pieces), tensor.view(-1))
     back = torch.cat([back for _, _, back in results])
-    for p in placed:
+    for p in span:
         assert torch.equal(back[p.offset : p.end], line[p.offset : p.end])
 
 
@@ -128,7 +128,7 @@ def test_it_does_so_wherever_boundaries_fall(shapes: Any, data: st.DataObject, n
 
 
 def test_what_is_whole_here_is_not_copied() -> None:
-    placed, _ = _laid_out([(2, 3), (4,)], [0, 0])
+    span, _ = _laid_out([(2, 3), (4,)], [0, 0])
     flat = torch.arange(10.0)
-    rows = Partition(placed, 10, Seat(Room(1), 0)).rows(flat)  # type: ignore[arg-type]
+    rows = Partition(span, 10, Seat(Room(1), 0)).rows(flat)  # type: ignore[arg-type]
     assert rows["p1"].tensor.data_ptr() == flat[6:].data_ptr()
