@@ -1,4 +1,4 @@
-"""The root of an experiment file, and every rule between its sections. Imports no torch."""
+"""Root of an experiment file, and the rules between its sections. Imports no torch."""
 
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
@@ -21,85 +21,85 @@ from trainer.parallel.config import ParallelConfig
 
 
 class SpikesConfig(Config):
-    """Losses far above those of the steps before: reported, counted in `loss_spikes`, skipped if asked for."""
+    """Losses far above those of recent steps: reported, counted in `loss_spikes` and, optionally, skipped."""
 
     sigmas: Factor | None = 6.0
-    """A spike is a loss above mean + sigmas * standard deviation of the window. Null: nothing is looked for."""
+    """A spike is a loss above mean + sigmas * standard deviation of the window. Null: no detection."""
     window: Annotated[int, Field(gt=0, le=2**20)] = 128
-    """Last losses of steps that were taken; a loss is judged once there are 32 of them."""
+    """Number of recent losses of steps that were taken; no spike is detected before there are 32."""
     skip: bool = False
-    """Skip the step of a spike on all ranks; after `max_consecutive_skips` of them in a row the window starts anew, so
-    that a loss which stays high is taken for what it is."""
+    """Skip the step of a spike on all ranks. After `max_consecutive_skips` in a row the window restarts, so that a loss
+    that stays high is accepted."""
 
     def problems(self) -> Iterator[Problem]:
-        """Refuse a window that no loss is ever judged by, and skipping what is not looked for."""
+        """Check that the window can detect spikes, and that skipping has something to skip."""
         if self.window < 32:
-            yield Problem("window", f"{self.window} losses are too few to tell what is usual; use at least 32")
+            yield Problem("window", f"{self.window} losses are too few to detect spikes; use at least 32")
         if self.skip and self.sigmas is None:
-            yield Problem("skip", "true, but sigmas is null, so that no loss is a spike; set sigmas, or skip: false")
+            yield Problem("skip", "true, but sigmas is null, so no loss is a spike; set sigmas, or skip: false")
 
 
 class TrainConfig(Config):
-    """Length and precision of the training."""
+    """Length and precision of training."""
 
     steps: Steps = 2000
     """Optimizer steps."""
     global_batch_size: Rows = 64
     """Sequences in one optimizer step, over all ranks and micro-batches."""
     grad_clip: Annotated[float, Field(gt=0, le=1e30)] | None = 1.0
-    """Largest 2-norm of the whole gradient. Null: not clipped, still measured."""
+    """Largest 2-norm of the whole gradient. Null: measured but not clipped."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Precision of the matrix products. Parameters and optimizer state are float32 (float64 under float64)."""
+    """Precision of matrix products. Parameters and optimizer state are float32 (float64 with float64)."""
     max_consecutive_skips: Count = 5
-    """Stop after this many steps without a finite loss and gradient since the last step that was taken."""
+    """Stop after this many non-finite steps since the last step that was taken."""
     spikes: SpikesConfig = SpikesConfig()
-    """Losses far above those before."""
+    """Detection of loss spikes."""
 
 
 class EvalConfig(Config):
-    """When and on what to evaluate: held-out text, and tasks."""
+    """When and what to evaluate: held-out text and tasks."""
 
     every: Count | None = 200
-    """Steps between evaluations; there is one at the end as well. Null: only at the end."""
+    """Steps between evaluations; the last step is always evaluated. Null: only the last step."""
     max_tokens_per_domain: Count | None = 65536
-    """Evenly spaced rows of at most this many tokens in each domain. Null: the whole held-out text."""
+    """Token budget of each domain, spent on evenly spaced rows. Null: the whole held-out text."""
     at_capacity: bool = True
-    """If the model has a capacity, evaluate a second time with it (`eval/loss_capacity`)."""
+    """If the model has a capacity, also evaluate with it (`eval/loss_capacity`)."""
     tasks: list[AnyTaskConfig] = Field(default=[])
-    """Questions with known answers, from rows of their own."""
+    """Tasks: questions with known answers, from separate rows."""
 
     def problems(self) -> Iterator[Problem]:
-        """Refuse two tasks of one name."""
+        """Require distinct names of tasks."""
         for twice in repeated(task.name for task in self.tasks):
             yield Problem("tasks", f"two tasks have the name {twice}; give each its own `name`")
 
 
 class CheckpointConfig(Config):
-    """When to save, and how many checkpoints to keep."""
+    """When to save, and which checkpoints to keep."""
 
     every: Count | None = 500
-    """Steps between checkpoints; there is one at the end as well. Null: only at the end."""
+    """Steps between checkpoints; the last step is always saved. Null: only the last step."""
     keep: Annotated[int, Field(ge=2, le=MAX_INT)] = 3
-    """Newest sound checkpoints to keep: at least two, so that a damaged one is not the last."""
+    """Number of newest intact checkpoints to keep: at least two, in case one is damaged."""
     keep_every: Count | None = None
-    """Checkpoints of steps that are a multiple of this stay for ever. Null: none does."""
+    """Keep checkpoints of steps that are a multiple of this forever. Null: none."""
     retry_s: Seconds = 600.0
-    """Seconds for which a save that has to be, at the end or before a stop, is tried again if the disk refuses it."""
+    """How long to retry the final save after a disk error, in seconds."""
     asynchronous: bool = True
-    """Write in the background, from a copy of the state in memory. False: the loop waits, without a copy."""
+    """Write in the background, from a copy of the state in memory. False: training waits, and no copy is made."""
 
 
 class ExperimentConfig(Config):
-    """One run, whole: what is learned (`model` to `train`) and where (`parallel`, `engine`)."""
+    """A run: what is learned (`model` to `train`), and where (`parallel`, `engine`)."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
     """Name of the run; its folder is RUNS_DIR/NAME."""
     runs_dir: PathText = "runs"
     """Folder of all runs."""
     prepare: Annotated[str, Field(min_length=1, max_length=500, pattern=LINE_PATTERN)] | None = None
-    """Command that makes the files this config reads, for people: an error about a file that is missing names it."""
+    """Command that creates the files this config reads; errors about missing files name it."""
     seed: Whole = 1337
-    """Initial weights, order of the data and all noise are functions of it."""
+    """Seed of initial weights, data order and all noise."""
     model: ModelConfig = ModelConfig()
     """Model architecture."""
     data: DataConfig = DataConfig()
@@ -109,11 +109,11 @@ class ExperimentConfig(Config):
     schedule: ScheduleConfig = WarmupCosineConfig()
     """The learning rate."""
     train: TrainConfig = TrainConfig()
-    """Length and precision of the training."""
+    """Length and precision of training."""
     eval: EvalConfig = EvalConfig()
     """Evaluation on held-out text."""
     parallel: ParallelConfig = ParallelConfig()
-    """Placement over ranks and devices."""
+    """Parallelism and devices."""
     engine: EngineConfig = NativeEngineConfig()
     """Engine that performs the optimizer steps."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -121,7 +121,7 @@ class ExperimentConfig(Config):
     metrics: MetricsConfig = MetricsConfig()
     """Metrics and trackers."""
     profile: ProfileConfig | None = None
-    """Steps to look at with torch's profiler. Null: none."""
+    """Steps to record with torch's profiler. Null: none."""
 
     def problems(self) -> Iterator[Problem]:
         """Check the sections against each other."""
@@ -129,7 +129,7 @@ class ExperimentConfig(Config):
         if isinstance(warmup, int) and warmup >= steps:
             yield Problem(
                 "schedule.warmup_steps",
-                f"{warmup} does not fit in train.steps {steps}; use at most {steps - 1}, or a share of the run: "
+                f"{warmup} does not fit in train.steps {steps}; use at most {steps - 1}, or a fraction of the run: "
                 "schedule.warmup_steps=0.1",
             )
         domains = [
@@ -138,7 +138,7 @@ class ExperimentConfig(Config):
             for domain in (source.domains if isinstance(source, InstalledSourceConfig) else [source.domain])
         ]
         for domain in repeated(domains):
-            yield Problem("data.sources", f"two sources are of domain {domain}; give each its own `domain`")
+            yield Problem("data.sources", f"two sources have domain {domain}; give each its own `domain`")
         yield from self._task_problems(domains)
         yield from self._routing_gap_problems()
         if self.profile is not None and self.profile.last > steps:
@@ -155,11 +155,11 @@ class ExperimentConfig(Config):
         moe = self.model.moe
         if self.metrics.routing_gap_every is None or (moe is not None and moe.router.has_probs):
             return
-        what = "the model is dense (model.moe: null)" if moe is None else f"{moe.router.kind} scores no experts"
-        yield Problem("metrics.routing_gap_every", f"{what}, so no choice can be compared with a better one; use null")
+        reason = "the model is dense (model.moe: null)" if moe is None else f"{moe.router.kind} computes no scores"
+        yield Problem("metrics.routing_gap_every", f"{reason}, so routing has no optimum to compare with; use null")
 
     def _task_problems(self, domains: Sequence[str]) -> Iterator[Problem]:
-        """Check evaluation tasks against the model's rows, and against domains, with which they share eval/NAME."""
+        """Check evaluation tasks against the sequence length and the domains, which also use the key eval/NAME."""
         for index, task in enumerate(self.eval.tasks):
             for problem in task.problems_in(self.model.seq_len):
                 yield Problem(f"eval.tasks.{index}.{problem.key}", problem.message)
@@ -167,7 +167,7 @@ class ExperimentConfig(Config):
                 yield Problem(f"eval.tasks.{index}.name", f"{task.name} is a domain of data.sources; use another name")
 
     def _dispatcher_problems(self) -> Iterator[Problem]:
-        """Check who moves rows against how many there can be."""
+        """Check the dispatcher against the number of experts and ranks."""
         moe, ep_size, kind = self.model.moe, self.parallel.ep_size, self.parallel.dispatcher.kind
         if moe is None:
             if ep_size > 1:
@@ -183,11 +183,13 @@ class ExperimentConfig(Config):
         if isinstance(dispatcher, ExchangeOptions) and 0 < least < dispatcher.chunks:
             yield Problem(
                 "parallel.dispatcher.chunks",
-                f"{dispatcher.chunks} parts, and a rank may have only {least} experts ({moe.num_experts} over ep_size "
+                f"{dispatcher.chunks} chunks, and a rank may have only {least} experts ({moe.num_experts} over ep_size "
                 f"{ep_size}); use at most {least}",
             )
         if kind == "local" and ep_size > 1:
-            yield Problem("parallel.dispatcher.kind", f"local sends nothing; with ep_size {ep_size} use all_to_all")
+            yield Problem(
+                "parallel.dispatcher.kind", f"local does not communicate; with ep_size {ep_size} use all_to_all"
+            )
         if kind == "padded_all_to_all" and moe.capacity.factor is None:
             yield Problem(
                 "parallel.dispatcher.kind",
@@ -196,12 +198,12 @@ class ExperimentConfig(Config):
             )
 
     def _kernel_problems(self) -> Iterator[Problem]:
-        """Refuse an experts kernel that has no code for this dtype or shape."""
+        """Check that the experts kernel supports the dtype and shapes."""
         moe, dtype = self.model.moe, self.train.dtype
         if moe is None or self.parallel.experts_kernel != "grouped":
             return
         if dtype == "float64":
-            yield Problem("parallel.experts_kernel", "grouped has no float64; use auto")
+            yield Problem("parallel.experts_kernel", "grouped does not support float64; use auto")
             return
         multiple = 8 if dtype == "bfloat16" else 4
         for key, width in (("model.d_model", self.model.d_model), ("model.moe.d_ff", moe.d_ff)):
@@ -212,14 +214,12 @@ class ExperimentConfig(Config):
                 )
 
     def _deepspeed_problems(self) -> Iterator[Problem]:
-        """Check DeepSpeed's own options against the sections that say the same things."""
+        """Check DeepSpeed's options against the sections that they repeat."""
         engine = self.engine
         if not isinstance(engine, DeepSpeedEngineConfig):
             return
         if self.parallel.data == "shard":
-            yield Problem(
-                "parallel.data", "shard is FSDP2's, and DeepSpeed cuts by itself (engine.zero_stage); use replicate"
-            )
+            yield Problem("parallel.data", "shard is FSDP2's, and DeepSpeed shards by engine.zero_stage; use replicate")
         if self.train.dtype == "float64":
             yield Problem("train.dtype", "float64: DeepSpeed sums gradients in float32; use engine.kind native")
         ours = Ours(

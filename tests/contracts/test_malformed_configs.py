@@ -21,7 +21,7 @@ NAMED = "name: x\n"
 ROUTERS = ", ".join(router.model_fields["kind"].default for router in get_args(get_args(RouterConfig)[0]))
 SOURCES = ", ".join(source.model_fields["kind"].default for source in get_args(get_args(SourceConfig)[0]))
 TOKENIZERS = ", ".join(kind.model_fields["kind"].default for kind in get_args(get_args(TokenizerConfig)[0]))
-AS_SHARE = ", or a share of the run: schedule.warmup_steps=0.1"
+AS_SHARE = ", or a fraction of the run: schedule.warmup_steps=0.1"
 NAME_RULE = "letters, digits, '.', '_' and '-', starting with a letter or a digit"
 ALIAS_BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
@@ -146,14 +146,14 @@ CASES = [
          ["x.yaml:3:12: parallel.ep_size: 2, but the model is dense (model.moe: null); use 1"]),
     Case("a dispatcher that sends nothing",
          "name: x\nparallel: {ep_size: 2, dispatcher: {kind: local}}\n",
-         ["x.yaml:2:37: parallel.dispatcher.kind: local sends nothing; with ep_size 2 use all_to_all"]),
+         ["x.yaml:2:37: parallel.dispatcher.kind: local does not communicate; with ep_size 2 use all_to_all"]),
     Case("buffers of a capacity that is not there",
          "name: x\nparallel: {dispatcher: {kind: padded_all_to_all}}\n",
          ["x.yaml:2:25: parallel.dispatcher.kind: padded_all_to_all sends capacity-sized buffers, and "
           "model.moe.capacity.factor is null (dropless); use all_to_all, or set a factor"]),
     Case("more chunks than experts of a rank",
          "name: x\nparallel: {ep_size: 3, dispatcher: {kind: all_to_all, chunks: 3}}\n",
-         ["x.yaml:2:55: parallel.dispatcher.chunks: 3 parts, and a rank may have only 2 experts (8 over ep_size 3); "
+         ["x.yaml:2:55: parallel.dispatcher.chunks: 3 chunks, and a rank may have only 2 experts (8 over ep_size 3); "
           "use at most 2"]),
     Case("weights neither copied nor cut",
          "name: x\nparallel: {data: zero}\n",
@@ -163,10 +163,10 @@ CASES = [
          ["x.yaml:2:32: parallel.check_copies_every: must be more than 0, got 0"]),
     Case("a window in which nothing is judged",
          "name: x\ntrain: {spikes: {window: 16}}\n",
-         ["x.yaml:2:18: train.spikes.window: 16 losses are too few to tell what is usual; use at least 32"]),
+         ["x.yaml:2:18: train.spikes.window: 16 losses are too few to detect spikes; use at least 32"]),
     Case("spikes skipped and not looked for",
          "name: x\ntrain: {spikes: {sigmas: null, skip: true}}\n",
-         ["x.yaml:2:32: train.spikes.skip: true, but sigmas is null, so that no loss is a spike; set sigmas, or "
+         ["x.yaml:2:32: train.spikes.skip: true, but sigmas is null, so no loss is a spike; set sigmas, or "
           "skip: false"]),
     Case("a mode of wandb that there is not",
          "name: x\nmetrics: {wandb: {mode: live}}\n",
@@ -511,12 +511,12 @@ CASES = [
            "use more than 0, or evaluation_routing: as_trained")]),
     Case("the gap of a router without scores",
          "name: x\nmodel: {moe: {router: {kind: hash}}}\nmetrics: {routing_gap_every: 5}\n",
-         [("x.yaml:3:11: metrics.routing_gap_every: hash scores no experts, so no choice can be compared with a "
-           "better one; use null")]),
+         [("x.yaml:3:11: metrics.routing_gap_every: hash computes no scores, so routing has no optimum to "
+           "compare with; use null")]),
     Case("the gap of a dense model",
          "name: x\nmodel: {moe: null}\nmetrics: {routing_gap_every: 5}\n",
-         [("x.yaml:3:11: metrics.routing_gap_every: the model is dense (model.moe: null), so no choice can be "
-           "compared with a better one; use null")]),
+         [("x.yaml:3:11: metrics.routing_gap_every: the model is dense (model.moe: null), so routing has no "
+           "optimum to compare with; use null")]),
     Case("groups that do not divide",
          "name: x\nmodel: {moe: {num_experts: 8, router: {kind: group_limited, groups: 3}}}\n",
          [("x.yaml:2:61: model.moe.router.groups: 3 does not divide num_experts 8; use one of 1, 2, "
@@ -676,7 +676,7 @@ CASES = [
            "its choices, not round_robin; use canonical")]),
     Case("two sources of one domain",
          "name: x\ndata:\n  sources:\n    - {kind: text, path: a.txt}\n    - {kind: text, path: b.txt}\n",
-         ["x.yaml:3:3: data.sources: two sources are of domain text; give each its own `domain`"]),
+         ["x.yaml:3:3: data.sources: two sources have domain text; give each its own `domain`"]),
     Case("a domain twice in one source",
          "name: x\ndata:\n  sources:\n    - kind: installed\n      domains: [cpp, cpp]\n",
          ["x.yaml:5:7: data.sources.0.domains: cpp is named twice; name each domain once"]),
@@ -1015,7 +1015,7 @@ CASES = [
           "train.dtype: bfloat16 keeps them in float32; leave it out",
           "x.yaml:7:25: engine.deepspeed_config.zero_optimization.overlap_com: not among the options of DeepSpeed that "
           "are known to leave what is learned alone; did you mean zero_optimization.overlap_comm?",
-          "x.yaml:8:12: parallel.data: shard is FSDP2's, and DeepSpeed cuts by itself (engine.zero_stage); use "
+          "x.yaml:8:12: parallel.data: shard is FSDP2's, and DeepSpeed shards by engine.zero_stage; use "
           "replicate",
           "x.yaml:9:9: train.dtype: float64: DeepSpeed sums gradients in float32; use engine.kind native"]),
     Case("override: unknown kind",

@@ -263,7 +263,7 @@ BAD_CONFIGS = {
     ),
     "a kernel without that dtype": (
         ["parallel.experts_kernel=grouped", "train.dtype=float64"],
-        r"parallel\.experts_kernel: grouped has no float64; use auto",
+        r"parallel\.experts_kernel: grouped does not support float64; use auto",
     ),
     "negative capacity": (["model.moe.capacity.factor=-1"], r"capacity\.factor: must be more than 0, got -1"),
 }
