@@ -59,12 +59,7 @@ class StatusFile:
     """Writes one rank's status. Disk errors are ignored, so that they never stop training."""
 
     def __init__(self, folder: Path, *, rank: int) -> None:
-        """Prepare; nothing is written before the first `enter`, since the folder may still belong to another run.
-
-        Args:
-            folder: of the status files.
-            rank: of this process.
-        """
+        """Prepare; nothing is written before the first `enter`, since the folder may still belong to another run."""
         self.path = folder / f"rank{rank:05d}.json"
         self.status = Status(
             attempt=os.environ.get(ATTEMPT, ""),
@@ -128,12 +123,7 @@ def read_statuses(folder: Path, attempt: str) -> dict[int, Status]:
 
 
 def remove_others(folder: Path, *, world_size: int) -> None:
-    """Remove the status files of ranks that no longer exist.
-
-    Args:
-        folder: of the status files.
-        world_size: current number of ranks.
-    """
+    """Remove the status files of ranks that do not exist in a run of `world_size` ranks."""
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
             if _NAME.fullmatch(path.name) and int(path.stem.removeprefix("rank")) >= world_size:

@@ -3,40 +3,28 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
-
-import torch
+from typing import NamedTuple
 
 from trainer.checkpoint.coverage import missing_moments, partition_error
-from trainer.checkpoint.state import Slice, TrainState
+from trainer.checkpoint.manifest import DTYPES, DType
+from trainer.checkpoint.state import TrainState
 from trainer.errors import CheckpointError
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Metadata of one rank's part of a tensor."""
+class Placement(NamedTuple):
+    """Metadata of one rank's part of a tensor; JSON-serialisable."""
 
     start: int
     length: int
-    shape: tuple[int, ...]
+    shape: Sequence[int]
     """Shape of the global tensor."""
-    dtype: torch.dtype
+    dtype: DType
     is_of_experts: bool
 
-    @classmethod
-    def of(cls, part: Slice) -> "Placement":
-        """Return the placement of a slice."""
-        return cls(part.start, part.length, part.global_shape, part.tensor.dtype, part.is_of_experts)
-
-    def to_plain(self) -> list[Any]:
-        """Return JSON values for another rank."""
-        return [self.start, self.length, list(self.shape), str(self.dtype).removeprefix("torch."), self.is_of_experts]
-
-    @classmethod
-    def of_plain(cls, value: Sequence[Any]) -> "Placement":
-        """Return the placement that another rank sent."""
-        start, length, shape, dtype, is_of_experts = value
-        return cls(start, length, tuple(shape), getattr(torch, dtype), is_of_experts)
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of one index of dimension 0."""
+        return prod(self.shape[1:]) * DTYPES[self.dtype][0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +49,24 @@ class SavePlan:
         """Return the names of the tensors that a rank writes a part of."""
         return [name for name, parts in self.parts.items() if any(part.rank == rank for part in parts)]
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(part.length * self.places[name].index_bytes for name, parts in self.parts.items() for part in parts)
+
 
 def local_placements(state: TrainState) -> dict[str, Placement]:
     """Return the placements of this rank's slices."""
-    return {name: Placement.of(part) for name, part in state.slices.items()}
+    return {
+        name: Placement(
+            part.start,
+            part.length,
+            part.global_shape,
+            str(part.tensor.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+            part.is_of_experts,
+        )
+        for name, part in state.slices.items()
+    }
 
 
 def plan_save(held: Sequence[Mapping[str, Placement]]) -> SavePlan:
@@ -101,7 +103,7 @@ def plan_save(held: Sequence[Mapping[str, Placement]]) -> SavePlan:
         parts[name] = []
         for (start, length), ranks in sorted(holders.items()):
             writer = min(ranks, key=lambda rank: (load[rank], rank))
-            load[writer] += length * prod(shape[1:]) * places[name].dtype.itemsize
+            load[writer] += length * places[name].index_bytes
             parts[name].append(StatePart(writer, start, length))
     experts = [name for name, place in places.items() if place.is_of_experts]
     missing = next(missing_moments({name: place.shape for name, place in places.items()}, experts), None)

@@ -208,11 +208,7 @@ class RunFolder:
 
         Candidates are the recorded directory, the one at the same relative path from the run folder, in case run and
         text were moved together, and the one that makes the run folder RUNS_DIR/NAME. The current directory is
-        preferred if it is one of them, as with a copy of run and text.
-
-        Args:
-            runs_dir: of the run's config.
-            name: of the run's config.
+        preferred if it is one of them, as with a copy of run and text. `runs_dir` and `name` are the run's.
         """
         here, own = self.path.absolute(), Path(runs_dir, name)
         there = self.recorded_directories()

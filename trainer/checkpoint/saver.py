@@ -103,9 +103,8 @@ class Saver:
         self.close()
         began = time.perf_counter()
         if self._plan is None:  # placement does not change within a run
-            local = {name: place.to_plain() for name, place in local_placements(state).items()}
-            gathered = self._mesh.world.all_gather_objects(local)
-            self._plan = plan_save([{name: Placement.of_plain(at) for name, at in held.items()} for held in gathered])
+            gathered = self._mesh.world.all_gather_objects(local_placements(state))
+            self._plan = plan_save([{name: Placement(*values) for name, values in held.items()} for held in gathered])
         fault_injection.hit("save.planned")
         names = self._plan.of_rank(self._mesh.layout.rank)
         check_finite({name: state.slices[name] for name in names}, self._mesh.world, self.folder, step=step)
@@ -116,7 +115,7 @@ class Saver:
             values=dict(state.values),
             run=dict(run),
             prunes=prunes,
-            needed_bytes=sum(p.dtype.itemsize * _numel(p.shape) for p in self._plan.places.values()),
+            needed_bytes=self._plan.size_bytes,
         )
         if any(part.tensor.is_cuda for part in state.slices.values()):
             torch.cuda.synchronize()
@@ -221,7 +220,7 @@ class Saver:
         temporary = self.folder.temporary(job.step)
         tensors = {
             name: StoredTensor(
-                dtype=str(place.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+                dtype=place.dtype,
                 shape=list(place.shape),
                 is_of_experts=place.is_of_experts,
                 slices=[
@@ -276,7 +275,3 @@ def _wait_for(folder: Path) -> None:
     end = time.monotonic() + VISIBLE_S
     while not folder.is_dir() and time.monotonic() < end:
         time.sleep(0.05)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()

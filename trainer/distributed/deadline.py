@@ -11,13 +11,7 @@ from trainer.terminal import print_safe
 
 @contextmanager
 def exit_after(seconds: float, message: str, exit_code: int) -> Iterator[None]:
-    """Run a block; if it takes longer than `seconds`, print a message and exit the process.
-
-    Args:
-        seconds: longest time for the block.
-        message: printed on timeout.
-        exit_code: of the process.
-    """
+    """Run a block; if it takes longer than `seconds`, print a message and exit the process."""
     timer = threading.Timer(seconds, exit_now, [message, exit_code])
     timer.daemon = True
     timer.start()

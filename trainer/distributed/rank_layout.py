@@ -30,11 +30,6 @@ class Layout:
     """Ranks on each node."""
 
     @property
-    def edp_size(self) -> int:
-        """Copies of the experts."""
-        return self.world_size // self.ep_size
-
-    @property
     def ep_rank(self) -> int:
         """Index of this rank among those that shard its copy of the experts."""
         return self.rank % self.ep_size

@@ -3,11 +3,11 @@
 import itertools
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.checkpoint.coverage import partition_error
+from trainer.checkpoint.manifest import DType
 from trainer.checkpoint.plan import Placement, StatePart, plan_save
 from trainer.errors import CheckpointError
 
@@ -16,7 +16,7 @@ def _place(
     start: int,
     length: int,
     shape: tuple[int, ...] = (6, 2),
-    dtype: torch.dtype = torch.float32,
+    dtype: DType = "float32",
     is_of_experts: bool = False,
 ) -> Placement:
     return Placement(start, length, shape, dtype, is_of_experts)
@@ -65,7 +65,7 @@ def test_experts_with_both_moments_are_whole() -> None:
         ([{"x": _place(0, 2)}, {"x": _place(0, 2)}], "x: not saved: indices 2 to 5 of 6 are missing"),
         ([{"x": _place(0, 4)}, {"x": _place(3, 3)}], "x: not saved: indices 3 to 3 are there twice"),
         ([{"x": _place(0, 7)}], "x: not saved: it reaches to 7 of 6"),
-        ([{"x": _place(0, 6)}, {"x": _place(0, 6, dtype=torch.float64)}], "x: ranks disagree"),
+        ([{"x": _place(0, 6)}, {"x": _place(0, 6, dtype="float64")}], "x: ranks disagree"),
         (
             [{n: p for n, p in _with_moments().items() if n != "optim.exp_avg_sq.w"}],
             "optim.exp_avg_sq.w of [6, 2] is missing",

@@ -6,7 +6,7 @@ Two equal experts were seeded or sharded wrongly (FastMoE #4) and stay equal, si
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class VerifyReport:
 
     def record(self) -> dict[str, Any]:
         """Return JSON values."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return asdict(self)
 
 
 def verify_checkpoint(folder: CheckpointFolder, step: int) -> VerifyReport:
