@@ -205,6 +205,15 @@ def test_architecture_draws_the_layers_that_are_enforced():
     assert [re.split(r"\s{2,}", line)[0] for line in drawn] == [layer for layer in enforced if layer]
 
 
+def test_modules_that_architecture_names_with_dots_exist():
+    rooms = {path.stem for path in (ROOT / "trainer").iterdir()}
+    for name in re.findall(r"\b[a-z_]+(?:\.[a-z_]+)+\b", (ROOT / "ARCHITECTURE.md").read_text()):
+        first, second, *rest = name.split(".")
+        if first in rooms and second not in ("py", "md", "yaml"):
+            module = importlib.import_module(f"trainer.{first}.{second}")
+            assert not rest or hasattr(module, rest[0]), name
+
+
 def test_the_config_reference_is_current():
     text = config_reference.PAGE.read_text()
     assert config_reference.page(text) == text, "run `python -m scripts.config_reference`"
