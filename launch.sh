@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Trains from a fresh clone: prepares the environment (scripts/setup.sh), then runs `python -m trainer launch`.
+# Train from a fresh clone: prepare the environment (scripts/setup.sh), then run `python -m trainer launch`.
 set -euo pipefail
 
 usage() {
     cat <<'TEXT'
 usage: ./launch.sh [CONFIG] [a.b=c ...]
 
-Train as CONFIG says (default: configs/quickstart.yaml), with overrides such as train.steps=40.
-A run continues by itself from the newest checkpoint of its run folder. It is started again after a failure that may
-pass (1, 5, 7, a killed process), until three restarts have made no progress. SIGTERM, SIGUSR1, SIGHUP or Ctrl-C: it
-finishes the step, saves and exits with 75. The first call makes .venv.
+Train CONFIG (default: configs/quickstart.yaml) with overrides such as train.steps=40.
+The run resumes from the newest checkpoint of its run folder. It restarts after a failure that may be transient (exit
+codes 1, 5 and 7, a killed process) until three restarts in a row have made no progress. On SIGTERM, SIGUSR1, SIGHUP
+or Ctrl-C it finishes the step, saves and exits with 75. The first call creates .venv.
 
 environment:
-  TURNOUT_PYTHON    the Python to use; an active environment that has torch is used as it is (see scripts/setup.sh)
+  TURNOUT_PYTHON    the Python to use; an active environment with torch is used and its torch kept (scripts/setup.sh)
   NPROC             ranks on this machine (default 1), such as NPROC=2 ./launch.sh CONFIG parallel.ep_size=2
   NNODES            machines (default 1); then also NODE_RANK, MASTER_ADDR and, if 29500 is taken, MASTER_PORT
-  OMP_NUM_THREADS   threads of each rank (default: the cores it may use, shared out)
+  OMP_NUM_THREADS   threads of each rank (default: the cores divided by the ranks)
 
-exit codes, of any number of ranks: 0 ok, 1 set-up failed or a bug, 2 config, 3 data, 4 checkpoint, 5 communication,
-6 numerics, 7 resources, 75 stopped, nothing lost, 128 + n killed by signal n
+exit codes, for any number of ranks: 0 ok, 1 set-up failed or a bug, 2 config, 3 data, 4 checkpoint, 5 communication,
+6 numerics, 7 resources, 75 stopped and saved, 128 + n killed by signal n
 TEXT
 }
 
@@ -60,7 +60,7 @@ python="$("$root/scripts/setup.sh" launch)"
 
 if [ -z "${OMP_NUM_THREADS:-}" ]; then
     threads="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
-    # Two threads of one core share its arithmetic units: count cores where the system tells them from threads.
+    # Two threads of one core share its arithmetic units, so count cores if lscpu can.
     cores="$(lscpu -p=CORE,SOCKET 2>/dev/null | grep -v '^#' | sort -u | wc -l)" || cores=0
     if [ "$cores" -gt 0 ] && [ "$cores" -lt "$threads" ]; then threads="$cores"; fi
     threads=$((threads / nproc))
@@ -68,5 +68,5 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
     export OMP_NUM_THREADS="$threads"
 fi
 
-# -P: the caller's folder may hold another trainer/. The rest of the environment above is read there.
+# -P: the caller's folder may hold another trainer/. `launch` reads NPROC and the other variables itself.
 exec "$python" -P -m trainer launch "$config" "$@"

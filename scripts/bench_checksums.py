@@ -1,4 +1,4 @@
-"""Measure what comparing the token cache with its checksums costs: the hash by itself, and beside a training run.
+"""Measure the cost of verifying the token cache's checksums: hashing alone, and during training.
 
 python scripts/bench_checksums.py configs/quickstart.yaml [a.b=c ...]
 """

@@ -1,4 +1,4 @@
-"""Measure what comparing copies costs beside the steps of a config.
+"""Measure the cost of comparing replicated tensors relative to the steps of a config.
 
 torchrun --nproc-per-node 2 scripts/bench_copies.py configs/quickstart.yaml [a.b=c ...]
 """

@@ -42,7 +42,7 @@ CONTENDERS = ("native", "DeepSpeed engine, ZeRO 1", "DeepSpeed engine, ZeRO 2", 
 
 
 def make_batches(config: ExperimentConfig, rank: int, world_size: int) -> list[Batch]:
-    """Random tokens: this rank's micro-batches of one step."""
+    """Return this rank's micro-batches of one step, of random tokens."""
     rows, size, S = config.train.global_batch_size // world_size, config.parallel.micro_batch_size, config.model.seq_len
     draw = torch.Generator().manual_seed(rank)
     text = torch.randint(0, 256, (rows, S + 1), generator=draw)
@@ -73,7 +73,7 @@ class TheirExpert(nn.Module):
 
 
 class TheirModel(nn.Module):
-    """Our transformer around their MoE layers."""
+    """Transformer of this project with DeepSpeed's MoE layers."""
 
     def __init__(self, model: GPT, config: ExperimentConfig, ep_size: int) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ def our_steps(config: ExperimentConfig, mesh: Mesh, batches: list[Batch], stage:
 
 
 def contend(pipe: Connection, config: ExperimentConfig, contender: str, rank: int, world_size: int, store: str) -> None:
-    """Be a rank of a contender: take as many steps as one is told, and say how long they took."""
+    """Run one rank of a contender: take the requested number of steps and report their seconds."""
     import os
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}

@@ -1,4 +1,4 @@
-"""Measure what whole documents cost: packing them, many domains, and attention that stays within them.
+"""Measure the cost of whole documents: packing, many domains, and the document mask.
 
     python scripts/bench_documents.py                                        packing, and a thousand domains
     python scripts/bench_documents.py CONFIG [a.b=c ...] [--rounds 12]       steps under both kinds of attention
@@ -33,7 +33,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 WARMUP = 3
 LENGTHS = {"median 55": (4.0, 1.0), "median 245": (5.5, 1.2), "median 1800": (7.5, 1.0)}
-"""Of log-normal distributions of tokens in a document: mean and deviation of the logarithm."""
+"""Mean and standard deviation of the logarithm of a document's number of tokens (log-normal)."""
 
 
 def main() -> None:
@@ -100,7 +100,7 @@ def random_text(generator: np.random.Generator, num_documents: int) -> TokenFile
 
 
 def measure_steps(path: Path, overrides: list[str], rounds: int) -> None:
-    """Take steps in turn."""
+    """Take steps of all variants in turn."""
     steps = {}
     for within in ("row", "document"):
         mask = f"model.document_mask={str(within == 'document').lower()}"
@@ -132,7 +132,7 @@ def measure_steps(path: Path, overrides: list[str], rounds: int) -> None:
 
 
 def timed(work: Callable[P, T], *args: P.args, **options: P.kwargs) -> tuple[T, float]:
-    """Return what `work` does, and the seconds of processor time that it took."""
+    """Return the result of `work` and its CPU seconds."""
     start = time.process_time()
     result = work(*args, **options)
     return result, time.process_time() - start

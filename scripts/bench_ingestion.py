@@ -52,7 +52,7 @@ SOURCES: dict[str, SourceConfig] = {
 
 
 def write(num_bytes: int) -> None:
-    """Write the same text in every form, but for that of short rows, which are a quarter of it."""
+    """Write the same text in every format; the format of short records gets a quarter of it."""
     words = " ".join(d.text for d in InstalledSourceConfig(domains=["cpp"]).build().documents()).split()
     rows = list(pieces(words, num_bytes, length=190))
     Path("all.txt").write_text("\n".join(rows))

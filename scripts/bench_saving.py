@@ -1,4 +1,4 @@
-"""What saving costs: blocks of steps with and without a save at their start, by turns, in one run.
+"""Measure the cost of saving: alternating blocks of steps, with and without a save at their start, in one run.
 
     OMP_NUM_THREADS=2 python scripts/bench_saving.py configs/quickstart.yaml --rounds 6
 
@@ -25,7 +25,7 @@ from trainer.training.setup import build_run
 
 
 def block(run: Run, num_steps: int, *, saves: bool) -> tuple[float, Saved | None]:
-    """Take steps, beginning with a save where asked for; return the seconds of all of it, and how the save went."""
+    """Take steps, after starting a save if asked; return the total seconds and the outcome of the save."""
     began, saved = time.perf_counter(), None
     if saves:
         run.saver.start(run.start_step, run.engine.state(), run.checkpoint_info())

@@ -81,7 +81,7 @@ def report(dtype: str, seconds: dict[str, list[float]]) -> None:
 
 
 def worker(name: str, dtype: str, pipe: Connection) -> None:
-    """Take a step whenever told to, and say how long it took."""
+    """Take a step on request and report its seconds."""
     import torch
 
     from trainer.distributed.runtime import keep_freed_memory

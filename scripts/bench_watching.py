@@ -1,4 +1,4 @@
-"""Measure what it costs to know where the time of a step goes.
+"""Measure the cost of the step timer and the flight recorder.
 
 torchrun --nproc-per-node 2 scripts/bench_watching.py configs/quickstart.yaml [a.b=c ...]
 """
@@ -23,7 +23,7 @@ from trainer.training.model import build_model, numerics, resolve_kernel
 
 
 class Counting:
-    """A clock that counts how often it is looked at."""
+    """Clock that counts its reads."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock, self.looks = clock, 0
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def _mark_ms() -> float:
-    """What one mark on the processor costs, made and read."""
+    """Return the cost of one mark on the CPU, set and read."""
     watch, number = StepTimer(HostClock()), 100_000
     watch.start()
     began = time.perf_counter()

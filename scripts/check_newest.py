@@ -1,12 +1,12 @@
-"""Try the newest of everything that pyproject.toml allows, apart from the lock and the tests of every day.
+"""Run the tests with the newest versions that pyproject.toml allows, independently of the lock.
 
     python -m scripts.check_newest                       all checks and tests
     python -m scripts.check_newest tests/unit -q         only pytest, with these arguments
-    python -m scripts.check_newest --torch 2.13.0 ...    with this torch: its newest one is of several GB
+    python -m scripts.check_newest --torch 2.13.0 ...    with this torch; the newest is a download of several GB
 
-It makes an environment in .cache/newest, runs scripts/test.sh there, and prints a table: what is newer there than in
-the lock, and what is newer still, outside the bounds. Its exit code is that of the tests. Runs once a week
-(.github/workflows/newest.yml); if it fails, a bound or the code has to change before the lock is renewed.
+It makes an environment in .cache/newest, runs scripts/test.sh there, and prints a table of packages that are newer than
+in the lock or have a newer version outside the bounds. The exit code is that of the tests. It runs once a week
+(.github/workflows/newest.yml); if it fails, a bound or the code must change before the lock is renewed.
 """
 
 import argparse
@@ -23,7 +23,7 @@ PYTHON = FOLDER / "bin/python"
 
 
 def main() -> int:
-    """Return the exit code of scripts/test.sh."""
+    """Run scripts/test.sh in a fresh environment; return its exit code."""
     parser = argparse.ArgumentParser(description="Try the newest of everything that pyproject.toml allows.")
     parser.add_argument("--torch", help="use this version of torch")
     arguments, pytest_arguments = parser.parse_known_args()
@@ -46,11 +46,11 @@ def main() -> int:
 
 
 def table(there: dict[str, str], outside: dict[str, str]) -> list[str]:
-    """Return lines of a table of what is not as in the lock.
+    """Return the lines of a table of packages that differ from the lock.
 
     Args:
-        there: versions that were installed, by package.
-        outside: later versions, which a bound of ours or of another package keeps out.
+        there: installed version of each package.
+        outside: later versions, excluded by a bound of this project or of another package.
     """
     locked = {pin.name: pin.version for part in PINS if part != "torch-cpu" for pin in read(part).values()}
     rows = [("package", "lock", "newest inside the bounds", "newest"), ("---", "---", "---", "---")]

@@ -1,13 +1,13 @@
 """Renew the lock, requirements/*.txt: every package with its version and the hashes of its files.
 
     python -m scripts.lock           the newest of everything inside pyproject.toml's bounds
-    python -m scripts.lock --keep    only what a change of pyproject.toml or constraints.txt makes necessary
+    python -m scripts.lock --keep    only changes that pyproject.toml or constraints.txt make necessary
 
-Runs on any Python that pyproject.toml allows, with nothing installed: uv, which does the work, is locked too, and comes
-into .cache/lock. Afterwards: `scripts/test.sh`, and commit requirements/. The files:
+Runs on any Python that pyproject.toml allows, with nothing installed: uv, which resolves, is locked too and comes into
+.cache/lock. Afterwards run `scripts/test.sh` and commit requirements/. The files:
 
-    pip.txt           the installer and the build backend, first into .venv
-    torch-cpu.txt     a CPU build of the same torch, taken where pip finds it, as it does in CI
+    pip.txt           the installer and the build backend, installed first
+    torch-cpu.txt     the CPU build of the same torch, used where pip finds it, as in CI
     base.txt          the base dependencies, with torch as the registry has it
     cuda.txt          additional dependencies of that torch where it is built for CUDA
     recipes.txt       the extra `recipes`: whatever the project's own configs use
@@ -15,8 +15,8 @@ into .cache/lock. Afterwards: `scripts/test.sh`, and commit requirements/. The f
     docs.txt          the extra `docs`
     uv.txt            uv, for the next renewal
 
-One version of a package serves all Pythons and platforms, and its hashes are those of all its files on the registry.
-CPU builds of torch are not there: their hashes are those of the wheels in the folders where pip is told to find links.
+Each package has one version for all Pythons and platforms, with the hashes of all its files on the registry. CPU builds
+of torch are not there: their hashes are those of the wheels in pip's find-links folders.
 """
 
 import argparse
@@ -48,7 +48,7 @@ OF_CUDA = re.compile(r"(nvidia|cuda)-.*|triton")
 
 
 def main() -> None:
-    """Resolve, share the packages out over the files, and say what changed."""
+    """Resolve, distribute the packages over the files, and print what changed."""
     parser = argparse.ArgumentParser(description="Renew requirements/*.txt, the lock.")
     parser.add_argument("--keep", action="store_true", help="keep the versions that still fit")
     keep = parser.parse_args().keep
@@ -56,17 +56,17 @@ def main() -> None:
     uv = _uv()
     backend = tomllib.loads((ROOT / PROJECT).read_text())["build-system"]["requires"]
     solution = _resolve(uv, [PROJECT, "--all-extras"], ["pip", "uv", *backend], before if keep else {})
-    asked = {"uv": ([], ["uv"]), "pip": ([], ["pip", *backend]), "base": ([PROJECT], [])}
-    asked |= {extra: ([PROJECT, "--extra", extra], []) for extra in ("recipes", "dev", "docs")}
+    wanted = {"uv": ([], ["uv"]), "pip": ([], ["pip", *backend]), "base": ([PROJECT], [])}
+    wanted |= {extra: ([PROJECT, "--extra", extra], []) for extra in ("recipes", "dev", "docs")}
     files: dict[str, set[str]] = {}
-    for name, (options, beside) in asked.items():
-        elsewhere = set().union(*files.values())
-        files[name] = set(_resolve(uv, options, beside, solution)) - elsewhere
+    for name, (options, packages) in wanted.items():
+        in_other_files = set().union(*files.values())
+        files[name] = set(_resolve(uv, options, packages, solution)) - in_other_files
     files["cuda"] = {package for package in files["base"] if OF_CUDA.fullmatch(package)}
     files["base"] -= files["cuda"]
-    assert set().union(*files.values()) == set(solution), "all of the solution is for something"
-    for name, packages in files.items():
-        _write(name, [solution[package] for package in sorted(packages)])
+    assert set().union(*files.values()) == set(solution), "every package of the solution is in a file"
+    for name, members in files.items():
+        _write(name, [solution[package] for package in sorted(members)])
     _write("torch-cpu", _cpu_build(next(parse(solution["torch"])).version))
     _report(before, _locked())
 
@@ -85,7 +85,7 @@ def _resolve(uv: Path, options: list[str], packages: list[str], preferred: dict[
     Args:
         uv: the program.
         options: the project and its extras, or nothing.
-        packages: requirements beside them.
+        packages: further requirements.
         preferred: a solution whose versions are kept where they fit.
     """
     project = tomllib.loads((ROOT / PROJECT).read_text())["project"]
@@ -100,7 +100,7 @@ def _resolve(uv: Path, options: list[str], packages: list[str], preferred: dict[
 
 
 def _blocks(text: str) -> dict[str, str]:
-    """Return the lines of each package: its pin, and its hashes."""
+    """Return the lines of each package: its pin and its hashes."""
     blocks = re.findall(r"^[A-Za-z0-9].*\n(?:[ \t]+--hash.*\n)*", text, re.MULTILINE)
     return {normalised(re.split(r"[=\s]", block, maxsplit=1)[0]): block for block in blocks}
 
@@ -112,9 +112,9 @@ def _write(name: str, blocks: list[str]) -> None:
 
 
 def _cpu_build(version: str) -> list[str]:
-    """Return the pin of torch's CPU build: the wheels that this machine has, and those that others had before."""
-    asked = subprocess.run([sys.executable, "-m", "pip", "config", "get", "global.find-links"], capture_output=True)
-    folders = {*asked.stdout.decode().split(), *os.environ.get("PIP_FIND_LINKS", "").split()}
+    """Return the pin of torch's CPU build, with the hashes of this machine's wheels and of those already locked."""
+    found = subprocess.run([sys.executable, "-m", "pip", "config", "get", "global.find-links"], capture_output=True)
+    folders = {*found.stdout.decode().split(), *os.environ.get("PIP_FIND_LINKS", "").split()}
     wheels = {path for folder in folders for path in Path(folder).glob(f"torch-{version}+cpu-*.whl")}
     hashes = {hashlib.sha256(path.read_bytes()).hexdigest() for path in wheels}
     hashes |= {value for pin in parse(_text("torch-cpu")) if pin.version == f"{version}+cpu" for value in pin.hashes}

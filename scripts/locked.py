@@ -1,4 +1,4 @@
-"""The lock, read: what is in requirements/*.txt and what it was made from. Needs nothing but Python."""
+"""Read the lock, requirements/*.txt, and the digest of its inputs. Needs only the standard library."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "requirements"
 
 PINS = ("pip", "torch-cpu", "base", "cuda", "recipes", "dev", "docs", "uv")
-"""Files of the lock; scripts/lock.py says what each is for."""
+"""Files of the lock, described in scripts/lock.py."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,21 +20,21 @@ class Pin:
     """One package of the lock."""
 
     name: str
-    """Normalised: small letters, hyphens."""
+    """Normalised: lower case, hyphens."""
     version: str
     marker: str
-    """Where it is needed, as pip reads it; empty: everywhere."""
+    """Environment marker, in pip's syntax; empty: needed everywhere."""
     hashes: tuple[str, ...]
-    """SHA-256 in hexadecimal of every file that may be installed for it."""
+    """SHA-256, in hexadecimal, of every file that may be installed."""
 
 
 def read(name: str) -> dict[str, Pin]:
-    """Return the packages of one file of the lock, without those of the files that it includes."""
+    """Return the packages of one file of the lock, without those of included files."""
     return {pin.name: pin for pin in parse((FOLDER / f"{name}.txt").read_text())}
 
 
 def closure(name: str) -> dict[str, Pin]:
-    """Return the packages of one file and of those that it includes (`-r FILE`)."""
+    """Return the packages of one file and of the files that it includes (`-r FILE`)."""
     text = (FOLDER / f"{name}.txt").read_text()
     pins = {}
     for included in re.findall(r"^-r (\S+)\.txt$", text, re.MULTILINE):
@@ -46,7 +46,7 @@ def parse(text: str) -> Iterator[Pin]:
     """Read requirements as uv writes them.
 
     Raises:
-        ValueError: at a line that pins nothing.
+        ValueError: if a line is not a pin.
     """
     lines = [
         line for line in text.replace("\\\n", " ").splitlines() if line and not line.lstrip().startswith(("#", "-r "))
@@ -60,20 +60,20 @@ def parse(text: str) -> Iterator[Pin]:
 
 
 def normalised(name: str) -> str:
-    """Return a package's name as registries compare it."""
+    """Return a package name in the form in which registries compare names."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def digest() -> str:
-    """Return a hash of what the lock is made from: what pyproject.toml asks for, what constraints.txt holds back."""
+    """Return a hash of the lock's inputs: the requirements of pyproject.toml, and constraints.txt."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    asked = [project["build-system"]["requires"]]
-    asked += [project["project"][key] for key in ("requires-python", "dependencies", "optional-dependencies")]
+    wanted = [project["build-system"]["requires"]]
+    wanted += [project["project"][key] for key in ("requires-python", "dependencies", "optional-dependencies")]
     lines = [line.partition("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
-    return hashlib.sha256(json.dumps([asked, [line for line in lines if line]]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([wanted, [line for line in lines if line]]).encode()).hexdigest()
 
 
 def recorded_digest() -> str:
-    """Return the digest that scripts/lock.py wrote into the lock."""
+    """Return the digest recorded in the lock."""
     match = re.search(r"^# inputs: ([0-9a-f]{64})$", (FOLDER / "base.txt").read_text(), re.MULTILINE)
     return match[1] if match else ""

@@ -1,10 +1,9 @@
-"""Make rows of Multi30k's files, for configs/recipes/translation.yaml.
+"""Convert Multi30k to JSONL for configs/recipes/translation.yaml.
 
     python scripts/prepare_multi30k.py FOLDER [OUT]
 
-FOLDER has the files of the data set's authors, train.en.gz, train.de.gz and so on (also unpacked): a sentence a line,
-the same line in every language. OUT (data/multi30k) gets train.jsonl, val.jsonl and test_2016_flickr.jsonl, whose rows
-have the columns en, de, fr and cs.
+FOLDER holds the original files, train.en.gz, train.de.gz and so on (or unpacked): one sentence per line, aligned across
+languages. OUT (data/multi30k) gets train.jsonl, val.jsonl and test_2016_flickr.jsonl with the columns en, de, fr, cs.
 
 Source: Elliott et al. 2016 (arXiv 1605.00459); French and Czech by Elliott et al. 2017 and Barrault et al. 2018.
 """
@@ -40,13 +39,13 @@ def main() -> None:
 
 
 def parallel_rows(folder: Path, split: str) -> list[dict[str, str]]:
-    """Return the sentences of a split, each in every language.
+    """Return the aligned sentences of a split.
 
     Raises:
-        DataError: if a file is missing or unreadable, has another number of lines, or an empty one.
+        DataError: if a file is missing or unreadable, differs in its number of lines, or has an empty line.
     """
     paths = {language: find(folder, f"{split}.{language}") for language in LANGUAGES}
-    # Only at line feeds: sentences have other characters that some call ends of lines.
+    # Not splitlines(): sentences contain other characters that it takes for line ends.
     lines = {language: read_document(path).removesuffix("\n").split("\n") for language, path in paths.items()}
     for language, path in paths.items():
         if len(lines[language]) != len(lines["en"]):
@@ -61,7 +60,7 @@ def parallel_rows(folder: Path, split: str) -> list[dict[str, str]]:
 
 
 def find(folder: Path, name: str) -> Path:
-    """Return the file of a name, packed or not."""
+    """Return the path of a file, compressed or not."""
     packed = folder / f"{name}.gz"
     return find_files(str(packed if packed.exists() else folder / name), TEXT)[0]
 

@@ -1,15 +1,15 @@
-"""Make the questions of configs/recipes/recommendation.yaml and search.yaml: rows with a list to order.
+"""Make the ranking questions of configs/recipes/recommendation.yaml and search.yaml.
 
     python scripts/prepare_rankings.py recommendation [OUT]     OUT is data/recommendation
     python scripts/prepare_rankings.py search [OUT]             OUT is data/search
 
-recommendation: the last purchase of every person of Amazon Reviews 2023 (arXiv 2403.03952), video games, what that
-    person bought before, and as candidates that purchase and 99 others, drawn evenly from all that is in the test. What
-    comes of drawn candidates compares models on the same file, and with nothing else (Krichene and Rendle 2020).
-search: every query of the test of ESCI (arXiv 2206.06588) with all products that were judged for it; those that match
-    exactly are relevant. A query of which all or none match is left out.
+recommendation: from Amazon Reviews 2023 (arXiv 2403.03952), video games: the last purchase of each user, the purchases
+    before it, and 100 candidates, which are that purchase and 99 items drawn uniformly from the test set. Metrics on
+    sampled candidates only compare models on the same file (Krichene and Rendle 2020).
+search: each test query of ESCI (arXiv 2206.06588) with all products judged for it; exact matches are relevant. Queries
+    where all or no products match are left out.
 
---path, --data-files and --split read the rows from somewhere else, as a source of kind `hf` does.
+--path, --data-files and --split read other records, as a source of kind `hf` does.
 """
 
 import argparse
@@ -60,10 +60,10 @@ def main() -> None:
 
 
 def next_purchases(rows: Iterable[Record]) -> Iterator[dict[str, Any]]:
-    """Yield people with a past: `history`, `next`, and 100 `candidates`.
+    """Yield users with earlier purchases: `history`, `next`, and 100 `candidates`.
 
     Raises:
-        DataError: if a row has no such columns, or somebody bought nearly everything.
+        DataError: if a column is missing, or a user bought nearly all items.
     """
     bought = [(row.where, row.text("history").split(), row.text("parent_asin")) for row in rows if row.value("history")]
     items = sorted({item for _, history, last in bought for item in [*history, last]})
@@ -83,10 +83,10 @@ def next_purchases(rows: Iterable[Record]) -> Iterator[dict[str, Any]]:
 
 
 def judged_queries(rows: Iterable[Record]) -> Iterator[dict[str, Any]]:
-    """Yield queries with something to choose from: `user`, `query`, `candidates`, and which of them are `relevant`.
+    """Yield queries with relevant and irrelevant products: `user`, `query`, `candidates`, `relevant`.
 
     Raises:
-        DataError: if a row has no such columns.
+        DataError: if a column is missing.
     """
     products: dict[tuple[str, str], dict[str, bool]] = {}
     for row in rows:
@@ -94,7 +94,7 @@ def judged_queries(rows: Iterable[Record]) -> Iterator[dict[str, Any]]:
         if title is None or not row.text("product_title").strip():
             continue
         of_query = products.setdefault((row.text("product_locale"), row.text("query")), {})
-        # The same title can be judged twice, as two products.
+        # Two products can have the same title.
         of_query[title] = of_query.get(title, False) or row.text("esci_label") == "Exact"
     for (user, query), judged in products.items():
         relevant = [title for title, is_exact in judged.items() if is_exact]
@@ -104,6 +104,6 @@ def judged_queries(rows: Iterable[Record]) -> Iterator[dict[str, Any]]:
 
 if __name__ == "__main__":
     main()
-    # Threads of pyarrow may still let go of the file; python's way out would stop them, and they abort (arrow#45214).
+    # pyarrow's threads may still be closing the file; a normal interpreter exit would abort them (arrow#45214).
     sys.stdout.flush()
     os._exit(0)

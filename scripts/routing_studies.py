@@ -1,14 +1,14 @@
-"""Two studies of balancing on configs/quickstart.yaml, over seeds; docs/routing.md has what they gave.
+"""Two studies of load balancing on configs/quickstart.yaml, over seeds; results are in docs/routing.md.
 
     python scripts/routing_studies.py bias      [--seeds 1337 1 2] [--runs-dir runs/studies] [a.b=c ...]
     python scripts/routing_studies.py counting
 
-bias: a selection bias against a balance loss, of the default router and of the bias's twin, which scores by sigmoids as
-well. counting: what the balance loss counts its loads over, when a step has four micro-batches: the global batch
-(exactly, as the step before had them, or as far as it is known) or each sequence.
+bias: selection bias against balance loss, the latter with the default router and with a twin that scores by sigmoids
+like the bias router. counting: what the balance loss counts loads over in a step of four micro-batches: the global
+batch (exact, of the previous step, or a running count) or each sequence.
 
-Runs take turns; one that is done is not run again, one that was killed goes on. MaxVio is the load of the busiest
-expert over the mean, less 1, of the worst layer, over the whole global batch.
+Runs alternate between seeds; finished ones are skipped and interrupted ones resume. MaxVio is the busiest expert's load
+over the mean load, minus 1, in the worst layer, over the global batch.
 """
 
 import argparse
@@ -46,7 +46,7 @@ COLUMNS = ("held-out loss", "MaxVio, last step", "MaxVio, last tenth", "MI bits"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("overrides", nargs="*", help="of every run, such as train.steps=60")
+    parser.add_argument("overrides", nargs="*", help="overrides of every run, such as train.steps=60")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 1, 2])
     parser.add_argument("--runs-dir", type=Path, default=Path("runs/studies"))
     options = parser.parse_intermixed_args()  # overrides may follow options
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def train(folder: Path, overrides: list[str]) -> None:
-    """Train if that is not done."""
+    """Train, unless the run has finished."""
     command = [sys.executable, "-m", "trainer", "train", str(CONFIG), f"name={folder.name}"]
     command += [f"runs_dir={folder.parent}", *overrides]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Prepares the Python that launch.sh and scripts/test.sh run on, and prints its path on stdout.
+# Prepare the Python that launch.sh and scripts/test.sh use, and print its path on stdout.
 #
-#   scripts/setup.sh launch    what training needs (the default)
-#   scripts/setup.sh dev       that, and what the tests need
+#   scripts/setup.sh launch    the base dependencies and the extra `recipes` (the default)
+#   scripts/setup.sh dev       those and the extra `dev`
 #
-# An environment that you chose (TURNOUT_PYTHON=path, else an active virtualenv, else an active conda environment) is
-# used when it has Python >= 3.11 and a torch that pyproject.toml allows: the project is installed into it, its torch
-# stays, and so does what else fits. Otherwise the project gets its own .venv: TURNOUT_PYTHON or the first suitable
-# python on PATH, and the lock, requirements/*.txt: exactly these versions, checked by hash, of pip too. Nothing floats.
+# An environment of your choice (TURNOUT_PYTHON=path, else an active virtualenv, else an active conda environment) is
+# used if it has Python >= 3.11 and a torch that pyproject.toml allows. The project is installed into it; its torch and
+# all other packages that fit stay. Otherwise the project gets its own .venv, made by TURNOUT_PYTHON or the first
+# suitable python on PATH, with exactly the versions of the lock (requirements/*.txt), pip included, checked by hash.
 # A call with nothing to do takes a fraction of a second and needs no network. State and pip's log: .cache/setup/.
 # To renew the lock: python -m scripts.lock
 set -euo pipefail
@@ -23,7 +23,7 @@ die() {
     exit 1
 }
 
-# What one interpreter is, on one line; must also parse on the old Pythons that it is there to report.
+# Describes an interpreter in one line. Must also parse on the old Pythons that it is there to reject.
 read -r -d '' probe <<'PYTHON' || true
 import sys
 version = "%d.%d.%d" % tuple(sys.version_info[:3])
@@ -39,7 +39,7 @@ if importlib.util.find_spec("torch"):
     try:
         torch = metadata.version("torch") or "-"  # as pip sees it
     except (metadata.PackageNotFoundError, KeyError):
-        pass  # the remains of one
+        pass  # left over from an uninstalled torch
 number = re.match(r"(\d+)\.(\d+)", torch)
 torch_fits = "fits" if number and (2, 11) <= (int(number[1]), int(number[2])) < (3, 0) else "-"
 spec = importlib.util.find_spec("trainer")
@@ -55,16 +55,16 @@ print(version, "new" if sys.version_info[:2] > (3, 14) else "ok", torch, torch_f
       "venv" if makes_venv else "-", key.hexdigest(), hashlib.sha256(sys.prefix.encode()).hexdigest()[:16])
 PYTHON
 
-# describe PYTHON: sets the variables below; fails if it does not run or is older than 3.11.
+# describe PYTHON: set the variables below; fail if it does not run or is older than 3.11.
 describe() {
     local facts
     facts="$("$1" -c "$probe" "$root" 2>/dev/null)" || facts=""
     version="" age="" torch="" torch_fits="" here="" makes_venv="" key="" prefix=""
     read -r version age torch torch_fits here makes_venv key prefix <<<"$facts" || true
-    [ "$age" = ok ] || [ "$age" = new ] # new: newer than the newest that the lock has files for
+    [ "$age" = ok ] || [ "$age" = new ] # new: newer than the lock supports
 }
 
-# ready: true if in the interpreter described last nothing has to be installed for this level (dev includes launch).
+# ready: true if the interpreter described last has everything for this level (dev includes launch).
 ready() {
     local stamp
     if [ "$here" != here ] || [ "$torch" = - ] || [ -e "$state/unfinished" ]; then return 1; fi
@@ -74,7 +74,7 @@ ready() {
     return 1
 }
 
-# locate COMMAND: prints its absolute path; fails if there is none.
+# locate COMMAND: print its absolute path; fail if there is none.
 locate() {
     local path
     path="$(type -P "$1")" || return 1
@@ -84,7 +84,8 @@ locate() {
     esac
 }
 
-# Sets `python`, described, `state` and `owner`: whose the environment and its torch are. Fails if .venv must be made.
+# choose: describe an interpreter, set `python`, `state` and `owner` (of the environment and its torch); fail if .venv
+# must be made.
 choose() {
     local candidate
     chosen="" wanted=""
@@ -92,7 +93,7 @@ choose() {
         chosen="$(locate "$TURNOUT_PYTHON")" || die "TURNOUT_PYTHON=$TURNOUT_PYTHON: no such command"
     fi
     case "$chosen" in
-    "" | "$venv"/*) chosen="" ;; # .venv is no choice of another Python
+    "" | "$venv"/*) chosen="" ;; # .venv does not count as a choice
     *)
         describe "$chosen" || die "TURNOUT_PYTHON=$TURNOUT_PYTHON: Python ${version:-does not run}; needs 3.11 or newer"
         wanted="$version"
@@ -102,7 +103,7 @@ choose() {
     for candidate in "$chosen" "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" "${CONDA_PREFIX:+$CONDA_PREFIX/bin/python}" \
         "$venv/bin/python"; do
         python="$candidate"
-        # A marked one is this folder's .venv, for which see below, or another checkout's, which must stay that one's.
+        # A marked one is this folder's .venv, handled below, or another checkout's, which is left alone.
         if [ -z "$python" ] || [ -e "${python%/bin/*}/$mark" ] || ! describe "$python"; then continue; fi
         if [ "$torch_fits" != fits ]; then continue; fi
         state="$root/.cache/setup/$prefix"
@@ -118,12 +119,12 @@ choose() {
         describe "$python" || die "$venv was not made by this script and has no working Python >= 3.11; move it away"
         return 0
     fi
-    # A moved .venv names its old place in its scripts; after a killed install pip may take half a package for a whole.
+    # The scripts of a moved .venv name its old path; after a killed install pip may mistake half a package for a whole.
     if [ "$(<"$venv/$mark")" != "$root" ] || [ -e "$state/unfinished" ] || ! describe "$python"; then return 1; fi
     [ -z "$wanted" ] || [ "$version" = "$wanted" ]
 }
 
-# Sets `base`: the first python that can make .venv.
+# find_base: set `base` to the first python that can make .venv.
 find_base() {
     local name candidate found="" crippled=""
     for name in ${chosen:+"$chosen"} python3 python python3.14 python3.13 python3.12 python3.11; do
@@ -152,7 +153,7 @@ find_base() {
 make_venv() {
     find_base
     if [ -e "$venv" ]; then
-        mv "$venv" "$root/.cache/setup/old-venv.$$" # in one step: half of a .venv never has this name
+        mv "$venv" "$root/.cache/setup/old-venv.$$" # atomic: a partial .venv never has this name
     fi
     rm -rf "$state" "$root"/.cache/setup/old-venv.* "$root"/.cache/setup/new-venv.*
     mkdir -p "$state" "$root/.cache/setup/new-venv.$$"
@@ -171,7 +172,7 @@ failed() {
 install() {
     local torch_before="$torch"
     mkdir -p "$state"
-    # PYTHONSAFEPATH would hide scripts/ from it.
+    # PYTHONSAFEPATH would hide the package scripts/.
     (cd "$root" && PYTHONSAFEPATH="" "$python" -m scripts.install "$level" "$owner" "$state") || failed "pip install failed"
     describe "$python" || die "$python no longer runs"
     if [ "$owner" = user ] && [ "$torch" != "$torch_before" ]; then
@@ -195,7 +196,7 @@ fi
 
 mkdir -p "$root/.cache/setup"
 if type -P flock >/dev/null; then
-    exec 9>"$root/.cache/setup/lock" # pip inherits it: the lock outlives this script if only this script is killed
+    exec 9>"$root/.cache/setup/lock" # inherited by pip, which holds the lock even if this script is killed
     flock -n 9 || {
         say "waiting for another setup of this folder"
         flock 9

@@ -1,9 +1,9 @@
-"""Tiny Shakespeare by characters: the mixture of experts against its dense twin of the same active size, over seeds.
+"""Tiny Shakespeare, character level: mixture of experts against a dense model of the same active size, over seeds.
 
     python scripts/shakespeare_twins.py PATH/TO/shakespeare.txt [--seeds 1 2 3] [--jobs 2]
 
-Every run is `python -m trainer train configs/shakespeare_char.yaml`, one thread each; the dense twin differs in
-`model.moe=null` and a feed-forward width of top_k experts. The figure is the loss over the whole held-out tenth.
+Each run is `python -m trainer train configs/shakespeare_char.yaml` with one thread; the dense twin has
+`model.moe=null` and the feed-forward width of top_k experts. The result is the loss over the whole held-out tenth.
 """
 
 import argparse
@@ -25,11 +25,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="concurrent runs, one thread each")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs/shakespeare_twins"))
     options = parser.parse_args()
     moe = load(CONFIG, [], ExperimentConfig).model.moe
-    assert moe is not None, "the config is a mixture of experts"
+    assert moe is not None, "the config has experts"
     twins = {"moe": [], "dense": ["model.moe=null", f"model.d_ff={int(moe.d_ff * moe.experts_per_token)}"]}
     jobs = [(name, overrides, seed) for seed in options.seeds for name, overrides in twins.items()]
     with ThreadPoolExecutor(options.jobs) as pool:

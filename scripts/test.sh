@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Checks everything: format, lint, types, import contracts, then the tests. Fails if any of them fails.
+# Check format, lint, types and import contracts, then run the tests. Fails if any of them fails.
 #
 #   ./scripts/test.sh                    everything
-#   ./scripts/test.sh fast               everything but the tests that start runs or compile (marker `slow`)
-#   ./scripts/test.sh tests/unit -k x    only pytest, with these arguments (paths are relative to the repository)
+#   ./scripts/test.sh fast               everything except tests marked `slow`, which start runs or compile
+#   ./scripts/test.sh tests/unit -k x    only pytest, with these arguments (paths relative to the repository)
 set -euo pipefail
 
 cd -- "$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
@@ -18,7 +18,7 @@ case "$what" in
 esac
 failed=""
 
-# stage NAME COMMAND...: runs one check, prints its name, result and seconds, and its output if it fails.
+# stage NAME COMMAND...: run a check; print its name, result and seconds, and its output if it fails.
 stage() {
     local name="$1" started="$SECONDS" output
     shift
@@ -39,7 +39,7 @@ if [ "$what" != pytest ]; then
     if [ -n "$failed" ]; then echo "FAILED: ${failed#, } (so this run fails, whatever pytest says below)"; fi
 fi
 
-# Last, so that pytest's own summary closes the output. Its 5, "no tests ran", is a failure like any other.
+# Last, so that the output ends with pytest's summary. Exit code 5, "no tests ran", is a failure too.
 # Four files at a time on two cores: half of the time, tests wait for processes that they have started. In the order of
 # folders, so that the long files of chaos, end_to_end and laws come first and none of them is left alone at the end.
 if [ "$what" != pytest ]; then set -- -n 4 --dist loadfile --no-loadscope-reorder "$@"; fi

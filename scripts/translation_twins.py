@@ -3,8 +3,8 @@
     python scripts/prepare_multi30k.py FOLDER
     python scripts/translation_twins.py [--seeds 1 2] [--runs-dir runs/translation_twins] [a.b=c ...]
 
-Runs take turns; one that is done is not run again, one that was killed goes on. Printed for each: held-out loss, BLEU
-and chrF on test_2016_flickr by language, and what the experts tell of the language pair; then the means.
+Runs alternate; finished ones are skipped and interrupted ones resume. Prints, per run, held-out loss, BLEU and chrF on
+test_2016_flickr by language, and the mutual information of experts and language pair; then the means.
 """
 
 import argparse
@@ -29,7 +29,7 @@ COLUMNS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="of both configs, such as train.steps=20")
+    parser.add_argument("overrides", nargs="*", help="overrides of both configs, such as train.steps=20")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--runs-dir", type=Path, default=Path("runs/translation_twins"))
     options = parser.parse_args()
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def last_evaluation(config: Path, run: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
-    """Train if that is not done, and return the last evaluation's numbers."""
+    """Train, unless the run has finished, and return its last evaluation."""
     command = [sys.executable, "-m", "trainer", "train", str(config), f"name={run}", f"seed={seed}"]
     command += [f"runs_dir={options.runs_dir}", *options.overrides]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

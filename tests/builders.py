@@ -23,7 +23,7 @@ from trainer.parallel.parallelize import parallelize
 
 
 def make_context(num_sequences: int, seq_len: int, valid: Tensor | None = None, **fields: Any) -> RoutingContext:
-    """A context of B rows of S tokens, all valid unless said otherwise."""
+    """Return a context of B sequences of S tokens, all valid by default."""
     tokens = num_sequences * seq_len
     return RoutingContext(
         token_ids=torch.zeros(tokens, dtype=torch.int64),
@@ -45,7 +45,7 @@ def make_batch(
     ragged: bool = False,
     repeats: bool = False,
 ) -> Batch:
-    """Random tokens; `ragged` gives rows invalid tails and masks some targets.
+    """Return a batch of random tokens; `ragged` adds padding at the ends of sequences and masks some targets.
 
     `repeats`: of every eight rows one is a single token all along, one that but for its beginning, one a block again
     and again, one has one valid token and one none.
@@ -83,7 +83,7 @@ def make_batch(
 def make_packed_batch(
     num_rows: int, seq_len: int, *, vocab_size: int = 32, seed: int = 0, first_sample: int = 0, longest: int = 5
 ) -> Batch:
-    """Rows of whole documents of random lengths, with padding behind them; only the end of each is learned."""
+    """Return sequences of whole documents of random lengths, padded; only the end of each is a target."""
     generator = torch.Generator().manual_seed(seed)
     batch = make_batch(num_rows, seq_len, vocab_size=vocab_size, seed=seed, first_sample=first_sample)
     document, loss_mask = torch.full_like(batch.tokens, -1), torch.zeros_like(batch.loss_mask)
@@ -98,12 +98,12 @@ def make_packed_batch(
 
 
 def rows_of(batch: Batch, start: int, stop: int) -> Batch:
-    """Some rows of a batch."""
+    """Return a range of sequences of a batch."""
     return Batch(**{name: getattr(batch, name)[start:stop] for name in Batch.__dataclass_fields__})
 
 
 def tiny_model_config(moe: dict[str, Any] | None = None, **fields: Any) -> ModelConfig:
-    """Two layers, four experts, widths that fit on a screen."""
+    """Return a config with two layers and four experts, small enough to print."""
     moe = {"num_experts": 4, "d_ff": 12, **(moe or {})}
     sizes = {"num_layers": 2, "d_model": 16, "num_heads": 4, "num_kv_heads": 2, "d_ff": 24, "seq_len": 8}
     return ModelConfig.model_validate({**sizes, "init_std": 0.3, **fields, "moe": moe})
@@ -117,14 +117,14 @@ def make_model(
     kernel: Any = "loop",
     dtype: torch.dtype = torch.float32,
 ) -> GPT:
-    """An initialised model."""
+    """Return an initialised model."""
     model = GPT(config, vocab_size, experts_kernel=kernel).to(dtype)
     initialize(model, seed)
     return model
 
 
 def make_engine(config: ModelConfig, **options: Any) -> NativeEngine:
-    """A native engine; options are those of `make_engine_of`."""
+    """Return a native engine; options are those of `make_engine_of`."""
     engine = make_engine_of(NativeEngineConfig(), config, **options)
     assert isinstance(engine, NativeEngine)
     return engine
@@ -144,7 +144,7 @@ def make_engine_of(
     folder: Path | None = None,
     **optim: Any,
 ) -> StepEngine:
-    """An engine of one process, or of a rank of a mesh; in bfloat16 the parameters are float32."""
+    """Return the engine of one process or of a rank of a mesh; in bfloat16 the parameters are float32."""
     mesh, parallel = mesh or Mesh.of_one(), parallel or ParallelConfig()
     with torch.device("meta"):
         whole = GPT(config, vocab_size, experts_kernel=kernel).to(
@@ -158,5 +158,5 @@ def make_engine_of(
 
 
 def moe_config(**fields: Any) -> MoEConfig:
-    """A MoE section from plain values."""
+    """Return a MoE section made from plain values."""
     return MoEConfig.model_validate({"num_experts": 4, "d_ff": 12, **fields})

@@ -1,4 +1,4 @@
-"""Checkpoints in one line, for tests: saved by one process, read whole."""
+"""One-line helpers for checkpoints: save from one process, read whole."""
 
 import hashlib
 from pathlib import Path
@@ -18,7 +18,7 @@ from trainer.engine.base import Engine
 
 
 def save(folder: CheckpointFolder | Path, step: int, state: TrainState, run: dict[str, Any] | None = None) -> Saved:
-    """Save and wait; an error is raised."""
+    """Save and wait; raise any error."""
     saved = try_to_save(folder, step, state, run)
     if saved.error is not None:
         raise saved.error
@@ -26,7 +26,7 @@ def save(folder: CheckpointFolder | Path, step: int, state: TrainState, run: dic
 
 
 def save_unseen(folder: CheckpointFolder | Path, step: int, state: TrainState, run: Any = None) -> Saved:
-    """Save as before anybody looked whether numbers are finite."""
+    """Save without the check for finite numbers."""
     with patch("trainer.checkpoint.saver.check_finite", lambda *_, **__: None):
         return save(folder, step, state, run)
 
@@ -41,24 +41,24 @@ def try_to_save(folder: CheckpointFolder | Path, step: int, state: TrainState, r
 
 
 def whole(found: CheckpointHandle) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint."""
+    """Return every tensor of a checkpoint."""
     with StoredTensors(found.path, found.manifest) as tensors:
         return {name: tensors.read(name) for name in found.manifest.tensors}
 
 
 def load(folder: CheckpointFolder | Path, step: int) -> dict[str, Tensor]:
-    """Every tensor of a step's checkpoint, checked."""
+    """Return every tensor of a step's checkpoint, verified."""
     return whole(find(folder if isinstance(folder, CheckpointFolder) else CheckpointFolder(folder), step))
 
 
 def digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes."""
+    """Return the SHA-256 of a tensor's bytes."""
     data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(data).hexdigest()
 
 
 def resume(engine: Engine, folder: CheckpointFolder | Path, step: int) -> CheckpointHandle:
-    """Load a step's checkpoint into an engine, whatever part of the model it has."""
+    """Load a step's checkpoint into an engine, which may hold any part of the model."""
     found = find(folder if isinstance(folder, CheckpointFolder) else CheckpointFolder(folder), step)
     with StoredTensors(found.path, found.manifest) as tensors:
         engine.load_state(tensors.like(engine.wanted()))

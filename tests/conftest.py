@@ -1,4 +1,4 @@
-"""Test tensors are tiny: a second thread costs more than it brings, and the cores are shared with other processes."""
+"""Fixtures and settings of all tests. One thread: test tensors are tiny, and tests share the cores."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from hypothesis import settings
 from tests.ranks import Ranks
 
 torch.set_num_threads(1)
-settings.register_profile("turnout", deadline=None)  # how long an example takes says nothing on shared cores
+settings.register_profile("turnout", deadline=None)  # times mean nothing on shared cores
 settings.load_profile("turnout")
 
 
@@ -17,25 +17,25 @@ _SLOW_FOLDERS = {"end_to_end", "chaos"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts runs; elsewhere a test or file says so itself."""
+    """Mark the tests of folders that start runs as slow; elsewhere tests and files mark themselves."""
     for item in items:
         if _SLOW_FOLDERS & set(item.path.parts):
             item.add_marker(pytest.mark.slow)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--times", type=int, default=1, help="how often to repeat what happens by chance")
+    parser.addoption("--times", type=int, default=1, help="how often to repeat tests with a random part")
 
 
 @pytest.fixture
 def times(request: pytest.FixtureRequest) -> int:
-    """How often to repeat what happens by chance: once in every run of the tests, more for a figure."""
+    """Number of repetitions of tests with a random part: once by default, more to measure a rate."""
     return int(request.config.getoption("--times"))
 
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
-    """Processes that run a function together; those of a module's tests stay for the next one."""
+    """Processes that run a function together, shared by the tests of a module."""
     processes = Ranks()
     yield processes
     processes.close()

@@ -1,4 +1,4 @@
-"""What is in a folder, to be compared; and copies of folders whose files are the same ones, as `cp -al` makes them."""
+"""Compare the contents of folders, and copy folders by hard links, as `cp -al` does."""
 
 import hashlib
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def content_of(base: Path) -> dict[str, object]:
-    """Return what is at every path; a link is what it names, and never followed."""
+    """Return the content at every path; of a link its target, without following it."""
     found: dict[str, object] = {}
     for folder, folders, files in os.walk(base):
         for name in [*folders, *files]:
@@ -25,6 +25,6 @@ def content_of(base: Path) -> dict[str, object]:
 
 
 def hard_linked(folder: Path, copy: Path) -> dict[str, object]:
-    """Make a copy that shares every file; return what is in it."""
+    """Copy a folder by hard links; return the content of the copy."""
     shutil.copytree(folder, copy, symlinks=True, copy_function=os.link)
     return content_of(copy)

@@ -1,6 +1,6 @@
-"""Warm python: forks of a process that has imported everything and computed nothing. They start in milliseconds.
+"""Start Python processes in milliseconds: forks of a server that has imported everything and computed nothing.
 
-For what is not about how a process starts: most of a cold one is spent importing torch.
+For tests that are not about the start of a process, which would spend most of its time importing torch.
 """
 
 import multiprocessing
@@ -18,10 +18,10 @@ import torch
 import trainer.training.generate_text
 import trainer.training.main
 from trainer import fault_injection
-from trainer.prove import pool  # whose processes come from the same server: its list of imports is in this one
+from trainer.prove import pool  # uses the same server, so its imports are among these
 
 CONTEXT = multiprocessing.get_context("forkserver")
-"""Of multiprocessing, whose processes are such forks."""
+"""Multiprocessing context whose processes are such forks."""
 CONTEXT.set_forkserver_preload(
     [
         *pool.PRELOAD,
@@ -32,7 +32,7 @@ CONTEXT.set_forkserver_preload(
 
 
 class Process:
-    """A running `python ARGUMENTS`, as subprocess.Popen has it."""
+    """A running `python ARGUMENTS`, like subprocess.Popen."""
 
     def __init__(
         self,
@@ -43,14 +43,14 @@ class Process:
         stderr: Path | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Start it.
+        """Start the process.
 
         Args:
             arguments: `-m MODULE ...` or `SCRIPT ...`.
-            cwd: to run in.
-            stdout: file for what it prints; None: nowhere.
+            cwd: working directory.
+            stdout: file for its output; None: discard.
             stderr: the same.
-            environment: variables beside those of this process.
+            environment: variables added to those of this process.
         """
         variables = {**os.environ, **(environment or {})}
         outputs = [os.devnull if path is None else str(path.absolute()) for path in (stdout, stderr)]
@@ -60,14 +60,14 @@ class Process:
         self.pid: int = self._process.pid
 
     def poll(self) -> int | None:
-        """Return the exit code, negative for a signal; None if it runs."""
+        """Return the exit code, negative for a signal, or None while running."""
         return self._process.exitcode
 
     def wait(self, timeout: float) -> int:
         """Return the exit code.
 
         Raises:
-            subprocess.TimeoutExpired: if it does not end in time.
+            subprocess.TimeoutExpired: if it is still running.
         """
         self._process.join(timeout)
         code = self.poll()
@@ -76,12 +76,12 @@ class Process:
         return code
 
     def send_signal(self, number: signal.Signals) -> None:
-        """Send it a signal if it runs."""
+        """Send a signal if the process is running."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """Kill it."""
+        """Kill the process."""
         self.send_signal(signal.SIGKILL)
 
 
@@ -92,7 +92,7 @@ def run(
     environment: Mapping[str, str] | None = None,
     timeout: float = 100.0,
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python ARGUMENTS` to its end, as subprocess.run does it with captured output."""
+    """Run `python ARGUMENTS` to its end, like subprocess.run with captured output."""
     with tempfile.TemporaryDirectory() as folder:
         stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
         process = Process(arguments, cwd=cwd, stdout=stdout, stderr=stderr, environment=environment)

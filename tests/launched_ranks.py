@@ -1,4 +1,4 @@
-"""Ranks as torchrun starts them, without it: its store is in a process of its own, so a test may harm what it likes."""
+"""Start ranks as torchrun does, but with the store in a process of its own, so that a test can kill any of them."""
 
 import multiprocessing
 import signal
@@ -24,18 +24,18 @@ class Started:
 
     processes: list[imported_once.Process]
     errors: list[Path]
-    """What each has written to stderr."""
+    """File with the stderr of each rank."""
     store: BaseProcess
-    """Has the store; `os.kill` it, or stop it."""
+    """Process with the store."""
 
     def said(self) -> str:
         return "".join(f"{path.read_text()}" for path in self.errors)
 
     def wait_for(self, ranks: Sequence[int], *, seconds: float) -> float:
-        """Wait until these ranks have ended; return how long it took.
+        """Wait until these ranks have ended; return the seconds it took.
 
         Raises:
-            AssertionError: if they have not after so many seconds.
+            AssertionError: if one is still running after `seconds`.
         """
         began = time.monotonic()
         for rank in ranks:
@@ -43,7 +43,7 @@ class Started:
             try:
                 self.processes[rank].wait(max(0.1, left))
             except subprocess.TimeoutExpired:
-                raise AssertionError(f"rank {rank} goes on after {seconds} s:\n{self.said()}") from None
+                raise AssertionError(f"rank {rank} is still running after {seconds} s:\n{self.said()}") from None
         return time.monotonic() - began
 
     def codes(self, ranks: Sequence[int]) -> list[int | None]:
@@ -59,7 +59,7 @@ def _have_store(pipe: Connection) -> None:
 
 @contextmanager
 def store_apart() -> Iterator[tuple[BaseProcess, int]]:
-    """Have a store in a process of its own; yield that and its port."""
+    """Run a store in its own process; yield the process and its port."""
     here, there = multiprocessing.Pipe()
     process = imported_once.CONTEXT.Process(target=_have_store, args=(there,), daemon=True)
     process.start()
@@ -74,13 +74,13 @@ def store_apart() -> Iterator[tuple[BaseProcess, int]]:
 def launched(
     world_size: int, arguments: Sequence[str], folder: Path, *, ranks_per_node: int | None = None
 ) -> Iterator[Started]:
-    """Start `python ARGUMENTS` as every rank of a run, and end what is left of them.
+    """Start `python ARGUMENTS` as every rank of a run; kill the remaining ones at exit.
 
     Args:
-        world_size: ranks, all on this machine.
-        arguments: of python.
-        folder: to run in; gets stdout.RANK and stderr.RANK.
-        ranks_per_node: what they believe, if not that they are all on one.
+        world_size: number of ranks, all on this machine.
+        arguments: arguments of python.
+        folder: working directory; gets stdout.RANK and stderr.RANK.
+        ranks_per_node: node size that the ranks are told; default: one node.
     """
     with store_apart() as (store, port):
         started = Started([], [], store)

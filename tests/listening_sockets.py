@@ -1,4 +1,4 @@
-"""Where processes let others connect: their listening TCP sockets, from /proc."""
+"""Find the listening TCP sockets of processes in /proc."""
 
 import socket
 import struct
@@ -9,7 +9,7 @@ _LISTEN = "0A"
 
 
 def listeners(pids: Iterable[int]) -> set[tuple[str, int]]:
-    """Address and port of every TCP socket that one of the processes listens on."""
+    """Return address and port of every TCP socket on which one of the processes listens."""
     found = set()
     for pid in pids:
         own = set()
@@ -23,12 +23,12 @@ def listeners(pids: Iterable[int]) -> set[tuple[str, int]]:
 
 
 def of_host() -> set[tuple[str, int]]:
-    """Those of all processes of this machine, or of this namespace."""
+    """Return the sockets of all processes of this network namespace."""
     return {place for place, _ in _table("self")}
 
 
 def beyond_this_machine(pids: Iterable[int]) -> set[tuple[str, int]]:
-    """Those of them that another machine could reach."""
+    """Return the sockets that another machine could reach."""
     return {(address, port) for address, port in listeners(pids) if not address.startswith("127.") and address != "::1"}
 
 

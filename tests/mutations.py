@@ -1,4 +1,4 @@
-"""Faults as trainers really had them, planted in a rank's process before it starts."""
+"""Faults of real trainers, planted in the process of a rank before it starts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,7 +22,7 @@ EP_SIZE = 2
 
 
 def expert_gradients_times_ep() -> None:
-    """PyTorch #160285: the way back of the rows has summed already, and a reducer multiplies once more."""
+    """Scale expert gradients twice: in the backward all-to-all and again in the reducer (PyTorch #160285)."""
     whole = GradientReducer.finish
 
     def wrong(self: GradientReducer) -> None:
@@ -36,7 +36,7 @@ def expert_gradients_times_ep() -> None:
 
 
 def dense_gradients_not_summed() -> None:
-    """Every rank steps by its own share."""
+    """Skip the all-reduce: every rank steps with its local gradient."""
     whole = GradientReducer.__init__
 
     def wrong(self: GradientReducer, parameters: Sequence[torch.nn.Parameter], group: Group) -> None:
@@ -46,7 +46,7 @@ def dense_gradients_not_summed() -> None:
 
 
 def norm_of_one_rank() -> None:
-    """DeepSpeed #8475, Automodel #3816: every rank clips by the norm of what it holds."""
+    """Clip by the norm of the local shard (DeepSpeed #8475, Automodel #3816)."""
     whole = NativeEngine._reduce_sums
 
     def wrong(self: NativeEngine, total: Any, choices: Any, routing: Any, norm: Any) -> Any:
@@ -57,7 +57,7 @@ def norm_of_one_rank() -> None:
 
 
 def balance_loss_divided_by_dp() -> None:
-    """Megatron #3672: an average over ranks where a sum was meant."""
+    """Average over ranks instead of summing (Megatron #3672)."""
     whole = step.objective
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
@@ -72,7 +72,7 @@ def balance_loss_divided_by_dp() -> None:
 
 
 def counts_after_drop() -> None:
-    """The load is counted after the capacity has cut it."""
+    """Count the load after tokens over capacity are dropped."""
     from trainer.moe import layer
 
     whole = layer.collect_stats
@@ -86,7 +86,7 @@ def counts_after_drop() -> None:
 
 
 def experts_seeded_by_rank() -> None:
-    """FastMoE #4: every rank draws its experts from the same stream."""
+    """Initialise the experts of every rank from the same random stream (FastMoE #4)."""
     whole = initialize.expert_parameters
 
     def wrong(model: GPT) -> dict[str, int]:
@@ -96,7 +96,7 @@ def experts_seeded_by_rank() -> None:
 
 
 def lost_expert() -> None:
-    """The last expert of a rank computes nothing."""
+    """Leave out the last expert of a rank."""
     whole = Experts.forward
 
     def wrong(self: Experts, x: torch.Tensor, rows_per_expert: torch.Tensor) -> torch.Tensor:
@@ -109,7 +109,7 @@ def lost_expert() -> None:
 
 
 def swapped_combine_weights() -> None:
-    """A token's rows come back in another order than their weights."""
+    """Combine a token's expert outputs in another order than its weights."""
     whole = ExpertOrder.combine
 
     def wrong(self: ExpertOrder, rows: torch.Tensor, *, is_compiled: bool) -> torch.Tensor:
@@ -119,7 +119,7 @@ def swapped_combine_weights() -> None:
 
 
 def skipped_collective() -> None:
-    """A rank that has nothing to send leaves out the exchange (Automodel #935)."""
+    """Skip the collective on a rank that has nothing to send (Automodel #935)."""
     import torch.distributed as dist
 
     whole = AllToAllDispatcher.send
@@ -133,7 +133,7 @@ def skipped_collective() -> None:
 
 
 def bias_by_rank() -> None:
-    """The selection bias follows counts that the other ranks do not have."""
+    """Update the selection bias from local counts."""
     import torch.distributed as dist
 
     from trainer.moe.routers.bias_balanced import BiasBalancedRouter
@@ -147,7 +147,7 @@ def bias_by_rank() -> None:
 
 
 def router_gradients_doubled() -> None:
-    """A factor that is seen nowhere else: without losses of its own a router has a small part of a step's gradient."""
+    """Scale the router's gradient, which is a small part of the total without auxiliary losses."""
     whole = NativeEngine._reduce_gradients
 
     def wrong(self: NativeEngine) -> torch.Tensor:
@@ -170,17 +170,17 @@ def _other_option(key: str, change: Callable[[Any], Any]) -> None:
 
 
 def deepspeed_averages() -> None:
-    """What DeepSpeed does unless it is told otherwise: a mean over ranks of what were parts of a sum."""
+    """Average gradients over ranks, DeepSpeed's default, where they are parts of a sum."""
     _other_option("gradient_allreduce_op", lambda _: "mean")
 
 
 def deepspeed_clips_elsewhere() -> None:
-    """Its own limit, beside that of the config."""
+    """Clip a second time, by DeepSpeed's own limit."""
     _other_option("gradient_clipping", lambda limit: 3 * limit)
 
 
 def deepspeed_forgets_micro_batches() -> None:
-    """Every micro-batch is taken for the last one of the step."""
+    """Treat every micro-batch as the last one of the step."""
     from trainer.engine.deepspeed.engine import DeepSpeedEngine
 
     whole = DeepSpeedEngine._backward
@@ -196,7 +196,7 @@ IN_DEEPSPEED: dict[Callable[[], None], str] = {
     deepspeed_clips_elsewhere: "equal gradients gave other weights: clipping, learning rate or update",
     deepspeed_forgets_micro_batches: "gradients of dense and router and expert weights differ by no common factor",
 }
-"""The same under DeepSpeed."""
+"""Faults under the DeepSpeed engine."""
 NAMED: dict[Callable[[], None], str] = {
     expert_gradients_times_ep: "expert gradients are 2 times those of one process",
     dense_gradients_not_summed: "differ: some ranks reduce, clip or update on their own",
@@ -209,4 +209,4 @@ NAMED: dict[Callable[[], None], str] = {
     skipped_collective: "ranks",
     bias_by_rank: "replicas of blocks.0.ffn.router.bias differ",
 }
-"""What a proof says of each."""
+"""Cause that `prove` reports for each fault."""

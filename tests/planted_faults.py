@@ -1,13 +1,13 @@
-"""Plants faults of one line, one at a time, and tells which of them the tests do not notice.
+"""Mutation tests: plant one-line faults, one at a time, and report those that the tests do not catch.
 
     python -m tests.planted_faults                      every fault of tests/planted/
-    python -m tests.planted_faults --only rotary bias   those whose names have one of these words in them
+    python -m tests.planted_faults --only rotary bias   faults with one of these words in their names
     python -m tests.planted_faults --list               their names
 
-Each is planted in a copy of the tree, never in the tree itself; the tests named beside it run there until one fails.
-Before that all of those tests run once without a fault, and must pass. Exits with 1 unless every fault is caught.
+Each fault is planted in a copy of the tree, where its tests run until one fails. First all of these tests must pass
+without a fault. Exits with 1 unless every fault is caught.
 
-To add one: a `Fault` in a file of tests/planted/, whose list is in FAULTS below.
+To add a fault, add a `Fault` to a list in tests/planted/.
 """
 
 import argparse
@@ -48,13 +48,13 @@ _TOPICS = (model, places, noise, accounting, experts, data_order, steps, ranks, 
 FAULTS: list[Fault] = [fault for topic in _TOPICS for fault in topic.FAULTS]
 
 Verdict = Literal["caught", "survived", "no longer applies", "broken", "timed out"]
-"""broken: pytest could not run the tests, since the faulty file does not import or a named test is gone."""
+"""broken: pytest could not run, because the faulty file does not import or a named test does not exist."""
 
 _VERDICTS: dict[int, Verdict] = {0: "survived", 1: "caught"}
 
 
 def copy_of(root: Path, folder: Path) -> Path:
-    """Copy what git knows or would add of a tree into a folder; return the folder."""
+    """Copy the tracked and the untracked, not ignored files of a tree into a folder; return the folder."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
         cwd=root,
@@ -69,7 +69,7 @@ def copy_of(root: Path, folder: Path) -> Path:
 
 
 def try_out(fault: Fault, tree: Path, *, timeout_s: float) -> tuple[Verdict, str]:
-    """Plant a fault in a tree, run its tests and take it out again; return the verdict and what tells more."""
+    """Plant a fault in a tree, run its tests and restore the file; return the verdict and a detail."""
     planted, path = fault.planted(tree), tree / fault.file
     if planted is None:
         return "no longer applies", f"{fault.file} does not have the old text exactly once"
@@ -87,22 +87,22 @@ def try_out(fault: Fault, tree: Path, *, timeout_s: float) -> tuple[Verdict, str
 
 
 def run_tests(tests: Sequence[str], tree: Path, *, timeout_s: float) -> tuple[int | None, str]:
-    """Run pytest in a tree until a test fails; return its exit code, None if it took too long, and its output.
+    """Run pytest in a tree until a test fails; return its exit code (None: timed out) and its output.
 
-    It runs in a fork of this process, which has imported what takes long, and nothing of the project.
+    Runs in a fork of this process, which has imported slow packages but nothing of the project.
     """
     with tempfile.TemporaryFile("w+") as output:
         child = os.fork()
         if child == 0:
             _become_pytest(tests, tree, output.fileno())
-        os.setpgid(child, child)  # as the child does itself: whoever is first
+        os.setpgid(child, child)  # the child does the same; whichever is first
         code, end = None, time.monotonic() + timeout_s
         while code is None and time.monotonic() < end:
             ended, status = os.waitpid(child, os.WNOHANG)
             code = os.waitstatus_to_exitcode(status) if ended else None
             time.sleep(0.02)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)  # what it has started and left behind, too
+            os.killpg(child, signal.SIGKILL)  # with any processes that it left behind
         if code is None:
             os.waitpid(child, 0)
         output.seek(0)
@@ -110,14 +110,14 @@ def run_tests(tests: Sequence[str], tree: Path, *, timeout_s: float) -> tuple[in
 
 
 def _become_pytest(tests: Sequence[str], tree: Path, output: int) -> NoReturn:
-    code = 3  # an internal error, as pytest counts
+    code = 3  # pytest's code for an internal error
     try:
         os.setpgid(0, 0)
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.chdir(tree)
         os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-        sys.dont_write_bytecode = True  # a file that changes twice in a second is taken for the one before
+        sys.dont_write_bytecode = True  # a stale .pyc would hide a second change within a second
         sys.path[:] = [str(tree), *(entry for entry in sys.path if entry and Path(entry) != ROOT)]
         for name in [name for name in sys.modules if name.partition(".")[0] in ("tests", "trainer")]:
             del sys.modules[name]
@@ -132,7 +132,7 @@ def _become_pytest(tests: Sequence[str], tree: Path, output: int) -> NoReturn:
 
 
 def try_all(faults: Sequence[Fault], root: Path, *, timeout_s: float) -> dict[str, Verdict]:
-    """Try faults in a copy of a tree, and print a line for each; return the verdicts by name.
+    """Try faults in a copy of a tree, printing a line for each; return the verdicts by name.
 
     Raises:
         SystemExit: if the tests do not pass without a fault.

@@ -1,11 +1,11 @@
-"""Random configs, each trained by one process and by two to four ranks: how far apart anything that they compute is.
+"""Train random configs in one process and on two to four ranks, and compare everything that they compute.
 
-    python -m tests.random_configs --count 200 --seed 0       a line for each config, and the worst of all
-    python -m tests.random_configs --count 1 --seed 17        one of them again: number 17 is a function of 17 alone
+    python -m tests.random_configs --count 200 --seed 0       a line for each config, and the worst error
+    python -m tests.random_configs --count 1 --seed 17        repeat config 17, which depends on its number only
 
-Every router with its options, every loss and capacity that no layout may change, and text full of repeated tokens, in
-float64 for 10 steps. What `prove` labels as not layout-invariant is never drawn. Ends with 1 if any config differs by
-more than 1e-9.
+Covers every router with its options, every loss and capacity rule that must not depend on the layout, and text full of
+repeated tokens, in float64 for 10 steps. Settings that `prove` labels as not layout-invariant are never drawn. Exits
+with 1 if any config differs by more than 1e-9.
 """
 
 import argparse
@@ -43,7 +43,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """What it is, on one line."""
+        """Description in one line."""
         moe = self.config.model.moe
         assert moe is not None
         router = moe.router.model_dump(exclude_defaults=True, exclude={"kind"})
@@ -52,9 +52,9 @@ class Trial:
 
 
 def draw(number: int, folder: Path) -> Trial:
-    """Return a config that is valid, and a layout that it can have; a function of the number."""
+    """Return a valid config and a layout that fits it, as a function of the number."""
     drawn = random.Random(number)
-    while True:  # most of what is drawn is valid; rules between keys refuse the rest
+    while True:  # rejection sampling: rules between keys refuse a few
         text = drawn.choice(list(repeated_texts(folder)))
         rows, peak_lr = drawn.randint(3, 9), drawn.choice([1e-3, 3e-3, 1e-2])
         values = {
@@ -75,8 +75,8 @@ def draw(number: int, folder: Path) -> Trial:
             "train": {
                 "steps": STEPS + drawn.choice([0, 5]),
                 "global_batch_size": rows,
-                # Of a gradient that is 0 but for rounding, as that of q and k where all tokens are equal, AdamW makes
-                # lr / eps times as much: with the rounding of a gradient of 100 and lr 1e-2 that is over 1e-9.
+                # AdamW scales a gradient that is 0 except for rounding, as that of q and k where all tokens are equal,
+                # by lr / eps: with the rounding of a gradient of 100 and lr 1e-2 the result exceeds 1e-9.
                 "grad_clip": drawn.choice([0.1, 1.0] if peak_lr > 1e-3 else [None, 0.1, 1.0]),
                 "dtype": "float64",
             },
@@ -151,7 +151,7 @@ def _capacity(drawn: random.Random) -> dict[str, Any]:
 
 
 def router_options(drawn: random.Random, num_experts: int) -> dict[str, Any]:
-    """Return a value for every option that some router has."""
+    """Return a value for every option of any router."""
     most = min(4, num_experts)
     return {
         "top_k": drawn.randint(1, most),
@@ -180,7 +180,7 @@ def router_options(drawn: random.Random, num_experts: int) -> dict[str, Any]:
 
 
 def _router(drawn: random.Random, kind: str, num_experts: int) -> dict[str, Any]:
-    """Some of the options that a router of this kind has, the others as they are by default."""
+    """Draw some of the options of a kind of router; the others keep their defaults."""
     options = router_options(drawn, num_experts)
     known = ROUTERS[kind].model_fields
     return {"kind": kind} | {key: value for key, value in options.items() if key in known and drawn.random() < 0.5}
@@ -207,14 +207,14 @@ def _layout(drawn: random.Random, config: ExperimentConfig) -> Case:
 
 
 def compared(trial: Trial, ranks: LocalRanks) -> Comparison:
-    """Train it both ways."""
+    """Train in one process and on ranks, and compare."""
     alone = run_case(trial.config, reference(trial.config), ranks, steps=STEPS, timeout_s=TIMEOUT_S)
     together = run_case(trial.config, trial.case, ranks, steps=STEPS, timeout_s=TIMEOUT_S)
     return compare(together, alone, tolerance=TOLERANCE, floor=FLOORS["float64"])
 
 
 def main() -> int:
-    """Compare `--count` configs from number `--seed` on."""
+    """Compare `--count` configs, starting with number `--seed`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="number of the first config")

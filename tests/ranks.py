@@ -1,4 +1,4 @@
-"""Several gloo processes for one test: started once, given functions to run together, killed when they hang."""
+"""Gloo processes for tests: started once, run functions together, killed if they hang."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +14,13 @@ TIMEOUT_S = 120.0
 
 
 class Ranks(LocalRanks):
-    """Runs a function on ranks 0 .. n - 1 of a fresh process group, in processes that stay for the next one."""
+    """Process pool that runs a function on ranks 0 .. n - 1 of a fresh process group."""
 
     def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = TIMEOUT_S) -> list[Any]:
-        """Return what `function(*args)` returned on each rank.
+        """Return the result of `function(*args)` on each rank.
 
         Raises:
-            AssertionError: with the traceback of each rank that failed, or if they did not end in time.
+            AssertionError: with the traceback of each failed rank, or on a timeout.
         """
         answers = super().run(world_size, function, *args, timeout_s=timeout_s)
         errors = [
@@ -34,7 +34,7 @@ class Ranks(LocalRanks):
 
 
 def mesh_here(*, ep_size: int = 1, ranks_per_node: int = 1, recorder: FlightRecorder | None = None) -> Mesh:
-    """The groups of the rank that calls it, inside a function that `Ranks` runs."""
+    """Return the mesh of the calling rank, inside a function that `Ranks` runs."""
     layout = Layout(
         world_size=dist.get_world_size(), rank=dist.get_rank(), ep_size=ep_size, ranks_per_node=ranks_per_node
     )

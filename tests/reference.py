@@ -1,4 +1,4 @@
-"""The mixture of experts as loops over tokens and experts: slow, obvious, and what everything is compared with.
+"""Reference mixture of experts, as loops over tokens and experts: slow and obvious.
 
 Written from the formulas (DESIGN 4), not from the code: no sorting, no stacking, no index arithmetic. Differentiable.
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass
 class Routed:
-    """What the oracle's router decides."""
+    """Routing decision of the reference."""
 
     experts: list[list[int]]  # per token, best first; empty for padding
     weights: list[list[Tensor]]
@@ -22,7 +22,7 @@ class Routed:
 
 
 def route(x: Tensor, gate: Tensor, valid: Tensor, *, top_k: int, score: str, normalize: bool, scale: float) -> Routed:
-    """Score every token, take the best expert k times (the first of equals), weigh by the normalised or raw scores."""
+    """Score tokens and take the best expert k times (the first among ties), weighted by normalised or raw scores."""
     logits = torch.stack([torch.stack([(token * row).sum() for row in gate]) for token in x])
     experts, weights, probs = [], [], []
     for t in range(len(x)):
@@ -46,7 +46,7 @@ def route(x: Tensor, gate: Tensor, valid: Tensor, *, top_k: int, score: str, nor
 
 
 def moe_output(x: Tensor, routed: Routed, w_in: Tensor, w_out: Tensor, activation: str) -> Tensor:
-    """y_t = sum over its experts of weight * expert(x_t)."""
+    """Return y_t = sum over its experts of weight * expert(x_t)."""
     rows = []
     for t, token in enumerate(x):
         y = torch.zeros_like(token)
@@ -57,7 +57,7 @@ def moe_output(x: Tensor, routed: Routed, w_in: Tensor, w_out: Tensor, activatio
 
 
 def expert_output(token: Tensor, w_in: Tensor, w_out: Tensor, activation: str) -> Tensor:
-    """One expert on one token."""
+    """Apply one expert to one token."""
     h = w_in @ token
     if activation == "gelu":
         return w_out @ (h * 0.5 * (1 + torch.erf(h / 2**0.5)))
@@ -66,7 +66,7 @@ def expert_output(token: Tensor, w_in: Tensor, w_out: Tensor, activation: str) -
 
 
 def balance_loss(routed: Routed, scopes: list[list[int]], *, first_choice_only: bool = False) -> Tensor:
-    """Sum over scopes (lists of valid tokens) of n * E * sum_e f_e P_e."""
+    """Return the sum over scopes (lists of valid tokens) of n * E * sum_e f_e P_e."""
     num_experts = routed.probs.shape[1]
     total = torch.zeros((), dtype=routed.probs.dtype)
     for tokens in scopes:
@@ -80,7 +80,7 @@ def balance_loss(routed: Routed, scopes: list[list[int]], *, first_choice_only: 
 
 
 def z_loss(routed: Routed, tokens: list[int]) -> Tensor:
-    """Sum over valid tokens of the squared log of the summed exponentials."""
+    """Return the sum over valid tokens of logsumexp squared."""
     return sum(
         (torch.log(torch.exp(routed.logits[t]).sum()) ** 2 for t in tokens), torch.zeros((), dtype=routed.logits.dtype)
     )

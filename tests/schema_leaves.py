@@ -1,4 +1,4 @@
-"""Every key of a schema that has a value of its own, and the smallest configuration that has it."""
+"""List every leaf key of a schema, each with a minimal configuration that contains it."""
 
 import types
 from collections.abc import Iterator
@@ -8,11 +8,11 @@ from trainer.config import slots
 from trainer.config.base import Config
 
 Step = tuple[str, type[Config], bool]
-"""A key, the section below it, and whether that is an entry of a list."""
+"""Key, section below it, and whether the section is an entry of a list."""
 
 
 class Leaf(NamedTuple):
-    """A key whose value is no section."""
+    """A key whose value is not a section."""
 
     path: tuple[Step, ...]
     section: type[Config]
@@ -21,17 +21,17 @@ class Leaf(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Dotted, with the kinds of the sections that have several."""
+        """Dotted name, with the kinds of sections that have several."""
         parts = [f"{key}{'.0' if listed else ''}{_kind_of(section)}" for key, section, listed in self.path]
         return ".".join([*parts, self.key])
 
     @property
     def names(self) -> list[str]:
-        """The names that a message about its value may have: its own, and those of the sections around it."""
+        """Names that may appear in a message about its value: its own and those of the enclosing sections."""
         return [self.key, *(key for key, _, _ in self.path)]
 
     def accepts(self, *kinds: type) -> bool:
-        """Tell whether a value, or an entry of it, may be of one of these types."""
+        """Return whether its value, or an entry of it, may have one of these types."""
         return any(kind in kinds for kind in _inside(self.annotation))
 
     @property
@@ -41,13 +41,13 @@ class Leaf(NamedTuple):
 
     @property
     def limits(self) -> list[int | float]:
-        """The ends of its range, as far as it has one."""
+        """Bounds of its range, if any."""
         field = self.section.model_fields[self.key]
         found = [getattr(data, name, None) for data in _metadata(field) for name in ("ge", "gt", "le", "lt")]
         return [limit for limit in found if limit is not None]
 
     def document(self, value: Any, root: dict[str, Any]) -> dict[str, Any]:
-        """Return a configuration that has this value."""
+        """Return a configuration with this value."""
         document = dict(root)
         node = document
         for key, section, listed in self.path:
@@ -59,7 +59,7 @@ class Leaf(NamedTuple):
 
 
 def leaves(section: type[Config], path: tuple[Step, ...] = (), seen: set[Any] | None = None) -> Iterator[Leaf]:
-    """Yield all of them; of a section that stands in several places, once."""
+    """Yield all leaves; those of a section used in several places once."""
     seen = set() if seen is None else seen
     if section in seen:
         return
@@ -79,7 +79,7 @@ def leaves(section: type[Config], path: tuple[Step, ...] = (), seen: set[Any] | 
 
 
 def _required(section: type[Config]) -> dict[str, Any]:
-    """Return the smallest section of its kind."""
+    """Return a minimal section of its kind."""
     values: dict[str, Any] = {"kind": kinds[0]} if (kinds := slots.kinds(section)) else {}
     for key, field in section.model_fields.items():
         if field.is_required() and key != "kind":
@@ -95,7 +95,7 @@ _BESIDE: dict[Any, dict[str, Any]] = {
     "jsonl": {"path": "x"},
     "mixture_of_depths": {},
 }
-"""One of which a rule asks for."""
+"""Keys of which a rule requires one."""
 
 
 def _kind_of(section: type[Config]) -> str:
@@ -111,7 +111,7 @@ def _inside(annotation: Any) -> Iterator[Any]:
 
 
 def _metadata(field: Any) -> Iterator[Any]:
-    """Yield what restricts the values of a field, or of what is inside."""
+    """Yield the constraints on the values of a field or of its entries."""
     yield from field.metadata
     pending = [field.annotation]
     while pending:

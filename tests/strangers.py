@@ -1,4 +1,4 @@
-"""A run on one host and a stranger on another, for tests/two_hosts.sh: `python -m tests.strangers` beside a tiny.yaml.
+"""A run on one host and an attacker on another, for tests/two_hosts.sh: `python -m tests.strangers` next to tiny.yaml.
 
 host1 trains on two ranks under `launch`; a local stranger overwrites the keys of torchrun's store by pickles. host2
 tries every port that anything on host1 listens on. What came of it is in found.json.
@@ -26,7 +26,7 @@ _KEEP_ALIVE_S = 6.0
 
 
 class Evil:
-    """Runs code where it is unpickled."""
+    """Object that runs code when unpickled."""
 
     def __reduce__(self) -> tuple:
         return os.mkdir, (str(EXECUTED.absolute()),)
@@ -46,7 +46,7 @@ def wait_for(path: Path) -> None:
 
 
 def attacked(pids: list[int]) -> list[int]:
-    """Overwrite all that is in the stores of some processes, but what ranks tell each other; return their ports."""
+    """Overwrite the stores of some processes, except for keys that ranks exchange; return their ports."""
     import torch.distributed as dist  # the stranger of the other host need not wait for it
 
     evil, ports = base64.b64encode(pickle.dumps(Evil())).decode(), []

@@ -1,4 +1,4 @@
-"""Models of Hugging Face's transformers beside ours: an outside reference for the whole model.
+"""Models of Hugging Face transformers, an external reference for the whole model.
 
 Their code runs as it is installed. It casts to float32 in its norms, rotary tables, routers and softmax, so that in
 float64 it agrees with anything to 1e-7 at best; in float64 every such cast is answered with float64 here.
@@ -43,11 +43,11 @@ _IN_A_LAYER = {
     "ffn.shared.w_in.weight": ["mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight"],
     "ffn.shared.w_out.weight": ["mlp.shared_experts.down_proj.weight"],
 }
-"""Our name of a tensor, and theirs of its parts, one below the other."""
+"""Name of a tensor here, and in transformers the names of its parts, stacked in this order."""
 
 
 class WithoutFloat32(TorchFunctionMode):
-    """Within it, whoever asks torch for float32 gets float64."""
+    """Replace float32 by float64 in calls to torch within the context."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def wide(value: Any) -> Any:
@@ -62,7 +62,7 @@ def _in(dtype: torch.dtype) -> AbstractContextManager[object]:
 
 
 def build(family: str, ours: GPT) -> nn.Module:
-    """Make their model of the same config, with our weights and in our dtype."""
+    """Return the transformers model of the same config, with the same weights and dtype."""
     dtype = ours.embedding.weight.dtype
     with _in(dtype):  # rotary frequencies are made here
         theirs = _of(family, ours.config, ours.vocab_size).to(dtype).train()
@@ -128,7 +128,7 @@ def _of(family: str, config: ModelConfig, vocab_size: int) -> nn.Module:
 
 
 def in_their_names(ours: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Return tensors of our model (weights, buffers or gradients) under their names, fused ones cut."""
+    """Return tensors of our model (weights, buffers or gradients) under transformers' names, fused ones split."""
     heads, kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
     found: dict[str, Tensor] = {}
     for name, tensor in ours.items():
@@ -144,7 +144,7 @@ def in_their_names(ours: dict[str, Tensor], config: ModelConfig) -> dict[str, Te
 
 
 def _copy_weights(ours: GPT, theirs: nn.Module) -> None:
-    """Give their model our weights and buffers, all of both.
+    """Copy all weights and buffers into the transformers model.
 
     Raises:
         AssertionError: if one of the two has a tensor that the other has not.

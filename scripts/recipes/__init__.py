@@ -1,1 +1,1 @@
-"""Small data sets, made up, on which every recipe runs without a network."""
+"""Small synthetic data sets with which every recipe runs offline."""

@@ -1,9 +1,9 @@
-"""Write the small data set of a recipe, for configs/recipes/small/NAME.yaml: made up, the same everywhere, offline.
+"""Write the small synthetic data set of a recipe, for configs/recipes/small/NAME.yaml: deterministic, offline.
 
     python -m scripts.recipes NAME [OUT]
 
 NAME is translation, sentiment, summarization, recommendation or search. OUT (data/small/NAME) gets train.jsonl and
-test.jsonl, of which no row is in both, and what else the recipe reads.
+test.jsonl, which share no row, and the other files that the recipe reads.
 """
 
 import argparse
@@ -20,7 +20,7 @@ RECIPES = {
     "recommendation": recommendation.files,
     "search": search.files,
 }
-"""For each name, what makes its files of a source of randomness: rows by file name, or lines of text."""
+"""Function per recipe that draws its files: records or lines of text by file name."""
 SEED = 20261123
 
 

@@ -1,4 +1,4 @@
-"""What people watched, in order: everyone keeps to a genre, and to the order of the parts of a series."""
+"""Watch histories: each user keeps to one genre, and to the order of the parts of a series."""
 
 import random
 

@@ -383,7 +383,7 @@ def test_progress_counts_packages_of_this_platform_and_bytes(
         "Processing /some/files/typing_extensions-1.0-py3-none-any.whl (from -r requirements/base.txt (line 9))\n",
         "Installing collected packages: torch, typing-extensions\n",
     ):
-        progress.hear(line)
+        progress.update(line)
     said = [line.removeprefix("setup: packages: ").rpartition(",")[0] for line in capsys.readouterr().err.splitlines()]
     assert said == [
         "begins",

@@ -1,4 +1,4 @@
-"""A tiny run that several ranks can share: its folder, ways to start it, and what it has computed."""
+"""A tiny run for several ranks: its folder, ways to start it, and its results."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def make_workplace(folder: Path, *, dtype: str) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """Variables of a process that is not warm."""
+    """Return the environment of a process started from scratch."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -66,13 +66,13 @@ def torchrun(folder: Path, num_ranks: int, *arguments: str) -> subprocess.Comple
 
 
 def numbers(folder: Path, name: str) -> list[tuple[str, float]]:
-    """Every number of metrics.jsonl that does not depend on the clock, with its name."""
+    """Return name and value of every number of metrics.jsonl that does not depend on the clock."""
     records = map(json.loads, (folder / "runs" / name / "metrics.jsonl").read_text().splitlines())
     return [(k, v) for record in records for k, v in without_clock(record).items() if v is not None]
 
 
 def assert_same(folder: Path, name: str, *, rel: float, abs: float) -> None:
-    """Compare every number of a run with those of the run `alone`."""
+    """Compare every number of a run with that of the run `alone`."""
     mine, oracle = numbers(folder, name), numbers(folder, "alone")
     assert [key for key, _ in mine] == [key for key, _ in oracle]
     assert [value for _, value in mine] == pytest.approx([value for _, value in oracle], rel=rel, abs=abs)

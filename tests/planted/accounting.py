@@ -1,4 +1,4 @@
-"""Faults of counting: which tokens, choices and steps a number is of."""
+"""Faults of counting: tokens, choices and steps."""
 
 from tests.planted.fault import Fault, in_package
 

@@ -1,4 +1,4 @@
-"""Faults of what a checkpoint holds and which ones stay."""
+"""Faults of the content of checkpoints and of pruning."""
 
 from tests.planted.fault import in_package
 

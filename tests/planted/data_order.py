@@ -1,4 +1,4 @@
-"""Faults of the order of the data, of what is held out and of counting it."""
+"""Faults of data order, held-out splits and token counts."""
 
 from tests.planted.fault import in_package
 

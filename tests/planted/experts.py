@@ -1,4 +1,4 @@
-"""Faults of experts' kernels and of weights that nobody has written."""
+"""Faults of the experts' kernels and of uninitialised weights."""
 
 from tests.planted.fault import Fault
 

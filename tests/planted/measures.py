@@ -1,4 +1,4 @@
-"""Faults of evaluation, of writing text and of metrics."""
+"""Faults of evaluation, text generation and metrics."""
 
 from tests.planted.fault import in_package
 

@@ -1,4 +1,4 @@
-"""Faults of the model: what a block computes and in which order, and what is learned of it."""
+"""Faults of the model: computation and order of a block, and its gradients."""
 
 from tests.planted.fault import Fault
 

@@ -1,4 +1,4 @@
-"""Faults of noise: whose it is, and who has none."""
+"""Faults of noise: independence across layers, sequences and runs, and none in evaluation."""
 
 from tests.planted.fault import Fault
 

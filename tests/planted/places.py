@@ -1,4 +1,4 @@
-"""Faults of where things are: which tokens attention and its cache look at, and which blocks have experts."""
+"""Faults of positions: tokens seen by attention and its cache, and blocks with experts."""
 
 from tests.planted.fault import Fault
 from tests.planted.model import GPT, PARITY

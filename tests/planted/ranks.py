@@ -1,4 +1,4 @@
-"""Faults of groups of ranks and of what travels between them."""
+"""Faults of process groups and of communication."""
 
 from tests.planted.fault import in_package
 

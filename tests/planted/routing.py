@@ -1,4 +1,4 @@
-"""Faults of balance losses, of routing's arithmetic and of moving rows."""
+"""Faults of balance losses, routing weights and permutation."""
 
 from tests.planted.fault import in_package
 

@@ -1,4 +1,4 @@
-"""Faults of configuration, of supervising and of proving."""
+"""Faults of configuration, supervision and `prove`."""
 
 from tests.planted.fault import in_package
 

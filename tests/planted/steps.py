@@ -1,4 +1,4 @@
-"""Faults of optimizer steps, of initial weights and of counted work."""
+"""Faults of optimizer steps, initial weights and FLOP counts."""
 
 from tests.planted.fault import in_package
 
