@@ -17,7 +17,7 @@ from trainer.distributed import runtime
 from trainer.distributed.mesh import joined
 from trainer.distributed.rank_layout import layout_from_environment
 from trainer.experiment import ExperimentConfig
-from trainer.metrics.system_stats import Machine, over_ranks
+from trainer.metrics.system_stats import SystemStats, reduce_over_ranks
 from trainer.step_timer import Clock, HostClock, StepTimer
 from trainer.training.model import build_model, numerics, resolve_kernel
 
@@ -51,7 +51,7 @@ def main() -> None:
         stream = TrainStream(corpus, packing=config.data.packing, seq_len=config.model.seq_len, seed=config.seed)
         model = build_model(config, corpus.tokenizer, mesh, device, warn=print)
         engine = config.engine.build(model, config.optim, numerics(config), mesh)
-        watch, machine = mesh.world.recorder.step_timer, Machine(Path(), device)
+        watch, machine = mesh.world.recorder.step_timer, SystemStats(Path(), device)
         clock = watch._clock = Counting(watch._clock)
 
         def step(number: int) -> None:
@@ -75,7 +75,7 @@ def main() -> None:
         for number in range(1, options.rounds + 1):
             pair = [(function, _ms(function, number)) for function in (step, watched_step)[:: 1 - 2 * (number % 2)]]
             rounds.append([ms for _, ms in sorted(pair, key=lambda timed: timed[0] is watched_step)])
-            lines.append(_ms(lambda _: over_ranks(watch.take(), machine.read(), mesh.world), number))
+            lines.append(_ms(lambda _: reduce_over_ranks(watch.take(), machine.read(), mesh.world), number))
     if layout.rank > 0:
         return
     plain, watched = zip(*rounds, strict=True)

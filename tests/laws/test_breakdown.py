@@ -8,21 +8,21 @@ from tests.builders import make_batch, make_engine_of, rows_of, tiny_model_confi
 from tests.ranks import Ranks, mesh_here
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.engine.registry import NativeEngineConfig
-from trainer.metrics.throughput import Speed, StepPace
+from trainer.metrics.throughput import ThroughputMeter
 from trainer.parallel.config import ParallelConfig
 
 WORK = {"forward", "dispatch", "experts", "combine", "backward", "optimizer"}
 """Of every step of a model with experts."""
 
 
-def _step(parallel: dict[str, Any], engine: str = "native", ep_size: int = 2) -> Speed:
+def _step(parallel: dict[str, Any], engine: str = "native", ep_size: int = 2) -> Throughput:
     """Take a step of two micro-batches on this rank."""
     mesh = mesh_here(ep_size=ep_size)
     section = NativeEngineConfig() if engine == "native" else DeepSpeedEngineConfig()
     config = ParallelConfig.model_validate({"ep_size": ep_size, **parallel})
     made = make_engine_of(section, tiny_model_config({"capacity": {"factor": 2.0}}), mesh=mesh, parallel=config)
     batch = make_batch(4, 8, first_sample=4 * mesh.layout.rank)
-    pace = StepPace(mesh.world.recorder.step_timer)
+    pace = ThroughputMeter(mesh.world.recorder.step_timer)
     for _ in range(2):
         pace.begin()
         made.train_step([rows_of(batch, 0, 2), rows_of(batch, 2, 4)], lr=1e-3)

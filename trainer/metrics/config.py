@@ -1,4 +1,4 @@
-"""The `metrics` and `profile` sections: what is written down while training. Imports no torch."""
+"""The `metrics` and `profile` sections. Imports no torch."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class WandbConfig(Config):
             yield "mode", "wandb"
 
     def problems(self) -> Iterator[Problem]:
-        """Refuse what wandb would refuse later, or take for something else."""
+        """Reject values that wandb would reject later or misread."""
         bad = [c for c in _NOT_IN_A_PROJECT if c in (self.project or "")]
         if bad:
             yield Problem(

@@ -1,27 +1,27 @@
-"""Load of each layer's experts: rows that a tracker draws over the steps as heat maps."""
+"""Relative load of each layer's experts, which trackers draw over steps as heat maps."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_MOST_CELLS = 512
-"""Most cells of a row; wandb has no more bins."""
+_MAX_CELLS = 512
+"""Most cells of a row: the limit of wandb's histograms."""
 
 
 def layer_loads(experts: Mapping[str, Any], moe_layers: Sequence[int]) -> dict[str, list[float]]:
-    """Return for each MoE layer the load of each expert: its assignments over the mean of the layer, 1 when even.
+    """Return the load of each expert of each MoE layer: its assignments over the layer's mean, 1 when even.
 
-    Of a layer with more experts than a row has cells, neighbours share one: then their mean load.
+    If a layer has more experts than a row has cells, neighbouring experts share a cell with their mean load.
 
     Args:
-        experts: a line of routing.jsonl.
-        moe_layers: numbers of the layers that it counts, in order.
+        experts: A line of routing.jsonl.
+        moe_layers: Indices of the layers it counts, in order.
     """
     rows = zip(moe_layers, experts["counts"], strict=True)
     return {f"load/layer_{layer:02d}": _loads(counts) for layer, counts in rows}
 
 
 def _loads(counts: list[int]) -> list[float]:
-    per_cell = -(-len(counts) // _MOST_CELLS)
+    per_cell = -(-len(counts) // _MAX_CELLS)
     cells = [counts[i : i + per_cell] for i in range(0, len(counts), per_cell)]
     mean = max(1, sum(counts)) / len(counts)
     return [round(sum(cell) / len(cell) / mean, 4) for cell in cells]

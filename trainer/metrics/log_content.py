@@ -1,6 +1,6 @@
-"""Content of a log: lines, size and checksum of its bytes, which every checkpoint keeps of its run's logs.
+"""Length and checksum of a log, kept in every checkpoint.
 
-So a run that goes on need not parse what was there when its checkpoint was saved, and knows what has been lost of it.
+A resumed run need not parse the part of a log that existed at the checkpoint, and detects losses and changes in it.
 """
 
 import os
@@ -10,41 +10,41 @@ from dataclasses import asdict, dataclass
 from typing import Self
 
 _BLOCK_BYTES = 1 << 20
-_MOST = 1 << 53
+_MAX_INT = 1 << 53
 
 
 @dataclass(slots=True, kw_only=True)
 class LogContent:
-    """Whole lines from the beginning of a log."""
+    """Number, size and checksum of complete lines from the beginning of a log."""
 
     lines: int = 0
     size_bytes: int = 0
     crc32: int = 0
-    """Tells damage, and no intent."""
+    """Detects accidental damage, not tampering."""
 
     def add(self, data: bytes) -> None:
-        """Append whole lines."""
+        """Add complete lines."""
         self.lines += data.count(b"\n")
         self.size_bytes += len(data)
         self.crc32 = zlib.crc32(data, self.crc32)
 
     def record(self) -> dict[str, int]:
-        """Return JSON values."""
+        """Return the content as JSON values."""
         return asdict(self)
 
     @classmethod
-    def recorded(cls, value: object) -> Self | None:
-        """Return what `record` gave; None if it is something else, or damaged."""
+    def from_record(cls, value: object) -> Self | None:
+        """Return the content that `record` described; None if the value is not valid."""
         if not isinstance(value, Mapping) or set(value) != {"lines", "size_bytes", "crc32"}:
             return None
         numbers = {str(key): number for key, number in value.items()}
-        if not all(type(number) is int and 0 <= number <= _MOST for number in numbers.values()):
+        if not all(type(number) is int and 0 <= number <= _MAX_INT for number in numbers.values()):
             return None
         return cls(**numbers)
 
 
 def content_of(descriptor: int, size_bytes: int) -> LogContent:
-    """Read so much of an open file from its beginning, a block at a time; of a shorter one all there is.
+    """Return the content of the first `size_bytes` of an open file, or of all of a shorter one.
 
     Raises:
         OSError: if it cannot be read.
@@ -59,10 +59,10 @@ def content_of(descriptor: int, size_bytes: int) -> LogContent:
 
 
 def copy_content(descriptor: int, content: LogContent, target: int) -> None:
-    """Copy as many bytes of an open file to the end of another one.
+    """Append the first `content.size_bytes` of an open file to another one.
 
     Raises:
-        OSError: if the disk refuses.
+        OSError: if the disk fails.
     """
     done = 0
     while done < content.size_bytes and (
@@ -73,10 +73,10 @@ def copy_content(descriptor: int, content: LogContent, target: int) -> None:
 
 
 def write_whole(descriptor: int, data: bytes) -> None:
-    """Write all of it, in one call unless the system takes less: it may, where a disk is nearly full.
+    """Write all of `data`, in several calls if the system accepts less, as it may on a nearly full disk.
 
     Raises:
-        OSError: if the disk refuses; a part may be written.
+        OSError: if the disk fails; a part may have been written.
     """
     left = memoryview(data)
     while left:

@@ -1,4 +1,4 @@
-"""A window of steps under torch's profiler: a trace for Perfetto or chrome://tracing, tables, a memory snapshot."""
+"""Profile a window of steps with torch: a trace for Perfetto or chrome://tracing, tables, a memory snapshot."""
 
 import os
 import warnings
@@ -15,16 +15,15 @@ from trainer.distributed.mesh import Mesh
 from trainer.metrics.config import ProfileConfig
 
 _T = TypeVar("_T")
-_ROWS = 100
-"""Rows of a table."""
+_TABLE_ROWS = 100
 _ALLOCATIONS = 1_000_000
-"""Allocations that a memory snapshot records."""
+"""Most allocations recorded in a memory snapshot."""
 
 
 class Profiler:
-    """Looks at the steps that the `profile` section names, on the ranks that it names, and writes what it saw.
+    """Profiles the steps and ranks of the `profile` section. Errors become warnings; training continues.
 
-    In the trace the parts of a step have their names in `time/`. What cannot be written is a warning.
+    In the trace, the parts of a step have the names of the `time/` metrics.
     """
 
     def __init__(
@@ -37,29 +36,29 @@ class Profiler:
         say: Callable[[str], None],
         warn: Callable[[str], None],
     ) -> None:
-        """Prepare.
+        """Prepare the profiler.
 
         Args:
-            config: the `profile` section; None: nothing is looked at.
-            folder: for what is seen.
-            mesh: this rank's groups.
-            device: that this rank computes on.
-            say: shows a line to the user.
-            warn: shows a warning.
+            config: The `profile` section; None: profile nothing.
+            folder: Folder to write to.
+            mesh: This rank's groups.
+            device: This rank's device.
+            say: Shows a message to the user.
+            warn: Shows a warning.
         """
         self._config, self._folder, self._mesh, self._device = config, folder, mesh, device
         self._say, self._warn = say, warn
         self._step_timer = mesh.world.recorder.step_timer
-        self._looks = config is not None and mesh.layout.rank in config.ranks
+        self._is_enabled = config is not None and mesh.layout.rank in config.ranks
         self._running: profile | None = None
         self._first = 0
-        """Step that it began to look at: another one than the window's where a run was resumed within it."""
-        self._troubles: list[str] = []
+        """First profiled step: later than the start of the window if the run was resumed within it."""
+        self._errors: list[str] = []
 
     def begin(self, step: int) -> None:
-        """Be told that a step begins, counted from 1."""
+        """Start a step, counted from 1."""
         config = self._config
-        if config is None or not self._looks or not config.start - 1 <= step <= config.last:
+        if config is None or not self._is_enabled or not config.start - 1 <= step <= config.last:
             return
         if self._running is None:
             self._attempt(lambda: self._start(config, step))
@@ -69,7 +68,7 @@ class Profiler:
                 torch.cuda.memory._record_memory_history(max_entries=_ALLOCATIONS)
 
     def end(self, step: int) -> None:
-        """Be told that it has ended; after the last one all ranks wait until what was seen is written."""
+        """End a step; after the last one all ranks wait until the profiles are written."""
         config, running = self._config, self._running
         if running is not None:
             self._attempt(running.step)
@@ -79,25 +78,25 @@ class Profiler:
         name = None
         if running is not None:
             name = self._attempt(lambda: self._write(running, config))
-        # However long one of them writes: an exchange would take the others for lost.
-        for rank, (written, troubles) in enumerate(barrier_gather(self._mesh.world, (name, self._troubles))):
+        # A barrier without a deadline: a collective would time out while a rank is still writing.
+        for rank, (written, errors) in enumerate(barrier_gather(self._mesh.world, (name, self._errors))):
             if written is not None:
                 self._say(f"profile of rank {rank}: {self._folder / written}")
-            for trouble in troubles:
-                self._warn(f"profile of rank {rank}: {trouble}; training goes on")
+            for error in errors:
+                self._warn(f"profile of rank {rank}: {error}; training continues")
 
     def _start(self, config: ProfileConfig, step: int) -> None:
-        # The step before the window, if this process takes it, is for the profiler to warm up.
+        # The step before the window, if this process runs it, is the profiler's warm-up.
         self._first = max(step, config.start)
         activities = [ProfilerActivity.CPU]
         if self._device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there was no such step
+            warnings.simplefilter("ignore")  # about a missing warm-up step
             self._running = profile(
                 activities=activities,
                 schedule=schedule(wait=0, warmup=self._first - step, active=config.last - self._first + 1, repeat=1),
-                on_trace_ready=lambda _: None,  # it is told when to write
+                on_trace_ready=lambda _: None,  # `_write` does it
                 record_shapes=config.shapes,
                 with_stack=config.stacks,
                 profile_memory=config.memory,
@@ -105,7 +104,7 @@ class Profiler:
         self._running.start()
 
     def _write(self, running: profile, config: ProfileConfig) -> str:
-        """Write what was seen; return the name of the trace."""
+        """Write trace, tables and snapshot; return the name of the trace."""
         running.stop()
         self._folder.mkdir(parents=True, exist_ok=True)
         stem = f"steps_{self._first:08d}-{config.last:08d}_rank{self._mesh.layout.rank:05d}"
@@ -120,21 +119,21 @@ class Profiler:
         return trace.name
 
     def _paths(self, name: str) -> tuple[Path, Path, Path]:
-        """Return where trace, tables and memory snapshot of a name go."""
+        """Return the paths of trace, tables and memory snapshot."""
         return (self._folder / f"{name}.json.gz", self._folder / f"{name}.txt", self._folder / f"{name}_memory.pickle")
 
     def _tables(self, running: profile, config: ProfileConfig) -> list[str]:
-        """Return the operations that take the longest, and those that allocate the most."""
+        """Return tables of the slowest operations and of those that allocate the most."""
         where = "cuda" if self._device.type == "cuda" else "cpu"
         averages = running.key_averages(group_by_input_shape=config.shapes)
         keys = [f"self_{where}_time_total", *([f"self_{where}_memory_usage"] if config.memory else [])]
-        return [averages.table(sort_by=key, row_limit=_ROWS) for key in keys]
+        return [averages.table(sort_by=key, row_limit=_TABLE_ROWS) for key in keys]
 
     def _attempt(self, act: Callable[[], _T]) -> _T | None:
-        """Do what may fail without harm: afterwards there is nothing to look at any more."""
+        """Run `act`; on an error disable the profiler and return None."""
         try:
             return act()
         except Exception as error:
-            self._looks, self._running, self._step_timer.region = False, None, None
-            self._troubles.append((str(error) or type(error).__name__).splitlines()[0])
+            self._is_enabled, self._running, self._step_timer.region = False, None, None
+            self._errors.append((str(error) or type(error).__name__).splitlines()[0])
             return None

@@ -11,18 +11,18 @@ from numpy.typing import NDArray
 
 
 def mutual_information_bits(counts: Sequence[Sequence[float]]) -> float:
-    """Mutual information of expert and domain, in bits: what an assignment's expert tells of its token's domain.
+    """Return the mutual information of expert and domain of an assignment, in bits.
 
-    Every domain weighs the same, however much of its text was evaluated: I is the mean over domains g of
-    KL(p(e | g) || p(e)), and p(e) that of p(e | g); domains without assignments are left out. 0 when every domain uses
-    the experts alike; at most log2 G, the entropy of the domains. With N assignments in each domain chance overstates
-    it by about (G - 1)(E - 1) / (2 ln 2 G N) bits: 0.00003 for 3 domains, 8 experts and N = 131072.
+    Domains have equal weight, however much of their text was evaluated: I is the mean over domains g of
+    KL(p(e | g) || p(e)), where p(e) is the mean of p(e | g); domains without assignments are left out. I is 0 when all
+    domains use the experts alike, and at most log2 G, the entropy of the domains. With N assignments per domain, its
+    sampling bias is about (G - 1)(E - 1) / (2 ln 2 G N) bits: 0.00003 for 3 domains, 8 experts and N = 131072.
 
     Args:
         counts: (G, E) assignments.
 
     Raises:
-        ValueError: if `counts` is not two-dimensional or holds a negative number.
+        ValueError: if `counts` is not two-dimensional or has negative values.
     """
     table = np.asarray(counts, dtype=float)
     if table.ndim != 2 or (table < 0).any():
@@ -36,19 +36,19 @@ def mutual_information_bits(counts: Sequence[Sequence[float]]) -> float:
 
 
 def domain_entropy_bits(counts: Sequence[Sequence[float]]) -> float:
-    """Return the entropy of the domains (G, E) that have assignments: log2 of how many, since they weigh the same."""
+    """Return the entropy of the domains that have assignments, counts (G, E): log2 of their number."""
     return math.log2(max(1, len(_shares(np.asarray(counts, dtype=float)))))
 
 
 def specialisation_metrics(counts: Sequence[Sequence[Sequence[float]]]) -> dict[str, float]:
-    """Return the keys of metrics.jsonl on experts and domains; none if there is nothing to tell apart.
+    """Return the expert-domain keys of metrics.jsonl; empty with fewer than two domains.
 
     Args:
         counts: (layers, G, E) assignments.
 
     Returns:
         eval/expert_domain_mi: mutual information in bits, mean over layers.
-        eval/expert_domain_mi_share: the same over the entropy of the domains: 0 to 1, whatever their number.
+        eval/expert_domain_mi_share: the same over the entropy of the domains, 0 to 1.
     """
     if not counts or domain_entropy_bits(counts[0]) == 0:
         return {}
@@ -57,6 +57,6 @@ def specialisation_metrics(counts: Sequence[Sequence[Sequence[float]]]) -> dict[
 
 
 def _shares(table: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return p(e | g) of the domains that have assignments."""
+    """Return p(e | g) for domains with assignments."""
     table = table[table.sum(axis=1) > 0]
     return table / table.sum(axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Trackers of a run's records: metrics.jsonl and routing.jsonl always; others beside them, which may fail."""
+"""Trackers of a run's metrics: metrics.jsonl and routing.jsonl always, others optionally."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,64 +10,64 @@ from trainer.errors import CommError, RemoteRankError, exit_code_of
 from trainer.metrics.log_content import LogContent
 from trainer.trackers.jsonl import JsonlSink
 
-_LAST_CHANCE_S = 10.0
-"""A run waits so long at its end for those who keep its records."""
+_CLOSE_S = 10.0
+"""Longest wait for each tracker at the end of a run, in seconds."""
 
 Logged = Mapping[str, Any]
 """A line of metrics.jsonl or routing.jsonl."""
 
 
 class Tracker(Protocol):
-    """Keeps records. Whatever happens to it, it neither raises nor makes the run wait."""
+    """Destination of metrics. Its methods never raise, and `log` never blocks."""
 
     def log(self, record: Logged, experts: Logged | None = None) -> None:
-        """Keep a record.
+        """Log a record.
 
         Args:
-            record: a line of metrics.jsonl.
-            experts: what the MoE layers did in the same step, a line of routing.jsonl; None beside an evaluation.
+            record: A line of metrics.jsonl.
+            experts: Counts per expert of the same step, a line of routing.jsonl; None for an evaluation.
         """
         ...
 
     def written(self) -> list[tuple[str, str]]:
-        """Return what it keeps and where that is, for the last screen: a label and a path or an address."""
+        """Return labels with paths or addresses of what was written, for the last screen."""
         ...
 
     def close(self, exit_code: int, *, patience_s: float) -> None:
-        """Keep what is not safe yet, for so long at most; the run has ended with this code."""
+        """Write what is pending within `patience_s` seconds; `exit_code` is the run's."""
         ...
 
 
 class JsonlTracker:
-    """The truth: a line in metrics.jsonl for each record, and one in routing.jsonl."""
+    """Writes metrics.jsonl and routing.jsonl, the run's own record that other trackers are built from."""
 
     def __init__(self, metrics: Path, routing: Path, *, warn: Callable[[str], None]) -> None:
         self._path = metrics
         self._metrics, self._routing = JsonlSink(metrics, warn=warn), JsonlSink(routing, warn=warn)
 
-    def resume_at(self, step: int, known: object = None) -> None:
-        """Forget what a run that resumes from completed step `step` will log again.
+    def resume_at(self, step: int, saved: object = None) -> None:
+        """Drop the records after step `step`, which a resumed run will log again.
 
         Args:
-            step: completed steps.
-            known: what the checkpoint says that `record` gave.
+            step: Completed steps.
+            saved: Value of `record` in the checkpoint.
         """
-        logs = known if isinstance(known, Mapping) else {}
-        self._metrics.resume_at(step, LogContent.recorded(logs.get("metrics")))
-        self._routing.resume_at(step, LogContent.recorded(logs.get("routing")))
+        logs = saved if isinstance(saved, Mapping) else {}
+        self._metrics.resume_at(step, LogContent.from_record(logs.get("metrics")))
+        self._routing.resume_at(step, LogContent.from_record(logs.get("routing")))
 
     def record(self) -> dict[str, dict[str, int]]:
-        """Return what a checkpoint remembers of the logs, in JSON values."""
+        """Return length and checksum of the logs for a checkpoint, as JSON values."""
         return {"metrics": self._metrics.content().record(), "routing": self._routing.content().record()}
 
     def log(self, record: Logged, experts: Logged | None = None) -> None:
-        """Write the lines; they are in the hands of the operating system on return."""
+        """Write the lines; they have reached the operating system on return."""
         if experts is not None:
             self._routing.write(experts)
         self._metrics.write(record)
 
     def written(self) -> list[tuple[str, str]]:
-        """Return the file of metrics."""
+        """Return the path of metrics.jsonl."""
         return [("metrics", str(self._path))]
 
     def close(self, exit_code: int, *, patience_s: float) -> None:
@@ -77,15 +77,15 @@ class JsonlTracker:
 
 
 class PluginTracker:
-    """A tracker of a user's: after its first error it is left out, with a warning, and the run continues."""
+    """Wraps a plug-in: after its first error it is dropped with a warning, and the run continues."""
 
     def __init__(self, kind: str, build: Callable[[], Tracker], *, warn: Callable[[str], None]) -> None:
         """Make the tracker.
 
         Args:
-            kind: its name in messages.
-            build: makes it.
-            warn: called with the one warning.
+            kind: Name of the tracker in messages.
+            build: Makes the tracker.
+            warn: Called with the warning.
         """
         self._kind, self._warn = kind, warn
         self._tracker: Tracker | None = None
@@ -93,13 +93,13 @@ class PluginTracker:
             self._tracker = build()
 
     def log(self, record: Logged, experts: Logged | None = None) -> None:
-        """Keep a record."""
+        """Log a record."""
         with self._dropping_on_error():
             if self._tracker is not None:
                 self._tracker.log(record, experts)
 
     def written(self) -> list[tuple[str, str]]:
-        """Return what it keeps and where; nothing after an error."""
+        """Return what the tracker has written; nothing after an error."""
         with self._dropping_on_error():
             return [] if self._tracker is None else self._tracker.written()
         return []
@@ -117,29 +117,29 @@ class PluginTracker:
             yield
         except Exception as error:
             self._tracker = None
-            self._warn(f"metrics.trackers: {self._kind}: {type(error).__name__}: {error}; going on without it")
+            self._warn(f"metrics.trackers: {self._kind}: {type(error).__name__}: {error}; the run continues without it")
 
 
 class Trackers:
-    """All of a run's trackers as one; on ranks that keep nothing there are none. A context that closes them."""
+    """All trackers of a run, empty on ranks other than 0; a context manager that closes them."""
 
     def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
         self._trackers = list(trackers)
         self.exit_code = 0
-        """What the run ends with unless an error ends it."""
+        """Exit code of the run, unless it ends with an error."""
 
     def add(self, trackers: Sequence[Tracker]) -> None:
-        """Let others keep records as well, from now on."""
+        """Add trackers, which get records from now on."""
         self._trackers += trackers
 
     def log(self, record: Logged, experts: Logged | None = None) -> None:
-        """Keep a record everywhere."""
+        """Log a record to all trackers."""
         for tracker in self._trackers:
             tracker.log(record, experts)
 
     def written(self) -> list[tuple[str, str]]:
-        """Return what all of them keep, and where."""
-        return [place for tracker in self._trackers for place in tracker.written()]
+        """Return what all trackers have written."""
+        return [entry for tracker in self._trackers for entry in tracker.written()]
 
     def __enter__(self) -> Self:
         return self
@@ -148,9 +148,9 @@ class Trackers:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         code = self.exit_code if error is None else exit_code_of(error) or 1
-        # Where ranks are lost, or Ctrl-C was pressed again, this process has something better to do.
-        is_in_haste = error is not None and (
+        # If ranks are lost, or Ctrl-C was pressed twice, end at once.
+        is_urgent = error is not None and (
             not isinstance(error, Exception) or isinstance(error, CommError | RemoteRankError)
         )
         while self._trackers:
-            self._trackers.pop().close(code, patience_s=0.0 if is_in_haste else _LAST_CHANCE_S)
+            self._trackers.pop().close(code, patience_s=0.0 if is_urgent else _CLOSE_S)

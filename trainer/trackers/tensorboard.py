@@ -1,4 +1,4 @@
-"""A run in TensorBoard: event files in its folder, in which steps that are taken again replace what they were."""
+"""TensorBoard tracker: event files in the run folder, in which repeated steps replace earlier ones."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class TensorBoardTracker:
-    """Writes records as scalars under their own keys, and the experts' loads as histograms over the expert's number."""
+    """Writes metrics as scalars under their own keys, and expert loads as histograms over the expert index."""
 
     def __init__(
         self,
@@ -28,12 +28,12 @@ class TensorBoardTracker:
         """Open the event files.
 
         Args:
-            folder: for them.
-            start_step: completed steps; what was written of later ones is void.
-            heatmap_every: logged steps between pictures of the loads; None: no pictures.
-            moe_layers: numbers of the layers that have experts.
-            config_text: the run's config, to be shown beside the metrics.
-            warn: what is called with the one warning, if writing fails.
+            folder: Folder of the event files.
+            start_step: Completed steps; earlier events of later steps are purged.
+            heatmap_every: Logged steps between histograms of expert loads; None: never.
+            moe_layers: Indices of the MoE layers.
+            config_text: The run's config as YAML, shown as text.
+            warn: Called once if writing fails.
         """
         self._folder, self._heatmap_every, self._moe_layers, self._warn = folder, heatmap_every, moe_layers, warn
         self._config_text, self._num_steps = config_text, 0
@@ -41,14 +41,14 @@ class TensorBoardTracker:
         self._attempt(lambda: self._open(start_step))
 
     def log(self, record: Logged, experts: Logged | None = None) -> None:
-        """Write a record, and flush it."""
-        if self._writer is not None and not self._folder.is_dir():  # somebody has removed it under the run
+        """Write a record and flush it."""
+        if self._writer is not None and not self._folder.is_dir():  # removed during the run
             self._attempt(lambda: self._open(int(record["step"]) - 1))
         if self._writer is not None:
             self._attempt(lambda: self._write(record, experts))
 
     def written(self) -> list[tuple[str, str]]:
-        """Return the folder of the event files; nothing if writing has failed."""
+        """Return the folder of the event files; nothing if writing failed."""
         return [] if self._writer is None else [("tensorboard", str(self._folder))]
 
     def close(self, exit_code: int, *, patience_s: float) -> None:
@@ -59,7 +59,7 @@ class TensorBoardTracker:
 
     def _open(self, start_step: int) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what TensorBoard imports
+            warnings.simplefilter("ignore")  # about TensorBoard's imports
             from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(self._folder), purge_step=start_step + 1)
@@ -75,10 +75,10 @@ class TensorBoardTracker:
             self._num_steps += 1
             if self._heatmap_every is not None and (self._num_steps - 1) % self._heatmap_every == 0:
                 for key, loads in layer_loads(experts, self._moe_layers).items():
-                    self._add_row(key, loads, step)
+                    self._add_histogram(key, loads, step)
         self._writer.flush()
 
-    def _add_row(self, key: str, loads: list[float], step: int) -> None:
+    def _add_histogram(self, key: str, loads: list[float], step: int) -> None:
         """Write a histogram whose bin i is the load of expert i."""
         assert self._writer is not None
         self._writer.add_histogram_raw(
@@ -99,4 +99,4 @@ class TensorBoardTracker:
         except Exception as error:
             self._writer = None
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            self._warn(f"{self._folder}: TensorBoard gets nothing more: {reason}; metrics.jsonl has everything")
+            self._warn(f"{self._folder}: TensorBoard logging is off: {reason}; metrics.jsonl is complete")

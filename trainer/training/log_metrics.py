@@ -3,14 +3,14 @@
 from trainer.engine.base import StepResult
 from trainer.evaluation.eval_report import EvalReport, write_predictions
 from trainer.evaluation.routing_gap import RoutingGap
-from trainer.metrics.routing import routing_metrics
-from trainer.metrics.system_stats import over_ranks
-from trainer.metrics.throughput import StepPace
+from trainer.metrics.routing_metrics import routing_metrics
+from trainer.metrics.system_stats import reduce_over_ranks
+from trainer.metrics.throughput import ThroughputMeter
 from trainer.training.run import Run
 
 
 def log_step(
-    run: Run, done: int, result: StepResult, *, lr: float, pace: StepPace, gap: RoutingGap | None = None
+    run: Run, done: int, result: StepResult, *, lr: float, pace: ThroughputMeter, gap: RoutingGap | None = None
 ) -> None:
     """Log a step. Collective."""
     recorder = run.mesh.world.recorder
@@ -43,7 +43,7 @@ def log_step(
         if gap is not None:
             record |= gap.record()
             experts |= gap.experts()
-    record |= over_ranks(speed.parts, run.machine.read(), run.mesh.world)
+    record |= reduce_over_ranks(speed.parts, run.machine.read(), run.mesh.world)
     recorder.enter("writing metrics")
     run.trackers.log(record, experts)
     run.console.step(record)

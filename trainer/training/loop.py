@@ -8,7 +8,7 @@ from trainer.distributed.signals import StopRequest
 from trainer.engine.base import StepResult
 from trainer.evaluation.eval_report import EvalReport, due_tasks
 from trainer.evaluation.routing_gap import RoutingGap, held_out_rows, routing_gap
-from trainer.metrics.throughput import StepPace
+from trainer.metrics.throughput import ThroughputMeter
 from trainer.status import StatusFile
 from trainer.training import anomalies, memory
 from trainer.training.evaluate_run import evaluate_run
@@ -30,7 +30,7 @@ def fit(run: Run, stop: StopRequest, status: StatusFile) -> EvalReport | None:
         ResourceError: if the last checkpoint could not be saved.
     """
     config, recorder = run.config, run.mesh.world.recorder
-    pace = StepPace(recorder.step_timer)
+    pace = ThroughputMeter(recorder.step_timer)
     evaluation = None
     with memory.hint_making_optimizer(config):  # the moments are compared too, and so allocated here
         anomalies.check_replicas(run, run.start_step)
@@ -77,7 +77,7 @@ def every(interval: int | None, done: int) -> bool:
     return interval is not None and done % interval == 0
 
 
-def _take_step(run: Run, step: int, pace: StepPace, status: StatusFile) -> tuple[StepResult, float]:
+def _take_step(run: Run, step: int, pace: ThroughputMeter, status: StatusFile) -> tuple[StepResult, float]:
     """Read the rows of a step, take it and update the run's counters; return the result and the learning rate."""
     config, recorder, batch_size = run.config, run.mesh.world.recorder, run.config.train.global_batch_size
     status.begin_step(step + 1, first_row=run.position, num_rows=batch_size)

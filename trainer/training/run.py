@@ -19,7 +19,7 @@ from trainer.engine.base import Engine
 from trainer.evaluation.tasks.base import Task
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.profiler import Profiler
-from trainer.metrics.system_stats import Machine
+from trainer.metrics.system_stats import SystemStats
 from trainer.models.flops import ModelSize
 from trainer.trackers.base import JsonlTracker, Trackers
 from trainer.training.spikes import SpikeWindow
@@ -42,7 +42,7 @@ class Run:
     trackers: Trackers
     logs: JsonlTracker | None
     """metrics.jsonl and routing.jsonl; None on ranks that do not write them."""
-    machine: Machine
+    machine: SystemStats
     profiler: Profiler
     size: ModelSize
     spikes: SpikeWindow

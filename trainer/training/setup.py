@@ -29,7 +29,7 @@ from trainer.evaluation.tasks.base import Task
 from trainer.evaluation.tasks.load_tasks import load_tasks
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.profiler import Profiler
-from trainer.metrics.system_stats import Machine
+from trainer.metrics.system_stats import SystemStats
 from trainer.models.flops import model_size
 from trainer.moe.causality import evaluation_warning, training_warning
 from trainer.trackers.base import JsonlTracker, Trackers
@@ -162,7 +162,7 @@ def build_model_and_engine(
         console=console,
         trackers=Trackers([] if logs is None else [logs]),
         logs=logs,
-        machine=Machine(folder.path, device),
+        machine=SystemStats(folder.path, device),
         profiler=Profiler(config.profile, folder.profile, mesh, device, say=console.message, warn=console.warning),
         size=size,
         spikes=SpikeWindow(sigmas=spikes.sigmas, size=spikes.window, patience=config.train.max_consecutive_skips),

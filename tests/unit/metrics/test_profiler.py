@@ -102,7 +102,9 @@ def test_what_cannot_be_written_is_a_warning(folder: Path):
     (folder / "runs/tiny/profile").write_text("")
     _, said = train(folder, ["profile={start: 1, steps: 1}"])
     (line,) = said
-    assert line.startswith("warning: profile of rank 0: [Errno 17] File exists: ") and line.endswith("training goes on")
+    assert line.startswith("warning: profile of rank 0: [Errno 17] File exists: ") and line.endswith(
+        "training continues"
+    )
 
 
 def _on_a_rank(folder: Path) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 
 from tests.ranks import Ranks, mesh_here
 from trainer.distributed.collectives import Group
-from trainer.metrics.system_stats import Machine, over_ranks
+from trainer.metrics.system_stats import SystemStats, reduce_over_ranks
 from trainer.step_timer import PARTS, StepPart
 
 
@@ -16,19 +16,19 @@ def _parts(**seconds: float) -> dict[StepPart, float]:
 
 
 def test_a_process_a_host_and_a_disk_are_looked_at_and_what_is_not_there_is_null(tmp_path: Path):
-    seen = Machine(tmp_path, torch.device("cpu")).read()
+    seen = SystemStats(tmp_path, torch.device("cpu")).read()
     assert 0.01 < (seen["system/process_gb"] or 0) < 100
     assert 0 < (seen["system/host_free_gb"] or 0) < 10_000
     assert (seen["system/disk_free_gb"] or 0) >= 0
     assert 0 <= (seen["system/cpu_percent"] or 0) <= 100
     assert seen["system/gpu_peak_gb"] is None
-    gone = Machine(tmp_path / "gone", torch.device("cpu")).read()
+    gone = SystemStats(tmp_path / "gone", torch.device("cpu")).read()
     assert gone["system/disk_free_gb"] is None and gone.keys() == seen.keys()
 
 
 def test_one_rank_says_what_it_sees(tmp_path: Path):
-    seen = Machine(tmp_path, torch.device("cpu")).read()
-    record = over_ranks(_parts(data=2.0), seen, Group.of_one())
+    seen = SystemStats(tmp_path, torch.device("cpu")).read()
+    record = reduce_over_ranks(_parts(data=2.0), seen, Group.of_one())
     assert record == {**{f"time/{part}": 2.0 * (part == "data") for part in PARTS}, **seen}
 
 
@@ -42,7 +42,7 @@ def _on_a_rank() -> dict[str, float | None]:
         "system/disk_free_gb": 3.0,
         "system/gpu_peak_gb": None,
     }
-    return over_ranks(_parts(data=1.0 + 2 * rank, communication=2.0 - 2 * rank), machine, mesh.world)
+    return reduce_over_ranks(_parts(data=1.0 + 2 * rank, communication=2.0 - 2 * rank), machine, mesh.world)
 
 
 def test_several_ranks_say_their_mean_and_longest_times_and_the_worst_of_the_rest(ranks: Ranks):

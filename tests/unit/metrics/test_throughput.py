@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.metrics.throughput import StepPace
+from trainer.metrics.throughput import ThroughputMeter
 from trainer.step_timer import StepTimer
 
 
@@ -20,7 +20,7 @@ class Ticks:
 def test_the_parts_of_a_mean_step_make_up_its_time_and_pauses_do_not_count():
     clock = Ticks()
     watch = StepTimer(clock)
-    pace = StepPace(watch, clock.now)
+    pace = ThroughputMeter(watch, clock.now)
     for seconds in (1.0, 3.0):
         pace.begin()
         watch.enter("data")
@@ -41,7 +41,7 @@ def test_the_parts_of_a_mean_step_make_up_its_time_and_pauses_do_not_count():
 def test_a_device_that_is_behind_does_not_make_the_rest_negative():
     host, device = Ticks(), Ticks()
     watch = StepTimer(device)
-    pace = StepPace(watch, host.now)
+    pace = ThroughputMeter(watch, host.now)
     pace.begin()
     watch.enter("optimizer")
     host.time += 1.0

@@ -87,7 +87,7 @@ def test_resume_drops_a_half_line_and_lines_a_power_cut_left(tmp_path: Path):
             other.write(b'{"step": 3')
         sink.resume_at(3)
     assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
-    assert warned == [f"{path}: 1 line is no record; the run goes on without it"]
+    assert warned == [f"{path}: 1 line is not a record; the run continues without it"]
 
 
 @pytest.mark.parametrize("before", ['{"step": 1}\n{"step": 2}\n', '{"step": 2}\n{"step": 1}\n'])
@@ -115,7 +115,7 @@ def test_a_full_disk_warns_once_and_leaves_no_half_record(tmp_path: Path):
         sink.write({"step": 5})
     assert [r["step"] for r in read_jsonl(path)] == [1, 5]
     assert len(warned) == 1
-    assert str(path) in warned[0] and "training goes on" in warned[0]
+    assert str(path) in warned[0] and "training continues" in warned[0]
 
 
 def test_a_full_disk_is_a_python_warning_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -196,20 +196,20 @@ def test_what_is_no_file_is_refused_and_left_alone(tmp_path: Path, kind: str):
             path.mkdir()
         case "device":
             path.symlink_to("/dev/zero")
-    with pytest.raises(DataError, match=r"m\.jsonl: is no regular file; remove it"):
+    with pytest.raises(DataError, match=r"m\.jsonl: is not a regular file; remove it"):
         JsonlSink(path)
     assert other.read_text() == "mine"
 
 
 def test_a_line_that_is_too_long_or_too_deep_is_forgotten_on_resuming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("trainer.metrics.records._LONGEST_BYTES", 200_000)
+    monkeypatch.setattr("trainer.metrics.records._MAX_LINE_BYTES", 200_000)
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\n' + "[" * 100_000 + '\n{"step": 1, "x": "' + "x" * 500_000 + '"}\n{"step": 2}\n')
     warned: list[str] = []
     with closing(JsonlSink(path, warn=warned.append)) as sink:
         sink.resume_at(2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-    assert warned == [f"{path}: 2 lines are no records; the run goes on without them"]
+    assert warned == [f"{path}: 2 lines are not records; the run continues without them"]
 
 
 def test_the_half_line_that_is_cut_may_be_long(tmp_path: Path):

@@ -10,7 +10,7 @@ import pytest
 
 from trainer.metrics import records
 from trainer.metrics.log_content import LogContent
-from trainer.metrics.records import loss_curve, parse
+from trainer.metrics.records import loss_curve, parse_record
 from trainer.trackers.base import JsonlTracker
 from trainer.trackers.jsonl import JsonlSink, read_jsonl
 
@@ -51,7 +51,7 @@ def test_a_log_that_is_removed_is_there_again_with_the_next_line(path: Path, sin
     path.unlink()
     _write(sink, range(11, 13))
     assert _steps(path) == [*range(1, 13)]
-    assert warned == [f"{path}: was removed while the run writes it; its 10 lines are restored"]
+    assert warned == [f"{path}: was removed during the run; its 10 lines are restored"]
     assert [entry.name for entry in path.parent.iterdir()] == ["m.jsonl"]
 
 
@@ -82,7 +82,7 @@ def test_one_that_is_replaced_is_gone_on_with_and_both_are_counted(path: Path, s
     path.with_name("new").replace(path)
     _write(sink, range(11, 13))
     assert _steps(path) == [3, 5, 11, 12]
-    assert warned == [f"{path}: was replaced by another file while the run writes it; it has 2 lines, and had 10"]
+    assert warned == [f"{path}: was replaced by another file during the run; it has 2 lines, and had 10"]
 
 
 def test_a_link_in_its_place_is_not_written_through(path: Path, sink: JsonlSink, warned: list[str], tmp_path: Path):
@@ -104,7 +104,7 @@ def test_one_that_is_cut_is_counted_and_no_line_is_spoiled(
     os.truncate(path, size_bytes)
     _write(sink, range(11, 13))
     assert _steps(path) == [*range(1, kept + 1), 11, 12]
-    assert warned == [f"{path}: was cut while the run writes it; {10 - kept} of 10 lines are lost"]
+    assert warned == [f"{path}: was truncated during the run; {10 - kept} of 10 lines are lost"]
 
 
 def test_what_others_write_into_it_spoils_no_line(path: Path, sink: JsonlSink, warned: list[str]):
@@ -113,7 +113,7 @@ def test_what_others_write_into_it_spoils_no_line(path: Path, sink: JsonlSink, w
             file.write(text)
         _write(sink, range(11, 12))
     assert [record.get("step") for record in read_jsonl(path)] == [*range(1, 11), None, None, 11, 11]
-    assert warned[0] == f"{path}: something else writes into it; 2 lines are not the run's"
+    assert warned[0] == f"{path}: another process writes to it; 2 lines are not the run's"
 
 
 @pytest.mark.parametrize("most_bytes", [1, 7, 1000])
@@ -195,9 +195,8 @@ def test_what_is_lost_of_what_a_checkpoint_remembers_is_told_with_its_number(
     tracker = JsonlTracker(path, path.with_name("r.jsonl"), warn=warned.append)
     tracker.resume_at(8, known)
     assert _steps(path) == kept
-    said = (
-        f"{path}: {lost} of the 8 lines that it had when step 8 was saved are damaged or gone; the run goes on without"
-    )
+    said = f"{path}: {lost} of the 8 lines that it had when step 8 was saved are damaged or lost; the run continues "
+        "without"
     assert warned == ([f"{said} them"] if lost else [])
     tracker.log({"step": 9})
     assert _steps(path) == [*kept, 9]
@@ -237,7 +236,7 @@ def test_so_is_what_was_changed_though_it_is_as_many_records(
     tracker.resume_at(8, known)
     assert set(_steps(path)) == {*range(1, 9)}
     size = known["metrics"]["size_bytes"]
-    told = f"{path}: its first {size} bytes are not what they were when step 8 was saved: lines were changed, "
+    told = f"{path}: its first {size} bytes have changed since step 8 was saved: lines were changed, "
     assert len(warned) == 1 and warned[0].startswith(told)
     tracker.close(0, patience_s=0)
 
@@ -246,9 +245,9 @@ def test_what_a_checkpoint_remembers_is_not_parsed_again(path: Path, sink: Jsonl
     known = sink.content().record()
     _write(sink, range(11, 14))
     parsed: list[bytes] = []
-    monkeypatch.setattr(records, "parse", lambda line: (parsed.append(line), parse(line))[1])
+    monkeypatch.setattr(records, "parse_record", lambda line: (parsed.append(line), parse_record(line))[1])
     again = JsonlSink(path)
-    again.resume_at(10, LogContent.recorded(known))
+    again.resume_at(10, LogContent.from_record(known))
     assert {json.loads(line)["step"] for line in parsed} == {11, 12, 13}
     again.close()
     monkeypatch.undo()
@@ -269,7 +268,7 @@ NO_CONTENT: list[object] = [
 
 @pytest.mark.parametrize("value", NO_CONTENT)
 def test_what_a_checkpoint_says_is_read_as_what_it_is(path: Path, sink: JsonlSink, value: object):
-    assert LogContent.recorded(value) is None
+    assert LogContent.from_record(value) is None
     tracker = JsonlTracker(path, path.with_name("r.jsonl"), warn=print)
     tracker.resume_at(10, {"metrics": value})
     tracker.resume_at(10, value)

@@ -57,7 +57,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning_and_nothing_else(tmp_path:
     assert tracker.written() == []
     tracker.close(0, patience_s=10.0)
     (warning,) = warnings
-    assert "TensorBoard gets nothing more: " in warning and "metrics.jsonl has everything" in warning
+    assert "TensorBoard logging is off: " in warning and "metrics.jsonl is complete" in warning
 
 
 def test_a_disk_that_fills_up_is_a_warning_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

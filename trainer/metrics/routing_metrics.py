@@ -1,4 +1,4 @@
-"""Compute routing metrics from the counters of some steps.
+"""Compute routing metrics from counters summed over steps.
 
 # L MoE layers, E experts.
 """
@@ -19,10 +19,10 @@ def routing_metrics(
 
     Returns:
         drop_rate: dropped over all assignments.
-        load_imbalance: busiest expert over the mean one, of the worst layer; 1 is even.
+        load_imbalance: load of the busiest expert over the mean, in the worst layer; 1 is even.
         dead_experts: experts without an assignment, over all layers.
         router_entropy: nats per token, mean over layers.
-        experts_per_token: experts that a token asked for, mean over layers; null experts are none.
+        experts_per_token: experts a token asked for, mean over layers; null experts do not count.
     """
     load = counts.double()
     mean = load.mean(-1).clamp(min=1e-12)

@@ -2,7 +2,7 @@
 
 import torch
 
-from trainer.metrics.routing import routing_metrics
+from trainer.metrics.routing_metrics import routing_metrics
 
 
 def test_metrics_of_two_layers_of_which_one_is_uneven() -> None:
