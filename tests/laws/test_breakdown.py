@@ -8,7 +8,7 @@ from tests.builders import make_batch, make_engine_of, rows_of, tiny_model_confi
 from tests.ranks import Ranks, mesh_here
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.engine.registry import NativeEngineConfig
-from trainer.metrics.throughput import ThroughputMeter
+from trainer.metrics.throughput import Throughput, ThroughputMeter
 from trainer.parallel.config import ParallelConfig
 
 WORK = {"forward", "dispatch", "experts", "combine", "backward", "optimizer"}

@@ -195,8 +195,10 @@ def test_what_is_lost_of_what_a_checkpoint_remembers_is_told_with_its_number(
     tracker = JsonlTracker(path, path.with_name("r.jsonl"), warn=warned.append)
     tracker.resume_at(8, known)
     assert _steps(path) == kept
-    said = f"{path}: {lost} of the 8 lines that it had when step 8 was saved are damaged or lost; the run continues "
+    said = (
+        f"{path}: {lost} of the 8 lines that it had when step 8 was saved are damaged or lost; the run continues "
         "without"
+    )
     assert warned == ([f"{said} them"] if lost else [])
     tracker.log({"step": 9})
     assert _steps(path) == [*kept, 9]
