@@ -40,7 +40,7 @@ def test_a_plugin_trains_resumes_evaluates_and_is_proved(tmp_path: Path) -> None
     turnout(elsewhere, "train", str(folder / "runs/tiny"), "train.steps=6", "checkpoint.every=2")
     assert (folder / "runs/tiny/checkpoints/step_00000006").is_dir()
     assert "tiny at step 6" in turnout(elsewhere, "eval", str(folder / "runs/tiny"))
-    turnout(folder, "launch", "mine.yaml", "--nproc", "2", "parallel.ep_size=2", "name=two", "train.steps=2")
+    turnout(folder, "launch", "mine.yaml", "--nproc", "2", "parallel.ep_size=2", "name=two", "train.steps=3")
     proof = turnout(folder, "prove", "mine.yaml", "--scale", "small", "--steps", "2", "--layouts", "2 ranks, ep 2")
     assert proof.count("equal") >= 3 and "DIFFERS" not in proof
     assert "all checks passed" in turnout(folder, "check-plugin", "my_router.threshold:ThresholdRouterConfig")
