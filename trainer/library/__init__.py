@@ -1,0 +1,1 @@
+"""The public Python interface, which `trainer` re-exports; docs/library.md."""

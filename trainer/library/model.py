@@ -1,0 +1,72 @@
+"""The parts of a training loop of one's own: the model, its batches and its loss, in one process."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from trainer.data.batches.batch import Batch
+from trainer.data.batches.stream import TrainStream
+from trainer.data.corpus import Corpus, build_corpus
+from trainer.distributed.mesh import Mesh
+from trainer.experiment import ExperimentConfig
+from trainer.models.gpt import GPT
+from trainer.moe.losses import Denominators, objective
+from trainer.moe.routing import RoutingOptions
+from trainer.training import model as training_model
+from trainer.training.model import resolve_kernel, single_process
+
+
+def build_model(config: ExperimentConfig, *, device: str | torch.device = "cpu") -> GPT:
+    """Return the model of a config with initial values, which are a function of `seed`.
+
+    The first call for a config reads its text, since the tokenizer sets the size of the vocabulary.
+    """
+    device = torch.device(device)
+    config = resolve_kernel(single_process(config), device)
+    tokenizer = _corpus(config).tokenizer
+    return training_model.build_model(config, tokenizer, Mesh.of_one(), device, warn=_ignore)
+
+
+def load_batches(config: ExperimentConfig, *, batch_size: int | None = None, first_row: int = 0) -> Iterator[Batch]:
+    """Yield batches of training rows without end, in the order in which a run has them.
+
+    Args:
+        config: its `data`, `model.seq_len` and `seed`.
+        batch_size: rows of a batch; None: `train.global_batch_size`.
+        first_row: number of the first row, to resume.
+    """
+    stream = TrainStream(_corpus(config), packing=config.data.packing, seq_len=config.model.seq_len, seed=config.seed)
+    count = config.train.global_batch_size if batch_size is None else batch_size
+    while True:
+        stream.load_blocks(first_row, count, prefetch=True)
+        yield stream.rows(first_row, count)
+        first_row += count
+
+
+def training_loss(model: GPT, batch: Batch, *, seed: int = 0) -> Tensor:
+    """Return the loss of a batch: cross-entropy per target token plus the auxiliary losses of the model's config.
+
+    Args:
+        model: the model.
+        batch: a whole optimizer step, on the model's device; losses over a global batch use this batch.
+        seed: of the routing noise, which differs from row to row.
+    """
+    output = model(batch, RoutingOptions(noise_seed=seed))
+    moe = model.config.moe
+    share = objective(
+        output.row_loss.sum(),
+        output.moe,
+        global_stats=None,
+        denominators=Denominators(target_tokens=int(batch.target_mask.sum()), routed_tokens=int(batch.valid.sum())),
+        losses=None if moe is None else moe.aux_losses,
+    )
+    return share.total
+
+
+def _corpus(config: ExperimentConfig) -> Corpus:
+    return build_corpus(config.data)
+
+
+def _ignore(message: str) -> None:
+    """Drop a warning about the build."""

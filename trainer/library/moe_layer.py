@@ -1,0 +1,179 @@
+"""A mixture-of-experts layer for any module: a plain (B, S, D) tensor in, the same shape and statistics out.
+
+# B sequences of S tokens, T = B * S, E experts, D d_model, F d_ff.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from trainer.moe.balance import balance_loss
+from trainer.moe.dispatch.local import LocalDispatcher
+from trainer.moe.experts import Experts
+from trainer.moe.layer import MoE
+from trainer.moe.layer_options import BalanceConfig, CapacityConfig
+from trainer.moe.routers.config.options import RouterOptions
+from trainer.moe.routers.registry import RouterConfig
+from trainer.moe.routing import RoutingContext
+from trainer.moe.stats import MoEStats
+from trainer.moe.terms import AuxLosses
+from trainer.ops.expert_ffn import Activation
+from trainer.ops.kernels import ExpertsKernel
+from trainer.ops.noise import token_keys
+
+_ROUTERS: Final[TypeAdapter[RouterOptions]] = TypeAdapter(RouterConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStats:
+    """Statistics of one forward pass of a `MoELayer`."""
+
+    sums: MoEStats
+    """Sums per sequence, as the trainer uses them."""
+    num_null_experts: int = 0
+
+    @property
+    def tokens_per_expert(self) -> Tensor:
+        """(E,) int64 assignments, before drops."""
+        return self.sums.counts.sum(0)
+
+    @property
+    def load_imbalance(self) -> Tensor:
+        """Assignments of the busiest expert over the mean; 1 is balanced."""
+        counts = self.tokens_per_expert.float()
+        return counts.max() / counts.mean().clamp(min=1)
+
+    @property
+    def drop_rate(self) -> Tensor:
+        """Fraction of assignments that exceeded the capacity."""
+        return self.sums.dropped.sum() / self.sums.counts.sum().clamp(min=1)
+
+    def balance_loss(self) -> Tensor:
+        """Return the load-balancing loss per token, E * sum_e f_e P_e: 1 when balanced, for every E and k.
+
+        Multiply it by a coefficient such as 0.01 and add it to the loss. transformers' `load_balancing_loss_func` is
+        top_k times this value.
+
+        Raises:
+            ValueError: if the router has no probabilities, as `hash`, `random` and `round_robin`.
+
+        Source: Fedus et al. 2021 (arXiv 2101.03961), eq. 4, with f over all k choices.
+        """
+        if self.sums.prob_sum is None:
+            raise ValueError("this router has no probabilities, so there is no balance loss")
+        losses = AuxLosses(balance=BalanceConfig(scope="micro_batch"), num_null_experts=self.num_null_experts)
+        return balance_loss(self.sums, losses, global_stats=None) / self.sums.tokens.sum().clamp(min=1)
+
+    def z_loss(self) -> Tensor:
+        """Return the mean squared logsumexp of the router logits per token (ST-MoE, arXiv 2202.08906).
+
+        Raises:
+            ValueError: if the router has no logits.
+        """
+        if self.sums.z_sum is None:
+            raise ValueError("this router has no logits, so there is no z-loss")
+        return self.sums.z_sum.sum() / self.sums.tokens.sum().clamp(min=1)
+
+
+class MoELayer(nn.Module):
+    """Experts that each token chooses from, in place of a feed-forward network.
+
+    All experts are in this process. With `router="bias_balanced"`, call `update_router` after each optimizer step.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        top_k: int | None = None,
+        *,
+        d_ff: int | None = None,
+        router: str | Mapping[str, Any] | RouterOptions = "top_k",
+        capacity_factor: float | None = None,
+        activation: Activation = "swiglu",
+        kernel: ExpertsKernel = "loop",
+        seed: int = 0,
+    ) -> None:
+        """Create the layer with random weights.
+
+        Args:
+            d_model: D.
+            num_experts: E.
+            top_k: experts per token, for routers that have the option; None: the router's default.
+            d_ff: F, the hidden width of one expert; None: 4 * d_model.
+            router: a kind, such as "switch" or "my_package.module:ClassConfig"; its options, such as
+                {"kind": "top_k", "score": "sigmoid"}; or a config object.
+            capacity_factor: rows of a sequence that an expert accepts, in units of its fair share; None: dropless.
+            activation: "swiglu" or "gelu".
+            kernel: kernel of the experts, as `parallel.experts_kernel`.
+            seed: of the routing noise, not of the weights, which torch's generator draws.
+
+        Raises:
+            pydantic.ValidationError: if the router's options are wrong.
+            ValueError: if the options do not fit together.
+        """
+        super().__init__()
+        config = _router_config(router, top_k)
+        for problem in config.problems_among(num_experts):
+            raise ValueError(f"{problem.key}: {problem.message}")
+        if capacity_factor is not None and not config.has_fixed_k:
+            raise ValueError(f"capacity_factor: {config.kind} has no fixed number of experts per token; use None")
+        self.moe = MoE(
+            router=config.build(d_model=d_model, num_experts=num_experts, layer=0),
+            experts=Experts(
+                num_experts, d_model, 4 * d_model if d_ff is None else d_ff, activation=activation, kernel=kernel
+            ),
+            dispatcher=LocalDispatcher(),
+            capacity=CapacityConfig(factor=capacity_factor),
+        )
+        self.num_null_experts, self._seed, self._num_calls = config.num_null_experts, seed, 0
+
+    def forward(
+        self, x: Tensor, *, valid: Tensor | None = None, token_ids: Tensor | None = None
+    ) -> tuple[Tensor, LayerStats]:
+        """Return the layer's output (B, S, D) and its statistics.
+
+        Args:
+            x: (B, S, D).
+            valid: (B, S) bool; padding is not routed, gets 0 and is not counted. None: all tokens are valid.
+            token_ids: (B, S) int64, for `hash`, which routes by them; None: zeros.
+        """
+        if x.dim() != 3:
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected (batch, sequence, d_model)")
+        B, S, _ = x.shape
+        position = torch.arange(S, device=x.device).repeat(B)
+        sequence_index = torch.arange(B, device=x.device).repeat_interleave(S)
+        noise_key = None
+        if self.training:
+            noise_key = token_keys(self._seed, sequence_index + self._num_calls * B, position)
+            self._num_calls += 1
+        context = RoutingContext(
+            token_ids=torch.zeros_like(position) if token_ids is None else token_ids.flatten(),
+            valid=torch.ones_like(position, dtype=torch.bool) if valid is None else valid.flatten(),
+            position=position,
+            sequence_index=sequence_index,
+            num_sequences=B,
+            noise_key=noise_key,
+        )
+        y, sums = self.moe(x, context)
+        return y, LayerStats(sums, self.num_null_experts)
+
+    def update_router(self, stats: LayerStats) -> None:
+        """Update a selection bias from the loads of an optimizer step; other routers ignore it."""
+        counts, nulls = stats.tokens_per_expert, stats.sums.null_counts
+        self.moe.router.update(counts if nulls is None else torch.cat([counts, nulls.sum()[None]]))
+
+
+def _router_config(router: str | Mapping[str, Any] | RouterOptions, top_k: int | None) -> RouterOptions:
+    if isinstance(router, RouterOptions):
+        return router if top_k is None else type(router).model_validate({**router.model_dump(), "top_k": top_k})
+    options: dict[str, Any] = {"kind": router} if isinstance(router, str) else dict(router)
+    if top_k is not None:
+        options["top_k"] = top_k
+        if top_k == 1 and options["kind"] == "top_k":
+            options.setdefault("normalize", False)  # a normalised single weight is the constant 1
+    return _ROUTERS.validate_python(options)

@@ -1,0 +1,134 @@
+"""Train a config in this process, and read what a run has written."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
+from trainer.checkpoint.run_folder import RunFolder
+from trainer.commands.resolve import check_run_folder, recorded_config, run_folder_of
+from trainer.distributed.rank_layout import layout_from_environment
+from trainer.distributed.signals import StopRequest
+from trainer.errors import CheckpointError
+from trainer.experiment import ExperimentConfig
+from trainer.status import StatusFile
+
+if TYPE_CHECKING:
+    from trainer.models.gpt import GPT
+
+_TRAINED, _LOST = 0, 1
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run folder: its config, metrics and checkpoints."""
+
+    path: Path
+
+    @property
+    def config(self) -> ExperimentConfig:
+        """The configuration the run was last started with."""
+        return recorded_config(RunFolder(self.path))
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """Yield the records of metrics.jsonl: one per logged step, and one per evaluation."""
+        yield from _records(RunFolder(self.path).metrics)
+
+    def routing(self) -> Iterator[dict[str, Any]]:
+        """Yield the records of routing.jsonl: what the MoE layers did in each logged step."""
+        yield from _records(RunFolder(self.path).routing)
+
+    def series(self, key: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Return the steps (N,) and values (N,) of one metric, such as "loss" or "eval/loss".
+
+        Raises:
+            KeyError: if no record has the metric; the message lists those that there are.
+        """
+        found, keys = [], dict[str, None]()
+        for record in self.metrics():
+            keys |= dict.fromkeys(record)
+            if isinstance(value := record.get(key), int | float):
+                found.append((record["step"], value))
+        if not found:
+            raise KeyError(f"{self.path} has no metric {key!r}; it has {', '.join(keys)}")
+        steps, values = zip(*found, strict=True)
+        return np.array(steps, dtype=np.int64), np.array(values, dtype=np.float64)
+
+    @property
+    def checkpoints(self) -> list[int]:
+        """Steps that have a checkpoint, in ascending order."""
+        return sorted(CheckpointFolder(RunFolder(self.path).checkpoints).steps())
+
+    def model(self, step: int | None = None) -> "GPT":
+        """Return the model of a checkpoint, in evaluation mode and in this process.
+
+        Args:
+            step: one of `checkpoints`; None: the newest.
+
+        Raises:
+            CheckpointError: if there is none, or it is damaged.
+        """
+        from trainer.training.load_trained import load_trained
+
+        engine, _, _ = load_trained(self.config, RunFolder(self.path), step=step, warn=_ignore)
+        return engine.model.eval()
+
+
+def load_run(path: str | os.PathLike[str]) -> Run:
+    """Return the run of a folder, such as runs/smoke.
+
+    Raises:
+        CheckpointError: if the folder is not one of a run.
+    """
+    folder = RunFolder(Path(path))
+    if not folder.config.is_file():
+        raise CheckpointError(f"{folder.path}: has no config.yaml, so it is not a run folder")
+    return Run(folder.path)
+
+
+def train(config: ExperimentConfig) -> Run:
+    """Train a config in this process, or resume its run, as `turnout train` does, and return the run.
+
+    Under torchrun, every rank calls it.
+
+    Raises:
+        TurnoutError: as `turnout train` would print it.
+        KeyboardInterrupt: if a signal stopped the run; a checkpoint was saved, and the next call resumes.
+    """
+    from trainer.training.main import train_run
+
+    folder = run_folder_of(config)
+    with StopRequest() as stop:
+        layout = layout_from_environment(ep_size=config.parallel.ep_size)
+        warnings = check_run_folder(folder, config)
+        status = StatusFile(folder.status, rank=layout.rank)
+        code = _LOST
+        try:
+            code = train_run(config, folder, layout, warnings=warnings, stop=stop, status=status)
+        finally:
+            status.end(code)
+    if code != _TRAINED:
+        raise KeyboardInterrupt(f"{folder.path}: stopped; call train again to resume")
+    return Run(folder.path)
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a log; a last line that is not finished yet is left out."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.endswith("\n"):
+                record = json.loads(line)
+                if isinstance(record, Mapping):
+                    yield dict(record)
+
+
+def _ignore(message: str) -> None:
+    """Drop a warning about reading."""
