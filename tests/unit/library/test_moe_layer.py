@@ -1,0 +1,174 @@
+"""The layer of the public interface: other implementations' numbers, gradients, dtypes and errors."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.mixtral.configuration_mixtral import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, load_balancing_loss_func
+from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+from trainer import MoELayer
+
+D, FF, E, B, S = 16, 24, 8, 2, 12
+
+
+def tokens(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(B, S, D, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def mixtral(top_k: int) -> nn.Module:
+    config = MixtralConfig(hidden_size=D, intermediate_size=FF, num_local_experts=E, num_experts_per_tok=top_k)
+    return MixtralSparseMoeBlock(config)
+
+
+def qwen3(top_k: int, *, normalize: bool) -> nn.Module:
+    config = Qwen3MoeConfig(
+        hidden_size=D,
+        moe_intermediate_size=FF,
+        num_experts=E,
+        num_experts_per_tok=top_k,
+        norm_topk_prob=normalize,
+    )
+    return Qwen3MoeSparseMoeBlock(config)
+
+
+def same_weights(theirs: Any, *, top_k: int, normalize: bool) -> MoELayer:
+    """Make a layer with the weights of a block of transformers, which get random values first."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in theirs.parameters():
+        parameter.data.normal_(0, 0.3, generator=generator)
+    layer = MoELayer(D, E, top_k, d_ff=FF, router={"kind": "top_k", "normalize": normalize})
+    layer.moe.router.get_parameter("gate.weight").data.copy_(theirs.gate.weight.data)
+    layer.moe.experts.w_in.data.copy_(theirs.experts.gate_up_proj.data)
+    layer.moe.experts.w_out.data.copy_(theirs.experts.down_proj.data)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("theirs", "top_k", "normalize"),
+    [
+        (mixtral(2), 2, True),
+        (mixtral(3), 3, True),
+        (qwen3(4, normalize=True), 4, True),
+        (qwen3(2, normalize=False), 2, False),
+        (qwen3(1, normalize=False), 1, False),
+    ],
+    ids=["mixtral 2", "mixtral 3", "qwen3 4", "qwen3 2 raw", "qwen3 1 raw"],
+)
+def test_it_equals_the_sparse_blocks_of_transformers(theirs: Any, top_k: int, normalize: bool) -> None:
+    layer, x = same_weights(theirs, top_k=top_k, normalize=normalize), tokens().requires_grad_()
+    y, stats = layer(x)
+    expected = theirs(x)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    gate = layer.moe.router.get_parameter("gate.weight")
+    ours = torch.autograd.grad(y.square().sum(), [x, gate, layer.moe.experts.w_in, layer.moe.experts.w_out])
+    weights = [x, theirs.gate.weight, theirs.experts.gate_up_proj, theirs.experts.down_proj]
+    for mine, other in zip(ours, torch.autograd.grad(expected.square().sum(), weights), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-3)
+    logits = F.linear(x.flatten(0, 1), theirs.gate.weight)
+    hugging_face = load_balancing_loss_func((logits,), E, top_k)
+    torch.testing.assert_close(top_k * stats.balance_loss(), torch.as_tensor(hugging_face), rtol=1e-4, atol=1e-5)
+
+
+def test_the_gate_learns_from_the_output_and_from_the_balance_loss() -> None:
+    layer = MoELayer(D, E, 2, d_ff=FF)
+    gate = layer.moe.router.get_parameter("gate.weight")
+    y, stats = layer(tokens())
+    for loss in (y.square().mean(), stats.balance_loss(), stats.z_loss()):
+        (gradient,) = torch.autograd.grad(loss, gate, retain_graph=True)
+        assert torch.isfinite(gradient).all() and (gradient != 0).any()
+
+
+def test_the_balance_loss_evens_out_the_load() -> None:
+    torch.manual_seed(0)
+    layer, x = MoELayer(D, E, 2, d_ff=FF), tokens() + 1
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.02)
+    before = float(layer(x)[1].load_imbalance)
+    for _ in range(60):
+        layer(x)[1].balance_loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float(layer(x)[1].load_imbalance) < before
+
+
+@pytest.mark.parametrize(
+    "router",
+    ["top_k", "switch", "gshard", "noisy_top_k", "bias_balanced", "expert_choice", "sinkhorn", "top_p", "dense"],
+)
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_every_router_works_in_float32_and_under_autocast(router: str, is_autocast: bool) -> None:
+    layer = MoELayer(D, 4, router=router, d_ff=FF)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_autocast):
+        y, stats = layer(tokens())
+    assert y.shape == (B, S, D) and y.dtype == torch.float32, "rows are combined in float32"
+    assert stats.balance_loss().dtype == torch.float32
+    (y.float().square().mean() + 0.01 * stats.balance_loss()).backward()
+    layer.update_router(stats)
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in layer.parameters())
+
+
+def test_padding_is_not_routed() -> None:
+    layer, valid = MoELayer(D, E, 2, d_ff=FF).eval(), torch.arange(S) < torch.tensor([[S], [3]])
+    y, stats = layer(tokens(), valid=valid)
+    assert int(stats.tokens_per_expert.sum()) == 2 * int(valid.sum())
+    assert (y[~valid] == 0).all() and (y[valid] != 0).any()
+    torch.testing.assert_close(y[0], layer(tokens())[0][0])
+
+
+def test_a_capacity_drops_assignments() -> None:
+    layer = MoELayer(D, E, 2, d_ff=FF, capacity_factor=0.5)
+    assert float(layer(tokens())[1].drop_rate) > 0
+    assert float(MoELayer(D, E, 2, d_ff=FF)(tokens())[1].drop_rate) == 0
+
+
+def test_noise_is_drawn_anew_in_training_only() -> None:
+    layer = MoELayer(D, E, 2, d_ff=FF, router={"kind": "top_k", "jitter": 0.5})
+    assert not torch.equal(layer(tokens())[0], layer(tokens())[0])
+    layer.eval()
+    assert torch.equal(layer(tokens())[0], layer(tokens())[0])
+
+
+def test_a_selection_bias_moves_with_the_load() -> None:
+    layer = MoELayer(D, E, 2, d_ff=FF, router="bias_balanced")
+    stats = layer(tokens())[1]
+    layer.update_router(stats)
+    bias = layer.moe.router.get_buffer("bias")
+    counts = stats.tokens_per_expert.float()
+    assert bool((bias[counts > counts.mean()] < 0).all() and (bias[counts < counts.mean()] > 0).all())
+
+
+def test_a_plugin_is_a_router() -> None:
+    layer = MoELayer(D, E, router={"kind": "tests.added_router:ThresholdRouterConfig", "threshold": 0.5}, d_ff=FF)
+    assert type(layer.moe.router).__name__ == "ThresholdRouter"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"top_k": 9}, "top_k: 9 is more than num_experts 8"),
+        ({"router": "expert_choice", "capacity_factor": 1.0}, "capacity_factor: expert_choice has no fixed number"),
+        ({"router": "nope"}, "nope"),
+        ({"router": {"kind": "top_k", "top_p": 0.5}}, "top_p"),
+    ],
+)
+def test_options_that_are_wrong_are_refused(options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        MoELayer(D, E, **options)
+
+
+def test_a_router_without_probabilities_has_no_balance_loss() -> None:
+    _, stats = MoELayer(D, E, router="round_robin", d_ff=FF)(tokens())
+    with pytest.raises(ValueError, match="no probabilities"):
+        stats.balance_loss()
+    with pytest.raises(ValueError, match="expected \\(batch, sequence, d_model\\)"):
+        MoELayer(D, E, d_ff=FF)(torch.zeros(3, D))
+
+
+@pytest.mark.slow
+def test_it_compiles() -> None:
+    layer, x = MoELayer(D, E, 2, d_ff=FF).eval(), tokens()
+    torch.testing.assert_close(torch.compile(layer)(x)[0], layer(x)[0])
