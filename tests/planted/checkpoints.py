@@ -45,7 +45,7 @@ FAULTS = [
         "checkpoint/manifest_file.py",
         "is_intact = recorded == hash_values(values)",
         "is_intact = len(recorded) == len(hash_values(values))",
-        "checkpoint/test_manifest.py::test_a_manifest_that_its_hash_is_not_of_is_damaged",
+        "checkpoint/test_manifest.py::test_a_manifest_with_another_hash_is_damaged",
     ),
     in_package(
         "a file has to hold its largest tensor only",

@@ -1,4 +1,4 @@
-"""Every variable that says how a process was started, and is wrong: one line that names it, exit code 2, at once."""
+"""Each invalid variable of a launcher is reported in one line, with exit code 2, at once."""
 
 import os
 import subprocess
@@ -61,7 +61,7 @@ def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A config that is sound; nothing of it is ever read by a run."""
+    """A valid config; no run ever reads it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.yaml").write_text("name: x\ndata: {sources: [{kind: text, path: x.txt, domain: x}]}\n")
     return "x.yaml"
@@ -212,7 +212,7 @@ def test_one_process_in_an_allocation_of_several_tasks_may_train(told: str) -> N
 def test_a_launcher_that_says_who_is_who_is_believed(
     config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Torchrun of every task, or DeepSpeed's launcher, which starts ranks by MPI."""
+    """Torchrun in every task, or DeepSpeed's launcher, which starts ranks by MPI."""
     for name, value in (SRUN | RANK_OF_TWO | {"SLURM_PROCID": "1", "MASTER_ADDR": "no-such-host.invalid"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("trainer.commands.train.end_with_launcher", lambda: None)

@@ -9,7 +9,7 @@ from trainer.errors import ConfigError, RemoteRankError, StopRequested, exit_cod
 
 
 class OutOfMemoryError(RuntimeError):
-    """As torch's own."""
+    """Like that of torch."""
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_what_a_rank_does_is_read_back(file: StatusFile) -> None:
 def test_steps_are_written_about_once_a_second_and_phases_at_once(
     file: StatusFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = iter([0.0, 0.0, 0.5, 0.9, 1.1, 1.1, 1.2])  # read once to look, once more to write
+    clock = iter([0.0, 0.0, 0.5, 0.9, 1.1, 1.1, 1.2])  # read once for the check and once for the write
     monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
     seen = []
     file.enter("training")

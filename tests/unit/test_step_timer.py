@@ -1,4 +1,4 @@
-"""Where the time of a step goes: parts do not overlap, and leave nothing out."""
+"""The parts of a step do not overlap and add up to the step."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from trainer.step_timer import PARTS, StepPart, StepTimer
 
 
 class Ticks:
-    """A clock that a test turns on; like a device's, it tells what a mark means when it is asked, not before."""
+    """A clock that tests advance; like a device's, it resolves timestamps only on request."""
 
     def __init__(self) -> None:
         self.time = 0
@@ -59,7 +59,7 @@ def test_the_parts_of_some_steps_make_up_their_time(steps: list[list[int | tuple
     clock = Ticks()
     watch, total = StepTimer(clock), 0
     for actions in steps:
-        clock.time += 100  # between steps: nobody's
+        clock.time += 100  # between steps: not counted
         watch.start()
         for action in actions:
             if isinstance(action, int):

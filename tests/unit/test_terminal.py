@@ -1,4 +1,4 @@
-"""What others wrote reaches a terminal as text, whichever way it goes there."""
+"""Untrusted text reaches a terminal without control characters, on every path."""
 
 import ast
 import io
@@ -24,9 +24,9 @@ STEERS = "a\x1b[2J\x07\r\x9b\u202eb\u2028c"
 SHOWN = "a\ufffd[2J\ufffd\ufffd\ufffd\ufffdb\ufffdc"
 TRAINER = Path(cli.__file__).parent
 RAW = {
-    "terminal.py": 1,  # `say` itself
-    "training/generate_text.py": 3,  # a generated text, which a file or pipe gets as it is
-    "commands/config.py": 2,  # YAML and JSON, which escape by themselves
+    "terminal.py": 1,  # `print_safe` itself
+    "training/generate_text.py": 3,  # generated text, which files and pipes get unchanged
+    "commands/config.py": 2,  # YAML and JSON escape control characters themselves
     "commands/checkpoint.py": 2,  # JSON
     "commands/evaluate.py": 1,  # JSON
 }
@@ -92,7 +92,7 @@ def test_an_argument_that_steers_a_terminal_is_shown(arguments: list[str], capfd
 
 
 def test_a_key_of_anybody_s_section_is_written_so_that_it_reads_back(tmp_path: Path) -> None:
-    """DeepSpeed's own sections may have any keys; their names reach the screen by `config show` and its record."""
+    """DeepSpeed's own sections may have any keys, which `config show` and the run's record print."""
     keys = {"a: b": 1, STEERS: {"x\ny": [{"-": 1, "no": 2}]}, "#": "z", "on": True}
     engine = {"kind": "deepspeed", "deepspeed_config": {"comms_logger": keys}}
     config = ExperimentConfig.model_validate({"name": "x", "engine": engine})
@@ -114,7 +114,7 @@ class Screen(io.StringIO):
 def test_a_prompt_and_what_follows_it_are_shown_on_a_terminal(
     is_terminal: bool, wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file or a pipe gets both as they are."""
+    """Files and pipes get the text unchanged."""
     engine = SimpleNamespace(model=SimpleNamespace(moe_layers=list))
     monkeypatch.setattr(generate_text, "load_trained", lambda *_, **__: (engine, ByteTokenizer(), None))
     monkeypatch.setattr(generate_text, "generate", lambda *_, **__: iter(f"|{STEERS}".encode()))

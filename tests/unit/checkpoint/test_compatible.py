@@ -1,4 +1,4 @@
-"""What a run must not go on from, and how that is said."""
+"""Checkpoints that a run must not resume from, and their messages."""
 
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def test_other_tensors_are_refused_by_name_shape_and_dtype(
     )
 
 
-def test_the_same_tensors_fit(found: CheckpointHandle) -> None:
+def test_equal_tensors_are_accepted(found: CheckpointHandle) -> None:
     check_fits(found, _state(TENSORS))
 
 
@@ -68,13 +68,13 @@ def test_the_same_tensors_fit(found: CheckpointHandle) -> None:
 def test_another_model_is_refused_by_key_and_values(
     found: CheckpointHandle, model: dict[str, Any], message: str
 ) -> None:
-    """Also where the tensors have the same shapes."""
+    """Even if all tensors have the same shapes."""
     with pytest.raises(CheckpointError) as caught:
         check_model(found, model)
     assert message in str(caught.value) and "use the run's own config, or a new name=..." in str(caught.value)
 
 
-def test_the_same_model_and_one_with_younger_keys_fit(found: CheckpointHandle) -> None:
+def test_the_same_model_and_one_with_newer_keys_are_accepted(found: CheckpointHandle) -> None:
     check_model(found, MODEL)
     check_model(found, {**MODEL, "a_later_option": 1})
 

@@ -1,4 +1,4 @@
-"""Numbers that are not finite are never saved, and where an older version saved them, never taken for sound."""
+"""Values that are not finite are never saved; a checkpoint of an older version that has some is not intact."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def _state(value: float = 1.0, dtype: torch.dtype = torch.float32) -> TrainState
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-def test_one_number_is_found_in_memory_and_on_the_disk(tmp_path: Path, dtype: torch.dtype, value: float) -> None:
+def test_a_single_bad_value_is_found_in_memory_and_on_disk(tmp_path: Path, dtype: torch.dtype, value: float) -> None:
     state = _state(value, dtype)
     assert not_finite({name: part.tensor for name, part in state.slices.items()}) == ["model.b"]
     path = save_unseen(tmp_path, 3, state).path
@@ -38,7 +38,7 @@ def test_one_number_is_found_in_memory_and_on_the_disk(tmp_path: Path, dtype: to
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_the_largest_numbers_are_finite_though_their_sum_is_not(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_the_largest_values_are_finite_although_their_sum_is_not(tmp_path: Path, dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max
     tensor = torch.tensor([[largest, largest], [-largest, torch.finfo(dtype).tiny]], dtype=dtype)
     assert not_finite({"model.a": tensor, "model.b": tensor[:1]}) == []
@@ -50,7 +50,7 @@ def test_infinities_that_cancel_are_found() -> None:
     assert not_finite({"model.a": torch.tensor([INF, -INF]), "model.b": torch.tensor(NAN)}) == ["model.a", "model.b"]
 
 
-def test_what_has_no_such_numbers_is_left_alone(tmp_path: Path) -> None:
+def test_integer_and_empty_tensors_are_ignored(tmp_path: Path) -> None:
     tensors = {"model.a": torch.full((3,), -1), "model.b": torch.ones(2, dtype=torch.bool), "model.c": torch.ones(0, 4)}
     assert not_finite(tensors) == []
     save(tmp_path, 3, TrainState(slices={name: Slice.whole(tensor) for name, tensor in tensors.items()}))
@@ -58,7 +58,7 @@ def test_what_has_no_such_numbers_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", [0, 6, 7, 29])
-def test_a_large_tensor_is_looked_at_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+def test_a_large_tensor_is_checked_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
     monkeypatch.setattr(safetensors_file, "_BLOCK_BYTES", 28)
     tensor = torch.ones(30)
     tensor[place] = NAN
@@ -67,8 +67,8 @@ def test_a_large_tensor_is_looked_at_in_pieces(tmp_path: Path, monkeypatch: pyte
     assert "model.b is not finite" in str(CheckpointFolder(tmp_path).defect(3))
 
 
-def test_experts_have_the_numbers_that_they_have_in_the_model(tmp_path: Path) -> None:
-    """Of experts 6 to 8, two are ill."""
+def test_experts_are_named_by_their_global_numbers(tmp_path: Path) -> None:
+    """Return experts 6 to 8, two of them not finite."""
     tensor = torch.ones(3, 2, 2)
     tensor[1, 0, 0], tensor[2, 1, 1] = NAN, INF
     slices = {"model.w_in": Slice(tensor=tensor, global_shape=(9, 2, 2), start=6, is_of_experts=True)}
@@ -76,7 +76,7 @@ def test_experts_have_the_numbers_that_they_have_in_the_model(tmp_path: Path) ->
         check_finite(slices, Group.of_one(), CheckpointFolder(tmp_path), step=5)
 
 
-def test_a_save_is_refused_and_names_tensor_step_and_the_last_good_one(tmp_path: Path) -> None:
+def test_a_refused_save_names_the_tensor_the_step_and_the_last_good_checkpoint(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=1)
     with pytest.raises(
         NumericsError, match=r"step 5: model\.b is not finite; nothing of it is saved; there is no good"
@@ -89,7 +89,7 @@ def test_a_save_is_refused_and_names_tensor_step_and_the_last_good_one(tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000005", "step_00000006"]
 
 
-def test_the_experts_are_named_by_their_numbers_in_the_whole_model(tmp_path: Path) -> None:
+def test_sharded_experts_are_named_by_their_global_numbers(tmp_path: Path) -> None:
     tensor = torch.ones(8, 3)
     tensor[5, 1] = tensor[7, 0] = NAN
     names = ["model.x.experts.w", "optim.exp_avg.x.experts.w", "optim.exp_avg_sq.x.experts.w"]
@@ -106,7 +106,7 @@ def test_the_experts_are_named_by_their_numbers_in_the_whole_model(tmp_path: Pat
 
 @pytest.fixture
 def folder(tmp_path: Path) -> CheckpointFolder:
-    """Two good checkpoints, and three newer ones that are not finite."""
+    """Save two good checkpoints, and three newer ones that are not finite."""
     folder = CheckpointFolder(tmp_path, keep=99)
     for step in (1, 2):
         save(folder, step, _state())
@@ -115,7 +115,7 @@ def folder(tmp_path: Path) -> CheckpointFolder:
     return CheckpointFolder(tmp_path, keep=2)
 
 
-def test_they_are_passed_over(folder: CheckpointFolder) -> None:
+def test_checkpoints_that_are_not_finite_are_skipped(folder: CheckpointFolder) -> None:
     said: list[str] = []
     found = find_newest(folder, Group.of_one(), warn=said.append)
     assert found is not None and found.step == 2
@@ -125,26 +125,26 @@ def test_they_are_passed_over(folder: CheckpointFolder) -> None:
     assert len(said) == 3
 
 
-def test_they_push_no_good_one_out(folder: CheckpointFolder) -> None:
+def test_checkpoints_that_are_not_finite_do_not_displace_good_ones(folder: CheckpointFolder) -> None:
     assert plan_prune(folder, with_damaged=False).keep == [1, 2]
     assert plan_prune(folder, with_damaged=True).remove == [3, 4, 5]
     save(folder, 6, _state())
     assert folder.steps() == [2, 3, 4, 5, 6], "the newest two good ones stay, and those between them do no harm"
 
 
-def test_a_run_that_comes_from_before_them_removes_them(folder: CheckpointFolder) -> None:
+def test_a_run_that_resumed_before_them_removes_them(folder: CheckpointFolder) -> None:
     folder.remove(2)
     save(folder, 2, _state())
     assert folder.steps() == [1, 2]
 
 
-def test_a_list_that_reads_everything_says_so(folder: CheckpointFolder) -> None:
+def test_a_list_with_content_reports_values_that_are_not_finite(folder: CheckpointFolder) -> None:
     wrong = [entry.wrong for entry in list_checkpoints(folder, with_content=True)]
     assert wrong[:2] == [None, None] and all("model.b is not finite" in str(reason) for reason in wrong[2:])
     assert [entry.wrong for entry in list_checkpoints(folder, with_content=False)] == [None] * 5
 
 
-def test_where_all_are_such_it_is_an_error(tmp_path: Path) -> None:
+def test_if_all_checkpoints_are_not_finite_it_is_an_error(tmp_path: Path) -> None:
     save_unseen(tmp_path, 3, _state(NAN))
     with pytest.raises(CheckpointError, match=r"model\.b is not finite: .*; no other checkpoint is left"):
         find_newest(CheckpointFolder(tmp_path), Group.of_one(), warn=print)

@@ -1,4 +1,4 @@
-"""Which directory a run's relative paths are relative to, whoever asks from where."""
+"""The directory that a run's relative paths are relative to, from any working directory."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def test_a_run_elsewhere_than_its_text_is_moved_with_it_too(tmp_path, monkeypatc
     assert home(RunFolder(Path("other/big/runs/a")), runs_dir="/disk/big/runs") == tmp_path / "other/text"
 
 
-def test_of_an_older_folder_its_own_place_tells(folder, tmp_path):
+def test_for_an_older_folder_its_own_path_determines_it(folder, tmp_path):
     folder.environment.write_text('{"torch": "2"}')
     assert home(folder) == tmp_path / "project"
     assert home(folder, name="b") is None
@@ -72,13 +72,13 @@ def test_of_an_older_folder_its_own_place_tells(folder, tmp_path):
         json.dumps({"working_directory": f"/{bad}", "run_folder": "/x"}) for bad in ("a\0b", "a\nb", "gone", "x" * 5000)
     ],
 )
-def test_what_says_nothing_is_passed_over(folder, tmp_path, content):
+def test_malformed_records_are_ignored(folder, tmp_path, content):
     folder.environment.write_text(content)
     assert home(folder) == tmp_path / "project"
     assert home(folder, name="b") is None
 
 
-def test_a_pipe_is_not_waited_for(folder, tmp_path):
+def test_a_pipe_does_not_block(folder, tmp_path):
     folder.environment.unlink()
     os.mkfifo(folder.environment)
     assert home(folder) == tmp_path / "project"

@@ -1,4 +1,4 @@
-"""What a run is known by elsewhere: the same wherever it goes on, another one where it branches off."""
+"""Run ids: kept when a run resumes, new when it branches off."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def _start(path: Path, *, found: Mapping[str, Any] | None = None, step: int = 0,
 
 
 def _checkpoint(identity: Identity | str, name: str) -> dict[str, Any]:
-    """What a checkpoint says that such a run has saved."""
+    """Return the record of the run in a checkpoint."""
     run_id = identity if isinstance(identity, str) else identity.id
     parent = None if isinstance(identity, str) or identity.parent is None else {"id": identity.parent.id, "step": 1}
     return {"id": run_id, "parent": parent, "config": {"name": name}}
@@ -35,14 +35,14 @@ def _kept(path: Path) -> str:
 # --- the same run -----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_keeps_the_name_it_is_known_by(tmp_path: Path):
+def test_a_run_keeps_its_id(tmp_path: Path):
     first = _start(tmp_path / "a")
     assert re.fullmatch("[0-9a-f]{16}", first.id) and first == Identity(id=first.id, parent=None, said=None)
     assert _start(tmp_path / "a") == _start(tmp_path / "a", found=_checkpoint(first, "a"), step=5) == first
     assert _kept(tmp_path / "a") == first.id
 
 
-def test_a_folder_that_has_forgotten_it_is_told_by_a_checkpoint(tmp_path: Path):
+def test_a_lost_id_is_restored_from_a_checkpoint(tmp_path: Path):
     for found in (_checkpoint(A, "a"), {"id": A}):
         shutil.rmtree(tmp_path / "a", ignore_errors=True)
         assert _start(tmp_path / "a", found=found) == Identity(id=A, parent=None, said=None)
@@ -50,7 +50,7 @@ def test_a_folder_that_has_forgotten_it_is_told_by_a_checkpoint(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kept", ["", "../../x", "x" * 65, "A" * 16, "a" * 7, "\udcff"])
-def test_what_is_no_such_name_is_replaced(tmp_path: Path, kept: str):
+def test_an_invalid_id_is_replaced(tmp_path: Path, kept: str):
     (tmp_path / "run_id").write_text(kept, errors="surrogateescape")
     found = _start(tmp_path, found={"id": ["no text"]}).id
     assert re.fullmatch("[0-9a-f]{16}", found) and (tmp_path / "run_id").read_text() == f"{found}\n"
@@ -58,7 +58,7 @@ def test_what_is_no_such_name_is_replaced(tmp_path: Path, kept: str):
 
 @pytest.mark.parametrize("is_old", [False, True])
 def test_a_folder_that_is_moved_is_the_same_run_under_any_name(tmp_path: Path, is_old: bool):
-    """Also one of a version that did not write down where it was."""
+    """Even if it was written by a version that did not record its folder."""
     first = _start(tmp_path / "runs/a")
     if is_old:
         (tmp_path / "runs/a/origin.json").unlink()
@@ -68,14 +68,14 @@ def test_a_folder_that_is_moved_is_the_same_run_under_any_name(tmp_path: Path, i
         assert _start(path, found=_checkpoint(first, "a"), step=5) == first
 
 
-def test_a_copy_whose_original_has_gone_is_the_same_run(tmp_path: Path):
+def test_a_copy_without_its_original_is_the_same_run(tmp_path: Path):
     first = _start(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     shutil.rmtree(tmp_path / "a")
     assert _start(tmp_path / "b", found=_checkpoint(first, "a"), step=5) == first
 
 
-def test_a_run_goes_on_where_it_is_though_copies_of_it_lie_about(tmp_path: Path):
+def test_a_run_continues_in_its_folder_despite_copies(tmp_path: Path):
     first = _start(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "backup")
     assert _start(tmp_path / "a", found=_checkpoint(first, "a"), step=5) == first
@@ -116,7 +116,7 @@ def test_a_copied_checkpoint_under_another_name_is_a_branch(tmp_path: Path):
 
 @pytest.mark.parametrize("is_old", [False, True])
 @pytest.mark.parametrize("name", ["b", "a"])
-def test_a_copied_folder_is_a_branch_as_long_as_the_original_is_there(tmp_path: Path, name: str, is_old: bool):
+def test_a_copied_folder_is_a_branch_while_the_original_exists(tmp_path: Path, name: str, is_old: bool):
     first, path = _start(tmp_path / "runs/a"), tmp_path / ("runs" if name == "b" else "others") / name
     if is_old:
         (tmp_path / "runs/a/origin.json").unlink()
@@ -143,7 +143,7 @@ def test_a_checkpoint_of_another_run_in_a_folder_that_has_one_is_a_branch(tmp_pa
 
 
 def test_a_branch_is_one_run_from_then_on(tmp_path: Path):
-    """Before its first save its newest checkpoint is still its parent's."""
+    """Until the first save of a branch, its newest checkpoint is its parent's."""
     first = _start(tmp_path / "a")
     branch = _start(tmp_path / "b", found=_checkpoint(first, "a"), step=40)
     again = Identity(id=branch.id, parent=branch.parent, said=None)
@@ -153,7 +153,7 @@ def test_a_branch_is_one_run_from_then_on(tmp_path: Path):
     assert _start(tmp_path / "c", found=_checkpoint(branch, "b"), step=50) == again
 
 
-def test_a_branch_whose_folder_has_forgotten_it_is_told_by_its_checkpoint(tmp_path: Path):
+def test_a_lost_id_of_a_branch_is_restored_from_its_checkpoint(tmp_path: Path):
     first = _start(tmp_path / "a")
     branch = _start(tmp_path / "b", found=_checkpoint(first, "a"), step=40)
     shutil.rmtree(tmp_path / "b")
@@ -161,7 +161,7 @@ def test_a_branch_whose_folder_has_forgotten_it_is_told_by_its_checkpoint(tmp_pa
     assert again.id == branch.id and again.parent is not None and again.parent.id == first.id
 
 
-def test_who_wants_a_copy_to_be_the_same_run_writes_its_id_back(tmp_path: Path):
+def test_writing_the_id_back_makes_a_copy_the_same_run(tmp_path: Path):
     first = _start(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     _start(tmp_path / "b", found=_checkpoint(first, "a"), step=40)
@@ -169,8 +169,8 @@ def test_who_wants_a_copy_to_be_the_same_run_writes_its_id_back(tmp_path: Path):
     assert _start(tmp_path / "b", found=_checkpoint(first, "a"), step=40).id == first.id
 
 
-def test_a_start_that_was_killed_in_between_makes_no_run_of_its_parent(tmp_path: Path):
-    """When the id was written, and where it comes from not yet."""
+def test_a_branch_killed_at_its_start_does_not_take_its_parent_s_id(tmp_path: Path):
+    """Killed after run_id was written and before origin.json was."""
     first = _start(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     (tmp_path / "b/run_id").write_text("f" * 16)
@@ -189,7 +189,7 @@ FOREIGN = [
 
 
 @pytest.mark.parametrize("text", FOREIGN)
-def test_what_somebody_wrote_is_read_as_what_it_is(tmp_path: Path, text: str):
+def test_malformed_origins_are_ignored(tmp_path: Path, text: str):
     first = _start(tmp_path / "a")
     (tmp_path / "a/origin.json").write_text(text)
     assert _start(tmp_path / "a", found=_checkpoint(first, "a"), step=5) == first
@@ -198,13 +198,13 @@ def test_what_somebody_wrote_is_read_as_what_it_is(tmp_path: Path, text: str):
 
 @pytest.mark.parametrize("name", ["run_id", "origin.json"])
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
-def test_what_is_no_file_holds_nobody_up_and_is_replaced(tmp_path: Path, name: str, make: Any):
+def test_irregular_files_do_not_block_and_are_replaced(tmp_path: Path, name: str, make: Any):
     (tmp_path / "a").mkdir()
     make(tmp_path / "a" / name)
     assert _start(tmp_path / "a", found=_checkpoint(A, "a"), step=5).id == A
     assert (tmp_path / "a" / name).is_file() and not (tmp_path / "a" / name).is_symlink()
 
 
-def test_a_foreign_name_that_would_steer_a_terminal_is_not_repeated(tmp_path: Path):
+def test_a_foreign_name_with_control_characters_is_not_printed(tmp_path: Path):
     said = _start(tmp_path / "b", found=_checkpoint(A, "a\x1b[2J\n"), step=5).said
     assert said is not None and said.isprintable()

@@ -1,4 +1,4 @@
-"""A run folder that is moved or removed under a run: noticed, made anew, and nothing is lost that was in memory."""
+"""A run folder that is moved or removed during a run is recreated without losing anything that was in memory."""
 
 import io
 import shutil
@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def _train(folder: Path, harm: Callable[[Path], object], mesh: Mesh | None = None) -> tuple[list[str], str | None]:
-    """Train with a harm to the run folder before step 5; return warnings and the error."""
+    """Train, damage the run folder before step 5; return the warnings and the error."""
     mesh, screen = mesh or Mesh.of_one(), io.StringIO()
     places = [f"data.sources=[{{kind: text, path: {folder}/text.txt}}]", f"data.cache_dir={folder}/cache"]
     bpe = "data.tokenizer={kind: bpe, vocab_size: 270}"
@@ -80,7 +80,7 @@ def _remove(run: Path) -> None:
 
 
 def _remove_but_for_a_status(run: Path) -> None:
-    """Another rank writes its status right after."""
+    """Although another rank writes its status right after."""
     shutil.rmtree(run)
     StatusFile(run / "status", rank=1).enter("training")
 
@@ -90,7 +90,7 @@ def _move(run: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [_remove, _remove_but_for_a_status, _move])
-def test_a_folder_that_goes_is_made_anew_and_saved_into_at_once(folder: Path, harm: Callable[[Path], object]) -> None:
+def test_a_lost_folder_is_recreated_and_saved_into_at_once(folder: Path, harm: Callable[[Path], object]) -> None:
     said, error = _train(folder, harm)
     run = folder / "runs/tiny"
     assert error is None
@@ -104,7 +104,7 @@ def test_a_folder_that_goes_is_made_anew_and_saved_into_at_once(folder: Path, ha
         RunFolder(run).lock()
 
 
-def test_a_lock_that_goes_is_taken_again(folder: Path) -> None:
+def test_a_lost_lock_is_taken_again(folder: Path) -> None:
     said, error = _train(folder, lambda run: (run / ".lock").unlink())
     assert error is None
     assert said == [
@@ -129,7 +129,7 @@ held: list[RunFolder] = []
 
 
 @pytest.mark.parametrize("harm", [_give_to_another, _put_another_there])
-def test_a_folder_that_is_another_run_s_by_now_ends_the_run_and_is_left_alone(
+def test_a_folder_that_became_another_run_s_ends_the_run_and_is_unchanged(
     folder: Path, harm: Callable[[Path], object]
 ) -> None:
     said, error = _train(folder, harm)

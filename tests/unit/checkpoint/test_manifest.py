@@ -1,4 +1,4 @@
-"""A manifest that anybody may have written: refused in one line, before a file is opened."""
+"""Manifests from untrusted sources are refused in one line, before a file is opened."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change a manifest's content and give it the hash of what it says now."""
+    """Change a manifest's content and update its hash."""
     path = folder / "manifest.json"
     values = json.loads(path.read_text())
     del values["manifest_sha256"]
@@ -64,7 +64,7 @@ UNSOUND = {
 
 
 @pytest.mark.parametrize(("change", "message"), UNSOUND.values(), ids=UNSOUND.keys())
-def test_what_does_not_describe_whole_tensors_is_refused(
+def test_a_manifest_without_whole_tensors_is_refused(
     folder: Path, change: Callable[[dict[str, Any]], object], message: str
 ) -> None:
     rewrite(folder, change)
@@ -84,27 +84,27 @@ TEXTS = {
 
 
 @pytest.mark.parametrize(("text", "message"), TEXTS.values(), ids=TEXTS.keys())
-def test_what_is_no_manifest_is_damaged(folder: Path, text: str, message: str) -> None:
+def test_text_that_is_not_a_manifest_is_damaged(folder: Path, text: str, message: str) -> None:
     (folder / "manifest.json").write_text(text)
     with pytest.raises(CheckpointError, match=message):
         read_manifest(folder)
 
 
-def test_a_name_that_would_steer_a_terminal_is_not_repeated(folder: Path) -> None:
+def test_a_name_with_control_characters_is_not_printed(folder: Path) -> None:
     rewrite(folder, lambda values: values["tensors"].update({"a\n\x1b[2J" + "x" * 10_000: {"dtype": "int8"}}))
     with pytest.raises(CheckpointError) as caught:
         read_manifest(folder)
     assert str(caught.value).isprintable() and len(str(caught.value)) < 600
 
 
-def test_what_would_not_be_read_again_is_not_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_manifest_too_large_to_be_read_is_not_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest: Manifest = read_manifest(folder)
     monkeypatch.setattr("trainer.checkpoint.manifest_file._MAX_VALUES", 10)
     with pytest.raises(CheckpointError, match=r"step 1 not saved: its manifest has \d+ bytes, too many to be read"):
         manifest_text(manifest)
 
 
-def test_a_manifest_that_its_hash_is_not_of_is_damaged(folder: Path) -> None:
+def test_a_manifest_with_another_hash_is_damaged(folder: Path) -> None:
     path = folder / "manifest.json"
     values = json.loads(path.read_text())
     path.write_text(json.dumps(values | {"step": 2}))
@@ -113,7 +113,7 @@ def test_a_manifest_that_its_hash_is_not_of_is_damaged(folder: Path) -> None:
 
 
 def test_a_file_has_to_hold_all_of_its_tensors_together(folder: Path) -> None:
-    """Each of these is no larger than the file, which says how large it is."""
+    """Although each tensor alone would fit into the file."""
 
     def change(values: dict[str, Any]) -> None:
         values["files"][FILE]["size_bytes"] = 40

@@ -1,4 +1,4 @@
-"""Who writes what: every part once, the work spread, nothing missing without a word."""
+"""Save plans: every part is written once, the bytes are spread evenly, and missing parts are an error."""
 
 import itertools
 
@@ -22,7 +22,7 @@ def _place(
     return Placement(start, length, shape, dtype, is_of_experts)
 
 
-def test_copies_are_written_once_and_by_turns() -> None:
+def test_copies_are_written_once_and_spread_over_ranks() -> None:
     copies = {name: _place(0, 6) for name in "abcd"}
     plan = plan_save([copies, copies])
     assert {name: [part.rank for part in parts] for name, parts in plan.parts.items()} == {
@@ -34,7 +34,7 @@ def test_copies_are_written_once_and_by_turns() -> None:
     assert plan.of_rank(1) == ["b", "d"]
 
 
-def test_parts_are_written_by_those_who_have_them() -> None:
+def test_parts_are_written_by_their_holders() -> None:
     plan = plan_save([{"x": _place(0, 2)}, {"x": _place(2, 4)}, {"x": _place(0, 2)}, {"x": _place(2, 4)}])
     assert plan.parts["x"] == [StatePart(0, 0, 2), StatePart(1, 2, 4)]
 
@@ -44,7 +44,7 @@ def test_a_rank_without_a_part_writes_none() -> None:
     assert plan.parts["x"] == [StatePart(0, 0, 6)]
 
 
-def test_a_number_and_an_empty_tensor_are_saved_too() -> None:
+def test_scalars_and_empty_tensors_are_saved() -> None:
     plan = plan_save([{"n": _place(0, 1, ()), "e": _place(0, 0, (0, 4))}] * 2)
     assert plan.parts == {"n": [StatePart(0, 0, 1)], "e": [StatePart(1, 0, 0)]}
 
@@ -54,7 +54,7 @@ def _with_moments() -> dict[str, Placement]:
     return {name: place for name in ("model.w", "optim.exp_avg.w", "optim.exp_avg_sq.w")}
 
 
-def test_experts_with_both_moments_are_whole() -> None:
+def test_experts_with_both_moments_are_accepted() -> None:
     assert plan_save([_with_moments()]).parts.keys() == _with_moments().keys()
 
 
@@ -76,14 +76,14 @@ def test_experts_with_both_moments_are_whole() -> None:
         ),
     ],
 )
-def test_what_is_not_whole_is_not_saved(held: list[dict[str, Placement]], message: str) -> None:
+def test_an_incomplete_state_is_not_saved(held: list[dict[str, Placement]], message: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         plan_save(held)
     assert message in str(caught.value)
 
 
 @given(cuts=st.lists(st.integers(0, 20), max_size=6), total=st.integers(0, 20), data=st.data())
-def test_neighbouring_parts_are_whole_and_any_change_of_one_is_noticed(
+def test_adjacent_parts_cover_a_tensor_and_any_change_is_an_error(
     cuts: list[int], total: int, data: st.DataObject
 ) -> None:
     edges = sorted({0, total, *(cut for cut in cuts if cut < total)})

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its run is read as what it is: text that anybody may have written."""
+"""A checkpoint's record of its run is validated as untrusted input."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ def _found(path: Path, values: dict[str, Any] | None = None, **run: Any) -> Chec
     return find(CheckpointFolder(path), 1)
 
 
-def test_a_whole_record_is_accepted(tmp_path: Path) -> None:
+def test_a_complete_record_is_accepted(tmp_path: Path) -> None:
     found = _found(tmp_path, config={"model": {"d_model": 16}}, tokenizer_fingerprint="b")
     check_record(found)
     check_model(found, {"d_model": 16, "younger_than_it": 1})
@@ -31,19 +31,19 @@ def test_a_whole_record_is_accepted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [None, [1], {}, {"model": "x"}])
-def test_a_checkpoint_of_no_model_is_refused(tmp_path: Path, config: Any) -> None:
+def test_a_checkpoint_without_a_model_config_is_refused(tmp_path: Path, config: Any) -> None:
     with pytest.raises(CheckpointError, match="does not say which model it is of"):
         check_model(_found(tmp_path, config=config), {})
 
 
 @pytest.mark.parametrize("model", [{"d_model": FLOOD}, {FLOOD: 1}, {"moe": {"router": [FLOOD] * 3}}])
-def test_a_foreign_model_is_refused_in_a_line(tmp_path: Path, model: Any) -> None:
+def test_a_malformed_model_is_refused_in_one_line(tmp_path: Path, model: Any) -> None:
     with pytest.raises(CheckpointError, match="was written by a different model") as caught:
         check_model(_found(tmp_path, config={"model": model}), {"d_model": 16, "moe": None})
     assert str(caught.value).isprintable() and len(str(caught.value)) < 500
 
 
-def test_a_foreign_fingerprint_is_refused_in_a_line(tmp_path: Path) -> None:
+def test_a_malformed_fingerprint_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="another tokenizer") as caught:
         check_tokenizer(_found(tmp_path, tokenizer_fingerprint=FLOOD), fingerprint="b")
     assert str(caught.value).isprintable() and len(str(caught.value)) < 500
@@ -64,9 +64,7 @@ def test_a_foreign_fingerprint_is_refused_in_a_line(tmp_path: Path) -> None:
         ({"optimizer_steps": FLOOD}, {}),
     ],
 )
-def test_a_record_that_makes_no_sense_is_refused_in_a_line(
-    tmp_path: Path, values: dict[str, Any], run: dict[str, Any]
-) -> None:
+def test_an_invalid_record_is_refused_in_one_line(tmp_path: Path, values: dict[str, Any], run: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match=r"is invalid: (run|values)\.") as caught:
         check_record(_found(tmp_path, values, **run))
     assert str(caught.value).isprintable() and len(str(caught.value)) < 500

@@ -1,4 +1,4 @@
-"""The checksum of a tensor, and what is said of copies that differ."""
+"""Checksums of tensors, and messages about copies that differ."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def _values(dtype: torch.dtype, count: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
-def test_every_single_flipped_bit_changes_the_sum(dtype: torch.dtype, count: int) -> None:
+def test_every_flipped_bit_changes_the_checksum(dtype: torch.dtype, count: int) -> None:
     values = _values(dtype, count)
     before, raw = int(checksum(values)), values.view(torch.uint8)
     for i in range(len(raw)):
@@ -29,16 +29,16 @@ def test_every_single_flipped_bit_changes_the_sum(dtype: torch.dtype, count: int
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_sum_is_of_the_numbers_and_not_of_where_they_lie(dtype: torch.dtype) -> None:
+def test_the_checksum_does_not_depend_on_memory_layout(dtype: torch.dtype) -> None:
     values = _values(dtype, 48)
-    shifted = torch.cat([values[:1], values])[1:]  # begins inside a word of 8 bytes
+    shifted = torch.cat([values[:1], values])[1:]  # starts inside an 8-byte word
     assert int(checksum(shifted)) == int(checksum(values))
     spread = values.view(6, 8).t().contiguous().t()
     assert not spread.is_contiguous() and int(checksum(spread)) == int(checksum(values.view(6, 8)))
 
 
 @pytest.mark.parametrize("row", [(3, 5), (4, 2)])
-def test_the_same_experts_in_another_order_have_another_sum(row: tuple[int, ...]) -> None:
+def test_permuted_experts_have_another_checksum(row: tuple[int, ...]) -> None:
     experts = torch.randn(4, *row, generator=torch.Generator().manual_seed(0))
     assert int(checksum(experts)) != int(checksum(experts[[0, 2, 1, 3]]))
     flipped = experts.clone()
@@ -48,19 +48,19 @@ def test_the_same_experts_in_another_order_have_another_sum(row: tuple[int, ...]
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), ()])
-def test_tensors_without_a_dimension_or_a_number_have_a_sum(shape: tuple[int, ...]) -> None:
+def test_scalar_and_empty_tensors_have_a_checksum(shape: tuple[int, ...]) -> None:
     total = checksum(torch.ones(shape))
     assert total.dtype is torch.int64 and total.shape == ()
     assert bool(total) == (shape == ())
 
 
-def test_a_negative_zero_and_a_nan_are_bits_like_others() -> None:
+def test_negative_zeros_and_nans_are_compared_by_their_bits() -> None:
     zero, nan = torch.zeros(2), torch.full((2,), float("nan"))
     assert int(checksum(zero)) != int(checksum(torch.tensor([0.0, -0.0])))
     assert int(checksum(nan)) == int(checksum(nan.clone())), "equal bits are equal, whatever they mean"
 
 
-def test_one_process_has_no_copies() -> None:
+def test_a_single_process_has_no_replicas() -> None:
     state = TrainState(slices={"model.x": Slice.whole(torch.ones(3))})
     check_copies(state, Mesh.of_one(), step=1, equal_at=None)
 
@@ -69,7 +69,7 @@ def _column(*parts: tuple[int, int, int]) -> torch.Tensor:
     return torch.tensor(parts)
 
 
-def test_tensors_with_the_same_culprit_are_named_together() -> None:
+def test_tensors_of_the_same_faulty_rank_are_named_together() -> None:
     wrong_1 = _column((0, 4, 7), (0, 4, 8), (0, 4, 7))
     columns = {f"model.{name}": wrong_1 for name in "abcde"} | {"optim.x": _column((0, 4, 1), (0, 4, 2), (0, 4, 3))}
     assert _message(columns, 12, 10) == (

@@ -1,4 +1,4 @@
-"""The lock of a run folder."""
+"""Lock of a run folder."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from trainer.errors import ConfigError
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
-def test_a_lock_that_is_no_file_is_refused_and_nothing_is_written_through_it(tmp_path: Path, kind: str) -> None:
+def test_a_lock_that_is_not_a_file_is_refused_and_not_written_through(tmp_path: Path, kind: str) -> None:
     other, lock = tmp_path / "other", tmp_path / "run/.lock"
     other.write_text("mine")
     lock.parent.mkdir()
@@ -29,7 +29,7 @@ def test_a_lock_that_is_no_file_is_refused_and_nothing_is_written_through_it(tmp
 
 
 @pytest.mark.parametrize("kind", ["file", "link to nothing", "pipe"])
-def test_checkpoints_that_are_no_folder_are_refused_before_a_step_is_taken(tmp_path: Path, kind: str) -> None:
+def test_checkpoints_that_are_not_a_folder_are_refused_before_the_first_step(tmp_path: Path, kind: str) -> None:
     checkpoints = tmp_path / "run/checkpoints"
     checkpoints.parent.mkdir()
     match kind:
@@ -55,7 +55,7 @@ def test_a_lock_that_a_snapshot_shares_is_not_written_through_and_locks_its_own_
     assert (tmp_path / "run/.lock").read_text() == "what it said"
     assert (tmp_path / "snapshot/.lock").read_text() == said
     first = RunFolder(tmp_path / "run")
-    first.lock()  # each has its own by now
+    first.lock()  # each has a lock of its own now
     for name in ("run", "snapshot"):
         with pytest.raises(ConfigError, match=r"is training into it; wait for it, or use another name=\.\.\.$"):
             RunFolder(tmp_path / name).lock()
@@ -91,20 +91,20 @@ def test_a_link_to_another_run_s_checkpoints_is_refused_and_one_to_another_disk_
             RunFolder(tmp_path / "b").lock()
 
 
-def test_a_lock_that_is_a_pipe_holds_nobody_up(tmp_path: Path) -> None:
+def test_a_lock_that_is_a_pipe_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / ".lock")
     assert RunFolder(tmp_path).owner() is None
 
 
-def test_the_lock_says_who_has_it(tmp_path: Path) -> None:
+def test_the_lock_names_its_owner(tmp_path: Path) -> None:
     first = RunFolder(tmp_path / "run")
     first.lock()
     with pytest.raises(ConfigError, match=rf"run: .* process {os.getpid()} is training into it"):
         RunFolder(tmp_path / "run").lock()
 
 
-def test_a_full_disk_does_not_keep_from_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`checkpoint prune` makes room, and needs it."""
+def test_a_full_disk_does_not_prevent_locking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`checkpoint prune` frees space, and is needed most on a full disk."""
 
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,4 +1,4 @@
-"""The tokenizer of a run: kept in its folder, and the one that everything goes on with."""
+"""A run's tokenizer is kept in its folder and used whenever the run resumes."""
 
 import io
 import json
@@ -37,7 +37,7 @@ BPE = "data.tokenizer={kind: bpe, vocab_size: 280}"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A place with a config, a text and somebody's tokenizer; its runs are in `runs`."""
+    """A working directory with a config, a text and a tokenizer file; its runs are in `runs`."""
     text = "It was a bright cold day in April, and the clocks were striking. " * 50
     (tmp_path / "text.txt").write_text(text)
     (tmp_path / "tiny.yaml").write_text(CONFIG)
@@ -78,7 +78,7 @@ def _verb(folder: Path, *words: str) -> int:
 
 @pytest.fixture
 def trains_no_more(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[[], None]:
-    """From here on a tokenizer cannot be made again."""
+    """Make training a tokenizer fail from now on."""
 
     def forbid() -> None:
         shutil.rmtree(folder / "cache")
@@ -88,7 +88,7 @@ def trains_no_more(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[[]
 
 
 @pytest.mark.parametrize("kind", ["byte", "bpe", "file"])
-def test_a_run_folder_has_the_tokenizer_and_all_records_its_hash(folder, kind):
+def test_a_run_folder_has_the_tokenizer_and_all_records_have_its_hash(folder, kind):
     run = _build(folder, [{"byte": "data.tokenizer.kind=byte", "bpe": BPE, "file": _file(folder)}[kind]])
     tokenizer = run.corpus.tokenizer
     assert {name: (run.folder.path / name).read_text() for name in tokenizer.files()} == tokenizer.files()
@@ -97,7 +97,7 @@ def test_a_run_folder_has_the_tokenizer_and_all_records_its_hash(folder, kind):
     assert run.engine.model.config.seq_len == 8 and run.size.total_parameters > 8 * tokenizer.vocab_size
 
 
-def test_a_run_goes_on_with_its_own_tokenizer_and_trains_none(folder, trains_no_more):
+def test_a_resumed_run_uses_its_own_tokenizer_and_trains_none(folder, trains_no_more):
     first = _saved(folder, [BPE])
     trains_no_more()
     run = _build(folder, [BPE])
@@ -115,14 +115,14 @@ def test_eval_and_generate_read_the_run_s_own_tokenizer(folder, trains_no_more, 
     assert capsys.readouterr().out.startswith("It was \u2581")
 
 
-def test_a_run_without_a_checkpoint_takes_what_the_config_gives(folder):
+def test_a_run_without_a_checkpoint_uses_the_config_s_tokenizer(folder):
     _build(folder, [BPE])
     run = _build(folder, ["data.tokenizer={kind: bpe, vocab_size: 270}"])
     assert run.corpus.tokenizer.vocab_size == 270
     assert run.folder.tokenizer.read_text() == run.corpus.tokenizer.files()["tokenizer.json"]
 
 
-def test_a_flipped_byte_of_the_kept_file_is_noticed_wherever_it_is(folder):
+def test_any_flipped_byte_of_the_run_s_tokenizer_is_detected(folder):
     run = _saved(folder, [BPE])
     whole, chance = run.folder.tokenizer.read_bytes(), random.Random(0)
     for place in [0, len(whole) - 1, *(chance.randrange(len(whole)) for _ in range(30))]:
@@ -157,7 +157,7 @@ def test_another_end_of_document_is_another_tokenizer(folder):
         _build(folder, [_file(folder)])
 
 
-def test_without_the_kept_file_the_config_s_tokenizer_is_compared(folder):
+def test_without_the_run_s_file_the_config_s_tokenizer_is_compared(folder):
     run = _saved(folder, [_file(folder)])
     run.folder.tokenizer.unlink()
     assert _build(folder, [_file(folder)]).start_step == 1
@@ -188,14 +188,14 @@ def test_a_file_may_be_elsewhere_or_gone(folder):
         assert run.corpus.tokenizer.fingerprint == first.corpus.tokenizer.fingerprint
 
 
-def test_another_path_is_no_other_config_and_another_kind_is(folder):
+def test_another_path_is_accepted_and_another_kind_is_refused(folder):
     where = RunFolder(folder / "runs/tiny")
     assert check_belongs(where, [Change("data.tokenizer.path", "a.json", "/mnt/a.json")]) == []
     with pytest.raises(ConfigError, match=r"was written with data\.tokenizer\.kind byte, the config has bpe"):
         check_belongs(where, [Change("data.tokenizer.kind", "byte", "bpe")])
 
 
-def test_a_link_in_place_of_the_kept_file_is_not_followed(folder):
+def test_a_link_in_place_of_the_run_s_tokenizer_is_not_followed(folder):
     run = _saved(folder, [BPE])
     run.folder.tokenizer.rename(folder / "real.json")
     run.folder.tokenizer.symlink_to(folder / "real.json")
@@ -209,6 +209,6 @@ def _fingerprint_here(folder: Path, overrides: list[list[str]]) -> tuple[str, st
     return corpus.tokenizer.fingerprint, corpus.fingerprint
 
 
-def test_all_ranks_have_the_first_one_s_tokenizer(ranks: Ranks, folder: Path) -> None:
+def test_all_ranks_use_rank_0_s_tokenizer(ranks: Ranks, folder: Path) -> None:
     found = ranks.run(2, _fingerprint_here, folder, [[_file(folder)], [_file(folder, "not-on-this-host.json")]])
     assert found[0] == found[1]

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, verified, newest undamaged first."""
+"""Checkpoints are complete or absent, verified, and the newest intact one is used."""
 
 import errno
 import os
@@ -47,7 +47,7 @@ def _newest(folder: CheckpointFolder, warn: Callable[[str], None] = _silent) -> 
     return find_newest(folder, Group.of_one(), warn=warn)
 
 
-def test_a_state_comes_back_equal(folder: CheckpointFolder) -> None:
+def test_a_loaded_state_equals_the_saved_one(folder: CheckpointFolder) -> None:
     saved = save(folder, 40, _state(), {"position": 640})
     assert saved.path.name == "step_00000040"
     found = _newest(folder)
@@ -61,10 +61,8 @@ def test_a_state_comes_back_equal(folder: CheckpointFolder) -> None:
         assert torch.equal(tensors[name], part.tensor), name
 
 
-def test_what_changes_after_the_snapshot_is_not_saved(
-    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The state of the moment, though the disk comes to it later."""
+def test_changes_after_the_snapshot_are_not_saved(folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although it is written to disk later."""
     state, saver = _state(), Saver(folder, Mesh.of_one())
     begin = CheckpointFolder.begin
 
@@ -79,9 +77,7 @@ def test_what_changes_after_the_snapshot_is_not_saved(
     assert torch.equal(load(folder, 1)["model.a"], torch.ones(3, 2))
 
 
-def test_a_save_is_not_finished_before_it_has_its_name(
-    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_save_is_not_finished_before_its_rename(folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     may_go_on, saver, commit = threading.Event(), Saver(folder, Mesh.of_one()), CheckpointFolder.commit
 
     def wait_first(folder: CheckpointFolder, step: int) -> Path:
@@ -97,11 +93,11 @@ def test_a_save_is_not_finished_before_it_has_its_name(
     assert saver.finished() is None
 
 
-def test_no_checkpoint_is_none_and_not_an_error(folder: CheckpointFolder) -> None:
+def test_a_folder_without_checkpoints_gives_none(folder: CheckpointFolder) -> None:
     assert _newest(folder) is None
 
 
-def test_only_the_newest_are_kept_and_every_nth_for_ever(folder: CheckpointFolder) -> None:
+def test_the_newest_checkpoints_are_kept_and_every_nth_for_ever(folder: CheckpointFolder) -> None:
     for step in (5, 10, 15, 20):
         save(folder, step, _state())
     assert sorted(p.name for p in folder.path.iterdir()) == ["step_00000010", "step_00000015", "step_00000020"]
@@ -111,7 +107,7 @@ def test_only_the_newest_are_kept_and_every_nth_for_ever(folder: CheckpointFolde
     assert lasting.steps() == [10, 20, 30, 40, 45]
 
 
-def test_a_damaged_one_does_not_count_among_those_kept(folder: CheckpointFolder) -> None:
+def test_a_damaged_checkpoint_does_not_count_as_kept(folder: CheckpointFolder) -> None:
     for step in (5, 10, 15):
         save(folder, step, _state())
     manifest = folder.of_step(10) / "manifest.json"
@@ -122,7 +118,7 @@ def test_a_damaged_one_does_not_count_among_those_kept(folder: CheckpointFolder)
     assert folder.steps() == [15, 20, 25]
 
 
-def test_a_sound_one_is_read_once_to_be_kept_and_again_when_it_was_touched(
+def test_an_intact_checkpoint_is_verified_once_and_again_after_a_change(
     folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for step in (5, 10):
@@ -142,7 +138,7 @@ def test_a_sound_one_is_read_once_to_be_kept_and_again_when_it_was_touched(
     assert fresh.steps() == [10, 15, 20, 25]
 
 
-def test_the_number_in_the_name_counts_and_not_the_time(folder: CheckpointFolder) -> None:
+def test_checkpoints_are_ordered_by_name_and_not_by_time(folder: CheckpointFolder) -> None:
     for step in (5, 10):
         save(folder, step, _state(step))
     os.utime(folder.of_step(5), (2e9, 2e9))
@@ -153,7 +149,7 @@ def test_the_number_in_the_name_counts_and_not_the_time(folder: CheckpointFolder
 @pytest.mark.parametrize(
     "name", ["step_10", "step_00000007.tmp", "xstep_00000007", "step_0000000000009", "step_00000011"]
 )
-def test_other_names_are_no_checkpoints(folder: CheckpointFolder, name: str) -> None:
+def test_other_names_are_not_checkpoints(folder: CheckpointFolder, name: str) -> None:
     save(folder, 5, _state())
     if name == "step_00000011":
         (folder.path / name).symlink_to(folder.of_step(5))
@@ -173,7 +169,7 @@ def _files(path: Path) -> list[Path]:
     return sorted(path.iterdir())
 
 
-def test_every_flipped_byte_is_noticed(folder: CheckpointFolder) -> None:
+def test_every_flipped_byte_is_detected(folder: CheckpointFolder) -> None:
     path = save(folder, 1, _state()).path
     for file in _files(path):
         good = file.read_bytes()
@@ -188,7 +184,7 @@ def test_every_flipped_byte_is_noticed(folder: CheckpointFolder) -> None:
 
 
 @pytest.mark.parametrize("harm", ["truncate", "empty", "delete", "grow", "link", "folder"])
-def test_every_file_that_is_cut_or_gone_or_no_file_is_noticed(
+def test_every_truncated_missing_or_irregular_file_is_detected(
     folder: CheckpointFolder, harm: str, tmp_path: Path
 ) -> None:
     path = save(folder, 1, _state()).path
@@ -210,7 +206,7 @@ def test_every_file_that_is_cut_or_gone_or_no_file_is_noticed(
                 file.unlink()
                 file.mkdir()
         if harm == "grow" and file.name == "manifest.json":
-            find(folder, 1)  # white space behind JSON says nothing else
+            find(folder, 1)  # white space after JSON does not change its meaning
         else:
             with pytest.raises(CheckpointError):
                 find(folder, 1)
@@ -221,10 +217,10 @@ def test_every_file_that_is_cut_or_gone_or_no_file_is_noticed(
         file.write_bytes(good)
 
 
-def test_one_that_is_saved_while_all_others_are_removed_is_found(
+def test_a_checkpoint_saved_while_all_others_are_removed_is_found(
     folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that saves faster than it is read: what was listed has gone, and what has come is taken."""
+    """A run saves faster than the reader: a listed checkpoint is gone, and a newer one is used."""
     for step in (1, 2):
         save(folder, step, _state())
     manifest = CheckpointFolder.manifest
@@ -243,7 +239,7 @@ def test_one_that_is_saved_while_all_others_are_removed_is_found(
     assert said == [f"{folder.of_step(2)}: was removed while it was read, by a run that trains; using step 3 instead"]
 
 
-def test_a_damaged_newest_is_passed_over_with_a_warning(folder: CheckpointFolder) -> None:
+def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(folder: CheckpointFolder) -> None:
     save(folder, 1, _state(1.0))
     file = next(save(folder, 2, _state(2.0)).path.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-3])
@@ -253,10 +249,10 @@ def test_a_damaged_newest_is_passed_over_with_a_warning(folder: CheckpointFolder
     assert len(warnings) == 1 and "step_00000002" in warnings[0] and "using step 1 instead" in warnings[0]
 
 
-def test_one_that_cannot_be_read_now_is_neither_passed_over_nor_removed(
+def test_a_checkpoint_that_cannot_be_read_now_is_neither_skipped_nor_removed(
     folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process without a free descriptor says nothing of a checkpoint."""
+    """A process without a free descriptor cannot tell whether a checkpoint is damaged."""
     for step in (5, 10, 15):
         save(folder, step, _state())
     fresh = CheckpointFolder(folder.path, keep=2)
@@ -280,7 +276,7 @@ def test_a_bad_sector_is_damage(folder: CheckpointFolder, monkeypatch: pytest.Mo
     assert len(warnings) == 1 and "is damaged (Input/output error); using step 5 instead" in warnings[0]
 
 
-def test_one_of_another_version_ends_the_run_and_stays(folder: CheckpointFolder) -> None:
+def test_a_checkpoint_of_another_version_ends_the_run_and_is_kept(folder: CheckpointFolder) -> None:
     for step in (5, 10):
         save(folder, step, _state())
     rewrite(folder.of_step(10), lambda values: values.update(format=3))
@@ -291,9 +287,9 @@ def test_one_of_another_version_ends_the_run_and_stays(folder: CheckpointFolder)
     assert fresh.steps() == [5, 7, 10]
 
 
-def test_a_sound_later_one_stays_and_pushes_none_out(folder: CheckpointFolder) -> None:
+def test_an_intact_later_checkpoint_is_kept_and_not_counted(folder: CheckpointFolder) -> None:
     lasting = CheckpointFolder(folder.path, keep=2)
-    for step in (5, 20, 10):  # 20 was written by a run that went another way
+    for step in (5, 20, 10):  # 20 was written before the run resumed from an earlier step
         save(lasting, step, _state())
     assert lasting.steps() == [5, 10, 20]
     file = next(folder.of_step(20).glob("*.safetensors"))
@@ -302,7 +298,7 @@ def test_a_sound_later_one_stays_and_pushes_none_out(folder: CheckpointFolder) -
     assert lasting.steps() == [10, 15]
 
 
-def test_what_goes_wrong_after_a_checkpoint_has_its_name_does_not_unsave_it(
+def test_an_error_after_the_rename_does_not_fail_the_save(
     folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (5, 10, 15):
@@ -317,7 +313,9 @@ def test_what_goes_wrong_after_a_checkpoint_has_its_name_does_not_unsave_it(
     assert "step_00000005: cannot be removed: Permission denied" in caplog.text
 
 
-def test_a_save_is_known_before_old_ones_are_read(folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_is_reported_before_old_checkpoints_are_read(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for step in (5, 10, 15):
         save(folder, step, _state())
     may_go_on, prune = threading.Event(), CheckpointFolder.prune
@@ -336,9 +334,7 @@ def test_a_save_is_known_before_old_ones_are_read(folder: CheckpointFolder, monk
     assert folder.steps() == [10, 15, 20]
 
 
-def test_memory_that_is_refused_is_a_save_that_failed(
-    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory_fails_the_save(folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise MemoryError
 
@@ -349,7 +345,7 @@ def test_memory_that_is_refused_is_a_save_that_failed(
 
 
 def _refuse(number: int, *, of: str) -> Callable[..., int]:
-    """Open as ever, but for files below a folder of this name."""
+    """Return an `open_regular` that fails for files below a folder of this name."""
 
     def open_other(path: Path, flags: int, **options: bool) -> int:
         if of in str(path):
@@ -375,7 +371,7 @@ def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(folder: Chec
     assert float(load(folder, 2)["model.a"][0, 0]) == 3.0
 
 
-def test_all_damaged_is_an_error_that_lists_each_and_never_a_fresh_start(folder: CheckpointFolder) -> None:
+def test_if_all_are_damaged_each_is_listed_and_the_run_does_not_start_over(folder: CheckpointFolder) -> None:
     for step in (1, 2):
         (save(folder, step, _state()).path / "manifest.json").write_text("{")
     with pytest.raises(CheckpointError) as caught:
@@ -384,7 +380,7 @@ def test_all_damaged_is_an_error_that_lists_each_and_never_a_fresh_start(folder:
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_step_names_those_there_are(folder: CheckpointFolder) -> None:
+def test_an_error_about_a_missing_step_lists_the_existing_ones(folder: CheckpointFolder) -> None:
     save(folder, 3, _state())
     with pytest.raises(CheckpointError, match="has no checkpoint of step 9; it has 3"):
         find(folder, 9)
@@ -413,14 +409,14 @@ def test_a_failed_save_leaves_older_checkpoints_and_nothing_half_written(
     find(folder, 1)
 
 
-def test_another_reason_names_the_file(folder: CheckpointFolder) -> None:
+def test_other_disk_errors_name_the_file(folder: CheckpointFolder) -> None:
     folder.path.write_text("a file where the folder should be")
     saved = try_to_save(folder, 2, _state())
     assert type(saved.error) is ResourceError
     assert str(saved.error) == f"{folder.path}: step 2 not saved: File exists: {folder.path}"
 
 
-def test_an_error_nobody_expects_is_raised_where_the_loop_asks(
+def test_an_unexpected_error_is_raised_in_the_training_loop(
     folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainer.checkpoint.saver.manifest_text", lambda manifest: 1 // 0)
@@ -430,15 +426,15 @@ def test_an_error_nobody_expects_is_raised_where_the_loop_asks(
         saver.wait()
 
 
-def test_what_a_killed_save_left_is_never_taken_for_a_checkpoint_and_is_cleaned(folder: CheckpointFolder) -> None:
+def test_leftovers_of_a_killed_save_are_not_checkpoints_and_are_removed(folder: CheckpointFolder) -> None:
     save(folder, 4, _state()).path.rename(folder.temporary(9))
     assert folder.steps() == []
     folder.clean()
     assert list(folder.path.iterdir()) == []
 
 
-def test_a_later_damaged_checkpoint_does_not_push_the_good_ones_out(tmp_path: Path) -> None:
-    """Resumed from 20 because 30 is damaged, the run saves at 21: what is kept must be what it came from."""
+def test_a_later_damaged_checkpoint_does_not_displace_good_ones(tmp_path: Path) -> None:
+    """A run that resumed from 20 because 30 is damaged saves at 21: the checkpoints it descends from must be kept."""
     folder = CheckpointFolder(tmp_path, keep=2)
     (save(folder, 30, _state()).path / "manifest.json").write_text("{")
     save(folder, 21, _state(2.0))
@@ -460,10 +456,10 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_fail_the_save(
     assert "step_00000001: cannot be removed: Device or resource busy" in caplog.text
 
 
-def test_names_and_content_are_flushed_before_the_checkpoint_has_its_name(
+def test_names_and_content_are_flushed_before_the_rename(
     folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a power failure may leave is decided by this order."""
+    """This order determines the state after a power failure."""
     order: list[str] = []
     sync, rename, fsync = folder_module.sync_folder, Path.rename, os.fsync
 

@@ -1,4 +1,4 @@
-"""What a group exchanges, what it remembers of it, and how one rank's error becomes everyone's."""
+"""Collectives, their flight recorder, and the propagation of one rank's error to all."""
 
 import gc
 import time
@@ -23,7 +23,7 @@ def exchange_uneven() -> tuple[list, list]:
     return y.flatten().tolist(), x.grad.flatten().tolist()
 
 
-def test_an_exchange_is_in_the_order_of_the_senders_and_its_gradient_goes_back(ranks: Ranks) -> None:
+def test_all_to_all_orders_rows_by_sender_and_returns_their_gradient(ranks: Ranks) -> None:
     (y0, grad0), (y1, grad1) = ranks.run(2, exchange_uneven)
     assert (y0, y1) == ([0.0, 10.0, 11.0, 12.0], [1.0, 2.0])
     assert (grad0, grad1) == ([1.0, 2.0, 2.0], [1.0, 1.0, 1.0])
@@ -36,18 +36,18 @@ def count_exchanges() -> int:
     for _ in range(5):
         x = torch.ones(2, 3, requires_grad=True)
         (world.all_to_all(x, [1, 1], [1, 1]) * 2).sum().backward()
-    end = time.monotonic() + 10  # threads of the group let go of it a moment later
+    end = time.monotonic() + 10  # the process group's threads release it a moment later
     while (left := sum(type(thing) is AllToAll for thing in gc.get_objects())) and time.monotonic() < end:
         time.sleep(0.01)
     return left
 
 
-def test_an_exchange_is_freed_with_its_result(ranks: Ranks) -> None:
-    """Its rows are large: they must not wait for the garbage collector."""
+def test_an_all_to_all_is_freed_with_its_result(ranks: Ranks) -> None:
+    """Its rows are large and must not wait for the garbage collector."""
     assert ranks.run(2, count_exchanges) == [0, 0]
 
 
-def test_a_group_of_one_exchanges_nothing() -> None:
+def test_a_group_of_one_communicates_nothing() -> None:
     group = Group.of_one()
     x = torch.arange(4.0)
     assert group.all_reduce_(x) is x and group.all_to_all(x, [4], [4]) is x and group.broadcast_(x) is x
@@ -67,7 +67,7 @@ def note_four() -> list[str]:
     return [str(recorder.count), str(len(recorder.operations)), str(first), str(last)]
 
 
-def test_the_journal_keeps_the_last_operations_with_number_group_and_sizes(ranks: Ranks) -> None:
+def test_the_flight_recorder_keeps_the_last_operations_with_number_group_and_sizes(ranks: Ranks) -> None:
     for lines in ranks.run(4, note_four):
         assert lines == ["103", "32", "#72 all_reduce over world [1]", "#103 all_reduce over world [1]"]
 
@@ -85,7 +85,7 @@ def fail_on(failing: list[int], kind: type[Exception]) -> tuple[str, str, int | 
     return "", "", None, None
 
 
-def test_one_rank_s_error_is_everyone_s_and_shown_by_the_one_that_had_it(ranks: Ranks) -> None:
+def test_one_rank_s_error_ends_all_and_is_shown_by_that_rank(ranks: Ranks) -> None:
     message = "rank 1: cannot read x, says 1"
     expected = [
         (RemoteRankError.__name__, message, DataError.exit_code, False),
@@ -96,13 +96,13 @@ def test_one_rank_s_error_is_everyone_s_and_shown_by_the_one_that_had_it(ranks: 
     assert ranks.run(3, fail_on, [], DataError) == [("", "", None, None)] * 3
 
 
-def test_an_unforeseen_error_keeps_its_type_where_it_happened(ranks: Ranks) -> None:
+def test_an_unexpected_error_keeps_its_type_on_its_rank(ranks: Ranks) -> None:
     (kind, text, *_), (other, other_text, code, _) = ranks.run(2, fail_on, [0], ZeroDivisionError)
     assert (kind, text) == ("ZeroDivisionError", "cannot read x, says 0")
     assert (other, code) == ("RemoteRankError", 1)
     assert other_text == "rank 0: ZeroDivisionError: cannot read x, says 0"
 
 
-def test_memory_that_runs_out_on_one_rank_ends_the_others_with_its_code(ranks: Ranks) -> None:
+def test_out_of_memory_on_one_rank_ends_the_others_with_its_code(ranks: Ranks) -> None:
     (kind, *_), (other, _, code, _) = ranks.run(2, fail_on, [0], MemoryError)
     assert (kind, other, code) == ("MemoryError", "RemoteRankError", 7)

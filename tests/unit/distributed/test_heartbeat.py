@@ -22,17 +22,17 @@ def said(beats: dict[int, Heartbeat], silent: list[int]) -> list[str]:
     return diagnose_lost_ranks(beats, silent, silence_s=3, waited_s=20).splitlines()
 
 
-def test_a_beat_survives_the_store() -> None:
+def test_a_heartbeat_survives_the_store() -> None:
     assert Heartbeat.from_json(beat(error="e").to_json()) == beat(error="e")
 
 
-def test_silent_is_who_should_have_been_heard_of() -> None:
+def test_running_ranks_without_a_new_heartbeat_are_silent() -> None:
     before = {0: beat(), 1: beat(), 2: beat(state="left"), 3: beat(state="gave up")}
     after = {**before, 0: beat(number=8)}
     assert silent_ranks(before, after) == [1]
 
 
-def test_a_lost_rank_is_named_with_the_step_of_those_that_are_left() -> None:
+def test_a_lost_rank_is_named_with_the_step_of_the_others() -> None:
     lines = said({0: beat(step=4, count=14), 1: beat(state="works"), 2: beat()}, [1])
     assert lines[0].startswith("rank 1 is lost at step 4 in forward: no heartbeat for 3 s")
     assert lines[0].endswith("the collective had taken 20 s")
@@ -42,12 +42,12 @@ def test_a_lost_rank_is_named_with_the_step_of_those_that_are_left() -> None:
     )
 
 
-def test_a_living_rank_that_never_came_is_named() -> None:
+def test_a_living_rank_that_never_came_to_the_collective_is_named() -> None:
     first = said({0: beat(), 1: beat(state="works", count=11, phase="data")}, [])[0]
     assert first.startswith("rank 1 is alive, but never came to collective #12 (step 3, data)")
 
 
-def test_ranks_in_different_collectives_are_told_apart_from_a_failed_network() -> None:
+def test_ranks_in_different_collectives_are_distinguished_from_a_failed_network() -> None:
     other = beat(operations=["#12 all_gather over ep [2]"])
     first = said({0: beat(), 1: beat(operations=["#12 all_to_all over ep [4, 4]"]), 2: other}, [])[0]
     assert first.startswith("rank 2 is in another collective than the others at step 3 in forward")

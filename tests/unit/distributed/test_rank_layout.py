@@ -1,4 +1,4 @@
-"""Rank order, slices, and what does not fit together."""
+"""Rank order, slices and sizes that do not fit."""
 
 import pytest
 from hypothesis import given

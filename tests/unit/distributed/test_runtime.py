@@ -9,7 +9,7 @@ from trainer.errors import ConfigError
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
-    """A machine with two GPUs; the list has those that were taken."""
+    """A host with two GPUs; the list records the selected devices."""
     taken: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -12,7 +12,7 @@ NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
 
 @pytest.fixture
 def heard() -> Iterator[list[int]]:
-    """Signals that reached whoever listened before."""
+    """Signals that reached the previous handler."""
     numbers: list[int] = []
     before = [(n, signal.signal(n, lambda number, frame: numbers.append(number))) for n in NUMBERS]
     yield numbers

@@ -1,4 +1,4 @@
-"""Where the ranks' store listens, and that torchrun's own part in it executes nothing."""
+"""The store's listening address, and that torchrun executes nothing from it."""
 
 import base64
 import os
@@ -44,7 +44,9 @@ def test_torchruns_part_of_the_store_is_on_one_address_and_what_a_stranger_write
     assert place is not None
     assert listeners([os.getpid()]) - before == {(LOOPBACK, place.master_port)} and place.master_addr == LOOPBACK
     stranger = dist.TCPStore(LOOPBACK, place.master_port, None, False, timedelta(seconds=10), wait_for_workers=False)
-    evil = base64.b64encode(pickle.dumps(Evil(str(tmp_path / "executed")))).decode()  # as torchrun writes its own
+    evil = base64.b64encode(
+        pickle.dumps(Evil(str(tmp_path / "executed")))
+    ).decode()  # as torchrun writes its own values
     for key in [*stranger.list_keys(), "run", "torch.rendezvous.run", "run/torchelastic/role_info/0"]:
         stranger.set(key, evil)
     assert (machine.num_nodes_waiting(), machine.is_closed(), machine.shutdown()) == (0, False, True)
@@ -55,7 +57,7 @@ def test_torchruns_part_of_the_store_is_on_one_address_and_what_a_stranger_write
 
 @pytest.fixture
 def network(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Interfaces of a machine, and what names stand for there."""
+    """Interfaces and resolved names of a host."""
     found = {"lo": "127.0.0.1", "eth0": "10.0.0.1"}
     names = {"node1": ["127.0.1.1"], "service": ["10.96.0.7"], "big": ["10.0.0.1"], "localhost": ["::1", "127.0.0.1"]}
     monkeypatch.setattr(interface, "addresses", lambda: found)

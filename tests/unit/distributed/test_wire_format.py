@@ -35,7 +35,7 @@ def test_errors_keep_their_kind_and_text() -> None:
 
 
 class Evil:
-    """Runs code where it is unpickled."""
+    """Executes code when it is unpickled."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -45,7 +45,7 @@ class Evil:
 
 
 def receive_from_a_hostile_rank(path: str) -> str:
-    """Rank 1 sends a pickle, as torch does it, where JSON is expected."""
+    """Rank 1 sends a pickle, as torch's all_gather_object would, where JSON is expected."""
     world = mesh_here().world
     if world.index == 1:
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(2)]

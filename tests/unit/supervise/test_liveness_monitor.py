@@ -1,4 +1,4 @@
-"""Who is alive, by what the processes of an attempt write."""
+"""Liveness of the processes of an attempt, from their messages."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ from trainer.supervise.liveness_monitor import LivenessMonitor
 
 @pytest.fixture
 def life(monkeypatch: pytest.MonkeyPatch) -> Iterator[LivenessMonitor]:
-    """A supervisor's ear; this process is one that it has started."""
+    """A liveness monitor, with this process as one of its children."""
     monkeypatch.setattr(of_process, "_INTERVAL_S", 0.01)
     with closing(LivenessMonitor("0")) as made:
         for name, value in made.environment.items():
@@ -35,7 +35,7 @@ def write(life: LivenessMonitor, text: str) -> None:
 
 
 def look(life: LivenessMonitor, monkeypatch: pytest.MonkeyPatch, *, after_s: float) -> None:
-    """Listen again, so many seconds after the last time."""
+    """Poll again, as if `after_s` seconds after the last poll."""
     monkeypatch.setattr(life, "_polled_at", time.monotonic() - after_s)
     life.poll()
 
@@ -82,7 +82,7 @@ def test_an_only_rank_that_computes_nothing_in_the_middle_of_a_step_shows_no_lif
     assert progress.is_made() and progress.is_made(), "in start-up"
     status.begin_step(3, first_row=0, num_rows=1)
     assert progress.is_made() and not progress.is_made() and not progress.is_made()
-    for _ in range(2):  # slowly, on a busy machine
+    for _ in range(2):  # slow on a busy host
         worked_s += 0.006
         assert not progress.is_made()
         worked_s += 0.006
@@ -135,6 +135,6 @@ def test_nothing_is_left_of_the_pipe(life: LivenessMonitor) -> None:
 def test_work_is_that_of_the_other_threads() -> None:
     before = of_process._cpu_s()
     end = time.thread_time() + 0.05
-    while time.thread_time() < end:  # this thread, as it asks
+    while time.thread_time() < end:  # of this thread
         pass
     assert of_process._cpu_s() - before < 0.04

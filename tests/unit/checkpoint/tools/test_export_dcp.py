@@ -1,4 +1,4 @@
-"""DCP files equal the checkpoint bit for bit, or are not there."""
+"""DCP files equal the checkpoint bit for bit, or do not exist."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> CheckpointFolder:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_every_tensor_comes_back_bit_for_bit(folder: CheckpointFolder, tmp_path: Path) -> None:
+def test_every_tensor_is_exported_bit_for_bit(folder: CheckpointFolder, tmp_path: Path) -> None:
     out = tmp_path / "out"
     export_dcp(folder, None, out)
     numbers = {"step": 3, "position": 8, "optimizer_steps": 2}
@@ -41,7 +41,7 @@ def test_every_tensor_comes_back_bit_for_bit(folder: CheckpointFolder, tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "out"]
 
 
-def test_what_reads_back_otherwise_is_not_given_its_name(
+def test_an_export_that_reads_back_differently_is_not_renamed(
     folder: CheckpointFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = dcp.save
@@ -55,7 +55,7 @@ def test_what_reads_back_otherwise_is_not_given_its_name(
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
-def test_a_disk_that_refuses_leaves_nothing(
+def test_after_a_disk_error_nothing_is_left(
     folder: CheckpointFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*arguments: object, **options: object) -> None:
@@ -68,7 +68,7 @@ def test_a_disk_that_refuses_leaves_nothing(
 
 
 @pytest.mark.parametrize("taken", ["folder", "file", "link", "no parent"])
-def test_a_place_that_is_taken_is_refused(folder: CheckpointFolder, tmp_path: Path, taken: str) -> None:
+def test_an_existing_target_is_refused(folder: CheckpointFolder, tmp_path: Path, taken: str) -> None:
     out = tmp_path / "out"
     match taken:
         case "folder":

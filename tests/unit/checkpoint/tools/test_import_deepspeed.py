@@ -1,4 +1,4 @@
-"""Weights of a checkpoint that DeepSpeed itself wrote, for a model with its own MoE layer: ours computes the same."""
+"""A model with weights imported from DeepSpeed's own MoE layer computes the same logits."""
 
 import json
 import os
@@ -82,7 +82,7 @@ class TheirLayer(nn.Module):
 
         self.norm_1, self.norm_2 = RMSNorm(16, 1e-6), RMSNorm(16, 1e-6)
         self.q, self.k, self.v = (nn.Linear(16, 16, bias=False) for _ in range(3))
-        self.o = nn.Parameter(torch.randn(16, 16) * 0.1)  # (in, out), as GPT-2 has it
+        self.o = nn.Parameter(torch.randn(16, 16) * 0.1)  # (in, out), as in GPT-2
         self.register_buffer("unused", torch.zeros(3))
         self.moe = MoE(16, TheirExpert(), 4, ep_size, k=2, drop_tokens=False, top2_2nd_expert_sampling=False)
         with torch.no_grad():
@@ -121,7 +121,7 @@ def _tokens() -> Tensor:
 
 
 def _write(folder: Path, ep_size: int, zero_stage: int) -> Tensor:
-    """Train their model with their engine for some steps, let it save, and return its logits."""
+    """Train a DeepSpeed MoE model for some steps, save it and return its logits."""
     os.environ |= {"LOCAL_RANK": str(dist.get_rank())}
     deepspeed = load_deepspeed(torch.device("cpu"))
     join(deepspeed, mesh_here(ep_size=ep_size), torch.device("cpu"))
@@ -155,7 +155,7 @@ def _write(folder: Path, ep_size: int, zero_stage: int) -> Tensor:
 
 @pytest.fixture(scope="module")
 def written(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
-    """What DeepSpeed wrote on four ranks that share four experts two by two, and its logits."""
+    """A checkpoint of DeepSpeed with four experts sharded over 2 of 4 ranks, and its logits."""
     folder = tmp_path_factory.mktemp("theirs")
     logits = ranks.run(4, _write, folder / "saved", 2, 2)[0]
     return folder / "saved", logits
@@ -173,7 +173,7 @@ def _command(workplace: Path, *arguments: str) -> subprocess.CompletedProcess[st
     return imported_once.run(["-m", "trainer", *arguments], cwd=workplace)
 
 
-def test_our_model_computes_what_theirs_did_and_trains_on(written: tuple[Path, Tensor], workplace: Path) -> None:
+def test_our_model_computes_the_same_logits_and_trains_on(written: tuple[Path, Tensor], workplace: Path) -> None:
     source, logits = written
     arguments = ["checkpoint", "import-deepspeed", "ours.yaml", str(source), "--map", "map.yaml"]
     refused = _command(workplace, *arguments)
@@ -235,7 +235,7 @@ def _map(text: str, folder: Path) -> WeightMapConfig:
         ("[layers.<layer>.q.weight,", "[norm.weight,", "norm.weight: cannot be put together with layers.0.k.weight"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_named(
+def test_weights_that_do_not_fit_are_named(
     written: tuple[Path, Tensor], tmp_path: Path, before: str, after: str, said: str
 ) -> None:
     assert before in MAP
@@ -246,7 +246,7 @@ def test_what_does_not_fit_is_named(
     assert said in str(caught.value)
 
 
-def test_a_map_with_a_number_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+def test_a_map_with_an_unresolvable_placeholder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"map.yaml:1:1: weights: layers.<layer>.x: <layer> is not in norm.weight"):
         _map("weights:\n  norm.weight: layers.<layer>.x\n", tmp_path)
 
@@ -300,7 +300,7 @@ def _change(folder: Path, kind: str, proof: Path) -> None:
         ("nothing there", "is not a DeepSpeed checkpoint: it has no mp_rank_00_model_states.pt"),
     ],
 )
-def test_what_is_no_whole_checkpoint_is_refused(
+def test_an_incomplete_checkpoint_is_refused(
     written: tuple[Path, Tensor], tmp_path: Path, kind: str, said: str
 ) -> None:
     shutil.copytree(written[0], tmp_path / "copy")
@@ -318,13 +318,13 @@ def test_nothing_is_unpickled_before_the_user_trusts_it(written: tuple[Path, Ten
     assert not (tmp_path / "proof").exists()
 
 
-def test_experts_of_different_shapes_are_not_passed_over(tmp_path: Path) -> None:
+def test_experts_of_different_shapes_are_an_error(tmp_path: Path) -> None:
     theirs = {"n": torch.ones(3), "x.0": torch.ones(2, 3), "x.1": torch.ones(3, 2)}
     map_ = _map("weights: {n: n, e: x.<expert>}\n", tmp_path)
     with pytest.raises(CheckpointError, match=r"e: experts have different shapes there: \[2, 3\], \[3, 2\]"):
         translate(theirs, map_, {"n": torch.Size([3]), "e": torch.Size([2, 2, 3])}, {"e": 2})
 
 
-def test_one_number_is_in_a_name_once(tmp_path: Path) -> None:
+def test_a_placeholder_may_occur_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"a.<layer>.<layer>: has <layer> more than once"):
         _map("weights:\n  a.<layer>.<layer>: x\n", tmp_path)

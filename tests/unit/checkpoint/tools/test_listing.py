@@ -1,4 +1,4 @@
-"""A list of checkpoints tells what each manifest says, and believes none of it too far."""
+"""A list of checkpoints shows the content of manifests without trusting it."""
 
 import shutil
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_oldest_first_with_size_time_and_layout(folder: CheckpointFolder) -> Non
     assert first.record()["layout"] == LAYOUT
 
 
-def test_a_changed_byte_is_seen_where_all_are_read_and_another_size_always(folder: CheckpointFolder) -> None:
+def test_a_changed_byte_is_found_with_content_and_a_changed_size_always(folder: CheckpointFolder) -> None:
     file = folder.of_step(2) / FILE
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     assert [entry.wrong for entry in list_checkpoints(folder, with_content=False)] == [None, None]
@@ -49,14 +49,14 @@ def test_without_a_manifest_there_is_a_time_and_a_reason(folder: CheckpointFolde
     assert first.wrong is not None and "has no manifest.json" in first.wrong
 
 
-def test_one_that_is_removed_meanwhile_is_left_out(folder: CheckpointFolder) -> None:
+def test_a_checkpoint_removed_meanwhile_is_left_out(folder: CheckpointFolder) -> None:
     found = list_checkpoints(folder, with_content=False)
     assert next(found).step == 1
     shutil.rmtree(folder.of_step(2))
     assert list(found) == []
 
 
-def test_a_layout_that_is_none_is_not_repeated(folder: CheckpointFolder) -> None:
+def test_a_malformed_layout_is_not_shown(folder: CheckpointFolder) -> None:
     rewrite(
         folder.of_step(1), lambda values: values["run"].update(layout={"world_size": [1], "data": "a\n\x1b[2J" * 99})
     )

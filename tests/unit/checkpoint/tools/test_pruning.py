@@ -1,4 +1,4 @@
-"""What can go of a run that stands still: never what is needed, never without being asked what is damaged."""
+"""Pruning a stopped run: never the checkpoints it needs, and damaged ones only on request."""
 
 from pathlib import Path
 
@@ -25,31 +25,31 @@ def _damage(path: Path, *steps: int) -> None:
         (CheckpointFolder(path).of_step(step) / "manifest.json").write_text("{}")
 
 
-def test_older_ones_go_and_every_nth_stays(path: Path) -> None:
+def test_older_checkpoints_are_removed_and_every_nth_is_kept(path: Path) -> None:
     plan = plan_prune(CheckpointFolder(path, keep=2, keep_every=10), with_damaged=False)
     assert (plan.remove, plan.keep, plan.damaged) == ([5, 15], [10, 20, 25], {})
 
 
-def test_damaged_ones_stay_and_are_not_counted(path: Path) -> None:
+def test_damaged_checkpoints_are_kept_and_not_counted(path: Path) -> None:
     _damage(path, 5, 20, 25)
     plan = plan_prune(CheckpointFolder(path, keep=1), with_damaged=False)
     assert (plan.remove, plan.keep, list(plan.damaged)) == ([10], [15], [5, 20, 25])
 
 
-def test_damaged_ones_go_where_that_is_asked_for(path: Path) -> None:
+def test_damaged_checkpoints_are_removed_on_request(path: Path) -> None:
     _damage(path, 5, 20, 25)
     plan = plan_prune(CheckpointFolder(path, keep=1), with_damaged=True)
     assert (plan.remove, plan.keep) == ([5, 10, 20, 25], [15])
 
 
 @pytest.mark.parametrize("with_damaged", [False, True])
-def test_if_none_is_sound_nothing_goes(path: Path, with_damaged: bool) -> None:
+def test_without_an_intact_checkpoint_nothing_is_removed(path: Path, with_damaged: bool) -> None:
     _damage(path, 5, 10, 15, 20, 25)
     with pytest.raises(CheckpointError, match="none of 5 checkpoints is intact; nothing is removed"):
         plan_prune(CheckpointFolder(path), with_damaged=with_damaged)
 
 
-def test_what_killed_runs_left_is_listed_and_cleaned_whatever_it_is(path: Path) -> None:
+def test_leftovers_of_killed_runs_of_any_kind_are_listed_and_removed(path: Path) -> None:
     (path / ".tmp-step_00000030").mkdir()
     (path / ".trash-step_00000001").symlink_to(path / "step_00000005")
     (path / ".tmp-step_00000035").write_text("x")
@@ -62,8 +62,8 @@ def test_what_killed_runs_left_is_listed_and_cleaned_whatever_it_is(path: Path) 
 
 
 @pytest.mark.parametrize("is_link", [False, True])
-def test_names_that_are_none_of_ours_stay_wherever_the_folder_leads(path: Path, tmp_path: Path, is_link: bool) -> None:
-    """The folder may be a link to a larger disk, on which others keep things."""
+def test_foreign_names_are_kept_even_through_a_link(path: Path, tmp_path: Path, is_link: bool) -> None:
+    """The folder may be a link to a disk with files of others."""
     others = [".tmp-backup", ".trash-1000", ".tmp-step_5", ".trash-step_00000005.old", "step_5", "step_000000010.bak"]
     for name in others:
         (path / name / "work").mkdir(parents=True)

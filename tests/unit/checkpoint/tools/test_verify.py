@@ -1,4 +1,4 @@
-"""What a hash does not show: numbers that make no sense, experts that are equal, files that hold something else."""
+"""Defects that hashes do not show: values that are not finite, equal experts, wrong tensors in a file."""
 
 import hashlib
 import json
@@ -54,7 +54,7 @@ def _save(path: Path, tensors: dict[str, Tensor], step: int = 3, updates: int = 
     return folder
 
 
-def test_a_sound_one_has_no_findings_and_is_counted(tmp_path: Path) -> None:
+def test_an_intact_checkpoint_has_counts_and_no_findings(tmp_path: Path) -> None:
     found = verify_checkpoint(_save(tmp_path, _tensors()), 3)
     assert found.findings == []
     assert (found.num_tensors, found.num_experts, found.num_layers) == (6, 4, 1)
@@ -97,20 +97,18 @@ CONTENTS = {
 
 
 @pytest.mark.parametrize(("spoil", "finding"), CONTENTS.values(), ids=CONTENTS.keys())
-def test_numbers_that_make_no_sense_are_named(
-    tmp_path: Path, spoil: Callable[[dict[str, Tensor]], None], finding: str
-) -> None:
+def test_invalid_values_are_named(tmp_path: Path, spoil: Callable[[dict[str, Tensor]], None], finding: str) -> None:
     tensors = _tensors()
     spoil(tensors)
     assert verify_checkpoint(_save(tmp_path, tensors), 3).findings == [f"{tmp_path}/step_00000003: {finding}"]
 
 
-def test_more_updates_than_steps_are_named(tmp_path: Path) -> None:
+def test_more_updates_than_steps_are_reported(tmp_path: Path) -> None:
     (finding,) = verify_checkpoint(_save(tmp_path, _tensors(), updates=4), 3).findings
     assert finding.endswith("step_00000003: values.optimizer_steps is 4; of 3 steps it is 0 to 3")
 
 
-def test_a_run_that_is_not_described_is_named(tmp_path: Path) -> None:
+def test_an_incomplete_record_of_the_run_is_reported(tmp_path: Path) -> None:
     folder = _save(tmp_path, _tensors())
     rewrite(folder.of_step(3), lambda values: values["run"].update(position=-1, data_fingerprint=None))
     assert [finding.partition(": ")[2] for finding in verify_checkpoint(folder, 3).findings] == [
@@ -120,7 +118,7 @@ def test_a_run_that_is_not_described_is_named(tmp_path: Path) -> None:
 
 
 def _lie(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write other tensors into a file, and its size and hash into the manifest."""
+    """Write other tensors into a file and update its size and hash in the manifest."""
     data = safetensors.torch.save(tensors)
     (folder / FILE).write_bytes(data)
     stated = {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -138,7 +136,7 @@ LIES = {
 
 
 @pytest.mark.parametrize(("change", "finding"), LIES.values(), ids=LIES.keys())
-def test_a_file_that_holds_something_else_is_named(tmp_path: Path, change: dict[str, Tensor], finding: str) -> None:
+def test_a_file_with_other_tensors_is_named(tmp_path: Path, change: dict[str, Tensor], finding: str) -> None:
     folder = _save(tmp_path, _tensors())
     _lie(folder.of_step(3), {**_tensors(), **change})
     findings = verify_checkpoint(folder, 3).findings
@@ -151,7 +149,9 @@ def test_a_tensor_that_its_file_lacks_is_named(tmp_path: Path) -> None:
     assert sorted("embed" in finding for finding in verify_checkpoint(folder, 3).findings) == [False, True]
 
 
-def test_damaged_files_are_named_and_their_tensors_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_files_are_named_and_their_tensors_are_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("trainer.checkpoint.tensor_files._FILE_SIZE_BYTES", 100)
     tensors = _tensors()
     _nan(tensors)
@@ -162,7 +162,7 @@ def test_damaged_files_are_named_and_their_tensors_left_alone(tmp_path: Path, mo
     assert len(findings) == 2 and "its SHA-256" in findings[0] and "not finite" in findings[1]
 
 
-def test_a_file_that_is_not_of_it_is_named(tmp_path: Path) -> None:
+def test_an_unlisted_file_is_named(tmp_path: Path) -> None:
     folder = _save(tmp_path, _tensors())
     (folder.of_step(3) / "model.pt").write_bytes(b"\x80\x04.")
     assert "'model.pt' is not a file of this checkpoint; nothing reads it" in verify_checkpoint(folder, 3).findings[0]
@@ -174,7 +174,7 @@ def test_a_damaged_manifest_is_the_only_finding(tmp_path: Path) -> None:
     assert len(verify_checkpoint(folder, 3).findings) == 1
 
 
-def test_a_large_tensor_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_tensor_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     read = StoredTensors.read
 
@@ -189,7 +189,7 @@ def test_a_large_tensor_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Mo
     assert max(sizes) <= 32 and sum(sizes) == sum(t.numel() * t.element_size() for t in _tensors().values())
 
 
-def test_one_that_a_trainer_removes_meanwhile_is_left_out(
+def test_a_checkpoint_that_a_run_removes_meanwhile_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = RunFolder(tmp_path)
