@@ -298,7 +298,7 @@ def test_an_intact_later_checkpoint_is_kept_and_not_counted(folder: CheckpointFo
     assert lasting.steps() == [10, 15]
 
 
-def test_an_error_after_the_rename_does_not_fail_the_save(
+def test_errors_after_the_rename_do_not_fail_the_save(
     folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (5, 10, 15):
@@ -433,7 +433,7 @@ def test_leftovers_of_a_killed_save_are_not_checkpoints_and_are_removed(folder: 
     assert list(folder.path.iterdir()) == []
 
 
-def test_a_later_damaged_checkpoint_does_not_displace_good_ones(tmp_path: Path) -> None:
+def test_a_later_damaged_one_does_not_displace_good_ones(tmp_path: Path) -> None:
     """A run that resumed from 20 because 30 is damaged saves at 21: the checkpoints it descends from must be kept."""
     folder = CheckpointFolder(tmp_path, keep=2)
     (save(folder, 30, _state()).path / "manifest.json").write_text("{")

@@ -44,9 +44,8 @@ def test_torchruns_part_of_the_store_is_on_one_address_and_what_a_stranger_write
     assert place is not None
     assert listeners([os.getpid()]) - before == {(LOOPBACK, place.master_port)} and place.master_addr == LOOPBACK
     stranger = dist.TCPStore(LOOPBACK, place.master_port, None, False, timedelta(seconds=10), wait_for_workers=False)
-    evil = base64.b64encode(
-        pickle.dumps(Evil(str(tmp_path / "executed")))
-    ).decode()  # as torchrun writes its own values
+    # Encoded as torchrun writes its own values.
+    evil = base64.b64encode(pickle.dumps(Evil(str(tmp_path / "executed")))).decode()
     for key in [*stranger.list_keys(), "run", "torch.rendezvous.run", "run/torchelastic/role_info/0"]:
         stranger.set(key, evil)
     assert (machine.num_nodes_waiting(), machine.is_closed(), machine.shutdown()) == (0, False, True)
