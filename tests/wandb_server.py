@@ -1,4 +1,4 @@
-"""A server for wandb that keeps what it is sent: as much of W&B's protocol as its client insists on."""
+"""A fake wandb server that stores what it is sent: the part of the protocol that the client requires."""
 
 import gzip
 import json
@@ -11,14 +11,14 @@ KEY = "0123456789abcdef0123456789abcdef01234567"
 
 
 class WandbServer:
-    """Listens on a free port; `runs` has the rows of each run, as `_step` orders them."""
+    """Listens on a free port; `runs` has the history of each run by id."""
 
     def __init__(self) -> None:
         self.runs: dict[str, dict[str, Any]] = {}
         self.paths: list[str] = []
-        """Of all requests, in order."""
+        """Paths of all requests, in order."""
         self.answers = threading.Event()
-        """Cleared: requests are heard and not answered."""
+        """While cleared, requests are received but not answered."""
         self.answers.set()
         self._http = _Http(("127.0.0.1", 0), _Requests)
         self._http.daemon_threads = True
@@ -31,16 +31,16 @@ class WandbServer:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables by which wandb finds it, and may."""
+        """Environment variables with its address and an API key."""
         return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY}
 
     def rows(self, run_id: str) -> list[dict[str, Any]]:
-        """What a run has logged, without what wandb adds of its own."""
+        """Return the rows of a run without wandb's own keys."""
         rows = [json.loads(line) for line in self.runs.get(run_id, {"history": []})["history"]]
         return [{k: v for k, v in row.items() if not k.startswith("_")} for row in rows]
 
     def summary(self, run_id: str) -> dict[str, Any]:
-        """What a run's page shows first."""
+        """Return the summary of a run."""
         return json.loads(self.runs[run_id]["summary"])
 
     def __enter__(self) -> Self:
@@ -54,7 +54,7 @@ class WandbServer:
 
 class _Http(ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:
-        pass  # who was killed does not say goodbye
+        pass  # a killed client leaves its connection open
 
 
 class _Requests(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""What a person sees of a run, in a log and on a terminal."""
+"""Console output of a run, in a log and on a terminal."""
 
 import io
 import os
@@ -80,7 +80,7 @@ def test_ticks_between_logged_steps_write_nothing_to_a_log():
     assert _log(lambda c: [c.tick(s) for s in range(5)]) == []
 
 
-def test_what_has_no_value_is_a_dash():
+def test_a_missing_value_is_a_dash():
     nothing = {key: None for key in RECORD} | {"step": 10}
     (line,) = _log(lambda c: c.step(nothing))
     for label in ("loss", "tokens/s", "eta", "imbalance", "dropped", "lr", "grad norm"):
@@ -91,7 +91,7 @@ def test_what_has_no_value_is_a_dash():
     assert "held out - bits/byte" in line
 
 
-def test_a_number_that_is_not_finite_says_so():
+def test_a_number_that_is_not_finite_is_shown_as_such():
     (line,) = _log(lambda c: c.step({**RECORD, "loss": float("nan"), "grad_norm": float("inf")}))
     assert re.search(r"loss +nan", line) and re.search(r"grad norm +inf", line)
 
@@ -102,20 +102,20 @@ def test_dead_experts_and_skipped_steps_are_named_only_when_there_are_any():
     assert "3 dead experts" in ill and "1 skipped step" in ill and "1 skipped steps" not in ill
 
 
-def test_the_time_left_is_measured_from_the_first_record_with_everything_in_between():
+def test_the_time_left_is_estimated_from_the_wall_clock_since_the_first_record():
     now = [100.0]
     file = io.StringIO()
     console = Console(110, file=file, clock=lambda: now[0])
-    console.step({**RECORD, "step": 10, "step_s": 0.5})  # only the record knows
+    console.step({**RECORD, "step": 10, "step_s": 0.5})  # only the record has a pace
     now[0] += 20.0
     console.step({**RECORD, "step": 20, "step_s": 0.5})  # 2 s a step, evaluations included
     now[0] += 1.0
-    console.step({**RECORD, "step": 30, "step_s": 0.5, "eta_s": 7.0})  # the caller knows better
+    console.step({**RECORD, "step": 30, "step_s": 0.5, "eta_s": 7.0})  # the caller's estimate takes precedence
     etas = re.findall(r"eta +(.*?)  ", file.getvalue())
     assert etas == ["50s", "3m 00s", "7s"]
 
 
-def test_an_evaluation_shows_the_change_to_the_one_before():
+def test_an_evaluation_shows_the_change_since_the_previous_one():
     def run(console: Console) -> None:
         for bits in (3.0, 2.5, 2.75, None, 2.5):
             console.evaluation({**EVALUATION, "eval/bits_per_byte": bits})
@@ -169,7 +169,7 @@ def test_a_finished_job_leaves_one_line_in_a_log():
     assert _log(run, clock=lambda: now[0]) == ["reading text  40.0 kB in 2.5s"]
 
 
-def test_a_long_job_speaks_up_now_and_then_in_a_log():
+def test_a_long_job_logs_a_line_every_ten_seconds():
     now = [0.0]
 
     def run(console: Console) -> None:
@@ -182,7 +182,7 @@ def test_a_long_job_speaks_up_now_and_then_in_a_log():
     assert [line.split("  ")[1][:3] for line in lines[:-1]] == ["39%", "79%"]
 
 
-def test_a_job_that_fails_claims_nothing():
+def test_a_failed_job_leaves_no_line():
     def run(console: Console) -> None:
         with pytest.raises(OSError, match="gone"), console.progress_bar("reading", 100):
             raise OSError("gone")
@@ -216,7 +216,7 @@ def test_the_summary_of_a_diverged_run_still_appears():
     _log(lambda c: c.summary(RunSummary(title="nothing at all")))
 
 
-def test_a_log_says_with_each_evaluation_where_the_time_of_a_step_goes():
+def test_a_log_shows_the_time_shares_of_a_step_with_each_evaluation():
     lines = _log(lambda c: [c.step({**RECORD, **TIMES, "time_max/data": 9.0}), c.evaluation(EVALUATION)])
     assert len(lines) == 3
     assert lines[2] == "step  10  time  data  2%  forward 26%  backward 60%  communication 12%  other  0%"

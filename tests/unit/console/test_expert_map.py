@@ -25,7 +25,7 @@ def test_heat_map_does_not_depend_on_how_much_text_a_domain_has():
     assert rows[0] == rows[1]
 
 
-def test_heat_map_says_where_a_domain_has_no_tokens():
+def test_heat_map_marks_a_domain_without_tokens():
     assert "no tokens" in _shown(expert_map([[[0, 0], [1, 2]]], ["a", "b"], ["layer 0"]), 80)
 
 

@@ -1,4 +1,4 @@
-"""The picture of domains and experts, read back as XML."""
+"""SVG heat maps of experts by domain, parsed as XML."""
 
 import re
 from xml.etree import ElementTree
@@ -20,7 +20,7 @@ def _said(element: ElementTree.Element) -> str:
     return element.findtext(f"{NAMESPACE}title") or ""
 
 
-def test_every_layer_domain_and_expert_has_a_cell_that_says_its_share() -> None:
+def test_every_layer_domain_and_expert_has_a_cell_with_its_share() -> None:
     cells = _cells(expert_map_svg(COUNTS, ["code", "prose"], ["layer 0", "layer 3"], title="t"))
     assert len(cells) == 2 * 2 * 4
     assert _said(cells[2]) == "code, expert 2: 60.0 % of assignments, 2.40 times the even share"
@@ -36,7 +36,7 @@ def test_the_same_share_has_the_same_colour_and_the_scale_is_symmetrical_about_e
     assert (cells[8].get("fill"), cells[11].get("fill")) == ("#2166ac", "#b35806")
 
 
-def test_layers_are_headed_by_what_the_expert_tells_of_the_domain() -> None:
+def test_headings_have_the_mutual_information_of_expert_and_domain() -> None:
     svg = expert_map_svg([[[1, 0], [0, 1]], [[1, 1], [1, 1]]], ["a", "b"], ["layer 1", "layer 2"], title="t")
     assert re.findall(r"share (\S+) of (\S+) bits", svg) == [("1.00", "1.00"), ("0.00", "1.00")]
 
@@ -51,7 +51,7 @@ def test_hostile_names_are_text_and_nothing_else() -> None:
     assert any(_said(cell).startswith(shown) for cell in _cells(svg))
 
 
-def test_a_domain_without_tokens_has_no_cells_and_says_so_by_its_frame() -> None:
+def test_a_domain_without_tokens_has_a_frame_and_no_cells() -> None:
     svg = expert_map_svg([[[0, 0], [3, 4]]], ["none", "some"], ["layer 0"], title="t")
     assert len(_cells(svg)) == 2
     assert sum(rect.get("class") == "none" for rect in ElementTree.fromstring(svg).iter(f"{NAMESPACE}rect")) == 1
@@ -77,7 +77,7 @@ def test_everything_lies_inside_the_picture(num_experts: int) -> None:
     ("num_experts", "num_domains"), [(1, 12), (2, 1), (8, 12), (16, 12), (64, 3), (256, 3), (1000, 1)]
 )
 def test_no_text_covers_another_or_leaves_the_picture(num_experts: int, num_domains: int) -> None:
-    """The scale, the numbers of experts, the domains and their shares, under a long title."""
+    """Scale, expert indices, domains and shares under a long title."""
     domains = [f"wmt14-de-en.{'very-' * 9}long-name.part-{number:05d}" for number in range(num_domains)]
     counts = [[[1.0 + (row == expert) * 1e6 for expert in range(num_experts)] for row in range(num_domains)]] * 2
     svg = expert_map_svg(counts, domains, ["layer 0", "layer 127"], title="run." * 32 + ": 1000000 steps done")

@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers formatted for people."""
 
 import math
 
@@ -35,6 +35,6 @@ def test_sizes_are_decimal():
 
 
 @pytest.mark.parametrize("form", [formatting.number, formatting.percent, formatting.ratio, formatting.learning_rate])
-def test_what_does_not_exist_is_a_dash_and_what_is_not_finite_says_so(form):
+def test_none_is_a_dash_and_non_finite_numbers_are_named(form):
     assert form(None) == "-"
     assert "nan" in form(math.nan)

@@ -1,16 +1,16 @@
-"""Rows of a heat map."""
+"""Relative expert loads."""
 
 import pytest
 
 from trainer.metrics.expert_load import layer_loads
 
 
-def test_a_load_is_one_where_it_is_even_and_layers_have_their_own_numbers():
+def test_an_even_load_is_one_and_layers_keep_their_indices():
     loads = layer_loads({"step": 1, "counts": [[6, 2, 0, 0], [1, 1, 1, 1]], "dropped": [0, 0]}, [1, 3])
     assert loads == {"load/layer_01": [3.0, 1.0, 0.0, 0.0], "load/layer_03": [1.0, 1.0, 1.0, 1.0]}
 
 
-def test_a_layer_without_a_token_has_no_load():
+def test_a_layer_without_tokens_has_zero_load():
     assert layer_loads({"counts": [[0, 0]]}, [0]) == {"load/layer_00": [0.0, 0.0]}
 
 

@@ -1,4 +1,4 @@
-"""Steps under torch's profiler: what is written, and that nothing is learned otherwise."""
+"""Profiles of training steps, which must not change what is learned."""
 
 import gzip
 import io
@@ -44,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def train(folder: Path, overrides: Sequence[str], mesh: Mesh | None = None) -> tuple[dict[str, Tensor], list[str]]:
-    """Train; return the weights, and what the console said of the profile."""
+    """Train; return the weights and the console messages on the profile."""
     mesh, screen = mesh or Mesh.of_one(), io.StringIO()
     places = [f"data.sources=[{{kind: text, path: {folder}/text.txt}}]", f"data.cache_dir={folder}/cache"]
     config = load(folder / "tiny.yaml", [*places, f"runs_dir={folder}/runs", *overrides], ExperimentConfig)
@@ -57,7 +57,7 @@ def train(folder: Path, overrides: Sequence[str], mesh: Mesh | None = None) -> t
 
 
 def trace(folder: Path, name: str) -> dict[str, int]:
-    """How often each named part is in a trace."""
+    """Return the number of occurrences of each part in a trace."""
     with gzip.open(folder / "runs/tiny/profile" / name) as file:
         events = json.load(file)["traceEvents"]
     return Counter(event["name"] for event in events if event.get("cat") == "user_annotation")
@@ -77,7 +77,7 @@ def test_a_run_under_the_profiler_learns_the_same_bit_for_bit(folder: Path):
     assert "Self CPU Mem" in tables and "Input Shapes" in tables
 
 
-def test_a_window_that_is_looked_at_again_does_not_replace_what_was_seen(folder: Path):
+def test_a_repeated_window_does_not_replace_earlier_profiles(folder: Path):
     window = "profile={start: 5, steps: 2}"
     train(folder, [window])
     (folder / "runs/tiny/run_id").unlink()
@@ -90,7 +90,7 @@ def test_a_window_that_is_looked_at_again_does_not_replace_what_was_seen(folder:
     ]
 
 
-def test_a_run_that_is_resumed_within_the_window_looks_at_the_rest_of_it(folder: Path):
+def test_a_run_resumed_within_the_window_profiles_the_rest_of_it(folder: Path):
     train(folder, ["train.steps=3", "profile=null"])
     _, said = train(folder, ["profile={start: 2, steps: 4}"])
     assert said[0].endswith("steps_00000004-00000005_rank00000.json.gz")
@@ -112,14 +112,14 @@ def _on_a_rank(folder: Path) -> list[str]:
     return said
 
 
-def test_the_ranks_that_are_named_are_looked_at(folder: Path, ranks: Ranks):
+def test_only_the_configured_ranks_are_profiled(folder: Path, ranks: Ranks):
     said, _ = ranks.run(2, _on_a_rank, folder)
     assert said == [f"profile of rank 1: {folder}/runs/tiny/profile/steps_00000002-00000002_rank00001.json.gz"]
     parts = trace(folder, "steps_00000002-00000002_rank00001.json.gz")
     assert parts["communication"] > 0 and parts["data"] == 1
 
 
-def test_a_rank_that_there_is_not_is_refused(folder: Path):
+def test_a_rank_that_does_not_exist_is_rejected(folder: Path):
     with pytest.raises(ConfigError) as error:
         train(folder, ["profile={start: 1, steps: 1, ranks: [0, 2]}"])
     assert str(error.value) == "profile.ranks: there is no rank 2 among 1; use 0 to 0"

@@ -1,4 +1,4 @@
-"""Routing metrics of two layers, by hand."""
+"""Routing metrics of two layers, against values computed by hand."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What an expert tells of a token's domain."""
+"""Mutual information of expert and domain."""
 
 import math
 
@@ -25,7 +25,7 @@ def test_it_is_zero_when_experts_ignore_the_domain() -> None:
     assert mutual_information_bits([[5, 7]]) == pytest.approx(0, abs=1e-12)
 
 
-def test_how_much_text_a_domain_has_changes_nothing_and_a_domain_without_any_is_none() -> None:
+def test_domains_have_equal_weight_and_empty_ones_are_left_out() -> None:
     counts = [[30, 10, 5], [1, 20, 3], [7, 7, 7]]
     more = [[30_000, 10_000, 5_000], [1, 20, 3], [70, 70, 70], [0, 0, 0]]
     assert mutual_information_bits(more) == pytest.approx(mutual_information_bits(counts))
@@ -33,7 +33,7 @@ def test_how_much_text_a_domain_has_changes_nothing_and_a_domain_without_any_is_
 
 
 @given(st.lists(st.lists(st.integers(0, 99), min_size=3, max_size=3), min_size=2, max_size=4))
-def test_it_is_what_the_loop_computes(counts: list[list[int]]) -> None:
+def test_it_equals_a_plain_loop(counts: list[list[int]]) -> None:
     rows = [[count / sum(row) for count in row] for row in counts if sum(row)]
     expected = 0.0
     for row in rows:
@@ -43,7 +43,7 @@ def test_it_is_what_the_loop_computes(counts: list[list[int]]) -> None:
     assert mutual_information_bits(counts) == pytest.approx(expected, abs=1e-9)
 
 
-def test_chance_overstates_it_by_as_much_as_is_said() -> None:
+def test_its_sampling_bias_is_as_documented() -> None:
     draw, domains, experts, assignments = np.random.default_rng(0), 3, 8, 2000
     found = [
         mutual_information_bits(draw.multinomial(assignments, [1 / experts] * experts, size=domains).tolist())
@@ -53,19 +53,19 @@ def test_chance_overstates_it_by_as_much_as_is_said() -> None:
     assert float(np.mean(found)) == pytest.approx(said, rel=0.1)
 
 
-def test_it_refuses_what_is_not_a_table_of_counts() -> None:
+def test_counts_of_another_shape_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"shape \(2,\)"):
         mutual_information_bits([1, 2])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="numbers >= 0"):
         mutual_information_bits([[1, -2]])
 
 
-def test_the_record_is_the_mean_over_layers_and_its_share_of_what_there_is_to_know() -> None:
+def test_the_record_is_the_mean_over_layers_and_its_share_of_the_entropy() -> None:
     metrics = specialisation_metrics([[[5, 0], [0, 5]], [[5, 5], [50, 50]]])
     assert metrics == {"eval/expert_domain_mi": pytest.approx(0.5), "eval/expert_domain_mi_share": pytest.approx(0.5)}
     four = specialisation_metrics([np.diag([1, 2, 3, 4]).tolist()])
     assert four == {"eval/expert_domain_mi": pytest.approx(2.0), "eval/expert_domain_mi_share": pytest.approx(1.0)}
 
 
-def test_there_is_nothing_to_record_of_a_dense_model_or_a_single_domain() -> None:
+def test_a_dense_model_or_a_single_domain_has_no_record() -> None:
     assert specialisation_metrics([]) == specialisation_metrics([[[3, 4]]]) == {}

@@ -1,4 +1,4 @@
-"""What a line says of the machine, and of many ranks at once."""
+"""System statistics of one rank and their reduction over ranks."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def _parts(**seconds: float) -> dict[StepPart, float]:
     return {part: seconds.get(part, 0.0) for part in PARTS}
 
 
-def test_a_process_a_host_and_a_disk_are_looked_at_and_what_is_not_there_is_null(tmp_path: Path):
+def test_statistics_of_process_host_and_disk_are_read_and_missing_ones_are_null(tmp_path: Path):
     seen = SystemStats(tmp_path, torch.device("cpu")).read()
     assert 0.01 < (seen["system/process_gb"] or 0) < 100
     assert 0 < (seen["system/host_free_gb"] or 0) < 10_000
@@ -26,7 +26,7 @@ def test_a_process_a_host_and_a_disk_are_looked_at_and_what_is_not_there_is_null
     assert gone["system/disk_free_gb"] is None and gone.keys() == seen.keys()
 
 
-def test_one_rank_says_what_it_sees(tmp_path: Path):
+def test_one_rank_records_its_own_statistics(tmp_path: Path):
     seen = SystemStats(tmp_path, torch.device("cpu")).read()
     record = reduce_over_ranks(_parts(data=2.0), seen, Group.of_one())
     assert record == {**{f"time/{part}": 2.0 * (part == "data") for part in PARTS}, **seen}
@@ -45,7 +45,7 @@ def _on_a_rank() -> dict[str, float | None]:
     return reduce_over_ranks(_parts(data=1.0 + 2 * rank, communication=2.0 - 2 * rank), machine, mesh.world)
 
 
-def test_several_ranks_say_their_mean_and_longest_times_and_the_worst_of_the_rest(ranks: Ranks):
+def test_several_ranks_record_mean_and_longest_times_and_the_worst_statistics(ranks: Ranks):
     first, second = ranks.run(2, _on_a_rank)
     assert first == second
     assert (first["time/data"], first["time_max/data"]) == (2.0, 3.0)

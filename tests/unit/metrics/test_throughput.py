@@ -1,4 +1,4 @@
-"""Speed of the steps between two logged ones."""
+"""Throughput between two logged steps."""
 
 import pytest
 
@@ -17,7 +17,7 @@ class Ticks:
         return end - begin
 
 
-def test_the_parts_of_a_mean_step_make_up_its_time_and_pauses_do_not_count():
+def test_the_parts_of_a_mean_step_add_up_to_its_time_without_pauses():
     clock = Ticks()
     watch = StepTimer(clock)
     pace = ThroughputMeter(watch, clock.now)
@@ -38,7 +38,7 @@ def test_the_parts_of_a_mean_step_make_up_its_time_and_pauses_do_not_count():
     assert pace.take().parts["other"] == 2.0
 
 
-def test_a_device_that_is_behind_does_not_make_the_rest_negative():
+def test_a_device_that_lags_behind_does_not_make_the_rest_negative():
     host, device = Ticks(), Ticks()
     watch = StepTimer(device)
     pace = ThroughputMeter(watch, host.now)

@@ -1,4 +1,4 @@
-"""Metrics on disk."""
+"""JSONL files of metrics."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def test_reader_names_the_line_that_is_not_a_record(tmp_path: Path, line: bytes)
         read_jsonl(path)
 
 
-def test_opening_cuts_the_half_line_of_a_killed_run(tmp_path: Path):
+def test_opening_removes_the_partial_line_of_a_killed_run(tmp_path: Path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "lo')
     with closing(JsonlSink(path)) as sink:
@@ -78,7 +78,7 @@ def test_resume_drops_evaluations_of_later_steps_and_keeps_records_without_step(
     assert read_jsonl(path) == [{"note": 1}, {"step": 5}, {"step": 5, "eval/loss": 1.0}]
 
 
-def test_resume_drops_a_half_line_and_lines_a_power_cut_left(tmp_path: Path):
+def test_resume_drops_partial_and_damaged_lines(tmp_path: Path):
     path = tmp_path / "m.jsonl"
     path.write_bytes(b'{"step": 1}\n\0\0\0\0\n{"step": 2}\n')
     warned: list[str] = []
@@ -92,7 +92,7 @@ def test_resume_drops_a_half_line_and_lines_a_power_cut_left(tmp_path: Path):
 
 @pytest.mark.parametrize("before", ['{"step": 1}\n{"step": 2}\n', '{"step": 2}\n{"step": 1}\n'])
 def test_a_crash_while_resuming_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str):
-    """Both where the end is cut off, and where lines between others go."""
+    """Both when the end is truncated and when lines in the middle are dropped."""
     path = tmp_path / "m.jsonl"
     path.write_text(before)
     warned: list[str] = []
@@ -104,7 +104,7 @@ def test_a_crash_while_resuming_leaves_the_old_file(tmp_path: Path, monkeypatch:
     assert len(warned) == 1
 
 
-def test_a_full_disk_warns_once_and_leaves_no_half_record(tmp_path: Path):
+def test_a_full_disk_warns_once_and_leaves_no_partial_record(tmp_path: Path):
     path = tmp_path / "m.jsonl"
     warned: list[str] = []
     with closing(JsonlSink(path, warn=warned.append)) as sink:
@@ -142,7 +142,7 @@ def _raise_no_space(*_: object) -> int:
 
 
 class _LargestFile:
-    """A real write that the system cuts short, as a full disk does."""
+    """Let the system shorten a real write, as a full disk does."""
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
@@ -184,7 +184,7 @@ def test_a_snapshot_that_cannot_be_left_alone_is_an_error_that_names_the_file(
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder", "device"])
-def test_what_is_no_file_is_refused_and_left_alone(tmp_path: Path, kind: str):
+def test_a_path_that_is_not_a_regular_file_is_rejected_and_left_alone(tmp_path: Path, kind: str):
     path, other = tmp_path / "m.jsonl", tmp_path / "other"
     other.write_text("mine")
     match kind:
@@ -201,7 +201,7 @@ def test_what_is_no_file_is_refused_and_left_alone(tmp_path: Path, kind: str):
     assert other.read_text() == "mine"
 
 
-def test_a_line_that_is_too_long_or_too_deep_is_forgotten_on_resuming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_resume_drops_a_line_that_is_too_long_or_too_deep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("trainer.metrics.records._MAX_LINE_BYTES", 200_000)
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\n' + "[" * 100_000 + '\n{"step": 1, "x": "' + "x" * 500_000 + '"}\n{"step": 2}\n')
@@ -212,7 +212,7 @@ def test_a_line_that_is_too_long_or_too_deep_is_forgotten_on_resuming(tmp_path: 
     assert warned == [f"{path}: 2 lines are not records; the run continues without them"]
 
 
-def test_the_half_line_that_is_cut_may_be_long(tmp_path: Path):
+def test_the_removed_partial_line_may_be_long(tmp_path: Path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\n' + "x" * 3_000_000)
     JsonlSink(path).close()
@@ -222,7 +222,7 @@ def test_the_half_line_that_is_cut_may_be_long(tmp_path: Path):
     assert path.read_text() == ""
 
 
-def test_what_a_file_is_cut_in_is_never_written_through_a_link(tmp_path: Path):
+def test_truncation_never_writes_through_a_link(tmp_path: Path):
     path, other = tmp_path / "m.jsonl", tmp_path / "other"
     other.write_text("mine")
     path.write_text('{"step": 1}\n{"step": 2}\n')

@@ -1,4 +1,4 @@
-"""Logs that are damaged, removed, replaced or written into: nothing is lost without a word, most of it not at all."""
+"""Logs that are damaged, removed, replaced or written by others: little is lost, and nothing silently."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def warned() -> list[str]:
 
 @pytest.fixture
 def sink(path: Path, warned: list[str]) -> Iterator[JsonlSink]:
-    """A log of ten steps."""
+    """Return a log of ten steps."""
     sink = JsonlSink(path, warn=warned.append)
     sink.resume_at(0)
     _write(sink, range(1, 11))
@@ -44,10 +44,10 @@ def _steps(path: Path) -> list[int]:
     return [record["step"] for record in read_jsonl(path)]
 
 
-# --- under a run that writes ------------------------------------------------------------------------------------------
+# --- while a run writes ------------------------------------------------------------------------------------------
 
 
-def test_a_log_that_is_removed_is_there_again_with_the_next_line(path: Path, sink: JsonlSink, warned: list[str]):
+def test_a_removed_log_is_restored_with_the_next_record(path: Path, sink: JsonlSink, warned: list[str]):
     path.unlink()
     _write(sink, range(11, 13))
     assert _steps(path) == [*range(1, 13)]
@@ -56,7 +56,7 @@ def test_a_log_that_is_removed_is_there_again_with_the_next_line(path: Path, sin
 
 
 @pytest.mark.parametrize("is_moved", [False, True])
-def test_so_is_one_whose_folder_goes(path: Path, sink: JsonlSink, warned: list[str], is_moved: bool):
+def test_a_log_whose_folder_is_removed_is_restored(path: Path, sink: JsonlSink, warned: list[str], is_moved: bool):
     path.parent.rename(path.parent.with_name("moved"))
     if not is_moved:
         (path.parent.with_name("moved") / "m.jsonl").unlink()
@@ -66,7 +66,7 @@ def test_so_is_one_whose_folder_goes(path: Path, sink: JsonlSink, warned: list[s
     assert _steps(path) == [*range(1, 12)] and len(warned) == 1
 
 
-def test_one_that_cannot_be_restored_yet_loses_nothing(path: Path, sink: JsonlSink, monkeypatch: pytest.MonkeyPatch):
+def test_a_log_that_cannot_be_restored_yet_loses_nothing(path: Path, sink: JsonlSink, monkeypatch: pytest.MonkeyPatch):
     path.unlink()
     with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", _refuse)
@@ -76,8 +76,8 @@ def test_one_that_cannot_be_restored_yet_loses_nothing(path: Path, sink: JsonlSi
     assert _steps(path) == [*range(1, 14)]
 
 
-def test_one_that_is_replaced_is_gone_on_with_and_both_are_counted(path: Path, sink: JsonlSink, warned: list[str]):
-    """As an editor does it."""
+def test_a_replaced_log_is_continued_and_the_lines_of_both_are_counted(path: Path, sink: JsonlSink, warned: list[str]):
+    """Editors save files like this."""
     path.with_name("new").write_text('{"step": 3}\n{"step": 5}\n{"ste')
     path.with_name("new").replace(path)
     _write(sink, range(11, 13))
@@ -98,7 +98,7 @@ def test_a_link_in_its_place_is_not_written_through(path: Path, sink: JsonlSink,
 
 
 @pytest.mark.parametrize(("size_bytes", "kept"), [(0, 0), (26, 1), (52, 2), (30, 1)])
-def test_one_that_is_cut_is_counted_and_no_line_is_spoiled(
+def test_lost_lines_of_a_truncated_log_are_counted_and_none_is_damaged(
     path: Path, sink: JsonlSink, warned: list[str], size_bytes: int, kept: int
 ):
     os.truncate(path, size_bytes)
@@ -107,7 +107,7 @@ def test_one_that_is_cut_is_counted_and_no_line_is_spoiled(
     assert warned == [f"{path}: was truncated during the run; {10 - kept} of 10 lines are lost"]
 
 
-def test_what_others_write_into_it_spoils_no_line(path: Path, sink: JsonlSink, warned: list[str]):
+def test_lines_written_by_others_damage_no_record(path: Path, sink: JsonlSink, warned: list[str]):
     for text in ('{"note": "a"}\n{"note": "b"}\n', "half a line"):
         with path.open("a") as file:
             file.write(text)
@@ -127,7 +127,7 @@ def test_a_short_write_is_completed(
     assert _steps(path) == [*range(1, 13)] and not warned
 
 
-def test_half_a_line_that_cannot_be_taken_away_at_once_spoils_no_other(
+def test_a_partial_line_that_cannot_be_removed_at_once_damages_no_other(
     path: Path, sink: JsonlSink, warned: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     write, left = os.write, [9]
@@ -180,7 +180,7 @@ def _nothing(path: Path) -> None:
     ],
     ids=["nothing", "removed", "damaged", "lines deleted", "cut"],
 )
-def test_what_is_lost_of_what_a_checkpoint_remembers_is_told_with_its_number(
+def test_lines_lost_since_a_checkpoint_are_counted(
     path: Path, warned: list[str], harm: Callable[[Path], object], lost: int, kept: list[int]
 ):
     tracker = JsonlTracker(path, path.with_name("r.jsonl"), warn=warned.append)
@@ -224,7 +224,7 @@ def _move(path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [_flip, _empty_a_record, _repeat, _move])
-def test_so_is_what_was_changed_though_it_is_as_many_records(
+def test_changed_lines_are_reported_even_if_their_number_is_right(
     path: Path, warned: list[str], harm: Callable[[Path], object]
 ):
     tracker = JsonlTracker(path, path.with_name("r.jsonl"), warn=warned.append)
@@ -243,7 +243,7 @@ def test_so_is_what_was_changed_though_it_is_as_many_records(
     tracker.close(0, patience_s=0)
 
 
-def test_what_a_checkpoint_remembers_is_not_parsed_again(path: Path, sink: JsonlSink, monkeypatch: pytest.MonkeyPatch):
+def test_a_log_saved_in_a_checkpoint_is_not_parsed_again(path: Path, sink: JsonlSink, monkeypatch: pytest.MonkeyPatch):
     known = sink.content().record()
     _write(sink, range(11, 14))
     parsed: list[bytes] = []
@@ -269,7 +269,7 @@ NO_CONTENT: list[object] = [
 
 
 @pytest.mark.parametrize("value", NO_CONTENT)
-def test_what_a_checkpoint_says_is_read_as_what_it_is(path: Path, sink: JsonlSink, value: object):
+def test_invalid_log_content_in_a_checkpoint_is_ignored(path: Path, sink: JsonlSink, value: object):
     assert LogContent.from_record(value) is None
     tracker = JsonlTracker(path, path.with_name("r.jsonl"), warn=print)
     tracker.resume_at(10, {"metrics": value})
@@ -278,7 +278,7 @@ def test_what_a_checkpoint_says_is_read_as_what_it_is(path: Path, sink: JsonlSin
 
 
 def test_a_long_log_is_streamed(path: Path, warned: list[str]):
-    """When a run goes on, with or without a checkpoint that remembers it, and for the last screen."""
+    """On resuming, with or without a checkpoint, and for the last screen."""
     path.parent.mkdir()
     rest = ", ".join(f'"key_{i}": 0.123456789' for i in range(20))
     with path.open("w") as file:
@@ -296,7 +296,7 @@ def test_a_long_log_is_streamed(path: Path, warned: list[str]):
         sink.close()
 
 
-def test_a_loss_curve_passes_over_what_is_none(path: Path, sink: JsonlSink):
+def test_a_loss_curve_skips_other_records(path: Path, sink: JsonlSink):
     big = "9" * 400
     with path.open("a") as file:
         file.write(f'{{"step": {big}, "loss": 1}}\n{{"step": 11, "loss": {big}}}\n{{"step": 12, "loss": null}}\nx\n')

@@ -1,4 +1,4 @@
-"""Event files, read back by TensorBoard itself."""
+"""Event files, read by TensorBoard."""
 
 import shutil
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def _read(folder: Path) -> EventAccumulator:
     return EventAccumulator(str(folder), size_guidance={"histograms": 0}).Reload()
 
 
-def test_steps_that_are_taken_again_replace_what_they_were(tmp_path: Path):
+def test_repeated_steps_replace_earlier_ones(tmp_path: Path):
     killed = _open(tmp_path)
     _train(killed, range(1, 8), loss=1.0)  # and not closed
     resumed = _open(tmp_path, start_step=4)
@@ -40,7 +40,7 @@ def test_steps_that_are_taken_again_replace_what_they_were(tmp_path: Path):
     killed.close(1, patience_s=0.0)
 
 
-def test_the_loads_of_a_layer_are_histograms_over_the_number_of_the_expert(tmp_path: Path):
+def test_the_loads_of_a_layer_are_a_histogram_over_the_expert_index(tmp_path: Path):
     tracker = _open(tmp_path)
     _train(tracker, range(1, 4), loss=1.0)
     tracker.close(0, patience_s=10.0)
@@ -49,7 +49,7 @@ def test_the_loads_of_a_layer_are_histograms_over_the_number_of_the_expert(tmp_p
     assert (rows[0].histogram_value.bucket_limit, rows[0].histogram_value.bucket) == ([1.0, 2.0], [2.0, 0.0])
 
 
-def test_a_folder_that_cannot_be_written_is_a_warning_and_nothing_else(tmp_path: Path):
+def test_a_folder_that_cannot_be_written_only_warns(tmp_path: Path):
     (tmp_path / "file").write_text("")
     warnings: list[str] = []
     tracker = _open(tmp_path / "file", warn=warnings.append)
@@ -60,7 +60,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning_and_nothing_else(tmp_path:
     assert "TensorBoard logging is off: " in warning and "metrics.jsonl is complete" in warning
 
 
-def test_a_disk_that_fills_up_is_a_warning_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_disk_that_fills_up_only_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     warnings: list[str] = []
     tracker = _open(tmp_path, warn=warnings.append)
     writer = tracker._writer
@@ -75,7 +75,7 @@ def test_a_disk_that_fills_up_is_a_warning_and_nothing_else(tmp_path: Path, monk
     assert len(warnings) == 1 and "No space left on device" in warnings[0]
 
 
-def test_a_folder_that_is_removed_meanwhile_gets_what_comes(tmp_path: Path):
+def test_a_folder_removed_during_the_run_gets_later_records(tmp_path: Path):
     tracker = _open(tmp_path / "tensorboard")
     _train(tracker, range(1, 4), loss=1.0)
     shutil.rmtree(tmp_path / "tensorboard")

@@ -1,4 +1,4 @@
-"""Who keeps records, as one."""
+"""All trackers of a run together."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from trainer.errors import PREEMPTED, CommError, NumericsError
 from trainer.trackers.base import Trackers
 
 
-class Witness:
+class RecordingTracker:
     def __init__(self) -> None:
         self.seen: list[Any] = []
 
@@ -22,8 +22,8 @@ class Witness:
         self.seen.append((exit_code, patience_s))
 
 
-def test_everybody_gets_every_record_and_the_end_once():
-    one, two = Witness(), Witness()
+def test_every_tracker_gets_every_record_and_the_end_once():
+    one, two = RecordingTracker(), RecordingTracker()
     with Trackers([one]) as trackers:
         trackers.log({"step": 1})
         trackers.add([two])
@@ -35,8 +35,8 @@ def test_everybody_gets_every_record_and_the_end_once():
     assert two.seen == one.seen[1:]
 
 
-def test_a_run_that_was_stopped_ends_with_its_code():
-    witness = Witness()
+def test_trackers_get_the_exit_code_of_a_stopped_run():
+    witness = RecordingTracker()
     with Trackers([witness]) as trackers:
         trackers.exit_code = PREEMPTED
     assert witness.seen == [(PREEMPTED, 10.0)]
@@ -51,10 +51,10 @@ def test_a_run_that_was_stopped_ends_with_its_code():
         (KeyboardInterrupt(), (130, 0.0)),
     ],
 )
-def test_an_error_ends_a_run_with_its_code_and_in_haste_where_that_matters(
+def test_trackers_get_the_exit_code_of_an_error_without_patience_if_ranks_are_lost(
     error: BaseException, end: tuple[int, float]
 ):
-    witness = Witness()
+    witness = RecordingTracker()
     with pytest.raises(type(error)), Trackers([witness]):
         raise error
     assert witness.seen == [end]
