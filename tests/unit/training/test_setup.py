@@ -280,9 +280,9 @@ def test_a_copy_is_a_run_of_its_own_in_wandb_too_and_a_moved_folder_is_not(
     start_trackers(second)
     second.trackers = Trackers()
     assert second.start_step == 3 and orders[0]["run_id"] == second.id == (there / "run_id").read_text().strip()
-    assert (second.id == first.id) == (what == "moved folder") == ("parent" not in orders[0]["described"])
+    assert (second.id == first.id) == (what == "moved folder") == ("parent" not in orders[0]["config"])
     parent = {"id": first.id, "name": "a", "step": 3, "folder": str(here) if what == "folder" else None}
     if what != "moved folder":
-        assert orders[0]["described"]["parent"] == second.checkpoint_info()["parent"] == parent
+        assert orders[0]["config"]["parent"] == second.checkpoint_info()["parent"] == parent
         assert f"branches off from run {first.id} ('a', step 3): a run of its own from here, {second.id}" in said[-1]
-    assert not any("damaged or gone" in line for line in said), "a branch by a checkpoint alone begins a log"
+    assert not any("damaged or lost" in line for line in said), "a branch by a checkpoint alone begins a log"
