@@ -63,8 +63,8 @@ def the_position_is_off_by_one() -> None:
     """Go on one row too late."""
     resume = trainer.training.setup.resume
 
-    def careless(run: Any, found: Any) -> None:
-        resume(run, found)
+    def careless(run: Any, checkpoint: Any) -> None:
+        resume(run, checkpoint)
         run.position += 1
 
     trainer.training.setup.resume = careless

@@ -97,9 +97,9 @@ def test_list_has_a_line_for_each_and_reads_all_bytes_only_where_asked(workplace
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert [line.split()[0] for line in lines] == [f"step_{step:08d}" for step in STEPS]
-    assert all(" 0.6 MB " in line and "1 rank, ep 1, replicate" in line and line.endswith("whole") for line in lines)
+    assert all(" 0.6 MB " in line and "1 rank, ep 1, replicate" in line and line.endswith("complete") for line in lines)
     full = checkpoint(workplace, "list", "tiny.yaml", "--full").stdout.splitlines()
-    assert all(line.endswith("sound") for line in full[:3]) and "its SHA-256" in full[3]
+    assert all(line.endswith("intact") for line in full[:3]) and "its SHA-256" in full[3]
     records = json.loads(checkpoint(workplace, "list", "runs/tiny", "--full", "--json").stdout)
     assert [record["wrong"] is None for record in records] == [True, True, True, False]
     assert records[0]["layout"] == {"world_size": 1, "ep_size": 1, "data": "replicate", "engine": "native"}
@@ -116,13 +116,13 @@ def test_list_and_prune_never_import_torch(workplace: Path) -> None:
         assert result.stdout.splitlines()[-1] == "0 False", result.stderr
 
 
-def test_verify_says_sound_or_what_is_wrong(workplace: Path) -> None:
+def test_verify_says_intact_or_what_is_wrong(workplace: Path) -> None:
     result = checkpoint(workplace, "verify", "runs/tiny")
     assert result.returncode == 0, result.stdout
-    sound = [
-        f"runs/tiny/checkpoints/step_{step:08d}: sound: 54 tensors, 4 experts in 2 layers, 0.6 MB" for step in STEPS
+    intact = [
+        f"runs/tiny/checkpoints/step_{step:08d}: intact: 54 tensors, 4 experts in 2 layers, 0.6 MB" for step in STEPS
     ]
-    assert result.stdout.splitlines() == sound[::-1]
+    assert result.stdout.splitlines() == intact[::-1]
     _damage(workplace, 10)
     result = checkpoint(workplace, "verify", "runs/tiny", "--json")
     assert result.returncode == 4
@@ -147,7 +147,7 @@ def test_prune_says_what_it_does_and_keeps_what_is_damaged(workplace: Path) -> N
     assert first == "removed runs/tiny/checkpoints/step_00000005"
     assert leftover == "removed runs/tiny/checkpoints/.tmp-step_00000025, left by a killed run"
     assert kept.startswith("kept runs/tiny/checkpoints/step_00000020/") and kept.endswith("--damaged removes it")
-    assert last == "2 sound: step_00000010, step_00000015"
+    assert last == "2 intact: step_00000010, step_00000015"
     assert _steps(workplace) == [10, 15, 20]
     result = checkpoint(workplace, "prune", "tiny.yaml", "--keep", "1", "--keep-every", "10", "--damaged")
     assert result.returncode == 0 and _steps(workplace) == [10, 15]
@@ -223,7 +223,7 @@ def test_what_is_no_run_is_one_line(workplace: Path) -> None:
 
 
 def test_weights_that_are_not_finite_are_a_line_to_every_verb(workplace: Path) -> None:
-    """Of a checkpoint that an older version saved as sound."""
+    """Of a checkpoint that an older version saved as intact."""
     _spoil(workplace, 20)
     what = r"step_00000020: model\.norm\.weight is not finite: the run had diverged when it was saved"
     for verb in (["eval"], ["generate", "--max-tokens", "3"]):
@@ -233,7 +233,7 @@ def test_weights_that_are_not_finite_are_a_line_to_every_verb(workplace: Path) -
             turnout(workplace, verb[0], "runs/tiny", *verb[1:], "--step", "20"), 4, f"{what}; use the checkpoint of"
         )
     assert re.search(what, checkpoint(workplace, "list", "runs/tiny", "--full").stdout)
-    assert checkpoint(workplace, "prune", "runs/tiny", "--keep", "1").stdout.endswith("1 sound: step_00000015\n")
+    assert checkpoint(workplace, "prune", "runs/tiny", "--keep", "1").stdout.endswith("1 intact: step_00000015\n")
     _spoil(workplace, 15)
     refused(turnout(workplace, "eval", "runs/tiny"), 4, f"{what}.*no other checkpoint is left")
     assert _steps(workplace) == [15, 20]

@@ -66,11 +66,11 @@ def list_command(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([entry.record() for entry in list_checkpoints(folder, with_content=options.full)]))
         return 0
-    well = "sound" if options.full else "whole"
+    good = "intact" if options.full else "complete"
     for entry in list_checkpoints(folder, with_content=options.full):
         size = "-" if entry.size_bytes is None else _megabytes(entry.size_bytes)
         name = folder.of_step(entry.step).name
-        print_safe(f"{name}  {size:>11}  {entry.written}  {entry.layout_text:<26}  {entry.wrong or well}")
+        print_safe(f"{name}  {size:>11}  {entry.written}  {entry.layout_text:<26}  {entry.wrong or good}")
     return 0
 
 
@@ -82,24 +82,24 @@ def verify_command(options: argparse.Namespace) -> int:
 
     from trainer.checkpoint.tools.verify import verify_checkpoint
 
-    records, is_sound = [], True
+    records, is_intact = [], True
     for number in reversed(steps):
-        found = None
+        result = None
         with suppress(FileNotFoundError):
-            found = verify_checkpoint(folder, number)
-        if found is None or not folder.of_step(number).exists():  # pruned by a running trainer
+            result = verify_checkpoint(folder, number)
+        if result is None or not folder.of_step(number).exists():  # pruned by a running trainer
             folder.resolve_step(options.step)
             continue
-        is_sound = is_sound and not found.findings
-        records.append(found.record())
+        is_intact = is_intact and not result.findings
+        records.append(result.record())
         if options.json:
             continue
-        experts = f"{found.num_experts} experts in {found.num_layers} layers" if found.num_experts else "no experts"
-        sound = f"sound: {found.num_tensors} tensors, {experts}, {_megabytes(found.size_bytes)}"
-        print_safe("\n".join(found.findings or [f"{folder.of_step(number)}: {sound}"]))
+        experts = f"{result.num_experts} experts in {result.num_layers} layers" if result.num_experts else "no experts"
+        intact = f"intact: {result.num_tensors} tensors, {experts}, {_megabytes(result.size_bytes)}"
+        print_safe("\n".join(result.findings or [f"{folder.of_step(number)}: {intact}"]))
     if options.json:
         print(json.dumps(records))
-    return 0 if is_sound else CheckpointError.exit_code
+    return 0 if is_intact else CheckpointError.exit_code
 
 
 def prune_command(options: argparse.Namespace) -> int:
@@ -128,7 +128,7 @@ def prune_command(options: argparse.Namespace) -> int:
     for step, reason in plan.damaged.items():
         if step not in plan.remove:
             print_safe(f"kept {reason}; --damaged removes it")
-    print_safe(f"{len(plan.keep)} sound: {', '.join(folder.of_step(step).name for step in plan.keep)}")
+    print_safe(f"{len(plan.keep)} intact: {', '.join(folder.of_step(step).name for step in plan.keep)}")
     return 0
 
 

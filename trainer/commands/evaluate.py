@@ -67,7 +67,7 @@ def evaluate_command(options: argparse.Namespace) -> int:
     return 0
 
 
-def _tasks(text: str | None, known: Sequence[str]) -> list[str] | None:
+def _tasks(text: str | None, names_in_config: Sequence[str]) -> list[str] | None:
     """Parse `--tasks`.
 
     Raises:
@@ -77,8 +77,8 @@ def _tasks(text: str | None, known: Sequence[str]) -> list[str] | None:
         return None
     names = _names(text)
     for name in names:
-        if name not in known:
-            has = f"it has {', '.join(known)}" if known else "it has none"
+        if name not in names_in_config:
+            has = f"it has {', '.join(names_in_config)}" if names_in_config else "it has none"
             raise ConfigError(f"--tasks: {shown(name)} is not a task of the config (eval.tasks); {has}")
     return names
 

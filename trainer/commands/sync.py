@@ -1,4 +1,4 @@
-"""The command sync-wandb: upload a run to Weights & Biases from its metrics.jsonl."""
+"""The command `sync-wandb`: upload a run to Weights & Biases from its metrics.jsonl."""
 
 import argparse
 from importlib.util import find_spec
@@ -12,11 +12,11 @@ from trainer.trackers import wandb
 
 def add(subparsers: Subparsers) -> None:
     """Add the command with its arguments."""
-    add_run(add_command(subparsers, "sync-wandb", sync_wandb, example="runs/smoke"), with_overrides=False)
+    add_run(add_command(subparsers, "sync-wandb", sync_wandb_command, example="runs/smoke"), with_overrides=False)
 
 
-def sync_wandb(options: argparse.Namespace) -> int:
-    """Upload to Weights & Biases what it does not have of a run: one trained offline, or while its server was away."""
+def sync_wandb_command(options: argparse.Namespace) -> int:
+    """Upload the missing part of a run to Weights & Biases, after training offline or without a connection."""
     options.overrides = []
     folder = named_run_folder(options).path
     if not wandb.settings_path(folder).is_file():
@@ -26,5 +26,5 @@ def sync_wandb(options: argparse.Namespace) -> int:
     if find_spec("wandb") is None:
         raise ConfigError("sync-wandb: wandb is not installed here; pip install wandb")
     if not wandb.sync(folder, print_safe):
-        raise ResourceError(f"{folder}: not all of it was uploaded; repeat the command")
+        raise ResourceError(f"{folder}: the upload is incomplete; repeat the command")
     return 0

@@ -84,11 +84,11 @@ def _native_cases(config: ExperimentConfig) -> list[Case]:
         for ep_size in range(1, min(world_size, num_experts) + 1):
             if world_size % ep_size:
                 continue
-            here = {"world_size": world_size, "ep_size": ep_size}
-            cases.append(Case(**here, micro_batch_size=share))
+            degrees = {"world_size": world_size, "ep_size": ep_size}
+            cases.append(Case(**degrees, micro_batch_size=share))
             if share > 1:
-                cases.append(Case(**here, micro_batch_size=-(-share // 2)))
-            cases.append(Case(**here, data="shard", micro_batch_size=-(-share // 2)))
+                cases.append(Case(**degrees, micro_batch_size=-(-share // 2)))
+            cases.append(Case(**degrees, data="shard", micro_batch_size=-(-share // 2)))
             if ep_size == 1:
                 continue
             kinds = ["all_gather"]
@@ -96,11 +96,11 @@ def _native_cases(config: ExperimentConfig) -> list[Case]:
                 kinds.append("padded_all_to_all")
             if not isinstance(dispatcher, ExchangeOptions | LocalDispatcherConfig):
                 kinds.append(dispatcher.kind)  # a plug-in
-            cases += [Case(**here, dispatcher=kind, micro_batch_size=share) for kind in kinds]
+            cases += [Case(**degrees, dispatcher=kind, micro_batch_size=share) for kind in kinds]
             if num_experts // ep_size > 1:
-                cases.append(Case(**here, chunks=2, micro_batch_size=share))
+                cases.append(Case(**degrees, chunks=2, micro_batch_size=share))
             if ep_size == 4:
-                cases.append(Case(**here, dispatcher="hierarchical", ranks_per_node=2, micro_batch_size=share))
+                cases.append(Case(**degrees, dispatcher="hierarchical", ranks_per_node=2, micro_batch_size=share))
     return cases
 
 

@@ -18,8 +18,8 @@ def gather_state(state: TrainState, mesh: Mesh) -> TrainState:
     if mesh.world.size == 1:
         return state
     # Per rank and name: start and length along dimension 0.
-    here = {name: (part.start, len(part.tensor) if part.tensor.dim() else 1) for name, part in state.slices.items()}
-    rows = mesh.world.all_gather_objects(here)
+    local = {name: (part.start, len(part.tensor) if part.tensor.dim() else 1) for name, part in state.slices.items()}
+    rows = mesh.world.all_gather_objects(local)
     table: list[dict[str, tuple[int, int]]] = [{name: (at, size) for name, (at, size) in row.items()} for row in rows]
     slices = {}
     for name, part in state.slices.items():
@@ -28,16 +28,16 @@ def gather_state(state: TrainState, mesh: Mesh) -> TrainState:
         if senders == [0]:
             slices[name] = part
             continue
-        me, is_first = mesh.layout.rank, mesh.layout.rank == 0
+        rank, is_first = mesh.layout.rank, mesh.layout.rank == 0
         send = [0] * mesh.world.size
-        send[0] = len(part.tensor) if me in senders else 0
+        send[0] = len(part.tensor) if rank in senders else 0
         receive = [table[r][name][1] if is_first and r in senders else 0 for r in range(mesh.world.size)]
-        arrived = mesh.world.all_to_all(part.tensor[: send[0]], send, receive)
+        received = mesh.world.all_to_all(part.tensor[: send[0]], send, receive)
         if not is_first:
             slices[name] = part
             continue
-        whole = torch.empty(part.global_shape, dtype=arrived.dtype)  # on the CPU: it may not fit on a GPU
-        for row, piece in zip(table, arrived.split(receive), strict=True):
+        whole = torch.empty(part.global_shape, dtype=received.dtype)  # on the CPU: it may not fit on a GPU
+        for row, piece in zip(table, received.split(receive), strict=True):
             start = row[name][0]
             whole[start : start + len(piece)] = piece
         slices[name] = Slice.whole(whole)

@@ -21,8 +21,8 @@ class TableRow:
 
     def is_accepted(self, labels: Sequence[str]) -> bool:
         """Return whether the layout equals one process, or differs only as far as labelled settings allow."""
-        found = self.comparison
-        return found is not None and (found.is_equal or (bool(labels) and not found.is_beyond_labels))
+        result = self.comparison
+        return result is not None and (result.is_equal or (bool(labels) and not result.is_beyond_labels))
 
 
 class Table:

@@ -69,19 +69,19 @@ def evaluate_checkpoint(
         screen: where to print.
     """
     console = Console(file=sys.stderr)
-    engine, corpus, found = _with_text(config, folder, step, console)
+    engine, corpus, checkpoint = _with_text(config, folder, step, console)
     selected = [task for task in config.eval.tasks if only is None or task.name in only]
     alone = Mesh.of_one()
     tasks = load_tasks(selected, corpus, seq_len=config.model.seq_len, world=alone.world, warn=console.warning)
     with memory.hint_evaluation(config):
         evaluation = evaluate_run(config, engine, corpus, tasks, alone, with_held_out=only is None)
-    layers, title = engine.model.config.moe_layers, f"{config.name} at step {found.step}"
+    layers, title = engine.model.config.moe_layers, f"{config.name} at step {checkpoint.step}"
     summary = summarize_evaluation(evaluation, corpus, layers, title=title)
-    written = _write_files(folder, evaluation, summary, step=found.step, warn=console.warning)
+    written = _write_files(folder, evaluation, summary, step=checkpoint.step, warn=console.warning)
     with closing(Console(file=screen)) as console:
         console.summary(replace(summary, written=written))
     signatures = {f"eval/{t.name}/{key}_signature": text for t in tasks for key, text in t.signatures.items()}
-    return {"step": found.step, **evaluation.record(), **signatures}
+    return {"step": checkpoint.step, **evaluation.record(), **signatures}
 
 
 def evaluate_top_ks(
@@ -96,7 +96,7 @@ def evaluate_top_ks(
         step: of the checkpoint; None: the newest.
         screen: where to print.
     """
-    engine, corpus, found = _with_text(config, folder, step, Console(file=sys.stderr))
+    engine, corpus, checkpoint = _with_text(config, folder, step, Console(file=sys.stderr))
     with memory.hint_evaluation(config):
         results = sweep_top_k(
             engine,
@@ -109,9 +109,9 @@ def evaluate_top_ks(
     moe = config.model.moe
     trained = [] if moe is None else getattr(moe.router, "top_k_choices", None) or [getattr(moe.router, "top_k", 0)]
     print_safe(
-        f"{config.name} at step {found.step}, held-out text\n{sweep_table(results, trained=trained)}", file=screen
+        f"{config.name} at step {checkpoint.step}, held-out text\n{sweep_table(results, trained=trained)}", file=screen
     )
-    return {"step": found.step, "experts_per_token": {str(result.top_k): result.record() for result in results}}
+    return {"step": checkpoint.step, "experts_per_token": {str(result.top_k): result.record() for result in results}}
 
 
 def evaluate_by_lm_eval(
@@ -133,26 +133,26 @@ def evaluate_by_lm_eval(
         from trainer.evaluation.lm_eval import LmEvalModel, run_lm_eval
 
     console = Console(file=sys.stderr)
-    engine, tokenizer, found = load_trained(config, folder, step=step, warn=console.warning)
+    engine, tokenizer, checkpoint = load_trained(config, folder, step=step, warn=console.warning)
     model = LmEvalModel(_context(config, engine, Mesh.of_one()), tokenizer)
     with memory.hint_evaluation(config):
         results, table = run_lm_eval(model, tasks, include_path=include_path, limit=limit)
     print_safe(table, file=screen)
-    return {"step": found.step, "lm_eval": results}
+    return {"step": checkpoint.step, "lm_eval": results}
 
 
 def _with_text(
     config: ExperimentConfig, folder: RunFolder, step: int | None, console: Console
 ) -> tuple[Engine, Corpus, CheckpointHandle]:
     """Load a checkpoint and its text; warn about reasons not to trust a held-out loss."""
-    engine, tokenizer, found = load_trained(config, folder, step=step, warn=console.warning)
+    engine, tokenizer, checkpoint = load_trained(config, folder, step=step, warn=console.warning)
     with console.progress_bar("reading text") as bar:
         corpus = build_corpus(config.data, tokenizer=tokenizer, progress=bar)
-    if found.run["data_fingerprint"] != corpus.fingerprint:
+    if checkpoint.run["data_fingerprint"] != corpus.fingerprint:
         console.warning("the run was trained on other text, which may contain some of what is held out now")
     if warning := evaluation_warning(engine.model.moe_layers()):
         console.warning(warning)
-    return engine, corpus, found
+    return engine, corpus, checkpoint
 
 
 def _context(config: ExperimentConfig, engine: Engine, mesh: Mesh) -> EvalContext:

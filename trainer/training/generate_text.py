@@ -57,7 +57,7 @@ def generate_text(
         NumericsError: if the model's logits are not finite.
     """
     console = Console(file=sys.stderr)
-    engine, tokenizer, found = load_trained(config, folder, step=step, warn=console.warning)
+    engine, tokenizer, checkpoint = load_trained(config, folder, step=step, warn=console.warning)
     if warning := evaluation_warning(engine.model.moe_layers()):
         console.warning(warning)
     # Bytes of a prompt that are not UTF-8 arrive as surrogates; the model reads the replacement characters shown.
@@ -80,7 +80,7 @@ def generate_text(
         for token in tokens:
             print(escape(decoder.decode(tokenizer.decode([token]))), end="", flush=True)
     except NumericsError as error:
-        raise NumericsError(f"{found.path}: {error}; use the checkpoint of another step (--step)") from None
+        raise NumericsError(f"{checkpoint.path}: {error}; use the checkpoint of another step (--step)") from None
     finally:
         print(escape(decoder.decode(b"", final=True)))
 

@@ -30,10 +30,10 @@ def load_trained(
     Raises:
         CheckpointError: if there is none, or it is damaged or of another model.
     """
-    checkpoints, mesh = CheckpointFolder(folder.checkpoints), Mesh.of_one()
-    found = _newest(checkpoints, warn) if step is None else _find_intact(checkpoints, step)
-    check_record(found)
-    tokenizer = tokenizer_of(folder, config.data, fingerprint=found.run["tokenizer_fingerprint"])
+    candidates, mesh = CheckpointFolder(folder.checkpoints), Mesh.of_one()
+    checkpoint = _newest(candidates, warn) if step is None else _find_intact(candidates, step)
+    check_record(checkpoint)
+    tokenizer = tokenizer_of(folder, config.data, fingerprint=checkpoint.run["tokenizer_fingerprint"])
     device = runtime.start(config.parallel.device)
     config = resolve_kernel(single_process(config), device)
     with memory.hint_reading_checkpoint(config):
@@ -41,28 +41,28 @@ def load_trained(
     engine = config.engine.build(model, config.optim, numerics(config), mesh)
     while True:
         try:
-            load_state(found, engine, config, tokenizer)
+            load_state(checkpoint, engine, config, tokenizer)
         except CheckpointError as error:
-            removed = removed_meanwhile(found.path)
+            removed = removed_meanwhile(checkpoint.path)
             if removed is None or step is not None:
                 raise CheckpointError(removed or str(error)) from None
-            found = _newest(checkpoints, warn)
-            warn(f"{removed}; using step {found.step} instead")
+            checkpoint = _newest(candidates, warn)
+            warn(f"{removed}; using step {checkpoint.step} instead")
         else:
-            return engine, tokenizer, found
+            return engine, tokenizer, checkpoint
 
 
 def _newest(checkpoints: CheckpointFolder, warn: Callable[[str], None]) -> CheckpointHandle:
-    found = find_newest(checkpoints, Mesh.of_one().world, warn=warn)
-    if found is None:
+    checkpoint = find_newest(checkpoints, Mesh.of_one().world, warn=warn)
+    if checkpoint is None:
         raise CheckpointError(f"{checkpoints.path}: has no checkpoint; train first")
-    return found
+    return checkpoint
 
 
 def _find_intact(checkpoints: CheckpointFolder, step: int) -> CheckpointHandle:
-    found = find(checkpoints, step)
+    checkpoint = find(checkpoints, step)
     try:
-        check_finite_values(found.path, found.manifest.files)
+        check_finite_values(checkpoint.path, checkpoint.manifest.files)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; use the checkpoint of another step") from None
-    return found
+    return checkpoint

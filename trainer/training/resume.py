@@ -22,7 +22,7 @@ _RATE_TOLERANCE = 0.01
 _RATE_KEYS = ("schedule.", "train.steps")
 
 
-def resume(run: Run, found: CheckpointHandle) -> None:
+def resume(run: Run, checkpoint: CheckpointHandle) -> None:
     """Restore a run from a checkpoint: each rank reads its own slices, whatever layout wrote them.
 
     Raises:
@@ -30,67 +30,69 @@ def resume(run: Run, found: CheckpointHandle) -> None:
         DataError: if the run was trained on other text.
     """
     run.mesh.world.recorder.enter("loading the checkpoint")
-    load_state(found, run.engine, run.config, run.corpus.tokenizer)
+    load_state(checkpoint, run.engine, run.config, run.corpus.tokenizer)
     if not run.folder.config.is_file():  # otherwise compared before torch was imported
-        for warning in _changes_since(found, run.config):
+        for warning in _changes_since(checkpoint, run.config):
             run.console.warning(warning)
-    saved, now = found.run["data_fingerprint"], run.corpus.fingerprint
+    saved, now = checkpoint.run["data_fingerprint"], run.corpus.fingerprint
     if saved != now:
         raise DataError(
-            f"{found.path}: was trained on other text than data.sources and data.split give now (fingerprint "
+            f"{checkpoint.path}: was trained on other text than data.sources and data.split give now (fingerprint "
             f"{abridged(saved)}, now {abridged(now)}); restore the files, or start a new run with name=..."
         )
-    run.start_step, run.position = found.step, int(found.run["position"])
-    run.tokens = int(found.run["tokens"])
-    run.stream.resume_at(found.run.get("streams", {}))
-    run.skipped_steps = int(found.run["skipped_steps"])
-    run.skipped_in_a_row = int(found.run["skipped_in_a_row"])
-    run.spikes.restore(found.run.get("spikes", {}))
-    if (jump := _rate_jump(found, run)) is not None:
+    run.start_step, run.position = checkpoint.step, int(checkpoint.run["position"])
+    run.tokens = int(checkpoint.run["tokens"])
+    run.stream.resume_at(checkpoint.run.get("streams", {}))
+    run.skipped_steps = int(checkpoint.run["skipped_steps"])
+    run.skipped_in_a_row = int(checkpoint.run["skipped_in_a_row"])
+    run.spikes.restore(checkpoint.run.get("spikes", {}))
+    if (jump := _rate_jump(checkpoint, run)) is not None:
         run.console.warning(jump)
-    run.console.message(f"resuming from {found.path}{_layout_changes(found, run)}")
+    run.console.message(f"resuming from {checkpoint.path}{_layout_changes(checkpoint, run)}")
 
 
-def load_state(found: CheckpointHandle, engine: Engine, config: ExperimentConfig, tokenizer: Tokenizer) -> None:
+def load_state(checkpoint: CheckpointHandle, engine: Engine, config: ExperimentConfig, tokenizer: Tokenizer) -> None:
     """Load this rank's slices of weights and optimizer state, after checking that they fit the model and tokenizer."""
-    check_record(found)
-    stored = _stored_config(found)
+    check_record(checkpoint)
+    stored = _stored_config(checkpoint)
     stored_model = None if stored is None else stored.model.model_dump(mode="json")
-    check_model(found, config.model.model_dump(mode="json"), stored=stored_model)
-    check_tokenizer(found, fingerprint=tokenizer.fingerprint)
+    check_model(checkpoint, config.model.model_dump(mode="json"), stored=stored_model)
+    check_tokenizer(checkpoint, fingerprint=tokenizer.fingerprint)
     wanted = engine.wanted()
-    check_fits(found, wanted)
-    with StoredTensors(found.path, found.manifest) as tensors:
+    check_fits(checkpoint, wanted)
+    with StoredTensors(checkpoint.path, checkpoint.manifest) as tensors:
         engine.load_state(tensors.like(wanted))
 
 
-def _stored_config(found: CheckpointHandle) -> ExperimentConfig | None:
+def _stored_config(checkpoint: CheckpointHandle) -> ExperimentConfig | None:
     """Return the config that a checkpoint was written with; None if this version cannot read it."""
     try:
-        return ExperimentConfig.model_validate(found.run.get("config"))
+        return ExperimentConfig.model_validate(checkpoint.run.get("config"))
     except ValidationError:
         return None
 
 
-def _changes_since(found: CheckpointHandle, config: ExperimentConfig) -> list[str]:
+def _changes_since(checkpoint: CheckpointHandle, config: ExperimentConfig) -> list[str]:
     """Return a warning for each change since a checkpoint that affects what is learned.
 
     Raises:
         ConfigError: if the model itself changed.
     """
-    stored = _stored_config(found)
+    stored = _stored_config(checkpoint)
     if stored is not None:
-        return check_belongs(RunFolder(found.path), changed_keys(stored, config))
-    counters = found.run.get("random")
+        return check_belongs(RunFolder(checkpoint.path), changed_keys(stored, config))
+    counters = checkpoint.run.get("random")
     seed = counters.get("seed") if isinstance(counters, Mapping) else None
-    unread = f"{found.path}: this version cannot read its config; only model and seed are compared"
-    seed_warning = [f"seed was {short(seed)} in {found.path} and is now {config.seed}"] if seed != config.seed else []
+    unread = f"{checkpoint.path}: this version cannot read its config; only model and seed are compared"
+    seed_warning = (
+        [f"seed was {short(seed)} in {checkpoint.path} and is now {config.seed}"] if seed != config.seed else []
+    )
     return [unread, *seed_warning, *(order_warnings(["seed"]) if seed_warning else [])]
 
 
-def _rate_jump(found: CheckpointHandle, run: Run) -> str | None:
+def _rate_jump(checkpoint: CheckpointHandle, run: Run) -> str | None:
     """Return a warning if the learning rate jumps because the schedule or the length of the run changed."""
-    stored, done = _stored_config(found), found.step
+    stored, done = _stored_config(checkpoint), checkpoint.step
     if stored is None or not 0 < done < run.config.train.steps:
         return None
     before, now = stored.schedule.build(total_steps=stored.train.steps), run.schedule(done)
@@ -105,8 +107,8 @@ def _rate_jump(found: CheckpointHandle, run: Run) -> str | None:
     )
 
 
-def _layout_changes(found: CheckpointHandle, run: Run) -> str:
+def _layout_changes(checkpoint: CheckpointHandle, run: Run) -> str:
     """Describe how the layout differs from the one that wrote the checkpoint."""
-    before, now = recorded_layout(found.manifest), run.layout_record()
+    before, now = recorded_layout(checkpoint.manifest), run.layout_record()
     changes = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
     return f" ({', '.join(changes)})" if changes else ""

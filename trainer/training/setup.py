@@ -179,11 +179,11 @@ def resume_newest(run: Run) -> CheckpointHandle | None:
     with raise_together(world):
         if run.mesh.layout.rank == 0:
             run.saver.folder.clean()
-    found = find_newest(run.saver.folder, world, warn=run.console.warning)
-    if found is not None:
+    checkpoint = find_newest(run.saver.folder, world, warn=run.console.warning)
+    if checkpoint is not None:
         with raise_together(world), memory.hint_reading_checkpoint(run.config):
-            resume(run, found)
-    return found
+            resume(run, checkpoint)
+    return checkpoint
 
 
 def write_run_folder(run: Run, checkpoint: CheckpointHandle | None, device: torch.device) -> None:

@@ -40,8 +40,8 @@ class TaskConfig(KindConfig):
     max_examples: Count | None = None
     """At most this many rows, evenly spaced. Null: all of them."""
     every: Count | Literal["end"] | None = None
-    """Steps between evaluations; there is one at the end as well. Null: whenever held-out text is evaluated. `end`:
-    only at the end."""
+    """Steps between evaluations; the last step is always evaluated. Null: whenever held-out text is. `end`: only the
+    last step."""
 
     def build(self, tokenizer: Tokenizer, *, seq_len: int) -> Task:
         """Read the rows and make the task."""
