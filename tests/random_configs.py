@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tests.registries import ROUTERS
+from tests.registries import DISPATCHERS, ROUTERS
 from tests.repeated_texts import repeated_texts
 from trainer.experiment import ExperimentConfig
 from trainer.prove.cases import Case, apply_case, labels, reference
@@ -193,8 +193,8 @@ def _layout(drawn: random.Random, config: ExperimentConfig) -> Case:
     ep_size = drawn.choice([n for n in range(1, world_size + 1) if world_size % n == 0 and n <= moe.num_experts])
     dispatcher = "all_to_all"
     if ep_size > 1:
-        padded = ["padded_all_to_all"] if moe.capacity.factor is not None else []
-        dispatcher = drawn.choice(["all_to_all", "all_gather", "hierarchical", *padded])
+        unusable = {"local"} | ({"padded_all_to_all"} if moe.capacity.factor is None else set())
+        dispatcher = drawn.choice([kind for kind in DISPATCHERS if kind not in unusable])
     return Case(
         world_size=world_size,
         ep_size=ep_size,

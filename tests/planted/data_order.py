@@ -13,8 +13,8 @@ FAULTS = [
     in_package(
         "the temperature of a mixture is inverted",
         "data/mixture.py",
-        "max(num_tokens), 1 / config.temperature",
-        "max(num_tokens), config.temperature",
+        "max(num_tokens), 1 / temperature",
+        "max(num_tokens), temperature",
         "data/test_mixture.py",
     ),
     in_package(
@@ -76,8 +76,8 @@ FAULTS = [
     in_package(
         "a block begins with the last document of the one before",
         "data/token_cache/block_stream.py",
-        '"document": place.document + 1',
-        '"document": place.document',
+        '"document": mark.document + 1',
+        '"document": mark.document',
         "data/token_cache/test_block_stream.py::test_an_epoch_of_blocks_has_every_document_once",
     ),
     in_package(
@@ -113,6 +113,6 @@ FAULTS = [
         "data/token_cache/block_stream.py",
         "is_held_out(document.prompt + document.text,",
         "is_held_out(document.text,",
-        "data/token_cache/test_block_stream.py::test_a_prompt_is_part_of_what_decides_whether_a_document_is_held_out",
+        "data/token_cache/test_block_stream.py::test_the_split_of_a_stream_depends_on_the_prompt_too",
     ),
 ]
