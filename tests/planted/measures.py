@@ -54,10 +54,10 @@ FAULTS = [
     ),
     in_package(
         "imbalance is of the mean layer",
-        "metrics/routing.py",
+        "metrics/routing_metrics.py",
         "(load.amax(-1) / mean).max()",
         "(load.amax(-1) / mean).mean()",
-        "metrics/test_routing.py",
+        "metrics/test_routing_metrics.py",
     ),
     in_package(
         "answers are compared over all characters",
@@ -97,8 +97,8 @@ FAULTS = [
     in_package(
         "speed is of all steps so far",
         "metrics/throughput.py",
-        "        self._seconds = 0.0\n        return speed",
-        "        return speed",
+        "        self._seconds = 0.0\n        return throughput",
+        "        return throughput",
         "metrics/test_throughput.py",
     ),
     in_package(
@@ -117,10 +117,10 @@ FAULTS = [
     ),
     in_package(
         "drops are over what was kept",
-        "metrics/routing.py",
+        "metrics/routing_metrics.py",
         'max(1.0, float(load.sum())),\n        "load',
         'max(1.0, float(load.sum() - dropped.sum())),\n        "load',
-        "metrics/test_routing.py",
+        "metrics/test_routing_metrics.py",
     ),
     in_package(
         "minutes are hundredths",
