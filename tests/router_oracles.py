@@ -1,7 +1,7 @@
-"""Every router as loops over tokens and experts, written from the papers' formulas and not from the code.
+"""Every router as loops over tokens and experts, written from the papers' formulas, not from the code.
 
-An oracle returns what a token's experts are and what they weigh, best first where the order means something. Noise is
-handed in: that it is what it should be is tested where it is made.
+An oracle returns each token's experts and weights, best first if the order matters. Noise is given: its own tests are
+in tests/unit/ops/test_noise.py.
 
 # T tokens, k experts per token, E experts, D d_model.
 """
@@ -22,14 +22,14 @@ from trainer.ops.noise import standard_normal, token_keys, uniform
 
 @dataclass
 class Case:
-    """What an oracle may look at."""
+    """Input of an oracle."""
 
     x: Tensor  # (T, D)
     parameters: Mapping[str, Tensor]
     options: Mapping[str, Any]  # of the router's config, defaults included
     num_experts: int
     context: RoutingContext
-    extra: dict[str, Tensor] = field(default_factory=dict)  # what else an oracle works out: loss (T,), load (T, E)
+    extra: dict[str, Tensor] = field(default_factory=dict)  # further outputs: loss (T,), load (T, E)
 
     @property
     def k(self) -> int:
@@ -61,7 +61,7 @@ def best(values: Any, k: int, among: Any = None) -> list[int]:
 
 
 def _weighted(case: Case, chosen: list[list[int]], scores: Tensor, probs: Tensor, logits: Tensor) -> Routed:
-    """Weigh by scores, normalised and scaled as the options say; null experts weigh in the sum and are left out."""
+    """Weight by scores, normalized and scaled as configured; null experts count in the sum but have no output."""
     experts, weights = [], []
     for t, mine in enumerate(chosen):
         mine = mine if case.context.valid[t] else []
@@ -86,7 +86,7 @@ def top_k(case: Case) -> Routed:
 
 
 def _bias(case: Case) -> Tensor:
-    """One of each expert, and the last one of every null expert."""
+    """The bias of each expert; every null expert has the last one."""
     bias, nulls = case.parameters["bias"].double(), case.options["null_experts"]
     return torch.tensor([*bias[: case.num_experts].tolist(), *([float(bias[-1])] * nulls)])
 
@@ -181,7 +181,7 @@ def _looks_ahead(case: Case) -> bool:
 
 
 def _assigned(case: Case, assign: Callable[[Tensor, int, int], list[tuple[int, int]]]) -> Routed:
-    """Give each sequence's tokens to experts within their room; raw probabilities as weights."""
+    """Assign each sequence's tokens to experts within capacity, weighted by raw probabilities."""
     logits, probs, _ = _scored(case, "softmax")
     chosen: list[list[int]] = [[] for _ in case.x]
     for tokens in case.rows():
@@ -218,7 +218,7 @@ def greedy(case: Case) -> Routed:
 
 
 def linear_program(case: Case) -> Routed:
-    """Tries every assignment: only for few tokens."""
+    """Try every assignment, for few tokens only."""
 
     def assign(scores: Tensor, k: int, room: int) -> list[tuple[int, int]]:
         n, num_experts = scores.shape
@@ -226,7 +226,7 @@ def linear_program(case: Case) -> Routed:
             s for size in range(min(k, num_experts) + 1) for s in itertools.combinations(range(num_experts), size)
         ]
         value: dict[tuple[int, ...], tuple[float, list[tuple[int, int]]]] = {(0,) * num_experts: (0.0, [])}
-        for i in range(n):  # over tokens; the state is how full every expert is
+        for i in range(n):  # over tokens; the state is the load of every expert
             found: dict[tuple[int, ...], tuple[float, list[tuple[int, int]]]] = {}
             for filled, (total, pairs) in value.items():
                 for subset in subsets:
@@ -249,7 +249,7 @@ def base(case: Case) -> Routed:
         places = -(-len(tokens) // case.num_experts)
         if not _looks_ahead(case):
             assigned = [best(logits[t], 1)[0] for t in tokens]
-        else:  # every way to give each token one expert
+        else:  # every assignment of one expert per token
             ways = itertools.product(range(case.num_experts), repeat=len(tokens))
             fits = (way for way in ways if max(map(way.count, way), default=0) <= places)
             assigned = list(

@@ -1013,8 +1013,8 @@ CASES = [
           "agree, or leave it out here",
           "x.yaml:6:12: engine.deepspeed_config.bf16.enabled: true: it would round the router's weights as well; "
           "train.dtype: bfloat16 keeps them in float32; leave it out",
-          "x.yaml:7:25: engine.deepspeed_config.zero_optimization.overlap_com: not among the options of DeepSpeed that "
-          "are known to leave what is learned alone; did you mean zero_optimization.overlap_comm?",
+          "x.yaml:7:25: engine.deepspeed_config.zero_optimization.overlap_com: not among DeepSpeed's options that "
+          "are known not to change what is learned; did you mean zero_optimization.overlap_comm?",
           "x.yaml:8:12: parallel.data: shard is FSDP2's, and DeepSpeed shards by engine.zero_stage; use "
           "replicate",
           "x.yaml:9:9: train.dtype: float64: DeepSpeed sums gradients in float32; use engine.kind native"]),

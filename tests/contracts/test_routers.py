@@ -1,4 +1,4 @@
-"""Every router keeps the contract, one that a user adds does, and one that breaks it is caught."""
+"""Every router fulfils the contract, and so does a user-defined one; one that violates it is detected."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def test_a_router_of_a_user_s_keeps_the_contract(check: Any) -> None:
 
 
 class WrongRouterConfig(TopKOptions):
-    """Top-k with something wrong in it."""
+    """Top-k with one defect."""
 
     wrong: str
 
@@ -55,7 +55,7 @@ class WrongRouter(ThresholdRouter):
             ).reshape(logits.shape) * (context.position[:, None] % 2)
         if wrong == "sees other rows":
             logits = logits - logits.mean(0)
-        if wrong == "compares last bits":  # 0 but for rounding where all tokens of a row are equal
+        if wrong == "compares last bits":  # 0 up to rounding if all tokens of a row are equal
             logits = (rows := logits.view(context.num_sequences, -1, 4)) - rows.mean(1, keepdim=True)
             logits = logits.view(-1, 4)
         if wrong == "own generator":
@@ -97,7 +97,7 @@ def test_a_router_that_breaks_the_contract_is_caught(wrong: str, check: str) -> 
 
 
 def test_the_right_form_of_the_wrong_router_passes() -> None:
-    """The control of the controls above."""
+    """Control experiment of the tests above."""
     for check in set(WRONG.values()):
         getattr(router_contract, check)(WrongRouterConfig(wrong="nothing"), 4)
 

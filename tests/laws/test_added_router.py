@@ -1,4 +1,4 @@
-"""Law: what holds for the registry's routers holds for one that a user adds: plain loop, micro-batches, ranks."""
+"""Law: a user-defined router obeys the laws of built-in ones: plain loop, micro-batches, ranks."""
 
 from typing import Any
 
@@ -47,7 +47,7 @@ def test_it_equals_a_plain_loop_with_gradients() -> None:
 
 
 def _config() -> ModelConfig:
-    """A model with the user's router, whose name the registry does not know."""
+    """A model with the user-defined router, which is not in the registry."""
     config = tiny_model_config({"num_experts": 8, "balance": {"coef": 0.1}})
     assert config.moe is not None
     moe = config.moe.model_copy(update={"router": ThresholdRouterConfig()})
@@ -71,7 +71,7 @@ def train(layout: Layout, mesh: Mesh, num_pieces: int) -> torch.Tensor:
 
 
 def on_a_rank(ep_size: int) -> torch.Tensor:
-    """`train` as one of many."""
+    """Run `train` on one of several ranks."""
     layout = Layout(world_size=dist.get_world_size(), rank=dist.get_rank(), ep_size=ep_size, ranks_per_node=2)
     return train(layout, build_mesh(layout, FlightRecorder()), 1)
 

@@ -1,4 +1,4 @@
-"""Law: a document is learned as if it had its row for itself, and padding is nothing."""
+"""Law: a packed document is learned as if it were alone in its row, and padding has no effect."""
 
 from dataclasses import replace
 from typing import Any
@@ -15,7 +15,7 @@ ROWS, SEQ_LEN = 5, 24
 
 
 def _logits_alone(model: torch.nn.Module, packed: Batch, number: int) -> torch.Tensor:
-    """The logits of one of the packed documents in a row of nothing else."""
+    """Logits of one of the packed documents, alone in a row."""
     here = packed.document_id == number
     tokens, targets = packed.tokens[here][None], packed.targets[here][None]
     alone = make_batch(1, tokens.shape[1])
@@ -25,7 +25,7 @@ def _logits_alone(model: torch.nn.Module, packed: Batch, number: int) -> torch.T
 
 @pytest.mark.parametrize("router", [{"kind": "top_k"}, {"kind": "bias_balanced"}, {"kind": "dense"}], ids=str)
 def test_logits_are_those_that_a_document_has_alone_in_a_row(router: dict) -> None:
-    """Rotary positions are relative: where in a row a document begins makes no difference."""
+    """Rotary positions are relative: the position of a document in its row does not matter."""
     config = tiny_model_config({"router": router}, seq_len=SEQ_LEN, document_mask=True, num_layers=3)
     model, packed = make_model(config, dtype=torch.float64), make_packed_batch(ROWS, SEQ_LEN, longest=12)
     logits = model(packed, want_logits=True).logits
@@ -37,7 +37,7 @@ def test_logits_are_those_that_a_document_has_alone_in_a_row(router: dict) -> No
 
 
 def test_within_a_row_documents_see_those_before_them() -> None:
-    """The law's own control."""
+    """Control experiment."""
     config = tiny_model_config(seq_len=SEQ_LEN, document_mask=False)
     model, packed = make_model(config, dtype=torch.float64), make_packed_batch(1, SEQ_LEN, longest=12)
     logits = model(packed, want_logits=True).logits
@@ -46,7 +46,7 @@ def test_within_a_row_documents_see_those_before_them() -> None:
 
 
 def _wider(batch: Batch, seq_len: int) -> Batch:
-    """The same rows with padding behind them; what is in padding should not matter."""
+    """The same rows followed by padding, whose content must not matter."""
     rows, present = batch.tokens.shape
     padding = make_batch(rows, seq_len, seed=77)
     padding = replace(padding, valid=torch.zeros_like(padding.valid), document_id=torch.full_like(padding.tokens, -1))
@@ -58,7 +58,7 @@ def _wider(batch: Batch, seq_len: int) -> Batch:
 
 
 def _step(moe: dict, batch: Batch, document_mask: bool) -> tuple[dict[str, Any], NativeEngine]:
-    """Everything that a step gives."""
+    """All results of a step."""
     config = tiny_model_config({"balance": {"coef": 0.1}, **moe}, document_mask=document_mask)
     engine = make_engine(config, dtype=torch.float64, seed=3)
     step = engine.accumulate([batch])

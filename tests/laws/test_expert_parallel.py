@@ -1,4 +1,4 @@
-"""Law: how many ranks there are, and which experts are where, does not change what is learned."""
+"""Law: the number of ranks and the placement of experts do not change what is learned."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from trainer.distributed.rank_layout import Layout, even_slice
 from trainer.engine.native import NativeEngine
 from trainer.parallel.config import ParallelConfig
 
-STEPS, ROWS, SEQ_LEN = 10, 7, 8  # 7 rows: no number of ranks here divides them
+STEPS, ROWS, SEQ_LEN = 10, 7, 8  # 7 rows: not divisible by any number of ranks used here
 
 LAYOUTS = {
     "2 ranks, ep 1": (2, 1),
@@ -81,7 +81,7 @@ def _engine(moe: dict, mesh: Mesh, parallel: dict, *, is_packed: bool) -> Native
 
 
 def _share(step: int, layout: Layout, num_pieces: int, *, is_packed: bool) -> list[Batch]:
-    """This rank's rows of a step, in equally many pieces on every rank."""
+    """This rank's rows of a step, in the same number of micro-batches on every rank."""
     if is_packed:
         whole = make_packed_batch(ROWS, SEQ_LEN, seed=step, first_sample=ROWS * step)
     else:
@@ -95,7 +95,7 @@ def _share(step: int, layout: Layout, num_pieces: int, *, is_packed: bool) -> li
 
 
 def train(layout: Layout, moe: dict, parallel: dict, num_pieces: int, is_packed: bool) -> dict[str, Any]:
-    """Ten steps: what was measured at each, and this rank's state afterwards."""
+    """Train ten steps; return the metrics of each, and this rank's state afterwards."""
     mesh = build_mesh(layout, FlightRecorder())
     engine = _engine(moe, mesh, parallel, is_packed=is_packed)
     curve = []
@@ -111,13 +111,13 @@ def train(layout: Layout, moe: dict, parallel: dict, num_pieces: int, is_packed:
 
 
 def on_a_rank(ep_size: int, *args: Any) -> dict[str, Any]:
-    """`train` as one of many."""
+    """Run `train` on one of several ranks."""
     layout = Layout(world_size=dist.get_world_size(), rank=dist.get_rank(), ep_size=ep_size, ranks_per_node=2)
     return train(layout, *args)
 
 
 def _whole(states: list[TrainState]) -> dict[str, torch.Tensor]:
-    """Put the ranks' parts together, and check that copies agree bit for bit."""
+    """Assemble the ranks' slices, and check that replicas agree bit for bit."""
     whole: dict[str, torch.Tensor] = {}
     filled: dict[str, torch.Tensor] = {}
     for state in states:
@@ -146,7 +146,7 @@ def _compare(
     together = ranks.run(world_size, on_a_rank, ep_size, moe, parallel, num_pieces, is_packed)
     for mine in together:
         torch.testing.assert_close(mine["curve"], alone["curve"], rtol=1e-9, atol=1e-9)
-        assert torch.equal(mine["curve"], together[0]["curve"]), "every rank says the same"
+        assert torch.equal(mine["curve"], together[0]["curve"]), "all ranks report the same"
     whole, oracle = _whole([mine["state"] for mine in together]), _whole([alone["state"]])
     assert whole.keys() == oracle.keys()
     for name in oracle:
@@ -170,11 +170,11 @@ def test_every_router_and_loss_learns_the_same_on_many_ranks(ranks: Ranks, layou
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_weights_cut_over_the_ranks_learn_the_same(ranks: Ranks, layout: tuple[int, int]) -> None:
+def test_sharded_weights_learn_the_same(ranks: Ranks, layout: tuple[int, int]) -> None:
     _compare(ranks, layout, MODELS["bias_balanced, jitter, capacity"], {"data": "shard"})
 
 
-def test_weights_cut_over_the_ranks_learn_the_same_under_accumulation(ranks: Ranks) -> None:
+def test_sharded_weights_learn_the_same_under_accumulation(ranks: Ranks) -> None:
     _compare(ranks, (4, 2), MODELS["dropless"], {"data": "shard"}, num_pieces=2)
 
 
@@ -199,6 +199,6 @@ def test_accumulation_over_ranks_learns_the_same(ranks: Ranks, moe: dict) -> Non
 
 @pytest.mark.parametrize("data", ["replicate", "shard"])
 def test_packed_documents_whose_answers_are_learned_are_the_same_on_any_ranks(ranks: Ranks, data: str) -> None:
-    """Attention stays in documents, and rows end in padding."""
+    """With a document mask, and rows that end in padding."""
     moe = MODELS["bias_balanced, jitter, capacity"]
     _compare(ranks, (4, 2), moe, {"data": data}, num_pieces=2, is_packed=True)

@@ -1,4 +1,4 @@
-"""Law: importance, load, device balance, diversity and null experts' balance are what their formulas say."""
+"""Law: importance, load, device balance, diversity and the balance of null experts equal their formulas."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ TOLERANCE = 1e-10
 
 
 def _run(router: dict[str, Any]) -> tuple[MoE, Tensor, list[int], MoEStats, Tensor]:
-    """A layer that counts everything: with its tokens, which of them are valid, what it did and its output."""
+    """A layer with all statistics on; its input, valid tokens, statistics and output."""
     layer, (x, context) = make_layer(router), make_tokens(is_training=True)
     layer.needs_importance = layer.needs_expert_similarity = True
     y, stats = layer(x, context)
@@ -115,7 +115,7 @@ def test_device_balance_is_the_balance_of_groups(scope: str) -> None:
     _same(device_balance_loss(stats, config.aux_losses, global_stats=None), oracle, layer, x)
 
 
-def test_null_experts_are_balanced_as_so_many_experts_alike() -> None:
+def test_null_experts_are_balanced_as_that_many_equal_experts() -> None:
     router = {"kind": "top_k", "top_k": 3, "null_experts": 3}
     layer, x, valid, stats, _ = _run(router)
     tokens = x.flatten(0, 1)
@@ -124,7 +124,7 @@ def test_null_experts_are_balanced_as_so_many_experts_alike() -> None:
     oracle = torch.zeros(())
     for e in range(4):
         oracle = oracle + 7 * (chosen.count(e) / len(chosen)) * sum((probs[t, e] for t in valid), torch.zeros(()))
-    of_nulls = sum(e >= 4 for e in chosen) / len(chosen) / 3  # each null expert's share, if they shared evenly
+    of_nulls = sum(e >= 4 for e in chosen) / len(chosen) / 3  # share of each null expert, if uniform
     for e in range(4, 7):
         oracle = oracle + 7 * of_nulls * sum((probs[t, e] for t in valid), torch.zeros(()))
     _same(balance_loss(stats, moe_config(router=router).aux_losses, global_stats=None), oracle, layer, x)
@@ -150,7 +150,7 @@ def test_diversity_is_the_mean_squared_cosine_between_a_tokens_experts(router: d
 
 
 def test_expert_similarity_is_as_exact_under_autocast() -> None:
-    """The mean squared cosine of random outputs is 1 / D, which bfloat16 would not tell from 0."""
+    """The mean squared cosine of random outputs is 1 / D, which vanishes in bfloat16."""
     T, D = 64, 512
     rows = torch.randn(2 * T, D, generator=torch.Generator().manual_seed(0))
     decision = RoutingDecision.from_top_k(

@@ -1,4 +1,4 @@
-"""Law: the founding documents' systems are here, and do what their texts ask for where their code does not.
+"""Law: the systems of the founding documents are available, and do what their texts specify where their code does not.
 
 The code blocks of both documents stand here as they were published, but for their comments; tests show what they
 compute, and that ours is the formula they give. The first document's 0-1 programme is compared with its optimum in
@@ -96,7 +96,7 @@ def test_what_its_selector_calls_experts_are_columns_of_the_input() -> None:
     for row, picked, best in zip(x, chosen, gate(x).topk(2).indices, strict=True):
         assert picked.tolist() == [row[column] for column in best]
     changed = x.clone()
-    changed[:, NUM_EXPERTS:] += 1e-9  # too little to change a choice, and no expert's number points there
+    changed[:, NUM_EXPERTS:] += 1e-9  # too small to change a choice, and outside the experts' indices
     assert torch.equal(TopKExpertSelector(gate, 2)(changed, None), chosen), "columns beyond E are never seen"
 
 
@@ -106,7 +106,7 @@ def test_its_selector_fails_if_there_are_more_experts_than_features() -> None:
 
 
 def trained(k: int, steps: int = 5) -> tuple[list[float], Tensor, Tensor, nn.Linear]:
-    """Losses and weights of the document's training, its last selection, and a selector's gate beside the model."""
+    """Losses and weights of the document's training, its last selection, and the gate of a separate selector."""
     model, gate = linear(D_MODEL, 3), linear(D_MODEL, NUM_EXPERTS, seed=3)
     optimizer: Optimizer = SGD([*model.parameters(), *gate.parameters()], lr=0.1)
     x, target = inputs(), torch.arange(NUM_TOKENS) % 3
@@ -151,7 +151,7 @@ def output(layer: MoE, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("top_k", "num_experts"), [(1, 4), (2, 4), (3, 4), (2, 9)])
 def test_a_token_s_k_experts_compute_its_output_and_no_others_do(top_k: int, num_experts: int) -> None:
-    """Also with more experts than features."""
+    """Even with more experts than features."""
     layer = layer_of({"kind": "top_k", "top_k": top_k, "normalize": top_k > 1}, num_experts)
     x = inputs()
     best = layer.router.get_parameter("gate.weight").detach().matmul(x.T).T.topk(top_k).indices
@@ -181,7 +181,7 @@ def test_the_cross_entropy_alone_teaches_the_gate(top_k: int, normalize: bool) -
 
 
 class Feedforward(nn.Module):
-    """Expert e of a layer by itself; keeps a tally of the rows that it was given."""
+    """Expert e of a layer as a module, which counts its rows."""
 
     def __init__(self, layer: MoE, expert: int) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ class Feedforward(nn.Module):
 
 
 class Router:
-    """The document's g: a softmax over all experts, a weight for every token from each."""
+    """The document's g: a softmax over all experts for every token."""
 
     def __init__(self, gate: Tensor) -> None:
         self.gate = gate
@@ -205,13 +205,13 @@ class Router:
 
 
 def document_s(layer: MoE) -> SparseExpertModel:
-    """The document's model, with the weights of a layer of ours."""
+    """The document's model, with the weights of our layer."""
     experts = [Feedforward(layer, expert) for expert in range(layer.experts.num_experts)]
     return SparseExpertModel(experts, Router(layer.router.get_parameter("gate.weight")))
 
 
 def rows_of(layer: MoE, run: Callable[[], Tensor]) -> tuple[Tensor, list[int]]:
-    """Run a layer; return what it gave, and how many rows each expert was given."""
+    """Run a layer; return its output, and the rows of each expert."""
     given: list[Tensor] = []
     hook = layer.experts.register_forward_pre_hook(lambda _, arguments: given.append(arguments[1]))
     y = run()
@@ -284,7 +284,7 @@ FORMS = {
     "first, k=4": (TOP_K, ["model.moe.router.top_k=4"]),
     "first, its programme": (
         TOP_K,
-        ["model.moe.router={kind: linear_program, top_k: 2}", "train.global_batch_size=4"],  # solved 160 times
+        ["model.moe.router={kind: linear_program, top_k: 2}", "train.global_batch_size=4"],  # 160 solves
     ),
     "first, its heuristic": (TOP_K, ["model.moe.router={kind: greedy, top_k: 2}"]),
     "second": (SPARSE, []),

@@ -1,4 +1,4 @@
-"""Law: how a global batch is cut into micro-batches does not change what is learned."""
+"""Law: the split of a global batch into micro-batches does not change what is learned."""
 
 from collections.abc import Callable
 from typing import Any
@@ -92,7 +92,7 @@ def _packed(step: int) -> Batch:
 def _losses(
     moe: dict, num_pieces: int, dtype: torch.dtype, batch_of: Callable[[int], Batch] = _ragged, **model: Any
 ) -> torch.Tensor:
-    """Loss, balance loss and gradient norm of every step, trained in so many micro-batches."""
+    """Loss, balance loss and gradient norm of every step, with this number of micro-batches."""
     engine = make_engine(tiny_model_config(moe, **model), dtype=dtype)
     rows = ROWS // num_pieces
     curve = []
@@ -128,7 +128,7 @@ def test_packed_documents_whose_answers_are_learned_are_the_same_in_any_pieces(n
 
 @pytest.mark.parametrize("moe", NOT_INVARIANT.values(), ids=NOT_INVARIANT.keys())
 def test_what_is_labelled_not_invariant_is_not(moe: dict) -> None:
-    """The law's own control: if this fails, the curves above do not look at what they claim to compare."""
+    """Control experiment: if this fails, the tests above do not measure what they claim."""
     whole, pieces = _losses(moe, 1, torch.float64), _losses(moe, 4, torch.float64)
     assert (whole - pieces).abs().max() > 1e-6
 

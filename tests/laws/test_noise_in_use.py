@@ -1,4 +1,4 @@
-"""Law: in use, noise is another one in each layer, row, position and run, and evaluation has none."""
+"""Law: noise differs by layer, row, position and run, and evaluation has none."""
 
 from dataclasses import replace
 from typing import Any
@@ -26,7 +26,7 @@ NOISE: dict[str, dict[str, Any]] = {
     "random": {"router": {"kind": "random"}},
     "capacity at random": {"capacity": {"factor": 0.5, "min": 1, "policy": "random"}},
 }
-"""Everything that is drawn, alone."""
+"""Each kind of noise alone."""
 
 
 def _config(moe: dict[str, Any]) -> ModelConfig:
@@ -60,14 +60,14 @@ def _differ(a: Tensor, b: Tensor) -> bool:
 
 
 def _drawn(name: str, layer: MoE, x: Tensor, seed: int | None) -> Tensor:
-    """Something that depends on one kind of noise alone."""
+    """A value that depends on one kind of noise only."""
     context = routing_context(_same_text_in_every_row(), RoutingOptions(noise_seed=seed))
     if name == "capacity at random":
-        return (layer(x, context)[0] == 0).double()  # which tokens found no room
+        return (layer(x, context)[0] == 0).double()  # dropped tokens
     output: RouterOutput = layer.router(x.flatten(0, 1), context)
     if name.startswith("jitter"):
         assert output.logits is not None
-        return output.logits  # of noisy_top_k those without its own noise
+        return output.logits  # of noisy_top_k, those without its noise
     if name == "noisy_top_k":
         assert output.probs is not None
         return output.probs
@@ -82,7 +82,7 @@ def test_layers_that_are_equal_draw_different_noise(name: str) -> None:
     x = torch.randn(NUM_ROWS, SEQ_LEN, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     assert _differ(_drawn(name, one, x, seed=3), _drawn(name, other, x, seed=3))
     assert _differ(_drawn(name, one, x, seed=3), _drawn(name, one, x, seed=None)), "there is noise"
-    if name != "random":  # has an order for evaluation as well
+    if name != "random":  # is random in evaluation as well
         assert not _differ(_drawn(name, one, x, seed=None), _drawn(name, other, x, seed=None)), "nothing else differs"
 
 
@@ -111,10 +111,10 @@ def test_equal_rows_draw_different_noise_wherever_they_stand(name: str) -> None:
 @pytest.mark.parametrize("name", NOISE)
 def test_equal_tokens_of_a_row_draw_different_noise(name: str) -> None:
     model, batch = _model(NOISE[name]), make_batch(1, SEQ_LEN)
-    batch.tokens[:] = 5  # attention over equal values is that value: positions differ by their noise alone
+    batch.tokens[:] = 5  # attention over equal values is that value: positions differ in noise only
     logits = _logits(model, batch, seed=3)[0]
     assert len({tuple(token.round(decimals=6).tolist()) for token in logits}) > SEQ_LEN // 2
-    if name not in ("capacity at random", "random"):  # which tell positions apart without noise
+    if name not in ("capacity at random", "random"):  # which depend on the position even without noise
         assert not _differ(*(_logits(model, batch, seed=None)[0][i] for i in (0, -1)))
 
 
@@ -123,7 +123,7 @@ def test_a_step_of_training_draws_by_the_seed_of_the_run(name: str) -> None:
     batch, losses = make_batch(NUM_ROWS, SEQ_LEN), []
     for seed in (3, 4):
         engine = make_engine(_config(NOISE[name]), dtype=torch.float64)
-        engine.numerics = replace(engine.numerics, seed=seed)  # of the noise, and not of the weights
+        engine.numerics = replace(engine.numerics, seed=seed)  # of the noise only, not of the weights
         loss = float(engine.accumulate([batch]).total.loss)
         expected = engine.model(batch, RoutingOptions(noise_seed=seed)).loss_sum.detach() / batch.target_mask.sum()
         assert loss == pytest.approx(float(expected), abs=1e-12)
@@ -135,7 +135,7 @@ def test_a_step_of_training_draws_by_the_seed_of_the_run(name: str) -> None:
 
 
 def _trains_otherwise(config: Any) -> bool:
-    """Whether a router routes otherwise in training, by its config."""
+    """Whether a router routes differently in training, by its config."""
     drawn = config.kind in ("noisy_top_k", "random") or getattr(config, "jitter", 0) > 0
     looks_ahead = isinstance(config, NonCausalOptions) and config.evaluation_routing == "top_k"
     return drawn or getattr(config, "random_second", False) or looks_ahead
@@ -144,7 +144,7 @@ def _trains_otherwise(config: Any) -> bool:
 @pytest.mark.parametrize("top_k", [None, 1])
 @pytest.mark.parametrize("router", VARIANTS, ids=str)
 def test_evaluation_is_a_pass_of_the_model_without_noise(router: dict[str, Any], top_k: int | None) -> None:
-    """Under every router, with noise or look-ahead or without."""
+    """For every router, with or without noise or joint routing."""
     engine = make_engine(_config({"router": router}), dtype=torch.float64)
     config, batch = engine.model.config.moe, make_batch(NUM_ROWS, SEQ_LEN, ragged=True)
     assert config is not None

@@ -51,7 +51,7 @@ def _layer(router: dict, activation: Activation, kernel: ExpertsKernel, **fields
 def _tokens_and_valid() -> tuple[torch.Tensor, torch.Tensor]:
     x = torch.randn(NUM_ROWS, SEQ_LEN, D_MODEL, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     valid = torch.ones(NUM_ROWS, SEQ_LEN, dtype=torch.bool)
-    valid[1, 3:] = False  # a padded tail
+    valid[1, 3:] = False  # trailing padding
     valid[2, :] = False  # a row that is all padding
     return x.requires_grad_(), valid.flatten()
 
@@ -100,7 +100,7 @@ def test_layer_output_equals_a_loop_over_tokens_and_experts(
 
 
 def _drop(routed: reference.Routed, room: int, policy: str, *, renormalize: bool) -> None:
-    """Take away, row by row, what finds no place among the `room` of its expert."""
+    """Drop, row by row, the assignments beyond the capacity `room` of their expert."""
     for first in range(0, NUM_ROWS * SEQ_LEN, SEQ_LEN):
         row = range(first, first + SEQ_LEN)
         asked = [(t, slot) for t in row for slot in range(len(routed.experts[t]))]
@@ -124,8 +124,8 @@ def _drop(routed: reference.Routed, room: int, policy: str, *, renormalize: bool
 @pytest.mark.parametrize("policy", ["position", "choice_major"])
 @pytest.mark.parametrize("router", [ROUTERS[0], ROUTERS[3]], ids=str)
 def test_what_finds_no_room_adds_nothing(router: dict, policy: str, renormalize: bool, with_shared: bool) -> None:
-    """Of a token whose experts are all full nothing comes out, but for what every token passes."""
-    limit = {"factor": 0.2, "min": 1, "policy": policy, "renormalize_after_drop": renormalize}  # 1 place for each row
+    """The output of a token whose experts are all full is that of the shared experts only."""
+    limit = {"factor": 0.2, "min": 1, "policy": policy, "renormalize_after_drop": renormalize}  # capacity 1 per row
     layer = _layer(router, "swiglu", "loop", capacity=limit, num_shared_experts=int(with_shared))
     x, valid = _tokens_and_valid()
     y, _ = layer(x, make_context(NUM_ROWS, SEQ_LEN, valid))

@@ -68,7 +68,7 @@ def make_tokens(*, is_training: bool) -> tuple[Tensor, RoutingContext]:
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(NUM_ROWS, SEQ_LEN, D_MODEL, dtype=torch.float64, generator=generator)
     valid = torch.ones(NUM_ROWS, SEQ_LEN, dtype=torch.bool)
-    valid[1, 3:] = False  # a padded tail
+    valid[1, 3:] = False  # trailing padding
     valid[2, :] = False  # a row that is all padding
     ids = torch.randint(0, 50, (NUM_ROWS * SEQ_LEN,), generator=generator)
     position = torch.arange(SEQ_LEN).repeat(NUM_ROWS)
@@ -105,7 +105,7 @@ def test_a_router_equals_its_plain_loop(router: dict[str, Any], is_training: boo
     parameters = dict(layer.router.named_parameters()) | dict(layer.router.named_buffers())
     tokens = x.flatten(0, 1)
     case = Case(tokens, parameters, {"jitter": 0.0, **config.model_dump()}, layer.experts.num_experts, context)
-    if case.options["jitter"] and context.noise_key is not None:  # of what the gate reads, and nothing else
+    if case.options["jitter"] and context.noise_key is not None:  # of the gate's input only
         drawn = uniform(context.noise_key, D_MODEL, salt=0).double()
         case.x = tokens * (1 - case.options["jitter"] + 2 * case.options["jitter"] * drawn)
     oracle = ORACLES[router["kind"]](case)
@@ -140,9 +140,9 @@ def test_a_fuller_call_overrides_k() -> None:
     for router in VARIANTS:
         layer, (x, context) = make_layer(router), make_tokens(is_training=False)
         if router["kind"] in ("dense", "mixture_of_depths", "top_p", "base") or "null_experts" in router:
-            continue  # have no k, or count null experts in it
+            continue  # has no k, or k includes null experts
         if router["kind"] == "group_limited":
-            continue  # groups bound what k can be
+            continue  # groups limit k
         decision = layer.router(x.flatten(0, 1), replace(context, top_k=3)).decision
         per_token = torch.bincount(decision.token_index[decision.kept], minlength=len(x.flatten(0, 1)))
         if router.get("evaluation_routing") == "as_trained":

@@ -1,4 +1,4 @@
-"""Experts per token that every step draws: from the list, by seed and step, in training alone."""
+"""k is drawn for every training step from the list, by seed and step."""
 
 from collections import Counter
 

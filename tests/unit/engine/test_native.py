@@ -54,7 +54,7 @@ def test_the_loss_is_per_target_and_what_routers_lose_is_per_valid_token() -> No
 
 @pytest.mark.parametrize("clip", [1e-3, 1e6])
 def test_clipping_scales_the_whole_gradient_once(clip: float) -> None:
-    """With plain sums of gradients as first moments, the moment tells what gradient the optimizer saw."""
+    """With betas of 0 the first moment is the gradient that the optimizer received."""
     config = tiny_model_config()
     model = make_model(config, dtype=torch.float64)
     numerics = NumericsConfig(seed=0, dtype=torch.float64, grad_clip=clip)
@@ -106,7 +106,7 @@ def test_a_loss_over_the_limit_skips_the_step_and_changes_nothing() -> None:
 
 
 def test_what_is_added_to_the_loss_must_be_finite_too() -> None:
-    """Huge logits: their square is infinite in float32, its gradient times a tiny coefficient is not."""
+    """The square of huge logits is infinite in float32, but its gradient times a tiny coefficient is not."""
     engine = make_engine(tiny_model_config({"z_loss_coef": 1e-25}, num_layers=1))
     engine.model.moe_layers()[0].router.get_parameter("gate.weight").data.mul_(1e20)
     result = engine.train_step([make_batch(4, 8)], lr=1e-2)
@@ -116,9 +116,9 @@ def test_what_is_added_to_the_loss_must_be_finite_too() -> None:
 
 
 def test_weight_decay_goes_by_role() -> None:
-    """With a learning rate and no gradient to speak of, only decayed weights shrink."""
+    """With a negligible gradient, only decayed weights shrink."""
     config = tiny_model_config({"num_shared_experts": 1}, qk_norm=True)
-    engine = make_engine(config, weight_decay=0.5, eps=1e6)  # a huge eps makes the update itself nothing
+    engine = make_engine(config, weight_decay=0.5, eps=1e6)  # a huge eps makes the update negligible
     before = _weights(engine)
     engine.train_step([make_batch(4, 8)], lr=0.1)
     for name, now in _weights(engine).items():

@@ -1,4 +1,4 @@
-"""Sums of a step are over its micro-batches."""
+"""Totals of a step are sums over its micro-batches."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Which blocks are MoE, by the config and in the model that is made of it."""
+"""The MoE blocks by the config are those of the model built from it."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from trainer.moe.layer import MoE
         (4, 1, 1, (1, 2, 3)),
         (4, 3, 1, (3,)),
         (6, 0, 2, (1, 3, 5)),  # the second, fourth and so on
-        (6, 1, 2, (2, 4)),  # of those after the first
+        (6, 1, 2, (2, 4)),  # of the blocks after the first
         (7, 2, 2, (3, 5)),
         (7, 0, 3, (2, 5)),
         (8, 1, 3, (3, 6)),

@@ -49,7 +49,7 @@ COUNTED = {
 
 @pytest.mark.parametrize(("moe", "fields"), COUNTED.values(), ids=COUNTED.keys())
 def test_a_config_counts_the_weights_that_its_model_has(moe: dict | None, fields: dict) -> None:
-    """But for those of the routers, which the config leaves out."""
+    """Without those of the routers, which the config does not count."""
     config = tiny_model_config(moe, **fields)
     config = config if moe is not None else config.model_copy(update={"moe": None})
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Generation: reproducible, stops, goes on beyond the trained row."""
+"""Generation is reproducible, stops, and continues beyond the trained sequence length."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_an_empty_prompt_is_refused() -> None:
 
 
 def _alone(model: GPT, prompt: list[int], count: int, stop: int | None) -> list[int]:
-    """What `generate` writes greedily, with the stop token at the end if it came to it."""
+    """Greedy output of `generate`, including the stop token if it was reached."""
     sampling, generator = SamplingOptions(temperature=0.0), torch.Generator()
     text = list(generate(model, prompt, max_new_tokens=count, options=sampling, generator=generator, stop_token=stop))
     return text if stop is None or len(text) == count else [*text, stop]
@@ -62,7 +62,7 @@ def _alone(model: GPT, prompt: list[int], count: int, stop: int | None) -> list[
 
 @pytest.mark.parametrize("router", ["top_k", "round_robin"])
 def test_texts_written_side_by_side_are_those_written_one_by_one(router: str) -> None:
-    """Prompts of 1 to 9 tokens; which token stops is chosen so that texts end at different lengths, some not at all."""
+    """Prompts of 1 to 9 tokens; the stop token is chosen so that texts end at different lengths, and some never."""
     model = make_model(tiny_model_config({"router": {"kind": router}}, seq_len=24), dtype=torch.float64)
     draw = torch.Generator().manual_seed(3)
     prompts = [torch.randint(0, 32, (1 + n % 9,), generator=draw).tolist() for n in range(14)]
@@ -82,8 +82,8 @@ def test_a_text_can_end_for_another_reason() -> None:
     assert len(free) == 6 and ended == [free[:4]]
 
 
-def test_nobodys_texts_are_written_as_long_as_another_ranks_are() -> None:
-    """A rank without prompts runs as many passes as the others, and stops with them."""
+def test_a_rank_without_prompts_runs_until_all_ranks_are_done() -> None:
+    """A rank without prompts runs as many forward passes as the others, and stops with them."""
     model, said = make_model(tiny_model_config()), iter([True, True, False])
     asked: list[bool] = []
 
@@ -96,7 +96,7 @@ def test_nobodys_texts_are_written_as_long_as_another_ranks_are() -> None:
 
 
 def test_a_full_row_goes_on_from_its_second_half() -> None:
-    """A row has 8 tokens: from the 9th on, what is written hangs on the last 4."""
+    """A row has 8 tokens: from the 9th on, the output depends on the last 4."""
     model = make_model(tiny_model_config(), dtype=torch.float64)
     written = [1, 2, *_alone(model, [1, 2], 9, None)]
     assert written[9:] == _alone(model, written[5:9], 2, None)

@@ -1,4 +1,4 @@
-"""The model: cache equals full forward, causality, padding, positions, dense and shared experts."""
+"""The model: cached equals full forward, causality, padding, positions, dense blocks and shared experts."""
 
 from dataclasses import fields, replace
 from typing import Any
@@ -51,7 +51,7 @@ def test_the_cache_gives_the_logits_of_a_full_pass(shape: dict) -> None:
 @pytest.mark.parametrize("capacity", [None, 0.5])
 @pytest.mark.parametrize("router", ["top_k", "bias_balanced", "dense", "round_robin"])
 def test_no_later_token_changes_an_earlier_logit(router: str, capacity: float | None) -> None:
-    """Causality of router and capacity together, for everything that declares it."""
+    """Causality of router and capacity together, where both are declared causal."""
     if router == "dense" and capacity is not None:
         return  # refused by the config
     moe = {"router": {"kind": router}, "capacity": {"factor": capacity, "min": 1}}
@@ -59,7 +59,7 @@ def test_no_later_token_changes_an_earlier_logit(router: str, capacity: float | 
     changed = Batch(**{n: getattr(batch, n).clone() for n in Batch.__dataclass_fields__})
     changed.tokens[:, 5:] = (changed.tokens[:, 5:] + 7) % 32
     before, after = _logits(model, batch), _logits(model, changed)
-    # Not bit for bit: an expert's product over another number of rows may add in another order.
+    # Not bit for bit: an expert's product over another number of rows may sum in another order.
     torch.testing.assert_close(before[:, :5], after[:, :5], rtol=0, atol=1e-13)
     assert (before[:, 5:] - after[:, 5:]).abs().amin(-1).max() > 1e-3
 
@@ -95,7 +95,7 @@ def test_loss_is_a_sum_over_targets_in_nats() -> None:
 
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_logits_and_losses_are_no_narrower_than_float32(is_tied: bool) -> None:
-    """Under autocast the head's product is bfloat16, whose 8 bits are too few for a softmax over a vocabulary."""
+    """Under autocast the head computes in bfloat16, whose 8 bits are too few for a softmax over a vocabulary."""
     model, batch = make_model(tiny_model_config(tie_embeddings=is_tied)), make_batch(2, 8)
     with torch.autocast("cpu", torch.bfloat16):
         output = model(batch, want_logits=True)
@@ -123,7 +123,7 @@ def test_statistics_of_targets_and_of_what_is_only_read_are_those_of_all() -> No
     assert every.dropped.sum() > 0
     for field in fields(every):
         if getattr(every, field.name) is None:
-            continue  # of losses that are off
+            continue  # losses that are off
         torch.testing.assert_close(
             getattr(targets, field.name) + getattr(others, field.name), getattr(every, field.name)
         )

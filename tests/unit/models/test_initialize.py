@@ -1,4 +1,4 @@
-"""Initial weights: a function of seed, name and expert, with the stated spread."""
+"""Initial weights: a function of seed, name and expert, with the configured standard deviation."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_spreads_are_those_of_the_config_and_smaller_into_the_residual_stream() 
 
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_only_matrices_are_drawn_and_decayed_whatever_the_router(kind: str) -> None:
-    """A scale, a temperature or a bias that is drawn like a matrix starts anywhere, and decay pulls it to 0."""
+    """A scale, temperature or bias initialized like a matrix would start anywhere and decay to 0."""
     experts = 1 if kind == "mixture_of_depths" else 4
     model = {"num_experts": experts, "num_shared_experts": 1, "router": {"kind": kind}}
     engine = make_engine(tiny_model_config(model, qk_norm=True, init_std=0.3), weight_decay=0.1)

@@ -1,4 +1,4 @@
-"""Rows of a cache grow each by itself, and read what a full pass over each of them reads."""
+"""Rows of a KV cache grow independently, and match a full forward pass over each of them."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ def _tokens(num_rows: int, length: int) -> Tensor:
 
 
 def _log_probs(model: GPT, text: Tensor) -> Tensor:
-    """Log-probabilities (S, V) of what comes after each token of one text (S,), by a full pass."""
+    """Log-probabilities (S, V) after each token of one text (S,), by a full forward pass."""
     batch = make_batch(1, len(text))
     batch.tokens[0] = text
     logits = model(batch, want_logits=True).logits
@@ -39,7 +39,7 @@ def _log_probs(model: GPT, text: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS.keys())
 def test_rows_of_any_lengths_give_the_logits_of_full_passes(fields: dict[str, Any]) -> None:
-    """First 1, 4 and 0 tokens in rows of 4, then 3, 1 and 2 in rows of 3: padding is neither read nor routed."""
+    """Append 1, 4 and 0 tokens in rows of 4, then 3, 1 and 2 in rows of 3: padding is neither attended nor routed."""
     model, text = _model(fields), _tokens(3, 8)
     first, then = torch.tensor([1, 4, 0]), torch.tensor([3, 1, 2])
     cache = model.new_cache(3, 7)
@@ -68,7 +68,7 @@ def test_a_selected_row_goes_on_by_itself_wherever_it_was_copied_to(fields: dict
 
 @pytest.mark.parametrize("kind", ["expert_choice", "sinkhorn", "linear_program"])
 def test_pieces_of_a_row_are_never_routed_together(kind: str) -> None:
-    """Whatever evaluation is asked for: of a piece nobody knows what comes later."""
+    """Even with `as_trained`: the rest of a cached sequence is unknown."""
     text, logits = _tokens(2, 8), []
     for evaluation_routing in ("top_k", "as_trained"):
         model = _model({"moe": {"router": {"kind": kind, "evaluation_routing": evaluation_routing}}})

@@ -36,7 +36,7 @@ def test_top_k_keeps_the_k_highest_and_lower_ids_among_equals(row: list[float], 
 @given(rows | tied_rows, temperatures, st.none() | st.integers(1, 15), st.floats(0.01, 0.99))
 def test_top_p_keeps_the_fewest_tokens_that_reach_p(row, temperature, top_k, top_p):
     expected, masses = _nucleus(row, temperature, top_k, top_p)
-    assume(min(abs(mass - top_p) for mass in masses) > 1e-9)  # there rounding may go either way
+    assume(min(abs(mass - top_p) for mass in masses) > 1e-9)  # where rounding can go either way
     logits = torch.tensor([row], dtype=torch.float64)
     assert _survivors(filter_logits(logits, temperature, top_k, top_p)) == expected
 
@@ -156,7 +156,7 @@ def _ranked(row: list[float]) -> list[int]:
 
 
 def _nucleus(row: list[float], temperature: float, top_k: int | None, top_p: float) -> tuple[set[int], list[float]]:
-    """Take tokens from the most probable one on until p is reached; also return the masses on the way."""
+    """Take the most probable tokens until p is reached; also return the cumulative masses."""
     ranked = _ranked(row)[:top_k]
     weights = [math.exp((row[token] - max(row)) / temperature) for token in ranked]
     kept, masses, mass = set(), [], 0.0

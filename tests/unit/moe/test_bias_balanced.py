@@ -21,7 +21,7 @@ def test_it_rises_for_the_underused_and_stays_where_the_load_is_even() -> None:
     torch.testing.assert_close(router.bias, torch.tensor([0.01, -0.01, 0.0, 0.0]))
 
 
-def test_null_experts_share_one_that_is_even_at_the_share_of_so_many_experts() -> None:
+def test_null_experts_share_one_bias_whose_target_is_the_load_of_as_many_experts() -> None:
     router = make(null_experts=3, top_k=3)
     router.update(torch.tensor([4, 4, 5, 3, 12]))  # 28 choices of 7 experts: 4 each, and 12 of the null experts
     torch.testing.assert_close(router.bias, torch.tensor([0.0, 0.0, -0.01, 0.01, 0.0]))
@@ -35,7 +35,7 @@ def test_it_evens_out_how_many_experts_tokens_have() -> None:
     x = torch.randn(256, 6, generator=torch.Generator().manual_seed(1))
     x[:, 0] = 1.0
     with torch.no_grad():
-        router.get_parameter("gate.weight")[4:, 0] = 3.0  # everyone loves null experts
+        router.get_parameter("gate.weight")[4:, 0] = 3.0  # every token prefers null experts
     n, zeros = len(x), torch.zeros(len(x), dtype=torch.int64)
     context = RoutingContext(
         token_ids=zeros,

@@ -1,4 +1,4 @@
-"""Layers and models that are built by hand have weights from the constructor on, and cost nothing on meta."""
+"""Layers and models built by hand are initialized by their constructors, and cost nothing on the meta device."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""Capacity: who is kept, against a loop that hands out places one by one."""
+"""Capacity: the kept assignments equal those of a loop that fills the experts one by one."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def _decision(
 
 
 def _kept_by_a_loop(decision: RoutingDecision, config: CapacityConfig, context: RoutingContext) -> list[bool]:
-    """Ask for a place in the policy's order; a place is free while fewer than C of the queue have one."""
+    """Claim capacity in the policy's order, while fewer than C assignments of the queue are kept."""
     k = decision.top_k or 1
     assignments = list(range(len(decision.expert_index)))
     if config.policy == "choice_major":
@@ -113,10 +113,10 @@ def test_renormalising_gives_survivors_what_was_dropped_and_nothing_else(case: t
 @pytest.mark.parametrize(
     ("assignments", "num_experts", "factor", "minimum", "rows"),
     [
-        (128, 8, 1.25, 4, 20),  # a peer's textbook case: 1.25 * 2 * 64 / 8
+        (128, 8, 1.25, 4, 20),  # textbook case of another trainer: 1.25 * 2 * 64 / 8
         (10, 1, 1.1, 1, 11),  # 1.1 * 10 is 11.000000000000002 in binary
         (10, 4, 1.0, 1, 3),  # rounds up
-        (2, 64, 1.0, 4, 4),  # never less than the minimum
+        (2, 64, 1.0, 4, 4),  # the minimum
         (100, 8, 0.5, 1, 7),
     ],
 )
@@ -161,13 +161,13 @@ def test_padding_takes_no_place() -> None:
 
 @pytest.mark.parametrize("policy", ["position", "choice_major", "probability", "random"])
 def test_only_the_position_policy_is_causal(policy: str) -> None:
-    """Change the last token's experts; what happens to the ones before may not depend on it."""
+    """Change the last token's experts; earlier tokens must not be affected."""
     config = CapacityConfig.model_validate({"factor": 0.5, "min": 1, "policy": policy})
     early = [[1, 0], [0, 1], [1, 0]]
     weights = [[0.6, 0.4], [0.7, 0.3], [0.55, 0.45]]
     kept = []
     for last, heavy in (([0, 2], 0.99), ([1, 2], 0.99)):
         decision = _decision([*early, last], [*weights, [heavy, 0.01]], [True] * 4, 3)
-        context = make_context(1, 4, noise_key=torch.arange(4) + 3)  # the last token draws the first place
+        context = make_context(1, 4, noise_key=torch.arange(4) + 3)  # the last token has the highest random priority
         kept.append(limit_to_capacity(decision, config, context).kept[:6].tolist())
     assert (kept[0] == kept[1]) == (policy == "position")

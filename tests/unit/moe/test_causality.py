@@ -1,4 +1,4 @@
-"""What is said of routers and capacities that look ahead."""
+"""Warnings about routers and capacity policies that are not causal."""
 
 from typing import Any
 
@@ -45,7 +45,7 @@ def test_training_one_that_does_warns(kind: str) -> None:
     [
         ({}, "strict"),
         ({"factor": 1.0}, "strict"),
-        ({"factor": 1.0, "policy": "random"}, "strict"),  # in evaluation by position
+        ({"factor": 1.0, "policy": "random"}, "strict"),  # by position in evaluation
         ({"factor": 1.0, "policy": "probability"}, "within_sequence"),
         ({"factor": 1.0, "policy": "choice_major"}, "within_sequence"),
         ({"factor": 1.0, "scope": "rank"}, "no"),

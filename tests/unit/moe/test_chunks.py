@@ -1,4 +1,4 @@
-"""Experts numbered anew for an exchange in parts."""
+"""Renumbering of experts for chunked communication."""
 
 import torch
 
@@ -7,7 +7,7 @@ from trainer.moe.routing import RoutingDecision
 
 
 def test_what_is_sent_for_one_part_lies_together() -> None:
-    """With three parts the new order is not its own inverse; 6 and 7 are null experts, which have no rank."""
+    """With three chunks the new order is not its own inverse; 6 and 7 are null experts, which are on no rank."""
     chunks = Chunks.of([(0, 3), (3, 6)], 3)
     assert chunks.bounds == [[(0, 1), (1, 2)], [(2, 3), (3, 4)], [(4, 5), (5, 6)]]
     assert chunks.of_rank == [[(0, 1), (1, 2), (2, 3)]] * 2

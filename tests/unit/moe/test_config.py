@@ -1,4 +1,4 @@
-"""What the `model.moe` section says of the work and of the experts that a token has."""
+"""Properties of the `model.moe` section: static FLOPs and experts per token."""
 
 from typing import Any
 

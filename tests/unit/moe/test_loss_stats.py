@@ -1,4 +1,4 @@
-"""Sums that losses over a whole global batch need: each stays what it is, whatever is done with it."""
+"""Sums for global-batch losses keep their identity and dtype under addition and all-reduce."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What a layer says that it did, against a loop over its assignments."""
+"""Statistics of a layer equal a loop over its assignments."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ NUM_TOKENS = NUM_ROWS * SEQ_LEN
 
 @pytest.mark.parametrize("counts_targets_only", [False, True])
 def test_counts_are_of_what_was_chosen_and_drops_of_what_was_not_kept(counts_targets_only: bool) -> None:
-    """First choices too: before the capacity, which here leaves few of them."""
+    """First choices are counted before drops, of which there are many here."""
     generator = torch.Generator().manual_seed(0)
     valid = torch.rand(NUM_TOKENS, generator=generator) < 0.8
     counted = valid & (torch.rand(NUM_TOKENS, generator=generator) < 0.7) if counts_targets_only else valid

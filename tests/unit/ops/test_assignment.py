@@ -1,4 +1,4 @@
-"""Assignments against trying everything: the programme's optimum and its prices, greedy, balanced, the even plan."""
+"""Assignments against brute force: the optimum and its prices, greedy, balanced, and the transport plan."""
 
 import itertools
 import math
@@ -23,7 +23,7 @@ SIZES = {
 
 
 def random_scores(n: int, num_experts: int, seed: int, ties: bool) -> Tensor:
-    """Scores from 0 to 1; with ties they are halves, zeros among them."""
+    """Scores from 0 to 1; with ties, multiples of one half including 0."""
     scores = torch.rand(n, num_experts, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return (scores * 2).round() / 2 if ties else scores
 
@@ -33,7 +33,7 @@ def fits(chosen: Tensor, top_k: int, room: int) -> bool:
 
 
 def best_sum(scores: Tensor, top_k: int, room: int) -> float:
-    """The 0-1 programme by trying all assignments."""
+    """Solve the 0-1 programme by trying all assignments."""
     n, num_experts = scores.shape
     tries = (torch.tensor(bits).view(n, num_experts) for bits in itertools.product((0, 1), repeat=n * num_experts))
     return max(float((scores * x).sum()) for x in tries if fits(x, top_k, room))
@@ -59,7 +59,7 @@ def test_the_linear_programme_is_the_optimum_of_the_0_1_programme_and_greedy_at_
 def test_at_its_prices_every_token_s_choice_is_its_k_best_and_their_sum_is_the_optimum(
     n: int, num_experts: int, top_k: int, room: int, seed: int, ties: bool
 ) -> None:
-    """The price settles who gets the last place, so that two experts can be equally good: compare sums, not choices."""
+    """At the prices two experts can be equally good for the token in the last slot: compare sums, not choices."""
     scores = random_scores(n, num_experts, seed, ties)
     solution = solve_linear_program(scores, top_k=top_k, capacity=room)
     assert (solution.prices >= 0).all()
@@ -67,7 +67,7 @@ def test_at_its_prices_every_token_s_choice_is_its_k_best_and_their_sum_is_the_o
     k_best = worth.clamp(min=0).topk(min(top_k, num_experts), dim=1).values.sum(1)  # (n,)
     chosen = (worth * solution.chosen).sum(1)
     torch.testing.assert_close(chosen, k_best, rtol=0, atol=1e-8)
-    by_prices = float(k_best.sum() + room * solution.prices.sum())  # what is paid comes back: the dual programme
+    by_prices = float(k_best.sum() + room * solution.prices.sum())  # the dual objective
     assert by_prices == pytest.approx(float(scores[solution.chosen].sum()), abs=1e-8)
     fewer, more = (
         float(scores[solve_linear_program(scores, top_k=top_k, capacity=places).chosen].sum())
@@ -83,9 +83,9 @@ def test_a_price_is_between_what_one_more_place_would_bring_and_what_one_fewer_w
     scores = torch.tensor([[0.9, 0.1], [0.8, 0.3], [0.7, 0.0]], dtype=torch.float64)
     solution = solve_linear_program(scores, top_k=1, capacity=1)
     assert solution.chosen.tolist() == [[True, False], [False, True], [False, False]]
-    # Two places at expert 0: token 2 comes as well, for 0.7. None: token 0 leaves, for 0.9.
+    # Capacity 2 at expert 0 adds token 2, worth 0.7; capacity 0 removes token 0, worth 0.9.
     assert 0.7 - 1e-9 <= solution.prices[0] <= 0.9 + 1e-9
-    # Two places at expert 1: nobody comes. None: token 1 leaves, for 0.3.
+    # Capacity 2 at expert 1 adds no token; capacity 0 removes token 1, worth 0.3.
     assert -1e-9 <= solution.prices[1] <= 0.3 + 1e-9
 
 
@@ -97,7 +97,7 @@ def test_no_place_that_could_be_filled_stays_empty() -> None:
 
 def test_greedy_takes_pairs_by_score_then_token_then_expert() -> None:
     scores = torch.tensor([[0.6, 0.6], [0.6, 0.1], [0.9, 0.5]])
-    # 2-0 first; then 0-0 is refused, as expert 0 is full, 0-1 is taken and 1-1 finds expert 1 full.
+    # 2-0 first; then 0-0 is refused (expert 0 is full), 0-1 is taken, and 1-1 is refused (expert 1 is full).
     assert greedy_assignment(scores, top_k=1, capacity=1).tolist() == [[False, True], [False, False], [True, False]]
 
 
@@ -156,7 +156,7 @@ B, S, E = 3, 8, 4
 
 
 def rows_with_padding() -> tuple[Tensor, Tensor]:
-    """A whole row, one with padding at its end, one of padding alone."""
+    """A full row, one with trailing padding, and one of padding only."""
     logits = 2 * torch.randn(B, S, E, generator=torch.Generator().manual_seed(7))
     valid = torch.ones(B, S, dtype=torch.bool)
     valid[1, 5:] = False
@@ -176,7 +176,7 @@ def test_the_plan_moves_every_token_once_and_onto_all_experts_evenly() -> None:
 
 
 def test_the_plan_is_the_logits_but_for_a_factor_for_each_token_and_each_expert() -> None:
-    """So it is the balanced plan that is nearest to them: no row or column operation is left over."""
+    """It is the balanced plan closest to the logits: they differ by row and column scaling only."""
     logits, valid = rows_with_padding()
     scaled = transport_plan(logits, valid, iterations=50)[0] - logits[0].double()  # a_t + b_e
     cross = scaled - scaled[:1] - scaled[:, :1] + scaled[:1, :1]

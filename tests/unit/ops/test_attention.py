@@ -1,4 +1,4 @@
-"""Attention by blocks equals torch's kernel, forward and backward, in every dtype, under autocast or not."""
+"""Blocked attention equals torch's kernel, forward and backward, in every dtype, with and without autocast."""
 
 from collections.abc import Callable
 
@@ -33,7 +33,7 @@ def _run(
 
 
 def _oracle(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax over the keys that the mask allows, or all that are not later, head by head."""
+    """Softmax over the keys visible by the mask, or all that are not later, head by head."""
     kv = [head * k.shape[1] // q.shape[1] for head in range(q.shape[1])]
     with torch.autocast("cpu", enabled=False):
         scores = q.double() @ k.double()[:, kv].transpose(-1, -2) / q.shape[-1] ** 0.5
@@ -89,7 +89,7 @@ def test_a_mask_allows_the_same_document_and_nothing_later() -> None:
 @pytest.mark.parametrize("attention", [torch_attention, blocked_attention])
 @pytest.mark.parametrize("sharpness", [1.0, 10.0])
 def test_bfloat16_values_keep_exact_scores(attention: Callable, sharpness: float) -> None:
-    """Queries and keys are float32 after the rotary turn, and stay so where the scores are made, autocast or not.
+    """Queries and keys are float32 after the rotation, and scores are computed in float32, with or without autocast.
 
     Autocast alone would round them: scores of up to 30, as the sharper ones are, would be wrong by 0.06.
     """

@@ -1,4 +1,4 @@
-"""Every experts kernel computes what the loop computes, on awkward group sizes."""
+"""Every experts kernel equals the reference loop, on awkward group sizes."""
 
 from typing import Any, get_args
 
@@ -51,7 +51,7 @@ def _run(kernel: ExpertsKernel, rows: list[int], dtype: torch.dtype, activation:
         ("fused", torch.float32, 1e-4),
         ("grouped", torch.float32, 1e-4),
         ("fused_onednn", torch.float32, 1e-4),
-        # bfloat16 keeps 8 bits: sums of up to 130 rows of size about 5 differ in the last of them
+        # bfloat16 has 8 bits: sums of up to 130 rows of magnitude 5 differ in the last one
         ("padded", torch.bfloat16, 0.05),
         ("fused", torch.bfloat16, 0.05),
         ("grouped", torch.bfloat16, 0.05),
@@ -79,7 +79,7 @@ def _weights(num_experts: int) -> tuple[Tensor, Tensor]:
 def test_an_idle_expert_s_weights_have_no_part_in_anything(
     kernel: ExpertsKernel, rows: list[int], poison: float
 ) -> None:
-    """Whatever they are: 0 times infinity is no zero."""
+    """Even if they are infinite: 0 times infinity is not 0."""
     x, weights = torch.randn(sum(rows), D_MODEL), _weights(len(rows))
     for weight in weights:
         weight[1, 2, 3] = poison
@@ -91,7 +91,7 @@ def test_an_idle_expert_s_weights_have_no_part_in_anything(
 
 
 class _GroupedProductOfBlackwell(torch.autograd.Function):
-    """Torch's grouped product as pytorch#172439 reports it: groups without rows get what was in memory as gradient."""
+    """Torch's grouped product as in pytorch#172439: groups without rows get uninitialized memory as gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def test_what_the_grouped_product_leaves_for_idle_experts_is_overwritten(
 
 
 class _NoNaN(TorchDispatchMode):
-    """Refuses every operation that makes a NaN."""
+    """Raises for every operation that produces a NaN."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -47,7 +47,7 @@ def test_dispatch_groups_rows_by_expert_and_keeps_token_order_inside(decision: R
 @settings(max_examples=150)
 @given(_decisions())
 def test_output_and_gradients_equal_a_dense_matrix_product(decision: RoutingDecision) -> None:
-    """With an expert e that multiplies by (e + 1), the whole detour is a (T, T) diagonal matrix."""
+    """With experts that multiply by (e + 1), gather and combine together are a diagonal (T, T) matrix."""
     x = torch.randn(decision.num_tokens, 3, dtype=torch.float64, requires_grad=True)
     dispatcher = LocalDispatcher()
     sent = dispatcher.dispatch(x, decision)
@@ -76,7 +76,7 @@ def test_gradients_pass_gradcheck_with_dropped_slots() -> None:
 
 
 def test_a_token_s_rows_are_summed_in_slot_order() -> None:
-    """1e16 + 1 - 1e16 is 0 or 1 in float64, depending on the order: it must be the slots' order, whatever the rows'."""
+    """1e16 + 1 - 1e16 is 0 or 1 in float64, depending on the order, which must be that of the slots."""
     decision = RoutingDecision.from_top_k(
         torch.tensor([[2, 0, 1]]), torch.ones(1, 3, dtype=torch.float64), num_experts=3, valid=torch.tensor([True])
     )
@@ -102,7 +102,7 @@ def test_no_rows_at_all_gives_zeros_and_zero_gradients() -> None:
 
 
 def test_a_permutation_and_its_inverse_have_the_gradients_of_indexing() -> None:
-    """Of an order that is not its own inverse."""
+    """For an order that is not its own inverse."""
     order = torch.tensor([2, 0, 3, 1])
     for moved_by, expected in ((permute_rows, order), (unpermute_rows, order.argsort())):
         x, like = (torch.arange(8.0).view(4, 2).requires_grad_() for _ in range(2))

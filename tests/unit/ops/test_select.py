@@ -1,4 +1,4 @@
-"""Selection where scores are equal, or equal but for rounding."""
+"""Selection among scores that are equal, or equal up to rounding error."""
 
 import math
 
@@ -11,7 +11,7 @@ from trainer.ops.select import round_logits, round_mantissa, stable_top_k
 
 
 def _by_passes(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """K times: the first largest of what is left."""
+    """Select k times the first largest of the remaining scores."""
     left, chosen = scores.clone(), []
     for _ in range(k):
         best = left.argmax(dim=-1)
@@ -54,7 +54,7 @@ def test_logits_that_only_rounding_tells_apart_are_equal_on_the_border_of_two_st
 
 @pytest.mark.parametrize("num_experts", range(2, 65))
 def test_an_even_plan_is_even_for_any_number_of_experts(num_experts: int) -> None:
-    """The logarithm of 1 / 16 lies 6e-6 from the border of two steps: less than float32 logits are off by."""
+    """log(1 / 16) is 6e-6 from a boundary between two steps, less than the error of float32 logits."""
     noise = torch.rand(num_experts, 5, generator=torch.Generator().manual_seed(num_experts)) * 4e-5 - 2e-5
     assert (round_logits(noise.double() - math.log(num_experts)).diff(dim=0) == 0).all()
 
@@ -90,7 +90,7 @@ def test_few_scores_and_strange_ones() -> None:
     ).shape == (0,)
     assert round_mantissa(torch.tensor(0.3)) == round_mantissa(torch.tensor([0.3]))[0]
     assert round_mantissa(torch.tensor([0.0, 1.0, 0.0])).tolist() == [0.0, 1.0, 0.0]
-    below_normal = torch.tensor([1.646525696e-42, 1.647926994e-42])  # a last bit is all that tells them apart
+    below_normal = torch.tensor([1.646525696e-42, 1.647926994e-42])  # they differ in the last bit only
     assert below_normal[0] != below_normal[1] and len(round_mantissa(below_normal).unique()) == 1
     assert round_logits(torch.tensor([[-torch.inf], [1.0]])).flatten().tolist() == [-torch.inf, 1.0]
     assert not round_mantissa(torch.tensor([torch.nan, torch.inf, 1.0])).isfinite().all()

@@ -1,4 +1,4 @@
-"""AdamW's own numbers, against its formula."""
+"""AdamW against its formula."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ from trainer.optim.registry import AdamWConfig
 
 
 def _moved(config: AdamWConfig, *, is_decayed: bool) -> float:
-    """Return where a weight of 1 is after gradients of 1 and 3 with a learning rate of 0.1."""
+    """Return a weight of 1 after gradients of 1 and 3 at a learning rate of 0.1."""
     weight = nn.Parameter(torch.ones(1))
     parts = ([weight], []) if is_decayed else ([], [weight])
     optimizer = config.build(decayed=parts[0], not_decayed=parts[1])

@@ -1,4 +1,4 @@
-"""Learning rates at the steps that matter."""
+"""Learning rates at the boundaries of schedules."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ SHIPPED = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
 def test_warmup_rises_to_the_peak_and_the_cosine_ends_at_its_final_fraction() -> None:
     lr = WarmupCosineConfig(peak_lr=1.0, warmup_steps=10, final_fraction=0.1).build(total_steps=111)
     assert [lr(0), lr(4), lr(9), lr(10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
-    assert lr(60) == pytest.approx(0.55)  # half way: the mean of peak and end
+    assert lr(60) == pytest.approx(0.55)  # halfway: the mean of peak and end
     assert lr(110) == pytest.approx(0.1) == lr(500)
     assert all(lr(s) >= lr(s + 1) for s in range(10, 110))
 
@@ -51,7 +51,7 @@ def test_warmup_as_a_share_of_the_run_fits_any_run_and_a_number_is_taken_as_it_i
 
 @pytest.mark.parametrize("config", slots.sections(ScheduleConfig), ids=lambda config: config.__name__)
 def test_no_schedule_jumps_whatever_its_options_are(config: Any) -> None:
-    """From one step to the next the rate moves by what its warmup or its decay takes, spread over their steps."""
+    """Between steps the rate changes at most by the slope of its warmup or decay."""
     peak, checked = 2.0, 0
     shares = {"decay_fraction": (0.0, 0.01, 0.2, 0.5, 0.9, 1.0), "final_fraction": (0.0, 0.3, 1.0)}
     names = [name for name in shares if name in config.model_fields]
@@ -66,7 +66,7 @@ def test_no_schedule_jumps_whatever_its_options_are(config: Any) -> None:
             assert all(0 <= rate <= peak for rate in rates), (steps, asked, chosen)
             warmup = config(warmup_steps=asked).warmup(steps)
             falls = round(chosen.get("decay_fraction", 1) * steps)
-            steepest = math.pi / 2 / max(1, min(falls, steps - 1 - warmup))  # that of a cosine in its middle
+            steepest = math.pi / 2 / max(1, min(falls, steps - 1 - warmup))  # the slope of a cosine at its middle
             most = peak * max(1 / max(1, warmup), steepest)
             jumps = [abs(b - a) for a, b in itertools.pairwise(rates)]
             assert max(jumps) <= most * (1 + 1e-9), (steps, asked, chosen, max(jumps), most)
@@ -75,7 +75,7 @@ def test_no_schedule_jumps_whatever_its_options_are(config: Any) -> None:
 
 
 def test_the_decay_of_a_short_run_begins_where_its_warmup_ends() -> None:
-    """The first thing that is tried, `train.steps=100` over a warmup of 50 and a decay of 0.9, fell by half at once."""
+    """A short trial, `train.steps=100` with a warmup of 50 and a decay of 0.9, used to drop by half at once."""
     config = WarmupStableDecayConfig(peak_lr=1.0, warmup_steps=50, decay_fraction=0.9)
     lr = config.build(total_steps=100)
     assert [lr(49), lr(50), lr(74), lr(99)] == pytest.approx([1.0, 0.98, 0.5, 0.0])

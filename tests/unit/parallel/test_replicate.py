@@ -1,4 +1,4 @@
-"""Gradients all-reduced during the backward pass."""
+"""Gradients are all-reduced during the backward pass."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from trainer.parallel.replicate import GradientReducer
 
 
 def _sums(num_passes: int, who: int | None) -> tuple[list[Tensor], list[list[int]]]:
-    """Gradients after some backward passes of 4 layers, a bucket each; and how many sums had begun at each layer."""
+    """Gradients after backward passes of 4 layers, one bucket each, and the reductions started at each layer."""
     replicate._BUCKET_BYTES = 1
     recorder = FlightRecorder()
     mesh = mesh_here(recorder=recorder)
@@ -47,13 +47,13 @@ def test_gradients_are_those_of_all_ranks_and_passes(ranks: Ranks, num_passes: i
 
 
 def test_sums_begin_during_the_last_backward_pass_and_no_other(ranks: Ranks) -> None:
-    """At a layer's output, the gradients of the layers above it are under way."""
+    """At a layer's output, the gradients of the layers above it are being reduced."""
     _, begun = ranks.run(2, _sums, 2, None)[0]
     assert begun == [[0, 0, 0, 0], [0, 1, 2, 3]]
 
 
 def _shares(world_is_one: bool, victim: int) -> tuple[list[bool], list[bool]]:
-    """Whether this rank's share was finite in three steps, and the gradients; in the second, the victim's is not."""
+    """Whether local gradients were finite in three steps, and the gradients; the victim's is not in the second."""
     group = Group.of_one() if world_is_one else mesh_here().world
     layers = nn.Sequential(*[nn.Linear(3, 3, bias=False) for _ in range(3)])
     summed = GradientReducer(list(layers.parameters()), group)
@@ -71,7 +71,7 @@ def _shares(world_is_one: bool, victim: int) -> tuple[list[bool], list[bool]]:
     return shares, sums
 
 
-def test_the_rank_whose_share_was_not_finite_knows_it(ranks: Ranks) -> None:
+def test_a_rank_detects_that_its_own_gradient_was_not_finite(ranks: Ranks) -> None:
     (first, sums), (second, _) = ranks.run(2, _shares, False, 1)
     assert first == [True, True, True] and second == [True, False, True]
     assert sums == [True, False, True], "everybody's sum is not finite"
@@ -80,7 +80,7 @@ def test_the_rank_whose_share_was_not_finite_knows_it(ranks: Ranks) -> None:
 
 
 def _late(bucket_bytes: int) -> list[float]:
-    """Gradients of weights of which the backward pass fills the last one long before the first."""
+    """Gradients of weights of which the backward pass reaches the last long before the first."""
     replicate._BUCKET_BYTES = bucket_bytes
     group = mesh_here().world
     weights = [nn.Parameter(torch.tensor([float(i + 1)], dtype=torch.float64)) for i in range(3)]

@@ -1,4 +1,4 @@
-"""Sharded weights: how much each rank has, and that nothing but place changes."""
+"""Sharded weights: how much each rank holds, and that results do not change."""
 
 from typing import Literal
 
@@ -25,7 +25,7 @@ def engine(mesh: Mesh, data: Data, dtype: torch.dtype) -> NativeEngine:
 
 
 def _sizes(ep_size: int) -> dict[str, list[int]]:
-    """Numbers held here: of weights and of optimizer state, dense and of experts."""
+    """Local elements of weights and optimizer state, dense and experts."""
     mine = engine(mesh_here(ep_size=ep_size), "shard", torch.float64)
     mine.train_step([make_batch(2, 8, seed=1)], lr=1e-3)
     sizes: dict[str, list[int]] = {"dense": [0, 0], "expert": [0, 0]}
@@ -76,7 +76,7 @@ def _first_step(data: Data) -> dict[str, torch.Tensor]:
 
 
 def test_bfloat16_rounds_sharded_gradients_as_it_rounds_replicated_ones(ranks: Ranks) -> None:
-    """Of two ranks every sum has two terms, so that nothing but rounding could make a difference."""
+    """On two ranks every sum has two terms, so results are bit-identical."""
     sharded, replicated = (ranks.run(2, _first_step, data)[0] for data in ("shard", "replicate"))
     assert sharded.keys() == replicated.keys()
     for name, gradient in replicated.items():
@@ -85,11 +85,11 @@ def test_bfloat16_rounds_sharded_gradients_as_it_rounds_replicated_ones(ranks: R
 
 
 def _is_where_it_is_said_to_be() -> bool:
-    """Whether the rows of each part are those of the whole weight from `first_row` on."""
+    """Whether each shard equals the rows of the whole weight from `first_row` on."""
     weights = [p for p in engine(mesh_here(), "shard", torch.float64).parameters.values() if isinstance(p, DTensor)]
     return all([torch.equal(local(p), p.full_tensor()[first_row(p) :][: len(local(p))]) for p in weights])
 
 
 def test_parts_begin_where_they_are_said_to(ranks: Ranks) -> None:
-    """Of three ranks nearly no weight has as many rows as two others together."""
+    """Hardly any weight divides evenly over three ranks."""
     assert ranks.run(3, _is_where_it_is_said_to_be) == [True] * 3

@@ -60,12 +60,12 @@ _ONLY: dict[str, tuple[Any, str]] = {
     "data_types.grad_accum_dtype": ("fp32", "gradients are summed in float32"),
     "zero_optimization.reduce_scatter": (True, "DeepSpeed needs it for experts"),
     "zero_optimization.contiguous_gradients": (True, "DeepSpeed needs it for experts"),
-    "zero_optimization.compute_grad_norm": (True, "the norm decides whether a step is taken"),
-    "zero_optimization.zero_quantized_gradients": (False, "it rounds gradients on their way"),
+    "zero_optimization.compute_grad_norm": (True, "the norm decides whether a step is skipped"),
+    "zero_optimization.zero_quantized_gradients": (False, "it rounds gradients during communication"),
     "zero_allow_untested_optimizer": (True, "the engine's optimizer is not DeepSpeed's"),
-    "zero_force_ds_cpu_optimizer": (False, "engine.adam says which optimizer runs on the CPU"),
-    "managed_gradient_accumulation": (True, "the engine says which micro-batch is the last one"),
-    "use_data_before_expert_parallel_": (False, "ranks that share experts are neighbours"),
+    "zero_force_ds_cpu_optimizer": (False, "engine.adam selects the optimizer on the CPU"),
+    "managed_gradient_accumulation": (True, "the engine marks the last micro-batch"),
+    "use_data_before_expert_parallel_": (False, "expert-parallel ranks are consecutive"),
 }
 """Options with a single allowed value, and the reason."""
 _FREE: dict[str, str] = {
@@ -106,15 +106,15 @@ _IS: dict[str, Callable[[Any], bool]] = {
     "a whole number above 0": lambda value: _is_whole(value),
     "an even whole number above 0": lambda value: _is_whole(value) and value % 2 == 0,
 }
-_TRACKED = "it would send the run from within it, and write beside the run folder; use metrics.wandb"
+_TRACKED = "it would upload from within the run and write outside the run folder; use metrics.wandb"
 _REFUSED: dict[str, str] = {
     "gradient_accumulation_steps": "it follows from train.global_batch_size, parallel.micro_batch_size and the ranks",
     "scheduler": "the learning rate is that of `schedule`",
     "checkpoint": "checkpoints are those of `checkpoint`; docs/checkpoint.md",
-    "elasticity": "a run goes on with any number of ranks without it",
+    "elasticity": "runs resume on any number of ranks without it",
     "activation_checkpointing": "the model does not use DeepSpeed's",
-    "expert_parallel": "experts are shared by parallel.ep_size ranks",
-    "zero_optimization.offload_param": "it is of stage 3",
+    "expert_parallel": "experts are split over parallel.ep_size ranks",
+    "zero_optimization.offload_param": "it belongs to stage 3",
     "zero_optimization.elastic_checkpoint": "checkpoints are those of `checkpoint`",
     "wandb": _TRACKED,
     "comet": _TRACKED,
@@ -153,7 +153,7 @@ def _objection(key: str, value: Any, ours: Ours) -> str | None:
         return None if _equal(value, only) else f"{_as_json(value)}: {why}; leave it out"
     similar = near(key, [*_SAME, *_ONLY, *_FREE, *_REFUSED], cutoff=0.85)
     hint = f"did you mean {similar}?" if similar else "leave it out"
-    return f"not among the options of DeepSpeed that are known to leave what is learned alone; {hint}"
+    return f"not among DeepSpeed's options that are known not to change what is learned; {hint}"
 
 
 def _unusable(raw: Mapping[str, Any], ours: Ours) -> Iterator[Problem]:

@@ -1,4 +1,4 @@
-"""DeepSpeed's own options: which are taken over, which must agree with ours, and what the rest are answered."""
+"""DeepSpeed's own options: passed through, required to agree with ours, or refused."""
 
 import json
 from pathlib import Path
@@ -107,14 +107,14 @@ def test_a_file_that_says_the_same_is_taken_over_without_what_is_said_elsewhere(
         ({"flops_profiler": {"output_file": "a/b.txt"}}, "output_file: 'a/b.txt' is not the name of something in the"),
         ({"flops_profiler": {"output_file": "a\n"}}, "output_file: 'a\\n' is not the name of something in the run"),
         ({"flops_profiler": {"output_file": 5}}, "output_file: 5 is not the name of something in the run folder"),
-        ({"wandb": {"enabled": True, "project": "x"}}, "wandb: it would send the run from within it, and write beside"),
-        ({"comet": {"enabled": True, "api_key": "x"}}, "comet: it would send the run from within it, and write beside"),
+        ({"wandb": {"enabled": True, "project": "x"}}, "wandb: it would upload from within the run and write outside"),
+        ({"comet": {"enabled": True, "api_key": "x"}}, "comet: it would upload from within the run and write outside"),
         ({"steps_per_print": 1e300}, "steps_per_print: 1e+300 is not a whole number above 0"),
-        ({"progressive_layer_drop": "x" * 5000}, "not among the options of DeepSpeed that are known to leave what is"),
+        ({"progressive_layer_drop": "x" * 5000}, "not among DeepSpeed's options that are known not to change what is"),
         ({"zero_optimization": {"allgather_bucket_size": 3}}, "3 is not an even whole number above 0"),
         ({"zero_optimization": {"reduce_bucket_size": -5}}, "-5 is not a whole number above 0"),
         ({"timers": {"throughput": {"enabled": True}}}, "not among the options of DeepSpeed that are known"),
-        ({"expert_parallel": {"enabled": True}}, "expert_parallel: experts are shared by parallel.ep_size ranks"),
+        ({"expert_parallel": {"enabled": True}}, "expert_parallel: experts are split over parallel.ep_size ranks"),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
 )  # fmt: skip
@@ -138,13 +138,13 @@ def test_what_deepspeed_writes_is_in_the_run_folder(tmp_path: Path) -> None:
     assert given["tensorboard"]["output_path"] == f"{tmp_path}/deepspeed/tensorboard"
     assert given["tensorboard"]["job_name"] == "mine"
     assert given["flops_profiler"]["output_file"] == f"{tmp_path}/deepspeed/flops.txt"
-    nowhere = engine.resolved(grad_clip=None)  # as in a proof
+    nowhere = engine.resolved(grad_clip=None)  # as in `prove`
     assert not {"csv_monitor", "tensorboard", "flops_profiler", "wandb", "comet"} & nowhere.keys()
     assert not {"wandb", "comet"} & given.keys()
 
 
 def test_deepspeed_s_own_csv_files_are_where_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed makes their folder as soon as it starts, wherever it was started."""
+    """DeepSpeed creates its folder as soon as it starts: below the run folder, whatever the working directory."""
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     section = DeepSpeedEngineConfig(deepspeed_config={"csv_monitor": {"enabled": True}})
@@ -252,7 +252,7 @@ def test_what_deepspeed_itself_refuses_is_a_config_error_and_leaves_nothing(tmp_
 
 
 class CountsInNumbers(torch.optim.Optimizer):
-    """Keeps its state as DeepSpeed's kernels do."""
+    """Optimizer whose state has the format of DeepSpeed's kernels."""
 
     def __init__(self, flat: torch.Tensor) -> None:
         super().__init__([flat], {})

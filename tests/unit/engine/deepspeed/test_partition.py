@@ -1,4 +1,4 @@
-"""Flat partitions and the rows a checkpoint is made of, for every way in which boundaries can fall."""
+"""Flat partitions and the rows of a checkpoint, for every position of partition boundaries."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from trainer.engine.deepspeed.partition import ParameterSpan, Partition
 
 
 class Room:
-    """Ranks as threads of this process, which hand each other tensors."""
+    """Ranks as threads of this process that exchange tensors."""
 
     def __init__(self, size: int) -> None:
         self.size, self.barrier = size, threading.Barrier(size, timeout=20)
@@ -42,7 +42,7 @@ class Room:
 
 
 class Seat:
-    """What a partition needs of a group."""
+    """The part of `Group` that a partition uses."""
 
     def __init__(self, room: Room, index: int) -> None:
         self.room, self.index, self.size, self.device = room, index, room.size, torch.device("cpu")
@@ -106,10 +106,10 @@ def _check(shapes: Sequence[tuple[int, ...]], paddings: Sequence[int], num_ranks
         ([(4, 5)], 1, 0),
         ([(4, 5)], 2, 0),  # a boundary between rows
         ([(4, 5)], 3, 0),  # boundaries within them
-        ([(1, 2, 50)], 4, 1),  # one row over all ranks: the others have nothing of it
-        ([(2, 2, 50), (3,)], 4, 0),  # two rows over four ranks, and single elements behind
+        ([(1, 2, 50)], 4, 1),  # one row over all ranks: the others own no row
+        ([(2, 2, 50), (3,)], 4, 0),  # two rows over four ranks, then single elements
         ([(7,)], 3, 0),
-        ([(2, 3)], 4, 8),  # ranks with nothing but padding
+        ([(2, 3)], 4, 8),  # ranks with padding only
         ([(3, 1), (1, 30), (5, 2)], 4, 0),
     ],
 )
