@@ -9,7 +9,7 @@ from trainer.data.config import DataConfig
 from trainer.data.mixture import domain_shares
 from trainer.data.records.bad_records import SkippedRecords
 from trainer.data.sources.registry import HfStreamSourceConfig
-from trainer.data.token_cache.block_stream import BlockStream, StreamedSource
+from trainer.data.token_cache.block_stream import BlockStream
 from trainer.data.token_cache.build_cache import IngestProgress, build_sources
 from trainer.data.token_cache.cache_folder import cache_error
 from trainer.data.token_cache.checksums import DamagedCache
@@ -17,6 +17,7 @@ from trainer.data.token_cache.domain_files import open_side
 from trainer.data.token_cache.signed_json import hash_of
 from trainer.data.token_cache.skipped import SourceSkips
 from trainer.data.token_cache.source_cache import CachedSource, SourceManifest
+from trainer.data.token_cache.stream_block import StreamedSource
 from trainer.data.token_cache.token_files import TokenFile
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.data.tokenizers.registry import BPETokenizerConfig, ByteTokenizerConfig

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from trainer.config.base import Config
 from trainer.data.batches.row_order import DomainRows, SequenceRows
 from trainer.data.permutation import FOR_BLOCK_ROWS, hash64
-from trainer.data.token_cache.block_stream import BlockInfo, BlockStream, Mark
+from trainer.data.token_cache.block_stream import BlockStream
+from trainer.data.token_cache.stream_block import BlockInfo, Mark
 from trainer.data.token_cache.token_files import TokenFile
 from trainer.errors import DataError
 

@@ -8,46 +8,13 @@ CACHE/NAME.lock           locked during a build; the lock ends with its process
 
 import errno
 import fcntl
-import hashlib
 import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Self
 
-from trainer.config.base import Config
-from trainer.data.records.text_files import readable
 from trainer.errors import DataError, ResourceError
-
-
-class FileState(Config):
-    """State of an input file: size and time for a quick comparison, and the hash for a reliable one."""
-
-    path: str
-    size_bytes: int
-    mtime_ns: int
-    sha256: str | None = None
-
-    @classmethod
-    def of(cls, path: Path) -> Self:
-        """Return the state of a file without reading it; sha256 is None.
-
-        Raises:
-            DataError: if the file is gone.
-        """
-        with readable(path):
-            status = path.stat()
-        return cls(path=str(path), size_bytes=status.st_size, mtime_ns=status.st_mtime_ns)
-
-    def hashed(self) -> Self:
-        """Return the state with the hash of the file's content.
-
-        Raises:
-            DataError: if the file cannot be read.
-        """
-        with readable(Path(self.path)), Path(self.path).open("rb") as file:
-            return self.model_copy(update={"sha256": hashlib.file_digest(file, "sha256").hexdigest()})
 
 
 @contextmanager

@@ -8,14 +8,8 @@ import numpy as np
 
 from trainer.config.base import Config
 from trainer.data.token_cache.splits import Side
-from trainer.data.token_cache.token_files import (
-    TokenFile,
-    TokenFileInfo,
-    TokenWriter,
-    is_intact,
-    open_token_file,
-    token_file_paths,
-)
+from trainer.data.token_cache.token_files import TokenFile, TokenFileInfo, is_intact, open_token_file, token_file_paths
+from trainer.data.token_cache.token_writer import TokenWriter
 from trainer.data.tokenizers.base import Tokenizer
 
 SIDES: tuple[Side, Side] = ("train", "validation")

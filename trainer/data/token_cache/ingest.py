@@ -9,7 +9,7 @@ from trainer.data.records.bad_records import SkippedRecords
 from trainer.data.sources.base import Document
 from trainer.data.token_cache.domain_files import SIDES, DomainInfo, write_document, write_sides
 from trainer.data.token_cache.splits import DomainSplit, Piece, Side, SplitConfig
-from trainer.data.token_cache.token_files import TokenWriter
+from trainer.data.token_cache.token_writer import TokenWriter
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.errors import DataError
 

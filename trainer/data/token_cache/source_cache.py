@@ -7,7 +7,7 @@ CACHE/NAME.parts/     an unfinished one: sources.json lists its files, and each 
 import logging
 import platform
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,40 +18,19 @@ from trainer.config.base import Config
 from trainer.data.records.bad_records import SkippedRecords, merge_skipped
 from trainer.data.sources.base import Source
 from trainer.data.sources.registry import InstalledSourceConfig, SourceConfig
-from trainer.data.token_cache.cache_folder import FileState, publish, temporary_path
+from trainer.data.token_cache.cache_folder import publish, temporary_path
 from trainer.data.token_cache.domain_files import DomainInfo, domain_paths, is_domain_intact
 from trainer.data.token_cache.ingest import no_documents
+from trainer.data.token_cache.input_files import Content, FileState
 from trainer.data.token_cache.join_parts import join_parts
 from trainer.data.token_cache.read_tasks import RESULT, ReadTask
 from trainer.data.token_cache.signed_json import hash_of, read_signed, signed_json
 from trainer.data.token_cache.splits import SplitConfig
 from trainer.data.tokenizers.base import Tokenizer
-from trainer.errors import DataError
 
 _FORMAT = 3  # raise with any change to the token files or to the documents of a source
 _MANIFEST, _PARTS_CONTENT = "manifest.json", "sources.json"
 _log = logging.getLogger(__name__)
-
-
-class Content(Config):
-    """Inputs that a source is read from."""
-
-    origin: str
-    """Addresses and versions of remote files."""
-    files: list[FileState]
-
-    def quick_hash(self) -> str:
-        """Return a short hash of what is known without reading: addresses, paths, sizes and times."""
-        return hash_of([self.origin, *([file.path, file.size_bytes, file.mtime_ns] for file in self.files)])[:16]
-
-    def hashed(self) -> Self:
-        """Return the content with the hashes of all files."""
-        return self.model_copy(update={"files": [file.hashed() for file in self.files]})
-
-    def may_equal(self, other: "Content") -> bool:
-        """Return whether addresses and sizes are equal."""
-        sizes, other_sizes = ([file.size_bytes for file in content.files] for content in (self, other))
-        return self.origin == other.origin and sizes == other_sizes
 
 
 class SourceManifest(Config):
@@ -171,13 +150,11 @@ class CachedSource:
             DataError: if a file changed or is a copy of another, or a domain has no text on one side of the split.
         """
         content = self.content.hashed()
-        for before in self.content.files:
-            if FileState.of(Path(before.path)) != before:
-                raise DataError(f"{before.path}: changed during reading; files must not change meanwhile; start again")
+        self.content.refuse_changes()
         parts = [task.result() for task in tasks]
         skipped = merge_skipped(part.skipped for part in parts)
         if self.source.rejects_copies:
-            _refuse_copies(content, unused=set(skipped.empty_files))
+            content.refuse_copies(unused=set(skipped.empty_files))
         folder = tasks[0].folder
         if len(tasks) > 1:
             folder = temporary_path(self.folder)
@@ -254,21 +231,3 @@ def _identity(config: SourceConfig) -> dict[str, Any]:
         except metadata.PackageNotFoundError:  # built from source, without a package; its files are compared
             versions["torch"] = "unknown"
     return options | versions
-
-
-def _refuse_copies(content: Content, *, unused: Collection[str]) -> None:
-    """Refuse two files of the same content, except unused ones.
-
-    Raises:
-        DataError: naming both.
-    """
-    first: dict[str, str] = {}
-    for file in content.files:
-        if file.path in unused:
-            continue
-        assert file.sha256 is not None, "it was hashed"
-        if file.sha256 in first:
-            raise DataError(
-                f"{file.path}: is a copy of {first[file.sha256]}; each record is read once; remove one of them"
-            )
-        first[file.sha256] = file.path

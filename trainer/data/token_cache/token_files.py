@@ -13,8 +13,6 @@ answers        1         4         7
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,16 +20,14 @@ from numpy.typing import ArrayLike, NDArray
 from trainer.config.base import Config
 from trainer.data.token_cache.checksums import (
     CHECKSUM_BYTES,
-    BlockChecksums,
     CheckedArray,
-    HashedFile,
     damaged,
     num_blocks,
 )
 from trainer.data.tokenizers.base import token_dtype
 
-_POSITION = np.dtype("<i8")
-_CHUNK_TOKENS = 1 << 22
+POSITION = np.dtype("<i8")
+"""Type of positions on disk."""
 _SMALL_BYTES = 128 << 10
 """Files up to this size are read into memory: a mapping keeps a file open, and a run may have thousands."""
 
@@ -98,87 +94,6 @@ class TokenFile:
         return index >= self.answer_starts[document]
 
 
-class TokenWriter:
-    """Writes one token file, document by document; a context manager that closes it."""
-
-    def __init__(self, folder: Path, name: str, *, vocab_size: int, end_of_document: int) -> None:
-        self._vocab_size = vocab_size
-        self._dtype = token_dtype(vocab_size)
-        self._end_of_document = np.array([end_of_document], dtype=self._dtype)
-        self._num_tokens = self._num_bytes = self._num_documents = 0
-        self._checksums_path = _path(folder, name, "checksums")
-        self._checksums = BlockChecksums()
-        self._tokens = HashedFile(tokens_path(folder, name), self._checksums)
-        self._starts, self._answers = (HashedFile(path(folder, name)) for path in (starts_path, answers_path))
-
-    def write(self, tokens: NDArray[np.integer], *, num_bytes: int, num_prompt_tokens: int = 0) -> None:
-        """Append a document of `num_bytes` bytes of text; its first `num_prompt_tokens` are not learned.
-
-        Raises:
-            ValueError: if a token is outside the vocabulary.
-        """
-        fits_by_type = tokens.dtype == self._dtype and self._vocab_size > np.iinfo(self._dtype).max
-        if not fits_by_type and tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab_size:
-            raise ValueError(f"tokens in [{tokens.min()}, {tokens.max()}] do not fit the vocabulary {self._vocab_size}")
-        start = self._next_start()
-        self._starts.write(start.to_bytes(_POSITION.itemsize, "little"))
-        self._answers.write((start + num_prompt_tokens).to_bytes(_POSITION.itemsize, "little"))
-        self._append(tokens.astype(self._dtype, copy=False))
-        self._num_documents += 1
-        self._num_bytes += num_bytes
-
-    def extend(self, file: "TokenFile") -> None:
-        """Append all documents of another token file with the same vocabulary."""
-        if file.num_documents == 0:
-            return
-        start = self._next_start()
-        self._starts.write((file.document_starts + start).astype(_POSITION).tobytes())
-        self._answers.write((file.answer_starts + start).astype(_POSITION).tobytes())
-        for first in range(0, file.num_tokens, _CHUNK_TOKENS):
-            self._append(file.tokens[first : first + _CHUNK_TOKENS])
-        self._num_documents += file.num_documents
-        self._num_bytes += file.num_bytes
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens so far, including ends of documents."""
-        return self._num_tokens
-
-    def info(self) -> TokenFileInfo:
-        """Return the manifest entry of the file so far."""
-        return TokenFileInfo(
-            num_tokens=self._num_tokens,
-            num_bytes=self._num_bytes,
-            num_documents=self._num_documents,
-            sha256=self._tokens.sha256(),
-            documents_sha256=self._starts.sha256(),
-            answers_sha256=self._answers.sha256(),
-            checksums_sha256=hashlib.sha256(self._checksums.digest()).hexdigest() if self._is_large() else None,
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for file in (self._tokens, self._starts, self._answers):
-            file.close()
-        if error is None and self._is_large():
-            self._checksums_path.write_bytes(self._checksums.digest())
-
-    def _is_large(self) -> bool:
-        return self._num_tokens * self._dtype.itemsize > _SMALL_BYTES
-
-    def _next_start(self) -> int:
-        """End the previous document; return the start of the next one."""
-        if self._num_documents > 0:
-            self._append(self._end_of_document)
-        return self._num_tokens
-
-    def _append(self, tokens: NDArray[np.unsignedinteger]) -> None:
-        self._tokens.write(tokens.tobytes())
-        self._num_tokens += len(tokens)
-
-
 def is_intact(folder: Path, name: str, info: TokenFileInfo, *, vocab_size: int, verify: bool = False) -> bool:
     """Return whether a token file exists in the size of the manifest; `verify` compares its hashes too."""
     try:
@@ -204,15 +119,15 @@ def open_token_file(folder: Path, name: str, info: TokenFileInfo, *, vocab_size:
     if info.checksums_sha256 is None:
         verified = _verified(tokens, dtype, info.sha256)
     else:
-        path = _path(folder, name, "checksums")
+        path = checksums_path(folder, name)
         checksums = path.read_bytes()
         if hashlib.sha256(checksums).hexdigest() != info.checksums_sha256:
             raise damaged(path)
         verified = CheckedArray(tokens, dtype, checksums)
     return TokenFile(
         tokens=verified,
-        document_starts=_verified(starts_path(folder, name), _POSITION, info.documents_sha256),
-        answer_starts=_verified(answers_path(folder, name), _POSITION, info.answers_sha256),
+        document_starts=_verified(starts_path(folder, name), POSITION, info.documents_sha256),
+        answer_starts=_verified(answers_path(folder, name), POSITION, info.answers_sha256),
         num_bytes=info.num_bytes,
     )
 
@@ -224,27 +139,33 @@ def token_file_paths(folder: Path, name: str, info: TokenFileInfo, *, vocab_size
 
 def tokens_path(folder: Path, name: str) -> Path:
     """Return the path of the tokens of DOMAIN.SIDE."""
-    return _path(folder, name, "tokens")
+    return folder / f"{name}.tokens"
 
 
 def starts_path(folder: Path, name: str) -> Path:
     """Return the path of the document starts of DOMAIN.SIDE."""
-    return _path(folder, name, "documents")
+    return folder / f"{name}.documents"
 
 
 def answers_path(folder: Path, name: str) -> Path:
     """Return the path of the answer starts of DOMAIN.SIDE."""
-    return _path(folder, name, "answers")
+    return folder / f"{name}.answers"
 
 
-def _path(folder: Path, name: str, kind: str) -> Path:
-    return folder / f"{name}.{kind}"
+def checksums_path(folder: Path, name: str) -> Path:
+    """Return the path of the checksums of DOMAIN.SIDE."""
+    return folder / f"{name}.checksums"
+
+
+def has_checksums(size_bytes: int) -> bool:
+    """Return whether a tokens file of this size has a checksums file."""
+    return size_bytes > _SMALL_BYTES
 
 
 def _expected(folder: Path, name: str, info: TokenFileInfo, *, vocab_size: int) -> list[tuple[Path, int, str]]:
     """Return the files of DOMAIN.SIDE with their sizes and hashes."""
     num_tokens_bytes = info.num_tokens * token_dtype(vocab_size).itemsize
-    num_positions_bytes = info.num_documents * _POSITION.itemsize
+    num_positions_bytes = info.num_documents * POSITION.itemsize
     expected = [
         (tokens_path(folder, name), num_tokens_bytes, info.sha256),
         (starts_path(folder, name), num_positions_bytes, info.documents_sha256),
@@ -252,7 +173,7 @@ def _expected(folder: Path, name: str, info: TokenFileInfo, *, vocab_size: int) 
     ]
     if info.checksums_sha256 is not None:
         size_bytes = num_blocks(num_tokens_bytes) * CHECKSUM_BYTES
-        expected.append((_path(folder, name, "checksums"), size_bytes, info.checksums_sha256))
+        expected.append((checksums_path(folder, name), size_bytes, info.checksums_sha256))
     return expected
 
 

@@ -28,7 +28,7 @@ from trainer.data.sources.registry import (
 )
 from trainer.data.token_cache import read_tasks
 from trainer.data.token_cache.splits import is_held_out
-from trainer.data.token_cache.token_files import TokenWriter
+from trainer.data.token_cache.token_writer import TokenWriter
 
 ALL = [f"text {i:03d}" + "!" * (i % 7) for i in range(90)]
 LEARNED = [text for text in ALL if not is_held_out(text, 0.2)]

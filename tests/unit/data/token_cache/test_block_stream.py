@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from trainer.data.sources.registry import HfStreamSourceConfig
-from trainer.data.token_cache.block_stream import BlockStream, Mark, StreamedSource
-from trainer.data.token_cache.cache_folder import FileState
+from trainer.data.token_cache.block_stream import BlockStream
+from trainer.data.token_cache.input_files import FileState
 from trainer.data.token_cache.splits import is_held_out
+from trainer.data.token_cache.stream_block import Mark, StreamedSource
 from trainer.data.token_cache.token_files import TokenFile
 from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.errors import DataError, ResourceError

@@ -16,7 +16,8 @@ from trainer.data.config import DataConfig, SplitConfig
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.data.sources.registry import TextSourceConfig
 from trainer.data.token_cache import read_tasks, source_cache
-from trainer.data.token_cache.cache_folder import FileState, build_lock
+from trainer.data.token_cache.cache_folder import build_lock
+from trainer.data.token_cache.input_files import FileState
 from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.errors import DataError, ResourceError
 

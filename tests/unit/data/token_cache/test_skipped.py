@@ -27,7 +27,7 @@ from trainer.data.sources.registry import (
 from trainer.data.token_cache import workers
 from trainer.data.token_cache.block_stream import BlockStream
 from trainer.data.token_cache.skipped import SourceSkips, summarize_skipped, write_skipped
-from trainer.data.token_cache.token_files import TokenWriter
+from trainer.data.token_cache.token_writer import TokenWriter
 from trainer.errors import DataError
 
 GOOD = [f"text {i:02d}" + "!" * (i % 7) for i in range(40)]

@@ -4,13 +4,13 @@ import pytest
 from trainer.data.token_cache import checksums, token_files
 from trainer.data.token_cache.token_files import (
     TokenFile,
-    TokenWriter,
     is_intact,
     open_token_file,
     starts_path,
     token_dtype,
     tokens_path,
 )
+from trainer.data.token_cache.token_writer import TokenWriter
 from trainer.errors import DataError
 
 
