@@ -22,7 +22,7 @@ from trainer.data.permutation import FOR_BLOCK, hash64, permute_index
 from trainer.errors import DataError
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 1 << 12, 1 << 22
-"""Limits of the slots of a block, in each of which every domain has its exact quota."""
+"""Smallest and largest number of slots of a block."""
 _MIN_DOMAIN_SLOTS = 16
 """Least slots of a domain in a block, so that rounding changes its share by less than a sixteenth."""
 

@@ -131,7 +131,7 @@ def training_pieces(files: Sequence[TokenFile], max_bytes: int) -> Iterator[str]
 
 
 def even_shares(sizes: Sequence[int], total: int) -> list[int]:
-    """Divide `total` evenly into shares of at most `sizes`; what small sizes leave goes to the others."""
+    """Divide `total` evenly into shares of at most `sizes`; the others share what small sizes leave."""
     shares = [0] * len(sizes)
     for done, index in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):
         shares[index] = min(sizes[index], (total - sum(shares)) // (len(sizes) - done))

@@ -14,7 +14,7 @@ from trainer.errors import DataError
 
 
 def import_datasets() -> Any:
-    """Import `datasets`, silenced: what it logs before an error is in the error as well."""
+    """Import `datasets` and silence its logs, which only repeat its errors."""
     import datasets
 
     datasets.disable_progress_bars()

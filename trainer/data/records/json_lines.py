@@ -46,7 +46,7 @@ class JsonlReader(RecordReader):
         return [part for path in self.files() for part in _split_file(path)]
 
     def entries(self, part: SourcePart) -> Iterator[Record | BadRecord]:
-        """Yield the records of a part; a line that is no JSON object in UTF-8, or a file without records, is bad.
+        """Yield the records of a part; a line that is not a JSON object in UTF-8, or a file without records, is bad.
 
         Raises:
             DataError: if the file cannot be read, or is damaged.

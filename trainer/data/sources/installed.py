@@ -23,7 +23,7 @@ from trainer.errors import DataError
 MIN_DOCSTRING_CHARACTERS = 60
 """Docstrings up to this length are labels rather than prose and are left out."""
 
-# The first set holds tests, tables and generated code, which nobody wrote as prose or code. The folders of the second
+# The first set holds tests, tables and generated code, not text written by people. The folders of the second
 # are missing from some Linux distributions or newer Pythons, on which the corpus must not depend.
 _GENERATED = {"test", "tests", "idle_test", "encodings", "pydoc_data", "__phello__", "__pycache__"}
 _UNSTABLE = {"distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtledemo", "site-packages", "dist-packages"}

@@ -75,7 +75,7 @@ def _concatenate(pieces: Sequence[tuple[Path, DomainInfo]], folder: Path, *, tok
 def _split_only_document(
     part: Path, domain: DomainInfo, folder: Path, *, tokenizer: Tokenizer, split: SplitConfig
 ) -> DomainInfo:
-    """Split the only document of a domain by its tail; whoever read the part could not know it was the only one."""
+    """Split the only document of a domain by its tail; the reader of its part could not know it was the only one."""
     side = next(side for side in SIDES if domain.side(side).num_documents)
     file = open_side(part, domain, side, vocab_size=tokenizer.vocab_size)
     ((prompt, text),) = read_documents(file, tokenizer)

@@ -81,8 +81,9 @@ def _run_in_pool(
         executor.shutdown()
         raise ResourceError(_death_message(processes)) from None
     except BaseException:
-        for process in processes:
-            process.kill()
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.kill()
         raise
     finally:
         executor.shutdown(cancel_futures=True)
