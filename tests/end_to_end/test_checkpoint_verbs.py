@@ -1,4 +1,4 @@
-"""The `checkpoint` verbs as a user runs them on a run that was trained."""
+"""Run the `checkpoint` subcommands on a trained run."""
 
 import contextlib
 import hashlib
@@ -46,7 +46,7 @@ def workplace(trained: Path, tmp_path: Path) -> Path:
 
 
 def checkpoint(workplace: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run an action of the verb."""
+    """Run a subcommand of `checkpoint`."""
     return turnout(workplace, "checkpoint", *arguments)
 
 

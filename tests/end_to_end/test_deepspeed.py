@@ -1,4 +1,4 @@
-"""The DeepSpeed engine as a user has it: by torchrun, by DeepSpeed's own launcher, in the middle of a native run."""
+"""Use the DeepSpeed engine as a user does: with torchrun, DeepSpeed's launcher, and in the middle of a native run."""
 
 import json
 import os
@@ -20,7 +20,7 @@ assert_same = partial(tiny.assert_same, rel=1e-4, abs=1e-5)
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a config, a text, and a finished native run, `alone`."""
+    """Make a folder with a config, a text and a finished native run, `alone`."""
     folder = make_workplace(tmp_path_factory.mktemp("deepspeed"), dtype="float32")
     run(folder, "train", "tiny.yaml", "name=alone")
     return folder

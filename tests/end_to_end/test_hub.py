@@ -1,4 +1,4 @@
-"""Names of the hub, through the library's real code, against a hub of our own."""
+"""Read data sets of the hub by name, with the library's real code and a local hub."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def pairs(number: int) -> bytes:
 
 
 def run(hub: Hub, folder: Path, **options: str) -> str:
-    """Build a corpus of a data set of the hub in a process of its own; return what it says."""
+    """Build a corpus of a data set of the hub in a fresh process; return its stdout."""
     environment = {"HF_ENDPOINT": hub.address, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "0"}
     (folder / "script.py").write_text(SCRIPT)
     arguments = ["script.py", json.dumps({"path": "someone/pairs", "text": "{en} = {de}", **options})]

@@ -1,4 +1,4 @@
-"""The recipes as they are, with the hub's names, columns and files; a hub of our own holds a few rows of each."""
+"""Run the recipes unchanged, with the hub's names, columns and files; a local hub holds a few rows of each."""
 
 import csv
 import io

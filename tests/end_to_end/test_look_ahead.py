@@ -1,4 +1,4 @@
-"""Routers that look ahead, as a user meets them: a warning before training, a statement beside a loss that leaks."""
+"""Non-causal routers warn before training, and mark losses that leak future tokens."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A rank that is killed, frozen, stuck or wrong: the others say which one, once, and end in time.
+"""A rank is killed, frozen, stuck or inconsistent: the others name it, once, and end in time.
 
 The issue's figure, ten of ten each: `pytest tests/end_to_end/test_lost_ranks.py --times 10`.
 """
@@ -35,7 +35,7 @@ parallel: {micro_batch_size: 4}
 metrics: {log_every: 1}
 """
 TIMEOUT_S, LIMIT_S = 4.0, 20.0
-"""`parallel.timeout_s`, and when the survivors must have ended, on a busy machine too; left alone it takes 2 to 8 s."""
+"""`parallel.timeout_s`, and the limit for the survivors, in seconds, on a busy machine; an idle one takes 2 to 8 s."""
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_one_rank_may_work_longer_than_an_exchange_may_take(tmp_path: Path) -> N
 
 
 def test_the_first_host_freezes_and_the_others_name_it_and_end(workplace: Path) -> None:
-    """With its rank and the store, which then answers nobody: torch's client would wait for ever."""
+    """The store dies with it, and torch's client would wait for ever."""
     arguments = ["-m", "trainer", "train", "tiny.yaml", f"parallel.timeout_s={TIMEOUT_S}"]
     with launched(3, arguments, workplace, ranks_per_node=1) as ranks:
         wait_for_step(workplace, ranks, 3)
@@ -196,7 +196,7 @@ torchrun.run()
 
 
 def test_torchrun_does_not_wait_for_ever_for_a_store_that_is_frozen(tmp_path: Path) -> None:
-    """Torch's own time-out of one second ends its question, and not what it asks next."""
+    """Torch's own timeout of one second ends the first request, but not the next one."""
     (tmp_path / "torchrun.py").write_text(TORCHRUN)
     with store_apart() as (process, port):
         assert process.pid is not None

@@ -1,4 +1,4 @@
-"""torchrun as a user runs it: one run on one process and on two, a run that moves between them, errors said once."""
+"""Use torchrun as a user does: one process and two, a run that moves between them, errors reported once."""
 
 import json
 import os
@@ -20,7 +20,7 @@ assert_same = partial(tiny.assert_same, rel=1e-9, abs=1e-9)
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a config, a text, and two finished runs: `alone`, and `together` on two ranks of torchrun."""
+    """Make a folder with a config, a text and two finished runs: `alone`, and `together` on two ranks."""
     folder = make_workplace(tmp_path_factory.mktemp("ranks"), dtype="float64")
     run(folder, "train", "tiny.yaml", "name=alone")
     result = torchrun(folder, 2, "train", "tiny.yaml", "name=together", "parallel.ep_size=2")
@@ -64,7 +64,7 @@ def test_what_is_wrong_is_said_by_one_rank(workplace: Path) -> None:
 
 
 def test_two_hosts_of_two_ranks_learn_what_one_process_does(workplace: Path) -> None:
-    """Each with its own address, found by torchrun's rendezvous; one copy of the experts over both of them."""
+    """Each host has its own address; torchrun's rendezvous connects them, and the experts are sharded over both."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
     rendezvous = '--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port 29531'
     train = "-m trainer train tiny.yaml name=hosts parallel.ep_size=4 'parallel.dispatcher={kind: hierarchical}'"
@@ -85,7 +85,7 @@ def test_two_hosts_of_two_ranks_learn_what_one_process_does(workplace: Path) -> 
 
 
 def test_the_slurm_script_starts_the_ranks_of_every_node(workplace: Path, tmp_path: Path) -> None:
-    """With a Slurm that is two scripts: both nodes are this machine, so one rank each."""
+    """Slurm is faked by two scripts: both nodes are this machine, with one rank each."""
     tools = {
         "scontrol": 'echo 127.0.0.1; echo "not asked for"',
         "srun": '[ "$1 $2" = "--kill-on-bad-exit=0 --wait=60" ] || exit 9\n'

@@ -1,4 +1,4 @@
-"""Every recipe in its small form, as a user without a network runs it: it learns what it is about."""
+"""Train every recipe in its small form, offline, and check that it learns its task."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ def run(folder: Path, *arguments: str) -> None:
 
 @pytest.fixture
 def results(tmp_path: Path, request: pytest.FixtureRequest) -> dict[str, float]:
-    """Train a recipe's small form; return its last evaluation."""
+    """Train the small form of a recipe; return its last evaluation."""
     name = request.param
     run(tmp_path, "scripts.recipes", name)
     run(tmp_path, "trainer", "train", str(ROOT / f"configs/recipes/small/{name}.yaml"))

@@ -1,9 +1,8 @@
-"""scripts/setup.sh, scripts/test.sh and launch.sh, in a copy of the checkout, with a pip that only pretends.
+"""Run scripts/setup.sh, scripts/test.sh and launch.sh in a copy of the checkout, with a fake pip.
 
-Nothing is downloaded: `python -m pip` finds FAKE_PIP (through PYTHONPATH), which installs the torch that its arguments
-pin and no other package, so that a torch that setup.sh would replace is replaced here too. Every interpreter in sight
-is a bare environment below the test's own folder, so that not even a wrong script reaches a real one. PATH holds only
-the tools the scripts use.
+Nothing is downloaded: through PYTHONPATH `python -m pip` runs FAKE_PIP, which installs only the torch that its
+arguments pin, so that a torch that setup.sh would replace is replaced here too. All interpreters are bare environments
+in the test's folder, so that a wrong script cannot reach a real one. PATH holds only the tools that the scripts use.
 """
 
 import os
@@ -77,7 +76,7 @@ print("trainer", sys.argv[1:], "threads", os.environ["OMP_NUM_THREADS"])
 sys.exit(int(os.environ.get("TRAINER_EXIT", "0")))
 """
 
-# Stands for python -m NAME: notes its arguments, and fails where FAILS names it.
+# Replaces `python -m NAME`: records its arguments, and fails if FAILS names it.
 FAKE_CHECK = """
 import os, sys
 def run():
@@ -92,7 +91,7 @@ if __name__ == "__main__":
 
 
 class Clone:
-    """A copy of what the scripts need, in a folder with a space, and a shell without anything else."""
+    """A copy of the files that the scripts need, in a folder with a space in its name, and a minimal shell."""
 
     def __init__(self, folder: Path, bare: Path) -> None:
         self.folder = folder  # where commands run
@@ -132,7 +131,7 @@ class Clone:
         self.python("python3")
 
     def python(self, name: str, patch: str = "") -> None:
-        """Put an interpreter on PATH that notes its calls, and runs `patch` before it describes itself."""
+        """Put an interpreter on PATH that records its calls and runs `patch` before describing itself."""
         prelude = f"import sys; code = sys.argv[1]; sys.argv[1:] = sys.argv[2:]; {patch}; exec(code)"
         describe = f"""shift; exec "{self.bare}" -c '{prelude}' "$@" """ if patch else ":"
         (self.bin / name).write_text(
@@ -162,13 +161,13 @@ class Clone:
         return subprocess.CompletedProcess(command, process.returncode, out.strip(), err.strip())
 
     def setup(self, level: str = "launch", **environment: str) -> str:
-        """The interpreter that setup.sh names."""
+        """Run setup.sh; return the interpreter that it prints."""
         result = self.run("scripts/setup.sh", level, **environment)
         assert result.returncode == 0, result.stderr
         return result.stdout
 
     def new_calls(self) -> list[str]:
-        """What was called since the last look: "pip WHAT OPTIONS PREFIX" or "PYTHON MODULE"."""
+        """Return and clear the recorded calls: "pip WHAT OPTIONS PREFIX" or "PYTHON MODULE"."""
         lines = self.calls.read_text().splitlines() if self.calls.exists() else []
         self.calls.unlink(missing_ok=True)
         return lines
@@ -178,7 +177,7 @@ class Clone:
         return str(self.root / ".venv/bin/python")
 
     def pip_calls(self, level: str = "recipes", *, update: bool = False, cuda: bool = False) -> list[str]:
-        """What installs the lock into .venv, and then the project; where its torch is there, that is an update."""
+        """Return the calls that install the lock and the project into .venv; an update keeps an installed torch."""
         files = ["pip", *([] if update else ["torch-cpu"]), level, *(["cuda"] if cuda else [])]
         locked = [f"requirements/{name}.txt --require-hashes --no-deps --no-build-isolation" for name in files]
         return [f"pip {call} {self.root / '.venv'}" for call in [*locked, ". --no-deps --no-build-isolation"]]
@@ -186,7 +185,7 @@ class Clone:
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An interpreter without packages."""
+    """Make an interpreter without packages."""
     prefix = tmp_path_factory.mktemp("bare")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(prefix)], check=True)
     return prefix / "bin/python"
@@ -199,7 +198,7 @@ def clone(tmp_path: Path, bare: Path) -> Clone:
 
 @pytest.fixture
 def chosen(tmp_path: Path) -> Callable[..., Path]:
-    """Makes an environment that somebody already has."""
+    """Return a function that makes an environment of the user's."""
 
     def make(folder: str = "their env", torch: str | None = "2.12.0+cu130", source: str = "") -> Path:
         prefix = tmp_path / folder

@@ -1,4 +1,4 @@
-"""Nothing of a run on one machine can be reached from another, and what a stranger writes is not executed.
+"""A run on one machine cannot be reached from another, and data written by an attacker is not executed.
 
 Where network namespaces are not permitted the listening sockets are looked at instead: test_supervise.py.
 """

@@ -1,6 +1,6 @@
-"""`launch` as a user and a scheduler meet it: started again after a failure that may pass, never after one that stays.
+"""Use `launch` as a user or a scheduler does: it restarts after transient failures and not after permanent ones.
 
-The issue's figure: `pytest tests/end_to_end/test_supervise.py -k restart --times 50`.
+To repeat with random kills: `pytest tests/end_to_end/test_supervise.py -k restart --times 50`.
 """
 
 import json
@@ -50,7 +50,7 @@ Start = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a config, a text, and an uninterrupted run of two ranks: `whole`."""
+    """Make a folder with a config, a text and an uninterrupted run of two ranks, `whole`."""
     folder = tmp_path_factory.mktemp("supervise")
     (folder / "tiny.yaml").write_text(CONFIG)
     (folder / "text.txt").write_text("It was a bright cold day in April, and the clocks were striking. " * 200)
@@ -62,7 +62,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def start(workplace: Path) -> Iterator[Start]:
-    """Starts python in the folder; what still runs at the end of the test is killed."""
+    """Return a function that starts python in the folder; kill remaining processes after the test."""
     processes = []
 
     def run(*arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -93,20 +93,20 @@ def launch(name: str, nproc: int, *overrides: str) -> list[str]:
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit code and what was written to stderr."""
+    """Return the exit code and stderr."""
     _, said = process.communicate(timeout=100)
     return process.returncode, said
 
 
 def wait_for(workplace: Path, name: str, ranks: int, *, step: int, not_of: str = "") -> dict[int, Status]:
-    """Wait until the ranks of one attempt have come to a step; return their statuses.
+    """Wait until the ranks of one attempt have reached a step; return their statuses.
 
     Args:
-        workplace: with the runs.
-        name: of the run.
-        ranks: how many.
+        workplace: folder of the runs.
+        name: name of the run.
+        ranks: number of ranks.
         step: from 1; 0 is start-up.
-        not_of: an attempt that is over.
+        not_of: an earlier attempt to ignore.
     """
     folder, end = workplace / "runs" / name / "status", time.monotonic() + 100
     while time.monotonic() < end:
@@ -116,7 +116,7 @@ def wait_for(workplace: Path, name: str, ranks: int, *, step: int, not_of: str =
         if attempt != not_of and len(statuses) == ranks and all(s.step >= step for s in statuses.values()):
             return statuses
         time.sleep(0.02)
-    raise AssertionError(f"{name} has not come to step {step}")
+    raise AssertionError(f"{name} has not reached step {step}")
 
 
 def wait_for_lines(path: Path, count: int) -> None:
@@ -131,7 +131,7 @@ def parent(pid: int) -> int:
 
 
 def of_attempt(attempt: str) -> list[str]:
-    """Command lines of the processes that belong to an attempt."""
+    """Return the command lines of the processes of an attempt."""
     found = []
     for folder in Path("/proc").glob("[1-9]*"):
         try:
@@ -149,7 +149,7 @@ def free_port() -> str:
 
 
 def losses(workplace: Path, name: str) -> list[tuple[int, str]]:
-    """Step and loss, digit for digit, of every line of metrics.jsonl."""
+    """Return step and loss, with all digits, of every line of metrics.jsonl."""
     lines = map(json.loads, (workplace / "runs" / name / "metrics.jsonl").read_text().splitlines())
     return [(line["step"], repr(line.get("loss", line.get("eval/loss")))) for line in lines]
 
@@ -192,7 +192,7 @@ def test_a_config_error_is_one_line_and_starts_nothing(
 
 @pytest.fixture
 def taken_port() -> Iterator[int]:
-    """A port that another process listens on."""
+    """Return a port on which another process listens."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         yield other.getsockname()[1]
 
@@ -227,7 +227,7 @@ def test_torchrun_that_cannot_meet_says_so_in_a_line(
 
 
 def test_what_another_launcher_says_of_ranks_is_not_heard(workplace: Path, start: Start) -> None:
-    """As in an interactive Slurm step, or under mpirun."""
+    """Their variables are set in an interactive Slurm step or under mpirun."""
     other = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     code, said = ended(start(*launch("other", 1, "train.steps=2"), **other))
     assert (code, said) == (0, ""), said
@@ -244,7 +244,7 @@ def test_a_data_error_of_two_ranks_is_exit_3_and_not_retried(start: Start) -> No
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_config_error_that_the_ranks_find_is_exit_2_and_not_retried(start: Start) -> None:
-    """Rank 0 says it; rank 1 only waits for that, and torchrun ends it by SIGTERM."""
+    """Rank 0 reports it; rank 1 waits, and torchrun ends it by SIGTERM."""
     code, said = ended(start(*launch("nogpu", 2, "parallel.device=cuda")))
     assert code == 2, said
     assert "parallel.device" in said and len(said.splitlines()) == 1
@@ -271,7 +271,7 @@ def test_a_restart_after_a_killed_rank_repeats_the_run_bit_for_bit(workplace: Pa
 
 
 def test_a_frozen_process_that_is_the_only_rank_is_named_and_the_run_goes_on(workplace: Path, start: Start) -> None:
-    """It sleeps in step 20, so that it is not through by then; after the restart there are fewer steps than that."""
+    """It sleeps in step 20, so that it cannot finish first; after the restart fewer than 20 steps are left."""
     fault = {"TURNOUT_FAULTS": "phase.data#20=sleep"}
     process = start(*launch("frozen", 1, "parallel.timeout_s=6", "train.steps=25"), **fault)
     status = wait_for(workplace, "frozen", 1, step=1)[0]
@@ -371,7 +371,7 @@ def test_a_stop_while_the_supervisor_waits_is_75_where_there_is_a_checkpoint(wor
 def test_a_stop_before_the_first_step_is_75_and_saves_nothing(
     workplace: Path, start: Start, who: str, number: signal.Signals
 ) -> None:
-    """Rank 1 sleeps at the end of its start-up, and rank 0 waits for it in the first exchange of the first step."""
+    """Rank 1 sleeps at the end of its start-up; rank 0 waits for it in the first collective of the first step."""
     process = start(*launch(f"early{who}", 2), TURNOUT_FAULTS="phase.opening_the_trackers:1=sleep")
     statuses = wait_for(workplace, f"early{who}", 2, step=0)
     while not (workplace / f"runs/early{who}/environment.json").is_file():
@@ -385,7 +385,7 @@ def test_a_stop_before_the_first_step_is_75_and_saves_nothing(
 
 
 def test_plain_torchrun_restarts_and_saves_when_it_is_stopped(workplace: Path, start: Start) -> None:
-    """With the options of docs/reliability.md; SIGUSR1 comes to every process, as from Slurm."""
+    """Uses the options of docs/reliability.md; every process gets SIGUSR1, as from Slurm."""
     text = (ROOT / "docs/reliability.md").read_text()
     (documented,) = re.findall(r"^torchrun (--signals-to-handle .*) --nproc-per-node", text, re.MULTILINE)
     options = documented.split()
@@ -409,18 +409,18 @@ def test_plain_torchrun_restarts_and_saves_when_it_is_stopped(workplace: Path, s
 
 
 def wait_for_pid(workplace: Path, *, other_than: int, step: int) -> int:
-    """Wait until rank 1 of a run without supervisor is another process, and has come to a step; return its number."""
+    """Wait until a new rank 1 of a run without supervisor has reached a step; return its pid."""
     end = time.monotonic() + 100
     while time.monotonic() < end:
         status = read_statuses(workplace / "runs/plain/status", "").get(1)
         if status is not None and status.pid != other_than and status.step >= step:
             return status.pid
         time.sleep(0.02)
-    raise AssertionError(f"rank 1 has not come to step {step}")
+    raise AssertionError(f"rank 1 has not reached step {step}")
 
 
 def test_two_nodes_start_their_ranks_again_and_meet(workplace: Path, start: Start) -> None:
-    """Both are this machine, so one rank each."""
+    """Both nodes are this machine, with one rank each."""
     where = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     nodes = [start(*launch("nodes", 1), **where, NODE_RANK=str(node)) for node in range(2)]
     folder, end = workplace / "runs/nodes/status/rank00001.json", time.monotonic() + 100
