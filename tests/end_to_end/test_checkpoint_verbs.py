@@ -218,7 +218,7 @@ def test_what_is_no_run_is_one_line(workplace: Path) -> None:
         refused(checkpoint(workplace, verb, "nowhere.yaml", *out), 2, r"nowhere\.yaml: no such file")
     refused(checkpoint(workplace, "prune", "empty"), 4, r"empty: has no config\.yaml, so it is not a run folder")
     refused(checkpoint(workplace, "prune", "tiny.yaml", "name=none"), 4, r"runs/none: is not a run folder")
-    refused(checkpoint(workplace, "list", "runs/tiny", "name=x"), 2, r"is a folder, and overrides change a config")
+    refused(checkpoint(workplace, "list", "runs/tiny", "name=x"), 2, r"is a folder, and overrides need a config")
     assert not (workplace / "runs/none").exists() and not (workplace / "out").exists()
 
 

@@ -102,63 +102,32 @@ def evaluate_held_out(
         layout: each rank evaluates its share of a batch; all ranks get the sums of all.
         top_k: experts per token instead of the configured number.
     """
-    moe = engine.model.config.moe
-    has_capacity = moe is not None and moe.capacity.factor is not None
-    passes = [True, False] if at_capacity and has_capacity else [True]
-    results = [
-        [
-            _evaluate_domain(
-                engine,
-                corpus,
-                index,
-                packing=packing,
-                batch_size=batch_size,
-                max_tokens=max_tokens_per_domain,
-                dropless=dropless,
-                layout=layout,
-                top_k=top_k,
-            )
-            for index in range(len(corpus.domains))
-        ]
-        for dropless in passes
-    ]
+    moe, token_bytes = engine.model.config.moe, corpus.tokenizer.token_bytes()
+
+    def evaluate_domain(index: int, *, dropless: bool) -> DomainResult:
+        target_bytes, sums = 0, None
+        for batch in evaluation_batches(
+            corpus,
+            index,
+            packing=packing,
+            seq_len=engine.model.config.seq_len,
+            batch_size=batch_size * layout.world_size,
+            max_tokens=max_tokens_per_domain,
+        ):
+            target_bytes += int(token_bytes[batch.targets[batch.target_mask].numpy()].sum())
+            local = row_slice(batch, batch_size * layout.rank, batch_size * (layout.rank + 1))
+            batch_sums = engine.eval_loss(local, dropless=dropless, top_k=top_k)
+            sums = batch_sums if sums is None else sums + batch_sums
+        assert sums is not None, "every domain has validation text"
+        return DomainResult(domain=corpus.domains[index], sums=sums, target_bytes=target_bytes)
+
+    domains = range(len(corpus.domains))
+    has_capacity = at_capacity and moe is not None and moe.capacity.factor is not None
     return EvalResult(
-        domains=results[0],
-        at_capacity=results[1] if len(results) > 1 else None,
+        domains=[evaluate_domain(index, dropless=True) for index in domains],
+        at_capacity=[evaluate_domain(index, dropless=False) for index in domains] if has_capacity else None,
         looks_ahead=any(layer.router.causal_in_evaluation != "strict" for layer in engine.model.moe_layers()),
-        capacity_looks_ahead=len(results) > 1
+        capacity_looks_ahead=has_capacity
         and moe is not None
         and capacity_causality(moe.capacity, is_training=False) != "strict",
     )
-
-
-def _evaluate_domain(
-    engine: Engine,
-    corpus: Corpus,
-    index: int,
-    *,
-    packing: Packing,
-    batch_size: int,
-    max_tokens: int | None,
-    dropless: bool,
-    layout: Layout,
-    top_k: int | None,
-) -> DomainResult:
-    token_bytes = corpus.tokenizer.token_bytes()
-    target_bytes = 0
-    sums = None
-    for batch in evaluation_batches(
-        corpus,
-        index,
-        packing=packing,
-        seq_len=engine.model.config.seq_len,
-        batch_size=batch_size * layout.world_size,
-        max_tokens=max_tokens,
-    ):
-        targets = batch.targets[batch.target_mask].numpy()
-        target_bytes += int(token_bytes[targets].sum())
-        local = row_slice(batch, batch_size * layout.rank, batch_size * (layout.rank + 1))
-        batch_sums = engine.eval_loss(local, dropless=dropless, top_k=top_k)
-        sums = batch_sums if sums is None else sums + batch_sums
-    assert sums is not None, "every domain has validation text"
-    return DomainResult(domain=corpus.domains[index], sums=sums, target_bytes=target_bytes)

@@ -48,17 +48,7 @@ class ChoiceTask(Task):
         answer: str,
         ends_document: bool,
     ) -> None:
-        """Read the records.
-
-        Args:
-            records: what to ask.
-            tokenizer: the model's.
-            seq_len: longest sequence of the model.
-            every: when the task is due.
-            prompt: template.
-            choices: templates of the choices of every record, or the column with a record's own list.
-            answer: column with the right choice: its number or its text.
-            ends_document: whether the end-of-document token belongs to a choice.
+        """Read the records. The options are those of a config; `choices` are templates, or the name of a column.
 
         Raises:
             DataError: naming file and record, if one is unusable.

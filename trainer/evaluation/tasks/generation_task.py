@@ -44,20 +44,7 @@ class GenerationTask(Task):
         temperature: float,
         top_p: float,
     ) -> None:
-        """Read the records.
-
-        Args:
-            records: what to ask.
-            tokenizer: the model's.
-            seq_len: longest sequence of the model.
-            every: when the task is due.
-            prompt: template.
-            references: templates of the reference texts.
-            metrics: what to compute.
-            bleu_tokenize: sacrebleu's tokenizer.
-            max_new_tokens: longest generated text.
-            temperature: 0 is greedy.
-            top_p: probability mass to draw from.
+        """Read the records. The options are those of the task in a config.
 
         Raises:
             DataError: naming file and record, if one is unusable.

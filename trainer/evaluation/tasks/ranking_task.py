@@ -52,20 +52,7 @@ class RankingTask(Task):
         order_by: Literal["sum", "mean_per_byte"],
         ends_document: bool,
     ) -> None:
-        """Read the records.
-
-        Args:
-            records: what to ask.
-            tokenizer: the model's.
-            seq_len: longest sequence of the model.
-            every: when the task is due.
-            prompt: template.
-            candidates_column: column with a record's list of candidates; None: all records share those of a file.
-            candidates_file: file with one candidate per line.
-            relevant: column with the relevant ones: numbers or texts.
-            k: cutoffs of hit@k and ndcg@k.
-            order_by: log-probability, or log-probability per byte.
-            ends_document: whether the end-of-document token belongs to a candidate.
+        """Read the records. The options are those of the task in a config.
 
         Raises:
             DataError: naming file and record, if one is unusable.
