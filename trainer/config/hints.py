@@ -20,7 +20,7 @@ _PLAIN: Final = re.compile(r"[A-Za-z0-9_./~][\w./~*+-]*", re.ASCII)
 def meant_value(value: object, options: list[str]) -> str | None:
     """Return which of the options is meant by a value, in large or small letters or as another trainer has it."""
     text = "null" if value is None else str(value).lower()
-    meant = text if text in options else foreign.VALUES.get(text)
+    meant = text if text in options else foreign.values().get(text)
     return meant if meant in options else None
 
 
@@ -108,7 +108,7 @@ def _as_section(value: object, annotation: Any) -> str | None:
         return None
     if (kind := meant_value(text, slots.all_kinds(annotation))) is not None:
         section = next(one for one in sections if kind in slots.kinds(one))
-        besides = [": ".join(foreign.BESIDES[text.lower()])] if text.lower() in foreign.BESIDES else []
+        besides = [": ".join(foreign.ALSO_NEEDED[text.lower()])] if text.lower() in foreign.ALSO_NEEDED else []
         required = [f"{name}: ..." for name in _required(section)]
         return f"{{{', '.join([f'kind: {kind}', *besides, *required])}}}"
     if slots.plugin(annotation, text) is not None:

@@ -75,7 +75,7 @@ def _grouped(overrides: Sequence[str], root: type[Config]) -> Iterator[tuple[int
 def names_key(word: str, root: type[Config]) -> bool:
     """Tell whether a word is a dotted key of a schema, or what another trainer calls one."""
     section, _, last = word.rpartition(".")
-    return section in slots.homes(root).get(last, ()) or foreign.meant_by(last, section) is not None
+    return section in slots.homes(root).get(last, ()) or foreign.counterpart(last, section) is not None
 
 
 def _in_words(words: list[str], root: type[Config]) -> str:
@@ -111,16 +111,16 @@ def _meant(key: str, value: str | None, root: type[Config]) -> str | None:
     homes = slots.homes(root).get(last, ())
     if section in homes:
         return f"write {key}={given}"
-    meant = foreign.meant_by(last, section)
+    meant = foreign.counterpart(last, section)
     if meant is None:
         known = [f"{home}.{last}".lstrip(".") for home in homes]
         return f"write {' or '.join(f'{name}={given}' for name in known)}" if 0 < len(known) <= 3 else None
     if not meant.key or meant.note:
-        return f"write {meant.key}=...{meant.said_of_value}" if meant.key else meant.note
+        return f"write {meant.key}=...{meant.remark}" if meant.key else meant.note
     options = [option for annotation in slots.at(root, meant.key) for option in slots.literals(annotation)]
     written = f"write {meant.key}={meant_value(given, options) or given}"
-    if given.lower() in foreign.BESIDES and meant_value(given, options) is not None:
-        written += f" {meant.key.rpartition('.')[0]}.{'='.join(foreign.BESIDES[given.lower()])}"
+    if given.lower() in foreign.ALSO_NEEDED and meant_value(given, options) is not None:
+        written += f" {meant.key.rpartition('.')[0]}.{'='.join(foreign.ALSO_NEEDED[given.lower()])}"
     return written
 
 

@@ -30,7 +30,7 @@ def choice(value: object, options: list[str]) -> str:
     if text in foreign.NO_HALF and "bfloat16" in options:
         hint = "; there is no float16: use bfloat16"
     elif (similar := meant or near(text, options, cutoff=0.6)) is not None:
-        besides = f" with {': '.join(foreign.BESIDES[text])}" if meant and text in foreign.BESIDES else ""
+        besides = f" with {': '.join(foreign.ALSO_NEEDED[text])}" if meant and text in foreign.ALSO_NEEDED else ""
         hint = f"; did you mean {similar}{besides}?"
     return f"{shown(value)} is not one of {', '.join(options)}{hint}"
 
@@ -66,7 +66,7 @@ def unknown_key(
     if last in homes and all(part in homes for part in first.split(".")):
         nested = "".join(f"{part}: {{" for part in first.split("."))
         return f"unknown key; dots are for overrides: write {nested}{last}: ...{'}' * (first.count('.') + 1)}"
-    if (meant := foreign.meant_by(key, where)) is not None and (not meant.key or exists(meant.key, root)):
+    if (meant := foreign.counterpart(key, where)) is not None and (not meant.key or exists(meant.key, root)):
         return f"unknown key; {meant}"
     elsewhere = _elsewhere(key, homes)
     if elsewhere == [key]:

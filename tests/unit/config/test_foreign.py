@@ -7,7 +7,7 @@ from typing import Any, get_args, get_origin
 import pytest
 
 from trainer.config import slots
-from trainer.config.foreign import HUGGING_FACE, NO_HALF, SECTIONS, TABLES, VALUES, Meant, meant_by
+from trainer.config.foreign import NO_HALF, SECTIONS, Counterpart, counterpart, tables, values
 from trainer.config.loader import load
 from trainer.config.overrides import as_override
 from trainer.config.wording import choice, unknown_key
@@ -49,7 +49,7 @@ TYPICAL: dict[str, str] = {
 }
 """A value as people write it elsewhere, for every key of ours that takes it as it is."""
 SHARES = {"warmup_ratio": "0.1", "lr_warmup_fraction": "0.01"}
-NAMES = {name: meant for table in TABLES for name, meant in table.items()}
+NAMES = {name: meant for table in tables().values() for name, meant in table.items()}
 
 
 def sections_of(key: str) -> list[Any]:
@@ -70,7 +70,7 @@ def sections_of(key: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("meant", {m.key: m for m in NAMES.values() if m.key}.values(), ids=lambda meant: meant.key)
-def test_what_is_to_be_written_is_a_key_of_the_schema(meant: Meant) -> None:
+def test_what_is_to_be_written_is_a_key_of_the_schema(meant: Counterpart) -> None:
     sections = sections_of(meant.key)
     assert sections
     kinds = [kind for kind in meant.note.split() if any(kind in slots.kinds(section) for section in sections)]
@@ -101,7 +101,7 @@ def test_every_key_that_a_note_names_is_in_the_schema() -> None:
 
 
 def test_there_are_many_names_each_in_one_table_and_none_is_a_key_of_ours() -> None:
-    assert len(NAMES) == sum(map(len, TABLES)) >= 200
+    assert len(NAMES) == sum(map(len, tables().values())) >= 200
     homes = slots.homes(ExperimentConfig)
     assert [name for name in NAMES if name in homes and homes[name] != ("model.moe.router",)] == []
     assert [name for name in NAMES if name in homes] == ["capacity_factor"], "which some routers have, too"
@@ -128,7 +128,7 @@ def test_there_are_many_names_each_in_one_table_and_none_is_a_key_of_ours() -> N
     ],
 )
 def test_common_names_are_in_a_table(name: str) -> None:
-    meant = meant_by(name)
+    meant = counterpart(name)
     assert meant is not None
     assert meant.key or meant.note.endswith(("leave it out", "use train.dtype: bfloat16"))
 
@@ -140,7 +140,7 @@ def test_a_name_is_answered_wherever_it_stands(name: str) -> None:
     for where, kind in ((section, ExperimentConfig), (elsewhere, ModelConfig)):
         said = unknown_key(last, kind, [], ExperimentConfig, where=where)
         assert said == f"unknown key; {NAMES[name]}"
-    assert meant_by(last.replace("_", "-").upper(), section) == NAMES[name]
+    assert counterpart(last.replace("_", "-").upper(), section) == NAMES[name]
 
 
 def test_names_of_hugging_face_are_spelled_as_there() -> None:
@@ -156,7 +156,7 @@ def test_names_of_hugging_face_are_spelled_as_there() -> None:
         *("router_z_loss_coef", "shared_expert_intermediate_size", "n_group", "topk_group", "aux_loss_alpha"),
         *("rope_scaling", "max_length", "max_seq_length", "logging_dir", "evaluation_strategy"),
     }
-    assert set(HUGGING_FACE) - known <= older
+    assert set(tables()["hugging_face"]) - known <= older
 
 
 @pytest.mark.parametrize(
@@ -179,8 +179,8 @@ def test_names_of_hugging_face_are_spelled_as_there() -> None:
         ),
         (
             "parallel: {tensor-model-parallel-size: 2}\n",
-            ["2:12: parallel.tensor-model-parallel-size: unknown key; a layer is not cut into pieces (no tensor, "
-             "sequence or pipeline parallelism); leave it out"],
+            ["2:12: parallel.tensor-model-parallel-size: unknown key; there is no tensor, sequence, context or "
+             "pipeline parallelism; leave it out"],
         ),
         ("checkpoint: {interval: 5}\n", ["2:14: checkpoint.interval: unknown key; write checkpoint.every"]),
         ("training: {local_batch_size: 4, steps: 9}\noptimizer: {lr: 1, name: AdamW, eps: 1}\n",
@@ -237,8 +237,7 @@ def test_an_override_of_another_trainer_is_answered_too(tmp_path: Path) -> None:
         (
             "--resume",
             None,
-            "--resume: is no option; a run goes on from its newest checkpoint when its command is given again; leave "
-            "it out",
+            "--resume: is no option; the same command resumes a run from its newest checkpoint; leave it out",
         ),
         ("--streaming", None, "--streaming: is no option; write data.sources.0.kind=... (as hf_stream)"),
         ("train.steps", "10", "train.steps: is no override; write train.steps=10"),
@@ -261,11 +260,11 @@ def test_a_slip_is_answered_by_what_it_looks_like(key: str, alike: str) -> None:
     ("override", "said"),
     [
         ("streaming=true", "write data.sources.0.kind (as hf_stream)"),
-        ("model.mtp_num_layers=1", "one token is predicted at each position, the next one; leave it out"),
+        ("model.mtp_num_layers=1", "only the next token is predicted; leave it out"),
         ("iterations=10", "write train.steps"),
         ("train.iterations=10", "write train.steps"),
-        ("devices=2", "processes are started by launch --nproc N or torchrun; leave it out"),
-        ("do_eval=true", "train also evaluates, every eval.every steps, and eval does nothing else; leave it out"),
+        ("devices=2", "launch --nproc N or torchrun starts the processes; leave it out"),
+        ("do_eval=true", "train also evaluates, every eval.every steps, and eval only evaluates; leave it out"),
         ("model.moe.min_capacity=4", "write model.moe.capacity.min"),
         ("model.moe.router.num_moe_experts=4", "write model.moe.num_experts"),
         ("model.moe.router.normalization=RMSNorm", "all norms are RMSNorm; leave it out"),
@@ -329,7 +328,7 @@ def test_every_value_that_is_meant_is_one_of_the_schema() -> None:
         for section in sections_of(f"{home}.{leaf}".lstrip("."))
         for text in slots.literals(section.model_fields[leaf].annotation)
     }  # fmt: skip
-    assert set(VALUES.values()) <= options
+    assert set(values().values()) <= options
 
 
 @pytest.mark.parametrize("value", ["off", "no", "false", False, "none", None, "disable", "OFF"])
