@@ -20,25 +20,25 @@ Tag = Annotated[str, Field(min_length=1, max_length=64, pattern=LINE_PATTERN)]
 
 
 class WandbConfig(Config):
-    """Weights & Biases: the same metrics there, sent by a process beside rank 0 for which the run never waits."""
+    """Weights & Biases: uploads the same metrics in a separate process that the run never waits for while it trains."""
 
     mode: Literal["disabled", "auto", "online", "offline"] = "disabled"
-    """`auto`: online if wandb finds an API key (WANDB_API_KEY, netrc), else offline. Offline runs stay in the run
-    folder, for `wandb sync`; so does one whose server does not answer."""
+    """`auto`: online unless WANDB_MODE or a missing API key (WANDB_API_KEY, netrc) prevents it. `turnout sync-wandb RUN`
+    uploads an offline run, and what a server did not take."""
     project: Label | None = None
     """Null: WANDB_PROJECT, or turnout."""
     entity: Label | None = None
     """User or team. Null: WANDB_ENTITY, or the key's own."""
     group: Label | None = None
-    """Shows runs together."""
+    """Group of runs."""
     name: Label | None = None
     """Name of the run there. Null: `name` of the experiment."""
     job_type: Label | None = None
-    """A second way to sort runs."""
+    """Job type of the run."""
     tags: list[Tag] = Field(default=[])
-    """Words to find it by."""
+    """Tags of the run."""
     notes: Annotated[str, Field(max_length=10000)] | None = None
-    """Free notes on the run."""
+    """Notes on the run."""
 
     def packages(self) -> Iterator[tuple[str, str]]:
         """Yield wandb, where it is used."""
@@ -72,7 +72,7 @@ class TrackerOptions(KindConfig):
         raise NotImplementedError
 
     def problems(self) -> Iterator[Problem]:
-        """Refuse a kind that is no plug-in."""
+        """Reject a kind that is not a plug-in."""
         if type(self) is TrackerOptions:
             yield Problem("kind", "no tracker has this name; write my_package.module:ClassConfig")
 
@@ -81,7 +81,7 @@ TrackerConfig = Annotated[TrackerOptions, Pluggable("trackers", TrackerOptions)]
 
 
 class MetricsConfig(Config):
-    """Metrics that are logged while training, to metrics.jsonl and routing.jsonl at least."""
+    """Metrics logged during training, always to metrics.jsonl and routing.jsonl."""
 
     log_every: Count = 10
     """Steps between lines of metrics.jsonl and routing.jsonl."""
@@ -90,19 +90,19 @@ class MetricsConfig(Config):
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
     tensorboard: bool = False
-    """Write the same metrics to the run folder for TensorBoard, too; needs `pip install 'turnout[tensorboard]'`."""
+    """Write the same metrics to the run folder for TensorBoard; needs `pip install 'turnout[tensorboard]'`."""
     trackers: list[TrackerConfig] = Field(default=[])
-    """Trackers of your own, which get the same metrics."""
+    """Plug-in trackers, which get the same metrics."""
     routing_gap_every: Count | None = None
-    """Steps between comparisons of the routers' choices with the best ones there are (`routing_gap`). Null: never."""
+    """Steps between comparisons of the routers' choices with the optimum (`routing_gap`). Null: never."""
     routing_gap_rows: Rows = 2
-    """Rows of each domain's held-out text that are compared, the same ones every time. A linear programme each."""
+    """Rows of each domain's held-out text to compare, always the same; each takes a linear programme."""
     heatmap_every: Count | None = 10
-    """In wandb and TensorBoard every so many logged steps have, for each MoE layer, the load of each of its experts
-    (1 is an even share): drawn over the steps, a heat map. Null: never."""
+    """Logged steps between expert loads in wandb and TensorBoard (1 is an even share), a heat map over steps for each
+    MoE layer. Null: never."""
 
     def packages(self) -> Iterator[tuple[str, str]]:
-        """Yield what the trackers need, and the solver that `routing_gap` is measured with."""
+        """Yield the packages of the trackers, and the solver of `routing_gap`."""
         if self.tensorboard:
             yield "tensorboard", "tensorboard"
         if self.routing_gap_every is not None:
@@ -110,20 +110,20 @@ class MetricsConfig(Config):
 
 
 class ProfileConfig(Config):
-    """Steps that torch's profiler looks at; what is learned does not change by it."""
+    """Steps to profile with torch; does not change what is learned."""
 
     start: Steps = 10
     """First step, counted from 1 over the whole run."""
     steps: Steps = 3
-    """Number of steps; a trace has every operation of them."""
+    """Number of steps; the trace has every operation of them."""
     ranks: Annotated[list[Whole], Field(min_length=1)] = Field(default=[0])
     """Ranks to profile."""
     shapes: bool = False
-    """Record the shapes that operations work on."""
+    """Record the shapes of operands."""
     stacks: bool = False
-    """Record where in the code operations come from: slower, and a larger trace."""
+    """Record the call stack of operations: slower, and a larger trace."""
     memory: bool = False
-    """Record what is allocated and freed; on a GPU with a snapshot for pytorch.org/memory_viz."""
+    """Record allocations; on a GPU with a snapshot for pytorch.org/memory_viz."""
 
     @property
     def last(self) -> int:
@@ -131,15 +131,15 @@ class ProfileConfig(Config):
         return self.start + self.steps - 1
 
     def problems(self) -> Iterator[Problem]:
-        """Refuse a rank that is named twice."""
+        """Reject a rank that is listed twice."""
         for twice in repeated(self.ranks):
             yield Problem("ranks", f"{twice} is named twice; name each rank once")
 
     def check_ranks(self, world_size: int) -> None:
-        """Refuse ranks that there are not.
+        """Reject ranks that do not exist.
 
         Raises:
-            ConfigError: with the first of them.
+            ConfigError: for the first of them.
         """
         for rank in self.ranks:
             if rank >= world_size:
