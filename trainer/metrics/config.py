@@ -23,7 +23,7 @@ class WandbConfig(Config):
     """Weights & Biases: uploads the same metrics in a separate process that the run never waits for while it trains."""
 
     mode: Literal["disabled", "auto", "online", "offline"] = "disabled"
-    """`auto`: online unless WANDB_MODE or a missing API key (WANDB_API_KEY, netrc) prevents it. `turnout sync-wandb RUN`
+    """`auto`: online unless WANDB_MODE or a missing API key (WANDB_API_KEY, netrc) prevents it. `turnout sync-wandb`
     uploads an offline run, and what a server did not take."""
     project: Label | None = None
     """Null: WANDB_PROJECT, or turnout."""
