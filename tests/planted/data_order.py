@@ -75,14 +75,14 @@ FAULTS = [
     ),
     in_package(
         "a block begins with the last document of the one before",
-        "data/token_cache/block_stream.py",
+        "data/token_cache/stream_block.py",
         '"document": mark.document + 1',
         '"document": mark.document',
         "data/token_cache/test_block_stream.py::test_an_epoch_of_blocks_has_every_document_once",
     ),
     in_package(
         "a block skips documents of later parts",
-        "data/token_cache/block_stream.py",
+        "data/token_cache/stream_block.py",
         "begin.document if part == begin.part else 0",
         "begin.document",
         "data/token_cache/test_block_stream.py::test_an_epoch_of_blocks_has_every_document_once",
@@ -110,7 +110,7 @@ FAULTS = [
     ),
     in_package(
         "a block does not look at prompts when it holds out",
-        "data/token_cache/block_stream.py",
+        "data/token_cache/stream_block.py",
         "is_held_out(document.prompt + document.text,",
         "is_held_out(document.text,",
         "data/token_cache/test_block_stream.py::test_the_split_of_a_stream_depends_on_the_prompt_too",
