@@ -1,5 +1,6 @@
 """Every registered kind of router, dispatcher, source, tokenizer and task: tests list none of them by hand."""
 
+from collections.abc import Iterable
 from typing import Any, get_args
 
 from trainer.config.plugins import Pluggable
@@ -25,9 +26,24 @@ DISPATCHERS = by_kind(DispatcherConfig)
 LEARNED_ROUTERS = {
     kind: router
     for kind, router in ROUTERS.items()
-    if kind != "mixture_of_depths" and list(router().build(d_model=4, num_experts=4, layer=0).parameters())
+    if router.required_experts is None and list(router().build(d_model=4, num_experts=4, layer=0).parameters())
 }
 """Routers with weights that choose among several experts."""
 SOURCES = by_kind(SourceConfig)
 TOKENIZERS = by_kind(TokenizerConfig)
 TASKS = by_kind(AnyTaskConfig)
+
+
+def num_experts_of(kind: str, default: int = 4) -> int:
+    """Return the number of experts for a kind of router: the only possible one, or a default."""
+    return ROUTERS[kind].required_experts or default
+
+
+def router_sections(*, without: Iterable[dict[str, Any]] = ()) -> dict[str, dict[str, Any]]:
+    """Return a `moe` section with default options for each kind of router that is in none of the given sections."""
+    covered = {section.get("router", {}).get("kind", "top_k") for section in without}
+    return {
+        kind: {"router": {"kind": kind}, **({"num_experts": n} if (n := router.required_experts) else {})}
+        for kind, router in ROUTERS.items()
+        if kind not in covered
+    }

@@ -10,7 +10,7 @@ from trainer.config.numbers import MAX_INT, Count, Factor, Rows, Seconds, Steps,
 from trainer.data.config import DataConfig
 from trainer.data.sources.registry import InstalledSourceConfig
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
-from trainer.engine.deepspeed.passthrough import Ours
+from trainer.engine.deepspeed.passthrough import RunOptions
 from trainer.engine.registry import EngineConfig, NativeEngineConfig
 from trainer.evaluation.tasks.registry import AnyTaskConfig
 from trainer.metrics.config import MetricsConfig, ProfileConfig
@@ -222,7 +222,7 @@ class ExperimentConfig(Config):
             yield Problem("parallel.data", "shard is FSDP2's, and DeepSpeed shards by engine.zero_stage; use replicate")
         if self.train.dtype == "float64":
             yield Problem("train.dtype", "float64: DeepSpeed sums gradients in float32; use engine.kind native")
-        ours = Ours(
+        ours = RunOptions(
             zero_stage=engine.zero_stage,
             offload_optimizer=engine.offload_optimizer,
             global_batch_size=self.train.global_batch_size,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.added_router import ThresholdRouter, ThresholdRouterConfig
 from tests.laws.test_router_oracles import VARIANTS
-from tests.registries import ROUTERS
+from tests.registries import ROUTERS, num_experts_of
 from trainer.contracts import router as router_contract
 from trainer.moe.routers.config.options import TopKOptions
 from trainer.moe.routers.registry import RouterConfig
@@ -22,7 +22,7 @@ ADAPTER: TypeAdapter[Any] = TypeAdapter(RouterConfig)
 @pytest.mark.parametrize("check", router_contract.CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("router", VARIANTS, ids=str)
 def test_a_router_keeps_the_contract(router: dict[str, Any], check: Any) -> None:
-    check(ADAPTER.validate_python(router), 1 if router["kind"] == "mixture_of_depths" else 4)
+    check(ADAPTER.validate_python(router), num_experts_of(router["kind"]))
 
 
 @pytest.mark.parametrize("check", router_contract.CHECKS, ids=lambda check: check.__name__)

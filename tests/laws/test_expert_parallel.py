@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from tests.builders import make_batch, make_engine, make_packed_batch, rows_of, tiny_model_config
-from tests.laws.test_router_oracles import KINDS as ROUTERS
 from tests.ranks import Ranks
+from tests.registries import DISPATCHERS, ROUTERS, router_sections
 from trainer.checkpoint.state import TrainState
 from trainer.data.batches.assemble import pad_rows
 from trainer.data.batches.batch import Batch
@@ -28,7 +28,7 @@ LAYOUTS = {
     "4 ranks, ep 4": (4, 4),
 }
 
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "dropless": {},
     "previous_step": {"balance": {"coef": 0.1, "counts": "previous_step"}},
     "sequence": {"balance": {"coef": 0.1, "scope": "sequence"}},
@@ -40,13 +40,7 @@ MODELS = {
     "shared expert, dense router": {"router": {"kind": "dense"}, "num_shared_experts": 1},
 }
 
-OTHER_ROUTERS = {
-    kind: {"router": {"kind": kind}}
-    for kind in (
-        *("group_limited", "switch", "cosine", "top_p", "expert_choice", "sinkhorn", "base"),
-        *("linear_program", "greedy", "hash", "random", "round_robin"),
-    )
-} | {
+OTHER_ROUTERS: dict[str, dict[str, Any]] = {
     "gshard, random tokens": {
         "router": {"kind": "gshard"},
         "capacity": {"factor": 1.0, "min": 1, "policy": "random"},
@@ -67,6 +61,7 @@ OTHER_ROUTERS = {
     "device balance, diversity": {"device_balance": {"coef": 0.2, "groups": 4}, "diversity_coef": 0.5},
     "mixture_of_depths": {"router": {"kind": "mixture_of_depths", "capacity": 0.5}, "num_experts": 1},
 }
+OTHER_ROUTERS |= router_sections(without=[*MODELS.values(), *OTHER_ROUTERS.values()])
 
 
 def test_every_router_is_under_the_law() -> None:
@@ -178,10 +173,7 @@ def test_sharded_weights_learn_the_same_under_accumulation(ranks: Ranks) -> None
     _compare(ranks, (4, 2), MODELS["dropless"], {"data": "shard"}, num_pieces=2)
 
 
-KINDS = ["all_to_all", "all_gather", "padded_all_to_all", "hierarchical"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in DISPATCHERS if kind != "local"])
 def test_every_dispatcher_learns_the_same(ranks: Ranks, kind: str) -> None:
     moe = {"capacity": {"factor": 1.0, "min": 1}, "router": {"kind": "top_k", "top_k_choices": [1, 2]}}
     _compare(ranks, (4, 4), moe, {"dispatcher": {"kind": kind, "chunks": 2}})

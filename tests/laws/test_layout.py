@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from tests.builders import make_batch, make_engine, make_packed_batch, rows_of, tiny_model_config
-from tests.laws.test_router_oracles import KINDS
+from tests.registries import ROUTERS, router_sections
 from trainer.data.batches.batch import Batch
 
 STEPS, ROWS, SEQ_LEN = 20, 16, 8
 
-INVARIANT = {
+INVARIANT: dict[str, dict[str, Any]] = {
     "global_batch exact": {"balance": {"coef": 0.1}},
     "global_batch previous_step": {"balance": {"coef": 0.1, "counts": "previous_step"}},
     "no coefficient, logged all the same": {"balance": {"coef": 0.0}},
@@ -27,8 +27,6 @@ INVARIANT = {
         "router": {"kind": "bias_balanced", "jitter": 0.3, "bias_update_rate": 0.05},
         "capacity": {"factor": 1.0, "min": 1},
     },
-    "dense": {"router": {"kind": "dense"}},
-    "round_robin": {"router": {"kind": "round_robin"}},
     "gshard_first_choice": {"balance": {"coef": 0.1, "convention": "gshard_first_choice"}},
     "shared expert": {"num_shared_experts": 1},
     "capacity at random": {"capacity": {"factor": 0.6, "min": 1, "policy": "random"}},
@@ -52,20 +50,14 @@ INVARIANT = {
         "diversity_coef": 0.5,
     },
     "gshard": {"router": {"kind": "gshard"}, "capacity": {"factor": 1.0, "min": 1, "policy": "random"}},
-    **{
-        kind: {"router": {"kind": kind}}
-        for kind in ("group_limited", "switch", "cosine", "top_p", "expert_choice", "sinkhorn", "base", "greedy")
-    },
     "k drawn in every step": {
         "router": {"kind": "top_k", "top_k_choices": [1, 2, 4]},
         "capacity": {"factor": 1.0, "min": 1},
         "balance": {"coef": 0.1, "counts": "previous_step"},
     },
-    "linear_program": {"router": {"kind": "linear_program"}},
-    "hash": {"router": {"kind": "hash"}},
-    "random": {"router": {"kind": "random"}},
     "mixture_of_depths": {"router": {"kind": "mixture_of_depths", "capacity": 0.5}, "num_experts": 1},
 }
+INVARIANT |= router_sections(without=INVARIANT.values())
 
 NOT_INVARIANT = {
     "micro_batch": {"balance": {"coef": 2.0, "scope": "micro_batch"}},
@@ -76,7 +68,7 @@ NOT_INVARIANT = {
 
 def test_every_router_is_under_the_law() -> None:
     models: list[dict[str, Any]] = list(INVARIANT.values())
-    assert {moe.get("router", {}).get("kind", "top_k") for moe in models} == set(KINDS)
+    assert {moe.get("router", {}).get("kind", "top_k") for moe in models} == set(ROUTERS)
 
 
 def _ragged(step: int) -> Batch:
@@ -108,7 +100,7 @@ def _losses(
 @pytest.mark.parametrize("moe", INVARIANT.values(), ids=INVARIANT.keys())
 def test_one_and_four_micro_batches_learn_the_same_in_float64(moe: dict) -> None:
     whole, pieces = _losses(moe, 1, torch.float64), _losses(moe, 4, torch.float64)
-    assert whole[-1, 0] < whole[0, 0] or moe.get("router", {}).get("kind") in ("round_robin", "hash", "random")
+    assert whole[-1, 0] < whole[0, 0] or not ROUTERS[moe.get("router", {}).get("kind", "top_k")].learns_weights
     torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-12)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.builders import make_batch, make_engine, make_model, tiny_model_config
 from tests.laws.test_router_oracles import VARIANTS
-from tests.registries import ROUTERS
+from tests.registries import ROUTERS, num_experts_of
 from trainer.data.batches.batch import Batch
 from trainer.models.config import ModelConfig
 from trainer.models.gpt import GPT, routing_context
@@ -30,7 +30,7 @@ NOISE: dict[str, dict[str, Any]] = {
 
 
 def _config(moe: dict[str, Any]) -> ModelConfig:
-    num_experts = 1 if moe.get("router", {}).get("kind") == "mixture_of_depths" else 4
+    num_experts = num_experts_of(moe.get("router", {}).get("kind", "top_k"))
     return tiny_model_config({"num_experts": num_experts, **moe})
 
 

@@ -42,7 +42,7 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
     dtype = torch.float32 if is_on_cpu and v.dtype is torch.bfloat16 else v.dtype
     if mask is not None and not is_on_cpu:
         # The only GPU kernel with a mask and shared key heads is the one that stores all S x S scores.
-        k, v = for_every_head(k, num_heads), for_every_head(v, num_heads)
+        k, v = repeat_kv(k, num_heads), repeat_kv(v, num_heads)
     with torch.autocast(q.device.type, enabled=False):  # it would cast everything to bfloat16 again
         y = F.scaled_dot_product_attention(
             q.to(dtype),
@@ -55,7 +55,7 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
     return y.to(v.dtype)
 
 
-def for_every_head(x: Tensor, num_heads: int) -> Tensor:
+def repeat_kv(x: Tensor, num_heads: int) -> Tensor:
     """Return (B, H, S, d): keys or values (B, Hkv, S, d) repeated for each query head that shares them."""
     return x.repeat_interleave(num_heads // x.shape[1], dim=1)
 

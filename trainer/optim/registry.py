@@ -47,7 +47,7 @@ class AdamWConfig(OptimizerOptions):
     """Added to the root of the second moment."""
 
     def build(self, *, decayed: Parameters, not_decayed: Parameters) -> Optimizer:
-        """Make the optimizer."""
+        """Create the optimizer."""
         from trainer.optim.adamw import build_adamw
 
         return build_adamw(

@@ -20,7 +20,7 @@ from trainer.models.parameter_roles import parameter_role
 
 
 def shard(model: GPT, mesh: Mesh, *, dtype: torch.dtype) -> GPT:
-    """Shard the weights of an initialised model, in place.
+    """Shard the weights of an initialized model, in place.
 
     Dense weights are sharded over all ranks, block by block; experts over the ranks of their replicas, or not at all if
     there is a single replica.

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tests.builders import make_engine, make_model, tiny_model_config
-from tests.registries import ROUTERS
+from tests.registries import ROUTERS, num_experts_of
 from trainer.models.gpt import GPT
 from trainer.models.initialize import initialize
 from trainer.models.parameter_roles import is_matrix, parameter_role
@@ -62,7 +62,7 @@ def test_spreads_are_those_of_the_config_and_smaller_into_the_residual_stream() 
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_only_matrices_are_drawn_and_decayed_whatever_the_router(kind: str) -> None:
     """A scale, temperature or bias initialized like a matrix would start anywhere and decay to 0."""
-    experts = 1 if kind == "mixture_of_depths" else 4
+    experts = num_experts_of(kind)
     model = {"num_experts": experts, "num_shared_experts": 1, "router": {"kind": kind}}
     engine = make_engine(tiny_model_config(model, qk_norm=True, init_std=0.3), weight_decay=0.1)
     decayed = {id(p): group["weight_decay"] > 0 for group in engine.optimizer.param_groups for p in group["params"]}

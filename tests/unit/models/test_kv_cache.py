@@ -7,15 +7,14 @@ import torch
 from torch import Tensor
 
 from tests.builders import make_batch, make_model, tiny_model_config
-from tests.laws.test_router_oracles import KINDS
+from tests.registries import router_sections
 from trainer.models.gpt import GPT
 
 MODELS: dict[str, dict[str, Any]] = {
     "moe": {},
     "positions route": {"moe": {"router": {"kind": "round_robin"}}},
     "qk_norm, as many key heads as heads": {"qk_norm": True, "num_kv_heads": None},
-    **{kind: {"moe": {"router": {"kind": kind}}} for kind in KINDS if kind not in ("top_k", "mixture_of_depths")},
-    "mixture_of_depths": {"moe": {"router": {"kind": "mixture_of_depths"}, "num_experts": 1}},
+    **{kind: {"moe": section} for kind, section in router_sections(without=[{}]).items()},
 }
 
 

@@ -8,6 +8,7 @@ import torch
 
 from tests.builders import make_batch, make_context, moe_config, tiny_model_config
 from tests.laws.test_router_oracles import VARIANTS
+from tests.registries import num_experts_of
 from trainer.models.gpt import GPT, RMSNorm
 from trainer.moe.dispatch.local import LocalDispatcher
 from trainer.moe.experts import Experts
@@ -16,7 +17,7 @@ from trainer.moe.layer_options import CapacityConfig
 
 
 def _num_experts(router: dict[str, Any]) -> int:
-    return 1 if router["kind"] == "mixture_of_depths" else 4
+    return num_experts_of(router["kind"])
 
 
 @pytest.mark.usefixtures("unwritten_memory_is_nan")

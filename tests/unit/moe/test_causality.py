@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.builders import make_batch, make_model, tiny_model_config
+from tests.registries import ROUTERS, num_experts_of
 from trainer.models.gpt import GPT
 from trainer.moe.capacity import capacity_causality
 from trainer.moe.causality import evaluation_warning, training_warning
@@ -19,24 +20,34 @@ def _said(moe: dict[str, Any]) -> tuple[str | None, str | None]:
     return training_warning(config.moe, layers), evaluation_warning(layers)
 
 
-@pytest.mark.parametrize("kind", ["top_k", "bias_balanced", "hash", "top_p", "dense"])
+CAUSAL = {
+    kind: router().build(d_model=4, num_experts=num_experts_of(kind), layer=0).causal == "strict"
+    for kind, router in ROUTERS.items()
+}
+
+
+@pytest.mark.parametrize("kind", [kind for kind, is_causal in CAUSAL.items() if is_causal])
 def test_nothing_is_said_of_routers_that_do_not(kind: str) -> None:
-    assert _said({"router": {"kind": kind}}) == (None, None)
+    assert _said({"num_experts": num_experts_of(kind), "router": {"kind": kind}}) == (None, None)
     assert _said({"capacity": {"factor": 1.0}}) == (None, None)
     assert _said({"capacity": {"policy": "random"}}) == (None, None), "nothing is dropped"
 
 
-@pytest.mark.parametrize("kind", ["expert_choice", "sinkhorn", "base", "linear_program", "greedy"])
+@pytest.mark.parametrize("kind", [kind for kind, is_causal in CAUSAL.items() if not is_causal])
 def test_training_one_that_does_warns(kind: str) -> None:
-    training, evaluation = _said({"router": {"kind": kind}})
+    training, evaluation = _said({"num_experts": num_experts_of(kind), "router": {"kind": kind}})
     assert (
         training is not None
         and f"{kind} is not causal: a token's experts depend on later tokens of its sequence" in training
     )
     assert evaluation is None, "each token chooses for itself then"
-    _, evaluation = _said({"router": {"kind": kind, "evaluation_routing": "as_trained"}})
+    _, evaluation = _said(
+        {"num_experts": num_experts_of(kind), "router": {"kind": kind, "evaluation_routing": "as_trained"}}
+    )
     assert evaluation is not None and "sees some of what it predicts" in evaluation
-    training, _ = _said({"router": {"kind": kind, "evaluation_routing": "as_trained"}})
+    training, _ = _said(
+        {"num_experts": num_experts_of(kind), "router": {"kind": kind, "evaluation_routing": "as_trained"}}
+    )
     assert training is not None and "go by the loss on held-out text" not in training
 
 

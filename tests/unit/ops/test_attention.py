@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.ops.attention import blocked_attention, document_mask, for_every_head, torch_attention
+from trainer.ops.attention import blocked_attention, document_mask, repeat_kv, torch_attention
 
 B, H, d = 2, 4, 8
 
@@ -70,9 +70,9 @@ def test_no_query_sees_another_document(attention: Callable, S: int, kv_heads: i
             torch.testing.assert_close(mine, oracle, rtol=tolerance, atol=tolerance)
 
 
-def test_keys_for_every_head_are_those_that_heads_share() -> None:
+def test_keys_repeat_kv_are_those_that_heads_share() -> None:
     def copied(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return torch_attention(q, for_every_head(k, H), for_every_head(v, H), mask)
+        return torch_attention(q, repeat_kv(k, H), repeat_kv(v, H), mask)
 
     mask = document_mask(torch.tensor([[0, 0, 1, 1, 1], [2, 3, 3, -1, -1]]))
     shared, apart = (_run(attend, 5, 2, torch.float64, torch.float64, mask) for attend in (torch_attention, copied))

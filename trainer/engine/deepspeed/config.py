@@ -16,7 +16,7 @@ from trainer.config.layers import MAX_BYTES
 from trainer.config.nodes import shown, shown_path
 from trainer.config.numbers import MAX_INT
 from trainer.config.yaml_nodes import MAX_DEPTH, MAX_NODES
-from trainer.engine.deepspeed.passthrough import Ours, conflicts, merged
+from trainer.engine.deepspeed.passthrough import RunOptions, conflicts, merged
 
 if TYPE_CHECKING:
     from trainer.distributed.mesh import Mesh
@@ -135,7 +135,7 @@ class DeepSpeedEngineConfig(Config):
             reason = _STAGES.get(self.zero_stage, "there is no such stage; use 1 or 2")
             yield Problem("zero_stage", f"{self.zero_stage}: {reason}")
 
-    def conflicts(self, ours: Ours) -> Iterator[Problem]:
+    def conflicts(self, ours: RunOptions) -> Iterator[Problem]:
         """Yield the options of `deepspeed_config` that contradict the other sections."""
         for problem in conflicts(self.deepspeed_config, ours):
             yield Problem(f"engine.deepspeed_config.{problem.key}", problem.message)

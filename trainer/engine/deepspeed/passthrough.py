@@ -19,7 +19,7 @@ from trainer.optim.registry import OptimConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ours:
+class RunOptions:
     """Values of our sections for which DeepSpeed has options too."""
 
     zero_stage: int
@@ -34,7 +34,7 @@ class Ours:
     """Ranks hold different numbers of experts."""
 
 
-_SAME: dict[str, tuple[str, Callable[[Ours], Any]]] = {
+_SAME: dict[str, tuple[str, Callable[[RunOptions], Any]]] = {
     "train_batch_size": ("train.global_batch_size", lambda ours: ours.global_batch_size),
     "train_micro_batch_size_per_gpu": ("parallel.micro_batch_size", lambda ours: ours.micro_batch_size),
     "gradient_clipping": ("train.grad_clip", lambda ours: ours.grad_clip or 0.0),
@@ -125,7 +125,7 @@ _STAGE_3 = "zero_optimization.stage3_"
 """Prefix of options that stages 1 and 2 ignore, but which many files contain."""
 
 
-def conflicts(raw: Mapping[str, Any], ours: Ours) -> Iterator[Problem]:
+def conflicts(raw: Mapping[str, Any], ours: RunOptions) -> Iterator[Problem]:
     """Yield every option that cannot be passed through, with the reason."""
     yield from _unusable(raw, ours)
     off = {section for section in _SWITCHED if not _is_on(raw.get(section))}
@@ -142,7 +142,7 @@ def conflicts(raw: Mapping[str, Any], ours: Ours) -> Iterator[Problem]:
         yield Problem(section, f"{_REFUSED[section]}; leave it out")
 
 
-def _objection(key: str, value: Any, ours: Ours) -> str | None:
+def _objection(key: str, value: Any, ours: RunOptions) -> str | None:
     """Return what is wrong with an option that has a single allowed value or is unknown; None if it is valid."""
     if key in _SAME:
         name, get = _SAME[key]
@@ -156,7 +156,7 @@ def _objection(key: str, value: Any, ours: Ours) -> str | None:
     return f"not among DeepSpeed's options that are known not to change what is learned; {hint}"
 
 
-def _unusable(raw: Mapping[str, Any], ours: Ours) -> Iterator[Problem]:
+def _unusable(raw: Mapping[str, Any], ours: RunOptions) -> Iterator[Problem]:
     """Yield every invalid value of a passed-through option."""
     for key, kind in _FREE.items():
         value = _value_at(raw, key)
