@@ -62,9 +62,9 @@ def copy_of(root: Path, folder: Path) -> Path:
         check=True,
     )
     for name in filter(None, listed.stdout.decode().split("\0")):
-        if (root / name).is_file():
+        if (root / name).is_file() or (root / name).is_symlink():  # trainer/configs links to a folder
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(root / name, folder / name)
+            shutil.copy2(root / name, folder / name, follow_symlinks=False)
     return folder
 
 
