@@ -1,10 +1,10 @@
-"""Damage to a checkpoint on the disk: whatever happens to it, it is noticed, and the one before it is used.
+"""Corrupt a checkpoint on disk: every corruption is detected, and the previous checkpoint is used.
 
 python -m tests.chaos.corruption --count 1000 --seed 0
 
-A run of two ranks is trained and saved several times, several files each. Then the newest checkpoint is damaged, one
-harm at a time, and mended in between. A harm that leaves what a file says as it was is drawn again: the same bytes, or
-for the manifest the same JSON (its hash is of its content, not of its white space).
+A run of two ranks is trained and saved several times, in several files each. Then the newest checkpoint is corrupted,
+one corruption at a time, and restored in between. A corruption that does not change a file's meaning is drawn again: the
+same bytes, or for the manifest the same JSON (its hash covers the content, not the white space).
 """
 
 import argparse
@@ -34,27 +34,27 @@ MANIFEST = "manifest.json"
 STEPS = (2, 4, 6)
 _FILE_SIZE_BYTES = 16_000  # small, so that every rank writes several files
 
-Harm = Callable[[Path, Path, random.Random], None]
+Corruption = Callable[[Path, Path, random.Random], None]
 """Damages a file of a checkpoint; the second path is the same file of the checkpoint before it."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Result:
-    """What came of the harms."""
+    """Counts of corruptions, by kind, and those that were missed."""
 
     count: int = 0
     by_harm: Counter[str] = field(default_factory=Counter)
     by_file: Counter[str] = field(default_factory=Counter)
     drawn_again: int = 0
-    """Harms that changed nothing; they are not among `count`."""
+    """Corruptions that changed nothing; they are not among `count`."""
     not_noticed: list[str] = field(default_factory=list)
-    """Harms after which the damaged checkpoint was used, or was passed over without a word."""
+    """Corruptions after which the damaged checkpoint was used, or was passed over without a word."""
     not_loadable: list[str] = field(default_factory=list)
-    """Harms after which the checkpoint before it was not there in full, bit for bit."""
+    """Corruptions after which the checkpoint before it was not there in full, bit for bit."""
 
     def __str__(self) -> str:
-        """One line of numbers."""
-        kinds = ", ".join(f"{harm} {times}" for harm, times in sorted(self.by_harm.items()))
+        """Return a summary in one line."""
+        kinds = ", ".join(f"{corruption} {times}" for corruption, times in sorted(self.by_harm.items()))
         noticed, loadable = self.count - len(self.not_noticed), self.count - len(self.not_loadable)
         return (
             f"{self.count} corruptions of {len(self.by_file)} files ({kinds}): {noticed} noticed and fallen back from, "
@@ -72,8 +72,8 @@ def corrupt(folder: Path, count: int, seed: int) -> Result:
 
     Args:
         folder: with the checkpoints of a run, at least two.
-        count: harms that change something.
-        seed: the same one draws the same harms.
+        count: corruptions that change something.
+        seed: the same one draws the same corruptions.
     """
     steps, result, chance = CheckpointFolder(folder).steps(), Result(), random.Random(seed)
     newest, older = (CheckpointFolder(folder).of_step(step) for step in (steps[-1], steps[-2]))
@@ -81,15 +81,15 @@ def corrupt(folder: Path, count: int, seed: int) -> Result:
     expected = _digest(_found(folder, older))
     while result.count < count:
         name = sorted(good)[result.count % len(good)]  # every file in turn
-        harm = chance.choice(sorted(HARMS))
-        HARMS[harm](newest / name, older / name, chance)
+        corruption = chance.choice(sorted(CORRUPTIONS))
+        CORRUPTIONS[corruption](newest / name, older / name, chance)
         if _says_the_same(newest, good):
             result.drawn_again += 1
         else:
             result.count += 1
-            result.by_harm[harm] += 1
+            result.by_harm[corruption] += 1
             result.by_file[name] += 1
-            _judge(folder, newest, expected, f"{harm} of {name} (#{result.count} of seed {seed})", result)
+            _judge(folder, newest, expected, f"{corruption} of {name} (#{result.count} of seed {seed})", result)
         for file, data in good.items():
             if not (newest / file).is_file() or (newest / file).read_bytes() != data:
                 (newest / file).write_bytes(data)
@@ -114,7 +114,7 @@ def _found(folder: Path, path: Path) -> CheckpointHandle:
 
 
 def _digest(found: CheckpointHandle) -> str:
-    """Hash every number of a checkpoint."""
+    """Return a hash of all tensors of a checkpoint."""
     digest = hashlib.sha256()
     for name, tensor in whole(found).items():
         digest.update(name.encode() + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -126,7 +126,7 @@ def _says_the_same(folder: Path, good: dict[str, bytes]) -> bool:
 
 
 def _content(path: Path, data: bytes | None = None) -> object:
-    """Return what a file says: of a manifest its JSON, as far as it is some."""
+    """Return the meaning of a file's bytes: for a manifest its JSON, if it is valid."""
     if data is None:
         if not path.is_file():
             return None
@@ -182,7 +182,7 @@ def _swap_within(path: Path, older: Path, chance: random.Random) -> None:
     other.write_bytes(here)
 
 
-HARMS: dict[str, Harm] = {
+CORRUPTIONS: dict[str, Corruption] = {
     "bit flip": _flip,
     "cut": _truncate,
     "emptied": _empty,
@@ -210,7 +210,7 @@ def _train_and_save(folder: Path) -> None:
 
 
 def main() -> None:
-    """Print the numbers; exit with 1 if anything went unnoticed."""
+    """Print the counts; exit with 1 if a corruption was missed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,13 +1,13 @@
-"""R17: however often a run is killed, every window of the text is seen exactly once in every epoch."""
+"""R17: a run that is killed repeatedly still sees every window of the text exactly once per epoch."""
 
 from collections import Counter
 
-from tests.chaos.workload import Course, outcome
+from tests.chaos.workload import Workload, outcome
 
 
-def epochs(course: Course) -> tuple[list[str], int]:
-    """Return what is wrong with the rows of a finished run, and how many whole epochs of a domain it has read."""
-    seen = Counter(outcome(course).rows.values())
+def epochs(workload: Workload) -> tuple[list[str], int]:
+    """Return the errors in the rows of a finished run, and the number of whole epochs that it has read."""
+    seen = Counter(outcome(workload).rows.values())
     wrong = [f"{window} was seen {times} times" for window, times in seen.items() if times != 1]
     sizes: dict[str, dict[int, int]] = {}
     for window in seen:

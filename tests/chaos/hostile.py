@@ -1,7 +1,7 @@
-"""Input that somebody made to harm: checkpoints, configs, names and logs, each through the command line.
+"""Malicious input: checkpoints, configs, names and logs, each through the command line.
 
-Whatever it is, nothing of it is executed, nothing outside the run folder changes, memory stays bounded, and the answer
-is an exit code with a short line. Where a run may go on without the input, it does.
+Nothing of it is executed, nothing outside the run folder changes, memory stays bounded, and the result is an exit code
+with a short message. A run that can continue without the input does so.
 
 python -m tests.chaos.hostile [WORDS]        all cases, or those with these words in their name
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.chaos import hostile_checkpoints, hostile_configs, hostile_folders
-from tests.chaos.sandbox import Box, Boxes, Outcome
+from tests.chaos.sandbox import Outcome, Sandbox, SandboxFactory
 
 LARGEST_BYTES = 1 << 30
 LONGEST_LINE = 700
@@ -22,10 +22,10 @@ LONGEST_LINE = 700
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One input and one command that meets it."""
+    """One malicious input and a command that reads it."""
 
     name: str
-    prepare: Callable[[Box], object]
+    prepare: Callable[[Sandbox], object]
     arguments: Sequence[str]
     codes: frozenset[int] = frozenset({2, 3, 4})
     may_write: tuple[str, ...] = ("box/runs/",)
@@ -65,8 +65,8 @@ def cases() -> list[Case]:
 SECRET = "hf_never_to_be_written_anywhere"
 
 
-def wrong(case: Case, box: Box, outcome: Outcome) -> list[str]:
-    """Return everything that an outcome should not be."""
+def wrong(case: Case, box: Sandbox, outcome: Outcome) -> list[str]:
+    """Return everything that is wrong with an outcome."""
     found = []
     if outcome.executed:
         found.append("the payload was executed")
@@ -95,15 +95,15 @@ def _holds_secret(base: Path, outcome: Outcome) -> bool:
 
 
 def main() -> None:
-    """Print what is wrong, and a line with the numbers; exit with 1 if anything is."""
+    """Print the errors and a summary; exit with 1 if there are any."""
     words, failed, peak_bytes, began = " ".join(sys.argv[1:]), 0, 0, time.monotonic()
     chosen = [case for case in cases() if words in case.name]
     with tempfile.TemporaryDirectory() as folder:
-        boxes = Boxes(Path(folder))
+        sandboxes = SandboxFactory(Path(folder))
         for case in chosen:
-            box = boxes.fresh()
+            box = sandboxes.fresh()
             case.prepare(box)
-            outcome = boxes.run(box, case.arguments, case.environment)
+            outcome = sandboxes.run(box, case.arguments, case.environment)
             found = wrong(case, box, outcome)
             failed, peak_bytes = failed + bool(found), max(peak_bytes, outcome.grown_bytes)
             if found:

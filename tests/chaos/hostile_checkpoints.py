@@ -1,4 +1,4 @@
-"""Checkpoints that somebody made to harm whoever loads them. Their manifests have the right hash of what they say."""
+"""Malicious checkpoints, whose manifests have the right hash."""
 
 import hashlib
 import json
@@ -13,29 +13,29 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from tests.chaos.sandbox import Box
+from tests.chaos.sandbox import Sandbox
 
-Harm = Callable[[Box], object]
+Attack = Callable[[Sandbox], object]
 WEIGHT = "model.blocks.0.ffn.experts.w_in"
 
 
 class Payload:
-    """Makes the canary when it is unpickled."""
+    """Creates the canary file when it is unpickled."""
 
-    def __init__(self, box: Box) -> None:
+    def __init__(self, box: Sandbox) -> None:
         self.path = str(box.canary)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, (f"touch '{self.path}'",)
 
 
-def pickled(box: Box, protocol: int = 4) -> bytes:
-    """Return a pickle that executes something."""
+def pickled(box: Sandbox, protocol: int = 4) -> bytes:
+    """Return a pickle that executes code."""
     return pickle.dumps(Payload(box), protocol=protocol)
 
 
-def rewrite(box: Box, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change what the manifest says, and its hash with it."""
+def rewrite(box: Sandbox, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest and update its hash."""
     path = box.checkpoint / "manifest.json"
     values = json.loads(path.read_text())
     del values["manifest_sha256"]
@@ -44,17 +44,17 @@ def rewrite(box: Box, change: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps({**values, "manifest_sha256": digest}))
 
 
-def put(box: Box, data: bytes) -> None:
-    """Replace the file of tensors, with its true size and hash in the manifest."""
+def put(box: Sandbox, data: bytes) -> None:
+    """Replace the tensor file and update its size and hash in the manifest."""
     box.tensors.write_bytes(data)
     stated = {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     rewrite(box, lambda values: values["files"].update({box.tensors.name: stated}))
 
 
-def _header(change: Callable[[dict[str, Any]], object]) -> Harm:
+def _header(change: Callable[[dict[str, Any]], object]) -> Attack:
     """Change the header of the safetensors file."""
 
-    def harm(box: Box) -> None:
+    def harm(box: Sandbox) -> None:
         data = box.tensors.read_bytes()
         (length,) = struct.unpack("<Q", data[:8])
         header = json.loads(data[8 : 8 + length])
@@ -65,40 +65,40 @@ def _header(change: Callable[[dict[str, Any]], object]) -> Harm:
     return harm
 
 
-def _raw(length: int, rest: bytes) -> Harm:
+def _raw(length: int, rest: bytes) -> Attack:
     return lambda box: put(box, struct.pack("<Q", length) + rest)
 
 
-def _text(text: bytes, times: int = 0, end: bytes = b"") -> Harm:
-    """The manifest is the text, or its last part so many times; made when it is written, not before."""
+def _text(text: bytes, times: int = 0, end: bytes = b"") -> Attack:
+    """Replace the manifest with a text, whose last part may be repeated; generated when it is written."""
 
-    def harm(box: Box) -> None:
+    def harm(box: Sandbox) -> None:
         head, _, part = text.partition(b"|")
         (box.checkpoint / "manifest.json").write_bytes(head + part * times + end if times else text)
 
     return harm
 
 
-def _says(change: Callable[[dict[str, Any]], object]) -> Harm:
+def _says(change: Callable[[dict[str, Any]], object]) -> Attack:
     return lambda box: rewrite(box, change)
 
 
-def _tensor(**fields: Any) -> Harm:
+def _tensor(**fields: Any) -> Attack:
     return _says(lambda values: values["tensors"][WEIGHT].update(fields))
 
 
-def _slice(**fields: Any) -> Harm:
+def _slice(**fields: Any) -> Attack:
     return _says(lambda values: values["tensors"][WEIGHT]["slices"][0].update(fields))
 
 
-def _run(**fields: Any) -> Harm:
+def _run(**fields: Any) -> Attack:
     return _says(lambda values: values["run"].update(fields))
 
 
-def _named(name: str) -> Harm:
-    """A file of another name, listed with the hash of what is there."""
+def _named(name: str) -> Attack:
+    """Rename the tensor file, and list it under the new name."""
 
-    def harm(box: Box) -> None:
+    def harm(box: Sandbox) -> None:
         def change(values: dict[str, Any]) -> None:
             values["files"] = {name: values["files"][box.tensors.name]}
             for tensor in values["tensors"].values():
@@ -110,10 +110,10 @@ def _named(name: str) -> Harm:
     return harm
 
 
-def _instead(make: Callable[[Path, Box], object], name: str = "tensors-00000-00000.safetensors") -> Harm:
-    """Something that is no regular file, in the place of one."""
+def _instead(make: Callable[[Path, Sandbox], object], name: str = "tensors-00000-00000.safetensors") -> Attack:
+    """Replace a file with something that is not a regular file."""
 
-    def harm(box: Box) -> None:
+    def harm(box: Sandbox) -> None:
         path = box.checkpoint / name
         path.rename(box.outside / name)
         make(path, box)
@@ -121,7 +121,7 @@ def _instead(make: Callable[[Path, Box], object], name: str = "tensors-00000-000
     return harm
 
 
-def _socket(path: Path, box: Box) -> None:
+def _socket(path: Path, box: Sandbox) -> None:
     with socket.socket(socket.AF_UNIX) as made:
         before = Path.cwd()
         os.chdir(path.parent)  # the name of a socket is short
@@ -131,13 +131,13 @@ def _socket(path: Path, box: Box) -> None:
             os.chdir(before)
 
 
-def _large(box: Box) -> None:
+def _large(box: Sandbox) -> None:
     with (box.checkpoint / "manifest.json").open("r+b") as file:
         file.truncate(300 << 20)
 
 
-def _spoiled(spoil: Callable[[dict[str, torch.Tensor]], object]) -> Harm:
-    def harm(box: Box) -> None:
+def _spoiled(spoil: Callable[[dict[str, torch.Tensor]], object]) -> Attack:
+    def harm(box: Sandbox) -> None:
         tensors = safetensors.torch.load(box.tensors.read_bytes())
         spoil(tensors)
         put(box, safetensors.torch.save(tensors))
@@ -145,8 +145,8 @@ def _spoiled(spoil: Callable[[dict[str, torch.Tensor]], object]) -> Harm:
     return harm
 
 
-def _beside(name: str) -> Harm:
-    def harm(box: Box) -> None:
+def _beside(name: str) -> Attack:
+    def harm(box: Sandbox) -> None:
         if name.endswith(".pt"):
             torch.save(Payload(box), box.checkpoint / name)
         else:
@@ -164,7 +164,7 @@ def _deep(depth: int) -> Any:
 
 _EACH = {"dtype": "int8", "shape": [1], "slices": []}
 
-MANIFESTS: dict[str, Harm] = {
+MANIFESTS: dict[str, Attack] = {
     # what the manifest is
     "manifest of 300 MB": _large,
     "manifest of less than the most objects": _text(b'{"a": [|{},', 1_900_000, b"{}]}"),
@@ -213,7 +213,7 @@ MANIFESTS: dict[str, Harm] = {
 }
 """What is wrong with these is seen wherever a manifest is read."""
 
-FILES: dict[str, Harm] = {
+FILES: dict[str, Attack] = {
     # pickles
     "pickle as manifest": lambda box: (box.checkpoint / "manifest.json").write_bytes(pickled(box)),
     "pickle of protocol 0 as manifest": lambda box: (box.checkpoint / "manifest.json").write_bytes(pickled(box, 0)),
@@ -284,7 +284,7 @@ FINE_TO_EVALUATE = {
     *(name for name in FILES if "beside" in name),  # never opened
 }
 
-FOR_A_RUN: dict[str, Harm] = {
+FOR_A_RUN: dict[str, Attack] = {
     "position negative": _run(position=-1),
     "position a text": _run(position="0; import os"),
     "position of 2^70": _run(position=1 << 70),

@@ -1,23 +1,23 @@
-"""Configs, overrides and names that somebody made to harm."""
+"""Malicious configs, overrides and names."""
 
 import json
 import os
 from collections.abc import Callable
 
 from tests.chaos.hostile_checkpoints import pickled
-from tests.chaos.sandbox import Box
+from tests.chaos.sandbox import Sandbox
 
-Given = tuple[Callable[[Box], object], list[str]]
+Given = tuple[Callable[[Sandbox], object], list[str]]
 
 
-def nothing(box: Box) -> None:
+def nothing(box: Sandbox) -> None:
     pass
 
 
 def _config(text: str, *overrides: str) -> Given:
     """A config file of this text; CANARY in it is the path that a payload makes."""
 
-    def prepare(box: Box) -> None:
+    def prepare(box: Sandbox) -> None:
         (box.path / "evil.yaml").write_text(text.replace("CANARY", str(box.canary)))
 
     return prepare, ["train", "evil.yaml", *overrides]
@@ -26,7 +26,7 @@ def _config(text: str, *overrides: str) -> Given:
 def _own_config(text: str, *arguments: str) -> Given:
     """The record that the run folder keeps of its config."""
 
-    def prepare(box: Box) -> None:
+    def prepare(box: Sandbox) -> None:
         (box.run / "config.yaml").write_text(text.replace("CANARY", str(box.canary)))
 
     return prepare, list(arguments)
@@ -36,7 +36,7 @@ def _override(*overrides: str) -> Given:
     return nothing, ["train", "tiny.yaml", *overrides]
 
 
-def _as_file(make: Callable[[Box], object], *arguments: str) -> Given:
+def _as_file(make: Callable[[Sandbox], object], *arguments: str) -> Given:
     return make, list(arguments)
 
 

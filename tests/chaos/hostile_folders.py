@@ -1,4 +1,4 @@
-"""Run folders in which somebody left something for the next run: links, pipes, logs that are none."""
+"""Malicious run folders: links, pipes and malformed logs left for the next run."""
 
 import json
 import os
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.chaos.hostile_checkpoints import pickled
-from tests.chaos.sandbox import Box
+from tests.chaos.sandbox import Sandbox
 from tests.folders import hard_linked
 
 MORE = ["train", "tiny.yaml", "train.steps=5"]
@@ -47,24 +47,24 @@ _NOT_OURS = b"".join(
 )
 
 
-def _precious(box: Box) -> Path:
+def _precious(box: Sandbox) -> Path:
     return box.outside / "precious.txt"
 
 
-def _log(data: bytes, name: str = "metrics.jsonl") -> Callable[[Box], object]:
+def _log(data: bytes, name: str = "metrics.jsonl") -> Callable[[Sandbox], object]:
     """Append to a log."""
 
-    def prepare(box: Box) -> None:
+    def prepare(box: Sandbox) -> None:
         with (box.run / name).open("ab") as file:
             file.write(data)
 
     return prepare
 
 
-def _instead(name: str, make: Callable[[Path, Box], object]) -> Callable[[Box], object]:
+def _instead(name: str, make: Callable[[Path, Sandbox], object]) -> Callable[[Sandbox], object]:
     """Something else, in the place of a file of the run."""
 
-    def prepare(box: Box) -> None:
+    def prepare(box: Sandbox) -> None:
         path = box.run / name
         path.unlink(missing_ok=True)
         make(path, box)
@@ -72,48 +72,48 @@ def _instead(name: str, make: Callable[[Path, Box], object]) -> Callable[[Box], 
     return prepare
 
 
-def _sparse(box: Box) -> None:
+def _sparse(box: Sandbox) -> None:
     with (box.run / "metrics.jsonl").open("r+b") as file:
         file.truncate(3 << 29)
 
 
-def _link(path: Path, box: Box) -> None:
+def _link(path: Path, box: Sandbox) -> None:
     path.symlink_to(_precious(box))
 
 
-def _pipe(path: Path, box: Box) -> None:
+def _pipe(path: Path, box: Sandbox) -> None:
     os.mkfifo(path)
 
 
-def _folder(path: Path, box: Box) -> None:
+def _folder(path: Path, box: Sandbox) -> None:
     path.mkdir()
 
 
-def _device(path: Path, box: Box) -> None:
+def _device(path: Path, box: Sandbox) -> None:
     path.symlink_to("/dev/zero")
 
 
-def _checkpoints(name: str, make: Callable[[Path, Box], object]) -> Callable[[Box], object]:
+def _checkpoints(name: str, make: Callable[[Path, Sandbox], object]) -> Callable[[Sandbox], object]:
     return lambda box: make(box.run / "checkpoints" / name, box)
 
 
-def _to_outside(path: Path, box: Box) -> None:
+def _to_outside(path: Path, box: Sandbox) -> None:
     """A link to a folder in which something lies."""
     (box.outside / "step_00000001").mkdir()
     (box.outside / "step_00000001/manifest.json").write_text("{}")
     path.symlink_to(box.outside / "step_00000001")
 
 
-def _elsewhere(path: Path, box: Box) -> None:
+def _elsewhere(path: Path, box: Sandbox) -> None:
     """A record by which the run was started where its text is not."""
     path.write_text(json.dumps({"working_directory": str(box.outside), "run_folder": str(box.run)}))
 
 
-def _file(path: Path, box: Box) -> None:
+def _file(path: Path, box: Sandbox) -> None:
     path.write_text("x")
 
 
-def _snapshot(box: Box) -> None:
+def _snapshot(box: Sandbox) -> None:
     """A copy of the run by `cp -al`, with what a killed run leaves, beside what nothing may change."""
     left = {
         "status/.rank00000.json",
@@ -128,21 +128,21 @@ def _snapshot(box: Box) -> None:
     hard_linked(box.run, box.outside / "snapshot")
 
 
-def _below(name: str, make: Callable[[Path, Box], object]) -> Callable[[Box], object]:
+def _below(name: str, make: Callable[[Path, Sandbox], object]) -> Callable[[Sandbox], object]:
     """The same as `_instead`, in a folder that need not be there."""
 
-    def prepare(box: Box) -> None:
+    def prepare(box: Sandbox) -> None:
         (box.run / name).parent.mkdir(exist_ok=True)
         _instead(name, make)(box)
 
     return prepare
 
 
-def _nowhere(path: Path, box: Box) -> None:
+def _nowhere(path: Path, box: Sandbox) -> None:
     path.symlink_to(box.outside / "not_there")
 
 
-CASES: dict[str, tuple[Callable[[Box], object], list[str], set[int]]] = {
+CASES: dict[str, tuple[Callable[[Sandbox], object], list[str], set[int]]] = {
     # logs of a run that goes on
     "log with lines that are no records": (lambda box: _log(_NO_RECORDS + pickled(box) + b"\n")(box), MORE, GOES_ON),
     "log with records that are none of ours": (_log(_NOT_OURS), MORE, GOES_ON),

@@ -1,4 +1,4 @@
-"""The first of two hosts freezes, is cut off or loses its power: the other one names it, and ends in time.
+"""The first of two hosts freezes, loses its network or its power: the other one names it, and exits in time.
 
     python -m tests.chaos.hosts --times 10            needs network namespaces: root, or unprivileged user namespaces
 
@@ -30,19 +30,19 @@ _START_S, _LIMIT_S = 600.0, 60.0
 
 
 def frozen() -> None:
-    """Stop every process of host 1; its kernel still answers."""
+    """Stop every process of host 1, whose kernel still answers."""
     for pid in of_host(1):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGSTOP)
 
 
 def cut_off() -> None:
-    """Pull the cable; both go on."""
+    """Disconnect the hosts; both continue to run."""
     subprocess.run(["ip", "-n", "host1", "link", "set", "cable1", "down"], check=True)
 
 
 def without_power() -> None:
-    """End host 1 without a last word: nothing that its kernel would say of dead processes leaves it."""
+    """Kill host 1 without its kernel closing any connection."""
     cut_off()
     for pid in of_host(1):
         with suppress(ProcessLookupError):
@@ -75,7 +75,7 @@ class Result:
 
 
 def of_host(number: int) -> list[int]:
-    """Return the processes of a host: those in its network namespace."""
+    """Return the process ids in a host's network namespace."""
     home, found = Path(f"/run/netns/host{number}").stat().st_ino, []
     for folder in Path("/proc").glob("[1-9]*"):
         with suppress(OSError):
@@ -151,7 +151,7 @@ def _judge(folder: Path, began: float, result: Result) -> None:
 
 
 def _has_ended(pid: int) -> bool:
-    """Tell whether a process is no more, or nobody has asked yet how it ended."""
+    """Return whether a process has ended, or is a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except FileNotFoundError:

@@ -1,14 +1,14 @@
-"""R1 and R2: ranks are killed, at every named place and at random moments.
+"""R1 and R2: kill ranks at every fault point and at random moments.
 
-Nothing may be lost but the steps since the last checkpoint, and those come out the same again.
+Only the steps since the last checkpoint may be lost, and they must be reproduced exactly.
 """
 
 import random
 import time
 from dataclasses import dataclass
 
-from tests.chaos.rank_forker import Arena, Prepare
-from tests.chaos.workload import LONGEST_S, Course, Outcome, damage, differences, resumed_at
+from tests.chaos.rank_forker import Prepare, RankForker
+from tests.chaos.workload import LONGEST_S, Outcome, Workload, damage, differences, resumed_at
 
 _SURVIVE_S = 30.0
 """Survivors end by themselves: parallel.timeout_s 12, 5 s more, and what a busy machine adds."""
@@ -16,7 +16,7 @@ _SURVIVE_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """A rank is killed when it comes to a place for the n-th time."""
+    """Kill a rank when it reaches a fault point for the n-th time."""
 
     point: str
     time: int
@@ -65,7 +65,7 @@ POINTS = {*EVERY_RANK, *FIRST_RANK, *RESUMED_EVERY_RANK, *RESUMED_FIRST_RANK}
 
 
 def all_kills() -> list[Kill]:
-    """Return every named place, with each rank and all of them where all come there."""
+    """Return kills at every fault point: of each rank and of all ranks where all reach it."""
     return [
         *(Kill(point, at, victim) for point, at in EVERY_RANK.items() for victim in (0, 1, None)),
         *(Kill(point, at, 0) for point, at in FIRST_RANK.items()),
@@ -74,22 +74,24 @@ def all_kills() -> list[Kill]:
     ]
 
 
-def kill_at(arena: Arena, course: Course, expected: Outcome, kill: Kill, prepare: Prepare | None = None) -> list[str]:
-    """Kill a run at a named place, go on with it, and return what is wrong.
+def kill_at(
+    forker: RankForker, workload: Workload, expected: Outcome, kill: Kill, prepare: Prepare | None = None
+) -> list[str]:
+    """Kill a run at a fault point, resume it and return the errors found.
 
     Args:
-        arena: starts ranks.
-        course: a prepared folder.
+        forker: starts ranks.
+        workload: a prepared folder.
         expected: what an undisturbed run leaves behind.
         kill: where and whom. If only one rank is killed the others are to end by themselves.
         prepare: a negative control, in every attempt.
     """
     wrong = []
     if kill.after_resume:
-        course.start(arena, planted="phase.agreeing_on_a_stop#13=kill", prepare=prepare).settle(seconds=LONGEST_S)
-    attempt = course.start(arena, planted=kill.planted, prepare=prepare)
+        workload.start(forker, planted="phase.agreeing_on_a_stop#13=kill", prepare=prepare).settle(seconds=LONGEST_S)
+    attempt = workload.start(forker, planted=kill.planted, prepare=prepare)
     codes = attempt.settle(seconds=LONGEST_S, lets_survivors_end=kill.victim is not None)
-    victims = range(course.world_size) if kill.victim is None else [kill.victim]
+    victims = range(workload.world_size) if kill.victim is None else [kill.victim]
     if not any(codes[rank] == -9 for rank in victims):
         wrong.append(f"the fault never came: {codes} {attempt.said()[-500:]}")
     if None in codes:
@@ -97,42 +99,42 @@ def kill_at(arena: Arena, course: Course, expected: Outcome, kill: Kill, prepare
     survivors = [code for rank, code in enumerate(codes) if rank not in victims]
     if any(code not in (0, 5) for code in survivors):
         wrong.append(f"survivors ended with {survivors}: {attempt.said()[-500:]}")
-    wrong += damage(course)
-    newest = max(course.checkpoints.steps(), default=0)
-    wrong += course.finish(arena, prepare=prepare)
-    if resumed_at(course) != newest:
-        wrong.append(f"went on from {resumed_at(course)}, though {newest} was saved")
-    return wrong + differences(course, expected)
+    wrong += damage(workload)
+    newest = max(workload.checkpoints.steps(), default=0)
+    wrong += workload.finish(forker, prepare=prepare)
+    if resumed_at(workload) != newest:
+        wrong.append(f"went on from {resumed_at(workload)}, though {newest} was saved")
+    return wrong + differences(workload, expected)
 
 
 def kill_at_random(
-    arena: Arena, course: Course, base: Course, expected: Outcome, *, num_kills: int, seed: int
+    forker: RankForker, workload: Workload, base: Workload, expected: Outcome, *, num_kills: int, seed: int
 ) -> list[str]:
-    """Kill a run again and again, at random moments, one rank or several; return what is wrong.
+    """Kill one rank or several of a run repeatedly, at random moments; return the errors found.
 
-    Moments are counted from the first sign of life of an attempt: counted from its start, most kills would hit imports.
+    Moments are counted from the first logged step of an attempt, since most kills would otherwise hit imports.
     """
     wrong, draw, done = [], random.Random(seed), 0
     while done < num_kills:
-        attempt = course.start(arena)
-        metrics = course.run / "metrics.jsonl"
+        attempt = workload.start(forker)
+        metrics = workload.run / "metrics.jsonl"
         size = metrics.stat().st_size if metrics.exists() else 0
         attempt.wait(seconds=LONGEST_S, until=lambda: metrics.exists() and metrics.stat().st_size != size)  # noqa: B023
         time.sleep(draw.uniform(0.0, 0.7))
-        victims = [rank for rank in range(course.world_size) if draw.random() < 0.5] or [
-            draw.randrange(course.world_size)
+        victims = [rank for rank in range(workload.world_size) if draw.random() < 0.5] or [
+            draw.randrange(workload.world_size)
         ]
-        is_over = len(attempt.poll()) == course.world_size
+        is_over = len(attempt.poll()) == workload.world_size
         attempt.kill(victims)
-        end_alone = len(victims) < course.world_size and draw.random() < 0.2
+        end_alone = len(victims) < workload.world_size and draw.random() < 0.2
         codes = attempt.settle(seconds=_SURVIVE_S if end_alone else LONGEST_S, lets_survivors_end=end_alone)
         if None in codes:
             wrong.append(f"hung after kill {done}: {codes} {attempt.said()[-500:]}")
-        wrong += damage(course)
+        wrong += damage(workload)
         if -9 in codes and not is_over:
             done += 1
         else:  # it was quicker than the kill: compare, and begin another one
-            wrong += differences(course, expected)
-            course.prepare(like=base)
-    wrong += course.finish(arena)
-    return wrong + differences(course, expected)
+            wrong += differences(workload, expected)
+            workload.prepare(like=base)
+    wrong += workload.finish(forker)
+    return wrong + differences(workload, expected)

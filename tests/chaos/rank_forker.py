@@ -1,7 +1,7 @@
-"""Ranks that start in milliseconds: this process imports everything once, and every rank of every attempt is a fork.
+"""Start ranks in milliseconds: this process imports everything once, and forks every rank of every attempt.
 
-The ranks run the real command line, with the environment that torchrun would give them. What torchrun does when one of
-them dies is done here as well, unless a scenario wants to see them end by themselves.
+The ranks run the real command line with torchrun's environment. As torchrun does, the forker ends all ranks when one
+dies, unless a scenario tests that they end by themselves.
 """
 
 import os
@@ -61,7 +61,7 @@ class Attempt:
                 os.kill(self.pids[rank], how)
 
     def listens(self) -> bool:
-        """Tell whether every rank handles SIGTERM; before it does so, that ends it as it ends any process."""
+        """Return whether every rank handles SIGTERM already; before that the signal just kills it."""
         caught = [
             re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
             for rank, pid in enumerate(self.pids)
@@ -70,7 +70,7 @@ class Attempt:
         return all(mask is not None and int(mask[1], 16) >> (signal.SIGTERM - 1) & 1 for mask in caught)
 
     def wait(self, *, seconds: float, until: Callable[[], bool] | None = None) -> bool:
-        """Wait until all ranks have ended, or `until` is true; tell whether that was in time."""
+        """Wait until all ranks have ended or `until` is true; return False on timeout."""
         end = time.monotonic() + seconds
         while len(self.poll()) < len(self.pids):
             if until is not None and until():
@@ -81,7 +81,7 @@ class Attempt:
         return until is None or until()
 
     def settle(self, *, seconds: float, lets_survivors_end: bool = False) -> list[int | None]:
-        """Wait for the end of an attempt; as soon as one rank fails the others are ended, as torchrun does it.
+        """Wait for the end of an attempt; when one rank fails, end the others as torchrun does.
 
         Args:
             seconds: the longest that the whole may take.
@@ -108,8 +108,8 @@ class Attempt:
         return "".join(path.read_text(errors="replace") for path in self.outputs if path.exists())
 
 
-class Arena:
-    """Starts runs. Must be made before this process has computed anything with torch: forks inherit no threads."""
+class RankForker:
+    """Forks ranks. Create it before this process computes anything with torch, since forks inherit no threads."""
 
     def __init__(self) -> None:
         self._numbers = count(1)
@@ -181,7 +181,7 @@ def _be_a_rank(
     prepare: Prepare | None,
     largest_file: int | None,
 ) -> None:
-    """Become a rank. Never returns."""
+    """Run as a rank; never returns."""
     code = 99
     try:
         end_with(os.getppid())()

@@ -1,4 +1,4 @@
-"""Negative controls: protections that are taken away one at a time. The oracles must notice every one of them."""
+"""Negative controls: remove one protection at a time. The oracles must detect each removal."""
 
 import time
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ _LATE = Kill("phase.agreeing_on_a_stop", 13, None)
 
 
 def a_moment_of_one_expert_is_forgotten() -> None:
-    """Go on with zeros, as a save does that took one rank's experts for copies."""
+    """Resume one moment of an expert with zeros, as if a save had taken one rank's experts for replicas."""
     read = StoredTensors.read
 
     def forgetful(tensors: StoredTensors, name: str, start: int = 0, length: int | None = None) -> torch.Tensor:
@@ -35,7 +35,7 @@ def a_moment_of_one_expert_is_forgotten() -> None:
 
 
 def the_selection_bias_is_forgotten() -> None:
-    """Go on without what the router learned of the load."""
+    """Resume with the router's selection bias at zero."""
     look_up = _Slices.__getitem__
 
     def forgetful(slices: _Slices, name: str) -> Slice:
@@ -48,7 +48,7 @@ def the_selection_bias_is_forgotten() -> None:
 
 
 def every_rank_takes_the_first_experts() -> None:
-    """Read from index 0, as every rank does that takes a cut tensor for a whole one."""
+    """Read experts from index 0, as if a sharded tensor were a whole one."""
     look_up = _Slices.__getitem__
 
     def greedy(slices: _Slices, name: str) -> Slice:
@@ -60,7 +60,7 @@ def every_rank_takes_the_first_experts() -> None:
 
 
 def the_position_is_off_by_one() -> None:
-    """Go on one row too late."""
+    """Resume one row too late."""
     resume = trainer.training.setup.resume
 
     def careless(run: Any, checkpoint: Any) -> None:
@@ -71,7 +71,7 @@ def the_position_is_off_by_one() -> None:
 
 
 def the_count_of_updates_is_forgotten() -> None:
-    """Go on with AdamW's bias correction of the first step."""
+    """Resume with AdamW's bias correction of the first step."""
     like = StoredTensors.like
 
     def forgetful(tensors: StoredTensors, state: TrainState) -> TrainState:
@@ -81,7 +81,7 @@ def the_count_of_updates_is_forgotten() -> None:
 
 
 def checkpoints_are_written_in_place() -> None:
-    """Give a checkpoint its name before it is whole."""
+    """Write a checkpoint under its final name."""
 
     def commit(folder: CheckpointFolder, step: int) -> Path:
         return folder.of_step(step)
@@ -91,7 +91,7 @@ def checkpoints_are_written_in_place() -> None:
 
 
 def a_save_is_reported_before_it_is_done() -> None:
-    """Say `saved` when the snapshot is taken."""
+    """Report a save when its snapshot is taken."""
     start = Saver.start
 
     def hasty(saver: Saver, step: int, state: TrainState, run: Mapping[str, Any], **options: Any) -> None:
@@ -104,7 +104,7 @@ def a_save_is_reported_before_it_is_done() -> None:
 
 
 def the_snapshot_is_no_copy() -> None:
-    """Write what the next steps make of the state."""
+    """Write the live state instead of a copy."""
     init = Saver.__init__
 
     def careless(saver: Saver, *arguments: Any, **options: Any) -> None:
@@ -130,17 +130,17 @@ def the_snapshot_is_no_copy() -> None:
 
 
 def repeated_steps_stay_in_the_metrics() -> None:
-    """Do not cut what comes after the checkpoint."""
+    """Keep metrics of the steps after the checkpoint."""
     JsonlSink.resume_at = lambda sink, step, known=None: None  # type: ignore[method-assign]
 
 
 def leftovers_are_not_cleaned() -> None:
-    """Leave what a killed save has written."""
+    """Keep the leftovers of a killed save."""
     CheckpointFolder.clean = lambda folder: None  # type: ignore[method-assign]
 
 
 def the_end_does_not_wait_for_the_saver() -> None:
-    """Leave a thread to python's way out: it takes longer after the last save than anything that the end does."""
+    """Exit while the saver's thread still prunes after the last save."""
     prune = CheckpointFolder.prune
 
     def slow(folder: CheckpointFolder, *, newest: int) -> None:
@@ -152,7 +152,7 @@ def the_end_does_not_wait_for_the_saver() -> None:
 
 
 def only_the_rank_that_was_asked_stops() -> None:
-    """Take the stop flag of this rank for that of all."""
+    """Stop by this rank's flag alone."""
     trainer.training.loop._agree = lambda run, stop, *, checks_folder: (stop.requested_by, False)  # type: ignore[assignment]
 
 

@@ -1,4 +1,4 @@
-"""The chaos suite: every fault of docs/reliability.md is made to happen, and what comes out is compared.
+"""Chaos suite: inject every fault of docs/reliability.md and compare the results with an undisturbed run.
 
     python -m tests.chaos.run                       the short form, two or three minutes
     python -m tests.chaos.run --release             the numbers that docs/reliability.md states
@@ -28,9 +28,9 @@ from tests.chaos.kills import all_kills
 from tests.chaos.removed_protections import KILLED, STOPPED
 from tests.chaos.scenarios import (
     Known,
-    Lane,
     Report,
     Trial,
+    TrialWorker,
     control_killed,
     control_stopped,
     full,
@@ -96,23 +96,23 @@ def _some(draw: random.Random, everything: list, number: int) -> list:
     return draw.sample(everything, number)
 
 
-_lane: Lane
+_lane: TrialWorker
 """Of this process, which runs one trial at a time."""
 
 
-def _open_lane(folder: Path, engine: str) -> None:
+def _open_worker(folder: Path, engine: str) -> None:
     global _lane
     torch.set_num_threads(1)
     if engine == "native":
-        _lane = Lane(folder)
+        _lane = TrialWorker(folder)
     else:
         load_deepspeed(torch.device("cpu"))  # once: every rank is a fork
-        _lane = Lane(folder, ("engine.kind=deepspeed", f"engine.zero_stage={engine.removeprefix('zero')}"))
+        _lane = TrialWorker(folder, ("engine.kind=deepspeed", f"engine.zero_stage={engine.removeprefix('zero')}"))
 
 
 def _undisturbed() -> Known:
-    """Let the run that most trials are compared with take place, once for all lanes."""
-    _lane.course()
+    """Run the undisturbed training that most trials are compared with, once for all workers."""
+    _lane.workload()
     return _lane.known
 
 
@@ -125,7 +125,7 @@ def _run(known: Known, trial: Trial) -> Report:
 
 
 def run_scenario(name: str, trials: list[Trial], pool: Executor, known: Known) -> Result:
-    """Run trials side by side and count; most of a trial is waiting."""
+    """Run trials in parallel and count the results; a trial mostly waits."""
     result, began = Result(name), time.monotonic()
     for trial, report in zip(trials, pool.map(partial(_run, known), trials), strict=True):
         result.trials += 1
@@ -139,13 +139,13 @@ def run_scenario(name: str, trials: list[Trial], pool: Executor, known: Known) -
     return result
 
 
-def _lanes(options: argparse.Namespace, folder: Path) -> Executor:
-    """Fork processes that run trials, before this one has computed anything: see Arena."""
+def _workers(options: argparse.Namespace, folder: Path) -> Executor:
+    """Fork processes that run trials, before this one computes anything (see RankForker)."""
     import torch._dynamo  # noqa: F401 - torch does so for the first optimizer, in every rank again
 
     context = multiprocessing.get_context("fork")
     return ProcessPoolExecutor(
-        options.lanes, mp_context=context, initializer=_open_lane, initargs=(folder, options.engine)
+        options.workers, mp_context=context, initializer=_open_worker, initargs=(folder, options.engine)
     )
 
 
@@ -156,7 +156,7 @@ def _shown(values: list[float]) -> str:
 
 
 def main() -> int:
-    """Run what is asked for; return the exit code."""
+    """Run the selected scenarios; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--release", action="store_true", help="the long form")
     parser.add_argument("--only", action="append", metavar="TEXT", help="scenarios whose name has this text, or one of")
@@ -165,12 +165,12 @@ def main() -> int:
     parser.add_argument(
         "--engine", choices=["native", "zero1", "zero2"], default="native", help="of every run (native)"
     )
-    parser.add_argument("--lanes", type=int, default=3, help="trials side by side (3)")
+    parser.add_argument("--workers", type=int, default=3, help="trials side by side (3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON as well")
     options = parser.parse_args()
     results = []
     print("| scenario | trials | as it must be | figures | time |\n|---|---|---|---|---|", flush=True)
-    with tempfile.TemporaryDirectory(prefix="chaos-") as folder, _lanes(options, Path(folder)) as pool:
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder, _workers(options, Path(folder)) as pool:
         known = pool.submit(_undisturbed).result()
         for name, trials in scenarios(release=options.release, seed=options.seed).items():
             chosen = [trial for trial in trials if options.trial in trial.name]

@@ -1,9 +1,9 @@
-"""A sandbox for hostile input: a folder with a trained run in it, and a process that is watched while it reads that.
+"""Sandbox for malicious input: a folder with a trained run, and a monitored process that reads it.
 
 base/
   canary            what a payload would make; it must never be there
   outside/          what nothing may change
-  box/              where the command runs: tiny.yaml text.txt runs/tiny/ .cache/
+  sandbox/              where the command runs: tiny.yaml text.txt runs/tiny/ .cache/
 """
 
 import os
@@ -56,7 +56,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
+class Sandbox:
     """Paths of a sandbox."""
 
     base: Path
@@ -64,7 +64,7 @@ class Box:
     @property
     def path(self) -> Path:
         """Where commands run."""
-        return self.base / "box"
+        return self.base / "sandbox"
 
     @property
     def canary(self) -> Path:
@@ -92,8 +92,8 @@ class Box:
         return self.checkpoint / "tensors-00000-00000.safetensors"
 
 
-class Boxes:
-    """Makes one box after another, at the same place, from a run that is trained once."""
+class SandboxFactory:
+    """Creates sandboxes, one after another at the same path, from a run that is trained once."""
 
     def __init__(self, folder: Path) -> None:
         """Train the run.
@@ -101,7 +101,7 @@ class Boxes:
         Args:
             folder: empty.
         """
-        self._template, self._box = folder / "template", Box(folder / "base")
+        self._template, self._box = folder / "template", Sandbox(folder / "base")
         self._box.path.mkdir(parents=True)
         self._box.outside.mkdir()
         (self._box.outside / "precious.txt").write_text("not to be touched\n")
@@ -111,20 +111,20 @@ class Boxes:
         assert trained.code == 0, trained.errors
         shutil.copytree(self._box.base, self._template)  # with the times of files, which the token cache compares
 
-    def fresh(self) -> Box:
-        """Return the box as it was after training."""
+    def fresh(self) -> Sandbox:
+        """Return the sandbox as it was after training."""
         shutil.rmtree(self._box.base)
         shutil.copytree(self._template, self._box.base)
         return self._box
 
-    def run(self, box: Box, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Outcome:
-        """Run a command in a box, in a process of its own, and see what it did."""
-        before = content_of(box.base)
-        report = box.base.with_name("report")
+    def run(self, sandbox: Sandbox, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Outcome:
+        """Run a command in a sandbox, in a process of its own, and see what it did."""
+        before = content_of(sandbox.base)
+        report = sandbox.base.with_name("report")
         shutil.rmtree(report, ignore_errors=True)
         report.mkdir()
         process = imported_once.CONTEXT.Process(
-            target=_work, args=(box.path, report, list(arguments), dict(environment or {}))
+            target=_work, args=(sandbox.path, report, list(arguments), dict(environment or {}))
         )
         process.start()
         process.join(TIMEOUT_S)
@@ -132,14 +132,14 @@ class Boxes:
         if hangs:
             process.kill()
             process.join()
-        after, grown = content_of(box.base), report / "grown"
+        after, grown = content_of(sandbox.base), report / "grown"
         return Outcome(
             code=None if hangs else process.exitcode,
             output=(report / "output").read_text(errors="replace"),
             errors=(report / "errors").read_text(errors="replace"),
             grown_bytes=int(grown.read_text()) if grown.exists() else 0,
             changed=sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path)),
-            executed=box.canary.exists(),
+            executed=sandbox.canary.exists(),
         )
 
 

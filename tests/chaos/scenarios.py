@@ -1,4 +1,4 @@
-"""Trials: one fault each, what must hold after it, and the figures it gives. `tests.chaos.run` runs them."""
+"""Trials for `tests.chaos.run`: one fault each, the checks after it and its measurements."""
 
 import os
 from collections.abc import Callable
@@ -8,44 +8,44 @@ from pathlib import Path
 from tests.chaos.data import epochs
 from tests.chaos.disk import full_for_good, full_once
 from tests.chaos.kills import Kill, kill_at, kill_at_random
-from tests.chaos.rank_forker import Arena, Prepare
+from tests.chaos.rank_forker import Prepare, RankForker
 from tests.chaos.stops import stop_at_random
-from tests.chaos.workload import Course, Outcome, outcome
+from tests.chaos.workload import Outcome, Workload, outcome
 
-Known = dict[tuple[int, int, tuple[str, ...]], tuple[Course, Outcome]]
+Known = dict[tuple[int, int, tuple[str, ...]], tuple[Workload, Outcome]]
 """Ranks, ep_size and overrides: a run that was left alone, and what it has left behind."""
 
 
-class Lane:
-    """What a process needs to run trials one after another: an arena, and undisturbed runs to compare with."""
+class TrialWorker:
+    """State of a process that runs trials: a rank forker, and undisturbed runs to compare with."""
 
     def __init__(self, folder: Path, overrides: tuple[str, ...] = ()) -> None:
         """Open it; `overrides` are those of every run."""
-        self.folder, self.arena, self.overrides = folder / f"lane-{os.getpid()}", Arena(), overrides
+        self.folder, self.forker, self.overrides = folder / f"worker-{os.getpid()}", RankForker(), overrides
         self.known: Known = {}
 
-    def undisturbed(self, world_size: int, ep_size: int, overrides: tuple[str, ...] = ()) -> tuple[Course, Outcome]:
+    def undisturbed(self, world_size: int, ep_size: int, overrides: tuple[str, ...] = ()) -> tuple[Workload, Outcome]:
         """Return a run that was left alone, and what it has left behind."""
         key = (world_size, ep_size, overrides)
         if key not in self.known:
             folder = self.folder / f"undisturbed-{len(self.known)}"
-            course = Course(folder, world_size, ep_size, overrides).prepare()
-            wrong = course.finish(self.arena)
+            workload = Workload(folder, world_size, ep_size, overrides).prepare()
+            wrong = workload.finish(self.forker)
             assert not wrong, wrong
-            self.known[key] = course, outcome(course)
+            self.known[key] = workload, outcome(workload)
         return self.known[key]
 
-    def course(self, world_size: int = 2, ep_size: int = 2, *overrides: str) -> tuple[Course, Course, Outcome]:
+    def workload(self, world_size: int = 2, ep_size: int = 2, *overrides: str) -> tuple[Workload, Workload, Outcome]:
         """Return a prepared run, the undisturbed one, and what both must leave behind."""
         overrides = (*self.overrides, *overrides)
         base, expected = self.undisturbed(world_size, ep_size, overrides)
-        course = Course(self.folder / "trial", world_size, ep_size, overrides).prepare(like=base)
-        return course, base, expected
+        workload = Workload(self.folder / "trial", world_size, ep_size, overrides).prepare(like=base)
+        return workload, base, expected
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What came of a trial."""
+    """Result of a trial."""
 
     wrong: list[str]
     figures: dict[str, float]
@@ -59,63 +59,63 @@ class Trial:
     function: Callable[..., Report]
     arguments: tuple[object, ...] = ()
 
-    def run(self, lane: Lane) -> Report:
+    def run(self, worker: TrialWorker) -> Report:
         """Let it happen."""
-        return self.function(lane, *self.arguments)
+        return self.function(worker, *self.arguments)
 
 
-def killed(lane: Lane, kill: Kill, layout: tuple[int, int]) -> Report:
+def killed(worker: TrialWorker, kill: Kill, layout: tuple[int, int]) -> Report:
     """Kill at a named place."""
-    course, _, expected = lane.course(*layout)
-    return Report(wrong=kill_at(lane.arena, course, expected, kill), figures={})
+    workload, _, expected = worker.workload(*layout)
+    return Report(wrong=kill_at(worker.forker, workload, expected, kill), figures={})
 
 
-def killed_at_random(lane: Lane, num_kills: int, seed: int, layout: tuple[int, int]) -> Report:
+def killed_at_random(worker: TrialWorker, num_kills: int, seed: int, layout: tuple[int, int]) -> Report:
     """Kill again and again."""
-    course, base, expected = lane.course(*layout)
-    wrong = kill_at_random(lane.arena, course, base, expected, num_kills=num_kills, seed=seed)
+    workload, base, expected = worker.workload(*layout)
+    wrong = kill_at_random(worker.forker, workload, base, expected, num_kills=num_kills, seed=seed)
     return Report(wrong=wrong, figures={"kills": num_kills})
 
 
-def stopped(lane: Lane, seed: int) -> Report:
+def stopped(worker: TrialWorker, seed: int) -> Report:
     """Ask to stop."""
-    course, _, expected = lane.course()
-    wrong, took_s = stop_at_random(lane.arena, course, expected, seed=seed)
+    workload, _, expected = worker.workload()
+    wrong, took_s = stop_at_random(worker.forker, workload, expected, seed=seed)
     return Report(wrong=wrong, figures={"seconds to the end": took_s})
 
 
-def full(lane: Lane, fault: tuple[str, int, int]) -> Report:
+def full(worker: TrialWorker, fault: tuple[str, int, int]) -> Report:
     """Fill the disk for one save."""
-    course, _, expected = lane.course()
-    return Report(wrong=full_once(lane.arena, course, expected, fault), figures={})
+    workload, _, expected = worker.workload()
+    return Report(wrong=full_once(worker.forker, workload, expected, fault), figures={})
 
 
-def stays_full(lane: Lane, seed: int) -> Report:
+def stays_full(worker: TrialWorker, seed: int) -> Report:
     """Fill the disk and leave it full."""
-    course, _, expected = lane.course()
-    return Report(wrong=full_for_good(lane.arena, course, expected, seed=seed), figures={})
+    workload, _, expected = worker.workload()
+    return Report(wrong=full_for_good(worker.forker, workload, expected, seed=seed), figures={})
 
 
-def reads_epochs(lane: Lane, num_kills: int, seed: int) -> Report:
+def reads_epochs(worker: TrialWorker, num_kills: int, seed: int) -> Report:
     """Kill again and again over several epochs."""
-    course, base, expected = lane.course(2, 2, "train.steps=75", "checkpoint.every=3", "eval.every=null")
-    wrong = kill_at_random(lane.arena, course, base, expected, num_kills=num_kills, seed=seed)
-    more, num_epochs = epochs(course)
+    workload, base, expected = worker.workload(2, 2, "train.steps=75", "checkpoint.every=3", "eval.every=null")
+    wrong = kill_at_random(worker.forker, workload, base, expected, num_kills=num_kills, seed=seed)
+    more, num_epochs = epochs(workload)
     return Report(wrong=wrong + more, figures={"kills": num_kills, "whole epochs": num_epochs})
 
 
-def control_killed(lane: Lane, mutant: Prepare, kill: Kill, finding: str) -> Report:
-    """Break a protection, kill, and see whether it is noticed for what it is."""
-    course, _, expected = lane.course()
-    return _noticed(kill_at(lane.arena, course, expected, kill, mutant), finding)
+def control_killed(worker: TrialWorker, mutant: Prepare, kill: Kill, finding: str) -> Report:
+    """Remove a protection and kill a run; check that the removal is detected as such."""
+    workload, _, expected = worker.workload()
+    return _noticed(kill_at(worker.forker, workload, expected, kill, mutant), finding)
 
 
-def control_stopped(lane: Lane, mutant: Prepare, finding: str) -> Report:
-    """Break a protection, ask runs to stop until it is noticed, and see whether that is for what it is."""
+def control_stopped(worker: TrialWorker, mutant: Prepare, finding: str) -> Report:
+    """Remove a protection and stop runs until the removal is detected; check that it is detected as such."""
     found: list[str] = []
     for seed in range(6):
-        course, _, expected = lane.course()
-        found += stop_at_random(lane.arena, course, expected, seed=seed, prepare=mutant)[0]
+        workload, _, expected = worker.workload()
+        found += stop_at_random(worker.forker, workload, expected, seed=seed, prepare=mutant)[0]
         if any(finding in text for text in found):
             break
     return _noticed(found, finding)

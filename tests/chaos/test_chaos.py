@@ -1,4 +1,4 @@
-"""The short form of the chaos suite, and that it knows every place where a run can be made to fail."""
+"""Short form of the chaos suite, and checks that it covers every fault point."""
 
 import re
 import subprocess
@@ -19,9 +19,9 @@ SCENARIOS = list(scenarios(release=False, seed=0))
 
 @pytest.fixture(scope="module")
 def lines(request: pytest.FixtureRequest) -> Iterator[Iterator[str]]:
-    """What one run of the chosen scenarios prints, as it comes.
+    """Yield the output of one run of the chosen scenarios.
 
-    In a process of its own: ranks are forks, and must not inherit what tests have computed before.
+    In a process of its own: ranks are forks, and must not inherit the state of earlier tests.
     """
     chosen = [item.callspec.params.get("scenario") for item in request.session.items if hasattr(item, "callspec")]
     command = [sys.executable, "-m", "tests.chaos.run", *(f"--only={name}" for name in SCENARIOS if name in chosen)]

@@ -1,4 +1,4 @@
-"""Damage to the token cache: whatever happens to it, none of it is learned or evaluated on.
+"""Corrupt the token cache: none of the damage is trained or evaluated on.
 
 python -m tests.chaos.token_cache --count 1000 --seed 0
 
@@ -25,7 +25,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests.chaos.corruption import HARMS, Harm
+from tests.chaos.corruption import CORRUPTIONS, Corruption
 from trainer.data.batches.evaluation import evaluation_batches
 from trainer.data.batches.stream import TrainStream
 from trainer.data.config import DataConfig, SplitConfig
@@ -41,17 +41,17 @@ _SMALL_BYTES, _BLOCK_BYTES = 300, 256
 
 @dataclass(slots=True, kw_only=True)
 class Result:
-    """What came of the harms."""
+    """Counts of corruptions, by kind, and those that were missed."""
 
     count: int = 0
     by_harm: Counter[str] = field(default_factory=Counter)
     by_file: Counter[str] = field(default_factory=Counter)
     refused: int = 0
-    """Harms that ended with an error, of exit code 3, that names the file."""
+    """Corruptions that ended with an error, of exit code 3, that names the file."""
     not_noticed: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        kinds = ", ".join(f"{harm} {times}" for harm, times in sorted(self.by_harm.items()))
+        kinds = ", ".join(f"{corruption} {times}" for corruption, times in sorted(self.by_harm.items()))
         noticed = self.count - len(self.not_noticed)
         return (
             f"{self.count} corruptions of {len(self.by_file)} files ({kinds}): {noticed} noticed, of which "
@@ -86,7 +86,7 @@ def make_cache(folder: Path) -> DataConfig:
 
 
 def everything(config: DataConfig) -> str:
-    """Return a hash of all that a run learns from a text in an epoch, and is evaluated on."""
+    """Return a hash of all rows of an epoch and all held-out rows."""
     corpus, digest = build_corpus(config), hashlib.sha256()
     stream = TrainStream(corpus, packing="bfd", seq_len=_SEQ_LEN, seed=1)
     slot = 0
@@ -102,14 +102,14 @@ def everything(config: DataConfig) -> str:
     return digest.hexdigest()
 
 
-def corrupt(config: DataConfig, count: int, seed: int, *, harms: dict[str, Harm], only: str = "") -> Result:
+def corrupt(config: DataConfig, count: int, seed: int, *, corruptions: dict[str, Corruption], only: str = "") -> Result:
     """Damage a file of the cache `count` times; it is as it was in the end.
 
     Args:
         config: of `make_cache`.
-        count: harms that change something.
-        seed: the same one draws the same harms.
-        harms: to choose from.
+        count: corruptions that change something.
+        seed: the same one draws the same corruptions.
+        corruptions: to choose from.
         only: damage files whose name ends so; empty: all of them.
     """
     result, chance, expected = Result(), random.Random(seed), everything(config)
@@ -119,17 +119,17 @@ def corrupt(config: DataConfig, count: int, seed: int, *, harms: dict[str, Harm]
     unread = (".lock", "block-00000001/train.tokens", "block-00000001/validation.tokens")
     targets = [path for path, data in good.items() if data and f"{path}".endswith(only)]
     targets = [path for path in targets if not f"{path}".endswith(unread)]
-    for harm in cycle(sorted(harms)):
+    for corruption in cycle(sorted(corruptions)):
         if result.count == count:
             break
         path = targets[result.count % len(targets)]
-        harms[harm](path, Path("other") / path.relative_to(cache), chance)
+        corruptions[corruption](path, Path("other") / path.relative_to(cache), chance)
         if all(_content(file) == _content(file, data) for file, data in good.items()):
             continue
         result.count += 1
-        result.by_harm[harm] += 1
+        result.by_harm[corruption] += 1
         result.by_file[f"{path.relative_to(cache)}"] += 1
-        _judge(config, expected, path, f"{harm} of {path} (#{result.count} of seed {seed})", result)
+        _judge(config, expected, path, f"{corruption} of {path} (#{result.count} of seed {seed})", result)
         for file in [file for file in cache.rglob("*") if file.is_file() and file not in good]:
             file.unlink()
         for file, data in good.items():
@@ -190,13 +190,13 @@ def small_blocks() -> Iterator[None]:
 
 
 def main() -> None:
-    """Print the numbers; exit with 1 if anything went unnoticed."""
+    """Print the counts; exit with 1 if a corruption was missed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, small_blocks():
-        result = corrupt(make_cache(Path(folder)), options.count, options.seed, harms=HARMS)
+        result = corrupt(make_cache(Path(folder)), options.count, options.seed, corruptions=CORRUPTIONS)
     print(result)
     for what in result.not_noticed:
         print(f"  missed: {what}")

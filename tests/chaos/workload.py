@@ -1,4 +1,4 @@
-"""The run that is disturbed: short, and with everything in it that a resume could forget. What must come out of it."""
+"""The training run under test: short, with every kind of state that a resume could lose; and its expected outcome."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.chaos.rank_forker import Arena, Attempt, Prepare
+from tests.chaos.rank_forker import Attempt, Prepare, RankForker
 from tests.checkpoint_helpers import digest, whole
 from tests.ignore_clock import without_clock
 from tests.imported_once import shorten_sample
@@ -51,8 +51,8 @@ LONGEST_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
-class Course:
-    """Where a run takes place, and its own folder."""
+class Workload:
+    """A working directory with one training run."""
 
     folder: Path
     world_size: int = 2
@@ -69,36 +69,38 @@ class Course:
         """The run's checkpoints."""
         return CheckpointFolder(self.run / "checkpoints")
 
-    def prepare(self, like: "Course | None" = None) -> "Course":
-        """Make the folder; with the text's tokens of another course they need not be made again."""
+    def prepare(self, like: "Workload | None" = None) -> "Workload":
+        """Create the folder; copy the token cache of another workload if given."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         (self.folder / "chaos.yaml").write_text(CONFIG)
-        # So short that every run begins a new epoch.
+        # Short enough that every run begins a new epoch.
         (self.folder / "prose.txt").write_text("It was a bright cold day in April, and the clocks were striking. " * 14)
         (self.folder / "numbers.txt").write_text(" ".join(str(n * n) for n in range(200)))
         if like is not None:
             shutil.copytree(like.folder / ".cache", self.folder / ".cache")
         return self
 
-    def start(self, arena: Arena, *, planted: str = "", prepare: Prepare | None = None, **options: Any) -> Attempt:
-        """Start the run, or go on with it."""
+    def start(
+        self, forker: RankForker, *, planted: str = "", prepare: Prepare | None = None, **options: Any
+    ) -> Attempt:
+        """Start or resume the run."""
         arguments = ["train", "chaos.yaml", f"parallel.ep_size={self.ep_size}", *self.overrides]
         watched = lambda: observe(prepare)  # noqa: E731 - a fork needs no pickling
-        return arena.start(
+        return forker.start(
             self.folder, arguments, world_size=self.world_size, planted=planted, prepare=watched, **options
         )
 
-    def finish(self, arena: Arena, *, prepare: Prepare | None = None) -> list[str]:
-        """Go on with the run to its end, undisturbed; return what is wrong."""
-        attempt = self.start(arena, prepare=prepare)
+    def finish(self, forker: RankForker, *, prepare: Prepare | None = None) -> list[str]:
+        """Resume the run to its end without faults; return the errors found."""
+        attempt = self.start(forker, prepare=prepare)
         codes, said = attempt.settle(seconds=LONGEST_S), attempt.said()
         is_well = set(codes) == {0} and "Traceback" not in said
         return [] if is_well else [f"did not finish as it should: {codes}: {said[-2000:]}"]
 
 
 def observe(prepare: Prepare | None) -> None:
-    """Write down which rows every rank reads, and do not spend time on a long sample; then do what is asked for."""
+    """Record the rows that each rank reads and shorten the final sample; then call `prepare`."""
     cut = TrainStream.micro_batches
 
     def micro_batches(stream: TrainStream, first_slot: int, **options: Any) -> Any:
@@ -118,14 +120,14 @@ def observe(prepare: Prepare | None) -> None:
 
 
 def window(rows: DomainRows, domain: int, visit: int) -> str:
-    """Name the window of a visit: domain, epoch, position."""
+    """Return a name of the window of a visit: domain, epoch, position."""
     assert isinstance(rows, WrappedRows), "the run has windows"
     return f"{domain}:{visit // rows.num_rows}:{rows.starts(np.array([visit]))[0]}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a run has left behind, as far as it must not depend on how it went."""
+    """Results of a run that must not depend on interruptions."""
 
     metrics: list[str]
     """Records, times left out."""
@@ -138,28 +140,28 @@ class Outcome:
     """Position and counters."""
 
 
-def outcome(course: Course) -> Outcome:
-    """Read what a finished run has left behind."""
-    checkpoints = course.checkpoints
+def outcome(workload: Workload) -> Outcome:
+    """Read the results of a finished run."""
+    checkpoints = workload.checkpoints
     found = find(checkpoints, checkpoints.resolve_step(None))
-    records = (json.loads(line) for line in (course.run / "metrics.jsonl").read_text().splitlines())
+    records = (json.loads(line) for line in (workload.run / "metrics.jsonl").read_text().splitlines())
     rows: dict[int, str] = {}
-    for slot, window in _rows(course):
+    for slot, window in _rows(workload):
         if rows.setdefault(slot, window) != window:
             rows[slot] = f"{rows[slot]} and {window}"
     return Outcome(
         metrics=[json.dumps(without_clock(record)) for record in records],
-        routing=(course.run / "routing.jsonl").read_text(),
+        routing=(workload.run / "routing.jsonl").read_text(),
         rows=rows,
         tensors={name: digest(tensor) for name, tensor in whole(found).items()},
         state={"step": found.step, "values": found.manifest.values, "position": found.run["position"]},
     )
 
 
-def differences(course: Course, expected: Outcome) -> list[str]:
-    """Return how a finished run differs from an undisturbed one, and what it has left lying about."""
+def differences(workload: Workload, expected: Outcome) -> list[str]:
+    """Return the differences of a finished run from an undisturbed one, and its leftovers."""
     try:
-        mine = outcome(course)
+        mine = outcome(workload)
     except (CheckpointError, OSError, ValueError) as error:
         return [f"cannot be read: {error}"]
     wrong = [
@@ -167,21 +169,21 @@ def differences(course: Course, expected: Outcome) -> list[str]:
         for name in ("metrics", "routing", "rows", "tensors", "state")
         if (here := getattr(mine, name)) != (there := getattr(expected, name))
     ]
-    left = [p.name for p in (course.run / "checkpoints").iterdir() if not re.fullmatch(r"step_\d{8}", p.name)]
+    left = [p.name for p in (workload.run / "checkpoints").iterdir() if not re.fullmatch(r"step_\d{8}", p.name)]
     if left:
         wrong.append(f"left behind: {left}")
     return wrong
 
 
-def damage(course: Course) -> list[str]:
-    """Return what must not be seen between two attempts, whatever happened to the first one."""
-    wrong, checkpoints = [], course.checkpoints
+def damage(workload: Workload) -> list[str]:
+    """Return the violations visible after an attempt, whatever happened to it."""
+    wrong, checkpoints = [], workload.checkpoints
     for step in checkpoints.steps():
         try:
             checkpoints.check(step)
         except CheckpointError as error:
             wrong.append(f"has the name of a checkpoint: {error}")
-    said = [path.read_text(errors="replace") for path in course.folder.glob("out.*")]
+    said = [path.read_text(errors="replace") for path in workload.folder.glob("out.*")]
     newest = max(checkpoints.steps(), default=0)
     reported = {int(n) for text in said for n in re.findall(r"saved runs/chaos/checkpoints/step_(\d+)", text)}
     wrong += [f"step {step} was reported as saved and is not there" for step in reported if step > newest]
@@ -190,18 +192,18 @@ def damage(course: Course) -> list[str]:
     return wrong
 
 
-def resumed_at(course: Course) -> int:
-    """Return the step that the last attempt went on from; 0 for the beginning."""
-    found = re.search(r"resuming from \S+step_(\d+)", (course.folder / "out.0").read_text(errors="replace"))
+def resumed_at(workload: Workload) -> int:
+    """Return the step that the last attempt resumed from; 0 for the beginning."""
+    found = re.search(r"resuming from \S+step_(\d+)", (workload.folder / "out.0").read_text(errors="replace"))
     return int(found[1]) if found else 0
 
 
-def _rows(course: Course) -> Iterator[tuple[int, str]]:
-    for path in course.folder.glob("rows.*"):
+def _rows(workload: Workload) -> Iterator[tuple[int, str]]:
+    for path in workload.folder.glob("rows.*"):
         for line in path.read_text().splitlines():
             try:
                 record = json.loads(line)
-            except ValueError:  # the rank was killed while it wrote
+            except ValueError:  # the rank was killed while writing
                 continue
             yield from ((int(slot), window) for slot, window in record.items())
 
