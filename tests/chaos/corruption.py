@@ -3,8 +3,8 @@
 python -m tests.chaos.corruption --count 1000 --seed 0
 
 A run of two ranks is trained and saved several times, in several files each. Then the newest checkpoint is corrupted,
-one corruption at a time, and restored in between. A corruption that does not change a file's meaning is drawn again: the
-same bytes, or for the manifest the same JSON (its hash covers the content, not the white space).
+one at a time, and restored in between. A corruption that does not change the meaning of a file is drawn again: the same
+bytes, or for the manifest the same JSON (its hash covers the content, not the white space).
 """
 
 import argparse
