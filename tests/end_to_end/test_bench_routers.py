@@ -1,4 +1,4 @@
-"""The benches of routers as a user runs them: given logits, a trained run's logits, and trainings."""
+"""The router benchmarks as a user runs them: on synthetic logits, on those of a trained run, and by training."""
 
 import json
 import subprocess
@@ -28,19 +28,19 @@ checkpoint: {every: null}
 
 @pytest.fixture
 def workplace(tmp_path: Path) -> Path:
-    """A folder with a config and a text that repeats itself."""
+    """Return a folder with a config and a repetitive text."""
     (tmp_path / "tiny.yaml").write_text(CONFIG)
     (tmp_path / "text.txt").write_text("It was a bright cold day in April, and the clocks were striking. " * 100)
     return tmp_path
 
 
 def bench(workplace: Path, arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run it."""
+    """Run `bench routers`."""
     return imported_once.run(["-m", "trainer", "bench", "routers", *arguments.split()], cwd=workplace)
 
 
 def lines_of(result: subprocess.CompletedProcess[str], router: str) -> list[list[str]]:
-    """The columns of a router's lines."""
+    """Return the columns of a router's lines."""
     assert result.returncode == 0, result.stderr
     return [line.split() for line in result.stdout.splitlines() if line.split()[:1] == [router]]
 
@@ -64,7 +64,7 @@ def test_every_router_is_measured_on_the_same_logits(workplace: Path) -> None:
     assert (workplace / "out.svg").read_text().count('class="bar"') == 2 * 17 + 1
 
 
-def test_routers_are_trained_once_and_a_trained_one_gives_logits(workplace: Path) -> None:
+def test_routers_are_trained_once_and_a_trained_run_gives_logits(workplace: Path) -> None:
     arguments = "--train tiny.yaml --budget 640 --only top_k,hash --out runs/b --json out.json --svg out.svg"
     first = bench(workplace, f"{arguments} optim.weight_decay=0.0")
     assert [columns[0] for columns in (*lines_of(first, "top_k"), *lines_of(first, "hash"))] == ["top_k", "hash"]
@@ -96,7 +96,7 @@ def test_routers_are_trained_once_and_a_trained_one_gives_logits(workplace: Path
     refused(bench(workplace, "--run runs/b/hash-seed3"), "--run: its router, hash, computes no logits")
 
 
-def test_a_full_disk_is_said_and_nothing_is_left(workplace: Path) -> None:
+def test_a_full_disk_is_reported_and_nothing_is_left(workplace: Path) -> None:
     result = bench(workplace, "--tokens 8 --sequences 1 --rounds 1 --only top_k --json /dev/full")
     assert result.returncode == 7
     (line,) = result.stderr.strip().splitlines()
@@ -120,7 +120,7 @@ def refused(result: subprocess.CompletedProcess[str], words: str) -> None:
         ("--run runs/nobody", "runs/nobody: no such file"),
         ("--budget 100", "--budget: goes with --train; remove it"),
         ("train.steps=3", "train.steps=3: changes a config, and there is none without --train"),
-        ("--svg nowhere/out.svg", "--svg: nowhere/out.svg cannot be written"),
+        ("--svg nowhere/out.svg", "--svg: nowhere/out.svg is not a file in an existing folder; correct the path"),
         ("--json out --svg ./out", "--svg: out is the file of --json; name another"),
         ("--train tiny.yaml --tokens 3", "--tokens: does not go with --train"),
         ("--train tiny.yaml model.moe=null", "model.moe: null leaves a router nothing to choose between"),

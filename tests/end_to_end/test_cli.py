@@ -469,7 +469,7 @@ def test_a_model_that_does_not_fit_is_exit_7(workplace: Path) -> None:
     projected = ["model.d_model=8192", "model.d_ff=8", "model.moe.router={kind: cosine, d_proj: 16777216}"]
     result = run(workplace, "train", "tiny.yaml", *projected, "model.num_layers=1", "model.moe.d_ff=8")
     # what only torch finds
-    refused(result, 7, r"out of memory while the weights are made \(\d+\.\dM .*allocate.*; make the model smaller")
+    refused(result, 7, r"out of memory while making the weights \(\d+\.\dM .*allocate.*; make the model smaller")
     assert "micro_batch_size" not in result.stderr, "which does not help there"
 
 
