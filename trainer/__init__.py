@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from trainer.library.config import load_config
-    from trainer.library.model import build_model, load_batches, training_loss
     from trainer.library.moe_layer import LayerStats, MoELayer
     from trainer.library.runs import Run, load_run, train
+    from trainer.library.training_parts import build_model, load_batches, training_loss
 
 __all__ = [
     "LayerStats",
@@ -29,12 +29,12 @@ _MODULES: Final = {
     "LayerStats": "moe_layer",
     "MoELayer": "moe_layer",
     "Run": "runs",
-    "build_model": "model",
-    "load_batches": "model",
+    "build_model": "training_parts",
+    "load_batches": "training_parts",
     "load_config": "config",
     "load_run": "runs",
     "train": "runs",
-    "training_loss": "model",
+    "training_loss": "training_parts",
 }
 """Module of trainer.library that has a public name."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from trainer.commands.shipped import as_config
-from trainer.config.base import at_home
+from trainer.config.base import expand_home
 from trainer.distributed.version import turnout_version
 from trainer.terminal import print_safe, single_line
 
@@ -41,7 +41,7 @@ class Version(argparse.Action):
 
 def as_path(text: str) -> Path:
     """Return a path, with ~ expanded: shells leave it in quotes and after an equals sign."""
-    return Path(at_home(text))
+    return Path(expand_home(text))
 
 
 def add_command(

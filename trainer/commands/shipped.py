@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Final
 
-from trainer.config.base import at_home
+from trainer.config.base import expand_home
 from trainer.config.nodes import shown_path
 from trainer.errors import ConfigError
 
@@ -19,7 +19,7 @@ def shipped_names() -> list[str]:
 
 def as_config(text: str) -> Path:
     """Return the path that an argument names: a file or a folder or, if there is none, a shipped config."""
-    path = Path(at_home(text))
+    path = Path(expand_home(text))
     return FOLDER / f"{text}.yaml" if text in shipped_names() and not path.exists() else path
 
 

@@ -11,19 +11,19 @@ from pydantic_core import PydanticCustomError
 
 PATH_PATTERN = r"^[^\x00-\x1f\x7f]{0,1000}$"
 LINE_PATTERN = r"^[^\x00-\x1f\x7f]*$"
-"""Pattern of text that is shown in a line."""
+"""Pattern of text without line breaks and other control characters."""
 
 
-def at_home(path: str) -> str:
-    """Return a path whose leading ~ or ~USER stands for a home folder, as a shell has it."""
+def expand_home(path: str) -> str:
+    """Replace a leading ~ or ~USER of a path by the home folder, as a shell does."""
     try:
-        return os.path.expanduser(path) if path.startswith("~") else path  # noqa: PTH111 - it may be no path yet
+        return os.path.expanduser(path) if path.startswith("~") else path  # noqa: PTH111 - not a path yet
     except ValueError:  # no user has such a name
         return path
 
 
-PathText = Annotated[str, Field(min_length=1, pattern=PATH_PATTERN), AfterValidator(at_home)]
-"""A path that a system can use and a message can repeat."""
+PathText = Annotated[str, Field(min_length=1, pattern=PATH_PATTERN), AfterValidator(expand_home)]
+"""Path of at most 1000 characters without control characters; ~ is expanded."""
 _MAX_DIVISORS: Final = 30
 _NEAR_DIVISORS: Final = 10
 
@@ -97,12 +97,12 @@ class Config(BaseModel):
 
 
 def repeated(values: Iterable[Any]) -> list[Any]:
-    """Return the values that are there more than once, each once, in order."""
+    """Return the duplicates among values, each once, sorted."""
     return sorted(value for value, count in Counter(values).items() if count > 1)
 
 
 def divisors(number: int, *, near: int) -> str:
-    """Return what divides a number evenly, as a message lists it: of many divisors those around `near`."""
+    """Return the divisors of a number for a message; if there are many, those closest to `near`."""
     low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     found = low + [number // d for d in reversed(low) if d * d != number]
     if len(found) <= _MAX_DIVISORS:

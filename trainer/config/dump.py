@@ -1,4 +1,4 @@
-"""Write a configuration down, and say how two differ."""
+"""Write a configuration as YAML, and compare two configurations."""
 
 from collections.abc import Iterator, Mapping
 from itertools import zip_longest
@@ -10,14 +10,14 @@ from trainer.config.yaml_nodes import resolve
 
 
 class _Absent:
-    """Stands for the value of a key that one of two configurations does not have."""
+    """Type of ABSENT."""
 
     def __repr__(self) -> str:
         return "(absent)"
 
 
 ABSENT: Final = _Absent()
-"""Value of a key that one of two configurations does not have: an option of another kind, an entry of a longer list."""
+"""Value of a key that only the other configuration has: an option of another kind, an entry of a longer list."""
 
 
 class Change(NamedTuple):
@@ -36,15 +36,15 @@ class Change(NamedTuple):
 
 
 def dump(config: Config) -> str:
-    """Write a configuration as YAML, every key of it, in the order of the schema.
+    """Write a configuration as YAML with every key, in schema order.
 
-    Reading it back gives an equal configuration, also with readers of YAML 1.1.
+    Reading it back gives an equal configuration, also with a YAML 1.1 reader.
     """
     return "".join(f"{line}\n" for line in _block(config.model_dump()))
 
 
 def inline(value: Any) -> str:
-    """Write a plain value as YAML on one line, as an override takes it."""
+    """Write a plain value as YAML on one line, in the form of an override."""
     match value:
         case None:
             return "null"
@@ -64,7 +64,7 @@ def inline(value: Any) -> str:
 
 
 def short(value: Any) -> str:
-    """Write a plain value on one line, cut to what a message holds."""
+    """Write a plain value on one line, truncated for a message."""
     if value is ABSENT:
         return repr(value)
     text = inline(value)
@@ -72,12 +72,12 @@ def short(value: Any) -> str:
 
 
 def changed_keys(old: Config, new: Config) -> list[Change]:
-    """Return every key whose value differs, in the order of the schema."""
+    """Return every key whose value differs, in schema order."""
     return changed_values(old.model_dump(), new.model_dump())
 
 
 def changed_values(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
-    """Return every key whose value differs between two configurations that are plain values."""
+    """Return every key whose value differs between two dumped configurations."""
     return list(_changes(dict(old), dict(new), ""))
 
 
@@ -120,12 +120,12 @@ def _kind_first(value: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _key(key: object) -> str:
-    """Write a key; those that no schema has, as of DeepSpeed's own sections, may be any text."""
+    """Write a key; keys outside the schema, as in DeepSpeed's own sections, may be any text."""
     return inline(str(key))
 
 
 def _is_plain(text: str) -> bool:
-    """Tell whether text needs no quotes in YAML 1.2 nor 1.1, which has more words for true and false."""
+    """Return whether text needs no quotes in YAML 1.2 and 1.1, which has more words for true and false."""
     safe = text.isascii() and text[:1].isalpha() and text.replace("/", "").replace("_", "").replace(".", "").isalnum()
     return safe and resolve(text) == text and text.lower() not in {"y", "n", "yes", "no", "on", "off"}
 

@@ -1,6 +1,6 @@
-"""Explain what the schema refuses: a pydantic error becomes a finding for each problem, at its place in the file.
+"""Turn pydantic's validation errors into findings, each at its place in the file.
 
-Nothing of pydantic's own wording reaches a user, except for a constraint that no section uses yet.
+Users never see pydantic's wording, except for a constraint that no section uses yet.
 """
 
 from collections.abc import Iterator
@@ -23,22 +23,22 @@ _RANGES: Final = {
 
 
 class _Spot(NamedTuple):
-    """One pydantic error, found in the configuration."""
+    """One pydantic error and its place in the configuration and the schema."""
 
     details: ErrorDetails
     key: Key
     node: Node | None
-    """The value, if the configuration has one."""
+    """Value at the place; None if the configuration has none."""
     slot: Slot
     """Schema of the place."""
     outer: Slot
     """Schema of the section or list around it."""
     section: type[Config] | None
-    """The section that has the last key."""
+    """Section that contains the last key."""
     siblings: list[type[Config]]
-    """The sections that could stand in its place, by kind."""
+    """Sections that a `kind` chooses from, `section` among them."""
     union: tuple[Key, Slot] | None
-    """Union of types that the error belongs to one of, with its place."""
+    """Place and schema of the union of types that reported the error."""
     branch: str
     """Type of the union that reported the error."""
 
@@ -47,13 +47,13 @@ def explain(error: ValidationError, tree: Node, root: type[Config]) -> list[Find
     """Return one finding for each problem.
 
     Args:
-        error: what `root` says of the configuration.
-        tree: the configuration that was validated.
+        error: of validating the configuration.
+        tree: the validated configuration.
         root: the schema.
     """
     spots = [_locate(details, tree, root) for details in error.errors(include_url=False)]
     spots = [spot for spot in spots if not _reported_before(spot)]
-    # Where the kind itself is wrong, what is said of the other options means nothing.
+    # If the kind itself is wrong, errors about the other options are meaningless.
     lost = {spot.key[:-1] for spot in spots if spot.key[-1:] == ("kind",) and spot.details["type"] == "literal_error"}
     findings: list[Finding] = []
     unions: dict[Key, list[_Spot]] = {}
@@ -68,7 +68,7 @@ def explain(error: ValidationError, tree: Node, root: type[Config]) -> list[Find
 
 
 def _locate(details: ErrorDetails, tree: Node, root: type[Config]) -> _Spot:
-    """Follow pydantic's path, which names the member of a union besides the keys, through schema and configuration."""
+    """Follow a pydantic location, which has union members among the keys, through schema and configuration."""
     key: Key = ()
     node: Node | None = tree
     slot = outer = Slot(root)
@@ -102,7 +102,7 @@ def _reported_before(spot: _Spot) -> bool:
 
 
 def _union_findings(spots: list[_Spot], tree: Node, root: type[Config]) -> Iterator[Finding]:
-    """Report what the type that was meant says; if the value is of none of them, that alone."""
+    """Report the errors of the intended type of a union; if the value has none of the types, report only that."""
     branches: dict[str, list[_Spot]] = {}
     for spot in spots:
         branches.setdefault(spot.branch, []).append(spot)
@@ -112,7 +112,7 @@ def _union_findings(spots: list[_Spot], tree: Node, root: type[Config]) -> Itera
                 yield from _findings(spot, tree, root)
             return
     first = spots[0]
-    assert first.union is not None, "only errors of unions come here"
+    assert first.union is not None, "only union errors reach this function"
     node = _node_at(tree, first.union[0])
     assert node is not None, "a value that is missing has no type"
     yield Finding(node.place, first.union[0], wording.wrong_type(node, first.union[1].annotation))
@@ -134,7 +134,7 @@ def _findings(spot: _Spot, tree: Node, root: type[Config]) -> Iterator[Finding]:
         yield Finding(pair.place, key[:-1], wording.wrong_length(pair, spot.outer.annotation))
     elif kind == "missing":
         yield Finding(_key_place(tree, key), key, "required key is missing; add it")
-    elif node is None:  # a default that its own schema refuses
+    elif node is None:  # an invalid default
         yield Finding(_key_place(tree, key), key, _lower(spot.details["msg"]))
     elif kind == "extra_forbidden":
         assert spot.section is not None, "only sections have keys"
@@ -155,7 +155,7 @@ def _findings(spot: _Spot, tree: Node, root: type[Config]) -> Iterator[Finding]:
 def _unknown(
     key: Key, node: Node, section: type[Config], siblings: list[type[Config]], root: type[Config]
 ) -> Iterator[Finding]:
-    """Report a key that a section does not have; of another trainer's section, each key that is in it."""
+    """Report an unknown key; for a section of another trainer, each key in it."""
     name, where = str(key[-1]), dotted(key[:-1])
     if name in foreign.SECTIONS and isinstance(node.value, dict) and node.value:
         for part, inner in node.value.items():
@@ -192,9 +192,9 @@ def _about_value(spot: _Spot, node: Node, context: dict[str, Any]) -> str:
         bound = "at least" if kind == "too_short" else "at most"
         limit = context.get("min_length", context.get("max_length"))
         return f"must have {bound} {limit} entries, got {len(node.value)}"
-    if kind in ("file", "plugin_function"):  # of another file, which the message names
+    if kind in ("file", "plugin_function"):  # about another file, which the message names
         return str(context["text"])
-    if kind == "value_error":  # of a rule of ours about one text, which goes on from the text
+    if kind == "value_error":  # from a validator of ours, whose message continues after the text
         return f"{wording.given(node)} {context['error']}"
     return f"{_lower(spot.details['msg'])}, got {wording.given(node)}"
 
@@ -212,7 +212,7 @@ def _node_at(tree: Node, key: Key) -> Node | None:
 
 
 def _key_place(tree: Node, key: Key) -> SourceLocation:
-    """Return the place of a key, or of the nearest section around it that the configuration has."""
+    """Return the place of a key, or of the innermost section around it that exists."""
     node = tree
     for part in key:
         if (inner := node.below(part)) is None:

@@ -1,4 +1,4 @@
-"""Hints for values of the wrong type: every hint is something that the schema accepts."""
+"""Hints for values of the wrong type; the schema accepts every hinted value."""
 
 import re
 from typing import Any, Final, get_origin
@@ -14,18 +14,18 @@ from trainer.config.yaml_nodes import resolve
 _WORDS_OF_BOOLS: Final = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
 _NULLS: Final = frozenset({"none", "never", "off", "no", "nil", "disabled"})
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_./~][\w./~*+-]*", re.ASCII)
-"""Text that means itself inside a mapping in braces."""
+"""Text that needs no quotes inside braces."""
 
 
 def meant_value(value: object, options: list[str]) -> str | None:
-    """Return which of the options is meant by a value, in large or small letters or as another trainer has it."""
+    """Return the option that a value stands for: in other case, or as another trainer writes it."""
     text = "null" if value is None else str(value).lower()
     meant = text if text in options else foreign.values().get(text)
     return meant if meant in options else None
 
 
 def how_to_write(node: Node, annotation: Any) -> str | None:
-    """Return how a value that is not of a type may be written as one; None if nothing can be said."""
+    """Return how to write a value as the expected type; None if there is no hint."""
     value, types = node.value, slots.alternatives(annotation)
     if isinstance(value, str):
         if (number := _as_number(value, types)) is not None:
@@ -40,7 +40,7 @@ def how_to_write(node: Node, annotation: Any) -> str | None:
         return f"write {int(value)}"
     if str in types and isinstance(value, bool | int | float):
         in_quotes = f'"{node.written}"'
-        # A shell takes one pair of quotes off an override.
+        # The shell removes one pair of quotes from an override.
         return f"put it in quotes: {in_quotes if node.place.line else shown(in_quotes)}"
     if value is None:
         return "write its keys below it, or remove it" if slots.sections(annotation) else None
@@ -55,8 +55,8 @@ def how_to_write(node: Node, annotation: Any) -> str | None:
 
 
 def accepts(annotation: Any, value: Any) -> bool:
-    """Tell whether a value, without its places, is of a type; rules between keys count too."""
-    # A section says itself how strict it is, and a file has lists where a tuple is expected.
+    """Return whether a plain value is valid for a type, including rules between keys."""
+    # A section has its own strictness, and YAML has lists where a tuple is expected.
     is_lax = slots.sections(annotation) or any(get_origin(one) is tuple for one in slots.alternatives(annotation))
     try:
         TypeAdapter(annotation).validate_python(value, strict=None if is_lax else True)
@@ -66,7 +66,7 @@ def accepts(annotation: Any, value: Any) -> bool:
 
 
 def _mapping_in_list(node: Node, annotation: Any) -> str | None:
-    """Say how a mapping becomes the entry of a list, where entries are mappings."""
+    """Return how to write a mapping as an entry of a list of mappings."""
     if not slots.sections(slots.entry(Slot(annotation), 0).annotation):
         return None
     if node.place.line > node.key_place.line:
@@ -75,7 +75,7 @@ def _mapping_in_list(node: Node, annotation: Any) -> str | None:
 
 
 def _as_list(node: Node, annotation: Any) -> str | None:
-    """Write a single value as a list, or text with commas as one."""
+    """Write a single value, or text with commas, as a list."""
     if not any(get_origin(one) in (list, tuple) for one in slots.alternatives(annotation)):
         return None
     entry = slots.entry(Slot(annotation), 0).annotation
@@ -93,7 +93,7 @@ def _as_list(node: Node, annotation: Any) -> str | None:
 
 
 def _read(text: str) -> Any:
-    """Return the value of text as YAML has it; what is too large for that stays text."""
+    """Return the YAML value of text; a number that does not fit stays text."""
     try:
         return resolve(text)
     except ValueError:
@@ -101,7 +101,7 @@ def _read(text: str) -> Any:
 
 
 def _as_section(value: object, annotation: Any) -> str | None:
-    """Write the mapping that a single value stands for: a kind, an option that only one key has, or a file."""
+    """Write the mapping that a single value stands for: a kind, the option of a single key, or a file."""
     sections = slots.sections(annotation)
     text = "true" if value is True else "false" if value is False else value
     if not sections or not isinstance(text, str):
@@ -119,7 +119,7 @@ def _as_section(value: object, annotation: Any) -> str | None:
 
 
 def _option_of_one_key(text: str, section: type[Config]) -> str | None:
-    """Return `key: value` where one key of a section alone has a value as one of its options."""
+    """Return `key: value` if exactly one key of a section has the value among its options."""
     found = {
         name: option
         for name, field in section.model_fields.items()
@@ -129,7 +129,7 @@ def _option_of_one_key(text: str, section: type[Config]) -> str | None:
 
 
 def _as_file(text: str, annotation: Any) -> str | None:
-    """Write the mapping that reads a file, by its name's end; else the first that needs no more than a text."""
+    """Write the mapping that reads a file, chosen by its suffix; otherwise the first that requires a single text."""
     suffix = text.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2].lower()
     candidates = [start for start in [foreign.OF_SUFFIX.get(suffix)] if start is not None]
     candidates += [
@@ -149,7 +149,7 @@ def _required(section: type[Config]) -> list[str]:
 
 
 def _flow(text: str) -> str:
-    """Write text inside a mapping in braces or a list in brackets."""
+    """Write text inside braces or brackets."""
     if len(text) > MAX_SHOWN:
         return "..."
     is_plain = _PLAIN.fullmatch(text) is not None and isinstance(_read(text), str)
@@ -157,7 +157,7 @@ def _flow(text: str) -> str:
 
 
 def _as_number(text: str, types: list[Any]) -> str | None:
-    """Return the number that text was meant to be, where one is expected."""
+    """Return the number that text stands for, if a number is expected."""
     bare = text.strip().replace("_", "").replace(",", "")
     try:
         number = resolve(bare)

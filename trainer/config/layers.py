@@ -1,4 +1,4 @@
-"""Layers of a configuration: a file, the files it names under `base:`, and what happens when one lies over another."""
+"""Layers of a configuration: a file, its base files, and how they merge."""
 
 import codecs
 import difflib
@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from trainer.atomic_io import NotRegular, open_regular
 from trainer.config import slots
-from trainer.config.base import at_home
+from trainer.config.base import expand_home
 from trainer.config.nodes import UNUSABLE, Finding, Node, SourceLocation, Unreadable, shown, shown_path
 from trainer.config.old_names import with_present_names
 from trainer.config.slots import Slot
@@ -25,10 +25,10 @@ _ADDRESS: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(?!/)")
 
 
 def merge(under: Node, over: Node, slot: Slot) -> Node:
-    """Lay one value over another.
+    """Merge one value over another.
 
     Mappings merge key by key. Everything else replaces: scalars, lists, an explicit null, and a mapping whose `kind`
-    selects another section, since the options of one kind mean nothing to another.
+    selects another section, since kinds do not share options.
     """
     if not (isinstance(under.value, dict) and isinstance(over.value, dict)):
         return over
@@ -45,7 +45,7 @@ def merge(under: Node, over: Node, slot: Slot) -> Node:
 
 
 def with_default_kinds(node: Node, slot: Slot) -> Node:
-    """Add the `kind` that a section has by default where the configuration leaves it out."""
+    """Add the default `kind` of sections that do not state one."""
     if isinstance(node.value, list):
         return replace(node, value=[with_default_kinds(n, slots.entry(slot, i)) for i, n in enumerate(node.value)])
     if not isinstance(node.value, dict):
@@ -58,10 +58,10 @@ def with_default_kinds(node: Node, slot: Slot) -> Node:
 
 
 class ConfigFiles:
-    """Reads a file and its bases into one tree."""
+    """Reader of a file and its bases."""
 
     def __init__(self, slot: Slot, findings: list[Finding]) -> None:
-        """Read for the schema in `slot`; `findings` receives the problems that do not keep the rest from being read."""
+        """Create a reader for the schema in `slot`; `findings` collects problems that do not stop the reading."""
         self._slot = slot
         self._findings = findings
         self._reading: list[str] = []  # a file, the base it named, the base that one named...
@@ -71,12 +71,12 @@ class ConfigFiles:
         """Read a file with its bases under it.
 
         Args:
-            name: path of the file, as messages shall call it.
+            name: path of the file, also used in messages.
 
         Raises:
-            Unreadable: if it or one of its bases is not a readable YAML mapping, or bases go in a circle.
+            Unreadable: if it or one of its bases is not a readable YAML mapping, or bases form a cycle.
         """
-        name = _as_address(at_home(name)) or at_home(name)
+        name = _as_address(expand_home(name)) or expand_home(name)
         rank, self._num_read = self._num_read, self._num_read + 1
 
         def locate(line: int, column: int) -> SourceLocation:
@@ -109,10 +109,10 @@ class ConfigFiles:
                 self._findings.append(Finding(node.place, ("base",), message))
 
     def _read_base(self, path: Path, node: Node) -> Node:
-        name = _as_address(node.value) or os.path.normpath(path.parent / at_home(node.value))
+        name = _as_address(node.value) or os.path.normpath(path.parent / expand_home(node.value))
         try:
             real = os.path.realpath(name)
-        except ValueError:  # no system has such a name, which is said where the file is opened
+        except ValueError:  # invalid name; reported when the file is opened
             real = name
         if real in self._reading:
             chain = [os.path.relpath(p) for p in [*self._reading[self._reading.index(real) :], real]]
@@ -123,12 +123,12 @@ class ConfigFiles:
             raise Unreadable(node.place, f"more than {MAX_FILES} files; a configuration has a few bases", ("base",))
         try:
             return self.read(name)
-        except _NotOpened as error:  # the line to repair is the one that names the file
+        except _NotOpened as error:  # report the line that names the file
             raise Unreadable(node.place, f"{shown(name)[1:-1]}: {error.finding.message}", ("base",)) from None
 
 
 class _NotOpened(Unreadable):
-    """The file system has no such text."""
+    """A file that cannot be opened."""
 
 
 def _text(path: Path, locate: Any) -> str:
@@ -146,9 +146,7 @@ def _text(path: Path, locate: Any) -> str:
         raise _NotOpened(locate(0, 0), f"cannot be read: {reason}") from None
     if len(data) > MAX_BYTES:
         raise Unreadable(locate(0, 0), f"more than {MAX_BYTES} bytes; a configuration has a few thousand")
-    if _is_wide(data):
-        raise Unreadable(locate(1, 1), "the text is UTF-16 or UTF-32; save the file as UTF-8")
-    data = data.removeprefix(codecs.BOM_UTF8)  # as editors on Windows begin a file
+    data = data.removeprefix(codecs.BOM_UTF8)  # written by Windows editors
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -157,15 +155,8 @@ def _text(path: Path, locate: Any) -> str:
         raise Unreadable(place, f"byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8") from None
 
 
-def _is_wide(data: bytes) -> bool:
-    """Tell text of two or four bytes for a character, by its mark or by the zeros in its first letters."""
-    begins = data[:64]
-    has_mark = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE))
-    return has_mark or begins.count(0) * 3 > len(begins)
-
-
 def _as_address(name: str) -> str | None:
-    """Return a name that is an address, with both slashes, of which a path keeps one; None if it is none."""
+    """Return a URL with both slashes, of which `Path` keeps one; None if a name is not a URL."""
     match = _ADDRESS.match(name)
     return None if match is None else f"{match[1]}://{name[match.end() :]}"
 

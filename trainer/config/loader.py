@@ -1,4 +1,4 @@
-"""Load an experiment file: YAML and overrides in, a typed configuration or every problem with its place out."""
+"""Load an experiment file with its overrides: return a typed configuration, or report every problem at its place."""
 
 import os
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ C = TypeVar("C", bound=Config)
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str], root: type[C]) -> C:
-    """Read a file, the files it names under `base:`, and overrides over them.
+    """Load a file, its base files and overrides.
 
     Args:
         path: the YAML file.
-        overrides: `a.b=c`, as typed; see `trainer.config.overrides`.
-        root: the schema of the whole.
+        overrides: `a.b=c`; see `trainer.config.overrides`.
+        root: root class of the schema.
 
     Returns:
         The checked configuration.

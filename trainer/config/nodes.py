@@ -1,4 +1,4 @@
-"""A configuration as it was written: values that know the file, line and column they came from."""
+"""A configuration as written: values with their file, line and column."""
 
 import re
 from collections.abc import Iterable
@@ -10,21 +10,19 @@ from trainer.errors import ConfigError
 Key = tuple[str | int, ...]
 """Path of a value in the configuration: keys and list indices from the root."""
 
-MAX_LINES: Final = 100
-"""A report ends after this many problems: whoever has more made one mistake, not hundreds."""
 MAX_SHOWN: Final = 60
-"""Characters of a value that a message repeats."""
+"""Longest value in a message, in characters."""
 MAX_PATH_SHOWN: Final = 300
-"""Characters of a path that a message repeats."""
+"""Longest path in a message, in characters."""
 _MAX_PARTS: Final = 12
-"""Most parts of a key that a message repeats; no schema is as deep."""
+"""Most parts of a key in a message; no schema is as deep."""
 _PLAIN_PART: Final = re.compile(r"[A-Za-z0-9_-]{1,60}")
 UNUSABLE: Final = object()
-"""Value of a node that was already reported: no type accepts it, and what the schema says of it is not repeated."""
+"""Value of a node that was already reported; further errors about it are dropped."""
 
 
 class SourceLocation(NamedTuple):
-    """Source location. Locations sort as a reader meets them: the named file, its bases, the overrides."""
+    """Source location; sorts in reading order: the named file, its bases, the overrides."""
 
     rank: int
     """Order among the sources of one configuration."""
@@ -36,7 +34,7 @@ class SourceLocation(NamedTuple):
     """The file as the user named it, or `<override 2>`."""
 
     def __str__(self) -> str:
-        """Format as editors and terminals link it."""
+        """Format as file:line:column, which editors and terminals link."""
         source = shown_path(self.source)
         return f"{source}:{self.line}:{self.column}" if self.line else source
 
@@ -52,10 +50,10 @@ class Node:
     key_place: SourceLocation
     """Location of its key; of the value itself for list entries and the root."""
     written: str | None = None
-    """A scalar as it was typed, if it was typed without quotes."""
+    """Text of an unquoted scalar."""
 
     def plain(self) -> Any:
-        """Return the value without its places."""
+        """Return the plain value."""
         if isinstance(self.value, dict):
             return {key: node.plain() for key, node in self.value.items()}
         if isinstance(self.value, list):
@@ -80,7 +78,7 @@ class Finding(NamedTuple):
 
     place: SourceLocation
     key: Key
-    """The key that the message is about; empty for the file as a whole."""
+    """Key that the message is about; empty for the whole file."""
     message: str
     """Text of the problem: what is wrong, with the values; what is allowed; what to do."""
 
@@ -90,7 +88,7 @@ class Finding(NamedTuple):
 
 
 class Unreadable(Exception):
-    """A source that cannot be read to its end. Its finding is the last of that source."""
+    """A source that cannot be read to its end; its finding is the last of that source."""
 
     def __init__(self, place: SourceLocation, message: str, key: Key = ()) -> None:
         finding = Finding(place, key, message)
@@ -99,13 +97,13 @@ class Unreadable(Exception):
 
 
 def dotted(key: Key) -> str:
-    """Write a key as overrides do, `data.sources.0.path`; parts that no schema has are quoted and shortened."""
+    """Write a key in dotted form, `data.sources.0.path`; unusual parts are quoted and shortened."""
     text = ".".join(str(part) if _PLAIN_PART.fullmatch(str(part)) else shown(part) for part in key[:_MAX_PARTS])
     return text if len(key) <= _MAX_PARTS else f"{text}...."
 
 
 def shown(value: object) -> str:
-    """Write a value for a message: on one line, shortened."""
+    """Write a value for a message, on one line and shortened."""
     match value:
         case None:
             return "null"
@@ -123,14 +121,12 @@ def shown(value: object) -> str:
 
 
 def shown_path(path: object) -> str:
-    """Write a path for a message: as it is, so that it can be copied, unless it would flood or steer a terminal."""
+    """Write a path for a message: unchanged, for copying, unless it is too long or has control characters."""
     text = str(path)
     return text if text.isprintable() and len(text) <= MAX_PATH_SHOWN else shown(text)
 
 
 def report(findings: Iterable[Finding]) -> ConfigError:
-    """Make one error of all findings: a line for each, in the order a reader meets their places."""
+    """Return one error with a line for each finding, in reading order."""
     lines = list(dict.fromkeys(str(f) for f in sorted(findings, key=lambda f: f.place)))
-    if len(lines) > MAX_LINES:
-        lines[MAX_LINES:] = [f"... and {len(lines) - MAX_LINES} more"]
     return ConfigError("\n".join(lines))

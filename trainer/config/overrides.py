@@ -1,4 +1,4 @@
-"""Overrides from the command line, `a.b=c`: a layer over the file, with the same rules and the same messages."""
+"""Overrides of the command line, `a.b=c`: a layer over the file with the same rules and messages."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -18,12 +18,12 @@ from trainer.config.yaml_nodes import MAX_DEPTH, compose
 
 _EXAMPLE: Final = "key=value, such as train.steps=100"
 _LOOSE: Final = re.compile(r"([A-Za-z_][\w.]*)(?:\s*:|\s+=|\s+(?!=))[^=]*", re.ASCII)
-"""A key and its value as a file has them, or with spaces between them."""
+"""A key and its value in YAML form, or separated by spaces."""
 _IN_WORDS: Final = re.compile(r"([\w.-]*)\s*[:=]?(.*)", re.DOTALL)
 
 
 def apply(tree: Node, overrides: Sequence[str], slot: Slot, findings: list[Finding]) -> Node:
-    """Lay overrides over a configuration.
+    """Apply overrides to a configuration.
 
     A value is read as YAML, so `[a, b]`, `{kind: dense}`, `null` and `"64"` mean what they mean in a file. A number in
     the path is a list index. Each override acts as a file with that one key would; those that set a `kind` act first,
@@ -31,9 +31,9 @@ def apply(tree: Node, overrides: Sequence[str], slot: Slot, findings: list[Findi
 
     Args:
         tree: the configuration.
-        overrides: as they were typed.
-        slot: what the schema expects of the whole.
-        findings: receives one problem for each override that cannot be read.
+        overrides: as typed.
+        slot: schema of the whole configuration.
+        findings: collects one problem for each unreadable override.
 
     Returns:
         The new configuration.
@@ -58,7 +58,7 @@ def apply(tree: Node, overrides: Sequence[str], slot: Slot, findings: list[Findi
 
 
 def _grouped(overrides: Sequence[str], root: type[Config]) -> Iterator[tuple[int, list[str]]]:
-    """Yield the overrides with their numbers; words that are one override, with spaces in it, together."""
+    """Yield numbered overrides; the words of an override that was typed with spaces stay together."""
     words = list(enumerate(overrides, start=1))
     while words:
         number, word = words.pop(0)
@@ -73,13 +73,13 @@ def _grouped(overrides: Sequence[str], root: type[Config]) -> Iterator[tuple[int
 
 
 def names_key(word: str, root: type[Config]) -> bool:
-    """Tell whether a word is a dotted key of a schema, or what another trainer calls one."""
+    """Return whether a word is a dotted key of a schema, or another trainer's name for one."""
     section, _, last = word.rpartition(".")
     return section in slots.homes(root).get(last, ()) or foreign.counterpart(last, section) is not None
 
 
 def _in_words(words: list[str], root: type[Config]) -> str:
-    """Say that a key and a value in several words, or with a colon between them, are no override."""
+    """Return the message for a key and value typed with spaces or a colon between them."""
     text = " ".join(words)
     match = _IN_WORDS.fullmatch(text)
     assert match is not None, "any text is a match"
@@ -90,11 +90,11 @@ def _in_words(words: list[str], root: type[Config]) -> str:
 
 
 def as_override(option: str, value: str | None, root: type[Config]) -> str:
-    """Say that there is no such option of the command line, and which override may have been meant.
+    """Return the message for an unknown option of the command line, with the override that may have been intended.
 
     Args:
-        option: as it was typed, with its dashes; or a word that is neither.
-        value: what was typed behind it; None: nothing.
+        option: as typed, with its dashes; or a word that is neither option nor override.
+        value: the word after it; None: there was none.
         root: the schema.
     """
     said, key = shown(option)[1:-1], option.lstrip("-").replace("-", "_")
@@ -105,7 +105,7 @@ def as_override(option: str, value: str | None, root: type[Config]) -> str:
 
 
 def _meant(key: str, value: str | None, root: type[Config]) -> str | None:
-    """Return what to do instead of giving a key a value in another form than that of an override; None: no such key."""
+    """Return how to write an override for a key and a value; None if there is no such key."""
     given = "..." if value is None else value
     section, _, last = key.rpartition(".")
     homes = slots.homes(root).get(last, ())
@@ -145,7 +145,7 @@ def _parse(text: str, place: SourceLocation, findings: list[Finding]) -> tuple[l
 
 
 def _assign(node: Node | None, path: list[str], value: Node, slot: Slot, done: Key) -> Node:
-    if path == ["kind"]:  # may replace the whole section
+    if path == ["kind"]:  # can replace the whole section
         path, value = [], Node({"kind": value}, value.place, value.place)
     if not path:
         return value if node is None else merge(node, value, slot)
@@ -169,7 +169,7 @@ def _assign(node: Node | None, path: list[str], value: Node, slot: Slot, done: K
 
 
 def _default(slot: Slot, place: SourceLocation) -> Node:
-    """Return what an override changes where the file has nothing: the default list, or a section's defaults."""
+    """Return the value that an override changes if the file has none: the default list, or an empty section."""
     if isinstance(slot.default, list | tuple):
         return _as_node(slot.default, place)
     return Node({}, place, place)

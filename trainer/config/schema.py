@@ -1,4 +1,4 @@
-"""The JSON schema of a configuration, with which editors complete keys and mark mistakes while one types."""
+"""JSON schema of a configuration, with which editors complete keys and mark mistakes."""
 
 import json
 from typing import Any
@@ -12,9 +12,9 @@ _BASE = {
 
 
 def json_schema(root: type[Config]) -> dict[str, Any]:
-    """Return the schema (draft 2020-12) of the files that `load` accepts for `root`.
+    """Return the JSON schema (draft 2020-12) of the files that `load` accepts for `root`.
 
-    A key that `root` requires may also come from a base. Rules between keys are the loader's alone.
+    A required key may also come from a base file. Rules between keys are not in the schema.
     """
     schema = _simplified(root.model_json_schema())
     required = schema.pop("required", [])
@@ -29,15 +29,15 @@ def json_schema(root: type[Config]) -> dict[str, Any]:
 
 
 def schema_text(root: type[Config]) -> str:
-    """Return the schema as the text of a file."""
+    """Return the schema as JSON text."""
     return json.dumps(json_schema(root), indent=2) + "\n"
 
 
 def _simplified(schema: Any) -> Any:
-    """Leave out what says nothing to an editor: generated titles, OpenAPI's discriminator, defaults of whole sections.
+    """Remove what editors do not use: generated titles, OpenAPI's discriminator, defaults of whole sections.
 
-    Where a `kind` chooses, the options of one kind also fit without it, since it may come from a base or by default;
-    only an entry of a list has neither.
+    The options of a kind are valid without `kind`, which may come from a base or by default, except in list entries,
+    which have neither.
     """
     if isinstance(schema, list):
         return [_simplified(part) for part in schema]
@@ -45,7 +45,7 @@ def _simplified(schema: Any) -> Any:
         return schema
     result = {}
     for key, value in schema.items():
-        if key in ("properties", "$defs"):  # what is below are names, not keywords
+        if key in ("properties", "$defs"):  # names below, not keywords
             result[key] = {name: _simplified(inner) for name, inner in value.items()}
         elif key == "oneOf":
             result["anyOf"] = _simplified(value)

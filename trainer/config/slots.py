@@ -1,4 +1,4 @@
-"""Find the way through a schema: which section, with which keys, is expected at a place of a configuration."""
+"""Walk a schema: find the section, keys and types expected at a place of a configuration."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -20,11 +20,11 @@ class Slot(NamedTuple):
 
 
 UNKNOWN = Slot(Any)
-"""A place that the schema does not have."""
+"""Slot of a place outside the schema."""
 
 
 def alternatives(annotation: Any) -> list[Any]:
-    """Return the types a value may be of, taking `Annotated` and unions apart and leaving null out."""
+    """Return the types in an annotation, without `Annotated`, unions and null."""
     if get_origin(annotation) is Annotated:
         return alternatives(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -33,7 +33,7 @@ def alternatives(annotation: Any) -> list[Any]:
 
 
 def accepts_null(annotation: Any) -> bool:
-    """True if null is allowed."""
+    """Return whether null is allowed."""
     if get_origin(annotation) is Annotated:
         return accepts_null(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -42,7 +42,7 @@ def accepts_null(annotation: Any) -> bool:
 
 
 def sections(annotation: Any) -> list[type[Config]]:
-    """Return the sections that may stand here: several where a `kind` chooses."""
+    """Return the sections in an annotation; several if a `kind` chooses among them."""
     return [one for one in alternatives(annotation) if isinstance(one, type) and issubclass(one, Config)]
 
 
@@ -72,19 +72,19 @@ def all_kinds(annotation: Any) -> list[str]:
 
 
 def literals(annotation: Any) -> list[str]:
-    """Return the fixed values that may stand here."""
+    """Return the literal values in an annotation."""
     fixed = (get_args(one) for one in alternatives(annotation) if get_origin(one) is Literal)
     return [str(value) for values in fixed for value in values]
 
 
 def kind_of(node: Node | None, slot: Slot) -> object:
-    """Return the kind that a mapping has, given or by default; None if neither."""
+    """Return the kind of a mapping, given or by default; None if neither."""
     given = node.below("kind") if node is not None else None
     return given.value if given is not None else getattr(slot.default, "kind", None)
 
 
 def section_of(slot: Slot, kind: object) -> type[Config] | None:
-    """Return the section that stands here if its kind is `kind`."""
+    """Return the section of a kind; of a single section, whatever the kind."""
     found = sections(slot.annotation)
     built_in = next((section for section in found if kind in kinds(section)), None)
     section = built_in or plugin(slot.annotation, kind)
@@ -92,7 +92,7 @@ def section_of(slot: Slot, kind: object) -> type[Config] | None:
 
 
 def field(section: type[Config] | None, key: str) -> Slot:
-    """Return what a section expects under a key."""
+    """Return the slot of a key of a section."""
     info = section.model_fields.get(key) if section is not None else None
     if info is None:
         return UNKNOWN
@@ -106,7 +106,7 @@ def field(section: type[Config] | None, key: str) -> Slot:
 
 
 def entry(slot: Slot, index: int) -> Slot:
-    """Return what a list or tuple expects at an index."""
+    """Return the slot of an entry of a list or tuple."""
     for one in alternatives(slot.annotation):
         if get_origin(one) is list:
             return Slot(get_args(one)[0])
@@ -116,14 +116,14 @@ def entry(slot: Slot, index: int) -> Slot:
 
 
 def below(slot: Slot, node: Node, part: str | int) -> Slot:
-    """Return what is expected under a key or an index of `node`, which stands in `slot`."""
+    """Return the slot of a key or index of `node`, whose own slot is `slot`."""
     if isinstance(node.value, list):
         return entry(slot, int(part))
     return field(section_of(slot, kind_of(node, slot)), str(part))
 
 
 def at(root: type[Config], key: str) -> list[Any]:
-    """Return what a schema expects at a dotted key, under each kind of the sections on the way; empty: no such key."""
+    """Return the annotations at a dotted key under every kind on the way; empty if there is no such key."""
     found: list[Any] = [root]
     for part in key.split("."):
         entries = [
@@ -139,7 +139,7 @@ def at(root: type[Config], key: str) -> list[Any]:
 
 @cache
 def homes(root: type[Config]) -> dict[str, tuple[str, ...]]:
-    """Return, for each key of the whole schema, the dotted sections that have it, in the order of the schema."""
+    """Return the dotted sections that have each key of the schema, in schema order."""
     found: dict[str, dict[str, None]] = {}  # of ordered sets
     for where, section in _walk(root, ""):
         for key in section.model_fields:

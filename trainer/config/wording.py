@@ -1,4 +1,4 @@
-"""The words of messages: what a type is called, what a reader may have meant."""
+"""Wording of messages: names of types, and suggestions for misspelled keys and values."""
 
 import difflib
 import re
@@ -12,16 +12,16 @@ from trainer.config.nodes import Node, shown
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 _MAX_ELSEWHERE = 3
 _SAME_WORD = 0.6
-"""Similarity from which two words may be one, misspelled."""
+"""Least similarity of a word and its misspelling."""
 _SAME_NAME = 0.9
-"""Similarity of names with different numbers of words, above which one is a slip for the other."""
+"""Least similarity of a name and its misspelling with another number of words."""
 _UNITS = frozenset({"num", "n", "size", "steps", "step", "coef", "coeff", "rate", "factor", "value", "of", "the"})
-"""Words that name the unit of a number: a name with or without them means the same."""
+"""Words for units; a name means the same with and without them."""
 _NAME_PATTERN = re.compile(r"\^\[A-Za-z0-9\]\[A-Za-z0-9\._-\]\{0,(\d+)\}\$")
 
 
 def choice(value: object, options: list[str]) -> str:
-    """Say that a value is none of `options`."""
+    """Return the message for a value that is none of `options`."""
     meant = meant_value(value, options)
     if len(options) == 1:
         return f"must be {options[0]}, got {shown(value)}" + (f", which is {meant} here" if meant else "")
@@ -44,15 +44,15 @@ def unknown_key(
     where: str = "",
     node: Node | None = None,
 ) -> str:
-    """Say that a section has no such key, and where the reader may have meant to go.
+    """Return the message for an unknown key, with a suggestion.
 
     Args:
         key: the key.
-        section: the section it was found in.
+        section: the section that contains it.
         siblings: the sections that a `kind` chooses from, `section` among them.
         root: the whole schema.
         where: dotted key of the section.
-        node: the value that the key was given; None: any.
+        node: value of the key; None: any.
     """
     options = list(section.model_fields)
     owners = [kind for other in siblings if key in other.model_fields for kind in slots.kinds(other)]
@@ -79,7 +79,7 @@ def unknown_key(
 
 
 def exists(key: str, root: type[Config]) -> bool:
-    """Tell whether a schema has a dotted key, under any kind of the sections on the way."""
+    """Return whether a schema has a dotted key, under any kind on the way."""
     return bool(slots.at(root, key))
 
 
@@ -90,25 +90,25 @@ def expected(annotation: Any) -> str:
 
 
 def wrong_type(node: Node, annotation: Any) -> str:
-    """Say that a value is of another type than the schema's, and how to write it."""
+    """Return the message for a value of the wrong type, with how to write it."""
     hint = how_to_write(node, annotation)
     return f"expected {expected(annotation)}, got {given(node)}" + (f"; {hint}" if hint else "")
 
 
 def wrong_length(node: Node, annotation: Any) -> str:
-    """Say that a list of fixed length has another."""
+    """Return the message for a list of the wrong length."""
     return f"expected {expected(annotation)}, got a list of {len(node.value)}"
 
 
 def given(node: Node) -> str:
-    """Repeat a value as its author wrote it."""
+    """Return a value as it was written."""
     if node.written and not isinstance(node.value, str):
         return shown(node.written)[1:-1]
     return shown(node.value)
 
 
 def pattern(value: str, expression: str) -> str:
-    """Say that text does not have its form."""
+    """Return the message for text that does not match its pattern."""
     if match := _NAME_PATTERN.fullmatch(expression):
         most = int(match[1]) + 1
         allowed = f"at most {most} letters, digits, '.', '_' and '-', starting with a letter or a digit"
@@ -121,7 +121,7 @@ def pattern(value: str, expression: str) -> str:
 
 
 def _elsewhere(key: str, homes: dict[str, tuple[str, ...]]) -> list[str]:
-    """Return the dotted keys of this name, or that it is the last two parts of: eval_every for eval.every."""
+    """Return the dotted keys whose last part, or last two parts joined (eval_every), are this name."""
     found = [f"{home}.{key}".lstrip(".") for home in homes.get(key, ())]
     joined = [
         f"{home}.{name}"
@@ -133,7 +133,7 @@ def _elsewhere(key: str, homes: dict[str, tuple[str, ...]]) -> list[str]:
 
 
 def _near_key(key: str, section: type[Config], root: type[Config], node: Node | None) -> str | None:
-    """A very similar key of the section, else a very similar one that one other section has, else a similar one."""
+    """Return a very similar key of the section, else one of a single other section, else a similar key."""
     here = [name for name, field in section.model_fields.items() if _may_be_under(node, [field.annotation])]
     if similar := near(key, here, cutoff=0.8):
         return similar
@@ -145,10 +145,7 @@ def _near_key(key: str, section: type[Config], root: type[Config], node: Node | 
 
 
 def _may_be_under(node: Node | None, annotations: list[Any]) -> bool:
-    """Tell whether a value may have been meant for a key: no single value is meant for a section that has no such kind.
-
-    `streaming: true` is no slip of `train`, which is a mapping.
-    """
+    """Return whether a value may be intended for a key: `streaming: true` is no slip of `train`, which is a mapping."""
     if node is None or node.value is None:
         return True
     for annotation in annotations:
@@ -170,9 +167,9 @@ def _of_list(annotation: Any) -> Any:
 
 
 def near(text: str, options: list[str], *, cutoff: float) -> str | None:
-    """Return the most similar option that may be the same words with a slip in them.
+    """Return the most similar option that may be the same words misspelled.
 
-    num_layers is no slip of num_heads, nor warmup_ratio of warmup_steps: who followed that would set another thing.
+    num_layers is no slip of num_heads, nor warmup_ratio of warmup_steps: following that would set something else.
     """
     similar = difflib.get_close_matches(text, options, n=5, cutoff=cutoff)
     return next((option for option in similar if _may_be_slip(text, option)), None)
@@ -180,7 +177,7 @@ def near(text: str, options: list[str], *, cutoff: float) -> str | None:
 
 def _may_be_slip(text: str, option: str) -> bool:
     words, others = re.split("[_.-]", text), re.split("[_.-]", option)
-    if len(words) != len(others):  # one that is written as two, or another word, with which it means something else
+    if len(words) != len(others):  # one word written as two, or another word that changes the meaning
         as_one = difflib.SequenceMatcher(None, "".join(words), "".join(others)).ratio()
         return as_one >= _SAME_NAME or set(words) ^ set(others) <= _UNITS
     return all(difflib.SequenceMatcher(None, a, b).ratio() >= _SAME_WORD for a, b in zip(words, others, strict=True))

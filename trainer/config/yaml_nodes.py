@@ -1,4 +1,4 @@
-"""YAML text to nodes: PyYAML scans and parses, the rest is here, because PyYAML's own reading loses what we need.
+"""YAML text to nodes: PyYAML scans and parses; its own constructors would lose the places of values.
 
 Scalars follow the YAML 1.2 core schema: `1e-3` is a number; only true and false are booleans, so `no` and `on` are
 text, as are `1:30` and `2024-01-01`; `010` is ten, `0o10` and `0x8` are eight. Duplicate keys, merge keys (`<<`) and
@@ -15,7 +15,7 @@ import yaml
 from trainer.config.nodes import UNUSABLE, Finding, Key, Node, SourceLocation, Unreadable, shown
 
 MAX_NODES: Final = 5_000
-"""Largest configuration, in values and with aliases written out: a ten-line alias bomb asks for a billion."""
+"""Most values of a configuration, aliases expanded: a ten-line alias bomb expands to a billion."""
 MAX_DEPTH: Final = 32
 """Deepest nesting."""
 
@@ -71,12 +71,12 @@ def compose(
 
     Args:
         text: the document.
-        locate: makes a place of a 1-based line and column.
-        findings: receives the problems that do not keep the rest from being read.
-        key: where the document is in the configuration.
+        locate: makes a location from a 1-based line and column.
+        findings: collects problems that do not stop the reading.
+        key: place of the document in the configuration.
 
     Returns:
-        The root node, or None if there is nothing in the text but comments.
+        The root node, or None if the text has only comments.
 
     Raises:
         Unreadable: if it is not YAML, or too large, or nested too deeply.
@@ -91,7 +91,7 @@ def compose(
         raise Unreadable(place, message, key) from None
     except yaml.MarkedYAMLError as error:
         problem = error.problem or error.context or "unknown"
-        # For what never ends, where it starts says more than where the file ends.
+        # For an unclosed token, report where it starts.
         begins_at = error.context_mark if problem.startswith(_ENDLESS) else None
         mark = begins_at or error.problem_mark or error.context_mark
         hint = next((hint for start, hint in _HINTS.items() if start in problem), problem)

@@ -12,7 +12,16 @@ from trainer.config.nodes import Finding, Node, SourceLocation, report
 from trainer.config.overrides import apply
 from trainer.config.plugins import KindConfig, Pluggable, PluggableFunction, PluginError, load_object
 from trainer.config.slots import Slot, plugins
-from trainer.contracts import dispatcher, experts_kernel, optimizer, router, source, task, tokenizer, tracker
+from trainer.contracts import (
+    dispatcher,
+    experts_kernel,
+    optimizer_and_schedule,
+    router,
+    source,
+    task,
+    tokenizer,
+    tracker,
+)
 from trainer.data.sources.registry import SourceConfig
 from trainer.data.tokenizers.registry import TokenizerConfig
 from trainer.errors import ConfigError, TurnoutError
@@ -60,8 +69,8 @@ def _contracts() -> list[Contract]:
         (TokenizerConfig, tokenizer.CHECKS),
         (AnyTaskConfig, task.CHECKS),
         (TrackerConfig, tracker.CHECKS),
-        (OptimConfig, optimizer.OPTIMIZER_CHECKS),
-        (ScheduleConfig, optimizer.SCHEDULE_CHECKS),
+        (OptimConfig, optimizer_and_schedule.OPTIMIZER_CHECKS),
+        (ScheduleConfig, optimizer_and_schedule.SCHEDULE_CHECKS),
     ]
     found = [(plugins(annotation), checks) for annotation, checks in pairs]
     return [Contract(pluggable, checks) for pluggable, checks in found if pluggable is not None]

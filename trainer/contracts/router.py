@@ -22,7 +22,7 @@ from trainer.ops.noise import token_keys
 B, S, D = 3, 8, 6
 
 
-def make(config: RouterOptions, num_experts: int, *, spread: float = 0.8, seed: int = 0) -> Router:
+def make_router(config: RouterOptions, num_experts: int, *, spread: float = 0.8, seed: int = 0) -> Router:
     """Make a router in float64 with normal weights of standard deviation `spread`."""
     router = config.build(d_model=D, num_experts=num_experts, layer=0).double()
     generator = torch.Generator().manual_seed(seed)
@@ -68,7 +68,7 @@ def is_well_formed(config: RouterOptions, num_experts: int) -> None:
     """The decision is well formed: experts exist and differ, weights are as declared, padding has none."""
     valid = torch.rand(B * S, generator=torch.Generator().manual_seed(5)) < 0.8
     for is_training in (True, False):
-        output = make(config, num_experts)(make_x(), context_of(is_training=is_training, valid=valid))
+        output = make_router(config, num_experts)(make_x(), context_of(is_training=is_training, valid=valid))
         decision = output.decision
         ensure(
             decision.num_tokens == B * S and decision.num_experts == num_experts,
@@ -120,7 +120,7 @@ def is_well_formed(config: RouterOptions, num_experts: int) -> None:
             )
         if config.has_fixed_k:
             ensure(decision.top_k is not None, "has_fixed_k is declared, and the decision has no top_k")
-        if config.ranks_choices and not hasattr(make(config, num_experts), "bias"):
+        if config.ranks_choices and not hasattr(make_router(config, num_experts), "bias"):
             ensure(
                 (weight.view(B * S, -1).diff(dim=1) <= 1e-12).all(),
                 "ranks_choices is declared, and a later choice weighs more",
@@ -129,7 +129,7 @@ def is_well_formed(config: RouterOptions, num_experts: int) -> None:
 
 def padding_changes_nothing(config: RouterOptions, num_experts: int) -> None:
     """The content and the amount of padding change nothing for the tokens."""
-    router, x = make(config, num_experts), make_x()
+    router, x = make_router(config, num_experts), make_x()
     valid = (torch.arange(S) < torch.tensor([[S], [5], [3]])).flatten()
     for is_training in (True, False):
         context = context_of(is_training=is_training, valid=valid)
@@ -142,7 +142,7 @@ def padding_changes_nothing(config: RouterOptions, num_experts: int) -> None:
 
 def rows_do_not_see_each_other(config: RouterOptions, num_experts: int) -> None:
     """A sequence is routed the same alone as in a batch, so that the layout changes nothing."""
-    router, x = make(config, num_experts), make_x()
+    router, x = make_router(config, num_experts), make_x()
     for is_training in (True, False):
         context = context_of(is_training=is_training)
         together = matrix(router(x, context).decision)
@@ -161,7 +161,7 @@ def rows_do_not_see_each_other(config: RouterOptions, num_experts: int) -> None:
 
 def causality_is_as_declared(config: RouterOptions, num_experts: int) -> None:
     """Tokens depend on others exactly as `causal` declares, neither less nor more."""
-    router = make(config, num_experts)
+    router = make_router(config, num_experts)
     for is_training in (True, False):
         declared = router.causal if is_training else router.causal_in_evaluation
         leaks, crosses = _leaks(router, is_training)
@@ -190,7 +190,7 @@ def _leaks(router: Router, is_training: bool) -> tuple[bool, bool]:
 
 def capacity_is_kept(config: RouterOptions, num_experts: int) -> None:
     """No expert gets more rows of a sequence than its capacity."""
-    router, context = make(config, num_experts, spread=3.0), context_of(is_training=True)
+    router, context = make_router(config, num_experts, spread=3.0), context_of(is_training=True)
     decision = router(make_x() + 1, context).decision
     if config.has_fixed_k:
         ensure(decision.top_k is not None, "has_fixed_k is declared, and the decision has no top_k")
@@ -214,7 +214,7 @@ def _busiest(decision: RoutingDecision) -> int:
 
 def equal_scores_are_broken_the_same_way(config: RouterOptions, num_experts: int) -> None:
     """Equal scores are broken the same way in every sequence."""
-    router = make(config, num_experts, spread=0.0)
+    router = make_router(config, num_experts, spread=0.0)
     context = context_of(is_training=False)
     context = replace(context, token_ids=context.token_ids.view(B, S)[:1].expand(B, S).flatten())
     rows = matrix(router(torch.zeros(B * S, D, dtype=torch.float64), context).decision).view(B, S, -1)
@@ -225,7 +225,7 @@ def equal_scores_are_broken_the_same_way(config: RouterOptions, num_experts: int
 
 def everything_learns(config: RouterOptions, num_experts: int) -> None:
     """Every parameter gets a finite gradient through the combine weights that is not zero."""
-    router = make(config, num_experts)
+    router = make_router(config, num_experts)
     output = router(make_x(), context_of(is_training=True))
     decision = output.decision
     value = (decision.combine_weight * torch.linspace(-1, 1, decision.combine_weight.numel()) ** 3)[decision.kept].sum()
@@ -239,7 +239,7 @@ def everything_learns(config: RouterOptions, num_experts: int) -> None:
 
 def noise_is_a_function_of_its_key(config: RouterOptions, num_experts: int) -> None:
     """Equal calls give equal decisions: noise is a function of its key."""
-    router, x = make(config, num_experts), make_x()
+    router, x = make_router(config, num_experts), make_x()
     for is_training in (True, False):
         context = context_of(is_training=is_training)
         ensure(
@@ -250,7 +250,7 @@ def noise_is_a_function_of_its_key(config: RouterOptions, num_experts: int) -> N
 
 def scores_are_wide(config: RouterOptions, num_experts: int) -> None:
     """Under autocast every output stays at least float32."""
-    router = make(config, num_experts).float()
+    router = make_router(config, num_experts).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = router(make_x().bfloat16(), context_of(is_training=True))
     wide: list[Any] = [output.decision.combine_weight, output.logits, output.probs, output.load, output.loss]
@@ -263,7 +263,7 @@ def scores_are_wide(config: RouterOptions, num_experts: int) -> None:
 def what_is_not_finite_is_no_crash(config: RouterOptions, num_experts: int) -> None:
     """NaN and infinity in the input raise no error, so that all ranks skip the step together."""
     for bad in (torch.nan, torch.inf):
-        router, x = make(config, num_experts), make_x()
+        router, x = make_router(config, num_experts), make_x()
         x[3] = bad
         decision = router(x, context_of(is_training=True)).decision
         ensure(
@@ -274,7 +274,7 @@ def what_is_not_finite_is_no_crash(config: RouterOptions, num_experts: int) -> N
 
 def extreme_scores_have_gradients(config: RouterOptions, num_experts: int) -> None:
     """Logits of +-200, which underflow in float32, leave loss and gradient finite."""
-    router = make(config, num_experts).float()
+    router = make_router(config, num_experts).float()
     x = 40 * make_x().float()
     output = router(x, context_of(is_training=True))
     parts = [output.decision.combine_weight.sum(), output.probs, output.loss]
@@ -295,8 +295,8 @@ def k_of_one_call_is_k_of_the_config(config: RouterOptions, num_experts: int) ->
             continue
         for is_training in (True, False):
             context = context_of(is_training=is_training)
-            asked = make(config, num_experts)(make_x(), replace(context, top_k=top_k)).decision
-            built = make(wanted, num_experts)(make_x(), context).decision
+            asked = make_router(config, num_experts)(make_x(), replace(context, top_k=top_k)).decision
+            built = make_router(wanted, num_experts)(make_x(), context).decision
             ensure(asked.top_k == built.top_k, f"context.top_k {top_k} gives {asked.top_k} experts")
             ensure(
                 same(matrix(asked), matrix(built)), f"context.top_k {top_k} gives other experts than the option top_k"
@@ -325,7 +325,7 @@ def rounding_chooses_no_expert(config: RouterOptions, num_experts: int) -> None:
     policies = ["probability"] * config.has_fixed_k + ["choice_major"] * config.ranks_choices
     capacities = [CapacityConfig.model_validate({"factor": 1.0, "min": 1, "policy": policy}) for policy in policies]
     for dtype, spread in itertools.product((torch.float64, torch.float32), (0.5, 12.0)):
-        router = make(config, num_experts, spread=spread).to(dtype)
+        router = make_router(config, num_experts, spread=spread).to(dtype)
         generator = torch.Generator().manual_seed(0)
         for name, (x, valid) in repeated_tokens().items():
             for is_training in (True, False):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.contracts import dispatcher, experts_kernel, optimizer, source, task, tokenizer, tracker
+from trainer.contracts import dispatcher, experts_kernel, optimizer_and_schedule, source, task, tokenizer, tracker
 from trainer.contracts.ensure import ContractError
 from trainer.contracts.plugin import Outcome, check_plugin
 from trainer.data.sources.registry import SourceOptions, TextSourceConfig
@@ -156,8 +156,8 @@ def test_others_of_this_project_keep_their_contracts(tmp_path: Path) -> None:
     subjects: list[tuple[Any, Any]] = [
         (source.CHECKS, texts),
         (tokenizer.CHECKS, ByteTokenizerConfig()),
-        (optimizer.OPTIMIZER_CHECKS, AdamWConfig()),
-        (optimizer.SCHEDULE_CHECKS, WarmupCosineConfig()),
+        (optimizer_and_schedule.OPTIMIZER_CHECKS, AdamWConfig()),
+        (optimizer_and_schedule.SCHEDULE_CHECKS, WarmupCosineConfig()),
         (experts_kernel.CHECKS, padded_ffn),
         (task.CHECKS, questions),
         (tracker.CHECKS, QuietTrackerConfig()),

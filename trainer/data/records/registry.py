@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from trainer.config.base import Config, PathText, Problem, at_home
+from trainer.config.base import Config, PathText, Problem, expand_home
 from trainer.data.records.find_files import FORMATS
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class JsonlRecordsConfig(Config):
 class DatasetConfig(Config):
     """Whatever Hugging Face `datasets` reads: a data set of the hub, or local parquet, arrow, csv, json and text."""
 
-    path: Annotated[Name, AfterValidator(at_home)]
+    path: Annotated[Name, AfterValidator(expand_home)]
     """Name of a data set on the hub, a local folder, or a format (parquet, arrow, csv, json, text) of `data_files`."""
     name: Name | None = None
     """Configuration of the data set, where it has several."""

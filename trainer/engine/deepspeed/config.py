@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, JsonValue, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from trainer.config.base import Config, Problem, at_home, repeated
+from trainer.config.base import Config, Problem, expand_home, repeated
 from trainer.config.layers import MAX_BYTES
 from trainer.config.nodes import shown, shown_path
 from trainer.config.numbers import MAX_INT
@@ -36,7 +36,7 @@ def _read(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        path = Path(at_home(value))
+        path = Path(expand_home(value))
         if path.exists() and not path.is_file():
             raise ValueError("is not a file")
         if path.stat().st_size > MAX_BYTES:
