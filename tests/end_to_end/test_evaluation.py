@@ -1,4 +1,4 @@
-"""Tasks as a user has them: while training, by eval, on two ranks, and with rows that are wrong."""
+"""End-to-end tests for tasks: during training, by eval, on two ranks, and with unusable rows."""
 
 import json
 import subprocess
@@ -103,7 +103,7 @@ def test_tasks_are_evaluated_when_they_are_due_and_eval_gives_the_same_numbers(w
 
 
 def test_two_ranks_that_share_the_experts_find_what_one_process_finds(workplace: Path) -> None:
-    """Seven rows on two ranks, in float64; the texts that are written are the same, letter by letter."""
+    """Seven rows on two ranks in float64: the generated texts are identical."""
     assert _run(workplace, "train", "tiny.yaml", "name=alone").returncode == 0
     arguments = ["-m", "trainer", "train", "tiny.yaml", "name=two", "parallel.ep_size=2"]
     with launched(2, arguments, workplace) as started:
@@ -129,7 +129,7 @@ def test_a_bad_row_is_found_before_the_first_step(workplace: Path) -> None:
 
 
 def test_a_task_and_a_domain_of_the_rows_must_not_share_a_name(workplace: Path) -> None:
-    """The names of such domains are in the text, not in the config."""
+    """Domains that are named in the text, not in the config."""
     rows = [
         {"text": "some text that is long enough " * 9, "kind": name} for name in ("mood", "other") for _ in range(20)
     ]

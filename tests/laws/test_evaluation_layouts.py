@@ -59,7 +59,7 @@ def on_a_rank(ep_size: int, parallel: dict[str, Any], num_questions: int) -> dic
 
 @pytest.mark.parametrize("num_questions", [1, 13])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_many_ranks_score_and_write_what_one_process_does(
+def test_many_ranks_score_and_generate_the_same_as_one_process(
     ranks: Ranks, layout: tuple[int, int, dict[str, Any]], num_questions: int
 ) -> None:
     """With 1 question all other ranks run empty forward passes; no world size divides 13."""
@@ -75,7 +75,7 @@ def test_many_ranks_score_and_write_what_one_process_does(
             assert abs(one.log_prob - other.log_prob) < 1e-9
 
 
-def test_what_is_drawn_is_not_greedy_and_not_the_same_for_equal_prompts() -> None:
+def test_sampled_texts_differ_from_greedy_ones_and_between_equal_prompts() -> None:
     """Control: the comparison above would also pass if temperature had no effect."""
     alone = score_and_generate(Layout(), {}, 13)
     assert alone["texts"]["drawn"] != alone["texts"]["greedy"]

@@ -1,4 +1,4 @@
-"""Law: `prove` labels exactly the configs whose losses or capacity hang on how a step is cut into micro-batches."""
+"""Law: `prove` labels exactly the configs whose losses or capacity depend on the micro-batches of a step."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -24,7 +24,7 @@ ALONE: dict[str, dict[str, Any]] = {
     "diversity": {"diversity_coef": 0.5},
     "router": {"router": {"kind": "top_p", "sparsity_coef": 0.5}},
 }
-"""Every auxiliary loss, with nothing else beside it."""
+"""Every auxiliary loss on its own."""
 COUNTS: list[dict[str, Any]] = [
     {"scope": "sequence"},
     {"scope": "global_batch", "counts": "exact"},
@@ -32,7 +32,7 @@ COUNTS: list[dict[str, Any]] = [
     {"scope": "global_batch", "counts": "running"},
     {"scope": "micro_batch"},
 ]
-"""Every way to count for a balance loss."""
+"""Every way of counting for a balance loss."""
 ALWAYS_EVEN: dict[str, dict[str, Any]] = {
     "dense": {"router": {"kind": "dense"}},
     "expert_choice": {"router": {"kind": "expert_choice"}},
@@ -41,7 +41,7 @@ ALWAYS_EVEN: dict[str, dict[str, Any]] = {
     "one expert": {"num_experts": 1, "router": {"kind": "top_k", "top_k": 1, "normalize": False}},
     "no probabilities": {"router": {"kind": "hash"}},
 }
-"""Routers under which every share of an even load is the same, or there is no balance loss."""
+"""Routers with an even load by construction, or without a balance loss."""
 NEARLY_EVEN: dict[str, dict[str, Any]] = {
     "base": {"router": {"kind": "base"}, "num_experts": 3},
     "all experts but one": {"router": {"kind": "top_k", "top_k": 3}},
@@ -60,7 +60,7 @@ CAPACITIES: dict[str, dict[str, Any]] = {
 
 
 def cases() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every loss under every way to count, and over both scopes that a variation can have; routers; capacities."""
+    """Every loss with every way of counting and both scopes; routers; capacities."""
     for name, alone in ALONE.items():
         for counts in COUNTS:
             balance = {"coef": 0.0, **alone.get("balance", {}), **counts}
@@ -83,7 +83,7 @@ def config_of(moe: dict[str, Any]) -> ExperimentConfig:
 
 
 def learned(config: ExperimentConfig, num_pieces: int) -> torch.Tensor:
-    """Return two steps' losses and norms and the weights after them, with a step cut into so many micro-batches."""
+    """Train two steps with this many micro-batches each; return losses, norms and final weights."""
     engine = make_engine(config.model, dtype=torch.float64)
     rows, values = ROWS // num_pieces, []
     for step in range(2):
@@ -111,7 +111,7 @@ def test_a_config_is_labelled_exactly_if_micro_batches_change_what_it_learns_or_
 
 
 def _learned_on_a_rank(wire: str, dtype: torch.dtype) -> list[float]:
-    """Return the losses and norms of two steps on two ranks that send each other rows."""
+    """Train two steps on two ranks with expert parallelism; return losses and norms."""
     mesh = mesh_here(ep_size=2)
     parallel = ParallelConfig.model_validate({"ep_size": 2, "dispatcher": {"kind": "all_to_all", "wire": wire}})
     engine = make_engine(tiny_model_config(), dtype=dtype, mesh=mesh, parallel=parallel)
@@ -124,9 +124,7 @@ def _learned_on_a_rank(wire: str, dtype: torch.dtype) -> list[float]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rows_that_are_rounded_on_their_way_are_labelled_exactly_if_they_are_not_rounded_already(
-    ranks: Ranks, dtype: str
-) -> None:
+def test_rows_rounded_by_the_dispatcher_are_labelled_unless_already_rounded(ranks: Ranks, dtype: str) -> None:
     plain, rounded = (
         ranks.run(2, _learned_on_a_rank, wire, getattr(torch, dtype))[0] for wire in ("compute", "bfloat16")
     )

@@ -1,4 +1,4 @@
-"""The proof passes on what is right, over every layout, and names what is wrong: each fault that is planted."""
+"""Law: `prove` accepts every correct layout, and detects and names each planted fault."""
 
 import json
 from collections.abc import Callable
@@ -33,12 +33,12 @@ pytestmark = pytest.mark.slow
 
 STEPS, TOLERANCE, TIMEOUT_S = 3, 1e-9, 120.0
 BEYOND_LABELS = (dense_gradients_not_summed, norm_of_one_rank, experts_seeded_by_rank, bias_by_rank)
-"""Faults that no setting explains: a config with a label that differs so fails all the same."""
+"""Faults that no labelled setting explains, so that they fail even with a label."""
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
-    """Six uneven experts with a capacity, a bias, jitter, every loss; seven rows."""
+    """Six experts with uneven load, capacity, selection bias, jitter and every loss; seven rows."""
     folder = tmp_path_factory.mktemp("prove")
     (folder / "text.txt").write_text("It was a bright cold day in April, and the clocks were striking. " * 200)
     return ExperimentConfig.model_validate(
@@ -130,7 +130,7 @@ def test_a_planted_fault_is_caught_and_named(
 def test_a_millionth_of_a_gradient_that_is_doubled_is_caught_and_named(
     config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The floor below which rounding decides is far below the least that is learned by."""
+    """The rounding floor is far below any gradient that matters."""
     values = config.model_dump()
     values["model"]["moe"] |= {"z_loss_coef": 0.0}
     values["model"]["moe"]["balance"]["coef"] = 0.0
@@ -148,7 +148,7 @@ def test_a_millionth_of_a_gradient_that_is_doubled_is_caught_and_named(
 
 
 def test_steps_without_targets_are_equal(config: ExperimentConfig, tmp_path: Path) -> None:
-    """Prompts of more than a row: no row of the first steps has a target, and the gradient is nothing but rounding."""
+    """Prompts longer than a row: the first steps have no targets, and their gradient is only rounding error."""
     rows = [{"q": f"{'what is it that nobody ever asks ' * 3}{n}?", "a": "yes"} for n in range(60)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     values = config.model_dump()
@@ -165,7 +165,7 @@ def test_steps_without_targets_are_equal(config: ExperimentConfig, tmp_path: Pat
     assert _exit_code(config, steps=10, only="1 rank") == 0
 
 
-def test_what_is_labelled_differs_and_passes(config: ExperimentConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_labelled_difference_passes(config: ExperimentConfig, capsys: pytest.CaptureFixture[str]) -> None:
     values = config.model_dump()
     values["model"]["moe"] |= {"balance": {"coef": 0.0, "scope": "micro_batch"}}
     values["model"]["moe"]["device_balance"] = {"coef": 0.2, "groups": 2}
@@ -226,7 +226,7 @@ def test_every_layout_is_equal_under_deepspeed(
 @pytest.mark.parametrize(
     ("fault", "said"), list(IN_DEEPSPEED.items()), ids=lambda value: getattr(value, "__name__", "")
 )
-def test_what_deepspeed_would_do_by_itself_is_caught_and_named(
+def test_deepspeed_s_own_mistakes_are_caught_and_named(
     config: ExperimentConfig, fault: Callable[[], None], said: str
 ) -> None:
     train = {**config.train.model_dump(), "dtype": "float32"}

@@ -48,7 +48,7 @@ def test_every_argument_of_a_command_is_described(name: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["eval", "generate", "checkpoint list", "checkpoint verify", "checkpoint prune"])
-def test_what_takes_a_run_says_so(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_that_take_a_run_document_it(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([*command.split(), "--help"])
     said = " ".join(capsys.readouterr().out.split())
@@ -116,7 +116,7 @@ def test_the_version_is_one_line_and_needs_no_torch(capsys: pytest.CaptureFixtur
         ),
     ],
 )
-def test_what_is_no_argument_is_answered_in_lines(
+def test_unknown_arguments_get_one_line_each(
     arguments: str, lines: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
@@ -126,7 +126,7 @@ def test_what_is_no_argument_is_answered_in_lines(
     assert captured.out == "" and captured.err.splitlines() == lines
 
 
-def test_overrides_may_stand_before_and_behind_options() -> None:
+def test_overrides_may_precede_and_follow_options() -> None:
     first = parse_command_line(["train", "x.yaml", "a=1"])
     second = parse_command_line(["eval", "runs/x", "a=1", "--step", "3", "b=2"])
     assert (first.overrides, second.overrides, second.step) == (["a=1"], ["a=1", "b=2"], 3)
@@ -150,7 +150,7 @@ def said_by(arguments: list[str], capsys: pytest.CaptureFixture[str], *, code: i
 
 
 @pytest.mark.parametrize("command", ["eval", "generate", "checkpoint verify", "checkpoint export-dcp"])
-def test_a_checkpoint_is_answered_by_its_run_and_step(
+def test_naming_a_checkpoint_suggests_its_run_and_step(
     command: str, run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(run_folder.parent)
@@ -169,7 +169,7 @@ def test_a_checkpoint_is_answered_by_its_run_and_step(
 
 
 @pytest.mark.parametrize("command", ["train", "launch", "checkpoint list", "checkpoint prune"])
-def test_a_folder_inside_a_run_is_answered_by_the_run(
+def test_naming_a_folder_inside_a_run_suggests_the_run(
     command: str, run_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     step, all_of_them = run_folder / "checkpoints" / "step_00000007", run_folder / "checkpoints"
@@ -179,9 +179,7 @@ def test_a_folder_inside_a_run_is_answered_by_the_run(
     assert said == f"{all_of_them}: is the checkpoints folder of a run; name the folder of the run: {run_folder}\n"
 
 
-def test_a_tilde_that_no_shell_has_taken_is_the_home_folder(
-    run_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_tilde_left_by_the_shell_is_the_home_folder(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["config", "diff", "~/runs/a/config.yaml", "~/runs/a/config.yaml"])
     assert exit_.value.code == 0

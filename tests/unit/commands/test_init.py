@@ -1,4 +1,4 @@
-"""`turnout init` writes a config that is right, with its comments, and overwrites nothing."""
+"""Tests for `turnout init`: it writes a valid config with comments, and overwrites nothing."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A config of the package is found by its name, unless something of that name is in the folder."""
+"""Tests for shipped configs: found by name, unless the folder has a file of that name."""
 
 import tomllib
 from pathlib import Path

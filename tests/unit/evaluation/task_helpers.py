@@ -1,4 +1,4 @@
-"""Task configs from plain values, and a model to ask."""
+"""Helpers: tasks from plain values, and a small model."""
 
 import json
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ _CONFIG: TypeAdapter[Any] = TypeAdapter(AnyTaskConfig)
 
 
 def build(folder: Path, rows: Sequence[Any], *, seq_len: int = SEQ_LEN, **fields: Any) -> Task:
-    """A task over rows, which are written to folder/rows.jsonl."""
+    """Write rows to folder/rows.jsonl and build a task over them."""
     path = folder / "rows.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     values = {"name": "task", "prompt": "{q}", "rows": {"kind": "jsonl", "path": str(path)}, **fields}
@@ -28,6 +28,6 @@ def build(folder: Path, rows: Sequence[Any], *, seq_len: int = SEQ_LEN, **fields
 
 
 def subject() -> EvalContext:
-    """A small model over bytes, with random weights."""
+    """Build a small byte-level model with random weights."""
     engine = make_engine(tiny_model_config(seq_len=SEQ_LEN), dtype=torch.float64, vocab_size=256)
     return EvalContext(engine=engine, world=Group.of_one(), tokens_per_pass=300)

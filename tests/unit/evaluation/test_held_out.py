@@ -13,7 +13,7 @@ from trainer.distributed.rank_layout import Layout
 from trainer.evaluation.held_out import evaluate_held_out
 
 
-def test_bits_are_over_the_bytes_that_are_predicted(tmp_path: Path) -> None:
+def test_bits_per_byte_counts_predicted_bytes_only(tmp_path: Path) -> None:
     """Padding does not count: the row is longer than the five predicted bytes."""
     (tmp_path / "a.txt").write_text("abcdef" * 2)
     sources = [TextSourceConfig(path=str(tmp_path / "a.txt"), domain="a")]

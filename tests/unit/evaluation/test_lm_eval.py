@@ -1,4 +1,4 @@
-"""lm-eval through our adapter: local tasks, without a network, give the numbers that we compute ourselves."""
+"""Tests for the lm-eval adapter: local tasks give the metrics that we compute ourselves, without a network."""
 
 import json
 import math
@@ -67,12 +67,12 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _ask(*arguments: Any) -> Any:
-    """What lm-eval calls an instance, as far as a model looks at it."""
+    """Return a minimal lm-eval instance."""
     return SimpleNamespace(args=arguments)
 
 
 def test_accuracy_is_that_of_our_own_choice_task(model: LmEvalModel, tasks: Path, tmp_path: Path) -> None:
-    """lm-eval puts a space before each choice and counts no end of document."""
+    """lm-eval puts a space before each choice and excludes the end of the document."""
     results, table = run_lm_eval(model, ["local_choice"], include_path=tasks, limit=None)
     theirs = results["local_choice"]
     fields: dict[str, Any] = {"choices": [" yes", " no, it is odd", " no"], "answer": "label", "ends_document": False}
@@ -82,7 +82,7 @@ def test_accuracy_is_that_of_our_own_choice_task(model: LmEvalModel, tasks: Path
 
 
 def test_bits_per_byte_are_those_of_each_text_read_as_a_document(model: LmEvalModel, tasks: Path) -> None:
-    """Texts of up to four rows: lm-eval's windows begin where the one before ended, with the token before it known."""
+    """Texts of up to four sequences: lm-eval's windows are disjoint, each with one context token."""
     results, _ = run_lm_eval(model, ["local_rolling"], include_path=tasks, limit=None)
     nats = num_bytes = 0
     for row in ROWS:
@@ -101,7 +101,7 @@ def test_bits_per_byte_are_those_of_each_text_read_as_a_document(model: LmEvalMo
     assert results["local_rolling"]["bits_per_byte,none"] == pytest.approx(nats / math.log(2) / num_bytes, abs=1e-6)
 
 
-def test_a_text_is_written_up_to_the_first_stop(model: LmEvalModel) -> None:
+def test_a_text_ends_at_the_first_stop(model: LmEvalModel) -> None:
     asked = [_ask("Is it? ", {"until": [], "max_gen_toks": 12}), _ask("Is it not? ", {"until": [], "max_gen_toks": 12})]
     free = model.generate_until(asked)
     stop = free[0][3:5]
@@ -111,7 +111,7 @@ def test_a_text_is_written_up_to_the_first_stop(model: LmEvalModel) -> None:
 
 
 def test_answers_keep_the_order_of_the_requests(model: LmEvalModel) -> None:
-    """Requests are grouped by context for scoring, and by options for writing."""
+    """Requests are grouped by context for scoring and by options for generation."""
     pairs = [("a b", " c"), ("d", " e"), ("a b", "f"), ("", "c"), ("d", " e")]
     together = model.loglikelihood([_ask(*pair) for pair in pairs])
     for (context, continuation), (found, _) in zip(pairs, together, strict=True):
@@ -129,9 +129,11 @@ def test_a_trailing_space_of_the_context_belongs_to_what_follows(model: LmEvalMo
     assert spaced == moved
 
 
-def test_what_it_cannot_do_is_said_in_a_line(model: LmEvalModel, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_requests_are_an_error_of_one_line(
+    model: LmEvalModel, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def own_tasks_only(include_path: str, include_defaults: bool = True) -> TaskManager:
-        """Looking through all tasks of lm-eval takes half a minute."""
+        """Skip the index of all lm-eval tasks, which takes half a minute."""
         return TaskManager(include_path=include_path, include_defaults=False)
 
     monkeypatch.setattr(lm_eval, "TaskManager", own_tasks_only)
@@ -147,7 +149,7 @@ def test_what_it_cannot_do_is_said_in_a_line(model: LmEvalModel, tasks: Path, mo
         model.loglikelihood([_ask("x", "y" * 70)])
 
 
-def test_data_that_is_not_there_is_an_error_of_data(model: LmEvalModel, tasks: Path) -> None:
+def test_missing_data_is_a_data_error(model: LmEvalModel, tasks: Path) -> None:
     (tasks.parent / "rows.jsonl").unlink()
     with pytest.raises(DataError, match=r"^lm-eval: local_choice: .*; check the task and its data$"):
         run_lm_eval(model, ["local_choice"], include_path=tasks, limit=None)

@@ -1,4 +1,4 @@
-"""The routing gap of a model: what its routers chose for some rows, measured against the optimum."""
+"""Tests for the routing gap: routing of some rows compared with the optimum."""
 
 from typing import Any
 
@@ -34,13 +34,13 @@ def test_no_router_beats_the_optimum(kind: str) -> None:
     assert {"routing_gap/layer_00", "routing_gap/layer_01"} <= record.keys()
 
 
-def test_the_linear_programme_s_router_has_none() -> None:
+def test_the_linear_programme_router_has_no_gap() -> None:
     _, found = _gap({"kind": "linear_program"})
     assert found is not None and found.record()["routing_gap"] == 0
     assert found.record()["routing_gap/drop_rate"] == found.record()["routing_gap/optimum_drop_rate"]
 
 
-def test_a_top_k_router_that_everyone_crowds_has_a_large_one() -> None:
+def test_a_crowded_top_k_router_has_a_large_gap() -> None:
     config = tiny_model_config({"router": {"kind": "top_k", "top_k": 1, "normalize": False}})
     engine, batch = make_engine(config, dtype=torch.float64, seed=1), make_batch(3, 8)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_a_top_k_router_that_everyone_crowds_has_a_large_one() -> None:
     assert record["routing_gap/optimum_drop_rate"] == 0
 
 
-def test_prices_stand_beside_the_learned_bias() -> None:
+def test_prices_are_recorded_with_the_learned_bias() -> None:
     engine, found = _gap({"kind": "bias_balanced"})
     assert found is not None and found.bias is not None
     assert [len(found.prices), len(found.prices[0]), len(found.bias), len(found.bias[0])] == [2, 4, 2, 4]
@@ -72,7 +72,7 @@ NULLS = {"top_k": 4, "null_experts": 6}
 
 
 @pytest.mark.parametrize("kind", ["top_k", "bias_balanced", "noisy_top_k", "cosine"])
-def test_null_experts_are_choices_like_others_with_room_for_all(kind: str) -> None:
+def test_null_experts_are_uncapped_choices(kind: str) -> None:
     _, found = _gap({"kind": kind, **NULLS}, capacity={"factor": 4.0})
     assert found is not None
     record = found.record()  # room for every token at every expert: each gets the best that it can, and nothing else is
@@ -88,7 +88,7 @@ def test_null_experts_are_choices_like_others_with_room_for_all(kind: str) -> No
     assert all(prices[-1] == min(prices) for prices in narrow.prices), "room without end is worth nothing"
 
 
-def test_drops_are_those_of_the_layer_with_null_experts_as_well() -> None:
+def test_drops_equal_the_layer_s_with_null_experts() -> None:
     config = tiny_model_config({"router": {"kind": "top_k", **NULLS}, "capacity": {"factor": 0.5, "min": 1}})
     engine, batch = make_engine(config, dtype=torch.float64, seed=1), make_batch(3, 8)
     assert config.moe is not None
@@ -110,18 +110,18 @@ def on_a_rank(router: dict[str, Any]) -> RoutingGap | None:
 
 
 @pytest.mark.parametrize("router", [{"kind": "bias_balanced", "null_experts": 2}, {"kind": "hash"}], ids=str)
-def test_ranks_share_the_programmes_and_find_what_one_process_finds(ranks: Ranks, router: dict[str, Any]) -> None:
+def test_ranks_share_the_programmes_and_agree_with_one_process(ranks: Ranks, router: dict[str, Any]) -> None:
     _, alone = _gap(router)
     for found in ranks.run(3, on_a_rank, router):
         assert found == alone
 
 
 @pytest.mark.parametrize("kind", ["hash", "random", "round_robin"])
-def test_routers_without_scores_have_none(kind: str) -> None:
+def test_routers_without_scores_have_no_gap(kind: str) -> None:
     assert _gap({"kind": kind})[1] is None
 
 
-def test_looking_changes_nothing() -> None:
+def test_measuring_changes_nothing() -> None:
     config = tiny_model_config({"router": {"kind": "bias_balanced", "jitter": 0.1}})
     assert config.moe is not None
     one, other = (make_engine(config, dtype=torch.float64, seed=1) for _ in range(2))

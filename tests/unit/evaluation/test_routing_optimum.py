@@ -1,4 +1,4 @@
-"""The yardstick: nothing beats the optimum, and the optimum is what trying everything finds."""
+"""Tests for the routing optimum: an upper bound that equals exhaustive search."""
 
 import itertools
 
@@ -41,9 +41,7 @@ def test_no_choice_beats_the_optimum(n: int, num_experts: int, top_k: int, capac
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 2), st.integers(1, 4), st.integers(0, 999))
-def test_the_optimum_is_what_trying_every_assignment_finds(
-    n: int, num_experts: int, top_k: int, capacity: int, seed: int
-) -> None:
+def test_the_optimum_equals_exhaustive_search(n: int, num_experts: int, top_k: int, capacity: int, seed: int) -> None:
     scores = torch.rand(n, num_experts, generator=torch.Generator().manual_seed(seed))
     best = 0.0
     for cells in itertools.product((0, 1), repeat=n * num_experts):
@@ -54,7 +52,7 @@ def test_the_optimum_is_what_trying_every_assignment_finds(
     assert measured.optimum == pytest.approx(best, abs=1e-9)
 
 
-def test_sequences_add_up_and_an_empty_one_is_nothing() -> None:
+def test_sequences_add_up_and_an_empty_one_adds_nothing() -> None:
     one = Optimality(wanted=4, kept=2, optimum_kept=4, score=1.0, optimum=2.0)
     both = one + Optimality(wanted=2, kept=2, optimum_kept=2, score=1.0, optimum=1.0)
     assert (both.gap, both.drop_rate) == (pytest.approx(1 / 3), pytest.approx(1 / 3))

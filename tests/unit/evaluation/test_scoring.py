@@ -1,4 +1,4 @@
-"""Log-probabilities of completions: those of a full pass over each text by itself, however they are put together."""
+"""Tests for completion scoring: batches and caches give the log-probabilities of full passes over single texts."""
 
 import random
 
@@ -28,7 +28,7 @@ def _subject(engine: NativeEngine, tokens_per_pass: int) -> EvalContext:
 
 
 def _questions(count: int = 9) -> list[Question]:
-    """Prompts of 1 to 15 tokens with 1 to 6 completions of 1 to 7 tokens, two of which begin alike."""
+    """Prompts of 1 to 15 tokens with 1 to 6 completions of 1 to 7 tokens, two of them with a common beginning."""
     draw = random.Random(5)
 
     def text(length: int) -> list[int]:
@@ -45,7 +45,7 @@ def _questions(count: int = 9) -> list[Question]:
 
 @torch.no_grad()
 def _by_itself(engine: NativeEngine, prompt: list[int], completion: list[int]) -> Score:
-    """A loop over the completion's tokens, each predicted by a full dropless pass over everything before it."""
+    """Score a completion token by token, each with a full dropless pass over its prefix."""
     log_prob, is_greedy = 0.0, True
     for place, token in enumerate(completion):
         text = [*prompt, *completion[:place]]
@@ -60,8 +60,8 @@ def _by_itself(engine: NativeEngine, prompt: list[int], completion: list[int]) -
 
 @pytest.mark.parametrize("router", ["top_k", "round_robin"])
 @pytest.mark.parametrize("tokens_per_pass", [1, 30, 4000])
-def test_a_score_is_that_of_the_text_read_by_itself(router: str, tokens_per_pass: int) -> None:
-    """Passes of one row, of a few, of everything."""
+def test_a_score_equals_that_of_a_full_pass_over_the_text(router: str, tokens_per_pass: int) -> None:
+    """With budgets of one row, a few rows and all rows."""
     engine, questions = _engine(router), _questions()
     scores = score(_subject(engine, tokens_per_pass), questions)
     assert [len(row) for row in scores] == [len(question.completions) for question in questions]
@@ -72,7 +72,7 @@ def test_a_score_is_that_of_the_text_read_by_itself(router: str, tokens_per_pass
             assert found.is_greedy == expected.is_greedy
 
 
-def test_what_the_model_writes_by_itself_is_greedy_and_anything_else_is_not() -> None:
+def test_only_greedy_decoding_counts_as_greedy() -> None:
     engine = _engine()
     prompt = [3, 1, 4]
     (text,) = generate_many(engine.model, [prompt], max_new_tokens=5, choose=greedy_tokens, stop_token=-1)
@@ -82,7 +82,7 @@ def test_what_the_model_writes_by_itself_is_greedy_and_anything_else_is_not() ->
 
 
 class _Counting(nn.Module):
-    """An embedding that counts the tokens it is asked for."""
+    """An embedding that counts the tokens it looks up."""
 
     def __init__(self, inner: nn.Embedding) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def test_a_prompt_that_candidates_share_is_read_once() -> None:
     assert counting.num_tokens == 19 + 30 * 2 and counting.num_passes == 2
 
 
-def test_a_prompt_is_cut_on_the_left_until_the_longest_completion_fits() -> None:
+def test_a_prompt_is_truncated_on_the_left_until_the_longest_completion_fits() -> None:
     question, is_truncated = fit_question(range(10), [[1], [1, 2, 3]], seq_len=8, where="f:1")
     assert is_truncated and list(question.prompt) == [4, 5, 6, 7, 8, 9]  # 6 + 3 - 1 = 8: the last token is not read
     question, is_truncated = fit_question(range(6), [[1], [1, 2, 3]], seq_len=8, where="f:1")
@@ -116,13 +116,13 @@ def test_a_completion_that_does_not_fit_is_refused_by_row() -> None:
 
 
 def test_a_completion_without_a_token_is_refused_by_row() -> None:
-    """As an empty text of lm-eval's has none, and one that a tokenizer makes nothing of."""
+    """For example an empty text of lm-eval."""
     with pytest.raises(DataError, match=r"^f:7: one of the texts to score has no token"):
         fit_question([1, 2], [[3], []], seq_len=8, where="f:7")
 
 
 def test_scores_follow_the_precision_of_training() -> None:
-    """bfloat16 is autocast's: near the float32 scores, and not equal to them."""
+    """Under bfloat16 autocast scores are close to the float32 ones but not equal."""
     questions = _questions()
     wide, narrow = (
         [one.log_prob for row in score(_subject(_engine(dtype=dtype), 100), questions) for one in row]

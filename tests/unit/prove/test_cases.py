@@ -1,4 +1,4 @@
-"""Which layouts a proof runs: each once."""
+"""Tests for the layouts of a proof: each runs once."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from trainer.prove.cases import ENGINES, all_cases, apply_case, reference
 
 
 def config_of(moe: dict[str, Any] | None, *, rows: int) -> ExperimentConfig:
-    """A config with so many rows in a step."""
+    """Return a config with this many rows per step."""
     values = {"name": "x", "model": {"moe": moe}, "train": {"global_batch_size": rows}}
     return ExperimentConfig.model_validate(values)
 

@@ -1,4 +1,4 @@
-"""What counts as a difference between two layouts, and what it is called."""
+"""Tests for comparing layouts: what counts as a difference, and its diagnosis."""
 
 from dataclasses import replace
 from typing import Any
@@ -27,7 +27,7 @@ def gradients(scale: float = 1.0) -> dict[str, Tensor]:
 
 
 def evidence(**changes: Any) -> Evidence:
-    """Of three steps in float64, as one process has it."""
+    """Return the evidence of three steps of one process in float64."""
     return replace(
         Evidence(
             losses=[2.0, 1.9, 1.8],
@@ -60,7 +60,7 @@ def with_weight(name: str, value: float) -> dict[str, Tensor]:
 
 
 NOTHING = {"objectives": [1.2, 1.9, 1.8], "losses": [0.0, 1.9, 1.8]}
-"""A step without targets under a load that is even: what is left of the gradient is rounding."""
+"""A step without targets under an even load: the gradient is only rounding error."""
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ NOTHING = {"objectives": [1.2, 1.9, 1.8], "losses": [0.0, 1.9, 1.8]}
         ),
     ],
 )
-def test_what_rounding_alone_can_do_is_equal(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
+def test_rounding_alone_is_equal(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
     found = compared(mine, theirs)
     assert found.is_equal, found
 
@@ -127,12 +127,12 @@ def test_a_small_gradient_that_one_layout_loses_is_a_difference() -> None:
         pytest.param({"last_update": weights(0.003 + 1e-8)}, f"{HEAD} after step 3", id="last update"),
     ],
 )
-def test_what_rounding_cannot_do_is_a_difference(mine: dict[str, Any], first: str) -> None:
+def test_more_than_rounding_is_a_difference(mine: dict[str, Any], first: str) -> None:
     assert compared(mine).first_different == first
     assert compared({}).is_equal
 
 
-def test_only_flips_that_were_counted_up_to_the_difference_are_named() -> None:
+def test_only_flips_counted_before_the_difference_are_named() -> None:
     later = {"losses": [2.0, 1.9, 1.7]}
     cause = compared(later).cause
     assert cause is not None and "near tie" not in cause and "no choice differs up to step 3" in cause
@@ -145,8 +145,8 @@ def test_only_flips_that_were_counted_up_to_the_difference_are_named() -> None:
     assert found.cause is not None and "near tie" not in found.cause and "up to step 2" in found.cause
 
 
-def test_steps_that_adamw_makes_of_rounding_are_named() -> None:
-    """In float32 rounding is as large as eps: then weights go anywhere, and losses part from the second step on."""
+def test_steps_that_adamw_takes_from_rounding_are_named() -> None:
+    """In float32 rounding is as large as eps: weights take random steps, and losses differ from the second step on."""
     nothing = {**NOTHING, "gradients": gradients(1e-9), "grad_norms": [1e-9, 1.0, 1.0]}
     moved = weights(-0.0005) | {BIAS: weights(0.001)[BIAS]}
     mine = {**nothing, "gradients": gradients(-1e-9), "first_update": moved, "losses": [0.0, 1.8, 1.8]}
@@ -160,7 +160,7 @@ def test_a_loss_that_is_0_in_one_process_is_named_without_a_factor() -> None:
     assert found.cause is not None and "the sum of other losses is 0.5, and 0 in one process" in found.cause
 
 
-def test_a_label_explains_losses_but_neither_copies_that_part_nor_other_starting_values() -> None:
+def test_a_label_excuses_losses_but_not_differing_replicas_or_initial_values() -> None:
     labelled = ["model.moe.balance.scope: micro_batch (balance_loss)"]
 
     def is_sound(**mine: Any) -> bool:

@@ -1,4 +1,4 @@
-"""A state in parts on several ranks, whole on the first one."""
+"""Tests for gathering a sharded state on rank 0."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ WHOLE = torch.arange(10.0).view(5, 2)
 
 
 def _gathered(parts: list[tuple[int, int]]) -> tuple[torch.Tensor | None, str]:
-    """What rank 0 has of `WHOLE` once it is gathered, and what went wrong."""
+    """Gather `WHOLE`; return the local result, and the error if any."""
     mesh = mesh_here()
     start, end = parts[mesh.layout.rank]
     slices = {
@@ -36,7 +36,7 @@ def _gathered(parts: list[tuple[int, int]]) -> tuple[torch.Tensor | None, str]:
         [(5, 5), (0, 5), (5, 5), (5, 5)],  # all of it, but not on the first rank
     ],
 )
-def test_parts_make_the_whole_on_the_first_rank(ranks: Ranks, parts: list[tuple[int, int]]) -> None:
+def test_slices_are_gathered_on_rank_0(ranks: Ranks, parts: list[tuple[int, int]]) -> None:
     whole, error = ranks.run(4, _gathered, parts)[0]
     assert error == ""
     assert torch.equal(whole, WHOLE)
@@ -49,8 +49,6 @@ def test_parts_make_the_whole_on_the_first_rank(ranks: Ranks, parts: list[tuple[
         ([(0, 2), (1, 5)], "cut: no rank has the slice that starts at index 2 of 5"),
     ],
 )
-def test_a_part_that_is_missing_is_an_error_on_every_rank(
-    ranks: Ranks, parts: list[tuple[int, int]], message: str
-) -> None:
+def test_a_missing_slice_is_an_error_on_every_rank(ranks: Ranks, parts: list[tuple[int, int]], message: str) -> None:
     for whole, error in ranks.run(2, _gathered, parts):
         assert whole is None and message in error

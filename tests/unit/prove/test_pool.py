@@ -1,4 +1,4 @@
-"""Local ranks: what they answer, and what is left when one of them dies."""
+"""Tests for local ranks: results, failures and dead processes."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ def fail(kind: type[Exception] | None) -> int:
     return dist.get_rank()
 
 
-def test_processes_stay_for_the_next_function() -> None:
+def test_processes_are_reused() -> None:
     with closing(LocalRanks()) as ranks:
         assert ranks.run(2, pid, timeout_s=60) == ranks.run(2, pid, timeout_s=60)
 
@@ -37,7 +37,7 @@ def test_local_ranks_listen_on_the_loopback_interface_alone() -> None:
         assert ranks.run(2, interfaces, timeout_s=60) == [["lo", "lo"]] * 2
 
 
-def test_a_failure_is_the_answer_of_the_rank_that_had_it_and_the_processes_are_replaced() -> None:
+def test_a_failure_is_returned_for_its_rank_and_the_processes_are_replaced() -> None:
     with closing(LocalRanks()) as ranks:
         for kind in (DataError, RemoteRankError, None):
             _, failure = ranks.run(2, fail, kind, timeout_s=5)
@@ -48,7 +48,7 @@ def test_a_failure_is_the_answer_of_the_rank_that_had_it_and_the_processes_are_r
         assert len(set(ranks.run(2, pid, timeout_s=60))) == 2
 
 
-def test_a_process_that_died_between_two_functions_is_an_answer() -> None:
+def test_a_process_that_died_between_two_functions_is_a_failure() -> None:
     with closing(LocalRanks()) as ranks:
         first, _ = ranks.run(2, pid, timeout_s=60)
         os.kill(first, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Which layout is running: a line each in a log, one that changes on a terminal, nothing on standard output."""
+"""Tests for the progress of a proof: lines in a log, an updating line on a terminal, nothing on standard output."""
 
 import io
 
@@ -13,7 +13,7 @@ class Terminal(io.StringIO):
 
 
 def shown(stream: io.StringIO) -> str:
-    """What two layouts and what they are compared with leave on a stream; each takes 40 seconds."""
+    """Return the output of the reference and two layouts, 40 seconds each."""
     seconds = iter(range(0, 400, 40))
     progress = LayoutProgress(2, file=stream, clock=lambda: next(seconds))
     with progress.running("1 rank, rows by 8"):
@@ -34,7 +34,7 @@ def test_a_log_has_a_line_for_each_layout(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize("kind", ["xterm-256color", "dumb"])
-def test_a_terminal_has_a_line_that_changes_and_goes_unless_it_cannot(
+def test_a_terminal_has_one_updating_line_unless_it_is_dumb(
     kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TERM", kind)
@@ -46,6 +46,6 @@ def test_a_terminal_has_a_line_that_changes_and_goes_unless_it_cannot(
     assert capsys.readouterr().out == ""
 
 
-def test_an_error_of_a_layout_comes_through() -> None:
+def test_an_error_of_a_layout_is_raised() -> None:
     with pytest.raises(RuntimeError, match="lost"), LayoutProgress(1, file=io.StringIO()).running("1 rank", 1):
         raise RuntimeError("lost")

@@ -1,4 +1,4 @@
-"""A run whose numbers go wrong: what it says, counts, skips, saves and remembers."""
+"""Tests for numerical anomalies: what a run warns about, counts, skips, saves and resumes."""
 
 import io
 import json
@@ -59,7 +59,7 @@ def _config(folder: Path, changes: Mapping[str, Mapping[str, Any]]) -> Experimen
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What came of a run, on one rank."""
+    """Results of a run on one rank."""
 
     said: list[str]
     """Warnings."""
@@ -77,7 +77,7 @@ def _run(
     factors: Mapping[int, float] | None = None,
     before: Callable[[Run, int], None] | None = None,
 ) -> Report:
-    """Train; the loss of step s is multiplied by factors[s], and `before` is called with each step's number."""
+    """Train, with the loss of step s multiplied by factors[s]; call `before` with the number of each step."""
     mesh, screen = mesh or Mesh.of_one(), io.StringIO()
     config = _config(folder, changes)
     where = RunFolder(folder / "runs/tiny")
@@ -134,7 +134,7 @@ def _on_a_rank(
     factors: Mapping[int, float],
     flip_at: int | None = None,
 ) -> Report:
-    """`_run` on a rank; the factors, and a flipped bit of a router's weight before step `flip_at`, are the victim's."""
+    """Call `_run` on a rank; the victim gets the factors and, before step `flip_at`, a flipped bit in the router."""
     mesh = mesh_here()
 
     def flip(run: Run, step: int) -> None:
@@ -144,7 +144,7 @@ def _on_a_rank(
     return _run(folder, changes, mesh=mesh, factors=factors if mesh.layout.rank == victim else None, before=flip)
 
 
-def test_a_skipped_step_is_said_counted_and_left_behind(ranks: Ranks, folder: Path) -> None:
+def test_a_skipped_step_is_reported_and_counted(ranks: Ranks, folder: Path) -> None:
     first, second = ranks.run(2, _on_a_rank, folder, {}, 1, {3: math.nan, 5: math.inf})
     why = "the gradient of embedding.weight and 9 more parameters is not finite (loss not finite on rank 1)"
     assert first.said == [f"step 3 skipped: {why}", f"step 5 skipped: {why}"]
@@ -155,7 +155,7 @@ def test_a_skipped_step_is_said_counted_and_left_behind(ranks: Ranks, folder: Pa
     assert all(torch.equal(x, second.weights[name]) and x.isfinite().all() for name, x in first.weights.items())
 
 
-def test_a_run_that_does_not_become_finite_ends_with_the_reason(ranks: Ranks, folder: Path) -> None:
+def test_a_run_that_stays_non_finite_ends_with_the_reason(ranks: Ranks, folder: Path) -> None:
     changes = {"train": {"max_consecutive_skips": 3, "steps": 10, "global_batch_size": 4}}
     reports = ranks.run(2, _on_a_rank, folder, changes, 1, dict.fromkeys([2, 4, 5, 6, 7], math.nan))
     for report in reports:
@@ -184,7 +184,7 @@ SPOILED = {
 
 
 def _spoiled(folder: Path, changes: Mapping[str, Mapping[str, Any]], name: str, victims: list[int]) -> Report:
-    """`_run` on a rank, which saves every two steps; before step 4 a tensor of the victims' state is ill."""
+    """Call `_run` on a rank, saving every two steps; before step 4 a tensor of the victims becomes non-finite."""
     mesh = mesh_here(ep_size=changes.get("parallel", {}).get("ep_size", 1))
 
     def spoil(run: Run, step: int) -> None:
@@ -196,9 +196,7 @@ def _spoiled(folder: Path, changes: Mapping[str, Mapping[str, Any]], name: str, 
 
 
 @pytest.mark.parametrize("case", SPOILED)
-def test_a_state_that_is_not_finite_ends_the_run_on_all_ranks_and_is_not_saved(
-    ranks: Ranks, folder: Path, case: str
-) -> None:
+def test_a_non_finite_state_ends_the_run_on_all_ranks_and_is_not_saved(ranks: Ranks, folder: Path, case: str) -> None:
     changes, name, victims, named = SPOILED[case]
     errors = [report.error for report in ranks.run(2, _spoiled, folder, changes, name, victims)]
     assert errors[0] is not None and errors[0] == errors[1]
@@ -212,7 +210,7 @@ def test_a_state_that_is_not_finite_ends_the_run_on_all_ranks_and_is_not_saved(
     assert _saved(folder) == [good.name]
 
 
-def test_weights_that_are_why_no_step_is_finite_are_named(folder: Path) -> None:
+def test_non_finite_weights_are_named(folder: Path) -> None:
     def spoil(run: Run, step: int) -> None:
         if step == 3:
             run.engine.model.get_parameter(GATE).data[1, 2] = math.nan
@@ -228,7 +226,7 @@ def test_weights_that_are_why_no_step_is_finite_are_named(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("every", "save_every", "found_at"), [(4, None, 8), (1, None, 6), (None, 7, 7), (None, None, 10)]
 )
-def test_a_flipped_bit_is_found_at_the_next_comparison_and_never_saved(
+def test_a_flipped_bit_is_detected_at_the_next_check_and_never_saved(
     ranks: Ranks, folder: Path, every: int | None, save_every: int | None, found_at: int
 ) -> None:
     changes = {"parallel": {"check_copies_every": every}, "checkpoint": {"every": save_every}}
@@ -241,13 +239,13 @@ def test_a_flipped_bit_is_found_at_the_next_comparison_and_never_saved(
     assert _saved(folder) == []
 
 
-def test_a_run_without_a_flipped_bit_compares_and_saves(ranks: Ranks, folder: Path) -> None:
+def test_a_run_without_a_flipped_bit_passes_the_check_and_saves(ranks: Ranks, folder: Path) -> None:
     changes = {"parallel": {"check_copies_every": 1}, "checkpoint": {"every": 5}}
     assert [report.error for report in ranks.run(2, _on_a_rank, folder, changes, 1, {})] == [None, None]
     assert _saved(folder) == ["step_00000005", "step_00000010"]
 
 
-def test_a_copy_that_is_why_no_step_is_finite_is_named(ranks: Ranks, folder: Path) -> None:
+def test_a_replica_that_makes_steps_non_finite_is_named(ranks: Ranks, folder: Path) -> None:
     changes = {"train": {"max_consecutive_skips": 2, "steps": 10, "global_batch_size": 4}}
     reports = ranks.run(2, _on_a_rank, folder, changes, 0, {6: math.nan, 7: math.nan}, 6)
     assert all(r.error is not None and r.error.startswith("step 7: ranks 0 and 1 hold different") for r in reports)
@@ -295,21 +293,21 @@ def test_a_loss_that_stays_high_is_taken_after_a_few_skipped_steps(folder: Path)
     assert len(report.window["losses"]) == 80 - 43 and report.window["skipped_in_a_row"] == 0
 
 
-def test_spikes_between_steps_that_are_not_finite_do_not_put_off_the_end(folder: Path) -> None:
+def test_spikes_between_non_finite_steps_do_not_postpone_the_end(folder: Path) -> None:
     changes = _spikes(skip=True, max_consecutive_skips=3)
     report = _run(folder, changes, factors={40: math.nan, 41: 3.0, 42: math.nan, 43: 3.0, 44: math.nan})
     assert report.error is not None and "step 44: 3 steps in a row are not finite" in report.error
     assert "the weights are those of step 39" in report.error
 
 
-def test_nothing_is_a_spike_where_none_is_looked_for(folder: Path) -> None:
+def test_without_sigmas_no_loss_is_a_spike(folder: Path) -> None:
     report = _run(folder, _spikes(sigmas=None), factors={40: 100.0})
     assert report.said == [] and report.window == {"losses": [], "count": 0, "skipped_in_a_row": 0}
 
 
 @pytest.mark.parametrize("forgets", [False, True])
-def test_a_resumed_run_judges_losses_as_the_run_it_continues(folder: Path, forgets: bool, tmp_path: Path) -> None:
-    """And one that forgets its window does not, or this test could not fail."""
+def test_a_resumed_run_keeps_the_spike_window(folder: Path, forgets: bool, tmp_path: Path) -> None:
+    """Control: a run that forgets its window does not."""
     factors = {38: 3.0, 41: 2.0, 43: 1.5, 45: 1.2, 47: 1.1, 55: 1.05, 57: 3.0}
     changes = {**_spikes(skip=True, window=48, sigmas=3.0), "checkpoint": {"every": 40, "asynchronous": False}}
     whole = _run(folder, changes, factors=factors)
@@ -334,7 +332,7 @@ def test_a_resumed_run_judges_losses_as_the_run_it_continues(folder: Path, forge
     assert records[-1]["loss_spikes"] >= 4
 
 
-def test_a_checkpoint_of_before_there_was_a_window_begins_one(folder: Path) -> None:
+def test_a_checkpoint_without_a_window_starts_an_empty_one(folder: Path) -> None:
     changes = {**_spikes(steps=40), "checkpoint": {"every": 40, "asynchronous": False}}
     _run(folder, changes)
     where = RunFolder(folder / "runs/tiny")

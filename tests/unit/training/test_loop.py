@@ -1,4 +1,4 @@
-"""The loop: what every step is given, and what metrics.jsonl says of it."""
+"""Tests for the training loop: inputs of each step, and its record in metrics.jsonl."""
 
 import io
 import math
@@ -23,9 +23,7 @@ from trainer.training.setup import build_run
 PEAK, WARMUP, STEPS = 1e-2, 2, 8
 
 
-def test_every_step_learns_at_the_rate_of_its_number_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_step_uses_and_logs_its_learning_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps count from 0 in the formula and from 1 in metrics.jsonl."""
     make_workplace(tmp_path, dtype="float32")
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""What a run is made of: the same on all ranks, and what its checkpoint says it was."""
+"""Tests for building and resuming a run: equal on all ranks, and consistent with its checkpoint."""
 
 import io
 import shutil
@@ -40,7 +40,7 @@ ORDER = (
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A place with a config and a text; its runs are in `runs`."""
+    """A folder with a config and texts; its runs are in `runs`."""
     text = "It was a bright cold day in April, and the clocks were striking. " * 50
     (tmp_path / "text.txt").write_text(text)
     (tmp_path / "other.txt").write_text(text.replace("cold", "warm"))
@@ -67,7 +67,7 @@ def _build(folder: Path, overrides: list[str], mesh: Mesh | None = None) -> tupl
 
 
 def _error_here(folder: Path, overrides: list[list[str]], visible_s: float = 0.1) -> str | None:
-    """Return how making the run ends on this rank, each rank with its own overrides."""
+    """Build the run on this rank with its own overrides; return the error, if any."""
     shared_fs.VISIBLE_S = visible_s
     mesh = mesh_here()
     try:
@@ -77,9 +77,7 @@ def _error_here(folder: Path, overrides: list[list[str]], visible_s: float = 0.1
     return None
 
 
-def test_a_config_that_is_another_one_on_some_ranks_is_refused_by_key_value_and_rank(
-    ranks: Ranks, folder: Path
-) -> None:
+def test_a_config_that_differs_between_ranks_is_refused_by_key_value_and_rank(ranks: Ranks, folder: Path) -> None:
     other = ["schedule.peak_lr=0.002", "eval.every=7"]
     errors = ranks.run(3, _error_here, folder, [[], other, other])
     assert len(set(errors)) == 1 and errors[0].startswith("ConfigError: schedule.peak_lr: 0.001 on rank 0 (host ")
@@ -96,7 +94,7 @@ def test_hosts_may_have_their_files_in_other_places(ranks: Ranks, folder: Path) 
     assert [path.name for path in (folder / "runs/tiny").glob(".start*")] == []
 
 
-def test_ranks_that_read_other_text_are_refused(ranks: Ranks, folder: Path) -> None:
+def test_ranks_with_different_text_are_refused(ranks: Ranks, folder: Path) -> None:
     own = [f"data.sources.0.path={folder}/other.txt"]
     errors = ranks.run(2, _error_here, folder, [[], own])
     assert all(error.startswith("DataError: data.fingerprint: ") for error in errors)
@@ -147,7 +145,7 @@ def test_ranks_with_other_groups_are_refused_before_they_wait_for_each_other(ran
 
 
 def _saved(folder: Path, change: Callable[[dict[str, Any]], object] = lambda info: None) -> Path:
-    """Save a checkpoint of step 1 into a run folder without config.yaml; `change` what it says of its run."""
+    """Save a checkpoint of step 1 into a run folder without config.yaml; `change` edits its metadata."""
     run, said = _build(folder, [])
     assert said == []
     info = run.checkpoint_info()
@@ -159,7 +157,7 @@ def _saved(folder: Path, change: Callable[[dict[str, Any]], object] = lambda inf
     return saved.path
 
 
-def test_what_is_learned_is_compared_with_what_the_checkpoint_says(folder: Path) -> None:
+def test_a_changed_config_is_compared_with_the_checkpoint(folder: Path) -> None:
     path = _saved(folder)
     where = ["parallel.micro_batch_size=2", "train.steps=20", "checkpoint.every=5", "name=tiny"]
     run, said = _build(folder, ["seed=7", "schedule.peak_lr=0.002", *where])
@@ -174,7 +172,7 @@ def test_what_is_learned_is_compared_with_what_the_checkpoint_says(folder: Path)
     assert _build(folder, ["seed=8"])[1] == [], "the folder's config.yaml is there again, and compared before"
 
 
-def test_what_a_change_means_for_the_order_of_the_rows_is_said_where_a_run_goes_on(folder: Path) -> None:
+def test_a_change_of_the_row_order_is_warned_about_on_resume(folder: Path) -> None:
     changes = ["seed=7", "data.mixture.by=tokens", "train.global_batch_size=8", "data.workers=1"]
     where = RunFolder(folder / "runs/tiny")
     run, _ = _build(folder, [])
@@ -198,8 +196,8 @@ def _without(*keys: str) -> Callable[[dict[str, Any]], object]:
 
 
 @pytest.mark.parametrize("loses_config", [False, True])
-def test_a_model_key_that_the_checkpoint_does_not_know_must_have_its_default(folder: Path, loses_config: bool) -> None:
-    """Also one that changes no shape."""
+def test_a_model_key_missing_in_the_checkpoint_must_have_its_default(folder: Path, loses_config: bool) -> None:
+    """Including a change that keeps all shapes."""
     path = _saved(folder, _without("rope_theta"))
     if not loses_config:
         (folder / "runs/tiny/config.yaml").write_text((folder / "tiny.yaml").read_text())
@@ -230,8 +228,8 @@ def test_a_config_of_another_version_leaves_model_and_seed_to_compare(folder: Pa
 # --- a schedule that is another one from where a run goes on ----------------------------------------------------------
 
 
-def test_a_jump_of_the_learning_rate_is_said_where_a_run_goes_on(folder: Path) -> None:
-    """A cosine that was at its end is in its middle again in a longer run, and the model was not trained for that."""
+def test_a_jump_of_the_learning_rate_is_warned_about_on_resume(folder: Path) -> None:
+    """In a longer run a cosine schedule that had ended is at its middle again."""
     cosine = ["schedule.peak_lr=3e-3", "train.steps=40"]
     run, _ = _build(folder, cosine)
     run.saver.start(40, run.engine.state(), run.checkpoint_info())

@@ -1,4 +1,4 @@
-"""The window of losses and what is above it."""
+"""Tests for the spike window."""
 
 import json
 import statistics
@@ -15,18 +15,18 @@ def _filled(count: int, **fields: int) -> SpikeWindow:
     return window
 
 
-def test_a_spike_is_above_so_many_standard_deviations() -> None:
+def test_a_spike_exceeds_sigmas_standard_deviations() -> None:
     window = _filled(40)
     limit = window.limit()
     assert limit == pytest.approx(statistics.fmean(window.losses) + 6 * statistics.pstdev(window.losses), rel=1e-12)
 
 
-def test_nothing_is_judged_by_fewer_than_32_losses() -> None:
+def test_fewer_than_32_losses_detect_no_spike() -> None:
     assert _filled(31).limit() is None
     assert _filled(32).limit() is not None
 
 
-def test_losses_that_are_all_the_same_judge_nothing() -> None:
+def test_constant_losses_detect_no_spike() -> None:
     window = SpikeWindow(sigmas=6.0, size=64, patience=3)
     for _ in range(64):
         window.note_taken(0.1)
@@ -43,7 +43,7 @@ def test_only_the_last_losses_count() -> None:
     assert limit is not None and limit > 9.0
 
 
-def test_the_window_starts_anew_after_too_many_skipped_spikes_in_a_row() -> None:
+def test_the_window_restarts_after_too_many_skipped_spikes_in_a_row() -> None:
     window = _filled(40)
     assert [window.note_skipped(), window.note_skipped(), window.note_skipped()] == [False, False, True]
     assert window.limit() is None and not window.losses
@@ -52,7 +52,7 @@ def test_the_window_starts_anew_after_too_many_skipped_spikes_in_a_row() -> None
     assert window.skipped_in_a_row == 0
 
 
-def test_a_step_that_is_taken_between_them_begins_the_count_again() -> None:
+def test_a_step_taken_between_skipped_spikes_resets_their_count() -> None:
     window = _filled(40)
     assert not window.note_skipped() and not window.note_skipped()
     window.note_taken(2.0)
@@ -70,7 +70,7 @@ def test_a_window_survives_json_to_the_last_bit() -> None:
     assert [x.hex() for x in other.losses] == [x.hex() for x in window.losses]
 
 
-def test_a_smaller_window_takes_over_the_newest() -> None:
+def test_a_smaller_window_restores_the_newest_losses() -> None:
     window = _filled(0, size=32)
     window.restore(_filled(100).record())
     assert list(window.losses) == list(_filled(100).losses)[-32:]

@@ -1,4 +1,4 @@
-"""Rows that no question can be made of: one line that names file and row, before anything is trained."""
+"""Tests for unusable rows: an error of one line with file and row, before training."""
 
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,7 @@ def test_a_bad_row_is_named(tmp_path: Path, fields: dict[str, Any], change: dict
     assert str(caught.value) == f"{tmp_path}/rows.jsonl:{line}: {message}"
 
 
-def test_no_rows_left_by_the_filters_are_none(tmp_path: Path) -> None:
+def test_filters_that_reject_all_rows_are_an_error(tmp_path: Path) -> None:
     filters = [{"column": "q", "one_of": ["other"]}]
     with pytest.raises(
         DataError, match=r"^eval\.tasks: task: no row passes its filters; it needs some; correct the fil"
@@ -142,7 +142,7 @@ def test_no_rows_left_by_the_filters_are_none(tmp_path: Path) -> None:
         build(tmp_path, [GOOD], filters=filters, **CHOICE)
 
 
-def test_no_rows_at_all_are_none(tmp_path: Path) -> None:
+def test_a_file_without_rows_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"rows\.jsonl: holds no records"):
         build(tmp_path, [], **CHOICE)
 
@@ -156,12 +156,12 @@ def test_a_file_of_candidates_is_checked_as_a_whole(tmp_path: Path) -> None:
         build(tmp_path, [GOOD], **fields)
 
 
-def test_a_candidate_that_is_too_long_is_named_and_no_row(tmp_path: Path) -> None:
+def test_a_candidate_that_is_too_long_is_named_instead_of_a_row(tmp_path: Path) -> None:
     (tmp_path / "items.txt").write_text("a\n" + "b" * 500 + "\n")
     fields = {"kind": "ranking", "candidates_file": str(tmp_path / "items.txt"), "relevant": "a", "k": [1]}
     with pytest.raises(DataError, match=r"items\.txt: 'b{40}': the text to score has 501 tokens"):
         build(tmp_path, [GOOD], **fields)
 
 
-def test_an_empty_prompt_is_no_mistake(tmp_path: Path) -> None:
+def test_an_empty_prompt_is_allowed(tmp_path: Path) -> None:
     assert build(tmp_path, [{**GOOD, "q": ""}], **CHOICE).num_examples == 1

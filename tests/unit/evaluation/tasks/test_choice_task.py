@@ -1,4 +1,4 @@
-"""Choosing by completion scoring."""
+"""Tests for multiple-choice tasks."""
 
 import math
 from pathlib import Path
@@ -27,7 +27,7 @@ def _tokens(text: str) -> list[int]:
 
 @torch.no_grad()
 def _log_prob(prompt: str, completion: list[int]) -> float:
-    """One full pass over end of document, prompt and completion."""
+    """Score a completion with one full pass over end of document, prompt and completion."""
     context = [255, *_tokens(prompt)]
     text = torch.tensor([[*context, *completion]])
     column = torch.arange(text.shape[1] - 1)[None]
@@ -47,9 +47,7 @@ def _log_prob(prompt: str, completion: list[int]) -> float:
 
 @pytest.mark.parametrize("ends_document", [True, False])
 @pytest.mark.parametrize("answer", ["label", "said"], ids=["by number", "by text"])
-def test_the_likeliest_choice_counts_and_is_what_full_passes_say(
-    tmp_path: Path, ends_document: bool, answer: str
-) -> None:
+def test_metrics_equal_those_of_full_passes(tmp_path: Path, ends_document: bool, answer: str) -> None:
     fields: dict[str, Any] = {"choices": CHOICES, "answer": answer, "ends_document": ends_document}
     task = build(tmp_path, ROWS, kind="choice", **fields)
     metrics = dict(task.evaluate(subject()).metrics)
@@ -63,7 +61,7 @@ def test_the_likeliest_choice_counts_and_is_what_full_passes_say(
     assert metrics["cut_prompts"] == 0
 
 
-def test_a_choice_is_as_long_as_its_bytes(tmp_path: Path) -> None:
+def test_acc_norm_divides_by_bytes(tmp_path: Path) -> None:
     choices = ["oooo", "\u65e5\u672c\u8a9e", "\u00e9\u00e9"]
     log_probs = np.array([_log_prob("Which? ", [*_tokens(choice), 255]) for choice in choices])
     right = int((log_probs / [len(choice.encode()) for choice in choices]).argmax())
@@ -92,8 +90,8 @@ def test_choices_with_columns_in_them_are_rendered(tmp_path: Path) -> None:
     assert task.fingerprint == same.fingerprint
 
 
-def test_a_prompt_that_is_too_long_is_cut_on_the_left_and_counted(tmp_path: Path) -> None:
-    """What is left of it is the same for all choices of the row: room is made for the longest."""
+def test_a_prompt_that_is_too_long_is_truncated_on_the_left_and_counted(tmp_path: Path) -> None:
+    """The longest choice decides, so that all choices of a row follow the same prompt."""
     fields: dict[str, Any] = {"kind": "choice", "choices": ["a", "b" * 9], "answer": "right"}
     room = SEQ_LEN + 1 - 10  # nine bytes and the end of the document, of which the last is not read
     long, short = ({"q": "x" * length + "end ", "right": 0} for length in (500, room - 4))
@@ -122,11 +120,11 @@ def test_metrics_equal_hand_computed_ones() -> None:
     assert metrics["acc_stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
 
 
-def test_what_is_no_number_is_no_answer() -> None:
+def test_nan_is_never_right() -> None:
     assert choice_metrics([[math.nan, -1.0], [-1.0, math.nan]], [[1, 1], [1, 1]], [0, 0])["acc"] == 0.0
 
 
-def test_macro_f1_is_the_mean_over_classes_that_there_are() -> None:
+def test_macro_f1_is_the_mean_over_classes_that_occur() -> None:
     # class 0: precision 1/2, recall 1; class 1: 1 and 1/2; class 3: chosen once, never right
     assert macro_f1([0, 0, 1, 3], [0, 1, 1, 2]) == pytest.approx((2 / 3 + 2 / 3 + 0 + 0) / 4)
     assert macro_f1([1, 1], [1, 1]) == 1.0

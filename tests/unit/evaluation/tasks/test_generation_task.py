@@ -1,4 +1,4 @@
-"""Writing, and judging what was written."""
+"""Tests for generation tasks."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def _build(folder: Path, rows: list[dict[str, Any]], **fields: Any) -> Task:
     return build(folder, rows, kind="generation", **fields)
 
 
-def test_what_is_written_is_what_the_model_writes_after_the_prompt_alone(tmp_path: Path) -> None:
+def test_a_batch_generates_the_same_as_single_prompts(tmp_path: Path) -> None:
     result = _build(tmp_path, ROWS).evaluate(subject())
     for row, prediction in zip(ROWS, result.predictions, strict=True):
         prompt = [255, *row["q"].encode()]
@@ -32,7 +32,7 @@ def test_what_is_written_is_what_the_model_writes_after_the_prompt_alone(tmp_pat
         assert prediction["prompt"] == row["q"] and prediction["references"] == [row["r"]]
 
 
-def test_temperature_draws_the_same_texts_again_and_others_for_other_rows(tmp_path: Path) -> None:
+def test_sampling_is_reproducible_and_differs_between_rows(tmp_path: Path) -> None:
     rows = [ROWS[0]] * 4
     drawn = _build(tmp_path, rows, temperature=1.0)
     texts = [one["prediction"] for one in drawn.evaluate(subject()).predictions]
@@ -40,7 +40,7 @@ def test_temperature_draws_the_same_texts_again_and_others_for_other_rows(tmp_pa
     assert len(set(texts)) == 4
 
 
-def test_a_prompt_is_cut_until_the_longest_text_fits(tmp_path: Path) -> None:
+def test_a_prompt_is_truncated_until_the_longest_text_fits(tmp_path: Path) -> None:
     long = {"q": "x" * 100, "r": "y"}
     task = _build(tmp_path, [long, ROWS[0]], max_new_tokens=SEQ_LEN - 1)
     assert task.num_truncated == 2, "room for two tokens"
@@ -64,13 +64,13 @@ def test_metrics_equal_hand_computed_ones() -> None:
     assert exact.values == {"exact_match": 0.5}
 
 
-def test_chinese_is_cut_into_words_by_its_own_rule() -> None:
+def test_chinese_has_its_own_tokenizer() -> None:
     texts, references = ["我喜欢吃苹果和香蕉"], [["我喜欢吃苹果和葡萄"]]
     plain, chinese = (score_texts("bleu", texts, references, bleu_tokenize=how).values["bleu"] for how in ("13a", "zh"))
     assert plain < 1 < 50 < chinese
 
 
-def test_signatures_are_known_before_anything_is_written(tmp_path: Path) -> None:
+def test_signatures_are_available_before_generation(tmp_path: Path) -> None:
     task = _build(tmp_path, ROWS, metrics=["bleu", "chrf", "rouge", "exact_match"], bleu_tokenize="zh")
     assert set(task.signatures) == {"bleu", "chrf"} and "tok:zh" in task.signatures["bleu"]
     metrics = task.evaluate(subject()).metrics

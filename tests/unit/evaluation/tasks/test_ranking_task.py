@@ -1,4 +1,4 @@
-"""Ordering candidates by completion scoring."""
+"""Tests for ranking tasks."""
 
 import math
 import random
@@ -27,20 +27,20 @@ def test_metrics_equal_hand_computed_ones() -> None:
     assert ranking_metrics([[1, 2, 3]], [1, 2]).items() >= {"ndcg@1": 1.0, "ndcg@2": 1.0}.items()
 
 
-def test_of_equal_scores_the_right_ones_come_last() -> None:
+def test_relevant_candidates_lose_ties() -> None:
     assert ranks_of([0.0, 0.0, 0.0, 0.0], frozenset({1})) == [4]
     assert ranks_of([0.0, 2.0, 2.0, 1.0], frozenset({1, 3})) == [2, 3]
     metrics = ranking_metrics([ranks_of([-7.0] * 20, frozenset({0}))], [1, 10])
     assert (metrics["hit@1"], metrics["hit@10"], metrics["mrr"]) == (0.0, 0.0, 1 / 20)
 
 
-def test_a_score_that_is_no_number_is_the_worst() -> None:
+def test_nan_is_the_lowest_score() -> None:
     assert ranks_of([math.nan, -5.0, -math.inf], frozenset({0})) == [3]
     assert ranks_of([math.nan, -5.0, math.nan], frozenset({1})) == [1]
 
 
 @given(st.lists(st.floats(-9, 0), min_size=2, max_size=12, unique=True), st.randoms())
-def test_where_the_right_one_stands_in_the_list_does_not_matter(values: list[float], draw: random.Random) -> None:
+def test_the_rank_does_not_depend_on_the_position_in_the_list(values: list[float], draw: random.Random) -> None:
     place = draw.randrange(len(values))
     (rank,) = ranks_of(values, frozenset({place}))
     assert rank == 1 + sum(value > values[place] for value in values)
@@ -61,7 +61,7 @@ def test_candidates_are_ordered_by_how_likely_they_follow(tmp_path: Path, order_
     assert metrics["hit@1"] == 0.2 and metrics["hit@2"] == 0.4 and sorted(places) == [1, 2, 3, 4, 5]
 
 
-def test_the_right_ones_may_be_named_by_number_or_text_or_several(tmp_path: Path) -> None:
+def test_relevant_candidates_are_numbers_texts_or_lists(tmp_path: Path) -> None:
     fields: dict[str, Any] = {"kind": "ranking", "candidates_column": "items", "relevant": "r", "k": [1]}
     named = [{"q": "q", "items": CANDIDATES, "r": right} for right in (2, "x", ["another", 0], [4])]
     numbered = [{"q": "q", "items": CANDIDATES, "r": right} for right in ([2], 3, [0, 2], "last one")]
