@@ -65,7 +65,7 @@ def find_newest(folder: CheckpointFolder, group: Group, *, warn: Callable[[str],
         rejected[step] = found
     if rejected:
         raise CheckpointError(
-            f"{'; '.join(rejected.values())}; no other checkpoint is left: restore it, or train anew with another "
+            f"{'; '.join(rejected.values())}; no other checkpoint is left: restore it, or start a new run with another "
             "name=..."
         )
     return None

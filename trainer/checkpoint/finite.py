@@ -69,7 +69,7 @@ def _message(by_rank: list[dict[str, str]], group: Group, newest: str | None, *,
     if newest is None:
         back = "there is no good checkpoint: lower schedule.peak_lr and start again"
     else:
-        back = f"the last good checkpoint is {newest}: lower schedule.peak_lr and start again to go on from it"
+        back = f"the last good checkpoint is {newest}: lower schedule.peak_lr and start again to resume from it"
     return f"step {step}: {by_rank[ranks[0]][first]} is not finite{where}{more}; nothing of it is saved; {back}"
 
 

@@ -205,7 +205,7 @@ def test_a_non_finite_state_ends_the_run_on_all_ranks_and_is_not_saved(ranks: Ra
         rf"step 4: {re.escape(named)} is not finite on rank {where}( \(and \d+ more tensors?\))?; ", errors[0]
     )
     good = folder / "runs/tiny/checkpoints/step_00000002"
-    advice = f"the last good checkpoint is {good}: lower schedule.peak_lr and start again to go on from it"
+    advice = f"the last good checkpoint is {good}: lower schedule.peak_lr and start again to resume from it"
     assert errors[0].endswith(f"; nothing of it is saved; {advice}")
     assert _saved(folder) == [good.name]
 
