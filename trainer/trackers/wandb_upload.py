@@ -70,7 +70,11 @@ class Uploader:
         """Upload existing records and new ones until the run ends."""
         with os.fdopen(open_unshared(self._folder / "wandb" / ".lock", os.O_WRONLY | os.O_CREAT), "w") as lock:
             with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX)  # the upload of a killed run may still be finishing
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:  # of a run that still trains, or was killed
+                    self.say("waiting for another upload of this run to end")
+                    fcntl.flock(lock, fcntl.LOCK_EX)
             try:
                 run = self._init()
             except Exception as error:
