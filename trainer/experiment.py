@@ -218,6 +218,9 @@ class ExperimentConfig(Config):
         engine = self.engine
         if not isinstance(engine, DeepSpeedEngineConfig):
             return
+        if not isinstance(self.optim, AdamWConfig):
+            yield Problem("optim.kind", f"{self.optim.kind}: the DeepSpeed engine has adamw; use engine.kind native")
+            return
         if self.parallel.data == "shard":
             yield Problem("parallel.data", "shard is FSDP2's, and DeepSpeed shards by engine.zero_stage; use replicate")
         if self.train.dtype == "float64":

@@ -1,7 +1,6 @@
 """The contract of every data source in the registry."""
 
 import json
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.registries import SOURCES as CONFIGS
-from trainer.data.sources.base import Source
+from trainer.contracts.source import CHECKS
 
 
 def _text(folder: Path) -> dict[str, Any]:
@@ -46,44 +45,16 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def source(kind: str, tmp_path: Path) -> Source:
-    return CONFIGS[kind](**OPTIONS[kind](tmp_path), weight=2.5).build()
+def config(kind: str, tmp_path: Path) -> Any:
+    return CONFIGS[kind](**OPTIONS[kind](tmp_path), weight=2.5)
 
 
-def test_files_exist_and_are_named_once(source):
-    files = source.files()
-    assert files
-    assert all(path.is_file() for path in files)
-    assert len(set(files)) == len(files)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_a_source_keeps_its_contract(config: Any, check: Callable[[Any], None]) -> None:
+    check(config)
 
 
-def test_documents_are_the_same_every_time(source):
-    assert list(source.documents()) == list(source.documents())
-
-
-def test_parts_in_order_are_the_whole_source(source):
-    assert [d for part in source.parts() for d in source.read(part)] == list(source.documents())
-
-
-def test_parts_are_read_the_same_by_another_process(source, kind, tmp_path):
-    again = CONFIGS[kind](**OPTIONS[kind](tmp_path), weight=2.5).build()
-    parts = pickle.loads(pickle.dumps(source.parts()))
-    assert [d for part in parts for d in again.read(part)] == list(source.documents())
-
-
-def test_files_are_the_same_every_time(source):
-    assert source.files() == source.files()
-
-
-def test_every_document_has_text_that_utf8_can_hold_and_a_name_of_its_own(source):
-    documents = list(source.documents())
-    assert all(d.text.strip() and d.text.encode("utf-8") for d in documents)
-    assert len({(d.domain, d.name) for d in documents}) == len(documents)
-
-
-def test_documents_are_of_the_domains_that_were_asked_for(source, kind):
-    assert {d.domain for d in source.documents()} == DOMAINS[kind]
-
-
-def test_the_weight_is_the_one_of_the_config(source):
-    assert source.weight == 2.5
+def test_it_reads_local_files_of_the_domains_that_were_asked_for(config: Any, kind: str) -> None:
+    source = config.build()
+    assert source.files() and source.weight == 2.5
+    assert {document.domain for document in source.documents()} == DOMAINS[kind]

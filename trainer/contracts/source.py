@@ -8,7 +8,7 @@ from trainer.data.records.base import SourcePart
 from trainer.data.sources.base import Document, Source
 from trainer.data.sources.registry import SourceOptions
 
-_MOST = 1000
+_MOST = 10_000
 """Documents that are looked at."""
 
 

@@ -174,6 +174,12 @@ def test_an_experts_kernel_is_a_function() -> None:
     assert "'lop' is not one of auto, loop" in message("parallel.experts_kernel=lop")
 
 
+def test_an_optimizer_is_for_the_native_engine() -> None:
+    lion = "optim.kind=tests.unit.contracts.test_plugin:SGDConfig"
+    assert experiment(lion).optim.kind == lion.removeprefix("optim.kind=")
+    assert "the DeepSpeed engine has adamw; use engine.kind native" in message(lion, "engine.kind=deepspeed")
+
+
 def test_a_tracker_is_a_plugin() -> None:
     said = message("metrics.trackers=[{kind: csv}]")
     assert "metrics.trackers.0.kind: no tracker has this name; write my_package.module:ClassConfig" in said
