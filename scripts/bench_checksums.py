@@ -18,7 +18,7 @@ from trainer.data.token_cache.checksums import BLOCK_BYTES, CheckedArray
 from trainer.distributed import runtime
 from trainer.distributed.mesh import Mesh
 from trainer.experiment import ExperimentConfig
-from trainer.training.model import build_model, numerics, resolve_kernel
+from trainer.training.model import build_parallel_model, numerics, resolve_kernel
 
 _HASHED_BYTES = 64 << 20
 
@@ -43,7 +43,7 @@ def main() -> None:
     )
 
     corpus = build_corpus(config.data)
-    model = build_model(config, corpus.tokenizer, Mesh.of_one(), device, warn=print)
+    model = build_parallel_model(config, corpus.tokenizer, Mesh.of_one(), device, warn=print)
     engine = config.engine.build(model, config.optim, numerics(config), Mesh.of_one())
 
     def start() -> tuple[float, TrainStream]:

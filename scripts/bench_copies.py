@@ -18,7 +18,7 @@ from trainer.distributed import runtime
 from trainer.distributed.mesh import joined
 from trainer.distributed.rank_layout import layout_from_environment
 from trainer.experiment import ExperimentConfig
-from trainer.training.model import build_model, numerics, resolve_kernel
+from trainer.training.model import build_parallel_model, numerics, resolve_kernel
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
     with joined(layout, device, timeout_s=300) as mesh:
         corpus = build_corpus(config.data)
         stream = TrainStream(corpus, packing=config.data.packing, seq_len=config.model.seq_len, seed=config.seed)
-        model = build_model(config, corpus.tokenizer, mesh, device, warn=print)
+        model = build_parallel_model(config, corpus.tokenizer, mesh, device, warn=print)
         engine = config.engine.build(model, config.optim, numerics(config), mesh)
 
         def step(number: int) -> None:

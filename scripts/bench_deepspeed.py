@@ -35,7 +35,7 @@ from trainer.engine.registry import NativeEngineConfig
 from trainer.experiment import ExperimentConfig
 from trainer.models.gpt import GPT, Block
 from trainer.ops.rotary import rotary_table
-from trainer.training.model import build_model, numerics, resolve_kernel
+from trainer.training.model import build_parallel_model, numerics, resolve_kernel
 
 CPU = torch.device("cpu")
 CONTENDERS = ("native", "DeepSpeed engine, ZeRO 1", "DeepSpeed engine, ZeRO 2", "DeepSpeed's own MoE, ZeRO 1")
@@ -121,7 +121,7 @@ def their_steps(config: ExperimentConfig, mesh: Mesh, batches: list[Batch]) -> C
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
     alone = config.model_copy(update={"parallel": config.parallel.model_copy(update={"ep_size": 1})})
-    whole = build_model(alone, ByteTokenizer(), Mesh.of_one(), CPU, warn=print)
+    whole = build_parallel_model(alone, ByteTokenizer(), Mesh.of_one(), CPU, warn=print)
     model = TheirModel(whole, config, mesh.layout.ep_size)
     described = split_params_into_different_moe_groups_for_optimizer(
         {"params": [p for p in model.parameters() if p.requires_grad], "name": "parameters"}
@@ -149,7 +149,7 @@ def their_steps(config: ExperimentConfig, mesh: Mesh, batches: list[Batch]) -> C
 def our_steps(config: ExperimentConfig, mesh: Mesh, batches: list[Batch], stage: int) -> Callable[[], object]:
     """Return a step of one of our engines; stage 0 is the native one."""
     section = DeepSpeedEngineConfig(zero_stage=stage) if stage else NativeEngineConfig()
-    model = build_model(config, ByteTokenizer(), mesh, CPU, warn=print)
+    model = build_parallel_model(config, ByteTokenizer(), mesh, CPU, warn=print)
     engine = section.build(model, config.optim, numerics(config), mesh)
     return lambda: engine.train_step(batches, lr=1e-4)
 

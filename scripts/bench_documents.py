@@ -27,7 +27,7 @@ from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.distributed import runtime
 from trainer.distributed.mesh import Mesh
 from trainer.experiment import ExperimentConfig
-from trainer.training.model import build_model, numerics, resolve_kernel
+from trainer.training.model import build_parallel_model, numerics, resolve_kernel
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -109,7 +109,7 @@ def measure_steps(path: Path, overrides: list[str], rounds: int) -> None:
         config, mesh = resolve_kernel(config, device), Mesh.of_one()
         corpus = build_corpus(config.data)
         stream = TrainStream(corpus, packing="bfd", seq_len=config.model.seq_len, seed=config.seed)
-        model = build_model(config, corpus.tokenizer, mesh, device, warn=print)
+        model = build_parallel_model(config, corpus.tokenizer, mesh, device, warn=print)
         steps[within] = config.engine.build(model, config.optim, numerics(config), mesh).train_step
     seconds = {within: [] for within in steps}
     for number in range(WARMUP + rounds):

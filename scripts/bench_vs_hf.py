@@ -107,7 +107,7 @@ def turnout(name: str, dtype: str) -> tuple[Callable, str]:
     from trainer.distributed.mesh import Mesh
     from trainer.experiment import ExperimentConfig
     from trainer.models.flops import model_size
-    from trainer.training.model import build_model, numerics, resolve_kernel
+    from trainer.training.model import build_parallel_model, numerics, resolve_kernel
 
     moe = {"num_experts": SHAPE["experts"], "d_ff": SHAPE["d_ff"], "router": {"kind": "top_k", "top_k": SHAPE["top_k"]}}
     config = ExperimentConfig.model_validate(
@@ -133,7 +133,7 @@ def turnout(name: str, dtype: str) -> tuple[Callable, str]:
     device = runtime.start("cpu")
     config = resolve_kernel(config, device)
     mesh = Mesh.of_one()
-    model = build_model(config, ByteTokenizer(), mesh, device, warn=print)
+    model = build_parallel_model(config, ByteTokenizer(), mesh, device, warn=print)
     engine = config.engine.build(model, config.optim, numerics(config), mesh)
     real = torch.ones(ROWS, SHAPE["seq_len"], dtype=torch.bool)
     column = torch.arange(SHAPE["seq_len"]).expand(ROWS, -1)

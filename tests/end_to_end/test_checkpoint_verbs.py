@@ -262,7 +262,7 @@ PLACES = {
     "as it is listed": "trainer.checkpoint.checkpoint_folder.read_manifest",
     "as it is hashed": "trainer.checkpoint.find_checkpoint.check_file",
     "as its numbers are looked at": "trainer.checkpoint.find_checkpoint.check_finite_values",
-    "while the model is made": "trainer.training.load_trained.build_model",
+    "while the model is made": "trainer.training.load_trained.build_parallel_model",
     "as its tensors are read": "trainer.checkpoint.tensor_files.open_tensors",
 }
 

@@ -14,7 +14,7 @@ from trainer.distributed.mesh import Mesh
 from trainer.engine.step import StepEngine
 from trainer.experiment import ExperimentConfig
 from trainer.prove.gather import gather_state
-from trainer.training.model import build_model, numerics, resolve_kernel
+from trainer.training.model import build_parallel_model, numerics, resolve_kernel
 
 
 @dataclass(slots=True, kw_only=True)
@@ -69,7 +69,7 @@ def collect(config: ExperimentConfig, mesh: Mesh, *, steps: int) -> Evidence:
     config = resolve_kernel(config, device)
     corpus = build_corpus(config.data)
     stream = TrainStream(corpus, packing=config.data.packing, seq_len=config.model.seq_len, seed=config.seed)
-    model = build_model(config, corpus.tokenizer, mesh, device, warn=_ignore)
+    model = build_parallel_model(config, corpus.tokenizer, mesh, device, warn=_ignore)
     engine = config.engine.build(model, config.optim, numerics(config), mesh)
     assert isinstance(engine, StepEngine)
     with closing(engine):

@@ -4,10 +4,10 @@ from trainer.checkpoint.finite import check_finite
 from trainer.checkpoint.replica_check import check_copies
 from trainer.engine.base import StepResult
 from trainer.errors import NumericsError
-from trainer.training.run import Run
+from trainer.training.run import RunState
 
 
-def record_step_health(run: Run, done: int, result: StepResult, *, limit: float | None) -> None:
+def record_step_health(run: RunState, done: int, result: StepResult, *, limit: float | None) -> None:
     """Count and report a skipped step or a loss spike.
 
     Args:
@@ -41,7 +41,7 @@ def record_step_health(run: Run, done: int, result: StepResult, *, limit: float 
         spikes.note_taken(result.loss)
 
 
-def check_patience(run: Run, done: int, result: StepResult) -> None:
+def check_patience(run: RunState, done: int, result: StepResult) -> None:
     """Stop a run whose loss or gradient stays non-finite.
 
     Raises:
@@ -59,7 +59,7 @@ def check_patience(run: Run, done: int, result: StepResult) -> None:
     )
 
 
-def check_replicas(run: Run, done: int) -> None:
+def check_replicas(run: RunState, done: int) -> None:
     """Check that replicated tensors are bitwise equal across ranks, at most once per step. Collective.
 
     Raises:

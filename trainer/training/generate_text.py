@@ -17,7 +17,7 @@ from trainer.models.sampling import SamplingOptions
 from trainer.moe.causality import evaluation_warning
 from trainer.terminal import visible
 from trainer.training.load_trained import load_trained
-from trainer.training.run import Run
+from trainer.training.run import RunState
 
 _SAMPLE_PROMPT_TOKENS, _SAMPLE_TOKENS = 48, 320
 
@@ -85,7 +85,7 @@ def generate_text(
         print(escape(decoder.decode(b"", final=True)))
 
 
-def sample_held_out(run: Run) -> Sample:
+def sample_held_out(run: RunState) -> Sample:
     """Continue the beginning of the first domain's held-out text. Collective: experts are on all ranks."""
     corpus, world = run.corpus, run.mesh.world
     prompt = corpus.validation[0].tokens[:_SAMPLE_PROMPT_TOKENS].tolist()

@@ -15,7 +15,7 @@ from trainer.engine.base import Engine
 from trainer.errors import CheckpointError
 from trainer.experiment import ExperimentConfig
 from trainer.training import memory
-from trainer.training.model import build_model, numerics, resolve_kernel, single_process
+from trainer.training.model import build_parallel_model, numerics, resolve_kernel, single_process
 from trainer.training.resume import load_state
 
 
@@ -37,7 +37,7 @@ def load_trained(
     device = runtime.start(config.parallel.device)
     config = resolve_kernel(single_process(config), device)
     with memory.hint_reading_checkpoint(config):
-        model = build_model(config, tokenizer, mesh, device, warn=warn)
+        model = build_parallel_model(config, tokenizer, mesh, device, warn=warn)
     engine = config.engine.build(model, config.optim, numerics(config), mesh)
     while True:
         try:

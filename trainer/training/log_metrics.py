@@ -6,11 +6,11 @@ from trainer.evaluation.routing_gap import RoutingGap
 from trainer.metrics.routing_metrics import routing_metrics
 from trainer.metrics.system_stats import reduce_over_ranks
 from trainer.metrics.throughput import ThroughputMeter
-from trainer.training.run import Run
+from trainer.training.run import RunState
 
 
 def log_step(
-    run: Run, done: int, result: StepResult, *, lr: float, pace: ThroughputMeter, gap: RoutingGap | None = None
+    run: RunState, done: int, result: StepResult, *, lr: float, pace: ThroughputMeter, gap: RoutingGap | None = None
 ) -> None:
     """Log a step. Collective."""
     recorder = run.mesh.world.recorder
@@ -49,7 +49,7 @@ def log_step(
     run.console.step(record)
 
 
-def _mfu(run: Run, tokens_per_s: float) -> float | None:
+def _mfu(run: RunState, tokens_per_s: float) -> float | None:
     """Return the model FLOPs utilisation; None without `metrics.peak_tflops`, or if FLOPs per token vary."""
     peak, moe = run.config.metrics.peak_tflops, run.config.model.moe
     if peak is None or (moe is not None and not moe.has_static_flops):
@@ -57,7 +57,7 @@ def _mfu(run: Run, tokens_per_s: float) -> float | None:
     return tokens_per_s * run.size.training_flops_per_token / (peak * 1e12 * run.mesh.layout.world_size)
 
 
-def log_evaluation(run: Run, done: int, evaluation: EvalReport) -> None:
+def log_evaluation(run: RunState, done: int, evaluation: EvalReport) -> None:
     """Log an evaluation and write the generated texts to files."""
     recorder = run.mesh.world.recorder
     recorder.enter("writing the evaluation")

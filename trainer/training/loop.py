@@ -13,11 +13,11 @@ from trainer.status import StatusFile
 from trainer.training import anomalies, memory
 from trainer.training.evaluate_run import evaluate_run
 from trainer.training.log_metrics import log_evaluation, log_step
-from trainer.training.run import Run
+from trainer.training.run import RunState
 from trainer.training.save import report_save, save
 
 
-def fit(run: Run, stop: StopRequest, status: StatusFile) -> EvalReport | None:
+def fit(run: RunState, stop: StopRequest, status: StatusFile) -> EvalReport | None:
     """Train to `train.steps`; log, evaluate and save on the way.
 
     Returns:
@@ -77,7 +77,7 @@ def every(interval: int | None, done: int) -> bool:
     return interval is not None and done % interval == 0
 
 
-def _take_step(run: Run, step: int, pace: ThroughputMeter, status: StatusFile) -> tuple[StepResult, float]:
+def _take_step(run: RunState, step: int, pace: ThroughputMeter, status: StatusFile) -> tuple[StepResult, float]:
     """Read the rows of a step, take it and update the run's counters; return the result and the learning rate."""
     config, recorder, batch_size = run.config, run.mesh.world.recorder, run.config.train.global_batch_size
     status.begin_step(step + 1, first_row=run.position, num_rows=batch_size)
@@ -108,7 +108,7 @@ def _take_step(run: Run, step: int, pace: ThroughputMeter, status: StatusFile) -
     return result, lr
 
 
-def _evaluate_if_due(run: Run, done: int, status: StatusFile) -> EvalReport | None:
+def _evaluate_if_due(run: RunState, done: int, status: StatusFile) -> EvalReport | None:
     """Run and log the evaluations that are due after `done` steps; None: there are none."""
     is_last = done == run.config.train.steps
     with_held_out = every(run.config.eval.every, done) or is_last
@@ -123,7 +123,7 @@ def _evaluate_if_due(run: Run, done: int, status: StatusFile) -> EvalReport | No
     return evaluation
 
 
-def _routing_gap(run: Run) -> RoutingGap | None:
+def _routing_gap(run: RunState) -> RoutingGap | None:
     """Compare the routing of some held-out rows with the optimum; None for routers without scores."""
     config, moe = run.config, run.config.model.moe
     run.mesh.world.recorder.enter("evaluation")
@@ -140,7 +140,7 @@ def _routing_gap(run: Run) -> RoutingGap | None:
         return routing_gap(run.engine, rows, moe, seed=config.seed, world=run.mesh.world)
 
 
-def _agree(run: Run, stop: StopRequest, *, checks_folder: bool) -> tuple[str | None, bool]:
+def _agree(run: RunState, stop: StopRequest, *, checks_folder: bool) -> tuple[str | None, bool]:
     """Return the signal that asked any rank to stop, and whether the run folder was lost. Collective.
 
     Args:
@@ -156,7 +156,7 @@ def _agree(run: Run, stop: StopRequest, *, checks_folder: bool) -> tuple[str | N
     return (stop.requested_by or "a signal to another rank") if num_stopped else None, bool(num_lost)
 
 
-def _recreate_folder(run: Run) -> None:
+def _recreate_folder(run: RunState) -> None:
     """Recreate a run folder that was removed: its state is still in memory and is saved next. Collective.
 
     Raises:

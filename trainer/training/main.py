@@ -18,7 +18,7 @@ from trainer.experiment import ExperimentConfig
 from trainer.status import StatusFile, remove_others
 from trainer.training.generate_text import sample_held_out
 from trainer.training.loop import fit
-from trainer.training.run import Run
+from trainer.training.run import RunState
 from trainer.training.save import report_save
 from trainer.training.screens import final_summary, header
 from trainer.training.setup import build_run
@@ -82,7 +82,7 @@ def _lock(folder: RunFolder, mesh: Mesh) -> None:
             remove_others(folder.status, world_size=mesh.layout.world_size)
 
 
-def _fit(run: Run, stop: StopRequest, status: StatusFile) -> EvalReport | None:
+def _fit(run: RunState, stop: StopRequest, status: StatusFile) -> EvalReport | None:
     """Train, and finish the save in progress even after an error, unless that needs a rank that was lost."""
     try:
         evaluation = fit(run, stop, status)
@@ -96,7 +96,7 @@ def _fit(run: Run, stop: StopRequest, status: StatusFile) -> EvalReport | None:
     return evaluation
 
 
-def _finish(run: Run, evaluation: EvalReport, *, started_s: float) -> None:
+def _finish(run: RunState, evaluation: EvalReport, *, started_s: float) -> None:
     """Sample a text and show the summary.
 
     Raises:

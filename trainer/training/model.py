@@ -29,7 +29,7 @@ def meta_model(config: ExperimentConfig, tokenizer: Tokenizer) -> GPT:
         return GPT(config.model, tokenizer.vocab_size, experts_kernel=kernel)
 
 
-def build_model(
+def build_parallel_model(
     config: ExperimentConfig, tokenizer: Tokenizer, mesh: Mesh, device: torch.device, *, warn: Callable[[str], None]
 ) -> GPT:
     """Build the model with initial values, on its device and in its layout."""

@@ -15,14 +15,14 @@ from trainer.data.tokenizers.base import Tokenizer
 from trainer.engine.base import Engine
 from trainer.errors import DataError
 from trainer.experiment import ExperimentConfig
-from trainer.training.run import Run
+from trainer.training.run import RunState
 
 _RATE_TOLERANCE = 0.01
 """Relative change of the learning rate that needs no warning."""
 _RATE_KEYS = ("schedule.", "train.steps")
 
 
-def resume(run: Run, checkpoint: CheckpointHandle) -> None:
+def resume(run: RunState, checkpoint: CheckpointHandle) -> None:
     """Restore a run from a checkpoint: each rank reads its own slices, whatever layout wrote them.
 
     Raises:
@@ -90,7 +90,7 @@ def _changes_since(checkpoint: CheckpointHandle, config: ExperimentConfig) -> li
     return [unread, *seed_warning, *(order_warnings(["seed"]) if seed_warning else [])]
 
 
-def _rate_jump(checkpoint: CheckpointHandle, run: Run) -> str | None:
+def _rate_jump(checkpoint: CheckpointHandle, run: RunState) -> str | None:
     """Return a warning if the learning rate jumps because the schedule or the length of the run changed."""
     stored, done = _stored_config(checkpoint), checkpoint.step
     if stored is None or not 0 < done < run.config.train.steps:
@@ -107,7 +107,7 @@ def _rate_jump(checkpoint: CheckpointHandle, run: Run) -> str | None:
     )
 
 
-def _layout_changes(checkpoint: CheckpointHandle, run: Run) -> str:
+def _layout_changes(checkpoint: CheckpointHandle, run: RunState) -> str:
     """Describe how the layout differs from the one that wrote the checkpoint."""
     before, now = recorded_layout(checkpoint.manifest), run.layout_record()
     changes = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]

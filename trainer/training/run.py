@@ -26,7 +26,7 @@ from trainer.training.spikes import SpikeWindow
 
 
 @dataclass(slots=True, kw_only=True)
-class Run:
+class RunState:
     """State of one training run on one rank."""
 
     config: ExperimentConfig

@@ -5,13 +5,13 @@ import time
 from trainer.checkpoint.saver import Saved
 from trainer.distributed.collective_errors import raise_together
 from trainer.training import anomalies
-from trainer.training.run import Run
+from trainer.training.run import RunState
 
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 1.0, 30.0
 """Between two attempts at the final save."""
 
 
-def save(run: Run, done: int, *, is_last: bool = False, is_stopped: bool = False) -> None:
+def save(run: RunState, done: int, *, is_last: bool = False, is_stopped: bool = False) -> None:
     """Start saving a checkpoint, or save it now if it is the run's last one. Collective.
 
     A disk error is only a warning while there will be a later checkpoint.
@@ -26,7 +26,7 @@ def save(run: Run, done: int, *, is_last: bool = False, is_stopped: bool = False
         report_save(run, run.saver.wait())
 
 
-def _save_now(run: Run, done: int, *, prunes: bool) -> None:
+def _save_now(run: RunState, done: int, *, prunes: bool) -> None:
     """Save and wait; after a disk error retry for `checkpoint.retry_s`, while the state is still in memory.
 
     Raises:
@@ -53,7 +53,7 @@ def _save_now(run: Run, done: int, *, prunes: bool) -> None:
             )
 
 
-def report_save(run: Run, saved: Saved | None) -> None:
+def report_save(run: RunState, saved: Saved | None) -> None:
     """Show the result of a save that has finished, if any."""
     if saved is None:
         return

@@ -10,13 +10,13 @@ from trainer.evaluation.eval_report import EvalReport
 from trainer.evaluation.run_summary import summarize_evaluation
 from trainer.metrics.records import loss_curve
 from trainer.training.generate_text import Sample
-from trainer.training.run import Run
+from trainer.training.run import RunState
 
 Line = str | tuple[str, str]
 """A heading, or a label with its text."""
 
 
-def header(run: Run) -> list[Line]:
+def header(run: RunState) -> list[Line]:
     """Describe the run before its first step."""
     config, size, corpus, layout = run.config, run.size, run.corpus, run.mesh.layout
     moe = config.model.moe
@@ -43,7 +43,7 @@ def header(run: Run) -> list[Line]:
     return [*lines, ("folder", str(run.folder.path))]
 
 
-def final_summary(run: Run, evaluation: EvalReport, sample: Sample, *, elapsed_s: float) -> RunSummary:
+def final_summary(run: RunState, evaluation: EvalReport, sample: Sample, *, elapsed_s: float) -> RunSummary:
     """Summarize a finished run: evaluation, loss curve, sample and files."""
     logged_steps, losses = [], []
     with suppress(OSError):  # the curve is shown without earlier processes' steps

@@ -34,9 +34,9 @@ from trainer.models.flops import model_size
 from trainer.moe.causality import evaluation_warning, training_warning
 from trainer.trackers.base import JsonlTracker, Trackers
 from trainer.training import memory
-from trainer.training.model import build_model, meta_model, numerics, resolve_kernel
+from trainer.training.model import build_parallel_model, meta_model, numerics, resolve_kernel
 from trainer.training.resume import resume
-from trainer.training.run import Run
+from trainer.training.run import RunState
 from trainer.training.spikes import SpikeWindow
 
 _PATHS: Any = {"path": True, "data_files": True}
@@ -48,7 +48,9 @@ _HOST_SPECIFIC: Any = {
 """Keys that may differ between hosts, which may mount a file system elsewhere. The files' content is compared."""
 
 
-def build_run(config: ExperimentConfig, folder: RunFolder, console: Console, mesh: Mesh, device: torch.device) -> Run:
+def build_run(
+    config: ExperimentConfig, folder: RunFolder, console: Console, mesh: Mesh, device: torch.device
+) -> RunState:
     """Build a run, resumed from the newest intact checkpoint of its folder if there is one. Collective.
 
     The folder is locked. Rank 0 reads the text first, and only rank 0 writes files.
@@ -128,7 +130,7 @@ def build_model_and_engine(
     *,
     corpus: Corpus,
     tasks: Sequence[Task],
-) -> Run:
+) -> RunState:
     """Stage 3: build the model with initial values, its engine, and the run around them."""
     size = model_size(meta_model(config, corpus.tokenizer))
     logs = None
@@ -136,7 +138,7 @@ def build_model_and_engine(
         if mesh.layout.rank == 0:
             logs = JsonlTracker(folder.metrics, folder.routing, warn=console.warning)
     with memory.hint_making_weights(config, num_parameters=size.total_parameters):
-        model = build_model(config, corpus.tokenizer, mesh, device, warn=console.warning)
+        model = build_parallel_model(config, corpus.tokenizer, mesh, device, warn=console.warning)
     if config.model.moe is not None:
         layers = model.moe_layers()
         for warning in (training_warning(config.model.moe, layers), evaluation_warning(layers)):
@@ -145,7 +147,7 @@ def build_model_and_engine(
     with memory.hint_making_optimizer(config):
         engine = config.engine.build(model, config.optim, numerics(config), mesh, folder=folder.deepspeed)
     keep, keep_every, spikes = config.checkpoint.keep, config.checkpoint.keep_every, config.train.spikes
-    return Run(
+    return RunState(
         mesh=mesh,
         config=config,
         folder=folder,
@@ -169,7 +171,7 @@ def build_model_and_engine(
     )
 
 
-def resume_newest(run: Run) -> CheckpointHandle | None:
+def resume_newest(run: RunState) -> CheckpointHandle | None:
     """Stage 4: load the newest intact checkpoint of the run folder, if there is one, and return it.
 
     Raises:
@@ -186,7 +188,7 @@ def resume_newest(run: Run) -> CheckpointHandle | None:
     return checkpoint
 
 
-def write_run_folder(run: Run, checkpoint: CheckpointHandle | None, device: torch.device) -> None:
+def write_run_folder(run: RunState, checkpoint: CheckpointHandle | None, device: torch.device) -> None:
     """Stage 5: write config, tokenizer, run id and environment, and truncate the logs to the resumed step."""
     folder, corpus, recorder = run.folder, run.corpus, run.mesh.world.recorder
     has_no_logs = False

@@ -6,10 +6,10 @@ from trainer.config.dump import dump
 from trainer.trackers.base import PluginTracker, Tracker, Trackers
 from trainer.trackers.tensorboard import TensorBoardTracker
 from trainer.trackers.wandb import WandbTracker
-from trainer.training.run import Run
+from trainer.training.run import RunState
 
 
-def start_trackers(run: Run) -> Trackers:
+def start_trackers(run: RunState) -> Trackers:
     """Start TensorBoard, wandb and plug-in trackers on rank 0; return all trackers, for the caller to close."""
     config, started = run.config.metrics, list[Tracker]()
     if run.mesh.layout.rank != 0:
@@ -39,7 +39,7 @@ def start_trackers(run: Run) -> Trackers:
     return run.trackers
 
 
-def _wandb(run: Run) -> WandbTracker:
+def _wandb(run: RunState) -> WandbTracker:
     config = run.config.metrics
     size = {"total": run.size.total_parameters, "active": run.size.active_parameters}
     return WandbTracker(

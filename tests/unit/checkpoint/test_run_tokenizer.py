@@ -22,7 +22,7 @@ from trainer.data import train_bpe
 from trainer.distributed.mesh import Mesh
 from trainer.errors import CheckpointError, ConfigError
 from trainer.experiment import ExperimentConfig
-from trainer.training.run import Run
+from trainer.training.run import RunState
 from trainer.training.setup import build_run
 
 CONFIG = """\
@@ -54,13 +54,13 @@ def _file(folder: Path, name: str = "theirs.json") -> str:
     return f"data.tokenizer={{kind: file, path: {folder}/{name}}}"
 
 
-def _build(folder: Path, overrides: list[str], mesh: Mesh | None = None) -> Run:
+def _build(folder: Path, overrides: list[str], mesh: Mesh | None = None) -> RunState:
     config = load(folder / "tiny.yaml", _words(folder, overrides), ExperimentConfig)
     where = RunFolder(Path(config.runs_dir) / config.name)
     return build_run(config, where, Console(0, file=io.StringIO()), mesh or Mesh.of_one(), torch.device("cpu"))
 
 
-def _saved(folder: Path, overrides: list[str]) -> Run:
+def _saved(folder: Path, overrides: list[str]) -> RunState:
     """Start a run that has a checkpoint of step 1."""
     run = _build(folder, overrides)
     run.saver.start(1, run.engine.state(), run.checkpoint_info())

@@ -22,7 +22,7 @@ from trainer.experiment import ExperimentConfig
 from trainer.status import StatusFile
 from trainer.trackers.jsonl import read_jsonl
 from trainer.training.loop import fit
-from trainer.training.run import Run
+from trainer.training.run import RunState
 from trainer.training.setup import build_run
 
 
@@ -75,7 +75,7 @@ def _run(
     *,
     mesh: Mesh | None = None,
     factors: Mapping[int, float] | None = None,
-    before: Callable[[Run, int], None] | None = None,
+    before: Callable[[RunState, int], None] | None = None,
 ) -> Report:
     """Train, with the loss of step s multiplied by factors[s]; call `before` with the number of each step."""
     mesh, screen = mesh or Mesh.of_one(), io.StringIO()
@@ -137,7 +137,7 @@ def _on_a_rank(
     """Call `_run` on a rank; the victim gets the factors and, before step `flip_at`, a flipped bit in the router."""
     mesh = mesh_here()
 
-    def flip(run: Run, step: int) -> None:
+    def flip(run: RunState, step: int) -> None:
         if step == flip_at and mesh.layout.rank == victim:
             run.engine.model.get_parameter("blocks.0.ffn.router.gate.weight").data.view(torch.int32)[1, 2] ^= 1 << 20
 
@@ -187,7 +187,7 @@ def _spoiled(folder: Path, changes: Mapping[str, Mapping[str, Any]], name: str, 
     """Call `_run` on a rank, saving every two steps; before step 4 a tensor of the victims becomes non-finite."""
     mesh = mesh_here(ep_size=changes.get("parallel", {}).get("ep_size", 1))
 
-    def spoil(run: Run, step: int) -> None:
+    def spoil(run: RunState, step: int) -> None:
         state = run.engine.state()  # on every rank: an engine may have to ask the others
         if step == 4 and mesh.layout.rank in victims:
             state.slices[name].tensor.fill_(math.inf)
@@ -211,7 +211,7 @@ def test_a_non_finite_state_ends_the_run_on_all_ranks_and_is_not_saved(ranks: Ra
 
 
 def test_non_finite_weights_are_named(folder: Path) -> None:
-    def spoil(run: Run, step: int) -> None:
+    def spoil(run: RunState, step: int) -> None:
         if step == 3:
             run.engine.model.get_parameter(GATE).data[1, 2] = math.nan
 
@@ -314,13 +314,13 @@ def test_a_resumed_run_keeps_the_spike_window(folder: Path, forgets: bool, tmp_p
     records = _records(folder)
     (folder / "runs").rename(folder / "whole")
 
-    def killed_at_44(run: Run, step: int) -> None:
+    def killed_at_44(run: RunState, step: int) -> None:
         if step == 44:
             raise KeyError("killed")
 
     _run(folder, changes, factors=factors, before=killed_at_44)
     assert _saved(folder) == ["step_00000040"]
-    forget: Callable[[Run, int], None] = lambda run, step: run.spikes.restore({}) if step == 41 else None  # noqa: E731
+    forget: Callable[[RunState, int], None] = lambda run, step: run.spikes.restore({}) if step == 41 else None  # noqa: E731
     resumed = _run(folder, changes, factors=factors, before=forget if forgets else None)
     is_same = (
         [(r["loss"], r["skipped_steps"], r["loss_spikes"]) for r in _records(folder)]

@@ -129,12 +129,12 @@ PLACES: dict[str, tuple[str, list[str], str]] = {
         "reading text: {}; lower data.workers, each of which holds a part of it",
     ),
     "weights": (
-        "trainer.training.setup.build_model",
+        "trainer.training.setup.build_parallel_model",
         [],
         "making the weights (0.0M parameters in all): {}; " + SMALLER,
     ),
     "dense weights": (
-        "trainer.training.setup.build_model",
+        "trainer.training.setup.build_parallel_model",
         ["model.moe=null"],
         "making the weights (0.0M parameters in all): {}; make the model smaller (model.d_model, model.d_ff, "
         "model.num_layers)",
@@ -214,7 +214,7 @@ def test_running_out_of_memory_while_reading_a_checkpoint_is_explained(
     assert _train("train.steps=3") == (7, f"{read} more memory\n")
     monkeypatch.undo()
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("trainer.training.load_trained.build_model", _refuse)
+    monkeypatch.setattr("trainer.training.load_trained.build_parallel_model", _refuse)
     code, said = _run("generate", "runs/tiny")
     assert (code, said) == (7, f"{read} more memory\n")
 

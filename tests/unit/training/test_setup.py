@@ -21,7 +21,7 @@ from trainer.distributed.mesh import Mesh
 from trainer.errors import CheckpointError, ConfigError, TurnoutError
 from trainer.experiment import ExperimentConfig
 from trainer.trackers.base import Trackers
-from trainer.training.run import Run
+from trainer.training.run import RunState
 from trainer.training.setup import build_run
 from trainer.training.start_trackers import start_trackers
 
@@ -54,7 +54,7 @@ def _config(folder: Path, overrides: list[str]) -> ExperimentConfig:
     return load(folder / "tiny.yaml", [*places, *overrides], ExperimentConfig)
 
 
-def _build(folder: Path, overrides: list[str], mesh: Mesh | None = None) -> tuple[Run, list[str]]:
+def _build(folder: Path, overrides: list[str], mesh: Mesh | None = None) -> tuple[RunState, list[str]]:
     """Return a run and its warnings."""
     config, screen = _config(folder, overrides), io.StringIO()
     where = RunFolder(Path(config.runs_dir) / config.name)
