@@ -23,7 +23,7 @@ from trainer.experiment import ExperimentConfig
 from trainer.training.setup import build_run
 
 
-def block(run: Run, num_steps: int, *, saves: bool) -> tuple[float, Saved | None]:
+def block(run: RunState, num_steps: int, *, saves: bool) -> tuple[float, Saved | None]:
     """Take steps, after starting a save if asked; return the total seconds and the outcome of the save."""
     began, saved = time.perf_counter(), None
     if saves:

@@ -13,8 +13,7 @@ from trainer.experiment import ExperimentConfig
 from trainer.models.gpt import GPT
 from trainer.moe.losses import Denominators, objective
 from trainer.moe.routing import RoutingOptions
-from trainer.training import model as training_model
-from trainer.training.model import resolve_kernel, single_process
+from trainer.training.model import build_parallel_model, resolve_kernel, single_process
 
 
 def build_model(config: ExperimentConfig, *, device: str | torch.device = "cpu") -> GPT:
@@ -25,7 +24,7 @@ def build_model(config: ExperimentConfig, *, device: str | torch.device = "cpu")
     device = torch.device(device)
     config = resolve_kernel(single_process(config), device)
     tokenizer = _corpus(config).tokenizer
-    return training_model.build_model(config, tokenizer, Mesh.of_one(), device, warn=_ignore)
+    return build_parallel_model(config, tokenizer, Mesh.of_one(), device, warn=_ignore)
 
 
 def load_batches(config: ExperimentConfig, *, batch_size: int | None = None, first_row: int = 0) -> Iterator[Batch]:
