@@ -20,6 +20,7 @@ from trainer.console.console import Console
 from trainer.distributed import runtime
 from trainer.distributed.mesh import Mesh
 from trainer.experiment import ExperimentConfig
+from trainer.training.run import RunState
 from trainer.training.setup import build_run
 
 
