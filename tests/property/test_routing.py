@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.builders import make_context
 from tests.laws.test_router_oracles import KINDS
-from trainer.contracts.router import D, matrix
+from trainer.contracts.router_inputs import D, matrix
 from trainer.moe.capacity import expert_capacity, limit_to_capacity
 from trainer.moe.layer_options import CapacityConfig
 from trainer.moe.routers.config.options import AssignmentOptions, RouterOptions

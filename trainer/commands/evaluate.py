@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from trainer.commands.arguments import Subparsers, add_command, add_run, add_step, as_path
 from trainer.commands.resolve import existing_run, suggest_prepare
+from trainer.config.check_packages import check_packages
 from trainer.config.nodes import shown
 from trainer.config.numbers import MAX_INT
-from trainer.config.packages import check_packages
 from trainer.errors import ConfigError
 from trainer.moe.config import MoEConfig
 

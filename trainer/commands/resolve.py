@@ -12,10 +12,10 @@ from typing import Final
 from trainer.checkpoint.config_changes import check_belongs
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.commands.shipped import check_name
+from trainer.config.check_packages import check_packages
 from trainer.config.dump import Change, changed_keys
 from trainer.config.loader import load
 from trainer.config.old_names import OldNameWarning
-from trainer.config.packages import check_packages
 from trainer.config.plugins import searching
 from trainer.errors import CheckpointError, ConfigError, MissingFile
 from trainer.experiment import ExperimentConfig

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.config.packages import check_packages
+from trainer.config.check_packages import check_packages
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.errors import ConfigError
 from trainer.experiment import EvalConfig, ExperimentConfig
