@@ -1,4 +1,4 @@
-"""The shape of the code: no circle of imports, no name for two things, no file that fills more than a head."""
+"""The shape of the code: no circle of imports, no name for two things, no file that is too long to read at once."""
 
 import ast
 from collections import defaultdict
@@ -88,6 +88,6 @@ def test_no_two_files_have_the_same_name() -> None:
     assert {stem: names for stem, names in places.items() if len(names) > 1 and stem not in ROLES} == {}
 
 
-def test_no_file_is_longer_than_a_head_holds() -> None:
+def test_no_file_has_more_than_300_lines() -> None:
     lines = {name: len(path.read_text().splitlines()) for name, (path, _) in _modules().items()}
     assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
