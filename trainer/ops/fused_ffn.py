@@ -37,12 +37,7 @@ class FusedParts:
 
 
 def fused(
-    x: Tensor,
-    rows_per_expert: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    activation: Activation,
-    parts: FusedParts,
+    x: Tensor, rows_per_expert: Tensor, w_in: Tensor, w_out: Tensor, activation: Activation, parts: FusedParts
 ) -> Tensor:
     """Apply all experts in one autograd node; arguments and result as in `expert_ffn`."""
     return _FusedFFN.apply(x, rows_per_expert, w_in, w_out, activation, parts)

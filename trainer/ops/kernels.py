@@ -30,11 +30,7 @@ _MANY_ROWS = 512
 
 ExpertsKernel = Literal["loop", "padded", "grouped", "fused", "fused_onednn"]
 
-_KERNELS = {
-    "loop": expert_ffn.loop_ffn,
-    "padded": expert_ffn.padded_ffn,
-    "grouped": expert_ffn.grouped_ffn,
-}
+_KERNELS = {"loop": expert_ffn.loop_ffn, "padded": expert_ffn.padded_ffn, "grouped": expert_ffn.grouped_ffn}
 
 
 def run_experts(

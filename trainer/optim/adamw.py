@@ -11,12 +11,7 @@ Parameters = Iterable[nn.Parameter]
 
 
 def build_adamw(
-    *,
-    decayed: Parameters,
-    not_decayed: Parameters,
-    weight_decay: float,
-    betas: tuple[float, float],
-    eps: float,
+    *, decayed: Parameters, not_decayed: Parameters, weight_decay: float, betas: tuple[float, float], eps: float
 ) -> Optimizer:
     """Create the optimizer; the learning rate is set before every step.
 

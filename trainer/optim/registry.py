@@ -51,11 +51,7 @@ class AdamWConfig(OptimizerOptions):
         from trainer.optim.adamw import build_adamw
 
         return build_adamw(
-            decayed=decayed,
-            not_decayed=not_decayed,
-            weight_decay=self.weight_decay,
-            betas=self.betas,
-            eps=self.eps,
+            decayed=decayed, not_decayed=not_decayed, weight_decay=self.weight_decay, betas=self.betas, eps=self.eps
         )
 
 

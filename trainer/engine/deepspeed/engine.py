@@ -19,13 +19,7 @@ from trainer.distributed.collective_errors import raise_together
 from trainer.distributed.mesh import Mesh
 from trainer.engine.deepspeed.optimizer import MOMENTS, build_optimizer, moments_of, parameter_groups, set_steps
 from trainer.engine.deepspeed.partition import ParameterSpan, Partition
-from trainer.engine.deepspeed.start import (
-    expert_markers,
-    load_deepspeed,
-    release,
-    single_process_group,
-    start_engine,
-)
+from trainer.engine.deepspeed.start import expert_markers, load_deepspeed, release, single_process_group, start_engine
 from trainer.engine.nonfinite import Findings, is_finite
 from trainer.engine.reduce import square_norm
 from trainer.engine.step import NumericsConfig, StepEngine
@@ -189,10 +183,7 @@ class DeepSpeedEngine(StepEngine):
         """Return rows of a local parameter as a slice of the global tensor."""
         whole = self._slice(f"model.{name}", self.parameters[name])
         return Slice(
-            tensor=rows,
-            global_shape=whole.global_shape,
-            start=whole.start + first,
-            is_of_experts=whole.is_of_experts,
+            tensor=rows, global_shape=whole.global_shape, start=whole.start + first, is_of_experts=whole.is_of_experts
         )
 
     def _gradient_pieces(self, group: int) -> list[Tensor]:

@@ -145,7 +145,5 @@ def plan_exchange(counts: Tensor, bounds: Sequence[tuple[int, int]], index: int)
     mine = counts[:, first:end]  # (G, E_local)
     expert = torch.arange(end - first, device=counts.device).repeat(len(bounds))
     return ExchangePlan(
-        sizes=sizes,
-        order=expert.repeat_interleave(mine.reshape(-1)).argsort(stable=True),
-        rows_per_expert=mine.sum(0),
+        sizes=sizes, order=expert.repeat_interleave(mine.reshape(-1)).argsort(stable=True), rows_per_expert=mine.sum(0)
     )

@@ -22,14 +22,7 @@ class SinkhornRouter(NonCausalRouter):
     """
 
     def __init__(
-        self,
-        *,
-        d_model: int,
-        num_experts: int,
-        top_k: int,
-        score: Score,
-        iterations: int,
-        evaluates_as_trained: bool,
+        self, *, d_model: int, num_experts: int, top_k: int, score: Score, iterations: int, evaluates_as_trained: bool
     ) -> None:
         super().__init__(evaluates_as_trained=evaluates_as_trained)
         self.top_k, self.score, self.iterations = top_k, score, iterations
