@@ -69,15 +69,15 @@ FAULTS = [
     in_package(
         "a nucleus ends before it has p",
         "models/sampling.py",
-        "mass_before >= top_p",
-        "mass_before + probs > top_p",
+        "mass_before >= self.top_p",
+        "mass_before + probs > self.top_p",
         "models/test_sampling.py",
     ),
     in_package(
         "a temperature multiplies",
         "models/sampling.py",
-        "ranked / max(temperature",
-        "ranked * max(temperature",
+        "ranked / max(self.temperature",
+        "ranked * max(self.temperature",
         "models/test_sampling.py",
     ),
     in_package(

@@ -13,10 +13,10 @@ def _fault(name: str, file: str, old: str, new: str, *tests: str) -> Fault:
     return Fault(name=name, file=file, old=old, new=new, tests=tests or (IN_USE,))
 
 
-def _built_for_the_first_layer(kind: str, arguments: str = "") -> Fault:
-    old = f"{arguments}**self.top_k_arguments(d_model, num_experts, layer)"
-    name = f"{kind} is built for the first layer everywhere"
-    return _fault(name, f"{ROUTERS}/config/token_choice.py", old, old.replace("layer)", "0)"))
+def _built_for_the_first_layer(name: str, router: str, module: str = "token_choice") -> Fault:
+    old = f"return {router}(d_model=d_model, num_experts=num_experts, layer=layer, "
+    name = f"{name} is built for the first layer everywhere"
+    return _fault(name, f"{ROUTERS}/config/{module}.py", old, old.replace("layer=layer", "layer=0"))
 
 
 FAULTS = [
@@ -73,19 +73,13 @@ FAULTS = [
         "num_experts=moe.num_experts, layer=layer)",
         "num_experts=moe.num_experts, layer=0)",
     ),
-    _built_for_the_first_layer("top_k", "return TopKRouter(score=self.score, "),
-    _built_for_the_first_layer("switch", "return TopKRouter("),
-    _built_for_the_first_layer("GShard", "random_second=self.random_second, "),
-    _built_for_the_first_layer("NoisyTopK", "NoisyTopKRouter("),
-    _built_for_the_first_layer("Cosine", "d_proj=self.d_proj, "),
-    _built_for_the_first_layer("BiasBalanced", "bias_update_rate=self.bias_update_rate,\n            "),
-    _built_for_the_first_layer("GroupLimited", "group_score=self.group_score,\n            "),
-    _fault(
-        "TopP is built for the first layer everywhere",
-        f"{ROUTERS}/config/token_choice.py",
-        "layer=layer,\n            p=self.p",
-        "layer=0,\n            p=self.p",
-    ),
+    _built_for_the_first_layer("top_k or switch", "TopKRouter", "options"),
+    _built_for_the_first_layer("GShard", "GShardRouter"),
+    _built_for_the_first_layer("NoisyTopK", "NoisyTopKRouter"),
+    _built_for_the_first_layer("Cosine", "CosineRouter"),
+    _built_for_the_first_layer("BiasBalanced", "BiasBalancedRouter"),
+    _built_for_the_first_layer("GroupLimited", "GroupLimitedRouter"),
+    _built_for_the_first_layer("TopP", "TopPRouter"),
     # Whose noise it is
     _fault(
         "the noise key is without the row",

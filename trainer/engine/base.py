@@ -1,21 +1,23 @@
-"""Engine interface: owns the gradients and performs optimizer steps.
+"""Engine interface, and the state that all engines share.
 
 # L MoE layers, E experts.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.state import TrainState
+from trainer.checkpoint.state import Slice, TrainState
 from trainer.data.batches.batch import Batch
 from trainer.models.gpt import GPT
+from trainer.models.initialize import expert_parameters
 from trainer.moe.stats import MoEStats
 from trainer.ops.tensor_sums import TensorSums
+from trainer.parallel.shard import first_row, local
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,17 +83,28 @@ class EvalSums:
     def __add__(self, other: "EvalSums") -> "EvalSums":
         """Add the sums of two disjoint sets of rows."""
         routing = None if self.routing is None or other.routing is None else self.routing + other.routing
-        return EvalSums(
-            loss_sum=self.loss_sum + other.loss_sum,
-            target_tokens=self.target_tokens + other.target_tokens,
-            routing=routing,
-        )
+        loss_sum, target_tokens = self.loss_sum + other.loss_sum, self.target_tokens + other.target_tokens
+        return EvalSums(loss_sum=loss_sum, target_tokens=target_tokens, routing=routing)
 
 
 class Engine(ABC):
-    """Performs optimizer steps. Owns the gradients: accumulation, reduction, clipping, update."""
+    """Performs optimizer steps. Owns the gradients: accumulation, reduction, clipping, update.
 
-    model: GPT
+    Its state is saved and loaded as slices of global tensors, by name; only the layout of the optimizer's moments is
+    the business of each engine.
+    """
+
+    def __init__(self, model: GPT) -> None:
+        self.model, self.moe_config = model, model.config.moe
+        self.device = model.embedding.weight.device
+        self.parameters = dict(model.named_parameters())
+        self.first_expert = expert_parameters(model)
+        self.optimizer_steps = 0
+        moe = self.moe_config
+        columns = 0 if moe is None else moe.num_experts + (moe.router.num_null_experts > 0)
+        shape = (len(model.moe_layers()), columns)
+        # There is no load before the first step; a uniform one makes the balance loss its constant minimum.
+        self.previous_counts = torch.ones(shape, dtype=torch.int64, device=self.device)
 
     @abstractmethod
     def train_step(self, micro_batches: Sequence[Batch], *, lr: float, skip_above: float | None = None) -> StepResult:
@@ -102,29 +115,58 @@ class Engine(ABC):
 
     @abstractmethod
     def eval_loss(self, batch: Batch, *, dropless: bool, top_k: int | None = None) -> EvalSums:
-        """Evaluate a batch without gradients and noise.
+        """Evaluate a batch of this rank without gradients and noise; `dropless` ignores the capacity.
 
-        Args:
-            batch: of this rank.
-            dropless: ignore the capacity.
-            top_k: experts per token, overriding the config.
+        `top_k` overrides the experts per token of the config.
         """
 
     @abstractmethod
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return a context in which the model computes in the precision of training."""
+
     def state(self) -> TrainState:
         """Return everything the next step depends on, by name. Collective: every rank must call it."""
+        return self._with_moments(self._moments())
 
-    @abstractmethod
+    @torch.no_grad()
     def load_state(self, state: TrainState) -> None:
         """Load the slices that `wanted` names. Not collective, so that a read may fail on one rank alone."""
+        self.optimizer_steps = int(state.values["optimizer_steps"])
+        for name, mine in self._without_moments().items():
+            mine.tensor.copy_(state.slices[name].tensor)
+        self._load_moments(state)
 
     def wanted(self) -> TrainState:
         """Return the slices of tensors that `load_state` expects; only their positions and shapes matter."""
         return self.state()
 
-    def autocast(self) -> AbstractContextManager[object]:
-        """Return a context in which the model computes in the precision of training."""
-        return nullcontext()
-
     def close(self) -> None:  # noqa: B027 - most engines hold nothing to close
         """Release the engine's resources."""
+
+    @abstractmethod
+    def _moments(self) -> dict[str, Slice]:
+        """Return the optimizer's moments, by name. Collective."""
+
+    @abstractmethod
+    def _load_moments(self, state: TrainState) -> None:
+        """Load the moments, after the weights and the step count."""
+
+    def _with_moments(self, moments: Mapping[str, Slice]) -> TrainState:
+        values = {"optimizer_steps": self.optimizer_steps}
+        return TrainState(slices={**self._without_moments(), **moments}, values=values)
+
+    def _without_moments(self) -> dict[str, Slice]:
+        """Return weights, buffers and counters, which every engine lays out alike."""
+        tensors = {f"model.{name}": p.detach() for name, p in self.parameters.items()}
+        tensors |= {f"model.{name}": b for name, b in self.model.named_buffers()}
+        tensors["engine.previous_counts"] = self.previous_counts
+        return {name: self._slice(name, tensor) for name, tensor in tensors.items()}
+
+    def _slice(self, name: str, tensor: Tensor) -> Slice:
+        """Return this rank's slice of a global tensor: its own experts, and its shard of a sharded tensor."""
+        parameter = name.partition(".")[2] if name.startswith("model.") else name.split(".", 2)[-1]
+        first, shape = self.first_expert.get(parameter), tuple(tensor.shape)
+        if first is not None and self.moe_config is not None:
+            shape = (self.moe_config.num_experts, *shape[1:])
+        start = (first or 0) + first_row(tensor)
+        return Slice(tensor=local(tensor), global_shape=shape, start=start, is_of_experts=first is not None)

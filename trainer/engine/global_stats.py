@@ -25,12 +25,7 @@ from trainer.moe.terms import AuxLosses
 
 
 class GlobalStats:
-    """Provides each micro-batch's losses with the sums that they are computed from.
-
-    Args:
-        losses: the auxiliary losses; None for a dense model.
-        world: all ranks, over which sums are taken.
-    """
+    """Provides each micro-batch's losses with the sums, over all ranks, that they are computed from."""
 
     def __init__(self, losses: AuxLosses | None, world: Group) -> None:
         self._losses, self._world = losses, world
@@ -66,11 +61,8 @@ class GlobalStats:
     ) -> LossStats | None:
         """Return the sums for the losses of one micro-batch; None: they use its own.
 
-        Args:
-            prepass: sums of the whole step, if there was a counting pass.
-            local: of this micro-batch.
-            choices: (L, E) counts of the micro-batches so far, including this one.
-            previous_counts: (L, E) of the previous step.
+        `prepass` has sums of the whole step, if there was a counting pass; `choices` counts (L, E) of the micro-batches
+        so far, including this one.
         """
         if local is None:
             return None

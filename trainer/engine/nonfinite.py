@@ -32,10 +32,7 @@ def describe_findings(findings: Sequence[Findings], parameters: Sequence[str], *
 
     For example `the gradient of blocks.1.ffn.experts.w_in is not finite (loss not finite on rank 1)`.
 
-    Args:
-        findings: of all ranks.
-        parameters: all names, in the order of the forward pass; the first affected one is named, the others counted.
-        grad_norm: of the step.
+    `parameters` are all names in the order of the forward pass: the first affected one is named, the others counted.
     """
     affected = {name for mine in findings for name in mine.gradients}
     names = [name for name in parameters if name in affected]

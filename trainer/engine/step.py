@@ -18,11 +18,10 @@ from torch import Tensor
 from trainer.checkpoint.state import TrainState
 from trainer.data.batches.batch import Batch
 from trainer.distributed.mesh import Mesh
-from trainer.engine.base import EvalSums, RoutingSums, StepResult
+from trainer.engine.base import Engine, EvalSums, RoutingSums, StepResult
 from trainer.engine.global_stats import GlobalStats
 from trainer.engine.nonfinite import Findings, describe_findings
 from trainer.engine.reduce import StepTotals, all_reduce_packed
-from trainer.engine.training_state import StatefulEngine
 from trainer.models.gpt import GPT, GPTOutput
 from trainer.moe.balance import global_balance_loss
 from trainer.moe.losses import Denominators, objective
@@ -55,7 +54,7 @@ class Accumulated:
     num_tokens: int
 
 
-class StepEngine(StatefulEngine):
+class StepEngine(Engine):
     """Runs the micro-batches, reduces the small sums and decides on the update; subclasses hold the gradients."""
 
     def __init__(self, model: GPT, numerics: NumericsConfig, mesh: Mesh) -> None:
@@ -111,20 +110,15 @@ class StepEngine(StatefulEngine):
             local = self.global_stats.local(output)
             if local is not None:
                 choices = choices + local.counts
+            sums = self.global_stats.for_losses(prepass, local, choices=choices, previous_counts=self.previous_counts)
             share = objective(
-                output.loss_sum,
-                output.moe,
-                global_stats=self.global_stats.for_losses(
-                    prepass, local, choices=choices, previous_counts=self.previous_counts
-                ),
-                denominators=denominators,
-                losses=self.losses,
+                output.loss_sum, output.moe, global_stats=sums, denominators=denominators, losses=self.losses
             )
             recorder.enter("backward")
             self._backward(share.total, is_last=batch is batches[-1])
             total.add(share, output)
-            sums = RoutingSums.of(output.moe)
-            routing = sums if routing is None or sums is None else routing + sums
+            here = RoutingSums.of(output.moe)
+            routing = here if routing is None or here is None else routing + here
         recorder.enter("gradient sums")
         square, local_objective = self._reduce_gradients(), torch.as_tensor(total.objective)
         total, choices, routing, square = self._reduce_sums(total, choices, routing, square)
@@ -189,11 +183,8 @@ class StepEngine(StatefulEngine):
         routing = RoutingSums.of(output.moe)
         sums = torch.stack([output.row_loss.double().sum(), batch.target_mask.sum().double()])
         sums, *parts = all_reduce_packed([sums, *(routing.tensors() if routing else [])], self.mesh.world)
-        return EvalSums(
-            loss_sum=float(sums[0]),
-            target_tokens=int(sums[1]),
-            routing=routing.with_tensors(parts) if routing else None,
-        )
+        routing = routing.with_tensors(parts) if routing else None
+        return EvalSums(loss_sum=float(sums[0]), target_tokens=int(sums[1]), routing=routing)
 
     def _forward(self, batch: Batch, options: RoutingOptions) -> GPTOutput:
         with self.autocast():

@@ -102,11 +102,8 @@ class ModelConfig(Config):
                 "num_layers, d_model, d_ff or moe.num_experts",
             )
         if self.d_model % self.num_heads:
-            yield Problem(
-                "num_heads",
-                f"{self.num_heads} does not divide d_model {self.d_model}; "
-                f"use one of {divisors(self.d_model, near=self.num_heads)}",
-            )
+            allowed = divisors(self.d_model, near=self.num_heads)
+            yield Problem("num_heads", f"{self.num_heads} does not divide d_model {self.d_model}; use one of {allowed}")
         elif self.head_dim % 2:
             yield Problem(
                 "num_heads",
@@ -114,11 +111,8 @@ class ModelConfig(Config):
                 "num_heads so that d_model / num_heads is even",
             )
         if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
-            yield Problem(
-                "num_kv_heads",
-                f"{self.num_kv_heads} does not divide num_heads {self.num_heads}; "
-                f"use one of {divisors(self.num_heads, near=self.num_kv_heads)}",
-            )
+            what = f"{self.num_kv_heads} does not divide num_heads {self.num_heads}"
+            yield Problem("num_kv_heads", f"{what}; use one of {divisors(self.num_heads, near=self.num_kv_heads)}")
         if self.moe is not None and not self.moe_layers:
             yield Problem(
                 "moe",

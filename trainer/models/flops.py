@@ -30,9 +30,7 @@ class ModelSize:
 def model_size(model: GPT, *, top_k: int | None = None) -> ModelSize:
     """Count parameters and FLOPs of a model, which may be on the meta device.
 
-    Args:
-        model: the model.
-        top_k: experts per token, overriding the config, for routers with this option.
+    `top_k` overrides the experts per token of the config, for routers with this option.
     """
     moe = model.config.moe
     if moe is not None and top_k is not None:

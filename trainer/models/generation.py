@@ -47,7 +47,11 @@ def generate(
     cache = model.new_cache(1, seq_len)
     logits = model.next_logits(torch.tensor([window], device=device), cache)
     for number in range(max_new_tokens):
-        token = agree(_drawn(logits, options, generator))
+        try:
+            token = int(options.sample(logits.cpu(), generator=generator))
+        except BrokenLogits:
+            token = _NO_TOKEN
+        token = agree(token)
         if token == _NO_TOKEN:  # on all ranks, so that none waits for another
             raise NumericsError(f"token {number}: the model's logits are not finite, so no token can be sampled")
         if token == stop_token:
@@ -60,13 +64,6 @@ def generate(
             logits = model.next_logits(torch.tensor([window], device=device), cache)
         else:
             logits = model.next_logits(torch.tensor([[token]], device=device), cache)
-
-
-def _drawn(logits: Tensor, options: SamplingOptions, generator: torch.Generator) -> int:
-    try:
-        return int(options.sample(logits.cpu(), generator=generator))
-    except BrokenLogits:
-        return _NO_TOKEN
 
 
 @torch.no_grad()

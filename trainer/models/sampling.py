@@ -30,98 +30,63 @@ class SamplingOptions:
     """Keep only the fewest tokens whose probabilities add up to p, after `top_k`. None: all."""
 
     def __post_init__(self) -> None:
-        _check(self.temperature, self.top_k, self.top_p)
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise ValueError(
+                f"temperature: {self.temperature} is not a finite number >= 0; 0 is greedy, 1 changes nothing"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k: {self.top_k} is less than 1; leave it out to allow every token")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: {self.top_p} is not in (0, 1]; leave it out to allow every token")
 
     def sample(self, logits: Tensor, *, generator: Generator | None = None) -> Tensor:
-        """Sample a token for each row: (B, V) to (B,) int64. See `sample`."""
-        return sample(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, generator=generator)
+        """Sample a token for each row of logits: (B, V) to (B,) int64.
 
+        The same state of the generator, which is on the device of the logits, gives the same tokens. Temperature 0 is
+        greedy, breaks ties by the lowest id, and does not use it.
 
-def filter_logits(
-    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
-) -> Tensor:
-    """Scale logits by the temperature and set those of excluded tokens to -inf.
+        Raises:
+            ValueError: as `filter_logits`.
+        """
+        filtered = self.filter_logits(logits)
+        if self.temperature == 0:
+            return filtered.isfinite().to(torch.uint8).argmax(dim=-1)  # one survivor in each row
+        return torch.multinomial(filtered.softmax(dim=-1), 1, generator=generator).squeeze(-1)
 
-    Applied in the order temperature, top_k, top_p (renormalized after top_k). Of equal logits the lower id ranks first.
-    Each row keeps at least one token; at temperature 0 exactly one.
+    def filter_logits(self, logits: Tensor) -> Tensor:
+        """Scale logits (B, V) by the temperature and set those of excluded tokens to -inf.
 
-    Args:
-        logits: (B, V) of any float type; -inf excludes a token.
-        temperature: Non-negative.
-        top_k: At least 1; above V it keeps all.
-        top_p: In (0, 1].
+        Applied in the order temperature, top_k, top_p (renormalized after top_k). Of equal logits the lower id ranks
+        first. Each row keeps at least one token; at temperature 0 exactly one. A logit of -inf excludes a token.
 
-    Returns:
-        (B, V), at least float32, with 0 as the maximum of every row; its softmax is the sampling distribution.
+        Returns:
+            (B, V), at least float32, with 0 as the maximum of every row; its softmax is the sampling distribution.
 
-    Raises:
-        ValueError: for an option out of range or a shape that is not (B, V).
-        BrokenLogits: for a NaN or +inf, or a row with no token left.
+        Raises:
+            ValueError: for a shape that is not (B, V).
+            BrokenLogits: for a NaN or +inf, or a row with no token left.
 
-    Source: Holtzman et al. 2019 (arXiv 1904.09751) for top_p.
-    """
-    _check(temperature, top_k, top_p)
-    _check_logits(logits)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    # A stable sort, unlike topk, puts the lower id first among equals.
-    ranked, token_ids = logits.sort(dim=-1, descending=True, stable=True)  # (B, V)
-    # Subtract before dividing, which would overflow at low temperatures; after sorting, as rounding makes new ties.
-    ranked = ranked - ranked[:, :1]
-    if temperature == 0:
-        top_k = 1
-    else:
-        ranked = ranked / max(temperature, torch.finfo(logits.dtype).tiny)
-    if top_k is not None:
-        ranked[:, top_k:] = -math.inf
-    if top_p is not None and top_p < 1:
-        probs = ranked.softmax(dim=-1)
-        mass_before = probs.cumsum(dim=-1) - probs
-        mass_before[:, 0] = 0  # exactly: the most probable token always stays
-        ranked = ranked.masked_fill(mass_before >= top_p, -math.inf)
-    return torch.empty_like(logits).scatter_(-1, token_ids, ranked)
-
-
-def sample(
-    logits: Tensor,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: Generator | None = None,
-) -> Tensor:
-    """Sample one token for each row of `logits`.
-
-    The same generator state gives the same tokens. Temperature 0 is greedy, breaks ties by the lowest id, and does not
-    use the generator.
-
-    Args:
-        logits: (B, V) of any float type.
-        temperature: See `filter_logits`.
-        top_k: See `filter_logits`.
-        top_p: See `filter_logits`.
-        generator: On the device of `logits`. None: torch's global one.
-
-    Returns:
-        (B,) int64 token ids.
-
-    Raises:
-        ValueError: as `filter_logits`.
-    """
-    filtered = filter_logits(logits, temperature, top_k, top_p)
-    if temperature == 0:
-        return filtered.isfinite().to(torch.uint8).argmax(dim=-1)  # one survivor in each row
-    return torch.multinomial(filtered.softmax(dim=-1), 1, generator=generator).squeeze(-1)
-
-
-def _check(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if not (temperature >= 0 and math.isfinite(temperature)):
-        raise ValueError(
-            f"temperature: {temperature} is not a finite number >= 0; 0 is greedy, 1 leaves the model unchanged"
-        )
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k: {top_k} is less than 1; leave it out to allow every token")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p: {top_p} is not in (0, 1]; leave it out to allow every token")
+        Source: Holtzman et al. 2019 (arXiv 1904.09751) for top_p.
+        """
+        _check_logits(logits)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # A stable sort, unlike topk, puts the lower id first among equals.
+        ranked, token_ids = logits.sort(dim=-1, descending=True, stable=True)  # (B, V)
+        # Subtract before dividing, which would overflow at low temperatures; after sorting, as rounding makes new ties.
+        ranked = ranked - ranked[:, :1]
+        top_k = self.top_k
+        if self.temperature == 0:
+            top_k = 1
+        else:
+            ranked = ranked / max(self.temperature, torch.finfo(logits.dtype).tiny)
+        if top_k is not None:
+            ranked[:, top_k:] = -math.inf
+        if self.top_p is not None and self.top_p < 1:
+            probs = ranked.softmax(dim=-1)
+            mass_before = probs.cumsum(dim=-1) - probs
+            mass_before[:, 0] = 0  # exactly: the most probable token always stays
+            ranked = ranked.masked_fill(mass_before >= self.top_p, -math.inf)
+        return torch.empty_like(logits).scatter_(-1, token_ids, ranked)
 
 
 def _check_logits(logits: Tensor) -> None:

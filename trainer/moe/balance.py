@@ -21,13 +21,7 @@ def balance_loss(stats: MoEStats, losses: AuxLosses, *, global_stats: LossStats 
     probability of e over the scope, so n * P_e is a sum. Uniform routing gives 1 per token for every E and k. Null
     experts count as n more experts, each with an equal share of the assignments to all of them.
 
-    Args:
-        stats: of one MoE layer.
-        losses: scope, convention and null experts.
-        global_stats: the layer's sums over the step, for `scope: global_batch`; None: use the micro-batch's own.
-
-    Returns:
-        Scalar in the dtype of the probabilities.
+    Without `global_stats`, the layer's sums over the step, `scope: global_batch` uses the micro-batch's own.
 
     Source: Fedus et al. 2021 (arXiv 2101.03961), eq. 4, with f over all k choices; over first choices only under
         `gshard_first_choice` (arXiv 2006.16668). Scope `sequence`: DeepSeek-V3 (arXiv 2412.19437); `global_batch`:
@@ -57,11 +51,7 @@ def global_balance_loss(counts: Tensor, prob_sum: Tensor, *, routed_tokens: int,
 
     For logging a loss without a coefficient, which is not worth a counting pass; has no gradient.
 
-    Args:
-        counts: (L, E) assignments, or (L, E + 1) with null experts.
-        prob_sum: router probabilities summed over the step's tokens, of the same shape.
-        routed_tokens: N_g.
-        num_null_experts: n.
+    `counts` and `prob_sum`, over the step's tokens, are (L, E), or (L, E + 1) with null experts.
     """
     return _product(_share(counts, prob_sum), prob_sum, num_null_experts) / (len(counts) * routed_tokens)
 

@@ -43,11 +43,7 @@ def limit_to_capacity(
     The returned `capacity` is static: B * C rows per expert for `scope: sequence`, C for `scope: rank`, where C is at
     most the number of assignments.
 
-    Args:
-        decision: of the router.
-        capacity: rows per expert, and the priority of tokens.
-        context: of the same tokens.
-        salt: separates the random orders of different layers.
+    `salt` separates the random orders of different layers.
 
     Source: GShard (arXiv 2006.16668) for `choice_major`; Riquelme et al. 2021 (arXiv 2106.05974) for `probability`;
         Kim et al. 2021 (arXiv 2109.10465) for `random`.

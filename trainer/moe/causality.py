@@ -5,17 +5,15 @@ from collections.abc import Sequence
 from trainer.moe.capacity import capacity_causality
 from trainer.moe.config import MoEConfig
 from trainer.moe.layer import MoE
-from trainer.moe.routing import Causality, weaker
+from trainer.moe.routing import Causality, weakest
 
 _HOW: dict[Causality, str] = {"within_sequence": "later tokens of its sequence", "no": "tokens of other sequences"}
 
 
 def training_warning(config: MoEConfig, layers: Sequence[MoE]) -> str | None:
     """Return a warning if router or capacity is not causal in training; None if both are."""
-    by_router, by_capacity = (
-        _weakest([layer.router.causal for layer in layers]),
-        capacity_causality(config.capacity, is_training=True),
-    )
+    by_router = weakest([layer.router.causal for layer in layers])
+    by_capacity = capacity_causality(config.capacity, is_training=True)
     is_causal_in_evaluation = getattr(config.router, "evaluation_routing", "top_k") == "top_k"
     advice = "; judge by the held-out loss, not by the training loss" if is_causal_in_evaluation else ""
     if by_router != "strict":
@@ -34,17 +32,10 @@ def training_warning(config: MoEConfig, layers: Sequence[MoE]) -> str | None:
 
 def evaluation_warning(layers: Sequence[MoE]) -> str | None:
     """Return a warning if evaluation is not causal, so that its loss is too low; None if it is causal."""
-    causal = _weakest([layer.router.causal_in_evaluation for layer in layers])
+    causal = weakest([layer.router.causal_in_evaluation for layer in layers])
     if causal == "strict":
         return None
     return (
         f"model.moe.router.evaluation_routing: as_trained lets a token's experts depend on {_HOW[causal]}: held-out "
         "loss is that of a model that sees some of what it predicts, and generation routes by top_k instead"
     )
-
-
-def _weakest(promises: Sequence[Causality]) -> Causality:
-    weakest: Causality = "strict"
-    for promise in promises:
-        weakest = weaker(weakest, promise)
-    return weakest

@@ -54,14 +54,9 @@ def objective(
     denominators: Denominators,
     losses: AuxLosses | None,
 ) -> Objective:
-    """Return one micro-batch's share of the objective.
+    """Return one micro-batch's share of the objective; `loss_sum` is its cross-entropy summed over target tokens.
 
-    Args:
-        loss_sum: scalar, cross-entropy summed over the micro-batch's target tokens.
-        moe: one entry for each MoE layer.
-        global_stats: sums for losses over the global batch; None: this micro-batch's own.
-        denominators: of the whole optimizer step.
-        losses: the auxiliary losses; None for a dense model.
+    Without `global_stats`, losses over the global batch use this micro-batch's sums. A dense model has no `losses`.
     """
     loss = loss_sum / denominators.target_tokens
     if losses is None or not moe:

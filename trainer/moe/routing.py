@@ -4,7 +4,7 @@
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
@@ -15,9 +15,9 @@ Causality = Literal["strict", "within_sequence", "no"]
 _WEAKEST_LAST: tuple[Causality, ...] = ("strict", "within_sequence", "no")
 
 
-def weaker(one: Causality, other: Causality) -> Causality:
-    """Return the weaker of two guarantees."""
-    return max(one, other, key=_WEAKEST_LAST.index)
+def weakest(guarantees: Sequence[Causality]) -> Causality:
+    """Return the weakest of these guarantees; `strict` if there are none."""
+    return max(guarantees, key=_WEAKEST_LAST.index, default="strict")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,14 +98,7 @@ class RoutingDecision:
 
     @classmethod
     def from_top_k(cls, expert_index: Tensor, combine_weight: Tensor, *, num_experts: int, valid: Tensor) -> Self:
-        """Create a decision in which every token has k experts.
-
-        Args:
-            expert_index: (T, k) int64.
-            combine_weight: (T, k).
-            num_experts: E.
-            valid: (T,) bool.
-        """
+        """Create a decision in which every token has k experts; indices and weights are (T, k), `valid` is (T,)."""
         num_tokens, top_k = expert_index.shape
         token_index = torch.arange(num_tokens, device=expert_index.device).repeat_interleave(top_k)  # (A,)
         return cls(
@@ -122,10 +115,7 @@ class RoutingDecision:
     def from_mask(cls, chosen: Tensor, weight: Tensor, *, valid: Tensor) -> Self:
         """Create a decision in which the number of experts varies by token; a token's are in expert order.
 
-        Args:
-            chosen: (T, E) bool; ignored for padding.
-            weight: (T, E) combine weights of the chosen entries.
-            valid: (T,) bool.
+        chosen (T, E) is ignored for padding, where valid (T,) is False; weight (T, E) has the weights of its entries.
         """
         num_tokens, num_experts = chosen.shape
         token_index, expert_index = (chosen & valid[:, None]).nonzero(as_tuple=True)  # waits for the device

@@ -53,12 +53,7 @@ def collect_stats(
 ) -> MoEStats:
     """Return the statistics of a layer.
 
-    Args:
-        routed: the router's output, before drops.
-        limited: its decision after `limit_to_capacity`.
-        context: of the same tokens.
-        needs_importance: a loss uses the sums of combine weights.
-        expert_similarity: (T,) similarity of the outputs of each token's experts, if a loss uses it.
+    `limited` is the router's decision after `limit_to_capacity`; importance and expert similarity (T,) are for losses.
     """
     decision, rows = routed.decision, context.num_sequences
     counted = decision.kept if context.counted is None else decision.kept & context.counted[decision.token_index]

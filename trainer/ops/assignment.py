@@ -93,11 +93,7 @@ def greedy_assignment(scores: Tensor, *, top_k: int, capacity: int) -> Tensor:
 
 
 def balanced_assignment(scores: Tensor) -> Tensor:
-    """Return (n,) int64: one expert per token, at most ceil(n / E) tokens per expert, at the maximum sum of scores.
-
-    Args:
-        scores: (n, E), of any sign.
-    """
+    """Return (n,) int64: one expert per token, at most ceil(n / E) tokens per expert, at the maximum sum of scores."""
     with importing("scipy", user="the balanced assignment"):
         from scipy.optimize import linear_sum_assignment
 

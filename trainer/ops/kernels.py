@@ -83,13 +83,7 @@ def choose_experts_kernel(
 ) -> ExpertsKernel:
     """Return the kernel for `experts_kernel: auto`; the measurements are in docs/benchmarks.md.
 
-    Args:
-        device: "cpu" or "cuda".
-        dtype: of the matrix products.
-        cpu_vendor: vendor ID of the processor.
-        rows_per_expert: in one forward pass, at a uniform load.
-        d_model: D.
-        d_ff: F of one expert.
+    `dtype` is that of the matrix products, and `rows_per_expert` at a uniform load.
     """
     # grouped_mm needs rows of a multiple of 16 bytes.
     can_group = all(width * dtype.itemsize % 16 == 0 for width in (d_model, d_ff))

@@ -29,13 +29,7 @@ def mix32(x: Tensor) -> Tensor:
 
 
 def token_keys(seed: int, sample_id: Tensor, position: Tensor) -> Tensor:
-    """Return the noise key of every token, a function of the seed, the sample and the position.
-
-    Args:
-        seed: any integer.
-        sample_id: int64, global index of the row.
-        position: int64, same shape.
-    """
+    """Return the noise key of every token, a function of seed, global row index and position (int64)."""
     seed32 = stable_hash("noise", seed) & _MASK
     high = mix32((sample_id >> 32) + seed32)
     return mix32(mix32((sample_id & _MASK) ^ high) + position * _GOLDEN)
@@ -44,10 +38,7 @@ def token_keys(seed: int, sample_id: Tensor, position: Tensor) -> Tensor:
 def uniform(key: Tensor, num_columns: int, *, salt: int | str) -> Tensor:
     """Return (T, num_columns) float32 in [0, 1), a function of the token's key, the column and the salt only.
 
-    Args:
-        key: (T,) int64 token keys.
-        num_columns: values per token.
-        salt: separates independent uses of one key, such as layers.
+    `salt` separates independent uses of a key (T,), such as layers.
     """
     column = torch.arange(num_columns, device=key.device, dtype=torch.int64) * _GOLDEN
     bits = mix32(mix32(key ^ (stable_hash("salt", salt) & _MASK))[:, None] + column)  # (T, num_columns)

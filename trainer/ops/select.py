@@ -12,10 +12,6 @@ def stable_top_k(scores: Tensor, k: int) -> Tensor:
 
     `torch.topk` does not define the order of equal scores (of eight equal ones it returned columns 6 and 5). A tie that
     is broken differently on another layout changes what is learned; a stable sort breaks ties the same way everywhere.
-
-    Args:
-        scores: (T, E).
-        k: 1 to E.
     """
     return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
@@ -42,9 +38,7 @@ def round_mantissa(scores: Tensor, *, dim: int = 0, group: Tensor | None = None)
 def round_logits(logits: Tensor, *, dim: int = 0) -> Tensor:
     """Round logits to multiples of 1 / 4096 (their error is absolute), after merging as in `round_mantissa`.
 
-    Args:
-        logits: any shape; -inf for excluded entries, which do not affect the others.
-        dim: dimension along which logits are compared.
+    -inf excludes an entry, which does not affect the others.
     """
     return (_merged(logits, dim, None, is_relative=False) * _STEPS).round() / _STEPS
 

@@ -24,21 +24,12 @@ def parallelize(
     dtype: torch.dtype,
     can_compile: bool,
 ) -> GPT:
-    """Apply a layout to a single-device model, in place; results change by floating-point reordering only.
+    """Apply a layout to a model on the meta device, in place; results change by floating-point reordering only.
 
     1. Every MoE layer gets the configured dispatcher and keeps its local experts.
     2. The operations between matrix products are compiled, if configured and possible.
     3. Weights are allocated and initialized.
     4. Weights are sharded over the ranks that would hold replicas, if configured.
-
-    Args:
-        model: on the meta device.
-        config: the `parallel` section.
-        mesh: this rank's groups.
-        device: target device.
-        seed: of the initial weights.
-        dtype: of the matrix products.
-        can_compile: whether this machine can build compiled kernels.
     """
     for moe in model.moe_layers():
         moe.dispatcher = config.dispatcher.build(mesh, moe.experts.num_experts)

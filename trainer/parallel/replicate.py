@@ -28,9 +28,7 @@ class GradientReducer:
     def __init__(self, parameters: Sequence[Parameter], group: Group) -> None:
         """Register hooks on the parameters.
 
-        Args:
-            parameters: in the order of the forward pass; the backward pass reaches the last ones first.
-            group: ranks that hold replicas of them.
+        They are in the order of the forward pass: the backward pass reaches the last ones first.
         """
         self.parameters, self.group = parameters, group
         self._buckets = _buckets(list(reversed(parameters))) if group.size > 1 else []

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,10 +11,7 @@ from pydantic import BeforeValidator, Field, JsonValue, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from trainer.config.base import Config, Problem, expand_home, repeated
-from trainer.config.layers import MAX_BYTES
 from trainer.config.nodes import shown, shown_path
-from trainer.config.numbers import MAX_INT
-from trainer.config.yaml_nodes import MAX_DEPTH, MAX_NODES
 from trainer.engine.deepspeed.passthrough import RunOptions, conflicts, merged
 
 if TYPE_CHECKING:
@@ -36,74 +32,23 @@ def _read(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        path = Path(expand_home(value))
-        if path.exists() and not path.is_file():
-            raise ValueError("is not a file")
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"has more than {MAX_BYTES} bytes; a configuration has a few thousand")
-        values = json.loads(
-            path.read_text(encoding="utf-8-sig"),
-            object_pairs_hook=_unique,
-            parse_constant=_refuse,
-            parse_float=_finite,
-            parse_int=_whole,
-        )
-        _check_size(values)
+        values = json.loads(Path(expand_home(value)).read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
         if isinstance(values, dict):
             return values
         reason = "is not a mapping"
     except OSError as error:
         reason = error.strerror or str(error)
-    except RecursionError:
-        reason = "is nested too deeply"
     except json.JSONDecodeError as error:
         reason = f"is not JSON: {error}"
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         reason = str(error)
     raise PydanticCustomError("file", "{text}", {"text": f"{shown_path(value)}: {reason}"})
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(pairs) > MAX_NODES:
-        raise ValueError(f"has more than {MAX_NODES} keys; a configuration has a few hundred")
     for key in repeated(key for key, _ in pairs):
         raise ValueError(f"has the key {shown(key)[1:-1]} twice")
-    values = dict(pairs)
-    if "" in values:
-        raise ValueError("has a key without a name")
-    return values
-
-
-def _refuse(name: str) -> Any:
-    raise ValueError(f"has {shown(name)[1:-1]}, which is no JSON that fits in 64 bits")
-
-
-def _check_size(values: Any) -> None:
-    """Refuse a file beyond the limits of YAML configs, before its values are checked one by one."""
-    level, num_values = [values], 0
-    for _ in range(MAX_DEPTH):
-        num_values += len(level)
-        if num_values > MAX_NODES:
-            raise ValueError(f"has more than {MAX_NODES} values; a configuration has a few hundred")
-        level = [inner for value in level if isinstance(value, dict | list) for inner in _inside(value)]
-        if not level:
-            return
-    raise ValueError(f"is nested more than {MAX_DEPTH} levels deep")
-
-
-def _inside(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    return value if math.isfinite(value) else _refuse(text)
-
-
-def _whole(text: str) -> int:
-    # Python itself refuses to convert thousands of digits.
-    value = int(text) if len(text) < 100 else MAX_INT + 1
-    return value if abs(value) <= MAX_INT else _refuse(text)
+    return dict(pairs)
 
 
 _MAPPING = {"anyOf": [{"type": "object"}, {"type": "string"}]}

@@ -43,16 +43,7 @@ class DeepSpeedEngine(StepEngine):
         config: Mapping[str, Any],
         adam: str,
     ) -> None:
-        """Start DeepSpeed. Collective: every rank must call it.
-
-        Args:
-            model: on its device.
-            optim: hyperparameters of the optimizer.
-            numerics: numeric options of the run.
-            mesh: this rank's groups.
-            config: DeepSpeed's configuration (`DeepSpeedEngineConfig.resolved`).
-            adam: implementation of AdamW, see `DeepSpeedEngineConfig.adam`.
-        """
+        """Start DeepSpeed. Collective: every rank must call it."""
         super().__init__(model, numerics, mesh)
         with ExitStack() as stack:
             stack.enter_context(single_process_group(mesh, self.device))

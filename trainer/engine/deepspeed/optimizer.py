@@ -18,14 +18,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def parameter_groups(
     optim: OptimConfig, parameters: Mapping[str, nn.Parameter], experts: Collection[str], mesh: Mesh
 ) -> list[dict[str, Any]]:
-    """Group parameters as DeepSpeed requires: experts separately, and every group named.
-
-    Args:
-        optim: weight decay.
-        parameters: of this rank, by name.
-        experts: names of the expert parameters.
-        mesh: this rank's groups.
-    """
+    """Group parameters as DeepSpeed requires: experts separately, and every group named."""
     members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         members.setdefault((name in experts, is_decayed(name, parameter)), []).append(parameter)
@@ -50,14 +43,6 @@ def build_optimizer(
     device: torch.device,
 ) -> torch.optim.Optimizer:
     """Create the optimizer.
-
-    Args:
-        deepspeed: the module.
-        groups: its parameter groups.
-        optim: its hyperparameters.
-        adam: `torch`, `deepspeed`, or `auto`: DeepSpeed's kernel if it was built when DeepSpeed was installed.
-        config: DeepSpeed's configuration.
-        device: of the weights.
 
     Raises:
         ConfigError: if DeepSpeed's kernel is requested and cannot be built.

@@ -58,10 +58,7 @@ class Partition:
     def __init__(self, parameters: Sequence[ParameterSpan], size: int, group: Group) -> None:
         """Compute which elements move between ranks.
 
-        Args:
-            parameters: in order of their offsets, possibly with padding between them.
-            size: elements per rank, padding included.
-            group: the ranks that the parameters are partitioned over.
+        Parameters are in order of their offsets, possibly with padding between them; `size` includes padding.
         """
         self.parameters, self.size, self.group = list(parameters), size, group
         # Where each rank's own rows begin; elements before that belong to an earlier rank.
@@ -85,11 +82,7 @@ class Partition:
     def rows(self, flat: Tensor) -> dict[str, PartitionRows]:
         """Return this rank's rows of every parameter. Collective over the group.
 
-        Args:
-            flat: (size,) this rank's part.
-
-        Returns:
-            By name. Rows share memory with `flat`, unless the last of them continues on another rank.
+        They share memory with `flat` (size,), this rank's part, unless the last of them continues on another rank.
         """
         tail = self._exchange(flat[: self._head], self._send, self._receive)
         found = {}
@@ -115,13 +108,7 @@ class Partition:
         return found
 
     def fill(self, flat: Tensor, name: str, rows: Tensor) -> None:
-        """Overwrite this rank's part of a parameter.
-
-        Args:
-            flat: (size,) this rank's part.
-            name: of the parameter.
-            rows: those named by `wanted`.
-        """
+        """Overwrite this rank's part of a parameter in `flat` (size,), given the rows named by `wanted`."""
         span = next(span for span in self.parameters if span.name == name)
         start, stop = self._overlap(span)
         if start < stop:

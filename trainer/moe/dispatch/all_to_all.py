@@ -44,14 +44,6 @@ class AllToAllDispatcher(Dispatcher):
     """
 
     def __init__(self, group: Group, num_experts: int, wire: Wire = "compute", num_chunks: int = 1) -> None:
-        """Create the dispatcher.
-
-        Args:
-            group: ranks of the expert-parallel group.
-            num_experts: E, split evenly and in order over the ranks.
-            wire: dtype of rows during communication.
-            num_chunks: parts that a rank's experts are split into.
-        """
         self.group, self.wire = group, wire
         self.bounds = even_slices(num_experts, group.size)
         self.chunks = Chunks.of(self.bounds, num_chunks)

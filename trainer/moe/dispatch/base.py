@@ -1,8 +1,9 @@
 """Dispatcher interface: sends token rows to their experts and combines the outputs."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,12 +59,8 @@ class Combined:
         return (squared * others).sum((1, 2)) / (has_row * (has_row - 1)).clamp(min=1)
 
 
-class RunExperts(Protocol):
-    """Applies all local experts, or those in the range `part`, to their rows."""
-
-    def __call__(self, x: Tensor, rows_per_expert: Tensor, part: tuple[int, int] | None = None) -> Tensor:
-        """Return (R, D) for rows (R, D) grouped by expert."""
-        ...
+RunExperts = Callable[..., Tensor]
+"""`Experts.forward`: rows (R, D) grouped by expert, rows_per_expert and optionally `part` -> (R, D)."""
 
 
 class Dispatcher(ABC):

@@ -51,13 +51,7 @@ class HierarchicalDispatcher(AllToAllDispatcher):
 
 
 def _reorder(lengths: Tensor, order: Tensor, device: torch.device) -> Tensor:
-    """Return the row indices that rearrange blocks of these lengths.
-
-    Args:
-        lengths: (n,) rows of each block, in the present order.
-        order: n block indices, of any shape, in the new order.
-        device: of the result.
-    """
+    """Return the row indices that put blocks of these lengths (n,) into a new order: n block indices, of any shape."""
     starts = (lengths.cumsum(0) - lengths).tolist()
     sizes = lengths.tolist()
     blocks = [torch.arange(starts[b], starts[b] + sizes[b]) for b in order.reshape(-1).tolist()]

@@ -22,12 +22,6 @@ class BiasBalancedRouter(TopKRouter):
     bias: Tensor
 
     def __init__(self, *, bias_update_rate: float, **top_k_arguments: Any) -> None:
-        """Create the gate and a bias of zeros.
-
-        Args:
-            bias_update_rate: gamma, the change of a bias per step; 0 keeps it at 0.
-            top_k_arguments: those of `TopKRouter`.
-        """
         super().__init__(**top_k_arguments)
         self.bias_update_rate = bias_update_rate
         columns = self.num_experts + (self.null_experts > 0)

@@ -26,12 +26,6 @@ class CosineRouter(TopKRouter):
     initial_values: ClassVar[Mapping[str, float]] = {"log_scale": 0.0}
 
     def __init__(self, *, d_proj: int, **top_k_arguments: Any) -> None:
-        """Create the projection and the directions.
-
-        Args:
-            d_proj: P, the width tokens are projected to.
-            top_k_arguments: those of `TopKRouter`.
-        """
         self.d_proj = d_proj
         super().__init__(**top_k_arguments)
 

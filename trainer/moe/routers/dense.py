@@ -1,18 +1,14 @@
 """Dense routing: every token visits every expert, as in the second founding document."""
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
 from trainer.moe.routers.top_k import gate_logits
-from trainer.moe.routing import Causality, Router, RouterOutput, RoutingContext, RoutingDecision
+from trainer.moe.routing import Router, RouterOutput, RoutingContext, RoutingDecision
 
 
 class DenseRouter(Router):
     """Computes y = sum_i g_i(x) e_i(x) over all experts, g = softmax of the logits. A baseline without sparsity."""
-
-    causal: ClassVar[Causality] = "strict"
 
     def __init__(self, *, d_model: int, num_experts: int) -> None:
         super().__init__()

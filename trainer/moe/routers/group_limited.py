@@ -23,14 +23,6 @@ class GroupLimitedRouter(BiasBalancedRouter):
     def __init__(
         self, *, groups: int, groups_kept: int, group_score: Literal["best", "best_two"], **bias_balanced_arguments: Any
     ) -> None:
-        """Create the gate.
-
-        Args:
-            groups: G, a divisor of E.
-            groups_kept: groups that a token's experts are selected from.
-            group_score: sum of a group's best two scores, or its best score.
-            bias_balanced_arguments: those of `BiasBalancedRouter`.
-        """
         super().__init__(**bias_balanced_arguments)
         self.groups, self.groups_kept = groups, groups_kept
         self.experts_scored = min(2 if group_score == "best_two" else 1, self.num_experts // groups)

@@ -20,12 +20,6 @@ class GShardRouter(TopKRouter):
     """
 
     def __init__(self, *, random_second: bool, **top_k_arguments: Any) -> None:
-        """Create the gate.
-
-        Args:
-            random_second: keep choices after the first at random; False keeps them all.
-            top_k_arguments: those of `TopKRouter`.
-        """
         super().__init__(**top_k_arguments)
         self.random_second = random_second
 

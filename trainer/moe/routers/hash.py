@@ -1,11 +1,9 @@
 """Hash routing: experts are a fixed function of the token id; nothing is learned."""
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from trainer.moe.routing import Causality, Router, RouterOutput, RoutingContext, RoutingDecision
+from trainer.moe.routing import Router, RouterOutput, RoutingContext, RoutingDecision
 from trainer.ops.noise import uniform
 from trainer.ops.select import stable_top_k
 
@@ -17,8 +15,6 @@ class HashRouter(Router):
         frequencies in advance.
     """
 
-    causal: ClassVar[Causality] = "strict"
-
     def __init__(self, *, num_experts: int, layer: int, top_k: int, salt: int) -> None:
         super().__init__()
         self.num_experts, self.layer, self.top_k, self.salt = num_experts, layer, top_k, salt
@@ -26,21 +22,13 @@ class HashRouter(Router):
     def forward(self, x: Tensor, context: RoutingContext) -> RouterOutput:
         """Route tokens x (T, D) by their ids alone."""
         values = uniform(context.token_ids, self.num_experts, salt=f"hash {self.salt} {self.layer}")  # (T, E)
-        return route_by_values(values, x, context, context.top_k or self.top_k)
-
-
-def route_by_values(values: Tensor, x: Tensor, context: RoutingContext, top_k: int) -> RouterOutput:
-    """Route every token to the experts of its k largest values (T, E), with equal weights."""
-    return equal_weights(stable_top_k(values, top_k), x, context, num_experts=values.shape[-1])
+        expert_index = stable_top_k(values, context.top_k or self.top_k)
+        return equal_weights(expert_index, x, context, num_experts=self.num_experts)
 
 
 def equal_weights(expert_index: Tensor, x: Tensor, context: RoutingContext, *, num_experts: int) -> RouterOutput:
     """Return the output of a router that gives tokens x (T, D) the experts (T, k), with weight 1 / k each."""
-    weight = torch.full(
-        expert_index.shape,
-        1 / expert_index.shape[1],
-        device=x.device,
-        dtype=torch.promote_types(x.dtype, torch.float32),
-    )
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    weight = torch.full(expert_index.shape, 1 / expert_index.shape[1], device=x.device, dtype=dtype)
     decision = RoutingDecision.from_top_k(expert_index, weight, num_experts=num_experts, valid=context.valid)
     return RouterOutput(decision=decision, logits=None, probs=None)

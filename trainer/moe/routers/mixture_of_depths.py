@@ -23,14 +23,6 @@ class MixtureOfDepthsRouter(NonCausalRouter):
     """
 
     def __init__(self, *, d_model: int, capacity: float, predictor_coef: float, evaluates_as_trained: bool) -> None:
-        """Create the gate.
-
-        Args:
-            d_model: D.
-            capacity: fraction of a sequence's tokens that are computed.
-            predictor_coef: weight of the router's own loss.
-            evaluates_as_trained: select tokens jointly in evaluation as well.
-        """
         super().__init__(evaluates_as_trained=evaluates_as_trained)
         self.capacity, self.predictor_coef = capacity, predictor_coef
         self.gate = nn.Linear(d_model, 1, bias=False)

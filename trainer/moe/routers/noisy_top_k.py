@@ -28,7 +28,6 @@ class NoisyTopKRouter(TopKRouter):
     """
 
     def __init__(self, *, d_model: int, **top_k_arguments: Any) -> None:
-        """Create the gate and the noise gate; the arguments are those of `TopKRouter`."""
         super().__init__(d_model=d_model, **top_k_arguments)
         self.noise_gate = nn.Linear(d_model, self.num_experts + self.null_experts, bias=False)
 

@@ -21,11 +21,6 @@ class NonCausalRouter(Router):
     causal: ClassVar[Causality] = "within_sequence"
 
     def __init__(self, *, evaluates_as_trained: bool) -> None:
-        """Set the routing of evaluation.
-
-        Args:
-            evaluates_as_trained: route evaluation jointly as well; False: each token takes its own best experts.
-        """
         super().__init__()
         self.evaluates_as_trained = evaluates_as_trained
 

@@ -1,18 +1,15 @@
 """Random routing: the baseline that any learned router must beat."""
 
-from typing import ClassVar
-
 from torch import Tensor
 
-from trainer.moe.routers.hash import route_by_values
-from trainer.moe.routing import Causality, Router, RouterOutput, RoutingContext
+from trainer.moe.routers.hash import equal_weights
+from trainer.moe.routing import Router, RouterOutput, RoutingContext
 from trainer.ops.noise import token_keys, uniform
+from trainer.ops.select import stable_top_k
 
 
 class RandomRouter(Router):
     """Sends a token to k distinct random experts, weight 1 / k each; in evaluation, a function of id and position."""
-
-    causal: ClassVar[Causality] = "strict"
 
     def __init__(self, *, num_experts: int, layer: int, top_k: int) -> None:
         super().__init__()
@@ -20,8 +17,7 @@ class RandomRouter(Router):
 
     def forward(self, x: Tensor, context: RoutingContext) -> RouterOutput:
         """Route tokens x (T, D) independently of their values."""
-        key = context.noise_key
-        if key is None:
-            key = token_keys(0, context.token_ids, context.position)
+        key = token_keys(0, context.token_ids, context.position) if context.noise_key is None else context.noise_key
         values = uniform(key, self.num_experts, salt=f"random {self.layer}")  # (T, E)
-        return route_by_values(values, x, context, context.top_k or self.top_k)
+        expert_index = stable_top_k(values, context.top_k or self.top_k)
+        return equal_weights(expert_index, x, context, num_experts=self.num_experts)

@@ -1,18 +1,14 @@
 """Round-robin routing: perfectly balanced by construction, for benchmarks."""
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
 from trainer.moe.routers.hash import equal_weights
-from trainer.moe.routing import Causality, Router, RouterOutput, RoutingContext
+from trainer.moe.routing import Router, RouterOutput, RoutingContext
 
 
 class RoundRobinRouter(Router):
     """Sends the token at position p to experts p * k, ..., p * k + k - 1, modulo E, with weight 1 / k each."""
-
-    causal: ClassVar[Causality] = "strict"
 
     def __init__(self, *, num_experts: int, top_k: int) -> None:
         super().__init__()

@@ -3,12 +3,12 @@
 # T tokens, k experts per token, E experts, n null experts, D d_model.
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from trainer.moe.routing import Causality, Router, RouterOutput, RoutingContext, RoutingDecision
+from trainer.moe.routing import Router, RouterOutput, RoutingContext, RoutingDecision
 from trainer.ops.noise import uniform
 from trainer.ops.select import stable_top_k
 
@@ -24,8 +24,6 @@ class TopKRouter(Router):
         are the zero experts of MoE++ (arXiv 2410.07348).
     """
 
-    causal: ClassVar[Causality] = "strict"
-
     def __init__(
         self,
         *,
@@ -39,19 +37,7 @@ class TopKRouter(Router):
         jitter: float = 0.0,
         null_experts: int = 0,
     ) -> None:
-        """Create the gate.
-
-        Args:
-            d_model: D.
-            num_experts: E.
-            layer: index of the block; separates the noise of different layers.
-            top_k: experts per token, k.
-            score: maps logits to scores.
-            normalize: divide the k combine weights by their sum.
-            scale: factor on the combine weights, applied after normalization.
-            jitter: relative amplitude of the uniform noise on the gate's input in training.
-            null_experts: n, experts without computation that can be among a token's k.
-        """
+        """Create the gate; options as in `TopKOptions`, and `layer` separates the noise of different layers."""
         super().__init__()
         self.layer, self.num_experts, self.null_experts = layer, num_experts, null_experts
         self.top_k, self.score, self.normalize, self.scale, self.jitter = top_k, score, normalize, scale, jitter

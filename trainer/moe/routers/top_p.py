@@ -1,12 +1,10 @@
 """Top-p routing: the most probable experts of a token, until their probabilities add up to p."""
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
 from trainer.moe.routers.top_k import apply_jitter, gate_logits
-from trainer.moe.routing import Causality, Router, RouterOutput, RoutingContext, RoutingDecision
+from trainer.moe.routing import Router, RouterOutput, RoutingContext, RoutingDecision
 
 # T tokens, E experts, D d_model.
 
@@ -20,8 +18,6 @@ class TopPRouter(Router):
     Source: Huang et al. 2024 (arXiv 2403.07652).
     """
 
-    causal: ClassVar[Causality] = "strict"
-
     def __init__(
         self,
         *,
@@ -34,18 +30,6 @@ class TopPRouter(Router):
         sparsity_coef: float,
         jitter: float,
     ) -> None:
-        """Create the gate.
-
-        Args:
-            d_model: D.
-            num_experts: E.
-            layer: index of the block; separates the noise of different layers.
-            p: probability mass to reach.
-            max_experts: maximum experts per token; None: E.
-            normalize: divide a token's combine weights by their sum.
-            sparsity_coef: weight of the entropy loss.
-            jitter: relative amplitude of the uniform noise on the gate's input in training.
-        """
         super().__init__()
         self.layer, self.p, self.max_experts = layer, p, max_experts or num_experts
         self.normalize, self.sparsity_coef, self.jitter = normalize, sparsity_coef, jitter

@@ -24,7 +24,7 @@ class HashRouterConfig(EvenOptions):
         """Create the router of block `layer`."""
         from trainer.moe.routers.hash import HashRouter
 
-        return HashRouter(num_experts=num_experts, layer=layer, top_k=self.top_k, salt=self.salt)
+        return HashRouter(num_experts=num_experts, layer=layer, **self.arguments())
 
 
 class RandomRouterConfig(EvenOptions):
@@ -38,7 +38,7 @@ class RandomRouterConfig(EvenOptions):
         """Create the router of block `layer`."""
         from trainer.moe.routers.random import RandomRouter
 
-        return RandomRouter(num_experts=num_experts, layer=layer, top_k=self.top_k)
+        return RandomRouter(num_experts=num_experts, layer=layer, **self.arguments())
 
 
 class RoundRobinRouterConfig(EvenOptions):
@@ -52,4 +52,4 @@ class RoundRobinRouterConfig(EvenOptions):
         """Create the router of block `layer`."""
         from trainer.moe.routers.round_robin import RoundRobinRouter
 
-        return RoundRobinRouter(num_experts=num_experts, top_k=self.top_k)
+        return RoundRobinRouter(num_experts=num_experts, **self.arguments())

@@ -46,8 +46,8 @@ class RouterOptions(KindConfig):
 
     @property
     def is_self_balancing(self) -> bool:
-        """True if the router balances the load without a balance loss, which its authors omit."""
-        return False
+        """True if the router balances the load without a balance loss, which its authors omit; by default by a bias."""
+        return getattr(self, "bias_update_rate", 0) > 0
 
     @property
     def weight_sum(self) -> float | None:
@@ -76,6 +76,10 @@ class RouterOptions(KindConfig):
         top_k = getattr(self, "top_k", 1)
         if top_k > num_experts:
             yield Problem("top_k", f"{top_k} is more than num_experts {num_experts}; use 1 to {num_experts}")
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the options as keyword arguments of the router."""
+        return self.model_dump(exclude={"kind", "top_k_choices", "evaluation_routing"})
 
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
         """Create the router of block `layer`, importing its module here so that configs stay free of torch."""
@@ -157,18 +161,11 @@ class TopKOptions(JitterOptions):
         """Return the maximum number of experts per token, over all steps."""
         return min(num_experts, max(most for _, most in self.top_k_limits()))
 
-    def top_k_arguments(self, d_model: int, num_experts: int, layer: int) -> dict[str, Any]:
-        """Return the keyword arguments of `TopKRouter` that all its subclasses share."""
-        return {
-            "d_model": d_model,
-            "num_experts": num_experts,
-            "layer": layer,
-            "top_k": self.top_k,
-            "normalize": self.normalize,
-            "scale": self.scale,
-            "jitter": self.jitter,
-            "null_experts": self.null_experts,
-        }
+    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
+        """Create the router of block `layer`."""
+        from trainer.moe.routers.top_k import TopKRouter
+
+        return TopKRouter(d_model=d_model, num_experts=num_experts, layer=layer, **self.arguments())
 
     def top_k_limits(self) -> list[tuple[str, int]]:
         """Return every key that sets k, with its largest value."""
@@ -199,14 +196,13 @@ class NonCausalOptions(RouterOptions):
     always uses `top_k`."""
 
     @property
-    def evaluates_as_trained(self) -> bool:
-        """True if evaluation routes jointly too, so that held-out loss is not causal."""
-        return self.evaluation_routing == "as_trained"
-
-    @property
     def is_self_balancing(self) -> bool:
         """True: every expert gets its share of a sequence."""
         return True
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the options as keyword arguments of the router."""
+        return {**super().arguments(), "evaluates_as_trained": self.evaluation_routing == "as_trained"}
 
 
 class AssignmentOptions(NonCausalOptions):
@@ -222,11 +218,3 @@ class AssignmentOptions(NonCausalOptions):
     def experts_per_token(self, num_experts: int) -> float:
         """Return the mean number of experts: less than k if the capacity factor is below 1."""
         return min(self.top_k, self.capacity_factor * self.top_k)
-
-    def assignment_arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments of `AssignmentRouter`."""
-        return {
-            "top_k": self.top_k,
-            "capacity_factor": self.capacity_factor,
-            "evaluates_as_trained": self.evaluates_as_trained,
-        }

@@ -36,7 +36,7 @@ class ExpertChoiceRouterConfig(AssignmentOptions):
         """Create the router of block `layer`."""
         from trainer.moe.routers.expert_choice import ExpertChoiceRouter
 
-        return ExpertChoiceRouter(**self.assignment_arguments(), d_model=d_model, num_experts=num_experts)
+        return ExpertChoiceRouter(d_model=d_model, num_experts=num_experts, **self.arguments())
 
 
 class LinearProgramRouterConfig(AssignmentOptions):
@@ -52,7 +52,7 @@ class LinearProgramRouterConfig(AssignmentOptions):
         """Create the router of block `layer`."""
         from trainer.moe.routers.linear_program import LinearProgramRouter
 
-        return LinearProgramRouter(**self.assignment_arguments(), d_model=d_model, num_experts=num_experts)
+        return LinearProgramRouter(d_model=d_model, num_experts=num_experts, **self.arguments())
 
 
 class GreedyRouterConfig(AssignmentOptions):
@@ -64,7 +64,7 @@ class GreedyRouterConfig(AssignmentOptions):
         """Create the router of block `layer`."""
         from trainer.moe.routers.greedy import GreedyRouter
 
-        return GreedyRouter(**self.assignment_arguments(), d_model=d_model, num_experts=num_experts)
+        return GreedyRouter(d_model=d_model, num_experts=num_experts, **self.arguments())
 
 
 class BASELayerRouterConfig(NonCausalOptions):
@@ -88,7 +88,7 @@ class BASELayerRouterConfig(NonCausalOptions):
         """Create the router of block `layer`."""
         from trainer.moe.routers.base_layer import BASELayerRouter
 
-        return BASELayerRouter(d_model=d_model, num_experts=num_experts, evaluates_as_trained=self.evaluates_as_trained)
+        return BASELayerRouter(d_model=d_model, num_experts=num_experts, **self.arguments())
 
 
 class SinkhornRouterConfig(NonCausalOptions):
@@ -107,14 +107,7 @@ class SinkhornRouterConfig(NonCausalOptions):
         """Create the router of block `layer`."""
         from trainer.moe.routers.sinkhorn import SinkhornRouter
 
-        return SinkhornRouter(
-            d_model=d_model,
-            num_experts=num_experts,
-            top_k=self.top_k,
-            score=self.score,
-            iterations=self.iterations,
-            evaluates_as_trained=self.evaluates_as_trained,
-        )
+        return SinkhornRouter(d_model=d_model, num_experts=num_experts, **self.arguments())
 
 
 class MixtureOfDepthsRouterConfig(NonCausalOptions):
@@ -157,9 +150,4 @@ class MixtureOfDepthsRouterConfig(NonCausalOptions):
         """Create the router of block `layer`."""
         from trainer.moe.routers.mixture_of_depths import MixtureOfDepthsRouter
 
-        return MixtureOfDepthsRouter(
-            d_model=d_model,
-            capacity=self.capacity,
-            predictor_coef=self.predictor_coef,
-            evaluates_as_trained=self.evaluates_as_trained,
-        )
+        return MixtureOfDepthsRouter(d_model=d_model, **self.arguments())

@@ -22,12 +22,6 @@ class TopKRouterConfig(TopKOptions):
     score: Score = "softmax"
     """Function from logits to scores: over all experts (softmax), or per expert (sigmoid)."""
 
-    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
-        """Create the router of block `layer`."""
-        from trainer.moe.routers.top_k import TopKRouter
-
-        return TopKRouter(score=self.score, **self.top_k_arguments(d_model, num_experts, layer))
-
 
 class SwitchRouterConfig(TopKOptions):
     """Switch Transformer's router: one expert, weighted by its raw probability, with jitter (arXiv 2101.03961)."""
@@ -39,12 +33,6 @@ class SwitchRouterConfig(TopKOptions):
     """Divide the k combine weights by their sum. False keeps the raw scores."""
     jitter: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Multiply the gate's input by uniform noise from [1 - jitter, 1 + jitter] in training."""
-
-    def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
-        """Create the router of block `layer`."""
-        from trainer.moe.routers.top_k import TopKRouter
-
-        return TopKRouter(**self.top_k_arguments(d_model, num_experts, layer))
 
 
 class GShardRouterConfig(TopKOptions):
@@ -73,7 +61,7 @@ class GShardRouterConfig(TopKOptions):
         """Create the router of block `layer`."""
         from trainer.moe.routers.gshard import GShardRouter
 
-        return GShardRouter(random_second=self.random_second, **self.top_k_arguments(d_model, num_experts, layer))
+        return GShardRouter(d_model=d_model, num_experts=num_experts, layer=layer, **self.arguments())
 
 
 class NoisyTopKRouterConfig(TopKOptions):
@@ -86,7 +74,7 @@ class NoisyTopKRouterConfig(TopKOptions):
         """Create the router of block `layer`."""
         from trainer.moe.routers.noisy_top_k import NoisyTopKRouter
 
-        return NoisyTopKRouter(**self.top_k_arguments(d_model, num_experts, layer))
+        return NoisyTopKRouter(d_model=d_model, num_experts=num_experts, layer=layer, **self.arguments())
 
 
 class CosineRouterConfig(TopKOptions):
@@ -100,7 +88,7 @@ class CosineRouterConfig(TopKOptions):
         """Create the router of block `layer`."""
         from trainer.moe.routers.cosine import CosineRouter
 
-        return CosineRouter(d_proj=self.d_proj, **self.top_k_arguments(d_model, num_experts, layer))
+        return CosineRouter(d_model=d_model, num_experts=num_experts, layer=layer, **self.arguments())
 
 
 class BiasBalancedRouterConfig(TopKOptions):
@@ -112,20 +100,11 @@ class BiasBalancedRouterConfig(TopKOptions):
     bias_update_rate: Coefficient = 0.001
     """Gamma: change of an expert's bias per optimizer step."""
 
-    @property
-    def is_self_balancing(self) -> bool:
-        """True if the bias is updated."""
-        return self.bias_update_rate > 0
-
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
         """Create the router of block `layer`."""
         from trainer.moe.routers.bias_balanced import BiasBalancedRouter
 
-        return BiasBalancedRouter(
-            score=self.score,
-            bias_update_rate=self.bias_update_rate,
-            **self.top_k_arguments(d_model, num_experts, layer),
-        )
+        return BiasBalancedRouter(d_model=d_model, num_experts=num_experts, layer=layer, **self.arguments())
 
 
 class GroupLimitedRouterConfig(TopKOptions):
@@ -142,11 +121,6 @@ class GroupLimitedRouterConfig(TopKOptions):
     """Groups that a token's experts are selected from."""
     group_score: Literal["best_two", "best"] = "best_two"
     """Score of a group for a token: the sum of its two best scores (V3, 2412.19437) or the best (V2, 2405.04434)."""
-
-    @property
-    def is_self_balancing(self) -> bool:
-        """True if there is a bias."""
-        return self.bias_update_rate > 0
 
     def problems_among(self, num_experts: int) -> Iterator[Problem]:
         """Check the groups against the number of experts and k."""
@@ -172,14 +146,7 @@ class GroupLimitedRouterConfig(TopKOptions):
         """Create the router of block `layer`."""
         from trainer.moe.routers.group_limited import GroupLimitedRouter
 
-        return GroupLimitedRouter(
-            score=self.score,
-            bias_update_rate=self.bias_update_rate,
-            groups=self.groups,
-            groups_kept=self.groups_kept,
-            group_score=self.group_score,
-            **self.top_k_arguments(d_model, num_experts, layer),
-        )
+        return GroupLimitedRouter(d_model=d_model, num_experts=num_experts, layer=layer, **self.arguments())
 
 
 class TopPRouterConfig(JitterOptions):
@@ -227,16 +194,7 @@ class TopPRouterConfig(JitterOptions):
         """Create the router of block `layer`."""
         from trainer.moe.routers.top_p import TopPRouter
 
-        return TopPRouter(
-            d_model=d_model,
-            num_experts=num_experts,
-            layer=layer,
-            p=self.p,
-            max_experts=self.max_experts,
-            normalize=self.normalize,
-            sparsity_coef=self.sparsity_coef,
-            jitter=self.jitter,
-        )
+        return TopPRouter(d_model=d_model, num_experts=num_experts, layer=layer, **self.arguments())
 
 
 class DenseRouterConfig(RouterOptions):
