@@ -30,16 +30,12 @@ Signature = tuple[tuple[str, int, int], ...]
 
 
 class CheckpointFolder:
-    """The checkpoints of one run."""
+    """The checkpoints of one run; the folder need not exist.
+
+    Pruning keeps the `keep` newest intact checkpoints, and those of steps that are a multiple of `keep_every`.
+    """
 
     def __init__(self, path: Path, *, keep: int = 3, keep_every: int | None = None) -> None:
-        """Describe the folder; it need not exist.
-
-        Args:
-            path: of the folder.
-            keep: number of newest intact checkpoints to keep.
-            keep_every: never remove checkpoints of steps that are a multiple of this.
-        """
         self.path, self.keep, self.keep_every = path, keep, keep_every
         self._verified: dict[int, tuple[Signature, str | None]] = {}
 
@@ -47,26 +43,24 @@ class CheckpointFolder:
         """Return the steps that have a checkpoint, oldest first by the number in the name, not by time."""
         if not self.path.is_dir():
             return []
-        entries = [entry for entry in self.path.iterdir() if entry.is_dir() and not entry.is_symlink()]
-        steps = {int(match[1]) for match in (_NAME.fullmatch(entry.name) for entry in entries) if match}
-        return sorted(step for step in steps if self.of_step(step).is_dir())
+        steps = {int(match[1]) for match in (_NAME.fullmatch(entry.name) for entry in self.path.iterdir()) if match}
+        return sorted(step for step in steps if self.of_step(step).is_dir() and not self.of_step(step).is_symlink())
 
     def of_step(self, step: int) -> Path:
         """Return the folder of a step's checkpoint."""
         return self.path / f"step_{step:08d}"
 
     def resolve_step(self, step: int | None) -> int:
-        """Return `step` if it has a checkpoint; for None, the newest step that has one.
+        """Return `step`, or the newest step for None.
 
         Raises:
-            CheckpointError: if there is none.
+            CheckpointError: if it has no checkpoint.
         """
         steps = self.steps()
         if not steps:
             raise CheckpointError(f"{self.path}: has no checkpoint; train first")
         if step is not None and step not in steps:
-            have = ", ".join(map(str, steps))
-            raise CheckpointError(f"{self.path}: has no checkpoint of step {step}; it has {have}")
+            raise CheckpointError(f"{self.path}: has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
         return steps[-1] if step is None else step
 
     def temporary(self, step: int) -> Path:
@@ -74,11 +68,7 @@ class CheckpointFolder:
         return self.path / f".tmp-step_{step:08d}"
 
     def begin(self, step: int) -> None:
-        """Create the empty folder that a checkpoint is written into.
-
-        Raises:
-            OSError: if the disk refuses.
-        """
+        """Create the empty folder that a checkpoint is written into."""
         temporary = self.temporary(step)
         if not self.path.is_dir():
             self.path.mkdir(parents=True, exist_ok=True)
@@ -88,11 +78,7 @@ class CheckpointFolder:
         fault_injection.hit("save.folder_made")
 
     def commit(self, step: int) -> Path:
-        """Rename the temporary folder, whose files are flushed: from now on it is a checkpoint.
-
-        Raises:
-            OSError: if the disk refuses.
-        """
+        """Rename the temporary folder, whose files are flushed: from now on it is a checkpoint."""
         temporary, final = self.temporary(step), self.of_step(step)
         sync_folder(temporary)
         fault_injection.hit("save.folder_synced")
@@ -127,11 +113,7 @@ class CheckpointFolder:
         fault_injection.hit("resume.cleaned")
 
     def remove(self, step: int) -> None:
-        """Rename a checkpoint before deleting its files, so that a kill never leaves half of one under its name.
-
-        Raises:
-            OSError: if it cannot be moved.
-        """
+        """Rename a checkpoint before deleting its files, so that a kill never leaves half of one under its name."""
         trash = self.path / f".trash-step_{step:08d}"
         shutil.rmtree(trash, ignore_errors=True)
         self.of_step(step).rename(trash)
@@ -150,10 +132,9 @@ class CheckpointFolder:
             CheckpointError: if it is damaged or of another step.
             ResourceError: if it cannot be read now.
         """
-        folder = self.of_step(step)
-        manifest = read_manifest(folder)
+        manifest = read_manifest(self.of_step(step))
         if manifest.step != step:
-            raise CheckpointError(f"{folder}: is damaged (its manifest is of step {manifest.step})")
+            raise CheckpointError(f"{self.of_step(step)}: is damaged (its manifest is of step {manifest.step})")
         return manifest
 
     def check(self, step: int) -> Manifest:
@@ -216,7 +197,11 @@ class CheckpointFolder:
         """
         steps = self.steps()
         earlier = [step for step in steps if step <= newest]
-        to_remove = [step for step in steps if step > newest and self._is_damaged(step)]
+        to_remove = []
+        for step in (step for step in steps if step > newest):
+            with suppress(UnsupportedFormat, ResourceError):  # not known to be damaged
+                if self.defect(step) is not None:
+                    to_remove.append(step)
         if len(earlier) <= self.keep:
             return to_remove
         num_intact = 0
@@ -231,28 +216,19 @@ class CheckpointFolder:
         """Remove outdated checkpoints; log a warning and leave those that cannot be read or removed."""
         fault_injection.hit("prune.begin")
         try:
-            outdated = self.outdated(newest=newest)
+            for step in self.outdated(newest=newest):
+                try:
+                    self.remove(step)
+                except OSError as error:
+                    _log.warning("%s: cannot be removed: %s", self.of_step(step), error.strerror)
         except OSError as error:
             _log.warning("%s: cannot be read: %s", self.path, error.strerror)
-            outdated = []
-        for step in outdated:
-            try:
-                self.remove(step)
-            except OSError as error:
-                _log.warning("%s: cannot be removed: %s", self.of_step(step), error.strerror)
         fault_injection.hit("prune.done")
-
-    def _is_damaged(self, step: int) -> bool:
-        """Return whether a checkpoint is known to be damaged; False if it cannot be verified."""
-        with suppress(UnsupportedFormat, ResourceError):
-            return self.defect(step) is not None
-        return False
 
 
 def _signature(folder: Path) -> Signature:
     try:
         with os.scandir(folder) as entries:
-            found = [(entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries]
+            return tuple(sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries))
     except OSError:
         return ()
-    return tuple(sorted(found))

@@ -19,23 +19,16 @@ def check_fits(found: CheckpointHandle, mine: TrainState) -> None:
         CheckpointError: with the first difference and the number of differences.
     """
     saved = found.manifest.tensors
-    differences = [
-        difference
-        for name in sorted(saved.keys() | mine.slices.keys())
-        if (difference := _difference(name, saved.get(name), mine)) is not None
-    ]
-    if differences:
-        raise _refusal(found.path, differences)
+    names = sorted(saved.keys() | mine.slices.keys())
+    differences = [text for name in names if (text := _difference(name, saved.get(name), mine)) is not None]
+    _refuse(found.path, differences)
 
 
 def check_model(found: CheckpointHandle, model: Mapping[str, Any], *, stored: Mapping[str, Any] | None = None) -> None:
-    """Compare the model config of a checkpoint with the current one.
+    """Compare the model config of a checkpoint with `model`, the current one as JSON values.
 
-    Args:
-        found: the checkpoint.
-        model: the config's `model` section as JSON values.
-        stored: the checkpoint's `model` section with defaults for keys added since; None if this version cannot parse
-            it, and then only the keys that it has are compared.
+    `stored` is the checkpoint's with defaults for keys added since; None if this version cannot parse it, and then only
+    the keys that it has are compared.
 
     Raises:
         CheckpointError: with the first key that differs, both values and the number of differences.
@@ -48,8 +41,7 @@ def check_model(found: CheckpointHandle, model: Mapping[str, Any], *, stored: Ma
         f"{key} is {short(old)} in it and {short(new)} in the config"
         for key, old, new in _changes("model", before if stored is None else stored, model)
     ]
-    if differences:
-        raise _refusal(found.path, differences)
+    _refuse(found.path, differences)
 
 
 def check_tokenizer(found: CheckpointHandle, *, fingerprint: str) -> None:
@@ -72,8 +64,7 @@ def check_record(found: CheckpointHandle) -> None:
     Raises:
         CheckpointError: with the first value that is missing or invalid.
     """
-    problem = next(run_record_problems(found.manifest), None)
-    if problem is not None:
+    for problem in run_record_problems(found.manifest):
         raise CheckpointError(f"{found.path}: is invalid: {problem}")
 
 
@@ -96,11 +87,12 @@ def _difference(name: str, saved: StoredTensor | None, mine: TrainState) -> str 
     return None
 
 
-def _refusal(path: Path, differences: list[str]) -> CheckpointError:
-    more = f" (and {len(differences) - 1} more differences)" if len(differences) > 1 else ""
-    return CheckpointError(
-        f"{path}: was written by a different model: {differences[0]}{more}; use the run's own config, or a new name=..."
-    )
+def _refuse(path: Path, differences: list[str]) -> None:
+    if differences:
+        first, more = differences[0], f" (and {len(differences) - 1} more differences)" if differences[1:] else ""
+        raise CheckpointError(
+            f"{path}: was written by a different model: {first}{more}; use the run's own config, or a new name=..."
+        )
 
 
 def _changes(prefix: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:

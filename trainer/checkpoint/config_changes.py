@@ -8,7 +8,7 @@ from trainer.config.dump import ABSENT, Change, inline
 from trainer.errors import ConfigError
 
 _MODEL_KEYS = ("model.", "data.tokenizer")
-_COMPARED_BY_CONTENT = ("data.tokenizer.path",)
+_COMPARED_BY_CONTENT = "data.tokenizer.path"
 _LEARNING_KEYS = ("seed", "data.", "optim.", "schedule.", "train.")
 _HARMLESS_KEYS = ("train.steps", "train.max_consecutive_skips", "data.cache_dir", "data.workers")
 _ORDER_KEYS = re.compile(r"seed|data\.(mixture\..*|packing|sources\.\d+\.weight)")
@@ -19,10 +19,7 @@ _BATCH_KEY = "train.global_batch_size"
 def check_belongs(folder: RunFolder, changes: Iterable[Change], *, goes_on: bool = True) -> list[str]:
     """Check the changes between the config that a run folder was started with and the current one.
 
-    Args:
-        folder: of the run.
-        changes: (dotted key, value in the folder, current value).
-        goes_on: the run resumes from a checkpoint, so some text has been read under the old config.
+    With `goes_on` the run resumes from a checkpoint, so some text has been read under the old config.
 
     Returns:
         A warning for each change of what is learned, and one about the order of the rows if that changes.
@@ -34,9 +31,8 @@ def check_belongs(folder: RunFolder, changes: Iterable[Change], *, goes_on: bool
     new_kinds = {change.key.rpartition(".")[0] for change in changes if change.key.endswith(".kind")}
     refused, warnings = [], []
     for key, old, new in changes:
-        if ABSENT in (old, new) and key.rpartition(".")[0] in new_kinds:
-            continue  # an option of the other kind: the line about the kind is enough
-        if key in _COMPARED_BY_CONTENT:
+        is_of_other_kind = ABSENT in (old, new) and key.rpartition(".")[0] in new_kinds
+        if is_of_other_kind or key == _COMPARED_BY_CONTENT:  # the line about the kind is enough
             continue
         if key == "model" or key.startswith(_MODEL_KEYS):
             refused.append(

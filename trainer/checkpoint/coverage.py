@@ -11,12 +11,7 @@ WEIGHT, MOMENTS = "model.", ("optim.exp_avg.", "optim.exp_avg_sq.")
 
 
 def partition_error(spans: Iterable[tuple[int, int]], total: int) -> str | None:
-    """Return why parts do not partition 0 .. total - 1, or None if they do.
-
-    Args:
-        spans: (start, length) of each part, in any order.
-        total: number of indices.
-    """
+    """Return why parts, (start, length) in any order, do not partition 0 .. total - 1; None if they do."""
     end = 0
     for start, length in sorted(span for span in spans if span[1] > 0):
         if start > end:
@@ -32,9 +27,7 @@ def partition_error(spans: Iterable[tuple[int, int]], total: int) -> str | None:
 def missing_moments(shapes: Mapping[str, Sequence[int]], of_experts: Iterable[str]) -> Iterator[str]:
     """Yield a line for each expert weight whose two moments are missing or differ from it in shape.
 
-    Args:
-        shapes: global shape of every tensor.
-        of_experts: names of the tensors whose dimension 0 counts experts.
+    `of_experts` names the tensors whose dimension 0 counts experts.
     """
     for name in of_experts:
         if not name.startswith(WEIGHT):
@@ -43,6 +36,5 @@ def missing_moments(shapes: Mapping[str, Sequence[int]], of_experts: Iterable[st
         for moment in MOMENTS:
             found = shapes.get(moment + parameter)
             if found is None or list(found) != list(shapes[name]):
-                yield f"{moment}{parameter} of {list(shapes[name])} is missing" + (
-                    "" if found is None else f": it is {list(found)}"
-                )
+                instead = "" if found is None else f": it is {list(found)}"
+                yield f"{moment}{parameter} of {list(shapes[name])} is missing{instead}"

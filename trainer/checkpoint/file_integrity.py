@@ -14,13 +14,7 @@ _DAMAGED = (errno.ENOENT, errno.ENOTDIR, errno.EIO)
 
 
 def check_file(folder: Path, name: str, stored: StoredFile, *, with_content: bool = True) -> None:
-    """Compare a file with its entry in the manifest.
-
-    Args:
-        folder: of the checkpoint.
-        name: of the file.
-        stored: expected size and hash.
-        with_content: also read the whole file and compare its hash.
+    """Compare a file's size, and its hash if `with_content`, with its entry in the manifest.
 
     Raises:
         CheckpointError: naming the file and the difference.

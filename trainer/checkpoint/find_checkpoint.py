@@ -36,14 +36,10 @@ class CheckpointHandle:
 
 
 def find_newest(folder: CheckpointFolder, group: Group, *, warn: Callable[[str], None]) -> CheckpointHandle | None:
-    """Return the newest intact checkpoint, the same on every rank; None if the folder has no checkpoint.
+    """Return the newest intact checkpoint, the same on every rank; None if the folder has no checkpoint; collective.
 
-    The folder is listed again for each candidate, since a training run may meanwhile remove one and save another.
-
-    Args:
-        folder: of the run, as rank 0 sees it.
-        group: all ranks; collective.
-        warn: called with one line for each damaged checkpoint that is skipped.
+    The folder, as rank 0 sees it, is listed again for each candidate, since a training run may meanwhile remove one and
+    save another. `warn` is called with one line for each damaged checkpoint that is skipped.
 
     Raises:
         CheckpointError: if every checkpoint is damaged, since a run never starts over silently; if another version

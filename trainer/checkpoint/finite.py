@@ -19,11 +19,8 @@ from trainer.errors import NumericsError
 def check_finite(slices: Mapping[str, Slice], group: Group, folder: CheckpointFolder, *, step: int) -> None:
     """Check that every value of a state is finite, on all ranks together; collective.
 
-    Args:
-        slices: slices of the state that this rank checks; the ranks together check all of them.
-        group: all ranks.
-        folder: checkpoints of the run, of which the message names the newest intact one.
-        step: completed steps.
+    `slices` are those that this rank checks; the ranks together check all of them. `folder` has the run's checkpoints,
+    of which the message names the newest intact one.
 
     Raises:
         NumericsError: if a value is not finite; on every rank, with the same message.
@@ -33,9 +30,7 @@ def check_finite(slices: Mapping[str, Slice], group: Group, folder: CheckpointFo
         return
     newest = folder.newest_intact() if group.index == 0 else None
     found = {name: _describe(name, slices[name]) for name in local}
-    reports: list[tuple[dict[str, str], str | None]] = barrier_gather(
-        group, (found, None if newest is None else str(newest))
-    )
+    reports = barrier_gather(group, (found, None if newest is None else str(newest)))
     raise NumericsError(_message([report[0] for report in reports], group, reports[0][1], step=step))
 
 
@@ -62,7 +57,7 @@ def _describe(name: str, part: Slice) -> str:
 
 def _message(by_rank: list[dict[str, str]], group: Group, newest: str | None, *, step: int) -> str:
     names = dict.fromkeys(name for found in by_rank for name in found)
-    first = min(names, key=_order)
+    first = min(names, key=lambda name: not name.startswith("model."))  # weights before moments
     ranks = [rank for rank, found in enumerate(by_rank) if first in found]
     where = f" on {format_ranks([group.ranks[rank] for rank in ranks])}" if group.size > 1 else ""
     more = f" (and {len(names) - 1} more tensor{'s' * (len(names) > 2)})" if len(names) > 1 else ""
@@ -71,8 +66,3 @@ def _message(by_rank: list[dict[str, str]], group: Group, newest: str | None, *,
     else:
         back = f"the last good checkpoint is {newest}: lower schedule.peak_lr and start again to resume from it"
     return f"step {step}: {by_rank[ranks[0]][first]} is not finite{where}{more}; nothing of it is saved; {back}"
-
-
-def _order(name: str) -> bool:
-    """Sort key: weights before moments."""
-    return not name.startswith("model.")

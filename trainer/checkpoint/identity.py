@@ -11,7 +11,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +34,6 @@ class Parent:
     step: int
     """Completed steps of the parent that this run continues from."""
     folder: str | None
-    """Folder of the parent, if known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,13 +47,9 @@ class Identity:
 
 
 def identify(folder: RunFolder, *, name: str, found: Mapping[str, Any] | None = None, step: int = 0) -> Identity:
-    """Return the identity of the run in a folder, and record it there.
+    """Return the identity of the run in a locked folder, and record it there.
 
-    Args:
-        folder: of the run, locked.
-        name: of the experiment.
-        found: record of the run in the checkpoint that it resumes from; None without one.
-        step: of that checkpoint.
+    `found` is the record of the run in the checkpoint that it resumes from, and `step` that of the checkpoint.
 
     Raises:
         ResourceError: if the disk refuses.
@@ -72,48 +67,33 @@ def identify(folder: RunFolder, *, name: str, found: Mapping[str, Any] | None = 
             parent = _parent(found.get("parent"))
         identity = Identity(id=kept or saved_id or secrets.token_hex(8), parent=parent, said=None)
     else:
-        parent = Parent(
-            id=(saved_id if has_copied_checkpoints else kept) or "",
-            name=_text(saved_name or origin.get("name")),
-            step=step,
-            folder=None if copied_from is None else str(copied_from),
-        )
-        identity = _branch(folder, parent)
-    _record(folder, identity, name=name)
-    return identity
-
-
-def _branch(folder: RunFolder, parent: Parent) -> Identity:
-    run_id, called = secrets.token_hex(8), "" if parent.name is None else f"{shown(parent.name)}, "
-    where = f"branches off from run {parent.id} ({called}step {parent.step})"
-    return Identity(id=run_id, parent=parent, said=f"{folder.path}: {where}: a run of its own from here, {run_id}")
-
-
-def _record(folder: RunFolder, identity: Identity, *, name: str) -> None:
-    """Write the id first: a run killed in between branches off again, and is never mistaken for its parent."""
+        parent_id = (saved_id if has_copied_checkpoints else kept) or ""
+        parent_name, copied = _text(saved_name or origin.get("name")), None if copied_from is None else str(copied_from)
+        parent = Parent(id=parent_id, name=parent_name, step=step, folder=copied)
+        run_id, called = secrets.token_hex(8), "" if parent_name is None else f"{shown(parent_name)}, "
+        said = f"branches off from run {parent_id} ({called}step {step}): a run of its own from here, {run_id}"
+        identity = Identity(id=run_id, parent=parent, said=f"{folder.path}: {said}")
+    # The id first: a run killed in between branches off again, and is never mistaken for its parent.
     folder.write_unless_same(folder.run_id, f"{identity.id}\n")
-    parent = None if identity.parent is None else asdict(identity.parent)
-    origin = {"id": identity.id, "name": name, "folder": str(folder.path.absolute()), "parent": parent}
+    of = None if identity.parent is None else asdict(identity.parent)
+    origin = {"id": identity.id, "name": name, "folder": str(folder.path.absolute()), "parent": of}
     folder.write_unless_same(folder.origin, json.dumps(origin, indent=1) + "\n")
+    return identity
 
 
 def _copied_from(folder: RunFolder, kept: str, origin: Mapping[str, Any], saved_name: str | None) -> Path | None:
     """Return the folder that this one is a copy of, which still exists with the same id; None if it is not a copy."""
-    for path in _former_folders(folder, origin, saved_name):
-        with suppress(OSError, ValueError):
-            if path.samefile(folder.path):
-                return None  # started in this folder before, even if its run_id was edited since
-            if _read_id(RunFolder(path)) == kept:
-                return path
+    former = origin.get("folder")
+    if not isinstance(former, str):  # written by a version that did not record its folder
+        if saved_name is None:
+            return None
+        former = folder.path.parent / saved_name
+    path = Path(former)
+    with suppress(OSError, ValueError):
+        # The same folder: the run was started in it before, even if its run_id was edited since.
+        if not path.samefile(folder.path) and _read_id(RunFolder(path)) == kept:
+            return path
     return None
-
-
-def _former_folders(folder: RunFolder, origin: Mapping[str, Any], saved_name: str | None) -> Iterator[Path]:
-    """Yield the folder that the run was in at its last start."""
-    if isinstance(origin.get("folder"), str):
-        yield Path(origin["folder"])
-    elif saved_name is not None:  # written by a version that did not record its folder
-        yield folder.path.parent / saved_name
 
 
 def _read_id(folder: RunFolder) -> str | None:

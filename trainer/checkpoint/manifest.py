@@ -22,7 +22,6 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 _MAX_COUNT = 1 << 53  # exact in every JSON reader
 _MAX_PROBLEMS = 20
-_LAYOUT_KEYS = ("world_size", "ep_size", "data", "engine")
 
 DType = Literal["float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"]
 DTYPES: Final[Mapping[DType, tuple[int, str]]] = {
@@ -162,14 +161,9 @@ def recorded_layout(manifest: Manifest) -> dict[str, int | str]:
     layout = manifest.run.get("layout")
     if not isinstance(layout, dict):
         return {}
-    found: dict[str, int | str] = {}
-    for key in _LAYOUT_KEYS:
-        value = layout.get(key)
-        if type(value) is int:
-            found[key] = value
-        elif isinstance(value, str):
-            found[key] = shown(value)[1:-1]
-    return found
+    found = {key: layout.get(key) for key in ("world_size", "ep_size", "data", "engine")}
+    texts = {key: shown(value)[1:-1] for key, value in found.items() if isinstance(value, str)}
+    return texts | {key: value for key, value in found.items() if type(value) is int}
 
 
 def _is_count(value: object) -> bool:
@@ -177,11 +171,8 @@ def _is_count(value: object) -> bool:
 
 
 def _is_spike_window(spikes: JsonValue) -> bool:
-    if not isinstance(spikes, dict):
+    losses = spikes.get("losses", []) if isinstance(spikes, dict) else None
+    if not isinstance(spikes, dict) or not isinstance(losses, list):
         return False
-    losses = spikes.get("losses", [])
-    return (
-        isinstance(losses, list)
-        and all(type(loss) in (int, float) for loss in losses)
-        and all(_is_count(spikes.get(key, 0)) for key in ("count", "skipped_in_a_row"))
-    )
+    counts = spikes.get("count", 0), spikes.get("skipped_in_a_row", 0)
+    return all(type(loss) in (int, float) for loss in losses) and all(map(_is_count, counts))

@@ -45,8 +45,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         values = _parse(_read(path))
         recorded = values.pop("manifest_sha256")
-        version = values["format"]
-        is_intact = recorded == hash_values(values)
+        version, is_intact = values["format"], recorded == hash_values(values)
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: has no {MANIFEST}, so it is not a checkpoint") from None
     except OSError as error:
@@ -71,13 +70,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _read(path: Path) -> bytes:
     try:
-        descriptor = open_regular(path, os.O_RDONLY)
+        with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as file:
+            return file.read(_MAX_BYTES + 1)
     except NotRegular:
         raise ValueError("not a regular file") from None
-    with os.fdopen(descriptor, "rb") as file:
-        if os.fstat(descriptor).st_size > _MAX_BYTES:
-            raise ValueError("too large for a manifest")
-        return file.read(_MAX_BYTES + 1)
 
 
 def _parse(data: bytes) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from trainer.checkpoint.coverage import missing_moments, partition_error
 from trainer.checkpoint.manifest import DTYPES, DType
@@ -27,8 +27,7 @@ class Placement(NamedTuple):
         return prod(self.shape[1:]) * DTYPES[self.dtype][0]
 
 
-@dataclass(frozen=True, slots=True)
-class StatePart:
+class StatePart(NamedTuple):
     """A part of a tensor and the rank that writes it."""
 
     rank: int
@@ -57,27 +56,20 @@ class SavePlan:
 
 def local_placements(state: TrainState) -> dict[str, Placement]:
     """Return the placements of this rank's slices."""
-    return {
-        name: Placement(
-            part.start,
-            part.length,
-            part.global_shape,
-            str(part.tensor.dtype).removeprefix("torch."),  # type: ignore[arg-type]
-            part.is_of_experts,
-        )
-        for name, part in state.slices.items()
-    }
+    placements = {}
+    for name, part in state.slices.items():
+        dtype: Any = str(part.tensor.dtype).removeprefix("torch.")
+        placements[name] = Placement(part.start, part.length, part.global_shape, dtype, part.is_of_experts)
+    return placements
 
 
 def plan_save(held: Sequence[Mapping[str, Placement]]) -> SavePlan:
     """Assign every part of every tensor to one of its holders: the one with the fewest bytes to write so far.
 
-    Args:
-        held: `local_placements` of each rank.
+    `held` has the `local_placements` of each rank. The plan and its errors are the same on all ranks.
 
     Raises:
-        CheckpointError: if ranks disagree about a tensor, part of one is on no rank, or experts lack their moments. The
-            plan and its errors are the same on all ranks.
+        CheckpointError: if ranks disagree about a tensor, part of one is on no rank, or experts lack their moments.
     """
     places: dict[str, Placement] = {}
     parts: dict[str, list[StatePart]] = {}
@@ -106,7 +98,6 @@ def plan_save(held: Sequence[Mapping[str, Placement]]) -> SavePlan:
             load[writer] += length * places[name].index_bytes
             parts[name].append(StatePart(writer, start, length))
     experts = [name for name, place in places.items() if place.is_of_experts]
-    missing = next(missing_moments({name: place.shape for name, place in places.items()}, experts), None)
-    if missing is not None:
+    for missing in missing_moments({name: place.shape for name, place in places.items()}, experts):
         raise CheckpointError(f"not saved: {missing}; this is a bug in the engine")
     return SavePlan(places=places, parts=parts)

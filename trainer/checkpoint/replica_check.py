@@ -17,19 +17,15 @@ from trainer.distributed.mesh import Mesh
 from trainer.distributed.rank_layout import format_ranks
 from trainer.errors import DivergedError, NumericsError
 
-_SHOWN = 3
-"""Most tensors named in a message; further ones are only counted."""
+_SHOWN = 3  # most tensors named in a message
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_copies(state: TrainState, mesh: Mesh, *, step: int, equal_at: int | None) -> None:
     """Compare checksums of replicated tensors across ranks, in one small all-gather; collective.
 
-    Args:
-        state: of this rank; with the same names in the same order on every rank.
-        mesh: this rank's groups.
-        step: completed steps.
-        equal_at: completed steps when the copies were last found equal; None if they never were compared.
+    All ranks have the same names in the same order. `step` counts completed steps; `equal_at` is that at which the
+    copies were last found equal, None if they never were compared.
 
     Raises:
         NumericsError: if copies differ at the first comparison; on every rank, with the same message.
@@ -80,13 +76,7 @@ def _differs(table: Tensor, other: Tensor) -> Tensor:
 
 
 def _message(columns: dict[str, Tensor], step: int, equal_at: int | None) -> str:
-    """Describe which tensors differ, and on which ranks.
-
-    Args:
-        columns: (W, 3) fingerprints of each tensor that differs.
-        step: completed steps.
-        equal_at: completed steps when all copies were equal.
-    """
+    """Describe which tensors differ, and on which ranks; `columns` has their (W, 3) fingerprints."""
     names_of: dict[tuple[tuple[int, ...], ...], list[str]] = defaultdict(list)
     for name, column in columns.items():
         for sides in _sides(column.tolist()):
@@ -94,9 +84,8 @@ def _message(columns: dict[str, Tensor], step: int, equal_at: int | None) -> str
     said = "; ".join(_sentence(sides, names) for sides, names in names_of.items())
     wrong = sorted({rank for sides in names_of for side in _wrong(sides) or sides for rank in side})
     if equal_at is None:
-        return (
-            f"step {step}: {said}; all ranks must start from the same values: use one torch and one config everywhere"
-        )
+        advice = "all ranks must start from the same values: use one torch and one config everywhere"
+        return f"step {step}: {said}; {advice}"
     return (
         f"step {step}: {said}; all copies were equal at step {equal_at}. Nothing has been saved since: start again "
         "to resume from the last checkpoint; if it happens again, suspect the memory of the host of "

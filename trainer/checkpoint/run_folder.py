@@ -23,7 +23,6 @@ from trainer.atomic_io import NotRegular, is_open_file, open_regular, replace_fi
 from trainer.errors import ConfigError, ResourceError
 
 _log = logging.getLogger(__name__)
-_LOCK_ATTEMPTS = 10  # some file systems never report a stable inode
 _MAX_BYTES = 1 << 20
 _PATH = re.compile(r"/[^\x00-\x1f\x7f]{0,4000}")
 
@@ -97,8 +96,8 @@ class RunFolder:
                     "removed; copy the checkpoint to start from"
                 )
 
-    def _claim(self, path: Path, *, attempts: int = _LOCK_ATTEMPTS) -> IO[str]:
-        """Open and lock the file; try again if another process replaces it in between."""
+    def _claim(self, path: Path, *, attempts: int = 10) -> IO[str]:
+        """Open and lock the file; retry if it was replaced meanwhile, or the file system has no stable inodes."""
         lock = os.fdopen(open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "a+")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the kernel however the process ends
@@ -110,7 +109,7 @@ class RunFolder:
             _log.warning("%s: cannot be locked (%s); start no second run in it", self.path, error.strerror)
         if attempts == 1 or is_open_file(path, lock.fileno()):
             return lock
-        lock.close()  # replaced by another process in between
+        lock.close()
         return self._claim(path, attempts=attempts - 1)
 
     def is_held(self) -> bool:
@@ -132,9 +131,11 @@ class RunFolder:
         is_there, moved_to = self.config.exists(), _current_path(self._lock)
         try:
             self.lock()
-            if self._is_another_runs():
-                self._lock = None  # closes and so releases it
-                raise ConfigError(f"{self.path}: it has another run_id; use another name=...")
+            mine = self._written.get(self.run_id)
+            with suppress(OSError, ValueError):
+                if mine is not None and self.run_id.read_text() != mine:
+                    self._lock = None  # closes and so releases it
+                    raise ConfigError(f"{self.path}: it has another run_id; use another name=...")
         except ConfigError as error:
             now = "the folder of this run was moved or removed, and is another run's now"
             raise ConfigError(f"{now}: {error}") from None
@@ -146,22 +147,13 @@ class RunFolder:
         was = "was removed" if moved_to is None else f"was moved to {moved_to.parent}"
         return f"{self.path}: {was} while the run trains; it has been recreated, and the run continues in it"
 
-    def _is_another_runs(self) -> bool:
-        mine = self._written.get(self.run_id)
-        with suppress(OSError, ValueError):
-            return mine is not None and self.run_id.read_text() != mine
-        return False
-
     def owner(self) -> str | None:
         """Return the host and process that train into the folder now; None if there is none, or it is unknown."""
-        try:
-            with os.fdopen(open_regular(self.path / ".lock", os.O_RDONLY)) as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released at once, by closing the file
-                except BlockingIOError:
-                    return _owner(lock)
-        except OSError:
-            return None
+        with suppress(OSError), os.fdopen(open_regular(self.path / ".lock", os.O_RDONLY)) as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released at once, by closing the file
+            except BlockingIOError:
+                return _owner(lock)
         return None
 
     def check_free(self) -> None:
@@ -170,8 +162,7 @@ class RunFolder:
         Raises:
             ConfigError: if one does.
         """
-        owner = self.owner()
-        if owner is not None:
+        if (owner := self.owner()) is not None:
             raise self._taken(owner)
 
     def _taken(self, owner: str) -> ConfigError:
@@ -218,22 +209,17 @@ class RunFolder:
 
     def recorded_directories(self) -> list[Path]:
         """Return the recorded working directory, and the one at the same relative path from the run folder."""
-        started_in, was_at = self._recorded_paths()
-        if started_in is None:
-            return []
-        moved = [] if was_at is None else [os.path.normpath(self.path.absolute() / os.path.relpath(started_in, was_at))]
-        return _accessible([Path(started_in), *map(Path, moved)])
-
-    def _recorded_paths(self) -> tuple[str | None, str | None]:
-        """Return working directory and run folder at the last start; None for those not recorded."""
         try:
             with os.fdopen(open_regular(self.environment, os.O_RDONLY), "rb") as file:
                 values = json.loads(file.read(_MAX_BYTES))
         except (OSError, ValueError, RecursionError):
-            return None, None
-        found = [values.get(key) for key in ("working_directory", "run_folder")] if isinstance(values, dict) else []
-        paths = [value if isinstance(value, str) and _PATH.fullmatch(value) else None for value in found]
-        return (paths[0], paths[1]) if paths else (None, None)
+            return []
+        found = map(values.get, ("working_directory", "run_folder")) if isinstance(values, dict) else (None, None)
+        started_in, was_at = (value if isinstance(value, str) and _PATH.fullmatch(value) else None for value in found)
+        if started_in is None:
+            return []
+        moved = [] if was_at is None else [os.path.normpath(self.path.absolute() / os.path.relpath(started_in, was_at))]
+        return _accessible(map(Path, [started_in, *moved]))
 
 
 def _accessible(paths: Iterable[Path]) -> list[Path]:

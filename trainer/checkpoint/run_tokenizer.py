@@ -39,11 +39,7 @@ def fingerprint_in_use(folder: RunFolder) -> str | None:
 
 
 def save_tokenizer(folder: RunFolder, tokenizer: Tokenizer) -> None:
-    """Write the tokenizer's files into the run folder.
-
-    Raises:
-        ResourceError: if the disk refuses.
-    """
+    """Write the tokenizer's files into the run folder."""
     for name, text in tokenizer.files().items():
         folder.write(folder.path / name, text)
 
@@ -51,13 +47,10 @@ def save_tokenizer(folder: RunFolder, tokenizer: Tokenizer) -> None:
 def tokenizer_of(
     folder: RunFolder, data: DataConfig, *, fingerprint: str | None, progress: IngestProgress | None = None
 ) -> Tokenizer:
-    """Return a run's own tokenizer, or the one that `data` names if it has none.
+    """Return a run's own tokenizer, or the one that `data`, its config's section, names if it has none.
 
-    Args:
-        folder: of the run.
-        data: its `data` section.
-        fingerprint: of the tokenizer that its checkpoints were trained with; None if it has no checkpoint.
-        progress: reports the progress of training a new tokenizer.
+    `fingerprint` is of the tokenizer that its checkpoints were trained with; None if it has no checkpoint. `progress`
+    is of training a new tokenizer.
 
     Raises:
         CheckpointError: if the run's own tokenizer is damaged, or is gone and `data` gives another one.

@@ -16,10 +16,8 @@ from trainer.errors import CheckpointError, first_line
 _LARGEST_HEADER_BYTES = 16 << 20
 _BLOCK_BYTES = 1 << 18  # fits in a CPU cache; a multiple of every element size
 _EXPONENT = {
-    "F64": ("<u8", 0x7FF0 << 48),
-    "F32": ("<u4", 0x7F80 << 16),
-    "BF16": ("<u2", 0x7F80),
-    "F16": ("<u2", 0x7C00),
+    **{"F64": ("<u8", 0x7FF0 << 48), "F32": ("<u4", 0x7F80 << 16)},
+    **{"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00)},
 }
 """By dtype: the unsigned integer type of its bits, and the exponent mask, all ones in a value that is not finite."""
 
@@ -45,9 +43,7 @@ def open_tensors(path: Path, framework: Literal["pt", "numpy"] = "pt") -> Any:
 def check_finite_values(folder: Path, files: Iterable[str]) -> None:
     """Check that every value in a checkpoint's files is finite; a diverged run may have saved NaN or Inf.
 
-    Args:
-        folder: of the checkpoint.
-        files: names of its safetensors files, whose hashes are verified.
+    `files` names safetensors files whose hashes are verified.
 
     Raises:
         CheckpointError: naming the first tensor with a value that is not finite.
@@ -68,9 +64,8 @@ def _first_not_finite(path: Path) -> str | None:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-        entries = sorted(
-            (entry["data_offsets"], entry["dtype"], name) for name, entry in header.items() if name != "__metadata__"
-        )
+        header.pop("__metadata__", None)
+        entries = sorted((entry["data_offsets"], entry["dtype"], name) for name, entry in header.items())
         for (start, end), dtype, name in entries:
             file.seek(8 + length + start)
             if dtype in _EXPONENT and not _is_finite(file, end - start, dtype):

@@ -37,7 +37,7 @@ from trainer.errors import CheckpointError, ResourceError, TurnoutError
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Saved:
     """Result of a save; the same on every rank."""
 
@@ -52,32 +52,26 @@ class Saved:
     """Time from the snapshot to the rename."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Job:
     step: int
     tensors: dict[str, Tensor]
     """Tensors that this rank writes, in CPU memory."""
-    plan: SavePlan
     values: dict[str, int | float | str]
     run: dict[str, Any]
     prunes: bool
-    needed_bytes: int
-    """Size of the whole checkpoint."""
 
 
 class Saver:
-    """Saves the checkpoints of one run, on one of its ranks; one save at a time."""
+    """Saves the checkpoints of one run, on one of its ranks; one save at a time.
+
+    With `copies=False` the state is not copied before it is written, so it must not change before the save has ended.
+    """
 
     def __init__(self, folder: CheckpointFolder, mesh: Mesh, *, copies: bool = True) -> None:
-        """Prepare.
-
-        Args:
-            folder: of the run.
-            mesh: this rank's groups.
-            copies: copy the state before writing it. If False, it must not change before the save has ended.
-        """
         self.folder, self._mesh, self._group, self._copies = folder, mesh, mesh.saving, copies
         self._plan: SavePlan | None = None
+        self._size_bytes = 0  # of a whole checkpoint
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._ended: threading.Event | None = None
@@ -89,11 +83,8 @@ class Saver:
     def start(self, step: int, state: TrainState, run: Mapping[str, Any], *, prunes: bool = True) -> None:
         """Take a snapshot and start to write it; collective, and only while no other save is in progress.
 
-        Args:
-            step: completed steps.
-            state: may change as soon as this returns.
-            run: JSON record of the run; rank 0's is written.
-            prunes: prune old checkpoints afterwards, which may take long.
+        `step` counts completed steps. `state` may change as soon as this returns. `run` is the JSON record of the run,
+        of which rank 0's is written. `prunes`: prune old checkpoints afterwards, which may take long.
 
         Raises:
             CheckpointError: if the ranks together do not hold the whole state; on every rank.
@@ -105,18 +96,12 @@ class Saver:
         if self._plan is None:  # placement does not change within a run
             gathered = self._mesh.world.all_gather_objects(local_placements(state))
             self._plan = plan_save([{name: Placement(*values) for name, values in held.items()} for held in gathered])
+            self._size_bytes = self._plan.size_bytes
         fault_injection.hit("save.planned")
         names = self._plan.of_rank(self._mesh.layout.rank)
         check_finite({name: state.slices[name] for name in names}, self._mesh.world, self.folder, step=step)
-        job = _Job(
-            step=step,
-            tensors={name: self._copy(name, state.slices[name].tensor) for name in names},
-            plan=self._plan,
-            values=dict(state.values),
-            run=dict(run),
-            prunes=prunes,
-            needed_bytes=self._plan.size_bytes,
-        )
+        tensors = {name: self._copy(name, state.slices[name].tensor) for name in names}
+        job = _Job(step, tensors, dict(state.values), dict(run), prunes)
         if any(part.tensor.is_cuda for part in state.slices.values()):
             torch.cuda.synchronize()
         fault_injection.hit("save.snapshot")
@@ -168,21 +153,14 @@ class Saver:
         if not self._copies:
             return tensor.detach().cpu()
         if name not in self._buffers:
-            pinned = tensor.is_cuda
-            self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+            self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         return self._buffers[name].copy_(tensor.detach(), non_blocking=True)
 
     def _work(self, job: _Job, began: float, ended: threading.Event) -> None:
         try:
             error = self._write(job)
-            self._outcome = Saved(
-                step=job.step,
-                path=self.folder.of_step(job.step),
-                error=error,
-                size_bytes=job.needed_bytes,
-                stalled_s=0.0,
-                behind_s=time.perf_counter() - began,
-            )
+            path, behind_s = self.folder.of_step(job.step), time.perf_counter() - began
+            self._outcome = Saved(job.step, path, error, self._size_bytes, stalled_s=0.0, behind_s=behind_s)
             ended.set()
             if error is None and job.prunes and self._group.index == 0:
                 self.folder.prune(newest=job.step)
@@ -217,19 +195,14 @@ class Saver:
 
     def _commit(self, job: _Job, reports: Sequence[tuple[None, dict[str, Any], dict[str, str]]]) -> None:
         """Write the manifest and rename the checkpoint."""
-        temporary = self.folder.temporary(job.step)
-        tensors = {
-            name: StoredTensor(
-                dtype=place.dtype,
-                shape=list(place.shape),
-                is_of_experts=place.is_of_experts,
-                slices=[
-                    StoredSlice(file=reports[part.rank][2][name], start=part.start, length=part.length)
-                    for part in job.plan.parts[name]
-                ],
-            )
-            for name, place in job.plan.places.items()
-        }
+        assert self._plan is not None
+        temporary, tensors = self.folder.temporary(job.step), {}
+        for name, (_, _, shape, dtype, is_of_experts) in self._plan.places.items():
+            slices = [
+                StoredSlice(file=reports[part.rank][2][name], start=part.start, length=part.length)
+                for part in self._plan.parts[name]
+            ]
+            tensors[name] = StoredTensor(dtype=dtype, shape=list(shape), is_of_experts=is_of_experts, slices=slices)
         files = {name: StoredFile(**stored) for report in reports for name, stored in report[1].items()}
         for name, stored in files.items():
             size_bytes = (temporary / name).stat().st_size  # FileNotFoundError: not a shared file system
@@ -255,14 +228,14 @@ class Saver:
         if self._group.size > 1:
             where += f" (rank {self._group.index})"
         if isinstance(error, MemoryError):
-            return ResourceError(f"{where}: out of memory (the checkpoint has {job.needed_bytes / 1e6:.0f} MB)")
+            return ResourceError(f"{where}: out of memory (the checkpoint has {self._size_bytes / 1e6:.0f} MB)")
         refused = f"{where}: {error.strerror or error}{f': {error.filename}' if error.filename else ''}"
         if error.errno not in _OUT_OF_SPACE:
             return ResourceError(refused)
         existing = next(folder for folder in (self.folder.path, *self.folder.path.parents) if folder.exists())
         free = os.statvfs(existing)
         free_mb = free.f_bavail * free.f_frsize / 1e6
-        return ResourceError(f"{refused} (it needs {job.needed_bytes / 1e6:.0f} MB, {free_mb:.0f} MB are free)")
+        return ResourceError(f"{refused} (it needs {self._size_bytes / 1e6:.0f} MB, {free_mb:.0f} MB are free)")
 
 
 def _first_error(group: Group, error: TurnoutError | None) -> TurnoutError | None:

@@ -46,19 +46,12 @@ def check_shared(folder: RunFolder, group: Group) -> None:
 
 
 def _appears(marker: Path, token: str) -> bool:
-    """Wait until a file contains the token; return False after VISIBLE_S."""
+    """Wait until a regular file begins with the token; return False after VISIBLE_S."""
     end = time.monotonic() + VISIBLE_S
-    while not _contains(marker, token):
+    while True:
+        with contextlib.suppress(OSError), os.fdopen(open_regular(marker, os.O_RDONLY), "rb") as file:
+            if file.read(len(token)) == token.encode():
+                return True
         if time.monotonic() >= end:
             return False
         time.sleep(0.05)
-    return True
-
-
-def _contains(marker: Path, token: str) -> bool:
-    """Return whether a regular file exists and begins with the token."""
-    try:
-        with os.fdopen(open_regular(marker, os.O_RDONLY), "rb") as file:
-            return file.read(len(token)) == token.encode()
-    except OSError:
-        return False

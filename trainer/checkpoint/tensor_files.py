@@ -8,8 +8,8 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -29,18 +29,10 @@ _MAX_NAMES = 10_000  # a header entry has less than 1 kB, and headers of up to 1
 def write_files(
     folder: Path, tensors: Mapping[str, Tensor], *, rank: int
 ) -> tuple[dict[str, StoredFile], dict[str, str]]:
-    """Write tensors into a folder and flush them to disk.
-
-    Args:
-        folder: temporary folder of the save, shared with other ranks.
-        tensors: on the CPU, by global name.
-        rank: of the writer; part of the file names.
+    """Write tensors on the CPU, by global name, into a folder that other ranks share, and flush them to disk.
 
     Returns:
-        The size and hash of each file, and the file of each tensor.
-
-    Raises:
-        OSError: if the disk refuses.
+        The size and hash of each file, whose names contain the rank, and the file of each tensor.
     """
     files, file_of = {}, {}
     for number, names in enumerate(_split_by_size(tensors)):
@@ -51,11 +43,7 @@ def write_files(
 
 
 def write_durably(path: Path, pieces: Sequence[bytes | memoryview]) -> StoredFile:
-    """Write the concatenated pieces to a new file and flush it to disk; return its size and hash.
-
-    Raises:
-        OSError: if the disk refuses.
-    """
+    """Write the concatenated pieces to a new file and flush it to disk; return its size and hash."""
     fault_injection.hit("save.before_file")
     hashed = hashlib.sha256()
     with path.open("xb") as file:
@@ -102,9 +90,7 @@ class StoredTensors:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._open.clear()
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> Tensor:
@@ -136,11 +122,10 @@ class StoredTensors:
             if part.file not in self._open:
                 self._open[part.file] = open_tensors(path)
             view = self._open[part.file].get_slice(name)
-            if list(view.get_shape()) != expected or view.get_dtype() != DTYPES[stored.dtype][1]:
-                raise CheckpointError(
-                    f"{path}: {name} is {view.get_shape()} {view.get_dtype()} in it, and {expected} {stored.dtype} in "
-                    "the manifest"
-                )
+            shape, dtype = view.get_shape(), view.get_dtype()
+            if list(shape) != expected or dtype != DTYPES[stored.dtype][1]:
+                in_manifest = f"{expected} {stored.dtype} in the manifest"
+                raise CheckpointError(f"{path}: {name} is {shape} {dtype} in it, and {in_manifest}")
             return view[first:end] if expected else self._open[part.file].get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(f"{path}: {name} cannot be read: {first_line(error):.200}") from None
@@ -154,8 +139,7 @@ class _Slices(Mapping[str, Slice]):
 
     def __getitem__(self, name: str) -> Slice:
         like = self._like[name]
-        tensor = self._tensors.read(name, like.start, like.length)
-        return Slice(tensor=tensor, global_shape=like.global_shape, start=like.start, is_of_experts=like.is_of_experts)
+        return replace(like, tensor=self._tensors.read(name, like.start, like.length))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._like)

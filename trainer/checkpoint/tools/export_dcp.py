@@ -23,19 +23,11 @@ from trainer.errors import CheckpointError, ConfigError
 
 
 def export_dcp(folder: CheckpointFolder, step: int | None, out: Path) -> CheckpointHandle:
-    """Write a checkpoint's whole tensors and its counters into a new folder of DCP files.
+    """Write the checkpoint of a step, None for the newest, into a new folder of DCP files; read back and compare.
 
-    Tensors have the names of docs/checkpoint.md; `step`, `position` and `optimizer_steps` are int64 scalars. Needs
-    memory for one whole checkpoint. `out` appears complete or not at all; a killed export leaves a folder `.export-*`
-    next to it.
-
-    Args:
-        folder: of the run.
-        step: of the checkpoint; None: the newest.
-        out: folder to create; its parent must exist.
-
-    Returns:
-        The checkpoint. The export was read back and compared with it.
+    Tensors are whole and have the names of docs/checkpoint.md; `step`, `position` and `optimizer_steps` are int64
+    scalars. Needs memory for one whole checkpoint. `out` appears complete or not at all; a killed export leaves a
+    folder `.export-*` next to it.
 
     Raises:
         ConfigError: if `out` exists or its parent does not.
@@ -56,7 +48,10 @@ def export_dcp(folder: CheckpointFolder, step: int | None, out: Path) -> Checkpo
     try:
         with StoredTensors(found.path, found.manifest) as tensors, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # intended
-            state = _counters(found) | {name: tensors.read(name) for name in found.manifest.tensors}
+            done = found.manifest.values["optimizer_steps"]
+            counters = {"step": found.step, "position": found.run["position"], "optimizer_steps": done}
+            state = {name: torch.tensor(value, dtype=torch.int64) for name, value in counters.items()}
+            state |= {name: tensors.read(name) for name in found.manifest.tensors}
             # With several threads DCP loses errors, and reports a failed save as done (pytorch#191391).
             writer = dcp.FileSystemWriter(temporary, thread_count=1, sync_files=True)
             dcp.save(state, storage_writer=writer, no_dist=True)
@@ -67,15 +62,6 @@ def export_dcp(folder: CheckpointFolder, step: int | None, out: Path) -> Checkpo
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return found
-
-
-def _counters(found: CheckpointHandle) -> dict[str, Tensor]:
-    values = {
-        "step": found.step,
-        "position": found.run["position"],
-        "optimizer_steps": found.manifest.values["optimizer_steps"],
-    }
-    return {name: torch.tensor(value, dtype=torch.int64) for name, value in values.items()}
 
 
 def _compare(state: Mapping[str, Tensor], folder: Path, out: Path) -> None:

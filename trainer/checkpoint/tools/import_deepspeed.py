@@ -22,15 +22,15 @@ from trainer.errors import CheckpointError, first_line
 
 _EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_\d+_model_states\.pt")
 _OF_EXPERT = re.compile(r"\.deepspeed_experts\.(\d+)\.")
+_MAIN = "mp_rank_00_model_states.pt"
 _SHOWN = 5
 
 
 def read_deepspeed(folder: Path, *, is_trusted: bool) -> dict[str, Tensor]:
     """Return all weights of a checkpoint under DeepSpeed's names, experts with their global numbers.
 
-    Args:
-        folder: that was passed to `save_checkpoint`, or the folder of a tag in it.
-        is_trusted: the user allows loading pickles from it.
+    `folder` was passed to `save_checkpoint`, or is that of a tag in it. With `is_trusted` the user allows loading
+    pickles from it.
 
     Raises:
         CheckpointError: if it is not trusted, is not such a checkpoint, or lacks experts.
@@ -42,8 +42,8 @@ def read_deepspeed(folder: Path, *, is_trusted: bool) -> dict[str, Tensor]:
         )
     folder = _tag_folder(folder)
     _refuse_other_kinds(folder)
-    record = _unpickled(folder / "mp_rank_00_model_states.pt")
-    weights = _tensors(record.get("module"), folder / "mp_rank_00_model_states.pt")
+    record = _unpickled(folder / _MAIN)
+    weights = _tensors(record.get("module"), folder / _MAIN)
     found: dict[int, set[int]] = {}
     for path in sorted(folder.iterdir()):
         match = _EXPERT.fullmatch(path.name)
@@ -73,18 +73,17 @@ def _tag_folder(folder: Path) -> Path:
 
 
 def _refuse_other_kinds(folder: Path) -> None:
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    where = shown_path(folder)
-    if any(re.fullmatch(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt", name) for name in names):
-        raise CheckpointError(
-            f"{where}: its weights are sharded over ranks (ZeRO 3); put them together with DeepSpeed first"
-        )
-    if any(re.fullmatch(r"layer_\d+-.*model_states\.pt", name) for name in names):
-        raise CheckpointError(f"{where}: is of a pipeline (files layer_N-model_states.pt), which is not supported")
-    if sum(bool(re.fullmatch(r"mp_rank_\d+_model_states\.pt", name)) for name in names) > 1:
-        raise CheckpointError(f"{where}: its weights are sharded over tensor-parallel ranks, which is not supported")
-    if "mp_rank_00_model_states.pt" not in names:
-        raise CheckpointError(f"{where}: is not a DeepSpeed checkpoint: it has no mp_rank_00_model_states.pt")
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    reasons = {
+        r"zero_pp_rank_\d+_mp": "its weights are sharded over ranks (ZeRO 3); put them together with DeepSpeed first",
+        r"layer_\d+-": "is of a pipeline (files layer_N-model_states.pt), which is not supported",
+        r"mp_rank_(?!00)\d+": "its weights are sharded over tensor-parallel ranks, which is not supported",
+    }
+    for pattern, reason in reasons.items():
+        if any(re.fullmatch(pattern + r".*model_states\.pt", name) for name in names):
+            raise CheckpointError(f"{shown_path(folder)}: {reason}")
+    if _MAIN not in names:
+        raise CheckpointError(f"{shown_path(folder)}: is not a DeepSpeed checkpoint: it has no {_MAIN}")
 
 
 def _unpickled(path: Path) -> Mapping[str, Any]:

@@ -1,10 +1,10 @@
 """List a run's checkpoints, comparing file sizes or every byte with the manifests. Imports no torch."""
 
 import datetime
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
@@ -13,10 +13,8 @@ from trainer.checkpoint.manifest import MANIFEST, recorded_layout
 from trainer.checkpoint.safetensors_file import check_finite_values
 from trainer.errors import CheckpointError, ResourceError
 
-_OF_LAYOUT = ("world_size", "ep_size", "data", "engine")
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ListedCheckpoint:
     """One checkpoint of a list."""
 
@@ -26,7 +24,6 @@ class ListedCheckpoint:
     written_s: float
     """Modification time of the manifest, else of the folder: seconds since 1970, by the clock of the writer."""
     layout: dict[str, int | str]
-    """Layout of the ranks that wrote it."""
     wrong: str | None
     """Why it is not intact; None if it is."""
 
@@ -58,9 +55,7 @@ class ListedCheckpoint:
 def list_checkpoints(folder: CheckpointFolder, *, with_content: bool) -> Iterator[ListedCheckpoint]:
     """Yield the checkpoints, oldest first, without those removed meanwhile.
 
-    Args:
-        folder: of the run.
-        with_content: verify hashes and that all values are finite, instead of only comparing sizes.
+    With `with_content` hashes are verified and all values must be finite; otherwise only sizes are compared.
     """
     for step in folder.steps():
         with suppress(FileNotFoundError):
@@ -77,17 +72,6 @@ def _listed(folder: CheckpointFolder, step: int, *, with_content: bool) -> Liste
             check_finite_values(path, manifest.files)
     except (CheckpointError, ResourceError) as error:
         wrong = str(error)
-    return ListedCheckpoint(
-        step=step,
-        size_bytes=None if manifest is None else manifest.size_bytes,
-        written_s=_written_s(path),
-        layout={} if manifest is None else recorded_layout(manifest),
-        wrong=wrong,
-    )
-
-
-def _written_s(path: Path) -> float:
-    try:
-        return (path / MANIFEST).lstat().st_mtime
-    except FileNotFoundError:
-        return path.lstat().st_mtime
+    size_bytes, layout = (None, {}) if manifest is None else (manifest.size_bytes, recorded_layout(manifest))
+    dated = path / MANIFEST if os.path.lexists(path / MANIFEST) else path
+    return ListedCheckpoint(step, size_bytes, dated.lstat().st_mtime, layout, wrong)

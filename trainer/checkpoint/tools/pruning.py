@@ -14,19 +14,13 @@ class PrunePlan:
     remove: list[int]
     """Steps of checkpoints to remove, oldest first."""
     keep: list[int]
-    """Steps of intact checkpoints to keep."""
     damaged: dict[int, str]
     """Steps of damaged checkpoints, with the reason; removed only on request."""
     leftovers: list[Path]
-    """Leftovers of killed runs, to remove."""
 
 
 def plan_prune(folder: CheckpointFolder, *, with_damaged: bool) -> PrunePlan:
     """Verify all checkpoints of a run and plan which to remove. The caller must hold the run's lock.
-
-    Args:
-        folder: of the run, with the number of checkpoints to keep.
-        with_damaged: also remove damaged checkpoints.
 
     Raises:
         CheckpointError: if there is no intact checkpoint: the last remains of a run are never removed.
@@ -39,9 +33,5 @@ def plan_prune(folder: CheckpointFolder, *, with_damaged: bool) -> PrunePlan:
         raise CheckpointError(f"{folder.path}: none of {len(damaged)} checkpoints is intact; nothing is removed")
     outdated = [step for step in folder.outdated(newest=intact[-1]) if step not in damaged]
     remove = sorted([*outdated, *damaged]) if with_damaged else outdated
-    return PrunePlan(
-        remove=remove,
-        keep=[step for step in intact if step not in remove],
-        damaged=damaged,
-        leftovers=folder.leftovers(),
-    )
+    keep = [step for step in intact if step not in remove]
+    return PrunePlan(remove=remove, keep=keep, damaged=damaged, leftovers=folder.leftovers())

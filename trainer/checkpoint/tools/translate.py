@@ -22,11 +22,8 @@ def translate(
 ) -> dict[str, Tensor]:
     """Return the weights of our model.
 
-    Args:
-        theirs: their weights by their names.
-        map_: the sources of each of our weights.
-        ours: shapes of all our parameters.
-        of_experts: E of each of our stacked expert weights.
+    `map_` has the sources among `theirs` of each of our weights, `ours` the shapes of all our parameters, `of_experts`
+    E of each of our stacked expert weights.
 
     Raises:
         CheckpointError: naming our weights without a source, sources that are missing or have another shape, and their

@@ -23,10 +23,9 @@ from trainer.config.nodes import shown
 from trainer.errors import CheckpointError
 
 _BLOCK_BYTES = 64 << 20  # in memory at a time, unless a single expert is larger
-_SQUARES = "optim.exp_avg_sq."
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class VerifyReport:
     """Findings of one checkpoint."""
 
@@ -59,7 +58,8 @@ def verify_checkpoint(folder: CheckpointFolder, step: int) -> VerifyReport:
         except CheckpointError as error:
             findings.append(str(error))
             damaged.add(name)
-    findings += [f"{path}: {problem}" for problem in _unlisted_files(path, manifest)]
+    unlisted = sorted({entry.name for entry in path.iterdir()} - manifest.files.keys() - {MANIFEST})
+    findings += [f"{path}: {shown(name)} is not a file of this checkpoint; nothing reads it" for name in unlisted]
     findings += [f"{path}: {problem}" for problem in run_record_problems(manifest)]
     unreadable = {name for file in damaged for name in _listed_names(file, manifest)}
     for name in sorted(manifest.files.keys() - damaged):
@@ -72,20 +72,8 @@ def verify_checkpoint(folder: CheckpointFolder, step: int) -> VerifyReport:
                 findings += _check_values(path, name, stored, tensors)
     experts = [(name, stored) for name, stored in manifest.tensors.items() if stored.is_of_experts]
     layers = {name.rpartition(".")[0] for name, _ in experts if name.startswith(WEIGHT)}
-    return VerifyReport(
-        step=step,
-        findings=findings,
-        num_tensors=len(manifest.tensors),
-        num_experts=max((stored.length for _, stored in experts), default=0),
-        num_layers=len(layers),
-        size_bytes=manifest.size_bytes,
-    )
-
-
-def _unlisted_files(path: Path, manifest: Manifest) -> Iterator[str]:
-    for name in sorted(entry.name for entry in path.iterdir()):
-        if name != MANIFEST and name not in manifest.files:
-            yield f"{shown(name)} is not a file of this checkpoint; nothing reads it"
+    num_experts = max((stored.length for _, stored in experts), default=0)
+    return VerifyReport(step, findings, len(manifest.tensors), num_experts, len(layers), manifest.size_bytes)
 
 
 def _listed_names(file: str, manifest: Manifest) -> set[str]:
@@ -116,9 +104,8 @@ def _check_values(path: Path, name: str, stored: StoredTensor, tensors: StoredTe
     try:
         for start, block in _blocks(name, stored, tensors):
             if block.is_floating_point():
-                _count(not_finite, start, ~block.isfinite())
-                if name.startswith(_SQUARES):
-                    _count(negative, start, block < 0)
+                not_finite[start] = int((~block.isfinite()).sum())
+                negative[start] = int((block < 0).sum()) if name.startswith("optim.exp_avg_sq.") else 0
             # Moments that are all zero may be equal: experts without tokens, or a checkpoint of step 0.
             if stored.is_of_experts and block.dim() > 1 and (name.startswith(WEIGHT) or bool(block.any())):
                 starts_by_hash[_hash(block)].append(start)
@@ -126,8 +113,9 @@ def _check_values(path: Path, name: str, stored: StoredTensor, tensors: StoredTe
         yield str(error)
         return
     for counts, what in ((not_finite, "not finite"), (negative, "negative")):
-        if counts:
-            of = f", in {_listed('expert', sorted(counts))} of {stored.length}" if stored.is_of_experts else ""
+        if any(counts.values()):
+            experts = [start for start, count in counts.items() if count]
+            of = f", in {_listed('expert', experts)} of {stored.length}" if stored.is_of_experts else ""
             yield f"{where}: {sum(counts.values())} values are {what}{of}"
     for same in starts_by_hash.values():
         if len(same) > 1:
@@ -141,12 +129,6 @@ def _blocks(name: str, stored: StoredTensor, tensors: StoredTensors) -> Iterator
     length = 1 if stored.is_of_experts else max(1, _BLOCK_BYTES // stored.index_bytes)
     for start in range(0, stored.length, length):
         yield start, tensors.read(name, start, min(length, stored.length - start))
-
-
-def _count(found: dict[int, int], start: int, mask: Tensor) -> None:
-    number = int(mask.sum())
-    if number:
-        found[start] = number
 
 
 def _hash(block: Tensor) -> bytes:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.checkpoint_helpers import save_unseen
 from tests.unit.checkpoint.test_manifest import FILE, rewrite
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
-from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.manifest import StoredFile
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.checkpoint.tensor_files import StoredTensors
@@ -193,14 +193,14 @@ def test_a_checkpoint_that_a_run_removes_meanwhile_is_left_out(
     run = RunFolder(tmp_path)
     folder = _save(run.checkpoints, _tensors(), step=3)
     _save(run.checkpoints, _tensors(), step=6)
-    unlisted_files = module._unlisted_files
+    check_file = module.check_file
 
-    def remove_first(path: Path, manifest: Manifest) -> Iterator[str]:
+    def remove_next(path: Path, name: str, stored: StoredFile) -> None:
+        check_file(path, name, stored)
         if folder.of_step(3).exists():
             folder.remove(3)
-        return unlisted_files(path, manifest)
 
-    monkeypatch.setattr(module, "_unlisted_files", remove_first)
+    monkeypatch.setattr(module, "check_file", remove_next)
     with pytest.raises(SystemExit, match="0"):
         main(["checkpoint", "verify", str(tmp_path), "--json"])
     assert [record["step"] for record in json.loads(capsys.readouterr().out)] == [6]
