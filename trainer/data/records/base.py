@@ -50,11 +50,7 @@ class Record(NamedTuple):
         return value
 
     def text(self, column: str) -> str:
-        """Return the string in a column.
-
-        Raises:
-            BadRecord: if there is no such column or it is no string.
-        """
+        """Return the string in a column; raise BadRecord if there is no such column or it is no string."""
         value = self.value(column)
         if not isinstance(value, str):
             raise BadRecord(
@@ -88,11 +84,7 @@ class RecordReader(ABC):
 
     @abstractmethod
     def parts(self) -> Sequence[SourcePart]:
-        """Return the parts; at least one.
-
-        Raises:
-            DataError: if the data is missing.
-        """
+        """Return the parts; at least one; raise DataError if the data is missing."""
 
     @abstractmethod
     def entries(self, part: SourcePart) -> Iterator[Record | BadRecord]:
@@ -119,11 +111,7 @@ class RecordReader(ABC):
         return ""
 
     def records(self) -> Iterator[Record]:
-        """Yield all records.
-
-        Raises:
-            DataError: naming file and record, if one is unusable, or if there are none.
-        """
+        """Yield all records; raise DataError naming file and record, if one is unusable, or if there are none."""
         found = False
         for part in self.parts():
             for record in self.read(part):

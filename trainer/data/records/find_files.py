@@ -159,11 +159,7 @@ def _count_suffixes(paths: Sequence[Path]) -> str:
 
 
 def _check_name(path: Path) -> Path:
-    """Return a path that can be written to a manifest or a message.
-
-    Raises:
-        DataError: if its name is not UTF-8.
-    """
+    """Return a path that can be written to a manifest or a message; raise DataError if its name is not UTF-8."""
     try:
         str(path).encode()
     except UnicodeEncodeError as error:

@@ -111,9 +111,5 @@ class Source(ABC):
         return DataError(f"{record}, or skip it: on_bad_row: skip") if self.has_on_bad_row else record
 
     def documents(self) -> Iterator[Document]:
-        """Yield all usable documents, part by part.
-
-        Raises:
-            DataError: as `usable_documents`.
-        """
+        """Yield all usable documents, part by part; raise DataError as `usable_documents`."""
         return self.usable_documents(None, SkippedCounter())

@@ -107,11 +107,7 @@ class InstalledSource(Source):
 
 
 def separate(source: str) -> SeparatedModule:
-    """Separate a module's docstrings from its code.
-
-    Raises:
-        SyntaxError: if it is not a Python module.
-    """
+    """Separate a module's docstrings from its code; raise SyntaxError if it is not a Python module."""
     lines = source.encode().splitlines(keepends=True)  # the syntax tree counts columns in UTF-8 bytes
     found: list[tuple[int, str]] = []
     for node in _statements(ast.parse(source)):

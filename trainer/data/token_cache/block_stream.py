@@ -18,13 +18,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from trainer.atomic_io import replace_file
-from trainer.data.token_cache.cache_folder import (
-    build_lock,
-    cache_error,
-    publish,
-    remove_abandoned,
-    temporary_path,
-)
+from trainer.data.token_cache.cache_folder import build_lock, cache_error, publish, remove_abandoned, temporary_path
 from trainer.data.token_cache.domain_files import SIDES
 from trainer.data.token_cache.signed_json import read_signed, signed_json
 from trainer.data.token_cache.splits import Side
@@ -34,6 +28,7 @@ from trainer.data.token_cache.workers import end_with_parent
 from trainer.errors import DataError
 
 _log = logging.getLogger(__name__)
+_MAX_ATTEMPTS = 3
 _KEPT_BLOCKS = 3
 """Number of blocks whose token files are kept: the current, the previous and the next one."""
 
@@ -56,11 +51,7 @@ class BlockStream:
         self._begins[index] = begin
 
     def info(self, index: int) -> BlockInfo:
-        """Return the entry of a block, which is built if it never was.
-
-        Raises:
-            DataError: if the text is unusable.
-        """
+        """Return the entry of a block, which is built if it never was; raise DataError if the text is unusable."""
         info = self._stored_info(index)
         return info if info is not None else self.block(index).info
 
@@ -71,24 +62,23 @@ class BlockStream:
             DataError: if the text is unusable or has changed, or the cache cannot be written.
             ResourceError: if the disk is full.
         """
-        folder = self._folder(index)
-        for is_last in (False, False, True):
+        folder, attempt = self._folder(index), 0
+        while True:
             try:
                 info = self._ensure_built(index)
                 return StreamBlock(info, *(self._open(folder, side, getattr(info, side)) for side in SIDES))
             except FileNotFoundError:  # just removed by a run that is further ahead
-                if is_last:
+                attempt += 1
+                if attempt == _MAX_ATTEMPTS:
                     raise
             except OSError as error:
                 raise cache_error(str(folder.parent), error) from error
-        raise AssertionError("the last attempt returns or raises")
 
     def prefetch(self, index: int) -> None:
         """Start to build a block in the background, unless one is being built."""
         if self._prefetch is not None and self._prefetch.is_alive():
             return
-        info = self._stored_info(index)
-        if info is not None and self._is_intact(self._folder(index), info):
+        if self._intact_info(index) is not None:
             return
         context = multiprocessing.get_context("spawn")
         arguments = self._source, index, self._begin(index)
@@ -104,22 +94,20 @@ class BlockStream:
 
     def _ensure_built(self, index: int) -> BlockInfo:
         """Return the entry of a block whose files exist."""
-        folder = self._folder(index)
-        info = self._stored_info(index)
-        if info is None or not self._is_intact(folder, info):
-            begin = self._begin(index)
-            with build_lock(folder, waiting=lambda: None) as is_alone:
-                if is_alone:
-                    remove_abandoned([folder])
-                info = self._stored_info(index)  # another process may have built it meanwhile
-                if info is None or not self._is_intact(folder, info):
-                    if folder.exists():
-                        _log.warning("%s: the token cache is damaged; reading the block again", folder)
-                    info = self._build(index, begin, info)
-        return info
+        if (info := self._intact_info(index)) is not None:
+            return info
+        folder, begin = self._folder(index), self._begin(index)
+        with build_lock(folder, waiting=lambda: None) as is_alone:
+            if is_alone:
+                remove_abandoned([folder])
+            if (info := self._intact_info(index)) is not None:  # another process has built it meanwhile
+                return info
+            if folder.exists():
+                _log.warning("%s: the token cache is damaged; reading the block again", folder)
+            return self._build(index, begin)
 
-    def _build(self, index: int, begin: Mark, previous: BlockInfo | None) -> BlockInfo:
-        folder = self._folder(index)
+    def _build(self, index: int, begin: Mark) -> BlockInfo:
+        folder, previous = self._folder(index), self._stored_info(index)
         temporary = temporary_path(folder)
         temporary.mkdir()
         try:
@@ -146,6 +134,11 @@ class BlockStream:
         except ValueError:
             _log.warning("%s.json: the token cache is damaged; reading the block again", folder)
             return None
+
+    def _intact_info(self, index: int) -> BlockInfo | None:
+        """Return the entry of a block if its files are intact."""
+        info = self._stored_info(index)
+        return info if info is not None and self._is_intact(self._folder(index), info) else None
 
     def _is_intact(self, folder: Path, info: BlockInfo) -> bool:
         vocab_size = self._source.tokenizer.vocab_size

@@ -5,6 +5,7 @@ import resource
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -27,10 +28,7 @@ def build_sources(
 ) -> list[SourceManifest]:
     """Return the manifest of every source; sources that are not in the cache are ingested.
 
-    Args:
-        sources: in the order of the config; all have the same tokenizer.
-        max_workers: most processes that read text. None: one for each core.
-        progress: receives the progress.
+    All sources have the same tokenizer. At most `max_workers` processes read text (None: one for each core).
 
     Raises:
         DataError: if a source is unusable.
@@ -58,10 +56,8 @@ def _build(
     with ExitStack() as locks:
         is_alone: dict[Path, bool] = {}
         for source in sorted(missing, key=lambda source: source.folder):  # one order for all, against deadlocks
-            lock = build_lock(
-                source.folder, waiting=lambda: show(0, "waiting for another process that reads this text")
-            )
-            is_alone[source.folder] = locks.enter_context(lock)
+            waiting = partial(show, 0, "waiting for another process that reads this text")
+            is_alone[source.folder] = locks.enter_context(build_lock(source.folder, waiting=waiting))
         if all(is_alone.values()):
             remove_abandoned(is_alone)
         manifests = {source.folder: manifest for source in missing if (manifest := source.reusable()) is not None}
@@ -80,19 +76,19 @@ def _ingest(
     try:
         if todo:
             run_tasks(todo, plans[0][0].tokenizer, max_workers, advance)
-        finished = [source.join(tasks) for source, tasks in plans]
+        finished = [(source, *source.join(tasks)) for source, tasks in plans]
     except BaseException:
         _keep_finished_parts(plans)
         if all(is_alone.values()):
             remove_abandoned(is_alone)
         raise
-    sync_files([path for result in finished for path in result.paths()])
-    for result in finished:  # a manifest promises that all other files are on the disk
-        result.publish()
+    sync_files([path for _, folder, _ in finished for path in folder.iterdir()])
+    for source, folder, manifest in finished:  # a manifest promises that all other files are on the disk
+        source.publish(folder, manifest)
     for _, tasks in plans:
         if len(tasks) > 1:
             shutil.rmtree(tasks[0].folder.parent, ignore_errors=True)
-    return {result.source.folder: result.manifest for result in finished}
+    return {source.folder: manifest for source, _, manifest in finished}
 
 
 def _keep_finished_parts(plans: Sequence[tuple[CachedSource, list[ReadTask]]]) -> None:

@@ -21,11 +21,21 @@ from trainer.errors import DataError, ResourceError
 def build_lock(folder: Path, *, waiting: Callable[[], None]) -> Iterator[bool]:
     """Hold the lock for building `folder`; call `waiting` before waiting for another process.
 
-    Yields False on file systems without locks, where others may be building at the same time.
+    Yields False on file systems without locks, where others may be building at the same time: the last rename wins.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f"{folder.name}.lock").open("a") as file:
-        yield _lock(file.fileno(), waiting=waiting)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            yield False
+            return
+        yield True
 
 
 def remove_abandoned(folders: Collection[Path]) -> None:
@@ -51,18 +61,17 @@ def publish(temporary: Path, folder: Path, *, unless: Callable[[], bool]) -> Non
     while True:
         try:
             temporary.rename(folder)
+            return
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
-            if unless():
-                shutil.rmtree(temporary, ignore_errors=True)
-                return
-            old = temporary_path(folder)
-            with suppress(FileNotFoundError):  # another builder moved it away first
-                folder.rename(old)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
+        if unless():
+            shutil.rmtree(temporary, ignore_errors=True)
             return
+        old = temporary_path(folder)
+        with suppress(FileNotFoundError):  # another builder moved it away first
+            folder.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def cache_error(cache_dir: str, error: OSError) -> DataError | ResourceError:
@@ -77,17 +86,3 @@ def cache_error(cache_dir: str, error: OSError) -> DataError | ResourceError:
         f"data.cache_dir: {cache_dir}: cannot be written ({reason}); it holds the tokenised text; set a folder that "
         "this user can write to"
     )
-
-
-def _lock(descriptor: int, *, waiting: Callable[[], None]) -> bool:
-    """Take the lock; return False if the file system has none, where the last rename wins."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        waiting()
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        return False
-    return True

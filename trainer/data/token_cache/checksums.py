@@ -20,70 +20,51 @@ from trainer.errors import DataError
 BLOCK_BYTES = 1 << 16
 """About the read-ahead of the system for one page of a mapped file, so that a block costs no extra reading."""
 CHECKSUM_BYTES = 8
-_BUFFER_BYTES = 1 << 16
 
 
 class DamagedCache(DataError):
     """A file of the cache does not have the content that was written."""
 
 
-class BlockChecksums:
-    """Checksums of a file, computed while it is written."""
-
-    def __init__(self) -> None:
-        self._done = bytearray()
-        self._block, self._free_bytes = hashlib.sha256(), BLOCK_BYTES
-
-    def update(self, content: memoryview) -> None:
-        """Add content appended to the file."""
-        while len(content):
-            piece = content[: self._free_bytes]
-            self._block.update(piece)
-            self._free_bytes -= len(piece)
-            content = content[len(piece) :]
-            if self._free_bytes == 0:
-                self._done += self._block.digest()[:CHECKSUM_BYTES]
-                self._block, self._free_bytes = hashlib.sha256(), BLOCK_BYTES
-
-    def digest(self) -> bytes:
-        """Return the checksums of the file so far."""
-        has_partial_block = self._free_bytes < BLOCK_BYTES
-        return bytes(self._done) + (self._block.digest()[:CHECKSUM_BYTES] if has_partial_block else b"")
-
-
 class HashedFile:
-    """A new file, hashed while it is written."""
+    """A new file, hashed while it is written: the whole, and each block."""
 
-    def __init__(self, path: Path, checksums: BlockChecksums | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         self._file = path.open("xb", buffering=0)
-        self._hash, self._checksums = hashlib.sha256(), checksums
+        self._hash, self._checksums = hashlib.sha256(), bytearray()
         self._buffer = bytearray()  # documents may be short, and system calls are expensive
 
     def write(self, content: bytes) -> None:
         """Append content."""
         self._buffer += content
-        if len(self._buffer) >= _BUFFER_BYTES:
-            self._flush()
+        if len(self._buffer) >= BLOCK_BYTES:
+            self._flush(len(self._buffer) // BLOCK_BYTES * BLOCK_BYTES)
 
     def sha256(self) -> str:
         """Return the hash of the content so far."""
-        self._flush()
-        return self._hash.hexdigest()
+        whole = self._hash.copy()
+        whole.update(self._buffer)
+        return whole.hexdigest()
+
+    def checksums(self) -> bytes:
+        """Return the checksums of the blocks so far."""
+        return bytes(self._checksums) + (_checksum(self._buffer) if self._buffer else b"")
 
     def close(self) -> None:
-        """Close the file."""
+        """Write the rest and close the file."""
         with self._file:
-            self._flush()
+            self._flush(len(self._buffer))
 
-    def _flush(self) -> None:
-        self._hash.update(self._buffer)
-        with memoryview(self._buffer) as content:
-            if self._checksums is not None:
-                self._checksums.update(content)
+    def _flush(self, size_bytes: int) -> None:
+        """Write the beginning of the buffer: whole blocks, or the end of the file."""
+        with memoryview(self._buffer)[:size_bytes] as content:
+            self._hash.update(content)
+            for start in range(0, size_bytes, BLOCK_BYTES):
+                self._checksums += _checksum(content[start : start + BLOCK_BYTES])
             written = 0
-            while written < len(content):  # the system may write less
+            while written < size_bytes:  # the system may write less
                 written += self._file.write(content[written:])
-        self._buffer.clear()
+        del self._buffer[:size_bytes]
 
 
 class CheckedArray:
@@ -93,13 +74,6 @@ class CheckedArray:
     """
 
     def __init__(self, path: Path, dtype: np.dtype[np.unsignedinteger], checksums: bytes) -> None:
-        """Map a file.
-
-        Args:
-            path: path of the file.
-            dtype: type of its entries.
-            checksums: expected checksums of its blocks.
-        """
         self._path, self._checksums = path, checksums
         # A plain array keeps the mapping alive; indexing np.memmap itself is several times slower.
         self._values: NDArray[np.unsignedinteger] = np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
@@ -111,11 +85,7 @@ class CheckedArray:
         return len(self._values)
 
     def __getitem__(self, index: slice | NDArray[np.integer]) -> NDArray[np.unsignedinteger]:
-        """Index like a plain array.
-
-        Raises:
-            DataError: if a block with these entries is damaged.
-        """
+        """Index like a plain array; raise DataError if a block with these entries is damaged."""
         if self._has_unread:
             self._check(self._unread_blocks(index))
         return self._values[index]
@@ -138,11 +108,15 @@ class CheckedArray:
         for block in blocks:
             values = self._values[block * self._block_len : (block + 1) * self._block_len]
             expected = self._checksums[block * CHECKSUM_BYTES : (block + 1) * CHECKSUM_BYTES]
-            if hashlib.sha256(values.data).digest()[:CHECKSUM_BYTES] != expected:
+            if _checksum(values.data) != expected:
                 first = block * BLOCK_BYTES
                 raise damaged(self._path, f"bytes {first} to {first + values.nbytes - 1} are")
             self._is_unread[block] = False
         self._has_unread = bool(self._is_unread.any())
+
+
+def _checksum(block: bytearray | memoryview) -> bytes:
+    return hashlib.sha256(block).digest()[:CHECKSUM_BYTES]
 
 
 def num_blocks(size_bytes: int) -> int:

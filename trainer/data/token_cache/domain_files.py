@@ -1,14 +1,14 @@
 """The token files of one domain, DOMAIN.train and DOMAIN.validation, and their documents."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from trainer.config.base import Config
 from trainer.data.token_cache.splits import Side
-from trainer.data.token_cache.token_files import TokenFile, TokenFileInfo, is_intact, open_token_file, token_file_paths
+from trainer.data.token_cache.token_files import TokenFile, TokenFileInfo, is_intact, open_token_file
 from trainer.data.token_cache.token_writer import TokenWriter
 from trainer.data.tokenizers.base import Tokenizer
 
@@ -38,24 +38,15 @@ class DomainInfo(Config):
 
 
 @contextmanager
-def write_sides(folder: Path, domain: str, tokenizer: Tokenizer) -> Iterator[dict[Side, TokenWriter]]:
-    """Open writers for both sides of a domain."""
-    with ExitStack() as files:
-        vocab_size, end_of_document = tokenizer.vocab_size, tokenizer.end_of_document
-        yield {
-            side: files.enter_context(
-                TokenWriter(folder, f"{domain}.{side}", vocab_size=vocab_size, end_of_document=end_of_document)
-            )
-            for side in SIDES
-        }
+def write_sides(folder: Path, prefix: str, tokenizer: Tokenizer) -> Iterator[dict[Side, TokenWriter]]:
+    """Open writers for both sides of a domain, whose files have this prefix."""
+    sizes = {"vocab_size": tokenizer.vocab_size, "end_of_document": tokenizer.end_of_document}
+    with TokenWriter(folder, f"{prefix}train", **sizes) as a, TokenWriter(folder, f"{prefix}validation", **sizes) as b:
+        yield {"train": a, "validation": b}
 
 
 def open_side(folder: Path, domain: DomainInfo, side: Side, *, vocab_size: int) -> TokenFile:
-    """Map one side of a domain into memory.
-
-    Raises:
-        DataError: naming the file, if one is damaged.
-    """
+    """Map one side of a domain into memory; raise DataError naming the file, if one is damaged."""
     return open_token_file(folder, f"{domain.name}.{side}", domain.side(side), vocab_size=vocab_size)
 
 
@@ -67,22 +58,12 @@ def is_domain_intact(folder: Path, domain: DomainInfo, *, vocab_size: int, verif
     )
 
 
-def domain_paths(folder: Path, domain: DomainInfo, *, vocab_size: int) -> list[Path]:
-    """Return all files of a domain."""
-    return [
-        path
-        for side in SIDES
-        for path in token_file_paths(folder, f"{domain.name}.{side}", domain.side(side), vocab_size=vocab_size)
-    ]
-
-
-def write_document(writer: TokenWriter, tokenizer: Tokenizer, text: str, *, prompt: str = "") -> int:
+def write_document(writer: TokenWriter, tokenizer: Tokenizer, text: str, prompt: str = "") -> int:
     """Append a document; return its bytes of text."""
     tokens = tokenizer.encode(text)
     num_prompt_tokens, num_bytes = 0, len(text.encode())
     if prompt:
-        # Tokenised separately, so that no token spans the end of the prompt: at generation time, the prompt is all
-        # there is.
+        # Tokenised separately, so that no token spans its end: at generation time, the prompt is all there is.
         prompt_tokens = tokenizer.encode(prompt)
         tokens = np.concatenate([prompt_tokens, tokens])
         num_prompt_tokens = len(prompt_tokens)
@@ -96,7 +77,5 @@ def read_documents(file: TokenFile, tokenizer: Tokenizer) -> Iterator[tuple[str,
     # An end of document follows each document but the last.
     ends = [*(file.document_starts[1:] - 1).tolist(), file.num_tokens]
     for start, answer, end in zip(file.document_starts.tolist(), file.answer_starts.tolist(), ends, strict=True):
-        prompt, text = (
-            tokenizer.decode(file.tokens[a:b].tolist()).decode() for a, b in ((start, answer), (answer, end))
-        )
-        yield prompt, text
+        prompt, text = file.tokens[start:answer], file.tokens[answer:end]
+        yield tokenizer.decode(prompt.tolist()).decode(), tokenizer.decode(text.tolist()).decode()

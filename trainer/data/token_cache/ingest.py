@@ -32,7 +32,6 @@ class _DomainWriter:
         return self._write(self._split.add(document.text, prompt=document.prompt))
 
     def finish(self) -> DomainInfo:
-        """Write the remaining pieces; return the manifest entry."""
         self._write(self._split.finish())
         return DomainInfo(
             name=self._name,
@@ -43,10 +42,7 @@ class _DomainWriter:
         )
 
     def _write(self, pieces: Sequence[Piece]) -> int:
-        return sum(
-            write_document(self._writers[piece.side], self._tokenizer, piece.text, prompt=piece.prompt)
-            for piece in pieces
-        )
+        return sum(write_document(self._writers[side], self._tokenizer, text, prompt) for side, text, prompt in pieces)
 
 
 def ingest(
@@ -58,7 +54,9 @@ def ingest(
     advance: Callable[[int], None] = lambda num_bytes: None,
     lengths: Mapping[str, int] | None = None,
 ) -> list[DomainInfo]:
-    """Write the token files of documents into `folder`.
+    """Write the token files of documents into an empty folder; return the domains by name.
+
+    One side of a domain may be empty; see `check_sides`.
 
     Args:
         documents: in order.
@@ -68,9 +66,6 @@ def ingest(
         advance: called with the bytes of text that each document has added.
         lengths: characters of each domain, for split kind `tail`; see `count_characters`.
 
-    Returns:
-        The domains, by name. One side of a domain may be empty; see `check_sides`.
-
     Raises:
         DataError: if a document is unusable or there are too many domains.
     """
@@ -79,9 +74,13 @@ def ingest(
         for document in documents:
             name = document.domain
             if name not in writers:
-                _check_number(len(writers) + 1)
+                if len(writers) == MAX_DOMAINS:
+                    raise DataError(
+                        f"data.sources: more than {MAX_DOMAINS} domains in one source; that is the limit; check that "
+                        "domain_key names a kind of text and not a single document"
+                    )
                 domain_split = DomainSplit(split, num_characters=None if lengths is None else lengths[name])
-                sides = files.enter_context(write_sides(folder, name, tokenizer))
+                sides = files.enter_context(write_sides(folder, f"{name}.", tokenizer))
                 writers[name] = _DomainWriter(name, domain_split, sides, tokenizer)
             advance(writers[name].add(document))
         return [writers[name].finish() for name in sorted(writers)]
@@ -96,11 +95,7 @@ def count_characters(documents: Iterable[Document]) -> Counter[str]:
 
 
 def check_sides(domain: DomainInfo, split: SplitConfig) -> None:
-    """Refuse a domain without text on one side of the split.
-
-    Raises:
-        DataError: naming the domain.
-    """
+    """Refuse a domain without text on one side of the split; raise DataError naming the domain."""
     for side in SIDES:
         if domain.side(side).num_documents > 0:
             continue
@@ -128,11 +123,3 @@ def no_documents(name: str, skipped: SkippedRecords) -> DataError:
         f"data.sources: {name} holds no usable documents: on_bad_row: skip left out {skipped.count} ({skipped}), the "
         f"first of them {skipped.first[0]}"
     )
-
-
-def _check_number(num_domains: int) -> None:
-    if num_domains > MAX_DOMAINS:
-        raise DataError(
-            f"data.sources: more than {MAX_DOMAINS} domains in one source; that is the limit; check that domain_key "
-            "names a kind of text and not a single document"
-        )

@@ -21,21 +21,13 @@ class FileState(Config):
 
     @classmethod
     def of(cls, path: Path) -> Self:
-        """Return the state of a file without reading it; sha256 is None.
-
-        Raises:
-            DataError: if the file is gone.
-        """
+        """Return the state of a file without its hash; raise DataError if the file is gone."""
         with readable(path):
             status = path.stat()
         return cls(path=str(path), size_bytes=status.st_size, mtime_ns=status.st_mtime_ns)
 
     def hashed(self) -> Self:
-        """Return the state with the hash of the file's content.
-
-        Raises:
-            DataError: if the file cannot be read.
-        """
+        """Return the state with the hash; raise DataError if the file cannot be read."""
         with readable(Path(self.path)), Path(self.path).open("rb") as file:
             return self.model_copy(update={"sha256": hashlib.file_digest(file, "sha256").hexdigest()})
 
@@ -57,25 +49,17 @@ class Content(Config):
 
     def may_equal(self, other: "Content") -> bool:
         """Return whether addresses and sizes are equal."""
-        sizes, other_sizes = ([file.size_bytes for file in content.files] for content in (self, other))
-        return self.origin == other.origin and sizes == other_sizes
+        sizes = [file.size_bytes for file in self.files]
+        return self.origin == other.origin and sizes == [file.size_bytes for file in other.files]
 
     def refuse_changes(self) -> None:
-        """Check that no file has changed since the content was listed.
-
-        Raises:
-            DataError: naming the file.
-        """
+        """Raise DataError naming the first file that has changed since the content was listed."""
         for file in self.files:
             if FileState.of(Path(file.path)) != file:
                 raise DataError(f"{file.path}: changed during reading; files must not change meanwhile; start again")
 
     def refuse_copies(self, *, unused: Collection[str]) -> None:
-        """Check that no two files of hashed content are equal, except unused ones.
-
-        Raises:
-            DataError: naming both.
-        """
+        """Raise DataError naming two files of hashed content that are equal, unless one is unused."""
         first: dict[str, str] = {}
         for file in self.files:
             if file.path in unused:

@@ -4,14 +4,11 @@ import hashlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from trainer.data.records.bad_records import SkippedRecords
 from trainer.data.sources.base import Document
 from trainer.data.token_cache.domain_files import (
     SIDES,
     DomainInfo,
-    domain_paths,
     open_side,
     read_documents,
     write_document,
@@ -22,32 +19,26 @@ from trainer.data.token_cache.splits import SplitConfig
 from trainer.data.tokenizers.base import Tokenizer
 
 
-class IngestedPart(NamedTuple):
-    """A part of a source as token files."""
-
-    folder: Path
-    domains: list[DomainInfo]
-    skipped: SkippedRecords
-
-
 def join_parts(
-    parts: Sequence[IngestedPart], folder: Path, *, tokenizer: Tokenizer, split: SplitConfig
+    parts: Sequence[tuple[Path, Sequence[DomainInfo]]], folder: Path, *, tokenizer: Tokenizer, split: SplitConfig
 ) -> list[DomainInfo]:
-    """Concatenate the token files of parts, in order, into `folder`, which is that of the part if there is only one.
+    """Concatenate the token files of parts, in order, into `folder`; return the domains by name.
 
-    Returns:
-        The domains, by name.
+    Args:
+        parts: folder and domains of each; the folder of a single part is `folder`.
+        folder: folder of the joined files.
+        tokenizer: tokenizer of the files.
+        split: validation split.
 
     Raises:
         DataError: if a domain has no text on one side of the split.
     """
     by_name: dict[str, list[tuple[Path, DomainInfo]]] = {}
-    for part in parts:
-        for domain in part.domains:
-            by_name.setdefault(domain.name, []).append((part.folder, domain))
+    for part, domains in parts:
+        for domain in domains:
+            by_name.setdefault(domain.name, []).append((part, domain))
     joined = []
-    for name in sorted(by_name):
-        pieces = by_name[name]
+    for _, pieces in sorted(by_name.items()):
         if len(parts) == 1:
             domain = pieces[0][1]
         elif split.kind == "auto" and sum(piece.num_documents for _, piece in pieces) == 1:
@@ -63,7 +54,7 @@ def join_parts(
 
 def _concatenate(pieces: Sequence[tuple[Path, DomainInfo]], folder: Path, *, tokenizer: Tokenizer) -> DomainInfo:
     name = pieces[0][1].name
-    with write_sides(folder, name, tokenizer) as writers:
+    with write_sides(folder, f"{name}.", tokenizer) as writers:
         for side in SIDES:
             for part, domain in pieces:
                 writers[side].extend(open_side(part, domain, side, vocab_size=tokenizer.vocab_size))
@@ -93,10 +84,7 @@ def _fill_empty_side(domain: DomainInfo, folder: Path, *, tokenizer: Tokenizer) 
     """Move the documents of one text to the empty side of a domain, in place.
 
     It is the text whose hash is nearest to the other side: no text is on both sides, and every reader moves the same
-    one. (A tail split would hold out texts that are also learned.)
-
-    Returns:
-        The new entry; the old one if all documents are one text.
+    one. (A tail split would hold out texts that are also learned.) If all documents are one text, nothing changes.
     """
     full, empty = SIDES if domain.train.num_documents else reversed(SIDES)
     file = open_side(folder, domain, full, vocab_size=tokenizer.vocab_size)
@@ -109,12 +97,11 @@ def _fill_empty_side(domain: DomainInfo, folder: Path, *, tokenizer: Tokenizer) 
     moved = min(digests) if empty == "validation" else max(digests)
     temporary = folder / f".{domain.name}.resplit"
     temporary.mkdir()
-    with write_sides(temporary, domain.name, tokenizer) as writers:
+    with write_sides(temporary, f"{domain.name}.", tokenizer) as writers:
         for digest, (prompt, text) in zip(digests, read_documents(file, tokenizer), strict=True):
-            write_document(writers[empty if digest == moved else full], tokenizer, text, prompt=prompt)
+            write_document(writers[empty if digest == moved else full], tokenizer, text, prompt)
         sides = {side: writer.info() for side, writer in writers.items()}
-    for path in domain_paths(folder, domain, vocab_size=tokenizer.vocab_size):
-        path.unlink()
+    (folder / f"{domain.name}.{full}.checksums").unlink(missing_ok=True)  # the others are replaced
     for path in list(temporary.iterdir()):
         path.rename(folder / path.name)
     shutil.rmtree(temporary)

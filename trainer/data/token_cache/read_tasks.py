@@ -14,7 +14,6 @@ from trainer.data.records.base import SourcePart
 from trainer.data.sources.registry import SourceConfig
 from trainer.data.token_cache.domain_files import DomainInfo, is_domain_intact
 from trainer.data.token_cache.ingest import count_characters, ingest
-from trainer.data.token_cache.join_parts import IngestedPart
 from trainer.data.token_cache.signed_json import read_signed, signed_json
 from trainer.data.token_cache.splits import SplitConfig
 from trainer.data.tokenizers.base import Tokenizer
@@ -25,7 +24,9 @@ RESULT = "part.json"
 """File with the result of a task."""
 
 
-class _Result(Config):
+class ReadResult(Config):
+    """Domains of an ingested part, and the records that were skipped."""
+
     domains: list[DomainInfo]
     skipped: SkippedRecords
 
@@ -56,23 +57,12 @@ class ReadTask:
             is_domain_intact(self.folder, domain, vocab_size=tokenizer.vocab_size, verify=True) for domain in domains
         )
 
-    def result(self) -> IngestedPart:
-        """Return the ingested part.
-
-        Raises:
-            OSError: if it cannot be read.
-            ValueError: if it is damaged.
-        """
-        result = read_signed(self.folder / RESULT, _Result, of=self.folder.name)
-        return IngestedPart(self.folder, result.domains, result.skipped)
+    def result(self) -> ReadResult:
+        """Return the result of a part; raise OSError if it cannot be read, or ValueError if it is damaged."""
+        return read_signed(self.folder / RESULT, ReadResult, of=self.folder.name)
 
     def run(self, tokenizer: Tokenizer, advance: Callable[[int], None]) -> None:
-        """Ingest the part; call `advance` with the bytes of text of each document.
-
-        Raises:
-            DataError: if it is unusable.
-            OSError: if the folder cannot be written.
-        """
+        """Ingest the part; call `advance` with the bytes of text of each document."""
         if self.folder.exists():  # left by a killed process
             shutil.rmtree(self.folder)
         self.folder.mkdir()
@@ -85,5 +75,5 @@ class ReadTask:
             advance=advance,
             lengths=count_characters(source.documents()) if self.split.kind == "tail" else None,
         )
-        result = _Result(domains=domains, skipped=skipped.total())
+        result = ReadResult(domains=domains, skipped=skipped.total())
         (self.folder / RESULT).write_text(signed_json(result, of=self.folder.name))

@@ -25,11 +25,6 @@ class SourceSkips(NamedTuple):
     """Block of a stream; None for an ingested source."""
     records: SkippedRecords
 
-    def line(self) -> dict[str, Any]:
-        """Return the line of the file."""
-        listed = {"rows": self.records.count, "reasons": self.records.reasons, "first": self.records.first}
-        return {"source": self.source, "block": self.block, **listed}
-
 
 def summarize_skipped(skipped: Sequence[SourceSkips]) -> str:
     """Return the number of skipped records, their reasons and their sources, for a line on the screen."""
@@ -42,17 +37,13 @@ def summarize_skipped(skipped: Sequence[SourceSkips]) -> str:
 def write_skipped(path: Path, skipped: Iterable[SourceSkips], *, keeps_blocks: bool) -> None:
     """Write the file, or remove it if nothing was skipped.
 
-    Args:
-        path: path of the file.
-        skipped: what is known now.
-        keeps_blocks: keep the lines of other blocks in the file: a resumed run has not read those again.
-
-    Raises:
-        OSError: if the disk refuses.
+    `keeps_blocks` keeps the lines of other blocks in the file: a resumed run has not read those again.
     """
-    lines = {(one.source, one.block): one.line() for one in skipped if one.records.count}
-    if keeps_blocks:
-        lines = _block_lines(path) | lines
+    lines = _block_lines(path) if keeps_blocks else {}
+    for source, block, records in skipped:
+        if records.count:
+            listed = {"rows": records.count, "reasons": records.reasons, "first": records.first}
+            lines[source, block] = {"source": source, "block": block, **listed}
     if lines:
         ordered = sorted(lines.items(), key=lambda item: (item[0][0], item[0][1] or 0))
         replace_file(path, "".join(json.dumps(line) + "\n" for _, line in ordered))

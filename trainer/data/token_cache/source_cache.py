@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 from trainer.atomic_io import replace_file
 from trainer.config.base import Config
@@ -19,7 +19,7 @@ from trainer.data.records.bad_records import SkippedRecords, merge_skipped
 from trainer.data.sources.base import Source
 from trainer.data.sources.registry import InstalledSourceConfig, SourceConfig
 from trainer.data.token_cache.cache_folder import publish, temporary_path
-from trainer.data.token_cache.domain_files import DomainInfo, domain_paths, is_domain_intact
+from trainer.data.token_cache.domain_files import DomainInfo, is_domain_intact
 from trainer.data.token_cache.ingest import no_documents
 from trainer.data.token_cache.input_files import Content, FileState
 from trainer.data.token_cache.join_parts import join_parts
@@ -42,7 +42,6 @@ class SourceManifest(Config):
     content: Content
     domains: list[DomainInfo]
     skipped: SkippedRecords = SkippedRecords()
-    """Records that were skipped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,11 +61,7 @@ class CachedSource:
     def locate(
         cls, config: SourceConfig, *, index: int, split: SplitConfig, cache_dir: str, tokenizer: Tokenizer
     ) -> Self:
-        """Look up the files of a source and its folder.
-
-        Raises:
-            DataError: if a file is missing.
-        """
+        """Look up the files of a source and its folder; raise DataError if a file is missing."""
         source = config.build()
         identity = {
             "format": _FORMAT,
@@ -124,13 +119,9 @@ class CachedSource:
         return manifest
 
     def tasks(self, *, is_alone: bool) -> list[ReadTask]:
-        """Divide the source into tasks, some of which a killed process may have done.
+        """Divide the source into tasks, some of which a killed process may have done; raise DataError if it is missing.
 
-        Args:
-            is_alone: no other process can be building the source. Otherwise a folder of this process's own is used.
-
-        Raises:
-            DataError: if the data is missing.
+        Unless `is_alone`, other processes may be building the source, and this one uses a folder of its own.
         """
         parts = [None] if self.split.kind == "tail" else list(self.source.parts())
         if len(parts) == 1:  # nothing to resume from
@@ -143,22 +134,23 @@ class CachedSource:
             for index, part in enumerate(parts)
         ]
 
-    def join(self, tasks: Sequence[ReadTask]) -> "UnpublishedSource":
-        """Join the finished tasks in a temporary folder.
+    def join(self, tasks: Sequence[ReadTask]) -> tuple[Path, SourceManifest]:
+        """Join the finished tasks in a temporary folder, ready for `publish`.
 
         Raises:
             DataError: if a file changed or is a copy of another, or a domain has no text on one side of the split.
         """
         content = self.content.hashed()
         self.content.refuse_changes()
-        parts = [task.result() for task in tasks]
-        skipped = merge_skipped(part.skipped for part in parts)
+        results = [task.result() for task in tasks]
+        skipped = merge_skipped(result.skipped for result in results)
         if self.source.rejects_copies:
             content.refuse_copies(unused=set(skipped.empty_files))
         folder = tasks[0].folder
         if len(tasks) > 1:
             folder = temporary_path(self.folder)
             folder.mkdir()
+        parts = [(task.folder, result.domains) for task, result in zip(tasks, results, strict=True)]
         domains = join_parts(parts, folder, tokenizer=self.tokenizer, split=self.split)
         if not domains:
             raise no_documents(f"source {self.index}", skipped)
@@ -170,7 +162,17 @@ class CachedSource:
             domains=domains,
             skipped=skipped,
         )
-        return UnpublishedSource(self, folder, manifest)
+        return folder, manifest
+
+    def publish(self, folder: Path, manifest: SourceManifest) -> None:
+        """Write the manifest and move the folder to its place in the cache; its other files must be on the disk."""
+
+        def is_published() -> bool:
+            return self.manifest() == manifest and self.is_intact(manifest, verify=True)
+
+        (folder / RESULT).unlink(missing_ok=True)  # of a single part; the manifest replaces it
+        (folder / _MANIFEST).write_text(signed_json(manifest, of=self.folder.name))
+        publish(folder, self.folder, unless=is_published)
 
     def _parts_folder(self, *, is_alone: bool) -> Path:
         """Return the folder of the parts; parts of other files are removed from it."""
@@ -188,33 +190,6 @@ class CachedSource:
             is_domain_intact(self.folder, domain, vocab_size=manifest.vocab_size, verify=verify)
             for domain in manifest.domains
         )
-
-
-class UnpublishedSource(NamedTuple):
-    """A complete source in a temporary folder."""
-
-    source: CachedSource
-    folder: Path
-    manifest: SourceManifest
-
-    def paths(self) -> list[Path]:
-        """Return the files that must be on the disk before publishing."""
-        vocab_size = self.manifest.vocab_size
-        return [
-            path
-            for domain in self.manifest.domains
-            for path in domain_paths(self.folder, domain, vocab_size=vocab_size)
-        ]
-
-    def publish(self) -> None:
-        """Write the manifest and move the folder to its place in the cache."""
-
-        def is_published() -> bool:
-            return self.source.manifest() == self.manifest and self.source.is_intact(self.manifest, verify=True)
-
-        (self.folder / RESULT).unlink(missing_ok=True)  # of a single part; the manifest replaces it
-        (self.folder / _MANIFEST).write_text(signed_json(self.manifest, of=self.source.folder.name))
-        publish(self.folder, self.source.folder, unless=is_published)
 
 
 def _identity(config: SourceConfig) -> dict[str, Any]:

@@ -40,9 +40,7 @@ class Piece(NamedTuple):
 
     side: Side
     text: str
-    """Text to learn."""
     prompt: str = ""
-    """Prompt, read before the text and not learned."""
 
 
 def is_held_out(text: str, fraction: float) -> bool:
@@ -63,12 +61,7 @@ class DomainSplit:
     """Splits the documents of one domain as they arrive; buffers at most one of them."""
 
     def __init__(self, config: SplitConfig, *, num_characters: int | None = None) -> None:
-        """Start a domain.
-
-        Args:
-            config: kind and fraction.
-            num_characters: length of all its texts; required for kind `tail`.
-        """
+        """Start a domain; kind `tail` requires the number of characters of all its texts."""
         if config.kind == "tail" and num_characters is None:
             raise ValueError("kind tail needs num_characters, the length of the domain's text")
         self.kind = config.kind
@@ -80,16 +73,15 @@ class DomainSplit:
 
     def add(self, text: str, *, prompt: str = "") -> list[Piece]:
         """Add a document; return the pieces whose side is known now."""
-        document = prompt, text
         if self.kind == "tail":
-            return self._split_at_tail(*document)
+            return self._split_at_tail(prompt, text)
         if self.kind == "hash":
-            return [self._by_hash(*document)]
+            return [self._by_hash(prompt, text)]
         if self._buffered is None:
-            self._buffered = document
+            self._buffered = prompt, text
             return []
         first, self._buffered, self.kind = self._buffered, None, "hash"
-        return [self._by_hash(*first), self._by_hash(*document)]
+        return [self._by_hash(*first), self._by_hash(prompt, text)]
 
     def finish(self) -> list[Piece]:
         """End the domain; return the remaining pieces."""
@@ -106,8 +98,5 @@ class DomainSplit:
         before = max(self._tail_start - self._num_seen, 0)
         self._num_seen += len(prompt) + len(text)
         in_text = max(before - len(prompt), 0)
-        pieces = [
-            Piece("train", text[:in_text], prompt[:before]),
-            Piece("validation", text[in_text:], prompt[before:]),
-        ]
+        pieces = [Piece("train", text[:in_text], prompt[:before]), Piece("validation", text[in_text:], prompt[before:])]
         return [piece for piece in pieces if piece.prompt or piece.text]

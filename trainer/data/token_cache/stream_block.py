@@ -9,12 +9,11 @@ from trainer.config.base import Config
 from trainer.data.records.bad_records import SkippedCounter, SkippedRecords
 from trainer.data.sources.base import Document
 from trainer.data.sources.registry import HfStreamSourceConfig
-from trainer.data.token_cache.domain_files import write_document
+from trainer.data.token_cache.domain_files import write_document, write_sides
 from trainer.data.token_cache.ingest import no_documents
 from trainer.data.token_cache.input_files import FileState
-from trainer.data.token_cache.splits import Side, is_held_out
+from trainer.data.token_cache.splits import is_held_out
 from trainer.data.token_cache.token_files import TokenFile, TokenFileInfo
-from trainer.data.token_cache.token_writer import TokenWriter
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.errors import DataError
 
@@ -36,7 +35,6 @@ class BlockInfo(Config):
     validation: TokenFileInfo
     """Held-out text. That of block 0 is used for evaluation; that of other blocks is never used."""
     skipped: SkippedRecords = SkippedRecords()
-    """Records that were skipped."""
 
     def content(self) -> tuple[object, ...]:
         """Return position and hashes of the block."""
@@ -64,29 +62,25 @@ class StreamedSource:
     held_out: float
 
     def build(self, begin: Mark, folder: Path) -> BlockInfo:
-        """Build the block that begins at `begin` in a folder.
-
-        Raises:
-            DataError: if the text is unusable, has changed or has no documents.
-        """
+        """Build a block in a folder; raise DataError if the text is unusable, has changed or has no documents."""
         for file in self.files:
             if FileState.of(Path(file.path)) != file:
                 raise DataError(f"{file.path}: changed since the run started; it must not change meanwhile; restart")
-        end, is_epoch_over, skipped = begin, True, SkippedCounter()
-        with self._writer(folder, "train") as train, self._writer(folder, "validation") as validation:
+        end, skipped = begin, SkippedCounter()
+        with write_sides(folder, "", self.tokenizer) as writers:
             for mark, document in self._documents(begin, skipped):
-                writer = validation if is_held_out(document.prompt + document.text, self.held_out) else train
-                write_document(writer, self.tokenizer, document.text, prompt=document.prompt)
+                is_validation = is_held_out(document.prompt + document.text, self.held_out)
+                writer = writers["validation" if is_validation else "train"]
+                write_document(writer, self.tokenizer, document.text, document.prompt)
                 end = mark.model_copy(update={"document": mark.document + 1})
-                if train.num_tokens >= self.config.block_tokens:
-                    is_epoch_over = False
+                if writers["train"].num_tokens >= self.config.block_tokens:
                     break
-            infos = train.info(), validation.info()
-        if end == begin == Mark(epoch=begin.epoch):
-            raise no_documents(f"{self.config.path}:", skipped.total())
-        if is_epoch_over:
-            end = Mark(epoch=begin.epoch + 1)
-        return BlockInfo(begin=begin, end=end, train=infos[0], validation=infos[1], skipped=skipped.total())
+            else:  # the epoch is over
+                if end == Mark(epoch=begin.epoch):
+                    raise no_documents(f"{self.config.path}:", skipped.total())
+                end = Mark(epoch=begin.epoch + 1)
+            infos = {side: writer.info() for side, writer in writers.items()}
+        return BlockInfo.model_validate({"begin": begin, "end": end, "skipped": skipped.total(), **infos})
 
     def _documents(self, begin: Mark, skipped: SkippedCounter) -> Iterator[tuple[Mark, Document]]:
         """Yield the documents from `begin` to the end of its epoch; count skipped records."""
@@ -96,7 +90,3 @@ class StreamedSource:
             first = begin.document if part == begin.part else 0
             for number, document in enumerate(source.usable_documents(parts[part], skipped, first=first), first):
                 yield Mark(epoch=begin.epoch, part=part, document=number), document
-
-    def _writer(self, folder: Path, side: Side) -> TokenWriter:
-        vocab_size, end_of_document = self.tokenizer.vocab_size, self.tokenizer.end_of_document
-        return TokenWriter(folder, side, vocab_size=vocab_size, end_of_document=end_of_document)

@@ -18,12 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from trainer.config.base import Config
-from trainer.data.token_cache.checksums import (
-    CHECKSUM_BYTES,
-    CheckedArray,
-    damaged,
-    num_blocks,
-)
+from trainer.data.token_cache.checksums import CHECKSUM_BYTES, CheckedArray, damaged, num_blocks
 from trainer.data.tokenizers.base import token_dtype
 
 POSITION = np.dtype("<i8")
@@ -36,9 +31,7 @@ class TokenFileInfo(Config):
     """Entry of one token file in the manifest."""
 
     num_tokens: int
-    """Includes ends of documents."""
     num_bytes: int
-    """UTF-8 bytes of text; an end of document has none."""
     num_documents: int
     sha256: str
     """Hash of the tokens file."""
@@ -85,12 +78,7 @@ class TokenFile:
         return np.searchsorted(self.document_starts, index, side="right") - 1
 
     def is_learned(self, index: NDArray[np.int64], document: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return whether each token is a target: part of an answer or the end of its document, but not of a prompt.
-
-        Args:
-            index: positions.
-            document: number of each token's document; same shape.
-        """
+        """Return whether each token is a target: part of an answer or the end of its document, but not of a prompt."""
         return index >= self.answer_starts[document]
 
 
@@ -110,51 +98,22 @@ def is_intact(folder: Path, name: str, info: TokenFileInfo, *, vocab_size: int, 
 
 
 def open_token_file(folder: Path, name: str, info: TokenFileInfo, *, vocab_size: int) -> TokenFile:
-    """Map a token file into memory. Positions are verified now, tokens of large files when they are read.
-
-    Raises:
-        DataError: naming the file, if one is damaged.
-    """
-    tokens, dtype = tokens_path(folder, name), token_dtype(vocab_size)
+    """Map a token file into memory, or raise DataError; tokens of large files are verified when they are read."""
+    tokens, dtype = folder / f"{name}.tokens", token_dtype(vocab_size)
     if info.checksums_sha256 is None:
         verified = _verified(tokens, dtype, info.sha256)
     else:
-        path = checksums_path(folder, name)
+        path = folder / f"{name}.checksums"
         checksums = path.read_bytes()
         if hashlib.sha256(checksums).hexdigest() != info.checksums_sha256:
             raise damaged(path)
         verified = CheckedArray(tokens, dtype, checksums)
     return TokenFile(
         tokens=verified,
-        document_starts=_verified(starts_path(folder, name), POSITION, info.documents_sha256),
-        answer_starts=_verified(answers_path(folder, name), POSITION, info.answers_sha256),
+        document_starts=_verified(folder / f"{name}.documents", POSITION, info.documents_sha256),
+        answer_starts=_verified(folder / f"{name}.answers", POSITION, info.answers_sha256),
         num_bytes=info.num_bytes,
     )
-
-
-def token_file_paths(folder: Path, name: str, info: TokenFileInfo, *, vocab_size: int) -> list[Path]:
-    """Return the files of DOMAIN.SIDE."""
-    return [path for path, _, _ in _expected(folder, name, info, vocab_size=vocab_size)]
-
-
-def tokens_path(folder: Path, name: str) -> Path:
-    """Return the path of the tokens of DOMAIN.SIDE."""
-    return folder / f"{name}.tokens"
-
-
-def starts_path(folder: Path, name: str) -> Path:
-    """Return the path of the document starts of DOMAIN.SIDE."""
-    return folder / f"{name}.documents"
-
-
-def answers_path(folder: Path, name: str) -> Path:
-    """Return the path of the answer starts of DOMAIN.SIDE."""
-    return folder / f"{name}.answers"
-
-
-def checksums_path(folder: Path, name: str) -> Path:
-    """Return the path of the checksums of DOMAIN.SIDE."""
-    return folder / f"{name}.checksums"
 
 
 def has_checksums(size_bytes: int) -> bool:
@@ -167,13 +126,13 @@ def _expected(folder: Path, name: str, info: TokenFileInfo, *, vocab_size: int) 
     num_tokens_bytes = info.num_tokens * token_dtype(vocab_size).itemsize
     num_positions_bytes = info.num_documents * POSITION.itemsize
     expected = [
-        (tokens_path(folder, name), num_tokens_bytes, info.sha256),
-        (starts_path(folder, name), num_positions_bytes, info.documents_sha256),
-        (answers_path(folder, name), num_positions_bytes, info.answers_sha256),
+        (folder / f"{name}.tokens", num_tokens_bytes, info.sha256),
+        (folder / f"{name}.documents", num_positions_bytes, info.documents_sha256),
+        (folder / f"{name}.answers", num_positions_bytes, info.answers_sha256),
     ]
     if info.checksums_sha256 is not None:
         size_bytes = num_blocks(num_tokens_bytes) * CHECKSUM_BYTES
-        expected.append((checksums_path(folder, name), size_bytes, info.checksums_sha256))
+        expected.append((folder / f"{name}.checksums", size_bytes, info.checksums_sha256))
     return expected
 
 

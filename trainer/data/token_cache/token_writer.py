@@ -1,41 +1,33 @@
 """Writer of token files."""
 
 import hashlib
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.token_cache.checksums import BlockChecksums, HashedFile
-from trainer.data.token_cache.token_files import (
-    POSITION,
-    TokenFile,
-    TokenFileInfo,
-    answers_path,
-    checksums_path,
-    has_checksums,
-    starts_path,
-    tokens_path,
-)
+from trainer.data.token_cache.checksums import HashedFile
+from trainer.data.token_cache.token_files import POSITION, TokenFile, TokenFileInfo, has_checksums
 from trainer.data.tokenizers.base import token_dtype
 
 _CHUNK_TOKENS = 1 << 22
 
 
-class TokenWriter:
+class TokenWriter(AbstractContextManager["TokenWriter"]):
     """Writes one token file, document by document; a context manager that closes it."""
 
     def __init__(self, folder: Path, name: str, *, vocab_size: int, end_of_document: int) -> None:
         self._vocab_size = vocab_size
         self._dtype = token_dtype(vocab_size)
         self._end_of_document = np.array([end_of_document], dtype=self._dtype)
-        self._num_tokens = self._num_bytes = self._num_documents = 0
-        self._checksums_path = checksums_path(folder, name)
-        self._checksums = BlockChecksums()
-        self._tokens = HashedFile(tokens_path(folder, name), self._checksums)
-        self._starts, self._answers = (HashedFile(path(folder, name)) for path in (starts_path, answers_path))
+        self.num_tokens = 0
+        """Number of tokens so far, including ends of documents."""
+        self._num_bytes = self._num_documents = 0
+        self._checksums_path = folder / f"{name}.checksums"
+        self._tokens, self._starts, self._answers = (
+            HashedFile(folder / f"{name}.{content}") for content in ("tokens", "documents", "answers")
+        )
 
     def write(self, tokens: NDArray[np.integer], *, num_bytes: int, num_prompt_tokens: int = 0) -> None:
         """Append a document of `num_bytes` bytes of text; its first `num_prompt_tokens` are not learned.
@@ -65,41 +57,33 @@ class TokenWriter:
         self._num_documents += file.num_documents
         self._num_bytes += file.num_bytes
 
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens so far, including ends of documents."""
-        return self._num_tokens
-
     def info(self) -> TokenFileInfo:
         """Return the manifest entry of the file so far."""
         return TokenFileInfo(
-            num_tokens=self._num_tokens,
+            num_tokens=self.num_tokens,
             num_bytes=self._num_bytes,
             num_documents=self._num_documents,
             sha256=self._tokens.sha256(),
             documents_sha256=self._starts.sha256(),
             answers_sha256=self._answers.sha256(),
-            checksums_sha256=hashlib.sha256(self._checksums.digest()).hexdigest() if self._has_checksums() else None,
+            checksums_sha256=hashlib.sha256(self._tokens.checksums()).hexdigest() if self._has_checksums() else None,
         )
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for file in (self._tokens, self._starts, self._answers):
             file.close()
-        if error is None and self._has_checksums():
-            self._checksums_path.write_bytes(self._checksums.digest())
+        if kind is None and self._has_checksums():
+            self._checksums_path.write_bytes(self._tokens.checksums())
 
     def _has_checksums(self) -> bool:
-        return has_checksums(self._num_tokens * self._dtype.itemsize)
+        return has_checksums(self.num_tokens * self._dtype.itemsize)
 
     def _next_start(self) -> int:
         """End the previous document; return the start of the next one."""
         if self._num_documents > 0:
             self._append(self._end_of_document)
-        return self._num_tokens
+        return self.num_tokens
 
     def _append(self, tokens: NDArray[np.unsignedinteger]) -> None:
         self._tokens.write(tokens.tobytes())
-        self._num_tokens += len(tokens)
+        self.num_tokens += len(tokens)

@@ -32,11 +32,7 @@ def run_tasks(
 ) -> None:
     """Run all tasks, in this process if there is too little text for several.
 
-    Args:
-        tasks: started in this order.
-        tokenizer: encodes the text.
-        max_processes: most processes at a time.
-        advance: called with the bytes of text that all tasks together have done.
+    `advance` is called with the bytes of text that all tasks together have done.
 
     Raises:
         DataError: the first that a task raised; the other tasks are stopped.

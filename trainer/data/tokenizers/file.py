@@ -71,11 +71,7 @@ def _content(file: Path) -> dict[str, Any]:
 
 
 def _end_of_document(file: Path, content: dict[str, Any], wanted: str | None) -> str:
-    """Return the name of the token between documents.
-
-    Raises:
-        DataError: if there is none.
-    """
+    """Return the name of the token between documents; raise DataError if there is none."""
     tokens = [token["content"] for token in content["added_tokens"]]
     listed = ", ".join(map(shown, tokens[:_MAX_LISTED])) + (", ..." if len(tokens) > _MAX_LISTED else "")
     if wanted is not None:

@@ -40,11 +40,7 @@ def read_tokenizer_file(path: Path, *, through_links: bool) -> str:
 
 
 def parse_json_object(text: str) -> dict[str, Any]:
-    """Parse a JSON object.
-
-    Raises:
-        ValueError: if the text is anything else.
-    """
+    """Parse a JSON object; raise ValueError if the text is anything else."""
     try:
         content = json.loads(text)
     except RecursionError:

@@ -2,14 +2,7 @@ import numpy as np
 import pytest
 
 from trainer.data.token_cache import checksums, token_files
-from trainer.data.token_cache.token_files import (
-    TokenFile,
-    is_intact,
-    open_token_file,
-    starts_path,
-    token_dtype,
-    tokens_path,
-)
+from trainer.data.token_cache.token_files import TokenFile, is_intact, open_token_file, token_dtype
 from trainer.data.token_cache.token_writer import TokenWriter
 from trainer.errors import DataError
 
@@ -92,10 +85,10 @@ def test_a_file_of_the_wrong_size_or_content_is_not_intact(folder):
         writer.write(np.array([1, 2, 3]), num_bytes=3)
     info = writer.info()
     assert is_intact(folder, "d.train", info, vocab_size=256, verify=True)
-    tokens_path(folder, "d.train").write_bytes(bytes([1, 2, 4]))
+    (folder / "d.train.tokens").write_bytes(bytes([1, 2, 4]))
     assert is_intact(folder, "d.train", info, vocab_size=256)
     assert not is_intact(folder, "d.train", info, vocab_size=256, verify=True)
-    tokens_path(folder, "d.train").write_bytes(bytes([1, 2]))
+    (folder / "d.train.tokens").write_bytes(bytes([1, 2]))
     assert not is_intact(folder, "d.train", info, vocab_size=256)
 
 
@@ -106,9 +99,9 @@ def test_an_array_is_compared_wherever_it_is_read(folder, monkeypatch):
         writer.write(np.arange(22), num_bytes=22)
     for block in range(6):  # of four tokens, the last one of two
         tokens = open_token_file(folder, "d.train", writer.info(), vocab_size=1 << 16).tokens
-        content = bytearray(tokens_path(folder, "d.train").read_bytes())
+        content = bytearray((folder / "d.train.tokens").read_bytes())
         content[8 * block] ^= 1
-        tokens_path(folder, "d.train").write_bytes(content)
+        (folder / "d.train.tokens").write_bytes(content)
         first, end = 4 * block, min(4 * block + 4, 22)
         around = np.array([i for i in range(22) if not first <= i < end])
         assert tokens[around].tolist() == around.tolist()
@@ -119,12 +112,12 @@ def test_an_array_is_compared_wherever_it_is_read(folder, monkeypatch):
         with pytest.raises(DataError):
             np.asarray(tokens)
         content[8 * block] ^= 1
-        tokens_path(folder, "d.train").write_bytes(content)
+        (folder / "d.train.tokens").write_bytes(content)
         assert np.asarray(tokens).tolist() == list(range(22))
 
 
 def test_a_missing_file_is_not_intact(folder):
     with TokenWriter(folder, "d.train", vocab_size=256, end_of_document=255) as writer:
         writer.write(np.array([1]), num_bytes=1)
-    starts_path(folder, "d.train").unlink()
+    (folder / "d.train.documents").unlink()
     assert not is_intact(folder, "d.train", writer.info(), vocab_size=256)
