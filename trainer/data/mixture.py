@@ -21,8 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from trainer.data.permutation import FOR_BLOCK, hash64, permute_index
 from trainer.errors import DataError
 
-SMALLEST_BLOCK, LARGEST_BLOCK = 1 << 12, 1 << 22
-"""Smallest and largest number of slots of a block."""
+SMALLEST_BLOCK, LARGEST_BLOCK = 1 << 12, 1 << 22  # slots
 _MIN_DOMAIN_SLOTS = 16
 """Least slots of a domain in a block, so that rounding changes its share by less than a sixteenth."""
 
@@ -61,16 +60,7 @@ class Mixture:
     """Order in which domains are visited. Stateless, except for a cache of the last block."""
 
     def __init__(self, *, domains: Sequence[str], shares: Sequence[float], seed: int) -> None:
-        """Compute the quotas of the domains.
-
-        Args:
-            domains: (D,) names, for messages.
-            shares: (D,) shares of the rows; need not sum to 1.
-            seed: seed of the order.
-
-        Raises:
-            DataError: if a share is too small to be drawn.
-        """
+        """Compute the quotas of D domains, whose shares need not sum to 1; raise DataError if one is too small."""
         if not len(domains) == len(shares) > 0:
             raise ValueError(f"{len(domains)} domains, {len(shares)} shares; one of each")
         self._seed = seed
@@ -125,9 +115,6 @@ def _quotas(domains: Sequence[str], shares: Sequence[float]) -> NDArray[np.int64
 
     A block has 4096 slots, or 16 for each domain if that is more. If that would leave a domain without a slot, it is
     enlarged until the smallest domain has 16.
-
-    Raises:
-        DataError: if a domain has no slot even in the largest block.
     """
     share = np.asarray(shares, dtype=np.float64)
     if not (np.isfinite(share).all() and (share >= 0).all() and share.sum() > 0):

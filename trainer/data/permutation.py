@@ -33,15 +33,7 @@ def hash64(*parts: int | U64) -> U64:
 
 
 def permute_index(index: U64, *, size: int, key: U64) -> U64:
-    """Apply a pseudo-random permutation of [0, size) to each index.
-
-    Args:
-        index: (n,) in [0, size).
-        size: number of permuted elements.
-        key: (n,) or (1,), from hash64; selects the permutation.
-
-    Returns:
-        (n,) in [0, size).
+    """Apply a pseudo-random permutation of [0, size) to each index (n,); `key`, (n,) or (1,) of hash64, selects it.
 
     Source: a Feistel network on rows and columns (Black and Rogaway 2002, "generalized Feistel"), with cycle walking.
     """

@@ -53,33 +53,16 @@ def train_bpe(
     """Train a tokenizer, or return it from the cache if text and options are the same.
 
     The same text, options and version of `tokenizers` give the same tokenizer. Several processes may call this at once:
-    one trains, the others wait.
-
-    Args:
-        files: training text of each domain, encoded by the byte tokenizer.
-        text_fingerprint: fingerprint of that text.
-        vocab_size: most tokens: 256 bytes, the end of document, and merges.
-        min_frequency: least occurrences of a pair that is merged.
-        max_train_bytes: most bytes of text to train on.
-        cache_dir: folder of the token cache.
-        progress: receives the progress.
+    one trains, the others wait. `files` are the training text of each domain, encoded by the byte tokenizer; see
+    `BPETokenizerConfig` for the options.
 
     Raises:
         DataError: if the cache cannot be written.
         ResourceError: if the disk is full.
     """
-    options = {
-        "kind": "bpe",
-        "max_train_bytes": max_train_bytes,
-        "min_frequency": min_frequency,
-        "vocab_size": vocab_size,
-    }
-    inputs = {
-        "format": _FORMAT,
-        "text": text_fingerprint,
-        "options": options,
-        "tokenizers": metadata.version("tokenizers"),
-    }
+    options = {"vocab_size": vocab_size, "min_frequency": min_frequency, "max_train_bytes": max_train_bytes}
+    version = metadata.version("tokenizers")
+    inputs = {"format": _FORMAT, "text": text_fingerprint, "options": options | {"kind": "bpe"}, "tokenizers": version}
     folder = Path(cache_dir) / f"bpe-{hash_of(inputs)[:16]}"
 
     def waiting() -> None:
@@ -96,7 +79,7 @@ def train_bpe(
                 if tokenizer is None:
                     if folder.exists():
                         _log.warning("%s: the token cache is damaged; training the tokenizer again", folder)
-                    text = _train(files, vocab_size, min_frequency, max_train_bytes, progress=progress)
+                    text = _train(files, **options, progress=progress)
                     tokenizer = _publish(text, folder)
         except OSError as error:
             raise cache_error(cache_dir, error) from error
@@ -114,10 +97,6 @@ def training_pieces(files: Sequence[TokenFile], max_bytes: int) -> Iterator[str]
     """Yield pieces of the training text, at most `max_bytes` in total.
 
     Domains contribute equally, as far as they are large enough; the pieces of one are spread evenly over it.
-
-    Args:
-        files: training text of each domain, encoded by the byte tokenizer.
-        max_bytes: most bytes of all pieces together.
     """
     shares = even_shares([file.num_bytes for file in files], max_bytes)
     for file, share in zip(files, shares, strict=True):
@@ -149,9 +128,8 @@ def _pieces(file: TokenFile) -> Iterator[bytes]:
 def _cached(folder: Path) -> SubwordTokenizer | None:
     """Return the tokenizer in the cache; None if it is missing or damaged."""
     with suppress(OSError, ValueError):
-        text, fingerprint = (
-            read_tokenizer_file(folder / name, through_links=False) for name in (TOKENIZER, _FINGERPRINT)
-        )
+        text = read_tokenizer_file(folder / TOKENIZER, through_links=False)
+        fingerprint = read_tokenizer_file(folder / _FINGERPRINT, through_links=False)
         if tokenizer_fingerprint(text, END_OF_DOCUMENT) == fingerprint:
             return SubwordTokenizer(text, END_OF_DOCUMENT)
     return None
@@ -169,10 +147,10 @@ def _publish(text: str, folder: Path) -> SubwordTokenizer:
 
 def _train(
     files: Sequence[TokenFile],
+    *,
     vocab_size: int,
     min_frequency: int,
     max_train_bytes: int,
-    *,
     progress: IngestProgress | None,
 ) -> str:
     """Return the text of a new tokenizer.json."""
@@ -187,12 +165,8 @@ def _train(
                 progress.update(done_bytes, total_bytes, "training the tokenizer")
 
     library = Tokenizer(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_WORDS), "isolated"), byte_level])
     library.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

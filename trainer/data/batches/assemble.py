@@ -21,19 +21,11 @@ PADDING = -1
 
 
 def assemble(
-    parts: list[tuple[NDArray[np.int64], SequenceRows]],
-    *,
-    domain: NDArray[np.int64],
-    sample_id: NDArray[np.int64],
-    seq_len: int,
+    parts: list[tuple[NDArray[np.int64], SequenceRows]], *, domain: NDArray, sample_id: NDArray, seq_len: int
 ) -> Batch:
-    """Assemble a batch.
+    """Assemble a batch from row numbers and the rows there; all other rows are padding.
 
-    Args:
-        parts: row numbers in the batch, and those rows; all other rows are padding.
-        domain: (B,) domain of each row.
-        sample_id: (B,) sample_id of each row.
-        seq_len: S.
+    `domain` and `sample_id` are (B,) int64.
     """
     shape = len(domain), seq_len
     tokens, targets = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
@@ -63,22 +55,14 @@ def assemble(
 
 
 def pad_rows(batch: Batch, num_rows: int) -> Batch:
-    """Append padding rows to a batch: not valid, token 0, domain 0, sample_id PADDING.
-
-    Raises:
-        ValueError: if the batch has more rows.
-    """
+    """Append padding rows to a batch of at most `num_rows`: not valid, token 0, domain 0, sample_id PADDING."""
     present, seq_len = batch.tokens.shape
     if present > num_rows:
         raise ValueError(f"{present} rows do not fit in {num_rows}")
     if present == num_rows:
         return batch
-    padding = assemble(
-        [],
-        domain=np.zeros(num_rows - present, dtype=np.int64),
-        sample_id=np.full(num_rows - present, PADDING, dtype=np.int64),
-        seq_len=seq_len,
-    )
+    domain = np.zeros(num_rows - present, dtype=np.int64)
+    padding = assemble([], domain=domain, sample_id=np.full_like(domain, PADDING), seq_len=seq_len)
     return Batch(**{f.name: torch.cat([getattr(batch, f.name), getattr(padding, f.name)]) for f in fields(Batch)})
 
 
@@ -88,11 +72,7 @@ def row_slice(batch: Batch, first: int, end: int) -> Batch:
 
 
 def check_vocabulary(rows: SequenceRows, corpus: Corpus, side: Side, domain: int) -> None:
-    """Check that all tokens of rows are inside the vocabulary.
-
-    Raises:
-        DataError: naming the cache folder, if one is not.
-    """
+    """Raise DataError naming the cache folder, if a token of the rows is outside the vocabulary."""
     highest = max(int(part.max(initial=0)) for part in (rows.tokens, rows.targets))
     if highest >= corpus.tokenizer.vocab_size:
         raise DataError(

@@ -13,13 +13,9 @@ from numpy.typing import NDArray
 
 
 def best_fit_decreasing(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
-    """Return the row of each piece, (n,), numbered from 0. The same lengths give the same rows.
+    """Return the row of each piece, (n,), numbered from 0. The same lengths (n,), in [1, capacity], give the same rows.
 
     Takes the time of sorting n numbers plus at most n groups; a million pieces take less than a second.
-
-    Args:
-        lengths: (n,) in [1, capacity].
-        capacity: most total length of the pieces of a row.
     """
     rows_with: defaultdict[int, list[int]] = defaultdict(list)  # rows by their free space
     # Bit f of free_sizes is set if there are rows with free space f, so that the lowest bit is the fullest row.

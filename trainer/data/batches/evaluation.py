@@ -6,7 +6,6 @@
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
 from trainer.data.batches.assemble import assemble, check_vocabulary, pad_rows
 from trainer.data.batches.batch import Batch
@@ -22,14 +21,8 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Yield the validation text of a domain in batches of `batch_size` rows; sample_id is the number of the row.
 
-    Args:
-        corpus: the corpus.
-        domain_index: index of the domain.
-        packing: packing of its rows; see `Windows` and `PackedDocuments`.
-        seq_len: S.
-        batch_size: B; padding rows fill up the last batch.
-        max_tokens: most positions, but at least one row; rows are evenly spaced among those with a target. None: the
-            whole text.
+    Padding rows fill up the last batch. `max_tokens` limits the positions, but not below one row: rows are then evenly
+    spaced among those with a target. See `Windows` and `PackedDocuments` for the packing.
 
     Raises:
         DataError: if there is no token to predict, or an id outside the vocabulary.
@@ -44,24 +37,14 @@ def evaluation_batches(
     numbers = text.with_targets()
     if not len(numbers):
         raise _nothing_to_predict(corpus, domain_index)
-    numbers = _evenly_spaced(numbers, None if max_tokens is None else max(max_tokens // seq_len, 1))
+    limit = len(numbers) if max_tokens is None else min(max(max_tokens // seq_len, 1), len(numbers))
+    numbers = numbers[np.arange(limit, dtype=np.int64) * len(numbers) // limit]
     for first in range(0, len(numbers), batch_size):
         sample_id = numbers[first : first + batch_size]
         rows = text.read(sample_id)
         check_vocabulary(rows, corpus, "validation", domain_index)
-        batch = assemble(
-            [(np.arange(len(sample_id)), rows)],
-            domain=np.full_like(sample_id, domain_index),
-            sample_id=sample_id,
-            seq_len=seq_len,
-        )
-        yield pad_rows(batch, batch_size)
-
-
-def _evenly_spaced(numbers: NDArray[np.int64], limit: int | None) -> NDArray[np.int64]:
-    if limit is None or limit >= len(numbers):
-        return numbers
-    return numbers[np.arange(limit, dtype=np.int64) * len(numbers) // limit]
+        parts, domain = [(np.arange(len(sample_id)), rows)], np.full_like(sample_id, domain_index)
+        yield pad_rows(assemble(parts, domain=domain, sample_id=sample_id, seq_len=seq_len), batch_size)
 
 
 def _nothing_to_predict(corpus: Corpus, domain: int) -> DataError:

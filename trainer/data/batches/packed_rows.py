@@ -28,7 +28,6 @@ class PackedDocuments:
     """All documents of a text, packed into rows numbered from 0. The same text gives the same rows."""
 
     def __init__(self, file: TokenFile, *, seq_len: int, end_of_document: int) -> None:
-        """Pack the documents of `file` into rows of `seq_len` positions."""
         self._file, self._seq_len, self._end_of_document = file, seq_len, end_of_document
         # A document begins at the end of document before its first token.
         begin = file.document_starts - 1
@@ -85,14 +84,9 @@ class PackedRows(DomainRows):
     """Packed documents in the order of a run; each epoch has every row once."""
 
     def __init__(self, file: TokenFile, *, seq_len: int, end_of_document: int, seed: int, domain: int) -> None:
-        """Create the rows of a domain, ordered by `seed` and the index `domain`."""
         self._documents = PackedDocuments(file, seq_len=seq_len, end_of_document=end_of_document)
+        self.num_rows = self._documents.num_rows
         self._seed, self._domain = seed, domain
-
-    @property
-    def num_rows(self) -> int:
-        """Number of rows of an epoch."""
-        return self._documents.num_rows
 
     def read(self, visits: NDArray[np.int64]) -> SequenceRows:
         """Return the rows of visits (n,)."""

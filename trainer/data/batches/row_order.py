@@ -21,7 +21,6 @@ class SequenceRows:
 
     tokens: NDArray[np.int64]
     targets: NDArray[np.int64]
-    """Next token."""
     is_learned: NDArray[np.bool_]
     """The target is not part of a prompt."""
     is_real: NDArray[np.bool_]
@@ -33,18 +32,16 @@ class SequenceRows:
 class DomainRows(ABC):
     """Rows of one domain in the order of a run: visits 0, 1, 2 and so on, epoch after epoch."""
 
-    @property
-    @abstractmethod
-    def num_rows(self) -> int | None:
-        """Rows of an epoch; None if unknown."""
+    num_rows: int
+    """Rows of an epoch; 0 if unknown."""
 
     @abstractmethod
     def read(self, visits: NDArray[np.int64]) -> SequenceRows:
         """Return the rows of visits (n,), in any order; independent of earlier calls."""
 
-    def epochs(self, num_visits: int) -> float | None:
-        """Return the epochs that the first `num_visits` visits cover; None if unknown."""
-        return None if self.num_rows is None else num_visits / self.num_rows
+    def epochs(self, num_visits: int) -> float:
+        """Return the epochs that the first `num_visits` visits cover."""
+        return num_visits / self.num_rows
 
 
 def epoch_order(

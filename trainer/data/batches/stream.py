@@ -27,11 +27,7 @@ class TrainStream:
     """Rows of a training run by number. It has no position of its own: a run resumes from a slot number."""
 
     def __init__(self, corpus: Corpus, *, packing: Packing, seq_len: int, seed: int) -> None:
-        """Create the rows of all domains.
-
-        Raises:
-            DataError: if a domain is too short for a row or its share too small to be drawn.
-        """
+        """Raise DataError if a domain is too short for a row or its share too small to be drawn."""
         self._corpus, self._seq_len = corpus, seq_len
         self.mixture = Mixture(domains=corpus.domains, shares=corpus.weights, seed=seed)
         self.domain_rows = [
@@ -40,11 +36,7 @@ class TrainStream:
         ]
 
     def rows(self, first_slot: int, count: int) -> Batch:
-        """Return rows first_slot .. first_slot + count - 1 as one batch of `count` rows; sample_id is the slot.
-
-        Raises:
-            DataError: if a token file holds an id outside the vocabulary.
-        """
+        """Return rows first_slot .. first_slot + count - 1 as one batch of `count` rows; sample_id is the slot."""
         slots = np.arange(first_slot, first_slot + count, dtype=np.int64)
         domain, visit = self.mixture.locate(slots)
         parts = []
@@ -63,11 +55,7 @@ class TrainStream:
         return any(not rows.is_located(visit) for rows, visit in self._last_visits(first_slot, count))
 
     def load_blocks(self, first_slot: int, count: int, *, prefetch: bool) -> None:
-        """Build the stream blocks of those rows; `prefetch` also starts the next ones in the background.
-
-        Raises:
-            DataError: if their text is unusable.
-        """
+        """Build the stream blocks of those rows; `prefetch` also starts the next ones in the background."""
         for rows, visit in self._last_visits(first_slot, count):
             rows.load(visit, prefetch=prefetch)
 
@@ -87,11 +75,7 @@ class TrainStream:
                 rows.resume_at(StreamPosition.model_validate(positions[name]))
 
     def skipped(self, sources: Sequence[SourceConfig]) -> list[SourceSkips]:
-        """Return the records skipped so far: in ingested sources and in the blocks read.
-
-        Args:
-            sources: sources of the config.
-        """
+        """Return the records skipped so far: in ingested sources and in the blocks read."""
         streams = {s.domain: index for index, s in enumerate(sources) if isinstance(s, HfStreamSourceConfig)}
         skipped = list(self._corpus.skipped)
         for name, rows in zip(self._corpus.domains, self.domain_rows, strict=True):
@@ -110,8 +94,8 @@ class TrainStream:
             if isinstance(rows, StreamedRows) and (domain == index).any()
         ]
 
-    def epochs(self, num_slots: int) -> dict[str, float | None]:
-        """Return the epochs of each domain in the first `num_slots` rows of the run; None if unknown."""
+    def epochs(self, num_slots: int) -> dict[str, float]:
+        """Return the epochs of each domain in the first `num_slots` rows of the run."""
         visits = self.mixture.num_visits(num_slots).tolist()
         counted = zip(self._corpus.domains, self.domain_rows, visits, strict=True)
         return {name: rows.epochs(num_visits) for name, rows, num_visits in counted}

@@ -45,6 +45,8 @@ class _LocatedBlock(NamedTuple):
 class StreamedRows(DomainRows):
     """Rows of a streamed domain. Visits before the position that the run resumed at cannot be read."""
 
+    num_rows = 0
+
     def __init__(
         self, stream: BlockStream, *, min_tokens: int, seed: int, rows_of: Callable[[TokenFile, int], DomainRows]
     ) -> None:
@@ -60,11 +62,6 @@ class StreamedRows(DomainRows):
         self._located: list[_LocatedBlock] = []
         self._next = StreamPosition()
         self._open: dict[int, DomainRows] = {}
-
-    @property
-    def num_rows(self) -> None:
-        """Unknown."""
-        return None
 
     def resume_at(self, position: StreamPosition) -> None:
         """Continue from a block; call it before reading."""
@@ -88,11 +85,7 @@ class StreamedRows(DomainRows):
         return bool(self._located) and visit < self._next.first_visit
 
     def load(self, visit: int, *, prefetch: bool) -> None:
-        """Build the blocks up to that of a visit; `prefetch` also starts the next one in the background.
-
-        Raises:
-            DataError: if the text is unusable.
-        """
+        """Build the blocks up to that of a visit; `prefetch` also starts the next one in the background."""
         block = self._block_of(visit).start.block
         self._rows(block)
         if prefetch:
@@ -114,22 +107,15 @@ class StreamedRows(DomainRows):
         if len(order) < len(visits):
             raise ValueError(f"visits before {self._located[0].start.first_visit}, where the run resumed, are gone")
         inverse = np.argsort(order)
-        return SequenceRows(
-            **{
-                f.name: np.concatenate([getattr(rows, f.name) for _, rows in parts])[inverse]
-                for f in fields(SequenceRows)
-            }
-        )
+        names = [field.name for field in fields(SequenceRows)]
+        joined = {name: np.concatenate([getattr(rows, name) for _, rows in parts])[inverse] for name in names}
+        return SequenceRows(**joined)
 
     def _block_of(self, visit: int) -> _LocatedBlock:
         while not self.is_located(visit):
             start, epoch = self._next, self._next.mark.epoch
-            # A whole epoch without a row: there will never be one.
-            if (
-                self._located
-                and epoch > self._located[0].start.mark.epoch
-                and not any(b.num_rows for b in self._located)
-            ):
+            is_next_epoch = bool(self._located) and epoch > self._located[0].start.mark.epoch
+            if is_next_epoch and not any(block.num_rows for block in self._located):  # and there will never be one
                 raise DataError(
                     f"data.sources: {self._stream.name}: a row needs {self._min_tokens} tokens, and no block of the "
                     "stream has them; give it more text, or use a smaller model.seq_len"
@@ -148,11 +134,8 @@ class StreamedRows(DomainRows):
         return next(b for b in reversed(self._located) if b.start.first_visit <= visit and b.num_rows)
 
     def _num_rows(self, block: int) -> int:
-        if self._stream.info(block).train.num_tokens < self._min_tokens:
-            return 0
-        num_rows = self._rows(block).num_rows
-        assert num_rows is not None, "a block is not a stream"
-        return num_rows
+        is_too_short = self._stream.info(block).train.num_tokens < self._min_tokens
+        return 0 if is_too_short else self._rows(block).num_rows
 
     def _rows(self, block: int) -> DomainRows:
         if block not in self._open:

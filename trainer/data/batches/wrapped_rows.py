@@ -24,18 +24,7 @@ class WrappedRows(DomainRows):
     """
 
     def __init__(self, file: TokenFile, *, seq_len: int, seed: int, domain: int, name: str) -> None:
-        """Create the rows of a domain.
-
-        Args:
-            file: its training text.
-            seq_len: S.
-            seed: seed of the order, together with `domain`.
-            domain: index of the domain.
-            name: name of the domain, for messages.
-
-        Raises:
-            DataError: if the text is shorter than one window.
-        """
+        """Raise DataError naming the domain, if its text is shorter than one window."""
         length = file.num_tokens
         if length < seq_len + 1:
             raise DataError(
@@ -47,13 +36,8 @@ class WrappedRows(DomainRows):
         self._seed, self._domain = seed, domain
         # This many windows fit at every offset in [0, S). A text of less than two windows has one window and fewer
         # offsets. Either way, the number does not depend on the epoch.
-        self._num_rows = max((length - seq_len) // seq_len, 1)
-        self._num_offsets = min(length - self._num_rows * seq_len, seq_len)
-
-    @property
-    def num_rows(self) -> int:
-        """Number of windows of an epoch."""
-        return self._num_rows
+        self.num_rows = max((length - seq_len) // seq_len, 1)
+        self._num_offsets = min(length - self.num_rows * seq_len, seq_len)
 
     def read(self, visits: NDArray[np.int64]) -> SequenceRows:
         """Return the windows of visits (n,)."""
@@ -61,7 +45,7 @@ class WrappedRows(DomainRows):
 
     def starts(self, visits: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the position of the first token of each visit's window, (n,)."""
-        epoch, window = epoch_order(visits, num_rows=self._num_rows, seed=self._seed, domain=self._domain)
+        epoch, window = epoch_order(visits, num_rows=self.num_rows, seed=self._seed, domain=self._domain)
         hashed = hash64(self._seed, FOR_OFFSET, self._domain, epoch.astype(np.uint64))
         return (hashed % np.uint64(self._num_offsets)).astype(np.int64) + window * self._seq_len
 
