@@ -86,11 +86,7 @@ def merge_skipped(parts: Iterable[SkippedRecords]) -> SkippedRecords:
 
 
 def raise_on_bad(entries: Iterable[_Entry | BadRecord]) -> Iterator[_Entry]:
-    """Yield the entries up to the first bad one.
-
-    Raises:
-        BadRecord: the first bad entry.
-    """
+    """Yield the entries up to the first bad one, and raise that."""
     for entry in entries:
         if isinstance(entry, BadRecord):
             raise entry

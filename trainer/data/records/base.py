@@ -31,21 +31,15 @@ class Record(NamedTuple):
     """Values by column: null, booleans, numbers, strings, and lists and dicts of them."""
 
     def value(self, column: str) -> Any:
-        """Return the value of a column; `a.b` is key `b` of column `a`, unless a column has that very name.
-
-        Raises:
-            BadRecord: if there is no such column.
-        """
+        """Return the value of a column, or raise BadRecord; `a.b` is key `b` of `a`, unless a column has that name."""
         if column in self.values:
             return self.values[column]
         value: Any = self.values
         for key in column.split("."):
             if not isinstance(value, dict) or key not in value:
-                raise BadRecord(
-                    f"{self.where}: no column {column!r}; {_describe_parent(value, key)}; correct the name or the "
-                    "record",
-                    reason="without a column",
-                )
+                found = _describe_parent(value, key)
+                message = f"{self.where}: no column {column!r}; {found}; correct the name or the record"
+                raise BadRecord(message, reason="without a column")
             value = value[key]
         return value
 
@@ -53,10 +47,9 @@ class Record(NamedTuple):
         """Return the string in a column; raise BadRecord if there is no such column or it is no string."""
         value = self.value(column)
         if not isinstance(value, str):
-            raise BadRecord(
-                f"{self.where}: {column!r} is {type_name(value)}; it must be a string; correct or remove the record",
-                reason=WRONG_TYPE,
-            )
+            found = type_name(value)
+            message = f"{self.where}: {column!r} is {found}; it must be a string; correct or remove the record"
+            raise BadRecord(message, reason=WRONG_TYPE)
         return value
 
 
@@ -69,22 +62,15 @@ class SourcePart:
 
 
 class RecordReader(ABC):
-    """Reads records in a fixed order.
-
-    Parts depend on the files alone; concatenated in order they are all records.
-    """
+    """Reads records in a fixed order, in parts that depend on the files alone; in order they are all records."""
 
     @abstractmethod
     def files(self) -> list[Path]:
-        """Return every local file that is read, in order.
-
-        Raises:
-            DataError: if a file is missing or a glob matches none.
-        """
+        """Return every local file that is read, in order; raise DataError if one is missing or a glob matches none."""
 
     @abstractmethod
     def parts(self) -> Sequence[SourcePart]:
-        """Return the parts; at least one; raise DataError if the data is missing."""
+        """Return at least one part, or raise DataError if the data is missing."""
 
     @abstractmethod
     def entries(self, part: SourcePart) -> Iterator[Record | BadRecord]:
@@ -95,11 +81,7 @@ class RecordReader(ABC):
         """
 
     def read(self, part: SourcePart) -> Iterator[Record]:
-        """Yield the records of one of this reader's parts.
-
-        Raises:
-            DataError: naming file and record, if one is unusable.
-        """
+        """Yield the records of one of this reader's parts; raise DataError at the first unusable one."""
         return raise_on_bad(self.entries(part))
 
     def folder_notes(self) -> list[str]:
@@ -111,7 +93,7 @@ class RecordReader(ABC):
         return ""
 
     def records(self) -> Iterator[Record]:
-        """Yield all records; raise DataError naming file and record, if one is unusable, or if there are none."""
+        """Yield all records; raise DataError at the first unusable one, or if there are none."""
         found = False
         for part in self.parts():
             for record in self.read(part):
@@ -123,7 +105,7 @@ class RecordReader(ABC):
 
 def type_name(value: Any) -> str:
     """Return the JSON type of a value, with its article."""
-    return _JSON_TYPES.get(type(value), "an object")
+    return "null" if value is None else _JSON_TYPES.get(type(value), "an object")
 
 
 def _describe_parent(value: Any, key: str) -> str:

@@ -59,11 +59,7 @@ class FilterConfig(Config):
             yield Problem("min_characters", f"{low} is more than max_characters {high}: no record passes")
 
     def keeps(self, record: Record) -> bool:
-        """Return whether a record passes the filter.
-
-        Raises:
-            BadRecord: if the record has no such column, or its value is of the wrong type for a condition.
-        """
+        """Return whether a record passes; raise BadRecord if it has no such column, or the value is of another type."""
         value = record.value(self.column)
         if self.one_of is not None and not _is_among(value, self.one_of):
             return False
@@ -75,11 +71,9 @@ class FilterConfig(Config):
         if self.at_least is None and self.at_most is None:
             return True
         if not isinstance(value, int | float) or isinstance(value, bool):
-            raise BadRecord(
-                f"{record.where}: {self.column!r} is {type_name(value)}; at_least and at_most need a number; correct "
-                "the record or the filter",
-                reason=WRONG_TYPE,
-            )
+            found = f"{record.where}: {self.column!r} is {type_name(value)}"
+            message = f"{found}; at_least and at_most need a number; correct the record or the filter"
+            raise BadRecord(message, reason=WRONG_TYPE)
         return (self.at_least is None or value >= self.at_least) and (self.at_most is None or value <= self.at_most)
 
     def _string_fits(self, record: Record) -> bool:

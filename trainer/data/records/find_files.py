@@ -29,19 +29,13 @@ class FileKind:
         """Return whether a file in a folder is of this kind."""
         return _suffix(path) in self.suffixes
 
-    def config_for(self, folder: str) -> str:
-        """Return the options that read the files of a folder."""
-        return f"kind: {self.kind}" if self.kind != "hf" else f"kind: hf, path: {self.format}, data_files: {folder}"
-
 
 TEXT = FileKind(kind="text", suffixes=(".txt", ".text", ".md", ".rst"), format="text")
 JSON_LINES = FileKind(kind="jsonl", suffixes=(".jsonl", ".ndjson"), format="json")
+_SUFFIXES = {"json": (".json", ".jsonl", ".ndjson"), "text": (".txt",)}
 FORMATS = {
-    "parquet": FileKind(kind="hf", suffixes=(".parquet",), format="parquet"),
-    "arrow": FileKind(kind="hf", suffixes=(".arrow",), format="arrow"),
-    "csv": FileKind(kind="hf", suffixes=(".csv",), format="csv"),
-    "json": FileKind(kind="hf", suffixes=(".json", ".jsonl", ".ndjson"), format="json"),
-    "text": FileKind(kind="hf", suffixes=(".txt",), format="text"),
+    name: FileKind(kind="hf", suffixes=_SUFFIXES.get(name, (f".{name}",)), format=name)
+    for name in ("parquet", "arrow", "csv", "json", "text")
 }
 """File formats that `kind: hf` accepts as `path`, with `data_files`."""
 
@@ -50,10 +44,8 @@ def find_files(patterns: str | Sequence[str], kind: FileKind) -> list[Path]:
     """Expand paths, globs and folders in order; the matches of each are sorted, and each file is listed once.
 
     In a glob, `**` stands for any number of folders and {a,b} for either; folders it matches are ignored. A folder
-    stands for all files of the kind in it and in the folders below, without hidden files and linked folders.
-
-    Raises:
-        DataError: if a path is missing or an address, a glob matches no file, or a folder has none of the kind.
+    stands for all files of the kind in it and in the folders below, without hidden files and linked folders. Raises
+    DataError if a path is missing or an address, a glob matches no file, or a folder has none of the kind.
     """
     found: dict[Path, None] = {}  # an ordered set
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
@@ -63,11 +55,7 @@ def find_files(patterns: str | Sequence[str], kind: FileKind) -> list[Path]:
 
 
 def describe_folders(patterns: str | Sequence[str], kind: FileKind) -> list[str]:
-    """Return a line for each pattern that is a folder: which of its files are read and which are left out.
-
-    Raises:
-        DataError: if a folder cannot be read.
-    """
+    """Return a line for each pattern that is a folder: which of its files are read and which are left out."""
     lines = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         with readable(Path(pattern)):
@@ -141,7 +129,10 @@ def _empty_folder(folder: str, kind: FileKind) -> MissingFile:
     files = list(_files_below(folder))
     fitting = [other for other in (TEXT, JSON_LINES, *FORMATS.values()) if any(other.matches(path) for path in files)]
     suffix = Counter(path.suffix for path in files).most_common(1)[0][0] if files else ""
-    remedy = fitting[0].config_for(folder) if fitting else f"a glob such as {Path(folder) / '**' / f'*{suffix}'}"
+    remedy = f"a glob such as {Path(folder) / '**' / f'*{suffix}'}"
+    if fitting:
+        options = f", path: {fitting[0].format}, data_files: {folder}" if fitting[0].kind == "hf" else ""
+        remedy = f"kind: {fitting[0].kind}{options}"
     return MissingFile(
         f"{folder}: is a folder without a file that kind {kind.kind} reads ({', '.join(kind.suffixes)}); it has "
         f"{_count_suffixes(files) or 'no files'}; use {remedy}"

@@ -15,28 +15,27 @@ from typing import Any
 from trainer.data.records.bad_records import BadRecord
 from trainer.data.records.base import Record, RecordReader, SourcePart
 from trainer.data.records.find_files import FORMATS, describe_folders, find_files
-from trainer.data.records.hf_library import import_datasets, library_errors, pin_commits
+from trainer.data.records.hf_library import (
+    collect_skipped_lines,
+    import_datasets,
+    library_errors,
+    pin_commits,
+    table_values,
+    to_record,
+)
 from trainer.data.records.json_lines import JsonlReader, LineRange, no_records
-from trainer.data.records.tables import collect_skipped_lines, table_values, to_record
 from trainer.data.records.text_files import open_binary, readable
 from trainer.errors import DataError
 
-_BATCH_RECORDS = 100
-"""Records in memory at a time."""
+_BATCH_RECORDS = 100  # in memory at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetShard(SourcePart):
     """One shard of a data set; for local files, a file."""
 
-    index: int
-    name: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EmptyFile(SourcePart):
-    """A file of zero bytes, which the library cannot read as any format."""
-
+    index: int | None
+    """None for a file of zero bytes, which the library cannot read as any format."""
     name: str
 
 
@@ -55,17 +54,9 @@ class HfReader(RecordReader):
         columns: Iterable[str] = (),
         skips_bad_records: bool = False,
     ) -> None:
-        """Create the reader; nothing is opened yet.
+        """Create the reader, with the options of `DatasetConfig`; nothing is opened yet.
 
-        Args:
-            path: name on the hub, local folder, or a format of `data_files`.
-            name: configuration of the data set.
-            revision: branch, tag or commit on the hub.
-            split: name of the split.
-            data_files: files, globs, folders or addresses.
-            data_dir: folder inside the data set.
-            columns: columns to read; empty for all.
-            skips_bad_records: whether CSV lines with too many fields are bad records; otherwise they end the file.
+        Without `columns`, all are read. Unless `skips_bad_records`, CSV lines with too many fields end the file.
         """
         self._path, self._name, self._revision, self._split = path, name, revision, split
         self._data_files, self._data_dir = list(data_files), data_dir
@@ -88,8 +79,8 @@ class HfReader(RecordReader):
     def parts(self) -> Sequence[SourcePart]:
         """Return the shards of the split."""
         if self._is_local_json:
-            return self._json_lines.parts()
-        empty = [EmptyFile(name=name, size_bytes=0) for name in self._names if _is_empty(name)]
+            return JsonlReader(self._names).parts()
+        empty = [DatasetShard(index=None, name=name, size_bytes=0) for name in self._names if _is_empty(name)]
         names = [name for name in self._names if not _is_empty(name)]
         if empty and not names:
             return empty
@@ -97,11 +88,8 @@ class HfReader(RecordReader):
             num_shards = self._stream.num_shards
         names = names if len(names) == num_shards else [f"{self} shard {i}" for i in range(num_shards)]
         sizes = [Path(name).stat().st_size if Path(name).is_file() else 0 for name in names]
-        shards = [
-            DatasetShard(index=i, name=name, size_bytes=size)
-            for i, (name, size) in enumerate(zip(names, sizes, strict=True))
-        ]
-        return [*empty, *shards]
+        named = enumerate(zip(names, sizes, strict=True))
+        return [*empty, *(DatasetShard(index=i, name=name, size_bytes=size) for i, (name, size) in named)]
 
     def entries(self, part: SourcePart) -> Iterator[Record | BadRecord]:
         """Yield the records of a shard, with a `BadRecord` in place of each unusable one.
@@ -110,14 +98,12 @@ class HfReader(RecordReader):
             DataError: naming the file and the approximate record, if the library cannot continue.
         """
         if isinstance(part, LineRange):
-            yield from self._json_lines.entries(part)
-        elif isinstance(part, EmptyFile):
+            yield from JsonlReader(self._names).entries(part)
+            return
+        assert isinstance(part, DatasetShard), "parts() gave it"
+        if part.index is None:
             yield no_records(part.name)
-        else:
-            assert isinstance(part, DatasetShard), "parts() gave it"
-            yield from self._shard_entries(part)
-
-    def _shard_entries(self, part: DatasetShard) -> Iterator[Record | BadRecord]:
+            return
         number = 0
         with self._library_errors():
             shard = self._stream.shard(self._stream.num_shards, part.index)
@@ -148,11 +134,7 @@ class HfReader(RecordReader):
         return describe_folders(self._data_files, FORMATS[self._path]) if self._path in FORMATS else []
 
     def _expanded_data_files(self) -> list[str]:
-        """Expand braces and folders in `data_files`, which the library does not.
-
-        Raises:
-            DataError: if local files of a format are missing; the library's message is less clear.
-        """
+        """Expand braces and folders in `data_files`, which the library does not; raise DataError for missing files."""
         if self._path not in FORMATS:
             return self._data_files
         expanded: list[str] = []
@@ -188,11 +170,7 @@ class HfReader(RecordReader):
         return builder, named
 
     def _refuse_outside_files(self, builder: Any) -> None:
-        """Refuse files outside a local data set, which its README.md may name; on the hub the library does it.
-
-        Raises:
-            DataError: if there is one.
-        """
+        """Refuse files outside a local data set, which its README.md may name; on the hub the library does it."""
         if self._data_files or not Path(self._path).is_dir():
             return
         roots = [os.path.realpath(root) for root in (self._path, Path(self._path, self._data_dir or "."))]
@@ -231,10 +209,6 @@ class HfReader(RecordReader):
         if self._loaded[0].name != "json" or not self._names or self.origin():
             return False
         return all(not _starts_with_list(path) for path in self.files())
-
-    @cached_property
-    def _json_lines(self) -> JsonlReader:
-        return JsonlReader(self._names)
 
     def _library_errors(self, where: str = "") -> AbstractContextManager[None]:
         addresses = [pattern for pattern in self._data_files if "://" in pattern] or [str(self)]

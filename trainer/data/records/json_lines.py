@@ -58,8 +58,11 @@ class JsonlReader(RecordReader):
             if record is not None:
                 has_records = True
                 yield record
-        if not has_records and part.start_byte == 0 and _is_whole_file(part):
-            yield no_records(part.path)
+        if not has_records and part.start_byte == 0:
+            with text_files.readable(part.path):
+                is_whole_file = part.size_bytes == part.path.stat().st_size
+            if is_whole_file:
+                yield no_records(part.path)
 
     def __str__(self) -> str:
         return self._path if isinstance(self._path, str) else ", ".join(self._path)
@@ -84,11 +87,6 @@ def _split_file(path: Path) -> Iterator[LineRange]:
                     start, first_line = position + end, line
                 position += len(chunk)
         yield LineRange(size_bytes=size_bytes - start, path=path, start_byte=start, first_line=first_line)
-
-
-def _is_whole_file(part: LineRange) -> bool:
-    with text_files.readable(part.path):
-        return part.size_bytes == part.path.stat().st_size
 
 
 def _lines(part: LineRange) -> Iterator[tuple[int, bytes, int]]:

@@ -13,11 +13,7 @@ MAX_READING_BYTES = 4 << 30
 
 @contextmanager
 def limit_memory(where: str, remedy: str) -> Iterator[None]:
-    """Let this process allocate at most MAX_READING_BYTES more inside the block. Linux only; no limit elsewhere.
-
-    Raises:
-        DataError: if the block needs more.
-    """
+    """Let this process allocate at most MAX_READING_BYTES more inside the block, or raise DataError. Linux only."""
     before = resource.getrlimit(resource.RLIMIT_DATA)
     limit = _new_limit(before)
     if limit is not None:

@@ -21,11 +21,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def check_template(text: str) -> str:
-    """Return a valid template unchanged.
-
-    Raises:
-        ValueError: if it has an unmatched brace, a column without a name or an unknown format.
-    """
+    """Return a template unchanged, or raise ValueError for an unmatched brace, a missing name or an unknown format."""
     for token in _TOKEN.finditer(text):
         if token[0] in "{}":
             raise ValueError(f"has an unmatched {token[0]!r}; write {token[0] * 2} for a brace")
@@ -33,10 +29,8 @@ def check_template(text: str) -> str:
         if token[1] is not None and not column:
             raise ValueError("has {} without a column name; write {text}, or {{}} for braces")
         if has_format and format_ not in ("d", "g") and "|" not in format_:
-            raise ValueError(
-                f"has {shown(token[0])[1:-1]}; after the colon, use d (a whole number), g (a number) or "
-                "no|yes (choices)"
-            )
+            choices = "after the colon, use d (a whole number), g (a number) or no|yes (choices)"
+            raise ValueError(f"has {shown(token[0])[1:-1]}; {choices}")
     return text
 
 
@@ -86,7 +80,8 @@ def _format(record: Record, column: str, format_: str) -> str:
         raise _wrong_type(record, column, value, "a whole number")
     if format_ == "g":
         if isinstance(value, int | float) and not isinstance(value, bool):
-            return _shortest(value)
+            text = f"{value:g}"  # 19 for 19.0, but 978300760 is not rounded
+            return text if isinstance(value, float) and float(text) == value else str(value)
         raise _wrong_type(record, column, value, "a number")
     choices = format_.split("|")
     if isinstance(value, int) and 0 <= value < len(choices):
@@ -94,18 +89,8 @@ def _format(record: Record, column: str, format_: str) -> str:
     raise _wrong_type(record, column, value, f"a whole number from 0 to {len(choices) - 1}")
 
 
-def _shortest(value: float) -> str:
-    """Return a short notation of the same number: 19 for 19.0, and 978300760 unchanged."""
-    text = f"{value:g}"
-    return text if isinstance(value, float) and float(text) == value else str(value)
-
-
 def check_unicode(text: str, column: str, *, where: str) -> str:
-    """Return valid Unicode text unchanged.
-
-    Raises:
-        BadRecord: if it has a lone surrogate, which JSON can escape but UTF-8 cannot encode.
-    """
+    """Return text unchanged, or raise BadRecord for a lone surrogate, which JSON can escape but UTF-8 cannot encode."""
     if not text.isascii() and (half := _SURROGATE.search(text)):
         raise BadRecord(
             f"{where}: {column!r} has the lone surrogate \\u{ord(half[0]):04x} at character {half.start()}; text must "
@@ -116,7 +101,6 @@ def check_unicode(text: str, column: str, *, where: str) -> str:
 
 
 def _wrong_type(record: Record, column: str, value: Any, needed: str) -> BadRecord:
-    shown = value if isinstance(value, int | float) else type_name(value)
-    return BadRecord(
-        f"{record.where}: {column!r} is {shown}; it must be {needed}; correct or remove the record", reason=WRONG_TYPE
-    )
+    found = value if isinstance(value, int | float) else type_name(value)
+    message = f"{record.where}: {column!r} is {found}; it must be {needed}; correct or remove the record"
+    return BadRecord(message, reason=WRONG_TYPE)

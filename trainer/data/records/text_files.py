@@ -38,20 +38,13 @@ def read_document(path: Path) -> str:
                 )
     text = decode(content, path)
     if not text.strip():
-        raise BadRecord(
-            f"{path}: holds no text (empty or only white space); every file needs some; remove it",
-            reason=NO_TEXT,
-            file=path,
-        )
+        message = f"{path}: holds no text (empty or only white space); every file needs some; remove it"
+        raise BadRecord(message, reason=NO_TEXT, file=path)
     return text
 
 
 def decode(content: bytes | bytearray, path: Path, *, first_byte: int = 0, first_line: int = 1) -> str:
-    """Decode `content`, which starts at this byte and line of the file.
-
-    Raises:
-        BadRecord: naming line and byte, if it is not UTF-8.
-    """
+    """Decode `content`, which starts at this byte and line of the file; raise BadRecord if it is not UTF-8."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
