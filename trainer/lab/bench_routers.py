@@ -59,11 +59,7 @@ def bench_choices(
         raise ConfigError(next(iter(skipped.values())))
     logits = [
         synthetic_logits(
-            kind,
-            sequences=options.sequences,
-            tokens=options.tokens,
-            num_experts=options.num_experts,
-            seed=options.seed,
+            kind, sequences=options.sequences, tokens=options.tokens, num_experts=options.num_experts, seed=options.seed
         )
         for kind in ("random", "skewed")
     ]

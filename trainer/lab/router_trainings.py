@@ -39,13 +39,7 @@ class Training:
 
 
 def plan_trainings(
-    path: Path,
-    overrides: Sequence[str],
-    kinds: Sequence[str],
-    *,
-    budget: int | None,
-    seeds: int,
-    out: Path,
+    path: Path, overrides: Sequence[str], kinds: Sequence[str], *, budget: int | None, seeds: int, out: Path
 ) -> list[Training]:
     """Return all trainings, seed by seed, with their configs validated.
 

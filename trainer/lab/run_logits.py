@@ -58,9 +58,7 @@ def logits_of_run(config: ExperimentConfig, folder: RunFolder, *, sequences: int
         kind="traced",
         layers=[
             LayerLogits(
-                name=f"layer {number}",
-                measured=layer[measured].flatten(0, 1),
-                warmup=[layer[warmup].flatten(0, 1)],
+                name=f"layer {number}", measured=layer[measured].flatten(0, 1), warmup=[layer[warmup].flatten(0, 1)]
             )
             for number, layer in zip(config.model.moe_layers, logits, strict=True)
         ],
