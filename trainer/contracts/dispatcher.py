@@ -13,12 +13,13 @@ from trainer.contracts.ensure import ContractError, ensure
 from trainer.distributed.flight_recorder import FlightRecorder
 from trainer.distributed.mesh import Mesh, build_mesh
 from trainer.distributed.rank_layout import Layout, even_slice
+from trainer.lab.logits import training_context
 from trainer.moe.capacity import limit_to_capacity
 from trainer.moe.config import CapacityConfig
 from trainer.moe.dispatch.base import Dispatcher
 from trainer.moe.dispatch.local import LocalDispatcher
 from trainer.moe.dispatch.registry import DispatcherOptions
-from trainer.moe.routing import RoutingContext, RoutingDecision
+from trainer.moe.routing import RoutingDecision
 from trainer.ops.expert_ffn import loop_ffn
 from trainer.prove.pool import Failure, LocalRanks
 
@@ -27,14 +28,12 @@ _TIMEOUT_S = 60.0
 
 
 class Routed(NamedTuple):
-    """Outputs (T, D) of a rank's tokens, and gradients of their squared sum."""
+    """Outputs (T, D) of a rank's tokens, and gradients of their squared sum: of x, combine weights, local experts."""
 
     y: Tensor
     x_grad: Tensor
     weight_grad: Tensor
-    """Of the combine weights (A,)."""
     w_in_grad: Tensor
-    """Of the experts that are here."""
 
 
 def one_rank_equals_local(config: DispatcherOptions) -> None:
@@ -113,12 +112,6 @@ def _decision(num_experts: int, generator: torch.Generator) -> RoutingDecision:
     chosen = torch.stack([torch.randperm(num_experts, generator=generator)[:K] for _ in range(T)])
     weight = torch.rand(T, K, generator=generator, dtype=torch.float64).requires_grad_()
     valid = torch.arange(T) < T - 1
-    context = RoutingContext(
-        token_ids=torch.zeros(T, dtype=torch.int64),
-        valid=valid,
-        position=torch.arange(T),
-        sequence_index=torch.zeros(T, dtype=torch.int64),
-        num_sequences=1,
-    )
+    context = training_context(torch.zeros(1, T, dtype=torch.int64), valid, seed=0)
     decision = RoutingDecision.from_top_k(chosen, weight, num_experts=num_experts, valid=valid)
     return limit_to_capacity(decision, CapacityConfig(factor=2.0, min=1), context)

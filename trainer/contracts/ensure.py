@@ -6,14 +6,6 @@ class ContractError(AssertionError):
 
 
 def ensure(condition: object, found: str) -> None:
-    """Fail a check, also under `python -O`.
-
-    Args:
-        condition: what must hold.
-        found: what was found instead.
-
-    Raises:
-        ContractError: if it does not.
-    """
+    """Raise ContractError with what was found unless the condition holds, also under `python -O`."""
     if not condition:
         raise ContractError(found)

@@ -55,24 +55,16 @@ def _train(config: OptimizerOptions, weight: nn.Parameter, *, num_steps: int) ->
 
 def rates_are_rates(config: WarmupOptions) -> None:
     """Every step's learning rate is finite, not negative and at most the peak."""
-    for step, lr in enumerate(_rates(config)):
-        ensure(
-            math.isfinite(lr) and 0 <= lr <= config.peak_lr * (1 + 1e-9),
-            f"step {step}: {lr} is not between 0 and peak_lr {config.peak_lr}",
-        )
+    for step, lr in enumerate(map(config.build(total_steps=_STEPS), range(_STEPS))):
+        is_rate = math.isfinite(lr) and 0 <= lr <= config.peak_lr * (1 + 1e-9)
+        ensure(is_rate, f"step {step}: {lr} is not between 0 and peak_lr {config.peak_lr}")
 
 
 def rates_are_functions_of_the_step(config: WarmupOptions) -> None:
     """The learning rate depends on the step alone, so that a resumed run has the same."""
-    rate = config.build(total_steps=_STEPS)
-    forth = [rate(step) for step in range(_STEPS)]
+    forth = list(map(config.build(total_steps=_STEPS), range(_STEPS)))
     back = [config.build(total_steps=_STEPS)(step) for step in reversed(range(_STEPS))]
     ensure(forth == back[::-1], "steps in another order get other learning rates")
 
 
 SCHEDULE_CHECKS = [rates_are_rates, rates_are_functions_of_the_step]
-
-
-def _rates(config: WarmupOptions) -> list[float]:
-    rate = config.build(total_steps=_STEPS)
-    return [rate(step) for step in range(_STEPS)]

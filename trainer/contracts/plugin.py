@@ -6,7 +6,6 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import ValidationError
 
-from trainer.config.base import Config
 from trainer.config.explain import explain
 from trainer.config.nodes import Finding, Node, SourceLocation, report
 from trainer.config.overrides import apply
@@ -28,19 +27,15 @@ from trainer.errors import ConfigError, TurnoutError
 from trainer.evaluation.tasks.registry import AnyTaskConfig
 from trainer.metrics.config import TrackerConfig
 from trainer.moe.dispatch.registry import DispatcherConfig
+from trainer.moe.routers.config.options import RouterOptions
 from trainer.moe.routers.registry import RouterConfig
 from trainer.optim.registry import OptimConfig, ScheduleConfig
 
-Check = Callable[[Any], None]
+Check = Callable[..., None]
+Contract = tuple[Pluggable, Sequence[Check]]
+"""A kind of plug-in, and its checks."""
 
 _NUM_EXPERTS: Final = 4
-
-
-class Contract(NamedTuple):
-    """Checks of a kind of plug-in."""
-
-    pluggable: Pluggable
-    checks: Sequence[Check]
 
 
 class Outcome(NamedTuple):
@@ -53,17 +48,9 @@ class Outcome(NamedTuple):
     """What was found instead; None: the check passed."""
 
 
-def _of_router(check: Callable[[Any, int], None]) -> Check:
-    def run(config: Any) -> None:
-        check(config, _NUM_EXPERTS)
-
-    run.__name__, run.__doc__ = check.__name__, check.__doc__
-    return run
-
-
 def _contracts() -> list[Contract]:
     pairs: list[tuple[Any, Sequence[Check]]] = [
-        (RouterConfig, [_of_router(check) for check in router.CHECKS]),
+        (RouterConfig, router.CHECKS),
         (DispatcherConfig, dispatcher.CHECKS),
         (SourceConfig, source.CHECKS),
         (TokenizerConfig, tokenizer.CHECKS),
@@ -72,8 +59,7 @@ def _contracts() -> list[Contract]:
         (OptimConfig, optimizer_and_schedule.OPTIMIZER_CHECKS),
         (ScheduleConfig, optimizer_and_schedule.SCHEDULE_CHECKS),
     ]
-    found = [(plugins(annotation), checks) for annotation, checks in pairs]
-    return [Contract(pluggable, checks) for pluggable, checks in found if pluggable is not None]
+    return [(pluggable, checks) for annotation, checks in pairs if (pluggable := plugins(annotation)) is not None]
 
 
 def check_plugin(name: str, options: Sequence[str]) -> tuple[str, Iterator[Outcome]]:
@@ -89,15 +75,15 @@ def check_plugin(name: str, options: Sequence[str]) -> tuple[str, Iterator[Outco
     kernels = PluggableFunction("experts_kernels")
     contracts = _contracts()
     try:
-        for contract in contracts:
-            if ":" not in name and contract.pluggable.has(name):
-                return contract.pluggable.group, _outcomes(contract, contract.pluggable.section(name), name, options)
+        for pluggable, checks in contracts:
+            if ":" not in name and pluggable.has(name):
+                return pluggable.group, _outcomes(checks, pluggable.section(name), name, options)
         found = load_object(name, alike=callable)
-        for contract in contracts:
-            if contract.pluggable.accepts(found):
-                return contract.pluggable.group, _outcomes(contract, contract.pluggable.section(name), name, options)
+        for pluggable, checks in contracts:
+            if pluggable.accepts(found):
+                return pluggable.group, _outcomes(checks, pluggable.section(name), name, options)
         if isinstance(found, type):
-            bases = ", ".join(f"{c.pluggable.base.__module__}.{c.pluggable.base.__name__}" for c in contracts)
+            bases = ", ".join(f"{p.base.__module__}.{p.base.__name__}" for p, _ in contracts)
             raise PluginError(f"{found.__name__} is not the config class of a plug-in; derive it from one of {bases}")
         function = kernels.function(name)
     except PluginError as error:
@@ -107,13 +93,10 @@ def check_plugin(name: str, options: Sequence[str]) -> tuple[str, Iterator[Outco
     return kernels.group, (_run(check, function) for check in experts_kernel.CHECKS)
 
 
-def _outcomes(contract: Contract, section: type[KindConfig], name: str, options: Sequence[str]) -> Iterator[Outcome]:
-    config = _configured(section, name, options)
-    return (_run(check, config) for check in contract.checks)
-
-
-def _configured(section: type[KindConfig], name: str, options: Sequence[str]) -> Config:
-    """Make the config of a plug-in.
+def _outcomes(
+    checks: Sequence[Check], section: type[KindConfig], name: str, options: Sequence[str]
+) -> Iterator[Outcome]:
+    """Make the config of a plug-in; return the outcomes of its checks.
 
     Raises:
         ConfigError: with a line for each option that is wrong.
@@ -127,13 +110,14 @@ def _configured(section: type[KindConfig], name: str, options: Sequence[str]) ->
         raise report([*findings, *explain(error, tree, section)]) from None
     if findings:
         raise report(findings)
-    return config
+    subject = (config, _NUM_EXPERTS) if isinstance(config, RouterOptions) else (config,)
+    return (_run(check, *subject) for check in checks)
 
 
-def _run(check: Check, subject: Any) -> Outcome:
+def _run(check: Check, *subject: Any) -> Outcome:
     promise, error = (check.__doc__ or "").strip().splitlines()[0], None
     try:
-        check(subject)
+        check(*subject)
     except (AssertionError, TurnoutError) as failure:
         error = str(failure).strip().partition("\n")[0] or type(failure).__name__
     except Exception as failure:

@@ -5,9 +5,7 @@
 
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -22,64 +20,42 @@ from trainer.moe.routing import Router, RoutingDecision
 def is_well_formed(config: RouterOptions, num_experts: int) -> None:
     """The decision is well formed: experts exist and differ, weights are as declared, padding has none."""
     valid = torch.rand(B * S, generator=torch.Generator().manual_seed(5)) < 0.8
+    num_choices = num_experts + config.num_null_experts
     for is_training in (True, False):
-        output = make_router(config, num_experts)(make_x(), context_of(is_training=is_training, valid=valid))
-        decision = output.decision
-        ensure(
-            decision.num_tokens == B * S and decision.num_experts == num_experts,
-            f"a decision of {decision.num_tokens} tokens and {decision.num_experts} experts",
-        )
-        ensure((decision.token_index.diff() >= 0).all(), "assignments are not listed by token")
-        ensure(not decision.kept[~valid[decision.token_index]].any(), "padding has experts")
-        pairs = list(zip(decision.token_index.tolist(), decision.expert_index.tolist(), strict=True))
+        router = make_router(config, num_experts)
+        output = router(make_x(), context_of(is_training=is_training, valid=valid))
+        decision, weight = output.decision, output.decision.combine_weight
+        token, expert = decision.token_index, decision.expert_index
+        size = (decision.num_tokens, decision.num_experts)
+        ensure(size == (B * S, num_experts), f"a decision of {size[0]} tokens and {size[1]} experts")
+        ensure((token.diff() >= 0).all(), "assignments are not listed by token")
+        ensure(not decision.kept[~valid[token]].any(), "padding has experts")
+        pairs = list(zip(token.tolist(), expert.tolist(), strict=True))
         ensure(len(pairs) == len(set(pairs)), "a token has an expert twice")
-        ensure((decision.expert_index >= 0).all(), "negative expert index")
-        ensure(
-            (decision.expert_index < num_experts + config.num_null_experts).all(),
-            "an expert index beyond the last expert",
-        )
-        weight = decision.combine_weight
-        ensure(
-            weight.dtype == torch.float64 and torch.isfinite(weight).all() and (weight >= 0).all(),
-            f"combine weights in {weight.dtype} from {weight.min():g} to {weight.max():g}",
-        )
-        if decision.top_k is not None:
-            ensure(
-                len(pairs) == B * S * decision.top_k,
-                f"{len(pairs)} assignments of {B * S} tokens, with top_k {decision.top_k}",
-            )
-            ensure(
-                decision.token_index.tolist() == [t for t in range(B * S) for _ in range(decision.top_k)],
-                "a token without its top_k assignments",
-            )
+        ensure(((expert >= 0) & (expert < num_choices)).all(), f"expert indices beyond 0 to {num_choices - 1}")
+        is_sound = weight.dtype == torch.float64 and torch.isfinite(weight).all() and (weight >= 0).all()
+        ensure(is_sound, f"combine weights in {weight.dtype} from {weight.min():g} to {weight.max():g}")
+        top_k = decision.top_k
+        if top_k is not None:
+            expected = [t for t in range(B * S) for _ in range(top_k)]
+            ensure(token.tolist() == expected, f"{len(pairs)} assignments of {B * S} tokens, not top_k {top_k} of each")
+        ensure(top_k is not None or not config.has_fixed_k, "has_fixed_k is declared, and the decision has no top_k")
         if config.weight_sum is not None:
-            kept = weight.detach() * decision.kept
-            sums = torch.zeros(B * S, dtype=torch.float64).index_add(0, decision.token_index, kept)
+            sums = torch.zeros(B * S, dtype=torch.float64).index_add(0, token, weight.detach() * decision.kept)
             torch.testing.assert_close(sums[valid], torch.full_like(sums[valid], config.weight_sum))
-        if output.probs is not None:
-            ensure(
-                output.probs.shape == (B * S, num_experts + (config.num_null_experts > 0)),
-                f"probs of shape {tuple(output.probs.shape)}",
-            )
-            torch.testing.assert_close(output.probs.sum(-1), torch.ones(B * S, dtype=torch.float64))
-        if output.scores is not None:
-            ensure(
-                output.scores.shape == (B * S, num_experts + config.num_null_experts),
-                f"scores of shape {tuple(output.scores.shape)}",
-            )
-            ensure(not output.scores.requires_grad and (output.scores >= 0).all(), "scores with gradient, or negative")
-        else:
-            ensure(
-                config.num_null_experts == 0 or output.probs is None,
-                "scores are missing, which tell null experts apart",
-            )
-        if config.has_fixed_k:
-            ensure(decision.top_k is not None, "has_fixed_k is declared, and the decision has no top_k")
-        if config.ranks_choices and not hasattr(make_router(config, num_experts), "bias"):
-            ensure(
-                (weight.view(B * S, -1).diff(dim=1) <= 1e-12).all(),
-                "ranks_choices is declared, and a later choice weighs more",
-            )
+        probs, scores = output.probs, output.scores
+        if probs is not None:
+            shape = (B * S, num_experts + (config.num_null_experts > 0))
+            ensure(probs.shape == shape, f"probs of shape {tuple(probs.shape)}")
+            torch.testing.assert_close(probs.sum(-1), torch.ones(B * S, dtype=torch.float64))
+        if scores is not None:
+            ensure(scores.shape == (B * S, num_choices), f"scores of shape {tuple(scores.shape)}")
+            ensure(not scores.requires_grad and (scores >= 0).all(), "scores with gradient, or negative")
+        elif config.num_null_experts > 0:
+            ensure(probs is None, "scores are missing, which tell null experts apart")
+        if config.ranks_choices and not hasattr(router, "bias"):
+            is_ranked = (weight.view(B * S, -1).diff(dim=1) <= 1e-12).all()
+            ensure(is_ranked, "ranks_choices is declared, and a later choice weighs more")
 
 
 def padding_changes_nothing(config: RouterOptions, num_experts: int) -> None:
@@ -88,11 +64,8 @@ def padding_changes_nothing(config: RouterOptions, num_experts: int) -> None:
     valid = (torch.arange(S) < torch.tensor([[S], [5], [3]])).flatten()
     for is_training in (True, False):
         context = context_of(is_training=is_training, valid=valid)
-        other = torch.where(valid[:, None], x, 100 * make_x(seed=9))
-        ensure(
-            same(matrix(router(x, context).decision), matrix(router(other, context).decision)),
-            "the content of padding changes decisions",
-        )
+        one, other = (router(each, context).decision for each in (x, torch.where(valid[:, None], x, 100 * make_x(9))))
+        ensure(same(matrix(one), matrix(other)), "the content of padding changes decisions")
 
 
 def rows_do_not_see_each_other(config: RouterOptions, num_experts: int) -> None:
@@ -103,14 +76,10 @@ def rows_do_not_see_each_other(config: RouterOptions, num_experts: int) -> None:
         together = matrix(router(x, context).decision)
         for row in range(B):
             here = slice(row * S, (row + 1) * S)
-            alone = replace(
-                context_of(is_training=False, rows=1),
-                token_ids=context.token_ids[here],
-                noise_key=None if context.noise_key is None else context.noise_key[here],
-            )
+            noise_key = None if context.noise_key is None else context.noise_key[here]
+            one = replace(context_of(is_training=False, rows=1), token_ids=context.token_ids[here], noise_key=noise_key)
             ensure(
-                same(matrix(router(x[here], alone).decision), together[here]),
-                f"sequence {row} is routed otherwise when it is alone",
+                same(matrix(router(x[here], one).decision), together[here]), f"sequence {row} alone is routed otherwise"
             )
 
 
@@ -120,10 +89,9 @@ def causality_is_as_declared(config: RouterOptions, num_experts: int) -> None:
     for is_training in (True, False):
         declared = router.causal if is_training else router.causal_in_evaluation
         leaks, crosses = _leaks(router, is_training)
-        ensure(
-            leaks == (declared != "strict"), f"training {is_training}: declared {declared}, sees later tokens {leaks}"
-        )
-        ensure(crosses == (declared == "no"), f"training {is_training}: declared {declared}, sees other rows {crosses}")
+        found = f"training {is_training}: declared {declared}, sees"
+        ensure(leaks == (declared != "strict"), f"{found} later tokens {leaks}")
+        ensure(crosses == (declared == "no"), f"{found} other rows {crosses}")
 
 
 def _leaks(router: Router, is_training: bool) -> tuple[bool, bool]:
@@ -147,49 +115,39 @@ def capacity_is_kept(config: RouterOptions, num_experts: int) -> None:
     """No expert gets more rows of a sequence than its capacity."""
     router, context = make_router(config, num_experts, spread=3.0), context_of(is_training=True)
     decision = router(make_x() + 1, context).decision
-    if config.has_fixed_k:
-        ensure(decision.top_k is not None, "has_fixed_k is declared, and the decision has no top_k")
+    if config.has_fixed_k and decision.top_k is not None:
         for policy in ("position", "probability", "random", *(["choice_major"] if config.ranks_choices else [])):
             section = CapacityConfig.model_validate({"factor": 1.0, "min": 1, "policy": policy})
             limited = limit_to_capacity(decision, section, context)
-            room = expert_capacity(S * decision.top_k, num_experts, factor=1.0, minimum=1)
-            ensure(
-                _busiest(limited) <= room and limited.capacity == B * room,
-                f"{policy}: {_busiest(limited)} rows of a sequence for one expert, whose capacity is {room}",
-            )
+            most, found = expert_capacity(S * decision.top_k, num_experts, factor=1.0, minimum=1), _busiest(limited)
+            ensure(found <= most and limited.capacity == B * most, f"{policy}: {found} rows, but a capacity of {most}")
     elif isinstance(config, AssignmentOptions):
         most = math.ceil(config.capacity_factor * config.top_k * S / num_experts)
         ensure(_busiest(decision) <= most, f"{_busiest(decision)} rows of a sequence for one expert, not {most}")
 
 
 def _busiest(decision: RoutingDecision) -> int:
-    kept = ~matrix(decision).isnan().view(B, S, -1)
-    return int(kept.sum(1).max())
+    return int((~matrix(decision).isnan()).view(B, S, -1).sum(1).max())
 
 
 def equal_scores_are_broken_the_same_way(config: RouterOptions, num_experts: int) -> None:
     """Equal scores are broken the same way in every sequence."""
-    router = make_router(config, num_experts, spread=0.0)
-    context = context_of(is_training=False)
+    router, context = make_router(config, num_experts, spread=0.0), context_of(is_training=False)
     context = replace(context, token_ids=context.token_ids.view(B, S)[:1].expand(B, S).flatten())
     rows = matrix(router(torch.zeros(B * S, D, dtype=torch.float64), context).decision).view(B, S, -1)
-    ensure(
-        same(rows[0], rows[1]) and same(rows[0], rows[2]), "equal scores give different experts in different sequences"
-    )
+    are_equal = same(rows[0], rows[1]) and same(rows[0], rows[2])
+    ensure(are_equal, "equal scores give different experts in different sequences")
 
 
 def everything_learns(config: RouterOptions, num_experts: int) -> None:
     """Every parameter gets a finite gradient through the combine weights that is not zero."""
     router = make_router(config, num_experts)
-    output = router(make_x(), context_of(is_training=True))
-    decision = output.decision
+    decision = router(make_x(), context_of(is_training=True)).decision
     value = (decision.combine_weight * torch.linspace(-1, 1, decision.combine_weight.numel()) ** 3)[decision.kept].sum()
     for name, parameter in router.named_parameters():
         (gradient,) = torch.autograd.grad(value, parameter, retain_graph=True)
-        ensure(
-            torch.isfinite(gradient).all() and (gradient != 0).any(),
-            f"{name} has no gradient, or one that is not finite",
-        )
+        is_sound = torch.isfinite(gradient).all() and (gradient != 0).any()
+        ensure(is_sound, f"{name} has no gradient, or one that is not finite")
 
 
 def noise_is_a_function_of_its_key(config: RouterOptions, num_experts: int) -> None:
@@ -197,10 +155,8 @@ def noise_is_a_function_of_its_key(config: RouterOptions, num_experts: int) -> N
     router, x = make_router(config, num_experts), make_x()
     for is_training in (True, False):
         context = context_of(is_training=is_training)
-        ensure(
-            same(matrix(router(x, context).decision), matrix(router(x, context).decision)),
-            "two equal calls give different decisions",
-        )
+        one, other = (matrix(router(x, context).decision) for _ in range(2))
+        ensure(same(one, other), "two equal calls give different decisions")
 
 
 def scores_are_wide(config: RouterOptions, num_experts: int) -> None:
@@ -208,30 +164,24 @@ def scores_are_wide(config: RouterOptions, num_experts: int) -> None:
     router = make_router(config, num_experts).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = router(make_x().bfloat16(), context_of(is_training=True))
-    wide: list[Any] = [output.decision.combine_weight, output.logits, output.probs, output.load, output.loss]
-    ensure(
-        all(part.dtype == torch.float32 for part in wide if part is not None),
-        "an output is narrower than float32 under autocast",
-    )
+    for part in (output.decision.combine_weight, output.logits, output.probs, output.load, output.loss):
+        ensure(part is None or part.dtype == torch.float32, "an output is narrower than float32 under autocast")
 
 
 def what_is_not_finite_is_no_crash(config: RouterOptions, num_experts: int) -> None:
     """NaN and infinity in the input raise no error, so that all ranks skip the step together."""
     for bad in (torch.nan, torch.inf):
-        router, x = make_router(config, num_experts), make_x()
+        x = make_x()
         x[3] = bad
-        decision = router(x, context_of(is_training=True)).decision
-        ensure(
-            ((decision.expert_index >= 0) & (decision.expert_index < num_experts + config.num_null_experts)).all(),
-            "an input that is not finite gives an expert that does not exist",
-        )
+        decision = make_router(config, num_experts)(x, context_of(is_training=True)).decision
+        exists = (decision.expert_index >= 0) & (decision.expert_index < num_experts + config.num_null_experts)
+        ensure(exists.all(), "an input that is not finite gives an expert that does not exist")
 
 
 def extreme_scores_have_gradients(config: RouterOptions, num_experts: int) -> None:
     """Logits of +-200, which underflow in float32, leave loss and gradient finite."""
     router = make_router(config, num_experts).float()
-    x = 40 * make_x().float()
-    output = router(x, context_of(is_training=True))
+    output = router(40 * make_x().float(), context_of(is_training=True))
     parts = [output.decision.combine_weight.sum(), output.probs, output.loss]
     value = sum((part.square().sum() for part in parts if part is not None), torch.zeros(()))
     ensure(torch.isfinite(value), "large logits give a loss that is not finite")
@@ -253,9 +203,8 @@ def k_of_one_call_is_k_of_the_config(config: RouterOptions, num_experts: int) ->
             asked = make_router(config, num_experts)(make_x(), replace(context, top_k=top_k)).decision
             built = make_router(wanted, num_experts)(make_x(), context).decision
             ensure(asked.top_k == built.top_k, f"context.top_k {top_k} gives {asked.top_k} experts")
-            ensure(
-                same(matrix(asked), matrix(built)), f"context.top_k {top_k} gives other experts than the option top_k"
-            )
+            is_same = same(matrix(asked), matrix(built))
+            ensure(is_same, f"context.top_k {top_k} gives other experts than the option top_k")
 
 
 def rounding_chooses_no_expert(config: RouterOptions, num_experts: int) -> None:
@@ -274,13 +223,11 @@ def rounding_chooses_no_expert(config: RouterOptions, num_experts: int) -> None:
                     decision = router(x.to(dtype) * (1 + last_bits * torch.finfo(dtype).eps * drawn), context).decision
                     limited = [limit_to_capacity(decision, capacity, context) for capacity in capacities]
                     found.append(torch.stack([~matrix(each).isnan() for each in (decision, *limited)]))
-                ensure(
-                    torch.equal(found[1], found[0]) and torch.equal(found[2], found[0]),
-                    f"the last bits of an input choose the experts: {name}, {dtype}, spread {spread}",
-                )
+                is_same = torch.equal(found[1], found[0]) and torch.equal(found[2], found[0])
+                ensure(is_same, f"the last bits of an input choose the experts: {name}, {dtype}, spread {spread}")
 
 
-CHECKS: list[Callable[[RouterOptions, int], None]] = [
+CHECKS = [
     is_well_formed,
     padding_changes_nothing,
     rows_do_not_see_each_other,

@@ -3,20 +3,22 @@
 # B sequences of S tokens, T = B * S, E experts, D d_model.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from trainer.lab.logits import training_context
 from trainer.moe.routers.config.options import RouterOptions
 from trainer.moe.routing import Router, RoutingContext, RoutingDecision
-from trainer.ops.noise import token_keys
 
 B, S, D = 3, 8, 6
 
 
-def make_router(config: RouterOptions, num_experts: int, *, spread: float = 0.8, seed: int = 0) -> Router:
+def make_router(config: RouterOptions, num_experts: int, *, spread: float = 0.8) -> Router:
     """Make a router in float64 with normal weights of standard deviation `spread`."""
     router = config.build(d_model=D, num_experts=num_experts, layer=0).double()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     for parameter in router.parameters():
         parameter.data.normal_(0, spread, generator=generator)
     for buffer in router.buffers():
@@ -24,22 +26,16 @@ def make_router(config: RouterOptions, num_experts: int, *, spread: float = 0.8,
     return router
 
 
-def make_x(seed: int = 0, rows: int = B) -> Tensor:
-    """Return random tokens (rows * S, D)."""
-    return torch.randn(rows * S, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+def make_x(seed: int = 0) -> Tensor:
+    """Return random tokens (B * S, D)."""
+    return torch.randn(B * S, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def context_of(*, is_training: bool, rows: int = B, valid: Tensor | None = None, seed: int = 0) -> RoutingContext:
     """Return a context whose token ids, and noise while training, differ from token to token."""
-    position, sequence_index = torch.arange(S).repeat(rows), torch.arange(rows).repeat_interleave(S)
-    return RoutingContext(
-        token_ids=torch.randint(0, 99, (rows * S,), generator=torch.Generator().manual_seed(seed)),
-        valid=torch.ones(rows * S, dtype=torch.bool) if valid is None else valid,
-        position=position,
-        sequence_index=sequence_index,
-        num_sequences=rows,
-        noise_key=token_keys(seed, sequence_index, position) if is_training else None,
-    )
+    ids = torch.randint(0, 99, (rows, S), generator=torch.Generator().manual_seed(seed))
+    context = training_context(ids, torch.ones_like(ids, dtype=torch.bool) if valid is None else valid, seed=seed)
+    return context if is_training else replace(context, noise_key=None)
 
 
 def matrix(decision: RoutingDecision) -> Tensor:
@@ -57,7 +53,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 def repeated_tokens() -> dict[str, tuple[Tensor, Tensor]]:
     """Return rows (B * S, D) with repeated tokens, as in indentation and blank lines, and the valid tokens."""
-    drawn = make_x(seed=2, rows=B).view(B, S, D)
+    drawn = make_x(2).view(B, S, D)
     one_each, everything = drawn[:, :1].expand(B, S, D), torch.ones(B, S, dtype=torch.bool)
     alone = torch.arange(S) == torch.tensor([[0], [S // 2], [S - 1]])
     blocks = drawn[:, :3].repeat(1, S, 1)[:, :S]

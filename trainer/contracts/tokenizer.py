@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from trainer.contracts.ensure import ensure
-from trainer.data.tokenizers.base import Tokenizer
 from trainer.data.tokenizers.file import read_tokenizer
 from trainer.data.tokenizers.registry import TokenizerOptions
 
@@ -21,7 +20,7 @@ AWKWARD = [
 
 def texts_come_back(config: TokenizerOptions) -> None:
     """`decode` of `encode` is the text, also token by token."""
-    tokenizer = make_tokenizer(config)
+    tokenizer = config.build()
     for text in ["", *AWKWARD, "".join(AWKWARD)]:
         ids = tokenizer.encode(text).tolist()
         ensure(tokenizer.decode(ids) == text.encode(), f"{text!r} comes back as {tokenizer.decode(ids)!r}")
@@ -31,7 +30,7 @@ def texts_come_back(config: TokenizerOptions) -> None:
 
 def ids_are_narrow_and_end_no_document(config: TokenizerOptions) -> None:
     """Ids have the narrowest unsigned dtype, and no text gives an end of document."""
-    tokenizer = make_tokenizer(config)
+    tokenizer = config.build()
     ids = tokenizer.encode("".join(AWKWARD))
     ensure(ids.dtype == np.min_scalar_type(tokenizer.vocab_size - 1), f"ids are {ids.dtype}")
     ensure(tokenizer.end_of_document not in ids, "a text gives an end of document")
@@ -40,7 +39,7 @@ def ids_are_narrow_and_end_no_document(config: TokenizerOptions) -> None:
 
 def bytes_are_those_of_the_tokens(config: TokenizerOptions) -> None:
     """`token_bytes` counts the bytes of every id, none for an end of document."""
-    tokenizer = make_tokenizer(config)
+    tokenizer = config.build()
     sizes = tokenizer.token_bytes()
     ensure(sizes.shape == (tokenizer.vocab_size,), f"token_bytes has shape {sizes.shape}")
     ensure(sizes[tokenizer.end_of_document] == 0, "an end of document has bytes")
@@ -51,14 +50,14 @@ def bytes_are_those_of_the_tokens(config: TokenizerOptions) -> None:
 
 def batches_equal_single_texts(config: TokenizerOptions) -> None:
     """`encode_batch` gives what `encode` gives for each text."""
-    tokenizer = make_tokenizer(config)
+    tokenizer = config.build()
     batch = [ids.tolist() for ids in tokenizer.encode_batch(AWKWARD)]
     ensure(batch == [tokenizer.encode(text).tolist() for text in AWKWARD], "a batch has other ids than its texts")
 
 
 def copies_are_the_same(config: TokenizerOptions) -> None:
     """A pickled copy, and the tokenizer that its files make, give the same ids."""
-    tokenizer, text = make_tokenizer(config), "".join(AWKWARD)
+    tokenizer, text = config.build(), "".join(AWKWARD)
     ids, copy = tokenizer.encode(text).tolist(), pickle.loads(pickle.dumps(tokenizer))
     ensure(copy.encode(text).tolist() == ids, "a pickled copy gives other ids")
     ensure(copy.fingerprint == tokenizer.fingerprint, "a pickled copy has another fingerprint")
@@ -76,8 +75,3 @@ CHECKS = [
     batches_equal_single_texts,
     copies_are_the_same,
 ]
-
-
-def make_tokenizer(config: TokenizerOptions) -> Tokenizer:
-    """Make the tokenizer as a run would."""
-    return config.build()

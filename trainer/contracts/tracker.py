@@ -6,7 +6,6 @@ from pathlib import Path
 
 from trainer.contracts.ensure import ensure
 from trainer.metrics.config import TrackerOptions
-from trainer.trackers.base import Tracker
 
 _RECORD = {"step": 1, "time": 1.0, "loss": 2.5, "lr": 1e-3, "eval/loss": None}
 _EXPERTS = {"step": 1, "counts": [[3, 1], [2, 2]]}
@@ -15,7 +14,7 @@ _EXPERTS = {"step": 1, "counts": [[3, 1], [2, 2]]}
 def records_are_accepted(config: TrackerOptions) -> None:
     """Records of training and evaluation are accepted, and the tracker can be closed."""
     with tempfile.TemporaryDirectory() as folder:
-        tracker = _make(config, folder)
+        tracker = config.build(Path(folder), start_step=0, config={"name": "check"})
         tracker.log(_RECORD, _EXPERTS)
         tracker.log({**_RECORD, "step": 2})
         places = tracker.written()
@@ -29,7 +28,3 @@ def config_can_be_sent(config: TrackerOptions) -> None:
 
 
 CHECKS = [records_are_accepted, config_can_be_sent]
-
-
-def _make(config: TrackerOptions, folder: str) -> Tracker:
-    return config.build(Path(folder), start_step=0, config={"name": "check"})

@@ -17,16 +17,9 @@ _LINE_HEIGHT = 14
 
 
 def choices_svg(choices: Sequence[Choice], titles: Mapping[LogitsKind, str], *, top_k: int, title: str) -> str:
-    """Draw the share of the best score each router keeps: a panel for each kind of logits, a row for each router.
+    """Return an SVG of the share of the best score each router keeps: a panel for each kind of logits, a row for each.
 
-    Args:
-        choices: Of all kinds of logits, each with the same routers.
-        titles: Titles of the panels, by kind of logits.
-        top_k: k; routers with another k are marked with theirs.
-        title: First line of the picture.
-
-    Returns:
-        The text of an SVG file.
+    Routers whose k is not `top_k` are marked with theirs.
     """
     routers = list(dict.fromkeys(choice.router for choice in choices))
     left, top = MARGIN + math.ceil(max(_MIN_NAME, *(text_width(router) + 8 for router in routers))), 104
@@ -58,14 +51,9 @@ def _bars(choice: Choice, top_k: int, *, x: int, y: int) -> Iterator[str]:
 
 
 def outcomes_svg(outcomes: Sequence[TrainingOutcome], *, title: str) -> str:
-    """Draw held-out loss over load imbalance: a point for each router, joined to its name in the right margin.
+    """Return an SVG of held-out loss over load imbalance: a point for each router, joined to its name on the right.
 
-    Args:
-        outcomes: Routers without a load imbalance are left out.
-        title: First line of the picture.
-
-    Returns:
-        The text of an SVG file.
+    Routers without a load imbalance are left out.
     """
     points = [(outcome, outcome.load_imbalance) for outcome in outcomes if outcome.load_imbalance is not None]
     low_x, high_x = _axis([load for _, load in points])

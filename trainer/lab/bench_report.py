@@ -15,6 +15,7 @@ from trainer.atomic_io import replace_file
 from trainer.console import formatting
 from trainer.console.style import QUIET
 from trainer.errors import ResourceError
+from trainer.evaluation.routing_optimum import Optimality
 from trainer.lab.logits import LogitsKind
 from trainer.lab.router_choices import FACTORS, Choice
 from trainer.lab.training_outcomes import TrainingOutcome
@@ -43,21 +44,19 @@ width    hidden units computed per token: asked times the width of an expert
 x top_k  median step time over that of top_k; trainings run one after the other, so keep the machine idle
 ahead    a token's experts depend on later tokens: no, in training, or always (its held-out loss is too low)"""
 
+_CHOICE_KEYS = ("router", "logits", "top_k", "experts_per_token", "load_imbalance", "call_s")
+_MEASURED_KEYS = ("gap", "drop_rate", "optimum_drop_rate")
+_OUTCOME_KEYS = ("router", "held_out_loss", "held_out_losses", "load_imbalance", "drop_rate", "experts_per_token")
+_OUTCOME_KEYS += ("width_per_token", "step_s", "looks_ahead")
+
 
 def show_choices(choices: Sequence[Choice], titles: Mapping[LogitsKind, str], *, notes: Sequence[str]) -> None:
-    """Print a table for each kind of logits.
-
-    Args:
-        choices: Choices on all kinds of logits.
-        titles: Table title for each kind.
-        notes: Footnotes.
-    """
+    """Print a table with its title for each kind of logits, then footnotes."""
     screen = _screen()
+    columns = ("k", "asked", "kept 1.0", "kept 1.25", "gap", "busiest", "drop 1.0", "drop 1.25", "ms", "x top_k")
     for kind, title in titles.items():
         of_kind = [choice for choice in choices if choice.logits == kind]
-        table = _table(
-            title, "k", "asked", "kept 1.0", "kept 1.25", "gap", "busiest", "drop 1.0", "drop 1.25", "ms", "x top_k"
-        )
+        table = _table(title, *columns)
         for choice in of_kind:
             fair, more = (choice.at[factor] for factor in FACTORS)
             table.add_row(
@@ -101,43 +100,19 @@ def show_outcomes(outcomes: Sequence[TrainingOutcome], title: str, *, notes: Seq
 def choices_record(choices: Sequence[Choice]) -> list[dict[str, Any]]:
     """Return the choices as JSON values."""
     return [
-        {
-            "router": choice.router,
-            "logits": choice.logits,
-            "top_k": choice.top_k,
-            "experts_per_token": choice.experts_per_token,
-            "load_imbalance": choice.load_imbalance,
-            "call_s": choice.call_s,
-            "at": {
-                str(factor): {
-                    "score_kept": 1 - measured.gap,
-                    "gap": measured.gap,
-                    "drop_rate": measured.drop_rate,
-                    "optimum_drop_rate": measured.optimum_drop_rate,
-                }
-                for factor, measured in choice.at.items()
-            },
-        }
+        {key: getattr(choice, key) for key in _CHOICE_KEYS}
+        | {"at": {str(factor): _measured_record(measured) for factor, measured in choice.at.items()}}
         for choice in choices
     ]
 
 
+def _measured_record(measured: Optimality) -> dict[str, float]:
+    return {"score_kept": 1 - measured.gap} | {key: getattr(measured, key) for key in _MEASURED_KEYS}
+
+
 def outcomes_record(outcomes: Sequence[TrainingOutcome]) -> list[dict[str, Any]]:
     """Return the outcomes as JSON values."""
-    return [
-        {
-            "router": one.router,
-            "held_out_loss": one.held_out_loss,
-            "held_out_losses": list(one.held_out_losses),
-            "load_imbalance": one.load_imbalance,
-            "drop_rate": one.drop_rate,
-            "experts_per_token": one.experts_per_token,
-            "width_per_token": one.width_per_token,
-            "step_s": one.step_s,
-            "looks_ahead": one.looks_ahead,
-        }
-        for one in outcomes
-    ]
+    return [{key: getattr(one, key) for key in _OUTCOME_KEYS} for one in outcomes]
 
 
 def write_result(path: Path, content: str | Mapping[str, Any]) -> None:

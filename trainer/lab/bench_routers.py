@@ -40,14 +40,9 @@ def bench_choices(
     json_path: Path | None,
     svg_path: Path | None,
 ) -> int:
-    """Compare routers on the same logits, print the result and return the exit code.
+    """Compare routers on the same logits, print the result, write it as numbers and a picture; return the exit code.
 
-    Args:
-        kinds: Kinds of routers.
-        options: Options of the logits and of the measurement.
-        run: A run whose newest checkpoint gives logits as well; `options` has its number of tokens and experts.
-        json_path: File for the numbers.
-        svg_path: File for a picture.
+    The newest checkpoint of `run`, if any, gives logits as well; `options` has its number of tokens and experts.
 
     Raises:
         CheckpointError: if the run has no checkpoint.
@@ -68,11 +63,8 @@ def bench_choices(
     choices = compare_choices(kinds, logits, top_k=options.top_k, rounds=options.rounds)
     titles = {given.kind: _title(given, options) for given in logits}
     own_k = [f"{choice.router} by k {choice.top_k}" for choice in choices if choice.top_k != options.top_k]
-    show_choices(
-        choices,
-        titles,
-        notes=[*_notes(kinds, own_k), *(f"{kind} is left out: {reason}" for kind, reason in skipped.items())],
-    )
+    left_out = [f"{kind} is left out: {reason}" for kind, reason in skipped.items()]
+    show_choices(choices, titles, notes=[*_notes(kinds, own_k), *left_out])
     if json_path is not None:
         settings = {**asdict(options), "run": None if run is None else str(run[1].path)}
         write_result(json_path, {"options": settings, "choices": choices_record(choices)})
@@ -93,7 +85,6 @@ def _title(given: Logits, options: ChoicesOptions) -> str:
 
 
 def _notes(kinds: Sequence[str], own_k: Sequence[str]) -> list[str]:
-    """Return the footnotes on routers in the table."""
     notes = ["routers choose as in training, with noise"]
     if own_k:
         notes.append(f"measured against a programme with their own k: {', '.join(dict.fromkeys(own_k))}")
@@ -137,7 +128,6 @@ def bench_trainings(trainings: Sequence[Training], *, json_path: Path | None, sv
 
 
 def _trained(training: Training, number: str) -> TrainingOutcome:
-    """Return the outcome of a training, running it if it is not finished."""
     label = f"{number} {training.folder.path}"
     result = read_outcome(training)
     if result is None:

@@ -35,14 +35,12 @@ class LayerLogits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logits:
-    """Logits of one kind for the same tokens in one or several layers."""
+    """Logits of one kind for the same tokens in one or several layers, with the training contexts of the tokens."""
 
     kind: LogitsKind
     layers: Sequence[LayerLogits]
     context: RoutingContext
-    """Training context of the measured tokens."""
     warmup_context: RoutingContext
-    """Training context of the warm-up tokens."""
 
     @property
     def num_experts(self) -> int:
@@ -53,16 +51,10 @@ class Logits:
 def synthetic_logits(
     kind: Literal["random", "skewed"], *, sequences: int, tokens: int, num_experts: int, seed: int
 ) -> Logits:
-    """Draw logits from a standard normal distribution; `skewed` adds an offset to each expert's.
+    """Draw logits for B `sequences` of S `tokens` from a standard normal distribution.
 
-    Offsets run from +2 to -2 in even steps, in random order, so that a few experts are the best for most tokens.
-
-    Args:
-        kind: With or without offsets.
-        sequences: B.
-        tokens: S.
-        num_experts: E.
-        seed: Seed of everything drawn.
+    `skewed` adds an offset to each expert's, from +2 to -2 in even steps and random order, so that a few experts are
+    the best for most tokens.
     """
     generator = torch.Generator().manual_seed(seed)
     offset = torch.zeros(num_experts)

@@ -53,14 +53,9 @@ class Choice:
 
 
 def compare_choices(kinds: Sequence[str], logits: Sequence[Logits], *, top_k: int, rounds: int) -> list[Choice]:
-    """Measure each router on each kind of logits.
+    """Measure each router on each kind of logits, with k `top_k` if it has the option.
 
-    Args:
-        kinds: Kinds of routers.
-        logits: All kinds of logits.
-        top_k: k, for routers that have the option.
-        rounds: Timings of each router. A round calls every router once, so that other load on the machine affects all
-            of them alike.
+    Each is timed `rounds` times. A round calls every router once, so that other load on the machine affects all alike.
 
     Raises:
         ConfigError: if a router does not support this number of experts.
@@ -69,28 +64,19 @@ def compare_choices(kinds: Sequence[str], logits: Sequence[Logits], *, top_k: in
     for given in logits:
         benchmarks = [_RouterBenchmark(kind, given, top_k=top_k) for kind in kinds]
         optima = [RoutingOptimum(layer.measured, given.context) for layer in given.layers]
-        seconds = _timed(benchmarks, rounds)
-        choices += [benchmark.choice(optima, call_s) for benchmark, call_s in zip(benchmarks, seconds, strict=True)]
+        for turn in range(rounds + 1):  # the first is warm-up; each starts at another router
+            first = turn % len(benchmarks)
+            for benchmark in benchmarks[first:] + benchmarks[:first]:
+                benchmark.time_call(is_counted=turn > 0)
+        choices += [benchmark.choice(optima) for benchmark in benchmarks]
     return choices
-
-
-def _timed(benchmarks: Sequence["_RouterBenchmark"], rounds: int) -> list[float]:
-    """Return each router's median seconds per call. Rounds start at different routers; the first round is warm-up."""
-    seconds: list[list[float]] = [[] for _ in benchmarks]
-    for turn in range(rounds + 1):
-        for offset in range(len(benchmarks)):
-            number = (turn + offset) % len(benchmarks)
-            call_s = benchmarks[number].time_call()
-            if turn > 0:
-                seconds[number].append(call_s)
-    return [statistics.median(of_router) for of_router in seconds]
 
 
 class _RouterBenchmark:
     """Routers of one kind for every layer and capacity factor."""
 
     def __init__(self, kind: str, given: Logits, *, top_k: int) -> None:
-        self._kind, self._given = kind, given
+        self._kind, self._given, self._seconds = kind, given, list[float]()
         self._config, *others = [
             router_config(kind, num_experts=given.num_experts, top_k=top_k, capacity_factor=factor)
             for factor in FACTORS
@@ -100,18 +86,18 @@ class _RouterBenchmark:
         self._routers += [self._routers[0] if config == self._config else self._prepare(config) for config in others]
 
     def _prepare(self, config: RouterOptions) -> list[Router]:
-        """Return a router for every layer."""
         return [prepare_router(config, layer, self._given.warmup_context) for layer in self._given.layers]
 
-    def time_call(self) -> float:
-        """Return the seconds of one call, averaged over layers."""
+    def time_call(self, *, is_counted: bool) -> None:
+        """Measure the seconds of one call, averaged over layers."""
         start = time.perf_counter()
         for router, layer in zip(self._routers[0], self._given.layers, strict=True):
             with torch.no_grad():
                 router(layer.measured, self._given.context)
-        return (time.perf_counter() - start) / len(self._given.layers)
+        if is_counted:
+            self._seconds.append((time.perf_counter() - start) / len(self._given.layers))
 
-    def choice(self, optima: Sequence["RoutingOptimum"], call_s: float) -> Choice:
+    def choice(self, optima: Sequence["RoutingOptimum"]) -> Choice:
         """Measure the choices of the routers against the optimum of each layer."""
         layers, context = self._given.layers, self._given.context
         chosen = [
@@ -132,7 +118,7 @@ class _RouterBenchmark:
             experts_per_token=requested,
             load_imbalance=float((counts.amax(-1) / counts.mean(-1)).max()),
             at=at,
-            call_s=call_s,
+            call_s=statistics.median(self._seconds),
         )
 
 

@@ -6,7 +6,7 @@ trainings are not repeated, interrupted ones are resumed. Imports no torch.
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,7 @@ class Training:
 
     @property
     def folder(self) -> RunFolder:
-        """Run folder of the training."""
+        """Its run folder."""
         return RunFolder(Path(self.config.runs_dir) / self.config.name)
 
 
@@ -72,40 +72,26 @@ def plan_trainings(
         "parallel.ep_size=1",
     ]
     load(path, changes, ExperimentConfig)  # report errors that do not depend on the router once
-    changes_of = _router_overrides(kinds, moe, lambda more: load(path, [*changes, *more], ExperimentConfig))
-    trainings = []
-    for seed in range(base.seed, base.seed + seeds):
-        for kind in kinds:
-            run_id = [f"name={kind}-seed{seed}", f"seed={seed}"]
-            training = Training(
-                router=kind, config=load(path, [*changes, *changes_of[kind], *run_id], ExperimentConfig)
-            )
-            _check_unchanged(training)
-            trainings.append(training)
-    return trainings
-
-
-def _router_overrides(
-    kinds: Sequence[str], moe: MoEConfig, check: Callable[[list[str]], object]
-) -> dict[str, list[str]]:
-    """Return the overrides that select each kind.
-
-    Raises:
-        ConfigError: with an error for each kind that the rest of the config does not support, and the supported kinds.
-    """
-    supported: dict[str, list[str]] = {}
+    changes_of: dict[str, list[str]] = {}
     errors: list[str] = []
     for kind in kinds:
         try:
-            changes = list(_router_changes(kind, moe))
-            check(changes)
-            supported[kind] = changes
+            router_changes = list(_router_changes(kind, moe))
+            load(path, [*changes, *router_changes], ExperimentConfig)
+            changes_of[kind] = router_changes
         except ConfigError as error:
             errors += [line if line.startswith(f"{kind}.") else f"{kind}: {line}" for line in str(error).splitlines()]
     if errors:
-        others = f"; or compare the others: --only {','.join(supported)}" if supported else ""
+        others = f"; or compare the others: --only {','.join(changes_of)}" if changes_of else ""
         raise ConfigError("\n".join(errors) + others)
-    return supported
+    trainings = []
+    for seed in range(base.seed, base.seed + seeds):
+        for kind in kinds:
+            every = [*changes, *changes_of[kind], f"name={kind}-seed{seed}", f"seed={seed}"]
+            training = Training(router=kind, config=load(path, every, ExperimentConfig))
+            _check_unchanged(training)
+            trainings.append(training)
+    return trainings
 
 
 def _router_changes(kind: str, moe: MoEConfig) -> Iterator[str]:
@@ -113,14 +99,12 @@ def _router_changes(kind: str, moe: MoEConfig) -> Iterator[str]:
     if kind == moe.router.kind:
         return
     factor = moe.capacity.factor
-    top_k = min(moe.num_experts, getattr(moe.router, "top_k", 2))  # null experts allow more
-    # A larger capacity means fewer drops for the others, but more experts per token under expert choice.
-    capacity_factor = 1.0 if factor is None or kind == "expert_choice" else factor
     router = router_config(
         kind,
         num_experts=moe.num_experts,
-        top_k=top_k,
-        capacity_factor=capacity_factor,
+        top_k=min(moe.num_experts, getattr(moe.router, "top_k", 2)),  # null experts allow more
+        # A larger capacity means fewer drops for the others, but more experts per token under expert choice.
+        capacity_factor=1.0 if factor is None or kind == "expert_choice" else factor,
         top_k_choices=getattr(moe.router, "top_k_choices", None),
     )
     yield f"model.moe.router={inline(router.model_dump())}"

@@ -4,7 +4,6 @@
 """
 
 import sys
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -78,19 +77,8 @@ def _batch_logits(
         output = engine.model(batch, RoutingOptions(noise_seed=seed, return_router_outputs=True))
     is_text = batch.valid.any(1)
     layers = [stats.routed.logits for stats in output.moe if stats.routed is not None]
-    stacked = [
-        _without_null_experts(layer, moe.num_experts).view(*batch.valid.shape, -1)
-        for layer in _existing(layers, moe.router.kind)
-    ]
-    return batch.tokens[is_text], batch.valid[is_text], torch.stack(stacked)[:, is_text]
-
-
-def _existing(layers: Sequence[Tensor | None], kind: str) -> list[Tensor]:
-    logits = [layer for layer in layers if layer is not None]
+    logits = [layer[:, : moe.num_experts].float().cpu() for layer in layers if layer is not None]  # no null experts
     if not logits:
-        raise ConfigError(f"--run: its router, {kind}, computes no logits; name a run whose router does")
-    return logits
-
-
-def _without_null_experts(logits: Tensor, num_experts: int) -> Tensor:
-    return logits[:, :num_experts].float().cpu()
+        raise ConfigError(f"--run: its router, {moe.router.kind}, computes no logits; name a run whose router does")
+    stacked = torch.stack(logits).view(len(logits), *batch.valid.shape, -1)
+    return batch.tokens[is_text], batch.valid[is_text], stacked[:, is_text]

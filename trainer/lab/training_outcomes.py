@@ -1,14 +1,15 @@
 """Read the results of trainings from their run folders. Imports no torch."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from trainer.lab.router_configs import looks_ahead
 from trainer.lab.router_trainings import Training
 from trainer.trackers.jsonl import read_jsonl
 
+_ROUTING = ("load_imbalance", "drop_rate", "experts_per_token")
 _LATE = 0.9
 """Routing metrics are averaged over the steps after this fraction of the run."""
 
@@ -61,38 +62,24 @@ def read_outcome(training: Training) -> TrainingOutcome | None:
     return TrainingOutcome(
         router=training.router,
         held_out_losses=[evaluated[-1]["eval/loss"]],
-        load_imbalance=_mean_of(late, "load_imbalance"),
-        drop_rate=_mean_of(late, "drop_rate"),
-        experts_per_token=_mean_of(late, "experts_per_token"),
         expert_width=moe.d_ff,
         step_s=statistics.median(record["step_s"] for record in logged),
         looks_ahead=looks_ahead(moe.router),
+        **_means(late),
     )
 
 
 def mean_over_seeds(outcomes: Sequence[TrainingOutcome]) -> TrainingOutcome:
     """Combine a router's trainings into one outcome."""
-    first = outcomes[0]
-
-    def mean(value_of: Callable[[TrainingOutcome], float | None]) -> float | None:
-        return _mean([value_of(one) for one in outcomes])
-
-    return TrainingOutcome(
-        router=first.router,
+    return replace(
+        outcomes[0],
         held_out_losses=[loss for one in outcomes for loss in one.held_out_losses],
-        load_imbalance=mean(lambda one: one.load_imbalance),
-        drop_rate=mean(lambda one: one.drop_rate),
-        experts_per_token=mean(lambda one: one.experts_per_token),
-        expert_width=first.expert_width,
         step_s=statistics.median(one.step_s for one in outcomes),
-        looks_ahead=first.looks_ahead,
+        **_means([asdict(one) for one in outcomes]),
     )
 
 
-def _mean_of(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    return _mean([record.get(key) for record in records])
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    present = [value for value in values if value is not None]
-    return statistics.fmean(present) if present else None
+def _means(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the mean of each routing metric; None if no record has it."""
+    present = {key: [record[key] for record in records if record.get(key) is not None] for key in _ROUTING}
+    return {key: statistics.fmean(values) if values else None for key, values in present.items()}
