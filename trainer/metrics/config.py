@@ -49,9 +49,8 @@ class WandbConfig(Config):
         """Reject values that wandb would reject later or misread."""
         bad = [c for c in _NOT_IN_A_PROJECT if c in (self.project or "")]
         if bad:
-            yield Problem(
-                "project", f"{shown(self.project)} has {' '.join(bad)}; wandb allows none of / \\ # ? % : in it"
-            )
+            message = f"{shown(self.project)} has {' '.join(bad)}; wandb allows none of / \\ # ? % : in it"
+            yield Problem("project", message)
         if "/" in (self.entity or ""):
             yield Problem("entity", f"{shown(self.entity)} has a slash; give the user or team alone, and set project")
         if twice := repeated(self.tags):
@@ -62,12 +61,10 @@ class TrackerOptions(KindConfig):
     """Base class of the configs of trackers that are plug-ins."""
 
     def build(self, folder: Path, *, start_step: int, config: dict[str, Any]) -> Any:
-        """Make the tracker, which has the methods of `trainer.trackers.base.Tracker`.
+        """Make the tracker, which has the methods of `trainer.trackers.base.Tracker`, for the run in `folder`.
 
-        Args:
-            folder: folder of the run.
-            start_step: completed steps; records of later steps that it has from before are void.
-            config: the whole configuration as plain values.
+        Records that it has of steps after `start_step`, the completed ones, are void; `config` is the whole
+        configuration as plain values.
         """
         raise NotImplementedError
 
@@ -136,11 +133,7 @@ class ProfileConfig(Config):
             yield Problem("ranks", f"{twice} is named twice; name each rank once")
 
     def check_ranks(self, world_size: int) -> None:
-        """Reject ranks that do not exist.
-
-        Raises:
-            ConfigError: for the first of them.
-        """
+        """Raise ConfigError for the first rank that does not exist."""
         for rank in self.ranks:
             if rank >= world_size:
                 raise ConfigError(

@@ -8,13 +8,10 @@ _MAX_CELLS = 512
 
 
 def layer_loads(experts: Mapping[str, Any], moe_layers: Sequence[int]) -> dict[str, list[float]]:
-    """Return the load of each expert of each MoE layer: its assignments over the layer's mean, 1 when even.
+    """Return the load of each expert of the layers `moe_layers`, which a line of routing.jsonl counts in this order.
 
-    If a layer has more experts than a row has cells, neighbouring experts share a cell with their mean load.
-
-    Args:
-        experts: A line of routing.jsonl.
-        moe_layers: Indices of the layers it counts, in order.
+    Load is an expert's assignments over the layer's mean, 1 when even. If a layer has more experts than a row has
+    cells, neighbouring experts share a cell with their mean load.
     """
     rows = zip(moe_layers, experts["counts"], strict=True)
     return {f"load/layer_{layer:02d}": _loads(counts) for layer, counts in rows}

@@ -44,11 +44,7 @@ class LogContent:
 
 
 def content_of(descriptor: int, size_bytes: int) -> LogContent:
-    """Return the content of the first `size_bytes` of an open file, or of all of a shorter one.
-
-    Raises:
-        OSError: if it cannot be read.
-    """
+    """Return the content of the first `size_bytes` of an open file, or of all of a shorter one."""
     content = LogContent()
     while content.size_bytes < size_bytes:
         block = os.pread(descriptor, min(_BLOCK_BYTES, size_bytes - content.size_bytes), content.size_bytes)
@@ -59,11 +55,7 @@ def content_of(descriptor: int, size_bytes: int) -> LogContent:
 
 
 def copy_content(descriptor: int, content: LogContent, target: int) -> None:
-    """Append the first `content.size_bytes` of an open file to another one.
-
-    Raises:
-        OSError: if the disk fails.
-    """
+    """Append the first `content.size_bytes` of an open file to another one."""
     done = 0
     while done < content.size_bytes and (
         block := os.pread(descriptor, min(_BLOCK_BYTES, content.size_bytes - done), done)

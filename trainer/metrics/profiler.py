@@ -36,16 +36,6 @@ class Profiler:
         say: Callable[[str], None],
         warn: Callable[[str], None],
     ) -> None:
-        """Prepare the profiler.
-
-        Args:
-            config: The `profile` section; None: profile nothing.
-            folder: Folder to write to.
-            mesh: This rank's groups.
-            device: This rank's device.
-            say: Shows a message to the user.
-            warn: Shows a warning.
-        """
         self._config, self._folder, self._mesh, self._device = config, folder, mesh, device
         self._say, self._warn = say, warn
         self._step_timer = mesh.world.recorder.step_timer
@@ -75,9 +65,7 @@ class Profiler:
         if config is None or step != config.last:
             return
         self._step_timer.region, self._running = None, None
-        name = None
-        if running is not None:
-            name = self._attempt(lambda: self._write(running, config))
+        name = None if running is None else self._attempt(lambda: self._write(running, config))
         # A barrier without a deadline: a collective would time out while a rank is still writing.
         for rank, (written, errors) in enumerate(barrier_gather(self._mesh.world, (name, self._errors))):
             if written is not None:
@@ -119,7 +107,6 @@ class Profiler:
         return trace.name
 
     def _paths(self, name: str) -> tuple[Path, Path, Path]:
-        """Return the paths of trace, tables and memory snapshot."""
         return (self._folder / f"{name}.json.gz", self._folder / f"{name}.txt", self._folder / f"{name}_memory.pickle")
 
     def _tables(self, running: profile, config: ProfileConfig) -> list[str]:

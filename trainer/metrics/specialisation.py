@@ -41,19 +41,16 @@ def domain_entropy_bits(counts: Sequence[Sequence[float]]) -> float:
 
 
 def specialisation_metrics(counts: Sequence[Sequence[Sequence[float]]]) -> dict[str, float]:
-    """Return the expert-domain keys of metrics.jsonl; empty with fewer than two domains.
-
-    Args:
-        counts: (layers, G, E) assignments.
+    """Return the expert-domain keys of metrics.jsonl for assignments (layers, G, E); empty with fewer than two domains.
 
     Returns:
         eval/expert_domain_mi: mutual information in bits, mean over layers.
         eval/expert_domain_mi_share: the same over the entropy of the domains, 0 to 1.
     """
-    if not counts or domain_entropy_bits(counts[0]) == 0:
+    if not counts or (entropy := domain_entropy_bits(counts[0])) == 0:
         return {}
     bits = float(np.mean([mutual_information_bits(layer) for layer in counts]))
-    return {"eval/expert_domain_mi": bits, "eval/expert_domain_mi_share": bits / domain_entropy_bits(counts[0])}
+    return {"eval/expert_domain_mi": bits, "eval/expert_domain_mi_share": bits / entropy}
 
 
 def _shares(table: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -19,15 +19,9 @@ _MIN_IS_WORST = ("system/host_free_gb", "system/disk_free_gb")
 
 
 class SystemStats:
-    """Reads memory, CPU and disk statistics of one rank and its host."""
+    """Reads memory, CPU and disk statistics of one rank, its host and the disk of a folder."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        """Start measuring.
-
-        Args:
-            folder: Folder on the disk to measure.
-            device: Device of the rank.
-        """
         self._folder, self._device = folder, device
         self._process = psutil.Process()
         psutil.cpu_percent()  # the next call measures from here
@@ -63,13 +57,8 @@ def reduce_over_ranks(
 ) -> dict[str, float | None]:
     """Return the `time/` and `system/` keys of metrics.jsonl, in one all-gather that every rank must join.
 
-    Times are averaged over ranks, with the maximum as `time_max/` if there are several ranks; of the statistics the
-    worst value over ranks is taken.
-
-    Args:
-        parts: Seconds of each part of this rank's mean step.
-        stats: This rank's statistics.
-        group: All ranks.
+    Times, the seconds of each part of a rank's mean step, are averaged over ranks, with the maximum as `time_max/` if
+    there are several ranks; of the statistics the worst value over ranks is taken.
     """
     mine = [*parts.values(), *(float("nan") if value is None else value for value in stats.values())]
     table = group.all_gather(torch.tensor(mine, dtype=torch.float64, device=group.device))  # (ranks, values)

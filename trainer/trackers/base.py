@@ -21,21 +21,14 @@ class Tracker(Protocol):
     """Destination of metrics. Its methods never raise, and `log` never blocks."""
 
     def log(self, record: Logged, experts: Logged | None = None) -> None:
-        """Log a record.
-
-        Args:
-            record: A line of metrics.jsonl.
-            experts: Counts per expert of the same step, a line of routing.jsonl; None for an evaluation.
-        """
-        ...
+        """Log a line of metrics.jsonl, and that of routing.jsonl of the same step; None for an evaluation."""
 
     def written(self) -> list[tuple[str, str]]:
         """Return labels with paths or addresses of what was written, for the last screen."""
-        ...
+        return []
 
     def close(self, exit_code: int, *, patience_s: float) -> None:
         """Write what is pending within `patience_s` seconds; `exit_code` is the run's."""
-        ...
 
 
 class JsonlTracker:
@@ -46,12 +39,7 @@ class JsonlTracker:
         self._metrics, self._routing = JsonlSink(metrics, warn=warn), JsonlSink(routing, warn=warn)
 
     def resume_at(self, step: int, saved: object = None) -> None:
-        """Drop the records after step `step`, which a resumed run will log again.
-
-        Args:
-            step: Completed steps.
-            saved: Value of `record` in the checkpoint.
-        """
+        """Drop the records after step `step`, which a resumed run logs again; `saved` is the checkpoint's `record`."""
         logs = saved if isinstance(saved, Mapping) else {}
         self._metrics.resume_at(step, LogContent.from_record(logs.get("metrics")))
         self._routing.resume_at(step, LogContent.from_record(logs.get("routing")))
@@ -80,13 +68,6 @@ class PluginTracker:
     """Wraps a plug-in: after its first error it is dropped with a warning, and the run continues."""
 
     def __init__(self, kind: str, build: Callable[[], Tracker], *, warn: Callable[[str], None]) -> None:
-        """Make the tracker.
-
-        Args:
-            kind: Name of the tracker in messages.
-            build: Makes the tracker.
-            warn: Called with the warning.
-        """
         self._kind, self._warn = kind, warn
         self._tracker: Tracker | None = None
         with self._dropping_on_error():

@@ -33,9 +33,8 @@ class JsonlSink:
         OSError: if the file cannot be opened.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, warn: Callable[[str], None] | None = None) -> None:
-        self.path = Path(path)
-        self._warn = warn or _warn
+    def __init__(self, path: Path, *, warn: Callable[[str], None] = warnings.warn) -> None:
+        self.path, self._warn = path, warn
         self._warned: set[str] = set()
         self._cached: LogContent | None = None
         self._is_torn = False
@@ -61,14 +60,10 @@ class JsonlSink:
         return self._content
 
     def resume_at(self, step: int, saved: LogContent | None = None) -> None:
-        """Drop the records after step `step`, which a resumed run will log again.
+        """Drop the records after step `step`, which a resumed run will log again, and lines that are not records.
 
-        Lines that are not records are dropped too. The file is truncated, or replaced atomically. It is read a line at
-        a time; the part that is unchanged since the checkpoint is not parsed.
-
-        Args:
-            step: Completed steps.
-            saved: Content of the file at the checkpoint; losses since then are reported.
+        The file is truncated, or replaced atomically. It is read a line at a time; the part that is unchanged since the
+        checkpoint, where it had the content `saved`, is not parsed. Losses since then are reported.
         """
         self._attempt(lambda: self._resume_at(step, saved))
 
@@ -251,7 +246,3 @@ def _cut_half_line(descriptor: int) -> None:
         end = start
     if end < size_bytes:
         os.ftruncate(descriptor, end)
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, RuntimeWarning, stacklevel=2)

@@ -25,15 +25,9 @@ class TensorBoardTracker:
         config_text: str,
         warn: Callable[[str], None],
     ) -> None:
-        """Open the event files.
+        """Open the event files in `folder`; events after `start_step`, the completed steps, are purged.
 
-        Args:
-            folder: Folder of the event files.
-            start_step: Completed steps; earlier events of later steps are purged.
-            heatmap_every: Logged steps between histograms of expert loads; None: never.
-            moe_layers: Indices of the MoE layers.
-            config_text: The run's config as YAML, shown as text.
-            warn: Called once if writing fails.
+        `heatmap_every` logged steps there is a histogram of the loads of the layers `moe_layers`; None: never.
         """
         self._folder, self._heatmap_every, self._moe_layers, self._warn = folder, heatmap_every, moe_layers, warn
         self._config_text, self._num_steps = config_text, 0
@@ -74,24 +68,12 @@ class TensorBoardTracker:
         if experts is not None:
             self._num_steps += 1
             if self._heatmap_every is not None and (self._num_steps - 1) % self._heatmap_every == 0:
-                for key, loads in layer_loads(experts, self._moe_layers).items():
-                    self._add_histogram(key, loads, step)
+                for key, loads in layer_loads(experts, self._moe_layers).items():  # bin i is the load of expert i
+                    limits, squares = [float(i + 1) for i in range(len(loads))], sum(load * load for load in loads)
+                    self._writer.add_histogram_raw(
+                        key, 0, len(loads), len(loads), sum(loads), squares, limits, loads, global_step=step
+                    )
         self._writer.flush()
-
-    def _add_histogram(self, key: str, loads: list[float], step: int) -> None:
-        """Write a histogram whose bin i is the load of expert i."""
-        assert self._writer is not None
-        self._writer.add_histogram_raw(
-            key,
-            min=0,
-            max=len(loads),
-            num=len(loads),
-            sum=sum(loads),
-            sum_squares=sum(load * load for load in loads),
-            bucket_limits=[float(i + 1) for i in range(len(loads))],
-            bucket_counts=loads,
-            global_step=step,
-        )
 
     def _attempt(self, act: Callable[[], object]) -> None:
         try:

@@ -44,19 +44,11 @@ class WandbTracker:
         say: Callable[[str], None],
         warn: Callable[[str], None],
     ) -> None:
-        """Write the settings of the upload, and start it unless the mode is offline.
+        """Write the settings of the upload to the run folder, and start it unless the mode is offline.
 
-        Args:
-            folder: Run folder.
-            mode: `online`, `offline` or `auto`: online unless WANDB_MODE or a missing API key prevents it.
-            run_id: Id of the run in wandb.
-            start_step: Completed steps.
-            heatmap_every: Logged steps between expert loads; None: never.
-            moe_layers: Indices of the MoE layers.
-            labels: project, entity, group, name, job_type, tags and notes of the run in wandb.
-            config: JSON values that wandb shows as the run's config.
-            say: Shows a message to the user.
-            warn: Shows a warning.
+        `auto` is online unless WANDB_MODE or a missing API key prevents it. Every `heatmap_every` logged steps (None:
+        never) the loads of the layers `moe_layers` are sent. `labels` are project, entity, group, name, job_type, tags
+        and notes of the run in wandb; `config` are JSON values.
         """
         self._folder, self._say, self._warn = folder, say, warn
         self._place = self._sync_command = f"turnout sync-wandb {folder}"
@@ -160,10 +152,6 @@ class _Upload:
         assert self._process.stdout is not None, "it is a pipe"
         os.set_blocking(self._process.stdout.fileno(), False)
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
     def end(self, exit_code: int) -> None:
         """Report the end of the run."""
         assert self._process.stdin is not None, "it is a pipe"
@@ -185,7 +173,6 @@ class _Upload:
         return [json.loads(line) for line in lines]
 
     def kill(self) -> None:
-        """Kill the process."""
         self._process.kill()
         self.wait(60.0)
 

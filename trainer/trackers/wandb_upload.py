@@ -51,14 +51,6 @@ class Uploader:
     """Uploads one run, from its first record to its last."""
 
     def __init__(self, folder: Path, end: EndOfRun, output: int, *, finish_s: float) -> None:
-        """Read the settings of the upload.
-
-        Args:
-            folder: Run folder.
-            end: End of the run.
-            output: Descriptor for messages.
-            finish_s: Time limit of wandb's finish.
-        """
         self._folder, self._end, self._output, self._finish_s = folder, end, output, finish_s
         self._settings = json.loads((folder / "wandb" / "run.json").read_text())
         self._advice = f"metrics.jsonl is complete; to upload the rest: turnout sync-wandb {folder}"
@@ -111,13 +103,9 @@ class Uploader:
         run = wandb.init(
             mode="online",
             dir=self._folder,
+            **{key: labels[key] for key in ("entity", "group", "name", "job_type", "notes")},
             project=labels["project"] or os.environ.get("WANDB_PROJECT") or "turnout",
-            entity=labels["entity"],
-            group=labels["group"],
-            name=labels["name"],
-            job_type=labels["job_type"],
             tags=labels["tags"] or None,
-            notes=labels["notes"],
             config=settings["config"],
             id=settings["run_id"],
             resume="allow",

@@ -121,7 +121,7 @@ def test_a_full_disk_warns_once_and_leaves_no_partial_record(tmp_path: Path):
 def test_a_full_disk_is_a_python_warning_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with closing(JsonlSink(tmp_path / "m.jsonl")) as sink:
         monkeypatch.setattr(os, "write", _raise_no_space)
-        with pytest.warns(RuntimeWarning, match="No space left on device"):
+        with pytest.warns(UserWarning, match="No space left on device"):
             sink.write({"step": 1})
 
 

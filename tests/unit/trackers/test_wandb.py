@@ -104,7 +104,7 @@ class Attempt:
     @property
     def upload(self) -> psutil.Process:
         assert self.wandb._upload is not None
-        return psutil.Process(self.wandb._upload.pid)
+        return psutil.Process(self.wandb._upload._process.pid)
 
     def wait_for(self, messages: list[str]) -> None:
         """Wait for the first message."""
