@@ -31,16 +31,11 @@ def sparkline(values: Sequence[float | None], width: int) -> str:
 
 
 def loss_chart(steps: Sequence[int], values: Sequence[float | None], width: int, height: int) -> Text:
-    """Draw a curve with labelled axes in exactly `height` lines of at most `width` characters.
+    """Draw a curve with labelled axes in exactly `height` >= 3 lines of at most `width` characters, labels included.
 
     Each column is the mean of the values logged in its range of steps. A range without records is interpolated; one
-    without finite values is left empty. The lowest row starts just below the lowest value, not at 0.
-
-    Args:
-        steps: Completed steps; a damaged log may have them out of order.
-        values: One value per step; None or not finite if there is none.
-        width: Columns, labels included.
-        height: Lines, step axis included; at least 3.
+    without finite values (None, NaN) is left empty. The lowest row starts just below the lowest value, not at 0. A
+    damaged log may have its steps out of order.
 
     Raises:
         ValueError: if `steps` and `values` differ in length.

@@ -16,14 +16,16 @@ from rich.text import Text
 from trainer.console import formatting, log_lines
 from trainer.console.safe_stream import SafeStream
 from trainer.console.style import QUIET
-from trainer.console.summary import RunSummary, SummaryScreen
-from trainer.console.training_panel import TrainingPanel, bar_line
+from trainer.console.summary import RunSummary, summary_screen
+from trainer.console.training_panel import bar_line, training_panel
 from trainer.console.training_progress import Record, TrainingProgress
 from trainer.terminal import visible
 
 _REDRAW_EVERY_S: Final = 0.1
 _LOG_JOB_EVERY_S: Final = 10.0
 _LOG_WIDTH: Final = 80
+_NO_CURSOR: Final = ("dumb", "unknown")
+"""Values of TERM, as rich knows them."""
 
 
 class Console:
@@ -52,11 +54,18 @@ class Console:
         self._progress = TrainingProgress(total_steps=total_steps)
         self._is_training = False
         self._jobs: list[ProgressBar] = []
-        self._rich = _rich(self._stream, width, is_terminal=self._stream.isatty())
-        self.is_live = self._rich.is_terminal and not self._rich.is_dumb_terminal
-        """True on a terminal."""
-        if not self.is_live:
-            self._rich = _rich(self._stream, width or _LOG_WIDTH, is_terminal=False)
+        self.is_live = self._stream.isatty() and os.environ.get("TERM", "").lower() not in _NO_CURSOR
+        """True on a terminal that can move its cursor."""
+        self._rich = RichConsole(  # all of it is explicit, because rich would obey FORCE_COLOR, which CI systems set
+            file=self._stream,  # type: ignore[arg-type]
+            width=width if self.is_live else width or _LOG_WIDTH,
+            force_terminal=self.is_live,
+            force_jupyter=False,
+            color_system="auto" if self.is_live else None,
+            markup=False,
+            highlight=False,
+            emoji=False,
+        )
         self._live: Live | None = None
         self._drawn_s = -_REDRAW_EVERY_S
 
@@ -121,7 +130,7 @@ class Console:
             summary = replace(summary, steps=self._progress.steps, losses=self._progress.losses)
         self.close()
         with self._rich.capture() as captured:
-            self._rich.print(SummaryScreen(summary))
+            self._rich.print(summary_screen(summary, self._rich))
         # Rich pads lines to its full width, which a log does not need.
         self._stream.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
         self._stream.flush()
@@ -163,17 +172,18 @@ class Console:
         if not self.is_live or (not is_due and self._clock() - self._drawn_s < _REDRAW_EVERY_S):
             return
         self._drawn_s = self._clock()
-        parts: list[RenderableType] = [job.line() for job in self._jobs]
-        if self._is_training:
-            parts.append(TrainingPanel(self._progress))
-        if parts:
+        if self._jobs or self._is_training:
             if self._live is None:
-                self._live = Live(console=self._rich, auto_refresh=False, transient=True)
+                self._live = Live(self, console=self._rich, auto_refresh=False, transient=True)
                 self._live.start()
-            self._live.update(Group(Text(), *parts), refresh=True)
+            self._live.refresh()
         elif self._live is not None:
             self._live.stop()
             self._live = None
+
+    def __rich__(self) -> Group:  # the live panel, drawn anew below every permanent line
+        panels = [training_panel(self._progress, self._rich.width)] if self._is_training else []
+        return Group(Text(), *(job.line() for job in self._jobs), *panels)
 
 
 class ProgressBar:
@@ -215,17 +225,3 @@ class ProgressBar:
         self.label = self._job  # drop the label of the last part
         self.elapsed_s = self._console._clock() - self._started_s
         self._console._end_job(self, is_complete=error is None)
-
-
-def _rich(stream: SafeStream, width: int | None, *, is_terminal: bool) -> RichConsole:
-    # All of it is explicit, because rich would obey FORCE_COLOR, which CI systems set.
-    return RichConsole(
-        file=stream,  # type: ignore[arg-type]
-        width=width,
-        force_terminal=is_terminal,
-        force_jupyter=False,
-        color_system="auto" if is_terminal else None,
-        markup=False,
-        highlight=False,
-        emoji=False,
-    )

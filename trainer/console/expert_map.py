@@ -5,11 +5,10 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from rich.cells import cell_len, set_cell_size
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -44,80 +43,68 @@ def expert_map(
     domains: Sequence[str],
     layer_names: Sequence[str],
     *,
+    width: int,
     max_layers: int = 8,
-) -> "ExpertMap":
+) -> Group:
     """Return a heat map of each MoE layer: a row for each domain, a column for each expert, its share as shade.
 
-    The title of a map has the mutual information of expert and domain. Maps stand side by side while they fit; one
-    wider than the screen continues below itself.
+    The title of a map has the mutual information of expert and domain. Maps stand side by side while they fit into
+    `width`, 40 columns or more; a wider one continues below itself. Of more than `max_layers` an even selection is
+    shown.
 
     Args:
         counts: (L, G, E) assignments.
         domains: G names.
         layer_names: L names.
-        max_layers: Most maps to draw; of more layers an even selection is shown.
+        width: Columns.
+        max_layers: Most maps to draw.
 
     Raises:
         ValueError: if the shapes disagree.
     """
     array = check_counts(counts, len(layer_names), len(domains))
-    return ExpertMap(counts=array, domains=tuple(domains), layer_names=tuple(layer_names), max_layers=max_layers)
+    parts: list[RenderableType] = list(_legend(array, width))
+    num_layers, num_experts = len(layer_names), array.shape[2]
+    num_shown = min(num_layers, max(1, max_layers))
+    shown = sorted({round(i * (num_layers - 1) / max(1, num_shown - 1)) for i in range(num_shown)})
+    if len(shown) < num_layers:
+        parts.append(Text(f"{len(shown)} of {num_layers} MoE layers", style=QUIET))
+    name_width = min(_MAX_NAME, max(map(cell_len, domains)))
+    available = max(8, width - name_width - _GAP)
+    cell_width = 2 if num_experts <= 16 else 1
+    # Blocks of equal size: 64 experts in 50 columns are 32 and 32, not 50 and 14.
+    num_blocks = math.ceil(num_experts / max(1, available // cell_width))
+    blocks = [block.tolist() for block in np.array_split(np.arange(num_experts), num_blocks)]
+    maps = [_layer(array[layer], layer_names[layer], blocks, cell_width) for layer in shown]
+    per_row = max(1, (available + _GAP) // (max(line.cell_len for lines in maps for line in lines) + _GAP))
+    labels = [*([""] if num_blocks > 1 else []), *(set_cell_size(name, name_width) for name in domains)]
+    names = Text("\n".join(["", *labels * num_blocks]))
+    for start in range(0, len(maps), per_row):
+        grid = Table.grid(padding=(0, _GAP, 0, 0))
+        for _ in range(1 + per_row):
+            grid.add_column(no_wrap=True)
+        grid.add_row(names, *(Text("\n").join(lines) for lines in maps[start : start + per_row]))
+        parts += [Text(), grid]
+    return Group(*parts)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertMap:
-    """Rich renderable of `expert_map`, for any width from 40 columns."""
+def _legend(counts: np.ndarray, width: int) -> Iterator[Text]:
+    legend = [Text(f"share of a domain, even is 1/{counts.shape[2]}:", style=QUIET)]
+    for shade, style, label in zip(SHADES, _STYLES, ("<0.5x", "<0.8x", "even", ">1.25x", ">2x"), strict=True):
+        legend.append(Text(f"{shade * 2} ", style=style).append(label, style=QUIET))
+    yield from packed(legend, width, gap=1)
+    maximum = domain_entropy_bits(counts.sum(axis=0).tolist())
+    yield Text(f"bits: information about a token's domain in its expert, 0 to {maximum:.2f}", style=QUIET)
 
-    counts: np.ndarray
-    domains: tuple[str, ...]
-    layer_names: tuple[str, ...]
-    max_layers: int
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Lay the maps out for the available width."""
-        yield from self._legend(options.max_width)
-        num_layers = len(self.layer_names)
-        num_shown = min(num_layers, max(1, self.max_layers))
-        shown = sorted({round(i * (num_layers - 1) / max(1, num_shown - 1)) for i in range(num_shown)})
-        if len(shown) < num_layers:
-            yield Text(f"{len(shown)} of {num_layers} MoE layers", style=QUIET)
-        name_width = min(_MAX_NAME, max(map(cell_len, self.domains)))
-        available = max(8, options.max_width - name_width - _GAP)
-        num_experts = self.counts.shape[2]
-        cell_width = 2 if num_experts <= 16 else 1
-        # Blocks of equal size: 64 experts in 50 columns are 32 and 32, not 50 and 14.
-        num_blocks = math.ceil(num_experts / max(1, available // cell_width))
-        blocks = [block.tolist() for block in np.array_split(np.arange(num_experts), num_blocks)]
-        maps = [self._layer(layer, blocks, cell_width) for layer in shown]
-        per_row = max(1, (available + _GAP) // (max(line.cell_len for lines in maps for line in lines) + _GAP))
-        labels = [*([""] if num_blocks > 1 else []), *(set_cell_size(name, name_width) for name in self.domains)]
-        names = Text("\n".join(["", *labels * num_blocks]))
-        for start in range(0, len(maps), per_row):
-            yield Text()
-            grid = Table.grid(padding=(0, _GAP, 0, 0))
-            for _ in range(1 + per_row):
-                grid.add_column(no_wrap=True)
-            grid.add_row(names, *(Text("\n").join(lines) for lines in maps[start : start + per_row]))
-            yield grid
-
-    def _legend(self, width: int) -> Iterator[Text]:
-        legend = [Text(f"share of a domain, even is 1/{self.counts.shape[2]}:", style=QUIET)]
-        for shade, style, label in zip(SHADES, _STYLES, ("<0.5x", "<0.8x", "even", ">1.25x", ">2x"), strict=True):
-            legend.append(Text(f"{shade * 2} ", style=style).append(label, style=QUIET))
-        yield from packed(legend, width, gap=1)
-        maximum = domain_entropy_bits(self.counts.sum(axis=0).tolist())
-        yield Text(f"bits: information about a token's domain in its expert, 0 to {maximum:.2f}", style=QUIET)
-
-    def _layer(self, layer: int, blocks: Sequence[Sequence[int]], cell_width: int) -> list[Text]:
-        """Return a title line, then for each block of experts a line per domain."""
-        counts = self.counts[layer]
-        bits = mutual_information_bits(counts.tolist())
-        lines = [Text(self.layer_names[layer]).append(f"  {bits:.2f} bits", style="bold")]
-        for block in blocks:
-            if len(blocks) > 1:
-                lines.append(Text(f"experts {block[0]} to {block[-1]}", style=QUIET))
-            lines += [_cells(of_domain, block, cell_width) for of_domain in counts]
-        return lines
+def _layer(counts: np.ndarray, name: str, blocks: Sequence[Sequence[int]], cell_width: int) -> list[Text]:
+    """Return a title line, then for each block of experts a line per domain."""
+    lines = [Text(name).append(f"  {mutual_information_bits(counts.tolist()):.2f} bits", style="bold")]
+    for block in blocks:
+        if len(blocks) > 1:
+            lines.append(Text(f"experts {block[0]} to {block[-1]}", style=QUIET))
+        lines += [_cells(of_domain, block, cell_width) for of_domain in counts]
+    return lines
 
 
 def _cells(counts: np.ndarray, block: Sequence[int], cell_width: int) -> Text:

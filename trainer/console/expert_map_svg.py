@@ -35,9 +35,6 @@ def expert_map_svg(
         layer_names: L names.
         title: First line of the picture.
 
-    Returns:
-        The text of an SVG file.
-
     Raises:
         ValueError: if the shapes disagree.
     """

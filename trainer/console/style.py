@@ -15,8 +15,6 @@ LEVELS: Final = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 """A column of a chart, from empty to full in eighths."""
 SHADES: Final = "\u00b7\u2591\u2592\u2593\u2588"
 """A heat map's cell: far below the even share, below, even, above, far above."""
-BAR_DONE: Final = "\u2501"
-BAR_LEFT: Final = "\u2500"
 AXIS: Final = "\u2502"
 AXIS_TICK: Final = "\u2524"
 

@@ -1,6 +1,6 @@
 """The live panel at the bottom of a terminal: progress bar, current metrics and loss curve."""
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Group
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -14,52 +14,44 @@ _MIN_CURVE, _MAX_CURVE = 10, 28
 """Width of the loss curve, in columns."""
 
 
-class TrainingPanel:
-    """Rich renderable: a progress bar over labelled values, in fixed columns so that nothing jumps."""
+def training_panel(progress: TrainingProgress, width: int) -> Group:
+    """Return a progress bar over labelled values, in fixed columns so that nothing jumps: as many as fit."""
+    total = f"{progress.total_steps:,}"
+    step = Text("step ", style=QUIET).append(f"{progress.step:>{len(total)},}", style="bold default")
+    left = f"{100 * progress.fraction:3.0f}%  {formatting.duration(progress.eta_s):>7} left"
+    parts = [bar_line(step.append(f" / {total}"), progress.fraction, Text(left)), _metrics(progress, width - 1)]
+    alerts = Text(", ".join(progress.alerts), style=ALERT, no_wrap=True, overflow="crop")
+    shares = packed(log_lines.time_shares(progress.record), width - 1, gap=2)
+    return Group(*parts, *shares, *([alerts] if alerts else []))
 
-    def __init__(self, progress: TrainingProgress) -> None:
-        self._progress = progress
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Lay out as many columns as fit."""
-        progress, width = self._progress, options.max_width - 1
-        total = f"{progress.total_steps:,}"
-        step = Text("step ", style=QUIET).append(f"{progress.step:>{len(total)},}", style="bold default")
-        left = f"{100 * progress.fraction:3.0f}%  {formatting.duration(progress.eta_s):>7} left"
-        yield bar_line(step.append(f" / {total}"), progress.fraction, Text(left))
-        yield self._metrics(width)
-        yield from packed(log_lines.time_shares(progress.record), width, gap=2)
-        if progress.alerts:
-            yield Text(", ".join(progress.alerts), style=ALERT, no_wrap=True, overflow="crop")
-
-    def _metrics(self, width: int) -> Table:
-        record, gap = self._progress.record, 2 if width < 76 else 3
-        cells = (
-            ("loss", formatting.number(record.get("loss")), 6),
-            ("bits/byte", formatting.number(self._progress.bits_per_byte), 9),
-            ("tokens/s", formatting.rate(record.get("tokens_per_s")), 8),
-            ("imbalance", formatting.ratio(record.get("load_imbalance")), 9),
-            ("dropped", formatting.percent(record.get("drop_rate")), 7),
-            ("lr", formatting.learning_rate(record.get("lr")), 7),
-            ("grad norm", formatting.number(record.get("grad_norm"), digits=2), 9),
-        )
-        table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style=QUIET)
-        values: list[Text] = []
-        free = width
-        for label, value, cell_width in cells:
-            # The loss curve is worth more than the last column.
-            reserved = _MIN_CURVE + gap if label == "grad norm" else 0
-            if cell_width + reserved > free:
-                break
-            is_bad = value.startswith(("nan", "inf", "-inf"))
-            table.add_column(label, justify="right", width=cell_width, no_wrap=True)
-            values.append(Text(value, style=ALERT if is_bad else "bold" if label == "loss" else ""))
-            free -= cell_width + gap
-        if free >= _MIN_CURVE and len(self._progress.losses) > 1:
-            table.add_column("loss so far", no_wrap=True)
-            values.append(Text(sparkline(self._progress.losses, min(_MAX_CURVE, free)), style=ACCENT))
-        table.add_row(*values)
-        return table
+def _metrics(progress: TrainingProgress, free: int) -> Table:
+    record, gap = progress.record, 2 if free < 76 else 3
+    cells = (
+        ("loss", formatting.number(record.get("loss")), 6),
+        ("bits/byte", formatting.number(progress.bits_per_byte), 9),
+        ("tokens/s", formatting.rate(record.get("tokens_per_s")), 8),
+        ("imbalance", formatting.ratio(record.get("load_imbalance")), 9),
+        ("dropped", formatting.percent(record.get("drop_rate")), 7),
+        ("lr", formatting.learning_rate(record.get("lr")), 7),
+        ("grad norm", formatting.number(record.get("grad_norm"), digits=2), 9),
+    )
+    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style=QUIET)
+    values: list[Text] = []
+    for label, value, cell_width in cells:
+        # The loss curve is worth more than the last column.
+        reserved = _MIN_CURVE + gap if label == "grad norm" else 0
+        if cell_width + reserved > free:
+            break
+        is_bad = value.startswith(("nan", "inf", "-inf"))
+        table.add_column(label, justify="right", width=cell_width, no_wrap=True)
+        values.append(Text(value, style=ALERT if is_bad else "bold" if label == "loss" else ""))
+        free -= cell_width + gap
+    if free >= _MIN_CURVE and len(progress.losses) > 1:
+        table.add_column("loss so far", no_wrap=True)
+        values.append(Text(sparkline(progress.losses, min(_MAX_CURVE, free)), style=ACCENT))
+    table.add_row(*values)
+    return table
 
 
 def bar_line(label: Text, fraction: float, status: Text) -> Table:
