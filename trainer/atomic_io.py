@@ -5,8 +5,10 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 _COPY_BLOCK_BYTES = 1 << 20
 _SYNC_ALL_ABOVE = 200
@@ -58,28 +60,12 @@ def open_unshared(path: Path, flags: int) -> int:
     if os.fstat(descriptor).st_nlink < 2:
         return descriptor
     os.close(descriptor)
-    _unshare(path)
-    return open_regular(path, flags)
-
-
-def _unshare(path: Path) -> None:
-    """Replace a file with a copy of itself."""
-    temporary = _temporary(path)
     try:
-        with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as shared, temporary.open("xb") as file:
+        with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as shared, _replacing(path) as file:
             shutil.copyfileobj(shared, file, _COPY_BLOCK_BYTES)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, os.fspath(path)) from None
-    sync_folder(path.parent)
-
-
-def _temporary(path: Path) -> Path:
-    """Return an unused name in the same folder."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    return open_regular(path, flags)
 
 
 def replace_file(path: Path, content: str) -> None:
@@ -88,14 +74,21 @@ def replace_file(path: Path, content: str) -> None:
     Raises:
         OSError: if the disk refuses; then the old file is unchanged and no temporary file is left.
     """
-    temporary = _temporary(path)
+    with _replacing(path) as file:
+        file.write(content.encode())
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Yield a new file that replaces the one at `path` at the end, unless there was an error."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(content)
+        with temporary.open("xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)

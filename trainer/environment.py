@@ -75,28 +75,38 @@ class Variables:
             raise error
 
 
-def world_size_and_rank() -> tuple[int, int]:
+def world_size_and_rank(collected: Variables | None = None) -> tuple[int, int]:
     """Return (world size, rank); (1, 0) without a launcher.
 
     Raises:
-        ConfigError: naming each invalid variable.
+        ConfigError: naming each invalid variable, unless they are to be `collected`.
     """
-    variables = Variables(os.environ)
-    found = _world_size_and_rank(variables)
-    variables.check()
-    return found
+    variables, note = collected or Variables(os.environ), "; launch and torchrun set it"
+    world_size = variables.number("WORLD_SIZE", least=1, most=_MAX_RANKS, default=1, note=note)
+    most = None if variables.problems else world_size - 1
+    if variables.environment.get("WORLD_SIZE"):
+        note = f" (WORLD_SIZE={world_size}){note}"
+    else:
+        note = ": WORLD_SIZE is not set, so there is one rank; launch and torchrun set both"
+    rank = variables.number("RANK", least=0, most=most, note=note)
+    if collected is None:
+        variables.check()
+    return world_size, rank
 
 
-def local_size_and_rank() -> tuple[int | None, int]:
-    """Return (number of ranks on this node, local rank); the number is None if unknown.
+def local_size_and_rank(collected: Variables | None = None, most: int | None = None) -> tuple[int | None, int]:
+    """Return (number of ranks on this node, at `most` so many, local rank); the number is None if unknown.
 
     Raises:
-        ConfigError: naming each invalid variable.
+        ConfigError: naming each invalid variable, unless they are to be `collected`.
     """
-    variables = Variables(os.environ)
-    found = _local_size_and_rank(variables, None)
-    variables.check()
-    return found
+    variables, note = collected or Variables(os.environ), "; launch and torchrun set it"
+    name = "LOCAL_WORLD_SIZE" if variables.environment.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE"  # DeepSpeed's launcher
+    here = variables.number(name, least=1, most=most, note=note)
+    local_rank = variables.number("LOCAL_RANK", least=0, most=here - 1 if here else None, note=note)
+    if collected is None:
+        variables.check()
+    return here or None, local_rank
 
 
 def is_first(name: str) -> bool:
@@ -114,9 +124,8 @@ def check_process_variables() -> None:
     variables = Variables(os.environ)
     threads = os.environ.get("OMP_NUM_THREADS", "")
     if threads and not _OPENMP.fullmatch(threads):
-        variables.problems.append(
-            f"OMP_NUM_THREADS={threads}: is not a number of at least 1, nor a list of such numbers"
-        )
+        problem = f"OMP_NUM_THREADS={threads}: is not a number of at least 1, nor a list of such numbers"
+        variables.problems.append(problem)
     variables.problems += _refused_by_torch()
     try:
         fault_injection.parse_faults(os.environ.get("TURNOUT_FAULTS", ""), "0")
@@ -133,9 +142,9 @@ def check_rank_variables() -> None:
     """
     variables = Variables(os.environ)
     variables.number(SUPERVISOR, least=1, most=(1 << 31) - 1, note=": launch sets it; unset it")
-    world_size, _ = _world_size_and_rank(variables)
+    world_size, _ = world_size_and_rank(variables)
     is_known = not variables.problems
-    _local_size_and_rank(variables, world_size if is_known and os.environ.get("WORLD_SIZE") else None)
+    local_size_and_rank(variables, world_size if is_known and os.environ.get("WORLD_SIZE") else None)
     variables.number("MASTER_PORT", least=1, most=65535)
     if world_size > 1:
         variables.problems += unknown_interfaces(os.environ)
@@ -145,25 +154,6 @@ def check_rank_variables() -> None:
                 f"WORLD_SIZE={world_size} needs {', '.join(missing)} as well; launch and torchrun set all of them"
             )
     variables.check()
-
-
-def _world_size_and_rank(variables: Variables) -> tuple[int, int]:
-    note = "; launch and torchrun set it"
-    world_size = variables.number("WORLD_SIZE", least=1, most=_MAX_RANKS, default=1, note=note)
-    most = None if variables.problems else world_size - 1
-    if variables.environment.get("WORLD_SIZE"):
-        note = f" (WORLD_SIZE={world_size}){note}"
-    else:
-        note = ": WORLD_SIZE is not set, so there is one rank; launch and torchrun set both"
-    return world_size, variables.number("RANK", least=0, most=most, note=note)
-
-
-def _local_size_and_rank(variables: Variables, world_size: int | None) -> tuple[int | None, int]:
-    note = "; launch and torchrun set it"
-    name = "LOCAL_WORLD_SIZE" if variables.environment.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE"  # DeepSpeed's launcher
-    here = variables.number(name, least=1, most=world_size, note=note)
-    most = here - 1 if here else None
-    return here or None, variables.number("LOCAL_RANK", least=0, most=most, note=note)
 
 
 def _refused_by_torch() -> Sequence[str]:

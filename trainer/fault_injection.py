@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 _FAULT = re.compile(r"([a-z_.]+)(?:#(\d+))?(?::(\d+))?=(kill|raise|full|sleep)")
@@ -45,14 +46,9 @@ def parse_faults(text: str, rank: str) -> list[Fault]:
     return faults
 
 
-def _planned_at_start() -> list[Fault]:
-    try:
-        return parse_faults(os.environ.get("TURNOUT_FAULTS", ""), os.environ.get("RANK", "0"))
-    except ValueError:  # reported by trainer/environment.py
-        return []
-
-
-_PLANNED = _planned_at_start()
+_PLANNED: list[Fault] = []
+with suppress(ValueError):  # reported by trainer/environment.py
+    _PLANNED = parse_faults(os.environ.get("TURNOUT_FAULTS", ""), os.environ.get("RANK", "0"))
 
 
 def hit(point: str) -> None:

@@ -22,18 +22,11 @@ def is_installed(package: str) -> bool:
     return find_spec(package) is not None
 
 
-def install_command(package: str) -> str:
-    """Return the command that installs a package, in a version that this project works with."""
-    return f"pip install 'turnout[{_EXTRAS[package]}]'" if package in _EXTRAS else f"pip install {package}"
-
-
 @contextmanager
 def importing(package: str, *, user: str) -> Iterator[None]:
-    """Explain how to install a package if the import in this context does not find it.
+    """Explain how to install a package, by its top-level name, if the import in this context does not find it.
 
-    Args:
-        package: its top-level name.
-        user: key, option or feature that needs it; the message starts with it.
+    The message starts with `user`: the key, option or feature that needs it.
 
     Raises:
         ConfigError: if the package, or a module that it needs, is missing.
@@ -45,5 +38,7 @@ def importing(package: str, *, user: str) -> Iterator[None]:
 
 
 def missing(module: str, *, user: str, package: str = "") -> str:
-    """Return the message about a missing module of a package."""
-    return f"{user}: needs {module}, which is not installed; {install_command(package or module)}"
+    """Return the message about a missing module of a package, with the command that installs a fitting version."""
+    package = package or module
+    wanted = f"'turnout[{_EXTRAS[package]}]'" if package in _EXTRAS else package
+    return f"{user}: needs {module}, which is not installed; pip install {wanted}"

@@ -46,7 +46,6 @@ class Status:
     phase: Phase = "start-up"
     state: Literal["running", "ended"] = "running"
     exit_code: int | None = None
-    """Exit code; None while the rank runs."""
     error: str | None = None
     """First line of the error that ended it."""
     started: float = 0.0
@@ -76,25 +75,14 @@ class StatusFile:
         self._write()
 
     def begin_step(self, step: int, *, first_row: int, num_rows: int) -> None:
-        """Begin a step; written at most once a second.
-
-        Args:
-            step: from 1.
-            first_row: index of its first row in the run.
-            num_rows: rows of the step, over all ranks.
-        """
+        """Begin a step; written at most once a second. The numbers of rows are over all ranks."""
         self.status.step, self.status.rows = step, [first_row, first_row + num_rows - 1]
         is_new, self.status.phase = self.status.phase != "training", "training"
         if is_new or self._written is None or time.monotonic() - self._written >= _INTERVAL_S:
             self._write()
 
     def end(self, exit_code: int, error: str | None = None) -> None:
-        """Write the end of the rank, unless it has written nothing yet.
-
-        Args:
-            exit_code: of the process.
-            error: message of the error that ended it, if any; its first line is kept.
-        """
+        """Write the end of the rank, with the first line of the error if any, unless it has written nothing yet."""
         if self._written is not None:
             self.status.state, self.status.exit_code = "ended", exit_code
             self.status.error = error.splitlines()[0] if error else None
@@ -116,9 +104,11 @@ def read_statuses(folder: Path, attempt: str) -> dict[int, Status]:
     statuses = {}
     with contextlib.suppress(OSError):
         for path in sorted(folder.iterdir()):
-            status = _read(path) if _NAME.fullmatch(path.name) else None
-            if status is not None and status.attempt == attempt:
-                statuses[status.rank] = status
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # gone meanwhile, or malformed
+                record = json.loads(path.read_text()) if _NAME.fullmatch(path.name) else {}
+                status = Status(**{field.name: record[field.name] for field in fields(Status)})
+                if status.attempt == attempt:
+                    statuses[status.rank] = status
     return statuses
 
 
@@ -128,12 +118,3 @@ def remove_others(folder: Path, *, world_size: int) -> None:
         for path in folder.iterdir():
             if _NAME.fullmatch(path.name) and int(path.stem.removeprefix("rank")) >= world_size:
                 path.unlink()
-
-
-def _read(path: Path) -> Status | None:
-    """Return a status; None if the file is missing or malformed."""
-    try:
-        record = json.loads(path.read_text())
-        return Status(**{field.name: record[field.name] for field in fields(Status)})
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

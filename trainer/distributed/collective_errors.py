@@ -26,11 +26,9 @@ def raise_together(group: Group) -> Iterator[None]:
     error: Exception | None = None
     try:
         yield
-    except TurnoutError as caught:
-        if caught.is_on_every_rank:
-            raise
-        error = caught
     except Exception as caught:
+        if isinstance(caught, TurnoutError) and caught.is_on_every_rank:
+            raise
         error = caught
     reports = barrier_gather(group, None if error is None else _report(error))
     failed = [rank for rank, report in enumerate(reports) if report is not None]
@@ -49,11 +47,7 @@ def raise_together(group: Group) -> Iterator[None]:
 
 
 def barrier_gather(group: Group, value: Plain) -> list[Any]:
-    """Return the values of all ranks, once all have come here, however long one of them takes.
-
-    Raises:
-        TurnoutError: if one of them is lost.
-    """
+    """Return the values of all ranks, once all have come here, however long one of them takes."""
     if group.watch is not None:
         group.watch.barrier()  # without timeout: one rank may read text or write files for long
     return group.all_gather_objects(value)

@@ -23,7 +23,11 @@ from trainer.errors import CommError, first_line
 
 
 class Group:
-    """A group of ranks. All methods are collective: every member must make the same calls in the same order."""
+    """A group of ranks. All methods are collective: every member must make the same calls in the same order.
+
+    `ranks` are the global ranks of its members, in order, `me` that of this process. `handle` is torch's process group;
+    None for a group of one.
+    """
 
     def __init__(
         self,
@@ -35,16 +39,6 @@ class Group:
         recorder: FlightRecorder,
         watch: Watchdog | None = None,
     ) -> None:
-        """Describe a group.
-
-        Args:
-            name: for messages.
-            ranks: global ranks of its members, in order.
-            me: global rank of this process.
-            handle: torch's process group; None for a group of one.
-            recorder: records this rank's collectives.
-            watch: watchdog, if there is one.
-        """
         assert (handle is None) == (len(ranks) == 1)
         self.name, self.ranks, self.index = name, tuple(ranks), ranks.index(me)
         self._handle, self.recorder, self.watch = handle, recorder, watch
@@ -108,11 +102,7 @@ class Group:
         return x
 
     def all_gather_objects(self, value: Plain) -> list[Any]:
-        """Return the values of all members, sent as JSON (see `wire_format`); for small values. Tuples become lists.
-
-        Raises:
-            TypeError: if it is no plain value.
-        """
+        """Return the values of all members, sent as JSON (see `wire_format`); for small values. Tuples become lists."""
         data = to_json(value)
         if self._handle is None:
             return [from_json(data)]
@@ -123,15 +113,10 @@ class Group:
             longest = max(map(int, sizes))
             parts = [mine.new_empty(longest) for _ in self.ranks]
             dist.all_gather(parts, torch.nn.functional.pad(mine, (0, longest - len(mine))), group=self._handle)
-        sent = [_bytes_of(part[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
-        return [self._read(data, source) for source, data in enumerate(sent)]
+        return [self._read(part[: int(size)], i) for i, (part, size) in enumerate(zip(parts, sizes, strict=True))]
 
     def broadcast_object(self, value: Plain) -> Any:
-        """Return the first member's value, sent as JSON (see `wire_format`); for values that may be large.
-
-        Raises:
-            TypeError: if it is no plain value.
-        """
+        """Return the first member's value, sent as JSON (see `wire_format`); for values that may be large."""
         data = to_json(value) if self.index == 0 else b""
         if self._handle is None:
             return from_json(data)
@@ -141,20 +126,14 @@ class Group:
             whole = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(int(size)).byte()
             whole = whole.to(self.device)
             dist.broadcast(whole, self.ranks[0], group=self._handle)
-        return self._read(_bytes_of(whole), 0)
+        return self._read(whole, 0)
 
     def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """Send the first send[0] rows of x to member 0, the next send[1] to member 1 and so on; differentiable.
 
         Both sides must pass matching sizes: gloo does not notice if a receiver expects more than was sent.
 
-        Args:
-            x: (sum(send), ...).
-            send: rows for each member.
-            receive: rows from each member.
-
-        Returns:
-            (sum(receive), ...) ordered by member.
+        Shapes: x (sum(send), ...) -> (sum(receive), ...) ordered by member.
         """
         return self.start_all_to_all(x, send, receive).wait()
 
@@ -172,20 +151,16 @@ class Group:
         assert work is not None, "this rank is in the group"
         return PendingOp(self, operation, work, x, out)
 
-    def _read(self, data: bytes, source: int) -> Any:
+    def _read(self, data: Tensor, source: int) -> Any:
         try:
-            return from_json(data)
+            return from_json(data.cpu().numpy().tobytes())
         except (ValueError, RecursionError) as error:
-            last = self.recorder.operations[-1]
-            raise CommError(
-                f"rank {self.ranks[self.index]}: {last} failed at step {self.recorder.step}: rank {self.ranks[source]} "
-                f"sent invalid JSON"
-            ) from error
+            what = f"rank {self.ranks[source]} sent invalid JSON"
+            raise CommError(self._failure(self.recorder.operations[-1], what)) from error
 
     @contextmanager
     def _watched(self, name: str, sizes: Sequence[int]) -> Iterator[None]:
-        operation = self.recorder.note(name, self.name, sizes)
-        with self.awaited(operation):
+        with self.awaited(self.recorder.note(name, self.name, sizes)):
             yield
 
     @contextmanager
@@ -201,10 +176,10 @@ class Group:
         try:
             yield
         except RuntimeError as error:
-            raise CommError(
-                f"rank {self.ranks[self.index]}: {operation} failed at step {self.recorder.step}: "
-                f"{backend_reason(error)}"
-            ) from error
+            raise CommError(self._failure(operation, backend_reason(error))) from error
+
+    def _failure(self, operation: Operation, reason: str) -> str:
+        return f"rank {self.ranks[self.index]}: {operation} failed at step {self.recorder.step}: {reason}"
 
 
 class AllToAll:
@@ -278,10 +253,6 @@ class _Receive(torch.autograd.Function):
         assert exchange.pending is None, "its gradient is already in flight"
         exchange.pending = exchange.group.issue_all_to_all(grad, exchange.receive, exchange.send)
         return exchange.pending.out, None
-
-
-def _bytes_of(x: Tensor) -> bytes:
-    return x.cpu().numpy().tobytes()
 
 
 def is_collective_error(error: BaseException) -> bool:

@@ -1,7 +1,7 @@
 """Compare values that must be equal on all ranks, before a difference causes wrong results or a hang."""
 
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer.config.dump import changed_values, short
@@ -9,15 +9,13 @@ from trainer.distributed.collective_errors import barrier_gather
 from trainer.distributed.collectives import Group
 from trainer.distributed.rank_layout import format_ranks
 
-_SHOWN = 8
-"""Most keys, ranks and hosts named in a message; further ones are only counted."""
+_SHOWN = 8  # most keys, ranks and hosts named in a message; further ones are only counted
 
 
 def differences_across_ranks(group: Group, values: Mapping[str, Any]) -> list[str]:
     """Compare JSON values with those of the group's first rank; collective.
 
-    Returns:
-        A line for each key whose value differs, with values, ranks and hosts; the same on all ranks.
+    Return a line for each key whose value differs, with values, ranks and hosts; the same on all ranks.
     """
     if group.size == 1:
         return []
@@ -42,10 +40,6 @@ def differences_across_ranks(group: Group, values: Mapping[str, Any]) -> list[st
 def _members(group: Group, hosts: Sequence[str], members: Sequence[int]) -> str:
     ranks = [group.ranks[index] for index in members]
     shown = format_ranks(ranks) if len(ranks) <= _SHOWN else f"{len(ranks)} ranks from {ranks[0]} on"
-    return f"{shown} ({_listed(hosts[index] for index in members)})"
-
-
-def _listed(names: Iterable[str]) -> str:
-    unique = list(dict.fromkeys(names))
-    more = f" and {len(unique) - _SHOWN} more hosts" if len(unique) > _SHOWN else ""
-    return f"host{'s' * (len(unique) > 1)} {', '.join(unique[:_SHOWN])}{more}"
+    names = list(dict.fromkeys(hosts[index] for index in members))
+    more = f" and {len(names) - _SHOWN} more hosts" if len(names) > _SHOWN else ""
+    return f"{shown} (host{'s' * (len(names) > 1)} {', '.join(names[:_SHOWN])}{more})"

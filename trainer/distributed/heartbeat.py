@@ -22,9 +22,7 @@ class Heartbeat:
     where: str
     """Current file and line of this project."""
     count: int
-    """Collectives begun so far."""
     operations: Sequence[str]
-    """The last collectives."""
     barriers: int
     """Barriers entered so far (see `Watchdog.barrier`)."""
     error: str | None = None
@@ -47,8 +45,7 @@ class Heartbeat:
 
     def position(self) -> str:
         """Return the rank's step, phase and source line in words."""
-        at = f" at {self.where}" if self.where else ""
-        return f"step {self.step}, {self.phase}{at}"
+        return f"step {self.step}, {self.phase}{f' at {self.where}' if self.where else ''}"
 
 
 def silent_ranks(before: Mapping[int, Heartbeat], after: Mapping[int, Heartbeat]) -> list[int]:
@@ -63,11 +60,8 @@ def diagnose_lost_ranks(
 ) -> str:
     """Return a message: which rank is missing, where it was, and the last collectives of each rank.
 
-    Args:
-        beats: last heartbeat of every rank.
-        silent: ranks that send no heartbeats any more.
-        silence_s: for how long at least.
-        waited_s: how long this rank had waited for the collective.
+    `beats` has the last heartbeat of every rank. The `silent` ones have sent none for at least `silence_s`; this rank
+    had waited for the collective for `waited_s`.
     """
     lines = [f"{_cause(beats, silent, silence_s)}; the collective had taken {waited_s:.0f} s"]
     shown = sorted(beats, key=lambda rank: (rank not in silent, beats[rank].count, rank))
@@ -82,14 +76,10 @@ def diagnose_lost_ranks(
 
 
 def diagnose_lost_store(address: str, lost: Sequence[int], *, silence_s: float, step: int, phase: str) -> str:
-    """Return a message about a store that does not answer, so that no heartbeats can be read.
+    """Return a message about a store that has not answered for `silence_s`, so that no heartbeats can be read.
 
-    Args:
-        address: of the store.
-        lost: ranks on its host; empty if this rank is one of them, so that only the store's process can be frozen.
-        silence_s: for how long it has not answered.
-        step: of this rank.
-        phase: of this rank.
+    `lost` are the ranks on its host; empty if this rank, at `step` in `phase`, is one of them, so that only the store's
+    process can be frozen.
     """
     silence = f"the store of all ranks at {address} has not answered for {silence_s:.0f} s"
     if not lost:
@@ -101,10 +91,8 @@ def _cause(beats: Mapping[int, Heartbeat], silent: Sequence[int], silence_s: flo
     if silent:
         alive = [beat for rank, beat in beats.items() if rank not in silent]
         at = max(alive, key=lambda beat: beat.count) if alive else beats[silent[0]]
-        return (
-            f"{_ranks(silent)} lost at step {at.step} in {at.phase}: no heartbeat for {silence_s:.0f} s or more "
-            "(killed, frozen or cut off)"
-        )
+        where = f"{_ranks(silent)} lost at step {at.step} in {at.phase}"
+        return f"{where}: no heartbeat for {silence_s:.0f} s or more (killed, frozen or cut off)"
     gone = [rank for rank, beat in beats.items() if beat.state == "left"]
     if gone:
         return f"{_ranks(gone)} at its end at step {beats[gone[0]].step} while the others continue: ranks have diverged"
@@ -121,11 +109,8 @@ def _cause(beats: Mapping[int, Heartbeat], silent: Sequence[int], silence_s: flo
     usual = max(set(kinds.values()), key=list(kinds.values()).count)
     others = [rank for rank, kind in kinds.items() if kind != usual]
     if others:
-        beat = beats[others[0]]
-        return (
-            f"{_ranks(others)} in another collective than the others at step {beat.step} in {beat.phase}: "
-            "ranks have diverged"
-        )
+        at = f"at step {beats[others[0]].step} in {beats[others[0]].phase}"
+        return f"{_ranks(others)} in another collective than the others {at}: ranks have diverged"
     return f"no rank is missing at step {max(beat.step for beat in beats.values())}: the network between them failed"
 
 

@@ -17,16 +17,13 @@ def key_of(rank: int) -> str:
 
 
 class HeartbeatThread:
-    """Publishes heartbeats; the only writer of this rank's key, so that an older one never overwrites a newer one."""
+    """Publishes heartbeats; the only writer of this rank's key, so that an older one never overwrites a newer one.
+
+    `store` is a connection of its own, since a blocked request blocks all users of a connection. `beat` returns the
+    current heartbeat with a given number.
+    """
 
     def __init__(self, store: dist.Store, *, rank: int, beat: Callable[[int], Heartbeat]) -> None:
-        """Prepare.
-
-        Args:
-            store: a connection of its own, since a blocked request blocks all users of a connection.
-            rank: of this process.
-            beat: returns the current heartbeat with a given number.
-        """
         self._store, self._rank, self._beat = store, rank, beat
         self._asked_at: float | None = None
         self._is_last = False

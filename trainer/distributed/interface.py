@@ -4,11 +4,13 @@ one node         127.0.0.1 and its interface, so that no other host can even con
 several nodes    the address that MASTER_ADDR resolves to on the first node; never all addresses
 """
 
+import fcntl
 import ipaddress
 import os
 import socket
 import struct
 from collections.abc import Mapping
+from contextlib import suppress
 
 from trainer.errors import ConfigError
 
@@ -35,19 +37,11 @@ def interface_towards(host: str) -> str | None:
 def addresses() -> dict[str, str]:
     """Return this host's IPv4 addresses by interface; empty if unknown."""
     found = {}
-    try:
-        import fcntl
-
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            for _, name in socket.if_nameindex():
-                request = struct.pack("256s", name.encode()[:15])
-                try:
-                    reply = fcntl.ioctl(probe.fileno(), _GET_ADDRESS, request)
-                except OSError:  # an interface without an IPv4 address
-                    continue
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # an interface without an IPv4 address
+                reply = fcntl.ioctl(probe.fileno(), _GET_ADDRESS, struct.pack("256s", name.encode()[:15]))
                 found[name] = socket.inet_ntoa(reply[20:24])
-    except (ImportError, OSError):
-        return {}
     return found
 
 
@@ -78,11 +72,8 @@ def address_to_listen_on(master_addr: str, environment: Mapping[str, str]) -> st
     """Return the single address on which the first node listens: the one that MASTER_ADDR resolves to.
 
     MASTER_ADDR may also resolve to a loopback address (127.0.1.1 for the host's own name) or to one that a router
-    translates. Then it is the address of the interface that the user has named, or of the only one.
-
-    Args:
-        master_addr: given by the user.
-        environment: with GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME, if the user has named an interface.
+    translates. Then it is the address of the interface that the user has named by GLOO_SOCKET_IFNAME or
+    NCCL_SOCKET_IFNAME, or of the only one.
 
     Raises:
         ConfigError: if the address is ambiguous, or there is none.

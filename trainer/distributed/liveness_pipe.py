@@ -16,27 +16,20 @@ _MIN_CPU_S = 0.01
 def start_liveness_thread(name: str, status: StatusFile | None = None) -> None:
     """Start to write liveness messages, if this process has a supervisor.
 
-    Args:
-        name: rank of this process, or `torchrun`.
-        status: of the only rank of a run. No other rank would notice that it hangs, so its messages also stop if it
-            uses no CPU time in the middle of a step. None for several ranks.
+    `name` is the rank of this process, or `torchrun`. `status` is that of the only rank of a run: no other rank would
+    notice that it hangs, so its messages also stop if it uses no CPU time in the middle of a step. None for several
+    ranks.
     """
     folder = os.environ.get(LIVENESS_FOLDER)
     if folder is not None:
-        threading.Thread(
-            target=_write, args=(Path(folder) / LIVENESS_PIPE, name, status), name="liveness", daemon=True
-        ).start()
+        arguments = Path(folder) / LIVENESS_PIPE, name, status
+        threading.Thread(target=_write, args=arguments, name="liveness", daemon=True).start()
 
 
 class CpuProgress:
-    """Detects a hang of the only rank of a run; several ranks detect hangs of each other."""
+    """Detects a hang of the only rank of a run; several ranks, without `status`, detect hangs of each other."""
 
     def __init__(self, status: StatusFile | None) -> None:
-        """Start to observe.
-
-        Args:
-            status: of the only rank; None if there are several.
-        """
         self._status = status
         self._step, self._cpu_s = self._current_step(), _cpu_s()
 

@@ -23,12 +23,10 @@ from trainer.distributed.watchdog import Watchdog
 from trainer.errors import CommError, ConfigError, first_line
 from trainer.step_timer import StepTimer
 
-_MIN_START_S = 300.0
-"""Minimum rendezvous timeout: import and start-up times differ between ranks."""
+_MIN_START_S = 300.0  # at least, for the rendezvous: import and start-up times differ between ranks
 _RENDEZVOUS_GRACE_S = 10.0
 _NCCL_MARGIN_S = 15.0
-_SAVING_TIMEOUT = timedelta(hours=6)
-"""Writing files may take long; lost ranks are detected by the watchdog."""
+_SAVING_TIMEOUT = timedelta(hours=6)  # writing files may take long; the watchdog detects lost ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,10 +58,8 @@ class Mesh:
 def joined(layout: Layout, device: torch.device, *, timeout_s: float) -> Iterator[Mesh]:
     """Connect to the other ranks and yield this rank's groups; leave the groups at the end.
 
-    Args:
-        layout: of this rank.
-        device: selects gloo for CPUs and NCCL for GPUs.
-        timeout_s: longest time for one collective before a rank counts as lost.
+    `device` selects gloo for CPUs and NCCL for GPUs. `timeout_s` is the longest time for one collective before a rank
+    counts as lost.
     """
     recorder, on_gpu = FlightRecorder(step_timer=StepTimer(clock_of(device))), device.type != "cpu"
     if layout.world_size == 1:
@@ -78,13 +74,8 @@ def joined(layout: Layout, device: torch.device, *, timeout_s: float) -> Iterato
         # NCCL's own watchdog kills the process at its timeout without naming the lost rank, so ours must be earlier.
         timeout = timedelta(seconds=timeout_s + (_NCCL_MARGIN_S if on_gpu else 0))
         try:
-            dist.init_process_group(
-                "nccl" if on_gpu else "gloo",
-                store=store,
-                rank=layout.rank,
-                world_size=layout.world_size,
-                timeout=timeout,
-            )
+            backend, rank, size = "nccl" if on_gpu else "gloo", layout.rank, layout.world_size
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
             mesh = build_mesh(layout, recorder, watch)
         except RuntimeError as error:  # from the network, or since a rank has left meanwhile
             raise _cannot_join(layout, error) from error

@@ -22,9 +22,7 @@ _ADVICE = (
 def check_tasks(environment: Mapping[str, str], *, expected: int) -> None:
     """Check that this is not one of several processes that would each start the same run.
 
-    Args:
-        environment: of this process.
-        expected: intended number of processes: the nodes, under `launch`.
+    `expected` is the intended number of processes: the nodes, under `launch`.
 
     Raises:
         ConfigError: naming the variable with their number, and how to start several ranks.

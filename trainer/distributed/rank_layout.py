@@ -27,7 +27,6 @@ class Layout:
     ep_size: int = 1
     """Ranks that shard one copy of the experts: consecutive ranks, so on one node if possible."""
     ranks_per_node: int = 1
-    """Ranks on each node."""
 
     @property
     def ep_rank(self) -> int:

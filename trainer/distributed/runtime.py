@@ -84,7 +84,6 @@ def git_commit() -> str | None:
 
 def environment_info() -> dict[str, Any]:
     """Return versions and hardware of this process for environment.json, without secrets."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "python": platform.python_version(),
         "turnout": turnout_version(),
@@ -92,7 +91,7 @@ def environment_info() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu_vendor": cpu_vendor(),
         "git_commit": git_commit(),
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "num_threads": torch.get_num_threads(),
         "world_size": 1,
     }

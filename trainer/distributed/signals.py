@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Self
 
 from trainer.errors import StopRequested
@@ -17,12 +17,9 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def listen(handler: Callable[[int, FrameType | None], None]) -> dict[int, object]:
-    """Install a handler for SIGTERM, SIGINT, SIGUSR1 (Slurm's warning) and SIGHUP (the terminal was closed).
+    """Install a handler for SIGTERM, SIGINT, SIGUSR1 (Slurm's warning) and SIGHUP; return the previous handlers.
 
     A signal that is ignored already (nohup, a shell's &) stays ignored.
-
-    Returns:
-        The previous handlers.
     """
     handled = [number for number in _STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in handled}
@@ -66,18 +63,12 @@ class StopRequest:
         self._before = listen(self._on_signal)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if not self._is_obeyed and kind is not StopRequested:
             self._restore()
 
     def begin_steps(self) -> None:
-        """Only set the flag from now on.
-
-        Raises:
-            StopRequested: if it is set already.
-        """
+        """Only set the flag from now on; raises `StopRequested` if it is set already."""
         self._ends_at_once = False
         self.check()
 

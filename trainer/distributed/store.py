@@ -13,41 +13,23 @@ from trainer.distributed.interface import address_to_listen_on, listening_socket
 
 
 def serve(address: str, port: int, *, clients: int | None, timeout_s: float) -> dist.TCPStore:
-    """Start a store that listens on one address.
+    """Start a store that listens on one address of this host; port 0 picks a free one.
 
-    Args:
-        address: of this host.
-        port: to listen on; 0 picks a free one.
-        clients: number of clients to wait for, including this process; None does not wait.
-        timeout_s: timeout of requests.
+    `clients` is the number of clients to wait for, including this process; None does not wait.
 
     Raises:
         OSError: if it cannot listen there.
     """
     listener = listening_socket(address, port)
-    return dist.TCPStore(
-        address,
-        listener.getsockname()[1],
-        clients,
-        True,
-        timeout=timedelta(seconds=timeout_s),
-        wait_for_workers=clients is not None,
-        master_listen_fd=listener.detach(),
-    )
+    port, timeout, waits = listener.getsockname()[1], timedelta(seconds=timeout_s), clients is not None
+    return dist.TCPStore(address, port, clients, True, timeout, waits, master_listen_fd=listener.detach())
 
 
 def connect_store(address: str, port: int, *, rank: int, world_size: int, timeout_s: float) -> dist.Store:
     """Connect to the store of all ranks: torchrun's, or one that rank 0 starts under other launchers.
 
-    Args:
-        address: MASTER_ADDR.
-        port: MASTER_PORT.
-        rank: of this process.
-        world_size: number of ranks.
-        timeout_s: longest time to wait for the other ranks.
-
     Raises:
-        OSError, RuntimeError: if the ranks cannot connect.
+        OSError, RuntimeError: if the ranks cannot connect within `timeout_s`.
     """
     is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if rank == 0 and not is_torchruns:

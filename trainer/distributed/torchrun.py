@@ -13,15 +13,9 @@ import threading
 from typing import Any, Literal, NoReturn
 
 from torch.distributed import run as torchrun
+from torch.distributed.elastic import rendezvous
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import (
-    RendezvousError,
-    RendezvousHandler,
-    RendezvousInfo,
-    RendezvousParameters,
-    rendezvous_handler_registry,
-)
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
 from trainer.distributed.interface import address_to_listen_on
@@ -33,22 +27,18 @@ from trainer.status import LIVENESS_FOLDER, REPORT
 from trainer.terminal import print_safe
 
 _BACKEND = "turnout"
-_RENDEZVOUS_S = 600
-"""Rendezvous timeout: nodes start at different times."""
+_RENDEZVOUS_S = 600  # nodes start at different times
 _GRACE_S = 5.0
 
 
 class Rendezvous(StaticTCPRendezvous):
-    """Static rendezvous of the nodes in a store that listens on one address of the first node."""
+    """Static rendezvous of the nodes in a store that listens on one address of the first node.
+
+    The timer `late` reports a failure if the store falls silent before the ranks run, which torch's timeouts do not
+    cover.
+    """
 
     def __init__(self, *place: Any, late: threading.Timer) -> None:
-        """Prepare.
-
-        Args:
-            place: arguments of torchrun's static rendezvous.
-            late: timer that reports a failure if the store falls silent before the ranks run, which torch's timeouts do
-                not cover.
-        """
         super().__init__(*place)
         self.late = late
         late.daemon = True
@@ -58,12 +48,8 @@ class Rendezvous(StaticTCPRendezvous):
         """Return the name of this rendezvous backend."""
         return _BACKEND
 
-    def next_rendezvous(self) -> RendezvousInfo:
-        """Wait for all nodes.
-
-        Raises:
-            OSError, RuntimeError: if they cannot connect.
-        """
+    def next_rendezvous(self) -> rendezvous.RendezvousInfo:
+        """Wait for all nodes."""
         if self._store is None and self.rank == 0:
             address = address_to_listen_on(self.master_addr, os.environ)
             seconds = self.timeout.total_seconds()
@@ -88,25 +74,27 @@ def run() -> NoReturn:
     address, port = options.master_addr, options.master_port
     where = f"{address}:{port}"
     options.rdzv_backend, options.rdzv_endpoint = _BACKEND, where
-    silent = {"error": _failure(f"the store there has not answered for {_RENDEZVOUS_S} s", where)}
+    failure = (
+        f"cannot connect to the other nodes through {where}: {{}}; check that every node was started, with the same "
+        "MASTER_ADDR and MASTER_PORT, and that the port is free on the first"
+    )
+    silent = {"error": failure.format(f"the store there has not answered for {_RENDEZVOUS_S} s")}
     late = threading.Timer(_RENDEZVOUS_S + _GRACE_S, _end, [descriptor, silent, CommError.exit_code])
 
-    def make_handler(parameters: RendezvousParameters) -> RendezvousHandler:
+    def make_handler(parameters: rendezvous.RendezvousParameters) -> rendezvous.RendezvousHandler:
         nodes, run_id = parameters.max_nodes, parameters.run_id
         return Rendezvous(address, port, options.node_rank, nodes, run_id, _RENDEZVOUS_S, late=late)
 
-    rendezvous_handler_registry.register(_BACKEND, make_handler)
+    rendezvous.rendezvous_handler_registry.register(_BACKEND, make_handler)
     try:
         torchrun.run(options)
     except ChildFailedError as error:
-        failures = [
-            {"rank": rank, "pid": failure.pid, "code": failure.exitcode} for rank, failure in error.failures.items()
-        ]
+        failures = [{"rank": rank, "pid": one.pid, "code": one.exitcode} for rank, one in error.failures.items()]
         _end(descriptor, {"failures": failures}, 1)
     except SignalException as error:
         _end(descriptor, {"signal": error.sigval.name}, 1)
-    except (RuntimeError, OSError, RendezvousError) as error:  # from its store, over the network
-        _end(descriptor, {"error": _failure(first_line(error), where)}, CommError.exit_code)
+    except (RuntimeError, OSError, rendezvous.RendezvousError) as error:  # from its store, over the network
+        _end(descriptor, {"error": failure.format(first_line(error))}, CommError.exit_code)
     _end(descriptor, {}, 0)
 
 
@@ -128,14 +116,6 @@ def _end(descriptor: int, report: dict[str, Any], exit_code: int) -> NoReturn:
     with os.fdopen(descriptor, "w") as file:
         json.dump(report, file)
     os._exit(exit_code)
-
-
-def _failure(reason: str, where: str) -> str:
-    """Return a message about a failure of torchrun itself."""
-    return (
-        f"cannot connect to the other nodes through {where}: {reason}; check that "
-        "every node was started, with the same MASTER_ADDR and MASTER_PORT, and that the port is free on the first"
-    )
 
 
 if __name__ == "__main__":

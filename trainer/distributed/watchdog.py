@@ -47,7 +47,12 @@ _THIS_FOLDER = str(Path(__file__).parent)
 
 
 class Watchdog:
-    """Watchdog of one rank."""
+    """Watchdog of one rank; no collective takes longer than `timeout_s`.
+
+    The store is shared by all ranks of this attempt. With `on_gpu` collectives return at once and are waited for
+    elsewhere, so a flight recorder without changes in the middle of a step counts as waiting. `store_address` is for
+    messages; `store_node_ranks` are the ranks on the store's host, if this is not one of them.
+    """
 
     def __init__(
         self,
@@ -61,19 +66,6 @@ class Watchdog:
         store_address: str = "",
         store_node_ranks: Sequence[int] = (),
     ) -> None:
-        """Prepare.
-
-        Args:
-            store: of this attempt, shared by all ranks.
-            rank: of this process.
-            world_size: number of ranks.
-            recorder: flight recorder of this rank.
-            timeout_s: longest time for one collective.
-            on_gpu: collectives return at once and are waited for elsewhere, so a flight recorder without changes in the
-                middle of a step counts as waiting.
-            store_address: of the store, for messages.
-            store_node_ranks: ranks on the store's host, if this is not one of them.
-        """
         self.rank, self.world_size, self.recorder = rank, world_size, recorder
         self.timeout_s, self.on_gpu = timeout_s, on_gpu
         # Separate connections: a blocked request blocks all users of its connection.
@@ -128,17 +120,13 @@ class Watchdog:
             time.sleep(pause_s)
             return self._store.add(key, 0) >= self.world_size
 
-        self._wait(
-            have_all_come,
-            is_awaited=lambda beat: beat.barriers < number,
-            failure="does not come to the barrier of all ranks",
-        )
+        failure = "does not come to the barrier of all ranks"
+        self._wait(have_all_come, is_awaited=lambda beat: beat.barriers < number, failure=failure)
 
     def wait_until(self, done: Callable[[float], bool]) -> None:
         """Wait for work that all ranks share in another thread, for as long as it takes while all are alive.
 
-        Args:
-            done: waits for at most the given seconds, and returns whether the work is done.
+        `done` waits for at most the given seconds, and returns whether the work is done.
 
         Raises:
             CommError: if a rank is lost.
@@ -157,8 +145,9 @@ class Watchdog:
             for rank, beat in ((rank, beat) for rank, beat in beats.items() if is_awaited(beat)):
                 if rank not in last_change or last_change[rank][0] != beat.number:
                     last_change[rank] = (beat.number, now)
-                is_gone = beat.state in ("gave up", "left") or self._has_vanished(beat)
-                if is_gone or now - last_change[rank][1] > self.timeout_s:
+                # On this host it has no process any more: no timeout need be waited for.
+                has_vanished = beat.pid_namespace == self._pid_namespace and not is_alive(beat.pid)
+                if has_vanished or beat.state in ("gave up", "left") or now - last_change[rank][1] > self.timeout_s:
                     raise CommError(f"rank {self.rank}: rank {rank} {failure}")
 
     def explain(self, error: CommError) -> TurnoutError:
@@ -182,8 +171,8 @@ class Watchdog:
                     return self._exit_soon(shown)
             silent = silent_ranks(before, beats)
             text = diagnose_lost_ranks(beats, silent, silence_s=_READ_INTERVAL_S, waited_s=waited_s)
-            text = f"{text}\n  noticed by {error}"
-            return self._exit_soon(self._shared_error(text, CommError.exit_code, is_reported=False))
+            shown = self._shared_error(f"{text}\n  noticed by {error}", CommError.exit_code, is_reported=False)
+            return self._exit_soon(shown)
         except RuntimeError as lost:  # the store is lost as well
             text = f"{error}; torchrun's store does not answer either: the node that hosts it (the first) is lost"
             return self._exit_soon(CommError(f"{text} ({first_line(lost)})"))
@@ -203,8 +192,9 @@ class Watchdog:
 
     def _shared_error(self, text: str, exit_code: int, is_reported: bool) -> TurnoutError:
         """Return the error: to be shown on the first rank that asks, silent on the others or if already reported."""
-        if is_reported or self._is_claimed(text):
-            return RemoteRankError(text, exit_code)
+        with exit_after(_STORE_DEADLINE_S, text, CommError.exit_code):
+            if is_reported or self._store.add("reported", 1) > 1:
+                return RemoteRankError(text, exit_code)
         error = CommError(text)
         error.exit_code = exit_code
         return error
@@ -250,14 +240,9 @@ class Watchdog:
 
     def _silence_of_store(self, error: CommError, silence_s: float) -> str:
         """Return a message that names the ranks on the silent store's host, as far as this rank knows them."""
-        step, phase = self.recorder.step, self.recorder.phase
-        lost = self._store_node_ranks
+        step, phase, lost = self.recorder.step, self.recorder.phase, self._store_node_ranks
         text = diagnose_lost_store(self._store_address, lost, silence_s=silence_s, step=step, phase=phase)
         return f"{text}\n  noticed by {error}"
-
-    def _has_vanished(self, beat: Heartbeat) -> bool:
-        """Return whether a rank on this host has no process any more, so that no timeout need be waited for."""
-        return beat.pid_namespace == self._pid_namespace and not is_alive(beat.pid)
 
     def _read(self) -> dict[int, Heartbeat]:
         texts = self._store.multi_get([key_of(rank) for rank in range(self.world_size)])
@@ -266,11 +251,6 @@ class Watchdog:
     def _read_or_exit(self, error: CommError) -> dict[int, Heartbeat]:
         with exit_after(_STORE_DEADLINE_S, self._silence_of_store(error, _STORE_DEADLINE_S), CommError.exit_code):
             return self._read()
-
-    def _is_claimed(self, text: str) -> bool:
-        """Return whether another rank has claimed the report; if not, claim it."""
-        with exit_after(_STORE_DEADLINE_S, text, CommError.exit_code):
-            return self._store.add("reported", 1) > 1
 
     def _last(self) -> str:
         operations = list(self.recorder.operations)

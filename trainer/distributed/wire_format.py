@@ -26,11 +26,7 @@ def to_json(value: Plain) -> bytes:
 
 
 def from_json(data: bytes) -> Any:
-    """Decode the result of `to_json`.
-
-    Raises:
-        ValueError: if it is not JSON.
-    """
+    """Decode the result of `to_json`."""
     return json.loads(data)
 
 
@@ -55,13 +51,11 @@ def _check(value: Any) -> None:
     if value is None or isinstance(value, bool | int | float | str):
         return
     if isinstance(value, Mapping):
-        invalid = [key for key in value if not isinstance(key, str)]
-        if invalid:
-            raise TypeError(f"{invalid[0]!r} is a key of a mapping and not a str: JSON would convert it")
-        parts: Sequence[Any] = list(value.values())
-    elif isinstance(value, list | tuple):
-        parts = value
-    else:
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"{key!r} is a key of a mapping and not a str: JSON would convert it")
+        value = list(value.values())
+    elif not isinstance(value, list | tuple):
         raise TypeError(f"{type(value).__name__} cannot be sent: ranks send each other tensors and JSON only")
-    for part in parts:
+    for part in value:
         _check(part)

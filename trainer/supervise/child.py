@@ -20,12 +20,7 @@ class Child:
     """A process in a process group of its own, so that Ctrl-C reaches it once, through the supervisor."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Start it.
-
-        Args:
-            command: with its arguments.
-            environment: of the process, with the name of the attempt.
-        """
+        """Start it; `environment` has the name of the attempt."""
         self._attempt = environment[ATTEMPT]
         self._reports, reports = os.pipe()
         os.set_blocking(self._reports, False)

@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.distributed.rank_layout import format_ranks
 from trainer.errors import PREEMPTED, CommError, ResourceError
@@ -33,8 +33,7 @@ class ExitStatus:
     """The final save failed for lack of resources: another attempt would repeat the work and fail again."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Failure:
+class _Failure(NamedTuple):
     """A rank that ended before the run did."""
 
     rank: int
@@ -77,9 +76,9 @@ def diagnose_exit(
     if is_alone and returncode:
         reported = [_Failure(rank=0, pid=pid, code=returncode)]
     written = [
-        _Failure(rank=rank, pid=status.pid, code=status.exit_code, time=status.updated, error=status.error)
-        for rank, status in statuses.items()
-        if status.exit_code
+        _Failure(rank, one.pid, one.exit_code, one.updated, one.error)
+        for rank, one in statuses.items()
+        if one.exit_code
     ]
     ended = {rank for rank, status in statuses.items() if status.state == "ended"}
     failures = [failure for failure in reported if failure.rank not in ended] + written
@@ -101,14 +100,19 @@ def diagnose_exit(
     if silent and code < 0:
         exit_code = CommError.exit_code
     elif code < 0:  # prefer the exit code by which other ranks reported the lost one
-        reported_codes = [failure.code for failure in written if failure.code != PREEMPTED]
-        exit_code = reported_codes[0] if reported_codes else 128 - code
-    last = _last(statuses)
+        exit_code = next((failure.code for failure in written if failure.code != PREEMPTED), 128 - code)
+    # Prefer ranks that have ended, as other statuses are up to 1 s old.
+    done = [statuses[rank] for rank in ended]
+    last = max(done or statuses.values(), key=lambda status: status.step, default=None)
+    where = "in start-up"
+    if last is not None and last.step > 0:
+        phase = "" if last.phase == "training" else f" ({last.phase})"
+        where = f"at {'' if last.state == 'ended' else 'about '}step {last.step}{phase}"
     return ExitStatus(
         code=code,
         exit_code=exit_code,
         what=what,
-        where=_where(last),
+        where=where,
         step=0 if last is None else last.step,
         rows=None if last is None else last.rows,
         has_begun=has_begun,
@@ -136,19 +140,6 @@ def _priority(code: int) -> int:
     if code == PREEMPTED:
         return 3
     return 1 if code < 0 else 2
-
-
-def _last(statuses: Mapping[int, Status]) -> Status | None:
-    """Return the status with the highest step; prefer ranks that have ended, as other statuses are up to 1 s old."""
-    ended = [status for status in statuses.values() if status.state == "ended"]
-    return max(ended or statuses.values(), key=lambda status: status.step, default=None)
-
-
-def _where(last: Status | None) -> str:
-    if last is None or last.step == 0:
-        return "in start-up"
-    phase = "" if last.phase == "training" else f" ({last.phase})"
-    return f"at {'' if last.state == 'ended' else 'about '}step {last.step}{phase}"
 
 
 def _how(code: int) -> str:

@@ -30,9 +30,7 @@ class Launch:
     """The ranks of one run, and which of them this node starts."""
 
     nproc: int = 1
-    """Ranks on each node."""
     nnodes: int = 1
-    """Number of nodes."""
     node_rank: int = 0
     """Index of this node, from 0."""
     master_addr: str = ""
@@ -42,11 +40,7 @@ class Launch:
 
     @classmethod
     def of(cls, options: Mapping[str, str | None], environment: Mapping[str, str]) -> "Launch":
-        """Read command-line options, with environment variables as defaults.
-
-        Args:
-            options: `nproc`, `nnodes`, `node_rank`, `master_addr`, `master_port`, as typed.
-            environment: with NPROC, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
+        """Read command-line options as typed, with environment variables (NPROC, MASTER_ADDR, ...) as defaults.
 
         Raises:
             ConfigError: one line for each invalid value.
@@ -89,9 +83,6 @@ class Launch:
     def check_port(self, environment: Mapping[str, str]) -> None:
         """Check on the first node that the rendezvous port is free.
 
-        Args:
-            environment: may name the interface between the nodes.
-
         Raises:
             ConfigError: if the port is in use or not permitted.
         """
@@ -107,11 +98,7 @@ class Launch:
             ) from None
 
     def command(self, arguments: Sequence[str]) -> list[str]:
-        """Return the command that starts this node's ranks: a single rank directly, several by torchrun.
-
-        Args:
-            arguments: of `python -m trainer`, the same for every rank.
-        """
+        """Return the command for this node's ranks of `python -m trainer`: one directly, several by torchrun."""
         if self.world_size == 1:
             return [sys.executable, "-m", "trainer", *arguments]
         # On one node any free port will do, since no other node needs to know it.
@@ -130,13 +117,7 @@ def environment_of_attempt(environment: Mapping[str, str]) -> dict[str, str]:
     own = {ATTEMPT: uuid.uuid4().hex, SUPERVISOR: str(os.getpid())}
     if sys.flags.safe_path:  # torchrun does not pass on python -P
         own["PYTHONSAFEPATH"] = "1"
-    defaults = {
-        "PET_SIGNALS_TO_HANDLE": environment.get("TORCHELASTIC_SIGNALS_TO_HANDLE", _SIGNALS),
-        _SHUTDOWN: _SHUTDOWN_S,
-    }
-    given = {
-        name: value
-        for name, value in environment.items()
-        if name not in _RANK_VARIABLES and not name.startswith("PET_")
-    }
-    return {**defaults, **given, **own}
+    signals = environment.get("TORCHELASTIC_SIGNALS_TO_HANDLE", _SIGNALS)
+    removed = {name for name in environment if name in _RANK_VARIABLES or name.startswith("PET_")}
+    given = {name: value for name, value in environment.items() if name not in removed}
+    return {"PET_SIGNALS_TO_HANDLE": signals, _SHUTDOWN: _SHUTDOWN_S, **given, **own}

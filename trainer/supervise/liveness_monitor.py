@@ -23,11 +23,7 @@ class LivenessMonitor:
     """Monitors the processes of one attempt."""
 
     def __init__(self, first: str) -> None:
-        """Create the pipe. If the system cannot, no process ever counts as silent.
-
-        Args:
-            first: name of the process that the supervisor starts.
-        """
+        """Create the pipe. If the system cannot, no process, not even the `first`, ever counts as silent."""
         self.environment: dict[str, str] = {}
         """Variables for the processes."""
         self._folder: Path | None = None

@@ -48,26 +48,17 @@ def is_retried(code: int) -> bool:
 
 
 def decide(history: Sequence[AttemptOutcome], *, before: int | None, policy: Policy) -> Restart | None:
-    """Decide whether to restart after the last attempt; None: do not.
+    """Decide whether to restart after the last attempt of a history, oldest first; None: do not.
 
-    An attempt makes progress if it leaves a newer checkpoint than it found.
-
-    Args:
-        history: all attempts so far, oldest first; at least one.
-        before: step of the newest checkpoint before the first attempt.
-        policy: limits.
+    An attempt makes progress if it leaves a newer checkpoint than it found, the first one than `before`.
     """
     if not is_retried(history[-1].code):
         return None
     number, newest = 0, before
     for outcome in history:
-        number = 1 if _is_newer(outcome.checkpoint, newest) else number + 1
-        newest = outcome.checkpoint
+        has_progressed = outcome.checkpoint is not None and (newest is None or outcome.checkpoint > newest)
+        number, newest = 1 if has_progressed else number + 1, outcome.checkpoint
     if number > policy.max_restarts:
         return None
     pause_s = min(policy.first_pause_s * 2 ** (number - 1), policy.longest_pause_s)
     return Restart(pause_s=pause_s, number=number, num_left=policy.max_restarts - number)
-
-
-def _is_newer(step: int | None, than: int | None) -> bool:
-    return step is not None and (than is None or step > than)

@@ -17,7 +17,7 @@ from trainer.supervise.child import Child
 from trainer.supervise.exit_status import ExitStatus, diagnose_exit
 from trainer.supervise.launch import Launch, environment_of_attempt
 from trainer.supervise.liveness_monitor import LivenessMonitor
-from trainer.supervise.policy import AttemptOutcome, Policy, Restart, decide, is_retried
+from trainer.supervise.policy import AttemptOutcome, Policy, decide, is_retried
 from trainer.supervise.stop_signals import StopSignals
 from trainer.terminal import print_safe
 
@@ -34,7 +34,11 @@ _LOCK_S, _OLD_STORE_S = 30.0, 15.0
 
 
 class Supervisor:
-    """Supervises one run on one node."""
+    """Supervises one run, `python -m trainer` with the same arguments for every rank, on one node.
+
+    `patience_s` is the time for the other ranks to end after one has failed, `silence_s` the longest silence of a
+    single rank. With several ranks the others detect a frozen one, so that limit is `patience_s` too.
+    """
 
     def __init__(
         self,
@@ -46,17 +50,6 @@ class Supervisor:
         silence_s: float = 60.0,
         policy: Policy | None = None,
     ) -> None:
-        """Prepare.
-
-        Args:
-            launch: ranks to start.
-            arguments: of `python -m trainer`, for every rank.
-            folder: of the run.
-            patience_s: time for the other ranks to end after one has failed.
-            silence_s: longest silence of a single rank. With several ranks the others detect a frozen one, so the limit
-                is `patience_s`.
-            policy: restart policy.
-        """
         self._launch, self._arguments, self._folder = launch, arguments, folder
         self._patience_s, self._policy = patience_s, policy or Policy()
         self._silence_s = silence_s if launch.world_size == 1 else patience_s
@@ -76,62 +69,54 @@ class Supervisor:
                     if is_retried(ending.code) and not ending.is_unsaved:
                         _print(_given_up(endings[-self._policy.max_restarts - 1 :], history[-1].checkpoint))
                     return ending.exit_code
-                _print(_announcement(ending, history[-1].checkpoint, restart))
+                _print(
+                    f"{ending.what} {ending.where}; starting again from step {history[-1].checkpoint or 0} in "
+                    f"{restart.pause_s:g} s (restart {restart.number}, {restart.num_left} more without progress)"
+                )
                 requests.sleep(restart.pause_s)
                 self._wait_for_leftovers(requests)
                 if requests.count:
-                    return self._stopped_between(requests, ending, history[-1].checkpoint)
+                    newest = history[-1].checkpoint
+                    _print(f"stopped by {requests.name} before it was started again; {_newest_is(newest)}")
+                    return PREEMPTED if newest is not None or ending.step <= 1 else ending.exit_code
 
     def _attempt(self, requests: StopSignals) -> ExitStatus:
-        """Start the ranks once and wait until they have ended."""
+        """Start the ranks once, forward stop signals, kill them if they hang; return their exit status."""
         is_alone = self._launch.world_size == 1
-        with closing(LivenessMonitor("0" if is_alone else "torchrun")) as life:
-            return self._watch(requests, life, environment_of_attempt(os.environ) | life.environment, is_alone=is_alone)
-
-    def _watch(
-        self, requests: StopSignals, life: LivenessMonitor, environment: dict[str, str], *, is_alone: bool
-    ) -> ExitStatus:
-        """Start a process, forward stop signals, kill it if it hangs; return its exit status."""
-        child = Child(self._launch.command(self._arguments), environment)
         num_forwarded, read_at, kill_at = 0, time.monotonic(), float("inf")
         silent: list[str] = []
-        while (returncode := child.poll()) is None:
-            time.sleep(_POLL_S)
-            now = time.monotonic()
-            if requests.count > num_forwarded:
-                num_forwarded += 1
-                life.record_stop_signal(requests.name)
-                child.request_stop()
-                if num_forwarded > 1:
-                    kill_at = min(kill_at, now + _SECOND_STOP_S)
-            life.poll()
-            if now - read_at > _STATUS_POLL_S:
-                read_at, statuses = now, self._statuses(environment)
-                if not is_alone and any(map(_has_failed, statuses.values())):
-                    kill_at = min(kill_at, now + self._patience_s)
-                if not is_alone and all(_is_done(statuses.get(rank)) for rank in self._launch.ranks):
-                    kill_at = min(kill_at, now + _TORCHRUN_EXIT_S)
-                silent = silent or self._silent(life, statuses)
-            if silent or now > kill_at:
-                child.kill()
-        report = child.close()
-        statuses = self._statuses(environment)
+        with closing(LivenessMonitor("0" if is_alone else "torchrun")) as life:
+            environment = environment_of_attempt(os.environ) | life.environment
+            child = Child(self._launch.command(self._arguments), environment)
+            while (returncode := child.poll()) is None:
+                time.sleep(_POLL_S)
+                now = time.monotonic()
+                if requests.count > num_forwarded:
+                    num_forwarded += 1
+                    life.record_stop_signal(requests.name)
+                    child.request_stop()
+                    if num_forwarded > 1:
+                        kill_at = min(kill_at, now + _SECOND_STOP_S)
+                life.poll()
+                if now - read_at > _STATUS_POLL_S:
+                    read_at, statuses = now, self._statuses(environment)
+                    if not is_alone and any(map(_has_failed, statuses.values())):
+                        kill_at = min(kill_at, now + self._patience_s)
+                    if not is_alone and all(
+                        rank in statuses and statuses[rank].exit_code == 0 for rank in self._launch.ranks
+                    ):
+                        kill_at = min(kill_at, now + _TORCHRUN_EXIT_S)
+                    has_begun = any(status.phase != "start-up" for status in statuses.values())
+                    limit_s = self._silence_s if has_begun else self._silence_s + _START_S
+                    silent = silent or [name for name in life.silent(limit_s) if _may_run(name, statuses)]
+                if silent or now > kill_at:
+                    child.kill()
+            report = child.close()
+        statuses, ranks = self._statuses(environment), self._launch.ranks
+        frozen = {"silent": silent, "silence_s": self._silence_s}
         return diagnose_exit(
-            returncode,
-            pid=child.pid,
-            report=report,
-            statuses=statuses,
-            ranks=self._launch.ranks,
-            is_alone=is_alone,
-            silent=silent,
-            silence_s=self._silence_s,
+            returncode, pid=child.pid, report=report, statuses=statuses, ranks=ranks, is_alone=is_alone, **frozen
         )
-
-    def _silent(self, life: LivenessMonitor, statuses: Mapping[int, Status]) -> list[str]:
-        """Return the frozen processes: silent for too long, although they have not ended."""
-        has_begun = any(status.phase != "start-up" for status in statuses.values())
-        limit_s = self._silence_s if has_begun else self._silence_s + _START_S
-        return [name for name in life.silent(limit_s) if _may_run(name, statuses)]
 
     def _statuses(self, environment: dict[str, str]) -> dict[int, Status]:
         return read_statuses(self._folder.status, environment[ATTEMPT])
@@ -161,11 +146,6 @@ class Supervisor:
         _print(f"{ending.what} {ending.where}, after a stop was requested by {requests.name}; {_newest_is(newest)}")
         return ending.exit_code
 
-    def _stopped_between(self, requests: StopSignals, ending: ExitStatus, newest: int | None) -> int:
-        """Return the exit code of a run that received a stop signal before a restart."""
-        _print(f"stopped by {requests.name} before it was started again; {_newest_is(newest)}")
-        return PREEMPTED if newest is not None or ending.step <= 1 else ending.exit_code
-
 
 def newest_checkpoint(folder: RunFolder) -> int | None:
     """Return the step of a run's newest checkpoint, intact or not; None if there is none."""
@@ -180,21 +160,10 @@ def _has_failed(status: Status) -> bool:
     return status.exit_code != 0 if status.state == "ended" else not is_alive(status.pid)
 
 
-def _is_done(status: Status | None) -> bool:
-    return status is not None and status.state == "ended" and status.exit_code == 0
-
-
 def _may_run(name: str, statuses: Mapping[int, Status]) -> bool:
     """Return whether a silent process may still be running."""
     status = statuses.get(int(name)) if name.isdigit() else None
     return status is None or (status.state != "ended" and is_alive(status.pid))
-
-
-def _announcement(ending: ExitStatus, newest: int | None, restart: Restart) -> str:
-    return (
-        f"{ending.what} {ending.where}; starting again from step {newest or 0} in {restart.pause_s:g} s "
-        f"(restart {restart.number}, {restart.num_left} more without progress)"
-    )
 
 
 def _given_up(endings: Sequence[ExitStatus], newest: int | None) -> str:
