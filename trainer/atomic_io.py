@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import IO
 
 _COPY_BLOCK_BYTES = 1 << 20
-_SYNC_ALL_ABOVE = 200
-"""Above this many files, one os.sync() is faster than an fsync per file."""
+_SYNC_ALL_ABOVE = 200  # above this many files, one os.sync() is faster than an fsync per file
 
 
 class NotRegular(OSError):
@@ -50,12 +49,7 @@ def is_open_file(path: Path, descriptor: int) -> bool:
 
 
 def open_unshared(path: Path, flags: int) -> int:
-    """Open a regular file for writing, after copying it if it has other hard links: a `cp -al` snapshot is not changed.
-
-    Raises:
-        NotRegular: if it is not a regular file.
-        OSError: if the system refuses.
-    """
+    """Open a regular file for writing; copy it first if it has other hard links: a `cp -al` snapshot is not changed."""
     descriptor = open_regular(path, flags)
     if os.fstat(descriptor).st_nlink < 2:
         return descriptor
@@ -71,8 +65,7 @@ def open_unshared(path: Path, flags: int) -> int:
 def replace_file(path: Path, content: str) -> None:
     """Replace a file atomically: readers see the old or the new content, even after a power failure.
 
-    Raises:
-        OSError: if the disk refuses; then the old file is unchanged and no temporary file is left.
+    If the disk refuses (OSError), the old file is unchanged and no temporary file is left.
     """
     with _replacing(path) as file:
         file.write(content.encode())

@@ -64,10 +64,9 @@ class Variables:
         return least if default is None else default
 
     def check(self) -> None:
-        """Raise all problems found.
+        """Raise a ConfigError with one line for each problem found.
 
-        Raises:
-            ConfigError: one line for each; printed by every rank, since the rank number itself may be wrong.
+        It is printed by every rank, since the rank number itself may be wrong.
         """
         if self.problems:
             error = ConfigError("\n".join(self.problems))
@@ -78,8 +77,7 @@ class Variables:
 def world_size_and_rank(collected: Variables | None = None) -> tuple[int, int]:
     """Return (world size, rank); (1, 0) without a launcher.
 
-    Raises:
-        ConfigError: naming each invalid variable, unless they are to be `collected`.
+    A ConfigError names each invalid variable, unless they are to be `collected`.
     """
     variables, note = collected or Variables(os.environ), "; launch and torchrun set it"
     world_size = variables.number("WORLD_SIZE", least=1, most=_MAX_RANKS, default=1, note=note)
@@ -97,8 +95,7 @@ def world_size_and_rank(collected: Variables | None = None) -> tuple[int, int]:
 def local_size_and_rank(collected: Variables | None = None, most: int | None = None) -> tuple[int | None, int]:
     """Return (number of ranks on this node, at `most` so many, local rank); the number is None if unknown.
 
-    Raises:
-        ConfigError: naming each invalid variable, unless they are to be `collected`.
+    A ConfigError names each invalid variable, unless they are to be `collected`.
     """
     variables, note = collected or Variables(os.environ), "; launch and torchrun set it"
     name = "LOCAL_WORLD_SIZE" if variables.environment.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE"  # DeepSpeed's launcher
@@ -116,11 +113,7 @@ def is_first(name: str) -> bool:
 
 
 def check_process_variables() -> None:
-    """Check the variables of any process.
-
-    Raises:
-        ConfigError: naming each invalid variable.
-    """
+    """Check the variables of any process; a ConfigError names each invalid one."""
     variables = Variables(os.environ)
     threads = os.environ.get("OMP_NUM_THREADS", "")
     if threads and not _OPENMP.fullmatch(threads):
@@ -135,11 +128,7 @@ def check_process_variables() -> None:
 
 
 def check_rank_variables() -> None:
-    """Check the variables of a rank.
-
-    Raises:
-        ConfigError: naming each invalid variable.
-    """
+    """Check the variables of a rank; a ConfigError names each invalid one."""
     variables = Variables(os.environ)
     variables.number(SUPERVISOR, least=1, most=(1 << 31) - 1, note=": launch sets it; unset it")
     world_size, _ = world_size_and_rank(variables)

@@ -30,11 +30,7 @@ class Fault:
 
 
 def parse_faults(text: str, rank: str) -> list[Fault]:
-    """Parse TURNOUT_FAULTS and return the faults of one rank.
-
-    Raises:
-        ValueError: if a fault is malformed.
-    """
+    """Parse TURNOUT_FAULTS and return the faults of one rank; a ValueError if one is malformed."""
     faults = []
     for part in filter(None, text.split(",")):
         match = _FAULT.fullmatch(part)

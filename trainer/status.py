@@ -47,11 +47,8 @@ class Status:
     state: Literal["running", "ended"] = "running"
     exit_code: int | None = None
     error: str | None = None
-    """First line of the error that ended it."""
     started: float = 0.0
-    """Unix time of the start, in seconds."""
     updated: float = 0.0
-    """Unix time of this record, in seconds."""
 
 
 class StatusFile:

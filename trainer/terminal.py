@@ -9,8 +9,7 @@ from typing import Final, TextIO
 _BIDI_CONTROLS: Final = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _HIDDEN: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
 """Unicode categories of control characters, surrogates and line separators."""
-_MAX_LENGTH: Final = 500
-"""Most characters of a one-line message."""
+_MAX_LENGTH: Final = 500  # most characters of a one-line message
 
 
 def visible(text: str) -> str:

@@ -138,12 +138,7 @@ class CheckpointFolder:
         return manifest
 
     def check(self, step: int) -> Manifest:
-        """Read a whole checkpoint and compare every byte with its hash.
-
-        Raises:
-            CheckpointError: if it is damaged.
-            ResourceError: if it cannot be read now.
-        """
+        """Read a whole checkpoint and compare every byte with its hash; raises what `manifest` does."""
         manifest = self.manifest(step)
         for name, stated in manifest.files.items():
             check_file(self.of_step(step), name, stated)

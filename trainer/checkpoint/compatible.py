@@ -45,11 +45,7 @@ def check_model(found: CheckpointHandle, model: Mapping[str, Any], *, stored: Ma
 
 
 def check_tokenizer(found: CheckpointHandle, *, fingerprint: str) -> None:
-    """Compare tokenizers: under another one, the same ids mean different text.
-
-    Raises:
-        CheckpointError: with both fingerprints.
-    """
+    """Raise a CheckpointError if tokenizers differ: under another one, the same ids mean different text."""
     saved = found.run.get("tokenizer_fingerprint")
     if saved != fingerprint:
         raise CheckpointError(
@@ -59,11 +55,7 @@ def check_tokenizer(found: CheckpointHandle, *, fingerprint: str) -> None:
 
 
 def check_record(found: CheckpointHandle) -> None:
-    """Check that a checkpoint's record of its run is complete enough to resume from.
-
-    Raises:
-        CheckpointError: with the first value that is missing or invalid.
-    """
+    """Raise a CheckpointError if a checkpoint's record of its run is not complete enough to resume from."""
     for problem in run_record_problems(found.manifest):
         raise CheckpointError(f"{found.path}: is invalid: {problem}")
 

@@ -73,11 +73,7 @@ def removed_meanwhile(path: Path) -> str | None:
 
 
 def find(folder: CheckpointFolder, step: int) -> CheckpointHandle:
-    """Return the checkpoint of one step, verified by this process alone.
-
-    Raises:
-        CheckpointError: if it is missing or damaged.
-    """
+    """Return the checkpoint of one step, verified by this process alone; a CheckpointError if missing or damaged."""
     path = folder.of_step(folder.resolve_step(step))
     try:
         return CheckpointHandle(path=path, manifest=folder.check(step))

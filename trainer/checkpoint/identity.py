@@ -32,7 +32,6 @@ class Parent:
     id: str
     name: str | None
     step: int
-    """Completed steps of the parent that this run continues from."""
     folder: str | None
 
 
@@ -108,7 +107,6 @@ def _read_origin(folder: RunFolder) -> dict[str, Any]:
 
 
 def _read(path: Path, max_characters: int) -> str:
-    """Return the beginning of a regular file; empty if it cannot be read."""
     with suppress(OSError, ValueError), os.fdopen(open_regular(path, os.O_RDONLY), encoding="utf-8") as file:
         return file.read(max_characters)
     return ""

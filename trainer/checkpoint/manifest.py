@@ -91,7 +91,6 @@ class Manifest(_Entry):
 
     format: Literal[2]
     step: Count
-    """Completed steps."""
     run: dict[str, JsonValue]
     """Record of the run: position, config, fingerprints, versions."""
     values: dict[str, int | float | str]

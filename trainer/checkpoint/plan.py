@@ -17,7 +17,6 @@ class Placement(NamedTuple):
     start: int
     length: int
     shape: Sequence[int]
-    """Shape of the global tensor."""
     dtype: DType
     is_of_experts: bool
 

@@ -47,7 +47,6 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.profile = path / "profile"
         self.deepspeed = path / "deepspeed"
-        """Files that DeepSpeed writes by itself."""
         self._lock: IO[str] | None = None
         self._has_stable_inode = False
         """The file system can tell whether the lock file is still in its place."""
@@ -157,11 +156,7 @@ class RunFolder:
         return None
 
     def check_free(self) -> None:
-        """Refuse a folder that another process trains into.
-
-        Raises:
-            ConfigError: if one does.
-        """
+        """Raise a ConfigError if another process trains into the folder."""
         if (owner := self.owner()) is not None:
             raise self._taken(owner)
 

@@ -74,7 +74,6 @@ def _first_not_finite(path: Path) -> str | None:
 
 
 def _is_finite(file: BufferedReader, num_bytes: int, dtype: str) -> bool:
-    """Read `num_bytes` from a file and return whether every value is finite."""
     import numpy as np
 
     words, exponent = _EXPONENT[dtype]

@@ -111,11 +111,7 @@ class Saver:
         self._stalled_s = time.perf_counter() - began
 
     def finished(self) -> Saved | None:
-        """Return the result of a save that has ended, once; None if there is no save or it still runs.
-
-        Raises:
-            CommError: if a rank was lost meanwhile.
-        """
+        """Return the result of a save that has ended, once, as `wait` does; None without a save, or while it runs."""
         return self.wait() if self._ended is not None and self._ended.is_set() else None
 
     def wait(self) -> Saved | None:
@@ -194,7 +190,6 @@ class Saver:
         return _first_error(self._group, error)
 
     def _commit(self, job: _Job, reports: Sequence[tuple[None, dict[str, Any], dict[str, str]]]) -> None:
-        """Write the manifest and rename the checkpoint."""
         assert self._plan is not None
         temporary, tensors = self.folder.temporary(job.step), {}
         for name, (_, _, shape, dtype, is_of_experts) in self._plan.places.items():

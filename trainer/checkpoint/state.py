@@ -16,7 +16,6 @@ class Slice:
     start: int = 0
     """First local index of dimension 0."""
     is_of_experts: bool = False
-    """Dimension 0 counts experts."""
 
     @property
     def length(self) -> int:

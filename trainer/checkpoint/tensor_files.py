@@ -149,7 +149,6 @@ class _Slices(Mapping[str, Slice]):
 
 
 def _split_by_size(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
-    """Yield the names of the tensors of each file."""
     names: list[str] = []
     size = 0
     for name, tensor in tensors.items():

@@ -47,7 +47,7 @@ def raise_together(group: Group) -> Iterator[None]:
 
 
 def barrier_gather(group: Group, value: Plain) -> list[Any]:
-    """Return the values of all ranks, once all have come here, however long one of them takes."""
+    """Return the values of all ranks, once all are here, however long one takes; a TurnoutError if one is lost."""
     if group.watch is not None:
         group.watch.barrier()  # without timeout: one rank may read text or write files for long
     return group.all_gather_objects(value)

@@ -45,14 +45,11 @@ class FlightRecorder:
     """Part of the run: of start-up, of a step or between steps."""
     count: int = 0
     running: Operation | None = None
-    """Collective that this rank waits for now."""
     changed_at: float = field(default_factory=time.monotonic)
-    """Monotonic time of the last change, in seconds."""
     is_in_step: bool = False
     """Inside a step other than the first, where only waiting for other ranks takes long."""
     operations: deque[Operation] = field(default_factory=lambda: deque(maxlen=_MAX_OPERATIONS))
     step_timer: StepTimer = field(default_factory=StepTimer)
-    """Measures the phases, and the time spent waiting for collectives."""
 
     def enter(self, phase: str) -> None:
         """Begin a phase. Tests inject faults at the beginning of a phase, by its name."""

@@ -20,16 +20,13 @@ class Heartbeat:
     step: int
     phase: str
     where: str
-    """Current file and line of this project."""
     count: int
     operations: Sequence[str]
     barriers: int
-    """Barriers entered so far (see `Watchdog.barrier`)."""
     error: str | None = None
     """Error that ended the rank's run; None at its regular end."""
     exit_code: int = 0
     is_reported: bool = False
-    """The rank prints its error itself."""
     pid_namespace: str = ""
     """Host and container in which `pid` is its process."""
     pid: int = 0
@@ -115,7 +112,6 @@ def _cause(beats: Mapping[int, Heartbeat], silent: Sequence[int], silence_s: flo
 
 
 def _kind(beat: Heartbeat) -> str:
-    """Return name and group of a rank's last collective, without number and sizes."""
     return beat.operations[-1].partition(" ")[2].partition(" [")[0] if beat.operations else ""
 
 

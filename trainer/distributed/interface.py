@@ -100,11 +100,7 @@ def address_to_listen_on(master_addr: str, environment: Mapping[str, str]) -> st
 
 
 def listening_socket(address: str, port: int) -> socket.socket:
-    """Return a socket that listens on one address; port 0 picks a free one.
-
-    Raises:
-        OSError: if the port is in use or not permitted.
-    """
+    """Return a socket that listens on one address, or raise an OSError; port 0 picks a free one."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:

@@ -9,8 +9,7 @@ from pathlib import Path
 from trainer.status import LIVENESS_FOLDER, LIVENESS_PIPE, StatusFile
 
 _INTERVAL_S = 1.0
-_MIN_CPU_S = 0.01
-"""Least CPU time per message; a process that has used less, even on a busy host, is stuck."""
+_MIN_CPU_S = 0.01  # least CPU time per message; a process that has used less, even on a busy host, is stuck
 
 
 def start_liveness_thread(name: str, status: StatusFile | None = None) -> None:
@@ -42,7 +41,6 @@ class CpuProgress:
         return is_made
 
     def _current_step(self) -> int | None:
-        """Return the current step; None outside of steps."""
         if self._status is None or self._status.status.phase != "training" or self._status.status.state == "ended":
             return None
         return self._status.status.step

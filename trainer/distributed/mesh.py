@@ -148,11 +148,7 @@ def _choose_interface(layout: Layout) -> None:
 
 
 def build_mesh(layout: Layout, recorder: FlightRecorder, watch: Watchdog | None = None) -> Mesh:
-    """Create this rank's groups; with more than one rank, torch's default process group must exist.
-
-    Raises:
-        ConfigError: if the ranks would create different groups.
-    """
+    """Create this rank's groups from torch's default one; a ConfigError if ranks would create different ones."""
     if layout.world_size == 1:
         return Mesh.of_one()
     everyone = list(range(layout.world_size))

@@ -64,11 +64,7 @@ class Layout:
 
 
 def layout_from_environment(*, ep_size: int) -> Layout:
-    """Return the layout of this process from its launcher's variables; a single rank without a launcher.
-
-    Raises:
-        ConfigError: if `ep_size` does not fit the number of ranks.
-    """
+    """Return this process's layout by its launcher's variables, if any; a ConfigError if `ep_size` does not fit."""
     world_size, rank = world_size_and_rank()
     check_layout(world_size=world_size, ep_size=ep_size)
     return Layout(world_size=world_size, rank=rank, ep_size=ep_size, ranks_per_node=local_world_size() or world_size)
@@ -103,11 +99,7 @@ def even_slices(total: int, parts: int) -> list[tuple[int, int]]:
 
 
 def check_layout(*, world_size: int, ep_size: int) -> None:
-    """Check that ep_size divides the number of ranks.
-
-    Raises:
-        ConfigError: naming both, and the sizes that fit.
-    """
+    """Raise a ConfigError unless ep_size divides the number of ranks; it names the sizes that do."""
     if world_size % ep_size:
         fitting = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
         raise ConfigError(

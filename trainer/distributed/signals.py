@@ -50,7 +50,6 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested_by: str | None = None
-        """Name of the first stop signal; None if there was none."""
         self._ends_at_once, self._is_obeyed = True, False
         self._since = 0.0
         self._before: dict[int, object] = {}

@@ -72,13 +72,11 @@ def run() -> NoReturn:
     options.standalone = False  # even if PET_STANDALONE is set, which would override the backend and unpickle
     options.log_dir = os.environ.get(LIVENESS_FOLDER)  # removed together with the supervisor's temporary folder
     address, port = options.master_addr, options.master_port
-    where = f"{address}:{port}"
-    options.rdzv_backend, options.rdzv_endpoint = _BACKEND, where
-    failure = (
-        f"cannot connect to the other nodes through {where}: {{}}; check that every node was started, with the same "
-        "MASTER_ADDR and MASTER_PORT, and that the port is free on the first"
-    )
-    silent = {"error": failure.format(f"the store there has not answered for {_RENDEZVOUS_S} s")}
+    options.rdzv_backend, options.rdzv_endpoint = _BACKEND, f"{address}:{port}"
+    failure = f"cannot connect to the other nodes through {address}:{port}"
+    advice = "check that every node was started, with the same MASTER_ADDR and MASTER_PORT"
+    advice += ", and that the port is free on the first"
+    silent = {"error": f"{failure}: the store there has not answered for {_RENDEZVOUS_S} s; {advice}"}
     late = threading.Timer(_RENDEZVOUS_S + _GRACE_S, _end, [descriptor, silent, CommError.exit_code])
 
     def make_handler(parameters: rendezvous.RendezvousParameters) -> rendezvous.RendezvousHandler:
@@ -94,7 +92,7 @@ def run() -> NoReturn:
     except SignalException as error:
         _end(descriptor, {"signal": error.sigval.name}, 1)
     except (RuntimeError, OSError, rendezvous.RendezvousError) as error:  # from its store, over the network
-        _end(descriptor, {"error": failure.format(first_line(error))}, CommError.exit_code)
+        _end(descriptor, {"error": f"{failure}: {first_line(error)}; {advice}"}, CommError.exit_code)
     _end(descriptor, {}, 0)
 
 

@@ -33,15 +33,11 @@ _READ_INTERVAL_S = 2.5
 """Pause between two readings of the heartbeats, in which a living rank's heartbeat is certain to change."""
 _LIVENESS_CHECK_S, _MAX_POLL_S = 2.0, 0.5
 """While waiting in a barrier: interval of liveness checks, and longest interval of polls."""
-_STORE_DEADLINE_S = 4.0
-"""Deadline for the store's answer after this rank gave up."""
-_KEY_TIMEOUT_S = 5.0
-"""Timeout for a key that should be in the store."""
+_STORE_DEADLINE_S = 4.0  # deadline for the store's answer after this rank gave up
+_KEY_TIMEOUT_S = 5.0  # timeout for a key that should be in the store
 _CHECK_S = 0.25
-_GRACE_S = 1.0
-"""Time after its timeout at which the watchdog ends a collective that did not fail by itself."""
-_EXIT_S = 2.0
-"""Time for a rank that gave up to exit regularly."""
+_GRACE_S = 1.0  # time after its timeout at which the watchdog ends a collective that did not fail by itself
+_EXIT_S = 2.0  # time for a rank that gave up to exit regularly
 _PACKAGE = str(Path(__file__).parents[1])
 _THIS_FOLDER = str(Path(__file__).parent)
 
@@ -124,12 +120,9 @@ class Watchdog:
         self._wait(have_all_come, is_awaited=lambda beat: beat.barriers < number, failure=failure)
 
     def wait_until(self, done: Callable[[float], bool]) -> None:
-        """Wait for work that all ranks share in another thread, for as long as it takes while all are alive.
+        """Wait for work that all ranks share in another thread, as `barrier` does; a `CommError` if a rank is lost.
 
         `done` waits for at most the given seconds, and returns whether the work is done.
-
-        Raises:
-            CommError: if a rank is lost.
         """
         self._wait(done, is_awaited=lambda beat: beat.state != "left" or beat.error is not None, failure="is gone")
 

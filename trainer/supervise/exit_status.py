@@ -11,7 +11,7 @@ from trainer.status import Status
 from trainer.supervise.policy import STAYS_WRONG
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ExitStatus:
     """How one attempt ended."""
 
@@ -22,13 +22,10 @@ class ExitStatus:
     what: str
     """What ended it, such as "rank 1 (pid 123) was killed by SIGKILL"."""
     where: str
-    """Where it ended, such as "at step 33"."""
     step: int
     """Current step, from 1; 0 before the first."""
     rows: Sequence[int] | None
-    """First and last row of that step."""
     has_begun: bool
-    """Some rank had begun its first step."""
     is_unsaved: bool
     """The final save failed for lack of resources: another attempt would repeat the work and fail again."""
 
@@ -108,16 +105,9 @@ def diagnose_exit(
     if last is not None and last.step > 0:
         phase = "" if last.phase == "training" else f" ({last.phase})"
         where = f"at {'' if last.state == 'ended' else 'about '}step {last.step}{phase}"
-    return ExitStatus(
-        code=code,
-        exit_code=exit_code,
-        what=what,
-        where=where,
-        step=0 if last is None else last.step,
-        rows=None if last is None else last.rows,
-        has_begun=has_begun,
-        is_unsaved=code == ResourceError.exit_code and last is not None and last.phase == "saving",
-    )
+    step, rows = (0, None) if last is None else (last.step, last.rows)
+    is_unsaved = code == ResourceError.exit_code and last is not None and last.phase == "saving"
+    return ExitStatus(code, exit_code, what, where, step, rows, has_begun, is_unsaved)
 
 
 def _named(silent: Sequence[str], pid: int, statuses: Mapping[int, Status]) -> str:

@@ -32,11 +32,9 @@ class Launch:
     nproc: int = 1
     nnodes: int = 1
     node_rank: int = 0
-    """Index of this node, from 0."""
     master_addr: str = ""
     """Address of the first node; empty for one node."""
     master_port: int = 29500
-    """Port of the rendezvous on the first node."""
 
     @classmethod
     def of(cls, options: Mapping[str, str | None], environment: Mapping[str, str]) -> "Launch":
@@ -55,13 +53,9 @@ class Launch:
         if nproc > _MAX_LOCAL_RANKS:
             variables.problems.append(f"NPROC={nproc}: is more than {_MAX_LOCAL_RANKS} ranks on one node")
         if nnodes > 1:
-            launch = cls(
-                nproc=nproc,
-                nnodes=nnodes,
-                node_rank=number("node_rank", None, 0, nnodes - 1),
-                master_addr=options.get("master_addr") or environment.get("MASTER_ADDR", ""),
-                master_port=number("master_port", 29500, 1, 65535),
-            )
+            node_rank, port = number("node_rank", None, 0, nnodes - 1), number("master_port", 29500, 1, 65535)
+            address = options.get("master_addr") or environment.get("MASTER_ADDR", "")
+            launch = cls(nproc=nproc, nnodes=nnodes, node_rank=node_rank, master_addr=address, master_port=port)
             if not launch.master_addr:
                 variables.problems.append(f"NNODES={nnodes} needs MASTER_ADDR as well: the address of the first node")
         variables.number(_SHUTDOWN, least=0, most=10**6)
@@ -81,11 +75,7 @@ class Launch:
         return range(self.node_rank * self.nproc, (self.node_rank + 1) * self.nproc)
 
     def check_port(self, environment: Mapping[str, str]) -> None:
-        """Check on the first node that the rendezvous port is free.
-
-        Raises:
-            ConfigError: if the port is in use or not permitted.
-        """
+        """Raise a ConfigError, on the first node, if the rendezvous port is in use or not permitted."""
         if self.nnodes == 1 or self.node_rank != 0:
             return
         address = address_to_listen_on(self.master_addr, environment)

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from trainer.status import LIVENESS_FOLDER, LIVENESS_PIPE, STOP_SIGNAL
 
-_MAX_POLL_S = 1.0
-"""A longer time between two polls is not counted as silence: the supervisor or the host was suspended."""
+_MAX_POLL_S = 1.0  # a longer time between two polls is not counted as silence: the supervisor or the host was suspended
 
 
 class LivenessMonitor:
@@ -25,7 +24,6 @@ class LivenessMonitor:
     def __init__(self, first: str) -> None:
         """Create the pipe. If the system cannot, no process, not even the `first`, ever counts as silent."""
         self.environment: dict[str, str] = {}
-        """Variables for the processes."""
         self._folder: Path | None = None
         self._pipe: int | None = None
         self._silence_s = {first: 0.0}

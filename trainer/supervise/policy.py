@@ -18,7 +18,6 @@ class Policy:
     """Pause before the first restart; doubles with each restart without progress."""
     longest_pause_s: float = 60.0
     max_restarts: int = 3
-    """Most restarts without progress."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,9 +25,7 @@ class AttemptOutcome:
     """Result of one attempt."""
 
     code: int
-    """Exit code; negative: the signal that killed it."""
     checkpoint: int | None
-    """Step of the newest checkpoint at the end of the attempt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +36,6 @@ class Restart:
     number: int
     """Index of this restart without progress, from 1."""
     num_left: int
-    """Restarts left without progress."""
 
 
 def is_retried(code: int) -> bool:

@@ -14,7 +14,6 @@ class StopSignals:
     def __init__(self) -> None:
         self.count = 0
         self.name = ""
-        """Name of the first signal."""
         self._last = 0.0
         self._before: dict[int, object] = {}
 

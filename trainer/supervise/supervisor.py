@@ -23,12 +23,10 @@ from trainer.terminal import print_safe
 
 _POLL_S = 0.1
 _STATUS_POLL_S = 1.0
-_SECOND_STOP_S = 5.0
-"""Time for a run to end after the second stop signal."""
+_SECOND_STOP_S = 5.0  # time for a run to end after the second stop signal
 _TORCHRUN_EXIT_S = 330.0
 """Time for torchrun to exit after its ranks: it waits 5 minutes for other nodes, for ever if its store is silent."""
-_START_S = 300.0
-"""Additional silence allowed during start-up, while a process imports torch or compiles."""
+_START_S = 300.0  # additional silence allowed during start-up, while a process imports torch or compiles
 _LOCK_S, _OLD_STORE_S = 30.0, 15.0
 """Longest wait before a restart: until the run folder is unlocked, and until the first node's port is closed."""
 
@@ -161,7 +159,6 @@ def _has_failed(status: Status) -> bool:
 
 
 def _may_run(name: str, statuses: Mapping[int, Status]) -> bool:
-    """Return whether a silent process may still be running."""
     status = statuses.get(int(name)) if name.isdigit() else None
     return status is None or (status.state != "ended" and is_alive(status.pid))
 

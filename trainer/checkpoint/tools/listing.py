@@ -25,7 +25,6 @@ class ListedCheckpoint:
     """Modification time of the manifest, else of the folder: seconds since 1970, by the clock of the writer."""
     layout: dict[str, int | str]
     wrong: str | None
-    """Why it is not intact; None if it is."""
 
     @property
     def written(self) -> str:

@@ -12,7 +12,6 @@ class PrunePlan:
     """Checkpoints to remove and to keep."""
 
     remove: list[int]
-    """Steps of checkpoints to remove, oldest first."""
     keep: list[int]
     damaged: dict[int, str]
     """Steps of damaged checkpoints, with the reason; removed only on request."""

@@ -36,7 +36,6 @@ class VerifyReport:
     num_experts: int = 0
     """Experts per layer; 0 for a dense model."""
     num_layers: int = 0
-    """MoE layers."""
     size_bytes: int = 0
 
     def record(self) -> dict[str, Any]:
@@ -96,7 +95,6 @@ def _present_names(path: Path, manifest: Manifest) -> tuple[set[str], list[str]]
 
 
 def _check_values(path: Path, name: str, stored: StoredTensor, tensors: StoredTensors) -> Iterator[str]:
-    """Yield what is wrong with the values of one tensor."""
     where = f"{path}: {name}"
     not_finite: dict[int, int] = {}
     negative: dict[int, int] = {}
