@@ -23,9 +23,6 @@ SOURCES = ", ".join(source.model_fields["kind"].default for source in get_args(g
 TOKENIZERS = ", ".join(kind.model_fields["kind"].default for kind in get_args(get_args(TokenizerConfig)[0]))
 AS_SHARE = ", or a fraction of the run: schedule.warmup_steps=0.1"
 NAME_RULE = "letters, digits, '.', '_' and '-', starting with a letter or a digit"
-ALIAS_BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
-)
 SEVERAL = """name: ../debug
 model:
   num_layers: 0
@@ -799,9 +796,6 @@ CASES = [
     Case("tag that lies",
          "name: x\nseed: !!int abc\n",
          ["x.yaml:2:7: seed: 'abc' is not of its tag !!int; remove the tag"]),
-    Case("alias bomb",
-         ALIAS_BOMB,
-         ["x.yaml:4:20: more than 5000 values, aliases written out; a configuration has a few hundred"]),
     Case("alias of itself",
          "name: x\nmodel: &m\n  moe: *m\n",
          ["x.yaml:3:8: model.moe: alias *m has no finished &m before it"]),
@@ -847,16 +841,6 @@ CASES = [
     Case("percent sign",
          "name: %x\n",
          ["x.yaml:1:7: not valid YAML: a value cannot start with this character; put it in quotes"]),
-    Case("too deep",
-         "name: " + "[" * 40 + "]" * 40 + "\n",
-         ["x.yaml:1:39: nested more than 32 levels deep"]),
-    Case("too large",
-         "name: x\n" + "#" * 2**20,
-         ["x.yaml: more than 1048576 bytes; a configuration has a few thousand"]),
-    Case("too many values",
-         "name: x\nmodel: [" + "1, " * 5_000 + "]\n",
-         [("x.yaml:2:15000: more than 5000 values, aliases written out; a configuration has a few "
-           "hundred")]),
     # files
     Case("missing base",
          "base: nope.yaml\nname: x\n",
@@ -886,12 +870,6 @@ CASES = [
          [("sub/b.yaml:2:7: base: x.yaml is its own base: x.yaml -> sub/a.yaml -> sub/b.yaml -> "
            "x.yaml; remove one link")],
          files={"sub/a.yaml": "base: b.yaml\n", "sub/b.yaml": "seed: 1\nbase: ../x.yaml\n"}),
-    Case("base bomb",
-         "name: x\nbase: [a.yaml, a.yaml, a.yaml]\n",
-         ["a.yaml:1:8: base: more than 64 files; a configuration has a few bases"],
-         files={"a.yaml": "base: [b.yaml, b.yaml, b.yaml, b.yaml, b.yaml]\n",
-                "b.yaml": "base: [c.yaml, c.yaml, c.yaml, c.yaml, c.yaml]\n",
-                "c.yaml": "seed: 1\n"}),
     Case("error inside a base",
          "base: sub/common.yaml\nname: x\n",
          ["sub/common.yaml:2:3: model.num_layer: unknown key; did you mean num_layers?"],
@@ -917,10 +895,6 @@ CASES = [
          NAMED,
          ["<override 2>: model.moe.num_expert: unknown key; did you mean num_experts?"],
          overrides=["train.steps=40", "model.moe.num_expert=4"]),
-    Case("override: of a key without end",
-         NAMED,
-         [f"<override 1>: '{'a.' * 27}a...' has 101 parts; a key has at most 32"],
-         overrides=["a." * 100 + "a=1"]),
     Case("override: unknown section",
          NAMED,
          ["<override 1>: modle: unknown key; did you mean model?"],
@@ -1052,9 +1026,6 @@ CASES = [
           "<override 2>: '--seed=3': an override has no dashes; write seed=3",
           "<override 3>: seed: must be at least 0, got -3"],
          overrides=["train.stepz=4", "--seed=3", "seed=-3"]),
-    Case("more than a hundred",
-         "name: x\ndata:\n  split:\n" + "".join(f"    z{i}: 0\n" for i in range(103)),
-         [f"x.yaml:{i + 4}:5: data.split.z{i}: unknown key; use one of kind, fraction" for i in range(103)]),
 ]
 # fmt: on
 

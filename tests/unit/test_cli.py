@@ -68,12 +68,12 @@ def test_the_version_is_one_line_and_needs_no_torch(capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("arguments", "lines"),
     [
-        ("train x.yaml --train.steps 10", ["--train.steps: is no option; write train.steps=10"]),
+        ("train x.yaml --train.steps 10", ["--train.steps: is not an option; write train.steps=10"]),
         *(
             (
                 f"{given} train x.yaml",
                 [
-                    "--train.steps: is no option; write train.steps=10; the command comes first, then the config, then "
+                    "--train.steps: is not an option; write train.steps=10; the command comes first, then the config, then "
                     "its overrides and options: turnout train CONFIG a.b=c"
                 ],
             )
@@ -93,19 +93,19 @@ def test_the_version_is_one_line_and_needs_no_torch(capsys: pytest.CaptureFixtur
                 "turnout train CONFIG a.b=c"
             ],
         ),
-        ("train x.yaml --train.steps = 10", ["--train.steps: is no option; write train.steps=10"]),
+        ("train x.yaml --train.steps = 10", ["--train.steps: is not an option; write train.steps=10"]),
         (
             "train x.yaml --nothing 1 train.steps 10",
-            ["--nothing: is no option; leave it out", "train.steps: is no override; write train.steps=10"],
+            ["--nothing: is not an option; leave it out", "train.steps: is not an override; write train.steps=10"],
         ),
-        ("train x.yaml --train.steps=10", ["--train.steps: is no option; write train.steps=10"]),
-        ("launch x.yaml --nproc 2 --lr 1e-3 name=y", ["--lr: is no option; write schedule.peak_lr=1e-3"]),
+        ("train x.yaml --train.steps=10", ["--train.steps: is not an option; write train.steps=10"]),
+        ("launch x.yaml --nproc 2 --lr 1e-3 name=y", ["--lr: is not an option; write schedule.peak_lr=1e-3"]),
         (
             "train x.yaml --bf16 --seed 3 7",
             [
-                "--bf16: is no option; write train.dtype=... (as bfloat16)",
-                "--seed: is no option; write seed=3",
-                "7: is no override; write key=value, such as train.steps=100",
+                "--bf16: is not an option; write train.dtype=... (as bfloat16)",
+                "--seed: is not an option; write seed=3",
+                "7: is not an override; write key=value, such as train.steps=100",
             ],
         ),
         ("config schema --x", ["turnout: unrecognized arguments: --x; see turnout --help"]),

@@ -1,7 +1,4 @@
-"""Turn pydantic's validation errors into findings, each at its place in the file.
-
-Users never see pydantic's wording, except for a constraint that no section uses yet.
-"""
+"""Turn pydantic's validation errors into findings, each at its place in the file, in our own wording."""
 
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
@@ -11,7 +8,7 @@ from pydantic_core import ErrorDetails
 
 from trainer.config import foreign, slots, wording
 from trainer.config.base import Config, Problem
-from trainer.config.nodes import UNUSABLE, Finding, Key, Node, SourceLocation, dotted
+from trainer.config.nodes import UNUSABLE, Finding, Key, Node, dotted
 from trainer.config.slots import Slot
 
 _RANGES: Final = {
@@ -28,11 +25,9 @@ class _Spot(NamedTuple):
     details: ErrorDetails
     key: Key
     node: Node | None
-    """Value at the place; None if the configuration has none."""
     slot: Slot
-    """Schema of the place."""
     outer: Slot
-    """Schema of the section or list around it."""
+    """Schema of the section or list around the place."""
     section: type[Config] | None
     """Section that contains the last key."""
     siblings: list[type[Config]]
@@ -44,15 +39,9 @@ class _Spot(NamedTuple):
 
 
 def explain(error: ValidationError, tree: Node, root: type[Config]) -> list[Finding]:
-    """Return one finding for each problem.
-
-    Args:
-        error: of validating the configuration.
-        tree: the validated configuration.
-        root: the schema.
-    """
+    """Return one finding for each problem that validating `tree` against `root` has found."""
     spots = [_locate(details, tree, root) for details in error.errors(include_url=False)]
-    spots = [spot for spot in spots if not _reported_before(spot)]
+    spots = [spot for spot in spots if not _was_reported(spot.node)]
     # If the kind itself is wrong, errors about the other options are meaningless.
     lost = {spot.key[:-1] for spot in spots if spot.key[-1:] == ("kind",) and spot.details["type"] == "literal_error"}
     findings: list[Finding] = []
@@ -96,9 +85,8 @@ def _locate(details: ErrorDetails, tree: Node, root: type[Config]) -> _Spot:
     return _Spot(details, key, node, slot, outer, section, siblings, union, branch)
 
 
-def _reported_before(spot: _Spot) -> bool:
-    kind = spot.node.below("kind") if spot.node is not None else None
-    return any(node is not None and node.value is UNUSABLE for node in (spot.node, kind))
+def _was_reported(node: Node | None) -> bool:
+    return node is not None and (node.value is UNUSABLE or _was_reported(node.below("kind")))
 
 
 def _union_findings(spots: list[_Spot], tree: Node, root: type[Config]) -> Iterator[Finding]:
@@ -111,11 +99,10 @@ def _union_findings(spots: list[_Spot], tree: Node, root: type[Config]) -> Itera
             for spot in found:
                 yield from _findings(spot, tree, root)
             return
-    first = spots[0]
-    assert first.union is not None, "only union errors reach this function"
-    node = _node_at(tree, first.union[0])
-    assert node is not None, "a value that is missing has no type"
-    yield Finding(node.place, first.union[0], wording.wrong_type(node, first.union[1].annotation))
+    assert spots[0].union is not None, "only union errors reach this function"
+    key, slot = spots[0].union
+    node = _nearest(tree, key)
+    yield Finding(node.place, key, wording.wrong_type(node, slot.annotation))
 
 
 def _is_type_error(spot: _Spot) -> bool:
@@ -129,25 +116,22 @@ def _findings(spot: _Spot, tree: Node, root: type[Config]) -> Iterator[Finding]:
     if kind == "problems":
         yield from (_problem(problem, key, tree) for problem in context["found"])
     elif kind == "missing" and isinstance(key[-1], int):
-        pair = _node_at(tree, key[:-1])
-        assert pair is not None, "an entry is missing from a list that is there"
+        pair = _nearest(tree, key[:-1])
         yield Finding(pair.place, key[:-1], wording.wrong_length(pair, spot.outer.annotation))
     elif kind == "missing":
-        yield Finding(_key_place(tree, key), key, "required key is missing; add it")
+        yield Finding(_nearest(tree, key).key_place, key, "required key is missing; add it")
     elif node is None:  # an invalid default
-        yield Finding(_key_place(tree, key), key, _lower(spot.details["msg"]))
+        yield Finding(_nearest(tree, key).key_place, key, spot.details["msg"])
     elif kind == "extra_forbidden":
         assert spot.section is not None, "only sections have keys"
         yield from _unknown(key, node, spot.section, spot.siblings, root)
     elif kind == "union_tag_not_found":
         options = slots.all_kinds(spot.slot.annotation)
         yield Finding(node.key_place, key, f"needs a kind; add kind: with one of {', '.join(options)}")
-    elif kind == "plugin":
+    elif kind in ("plugin", "union_tag_invalid"):
         tag = node.below("kind") or node
-        yield Finding(tag.place, (*key, "kind"), context["text"])
-    elif kind == "union_tag_invalid":
-        tag = node.below("kind") or node
-        yield Finding(tag.place, (*key, "kind"), wording.choice(tag.value, slots.all_kinds(spot.slot.annotation)))
+        text = context.get("text") or wording.choice(tag.value, slots.all_kinds(spot.slot.annotation))
+        yield Finding(tag.place, (*key, "kind"), text)
     else:
         yield Finding(node.place, key, _about_value(spot, node, context))
 
@@ -159,12 +143,11 @@ def _unknown(
     name, where = str(key[-1]), dotted(key[:-1])
     if name in foreign.SECTIONS and isinstance(node.value, dict) and node.value:
         for part, inner in node.value.items():
-            yield Finding(
-                inner.key_place, (*key, part), wording.unknown_key(part, root, [], root, where=name, node=inner)
-            )
+            message = wording.unknown_key(part, root, [], root, where=name, node=inner)
+            yield Finding(inner.key_place, (*key, part), message)
     else:
-        said = wording.unknown_key(name, section, siblings, root, where=where, node=node)
-        yield Finding(node.key_place, key, said)
+        message = wording.unknown_key(name, section, siblings, root, where=where, node=node)
+        yield Finding(node.key_place, key, message)
 
 
 def _about_value(spot: _Spot, node: Node, context: dict[str, Any]) -> str:
@@ -196,30 +179,19 @@ def _about_value(spot: _Spot, node: Node, context: dict[str, Any]) -> str:
         return str(context["text"])
     if kind == "value_error":  # from a validator of ours, whose message continues after the text
         return f"{wording.given(node)} {context['error']}"
-    return f"{_lower(spot.details['msg'])}, got {wording.given(node)}"
+    # A constraint that no section uses yet: pydantic's message.
+    return f"{spot.details['msg'][:1].lower()}{spot.details['msg'][1:]}, got {wording.given(node)}"
 
 
 def _problem(problem: Problem, outer: Key, tree: Node) -> Finding:
     key = (*outer, *(problem.key.split(".") if problem.key else ()))
-    return Finding(_key_place(tree, key), key, problem.message)
+    return Finding(_nearest(tree, key).key_place, key, problem.message)
 
 
-def _node_at(tree: Node, key: Key) -> Node | None:
-    node: Node | None = tree
+def _nearest(tree: Node, key: Key) -> Node:
+    """Return the node of a key, or of the innermost section around it that exists."""
     for part in key:
-        node = node.below(part) if node is not None else None
-    return node
-
-
-def _key_place(tree: Node, key: Key) -> SourceLocation:
-    """Return the place of a key, or of the innermost section around it that exists."""
-    node = tree
-    for part in key:
-        if (inner := node.below(part)) is None:
+        if (inner := tree.below(part)) is None:
             break
-        node = inner
-    return node.key_place
-
-
-def _lower(text: str) -> str:
-    return text[:1].lower() + text[1:]
+        tree = inner
+    return tree

@@ -1,4 +1,4 @@
-"""Hints for values of the wrong type; the schema accepts every hinted value."""
+"""Suggest how to write a value of the wrong type; the schema accepts every suggestion."""
 
 import re
 from typing import Any, Final, get_origin
@@ -18,7 +18,7 @@ _PLAIN: Final = re.compile(r"[A-Za-z0-9_./~][\w./~*+-]*", re.ASCII)
 
 
 def meant_value(value: object, options: list[str]) -> str | None:
-    """Return the option that a value stands for: in other case, or as another trainer writes it."""
+    """Return the option that a value stands for, ignoring case and including other trainers' names."""
     text = "null" if value is None else str(value).lower()
     meant = text if text in options else foreign.values().get(text)
     return meant if meant in options else None
@@ -44,14 +44,18 @@ def how_to_write(node: Node, annotation: Any) -> str | None:
         return f"put it in quotes: {in_quotes if node.place.line else shown(in_quotes)}"
     if value is None:
         return "write its keys below it, or remove it" if slots.sections(annotation) else None
-    if isinstance(value, dict):
-        return _mapping_in_list(node, annotation)
-    if isinstance(value, list):
+    if isinstance(value, dict) and slots.sections(slots.entry(Slot(annotation), 0).annotation):
+        is_block = node.place.line > node.key_place.line
+        return "start the entry with '- '" if is_block else "put it in brackets: [{...}]"
+    if isinstance(value, dict | list):
         return None
-    if (section := _as_section(value, annotation)) is not None:
-        return f"write {section}"
-    written = _as_list(node, annotation)
+    written = _as_section(value, annotation) or _as_list(node, annotation)
     return None if written is None else f"write {written}"
+
+
+def given(node: Node) -> str:
+    """Return a value as it was written."""
+    return shown(node.written)[1:-1] if node.written and not isinstance(node.value, str) else shown(node.value)
 
 
 def accepts(annotation: Any, value: Any) -> bool:
@@ -65,15 +69,6 @@ def accepts(annotation: Any, value: Any) -> bool:
     return True
 
 
-def _mapping_in_list(node: Node, annotation: Any) -> str | None:
-    """Return how to write a mapping as an entry of a list of mappings."""
-    if not slots.sections(slots.entry(Slot(annotation), 0).annotation):
-        return None
-    if node.place.line > node.key_place.line:
-        return "start the entry with '- '"
-    return "put it in brackets: [{...}]"
-
-
 def _as_list(node: Node, annotation: Any) -> str | None:
     """Write a single value, or text with commas, as a list."""
     if not any(get_origin(one) in (list, tuple) for one in slots.alternatives(annotation)):
@@ -85,8 +80,7 @@ def _as_list(node: Node, annotation: Any) -> str | None:
     if len(parts) > 1 and accepts(annotation, [_read(part) for part in parts]):
         return f"[{', '.join(part if not isinstance(_read(part), str) else _flow(part) for part in parts)}]"
     if accepts(annotation, [node.value]):
-        given = shown(node.written)[1:-1] if node.written and not isinstance(node.value, str) else shown(node.value)
-        return f"[{given}]"
+        return f"[{given(node)}]"
     if len(parts) == 1 and accepts(annotation, [_read(parts[0])]):
         return f"[{parts[0]}]"
     return None
@@ -103,7 +97,7 @@ def _read(text: str) -> Any:
 def _as_section(value: object, annotation: Any) -> str | None:
     """Write the mapping that a single value stands for: a kind, the option of a single key, or a file."""
     sections = slots.sections(annotation)
-    text = "true" if value is True else "false" if value is False else value
+    text = str(value).lower() if isinstance(value, bool) else value
     if not sections or not isinstance(text, str):
         return None
     if (kind := meant_value(text, slots.all_kinds(annotation))) is not None:
@@ -129,9 +123,9 @@ def _option_of_one_key(text: str, section: type[Config]) -> str | None:
 
 
 def _as_file(text: str, annotation: Any) -> str | None:
-    """Write the mapping that reads a file, chosen by its suffix; otherwise the first that requires a single text."""
+    """Write the mapping that reads a file, by its suffix; else the first section that requires a single text."""
     suffix = text.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2].lower()
-    candidates = [start for start in [foreign.OF_SUFFIX.get(suffix)] if start is not None]
+    candidates = [foreign.OF_SUFFIX[suffix]] if suffix in foreign.OF_SUFFIX else []
     candidates += [
         "".join(f"kind: {kind}, " for kind in slots.kinds(section)[:1]) + f"{required[0]}: "
         for section in slots.sections(annotation)
@@ -152,8 +146,7 @@ def _flow(text: str) -> str:
     """Write text inside braces or brackets."""
     if len(text) > MAX_SHOWN:
         return "..."
-    is_plain = _PLAIN.fullmatch(text) is not None and isinstance(_read(text), str)
-    return text if is_plain else shown(text)
+    return text if _PLAIN.fullmatch(text) and isinstance(_read(text), str) else shown(text)
 
 
 def _as_number(text: str, types: list[Any]) -> str | None:

@@ -1,13 +1,14 @@
-"""Layers of a configuration: a file, its base files, and how they merge."""
+"""Read the layers of a configuration, a file and its base files, and merge them."""
 
 import codecs
 import difflib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from trainer.atomic_io import NotRegular, open_regular
 from trainer.config import slots
@@ -17,10 +18,6 @@ from trainer.config.old_names import with_present_names
 from trainer.config.slots import Slot
 from trainer.config.yaml_nodes import compose
 
-MAX_BYTES: Final = 2**20
-"""Largest file."""
-MAX_FILES: Final = 64
-"""Most files in one configuration, counting a file each time it is named."""
 _ADDRESS: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(?!/)")
 
 
@@ -35,8 +32,7 @@ def merge(under: Node, over: Node, slot: Slot) -> Node:
     section = slots.section_of(slot, slots.kind_of(under, slot))
     if "kind" in over.value:
         other = slots.section_of(slot, over.value["kind"].value)
-        known = slots.sections(slot.annotation)
-        if other is not section or (len(known) > 1 and other is None):
+        if other is not section or (other is None and len(slots.sections(slot.annotation)) > 1):
             return over
     value = dict(under.value)
     for key, node in over.value.items():
@@ -58,7 +54,7 @@ def with_default_kinds(node: Node, slot: Slot) -> Node:
 
 
 class ConfigFiles:
-    """Reader of a file and its bases."""
+    """Reads a file and its bases."""
 
     def __init__(self, slot: Slot, findings: list[Finding]) -> None:
         """Create a reader for the schema in `slot`; `findings` collects problems that do not stop the reading."""
@@ -87,26 +83,22 @@ class ConfigFiles:
         if tree is None or tree.value is None:
             raise Unreadable(locate(0, 0), "the file is empty; a configuration is key: value pairs")
         if not isinstance(tree.value, dict):
-            raise Unreadable(tree.place, f"expected key: value pairs, got {_kind_of_root(tree)}")
+            got = {list: "a list", str: "text"}.get(type(tree.value), "a single value")
+            raise Unreadable(tree.place, f"expected key: value pairs, got {got}")
         tree = with_present_names(tree, self._slot, self._findings)
         base = tree.value.pop("base", None)
         if base is None:
             return tree
         self._reading.append(os.path.realpath(path))
-        under: Node | None = None
-        for node in self._names(base):
-            layer = self._read_base(path, node)
-            under = layer if under is None else merge(under, layer, self._slot)
-        self._reading.pop()
-        return tree if under is None else merge(under, tree, self._slot)
-
-    def _names(self, base: Node) -> Iterator[Node]:
+        layers: list[Node] = []
         for node in base.value if isinstance(base.value, list) else [base]:
             if isinstance(node.value, str) and node.value:
-                yield node
+                layers.append(self._read_base(path, node))
             elif node.value is not UNUSABLE:
                 message = f"expected the path of a file or a list of them, got {node.written or shown(node.value)}"
                 self._findings.append(Finding(node.place, ("base",), message))
+        self._reading.pop()
+        return reduce(lambda under, over: merge(under, over, self._slot), [*layers, tree])
 
     def _read_base(self, path: Path, node: Node) -> Node:
         name = _as_address(node.value) or os.path.normpath(path.parent / expand_home(node.value))
@@ -115,12 +107,8 @@ class ConfigFiles:
         except ValueError:  # invalid name; reported when the file is opened
             real = name
         if real in self._reading:
-            chain = [os.path.relpath(p) for p in [*self._reading[self._reading.index(real) :], real]]
-            raise Unreadable(
-                node.place, f"{shown_path(name)} is its own base: {' -> '.join(chain)}; remove one link", ("base",)
-            )
-        if self._num_read >= MAX_FILES:
-            raise Unreadable(node.place, f"more than {MAX_FILES} files; a configuration has a few bases", ("base",))
+            chain = " -> ".join(os.path.relpath(p) for p in [*self._reading[self._reading.index(real) :], real])
+            raise Unreadable(node.place, f"{shown_path(name)} is its own base: {chain}; remove one link", ("base",))
         try:
             return self.read(name)
         except _NotOpened as error:  # report the line that names the file
@@ -131,27 +119,24 @@ class _NotOpened(Unreadable):
     """A file that cannot be opened."""
 
 
-def _text(path: Path, locate: Any) -> str:
+def _text(path: Path, locate: Callable[[int, int], SourceLocation]) -> str:
     try:
         with os.fdopen(open_regular(path, os.O_RDONLY, through_links=True), "rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            data = file.read().removeprefix(codecs.BOM_UTF8)  # written by Windows editors
     except FileNotFoundError:
         raise _NotOpened(locate(0, 0), _missing(path)) from None
     except NotRegular:
-        if path.is_dir():
-            raise _NotOpened(locate(0, 0), "is a directory; name a .yaml file in it") from None
-        raise _NotOpened(locate(0, 0), "is a pipe or a device; a configuration is a file") from None
+        is_folder = "is a directory; name a .yaml file in it"
+        message = is_folder if path.is_dir() else "is a pipe or a device; a configuration is a file"
+        raise _NotOpened(locate(0, 0), message) from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise _NotOpened(locate(0, 0), f"cannot be read: {reason}") from None
-    if len(data) > MAX_BYTES:
-        raise Unreadable(locate(0, 0), f"more than {MAX_BYTES} bytes; a configuration has a few thousand")
-    data = data.removeprefix(codecs.BOM_UTF8)  # written by Windows editors
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        line_start = data.rfind(b"\n", 0, error.start) + 1
-        place = locate(data.count(b"\n", 0, error.start) + 1, len(data[line_start : error.start].decode()) + 1)
+        before = data[: error.start].decode()
+        place = locate(before.count("\n") + 1, len(before) - before.rfind("\n"))
         raise Unreadable(place, f"byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8") from None
 
 
@@ -163,18 +148,11 @@ def _as_address(name: str) -> str | None:
 
 def _missing(path: Path) -> str:
     if _as_address(str(path)) is not None:
-        return "is an address, and a configuration is a file of this machine; download it, and name the file"
-    return f"no such file{_similar_file(path)}"
-
-
-def _similar_file(path: Path) -> str:
+        return "is a URL, and a configuration is a local file; download it, and name the file"
     try:
         stems = {p.stem: p.name for p in sorted(path.parent.iterdir()) if p.suffix in (".yaml", ".yml")}
     except OSError:
-        return f"; there is no folder {shown_path(path.parent)} either"
+        return f"no such file; there is no folder {shown_path(path.parent)} either"
     near = difflib.get_close_matches(path.stem, stems, n=1)
-    return f"; did you mean {shown_path(path.with_name(stems[near[0]]))}?" if near else "; check the path"
-
-
-def _kind_of_root(tree: Node) -> str:
-    return {list: "a list", str: "text"}.get(type(tree.value), "a single value")
+    hint = f"did you mean {shown_path(path.with_name(stems[near[0]]))}?" if near else "check the path"
+    return f"no such file; {hint}"

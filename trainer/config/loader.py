@@ -18,21 +18,13 @@ C = TypeVar("C", bound=Config)
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str], root: type[C]) -> C:
-    """Load a file, its base files and overrides.
-
-    Args:
-        path: the YAML file.
-        overrides: `a.b=c`; see `trainer.config.overrides`.
-        root: root class of the schema.
-
-    Returns:
-        The checked configuration.
+    """Load a YAML file, its base files and overrides (`a.b=c`, see `trainer.config.overrides`) under a schema.
 
     Raises:
-        ConfigError: if anything is wrong, with one line for each problem, in the order of the file.
+        ConfigError: with one line for each problem, in the order of the file.
 
     Warns:
-        OldNameWarning: for each former name of a key or a value, with the present one.
+        OldNameWarning: for each former name of a key or a value.
     """
     findings: list[Finding] = []
     slot = Slot(root)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from trainer.errors import ConfigError
@@ -67,10 +67,6 @@ class Node:
         if isinstance(self.value, list) and str(part).isdecimal() and int(part) < len(self.value):
             return self.value[int(part)]
         return None
-
-    def under_key(self, key_place: SourceLocation) -> "Node":
-        """Return the same value under another key."""
-        return replace(self, key_place=key_place)
 
 
 class Finding(NamedTuple):

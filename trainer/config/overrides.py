@@ -1,11 +1,8 @@
-"""Overrides of the command line, `a.b=c`: a layer over the file with the same rules and messages."""
+"""Command-line overrides, `a.b=c`: a layer over the file with the same rules and messages."""
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
-
-from pydantic_core import PydanticUndefined
 
 from trainer.config import foreign, slots
 from trainer.config.base import Config
@@ -14,12 +11,9 @@ from trainer.config.layers import merge
 from trainer.config.nodes import Finding, Key, Node, SourceLocation, Unreadable, shown
 from trainer.config.old_names import FIRST_OVERRIDE
 from trainer.config.slots import Slot
-from trainer.config.yaml_nodes import MAX_DEPTH, compose
+from trainer.config.yaml_nodes import compose
 
 _EXAMPLE: Final = "key=value, such as train.steps=100"
-_LOOSE: Final = re.compile(r"([A-Za-z_][\w.]*)(?:\s*:|\s+=|\s+(?!=))[^=]*", re.ASCII)
-"""A key and its value in YAML form, or separated by spaces."""
-_IN_WORDS: Final = re.compile(r"([\w.-]*)\s*[:=]?(.*)", re.DOTALL)
 
 
 def apply(tree: Node, overrides: Sequence[str], slot: Slot, findings: list[Finding]) -> Node:
@@ -34,18 +28,11 @@ def apply(tree: Node, overrides: Sequence[str], slot: Slot, findings: list[Findi
         overrides: as typed.
         slot: schema of the whole configuration.
         findings: collects one problem for each unreadable override.
-
-    Returns:
-        The new configuration.
     """
     parsed: list[tuple[list[str], Node]] = []
-    for number, words in _grouped(overrides, slot.annotation):
-        place = SourceLocation(FIRST_OVERRIDE + number, 0, 0, f"<override {number}>")
+    for number, text in enumerate(overrides, start=1):
         try:
-            loose = _LOOSE.fullmatch(words[0])
-            if len(words) > 1 or (loose and names_key(loose[1], slot.annotation)):
-                raise Unreadable(place, _in_words(words, slot.annotation))
-            parsed.append(_parse(words[0], place, findings))
+            parsed.append(_parse(text, SourceLocation(FIRST_OVERRIDE + number, 0, 0, f"<override {number}>"), findings))
         except Unreadable as error:
             findings.append(error.finding)
     parsed.sort(key=lambda one: (0, len(one[0])) if one[0][-1] == "kind" else (1, 0))
@@ -57,36 +44,10 @@ def apply(tree: Node, overrides: Sequence[str], slot: Slot, findings: list[Findi
     return tree
 
 
-def _grouped(overrides: Sequence[str], root: type[Config]) -> Iterator[tuple[int, list[str]]]:
-    """Yield numbered overrides; the words of an override that was typed with spaces stay together."""
-    words = list(enumerate(overrides, start=1))
-    while words:
-        number, word = words.pop(0)
-        group = [word]
-        is_key = names_key(word.rstrip(":="), root)
-        if is_key and "=" not in word and words and words[0][1].startswith("="):
-            group.append(words.pop(0)[1])
-        is_open = is_key and (group[-1].endswith("=") or len(group) == 1)
-        if is_open and words and "=" not in words[0][1] and not names_key(words[0][1], root):
-            group.append(words.pop(0)[1])
-        yield number, group
-
-
 def names_key(word: str, root: type[Config]) -> bool:
     """Return whether a word is a dotted key of a schema, or another trainer's name for one."""
     section, _, last = word.rpartition(".")
     return section in slots.homes(root).get(last, ()) or foreign.counterpart(last, section) is not None
-
-
-def _in_words(words: list[str], root: type[Config]) -> str:
-    """Return the message for a key and value typed with spaces or a colon between them."""
-    text = " ".join(words)
-    match = _IN_WORDS.fullmatch(text)
-    assert match is not None, "any text is a match"
-    key, value = match[1], match[2].strip()
-    advice = _meant(key, value or None, root)
-    assert advice is not None, "words are taken together if they begin with a key"
-    return f"{shown(text)} is not an override; {advice}, without spaces"
 
 
 def as_override(option: str, value: str | None, root: type[Config]) -> str:
@@ -97,30 +58,29 @@ def as_override(option: str, value: str | None, root: type[Config]) -> str:
         value: the word after it; None: there was none.
         root: the schema.
     """
-    said, key = shown(option)[1:-1], option.lstrip("-").replace("-", "_")
-    known = _meant(key, value, root)
+    hint = _intended(option.lstrip("-").replace("-", "_"), "..." if value is None else value, root)
     if not option.startswith("-"):
-        return f"{said}: is no override; {known or f'write {_EXAMPLE}'}"
-    return f"{said}: is no option; {known or 'leave it out'}"
+        return f"{shown(option)[1:-1]}: is not an override; {hint or f'write {_EXAMPLE}'}"
+    return f"{shown(option)[1:-1]}: is not an option; {hint or 'leave it out'}"
 
 
-def _meant(key: str, value: str | None, root: type[Config]) -> str | None:
+def _intended(key: str, value: str, root: type[Config]) -> str | None:
     """Return how to write an override for a key and a value; None if there is no such key."""
-    given = "..." if value is None else value
     section, _, last = key.rpartition(".")
     homes = slots.homes(root).get(last, ())
     if section in homes:
-        return f"write {key}={given}"
-    meant = foreign.counterpart(last, section)
-    if meant is None:
-        known = [f"{home}.{last}".lstrip(".") for home in homes]
-        return f"write {' or '.join(f'{name}={given}' for name in known)}" if 0 < len(known) <= 3 else None
-    if not meant.key or meant.note:
-        return f"write {meant.key}=...{meant.remark}" if meant.key else meant.note
-    options = [option for annotation in slots.at(root, meant.key) for option in slots.literals(annotation)]
-    written = f"write {meant.key}={meant_value(given, options) or given}"
-    if given.lower() in foreign.ALSO_NEEDED and meant_value(given, options) is not None:
-        written += f" {meant.key.rpartition('.')[0]}.{'='.join(foreign.ALSO_NEEDED[given.lower()])}"
+        return f"write {key}={value}"
+    ours = foreign.counterpart(last, section)
+    if ours is None:
+        keys = [f"{home}.{last}".lstrip(".") for home in homes]
+        return f"write {' or '.join(f'{name}={value}' for name in keys)}" if 0 < len(keys) <= 3 else None
+    if not ours.key or ours.note:
+        return f"write {ours.key}=...{ours.remark}" if ours.key else ours.note
+    options = [option for annotation in slots.at(root, ours.key) for option in slots.literals(annotation)]
+    our_value = meant_value(value, options)
+    written = f"write {ours.key}={our_value or value}"
+    if value.lower() in foreign.ALSO_NEEDED and our_value is not None:
+        written += f" {ours.key.rpartition('.')[0]}.{'='.join(foreign.ALSO_NEEDED[value.lower()])}"
     return written
 
 
@@ -136,8 +96,6 @@ def _parse(text: str, place: SourceLocation, findings: list[Finding]) -> tuple[l
         raise Unreadable(
             place, f"{shown(path)} is not a key; write names joined by dots, such as model.moe.num_experts"
         )
-    if len(parts) > MAX_DEPTH:
-        raise Unreadable(place, f"{shown(path)} has {len(parts)} parts; a key has at most {MAX_DEPTH}")
     if parts[0] == "base":
         raise Unreadable(place, "base belongs in a file; name another file, or override the keys themselves", ("base",))
     node = compose(value, lambda line, column: place, findings, tuple(parts))
@@ -179,7 +137,7 @@ def _as_node(value: Any, place: SourceLocation) -> Node:
     if isinstance(value, Config):
         value = value.model_dump()
     if isinstance(value, dict):
-        return Node({key: _as_node(inner, place) for key, inner in value.items()}, place, place)
-    if isinstance(value, list | tuple):
-        return Node([_as_node(inner, place) for inner in value], place, place)
-    return Node(None if value is PydanticUndefined else value, place, place)
+        value = {key: _as_node(inner, place) for key, inner in value.items()}
+    elif isinstance(value, list | tuple):
+        value = [_as_node(inner, place) for inner in value]
+    return Node(value, place, place)

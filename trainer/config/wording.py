@@ -1,4 +1,4 @@
-"""Wording of messages: names of types, and suggestions for misspelled keys and values."""
+"""Word the messages about keys and values, with suggestions for misspelled ones."""
 
 import difflib
 import re
@@ -6,17 +6,17 @@ from typing import Any, Literal, get_args, get_origin
 
 from trainer.config import foreign, slots
 from trainer.config.base import LINE_PATTERN, PATH_PATTERN, Config
-from trainer.config.hints import how_to_write, meant_value
+from trainer.config.hints import given, how_to_write, meant_value
 from trainer.config.nodes import Node, shown
 
-_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 _MAX_ELSEWHERE = 3
-_SAME_WORD = 0.6
+_MIN_WORD_RATIO = 0.6
 """Least similarity of a word and its misspelling."""
-_SAME_NAME = 0.9
+_MIN_NAME_RATIO = 0.9
 """Least similarity of a name and its misspelling with another number of words."""
 _UNITS = frozenset({"num", "n", "size", "steps", "step", "coef", "coeff", "rate", "factor", "value", "of", "the"})
-"""Words for units; a name means the same with and without them."""
+"""Words that a key may have or lack without meaning something else."""
 _NAME_PATTERN = re.compile(r"\^\[A-Za-z0-9\]\[A-Za-z0-9\._-\]\{0,(\d+)\}\$")
 
 
@@ -44,15 +44,15 @@ def unknown_key(
     where: str = "",
     node: Node | None = None,
 ) -> str:
-    """Return the message for an unknown key, with a suggestion.
+    """Return the message for an unknown key of `section`, with a suggestion.
 
     Args:
         key: the key.
         section: the section that contains it.
-        siblings: the sections that a `kind` chooses from, `section` among them.
+        siblings: sections that a `kind` chooses from, `section` among them.
         root: the whole schema.
         where: dotted key of the section.
-        node: value of the key; None: any.
+        node: value of the key; None: any value.
     """
     options = list(section.model_fields)
     owners = [kind for other in siblings if key in other.model_fields for kind in slots.kinds(other)]
@@ -100,18 +100,10 @@ def wrong_length(node: Node, annotation: Any) -> str:
     return f"expected {expected(annotation)}, got a list of {len(node.value)}"
 
 
-def given(node: Node) -> str:
-    """Return a value as it was written."""
-    if node.written and not isinstance(node.value, str):
-        return shown(node.written)[1:-1]
-    return shown(node.value)
-
-
 def pattern(value: str, expression: str) -> str:
     """Return the message for text that does not match its pattern."""
     if match := _NAME_PATTERN.fullmatch(expression):
-        most = int(match[1]) + 1
-        allowed = f"at most {most} letters, digits, '.', '_' and '-', starting with a letter or a digit"
+        allowed = f"at most {int(match[1]) + 1} letters, digits, '.', '_' and '-', starting with a letter or a digit"
         return f"{shown(value)} is not a name; use {allowed}"
     if expression == PATH_PATTERN:
         return f"{shown(value)} is not a path; use at most 1000 characters, none of them a control character"
@@ -123,13 +115,8 @@ def pattern(value: str, expression: str) -> str:
 def _elsewhere(key: str, homes: dict[str, tuple[str, ...]]) -> list[str]:
     """Return the dotted keys whose last part, or last two parts joined (eval_every), are this name."""
     found = [f"{home}.{key}".lstrip(".") for home in homes.get(key, ())]
-    joined = [
-        f"{home}.{name}"
-        for name, where in homes.items()
-        for home in where
-        if key == f"{home.rpartition('.')[2]}_{name}"
-    ]
-    return found or joined
+    pairs = [(home, name) for name, where in homes.items() for home in where]
+    return found or [f"{home}.{name}" for home, name in pairs if key == f"{home.rpartition('.')[2]}_{name}"]
 
 
 def _near_key(key: str, section: type[Config], root: type[Config], node: Node | None) -> str | None:
@@ -145,13 +132,15 @@ def _near_key(key: str, section: type[Config], root: type[Config], node: Node | 
 
 
 def _may_be_under(node: Node | None, annotations: list[Any]) -> bool:
-    """Return whether a value may be intended for a key: `streaming: true` is no slip of `train`, which is a mapping."""
+    """Return whether a value may be intended for a key: `streaming: true` cannot be a misspelled `train: {...}`."""
     if node is None or node.value is None:
         return True
     for annotation in annotations:
         types = slots.alternatives(annotation)
         lists = [one for one in types if get_origin(one) in (list, tuple)]
-        if isinstance(node.value, dict) and any(slots.sections(one) for one in (annotation, *map(_of_list, lists))):
+        if isinstance(node.value, dict) and any(
+            map(slots.sections, [annotation, *(get_args(one)[0] for one in lists)])
+        ):
             return True
         if isinstance(node.value, list) and lists:
             return True
@@ -162,25 +151,23 @@ def _may_be_under(node: Node | None, annotations: list[Any]) -> bool:
     return False
 
 
-def _of_list(annotation: Any) -> Any:
-    return get_args(annotation)[0]
-
-
 def near(text: str, options: list[str], *, cutoff: float) -> str | None:
     """Return the most similar option that may be the same words misspelled.
 
-    num_layers is no slip of num_heads, nor warmup_ratio of warmup_steps: following that would set something else.
+    num_layers is not a misspelling of num_heads, nor warmup_ratio of warmup_steps: they would set something else.
     """
     similar = difflib.get_close_matches(text, options, n=5, cutoff=cutoff)
-    return next((option for option in similar if _may_be_slip(text, option)), None)
+    return next((option for option in similar if _may_be_misspelled(text, option)), None)
 
 
-def _may_be_slip(text: str, option: str) -> bool:
+def _may_be_misspelled(text: str, option: str) -> bool:
     words, others = re.split("[_.-]", text), re.split("[_.-]", option)
     if len(words) != len(others):  # one word written as two, or another word that changes the meaning
         as_one = difflib.SequenceMatcher(None, "".join(words), "".join(others)).ratio()
-        return as_one >= _SAME_NAME or set(words) ^ set(others) <= _UNITS
-    return all(difflib.SequenceMatcher(None, a, b).ratio() >= _SAME_WORD for a, b in zip(words, others, strict=True))
+        return as_one >= _MIN_NAME_RATIO or set(words) ^ set(others) <= _UNITS
+    return all(
+        difflib.SequenceMatcher(None, a, b).ratio() >= _MIN_WORD_RATIO for a, b in zip(words, others, strict=True)
+    )
 
 
 def _any_of(options: list[str]) -> str:
@@ -194,4 +181,4 @@ def _name(one: Any) -> str:
         return f"a list of {len(get_args(one))}"
     if get_origin(one) is list:
         return "a list"
-    return _NAMES.get(one, "a mapping")
+    return _TYPE_NAMES.get(one, "a mapping")
