@@ -73,8 +73,8 @@ def test_the_version_is_one_line_and_needs_no_torch(capsys: pytest.CaptureFixtur
             (
                 f"{given} train x.yaml",
                 [
-                    "--train.steps: is not an option; write train.steps=10; the command comes first, then the config, then "
-                    "its overrides and options: turnout train CONFIG a.b=c"
+                    "--train.steps: is not an option; write train.steps=10; the command comes first, then the config, "
+                    "then its overrides and options: turnout train CONFIG a.b=c"
                 ],
             )
             for given in ("--train.steps 10", "--train.steps=10")
