@@ -112,7 +112,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()
-        is_alias = isinstance(event, yaml.AliasEvent)
+        is_alias = self.check_event(yaml.AliasEvent)
         if is_alias and event.anchor not in self._complete:
             self.get_event()
             return yaml.ScalarNode(_NO_ANCHOR, event.anchor, event.start_mark, event.end_mark)
