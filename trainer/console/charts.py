@@ -25,9 +25,8 @@ def sparkline(values: Sequence[float | None], width: int) -> str:
         return " " * num_columns
     low, high = float(finite.min()), float(finite.max())
     blocks = LEVELS[1:]  # the lowest value is visible too
-    return "".join(
-        " " if math.isnan(v) else blocks[round((v - low) / ((high - low) or 1) * (len(blocks) - 1))] for v in columns
-    )
+    per_unit = (len(blocks) - 1) / ((high - low) or 1)
+    return "".join(" " if math.isnan(v) else blocks[round((v - low) * per_unit)] for v in columns)
 
 
 def loss_chart(steps: Sequence[int], values: Sequence[float | None], width: int, height: int) -> Text:

@@ -24,8 +24,7 @@ from trainer.terminal import visible
 _REDRAW_EVERY_S: Final = 0.1
 _LOG_JOB_EVERY_S: Final = 10.0
 _LOG_WIDTH: Final = 80
-_NO_CURSOR: Final = ("dumb", "unknown")
-"""Values of TERM, as rich knows them."""
+_NO_CURSOR: Final = ("dumb", "unknown")  # values of TERM, as rich knows them
 
 
 class Console:

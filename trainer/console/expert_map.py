@@ -52,15 +52,8 @@ def expert_map(
     `width`, 40 columns or more; a wider one continues below itself. Of more than `max_layers` an even selection is
     shown.
 
-    Args:
-        counts: (L, G, E) assignments.
-        domains: G names.
-        layer_names: L names.
-        width: Columns.
-        max_layers: Most maps to draw.
-
     Raises:
-        ValueError: if the shapes disagree.
+        ValueError: if the shape of the assignments is not (L, G, E).
     """
     array = check_counts(counts, len(layer_names), len(domains))
     parts: list[RenderableType] = list(_legend(array, width))

@@ -16,8 +16,7 @@ _GAP = 30
 _MAX_NAME = 40
 _MAX_MAP_WIDTH, _MIN_WIDTH = 640, 500
 _NOTE = "expert and domain share {:.2f} of {:.2f} bits"
-_SCALE = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""Labelled values of the colour scale, in units of the even share 1 / E."""
+_SCALE = (0.25, 0.5, 1.0, 2.0, 4.0)  # labelled values of the colour scale, in units of the even share 1 / E
 # Blue to orange is safe for the colour-blind, and both ends are darker than the middle.
 _LOW, _EVEN, _HIGH = (33, 102, 172), (240, 240, 236), (179, 88, 6)
 
@@ -29,14 +28,8 @@ def expert_map_svg(
 
     The heading of a map has the mutual information of expert and domain. Cells have their numbers as tooltips.
 
-    Args:
-        counts: (L, G, E) assignments.
-        domains: G names.
-        layer_names: L names.
-        title: First line of the picture.
-
     Raises:
-        ValueError: if the shapes disagree.
+        ValueError: if the shape of the assignments is not (L, G, E).
     """
     array = check_counts(counts, len(layer_names), len(domains))
     num_experts = array.shape[2]

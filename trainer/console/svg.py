@@ -11,8 +11,7 @@ MARGIN: Final = 16
 ROW: Final = 22
 """Height of a row, in pixels."""
 _NOT_XML: Final = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-_EM: Final = 0.62
-"""Mean character width over font size, for DejaVu: a wide font among those a reader may have."""
+_EM: Final = 0.62  # mean character width over font size, for DejaVu: a wide font among those a reader may have
 _EM_BOLD: Final = 0.7
 _TITLE_SIZE: Final = 15
 _MAX_TITLE: Final = 90

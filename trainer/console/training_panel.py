@@ -10,8 +10,7 @@ from trainer.console.charts import sparkline
 from trainer.console.style import ACCENT, ALERT, QUIET, packed
 from trainer.console.training_progress import TrainingProgress
 
-_MIN_CURVE, _MAX_CURVE = 10, 28
-"""Width of the loss curve, in columns."""
+_MIN_CURVE, _MAX_CURVE = 10, 28  # width of the loss curve, in columns
 
 
 def training_panel(progress: TrainingProgress, width: int) -> Group:

@@ -78,9 +78,8 @@ def rows_do_not_see_each_other(config: RouterOptions, num_experts: int) -> None:
             here = slice(row * S, (row + 1) * S)
             noise_key = None if context.noise_key is None else context.noise_key[here]
             one = replace(context_of(is_training=False, rows=1), token_ids=context.token_ids[here], noise_key=noise_key)
-            ensure(
-                same(matrix(router(x[here], one).decision), together[here]), f"sequence {row} alone is routed otherwise"
-            )
+            alone = matrix(router(x[here], one).decision)
+            ensure(same(alone, together[here]), f"sequence {row} is routed otherwise when it is alone")
 
 
 def causality_is_as_declared(config: RouterOptions, num_experts: int) -> None:

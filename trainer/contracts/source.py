@@ -7,8 +7,7 @@ from trainer.contracts.ensure import ensure
 from trainer.data.sources.base import Document, Source
 from trainer.data.sources.registry import SourceOptions
 
-_MOST = 10_000
-"""Documents that are looked at."""
+_MOST = 10_000  # documents that are looked at
 
 
 def files_exist_and_are_named_once(config: SourceOptions) -> None:

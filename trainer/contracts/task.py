@@ -49,14 +49,11 @@ def _make(config: TaskConfig) -> Task:
 
 
 def _untrained() -> EvalContext:
-    config = ModelConfig.model_validate(
-        {"num_layers": 1, "d_model": 16, "num_heads": 2, "d_ff": 16, "seq_len": _SEQ_LEN, "moe": None}
-    )
+    config = ModelConfig(num_layers=1, d_model=16, num_heads=2, d_ff=16, seq_len=_SEQ_LEN, moe=None)
     with torch.device("meta"):
         whole = GPT(config, ByteTokenizer().vocab_size)
-    model = parallelize(
-        whole, ParallelConfig(), Mesh.of_one(), torch.device("cpu"), seed=0, dtype=torch.float32, can_compile=False
-    )
-    numerics = NumericsConfig(seed=0, dtype=torch.float32, grad_clip=None)
-    engine = NativeEngineConfig().build(model, AdamWConfig(), numerics, Mesh.of_one())
-    return EvalContext(engine=engine, world=Mesh.of_one().world, tokens_per_pass=1024)
+    mesh, device, dtype = Mesh.of_one(), torch.device("cpu"), torch.float32
+    model = parallelize(whole, ParallelConfig(), mesh, device, seed=0, dtype=dtype, can_compile=False)
+    numerics = NumericsConfig(seed=0, dtype=dtype, grad_clip=None)
+    engine = NativeEngineConfig().build(model, AdamWConfig(), numerics, mesh)
+    return EvalContext(engine=engine, world=mesh.world, tokens_per_pass=1024)

@@ -9,8 +9,7 @@ from trainer.lab.router_choices import FACTORS, Choice
 from trainer.lab.training_outcomes import TrainingOutcome
 
 _MIN_NAME, _PANEL, _GAP = 130, 210, 24
-_VALUE = 88
-"""Width of the number beside a bar, in pixels."""
+_VALUE = 88  # width of the number beside a bar, in pixels
 _PLOT_WIDTH, _PLOT_HEIGHT = 560, 380
 _TICKS = 5
 _LINE_HEIGHT = 14

@@ -20,8 +20,7 @@ from trainer.lab.logits import LogitsKind
 from trainer.lab.router_choices import FACTORS, Choice
 from trainer.lab.training_outcomes import TrainingOutcome
 
-_WIDTH = 200
-"""Table width in a pipe or file: nothing is truncated there."""
+_WIDTH = 200  # table width in a pipe or file: nothing is truncated there
 _REFERENCE = "top_k"
 _CHOICES_LEGEND = """\
 k        experts per token in the optimal programme

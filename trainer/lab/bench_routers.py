@@ -142,21 +142,19 @@ def _trained(training: Training, number: str) -> TrainingOutcome:
 
 def _training_notes(trainings: Sequence[Training]) -> list[str]:
     """Return the footnotes on differences between the trainings other than the router."""
-    configs = {training.router: training.config.model.moe for training in trainings}
     notes = []
-    factors = {router: moe.capacity.factor for router, moe in configs.items() if moe is not None}
-    free = [router for router, factor in factors.items() if factor is None]
+    configs = {training.router: moe for training in trainings if (moe := training.config.model.moe) is not None}
+    factors = {router: moe.capacity.factor for router, moe in configs.items()}
     if len(set(factors.values())) > 1:
+        free = ", ".join(router for router, factor in factors.items() if factor is None)
         notes.append(
-            f"without a capacity, which they do not use: {', '.join(free)}; linear_program and greedy get the factor "
-            "as an option"
+            f"without a capacity, which they do not use: {free}; linear_program and greedy get it as an option"
         )
-    coefs = {router: moe.balance.coef for router, moe in configs.items() if moe is not None}
+    coefs = {router: moe.balance.coef for router, moe in configs.items()}
     if len(set(coefs.values())) > 1:
-        self_balancing = [router for router, coef in coefs.items() if coef == 0]
-        notes.append(f"without a balance loss (balance.coef 0): {', '.join(self_balancing)} balance themselves")
-    single = configs.get(MIXTURE_OF_DEPTHS)
-    if single is not None:
+        self_balancing = ", ".join(router for router, coef in coefs.items() if coef == 0)
+        notes.append(f"without a balance loss (balance.coef 0): {self_balancing} balance themselves")
+    if (single := configs.get(MIXTURE_OF_DEPTHS)) is not None:
         share = getattr(single.router, "capacity", 1.0)
         notes.append(
             f"{MIXTURE_OF_DEPTHS} has one network, {single.d_ff} wide, for {share:.3g} of the tokens in training: "

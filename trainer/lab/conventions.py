@@ -24,8 +24,6 @@ from trainer.moe.routers.config.token_choice import BiasBalancedRouterConfig, Gr
 class Convention:
     """Balance loss of another trainer, by its differences from ours."""
 
-    source: str
-    """Where the loss and its coefficient are defined."""
     layers: Literal["mean", "sum", "over_all", "pooled"]
     """Reduction over MoE layers: mean; sum; sum over the number of all layers, dense ones included; or counts and
     probabilities are averaged over layers before they are multiplied."""
@@ -47,62 +45,31 @@ class Convention:
         return "all" if self.counts == "all" else "first"
 
 
+# Each with the place where the loss and its coefficient are defined.
 CONVENTIONS = {
-    "turnout": Convention(
-        source="trainer/moe/losses.py, with balance.convention canonical", layers="mean", scope="any"
-    ),
-    "gshard_first_choice": Convention(
-        source="trainer/moe/losses.py, with balance.convention gshard_first_choice",
-        layers="mean",
-        counts="first",
-        scope="any",
-    ),
-    "transformers": Convention(
-        source="Hugging Face transformers, models/mixtral/modeling_mixtral.py: load_balancing_loss_func; "
-        "router_aux_loss_coef",
-        layers="pooled",
-        divides_by_k=False,
-        counts_best_scores=True,
-    ),
-    "megatron": Convention(
-        source="Megatron-LM, core/transformer/moe/moe_utils.py: switch_load_balancing_loss_func, whose gradient every "
-        "layer adds; moe_aux_loss_coeff of load balancing type aux_loss",
-        layers="sum",
-        counts_best_scores=True,
-    ),
-    "deepspeed": Convention(
-        source="DeepSpeed, moe/sharded_moe.py: top1gating, top2gating, topkgating; summed over layers and times "
-        "moe_loss_coeff in Megatron-DeepSpeed's pretrain_gpt.py",
-        layers="sum",
-        counts="first_of_two",
-    ),
-    "tutel": Convention(
-        source="Tutel, impls/losses.py: gshard_loss; summed over layers and times aux_loss_weight in Swin-MoE's "
-        "models/swin_transformer_moe.py",
-        layers="sum",
-        counts="first",
-    ),
-    "megablocks": Convention(
-        source="MegaBlocks, layers/moe.py: batched_load_balancing_loss; moe_loss_weight", layers="over_all"
-    ),
-    "olmo-core": Convention(
-        source="OLMo-core, nn/moe/loss.py: MoELoadBalancingLoss, nn/moe/moe.py: scale_loss_by_num_layers (on by "
-        "default); lb_loss_weight, granularity local_batch",
-        layers="over_all",
-    ),
-    "fastmoe": Convention(
-        source="FastMoE, gates/gshard_gate.py: GShardGate, megatron/balance.py: patch_forward_step; "
-        "balance_loss_weight",
-        layers="mean",
-        counts="first",
-        falls_with_world=True,
-    ),
-    "deepseek-v3": Convention(
-        source="DeepSeek-V3 (arXiv 2412.19437), eqs. 17 to 20: alpha of the sequence-wise loss, which every layer has",
-        layers="sum",
-        counts_best_scores=True,
-        scope="sequence",
-    ),
+    # trainer/moe/losses.py, with balance.convention canonical, then gshard_first_choice
+    "turnout": Convention(layers="mean", scope="any"),
+    "gshard_first_choice": Convention(layers="mean", counts="first", scope="any"),
+    # Hugging Face transformers, models/mixtral/modeling_mixtral.py: load_balancing_loss_func; router_aux_loss_coef
+    "transformers": Convention(layers="pooled", divides_by_k=False, counts_best_scores=True),
+    # Megatron-LM, core/transformer/moe/moe_utils.py: switch_load_balancing_loss_func, whose gradient every layer adds;
+    # moe_aux_loss_coeff of load balancing type aux_loss
+    "megatron": Convention(layers="sum", counts_best_scores=True),
+    # DeepSpeed, moe/sharded_moe.py: top1gating, top2gating, topkgating; summed over layers and times moe_loss_coeff in
+    # Megatron-DeepSpeed's pretrain_gpt.py
+    "deepspeed": Convention(layers="sum", counts="first_of_two"),
+    # Tutel, impls/losses.py: gshard_loss; summed over layers and times aux_loss_weight in Swin-MoE's
+    # models/swin_transformer_moe.py
+    "tutel": Convention(layers="sum", counts="first"),
+    # MegaBlocks, layers/moe.py: batched_load_balancing_loss; moe_loss_weight
+    "megablocks": Convention(layers="over_all"),
+    # OLMo-core, nn/moe/loss.py: MoELoadBalancingLoss, nn/moe/moe.py: scale_loss_by_num_layers (on by default);
+    # lb_loss_weight, granularity local_batch
+    "olmo-core": Convention(layers="over_all"),
+    # FastMoE, gates/gshard_gate.py: GShardGate, megatron/balance.py: patch_forward_step; balance_loss_weight
+    "fastmoe": Convention(layers="mean", counts="first", falls_with_world=True),
+    # DeepSeek-V3 (arXiv 2412.19437), eqs. 17 to 20: alpha of the sequence-wise loss, which every layer has
+    "deepseek-v3": Convention(layers="sum", counts_best_scores=True, scope="sequence"),
 }
 
 
@@ -153,13 +120,7 @@ class ConvertedCoef:
 
 
 def convert(coef: float, *, source: str, target: str, model: RoutedModel) -> ConvertedCoef:
-    """Convert a coefficient from one convention to another.
-
-    Args:
-        coef: Coefficient, not negative.
-        source: Name in CONVENTIONS to convert from.
-        target: Name in CONVENTIONS to convert to.
-        model: The model that is trained.
+    """Convert a coefficient from one of CONVENTIONS to another.
 
     Raises:
         ConfigError: if a convention does not apply to the model.
@@ -172,11 +133,7 @@ def convert(coef: float, *, source: str, target: str, model: RoutedModel) -> Con
 
 
 def factor(name: str, model: RoutedModel) -> float:
-    """Return the factor that converts a coefficient of a convention to ours.
-
-    Raises:
-        ConfigError: if the convention does not apply to the model.
-    """
+    """Return the factor that converts a coefficient of a convention to ours."""
     convention, top_k = CONVENTIONS[name], model.top_k
     value = 1.0 if convention.divides_by_k else float(top_k)
     if convention.layers == "sum":
@@ -232,12 +189,9 @@ def _differences(source: str, target: str, model: RoutedModel, balance: dict[str
     if a.scope != b.scope and "sequence" in (a.scope, b.scope) and "any" not in (a.scope, b.scope):
         per_sequence = source if a.scope == "sequence" else target
         yield f"{per_sequence} counts within each sequence, which is stricter than over a micro-batch"
-    if a.counts_best_scores != b.counts_best_scores and _has_bias_or_groups(model.moe):
+    has_bias_or_groups = isinstance(model.moe.router, BiasBalancedRouterConfig | GroupLimitedRouterConfig)
+    if a.counts_best_scores != b.counts_best_scores and has_bias_or_groups:
         best = source if a.counts_best_scores else target
         yield f"{best} counts the {top_k} best scores, without selection bias and groups, not the actual choices"
     if model.moe.router.num_null_experts:
         yield "null experts count as experts here; other trainers have none"
-
-
-def _has_bias_or_groups(moe: MoEConfig) -> bool:
-    return isinstance(moe.router, BiasBalancedRouterConfig | GroupLimitedRouterConfig)

@@ -15,11 +15,9 @@ from trainer.ops.noise import token_keys
 
 LogitsKind = Literal["random", "skewed", "traced"]
 
-_SPREAD = 2.0
-"""Logit offset of the most popular expert of `skewed`; the least popular has its negative."""
+_SPREAD = 2.0  # logit offset of the most popular expert of `skewed`; the least popular has its negative
 _WARMUP_BATCHES = 10
-_TOKEN_KINDS = 256
-"""Synthetic token ids: byte values."""
+_TOKEN_KINDS = 256  # synthetic token ids: byte values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +59,8 @@ def synthetic_logits(
     if kind == "skewed":
         order = torch.randperm(num_experts, generator=generator)
         offset = torch.linspace(_SPREAD, -_SPREAD, num_experts)[order]
-    drawn = [
-        torch.randn(sequences * tokens, num_experts, generator=generator) + offset for _ in range(1 + _WARMUP_BATCHES)
-    ]
+    size = (sequences * tokens, num_experts)
+    drawn = [torch.randn(size, generator=generator) + offset for _ in range(1 + _WARMUP_BATCHES)]
     ids = torch.randint(_TOKEN_KINDS, (sequences, tokens), generator=generator)
     context = training_context(ids, torch.ones_like(ids, dtype=torch.bool), seed=seed)
     layer = LayerLogits(name=kind, measured=drawn[0], warmup=drawn[1:])
@@ -73,9 +70,7 @@ def synthetic_logits(
 def training_context(token_ids: Tensor, valid: Tensor, *, seed: int) -> RoutingContext:
     """Return the routing context of tokens (B, S) in a training step."""
     rows, columns = token_ids.shape
-    row, position = (
-        index.flatten() for index in torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    )
+    row, position = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
     return RoutingContext(
         token_ids=token_ids.flatten(),
         valid=valid.flatten(),

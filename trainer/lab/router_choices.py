@@ -133,12 +133,9 @@ class RoutingOptimum:
         self._best: dict[tuple[int, int, float], Optimality] = {}
 
     def measure(self, chosen: Tensor, *, top_k: int, factor: float) -> Optimality:
-        """Measure a choice; sums over sequences.
+        """Measure a choice, (T, E) bool before drops, against the programme with k `top_k`; sums over sequences.
 
-        Args:
-            chosen: (T, E) bool, before drops; invalid tokens do not count.
-            top_k: k of the programme.
-            factor: Capacity factor, in units of an expert's fair share k * n / E.
+        Invalid tokens do not count. `factor` is the capacity in units of an expert's fair share k * n / E.
         """
         rows = chosen.view(*self._valid.shape, -1)
         return _sum([self._of_row(row, rows[row, valid], top_k, factor) for row, valid in enumerate(self._valid)])

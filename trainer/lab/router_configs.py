@@ -21,14 +21,9 @@ _MAX_GROUPS = 4
 def router_config(
     kind: str, *, num_experts: int, top_k: int, capacity_factor: float = 1.0, top_k_choices: Sequence[int] | None = None
 ) -> RouterOptions:
-    """Return a router's config; options not set here keep their defaults.
+    """Return the config of a kind of router with those of these options that it has; others keep their defaults.
 
-    Args:
-        kind: Name in the registry.
-        num_experts: E.
-        top_k: k, for routers that have the option. `mixture_of_depths` gets the share k / E of all tokens.
-        capacity_factor: For routers that have the option.
-        top_k_choices: For routers that have the option; each limited to E.
+    `mixture_of_depths` gets the share k / E of all tokens; `top_k_choices` are limited to E.
 
     Raises:
         ConfigError: if the router does not support this number of experts.
@@ -85,11 +80,7 @@ def looks_ahead(config: RouterOptions) -> str:
 
 
 def select_kinds(text: str | None, available: Sequence[str]) -> list[str]:
-    """Return the router kinds named by `--only`, in registry order, then plug-ins in the order given.
-
-    Args:
-        text: Comma-separated names; None: all.
-        available: Kinds that can be named.
+    """Return the router kinds named by `--only`, by commas (None: all), in registry order, then plug-ins as given.
 
     Raises:
         ConfigError: if a name is unknown.
@@ -99,9 +90,7 @@ def select_kinds(text: str | None, available: Sequence[str]) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name == MIXTURE_OF_DEPTHS and MIXTURE_OF_DEPTHS not in available:
-            raise ConfigError(
-                f"--only: {MIXTURE_OF_DEPTHS} has one network and no choice between experts; --train compares it"
-            )
+            raise ConfigError(f"--only: {name} has one network and no choice between experts; --train compares it")
         if ROUTER_PLUGINS.has(name):
             router_class(name)
         elif name not in available:

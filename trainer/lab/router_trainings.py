@@ -19,8 +19,7 @@ from trainer.lab.router_configs import MIXTURE_OF_DEPTHS, router_config
 from trainer.moe.config import MoEConfig
 from trainer.moe.layer_options import BalanceConfig
 
-_MIN_RECORDS = 50
-"""Least number of records in metrics.jsonl, if a training has that many steps."""
+_MIN_RECORDS = 50  # least number of records in metrics.jsonl, if a training has that many steps
 _NOT_LEARNED = {"runs_dir", "prepare", "parallel", "engine", "checkpoint", "metrics", "profile"}
 """Keys and sections that do not affect what is learned."""
 
@@ -41,15 +40,10 @@ class Training:
 def plan_trainings(
     path: Path, overrides: Sequence[str], kinds: Sequence[str], *, budget: int | None, seeds: int, out: Path
 ) -> list[Training]:
-    """Return all trainings, seed by seed, with their configs validated.
+    """Return all trainings of `kinds` of routers, seed by seed, with their configs validated.
 
-    Args:
-        path: Experiment file.
-        overrides: Its overrides.
-        kinds: Kinds of routers.
-        budget: Training tokens of each, rounded to whole steps; None: the config's steps.
-        seeds: Number of seeds, from the config's own upwards.
-        out: Folder of all runs.
+    Each has `budget` training tokens, rounded to whole steps (None: the config's steps); `seeds` is the number of
+    seeds, from the config's own upwards, and `out` the folder of all runs.
 
     Raises:
         ConfigError: if the config has no router to replace or does not support one of the kinds, or if a run in `out`

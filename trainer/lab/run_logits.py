@@ -24,14 +24,9 @@ from trainer.training.load_trained import load_trained
 def logits_of_run(config: ExperimentConfig, folder: RunFolder, *, sequences: int, seed: int) -> Logits:
     """Return the logits of every MoE layer of a run, on evenly spaced rows of its held-out text.
 
-    The model runs as in training, with noise, so that later layers get the inputs they were trained on. Rows alternate
-    between measurement and warm-up; a single row serves as both.
-
-    Args:
-        config: Config of the run.
-        folder: Run folder.
-        sequences: Rows to measure, B: at least one per domain, fewer if there are no more.
-        seed: Seed of the noise.
+    The model runs as in training, with noise, so that later layers get the inputs they were trained on. `sequences` is
+    the number of rows to measure: at least one per domain, fewer if there are no more. Rows alternate between
+    measurement and warm-up; a single row serves as both.
 
     Raises:
         CheckpointError: if there is no checkpoint to load.
@@ -56,10 +51,8 @@ def logits_of_run(config: ExperimentConfig, folder: RunFolder, *, sequences: int
     return Logits(
         kind="traced",
         layers=[
-            LayerLogits(
-                name=f"layer {number}", measured=layer[measured].flatten(0, 1), warmup=[layer[warmup].flatten(0, 1)]
-            )
-            for number, layer in zip(config.model.moe_layers, logits, strict=True)
+            LayerLogits(name=f"layer {i}", measured=layer[measured].flatten(0, 1), warmup=[layer[warmup].flatten(0, 1)])
+            for i, layer in zip(config.model.moe_layers, logits, strict=True)
         ],
         context=training_context(tokens[measured], valid[measured], seed=seed),
         warmup_context=training_context(tokens[warmup], valid[warmup], seed=seed),

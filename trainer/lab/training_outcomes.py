@@ -10,8 +10,7 @@ from trainer.lab.router_trainings import Training
 from trainer.trackers.jsonl import read_jsonl
 
 _ROUTING = ("load_imbalance", "drop_rate", "experts_per_token")
-_LATE = 0.9
-"""Routing metrics are averaged over the steps after this fraction of the run."""
+_LATE = 0.9  # routing metrics are averaged over the steps after this fraction of the run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,7 @@
 """Train a config in this process, and read what a run has written."""
 
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from trainer.distributed.rank_layout import layout_from_environment
 from trainer.distributed.signals import StopRequest
 from trainer.errors import CheckpointError
 from trainer.experiment import ExperimentConfig
+from trainer.metrics.records import parse_record, read_lines
 from trainer.status import StatusFile
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Run:
         """
         from trainer.training.load_trained import load_trained
 
-        engine, _, _ = load_trained(self.config, RunFolder(self.path), step=step, warn=_ignore)
+        engine, _, _ = load_trained(self.config, RunFolder(self.path), step=step, warn=lambda _: None)
         return engine.model.eval()
 
 
@@ -107,8 +107,7 @@ def train(config: ExperimentConfig) -> Run:
     with StopRequest() as stop:
         layout = layout_from_environment(ep_size=config.parallel.ep_size)
         warnings = check_run_folder(folder, config)
-        status = StatusFile(folder.status, rank=layout.rank)
-        code = _LOST
+        status, code = StatusFile(folder.status, rank=layout.rank), _LOST
         try:
             code = train_run(config, folder, layout, warnings=warnings, stop=stop, status=status)
         finally:
@@ -120,15 +119,6 @@ def train(config: ExperimentConfig) -> Run:
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of a log; a last line that is not finished yet is left out."""
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            if line.endswith("\n"):
-                record = json.loads(line)
-                if isinstance(record, Mapping):
-                    yield dict(record)
-
-
-def _ignore(message: str) -> None:
-    """Drop a warning about reading."""
+    for line in read_lines(path) if path.is_file() else ():
+        if line.endswith(b"\n") and (record := parse_record(line)) is not None:
+            yield record

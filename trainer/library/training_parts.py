@@ -7,7 +7,7 @@ from torch import Tensor
 
 from trainer.data.batches.batch import Batch
 from trainer.data.batches.stream import TrainStream
-from trainer.data.corpus import Corpus, build_corpus
+from trainer.data.corpus import build_corpus
 from trainer.distributed.mesh import Mesh
 from trainer.experiment import ExperimentConfig
 from trainer.models.gpt import GPT
@@ -23,8 +23,8 @@ def build_model(config: ExperimentConfig, *, device: str | torch.device = "cpu")
     """
     device = torch.device(device)
     config = resolve_kernel(single_process(config), device)
-    tokenizer = _corpus(config).tokenizer
-    return build_parallel_model(config, tokenizer, Mesh.of_one(), device, warn=_ignore)
+    tokenizer = build_corpus(config.data).tokenizer
+    return build_parallel_model(config, tokenizer, Mesh.of_one(), device, warn=lambda _: None)
 
 
 def load_batches(config: ExperimentConfig, *, batch_size: int | None = None, first_row: int = 0) -> Iterator[Batch]:
@@ -35,7 +35,8 @@ def load_batches(config: ExperimentConfig, *, batch_size: int | None = None, fir
         batch_size: rows of a batch; None: `train.global_batch_size`.
         first_row: number of the first row, to resume.
     """
-    stream = TrainStream(_corpus(config), packing=config.data.packing, seq_len=config.model.seq_len, seed=config.seed)
+    corpus, seq_len = build_corpus(config.data), config.model.seq_len
+    stream = TrainStream(corpus, packing=config.data.packing, seq_len=seq_len, seed=config.seed)
     count = config.train.global_batch_size if batch_size is None else batch_size
     while True:
         stream.load_blocks(first_row, count, prefetch=True)
@@ -61,11 +62,3 @@ def training_loss(model: GPT, batch: Batch, *, seed: int = 0) -> Tensor:
         losses=None if moe is None else moe.aux_losses,
     )
     return share.total
-
-
-def _corpus(config: ExperimentConfig) -> Corpus:
-    return build_corpus(config.data)
-
-
-def _ignore(message: str) -> None:
-    """Drop a warning about the build."""

@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_MAX_CELLS = 512
-"""Most cells of a row: the limit of wandb's histograms."""
+_MAX_CELLS = 512  # most cells of a row: the limit of wandb's histograms
 
 
 def layer_loads(experts: Mapping[str, Any], moe_layers: Sequence[int]) -> dict[str, list[float]]:

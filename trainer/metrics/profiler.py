@@ -16,8 +16,7 @@ from trainer.metrics.config import ProfileConfig
 
 _T = TypeVar("_T")
 _TABLE_ROWS = 100
-_ALLOCATIONS = 1_000_000
-"""Most allocations recorded in a memory snapshot."""
+_ALLOCATIONS = 1_000_000  # most allocations recorded in a memory snapshot
 
 
 class Profiler:
@@ -41,8 +40,7 @@ class Profiler:
         self._step_timer = mesh.world.recorder.step_timer
         self._is_enabled = config is not None and mesh.layout.rank in config.ranks
         self._running: profile | None = None
-        self._first = 0
-        """First profiled step: later than the start of the window if the run was resumed within it."""
+        self._first = 0  # first profiled step: later than the start of the window if the run was resumed within it
         self._errors: list[str] = []
 
     def begin(self, step: int) -> None:

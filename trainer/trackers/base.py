@@ -10,8 +10,7 @@ from trainer.errors import CommError, RemoteRankError, exit_code_of
 from trainer.metrics.log_content import LogContent
 from trainer.trackers.jsonl import JsonlSink
 
-_CLOSE_S = 10.0
-"""Longest wait for each tracker at the end of a run, in seconds."""
+_CLOSE_S = 10.0  # longest wait for each tracker at the end of a run, in seconds
 
 Logged = Mapping[str, Any]
 """A line of metrics.jsonl or routing.jsonl."""
@@ -130,8 +129,6 @@ class Trackers:
     ) -> None:
         code = self.exit_code if error is None else exit_code_of(error) or 1
         # If ranks are lost, or Ctrl-C was pressed twice, end at once.
-        is_urgent = error is not None and (
-            not isinstance(error, Exception) or isinstance(error, CommError | RemoteRankError)
-        )
+        is_urgent = isinstance(error, CommError | RemoteRankError) or not isinstance(error, Exception | None)
         while self._trackers:
             self._trackers.pop().close(code, patience_s=0.0 if is_urgent else _CLOSE_S)

@@ -37,8 +37,7 @@ class JsonlSink:
         self.path, self._warn = path, warn
         self._warned: set[str] = set()
         self._cached: LogContent | None = None
-        self._is_torn = False
-        """The file ends with a partial record that could not be removed yet."""
+        self._is_torn = False  # the file ends with a partial record that could not be removed yet
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._descriptor = _open(self.path)
@@ -107,7 +106,6 @@ class JsonlSink:
             self._recount()
 
     def _restore(self) -> None:
-        """Restore a removed file from the open descriptor."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._replace(lambda target: copy_content(self._descriptor, self._content, target))
         self._warn(f"{self.path}: was removed during the run; its {self._content.lines} lines are restored")
@@ -123,7 +121,6 @@ class JsonlSink:
         self._warn(f"{self.path}: was replaced by another file during the run; {has}")
 
     def _recount(self) -> None:
-        """Accept a file that others have truncated or extended."""
         had, self._cached = self._content.lines, None
         _cut_half_line(self._descriptor)
         now = self._content.lines
@@ -177,7 +174,6 @@ class JsonlSink:
         self._replace(write)
 
     def _replace(self, write: Callable[[int], None]) -> None:
-        """Replace the file atomically."""
         temporary = self.path.with_name(self.path.name + ".tmp")
         temporary.unlink(missing_ok=True)
         with temporary.open("xb") as file:

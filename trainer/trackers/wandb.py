@@ -19,10 +19,8 @@ from typing import Any
 from trainer.atomic_io import replace_file
 from trainer.trackers.base import Logged
 
-_FINISH_S = 6.0
-"""Time limit for wandb's own finish at the end of a run: less than a run waits for its trackers."""
-_OUTLIVE_S = 60.0
-"""Longest time the upload process outlives the run, which may have been killed."""
+_FINISH_S = 6.0  # time limit for wandb's own finish at the end of a run: less than a run waits for its trackers
+_OUTLIVE_S = 60.0  # longest time the upload process outlives the run, which may have been killed
 _SYNC_S = 3600.0
 _ROOT = str(Path(__file__).parents[2])
 

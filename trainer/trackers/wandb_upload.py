@@ -27,8 +27,7 @@ from trainer.trackers.tail import EndOfRun, Tail
 if TYPE_CHECKING:
     import wandb
 
-_POLL_S = 0.5
-"""Interval at which metrics.jsonl is read, in seconds."""
+_POLL_S = 0.5  # interval at which metrics.jsonl is read, in seconds
 _SETTINGS: dict[str, object] = {
     "program": "turnout",  # not this file
     "silent": True,  # also keeps wandb from asking for a key
@@ -43,8 +42,7 @@ _SETTINGS: dict[str, object] = {
     "x_save_requirements": False,
     "x_transaction_log_flush_interval": 1.0,
 }
-_BEST = ("eval/loss", "eval/bits_per_byte")
-"""Metrics whose best value is in the summary as `best/...`."""
+_BEST = ("eval/loss", "eval/bits_per_byte")  # metrics whose best value is in the summary as `best/...`
 
 
 class Uploader:
