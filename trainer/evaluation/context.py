@@ -34,16 +34,11 @@ class EvalContext:
 def split_batches(
     items: Sequence[_Item], sizes: Sequence[int], *, budget: int, max_items: int | None = None
 ) -> Iterator[list[_Item]]:
-    """Split items into batches of neighbours.
+    """Split items, given with their sizes in tokens, into batches of neighbours, which should have similar sizes.
 
-    Args:
-        items: what to split; neighbours should have similar sizes.
-        sizes: tokens of each.
-        budget: most tokens of a batch, each item padded to the longest in it; a single item may exceed it.
-        max_items: most items of a batch.
+    A batch has at most `max_items` items and, each padded to the longest, `budget` tokens; a single item may have more.
     """
-    batch: list[_Item] = []
-    longest = 0
+    batch, longest = list[_Item](), 0
     for item, size in zip(items, sizes, strict=True):
         longest = max(longest, size)
         if batch and (longest * (len(batch) + 1) > budget or len(batch) == max_items):

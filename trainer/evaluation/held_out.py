@@ -27,14 +27,9 @@ class DomainResult:
     """UTF-8 bytes of the target tokens."""
 
     @property
-    def loss(self) -> float:
-        """Nats per target token."""
-        return self.sums.loss_sum / max(1, self.sums.target_tokens)
-
-    @property
     def bits_per_byte(self) -> float:
         """Loss in bits per byte of text, comparable between tokenizers."""
-        return self.sums.loss_sum / math.log(2) / max(1, self.target_bytes)
+        return _bits_per_byte([self])
 
     @property
     def counts(self) -> list[list[int]]:
@@ -57,26 +52,30 @@ class EvalResult:
 
     def record(self) -> dict[str, float]:
         """Return the evaluation keys of metrics.jsonl."""
-        nats = sum(d.sums.loss_sum for d in self.domains)
-        record = {
-            "eval/loss": nats / max(1, sum(d.sums.target_tokens for d in self.domains)),
-            "eval/bits_per_byte": nats / math.log(2) / max(1, sum(d.target_bytes for d in self.domains)),
-        }
+        record = {"eval/loss": _loss(self.domains), "eval/bits_per_byte": _bits_per_byte(self.domains)}
         if self.looks_ahead:
             record["eval/looks_ahead"] = 1.0
         if self.capacity_looks_ahead:
             record["eval/capacity_looks_ahead"] = 1.0
         if self.at_capacity is not None:
-            nats = sum(d.sums.loss_sum for d in self.at_capacity)
-            record["eval/loss_capacity"] = nats / max(1, sum(d.sums.target_tokens for d in self.at_capacity))
+            record["eval/loss_capacity"] = _loss(self.at_capacity)
         for d in self.domains:
-            record[f"eval/{d.domain}/loss"] = d.loss
+            record[f"eval/{d.domain}/loss"] = _loss([d])
             record[f"eval/{d.domain}/bits_per_byte"] = d.bits_per_byte
         return record | specialisation_metrics(self.counts())
 
     def counts(self) -> list[list[list[int]]]:
         """Return (L, domains, E) assignments; no layers for a dense model."""
         return [list(layer) for layer in zip(*(d.counts for d in self.domains), strict=True)]
+
+
+def _loss(domains: Sequence[DomainResult]) -> float:
+    """Return the loss over some domains, in nats per target token."""
+    return sum(d.sums.loss_sum for d in domains) / max(1, sum(d.sums.target_tokens for d in domains))
+
+
+def _bits_per_byte(domains: Sequence[DomainResult]) -> float:
+    return sum(d.sums.loss_sum for d in domains) / math.log(2) / max(1, sum(d.target_bytes for d in domains))
 
 
 def evaluate_held_out(

@@ -4,7 +4,8 @@ lm-eval tokenizes a context together with its continuation and splits the tokens
 spaces of a context go to the continuation (`TemplateLM`, as for its Hugging Face models). A context begins a document.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ class LmEvalModel(TemplateLM):
     """Serves lm-eval's requests with a model of ours."""
 
     def __init__(self, context: EvalContext, tokenizer: Tokenizer) -> None:
-        """Take the model and its tokenizer."""
         super().__init__()
         self._context, self._tokenizer = context, tokenizer
 
@@ -82,13 +82,11 @@ class LmEvalModel(TemplateLM):
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-probability of each text as a document, in windows of one context token."""
-        windows = [
-            get_rolling_token_windows(
-                self.tok_encode(request.args[0], add_special_tokens=False), self.eot_token_id, self.max_length, 1
-            )
-            for request in requests
-        ]
-        disjoint = [[(None, *make_disjoint_window(window)) for window in of_text] for of_text in windows]
+        disjoint = []
+        for request in requests:
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
+            windows = get_rolling_token_windows(tokens, self.eot_token_id, self.max_length, 1)
+            disjoint.append([(None, *make_disjoint_window(window)) for window in windows])
         scores = iter(self._loglikelihood_tokens([window for of_text in disjoint for window in of_text]))
         return [sum(next(scores)[0] for _ in of_text) for of_text in disjoint]
 
@@ -131,19 +129,14 @@ class LmEvalModel(TemplateLM):
             sampling=sampling,
             is_over=lambda tokens: bool(stops) and any(stop in self._tokenizer.decode(tokens) for stop in stop_bytes),
         )
-        return [_up_to(self._tokenizer.decode(tokens).decode("utf-8", "replace"), stops) for tokens in generated]
+        texts = [self._tokenizer.decode(tokens).decode("utf-8", "replace") for tokens in generated]
+        return [functools.reduce(lambda text, stop: text.partition(stop)[0], stops, text) for text in texts]
 
 
 def run_lm_eval(
     model: LmEvalModel, tasks: Sequence[str], *, include_path: Path | None, limit: int | None
 ) -> tuple[dict[str, dict[str, Any]], str]:
-    """Evaluate a model on lm-eval's tasks.
-
-    Args:
-        model: the adapter.
-        tasks: names of tasks.
-        include_path: folder with more tasks, as YAML files; the built-in ones may need the network.
-        limit: examples per task; None: all.
+    """Evaluate a model on lm-eval's tasks; `include_path` has more of them, as YAML files, `limit` is per task.
 
     Returns:
         The results by task, and a printable table.
@@ -153,9 +146,10 @@ def run_lm_eval(
         DataError: if its data cannot be read.
     """
     # Indexing lm-eval's thousands of built-in tasks is slow: try --include-path alone first.
-    manager = TaskManager(include_path=None if include_path is None else str(include_path), include_defaults=False)
+    more = None if include_path is None else str(include_path)
+    manager = TaskManager(include_path=more, include_defaults=False)
     if any(name not in manager.all_tasks for name in tasks):
-        manager = TaskManager(include_path=None if include_path is None else str(include_path))
+        manager = TaskManager(include_path=more)
     for name in tasks:
         if name not in manager.all_tasks:
             raise ConfigError(f"--lm-eval: {name!r} is not a task of lm-eval or of --include-path; correct the name")
@@ -165,9 +159,3 @@ def run_lm_eval(
         raise DataError(f"lm-eval: {', '.join(tasks)}: {first_line(error)}; check the task and its data") from error
     assert results is not None, "this is rank 0"
     return results["results"], make_table(results)
-
-
-def _up_to(text: str, stops: Iterable[str]) -> str:
-    for stop in stops:
-        text = text.partition(stop)[0]
-    return text

@@ -54,8 +54,7 @@ class RoutingGap:
 
     def experts(self) -> dict[str, Any]:
         """Return the keys of routing.jsonl."""
-        bias = {} if self.bias is None else {"bias": self.bias}
-        return {"prices": self.prices, **bias}
+        return {"prices": self.prices} | ({} if self.bias is None else {"bias": self.bias})
 
 
 def routing_gap(
@@ -63,15 +62,8 @@ def routing_gap(
 ) -> RoutingGap | None:
     """Compare the routing of some sequences with the optimum; None if the routers compute no scores.
 
-    Collective, with the same sequences on all ranks. Each rank routes all of them and solves its share of the
-    programmes, so the result does not depend on the number of ranks.
-
-    Args:
-        engine: the model.
-        batches: the sequences.
-        config: the `model.moe` section.
-        seed: of the noise, as in training.
-        world: all ranks.
+    Collective, with the same sequences, and the seed of training's noise, on all ranks. Each rank routes all sequences
+    and solves its share of the programmes, so the result does not depend on the number of ranks.
     """
     options = RoutingOptions(noise_seed=seed, return_router_outputs=True)
     solved: list[tuple[Optimality, list[float]]] = []  # this rank's share of all (sequence, layer) pairs
@@ -84,7 +76,7 @@ def routing_gap(
             outputs = [stats.routed for stats in output.moe if stats.routed is not None]
             if any(one.scores is None and one.probs is None for one in outputs):
                 return None
-            for row in [row for row in range(len(on_device.valid)) if on_device.valid[row].any()]:
+            for row in on_device.valid.any(1).nonzero().flatten().tolist():
                 for one in outputs:
                     if number % world.size == world.index:
                         solved.append(_solve(one, on_device.valid, row, config))
@@ -92,12 +84,13 @@ def routing_gap(
     parts = barrier_gather(world, [(asdict(optimality), prices) for optimality, prices in solved])
     gathered = [parts[i % world.size][i // world.size] for i in range(number)]
     results = [(Optimality(**optimality), prices) for optimality, prices in gathered]
-    num_layers = len(engine.model.moe_layers())
-    by_layer = [results[layer::num_layers] for layer in range(num_layers)]
+    routers = [layer.router for layer in engine.model.moe_layers()]
+    by_layer = [results[layer :: len(routers)] for layer in range(len(routers))]
+    biases = [getattr(router, "bias", None) for router in routers]
     return RoutingGap(
         layers=[functools.reduce(operator.add, (optimality for optimality, _ in layer)) for layer in by_layer],
         prices=[_centred(torch.tensor([prices for _, prices in layer]).mean(0)) for layer in by_layer],
-        bias=_biases(engine),
+        bias=[_centred(bias) for bias in biases if isinstance(bias, Tensor)] or None,
     )
 
 
@@ -140,11 +133,6 @@ def _solve(output: RouterOutput, valid: Tensor, row: int, config: MoEConfig) -> 
     capacity, num_uncapped = min(len(scores), capacity), scores.shape[1] - num_experts
     optimality, best = measure_optimality(scores, chosen, top_k=top_k, capacity=capacity, num_uncapped=num_uncapped)
     return optimality, best.prices[: num_experts + (num_uncapped > 0)].tolist()
-
-
-def _biases(engine: Engine) -> list[list[float]] | None:
-    biases = [getattr(layer.router, "bias", None) for layer in engine.model.moe_layers()]
-    return [_centred(bias) for bias in biases if isinstance(bias, Tensor)] or None
 
 
 def _centred(values: Tensor) -> list[float]:

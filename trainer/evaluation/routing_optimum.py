@@ -7,7 +7,8 @@ solve the same problem and the optimum is an upper bound.
 # n tokens of one sequence, k experts per token, E experts, C capacity of an expert.
 """
 
-from dataclasses import dataclass
+import operator
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from trainer.ops.assignment import Solution, solve_linear_program
 from trainer.ops.select import round_mantissa, stable_top_k
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Optimality:
     """One choice and the optimum; sums over tokens."""
 
@@ -33,13 +34,7 @@ class Optimality:
 
     def __add__(self, other: "Optimality") -> "Optimality":
         """Sum over two sequences."""
-        return Optimality(
-            wanted=self.wanted + other.wanted,
-            kept=self.kept + other.kept,
-            optimum_kept=self.optimum_kept + other.optimum_kept,
-            score=self.score + other.score,
-            optimum=self.optimum + other.optimum,
-        )
+        return Optimality(*map(operator.add, astuple(self), astuple(other)))
 
     @property
     def gap(self) -> float:

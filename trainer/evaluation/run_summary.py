@@ -15,18 +15,23 @@ def summarize_evaluation(report: EvalReport, corpus: Corpus, moe_layers: Sequenc
     if held_out is None:
         return RunSummary(title=title, tasks=tasks)
     record = held_out.record()
+    experts = ExpertCounts(
+        counts=held_out.counts(),
+        domains=[result.domain for result in held_out.domains],
+        layer_names=[f"layer {layer}" for layer in moe_layers],
+    )
     return RunSummary(
         title=title,
         facts=[("target tokens", str(sum(domain.sums.target_tokens for domain in held_out.domains)))],
-        scores=domain_scores(corpus, held_out),
+        scores=_domain_scores(corpus, held_out),
         eval_loss=record["eval/loss"],
         eval_loss_capacity=record.get("eval/loss_capacity"),
         tasks=tasks,
-        experts=expert_counts(moe_layers, held_out),
+        experts=experts if moe_layers else None,
     )
 
 
-def domain_scores(corpus: Corpus, held_out: EvalResult) -> list[DomainScore]:
+def _domain_scores(corpus: Corpus, held_out: EvalResult) -> list[DomainScore]:
     """Return the bits per byte of each domain, and of all if there are several, with a unigram model's."""
     unigrams = [unigram_bits_per_byte(corpus, index) for index in range(len(corpus.domains))]
     scores = [
@@ -39,14 +44,3 @@ def domain_scores(corpus: Corpus, held_out: EvalResult) -> list[DomainScore]:
         overall = held_out.record()["eval/bits_per_byte"]
         scores.append(DomainScore(name="all", bits_per_byte=overall, unigram_bits_per_byte=mean))
     return scores
-
-
-def expert_counts(moe_layers: Sequence[int], held_out: EvalResult) -> ExpertCounts | None:
-    """Return every MoE layer's assignments by domain; None for a dense model."""
-    if not moe_layers:
-        return None
-    return ExpertCounts(
-        counts=held_out.counts(),
-        domains=[result.domain for result in held_out.domains],
-        layer_names=[f"layer {layer}" for layer in moe_layers],
-    )

@@ -7,7 +7,7 @@
 #   rows       p p p p p p p a a a
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,9 +69,13 @@ def score(context: EvalContext, questions: Sequence[Question]) -> list[list[Scor
     Dropless, in the precision of training. Layout and batching change only the floating-point order.
     """
     world = context.world
-    order = sorted(range(len(questions)), key=lambda i: -_cost(questions[i]))  # by length: little padding
+    longest = [len(question.prompt) + max(map(len, question.completions)) for question in questions]
+    order = sorted(range(len(questions)), key=lambda i: -longest[i])  # little padding
     # Only counted here: keeping all rounds would keep an object per completion.
-    num_passes = [_num_passes(_rounds(questions, order[rank :: world.size], context)) for rank in range(world.size)]
+    num_passes = [
+        sum(len(one.passes) + bool(one.prefixes) for one in _rounds(questions, order[rank :: world.size], context))
+        for rank in range(world.size)
+    ]
     rounds = _rounds(questions, order[world.index :: world.size], context)
     local = [(*key, score.log_prob, score.is_greedy) for one in rounds for key, score in _run(context, one)]
     for _ in range(max(num_passes) - num_passes[world.index]):
@@ -130,14 +134,6 @@ def _rows(question: Question, number: int, prefix: int | None) -> Iterator[_Row]
     prompt = question.prompt if prefix is None else question.prompt[-1:]
     for index, completion in enumerate(question.completions):
         yield _Row(key=(number, index), prefix=prefix, prompt=prompt, completion=completion)
-
-
-def _cost(question: Question) -> int:
-    return len(question.prompt) + max(map(len, question.completions))
-
-
-def _num_passes(rounds: Iterable[_Round]) -> int:
-    return sum(len(one.passes) + bool(one.prefixes) for one in rounds)
 
 
 def _run(context: EvalContext, round_: _Round) -> Iterator[tuple[tuple[int, int], Score]]:

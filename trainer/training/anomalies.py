@@ -8,13 +8,9 @@ from trainer.training.run import RunState
 
 
 def record_step_health(run: RunState, done: int, result: StepResult, *, limit: float | None) -> None:
-    """Count and report a skipped step or a loss spike.
+    """Count and report a skipped step or a spike: a loss above `limit`, which was taken before the step.
 
-    Args:
-        run: its counters and its window of losses are updated.
-        done: completed steps, this one included.
-        result: of this step.
-        limit: loss above which this step is a spike, as of before the step.
+    `done` counts this step.
     """
     spikes = run.spikes
     is_spike = result.not_finite is None and limit is not None and result.loss > limit
@@ -30,13 +26,10 @@ def record_step_health(run: RunState, done: int, result: StepResult, *, limit: f
         problem = f"loss {result.loss:.4g} is a spike ({bound})"
         if not result.skipped:
             run.console.warning(f"step {done}: {problem}; the step was taken, as train.spikes.skip is false")
-        elif spikes.note_skipped():
-            run.console.warning(
-                f"step {done} skipped: {problem}, number {spikes.skipped_in_a_row} in a row: the spike window restarts "
-                "from here"
-            )
         else:
-            run.console.warning(f"step {done} skipped: {problem}")
+            restarts = spikes.note_skipped()
+            note = f", number {spikes.skipped_in_a_row} in a row: the spike window restarts from here"
+            run.console.warning(f"step {done} skipped: {problem}{note if restarts else ''}")
     if not result.skipped:
         spikes.note_taken(result.loss)
 

@@ -59,21 +59,17 @@ def evaluate_run(
 def evaluate_checkpoint(
     config: ExperimentConfig, folder: RunFolder, *, step: int | None, only: Sequence[str] | None, screen: TextIO
 ) -> dict[str, float | str]:
-    """Evaluate a checkpoint with the options of the `eval` section; show and return the metrics.
+    """Evaluate a checkpoint, the newest without a `step`; show and return the metrics.
 
-    Args:
-        config: of the run.
-        folder: of the run; predictions and the picture of the experts are written there.
-        step: of the checkpoint; None: the newest.
-        only: evaluate only these tasks and no held-out text; None: everything.
-        screen: where to print.
+    The run folder gets predictions and the picture of the experts. With `only`, these tasks and no held-out text are
+    evaluated.
     """
     console = Console(file=sys.stderr)
     engine, corpus, checkpoint = _with_text(config, folder, step, console)
     selected = [task for task in config.eval.tasks if only is None or task.name in only]
     alone = Mesh.of_one()
     tasks = load_tasks(selected, corpus, seq_len=config.model.seq_len, world=alone.world, warn=console.warning)
-    with memory.hint_evaluation(config):
+    with memory.hint(config, "evaluating the model"):
         evaluation = evaluate_run(config, engine, corpus, tasks, alone, with_held_out=only is None)
     layers, title = engine.model.config.moe_layers, f"{config.name} at step {checkpoint.step}"
     summary = summarize_evaluation(evaluation, corpus, layers, title=title)
@@ -89,16 +85,11 @@ def evaluate_top_ks(
 ) -> dict[str, Any]:
     """Evaluate a checkpoint's held-out text at several numbers of experts per token; show and return the metrics.
 
-    Args:
-        config: of a run whose router has the option `top_k`.
-        folder: of the run.
-        top_ks: numbers of experts per token that the router allows.
-        step: of the checkpoint; None: the newest.
-        screen: where to print.
+    The router has the option `top_k` and allows all of `top_ks`. Without a `step` the newest checkpoint is evaluated.
     """
     engine, corpus, checkpoint = _with_text(config, folder, step, Console(file=sys.stderr))
-    with memory.hint_evaluation(config):
-        results = sweep_top_k(
+    with memory.hint(config, "evaluating the model"):
+        records = sweep_top_k(
             engine,
             corpus,
             top_ks,
@@ -109,9 +100,9 @@ def evaluate_top_ks(
     moe = config.model.moe
     trained = [] if moe is None else getattr(moe.router, "top_k_choices", None) or [getattr(moe.router, "top_k", 0)]
     print_safe(
-        f"{config.name} at step {checkpoint.step}, held-out text\n{sweep_table(results, trained=trained)}", file=screen
+        f"{config.name} at step {checkpoint.step}, held-out text\n{sweep_table(records, trained=trained)}", file=screen
     )
-    return {"step": checkpoint.step, "experts_per_token": {str(result.top_k): result.record() for result in results}}
+    return {"step": checkpoint.step, "experts_per_token": {str(top_k): record for top_k, record in records.items()}}
 
 
 def evaluate_by_lm_eval(
@@ -135,7 +126,7 @@ def evaluate_by_lm_eval(
     console = Console(file=sys.stderr)
     engine, tokenizer, checkpoint = load_trained(config, folder, step=step, warn=console.warning)
     model = LmEvalModel(_context(config, engine, Mesh.of_one()), tokenizer)
-    with memory.hint_evaluation(config):
+    with memory.hint(config, "evaluating the model"):
         results, table = run_lm_eval(model, tasks, include_path=include_path, limit=limit)
     print_safe(table, file=screen)
     return {"step": checkpoint.step, "lm_eval": results}

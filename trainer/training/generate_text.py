@@ -42,16 +42,9 @@ def generate_text(
     seed: int,
     step: int | None,
 ) -> None:
-    """Generate a text with a run's checkpoint and stream it to standard output.
+    """Generate a text with a run's checkpoint, the newest without a `step`, and stream it to standard output.
 
-    Args:
-        config: of the run.
-        folder: of the run.
-        prompt: beginning of the text; empty: the start of a document.
-        max_tokens: longest continuation.
-        sampling: temperature, top-k, top-p.
-        seed: the same seed gives the same text.
-        step: of the checkpoint; None: the newest.
+    An empty prompt is the start of a document. The same seed gives the same text.
 
     Raises:
         NumericsError: if the model's logits are not finite.

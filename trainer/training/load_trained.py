@@ -36,7 +36,7 @@ def load_trained(
     tokenizer = tokenizer_of(folder, config.data, fingerprint=checkpoint.run["tokenizer_fingerprint"])
     device = runtime.start(config.parallel.device)
     config = resolve_kernel(single_process(config), device)
-    with memory.hint_reading_checkpoint(config):
+    with memory.hint(config, "reading a checkpoint"):
         model = build_parallel_model(config, tokenizer, mesh, device, warn=warn)
     engine = config.engine.build(model, config.optim, numerics(config), mesh)
     while True:

@@ -29,11 +29,7 @@ def log_step(
         "tokens_per_s": speed.tokens_per_s,
         "step_s": speed.step_s,
         "mfu": _mfu(run, speed.tokens_per_s),
-        "drop_rate": None,
-        "load_imbalance": None,
-        "dead_experts": None,
-        "router_entropy": None,
-        "experts_per_token": None,
+        **dict.fromkeys(("drop_rate", "load_imbalance", "dead_experts", "router_entropy", "experts_per_token")),
         "skipped_steps": run.skipped_steps,
         "loss_spikes": run.spikes.count,
     }

@@ -32,7 +32,9 @@ def fit(run: RunState, stop: StopRequest, status: StatusFile) -> EvalReport | No
     config, recorder = run.config, run.mesh.world.recorder
     pace = ThroughputMeter(recorder.step_timer)
     evaluation = None
-    with memory.hint_making_optimizer(config):  # the moments are compared too, and so allocated here
+    with memory.hint(
+        config, "making the optimizer state, two numbers per weight"
+    ):  # the moments are compared too, and so allocated here
         anomalies.check_replicas(run, run.start_step)
     stop.begin_steps()
     for step in range(run.start_step, config.train.steps):
@@ -43,8 +45,10 @@ def fit(run: RunState, stop: StopRequest, status: StatusFile) -> EvalReport | No
         is_logged = every(config.metrics.log_every, done) or is_last or done == run.start_step + 1
         is_saved = every(config.checkpoint.every, done) or is_last
         stopped_by, is_folder_lost = _agree(run, stop, checks_folder=is_logged or is_saved)
-        if is_folder_lost:
-            _recreate_folder(run)
+        if is_folder_lost:  # its state is still in memory and is saved next; another run may have taken the folder
+            with raise_together(run.mesh.world):
+                if run.mesh.layout.rank == 0:
+                    run.console.warning(run.folder.regain())
         gap = _routing_gap(run) if every(config.metrics.routing_gap_every, done) else None
         if is_logged or gap is not None:
             log_step(run, done, result, lr=lr, pace=pace, gap=gap)
@@ -60,7 +64,7 @@ def fit(run: RunState, stop: StopRequest, status: StatusFile) -> EvalReport | No
         if is_saved or stopped_by or is_folder_lost:
             recorder.enter("saving")
             status.enter("saving")
-            with memory.hint_saving(config):
+            with memory.hint(config, "copying the state to save it"):
                 save(run, done, is_last=is_last, is_stopped=stopped_by is not None)
         else:
             report_save(run, run.saver.finished())
@@ -98,7 +102,7 @@ def _take_step(run: RunState, step: int, pace: ThroughputMeter, status: StatusFi
         world_size=run.mesh.layout.world_size,
     )
     lr, limit = run.schedule(step), run.spikes.limit()
-    with memory.hint_step(config):
+    with memory.hint(config, "taking a step"):
         result = run.engine.train_step(batches, lr=lr, skip_above=limit if config.train.spikes.skip else None)
     run.position += batch_size
     run.tokens += result.num_tokens
@@ -117,7 +121,7 @@ def _evaluate_if_due(run: RunState, done: int, status: StatusFile) -> EvalReport
         return None
     run.mesh.world.recorder.enter("evaluation")
     status.enter("evaluating")
-    with memory.hint_evaluation(run.config):
+    with memory.hint(run.config, "evaluating the model"):
         evaluation = evaluate_run(run.config, run.engine, run.corpus, tasks, run.mesh, with_held_out=with_held_out)
     log_evaluation(run, done, evaluation)
     return evaluation
@@ -136,17 +140,14 @@ def _routing_gap(run: RunState) -> RoutingGap | None:
         rows_of_a_domain=config.metrics.routing_gap_rows,
         batch_size=config.parallel.micro_batch_size,
     )
-    with memory.hint_evaluation(config):
+    with memory.hint(config, "evaluating the model"):
         return routing_gap(run.engine, rows, moe, seed=config.seed, world=run.mesh.world)
 
 
 def _agree(run: RunState, stop: StopRequest, *, checks_folder: bool) -> tuple[str | None, bool]:
     """Return the signal that asked any rank to stop, and whether the run folder was lost. Collective.
 
-    Args:
-        run: the run.
-        stop: this rank's request.
-        checks_folder: have rank 0 check that it still holds the folder's lock.
+    With `checks_folder`, rank 0 checks that it still holds the folder's lock.
     """
     is_folder_lost = checks_folder and not run.folder.is_held()
     if run.mesh.world.size == 1:
@@ -154,14 +155,3 @@ def _agree(run: RunState, stop: StopRequest, *, checks_folder: bool) -> tuple[st
     flags = torch.tensor([int(bool(stop)), int(is_folder_lost)], device=run.mesh.world.device)
     num_stopped, num_lost = run.mesh.world.all_reduce_(flags).tolist()
     return (stop.requested_by or "a signal to another rank") if num_stopped else None, bool(num_lost)
-
-
-def _recreate_folder(run: RunState) -> None:
-    """Recreate a run folder that was removed: its state is still in memory and is saved next. Collective.
-
-    Raises:
-        ConfigError: if another run has taken the folder.
-    """
-    with raise_together(run.mesh.world):
-        if run.mesh.layout.rank == 0:
-            run.console.warning(run.folder.regain())

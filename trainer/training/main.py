@@ -9,7 +9,7 @@ from trainer.checkpoint.run_folder import RunFolder
 from trainer.console.console import Console
 from trainer.distributed import runtime
 from trainer.distributed.collective_errors import raise_together
-from trainer.distributed.mesh import Mesh, joined
+from trainer.distributed.mesh import joined
 from trainer.distributed.rank_layout import Layout
 from trainer.distributed.signals import StopRequest
 from trainer.errors import PREEMPTED, CommError, MemoryExhausted, NumericsError, TurnoutError
@@ -34,16 +34,7 @@ def train_run(
     stop: StopRequest,
     status: StatusFile,
 ) -> int:
-    """Train as one rank of a layout; return the exit code.
-
-    Args:
-        config: of the run.
-        folder: of the run; rank 0 locks it.
-        layout: this rank's place among all ranks.
-        warnings: to show before training.
-        stop: signals to this rank.
-        status: file in which this rank reports its progress.
-    """
+    """Train as one rank of a layout, after showing the warnings; return the exit code. Rank 0 locks the folder."""
     stop.check()
     started_s = time.monotonic()
     device = runtime.start(config.parallel.device)
@@ -55,7 +46,12 @@ def train_run(
     ):
         for warning in warnings:
             console.warning(warning)
-        _lock(folder, mesh)
+        mesh.world.recorder.enter("locking the run folder")
+        with raise_together(mesh.world):
+            if layout.rank == 0:
+                folder.lock()
+                mesh.world.recorder.enter("removing old status files")
+                remove_others(folder.status, world_size=layout.world_size)
         status.enter("start-up")
         run = build_run(config, folder, console, mesh, device)
         mesh.world.recorder.enter("opening the trackers")
@@ -70,16 +66,6 @@ def train_run(
             return PREEMPTED
         _finish(run, evaluation, started_s=started_s)
     return 0
-
-
-def _lock(folder: RunFolder, mesh: Mesh) -> None:
-    recorder = mesh.world.recorder
-    recorder.enter("locking the run folder")
-    with raise_together(mesh.world):
-        if mesh.layout.rank == 0:
-            folder.lock()
-            recorder.enter("removing old status files")
-            remove_others(folder.status, world_size=mesh.layout.world_size)
 
 
 def _fit(run: RunState, stop: StopRequest, status: StatusFile) -> EvalReport | None:

@@ -1,6 +1,7 @@
 """Memory of a training run: refuse what cannot fit, and add advice to out-of-memory errors, by phase."""
 
 from contextlib import AbstractContextManager
+from typing import Literal
 
 import torch
 
@@ -16,6 +17,16 @@ _MIN_VOCAB_SIZE = 256
 _WITH_GRADIENT_AND_MOMENTS = 4
 _BATCH_BYTES = 50
 """Bytes per position of a `Batch`: six int64 and two bool."""
+
+Phase = Literal[
+    "reading text",
+    "making the weights",
+    "making the optimizer state, two numbers per weight",
+    "taking a step",
+    "evaluating the model",
+    "copying the state to save it",
+    "reading a checkpoint",
+]
 
 
 def check_memory(config: ExperimentConfig, layout: Layout, device: torch.device) -> None:
@@ -60,47 +71,25 @@ def check_memory(config: ExperimentConfig, layout: Layout, device: torch.device)
     )
 
 
-def hint_reading_text() -> AbstractContextManager[None]:
-    """Advise on memory while worker processes tokenize text."""
-    return explain_out_of_memory("reading text", "lower data.workers, each of which holds a part of it")
-
-
-def hint_making_weights(config: ExperimentConfig, *, num_parameters: int) -> AbstractContextManager[None]:
-    """Advise on memory while weights are allocated and initialised, all but the experts of other ranks."""
-    return explain_out_of_memory(
-        f"making the weights ({num_parameters / 1e6:.1f}M parameters in all)", _smaller_model(config)
-    )
-
-
-def hint_making_optimizer(config: ExperimentConfig) -> AbstractContextManager[None]:
-    """Advise on memory while the optimizer's two moments of every weight are allocated."""
-    sharding = "" if config.parallel.data == "shard" else "shard it over more ranks (parallel.data: shard), or "
-    return explain_out_of_memory(
-        "making the optimizer state, two numbers per weight", f"{sharding}{_smaller_model(config)}"
-    )
-
-
-def hint_step(config: ExperimentConfig) -> AbstractContextManager[None]:
-    """Advise on memory during a training step."""
-    return explain_out_of_memory("taking a step", _smaller_batch(config))
-
-
-def hint_evaluation(config: ExperimentConfig) -> AbstractContextManager[None]:
-    """Advise on memory during an evaluation, whose batches are micro-batches."""
-    return explain_out_of_memory("evaluating the model", _smaller_batch(config))
-
-
-def hint_saving(config: ExperimentConfig) -> AbstractContextManager[None]:
-    """Advise on memory while this rank's state is copied, to be written in the background."""
-    is_copied = config.checkpoint.asynchronous
-    advice = "set checkpoint.asynchronous: false, which makes no copy of it" if is_copied else _smaller_model(config)
-    return explain_out_of_memory("copying the state to save it", advice)
-
-
-def hint_reading_checkpoint(config: ExperimentConfig) -> AbstractContextManager[None]:
-    """Advise on memory while a checkpoint is read, one tensor at a time."""
-    key = " (parallel.ep_size)" if config.model.moe is not None else ""
-    return explain_out_of_memory("reading a checkpoint", f"use more ranks{key}, or a machine with more memory")
+def hint(config: ExperimentConfig, phase: Phase, *, note: str = "") -> AbstractContextManager[None]:
+    """Add advice to an out-of-memory error of a phase; the note is put after the phase's name."""
+    match phase:
+        case "reading text":  # in worker processes
+            advice = "lower data.workers, each of which holds a part of it"
+        case "making the weights":  # all but the experts of other ranks
+            advice = _smaller_model(config)
+        case "making the optimizer state, two numbers per weight":
+            sharding = "" if config.parallel.data == "shard" else "shard it over more ranks (parallel.data: shard), or "
+            advice = sharding + _smaller_model(config)
+        case "taking a step" | "evaluating the model":  # whose batches are micro-batches
+            advice = _smaller_batch(config)
+        case "copying the state to save it":
+            no_copy = "set checkpoint.asynchronous: false, which makes no copy of it"
+            advice = no_copy if config.checkpoint.asynchronous else _smaller_model(config)
+        case "reading a checkpoint":  # one tensor at a time
+            key = " (parallel.ep_size)" if config.model.moe is not None else ""
+            advice = f"use more ranks{key}, or a machine with more memory"
+    return explain_out_of_memory(f"{phase}{note}", advice)
 
 
 def _smaller_batch(config: ExperimentConfig) -> str:

@@ -71,13 +71,12 @@ def resolve_kernel(config: ExperimentConfig, device: torch.device) -> Experiment
         raise ConfigError("parallel.experts_kernel: fused_onednn is not in this build of torch; use fused")
     if config.parallel.experts_kernel != "auto":
         return config
-    moe, dtype = config.model.moe, _DTYPES[config.train.dtype]
-    kernel = "loop"
+    moe, kernel = config.model.moe, "loop"
     if moe is not None:
         tokens = config.parallel.micro_batch_size * config.model.seq_len
         kernel = choose_experts_kernel(
             device.type,
-            dtype,
+            _DTYPES[config.train.dtype],
             cpu_vendor=runtime.cpu_vendor(),
             rows_per_expert=int(tokens * moe.experts_per_token / moe.num_experts),
             d_model=config.model.d_model,

@@ -48,7 +48,9 @@ def resume(run: RunState, checkpoint: CheckpointHandle) -> None:
     run.spikes.restore(checkpoint.run.get("spikes", {}))
     if (jump := _rate_jump(checkpoint, run)) is not None:
         run.console.warning(jump)
-    run.console.message(f"resuming from {checkpoint.path}{_layout_changes(checkpoint, run)}")
+    before, layout = recorded_layout(checkpoint.manifest), run.layout_record()
+    changes = [f"{k} {before[k]} -> {v}" for k, v in layout.items() if k in before and before[k] != v]
+    run.console.message(f"resuming from {checkpoint.path}" + (f" ({', '.join(changes)})" if changes else ""))
 
 
 def load_state(checkpoint: CheckpointHandle, engine: Engine, config: ExperimentConfig, tokenizer: Tokenizer) -> None:
@@ -83,11 +85,11 @@ def _changes_since(checkpoint: CheckpointHandle, config: ExperimentConfig) -> li
         return check_belongs(RunFolder(checkpoint.path), changed_keys(stored, config))
     counters = checkpoint.run.get("random")
     seed = counters.get("seed") if isinstance(counters, Mapping) else None
-    unread = f"{checkpoint.path}: this version cannot read its config; only model and seed are compared"
-    seed_warning = (
-        [f"seed was {short(seed)} in {checkpoint.path} and is now {config.seed}"] if seed != config.seed else []
-    )
-    return [unread, *seed_warning, *(order_warnings(["seed"]) if seed_warning else [])]
+    warnings = [f"{checkpoint.path}: this version cannot read its config; only model and seed are compared"]
+    if seed != config.seed:
+        warnings.append(f"seed was {short(seed)} in {checkpoint.path} and is now {config.seed}")
+        warnings += order_warnings(["seed"])
+    return warnings
 
 
 def _rate_jump(checkpoint: CheckpointHandle, run: RunState) -> str | None:
@@ -105,10 +107,3 @@ def _rate_jump(checkpoint: CheckpointHandle, run: RunState) -> str | None:
         f"the learning rate was {before(done - 1):.2e} in step {done} and continues at {now:.2e} in step {done + 1} "
         f"({', '.join(keys)})"
     )
-
-
-def _layout_changes(checkpoint: CheckpointHandle, run: RunState) -> str:
-    """Describe how the layout differs from the one that wrote the checkpoint."""
-    before, now = recorded_layout(checkpoint.manifest), run.layout_record()
-    changes = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
-    return f" ({', '.join(changes)})" if changes else ""

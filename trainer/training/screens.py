@@ -28,10 +28,8 @@ def header(run: RunState) -> list[Line]:
     at_most = "at most " if config.data.packing == "bfd" else ""  # some of it is padding
     steps = f"{config.train.steps} of {at_most}{tokens} tokens, {config.train.dtype}"
     lines: list[Line] = [f"turnout: training {config.name}", ("model", f"{parameters}; {experts}")]
-    sizes = [
-        f"{domain} {file.num_bytes / 1e6:.1f} MB" for domain, file in zip(corpus.domains, corpus.train, strict=True)
-    ]
-    lines.append(("text", ", ".join(sizes)))
+    files = zip(corpus.domains, corpus.train, strict=True)
+    lines.append(("text", ", ".join(f"{domain} {file.num_bytes / 1e6:.1f} MB" for domain, file in files)))
     if config.data.tokenizer.kind != "byte":
         bytes_per_token = sum(file.num_bytes for file in corpus.train) / sum(file.num_tokens for file in corpus.train)
         lines.append(("tokens", f"{corpus.tokenizer.vocab_size} kinds, {bytes_per_token:.2f} bytes each"))

@@ -86,8 +86,7 @@ def check_ranks(config: ExperimentConfig, folder: RunFolder, mesh: Mesh, device:
     """
     versions = {"turnout": turnout_version(), "torch": torch.__version__}
     values = {"version": versions, **config.model_dump(exclude=_HOST_SPECIFIC)}
-    different = differences_across_ranks(mesh.world, values)
-    if different:
+    if different := differences_across_ranks(mesh.world, values):
         raise ConfigError("\n".join(f"{line}; all ranks need the same config and versions" for line in different))
     check_shared(folder, mesh.world)
     if config.profile is not None:
@@ -109,13 +108,12 @@ def open_data(config: ExperimentConfig, folder: RunFolder, console: Console, mes
                 in_use = fingerprint_in_use(folder)
                 tokenizer = tokenizer_of(folder, config.data, fingerprint=in_use, progress=bar)
                 check_given(folder, config.data, tokenizer)
-                with memory.hint_reading_text():
+                with memory.hint(config, "reading text"):
                     corpus = build_corpus(config.data, tokenizer=tokenizer, progress=bar)
     sent = mesh.world.broadcast_object(None if tokenizer is None else tokenizer_to_plain(tokenizer))
     if corpus is None:  # rank 0 has filled the token cache
         corpus = build_corpus(config.data, tokenizer=tokenizer_from_plain(sent, config.data))
-    different = differences_across_ranks(mesh.world, {"data": {"fingerprint": abridged(corpus.fingerprint)}})
-    if different:
+    if different := differences_across_ranks(mesh.world, {"data": {"fingerprint": abridged(corpus.fingerprint)}}):
         raise DataError(f"{different[0]}; all ranks must read the same text (data.sources)")
     tasks = load_tasks(config.eval.tasks, corpus, seq_len=config.model.seq_len, world=mesh.world, warn=console.warning)
     return corpus, tasks
@@ -137,16 +135,18 @@ def build_model_and_engine(
     with raise_together(mesh.world):
         if mesh.layout.rank == 0:
             logs = JsonlTracker(folder.metrics, folder.routing, warn=console.warning)
-    with memory.hint_making_weights(config, num_parameters=size.total_parameters):
+    with memory.hint(config, "making the weights", note=f" ({size.total_parameters / 1e6:.1f}M parameters in all)"):
         model = build_parallel_model(config, corpus.tokenizer, mesh, device, warn=console.warning)
     if config.model.moe is not None:
         layers = model.moe_layers()
-        for warning in (training_warning(config.model.moe, layers), evaluation_warning(layers)):
-            if warning is not None:
-                console.warning(warning)
-    with memory.hint_making_optimizer(config):
+        for warning in filter(None, (training_warning(config.model.moe, layers), evaluation_warning(layers))):
+            console.warning(warning)
+    with memory.hint(config, "making the optimizer state, two numbers per weight"):
         engine = config.engine.build(model, config.optim, numerics(config), mesh, folder=folder.deepspeed)
-    keep, keep_every, spikes = config.checkpoint.keep, config.checkpoint.keep_every, config.train.spikes
+    checkpoints = CheckpointFolder(
+        folder.checkpoints, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
+    )
+    spikes = config.train.spikes
     return RunState(
         mesh=mesh,
         config=config,
@@ -156,11 +156,7 @@ def build_model_and_engine(
         tasks=tasks,
         engine=engine,
         schedule=config.schedule.build(total_steps=config.train.steps),
-        saver=Saver(
-            CheckpointFolder(folder.checkpoints, keep=keep, keep_every=keep_every),
-            mesh,
-            copies=config.checkpoint.asynchronous,
-        ),
+        saver=Saver(checkpoints, mesh, copies=config.checkpoint.asynchronous),
         console=console,
         trackers=Trackers([] if logs is None else [logs]),
         logs=logs,
@@ -183,7 +179,7 @@ def resume_newest(run: RunState) -> CheckpointHandle | None:
             run.saver.folder.clean()
     checkpoint = find_newest(run.saver.folder, world, warn=run.console.warning)
     if checkpoint is not None:
-        with raise_together(world), memory.hint_reading_checkpoint(run.config):
+        with raise_together(world), memory.hint(run.config, "reading a checkpoint"):
             resume(run, checkpoint)
     return checkpoint
 

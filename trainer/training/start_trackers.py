@@ -26,7 +26,25 @@ def start_trackers(run: RunState) -> Trackers:
             )
         )
     if config.wandb.mode != "disabled":
-        started.append(_wandb(run))
+        size = {"total": run.size.total_parameters, "active": run.size.active_parameters}
+        recorded = {**run.config.model_dump(mode="json"), "layout": run.layout_record(), "parameters": size}
+        if run.parent is not None:
+            recorded["parent"] = run.parent_record()
+        labels = config.wandb.model_dump(mode="json", exclude={"mode"}) | {"name": config.wandb.name or run.config.name}
+        started.append(
+            WandbTracker(
+                run.folder.path,
+                mode=config.wandb.mode,
+                run_id=run.id,
+                start_step=run.start_step,
+                heatmap_every=config.heatmap_every,
+                moe_layers=run.config.model.moe_layers,
+                labels=labels,
+                config=recorded,
+                say=run.console.message,
+                warn=run.console.warning,
+            )
+        )
     for section in config.trackers:
         build = partial(
             section.build,  # type: ignore[attr-defined] - every plug-in has it
@@ -37,28 +55,3 @@ def start_trackers(run: RunState) -> Trackers:
         started.append(PluginTracker(section.kind, build, warn=run.console.warning))
     run.trackers.add(started)
     return run.trackers
-
-
-def _wandb(run: RunState) -> WandbTracker:
-    config = run.config.metrics
-    size = {"total": run.size.total_parameters, "active": run.size.active_parameters}
-    return WandbTracker(
-        run.folder.path,
-        mode=config.wandb.mode,
-        run_id=run.id,
-        start_step=run.start_step,
-        heatmap_every=config.heatmap_every,
-        moe_layers=run.config.model.moe_layers,
-        labels={
-            **config.wandb.model_dump(mode="json", exclude={"mode"}),
-            "name": config.wandb.name or run.config.name,
-        },
-        config={
-            **run.config.model_dump(mode="json"),
-            "layout": run.layout_record(),
-            "parameters": size,
-            **({} if run.parent is None else {"parent": run.parent_record()}),
-        },
-        say=run.console.message,
-        warn=run.console.warning,
-    )

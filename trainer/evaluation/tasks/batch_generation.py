@@ -25,19 +25,15 @@ def generate_batched(
 ) -> list[list[int]]:
     """Return the tokens generated after each prompt, with `stop_token` where it was reached. Collective.
 
-    The result is the same on all ranks.
-
-    Args:
-        context: the model.
-        prompts: at least one and at most `max_prompt_tokens` tokens each.
-        max_new_tokens: longest text.
-        stop_token: ends a text.
-        sampling: temperature and the like. Random draws are a function of the prompt's number and the position.
-        is_over: whether a text ends for another reason.
+    The result is the same on all ranks: random draws are a function of the prompt's number and the position. Prompts
+    have at least one and at most `max_prompt_tokens` tokens. A text also ends where `is_over` of its tokens is true.
     """
     world = context.world
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # by length: little padding
-    plans = [_batches(prompts, order[rank :: world.size], max_new_tokens, context) for rank in range(world.size)]
+    budget, plans = KV_CACHE_BATCH_FACTOR * context.tokens_per_pass, list[list[list[int]]]()
+    for rank in range(world.size):
+        share = order[rank :: world.size]
+        plans.append(list(split_batches(share, [len(prompts[i]) + max_new_tokens for i in share], budget=budget)))
     generated: list[tuple[int, list[int]]] = []
     for turn in range(max(map(len, plans))):
         numbers = plans[world.index][turn] if turn < len(plans[world.index]) else []
@@ -58,13 +54,6 @@ def generate_batched(
 def max_prompt_tokens(max_new_tokens: int, *, seq_len: int) -> int:
     """Return how many tokens of a prompt fit: the last generated token is not read again."""
     return seq_len + 1 - max_new_tokens
-
-
-def _batches(
-    prompts: Sequence[Tokens], numbers: Sequence[int], max_new_tokens: int, context: EvalContext
-) -> list[list[int]]:
-    sizes = [len(prompts[i]) + max_new_tokens for i in numbers]
-    return list(split_batches(numbers, sizes, budget=KV_CACHE_BATCH_FACTOR * context.tokens_per_pass))
 
 
 def _any(context: EvalContext, is_active: bool) -> bool:

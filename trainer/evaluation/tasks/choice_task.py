@@ -12,16 +12,8 @@ from trainer.data.records.template import Template
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.evaluation.context import EvalContext
 from trainer.evaluation.scoring import Question, fit_question, score
+from trainer.evaluation.tasks import examples
 from trainer.evaluation.tasks.base import Every, Task, TaskResult
-from trainer.evaluation.tasks.examples import (
-    TaskRecords,
-    check_options,
-    completion_tokens,
-    hash_questions,
-    option_index,
-    prompt_tokens,
-    text_list,
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,32 +30,29 @@ class ChoiceTask(Task):
 
     def __init__(
         self,
-        records: TaskRecords,
+        records: examples.TaskRecords,
         tokenizer: Tokenizer,
         *,
         seq_len: int,
         every: Every,
         prompt: str,
-        choices: Sequence[str] | str,
+        choices: Sequence[str] | None,
+        choices_column: str | None,
         answer: str,
         ends_document: bool,
     ) -> None:
-        """Read the records. The options are those of a config; `choices` are templates, or the name of a column.
-
-        Raises:
-            DataError: naming file and record, if one is unusable.
-        """
+        """Read the records; raise `DataError`, with file and record, if one is unusable. The options are a config's."""
         self.name, self.every = records.task, every
-        self._has_fixed_choices = not isinstance(choices, str)
-        question_prompt = Template(prompt)
-        templates = [] if isinstance(choices, str) else [Template(text) for text in choices]
+        self._has_fixed_choices = choices_column is None
+        question_prompt, templates = Template(prompt), [Template(text) for text in choices or []]
 
         def example(row: Record) -> _Example:
-            texts = text_list(row, choices) if isinstance(choices, str) else [one.render(row) for one in templates]
-            check_options(texts, where=row.where, what="choices")
+            fixed = [template.render(row) for template in templates]
+            texts = fixed if choices_column is None else examples.text_list(row, choices_column)
+            examples.check_options(texts, where=row.where, what="choices")
             question, is_truncated = fit_question(
-                prompt_tokens(question_prompt, row, tokenizer),
-                [completion_tokens(text, tokenizer, ends_document=ends_document) for text in texts],
+                examples.prompt_tokens(question_prompt, row, tokenizer),
+                [examples.completion_tokens(text, tokenizer, ends_document=ends_document) for text in texts],
                 seq_len=seq_len,
                 where=row.where,
             )
@@ -71,14 +60,14 @@ class ChoiceTask(Task):
                 question=question,
                 is_truncated=is_truncated,
                 num_bytes=[len(text.encode()) for text in texts],
-                answer=option_index(row.value(answer), texts, row, answer),
+                answer=examples.option_index(row.value(answer), texts, row, answer),
             )
 
         self._examples = records.examples(example)
         self.num_examples = len(self._examples)
         self.num_truncated = sum(example.is_truncated for example in self._examples)
         asked = ([e.question.prompt, e.question.completions, e.answer] for e in self._examples)
-        self.fingerprint = hash_questions(self.name, *asked)
+        self.fingerprint = examples.hash_questions(self.name, *asked)
 
     def evaluate(self, context: EvalContext) -> TaskResult:
         """Score every choice of every record."""
@@ -97,12 +86,7 @@ class ChoiceTask(Task):
 def choice_metrics(
     log_probs: Sequence[Sequence[float]], num_bytes: Sequence[Sequence[int]], answers: Sequence[int]
 ) -> dict[str, float]:
-    """Compute accuracies; ties go to the first choice.
-
-    Args:
-        log_probs: of each choice of each question.
-        num_bytes: length of each choice.
-        answers: the right choice of each question.
+    """Compute accuracies from each question's log-probabilities, lengths and right choice; ties go to the first choice.
 
     Returns:
         acc: share of questions whose most likely choice is right.

@@ -65,13 +65,10 @@ def text_list(row: Record, column: str) -> list[str]:
     """
     values = row.value(column)
     if not isinstance(values, list):
-        raise _wrong_type(row, column, values, "a list of strings")
+        raise _wrong(row, f"{column!r} is {type_name(values)}; it must be a list of strings")
     for value in values:
         if not isinstance(value, str):
-            raise DataError(
-                f"{row.where}: {column!r} contains {type_name(value)}; every entry must be a string; correct or remove "
-                "the row"
-            )
+            raise _wrong(row, f"{column!r} contains {type_name(value)}; every entry must be a string")
     return [check_unicode(value, column, where=row.where) for value in values]
 
 
@@ -103,21 +100,16 @@ def option_index(value: Any, texts: Sequence[str], row: Record, column: str) -> 
     if isinstance(value, int) and not isinstance(value, bool):
         if 0 <= value < len(texts):
             return value
-        raise DataError(
-            f"{row.where}: {column!r} is {value}; the {len(texts)} texts to choose from are numbered 0 to "
-            f"{len(texts) - 1}; correct or remove the row"
-        )
+        last = len(texts) - 1
+        raise _wrong(row, f"{column!r} is {value}; the {len(texts)} texts to choose from are numbered 0 to {last}")
     if not isinstance(value, str):
-        raise _wrong_type(row, column, value, "a whole number or a string")
-    found = [i for i, text in enumerate(texts) if text == value] or [
-        i for i, text in enumerate(texts) if text.strip() == value.strip()
-    ]
+        raise _wrong(row, f"{column!r} is {type_name(value)}; it must be a whole number or a string")
+    found = [i for i, text in enumerate(texts) if text == value]
+    found = found or [i for i, text in enumerate(texts) if text.strip() == value.strip()]
     if len(found) != 1:
         problem = "is none" if not found else f"matches {len(found)}"
-        raise DataError(
-            f"{row.where}: {column!r} is {_short(value)}, which {problem} of the texts to choose from "
-            f"({', '.join(map(_short, texts[:4]))}{', ...' if len(texts) > 4 else ''}); correct or remove the row"
-        )
+        listed = ", ".join(map(_short, texts[:4])) + (", ..." if len(texts) > 4 else "")
+        raise _wrong(row, f"{column!r} is {_short(value)}, which {problem} of the texts to choose from ({listed})")
     return found[0]
 
 
@@ -129,8 +121,8 @@ def hash_questions(*parts: object) -> str:
     return digest.hexdigest()
 
 
-def _wrong_type(row: Record, column: str, value: Any, needed: str) -> DataError:
-    return DataError(f"{row.where}: {column!r} is {type_name(value)}; it must be {needed}; correct or remove the row")
+def _wrong(row: Record, problem: str) -> DataError:
+    return DataError(f"{row.where}: {problem}; correct or remove the row")
 
 
 def _short(text: str) -> str:

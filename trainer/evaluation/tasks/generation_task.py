@@ -44,11 +44,7 @@ class GenerationTask(Task):
         temperature: float,
         top_p: float,
     ) -> None:
-        """Read the records. The options are those of the task in a config.
-
-        Raises:
-            DataError: naming file and record, if one is unusable.
-        """
+        """Read the records; raise `DataError`, with file and record, if one is unusable. The options are a config's."""
         self.name, self.every = records.task, every
         self._tokenizer, self._max_new_tokens = tokenizer, max_new_tokens
         self._sampling = SamplingOptions(temperature=temperature, top_p=top_p)

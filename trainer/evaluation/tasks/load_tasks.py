@@ -15,14 +15,7 @@ from trainer.evaluation.tasks.registry import AnyTaskConfig
 def load_tasks(
     configs: Sequence[AnyTaskConfig], corpus: Corpus, *, seq_len: int, world: Group, warn: Callable[[str], None]
 ) -> list[Task]:
-    """Read and check the records of evaluation tasks, rank 0 first. Collective.
-
-    Args:
-        configs: entries of `eval.tasks`.
-        corpus: whose tokenizer encodes them.
-        seq_len: longest sequence of the model.
-        world: all ranks.
-        warn: gets a warning about truncated prompts.
+    """Read and check the records of evaluation tasks, rank 0 first; warn about truncated prompts. Collective.
 
     Raises:
         ConfigError: if a task has the name of a domain, whose metrics keys it would share.
@@ -36,10 +29,8 @@ def load_tasks(
         with raise_together(world):
             if is_my_turn:
                 tasks = [config.build(corpus.tokenizer, seq_len=seq_len) for config in configs]
-    different = differences_across_ranks(
-        world, {"eval": {"tasks": {task.name: abridged(task.fingerprint) for task in tasks}}}
-    )
-    if different:
+    fingerprints = {task.name: abridged(task.fingerprint) for task in tasks}
+    if different := differences_across_ranks(world, {"eval": {"tasks": fingerprints}}):
         raise DataError(f"{different[0]}; all ranks must read the same rows (eval.tasks)")
     for task in tasks:
         if task.num_truncated:

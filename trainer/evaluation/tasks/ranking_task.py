@@ -13,16 +13,8 @@ from trainer.data.tokenizers.base import Tokenizer
 from trainer.errors import DataError
 from trainer.evaluation.context import EvalContext
 from trainer.evaluation.scoring import Question, fit_question, score
+from trainer.evaluation.tasks import examples
 from trainer.evaluation.tasks.base import Every, Task, TaskResult
-from trainer.evaluation.tasks.examples import (
-    TaskRecords,
-    check_options,
-    completion_tokens,
-    hash_questions,
-    option_index,
-    prompt_tokens,
-    text_list,
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +31,7 @@ class RankingTask(Task):
 
     def __init__(
         self,
-        records: TaskRecords,
+        records: examples.TaskRecords,
         tokenizer: Tokenizer,
         *,
         seq_len: int,
@@ -52,20 +44,16 @@ class RankingTask(Task):
         order_by: Literal["sum", "mean_per_byte"],
         ends_document: bool,
     ) -> None:
-        """Read the records. The options are those of the task in a config.
-
-        Raises:
-            DataError: naming file and record, if one is unusable.
-        """
+        """Read the records; raise `DataError`, with file and record, if one is unusable. The options are a config's."""
         self.name, self.every = records.task, every
         self._k, self._is_per_byte = k, order_by == "mean_per_byte"
         question_prompt = Template(prompt)
 
         def tokenize(texts: Sequence[str]) -> list[list[int]]:
-            return [completion_tokens(text, tokenizer, ends_document=ends_document) for text in texts]
+            return [examples.completion_tokens(text, tokenizer, ends_document=ends_document) for text in texts]
 
         shared = [] if candidates_file is None else _read_lines(candidates_file)
-        shared_tokens, shared_bytes = tokenize(shared), _num_bytes(shared)
+        shared_tokens, shared_bytes = tokenize(shared), [len(text.encode()) for text in shared]
         for text, tokens in zip(shared, shared_tokens, strict=True):  # name the candidate, not the first record
             where = f"{candidates_file}: {text[:40]!r}"
             fit_question([tokenizer.end_of_document], [tokens], seq_len=seq_len, where=where)
@@ -73,16 +61,16 @@ class RankingTask(Task):
         def example(row: Record) -> _Example:
             texts, tokens, num_bytes = shared, shared_tokens, shared_bytes
             if candidates_column is not None:
-                texts = text_list(row, candidates_column)
-                check_options(texts, where=row.where, what="candidates")
-                tokens, num_bytes = tokenize(texts), _num_bytes(texts)
+                texts = examples.text_list(row, candidates_column)
+                examples.check_options(texts, where=row.where, what="candidates")
+                tokens, num_bytes = tokenize(texts), [len(text.encode()) for text in texts]
             if max(k) > len(texts):
                 raise DataError(
                     f"{row.where}: has {len(texts)} candidates, and eval.tasks: {self.name}: k has {max(k)}; "
                     "use a smaller k or more candidates"
                 )
             question, is_truncated = fit_question(
-                prompt_tokens(question_prompt, row, tokenizer), tokens, seq_len=seq_len, where=row.where
+                examples.prompt_tokens(question_prompt, row, tokenizer), tokens, seq_len=seq_len, where=row.where
             )
             indices = _relevant(row, relevant, texts)
             return _Example(question=question, is_truncated=is_truncated, num_bytes=num_bytes, relevant=indices)
@@ -93,7 +81,7 @@ class RankingTask(Task):
         own = (
             [e.question.prompt, sorted(e.relevant), *([] if shared else e.question.completions)] for e in self._examples
         )
-        self.fingerprint = hash_questions(self.name, shared, *own)
+        self.fingerprint = examples.hash_questions(self.name, shared, *own)
 
     def evaluate(self, context: EvalContext) -> TaskResult:
         """Score every candidate of every record."""
@@ -142,20 +130,16 @@ def _ndcg(ranks: Sequence[int], k: int) -> float:
 
 def _relevant(row: Record, column: str, texts: Sequence[str]) -> frozenset[int]:
     value = row.value(column)
-    values = value if isinstance(value, list) else [value]
-    if not values:
+    if value == []:
         raise DataError(
             f"{row.where}: {column!r} is empty; at least one relevant candidate is needed; correct or remove the row"
         )
-    return frozenset(option_index(one, texts, row, column) for one in values)
+    values = value if isinstance(value, list) else [value]
+    return frozenset(examples.option_index(one, texts, row, column) for one in values)
 
 
 def _read_lines(path: str) -> list[str]:
     content = "\n".join(read_document(file) for file in find_files(path, TEXT))
     texts = [line.removesuffix("\r") for line in content.split("\n") if line.strip()]
-    check_options(texts, where=path, what="candidates")
+    examples.check_options(texts, where=path, what="candidates")
     return texts
-
-
-def _num_bytes(texts: Sequence[str]) -> list[int]:
-    return [len(text.encode()) for text in texts]

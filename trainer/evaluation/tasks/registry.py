@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -58,6 +58,10 @@ class TaskConfig(KindConfig):
         accepts = [one.keeps for one in self.filters]
         return TaskRecords(task=self.name, source=self.rows.reader(), filters=accepts, max_examples=self.max_examples)
 
+    def question_options(self) -> dict[str, Any]:
+        """Return the options that the task itself takes: all but those of `records`."""
+        return self.model_dump(exclude={"kind", "name", "rows", "filters", "max_examples"})
+
 
 class ChoiceTaskConfig(TaskConfig):
     """Multiple choice: the most likely of a few completions (classification, questions with choices)."""
@@ -84,18 +88,7 @@ class ChoiceTaskConfig(TaskConfig):
         """Read the rows and make the task."""
         from trainer.evaluation.tasks.choice_task import ChoiceTask
 
-        choices = self.choices or self.choices_column
-        assert choices is not None, "problems() requires one of them"
-        return ChoiceTask(
-            self.records(),
-            tokenizer,
-            seq_len=seq_len,
-            every=self.every,
-            prompt=self.prompt,
-            choices=choices,
-            answer=self.answer,
-            ends_document=self.ends_document,
-        )
+        return ChoiceTask(self.records(), tokenizer, seq_len=seq_len, **self.question_options())
 
 
 class RankingTaskConfig(TaskConfig):
@@ -126,19 +119,7 @@ class RankingTaskConfig(TaskConfig):
         """Read the rows and make the task."""
         from trainer.evaluation.tasks.ranking_task import RankingTask
 
-        return RankingTask(
-            self.records(),
-            tokenizer,
-            seq_len=seq_len,
-            every=self.every,
-            prompt=self.prompt,
-            candidates_column=self.candidates_column,
-            candidates_file=self.candidates_file,
-            relevant=self.relevant,
-            k=self.k,
-            order_by=self.order_by,
-            ends_document=self.ends_document,
-        )
+        return RankingTask(self.records(), tokenizer, seq_len=seq_len, **self.question_options())
 
 
 class GenerationTaskConfig(TaskConfig):
@@ -175,29 +156,14 @@ class GenerationTaskConfig(TaskConfig):
     def problems_in(self, seq_len: int) -> Iterator[Problem]:
         """Leave space for a prompt."""
         if self.max_new_tokens >= seq_len:
-            yield Problem(
-                "max_new_tokens",
-                f"{self.max_new_tokens} leaves no space for a prompt in model.seq_len {seq_len}; use at most "
-                f"{seq_len - 1}",
-            )
+            problem = f"{self.max_new_tokens} leaves no space for a prompt in model.seq_len {seq_len}"
+            yield Problem("max_new_tokens", f"{problem}; use at most {seq_len - 1}")
 
     def build(self, tokenizer: Tokenizer, *, seq_len: int) -> Task:
         """Read the rows and make the task."""
         from trainer.evaluation.tasks.generation_task import GenerationTask
 
-        return GenerationTask(
-            self.records(),
-            tokenizer,
-            seq_len=seq_len,
-            every=self.every,
-            prompt=self.prompt,
-            references=self.references,
-            metrics=self.metrics,
-            bleu_tokenize=self.bleu_tokenize,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-        )
+        return GenerationTask(self.records(), tokenizer, seq_len=seq_len, **self.question_options())
 
 
 AnyTaskConfig = Annotated[

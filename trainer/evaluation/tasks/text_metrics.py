@@ -8,9 +8,6 @@ from trainer.packages import importing
 
 TextMetric = Literal["bleu", "chrf", "rouge", "exact_match"]
 
-References = Sequence[Sequence[str]]
-"""References of each text; the same number for every text."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextScore:
@@ -22,8 +19,10 @@ class TextScore:
     """sacrebleu's description of its settings: scores with different signatures are not comparable."""
 
 
-def score_texts(metric: TextMetric, texts: Sequence[str], references: References, *, bleu_tokenize: str) -> TextScore:
-    """Compare texts with their references.
+def score_texts(
+    metric: TextMetric, texts: Sequence[str], references: Sequence[Sequence[str]], *, bleu_tokenize: str
+) -> TextScore:
+    """Compare texts with their references, of which every text has the same number.
 
     Returns:
         bleu: corpus BLEU, 0 to 100 (arXiv 1804.08771).
@@ -41,18 +40,15 @@ def score_texts(metric: TextMetric, texts: Sequence[str], references: References
             score = scorer.corpus_score(texts, list(zip(*references, strict=True)))
             return TextScore(values={metric: score.score}, signature=str(scorer.get_signature()))
         case "rouge":
-            return TextScore(values=_rouge(texts, references))
+            with importing("rouge_score", user="eval.tasks: rouge"):
+                from rouge_score.rouge_scorer import RougeScorer
+
+            names = ["rouge1", "rouge2", "rougeL"]
+            scorer = RougeScorer(names, use_stemmer=False)
+            scores = [scorer.score_multi(list(own), text) for text, own in zip(texts, references, strict=True)]
+            means = {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in names}
+            return TextScore(values=means)
         case "exact_match":
             pairs = zip(texts, references, strict=True)
             num_equal = sum(text.strip() in {one.strip() for one in own} for text, own in pairs)
             return TextScore(values={metric: num_equal / len(texts)})
-
-
-def _rouge(texts: Sequence[str], references: References) -> dict[str, float]:
-    with importing("rouge_score", user="eval.tasks: rouge"):
-        from rouge_score.rouge_scorer import RougeScorer
-
-    names = ["rouge1", "rouge2", "rougeL"]
-    scorer = RougeScorer(names, use_stemmer=False)
-    scores = [scorer.score_multi(list(own), text) for text, own in zip(texts, references, strict=True)]
-    return {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in names}
