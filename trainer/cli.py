@@ -31,11 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except RemoteRankError as error:  # reported by the rank that failed
         _wait_for_report(0.5)
         _exit_now(error.exit_code)
-    except CommError as error:
-        print_safe(error, file=sys.stderr)
-        _exit_now(error.exit_code)
-    except StopRequested as error:
-        if is_first_rank():
+    except (CommError, StopRequested) as error:
+        if isinstance(error, CommError) or is_first_rank():
             print_safe(error, file=sys.stderr)
         _exit_now(error.exit_code)
     except TurnoutError as error:
@@ -91,9 +88,8 @@ def _explain(error: BaseException) -> None:
         case OSError():
             print_safe(f"{shown_path(os.fsdecode(error.filename))}: {error.strerror}", file=sys.stderr)
         case _:
-            print_safe(
-                single_line(f"out of memory: {first_line(error)}; use a machine with more of it"), file=sys.stderr
-            )
+            message = f"out of memory: {first_line(error)}; use a machine with more of it"
+            print_safe(single_line(message), file=sys.stderr)
 
 
 def parse_command_line(arguments: Sequence[str]) -> argparse.Namespace:
@@ -101,10 +97,9 @@ def parse_command_line(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_line()
     _check_command_first(parser, arguments)
     options, rest = parser.parse_known_args(arguments)
-    unknown = [
-        word for word in rest if word.startswith("-") or "=" not in word[1:] or not hasattr(options, "overrides")
-    ]
-    if unknown and hasattr(options, "overrides"):
+    takes_overrides = hasattr(options, "overrides")
+    unknown = [word for word in rest if word.startswith("-") or "=" not in word[1:] or not takes_overrides]
+    if unknown and takes_overrides:
         hints = [as_override(word, value, ExperimentConfig) for word, value in _with_values(unknown)]
         parser.exit(2, "".join(f"{single_line(line)}\n" for line in hints))
     if unknown:

@@ -116,7 +116,7 @@ def refused(result: subprocess.CompletedProcess[str], words: str) -> None:
         ("--only top_k,nope", "--only: 'nope' is not a router; use some of top_k, "),
         ("--only mixture_of_depths", "--train compares it"),
         ("--experts 3 --top-k 4", "--top-k: 4 is more than 3 experts; use 1 to 3"),
-        ("--rounds 0", "--rounds: is 0; use 1 or more"),
+        ("--rounds 0", "argument --rounds: must be a whole number of at least 1, got '0'"),
         ("--run runs/nobody", "runs/nobody: no such file"),
         ("--budget 100", "--budget: goes with --train; remove it"),
         ("train.steps=3", "train.steps=3: changes a config, and there is none without --train"),

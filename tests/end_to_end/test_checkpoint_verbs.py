@@ -152,7 +152,9 @@ def test_prune_says_what_it_does_and_keeps_what_is_damaged(workplace: Path) -> N
     result = checkpoint(workplace, "prune", "tiny.yaml", "--keep", "1", "--keep-every", "10", "--damaged")
     assert result.returncode == 0 and _steps(workplace) == [10, 15]
     assert load(workplace / "runs/tiny/checkpoints", 15)
-    refused(checkpoint(workplace, "prune", "runs/tiny", "--keep", "0"), 2, r"use --keep >= 1 and --keep-every >= 1")
+    for option in ("--keep", "--keep-every"):
+        result = checkpoint(workplace, "prune", "runs/tiny", option, "0")
+        refused(result, 2, rf"argument {option}: must be a whole number of at least 1, got '0'")
 
 
 def test_prune_never_works_beside_a_run_and_never_removes_the_last_of_a_run(workplace: Path) -> None:

@@ -245,8 +245,13 @@ def test_eval_and_generate_read_a_run_folder(workplace: Path) -> None:
     greedy = run_cold(workplace, "generate", "runs/tiny", "--greedy", "--step", "10")
     assert greedy.returncode == 0
     refused(run(workplace, "generate", "runs/tiny", "--step", "7"), 4, r"has no checkpoint of step 7; it has 10, 20")
-    for wrong in (["--top-p", "2"], ["--top-k", "0"], ["--temperature", "nan"], ["--seed", "99999999999999999999"]):
-        refused(run(workplace, "generate", "runs/tiny", *wrong), 2, r"0 < --top-p <= 1")
+    for wrong, message in (
+        (["--top-p", "2"], r"0 < --top-p <= 1"),
+        (["--temperature", "nan"], r"--temperature >= 0"),
+        (["--top-k", "0"], r"--top-k: must be a whole number of at least 1, got '0'"),
+        (["--seed", "99999999999999999999"], r"--seed: must be below 2\^63, got '99999999999999999999'"),
+    ):
+        refused(run(workplace, "generate", "runs/tiny", *wrong), 2, message)
     bytes_of_no_text = run(workplace, "generate", "runs/tiny", "--prompt", "\udcff", "--max-tokens", "3")
     assert bytes_of_no_text.returncode == 0, bytes_of_no_text.stderr
 

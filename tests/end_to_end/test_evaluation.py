@@ -151,19 +151,25 @@ def test_options_that_need_lm_eval_say_so(workplace: Path) -> None:
             ["--lm-eval", "a", "--tasks", "mood"],
             "eval: --tasks selects tasks of the config, --lm-eval other ones; use one of them\n",
         ),
-        (["--lm-eval", "a", "--limit", "0"], "eval: use --limit >= 1\n"),
+        (
+            ["--lm-eval", "a", "--limit", "0"],
+            "turnout eval: argument --limit: must be a whole number of at least 1, got '0'; see turnout eval --help\n",
+        ),
         (["--lm-eval", "a", "--include-path", "none"], "--include-path: none is not a folder; correct the path\n"),
     ):
         result = _run(workplace, "eval", "runs/tiny", *arguments)
         assert (result.returncode, result.stderr) == (2, message)
 
 
+NOT_WHOLE = "turnout eval: argument --experts-per-token: must be a whole number of at least 1, got {}; see turnout eval --help\n"
+
+
 @pytest.mark.parametrize(
     ("router", "arguments", "message"),
     [
         ("{kind: top_k}", ["1,5"], "--experts-per-token: 5 is more than num_experts 4; use 1 to 4\n"),
-        ("{kind: top_k}", ["1,"], "--experts-per-token: '' is not a number of experts; use numbers such as 1,2,4\n"),
-        ("{kind: top_k}", ["0"], "--experts-per-token: '0' is not a number of experts; use numbers such as 1,2,4\n"),
+        ("{kind: top_k}", ["1,"], NOT_WHOLE.format("''")),
+        ("{kind: top_k}", ["0"], NOT_WHOLE.format("'0'")),
         ("{kind: dense}", ["1"], "--experts-per-token: dense has no top_k to change; leave the option out\n"),
         (
             "{kind: top_k}",

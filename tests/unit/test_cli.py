@@ -112,7 +112,24 @@ def test_the_version_is_one_line_and_needs_no_torch(capsys: pytest.CaptureFixtur
         ("eval", ["turnout eval: the following arguments are required: RUN; see turnout eval --help"]),
         (
             "prove x.yaml --steps a",
-            ["turnout prove: argument --steps: invalid int value: 'a'; see turnout prove --help"],
+            [
+                "turnout prove: argument --steps: must be a whole number of at least 1, got 'a'; see turnout prove "
+                "--help"
+            ],
+        ),
+        (
+            "prove x.yaml --engines native,x",
+            [
+                "turnout prove: argument --engines: 'x' is not an engine; use native or deepspeed, or both separated "
+                "by a comma; see turnout prove --help"
+            ],
+        ),
+        (
+            "generate runs/x --seed -1",
+            [
+                "turnout generate: argument --seed: must be a whole number of at least 0, got '-1'; see turnout "
+                "generate --help"
+            ],
         ),
     ],
 )

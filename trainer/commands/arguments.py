@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 
 from trainer.commands.shipped import as_config
 from trainer.config.base import expand_home
+from trainer.config.nodes import shown
+from trainer.config.numbers import MAX_INT
 from trainer.distributed.version import turnout_version
 from trainer.terminal import print_safe, single_line
 
@@ -42,6 +44,25 @@ class Version(argparse.Action):
 def as_path(text: str) -> Path:
     """Return a path, with ~ expanded: shells leave it in quotes and after an equals sign."""
     return Path(expand_home(text))
+
+
+def whole(text: str, least: int = 1) -> int:
+    """Parse a whole number of at least `least`."""
+    if not (text.isascii() and text.isdigit() and int(text) >= least):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {shown(text)}")
+    if int(text) > MAX_INT:
+        raise argparse.ArgumentTypeError(f"must be below 2^63, got {shown(text)}")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """Parse a seed."""
+    return whole(text, least=0)
+
+
+def names(text: str) -> list[str]:
+    """Parse names separated by commas."""
+    return [name.strip() for name in text.split(",")]
 
 
 def add_command(

@@ -7,17 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.run_folder import RunFolder
-from trainer.commands.arguments import Subparsers, add_command, add_overrides, as_path
+from trainer.commands.arguments import Subparsers, add_command, add_overrides, as_path, seed, whole
 from trainer.commands.resolve import existing_run, suggest_prepare
-from trainer.config.nodes import shown
-from trainer.config.numbers import MAX_INT
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.lab.router_configs import MIXTURE_OF_DEPTHS, router_kinds, select_kinds
 from trainer.lab.router_trainings import plan_trainings
 
-_MAX_VALUES = {"tokens": 1 << 20, "sequences": 1 << 20, "experts": 1 << 20, "rounds": 1 << 20, "seeds": 1000}
-"""Largest values; MAX_INT for the other options."""
 _MAX_LOGITS = 1 << 30
 """Tokens times experts: 4 GiB."""
 _LOGITS_DEFAULTS = {"tokens": 256, "sequences": 4, "experts": 8, "top_k": 2, "seed": 0, "rounds": 5, "run": None}
@@ -30,32 +26,27 @@ def add(subparsers: Subparsers) -> None:
     bench = subparsers.add_parser("bench", help="Compare routers.")
     subcommands = bench.add_subparsers(required=True, metavar="COMMAND")
 
-    sub = add_command(
-        subcommands,
-        "routers",
-        bench_routers_command,
-        example="--train configs/smoke.yaml --budget 65536 --only top_k,hash",
-    )
+    example = "--train configs/smoke.yaml --budget 65536 --only top_k,hash"
+    sub = add_command(subcommands, "routers", bench_routers_command, example=example)
     sub.add_argument("--only", metavar="A,B", help="only these routers")
     sub.add_argument("--json", type=as_path, metavar="FILE", help="also write the result as JSON")
     sub.add_argument("--svg", type=as_path, metavar="FILE", help="also draw it")
 
     same = sub.add_argument_group("on the same logits (without --train)")
-    same.add_argument("--tokens", type=int, metavar="S", help="tokens per sequence (256)")
-    same.add_argument("--sequences", type=int, metavar="B", help="sequences (4)")
-    same.add_argument("--experts", type=int, metavar="E", help="experts (8)")
-    same.add_argument("--top-k", type=int, metavar="K", help="experts per token (2, or the run's)")
-    same.add_argument("--seed", type=int, help="seed of the logits and all noise (0)")
-    same.add_argument("--rounds", type=int, metavar="N", help="timings per router (5)")
-    same.add_argument(
-        "--run", type=as_path, help="run folder or experiment file: also use the logits of its newest checkpoint"
-    )
+    same.add_argument("--tokens", type=whole, metavar="S", help="tokens per sequence (256)")
+    same.add_argument("--sequences", type=whole, metavar="B", help="sequences (4)")
+    same.add_argument("--experts", type=whole, metavar="E", help="experts (8)")
+    same.add_argument("--top-k", type=whole, metavar="K", help="experts per token (2, or the run's)")
+    same.add_argument("--seed", type=seed, help="seed of the logits and all noise (0)")
+    same.add_argument("--rounds", type=whole, metavar="N", help="timings per router (5)")
+    what = "run folder or experiment file: also use the logits of its newest checkpoint"
+    same.add_argument("--run", type=as_path, help=what)
 
     trained = sub.add_argument_group("trained on the same text")
     trained.add_argument("--train", type=as_path, metavar="CONFIG", help="train this config with each router in turn")
     add_overrides(sub, "train.global_batch_size=16")
-    trained.add_argument("--budget", type=int, metavar="TOKENS", help="tokens per training (all steps of the config)")
-    trained.add_argument("--seeds", type=int, metavar="N", help="trainings per router (1)")
+    trained.add_argument("--budget", type=whole, metavar="TOKENS", help="tokens per training (all steps of the config)")
+    trained.add_argument("--seeds", type=whole, metavar="N", help="trainings per router (1)")
     trained.add_argument("--out", type=as_path, metavar="DIR", help="folder of the runs (runs/bench_routers)")
 
 
@@ -70,19 +61,13 @@ def _fill_defaults(
     """Fill in the defaults of this mode's options; return the names of those given.
 
     Raises:
-        ConfigError: if an option of the other mode was given, or a value is out of range.
+        ConfigError: if an option of the other mode was given, or a file cannot be written.
     """
     for name in others:
         if getattr(options, name) is not None:
             raise ConfigError(f"{_flag(name)}: {why}; remove it")
     given = {name for name in own if getattr(options, name) is not None}
-    for name, default in own.items():
-        value = getattr(options, name) if name in given else default
-        setattr(options, name, value)
-        least, most = (0 if name == "seed" else 1), _MAX_VALUES.get(name, MAX_INT)
-        if isinstance(value, int) and not least <= value <= most:
-            allowed = f"{least} or more" if value < least else f"at most {most}"
-            raise ConfigError(f"{_flag(name)}: is {shown(value)}; use {allowed}")
+    vars(options).update({name: default for name, default in own.items() if name not in given})
     for name in ("json", "svg"):
         path = getattr(options, name)
         if path is not None and (path.is_dir() or not path.parent.is_dir()):

@@ -8,9 +8,8 @@ from trainer.terminal import print_safe
 
 def add(subparsers: Subparsers) -> None:
     """Add the command with its arguments."""
-    sub = add_command(
-        subparsers, "check-plugin", check_plugin_command, example="my_package.router:MyRouterConfig top_k=2"
-    )
+    example = "my_package.router:MyRouterConfig top_k=2"
+    sub = add_command(subparsers, "check-plugin", check_plugin_command, example=example)
     sub.add_argument("plugin", metavar="MODULE:CLASS", help="config class of the plug-in, or its entry point's name")
     sub.add_argument("options", nargs="*", default=[], metavar="KEY=VALUE", help="keys of its config")
 
@@ -21,11 +20,10 @@ def check_plugin_command(options: argparse.Namespace) -> int:
 
     group, outcomes = check_plugin(options.plugin, options.options)
     print_safe(f"{options.plugin}: turnout.{group}")
-    num_failed = 0
     for outcome in outcomes:
-        num_failed += outcome.error is not None
         print_safe(f"{'FAILED' if outcome.error else 'ok    '}  {outcome.promise}")
         if outcome.error:
             print_safe(f"        {outcome.name}: {outcome.error}")
+    num_failed = sum(outcome.error is not None for outcome in outcomes)
     print_safe(f"{num_failed} checks failed" if num_failed else "all checks passed")
     return 1 if num_failed else 0

@@ -8,10 +8,10 @@ from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.tools.listing import list_checkpoints
 from trainer.checkpoint.tools.pruning import plan_prune
 from trainer.checkpoint.tools.weight_map import WeightMapConfig
-from trainer.commands.arguments import Subparsers, add_command, add_overrides, add_run, add_step, as_path
+from trainer.commands.arguments import Subparsers, add_command, add_overrides, add_run, add_step, as_path, whole
 from trainer.commands.resolve import existing_run, load_named_config, named_run_folder, run_folder_of, suggest_prepare
 from trainer.config.loader import load
-from trainer.errors import CheckpointError, ConfigError, ResourceError
+from trainer.errors import CheckpointError, ResourceError
 from trainer.terminal import print_safe
 
 
@@ -29,17 +29,14 @@ def add(subparsers: Subparsers) -> None:
     sub.add_argument("--json", action="store_true", help="print one JSON list")
 
     sub = add_run(add_command(subcommands, "prune", prune_command, example="runs/smoke --keep 2 --dry-run"))
-    sub.add_argument(
-        "--keep", type=int, help="number of newest intact checkpoints to keep (checkpoint.keep of the run's config)"
-    )
-    sub.add_argument("--keep-every", type=int, help="also keep steps that are a multiple of this")
+    what = "number of newest intact checkpoints to keep (checkpoint.keep of the run's config)"
+    sub.add_argument("--keep", type=whole, help=what)
+    sub.add_argument("--keep-every", type=whole, help="also keep steps that are a multiple of this")
     sub.add_argument("--damaged", action="store_true", help="also remove damaged checkpoints")
     sub.add_argument("--dry-run", action="store_true", help="only print what would be removed")
 
-    sub = add_run(
-        add_command(subcommands, "export-dcp", export_dcp_command, example="runs/smoke exported/smoke"),
-        with_overrides=False,
-    )
+    sub = add_command(subcommands, "export-dcp", export_dcp_command, example="runs/smoke exported/smoke")
+    add_run(sub, with_overrides=False)
     sub.add_argument("out", type=as_path, metavar="OUT", help="folder to create")
     add_overrides(sub, "name=other")
     add_step(sub)
@@ -47,12 +44,8 @@ def add(subparsers: Subparsers) -> None:
     example = "configs/mine.yaml theirs/checkpoints --map weights.yaml name=imported"
     sub = add_command(subcommands, "import-deepspeed", import_deepspeed_command, example=example)
     sub.add_argument("config", type=as_path, metavar="CONFIG", help="experiment file of the run to start")
-    sub.add_argument(
-        "folder",
-        type=as_path,
-        metavar="FOLDER",
-        help="the folder given to save_checkpoint, or the folder of a tag in it",
-    )
+    what = "the folder given to save_checkpoint, or the folder of a tag in it"
+    sub.add_argument("folder", type=as_path, metavar="FOLDER", help=what)
     add_overrides(sub, "name=other")
     what = "mapping of weight names (docs/deepspeed.md)"
     sub.add_argument("--map", type=as_path, required=True, metavar="FILE", help=what)
@@ -63,11 +56,12 @@ def list_command(options: argparse.Namespace) -> int:
     """List a run's checkpoints: step, size, time, layout, and whether manifest and sizes agree."""
     folder = CheckpointFolder(named_run_folder(options).checkpoints)
     folder.resolve_step(None)
+    entries = list_checkpoints(folder, with_content=options.full)
     if options.json:
-        print(json.dumps([entry.record() for entry in list_checkpoints(folder, with_content=options.full)]))
+        print(json.dumps([entry.record() for entry in entries]))
         return 0
     good = "intact" if options.full else "complete"
-    for entry in list_checkpoints(folder, with_content=options.full):
+    for entry in entries:
         size = "-" if entry.size_bytes is None else _megabytes(entry.size_bytes)
         name = folder.of_step(entry.step).name
         print_safe(f"{name}  {size:>11}  {entry.written}  {entry.layout_text:<26}  {entry.wrong or good}")
@@ -107,8 +101,6 @@ def prune_command(options: argparse.Namespace) -> int:
     config, run = existing_run(options)
     keep = config.checkpoint.keep if options.keep is None else options.keep
     keep_every = config.checkpoint.keep_every if options.keep_every is None else options.keep_every
-    if keep < 1 or (keep_every is not None and keep_every < 1):
-        raise ConfigError("checkpoint prune: use --keep >= 1 and --keep-every >= 1")
     if not run.path.is_dir():
         raise CheckpointError(f"{run.path}: is not a run folder; train first")
     run.lock()

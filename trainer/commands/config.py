@@ -3,12 +3,11 @@
 import argparse
 import math
 
-from trainer.commands.arguments import Subparsers, add_command, add_config, as_path
+from trainer.commands.arguments import Subparsers, add_command, add_config, as_path, whole
 from trainer.commands.resolve import load_named_config
 from trainer.config.dump import diff, dump
 from trainer.config.loader import load
 from trainer.config.nodes import shown
-from trainer.config.numbers import MAX_INT
 from trainer.config.schema import schema_text
 from trainer.config.wording import choice
 from trainer.errors import ConfigError
@@ -26,14 +25,13 @@ def add(subparsers: Subparsers) -> None:
     sub = add_command(subcommands, "diff", diff_command, example="configs/smoke.yaml runs/smoke/config.yaml")
     sub.add_argument("a", type=as_path, metavar="A", help="experiment file")
     sub.add_argument("b", type=as_path, metavar="B", help="another one")
-    sub = add_command(
-        subcommands, "coefficient", coefficient_command, example="0.01 --from deepspeed configs/smoke.yaml"
-    )
+    example = "0.01 --from deepspeed configs/smoke.yaml"
+    sub = add_command(subcommands, "coefficient", coefficient_command, example=example)
     sub.add_argument("coefficient", metavar="COEFFICIENT", help="balance-loss coefficient in the other trainer")
     names = ", ".join(CONVENTIONS)
     sub.add_argument("--from", dest="source", required=True, metavar="TRAINER", help=f"one of {names}")
     sub.add_argument("--to", dest="target", default="turnout", metavar="TRAINER", help="another one (turnout)")
-    sub.add_argument("--world-size", metavar="W", help="number of processes with experts in fastmoe")
+    sub.add_argument("--world-size", type=whole, metavar="W", help="number of processes with experts in fastmoe")
     add_config(sub)
 
 
@@ -59,7 +57,6 @@ def diff_command(options: argparse.Namespace) -> int:
 def coefficient_command(options: argparse.Namespace) -> int:
     """Convert a balance-loss coefficient of another trainer, for the model of an experiment file."""
     coef = _number(options.coefficient)
-    world_size = None if options.world_size is None else _count(options.world_size)
     for option, name in (("--from", options.source), ("--to", options.target)):
         if name not in CONVENTIONS:
             raise ConfigError(f"{option}: {choice(name, list(CONVENTIONS))}")
@@ -67,22 +64,18 @@ def coefficient_command(options: argparse.Namespace) -> int:
     if model.moe is None:
         raise ConfigError(f"{options.config}: model.moe is null, and a dense model has no balance loss")
     routed = RoutedModel(
-        moe=model.moe, num_layers=model.num_layers, num_moe_layers=len(model.moe_layers), world_size=world_size
+        moe=model.moe, num_layers=model.num_layers, num_moe_layers=len(model.moe_layers), world_size=options.world_size
     )
     converted = convert(coef, source=options.source, target=options.target, model=routed)
     print_safe(f"{coef:.12g} of {options.source} is {converted.coef:.12g} of {options.target}")
     if options.target in ("turnout", "gshard_first_choice"):
-        keys = ", ".join(f"{key}: {_shown(value)}" for key, value in converted.balance.items())
+        keys = ", ".join(f"{k}: {v if isinstance(v, str) else f'{v:.12g}'}" for k, v in converted.balance.items())
         counts_less = CONVENTIONS[options.source].scope == "micro_batch" and model.moe.balance.scope != "micro_batch"
         comment = f"  # add scope: micro_batch to count over what {options.source} does" if counts_less else ""
         print_safe(f"balance: {{{keys}}}{comment}")
     for warning in converted.warnings:
         print_safe(f"warning: not exact: {warning}")
     return 0
-
-
-def _shown(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.12g}"
 
 
 def _number(text: str) -> float:
@@ -94,10 +87,3 @@ def _number(text: str) -> float:
     if not (math.isfinite(value) and value >= 0):
         raise ConfigError(f"coefficient: must be a number of at least 0, got {shown(text)}")
     return value
-
-
-def _count(text: str) -> int:
-    """Parse a number of processes."""
-    if not (text.isascii() and text.isdigit() and len(text) < 20 and 0 < int(text) <= MAX_INT):
-        raise ConfigError(f"--world-size: must be a whole number of at least 1, got {shown(text)}")
-    return int(text)

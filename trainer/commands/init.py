@@ -50,10 +50,8 @@ checkpoint: {{every: 100}}
 
 def add(subparsers: Subparsers) -> None:
     """Add the command with its argument."""
-    sub = add_command(subparsers, "init", init_command, example="my_first")
-    sub.add_argument(
-        "name", nargs="?", type=as_path, default=Path("first"), metavar="NAME", help="name of the experiment (first)"
-    )
+    sub, what = add_command(subparsers, "init", init_command, example="my_first"), "name of the experiment (first)"
+    sub.add_argument("name", nargs="?", type=as_path, default=Path("first"), metavar="NAME", help=what)
 
 
 def init_command(options: argparse.Namespace) -> int:

@@ -51,7 +51,14 @@ def check_run_folder(folder: RunFolder, config: ExperimentConfig) -> list[str]:
     Raises:
         ConfigError: if the folder has another model, or its config cannot be read.
     """
-    return check_belongs(folder, _changes(folder, config), goes_on=any(folder.checkpoints.glob("step_*")))
+    changes: list[Change] = []
+    if folder.config.is_file():
+        try:
+            changes = changed_keys(recorded_config(folder), config)
+        except ConfigError as error:
+            advice = "is the run's own record; remove it if it is damaged: checkpoints also record their model"
+            raise ConfigError(f"{error}\n{folder.config}: {advice}") from None
+    return check_belongs(folder, changes, goes_on=any(folder.checkpoints.glob("step_*")))
 
 
 def named_run_folder(options: argparse.Namespace) -> RunFolder:
@@ -119,11 +126,7 @@ def existing_run(
 
 
 def _refuse_inside_run(options: argparse.Namespace) -> None:
-    """Check that the named folder is not inside a run folder.
-
-    Raises:
-        CheckpointError: if it is a checkpoint or the folder of all checkpoints; names the run.
-    """
+    """Raise `CheckpointError`, with the run, if the named folder is a checkpoint or the folder of all checkpoints."""
     named: Path = options.config
     folder = named.absolute()
     step = _STEP.fullmatch(folder.name)
@@ -134,10 +137,9 @@ def _refuse_inside_run(options: argparse.Namespace) -> None:
     run = checkpoints.parent if len(named.parts) < depth else named.parents[depth - 1]
     if step is None:
         raise CheckpointError(f"{named}: is the checkpoints folder of a run; name the folder of the run: {run}")
-    advice = f"name the run and its step: {run} --step {int(step[1])}"
-    if not hasattr(options, "step"):
-        advice = f"name the folder of the run: {run}"
-    raise CheckpointError(f"{named}: is a checkpoint of a run; {advice}")
+    has_step = hasattr(options, "step")
+    advice = f"the run and its step: {run} --step {int(step[1])}" if has_step else f"the folder of the run: {run}"
+    raise CheckpointError(f"{named}: is a checkpoint of a run; name {advice}")
 
 
 @contextmanager
@@ -151,16 +153,3 @@ def suggest_prepare(config: ExperimentConfig) -> Iterator[None]:
         advised = MissingFile(f"{error}, or make what this config reads: {config.prepare}")
         advised.is_rank_specific = error.is_rank_specific
         raise advised from None
-
-
-def _changes(folder: RunFolder, config: ExperimentConfig) -> list[Change]:
-    """Return the changes since the config kept in a run folder; none if it keeps none."""
-    if not folder.config.is_file():
-        return []
-    try:
-        return changed_keys(recorded_config(folder), config)
-    except ConfigError as error:
-        advice = (
-            f"{folder.config}: is the run's own record; remove it if it is damaged: checkpoints also record their model"
-        )
-        raise ConfigError(f"{error}\n{advice}") from None

@@ -19,14 +19,11 @@ from trainer.supervise.supervisor import Supervisor
 
 def add(subparsers: Subparsers) -> None:
     """Add the commands with their arguments."""
-    add_config(
-        add_command(subparsers, "train", train_command, example="configs/smoke.yaml train.steps=100 name=longer"), RUN
-    )
+    example = "configs/smoke.yaml train.steps=100 name=longer"
+    add_config(add_command(subparsers, "train", train_command, example=example), RUN)
 
-    sub = add_config(
-        add_command(subparsers, "launch", launch_command, example="configs/smoke.yaml --nproc 2 parallel.ep_size=2"),
-        RUN,
-    )
+    example = "configs/smoke.yaml --nproc 2 parallel.ep_size=2"
+    sub = add_config(add_command(subparsers, "launch", launch_command, example=example), RUN)
     sub.add_argument("--nproc", metavar="N", help="ranks on this machine (NPROC, else 1)")
     sub.add_argument("--nnodes", metavar="N", help="machines; run the same command on each (NNODES, else 1)")
     sub.add_argument("--node-rank", metavar="N", help="number of this machine, from 0 (NODE_RANK)")
@@ -37,13 +34,16 @@ def add(subparsers: Subparsers) -> None:
 def train_command(options: argparse.Namespace) -> int:
     """Train a config, or resume its run."""
     check_rank_variables()
-    if not (os.environ.get("WORLD_SIZE") or os.environ.get(SUPERVISOR)):
+    is_alone = not (os.environ.get("WORLD_SIZE") or os.environ.get(SUPERVISOR))
+    if is_alone:
         check_tasks(os.environ, expected=1)
     end_with_launcher()
     with StopRequest() as stop:
         config, folder = run_to_train(options)
         layout = layout_from_environment(ep_size=config.parallel.ep_size)
-        warnings = [*check_run_folder(folder, config), *_task_warnings()]
+        warnings = check_run_folder(folder, config)
+        if is_alone and (warning := task_warning(os.environ)) is not None:
+            warnings.append(warning)
         status = StatusFile(folder.status, rank=layout.rank)
         start_liveness_thread(str(layout.rank), status if layout.world_size == 1 else None)
         try:
@@ -58,13 +58,6 @@ def train_command(options: argparse.Namespace) -> int:
             raise
         status.end(code)
         return code
-
-
-def _task_warnings() -> list[str]:
-    """Return a warning if this is the only process of a batch job with several tasks."""
-    is_launched = os.environ.get("WORLD_SIZE") or os.environ.get(SUPERVISOR)
-    warning = None if is_launched else task_warning(os.environ)
-    return [] if warning is None else [warning]
 
 
 def launch_command(options: argparse.Namespace) -> int:

@@ -437,7 +437,8 @@ NAMES = ", ".join(CONVENTIONS)
         ),
         (
             ["1", "--from", "fastmoe", "--world-size", "0"],
-            "--world-size: must be a whole number of at least 1, got '0'",
+            "turnout config coefficient: argument --world-size: must be a whole number of at least 1, got '0'; see "
+            "turnout config coefficient --help",
         ),
         (
             ["1", "--from", "tutel", "--world-size", "2"],
