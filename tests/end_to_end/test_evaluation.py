@@ -161,7 +161,10 @@ def test_options_that_need_lm_eval_say_so(workplace: Path) -> None:
         assert (result.returncode, result.stderr) == (2, message)
 
 
-NOT_WHOLE = "turnout eval: argument --experts-per-token: must be a whole number of at least 1, got {}; see turnout eval --help\n"
+NOT_WHOLE = (
+    "turnout eval: argument --experts-per-token: must be a whole number of at least 1, got {}; see turnout eval "
+    "--help\n"
+)
 
 
 @pytest.mark.parametrize(

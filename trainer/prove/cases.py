@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.engine.deepspeed.passthrough import free_options
@@ -52,11 +52,9 @@ def reference(config: ExperimentConfig) -> Case:
 
 
 def all_cases(config: ExperimentConfig, engines: Sequence[str] | None = None) -> list[Case]:
-    """Return every layout that the config allows, up to four ranks.
+    """Return every layout that the config allows, up to four ranks, DeepSpeed's with both stages.
 
-    Args:
-        config: the user's.
-        engines: some of `ENGINES`, DeepSpeed's with both stages; None: the config's own.
+    Without `engines`, only the config's own engine, and its ZeRO stage, are included.
     """
     stages: Sequence[int] = (1, 2)
     if engines is None:
@@ -66,10 +64,8 @@ def all_cases(config: ExperimentConfig, engines: Sequence[str] | None = None) ->
     found = cases if "native" in engines else []
     if "deepspeed" in engines:
         # Dispatchers and engines are independent: one dispatcher is enough.
-        plain = [Case(micro_batch_size=config.train.global_batch_size)]
-        plain += [
-            case for case in cases if case.dispatcher == "all_to_all" and (case.chunks, case.data) == (1, "replicate")
-        ]
+        plain = [case for case in cases if (case.dispatcher, case.chunks, case.data) == ("all_to_all", 1, "replicate")]
+        plain.insert(0, reference(config))
         found = found + [replace(case, zero_stage=stage) for stage in stages for case in plain]
     return found
 
@@ -120,7 +116,7 @@ def apply_case(config: ExperimentConfig, case: Case) -> ExperimentConfig:
         "device": "cpu",
         "compile": False,
     }
-    engine: dict[str, Any] = NativeEngineConfig().model_dump()
+    engine = NativeEngineConfig().model_dump()
     if case.zero_stage is not None:
         options = config.engine if isinstance(config.engine, DeepSpeedEngineConfig) else DeepSpeedEngineConfig()
         engine = options.model_dump() | {"zero_stage": case.zero_stage}
@@ -176,7 +172,6 @@ def shrink(config: ExperimentConfig) -> ExperimentConfig:
     }
     if moe is not None:
         moe["d_ff"] = min(moe["d_ff"], 32)
-    values["train"]["global_batch_size"] = min(
-        values["train"]["global_batch_size"], 7
-    )  # not divisible by any number of ranks
+    rows = values["train"]["global_batch_size"]
+    values["train"]["global_batch_size"] = min(rows, 7)  # not divisible by any number of ranks
     return ExperimentConfig.model_validate(values)

@@ -8,18 +8,8 @@ from trainer.prove.diagnose import diagnose, different_start, gradient_group
 from trainer.prove.evidence import Evidence
 from trainer.prove.rounding import Ruler
 
-GROUPS = (
-    "loss",
-    "balance",
-    "z",
-    "further",
-    "norm",
-    "gradient: dense",
-    "gradient: router",
-    "gradient: expert",
-    "weights",
-    "bias",
-)
+_SCALARS = ("loss", "balance", "z", "further", "norm")
+GROUPS = (*_SCALARS, "gradient: dense", "gradient: router", "gradient: expert", "weights", "bias")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,15 +36,7 @@ class Comparison:
 def compare(
     actual: Evidence, reference: Evidence, *, tolerance: float, floor: float = 0.0, steps: int | None = None
 ) -> Comparison:
-    """Compare a layout with one process.
-
-    Args:
-        actual: the layout's.
-        reference: one process's.
-        tolerance: largest relative error that summation order explains.
-        floor: errors of values below this share of the step's size are relative to that share.
-        steps: compare only this many steps; None: all.
-    """
+    """Compare a layout with one process (`reference`), over all or the first `steps`; see `Ruler` for the tolerance."""
     end = steps or len(reference.losses)
     ruler = Ruler(reference=reference, tolerance=tolerance, floor=floor)
     errors: list[tuple[str, str, int, float]] = []  # group, name, step, error; in the order of the computation
@@ -72,24 +54,22 @@ def compare(
             error = ruler.weight(name, values[name], tensor, steps=step + 1)
             errors.append((group, f"{name} after step {step + 1}", step, error))
 
-    scalars(0, "loss", "balance", "z", "further")
+    scalars(0, *_SCALARS[:-1])
     for name in reversed(list(reference.gradients)):  # in order of the backward pass
         error = ruler.gradient(name, actual.gradients[name])
         errors.append((f"gradient: {gradient_group(name)}", f"gradient of {name}", 0, error))
     scalars(0, "norm")
     weights(0, actual.first_update, reference.first_update)
     for step in range(1, end):
-        scalars(step, "loss", "balance", "z", "further", "norm")
+        scalars(step, *_SCALARS)
     if end == len(reference.losses):
         weights(end - 1, actual.last_update, reference.last_update)
     worst: dict[str, float] = {}
-    for group, _, _, error in errors:
-        worst[group] = max(worst.get(group, 0.0), error)
     first, cause = None, None
-    for _, name, step, error in errors:
-        if not error <= tolerance:
+    for group, name, step, error in errors:
+        worst[group] = max(worst.get(group, 0.0), error)
+        if first is None and not error <= tolerance:
             first, cause = name, diagnose(actual, ruler, step=step)
-            break
     if actual.disagreements:
         first = first or f"{actual.disagreements[0]} differs between ranks"
         cause = f"replicas of {actual.disagreements[0]} differ: some ranks reduce, clip or update on their own"

@@ -11,13 +11,7 @@ _SAME_RATIO = 1e-3
 
 
 def diagnose(actual: Evidence, ruler: Ruler, *, step: int) -> str:
-    """Describe the likely cause of a difference.
-
-    Args:
-        actual: the layout's evidence.
-        ruler: measures errors against one process.
-        step: first step that differs, from 0.
-    """
+    """Describe the likely cause of a difference, of which `step`, from 0, is the first."""
     reference = ruler.reference
 
     def differs(group: str) -> bool:

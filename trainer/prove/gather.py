@@ -1,7 +1,5 @@
 """Gather a sharded state on rank 0."""
 
-import torch
-
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.distributed.mesh import Mesh
 from trainer.errors import CheckpointError
@@ -17,30 +15,19 @@ def gather_state(state: TrainState, mesh: Mesh) -> TrainState:
     """
     if mesh.world.size == 1:
         return state
-    # Per rank and name: start and length along dimension 0.
-    local = {name: (part.start, len(part.tensor) if part.tensor.dim() else 1) for name, part in state.slices.items()}
-    rows = mesh.world.all_gather_objects(local)
-    table: list[dict[str, tuple[int, int]]] = [{name: (at, size) for name, (at, size) in row.items()} for row in rows]
-    slices = {}
+    parts = mesh.world.all_gather_objects({name: (part.start, part.length) for name, part in state.slices.items()})
+    slices, rank = dict(state.slices), mesh.layout.rank
     for name, part in state.slices.items():
         total = part.global_shape[0] if part.global_shape else 1
-        senders = _senders([row[name] for row in table], total, name)
+        senders = _senders([(start, length) for start, length in (of_rank[name] for of_rank in parts)], total, name)
         if senders == [0]:
-            slices[name] = part
             continue
-        rank, is_first = mesh.layout.rank, mesh.layout.rank == 0
-        send = [0] * mesh.world.size
-        send[0] = len(part.tensor) if rank in senders else 0
-        receive = [table[r][name][1] if is_first and r in senders else 0 for r in range(mesh.world.size)]
-        received = mesh.world.all_to_all(part.tensor[: send[0]], send, receive)
-        if not is_first:
-            slices[name] = part
-            continue
-        whole = torch.empty(part.global_shape, dtype=received.dtype)  # on the CPU: it may not fit on a GPU
-        for row, piece in zip(table, received.split(receive), strict=True):
-            start = row[name][0]
-            whole[start : start + len(piece)] = piece
-        slices[name] = Slice.whole(whole)
+        whole = part.tensor.new_zeros(part.global_shape)
+        if rank in senders:
+            whole[part.start : part.start + part.length] = part.tensor
+        mesh.world.all_reduce_(whole)
+        if rank == 0:
+            slices[name] = Slice.whole(whole)
     return TrainState(slices=slices, values=state.values)
 
 

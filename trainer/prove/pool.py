@@ -11,7 +11,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,8 +42,7 @@ class Failure:
         return self.error is None and not self.text
 
 
-@dataclass(frozen=True, slots=True)
-class _Worker:
+class _Worker(NamedTuple):
     process: BaseProcess
     pipe: Connection
 
@@ -57,14 +56,8 @@ class LocalRanks:
     def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float) -> list[Any]:
         """Run `function(*args)` on each rank; return each rank's result or `Failure`.
 
-        Without a failure there is no deadline: a rank that waits for a lost one gives up after `timeout_s`. After a
-        failure the processes are replaced.
-
-        Args:
-            world_size: number of ranks.
-            function: module-level; torch's default group is initialised.
-            args: the same for all ranks.
-            timeout_s: how long a rank waits for the others.
+        The function is module-level; torch's default group is initialised. Without a failure there is no deadline: a
+        rank that waits for a lost one gives up after `timeout_s`. After a failure the processes are replaced.
         """
         while len(self._workers) < world_size:
             self._workers.append(_start())

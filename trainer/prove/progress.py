@@ -14,13 +14,7 @@ from trainer.console.safe_stream import SafeStream
 
 
 class LayoutProgress:
-    """Shows which layout is running: one updating line on a terminal, one line per layout elsewhere.
-
-    Args:
-        total: number of layouts.
-        file: where to write; None: standard error.
-        clock: monotonic clock, in seconds.
-    """
+    """Shows which layout is running: one updating line on a terminal, one line per layout elsewhere."""
 
     def __init__(self, total: int, *, file: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._total, self._clock, self._started_s = total, clock, clock()
@@ -28,12 +22,7 @@ class LayoutProgress:
 
     @contextmanager
     def running(self, name: str, number: int | None = None) -> Iterator[None]:
-        """Show a layout while it runs.
-
-        Args:
-            name: of the layout.
-            number: of the layout, from 1; None for the reference.
-        """
+        """Show a layout while it runs; layouts are numbered from 1, but for the reference."""
         elapsed = duration(self._clock() - self._started_s)
         text = f"{number or 0} of {self._total}, after {elapsed}: {name}"
         text += ", the reference" if number is None else ""

@@ -39,15 +39,8 @@ def prove(
 ) -> int:
     """Run all layouts and print the results; return 0 if all learn the same as one process, else 1.
 
-    Args:
-        config: to run.
-        steps: optimizer steps per layout.
-        dtype: replaces `train.dtype`; None: float64, or float32 if an engine has no float64.
-        is_small: shrink model and batch first.
-        only: run only layouts whose name contains this text.
-        engines: some of `ENGINES`; None: the config's own.
-        json_path: where to write the result as JSON.
-        timeout_s: how long a rank waits for the others.
+    The arguments are the command's: `only` is part of a layout's name, and without a dtype it is float64, or float32 if
+    an engine has no float64.
     """
     config = without_repeated_options(config)
     config = shrink(config) if is_small else config

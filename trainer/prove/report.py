@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from trainer.prove.cases import Case
@@ -29,13 +29,7 @@ class Table:
     """Table of worst relative errors, with one line per layout, printed as the results arrive."""
 
     def __init__(self, cases: Sequence[Case], groups: Collection[str], *, labels: Sequence[str]) -> None:
-        """Lay out the columns.
-
-        Args:
-            cases: all layouts.
-            groups: the groups of `GROUPS` that the config has.
-            labels: settings that are not layout-invariant.
-        """
+        """Lay out the columns: one for each of `GROUPS` that the config has."""
         self._groups = [group for group in GROUPS if group in groups]
         self._width = max((len(case.name) for case in cases), default=0)
         self._labels = labels
@@ -48,7 +42,12 @@ class Table:
 
     def line(self, row: TableRow) -> None:
         """Print the result of a layout."""
-        print_safe(f"{row.case.name:{self._width}}{_cells(row, self._groups)}  {_verdict(row, self._labels)}")
+        verdict, cells = "FAILED", f"{'-':>9}" * len(self._groups) + f"{'-':>7}"
+        if (result := row.comparison) is not None:
+            differs = "differs, as labelled" if row.is_accepted(self._labels) else "DIFFERS"
+            verdict = "equal" if result.is_equal else differs
+            cells = "".join(f"{result.worst.get(group, 0.0):9.0e}" for group in self._groups) + f"{result.flips:7}"
+        print_safe(f"{row.case.name:{self._width}}{cells}  {verdict}")
 
     def foot(self, rows: Sequence[TableRow]) -> None:
         """Print the cause of each difference, and the labelled settings."""
@@ -62,21 +61,6 @@ class Table:
             print_safe(f"\n{label}: not layout-invariant by definition")
 
 
-def _cells(row: TableRow, groups: Sequence[str]) -> str:
-    if row.comparison is None:
-        return f"{'-':>9}" * len(groups) + f"{'-':>7}"
-    worst = row.comparison.worst
-    return "".join(f"{worst.get(group, 0.0):9.0e}" for group in groups) + f"{row.comparison.flips:7}"
-
-
-def _verdict(row: TableRow, labels: Sequence[str]) -> str:
-    if row.comparison is None:
-        return "FAILED"
-    if row.comparison.is_equal:
-        return "equal"
-    return "differs, as labelled" if row.is_accepted(labels) else "DIFFERS"
-
-
 def write_json(path: Path, rows: Sequence[TableRow], *, tolerance: float, labels: Sequence[str]) -> None:
     """Write the results as JSON."""
     record = {
@@ -85,14 +69,8 @@ def write_json(path: Path, rows: Sequence[TableRow], *, tolerance: float, labels
         "layouts": [
             {
                 "name": row.case.name,
-                "world_size": row.case.world_size,
-                "ep_size": row.case.ep_size,
-                "dispatcher": row.case.dispatcher,
-                "chunks": row.case.chunks,
-                "data": row.case.data,
                 "engine": row.case.engine,
-                "zero_stage": row.case.zero_stage,
-                "micro_batch_size": row.case.micro_batch_size,
+                **asdict(row.case),
                 "equal": row.comparison is not None and row.comparison.is_equal,
                 "worst": {} if row.comparison is None else row.comparison.worst,
                 "flips": None if row.comparison is None else row.comparison.flips,

@@ -23,15 +23,9 @@ def run_case(
     timeout_s: float,
     prepare: Callable[[], None] | None = None,
 ) -> Evidence:
-    """Train some steps of a config under a layout.
+    """Train some steps of a config under a layout; one rank runs in this process.
 
-    Args:
-        config: to run.
-        case: the layout; one rank runs in this process.
-        ranks: processes for several ranks.
-        steps: optimizer steps.
-        timeout_s: how long a rank waits for the others.
-        prepare: a module-level function called first on each of several ranks; tests plant faults with it.
+    `prepare` is a module-level function called first on each of several ranks; tests plant faults with it.
 
     Raises:
         TurnoutError: the error of a rank.
@@ -44,17 +38,14 @@ def run_case(
     failures = {rank: answer for rank, answer in enumerate(answers) if isinstance(answer, Failure)}
     if not failures:
         return answers[0]
+    lost = [rank for rank, failure in failures.items() if failure.is_lost]
+    reasons = [f"ranks {lost} never finished a step"] if lost else []
     for rank, failure in failures.items():
         if failure.error is not None and not isinstance(failure.error, CommError):
             raise type(failure.error)(f"rank {rank}: {failure.error}")
-    lost = [rank for rank, failure in failures.items() if failure.is_lost]
-    reasons = [
-        f"rank {rank}: {failure.error or failure.text.strip().splitlines()[-1]}"
-        for rank, failure in failures.items()
-        if not failure.is_lost
-    ]
-    silent = [f"ranks {lost} never finished a step"] if lost else []
-    raise CommError(f"{case.name}: {'; '.join(silent + reasons)}")
+        if not failure.is_lost:
+            reasons.append(f"rank {rank}: {failure.error or failure.text.strip().splitlines()[-1]}")
+    raise CommError(f"{case.name}: {'; '.join(reasons)}")
 
 
 def _collect(config: ExperimentConfig, case: Case, steps: int, prepare: Callable[[], None] | None) -> Evidence:
