@@ -58,11 +58,7 @@ def bench_routers_command(options: argparse.Namespace) -> int:
 def _fill_defaults(
     options: argparse.Namespace, *, own: Mapping[str, Any], others: Mapping[str, Any], why: str
 ) -> set[str]:
-    """Fill in the defaults of this mode's options; return the names of those given.
-
-    Raises:
-        ConfigError: if an option of the other mode was given, or a file cannot be written.
-    """
+    """Fill in the defaults of this mode's options; return the names of those given. Refuse the other mode's."""
     for name in others:
         if getattr(options, name) is not None:
             raise ConfigError(f"{_flag(name)}: {why}; remove it")
@@ -119,11 +115,7 @@ def _compare_choices(options: argparse.Namespace) -> int:
 
 
 def _run_for_logits(options: argparse.Namespace, given: set[str]) -> tuple[ExperimentConfig, RunFolder]:
-    """Return the run of `--run`; take the numbers of tokens and experts and, by default, k from it.
-
-    Raises:
-        ConfigError: if the run has fewer than two experts, or these numbers were given too.
-    """
+    """Return the run of `--run`; take the numbers of tokens and experts and, by default, k from it."""
     config, folder = existing_run(argparse.Namespace(config=options.run, overrides=[]), other_options=options)
     moe = config.model.moe
     if moe is None or moe.num_experts < 2:

@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 
 from trainer.commands.arguments import Subparsers, add_command, add_run, add_step, as_path, names, whole
 from trainer.commands.resolve import existing_run, suggest_prepare
@@ -36,7 +35,11 @@ def evaluate_command(options: argparse.Namespace) -> int:
     """Evaluate a run's newest checkpoint: tasks, and held-out text (all with eval.max_tokens_per_domain=null)."""
     config, folder = existing_run(options)
     only, top_ks = options.tasks, options.experts_per_token
-    _check_tasks(only or [], [task.name for task in config.eval.tasks])
+    in_config = [task.name for task in config.eval.tasks]
+    for name in only or ():
+        if name not in in_config:
+            has = f"it has {', '.join(in_config)}" if in_config else "it has none"
+            raise ConfigError(f"--tasks: {shown(name)} is not a task of the config (eval.tasks); {has}")
     _check_lm_eval(options)
     if top_ks is not None:
         _check_top_ks(options, config.model.moe)
@@ -64,13 +67,6 @@ def evaluate_command(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(record, default=float))  # lm-eval's have numpy's numbers
     return 0
-
-
-def _check_tasks(given: Sequence[str], names_in_config: Sequence[str]) -> None:
-    for name in given:
-        if name not in names_in_config:
-            has = f"it has {', '.join(names_in_config)}" if names_in_config else "it has none"
-            raise ConfigError(f"--tasks: {shown(name)} is not a task of the config (eval.tasks); {has}")
 
 
 def _check_top_ks(options: argparse.Namespace, moe: MoEConfig | None) -> None:

@@ -46,11 +46,7 @@ def run_folder_of(config: ExperimentConfig) -> RunFolder:
 
 
 def check_run_folder(folder: RunFolder, config: ExperimentConfig) -> list[str]:
-    """Compare a config with the one kept in its run folder; return warnings.
-
-    Raises:
-        ConfigError: if the folder has another model, or its config cannot be read.
-    """
+    """Compare a config with the one kept in its run folder; return warnings, or raise `ConfigError`."""
     changes: list[Change] = []
     if folder.config.is_file():
         try:
@@ -74,11 +70,7 @@ def named_run_folder(options: argparse.Namespace) -> RunFolder:
 
 
 def run_to_train(options: argparse.Namespace) -> tuple[ExperimentConfig, RunFolder]:
-    """Return config and folder of a run to start or resume, named by its config file or its folder.
-
-    Raises:
-        ConfigError: if it is named by its folder and overrides change the folder.
-    """
+    """Return config and folder of a run to start or resume, named by its config file or its folder."""
     if not (options.config / "config.yaml").is_file():
         _refuse_inside_run(options)
         config = load_named_config(options)
@@ -100,11 +92,7 @@ def existing_run(
     """Return config and folder of an existing run, named by its folder or by its config file.
 
     Paths in a config are relative to the working directory. For a run named by its folder, change to the directory it
-    was started in, and make the paths among the options absolute.
-
-    Args:
-        options: with `config` and `overrides`.
-        other_options: further options of the command line, if they are in another namespace.
+    was started in, and make the paths among the options, and further ones in another namespace, absolute.
     """
     if options.config.is_dir():
         folder = RunFolder(options.config)

@@ -24,11 +24,7 @@ def as_config(text: str) -> Path:
 
 
 def check_name(path: Path) -> None:
-    """Refuse a bare name that is neither a file, nor nearly one, nor a shipped config.
-
-    Raises:
-        ConfigError: with the shipped names.
-    """
+    """Refuse a bare name that is neither a file, nor nearly one, nor a shipped config."""
     is_bare = path.name == str(path) and not path.suffix
     if is_bare and not path.exists() and not path.with_suffix(".yaml").exists():
         raise ConfigError(

@@ -91,15 +91,9 @@ def evaluate_held_out(
 ) -> EvalResult:
     """Evaluate every domain's held-out text, each token at most once. Collective.
 
-    Args:
-        engine: the model.
-        corpus: the text.
-        packing: how documents become rows.
-        batch_size: rows per forward pass and rank.
-        max_tokens_per_domain: token budget of a domain, spent on evenly spaced rows; None: the whole text.
-        at_capacity: evaluate a second time with the capacity of training, if the model has one.
-        layout: each rank evaluates its share of a batch; all ranks get the sums of all.
-        top_k: experts per token instead of the configured number.
+    Each rank evaluates its share of a batch, `batch_size` rows in a forward pass; all ranks get the sums of all. The
+    token budget of a domain (None: the whole text) is spent on evenly spaced rows. `at_capacity` evaluates a second
+    time with the capacity of training, if the model has one; `top_k` replaces the configured number of experts.
     """
     moe, token_bytes = engine.model.config.moe, corpus.tokenizer.token_bytes()
 

@@ -55,17 +55,10 @@ class Optimality:
 def measure_optimality(
     scores: Tensor, chosen: Tensor, *, top_k: int, capacity: int, num_uncapped: int = 0
 ) -> tuple[Optimality, Solution]:
-    """Compare a choice for one sequence with the optimum.
+    """Compare a choice for one sequence with the optimum; return the optimum with the experts' prices, too.
 
-    Args:
-        scores: (n, E) non-negative value of each token-expert pair; rounded to 12 bits, as routers compare tokens.
-        chosen: (n, E) bool, the router's choice before any drops.
-        top_k: k.
-        capacity: C.
-        num_uncapped: how many of the last experts have no capacity limit: null experts.
-
-    Returns:
-        The comparison, and the optimum with the experts' prices.
+    `scores` is the (n, E) non-negative value of each token-expert pair, rounded to 12 bits, as routers compare tokens;
+    `chosen` is (n, E) bool, before any drops. The last `num_uncapped` experts, null experts, have no capacity limit.
     """
     scores = round_mantissa(scores.detach().double())
     best = solve_linear_program(scores, top_k=top_k, capacity=capacity, num_uncapped=num_uncapped)

@@ -65,21 +65,19 @@ def gradient_group(name: str) -> str:
 
 def _gradient_cause(actual: Evidence, ruler: Ruler) -> str | None:
     """Describe how gradients of the first step are wrong: by a common factor, or by none; None if they are equal."""
-    ratios = {kind: _common_ratio(actual, ruler, kind) for kind in ("dense", "router", "expert")}
-    wrong = {kind: ratio for kind, ratio in ratios.items() if ratio is not None and abs(ratio - 1) > ruler.tolerance}
     different = {
         gradient_group(name)
         for name in ruler.reference.gradients
         if not ruler.gradient(name, actual.gradients[name]) <= ruler.tolerance
     }
-    uneven = [kind for kind, ratio in ratios.items() if ratio is None and kind in different]
-    if uneven:
-        groups = " and ".join(uneven)
-        return f"gradients of {groups} weights differ by no common factor: the share of some ranks is missing"
+    kinds = [kind for kind in ("dense", "router", "expert") if kind in different]
+    ratios = {kind: _common_ratio(actual, ruler, kind) for kind in kinds}
+    if uneven := " and ".join(kind for kind, ratio in ratios.items() if ratio is None):
+        return f"gradients of {uneven} weights differ by no common factor: the share of some ranks is missing"
     factors = [
         f"{kind} gradients are {ratio:.4g} times those of one process"
-        for kind, ratio in wrong.items()
-        if kind in different
+        for kind, ratio in ratios.items()
+        if ratio is not None and abs(ratio - 1) > ruler.tolerance
     ]
     return f"{', '.join(factors)}: gradients are summed with a wrong factor of the number of ranks" if factors else None
 

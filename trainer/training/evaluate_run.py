@@ -15,15 +15,17 @@ from trainer.console.expert_map_svg import expert_map_svg
 from trainer.console.summary import RunSummary
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.distributed.mesh import Mesh
+from trainer.distributed.rank_layout import Layout
 from trainer.engine.base import Engine
 from trainer.evaluation.context import EvalContext
 from trainer.evaluation.eval_report import EvalReport, write_predictions
-from trainer.evaluation.held_out import evaluate_held_out
+from trainer.evaluation.held_out import EvalResult, evaluate_held_out
 from trainer.evaluation.run_summary import summarize_evaluation
 from trainer.evaluation.tasks.base import Task
 from trainer.evaluation.tasks.load_tasks import load_tasks
-from trainer.evaluation.top_k_sweep import sweep_table, sweep_top_k
+from trainer.evaluation.top_k_sweep import sweep_table
 from trainer.experiment import ExperimentConfig
+from trainer.models.flops import model_size
 from trainer.moe.causality import evaluation_warning
 from trainer.packages import importing
 from trainer.terminal import print_safe
@@ -41,17 +43,7 @@ def evaluate_run(
     with_held_out: bool = True,
 ) -> EvalReport:
     """Evaluate held-out text, with the options of the `eval` section, and tasks. Collective."""
-    held_out = None
-    if with_held_out:
-        held_out = evaluate_held_out(
-            engine,
-            corpus,
-            packing=config.data.packing,
-            batch_size=config.parallel.micro_batch_size,
-            max_tokens_per_domain=config.eval.max_tokens_per_domain,
-            at_capacity=config.eval.at_capacity,
-            layout=mesh.layout,
-        )
+    held_out = _held_out(config, engine, corpus, mesh.layout) if with_held_out else None
     context = _context(config, engine, mesh)
     return EvalReport(held_out=held_out, tasks=[task.evaluate(context) for task in tasks])
 
@@ -88,15 +80,12 @@ def evaluate_top_ks(
     The router has the option `top_k` and allows all of `top_ks`. Without a `step` the newest checkpoint is evaluated.
     """
     engine, corpus, checkpoint = _with_text(config, folder, step, Console(file=sys.stderr))
+    records: dict[int, dict[str, float]] = {}
     with memory.hint(config, "evaluating the model"):
-        records = sweep_top_k(
-            engine,
-            corpus,
-            top_ks,
-            packing=config.data.packing,
-            batch_size=config.parallel.micro_batch_size,
-            max_tokens_per_domain=config.eval.max_tokens_per_domain,
-        )
+        for top_k in top_ks:
+            size = model_size(engine.model, top_k=top_k)
+            result = _held_out(config, engine, corpus, Layout(), top_k=top_k)
+            records[top_k] = {"active_parameters": size.active_parameters, **result.record()}
     moe = config.model.moe
     trained = [] if moe is None else getattr(moe.router, "top_k_choices", None) or [getattr(moe.router, "top_k", 0)]
     print_safe(
@@ -144,6 +133,27 @@ def _with_text(
     if warning := evaluation_warning(engine.model.moe_layers()):
         console.warning(warning)
     return engine, corpus, checkpoint
+
+
+def _held_out(
+    config: ExperimentConfig,
+    engine: Engine,
+    corpus: Corpus,
+    layout: Layout,
+    *,
+    top_k: int | None = None,
+) -> EvalResult:
+    """Evaluate held-out text with the options of the `eval` section; with another `top_k` without capacity."""
+    return evaluate_held_out(
+        engine,
+        corpus,
+        packing=config.data.packing,
+        batch_size=config.parallel.micro_batch_size,
+        max_tokens_per_domain=config.eval.max_tokens_per_domain,
+        at_capacity=config.eval.at_capacity and top_k is None,
+        layout=layout,
+        top_k=top_k,
+    )
 
 
 def _context(config: ExperimentConfig, engine: Engine, mesh: Mesh) -> EvalContext:

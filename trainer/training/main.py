@@ -83,11 +83,7 @@ def _fit(run: RunState, stop: StopRequest, status: StatusFile) -> EvalReport | N
 
 
 def _finish(run: RunState, evaluation: EvalReport, *, started_s: float) -> None:
-    """Sample a text and show the summary.
-
-    Raises:
-        NumericsError: if the sample met logits that are not finite: the weights are finite but too large.
-    """
+    """Sample a text and show the summary; an error of the sample is that weights are finite but too large."""
     recorder = run.mesh.world.recorder
     recorder.enter("sampling")
     sample = sample_held_out(run)

@@ -62,11 +62,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def resolve_kernel(config: ExperimentConfig, device: torch.device) -> ExperimentConfig:
-    """Replace `experts_kernel: auto` by the kernel for this device, so that the run folder records it.
-
-    Raises:
-        ConfigError: if this build of torch lacks the kernel.
-    """
+    """Replace `experts_kernel: auto` by the kernel for this device, so that the run folder records it."""
     if config.parallel.experts_kernel == "fused_onednn" and not has_onednn_product():
         raise ConfigError("parallel.experts_kernel: fused_onednn is not in this build of torch; use fused")
     if config.parallel.experts_kernel != "auto":

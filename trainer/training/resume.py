@@ -75,11 +75,7 @@ def _stored_config(checkpoint: CheckpointHandle) -> ExperimentConfig | None:
 
 
 def _changes_since(checkpoint: CheckpointHandle, config: ExperimentConfig) -> list[str]:
-    """Return a warning for each change since a checkpoint that affects what is learned.
-
-    Raises:
-        ConfigError: if the model itself changed.
-    """
+    """Return a warning for each change since a checkpoint that affects what is learned; refuse another model."""
     stored = _stored_config(checkpoint)
     if stored is not None:
         return check_belongs(RunFolder(checkpoint.path), changed_keys(stored, config))

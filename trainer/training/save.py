@@ -27,11 +27,7 @@ def save(run: RunState, done: int, *, is_last: bool = False, is_stopped: bool = 
 
 
 def _save_now(run: RunState, done: int, *, prunes: bool) -> None:
-    """Save and wait; after a disk error retry for `checkpoint.retry_s`, while the state is still in memory.
-
-    Raises:
-        ResourceError: if every attempt fails.
-    """
+    """Save and wait; after a disk error retry for `checkpoint.retry_s`, while the state is still in memory."""
     pause_s, end = _FIRST_PAUSE_S, time.monotonic() + run.config.checkpoint.retry_s
     while True:
         run.saver.start(done, run.engine.state(), run.checkpoint_info(), prunes=prunes)

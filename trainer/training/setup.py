@@ -59,6 +59,7 @@ def build_run(
         ConfigError: if ranks have different configs, versions or run folders.
         DataError: if the text is unusable, differs between ranks, or is not the one the run was started with.
         CheckpointError: if there are checkpoints and none can be used.
+        ResourceError: if the model cannot fit.
     """
     recorder = mesh.world.recorder
     recorder.enter("comparing ranks")
@@ -79,10 +80,6 @@ def check_ranks(config: ExperimentConfig, folder: RunFolder, mesh: Mesh, device:
     """Stage 1: check that all ranks have the same config, versions and run folder, and enough memory.
 
     Runs before `experts_kernel: auto` is resolved, which may differ between hosts.
-
-    Raises:
-        ConfigError: with each key that differs, its values and their ranks.
-        ResourceError: if the model cannot fit.
     """
     versions = {"turnout": turnout_version(), "torch": torch.__version__}
     values = {"version": versions, **config.model_dump(exclude=_HOST_SPECIFIC)}
@@ -96,11 +93,7 @@ def check_ranks(config: ExperimentConfig, folder: RunFolder, mesh: Mesh, device:
 
 
 def open_data(config: ExperimentConfig, folder: RunFolder, console: Console, mesh: Mesh) -> tuple[Corpus, list[Task]]:
-    """Stage 2: tokenize the text on rank 0, open it on all ranks, and read the evaluation tasks.
-
-    Raises:
-        DataError: if the text is unusable or differs between ranks.
-    """
+    """Stage 2: tokenize the text on rank 0, open it on all ranks, and read the evaluation tasks."""
     tokenizer = corpus = None
     with raise_together(mesh.world):
         if mesh.layout.rank == 0:
@@ -168,11 +161,7 @@ def build_model_and_engine(
 
 
 def resume_newest(run: RunState) -> CheckpointHandle | None:
-    """Stage 4: load the newest intact checkpoint of the run folder, if there is one, and return it.
-
-    Raises:
-        CheckpointError: if there are checkpoints and none can be used.
-    """
+    """Stage 4: load the newest intact checkpoint of the run folder, if there is one, and return it."""
     world = run.mesh.world
     with raise_together(world):
         if run.mesh.layout.rank == 0:

@@ -58,11 +58,7 @@ def completion_tokens(text: str, tokenizer: Tokenizer, *, ends_document: bool) -
 
 
 def text_list(row: Record, column: str) -> list[str]:
-    """Return the list of strings in a column.
-
-    Raises:
-        DataError: if the value is not a list, or one of its entries is not a string.
-    """
+    """Return the list of strings in a column, or raise `DataError`."""
     values = row.value(column)
     if not isinstance(values, list):
         raise _wrong(row, f"{column!r} is {type_name(values)}; it must be a list of strings")
@@ -73,11 +69,7 @@ def text_list(row: Record, column: str) -> list[str]:
 
 
 def check_options(texts: Sequence[str], *, where: str, what: str) -> None:
-    """Check the texts that the model chooses from.
-
-    Raises:
-        DataError: if there are fewer than two, or one is empty or repeated.
-    """
+    """Raise `DataError` if there are fewer than two texts to choose from, or one is empty or repeated."""
     if len(texts) < 2:
         raise DataError(f"{where}: has too few {what} ({len(texts)}); at least 2 are needed; correct or remove the row")
     seen: set[str] = set()
@@ -94,8 +86,7 @@ def check_options(texts: Sequence[str], *, where: str, what: str) -> None:
 def option_index(value: Any, texts: Sequence[str], row: Record, column: str) -> int:
     """Return the index of the text that a value names: a 0-based number, or the text, ignoring surrounding white space.
 
-    Raises:
-        DataError: if the value names no text, or several.
+    Raises `DataError` if the value names no text, or several.
     """
     if isinstance(value, int) and not isinstance(value, bool):
         if 0 <= value < len(texts):
