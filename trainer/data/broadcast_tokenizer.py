@@ -18,12 +18,7 @@ def tokenizer_to_plain(tokenizer: Tokenizer) -> dict[str, Any]:
 def tokenizer_from_plain(value: dict[str, Any], data: DataConfig) -> Tokenizer:
     """Restore a tokenizer from its files, or rebuild it from the config if it is of a kind unknown here.
 
-    Args:
-        value: returned by `tokenizer_to_plain`.
-        data: the `data` section.
-
-    Raises:
-        DataError: if the config gives another tokenizer here than on rank 0.
+    Raises DataError if the config gives another tokenizer here than on rank 0.
     """
     fingerprint, files = value["fingerprint"], value["files"]
     if fingerprint == ByteTokenizer.fingerprint:

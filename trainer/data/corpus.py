@@ -81,12 +81,7 @@ def build_corpus(
 
     Files of the same size and modification time count as unchanged; otherwise their content is compared. Several
     processes may call this at once: one builds, the others wait. A killed build loses at most the parts in progress.
-    The content of the cache is verified when it is opened or first read.
-
-    Args:
-        config: the `data` section.
-        tokenizer: tokenizer of an existing run. None: that of the section.
-        progress: receives the progress of ingestion.
+    The content of the cache is verified when it is opened or first read. `tokenizer` is that of an existing run.
 
     Raises:
         DataError: if a source is unusable, a side of the split is empty, or the cache is damaged or not writable.
@@ -97,7 +92,7 @@ def build_corpus(
         ingested: list[_Ingested] = []
         try:
             sources = [
-                _locate(config, index, tokenizer)
+                CachedSource.locate(source, index, split=config.split, cache_dir=config.cache_dir, tokenizer=tokenizer)
                 for index, source in enumerate(config.sources)
                 if not isinstance(source, HfStreamSourceConfig)
             ]
@@ -120,27 +115,18 @@ def build_corpus(
     )
 
 
-def _locate(config: DataConfig, index: int, tokenizer: Tokenizer) -> CachedSource:
-    return CachedSource.locate(
-        config.sources[index], index=index, split=config.split, cache_dir=config.cache_dir, tokenizer=tokenizer
-    )
-
-
 def _is_unchanged(ingested: Sequence[_Ingested]) -> bool:
     """Return whether no other process, which saw newer text, has replaced a folder since its manifest was read."""
     return all(source.manifest() == manifest for source, manifest in ingested)
 
 
 class _Domain(NamedTuple):
-    """An opened domain."""
-
     source: int
     name: str
     folder: Path
     train: TokenFile
     validation: TokenFile
-    content: list[str]
-    """Hashes of its content."""
+    hashes: list[str]
     stream: BlockStream | None = None
     skipped: SkippedRecords = SkippedRecords()
     """Records skipped in the first block of a stream."""
@@ -175,7 +161,7 @@ def _open(config: DataConfig, ingested: Sequence[_Ingested], tokenizer: Tokenize
         skipped=tuple(one for one in sorted(skipped, key=lambda one: one.source) if one.records.count),
         # The split is part of it as the content of the two sides; paths and times are not.
         fingerprint=hash_of(
-            {"tokenizer": tokenizer.fingerprint, "domains": [[domain.name, *domain.content] for domain in domains]}
+            {"tokenizer": tokenizer.fingerprint, "domains": [[domain.name, *domain.hashes] for domain in domains]}
         ),
     )
 
@@ -201,15 +187,11 @@ def _open_domains(source: CachedSource, manifest: SourceManifest) -> Iterator[_D
 
 def _open_stream(config: DataConfig, index: int, source: HfStreamSourceConfig, tokenizer: Tokenizer) -> _Domain:
     """Open a streamed domain, represented by its first block."""
-    cached = _locate(config, index, tokenizer)
+    cached = CachedSource.locate(source, index, split=config.split, cache_dir=config.cache_dir, tokenizer=tokenizer)
+    folder = cached.folder.with_name(f"{cached.folder.name}-{cached.content.quick_hash()}.stream")
+    files, held_out = tuple(cached.content.files), config.split.fraction
     stream = BlockStream(
-        StreamedSource(
-            config=source,
-            files=tuple(cached.content.files),
-            folder=cached.folder.with_name(f"{cached.folder.name}-{cached.content.quick_hash()}.stream"),
-            tokenizer=tokenizer,
-            held_out=config.split.fraction,
-        )
+        StreamedSource(config=source, files=files, folder=folder, tokenizer=tokenizer, held_out=held_out)
     )
     block = stream.block(0)
     for side in (block.info.train, block.info.validation):

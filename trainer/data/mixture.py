@@ -34,15 +34,11 @@ def domain_shares(
     weights: Sequence[float],
     num_tokens: Sequence[int],
 ) -> tuple[float, ...]:
-    """Return each domain's share of the rows; they sum to 1.
+    """Return the share (D,) of each domain in the rows; they sum to 1.
 
-    Args:
-        by: `weight` splits the weight of a source evenly over its domains; `tokens` makes shares proportional to
-            weight * tokens^(1 / temperature).
-        temperature: for `tokens`; above 1 the shares are more even.
-        sources: (D,) index of each domain's source.
-        weights: weight of each source.
-        num_tokens: (D,) training tokens of each domain.
+    `weight` splits the weight of a source evenly over its domains; `tokens` makes shares proportional to
+    weight * tokens^(1 / temperature), more even above 1. `sources` (D,) are the domains' indices into `weights`, and
+    `num_tokens` (D,) their training tokens.
 
     Source: Raffel et al. 2020 (arXiv 1910.10683), section 3.5.2, for the temperature.
     """

@@ -85,10 +85,8 @@ def train_bpe(
             raise cache_error(cache_dir, error) from error
     if tokenizer.vocab_size < vocab_size:
         _log.warning(
-            "data.tokenizer.vocab_size: %d, but the text has only %d tokens that occur %d times; using those",
-            vocab_size,
-            tokenizer.vocab_size,
-            min_frequency,
+            f"data.tokenizer.vocab_size: {vocab_size}, but the text has only {tokenizer.vocab_size} tokens that occur "
+            f"{min_frequency} times; using those"
         )
     return tokenizer
 
@@ -118,10 +116,9 @@ def even_shares(sizes: Sequence[int], total: int) -> list[int]:
 
 
 def _pieces(file: TokenFile) -> Iterator[bytes]:
-    """Yield the documents; long ones are split."""
     end_of_document = bytes([ByteTokenizer.end_of_document])
     for start, end in pairwise(chain(map(int, file.document_starts), [file.num_tokens])):
-        for first in range(start, end, _PIECE_BYTES):
+        for first in range(start, end, _PIECE_BYTES):  # long documents are split
             yield file.tokens[first : min(end, first + _PIECE_BYTES)].tobytes().removesuffix(end_of_document)
 
 
@@ -153,7 +150,6 @@ def _train(
     max_train_bytes: int,
     progress: IngestProgress | None,
 ) -> str:
-    """Return the text of a new tokenizer.json."""
     total_bytes = min(max_train_bytes, sum(file.num_bytes for file in files))
 
     def read() -> Iterator[str]:

@@ -16,8 +16,7 @@ from trainer.data.corpus import Corpus
 from trainer.data.token_cache.splits import Side
 from trainer.errors import DataError
 
-PADDING = -1
-"""sample_id of padding rows, and document_id of all padding."""
+PADDING = -1  # sample_id of padding rows, and document_id of all padding
 
 
 def assemble(

@@ -1,7 +1,4 @@
-"""Validation text in batches.
-
-# B rows, S tokens in a row.
-"""
+"""Validation text in batches."""
 
 from collections.abc import Iterator
 
@@ -36,7 +33,11 @@ def evaluation_batches(
         text = Windows(file, seq_len=seq_len)
     numbers = text.with_targets()
     if not len(numbers):
-        raise _nothing_to_predict(corpus, domain_index)
+        what = f"{file.num_tokens} validation token; a prediction needs 2"
+        if file.num_tokens > 1:
+            what = f"{file.num_tokens} validation tokens, all of them in a prompt, so there is nothing to predict"
+        domain = f"data.split: domain {corpus.domains[domain_index]}"
+        raise DataError(f"{domain} has {what}; raise data.split.fraction or give it more text")
     limit = len(numbers) if max_tokens is None else min(max(max_tokens // seq_len, 1), len(numbers))
     numbers = numbers[np.arange(limit, dtype=np.int64) * len(numbers) // limit]
     for first in range(0, len(numbers), batch_size):
@@ -45,16 +46,3 @@ def evaluation_batches(
         check_vocabulary(rows, corpus, "validation", domain_index)
         parts, domain = [(np.arange(len(sample_id)), rows)], np.full_like(sample_id, domain_index)
         yield pad_rows(assemble(parts, domain=domain, sample_id=sample_id, seq_len=seq_len), batch_size)
-
-
-def _nothing_to_predict(corpus: Corpus, domain: int) -> DataError:
-    name, num_tokens = corpus.domains[domain], corpus.validation[domain].num_tokens
-    if num_tokens > 1:
-        return DataError(
-            f"data.split: domain {name} has {num_tokens} validation tokens, all of them in a prompt, so there is "
-            "nothing to predict; raise data.split.fraction or give it more text"
-        )
-    return DataError(
-        f"data.split: domain {name} has {num_tokens} validation token; a prediction needs 2; raise data.split.fraction "
-        "or give it more text"
-    )

@@ -1,7 +1,4 @@
-"""Rows of a training run by number, and their division into micro-batches.
-
-# B rows, S tokens in a row, n rows of one domain.
-"""
+"""Rows of a training run by number, and their division into micro-batches."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

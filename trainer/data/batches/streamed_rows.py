@@ -5,8 +5,6 @@
 
 The block of a visit depends on the sizes of all blocks before it. A resumed run knows where its block begins and reads
 none of those.
-
-# n rows.
 """
 
 from collections.abc import Callable
@@ -25,8 +23,7 @@ from trainer.data.token_cache.token_files import TokenFile
 from trainer.errors import DataError
 
 _MAX_OPEN_BLOCKS = 2
-_MAX_BLOCK_DOCUMENTS = 1 << 40
-"""Bound on the documents of a block, which makes document numbers unique across blocks."""
+_MAX_BLOCK_DOCUMENTS = 1 << 40  # bound on the documents of a block, which makes document numbers unique across blocks
 
 
 class StreamPosition(Config):
@@ -50,13 +47,9 @@ class StreamedRows(DomainRows):
     def __init__(
         self, stream: BlockStream, *, min_tokens: int, seed: int, rows_of: Callable[[TokenFile, int], DomainRows]
     ) -> None:
-        """Start at the beginning of the stream.
+        """Start at the beginning of the stream; `rows_of` creates the rows of a block from its text and a seed.
 
-        Args:
-            stream: its blocks.
-            min_tokens: tokens needed for a row; the last block of an epoch may have fewer and is then left out.
-            seed: seed of the order within blocks.
-            rows_of: creates the rows of a block from its text and a seed for the block.
+        A row needs `min_tokens`; the last block of an epoch may have fewer and is then left out.
         """
         self._stream, self._min_tokens, self._seed, self._rows_of = stream, min_tokens, seed, rows_of
         self._located: list[_LocatedBlock] = []

@@ -20,13 +20,7 @@ class BadRecord(DataError):
     """A record that cannot be used although others of its file can; also a file that is one record or has none."""
 
     def __init__(self, message: str, *, reason: str = "cannot be used", file: str | Path | None = None) -> None:
-        """Create the error.
-
-        Args:
-            message: one line that begins with the place.
-            reason: category in a few words; skipped records are counted by it.
-            file: path of the file, if none of it can be used.
-        """
+        """Skipped records are counted by `reason`; `file` is given if none of it can be used."""
         super().__init__(message)
         self.reason = reason
         self.file = None if file is None else str(file)

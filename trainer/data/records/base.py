@@ -9,17 +9,9 @@ from typing import Any, NamedTuple
 
 from trainer.data.records.bad_records import BadRecord, raise_on_bad
 
-_JSON_TYPES = {
-    type(None): "null",
-    bool: "a boolean",
-    int: "a number",
-    float: "a number",
-    str: "a string",
-    list: "a list",
-}
+_JSON_TYPES = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
 
-WRONG_TYPE = "of another type"
-"""`BadRecord.reason` of a value of the wrong type."""
+WRONG_TYPE = "of another type"  # `BadRecord.reason` of a value of the wrong type
 
 
 class Record(NamedTuple):
@@ -76,13 +68,8 @@ class RecordReader(ABC):
     def entries(self, part: SourcePart) -> Iterator[Record | BadRecord]:
         """Yield the records of one of this reader's parts, with a `BadRecord` in place of each unusable one.
 
-        Raises:
-            DataError: naming the file, if it cannot be read to its end.
+        Raises DataError naming the file, if it cannot be read to its end.
         """
-
-    def read(self, part: SourcePart) -> Iterator[Record]:
-        """Yield the records of one of this reader's parts; raise DataError at the first unusable one."""
-        return raise_on_bad(self.entries(part))
 
     def folder_notes(self) -> list[str]:
         """Return a line for each folder: which of its files are read and which are not."""
@@ -96,7 +83,7 @@ class RecordReader(ABC):
         """Yield all records; raise DataError at the first unusable one, or if there are none."""
         found = False
         for part in self.parts():
-            for record in self.read(part):
+            for record in raise_on_bad(self.entries(part)):
                 found = True
                 yield record
         if not found:

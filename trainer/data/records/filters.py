@@ -79,10 +79,8 @@ class FilterConfig(Config):
     def _string_fits(self, record: Record) -> bool:
         if self.min_characters is None and self.max_characters is None and self.matches is None:
             return True
-        text = record.text(self.column)
-        if self.min_characters is not None and len(text) < self.min_characters:
-            return False
-        if self.max_characters is not None and len(text) > self.max_characters:
+        text, low, high = record.text(self.column), self.min_characters or 0, self.max_characters
+        if len(text) < low or (high is not None and len(text) > high):
             return False
         return self.matches is None or re.search(self.matches, text) is not None
 

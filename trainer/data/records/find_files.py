@@ -51,6 +51,9 @@ def find_files(patterns: str | Sequence[str], kind: FileKind) -> list[Path]:
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         with readable(Path(pattern)):
             found.update(dict.fromkeys(_match(pattern, kind)))
+    for name in map(str, found):
+        if name.encode(errors="ignore").decode() != name:
+            raise DataError(f"{name!a}: its name is not UTF-8, which the cache manifest needs; rename it")
     return list(found)
 
 
@@ -72,7 +75,7 @@ def describe_folders(patterns: str | Sequence[str], kind: FileKind) -> list[str]
 def _match(pattern: str, kind: FileKind) -> list[Path]:
     path = Path(pattern)
     if path.is_file():  # first, so that a file called a[1].txt is found
-        return [_check_name(path)]
+        return [path]
     if "://" in pattern:
         raise DataError(
             f"{pattern}: is an address, and {kind.kind} reads local files; use kind: hf with path: "
@@ -91,11 +94,10 @@ def _match(pattern: str, kind: FileKind) -> list[Path]:
     for file in found:
         if not file.is_file():
             raise DataError(f"{file}: matched by {pattern}, but it is not a file (a broken link?); remove it")
-    return [_check_name(file) for file in found]
+    return found
 
 
 def _matches(pattern: str) -> list[Path]:
-    """Return the files of one path or glob, without folders."""
     if not glob.has_magic(pattern):
         if not Path(pattern).exists():
             raise MissingFile(f"{pattern}: no such file; paths are relative to {Path.cwd()}; correct the path")
@@ -140,19 +142,9 @@ def _empty_folder(folder: str, kind: FileKind) -> MissingFile:
 
 
 def _suffix(path: Path) -> str:
-    """Return the suffix in lower case, without that of a compression."""
     return (path.with_suffix("") if is_compressed(path) else path).suffix.lower()
 
 
 def _count_suffixes(paths: Sequence[Path]) -> str:
     kinds = Counter(_suffix(path) or "without a suffix" for path in paths)
     return ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
-
-
-def _check_name(path: Path) -> Path:
-    """Return a path that can be written to a manifest or a message; raise DataError if its name is not UTF-8."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{str(path)!a}: its name is not UTF-8, which the cache manifest needs; rename it") from error
-    return path

@@ -34,8 +34,7 @@ _BATCH_RECORDS = 100  # in memory at a time
 class DatasetShard(SourcePart):
     """One shard of a data set; for local files, a file."""
 
-    index: int | None
-    """None for a file of zero bytes, which the library cannot read as any format."""
+    index: int | None  # None for a file of zero bytes, which the library cannot read as any format
     name: str
 
 
@@ -94,8 +93,7 @@ class HfReader(RecordReader):
     def entries(self, part: SourcePart) -> Iterator[Record | BadRecord]:
         """Yield the records of a shard, with a `BadRecord` in place of each unusable one.
 
-        Raises:
-            DataError: naming the file and the approximate record, if the library cannot continue.
+        Raises DataError naming the file and the approximate record, if the library cannot continue.
         """
         if isinstance(part, LineRange):
             yield from JsonlReader(self._names).entries(part)

@@ -14,8 +14,7 @@ from trainer.data.records.base import Record
 from trainer.data.records.memory_limit import limit_memory
 from trainer.errors import DataError
 
-_SKIPPED_LINE = re.compile(r"line (\d+): (.+)")
-"""Warning of pandas about a skipped CSV line."""
+_SKIPPED_LINE = re.compile(r"line (\d+): (.+)")  # warning of pandas about a skipped CSV line
 _MAX_REASON_CHARACTERS = 300
 _TOO_MANY_FIELDS = "of too many fields"
 

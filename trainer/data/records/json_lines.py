@@ -11,8 +11,7 @@ from trainer.data.records.bad_records import BadRecord
 from trainer.data.records.base import WRONG_TYPE, Record, RecordReader, SourcePart, type_name
 from trainer.data.records.find_files import JSON_LINES, describe_folders, find_files
 
-MAX_RECORD_BYTES = 128 << 20
-"""Largest record: a file without line ends must not fill the memory."""
+MAX_RECORD_BYTES = 128 << 20  # largest record: a file without line ends must not fill the memory
 
 _PART_BYTES = 16 << 20
 _CHUNK_BYTES = 1 << 20
@@ -46,11 +45,7 @@ class JsonlReader(RecordReader):
         return [part for path in self.files() for part in _split_file(path)]
 
     def entries(self, part: SourcePart) -> Iterator[Record | BadRecord]:
-        """Yield the records of a part; a line that is not a JSON object in UTF-8, or a file without records, is bad.
-
-        Raises:
-            DataError: if the file cannot be read, or is damaged.
-        """
+        """Yield the records of a part; a line that is not a JSON object in UTF-8, or a file without records, is bad."""
         assert isinstance(part, LineRange), "parts() gave it"
         has_records = False
         for line, content, first_byte in _lines(part):

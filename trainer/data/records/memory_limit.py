@@ -7,8 +7,7 @@ from pathlib import Path
 
 from trainer.errors import DataError
 
-MAX_READING_BYTES = 4 << 30
-"""Limit of extra memory; more than any library needs for a batch of records of allowed size."""
+MAX_READING_BYTES = 4 << 30  # limit of extra memory; more than any library needs for a batch of records of allowed size
 
 
 @contextmanager

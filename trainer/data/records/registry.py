@@ -17,7 +17,15 @@ Paths = PathText | Annotated[list[PathText], Field(min_length=1)]
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
-class JsonlRecordsConfig(Config):
+class RecordsOptions(Config):
+    """Base class of the options of record readers."""
+
+    def reader(self) -> RecordReader:
+        """Create the reader."""
+        raise NotImplementedError
+
+
+class JsonlRecordsConfig(RecordsOptions):
     """Files with one JSON object a line, plain, .gz or .zst."""
 
     kind: Literal["jsonl"] = "jsonl"
@@ -32,7 +40,7 @@ class JsonlRecordsConfig(Config):
         return JsonlReader(self.path)
 
 
-class DatasetConfig(Config):
+class DatasetConfig(RecordsOptions):
     """Whatever Hugging Face `datasets` reads: a data set of the hub, or local parquet, arrow, csv, json and text."""
 
     path: Annotated[Name, AfterValidator(expand_home)]

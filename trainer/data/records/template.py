@@ -62,11 +62,7 @@ class Template:
         return [piece[0] for piece in self._pieces if isinstance(piece, tuple)]
 
     def render(self, record: Record) -> str:
-        """Return the text of a record.
-
-        Raises:
-            BadRecord: naming record and column, if a value is missing, of another type or not valid Unicode.
-        """
+        """Return the text of a record; raise BadRecord if a value is missing, of another type or not valid Unicode."""
         return "".join(piece if isinstance(piece, str) else _format(record, *piece) for piece in self._pieces)
 
 

@@ -11,11 +11,9 @@ from typing import BinaryIO, cast
 from trainer.data.records.bad_records import BadRecord
 from trainer.errors import DataError
 
-MAX_DOCUMENT_BYTES = 1 << 30
-"""Largest document: each is held in memory while it is tokenised."""
+MAX_DOCUMENT_BYTES = 1 << 30  # largest document: each is held in memory while it is tokenised
 
-NO_TEXT, TOO_LARGE = "without text", "too large"
-"""Values of `BadRecord.reason`."""
+NO_TEXT, TOO_LARGE = "without text", "too large"  # values of `BadRecord.reason`
 
 _CHUNK_BYTES = 1 << 20
 
@@ -23,9 +21,7 @@ _CHUNK_BYTES = 1 << 20
 def read_document(path: Path) -> str:
     """Return the text of a UTF-8 file, plain, .gz or .zst, without a byte order mark; line ends are unchanged.
 
-    Raises:
-        BadRecord: if the file is too large, damaged, not UTF-8 or holds no text.
-        DataError: if it cannot be read.
+    Raises BadRecord if the file is too large, damaged, not UTF-8 or holds no text, and DataError if it cannot be read.
     """
     content = bytearray()
     with readable(path), open_binary(path) as file:

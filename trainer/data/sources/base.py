@@ -22,7 +22,6 @@ class Document:
     """Origin for error messages: a relative path, or path:line."""
     domain: str
     text: str
-    """Text to learn."""
     prompt: str = ""
     """Prompt, read before the text and not learned: none of its tokens is a target."""
 
@@ -41,36 +40,18 @@ class Source(ABC):
 
     @abstractmethod
     def files(self) -> list[Path]:
-        """Return every local file that is read, in order.
-
-        Raises:
-            DataError: if a file is missing or a glob matches none.
-        """
+        """Return every local file that is read, in order; raise DataError if one is missing or a glob matches none."""
 
     @abstractmethod
     def parts(self) -> Sequence[SourcePart]:
-        """Return pieces that processes can read in parallel; concatenated in order they are the whole source.
-
-        They depend on the files alone.
-
-        Raises:
-            DataError: if the data is missing.
-        """
+        """Return pieces for parallel processes, in order the whole source, that depend on the files alone."""
 
     @abstractmethod
     def read(self, part: SourcePart) -> Iterator[Document]:
-        """Yield the documents of one of this source's parts.
-
-        Raises:
-            DataError: naming the file (and line), if one is unreadable, empty or not UTF-8.
-        """
+        """Yield the documents of a part; raise DataError naming the place, if one is unreadable, empty or not UTF-8."""
 
     def entries(self, part: SourcePart) -> Iterator[Document | BadRecord]:
-        """Yield the documents of a part, with a `BadRecord` in place of each unusable one.
-
-        Raises:
-            DataError: if a file cannot be read to its end.
-        """
+        """Yield the documents of a part, with a `BadRecord` in place of each unusable one."""
         return self.read(part)
 
     def folder_notes(self) -> list[str]:
@@ -84,15 +65,10 @@ class Source(ABC):
     def usable_documents(
         self, part: SourcePart | None, skipped: SkippedCounter, *, first: int = 0
     ) -> Iterator[Document]:
-        """Yield the documents of a part that can be used.
+        """Yield the documents of a part (None: of all parts) that can be used, and count the others.
 
-        Args:
-            part: None for all parts, one after the other.
-            skipped: counts the documents that are skipped.
-            first: number of usable documents to pass over, together with the skipped ones before them.
-
-        Raises:
-            DataError: as `parts` and `read`; also for the first unusable document, unless those are skipped.
+        The `first` usable documents are passed over, with the skipped ones before them. Raises DataError for the first
+        unusable document, unless those are skipped.
         """
         number = 0
         for one in self.parts() if part is None else [part]:
@@ -103,13 +79,11 @@ class Source(ABC):
                     if is_wanted:
                         yield entry
                 elif not self.skips_bad_records:
-                    raise self._error(entry) from entry
+                    remedy = ", or skip it: on_bad_row: skip" if self.has_on_bad_row else ""
+                    raise DataError(f"{entry}{remedy}") from entry
                 elif is_wanted:
                     skipped.add(entry)
 
-    def _error(self, record: BadRecord) -> DataError:
-        return DataError(f"{record}, or skip it: on_bad_row: skip") if self.has_on_bad_row else record
-
     def documents(self) -> Iterator[Document]:
-        """Yield all usable documents, part by part; raise DataError as `usable_documents`."""
+        """Yield all usable documents, part by part."""
         return self.usable_documents(None, SkippedCounter())

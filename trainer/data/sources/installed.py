@@ -20,8 +20,7 @@ from trainer.data.records.text_files import readable
 from trainer.data.sources.base import Document, Source
 from trainer.errors import DataError
 
-MIN_DOCSTRING_CHARACTERS = 60
-"""Docstrings up to this length are labels rather than prose and are left out."""
+MIN_DOCSTRING_CHARACTERS = 60  # docstrings up to this length are labels rather than prose and are left out
 
 # The first set holds tests, tables and generated code, not text written by people. The folders of the second
 # are missing from some Linux distributions or newer Pythons, on which the corpus must not depend.
@@ -36,9 +35,9 @@ class SeparatedModule(NamedTuple):
     """A Python module, separated into code and docstrings."""
 
     code: str
-    """The module without its docstrings; still a valid module."""
+    """Still a valid module."""
     docstrings: list[str]
-    """Its docstrings in order of appearance, indentation removed."""
+    """In order of appearance, indentation removed."""
 
 
 class InstalledSource(Source):
@@ -50,14 +49,10 @@ class InstalledSource(Source):
 
     def files(self) -> list[Path]:
         """Return the files of the chosen domains, sorted by their path in the library."""
-        found: list[Path] = []
-        if self._domains & {"python", "english"}:
-            found += [path for _, path in _library()]
-        if "english" in self._domains:
-            found.append(_topics_file())
-        if "cpp" in self._domains:
-            found += [path for _, path in _headers()]
-        return found
+        library = _library() if self._domains & {"python", "english"} else []
+        topics = [_topics_file()] if "english" in self._domains else []
+        headers = _headers() if "cpp" in self._domains else []
+        return [*(path for _, path in library), *topics, *(path for _, path in headers)]
 
     def parts(self) -> list[SourcePart]:
         """Return a single part: repeated texts are found by reading everything."""
@@ -67,9 +62,6 @@ class InstalledSource(Source):
         """Yield the code and docstrings of modules, the topics of Python's manual, and headers.
 
         Texts repeated in a domain (licences, stubs) are yielded once.
-
-        Raises:
-            DataError: if a domain is not installed or a file cannot be read.
         """
         seen: set[bytes] = set()
         for document in self._all_documents():
@@ -181,14 +173,11 @@ def _headers() -> list[tuple[str, Path]]:
 
 def _walk(root: Path, suffix: str) -> list[tuple[str, Path]]:
     """Return (POSIX path relative to root, path) of all files with this suffix, sorted."""
-    found: list[tuple[str, Path]] = []
+    found: list[Path] = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if not _is_excluded(name)]
-        for name in names:
-            if name.endswith(suffix) and not _is_excluded(name):
-                path = Path(folder, name)
-                found.append((path.relative_to(root).as_posix(), path))
-    return sorted(found)
+        found += [Path(folder, name) for name in names if name.endswith(suffix) and not _is_excluded(name)]
+    return sorted((path.relative_to(root).as_posix(), path) for path in found)
 
 
 def _is_excluded(name: str) -> bool:

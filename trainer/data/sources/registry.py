@@ -12,12 +12,11 @@ from trainer.config.nodes import shown
 from trainer.config.plugins import KindConfig, Pluggable
 from trainer.data.records.bad_records import OnBadRecord
 from trainer.data.records.filters import FilterConfig
-from trainer.data.records.registry import DatasetConfig, JsonlRecordsConfig, Name, Paths
+from trainer.data.records.registry import DatasetConfig, JsonlRecordsConfig, Name, Paths, RecordsOptions
 from trainer.data.records.template import Template, TemplateText
 from trainer.data.sources.base import DOMAIN_NAME
 
 if TYPE_CHECKING:
-    from trainer.data.records.base import RecordReader
     from trainer.data.sources.base import Source
 
 Domain = Annotated[str, Field(pattern=f"^{DOMAIN_NAME.pattern}$")]
@@ -85,7 +84,7 @@ class TextSourceConfig(Config):
         )
 
 
-class TableConfig(Config):
+class TableConfig(RecordsOptions):
     """Options for turning records into documents."""
 
     text: TemplateText = "{text}"
@@ -121,12 +120,12 @@ class TableConfig(Config):
         """Return whether unusable records are skipped."""
         return self.on_bad_row == "skip"
 
-    def source_of(self, reader: RecordReader) -> Source:
-        """Create a source of the records of `reader`."""
+    def build(self) -> Source:
+        """Create the source."""
         from trainer.data.sources.table import TableSource
 
         return TableSource(
-            reader,
+            self.reader(),
             domain=self.domain,
             text=self.text,
             prompt=self.prompt,
@@ -144,10 +143,6 @@ class JsonlSourceConfig(TableConfig, JsonlRecordsConfig):
     domain: Domain = "jsonl"
     """Name of the domain in per-domain losses."""
 
-    def build(self) -> Source:
-        """Create the source."""
-        return self.source_of(self.reader())
-
 
 class HfSourceConfig(TableConfig, DatasetConfig):
     """Whatever Hugging Face `datasets` reads; each record is one document."""
@@ -155,10 +150,6 @@ class HfSourceConfig(TableConfig, DatasetConfig):
     kind: Literal["hf"] = "hf"
     domain: Domain = "hf"
     """Name of the domain in per-domain losses."""
-
-    def build(self) -> Source:
-        """Create the source."""
-        return self.source_of(self.reader())
 
 
 class HfStreamSourceConfig(TableConfig, DatasetConfig):
@@ -179,10 +170,6 @@ class HfStreamSourceConfig(TableConfig, DatasetConfig):
         yield from super().problems()
         if self.domain_key is not None:
             yield Problem("domain_key", "a stream has one domain; give each domain a source of its own, with filters")
-
-    def build(self) -> Source:
-        """Create the source."""
-        return self.source_of(self.reader())
 
 
 SourceConfig = Annotated[

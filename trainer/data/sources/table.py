@@ -29,18 +29,7 @@ class TableSource(Source):
         weight: float = 1.0,
         skips_bad_records: bool = False,
     ) -> None:
-        """Create the source.
-
-        Args:
-            reader: reads the records.
-            domain: domain of all documents without `domain_key`.
-            text: template of the text to learn.
-            prompt: template of the prompt before it.
-            filters: only records that pass all of them become documents.
-            domain_key: column with the document's domain.
-            weight: share of the mixture.
-            skips_bad_records: skip unusable records instead of raising.
-        """
+        """Create the source, with the options of `TableConfig`."""
         self.weight, self.skips_bad_records = weight, skips_bad_records
         self._reader, self._filters = reader, filters
         self._text_template, self._text, self._prompt = text, Template(text), Template(prompt)
@@ -84,23 +73,13 @@ class TableSource(Source):
     def _document(self, record: Record) -> Document:
         text = self._text.render(record)
         if not text.strip():
-            raise BadRecord(
-                f"{record.where}: {self._text_template!r} holds no text (empty or only white space); every record "
-                "needs some; remove it",
-                reason=NO_TEXT,
-            )
-        return Document(
-            name=record.where, domain=self._domain_of(record), text=text, prompt=self._prompt.render(record)
-        )
-
-    def _domain_of(self, record: Record) -> str:
-        if self._domain_key is None:
-            return self._domain
-        domain = record.text(self._domain_key)
+            found = f"{record.where}: {self._text_template!r} holds no text (empty or only white space)"
+            raise BadRecord(f"{found}; every record needs some; remove it", reason=NO_TEXT)
+        domain = self._domain if self._domain_key is None else record.text(self._domain_key)
         if not DOMAIN_NAME.fullmatch(domain):
             raise BadRecord(
                 f"{record.where}: domain {domain!r} is not a valid name; names are 1 to 64 letters, digits, dots, "
                 "dashes and underscores; correct the record or set another domain_key",
                 reason="of a domain that is no name",
             )
-        return domain
+        return Document(name=record.where, domain=domain, text=text, prompt=self._prompt.render(record))

@@ -61,10 +61,9 @@ class TextSource(Source):
         """Yield the text of each file, or its error."""
         assert isinstance(part, FileGroup), "parts() gave it"
         for path in part.paths:
-            yield self._document(path)
-
-    def _document(self, path: Path) -> Document | BadRecord:
-        try:
-            return Document(name=str(path), domain=self._domain, text=read_document(path))
-        except BadRecord as bad:
-            return bad
+            try:
+                text = read_document(path)
+            except BadRecord as bad:
+                yield bad
+            else:
+                yield Document(name=str(path), domain=self._domain, text=text)

@@ -29,8 +29,7 @@ from trainer.errors import DataError
 
 _log = logging.getLogger(__name__)
 _MAX_ATTEMPTS = 3
-_KEPT_BLOCKS = 3
-"""Number of blocks whose token files are kept: the current, the previous and the next one."""
+_KEPT_BLOCKS = 3  # number of blocks whose token files are kept: the current, the previous and the next one
 
 
 class BlockStream:
@@ -58,9 +57,7 @@ class BlockStream:
     def block(self, index: int) -> StreamBlock:
         """Return a block. If it is missing, one process of this host builds it and the others wait.
 
-        Raises:
-            DataError: if the text is unusable or has changed, or the cache cannot be written.
-            ResourceError: if the disk is full.
+        Raises DataError if the text is unusable or has changed, or the cache cannot be written.
         """
         folder, attempt = self._folder(index), 0
         while True:
@@ -120,7 +117,7 @@ class BlockStream:
             publish(temporary, folder, unless=lambda: self._is_intact(folder, info))
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        replace_file(folder.with_suffix(".json"), signed_json(info, of=_name(folder)))
+        replace_file(folder.with_suffix(".json"), signed_json(info, of=f"{folder.parent.name}/{folder.name}"))
         if index > _KEPT_BLOCKS:  # block 0 is needed for evaluation
             shutil.rmtree(self._folder(index - _KEPT_BLOCKS), ignore_errors=True)
         return info
@@ -128,7 +125,7 @@ class BlockStream:
     def _stored_info(self, index: int) -> BlockInfo | None:
         folder = self._folder(index)
         try:
-            return read_signed(folder.with_suffix(".json"), BlockInfo, of=_name(folder))
+            return read_signed(folder.with_suffix(".json"), BlockInfo, of=f"{folder.parent.name}/{folder.name}")
         except OSError:
             return None
         except ValueError:
@@ -136,7 +133,6 @@ class BlockStream:
             return None
 
     def _intact_info(self, index: int) -> BlockInfo | None:
-        """Return the entry of a block if its files are intact."""
         info = self._stored_info(index)
         return info if info is not None and self._is_intact(self._folder(index), info) else None
 
@@ -149,11 +145,6 @@ class BlockStream:
 
     def _folder(self, index: int) -> Path:
         return self._source.folder / f"block-{index:08d}"
-
-
-def _name(folder: Path) -> str:
-    """Return the name of stream and block that is part of the signature."""
-    return f"{folder.parent.name}/{folder.name}"
 
 
 def _build_in_background(source: StreamedSource, index: int, begin: Mark) -> None:

@@ -46,7 +46,7 @@ def build_sources(
 def _build(
     missing: Sequence[CachedSource], max_workers: int, progress: IngestProgress | None
 ) -> dict[Path, SourceManifest]:
-    total_bytes = sum(source.size_bytes for source in missing)
+    total_bytes = sum(file.size_bytes for source in missing for file in source.content.files)
 
     def show(done_bytes: int, label: str) -> None:
         if progress is not None:

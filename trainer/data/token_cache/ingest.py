@@ -13,8 +13,7 @@ from trainer.data.token_cache.token_writer import TokenWriter
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.errors import DataError
 
-MAX_DOMAINS = 128
-"""Most domains of a source; each needs six open files during ingestion."""
+MAX_DOMAINS = 128  # most domains of a source; each needs six open files during ingestion
 
 
 class _DomainWriter:
@@ -56,18 +55,8 @@ def ingest(
 ) -> list[DomainInfo]:
     """Write the token files of documents into an empty folder; return the domains by name.
 
-    One side of a domain may be empty; see `check_sides`.
-
-    Args:
-        documents: in order.
-        folder: an empty folder.
-        tokenizer: encodes the text.
-        split: validation split.
-        advance: called with the bytes of text that each document has added.
-        lengths: characters of each domain, for split kind `tail`; see `count_characters`.
-
-    Raises:
-        DataError: if a document is unusable or there are too many domains.
+    One side of a domain may be empty; see `check_sides`. `advance` is called with the bytes of text that each document
+    has added. Split kind `tail` needs the `lengths` of `count_characters`. Raises DataError for too many domains.
     """
     with ExitStack() as files:
         writers: dict[str, _DomainWriter] = {}
@@ -95,7 +84,7 @@ def count_characters(documents: Iterable[Document]) -> Counter[str]:
 
 
 def check_sides(domain: DomainInfo, split: SplitConfig) -> None:
-    """Refuse a domain without text on one side of the split; raise DataError naming the domain."""
+    """Raise DataError for a domain without text on one side of the split."""
     for side in SIDES:
         if domain.side(side).num_documents > 0:
             continue

@@ -47,11 +47,6 @@ class Content(Config):
         """Return the content with the hashes of all files."""
         return self.model_copy(update={"files": [file.hashed() for file in self.files]})
 
-    def may_equal(self, other: "Content") -> bool:
-        """Return whether addresses and sizes are equal."""
-        sizes = [file.size_bytes for file in self.files]
-        return self.origin == other.origin and sizes == [file.size_bytes for file in other.files]
-
     def refuse_changes(self) -> None:
         """Raise DataError naming the first file that has changed since the content was listed."""
         for file in self.files:

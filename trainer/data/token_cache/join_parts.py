@@ -22,16 +22,9 @@ from trainer.data.tokenizers.base import Tokenizer
 def join_parts(
     parts: Sequence[tuple[Path, Sequence[DomainInfo]]], folder: Path, *, tokenizer: Tokenizer, split: SplitConfig
 ) -> list[DomainInfo]:
-    """Concatenate the token files of parts, in order, into `folder`; return the domains by name.
+    """Concatenate the token files of parts (folder and domains), in order, into `folder`; return the domains by name.
 
-    Args:
-        parts: folder and domains of each; the folder of a single part is `folder`.
-        folder: folder of the joined files.
-        tokenizer: tokenizer of the files.
-        split: validation split.
-
-    Raises:
-        DataError: if a domain has no text on one side of the split.
+    A single part is already in `folder`. Raises DataError if a domain has no text on one side of the split.
     """
     by_name: dict[str, list[tuple[Path, DomainInfo]]] = {}
     for part, domains in parts:

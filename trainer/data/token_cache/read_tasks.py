@@ -18,10 +18,8 @@ from trainer.data.token_cache.signed_json import read_signed, signed_json
 from trainer.data.token_cache.splits import SplitConfig
 from trainer.data.tokenizers.base import Tokenizer
 
-_ASSUMED_BYTES = 16 << 20
-"""Size of a part of unknown size."""
-RESULT = "part.json"
-"""File with the result of a task."""
+_ASSUMED_BYTES = 16 << 20  # size of a part of unknown size
+RESULT = "part.json"  # file with the result of a task
 
 
 class ReadResult(Config):

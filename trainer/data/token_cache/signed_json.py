@@ -23,9 +23,7 @@ def signed_json(content: Config, *, of: str) -> str:
 def read_signed(path: Path, kind: type[_Content], *, of: str) -> _Content:
     """Read a signed file; files of older versions have no hash and are not checked.
 
-    Raises:
-        OSError: if it cannot be read.
-        ValueError: if it is damaged, or describes another folder.
+    Raises OSError if it cannot be read, and ValueError if it is damaged or describes another folder.
     """
     values = json.loads(path.read_bytes())
     if isinstance(values, dict):

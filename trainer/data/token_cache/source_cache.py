@@ -59,16 +59,12 @@ class CachedSource:
 
     @classmethod
     def locate(
-        cls, config: SourceConfig, *, index: int, split: SplitConfig, cache_dir: str, tokenizer: Tokenizer
+        cls, config: SourceConfig, index: int, *, split: SplitConfig, cache_dir: str, tokenizer: Tokenizer
     ) -> Self:
         """Look up the files of a source and its folder; raise DataError if a file is missing."""
         source = config.build()
-        identity = {
-            "format": _FORMAT,
-            "source": _identity(config),
-            "split": split.model_dump(mode="json"),
-            "tokenizer": tokenizer.fingerprint,
-        }
+        options = {"source": _identity(config), "split": split.model_dump(mode="json")}
+        identity = {"format": _FORMAT, "tokenizer": tokenizer.fingerprint, **options}
         return cls(
             index=index,
             config=config,
@@ -78,11 +74,6 @@ class CachedSource:
             tokenizer=tokenizer,
             split=split,
         )
-
-    @property
-    def size_bytes(self) -> int:
-        """Size of all local files in bytes."""
-        return sum(file.size_bytes for file in self.content.files)
 
     def manifest(self) -> SourceManifest | None:
         """Return the manifest in the cache, whatever its content; None if there is none."""
@@ -109,7 +100,8 @@ class CachedSource:
         before, now = manifest.content, self.content
         if before.quick_hash() == now.quick_hash():  # built by the process that held the lock
             return manifest
-        if not before.may_equal(now):
+        sizes, sizes_now = ([file.size_bytes for file in content.files] for content in (before, now))
+        if before.origin != now.origin or sizes != sizes_now:
             return None
         now = now.hashed()
         if [file.sha256 for file in before.files] != [file.sha256 for file in now.files]:
@@ -119,7 +111,7 @@ class CachedSource:
         return manifest
 
     def tasks(self, *, is_alone: bool) -> list[ReadTask]:
-        """Divide the source into tasks, some of which a killed process may have done; raise DataError if it is missing.
+        """Divide the source into tasks, some of which a killed process may have done.
 
         Unless `is_alone`, other processes may be building the source, and this one uses a folder of its own.
         """
@@ -137,8 +129,7 @@ class CachedSource:
     def join(self, tasks: Sequence[ReadTask]) -> tuple[Path, SourceManifest]:
         """Join the finished tasks in a temporary folder, ready for `publish`.
 
-        Raises:
-            DataError: if a file changed or is a copy of another, or a domain has no text on one side of the split.
+        Raises DataError if a file changed or is a copy of another, or a domain has no text on one side of the split.
         """
         content = self.content.hashed()
         self.content.refuse_changes()

@@ -21,8 +21,7 @@ from trainer.config.base import Config
 from trainer.data.token_cache.checksums import CHECKSUM_BYTES, CheckedArray, damaged, num_blocks
 from trainer.data.tokenizers.base import token_dtype
 
-POSITION = np.dtype("<i8")
-"""Type of positions on disk."""
+POSITION = np.dtype("<i8")  # type of positions on disk
 _SMALL_BYTES = 128 << 10
 """Files up to this size are read into memory: a mapping keeps a file open, and a run may have thousands."""
 

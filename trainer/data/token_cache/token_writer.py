@@ -30,11 +30,7 @@ class TokenWriter(AbstractContextManager["TokenWriter"]):
         )
 
     def write(self, tokens: NDArray[np.integer], *, num_bytes: int, num_prompt_tokens: int = 0) -> None:
-        """Append a document of `num_bytes` bytes of text; its first `num_prompt_tokens` are not learned.
-
-        Raises:
-            ValueError: if a token is outside the vocabulary.
-        """
+        """Append a document of `num_bytes` bytes of text; its first `num_prompt_tokens` are not learned."""
         fits_by_type = tokens.dtype == self._dtype and self._vocab_size > np.iinfo(self._dtype).max
         if not fits_by_type and tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab_size:
             raise ValueError(f"tokens in [{tokens.min()}, {tokens.max()}] do not fit the vocabulary {self._vocab_size}")

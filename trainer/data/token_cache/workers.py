@@ -16,10 +16,8 @@ from trainer.data.token_cache.read_tasks import ReadTask
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.errors import ResourceError, TurnoutError
 
-_MIN_PROCESS_BYTES = 24 << 20
-"""Least bytes for another process to pay off: it takes about a second to start."""
-_REPORT_BYTES = 1 << 20
-"""Bytes of text between two updates of the progress."""
+_MIN_PROCESS_BYTES = 24 << 20  # least bytes for another process to pay off: it takes about a second to start
+_REPORT_BYTES = 1 << 20  # bytes of text between two updates of the progress
 _POLL_S = 0.2
 
 # Of a process of the pool: the tokenizer, too large to be sent with each task, and the shared count of bytes done.
@@ -39,8 +37,7 @@ def run_tasks(
         ResourceError: if a process was killed.
         OSError: if the cache cannot be written.
     """
-    size_bytes = sum(task.size_bytes for task in tasks)
-    num_processes = min(max_processes, len(tasks), size_bytes // _MIN_PROCESS_BYTES)
+    num_processes = min(max_processes, len(tasks), sum(task.size_bytes for task in tasks) // _MIN_PROCESS_BYTES)
     if num_processes >= 2:
         _run_in_pool(tasks, tokenizer, num_processes, advance)
         return
@@ -75,7 +72,12 @@ def _run_in_pool(
             advance(done_bytes.value)
     except BrokenProcessPool:
         executor.shutdown()
-        raise ResourceError(_death_message(processes)) from None
+        # The executor has terminated the processes that outlived the first one.
+        codes = [code for process in processes if (code := process.exitcode) and code != -signal.SIGTERM]
+        code = codes[0] if codes else -signal.SIGTERM
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        message = f"data: a process that read text {how}; was it out of memory? Finished parts are kept: start again"
+        raise ResourceError(message) from None
     except BaseException:
         for process in multiprocessing.active_children():
             if process not in others:
@@ -120,14 +122,6 @@ def _in_steps(report: Callable[[int], None]) -> Callable[[int], None]:
             waiting = 0
 
     return advance
-
-
-def _death_message(processes: Sequence[BaseProcess]) -> str:
-    # The executor has terminated the processes that outlived the first one.
-    codes = [code for process in processes if (code := process.exitcode) and code != -signal.SIGTERM]
-    code = codes[0] if codes else -signal.SIGTERM
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return f"data: a process that read text {how}; was it out of memory? Finished parts are kept: start again"
 
 
 def end_with_parent() -> None:

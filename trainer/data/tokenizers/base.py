@@ -33,12 +33,9 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, tokens: Iterable[int]) -> bytes:
-        """Return the bytes of `tokens`, without those of an end of document.
+        """Return the bytes of `tokens`, without those of an end of document; raise ValueError if one is out of range.
 
         Decoding is concatenation: the bytes of a token do not depend on its neighbours.
-
-        Raises:
-            ValueError: if an id is not in [0, vocab_size).
         """
 
     @abstractmethod

@@ -23,11 +23,7 @@ class ByteTokenizer(Tokenizer):
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
 
     def decode(self, tokens: Iterable[int]) -> bytes:
-        """Return the bytes of `tokens`, which need not be whole characters, without ends of documents.
-
-        Raises:
-            ValueError: if an id is not in [0, 256).
-        """
+        """Return the bytes of `tokens`, which need not be whole characters, without ends of documents."""
         return bytes(token for token in tokens if token != self.end_of_document)
 
     def token_bytes(self) -> NDArray[np.int64]:

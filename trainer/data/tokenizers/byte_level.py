@@ -6,20 +6,10 @@ so that a space is U+0120.
 Source: GPT-2 (Radford et al. 2019); later byte-level tokenizers use the same vocabulary files.
 """
 
-from collections.abc import Iterator
-
-
-def _alphabet() -> Iterator[str]:
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    for byte in range(256):
-        yield chr(byte if byte in visible else next(others))
-
-
-ALPHABET = tuple(_alphabet())
-"""The character of each byte."""
-BYTES = {character: byte for byte, character in enumerate(ALPHABET)}
-"""The byte of each character."""
+_VISIBLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_OTHERS = iter(range(0x100, 0x200))
+ALPHABET = tuple(chr(byte if byte in _VISIBLE else next(_OTHERS)) for byte in range(256))  # the character of each byte
+BYTES = {character: byte for byte, character in enumerate(ALPHABET)}  # the byte of each character
 
 
 def spelled_bytes(token: str) -> bytes | None:

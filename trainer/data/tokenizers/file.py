@@ -23,14 +23,10 @@ _MAX_LISTED = 8
 
 
 def read_tokenizer(path: Path, *, end_of_document: str | None) -> SubwordTokenizer:
-    """Read a tokenizer and make it lossless.
+    """Read a tokenizer.json, or that of a folder, and make it lossless.
 
-    Args:
-        path: a tokenizer.json, or the folder it is in.
-        end_of_document: name of the token between documents. None: the eos_token of the folder, else a well-known name.
-
-    Raises:
-        DataError: if the file is missing or damaged, cannot be made lossless, or has no such token.
+    Without `end_of_document`, it is the eos_token of the folder, else a well-known name. Raises DataError if the file
+    is missing or damaged, cannot be made lossless, or has no such token.
     """
     file = path / TOKENIZER if path.is_dir() else path
     content = _content(file)
@@ -71,7 +67,6 @@ def _content(file: Path) -> dict[str, Any]:
 
 
 def _end_of_document(file: Path, content: dict[str, Any], wanted: str | None) -> str:
-    """Return the name of the token between documents; raise DataError if there is none."""
     tokens = [token["content"] for token in content["added_tokens"]]
     listed = ", ".join(map(shown, tokens[:_MAX_LISTED])) + (", ..." if len(tokens) > _MAX_LISTED else "")
     if wanted is not None:

@@ -9,8 +9,7 @@ from typing import Any
 from trainer.atomic_io import open_regular
 
 TOKENIZER, OPTIONS = "tokenizer.json", "tokenizer_config.json"
-END_OF_DOCUMENT = "<|endoftext|>"
-"""End-of-document token of byte tokenizers and trained tokenizers."""
+END_OF_DOCUMENT = "<|endoftext|>"  # end-of-document token of byte tokenizers and trained tokenizers
 
 _MAX_BYTES = 256 << 20
 
@@ -26,12 +25,7 @@ def hf_files(text: str, end_of_document: str) -> Mapping[str, str]:
 
 
 def read_tokenizer_file(path: Path, *, through_links: bool) -> str:
-    """Return the text of a file.
-
-    Raises:
-        OSError: if it cannot be read, or is not a regular file.
-        ValueError: if it is too large, or not UTF-8.
-    """
+    """Return the text of a regular file, or raise OSError; raise ValueError if it is too large or not UTF-8."""
     with os.fdopen(open_regular(path, os.O_RDONLY, through_links=through_links), "rb") as file:
         content = file.read(_MAX_BYTES + 1)
     if len(content) > _MAX_BYTES:

@@ -20,11 +20,9 @@ class UnsuitableTokenizer(ValueError):
 
 
 def make_lossless(content: dict[str, Any], *, end_of_document: str) -> dict[str, Any]:
-    """Return the content of a tokenizer.json without the steps that add or lose text.
+    """Return a parsed tokenizer.json without the steps that add or lose text.
 
-    Args:
-        content: parsed tokenizer.json.
-        end_of_document: name of the token between documents; it becomes special, so that no text encodes to it.
+    The token `end_of_document` becomes special, so that no text encodes to it.
 
     Raises:
         UnsuitableTokenizer: if the vocabulary depends on a step that changes or drops characters.
@@ -98,7 +96,6 @@ def _model(model: Step) -> Step:
         raise UnsuitableTokenizer(f"its model is {kind}, which does not keep every character")
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
-            raise UnsuitableTokenizer(
-                f"its tokens say where words begin or end ({key} {model[key]!r}) instead of keeping spaces"
-            )
+            marks = f"{key} {model[key]!r}"
+            raise UnsuitableTokenizer(f"its tokens say where words begin or end ({marks}) instead of keeping spaces")
     return model | {"dropout": None} if kind == "BPE" else model

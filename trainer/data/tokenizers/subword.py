@@ -16,8 +16,7 @@ from trainer.data.tokenizers.base import Tokenizer, token_dtype
 from trainer.data.tokenizers.hf_files import hf_files
 from trainer.data.tokenizers.lossless import UnsuitableTokenizer, flatten_steps
 
-MAX_VOCAB_SIZE = 1 << 24
-"""Largest vocabulary: a stray id in a file must not fill the memory."""
+MAX_VOCAB_SIZE = 1 << 24  # largest vocabulary: a stray id in a file must not fill the memory
 
 _PIECE_CHARACTERS = 1 << 17
 _PIECES_AT_ONCE = 16
@@ -35,11 +34,7 @@ class SubwordTokenizer(Tokenizer):
     """
 
     def __init__(self, text: str, end_of_document: str) -> None:
-        """Load a tokenizer.
-
-        Args:
-            text: a tokenizer.json that `make_lossless` has returned.
-            end_of_document: name of the special token between documents.
+        """Load a tokenizer.json that `make_lossless` has returned; `end_of_document` is a special token of it.
 
         Raises:
             UnsuitableTokenizer: if it cannot encode every text.
@@ -80,11 +75,7 @@ class SubwordTokenizer(Tokenizer):
         return [np.fromiter(chain.from_iterable(islice(ids, len(pieces))), dtype=self._dtype) for pieces in split]
 
     def decode(self, tokens: Iterable[int]) -> bytes:
-        """Return the bytes of `tokens`, which need not be whole characters; special tokens have none.
-
-        Raises:
-            ValueError: if an id is not in [0, vocab_size).
-        """
+        """Return the bytes of `tokens`, which need not be whole characters; special tokens have none."""
         ids = list(tokens)
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise ValueError(f"tokens in [{min(ids)}, {max(ids)}]; ids are in range [0, {self.vocab_size})")
@@ -99,7 +90,6 @@ class SubwordTokenizer(Tokenizer):
         return hf_files(self._text, self._end_of_document)
 
     def _ids(self, pieces: Iterator[str]) -> Iterator[list[int]]:
-        """Yield the ids of each piece."""
         while group := list(islice(pieces, _PIECES_AT_ONCE)):
             encodings = self._library.encode_batch_fast(group, add_special_tokens=False)
             for piece, encoding in zip(group, encodings, strict=True):
@@ -125,7 +115,6 @@ def tokenizer_fingerprint(text: str, end_of_document: str) -> str:
 
 
 def _split(text: str) -> Iterator[str]:
-    """Yield pieces of bounded length, which end with a line where possible."""
     start = 0
     while len(text) - start > _PIECE_CHARACTERS:
         limit = start + _PIECE_CHARACTERS
@@ -136,11 +125,7 @@ def _split(text: str) -> Iterator[str]:
 
 
 def _bytes_of_ids(library: HfTokenizer, content: Mapping[str, Any]) -> list[bytes]:
-    """Return the bytes of each id; none for special tokens and unused ids.
-
-    Raises:
-        UnsuitableTokenizer: if an id is too large.
-    """
+    """Return the bytes of each id; none for special tokens and unused ids."""
     vocabulary = library.get_vocab(with_added_tokens=True)
     vocab_size = 1 + max(vocabulary.values(), default=0)
     if vocab_size > MAX_VOCAB_SIZE:
@@ -150,28 +135,19 @@ def _bytes_of_ids(library: HfTokenizer, content: Mapping[str, Any]) -> list[byte
     steps = flatten_steps(content["normalizer"], "normalizers")
     steps += flatten_steps(content["pre_tokenizer"], "pretokenizers")
     is_byte_level = any(step["type"] == "ByteLevel" for step in steps)
-    space_marks: set[str] = {
-        step["replacement" if step["type"] == "Metaspace" else "content"]
-        for step in steps
-        if step["type"] in ("Metaspace", "Replace")
-    }
+    marks = {"Metaspace": "replacement", "Replace": "content"}
+    space_marks: set[str] = {step[marks[step["type"]]] for step in steps if step["type"] in marks}
     added = library.get_added_tokens_decoder()
     bytes_of = [b""] * vocab_size
     for token, index in vocabulary.items():
-        if index in added:
-            is_special = added[index].special
-            bytes_of[index] = b"" if is_special else _plain_bytes(token, space_marks)
-        elif is_byte_level:
+        if index in added and added[index].special:
+            continue
+        if index not in added and is_byte_level:
             bytes_of[index] = byte_level.spelled_bytes(token) or token.encode()
-        elif byte := _BYTE_TOKEN.fullmatch(token):
+        elif index not in added and (byte := _BYTE_TOKEN.fullmatch(token)):
             bytes_of[index] = bytes.fromhex(byte[1])
-        else:
-            bytes_of[index] = _plain_bytes(token, space_marks)
+        else:  # spelled as text, with marks instead of spaces
+            for mark in space_marks:
+                token = token.replace(mark, " ")
+            bytes_of[index] = token.encode()
     return bytes_of
-
-
-def _plain_bytes(token: str, space_marks: Iterable[str]) -> bytes:
-    """Return the bytes of a token that is spelled as text, with marks instead of spaces."""
-    for mark in space_marks:
-        token = token.replace(mark, " ")
-    return token.encode()

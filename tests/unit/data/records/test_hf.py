@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from trainer.data.records.bad_records import raise_on_bad
 from trainer.data.records.base import Record
 from trainer.data.records.registry import HfRecordsConfig
 from trainer.errors import DataError
@@ -84,7 +85,11 @@ def test_each_file_is_a_part():
     for i in range(3):
         pq.write_table(pa.Table.from_pylist(ROWS[i : i + 1]), f"{i}.parquet")
     records = HfRecordsConfig(path="parquet", data_files="*.parquet").reader()
-    assert [[record.values["n"] for record in records.read(part)] for part in records.parts()] == [[0], [1], [2]]
+    assert [[record.values["n"] for record in raise_on_bad(records.entries(part))] for part in records.parts()] == [
+        [0],
+        [1],
+        [2],
+    ]
 
 
 def test_na_is_a_text_like_any_other():
