@@ -41,7 +41,6 @@ class Corpus:
     streams: tuple[BlockStream | None, ...]
     """Streams of the domains read during training; None for ingested domains."""
     folders: tuple[Path, ...]
-    """Folders of the domains' token files."""
     tokenizer: Tokenizer
     skipped: tuple[SourceSkips, ...] = ()
     """Records skipped under `on_bad_row: skip`; for a stream, those of its first block."""
@@ -54,9 +53,7 @@ class Corpus:
 def build_tokenizer(config: DataConfig, *, progress: IngestProgress | None = None) -> Tokenizer:
     """Return the tokenizer of the `data` section; a BPE comes from the cache or is trained on the training text.
 
-    Raises:
-        DataError: if the tokenizer, or the text of a BPE, is unusable.
-        ResourceError: if the disk is full, or a process that read text was killed.
+    Raises DataError if the tokenizer, or the text of a BPE, is unusable, and ResourceError as `build_corpus`.
     """
     if not isinstance(config.tokenizer, BPETokenizerConfig):
         return config.tokenizer.build()
@@ -140,7 +137,11 @@ def _open(config: DataConfig, ingested: Sequence[_Ingested], tokenizer: Tokenize
     ]
     opened = [domain for source, manifest in ingested for domain in _open_domains(source, manifest)]
     domains = sorted([*opened, *streams], key=lambda domain: domain.source)
-    _refuse_shared_domains(domains)
+    first: dict[str, int] = {}
+    for domain in domains:
+        if first.setdefault(domain.name, domain.source) != domain.source:
+            both = f"sources {first[domain.name]} and {domain.source} both have domain {domain.name}"
+            raise DataError(f"data.sources: {both}; a domain belongs to one source; give each its own `domain`")
     skipped = [SourceSkips(source.index, None, manifest.skipped) for source, manifest in ingested]
     skipped += [SourceSkips(domain.source, 0, domain.skipped) for domain in streams]
     return Corpus(
@@ -208,13 +209,3 @@ def _open_stream(config: DataConfig, index: int, source: HfStreamSourceConfig, t
     return _Domain(
         index, source.domain, cached.folder, block.train, block.validation, content, stream, block.info.skipped
     )
-
-
-def _refuse_shared_domains(domains: Sequence[_Domain]) -> None:
-    first: dict[str, int] = {}
-    for domain in domains:
-        if first.setdefault(domain.name, domain.source) != domain.source:
-            raise DataError(
-                f"data.sources: sources {first[domain.name]} and {domain.source} both have domain {domain.name}; a "
-                "domain belongs to one source; give each its own `domain`"
-            )

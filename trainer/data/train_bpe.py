@@ -54,11 +54,8 @@ def train_bpe(
 
     The same text, options and version of `tokenizers` give the same tokenizer. Several processes may call this at once:
     one trains, the others wait. `files` are the training text of each domain, encoded by the byte tokenizer; see
-    `BPETokenizerConfig` for the options.
-
-    Raises:
-        DataError: if the cache cannot be written.
-        ResourceError: if the disk is full.
+    `BPETokenizerConfig` for the options. Raises DataError if the cache cannot be written, or ResourceError if the disk
+    is full.
     """
     options = {"vocab_size": vocab_size, "min_frequency": min_frequency, "max_train_bytes": max_train_bytes}
     version = metadata.version("tokenizers")

@@ -17,10 +17,8 @@ WRONG_TYPE = "of another type"  # `BadRecord.reason` of a value of the wrong typ
 class Record(NamedTuple):
     """One entry of a data set."""
 
-    where: str
-    """Place for error messages: path:line, or the name of a data set and the record's number."""
-    values: dict[str, Any]
-    """Values by column: null, booleans, numbers, strings, and lists and dicts of them."""
+    where: str  # place for error messages: path:line, or the name of a data set and the record's number
+    values: dict[str, Any]  # values by column: null, booleans, numbers, strings, and lists and dicts of them
 
     def value(self, column: str) -> Any:
         """Return the value of a column, or raise BadRecord; `a.b` is key `b` of `a`, unless a column has that name."""
@@ -49,8 +47,7 @@ class Record(NamedTuple):
 class SourcePart:
     """A piece of a source that one process can read on its own."""
 
-    size_bytes: int
-    """Size of its files; 0 where unknown."""
+    size_bytes: int  # size of its files; 0 where unknown
 
 
 class RecordReader(ABC):

@@ -18,12 +18,9 @@ _BRACES = re.compile(r"\{([^{}]*,[^{}]*)\}")
 class FileKind:
     """A kind of file that a source reads."""
 
-    kind: str
-    """`kind` of the source in the config."""
-    suffixes: tuple[str, ...]
-    """Suffixes of the files that are read from a folder, perhaps followed by .gz or .zst."""
-    format: str
-    """Name of the format for `kind: hf`, which also reads addresses."""
+    kind: str  # `kind` of the source in the config
+    suffixes: tuple[str, ...]  # suffixes of the files that are read from a folder, perhaps followed by .gz or .zst
+    format: str  # name of the format for `kind: hf`, which also reads addresses
 
     def matches(self, path: Path) -> bool:
         """Return whether a file in a folder is of this kind."""
@@ -88,9 +85,8 @@ def _match(pattern: str, kind: FileKind) -> list[Path]:
     else:
         found = sorted((match for one in _alternatives(pattern) for match in _matches(one)), key=str)
         if not found:
-            raise MissingFile(
-                f"{pattern}: the glob matches no file; globs are relative to {Path.cwd()}; correct the glob"
-            )
+            message = f"{pattern}: the glob matches no file; globs are relative to {Path.cwd()}; correct the glob"
+            raise MissingFile(message)
     for file in found:
         if not file.is_file():
             raise DataError(f"{file}: matched by {pattern}, but it is not a file (a broken link?); remove it")
@@ -109,8 +105,7 @@ def _matches(pattern: str) -> list[Path]:
 
 def _alternatives(pattern: str) -> list[str]:
     """Expand braces as a shell does."""
-    braces = _BRACES.search(pattern)
-    if braces is None:
+    if (braces := _BRACES.search(pattern)) is None:
         return [pattern]
     before, after = pattern[: braces.start()], pattern[braces.end() :]
     return [found for one in braces[1].split(",") for found in _alternatives(f"{before}{one}{after}")]
@@ -118,13 +113,13 @@ def _alternatives(pattern: str) -> list[str]:
 
 def _files_below(folder: str) -> Iterator[Path]:
     """Yield all files in a folder and the folders below, except hidden ones."""
-    for place, folders, names in os.walk(folder, onerror=_reraise):
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for place, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(place, name) for name in names if not name.startswith("."))
-
-
-def _reraise(error: OSError) -> None:
-    raise error
 
 
 def _empty_folder(folder: str, kind: FileKind) -> MissingFile:

@@ -47,11 +47,8 @@ def pin_commits(data_files: list[str]) -> list[str]:
 def library_errors(where: str, *, addresses: Sequence[str]) -> Iterator[None]:
     """Turn whatever a library raises into a one-line error, and limit its memory.
 
-    Messages name `where`, or `addresses` if the network is down.
-
-    Raises:
-        BadRecord: for a CSV line with too many fields.
-        DataError: for every other error.
+    Raises BadRecord for a CSV line with too many fields, and DataError for every other error. Messages name `where`, or
+    `addresses` if the network is down.
     """
     try:
         limit = json_lines.MAX_RECORD_BYTES

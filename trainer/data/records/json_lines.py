@@ -142,6 +142,5 @@ def _parse(text: str, *, where: str) -> dict[str, Any]:
             return record
         message = f"{where}: the record is {type_name(record)}; every record is an object; correct or remove it"
         raise BadRecord(message, reason=WRONG_TYPE)
-    raise BadRecord(
-        f"{where}: not JSON ({reason}); every line is one JSON object; correct or remove it", reason="not JSON"
-    )
+    message = f"{where}: not JSON ({reason}); every line is one JSON object; correct or remove it"
+    raise BadRecord(message, reason="not JSON")

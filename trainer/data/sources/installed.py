@@ -11,6 +11,7 @@ import os
 import sysconfig
 import tokenize
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -34,10 +35,8 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 class SeparatedModule(NamedTuple):
     """A Python module, separated into code and docstrings."""
 
-    code: str
-    """Still a valid module."""
-    docstrings: list[str]
-    """In order of appearance, indentation removed."""
+    code: str  # still a valid module
+    docstrings: list[str]  # in order of appearance, indentation removed
 
 
 class InstalledSource(Source):
@@ -144,10 +143,9 @@ def _library() -> list[tuple[str, Path]]:
 
 
 def _topics_file() -> Path:
-    try:
+    spec = None
+    with suppress(ModuleNotFoundError):  # of the package itself
         spec = importlib.util.find_spec("pydoc_data.topics")
-    except ModuleNotFoundError:  # the package itself is missing
-        spec = None
     if spec is None or spec.origin is None:
         raise DataError(
             "data.sources: installed: this Python has no pydoc_data.topics; domain english reads it; install the full "

@@ -73,9 +73,8 @@ class BlockStream:
 
     def prefetch(self, index: int) -> None:
         """Start to build a block in the background, unless one is being built."""
-        if self._prefetch is not None and self._prefetch.is_alive():
-            return
-        if self._intact_info(index) is not None:
+        is_building = self._prefetch is not None and self._prefetch.is_alive()
+        if is_building or self._intact_info(index) is not None:
             return
         context = multiprocessing.get_context("spawn")
         arguments = self._source, index, self._begin(index)

@@ -28,14 +28,13 @@ def build_sources(
 ) -> list[SourceManifest]:
     """Return the manifest of every source; sources that are not in the cache are ingested.
 
-    All sources have the same tokenizer. At most `max_workers` processes read text (None: one for each core).
-
-    Raises:
-        DataError: if a source is unusable.
-        ResourceError: if a process that read text was killed.
-        OSError: if the cache cannot be written.
+    All sources have the same tokenizer. At most `max_workers` processes read text (None: one for each core). Raises
+    DataError if a source is unusable, ResourceError if a process that read text was killed, and OSError if the cache
+    cannot be written.
     """
-    _raise_open_file_limit()
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # a thousand sources map some thousand files; "unlimited" may be refused
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     manifests = {source.folder: source.untouched() for source in sources}
     missing = {source.folder: source for source in sources if manifests[source.folder] is None}
     if missing:
@@ -99,11 +98,3 @@ def _keep_finished_parts(plans: Sequence[tuple[CachedSource, list[ReadTask]]]) -
             shutil.rmtree(task.folder, ignore_errors=True)
         if len(unfinished) == len(tasks) > 1:
             shutil.rmtree(tasks[0].folder.parent, ignore_errors=True)
-
-
-def _raise_open_file_limit() -> None:
-    """Raise the soft limit of open files to the hard one: a thousand sources map some thousand files."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with suppress(ValueError, OSError):  # a system that reports "unlimited" may still refuse it
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -33,10 +33,8 @@ class ReadResult(Config):
 class ReadTask:
     """A part to ingest, and the folder for its token files."""
 
-    source: SourceConfig
-    """The source's options: each process opens the source itself."""
-    part: SourcePart | None
-    """None for the whole source, which a tail split across documents needs."""
+    source: SourceConfig  # the source's options: each process opens the source itself
+    part: SourcePart | None  # None for the whole source, which a tail split across documents needs
     split: SplitConfig
     folder: Path
 

@@ -19,10 +19,8 @@ _MAX_BYTES = 64 << 20
 class SourceSkips(NamedTuple):
     """Skipped records of a source, or of a block of a stream."""
 
-    source: int
-    """Index in `data.sources`."""
-    block: int | None
-    """Block of a stream; None for an ingested source."""
+    source: int  # index in `data.sources`
+    block: int | None  # block of a stream; None for an ingested source
     records: SkippedRecords
 
 

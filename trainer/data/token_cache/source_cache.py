@@ -48,8 +48,7 @@ class SourceManifest(Config):
 class CachedSource:
     """A source, its current files, and its folder in the cache."""
 
-    index: int
-    """Index of the source in `data.sources`."""
+    index: int  # index of the source in `data.sources`
     config: SourceConfig
     source: Source
     content: Content

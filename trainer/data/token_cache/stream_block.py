@@ -53,10 +53,8 @@ class StreamBlock(NamedTuple):
 class StreamedSource:
     """Inputs that determine the blocks, and the folder that holds them."""
 
-    config: HfStreamSourceConfig
-    """The source's options: the process that builds ahead opens the source itself."""
-    files: tuple[FileState, ...]
-    """Local files, as they were when the run started."""
+    config: HfStreamSourceConfig  # the source's options: the process that builds ahead opens the source itself
+    files: tuple[FileState, ...]  # local files, as they were when the run started
     folder: Path
     tokenizer: Tokenizer
     held_out: float

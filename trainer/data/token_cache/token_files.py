@@ -48,14 +48,11 @@ class TokenFileInfo(Config):
 class TokenFile:
     """Training or validation text of one domain, mapped from disk and verified against its hashes."""
 
-    tokens: NDArray[np.unsignedinteger] | CheckedArray
-    """(num_tokens,), read-only."""
-    document_starts: NDArray[np.int64]
-    """(num_documents,) position of each document's first token; the first is 0."""
+    tokens: NDArray[np.unsignedinteger] | CheckedArray  # (num_tokens,), read-only
+    document_starts: NDArray[np.int64]  # (num_documents,) position of each document's first token; the first is 0
     answer_starts: NDArray[np.int64]
     """(num_documents,) position of each document's first learned token; its end if none is learned."""
-    num_bytes: int
-    """UTF-8 bytes of text; an end of document has none."""
+    num_bytes: int  # UTF-8 bytes of text; an end of document has none
 
     @property
     def num_tokens(self) -> int:

@@ -30,12 +30,8 @@ def run_tasks(
 ) -> None:
     """Run all tasks, in this process if there is too little text for several.
 
-    `advance` is called with the bytes of text that all tasks together have done.
-
-    Raises:
-        DataError: the first that a task raised; the other tasks are stopped.
-        ResourceError: if a process was killed.
-        OSError: if the cache cannot be written.
+    `advance` is called with the bytes of text that all tasks together have done. Raises the first error of a task and
+    stops the others, or ResourceError if a process was killed.
     """
     num_processes = min(max_processes, len(tasks), sum(task.size_bytes for task in tasks) // _MIN_PROCESS_BYTES)
     if num_processes >= 2:

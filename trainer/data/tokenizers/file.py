@@ -41,9 +41,8 @@ def read_tokenizer(path: Path, *, end_of_document: str | None) -> SubwordTokeniz
         ) from None
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
-        raise DataError(
-            f"{shown_path(file)}: is not a tokenizer.json ({reason}); it may be damaged: download it again"
-        ) from None
+        message = f"{shown_path(file)}: is not a tokenizer.json ({reason}); it may be damaged: download it again"
+        raise DataError(message) from None
 
 
 def _content(file: Path) -> dict[str, Any]:
@@ -51,9 +50,8 @@ def _content(file: Path) -> dict[str, Any]:
     try:
         return parse_json_object(read_tokenizer_file(file, through_links=True))
     except NotRegular:
-        raise DataError(
-            f"{name}: is not a regular file; a tokenizer.json is needed; correct data.tokenizer.path"
-        ) from None
+        message = f"{name}: is not a regular file; a tokenizer.json is needed; correct data.tokenizer.path"
+        raise DataError(message) from None
     except FileNotFoundError:
         if file.parent.is_dir() and file.name == TOKENIZER:
             advice = "write one with AutoTokenizer.from_pretrained(...).save_pretrained(...)"

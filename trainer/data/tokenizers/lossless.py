@@ -22,11 +22,9 @@ class UnsuitableTokenizer(ValueError):
 def make_lossless(content: dict[str, Any], *, end_of_document: str) -> dict[str, Any]:
     """Return a parsed tokenizer.json without the steps that add or lose text.
 
-    The token `end_of_document` becomes special, so that no text encodes to it.
-
-    Raises:
-        UnsuitableTokenizer: if the vocabulary depends on a step that changes or drops characters.
-        KeyError, TypeError, AttributeError: if the file has another structure.
+    The token `end_of_document` becomes special, so that no text encodes to it. Raises UnsuitableTokenizer if the
+    vocabulary depends on a step that changes or drops characters, and KeyError, TypeError or AttributeError if the file
+    has another structure.
     """
     tokens = [token | {"lstrip": False, "rstrip": False} for token in content["added_tokens"]]
     for token in tokens:

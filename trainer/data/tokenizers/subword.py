@@ -36,9 +36,7 @@ class SubwordTokenizer(Tokenizer):
     def __init__(self, text: str, end_of_document: str) -> None:
         """Load a tokenizer.json that `make_lossless` has returned; `end_of_document` is a special token of it.
 
-        Raises:
-            UnsuitableTokenizer: if it cannot encode every text.
-            ValueError: if the library refuses the file.
+        Raises UnsuitableTokenizer if it cannot encode every text, and ValueError if the library refuses the file.
         """
         self._text, self._end_of_document = text, end_of_document
         self.fingerprint = tokenizer_fingerprint(text, end_of_document)
