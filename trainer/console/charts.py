@@ -35,12 +35,7 @@ def loss_chart(steps: Sequence[int], values: Sequence[float | None], width: int,
     Each column is the mean of the values logged in its range of steps. A range without records is interpolated; one
     without finite values (None, NaN) is left empty. The lowest row starts just below the lowest value, not at 0. A
     damaged log may have its steps out of order.
-
-    Raises:
-        ValueError: if `steps` and `values` differ in length.
     """
-    if len(steps) != len(values):
-        raise ValueError(f"{len(steps)} steps and {len(values)} values; one value for each step is needed")
     numbers = _floats(values)
     finite = numbers[np.isfinite(numbers)]
     if finite.size == 0:

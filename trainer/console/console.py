@@ -3,10 +3,10 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from types import TracebackType
-from typing import Final, Self, TextIO
+from typing import Final, TextIO
 
 from rich.console import Console as RichConsole
 from rich.console import Group, RenderableType
@@ -32,13 +32,8 @@ class Console:
 
     Records have the keys of metrics.jsonl; a value that is None or missing is shown as a dash. A terminal gets the live
     panel, redrawn on the caller's thread, so that no thread of its own holds a lock when the process forks. Anything
-    else gets plain lines that are never wrapped, so that they can be searched.
-
-    Args:
-        total_steps: Steps of the whole run; 0 if nothing is trained.
-        file: Where to write; standard output by default.
-        width: Columns; by default the terminal's, and 80 elsewhere.
-        clock: Monotonic seconds.
+    else gets plain lines that are never wrapped, so that they can be searched. The width is by default the terminal's,
+    and 80 columns elsewhere.
     """
 
     def __init__(
@@ -87,9 +82,22 @@ class Console:
         """Print a line that asks for attention."""
         self._print(log_lines.warning(text))
 
-    def progress_bar(self, label: str, total_bytes: int = 0) -> "ProgressBar":
-        """Return a progress bar for a job measured in bytes."""
-        return ProgressBar(self, label, total_bytes)
+    @contextmanager
+    def progress_bar(self, label: str, total_bytes: int = 0) -> "Generator[ProgressBar]":
+        """Show a job measured in bytes, which leaves one line on success; a job that is never updated shows nothing."""
+        bar, is_complete = ProgressBar(self, visible(label), total_bytes), False
+        try:
+            yield bar
+            is_complete = True
+        finally:
+            if bar in self._jobs:
+                self._jobs.remove(bar)
+                self._redraw()
+                if is_complete:
+                    took_s = self._clock() - bar.started_s
+                    took = f"{took_s:.1f}s" if took_s < 10 else formatting.duration(took_s)
+                    line = Text(visible(label)).append(f"  {formatting.size(bar.done_bytes)} in {took}", style=QUIET)
+                    self._print(line)
 
     def tick(self, step: int) -> None:
         """Move the live progress bar to completed step `step`; cheap enough for every step, and silent in a log."""
@@ -159,14 +167,6 @@ class Console:
             job.logged_s = job.elapsed_s
             self._print(Text(f"{job.label}  {100 * job.fraction:.0f}% of {formatting.size(job.total_bytes)}"))
 
-    def _end_job(self, job: "ProgressBar", *, is_complete: bool) -> None:
-        self._jobs.remove(job)
-        self._redraw()
-        if is_complete:
-            took = f"{job.elapsed_s:.1f}s" if job.elapsed_s < 10 else formatting.duration(job.elapsed_s)
-            line = Text(job.label).append(f"  {formatting.size(job.done_bytes)} in {took}", style=QUIET)
-            self._print(line)
-
     def _redraw(self, *, is_due: bool = True) -> None:
         if not self.is_live or (not is_due and self._clock() - self._drawn_s < _REDRAW_EVERY_S):
             return
@@ -186,12 +186,11 @@ class Console:
 
 
 class ProgressBar:
-    """A job on the console, from `Console.progress_bar`; a context manager that leaves one line on success."""
+    """A job on the console, from `Console.progress_bar`."""
 
     def __init__(self, console: Console, label: str, total_bytes: int) -> None:
-        self._console, self._job = console, visible(label)
-        self._started_s = console._clock()
-        self.label, self.total_bytes, self.done_bytes = self._job, total_bytes, 0
+        self._console, self.started_s = console, console._clock()
+        self.label, self.total_bytes, self.done_bytes = label, total_bytes, 0
         self.elapsed_s = self.logged_s = 0.0
 
     @property
@@ -204,7 +203,7 @@ class ProgressBar:
         self.done_bytes = done_bytes
         self.total_bytes = self.total_bytes if total_bytes is None else total_bytes
         self.label = self.label if label is None else visible(label)
-        self.elapsed_s = self._console._clock() - self._started_s
+        self.elapsed_s = self._console._clock() - self.started_s
         self._console._show_job(self)
 
     def line(self) -> RenderableType:
@@ -212,15 +211,3 @@ class ProgressBar:
         speed = f"{formatting.size(self.done_bytes / self.elapsed_s)}/s" if self.elapsed_s > 0 else "-"
         status = f"{100 * self.fraction:3.0f}%  {formatting.size(self.total_bytes)}  {speed:>9}"
         return bar_line(Text(self.label), self.fraction, Text(status, style=QUIET))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self not in self._console._jobs:
-            return  # never updated: there was nothing to do, and nothing was shown
-        self.label = self._job  # drop the label of the last part
-        self.elapsed_s = self._console._clock() - self._started_s
-        self._console._end_job(self, is_complete=error is None)

@@ -20,45 +20,23 @@ from trainer.metrics.specialisation import domain_entropy_bits, mutual_informati
 _BOUNDS = (0.5, 0.8, 1.25, 2.0)
 _STYLES = ("blue", "blue", QUIET, "dark_orange", "dark_orange")
 _MAX_NAME = 14
+_MAX_LAYERS = 8
 _GAP = 2
 
 
-def check_counts(counts: Sequence[Sequence[Sequence[float]]], num_layers: int, num_domains: int) -> np.ndarray:
-    """Return counts (L, G, E) as an array.
-
-    Raises:
-        ValueError: if the shape does not match, or is empty.
-    """
-    array = np.asarray(counts, dtype=float)
-    if array.ndim != 3 or array.shape[:2] != (num_layers, num_domains) or 0 in array.shape:
-        raise ValueError(
-            f"counts: shape {array.shape}; (layers, domains, experts) is needed, with {num_layers} layers and "
-            f"{num_domains} domains"
-        )
-    return array
-
-
 def expert_map(
-    counts: Sequence[Sequence[Sequence[float]]],
-    domains: Sequence[str],
-    layer_names: Sequence[str],
-    *,
-    width: int,
-    max_layers: int = 8,
+    counts: Sequence[Sequence[Sequence[float]]], domains: Sequence[str], layer_names: Sequence[str], *, width: int
 ) -> Group:
     """Return a heat map of each MoE layer: a row for each domain, a column for each expert, its share as shade.
 
     The title of a map has the mutual information of expert and domain. Maps stand side by side while they fit into
-    `width`, 40 columns or more; a wider one continues below itself. Of more than `max_layers` an even selection is
-    shown.
-
-    Raises:
-        ValueError: if the shape of the assignments is not (L, G, E).
+    `width`, 40 columns or more; a wider one continues below itself. Of more than 8 layers an even selection is shown.
+    The assignments are (L, G, E).
     """
-    array = check_counts(counts, len(layer_names), len(domains))
+    array = np.asarray(counts, dtype=float)
     parts: list[RenderableType] = list(_legend(array, width))
     num_layers, num_experts = len(layer_names), array.shape[2]
-    num_shown = min(num_layers, max(1, max_layers))
+    num_shown = min(num_layers, _MAX_LAYERS)
     shown = sorted({round(i * (num_layers - 1) / max(1, num_shown - 1)) for i in range(num_shown)})
     if len(shown) < num_layers:
         parts.append(Text(f"{len(shown)} of {num_layers} MoE layers", style=QUIET))

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from trainer.console.expert_map import check_counts
 from trainer.console.svg import MARGIN, ROW, document, escaped, rect, shortened, text, text_width
 from trainer.metrics.specialisation import domain_entropy_bits, mutual_information_bits
 
@@ -27,11 +26,9 @@ def expert_map_svg(
     """Draw a heat map of each MoE layer: a row for each domain, a column for each expert, its share as colour.
 
     The heading of a map has the mutual information of expert and domain. Cells have their numbers as tooltips.
-
-    Raises:
-        ValueError: if the shape of the assignments is not (L, G, E).
+    The assignments are (L, G, E).
     """
-    array = check_counts(counts, len(layer_names), len(domains))
+    array = np.asarray(counts, dtype=float)
     num_experts = array.shape[2]
     left = math.ceil(MARGIN + max(text_width(shortened(domain, _MAX_NAME)) for domain in domains) + 10)
     cell = max(6, min(34, _MAX_MAP_WIDTH // num_experts))

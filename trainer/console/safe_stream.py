@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+from collections.abc import Callable
 from typing import Final, TextIO
 
 _GONE: Final = frozenset({errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO})
@@ -18,8 +19,7 @@ class SafeStream:
     def __init__(self, stream: TextIO | None) -> None:
         # Python's own standard output is None in a process that was started without one.
         self._stream = stream or io.StringIO()
-        self.is_silent = stream is None
-        """True once output is dropped for good."""
+        self._is_silent = stream is None  # true once output is dropped for good
 
     @property
     def encoding(self) -> str:
@@ -39,26 +39,23 @@ class SafeStream:
 
     def write(self, text: str) -> int:
         """Write `text`, or drop it if the stream is broken."""
-        if not self.is_silent:
-            try:
-                self._stream.write(text.encode(self.encoding, "replace").decode(self.encoding))
-            except (OSError, ValueError) as error:
-                self._handle(error)
+        self._attempt(lambda: self._stream.write(text.encode(self.encoding, "replace").decode(self.encoding)))
         return len(text)
 
     def flush(self) -> None:
         """Flush the wrapped stream unless it is broken."""
-        if not self.is_silent:
-            try:
-                self._stream.flush()
-            except (OSError, ValueError) as error:
-                self._handle(error)
+        self._attempt(self._stream.flush)
 
-    def _handle(self, error: OSError | ValueError) -> None:
-        # ValueError is Python's "I/O operation on closed file".
-        if isinstance(error, OSError) and error.errno not in _GONE:
+    def _attempt(self, act: Callable[[], object]) -> None:
+        if self._is_silent:
             return
-        self.is_silent = True
+        try:
+            act()
+            return
+        except (OSError, ValueError) as error:  # ValueError is Python's "I/O operation on closed file"
+            if isinstance(error, OSError) and error.errno not in _GONE:
+                return
+        self._is_silent = True
         try:
             descriptor = self._stream.fileno()
         except (OSError, ValueError):

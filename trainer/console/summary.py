@@ -41,8 +41,7 @@ class DomainScore:
 class ExpertCounts:
     """Assignments of every MoE layer to its experts, by domain, on held-out text."""
 
-    counts: Sequence[Sequence[Sequence[float]]]
-    """(layers, domains, experts)."""
+    counts: Sequence[Sequence[Sequence[float]]]  # (layers, domains, experts)
     domains: Sequence[str]
     layer_names: Sequence[str]
 
@@ -52,23 +51,18 @@ class RunSummary:
     """Content of the last screen; sections without content are left out."""
 
     title: str
-    facts: Sequence[tuple[str, str]] = ()
-    """Label and value, such as ("tokens", "8.2M")."""
+    facts: Sequence[tuple[str, str]] = ()  # label and value, such as ("tokens", "8.2M")
     steps: Sequence[int] = ()
     losses: Sequence[float | None] = ()
     """One for each of `steps`; if both are empty, the console's own history is shown."""
     scores: Sequence[DomainScore] = ()
-    eval_loss: float | None = None
-    """Nats per target token, dropless."""
-    eval_loss_capacity: float | None = None
-    """The same at the expert capacity of training."""
+    eval_loss: float | None = None  # nats per target token, dropless
+    eval_loss_capacity: float | None = None  # the same at the expert capacity of training
     tasks: Sequence[tuple[str, Mapping[str, float]]] = ()
     experts: ExpertCounts | None = None
     prompt: str = ""
-    sample: str = ""
-    """Text generated after `prompt`."""
-    written: Sequence[tuple[str, str]] = ()
-    """Label and path."""
+    sample: str = ""  # generated after `prompt`
+    written: Sequence[tuple[str, str]] = ()  # label and path
 
 
 def summary_screen(summary: RunSummary, console: Console) -> Constrain:

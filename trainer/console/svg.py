@@ -51,24 +51,25 @@ def shortened(words: str, max_length: int) -> str:
 
 def text(x: float, y: float, words: str, style: str = "", *, tooltip: str = "") -> str:
     """Return a text element with its baseline at `y`."""
-    return f'<text{_class(style)} x="{x:g}" y="{y:g}">{escaped(words)}{_title(tooltip)}</text>'
+    css = f' class="{style}"' if style else ""
+    return f'<text{css} x="{x:g}" y="{y:g}">{escaped(words)}{_title(tooltip)}</text>'
 
 
 def rect(x: float, y: float, width: float, height: float, style: str, *, fill: str = "", tooltip: str = "") -> str:
     """Return a rectangle."""
     colour = f' fill="{fill}"' if fill else ""
     box = f'x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}"'
-    return f"<rect{_class(style)} {box}{colour}>{_title(tooltip)}</rect>"
+    return f'<rect class="{style}" {box}{colour}>{_title(tooltip)}</rect>'
 
 
 def line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
     """Return a line."""
-    return f'<line{_class(style)} x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}"/>'
+    return f'<line class="{style}" x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}"/>'
 
 
 def circle(x: float, y: float, style: str, *, tooltip: str = "") -> str:
     """Return a point of a scatter plot."""
-    return f'<circle{_class(style)} cx="{x:g}" cy="{y:g}" r="5">{_title(tooltip)}</circle>'
+    return f'<circle class="{style}" cx="{x:g}" cy="{y:g}" r="5">{_title(tooltip)}</circle>'
 
 
 def document(body: Sequence[str], *, title: str, width: float, height: float) -> str:
@@ -78,10 +79,6 @@ def document(body: Sequence[str], *, title: str, width: float, height: float) ->
     size = f'viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">\n{_title(title)}\n<style>{_STYLE}</style>'
     return "\n".join([head, text(MARGIN, 28, shown, "title"), *body, "</svg>\n"])
-
-
-def _class(style: str) -> str:
-    return f' class="{style}"' if style else ""
 
 
 def _title(words: str) -> str:

@@ -13,14 +13,11 @@ class TrainingProgress:
 
     total_steps: int
     step: int = 0
-    record: Record = field(default_factory=dict)
-    """Latest logged step; empty before the first."""
+    record: Record = field(default_factory=dict)  # the latest logged step
     eta_s: float | None = None
-    bits_per_byte: float | None = None
-    """Held-out value of the latest evaluation."""
+    bits_per_byte: float | None = None  # held-out value of the latest evaluation
     steps: list[int] = field(default_factory=list)
-    losses: list[float | None] = field(default_factory=list)
-    """One loss for each of `steps`."""
+    losses: list[float | None] = field(default_factory=list)  # one for each of `steps`
     _first: tuple[int, float] | None = None
     """Step and time of the first record: compiling and starting processes do not count towards the pace."""
 

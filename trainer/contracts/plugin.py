@@ -39,13 +39,11 @@ _NUM_EXPERTS: Final = 4
 
 
 class Outcome(NamedTuple):
-    """Result of one check."""
+    """Result of one check: its name, what it asks for in a sentence, and what was found instead if it failed."""
 
     name: str
     promise: str
-    """What the check asks for, in a sentence."""
     error: str | None
-    """What was found instead; None: the check passed."""
 
 
 def _contracts() -> list[Contract]:

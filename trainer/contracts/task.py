@@ -13,7 +13,7 @@ from trainer.distributed.mesh import Mesh
 from trainer.engine.registry import NativeEngineConfig
 from trainer.engine.step import NumericsConfig
 from trainer.evaluation.context import EvalContext
-from trainer.evaluation.tasks.base import Task, TaskResult
+from trainer.evaluation.tasks.base import TaskResult
 from trainer.evaluation.tasks.registry import TaskConfig
 from trainer.models.config import ModelConfig
 from trainer.models.gpt import GPT
@@ -26,14 +26,14 @@ _SEQ_LEN = 128
 
 def questions_are_the_same_every_time(config: TaskConfig) -> None:
     """Two readings ask the same questions."""
-    one, other = _make(config), _make(config)
+    one, other = (config.build(ByteTokenizer(), seq_len=_SEQ_LEN) for _ in range(2))
     ensure(one.num_examples > 0, "there are no questions")
     ensure(one.fingerprint == other.fingerprint, "a second reading has another fingerprint")
 
 
 def metrics_are_finite_and_repeatable(config: TaskConfig) -> None:
     """A model gets finite metrics, and the same ones again."""
-    task, context = _make(config), _untrained()
+    task, context = config.build(ByteTokenizer(), seq_len=_SEQ_LEN), _untrained()
     result = task.evaluate(context)
     ensure(isinstance(result, TaskResult) and result.metrics, "evaluate gives no metrics")
     for name, value in result.metrics.items():
@@ -42,10 +42,6 @@ def metrics_are_finite_and_repeatable(config: TaskConfig) -> None:
 
 
 CHECKS = [questions_are_the_same_every_time, metrics_are_finite_and_repeatable]
-
-
-def _make(config: TaskConfig) -> Task:
-    return config.build(ByteTokenizer(), seq_len=_SEQ_LEN)
 
 
 def _untrained() -> EvalContext:

@@ -89,7 +89,6 @@ def outcomes_svg(outcomes: Sequence[TrainingOutcome], *, title: str) -> str:
 
 
 def _axis(values: Sequence[float]) -> tuple[float, float]:
-    """Return the ends of an axis that shows all values with a margin."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     margin = 0.08 * (high - low) or 0.05
     return low - margin, high + margin

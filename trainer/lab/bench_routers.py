@@ -52,12 +52,8 @@ def bench_choices(
     kinds = [kind for kind in kinds if kind not in skipped]
     if not kinds:
         raise ConfigError(next(iter(skipped.values())))
-    logits = [
-        synthetic_logits(
-            kind, sequences=options.sequences, tokens=options.tokens, num_experts=options.num_experts, seed=options.seed
-        )
-        for kind in ("random", "skewed")
-    ]
+    size = {"sequences": options.sequences, "tokens": options.tokens, "num_experts": options.num_experts}
+    logits = [synthetic_logits(kind, **size, seed=options.seed) for kind in ("random", "skewed")]
     if run is not None:
         logits.append(logits_of_run(*run, sequences=options.sequences, seed=options.seed))
     choices = compare_choices(kinds, logits, top_k=options.top_k, rounds=options.rounds)
@@ -88,21 +84,18 @@ def _notes(kinds: Sequence[str], own_k: Sequence[str]) -> list[str]:
     notes = ["routers choose as in training, with noise"]
     if own_k:
         notes.append(f"measured against a programme with their own k: {', '.join(dict.fromkeys(own_k))}")
-    if {"bias_balanced", "group_limited"} & set(kinds):
-        notes.append(
-            f"bias_balanced and group_limited learned their bias first: {UPDATES} updates at a rate decaying from "
-            f"{BIAS_UPDATE_RATE} to 0, on other logits of the same kind"
-        )
-    if {"expert_choice", "linear_program", "greedy"} & set(kinds):
-        notes.append("expert_choice, linear_program and greedy are given the capacity they are measured at")
-    if "cosine" in kinds:
-        notes.append("cosine's logits are the given ones, normalised and times 10: its choices are those of top_k")
-    if "noisy_top_k" in kinds:
-        notes.append("noisy_top_k's noise has its untrained scale, 0.70, for every token and expert")
-    if {"hash", "random", "round_robin"} & set(kinds):
-        notes.append("hash, random and round_robin ignore the logits; their choices are scored by the same scores")
-    notes.append(f"{MIXTURE_OF_DEPTHS} has one network and no choice between experts; --train compares it")
-    return notes
+    learned = f"{UPDATES} updates at a rate decaying from {BIAS_UPDATE_RATE} to 0, on other logits of the same kind"
+    of_kinds = {
+        "bias_balanced group_limited": f"bias_balanced and group_limited learned their bias first: {learned}",
+        "expert_choice linear_program greedy": "expert_choice, linear_program and greedy are given the capacity they "
+        "are measured at",
+        "cosine": "cosine's logits are the given ones, normalised and times 10: its choices are those of top_k",
+        "noisy_top_k": "noisy_top_k's noise has its untrained scale, 0.70, for every token and expert",
+        "hash random round_robin": "hash, random and round_robin ignore the logits; their choices are scored by the "
+        "same scores",
+    }
+    notes += [note for some, note in of_kinds.items() if not set(some.split()).isdisjoint(kinds)]
+    return [*notes, f"{MIXTURE_OF_DEPTHS} has one network and no choice between experts; --train compares it"]
 
 
 def bench_trainings(trainings: Sequence[Training], *, json_path: Path | None, svg_path: Path | None) -> int:
@@ -141,7 +134,6 @@ def _trained(training: Training, number: str) -> TrainingOutcome:
 
 
 def _training_notes(trainings: Sequence[Training]) -> list[str]:
-    """Return the footnotes on differences between the trainings other than the router."""
     notes = []
     configs = {training.router: moe for training in trainings if (moe := training.config.model.moe) is not None}
     factors = {router: moe.capacity.factor for router, moe in configs.items()}

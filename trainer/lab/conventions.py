@@ -40,9 +40,8 @@ class Convention:
 
     def counts_at(self, top_k: int) -> str:
         """Return whether all of k choices are counted, or the first only."""
-        if top_k == 1 or (self.counts == "first_of_two" and top_k != 2):
-            return "all"
-        return "all" if self.counts == "all" else "first"
+        counts_first = top_k > 1 if self.counts == "first" else top_k == 2 and self.counts == "first_of_two"
+        return "first" if counts_first else "all"
 
 
 # Each with the place where the loss and its coefficient are defined.
@@ -78,12 +77,9 @@ class RoutedModel:
     """Properties of a model and its run that the conversion depends on."""
 
     moe: MoEConfig
-    num_layers: int
-    """All layers, dense ones included."""
-    num_moe_layers: int
-    """L."""
-    world_size: int | None = None
-    """W, of the run the coefficient comes from."""
+    num_layers: int  # all of them, dense ones included
+    num_moe_layers: int  # L
+    world_size: int | None = None  # W, of the run the coefficient comes from
 
     @property
     def top_k(self) -> int:
@@ -141,23 +137,18 @@ def factor(name: str, model: RoutedModel) -> float:
     elif convention.layers == "over_all":
         value *= model.num_moe_layers / model.num_layers
     if convention.falls_with_world:
-        value /= _world_size(name, model) ** 2
+        world_size, num_experts = model.world_size, model.moe.num_experts
+        if world_size is None:
+            raise ConfigError(
+                f"--world-size: {name} needs it, since its loss is proportional to 1 / W^2; give the number of "
+                "processes its experts were distributed over"
+            )
+        if world_size < 1 or num_experts % world_size:
+            raise ConfigError(
+                f"--world-size: {num_experts} experts cannot be distributed evenly over {world_size} processes"
+            )
+        value /= world_size**2
     return value
-
-
-def _world_size(name: str, model: RoutedModel) -> int:
-    """Return W, which must divide the number of experts."""
-    world_size, num_experts = model.world_size, model.moe.num_experts
-    if world_size is None:
-        raise ConfigError(
-            f"--world-size: {name} needs it, since its loss is proportional to 1 / W^2; give the number of processes "
-            "its experts were distributed over"
-        )
-    if world_size < 1 or num_experts % world_size:
-        raise ConfigError(
-            f"--world-size: {num_experts} experts cannot be distributed evenly over {world_size} processes"
-        )
-    return world_size
 
 
 def _balance(coef: float, source: str, target: str, model: RoutedModel) -> dict[str, float | str]:

@@ -43,13 +43,12 @@ class Choice:
     top_k: int
     """k of the programme: the router's option, else the rounded number of experts its tokens asked for."""
     experts_per_token: float
-    """Mean number of experts a token asked for, before drops."""
+    """Mean number of experts a token asked for, before drops, like the load imbalance."""
     load_imbalance: float
-    """Load of the busiest expert over the mean, before drops, in the worst layer."""
-    at: dict[float, Optimality]
-    """Measurements by capacity factor."""
+    """Load of the busiest expert over the mean in the worst layer."""
+    at: dict[float, Optimality]  # by capacity factor
     call_s: float
-    """Median time of one call for one layer without gradients, in seconds."""
+    """Median time of one call for one layer without gradients."""
 
 
 def compare_choices(kinds: Sequence[str], logits: Sequence[Logits], *, top_k: int, rounds: int) -> list[Choice]:

@@ -25,12 +25,9 @@ class TrainingOutcome:
     drop_rate: float | None
     experts_per_token: float | None
     """Experts a token asked for, before drops."""
-    expert_width: int
-    """d_ff of one expert."""
-    step_s: float
-    """Median over the steps."""
-    looks_ahead: str
-    """`no`, `in training`, or `always`."""
+    expert_width: int  # d_ff of one expert
+    step_s: float  # median over the steps
+    looks_ahead: str  # `no`, `in training`, or `always`
 
     @property
     def held_out_loss(self) -> float:

@@ -122,11 +122,10 @@ class MoELayer(nn.Module):
             raise ValueError(f"{problem.key}: {problem.message}")
         if capacity_factor is not None and not config.has_fixed_k:
             raise ValueError(f"capacity_factor: {config.kind} has no fixed number of experts per token; use None")
+        d_ff = 4 * d_model if d_ff is None else d_ff
         self.moe = MoE(
             router=config.build(d_model=d_model, num_experts=num_experts, layer=0),
-            experts=Experts(
-                num_experts, d_model, 4 * d_model if d_ff is None else d_ff, activation=activation, kernel=kernel
-            ),
+            experts=Experts(num_experts, d_model, d_ff, activation=activation, kernel=kernel),
             dispatcher=LocalDispatcher(),
             capacity=CapacityConfig(factor=capacity_factor),
         )

@@ -5,7 +5,7 @@ A resumed run need not parse the part of a log that existed at the checkpoint, a
 
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Self
 
@@ -46,21 +46,21 @@ class LogContent:
 def content_of(descriptor: int, size_bytes: int) -> LogContent:
     """Return the content of the first `size_bytes` of an open file, or of all of a shorter one."""
     content = LogContent()
-    while content.size_bytes < size_bytes:
-        block = os.pread(descriptor, min(_BLOCK_BYTES, size_bytes - content.size_bytes), content.size_bytes)
-        if not block:
-            break
+    for block in _blocks(descriptor, size_bytes):
         content.add(block)
     return content
 
 
 def copy_content(descriptor: int, content: LogContent, target: int) -> None:
     """Append the first `content.size_bytes` of an open file to another one."""
-    done = 0
-    while done < content.size_bytes and (
-        block := os.pread(descriptor, min(_BLOCK_BYTES, content.size_bytes - done), done)
-    ):
+    for block in _blocks(descriptor, content.size_bytes):
         write_whole(target, block)
+
+
+def _blocks(descriptor: int, size_bytes: int) -> Iterator[bytes]:
+    done = 0
+    while done < size_bytes and (block := os.pread(descriptor, min(_BLOCK_BYTES, size_bytes - done), done)):
+        yield block
         done += len(block)
 
 

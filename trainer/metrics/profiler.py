@@ -90,29 +90,22 @@ class Profiler:
         self._running.start()
 
     def _write(self, running: profile, config: ProfileConfig) -> str:
-        """Write trace, tables and snapshot; return the name of the trace."""
+        """Write a trace, tables of the slowest operations and allocations, and a snapshot; return the trace's name."""
         running.stop()
         self._folder.mkdir(parents=True, exist_ok=True)
         stem = f"steps_{self._first:08d}-{config.last:08d}_rank{self._mesh.layout.rank:05d}"
         names = (stem if number == 1 else f"{stem}_{number}" for number in count(1))
-        trace, table, memory = next(paths for paths in map(self._paths, names) if not any(map(os.path.lexists, paths)))
+        paths = ([self._folder / f"{name}{end}" for end in (".json.gz", ".txt", "_memory.pickle")] for name in names)
+        trace, table, memory = next(three for three in paths if not any(map(os.path.lexists, three)))
+        averages, device = running.key_averages(group_by_input_shape=config.shapes), self._device.type
+        keys = [f"self_{device}_time_total", *([f"self_{device}_memory_usage"] if config.memory else [])]
         with table.open("x") as file:
-            file.write("\n\n".join(self._tables(running, config)) + "\n")
-        if config.memory and self._device.type == "cuda":
+            file.writelines(averages.table(sort_by=key, row_limit=_TABLE_ROWS) + "\n\n" for key in keys)
+        if config.memory and device == "cuda":
             torch.cuda.memory._dump_snapshot(str(memory))
             torch.cuda.memory._record_memory_history(None)
         running.export_chrome_trace(str(trace))
         return trace.name
-
-    def _paths(self, name: str) -> tuple[Path, Path, Path]:
-        return (self._folder / f"{name}.json.gz", self._folder / f"{name}.txt", self._folder / f"{name}_memory.pickle")
-
-    def _tables(self, running: profile, config: ProfileConfig) -> list[str]:
-        """Return tables of the slowest operations and of those that allocate the most."""
-        where = "cuda" if self._device.type == "cuda" else "cpu"
-        averages = running.key_averages(group_by_input_shape=config.shapes)
-        keys = [f"self_{where}_time_total", *([f"self_{where}_memory_usage"] if config.memory else [])]
-        return [averages.table(sort_by=key, row_limit=_TABLE_ROWS) for key in keys]
 
     def _attempt(self, act: Callable[[], _T]) -> _T | None:
         """Run `act`; on an error disable the profiler and return None."""

@@ -95,7 +95,6 @@ class JsonlSink:
             self._is_torn = False
 
     def _check_file(self) -> None:
-        """Check that the path still is the open file, with the expected size."""
         self._remove_torn()
         if self._is_watched and not is_open_file(self.path, self._descriptor):
             if os.path.lexists(self.path):
@@ -112,8 +111,7 @@ class JsonlSink:
 
     def _reopen(self) -> None:
         """Continue in a file that was put in place of this one."""
-        descriptor = _open(self.path)
-        had = self._content.lines
+        descriptor, had = _open(self.path), self._content.lines
         os.close(self._descriptor)
         self._descriptor, self._cached = descriptor, None
         _cut_half_line(descriptor)

@@ -69,10 +69,9 @@ class TensorBoardTracker:
             self._num_steps += 1
             if self._heatmap_every is not None and (self._num_steps - 1) % self._heatmap_every == 0:
                 for key, loads in layer_loads(experts, self._moe_layers).items():  # bin i is the load of expert i
-                    limits, squares = [float(i + 1) for i in range(len(loads))], sum(load * load for load in loads)
-                    self._writer.add_histogram_raw(
-                        key, 0, len(loads), len(loads), sum(loads), squares, limits, loads, global_step=step
-                    )
+                    size, squares = len(loads), sum(load * load for load in loads)
+                    limits = [float(i + 1) for i in range(size)]
+                    self._writer.add_histogram_raw(key, 0, size, size, sum(loads), squares, limits, loads, step)
         self._writer.flush()
 
     def _attempt(self, act: Callable[[], object]) -> None:

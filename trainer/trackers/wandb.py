@@ -147,15 +147,15 @@ class _Upload:
         except OSError:
             self._remove_scratch()
             raise
-        assert self._process.stdout is not None, "it is a pipe"
-        os.set_blocking(self._process.stdout.fileno(), False)
+        assert self._process.stdin is not None and self._process.stdout is not None, "they are pipes"
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        os.set_blocking(self._stdout.fileno(), False)
 
     def end(self, exit_code: int) -> None:
         """Report the end of the run."""
-        assert self._process.stdin is not None, "it is a pipe"
         with suppress(OSError):  # the process has ended, which `wait` reports
-            self._process.stdin.write(f"{exit_code}\n".encode())
-            self._process.stdin.flush()
+            self._stdin.write(f"{exit_code}\n".encode())
+            self._stdin.flush()
 
     def wait(self, seconds: float) -> int | None:
         """Wait for the process; return its exit code, None if it still runs."""
@@ -166,8 +166,7 @@ class _Upload:
 
     def messages(self) -> list[dict[str, Any]]:
         """Return the messages received since the last call."""
-        assert self._process.stdout is not None, "it is a pipe"
-        *lines, self._buffer = (self._buffer + (self._process.stdout.read() or b"")).split(b"\n")
+        *lines, self._buffer = (self._buffer + (self._stdout.read() or b"")).split(b"\n")
         return [json.loads(line) for line in lines]
 
     def kill(self) -> None:

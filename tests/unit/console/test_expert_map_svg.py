@@ -93,8 +93,3 @@ def test_the_scale_has_a_label_under_each_of_its_colours() -> None:
     for rect, label in zip(scale, labels, strict=True):
         x, width = (float(rect.get(key) or 0) for key in ("x", "width"))
         assert x <= label.x and label.x + label.width <= x + width
-
-
-def test_shapes_that_disagree_are_refused() -> None:
-    with pytest.raises(ValueError, match="1 layers and 2 domains"):
-        expert_map_svg([[[1, 2]]], ["a", "b"], ["layer 0"], title="t")
