@@ -36,8 +36,8 @@ FAULTS = [
     _fault(
         "a fused kernel does not write an idle expert's gradient",
         "trainer/ops/fused_ffn.py",
-        "            grad[e] = 0\n",
-        "            pass\n",
+        "        grad[e] = 0\n",
+        "        pass\n",
         KERNELS,
     ),
     _fault(

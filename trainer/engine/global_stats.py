@@ -11,7 +11,6 @@ import functools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -64,23 +63,12 @@ class GlobalStats:
         `prepass` has sums of the whole step, if there was a counting pass; `choices` counts (L, E) of the micro-batches
         so far, including this one.
         """
-        if local is None:
+        if self._losses is None or local is None:
             return None
         if prepass is None and self._needs_exact_sums:
             prepass = self._all_reduce([local])  # this is the only micro-batch
-        match self._source_of_counts:
-            case "previous_step":
-                return replace(prepass or local, counts=previous_counts)
-            case "running":
-                return replace(prepass or local, counts=choices)
-            case _:
-                return prepass
-
-    @property
-    def _source_of_counts(self) -> Literal["exact", "previous_step", "running"] | None:
-        """Source of the counts of a global-batch balance loss; None for another scope or a dense model."""
-        balance = self._losses.balance if self._losses else None
-        return balance.counts if balance is not None and balance.scope == "global_batch" else None
+        counts = {"previous_step": previous_counts, "running": choices}.get(self._losses.balance.counts)
+        return prepass if counts is None else replace(prepass or local, counts=counts)
 
     def _all_reduce(self, parts: Sequence[LossStats]) -> LossStats | None:
         """Sum over the micro-batches of all ranks; None without MoE layers."""

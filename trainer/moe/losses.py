@@ -89,38 +89,30 @@ def extra_losses(
     stats: MoEStats, global_stats: LossStats | None, denominators: Denominators, losses: AuxLosses
 ) -> dict[str, tuple[float, Tensor]]:
     """Return coefficient and value of each further loss of one layer that is on, by name; values sum over tokens."""
-    found = {}
+    found: dict[str, tuple[float, Tensor]] = {}
     for term in losses.terms():
-        value = _extra_value(term.name, stats, global_stats, denominators, losses)
+        match term.name:
+            case "importance" | "load":
+                value = getattr(stats, term.name)
+                if value is not None:
+                    value = cv_squared_loss(
+                        value,
+                        stats.tokens,
+                        scope=losses.cv_squared.scope,
+                        step_sums=getattr(global_stats, term.name, None),
+                        routed_tokens=denominators.routed_tokens,
+                    )
+            case "device_balance":
+                value = device_balance_loss(stats, losses, global_stats=global_stats)
+            case "diversity":
+                value = stats.similarity_sum
+            case "router":
+                value = stats.router_loss
+            case _:  # balance and z-loss
+                value = None
         if value is not None:
-            found[term.name] = term.coef, value
+            found[term.name] = term.coef, value.sum()
     return found
-
-
-def _extra_value(
-    name: str, stats: MoEStats, global_stats: LossStats | None, denominators: Denominators, losses: AuxLosses
-) -> Tensor | None:
-    """Return a loss of one layer summed over tokens; None for balance and z-loss, and where the router has none."""
-
-    def variation(local: Tensor | None, step_sums: Tensor | None) -> Tensor | None:
-        if local is None:
-            return None
-        scope, routed_tokens = losses.cv_squared.scope, denominators.routed_tokens
-        return cv_squared_loss(local, stats.tokens, scope=scope, step_sums=step_sums, routed_tokens=routed_tokens)
-
-    match name:
-        case "importance":
-            return variation(stats.importance, None if global_stats is None else global_stats.importance)
-        case "load":
-            return variation(stats.load, None if global_stats is None else global_stats.load)
-        case "device_balance":
-            return device_balance_loss(stats, losses, global_stats=global_stats)
-        case "diversity":
-            return None if stats.similarity_sum is None else stats.similarity_sum.sum()
-        case "router":
-            return None if stats.router_loss is None else stats.router_loss.sum()
-        case _:
-            return None
 
 
 def z_loss(stats: MoEStats) -> Tensor:

@@ -8,7 +8,8 @@ intermediate results stay in the cache.
 # R rows, Rp >= R rows with padding, E experts, D d_model, F d_ff, H width before the activation.
 """
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,15 +89,15 @@ class _FusedFFN(torch.autograd.Function):
         activation: Activation,
         parts: FusedParts,
     ) -> Tensor:
-        groups = _Groups(rows_per_expert.tolist(), parts.rows_multiple)  # waits for the device
+        groups = _groups(rows_per_expert.tolist())  # waits for the device
         w_in_c, w_out_c = w_in.to(x.dtype), w_out.to(x.dtype)
-        xs = groups.split(x)
+        xs = _split(x, groups, parts.rows_multiple)
         y = torch.empty_like(x)
         hs, activated = [], []
-        for (e, rows, size), x_e in zip(groups, xs, strict=True):
+        for (e, rows), x_e in zip(groups, xs, strict=True):
             h = parts.product(x_e, w_in_c[e])  # (n, H)
             a = parts.activate(h, activation)  # (n, F)
-            y[rows] = parts.product(a, w_out_c[e])[:size]
+            y[rows] = parts.product(a, w_out_c[e])[: rows.stop - rows.start]
             hs.append(h)
             activated.append(a)
         ctx.save_for_backward(w_in_c, w_out_c, *xs, *hs, *activated)
@@ -110,48 +111,36 @@ class _FusedFFN(torch.autograd.Function):
         w_in, w_out, *saved = ctx.saved_tensors
         xs, hs, activated = saved[:count], saved[count : 2 * count], saved[2 * count :]
         dx = torch.empty_like(grad_y)
-        grad_w_in, grad_w_out = groups.gradient_like(w_in), groups.gradient_like(w_out)
-        dys = groups.split(grad_y.contiguous())  # zero padding, which adds nothing below
-        for (e, rows, size), x_e, h, a, dy in zip(groups, xs, hs, activated, dys, strict=True):
+        grad_w_in, grad_w_out = _gradient_like(w_in, groups), _gradient_like(w_out, groups)
+        dys = _split(grad_y.contiguous(), groups, parts.rows_multiple)  # zero padding, which adds nothing below
+        for (e, rows), x_e, h, a, dy in zip(groups, xs, hs, activated, dys, strict=True):
             da = parts.product(dy, w_out[e].T)  # (n, F)
             torch.mm(dy.T, a, out=grad_w_out[e])
             dh = parts.activate_backward(da, h, ctx.activation)  # (n, H)
             torch.mm(dh.T, x_e, out=grad_w_in[e])
-            dx[rows] = parts.product(dh, w_in[e].T)[:size]
+            dx[rows] = parts.product(dh, w_in[e].T)[: rows.stop - rows.start]
         return dx, None, grad_w_in.to(ctx.weight_dtype), grad_w_out.to(ctx.weight_dtype), None, None
 
 
-class _Groups:
-    """Rows of each expert that has any: (expert, slice of R, size).
+def _groups(rows_per_expert: list[int]) -> list[tuple[int, slice]]:
+    """Return each expert that has rows, with their range."""
+    ends = itertools.accumulate(rows_per_expert)
+    return [(e, slice(end - n, end)) for e, (n, end) in enumerate(zip(rows_per_expert, ends, strict=True)) if n]
+
+
+def _split(x: Tensor, groups: list[tuple[int, slice]], multiple: int) -> list[Tensor]:
+    """Return each group's rows of x (R, D), padded with zeros to the multiple.
 
     #  rows_per_expert 3 0 2, multiple 4     x   a a a | b b        split   a a a .   b b . .
     """
+    if multiple == 1:
+        return [x[rows] for _, rows in groups]
+    return [F.pad(x[rows], (0, 0, 0, (rows.start - rows.stop) % multiple)) for _, rows in groups]
 
-    def __init__(self, rows_per_expert: list[int], multiple: int) -> None:
-        self.multiple = multiple
-        self.groups: list[tuple[int, slice, int]] = []
-        self.idle = [e for e, n in enumerate(rows_per_expert) if n == 0]
-        start = 0
-        for e, size in enumerate(rows_per_expert):
-            if size:
-                self.groups.append((e, slice(start, start + size), size))
-            start += size
 
-    def __iter__(self) -> Iterator[tuple[int, slice, int]]:
-        return iter(self.groups)
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def split(self, x: Tensor) -> list[Tensor]:
-        """Return each group's rows of x (R, D), padded with zeros to the multiple."""
-        if self.multiple == 1:
-            return [x[rows] for _, rows, _ in self.groups]
-        return [F.pad(x[rows], (0, 0, 0, -size % self.multiple)) for _, rows, size in self.groups]
-
-    def gradient_like(self, weight: Tensor) -> Tensor:
-        """Return a buffer for a weight gradient, with zeros for the experts that no product writes to."""
-        grad = torch.empty_like(weight)
-        for e in self.idle:
-            grad[e] = 0
-        return grad
+def _gradient_like(weight: Tensor, groups: list[tuple[int, slice]]) -> Tensor:
+    """Return a buffer for a weight gradient, with zeros for the experts that no product writes to."""
+    grad = torch.empty_like(weight)
+    for e in set(range(len(weight))) - {e for e, _ in groups}:
+        grad[e] = 0
+    return grad

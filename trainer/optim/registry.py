@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -50,9 +51,7 @@ class AdamWConfig(OptimizerOptions):
         """Create the optimizer."""
         from trainer.optim.adamw import build_adamw
 
-        return build_adamw(
-            decayed=decayed, not_decayed=not_decayed, weight_decay=self.weight_decay, betas=self.betas, eps=self.eps
-        )
+        return build_adamw(decayed=decayed, not_decayed=not_decayed, **self.model_dump(exclude={"kind"}))
 
 
 OptimConfig = Annotated[AdamWConfig, Pluggable("optimizers", OptimizerOptions)]
@@ -79,9 +78,10 @@ class WarmupOptions(KindConfig):
         """Return the learning rate as a function of the 0-based step."""
         raise NotImplementedError
 
-    def warmup(self, total_steps: int) -> int:
-        """Return the warmup steps of a run."""
-        return schedule.resolve_warmup(self.warmup_steps, total_steps)
+    def arguments(self, total_steps: int) -> dict[str, Any]:
+        """Return the options as keyword arguments of the schedule, with the warmup in steps."""
+        warmup_steps = schedule.resolve_warmup(self.warmup_steps, total_steps)
+        return {**self.model_dump(exclude={"kind"}), "total_steps": total_steps, "warmup_steps": warmup_steps}
 
 
 class WarmupCosineConfig(WarmupOptions):
@@ -93,13 +93,7 @@ class WarmupCosineConfig(WarmupOptions):
 
     def build(self, *, total_steps: int) -> Callable[[int], float]:
         """Return the learning rate as a function of the 0-based step."""
-        return lambda step: schedule.warmup_cosine(
-            step,
-            total_steps=total_steps,
-            peak_lr=self.peak_lr,
-            warmup_steps=self.warmup(total_steps),
-            final_fraction=self.final_fraction,
-        )
+        return partial(schedule.warmup_cosine, **self.arguments(total_steps))
 
 
 class WarmupStableDecayConfig(WarmupOptions):
@@ -113,14 +107,7 @@ class WarmupStableDecayConfig(WarmupOptions):
 
     def build(self, *, total_steps: int) -> Callable[[int], float]:
         """Return the learning rate as a function of the 0-based step."""
-        return lambda step: schedule.warmup_stable_decay(
-            step,
-            total_steps=total_steps,
-            peak_lr=self.peak_lr,
-            warmup_steps=self.warmup(total_steps),
-            decay_fraction=self.decay_fraction,
-            final_fraction=self.final_fraction,
-        )
+        return partial(schedule.warmup_stable_decay, **self.arguments(total_steps))
 
 
 ScheduleConfig = Annotated[

@@ -85,4 +85,4 @@ def test_the_decay_of_a_short_run_begins_where_its_warmup_ends() -> None:
 def test_every_shipped_config_can_be_tried_for_a_few_steps(path: Path) -> None:
     for steps in (2, 20, 100):
         config = load(path, [f"train.steps={steps}"], ExperimentConfig)
-        assert config.schedule.warmup(steps) <= steps / 5
+        assert resolve_warmup(config.schedule.warmup_steps, steps) <= steps / 5

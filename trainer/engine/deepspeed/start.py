@@ -60,7 +60,7 @@ def join(deepspeed: Any, mesh: Mesh, device: torch.device) -> None:
     # Not a copy of the group, which would wait half an hour for a lost rank.
     groups._WORLD_GROUP = dist.group.WORLD  # type: ignore[assignment]
     comm.cdb = None
-    with _environment(mesh, device):
+    with _environment(_launched(mesh, device)):
         deepspeed.init_distributed(dist_init_required=False)
 
 
@@ -80,7 +80,7 @@ def start_engine(
     level = logging.INFO if any(config.get(key) for key in _TALKATIVE) else logging.WARNING
     logging.getLogger("DeepSpeed").setLevel(level)
     join(deepspeed, mesh, device)
-    with _environment(mesh, device):
+    with _environment(_launched(mesh, device)):
         try:
             engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=dict(config), dist_init_required=False
@@ -103,15 +103,13 @@ def single_process_group(mesh: Mesh, device: torch.device) -> Iterator[None]:
     if mesh.world.size > 1 or dist.is_initialized():
         yield
         return
-    missing = loopback_variables(os.environ)
-    os.environ.update(missing)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-        for key in missing:
-            del os.environ[key]
+    with _environment(loopback_variables(os.environ)):
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
 
 
 def _handle(group: Group) -> dist.ProcessGroup:
@@ -163,12 +161,17 @@ def expert_markers(model: nn.Module, experts: Sequence[nn.Parameter], mesh: Mesh
             del parameter.allreduce, parameter.group_name  # type: ignore[attr-defined]
 
 
-@contextmanager
-def _environment(mesh: Mesh, device: torch.device) -> Iterator[None]:
-    """Set the variables of a launcher that are missing, while DeepSpeed starts."""
+def _launched(mesh: Mesh, device: torch.device) -> dict[str, str]:
+    """Return the variables that a launcher sets."""
     layout = mesh.layout
     values = {"RANK": layout.rank, "LOCAL_RANK": device.index or 0, "WORLD_SIZE": layout.world_size}
-    missing = {key: str(value) for key, value in values.items() if key not in os.environ}
+    return {key: str(value) for key, value in values.items()}
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set those of these environment variables that are missing."""
+    missing = {key: value for key, value in values.items() if key not in os.environ}
     os.environ.update(missing)
     try:
         yield
