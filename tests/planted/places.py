@@ -68,8 +68,8 @@ FAULTS = [
     ),
     _in_attention(
         "attention in blocks looks one token ahead",
-        "return torch.arange(stop, device=device) > torch",
-        "return torch.arange(stop, device=device) - 1 > torch",
+        "position > position[start:, None]",
+        "position - 1 > position[start:, None]",
         ATTENTION,
     ),
     _in_attention(

@@ -30,7 +30,7 @@ class GlobalStats:
         self._losses, self._world = losses, world
         terms = [] if losses is None else losses.terms()
         self._needs_exact_sums = any(term.scope == "step" for term in terms)
-        self._has_loss_of_counts = any(term.made_of == "counts" for term in terms)
+        self._has_loss_of_counts = any(term.name in ("balance", "device_balance") for term in terms)
 
     @property
     def is_balance_only_logged(self) -> bool:

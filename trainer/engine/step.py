@@ -123,11 +123,9 @@ class StepEngine(Engine):
         square, local_objective = self._reduce_gradients(), torch.as_tensor(total.objective)
         total, choices, routing, square = self._reduce_sums(total, choices, routing, square)
         if self.losses is not None and self.global_stats.is_balance_only_logged and total.prob_sum is not None:
+            tokens, num_null_experts = denominators.routed_tokens, self.losses.num_null_experts
             total.balance_loss = global_balance_loss(
-                choices,
-                total.prob_sum,
-                routed_tokens=denominators.routed_tokens,
-                num_null_experts=self.losses.num_null_experts,
+                choices, total.prob_sum, routed_tokens=tokens, num_null_experts=num_null_experts
             )
         return Accumulated(
             total=total,

@@ -28,14 +28,8 @@ def generate(
     Positions beyond the trained sequence length were never learned: when the row is full, its second half becomes the
     prompt of a new cache.
 
-    Args:
-        model: runs dropless and without noise.
-        prompt: at least one token id; only the last `seq_len` are used.
-        max_new_tokens: maximum number of new tokens.
-        options: temperature, top-k, top-p.
-        generator: on the CPU; the same seed gives the same text.
-        stop_token: ends the text.
-        agree: returns one token for all ranks, given that of this rank, if experts are on several ranks.
+    The prompt has at least one token; its last `seq_len` are used. The generator is on the CPU: the same seed gives the
+    same text. If experts are on several ranks, `agree` returns one token for all, given that of this rank.
 
     Raises:
         NumericsError: if the model's logits are not finite.

@@ -68,7 +68,11 @@ class SamplingOptions:
 
         Source: Holtzman et al. 2019 (arXiv 1904.09751) for top_p.
         """
-        _check_logits(logits)
+        if logits.dim() != 2 or logits.size(1) == 0 or not logits.is_floating_point():
+            raise ValueError(f"logits: {logits.dtype} of shape {tuple(logits.shape)}; (B, V) of a float type is needed")
+        # NaN if the row holds one. Waits for the device, but the sampled token is read right after anyway.
+        if not logits.amax(dim=-1).isfinite().all().item():
+            raise BrokenLogits("logits: a row holds NaN or +inf, or has no token left; the model or the mask is broken")
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         # A stable sort, unlike topk, puts the lower id first among equals.
         ranked, token_ids = logits.sort(dim=-1, descending=True, stable=True)  # (B, V)
@@ -87,12 +91,3 @@ class SamplingOptions:
             mass_before[:, 0] = 0  # exactly: the most probable token always stays
             ranked = ranked.masked_fill(mass_before >= self.top_p, -math.inf)
         return torch.empty_like(logits).scatter_(-1, token_ids, ranked)
-
-
-def _check_logits(logits: Tensor) -> None:
-    if logits.dim() != 2 or logits.size(1) == 0 or not logits.is_floating_point():
-        raise ValueError(f"logits: {logits.dtype} of shape {tuple(logits.shape)}; (B, V) of a float type is needed")
-    highest = logits.amax(dim=-1)  # NaN if the row holds one
-    # .item() waits for the device, but the sampled token is read right after anyway.
-    if not highest.isfinite().all().item():
-        raise BrokenLogits("logits: a row holds NaN or +inf, or has no token left; the model or the mask is broken")

@@ -90,10 +90,8 @@ class MoEConfig(Config):
         if self.capacity.factor is not None and not self.router.has_fixed_k:
             yield Problem("capacity.factor", f"{self.router.why_no_capacity}; use factor: null")
         if self.balance.convention == "gshard_first_choice" and not self.router.ranks_choices:
-            yield Problem(
-                "balance.convention",
-                f"gshard_first_choice needs a router that ranks its choices, not {self.router.kind}; use canonical",
-            )
+            why = f"needs a router that ranks its choices, not {self.router.kind}"
+            yield Problem("balance.convention", f"gshard_first_choice {why}; use canonical")
         if self.balance.convention == "gshard_first_choice" and self.router.num_null_experts:
             yield Problem("balance.convention", "gshard_first_choice does not support null experts; use canonical")
         if self.capacity.policy == "choice_major" and self.capacity.factor is not None and not self.router.has_probs:
@@ -127,10 +125,7 @@ class MoEConfig(Config):
         if groups == 1:
             yield Problem("device_balance.groups", "1 group is always balanced; use 2 or more, or coef: 0")
         if self.num_experts % groups:
-            yield Problem(
-                "device_balance.groups",
-                f"{groups} does not divide num_experts {self.num_experts}; "
-                f"use one of {divisors(self.num_experts, near=groups)}",
-            )
+            what = f"{groups} does not divide num_experts {self.num_experts}"
+            yield Problem("device_balance.groups", f"{what}; use one of {divisors(self.num_experts, near=groups)}")
         if self.router.num_null_experts:
             yield Problem("device_balance.coef", "null experts are in no group; use 0, or no null experts")

@@ -38,7 +38,7 @@ class RoutingOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingContext:
-    """Input of a router besides the activations; tensors are (T,)."""
+    """Input of a router besides the activations; tensors are (T,). Options are those of `RoutingOptions`."""
 
     token_ids: Tensor
     """int64."""
@@ -53,13 +53,10 @@ class RoutingContext:
     noise_key: Tensor | None = None
     """int64 key of each token's noise, a function of seed, sample and position; None: no noise."""
     top_k: int | None = None
-    """Experts per token, overriding the config."""
     dropless: bool = False
-    """Ignore the capacity."""
     counted: Tensor | None = None
     """bool; the valid tokens that are in the statistics. None: all of them."""
     return_router_outputs: bool = False
-    """Return the router's output with the statistics."""
     is_incremental: bool = False
     """The rows are appended to a KV cache, so the rest of each sequence does not exist yet."""
 

@@ -5,7 +5,6 @@ whole step, because every micro-batch gets the sums of the step before its own s
 (`engine/global_stats.py`). A loss of one micro-batch, or of those so far, depends on the layout, and `prove` labels it.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,7 +12,6 @@ from trainer.moe.layer_options import BalanceConfig, CvSquaredConfig, DeviceBala
 
 Scope = Literal["row", "step", "previous_step", "running", "micro_batch"]
 """Tokens that are summed: of each row, of the step, of the previous step, of the micro-batches so far, of this one."""
-_LAYOUT_DEPENDENT: tuple[Scope, ...] = ("running", "micro_batch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,14 +21,12 @@ class LossTerm:
     name: str
     """Name in metrics.jsonl, without `_loss`."""
     coef: float
-    made_of: Literal["tokens", "counts", "weights"]
-    """Values of single tokens, counts of assignments, or sums of combine weights and smooth counts."""
     scope: Scope
 
     @property
     def is_layout_invariant(self) -> bool:
         """True if the loss is the same under every layout."""
-        return self.scope not in _LAYOUT_DEPENDENT
+        return self.scope not in ("running", "micro_batch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,20 +47,18 @@ class AuxLosses:
 
     def terms(self) -> list[LossTerm]:
         """Return every loss that is on. The router's own loss is always listed: only the router knows if it has one."""
-        return [term for term in self._all_terms() if term.coef > 0]
-
-    def _all_terms(self) -> Iterator[LossTerm]:
-        if self.has_probs:
-            counts = self._scope_of_counts()
-            yield LossTerm(name="balance", coef=self.balance.coef, made_of="counts", scope=counts)
-            yield LossTerm(name="device_balance", coef=self.device_balance.coef, made_of="counts", scope=counts)
-        cv = self.cv_squared
+        counts, cv = self._scope_of_counts(), self.cv_squared
         weights: Scope = "row" if cv.scope == "sequence" else "step"
-        yield LossTerm(name="importance", coef=cv.importance_coef, made_of="weights", scope=weights)
-        yield LossTerm(name="load", coef=cv.load_coef, made_of="weights", scope=weights)
-        yield LossTerm(name="z", coef=self.z_loss_coef, made_of="tokens", scope="row")
-        yield LossTerm(name="diversity", coef=self.diversity_coef, made_of="tokens", scope="row")
-        yield LossTerm(name="router", coef=1.0, made_of="tokens", scope="row")  # its coefficient is already applied
+        terms = [
+            LossTerm(name="balance", coef=self.balance.coef if self.has_probs else 0, scope=counts),
+            LossTerm(name="device_balance", coef=self.device_balance.coef if self.has_probs else 0, scope=counts),
+            LossTerm(name="importance", coef=cv.importance_coef, scope=weights),
+            LossTerm(name="load", coef=cv.load_coef, scope=weights),
+            LossTerm(name="z", coef=self.z_loss_coef, scope="row"),
+            LossTerm(name="diversity", coef=self.diversity_coef, scope="row"),
+            LossTerm(name="router", coef=1.0, scope="row"),  # its coefficient is already applied
+        ]
+        return [term for term in terms if term.coef > 0]
 
     def _scope_of_counts(self) -> Scope:
         """Return the tokens over which the balance losses count assignments."""

@@ -91,7 +91,8 @@ class _BlockedAttention(torch.autograd.Function):
         outs, weights = [], []
         for start, stop in _blocks(q):
             scores = torch.bmm(_rows(scaled, start, stop), keys[:, :stop].transpose(1, 2))  # (N, G n, stop)
-            hidden = _later(start, stop, q.device) if mask is None else ~mask[:, :, start:stop, :stop]
+            position = torch.arange(stop, device=q.device)
+            hidden = position > position[start:, None] if mask is None else ~mask[:, :, start:stop, :stop]
             scores = scores.view(B, -1, stop - start, stop).masked_fill(hidden, float("-inf"))
             weights.append(torch.softmax(scores, dim=-1).to(v.dtype).view(N, -1, stop))
             outs.append(torch.bmm(weights[-1], v[:, :stop]).view(N, G, -1, d))
@@ -133,8 +134,3 @@ def _blocks(q: Tensor) -> list[tuple[int, int]]:
 def _rows(x: Tensor, start: int, stop: int) -> Tensor:
     """Return a block of x (N, G, S, w) with its heads stacked: (N, G n, w)."""
     return x[:, :, start:stop].flatten(1, 2)
-
-
-def _later(start: int, stop: int, device: torch.device) -> Tensor:
-    """Return (n, stop) bool: whether a key is later than a query of the block."""
-    return torch.arange(stop, device=device) > torch.arange(start, stop, device=device)[:, None]

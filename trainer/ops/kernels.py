@@ -12,18 +12,9 @@ import torch
 from torch import Tensor
 
 from trainer.config.plugins import PluggableFunction
-from trainer.ops import expert_ffn
-from trainer.ops.expert_ffn import Activation, activate
-from trainer.ops.fused_ffn import (
-    ROWS_MULTIPLE,
-    FusedParts,
-    activate_backward,
-    activate_backward_to_compile,
-    fused,
-    has_onednn_product,
-    onednn_product,
-    product,
-)
+from trainer.ops import expert_ffn, fused_ffn
+from trainer.ops.expert_ffn import Activation
+from trainer.ops.fused_ffn import FusedParts
 
 _MANY_ROWS = 512
 """Rows per expert from which its matrix products dominate the runtime."""
@@ -49,7 +40,7 @@ def run_experts(
     """
     if kernel in ("fused", "fused_onednn"):
         parts = _fused_parts(kernel == "fused_onednn", is_compiled, x.device.type, x.dtype)
-        return fused(x, rows_per_expert, w_in, w_out, activation, parts)
+        return fused_ffn.fused(x, rows_per_expert, w_in, w_out, activation, parts)
     # After the cast, so that zeros are written in the narrower dtype. The fused kernels write zeros themselves.
     w_in, w_out = (expert_ffn.without_idle_gradients(w.to(x.dtype), rows_per_expert) for w in (w_in, w_out))
     run = _KERNELS.get(kernel) or _plugin_kernel(kernel)
@@ -65,14 +56,14 @@ def _plugin_kernel(name: str) -> Callable[..., Tensor]:
 @cache
 def _fused_parts(onednn: bool, compiled: bool, device: str, dtype: torch.dtype) -> FusedParts:
     by_onednn = onednn and device == "cpu" and dtype is torch.float32
-    forward, backward = activate, activate_backward
+    forward, backward = expert_ffn.activate, fused_ffn.activate_backward
     if compiled:
         forward = torch.compile(forward, dynamic=True)
-        backward = torch.compile(activate_backward_to_compile, dynamic=True)
+        backward = torch.compile(fused_ffn.activate_backward_to_compile, dynamic=True)
     return FusedParts(
-        product=onednn_product if by_onednn else product,
+        product=fused_ffn.onednn_product if by_onednn else fused_ffn.product,
         # torch uses oneDNN for bfloat16 too.
-        rows_multiple=ROWS_MULTIPLE if device == "cpu" and (by_onednn or dtype is torch.bfloat16) else 1,
+        rows_multiple=fused_ffn.ROWS_MULTIPLE if device == "cpu" and (by_onednn or dtype is torch.bfloat16) else 1,
         activate=forward,
         activate_backward=backward,
     )
@@ -94,4 +85,4 @@ def choose_experts_kernel(
     if rows_per_expert < _MANY_ROWS:
         return "grouped" if can_group else "fused"
     # MKL is tuned for Intel processors; on others oneDNN is faster in float32.
-    return "fused_onednn" if cpu_vendor != "GenuineIntel" and has_onednn_product() else "fused"
+    return "fused_onednn" if cpu_vendor != "GenuineIntel" and fused_ffn.has_onednn_product() else "fused"

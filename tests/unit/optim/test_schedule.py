@@ -64,7 +64,7 @@ def test_no_schedule_jumps_whatever_its_options_are(config: Any) -> None:
             lr = config(peak_lr=peak, warmup_steps=asked, **chosen).build(total_steps=steps)
             rates = [lr(step) for step in range(steps + 3)]
             assert all(0 <= rate <= peak for rate in rates), (steps, asked, chosen)
-            warmup = config(warmup_steps=asked).warmup(steps)
+            warmup = resolve_warmup(asked, steps)
             falls = round(chosen.get("decay_fraction", 1) * steps)
             steepest = math.pi / 2 / max(1, min(falls, steps - 1 - warmup))  # the slope of a cosine at its middle
             most = peak * max(1 / max(1, warmup), steepest)

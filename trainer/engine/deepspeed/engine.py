@@ -9,6 +9,7 @@ section would round the router, and its `torch_autocast` section would also accu
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -149,13 +150,9 @@ class DeepSpeedEngine(StepEngine):
         name_of = {parameter: name for name, parameter in self.parameters.items()}
         partitions = []
         for i, parameters in enumerate(self._zero.round_robin_bit16_groups):
-            names = [name_of[p] for p in parameters]
             offsets = self._zero.round_robin_bit16_offsets[i]
-            spans = [
-                ParameterSpan(name, tuple(p.shape), offset)
-                for name, p, offset in zip(names, parameters, offsets, strict=True)
-            ]
-            group = self.mesh.edp if names[0] in self.first_expert else self.mesh.world
+            spans = [ParameterSpan(name_of[p], tuple(p.shape), at) for p, at in zip(parameters, offsets, strict=True)]
+            group = self.mesh.edp if spans[0].name in self.first_expert else self.mesh.world
             partitions.append(Partition(spans, int(self._zero.partition_size[i]), group))
         return partitions
 
@@ -173,9 +170,7 @@ class DeepSpeedEngine(StepEngine):
     def _rows_of(self, name: str, first: int, rows: Tensor) -> Slice:
         """Return rows of a local parameter as a slice of the global tensor."""
         whole = self._slice(f"model.{name}", self.parameters[name])
-        return Slice(
-            tensor=rows, global_shape=whole.global_shape, start=whole.start + first, is_of_experts=whole.is_of_experts
-        )
+        return replace(whole, tensor=rows, start=whole.start + first)
 
     def _gradient_pieces(self, group: int) -> list[Tensor]:
         """Return this rank's pieces of the reduced gradient of a group, in order."""

@@ -47,10 +47,12 @@ def build_optimizer(
     Raises:
         ConfigError: if DeepSpeed's kernel is requested and cannot be built.
     """
+    from deepspeed.git_version_info import installed_ops
+
     options: dict[str, Any] = {"lr": 0.0, "betas": optim.betas, "eps": optim.eps}
     offloads = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
     kernel = "cpu_adam" if offloads or device.type == "cpu" else "fused_adam"
-    if adam == "torch" or (adam == "auto" and not _is_built(kernel)):
+    if adam == "torch" or (adam == "auto" and not installed_ops.get(kernel)):
         return torch.optim.AdamW(groups, **options, fused=True)
     try:
         if kernel == "cpu_adam":
@@ -79,9 +81,3 @@ def set_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
     """Set the step count of the moments."""
     for state in optimizer.state.values():
         state["step"] = state["step"].fill_(steps) if isinstance(state["step"], Tensor) else steps
-
-
-def _is_built(kernel: str) -> bool:
-    from deepspeed.git_version_info import installed_ops
-
-    return bool(installed_ops.get(kernel))

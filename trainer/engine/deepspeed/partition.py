@@ -84,7 +84,9 @@ class Partition:
 
         They share memory with `flat` (size,), this rank's part, unless the last of them continues on another rank.
         """
-        tail = self._exchange(flat[: self._head], self._send, self._receive)
+        tail = flat[: self._head]
+        if self.group.size > 1:  # via the group's device, if `flat` is elsewhere
+            tail = self.group.all_to_all(tail.to(self.group.device), self._send, self._receive).to(flat.device)
         found = {}
         for span in self.parameters:
             first, last = self._rows_of(span)
@@ -132,9 +134,3 @@ class Partition:
     def _rows_of(self, span: ParameterSpan) -> tuple[int, int]:
         """Return the first and last + 1 row that begins in this rank's part."""
         return span.first_row_from(self.begin), span.first_row_from(self.begin + self.size)
-
-    def _exchange(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """Exchange elements between ranks, via the group's device if `x` is elsewhere."""
-        if self.group.size == 1:
-            return x
-        return self.group.all_to_all(x.to(self.group.device), send, receive).to(x.device)

@@ -93,10 +93,8 @@ _FREE: dict[str, str] = {
     "zero_optimization.offload_optimizer.buffer_count": "a whole number above 0",
 }
 """Options and sections for speed, memory and logging, which are passed through, with their type."""
-_FOLDERS = ("csv_monitor.output_path", "tensorboard.output_path")
-"""Folders that DeepSpeed writes to, which are set to the run folder."""
 _NAMES = ("csv_monitor.job_name", "tensorboard.job_name", "flops_profiler.output_file")
-"""Names of files or folders in there."""
+"""Names of files or folders in the run folder."""
 _WRITERS = ("csv_monitor", "tensorboard", "flops_profiler")
 """Sections that write files."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -170,12 +168,11 @@ def _unusable(raw: Mapping[str, Any], ours: RunOptions) -> Iterator[Problem]:
                 "parallel.ep_size does not divide model.moe.num_experts: ranks with different numbers of experts would "
                 "fill their buckets at different moments; leave it out, and buckets hold the whole model",
             )
-    for key in _FOLDERS:
-        if _value_at(raw, key) not in ("auto", "", None):
-            section = key.partition(".")[0]
-            yield Problem(
-                key, f"{shown(_value_at(raw, key))}: it is deepspeed/{section} in the run folder; leave it out"
-            )
+    for section in ("csv_monitor", "tensorboard"):  # their folders are in the run folder
+        path = _value_at(raw, f"{section}.output_path")
+        if path not in ("auto", "", None):
+            message = f"{shown(path)}: it is deepspeed/{section} in the run folder; leave it out"
+            yield Problem(f"{section}.output_path", message)
     for key in _NAMES:
         value = _value_at(raw, key)
         if value not in ("auto", "", None) and not (isinstance(value, str) and _NAME.fullmatch(value)):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from trainer.distributed.collectives import AllToAll
-from trainer.moe.dispatch.all_to_all import AllToAllDispatcher, Bounds, DispatchHandle
+from trainer.moe.dispatch.all_to_all import AllToAllDispatcher, Bounds
 from trainer.moe.dispatch.base import Combined, Dispatched, RunExperts
 from trainer.moe.dispatch.order import ExchangePlan, ExpertOrder, group_by_expert, plan_exchange
 from trainer.moe.routing import RoutingDecision
@@ -37,13 +37,13 @@ class AllGatherDispatcher(AllToAllDispatcher):
         """Gather all ranks' tokens and select the rows of the local experts."""
         gathered = self._gather(x, decision)
         arrived, plan = self._pick(gathered, self.bounds)
-        return Dispatched(x=arrived, rows_per_expert=plan.rows_per_expert, handle=DispatchHandle(gathered.order, plan))
+        return Dispatched(x=arrived, rows_per_expert=plan.rows_per_expert, handle=(gathered.order, plan))
 
     def combine(self, y: Tensor, dispatched: Dispatched) -> Combined:
         """Gather all experts' rows, select those of this rank's tokens and sum them."""
-        sent: DispatchHandle = dispatched.handle
-        rows = self._mine(self._start_back(y, sent.plan).wait().to(y.dtype), sent.plan)
-        return Combined.of(rows, sent.order, is_compiled=self.is_compiled)
+        order, plan = dispatched.handle
+        rows = self._mine(self._start_back(y, plan).wait().to(y.dtype), plan)
+        return Combined.of(rows, order, is_compiled=self.is_compiled)
 
     def forward(self, x: Tensor, decision: RoutingDecision, experts: RunExperts) -> Combined:
         """Dispatch, compute and combine chunk by chunk; outputs of one chunk are sent while another is computed."""

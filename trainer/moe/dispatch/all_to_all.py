@@ -1,7 +1,6 @@
 """All-to-all dispatcher with dynamic sizes, and its overlap of communication and computation."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -24,14 +23,6 @@ Bounds = Sequence[tuple[int, int]]
 """(G,) first and last + 1 expert of each rank."""
 
 
-@dataclass(frozen=True, slots=True)
-class DispatchHandle:
-    """State that `combine` needs from `dispatch`."""
-
-    order: ExpertOrder
-    plan: ExchangePlan
-
-
 class AllToAllDispatcher(Dispatcher):
     """Sends every row to the rank of its expert, dropless.
 
@@ -52,13 +43,13 @@ class AllToAllDispatcher(Dispatcher):
         """Send the row of each kept assignment to its expert."""
         order, rows, (plan,) = self.prepare(x, decision, [self.bounds])
         arrived = permute_rows(self.send(rows, plan.sizes), plan.order)
-        return Dispatched(x=arrived, rows_per_expert=plan.rows_per_expert, handle=DispatchHandle(order, plan))
+        return Dispatched(x=arrived, rows_per_expert=plan.rows_per_expert, handle=(order, plan))
 
     def combine(self, y: Tensor, dispatched: Dispatched) -> Combined:
         """Send every row back and sum the rows of each token."""
-        sent: DispatchHandle = dispatched.handle
-        rows = self.send(unpermute_rows(y, sent.plan.order), sent.plan.sizes_back)
-        return Combined.of(rows, sent.order, is_compiled=self.is_compiled)
+        order, plan = dispatched.handle
+        rows = self.send(unpermute_rows(y, plan.order), plan.sizes_back)
+        return Combined.of(rows, order, is_compiled=self.is_compiled)
 
     def forward(self, x: Tensor, decision: RoutingDecision, experts: RunExperts) -> Combined:
         """Dispatch, compute and combine chunk by chunk, overlapping communication and computation."""

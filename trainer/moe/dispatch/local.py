@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from trainer.moe.dispatch.base import Combined, Dispatched, Dispatcher
-from trainer.moe.dispatch.order import ExpertOrder, group_by_expert
+from trainer.moe.dispatch.order import group_by_expert
 from trainer.moe.routing import RoutingDecision
 
 
@@ -17,5 +17,4 @@ class LocalDispatcher(Dispatcher):
 
     def combine(self, y: Tensor, dispatched: Dispatched) -> Combined:
         """Sum the rows of each token."""
-        order: ExpertOrder = dispatched.handle
-        return Combined.of(y, order, is_compiled=self.is_compiled)
+        return Combined.of(y, dispatched.handle, is_compiled=self.is_compiled)

@@ -8,27 +8,8 @@ from typing import Annotated, Final
 from pydantic import Field
 
 from trainer.config.plugins import Pluggable
-from trainer.moe.routers.config.fixed import HashRouterConfig, RandomRouterConfig, RoundRobinRouterConfig
+from trainer.moe.routers.config import fixed, sequence_choice, token_choice
 from trainer.moe.routers.config.options import RouterOptions
-from trainer.moe.routers.config.sequence_choice import (
-    BASELayerRouterConfig,
-    ExpertChoiceRouterConfig,
-    GreedyRouterConfig,
-    LinearProgramRouterConfig,
-    MixtureOfDepthsRouterConfig,
-    SinkhornRouterConfig,
-)
-from trainer.moe.routers.config.token_choice import (
-    BiasBalancedRouterConfig,
-    CosineRouterConfig,
-    DenseRouterConfig,
-    GroupLimitedRouterConfig,
-    GShardRouterConfig,
-    NoisyTopKRouterConfig,
-    SwitchRouterConfig,
-    TopKRouterConfig,
-    TopPRouterConfig,
-)
 
 ROUTER_MODULES: Final[dict[str, str]] = {}
 """Kinds that are imported, with torch, when a configuration names them: "x": "trainer.moe.routers.x:XRouterConfig"."""
@@ -36,24 +17,24 @@ ROUTER_MODULES: Final[dict[str, str]] = {}
 ROUTER_PLUGINS: Final = Pluggable("routers", RouterOptions, ROUTER_MODULES)
 
 RouterConfig = Annotated[
-    TopKRouterConfig
-    | BiasBalancedRouterConfig
-    | GroupLimitedRouterConfig
-    | SwitchRouterConfig
-    | GShardRouterConfig
-    | NoisyTopKRouterConfig
-    | CosineRouterConfig
-    | TopPRouterConfig
-    | ExpertChoiceRouterConfig
-    | SinkhornRouterConfig
-    | BASELayerRouterConfig
-    | LinearProgramRouterConfig
-    | GreedyRouterConfig
-    | MixtureOfDepthsRouterConfig
-    | HashRouterConfig
-    | RandomRouterConfig
-    | DenseRouterConfig
-    | RoundRobinRouterConfig,
+    token_choice.TopKRouterConfig
+    | token_choice.BiasBalancedRouterConfig
+    | token_choice.GroupLimitedRouterConfig
+    | token_choice.SwitchRouterConfig
+    | token_choice.GShardRouterConfig
+    | token_choice.NoisyTopKRouterConfig
+    | token_choice.CosineRouterConfig
+    | token_choice.TopPRouterConfig
+    | sequence_choice.ExpertChoiceRouterConfig
+    | sequence_choice.SinkhornRouterConfig
+    | sequence_choice.BASELayerRouterConfig
+    | sequence_choice.LinearProgramRouterConfig
+    | sequence_choice.GreedyRouterConfig
+    | sequence_choice.MixtureOfDepthsRouterConfig
+    | fixed.HashRouterConfig
+    | fixed.RandomRouterConfig
+    | token_choice.DenseRouterConfig
+    | fixed.RoundRobinRouterConfig,
     Field(discriminator="kind"),
     ROUTER_PLUGINS,
 ]

@@ -125,11 +125,8 @@ class GroupLimitedRouterConfig(TopKOptions):
     def problems_among(self, num_experts: int) -> Iterator[Problem]:
         """Check the groups against the number of experts and k."""
         if num_experts % self.groups:
-            yield Problem(
-                "groups",
-                f"{self.groups} does not divide num_experts {num_experts}; "
-                f"use one of {divisors(num_experts, near=self.groups)}",
-            )
+            what = f"{self.groups} does not divide num_experts {num_experts}"
+            yield Problem("groups", f"{what}; use one of {divisors(num_experts, near=self.groups)}")
             return
         if self.groups_kept > self.groups:
             yield Problem(
