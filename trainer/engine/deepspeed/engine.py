@@ -72,16 +72,16 @@ class DeepSpeedEngine(StepEngine):
         """Return the unclipped gradients of the whole step, by parameter name. Collective."""
         slices = {}
         for i, partition in enumerate(self._partitions):
-            for name, rows in partition.rows(self._flat_gradient(i)).items():
-                slices[name] = self._rows_of(name, rows.start, rows.tensor)
+            for name, (first, rows) in partition.rows(self._flat_gradient(i)).items():
+                slices[name] = self._rows_of(name, first, rows)
         return TrainState(slices={name: slices[name] for name in self.parameters})
 
     def _moments(self) -> dict[str, Slice]:
         cut: dict[str, Slice] = {}
         for partition, flat in zip(self._partitions, self._zero.single_partition_of_fp32_groups, strict=True):
             for key, moment in moments_of(self._zero.optimizer, flat).items():
-                for name, rows in partition.rows(moment).items():
-                    cut[f"optim.{key}.{name}"] = self._rows_of(name, rows.start, rows.tensor)
+                for name, (first, rows) in partition.rows(moment).items():
+                    cut[f"optim.{key}.{name}"] = self._rows_of(name, first, rows)
         names = [f"optim.{key}.{name}" for name in self.parameters for key in MOMENTS]  # in the order of the model
         return {name: cut[name] for name in names}
 

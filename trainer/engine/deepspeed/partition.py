@@ -43,15 +43,6 @@ class ParameterSpan:
         return min(self.shape[0], max(0, -(-(position - self.offset) // self.row)))
 
 
-@dataclass(frozen=True, slots=True)
-class PartitionRows:
-    """Whole rows of one parameter."""
-
-    start: int
-    tensor: Tensor
-    """(rows, *shape[1:]); may be empty."""
-
-
 class Partition:
     """This rank's equal part of a group of parameters."""
 
@@ -79,10 +70,10 @@ class Partition:
                 found[span.name] = flat[start:stop]
         return found
 
-    def rows(self, flat: Tensor) -> dict[str, PartitionRows]:
-        """Return this rank's rows of every parameter. Collective over the group.
+    def rows(self, flat: Tensor) -> dict[str, tuple[int, Tensor]]:
+        """Return this rank's rows of every parameter and the index of the first. Collective over the group.
 
-        They share memory with `flat` (size,), this rank's part, unless the last of them continues on another rank.
+        Rows share memory with `flat` (size,), this rank's part, unless the last of them continues on another rank.
         """
         tail = flat[: self._head]
         if self.group.size > 1:  # via the group's device, if `flat` is elsewhere
@@ -97,7 +88,7 @@ class Partition:
                 part = flat[start:stop]
             else:
                 part = torch.cat([flat[start:], tail[: stop - self.size]])
-            found[span.name] = PartitionRows(first, part.view(last - first, *span.shape[1:]))
+            found[span.name] = first, part.view(last - first, *span.shape[1:])
         return found
 
     def wanted(self) -> dict[str, tuple[int, int]]:

@@ -77,7 +77,7 @@ def _check(shapes: Sequence[tuple[int, ...]], paddings: Sequence[int], num_ranks
         partition = Partition(span, size, seat)  # type: ignore[arg-type]
         mine = line[seat.index * size : (seat.index + 1) * size].clone()
         fragments = {name: part.clone() for name, part in partition.fragments(mine).items()}
-        rows = {name: (part.start, part.tensor.clone()) for name, part in partition.rows(mine).items()}
+        rows = {name: (first, part.clone()) for name, (first, part) in partition.rows(mine).items()}
         back = torch.full_like(mine, -1.0)
         for name, (first, last) in partition.wanted().items():
             partition.fill(back, name, whole[name][first:last])
@@ -131,4 +131,4 @@ def test_what_is_whole_here_is_not_copied() -> None:
     span, _ = _laid_out([(2, 3), (4,)], [0, 0])
     flat = torch.arange(10.0)
     rows = Partition(span, 10, Seat(Room(1), 0)).rows(flat)  # type: ignore[arg-type]
-    assert rows["p1"].tensor.data_ptr() == flat[6:].data_ptr()
+    assert rows["p1"][1].data_ptr() == flat[6:].data_ptr()
