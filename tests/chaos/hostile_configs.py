@@ -1,6 +1,5 @@
 """Malicious configs, overrides and names."""
 
-import json
 import os
 from collections.abc import Callable
 
@@ -123,12 +122,6 @@ REFUSED: dict[str, Given] = {
     ),
     "more parameters than can be counted": _override(
         "model.d_model=16777216", "model.moe.num_experts=1048576", "model.moe.d_ff=16777216"
-    ),
-    "80000 options of DeepSpeed": _as_file(
-        lambda box: (box.path / "ds.json").write_text(json.dumps({f"{number:x}": 0 for number in range(80_000)})),
-        "train",
-        "tiny.yaml",
-        "engine={kind: deepspeed, deepspeed_config: ds.json}",
     ),
     "logits beyond all": (nothing, ["bench", "routers", "--tokens", "9" * 18]),
     "a proof without end": (nothing, ["prove", "tiny.yaml", "--steps", "9" * 18, "--timeout", "nan"]),

@@ -89,19 +89,14 @@ def extra_losses(
     stats: MoEStats, global_stats: LossStats | None, denominators: Denominators, losses: AuxLosses
 ) -> dict[str, tuple[float, Tensor]]:
     """Return coefficient and value of each further loss of one layer that is on, by name; values sum over tokens."""
+    scope, n_g = losses.cv_squared.scope, denominators.routed_tokens
     found: dict[str, tuple[float, Tensor]] = {}
     for term in losses.terms():
         match term.name:
             case "importance" | "load":
-                value = getattr(stats, term.name)
+                value, step_sums = getattr(stats, term.name), getattr(global_stats, term.name, None)
                 if value is not None:
-                    value = cv_squared_loss(
-                        value,
-                        stats.tokens,
-                        scope=losses.cv_squared.scope,
-                        step_sums=getattr(global_stats, term.name, None),
-                        routed_tokens=denominators.routed_tokens,
-                    )
+                    value = cv_squared_loss(value, stats.tokens, scope=scope, step_sums=step_sums, routed_tokens=n_g)
             case "device_balance":
                 value = device_balance_loss(stats, losses, global_stats=global_stats)
             case "diversity":
