@@ -193,11 +193,11 @@ def test_a_json_file_is_read_once_and_recorded(tmp_path: Path) -> None:
         ('{"a": 1, "a": 2}', "has the key a twice"),
         (
             '{"gradient_clipping": NaN}',
-            "engine.deepspeed_config.gradient_clipping.float: input should be a finite number",
+            "engine.deepspeed_config.gradient_clipping.float: Input should be a finite number",
         ),
         (
             '{"gradient_clipping": 1e999}',
-            "engine.deepspeed_config.gradient_clipping.float: input should be a finite number",
+            "engine.deepspeed_config.gradient_clipping.float: Input should be a finite number",
         ),
         (f'{{"steps_per_print": {"9" * 5000}}}', "ds.json: Exceeds the limit (4300 digits)"),
         ("[" * 100_000, "ds.json: maximum recursion depth exceeded"),
