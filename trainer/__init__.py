@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from trainer.library.config import load_config
     from trainer.library.moe_layer import LayerStats, MoELayer
     from trainer.library.runs import Run, load_run, train
-    from trainer.library.training_parts import build_model, load_batches, training_loss
+    from trainer.library.training_parts import build_model, load_batches, training_loss, update_routers
 
 __all__ = [
     "LayerStats",
@@ -23,6 +23,7 @@ __all__ = [
     "load_run",
     "train",
     "training_loss",
+    "update_routers",
 ]
 
 _MODULES: Final = {
@@ -35,6 +36,7 @@ _MODULES: Final = {
     "load_run": "runs",
     "train": "runs",
     "training_loss": "training_parts",
+    "update_routers": "training_parts",
 }
 """Module of trainer.library that has a public name."""
 

@@ -1,4 +1,4 @@
-"""The base class of every section of an experiment file."""
+"""Base class of every section of an experiment file."""
 
 import math
 import os
@@ -29,7 +29,7 @@ _NEAR_DIVISORS: Final = 10
 
 
 class Problem(NamedTuple):
-    """One broken rule between the keys of a section."""
+    """Broken rule between the keys of a section."""
 
     key: str
     """Dotted key below the section that the message is about; empty for the section itself."""

@@ -1,5 +1,6 @@
 """Turn pydantic's validation errors into findings, each at its place in the file, in our own wording."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
@@ -7,7 +8,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from trainer.config import foreign, slots, wording
-from trainer.config.base import Config, Problem
+from trainer.config.base import Config
 from trainer.config.nodes import UNUSABLE, Finding, Key, Node, dotted
 from trainer.config.slots import Slot
 
@@ -45,10 +46,10 @@ def explain(error: ValidationError, tree: Node, root: type[Config]) -> list[Find
     # If the kind itself is wrong, errors about the other options are meaningless.
     lost = {spot.key[:-1] for spot in spots if spot.key[-1:] == ("kind",) and spot.details["type"] == "literal_error"}
     findings: list[Finding] = []
-    unions: dict[Key, list[_Spot]] = {}
+    unions: dict[Key, list[_Spot]] = defaultdict(list)
     for spot in spots:
         if spot.union is not None:
-            unions.setdefault(spot.union[0], []).append(spot)
+            unions[spot.union[0]].append(spot)
         elif spot.details["type"] != "extra_forbidden" or spot.key[:-1] not in lost:
             findings.extend(_findings(spot, tree, root))
     for branches in unions.values():
@@ -91,13 +92,12 @@ def _was_reported(node: Node | None) -> bool:
 
 def _union_findings(spots: list[_Spot], tree: Node, root: type[Config]) -> Iterator[Finding]:
     """Report the errors of the intended type of a union; if the value has none of the types, report only that."""
-    branches: dict[str, list[_Spot]] = {}
+    branches: dict[str, list[_Spot]] = defaultdict(list)
     for spot in spots:
-        branches.setdefault(spot.branch, []).append(spot)
+        branches[spot.branch].append(spot)
     for found in branches.values():
         if not any(spot.union is not None and spot.key == spot.union[0] and _is_type_error(spot) for spot in found):
-            for spot in found:
-                yield from _findings(spot, tree, root)
+            yield from (finding for spot in found for finding in _findings(spot, tree, root))
             return
     assert spots[0].union is not None, "only union errors reach this function"
     key, slot = spots[0].union
@@ -114,7 +114,9 @@ def _findings(spot: _Spot, tree: Node, root: type[Config]) -> Iterator[Finding]:
     context = spot.details.get("ctx", {})
     key, node, kind = spot.key, spot.node, spot.details["type"]
     if kind == "problems":
-        yield from (_problem(problem, key, tree) for problem in context["found"])
+        for problem in context["found"]:
+            at = (*key, *(problem.key.split(".") if problem.key else ()))
+            yield Finding(_nearest(tree, at).key_place, at, problem.message)
     elif kind == "missing" and isinstance(key[-1], int):
         pair = _nearest(tree, key[:-1])
         yield Finding(pair.place, key[:-1], wording.wrong_length(pair, spot.outer.annotation))
@@ -165,27 +167,19 @@ def _about_value(spot: _Spot, node: Node, context: dict[str, Any]) -> str:
         return f"must be a finite number, got {wording.given(node)}"
     if kind == "string_pattern_mismatch":
         return wording.pattern(str(node.value), context["pattern"])
-    if kind in ("string_too_short", "too_short") and context["min_length"] == 1:
-        return f"must not be empty; write {'some text' if isinstance(node.value, str) else 'an entry, or remove it'}"
-    if kind == "string_too_long":
-        return f"must have at most {context['max_length']} characters, got {len(node.value)}"
-    if kind == "too_long" and context["field_type"] == "Tuple":
+    if context.get("field_type") == "Tuple":
         return wording.wrong_length(node, spot.slot.annotation)
-    if kind in ("too_short", "too_long"):
-        bound = "at least" if kind == "too_short" else "at most"
-        limit = context.get("min_length", context.get("max_length"))
-        return f"must have {bound} {limit} entries, got {len(node.value)}"
+    if context.get("min_length") == 1:
+        return f"must not be empty; write {'some text' if isinstance(node.value, str) else 'an entry, or remove it'}"
+    if kind.endswith(("too_short", "too_long")):
+        bound = f"at least {context['min_length']}" if kind.endswith("short") else f"at most {context['max_length']}"
+        return f"must have {bound} {'characters' if 'string' in kind else 'entries'}, got {len(node.value)}"
     if kind in ("file", "plugin_function"):  # about another file, which the message names
         return str(context["text"])
     if kind == "value_error":  # from a validator of ours, whose message continues after the text
         return f"{wording.given(node)} {context['error']}"
     # A constraint that no section uses yet: pydantic's message.
     return f"{spot.details['msg'][:1].lower()}{spot.details['msg'][1:]}, got {wording.given(node)}"
-
-
-def _problem(problem: Problem, outer: Key, tree: Node) -> Finding:
-    key = (*outer, *(problem.key.split(".") if problem.key else ()))
-    return Finding(_nearest(tree, key).key_place, key, problem.message)
 
 
 def _nearest(tree: Node, key: Key) -> Node:

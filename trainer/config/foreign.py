@@ -1,7 +1,4 @@
-"""Option names and values of other trainers, and their counterparts here; tried before similar names.
-
-The names are in foreign_names.toml, which is read when a name is first looked up. Imports no torch.
-"""
+"""Counterparts of other trainers' option names and values, from foreign_names.toml; tried before similar names."""
 
 import tomllib
 from collections.abc import Mapping

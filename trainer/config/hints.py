@@ -11,8 +11,8 @@ from trainer.config.nodes import MAX_SHOWN, Node, shown
 from trainer.config.slots import Slot
 from trainer.config.yaml_nodes import resolve
 
-_WORDS_OF_BOOLS: Final = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
-_NULLS: Final = frozenset({"none", "never", "off", "no", "nil", "disabled"})
+_BOOL_WORDS: Final = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
+_NULL_WORDS: Final = frozenset({"none", "never", "off", "no", "nil", "disabled"})
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_./~][\w./~*+-]*", re.ASCII)
 """Text that needs no quotes inside braces."""
 
@@ -30,10 +30,10 @@ def how_to_write(node: Node, annotation: Any) -> str | None:
     if isinstance(value, str):
         if (number := _as_number(value, types)) is not None:
             return "remove the quotes" if value == number and node.written is None else f"write {number}"
-        if slots.accepts_null(annotation) and value.lower() in _NULLS and str not in types:
+        if slots.accepts_null(annotation) and value.lower() in _NULL_WORDS and str not in types:
             return "write null"
-        if bool in types and value.lower() in _WORDS_OF_BOOLS:
-            return f"write {_WORDS_OF_BOOLS[value.lower()]}"
+        if bool in types and value.lower() in _BOOL_WORDS:
+            return f"write {_BOOL_WORDS[value.lower()]}"
         if bool in types and value.lower() in ("true", "false"):
             return "remove the quotes" if node.written is None else f"write {value.lower()}"
     if isinstance(value, float) and int in types and value.is_integer() and abs(value) < 2**53:
@@ -114,12 +114,11 @@ def _as_section(value: object, annotation: Any) -> str | None:
 
 def _option_of_one_key(text: str, section: type[Config]) -> str | None:
     """Return `key: value` if exactly one key of a section has the value among its options."""
-    found = {
-        name: option
-        for name, field in section.model_fields.items()
-        if (option := meant_value(text, slots.literals(field.annotation))) is not None
+    options = {
+        name: meant_value(text, slots.literals(field.annotation)) for name, field in section.model_fields.items()
     }
-    return ": ".join(*found.items()) if len(found) == 1 else None
+    found = [f"{name}: {option}" for name, option in options.items() if option is not None]
+    return found[0] if len(found) == 1 else None
 
 
 def _as_file(text: str, annotation: Any) -> str | None:
@@ -152,9 +151,6 @@ def _flow(text: str) -> str:
 def _as_number(text: str, types: list[Any]) -> str | None:
     """Return the number that text stands for, if a number is expected."""
     bare = text.strip().replace("_", "").replace(",", "")
-    try:
-        number = resolve(bare)
-    except ValueError:
-        return None
+    number = _read(bare)
     fits = float in types if type(number) is float else type(number) is int and (int in types or float in types)
     return bare if fits else None

@@ -1,4 +1,4 @@
-"""A configuration as written: values with their file, line and column."""
+"""Nodes of a configuration: values with their file, line and column; and the problems found in them."""
 
 import re
 from collections.abc import Iterable
@@ -14,15 +14,13 @@ MAX_SHOWN: Final = 60
 """Longest value in a message, in characters."""
 MAX_PATH_SHOWN: Final = 300
 """Longest path in a message, in characters."""
-_MAX_PARTS: Final = 12
-"""Most parts of a key in a message; no schema is as deep."""
 _PLAIN_PART: Final = re.compile(r"[A-Za-z0-9_-]{1,60}")
 UNUSABLE: Final = object()
 """Value of a node that was already reported; further errors about it are dropped."""
 
 
 class SourceLocation(NamedTuple):
-    """Source location; sorts in reading order: the named file, its bases, the overrides."""
+    """Source location; sorts in the order of reading: the named file, its bases, the overrides."""
 
     rank: int
     """Order among the sources of one configuration."""
@@ -79,7 +77,7 @@ class Finding(NamedTuple):
     """Text of the problem: what is wrong, with the values; what is allowed; what to do."""
 
     def __str__(self) -> str:
-        """Format as one line: where: what is wrong."""
+        """Format as one line."""
         return f"{self.place}: {dotted(self.key)}: {self.message}" if self.key else f"{self.place}: {self.message}"
 
 
@@ -87,15 +85,13 @@ class Unreadable(Exception):
     """A source that cannot be read to its end; its finding is the last of that source."""
 
     def __init__(self, place: SourceLocation, message: str, key: Key = ()) -> None:
-        finding = Finding(place, key, message)
-        super().__init__(str(finding))
-        self.finding = finding
+        self.finding = Finding(place, key, message)
+        super().__init__(str(self.finding))
 
 
 def dotted(key: Key) -> str:
     """Write a key in dotted form, `data.sources.0.path`; unusual parts are quoted and shortened."""
-    text = ".".join(str(part) if _PLAIN_PART.fullmatch(str(part)) else shown(part) for part in key[:_MAX_PARTS])
-    return text if len(key) <= _MAX_PARTS else f"{text}...."
+    return ".".join(str(part) if _PLAIN_PART.fullmatch(str(part)) else shown(part) for part in key)
 
 
 def shown(value: object) -> str:

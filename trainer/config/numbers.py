@@ -1,7 +1,7 @@
-"""The ranges of a configuration's numbers, by what they count.
+"""Number types of a configuration, with the range of each quantity.
 
-Each range is wider than anybody trains with, and ends before what a machine can count or hold. A number beyond it is a
-slip, and is said to be one before anything is computed with it: no list of 10^9 layers is made to find that out.
+Each range is wider than any real run needs and ends before a machine can no longer count or hold the result, so a typo
+such as 10^9 layers is refused before anything is computed with it.
 """
 
 from typing import Annotated, Final
@@ -13,28 +13,28 @@ MAX_INT: Final = 2**63 - 1
 MAX_STEPS: Final = 10**9
 
 Whole = Annotated[int, Field(ge=0, le=MAX_INT)]
-"""Only compared or hashed: seeds, lengths of strings."""
+"""Only compared or hashed: seeds, lengths of text."""
 Count = Annotated[int, Field(gt=0, le=MAX_INT)]
-"""Only compared: intervals and limits, which may be large enough to mean never."""
+"""Only compared: intervals and limits, which may be so large that they mean never."""
 Steps = Annotated[int, Field(gt=0, le=MAX_STEPS)]
-"""Optimizer steps: a thousand of the longest runs, one after the other."""
+"""Optimizer steps; about 1000 times the longest known runs."""
 Layers = Annotated[int, Field(gt=0, le=10**4)]
-"""Transformer blocks: ten times the deepest ones that were ever trained (DeepNet, arXiv 2203.00555)."""
+"""Transformer blocks; 10 times the deepest known model (DeepNet, arXiv 2203.00555)."""
 Width = Annotated[int, Field(gt=0, le=2**24)]
-"""Width of a residual stream or a hidden layer; at most hundreds of times the widest known."""
+"""Width of the residual stream or a hidden layer; hundreds of times the widest known."""
 Length = Annotated[int, Field(gt=0, le=2**27)]
-"""Tokens of a row: above the longest contexts (10^8)."""
+"""Tokens of a row; longer than the longest known contexts (10^8)."""
 Experts = Annotated[int, Field(gt=0, le=2**20)]
-"""Experts, or groups of them: a million (PEER, arXiv 2407.04153)."""
+"""Experts or groups of experts; PEER (arXiv 2407.04153) has a million."""
 ExtraExperts = Annotated[int, Field(ge=0, le=2**20)]
-"""Experts that there need not be."""
+"""Optional experts: shared or null ones."""
 Rows = Annotated[int, Field(gt=0, le=2**24)]
-"""Sequences that are computed in one step."""
+"""Sequences per step or micro-batch."""
 Coefficient = Annotated[float, Field(ge=0, le=1e6)]
-"""Weight of a loss or of a decay: what it multiplies stays finite in float32."""
+"""Weight of a loss term or of weight decay; the product stays finite in float32."""
 Factor = Annotated[float, Field(gt=0, le=1e6)]
-"""Multiple of something finite."""
+"""Positive multiplier."""
 Epsilon = Annotated[float, Field(ge=1e-30, le=1e6)]
-"""Added before a division: float32 still has it, and its reciprocal too."""
+"""Term added before a division; float32 holds it and its reciprocal."""
 Seconds = Annotated[float, Field(ge=0, le=1e9)]
-"""A waiting time: up to thirty years."""
+"""Waiting time; up to 30 years."""

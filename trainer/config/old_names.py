@@ -1,40 +1,38 @@
-"""Accept the former names of keys and values, each with a warning that states the present one.
+"""Replace old names of keys and values by their present ones, with a warning for each.
 
-A section lists them in `Config.old_names`. They are replaced before anything else looks at a configuration, so that
-every message is about the present name, at the place where the old one was written.
+`Config.old_names` lists them. They are replaced before the configuration is validated, so that errors show the present
+name, at the location of the old one.
 """
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 
 from trainer.config import slots
-from trainer.config.base import Config, Renamed
+from trainer.config.base import Renamed
 from trainer.config.dump import inline
 from trainer.config.nodes import Finding, Key, Node, dotted
 from trainer.config.slots import Slot
 
 FIRST_OVERRIDE = 1_000_000
-"""Rank of the first override: overrides are reported after all files, and replace what these have."""
+"""Rank of the first override: overrides come after all files in a report, and replace their values."""
 
 
 class OldNameWarning(FutureWarning):
-    """A configuration uses a former name of a key or of a value."""
+    """Warning about an old name of a key or value."""
 
 
 def with_present_names(node: Node, slot: Slot, findings: list[Finding], key: Key = ()) -> Node:
-    """Return a configuration with former names replaced.
+    """Return a configuration with old names replaced.
 
     Args:
-        node: the configuration, or a part of it; a `kind` may be missing that another file has.
-        slot: schema of this place.
-        findings: receives a problem for each key that is given under both of its names.
-        key: path of this place.
+        node: the configuration or a part of it; it may lack a `kind` that another layer has.
+        slot: schema of `node`.
+        findings: collects a problem for each key that is given under both of its names.
+        key: path of `node`.
     """
     if isinstance(node.value, list):
-        entries = [
-            with_present_names(entry, slots.entry(slot, i), findings, (*key, i)) for i, entry in enumerate(node.value)
-        ]
+        parts = enumerate(node.value)
+        entries = [with_present_names(part, slots.entry(slot, i), findings, (*key, i)) for i, part in parts]
         return replace(node, value=entries)
     if not isinstance(node.value, dict):
         return node
@@ -51,34 +49,23 @@ def with_present_names(node: Node, slot: Slot, findings: list[Finding], key: Key
             _warn(inner, present, old=(*key, name), new=renamed.key)
         other = node.value.get(renamed.key) if renamed.key != name else None
         if other is not None and _is_override(other) == _is_override(inner):
-            findings.append(
-                Finding(
-                    inner.key_place,
-                    (*key, name),
-                    f"is the old name of {renamed.key}, which is given as well; remove it",
-                )
-            )
+            message = f"is the old name of {renamed.key}, which is given as well; remove it"
+            findings.append(Finding(inner.key_place, (*key, name), message))
         elif other is None or _is_override(inner):
             value[renamed.key] = present
     return replace(node, value=value)
 
 
 def _renamed(node: Node, slot: Slot, name: str) -> Renamed | None:
-    """Return the present name of a key, if it has one under this node's kind or, where no kind is given, any."""
-    for section in _sections(node, slot):
+    """Return the new name of an old key of this node's kind or, if the node states none, of any kind."""
+    stated = slots.section_of(slot, slots.kind_of(node, slot))
+    others = slots.sections(slot.annotation) if node.below("kind") is None else []
+    for section in [*([] if stated is None else [stated]), *others]:
         if name in section.old_names:
             return section.old_names[name]
         if name in section.model_fields:
             return None
     return None
-
-
-def _sections(node: Node, slot: Slot) -> Iterator[type[Config]]:
-    section = slots.section_of(slot, slots.kind_of(node, slot))
-    if section is not None:
-        yield section
-    if node.below("kind") is None:
-        yield from slots.sections(slot.annotation)
 
 
 def _is_override(node: Node) -> bool:

@@ -43,28 +43,28 @@ class KindConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _name_plugin(cls, values: Any) -> Any:
-        """Let a plug-in's config that is made in Python have the kind that YAML would name it by."""
+        """Set the kind of a plug-in's config made in Python to the name that YAML would use."""
         if isinstance(values, dict) and not values.get("kind") and not cls.model_fields["kind"].default:
             return {**values, "kind": f"{cls.__module__}:{cls.__qualname__}"}
         return values
 
 
 def kinds(section: type[Config]) -> tuple[str, ...]:
-    """Return the values of `kind` that stand for a section; most sections have one or none."""
+    """Return the values of `kind` that select a section; most sections have one or none."""
     field = section.model_fields.get("kind")
     return get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ()
 
 
 class Pluggable:
-    """Annotation of a union of sections with a `kind` that lets the kind be a plug-in as well."""
+    """Annotation of a union of sections that accepts plug-ins as further kinds."""
 
     def __init__(self, group: str, base: type[KindConfig], lazy: Mapping[str, str] | None = None) -> None:
         """Describe the plug-ins of one section.
 
         Args:
             group: group of entry points, without `turnout.`.
-            base: class that configs of plug-ins derive from.
-            lazy: kinds of this project that are imported when they are used, as module:Class by name.
+            base: base class of plug-ins' configs.
+            lazy: kinds of this project that are imported on first use, as module:Class by name.
         """
         self.group, self.base = group, base
         self.lazy: Mapping[str, str] = {} if lazy is None else lazy
@@ -74,7 +74,7 @@ class Pluggable:
         return list(dict.fromkeys([*self.lazy, *_entry_points(self.group)]))
 
     def has(self, kind: object) -> bool:
-        """Tell whether a kind is the name of a plug-in, installed or not."""
+        """Return whether a kind is the name of a plug-in, installed or not."""
         return isinstance(kind, str) and (":" in kind or kind in self.lazy or kind in _entry_points(self.group))
 
     def section(self, kind: str) -> type[KindConfig]:
@@ -83,14 +83,11 @@ class Pluggable:
         Raises:
             PluginError: if there is no such class, or it cannot be used here.
         """
-        entry_point = _entry_points(self.group).get(kind)
-        path = self.lazy.get(kind) or (kind if entry_point is None else entry_point.value)
+        path = self.lazy.get(kind) or _path_of(kind, self.group)
         found = load_object(path, alike=self.accepts)
         if not self.accepts(found):
-            raise PluginError(
-                f"{path} is not a config class of turnout.{self.group}; derive it from "
-                f"{self.base.__module__}.{self.base.__name__}"
-            )
+            base = f"{self.base.__module__}.{self.base.__name__}"
+            raise PluginError(f"{path} is not a config class of turnout.{self.group}; derive it from {base}")
         if (own := kinds(found)) and kind not in own:
             raise PluginError(f"{found.__name__} has a field kind of its own ({own[0]}); remove it from the class")
         if getattr(found, "build", None) is getattr(self.base, "build", None):
@@ -98,11 +95,11 @@ class Pluggable:
         return found
 
     def accepts(self, found: object) -> bool:
-        """Tell whether an object is a config class of this section."""
+        """Return whether an object is a config class for this section."""
         return isinstance(found, type) and issubclass(found, self.base) and found is not self.base
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Wrap the union: its own kinds are validated as before."""
+        """Wrap the union, whose own kinds are validated as before."""
         built_in = {kind for section in get_args(source) or (source,) for kind in kinds(section)}
 
         def serialize(value: Any, as_built_in: Callable[[Any], Any]) -> Any:
@@ -127,7 +124,7 @@ class Pluggable:
         return _validator(section, kind).validate_python(value)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Accept any module:Class, and the keys of the plug-ins that are installed here."""
+        """Accept any module:Class, and the keys of installed plug-ins."""
         found = handler(schema)
         options = found.get("oneOf", [found])
         for name in self.names():
@@ -141,10 +138,10 @@ class Pluggable:
 
 
 class PluggableFunction:
-    """Annotation of a choice of names that lets the name be a function of a user's: module:function."""
+    """Annotation of a choice of names that also accepts a user's function, module:function."""
 
     def __init__(self, group: str) -> None:
-        """Describe the choice; `group` is that of its entry points, without `turnout.`."""
+        """Describe the choice; `group` is its entry points' group, without `turnout.`."""
         self.group = group
 
     def function(self, name: str) -> Callable[..., Any]:
@@ -153,15 +150,13 @@ class PluggableFunction:
         Raises:
             PluginError: if there is none.
         """
-        entry_point = _entry_points(self.group).get(name)
-        path = name if entry_point is None else entry_point.value
-        found = load_object(path, alike=callable)
+        found = load_object(_path_of(name, self.group), alike=callable)
         if not callable(found):
-            raise PluginError(f"{path} is not a function")
+            raise PluginError(f"{name} is not a function")
         return found
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Wrap the choice: its own names are validated as before."""
+        """Wrap the choice, whose own names are validated as before."""
 
         def validate(value: Any, as_built_in: Callable[[Any], Any]) -> Any:
             is_plugin = isinstance(value, str) and value not in get_args(source)
@@ -178,7 +173,7 @@ class PluggableFunction:
         )
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Accept any module:function, and the names that are installed here."""
+        """Accept any module:function, and installed names."""
         own = handler(schema)
         installed = [{"const": name} for name in _entry_points(self.group)]
         keep = {key: own.pop(key) for key in ("default", "description", "title") if key in own}
@@ -186,11 +181,11 @@ class PluggableFunction:
 
 
 def load_object(path: str, *, alike: Callable[[object], bool]) -> Any:
-    """Import what module:name stands for.
+    """Import the object that module:name names.
 
     Args:
         path: module:name.
-        alike: tells whether an object of the module could have been meant, for the message.
+        alike: returns whether an object of the module may have been intended, for the error message.
 
     Raises:
         PluginError: if the module cannot be imported or has no such name.
@@ -209,7 +204,7 @@ def load_object(path: str, *, alike: Callable[[object], bool]) -> Any:
 
 @contextmanager
 def searching(folders: Sequence[Path]) -> Generator[None]:
-    """Look modules up in these folders as well, after the working directory."""
+    """Also look up modules in these folders, after the working directory."""
     token = _MORE_FOLDERS.set(tuple(map(str, folders)))
     try:
         yield
@@ -242,9 +237,15 @@ def _entry_points(group: str) -> dict[str, EntryPoint]:
     return {entry_point.name: entry_point for entry_point in entry_points(group=f"turnout.{group}")}
 
 
+def _path_of(name: str, group: str) -> str:
+    """Return the module:name of an entry point; any other name is already one."""
+    entry_point = _entry_points(group).get(name)
+    return name if entry_point is None else entry_point.value
+
+
 @cache
 def _validator(section: type[KindConfig], kind: str) -> SchemaValidator:
-    """Return a validator of one section whose errors name the kind, as those of a union of built-in kinds do."""
+    """Return a validator of one section whose errors include the kind, like those of a union of built-in kinds."""
     return SchemaValidator(
         core_schema.tagged_union_schema({kind: section.__pydantic_core_schema__}, discriminator="kind")
     )

@@ -1,4 +1,4 @@
-"""JSON schema of a configuration, with which editors complete keys and mark mistakes."""
+"""JSON schema of a configuration, for completion and error marks in editors."""
 
 import json
 from typing import Any

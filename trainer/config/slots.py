@@ -1,4 +1,4 @@
-"""Walk a schema: find the section, keys and types expected at a place of a configuration."""
+"""Look up the section, keys and types that a schema expects at a place of a configuration."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -25,20 +25,20 @@ UNKNOWN = Slot(Any)
 
 def alternatives(annotation: Any) -> list[Any]:
     """Return the types in an annotation, without `Annotated`, unions and null."""
-    if get_origin(annotation) is Annotated:
-        return alternatives(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        return [one for part in get_args(annotation) for one in alternatives(part)]
-    return [] if annotation is NoneType else [annotation]
+    return [one for one in _types(annotation) if one is not NoneType]
 
 
 def accepts_null(annotation: Any) -> bool:
     """Return whether null is allowed."""
+    return NoneType in _types(annotation)
+
+
+def _types(annotation: Any) -> list[Any]:
     if get_origin(annotation) is Annotated:
-        return accepts_null(get_args(annotation)[0])
+        return _types(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
-        return any(accepts_null(part) for part in get_args(annotation))
-    return annotation is NoneType
+        return [one for part in get_args(annotation) for one in _types(part)]
+    return [annotation]
 
 
 def sections(annotation: Any) -> list[type[Config]]:
@@ -47,14 +47,13 @@ def sections(annotation: Any) -> list[type[Config]]:
 
 
 def plugins(annotation: Any) -> Pluggable | None:
-    """Return the plug-ins that may stand here besides the built-in kinds."""
-    if get_origin(annotation) is not Annotated:
-        return None
-    return next((one for one in get_args(annotation)[1:] if isinstance(one, Pluggable)), None)
+    """Return the plug-ins that a section accepts besides the built-in kinds."""
+    metadata = get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
+    return next((one for one in metadata if isinstance(one, Pluggable)), None)
 
 
 def plugin(annotation: Any, kind: object) -> type[Config] | None:
-    """Return the section of a plug-in that may stand here and can be imported."""
+    """Return the section of a plug-in that is accepted here and can be imported."""
     pluggable = plugins(annotation)
     if pluggable is None or not isinstance(kind, str) or not pluggable.has(kind):
         return None
@@ -65,7 +64,7 @@ def plugin(annotation: Any, kind: object) -> type[Config] | None:
 
 
 def all_kinds(annotation: Any) -> list[str]:
-    """Return every value of `kind` that may stand here and has a name of its own."""
+    """Return every value of `kind` that is accepted here, except module:Class."""
     pluggable = plugins(annotation)
     built_in = [kind for section in sections(annotation) for kind in kinds(section)]
     return built_in if pluggable is None else list(dict.fromkeys([*built_in, *pluggable.names()]))
@@ -73,8 +72,7 @@ def all_kinds(annotation: Any) -> list[str]:
 
 def literals(annotation: Any) -> list[str]:
     """Return the literal values in an annotation."""
-    fixed = (get_args(one) for one in alternatives(annotation) if get_origin(one) is Literal)
-    return [str(value) for values in fixed for value in values]
+    return [str(value) for one in alternatives(annotation) if get_origin(one) is Literal for value in get_args(one)]
 
 
 def kind_of(node: Node | None, slot: Slot) -> object:
@@ -100,9 +98,7 @@ def field(section: type[Config] | None, key: str) -> Slot:
     for pluggable in info.metadata:  # pydantic takes it off the annotation of a field
         if isinstance(pluggable, Pluggable):
             annotation = Annotated[annotation, pluggable]
-    return Slot(
-        annotation, info.default if info.default_factory is None else info.get_default(call_default_factory=True)
-    )
+    return Slot(annotation, info.get_default(call_default_factory=True))
 
 
 def entry(slot: Slot, index: int) -> Slot:
@@ -126,12 +122,8 @@ def at(root: type[Config], key: str) -> list[Any]:
     """Return the annotations at a dotted key under every kind on the way; empty if there is no such key."""
     found: list[Any] = [root]
     for part in key.split("."):
-        entries = [
-            get_args(one)[0]
-            for annotation in found
-            for one in alternatives(annotation)
-            if get_origin(one) is list and part.isdecimal()
-        ]
+        options = [one for annotation in found for one in alternatives(annotation)]
+        entries = [get_args(one)[0] for one in options if get_origin(one) is list and part.isdecimal()]
         owners = [one for annotation in found for one in sections(annotation) if part in one.model_fields]
         found = entries + [owner.model_fields[part].annotation for owner in owners]
     return found
@@ -140,20 +132,18 @@ def at(root: type[Config], key: str) -> list[Any]:
 @cache
 def homes(root: type[Config]) -> dict[str, tuple[str, ...]]:
     """Return the dotted sections that have each key of the schema, in schema order."""
-    found: dict[str, dict[str, None]] = {}  # of ordered sets
+    found: dict[str, tuple[str, ...]] = {}
     for where, section in _walk(root, ""):
         for key in section.model_fields:
-            found.setdefault(key, {})[where] = None
-    return {key: tuple(where) for key, where in found.items()}
+            found[key] = tuple(dict.fromkeys([*found.get(key, ()), where]))
+    return found
 
 
 def _walk(section: type[Config], where: str) -> Iterator[tuple[str, type[Config]]]:
     yield where, section
     for key, info in section.model_fields.items():
         path = f"{where}.{key}".lstrip(".")
-        for one in alternatives(info.annotation):
-            if get_origin(one) is list:
-                for inner in sections(get_args(one)[0]):
-                    yield from _walk(inner, f"{path}.0")
-        for inner in sections(info.annotation):
-            yield from _walk(inner, path)
+        lists = [one for one in alternatives(info.annotation) if get_origin(one) is list]
+        inside = [(f"{path}.0", section) for one in lists for section in sections(get_args(one)[0])]
+        for place, inner in [*inside, *((path, section) for section in sections(info.annotation))]:
+            yield from _walk(inner, place)

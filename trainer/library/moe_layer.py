@@ -1,4 +1,4 @@
-"""A mixture-of-experts layer for any module: a plain (B, S, D) tensor in, the same shape and statistics out.
+"""Mixture-of-experts layer for any module: takes a plain (B, S, D) tensor, returns one and statistics.
 
 # B sequences of S tokens, T = B * S, E experts, D d_model, F d_ff.
 """
@@ -43,7 +43,7 @@ class LayerStats:
 
     @property
     def load_imbalance(self) -> Tensor:
-        """Assignments of the busiest expert over the mean; 1 is balanced."""
+        """Assignments of the busiest expert over the mean: 1 when balanced."""
         counts = self.tokens_per_expert.float()
         return counts.max() / counts.mean().clamp(min=1)
 
@@ -163,8 +163,7 @@ class MoELayer(nn.Module):
 
     def update_router(self, stats: LayerStats) -> None:
         """Update a selection bias from the loads of an optimizer step; other routers ignore it."""
-        counts, nulls = stats.tokens_per_expert, stats.sums.null_counts
-        self.moe.router.update(counts if nulls is None else torch.cat([counts, nulls.sum()[None]]))
+        self.moe.router.update(stats.sums.choices())
 
 
 def _router_config(router: str | Mapping[str, Any] | RouterOptions, top_k: int | None) -> RouterOptions:

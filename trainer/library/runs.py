@@ -1,4 +1,4 @@
-"""Train a config in this process, and read what a run has written."""
+"""Train a config in this process, and read the files of a run."""
 
 import os
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ _TRAINED, _LOST = 0, 1
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run folder: its config, metrics and checkpoints."""
+    """Run folder: its config, metrics and checkpoints."""
 
     path: Path
 
@@ -41,14 +41,14 @@ class Run:
         yield from _records(RunFolder(self.path).metrics)
 
     def routing(self) -> Iterator[dict[str, Any]]:
-        """Yield the records of routing.jsonl: what the MoE layers did in each logged step."""
+        """Yield the records of routing.jsonl: routing statistics of the MoE layers, one per logged step."""
         yield from _records(RunFolder(self.path).routing)
 
     def series(self, key: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Return the steps (N,) and values (N,) of one metric, such as "loss" or "eval/loss".
 
         Raises:
-            KeyError: if no record has the metric; the message lists those that there are.
+            KeyError: if no record has the metric; the message lists the available ones.
         """
         found, keys = [], dict[str, None]()
         for record in self.metrics():
@@ -84,7 +84,7 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     """Return the run of a folder, such as runs/smoke.
 
     Raises:
-        CheckpointError: if the folder is not one of a run.
+        CheckpointError: if it is not a run folder.
     """
     folder = RunFolder(Path(path))
     if not folder.config.is_file():
@@ -98,7 +98,7 @@ def train(config: ExperimentConfig) -> Run:
     Under torchrun, every rank calls it.
 
     Raises:
-        TurnoutError: as `turnout train` would print it.
+        TurnoutError: the error that `turnout train` would print.
         KeyboardInterrupt: if a signal stopped the run; a checkpoint was saved, and the next call resumes.
     """
     from trainer.training.main import train_run
@@ -118,7 +118,7 @@ def train(config: ExperimentConfig) -> Run:
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a log; a last line that is not finished yet is left out."""
+    """Yield the records of a log, without an incomplete last line."""
     for line in read_lines(path) if path.is_file() else ():
         if line.endswith(b"\n") and (record := parse_record(line)) is not None:
             yield record

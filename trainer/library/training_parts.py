@@ -1,6 +1,6 @@
-"""The parts of a training loop of one's own: the model, its batches and its loss, in one process."""
+"""Parts for your own training loop in one process: the model, its batches, its loss and the update of its routers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from trainer.experiment import ExperimentConfig
 from trainer.models.gpt import GPT
 from trainer.moe.losses import Denominators, objective
 from trainer.moe.routing import RoutingOptions
+from trainer.moe.stats import MoEStats
 from trainer.training.model import build_parallel_model, resolve_kernel, single_process
 
 
@@ -28,7 +29,7 @@ def build_model(config: ExperimentConfig, *, device: str | torch.device = "cpu")
 
 
 def load_batches(config: ExperimentConfig, *, batch_size: int | None = None, first_row: int = 0) -> Iterator[Batch]:
-    """Yield batches of training rows without end, in the order in which a run has them.
+    """Yield batches of training rows without end, in the order of a run.
 
     Args:
         config: its `data`, `model.seq_len` and `seed`.
@@ -44,8 +45,10 @@ def load_batches(config: ExperimentConfig, *, batch_size: int | None = None, fir
         first_row += count
 
 
-def training_loss(model: GPT, batch: Batch, *, seed: int = 0) -> Tensor:
-    """Return the loss of a batch: cross-entropy per target token plus the auxiliary losses of the model's config.
+def training_loss(model: GPT, batch: Batch, *, seed: int = 0) -> tuple[Tensor, tuple[MoEStats, ...]]:
+    """Return the loss of a batch and the routing statistics of each MoE layer.
+
+    The loss is the cross-entropy per target token plus the auxiliary losses of the model's config.
 
     Args:
         model: the model.
@@ -61,4 +64,17 @@ def training_loss(model: GPT, batch: Batch, *, seed: int = 0) -> Tensor:
         denominators=Denominators(target_tokens=int(batch.target_mask.sum()), routed_tokens=int(batch.valid.sum())),
         losses=None if moe is None else moe.aux_losses,
     )
-    return share.total
+    return share.total, output.moe
+
+
+def update_routers(model: GPT, stats: Sequence[MoEStats]) -> None:
+    """Update the routers with a selection bias (`bias_balanced`) from the loads of a step; others ignore it.
+
+    Call it after each `optimizer.step()`; `train` does the same.
+
+    Args:
+        model: the model.
+        stats: returned by `training_loss`.
+    """
+    for moe, layer_stats in zip(model.moe_layers(), stats, strict=True):
+        moe.router.update(layer_stats.choices())

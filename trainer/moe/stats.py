@@ -42,6 +42,14 @@ class MoEStats:
     routed: RouterOutput | None = None
     """Output of the router, if requested."""
 
+    def choices(self) -> Tensor:
+        """Return (E,) int64 assignments before drops over all rows, followed by those to null experts if there are any.
+
+        `Router.update` takes them, summed over an optimizer step.
+        """
+        counts = self.counts.sum(0)
+        return counts if self.null_counts is None else torch.cat([counts, self.null_counts.sum()[None]])
+
 
 def collect_stats(
     routed: RouterOutput,
