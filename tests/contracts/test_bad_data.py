@@ -1,4 +1,4 @@
-"""Every kind of bad data is a one-line error that names the place, and exit code 3."""
+"""Bad data: a one-line error with the location, and exit code 3."""
 
 import gzip
 import json
@@ -29,7 +29,7 @@ class Case(NamedTuple):
     write: Write
     source: SourceConfig
     message: str
-    """The beginning of the message."""
+    """Start of the message."""
 
 
 def file(name: str, content: bytes | str) -> Write:
@@ -76,7 +76,7 @@ CASES = {
         "'caf\\udce9.txt': its name is not UTF-8, ",
     ),
     "empty text": Case(file("a.txt", ""), TEXT, "a.txt: holds no text "),
-    "white text": Case(file("a.txt", " \n\t\n"), TEXT, "a.txt: holds no text "),
+    "whitespace": Case(file("a.txt", " \n\t\n"), TEXT, "a.txt: holds no text "),
     "empty jsonl": Case(file("a.jsonl", ""), JSONL, "a.jsonl: holds no records "),
     "blank lines": Case(file("a.jsonl", "\n\n"), JSONL, "a.jsonl: holds no records "),
     "empty parquet": Case(parquet(text=[]), PARQUET, "{folder}/a.parquet: "),
@@ -89,7 +89,7 @@ CASES = {
         TextSourceConfig(path="a.txt.gz"),
         "a.txt.gz: damaged gzip",
     ),
-    "no gzip": Case(file("a.txt.gz", "plain"), TextSourceConfig(path="a.txt.gz"), "a.txt.gz: damaged gzip data ("),
+    "not gzip": Case(file("a.txt.gz", "plain"), TextSourceConfig(path="a.txt.gz"), "a.txt.gz: damaged gzip data ("),
     "truncated zst": Case(
         file("a.jsonl.zst", zstandard.compress(b'{"text": "a"}\n' * 999)[:-3]),
         JsonlSourceConfig(path="a.jsonl.zst"),
@@ -130,10 +130,10 @@ CASES = {
         parquet(text=[1, 2]), PARQUET, "{folder}/a.parquet: record 1: 'text' is a number; it must"
     ),
     "empty record": Case(records({"text": "a"}, {"text": " "}), JSONL, "a.jsonl:2: '{{text}}' holds no text "),
-    "half a character": Case(
+    "lone surrogate": Case(
         file("a.jsonl", '{"text": "\\ud800"}\n'), JSONL, "a.jsonl:1: 'text' has the lone surrogate \\ud800 at character"
     ),
-    "label without a name": Case(
+    "label out of range": Case(
         records({"text": "a", "label": 2}),
         JsonlSourceConfig(path="a.jsonl", text="{text} {label:bad|good}"),
         "a.jsonl:1: 'label' is 2; it must be a whole number from 0 to 1; ",
@@ -143,12 +143,12 @@ CASES = {
         JsonlSourceConfig(path="a.jsonl", filters=[{"column": "stars", "at_least": 4}]),  # type: ignore[list-item]
         "a.jsonl:1: 'stars' is a string; at_least and at_most need a number; ",
     ),
-    "filter that leaves nothing": Case(
+    "filter that excludes every record": Case(
         records({"text": "a"}),
         JsonlSourceConfig(path="a.jsonl", filters=[{"column": "text", "one_of": ["b"]}]),  # type: ignore[list-item]
         "data.sources: source 0 holds no documents; ",
     ),
-    "domain that is no name": Case(
+    "invalid domain name": Case(
         records({"text": "a", "of": "../x"}),
         JsonlSourceConfig(path="a.jsonl", domain_key="of"),
         "a.jsonl:1: domain '../x'",
@@ -164,7 +164,7 @@ CASES = {
         "b.jsonl: is a copy of a.jsonl; each record is read once; ",
     ),
     "too little to hold out": Case(file("a.txt", "x"), TEXT, "data.split: domain text has too little text to hold out"),
-    "no such split": Case(
+    "unknown split": Case(
         lambda f: (f / "set").mkdir() or records({"text": "a"}, name="set/train.jsonl")(f),
         HfSourceConfig(path="set", split="test"),
         "set:test: no split 'test'; the data set has train; ",
@@ -176,7 +176,7 @@ CASES = {
 
 
 @pytest.fixture(autouse=True)
-def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _offline_in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
@@ -186,13 +186,13 @@ def message(source: SourceConfig) -> str:
     with pytest.raises(DataError) as error:
         build_corpus(DataConfig(sources=[source], split=SplitConfig(fraction=0.5), cache_dir="cache"))
     assert error.value.exit_code == 3
-    whole = {".lock", ".parts"}  # finished parts are kept for the next start
-    assert [path.name for path in Path("cache").glob("*") if path.suffix not in whole] == []
+    kept = {".lock", ".parts"}  # finished parts are kept for the next run
+    assert [path.name for path in Path("cache").glob("*") if path.suffix not in kept] == []
     return str(error.value)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_is_one_line_that_names_the_place(name, tmp_path):
+def test_bad_data_is_a_one_line_error_with_the_location(name, tmp_path):
     case = CASES[name]
     case.write(tmp_path)
     line = message(case.source)
@@ -200,27 +200,27 @@ def test_it_is_one_line_that_names_the_place(name, tmp_path):
     assert "\n" not in line
 
 
-def test_a_line_of_200_mb_is_not_read_into_memory(tmp_path):
+def test_a_record_of_200_mb_is_refused(tmp_path):
     with (tmp_path / "a.jsonl").open("wb") as lines:
         lines.write(b'{"text": "a"}\n{"text": "')
         lines.truncate(200 << 20)
     assert message(JSONL).startswith(f"a.jsonl:2: more than {json_lines.MAX_RECORD_BYTES} bytes in one record; ")
 
 
-def test_a_file_over_the_limit_is_named(tmp_path, monkeypatch):
+def test_a_file_over_the_limit_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "MAX_DOCUMENT_BYTES", 1 << 20)
     (tmp_path / "a.txt").write_text("a" * (1 << 21))
     assert message(TEXT).startswith("a.txt: more than 1048576 bytes in one document; ")
 
 
-def test_a_file_that_vanishes_while_it_is_read_is_named(tmp_path, monkeypatch):
+def test_a_file_deleted_during_reading_is_reported(tmp_path, monkeypatch):
     records({"text": "a"}, {"text": "b"})(tmp_path)
     run = ReadTask.run
     monkeypatch.setattr(ReadTask, "run", lambda *args: (run(*args), (tmp_path / "a.jsonl").unlink()))
     assert message(JSONL).startswith("a.jsonl: cannot be read (No such file or directory); ")
 
 
-def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, monkeypatch):
+def test_a_file_changed_during_reading_is_reported(tmp_path, monkeypatch):
     records({"text": "a"}, {"text": "b"})(tmp_path)
     run = ReadTask.run
     monkeypatch.setattr(ReadTask, "run", lambda *args: (run(*args), (tmp_path / "a.jsonl").write_text("x")))

@@ -1,4 +1,4 @@
-"""What every dispatcher must do, on several ranks: the numbers and gradients of all experts in one process."""
+"""Dispatchers on several ranks: outputs and gradients equal those of all experts in one process."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ from trainer.ops.expert_ffn import loop_ffn
 D, F, SEQUENCES, SEQ_LEN = 6, 5, 2, 4
 TOKENS = SEQUENCES * SEQ_LEN
 
-# hierarchical: 4 ranks are 2 nodes of 2; fewer ranks go in one hop
+# hierarchical: 4 ranks are 2 hosts of 2; fewer ranks need one hop
 AT_CAPACITY = {kind: config() for kind, config in DISPATCHERS.items() if kind != "local"}
 DROPLESS = {kind: config for kind, config in AT_CAPACITY.items() if kind != "padded_all_to_all"}
 IN_CHUNKS = {name: config.model_copy(update={"chunks": 2}) for name, config in AT_CAPACITY.items()}
@@ -29,15 +29,15 @@ IN_CHUNKS = {name: config.model_copy(update={"chunks": 2}) for name, config in A
 SHAPES = {
     "even": (2, 4, 2),
     "uneven": (3, 8, 2),
-    "one expert a rank": (4, 4, 2),
-    "uneven over two nodes": (4, 6, 2),
+    "one expert per rank": (4, 4, 2),
+    "uneven over two hosts": (4, 6, 2),
     "every expert for every token": (2, 3, 3),
     "one choice": (2, 4, 1),
 }
 
 
 def _choices(case: str, rank: int, num_experts: int, top_k: int) -> tuple[Tensor, Tensor]:
-    """Experts (T, k) and validity (T,) of a rank's tokens."""
+    """Return the experts (T, k) and validity (T,) of a rank's tokens."""
     generator = torch.Generator().manual_seed(17 * rank + 3)
     chosen = torch.stack([torch.randperm(num_experts, generator=generator)[:top_k] for _ in range(TOKENS)])
     valid = torch.ones(TOKENS, dtype=torch.bool)
@@ -79,7 +79,7 @@ def _tokens(rank: int) -> Tensor:
 
 
 def _through(dispatcher: Any, rank: int, experts: tuple[int, int], decision: RoutingDecision, num_experts: int) -> dict:
-    """Output, and gradients of its squared sum for tokens, combine weights and the experts that are here."""
+    """Return the output, and the gradients of its squared sum for tokens, combine weights and local experts."""
     w_in, w_out = (w[slice(*experts)].clone().requires_grad_() for w in _weights(num_experts))
     x = _tokens(rank).requires_grad_()
     seen = []
@@ -99,7 +99,7 @@ def _through(dispatcher: Any, rank: int, experts: tuple[int, int], decision: Rou
 
 
 def on_a_rank(config: Any, case: str, num_experts: int, top_k: int, factor: float | None) -> dict:
-    """One rank's part of the experts, behind the dispatcher."""
+    """Compute with one rank's experts, through the dispatcher."""
     world_size = dist.get_world_size()
     mesh = mesh_here(ep_size=world_size, ranks_per_node=2)
     dispatcher = config.build(mesh, num_experts)
@@ -121,27 +121,27 @@ def _compare(ranks: Ranks, config: Any, case: str, shape: tuple[int, int, int], 
         torch.testing.assert_close(mine["y"], oracle["y"], rtol=0, atol=1e-12)
         torch.testing.assert_close(mine["x"], oracle["x"], rtol=0, atol=1e-12)
         torch.testing.assert_close(mine["weight"], oracle["weight"], rtol=0, atol=1e-12)
-    for name in ("w_in", "w_out"):  # a rank that owns an expert has the sum over everyone's tokens
+    for name in ("w_in", "w_out"):  # the rank of an expert sums over the tokens of all ranks
         whole = torch.cat([mine[name] for mine in there])
         torch.testing.assert_close(whole, torch.stack([o[name] for o in alone]).sum(0), rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("config", DROPLESS.values(), ids=DROPLESS.keys())
-def test_dropless_equals_one_process(ranks: Ranks, config: Any, case: str) -> None:
+def test_dropless_equals_a_single_process(ranks: Ranks, config: Any, case: str) -> None:
     for shape in SHAPES.values():
         _compare(ranks, config, case, shape, None)
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("config", AT_CAPACITY.values(), ids=AT_CAPACITY.keys())
-def test_at_capacity_equals_one_process(ranks: Ranks, config: Any, case: str) -> None:
+def test_with_a_capacity_equals_a_single_process(ranks: Ranks, config: Any, case: str) -> None:
     for shape in SHAPES.values():
         _compare(ranks, config, case, shape, 1.0)
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("config", IN_CHUNKS.values(), ids=IN_CHUNKS.keys())
-def test_chunks_change_nothing(ranks: Ranks, config: Any, case: str) -> None:
+def test_chunks_do_not_change_the_result(ranks: Ranks, config: Any, case: str) -> None:
     for shape, factor in (((2, 4, 2), 1.0), ((3, 8, 2), None), ((4, 9, 2), 1.0)):
         _compare(ranks, config, case, shape, factor)

@@ -1,7 +1,7 @@
-"""What people and machines get wrong in experiment files, and exactly what they are told.
+"""Mistakes in experiment files, and the exact report for each.
 
-Each case is a file `x.yaml`, with bases beside it and overrides over it, and the whole report. A line that reads badly
-is a bug: this table is where messages are reviewed.
+Each case is a file `x.yaml`, its base files and overrides, and the whole report. Messages are reviewed in this table: a
+line that reads badly is a bug.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,7 @@ train: {steps: 1e3, dtype: fp16, steps: 7}
 
 
 def task(*lines: str) -> str:
-    """A config with one evaluation task."""
+    """Return a config with one evaluation task."""
     lines = ("name: t", "rows: {kind: jsonl, path: a}", "prompt: '{q}'", *lines)
     return "name: x\neval:\n  tasks:\n  - " + "\n    ".join(lines) + "\n"
 
@@ -138,76 +138,76 @@ CASES = [
     Case("more ranks than experts",
          "name: x\nparallel: {ep_size: 9}\n",
          ["x.yaml:2:12: parallel.ep_size: 9 ranks cannot share 8 experts (model.moe.num_experts); use at most 8"]),
-    Case("experts of a dense model over ranks",
+    Case("expert parallelism of a dense model",
          "name: x\nmodel: {moe: null}\nparallel: {ep_size: 2}\n",
          ["x.yaml:3:12: parallel.ep_size: 2, but the model is dense (model.moe: null); use 1"]),
-    Case("a dispatcher that sends nothing",
+    Case("a local dispatcher with several ranks",
          "name: x\nparallel: {ep_size: 2, dispatcher: {kind: local}}\n",
          ["x.yaml:2:37: parallel.dispatcher.kind: local does not communicate; with ep_size 2 use all_to_all"]),
-    Case("buffers of a capacity that is not there",
+    Case("capacity-sized buffers without a capacity",
          "name: x\nparallel: {dispatcher: {kind: padded_all_to_all}}\n",
          ["x.yaml:2:25: parallel.dispatcher.kind: padded_all_to_all sends capacity-sized buffers, and "
           "model.moe.capacity.factor is null (dropless); use all_to_all, or set a factor"]),
-    Case("more chunks than experts of a rank",
+    Case("more chunks than experts on a rank",
          "name: x\nparallel: {ep_size: 3, dispatcher: {kind: all_to_all, chunks: 3}}\n",
          ["x.yaml:2:55: parallel.dispatcher.chunks: 3 chunks, and a rank may have only 2 experts (8 over ep_size 3); "
           "use at most 2"]),
-    Case("weights neither copied nor cut",
+    Case("unknown data parallelism",
          "name: x\nparallel: {data: zero}\n",
          ["x.yaml:2:18: parallel.data: 'zero' is not one of replicate, shard"]),
-    Case("copies never compared",
+    Case("copies compared every zero steps",
          "name: x\nparallel: {check_copies_every: 0}\n",
          ["x.yaml:2:32: parallel.check_copies_every: must be more than 0, got 0"]),
-    Case("a window in which nothing is judged",
+    Case("a spike window that is too short",
          "name: x\ntrain: {spikes: {window: 16}}\n",
          ["x.yaml:2:18: train.spikes.window: 16 losses are too few to detect spikes; use at least 32"]),
-    Case("spikes skipped and not looked for",
+    Case("spikes skipped but not detected",
          "name: x\ntrain: {spikes: {sigmas: null, skip: true}}\n",
          ["x.yaml:2:32: train.spikes.skip: true, but sigmas is null, so no loss is a spike; set sigmas, or "
           "skip: false"]),
-    Case("a mode of wandb that there is not",
+    Case("unknown wandb mode",
          "name: x\nmetrics: {wandb: {mode: live}}\n",
          [("x.yaml:2:25: metrics.wandb.mode: 'live' is not one of disabled, auto, online, offline; did you mean "
            "online?")]),
-    Case("a mode of wandb that is off",
+    Case("wandb mode off",
          "name: x\nmetrics: {wandb: {mode: off}}\n",
          ["x.yaml:2:25: metrics.wandb.mode: 'off' is not one of disabled, auto, online, offline; did you mean "
           "disabled?"]),
-    Case("a mode of wandb that is false",
+    Case("wandb mode false",
          "name: x\nmetrics: {wandb: {mode: false}}\n",
          ["x.yaml:2:25: metrics.wandb.mode: false is not one of disabled, auto, online, offline; did you mean "
           "disabled?"]),
-    Case("a project that wandb refuses",
+    Case("invalid wandb project",
          "name: x\nmetrics: {wandb: {project: ../../etc}}\n",
          ["x.yaml:2:19: metrics.wandb.project: '../../etc' has /; wandb allows none of / \\ # ? % : in it"]),
-    Case("an entity with its project",
+    Case("wandb entity with a project",
          "name: x\nmetrics: {wandb: {entity: us/them}}\n",
          ["x.yaml:2:19: metrics.wandb.entity: 'us/them' has a slash; give the user or team alone, and set project"]),
-    Case("a tag that is too long and one that is empty",
+    Case("a long tag and an empty tag",
          f"name: x\nmetrics: {{wandb: {{tags: [{'t' * 65}, '']}}}}\n",
          ["x.yaml:2:26: metrics.wandb.tags.0: must have at most 64 characters, got 65",
           "x.yaml:2:93: metrics.wandb.tags.1: must not be empty; write some text"]),
-    Case("a tag twice",
+    Case("a repeated tag",
          "name: x\nmetrics: {wandb: {tags: [a, b, a]}}\n",
          ["x.yaml:2:19: metrics.wandb.tags: 'a' is there twice; remove one"]),
-    Case("a group of two lines",
+    Case("a group with a line break",
          'name: x\nmetrics: {wandb: {group: "a\\nb"}}\n',
          [("x.yaml:2:26: metrics.wandb.group: 'a\\nb' has a line break or another control character; write it in "
            "one line")]),
-    Case("a key of wandb's in a config",
+    Case("a key that only wandb has",
          "name: x\nmetrics: {wandb: {api_key: x}}\n",
          ["x.yaml:2:19: metrics.wandb.api_key: unknown key; use one of mode, project, entity, group, name, job_type, "
           "tags, notes"]),
-    Case("a profile of steps that never come",
+    Case("profiled steps after the end",
          "name: x\ntrain: {steps: 100}\nprofile: {start: 99}\n",
          ["x.yaml:3:1: profile: steps 99 to 101, and train.steps is 100; lower profile.start or profile.steps"]),
-    Case("a profile of nobody",
+    Case("a profile of no rank",
          "name: x\nprofile: {ranks: []}\n",
          ["x.yaml:2:18: profile.ranks: must not be empty; write an entry, or remove it"]),
-    Case("a profile of a rank twice",
+    Case("a profiled rank twice",
          "name: x\nprofile: {ranks: [1, 1]}\n",
          ["x.yaml:2:11: profile.ranks: 1 is named twice; name each rank once"]),
-    Case("unknown precision on the wire",
+    Case("unknown wire dtype",
          "name: x\nparallel: {dispatcher: {kind: all_to_all, wire: int8}}\n",
          ["x.yaml:2:49: parallel.dispatcher.wire: 'int8' is not one of compute, bfloat16"]),
     Case("off for a bool",
@@ -319,29 +319,29 @@ CASES = [
     Case("three betas",
          "name: x\noptim: {betas: [0.9, 0.95, 0.99]}\n",
          ["x.yaml:2:16: optim.betas: expected a list of 2, got a list of 3"]),
-    Case("share above one",
+    Case("fraction above one",
          "name: x\nschedule: {final_fraction: 1.5}\n",
          ["x.yaml:2:28: schedule.final_fraction: must be at most 1, got 1.5"]),
-    Case("nothing held out",
+    Case("zero held-out fraction",
          "name: x\ndata: {split: {fraction: 0.0}}\n",
          ["x.yaml:2:26: data.split.fraction: must be more than 0, got 0.0"]),
-    Case("a vocabulary without room for the bytes and the end of document",
+    Case("a vocabulary smaller than the bytes and the end of document",
          "name: x\ndata: {tokenizer: {kind: bpe, vocab_size: 256}}\n",
          ["x.yaml:2:43: data.tokenizer.vocab_size: must be at least 257, got 256"]),
-    Case("a tokenizer trained on nothing",
+    Case("a tokenizer trained on zero bytes",
          "name: x\ndata: {tokenizer: {kind: bpe, min_frequency: 0, max_train_bytes: 0}}\n",
          ["x.yaml:2:46: data.tokenizer.min_frequency: must be more than 0, got 0",
           "x.yaml:2:66: data.tokenizer.max_train_bytes: must be more than 0, got 0"]),
-    Case("a tokenizer's file without a path",
+    Case("a tokenizer file without a path",
          "name: x\ndata: {tokenizer: {kind: file}}\n",
          ["x.yaml:2:8: data.tokenizer.path: required key is missing; add it"]),
-    Case("an end of document without a name",
+    Case("an empty end of document",
          "name: x\ndata: {tokenizer: {kind: file, path: x, end_of_document: ''}}\n",
          ["x.yaml:2:58: data.tokenizer.end_of_document: must not be empty; write some text"]),
-    Case("a size for the byte tokenizer",
+    Case("a vocabulary size for the byte tokenizer",
          "name: x\ndata: {tokenizer: {vocab_size: 300}}\n",
          ["x.yaml:2:20: data.tokenizer.vocab_size: unknown key for kind: byte; it is an option of kind: bpe"]),
-    Case("another tokenizer",
+    Case("unknown tokenizer",
          "name: x\ndata: {tokenizer: {kind: sentencepiece}}\n",
          [f"x.yaml:2:26: data.tokenizer.kind: 'sentencepiece' is not one of {TOKENIZERS}"]),
     Case("checkpoint every zero steps",
@@ -360,7 +360,7 @@ CASES = [
     Case("nan as text",
          "name: x\ntrain: {grad_clip: nan}\n",
          ["x.yaml:2:20: train.grad_clip: expected a number or null, got 'nan'"]),
-    Case("far too much",
+    Case("numbers beyond every limit",
          "name: x\nmodel: {d_model: 2147483648, num_layers: 1000000000, moe: {capacity: {factor: 1e300}}}\n"
          "parallel: {micro_batch_size: 9223372036854775807, timeout_s: 1e300}\noptim: {eps: 5e-324}\n",
          ["x.yaml:2:18: model.d_model: must be at most 16777216, got 2147483648",
@@ -377,7 +377,7 @@ CASES = [
          "name: x\nmodel: {d_model: 720720, num_heads: 50}\n",
          ["x.yaml:2:26: model.num_heads: 50 does not divide d_model 720720; use one of 39, 40, 42, 44, 45, 48, 52, "
           "55, 56, 60, ..."]),
-    Case("a pattern that Python cannot use",
+    Case("a pattern that Python cannot compile",
          f"name: x\ndata: {{sources: [{{kind: jsonl, path: a, filters: [{{column: c, matches: '{'(' * 5000}'}}]}}]}}\n",
          [f"x.yaml:2:72: data.sources.0.filters.0.matches: '{'(' * 55}...' is not a regular expression that Python can "
           "use (RecursionError)"]),
@@ -387,11 +387,11 @@ CASES = [
     Case("empty text",
          "name: x\nruns_dir: ''\n",
          ["x.yaml:2:11: runs_dir: must not be empty; write some text"]),
-    Case("a path that no system has",
+    Case("an impossible path",
          'name: x\nruns_dir: "a\\0b"\n',
          ["x.yaml:2:11: runs_dir: 'a\\x00b' is not a path; use at most 1000 characters, none of them a control "
           "character"]),
-    Case("a path that is too long",
+    Case("a path over 1000 characters",
          f"name: x\ndata: {{cache_dir: {'x' * 1001}}}\n",
          [f"x.yaml:2:19: data.cache_dir: '{'x' * 55}...' is not a path; use at most 1000 characters, none of them a "
           "control character"]),
@@ -475,7 +475,7 @@ CASES = [
          "name: x\nmodel:\n  moe:\n    router: {kind: top_k, top_k: 1}\n",
          [("x.yaml:4:5: model.moe.router.normalize: true with top_k 1 makes every combine weight the "
            "constant 1, so the router gets no gradient; set normalize: false, or top_k: 2 or more")]),
-    Case("one expert per token, normalised in so many words",
+    Case("one expert per token, explicitly normalised",
          "name: x\nmodel:\n  moe:\n    router: {top_k: 1, normalize: true}\n",
          [("x.yaml:4:24: model.moe.router.normalize: true with top_k 1 makes every combine weight the "
            "constant 1, so the router gets no gradient; set normalize: false, or top_k: 2 or more")]),
@@ -486,7 +486,7 @@ CASES = [
     Case("top_k_choices above num_experts",
          "name: x\nmodel: {moe: {num_experts: 8, router: {kind: cosine, top_k_choices: [1, 9]}}}\n",
          ["x.yaml:2:54: model.moe.router.top_k_choices: 9 is more than num_experts 8; use 1 to 8"]),
-    Case("top_k_choices of nothing",
+    Case("empty top_k_choices",
          "name: x\nmodel: {moe: {router: {top_k_choices: []}}}\n",
          ["x.yaml:2:39: model.moe.router.top_k_choices: must not be empty; write an entry, or remove it"]),
     Case("top_k_choices of one expert, normalised",
@@ -498,19 +498,19 @@ CASES = [
           "groups_kept: 1, top_k_choices: [1, 4]}}}\n"),
          [("x.yaml:2:88: model.moe.router.top_k_choices: 4 is more than the 2 experts of groups_kept 1; keep more "
            "groups")]),
-    Case("nothing for the second choice",
+    Case("random second choice without a second expert",
          "name: x\nmodel: {moe: {router: {kind: gshard, top_k: 1, normalize: false}}}\n",
          [("x.yaml:2:15: model.moe.router.random_second: true has no effect without a second expert; "
            "use false")]),
-    Case("a sign that nothing teaches",
+    Case("an untrained predictor",
          "name: x\nmodel: {moe: {num_experts: 1, router: {kind: mixture_of_depths, predictor_coef: 0}}}\n",
          [("x.yaml:2:65: model.moe.router.predictor_coef: 0 leaves the sign, by which evaluation routes, untrained; "
            "use more than 0, or evaluation_routing: as_trained")]),
-    Case("the gap of a router without scores",
+    Case("routing gap of a router without scores",
          "name: x\nmodel: {moe: {router: {kind: hash}}}\nmetrics: {routing_gap_every: 5}\n",
          [("x.yaml:3:11: metrics.routing_gap_every: hash computes no scores, so routing has no optimum to "
            "compare with; use null")]),
-    Case("the gap of a dense model",
+    Case("routing gap of a dense model",
          "name: x\nmodel: {moe: null}\nmetrics: {routing_gap_every: 5}\n",
          [("x.yaml:3:11: metrics.routing_gap_every: the model is dense (model.moe: null), so routing has no "
            "optimum to compare with; use null")]),
@@ -518,7 +518,7 @@ CASES = [
          "name: x\nmodel: {moe: {num_experts: 8, router: {kind: group_limited, groups: 3}}}\n",
          [("x.yaml:2:61: model.moe.router.groups: 3 does not divide num_experts 8; use one of 1, 2, "
            "4, 8")]),
-    Case("more groups kept than there are",
+    Case("more groups kept than groups",
          "name: x\nmodel: {moe: {num_experts: 8, router: {kind: group_limited, groups: 2, groups_kept: 3}}}\n",
          ["x.yaml:2:72: model.moe.router.groups_kept: 3 is more than groups 2; use 1 to 2"]),
     Case("top_k above the groups kept",
@@ -538,30 +538,30 @@ CASES = [
          "name: x\nmodel: {moe: {router: {kind: linear_program}, capacity: {factor: 1.0}}}\n",
          [("x.yaml:2:58: model.moe.capacity.factor: this router decides by itself how many tokens an"
            " expert gets; use factor: null")]),
-    Case("more experts at most than there are",
+    Case("max_experts above num_experts",
          "name: x\nmodel: {moe: {num_experts: 4, router: {kind: top_p, max_experts: 5}}}\n",
          ["x.yaml:2:53: model.moe.router.max_experts: 5 is more than num_experts 4; remove it"]),
-    Case("one expert at most, normalised",
+    Case("max_experts 1, normalised",
          "name: x\nmodel: {moe: {router: {kind: top_p, max_experts: 1, normalize: true}}}\n",
          [("x.yaml:2:53: model.moe.router.normalize: true with max_experts 1 makes every combine "
            "weight the constant 1; use false")]),
     Case("p above one",
          "name: x\nmodel: {moe: {router: {kind: top_p, p: 1.5}}}\n",
          ["x.yaml:2:40: model.moe.router.p: must be at most 1, got 1.5"]),
-    Case("no room",
+    Case("zero capacity factor of a router",
          "name: x\nmodel: {moe: {router: {kind: greedy, capacity_factor: 0}}}\n",
          ["x.yaml:2:55: model.moe.router.capacity_factor: must be more than 0, got 0"]),
-    Case("evaluation of another kind",
+    Case("unknown evaluation routing",
          "name: x\nmodel: {moe: {router: {kind: base, evaluation_routing: greedy}}}\n",
          ["x.yaml:2:56: model.moe.router.evaluation_routing: 'greedy' is not one of top_k, as_trained"]),
     Case("hash above num_experts",
          "name: x\nmodel: {moe: {num_experts: 2, router: {kind: hash, top_k: 3}}}\n",
          ["x.yaml:2:52: model.moe.router.top_k: 3 is more than num_experts 2; use 1 to 2"]),
-    Case("many networks to go around",
+    Case("several experts for mixture_of_depths",
          "name: x\nmodel: {moe: {router: {kind: mixture_of_depths}}}\n",
          [("x.yaml:2:24: model.moe.router.kind: mixture_of_depths has a single expert; use "
            "num_experts: 1, not 8")]),
-    Case("share above one for a router",
+    Case("capacity above one for a router",
          "name: x\nmodel: {moe: {num_experts: 1, router: {kind: mixture_of_depths, capacity: 1.1}}}\n",
          ["x.yaml:2:75: model.moe.router.capacity: must be at most 1, got 1.1"]),
     Case("switch, normalised",
@@ -578,7 +578,7 @@ CASES = [
          "name: x\nmodel: {moe: {router: {kind: expert_choice}, balance: {convention: gshard_first_choice}}}\n",
          [("x.yaml:2:56: model.moe.balance.convention: gshard_first_choice needs a router that ranks"
            " its choices, not expert_choice; use canonical")]),
-    Case("load of a router without noise",
+    Case("load of a router that estimates none",
          "name: x\nmodel: {moe: {cv_squared: {load_coef: 0.1}}}\n",
          [("x.yaml:2:28: model.moe.cv_squared.load_coef: only noisy_top_k estimates a load, not "
            "top_k; use 0")]),
@@ -612,15 +612,15 @@ CASES = [
          "name: x\nmodel: {moe: {router: {kind: top_p}, balance: {convention: hf}}}\n",
          [("x.yaml:2:48: model.moe.balance.convention: hf means k times ours, and top_p has no k; "
            "use canonical")]),
-    Case("hf when every step draws its k",
+    Case("hf with a drawn top_k",
          "name: x\nmodel: {moe: {router: {top_k_choices: [1, 2]}, balance: {convention: hf}}}\n",
          [("x.yaml:2:58: model.moe.balance.convention: hf means k times ours, and k changes from step to step; "
            "use canonical")]),
-    Case("load when all experts are taken",
+    Case("load of a router that takes all experts",
          "name: x\nmodel: {moe: {num_experts: 2, router: {kind: noisy_top_k}, cv_squared: {load_coef: 0.1}}}\n",
          [("x.yaml:2:73: model.moe.cv_squared.load_coef: every token takes all 2 experts, so the "
            "load is uniform; use 0")]),
-    Case("importance that is not learned",
+    Case("importance of fixed weights",
          "name: x\nmodel: {moe: {router: {kind: random}, cv_squared: {importance_coef: 0.1}}}\n",
          [("x.yaml:2:52: model.moe.cv_squared.importance_coef: the weights of random are not "
            "learned; use 0")]),
@@ -634,7 +634,7 @@ CASES = [
     Case("warmup as long as training",
          "name: x\nschedule:\n  kind: warmup_cosine\n  warmup_steps: 100\ntrain: {steps: 100}\n",
          ["x.yaml:4:3: schedule.warmup_steps: 100 does not fit in train.steps 100; use at most 99" + AS_SHARE]),
-    Case("a warmup that is neither steps nor a share of the run",
+    Case("a fractional warmup above one",
          "name: x\nschedule: {warmup_steps: 1.5}\n",
          [("x.yaml:2:12: schedule.warmup_steps: 1.5 is not a fraction of the run; use less than 1, "
            "or 2 for that many steps")]),
@@ -648,7 +648,7 @@ CASES = [
     Case("key heads that do not divide",
          "name: x\nmodel: {num_kv_heads: 3}\n",
          ["x.yaml:2:9: model.num_kv_heads: 3 does not divide num_heads 8; use one of 1, 2, 4, 8"]),
-    Case("no layer left for experts",
+    Case("no MoE layer left",
          "name: x\nmodel: {num_layers: 2, moe: {first_dense_layers: 2}}\n",
          [("x.yaml:2:24: model.moe: first_dense_layers 2 and every 1 leave no MoE layer among "
            "num_layers 2; lower them, or set moe: null for a dense model")]),
@@ -656,7 +656,7 @@ CASES = [
          "name: x\nmodel: {moe: {router: {kind: dense}, capacity: {factor: 1.25}}}\n",
          [("x.yaml:2:49: model.moe.capacity.factor: the dense router sends every token to every "
            "expert; use factor: null")]),
-    Case("renormalising nothing",
+    Case("renormalising without a capacity",
          "name: x\nmodel: {moe: {capacity: {renormalize_after_drop: true}}}\n",
          [("x.yaml:2:26: model.moe.capacity.renormalize_after_drop: true has no effect without a "
            "capacity.factor; set one or remove it")]),
@@ -667,25 +667,25 @@ CASES = [
     Case("temperature of shares by weight",
          "name: x\ndata: {mixture: {temperature: 2.0}}\n",
          ["x.yaml:2:18: data.mixture.temperature: 2.0 has no effect on shares by weight; set by: tokens"]),
-    Case("first choices of a router without",
+    Case("first choices of round_robin",
          "name: x\nmodel: {moe: {router: {kind: round_robin}, balance: {convention: gshard_first_choice}}}\n",
          [("x.yaml:2:54: model.moe.balance.convention: gshard_first_choice needs a router that ranks "
            "its choices, not round_robin; use canonical")]),
     Case("two sources of one domain",
          "name: x\ndata:\n  sources:\n    - {kind: text, path: a.txt}\n    - {kind: text, path: b.txt}\n",
          ["x.yaml:3:3: data.sources: two sources have domain text; give each its own `domain`"]),
-    Case("a domain twice in one source",
+    Case("a repeated domain in one source",
          "name: x\ndata:\n  sources:\n    - kind: installed\n      domains: [cpp, cpp]\n",
          ["x.yaml:5:7: data.sources.0.domains: cpp is named twice; name each domain once"]),
     # evaluation tasks
-    Case("a task of no kind that there is",
+    Case("unknown task kind",
          "name: x\neval: {tasks: [{kind: choices}]}\n",
          [("x.yaml:2:23: eval.tasks.0.kind: 'choices' is not one of choice, ranking, generation; did you "
            "mean choice?")]),
     Case("a task without choices",
          task("kind: choice", "answer: a"),
          ["x.yaml:4:5: eval.tasks.0: needs choices or choices_column"]),
-    Case("a task with choices twice over",
+    Case("a task with two sets of choices",
          task("kind: choice", "answer: a", "choices: [x, y]", "choices_column: c"),
          ["x.yaml:10:5: eval.tasks.0.choices_column: is given together with choices; use one of them"]),
     Case("a single choice",
@@ -697,27 +697,27 @@ CASES = [
     Case("a ranking without candidates",
          task("kind: ranking", "relevant: a"),
          ["x.yaml:4:5: eval.tasks.0: needs candidates_column or candidates_file"]),
-    Case("a ranking with candidates twice over",
+    Case("a ranking with two sets of candidates",
          task("kind: ranking", "relevant: a", "candidates_column: c", "candidates_file: f"),
          ["x.yaml:10:5: eval.tasks.0.candidates_file: is given together with candidates_column; use one of them"]),
-    Case("the same k twice",
+    Case("a repeated k",
          task("kind: ranking", "relevant: a", "candidates_column: c", "k: [1, 1]"),
          ["x.yaml:10:5: eval.tasks.0.k: 1 is repeated; list each k once"]),
-    Case("no room for a prompt",
+    Case("no space for a prompt",
          task("kind: generation", "references: ['{r}']", "max_new_tokens: 256"),
          [("x.yaml:9:5: eval.tasks.0.max_new_tokens: 256 leaves no space for a prompt in model.seq_len 256; "
            "use at most 255")]),
-    Case("the same metric twice",
+    Case("a repeated metric",
          task("kind: generation", "references: ['{r}']", "metrics: [bleu, bleu]"),
          ["x.yaml:9:5: eval.tasks.0.metrics: bleu is repeated; list each metric once"]),
-    Case("two tasks of one name",
+    Case("two tasks with one name",
          task("kind: choice", "answer: a", "choices: [x, y]") + task("kind: ranking", "relevant: a",
               "candidates_column: c").partition("tasks:\n")[2],
          ["x.yaml:3:3: eval.tasks: two tasks have the name t; give each its own `name`"]),
-    Case("a task of a domain's name",
+    Case("a task named like a domain",
          task("kind: choice", "answer: a", "choices: [x, y]").replace("- name: t", "- name: python"),
          ["x.yaml:4:5: eval.tasks.0.name: python is a domain of data.sources; use another name"]),
-    Case("a task that is never due",
+    Case("an unknown interval of a task",
          task("kind: choice", "answer: a", "choices: [x, y]", "every: last"),
          ["x.yaml:10:12: eval.tasks.0.every: expected a whole number or end or null, got 'last'"]),
     # YAML
@@ -742,12 +742,12 @@ CASES = [
     Case("tab",
          "name: x\nmodel:\n\tnum_layers: 2\n",
          ["x.yaml:3:1: not valid YAML: a tab; YAML is indented with spaces: replace it"]),
-    Case("a slip behind a byte-order mark, with Windows' line ends",
+    Case("a misspelled key after a byte-order mark, with Windows line ends",
          b'\xef\xbb\xbfnmae: x\r\nmodel:\r\n  num_layer: 4\r\n',
          ["x.yaml:1:1: name: required key is missing; add it",
           "x.yaml:1:1: nmae: unknown key; did you mean name?",
           "x.yaml:3:3: model.num_layer: unknown key; did you mean num_layers?"]),
-    Case("a byte behind a byte-order mark",
+    Case("a wrong byte after a byte-order mark",
          b'\xef\xbb\xbfname: \xe9\n',
          ["x.yaml:1:7: byte 0xe9 is not UTF-8; save the file as UTF-8"]),
     Case("UTF-16",
@@ -793,7 +793,7 @@ CASES = [
          "name: !e!tag x\n",
          [("x.yaml:1:7: not valid YAML: tags (!name) are not allowed; remove it, or put the text in "
            "quotes")]),
-    Case("tag that lies",
+    Case("tag of another type",
          "name: x\nseed: !!int abc\n",
          ["x.yaml:2:7: seed: 'abc' is not of its tag !!int; remove the tag"]),
     Case("alias of itself",
@@ -830,7 +830,7 @@ CASES = [
     Case("unclosed quote",
          "name: 'x\n",
          ["x.yaml:1:7: not valid YAML: a quote is not closed"]),
-    Case("crooked indentation",
+    Case("uneven indentation",
          "name: x\nmodel:\n  num_layers: 2\n   d_model: 64\n",
          [("x.yaml:4:11: not valid YAML: a second ': ' in one value; put text in quotes, or check the "
            "indentation")]),
@@ -931,7 +931,7 @@ CASES = [
          NAMED,
          ["<override 1>: '=40' is not an override; write key=value, such as train.steps=100"],
          overrides=["=40"]),
-    Case("override: dots that join nothing",
+    Case("override: empty part of a key",
          NAMED,
          [("<override 1>: 'train..steps' is not a key; write names joined by dots, such as "
            "model.moe.num_experts")],
@@ -1031,7 +1031,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_the_report_is_exact(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_matches_exactly(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name, text in {"x.yaml": case.text, **(case.files or {})}.items():
         path = tmp_path / name
@@ -1041,9 +1041,9 @@ def test_the_report_is_exact(case: Case, tmp_path: Path, monkeypatch: pytest.Mon
         load("x.yaml", case.overrides, ExperimentConfig)
     assert str(caught.value).split("\n") == case.report
     assert caught.value.exit_code == 2
-    assert caught.value.__suppress_context__ or caught.value.__context__ is None  # nothing but the message is printed
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None  # only the message is printed
 
 
-def test_every_case_has_its_own_name() -> None:
+def test_case_names_are_unique() -> None:
     ids = [case.id for case in CASES]
     assert len(set(ids)) == len(ids) >= 70

@@ -1,4 +1,4 @@
-"""Every router fulfils the contract, and so does a user-defined one; one that violates it is detected."""
+"""Every router, built-in or from a plug-in, meets the contract; the checks detect routers that do not."""
 
 from typing import Any
 
@@ -21,17 +21,17 @@ ADAPTER: TypeAdapter[Any] = TypeAdapter(RouterConfig)
 
 @pytest.mark.parametrize("check", router_contract.CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("router", VARIANTS, ids=str)
-def test_a_router_keeps_the_contract(router: dict[str, Any], check: Any) -> None:
+def test_a_router_meets_the_contract(router: dict[str, Any], check: Any) -> None:
     check(ADAPTER.validate_python(router), num_experts_of(router["kind"]))
 
 
 @pytest.mark.parametrize("check", router_contract.CHECKS, ids=lambda check: check.__name__)
-def test_a_router_of_a_user_s_keeps_the_contract(check: Any) -> None:
+def test_a_plugin_router_meets_the_contract(check: Any) -> None:
     check(ThresholdRouterConfig(), 4)
 
 
 class WrongRouterConfig(TopKOptions):
-    """Top-k with one defect."""
+    """Options of a top-k router with one defect."""
 
     wrong: str
 
@@ -47,7 +47,7 @@ class WrongRouter(ThresholdRouter):
     def forward(self, x: Tensor, context: RoutingContext) -> RouterOutput:
         wrong, valid = self.wrong, context.valid
         self.calls += 1
-        with torch.autocast(x.device.type, enabled=wrong == "narrow", dtype=torch.bfloat16):
+        with torch.autocast(x.device.type, enabled=wrong == "bfloat16 scores", dtype=torch.bfloat16):
             logits = self.gate(x.to(self.gate.weight.dtype))
         if wrong == "looks ahead":
             logits = logits - logits.view(context.num_sequences, -1, 4).mean(1, keepdim=True).expand(
@@ -55,16 +55,16 @@ class WrongRouter(ThresholdRouter):
             ).reshape(logits.shape) * (context.position[:, None] % 2)
         if wrong == "sees other rows":
             logits = logits - logits.mean(0)
-        if wrong == "compares last bits":  # 0 up to rounding if all tokens of a row are equal
+        if wrong == "decides by rounding":  # 0 up to rounding if all tokens of a row are equal
             logits = (rows := logits.view(context.num_sequences, -1, 4)) - rows.mean(1, keepdim=True)
             logits = logits.view(-1, 4)
-        if wrong == "own generator":
+        if wrong == "noise of its own":
             logits = logits + torch.linspace(-1, 1, 4) * self.calls
         scores = logits.softmax(-1)
-        asked = None if wrong == "deaf" else context.top_k
+        asked = None if wrong == "ignores top_k" else context.top_k
         top_k = asked or self.top_k
         expert_index = stable_top_k(scores.detach(), top_k)
-        if wrong == "twice the same":
+        if wrong == "repeats an expert":
             expert_index = expert_index[:, :1].expand(-1, top_k)
         weight = scores.gather(-1, expert_index)
         weight = weight if wrong == "not normalised" else weight / weight.sum(-1, keepdim=True)
@@ -79,28 +79,28 @@ class WrongRouter(ThresholdRouter):
 WRONG = {
     "looks ahead": "causality_is_as_declared",
     "sees other rows": "rows_do_not_see_each_other",
-    "own generator": "noise_is_a_function_of_its_key",
-    "twice the same": "is_well_formed",
+    "noise of its own": "noise_is_a_function_of_its_key",
+    "repeats an expert": "is_well_formed",
     "not normalised": "is_well_formed",
     "no gradient": "everything_learns",
     "routes padding": "is_well_formed",
-    "narrow": "scores_are_wide",
-    "deaf": "k_of_one_call_is_k_of_the_config",
-    "compares last bits": "rounding_chooses_no_expert",
+    "bfloat16 scores": "scores_are_wide",
+    "ignores top_k": "k_of_one_call_is_k_of_the_config",
+    "decides by rounding": "rounding_chooses_no_expert",
 }
 
 
 @pytest.mark.parametrize(("wrong", "check"), WRONG.items(), ids=WRONG.keys())
-def test_a_router_that_breaks_the_contract_is_caught(wrong: str, check: str) -> None:
+def test_a_violation_of_the_contract_is_detected(wrong: str, check: str) -> None:
     with pytest.raises(AssertionError):
         getattr(router_contract, check)(WrongRouterConfig(wrong=wrong), 4)
 
 
-def test_the_right_form_of_the_wrong_router_passes() -> None:
-    """Control experiment of the tests above."""
+def test_the_router_without_a_defect_passes() -> None:
+    """Control for the tests above."""
     for check in set(WRONG.values()):
         getattr(router_contract, check)(WrongRouterConfig(wrong="nothing"), 4)
 
 
-def test_every_kind_of_the_registry_is_checked() -> None:
+def test_every_registered_router_is_checked() -> None:
     assert {router["kind"] for router in VARIANTS} == set(ROUTERS)

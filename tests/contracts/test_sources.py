@@ -1,4 +1,4 @@
-"""The contract of every data source in the registry."""
+"""Contract of every registered data source."""
 
 import json
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def _hf(folder: Path) -> dict[str, Any]:
 
 # The smallest working options of each kind. A new source needs a line here.
 OPTIONS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "installed": lambda folder: {"domains": ["cpp"]},  # the other two take seconds to parse
+    "installed": lambda folder: {"domains": ["cpp"]},  # the other domains take seconds to parse
     "text": _text,
     "jsonl": _jsonl,
     "hf": _hf,
@@ -50,11 +50,11 @@ def config(kind: str, tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_a_source_keeps_its_contract(config: Any, check: Callable[[Any], None]) -> None:
+def test_a_source_meets_the_contract(config: Any, check: Callable[[Any], None]) -> None:
     check(config)
 
 
-def test_it_reads_local_files_of_the_domains_that_were_asked_for(config: Any, kind: str) -> None:
+def test_a_source_reads_local_files_of_the_configured_domains(config: Any, kind: str) -> None:
     source = config.build()
     assert source.files() and source.weight == 2.5
     assert {document.domain for document in source.documents()} == DOMAINS[kind]

@@ -1,4 +1,4 @@
-"""The contract of every tokenizer in the registry, and of every form of file that it reads."""
+"""Contract of every registered tokenizer, and of every supported form of tokenizer.json."""
 
 import json
 import pickle
@@ -62,19 +62,19 @@ def tokenizer(request: pytest.FixtureRequest, made: dict[str, Tokenizer]) -> Tok
     return made[request.param]
 
 
-def test_every_kind_has_its_options_here():
+def test_every_registered_tokenizer_is_covered():
     assert {form.partition(",")[0] for form in FORMS} == CONFIGS.keys()
 
 
 @awkwardly
 @given(text=texts)
-def test_a_text_comes_back_byte_for_byte(tokenizer, text):
+def test_decoding_restores_every_byte(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text.encode()
 
 
 @awkwardly
 @given(text=texts)
-def test_a_text_ends_no_document_and_has_the_bytes_of_its_tokens(tokenizer, text):
+def test_a_text_has_no_end_of_document_and_as_many_bytes_as_its_tokens(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.end_of_document not in ids
     assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
@@ -83,13 +83,13 @@ def test_a_text_ends_no_document_and_has_the_bytes_of_its_tokens(tokenizer, text
 
 @awkwardly
 @given(texts=st.lists(texts, max_size=4))
-def test_a_batch_encodes_like_single_texts(tokenizer, texts):
+def test_a_batch_is_encoded_like_single_texts(tokenizer, texts):
     batch = tokenizer.encode_batch(texts)
     assert [ids.tolist() for ids in batch] == [tokenizer.encode(text).tolist() for text in texts]
     assert {ids.dtype for ids in batch} <= {tokenizer.encode("").dtype}
 
 
-def test_each_token_is_decoded_by_itself(tokenizer):
+def test_tokens_can_be_decoded_one_by_one(tokenizer):
     ids = tokenizer.encode("".join(AWKWARD)).tolist()
     assert b"".join(tokenizer.decode([token]) for token in ids) == "".join(AWKWARD).encode()
 
@@ -100,7 +100,7 @@ def test_an_end_of_document_has_no_bytes(tokenizer):
     assert tokenizer.token_bytes()[tokenizer.end_of_document] == 0
 
 
-def test_all_ids_and_no_others_have_bytes(tokenizer):
+def test_exactly_the_ids_of_the_vocabulary_have_bytes(tokenizer):
     assert tokenizer.token_bytes().shape == (tokenizer.vocab_size,)
     for token in (0, tokenizer.vocab_size - 1):
         assert len(tokenizer.decode([token])) == tokenizer.token_bytes()[token]
@@ -121,7 +121,7 @@ def test_another_process_gets_the_same_tokenizer(tokenizer):
     assert [getattr(other, name) for name in same] == [getattr(tokenizer, name) for name in same]
 
 
-def test_its_files_are_read_as_the_same_tokenizer(tokenizer, tmp_path):
+def test_its_files_load_as_the_same_tokenizer(tokenizer, tmp_path):
     for name, text in tokenizer.files().items():
         (tmp_path / name).write_text(text)
     again = read_tokenizer(tmp_path, end_of_document=None)
@@ -130,15 +130,15 @@ def test_its_files_are_read_as_the_same_tokenizer(tokenizer, tmp_path):
     assert again.files() == read_tokenizer(tmp_path / "tokenizer.json", end_of_document=None).files()
 
 
-def test_others_read_the_same_ids_from_its_files_without_options(tokenizer):
-    """For texts that the decoder of Hugging Face restores; it turns added tokens with accents into invalid bytes."""
+def test_the_tokenizers_library_reads_the_same_ids_from_its_files(tokenizer):
+    """Accents are left out: Hugging Face's decoder turns added tokens that have them into invalid bytes."""
     library = Library.from_str(tokenizer.files()["tokenizer.json"])
     text = foreign_tokenizers.TEXT.replace("é", "e") + "\n  the end "
     assert library.encode(text).ids == tokenizer.encode(text).tolist()
     assert library.decode(library.encode(text).ids) == text
 
 
-def test_transformers_reads_its_files(made, tmp_path):
+def test_transformers_loads_its_files(made, tmp_path):
     from transformers import AutoTokenizer
 
     for name, text in made["bpe"].files().items():

@@ -96,19 +96,11 @@ def dotted(key: Key) -> str:
 
 def shown(value: object) -> str:
     """Write a value for a message, on one line and shortened."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return str(value).lower()
-        case str():
-            text = repr(value[: MAX_SHOWN + 1])
-        case dict():
-            return "a mapping"
-        case list() | tuple():
-            return "a list"
-        case _:
-            text = str(value)
+    if isinstance(value, dict | list | tuple):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    text = repr(value[: MAX_SHOWN + 1]) if isinstance(value, str) else str(value)
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 4]}...{text[-1] if isinstance(value, str) else ''}"
 
 

@@ -66,7 +66,7 @@ def unknown_key(
     if last in homes and all(part in homes for part in first.split(".")):
         nested = "".join(f"{part}: {{" for part in first.split("."))
         return f"unknown key; dots are for overrides: write {nested}{last}: ...{'}' * (first.count('.') + 1)}"
-    if (meant := foreign.counterpart(key, where)) is not None and (not meant.key or exists(meant.key, root)):
+    if (meant := foreign.counterpart(key, where)) is not None and (not meant.key or slots.at(root, meant.key)):
         return f"unknown key; {meant}"
     elsewhere = _elsewhere(key, homes)
     if elsewhere == [key]:
@@ -78,13 +78,7 @@ def unknown_key(
     return f"unknown key; use {_any_of(options)}"
 
 
-def exists(key: str, root: type[Config]) -> bool:
-    """Return whether a schema has a dotted key, under any kind on the way."""
-    return bool(slots.at(root, key))
-
-
-def expected(annotation: Any) -> str:
-    """Name the values that a type accepts."""
+def _expected(annotation: Any) -> str:
     names = [_name(one) for one in slots.alternatives(annotation)]
     return " or ".join(dict.fromkeys([*names, "null"] if slots.accepts_null(annotation) else names))
 
@@ -92,12 +86,12 @@ def expected(annotation: Any) -> str:
 def wrong_type(node: Node, annotation: Any) -> str:
     """Return the message for a value of the wrong type, with how to write it."""
     hint = how_to_write(node, annotation)
-    return f"expected {expected(annotation)}, got {given(node)}" + (f"; {hint}" if hint else "")
+    return f"expected {_expected(annotation)}, got {given(node)}" + (f"; {hint}" if hint else "")
 
 
 def wrong_length(node: Node, annotation: Any) -> str:
     """Return the message for a list of the wrong length."""
-    return f"expected {expected(annotation)}, got a list of {len(node.value)}"
+    return f"expected {_expected(annotation)}, got a list of {len(node.value)}"
 
 
 def pattern(value: str, expression: str) -> str:
@@ -135,20 +129,17 @@ def _may_be_under(node: Node | None, annotations: list[Any]) -> bool:
     """Return whether a value may be intended for a key: `streaming: true` cannot be a misspelled `train: {...}`."""
     if node is None or node.value is None:
         return True
-    for annotation in annotations:
-        types = slots.alternatives(annotation)
-        lists = [one for one in types if get_origin(one) in (list, tuple)]
-        if isinstance(node.value, dict) and any(
-            map(slots.sections, [annotation, *(get_args(one)[0] for one in lists)])
-        ):
-            return True
-        if isinstance(node.value, list) and lists:
-            return True
-        if isinstance(node.value, str | bool | int | float):
-            is_single = len(types) > len(lists) + len(slots.sections(annotation))
-            if is_single or how_to_write(node, annotation) is not None:
-                return True
-    return False
+    return any(_may_have_type(node, annotation) for annotation in annotations)
+
+
+def _may_have_type(node: Node, annotation: Any) -> bool:
+    types = slots.alternatives(annotation)
+    lists = [one for one in types if get_origin(one) in (list, tuple)]
+    if isinstance(node.value, dict):
+        return any(map(slots.sections, [annotation, *(get_args(one)[0] for one in lists)]))
+    if isinstance(node.value, list):
+        return bool(lists)
+    return len(types) > len(lists) + len(slots.sections(annotation)) or how_to_write(node, annotation) is not None
 
 
 def near(text: str, options: list[str], *, cutoff: float) -> str | None:

@@ -1,4 +1,4 @@
-"""A config that needs a missing package is refused before anything starts, with the command that installs it."""
+"""Refusal of configs that need a missing package, with the command that installs it."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def nothing_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.packages.find_spec", lambda name: None)
 
 
-def complaints(config: ExperimentConfig) -> list[str]:
+def error_lines(config: ExperimentConfig) -> list[str]:
     with pytest.raises(ConfigError) as error:
         check_packages(config)
     return str(error.value).splitlines()
@@ -66,12 +66,12 @@ def test_the_default_config_needs_no_optional_package() -> None:
     ],
     ids=["wandb", "tensorboard", "routing_gap", "linear_program", "base", "deepspeed"],
 )
-def test_a_missing_package_is_named_with_its_key_and_how_to_install_it(config: ExperimentConfig, line: str) -> None:
-    assert complaints(config) == [line]
+def test_an_error_has_the_package_its_key_and_the_install_command(config: ExperimentConfig, line: str) -> None:
+    assert error_lines(config) == [line]
 
 
 @pytest.mark.usefixtures("nothing_is_installed")
-def test_every_missing_package_of_a_task_has_a_line() -> None:
+def test_an_error_has_a_line_for_every_missing_package_of_a_task() -> None:
     task = {
         "kind": "generation",
         "name": "t",
@@ -81,10 +81,10 @@ def test_every_missing_package_of_a_task_has_a_line() -> None:
         "metrics": ["bleu", "rouge", "exact_match"],
     }
     config = ExperimentConfig(name="x", eval=EvalConfig.model_validate({"tasks": [task]}))
-    needed = [line.partition(",")[0] for line in complaints(config)]
+    needed = [line.partition(",")[0] for line in error_lines(config)]
     assert needed == [
         "eval.tasks[0].metrics: needs sacrebleu",
         "eval.tasks[0].metrics: needs rouge_score",
         "eval.tasks[0].rows.path: needs datasets",
     ]
-    assert complaints(config)[0].endswith("; pip install 'turnout[text-metrics]', or change this key")
+    assert error_lines(config)[0].endswith("; pip install 'turnout[text-metrics]', or change this key")

@@ -1,4 +1,4 @@
-"""Writing a configuration down, and comparing two."""
+"""Writing a configuration as YAML, and comparing two."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +27,7 @@ Reader = Callable[[str], ExperimentConfig]
 
 @pytest.fixture(scope="module")
 def read(tmp_path_factory: pytest.TempPathFactory) -> Reader:
-    """Load text."""
+    """Return a function that loads YAML text."""
     path = tmp_path_factory.mktemp("dump") / "config.yaml"
 
     def reader(text: str) -> ExperimentConfig:
@@ -87,7 +87,7 @@ configs = st.builds(
 
 
 @given(config=configs)
-def test_what_is_written_reads_back_equal(read: Reader, config: ExperimentConfig) -> None:
+def test_a_dumped_config_loads_back_equal(read: Reader, config: ExperimentConfig) -> None:
     text = dump(config)
     again = read(text)
     assert again == config
@@ -95,7 +95,7 @@ def test_what_is_written_reads_back_equal(read: Reader, config: ExperimentConfig
 
 
 @given(config=configs)
-def test_readers_of_yaml_1_1_see_the_same_values(config: ExperimentConfig) -> None:
+def test_yaml_1_1_readers_read_the_same_values(config: ExperimentConfig) -> None:
     assert yaml.safe_load(dump(config)) == config.model_dump(mode="json")
 
 
@@ -127,7 +127,7 @@ def test_an_inline_value_is_one_line(value: Any) -> None:
         ({"top_k": 2, "kind": "top_k"}, "{kind: top_k, top_k: 2}"),
     ],
 )
-def test_values_are_written_as_a_person_would(value: object, text: str) -> None:
+def test_values_are_written_in_their_shortest_readable_form(value: object, text: str) -> None:
     assert inline(value) == text
 
 
@@ -139,11 +139,11 @@ def test_sections_follow_the_schema_and_start_with_their_kind() -> None:
     assert lines[lines.index("  sources:") + 1] == "    - kind: installed"
 
 
-def test_equal_configurations_differ_in_nothing() -> None:
+def test_equal_configs_have_no_changed_keys() -> None:
     assert changed_keys(ExperimentConfig(name="x"), ExperimentConfig(name="x")) == []
 
 
-def test_a_difference_names_the_key_and_both_values() -> None:
+def test_a_change_has_the_key_and_both_values() -> None:
     old = ExperimentConfig(name="x", seed=1)
     new = ExperimentConfig(name="x", seed=2, schedule=WarmupCosineConfig(peak_lr=1e-5))
     assert changed_keys(old, new) == [Change("seed", 1, 2), Change("schedule.peak_lr", 1e-3, 1e-5)]
@@ -160,7 +160,7 @@ def test_an_option_of_one_kind_is_absent_from_the_other() -> None:
     assert Change("schedule.decay_fraction", 0.2, ABSENT) in changed_keys(new, old)
 
 
-def test_a_section_that_is_null_in_one_is_one_difference() -> None:
+def test_a_section_that_is_null_in_one_config_is_one_change() -> None:
     dense = ExperimentConfig(name="x", model=ModelConfig(moe=None))
     assert [change.key for change in changed_keys(ExperimentConfig(name="x"), dense)] == ["model.moe"]
     (line,) = diff(dense, ExperimentConfig(name="x"))
@@ -168,7 +168,7 @@ def test_a_section_that_is_null_in_one_is_one_difference() -> None:
     assert line.endswith("...")
 
 
-def test_entries_of_a_list_are_compared_one_by_one() -> None:
+def test_list_entries_are_compared_one_by_one() -> None:
     text = TextSourceConfig(path="a.txt")
     one = ExperimentConfig(name="x", data=DataConfig(sources=[text]))
     two = ExperimentConfig(
@@ -177,6 +177,6 @@ def test_entries_of_a_list_are_compared_one_by_one() -> None:
     assert [change.key for change in changed_keys(one, two)] == ["data.sources.0.weight", "data.sources.1"]
 
 
-def test_a_written_file_ends_with_one_line_break(tmp_path: Path) -> None:
+def test_a_dump_ends_with_one_line_break(tmp_path: Path) -> None:
     text = dump(ExperimentConfig(name="x", model=ModelConfig(moe=MoEConfig(capacity=CapacityConfig(factor=1.25)))))
     assert text.endswith("\n") and not text.endswith("\n\n")

@@ -1,4 +1,4 @@
-"""Reports: what the table of malformed configurations cannot show with today's schema."""
+"""Reports that the experiment schema cannot produce; tests/contracts/test_malformed_configs.py has the others."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +49,7 @@ class Shop(Config):
     spare: Basket = Basket()
 
 
-def complaints(tmp_path: Path, text: str, *overrides: str) -> list[str]:
+def error_lines(tmp_path: Path, text: str, *overrides: str) -> list[str]:
     path = tmp_path / "x.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
@@ -74,36 +74,36 @@ def complaints(tmp_path: Path, text: str, *overrides: str) -> list[str]:
         ("basket: {wide: c}", ["x:1:16: basket.wide: 'c' does not have the form ^[ab]+$"]),
         ("basket: {low: 5}", ["x:1:15: basket.low: must be at most -5, got 5"]),
         ("basket: {tags: [abcd]}", ["x:1:17: basket.tags.0: must have at most 3 characters, got 4"]),
-        # Constraints that no section uses keep pydantic's words.
+        # A constraint that no section uses keeps pydantic's wording.
         ("basket: {low: -7}", ["x:1:15: basket.low: input should be a multiple of 5, got -7"]),
         ("baskt: {}", ["x:1:1: baskt: unknown key; did you mean basket?"]),
     ],
 )
-def test_what_is_said(tmp_path: Path, text: str, lines: list[str]) -> None:
-    assert complaints(tmp_path, text) == lines
+def test_each_mistake_has_its_line(tmp_path: Path, text: str, lines: list[str]) -> None:
+    assert error_lines(tmp_path, text) == lines
 
 
-def test_a_broken_rule_stands_at_its_key_or_the_nearest_section_that_is_there(tmp_path: Path) -> None:
-    assert complaints(tmp_path, "basket: {}\nspare:\n  limit: 13\n") == [
+def test_a_broken_rule_is_reported_at_its_key_or_the_nearest_existing_section(tmp_path: Path) -> None:
+    assert error_lines(tmp_path, "basket: {}\nspare:\n  limit: 13\n") == [
         "x:2:1: spare: is unlucky too",
         "x:2:1: spare.fruit.weight_g: is heavy",
         "x:3:3: spare.limit: 13 is unlucky; use 12",
     ]
     assert (
-        complaints(tmp_path, "spare: {limit: 13, fruit: {kind: pear}}")[-1] == "x:1:20: spare.fruit.weight_g: is heavy"
+        error_lines(tmp_path, "spare: {limit: 13, fruit: {kind: pear}}")[-1] == "x:1:20: spare.fruit.weight_g: is heavy"
     )
 
 
-def test_an_error_from_an_alias_stands_where_the_value_is_written(tmp_path: Path) -> None:
-    assert complaints(tmp_path, "basket: &b {lim: 5}\nspare: *b\n") == [
+def test_an_error_in_an_aliased_value_is_reported_at_its_anchor(tmp_path: Path) -> None:
+    assert error_lines(tmp_path, "basket: &b {lim: 5}\nspare: *b\n") == [
         "x:1:13: basket.lim: unknown key; did you mean limit?",
         "x:1:13: spare.lim: unknown key; did you mean limit?",
     ]
 
 
-def test_files_come_in_the_order_they_are_read_and_overrides_last(tmp_path: Path) -> None:
+def test_a_report_follows_the_order_of_reading_with_overrides_last(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text("spare: {limt: 5}")
-    lines = complaints(tmp_path, "# first\nbase: b.yaml\nbasket: {limt: 5}\n", "basket.lmit=5", "oops")
+    lines = error_lines(tmp_path, "# first\nbase: b.yaml\nbasket: {limt: 5}\n", "basket.lmit=5", "oops")
     assert [line.rpartition("/")[2].split(": ")[0] for line in lines] == [
         "x:3:10",
         "b.yaml:1:9",
@@ -112,7 +112,7 @@ def test_files_come_in_the_order_they_are_read_and_overrides_last(tmp_path: Path
     ]
 
 
-def test_places_sort_as_a_reader_meets_them() -> None:
+def test_locations_sort_in_reading_order() -> None:
     findings = [
         Finding(SourceLocation(*where), (), "")
         for where in [(1, 2, 1, "b"), (0, 9, 9, "a"), (0, 9, 1, "a"), (1, 0, 0, "b")]
@@ -120,7 +120,7 @@ def test_places_sort_as_a_reader_meets_them() -> None:
     assert str(report(findings)) == "a:9:1: \na:9:9: \nb: \nb:2:1: "
 
 
-def test_a_line_is_said_once() -> None:
+def test_equal_lines_are_reported_once() -> None:
     finding = Finding(SourceLocation(0, 1, 1, "a"), ("b", 0, "c d"), "wrong")
     assert str(report([finding, finding])) == "a:1:1: b.0.'c d': wrong"
 
@@ -140,10 +140,10 @@ def test_a_line_is_said_once() -> None:
         ((1, 2), "a list"),
     ],
 )
-def test_values_are_shown_on_one_short_line(value: object, text: str) -> None:
+def test_shown_values_fit_on_one_short_line(value: object, text: str) -> None:
     assert shown(value) == text
     assert len(text) <= 60
 
 
-def test_keys_that_could_mislead_are_quoted() -> None:
+def test_ambiguous_key_parts_are_quoted() -> None:
     assert dotted(("model", "a.b", 0, "", "moe-x")) == "model.'a.b'.0.''.moe-x"

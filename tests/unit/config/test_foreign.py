@@ -1,4 +1,4 @@
-"""Names of other trainers: each is answered by the key that stands for it here, and never by one that looks alike."""
+"""Other trainers' names: the message suggests the counterpart here, never a key that only looks similar."""
 
 import difflib
 from pathlib import Path
@@ -47,13 +47,13 @@ TYPICAL: dict[str, str] = {
     "data.sources.0.path": "data/*.jsonl",
     "seed": "42",
 }
-"""A value as people write it elsewhere, for every key of ours that takes it as it is."""
+"""A typical value in other trainers' notation, for every key that accepts it unchanged."""
 SHARES = {"warmup_ratio": "0.1", "lr_warmup_fraction": "0.01"}
 NAMES = {name: meant for table in tables().values() for name, meant in table.items()}
 
 
 def sections_of(key: str) -> list[Any]:
-    """The sections that have a dotted key, of every kind on the way; found without the code's own index."""
+    """Return the sections that have a dotted key, under every kind; independent of `slots.homes`."""
     found: list[Any] = [ExperimentConfig]
     *path, last = key.split(".")
     for part in path:
@@ -70,7 +70,7 @@ def sections_of(key: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("meant", {m.key: m for m in NAMES.values() if m.key}.values(), ids=lambda meant: meant.key)
-def test_what_is_to_be_written_is_a_key_of_the_schema(meant: Counterpart) -> None:
+def test_every_counterpart_is_a_key_of_the_schema(meant: Counterpart) -> None:
     sections = sections_of(meant.key)
     assert sections
     kinds = [kind for kind in meant.note.split() if any(kind in slots.kinds(section) for section in sections)]
@@ -79,10 +79,10 @@ def test_what_is_to_be_written_is_a_key_of_the_schema(meant: Counterpart) -> Non
 
 
 @pytest.mark.parametrize("name", [name for name, meant in NAMES.items() if meant.key and not meant.note])
-def test_what_is_the_same_here_is_accepted_as_it_is_written(name: str) -> None:
+def test_a_counterpart_without_a_note_accepts_the_value_unchanged(name: str) -> None:
     key = NAMES[name].key
-    said = as_override(f"--{name.lstrip('.')}", SHARES.get(name, TYPICAL[key]), ExperimentConfig)
-    written = said.partition("write ")[2].split()
+    message = as_override(f"--{name.lstrip('.')}", SHARES.get(name, TYPICAL[key]), ExperimentConfig)
+    written = message.partition("write ")[2].split()
     extra = ["data.sources.0.kind=text"] if key.startswith("data.sources.0") else []
     value: Any = load(SMOKE, [*written, *extra], ExperimentConfig).model_dump()
     for part in key.split("."):
@@ -91,7 +91,7 @@ def test_what_is_the_same_here_is_accepted_as_it_is_written(name: str) -> None:
     assert value == resolve(written[0].partition("=")[2])
 
 
-def test_every_key_that_a_note_names_is_in_the_schema() -> None:
+def test_every_key_in_a_note_is_in_the_schema() -> None:
     words = {
         word.strip("():;,").removesuffix("metrics.jsonl") for meant in NAMES.values() for word in meant.note.split()
     }
@@ -100,11 +100,11 @@ def test_every_key_that_a_note_names_is_in_the_schema() -> None:
     assert [word for word in dotted if not sections_of(word.split("=")[0])] == []
 
 
-def test_there_are_many_names_each_in_one_table_and_none_is_a_key_of_ours() -> None:
+def test_names_are_in_one_table_each_and_are_not_our_keys() -> None:
     assert len(NAMES) == sum(map(len, tables().values())) >= 200
     homes = slots.homes(ExperimentConfig)
     assert [name for name in NAMES if name in homes and homes[name] != ("model.moe.router",)] == []
-    assert [name for name in NAMES if name in homes] == ["capacity_factor"], "which some routers have, too"
+    assert [name for name in NAMES if name in homes] == ["capacity_factor"], "some routers have it too"
     assert all(meant.key or meant.note for meant in NAMES.values())
     assert not SECTIONS & ExperimentConfig.model_fields.keys()
 
@@ -134,17 +134,17 @@ def test_common_names_are_in_a_table(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_is_answered_wherever_it_stands(name: str) -> None:
+def test_a_name_has_its_counterpart_in_any_section(name: str) -> None:
     section, _, last = name.rpartition(".")
     elsewhere = "" if name.startswith(".") else section or "model"
     for where, kind in ((section, ExperimentConfig), (elsewhere, ModelConfig)):
-        said = unknown_key(last, kind, [], ExperimentConfig, where=where)
-        assert said == f"unknown key; {NAMES[name]}"
+        message = unknown_key(last, kind, [], ExperimentConfig, where=where)
+        assert message == f"unknown key; {NAMES[name]}"
     assert counterpart(last.replace("_", "-").upper(), section) == NAMES[name]
 
 
-def test_names_of_hugging_face_are_spelled_as_there() -> None:
-    """Their dataclass and configs know them; a few older names are still in many scripts."""
+def test_hugging_face_names_are_spelled_as_in_transformers() -> None:
+    """Names are those of its dataclass and configs, or older ones that many scripts still use."""
     transformers = pytest.importorskip("transformers")
     known = set(transformers.TrainingArguments.__dataclass_fields__)
     for name in ("MixtralConfig", "Qwen3MoeConfig", "DeepseekV3Config", "OlmoeConfig", "SwitchTransformersConfig"):
@@ -192,14 +192,14 @@ def test_names_of_hugging_face_are_spelled_as_there() -> None:
         ("eval_every: 5\n", ["2:1: eval_every: unknown key; did you mean eval.every?"]),
     ],
 )  # fmt: skip
-def test_a_file_of_another_trainer_is_answered_line_by_line(tmp_path: Path, text: str, lines: list[str]) -> None:
+def test_a_file_of_another_trainer_is_reported_line_by_line(tmp_path: Path, text: str, lines: list[str]) -> None:
     (tmp_path / "x.yaml").write_text(f"name: x\n{text}")
     with pytest.raises(ConfigError) as caught:
         load(tmp_path / "x.yaml", [], ExperimentConfig)
     assert str(caught.value).replace(f"{tmp_path}/x.yaml:", "").split("\n") == lines
 
 
-def test_an_override_of_another_trainer_is_answered_too(tmp_path: Path) -> None:
+def test_an_override_with_another_trainers_name_gets_the_counterpart(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("name: x\n")
     with pytest.raises(ConfigError) as caught:
         load(tmp_path / "x.yaml", ["optimizer.lr=3e-4", "n_layer=4", "train.save_steps=5"], ExperimentConfig)
@@ -211,7 +211,7 @@ def test_an_override_of_another_trainer_is_answered_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "said"),
+    ("option", "value", "message"),
     [
         ("--train.steps", "10", "--train.steps: is not an option; write train.steps=10"),
         ("--train.steps", None, "--train.steps: is not an option; write train.steps=..."),
@@ -244,20 +244,20 @@ def test_an_override_of_another_trainer_is_answered_too(tmp_path: Path) -> None:
         ("7", None, "7: is not an override; write key=value, such as train.steps=100"),
     ],
 )  # fmt: skip
-def test_an_option_that_there_is_not_is_answered_by_the_override(option: str, value: str | None, said: str) -> None:
-    assert as_override(option, value, ExperimentConfig) == said
+def test_an_unknown_option_gets_the_override_to_write(option: str, value: str | None, message: str) -> None:
+    assert as_override(option, value, ExperimentConfig) == message
 
 
 @pytest.mark.parametrize(
     ("key", "alike"),
     [("warmup_stops", "warmup_steps"), ("num_head", "num_heads"), ("d_mdoel", "d_model"), ("numlayers", "num_layers")],
 )
-def test_a_slip_is_answered_by_what_it_looks_like(key: str, alike: str) -> None:
+def test_a_misspelled_key_gets_the_similar_key(key: str, alike: str) -> None:
     assert unknown_key(key, ModelConfig, [], ExperimentConfig).endswith(f"{alike}?")
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("streaming=true", "write data.sources.0.kind (as hf_stream)"),
         ("model.mtp_num_layers=1", "only the next token is predicted; leave it out"),
@@ -273,16 +273,16 @@ def test_a_slip_is_answered_by_what_it_looks_like(key: str, alike: str) -> None:
         ("lr_scheduler=cosine", "write schedule.kind"),
     ],
 )
-def test_a_name_that_looks_like_another_thing_is_answered_by_what_it_means(override: str, said: str) -> None:
+def test_a_counterpart_comes_before_a_similar_key(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(SMOKE, [override], ExperimentConfig)
-    assert str(caught.value) == f"<override 1>: {override.partition('=')[0]}: unknown key; {said}"
+    assert str(caught.value) == f"<override 1>: {override.partition('=')[0]}: unknown key; {message}"
 
 
 @pytest.mark.parametrize(
     "override",
     [
-        "trainn.x=1",  # a mapping that looks like a mapping
+        "trainn.x=1",  # a mapping that resembles a mapping
         "schedul=cosine",  # and text that is one of its kinds
         "model.moe.micro_capacity=4",
         "model.mtp_layers=1",
@@ -293,7 +293,7 @@ def test_a_name_that_looks_like_another_thing_is_answered_by_what_it_means(overr
         "metric=true",
     ],
 )
-def test_nothing_that_needs_a_mapping_or_means_more_is_taken_for_a_slip(override: str) -> None:
+def test_keys_of_another_type_or_meaning_are_not_suggested(override: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(SMOKE, [override], ExperimentConfig)
     is_slip = override in ("trainn.x=1", "schedul=cosine")
@@ -304,25 +304,25 @@ def test_nothing_that_needs_a_mapping_or_means_more_is_taken_for_a_slip(override
     ("key", "section", "alike"),
     [("global_batch", "train", "global_batch_size"), ("z_loss", "model.moe", "z_loss_coef")],
 )
-def test_a_unit_that_is_left_out_is_a_slip(key: str, section: str, alike: str) -> None:
+def test_a_key_without_its_unit_gets_the_full_key(key: str, section: str, alike: str) -> None:
     with pytest.raises(ConfigError, match=rf"did you mean ([a-z.]*\.)?{alike}\?"):
         load(SMOKE, [f"{section}.{key}=1"], ExperimentConfig)
 
 
 @pytest.mark.parametrize("key", ["num_blocks", "d_emb", "interval", "grad_norm", "rope_scaling", "norm_type", "d_kv"])
-def test_other_words_are_not_taken_for_slips(key: str) -> None:
+def test_other_words_are_not_taken_for_misspellings(key: str) -> None:
     for section in (ExperimentConfig, ModelConfig, type(ExperimentConfig(name="x").train)):
-        said = unknown_key(key, section, [], ExperimentConfig)
-        assert "did you mean" not in said, said
+        message = unknown_key(key, section, [], ExperimentConfig)
+        assert "did you mean" not in message, message
 
 
 @pytest.mark.parametrize("text", sorted(NO_HALF))
-def test_a_precision_that_there_is_not_is_never_taken_for_another(text: str) -> None:
-    said = choice(text, ["float32", "bfloat16", "float64"])
-    assert said.endswith("is not one of float32, bfloat16, float64; there is no float16: use bfloat16")
+def test_half_precision_is_never_taken_for_bfloat16(text: str) -> None:
+    message = choice(text, ["float32", "bfloat16", "float64"])
+    assert message.endswith("is not one of float32, bfloat16, float64; there is no float16: use bfloat16")
 
 
-def test_every_value_that_is_meant_is_one_of_the_schema() -> None:
+def test_every_counterpart_of_a_value_is_in_the_schema() -> None:
     options = {
         text for leaf in slots.homes(ExperimentConfig) for home in slots.homes(ExperimentConfig)[leaf]
         for section in sections_of(f"{home}.{leaf}".lstrip("."))
@@ -332,7 +332,7 @@ def test_every_value_that_is_meant_is_one_of_the_schema() -> None:
 
 
 @pytest.mark.parametrize("value", ["off", "no", "false", False, "none", None, "disable", "OFF"])
-def test_a_mode_that_is_off_is_disabled_and_not_offline(value: object) -> None:
+def test_off_means_disabled_not_offline(value: object) -> None:
     options = ["disabled", "auto", "online", "offline"]
-    assert difflib.get_close_matches("off", options, n=1) == ["offline"], "what it looks like"
+    assert difflib.get_close_matches("off", options, n=1) == ["offline"], "the most similar option"
     assert choice(value, options).endswith("; did you mean disabled?")

@@ -1,4 +1,4 @@
-"""What a message says is to be written is accepted where it is written."""
+"""Hints on how to write a value; the schema accepts every hinted value."""
 
 from typing import Any, get_origin
 
@@ -27,7 +27,7 @@ def read(text: str) -> Node:
 
 
 def annotations() -> dict[str, Any]:
-    """Return each type of the schema with a key that has it."""
+    """Return each distinct type of the schema, by its repr."""
     found: dict[str, Any] = {}
     for name, homes in slots.homes(ExperimentConfig).items():
         for home in homes:
@@ -42,11 +42,11 @@ def annotations() -> dict[str, Any]:
 def as_node(text: str) -> Node:
     try:
         return read(text)
-    except Exception:  # text that no YAML can be: as if it had been in quotes
+    except Exception:  # invalid YAML: as if it were in quotes
         return Node(text, HERE, HERE)
 
 
-def test_whatever_is_said_to_be_written_is_accepted() -> None:
+def test_every_hinted_value_is_accepted() -> None:
     followed = 0
     for annotation in annotations().values():
         for text in VALUES:
@@ -94,5 +94,5 @@ def test_whatever_is_said_to_be_written_is_accepted() -> None:
         ("train", "5", None),
     ],
 )
-def test_a_value_is_written_as_what_it_stands_for(key: str, value: str, hint: str | None) -> None:
+def test_a_hint_writes_the_section_list_or_value_that_was_meant(key: str, value: str, hint: str | None) -> None:
     assert how_to_write(as_node(value), slots.at(ExperimentConfig, key)[0]) == hint

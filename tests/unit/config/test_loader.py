@@ -1,4 +1,4 @@
-"""Reading files: YAML 1.2 scalars, bases, and what a failed start may cost."""
+"""Loading files: YAML 1.2 scalars, base files, unreadable files, and the time of a failed start."""
 
 import errno
 import math
@@ -24,7 +24,7 @@ Loader = Callable[..., ExperimentConfig]
 
 @pytest.fixture
 def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loader:
-    """Load the text of x.yaml, with other files beside it."""
+    """Return a function that loads x.yaml with the given text, next to other files."""
     monkeypatch.chdir(tmp_path)
 
     def loader(text: str, *overrides: str, **files: str) -> ExperimentConfig:
@@ -85,7 +85,7 @@ def test_scalars_follow_the_core_schema(text: str, value: object) -> None:
         "=",
     ],
 )
-def test_everything_else_is_text(text: str) -> None:
+def test_all_other_scalars_are_text(text: str) -> None:
     assert resolve(text) == text
 
 
@@ -95,7 +95,7 @@ def test_numbers_beyond_64_bits_are_refused(text: str) -> None:
         resolve(text)
 
 
-def test_quotes_make_text(read: Loader) -> None:
+def test_quoted_scalars_are_text(read: Loader) -> None:
     assert read("name: '010'\nruns_dir: \"1e-3\"").name == "010"
 
 
@@ -104,12 +104,12 @@ def test_tags_of_the_core_schema_are_accepted(read: Loader) -> None:
     assert (config.name, config.seed, config.schedule.peak_lr, config.model.moe) == ("5", 7, 1.0, None)
 
 
-def test_an_alias_stands_for_what_it_names(read: Loader) -> None:
+def test_an_alias_has_the_value_of_its_anchor(read: Loader) -> None:
     config = read("name: x\neval: {every: &n 50}\ncheckpoint: {every: *n}")
     assert config.checkpoint.every == 50
 
 
-def test_a_file_lies_over_its_base(read: Loader) -> None:
+def test_a_file_overrides_its_base(read: Loader) -> None:
     config = read(
         "base: common.yaml\nname: x\ntrain: {steps: 300}",
         common="name: y\nseed: 7\ntrain: {steps: 200, dtype: bfloat16}",
@@ -117,7 +117,7 @@ def test_a_file_lies_over_its_base(read: Loader) -> None:
     assert (config.name, config.seed, config.train.steps, config.train.dtype) == ("x", 7, 300, "bfloat16")
 
 
-def test_a_later_base_lies_over_an_earlier_one(read: Loader) -> None:
+def test_a_later_base_overrides_an_earlier_one(read: Loader) -> None:
     config = read("base: [a.yaml, b.yaml]\nname: x", a="seed: 1\nruns_dir: a", b="seed: 2")
     assert (config.seed, config.runs_dir) == (2, "a")
 
@@ -161,14 +161,14 @@ def test_another_kind_drops_the_options_of_the_old_one(read: Loader) -> None:
     assert config.schedule == WarmupStableDecayConfig(decay_fraction=0.3)
 
 
-def test_the_same_kind_keeps_them(read: Loader) -> None:
+def test_the_same_kind_keeps_the_options(read: Loader) -> None:
     base = "schedule: {kind: warmup_stable_decay, peak_lr: 0.5}"
     with_kind = read("base: a.yaml\nname: x\nschedule: {kind: warmup_stable_decay, warmup_steps: 9}", a=base)
     without = read("base: a.yaml\nname: x\nschedule: {warmup_steps: 9}", a=base)
     assert with_kind.schedule == without.schedule == WarmupStableDecayConfig(peak_lr=0.5, warmup_steps=9)
 
 
-def test_a_kind_may_be_left_out_where_it_has_a_default(read: Loader) -> None:
+def test_a_kind_may_be_omitted_if_it_has_a_default(read: Loader) -> None:
     config = read(
         "base: a.yaml\nname: x\nmodel: {moe: {router: {kind: top_k, jitter: 0.1}}}",
         a="model: {moe: {router: {top_k: 4}}}",
@@ -185,22 +185,22 @@ def test_a_kind_over_the_default_kind_drops_its_options(read: Loader) -> None:
     assert config.model.moe.router == BiasBalancedRouterConfig()
 
 
-def test_a_kind_that_only_switches_keeps_its_neighbours(read: Loader) -> None:
+def test_a_kind_of_a_single_section_keeps_the_other_keys(read: Loader) -> None:
     config = read("base: a.yaml\nname: x\ndata: {split: {kind: tail}}", a="data: {split: {kind: hash, fraction: 0.2}}")
     assert (config.data.split.kind, config.data.split.fraction) == ("tail", 0.2)
 
 
-def test_a_problem_replaced_by_a_later_layer_is_none(read: Loader) -> None:
+def test_a_wrong_value_that_a_later_layer_replaces_is_not_reported(read: Loader) -> None:
     assert read("base: a.yaml\nname: x\ntrain: {steps: 200}", a="train: {steps: many}").train.steps == 200
 
 
-def test_a_path_may_be_an_object(tmp_path: Path) -> None:
+def test_a_path_object_is_accepted(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("name: x")
     assert load(path, [], ExperimentConfig).name == "x"
 
 
-def test_a_missing_file_is_named_with_what_is_there(read: Loader) -> None:
+def test_a_missing_file_gets_the_similar_file(read: Loader) -> None:
     read("name: x", smoke="name: smoke")
     for name, hint in {"smok.yaml": "did you mean smoke.yaml?", "smoke.yml": "did you mean smoke.yaml?"}.items():
         with pytest.raises(ConfigError) as caught:
@@ -224,53 +224,53 @@ def test_a_leading_tilde_is_the_home_folder(read: Loader, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("name", ["~\\0", "~\\ud800/c.yaml", "\\ud800", "~nobody-of-this-name/c.yaml"])
-def test_a_name_that_no_system_has_is_a_line(read: Loader, name: str) -> None:
+def test_an_impossible_file_name_is_a_one_line_error(read: Loader, name: str) -> None:
     with pytest.raises(ConfigError, match=r"^x\.yaml:1:7: base: .*(cannot be read|no such file)[^\n]*$"):
         read(f'base: "{name}"')
 
 
 @pytest.mark.parametrize("address", ["https://x.org/c.yaml", "s3://bucket/a/c.yaml", "hf://user/c.yaml"])
-def test_an_address_is_no_missing_file(read: Loader, address: str) -> None:
-    said = f"{address}: is a URL, and a configuration is a local file; download it, and name the file"
+def test_a_url_is_refused_as_such(read: Loader, address: str) -> None:
+    message = f"{address}: is a URL, and a configuration is a local file; download it, and name the file"
     for given in (address, Path(address)):  # the latter with one slash
         with pytest.raises(ConfigError) as caught:
             load(given, [], ExperimentConfig)
-        assert str(caught.value) == said
+        assert str(caught.value) == message
     with pytest.raises(ConfigError) as caught:
         read(f"base: {address}")
-    assert str(caught.value) == f"x.yaml:1:7: base: {said}"
+    assert str(caught.value) == f"x.yaml:1:7: base: {message}"
 
 
-def test_a_base_that_links_to_itself_is_named(read: Loader, tmp_path: Path) -> None:
+def test_a_base_that_links_to_itself_is_refused(read: Loader, tmp_path: Path) -> None:
     (tmp_path / "loop.yaml").symlink_to("loop.yaml")
     with pytest.raises(ConfigError, match=r"^x\.yaml:1:7: base: loop\.yaml: cannot be read: "):
         read("base: loop.yaml\nname: x")
 
 
-def test_a_missing_folder_is_named(read: Loader) -> None:
+def test_a_missing_folder_is_reported(read: Loader) -> None:
     read("name: x")
     with pytest.raises(ConfigError) as caught:
         load("confgs/x.yaml", [], ExperimentConfig)
     assert str(caught.value) == "confgs/x.yaml: no such file; there is no folder confgs either"
 
 
-def test_a_folder_is_not_a_file(read: Loader) -> None:
+def test_a_folder_is_refused(read: Loader) -> None:
     read("name: x")
     with pytest.raises(ConfigError) as caught:
         load(".", [], ExperimentConfig)
     assert str(caught.value) == ".: is a directory; name a .yaml file in it"
 
 
-def test_a_file_that_may_not_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_without_read_permission_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path, flags: int, *, through_links: bool) -> int:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr("trainer.config.layers.open_regular", refuse)  # root, who may run this, is refused nothing
+    monkeypatch.setattr("trainer.config.layers.open_regular", refuse)  # root, who may run the tests, can read any file
     with pytest.raises(ConfigError, match=r"^x\.yaml: cannot be read: Permission denied$"):
         load("x.yaml", [], ExperimentConfig)
 
 
-def test_a_pipe_is_not_waited_for_and_a_device_not_read(tmp_path: Path) -> None:
+def test_pipes_and_devices_are_refused_without_reading(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", "/dev/zero"):
         with pytest.raises(ConfigError, match=r": is a pipe or a device; a configuration is a file$"):
@@ -282,7 +282,7 @@ def _run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\r"])
-def test_a_file_of_another_system_is_read_like_any_other(tmp_path: Path, line_end: bytes) -> None:
+def test_line_ends_and_byte_order_marks_of_other_systems_are_accepted(tmp_path: Path, line_end: bytes) -> None:
     text = "base: b.yaml\nname: x\nruns_dir: '\u65e5\u672c'\nmodel:\n  num_layers: 3\n"
     for mark in (b"", b"\xef\xbb\xbf"):
         (tmp_path / "b.yaml").write_bytes(mark + b"seed: 5\n".replace(b"\n", line_end))
@@ -291,7 +291,7 @@ def test_a_file_of_another_system_is_read_like_any_other(tmp_path: Path, line_en
         assert (config.name, config.runs_dir, config.model.num_layers, config.seed) == ("x", "\u65e5\u672c", 3, 5)
 
 
-def test_reading_a_configuration_loads_no_torch() -> None:
+def test_loading_a_config_imports_no_torch() -> None:
     code = (
         "import sys, trainer.experiment, trainer.config.loader, trainer.config.dump, trainer.config.schema\n"
         "print(sorted({'torch', 'numpy', 'jsonschema', 'rich'} & set(sys.modules)))"
@@ -299,8 +299,8 @@ def test_reading_a_configuration_loads_no_torch() -> None:
     assert _run_python(code).stdout == "[]\n"
 
 
-def test_a_wrong_configuration_is_reported_in_half_a_second(tmp_path: Path) -> None:
-    """From the start of Python to the message, in processor time, so that a busy machine does not count."""
+def test_a_wrong_config_is_reported_in_half_a_second(tmp_path: Path) -> None:
+    """Measured from the start of Python to the message, in CPU time, which does not depend on the machine's load."""
     path = tmp_path / "x.yaml"
     path.write_text("name: x\nmodel: {moe: {num_expert: 8}}\n")
     code = (

@@ -1,4 +1,4 @@
-"""Former names of keys and values: still accepted, each with a warning that states the present one."""
+"""Old names of keys and values: still accepted, each with a warning that states the present one."""
 
 import warnings
 from pathlib import Path
@@ -38,18 +38,18 @@ def _load(folder: Path, text: str, *overrides: str, name: str = "x.yaml") -> Exp
     return load(folder / name, overrides, ExperimentConfig)
 
 
-@pytest.mark.parametrize(("old", "present", "said"), OLD_AND_PRESENT)
-def test_an_old_name_means_the_present_one(old: str, present: str, said: str, tmp_path: Path) -> None:
-    with pytest.warns(OldNameWarning, match=said):
+@pytest.mark.parametrize(("old", "present", "expected"), OLD_AND_PRESENT)
+def test_an_old_name_means_the_present_one(old: str, present: str, expected: str, tmp_path: Path) -> None:
+    with pytest.warns(OldNameWarning, match=expected):
         config = _load(tmp_path, old)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert config == _load(tmp_path, present)
 
 
-@pytest.mark.parametrize(("old", "present", "said"), OLD_AND_PRESENT)
-def test_a_stored_config_with_old_names_is_read_silently(old: str, present: str, said: str, tmp_path: Path) -> None:
-    """As a checkpoint has it: plain values, every key of them."""
+@pytest.mark.parametrize(("old", "present", "expected"), OLD_AND_PRESENT)
+def test_a_stored_config_with_old_names_loads_silently(old: str, present: str, expected: str, tmp_path: Path) -> None:
+    """Checkpoints store the plain values of every key."""
     wanted = _load(tmp_path, present).model_dump()
     stored = _with_old_names(wanted)
     with warnings.catch_warnings():
@@ -58,7 +58,7 @@ def test_a_stored_config_with_old_names_is_read_silently(old: str, present: str,
 
 
 def _with_old_names(values: dict) -> dict:
-    """Write a whole config as the version before the renames did."""
+    """Return the values of a config under the names before the renames."""
     values = {**values, "model": {**values["model"]}, "data": {**values["data"]}}
     model, data = values["model"], values["data"]
     model["attention_within"] = "document" if model.pop("document_mask") else "row"
@@ -73,7 +73,7 @@ def _with_old_names(values: dict) -> dict:
     return values
 
 
-def test_the_warning_names_the_place(tmp_path: Path) -> None:
+def test_the_warning_has_the_location(tmp_path: Path) -> None:
     with pytest.warns(OldNameWarning) as caught:
         _load(tmp_path, "model:\n  attention_within: document")
     (warning,) = caught
@@ -82,7 +82,7 @@ def test_the_warning_names_the_place(tmp_path: Path) -> None:
     )
 
 
-def test_an_override_replaces_what_a_file_has_under_either_name(tmp_path: Path) -> None:
+def test_an_override_replaces_a_value_of_the_file_under_either_name(tmp_path: Path) -> None:
     old, present = (ROUTER.format(f"kind: greedy, {key}: 3") for key in ("room", "capacity_factor"))
     for text in (old, present):
         for override in ("room=2", "capacity_factor=2"):
@@ -92,8 +92,8 @@ def test_an_override_replaces_what_a_file_has_under_either_name(tmp_path: Path) 
             assert config.model.moe is not None and config.model.moe.router.model_dump()["capacity_factor"] == 2
 
 
-def test_a_file_replaces_what_its_base_has_under_either_name(tmp_path: Path) -> None:
-    """Its own layer may leave the kind to the base."""
+def test_a_file_replaces_a_value_of_its_base_under_either_name(tmp_path: Path) -> None:
+    """Also if only the base states the kind."""
     for below, above in (("room", "capacity_factor"), ("capacity_factor", "room"), ("room", "room")):
         (tmp_path / "base.yaml").write_text(ROUTER.format(f"kind: greedy, {below}: 3"))
         with pytest.warns(OldNameWarning):
@@ -110,7 +110,7 @@ def test_both_names_in_one_file_are_refused(tmp_path: Path) -> None:
     )
 
 
-def test_a_wrong_value_under_an_old_name_is_reported_where_it_stands(tmp_path: Path) -> None:
+def test_a_wrong_value_under_an_old_name_is_reported_at_its_location(tmp_path: Path) -> None:
     with (
         pytest.warns(OldNameWarning),
         pytest.raises(ConfigError, match=r"x\.yaml:2:44: .*capacity_factor: must be more"),

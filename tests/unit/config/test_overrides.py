@@ -1,4 +1,4 @@
-"""Overrides: one more layer, typed on the command line."""
+"""Command-line overrides."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ TEXT = "name: x\ndata: {sources: [{kind: text, path: a.txt}]}\nschedule: {kind: 
 
 @pytest.fixture(scope="module")
 def read(tmp_path_factory: pytest.TempPathFactory) -> Loader:
-    """Load TEXT with overrides."""
+    """Return a function that loads TEXT with overrides."""
     path = tmp_path_factory.mktemp("overrides") / "x.yaml"
     path.write_text(TEXT)
     return lambda *overrides: load(path, overrides, ExperimentConfig)
@@ -58,20 +58,20 @@ def test_a_value_is_read_as_yaml(read: Loader, override: str, value: object) -> 
     assert get(read(override), override.partition("=")[0]) == value
 
 
-def test_the_last_of_two_wins(read: Loader) -> None:
+def test_the_last_of_two_overrides_of_a_key_wins(read: Loader) -> None:
     assert read("seed=1", "seed=2").seed == 2
 
 
-def test_an_override_changes_its_key_alone(read: Loader) -> None:
+def test_an_override_changes_only_its_key(read: Loader) -> None:
     config = read("schedule.warmup_steps=7")
     assert (config.schedule.warmup_steps, config.schedule.peak_lr) == (7, 0.5)
 
 
-def test_a_mapping_merges_with_one_of_its_kind(read: Loader) -> None:
+def test_a_mapping_merges_with_a_section_of_its_kind(read: Loader) -> None:
     assert read("schedule={warmup_steps: 7}").schedule.peak_lr == 0.5
 
 
-def test_a_mapping_of_another_kind_replaces(read: Loader) -> None:
+def test_a_mapping_of_another_kind_replaces_the_section(read: Loader) -> None:
     assert read("schedule={kind: warmup_stable_decay}").schedule == WarmupStableDecayConfig()
     assert get(read("model.moe.router={kind: round_robin}"), "model.moe.router") == RoundRobinRouterConfig()
 
@@ -80,7 +80,7 @@ def test_another_kind_drops_the_options_of_the_file(read: Loader) -> None:
     assert read("schedule.kind=warmup_stable_decay").schedule == WarmupStableDecayConfig()
 
 
-def test_the_kind_that_is_there_drops_nothing(read: Loader) -> None:
+def test_the_same_kind_keeps_the_options_of_the_file(read: Loader) -> None:
     assert read("schedule.kind=warmup_cosine").schedule.peak_lr == 0.5
 
 
@@ -91,11 +91,11 @@ def test_options_of_a_new_kind_come_in_any_order(read: Loader, order: int) -> No
     assert router == BiasBalancedRouterConfig(top_k=4, score="softmax")
 
 
-def test_a_kind_needs_no_section_in_the_file(read: Loader) -> None:
+def test_a_kind_can_be_set_without_a_section_in_the_file(read: Loader) -> None:
     assert get(read("model.moe.router.kind=dense"), "model.moe.router") == DenseRouterConfig()
 
 
-def test_an_option_needs_no_kind(read: Loader) -> None:
+def test_an_option_can_be_set_without_a_kind(read: Loader) -> None:
     assert get(read("model.moe.router.top_k=4"), "model.moe.router.top_k") == 4
 
 
@@ -106,7 +106,7 @@ def test_a_key_below_null_starts_from_the_defaults(read: Loader) -> None:
     }
 
 
-def test_an_index_into_a_list_that_the_file_leaves_out_starts_from_the_default(tmp_path: Path) -> None:
+def test_an_index_into_a_list_missing_from_the_file_starts_from_the_default(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("name: x")
     config = load(path, ["optim.betas.1=0.99", "data.sources.0.weight=2"], ExperimentConfig)
@@ -118,7 +118,7 @@ def test_an_entry_may_become_another_kind(read: Loader) -> None:
     assert read("data.sources.0.kind=installed").data.sources == [InstalledSourceConfig()]
 
 
-def test_a_whole_list_may_be_given(read: Loader) -> None:
+def test_a_whole_list_can_be_set(read: Loader) -> None:
     sources = read("data.sources=[{kind: text, path: b, domain: b}, {kind: installed}]").data.sources
     assert sources == [TextSourceConfig(path="b", domain="b"), InstalledSourceConfig()]
 
@@ -147,7 +147,7 @@ def test_any_value_written_inline_reads_back(read: Loader, changes: dict[str, An
 
 
 @pytest.mark.parametrize("word", ["train.steps", "train.steps:10", "train.steps 10", "s3://a/b", "C:", "bogus:10", "="])
-def test_anything_else_is_answered_with_the_form_of_an_override(read: Loader, word: str) -> None:
+def test_any_other_text_gets_the_form_of_an_override(read: Loader, word: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read("seed=1", word, "train.global_batch_size=x")
     assert str(caught.value).split("\n") == [
@@ -157,6 +157,6 @@ def test_anything_else_is_answered_with_the_form_of_an_override(read: Loader, wo
 
 
 @pytest.mark.parametrize("text", ["runs_dir=a = b", "runs_dir=c:d", "name=x", "data.sources.0.path=s3://a:b"])
-def test_an_equals_sign_or_a_colon_in_a_value_is_a_part_of_it(read: Loader, text: str) -> None:
+def test_a_value_may_contain_equals_signs_and_colons(read: Loader, text: str) -> None:
     key, _, value = text.partition("=")
     assert get(read(text), key) == value

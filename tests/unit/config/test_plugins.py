@@ -1,4 +1,4 @@
-"""Plug-ins by module and class, by entry point and by the table of lazily imported kinds."""
+"""Plug-ins by module:Class, by entry point and from the table of lazily imported kinds."""
 
 import json
 import pickle
@@ -25,7 +25,7 @@ PATH = "my_router.threshold:ThresholdRouterConfig"
 
 @pytest.fixture(autouse=True)
 def in_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work in the folder that has the package, as its user does."""
+    """Run in the folder of the package, as its user would."""
     monkeypatch.chdir(PACKAGE)
     monkeypatch.setattr(sys, "path", list(sys.path))
 
@@ -40,7 +40,7 @@ def message(*overrides: str, kind: str = PATH) -> str:
     return str(error.value)
 
 
-def test_a_class_is_named_by_its_module() -> None:
+def test_a_kind_can_be_a_class_in_a_module() -> None:
     config = experiment("model.moe.router.threshold=0.5")
     assert config.model.moe is not None
     router = config.model.moe.router
@@ -51,7 +51,7 @@ def test_a_class_is_named_by_its_module() -> None:
     )
 
 
-def test_a_dumped_config_is_read_back(tmp_path: Path) -> None:
+def test_a_dumped_config_loads_back_equal(tmp_path: Path) -> None:
     config = experiment()
     (tmp_path / "config.yaml").write_text(dump(config))
     assert load(tmp_path / "config.yaml", [], ExperimentConfig) == config
@@ -59,7 +59,7 @@ def test_a_dumped_config_is_read_back(tmp_path: Path) -> None:
     assert ExperimentConfig.model_validate(config.model_dump()) == config
 
 
-def test_a_config_that_is_made_in_python_knows_its_kind() -> None:
+def test_a_config_made_in_python_has_its_kind() -> None:
     section = router_class(PATH)
     assert section().kind == PATH
     moe = experiment().model.moe
@@ -78,7 +78,7 @@ def test_a_config_that_is_made_in_python_knows_its_kind() -> None:
         ),
     ],
 )
-def test_keys_are_explained_as_those_of_built_in_kinds(override: str, expected: str) -> None:
+def test_errors_in_options_read_like_those_of_built_in_kinds(override: str, expected: str) -> None:
     assert message(f"model.moe.router.{override}").startswith(expected)
 
 
@@ -100,13 +100,13 @@ def test_keys_are_explained_as_those_of_built_in_kinds(override: str, expected: 
         ("topk", "'topk' is not one of top_k, bias_balanced, "),
     ],
 )
-def test_a_kind_that_cannot_be_used_is_explained_at_its_place(kind: str, expected: str) -> None:
-    said = message(kind=kind)
-    assert said.startswith("<override 1>: model.moe.router.kind: ") and expected in said
-    assert "\n" not in said
+def test_an_unusable_kind_is_reported_at_its_key(kind: str, expected: str) -> None:
+    text = message(kind=kind)
+    assert text.startswith("<override 1>: model.moe.router.kind: ") and expected in text
+    assert "\n" not in text
 
 
-def test_a_module_that_cannot_be_imported_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_import_error_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "broken_plugin.py").write_text("raise RuntimeError('no luck')")
     assert "module broken_plugin cannot be imported: RuntimeError: no luck" in message(kind="broken_plugin:X")
@@ -114,11 +114,11 @@ def test_a_module_that_cannot_be_imported_is_quoted(tmp_path: Path, monkeypatch:
     assert "needy_plugin imports not_installed_anywhere, which is not installed" in message(kind="needy_plugin:X")
 
 
-def test_a_plugin_that_is_written_as_text_is_hinted_at() -> None:
+def test_a_plugin_written_as_text_gets_a_hint() -> None:
     assert f"write {{kind: '{PATH}'}}" in message(f"model.moe.router={PATH}", kind="top_k")
 
 
-def test_an_entry_point_is_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kind_can_be_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = EntryPoint(name="threshold", value=PATH, group="turnout.routers")
     monkeypatch.setattr(plugins, "_entry_points", lambda group: {"threshold": entry} if group == "routers" else {})
     config = experiment(kind="threshold")
@@ -143,7 +143,7 @@ def test_the_schema_accepts_every_plugin() -> None:
     assert not validator.is_valid({"name": "x", "model": {"moe": {"router": {"kind": "not_there"}}}})
 
 
-def test_a_line_in_the_table_adds_a_router_to_this_project(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_entry_in_the_table_adds_a_router(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ROUTER_MODULES, "threshold", PATH)
     config = experiment(kind="threshold")
     assert config.model.moe is not None and config.model.moe.router.kind == "threshold"
@@ -156,30 +156,30 @@ def test_a_line_in_the_table_adds_a_router_to_this_project(monkeypatch: pytest.M
     assert all(apply_case(config, case).model.moe == config.model.moe for case in cases)
 
 
-def test_bench_takes_a_plugin_by_name() -> None:
+def test_bench_accepts_a_plugin_by_name() -> None:
     assert select_kinds(f"top_k,{PATH}", router_kinds()) == ["top_k", PATH]
     with pytest.raises(ConfigError, match="--only: there is no module nowhere"):
         select_kinds("nowhere:X", router_kinds())
 
 
-def test_an_experts_kernel_is_a_function() -> None:
+def test_an_experts_kernel_can_be_a_function() -> None:
     assert experiment("parallel.experts_kernel=trainer.ops.expert_ffn:loop_ffn").parallel.experts_kernel.endswith(
         ":loop_ffn"
     )
-    said = message("parallel.experts_kernel=trainer.ops.expert_ffn:lop_ffn")
+    text = message("parallel.experts_kernel=trainer.ops.expert_ffn:lop_ffn")
     assert (
-        said
+        text
         == "<override 2>: parallel.experts_kernel: module trainer.ops.expert_ffn has no lop_ffn; did you mean loop_ffn?"
     )
     assert "'lop' is not one of auto, loop" in message("parallel.experts_kernel=lop")
 
 
-def test_an_optimizer_is_for_the_native_engine() -> None:
+def test_an_optimizer_plugin_needs_the_native_engine() -> None:
     lion = "optim.kind=tests.unit.contracts.test_plugin:SGDConfig"
     assert experiment(lion).optim.kind == lion.removeprefix("optim.kind=")
     assert "the DeepSpeed engine has adamw; use engine.kind native" in message(lion, "engine.kind=deepspeed")
 
 
-def test_a_tracker_is_a_plugin() -> None:
-    said = message("metrics.trackers=[{kind: csv}]")
-    assert "metrics.trackers.0.kind: no tracker has this name; write my_package.module:ClassConfig" in said
+def test_a_tracker_must_be_a_plugin() -> None:
+    text = message("metrics.trackers=[{kind: csv}]")
+    assert "metrics.trackers.0.kind: no tracker has this name; write my_package.module:ClassConfig" in text

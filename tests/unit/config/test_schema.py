@@ -1,4 +1,4 @@
-"""The schema that editors use, and the configurations that are shipped."""
+"""The JSON schema for editors, and the shipped configs."""
 
 import json
 from pathlib import Path
@@ -25,17 +25,17 @@ def validator() -> jsonschema.Draft202012Validator:
 
 
 def test_the_committed_schema_is_the_generated_one() -> None:
-    """If not: python -m trainer config schema > configs/schema.json."""
+    """To update it: python -m trainer config schema > configs/schema.json."""
     assert (CONFIGS / "schema.json").read_text() == schema_text(ExperimentConfig)
 
 
-def test_configurations_are_shipped() -> None:
+def test_the_main_configs_are_shipped() -> None:
     assert {"smoke", "quickstart", "shakespeare_char", "moe_1b"} <= {path.stem for path in SHIPPED}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(CONFIGS)))
-def test_a_shipped_configuration_is_valid(path: Path, validator: jsonschema.Draft202012Validator) -> None:
-    if path.parent == CONFIGS:  # what lies deeper is a base: a part of a configuration
+def test_a_shipped_config_is_valid(path: Path, validator: jsonschema.Draft202012Validator) -> None:
+    if path.parent == CONFIGS:  # files in subfolders are bases: parts of a config
         assert load(path, [], ExperimentConfig).name == path.stem
     findings: list[Any] = []
     validator.validate(ConfigFiles(Slot(ExperimentConfig), findings).read(str(path)).plain())
@@ -43,7 +43,7 @@ def test_a_shipped_configuration_is_valid(path: Path, validator: jsonschema.Draf
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(CONFIGS)))
-def test_a_shipped_configuration_names_the_schema_for_editors(path: Path) -> None:
+def test_a_shipped_config_has_the_schema_comment(path: Path) -> None:
     schema = "../" * (len(path.relative_to(CONFIGS).parts) - 1) + "schema.json"
     assert path.read_text().startswith(f"# yaml-language-server: $schema={schema}\n")
 
@@ -61,7 +61,7 @@ def test_a_shipped_configuration_names_the_schema_for_editors(path: Path) -> Non
         {"name": "x", "optim": {"betas": [0.9, 0.95]}, "train": {"grad_clip": 1}},
     ],
 )
-def test_editors_accept_what_the_loader_accepts(validator: jsonschema.Draft202012Validator, config: Any) -> None:
+def test_the_schema_accepts_what_the_loader_accepts(validator: jsonschema.Draft202012Validator, config: Any) -> None:
     validator.validate(config)
 
 
@@ -83,12 +83,12 @@ def test_editors_accept_what_the_loader_accepts(validator: jsonschema.Draft20201
         {"name": "x", "optim": {"betas": [0.9]}},
     ],
 )
-def test_editors_mark_what_the_loader_refuses(validator: jsonschema.Draft202012Validator, config: Any) -> None:
+def test_the_schema_refuses_what_the_loader_refuses(validator: jsonschema.Draft202012Validator, config: Any) -> None:
     assert not validator.is_valid(config)
 
 
-def test_every_key_is_described_to_a_newcomer() -> None:
-    """Hovering a key says what it is; only `kind`, which names its section, speaks for itself."""
+def test_every_key_has_a_description() -> None:
+    """Editors show descriptions on hover; `kind` needs none, since it names its section."""
     schema = json_schema(ExperimentConfig)
     for name, section in {"root": schema, **schema["$defs"]}.items():
         assert section["description"], name
@@ -96,7 +96,7 @@ def test_every_key_is_described_to_a_newcomer() -> None:
             assert key == "kind" or "description" in value or "$ref" in value, f"{name}.{key}"
 
 
-def test_the_schema_is_for_editors_not_for_generators() -> None:
+def test_the_schema_is_free_of_openapi_keywords() -> None:
     text = schema_text(ExperimentConfig)
     assert '"discriminator"' not in text
     assert json.loads(text)["$schema"] == "https://json-schema.org/draft/2020-12/schema"
