@@ -28,7 +28,7 @@ class Case:
     prepare: Callable[[Sandbox], object]
     arguments: Sequence[str]
     codes: frozenset[int] = frozenset({2, 3, 4})
-    may_write: tuple[str, ...] = ("box/runs/",)
+    may_write: tuple[str, ...] = ("sandbox/runs/",)
     environment: dict[str, str] = field(default_factory=dict)
 
 
