@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from trainer.commands import bench, check_plugin, checkpoint, config, evaluate, generate, init, prove, sync, train
-from trainer.commands.arguments import Parser, Version
+from trainer.commands.arguments import Parser, versions
 from trainer.config.nodes import shown_path
 from trainer.config.old_names import OldNameWarning
 from trainer.config.overrides import as_override, names_key
@@ -141,7 +141,8 @@ def _with_values(words: Sequence[str]) -> list[tuple[str, str | None]]:
 def command_line() -> Parser:
     """Build the parser of all commands."""
     parser = Parser(prog="turnout", description="Train mixture-of-experts language models.")
-    parser.add_argument("--version", action=Version, help="print the versions of turnout, Python and torch")
+    what = "print the versions of turnout, Python and torch"
+    parser.add_argument("--version", action="version", version=versions(), help=what)
     # DeepSpeed's launcher passes this option to every rank, in addition to LOCAL_RANK.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -127,11 +127,8 @@ class ExperimentConfig(Config):
         """Check the sections against each other."""
         steps, warmup = self.train.steps, self.schedule.warmup_steps
         if isinstance(warmup, int) and warmup >= steps:
-            yield Problem(
-                "schedule.warmup_steps",
-                f"{warmup} does not fit in train.steps {steps}; use at most {steps - 1}, or a fraction of the run: "
-                "schedule.warmup_steps=0.1",
-            )
+            allowed = f"use at most {steps - 1}, or a fraction of the run: schedule.warmup_steps=0.1"
+            yield Problem("schedule.warmup_steps", f"{warmup} does not fit in train.steps {steps}; {allowed}")
         domains = [
             domain
             for source in self.data.sources
@@ -142,11 +139,8 @@ class ExperimentConfig(Config):
         yield from self._task_problems(domains)
         yield from self._routing_gap_problems()
         if self.profile is not None and self.profile.last > steps:
-            yield Problem(
-                "profile",
-                f"steps {self.profile.start} to {self.profile.last}, and train.steps is {steps}; "
-                "lower profile.start or profile.steps",
-            )
+            given = f"steps {self.profile.start} to {self.profile.last}, and train.steps is {steps}"
+            yield Problem("profile", f"{given}; lower profile.start or profile.steps")
         yield from self._kernel_problems()
         yield from self._dispatcher_problems()
         yield from self._deepspeed_problems()
@@ -168,29 +162,23 @@ class ExperimentConfig(Config):
 
     def _dispatcher_problems(self) -> Iterator[Problem]:
         """Check the dispatcher against the number of experts and ranks."""
-        moe, ep_size, kind = self.model.moe, self.parallel.ep_size, self.parallel.dispatcher.kind
+        moe, ep_size, dispatcher = self.model.moe, self.parallel.ep_size, self.parallel.dispatcher
         if moe is None:
             if ep_size > 1:
                 yield Problem("parallel.ep_size", f"{ep_size}, but the model is dense (model.moe: null); use 1")
             return
         if ep_size > moe.num_experts:
-            yield Problem(
-                "parallel.ep_size",
-                f"{ep_size} ranks cannot share {moe.num_experts} experts (model.moe.num_experts); "
-                f"use at most {moe.num_experts}",
-            )
-        dispatcher, least = self.parallel.dispatcher, moe.num_experts // ep_size
+            given = f"{ep_size} ranks cannot share {moe.num_experts} experts (model.moe.num_experts)"
+            yield Problem("parallel.ep_size", f"{given}; use at most {moe.num_experts}")
+        least = moe.num_experts // ep_size
         if isinstance(dispatcher, ExchangeOptions) and 0 < least < dispatcher.chunks:
-            yield Problem(
-                "parallel.dispatcher.chunks",
-                f"{dispatcher.chunks} chunks, and a rank may have only {least} experts ({moe.num_experts} over ep_size "
-                f"{ep_size}); use at most {least}",
-            )
-        if kind == "local" and ep_size > 1:
-            yield Problem(
-                "parallel.dispatcher.kind", f"local does not communicate; with ep_size {ep_size} use all_to_all"
-            )
-        if kind == "padded_all_to_all" and moe.capacity.factor is None:
+            experts = f"only {least} experts ({moe.num_experts} over ep_size {ep_size})"
+            problem = f"{dispatcher.chunks} chunks, and a rank may have {experts}; use at most {least}"
+            yield Problem("parallel.dispatcher.chunks", problem)
+        if dispatcher.kind == "local" and ep_size > 1:
+            problem = f"local does not communicate; with ep_size {ep_size} use all_to_all"
+            yield Problem("parallel.dispatcher.kind", problem)
+        if dispatcher.kind == "padded_all_to_all" and moe.capacity.factor is None:
             yield Problem(
                 "parallel.dispatcher.kind",
                 "padded_all_to_all sends capacity-sized buffers, and model.moe.capacity.factor is null (dropless); "
@@ -208,10 +196,8 @@ class ExperimentConfig(Config):
         multiple = 8 if dtype == "bfloat16" else 4
         for key, width in (("model.d_model", self.model.d_model), ("model.moe.d_ff", moe.d_ff)):
             if width % multiple:
-                yield Problem(
-                    "parallel.experts_kernel",
-                    f"grouped needs {key} to be a multiple of {multiple} in {dtype}, not {width}; use auto",
-                )
+                problem = f"grouped needs {key} to be a multiple of {multiple} in {dtype}, not {width}; use auto"
+                yield Problem("parallel.experts_kernel", problem)
 
     def _deepspeed_problems(self) -> Iterator[Problem]:
         """Check DeepSpeed's options against the sections that they repeat."""

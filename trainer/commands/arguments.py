@@ -5,14 +5,14 @@ import platform
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from trainer.commands.shipped import as_config
 from trainer.config.base import expand_home
 from trainer.config.nodes import shown
 from trainer.config.numbers import MAX_INT
 from trainer.distributed.version import turnout_version
-from trainer.terminal import print_safe, single_line
+from trainer.terminal import single_line
 
 Subparsers = argparse._SubParsersAction
 """Where a command is added: to the command line, or to a command with subcommands."""
@@ -28,17 +28,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{single_line(f'{self.prog}: {message}')}; see {self.prog} --help\n")
 
 
-class Version(argparse.Action):
-    """Prints the versions to state in a bug report, and exits."""
-
-    def __init__(self, option_strings: list[str], dest: str, help: str) -> None:
-        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        """Print one line."""
-        version = turnout_version() or "(not installed)"
-        print_safe(f"turnout {version}, Python {platform.python_version()}, torch {metadata.version('torch')}")
-        parser.exit(0)
+def versions() -> str:
+    """Return the versions to state in a bug report."""
+    turnout = turnout_version() or "(not installed)"
+    return f"turnout {turnout}, Python {platform.python_version()}, torch {metadata.version('torch')}"
 
 
 def as_path(text: str) -> Path:

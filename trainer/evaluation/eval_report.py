@@ -30,19 +30,13 @@ def due_tasks(tasks: Sequence[Task], done: int, *, with_held_out: bool, is_last:
     """Return the tasks to evaluate after `done` steps: all of them after the last step."""
 
     def is_due(every: Every) -> bool:
-        if every is None:
-            return with_held_out or is_last
-        return is_last or (every != "end" and done % every == 0)
+        return with_held_out if every is None else every != "end" and done % every == 0
 
-    return [task for task in tasks if is_due(task.every)]
+    return [task for task in tasks if is_last or is_due(task.every)]
 
 
 def write_predictions(folder: Path, result: TaskResult, *, step: int) -> Path | None:
-    """Write the texts generated at a step, one JSON object per line; return the file, or None if there are none.
-
-    Raises:
-        OSError: if the file cannot be written.
-    """
+    """Write the texts generated at a step, one JSON object per line; return the file, or None if there are none."""
     if not result.predictions:
         return None
     folder.mkdir(exist_ok=True)

@@ -136,14 +136,9 @@ class LmEvalModel(TemplateLM):
 def run_lm_eval(
     model: LmEvalModel, tasks: Sequence[str], *, include_path: Path | None, limit: int | None
 ) -> tuple[dict[str, dict[str, Any]], str]:
-    """Evaluate a model on lm-eval's tasks; `include_path` has more of them, as YAML files, `limit` is per task.
+    """Evaluate a model on lm-eval's tasks; return the results by task, and a printable table.
 
-    Returns:
-        The results by task, and a printable table.
-
-    Raises:
-        ConfigError: if a task is unknown.
-        DataError: if its data cannot be read.
+    The folder `include_path` has more tasks, as YAML files; `limit` is the number of examples per task.
     """
     # Indexing lm-eval's thousands of built-in tasks is slow: try --include-path alone first.
     more = None if include_path is None else str(include_path)

@@ -1,8 +1,7 @@
-"""Measure during training how far a model's routers are from the optimal choice.
+"""Measure during training how far a model's routers are from the optimal choice (`evaluation/routing_optimum.py`).
 
-The optimum is that of a linear programme (`evaluation/routing_optimum.py`), per sequence, within the layer's capacity
-or, without one, a fair share. The sequences are held-out text, the same at every step, so that steps can be compared;
-the routers decide as in training.
+The optimum is per sequence, within the layer's capacity or, without one, a fair share. The sequences are held-out text,
+the same at every step, so that steps can be compared; the routers decide as in training.
 
 # L MoE layers, E experts, T tokens.
 """

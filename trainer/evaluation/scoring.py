@@ -44,11 +44,8 @@ class Score:
 def fit_question(prompt: Tokens, completions: Sequence[Tokens], *, seq_len: int, where: str) -> tuple[Question, bool]:
     """Truncate a prompt on the left until the longest completion fits: all completions follow the same prompt.
 
-    Returns:
-        The question, and whether its prompt was truncated.
-
-    Raises:
-        DataError: naming the record, if not even one token of the prompt fits, or a completion has no token.
+    Returns the question and whether its prompt was truncated. Raises `DataError`, with `where`, if not even one token
+    of the prompt fits, or a completion has no token.
     """
     longest = max(map(len, completions))
     if min(map(len, completions)) == 0:

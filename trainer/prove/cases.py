@@ -12,7 +12,6 @@ from trainer.moe.dispatch.registry import ExchangeOptions, LocalDispatcherConfig
 
 MAX_RANKS = 4
 ENGINES = ("native", "deepspeed")
-"""Engines that a proof can run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -138,7 +138,5 @@ def _digest(tensor: Tensor) -> str:
 
 def _whole(state: TrainState, mesh: Mesh) -> dict[str, Tensor]:
     """Return copies of the whole tensors on rank 0; nothing on other ranks."""
-    state = gather_state(state, mesh)
-    if mesh.layout.rank > 0:
-        return {}
-    return {name: part.tensor.detach().clone() for name, part in state.slices.items()}
+    slices = gather_state(state, mesh).slices
+    return {name: part.tensor.detach().clone() for name, part in slices.items()} if mesh.layout.rank == 0 else {}

@@ -60,7 +60,11 @@ class LocalRanks:
         rank that waits for a lost one gives up after `timeout_s`. After a failure the processes are replaced.
         """
         while len(self._workers) < world_size:
-            self._workers.append(_start())
+            parent_end, child_end = multiprocessing.Pipe()
+            process = _CONTEXT.Process(target=_work, args=(child_end,), daemon=True)
+            process.start()
+            child_end.close()
+            self._workers.append(_Worker(process, parent_end))
         workers = self._workers[:world_size]
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             for rank, worker in enumerate(workers):
@@ -94,14 +98,6 @@ def _receive(pipes: list[Connection], timeout_s: float) -> list[Any]:
                     answers[rank] = pipe.recv()
                 has_failed = has_failed or isinstance(answers[rank], Failure)
     return answers
-
-
-def _start() -> _Worker:
-    parent_end, child_end = multiprocessing.Pipe()
-    process = _CONTEXT.Process(target=_work, args=(child_end,), daemon=True)
-    process.start()
-    child_end.close()
-    return _Worker(process, parent_end)
 
 
 def _work(pipe: Connection) -> None:

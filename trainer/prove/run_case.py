@@ -23,13 +23,9 @@ def run_case(
     timeout_s: float,
     prepare: Callable[[], None] | None = None,
 ) -> Evidence:
-    """Train some steps of a config under a layout; one rank runs in this process.
+    """Train some steps of a config under a layout; one rank runs in this process. Raises the error of a rank.
 
     `prepare` is a module-level function called first on each of several ranks; tests plant faults with it.
-
-    Raises:
-        TurnoutError: the error of a rank.
-        CommError: with the ranks that did not finish in time.
     """
     config = apply_case(config, case)
     if case.world_size == 1:

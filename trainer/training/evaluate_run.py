@@ -104,11 +104,7 @@ def evaluate_by_lm_eval(
     step: int | None,
     screen: TextIO,
 ) -> dict[str, Any]:
-    """Evaluate a checkpoint on tasks of lm-eval; print its table and return its results.
-
-    Raises:
-        ConfigError: if lm-eval is not installed or a task is unknown.
-    """
+    """Evaluate a checkpoint on tasks of lm-eval, if it is installed; print its table and return its results."""
     with importing("lm_eval", user="--lm-eval"):
         from trainer.evaluation.lm_eval import LmEvalModel, run_lm_eval
 
@@ -136,12 +132,7 @@ def _with_text(
 
 
 def _held_out(
-    config: ExperimentConfig,
-    engine: Engine,
-    corpus: Corpus,
-    layout: Layout,
-    *,
-    top_k: int | None = None,
+    config: ExperimentConfig, engine: Engine, corpus: Corpus, layout: Layout, *, top_k: int | None = None
 ) -> EvalResult:
     """Evaluate held-out text with the options of the `eval` section; with another `top_k` without capacity."""
     return evaluate_held_out(

@@ -45,9 +45,6 @@ def generate_text(
     """Generate a text with a run's checkpoint, the newest without a `step`, and stream it to standard output.
 
     An empty prompt is the start of a document. The same seed gives the same text.
-
-    Raises:
-        NumericsError: if the model's logits are not finite.
     """
     console = Console(file=sys.stderr)
     engine, tokenizer, checkpoint = load_trained(config, folder, step=step, warn=console.warning)

@@ -25,10 +25,7 @@ def load_trained(
     """Load a checkpoint, of `step` or the newest one, into an engine in this process.
 
     The tokenizer is the one kept in the run folder. If a running trainer removes the newest checkpoint before it is
-    read, the next one is loaded.
-
-    Raises:
-        CheckpointError: if there is none, or it is damaged or of another model.
+    read, the next one is loaded. Raises `CheckpointError` if there is none, or it is damaged or of another model.
     """
     candidates, mesh = CheckpointFolder(folder.checkpoints), Mesh.of_one()
     checkpoint = _newest(candidates, warn) if step is None else _find_intact(candidates, step)

@@ -18,10 +18,7 @@ from trainer.training.save import report_save, save
 
 
 def fit(run: RunState, stop: StopRequest, status: StatusFile) -> EvalReport | None:
-    """Train to `train.steps`; log, evaluate and save on the way.
-
-    Returns:
-        The last evaluation; None if the run was asked to stop (it has saved by then).
+    """Train to `train.steps`; log, evaluate and save on the way; return the last evaluation, None after a stop.
 
     Raises:
         StopRequested: if it was asked to stop before the first step.
@@ -150,8 +147,6 @@ def _agree(run: RunState, stop: StopRequest, *, checks_folder: bool) -> tuple[st
     With `checks_folder`, rank 0 checks that it still holds the folder's lock.
     """
     is_folder_lost = checks_folder and not run.folder.is_held()
-    if run.mesh.world.size == 1:
-        return stop.requested_by, is_folder_lost
     flags = torch.tensor([int(bool(stop)), int(is_folder_lost)], device=run.mesh.world.device)
     num_stopped, num_lost = run.mesh.world.all_reduce_(flags).tolist()
     return (stop.requested_by or "a signal to another rank") if num_stopped else None, bool(num_lost)

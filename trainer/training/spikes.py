@@ -14,12 +14,8 @@ class SpikeWindow:
 
     Losses of skipped steps stay out: one NaN would make every comparison false, and skipped spikes would raise the
     limit. So that a loss which stays high is not skipped forever, the window is emptied after `patience` skipped spikes
-    in a row; no spike is detected until it holds 32 losses again.
-
-    Args:
-        sigmas: standard deviations above the mean; None: no loss is a spike.
-        size: losses in the window.
-        patience: skipped spikes in a row after which the window restarts.
+    in a row; no spike is detected until it holds 32 losses again. A spike is `sigmas` standard deviations above the
+    mean of the window; None: no loss is a spike.
     """
 
     def __init__(self, *, sigmas: float | None, size: int, patience: int) -> None:

@@ -26,12 +26,7 @@ from trainer.training.setup import build_run
 def start_from_deepspeed(
     config: ExperimentConfig, folder: RunFolder, source: Path, weight_map: WeightMapConfig, *, is_trusted: bool
 ) -> Saved:
-    """Save the weights of a DeepSpeed checkpoint as step 0 of a new run.
-
-    Raises:
-        CheckpointError: if the checkpoint cannot be read or lacks weights of the model.
-        ConfigError: if the run has checkpoints already.
-    """
+    """Save the weights of a DeepSpeed checkpoint, which must have all of the model's, as step 0 of a new run."""
     if CheckpointFolder(folder.checkpoints).steps():
         raise ConfigError(f"{folder.checkpoints}: has checkpoints; start a new run with name=...")
     tensors = read_deepspeed(source, is_trusted=is_trusted)

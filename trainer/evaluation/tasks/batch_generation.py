@@ -45,7 +45,7 @@ def generate_batched(
                 choose=_chooser(sampling, numbers),
                 stop_token=stop_token,
                 is_over=is_over,
-                anybody=lambda is_active: _any(context, is_active),
+                anybody=lambda is_active: bool(world.all_reduce_(torch.tensor([int(is_active)], device=world.device))),
             )
         generated += zip(numbers, texts, strict=True)
     return [text for _, text in sorted(item for part in barrier_gather(world, generated) for item in part)]
@@ -54,12 +54,6 @@ def generate_batched(
 def max_prompt_tokens(max_new_tokens: int, *, seq_len: int) -> int:
     """Return how many tokens of a prompt fit: the last generated token is not read again."""
     return seq_len + 1 - max_new_tokens
-
-
-def _any(context: EvalContext, is_active: bool) -> bool:
-    if context.world.size == 1:
-        return is_active
-    return bool(context.world.all_reduce_(torch.tensor([int(is_active)], device=context.world.device)))
 
 
 def _chooser(sampling: SamplingOptions, numbers: Sequence[int]) -> Callable[[Tensor, Sequence[int]], Tensor]:

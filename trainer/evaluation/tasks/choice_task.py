@@ -21,7 +21,6 @@ class _Example:
     question: Question
     is_truncated: bool
     num_bytes: Sequence[int]
-    """Bytes of each choice."""
     answer: int
 
 

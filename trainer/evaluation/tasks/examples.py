@@ -19,7 +19,6 @@ class TaskRecords:
     """The records that a task's questions are made of."""
 
     task: str
-    """Name of the task, for messages."""
     source: RecordReader
     filters: Sequence[Callable[[Record], bool]] = ()
     """A record is used if all of these accept it."""
@@ -27,11 +26,7 @@ class TaskRecords:
     """Use at most this many evenly spaced records; None: all."""
 
     def examples(self, make: Callable[[Record], _Example]) -> list[_Example]:
-        """Make one example of each record that is used.
-
-        Raises:
-            DataError: naming file and record, if one is unusable, or if no record passes the filters.
-        """
+        """Make one example of each record that is used; raise `DataError` if no record passes the filters."""
         if self.max_examples is None:
             examples = [make(row) for row in self._accepted()]
         else:  # two passes, so that unused records are not kept in memory
@@ -84,10 +79,7 @@ def check_options(texts: Sequence[str], *, where: str, what: str) -> None:
 
 
 def option_index(value: Any, texts: Sequence[str], row: Record, column: str) -> int:
-    """Return the index of the text that a value names: a 0-based number, or the text, ignoring surrounding white space.
-
-    Raises `DataError` if the value names no text, or several.
-    """
+    """Return the index of the one text that a value names, by 0-based number or stripped text, or raise `DataError`."""
     if isinstance(value, int) and not isinstance(value, bool):
         if 0 <= value < len(texts):
             return value

@@ -22,7 +22,6 @@ class _Example:
     question: Question
     is_truncated: bool
     num_bytes: Sequence[int]
-    """Bytes of each candidate."""
     relevant: frozenset[int]
 
 

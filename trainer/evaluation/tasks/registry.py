@@ -174,9 +174,8 @@ AnyTaskConfig = Annotated[
 
 
 def _exactly_one(**fields: object) -> Iterator[Problem]:
-    first, second = fields
-    given = [name for name, value in fields.items() if value is not None]
-    if not given:
+    (first, one), (second, other) = fields.items()
+    if one is None and other is None:
         yield Problem("", f"needs {first} or {second}")
-    elif len(given) > 1:
+    elif one is not None and other is not None:
         yield Problem(second, f"is given together with {first}; use one of them")
