@@ -13,8 +13,8 @@ FAULTS = [
     in_package(
         "an earlier base lies over a later one",
         "config/layers.py",
-        "merge(under, layer, self._slot)",
-        "merge(layer, under, self._slot)",
+        "[*layers, tree])",
+        "[*reversed(layers), tree])",
         "config/test_loader.py",
     ),
     in_package(
@@ -35,8 +35,8 @@ FAULTS = [
     in_package(
         "a killed run's exit code is below 128",
         "supervise/exit_status.py",
-        "else 128 - code",
-        "else 128 + code",
+        "PREEMPTED), 128 - code)",
+        "PREEMPTED), 128 + code)",
         "supervise/test_exit_status.py",
     ),
     in_package(
@@ -49,15 +49,15 @@ FAULTS = [
     in_package(
         "an old checkpoint is progress",
         "supervise/policy.py",
-        "step > than)",
-        "step >= than)",
+        "outcome.checkpoint > newest)",
+        "outcome.checkpoint >= newest)",
         "supervise/test_policy.py",
     ),
     in_package(
         "what is no number is equal",
         "prove/compare.py",
-        "if not error <= tolerance:",
-        "if error > tolerance:",
+        "if first is None and not error <= tolerance:",
+        "if first is None and error > tolerance:",
         "prove/test_compare.py",
     ),
     in_package(

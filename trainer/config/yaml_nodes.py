@@ -78,6 +78,9 @@ def compose(
     """
     try:
         root = yaml.compose(text, Loader=_Loader)
+        return None if root is None else _Converter(locate, findings).node(root, key)
+    except RecursionError:
+        raise Unreadable(locate(1, 1), "nested too deeply; a configuration has a few levels", key) from None
     except yaml.reader.ReaderError as error:
         line_start = text.rfind("\n", 0, error.position) + 1
         place = locate(text.count("\n", 0, error.position) + 1, error.position - line_start + 1)
@@ -95,7 +98,6 @@ def compose(
             raise Unreadable(place, "a second document; one file is one configuration: remove '---'") from None
         hint = next((hint for start, hint in _HINTS.items() if start in problem), problem)
         raise Unreadable(place, f"not valid YAML: {hint}", key) from None
-    return None if root is None else _Converter(locate, findings).node(root, key)
 
 
 class _Loader(yaml.SafeLoader):

@@ -319,3 +319,10 @@ def test_a_wrong_config_is_reported_in_half_a_second(tmp_path: Path) -> None:
         assert _run_python(code, str(path)).stdout.endswith("unknown key; did you mean num_experts?\n")
         costs.append(cpu_s() - before)
     assert min(costs) < 0.5
+
+
+@pytest.mark.parametrize(("text", "depth"), [("[", 3000), ("{a: ", 3000), ("- ", 3000)])
+def test_too_deep_a_file_is_one_line(text: str, depth: int, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(f"name: {text * depth}")
+    with pytest.raises(ConfigError, match=r"x\.yaml:1:\d+: (nested too deeply|not valid YAML)"):
+        load(tmp_path / "x.yaml", [], ExperimentConfig)
