@@ -21,6 +21,7 @@ from trainer.contracts import (
     tokenizer,
     tracker,
 )
+from trainer.contracts.build import build_returns_its_kind
 from trainer.data.sources.registry import SourceConfig
 from trainer.data.tokenizers.registry import TokenizerConfig
 from trainer.errors import ConfigError, TurnoutError
@@ -109,7 +110,14 @@ def _outcomes(
     if findings:
         raise report(findings)
     subject = (config, _NUM_EXPERTS) if isinstance(config, RouterOptions) else (config,)
-    return (_run(check, *subject) for check in checks)
+    return _run_all(checks, *subject)
+
+
+def _run_all(checks: Sequence[Check], *subject: Any) -> Iterator[Outcome]:
+    """Run the checks if the plug-in can be built at all."""
+    yield (first := _run(build_returns_its_kind, *subject))
+    if first.error is None:
+        yield from (_run(check, *subject) for check in checks)
 
 
 def _run(check: Check, *subject: Any) -> Outcome:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer.lab.logits import training_context
+from trainer.moe.build_router import build_router
 from trainer.moe.routers.config.options import RouterOptions
 from trainer.moe.routing import Router, RoutingContext, RoutingDecision
 
@@ -17,7 +18,7 @@ B, S, D = 3, 8, 6
 
 def make_router(config: RouterOptions, num_experts: int, *, spread: float = 0.8) -> Router:
     """Make a router in float64 with normal weights of standard deviation `spread`."""
-    router = config.build(d_model=D, num_experts=num_experts, layer=0).double()
+    router = build_router(config, d_model=D, num_experts=num_experts, layer=0, key="").double()
     generator = torch.Generator().manual_seed(0)
     for parameter in router.parameters():
         parameter.data.normal_(0, spread, generator=generator)

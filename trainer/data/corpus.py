@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from trainer.config.build_plugin import build_plugin
 from trainer.data.config import DataConfig
 from trainer.data.mixture import domain_shares
 from trainer.data.records.bad_records import SkippedRecords
@@ -56,7 +57,7 @@ def build_tokenizer(config: DataConfig, *, progress: IngestProgress | None = Non
     Raises DataError if the tokenizer, or the text of a BPE, is unusable, and ResourceError as `build_corpus`.
     """
     if not isinstance(config.tokenizer, BPETokenizerConfig):
-        return config.tokenizer.build()
+        return build_plugin(config.tokenizer, Tokenizer, "data.tokenizer")
     from trainer.data.train_bpe import train_bpe  # needs `tokenizers`
 
     text = build_corpus(config.model_copy(update={"tokenizer": ByteTokenizerConfig()}), progress=progress)

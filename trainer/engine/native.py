@@ -10,11 +10,10 @@ from trainer.engine.reduce import square_norm
 from trainer.engine.step import NumericsConfig, StepEngine
 from trainer.models.gpt import GPT
 from trainer.models.parameter_roles import is_decayed
+from trainer.optim.create import MOMENTS, create_optimizer
 from trainer.optim.registry import OptimConfig
 from trainer.parallel.replicate import GradientReducer
 from trainer.parallel.shard import is_sharded, local
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class NativeEngine(StepEngine):
@@ -22,7 +21,8 @@ class NativeEngine(StepEngine):
 
     def __init__(self, model: GPT, optim: OptimConfig, numerics: NumericsConfig, mesh: Mesh | None = None) -> None:
         super().__init__(model, numerics, Mesh.of_one() if mesh is None else mesh)
-        self.optimizer = optim.build(
+        self.optimizer = create_optimizer(
+            optim,
             decayed=[p for name, p in self.parameters.items() if is_decayed(name, p)],
             not_decayed=[p for name, p in self.parameters.items() if not is_decayed(name, p)],
         )
@@ -87,7 +87,7 @@ class NativeEngine(StepEngine):
 
     def _moments(self) -> dict[str, Slice]:
         tensors = {
-            f"optim.{key}.{name}": self._state_of(p)[key] for name, p in self.parameters.items() for key in _MOMENTS
+            f"optim.{key}.{name}": self._state_of(p)[key] for name, p in self.parameters.items() for key in MOMENTS
         }
         return {name: self._slice(name, tensor) for name, tensor in tensors.items()}
 
@@ -102,6 +102,6 @@ class NativeEngine(StepEngine):
         state = self.optimizer.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            for key in _MOMENTS:
+            for key in MOMENTS:
                 state[key] = torch.zeros_like(parameter)
         return state

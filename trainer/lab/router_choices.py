@@ -20,6 +20,7 @@ from trainer.errors import ConfigError
 from trainer.evaluation.routing_optimum import Optimality, measure_optimality, within_capacity
 from trainer.lab.logits import LayerLogits, Logits, LogitsKind
 from trainer.lab.router_configs import router_config
+from trainer.moe.build_router import build_router
 from trainer.moe.routers.bias_balanced import BiasBalancedRouter
 from trainer.moe.routers.config.options import RouterOptions
 from trainer.moe.routers.non_causal import sequence_capacity
@@ -156,7 +157,7 @@ def _sum(parts: Sequence[Optimality]) -> Optimality:
 def prepare_router(config: RouterOptions, layer: LayerLogits, warmup_context: RoutingContext) -> Router:
     """Return a router whose logits are its input, with its selection bias, if any, learned on the warm-up logits."""
     num_experts = layer.measured.shape[-1]
-    router: Router = config.build(d_model=num_experts, num_experts=num_experts, layer=0)
+    router = build_router(config, d_model=num_experts, num_experts=num_experts, layer=0, key="")
     set_identity_gate(router)
     if isinstance(router, BiasBalancedRouter):
         for step in range(UPDATES):

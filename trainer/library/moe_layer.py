@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from trainer.moe.balance import balance_loss
+from trainer.moe.build_router import build_router
 from trainer.moe.dispatch.local import LocalDispatcher
 from trainer.moe.experts import Experts
 from trainer.moe.layer import MoE
@@ -124,7 +125,7 @@ class MoELayer(nn.Module):
             raise ValueError(f"capacity_factor: {config.kind} has no fixed number of experts per token; use None")
         d_ff = 4 * d_model if d_ff is None else d_ff
         self.moe = MoE(
-            router=config.build(d_model=d_model, num_experts=num_experts, layer=0),
+            router=build_router(config, d_model=d_model, num_experts=num_experts, layer=0, key="router"),
             experts=Experts(num_experts, d_model, d_ff, activation=activation, kernel=kernel),
             dispatcher=LocalDispatcher(),
             capacity=CapacityConfig(factor=capacity_factor),

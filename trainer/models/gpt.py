@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from trainer.data.batches.batch import Batch
 from trainer.models.config import ModelConfig
 from trainer.models.kv_cache import CachedAttention, Extension, KVCache
+from trainer.moe.build_router import build_router
 from trainer.moe.dispatch.local import LocalDispatcher
 from trainer.moe.experts import Experts
 from trainer.moe.layer import MoE
@@ -149,7 +150,7 @@ def build_moe(config: ModelConfig, layer: int, kernel: ExpertsKernel) -> MoE:
     moe = config.moe
     assert moe is not None, "a block is MoE only if the config has a moe section"
     return MoE(
-        router=moe.router.build(d_model=config.d_model, num_experts=moe.num_experts, layer=layer),
+        router=build_router(moe.router, d_model=config.d_model, num_experts=moe.num_experts, layer=layer),
         experts=Experts(moe.num_experts, config.d_model, moe.d_ff, activation=config.activation, kernel=kernel),
         dispatcher=LocalDispatcher(),
         capacity=moe.capacity,

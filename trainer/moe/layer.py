@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor, nn
 
+from trainer.errors import ConfigError
 from trainer.moe.capacity import limit_to_capacity
 from trainer.moe.dispatch.base import Dispatcher
 from trainer.moe.experts import Experts
 from trainer.moe.layer_options import CapacityConfig
-from trainer.moe.routing import Router, RoutingContext
+from trainer.moe.routing import Router, RouterOutput, RoutingContext
 from trainer.moe.stats import MoEStats, collect_stats
 
 # B sequences, S tokens each, T = B * S, R rows, D d_model.
@@ -49,6 +50,12 @@ class MoE(nn.Module):
         """Return the layer's output for x (B, S, D), 0 for padding, and its statistics."""
         tokens = x.flatten(0, 1)  # (T, D)
         routed = self.router(tokens, context)
+        if not isinstance(routed, RouterOutput):
+            cls = type(self.router)
+            raise ConfigError(
+                f"model.moe.router: {cls.__module__}:{cls.__qualname__}.forward returned a "
+                f"{type(routed).__qualname__}, not a {RouterOutput.__module__}.RouterOutput"
+            )
         decision = limit_to_capacity(routed.decision, self.capacity, context, salt=self.layer)
         outputs = self.dispatcher.forward(tokens.to(compute_dtype(tokens)), decision, self.experts)
         out = outputs.y.view(x.shape)

@@ -5,10 +5,12 @@ from typing import cast
 
 import torch
 
+from trainer.config.build_plugin import build_plugin
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.rank_layout import even_slice
 from trainer.models.gpt import GPT, Block
 from trainer.models.initialize import initialize
+from trainer.moe.dispatch.base import Dispatcher
 from trainer.ops.attention import blocked_attention
 from trainer.parallel.config import ParallelConfig
 from trainer.parallel.shard import shard
@@ -32,7 +34,9 @@ def parallelize(
     4. Weights are sharded over the ranks that would hold replicas, if configured.
     """
     for moe in model.moe_layers():
-        moe.dispatcher = config.dispatcher.build(mesh, moe.experts.num_experts)
+        moe.dispatcher = build_plugin(
+            config.dispatcher, Dispatcher, "parallel.dispatcher", mesh, moe.experts.num_experts
+        )
         moe.dispatcher.step_timer = mesh.world.recorder.step_timer
         if mesh.ep.size > 1:
             moe.experts.keep(*even_slice(moe.experts.num_experts, mesh.ep.size, mesh.ep.index))

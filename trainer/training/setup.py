@@ -1,6 +1,6 @@
 """The composition root: build everything that a run needs from its config. The only module with all implementations."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.run_tokenizer import check_given, fingerprint_in_use, save_tokenizer, tokenizer_of
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.shared_fs import check_shared
+from trainer.config.build_plugin import build_plugin
 from trainer.config.dump import dump
 from trainer.console.console import Console
 from trainer.data.batches.stream import TrainStream
@@ -140,6 +141,7 @@ def build_model_and_engine(
         folder.checkpoints, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
     )
     spikes = config.train.spikes
+    schedule = build_plugin(config.schedule, Callable, "schedule", total_steps=config.train.steps)  # type: ignore[arg-type]
     return RunState(
         mesh=mesh,
         config=config,
@@ -148,7 +150,7 @@ def build_model_and_engine(
         stream=TrainStream(corpus, packing=config.data.packing, seq_len=config.model.seq_len, seed=config.seed),
         tasks=tasks,
         engine=engine,
-        schedule=config.schedule.build(total_steps=config.train.steps),
+        schedule=schedule,
         saver=Saver(checkpoints, mesh, copies=config.checkpoint.asynchronous),
         console=console,
         trackers=Trackers([] if logs is None else [logs]),

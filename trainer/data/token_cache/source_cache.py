@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 
 from trainer.atomic_io import replace_file
 from trainer.config.base import Config
+from trainer.config.build_plugin import build_plugin
 from trainer.data.records.bad_records import SkippedRecords, merge_skipped
 from trainer.data.sources.base import Source
 from trainer.data.sources.registry import InstalledSourceConfig, SourceConfig
@@ -61,7 +62,7 @@ class CachedSource:
         cls, config: SourceConfig, index: int, *, split: SplitConfig, cache_dir: str, tokenizer: Tokenizer
     ) -> Self:
         """Look up the files of a source and its folder; raise DataError if a file is missing."""
-        source = config.build()
+        source = build_plugin(config, Source, f"data.sources.{index}")
         options = {"source": _identity(config), "split": split.model_dump(mode="json")}
         identity = {"format": _FORMAT, "tokenizer": tokenizer.fingerprint, **options}
         return cls(

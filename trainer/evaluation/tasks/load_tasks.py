@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from trainer.checkpoint.compatible import abridged
+from trainer.config.build_plugin import build_plugin
 from trainer.data.corpus import Corpus
 from trainer.distributed.collective_errors import raise_together
 from trainer.distributed.collectives import Group
@@ -28,7 +29,10 @@ def load_tasks(
     for is_my_turn in (world.index == 0, world.index > 0):  # rank 0 downloads first, the others find it in the cache
         with raise_together(world):
             if is_my_turn:
-                tasks = [config.build(corpus.tokenizer, seq_len=seq_len) for config in configs]
+                tasks = [
+                    build_plugin(config, Task, f"eval.tasks.{index}", corpus.tokenizer, seq_len=seq_len)
+                    for index, config in enumerate(configs)
+                ]
     fingerprints = {task.name: abridged(task.fingerprint) for task in tasks}
     if different := differences_across_ranks(world, {"eval": {"tasks": fingerprints}}):
         raise DataError(f"{different[0]}; all ranks must read the same rows (eval.tasks)")
