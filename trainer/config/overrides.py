@@ -129,15 +129,16 @@ def _assign(node: Node | None, path: list[str], value: Node, slot: Slot, done: K
 def _default(slot: Slot, place: SourceLocation) -> Node:
     """Return the value that an override changes if the file has none: the default list, or an empty section."""
     if isinstance(slot.default, list | tuple):
-        return _as_node(slot.default, place)
+        return as_node(slot.default, place)
     return Node({}, place, place)
 
 
-def _as_node(value: Any, place: SourceLocation) -> Node:
+def as_node(value: Any, place: SourceLocation) -> Node:
+    """Return the nodes of a Python value or a section, all at one place."""
     if isinstance(value, Config):
         value = value.model_dump()
     if isinstance(value, dict):
-        value = {key: _as_node(inner, place) for key, inner in value.items()}
+        value = {key: as_node(inner, place) for key, inner in value.items()}
     elif isinstance(value, list | tuple):
-        value = [_as_node(inner, place) for inner in value]
+        value = [as_node(inner, place) for inner in value]
     return Node(value, place, place)

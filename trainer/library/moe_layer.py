@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor, nn
 
+from trainer.library.layer_arguments import check_arguments, check_inputs
 from trainer.moe.balance import balance_loss
 from trainer.moe.build_router import build_router
 from trainer.moe.dispatch.local import LocalDispatcher
@@ -18,7 +18,6 @@ from trainer.moe.experts import Experts
 from trainer.moe.layer import MoE
 from trainer.moe.layer_options import BalanceConfig, CapacityConfig
 from trainer.moe.routers.config.options import RouterOptions
-from trainer.moe.routers.registry import RouterConfig
 from trainer.moe.routing import RoutingContext
 from trainer.moe.stats import MoEStats
 from trainer.moe.terms import AuxLosses
@@ -26,7 +25,7 @@ from trainer.ops.expert_ffn import Activation
 from trainer.ops.kernels import ExpertsKernel
 from trainer.ops.noise import token_keys
 
-_ROUTERS: Final[TypeAdapter[RouterOptions]] = TypeAdapter(RouterConfig)
+_NUM_DRAWS: Final = 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,25 +103,29 @@ class MoELayer(nn.Module):
         Args:
             d_model: D.
             num_experts: E.
-            top_k: experts per token, for routers that have the option; None: the router's default.
+            top_k: experts per token, for routers that have the option; None: the router's own.
             d_ff: F, the hidden width of one expert; None: 4 * d_model.
             router: a kind, such as "switch" or "my_package.module:ClassConfig"; its options, such as
                 {"kind": "top_k", "score": "sigmoid"}; or a config object.
             capacity_factor: rows of a sequence that an expert accepts, in units of its fair share; None: dropless.
             activation: "swiglu" or "gelu".
-            kernel: kernel of the experts, as `parallel.experts_kernel`.
-            seed: of the routing noise, not of the weights, which torch's generator draws.
+            kernel: kernel of the experts, as `parallel.experts_kernel`, without "auto".
+            seed: of the routing noise, mixed with a number from torch's generator that each call in training draws.
 
         Raises:
-            pydantic.ValidationError: if the router's options are wrong.
-            ValueError: if the options do not fit together.
+            ConfigError: with a line for each wrong argument.
         """
         super().__init__()
-        config = _router_config(router, top_k)
-        for problem in config.problems_among(num_experts):
-            raise ValueError(f"{problem.key}: {problem.message}")
-        if capacity_factor is not None and not config.has_fixed_k:
-            raise ValueError(f"capacity_factor: {config.kind} has no fixed number of experts per token; use None")
+        values = {
+            "d_model": d_model,
+            "num_experts": num_experts,
+            "d_ff": d_ff,
+            "capacity_factor": capacity_factor,
+            "activation": activation,
+            "kernel": kernel,
+            "seed": seed,
+        }
+        config = check_arguments(router, top_k, values).router
         d_ff = 4 * d_model if d_ff is None else d_ff
         self.moe = MoE(
             router=build_router(config, d_model=d_model, num_experts=num_experts, layer=0, key="router"),
@@ -130,7 +133,8 @@ class MoELayer(nn.Module):
             dispatcher=LocalDispatcher(),
             capacity=CapacityConfig(factor=capacity_factor),
         )
-        self.num_null_experts, self._seed, self._num_calls = config.num_null_experts, seed, 0
+        self.num_null_experts, self._needs_token_ids = config.num_null_experts, config.needs_token_ids
+        self._d_model, self._seed = d_model, seed
 
     def forward(
         self, x: Tensor, *, valid: Tensor | None = None, token_ids: Tensor | None = None
@@ -140,17 +144,21 @@ class MoELayer(nn.Module):
         Args:
             x: (B, S, D).
             valid: (B, S) bool; padding is not routed, gets 0 and is not counted. None: all tokens are valid.
-            token_ids: (B, S) int64, for `hash`, which routes by them; None: zeros.
+            token_ids: (B, S) int64; required by `hash`, which routes by them, and ignored by other routers.
+
+        Raises:
+            TypeError: if an input is not a tensor, or has the wrong dtype.
+            ValueError: if an input is missing, or has the wrong shape.
         """
-        if x.dim() != 3:
-            raise ValueError(f"x has shape {tuple(x.shape)}; expected (batch, sequence, d_model)")
+        check_inputs(x, valid, token_ids, d_model=self._d_model, needs_token_ids=self._needs_token_ids)
         B, S, _ = x.shape
         position = torch.arange(S, device=x.device).repeat(B)
         sequence_index = torch.arange(B, device=x.device).repeat_interleave(S)
         noise_key = None
         if self.training:
-            noise_key = token_keys(self._seed, sequence_index + self._num_calls * B, position)
-            self._num_calls += 1
+            # From torch's generator, whose state activation checkpointing restores before it recomputes a layer.
+            draw = torch.randint(_NUM_DRAWS, (), device=x.device)
+            noise_key = token_keys(self._seed, sequence_index + draw * B, position)
         context = RoutingContext(
             token_ids=torch.zeros_like(position) if token_ids is None else token_ids.flatten(),
             valid=torch.ones_like(position, dtype=torch.bool) if valid is None else valid.flatten(),
@@ -165,14 +173,3 @@ class MoELayer(nn.Module):
     def update_router(self, stats: LayerStats) -> None:
         """Update a selection bias from the loads of an optimizer step; other routers ignore it."""
         self.moe.router.update(stats.sums.choices())
-
-
-def _router_config(router: str | Mapping[str, Any] | RouterOptions, top_k: int | None) -> RouterOptions:
-    if isinstance(router, RouterOptions):
-        return router if top_k is None else type(router).model_validate({**router.model_dump(), "top_k": top_k})
-    options: dict[str, Any] = {"kind": router} if isinstance(router, str) else dict(router)
-    if top_k is not None:
-        options["top_k"] = top_k
-        if top_k == 1 and options["kind"] == "top_k":
-            options.setdefault("normalize", False)  # a normalised single weight is the constant 1
-    return _ROUTERS.validate_python(options)

@@ -1,17 +1,23 @@
 """The layer of the public interface: other implementations' numbers, gradients, dtypes and errors."""
 
+import copy
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.models.mixtral.configuration_mixtral import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, load_balancing_loss_func
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from trainer import MoELayer
+from trainer.errors import ConfigError
+from trainer.moe.routers.config.token_choice import TopKRouterConfig
 
 D, FF, E, B, S = 16, 24, 8, 2, 12
 
@@ -132,6 +138,29 @@ def test_noise_is_drawn_anew_in_training_only() -> None:
     assert torch.equal(layer(tokens())[0], layer(tokens())[0])
 
 
+def test_layers_with_the_same_weights_have_their_own_noise() -> None:
+    layer = MoELayer(D, E, 2, d_ff=FF, router="random")
+    twin = copy.deepcopy(layer)
+    assert not torch.equal(layer(tokens())[0], twin(tokens())[0])
+
+
+def test_activation_checkpointing_recomputes_with_the_same_noise() -> None:
+    router = {"kind": "noisy_top_k", "jitter": 0.5}
+    layers = nn.ModuleList(MoELayer(D, E, 2, d_ff=FF, router=router) for _ in range(2))
+    gradients = []
+    for recomputes in (False, True):
+        torch.manual_seed(3)
+        loss = torch.zeros(())
+        for batch in range(2):  # two forward passes before one backward pass: the recomputed call is not the last one
+            x = tokens(seed=batch)
+            for layer in layers:
+                x = checkpoint(layer, x, use_reentrant=False)[0] if recomputes else layer(x)[0]
+            loss = loss + x.square().sum()
+        gradients.append(torch.autograd.grad(loss, list(layers.parameters())))
+    for stored, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(stored, recomputed)
+
+
 def test_a_selection_bias_moves_with_the_load() -> None:
     layer = MoELayer(D, E, 2, d_ff=FF, router="bias_balanced")
     stats = layer(tokens())[1]
@@ -153,11 +182,69 @@ def test_a_plugin_is_a_router() -> None:
         ({"router": "expert_choice", "capacity_factor": 1.0}, "capacity_factor: expert_choice has no fixed number"),
         ({"router": "nope"}, "nope"),
         ({"router": {"kind": "top_k", "top_p": 0.5}}, "top_p"),
+        ({"router": "topk"}, "^MoELayer: router: 'topk' is not one of .*; did you mean top_k\\?$"),
+        ({"router": {"top_k": 2}}, "router: needs a kind"),
+        ({"router": {"kind": "top_k", "scor": "sigmoid"}}, "router.scor: unknown key; did you mean score"),
+        ({"router": "no_such_module:X"}, "router: there is no module no_such_module"),
+        ({"router": None}, "router: expected a kind, a mapping .*, got null"),
+        ({"top_k": 0}, "^MoELayer: top_k: must be more than 0, got 0"),
+        ({"top_k": 2, "router": "top_p"}, "top_k: top_p has no such option; leave it out"),
+        (
+            {"top_k": 2, "router": "tests.added_router:ThresholdRouterConfig"},
+            "top_k: tests.added_router:ThresholdRouterConfig has no such option; leave it out",
+        ),
+        ({"top_k": 2, "router": {"kind": "top_k", "top_k": 3}}, "top_k: 2, but the router's options have top_k 3"),
+        ({"top_k": 2, "router": TopKRouterConfig(top_k=3)}, "top_k: 2, but the router's options have top_k 3"),
+        ({"top_k": 1, "router": TopKRouterConfig(normalize=True)}, "router.normalize: true with top_k 1"),
+        ({"capacity_factor": 0}, "capacity_factor: must be more than 0, got 0"),
+        ({"capacity_factor": math.nan}, "capacity_factor: must be a finite number, got nan"),
+        ({"capacity_factor": "1.0"}, "capacity_factor: expected a number or null, got '1.0'"),
+        ({"activation": "relu"}, "activation: 'relu' is not one of swiglu, gelu"),
+        ({"kernel": "fast"}, "kernel: 'fast' is not one of loop, padded, grouped, fused, fused_onednn"),
+        ({"kernel": "auto"}, "kernel: 'auto' is not one of loop"),
+        ({"seed": "a"}, "seed: expected a whole number, got 'a'"),
+        ({"d_ff": 0}, "d_ff: must be more than 0, got 0"),
     ],
 )
 def test_options_that_are_wrong_are_refused(options: dict[str, Any], expected: str) -> None:
-    with pytest.raises(ValueError, match=expected):
+    with pytest.raises(ConfigError, match=expected):
         MoELayer(D, E, **options)
+
+
+def test_sizes_that_are_wrong_are_refused_together() -> None:
+    with pytest.raises(ConfigError) as refused:
+        MoELayer(0, 0, 2)
+    assert str(refused.value).splitlines() == [
+        "MoELayer: d_model: must be more than 0, got 0",
+        "MoELayer: num_experts: must be more than 0, got 0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [
+        ({"x": torch.zeros(B, S, D + 1)}, f"x has shape .*; expected .* with d_model {D}"),
+        ({"x": torch.zeros(0, S, D)}, "x has shape .* at least one sequence"),
+        ({"x": torch.zeros(B, S, D, dtype=torch.int64)}, "x has dtype torch.int64; expected a floating-point dtype"),
+        ({"x": np.zeros((B, S, D))}, "x is a numpy.ndarray; expected a torch.Tensor"),
+        ({"valid": torch.ones(B, S + 1, dtype=torch.bool)}, "valid has shape"),
+        ({"valid": torch.ones(B, S)}, "valid has dtype torch.float32; expected torch.bool"),
+        ({"valid": torch.ones(B, S, dtype=torch.int64)}, "valid has dtype torch.int64; expected torch.bool"),
+        ({"token_ids": torch.zeros(B, S)}, "token_ids has dtype torch.float32; expected torch.int64"),
+        ({"token_ids": torch.zeros(S, dtype=torch.int64)}, "token_ids has shape"),
+        ({}, "token_ids: missing"),
+    ],
+)
+def test_inputs_that_are_wrong_are_refused(inputs: dict[str, Any], expected: str) -> None:
+    layer = MoELayer(D, E, router="hash", d_ff=FF)
+    with pytest.raises((TypeError, ValueError), match=expected):
+        layer(**{"x": tokens(), **inputs})
+
+
+def test_the_hash_router_routes_by_token_ids() -> None:
+    token_ids = torch.arange(B * S).view(B, S)
+    _, stats = MoELayer(D, E, router="hash", d_ff=FF)(tokens(), token_ids=token_ids)
+    assert int((stats.tokens_per_expert > 0).sum()) > 1
 
 
 def test_a_router_without_probabilities_has_no_balance_loss() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from trainer.config.numbers import Experts, Whole
 from trainer.moe.routers.config.options import EvenOptions
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 class HashRouterConfig(EvenOptions):
     """Experts by a hash of the token id, with equal weights (Roller et al. 2021, arXiv 2106.04426)."""
+
+    needs_token_ids: ClassVar[bool] = True
 
     kind: Literal["hash"] = "hash"
     top_k: Experts = 1

@@ -34,6 +34,8 @@ class RouterOptions(KindConfig):
     """Combine weights depend on learned scores."""
     estimates_load: ClassVar[bool] = False
     """The router returns a differentiable load."""
+    needs_token_ids: ClassVar[bool] = False
+    """The router chooses experts by the ids of the tokens."""
     required_experts: ClassVar[int | None] = None
     """The only possible number of experts; None: any number."""
     why_no_capacity: ClassVar[str] = "this router decides by itself how many tokens an expert gets"
