@@ -87,8 +87,8 @@ def _message(columns: dict[str, Tensor], step: int, equal_at: int | None) -> str
         advice = "all ranks must start from the same values: use one torch and one config everywhere"
         return f"step {step}: {said}; {advice}"
     return (
-        f"step {step}: {said}; all copies were equal at step {equal_at}. Nothing has been saved since: start again "
-        "to resume from the last checkpoint; if it happens again, suspect the memory of the host of "
+        f"step {step}: {said}; all copies were equal at step {equal_at}. Nothing has been saved since: start the "
+        "run again; it continues from the last checkpoint; if it happens again, suspect the memory of the host of "
         f"{format_ranks(wrong)}"
     )
 

@@ -30,7 +30,7 @@ def _packages(value: object, key: str) -> Iterator[tuple[str, str]]:
     """Yield (key, package) of a section and of every section below it."""
     if isinstance(value, list):
         for index, item in enumerate(value):
-            yield from _packages(item, f"{key}[{index}]")
+            yield from _packages(item, f"{key}.{index}")
     elif isinstance(value, Config):
         for own_key, package in value.packages():
             yield f"{key}.{own_key}".lstrip("."), package

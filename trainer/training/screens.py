@@ -22,7 +22,9 @@ def header(run: RunState) -> list[Line]:
     moe = config.model.moe
     experts = "dense"
     if moe is not None:
-        experts = f"{moe.num_experts} experts, {moe.experts_per_token:.3g} for each token, router {moe.router.kind}"
+        most = f"up to {moe.router.most_experts(moe.num_experts)}"
+        per_token = f"{moe.experts_per_token:.3g}" if moe.has_static_flops else most
+        experts = f"{moe.num_experts} experts, {per_token} for each token, router {moe.router.kind}"
     parameters = f"{size.total_parameters / 1e6:.2f}M parameters, {size.active_parameters / 1e6:.2f}M active"
     tokens = config.train.global_batch_size * config.model.seq_len
     at_most = "at most " if config.data.packing == "bfd" else ""  # some of it is padding

@@ -83,8 +83,8 @@ def test_an_error_has_a_line_for_every_missing_package_of_a_task() -> None:
     config = ExperimentConfig(name="x", eval=EvalConfig.model_validate({"tasks": [task]}))
     needed = [line.partition(",")[0] for line in error_lines(config)]
     assert needed == [
-        "eval.tasks[0].metrics: needs sacrebleu",
-        "eval.tasks[0].metrics: needs rouge_score",
-        "eval.tasks[0].rows.path: needs datasets",
+        "eval.tasks.0.metrics: needs sacrebleu",
+        "eval.tasks.0.metrics: needs rouge_score",
+        "eval.tasks.0.rows.kind: needs datasets",
     ]
     assert error_lines(config)[0].endswith("; pip install 'turnout[text-metrics]', or change this key")

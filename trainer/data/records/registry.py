@@ -67,7 +67,7 @@ class DatasetConfig(RecordsOptions):
 
     def packages(self) -> Iterator[tuple[str, str]]:
         """Yield the library that reads them."""
-        yield "path", "datasets"
+        yield "kind", "datasets"
 
     def reader(self) -> RecordReader:
         """Create the reader."""
