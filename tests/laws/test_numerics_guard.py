@@ -385,8 +385,8 @@ def test_of_two_ranks_nobody_can_tell_which_is_wrong(ranks: Ranks) -> None:
     assert said[0] == said[1]
     assert said[0] == (
         "step 20: ranks 0 and 1 hold different copies of blocks.0.ffn.router.bias, and which of them is wrong cannot "
-        "be told; all copies were equal at step 10. Nothing has been saved since: start the run again; it continues from "
-        "the last checkpoint; if it happens again, suspect the memory of the host of ranks 0 and 1"
+        "be told; all copies were equal at step 10. Nothing has been saved since: start the run again; it continues "
+        "from the last checkpoint; if it happens again, suspect the memory of the host of ranks 0 and 1"
     )
 
 

@@ -75,8 +75,8 @@ def test_tensors_of_the_same_faulty_rank_are_named_together() -> None:
     assert _message(columns, 12, 10) == (
         "step 12: rank 1 holds another copy of a, b, c and 2 more tensors than ranks 0 and 2; ranks 0, 1 and 2 hold "
         "different copies of optim.x, and which of them is wrong cannot be told; all copies were equal at step 10. "
-        "Nothing has been saved since: start the run again; it continues from the last checkpoint; if it happens again, "
-        "suspect the memory of the host of ranks 0, 1 and 2"
+        "Nothing has been saved since: start the run again; it continues from the last checkpoint; if it happens "
+        "again, suspect the memory of the host of ranks 0, 1 and 2"
     )
 
 
