@@ -1,7 +1,6 @@
 """The blocks of docs/library.md run as they are printed, one after the other."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,6 @@ pytestmark = pytest.mark.slow
 
 
 def test_the_blocks_of_the_library_page_run(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
     blocks = [block.text for block in blocks_of(ROOT / "docs/library.md") if block.language == "python"]
     assert len(blocks) == 3
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -3,10 +3,10 @@
 import argparse
 import math
 
-from trainer.commands.arguments import Subparsers, add_command, add_config, as_path, whole
-from trainer.commands.resolve import load_named_config
+from trainer.commands.arguments import Subparsers, add_command, add_config, whole
+from trainer.commands.resolve import load_config_of, load_named_config
+from trainer.commands.shipped import as_config
 from trainer.config.dump import diff, dump
-from trainer.config.loader import load
 from trainer.config.nodes import shown
 from trainer.config.schema import schema_text
 from trainer.config.wording import choice
@@ -22,9 +22,9 @@ def add(subparsers: Subparsers) -> None:
     subcommands = config.add_subparsers(required=True, metavar="COMMAND")
     add_config(add_command(subcommands, "show", show_command, example="configs/smoke.yaml train.steps=100"))
     add_command(subcommands, "schema", schema_command, example="")
-    sub = add_command(subcommands, "diff", diff_command, example="configs/smoke.yaml runs/smoke/config.yaml")
-    sub.add_argument("a", type=as_path, metavar="A", help="experiment file")
-    sub.add_argument("b", type=as_path, metavar="B", help="another one")
+    sub = add_command(subcommands, "diff", diff_command, example="smoke runs/smoke")
+    sub.add_argument("a", type=as_config, metavar="A", help="experiment file, run folder, or a name such as quickstart")
+    sub.add_argument("b", type=as_config, metavar="B", help="another one")
     example = "0.01 --from deepspeed configs/smoke.yaml"
     sub = add_command(subcommands, "coefficient", coefficient_command, example=example)
     sub.add_argument("coefficient", metavar="COEFFICIENT", help="balance-loss coefficient in the other trainer")
@@ -37,7 +37,7 @@ def add(subparsers: Subparsers) -> None:
 
 def show_command(options: argparse.Namespace) -> int:
     """Print a config with all defaults."""
-    print(dump(load_named_config(options)), end="")
+    print(dump(load_config_of(options.config, options.overrides)), end="")
     return 0
 
 
@@ -49,7 +49,7 @@ def schema_command(options: argparse.Namespace) -> int:
 
 def diff_command(options: argparse.Namespace) -> int:
     """Print the keys that differ between two configs."""
-    a, b = (load(path, [], ExperimentConfig) for path in (options.a, options.b))
+    a, b = map(load_config_of, (options.a, options.b))
     print_safe("\n".join(diff(a, b)))
     return 0
 

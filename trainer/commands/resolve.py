@@ -30,6 +30,14 @@ def load_named_config(options: argparse.Namespace) -> ExperimentConfig:
     return load(options.config, options.overrides, ExperimentConfig)
 
 
+def load_config_of(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Load an experiment file, or the config of a run named by its folder."""
+    if (path / "config.yaml").is_file():
+        return recorded_config(RunFolder(path), overrides)
+    check_name(path)
+    return load(path, overrides, ExperimentConfig)
+
+
 def recorded_config(folder: RunFolder, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Load the config kept in a run folder, without warnings about old names: the user did not write it.
 

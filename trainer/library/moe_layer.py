@@ -170,6 +170,12 @@ class MoELayer(nn.Module):
         y, sums = self.moe(x, context)
         return y, LayerStats(sums, self.num_null_experts)
 
-    def update_router(self, stats: LayerStats) -> None:
-        """Update a selection bias from the loads of an optimizer step; other routers ignore it."""
-        self.moe.router.update(stats.sums.choices())
+    def update_router(self, *stats: LayerStats) -> None:
+        """Update a selection bias from the loads of an optimizer step; other routers ignore it.
+
+        Args:
+            stats: of every forward pass of the step: several with gradient accumulation.
+        """
+        if not stats:
+            raise TypeError("update_router: expected the statistics of at least one forward pass, got none")
+        self.moe.router.update(torch.stack([one.sums.choices() for one in stats]).sum(0))

@@ -16,6 +16,7 @@ from trainer.distributed.rank_layout import layout_from_environment
 from trainer.distributed.signals import StopRequest
 from trainer.errors import CheckpointError
 from trainer.experiment import ExperimentConfig
+from trainer.library.config import check_config
 from trainer.metrics.records import parse_record, read_lines
 from trainer.status import StatusFile
 
@@ -98,11 +99,13 @@ def train(config: ExperimentConfig) -> Run:
     Under torchrun, every rank calls it.
 
     Raises:
+        TypeError: if it is not an `ExperimentConfig`.
         TurnoutError: the error that `turnout train` would print.
         KeyboardInterrupt: if a signal stopped the run; a checkpoint was saved, and the next call resumes.
     """
     from trainer.training.main import train_run
 
+    check_config(config)
     folder = run_folder_of(config)
     with StopRequest() as stop:
         layout = layout_from_environment(ep_size=config.parallel.ep_size)

@@ -9,7 +9,9 @@ from trainer.data.batches.batch import Batch
 from trainer.data.batches.stream import TrainStream
 from trainer.data.corpus import build_corpus
 from trainer.distributed.mesh import Mesh
+from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
+from trainer.library.config import check_config
 from trainer.models.gpt import GPT
 from trainer.moe.losses import Denominators, objective
 from trainer.moe.routing import RoutingOptions
@@ -21,24 +23,45 @@ def build_model(config: ExperimentConfig, *, device: str | torch.device = "cpu")
     """Return the model of a config with initial values, which are a function of `seed`.
 
     The first call for a config reads its text, since the tokenizer sets the size of the vocabulary.
+
+    Raises:
+        TypeError: if `config` is not an `ExperimentConfig`.
+        ConfigError: if this machine has no such device.
     """
+    check_config(config)
     device = torch.device(device)
+    if device.type == "cuda" and (device.index or 0) >= (num_gpus := torch.cuda.device_count()):
+        raise ConfigError(
+            f"device: {device}, but torch sees {num_gpus or 'no'} GPU{'s' * (num_gpus > 1)} here; use cpu"
+        )
     config = resolve_kernel(single_process(config), device)
     tokenizer = build_corpus(config.data).tokenizer
     return build_parallel_model(config, tokenizer, Mesh.of_one(), device, warn=lambda _: None)
 
 
 def load_batches(config: ExperimentConfig, *, batch_size: int | None = None, first_row: int = 0) -> Iterator[Batch]:
-    """Yield batches of training rows without end, in the order of a run.
+    """Return batches of training rows without end, in the order of a run.
 
     Args:
         config: its `data`, `model.seq_len` and `seed`.
         batch_size: rows of a batch; None: `train.global_batch_size`.
         first_row: number of the first row, to resume.
+
+    Raises:
+        TypeError: if `config` is not an `ExperimentConfig`.
+        ValueError: if a number is not whole or too small.
     """
+    check_config(config)
+    count = config.train.global_batch_size if batch_size is None else batch_size
+    for name, value, least in (("batch_size", count, 1), ("first_row", first_row, 0)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+    return _batches(config, count, first_row)
+
+
+def _batches(config: ExperimentConfig, count: int, first_row: int) -> Iterator[Batch]:
     corpus, seq_len = build_corpus(config.data), config.model.seq_len
     stream = TrainStream(corpus, packing=config.data.packing, seq_len=seq_len, seed=config.seed)
-    count = config.train.global_batch_size if batch_size is None else batch_size
     while True:
         stream.load_blocks(first_row, count, prefetch=True)
         yield stream.rows(first_row, count)

@@ -31,7 +31,7 @@ def header(run: RunState) -> list[Line]:
     steps = f"{config.train.steps} of {at_most}{tokens} tokens, {config.train.dtype}"
     lines: list[Line] = [f"turnout: training {config.name}", ("model", f"{parameters}; {experts}")]
     files = zip(corpus.domains, corpus.train, strict=True)
-    lines.append(("text", ", ".join(f"{domain} {file.num_bytes / 1e6:.1f} MB" for domain, file in files)))
+    lines.append(("text", ", ".join(f"{domain} {text_size(file.num_bytes)}" for domain, file in files)))
     if config.data.tokenizer.kind != "byte":
         bytes_per_token = sum(file.num_bytes for file in corpus.train) / sum(file.num_tokens for file in corpus.train)
         lines.append(("tokens", f"{corpus.tokenizer.vocab_size} kinds, {bytes_per_token:.2f} bytes each"))
@@ -41,6 +41,11 @@ def header(run: RunState) -> list[Line]:
     if isinstance(config.engine, DeepSpeedEngineConfig):
         lines.append(("engine", f"DeepSpeed, ZeRO {config.engine.zero_stage}"))
     return [*lines, ("folder", str(run.folder.path))]
+
+
+def text_size(num_bytes: int) -> str:
+    """Format the size of a domain's text: 12.3 MB; 45.2 kB below one megabyte."""
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1_000_000 else formatting.size(num_bytes)
 
 
 def final_summary(run: RunState, evaluation: EvalReport, sample: Sample, *, elapsed_s: float) -> RunSummary:

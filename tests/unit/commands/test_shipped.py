@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from trainer import load_config
 from trainer.cli import parse_command_line
+from trainer.commands.config import diff_command
 from trainer.commands.resolve import load_named_config
 from trainer.commands.shipped import FOLDER, as_config, shipped_names
+from trainer.config.dump import dump
 from trainer.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -56,3 +59,11 @@ def test_an_unknown_name_with_a_similar_file_is_answered_with_the_file(folder: P
     (folder / "mine.yaml").write_text("name: mine\n")
     with pytest.raises(ConfigError, match=r"did you mean mine\.yaml\?$"):
         load_named_config(parse_command_line(["train", "mine"]))
+
+
+def test_config_diff_takes_names_and_run_folders(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "run").mkdir()
+    (folder / "run/config.yaml").write_text(dump(load_config("smoke", ["train.steps=7"])))
+    for first, steps in (("quickstart", load_config("quickstart").train.steps), ("run", 7)):
+        assert diff_command(parse_command_line(["config", "diff", first, "smoke"])) == 0
+        assert f"train.steps: {steps} -> {load_config('smoke').train.steps}" in capsys.readouterr().out

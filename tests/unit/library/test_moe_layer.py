@@ -171,6 +171,17 @@ def test_a_selection_bias_moves_with_the_load() -> None:
     assert bool((bias[counts > counts.mean()] < 0).all() and (bias[counts < counts.mean()] > 0).all())
 
 
+def test_a_selection_bias_moves_by_the_loads_of_all_micro_batches() -> None:
+    layer = MoELayer(D, E, 2, d_ff=FF, router="bias_balanced")
+    stats = [layer(tokens(seed=seed))[1] for seed in range(3)]
+    layer.update_router(*stats)
+    counts = torch.stack([one.tokens_per_expert for one in stats]).sum(0).float()
+    bias = layer.moe.router.get_buffer("bias")
+    assert bool((bias[counts > counts.mean()] < 0).all() and (bias[counts < counts.mean()] > 0).all())
+    with pytest.raises(TypeError, match="at least one forward pass"):
+        layer.update_router()
+
+
 def test_a_plugin_is_a_router() -> None:
     layer = MoELayer(D, E, router={"kind": "tests.added_router:ThresholdRouterConfig", "threshold": 0.5}, d_ff=FF)
     assert type(layer.moe.router).__name__ == "ThresholdRouter"

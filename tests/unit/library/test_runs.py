@@ -3,14 +3,16 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import trainer
 from tests.launched_ranks import ROOT
-from trainer import load_config, load_run
+from trainer import build_model, load_batches, load_config, load_run, train
 from trainer.config.dump import dump
 from trainer.errors import CheckpointError, ConfigError
 
@@ -39,6 +41,29 @@ def test_a_config_is_loaded_with_overrides() -> None:
     assert load_config(ROOT / "configs/smoke.yaml", ["train.steps=7"]).train.steps == 7
     with pytest.raises(ConfigError, match="unknown key"):
         load_config(ROOT / "configs/smoke.yaml", ["train.stepz=7"])
+
+
+def test_a_config_is_loaded_by_its_name_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config("smoke") == load_config(ROOT / "configs/smoke.yaml")
+    with pytest.raises(ConfigError, match="no such file, and no config of the package"):
+        load_config("smokey")
+
+
+def test_a_config_is_loaded_from_a_run_folder(folder: Path) -> None:
+    assert load_config(folder, ["train.steps=7"]).train.steps == 7
+
+
+@pytest.mark.parametrize("overrides", ["train.steps=3", [3]])
+def test_overrides_that_are_no_list_of_texts_are_refused(overrides: Any) -> None:
+    with pytest.raises(TypeError, match="overrides: expected a list of texts"):
+        load_config("smoke", overrides)
+
+
+@pytest.mark.parametrize("function", [train, build_model, load_batches])
+def test_a_name_in_place_of_a_config_is_refused(function: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match=r"config: expected an ExperimentConfig, got str; write load_config\('smoke'\)"):
+        function("smoke")
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.builders import make_batch, make_engine, tiny_model_config
-from trainer import training_loss, update_routers
+from trainer import build_model, load_batches, load_config, training_loss, update_routers
+from trainer.errors import ConfigError
 
 
 @pytest.mark.parametrize("options", [{}, {"null_experts": 2}], ids=["experts only", "null experts"])
@@ -33,3 +34,14 @@ def test_update_routers_leaves_other_routers_and_dense_models_alone() -> None:
         before = copy.deepcopy(model.state_dict())
         update_routers(model, training_loss(model, batch)[1])
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"batch_size": -1}, {"batch_size": 1.5}, {"first_row": -1}])
+def test_batches_of_no_rows_are_refused_when_they_are_requested(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(options))}: expected a whole number of at least"):
+        load_batches(load_config("smoke"), **options)
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match="device: cuda:99, but torch sees"):
+        build_model(load_config("smoke"), device="cuda:99")
