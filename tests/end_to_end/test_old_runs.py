@@ -17,11 +17,11 @@ from trainer.trackers.jsonl import read_jsonl
 FIXTURE = Path(__file__).parents[1] / "fixtures/runs_before_renames"
 HASHES = json.loads((FIXTURE / "step_6_sha256.json").read_text())
 WARNINGS = {
-    "expert_choice": ["attention_within: row is now document_mask: false", "room: is now capacity_factor",
+    "expert_choice": ["attention_within: row is now document_mask: false", "room is now called capacity_factor",
                       "evaluation: same is now evaluation_routing: as_trained", "crossing is now wrapped"],
-    "drawn_k": ["attention_within: document is now document_mask: true", "draw_top_k: is now top_k_choices",
+    "drawn_k": ["attention_within: document is now document_mask: true", "draw_top_k is now called top_k_choices",
                 "whole is now bfd"],
-    "depths": ["share: is now capacity", "crossing is now wrapped"],
+    "depths": ["share is now called capacity", "crossing is now wrapped"],
 }  # fmt: skip
 IS_SAME_MACHINE = (
     torch.backends.cpu.get_cpu_capability() == "AVX512"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from trainer.commands.arguments import Subparsers, add_command, as_path
-from trainer.commands.shipped import SCHEMA
+from trainer.commands.shipped import SCHEMA, shipped_names
 from trainer.config.nodes import shown
 from trainer.errors import ConfigError
 from trainer.terminal import print_safe
@@ -60,6 +60,10 @@ def init_command(options: argparse.Namespace) -> int:
     path = given if given.suffix in (".yaml", ".yml") else given.with_name(f"{given.name}.yaml")
     if not _NAME.fullmatch(path.stem):
         raise ConfigError(f"init: {shown(path.stem)} is not a name; use letters, digits, '.', '_' and '-'")
+    if path.stem in shipped_names():
+        raise ConfigError(f"init: {path.stem} is a config of the package; choose another name")
+    if not path.parent.is_dir():
+        raise ConfigError(f"init: there is no folder {path.parent}; make it first, or give a name alone")
     text = _TEMPLATE.format(schema=SCHEMA, file=path, name=path.stem)
     try:
         with path.open("x") as file:

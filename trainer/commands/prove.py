@@ -4,7 +4,9 @@ import argparse
 
 from trainer.commands.arguments import Subparsers, add_command, add_config, as_path, names, whole
 from trainer.commands.resolve import load_named_config, suggest_prepare
+from trainer.config.check_packages import check_packages
 from trainer.config.nodes import shown
+from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.errors import ConfigError
 from trainer.prove.cases import ENGINES
 
@@ -31,6 +33,9 @@ def prove_command(options: argparse.Namespace) -> int:
     config = load_named_config(options)
     if not 0 < options.timeout <= _MAX_TIMEOUT_S:
         raise ConfigError(f"prove: use 0 < --timeout <= {_MAX_TIMEOUT_S:.0e}, not {options.timeout:g}")
+
+    if "deepspeed" in (options.engines or [config.engine.kind]):
+        check_packages(DeepSpeedEngineConfig(), at="engine")
 
     from trainer.prove.proof import prove
 

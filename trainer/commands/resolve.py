@@ -81,6 +81,8 @@ def run_to_train(options: argparse.Namespace) -> tuple[ExperimentConfig, RunFold
     """Return config and folder of a run to start or resume, named by its config file or its folder."""
     if not (options.config / "config.yaml").is_file():
         _refuse_inside_run(options)
+        if options.config.is_dir() and not any(options.config.glob("*.y*ml")):
+            raise ConfigError(f"{options.config}: has no config.yaml: no run has started here; name a config file")
         config = load_named_config(options)
         check_packages(config)
         return config, run_folder_of(config)
@@ -115,6 +117,8 @@ def existing_run(
                 vars(given).update({k: v.absolute() for k, v in vars(given).items() if isinstance(v, Path)})
             os.chdir(home)
     else:
+        if not options.config.suffix and options.config.parent.name and not options.config.exists():
+            raise ConfigError(f"{options.config}: no such file, and no such run folder")
         config = load_named_config(options)
         folder = run_folder_of(config)
     check_run_folder(folder, config)

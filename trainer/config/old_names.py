@@ -10,7 +10,7 @@ from dataclasses import replace
 from trainer.config import slots
 from trainer.config.base import Renamed
 from trainer.config.dump import inline
-from trainer.config.nodes import Finding, Key, Node, dotted
+from trainer.config.nodes import Finding, Key, Node
 from trainer.config.slots import Slot
 
 FIRST_OVERRIDE = 1_000_000
@@ -45,13 +45,14 @@ def with_present_names(node: Node, slot: Slot, findings: list[Finding], key: Key
         present = replace(inner, value=renamed.value(inner.value), written=None)
         if present.value == inner.value:
             present = inner
-        if renamed.key != name or present is not inner:
-            _warn(inner, present, old=(*key, name), new=renamed.key)
         other = node.value.get(renamed.key) if renamed.key != name else None
         if other is not None and _is_override(other) == _is_override(inner):
             message = f"is the old name of {renamed.key}, which is given as well; remove it"
             findings.append(Finding(inner.key_place, (*key, name), message))
-        elif other is None or _is_override(inner):
+            continue
+        if renamed.key != name or present is not inner:
+            _warn(inner, present, old=(*key, name), new=renamed.key)
+        if other is None or _is_override(inner):
             value[renamed.key] = present
     return replace(node, value=value)
 
@@ -74,10 +75,9 @@ def _is_override(node: Node) -> bool:
 
 def _warn(before: Node, after: Node, *, old: Key, new: str) -> None:
     if after is before:
-        change = f"is now {new}"
+        old, change = old[:-1], f"{old[-1]} is now called {new}"
     else:
         present = inline(after.value) if new == old[-1] else f"{new}: {inline(after.value)}"
         change = f"{inline(before.value)} is now {present}"
-    warnings.warn(
-        f"{before.key_place}: {dotted(old)}: {change}; the old name still works", OldNameWarning, stacklevel=2
-    )
+    message = str(Finding(before.key_place, old, f"{change}; the old name still works"))
+    warnings.warn(message, OldNameWarning, stacklevel=2)

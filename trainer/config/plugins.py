@@ -222,6 +222,8 @@ def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
+        if name.endswith(".py"):
+            raise PluginError(f"{name} is a file; write the module, without .py") from None
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise PluginError(f"module {name} imports {error.name}, which is not installed") from None
         raise PluginError(

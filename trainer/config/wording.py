@@ -75,6 +75,8 @@ def unknown_key(
         return f"unknown key; did you mean {' or '.join(elsewhere)}?"
     if similar := _near_key(key, section, root, node):
         return f"unknown key; did you mean {similar}?"
+    if options == ["kind"] and not slots.kinds(section):
+        return "unknown key; this plug-in has no options"
     return f"unknown key; use {_any_of(options)}"
 
 

@@ -1,8 +1,12 @@
-"""Failures of contract checks."""
+"""Outcomes of contract checks other than success."""
 
 
 class ContractError(AssertionError):
     """A plug-in breaks its contract; the message is what was found."""
+
+
+class DoesNotApply(Exception):
+    """A check does not apply to this plug-in."""
 
 
 def ensure(condition: object, found: str) -> None:

@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from trainer.config.explain import explain
 from trainer.config.nodes import Finding, Node, SourceLocation, report
 from trainer.config.overrides import apply
-from trainer.config.plugins import KindConfig, Pluggable, PluggableFunction, PluginError, load_object
-from trainer.config.slots import Slot, plugins
+from trainer.config.plugins import KindConfig, Pluggable, PluggableFunction, PluginError, kinds, load_object
+from trainer.config.slots import Slot, plugins, sections
 from trainer.contracts import (
     dispatcher,
     experts_kernel,
@@ -22,6 +22,7 @@ from trainer.contracts import (
     tracker,
 )
 from trainer.contracts.build import build_returns_its_kind
+from trainer.contracts.ensure import DoesNotApply
 from trainer.data.sources.registry import SourceConfig
 from trainer.data.tokenizers.registry import TokenizerConfig
 from trainer.errors import ConfigError, TurnoutError
@@ -37,6 +38,17 @@ Contract = tuple[Pluggable, Sequence[Check]]
 """A kind of plug-in, and its checks."""
 
 _NUM_EXPERTS: Final = 4
+_CONTRACTS: Final[Sequence[tuple[Any, Sequence[Check]]]] = [
+    (RouterConfig, router.CHECKS),
+    (DispatcherConfig, dispatcher.CHECKS),
+    (SourceConfig, source.CHECKS),
+    (TokenizerConfig, tokenizer.CHECKS),
+    (AnyTaskConfig, task.CHECKS),
+    (TrackerConfig, tracker.CHECKS),
+    (OptimConfig, optimizer_and_schedule.OPTIMIZER_CHECKS),
+    (ScheduleConfig, optimizer_and_schedule.SCHEDULE_CHECKS),
+]
+"""Annotation of the section of each kind of plug-in, and its checks."""
 
 
 class Outcome(NamedTuple):
@@ -45,20 +57,12 @@ class Outcome(NamedTuple):
     name: str
     promise: str
     error: str | None
+    is_skipped: bool = False
+    """The check does not apply."""
 
 
 def _contracts() -> list[Contract]:
-    pairs: list[tuple[Any, Sequence[Check]]] = [
-        (RouterConfig, router.CHECKS),
-        (DispatcherConfig, dispatcher.CHECKS),
-        (SourceConfig, source.CHECKS),
-        (TokenizerConfig, tokenizer.CHECKS),
-        (AnyTaskConfig, task.CHECKS),
-        (TrackerConfig, tracker.CHECKS),
-        (OptimConfig, optimizer_and_schedule.OPTIMIZER_CHECKS),
-        (ScheduleConfig, optimizer_and_schedule.SCHEDULE_CHECKS),
-    ]
-    return [(pluggable, checks) for annotation, checks in pairs if (pluggable := plugins(annotation)) is not None]
+    return [(pluggable, checks) for annotation, checks in _CONTRACTS if (pluggable := plugins(annotation)) is not None]
 
 
 def check_plugin(name: str, options: Sequence[str]) -> tuple[str, Iterator[Outcome]]:
@@ -77,13 +81,19 @@ def check_plugin(name: str, options: Sequence[str]) -> tuple[str, Iterator[Outco
         for pluggable, checks in contracts:
             if ":" not in name and pluggable.has(name):
                 return pluggable.group, _outcomes(checks, pluggable.section(name), name, options)
+        if any(name in kinds(section) for annotation, _ in _CONTRACTS for section in sections(annotation)):
+            raise PluginError("is built in; name a plug-in, my_package.module:ClassConfig")
         found = load_object(name, alike=callable)
         for pluggable, checks in contracts:
             if pluggable.accepts(found):
                 return pluggable.group, _outcomes(checks, pluggable.section(name), name, options)
+        if any(found is pluggable.base for pluggable, _ in contracts):
+            raise PluginError(f"{found.__name__} is the base class of such plug-ins; derive one from it")
         if isinstance(found, type):
             bases = ", ".join(f"{p.base.__module__}.{p.base.__name__}" for p, _ in contracts)
             raise PluginError(f"{found.__name__} is not the config class of a plug-in; derive it from one of {bases}")
+        if not callable(found):
+            raise PluginError(f"is a {type(found).__name__}; name a config class, or the function of an experts kernel")
         function = kernels.function(name)
     except PluginError as error:
         raise ConfigError(f"{name}: {error}") from None
@@ -124,6 +134,8 @@ def _run(check: Check, *subject: Any) -> Outcome:
     promise, error = (check.__doc__ or "").strip().splitlines()[0], None
     try:
         check(*subject)
+    except DoesNotApply:
+        return Outcome(check.__name__, promise, None, is_skipped=True)
     except (AssertionError, TurnoutError) as failure:
         error = str(failure).strip().partition("\n")[0] or type(failure).__name__
     except Exception as failure:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from trainer.contracts.ensure import ensure
+from trainer.contracts.ensure import DoesNotApply, ensure
 from trainer.contracts.router_inputs import B, D, S, context_of, make_router, make_x, matrix, repeated_tokens, same
 from trainer.moe.capacity import expert_capacity, limit_to_capacity
 from trainer.moe.layer_options import CapacityConfig
@@ -192,7 +192,7 @@ def extreme_scores_have_gradients(config: RouterOptions, num_experts: int) -> No
 def k_of_one_call_is_k_of_the_config(config: RouterOptions, num_experts: int) -> None:
     """`context.top_k` gives the same experts as the option `top_k`."""
     if "top_k" not in type(config).model_fields:
-        return
+        raise DoesNotApply
     for top_k in range(1, num_experts + 1):
         wanted = config.model_copy(update={"top_k": top_k})
         if any(wanted.problems_among(num_experts)):

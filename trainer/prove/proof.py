@@ -69,7 +69,8 @@ def prove(
         with progress.running(single.name):
             expected = run_case(config, single, ranks, steps=steps, timeout_s=timeout_s)
         table = Table(cases, compare(expected, expected, tolerance=tolerance).worst, labels=exceptions)
-        title = f"{config.name}: {len(cases)} layouts against one process, {steps} steps in {dtype}{compared}"
+        counted = "1 layout" if len(cases) == 1 else f"{len(cases)} layouts"
+        title = f"{config.name}: {counted} against one process, {steps} steps in {dtype}{compared}"
         table.head(title, tolerance=tolerance)
         for number, case in enumerate(cases, 1):
             try:

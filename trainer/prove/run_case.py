@@ -38,7 +38,7 @@ def run_case(
     reasons = [f"ranks {lost} never finished a step"] if lost else []
     for rank, failure in failures.items():
         if failure.error is not None and not isinstance(failure.error, CommError):
-            raise type(failure.error)(f"rank {rank}: {failure.error}")
+            raise type(failure.error)(f"rank {rank}: {str(failure.error).removeprefix(f'rank {rank}: ')}")
         if not failure.is_lost:
             reasons.append(f"rank {rank}: {failure.error or failure.text.strip().splitlines()[-1]}")
     raise CommError(f"{case.name}: {'; '.join(reasons)}")

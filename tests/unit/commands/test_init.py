@@ -64,3 +64,17 @@ def test_a_name_that_no_run_can_have_is_refused(capsys: pytest.CaptureFixture[st
     assert run("two words") == 2
     assert capsys.readouterr().err == ("init: 'two words' is not a name; use letters, digits, '.', '_' and '-'\n")
     assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("smoke", "init: smoke is a config of the package; choose another name\n"),
+        ("a/b", "init: there is no folder a; make it first, or give a name alone\n"),
+    ],
+)
+def test_a_name_that_would_collide_or_has_no_folder_is_refused(
+    name: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(name) == 2
+    assert capsys.readouterr().err == message

@@ -16,7 +16,11 @@ OLD_AND_PRESENT = [
     ("model: {attention_within: row}", "model: {document_mask: false}", "row is now document_mask: false"),
     ("data: {packing: crossing}", "data: {packing: wrapped}", "crossing is now wrapped"),
     ("data: {packing: whole}", "data: {packing: bfd}", "whole is now bfd"),
-    (ROUTER.format("draw_top_k: [1, 2]"), ROUTER.format("top_k_choices: [1, 2]"), "is now top_k_choices"),
+    (
+        ROUTER.format("draw_top_k: [1, 2]"),
+        ROUTER.format("top_k_choices: [1, 2]"),
+        r"model\.moe\.router: draw_top_k is now called top_k_choices; the old",
+    ),
     *(
         (
             ROUTER.format(f"kind: {kind}, room: 1.5, evaluation: same"),
@@ -28,7 +32,7 @@ OLD_AND_PRESENT = [
     (
         "model: {moe: {num_experts: 1, router: {kind: mixture_of_depths, share: 0.5}}}",
         "model: {moe: {num_experts: 1, router: {kind: mixture_of_depths, capacity: 0.5}}}",
-        "is now capacity",
+        "share is now called capacity",
     ),
 ]
 
@@ -102,7 +106,8 @@ def test_a_file_replaces_a_value_of_its_base_under_either_name(tmp_path: Path) -
 
 
 def test_both_names_in_one_file_are_refused(tmp_path: Path) -> None:
-    with pytest.warns(OldNameWarning), pytest.raises(ConfigError) as caught:
+    with warnings.catch_warnings(), pytest.raises(ConfigError) as caught:
+        warnings.simplefilter("error", OldNameWarning)
         _load(tmp_path, ROUTER.format("kind: greedy, room: 3, capacity_factor: 2"))
     assert str(caught.value) == (
         f"{tmp_path}/x.yaml:2:38: model.moe.router.room: is the old name of capacity_factor, which is given as well; "

@@ -47,6 +47,13 @@ class SilentSourceConfig(SourceOptions):
         return built
 
 
+class BareConfig(TrackerOptions):
+    """A plug-in without options."""
+
+    def build(self, folder: Path, *, start_step: int, config: dict[str, Any]) -> Any:
+        return object()
+
+
 class DeafTrackerConfig(TrackerOptions):
     """A tracker that accepts no record."""
 
@@ -88,6 +95,7 @@ def test_a_sound_router_passes_every_check() -> None:
     group, found = outcomes("tests.added_router:ThresholdRouterConfig", "threshold=0.55")
     assert group == "routers" and len(found) > 10
     assert [outcome for outcome in found if outcome.error is not None] == []
+    assert [outcome.name for outcome in found if outcome.is_skipped] == ["k_of_one_call_is_k_of_the_config"]
     assert all(outcome.promise.endswith(".") for outcome in found)
 
 
@@ -119,6 +127,15 @@ def test_a_source_without_documents_fails() -> None:
         ),
         (f"{HERE}:SGDConfig", ["weight_decai=1"], "weight_decai: unknown key; did you mean weight_decay?"),
         (f"{HERE}:half", ["x=1"], "is a function, and has no options; leave out x=1"),
+        ("os:path", [], "os:path: is a module; name a config class, or the function of an experts kernel"),
+        ("top_k", [], "top_k: is built in; name a plug-in, my_package.module:ClassConfig"),
+        ("tests.added_router.py:X", [], "tests.added_router.py is a file; write the module, without .py"),
+        (
+            "trainer.optim.registry:OptimizerOptions",
+            [],
+            "OptimizerOptions is the base class of such plug-ins; derive one from it",
+        ),
+        (f"{HERE}:BareConfig", ["x=1"], "x: unknown key; this plug-in has no options"),
         ("nowhere_at_all:X", [], "nowhere_at_all:X: there is no module nowhere_at_all"),
     ],
 )

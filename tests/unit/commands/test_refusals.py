@@ -1,0 +1,48 @@
+"""Commands refuse wrong arguments with one line that names them, before anything starts."""
+
+from pathlib import Path
+
+import pytest
+
+from trainer import cli
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--temperature", "-1"], "generate: --temperature: -1 is not a finite number of at least 0\n"),
+        (["--top-p", "2"], "generate: --top-p: 2 is not more than 0 and at most 1\n"),
+        (
+            ["--greedy", "--temperature", "0.5"],
+            "generate: --greedy is --temperature 0, not 0.5; leave one of them out\n",
+        ),
+    ],
+)
+def test_generate_names_the_wrong_option(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, "generate", "runs/x", *options) == message
+
+
+def test_folders_without_a_run_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs/failed").mkdir(parents=True)
+    assert refused(capsys, "train", "runs/failed") == (
+        "runs/failed: has no config.yaml: no run has started here; name a config file\n"
+    )
+    assert refused(capsys, "eval", "runs/nosuch") == "runs/nosuch: no such file, and no such run folder\n"
+
+
+def test_prove_needs_deepspeed_before_it_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("trainer.packages.find_spec", lambda name: None)
+    error = refused(capsys, "prove", "smoke", "--engines", "native,deepspeed")
+    assert error.startswith("engine.kind: needs deepspeed, which is not installed; pip install deepspeed")
