@@ -20,12 +20,13 @@ def check_plugin_command(options: argparse.Namespace) -> int:
 
     group, outcomes = check_plugin(options.plugin, options.options)
     print_safe(f"{options.plugin}: turnout.{group}")
+    num_failed = 0
     for outcome in outcomes:
+        num_failed += outcome.error is not None
         print_safe(
             f"{'FAILED ' if outcome.error else 'skipped' if outcome.is_skipped else 'ok     '}  {outcome.promise}"
         )
         if outcome.error:
             print_safe(f"         {outcome.name}: {outcome.error}")
-    num_failed = sum(outcome.error is not None for outcome in outcomes)
     print_safe(f"{num_failed} check{'' if num_failed == 1 else 's'} failed" if num_failed else "all checks passed")
     return 1 if num_failed else 0

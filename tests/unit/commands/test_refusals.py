@@ -46,3 +46,11 @@ def test_prove_needs_deepspeed_before_it_starts(
     monkeypatch.setattr("trainer.packages.find_spec", lambda name: None)
     error = refused(capsys, "prove", "smoke", "--engines", "native,deepspeed")
     assert error.startswith("engine.kind: needs deepspeed, which is not installed; pip install deepspeed")
+
+
+def test_check_plugin_stops_and_fails_if_it_cannot_be_built(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["check-plugin", "tests.unit.config.test_build_plugin:NoneConfig"])
+    lines = capsys.readouterr().out.splitlines()
+    assert end.value.code == 1
+    assert (len(lines), lines[1][:6], lines[-1]) == (4, "FAILED", "1 check failed")
