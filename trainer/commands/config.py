@@ -20,7 +20,8 @@ def add(subparsers: Subparsers) -> None:
     """Add the subcommands with their arguments."""
     config = subparsers.add_parser("config", help="Show, compare and describe experiment files.")
     subcommands = config.add_subparsers(required=True, metavar="COMMAND")
-    add_config(add_command(subcommands, "show", show_command, example="configs/smoke.yaml train.steps=100"))
+    show = add_command(subcommands, "show", show_command, example="configs/smoke.yaml train.steps=100")
+    add_config(show, "experiment file, run folder")
     add_command(subcommands, "schema", schema_command, example="")
     sub = add_command(subcommands, "diff", diff_command, example="smoke runs/smoke")
     sub.add_argument("a", type=as_config, metavar="A", help="experiment file, run folder, or a name such as quickstart")

@@ -7,7 +7,7 @@ import pytest
 
 from trainer import load_config
 from trainer.cli import parse_command_line
-from trainer.commands.config import diff_command
+from trainer.commands.config import diff_command, show_command
 from trainer.commands.resolve import load_named_config
 from trainer.commands.shipped import FOLDER, as_config, shipped_names
 from trainer.config.dump import dump
@@ -59,6 +59,14 @@ def test_an_unknown_name_with_a_similar_file_is_answered_with_the_file(folder: P
     (folder / "mine.yaml").write_text("name: mine\n")
     with pytest.raises(ConfigError, match=r"did you mean mine\.yaml\?$"):
         load_named_config(parse_command_line(["train", "mine"]))
+
+
+def test_config_show_takes_a_run_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "run").mkdir()
+    (folder / "run/config.yaml").write_text(dump(load_config("smoke", ["train.steps=7"])))
+    assert show_command(parse_command_line(["config", "show", "run", "train.global_batch_size=4"])) == 0
+    shown = capsys.readouterr().out
+    assert "steps: 7\n" in shown and "global_batch_size: 4\n" in shown
 
 
 def test_config_diff_takes_names_and_run_folders(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

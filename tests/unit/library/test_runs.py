@@ -48,13 +48,17 @@ def test_a_config_is_loaded_by_its_name_from_any_folder(tmp_path: Path, monkeypa
     assert load_config("smoke") == load_config(ROOT / "configs/smoke.yaml")
     with pytest.raises(ConfigError, match="no such file, and no config of the package"):
         load_config("smokey")
+    with pytest.raises(ConfigError, match="cannot be read: File name too long"):
+        load_config("x" * 300)
+    with pytest.raises(TypeError, match="path: expected a path or a name such as 'smoke', got None"):
+        load_config(None)  # type: ignore[arg-type]
 
 
 def test_a_config_is_loaded_from_a_run_folder(folder: Path) -> None:
     assert load_config(folder, ["train.steps=7"]).train.steps == 7
 
 
-@pytest.mark.parametrize("overrides", ["train.steps=3", [3]])
+@pytest.mark.parametrize("overrides", ["train.steps=3", [3], None])
 def test_overrides_that_are_no_list_of_texts_are_refused(overrides: Any) -> None:
     with pytest.raises(TypeError, match="overrides: expected a list of texts"):
         load_config("smoke", overrides)
