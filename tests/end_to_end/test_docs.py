@@ -95,3 +95,25 @@ def test_a_checkpoint_is_read_without_us_as_its_page_says(clone):
     (block,) = [block.text for block in blocks_of(ROOT / "docs/checkpoint.md") if block.language == "python"]
     script = f"{block}\nprint(len(read('runs/smoke/checkpoints/step_00000020')))"
     assert int(run(clone, "-c", script)) > 10
+
+
+PARTS = {
+    "ParagraphsConfig": ["path=text.txt"],
+    "WideBytesConfig": [],
+    "ExactAnswerConfig": ["name=exact", "rows={kind: jsonl, path: rows.jsonl}", 'prompt="{q} "'],
+    "CsvTrackerConfig": [],
+    "MeteredConfig": [],
+    "RAdamConfig": [],
+    "LinearConfig": [],
+    "gathered_ffn": [],
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_example_of_the_extending_page_keeps_its_contract(tmp_path, part):
+    blocks = [block.text for block in blocks_of(ROOT / "docs/extending.md") if block.language == "python"]
+    assert len(blocks) == 1 + len(PARTS)
+    (tmp_path / "my_parts.py").write_text("\n\n".join(blocks))
+    (tmp_path / "text.txt").write_text("One paragraph.\n\nAnother one.\n")
+    (tmp_path / "rows.jsonl").write_text('{"q": "is it?", "answer": "yes"}\n{"q": "was it?", "answer": "no"}\n')
+    assert "all checks passed" in run(tmp_path, "-m", "trainer", "check-plugin", f"my_parts:{part}", *PARTS[part])
