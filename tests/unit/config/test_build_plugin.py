@@ -1,6 +1,7 @@
 """A plug-in that cannot be built is a config error that names it; built-in kinds raise what they raise."""
 
 import re
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -12,6 +13,10 @@ from tests.builders import make_batch, make_model, tiny_model_config
 from tests.unit.contracts.test_plugin import SGDConfig
 from trainer.config.build_plugin import build_plugin
 from trainer.contracts.plugin import check_plugin
+from trainer.data.config import DataConfig
+from trainer.data.corpus import build_corpus
+from trainer.data.sources.base import Source, SourcePart
+from trainer.data.sources.registry import SourceOptions
 from trainer.engine.native import NativeEngine
 from trainer.engine.step import NumericsConfig
 from trainer.errors import ConfigError
@@ -69,6 +74,25 @@ class TensorConfig(ThresholdRouterConfig):
         return TensorRouter(d_model=d_model, num_experts=num_experts, threshold=0.5)
 
 
+class BrokenSource(Source):
+    def files(self) -> Any:
+        return []
+
+    def origin(self) -> str:
+        return "here"
+
+    def parts(self) -> Any:
+        return [SourcePart(size_bytes=1)]
+
+    def read(self, part: SourcePart) -> Any:
+        raise ValueError("no luck")
+
+
+class BrokenSourceConfig(SourceOptions):
+    def build(self) -> Any:
+        return BrokenSource()
+
+
 class MomentumConfig(OptimizerOptions):
     def build(self, *, decayed: Any, not_decayed: Any) -> Any:
         return torch.optim.SGD([*decayed, *not_decayed], lr=0.0, momentum=0.9)
@@ -122,3 +146,10 @@ def test_a_warning_about_a_plugin_names_no_key_that_it_lacks() -> None:
     assert warning is not None and warning.startswith("model.moe.router: in evaluation it lets ")
     assert config.moe is not None
     assert "held-out" not in str(training_warning(config.moe, layers))
+
+
+def test_a_source_that_cannot_read_is_a_config_error(tmp_path: Path) -> None:
+    config = DataConfig.model_validate({"sources": [BrokenSourceConfig()], "cache_dir": str(tmp_path)})
+    where = f"data.sources: {__name__}:BrokenSourceConfig: reading it raised ValueError: no luck (test_build_plugin.py:"
+    with pytest.raises(ConfigError, match=re.escape(where)):
+        build_corpus(config)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.config.base import Config
+from trainer.config.build_plugin import plugin_errors
 from trainer.data.records.bad_records import SkippedCounter, SkippedRecords
 from trainer.data.records.base import SourcePart
 from trainer.data.sources.registry import SourceConfig
@@ -63,13 +64,14 @@ class ReadTask:
             shutil.rmtree(self.folder)
         self.folder.mkdir()
         source, skipped = self.source.build(), SkippedCounter()
-        domains = ingest(
-            source.usable_documents(self.part, skipped),
-            self.folder,
-            tokenizer=tokenizer,
-            split=self.split,
-            advance=advance,
-            lengths=count_characters(source.documents()) if self.split.kind == "tail" else None,
-        )
+        with plugin_errors(self.source, f"data.sources: {self.source.kind}: reading it"):
+            domains = ingest(
+                source.usable_documents(self.part, skipped),
+                self.folder,
+                tokenizer=tokenizer,
+                split=self.split,
+                advance=advance,
+                lengths=count_characters(source.documents()) if self.split.kind == "tail" else None,
+            )
         result = ReadResult(domains=domains, skipped=skipped.total())
         (self.folder / RESULT).write_text(signed_json(result, of=self.folder.name))

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 
 from trainer.atomic_io import replace_file
 from trainer.config.base import Config
-from trainer.config.build_plugin import build_plugin
+from trainer.config.build_plugin import build_plugin, plugin_errors
 from trainer.data.records.bad_records import SkippedRecords, merge_skipped
 from trainer.data.sources.base import Source
 from trainer.data.sources.registry import InstalledSourceConfig, SourceConfig
@@ -63,13 +63,15 @@ class CachedSource:
     ) -> Self:
         """Look up the files of a source and its folder; raise DataError if a file is missing."""
         source = build_plugin(config, Source, f"data.sources.{index}")
+        with plugin_errors(config, f"data.sources.{index}: {config.kind}: listing its files"):
+            content = Content(origin=source.origin(), files=[FileState.of(path) for path in source.files()])
         options = {"source": _identity(config), "split": split.model_dump(mode="json")}
         identity = {"format": _FORMAT, "tokenizer": tokenizer.fingerprint, **options}
         return cls(
             index=index,
             config=config,
             source=source,
-            content=Content(origin=source.origin(), files=[FileState.of(path) for path in source.files()]),
+            content=content,
             folder=Path(cache_dir) / hash_of(identity)[:16],
             tokenizer=tokenizer,
             split=split,
