@@ -55,8 +55,26 @@ class Case(NamedTuple):
 
 
 # fmt: off
+ALIAS_BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
 CASES = [
     # unknown keys
+    Case("alias bomb",
+         ALIAS_BOMB,
+         ["x.yaml:1:32: more than 5000 values, aliases written out; a configuration has a few hundred"]),
+    Case("too many values",
+         "name: x\nmodel: [" + "1, " * 5_000 + "]\n",
+         [("x.yaml:2:15000: more than 5000 values, aliases written out; a configuration has a few "
+           "hundred")]),
+    Case("too large",
+         "name: x\n" + "#" * 2**20,
+         ["x.yaml: more than 1048576 bytes; a configuration has a few thousand"]),
+    Case("override: of a key without end",
+         NAMED,
+         [f"<override 1>: '{'a.' * 27}a...' has 101 parts; a key has at most 32"],
+         overrides=["a." * 100 + "a=1"]),
     Case("top level",
          "name: x\nparalel: {micro_batch_size: 4}\n",
          ["x.yaml:2:1: paralel: unknown key; did you mean parallel?"]),

@@ -61,6 +61,7 @@ def test_the_wheel_holds_the_package_its_configs_and_schema_and_nothing_else(whe
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "trainer").rglob("*.py")}
     assert names - configs == {
         *modules,
+        "trainer/config/foreign_names.toml",
         "trainer/py.typed",
         *(name for name in names if name.startswith("turnout-") and ".dist-info/" in name),
     }

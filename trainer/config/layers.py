@@ -18,6 +18,7 @@ from trainer.config.old_names import with_present_names
 from trainer.config.slots import Slot
 from trainer.config.yaml_nodes import compose
 
+_MAX_BYTES: Final = 2**20
 _ADDRESS: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(?!/)")
 
 
@@ -122,7 +123,7 @@ class _NotOpened(Unreadable):
 def _text(path: Path, locate: Callable[[int, int], SourceLocation]) -> str:
     try:
         with os.fdopen(open_regular(path, os.O_RDONLY, through_links=True), "rb") as file:
-            data = file.read().removeprefix(codecs.BOM_UTF8)  # written by Windows editors
+            data = file.read(_MAX_BYTES + 1).removeprefix(codecs.BOM_UTF8)  # written by Windows editors
     except FileNotFoundError:
         raise _NotOpened(locate(0, 0), _missing(path)) from None
     except NotRegular:
@@ -132,6 +133,8 @@ def _text(path: Path, locate: Callable[[int, int], SourceLocation]) -> str:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise _NotOpened(locate(0, 0), f"cannot be read: {reason}") from None
+    if len(data) > _MAX_BYTES:
+        raise Unreadable(locate(0, 0), f"more than {_MAX_BYTES} bytes; a configuration has a few thousand")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -13,6 +13,7 @@ from trainer.config.old_names import FIRST_OVERRIDE
 from trainer.config.slots import Slot
 from trainer.config.yaml_nodes import compose
 
+_MAX_PARTS: Final = 32
 _EXAMPLE: Final = "key=value, such as train.steps=100"
 
 
@@ -96,6 +97,8 @@ def _parse(text: str, place: SourceLocation, findings: list[Finding]) -> tuple[l
         raise Unreadable(
             place, f"{shown(path)} is not a key; write names joined by dots, such as model.moe.num_experts"
         )
+    if len(parts) > _MAX_PARTS:
+        raise Unreadable(place, f"{shown(path)} has {len(parts)} parts; a key has at most {_MAX_PARTS}")
     if parts[0] == "base":
         raise Unreadable(place, "base belongs in a file; name another file, or override the keys themselves", ("base",))
     node = compose(value, lambda line, column: place, findings, tuple(parts))

@@ -36,6 +36,7 @@ _HINTS: Final = {
     "found undefined tag handle": "tags (!name) are not allowed; remove it, or put the text in quotes",
     "cannot start any token": "a value cannot start with this character; put it in quotes",
 }
+_MAX_VALUES: Final = 5000
 _ENDLESS: Final = ("could not find expected ':'", "found unexpected end of stream")
 
 
@@ -129,10 +130,14 @@ class _Converter:
     """Converts PyYAML's nodes; problems become findings, and their values UNUSABLE."""
 
     def __init__(self, locate: Callable[[int, int], SourceLocation], findings: list[Finding]) -> None:
-        self._locate, self._findings = locate, findings
+        self._locate, self._findings, self._num_values = locate, findings, 0
 
     def node(self, node: yaml.Node, key: Key, key_place: SourceLocation | None = None) -> Node:
         place = self._place(node)
+        self._num_values += 1
+        if self._num_values > _MAX_VALUES:
+            message = f"more than {_MAX_VALUES} values, aliases written out; a configuration has a few hundred"
+            raise Unreadable(place, message)
         written = node.value if node.tag == _PLAIN else None
         return Node(self._value(node, key, place), place, key_place or place, written)
 

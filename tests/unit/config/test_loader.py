@@ -326,3 +326,10 @@ def test_too_deep_a_file_is_one_line(text: str, depth: int, tmp_path: Path) -> N
     (tmp_path / "x.yaml").write_text(f"name: {text * depth}")
     with pytest.raises(ConfigError, match=r"x\.yaml:1:\d+: (nested too deeply|not valid YAML)"):
         load(tmp_path / "x.yaml", [], ExperimentConfig)
+
+
+def test_an_endless_file_is_too_large(tmp_path: Path) -> None:
+    with (tmp_path / "large.yaml").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ConfigError, match=r"large\.yaml: more than 1048576 bytes"):
+        load(tmp_path / "large.yaml", [], ExperimentConfig)
