@@ -1,6 +1,7 @@
 """Train a config in this process, and read the files of a run."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +122,12 @@ def train(config: ExperimentConfig) -> Run:
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a log, without an incomplete last line."""
-    for line in read_lines(path) if path.is_file() else ():
-        if line.endswith(b"\n") and (record := parse_record(line)) is not None:
+    """Yield the records of a log, without an incomplete last line; warn of each damaged one."""
+    for number, line in enumerate(read_lines(path) if path.is_file() else (), 1):
+        if not line.endswith(b"\n"):
+            continue
+        record = parse_record(line)
+        if record is None:
+            warnings.warn(f"{path}: line {number} is damaged and left out", stacklevel=2)
+        else:
             yield record

@@ -90,6 +90,13 @@ def test_metrics_are_records_and_series(folder: Path) -> None:
     assert (run.config.name, run.checkpoints, list(run.routing())) == ("smoke", [], [])
 
 
+def test_a_damaged_line_is_left_out_with_a_warning(folder: Path) -> None:
+    path = folder / "metrics.jsonl"
+    path.write_text("{not json\n" + path.read_text())
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl: line 1 is damaged"):
+        assert list(load_run(folder).metrics()) == RECORDS
+
+
 def test_another_folder_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no config\.yaml, so it is not a run folder"):
         load_run(tmp_path)
