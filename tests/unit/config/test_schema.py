@@ -26,7 +26,7 @@ def validator() -> jsonschema.Draft202012Validator:
 
 
 def test_the_committed_schema_is_the_generated_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without kinds that are imported lazily or installed. To update it: trainer config schema > configs/schema.json."""
+    """Without lazily imported kinds. To update it: python -m trainer config schema > configs/schema.json."""
     monkeypatch.setattr(Pluggable, "names", lambda _: [])
     assert (CONFIGS / "schema.json").read_text() == schema_text(ExperimentConfig)
 
