@@ -15,10 +15,12 @@ from trainer.data.sources.registry import SourceConfig
 from trainer.data.tokenizers.registry import TokenizerConfig
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
-from trainer.moe.routers.registry import RouterConfig
+from trainer.moe.routers.registry import ROUTER_PLUGINS, RouterConfig
 
 NAMED = "name: x\n"
-ROUTERS = ", ".join(router.model_fields["kind"].default for router in get_args(get_args(RouterConfig)[0]))
+ROUTERS = ", ".join(
+    [*(router.model_fields["kind"].default for router in get_args(get_args(RouterConfig)[0])), *ROUTER_PLUGINS.names()]
+)
 SOURCES = ", ".join(source.model_fields["kind"].default for source in get_args(get_args(SourceConfig)[0]))
 TOKENIZERS = ", ".join(kind.model_fields["kind"].default for kind in get_args(get_args(TokenizerConfig)[0]))
 AS_SHARE = ", or a fraction of the run: schedule.warmup_steps=0.1"

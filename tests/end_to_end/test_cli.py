@@ -247,7 +247,7 @@ def test_eval_and_generate_read_a_run_folder(workplace: Path) -> None:
     refused(run(workplace, "generate", "runs/tiny", "--step", "7"), 4, r"has no checkpoint of step 7; it has 10, 20")
     for wrong, message in (
         (["--top-p", "2"], r"--top-p: 2 is not more than 0 and at most 1"),
-        (["--temperature", "nan"], r"--temperature >= 0"),
+        (["--temperature", "nan"], r"--temperature: nan is not a finite number of at least 0"),
         (["--top-k", "0"], r"--top-k: must be a whole number of at least 1, got '0'"),
         (["--seed", "99999999999999999999"], r"--seed: must be below 2\^63, got '99999999999999999999'"),
     ):
