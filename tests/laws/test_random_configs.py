@@ -44,7 +44,7 @@ def test_a_number_is_one_config(folder: Path) -> None:
 
 
 def test_every_option_of_every_router_is_drawn() -> None:
-    """An option that is added needs values, or no test covers it under every layout; routers in one file have defaults."""
+    """Or no test covers an added option under every layout; routers that are one file are drawn with defaults."""
     options = router_options(random.Random(0), 4)
     for kind in ROUTERS.keys() - ROUTER_MODULES.keys():
         router = ROUTERS[kind]
