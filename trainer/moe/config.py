@@ -16,7 +16,7 @@ class MoEConfig(Config):
     first_dense_layers: Whole = 0
     """Number of leading layers that stay dense."""
     every: Count = 1
-    """Of the remaining layers every n-th is MoE: with 2, the second, fourth and so on."""
+    """Interval of MoE layers among the remaining ones: with 2, the second, fourth and so on are MoE."""
     num_experts: Experts = 8
     """Routed experts, E."""
     d_ff: Width = 512

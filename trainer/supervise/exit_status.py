@@ -13,14 +13,14 @@ from trainer.supervise.policy import STAYS_WRONG
 
 @dataclass(frozen=True, slots=True)
 class ExitStatus:
-    """How one attempt ended."""
+    """End of one attempt."""
 
     code: int
     """Exit code of the rank that ended it; negative: the signal that killed it."""
     exit_code: int
     """Exit code of the supervisor if it does not restart."""
     what: str
-    """What ended it, such as "rank 1 (pid 123) was killed by SIGKILL"."""
+    """Cause of the end, such as "rank 1 (pid 123) was killed by SIGKILL"."""
     where: str
     step: int
     """Current step, from 1; 0 before the first."""

@@ -20,7 +20,7 @@ _MIN_PROCESS_BYTES = 24 << 20  # least bytes for another process to pay off: it 
 _REPORT_BYTES = 1 << 20  # bytes of text between two updates of the progress
 _POLL_S = 0.2
 
-# Of a process of the pool: the tokenizer, too large to be sent with each task, and the shared count of bytes done.
+# State of a pool process: the tokenizer, too large to be sent with each task, and the shared count of bytes done.
 _tokenizer: Tokenizer | None = None
 _done_bytes: Any = None
 
