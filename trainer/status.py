@@ -11,10 +11,12 @@ import os
 import re
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
+
+from trainer.errors import StopRequested, TurnoutError, exit_code_of
 
 ATTEMPT = "TURNOUT_ATTEMPT"
 """Environment variable: name of the attempt, by which a supervisor recognises the ranks it started."""
@@ -84,6 +86,17 @@ class StatusFile:
             self.status.state, self.status.exit_code = "ended", exit_code
             self.status.error = error.splitlines()[0] if error else None
             self._write()
+
+    @contextlib.contextmanager
+    def end_on_error(self) -> Iterator[None]:
+        """Write the end of the rank if an error leaves the block."""
+        try:
+            yield
+        except BaseException as error:
+            is_expected = isinstance(error, TurnoutError | StopRequested)
+            code = exit_code_of(error)
+            self.end(1 if code is None else code, str(error) if is_expected else f"{type(error).__name__}: {error}")
+            raise
 
     def _write(self) -> None:
         self._written, self.status.updated = time.monotonic(), time.time()

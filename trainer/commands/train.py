@@ -10,7 +10,6 @@ from trainer.distributed.mpi_environment import check_tasks, task_warning
 from trainer.distributed.rank_layout import check_layout, layout_from_environment
 from trainer.distributed.signals import StopRequest
 from trainer.environment import SUPERVISOR, check_rank_variables
-from trainer.errors import StopRequested, TurnoutError, exit_code_of
 from trainer.status import StatusFile
 from trainer.supervise.die_with_parent import end_with_launcher
 from trainer.supervise.launch import Launch
@@ -46,16 +45,11 @@ def train_command(options: argparse.Namespace) -> int:
             warnings.append(warning)
         status = StatusFile(folder.status, rank=layout.rank)
         start_liveness_thread(str(layout.rank), status if layout.world_size == 1 else None)
-        try:
+        with status.end_on_error():
             from trainer.training.main import train_run
 
             with suggest_prepare(config):
                 code = train_run(config, folder, layout, warnings=warnings, stop=stop, status=status)
-        except BaseException as error:
-            is_expected = isinstance(error, TurnoutError | StopRequested)
-            code = exit_code_of(error)
-            status.end(1 if code is None else code, str(error) if is_expected else f"{type(error).__name__}: {error}")
-            raise
         status.end(code)
         return code
 

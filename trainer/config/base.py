@@ -71,7 +71,7 @@ class Config(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _accept_old_names(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
+        if not cls.old_names or not isinstance(values, dict):
             return values
         values = dict(values)
         for old, new in cls.old_names.items():

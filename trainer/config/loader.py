@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from trainer.config.base import Config
 from trainer.config.explain import explain
 from trainer.config.layers import ConfigFiles, with_default_kinds
-from trainer.config.nodes import Finding, Unreadable, report
+from trainer.config.nodes import Finding, Node, Unreadable, report
 from trainer.config.old_names import with_present_names
 from trainer.config.overrides import apply
 from trainer.config.slots import Slot
@@ -33,7 +33,15 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str], root: type[C]) 
     except Unreadable as error:
         raise report([*findings, error.finding]) from None
     tree = with_present_names(apply(tree, overrides, slot, findings), slot, findings)
-    tree = with_default_kinds(tree, slot)
+    return validate(with_default_kinds(tree, slot), root, findings)
+
+
+def validate(tree: Node, root: type[C], findings: Sequence[Finding]) -> C:
+    """Return the checked configuration of a tree.
+
+    Raises:
+        ConfigError: with `findings`, which are earlier problems, and those of the schema.
+    """
     try:
         config = root.model_validate(tree.plain())
     except ValidationError as error:

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from trainer.contracts.ensure import ensure
+from trainer.optim.create import MOMENTS
 from trainer.optim.registry import OptimizerOptions, WarmupOptions
 
 _STEPS = 200
-_MOMENTS = {"exp_avg", "exp_avg_sq"}
 
 
 def loss_falls(config: OptimizerOptions) -> None:
@@ -25,8 +25,8 @@ def state_is_two_moments(config: OptimizerOptions) -> None:
     """The state of a parameter is `step`, `exp_avg` and `exp_avg_sq`, of its shape, which checkpoints hold."""
     weight = nn.Parameter(torch.ones(4, 3))
     state = _train(config, weight, num_steps=2).state[weight]
-    ensure(set(state) == {"step", *_MOMENTS}, f"the state has {sorted(state)}")
-    for name in _MOMENTS:
+    ensure(set(state) == {"step", *MOMENTS}, f"the state has {sorted(state)}")
+    for name in MOMENTS:
         ensure(state[name].shape == weight.shape, f"{name} has shape {tuple(state[name].shape)}, not (4, 3)")
 
 

@@ -4,10 +4,8 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
-from pydantic import ValidationError
-
-from trainer.config.explain import explain
-from trainer.config.nodes import Finding, Node, SourceLocation, report
+from trainer.config.loader import validate
+from trainer.config.nodes import Finding, Node, SourceLocation
 from trainer.config.overrides import apply
 from trainer.config.plugins import KindConfig, Pluggable, PluggableFunction, PluginError, kinds, load_object
 from trainer.config.slots import Slot, plugins, sections
@@ -113,12 +111,7 @@ def _outcomes(
     findings: list[Finding] = []
     place = SourceLocation(0, 0, 0, name)
     tree = apply(Node({"kind": Node(name, place, place)}, place, place), options, Slot(section), findings)
-    try:
-        config = section.model_validate(tree.plain())
-    except ValidationError as error:
-        raise report([*findings, *explain(error, tree, section)]) from None
-    if findings:
-        raise report(findings)
+    config = validate(tree, section, findings)
     subject = (config, _NUM_EXPERTS) if isinstance(config, RouterOptions) else (config,)
     return _run_all(checks, *subject)
 

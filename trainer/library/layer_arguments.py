@@ -1,7 +1,7 @@
 """Checks of the arguments of `MoELayer`, with the messages of an experiment file."""
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final
 
 import torch
 from pydantic import ValidationError
@@ -18,10 +18,9 @@ from trainer.errors import ConfigError
 from trainer.moe.routers.config.options import RouterOptions
 from trainer.moe.routers.registry import RouterConfig
 from trainer.ops.expert_ffn import Activation
-from trainer.ops.fused_ffn import has_onednn_product
+from trainer.ops.kernels import ExpertsKernel, missing_kernel
 
 _CALL: Final = SourceLocation(0, 0, 0, "MoELayer")
-_NO_FUSED: Final = "fused_onednn is not in this build of torch; use fused"
 
 
 class LayerArguments(Config):
@@ -33,9 +32,7 @@ class LayerArguments(Config):
     router: RouterConfig
     capacity_factor: Factor | None
     activation: Activation
-    kernel: Annotated[
-        Literal["loop", "padded", "grouped", "fused", "fused_onednn"], PluggableFunction("experts_kernels")
-    ]
+    kernel: Annotated[ExpertsKernel, PluggableFunction("experts_kernels")]
     seed: Whole
 
     def problems(self) -> Iterator[Problem]:
@@ -45,8 +42,8 @@ class LayerArguments(Config):
         if self.capacity_factor is not None and not self.router.has_fixed_k:
             text = f"{self.router.kind} has no fixed number of experts per token; use None"
             yield Problem("capacity_factor", text)
-        if self.kernel == "fused_onednn" and not has_onednn_product():
-            yield Problem("kernel", _NO_FUSED)
+        if (message := missing_kernel(self.kernel)) is not None:
+            yield Problem("kernel", message)
 
 
 def check_arguments(
@@ -72,25 +69,19 @@ def _router_options(
     if not isinstance(router, str | Mapping | RouterOptions):
         what = "a kind, a mapping of a kind and its options, or a router's config"
         raise ConfigError(f"{_CALL}: router: expected {what}, got {shown(router)}")
-    if top_k is None and isinstance(router, RouterOptions):
-        return router
-    given = {"kind": router} if isinstance(router, str) else dict(router)
-    options: dict[str, Any] = given
+    options: dict[str, Any] = {"kind": router} if isinstance(router, str) else dict(router)
     if top_k is None:
-        return options
+        return router if isinstance(router, RouterOptions) else options
+    kind, given = options.get("kind"), set(options)
     if isinstance(router, RouterOptions):
-        given = {key: getattr(router, key) for key in router.model_fields_set}
-    kind = options.get("kind")
-    section = (
-        type(router)
-        if isinstance(router, RouterOptions)
-        else slots.section_of(slots.field(LayerArguments, "router"), kind)
-    )
+        section, given = type(router), router.model_fields_set
+    else:
+        section = slots.section_of(slots.field(LayerArguments, "router"), kind)
     if section is not None and "top_k" not in section.model_fields:
         raise ConfigError(f"{_CALL}: top_k: {kind} has no such option; leave it out")
-    if given.get("top_k", top_k) != top_k:
+    if "top_k" in given and options["top_k"] != top_k:
         raise ConfigError(
-            f"{_CALL}: top_k: {shown(top_k)}, but the router's options have top_k {shown(given['top_k'])}; "
+            f"{_CALL}: top_k: {shown(top_k)}, but the router's options have top_k {shown(options['top_k'])}; "
             "give one of them"
         )
     options["top_k"] = top_k

@@ -24,8 +24,6 @@ from trainer.status import StatusFile
 if TYPE_CHECKING:
     from trainer.models.gpt import GPT
 
-_TRAINED, _LOST = 0, 1
-
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -111,12 +109,11 @@ def train(config: ExperimentConfig) -> Run:
     with StopRequest() as stop:
         layout = layout_from_environment(ep_size=config.parallel.ep_size)
         warnings = check_run_folder(folder, config)
-        status, code = StatusFile(folder.status, rank=layout.rank), _LOST
-        try:
+        status = StatusFile(folder.status, rank=layout.rank)
+        with status.end_on_error():
             code = train_run(config, folder, layout, warnings=warnings, stop=stop, status=status)
-        finally:
-            status.end(code)
-    if code != _TRAINED:
+        status.end(code)
+    if code != 0:
         raise KeyboardInterrupt(f"{folder.path}: stopped; call train again to resume")
     return Run(folder.path)
 

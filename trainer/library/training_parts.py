@@ -7,7 +7,7 @@ from torch import Tensor
 
 from trainer.data.batches.batch import Batch
 from trainer.data.batches.stream import TrainStream
-from trainer.data.corpus import build_corpus
+from trainer.data.corpus import build_corpus, build_tokenizer
 from trainer.distributed.mesh import Mesh
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
@@ -22,7 +22,7 @@ from trainer.training.model import build_parallel_model, resolve_kernel, single_
 def build_model(config: ExperimentConfig, *, device: str | torch.device = "cpu") -> GPT:
     """Return the model of a config with initial values, which are a function of `seed`.
 
-    The first call for a config reads its text, since the tokenizer sets the size of the vocabulary.
+    The size of the vocabulary is the tokenizer's, so a `bpe` reads the text if the cache does not have it.
 
     Raises:
         TypeError: if `config` is not an `ExperimentConfig`.
@@ -35,8 +35,7 @@ def build_model(config: ExperimentConfig, *, device: str | torch.device = "cpu")
             f"device: {device}, but torch sees {num_gpus or 'no'} GPU{'s' * (num_gpus > 1)} here; use cpu"
         )
     config = resolve_kernel(single_process(config), device)
-    tokenizer = build_corpus(config.data).tokenizer
-    return build_parallel_model(config, tokenizer, Mesh.of_one(), device, warn=lambda _: None)
+    return build_parallel_model(config, build_tokenizer(config.data), Mesh.of_one(), device, warn=lambda _: None)
 
 
 def load_batches(config: ExperimentConfig, *, batch_size: int | None = None, first_row: int = 0) -> Iterator[Batch]:

@@ -69,6 +69,13 @@ def _fused_parts(onednn: bool, compiled: bool, device: str, dtype: torch.dtype) 
     )
 
 
+def missing_kernel(kernel: str) -> str | None:
+    """Return the message about a kernel that this build of torch does not have; None if it has it."""
+    if kernel != "fused_onednn" or fused_ffn.has_onednn_product():
+        return None
+    return "fused_onednn is not in this build of torch; use fused"
+
+
 def choose_experts_kernel(
     device: str, dtype: torch.dtype, *, cpu_vendor: str, rows_per_expert: int, d_model: int, d_ff: int
 ) -> ExpertsKernel:

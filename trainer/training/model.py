@@ -14,8 +14,7 @@ from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.models.gpt import GPT
 from trainer.moe.dispatch.registry import LocalDispatcherConfig
-from trainer.ops.fused_ffn import has_onednn_product
-from trainer.ops.kernels import choose_experts_kernel
+from trainer.ops.kernels import choose_experts_kernel, missing_kernel
 from trainer.parallel.parallelize import parallelize
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -63,8 +62,8 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def resolve_kernel(config: ExperimentConfig, device: torch.device) -> ExperimentConfig:
     """Replace `experts_kernel: auto` by the kernel for this device, so that the run folder records it."""
-    if config.parallel.experts_kernel == "fused_onednn" and not has_onednn_product():
-        raise ConfigError("parallel.experts_kernel: fused_onednn is not in this build of torch; use fused")
+    if (message := missing_kernel(config.parallel.experts_kernel)) is not None:
+        raise ConfigError(f"parallel.experts_kernel: {message}")
     if config.parallel.experts_kernel != "auto":
         return config
     moe, kernel = config.model.moe, "loop"

@@ -30,9 +30,9 @@ def resume(run: RunState, checkpoint: CheckpointHandle) -> None:
         DataError: if the run was trained on other text.
     """
     run.mesh.world.recorder.enter("loading the checkpoint")
-    load_state(checkpoint, run.engine, run.config, run.corpus.tokenizer)
+    stored = load_state(checkpoint, run.engine, run.config, run.corpus.tokenizer)
     if not run.folder.config.is_file():  # otherwise compared before torch was imported
-        for warning in _changes_since(checkpoint, run.config):
+        for warning in _changes_since(checkpoint, stored, run.config):
             run.console.warning(warning)
     saved, now = checkpoint.run["data_fingerprint"], run.corpus.fingerprint
     if saved != now:
@@ -46,15 +46,21 @@ def resume(run: RunState, checkpoint: CheckpointHandle) -> None:
     run.skipped_steps = int(checkpoint.run["skipped_steps"])
     run.skipped_in_a_row = int(checkpoint.run["skipped_in_a_row"])
     run.spikes.restore(checkpoint.run.get("spikes", {}))
-    if (jump := _rate_jump(checkpoint, run)) is not None:
+    if (jump := _rate_jump(stored, run)) is not None:
         run.console.warning(jump)
     before, layout = recorded_layout(checkpoint.manifest), run.layout_record()
     changes = [f"{k} {before[k]} -> {v}" for k, v in layout.items() if k in before and before[k] != v]
     run.console.message(f"resuming from {checkpoint.path}" + (f" ({', '.join(changes)})" if changes else ""))
 
 
-def load_state(checkpoint: CheckpointHandle, engine: Engine, config: ExperimentConfig, tokenizer: Tokenizer) -> None:
-    """Load this rank's slices of weights and optimizer state, after checking that they fit the model and tokenizer."""
+def load_state(
+    checkpoint: CheckpointHandle, engine: Engine, config: ExperimentConfig, tokenizer: Tokenizer
+) -> ExperimentConfig | None:
+    """Load this rank's slices of weights and optimizer state, after checking that they fit the model and tokenizer.
+
+    Returns:
+        The config that the checkpoint was written with; None if this version cannot read it.
+    """
     check_record(checkpoint)
     stored = _stored_config(checkpoint)
     stored_model = None if stored is None else stored.model.model_dump(mode="json")
@@ -64,6 +70,7 @@ def load_state(checkpoint: CheckpointHandle, engine: Engine, config: ExperimentC
     check_fits(checkpoint, wanted)
     with StoredTensors(checkpoint.path, checkpoint.manifest) as tensors:
         engine.load_state(tensors.like(wanted))
+    return stored
 
 
 def _stored_config(checkpoint: CheckpointHandle) -> ExperimentConfig | None:
@@ -74,9 +81,10 @@ def _stored_config(checkpoint: CheckpointHandle) -> ExperimentConfig | None:
         return None
 
 
-def _changes_since(checkpoint: CheckpointHandle, config: ExperimentConfig) -> list[str]:
+def _changes_since(
+    checkpoint: CheckpointHandle, stored: ExperimentConfig | None, config: ExperimentConfig
+) -> list[str]:
     """Return a warning for each change since a checkpoint that affects what is learned; refuse another model."""
-    stored = _stored_config(checkpoint)
     if stored is not None:
         return check_belongs(RunFolder(checkpoint.path), changed_keys(stored, config))
     counters = checkpoint.run.get("random")
@@ -88,9 +96,9 @@ def _changes_since(checkpoint: CheckpointHandle, config: ExperimentConfig) -> li
     return warnings
 
 
-def _rate_jump(checkpoint: CheckpointHandle, run: RunState) -> str | None:
+def _rate_jump(stored: ExperimentConfig | None, run: RunState) -> str | None:
     """Return a warning if the learning rate jumps because the schedule or the length of the run changed."""
-    stored, done = _stored_config(checkpoint), checkpoint.step
+    done = run.start_step
     if stored is None or not 0 < done < run.config.train.steps:
         return None
     before, now = stored.schedule.build(total_steps=stored.train.steps), run.schedule(done)

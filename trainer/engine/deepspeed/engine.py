@@ -18,13 +18,14 @@ from torch import Tensor
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.distributed.collective_errors import raise_together
 from trainer.distributed.mesh import Mesh
-from trainer.engine.deepspeed.optimizer import MOMENTS, build_optimizer, moments_of, parameter_groups, set_steps
+from trainer.engine.deepspeed.optimizer import build_optimizer, moments_of, parameter_groups, set_steps
 from trainer.engine.deepspeed.partition import ParameterSpan, Partition
 from trainer.engine.deepspeed.start import expert_markers, load_deepspeed, release, single_process_group, start_engine
 from trainer.engine.nonfinite import Findings, is_finite
 from trainer.engine.reduce import square_norm
 from trainer.engine.step import NumericsConfig, StepEngine
 from trainer.models.gpt import GPT
+from trainer.optim.create import MOMENTS
 from trainer.optim.registry import OptimConfig
 
 _MAX_BUCKET_SIZE = 500_000_000

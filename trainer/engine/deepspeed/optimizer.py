@@ -10,9 +10,8 @@ from trainer.distributed.mesh import Mesh
 from trainer.engine.deepspeed.start import expert_group_name
 from trainer.errors import ConfigError, first_line
 from trainer.models.parameter_roles import is_decayed
+from trainer.optim.create import MOMENTS
 from trainer.optim.registry import OptimConfig
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def parameter_groups(

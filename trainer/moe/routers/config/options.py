@@ -85,7 +85,7 @@ class RouterOptions(KindConfig):
 
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
         """Create the router of block `layer`, importing its module here so that configs stay free of torch."""
-        raise NotImplementedError(f"{type(self).__name__} has no build method")
+        raise NotImplementedError
 
 
 class JitterOptions(RouterOptions):
