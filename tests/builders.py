@@ -31,6 +31,7 @@ def make_context(num_sequences: int, seq_len: int, valid: Tensor | None = None, 
         position=torch.arange(seq_len).repeat(num_sequences),
         sequence_index=torch.arange(num_sequences).repeat_interleave(seq_len),
         num_sequences=num_sequences,
+        num_valid=tokens if valid is None else int(valid.sum()),
         **fields,
     )
 

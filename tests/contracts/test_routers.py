@@ -77,7 +77,10 @@ class WrongRouter(ThresholdRouter):
             weight = weight.detach() + 0 * self.gate.weight.sum()
         if wrong == "routes padding":
             valid = torch.ones_like(valid)
-        decision = RoutingDecision.from_top_k(expert_index, weight, num_experts=4, valid=valid)
+        num_valid = context.num_valid
+        if wrong == "keeps fewer rows than it says":
+            valid = valid & (context.position > 0)
+        decision = RoutingDecision.from_top_k(expert_index, weight, num_experts=4, valid=valid, num_valid=num_valid)
         return RouterOutput(decision=decision, logits=logits, probs=scores)
 
 
@@ -89,6 +92,7 @@ WRONG = {
     "not normalised": "is_well_formed",
     "no gradient": "everything_learns",
     "routes padding": "is_well_formed",
+    "keeps fewer rows than it says": "is_well_formed",
     "bfloat16 scores": "scores_are_wide",
     "ignores top_k": "k_of_one_call_is_k_of_the_config",
     "decides by rounding": "rounding_chooses_no_expert",

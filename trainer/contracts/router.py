@@ -40,6 +40,8 @@ def is_well_formed(config: RouterOptions, num_experts: int) -> None:
             expected = [t for t in range(B * S) for _ in range(top_k)]
             ensure(token.tolist() == expected, f"{len(pairs)} assignments of {B * S} tokens, not top_k {top_k} of each")
         ensure(top_k is not None or not config.has_fixed_k, "has_fixed_k is declared, and the decision has no top_k")
+        dispatched = int((decision.kept & (expert < num_experts)).sum())
+        ensure(decision.num_rows in (None, dispatched), f"num_rows is {decision.num_rows}, and {dispatched} are kept")
         if config.weight_sum is not None:
             sums = torch.zeros(B * S, dtype=torch.float64).index_add(0, token, weight.detach() * decision.kept)
             torch.testing.assert_close(sums[valid], torch.full_like(sums[valid], config.weight_sum))

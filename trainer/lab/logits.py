@@ -77,5 +77,6 @@ def training_context(token_ids: Tensor, valid: Tensor, *, seed: int) -> RoutingC
         position=position,
         sequence_index=row,
         num_sequences=rows,
+        num_valid=int(valid.sum()),
         noise_key=token_keys(seed, row, position),
     )

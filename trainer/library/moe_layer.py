@@ -165,6 +165,7 @@ class MoELayer(nn.Module):
             position=position,
             sequence_index=sequence_index,
             num_sequences=B,
+            num_valid=B * S if valid is None else None,
             noise_key=noise_key,
         )
         y, sums = self.moe(x, context)

@@ -290,6 +290,7 @@ def routing_context(batch: Batch, options: RoutingOptions) -> RoutingContext:
         position=batch.position.flatten(),
         sequence_index=torch.arange(num_sequences, device=batch.tokens.device).repeat_interleave(S),
         num_sequences=num_sequences,
+        num_valid=batch.num_valid,
         noise_key=keys,
         top_k=options.top_k,
         dropless=options.dropless,

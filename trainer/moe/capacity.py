@@ -67,7 +67,7 @@ def limit_to_capacity(
     weight = decision.combine_weight
     if capacity.renormalize_after_drop:
         weight = _renormalize(decision, kept)
-    return replace(decision, kept=kept, combine_weight=weight, capacity=num_groups * per_group)
+    return replace(decision, kept=kept, combine_weight=weight, capacity=num_groups * per_group, num_rows=None)
 
 
 def _arrival_order(

@@ -50,6 +50,8 @@ class RoutingContext:
     """int64 row of the batch, in [0, num_sequences)."""
     num_sequences: int
     """B; all rows have T / B tokens."""
+    num_valid: int | None = None
+    """Number of valid tokens, if the host knows it: then the rows of a fixed k are known without asking the device."""
     noise_key: Tensor | None = None
     """int64 key of each token's noise, a function of seed, sample and position; None: no noise."""
     top_k: int | None = None
@@ -92,10 +94,27 @@ class RoutingDecision:
     """k, if every token has exactly k assignments: A = T * k, and assignment a belongs to token a // k."""
     capacity: int | None = None
     """Static maximum of rows per expert from this rank. None: dropless."""
+    num_rows: int | None = None
+    """Number of assignments that are kept and not to null experts, if the host knows it without waiting.
+
+    With a fixed k it is k times the valid tokens. None: it depends on the decision, and whoever needs it waits for the
+    device. Whoever keeps fewer, as a capacity does, must set it to None.
+    """
 
     @classmethod
-    def from_top_k(cls, expert_index: Tensor, combine_weight: Tensor, *, num_experts: int, valid: Tensor) -> Self:
-        """Create a decision in which every token has k experts; indices and weights are (T, k), `valid` is (T,)."""
+    def from_top_k(
+        cls,
+        expert_index: Tensor,
+        combine_weight: Tensor,
+        *,
+        num_experts: int,
+        valid: Tensor,
+        num_valid: int | None = None,
+    ) -> Self:
+        """Create a decision in which every token has k experts; indices and weights are (T, k), `valid` is (T,).
+
+        `num_valid` is `context.num_valid`, or None if any of the experts may be a null expert.
+        """
         num_tokens, top_k = expert_index.shape
         token_index = torch.arange(num_tokens, device=expert_index.device).repeat_interleave(top_k)  # (A,)
         return cls(
@@ -106,6 +125,7 @@ class RoutingDecision:
             num_tokens=num_tokens,
             num_experts=num_experts,
             top_k=top_k,
+            num_rows=None if num_valid is None else top_k * num_valid,
         )
 
     @classmethod
@@ -113,9 +133,10 @@ class RoutingDecision:
         """Create a decision in which the number of experts varies by token; a token's are in expert order.
 
         chosen (T, E) is ignored for padding, where valid (T,) is False; weight (T, E) has the weights of its entries.
+        Waits for the device once: the number of assignments sizes all that follows.
         """
         num_tokens, num_experts = chosen.shape
-        token_index, expert_index = (chosen & valid[:, None]).nonzero(as_tuple=True)  # waits for the device
+        token_index, expert_index = (chosen & valid[:, None]).nonzero(as_tuple=True)
         return cls(
             token_index=token_index,
             expert_index=expert_index,
@@ -123,6 +144,7 @@ class RoutingDecision:
             kept=torch.ones_like(token_index, dtype=torch.bool),
             num_tokens=num_tokens,
             num_experts=num_experts,
+            num_rows=token_index.numel(),
         )
 
 

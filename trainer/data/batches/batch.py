@@ -4,13 +4,14 @@
 """
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Self
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: the counts are cached
 class Batch:
     """B rows of S tokens; every field is (B, S)."""
 
@@ -36,6 +37,18 @@ class Batch:
         """(B, S) bool: positions that count in the loss."""
         return self.loss_mask & self.valid
 
+    @cached_property
+    def num_valid(self) -> int:
+        """Number of valid tokens; waits for the device, unless it was counted before the batch went there."""
+        return int(self.valid.sum())
+
+    @cached_property
+    def num_targets(self) -> int:
+        """Number of positions that count in the loss; waits as `num_valid` does."""
+        return int(self.target_mask.sum())
+
     def to(self, device: torch.device) -> Self:
-        """Return a copy of the batch on `device`."""
-        return type(self)(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        """Return a copy of the batch on `device`, with its tokens counted where they are now: on the host."""
+        copy = type(self)(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        copy.__dict__.update(num_valid=self.num_valid, num_targets=self.num_targets)
+        return copy

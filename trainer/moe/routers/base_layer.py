@@ -39,6 +39,10 @@ class BASELayerRouter(NonCausalRouter):
             expert = assigned.view(-1, 1)
         scores = logits.sigmoid()  # logits can be negative, which scores must not be
         decision = RoutingDecision.from_top_k(
-            expert, scores.gather(-1, expert), num_experts=logits.shape[-1], valid=context.valid
+            expert,
+            scores.gather(-1, expert),
+            num_experts=logits.shape[-1],
+            valid=context.valid,
+            num_valid=context.num_valid,
         )
         return RouterOutput(decision=decision, logits=logits, probs=logits.softmax(-1), scores=scores.detach())

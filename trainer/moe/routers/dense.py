@@ -19,5 +19,7 @@ class DenseRouter(Router):
         logits = gate_logits(self.gate, x)  # (T, E)
         probs = logits.softmax(-1)
         every_expert = torch.arange(logits.shape[-1], device=x.device).expand(logits.shape)
-        decision = RoutingDecision.from_top_k(every_expert, probs, num_experts=logits.shape[-1], valid=context.valid)
+        decision = RoutingDecision.from_top_k(
+            every_expert, probs, num_experts=logits.shape[-1], valid=context.valid, num_valid=context.num_valid
+        )
         return RouterOutput(decision=decision, logits=logits, probs=probs)

@@ -33,4 +33,4 @@ class GShardRouter(TopKRouter):
         share = weight / weight.sum(-1, keepdim=True)  # (T, k)
         kept = uniform(context.noise_key, top_k, salt=f"gshard {self.layer}") < top_k * share
         kept[:, 0] = True
-        return replace(decision, kept=decision.kept & kept.flatten())
+        return replace(decision, kept=decision.kept & kept.flatten(), num_rows=None)

@@ -30,5 +30,7 @@ def equal_weights(expert_index: Tensor, x: Tensor, context: RoutingContext, *, n
     """Return the output of a router that gives tokens x (T, D) the experts (T, k), with weight 1 / k each."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight = torch.full(expert_index.shape, 1 / expert_index.shape[1], device=x.device, dtype=dtype)
-    decision = RoutingDecision.from_top_k(expert_index, weight, num_experts=num_experts, valid=context.valid)
+    decision = RoutingDecision.from_top_k(
+        expert_index, weight, num_experts=num_experts, valid=context.valid, num_valid=context.num_valid
+    )
     return RouterOutput(decision=decision, logits=None, probs=None)

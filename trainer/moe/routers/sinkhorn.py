@@ -40,6 +40,10 @@ class SinkhornRouter(NonCausalRouter):
         scores, _ = score_logits(logits, self.score)
         expert_index = stable_top_k(selected_by, context.top_k or self.top_k)
         decision = RoutingDecision.from_top_k(
-            expert_index, scores.gather(-1, expert_index), num_experts=logits.shape[-1], valid=context.valid
+            expert_index,
+            scores.gather(-1, expert_index),
+            num_experts=logits.shape[-1],
+            valid=context.valid,
+            num_valid=context.num_valid,
         )
         return RouterOutput(decision=decision, logits=logits, probs=logits.softmax(-1), scores=scores.detach())

@@ -73,7 +73,11 @@ class TopKRouter(Router):
         if self.normalize:
             weight = normalized(weight)
         return RoutingDecision.from_top_k(
-            expert_index, weight * self.scale, num_experts=self.num_experts, valid=context.valid
+            expert_index,
+            weight * self.scale,
+            num_experts=self.num_experts,
+            valid=context.valid,
+            num_valid=None if self.null_experts else context.num_valid,
         )
 
     def merge_null_columns(self, probs: Tensor) -> Tensor:

@@ -1,0 +1,21 @@
+"""A batch counts its tokens on the host, once, and a changed copy counts anew."""
+
+from dataclasses import replace
+
+import torch
+
+from tests.builders import make_batch
+
+
+def test_a_batch_on_a_device_keeps_the_counts_of_the_host() -> None:
+    batch = make_batch(3, 8, ragged=True)
+    expected = int(batch.valid.sum()), int(batch.target_mask.sum())
+    there = batch.to(torch.device("meta"))  # which cannot be counted
+    assert (there.num_valid, there.num_targets) == expected and expected[1] < expected[0] < 24
+
+
+def test_a_changed_copy_is_counted_anew() -> None:
+    batch = make_batch(2, 8).to(torch.device("cpu"))
+    assert (batch.num_valid, batch.num_targets) == (16, 16)
+    changed = replace(batch, valid=batch.position < 3)
+    assert (changed.num_valid, changed.num_targets) == (6, 6)
