@@ -108,12 +108,20 @@ FAULTS = [
     _fault(
         "gshard_first_choice is counted after drops",
         _STATS,
-        "_count(decision, row, counted & first, rows)",
-        "_count(decision, row, counted & first & limited.kept, rows)",
+        "counts, first_choices = _count(decision, counted, context)",
+        "first_choices = _count(decision, counted & limited.kept, context)[1]\n"
+        "    counts = _count(decision, counted, context)[0]",
         STATS,
     ),
     _fault(
         "gshard_first_choice counts last choices",
+        _STATS,
+        "[:, 0] *= 1 + _FIRST",
+        "[:, -1] *= 1 + _FIRST",
+        STATS,
+    ),
+    _fault(
+        "gshard_first_choice counts later choices of a varying number",
         _STATS,
         "decision.token_index[1:] != decision.token_index[:-1]",
         "decision.token_index[1:] == decision.token_index[:-1]",
@@ -122,15 +130,15 @@ FAULTS = [
     _fault(
         "the load is counted after drops",
         _STATS,
-        "counts=_count(decision, row, counted, rows),\n        first",
-        "counts=_count(decision, row, counted & limited.kept, rows),\n        first",
+        "counts=counts[:, : decision.num_experts],\n",
+        "counts=_count(decision, counted & limited.kept, context)[0][:, : decision.num_experts],\n",
         STATS,
     ),
     _fault(
         "importance is counted after drops",
         _STATS,
-        "_importance(decision, row, counted, rows)",
-        "_importance(decision, row, counted & limited.kept, rows)",
+        "_importance(decision, counted, context)",
+        "_importance(decision, counted & limited.kept, context)",
         STATS,
     ),
     _fault("what was kept counts as dropped", _STATS, "counted & ~limited.kept", "counted & limited.kept", STATS),

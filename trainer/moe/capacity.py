@@ -94,7 +94,7 @@ def _position_in_queue(queue: Tensor, order: Tensor, num_queues: int) -> Tensor:
     #  queue  [1 0 1 1 0], order = list order   ->   position [0 0 1 2 1]
     """
     by_queue = order[queue[order].argsort(stable=True)]  # (A,) grouped by queue, in order of arrival
-    lengths = torch.bincount(queue, minlength=num_queues)
+    lengths = queue.new_zeros(num_queues).scatter_add(0, queue, torch.ones_like(queue))  # bincount would wait
     start = lengths.cumsum(0) - lengths
     position = torch.empty_like(queue)
     position[by_queue] = torch.arange(queue.numel(), device=queue.device) - start[queue[by_queue]]

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from trainer.moe.routing import RouterOutput, RoutingContext, RoutingDecision
 
+_FIRST = 1 << 32
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoEStats:
@@ -65,9 +67,7 @@ def collect_stats(
     """
     decision, rows = routed.decision, context.num_sequences
     counted = decision.kept if context.counted is None else decision.kept & context.counted[decision.token_index]
-    row = context.sequence_index[decision.token_index]  # (A,)
-    first = torch.ones_like(decision.kept)
-    first[1:] = decision.token_index[1:] != decision.token_index[:-1]
+    counts, first_choices = _count(decision, counted, context)  # (B, E + 1)
     tokens = (context.valid if context.counted is None else context.counted).view(rows, -1)  # (B, S)
 
     def per_row(values: Tensor | None) -> Tensor | None:
@@ -79,17 +79,16 @@ def collect_stats(
 
     probs, logits = routed.probs, routed.logits
     has_nulls = probs is not None and probs.shape[-1] > decision.num_experts
-    null = counted & (decision.expert_index >= decision.num_experts)
     return MoEStats(
-        counts=_count(decision, row, counted, rows),
-        first_choice_counts=_count(decision, row, counted & first, rows),
+        counts=counts[:, : decision.num_experts],
+        first_choice_counts=first_choices[:, : decision.num_experts],
         prob_sum=per_row(probs),
         z_sum=per_row(None if logits is None else logits.logsumexp(-1).square()),
-        dropped=_sum_rows(counted & ~limited.kept, row, rows),
+        dropped=_count_dropped(decision, counted, limited, context),
         tokens=tokens.sum(1),
         entropy_sum=per_row(None if probs is None else torch.special.entr(probs.detach()).sum(-1)),
-        null_counts=_sum_rows(null, row, rows) if has_nulls else None,
-        importance=_importance(decision, row, counted, rows) if needs_importance else None,
+        null_counts=counts[:, decision.num_experts] if has_nulls else None,
+        importance=_importance(decision, counted, context) if needs_importance else None,
         load=per_row(routed.load),
         similarity_sum=per_row(expert_similarity),
         router_loss=per_row(routed.loss),
@@ -97,27 +96,46 @@ def collect_stats(
     )
 
 
-def _sum_rows(marked: Tensor, row: Tensor, rows: int) -> Tensor:
-    """Return (B,) int64: the number of marked assignments of each row."""
-    return torch.bincount(row, weights=marked.double(), minlength=rows).long()
+def _sum_cells(decision: RoutingDecision, values: Tensor, context: RoutingContext) -> Tensor:
+    """Return (B, E + 1): values (A,) summed by sequence and expert; the last column is that of all null experts.
+
+    Unlike `bincount`, whose length depends on the values, this does not wait for the device.
+    """
+    rows, columns = context.num_sequences, decision.num_experts + 1
+    expert = decision.expert_index.clamp(max=decision.num_experts)
+    if decision.top_k is not None:  # every sequence has S * k assignments
+        zero = values.new_zeros(rows, columns)
+        return zero.scatter_add(1, expert.view(rows, -1), values.view(rows, -1))
+    cell = context.sequence_index[decision.token_index] * columns + expert
+    return values.new_zeros(rows * columns).scatter_add(0, cell, values).view(rows, columns)
 
 
-def _cells(decision: RoutingDecision, row: Tensor, counted: Tensor, rows: int) -> Tensor:
-    """Return (A,): index of the (row, expert) cell of each counted assignment; B * E for all others."""
-    counted = counted & (decision.expert_index < decision.num_experts)  # null experts have no column
-    return torch.where(counted, row * decision.num_experts + decision.expert_index, rows * decision.num_experts)
+def _count(decision: RoutingDecision, counted: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor]:
+    """Return (B, E + 1) the assignments where `counted` (A,) holds, and those of them that are first choices.
+
+    One pass counts both: first choices in the upper half of each sum.
+    """
+    if decision.top_k is not None:
+        values = counted.long()
+        values.view(-1, decision.top_k)[:, 0] *= 1 + _FIRST
+    else:
+        is_first = torch.ones_like(counted)
+        is_first[1:] = decision.token_index[1:] != decision.token_index[:-1]
+        values = counted * torch.where(is_first, 1 + _FIRST, 1)
+    sums = _sum_cells(decision, values, context)
+    return sums & (_FIRST - 1), sums >> 32
 
 
-def _count(decision: RoutingDecision, row: Tensor, counted: Tensor, rows: int) -> Tensor:
-    """Return (B, E) counts of the assignments where `counted` (A,) holds."""
-    cells = rows * decision.num_experts
-    per_cell = torch.bincount(_cells(decision, row, counted, rows), minlength=cells + 1)
-    return per_cell[:cells].view(rows, decision.num_experts)
+def _count_dropped(
+    decision: RoutingDecision, counted: Tensor, limited: RoutingDecision, context: RoutingContext
+) -> Tensor:
+    """Return (B,) the number of counted assignments that `limited` does not keep."""
+    if limited is decision:
+        return counted.new_zeros(context.num_sequences, dtype=torch.int64)
+    return _sum_cells(decision, (counted & ~limited.kept).long(), context).sum(1)
 
 
-def _importance(decision: RoutingDecision, row: Tensor, counted: Tensor, rows: int) -> Tensor:
+def _importance(decision: RoutingDecision, counted: Tensor, context: RoutingContext) -> Tensor:
     """Return (B, E) sums of the combine weights of the counted assignments."""
-    cells = rows * decision.num_experts
-    zero = decision.combine_weight.new_zeros(cells + 1)
-    sums = zero.index_add(0, _cells(decision, row, counted, rows), decision.combine_weight)
-    return sums[:cells].view(rows, decision.num_experts)
+    weight = decision.combine_weight
+    return _sum_cells(decision, weight.where(counted, 0), context)[:, : decision.num_experts]

@@ -15,8 +15,11 @@ NUM_ROWS, SEQ_LEN, NUM_EXPERTS, NUM_NULL, TOP_K = 3, 6, 4, 1, 2
 NUM_TOKENS = NUM_ROWS * SEQ_LEN
 
 
+@pytest.mark.parametrize("is_fixed_k", [True, False])
 @pytest.mark.parametrize("counts_targets_only", [False, True])
-def test_counts_are_of_what_was_chosen_and_drops_of_what_was_not_kept(counts_targets_only: bool) -> None:
+def test_counts_are_of_what_was_chosen_and_drops_of_what_was_not_kept(
+    counts_targets_only: bool, is_fixed_k: bool
+) -> None:
     """First choices are counted before drops, of which there are many here."""
     generator = torch.Generator().manual_seed(0)
     valid = torch.rand(NUM_TOKENS, generator=generator) < 0.8
@@ -27,8 +30,10 @@ def test_counts_are_of_what_was_chosen_and_drops_of_what_was_not_kept(counts_tar
     weight = torch.rand(NUM_TOKENS, TOP_K, dtype=torch.float64, generator=generator)
     decision = RoutingDecision.from_top_k(chosen, weight, num_experts=NUM_EXPERTS, valid=valid)
     probs = logits.softmax(-1)
-    routed = RouterOutput(decision=decision, logits=logits, probs=probs, loss=weight[:, 0])
     limited = limit_to_capacity(decision, CapacityConfig(factor=0.5, min=1, policy="choice_major"), context)
+    if not is_fixed_k:  # as a router that chooses any number of experts
+        decision, limited = replace(decision, top_k=None), replace(limited, top_k=None)
+    routed = RouterOutput(decision=decision, logits=logits, probs=probs, loss=weight[:, 0])
     stats = collect_stats(routed, limited, context, needs_importance=True)
 
     zero = torch.zeros(NUM_ROWS, NUM_EXPERTS, dtype=torch.int64)
