@@ -33,7 +33,8 @@ from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.engine.deepspeed.start import join, load_deepspeed
 from trainer.engine.registry import NativeEngineConfig
 from trainer.experiment import ExperimentConfig
-from trainer.models.gpt import GPT, Block
+from trainer.models.block import Block
+from trainer.models.gpt import GPT
 from trainer.ops.rotary import rotary_table
 from trainer.training.model import build_parallel_model, numerics, resolve_kernel
 

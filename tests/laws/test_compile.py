@@ -8,7 +8,7 @@ import torch
 from tests.builders import make_batch, make_engine, make_packed_batch, tiny_model_config
 from trainer.distributed.runtime import has_cpp_compiler
 from trainer.engine.native import NativeEngine
-from trainer.models.gpt import Block
+from trainer.models.block import Block
 from trainer.ops.attention import blocked_attention, torch_attention
 from trainer.parallel.config import ParallelConfig
 

@@ -12,7 +12,7 @@ from tests.builders import make_context, tiny_model_config
 from tests.ranks import Ranks, mesh_here
 from trainer.distributed.mesh import Mesh
 from trainer.engine.deepspeed.start import join, load_deepspeed, single_process_group
-from trainer.models.gpt import build_moe
+from trainer.models.block import build_moe
 from trainer.moe.dispatch.registry import AllToAllDispatcherConfig
 from trainer.moe.losses import Denominators, objective
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.builders import make_context, moe_config
 from tests.laws.test_router_oracles import NUM_ROWS, SEQ_LEN, make_layer, make_tokens
-from trainer.models.gpt import build_moe
+from trainer.models.block import build_moe
 from trainer.moe.balance import balance_loss, cv_squared, cv_squared_loss, device_balance_loss
 from trainer.moe.dispatch.base import Combined
 from trainer.moe.dispatch.order import group_by_expert

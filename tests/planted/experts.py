@@ -78,7 +78,7 @@ FAULTS = [
     ),
     _fault(
         "norms start as memory is",
-        "trainer/models/gpt.py",
+        "trainer/models/block.py",
         "nn.Parameter(torch.ones(width))",
         "nn.Parameter(torch.empty(width))",
         BY_HAND,

@@ -4,6 +4,8 @@ from tests.planted.fault import Fault
 
 PARITY = "tests/laws/test_transformers_parity.py"
 GPT = "trainer/models/gpt.py"
+BLOCK = "trainer/models/block.py"
+LOSS = "tests/unit/ops/test_cross_entropy.py"
 ROTARY = "trainer/ops/rotary.py"
 
 _ROTATION = """\
@@ -33,12 +35,20 @@ def _in_gpt(name: str, old: str, new: str, *tests: str) -> Fault:
     return Fault(name=name, file=GPT, old=old, new=new, tests=tests or (PARITY,))
 
 
+def _in_block(name: str, old: str, new: str) -> Fault:
+    return Fault(name=name, file=BLOCK, old=old, new=new, tests=(PARITY,))
+
+
+def _in_loss(name: str, old: str, new: str) -> Fault:
+    return Fault(name=name, file="trainer/ops/cross_entropy.py", old=old, new=new, tests=(LOSS,))
+
+
 def _in_rotary(name: str, old: str, new: str) -> Fault:
     return Fault(name=name, file=ROTARY, old=old, new=new, tests=(PARITY,))
 
 
 FAULTS = [
-    _in_gpt(
+    _in_block(
         "queries and keys are normalised after the rotation",
         """\
         if self.q_norm is not None and self.k_norm is not None:
@@ -51,12 +61,12 @@ FAULTS = [
             q, k = self.q_norm(q), self.k_norm(k)
 """,
     ),
-    _in_gpt(
+    _in_block(
         "the norms of queries and keys are exchanged",
         "self.q_norm(q), self.k_norm(k)",
         "self.k_norm(q), self.q_norm(k)",
     ),
-    _in_gpt("keys are not normalised", "self.q_norm(q), self.k_norm(k)", "self.q_norm(q), k"),
+    _in_block("keys are not normalised", "self.q_norm(q), self.k_norm(k)", "self.q_norm(q), k"),
     _in_gpt("rope_theta is ignored", "self.config.rope_theta, x.dtype", "10000.0, x.dtype"),
     _in_rotary(
         "rotation frequencies are off",
@@ -70,24 +80,30 @@ FAULTS = [
         "the rotation turns the other way", "torch.cat([-right, left], dim=-1)", "torch.cat([right, -left], dim=-1)"
     ),
     _in_rotary("the rotation pairs neighbours instead of halves", _ROTATION, _ROTATION_OF_NEIGHBOURS),
-    _in_gpt("keys are not rotated", "rotate(q, rotary), rotate(k, rotary)", "rotate(q, rotary), k"),
-    _in_gpt(
+    _in_block("keys are not rotated", "rotate(q, rotary), rotate(k, rotary)", "rotate(q, rotary), k"),
+    _in_block(
         "the eps of a norm is outside the root",
         "torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)",
         "(1 / (x.square().mean(-1, keepdim=True).sqrt() + self.eps))",
     ),
-    _in_gpt("norm_eps is ignored", "keepdim=True) + self.eps)", "keepdim=True) + 1e-6)"),
-    _in_gpt("a norm subtracts the mean", "x.square().mean(-1, keepdim=True)", "x.var(-1, keepdim=True, correction=0)"),
-    _in_gpt("a norm does not scale", "+ self.eps) * self.weight", "+ self.eps)"),
-    _in_gpt("there is no final norm", "F.linear(self.norm(hidden), weight)", "F.linear(hidden, weight)"),
-    _in_gpt("attention is without its norm", "self.attention(self.attention_norm(x),", "self.attention(x,"),
-    _in_gpt("the feed-forward is without its norm", "return x, self.ffn_norm(x)", "return x, x"),
-    _in_gpt("attention has the norm of the feed-forward", "self.attention_norm(x)", "self.ffn_norm(x)"),
-    _in_gpt("the residual stream ends at attention", "x = x + self.attention(", "x = self.attention("),
-    _in_gpt("the residual stream ends at experts", "return x + y, stats", "return y, stats"),
-    _in_gpt("the residual stream goes through the norm", "return x + y, stats", "return normed + y, stats"),
-    _in_gpt("the residual stream ends at a dense block", "return x + self.ffn(normed)", "return self.ffn(normed)"),
-    _in_gpt("keys and values are exchanged", "q, k, v = heads.split", "q, v, k = heads.split"),
+    _in_block("norm_eps is ignored", "keepdim=True) + self.eps)", "keepdim=True) + 1e-6)"),
+    _in_block(
+        "a norm subtracts the mean", "x.square().mean(-1, keepdim=True)", "x.var(-1, keepdim=True, correction=0)"
+    ),
+    _in_block("a norm does not scale", "+ self.eps) * self.weight", "+ self.eps)"),
+    _in_gpt(
+        "there is no final norm",
+        "F.linear(self.norm(hidden), self._head_weight())",
+        "F.linear(hidden, self._head_weight())",
+    ),
+    _in_block("attention is without its norm", "self.attention(self.attention_norm(x),", "self.attention(x,"),
+    _in_block("the feed-forward is without its norm", "return x, self.ffn_norm(x)", "return x, x"),
+    _in_block("attention has the norm of the feed-forward", "self.attention_norm(x)", "self.ffn_norm(x)"),
+    _in_block("the residual stream ends at attention", "x = x + self.attention(", "x = self.attention("),
+    _in_block("the residual stream ends at experts", "return x + y, stats", "return y, stats"),
+    _in_block("the residual stream goes through the norm", "return x + y, stats", "return normed + y, stats"),
+    _in_block("the residual stream ends at a dense block", "return x + self.ffn(normed)", "return self.ffn(normed)"),
+    _in_block("keys and values are exchanged", "q, k, v = heads.split", "q, v, k = heads.split"),
     _in_gpt(
         "the embedding is scaled by the root of its width",
         "x = self.embedding(tokens)",
@@ -95,13 +111,13 @@ FAULTS = [
     ),
     _in_gpt(
         "a tied head teaches the embedding nothing",
-        "weight = self.embedding.weight if",
-        "weight = self.embedding.weight.detach() if",
+        "return self.embedding.weight if",
+        "return self.embedding.weight.detach() if",
     ),
     _in_gpt(
         "a head of its own is not used",
-        "weight = self.embedding.weight if self.head is None else self.head.weight",
-        "weight = self.embedding.weight",
+        "return self.embedding.weight if self.head is None else self.head.weight",
+        "return self.embedding.weight",
     ),
     _in_gpt(
         "logits are as narrow as the products",
@@ -117,6 +133,20 @@ FAULTS = [
         "tests/laws/test_documents.py",
     ),
     _in_gpt("the loss mask is ignored", "* target_mask).sum(1)", ").sum(1)", PARITY, "tests/unit/models/test_gpt.py"),
+    _in_loss("chunks count masked targets", "return (nats * mask).sum(1)", "return nats.sum(1)"),
+    _in_loss(
+        "a chunk's gradient of the weight replaces the others'",
+        "torch.addmm(total, a, b, out=total)",
+        "total.copy_(a @ b)",
+    ),
+    _in_loss("rows of different gradients are scaled as one", "gradient.stride(0) == 0", "True"),
+    _in_loss(
+        "a second backward pass scales the first one's",
+        "prepared, ctx.prepared = ctx.prepared, None",
+        "prepared = ctx.prepared",
+    ),
+    _in_loss("chunks compute softmax in bfloat16", "return torch.promote_types(dtype, torch.float32)", "return dtype"),
+    _in_loss("the gradient of z is halved", "on_loss + 2 * on_z", "on_loss + on_z"),
     Fault(
         name="targets that are masked count",
         file="trainer/data/batches/batch.py",

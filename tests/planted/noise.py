@@ -6,6 +6,7 @@ IN_USE = "tests/laws/test_noise_in_use.py"
 LAYOUT = "tests/laws/test_layout.py::test_one_and_four_micro_batches_learn_the_same_in_float64[jitter]"
 ROUTERS = "trainer/moe/routers"
 GPT = "trainer/models/gpt.py"
+BLOCK = "trainer/models/block.py"
 STEP = "trainer/engine/step.py"
 
 
@@ -63,13 +64,13 @@ FAULTS = [
     ),
     _fault(
         "every MoE layer says that it is the first",
-        GPT,
+        BLOCK,
         "        layer=layer,\n        needs_importance",
         "        layer=0,\n        needs_importance",
     ),
     _fault(
         "every router is built for the first layer",
-        GPT,
+        BLOCK,
         "num_experts=moe.num_experts, layer=layer)",
         "num_experts=moe.num_experts, layer=0)",
     ),

@@ -73,7 +73,7 @@ def wrong(document: dict[str, Any], names: list[str], *, comes_back: bool = Fals
         with hard_limit():  # what every verb does next, before torch is imported
             rate = config.schedule.build(total_steps=config.train.steps)
             assert math.isfinite(rate(0)) and math.isfinite(rate(config.train.steps - 1))
-            config.model.activations(vocab_size=2**20, num_rows=config.train.global_batch_size)
+            config.model.activations(vocab_size=2**20, num_rows=config.train.global_batch_size, loss_chunk=None)
 
         return None if not comes_back or read(dump(config)) == config else "not itself again when it is read back"
     except ConfigError as error:

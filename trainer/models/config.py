@@ -84,9 +84,11 @@ class ModelConfig(Config):
         dense += num_moe * self._feed_forward(self.moe.num_shared_experts * self.moe.d_ff)
         return Weights(dense, num_moe * self._feed_forward(self.moe.d_ff))
 
-    def activations(self, *, vocab_size: int, num_rows: int) -> int:
-        """Return a lower bound of the values stored for the backward pass: residual streams and logits."""
-        return num_rows * self.seq_len * (self.num_layers * self.d_model + vocab_size)
+    def activations(self, *, vocab_size: int, num_rows: int, loss_chunk: int | None) -> int:
+        """Return a lower bound of the values in memory at once: residual streams, and the logits of a chunk."""
+        tokens = num_rows * self.seq_len
+        with_logits = tokens if loss_chunk is None else min(tokens, loss_chunk)
+        return tokens * self.num_layers * self.d_model + with_logits * vocab_size
 
     def _feed_forward(self, d_ff: int) -> int:
         return (3 if self.activation == "swiglu" else 2) * self.d_model * d_ff

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from trainer.models.gpt import GPT, Attention
+from trainer.models.block import Attention
+from trainer.models.gpt import GPT
 from trainer.moe.experts import Experts
 
 

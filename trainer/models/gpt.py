@@ -1,10 +1,6 @@
 """The model: a GPT-style decoder with dense and mixture-of-experts blocks, on one device.
 
-Pre-norm blocks with RMSNorm (arXiv 1910.07467), rotary positions and grouped-query attention (arXiv 2305.13245), like
-Mixtral and Qwen3-MoE. `qk_norm` normalizes each head separately, as in Qwen3-MoE (OLMoE normalizes over the whole
-width, which is a different function).
-
-# B rows, S tokens in a row, T = B * S, D d_model, V vocabulary, H query heads, Hkv key and value heads, d head width.
+# B rows, S tokens in a row, T = B * S, D d_model, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -16,19 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.data.batches.batch import Batch
+from trainer.models.block import Block, RMSNorm
 from trainer.models.config import ModelConfig
-from trainer.models.kv_cache import CachedAttention, Extension, KVCache
-from trainer.moe.build_router import build_router
-from trainer.moe.dispatch.local import LocalDispatcher
-from trainer.moe.experts import Experts
-from trainer.moe.layer import MoE
+from trainer.models.kv_cache import Extension, KVCache
+from trainer.moe.layer import MoE, compute_dtype
 from trainer.moe.routing import RoutingContext, RoutingOptions
 from trainer.moe.stats import MoEStats
-from trainer.ops.attention import CausalAttention, document_mask, torch_attention
-from trainer.ops.expert_ffn import activate
+from trainer.ops.attention import document_mask
+from trainer.ops.cross_entropy import HeadChunks, chunked_cross_entropy, chunked_log_probs
 from trainer.ops.kernels import ExpertsKernel
 from trainer.ops.noise import token_keys
-from trainer.ops.rotary import rotary_table, rotate
+from trainer.ops.rotary import rotary_table
 
 _DEFAULTS = RoutingOptions()
 
@@ -50,117 +44,6 @@ class GPTOutput:
         return self.row_loss.sum()
 
 
-class RMSNorm(nn.Module):
-    """Divides by the root mean square over the last dimension, computed in at least float32."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize x (..., width); the result is in the weight's dtype."""
-        x = x.to(self.weight.dtype)
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
-
-
-class Attention(nn.Module):
-    """Causal grouped-query self-attention with rotary positions."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.num_heads, self.head_dim = config.num_heads, config.head_dim
-        self.num_kv_heads = config.num_kv_heads or config.num_heads
-        self.qkv = nn.Linear(config.d_model, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=False)
-        self.out = nn.Linear(config.d_model, config.d_model, bias=False)
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
-        self.core_attention: CausalAttention = torch_attention
-
-    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None, extend: CachedAttention | None) -> Tensor:
-        """Attend over x (B, S, D), and over the cache if there is one.
-
-        Args:
-            x: the normalized residual stream.
-            rotary: (2, ..., S, d) cosines and sines.
-            mask: (B, 1, S, S) bool, the keys visible to each query; None: causal.
-            extend: attention over this layer's cache, to which the new keys and values are appended.
-        """
-        B, S, _ = x.shape
-        heads = self.qkv(x).view(B, S, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 Hkv, S, d)
-        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, rotary), rotate(k, rotary)
-        y = self.core_attention(q, k, v, mask) if extend is None else extend(q, k, v)
-        return self.out(y.transpose(1, 2).reshape(B, S, -1))
-
-
-class FeedForward(nn.Module):
-    """Dense feed-forward network: SwiGLU or GELU, without biases."""
-
-    def __init__(self, config: ModelConfig, d_ff: int) -> None:
-        super().__init__()
-        self.activation = config.activation
-        self.w_in = nn.Linear(config.d_model, 2 * d_ff if config.activation == "swiglu" else d_ff, bias=False)
-        self.w_out = nn.Linear(d_ff, config.d_model, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply to x (..., D)."""
-        return self.w_out(activate(self.w_in(x), self.activation))
-
-
-class Block(nn.Module):
-    """Transformer block: attention and feed-forward, each on a normalized copy of the residual stream."""
-
-    def __init__(self, config: ModelConfig, layer: int, kernel: ExpertsKernel) -> None:
-        super().__init__()
-        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = Attention(config)
-        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.ffn = build_moe(config, layer, kernel) if config.has_experts(layer) else FeedForward(config, config.d_ff)
-        self.compiled_attend: Callable[..., tuple[Tensor, Tensor]] | None = None
-
-    def forward(
-        self,
-        x: Tensor,
-        rotary: Tensor,
-        context: RoutingContext,
-        mask: Tensor | None = None,
-        extend: CachedAttention | None = None,
-    ) -> tuple[Tensor, MoEStats | None]:
-        """Return the residual stream (B, S, D) after this block, and its MoE layer's statistics."""
-        # The compiled function is for whole rows: with a cache, each call has another length and would recompile it.
-        attend = self.attend if self.compiled_attend is None or extend is not None else self.compiled_attend
-        x, normed = attend(x, rotary, mask, extend)
-        if isinstance(self.ffn, MoE):
-            y, stats = self.ffn(normed, context)
-            return x + y, stats
-        return x + self.ffn(normed), None
-
-    def attend(
-        self, x: Tensor, rotary: Tensor, mask: Tensor | None, extend: CachedAttention | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the residual stream after attention, and its normalized copy for the feed-forward."""
-        x = x + self.attention(self.attention_norm(x), rotary, mask, extend)
-        return x, self.ffn_norm(x)
-
-
-def build_moe(config: ModelConfig, layer: int, kernel: ExpertsKernel) -> MoE:
-    """Create the MoE layer of block `layer`, with all experts local; `parallelize` distributes them."""
-    moe = config.moe
-    assert moe is not None, "a block is MoE only if the config has a moe section"
-    return MoE(
-        router=build_router(moe.router, d_model=config.d_model, num_experts=moe.num_experts, layer=layer),
-        experts=Experts(moe.num_experts, config.d_model, moe.d_ff, activation=config.activation, kernel=kernel),
-        dispatcher=LocalDispatcher(),
-        capacity=moe.capacity,
-        shared=FeedForward(config, moe.num_shared_experts * moe.d_ff) if moe.num_shared_experts else None,
-        layer=layer,
-        needs_importance=moe.cv_squared.importance_coef > 0,
-        needs_expert_similarity=moe.diversity_coef > 0,
-    )
-
-
 class GPT(nn.Module):
     """Token embedding, blocks, final norm, output head."""
 
@@ -171,7 +54,10 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer, experts_kernel) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, vocab_size, bias=False)
-        self.compiled_losses: Callable[..., tuple[Tensor, Tensor | None]] | None = None
+        self.loss_chunk: int | None = None
+        """Maximum tokens whose logits exist at once; None: all."""
+        self.compiled_norm: Callable[[Tensor], Tensor] | None = None
+        """If set, losses in chunks are compiled too."""
 
     def forward(self, batch: Batch, options: RoutingOptions = _DEFAULTS, *, want_logits: bool = False) -> GPTOutput:
         """Return the losses of a micro-batch, its logits if `want_logits`, and its MoE statistics."""
@@ -181,14 +67,18 @@ class GPT(nn.Module):
         positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
         mask = document_mask(batch.document_id) if self.config.document_mask else None
         hidden, moe = self._hidden(batch.tokens, positions, context, mask=mask)
-        losses = self.compiled_losses or self.losses
-        row_loss, logits = losses(hidden, batch.targets, batch.target_mask, want_logits)
+        row_loss, logits = self.losses(hidden, batch.targets, batch.target_mask, want_logits)
         return GPTOutput(logits=logits, row_loss=row_loss, moe=moe)
 
     def losses(
         self, hidden: Tensor, targets: Tensor, target_mask: Tensor, want_logits: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Return each row's cross-entropy (B,), and the logits if wanted, from the final residual stream (B, S, D)."""
+        if self.loss_chunk is not None and not want_logits:
+            normed = self.norm(hidden) if self.compiled_norm is None else self.compiled_norm(hidden)
+            chunks = self._head_chunks(normed)
+            row_loss, _ = chunked_cross_entropy(normed, self._head_weight(), targets, target_mask, chunks)
+            return row_loss, None
         logits = self._logits(hidden)
         nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")  # (T,)
         row_loss = (nats.view(targets.shape) * target_mask).sum(1)
@@ -217,9 +107,8 @@ class GPT(nn.Module):
 
         Dropless and without noise. Arguments as in `next_logits`; targets (B, S) are the tokens after `tokens`.
         """
-        logits = self._logits(self._append(tokens, cache, num_new))  # (B, S, V)
-        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        return -nats.view(targets.shape), logits.argmax(-1) == targets
+        normed = self.norm(self._append(tokens, cache, num_new))
+        return chunked_log_probs(normed, self._head_weight(), targets, self._head_chunks(normed))
 
     def new_cache(self, num_rows: int, capacity: int) -> KVCache:
         """Return an empty cache for `capacity` tokens per row."""
@@ -273,9 +162,15 @@ class GPT(nn.Module):
                 moe.append(stats)
         return x, tuple(moe)
 
+    def _head_weight(self) -> Tensor:
+        return self.embedding.weight if self.head is None else self.head.weight  # (V, D)
+
+    def _head_chunks(self, normed: Tensor) -> HeadChunks:
+        num_tokens = normed.shape[:-1].numel() if self.loss_chunk is None else self.loss_chunk
+        return HeadChunks(num_tokens, compute_dtype(normed), is_compiled=self.compiled_norm is not None)
+
     def _logits(self, hidden: Tensor) -> Tensor:
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        logits = F.linear(self.norm(hidden), weight)
+        logits = F.linear(self.norm(hidden), self._head_weight())
         return logits.to(torch.promote_types(logits.dtype, torch.float32))  # (..., V)
 
 

@@ -33,5 +33,8 @@ class ParallelConfig(Config):
     ] = "auto"
     """Kernel of the experts. `auto` is resolved from a table of measurements and recorded in the run folder.
     `my_package.module:function` is a custom kernel, with the signature of those in trainer/ops/expert_ffn.py."""
+    loss_chunk: Count | None = 1024
+    """Tokens whose logits exist at once, in the loss and its gradient. Lower saves memory if the vocabulary is large.
+    Null: those of the whole micro-batch, by torch's cross-entropy."""
     compile: bool = False
     """Compile the operations between matrix products with torch.compile; on the CPU this needs a C++ compiler."""

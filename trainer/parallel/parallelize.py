@@ -8,7 +8,8 @@ import torch
 from trainer.config.build_plugin import build_plugin
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.rank_layout import even_slice
-from trainer.models.gpt import GPT, Block
+from trainer.models.block import Block
+from trainer.models.gpt import GPT
 from trainer.models.initialize import initialize
 from trainer.moe.dispatch.base import Dispatcher
 from trainer.ops.attention import blocked_attention
@@ -29,7 +30,8 @@ def parallelize(
     """Apply a layout to a model on the meta device, in place; results change by floating-point reordering only.
 
     1. Every MoE layer gets the configured dispatcher and keeps its local experts.
-    2. The operations between matrix products are compiled, if configured and possible.
+    2. The head is applied to some tokens at a time, and the operations between matrix products are compiled, if
+       configured and possible.
     3. Weights are allocated and initialized.
     4. Weights are sharded over the ranks that would hold replicas, if configured.
     """
@@ -40,6 +42,7 @@ def parallelize(
         moe.dispatcher.step_timer = mesh.world.recorder.step_timer
         if mesh.ep.size > 1:
             moe.experts.keep(*even_slice(moe.experts.num_experts, mesh.ep.size, mesh.ep.index))
+    model.loss_chunk = config.loss_chunk
     if config.compile and can_compile:
         compile_glue(model, device)
     model.to_empty(device=device)
@@ -57,6 +60,6 @@ def compile_glue(model: GPT, device: torch.device) -> None:
         if device.type == "cpu":
             block.attention.core_attention = blocked_attention
         block.compiled_attend = torch.compile(block.attend, dynamic=False)
-    model.compiled_losses = torch.compile(model.losses, dynamic=False)
+    model.compiled_norm = torch.compile(model.norm, dynamic=False)
     for moe in model.moe_layers():
         moe.dispatcher.is_compiled = moe.experts.is_compiled = True

@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from trainer.distributed.collectives import Group
 from trainer.distributed.mesh import Mesh
-from trainer.models.gpt import GPT, Block
+from trainer.models.block import Block
+from trainer.models.gpt import GPT
 from trainer.models.parameter_roles import parameter_role
 
 

@@ -28,6 +28,8 @@ class Case:
     zero_stage: int | None = None
     """ZeRO stage of the DeepSpeed engine; None for the native one."""
     micro_batch_size: int
+    loss_chunk: int | None = None
+    """Tokens whose logits exist at once; None: those of a micro-batch."""
 
     @property
     def name(self) -> str:
@@ -37,7 +39,8 @@ class Case:
         how += f" in {self.chunks} chunks" if self.chunks > 1 else ""
         sharding = ", shard" if self.data == "shard" else ""
         engine = "" if self.zero_stage is None else f", ZeRO {self.zero_stage}"
-        return f"{ranks}{how}{sharding}{engine}, rows by {self.micro_batch_size}"
+        loss = "" if self.loss_chunk is None else f", loss by {self.loss_chunk}"
+        return f"{ranks}{how}{sharding}{engine}, rows by {self.micro_batch_size}{loss}"
 
     @property
     def engine(self) -> str:
@@ -73,7 +76,9 @@ def _native_cases(config: ExperimentConfig) -> list[Case]:
     rows, moe, dispatcher = config.train.global_batch_size, config.model.moe, config.parallel.dispatcher
     num_experts = 1 if moe is None else moe.num_experts
     # Halves and single rows; equal for two rows, and none for one row, which is the reference.
-    cases = [Case(micro_batch_size=size) for size in dict.fromkeys((-(-rows // 2), 1)) if size < rows]
+    sizes = [size for size in dict.fromkeys((-(-rows // 2), 1)) if size < rows]
+    some = config.model.seq_len // 2 + 1  # tokens: chunks of the loss that do not end with rows
+    cases = [Case(micro_batch_size=size, loss_chunk=some if size == 1 else None) for size in sizes]
     for world_size in range(2, MAX_RANKS + 1):
         share = -(-rows // world_size)
         for ep_size in range(1, min(world_size, num_experts) + 1):
@@ -82,8 +87,8 @@ def _native_cases(config: ExperimentConfig) -> list[Case]:
             degrees = {"world_size": world_size, "ep_size": ep_size}
             cases.append(Case(**degrees, micro_batch_size=share))
             if share > 1:
-                cases.append(Case(**degrees, micro_batch_size=-(-share // 2)))
-            cases.append(Case(**degrees, data="shard", micro_batch_size=-(-share // 2)))
+                cases.append(Case(**degrees, micro_batch_size=-(-share // 2), loss_chunk=some))
+            cases.append(Case(**degrees, data="shard", micro_batch_size=-(-share // 2), loss_chunk=some))
             if ep_size == 1:
                 continue
             kinds = ["all_gather"]
@@ -111,6 +116,7 @@ def apply_case(config: ExperimentConfig, case: Case) -> ExperimentConfig:
         "micro_batch_size": case.micro_batch_size,
         "dispatcher": dispatcher,
         "data": case.data,
+        "loss_chunk": case.loss_chunk,
         "experts_kernel": kernel if ":" in kernel else "auto",
         "device": "cpu",
         "compile": False,

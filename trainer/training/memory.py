@@ -48,7 +48,9 @@ def check_memory(config: ExperimentConfig, layout: Layout, device: torch.device)
     copies = _WITH_GRADIENT_AND_MOMENTS if is_replicated else 1
     state = size * copies * (weights.dense + local_experts * weights.expert)
     num_rows = min(config.parallel.micro_batch_size, rows_per_rank)
-    activations = size // 2 * model.activations(vocab_size=vocab_size, num_rows=num_rows)  # may be bfloat16
+    chunk = config.parallel.loss_chunk
+    values = model.activations(vocab_size=vocab_size, num_rows=num_rows, loss_chunk=chunk)
+    activations = size // 2 * values  # may be bfloat16
     batch = _BATCH_BYTES * rows_per_rank * model.seq_len if device.type == "cpu" else 0
     local_ranks = layout.ranks_per_node if device.type == "cpu" else 1
     needed, available = local_ranks * (state + activations + batch), total_memory(device)

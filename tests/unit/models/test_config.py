@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.builders import tiny_model_config
-from trainer.models.gpt import GPT, FeedForward
+from trainer.models.block import FeedForward
+from trainer.models.gpt import GPT
 from trainer.moe.layer import MoE
 
 

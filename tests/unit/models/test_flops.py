@@ -31,6 +31,16 @@ def test_flops_equal_torch_s_counter_forward_and_backward(moe: dict, fields: dic
     assert forward.get_total_flops() + backward.get_total_flops() == size.training_flops_per_token * 16
 
 
+@pytest.mark.parametrize("fields", [{}, {"tie_embeddings": True}])
+def test_a_loss_in_chunks_has_no_more_flops(fields: dict) -> None:
+    """The products of the head's gradient are in the forward pass."""
+    model, batch = make_model(tiny_model_config(**fields)), make_batch(2, 8)
+    model.loss_chunk = 5
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        (model(batch).loss_sum / 16).backward()
+    assert counter.get_total_flops() == model_size(model).training_flops_per_token * 16
+
+
 def test_active_parameters_leave_idle_experts_out() -> None:
     config = tiny_model_config({"num_experts": 4, "router": {"kind": "top_k", "top_k": 1, "normalize": False}})
     model = make_model(config)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from tests.builders import make_batch, make_model, rows_of, tiny_model_config
 from trainer.data.batches.batch import Batch
-from trainer.models.gpt import GPT, RMSNorm
+from trainer.models.block import RMSNorm
+from trainer.models.gpt import GPT
 from trainer.models.parameter_roles import parameter_role
 from trainer.moe.routing import RoutingOptions
 from trainer.ops.rotary import rotary_table, rotate
@@ -102,8 +103,34 @@ def test_logits_and_losses_are_no_narrower_than_float32(is_tied: bool) -> None:
         cached = model.next_logits(batch.tokens, model.new_cache(2, 8))
     assert output.logits is not None
     assert output.logits.dtype is output.row_loss.dtype is cached.dtype is torch.float32
+    model.loss_chunk = 5
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(batch).row_loss, output.row_loss, rtol=1e-6, atol=0)
     exact = F.cross_entropy(output.logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
     torch.testing.assert_close(output.row_loss, exact.view(2, 8).sum(1))
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+def test_a_loss_in_chunks_has_the_value_and_gradients_of_a_whole_one(is_tied: bool, chunk: int) -> None:
+    model, batch = _model({"tie_embeddings": is_tied}), make_batch(3, 8, ragged=True)
+    passes = []
+    for model.loss_chunk in (None, chunk):
+        row_loss = model(batch).row_loss
+        names, weights = zip(*model.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(row_loss.sum() / 13, weights)
+        passes.append({"row_loss": row_loss, **dict(zip(names, gradients, strict=True))})
+    for name, whole in passes[0].items():
+        torch.testing.assert_close(passes[1][name], whole, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_logits_can_be_wanted_of_a_model_with_a_loss_in_chunks() -> None:
+    model, batch = _model({}), make_batch(3, 8, ragged=True)
+    whole = model(batch, want_logits=True)
+    model.loss_chunk = 5
+    assert torch.equal(_logits(model, batch), whole.logits)
+    torch.testing.assert_close(model(batch).row_loss, whole.row_loss, rtol=1e-12, atol=1e-12)
+    assert model(batch).logits is None
 
 
 def test_top_k_can_be_changed_per_call() -> None:

@@ -76,8 +76,10 @@ def test_pieces_of_a_row_are_never_routed_together(kind: str) -> None:
     assert torch.equal(*logits)
 
 
-def test_target_log_probs_are_those_of_a_full_pass() -> None:
+@pytest.mark.parametrize("loss_chunk", [None, 1, 3])
+def test_target_log_probs_are_those_of_a_full_pass(loss_chunk: int | None) -> None:
     model, text = _model({}), _tokens(2, 9)
+    model.loss_chunk = loss_chunk
     found, is_likeliest = model.target_log_probs(text[:, :-1], text[:, 1:], model.new_cache(2, 8), torch.tensor([8, 3]))
     for row, length in enumerate([8, 3]):
         full = _log_probs(model, text[row, :length])

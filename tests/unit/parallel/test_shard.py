@@ -69,7 +69,7 @@ def test_a_sharded_model_writes_the_same_text(ranks: Ranks, dtype: torch.dtype) 
 
 def _first_step(data: Data) -> dict[str, torch.Tensor]:
     mesh = mesh_here(ep_size=2)
-    mine = engine(mesh, data, torch.bfloat16)
+    mine = engine(mesh, data, torch.bfloat16)  # with the loss in chunks
     mine.accumulate([make_batch(2, 8, seed=mesh.layout.rank)])
     state = gather_state(mine.gradients(), mesh)
     return {name: part.tensor.clone() for name, part in state.slices.items()}
@@ -93,3 +93,23 @@ def _is_where_it_is_said_to_be() -> bool:
 def test_parts_begin_where_they_are_said_to(ranks: Ranks) -> None:
     """Hardly any weight divides evenly over three ranks."""
     assert ranks.run(3, _is_where_it_is_said_to_be) == [True] * 3
+
+
+def _head_gradients(data: Data, is_tied: bool, loss_chunk: int | None) -> dict[str, torch.Tensor]:
+    mesh = mesh_here()
+    parallel = ParallelConfig(data=data, loss_chunk=loss_chunk)
+    mine = make_engine(tiny_model_config(tie_embeddings=is_tied), dtype=torch.float64, mesh=mesh, parallel=parallel)
+    for step in range(2):  # of two micro-batches
+        mine.train_step([make_batch(2, 8, seed=4 * step + 2 * i + mesh.layout.rank) for i in (0, 1)], lr=1e-2)
+    mine.accumulate([make_batch(2, 8, seed=9 + mesh.layout.rank)])
+    state = gather_state(mine.gradients(), mesh)
+    return {name: part.tensor.clone() for name, part in state.slices.items()}
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_loss_in_chunks_uses_the_gathered_head(ranks: Ranks, is_tied: bool) -> None:
+    sharded = ranks.run(2, _head_gradients, "shard", is_tied, 5)[0]
+    replicated = ranks.run(2, _head_gradients, "replicate", is_tied, None)[0]
+    assert sharded.keys() == replicated.keys()
+    for name, gradient in replicated.items():
+        torch.testing.assert_close(sharded[name], gradient, rtol=0, atol=1e-12, msg=name)

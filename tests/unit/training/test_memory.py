@@ -78,7 +78,7 @@ def test_memory_is_checked_to_the_byte(
             r"16\.0 GB is available; lower model\.d_model, model\.num_layers or the experts",
         ),
         (
-            {"model": {**MODEL, "seq_len": 2**27}},
+            {"model": {**MODEL, "seq_len": 2**27}, "parallel": {"loss_chunk": None}},
             r"for activations of one micro-batch\), .*; lower parallel\.micro_batch_size or model\.seq_len",
         ),
         (

@@ -1,0 +1,137 @@
+"""The transformer block: attention and a dense or mixture-of-experts feed-forward, each on a normalized copy.
+
+RMSNorm (arXiv 1910.07467), rotary positions and grouped-query attention (arXiv 2305.13245), like Mixtral and Qwen3-MoE.
+`qk_norm` normalizes each head separately, as in Qwen3-MoE (OLMoE normalizes over the whole width, which is a different
+function).
+
+# B rows, S tokens in a row, D d_model, H query heads, Hkv key and value heads, d head width.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from trainer.models.config import ModelConfig
+from trainer.models.kv_cache import CachedAttention
+from trainer.moe.build_router import build_router
+from trainer.moe.dispatch.local import LocalDispatcher
+from trainer.moe.experts import Experts
+from trainer.moe.layer import MoE
+from trainer.moe.routing import RoutingContext
+from trainer.moe.stats import MoEStats
+from trainer.ops.attention import CausalAttention, torch_attention
+from trainer.ops.expert_ffn import activate
+from trainer.ops.kernels import ExpertsKernel
+from trainer.ops.rotary import rotate
+
+
+class RMSNorm(nn.Module):
+    """Divides by the root mean square over the last dimension, computed in at least float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize x (..., width); the result is in the weight's dtype."""
+        x = x.to(self.weight.dtype)
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+class Attention(nn.Module):
+    """Causal grouped-query self-attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.num_kv_heads = config.num_kv_heads or config.num_heads
+        self.qkv = nn.Linear(config.d_model, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=False)
+        self.out = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.core_attention: CausalAttention = torch_attention
+
+    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None, extend: CachedAttention | None) -> Tensor:
+        """Attend over x (B, S, D), and over the cache if there is one.
+
+        Args:
+            x: the normalized residual stream.
+            rotary: (2, ..., S, d) cosines and sines.
+            mask: (B, 1, S, S) bool, the keys visible to each query; None: causal.
+            extend: attention over this layer's cache, to which the new keys and values are appended.
+        """
+        B, S, _ = x.shape
+        heads = self.qkv(x).view(B, S, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 Hkv, S, d)
+        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        y = self.core_attention(q, k, v, mask) if extend is None else extend(q, k, v)
+        return self.out(y.transpose(1, 2).reshape(B, S, -1))
+
+
+class FeedForward(nn.Module):
+    """Dense feed-forward network: SwiGLU or GELU, without biases."""
+
+    def __init__(self, config: ModelConfig, d_ff: int) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.w_in = nn.Linear(config.d_model, 2 * d_ff if config.activation == "swiglu" else d_ff, bias=False)
+        self.w_out = nn.Linear(d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to x (..., D)."""
+        return self.w_out(activate(self.w_in(x), self.activation))
+
+
+class Block(nn.Module):
+    """Transformer block: attention and feed-forward, each on a normalized copy of the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int, kernel: ExpertsKernel) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.ffn = build_moe(config, layer, kernel) if config.has_experts(layer) else FeedForward(config, config.d_ff)
+        self.compiled_attend: Callable[..., tuple[Tensor, Tensor]] | None = None
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Tensor,
+        context: RoutingContext,
+        mask: Tensor | None = None,
+        extend: CachedAttention | None = None,
+    ) -> tuple[Tensor, MoEStats | None]:
+        """Return the residual stream (B, S, D) after this block, and its MoE layer's statistics."""
+        # The compiled function is for whole rows: with a cache, each call has another length and would recompile it.
+        attend = self.attend if self.compiled_attend is None or extend is not None else self.compiled_attend
+        x, normed = attend(x, rotary, mask, extend)
+        if isinstance(self.ffn, MoE):
+            y, stats = self.ffn(normed, context)
+            return x + y, stats
+        return x + self.ffn(normed), None
+
+    def attend(
+        self, x: Tensor, rotary: Tensor, mask: Tensor | None, extend: CachedAttention | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the residual stream after attention, and its normalized copy for the feed-forward."""
+        x = x + self.attention(self.attention_norm(x), rotary, mask, extend)
+        return x, self.ffn_norm(x)
+
+
+def build_moe(config: ModelConfig, layer: int, kernel: ExpertsKernel) -> MoE:
+    """Create the MoE layer of block `layer`, with all experts local; `parallelize` distributes them."""
+    moe = config.moe
+    assert moe is not None, "a block is MoE only if the config has a moe section"
+    return MoE(
+        router=build_router(moe.router, d_model=config.d_model, num_experts=moe.num_experts, layer=layer),
+        experts=Experts(moe.num_experts, config.d_model, moe.d_ff, activation=config.activation, kernel=kernel),
+        dispatcher=LocalDispatcher(),
+        capacity=moe.capacity,
+        shared=FeedForward(config, moe.num_shared_experts * moe.d_ff) if moe.num_shared_experts else None,
+        layer=layer,
+        needs_importance=moe.cv_squared.importance_coef > 0,
+        needs_expert_similarity=moe.diversity_coef > 0,
+    )
