@@ -44,6 +44,8 @@ class Mesh:
     """Ranks of `ep` with this local rank, one per node."""
     edp: Group
     """Ranks with the same experts."""
+    host: Group
+    """All ranks, for small values that are on the host: gloo, so that nothing waits for a GPU; `world` on CPUs."""
     saving: Group
     """All ranks again, as a separate gloo group for the thread that saves in the background."""
 
@@ -51,7 +53,7 @@ class Mesh:
     def of_one(cls, recorder: FlightRecorder | None = None) -> "Mesh":
         """Return the mesh of a single process."""
         one = Group.of_one(recorder)
-        return cls(layout=Layout(), world=one, ep=one, ep_inside=one, ep_between=one, edp=one, saving=one)
+        return cls(layout=Layout(), world=one, ep=one, ep_inside=one, ep_between=one, edp=one, host=one, saving=one)
 
 
 @contextmanager
@@ -169,10 +171,16 @@ def build_mesh(layout: Layout, recorder: FlightRecorder, watch: Watchdog | None 
         raise ConfigError(f"{different[0]}; all ranks need the same config")
     # On the CPU for every device, with a flight recorder of its own, since another thread uses it.
     saving = cast(dist.ProcessGroup, dist.new_group(everyone, backend="gloo", timeout=_SAVING_TIMEOUT))
+    world = group("world", [everyone])
+    host = world
+    if world.device.type != "cpu":
+        gloo = cast(dist.ProcessGroup, dist.new_group(everyone, backend="gloo"))
+        host = Group("host", everyone, me=layout.rank, handle=gloo, recorder=recorder, watch=watch)
     return Mesh(
         layout=layout,
+        host=host,
         saving=Group("saving", everyone, me=layout.rank, handle=saving, recorder=FlightRecorder()),
-        world=group("world", [everyone]),
+        world=world,
         ep=group("ep", layout.ep_ranks()),
         ep_inside=group("ep inside a node", layout.ep_inside_ranks()),
         ep_between=group("ep between nodes", layout.ep_between_ranks()),

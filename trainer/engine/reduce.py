@@ -3,7 +3,7 @@
 # L MoE layers, E experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from trainer.distributed.collectives import Group
 from trainer.models.gpt import GPTOutput
 from trainer.moe.losses import Objective
+from trainer.ops.tensor_sums import packed, unpacked
 
 
 @dataclass(slots=True)
@@ -42,6 +43,12 @@ class StepTotals:
         for name, value in share.extra.items():
             self.extra[name] = value + self.extra.get(name, 0)
 
+    def numbers(self) -> dict[str, Tensor]:
+        """Return the losses that exist, by name."""
+        named = {"loss": self.loss, "objective": self.objective, "balance_loss": self.balance_loss}
+        every = {**named, "z_loss": self.z_loss, **self.extra}
+        return {name: torch.as_tensor(value) for name, value in every.items() if value is not None}
+
     def tensors(self) -> list[Tensor]:
         """Return the sums that exist, in a fixed order."""
         sums = (torch.as_tensor(self.loss), torch.as_tensor(self.objective))
@@ -68,6 +75,9 @@ def square_norm(gradients: Sequence[Tensor]) -> Tensor:
 
 def all_reduce_packed(parts: Sequence[Tensor], group: Group) -> list[Tensor]:
     """All-reduce several small tensors over a group in one message of float64, which represents every count exactly."""
-    flat = group.all_reduce_(torch.cat([part.reshape(-1).double() for part in parts]))
-    pieces = flat.split([part.numel() for part in parts])
-    return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
+    return unpacked(group.all_reduce_(packed(parts)), parts)
+
+
+def read_numbers(numbers: Mapping[str, Tensor]) -> dict[str, float]:
+    """Copy scalars to the host, all at once: a single wait for the device."""
+    return dict(zip(numbers, torch.stack([number.double() for number in numbers.values()]).tolist(), strict=True))

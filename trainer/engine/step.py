@@ -21,7 +21,7 @@ from trainer.distributed.mesh import Mesh
 from trainer.engine.base import Engine, EvalSums, RoutingSums, StepResult
 from trainer.engine.global_stats import GlobalStats
 from trainer.engine.nonfinite import Findings, describe_findings
-from trainer.engine.reduce import StepTotals, all_reduce_packed
+from trainer.engine.reduce import StepTotals, all_reduce_packed, read_numbers
 from trainer.models.gpt import GPT, GPTOutput
 from trainer.moe.balance import global_balance_loss
 from trainer.moe.losses import Denominators, objective
@@ -140,8 +140,9 @@ class StepEngine(Engine):
         """Clip the gradient and update; skip the update if loss or gradient is not finite, or the loss too high."""
         total, routing = step.total, step.routing
         self.mesh.world.recorder.enter("update")
-        # Waits for the device: the decision depends on these. They are sums over all ranks, so all ranks agree.
-        loss, objective, grad_norm = float(total.loss), float(total.objective), float(step.grad_norm)
+        # The one wait for the device: the decision depends on these. They are sums over all ranks, so all ranks agree.
+        read = read_numbers({**total.numbers(), "grad_norm": step.grad_norm})
+        loss, objective, grad_norm = read["loss"], read["objective"], read["grad_norm"]
         not_finite = None
         if not (math.isfinite(objective) and math.isfinite(grad_norm)):
             not_finite = self._describe_not_finite(step)
@@ -161,9 +162,9 @@ class StepEngine(Engine):
                     moe.router.update(counts[layer])
         return StepResult(
             loss=loss,
-            balance_loss=None if total.balance_loss is None else float(total.balance_loss),
-            z_loss=None if total.z_loss is None else float(total.z_loss),
-            extra_losses={name: float(value) for name, value in total.extra.items()},
+            balance_loss=read.get("balance_loss"),
+            z_loss=read.get("z_loss"),
+            extra_losses={name: read[name] for name in total.extra},
             grad_norm=grad_norm,
             skipped=skipped,
             not_finite=not_finite,
@@ -179,10 +180,11 @@ class StepEngine(Engine):
         with torch.no_grad():
             output = self._forward(batch, options)
         routing = RoutingSums.of(output.moe)
-        sums = torch.stack([output.row_loss.double().sum(), batch.target_mask.sum().double()])
+        sums = torch.stack([output.row_loss.double().sum(), batch.target_mask.sum()])
         sums, *parts = all_reduce_packed([sums, *(routing.tensors() if routing else [])], self.mesh.world)
         routing = routing.with_tensors(parts) if routing else None
-        return EvalSums(loss_sum=float(sums[0]), target_tokens=int(sums[1]), routing=routing)
+        loss_sum, target_tokens = sums.tolist()  # waits for the device
+        return EvalSums(loss_sum=loss_sum, target_tokens=int(target_tokens), routing=routing)
 
     def _forward(self, batch: Batch, options: RoutingOptions) -> GPTOutput:
         with self.autocast():
@@ -197,8 +199,8 @@ class StepEngine(Engine):
 
     def _denominators(self, batches: Sequence[Batch]) -> Denominators:
         """Count the target and routed tokens of the whole step, over all ranks."""
-        counts = torch.tensor([[int(b.target_mask.sum()), int(b.valid.sum())] for b in batches], device=self.device)
-        target_tokens, routed_tokens = self.mesh.world.all_reduce_(counts.sum(0)).tolist()
+        counts = torch.tensor([sum(b.num_targets for b in batches), sum(b.num_valid for b in batches)])  # on the host
+        target_tokens, routed_tokens = self.mesh.host.all_reduce_(counts).tolist()
         return Denominators(target_tokens=max(1, target_tokens), routed_tokens=max(1, routed_tokens))
 
     def _reduce_sums(

@@ -104,16 +104,16 @@ class DeviceWaits:
             if not kwargs.get("non_blocking", False):
                 self._note(self.copies, "to")
             return self._off_host(out)
-        if func in _FROM_HOST and kwargs.get("device") is not None:
+        makes = not any(isinstance(leaf, Tensor) for leaf in tree_leaves(args))
+        if func in _FROM_HOST and makes and kwargs.get("device") is not None:
             self._note(self.copies, func.__name__)
             return func(*args, **kwargs)
-        makes = "device" not in kwargs and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(args))
-        before, self._makes_on_host = self._makes_on_host, makes
+        before, self._makes_on_host = self._makes_on_host, makes and "device" not in kwargs
         try:
             out = func(*args, **kwargs)
         finally:
             self._makes_on_host = before
-        return self._as_host(out) if func in _FROM_HOST else out
+        return self._as_host(out) if func in _FROM_HOST and makes else out
 
     def operation(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run an operation, and count it if it waits."""

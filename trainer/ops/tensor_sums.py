@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
+import torch
 from torch import Tensor
 
 
@@ -22,9 +23,24 @@ class TensorSums:
             self, **{name: None if old is None else next(values).to(old.dtype) for name, old in self._values().items()}
         )
 
+    def on_host(self) -> Self:
+        """Return a copy on the CPU, made at once: a single wait for the device."""
+        return self.with_tensors(unpacked(packed(self.tensors()).cpu(), self.tensors()))
+
     def __add__(self, other: Self) -> Self:
         """Add the sums of two disjoint sets of tokens."""
         return self.with_tensors([a + b for a, b in zip(self.tensors(), other.tensors(), strict=True)])
 
     def _values(self) -> dict[str, Tensor | None]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def packed(parts: Sequence[Tensor]) -> Tensor:
+    """Return small tensors as one message of float64, which represents every count exactly."""
+    return torch.cat([part.reshape(-1).double() for part in parts])
+
+
+def unpacked(message: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors of a message, in the shapes of those that were packed."""
+    pieces = message.split([part.numel() for part in parts])
+    return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]

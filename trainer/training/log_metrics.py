@@ -34,12 +34,13 @@ def log_step(
         "loss_spikes": run.spikes.count,
     }
     if routing is not None:
+        routing = routing.on_host()
         record |= routing_metrics(routing.counts, routing.dropped, routing.tokens, routing.entropy_sum)
         experts = {"step": done, "counts": routing.counts.tolist(), "dropped": routing.dropped.tolist()}
         if gap is not None:
             record |= gap.record()
             experts |= gap.experts()
-    record |= reduce_over_ranks(speed.parts, run.machine.read(), run.mesh.world)
+    record |= reduce_over_ranks(speed.parts, run.machine.read(), run.mesh.host)
     recorder.enter("writing metrics")
     run.trackers.log(record, experts)
     run.console.step(record)

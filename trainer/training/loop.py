@@ -147,6 +147,6 @@ def _agree(run: RunState, stop: StopRequest, *, checks_folder: bool) -> tuple[st
     With `checks_folder`, rank 0 checks that it still holds the folder's lock.
     """
     is_folder_lost = checks_folder and not run.folder.is_held()
-    flags = torch.tensor([int(bool(stop)), int(is_folder_lost)], device=run.mesh.world.device)
-    num_stopped, num_lost = run.mesh.world.all_reduce_(flags).tolist()
+    flags = torch.tensor([int(bool(stop)), int(is_folder_lost)])  # on the host, as the group is
+    num_stopped, num_lost = run.mesh.host.all_reduce_(flags).tolist()
     return (stop.requested_by or "a signal to another rank") if num_stopped else None, bool(num_lost)

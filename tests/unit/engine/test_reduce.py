@@ -2,8 +2,9 @@
 
 import torch
 
-from trainer.engine.reduce import StepTotals
+from trainer.engine.reduce import StepTotals, read_numbers
 from trainer.models.gpt import GPTOutput
+from trainer.metrics.device_waits import DeviceWaits
 from trainer.moe.losses import Objective
 from trainer.moe.stats import MoEStats
 
@@ -31,3 +32,12 @@ def test_totals_add_up_every_part_of_the_objective() -> None:
     found = (totals.loss, totals.objective, totals.balance_loss, totals.z_loss, totals.extra["expert_similarity"])
     assert [float(one) for one in found] == [7.0, 70.0, 700.0, 7000.0, 70000.0]
     assert totals.prob_sum.tolist() == [[14.0, 14.0, 14.0]]
+
+
+def test_numbers_of_a_step_are_read_at_once_and_exactly() -> None:
+    totals = StepTotals(loss=torch.tensor(0.1), objective=torch.tensor(0.2, dtype=torch.float64))
+    totals.extra = {"diversity": torch.tensor(torch.inf)}
+    with DeviceWaits() as counted:
+        read = read_numbers({**totals.numbers(), "grad_norm": torch.tensor(1 / 3, dtype=torch.float64)})
+    assert len(counted.waits) == 1
+    assert read == {"loss": float(torch.tensor(0.1)), "objective": 0.2, "diversity": torch.inf, "grad_norm": 1 / 3}
