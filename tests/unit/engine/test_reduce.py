@@ -3,8 +3,8 @@
 import torch
 
 from trainer.engine.reduce import StepTotals, read_numbers
-from trainer.models.gpt import GPTOutput
 from trainer.metrics.device_waits import DeviceWaits
+from trainer.models.gpt import GPTOutput
 from trainer.moe.losses import Objective
 from trainer.moe.stats import MoEStats
 
