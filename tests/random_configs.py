@@ -106,6 +106,7 @@ def _model(drawn: random.Random, kind: str) -> dict[str, Any]:
         "tie_embeddings": drawn.random() < 0.3,
         "init_std": drawn.choice([0.02, 0.1, 0.3, 0.6]),
         "moe": _moe(drawn, kind, layers),
+        "vocab_z_loss_coef": 0.01 if drawn.random() < 0.3 else 0.0,
     }
 
 
@@ -203,6 +204,7 @@ def _layout(drawn: random.Random, config: ExperimentConfig) -> Case:
         data=drawn.choice(["replicate", "shard"]),
         ranks_per_node=2 if world_size == 4 else 4,
         micro_batch_size=drawn.randint(1, -(-config.train.global_batch_size // world_size)),
+        loss_chunk=drawn.choice([None, 1, 5, 1024]),
     )
 
 

@@ -205,8 +205,8 @@ def _poison(engine: StepEngine) -> None:
 
     def poisoned(*args: Any, **options: Any) -> Any:
         del engine.model.losses
-        row_loss, logits = whole(*args, **options)
-        return row_loss * math.nan, logits
+        row_loss, *others = whole(*args, **options)
+        return row_loss * math.nan, *others
 
     engine.model.losses = poisoned  # type: ignore[method-assign]
 

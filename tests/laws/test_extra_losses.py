@@ -1,4 +1,4 @@
-"""Law: importance, load, device balance, diversity and the balance of null experts equal their formulas."""
+"""Law: importance, load, device balance, diversity, null experts' balance and the z-losses equal their formulas."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.builders import make_context, moe_config
+from tests.builders import make_batch, make_context, make_engine, make_model, moe_config, rows_of, tiny_model_config
 from tests.laws.test_router_oracles import NUM_ROWS, SEQ_LEN, make_layer, make_tokens
 from trainer.models.block import build_moe
 from trainer.moe.balance import balance_loss, cv_squared, cv_squared_loss, device_balance_loss
@@ -16,6 +16,7 @@ from trainer.moe.layer import MoE
 from trainer.moe.losses import Denominators, objective
 from trainer.moe.routing import RoutingDecision
 from trainer.moe.stats import MoEStats
+from trainer.parallel.config import ParallelConfig
 
 TOLERANCE = 1e-10
 
@@ -166,8 +167,6 @@ def test_expert_similarity_is_as_exact_under_autocast() -> None:
 
 
 def test_every_loss_is_in_the_objective_with_its_coefficient() -> None:
-    from tests.builders import tiny_model_config
-
     moe = {
         "router": {"kind": "noisy_top_k"},
         "balance": {"coef": 0.0},
@@ -196,3 +195,42 @@ def test_every_loss_is_in_the_objective_with_its_coefficient() -> None:
     assert share.total.item() == pytest.approx(sum(coefs[n] * v.item() for n, v in share.extra.items()), abs=1e-12)
     for value in share.extra.values():
         assert 0 < value.item() < 3
+
+
+def test_the_z_loss_on_the_vocabulary_is_the_mean_squared_logsumexp_over_targets() -> None:
+    config = tiny_model_config(vocab_z_loss_coef=0.1)
+    model, batch = make_model(config, dtype=torch.float64), make_batch(3, 8, ragged=True)
+    output = model(batch, want_logits=True)
+    assert output.logits is not None and output.vocab_z is not None
+    squares = [
+        float(output.logits.detach()[b, s].exp().sum().log() ** 2) for b, s in batch.target_mask.nonzero().tolist()
+    ]
+    engine = make_engine(config, dtype=torch.float64)
+    denominators = Denominators(target_tokens=len(squares), routed_tokens=1)
+    share = objective(
+        output.loss_sum, (), global_stats=None, denominators=denominators, losses=None, vocab_z=output.vocab_z
+    )
+    assert share.extra["vocab_z"].item() == pytest.approx(sum(squares) / len(squares), abs=1e-12)
+    assert (share.total - share.loss).item() == pytest.approx(0.1 * share.extra["vocab_z"].item(), abs=1e-12)
+    logged = engine.train_step([batch], lr=0.0)
+    assert logged.extra_losses["vocab_z"] == pytest.approx(share.extra["vocab_z"].item(), abs=1e-12)
+    assert logged.loss == pytest.approx(share.loss.item(), abs=1e-12), "the loss is the cross-entropy alone"
+    assert make_model(tiny_model_config(), dtype=torch.float64)(batch).vocab_z is None
+
+
+@pytest.mark.parametrize("loss_chunk", [None, 5, 1024])
+def test_it_teaches_the_same_in_chunks_and_micro_batches(loss_chunk: int | None) -> None:
+    config, batch = tiny_model_config(vocab_z_loss_coef=0.3), make_batch(4, 8, ragged=True)
+    gradients = []
+    for chunk, parts in ((None, [batch]), (loss_chunk, [rows_of(batch, 0, 1), rows_of(batch, 1, 4)])):
+        engine = make_engine(config, dtype=torch.float64, parallel=ParallelConfig(loss_chunk=chunk))
+        engine.accumulate(parts)
+        gradients.append({name: part.tensor.clone() for name, part in engine.gradients().slices.items()})
+    without = make_engine(tiny_model_config(), dtype=torch.float64)
+    without.accumulate([batch])
+    plain = without.gradients().slices
+    for name, whole in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], whole, rtol=0, atol=1e-12, msg=name)
+    assert (gradients[0]["head.weight"] - plain["head.weight"].tensor).norm() > 0.01 * gradients[0][
+        "head.weight"
+    ].norm()

@@ -77,9 +77,9 @@ def _in_loss_alone(engine: NativeEngine, value: float) -> Callable[[], None]:
 def _patched_losses(engine: NativeEngine, change: Callable[[Tensor], Tensor]) -> Callable[[], None]:
     model, whole = engine.model, engine.model.losses
 
-    def wrong(*args: Any) -> tuple[Tensor, Tensor | None]:
-        row_loss, logits = whole(*args)
-        return change(row_loss), logits
+    def wrong(*args: Any) -> Any:
+        row_loss, *others = whole(*args)
+        return change(row_loss), *others
 
     model.losses = wrong  # type: ignore[method-assign]
     return lambda: model.__dict__.pop("losses")

@@ -112,7 +112,12 @@ class StepEngine(Engine):
                 choices = choices + local.counts
             sums = self.global_stats.for_losses(prepass, local, choices=choices, previous_counts=self.previous_counts)
             share = objective(
-                output.loss_sum, output.moe, global_stats=sums, denominators=denominators, losses=self.losses
+                output.loss_sum,
+                output.moe,
+                global_stats=sums,
+                denominators=denominators,
+                losses=self.losses,
+                vocab_z=output.vocab_z,
             )
             recorder.enter("backward")
             self._backward(share.total, is_last=batch is batches[-1])

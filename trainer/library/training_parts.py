@@ -85,6 +85,7 @@ def training_loss(model: GPT, batch: Batch, *, seed: int = 0) -> tuple[Tensor, t
         global_stats=None,
         denominators=Denominators(target_tokens=int(batch.target_mask.sum()), routed_tokens=int(batch.valid.sum())),
         losses=None if moe is None else moe.aux_losses,
+        vocab_z=output.vocab_z,
     )
     return share.total, output.moe
 

@@ -6,7 +6,7 @@ from typing import Annotated, Final, Literal, NamedTuple
 from pydantic import Field
 
 from trainer.config.base import Config, Problem, Renamed, divisors
-from trainer.config.numbers import Epsilon, Layers, Length, Width
+from trainer.config.numbers import Coefficient, Epsilon, Layers, Length, Width
 from trainer.moe.config import MoEConfig
 
 MAX_WEIGHTS: Final = 2**50
@@ -53,6 +53,9 @@ class ModelConfig(Config):
     """Use the token embedding as output head."""
     init_std: Annotated[float, Field(gt=0, le=1e3)] = 0.02
     """Standard deviation of initial weights; for layers that write to the residual stream, divided by sqrt(2 L)."""
+    vocab_z_loss_coef: Coefficient = 0.0
+    """Weight of the mean squared logsumexp of the vocabulary's logits (PaLM, arXiv 2204.02311: 1e-4). 0 turns it
+    off."""
     moe: MoEConfig | None = MoEConfig()
     """Mixture-of-experts blocks. Null: a dense model."""
 

@@ -37,6 +37,8 @@ class GPTOutput:
     """(B,) cross-entropy in nats, summed over each row's target tokens."""
     moe: tuple[MoEStats, ...]
     """Statistics of each MoE layer."""
+    vocab_z: tuple[float, Tensor] | None = None
+    """Coefficient of the z-loss on logits, and their squared logsumexp, summed over all target tokens; None: off."""
 
     @property
     def loss_sum(self) -> Tensor:
@@ -67,22 +69,29 @@ class GPT(nn.Module):
         positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
         mask = document_mask(batch.document_id) if self.config.document_mask else None
         hidden, moe = self._hidden(batch.tokens, positions, context, mask=mask)
-        row_loss, logits = self.losses(hidden, batch.targets, batch.target_mask, want_logits)
-        return GPTOutput(logits=logits, row_loss=row_loss, moe=moe)
+        row_loss, row_z, logits = self.losses(hidden, batch.targets, batch.target_mask, want_logits)
+        vocab_z = None if row_z is None else (self.config.vocab_z_loss_coef, row_z.sum())
+        return GPTOutput(logits=logits, row_loss=row_loss, moe=moe, vocab_z=vocab_z)
 
     def losses(
         self, hidden: Tensor, targets: Tensor, target_mask: Tensor, want_logits: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return each row's cross-entropy (B,), and the logits if wanted, from the final residual stream (B, S, D)."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return each row's loss from the final residual stream (B, S, D).
+
+        Cross-entropy (B,); squared logsumexp of the logits (B,), if a loss uses it; the logits, if wanted.
+        """
+        needs_z = self.config.vocab_z_loss_coef > 0
         if self.loss_chunk is not None and not want_logits:
             normed = self.norm(hidden) if self.compiled_norm is None else self.compiled_norm(hidden)
             chunks = self._head_chunks(normed)
-            row_loss, _ = chunked_cross_entropy(normed, self._head_weight(), targets, target_mask, chunks)
-            return row_loss, None
+            weight = self._head_weight()
+            row_loss, row_z = chunked_cross_entropy(normed, weight, targets, target_mask, chunks, needs_z=needs_z)
+            return row_loss, row_z if needs_z else None, None
         logits = self._logits(hidden)
         nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")  # (T,)
         row_loss = (nats.view(targets.shape) * target_mask).sum(1)
-        return row_loss, logits if want_logits else None
+        row_z = (logits.logsumexp(-1).square() * target_mask).sum(1) if needs_z else None
+        return row_loss, row_z, logits if want_logits else None
 
     def next_logits(self, tokens: Tensor, cache: KVCache, num_new: Tensor | None = None) -> Tensor:
         """Append new tokens to the cache and return the logits (B, V) of each row's next token.

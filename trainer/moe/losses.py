@@ -1,9 +1,10 @@
 """The objective: cross-entropy and auxiliary losses, summed everywhere and divided once.
 
-    objective = CE_sum / T_g + 1/L sum over MoE layers of (coef_b * B + coef_z * Z + ...) / N_g
+    objective = (CE_sum + coef_v * V) / T_g + 1/L sum over MoE layers of (coef_b * B + coef_z * Z + ...) / N_g
 
-T_g is the number of target tokens and N_g that of valid routed tokens of the whole optimizer step, over all ranks and
-micro-batches. The objective of a step is therefore the plain sum of its micro-batches' shares, however it is split.
+V is the squared logsumexp of the vocabulary's logits, summed over target tokens. T_g is the number of target tokens
+and N_g that of valid routed tokens of the whole optimizer step, over all ranks and micro-batches. The objective of a
+step is therefore the plain sum of its micro-batches' shares, however it is split.
 
 # B sequences, E experts, L MoE layers.
 """
@@ -53,17 +54,24 @@ def objective(
     global_stats: LossStats | None,
     denominators: Denominators,
     losses: AuxLosses | None,
+    vocab_z: tuple[float, Tensor] | None = None,
 ) -> Objective:
     """Return one micro-batch's share of the objective; `loss_sum` is its cross-entropy summed over target tokens.
 
     Without `global_stats`, losses over the global batch use this micro-batch's sums. A dense model has no `losses`.
+    `vocab_z` is a coefficient, and the squared logsumexp of the vocabulary's logits summed over target tokens.
     """
     loss = loss_sum / denominators.target_tokens
+    total, extra = loss, dict[str, Tensor]()
+    if vocab_z is not None:
+        coef, z_sum = vocab_z
+        total = total + coef * z_sum / denominators.target_tokens
+        extra["vocab_z"] = z_sum.detach() / denominators.target_tokens
     if losses is None or not moe:
-        return Objective(total=loss, loss=loss.detach(), balance_loss=None, z_loss=None)
+        return Objective(total=total, loss=loss.detach(), balance_loss=None, z_loss=None, extra=extra)
     per_layer_token = 1 / (len(moe) * denominators.routed_tokens)
     layers = [(stats, None if global_stats is None else global_stats.layer(i)) for i, stats in enumerate(moe)]
-    total, balance, z = loss, None, None
+    balance, z = None, None
     if all(stats.prob_sum is not None for stats in moe):
         parts = [balance_loss(stats, losses, global_stats=sums) for stats, sums in layers]
         balance = torch.stack(parts).sum() * per_layer_token
@@ -71,7 +79,6 @@ def objective(
     if all(stats.z_sum is not None for stats in moe):
         z = torch.stack([z_loss(stats) for stats in moe]).sum() * per_layer_token
         total = total + losses.z_loss_coef * z
-    extra: dict[str, Tensor] = {}
     for stats, sums in layers:
         for name, (coef, value) in extra_losses(stats, sums, denominators, losses).items():
             total = total + coef * value * per_layer_token

@@ -85,8 +85,8 @@ def _run(
     whole_step, whole_losses, step = run.engine.train_step, run.engine.model.losses, run.start_step
 
     def losses(*args: Any) -> Any:
-        row_loss, logits = whole_losses(*args)
-        return row_loss * (factors or {}).get(step, 1.0), logits
+        row_loss, *others = whole_losses(*args)
+        return row_loss * (factors or {}).get(step, 1.0), *others
 
     def train_step(*args: Any, **kwargs: Any) -> Any:
         nonlocal step
