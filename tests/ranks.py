@@ -33,9 +33,19 @@ class Ranks(LocalRanks):
         return answers
 
 
-def mesh_here(*, ep_size: int = 1, ranks_per_node: int = 1, recorder: FlightRecorder | None = None) -> Mesh:
+def mesh_here(
+    *,
+    ep_size: int = 1,
+    ranks_per_node: int = 1,
+    shard_size: int | None = None,
+    recorder: FlightRecorder | None = None,
+) -> Mesh:
     """Return the mesh of the calling rank, inside a function that `Ranks` runs."""
     layout = Layout(
-        world_size=dist.get_world_size(), rank=dist.get_rank(), ep_size=ep_size, ranks_per_node=ranks_per_node
+        world_size=dist.get_world_size(),
+        rank=dist.get_rank(),
+        ep_size=ep_size,
+        ranks_per_node=ranks_per_node,
+        shard_size=shard_size,
     )
     return build_mesh(layout, recorder or FlightRecorder())

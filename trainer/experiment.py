@@ -143,6 +143,7 @@ class ExperimentConfig(Config):
             yield Problem("profile", f"{given}; lower profile.start or profile.steps")
         yield from self._kernel_problems()
         yield from self._dispatcher_problems()
+        yield from self._shard_problems()
         yield from self._deepspeed_problems()
 
     def _routing_gap_problems(self) -> Iterator[Problem]:
@@ -198,6 +199,12 @@ class ExperimentConfig(Config):
             if width % multiple:
                 problem = f"grouped needs {key} to be a multiple of {multiple} in {dtype}, not {width}; use auto"
                 yield Problem("parallel.experts_kernel", problem)
+
+    def _shard_problems(self) -> Iterator[Problem]:
+        """Refuse the degree of a sharding that is off."""
+        if self.parallel.shard_size is not None and self.parallel.data != "shard":
+            problem = f"{self.parallel.shard_size}, but parallel.data is replicate; use shard, or leave it out"
+            yield Problem("parallel.shard_size", problem)
 
     def _deepspeed_problems(self) -> Iterator[Problem]:
         """Check DeepSpeed's options against the sections that they repeat."""

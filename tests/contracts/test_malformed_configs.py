@@ -1012,6 +1012,9 @@ CASES = [
           "x.yaml:8:12: parallel.data: shard is FSDP2's, and DeepSpeed shards by engine.zero_stage; use "
           "replicate",
           "x.yaml:9:9: train.dtype: float64: DeepSpeed sums gradients in float32; use engine.kind native"]),
+    Case("the size of groups that shard, without sharding",
+         NAMED + "parallel: {shard_size: 2}\n",
+         ["x.yaml:2:12: parallel.shard_size: 2, but parallel.data is replicate; use shard, or leave it out"]),
     Case("override: unknown kind",
          NAMED,
          [f"<override 1>: model.moe.router.kind: 'magic' is not one of {ROUTERS}"],

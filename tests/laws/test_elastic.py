@@ -44,9 +44,10 @@ class Where:
     world_size: int
     ep_size: int
     data: str = "replicate"
+    shard_size: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.world_size} ranks, ep {self.ep_size}, {self.data}"
+        return f"{self.world_size} ranks, ep {self.ep_size}, {self.data} {self.shard_size or ''}"
 
 
 ONE = Where(1, 1)
@@ -58,12 +59,15 @@ SHARDED = [
     (Where(4, 2), Where(4, 1, "shard")),
     (Where(3, 1, "shard"), Where(2, 1, "shard")),
     (Where(4, 4), Where(3, 3, "shard")),
+    (Where(4, 2, "shard", 2), Where(4, 1, "shard", 2)),
+    (Where(4, 1, "shard", 2), Where(3, 1, "shard")),
 ]
 
 
 def _engine(where: Where, dtype: torch.dtype) -> NativeEngine:
-    mesh = mesh_here(ep_size=where.ep_size) if where.world_size > 1 else Mesh.of_one()
-    section = ParallelConfig(data=where.data, ep_size=where.ep_size)  # type: ignore[arg-type]
+    sizes: dict[str, Any] = {"ep_size": where.ep_size, "shard_size": where.shard_size}
+    mesh = mesh_here(**sizes) if where.world_size > 1 else Mesh.of_one()
+    section = ParallelConfig(data=where.data, **sizes)  # type: ignore[arg-type]
     return make_engine(tiny_model_config(MOE), dtype=dtype, seed=5, grad_clip=0.5, mesh=mesh, parallel=section)
 
 

@@ -362,14 +362,17 @@ NAMED_FLIPS = [
 ]
 
 
-def _one_flip(name: str, victim: int, element: int, bit: int, ep_size: int, data: str) -> str | None:
-    mesh = mesh_here(ep_size=ep_size)
+def _one_flip(
+    name: str, victim: int, element: int, bit: int, ep_size: int, data: str, shard_size: int | None = None
+) -> str | None:
+    mesh = mesh_here(ep_size=ep_size, shard_size=shard_size)
     engine = _engine(mesh, data=data)
     for step in range(2):
         engine.train_step(_share(step, mesh.layout), lr=3e-3)
     assert _verdict(engine, mesh) is None, "nothing was flipped"
+    state = engine.state()
     if mesh.layout.rank == victim:
-        _flip(engine.state().slices[name].tensor, element, bit)
+        _flip(state.slices[name].tensor, element, bit)
     return _verdict(engine, mesh)
 
 
@@ -399,6 +402,11 @@ def test_weights_cut_over_the_ranks_raise_no_alarm_and_their_buffers_do(ranks: R
     assert ranks.run(4, _one_flip, "model.embedding.weight", 1, 2, 30, ep_size, "shard") == [None] * 4
     for said in ranks.run(4, _one_flip, "model.blocks.1.ffn.router.bias", 1, 2, 30, ep_size, "shard"):
         assert said is not None and "rank 1 holds another copy of blocks.1.ffn.router.bias than ranks 0, 2" in said
+
+
+def test_copies_of_a_shard_are_compared(ranks: Ranks) -> None:
+    for said in ranks.run(4, _one_flip, "model.embedding.weight", 1, 2, 30, 1, "shard", 2):
+        assert said is not None and "ranks 1 and 3 hold different copies of embedding.weight" in said
 
 
 def _starts_apart() -> str | None:

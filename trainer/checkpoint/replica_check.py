@@ -1,7 +1,8 @@
 """Compare replicated tensors across ranks, to detect and locate a flipped bit.
 
 Parts of a tensor that several ranks hold must be bitwise equal: dense weights, moments and buffers on all ranks,
-experts within each edp group. Sharded tensors have no replica, so they cannot be checked.
+experts within each edp group, shards on the ranks that `parallel.shard_size` gives copies of them. Tensors sharded over
+all ranks have no replica, so they cannot be checked.
 
 # W ranks, N tensors of a state.
 """
@@ -35,8 +36,10 @@ def check_copies(state: TrainState, mesh: Mesh, *, step: int, equal_at: int | No
         return
     mesh.world.recorder.enter("comparing copies")
     table = mesh.world.all_gather(_fingerprints(state).to(mesh.world.device)).cpu()  # (W, N, 3); device sync
-    first_copy = torch.arange(len(table)) % mesh.layout.ep_size  # the first rank with the same experts
-    suspect = _differs(table, table[:1]) | _differs(table, table[first_copy])  # (W, N)
+    suspect = torch.zeros(table.shape[:2], dtype=torch.bool)  # (W, N)
+    for period in (1, mesh.layout.ep_size, mesh.shard.size, mesh.layout.ep_size * mesh.edp_shard.size):
+        first_copy = torch.arange(len(table)) % period  # the first rank with the same weights, experts or shards
+        suspect |= _differs(table, table[first_copy])
     if suspect.any():
         names = list(state.slices)
         kind = NumericsError if equal_at is None else DivergedError

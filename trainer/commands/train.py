@@ -39,7 +39,7 @@ def train_command(options: argparse.Namespace) -> int:
     end_with_launcher()
     with StopRequest() as stop:
         config, folder = run_to_train(options)
-        layout = layout_from_environment(ep_size=config.parallel.ep_size)
+        layout = layout_from_environment(ep_size=config.parallel.ep_size, shard_size=config.parallel.shard_size)
         warnings = check_run_folder(folder, config)
         if is_alone and (warning := task_warning(os.environ)) is not None:
             warnings.append(warning)
@@ -59,7 +59,8 @@ def launch_command(options: argparse.Namespace) -> int:
     config, folder = run_to_train(options)
     ranks = Launch.of(vars(options), os.environ)
     check_tasks(os.environ, expected=ranks.nnodes)
-    check_layout(world_size=ranks.world_size, ep_size=config.parallel.ep_size)
+    parallel = config.parallel
+    check_layout(world_size=ranks.world_size, ep_size=parallel.ep_size, shard_size=parallel.shard_size)
     check_run_folder(folder, config)
     ranks.check_port(os.environ)
     if ranks.node_rank == 0:  # the other machines' ranks start after this one's

@@ -26,6 +26,8 @@ Length = Annotated[int, Field(gt=0, le=2**27)]
 """Tokens of a row; longer than the longest known contexts (10^8)."""
 Experts = Annotated[int, Field(gt=0, le=2**20)]
 """Experts or groups of experts; PEER (arXiv 2407.04153) has a million."""
+Ranks = Annotated[int, Field(gt=1, le=2**20)]
+"""Several ranks; more than the largest known clusters have GPUs."""
 ExtraExperts = Annotated[int, Field(ge=0, le=2**20)]
 """Optional experts: shared or null ones."""
 Rows = Annotated[int, Field(gt=0, le=2**24)]

@@ -65,9 +65,18 @@ class Group:
         assert self._handle is not None, "a group of one has no process group"
         return self._handle
 
-    def device_mesh(self) -> DeviceMesh:
-        """Return the group as a torch DeviceMesh, for FSDP2."""
-        return DeviceMesh.from_group(self.handle, self.device.type)
+    def device_mesh(self, copies: "Group") -> DeviceMesh:
+        """Return the group as a torch DeviceMesh for FSDP2; of two dimensions if there are copies of its shards.
+
+        `copies` are the ranks with this rank's shard, one in each group of copies.
+        """
+        kind = self.device.type
+        if copies.size == 1:
+            return DeviceMesh.from_group(self.handle, kind)
+        offsets = torch.tensor(self.ranks) - self.ranks[self.index]
+        rows = torch.tensor(copies.ranks)[:, None] + offsets  # every group of copies has the same distances
+        names = ("copy", "shard")
+        return DeviceMesh.from_group([copies.handle, self.handle], kind, mesh=rows, mesh_dim_names=names)
 
     def all_reduce_(self, x: Tensor) -> Tensor:
         """Sum x over the ranks, in place; the result is bitwise equal on every rank."""

@@ -46,6 +46,14 @@ class Mesh:
     """Ranks with the same experts."""
     host: Group
     """All ranks, for small values that are on the host: gloo, so that nothing waits for a GPU; `world` on CPUs."""
+    shard: Group
+    """Ranks that together hold one copy of the dense weights, if these are sharded."""
+    shard_copies: Group
+    """Ranks with the same shard of the dense weights."""
+    edp_shard: Group
+    """Ranks of `edp` that together hold one copy of these experts, if they are sharded."""
+    edp_shard_copies: Group
+    """Ranks of `edp` with the same shard of these experts."""
     saving: Group
     """All ranks again, as a separate gloo group for the thread that saves in the background."""
 
@@ -53,7 +61,20 @@ class Mesh:
     def of_one(cls, recorder: FlightRecorder | None = None) -> "Mesh":
         """Return the mesh of a single process."""
         one = Group.of_one(recorder)
-        return cls(layout=Layout(), world=one, ep=one, ep_inside=one, ep_between=one, edp=one, host=one, saving=one)
+        return cls(
+            layout=Layout(),
+            world=one,
+            ep=one,
+            ep_inside=one,
+            ep_between=one,
+            edp=one,
+            shard=one,
+            shard_copies=one,
+            edp_shard=one,
+            edp_shard_copies=one,
+            host=one,
+            saving=one,
+        )
 
 
 @contextmanager
@@ -166,7 +187,9 @@ def build_mesh(layout: Layout, recorder: FlightRecorder, watch: Watchdog | None 
 
     # With a flight recorder of its own: that of the run starts with the run's own collectives.
     starting = Group("start", everyone, me=layout.rank, handle=dist.group.WORLD, recorder=FlightRecorder(), watch=watch)
-    different = differences_across_ranks(starting, {"parallel": {"ep_size": layout.ep_size}})
+    different = differences_across_ranks(
+        starting, {"parallel": {"ep_size": layout.ep_size, "shard_size": layout.shard_size}}
+    )
     if different:  # checked first: ranks that create different groups wait for each other
         raise ConfigError(f"{different[0]}; all ranks need the same config")
     # On the CPU for every device, with a flight recorder of its own, since another thread uses it.
@@ -185,4 +208,8 @@ def build_mesh(layout: Layout, recorder: FlightRecorder, watch: Watchdog | None 
         ep_inside=group("ep inside a node", layout.ep_inside_ranks()),
         ep_between=group("ep between nodes", layout.ep_between_ranks()),
         edp=group("edp", layout.edp_ranks()),
+        shard=group("shard", layout.shard_ranks()),
+        shard_copies=group("copies of a shard", layout.shard_copy_ranks()),
+        edp_shard=group("edp shard", layout.edp_shard_ranks()),
+        edp_shard_copies=group("copies of an edp shard", layout.edp_shard_copy_ranks()),
     )

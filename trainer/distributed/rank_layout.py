@@ -3,6 +3,7 @@
 rank = edp_rank * ep_size + ep_rank       world 6, ep_size 3    edp 0: ranks 0 1 2
                                                                 edp 1: ranks 3 4 5
                                           experts sharded over the columns, replicated down the rows
+shard_size: neighbouring ranks that shard weights together; with 3, each edp row above holds all dense weights once
 """
 
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ class Layout:
     ep_size: int = 1
     """Ranks that shard one copy of the experts: consecutive ranks, so on one node if possible."""
     ranks_per_node: int = 1
+    shard_size: int | None = None
+    """Neighbouring ranks that together hold one copy of sharded weights; None: all ranks."""
 
     @property
     def ep_rank(self) -> int:
@@ -62,12 +65,47 @@ class Layout:
         """Return, for each shard of the experts, the ranks that hold it."""
         return [list(range(first, self.world_size, self.ep_size)) for first in range(self.ep_size)]
 
+    def shard_ranks(self) -> list[list[int]]:
+        """Return the ranks that together hold one copy of the dense weights, if these are sharded."""
+        return _runs(list(range(self.world_size)), self.shard_size or self.world_size)
 
-def layout_from_environment(*, ep_size: int) -> Layout:
-    """Return this process's layout by its launcher's variables, if any; a ConfigError if `ep_size` does not fit."""
+    def shard_copy_ranks(self) -> list[list[int]]:
+        """Return, for each shard of the dense weights, the ranks that hold it."""
+        return _columns(self.shard_ranks())
+
+    def edp_shard_ranks(self) -> list[list[int]]:
+        """Return the ranks that together hold one copy of an expert-parallel rank's experts, if these are sharded.
+
+        They are those of its replicas that are in one group of `shard_ranks`; one alone if none is.
+        """
+        width = max(1, (self.shard_size or self.world_size) // self.ep_size)
+        return [run for edp in self.edp_ranks() for run in _runs(edp, width)]
+
+    def edp_shard_copy_ranks(self) -> list[list[int]]:
+        """Return, for each shard of an expert-parallel rank's experts, the ranks that hold it."""
+        width = len(self.edp_shard_ranks()[0])
+        return [column for edp in self.edp_ranks() for column in _columns(_runs(edp, width))]
+
+
+def _runs(ranks: list[int], size: int) -> list[list[int]]:
+    return [ranks[first : first + size] for first in range(0, len(ranks), size)]
+
+
+def _columns(rows: list[list[int]]) -> list[list[int]]:
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def layout_from_environment(*, ep_size: int, shard_size: int | None = None) -> Layout:
+    """Return this process's layout by its launcher's variables, if any; a ConfigError if a degree does not fit."""
     world_size, rank = world_size_and_rank()
-    check_layout(world_size=world_size, ep_size=ep_size)
-    return Layout(world_size=world_size, rank=rank, ep_size=ep_size, ranks_per_node=local_world_size() or world_size)
+    check_layout(world_size=world_size, ep_size=ep_size, shard_size=shard_size)
+    return Layout(
+        world_size=world_size,
+        rank=rank,
+        ep_size=ep_size,
+        ranks_per_node=local_world_size() or world_size,
+        shard_size=shard_size,
+    )
 
 
 def local_world_size() -> int | None:
@@ -98,11 +136,19 @@ def even_slices(total: int, parts: int) -> list[tuple[int, int]]:
     return [even_slice(total, parts, index) for index in range(parts)]
 
 
-def check_layout(*, world_size: int, ep_size: int) -> None:
-    """Raise a ConfigError unless ep_size divides the number of ranks; it names the sizes that do."""
+def check_layout(*, world_size: int, ep_size: int, shard_size: int | None = None) -> None:
+    """Raise a ConfigError unless the degrees divide the number of ranks, and fit each other; it names those that do."""
+    divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
     if world_size % ep_size:
-        fitting = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
         raise ConfigError(
             f"parallel.ep_size: {ep_size} does not divide the {world_size} ranks that were started; use one of "
-            f"{fitting}, or start a multiple of {ep_size} (torchrun --nproc-per-node, --nnodes)"
+            f"{', '.join(map(str, divisors))}, or start a multiple of {ep_size} (torchrun --nproc-per-node, --nnodes)"
+        )
+    if shard_size is None:
+        return
+    if world_size % shard_size or (shard_size % ep_size and ep_size % shard_size):
+        fitting = [n for n in divisors if n > 1 and (n % ep_size == 0 or ep_size % n == 0)]
+        raise ConfigError(
+            f"parallel.shard_size: {shard_size} must divide the {world_size} ranks that were started, and divide or be "
+            f"a multiple of ep_size {ep_size}; use {', '.join(map(str, fitting)) or 'null'}, or null for all ranks"
         )

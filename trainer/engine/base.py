@@ -17,7 +17,7 @@ from trainer.models.gpt import GPT
 from trainer.models.initialize import expert_parameters
 from trainer.moe.stats import MoEStats
 from trainer.ops.tensor_sums import TensorSums
-from trainer.parallel.shard import first_row, local
+from trainer.parallel.shards import copy_from_rows, first_row, local, rows, shard_dimension
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,8 +132,8 @@ class Engine(ABC):
     def load_state(self, state: TrainState) -> None:
         """Load the slices that `wanted` names. Not collective, so that a read may fail on one rank alone."""
         self.optimizer_steps = int(state.values["optimizer_steps"])
-        for name, mine in self._without_moments().items():
-            mine.tensor.copy_(state.slices[name].tensor)
+        for name, tensor in self._tensors().items():
+            copy_from_rows(tensor, state.slices[name].tensor)
         self._load_moments(state)
 
     def wanted(self) -> TrainState:
@@ -156,17 +156,30 @@ class Engine(ABC):
         return TrainState(slices={**self._without_moments(), **moments}, values=values)
 
     def _without_moments(self) -> dict[str, Slice]:
+        return {name: self._slice(name, tensor) for name, tensor in self._tensors().items()}
+
+    def _tensors(self) -> dict[str, Tensor]:
         """Return weights, buffers and counters, which every engine lays out alike."""
         tensors = {f"model.{name}": p.detach() for name, p in self.parameters.items()}
         tensors |= {f"model.{name}": b for name, b in self.model.named_buffers()}
         tensors["engine.previous_counts"] = self.previous_counts
-        return {name: self._slice(name, tensor) for name, tensor in tensors.items()}
+        return tensors
 
-    def _slice(self, name: str, tensor: Tensor) -> Slice:
-        """Return this rank's slice of a global tensor: its own experts, and its shard of a sharded tensor."""
+    def _slice(self, name: str, tensor: Tensor, *, is_wanted: bool = False) -> Slice:
+        """Return this rank's slice of a global tensor: its own experts, and its shard of a sharded tensor.
+
+        Collective, if the tensor is sharded along another dimension than 0; not if `is_wanted`: then the slice is what
+        `copy_from_rows` needs, and without values.
+        """
         parameter = name.partition(".")[2] if name.startswith("model.") else name.split(".", 2)[-1]
         first, shape = self.first_expert.get(parameter), tuple(tensor.shape)
         if first is not None and self.moe_config is not None:
             shape = (self.moe_config.num_experts, *shape[1:])
-        start = (first or 0) + first_row(tensor)
-        return Slice(tensor=local(tensor), global_shape=shape, start=start, is_of_experts=first is not None)
+        start = first or 0
+        if is_wanted and shard_dimension(tensor) != 0:
+            mine = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        elif is_wanted:
+            start, mine = start + first_row(tensor), local(tensor)
+        else:
+            start, mine = start + first_row(tensor), rows(tensor)
+        return Slice(tensor=mine, global_shape=shape, start=start, is_of_experts=first is not None)

@@ -1,26 +1,41 @@
 """Native engine: gradients in `.grad`, all-reduced during the backward pass, and a torch optimizer on each rank."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from trainer.checkpoint.state import Slice, TrainState
+from trainer.data.batches.batch import Batch
 from trainer.distributed.mesh import Mesh
 from trainer.engine.nonfinite import Findings, is_finite
 from trainer.engine.reduce import square_norm
-from trainer.engine.step import NumericsConfig, StepEngine
+from trainer.engine.step import Accumulated, NumericsConfig, StepEngine
 from trainer.models.gpt import GPT
 from trainer.models.parameter_roles import is_decayed
 from trainer.optim.create import MOMENTS, create_optimizer
 from trainer.optim.registry import OptimConfig
+from trainer.parallel.accumulate import before_backward, step_of
+from trainer.parallel.config import ShardKeeps
 from trainer.parallel.replicate import GradientReducer
-from trainer.parallel.shard import is_sharded, local
+from trainer.parallel.shards import copy_from_rows, is_first_copy, is_sharded, local
 
 
 class NativeEngine(StepEngine):
     """Accumulates, reduces, clips and applies gradients."""
 
-    def __init__(self, model: GPT, optim: OptimConfig, numerics: NumericsConfig, mesh: Mesh | None = None) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        optim: OptimConfig,
+        numerics: NumericsConfig,
+        mesh: Mesh | None = None,
+        *,
+        shard_keeps: ShardKeeps = "gradients",
+    ) -> None:
+        """Create the optimizer; `shard_keeps` is what stays whole between micro-batches if weights are sharded."""
         super().__init__(model, numerics, Mesh.of_one() if mesh is None else mesh)
+        self.shard_keeps: ShardKeeps = shard_keeps
         self.optimizer = create_optimizer(
             optim,
             decayed=[p for name, p in self.parameters.items() if is_decayed(name, p)],
@@ -42,7 +57,13 @@ class NativeEngine(StepEngine):
             }
         )
 
+    def accumulate(self, micro_batches: Sequence[Batch]) -> Accumulated:
+        """Run the micro-batches forward and backward, and reduce the gradient over ranks; it is not clipped yet."""
+        with step_of(self.model, self.shard_keeps):
+            return super().accumulate(micro_batches)
+
     def _backward(self, objective: Tensor, *, is_last: bool) -> None:
+        before_backward(self.model, self.shard_keeps, is_last=is_last)
         if is_last:
             for gradient_reducer in self.gradient_reducers:
                 gradient_reducer.expect()
@@ -58,7 +79,7 @@ class NativeEngine(StepEngine):
             gradient_reducer.finish()
         layout, square = self.mesh.layout, torch.zeros((), dtype=torch.float64, device=self.device)
         for mine, is_first in ((self._dense, layout.rank == 0), (self._experts, layout.edp_rank == 0)):
-            counted = mine if is_first else [p for p in mine if is_sharded(p)]  # of replicas only the first is counted
+            counted = [p for p in mine if (is_first_copy(p) if is_sharded(p) else is_first)]  # copies are not
             square = square + square_norm([local(p.grad) for p in counted if p.grad is not None]).to(self.device)
         return square
 
@@ -85,15 +106,20 @@ class NativeEngine(StepEngine):
             expert_share_is_finite=experts,
         )
 
+    def wanted(self) -> TrainState:
+        """Return the slices to load; of a tensor sharded inside its experts, all of these. Not collective."""
+        tensors = {**self._tensors(), **self._moment_tensors()}
+        return TrainState(slices={name: self._slice(name, tensor, is_wanted=True) for name, tensor in tensors.items()})
+
     def _moments(self) -> dict[str, Slice]:
-        tensors = {
-            f"optim.{key}.{name}": self._state_of(p)[key] for name, p in self.parameters.items() for key in MOMENTS
-        }
-        return {name: self._slice(name, tensor) for name, tensor in tensors.items()}
+        return {name: self._slice(name, tensor) for name, tensor in self._moment_tensors().items()}
+
+    def _moment_tensors(self) -> dict[str, Tensor]:
+        return {f"optim.{key}.{name}": self._state_of(p)[key] for name, p in self.parameters.items() for key in MOMENTS}
 
     def _load_moments(self, state: TrainState) -> None:
-        for name, mine in self._moments().items():
-            mine.tensor.copy_(state.slices[name].tensor)
+        for name, tensor in self._moment_tensors().items():
+            copy_from_rows(tensor, state.slices[name].tensor)
         for p in self.parameters.values():
             self._state_of(p)["step"].fill_(self.optimizer_steps)
 

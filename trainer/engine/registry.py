@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from trainer.engine.step import NumericsConfig
     from trainer.models.gpt import GPT
     from trainer.optim.registry import OptimConfig
+    from trainer.parallel.config import ShardKeeps
 
 
 class NativeEngineConfig(Config):
@@ -24,12 +25,19 @@ class NativeEngineConfig(Config):
     kind: Literal["native"] = "native"
 
     def build(
-        self, model: GPT, optim: OptimConfig, numerics: NumericsConfig, mesh: Mesh, *, folder: Path | None = None
+        self,
+        model: GPT,
+        optim: OptimConfig,
+        numerics: NumericsConfig,
+        mesh: Mesh,
+        *,
+        folder: Path | None = None,
+        shard_keeps: ShardKeeps = "gradients",
     ) -> Engine:
         """Create the engine for an initialized model; `folder` is not used."""
         from trainer.engine.native import NativeEngine
 
-        return NativeEngine(model, optim, numerics, mesh)
+        return NativeEngine(model, optim, numerics, mesh, shard_keeps=shard_keeps)
 
 
 EngineConfig = Annotated[NativeEngineConfig | DeepSpeedEngineConfig, Field(discriminator="kind")]

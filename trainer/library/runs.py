@@ -107,7 +107,7 @@ def train(config: ExperimentConfig) -> Run:
     check_config(config)
     folder = run_folder_of(config)
     with StopRequest() as stop:
-        layout = layout_from_environment(ep_size=config.parallel.ep_size)
+        layout = layout_from_environment(ep_size=config.parallel.ep_size, shard_size=config.parallel.shard_size)
         warnings = check_run_folder(folder, config)
         status = StatusFile(folder.status, rank=layout.rank)
         with status.end_on_error():

@@ -5,9 +5,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from trainer.config.base import Config
-from trainer.config.numbers import Count, Experts, Rows
+from trainer.config.numbers import Count, Experts, Ranks, Rows
 from trainer.config.plugins import PluggableFunction
 from trainer.moe.dispatch.registry import AllToAllDispatcherConfig, DispatcherConfig
+
+ShardKeeps = Literal["nothing", "gradients", "weights"]
 
 
 class ParallelConfig(Config):
@@ -21,6 +23,15 @@ class ParallelConfig(Config):
     """Expert-parallel size: ranks over which the experts are split. Divides the number of ranks."""
     data: Literal["replicate", "shard"] = "replicate"
     """Weights that several ranks share are replicated, or sharded by FSDP2 to save memory."""
+    shard_size: Ranks | None = None
+    """With `data: shard`: shard inside groups of N neighbouring ranks, such as those of a node, and replicate between
+    them; experts over the ranks of such a group that hold the same ones. Null: over all ranks. Divides the number of
+    ranks; divides `ep_size` or is a multiple of it."""
+    shard_keeps: ShardKeeps = "gradients"
+    """With `data: shard`, what stays whole between the micro-batches of a step. `nothing`: least memory; weights are
+    gathered twice and gradients reduced once for every micro-batch. `gradients`: reduced once a step, and 4 bytes per
+    weight while several micro-batches are accumulated. `weights`: also gathered once a step, and 2 (bfloat16) or 4
+    bytes more per weight."""
     dispatcher: DispatcherConfig = AllToAllDispatcherConfig()
     """Dispatcher, which sends rows to their experts."""
     timeout_s: Annotated[float, Field(ge=0.1, le=1e8)] = 60.0

@@ -1,91 +1,98 @@
 """Shard weights, gradients and optimizer state over the ranks that would hold replicas (FSDP2, arXiv 2304.11277).
 
-A weight is gathered before its block runs and freed after it (but under bfloat16 the rounded copies of experts stay
-until their backward pass, as those of autocast do). Its gradient is reduce-scattered as a sum: FSDP's division by the
-number of ranks is disabled.
+    group                        gathered                               in bfloat16 training
+    matrices of a block          before the block, freed after it       bfloat16
+    experts of a MoE layer       before the layer, freed after it       bfloat16
+    all the rest of the model    once a step: it is used everywhere     float32
+
+Gradients are reduce-scattered as a sum in float32 (float64 if the weights are): FSDP's division by the number of ranks
+is disabled. A group has one dtype, since a reduction has: norms and routers, which stay in float32, would need a third
+group in every block, and are small enough to stay whole during a step.
+
+# D d_model, H width of the experts before their activation.
 """
 
+import warnings
 from collections.abc import Iterable, Set
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard
 
-from trainer.distributed.collectives import Group
 from trainer.distributed.mesh import Mesh
 from trainer.models.block import Block
 from trainer.models.gpt import GPT
 from trainer.models.parameter_roles import parameter_role
+from trainer.moe.experts import Experts
 
 
 def shard(model: GPT, mesh: Mesh, *, dtype: torch.dtype) -> GPT:
-    """Shard the weights of an initialized model, in place.
+    """Shard the weights of a model, in place; on the meta device they get no memory.
 
-    Dense weights are sharded over all ranks, block by block; experts over the ranks of their replicas, or not at all if
-    there is a single replica.
+    Dense weights are sharded over `mesh.shard`, experts over `mesh.edp_shard`, or not at all if that is one rank.
 
     Args:
-        model: on its device.
+        model: with the local experts.
         mesh: this rank's groups.
-        dtype: of the matrix products. Under bfloat16 the matrices of dense blocks are gathered in it, since autocast
-            would round them and their gradients to the same values. Norms, routers and embeddings keep their dtype,
-            and so do experts, whose kernels write gradients in the dtype of the weights.
+        dtype: of the matrix products. Under bfloat16 the matrices of blocks and experts are gathered in it, since
+            autocast and the experts' kernels round them, and the gradient of each micro-batch, to the same values.
     """
     if mesh.world.size == 1:
         return model
-    experts = [moe.experts for moe in model.moe_layers()]
-    if mesh.edp.size > 1:
-        for module in experts:
-            _shard_module(module, mesh.edp)
-    # FSDP skips weights that are already sharded; weights without replicas must be excluded explicitly.
-    unreplicated = {p for module in experts for p in module.parameters()} if mesh.edp.size == 1 else set()
+    dense_mesh, low = mesh.shard.device_mesh(mesh.shard_copies), dtype if dtype is torch.bfloat16 else None
+    in_blocks = {p for name, p in model.named_parameters() if parameter_role(name) in ("matrix", "expert")}
+    # From the outside in, so that norms and routers inside the blocks are left to the model's group.
+    _shard_parameters(model, set(model.parameters()) - in_blocks, dense_mesh)
     for block in cast(Iterable[Block], model.blocks):
-        if dtype is torch.bfloat16:
-            linear = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-            matrices: list[nn.Module] = [m for n, m in linear.items() if parameter_role(f"{n}.weight") == "matrix"]
-            _shard_module(matrices, mesh.world, gathered_in=dtype)
-        _shard_module(block, mesh.world, ignored=unreplicated)
-    _shard_module(model, mesh.world, ignored=unreplicated)
+        matrices = {p for name, p in block.named_parameters() if parameter_role(name) == "matrix"}
+        _shard_parameters(block, matrices, dense_mesh, gathered_in=low)
+    if mesh.edp_shard.size > 1:
+        expert_mesh = mesh.edp_shard.device_mesh(mesh.edp_shard_copies)
+        for moe in model.moe_layers():
+            # Around the whole layer: experts that run in several chunks are gathered once, while tokens are routed.
+            dim = _dimension(moe.experts, mesh.edp_shard.size)
+            _shard_parameters(moe, set(moe.experts.parameters()), expert_mesh, gathered_in=low, dim=dim)
+    # It warns of what nothing here does: to change in place what a layer returns.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
     for method in ("next_logits", "target_log_probs"):
         register_fsdp_forward_method(model, method)
     return model
 
 
-def _shard_module(
-    module: nn.Module | list[nn.Module],
-    group: Group,
+def _dimension(experts: Experts, num_ranks: int) -> int:
+    """Return the dimension along which experts are sharded: their number, or one inside them if they are too few.
+
+    16 experts over 64 ranks would leave 48 ranks empty, and every gather would send four times as many bytes.
+    """
+    if len(experts.w_in) % num_ranks == 0:
+        return 0
+    return 1 if all(weight.shape[1] % num_ranks == 0 for weight in experts.parameters()) else 0
+
+
+def _shard_parameters(
+    module: nn.Module,
+    parameters: Set[nn.Parameter],
+    mesh: DeviceMesh,
     *,
-    ignored: Set[nn.Parameter] = frozenset(),
     gathered_in: torch.dtype | None = None,
+    dim: int = 0,
 ) -> None:
+    """Shard some parameters of a module along a dimension, as one group; the others stay as they are."""
     policy = MixedPrecisionPolicy(
         param_dtype=gathered_in,
         reduce_dtype=None if gathered_in is None else torch.float32,
         cast_forward_inputs=False,  # autocast does
     )
-    fully_shard(module, mesh=group.device_mesh(), ignored_params=set(ignored), mp_policy=policy)
-    for part in module if isinstance(module, list) else [module]:
-        sharded = cast(FSDPModule, part)
-        sharded.set_gradient_divide_factor(1.0)
-        sharded.set_force_sum_reduction_for_comms(True)  # otherwise it needs a reduction that gloo lacks
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Return whether this rank holds only a shard of the tensor."""
-    return isinstance(tensor, DTensor)
-
-
-@torch.no_grad()
-def local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard of a tensor, sharing its memory; the tensor itself if it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def first_row(tensor: Tensor) -> int:
-    """Return the first index of this rank's shard along dimension 0; all shards but the last have equal length."""
-    if not isinstance(tensor, DTensor):
-        return 0
-    length = -(-tensor.shape[0] // tensor.device_mesh.size())
-    return min(tensor.shape[0], length * tensor.device_mesh.get_local_rank())
+    fully_shard(
+        module,
+        mesh=mesh,
+        ignored_params=set(module.parameters()) - parameters,
+        mp_policy=policy,
+        shard_placement_fn=lambda _: Shard(dim),
+    )
+    sharded = cast(FSDPModule, module)
+    sharded.set_gradient_divide_factor(1.0)
+    sharded.set_force_sum_reduction_for_comms(True)  # otherwise it needs a reduction that gloo lacks

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.engine.deepspeed.passthrough import free_options
 from trainer.engine.registry import NativeEngineConfig
 from trainer.experiment import ExperimentConfig
 from trainer.moe.dispatch.registry import ExchangeOptions, LocalDispatcherConfig
+from trainer.parallel.config import ShardKeeps
 
 MAX_RANKS = 4
 ENGINES = ("native", "deepspeed")
@@ -23,6 +24,8 @@ class Case:
     dispatcher: str = "all_to_all"
     chunks: int = 1
     data: Literal["replicate", "shard"] = "replicate"
+    shard_size: int | None = None
+    shard_keeps: ShardKeeps = "gradients"
     ranks_per_node: int = MAX_RANKS
     """If smaller than the number of ranks, simulates several nodes on this machine."""
     zero_stage: int | None = None
@@ -38,6 +41,8 @@ class Case:
         how = "" if self.ep_size == 1 else f", {self.dispatcher}"
         how += f" in {self.chunks} chunks" if self.chunks > 1 else ""
         sharding = ", shard" if self.data == "shard" else ""
+        sharding += f" by {self.shard_size}" if self.shard_size is not None else ""
+        sharding += f" keeping {self.shard_keeps}" if self.shard_keeps != "gradients" else ""
         engine = "" if self.zero_stage is None else f", ZeRO {self.zero_stage}"
         loss = "" if self.loss_chunk is None else f", loss by {self.loss_chunk}"
         return f"{ranks}{how}{sharding}{engine}, rows by {self.micro_batch_size}{loss}"
@@ -88,7 +93,8 @@ def _native_cases(config: ExperimentConfig) -> list[Case]:
             cases.append(Case(**degrees, micro_batch_size=share))
             if share > 1:
                 cases.append(Case(**degrees, micro_batch_size=-(-share // 2), loss_chunk=some))
-            cases.append(Case(**degrees, data="shard", micro_batch_size=-(-share // 2), loss_chunk=some))
+            half = {**degrees, "micro_batch_size": -(-share // 2), "loss_chunk": some}
+            cases += [Case(**half, **sharding) for sharding in _shardings(degrees)]
             if ep_size == 1:
                 continue
             kinds = ["all_gather"]
@@ -104,6 +110,17 @@ def _native_cases(config: ExperimentConfig) -> list[Case]:
     return cases
 
 
+def _shardings(degrees: dict[str, int]) -> list[dict[str, Any]]:
+    """Return the ways to shard over these ranks: over all, in groups of two, and what stays whole in a step."""
+    found: list[dict[str, Any]] = [{"data": "shard"}]
+    if degrees["world_size"] == MAX_RANKS:
+        found.append({"data": "shard", "shard_size": 2})
+        found.append({"data": "shard", "shard_size": 2, "shard_keeps": "nothing"})
+    if degrees == {"world_size": 2, "ep_size": 1}:
+        found += [{"data": "shard", "shard_keeps": keeps} for keeps in ("nothing", "weights")]
+    return found
+
+
 def apply_case(config: ExperimentConfig, case: Case) -> ExperimentConfig:
     """Return the config with another layout."""
     current, kernel = config.parallel.dispatcher, config.parallel.experts_kernel
@@ -117,6 +134,8 @@ def apply_case(config: ExperimentConfig, case: Case) -> ExperimentConfig:
         "dispatcher": dispatcher,
         "data": case.data,
         "loss_chunk": case.loss_chunk,
+        "shard_size": case.shard_size,
+        "shard_keeps": case.shard_keeps,
         "experts_kernel": kernel if ":" in kernel else "auto",
         "device": "cpu",
         "compile": False,

@@ -48,7 +48,11 @@ def _collect(config: ExperimentConfig, case: Case, steps: int, prepare: Callable
     if prepare is not None:
         prepare()
     layout = Layout(
-        world_size=case.world_size, rank=dist.get_rank(), ep_size=case.ep_size, ranks_per_node=case.ranks_per_node
+        world_size=case.world_size,
+        rank=dist.get_rank(),
+        ep_size=case.ep_size,
+        ranks_per_node=case.ranks_per_node,
+        shard_size=case.shard_size,
     )
     evidence = collect(config, build_mesh(layout, FlightRecorder()), steps=steps)
     return evidence if layout.rank == 0 else Evidence()

@@ -136,7 +136,14 @@ def build_model_and_engine(
         for warning in filter(None, (training_warning(config.model.moe, layers), evaluation_warning(layers))):
             console.warning(warning)
     with memory.hint(config, "making the optimizer state, two numbers per weight"):
-        engine = config.engine.build(model, config.optim, numerics(config), mesh, folder=folder.deepspeed)
+        engine = config.engine.build(
+            model,
+            config.optim,
+            numerics(config),
+            mesh,
+            folder=folder.deepspeed,
+            shard_keeps=config.parallel.shard_keeps,
+        )
     checkpoints = CheckpointFolder(
         folder.checkpoints, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
     )

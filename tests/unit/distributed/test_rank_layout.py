@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.distributed.rank_layout import Layout, even_slices, format_ranks, layout_from_environment
+from trainer.distributed.rank_layout import Layout, check_layout, even_slices, format_ranks, layout_from_environment
 from trainer.errors import ConfigError
 
 
@@ -59,3 +59,39 @@ def test_ranks_in_words() -> None:
         "ranks 0 and 2",
         "ranks 0, 2 and 5",
     ]
+
+
+@pytest.mark.parametrize(
+    ("ep_size", "shard_size", "dense", "experts"),
+    [
+        (1, 4, [[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        (2, 4, [[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 2], [4, 6], [1, 3], [5, 7]]),
+        (4, 2, [[0, 1], [2, 3], [4, 5], [6, 7]], [[0], [4], [1], [5], [2], [6], [3], [7]]),
+        (2, None, [[0, 1, 2, 3, 4, 5, 6, 7]], [[0, 2, 4, 6], [1, 3, 5, 7]]),
+    ],
+)
+def test_neighbours_share_a_copy(
+    ep_size: int, shard_size: int | None, dense: list[list[int]], experts: list[list[int]]
+) -> None:
+    layout = Layout(world_size=8, ep_size=ep_size, shard_size=shard_size)
+    assert layout.shard_ranks() == dense and layout.edp_shard_ranks() == experts
+    assert [rank for column in layout.shard_copy_ranks() for rank in column] == [
+        row[i] for i in range(len(dense[0])) for row in dense
+    ]
+    for column in layout.edp_shard_copy_ranks():
+        assert len({rank % ep_size for rank in column}) == 1 and len(column) * len(experts[0]) == 8 // ep_size
+
+
+@pytest.mark.parametrize(
+    ("world_size", "ep_size", "shard_size", "fitting"),
+    [(8, 1, 3, "2, 4, 8"), (12, 4, 6, "2, 4, 12"), (6, 1, 12, "2, 3, 6")],
+)
+def test_a_shard_size_that_does_not_fit_is_refused(
+    world_size: int, ep_size: int, shard_size: int, fitting: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_layout(world_size=world_size, ep_size=ep_size, shard_size=shard_size)
+    assert str(refused.value) == (
+        f"parallel.shard_size: {shard_size} must divide the {world_size} ranks that were started, and divide or be a "
+        f"multiple of ep_size {ep_size}; use {fitting}, or null for all ranks"
+    )

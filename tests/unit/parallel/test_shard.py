@@ -1,5 +1,6 @@
 """Sharded weights: how much each rank holds, and that results do not change."""
 
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -7,19 +8,23 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from tests.builders import make_batch, make_engine, tiny_model_config
+from tests.checkpoint_helpers import resume
 from tests.ranks import Ranks, mesh_here
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
+from trainer.checkpoint.saver import Saver
 from trainer.distributed.mesh import Mesh
 from trainer.engine.native import NativeEngine
 from trainer.models.generation import generate
 from trainer.models.sampling import SamplingOptions
 from trainer.parallel.config import ParallelConfig
-from trainer.parallel.shard import first_row, local
+from trainer.parallel.shards import first_row, local, rows
 from trainer.prove.gather import gather_state
 
 Data = Literal["replicate", "shard"]
 
 
 def engine(mesh: Mesh, data: Data, dtype: torch.dtype) -> NativeEngine:
+    """Return an engine whose 6 experts are sharded inside each expert if there are 4 ranks, with ep_size 1."""
     config = tiny_model_config({"num_experts": 6, "num_shared_experts": 1})
     return make_engine(config, dtype=dtype, seed=5, grad_clip=0.5, mesh=mesh, parallel=ParallelConfig(data=data))
 
@@ -67,32 +72,120 @@ def test_a_sharded_model_writes_the_same_text(ranks: Ranks, dtype: torch.dtype) 
     assert ranks.run(4, _text, "shard", dtype) == ranks.run(4, _text, "replicate", dtype)
 
 
-def _first_step(data: Data) -> dict[str, torch.Tensor]:
-    mesh = mesh_here(ep_size=2)
-    mine = engine(mesh, data, torch.bfloat16)  # with the loss in chunks
-    mine.accumulate([make_batch(2, 8, seed=mesh.layout.rank)])
+def _first_step(data: Data, ep_size: int, kernel: str) -> dict[str, torch.Tensor]:
+    mesh = mesh_here(ep_size=ep_size)
+    moe = {"num_experts": 5, "d_ff": 16, "num_shared_experts": 1, "balance": {"counts": "previous_step"}}
+    parallel = ParallelConfig(data=data)  # with the loss in chunks
+    mine = make_engine(tiny_model_config(moe), dtype=torch.bfloat16, mesh=mesh, parallel=parallel, kernel=kernel)
+    mine.accumulate([make_batch(2, 8, seed=mesh.layout.rank + 2 * i) for i in range(3)])
     state = gather_state(mine.gradients(), mesh)
     return {name: part.tensor.clone() for name, part in state.slices.items()}
 
 
-def test_bfloat16_rounds_sharded_gradients_as_it_rounds_replicated_ones(ranks: Ranks) -> None:
-    """On two ranks every sum has two terms, so results are bit-identical."""
-    sharded, replicated = (ranks.run(2, _first_step, data)[0] for data in ("shard", "replicate"))
+@pytest.mark.parametrize("kernel", ["loop", "fused", "grouped"])
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_bfloat16_rounds_sharded_gradients_as_it_rounds_replicated_ones(
+    ranks: Ranks, ep_size: int, kernel: str
+) -> None:
+    """On two ranks every sum has two terms, so results are bit-identical; those of experts too, gathered in bfloat16.
+
+    Each micro-batch's gradient is rounded to bfloat16, and they are summed in float32.
+    """
+    sharded, replicated = (ranks.run(2, _first_step, data, ep_size, kernel)[0] for data in ("shard", "replicate"))
     assert sharded.keys() == replicated.keys()
     for name, gradient in replicated.items():
         assert gradient.dtype == torch.float32
         assert torch.equal(sharded[name], gradient), name
 
 
-def _is_where_it_is_said_to_be() -> bool:
-    """Whether each shard equals the rows of the whole weight from `first_row` on."""
-    weights = [p for p in engine(mesh_here(), "shard", torch.float64).parameters.values() if isinstance(p, DTensor)]
-    return all([torch.equal(local(p), p.full_tensor()[first_row(p) :][: len(local(p))]) for p in weights])
+def _is_where_it_is_said_to_be(shard_size: int | None) -> bool:
+    """Whether each rank's rows equal those of the whole weight from `first_row` on."""
+    mesh = mesh_here(shard_size=shard_size)
+    weights = [p for p in engine(mesh, "shard", torch.float64).parameters.values() if isinstance(p, DTensor)]
+    parts = [(rows(p), p.full_tensor()[first_row(p) :]) for p in weights]
+    return all([torch.equal(mine, whole[: len(mine)]) for mine, whole in parts])
 
 
-def test_parts_begin_where_they_are_said_to(ranks: Ranks) -> None:
+@pytest.mark.parametrize(("num_ranks", "shard_size"), [(3, None), (4, None), (4, 2)])
+def test_parts_begin_where_they_are_said_to(ranks: Ranks, num_ranks: int, shard_size: int | None) -> None:
     """Hardly any weight divides evenly over three ranks."""
-    assert ranks.run(3, _is_where_it_is_said_to_be) == [True] * 3
+    assert ranks.run(num_ranks, _is_where_it_is_said_to_be, shard_size) == [True] * num_ranks
+
+
+def _placements(num_experts: int, ep_size: int, shard_size: int | None) -> tuple[str, str]:
+    """Placement of a dense and of an expert weight."""
+    config, mesh = tiny_model_config({"num_experts": num_experts}), mesh_here(ep_size=ep_size, shard_size=shard_size)
+    mine = make_engine(config, mesh=mesh, parallel=ParallelConfig(data="shard"))
+    names = ("blocks.0.attention.qkv.weight", "blocks.0.ffn.experts.w_in")
+    dense, expert = (
+        str(tuple(p.placements)) if isinstance(p, DTensor) else "whole" for p in map(mine.parameters.get, names)
+    )
+    return dense, expert
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "ep_size", "shard_size", "dense", "expert"),
+    [
+        (8, 1, None, "(Shard(dim=0),)", "(Shard(dim=0),)"),
+        (6, 1, None, "(Shard(dim=0),)", "(Shard(dim=1),)"),
+        (2, 2, None, "(Shard(dim=0),)", "(Shard(dim=1),)"),
+        (8, 4, None, "(Shard(dim=0),)", "whole"),
+        (8, 1, 2, "(Replicate(), Shard(dim=0))", "(Replicate(), Shard(dim=0))"),
+        (3, 1, 2, "(Replicate(), Shard(dim=0))", "(Replicate(), Shard(dim=1))"),
+        (8, 2, 2, "(Replicate(), Shard(dim=0))", "whole"),
+    ],
+)
+def test_experts_are_divided_among_the_ranks_that_share_them_however_few_they_are(
+    ranks: Ranks, num_experts: int, ep_size: int, shard_size: int | None, dense: str, expert: str
+) -> None:
+    assert ranks.run(4, _placements, num_experts, ep_size, shard_size) == [(dense, expert)] * 4
+
+
+def _gradients(data: Data, ep_size: int, shard_size: int | None) -> tuple[float, dict[str, torch.Tensor]]:
+    mesh = mesh_here(ep_size=ep_size, shard_size=shard_size)
+    mine = engine(mesh, data, torch.float64)
+    step = mine.accumulate([make_batch(2, 8, seed=mesh.layout.rank + 4 * i) for i in range(2)])
+    state = gather_state(mine.gradients(), mesh)
+    return float(step.grad_norm), {name: part.tensor.clone() for name, part in state.slices.items()}
+
+
+@pytest.mark.parametrize(("ep_size", "shard_size"), [(1, None), (2, None), (1, 2), (2, 2), (4, 2)])
+def test_every_weight_counts_once_in_gradient_and_norm(ranks: Ranks, ep_size: int, shard_size: int | None) -> None:
+    expected, whole = ranks.run(4, _gradients, "replicate", ep_size, None)[0]
+    found = ranks.run(4, _gradients, "shard", ep_size, shard_size)
+    assert [norm for norm, _ in found] == pytest.approx([expected] * 4, rel=1e-13)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(found[0][1][name], gradient, rtol=1e-11, atol=1e-12)
+
+
+def _save(folder: Path) -> dict[str, torch.Tensor]:
+    mine = engine(mesh_here(), "shard", torch.float64)
+    mine.train_step([make_batch(2, 8, seed=1)], lr=1e-2)
+    saver = Saver(CheckpointFolder(folder), mine.mesh)
+    saver.start(1, mine.state(), {})
+    saved = saver.wait()
+    assert saved is not None and saved.error is None, saved
+    saver.close()
+    return _whole(mine)
+
+
+def _whole(engine: NativeEngine) -> dict[str, torch.Tensor]:
+    return {name: part.tensor.clone() for name, part in gather_state(engine.state(), engine.mesh).slices.items()}
+
+
+def _load(folder: Path, data: Data) -> dict[str, torch.Tensor]:
+    mine = engine(mesh_here(), data, torch.float64)
+    resume(mine, folder, 1)
+    return _whole(mine)
+
+
+def test_weights_sharded_inside_their_experts_are_saved_and_loaded_by_expert(ranks: Ranks, tmp_path: Path) -> None:
+    saved = ranks.run(4, _save, tmp_path)[0]
+    layouts: list[tuple[int, Data]] = [(4, "shard"), (4, "replicate"), (2, "shard")]
+    for num_ranks, data in layouts:
+        loaded = ranks.run(num_ranks, _load, tmp_path, data)[0]
+        assert saved.keys() == loaded.keys()
+        assert all([torch.equal(loaded[name], tensor) for name, tensor in saved.items()])
 
 
 def _head_gradients(data: Data, is_tied: bool, loss_chunk: int | None) -> dict[str, torch.Tensor]:

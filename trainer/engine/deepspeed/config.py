@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from trainer.engine.step import NumericsConfig
     from trainer.models.gpt import GPT
     from trainer.optim.registry import OptimConfig
+    from trainer.parallel.config import ShardKeeps
 
 _STAGES = {
     0: "DeepSpeed clips by the mean of the ranks' norms there, wrong for experts; use 1, or engine.kind native",
@@ -103,9 +104,19 @@ class DeepSpeedEngineConfig(Config):
         return merged(self.deepspeed_config, ours, folder=folder)
 
     def build(
-        self, model: GPT, optim: OptimConfig, numerics: NumericsConfig, mesh: Mesh, *, folder: Path | None = None
+        self,
+        model: GPT,
+        optim: OptimConfig,
+        numerics: NumericsConfig,
+        mesh: Mesh,
+        *,
+        folder: Path | None = None,
+        shard_keeps: ShardKeeps = "gradients",
     ) -> Engine:
-        """Start DeepSpeed for an initialized model; it writes its files into `folder`. Collective."""
+        """Start DeepSpeed for an initialized model; it writes its files into `folder`. Collective.
+
+        `shard_keeps` is not used.
+        """
         from trainer.engine.deepspeed.engine import DeepSpeedEngine
 
         config = self.resolved(grad_clip=numerics.grad_clip, folder=folder)

@@ -1,0 +1,91 @@
+"""Collectives of a step with sharded weights, counted; and that what is kept does not change the gradient."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.builders import make_batch, make_engine, tiny_model_config
+from tests.ranks import Ranks, mesh_here
+from trainer.engine.native import NativeEngine
+from trainer.parallel.config import ParallelConfig, ShardKeeps
+from trainer.prove.gather import gather_state
+
+_LAYERS = 4
+
+
+class _Calls(TorchDispatchMode):
+    """Counts collectives by their name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.count[func._opname] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _engine(keeps: ShardKeeps, dtype: torch.dtype, *, shard_size: int | None = None) -> NativeEngine:
+    moe = {"num_experts": 4, "num_shared_experts": 1, "balance": {"counts": "previous_step"}}
+    return make_engine(
+        tiny_model_config(moe, num_layers=_LAYERS),
+        dtype=dtype,
+        mesh=mesh_here(shard_size=shard_size),
+        parallel=ParallelConfig(data="shard", shard_keeps=keeps, shard_size=shard_size),
+    )
+
+
+def _collectives(keeps: ShardKeeps, num_micro_batches: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Gathers and reductions of weights in the second step."""
+    engine = _engine(keeps, dtype)
+    batches = [make_batch(2, 8, seed=i) for i in range(num_micro_batches)]
+    engine.train_step(batches, lr=1e-3)
+    with _Calls() as calls:
+        engine.train_step(batches, lr=1e-3)
+    return calls.count["_allgather_base_"], calls.count["_reduce_scatter_base_"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("keeps", "num_micro_batches", "passes", "reductions"),
+    [
+        ("nothing", 1, 2, 1),
+        ("nothing", 4, 8, 4),
+        ("gradients", 1, 2, 1),
+        ("gradients", 4, 5, 1),
+        ("weights", 1, 1, 1),
+        ("weights", 4, 1, 1),
+    ],
+)
+def test_gradients_are_reduced_once_a_step(
+    ranks: Ranks, keeps: ShardKeeps, num_micro_batches: int, passes: int, reductions: int, dtype: torch.dtype
+) -> None:
+    """Two groups a block, its dense matrices and its experts, and one group of all the rest."""
+    groups = 2 * _LAYERS
+    rest = num_micro_batches if keeps == "nothing" else 1
+    expected = (passes * groups + rest, reductions * groups + rest)
+    assert ranks.run(2, _collectives, keeps, num_micro_batches, dtype) == [expected] * 2
+
+
+def _gradient(keeps: ShardKeeps, dtype: torch.dtype, shard_size: int | None) -> dict[str, torch.Tensor]:
+    engine = _engine(keeps, dtype, shard_size=shard_size)
+    rank = engine.mesh.layout.rank
+    for _ in range(2):  # what a step leaves behind must not reach the next
+        engine.eval_loss(make_batch(2, 8, seed=9), dropless=True)
+        engine.train_step([make_batch(1, 8, seed=10 * rank + i) for i in range(3)], lr=1e-2)
+    engine.accumulate([make_batch(1, 8, seed=10 * rank + i) for i in range(3)])
+    return {name: part.tensor.clone() for name, part in gather_state(engine.gradients(), engine.mesh).slices.items()}
+
+
+@pytest.mark.parametrize("shard_size", [None, 2])
+@pytest.mark.parametrize("keeps", ["nothing", "weights"])
+def test_what_is_kept_does_not_change_the_gradient(ranks: Ranks, keeps: ShardKeeps, shard_size: int | None) -> None:
+    kept = ranks.run(4, _gradient, "gradients", torch.float64, shard_size)[0]
+    other = ranks.run(4, _gradient, keeps, torch.float64, shard_size)[0]
+    assert kept.keys() == other.keys()
+    for name, gradient in kept.items():
+        torch.testing.assert_close(other[name], gradient, rtol=1e-11, atol=1e-12)

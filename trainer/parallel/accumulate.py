@@ -1,0 +1,40 @@
+"""Accumulation over the micro-batches of a step with sharded weights: what stays whole between them.
+
+    keeps      weights are gathered          gradients are reduced   whole on every rank between micro-batches
+    nothing    forward and backward of each  after each              nothing
+    gradients  once more than micro-batches  after the last          float32 gradients; weights while there are no
+                                                                     activations, from a backward to the next forward
+    weights    once                          after the last          float32 gradients, and weights all the time
+
+A counting pass (`balance.counts: exact`) gathers once more for each micro-batch, unless weights are kept.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from trainer.parallel.config import ShardKeeps
+
+
+@contextmanager
+def step_of(model: nn.Module, keeps: ShardKeeps) -> Iterator[None]:
+    """Keep gathered weights until the last backward pass of the step, if configured."""
+    inner = [module for module in model.modules() if isinstance(module, FSDPModule) and module is not model]
+    for module in inner:
+        module.set_reshard_after_forward(keeps != "weights", recurse=False)
+    yield
+    for module in inner:
+        module.set_reshard_after_forward(True, recurse=False)  # an evaluation must not leave weights that grow stale
+
+
+def before_backward(model: nn.Module, keeps: ShardKeeps, *, is_last: bool) -> None:
+    """Choose what the next backward pass reduces and frees; the last one of a step reduces and frees everything."""
+    if not isinstance(model, FSDPModule):
+        return
+    reduces = is_last or keeps == "nothing"
+    model.set_requires_gradient_sync(reduces)
+    model.set_requires_all_reduce(is_last)  # between copies: sums of shards wait for the last
+    model.set_reshard_after_backward(reduces)
+    model.set_is_last_backward(is_last)

@@ -1,0 +1,62 @@
+"""Shards of tensors on this rank: which part of the whole each is, as checkpoints and norms need it.
+
+# E_local experts here, N ranks that share a copy.
+"""
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether this rank holds only a shard of the tensor."""
+    return isinstance(tensor, DTensor)
+
+
+@torch.no_grad()
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a tensor, sharing its memory; the tensor itself if it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def is_first_copy(tensor: Tensor) -> bool:
+    """Return whether no earlier rank has this shard; of a tensor that is not sharded, True."""
+    return not isinstance(tensor, DTensor) or tensor.device_mesh.ndim == 1 or tensor.device_mesh.get_local_rank(0) == 0
+
+
+def shard_dimension(tensor: Tensor) -> int:
+    """Return the dimension along which a tensor is sharded; 0 if it is not."""
+    return tensor.placements[-1].dim if isinstance(tensor, DTensor) else 0  # pyrefly: ignore[missing-attribute]
+
+
+@torch.no_grad()
+def rows(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor along dimension 0, which begins at `first_row`.
+
+    It shares memory unless the tensor is sharded along another dimension. Then this is collective, has the whole tensor
+    in memory meanwhile, and some ranks have no rows if these are fewer than the ranks.
+    """
+    if not isinstance(tensor, DTensor) or shard_dimension(tensor) == 0:
+        return local(tensor)
+    first, length = first_row(tensor), -(-tensor.shape[0] // tensor.device_mesh.size(-1))
+    return tensor.full_tensor()[first : first + length].clone()
+
+
+def first_row(tensor: Tensor) -> int:
+    """Return the first index of this rank's `rows`; all parts but the last have equal length."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    length = -(-tensor.shape[0] // tensor.device_mesh.size(-1))
+    return min(tensor.shape[0], length * tensor.device_mesh.get_local_rank(-1))
+
+
+@torch.no_grad()
+def copy_from_rows(tensor: Tensor, rows: Tensor) -> None:
+    """Overwrite this rank's shard.
+
+    `rows` are its `rows`; or all rows (E_local, ...) of a tensor that is sharded along another dimension.
+    """
+    dim, mine = shard_dimension(tensor), local(tensor)
+    if dim != 0 and isinstance(tensor, DTensor):
+        rows = rows.narrow(dim, mine.shape[dim] * tensor.device_mesh.get_local_rank(-1), mine.shape[dim])
+    mine.copy_(rows)
