@@ -38,16 +38,18 @@ def rows(tensor: Tensor) -> Tensor:
     """
     if not isinstance(tensor, DTensor) or shard_dimension(tensor) == 0:
         return local(tensor)
-    first, length = first_row(tensor), -(-tensor.shape[0] // tensor.device_mesh.size(-1))
-    return tensor.full_tensor()[first : first + length].clone()
+    return tensor.full_tensor()[first_row(tensor) :][: _rows_per_rank(tensor)].clone()
 
 
 def first_row(tensor: Tensor) -> int:
     """Return the first index of this rank's `rows`; all parts but the last have equal length."""
     if not isinstance(tensor, DTensor):
         return 0
-    length = -(-tensor.shape[0] // tensor.device_mesh.size(-1))
-    return min(tensor.shape[0], length * tensor.device_mesh.get_local_rank(-1))
+    return min(tensor.shape[0], _rows_per_rank(tensor) * tensor.device_mesh.get_local_rank(-1))
+
+
+def _rows_per_rank(tensor: DTensor) -> int:
+    return -(-tensor.shape[0] // tensor.device_mesh.size(-1))
 
 
 @torch.no_grad()
