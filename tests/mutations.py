@@ -14,8 +14,9 @@ from trainer.engine.native import NativeEngine
 from trainer.models import initialize
 from trainer.models.gpt import GPT
 from trainer.moe.dispatch.all_to_all import AllToAllDispatcher
-from trainer.moe.dispatch.order import ExpertOrder
+from trainer.moe.dispatch.token_slots import TokenSlots
 from trainer.moe.experts import Experts
+from trainer.moe.routing import RoutingDecision
 from trainer.parallel.replicate import GradientReducer
 
 EP_SIZE = 2
@@ -99,23 +100,21 @@ def lost_expert() -> None:
     """Leave out the last expert of a rank."""
     whole = Experts.forward
 
-    def wrong(self: Experts, x: torch.Tensor, rows_per_expert: torch.Tensor) -> torch.Tensor:
-        y = whole(self, x, rows_per_expert)
-        return torch.cat(
-            [y[: len(y) - int(rows_per_expert[-1])], torch.zeros_like(y[len(y) - int(rows_per_expert[-1]) :])]
-        )
+    def wrong(self: Experts, x: torch.Tensor, expert_index: torch.Tensor, weight: torch.Tensor, **kw: Any) -> Any:
+        return whole(self, x, expert_index, weight * (expert_index != len(self.w_in) - 1), **kw)
 
     Experts.forward = wrong  # type: ignore[method-assign]
 
 
 def swapped_combine_weights() -> None:
     """Combine a token's expert outputs in another order than its weights."""
-    whole = ExpertOrder.combine
+    whole = TokenSlots.of
 
-    def wrong(self: ExpertOrder, rows: torch.Tensor, *, is_compiled: bool) -> torch.Tensor:
-        return whole(replace(self, weight=self.weight.flip(1)), rows, is_compiled=is_compiled)
+    def wrong(decision: RoutingDecision) -> TokenSlots:
+        slots = whole(decision)
+        return replace(slots, weight=slots.weight.flip(1))
 
-    ExpertOrder.combine = wrong  # type: ignore[method-assign]
+    TokenSlots.of = wrong  # type: ignore[method-assign]
 
 
 def skipped_collective() -> None:

@@ -15,7 +15,7 @@ from trainer.moe.capacity import limit_to_capacity
 from trainer.moe.dispatch.local import LocalDispatcher
 from trainer.moe.layer_options import CapacityConfig
 from trainer.moe.routing import RoutingDecision
-from trainer.ops.expert_ffn import loop_ffn
+from trainer.ops.kernels import run_experts as run_kernel
 
 D, F, SEQUENCES, SEQ_LEN = 6, 5, 2, 4
 TOKENS = SEQUENCES * SEQ_LEN
@@ -69,9 +69,10 @@ def _decision(rank: int, case: str, num_experts: int, top_k: int, factor: float 
 
 
 def _weights(num_experts: int) -> tuple[Tensor, Tensor]:
+    """Return w_in and w_out of a size at which outputs and gradients are of the order of 1, as the tolerance is."""
     generator = torch.Generator().manual_seed(99)
-    w_in = torch.randn(num_experts, 2 * F, D, generator=generator, dtype=torch.float64)
-    return w_in, torch.randn(num_experts, D, F, generator=generator, dtype=torch.float64)
+    w_in = torch.randn(num_experts, 2 * F, D, generator=generator, dtype=torch.float64) / D**0.5
+    return w_in, torch.randn(num_experts, D, F, generator=generator, dtype=torch.float64) / F**0.5
 
 
 def _tokens(rank: int) -> Tensor:
@@ -84,13 +85,21 @@ def _through(dispatcher: Any, rank: int, experts: tuple[int, int], decision: Rou
     x = _tokens(rank).requires_grad_()
     seen = []
 
-    def run_experts(x: Tensor, rows_per_expert: Tensor, part: tuple[int, int] | None = None) -> Tensor:
+    def run_experts(
+        x: Tensor,
+        expert_index: Tensor,
+        weight: Tensor,
+        *,
+        num_rows: int | None = None,
+        part: tuple[int, int] | None = None,
+    ) -> Tensor:
         mine = slice(*(part or (0, len(w_in))))
         seen.append(mine)
-        assert rows_per_expert.sum() == len(x) and len(rows_per_expert) == len(w_in[mine])
-        return loop_ffn(x, rows_per_expert, w_in[mine], w_out[mine], "swiglu")
+        assert len(expert_index) == len(weight) == len(x)
+        assert num_rows in (None, int((expert_index < len(w_in[mine])).sum()))
+        return run_kernel("loop", x, expert_index, weight, w_in[mine], w_out[mine], "swiglu", num_rows=num_rows)
 
-    y = dispatcher.forward(x, decision, run_experts).y
+    y = dispatcher.forward(x, decision, run_experts)
     assert y.shape == x.shape
     assert [e for mine in seen for e in range(mine.start, mine.stop)] == list(range(len(w_in)))
     names = ("x", "weight", "w_in", "w_out")

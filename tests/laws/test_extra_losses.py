@@ -10,8 +10,7 @@ from tests.builders import make_batch, make_context, make_engine, make_model, mo
 from tests.laws.test_router_oracles import NUM_ROWS, SEQ_LEN, make_layer, make_tokens
 from trainer.models.block import build_moe
 from trainer.moe.balance import balance_loss, cv_squared, cv_squared_loss, device_balance_loss
-from trainer.moe.dispatch.base import Combined
-from trainer.moe.dispatch.order import group_by_expert
+from trainer.moe.expert_similarity import ExpertOutputs
 from trainer.moe.layer import MoE
 from trainer.moe.losses import Denominators, objective
 from trainer.moe.routing import RoutingDecision
@@ -140,9 +139,8 @@ def test_diversity_is_the_mean_squared_cosine_between_a_tokens_experts(router: d
     oracle = torch.zeros(())
     for t in valid:
         experts = decision.expert_index[decision.token_index == t].tolist()
-        outputs = [
-            layer.experts(x.flatten(0, 1)[t][None], torch.tensor([0] * e + [1] + [0] * (3 - e)))[0] for e in experts
-        ]
+        token, one = x.flatten(0, 1)[t][None], torch.ones(1, 1, dtype=x.dtype)
+        outputs = [layer.experts(token, torch.tensor([[e]]), one)[0] for e in experts]
         pairs = [(a, b) for i, a in enumerate(outputs) for j, b in enumerate(outputs) if i != j]
         cosines = [((a * b).sum() / (a.norm() * b.norm())) ** 2 for a, b in pairs]
         oracle = oracle + sum(cosines, torch.zeros(())) / max(1, len(cosines))
@@ -157,10 +155,9 @@ def test_expert_similarity_is_as_exact_under_autocast() -> None:
     decision = RoutingDecision.from_top_k(
         torch.tensor([[0, 1]]).repeat(T, 1), torch.ones(T, 2), num_experts=2, valid=torch.ones(T, dtype=torch.bool)
     )
-    outputs = Combined.of(rows, group_by_expert(decision), is_compiled=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        expert_similarity = outputs.expert_similarity()
-    exact = Combined.of(rows.double(), group_by_expert(decision), is_compiled=False).expert_similarity()
+        expert_similarity = ExpertOutputs(y=rows, decision=decision).similarity()
+    exact = ExpertOutputs(y=rows.double(), decision=decision).similarity()
     assert expert_similarity.dtype == torch.float32
     torch.testing.assert_close(expert_similarity.double(), exact, rtol=0, atol=1e-6)
     assert float(exact.mean()) == pytest.approx(1 / D, rel=0.3)

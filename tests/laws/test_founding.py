@@ -216,7 +216,7 @@ def rows_of(layer: MoE, run: Callable[[], Tensor]) -> tuple[Tensor, list[int]]:
     hook = layer.experts.register_forward_pre_hook(lambda _, arguments: given.append(arguments[1]))
     y = run()
     hook.remove()
-    return y, torch.stack(given).sum(0).tolist()
+    return y, torch.bincount(torch.cat(given).flatten(), minlength=layer.experts.num_experts).tolist()
 
 
 def test_the_document_s_code_runs_every_expert_on_every_token_and_is_our_dense_router() -> None:

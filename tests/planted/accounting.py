@@ -15,8 +15,8 @@ _LAYER = "trainer/moe/layer.py"
 _LOOP = "trainer/training/loop.py"
 
 _PASSES_ON = """\
-full = (outputs.order.row_of_slot == len(outputs.rows)).all(1) & context.valid
-        out = torch.where(full[:, None], tokens, outputs.y).view(x.shape)
+full = (out == 0).all(1) & context.valid
+        out = torch.where(full[:, None], tokens, out).view(x.shape)
 """
 
 
@@ -151,7 +151,7 @@ FAULTS = [
     _fault(
         "a token whose experts are all full passes its input on",
         _LAYER,
-        "out = outputs.y.view(x.shape)\n",
+        "out = out.view(x.shape)\n",
         _PASSES_ON,
         ORACLE,
     ),
@@ -185,9 +185,9 @@ FAULTS = [
     ),
     _fault(
         "experts get the tokens without the router's weights",
-        "trainer/moe/dispatch/order.py",
-        "        return row_of_assignment.view(shape), decision.combine_weight.view(shape)",
-        "        return row_of_assignment.view(shape), 0 * decision.combine_weight.view(shape) + 1",
+        "trainer/moe/dispatch/token_slots.py",
+        "expert.view(shape), weight.view(shape)",
+        "expert.view(shape), 0 * weight.view(shape) + 1",
         PARITY,
     ),
     _fault(

@@ -3,6 +3,7 @@
 from tests.planted.fault import Fault
 
 KERNELS = "tests/unit/ops/test_expert_ffn.py"
+NODE = "tests/unit/ops/test_routed_ffn.py"
 BY_HAND = "tests/unit/moe/test_by_hand.py"
 _EXPERTS = "trainer/moe/experts.py"
 
@@ -14,23 +15,16 @@ def _fault(name: str, file: str, old: str, new: str, *tests: str) -> Fault:
 FAULTS = [
     _fault(
         "idle experts keep what a kernel leaves",
-        "trainer/ops/expert_ffn.py",
-        "return grad.masked_fill(idle[:, None, None], 0), None",
-        "return grad, None",
+        "trainer/ops/grouped_kernel.py",
+        "return out.masked_fill_(idle[:, None, None], 0)",
+        "return out",
         KERNELS,
     ),
     _fault(
         "busy experts get the zeros of idle ones",
-        "trainer/ops/expert_ffn.py",
-        "idle = rows_per_expert == 0",
-        "idle = rows_per_expert > 0",
-        KERNELS,
-    ),
-    _fault(
-        "no kernel's idle experts are looked after",
-        "trainer/ops/kernels.py",
-        "expert_ffn.without_idle_gradients(w.to(x.dtype), rows_per_expert) for w",
-        "w for w",
+        "trainer/ops/grouped_kernel.py",
+        "idle = self.rows_per_expert == 0",
+        "idle = self.rows_per_expert > 0",
         KERNELS,
     ),
     _fault(
@@ -41,18 +35,32 @@ FAULTS = [
         KERNELS,
     ),
     _fault(
-        "without a row all weights are multiplied by 0",
-        "trainer/ops/expert_ffn.py",
-        "return x + (w_in[:, :0].sum() + w_out[:, :0].sum()).to(x.dtype)",
-        "return x + 0.0 * (w_in.sum() + w_out.sum()).to(x.dtype)",
-        KERNELS,
+        "combine weights get the gradient of the weighted activation",
+        "trainer/ops/weighted_activation.py",
+        "    d_scale = (da * a).sum(-1, dtype=scale.dtype)\n    da.mul_(factor)\n",
+        "    da.mul_(factor)\n    d_scale = (da * a).sum(-1, dtype=scale.dtype)\n",
+        NODE,
     ),
     _fault(
-        "without a row weights have no gradient",
-        "trainer/ops/expert_ffn.py",
-        "return x + (w_in[:, :0].sum() + w_out[:, :0].sum()).to(x.dtype)",
-        "return x.clone()",
-        KERNELS,
+        "the gradient of w_out lacks the combine weights",
+        "trainer/ops/weighted_activation.py",
+        "return a.mul_(factor), dh, d_scale",
+        "return a, dh, d_scale",
+        NODE,
+    ),
+    _fault(
+        "hidden values are saved although they are computed again",
+        "trainer/ops/routed_ffn.py",
+        "None if recompute else h",
+        "h",
+        NODE,
+    ),
+    _fault(
+        "groups are not padded to a multiple",
+        "trainer/ops/expert_order.py",
+        "(counts + multiple - 1) // multiple * multiple",
+        "counts",
+        "tests/unit/ops/test_expert_order.py",
     ),
     _fault("experts start as memory is", _EXPERTS, "nn.init.uniform_(weight, -bound, bound)", "pass", BY_HAND),
     _fault(

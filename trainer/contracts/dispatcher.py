@@ -20,7 +20,7 @@ from trainer.moe.dispatch.base import Dispatcher
 from trainer.moe.dispatch.local import LocalDispatcher
 from trainer.moe.dispatch.registry import DispatcherOptions
 from trainer.moe.routing import RoutingDecision
-from trainer.ops.expert_ffn import loop_ffn
+from trainer.ops.expert_ffn import reference_ffn
 from trainer.prove.pool import Failure, LocalRanks
 
 D, F, T, K = 6, 5, 8, 2
@@ -97,12 +97,20 @@ def _route(dispatcher: Dispatcher, rank: int, experts: tuple[int, int], num_expe
     x = torch.randn(T, D, generator=own, dtype=torch.float64).requires_grad_()
     decision = _decision(num_experts, own)
 
-    def run_experts(x: Tensor, rows_per_expert: Tensor, part: tuple[int, int] | None = None) -> Tensor:
+    def run_experts(
+        x: Tensor,
+        expert_index: Tensor,
+        weight: Tensor,
+        *,
+        num_rows: int | None = None,
+        part: tuple[int, int] | None = None,
+    ) -> Tensor:
         mine = slice(*(part or (0, len(w_in))))
-        ensure(int(rows_per_expert.sum()) == len(x), "rows_per_expert does not sum to the rows")
-        return loop_ffn(x, rows_per_expert, w_in[mine], w_out[mine], "swiglu")
+        found = int((expert_index < len(w_in[mine])).sum())
+        ensure(num_rows in (None, found), f"num_rows is {num_rows}, and {found} experts are there")
+        return reference_ffn(x, expert_index, weight, w_in[mine], w_out[mine], "swiglu")
 
-    y = dispatcher.forward(x, decision, run_experts).y
+    y = dispatcher.forward(x, decision, run_experts)
     grads = torch.autograd.grad(y.square().sum(), (x, decision.combine_weight, w_in))
     return Routed(y.detach(), *grads)
 

@@ -6,14 +6,11 @@ from torch import Tensor, nn
 from trainer.ops.expert_ffn import Activation
 from trainer.ops.kernels import ExpertsKernel, run_experts
 
-# R rows, E_local experts here, D d_model, F d_ff, H width before the activation (2 F for swiglu).
+# N tokens, k slots per token, D d_model, F d_ff, H width before the activation (2 F for swiglu).
 
 
 class Experts(nn.Module):
-    """E feed-forward networks without biases; dimension 0 of every parameter is the expert.
-
-    Its input is rows grouped by expert: it depends neither on tokens, ranks nor combine weights.
-    """
+    """E feed-forward networks without biases; dimension 0 of every parameter is the expert."""
 
     def __init__(
         self, num_experts: int, d_model: int, d_ff: int, *, activation: Activation, kernel: ExpertsKernel
@@ -30,6 +27,8 @@ class Experts(nn.Module):
         self.activation, self.kernel = activation, kernel
         self.is_compiled = False
         """Compile the operations between the matrix products, if the kernel supports it."""
+        self.recompute = False
+        """Compute the hidden values again in the backward pass instead of saving them."""
 
     def keep(self, first: int, end: int) -> None:
         """Keep only experts first .. end - 1."""
@@ -37,15 +36,39 @@ class Experts(nn.Module):
         for name, weight in list(self.named_parameters()):
             setattr(self, name, nn.Parameter(weight.detach()[first:end].clone()))
 
-    def forward(self, x: Tensor, rows_per_expert: Tensor, part: tuple[int, int] | None = None) -> Tensor:
-        """Apply expert e to its rows of x (R, D); rows_per_expert sums to R.
+    def forward(
+        self,
+        x: Tensor,
+        expert_index: Tensor,
+        weight: Tensor,
+        *,
+        num_rows: int | None = None,
+        part: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Return for each token of x (N, D) the weighted sum of its experts' outputs, in slot order.
 
         Args:
-            x: grouped by expert.
-            rows_per_expert: (E_local,), or of those in `part`.
+            x: (N, D).
+            expert_index: (N, k) int64 number of a local expert, or of one in `part`; their number or more: none.
+            weight: (N, k) combine weights, at least float32.
+            num_rows: number of experts that the tokens have here; None: it is counted, which waits for the device.
             part: first and last + 1 of the local experts to apply; None: all.
+
+        Returns:
+            (N, D) in the wider dtype of x and weight; in x's if k is 1, where nothing is summed.
         """
         w_in, w_out = self.w_in, self.w_out
         if part is not None:
             w_in, w_out = w_in[slice(*part)], w_out[slice(*part)]
-        return run_experts(self.kernel, x, rows_per_expert, w_in, w_out, self.activation, is_compiled=self.is_compiled)
+        return run_experts(
+            self.kernel,
+            x,
+            expert_index,
+            weight,
+            w_in,
+            w_out,
+            self.activation,
+            num_rows=num_rows,
+            is_compiled=self.is_compiled,
+            recompute=self.recompute,
+        )

@@ -6,9 +6,10 @@ from torch import Tensor, nn
 from trainer.errors import ConfigError
 from trainer.moe.capacity import limit_to_capacity
 from trainer.moe.dispatch.base import Dispatcher
+from trainer.moe.expert_similarity import ExpertOutputs
 from trainer.moe.experts import Experts
 from trainer.moe.layer_options import CapacityConfig
-from trainer.moe.routing import Router, RouterOutput, RoutingContext
+from trainer.moe.routing import Router, RouterOutput, RoutingContext, RoutingDecision
 from trainer.moe.stats import MoEStats, collect_stats
 
 # B sequences, S tokens each, T = B * S, R rows, D d_model.
@@ -57,14 +58,20 @@ class MoE(nn.Module):
                 f"{type(routed).__qualname__}, not a {RouterOutput.__module__}.RouterOutput"
             )
         decision = limit_to_capacity(routed.decision, self.capacity, context, salt=self.layer)
-        outputs = self.dispatcher.forward(tokens.to(compute_dtype(tokens)), decision, self.experts)
-        out = outputs.y.view(x.shape)
+        out, expert_similarity = self._apply_experts(tokens.to(compute_dtype(tokens)), decision)
+        out = out.view(x.shape)
         if self.shared is not None:
             out = out + self.shared(x) * context.valid.view(*x.shape[:2], 1)
-        expert_similarity = outputs.expert_similarity() if self.needs_expert_similarity else None
         return out, collect_stats(
             routed, decision, context, needs_importance=self.needs_importance, expert_similarity=expert_similarity
         )
+
+    def _apply_experts(self, tokens: Tensor, decision: RoutingDecision) -> tuple[Tensor, Tensor | None]:
+        """Return the weighted sums (T, D) of the experts' outputs, and their similarity (T,) if a loss needs it."""
+        if not self.needs_expert_similarity:
+            return self.dispatcher.forward(tokens, decision, self.experts), None
+        outputs = ExpertOutputs.of(self.dispatcher, tokens, decision, self.experts)
+        return outputs.sums(), outputs.similarity()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -1,51 +1,28 @@
-"""The experts' feed-forward as one autograd node, with in-place weight gradients and rounded group sizes.
+"""The experts' feed-forward for the CPU: each expert runs both layers before the next one starts.
 
-Plain autograd is slow outside the products: the backward of `w[e]` allocates a full-size tensor of zeros per expert and
-sums them, and on the CPU every new size of a bfloat16 product builds a kernel first (2 to 4 ms, more than the product),
-while routing yields new sizes in every step. Here each expert runs both layers before the next one starts, so that
-intermediate results stay in the cache.
+Intermediate results stay in the cache, and gradients of weights are written in place. On the CPU every new size of a
+bfloat16 product builds a kernel first (2 to 4 ms, more than the product), while routing yields new sizes in every step:
+group sizes are rounded up.
 
-# R rows, Rp >= R rows with padding, E experts, D d_model, F d_ff, H width before the activation.
+# R rows, n rows of one expert, np >= n with padding, E experts, D d_model, F d_ff, H width before the activation.
 """
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.ops.expert_ffn import Activation
+from trainer.ops.routed_ffn import FFNKernel, ExpertRows, RowGradients
+from trainer.ops.weighted_activation import WeightedActivation
 
 ROWS_MULTIPLE = 64
 """Group sizes are rounded up to a multiple of this if the library (oneDNN) builds a kernel for every size."""
 
 
-@dataclass(frozen=True, slots=True)
-class FusedParts:
-    """Implementation choices of the fused node, all equal up to rounding."""
-
-    product: Callable[[Tensor, Tensor], Tensor]
-    """x (n, K), w (N, K) with any strides -> x @ w.T (n, N)."""
-    rows_multiple: int
-    """Multiple that group sizes are rounded up to."""
-    activate: Callable[[Tensor, Activation], Tensor]
-    """(n, H) -> (n, F)."""
-    activate_backward: Callable[[Tensor, Tensor, Activation], Tensor]
-    """Gradient (n, F) and input (n, H) -> gradient (n, H)."""
-
-
-def fused(
-    x: Tensor, rows_per_expert: Tensor, w_in: Tensor, w_out: Tensor, activation: Activation, parts: FusedParts
-) -> Tensor:
-    """Apply all experts in one autograd node; arguments and result as in `expert_ffn`."""
-    return _FusedFFN.apply(x, rows_per_expert, w_in, w_out, activation, parts)
-
-
 def product(x: Tensor, w: Tensor) -> Tensor:
-    """Multiply by torch's default library: MKL for float32 on the CPU."""
+    """Multiply x (n, K) by w (N, K) by torch's default library: MKL for float32 on the CPU."""
     return x @ w.T
 
 
@@ -59,83 +36,81 @@ def has_onednn_product() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def activate_backward(da: Tensor, h: Tensor, activation: Activation) -> Tensor:
-    """Return the gradient of h (n, H), given the gradient of its activation (n, F)."""
-    if activation == "gelu":
-        return torch.ops.aten.gelu_backward(da, h)
-    gate, up = h.chunk(2, dim=-1)
-    return torch.cat([torch.ops.aten.silu_backward(da * up, gate), da * F.silu(gate)], dim=-1)
+class FusedKernel(FFNKernel):
+    """Both layers of one expert after the other."""
 
+    def __init__(
+        self, activation: WeightedActivation, product: Callable[[Tensor, Tensor], Tensor], rows_multiple: int
+    ) -> None:
+        """Create the kernel.
 
-def activate_backward_to_compile(da: Tensor, h: Tensor, activation: Activation) -> Tensor:
-    """Return the same as `activate_backward`, sharing one exponential: slower in eager mode, twice as fast compiled."""
-    if activation == "gelu":
-        return torch.ops.aten.gelu_backward(da, h)
-    wide = torch.promote_types(h.dtype, torch.float32)
-    gate, up = h.to(wide).chunk(2, dim=-1)
-    sigmoid = torch.sigmoid(gate)
-    slope = da.to(wide) * sigmoid
-    return torch.cat([slope * up * (1 + gate * (1 - sigmoid)), slope * gate], dim=-1).to(h.dtype)
+        Args:
+            activation: between the two products.
+            product: x (n, K), w (N, K) with any strides -> x @ w.T (n, N).
+            rows_multiple: that group sizes are rounded up to.
+        """
+        super().__init__(activation)
+        self.product, self.rows_multiple = product, rows_multiple
 
+    def forward(self, rows: ExpertRows, w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weighted outputs and the hidden values."""
+        hidden = rows.x.new_empty(len(rows.scale), w_in.shape[1])
+        y = rows.x.new_empty(len(rows.scale), rows.x.shape[1])
+        for e, group in _groups(rows):
+            h = self.product(self._gather(rows.x, rows.token_of_row[group]), w_in[e])  # (np, H)
+            a = self.activation.apply(h, self._pad(rows.scale[group]), self.activation.activation)  # (np, F)
+            n = group.stop - group.start
+            y[group] = self.product(a, w_out[e])[:n]
+            hidden[group] = h[:n]
+        return y, hidden
 
-class _FusedFFN(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        rows_per_expert: Tensor,
-        w_in: Tensor,
-        w_out: Tensor,
-        activation: Activation,
-        parts: FusedParts,
-    ) -> Tensor:
-        groups = _groups(rows_per_expert.tolist())  # waits for the device
-        w_in_c, w_out_c = w_in.to(x.dtype), w_out.to(x.dtype)
-        xs = _split(x, groups, parts.rows_multiple)
-        y = torch.empty_like(x)
-        hs, activated = [], []
-        for (e, rows), x_e in zip(groups, xs, strict=True):
-            h = parts.product(x_e, w_in_c[e])  # (n, H)
-            a = parts.activate(h, activation)  # (n, F)
-            y[rows] = parts.product(a, w_out_c[e])[: rows.stop - rows.start]
-            hs.append(h)
-            activated.append(a)
-        ctx.save_for_backward(w_in_c, w_out_c, *xs, *hs, *activated)
-        ctx.groups, ctx.activation, ctx.parts, ctx.weight_dtype = groups, activation, parts, w_in.dtype
-        return y
+    def hidden(self, rows: ExpertRows, w_in: Tensor) -> Tensor:
+        """Return the hidden values."""
+        hidden = rows.x.new_empty(len(rows.scale), w_in.shape[1])
+        for e, group in _groups(rows):
+            h = self.product(self._gather(rows.x, rows.token_of_row[group]), w_in[e])
+            hidden[group] = h[: group.stop - group.start]
+        return hidden
 
-    @staticmethod
-    # pyrefly: ignore[bad-override]
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, Tensor, Tensor, None, None]:
-        groups, parts, count = ctx.groups, ctx.parts, len(ctx.groups)
-        w_in, w_out, *saved = ctx.saved_tensors
-        xs, hs, activated = saved[:count], saved[count : 2 * count], saved[2 * count :]
-        dx = torch.empty_like(grad_y)
+    def backward(self, grad: Tensor, rows: ExpertRows, h: Tensor, w_in: Tensor, w_out: Tensor) -> RowGradients:
+        """Return the gradients. Padding is zeros, which add nothing."""
+        groups = _groups(rows)
+        dx = grad.new_empty(len(rows.scale), grad.shape[1])
+        d_scale = torch.empty_like(rows.scale)
         grad_w_in, grad_w_out = _gradient_like(w_in, groups), _gradient_like(w_out, groups)
-        dys = _split(grad_y.contiguous(), groups, parts.rows_multiple)  # zero padding, which adds nothing below
-        for (e, rows), x_e, h, a, dy in zip(groups, xs, hs, activated, dys, strict=True):
-            da = parts.product(dy, w_out[e].T)  # (n, F)
+        for e, group in groups:
+            n, tokens = group.stop - group.start, rows.token_of_row[group]
+            dy = self._gather(grad, tokens)  # (np, D)
+            da = self.product(dy, w_out[e].T)  # (np, F)
+            a, dh, ds = self.activation.gradients(
+                da, self._pad(h[group]), self._pad(rows.scale[group]), self.activation.activation
+            )
             torch.mm(dy.T, a, out=grad_w_out[e])
-            dh = parts.activate_backward(da, h, ctx.activation)  # (n, H)
-            torch.mm(dh.T, x_e, out=grad_w_in[e])
-            dx[rows] = parts.product(dh, w_in[e].T)[: rows.stop - rows.start]
-        return dx, None, grad_w_in.to(ctx.weight_dtype), grad_w_out.to(ctx.weight_dtype), None, None
+            torch.mm(dh.T, self._gather(rows.x, tokens), out=grad_w_in[e])
+            dx[group] = self.product(dh, w_in[e].T)[:n]
+            d_scale[group] = ds[:n]
+        return RowGradients(x=dx, scale=d_scale, w_in=grad_w_in, w_out=grad_w_out)
+
+    def _gather(self, x: Tensor, index: Tensor) -> Tensor:
+        """Return rows of x by index (n,), padded with zeros to the multiple."""
+        padding = -len(index) % self.rows_multiple
+        if padding == 0:
+            return x.index_select(0, index)
+        out = x.new_empty(len(index) + padding, x.shape[1])
+        torch.index_select(x, 0, index, out=out[: len(index)])
+        out[len(index) :] = 0
+        return out
+
+    def _pad(self, x: Tensor) -> Tensor:
+        padding = -len(x) % self.rows_multiple
+        return F.pad(x, (0, 0) * (x.ndim - 1) + (0, padding)) if padding else x
 
 
-def _groups(rows_per_expert: list[int]) -> list[tuple[int, slice]]:
+def _groups(rows: ExpertRows) -> list[tuple[int, slice]]:
     """Return each expert that has rows, with their range."""
-    ends = itertools.accumulate(rows_per_expert)
-    return [(e, slice(end - n, end)) for e, (n, end) in enumerate(zip(rows_per_expert, ends, strict=True)) if n]
-
-
-def _split(x: Tensor, groups: list[tuple[int, slice]], multiple: int) -> list[Tensor]:
-    """Return each group's rows of x (R, D), padded with zeros to the multiple.
-
-    #  rows_per_expert 3 0 2, multiple 4     x   a a a | b b        split   a a a .   b b . .
-    """
-    if multiple == 1:
-        return [x[rows] for _, rows in groups]
-    return [F.pad(x[rows], (0, 0, 0, (rows.start - rows.stop) % multiple)) for _, rows in groups]
+    sizes = rows.rows_per_expert.tolist()  # waits for the device
+    ends = itertools.accumulate(sizes)
+    return [(e, slice(end - n, end)) for e, (n, end) in enumerate(zip(sizes, ends, strict=True)) if n]
 
 
 def _gradient_like(weight: Tensor, groups: list[tuple[int, slice]]) -> Tensor:

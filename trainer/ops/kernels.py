@@ -12,39 +12,74 @@ import torch
 from torch import Tensor
 
 from trainer.config.plugins import PluggableFunction
-from trainer.ops import expert_ffn, fused_ffn
+from trainer.ops import fused_ffn
 from trainer.ops.expert_ffn import Activation
-from trainer.ops.fused_ffn import FusedParts
+from trainer.ops.expert_order import ExpertOrder, order_by_expert
+from trainer.ops.fused_ffn import FusedKernel
+from trainer.ops.grouped_kernel import GroupedKernel, GroupedMM, LoopProducts, PaddedProducts
+from trainer.ops.permute import gather_rows, sum_rows
+from trainer.ops.routed_ffn import FFNKernel, routed_ffn
+from trainer.ops.weighted_activation import weighted_activation
 
 _MANY_ROWS = 512
 """Rows per expert from which its matrix products dominate the runtime."""
+_ALIGNMENT_BYTES = 16
+"""The grouped product reads weight gradients along the rows, in units of this."""
 
 ExpertsKernel = Literal["loop", "padded", "grouped", "fused", "fused_onednn"]
 
-_KERNELS = {"loop": expert_ffn.loop_ffn, "padded": expert_ffn.padded_ffn, "grouped": expert_ffn.grouped_ffn}
+_PRODUCTS = {"loop": LoopProducts, "padded": PaddedProducts, "grouped": GroupedMM}
 
 
 def run_experts(
     kernel: ExpertsKernel,
     x: Tensor,
-    rows_per_expert: Tensor,
+    expert_index: Tensor,
+    weight: Tensor,
     w_in: Tensor,
     w_out: Tensor,
     activation: Activation,
     *,
+    num_rows: int | None = None,
     is_compiled: bool = False,
+    recompute: bool = False,
 ) -> Tensor:
-    """Run the named kernel; arguments and result as in `expert_ffn`.
+    """Return for each token the weighted sum of its experts' outputs (N, D), by the named kernel.
 
-    `is_compiled` compiles the activation of the fused kernels, once for all layers and sizes.
+    Args:
+        kernel: a name, or module:function of a plug-in.
+        x: (N, D).
+        expert_index: (N, k) int64; E or more for none.
+        weight: (N, k) combine weights, at least float32.
+        w_in: (E, H, D).
+        w_out: (E, D, F).
+        activation: between the two products.
+        num_rows: number of (token, expert) pairs; None: it is counted, which waits for the device.
+        is_compiled: compile the activation, once for all layers and sizes.
+        recompute: save only x, and compute the hidden values again in the backward pass.
+
+    Returns:
+        In the wider dtype of x and weight; in x's if k is 1, where nothing is summed.
     """
-    if kernel in ("fused", "fused_onednn"):
-        parts = _fused_parts(kernel == "fused_onednn", is_compiled, x.device.type, x.dtype)
-        return fused_ffn.fused(x, rows_per_expert, w_in, w_out, activation, parts)
-    # After the cast, so that zeros are written in the narrower dtype. The fused kernels write zeros themselves.
-    w_in, w_out = (expert_ffn.without_idle_gradients(w.to(x.dtype), rows_per_expert) for w in (w_in, w_out))
-    run = _KERNELS.get(kernel) or _plugin_kernel(kernel)
-    return run(x, rows_per_expert, w_in, w_out, activation)
+    if kernel not in _PRODUCTS and kernel not in ("fused", "fused_onednn"):
+        order = order_by_expert(expert_index, len(w_in), num_rows=num_rows)
+        return _run_plugin(kernel, x, weight, order, w_in, w_out, activation)
+    multiple = _ALIGNMENT_BYTES // x.element_size() if kernel == "grouped" and x.dtype is torch.bfloat16 else 1
+    order = order_by_expert(expert_index, len(w_in), num_rows=num_rows, multiple=multiple)
+    run = _built(kernel, activation, is_compiled, x.device.type, x.dtype)
+    return routed_ffn(x, weight, order, w_in, w_out, run, recompute=recompute)
+
+
+def _run_plugin(
+    name: str, x: Tensor, weight: Tensor, order: ExpertOrder, w_in: Tensor, w_out: Tensor, activation: Activation
+) -> Tensor:
+    """Run a kernel that is a plug-in, in plain autograd: it computes rows, and saves what it likes."""
+    y = _plugin_kernel(name)(
+        gather_rows(x, order), order.rows_per_expert, w_in.to(x.dtype), w_out.to(x.dtype), activation
+    )
+    scale = order.of_rows(weight)
+    wide = torch.promote_types(x.dtype, weight.dtype) if weight.shape[1] > 1 else x.dtype
+    return sum_rows((y * scale[:, None]).to(x.dtype), order, dtype=wide)
 
 
 @cache
@@ -54,19 +89,15 @@ def _plugin_kernel(name: str) -> Callable[..., Tensor]:
 
 
 @cache
-def _fused_parts(onednn: bool, compiled: bool, device: str, dtype: torch.dtype) -> FusedParts:
-    by_onednn = onednn and device == "cpu" and dtype is torch.float32
-    forward, backward = expert_ffn.activate, fused_ffn.activate_backward
-    if compiled:
-        forward = torch.compile(forward, dynamic=True)
-        backward = torch.compile(fused_ffn.activate_backward_to_compile, dynamic=True)
-    return FusedParts(
-        product=fused_ffn.onednn_product if by_onednn else fused_ffn.product,
-        # torch uses oneDNN for bfloat16 too.
-        rows_multiple=fused_ffn.ROWS_MULTIPLE if device == "cpu" and (by_onednn or dtype is torch.bfloat16) else 1,
-        activate=forward,
-        activate_backward=backward,
-    )
+def _built(kernel: str, activation: Activation, is_compiled: bool, device: str, dtype: torch.dtype) -> FFNKernel:
+    between = weighted_activation(activation, is_compiled=is_compiled)
+    if kernel in _PRODUCTS:
+        return GroupedKernel(between, _PRODUCTS[kernel])
+    by_onednn = kernel == "fused_onednn" and device == "cpu" and dtype is torch.float32
+    # torch uses oneDNN for bfloat16 too.
+    is_padded = device == "cpu" and (by_onednn or dtype is torch.bfloat16)
+    product = fused_ffn.onednn_product if by_onednn else fused_ffn.product
+    return FusedKernel(between, product, fused_ffn.ROWS_MULTIPLE if is_padded else 1)
 
 
 def missing_kernel(kernel: str) -> str | None:

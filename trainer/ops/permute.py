@@ -1,163 +1,63 @@
-"""Move token rows into expert order and back, with hand-written backward passes.
+"""Copies of tokens as rows, and sums of a token's rows, with hand-written backward passes.
 
 Autograd's backward of `x[index]` is a scatter-add, row by row. Here each token's rows are known, so it is a gather too.
 
-# T tokens, k slots per token, A = T * k assignments, R <= A rows, D width.
-# row_of_slot (T, k): the row of assignment (t, slot), or R if it has none (dropped, or padding).
+# N tokens, k slots per token, R rows, D width.
 """
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from trainer.ops.expert_order import ExpertOrder, rows_of_slots, sum_slots
 
 
-def _with_zero_row(rows: Tensor, is_full: bool) -> Tensor:
-    """Append the row of zeros at index R, unless every slot has a row."""
-    return rows if is_full else torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+def gather_rows(x: Tensor, order: ExpertOrder) -> Tensor:
+    """Return the rows (R, D) of tokens x (N, D); those of empty rows are not defined."""
+    return _GatherRows.apply(x, order)
+
+
+def sum_rows(rows: Tensor, order: ExpertOrder, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Return (N, D): the sum of each token's rows (R, D), in slot order, in `dtype` or that of the rows."""
+    return _SumRows.apply(rows, order, dtype)
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token_of_row: Tensor, row_of_slot: Tensor, is_full: bool) -> Tensor:
-        ctx.save_for_backward(row_of_slot)
-        ctx.is_full = is_full
-        return x.index_select(0, token_of_row)  # (R, D)
+    def forward(ctx: Any, x: Tensor, order: ExpertOrder) -> Tensor:
+        _save(ctx, order)
+        return x.index_select(0, order.token_of_row)
 
     @staticmethod
+    @once_differentiable
     # pyrefly: ignore[bad-override]
-    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None, None]:
-        (row_of_slot,) = ctx.saved_tensors
-        grad_rows = _with_zero_row(grad_rows, ctx.is_full)
-        grad_x = grad_rows.index_select(0, row_of_slot[:, 0])  # (T, D)
-        for slot in range(1, row_of_slot.shape[1]):
-            grad_x += grad_rows.index_select(0, row_of_slot[:, slot])
-        return grad_x, None, None, None
+    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None]:
+        (slot_of_row,) = ctx.saved_tensors
+        return sum_slots(grad_rows, rows_of_slots(slot_of_row, ctx.shape), is_full=ctx.is_full), None
 
 
-def _combine(rows: Tensor, weight: Tensor, row_of_slot: Tensor, is_full: bool) -> Tensor:
-    """Return (T, D) in the wider dtype: the weighted sum over slots, accumulated in slot order."""
-    rows = _with_zero_row(rows, is_full)
-    out = rows.index_select(0, row_of_slot[:, 0]) * weight[:, :1]
-    for slot in range(1, row_of_slot.shape[1]):
-        out += rows.index_select(0, row_of_slot[:, slot]) * weight[:, slot : slot + 1]
-    return out
-
-
-def _combine_backward(
-    grad_out: Tensor, rows: Tensor, weight_of_row: Tensor, token_of_row: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of rows (R, D) and of their weights (R,)."""
-    grad_of_row = grad_out.index_select(0, token_of_row)  # (R, D)
-    grad_weight = (grad_of_row * rows).sum(-1).to(weight_of_row.dtype)
-    return (grad_of_row * weight_of_row[:, None]).to(rows.dtype), grad_weight
-
-
-@cache
-def _combine_parts(compiled: bool) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
-    if compiled:  # one pass over the rows instead of one per operation
-        return torch.compile(_combine, dynamic=True), torch.compile(_combine_backward, dynamic=True)
-    return _combine, _combine_backward
-
-
-class _CombineRows(torch.autograd.Function):
+class _SumRows(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        weight: Tensor,
-        token_of_row: Tensor,
-        row_of_slot: Tensor,
-        is_full: bool,
-        is_compiled: bool,
-    ) -> Tensor:
-        ctx.save_for_backward(rows, weight, token_of_row, row_of_slot)
-        combine, ctx.combine_backward = _combine_parts(is_compiled)
-        return combine(rows, weight, row_of_slot, is_full)
+    def forward(ctx: Any, rows: Tensor, order: ExpertOrder, dtype: torch.dtype | None) -> Tensor:
+        _save(ctx, order)
+        ctx.dtype = rows.dtype
+        return sum_slots(rows, order.row_of_slot, is_full=order.is_full, dtype=dtype)
 
     @staticmethod
-    # pyrefly: ignore[bad-override]
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        rows, weight, token_of_row, row_of_slot = ctx.saved_tensors
-        num_slots, num_tokens = row_of_slot.numel(), len(grad_out)
-        # Rows without a slot get the index after the last slot, where the weight is 0.
-        slot_of_row = row_of_slot.new_full((len(rows) + 1,), num_slots)
-        slot_of_row[row_of_slot.reshape(-1)] = torch.arange(num_slots, device=rows.device)
-        slot_of_row = slot_of_row[:-1]  # (R,) index into the flattened (T, k)
-        weight_of_row = torch.cat([weight.reshape(-1), weight.new_zeros(1)])[slot_of_row]
-        token_of_row = token_of_row.clamp(max=num_tokens - 1)
-        grad_rows, grad_of_row = ctx.combine_backward(grad_out, rows, weight_of_row, token_of_row)
-        grad_weight = weight.new_zeros(num_slots + 1)
-        grad_weight[slot_of_row] = grad_of_row
-        grad_weight = grad_weight[:-1].view_as(weight)
-        return grad_rows, grad_weight, None, None, None, None
-
-
-def gather_rows(x: Tensor, token_of_row: Tensor, row_of_slot: Tensor, *, is_full: bool = False) -> Tensor:
-    """Copy tokens into rows in expert order.
-
-    Args:
-        x: (T, D).
-        token_of_row: (R,) int64.
-        row_of_slot: (T, k) int64 in [0, R], the inverse mapping; R for a slot without a row.
-        is_full: every slot has a row, which saves a copy.
-
-    Returns:
-        (R, D) rows.
-    """
-    return _GatherRows.apply(x, token_of_row, row_of_slot, is_full)
-
-
-def combine_rows(
-    rows: Tensor,
-    weight: Tensor,
-    token_of_row: Tensor,
-    row_of_slot: Tensor,
-    *,
-    is_full: bool = False,
-    is_compiled: bool = False,
-) -> Tensor:
-    """Return the weighted sum of each token's rows, in slot order; a slot without a row adds nothing.
-
-    Args:
-        rows: (R, D).
-        weight: (T, k), at least float32; differentiable.
-        token_of_row: (R,) int64; T for an empty row.
-        row_of_slot: (T, k) int64 in [0, R].
-        is_full: every slot has a row, which saves a copy.
-        is_compiled: use the compiled forward and backward.
-
-    Returns:
-        (T, D) in the wider dtype of rows and weight.
-    """
-    return _CombineRows.apply(rows, weight, token_of_row, row_of_slot, is_full, is_compiled)
-
-
-class _Permute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, is_inverse: bool) -> Tensor:
-        ctx.save_for_backward(order)
-        ctx.is_inverse = is_inverse
-        return _move(x, order, is_inverse)
-
-    @staticmethod
+    @once_differentiable
     # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (order,) = ctx.saved_tensors
-        return _move(grad, order, not ctx.is_inverse), None, None
+        (slot_of_row,) = ctx.saved_tensors
+        token_of_row = slot_of_row // ctx.shape[1]
+        if not ctx.has_empty_rows:
+            return grad.to(ctx.dtype).index_select(0, token_of_row), None, None
+        grad = torch.cat([grad.to(ctx.dtype), grad.new_zeros(1, grad.shape[1], dtype=ctx.dtype)])
+        return grad.index_select(0, token_of_row), None, None
 
 
-def _move(x: Tensor, order: Tensor, is_inverse: bool) -> Tensor:
-    return torch.empty_like(x).index_copy_(0, order, x) if is_inverse else x.index_select(0, order)
-
-
-def permute_rows(x: Tensor, order: Tensor) -> Tensor:
-    """Return rows order[0], order[1], ... of x (R, D); order (R,) is a permutation of 0 .. R - 1."""
-    return _Permute.apply(x, order, False)
-
-
-def unpermute_rows(x: Tensor, order: Tensor) -> Tensor:
-    """Undo `permute_rows`: row i of x (R, D) moves to index order[i]."""
-    return _Permute.apply(x, order, True)
+def _save(ctx: Any, order: ExpertOrder) -> None:
+    ctx.save_for_backward(order.slot_of_row)
+    ctx.shape, ctx.is_full = order.row_of_slot.shape, order.is_full
+    ctx.has_empty_rows = order.has_empty_rows

@@ -62,4 +62,4 @@ def compile_glue(model: GPT, device: torch.device) -> None:
         block.compiled_attend = torch.compile(block.attend, dynamic=False)
     model.compiled_norm = torch.compile(model.norm, dynamic=False)
     for moe in model.moe_layers():
-        moe.dispatcher.is_compiled = moe.experts.is_compiled = True
+        moe.experts.is_compiled = True

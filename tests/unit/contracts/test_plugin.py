@@ -17,7 +17,7 @@ from trainer.errors import ConfigError
 from trainer.evaluation.tasks.registry import ChoiceTaskConfig
 from trainer.metrics.config import TrackerOptions
 from trainer.moe.dispatch.registry import AllGatherDispatcherConfig, AllToAllDispatcherConfig, DispatcherOptions
-from trainer.ops.expert_ffn import loop_ffn, padded_ffn
+from trainer.ops.expert_ffn import loop_ffn
 from trainer.optim.registry import AdamWConfig, OptimizerOptions, WarmupCosineConfig, WarmupOptions
 
 HERE = f"{__name__}"
@@ -175,7 +175,7 @@ def test_others_of_this_project_keep_their_contracts(tmp_path: Path) -> None:
         (tokenizer.CHECKS, ByteTokenizerConfig()),
         (optimizer_and_schedule.OPTIMIZER_CHECKS, AdamWConfig()),
         (optimizer_and_schedule.SCHEDULE_CHECKS, WarmupCosineConfig()),
-        (experts_kernel.CHECKS, padded_ffn),
+        (experts_kernel.CHECKS, loop_ffn),
         (task.CHECKS, questions),
         (tracker.CHECKS, QuietTrackerConfig()),
     ]

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.ops import expert_ffn
 from trainer.ops.expert_ffn import Activation
 from trainer.ops.kernels import ExpertsKernel, choose_experts_kernel, run_experts
 
@@ -23,6 +22,15 @@ GROUPS = {
 D_MODEL, D_FF = 16, 24
 
 
+def _run_rows(
+    kernel: ExpertsKernel, x: Tensor, rows: list[int], w_in: Tensor, w_out: Tensor, activation: Activation = "swiglu"
+) -> Tensor:
+    """Run a kernel on rows that are grouped by expert already, each with weight 1."""
+    expert = torch.arange(len(rows)).repeat_interleave(torch.tensor(rows))[:, None]
+    weight = torch.ones(len(x), 1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return run_experts(kernel, x, expert, weight, w_in, w_out, activation)
+
+
 def _run(kernel: ExpertsKernel, rows: list[int], dtype: torch.dtype, activation: Activation) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
     width = 2 * D_FF if activation == "swiglu" else D_FF
@@ -30,7 +38,7 @@ def _run(kernel: ExpertsKernel, rows: list[int], dtype: torch.dtype, activation:
     x = torch.randn(sum(rows), D_MODEL, generator=generator).to(dtype).requires_grad_()
     w_in = torch.randn(len(rows), width, D_MODEL, generator=generator).mul(0.3).to(weights).requires_grad_()
     w_out = torch.randn(len(rows), D_MODEL, D_FF, generator=generator).mul(0.3).to(weights).requires_grad_()
-    y = run_experts(kernel, x, torch.tensor(rows), w_in, w_out, activation)
+    y = _run_rows(kernel, x, rows, w_in, w_out, activation)
     assert y.dtype == dtype and y.shape == x.shape
     gradients = torch.autograd.grad(y.float().square().sum(), (x, w_in, w_out))
     assert [g.dtype for g in gradients] == [dtype, weights, weights]
@@ -84,50 +92,39 @@ def test_an_idle_expert_s_weights_have_no_part_in_anything(
     for weight in weights:
         weight[1, 2, 3] = poison
         weight.requires_grad_()
-    y = run_experts(kernel, x, torch.tensor(rows), *weights, "swiglu")
+    y = _run_rows(kernel, x, rows, *weights)
     assert y.isfinite().all()
     for gradient in torch.autograd.grad(y.square().sum(), weights):
         assert gradient.isfinite().all() and not gradient[1].any()
-
-
-class _GroupedProductOfBlackwell(torch.autograd.Function):
-    """Torch's grouped product as in pytorch#172439: groups without rows get uninitialized memory as gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w, offs)
-        return torch.cat([rows @ w[e] for e, rows in enumerate(x.tensor_split(offs[:-1].tolist()))])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
-        x, w, offs = ctx.saved_tensors
-        groups = [part.tensor_split(offs[:-1].tolist()) for part in (x, grads[0])]
-        grad_w = torch.full_like(w, torch.nan)
-        grad_w[:, 0] = 7.0
-        for e, (rows, grad) in enumerate(zip(*groups, strict=True)):
-            if len(rows):
-                grad_w[e] = rows.T @ grad
-        return torch.cat([grad @ w[e].T for e, grad in enumerate(groups[1])]), grad_w, None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_the_grouped_product_leaves_for_idle_experts_is_overwritten(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, weights = torch.tensor([5, 0, 3, 0]), [w.requires_grad_() for w in _weights(4)]
+    """Torch's grouped product as in pytorch#172439: groups without rows get uninitialized memory."""
+    rows, weights = [5, 0, 3, 0], [w.requires_grad_() for w in _weights(4)]
     x = torch.randn(8, D_MODEL).to(dtype)
+    whole, calls = F.grouped_mm, []
 
-    def gradients(run: Any, *kernel: str) -> tuple[Tensor, ...]:
-        y = run(*kernel, x, rows, *weights, "swiglu")
-        return torch.autograd.grad(y.float().square().sum(), weights)
+    def blackwell(a: Tensor, b: Tensor, *, offs: Tensor) -> Tensor:
+        out = whole(a, b, offs=offs)
+        if b.ndim == 2:  # a product over rows
+            calls.append(len(out))
+            out[offs.diff(prepend=offs.new_zeros(1)) == 0] = torch.nan
+        return out
 
-    sound = gradients(run_experts, "grouped")
-    monkeypatch.setattr(F, "grouped_mm", lambda x, w, offs: _GroupedProductOfBlackwell.apply(x, w, offs))
-    for gradient in gradients(expert_ffn.grouped_ffn):
-        assert not gradient[1].isfinite().all() and not gradient[3].isfinite().all(), "the emulation has the fault"
-    for mine, expected in zip(gradients(run_experts, "grouped"), sound, strict=True):
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(
+            _run_rows("grouped", x, rows, weights[0], weights[1]).float().square().sum(), weights
+        )
+
+    sound = gradients()
+    monkeypatch.setattr(F, "grouped_mm", blackwell)
+    for mine, expected in zip(gradients(), sound, strict=True):
         assert not mine[1].any() and not mine[3].any()
-        torch.testing.assert_close(mine, expected, rtol=0.05 if dtype is torch.bfloat16 else 1e-4, atol=1e-3)
+        torch.testing.assert_close(mine, expected, rtol=0, atol=0)
+    assert calls == [4, 4], "the emulation was used"
 
 
 class _NoNaN(TorchDispatchMode):
@@ -143,7 +140,7 @@ class _NoNaN(TorchDispatchMode):
 def test_without_a_row_infinite_weights_make_no_nan(kernel: ExpertsKernel) -> None:
     w_in, w_out = (torch.full_like(w, torch.inf).requires_grad_() for w in _weights(3))
     with _NoNaN():
-        y = run_experts(kernel, torch.empty(0, D_MODEL), torch.zeros(3, dtype=torch.int64), w_in, w_out, "swiglu")
+        y = _run_rows(kernel, torch.empty(0, D_MODEL), [0, 0, 0], w_in, w_out)
     gradients = torch.autograd.grad(y.sum(), (w_in, w_out))
     assert y.shape == (0, D_MODEL) and not any(gradient.any() for gradient in gradients)
 

@@ -1,17 +1,19 @@
 """All-gather dispatcher: every rank gets every token. Reference for the dispatchers that send only what is needed."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from trainer.distributed.collectives import AllToAll
 from trainer.moe.dispatch.all_to_all import AllToAllDispatcher, Bounds
-from trainer.moe.dispatch.base import Combined, Dispatched, RunExperts
-from trainer.moe.dispatch.order import ExchangePlan, ExpertOrder, group_by_expert, plan_exchange
+from trainer.moe.dispatch.base import Dispatched, RunExperts
+from trainer.moe.dispatch.exchange_plan import ExchangePlan, plan_exchange
+from trainer.moe.dispatch.token_slots import TokenSlots
 from trainer.moe.routing import RoutingDecision
-from trainer.ops.permute import permute_rows, unpermute_rows
+from trainer.ops.expert_order import ExpertOrder
+from trainer.ops.permute import sum_rows
 
 # T tokens, R rows here, E experts, G ranks of the expert-parallel group, D d_model.
 
@@ -22,12 +24,14 @@ class _Gathered:
 
     order: ExpertOrder
     """Order of this rank's rows."""
-    counts: Tensor
+    table: Tensor
     """(G, E) rows of each rank for each expert."""
+    counts: list[list[int]]
+    """The same on the host."""
     tokens: Tensor
     """(all T, D)."""
-    token_of_row: Sequence[Tensor]
-    """For each rank, the index in `tokens` of each of its rows, in expert order."""
+    rows: Sequence[tuple[Tensor, Tensor]]
+    """For each rank, the index in `tokens` of each of its rows (R, 1), and their combine weights, in expert order."""
 
 
 class AllGatherDispatcher(AllToAllDispatcher):
@@ -36,16 +40,16 @@ class AllGatherDispatcher(AllToAllDispatcher):
     def dispatch(self, x: Tensor, decision: RoutingDecision) -> Dispatched:
         """Gather all ranks' tokens and select the rows of the local experts."""
         gathered = self._gather(x, decision)
-        arrived, plan = self._pick(gathered, self.bounds)
-        return Dispatched(x=arrived, rows_per_expert=plan.rows_per_expert, handle=(gathered.order, plan))
+        plan, sent = self._pick(gathered, self.bounds)
+        return replace(sent, handle=(gathered.order, plan))
 
-    def combine(self, y: Tensor, dispatched: Dispatched) -> Combined:
+    def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
         """Gather all experts' rows, select those of this rank's tokens and sum them."""
         order, plan = dispatched.handle
         rows = self._mine(self._start_back(y, plan).wait().to(y.dtype), plan)
-        return Combined.of(rows, order, is_compiled=self.is_compiled)
+        return sum_rows(rows, order, dtype=torch.promote_types(y.dtype, dispatched.weight.dtype))
 
-    def forward(self, x: Tensor, decision: RoutingDecision, experts: RunExperts) -> Combined:
+    def forward(self, x: Tensor, decision: RoutingDecision, experts: RunExperts) -> Tensor:
         """Dispatch, compute and combine chunk by chunk; outputs of one chunk are sent while another is computed."""
         if len(self.chunks.bounds) == 1:
             return super().forward(x, decision, experts)
@@ -55,40 +59,46 @@ class AllGatherDispatcher(AllToAllDispatcher):
         back = []
         for bounds, part in zip(self.chunks.bounds, self.chunks.of_rank[self.group.index], strict=True):
             with within("dispatch"):
-                arrived, plan = self._pick(gathered, bounds)
+                plan, here = self._pick(gathered, bounds)
             with within("experts"):
-                y = experts(arrived, plan.rows_per_expert, part)
+                y = experts(here.x, here.expert_index, here.weight, num_rows=here.num_rows, part=part)
             with within("combine"):
                 back.append((self._start_back(y, plan), plan))
         with within("combine"):
             rows = torch.cat([self._mine(exchange.wait().to(x.dtype), plan) for exchange, plan in back])
-            return Combined.of(rows, gathered.order, is_compiled=self.is_compiled)
+            return sum_rows(rows, gathered.order, dtype=torch.promote_types(x.dtype, decision.combine_weight.dtype))
 
     def _gather(self, x: Tensor, decision: RoutingDecision) -> _Gathered:
-        order = group_by_expert(decision)
-        counts = self.group.all_gather(order.rows_per_expert)
-        self.check(counts, order)
-        rows_of = counts.sum(1).tolist()
-        tokens_of = self.group.all_gather(torch.tensor([len(x)], device=x.device)).flatten().tolist()
-        tokens = self._start_to_all(x, tokens_of).wait().to(x.dtype)
-        numbers = self._start_to_all(order.token_of_row[:, None], rows_of).wait().flatten().split(rows_of)
-        firsts = [sum(tokens_of[:rank]) for rank in range(self.group.size)]
-        token_of_row = [number + first for number, first in zip(numbers, firsts, strict=True)]
-        return _Gathered(order, counts, tokens, token_of_row)
+        slots = TokenSlots.of(decision)
+        order = slots.order()
+        num_tokens = order.rows_per_expert.new_full((1,), len(x))
+        table, counts = self.gather_counts(torch.cat([order.rows_per_expert, num_tokens]))  # (G, E + 1)
+        tokens_of, rows_of = [row[-1] for row in counts], [sum(row[:-1]) for row in counts]
+        tokens = self._to_all(self.start, x, tokens_of).to(x.dtype)
+        first = sum(tokens_of[: self.group.index])
+        token_of_row = self._to_all(self.depart, order.token_of_row[:, None] + first, rows_of).split(rows_of)
+        weight = self._to_all(self.depart, order.of_rows(slots.weight)[:, None], rows_of).split(rows_of)
+        return _Gathered(
+            order=order, table=table, counts=counts, tokens=tokens, rows=list(zip(token_of_row, weight, strict=True))
+        )
 
-    def _pick(self, gathered: _Gathered, bounds: Bounds) -> tuple[Tensor, ExchangePlan]:
-        """Return the rows of the experts within this rank's bounds, in expert order."""
-        counts = gathered.counts
-        plan = plan_exchange(counts, bounds, self.group.index)
+    def _pick(self, gathered: _Gathered, bounds: Bounds) -> tuple[ExchangePlan, Dispatched]:
+        """Return the rows of the experts within this rank's bounds."""
+        plan = plan_exchange(gathered.table, gathered.counts, bounds, self.group.index)
         first, end = bounds[self.group.index]
-        before, until = counts[:, :first].sum(1).tolist(), counts[:, :end].sum(1).tolist()
-        by_rank = zip(gathered.token_of_row, before, until, strict=True)
-        picked = torch.cat([tokens[b:u] for tokens, b, u in by_rank])
-        return permute_rows(gathered.tokens.index_select(0, picked), plan.order), plan
+        picked, weight = [], []
+        for (token_of_row, weight_of_row), counts in zip(gathered.rows, gathered.counts, strict=True):
+            mine = slice(sum(counts[:first]), sum(counts[:end]))
+            picked.append(token_of_row[mine, 0])
+            weight.append(weight_of_row[mine])
+        x = gathered.tokens.index_select(0, torch.cat(picked))
+        return plan, Dispatched(
+            x=x, expert_index=plan.expert_index, weight=torch.cat(weight), num_rows=len(x), handle=None
+        )
 
     def _start_back(self, y: Tensor, plan: ExchangePlan) -> AllToAll:
         """Start sending this rank's rows to all ranks; they arrive ordered by rank, then by the rank of their token."""
-        return self._start_to_all(unpermute_rows(y, plan.order), self._rows_at(plan))
+        return self._start_to_all(self.start, y, self._rows_at(plan))
 
     def _mine(self, rows: Tensor, plan: ExchangePlan) -> Tensor:
         """Return the rows of this rank's tokens, given those of all ranks."""
@@ -100,8 +110,10 @@ class AllGatherDispatcher(AllToAllDispatcher):
     def _rows_at(self, plan: ExchangePlan) -> list[int]:
         return [sum(row[rank] for row in plan.sizes) for rank in range(self.group.size)]
 
-    def _start_to_all(self, x: Tensor, rows: Sequence[int]) -> AllToAll:
+    def _to_all(self, start: Callable[..., AllToAll], x: Tensor, rows: Sequence[int]) -> Tensor:
+        return self._start_to_all(start, x, rows).wait()
+
+    def _start_to_all(self, start: Callable[..., AllToAll], x: Tensor, rows: Sequence[int]) -> AllToAll:
         """Start the concatenation of all ranks' x; its gradient is the sum over ranks, in rank order."""
         copies = x.repeat(self.group.size, *(1 for _ in x.shape[1:]))
-        sizes = [[n] * self.group.size for n in rows]
-        return self.start(copies, sizes) if x.is_floating_point() else self.depart(copies, sizes)
+        return start(copies, [[n] * self.group.size for n in rows])

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from trainer.distributed.collectives import AllToAll
 from trainer.distributed.mesh import Mesh
 from trainer.moe.dispatch.all_to_all import AllToAllDispatcher, Wire
-from trainer.ops.permute import permute_rows
 
 # G ranks of the expert-parallel group, on N nodes of L ranks; rank = node * L + local_rank.
 
@@ -33,26 +33,25 @@ class HierarchicalDispatcher(AllToAllDispatcher):
         """Run the hop inside the node, and start the slow one between nodes."""
         per_node, nodes = self.inside.size, self.between.size
         node, local_rank = self.between.index, self.inside.index
-        table = torch.tensor(sizes).view(nodes, per_node, nodes, per_node)  # [node, local rank of sender][of receiver]
+        table = np.array(sizes).reshape(nodes, per_node, nodes, per_node)  # [node, local rank of sender][of receiver]
         device = rows.device
         # By receiving local rank, then node: rows for one neighbour are contiguous.
         mine = table[node, local_rank].reshape(-1)  # (G,)
-        rows = permute_rows(rows, _reorder(mine, torch.arange(nodes * per_node).view(nodes, per_node).T, device))
+        rows = rows.index_select(0, _reorder(mine, np.arange(nodes * per_node).reshape(nodes, per_node).T, device))
         to_inside = table[node, local_rank].sum(0).tolist()
         from_inside = table[node, :, :, local_rank].sum(1).tolist()
         rows = self.inside.all_to_all(rows, to_inside, from_inside)
         # Now ordered by (sender's local rank, receiver's node); sent by (receiver's node, sender's local rank).
         held = table[node, :, :, local_rank]  # (L, N)
-        by_node = torch.arange(per_node * nodes).view(per_node, nodes).T
-        rows = permute_rows(rows, _reorder(held.reshape(-1), by_node, device))
+        by_node = np.arange(per_node * nodes).reshape(per_node, nodes).T
+        rows = rows.index_select(0, _reorder(held.reshape(-1), by_node, device))
         to_node = held.sum(0).tolist()
         from_node = table[:, :, node, local_rank].sum(1).tolist()
         return self.between.start_all_to_all(rows, to_node, from_node)
 
 
-def _reorder(lengths: Tensor, order: Tensor, device: torch.device) -> Tensor:
+def _reorder(lengths: np.ndarray, order: np.ndarray, device: torch.device) -> Tensor:
     """Return the row indices that put blocks of these lengths (n,) into a new order: n block indices, of any shape."""
-    starts = (lengths.cumsum(0) - lengths).tolist()
-    sizes = lengths.tolist()
-    blocks = [torch.arange(starts[b], starts[b] + sizes[b]) for b in order.reshape(-1).tolist()]
-    return torch.cat(blocks).to(device)
+    starts = lengths.cumsum() - lengths
+    blocks = [np.arange(starts[b], starts[b] + lengths[b]) for b in order.reshape(-1)]
+    return torch.from_numpy(np.concatenate(blocks)).to(device, non_blocking=True)

@@ -1,20 +1,22 @@
-"""Dispatcher for a single rank, where rows are only reordered."""
+"""Dispatcher for a single rank, where nothing is sent."""
 
 from torch import Tensor
 
-from trainer.moe.dispatch.base import Combined, Dispatched, Dispatcher
-from trainer.moe.dispatch.order import group_by_expert
+from trainer.moe.dispatch.base import Dispatched, Dispatcher
+from trainer.moe.dispatch.token_slots import TokenSlots
 from trainer.moe.routing import RoutingDecision
 
 
 class LocalDispatcher(Dispatcher):
-    """Groups rows by expert; all experts are local, so nothing is sent."""
+    """All experts are local: they get the tokens as they are."""
 
     def dispatch(self, x: Tensor, decision: RoutingDecision) -> Dispatched:
-        """Copy the row of each kept assignment into expert order."""
-        order = group_by_expert(decision)
-        return Dispatched(x=order.gather(x), rows_per_expert=order.rows_per_expert, handle=order)
+        """Return the tokens."""
+        slots = TokenSlots.of(decision)
+        return Dispatched(
+            x=x, expert_index=slots.expert_index, weight=slots.weight, num_rows=slots.num_rows, handle=None
+        )
 
-    def combine(self, y: Tensor, dispatched: Dispatched) -> Combined:
-        """Sum the rows of each token."""
-        return Combined.of(y, dispatched.handle, is_compiled=self.is_compiled)
+    def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
+        """Return the sums."""
+        return y

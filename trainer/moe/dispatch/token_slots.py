@@ -1,0 +1,78 @@
+"""The experts of each token as a table, and rows padded to a capacity.
+
+# T tokens, k slots per token, A assignments, R rows, E experts, C capacity.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainer.moe.routing import RoutingDecision
+from trainer.ops.expert_order import ExpertOrder, order_by_expert
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSlots:
+    """Experts of each token, best first."""
+
+    expert_index: Tensor
+    """(T, k) int64; E for a slot that is dispatched nowhere."""
+    weight: Tensor
+    """(T, k) combine weights."""
+    num_experts: int
+    num_rows: int | None
+    """Number of slots with an expert; None if only the device knows it."""
+
+    @classmethod
+    def of(cls, decision: RoutingDecision) -> "TokenSlots":
+        """Arrange the assignments of a decision; tokens that have fewer than the most get empty slots."""
+        is_dispatched = decision.kept & (decision.expert_index < decision.num_experts)
+        expert = torch.where(is_dispatched, decision.expert_index, decision.num_experts)  # (A,)
+        weight, num_experts = decision.combine_weight, decision.num_experts
+        if decision.top_k is not None:
+            shape = (decision.num_tokens, decision.top_k)
+            expert, weight = expert.view(shape), weight.view(shape)
+        else:
+            slots = assignment_of_slot(decision)  # (T, k)
+            expert = torch.cat([expert, expert.new_full((1,), num_experts)])[slots]
+            weight = torch.cat([weight, weight.new_zeros(1)])[slots]
+        return cls(expert_index=expert, weight=weight, num_experts=num_experts, num_rows=decision.num_rows)
+
+    def order(self) -> ExpertOrder:
+        """Return the rows, ordered by expert."""
+        return order_by_expert(self.expert_index, self.num_experts, num_rows=self.num_rows)
+
+    def pad_to_capacity(self, capacity: int) -> ExpertOrder:
+        """Return rows that are padded to exactly `capacity` for every expert; no shape depends on the decision.
+
+        #  capacity 2   t0e0 . | t0e1 t1e1 | t1e2 .
+        """
+        num_rows, num_slots = self.num_experts * capacity, self.expert_index.numel()
+        key = self.expert_index.reshape(-1)
+        by_expert = key.argsort(stable=True)  # slots
+        counts = key.new_zeros(self.num_experts + 1).scatter_add_(0, key, torch.ones_like(key))
+        start, expert = counts.cumsum(0) - counts, key[by_expert]
+        index = torch.arange(num_slots, device=key.device) - start[expert]  # within the expert
+        row = torch.where(expert < self.num_experts, expert * capacity + index, num_rows)
+        slot_of_row = key.new_full((num_rows + 1,), num_slots).index_copy_(0, row, by_expert)
+        return ExpertOrder(
+            slot_of_row=slot_of_row[:-1],
+            row_of_slot=torch.empty_like(row).index_copy_(0, by_expert, row).view_as(self.expert_index),
+            rows_per_expert=torch.full_like(counts[:-1], capacity),
+            is_full=False,
+            has_empty_rows=True,
+        )
+
+
+def assignment_of_slot(decision: RoutingDecision) -> Tensor:
+    """Return (T, k): the assignment in each slot of a token, A for none; k is the most that a token has."""
+    token, num_assignments = decision.token_index, decision.token_index.numel()
+    if decision.top_k is not None:
+        return torch.arange(num_assignments, device=token.device).view(decision.num_tokens, decision.top_k)
+    per_token = token.new_zeros(decision.num_tokens).scatter_add_(0, token, torch.ones_like(token))
+    start = per_token.cumsum(0) - per_token
+    number = torch.arange(num_assignments, device=token.device)
+    slot = number - start[token]  # assignments are token-major: the distance from the token's first
+    width = max(1, int(per_token.max())) if decision.num_tokens else 1  # waits for the device
+    return token.new_full((decision.num_tokens, width), num_assignments).index_put_((token, slot), number)

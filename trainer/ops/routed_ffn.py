@@ -1,0 +1,154 @@
+"""The experts' feed-forward of tokens as one autograd node that saves its input X and the hidden values H only.
+
+    y_t = sum_e s_te * W_out_e act(W_in_e x_t) = sum_e W_out_e (s_te * act(h_te))
+
+The combine weight s is applied before the second product, which without biases is the same. So no expert's output is
+needed backward: with dA' = W_out^T dy, the gradient of the weight is ds = <dA', act(h)>, and that of h is
+act'(h) * s * dA'. Rows of X are gathered and the activation is computed again, and weights are rounded again.
+
+Source: SonicMoE (arXiv 2512.14080), for the gradient of s and for what is saved.
+
+# N tokens, k slots per token, R rows, E experts, D d_model, F d_ff, H width before the activation (2 F for swiglu).
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from trainer.ops.expert_order import ExpertOrder, rows_of_slots, sum_slots
+from trainer.ops.weighted_activation import WeightedActivation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertRows:
+    """Rows of an experts' computation, in expert order."""
+
+    x: Tensor
+    """(N, D) tokens."""
+    token_of_row: Tensor
+    """(R,)."""
+    scale: Tensor
+    """(R,) combine weights, 0 for empty rows."""
+    rows_per_expert: Tensor
+    """(E,)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowGradients:
+    """Gradients of an experts' computation."""
+
+    x: Tensor
+    """(R, D)."""
+    scale: Tensor
+    """(R,)."""
+    w_in: Tensor
+    """(E, H, D), in the dtype of the weights; zeros for experts without rows."""
+    w_out: Tensor
+    """(E, D, F)."""
+
+
+class FFNKernel(ABC):
+    """Computes the rows of all experts, forward and backward; all kernels are equal up to rounding."""
+
+    def __init__(self, activation: WeightedActivation) -> None:
+        self.activation = activation
+
+    @abstractmethod
+    def forward(self, rows: ExpertRows, w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weighted outputs (R, D) and the hidden values (R, H), from w_in (E, H, D) and w_out (E, D, F)."""
+
+    @abstractmethod
+    def hidden(self, rows: ExpertRows, w_in: Tensor) -> Tensor:
+        """Return the hidden values (R, H) again."""
+
+    @abstractmethod
+    def backward(self, grad: Tensor, rows: ExpertRows, h: Tensor, w_in: Tensor, w_out: Tensor) -> RowGradients:
+        """Return the gradients, given that of the tokens' sums (N, D) and the hidden values (R, H)."""
+
+
+def routed_ffn(
+    x: Tensor,
+    weight: Tensor,
+    order: ExpertOrder,
+    w_in: Tensor,
+    w_out: Tensor,
+    kernel: FFNKernel,
+    *,
+    recompute: bool = False,
+) -> Tensor:
+    """Return for each token the weighted sum of its experts' outputs, in slot order.
+
+    Args:
+        x: (N, D).
+        weight: (N, k) combine weights, at least float32; ignored in slots without a row.
+        order: of the rows.
+        w_in: (E, H, D), in the dtype of x or wider.
+        w_out: (E, D, F).
+        kernel: computes the rows.
+        recompute: compute the hidden values again in the backward pass instead of saving them.
+
+    Returns:
+        (N, D) in the wider dtype of x and weight; in x's if k is 1, where nothing is summed.
+    """
+    return _RoutedFFN.apply(x, weight, order, w_in, w_out, kernel, recompute)
+
+
+class _RoutedFFN(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        order: ExpertOrder,
+        w_in: Tensor,
+        w_out: Tensor,
+        kernel: FFNKernel,
+        recompute: bool,
+    ) -> Tensor:
+        shape = order.row_of_slot.shape
+        if len(order.slot_of_row) == 0:  # kernels refuse empty operands
+            h = x.new_empty(0, w_in.shape[1])
+            y = torch.zeros_like(x)
+        else:
+            rows = _rows(x, weight, order.slot_of_row, order.rows_per_expert)
+            y, h = kernel.forward(rows, w_in.to(x.dtype), w_out.to(x.dtype))
+            y = sum_slots(y, order.row_of_slot, is_full=order.is_full, dtype=_dtype_of_sum(x, weight))
+        ctx.save_for_backward(
+            x, weight, order.slot_of_row, order.rows_per_expert, w_in, w_out, None if recompute else h
+        )
+        ctx.shape, ctx.is_full, ctx.kernel = shape, order.is_full, kernel
+        return y.to(_dtype_of_sum(x, weight))
+
+    @staticmethod
+    @once_differentiable
+    # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, slot_of_row, rows_per_expert, w_in, w_out, h = ctx.saved_tensors
+        if len(slot_of_row) == 0:
+            zeros = (torch.zeros_like(tensor) for tensor in (x, weight, w_in, w_out))
+            dx, dweight, dw_in, dw_out = zeros
+            return dx, dweight, None, dw_in, dw_out, None, None
+        rows = _rows(x, weight, slot_of_row, rows_per_expert)
+        narrow_in, narrow_out = w_in.to(x.dtype), w_out.to(x.dtype)
+        if h is None:
+            h = ctx.kernel.hidden(rows, narrow_in)
+        grads = ctx.kernel.backward(grad.to(x.dtype).contiguous(), rows, h, narrow_in, narrow_out)
+        dx = sum_slots(grads.x, rows_of_slots(slot_of_row, ctx.shape), is_full=ctx.is_full)
+        dweight = weight.new_zeros(ctx.shape.numel() + 1)
+        dweight.index_copy_(0, slot_of_row, grads.scale.to(weight.dtype))
+        dweight = dweight[:-1].view(ctx.shape)
+        return dx, dweight, None, grads.w_in.to(w_in.dtype), grads.w_out.to(w_out.dtype), None, None
+
+
+def _rows(x: Tensor, weight: Tensor, slot_of_row: Tensor, rows_per_expert: Tensor) -> ExpertRows:
+    scale = torch.cat([weight.reshape(-1), weight.new_zeros(1)]).index_select(0, slot_of_row)
+    token_of_row = (slot_of_row // weight.shape[1]).clamp_(max=len(x) - 1)
+    return ExpertRows(x=x, token_of_row=token_of_row, scale=scale, rows_per_expert=rows_per_expert)
+
+
+def _dtype_of_sum(x: Tensor, weight: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, weight.dtype) if weight.shape[1] > 1 else x.dtype
