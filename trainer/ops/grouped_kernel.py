@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.ops.routed_ffn import FFNKernel, ExpertRows, RowGradients
+from trainer.ops.routed_ffn import ExpertRows, FFNKernel, RowGradients
 from trainer.ops.weighted_activation import WeightedActivation
 
 
