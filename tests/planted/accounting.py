@@ -147,7 +147,7 @@ FAULTS = [
         "decision.kept",
         STATS,
     ),
-    _fault("z is not squared", _STATS, "logits.logsumexp(-1).square()", "logits.logsumexp(-1)", STATS, ORACLE),
+    _fault("z is not squared", _STATS, "else log_norm.square()", "else log_norm", STATS, ORACLE),
     _fault(
         "a token whose experts are all full passes its input on",
         _LAYER,

@@ -15,10 +15,11 @@ from trainer.data.batches.batch import Batch
 from trainer.models.block import Block, RMSNorm
 from trainer.models.config import ModelConfig
 from trainer.models.kv_cache import Extension, KVCache
-from trainer.moe.layer import MoE, compute_dtype
+from trainer.moe.layer import MoE
 from trainer.moe.routing import RoutingContext, RoutingOptions
 from trainer.moe.stats import MoEStats
 from trainer.ops.attention import document_mask
+from trainer.ops.compute_dtype import compute_dtype
 from trainer.ops.cross_entropy import HeadChunks, chunked_cross_entropy, chunked_log_probs
 from trainer.ops.kernels import ExpertsKernel
 from trainer.ops.noise import token_keys

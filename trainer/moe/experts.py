@@ -55,7 +55,8 @@ class Experts(nn.Module):
             part: first and last + 1 of the local experts to apply; None: all.
 
         Returns:
-            (N, D) in the wider dtype of x and weight; in x's if k is 1, where nothing is summed.
+            (N, D) in the wider dtype of the products and of weight; in that of the products if k is 1, where nothing is
+            summed.
         """
         w_in, w_out = self.w_in, self.w_out
         if part is not None:

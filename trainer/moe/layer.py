@@ -1,6 +1,5 @@
 """The MoE layer: route, limit to capacity, dispatch, apply the experts, combine."""
 
-import torch
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError
@@ -58,7 +57,7 @@ class MoE(nn.Module):
                 f"{type(routed).__qualname__}, not a {RouterOutput.__module__}.RouterOutput"
             )
         decision = limit_to_capacity(routed.decision, self.capacity, context, salt=self.layer)
-        out, expert_similarity = self._apply_experts(tokens.to(compute_dtype(tokens)), decision)
+        out, expert_similarity = self._apply_experts(tokens, decision)
         out = out.view(x.shape)
         if self.shared is not None:
             out = out + self.shared(x) * context.valid.view(*x.shape[:2], 1)
@@ -72,9 +71,3 @@ class MoE(nn.Module):
             return self.dispatcher.forward(tokens, decision, self.experts), None
         outputs = ExpertOutputs.of(self.dispatcher, tokens, decision, self.experts)
         return outputs.sums(), outputs.similarity()
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of matrix products of x: autocast's if enabled, else that of x."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

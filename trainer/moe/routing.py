@@ -165,6 +165,8 @@ class RouterOutput:
     scores: Tensor | None = None
     """(T, E + n) non-negative affinity of token and expert (or null expert) before any selection bias, without
     gradient; the optimality of routing is measured by it. None: `probs` is used."""
+    log_norm: Tensor | None = None
+    """(T,) logsumexp of the logits, if the router has it; None: it is computed where the z-loss needs it."""
     loss: Tensor | None = None
     """(T,) the router's own loss, including its coefficient; None: it has none."""
 

@@ -77,13 +77,15 @@ def collect_stats(
         values = values.view(*tokens.shape, *values.shape[1:])  # (B, S, ...)
         return (values * tokens.view(*tokens.shape, *(1 for _ in values.shape[2:]))).sum(1)
 
-    probs, logits = routed.probs, routed.logits
+    probs, log_norm = routed.probs, routed.log_norm
+    if log_norm is None and routed.logits is not None:
+        log_norm = routed.logits.logsumexp(-1)
     has_nulls = probs is not None and probs.shape[-1] > decision.num_experts
     return MoEStats(
         counts=counts[:, : decision.num_experts],
         first_choice_counts=first_choices[:, : decision.num_experts],
         prob_sum=per_row(probs),
-        z_sum=per_row(None if logits is None else logits.logsumexp(-1).square()),
+        z_sum=per_row(None if log_norm is None else log_norm.square()),
         dropped=_count_dropped(decision, counted, limited, context),
         tokens=tokens.sum(1),
         entropy_sum=per_row(None if probs is None else torch.special.entr(probs.detach()).sum(-1)),

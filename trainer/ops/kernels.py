@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trainer.config.plugins import PluggableFunction
 from trainer.ops import fused_ffn
+from trainer.ops.compute_dtype import compute_dtype
 from trainer.ops.expert_ffn import Activation
 from trainer.ops.expert_order import ExpertOrder, order_by_expert
 from trainer.ops.fused_ffn import FusedKernel
@@ -59,15 +60,16 @@ def run_experts(
         recompute: save only x, and compute the hidden values again in the backward pass.
 
     Returns:
-        In the wider dtype of x and weight; in x's if k is 1, where nothing is summed.
+        In the wider dtype of the products and of weight; in that of the products if k is 1, where nothing is summed.
     """
     if kernel not in _PRODUCTS and kernel not in ("fused", "fused_onednn"):
         order = order_by_expert(expert_index, len(w_in), num_rows=num_rows)
-        return _run_plugin(kernel, x, weight, order, w_in, w_out, activation)
-    multiple = _ALIGNMENT_BYTES // x.element_size() if kernel == "grouped" and x.dtype is torch.bfloat16 else 1
+        return _run_plugin(kernel, x.to(compute_dtype(x)), weight, order, w_in, w_out, activation)
+    dtype = compute_dtype(x)
+    multiple = _ALIGNMENT_BYTES // dtype.itemsize if kernel == "grouped" and dtype is torch.bfloat16 else 1
     order = order_by_expert(expert_index, len(w_in), num_rows=num_rows, multiple=multiple)
-    run = _built(kernel, activation, is_compiled, x.device.type, x.dtype)
-    return routed_ffn(x, weight, order, w_in, w_out, run, recompute=recompute)
+    run = _built(kernel, activation, is_compiled, x.device.type, dtype)
+    return routed_ffn(x, weight, order, w_in, w_out, run, dtype=dtype, recompute=recompute)
 
 
 def _run_plugin(

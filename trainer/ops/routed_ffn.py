@@ -78,23 +78,26 @@ def routed_ffn(
     w_out: Tensor,
     kernel: FFNKernel,
     *,
+    dtype: torch.dtype,
     recompute: bool = False,
 ) -> Tensor:
     """Return for each token the weighted sum of its experts' outputs, in slot order.
 
     Args:
-        x: (N, D).
+        x: (N, D); rounded to `dtype` and, so that no rounded copy is kept, again in the backward pass.
         weight: (N, k) combine weights, at least float32; ignored in slots without a row.
         order: of the rows.
-        w_in: (E, H, D), in the dtype of x or wider.
+        w_in: (E, H, D).
         w_out: (E, D, F).
         kernel: computes the rows.
+        dtype: of the products.
         recompute: compute the hidden values again in the backward pass instead of saving them.
 
     Returns:
-        (N, D) in the wider dtype of x and weight; in x's if k is 1, where nothing is summed.
+        (N, D) in the wider dtype of the products and of weight; in that of the products if k is 1, where nothing is
+        summed.
     """
-    return _RoutedFFN.apply(x, weight, order, w_in, w_out, kernel, recompute)
+    return _RoutedFFN.apply(x, weight, order, w_in, w_out, kernel, dtype, recompute)
 
 
 class _RoutedFFN(torch.autograd.Function):
@@ -107,21 +110,21 @@ class _RoutedFFN(torch.autograd.Function):
         w_in: Tensor,
         w_out: Tensor,
         kernel: FFNKernel,
+        dtype: torch.dtype,
         recompute: bool,
     ) -> Tensor:
-        shape = order.row_of_slot.shape
+        dtype_of_sum = torch.promote_types(dtype, weight.dtype) if weight.shape[1] > 1 else dtype
         if len(order.slot_of_row) == 0:  # kernels refuse empty operands
-            h = x.new_empty(0, w_in.shape[1])
-            y = torch.zeros_like(x)
+            h, y = x.new_empty(0, w_in.shape[1], dtype=dtype), torch.zeros_like(x, dtype=dtype_of_sum)
         else:
-            rows = _rows(x, weight, order.slot_of_row, order.rows_per_expert)
-            y, h = kernel.forward(rows, w_in.to(x.dtype), w_out.to(x.dtype))
-            y = sum_slots(y, order.row_of_slot, is_full=order.is_full, dtype=_dtype_of_sum(x, weight))
+            rows = _rows(x.to(dtype), weight, order.slot_of_row, order.rows_per_expert)
+            y, h = kernel.forward(rows, w_in.to(dtype), w_out.to(dtype))
+            y = sum_slots(y, order.row_of_slot, is_full=order.is_full, dtype=dtype_of_sum)
         ctx.save_for_backward(
             x, weight, order.slot_of_row, order.rows_per_expert, w_in, w_out, None if recompute else h
         )
-        ctx.shape, ctx.is_full, ctx.kernel = shape, order.is_full, kernel
-        return y.to(_dtype_of_sum(x, weight))
+        ctx.shape, ctx.is_full, ctx.kernel, ctx.dtype = order.row_of_slot.shape, order.is_full, kernel, dtype
+        return y
 
     @staticmethod
     @once_differentiable
@@ -131,24 +134,21 @@ class _RoutedFFN(torch.autograd.Function):
         if len(slot_of_row) == 0:
             zeros = (torch.zeros_like(tensor) for tensor in (x, weight, w_in, w_out))
             dx, dweight, dw_in, dw_out = zeros
-            return dx, dweight, None, dw_in, dw_out, None, None
-        rows = _rows(x, weight, slot_of_row, rows_per_expert)
-        narrow_in, narrow_out = w_in.to(x.dtype), w_out.to(x.dtype)
+            return dx, dweight, None, dw_in, dw_out, None, None, None
+        rows = _rows(x.to(ctx.dtype), weight, slot_of_row, rows_per_expert)
+        narrow_in, narrow_out = w_in.to(ctx.dtype), w_out.to(ctx.dtype)
         if h is None:
             h = ctx.kernel.hidden(rows, narrow_in)
-        grads = ctx.kernel.backward(grad.to(x.dtype).contiguous(), rows, h, narrow_in, narrow_out)
+        grads = ctx.kernel.backward(grad.to(ctx.dtype).contiguous(), rows, h, narrow_in, narrow_out)
         dx = sum_slots(grads.x, rows_of_slots(slot_of_row, ctx.shape), is_full=ctx.is_full)
         dweight = weight.new_zeros(ctx.shape.numel() + 1)
         dweight.index_copy_(0, slot_of_row, grads.scale.to(weight.dtype))
         dweight = dweight[:-1].view(ctx.shape)
-        return dx, dweight, None, grads.w_in.to(w_in.dtype), grads.w_out.to(w_out.dtype), None, None
+        dw_in, dw_out = grads.w_in.to(w_in.dtype), grads.w_out.to(w_out.dtype)
+        return dx.to(x.dtype), dweight, None, dw_in, dw_out, None, None, None
 
 
 def _rows(x: Tensor, weight: Tensor, slot_of_row: Tensor, rows_per_expert: Tensor) -> ExpertRows:
     scale = torch.cat([weight.reshape(-1), weight.new_zeros(1)]).index_select(0, slot_of_row)
     token_of_row = (slot_of_row // weight.shape[1]).clamp_(max=len(x) - 1)
     return ExpertRows(x=x, token_of_row=token_of_row, scale=scale, rows_per_expert=rows_per_expert)
-
-
-def _dtype_of_sum(x: Tensor, weight: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, weight.dtype) if weight.shape[1] > 1 else x.dtype

@@ -13,7 +13,7 @@ def stable_top_k(scores: Tensor, k: int) -> Tensor:
     `torch.topk` does not define the order of equal scores (of eight equal ones it returned columns 6 and 5). A tie that
     is broken differently on another layout changes what is learned; a stable sort breaks ties the same way everywhere.
     """
-    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
 
 
 def round_mantissa(scores: Tensor, *, dim: int = 0, group: Tensor | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from trainer.moe.dispatch.base import Dispatched, RunExperts
 from trainer.moe.dispatch.exchange_plan import ExchangePlan, plan_exchange
 from trainer.moe.dispatch.token_slots import TokenSlots
 from trainer.moe.routing import RoutingDecision
+from trainer.ops.compute_dtype import compute_dtype
 from trainer.ops.expert_order import ExpertOrder
 from trainer.ops.permute import sum_rows
 
@@ -65,11 +66,11 @@ class AllGatherDispatcher(AllToAllDispatcher):
             with within("combine"):
                 back.append((self._start_back(y, plan), plan))
         with within("combine"):
-            rows = torch.cat([self._mine(exchange.wait().to(x.dtype), plan) for exchange, plan in back])
+            rows = torch.cat([self._mine(exchange.wait(), plan) for exchange, plan in back])
             return sum_rows(rows, gathered.order, dtype=torch.promote_types(x.dtype, decision.combine_weight.dtype))
 
     def _gather(self, x: Tensor, decision: RoutingDecision) -> _Gathered:
-        slots = TokenSlots.of(decision)
+        slots, x = TokenSlots.of(decision), x.to(compute_dtype(x))
         order = slots.order()
         num_tokens = order.rows_per_expert.new_full((1,), len(x))
         table, counts = self.gather_counts(torch.cat([order.rows_per_expert, num_tokens]))  # (G, E + 1)

@@ -15,6 +15,7 @@ from trainer.moe.dispatch.chunks import Chunks
 from trainer.moe.dispatch.exchange_plan import ExchangePlan, plan_exchange
 from trainer.moe.dispatch.token_slots import TokenSlots
 from trainer.moe.routing import RoutingDecision
+from trainer.ops.compute_dtype import compute_dtype
 from trainer.ops.expert_order import ExpertOrder
 from trainer.ops.permute import gather_rows, sum_rows
 
@@ -60,7 +61,7 @@ class AllToAllDispatcher(Dispatcher):
         outgoing = self.prepare(x, decision, [self.bounds])
         (plan,) = outgoing.plans
         exchange = self.start_rows(outgoing.rows, outgoing.weight, plan)
-        return exchange.dispatched(handle=(outgoing.order, plan), dtype=x.dtype)
+        return exchange.dispatched(handle=(outgoing.order, plan), dtype=compute_dtype(x))
 
     def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
         """Send every row back and sum the rows of each token."""
@@ -81,18 +82,18 @@ class AllToAllDispatcher(Dispatcher):
         back = []
         for exchange, part in zip(there, self.chunks.of_rank[self.group.index], strict=True):
             with within("dispatch"):
-                here = exchange.dispatched(handle=None, dtype=x.dtype)
+                here = exchange.dispatched(handle=None, dtype=compute_dtype(x))
             with within("experts"):
                 y = experts(here.x, here.expert_index, here.weight, num_rows=here.num_rows, part=part)
             with within("combine"):
                 back.append(self.start(y, exchange.plan.sizes_back))
         with within("combine"):
-            rows = torch.cat([exchange.wait() for exchange in back]).to(x.dtype)
+            rows = torch.cat([exchange.wait() for exchange in back])
             return sum_rows(rows, outgoing.order, dtype=torch.promote_types(x.dtype, decision.combine_weight.dtype))
 
     def prepare(self, x: Tensor, decision: RoutingDecision, chunks: Sequence[Bounds]) -> Outgoing:
         """Order the rows of x (T, D) by expert, and plan the exchange of each of these consecutive chunks."""
-        slots = TokenSlots.of(decision)
+        slots, x = TokenSlots.of(decision), x.to(compute_dtype(x))
         order = slots.order()
         table, counts = self.gather_counts(order.rows_per_expert)
         plans = [plan_exchange(table, counts, bounds, self.group.index) for bounds in chunks]

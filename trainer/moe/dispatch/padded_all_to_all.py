@@ -9,6 +9,7 @@ from trainer.moe.dispatch.all_to_all import AllToAllDispatcher, Bounds, Outgoing
 from trainer.moe.dispatch.exchange_plan import ExchangePlan
 from trainer.moe.dispatch.token_slots import TokenSlots
 from trainer.moe.routing import RoutingDecision
+from trainer.ops.compute_dtype import compute_dtype
 from trainer.ops.permute import gather_rows
 
 
@@ -22,7 +23,7 @@ class PaddedAllToAllDispatcher(AllToAllDispatcher):
         """Order the rows of x (T, D) by expert, padded to the capacity, and plan the exchange of each chunk."""
         if decision.capacity is None:  # dropless evaluation: sizes are dynamic
             return super().prepare(x, decision, chunks)
-        slots = TokenSlots.of(decision)
+        slots, x = TokenSlots.of(decision), x.to(compute_dtype(x))
         order = slots.pad_to_capacity(decision.capacity)
         plans = [self._plan(bounds, decision.capacity, x.device) for bounds in chunks]
         return Outgoing(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from trainer.moe.routing import Router, RouterOutput, RoutingContext, RoutingDecision
 from trainer.ops.noise import uniform
 from trainer.ops.select import stable_top_k
+from trainer.ops.softmax import softmax_and_log_norm
 
 Score = Literal["softmax", "sigmoid"]
 
@@ -50,13 +51,18 @@ class TopKRouter(Router):
     def forward(self, x: Tensor, context: RoutingContext) -> RouterOutput:
         """Route tokens x (T, D)."""
         logits = self.logits(apply_jitter(x, context, self.jitter, salt=self.layer))  # (T, E + n)
-        scores, probs = score_logits(logits, self.score)
+        if self.score == "softmax":
+            probs, log_norm = softmax_and_log_norm(logits)
+            scores = probs
+        else:
+            (scores, probs), log_norm = score_logits(logits, self.score), None
         expert_index = stable_top_k(self.selection_scores(scores.detach()), context.top_k or self.top_k)
         return RouterOutput(
             decision=self.decide(scores, expert_index, context),
             logits=logits,
             probs=self.merge_null_columns(probs),
             scores=scores.detach(),
+            log_norm=log_norm,
         )
 
     def logits(self, x: Tensor) -> Tensor:
