@@ -6,6 +6,7 @@ PARITY = "tests/laws/test_transformers_parity.py"
 NATIVE = "tests/unit/engine/test_native.py"
 ORACLE = "tests/laws/test_oracle.py"
 STATS = "tests/unit/moe/test_stats.py"
+WAITS = "tests/laws/test_waits.py"
 LOOP = "tests/unit/training/test_loop.py"
 SCHEDULE = "tests/unit/optim/test_schedule.py"
 
@@ -138,6 +139,41 @@ FAULTS = [
         "_importance(decision, counted, context)",
         "_importance(decision, counted & limited.kept, context)",
         STATS,
+    ),
+    _fault(
+        "statistics wait for the device",
+        _STATS,
+        "rows, columns = context.num_sequences, decision.num_experts + 1",
+        "rows, columns = int(context.sequence_index[-1]) + 1, decision.num_experts + 1",
+        WAITS,
+    ),
+    _fault(
+        "each loss of a step is read by itself",
+        "trainer/engine/reduce.py",
+        "dict(zip(numbers, torch.stack([number.double() for number in numbers.values()]).tolist(), strict=True))",
+        "{name: float(number) for name, number in numbers.items()}",
+        WAITS,
+    ),
+    _fault(
+        "a router does not know its number of rows",
+        "trainer/moe/routers/top_k.py",
+        "num_valid=None if self.null_experts else context.num_valid",
+        "num_valid=None",
+        WAITS,
+    ),
+    _fault(
+        "null experts are rows of a known number",
+        "trainer/moe/routers/top_k.py",
+        "num_valid=None if self.null_experts else context.num_valid",
+        "num_valid=context.num_valid",
+        "tests/unit/moe/test_routing.py",
+    ),
+    _fault(
+        "a capacity keeps the number of rows",
+        "trainer/moe/capacity.py",
+        ", num_rows=None)",
+        ")",
+        "tests/unit/moe/test_routing.py",
     ),
     _fault("what was kept counts as dropped", _STATS, "counted & ~limited.kept", "counted & limited.kept", STATS),
     _fault(

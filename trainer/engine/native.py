@@ -80,7 +80,9 @@ class NativeEngine(StepEngine):
         layout, square = self.mesh.layout, torch.zeros((), dtype=torch.float64, device=self.device)
         for mine, is_first in ((self._dense, layout.rank == 0), (self._experts, layout.edp_rank == 0)):
             counted = [p for p in mine if (is_first_copy(p) if is_sharded(p) else is_first)]  # copies are not
-            square = square + square_norm([local(p.grad) for p in counted if p.grad is not None]).to(self.device)
+            gradients = [local(p.grad) for p in counted if p.grad is not None]
+            if gradients:
+                square = square + square_norm(gradients)
         return square
 
     def _update(self, lr: float, grad_norm: float) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from trainer.distributed.collectives import Group
 from trainer.models.gpt import GPTOutput
 from trainer.moe.losses import Objective
-from trainer.ops.tensor_sums import packed, unpacked
+from trainer.ops.tensor_sums import as_message, from_message
 
 
 @dataclass(slots=True)
@@ -75,7 +75,7 @@ def square_norm(gradients: Sequence[Tensor]) -> Tensor:
 
 def all_reduce_packed(parts: Sequence[Tensor], group: Group) -> list[Tensor]:
     """All-reduce several small tensors over a group in one message of float64, which represents every count exactly."""
-    return unpacked(group.all_reduce_(packed(parts)), parts)
+    return from_message(group.all_reduce_(as_message(parts)), parts)
 
 
 def read_numbers(numbers: Mapping[str, Tensor]) -> dict[str, float]:

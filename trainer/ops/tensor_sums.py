@@ -25,7 +25,7 @@ class TensorSums:
 
     def on_host(self) -> Self:
         """Return a copy on the CPU, made at once: a single wait for the device."""
-        return self.with_tensors(unpacked(packed(self.tensors()).cpu(), self.tensors()))
+        return self.with_tensors(from_message(as_message(self.tensors()).cpu(), self.tensors()))
 
     def __add__(self, other: Self) -> Self:
         """Add the sums of two disjoint sets of tokens."""
@@ -35,12 +35,12 @@ class TensorSums:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def packed(parts: Sequence[Tensor]) -> Tensor:
+def as_message(parts: Sequence[Tensor]) -> Tensor:
     """Return small tensors as one message of float64, which represents every count exactly."""
     return torch.cat([part.reshape(-1).double() for part in parts])
 
 
-def unpacked(message: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
+def from_message(message: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
     """Return the tensors of a message, in the shapes of those that were packed."""
     pieces = message.split([part.numel() for part in parts])
     return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
