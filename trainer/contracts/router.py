@@ -42,6 +42,8 @@ def is_well_formed(config: RouterOptions, num_experts: int) -> None:
         ensure(top_k is not None or not config.has_fixed_k, "has_fixed_k is declared, and the decision has no top_k")
         dispatched = int((decision.kept & (expert < num_experts)).sum())
         ensure(decision.num_rows in (None, dispatched), f"num_rows is {decision.num_rows}, and {dispatched} are kept")
+        most = int(torch.bincount(token, minlength=1).max())
+        ensure(decision.most_per_token in (None, most), f"most_per_token is {decision.most_per_token}, not {most}")
         if config.weight_sum is not None:
             sums = torch.zeros(B * S, dtype=torch.float64).index_add(0, token, weight.detach() * decision.kept)
             torch.testing.assert_close(sums[valid], torch.full_like(sums[valid], config.weight_sum))

@@ -119,7 +119,8 @@ class DeviceWaits:
         """Run an operation, and count it if it waits."""
         name = func._schema.name
         has_tensors = any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
-        on_host = self.is_on_host((args, kwargs)) if has_tensors else self._makes_on_host
+        asked = args[:2] if name in _INDEXES else (args, kwargs)  # a mask on the host, whatever is written there
+        on_host = self.is_on_host(asked) if has_tensors else self._makes_on_host
         if not on_host:
             for _ in range(_times(name, args, kwargs)):
                 self._note(self.waits, name)

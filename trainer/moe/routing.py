@@ -100,6 +100,8 @@ class RoutingDecision:
     With a fixed k it is k times the valid tokens. None: it depends on the decision, and whoever needs it waits for the
     device. Whoever keeps fewer, as a capacity does, must set it to None.
     """
+    most_per_token: int | None = None
+    """The most assignments that a token has, kept or not, if the host knows it without waiting."""
 
     @classmethod
     def from_top_k(
@@ -126,6 +128,7 @@ class RoutingDecision:
             num_experts=num_experts,
             top_k=top_k,
             num_rows=None if num_valid is None else top_k * num_valid,
+            most_per_token=top_k,
         )
 
     @classmethod
@@ -133,10 +136,13 @@ class RoutingDecision:
         """Create a decision in which the number of experts varies by token; a token's are in expert order.
 
         chosen (T, E) is ignored for padding, where valid (T,) is False; weight (T, E) has the weights of its entries.
-        Waits for the device once: the number of assignments sizes all that follows.
+        Waits for the device once: the number of assignments and the most of a token size all that follows.
         """
         num_tokens, num_experts = chosen.shape
-        token_index, expert_index = (chosen & valid[:, None]).nonzero(as_tuple=True)
+        chosen = chosen & valid[:, None]
+        per_token = torch.cat([chosen.sum(1), valid.new_zeros(1, dtype=torch.int64)])  # one more, if there are none
+        num_rows, most_per_token = torch.stack([per_token.sum(), per_token.amax()]).tolist()  # waits for the device
+        token_index, expert_index = chosen.nonzero_static(size=num_rows).unbind(1)
         return cls(
             token_index=token_index,
             expert_index=expert_index,
@@ -144,7 +150,8 @@ class RoutingDecision:
             kept=torch.ones_like(token_index, dtype=torch.bool),
             num_tokens=num_tokens,
             num_experts=num_experts,
-            num_rows=token_index.numel(),
+            num_rows=num_rows,
+            most_per_token=most_per_token,
         )
 
 

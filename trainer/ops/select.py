@@ -16,6 +16,18 @@ def stable_top_k(scores: Tensor, k: int) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
 
 
+def best_of_rows(scores: Tensor, valid: Tensor, count: Tensor) -> Tensor:
+    """Return a bool of the shape of scores (B, S) or (B, S, E): the best `count` (B,) valid ones along S of each row.
+
+    Equal scores are in the order of S. valid is (B, S); fewer than `count` are selected if fewer are valid.
+    """
+    further = (1,) * (scores.dim() - 2)
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    is_valid = valid.view(*valid.shape, *further).expand_as(scores).gather(1, order)
+    is_best = is_valid & (is_valid.cumsum(1) <= count.view(-1, 1, *further))
+    return torch.zeros_like(is_valid).scatter(1, order, is_best)
+
+
 def round_mantissa(scores: Tensor, *, dim: int = 0, group: Tensor | None = None) -> Tensor:
     """Round non-negative scores to 12 significant bits, and make those equal that differ by rounding error only.
 

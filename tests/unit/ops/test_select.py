@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.ops.select import round_logits, round_mantissa, stable_top_k
+from trainer.ops.select import best_of_rows, round_logits, round_mantissa, stable_top_k
 
 
 def _by_passes(scores: torch.Tensor, k: int) -> torch.Tensor:
@@ -94,3 +94,22 @@ def test_few_scores_and_strange_ones() -> None:
     assert below_normal[0] != below_normal[1] and len(round_mantissa(below_normal).unique()) == 1
     assert round_logits(torch.tensor([[-torch.inf], [1.0]])).flatten().tolist() == [-torch.inf, 1.0]
     assert not round_mantissa(torch.tensor([torch.nan, torch.inf, 1.0])).isfinite().all()
+
+
+@settings(max_examples=200)
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 4), st.integers(0, 10_000), st.sampled_from([1, 3, 1000]))
+def test_best_of_rows_equals_one_row_and_column_at_a_time(
+    rows: int, length: int, columns: int, seed: int, levels: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, levels, (rows, length, columns), generator=generator).float()
+    scores[torch.rand(scores.shape, generator=generator) < 0.1] = -torch.inf
+    valid = torch.rand(rows, length, generator=generator) < 0.7
+    count = torch.minimum(torch.randint(0, length + 1, (rows,), generator=generator), valid.sum(1))
+    expected = torch.zeros_like(scores, dtype=torch.bool)
+    for row in range(rows):
+        here = scores[row, valid[row]].t()  # (columns, n)
+        chosen = torch.zeros_like(here, dtype=torch.bool)
+        expected[row, valid[row]] = chosen.scatter(-1, stable_top_k(here, int(count[row])), True).t()
+    assert torch.equal(best_of_rows(scores, valid, count), expected)
+    assert torch.equal(best_of_rows(scores[..., 0], valid, count), expected[..., 0])

@@ -74,5 +74,7 @@ def assignment_of_slot(decision: RoutingDecision) -> Tensor:
     start = per_token.cumsum(0) - per_token
     number = torch.arange(num_assignments, device=token.device)
     slot = number - start[token]  # assignments are token-major: the distance from the token's first
-    width = max(1, int(per_token.max())) if decision.num_tokens else 1  # waits for the device
-    return token.new_full((decision.num_tokens, width), num_assignments).index_put_((token, slot), number)
+    most = decision.most_per_token
+    if most is None:
+        most = int(per_token.max()) if decision.num_tokens else 0  # waits for the device
+    return token.new_full((decision.num_tokens, max(1, most)), num_assignments).index_put_((token, slot), number)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from trainer.moe.routers.non_causal import NonCausalRouter
+from trainer.moe.routers.non_causal import NonCausalRouter, rows_on_host
 from trainer.moe.routers.top_k import gate_logits
 from trainer.moe.routing import RouterOutput, RoutingContext, RoutingDecision
 from trainer.ops.assignment import balanced_assignment
@@ -33,10 +33,11 @@ class BASELayerRouter(NonCausalRouter):
         if self.routes_jointly(context):
             compared = logits.detach().where(context.valid[:, None], -torch.inf)
             rows = round_logits(compared.view(*context.valid_rows.shape, -1), dim=1)  # (B, S, E)
-            assigned = torch.zeros_like(context.valid_rows, dtype=torch.int64)
-            for row, valid in enumerate(context.valid_rows):
+            rows, is_valid = rows_on_host(rows, context.valid_rows)
+            assigned = torch.zeros_like(is_valid, dtype=torch.int64)
+            for row, valid in enumerate(is_valid):
                 assigned[row, valid] = balanced_assignment(rows[row, valid])
-            expert = assigned.view(-1, 1)
+            expert = assigned.view(-1, 1).to(x.device, non_blocking=True)
         scores = logits.sigmoid()  # logits can be negative, which scores must not be
         decision = RoutingDecision.from_top_k(
             expert,

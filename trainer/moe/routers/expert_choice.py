@@ -1,10 +1,9 @@
 """Expert choice: every expert picks tokens, so the load is perfectly balanced."""
 
-import torch
 from torch import Tensor
 
-from trainer.moe.routers.non_causal import AssignmentRouter
-from trainer.ops.select import stable_top_k
+from trainer.moe.routers.non_causal import AssignmentRouter, sequence_capacities
+from trainer.ops.select import best_of_rows
 
 
 class ExpertChoiceRouter(AssignmentRouter):
@@ -14,7 +13,7 @@ class ExpertChoiceRouter(AssignmentRouter):
         token, which varies from 0 to E.
     """
 
-    def assign(self, scores: Tensor, *, top_k: int, capacity: int) -> Tensor:
-        """Select the top C tokens of each expert."""
-        chosen = torch.zeros_like(scores.t(), dtype=torch.bool)
-        return chosen.scatter(-1, stable_top_k(scores.t(), capacity), True).t()
+    def assign_rows(self, scores: Tensor, valid: Tensor, *, top_k: int) -> Tensor:
+        """Select the top C tokens of each expert and sequence."""
+        capacity = sequence_capacities(valid, scores.shape[-1], top_k=top_k, factor=self.capacity_factor)
+        return best_of_rows(scores, valid, capacity)

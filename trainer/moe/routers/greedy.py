@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
-from trainer.moe.routers.non_causal import AssignmentRouter
+from trainer.moe.routers.non_causal import SolvingRouter
 from trainer.ops.assignment import greedy_assignment
 
 
-class GreedyRouter(AssignmentRouter):
+class GreedyRouter(SolvingRouter):
     """Takes (token, expert) pairs by descending probability, while both have capacity left."""
 
     def assign(self, scores: Tensor, *, top_k: int, capacity: int) -> Tensor:

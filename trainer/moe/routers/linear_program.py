@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
-from trainer.moe.routers.non_causal import AssignmentRouter
+from trainer.moe.routers.non_causal import SolvingRouter
 from trainer.ops.assignment import solve_linear_program
 
 
-class LinearProgramRouter(AssignmentRouter):
+class LinearProgramRouter(SolvingRouter):
     """Maximizes the sum of the chosen probabilities, with at most k experts per token and C tokens per expert.
 
     The 0-1 programme of the first founding document (section 4.2); see `ops/assignment.py`. Solving takes one CPU

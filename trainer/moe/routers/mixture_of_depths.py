@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.moe.routers.non_causal import NonCausalRouter, sequence_capacity
+from trainer.moe.routers.non_causal import NonCausalRouter, sequence_capacities
 from trainer.moe.routers.top_k import gate_logits
 from trainer.moe.routing import RouterOutput, RoutingContext, RoutingDecision
-from trainer.ops.select import round_logits, stable_top_k
+from trainer.ops.select import best_of_rows, round_logits
 
 # B sequences of S tokens, T = B * S, n valid tokens of one sequence, D d_model.
 
@@ -44,10 +44,5 @@ class MixtureOfDepthsRouter(NonCausalRouter):
         """Return (T, 1) bool: the highest logits (T, 1) of each sequence."""
         compared = logits.squeeze(-1).where(context.valid, -torch.inf)
         rows = round_logits(compared.view(context.valid_rows.shape), dim=1)  # (B, S)
-        chosen = torch.zeros_like(rows, dtype=torch.bool)
-        for row, valid in enumerate(context.valid_rows):
-            num_computed = sequence_capacity(int(valid.sum()), 1, top_k=1, factor=self.capacity)
-            here = torch.zeros_like(rows[row, valid], dtype=torch.bool)
-            here[stable_top_k(rows[row, valid][None], num_computed)[0]] = True
-            chosen[row, valid] = here
-        return chosen.view(-1, 1)
+        num_computed = sequence_capacities(context.valid_rows, 1, top_k=1, factor=self.capacity)
+        return best_of_rows(rows, context.valid_rows, num_computed).view(-1, 1)

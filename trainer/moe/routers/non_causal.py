@@ -49,8 +49,8 @@ class AssignmentRouter(NonCausalRouter):
         self.gate = nn.Linear(d_model, num_experts, bias=False)
 
     @abstractmethod
-    def assign(self, scores: Tensor, *, top_k: int, capacity: int) -> Tensor:
-        """Return (n, E) bool: the chosen pairs of one sequence's valid tokens and experts, given scores (n, E)."""
+    def assign_rows(self, scores: Tensor, valid: Tensor, *, top_k: int) -> Tensor:
+        """Return (B, S, E) bool: the chosen pairs of every sequence, given scores (B, S, E) and valid (B, S)."""
 
     def forward(self, x: Tensor, context: RoutingContext) -> RouterOutput:
         """Route tokens x (T, D)."""
@@ -58,24 +58,45 @@ class AssignmentRouter(NonCausalRouter):
         probs = logits.softmax(-1)
         scores, top_k = probs.detach(), context.top_k or self.top_k
         if self.routes_jointly(context):
-            chosen = self._assign_sequences(scores, context, top_k)
+            rows = scores.where(context.valid[:, None], 0).view(*context.valid_rows.shape, -1)  # (B, S, E)
+            chosen = self.assign_rows(round_mantissa(rows, dim=1), context.valid_rows, top_k=top_k).view(scores.shape)
         else:
             chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, stable_top_k(scores, top_k), True)
         decision = RoutingDecision.from_mask(chosen, probs, valid=context.valid)
         return RouterOutput(decision=decision, logits=logits, probs=probs)
 
-    def _assign_sequences(self, scores: Tensor, context: RoutingContext, top_k: int) -> Tensor:
-        """Return (T, E) bool, one sequence at a time."""
-        rows = scores.where(context.valid[:, None], 0).view(*context.valid_rows.shape, -1)  # (B, S, E)
-        rows = round_mantissa(rows, dim=1)
-        chosen = torch.zeros_like(rows, dtype=torch.bool)
-        for row, valid in enumerate(context.valid_rows):
-            capacity = sequence_capacity(int(valid.sum()), rows.shape[-1], top_k=top_k, factor=self.capacity_factor)
-            chosen[row, valid] = self.assign(rows[row, valid], top_k=top_k, capacity=capacity)
-        return chosen.view(scores.shape)
+
+class SolvingRouter(AssignmentRouter):
+    """Assigns one sequence after the other, on the host, where the scores of all come together: a single wait."""
+
+    @abstractmethod
+    def assign(self, scores: Tensor, *, top_k: int, capacity: int) -> Tensor:
+        """Return (n, E) bool: the chosen pairs of one sequence's valid tokens and experts, given scores (n, E)."""
+
+    def assign_rows(self, scores: Tensor, valid: Tensor, *, top_k: int) -> Tensor:
+        """Return (B, S, E) bool: the chosen pairs of every sequence, given scores (B, S, E) and valid (B, S)."""
+        here, is_valid = rows_on_host(scores, valid)
+        chosen = torch.zeros_like(here, dtype=torch.bool)
+        for row, mask in enumerate(is_valid):
+            capacity = sequence_capacity(int(mask.sum()), here.shape[-1], top_k=top_k, factor=self.capacity_factor)
+            chosen[row, mask] = self.assign(here[row, mask], top_k=top_k, capacity=capacity)
+        return chosen.to(scores.device, non_blocking=True)
+
+
+def rows_on_host(scores: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scores (B, S, E) and valid (B, S) on the host, where they come in one copy."""
+    both = torch.cat([scores.double(), valid[..., None]], dim=-1).cpu()
+    return both[..., :-1].to(scores.dtype), both[..., -1] > 0
 
 
 def sequence_capacity(num_tokens: int, num_experts: int, *, top_k: int, factor: float) -> int:
     """Return C = ceil(factor * k * n / E), at most n."""
     # As in `expert_capacity`: 1.1 * 10 must be 11, not 12.
     return min(num_tokens, math.ceil(factor * top_k * num_tokens / num_experts - 1e-9))
+
+
+def sequence_capacities(valid: Tensor, num_experts: int, *, top_k: int, factor: float) -> Tensor:
+    """Return (B,) int64: `sequence_capacity` of each sequence, given valid (B, S), without waiting for the device."""
+    num_tokens = valid.sum(1)
+    capacity = (factor * top_k * num_tokens.double() / num_experts - 1e-9).ceil().long()
+    return torch.minimum(num_tokens, capacity)
