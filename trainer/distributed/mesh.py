@@ -97,8 +97,7 @@ def joined(layout: Layout, device: torch.device, *, timeout_s: float) -> Iterato
         # NCCL's own watchdog kills the process at its timeout without naming the lost rank, so ours must be earlier.
         timeout = timedelta(seconds=timeout_s + (_NCCL_MARGIN_S if on_gpu else 0))
         try:
-            backend, rank, size = "nccl" if on_gpu else "gloo", layout.rank, layout.world_size
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+            start_groups(layout, store, device, timeout)
             mesh = build_mesh(layout, recorder, watch)
         except RuntimeError as error:  # from the network, or since a rank has left meanwhile
             raise _cannot_join(layout, error) from error
@@ -146,6 +145,22 @@ def _meet(layout: Layout, recorder: FlightRecorder, *, timeout_s: float, on_gpu:
         )
     watch.start(wait_s=start_s)
     return watch, attempt
+
+
+def start_groups(layout: Layout, store: dist.Store, device: torch.device, timeout: timedelta) -> None:
+    """Create torch's default group: over gloo on CPUs, over NCCL on GPUs.
+
+    NCCL is told the device, so that it connects at once, and splits the groups of a mesh from one communicator.
+    """
+    is_cpu = device.type == "cpu"
+    dist.init_process_group(
+        "gloo" if is_cpu else "nccl",
+        store=store,
+        rank=layout.rank,
+        world_size=layout.world_size,
+        timeout=timeout,
+        device_id=None if is_cpu else device,
+    )
 
 
 def _cannot_join(layout: Layout, error: Exception) -> CommError:

@@ -1,6 +1,7 @@
 """Process of a run: its device, memory allocator, compiler and versions.
 
-Reads CXX from the environment; `trainer/environment.py` reads the launchers' variables.
+Reads CXX from the environment, and sets defaults of PYTORCH_ALLOC_CONF and CUBLAS_WORKSPACE_CONFIG;
+`trainer/environment.py` reads the launchers' variables.
 """
 
 import ctypes
@@ -8,6 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ def start(device: str) -> torch.device:
     keep_freed_memory()
     if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    prefer_expandable_segments(os.environ)  # before the first allocation, which reads it
     num_here, local_rank = local_size_and_rank()
     num_ranks = max(num_here or 1, local_rank + 1)
     num_gpus = torch.cuda.device_count()
@@ -43,6 +46,23 @@ def start(device: str) -> torch.device:
     chosen = torch.device("cuda", local_rank)
     torch.cuda.set_device(chosen)  # NCCL uses the current device
     return chosen
+
+
+def prefer_expandable_segments(environment: MutableMapping[str, str]) -> None:
+    """Let the GPU's memory pool grow in place, unless the user configures it.
+
+    The rows of experts and messages have another size in every step; fixed segments would be fragmented by them.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & environment.keys():
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def use_deterministic_kernels() -> None:
+    """Use only kernels whose results are the same bits in every run; an operation that has none raises RuntimeError."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product runs
+    torch.use_deterministic_algorithms(True)
+    # pyrefly: ignore[missing-attribute]
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
 
 
 def keep_freed_memory() -> bool:

@@ -47,5 +47,8 @@ class ParallelConfig(Config):
     loss_chunk: Count | None = 1024
     """Tokens whose logits exist at once, in the loss and its gradient. Lower saves memory if the vocabulary is large.
     Null: those of the whole micro-batch, by torch's cross-entropy."""
+    deterministic: bool = False
+    """Use only GPU kernels whose results are the same bits in every run on the same layout; they are slower. On the CPU
+    all are."""
     compile: bool = False
     """Compile the operations between matrix products with torch.compile; on the CPU this needs a C++ compiler."""

@@ -12,6 +12,7 @@ group in every block, and are small enough to stay whole during a step.
 # D d_model, H width of the experts before their activation.
 """
 
+import itertools
 import warnings
 from collections.abc import Iterable, Set
 from typing import cast
@@ -55,11 +56,25 @@ def shard(model: GPT, mesh: Mesh, *, dtype: torch.dtype) -> GPT:
             # Around the whole layer: experts that run in several chunks are gathered once, while tokens are routed.
             dim = _dimension(moe.experts, mesh.edp_shard.size)
             _shard_parameters(moe, set(moe.experts.parameters()), expert_mesh, gathered_in=low, dim=dim)
+    if dense_mesh.device_type != "cpu":  # where a gather takes no time from what is computed meanwhile
+        gather_ahead(model)
     # It warns of what nothing here does: to change in place what a layer returns.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
     for method in ("next_logits", "target_log_probs"):
         register_fsdp_forward_method(model, method)
     return model
+
+
+def gather_ahead(model: GPT) -> None:
+    """Let each group's gather start when the group before it starts to compute: a layer's experts with its block.
+
+    By itself FSDP starts it when the host gets there, and the host waits for the sizes of messages in every MoE layer.
+    """
+    groups = [
+        m for m in model.modules() if isinstance(m, FSDPModule) and m is not model
+    ]  # each block, then its experts
+    for group, following in itertools.pairwise(groups):
+        group.set_modules_to_forward_prefetch([following])
 
 
 def _dimension(experts: Experts, num_ranks: int) -> int:

@@ -26,6 +26,7 @@ class Case:
     data: Literal["replicate", "shard"] = "replicate"
     shard_size: int | None = None
     shard_keeps: ShardKeeps = "gradients"
+    deterministic: bool = False
     ranks_per_node: int = MAX_RANKS
     """If smaller than the number of ranks, simulates several nodes on this machine."""
     zero_stage: int | None = None
@@ -44,6 +45,7 @@ class Case:
         sharding += f" by {self.shard_size}" if self.shard_size is not None else ""
         sharding += f" keeping {self.shard_keeps}" if self.shard_keeps != "gradients" else ""
         engine = "" if self.zero_stage is None else f", ZeRO {self.zero_stage}"
+        engine += ", deterministic" if self.deterministic else ""
         loss = "" if self.loss_chunk is None else f", loss by {self.loss_chunk}"
         return f"{ranks}{how}{sharding}{engine}, rows by {self.micro_batch_size}{loss}"
 
@@ -114,10 +116,10 @@ def _shardings(degrees: dict[str, int]) -> list[dict[str, Any]]:
     """Return the ways to shard over these ranks: over all, in groups of two, and what stays whole in a step."""
     found: list[dict[str, Any]] = [{"data": "shard"}]
     if degrees["world_size"] == MAX_RANKS:
-        found.append({"data": "shard", "shard_size": 2})
-        found.append({"data": "shard", "shard_size": 2, "shard_keeps": "nothing"})
+        found += [{"data": "shard", "shard_size": 2, "shard_keeps": keeps} for keeps in ("gradients", "nothing")]
     if degrees == {"world_size": 2, "ep_size": 1}:
-        found += [{"data": "shard", "shard_keeps": keeps} for keeps in ("nothing", "weights")]
+        found.append({"data": "shard", "shard_keeps": "nothing"})
+        found.append({"data": "shard", "shard_keeps": "weights", "deterministic": True})
     return found
 
 
@@ -136,6 +138,7 @@ def apply_case(config: ExperimentConfig, case: Case) -> ExperimentConfig:
         "loss_chunk": case.loss_chunk,
         "shard_size": case.shard_size,
         "shard_keeps": case.shard_keeps,
+        "deterministic": case.deterministic,
         "experts_kernel": kernel if ":" in kernel else "auto",
         "device": "cpu",
         "compile": False,

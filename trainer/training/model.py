@@ -32,6 +32,8 @@ def build_parallel_model(
     config: ExperimentConfig, tokenizer: Tokenizer, mesh: Mesh, device: torch.device, *, warn: Callable[[str], None]
 ) -> GPT:
     """Build the model with initial values, on its device and in its layout."""
+    if config.parallel.deterministic:
+        runtime.use_deterministic_kernels()
     can_compile = device.type != "cpu" or runtime.has_cpp_compiler()
     if config.parallel.compile and not can_compile:
         warn(

@@ -11,6 +11,7 @@ from tests.builders import make_batch, make_engine, tiny_model_config
 from tests.ranks import Ranks, mesh_here
 from trainer.engine.native import NativeEngine
 from trainer.parallel.config import ParallelConfig, ShardKeeps
+from trainer.parallel.shard import gather_ahead
 from trainer.prove.gather import gather_state
 
 _LAYERS = 4
@@ -39,9 +40,13 @@ def _engine(keeps: ShardKeeps, dtype: torch.dtype, *, shard_size: int | None = N
     )
 
 
-def _collectives(keeps: ShardKeeps, num_micro_batches: int, dtype: torch.dtype) -> tuple[int, int]:
+def _collectives(
+    keeps: ShardKeeps, num_micro_batches: int, dtype: torch.dtype, *, is_ahead: bool = False
+) -> tuple[int, int]:
     """Gathers and reductions of weights in the second step."""
     engine = _engine(keeps, dtype)
+    if is_ahead:
+        gather_ahead(engine.model)
     batches = [make_batch(2, 8, seed=i) for i in range(num_micro_batches)]
     engine.train_step(batches, lr=1e-3)
     with _Calls() as calls:
@@ -71,8 +76,20 @@ def test_gradients_are_reduced_once_a_step(
     assert ranks.run(2, _collectives, keeps, num_micro_batches, dtype) == [expected] * 2
 
 
-def _gradient(keeps: ShardKeeps, dtype: torch.dtype, shard_size: int | None) -> dict[str, torch.Tensor]:
+def _collectives_ahead() -> tuple[int, int]:
+    return _collectives("gradients", 4, torch.float32, is_ahead=True)
+
+
+def test_gathering_ahead_gathers_as_often(ranks: Ranks) -> None:
+    assert ranks.run(2, _collectives_ahead) == [(5 * 2 * _LAYERS + 1, 2 * _LAYERS + 1)] * 2
+
+
+def _gradient(
+    keeps: ShardKeeps, dtype: torch.dtype, shard_size: int | None, is_ahead: bool = False
+) -> dict[str, torch.Tensor]:
     engine = _engine(keeps, dtype, shard_size=shard_size)
+    if is_ahead:
+        gather_ahead(engine.model)
     rank = engine.mesh.layout.rank
     for _ in range(2):  # what a step leaves behind must not reach the next
         engine.eval_loss(make_batch(2, 8, seed=9), dropless=True)
@@ -89,3 +106,9 @@ def test_what_is_kept_does_not_change_the_gradient(ranks: Ranks, keeps: ShardKee
     assert kept.keys() == other.keys()
     for name, gradient in kept.items():
         torch.testing.assert_close(other[name], gradient, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("keeps", ["gradients", "weights"])
+def test_gathering_ahead_does_not_change_the_gradient(ranks: Ranks, keeps: ShardKeeps) -> None:
+    usual, ahead = (ranks.run(4, _gradient, keeps, torch.float64, None, is_ahead)[0] for is_ahead in (False, True))
+    assert all([torch.equal(ahead[name], gradient) for name, gradient in usual.items()])

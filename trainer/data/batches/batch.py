@@ -48,7 +48,14 @@ class Batch:
         return int(self.target_mask.sum())
 
     def to(self, device: torch.device) -> Self:
-        """Return a copy of the batch on `device`, with its tokens counted where they are now: on the host."""
-        copy = type(self)(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        """Return a copy of the batch on `device`, with its tokens counted where they are now: on the host.
+
+        A GPU copies from pinned memory while the host goes on: all micro-batches of a step are under way, or there,
+        before the first one is computed.
+        """
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        if device.type == "cuda":
+            tensors = {name: t.pin_memory() if t.device.type == "cpu" else t for name, t in tensors.items()}
+        copy = type(self)(**{name: t.to(device, non_blocking=True) for name, t in tensors.items()})
         copy.__dict__.update(num_valid=self.num_valid, num_targets=self.num_targets)
         return copy

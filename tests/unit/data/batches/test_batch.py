@@ -1,6 +1,6 @@
 """A batch counts its tokens on the host, once, and a changed copy counts anew."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 
@@ -19,3 +19,27 @@ def test_a_changed_copy_is_counted_anew() -> None:
     assert (batch.num_valid, batch.num_targets) == (16, 16)
     changed = replace(batch, valid=batch.position < 3)
     assert (changed.num_valid, changed.num_targets) == (6, 6)
+
+
+class _Tensor(torch.Tensor):
+    """A tensor on the host that notes what is done with it."""
+
+    done: list[object]
+
+    def pin_memory(self, *_: object) -> "_Tensor":  # type: ignore[override]
+        self.done.append("pinned")
+        return self
+
+    def to(self, *args: object, **options: object) -> "_Tensor":  # type: ignore[override]
+        self.done += [*args, options]
+        return self
+
+
+def test_a_gpu_copies_from_pinned_memory_while_the_host_goes_on() -> None:
+    batch = make_batch(2, 8)
+    tensors = {f.name: getattr(batch, f.name).as_subclass(_Tensor) for f in fields(batch)}
+    for tensor in tensors.values():
+        tensor.done = []
+    replace(batch, **tensors).to(torch.device("cuda", 1))
+    for tensor in tensors.values():
+        assert tensor.done == ["pinned", torch.device("cuda", 1), {"non_blocking": True}]
