@@ -70,9 +70,7 @@ def gather_ahead(model: GPT) -> None:
 
     By itself FSDP starts it when the host gets there, and the host waits for the sizes of messages in every MoE layer.
     """
-    groups = [
-        m for m in model.modules() if isinstance(m, FSDPModule) and m is not model
-    ]  # each block, then its experts
+    groups = [m for m in model.modules() if isinstance(m, FSDPModule)]  # the model's; each block's, then its experts'
     for group, following in itertools.pairwise(groups):
         group.set_modules_to_forward_prefetch([following])
 
