@@ -13,6 +13,7 @@ from tests.registries import DISPATCHERS
 from trainer.distributed.rank_layout import even_slice
 from trainer.moe.capacity import limit_to_capacity
 from trainer.moe.dispatch.local import LocalDispatcher
+from trainer.moe.dispatch.registry import ExchangeOptions
 from trainer.moe.layer_options import CapacityConfig
 from trainer.moe.routing import RoutingDecision
 from trainer.ops.kernels import run_experts as run_kernel
@@ -23,7 +24,11 @@ TOKENS = SEQUENCES * SEQ_LEN
 # hierarchical: 4 ranks are 2 hosts of 2; fewer ranks need one hop
 AT_CAPACITY = {kind: config() for kind, config in DISPATCHERS.items() if kind != "local"}
 DROPLESS = {kind: config for kind, config in AT_CAPACITY.items() if kind != "padded_all_to_all"}
-IN_CHUNKS = {name: config.model_copy(update={"chunks": 2}) for name, config in AT_CAPACITY.items()}
+IN_CHUNKS = {
+    name: config.model_copy(update={"chunks": 2})
+    for name, config in AT_CAPACITY.items()
+    if isinstance(config, ExchangeOptions)
+}
 
 # (ranks, experts, experts per token)
 SHAPES = {

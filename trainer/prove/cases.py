@@ -8,7 +8,7 @@ from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.engine.deepspeed.passthrough import free_options
 from trainer.engine.registry import NativeEngineConfig
 from trainer.experiment import ExperimentConfig
-from trainer.moe.dispatch.registry import ExchangeOptions, LocalDispatcherConfig
+from trainer.moe.dispatch.registry import LocalDispatcherConfig, WireOptions
 from trainer.parallel.config import ShardKeeps
 
 MAX_RANKS = 4
@@ -99,10 +99,10 @@ def _native_cases(config: ExperimentConfig) -> list[Case]:
             cases += [Case(**half, **sharding) for sharding in _shardings(degrees)]
             if ep_size == 1:
                 continue
-            kinds = ["all_gather"]
+            kinds = ["all_gather", "deduplicated_all_to_all"]
             if moe is not None and moe.capacity.factor is not None:
                 kinds.append("padded_all_to_all")
-            if not isinstance(dispatcher, ExchangeOptions | LocalDispatcherConfig):
+            if not isinstance(dispatcher, WireOptions | LocalDispatcherConfig):
                 kinds.append(dispatcher.kind)  # a plug-in
             cases += [Case(**degrees, dispatcher=kind, micro_batch_size=share) for kind in kinds]
             if num_experts // ep_size > 1:
@@ -169,7 +169,7 @@ def labels(config: ExperimentConfig) -> list[str]:
         return []
     found = []
     dispatcher = config.parallel.dispatcher
-    rounds_rows = isinstance(dispatcher, ExchangeOptions) and dispatcher.wire == "bfloat16"
+    rounds_rows = isinstance(dispatcher, WireOptions) and dispatcher.wire == "bfloat16"
     if rounds_rows and config.train.dtype != "bfloat16":  # under bfloat16 the rows are bfloat16 anyway
         found.append("parallel.dispatcher.wire: bfloat16")
     if moe.capacity.scope == "rank" and moe.can_drop:

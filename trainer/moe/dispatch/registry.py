@@ -35,11 +35,16 @@ class LocalDispatcherConfig(DispatcherOptions):
         return LocalDispatcher()
 
 
-class ExchangeOptions(DispatcherOptions):
+class WireOptions(DispatcherOptions):
     """Options of all dispatchers that communicate."""
 
     wire: Literal["compute", "bfloat16"] = "compute"
     """Dtype of communicated rows: that of the computation, or rounded to bfloat16, which changes results slightly."""
+
+
+class ExchangeOptions(WireOptions):
+    """Options of dispatchers that can overlap communication and computation."""
+
     chunks: Experts = 1
     """Parts that a rank's experts are split into, to overlap communication of one with computation of another.
 
@@ -73,6 +78,20 @@ class PaddedAllToAllDispatcherConfig(ExchangeOptions):
         return PaddedAllToAllDispatcher(mesh.ep, num_experts, self.wire, self.chunks)
 
 
+class DeduplicatedDispatcherConfig(WireOptions):
+    """`all_to_all` that sends a token once to each rank that has any of its experts, and returns one sum."""
+
+    kind: Literal["deduplicated_all_to_all"] = "deduplicated_all_to_all"
+
+    def build(self, mesh: Mesh, num_experts: int) -> Dispatcher:
+        """Create the dispatcher: `local` if all experts are on one rank."""
+        if mesh.ep.size == 1:
+            return LocalDispatcherConfig().build(mesh, num_experts)
+        from trainer.moe.dispatch.deduplicated import DeduplicatedDispatcher
+
+        return DeduplicatedDispatcher(mesh.ep, num_experts, self.wire)
+
+
 class AllGatherDispatcherConfig(ExchangeOptions):
     """Every rank gets all tokens and selects the rows of its experts: for few ranks, and as a reference."""
 
@@ -103,6 +122,7 @@ DispatcherConfig = Annotated[
     LocalDispatcherConfig
     | AllToAllDispatcherConfig
     | PaddedAllToAllDispatcherConfig
+    | DeduplicatedDispatcherConfig
     | AllGatherDispatcherConfig
     | HierarchicalDispatcherConfig,
     Field(discriminator="kind"),
