@@ -45,7 +45,7 @@ class Layout:
 
     def parallel(self) -> dict[str, Any]:
         """Return the section `parallel`."""
-        options = {} if self.ranks == 1 else {"chunks": self.chunks}
+        options = {} if self.chunks == 1 else {"chunks": self.chunks}
         return {"ep_size": self.ranks, "dispatcher": {"kind": self.dispatcher, **options}}
 
 
@@ -54,6 +54,7 @@ DISPATCHERS = {
     "`all_to_all`": Layout(dispatcher="all_to_all", ranks=2),
     "`all_to_all`, 2 chunks": Layout(dispatcher="all_to_all", chunks=2, ranks=2),
     "`padded_all_to_all`": Layout(dispatcher="padded_all_to_all", ranks=2),
+    "`deduplicated_all_to_all`": Layout(dispatcher="deduplicated_all_to_all", ranks=2),
     "`hierarchical`": Layout(dispatcher="hierarchical", ranks=4, ranks_per_node=2),
     "`all_gather`": Layout(dispatcher="all_gather", ranks=2),
 }

@@ -53,7 +53,7 @@ def order_by_expert(
     key = expert_index.reshape(-1).clamp(max=num_experts)
     num_slots = key.numel()
     by_expert = key.argsort(stable=True)
-    counts = key.new_zeros(num_experts + 1).scatter_add_(0, key, torch.ones_like(key))[:num_experts]
+    counts = count_slots(key, num_experts)
     if num_rows is None:
         num_rows = int(counts.sum())  # waits for the device
     by_expert = by_expert[:num_rows]  # (num_rows,) slot of each
@@ -73,6 +73,12 @@ def order_by_expert(
         is_full=num_rows == num_slots,
         has_empty_rows=multiple > 1,
     )
+
+
+def count_slots(expert_index: Tensor, num_experts: int) -> Tensor:
+    """Return (E,) int64: the number of slots with each expert, given those of slots (...), E for none."""
+    key = expert_index.reshape(-1)
+    return key.new_zeros(num_experts + 1).scatter_add_(0, key, torch.ones_like(key))[:num_experts]
 
 
 def rows_of_slots(slot_of_row: Tensor, shape: torch.Size) -> Tensor:

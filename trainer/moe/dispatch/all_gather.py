@@ -13,7 +13,7 @@ from trainer.moe.dispatch.exchange_plan import ExchangePlan, plan_exchange
 from trainer.moe.dispatch.token_slots import TokenSlots
 from trainer.moe.routing import RoutingDecision
 from trainer.ops.compute_dtype import compute_dtype
-from trainer.ops.expert_order import ExpertOrder
+from trainer.ops.expert_order import ExpertOrder, order_by_expert
 from trainer.ops.permute import sum_rows
 
 # T tokens, R rows here, E experts, G ranks of the expert-parallel group, D d_model.
@@ -71,9 +71,11 @@ class AllGatherDispatcher(AllToAllDispatcher):
 
     def _gather(self, x: Tensor, decision: RoutingDecision) -> _Gathered:
         slots, x = TokenSlots.of(decision), x.to(compute_dtype(x))
-        order = slots.order()
-        num_tokens = order.rows_per_expert.new_full((1,), len(x))
-        table, counts = self.gather_counts(torch.cat([order.rows_per_expert, num_tokens]))  # (G, E + 1)
+        rows_per_expert = slots.counts()
+        num_tokens = rows_per_expert.new_full((1,), len(x))
+        table, counts = self.gather_counts(torch.cat([rows_per_expert, num_tokens]))  # (G, E + 1)
+        num_rows = sum(counts[self.group.index][:-1])
+        order = order_by_expert(slots.expert_index, slots.num_experts, num_rows=num_rows)
         tokens_of, rows_of = [row[-1] for row in counts], [sum(row[:-1]) for row in counts]
         tokens = self._to_all(self.start, x, tokens_of).to(x.dtype)
         first = sum(tokens_of[: self.group.index])

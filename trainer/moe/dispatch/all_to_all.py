@@ -16,7 +16,7 @@ from trainer.moe.dispatch.exchange_plan import ExchangePlan, plan_exchange
 from trainer.moe.dispatch.token_slots import TokenSlots
 from trainer.moe.routing import RoutingDecision
 from trainer.ops.compute_dtype import compute_dtype
-from trainer.ops.expert_order import ExpertOrder
+from trainer.ops.expert_order import ExpertOrder, order_by_expert
 from trainer.ops.permute import gather_rows, sum_rows
 
 # T tokens, k slots, R rows here, E experts, G ranks of the expert-parallel group, D d_model.
@@ -94,8 +94,8 @@ class AllToAllDispatcher(Dispatcher):
     def prepare(self, x: Tensor, decision: RoutingDecision, chunks: Sequence[Bounds]) -> Outgoing:
         """Order the rows of x (T, D) by expert, and plan the exchange of each of these consecutive chunks."""
         slots, x = TokenSlots.of(decision), x.to(compute_dtype(x))
-        order = slots.order()
-        table, counts = self.gather_counts(order.rows_per_expert)
+        table, counts = self.gather_counts(slots.counts())
+        order = order_by_expert(slots.expert_index, slots.num_experts, num_rows=sum(counts[self.group.index]))
         plans = [plan_exchange(table, counts, bounds, self.group.index) for bounds in chunks]
         return Outgoing(
             order=order, rows=gather_rows(x, order), weight=order.of_rows(slots.weight)[:, None], plans=plans

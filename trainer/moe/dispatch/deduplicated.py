@@ -9,7 +9,7 @@ from trainer.moe.dispatch.base import Dispatched
 from trainer.moe.dispatch.token_slots import TokenSlots
 from trainer.moe.routing import RoutingDecision
 from trainer.ops.compute_dtype import compute_dtype
-from trainer.ops.expert_order import order_by_expert
+from trainer.ops.expert_order import count_slots, order_by_expert
 from trainer.ops.permute import gather_rows, sum_rows
 
 # T tokens, k slots, N copies of tokens that arrive, E experts, G ranks of the expert-parallel group, D d_model.
@@ -75,8 +75,5 @@ class DeduplicatedDispatcher(AllToAllDispatcher):
     def _gather_sizes(self, slots: TokenSlots, rank: Tensor) -> list[list[int]]:
         """Return (G, 2 G): for each rank its tokens to each rank, then its assignments to each. The one wait."""
         size = self.group.size
-        every = self._rank_of(slots.expert_index)
-        counts = rank.new_zeros(2, size + 1)
-        for row, of_slots in zip(counts, (rank, every), strict=True):
-            row.scatter_add_(0, of_slots.reshape(-1), torch.ones_like(rank).reshape(-1))
-        return self.gather_counts(counts[:, :size].reshape(-1))[1]
+        counts = [count_slots(of_slots, size) for of_slots in (rank, self._rank_of(slots.expert_index))]
+        return self.gather_counts(torch.cat(counts))[1]

@@ -6,10 +6,11 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.moe.routing import RoutingDecision
-from trainer.ops.expert_order import ExpertOrder, order_by_expert
+from trainer.ops.expert_order import ExpertOrder, count_slots
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,9 +40,9 @@ class TokenSlots:
             weight = torch.cat([weight, weight.new_zeros(1)])[slots]
         return cls(expert_index=expert, weight=weight, num_experts=num_experts, num_rows=decision.num_rows)
 
-    def order(self) -> ExpertOrder:
-        """Return the rows, ordered by expert."""
-        return order_by_expert(self.expert_index, self.num_experts, num_rows=self.num_rows)
+    def counts(self) -> Tensor:
+        """Return (E,) int64: the number of slots with each expert."""
+        return count_slots(self.expert_index, self.num_experts)
 
     def pad_to_capacity(self, capacity: int) -> ExpertOrder:
         """Return rows that are padded to exactly `capacity` for every expert; no shape depends on the decision.
@@ -51,15 +52,15 @@ class TokenSlots:
         num_rows, num_slots = self.num_experts * capacity, self.expert_index.numel()
         key = self.expert_index.reshape(-1)
         by_expert = key.argsort(stable=True)  # slots
-        counts = key.new_zeros(self.num_experts + 1).scatter_add_(0, key, torch.ones_like(key))
-        start, expert = counts.cumsum(0) - counts, key[by_expert]
+        counts, expert = self.counts(), key[by_expert]
+        start = F.pad(counts.cumsum(0), (1, 0))  # (E + 1,)
         index = torch.arange(num_slots, device=key.device) - start[expert]  # within the expert
         row = torch.where(expert < self.num_experts, expert * capacity + index, num_rows)
         slot_of_row = key.new_full((num_rows + 1,), num_slots).index_copy_(0, row, by_expert)
         return ExpertOrder(
             slot_of_row=slot_of_row[:-1],
             row_of_slot=torch.empty_like(row).index_copy_(0, by_expert, row).view_as(self.expert_index),
-            rows_per_expert=torch.full_like(counts[:-1], capacity),
+            rows_per_expert=torch.full_like(counts, capacity),
             is_full=False,
             has_empty_rows=True,
         )
