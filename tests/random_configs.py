@@ -205,6 +205,7 @@ def _layout(drawn: random.Random, config: ExperimentConfig) -> Case:
         ranks_per_node=2 if world_size == 4 else 4,
         micro_batch_size=drawn.randint(1, -(-config.train.global_batch_size // world_size)),
         loss_chunk=drawn.choice([None, 1, 5, 1024]),
+        recompute=drawn.choice(["none", "experts", "norms_and_activations", "block"]),
     )
 
 

@@ -9,6 +9,7 @@ from tests.builders import make_batch, make_engine, make_packed_batch, tiny_mode
 from trainer.distributed.runtime import has_cpp_compiler
 from trainer.engine.native import NativeEngine
 from trainer.models.block import Block
+from trainer.models.config import Recompute
 from trainer.ops.attention import blocked_attention, torch_attention
 from trainer.parallel.config import ParallelConfig
 
@@ -19,9 +20,11 @@ STEPS, ROWS, SEQ_LEN = 6, 6, 70  # 70: a whole block of attention and a part of 
 MOE = {"capacity": {"factor": 0.6, "min": 1}, "num_shared_experts": 1}
 
 
-def _engine(document_mask: bool, *, is_compiled: bool) -> NativeEngine:
+def _engine(document_mask: bool, *, is_compiled: bool, recompute: Recompute = "none") -> NativeEngine:
     config = tiny_model_config(MOE, seq_len=SEQ_LEN, document_mask=document_mask)
-    engine = make_engine(config, kernel="fused", dtype=torch.float64, parallel=ParallelConfig(compile=is_compiled))
+    engine = make_engine(
+        config, kernel="fused", dtype=torch.float64, parallel=ParallelConfig(compile=is_compiled, recompute=recompute)
+    )
     expected = blocked_attention if is_compiled else torch_attention
     assert cast(Block, engine.model.blocks[0]).attention.core_attention is expected, "the law compares two ways"
     return engine
@@ -45,3 +48,9 @@ def test_a_compiled_model_learns_the_same(document_mask: bool) -> None:
     eager, compiled = (_curve(_engine(document_mask, is_compiled=is_compiled)) for is_compiled in (False, True))
     assert eager[-1, 0] < eager[0, 0]
     torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("recompute", ["norms_and_activations", "block"])
+def test_so_does_one_that_recomputes(recompute: Recompute) -> None:
+    eager, compiled = (_engine(False, is_compiled=is_compiled, recompute=recompute) for is_compiled in (False, True))
+    torch.testing.assert_close(_curve(compiled), _curve(eager), rtol=0, atol=1e-10)

@@ -39,6 +39,10 @@ def _in_block(name: str, old: str, new: str) -> Fault:
     return Fault(name=name, file=BLOCK, old=old, new=new, tests=(PARITY,))
 
 
+def _in_norm(name: str, old: str, new: str) -> Fault:
+    return Fault(name=name, file="trainer/ops/rms_norm.py", old=old, new=new, tests=(PARITY,))
+
+
 def _in_loss(name: str, old: str, new: str) -> Fault:
     return Fault(name=name, file="trainer/ops/cross_entropy.py", old=old, new=new, tests=(LOSS,))
 
@@ -53,12 +57,13 @@ FAULTS = [
         """\
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        return rotate(q, rotary), rotate(k, rotary), v
 """,
         """\
         q, k = rotate(q, rotary), rotate(k, rotary)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
 """,
     ),
     _in_block(
@@ -81,24 +86,28 @@ FAULTS = [
     ),
     _in_rotary("the rotation pairs neighbours instead of halves", _ROTATION, _ROTATION_OF_NEIGHBOURS),
     _in_block("keys are not rotated", "rotate(q, rotary), rotate(k, rotary)", "rotate(q, rotary), k"),
-    _in_block(
+    _in_norm(
         "the eps of a norm is outside the root",
-        "torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)",
-        "(1 / (x.square().mean(-1, keepdim=True).sqrt() + self.eps))",
+        "torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)",
+        "(1 / (wide.square().mean(-1, keepdim=True).sqrt() + eps))",
     ),
-    _in_block("norm_eps is ignored", "keepdim=True) + self.eps)", "keepdim=True) + 1e-6)"),
-    _in_block(
-        "a norm subtracts the mean", "x.square().mean(-1, keepdim=True)", "x.var(-1, keepdim=True, correction=0)"
+    _in_norm("norm_eps is ignored", "keepdim=True) + eps)", "keepdim=True) + 1e-6)"),
+    _in_norm(
+        "a norm subtracts the mean", "wide.square().mean(-1, keepdim=True)", "wide.var(-1, keepdim=True, correction=0)"
     ),
-    _in_block("a norm does not scale", "+ self.eps) * self.weight", "+ self.eps)"),
+    _in_norm("a norm does not scale", "(wide * scale).mul_(weight)", "wide * scale"),
     _in_gpt(
         "there is no final norm",
         "F.linear(self.norm(hidden), self._head_weight())",
         "F.linear(hidden, self._head_weight())",
     ),
-    _in_block("attention is without its norm", "self.attention(self.attention_norm(x),", "self.attention(x,"),
+    _in_block("attention is without its norm", "self.qkv(norm(x))", "self.qkv(x)"),
     _in_block("the feed-forward is without its norm", "return x, self.ffn_norm(x)", "return x, x"),
-    _in_block("attention has the norm of the feed-forward", "self.attention_norm(x)", "self.ffn_norm(x)"),
+    _in_block(
+        "attention has the norm of the feed-forward",
+        "self.attention(x, self.attention_norm,",
+        "self.attention(x, self.ffn_norm,",
+    ),
     _in_block("the residual stream ends at attention", "x = x + self.attention(", "x = self.attention("),
     _in_block("the residual stream ends at experts", "return x + y, stats", "return y, stats"),
     _in_block("the residual stream goes through the norm", "return x + y, stats", "return normed + y, stats"),
@@ -138,6 +147,20 @@ FAULTS = [
         "(targets.shape)).sum(1)",
         PARITY,
         "tests/unit/models/test_gpt.py",
+    ),
+    Fault(
+        name="a block that should be recomputed is saved",
+        file=BLOCK,
+        old='again = self.recompute == "block" and extend is None',
+        new="again = False",
+        tests=("tests/laws/test_recompute.py::test_each_setting_saves_less_than_the_one_before",),
+    ),
+    Fault(
+        name="the gradient of a norm forgets what is along its input",
+        file="trainer/ops/rms_norm.py",
+        old="grad_normed.sub_(normed.mul_(along))",
+        new="grad_normed",
+        tests=("tests/unit/ops/test_rms_norm.py",),
     ),
     _in_loss("chunks count masked targets", "return (nats * mask).sum(1)", "return nats.sum(1)"),
     _in_loss(

@@ -8,12 +8,14 @@ function).
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trainer.models.config import ModelConfig
+from trainer.models.config import ModelConfig, Recompute
 from trainer.models.kv_cache import CachedAttention
+from trainer.models.recompute import checkpointed
 from trainer.moe.build_router import build_router
 from trainer.moe.dispatch.local import LocalDispatcher
 from trainer.moe.experts import Experts
@@ -23,6 +25,7 @@ from trainer.moe.stats import MoEStats
 from trainer.ops.attention import CausalAttention, torch_attention
 from trainer.ops.expert_ffn import activate
 from trainer.ops.kernels import ExpertsKernel
+from trainer.ops.rms_norm import rms_norm
 from trainer.ops.rotary import rotate
 
 
@@ -35,8 +38,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x (..., width); the result is in the weight's dtype."""
-        x = x.to(self.weight.dtype)
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -51,24 +53,35 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.core_attention: CausalAttention = torch_attention
+        self.recompute: Recompute = "none"
 
-    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None, extend: CachedAttention | None) -> Tensor:
-        """Attend over x (B, S, D), and over the cache if there is one.
+    def forward(
+        self, x: Tensor, norm: RMSNorm, rotary: Tensor, mask: Tensor | None, extend: CachedAttention | None
+    ) -> Tensor:
+        """Attend over norm(x) (B, S, D), and over the cache if there is one.
 
         Args:
-            x: the normalized residual stream.
+            x: the residual stream.
+            norm: applied to it first.
             rotary: (2, ..., S, d) cosines and sines.
             mask: (B, 1, S, S) bool, the keys visible to each query; None: causal.
             extend: attention over this layer's cache, to which the new keys and values are appended.
         """
         B, S, _ = x.shape
-        heads = self.qkv(x).view(B, S, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 Hkv, S, d)
+        again = self.recompute == "norms_and_activations" and extend is None
+        heads = checkpointed(lambda x: self.qkv(norm(x)), x, recompute=again)
+        # Without their norms, nothing of heads is saved anyway.
+        q, k, v = checkpointed(self._rotated, heads, rotary, recompute=again and self.q_norm is not None)
+        y = self.core_attention(q, k, v, mask) if extend is None else extend(q, k, v)
+        return self.out(y.transpose(1, 2).reshape(B, S, -1))
+
+    def _rotated(self, heads: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries (B, H, S, d), and keys and values (B, Hkv, S, d), from their projection (B, S, .)."""
+        heads = heads.view(*heads.shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, H + 2 Hkv, S, d)
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, rotary), rotate(k, rotary)
-        y = self.core_attention(q, k, v, mask) if extend is None else extend(q, k, v)
-        return self.out(y.transpose(1, 2).reshape(B, S, -1))
+        return rotate(q, rotary), rotate(k, rotary), v
 
 
 class FeedForward(nn.Module):
@@ -79,10 +92,17 @@ class FeedForward(nn.Module):
         self.activation = config.activation
         self.w_in = nn.Linear(config.d_model, 2 * d_ff if config.activation == "swiglu" else d_ff, bias=False)
         self.w_out = nn.Linear(d_ff, config.d_model, bias=False)
+        self.recompute: Recompute = "none"
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to x (..., D)."""
-        return self.w_out(activate(self.w_in(x), self.activation))
+        return checkpointed(self._both, x, recompute=self.recompute == "block")
+
+    def _both(self, x: Tensor) -> Tensor:
+        return checkpointed(self._second, self.w_in(x), recompute=self.recompute == "norms_and_activations")
+
+    def _second(self, h: Tensor) -> Tensor:
+        return self.w_out(activate(h, self.activation))
 
 
 class Block(nn.Module):
@@ -95,6 +115,17 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.ffn = build_moe(config, layer, kernel) if config.has_experts(layer) else FeedForward(config, config.d_ff)
         self.compiled_attend: Callable[..., tuple[Tensor, Tensor]] | None = None
+        self.recompute: Recompute = "none"
+
+    def set_recompute(self, recompute: Recompute) -> None:
+        """Choose what is computed again in the backward pass."""
+        self.recompute = self.attention.recompute = recompute
+        if not isinstance(self.ffn, MoE):  # as a part of the whole block
+            self.ffn.recompute = "none" if recompute == "block" else recompute
+            return
+        self.ffn.experts.recompute = recompute in ("experts", "block")
+        if isinstance(self.ffn.shared, FeedForward):
+            self.ffn.shared.recompute = recompute
 
     def forward(
         self,
@@ -107,17 +138,22 @@ class Block(nn.Module):
         """Return the residual stream (B, S, D) after this block, and its MoE layer's statistics."""
         # The compiled function is for whole rows: with a cache, each call has another length and would recompile it.
         attend = self.attend if self.compiled_attend is None or extend is not None else self.compiled_attend
-        x, normed = attend(x, rotary, mask, extend)
+        again = self.recompute == "block" and extend is None
         if isinstance(self.ffn, MoE):
+            x, normed = checkpointed(attend, x, rotary, mask, extend, recompute=again)
             y, stats = self.ffn(normed, context)
             return x + y, stats
-        return x + self.ffn(normed), None
+        return checkpointed(self._without_experts, attend, x, rotary, mask, extend, recompute=again), None
+
+    def _without_experts(self, attend: Callable[..., tuple[Tensor, Tensor]], x: Tensor, *args: Any) -> Tensor:
+        x, normed = attend(x, *args)
+        return x + self.ffn(normed)
 
     def attend(
         self, x: Tensor, rotary: Tensor, mask: Tensor | None, extend: CachedAttention | None
     ) -> tuple[Tensor, Tensor]:
         """Return the residual stream after attention, and its normalized copy for the feed-forward."""
-        x = x + self.attention(self.attention_norm(x), rotary, mask, extend)
+        x = x + self.attention(x, self.attention_norm, rotary, mask, extend)
         return x, self.ffn_norm(x)
 
 

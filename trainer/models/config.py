@@ -9,6 +9,8 @@ from trainer.config.base import Config, Problem, Renamed, divisors
 from trainer.config.numbers import Coefficient, Epsilon, Layers, Length, Width
 from trainer.moe.config import MoEConfig
 
+Recompute = Literal["none", "experts", "norms_and_activations", "block"]
+"""What is computed again in the backward pass instead of being saved."""
 MAX_WEIGHTS: Final = 2**50
 """Maximum parameters of a model, about 10^15: more than any machine can hold."""
 

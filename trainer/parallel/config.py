@@ -5,11 +5,19 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from trainer.config.base import Config
-from trainer.config.numbers import Count, Experts, Ranks, Rows
+from trainer.config.numbers import Count, Experts, Layers, Ranks, Rows
 from trainer.config.plugins import PluggableFunction
+from trainer.models.config import Recompute
 from trainer.moe.dispatch.registry import AllToAllDispatcherConfig, DispatcherConfig
 
 ShardKeeps = Literal["nothing", "gradients", "weights"]
+
+
+class RecomputeEveryConfig(Config):
+    """Recomputation of some blocks."""
+
+    every: Layers
+    """Every n-th block is computed again, as by `block`; the others are saved whole."""
 
 
 class ParallelConfig(Config):
@@ -50,5 +58,15 @@ class ParallelConfig(Config):
     deterministic: bool = False
     """Use only GPU kernels whose results are the same bits in every run on the same layout; they are slower. On the CPU
     all are."""
+    recompute: Recompute | RecomputeEveryConfig = "none"
+    """What is computed again in the backward pass instead of being saved: first products of the `experts`;
+    `norms_and_activations`, without any product; all of a `block` but routers, exchanges and experts' second products;
+    or `{every: n}`, that of every n-th block. Nothing is exchanged or routed twice."""
     compile: bool = False
     """Compile the operations between matrix products with torch.compile; on the CPU this needs a C++ compiler."""
+
+    def recompute_of(self, layer: int) -> Recompute:
+        """Return what is recomputed of block `layer`."""
+        if isinstance(self.recompute, RecomputeEveryConfig):
+            return "block" if (layer + 1) % self.recompute.every == 0 else "none"
+        return self.recompute

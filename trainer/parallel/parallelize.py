@@ -4,19 +4,17 @@ from collections.abc import Iterable
 from typing import cast
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from trainer.config.build_plugin import build_plugin
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.rank_layout import even_slice
 from trainer.models.block import Block
 from trainer.models.gpt import GPT
-from trainer.models.initialize import WeightShard, initialize
+from trainer.models.initialize import initialize
 from trainer.moe.dispatch.base import Dispatcher
 from trainer.ops.attention import blocked_attention
 from trainer.parallel.config import ParallelConfig
 from trainer.parallel.shard import shard
-from trainer.parallel.shards import local, shard_index
 
 
 def parallelize(
@@ -32,10 +30,10 @@ def parallelize(
     """Apply a layout to a model on the meta device, in place; results change by floating-point reordering only.
 
     1. Every MoE layer gets the configured dispatcher and keeps its local experts.
-    2. The head is applied to some tokens at a time, and the operations between matrix products are compiled, if
-       configured and possible.
-    3. Weights are sharded over the ranks that would hold replicas, if configured.
-    4. This rank's weights are allocated and initialized.
+    2. The head is applied to some tokens at a time, some activations are recomputed, and the operations between matrix
+       products are compiled, as far as configured and possible.
+    3. Weights are allocated and initialized.
+    4. Weights are sharded over the ranks that would hold replicas, if configured.
     """
     for moe in model.moe_layers():
         moe.dispatcher = build_plugin(
@@ -45,14 +43,13 @@ def parallelize(
         if mesh.ep.size > 1:
             moe.experts.keep(*even_slice(moe.experts.num_experts, mesh.ep.size, mesh.ep.index))
     model.loss_chunk = config.loss_chunk
+    for layer, block in enumerate(cast(Iterable[Block], model.blocks)):
+        block.set_recompute(config.recompute_of(layer))
     if config.compile and can_compile:
         compile_glue(model, device)
-    if config.data == "shard":
-        shard(model, mesh, dtype=dtype)
     model.to_empty(device=device)
-    sharded = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor)}
-    initialize(model, seed, {name: WeightShard(local(p), shard_index(p)) for name, p in sharded.items()})
-    return model
+    initialize(model, seed)
+    return shard(model, mesh, dtype=dtype) if config.data == "shard" else model
 
 
 def compile_glue(model: GPT, device: torch.device) -> None:

@@ -8,6 +8,7 @@ from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.engine.deepspeed.passthrough import free_options
 from trainer.engine.registry import NativeEngineConfig
 from trainer.experiment import ExperimentConfig
+from trainer.models.config import Recompute
 from trainer.moe.dispatch.registry import LocalDispatcherConfig, WireOptions
 from trainer.parallel.config import ShardKeeps
 
@@ -34,6 +35,7 @@ class Case:
     micro_batch_size: int
     loss_chunk: int | None = None
     """Tokens whose logits exist at once; None: those of a micro-batch."""
+    recompute: Recompute = "none"
 
     @property
     def name(self) -> str:
@@ -47,7 +49,8 @@ class Case:
         engine = "" if self.zero_stage is None else f", ZeRO {self.zero_stage}"
         engine += ", deterministic" if self.deterministic else ""
         loss = "" if self.loss_chunk is None else f", loss by {self.loss_chunk}"
-        return f"{ranks}{how}{sharding}{engine}, rows by {self.micro_batch_size}{loss}"
+        again = "" if self.recompute == "none" else f", recompute {self.recompute}"
+        return f"{ranks}{how}{sharding}{engine}, rows by {self.micro_batch_size}{loss}{again}"
 
     @property
     def engine(self) -> str:
@@ -85,18 +88,23 @@ def _native_cases(config: ExperimentConfig) -> list[Case]:
     # Halves and single rows; equal for two rows, and none for one row, which is the reference.
     sizes = [size for size in dict.fromkeys((-(-rows // 2), 1)) if size < rows]
     some = config.model.seq_len // 2 + 1  # tokens: chunks of the loss that do not end with rows
-    cases = [Case(micro_batch_size=size, loss_chunk=some if size == 1 else None) for size in sizes]
+    cases = [
+        Case(micro_batch_size=size, loss_chunk=some, recompute="norms_and_activations")
+        if size == 1
+        else Case(micro_batch_size=size, recompute="experts")
+        for size in sizes
+    ]
     for world_size in range(2, MAX_RANKS + 1):
         share = -(-rows // world_size)
         for ep_size in range(1, min(world_size, num_experts) + 1):
             if world_size % ep_size:
                 continue
             degrees = {"world_size": world_size, "ep_size": ep_size}
+            half = Case(**degrees, micro_batch_size=-(-share // 2), loss_chunk=some, recompute="block")
             cases.append(Case(**degrees, micro_batch_size=share))
             if share > 1:
-                cases.append(Case(**degrees, micro_batch_size=-(-share // 2), loss_chunk=some))
-            half = {**degrees, "micro_batch_size": -(-share // 2), "loss_chunk": some}
-            cases += [Case(**half, **sharding) for sharding in _shardings(degrees)]
+                cases.append(half)
+            cases += [replace(half, **sharding) for sharding in _shardings(degrees)]
             if ep_size == 1:
                 continue
             kinds = ["all_gather", "deduplicated_all_to_all"]
@@ -106,7 +114,7 @@ def _native_cases(config: ExperimentConfig) -> list[Case]:
                 kinds.append(dispatcher.kind)  # a plug-in
             cases += [Case(**degrees, dispatcher=kind, micro_batch_size=share) for kind in kinds]
             if num_experts // ep_size > 1:
-                cases.append(Case(**degrees, chunks=2, micro_batch_size=share))
+                cases.append(Case(**degrees, chunks=2, micro_batch_size=share, recompute="block"))
             if ep_size == 4:
                 cases.append(Case(**degrees, dispatcher="hierarchical", ranks_per_node=2, micro_batch_size=share))
     return cases
@@ -136,6 +144,7 @@ def apply_case(config: ExperimentConfig, case: Case) -> ExperimentConfig:
         "dispatcher": dispatcher,
         "data": case.data,
         "loss_chunk": case.loss_chunk,
+        "recompute": case.recompute,
         "shard_size": case.shard_size,
         "shard_keeps": case.shard_keeps,
         "deterministic": case.deterministic,
