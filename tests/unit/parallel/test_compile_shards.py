@@ -1,0 +1,34 @@
+"""Compiled blocks of sharded weights: FSDP's hooks are around a block, not inside what is compiled."""
+
+from functools import partial
+from typing import Literal
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from tests.builders import make_batch, make_engine, tiny_model_config
+from tests.ranks import Ranks, mesh_here
+from trainer.parallel.config import ParallelConfig
+
+
+def _graphs(data: Literal["replicate", "shard"], dtype: torch.dtype) -> tuple[int, dict[str, int]]:
+    """Graphs that are compiled in two steps, and the reasons for breaks."""
+    from torch._dynamo.utils import counters  # takes seconds to import
+
+    torch._dynamo.reset()
+    counters.clear()
+    config = tiny_model_config({"num_experts": 4, "num_shared_experts": 1})
+    with patch.object(torch, "compile", partial(torch.compile, backend="eager")):  # needs no C++ compiler
+        parallel = ParallelConfig(data=data, compile=True)
+        engine = make_engine(config, dtype=dtype, mesh=mesh_here(), parallel=parallel)
+        for step in range(2):
+            engine.train_step([make_batch(2, 8, seed=step)], lr=1e-3)
+    return counters["stats"]["unique_graphs"], dict(counters["graph_break"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sharding_breaks_no_graph(ranks: Ranks, dtype: torch.dtype) -> None:
+    replicated = ranks.run(2, _graphs, "replicate", dtype)
+    assert replicated[0][0] > 0
+    assert ranks.run(2, _graphs, "shard", dtype) == [(replicated[0][0], {})] * 2
