@@ -98,10 +98,10 @@ class Group:
         """Return (size, *x.shape): x of every member; its shape must be the same on all."""
         if self._handle is None:
             return x[None].clone()
-        out = x.new_empty(self.size, *x.shape)
+        parts = [torch.empty_like(x) for _ in self.ranks]
         with self._watched("all_gather", [x.numel()]):
-            dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=self._handle)
-        return out
+            dist.all_gather(parts, x.contiguous(), group=self._handle)
+        return torch.stack(parts)
 
     def broadcast_(self, x: Tensor, *, source: int = 0) -> Tensor:
         """Overwrite x with that of member `source`."""
