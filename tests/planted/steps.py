@@ -79,8 +79,8 @@ FAULTS = [
     in_package(
         "experts of every rank start alike",
         "models/initialize.py",
-        "e = first_expert[name] + i",
-        "e = i",
+        "first_expert[name] + e)",
+        "e)",
         "models/test_initialize.py::test_an_expert_does_not_depend_on_the_rank_that_holds_it",
     ),
 ]

@@ -65,9 +65,19 @@ class Layout:
         """Return, for each shard of the experts, the ranks that hold it."""
         return [list(range(first, self.world_size, self.ep_size)) for first in range(self.ep_size)]
 
+    @property
+    def num_shards(self) -> int:
+        """Number of ranks that share a copy of the dense weights, if these are sharded."""
+        return self.shard_size or self.world_size
+
+    @property
+    def num_expert_shards(self) -> int:
+        """Number of ranks that share a copy of the same experts, if these are sharded."""
+        return max(1, self.num_shards // self.ep_size)
+
     def shard_ranks(self) -> list[list[int]]:
         """Return the ranks that together hold one copy of the dense weights, if these are sharded."""
-        return _runs(list(range(self.world_size)), self.shard_size or self.world_size)
+        return _runs(list(range(self.world_size)), self.num_shards)
 
     def shard_copy_ranks(self) -> list[list[int]]:
         """Return, for each shard of the dense weights, the ranks that hold it."""
@@ -78,13 +88,11 @@ class Layout:
 
         They are those of its replicas that are in one group of `shard_ranks`; one alone if none is.
         """
-        width = max(1, (self.shard_size or self.world_size) // self.ep_size)
-        return [run for edp in self.edp_ranks() for run in _runs(edp, width)]
+        return [run for edp in self.edp_ranks() for run in _runs(edp, self.num_expert_shards)]
 
     def edp_shard_copy_ranks(self) -> list[list[int]]:
         """Return, for each shard of an expert-parallel rank's experts, the ranks that hold it."""
-        width = len(self.edp_shard_ranks()[0])
-        return [column for edp in self.edp_ranks() for column in _columns(_runs(edp, width))]
+        return [column for edp in self.edp_ranks() for column in _columns(_runs(edp, self.num_expert_shards))]
 
 
 def _runs(ranks: list[int], size: int) -> list[list[int]]:

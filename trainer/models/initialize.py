@@ -1,4 +1,11 @@
-"""Initial weights: every tensor is a function of the seed, its name and the global expert index, not of the layout."""
+"""Initial weights: every tensor is a function of the seed, its name and the global expert index, not of the layout.
+
+A generator's values cannot be drawn from the middle, so a rank that holds a shard draws the whole tensor, or each whole
+expert of which it has a part, and keeps its own: one tensor, or expert, is in memory at a time beside the shards.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,9 +19,18 @@ from trainer.ops.noise import stable_hash
 # E experts.
 
 
+@dataclass(frozen=True, slots=True)
+class WeightShard:
+    """A part of a weight."""
+
+    local: Tensor
+    index: tuple[slice, ...]
+    """Where it is in the weight: a range of every dimension, with beginning and end."""
+
+
 @torch.no_grad()
-def initialize(model: GPT, seed: int) -> None:
-    """Initialize every parameter and buffer of a model, on its device.
+def initialize(model: GPT, seed: int, shards: Mapping[str, WeightShard] | None = None) -> None:
+    """Initialize every parameter and buffer of a model, on its device; of parameters in `shards` only that part.
 
     Each expert of a stacked (E, ...) weight has its own random stream, so that it starts from the same weights on any
     rank. Parameters that are not matrices are constant: norms 1, those of a router its `initial_values`, biases 0.
@@ -22,17 +38,19 @@ def initialize(model: GPT, seed: int) -> None:
     first_expert, router_values = expert_parameters(model), _router_values(model)
     for name, parameter in model.named_parameters():
         std = initial_std(name, init_std=model.config.init_std, num_layers=model.config.num_layers)
+        part = (shards or {}).get(name) or WeightShard(parameter, tuple(slice(0, size) for size in parameter.shape))
         match parameter_role(name):
             case "norm":
-                parameter.fill_(1.0)
+                part.local.fill_(1.0)
             case _ if not is_matrix(name, parameter):
-                parameter.fill_(router_values.get(name, 0.0))
+                part.local.fill_(router_values.get(name, 0.0))
             case "expert":
-                for i, weight in enumerate(parameter):
-                    e = first_expert[name] + i
-                    weight.copy_(_normal(weight, std, stable_hash("init", seed, name, e)))
+                experts, *inside = part.index
+                for weight, e in zip(part.local, range(experts.start, experts.stop), strict=True):
+                    seed_of_e = stable_hash("init", seed, name, first_expert[name] + e)
+                    weight.copy_(_normal(parameter.shape[1:], std, seed_of_e)[tuple(inside)])
             case _:
-                parameter.copy_(_normal(parameter, std, stable_hash("init", seed, name)))
+                part.local.copy_(_normal(parameter.shape, std, stable_hash("init", seed, name))[part.index])
     for buffer in model.buffers():
         buffer.zero_()
 
@@ -57,7 +75,7 @@ def _router_values(model: GPT) -> dict[str, float]:
     }
 
 
-def _normal(like: Tensor, std: float, seed: int) -> Tensor:
+def _normal(shape: torch.Size, std: float, seed: int) -> Tensor:
     """Sample on the CPU in float32, so that every device and dtype starts from the same values."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.empty(like.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+    return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)

@@ -4,17 +4,19 @@ from collections.abc import Iterable
 from typing import cast
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from trainer.config.build_plugin import build_plugin
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.rank_layout import even_slice
 from trainer.models.block import Block
 from trainer.models.gpt import GPT
-from trainer.models.initialize import initialize
+from trainer.models.initialize import WeightShard, initialize
 from trainer.moe.dispatch.base import Dispatcher
 from trainer.ops.attention import blocked_attention
 from trainer.parallel.config import ParallelConfig
 from trainer.parallel.shard import shard
+from trainer.parallel.shards import local, shard_index
 
 
 def parallelize(
@@ -32,8 +34,8 @@ def parallelize(
     1. Every MoE layer gets the configured dispatcher and keeps its local experts.
     2. The head is applied to some tokens at a time, some activations are recomputed, and the operations between matrix
        products are compiled, as far as configured and possible.
-    3. Weights are allocated and initialized.
-    4. Weights are sharded over the ranks that would hold replicas, if configured.
+    3. Weights are sharded over the ranks that would hold replicas, if configured.
+    4. This rank's weights are allocated and initialized.
     """
     for moe in model.moe_layers():
         moe.dispatcher = build_plugin(
@@ -47,9 +49,12 @@ def parallelize(
         block.set_recompute(config.recompute_of(layer))
     if config.compile and can_compile:
         compile_glue(model, device)
+    if config.data == "shard":
+        shard(model, mesh, dtype=dtype)
     model.to_empty(device=device)
-    initialize(model, seed)
-    return shard(model, mesh, dtype=dtype) if config.data == "shard" else model
+    sharded = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor)}
+    initialize(model, seed, {name: WeightShard(local(p), shard_index(p)) for name, p in sharded.items()})
+    return model
 
 
 def compile_glue(model: GPT, device: torch.device) -> None:

@@ -29,6 +29,15 @@ def shard_dimension(tensor: Tensor) -> int:
     return tensor.placements[-1].dim if isinstance(tensor, DTensor) else 0  # pyrefly: ignore[missing-attribute]
 
 
+def shard_index(tensor: DTensor) -> tuple[slice, ...]:
+    """Return where this rank's shard is in the tensor: a range of every dimension, with beginning and end."""
+    dim, mine = shard_dimension(tensor), local(tensor)
+    start = first_row(tensor) if dim == 0 else mine.shape[dim] * tensor.device_mesh.get_local_rank(-1)
+    return tuple(
+        slice(start, start + mine.shape[d]) if d == dim else slice(0, size) for d, size in enumerate(tensor.shape)
+    )
+
+
 @torch.no_grad()
 def rows(tensor: Tensor) -> Tensor:
     """Return this rank's part of a tensor along dimension 0, which begins at `first_row`.
@@ -58,7 +67,6 @@ def copy_from_rows(tensor: Tensor, rows: Tensor) -> None:
 
     `rows` are its `rows`; or all rows (E_local, ...) of a tensor that is sharded along another dimension.
     """
-    dim, mine = shard_dimension(tensor), local(tensor)
-    if dim != 0 and isinstance(tensor, DTensor):
-        rows = rows.narrow(dim, mine.shape[dim] * tensor.device_mesh.get_local_rank(-1), mine.shape[dim])
-    mine.copy_(rows)
+    if isinstance(tensor, DTensor) and shard_dimension(tensor) != 0:
+        rows = rows[shard_index(tensor)]
+    local(tensor).copy_(rows)

@@ -43,10 +43,12 @@ def check_memory(config: ExperimentConfig, layout: Layout, device: torch.device)
     vocab_size = getattr(config.data.tokenizer, "vocab_size", _MIN_VOCAB_SIZE)
     weights = model.weights(vocab_size=vocab_size)
     local_experts = 0 if model.moe is None else model.moe.num_experts // layout.ep_size
-    # Sharded weights are made whole first; whatever shards the moments holds at least the weights whole.
-    is_replicated = config.parallel.data == "replicate" and isinstance(config.engine, NativeEngineConfig)
-    copies = _WITH_GRADIENT_AND_MOMENTS if is_replicated else 1
-    state = size * copies * (weights.dense + local_experts * weights.expert)
+    is_native, is_sharded = isinstance(config.engine, NativeEngineConfig), config.parallel.data == "shard"
+    copies = _WITH_GRADIENT_AND_MOMENTS if is_native else 1  # DeepSpeed shards the moments, but no weights
+    dense, experts = weights.dense, local_experts * weights.expert
+    if is_sharded:
+        dense, experts = dense // layout.num_shards, experts // layout.num_expert_shards
+    state = size * copies * (dense + experts)
     num_rows = min(config.parallel.micro_batch_size, rows_per_rank)
     chunk = config.parallel.loss_chunk
     values = model.activations(vocab_size=vocab_size, num_rows=num_rows, loss_chunk=chunk)
@@ -57,7 +59,7 @@ def check_memory(config: ExperimentConfig, layout: Layout, device: torch.device)
     if needed <= available:
         return
     parts = {
-        "weights with gradients and moments" if is_replicated else "weights": (
+        "weights with gradients and moments" if is_native else "weights": (
             state,
             "model.d_model, model.num_layers or the experts, or share these among more ranks (parallel.ep_size)",
         ),

@@ -17,7 +17,7 @@ from trainer.engine.native import NativeEngine
 from trainer.models.generation import generate
 from trainer.models.sampling import SamplingOptions
 from trainer.parallel.config import ParallelConfig
-from trainer.parallel.shards import first_row, local, rows
+from trainer.parallel.shards import first_row, local, rows, shard_index
 from trainer.prove.gather import gather_state
 
 Data = Literal["replicate", "shard"]
@@ -206,3 +206,28 @@ def test_a_loss_in_chunks_uses_the_gathered_head(ranks: Ranks, is_tied: bool) ->
     assert sharded.keys() == replicated.keys()
     for name, gradient in replicated.items():
         torch.testing.assert_close(sharded[name], gradient, rtol=0, atol=1e-12, msg=name)
+
+
+def _starts_as_unsharded(num_experts: int, ep_size: int, shard_size: int | None) -> bool:
+    """Whether each shard has, from the first moment, the values that the whole weight has in one process."""
+    config = tiny_model_config({"num_experts": num_experts, "num_shared_experts": 1}, qk_norm=True)
+    whole = make_engine(config, seed=3).parameters
+    mesh = mesh_here(ep_size=ep_size, shard_size=shard_size)
+    mine = make_engine(config, seed=3, mesh=mesh, parallel=ParallelConfig(data="shard"))
+    are_equal = []
+    for name, p in mine.parameters.items():
+        expected = whole[name].detach()
+        if (first := mine.first_expert.get(name)) is not None:
+            expected = expected[first : first + p.shape[0]]
+        are_equal.append(torch.equal(local(p), expected[shard_index(p)] if isinstance(p, DTensor) else expected))
+    return all(are_equal)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "num_experts", "ep_size", "shard_size"),
+    [(2, 4, 1, None), (3, 4, 1, None), (4, 6, 1, None), (4, 6, 2, None), (4, 8, 2, 2)],
+)
+def test_every_shard_starts_from_the_values_of_one_process(
+    ranks: Ranks, num_ranks: int, num_experts: int, ep_size: int, shard_size: int | None
+) -> None:
+    assert ranks.run(num_ranks, _starts_as_unsharded, num_experts, ep_size, shard_size) == [True] * num_ranks

@@ -45,10 +45,15 @@ CASES = {
         Layout(world_size=6, ep_size=3, ranks_per_node=2),
         2 * (16 * (DENSE + 2 * EXPERT) + 2 * 2 * ROWS + 50 * 2 * 32),
     ),
-    "sharded": (
-        _config(parallel={"micro_batch_size": 4, "data": "shard"}),
-        Layout(),
-        4 * (DENSE + 6 * EXPERT) + 2 * 4 * ROWS + 50 * 8 * 32,
+    "sharded over eight ranks": (
+        _config(parallel={"micro_batch_size": 4, "data": "shard", "ep_size": 2}),
+        Layout(world_size=8, ep_size=2),
+        16 * (DENSE // 8 + 3 * EXPERT // 4) + 2 * ROWS + 50 * 32,
+    ),
+    "sharded inside groups of four": (
+        _config(parallel={"micro_batch_size": 4, "data": "shard", "ep_size": 2, "shard_size": 4}),
+        Layout(world_size=8, ep_size=2, shard_size=4),
+        16 * (DENSE // 4 + 3 * EXPERT // 2) + 2 * ROWS + 50 * 32,
     ),
     "a larger vocabulary": (
         _config(data={"tokenizer": {"kind": "bpe", "vocab_size": 512}}),

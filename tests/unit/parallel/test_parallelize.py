@@ -1,0 +1,38 @@
+"""What a rank of a large world holds, and needs to start."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+
+def _held(layout: dict[str, Any], model: dict[str, Any], *device: str) -> dict[str, int]:
+    command = [sys.executable, "-m", "tests.fake_world", json.dumps(layout), json.dumps(model), *device]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout)
+
+
+@pytest.mark.parametrize("rank", [0, 200, 511])
+def test_every_rank_of_512_holds_its_fair_share_although_there_are_fewer_experts(rank: int) -> None:
+    """16 experts on 64 ranks: by whole experts, the first 16 ranks would hold one and the others none."""
+    model = {"num_layers": 2, "num_experts": 128, "d_ff": 64, "d_model": 256, "num_heads": 8, "num_kv_heads": 8}
+    mine = _held({"world_size": 512, "ep_size": 8, "rank": rank}, model)
+    assert mine["experts"] == 2 * 128 * 3 * 256 * 64 // 512
+    dense = 2 * 32000 * 256 + 2 * (4 * 256 * 256 + 128 * 256 + 2 * 256) + 256
+    one_row_of_each = 2 * 256 + 2 * (2 * 256 + 256 + 2) + 1
+    assert mine["dense"] <= dense / 512 + one_row_of_each
+
+
+def test_groups_of_64_hold_8_times_as_much() -> None:
+    model = {"num_layers": 2, "num_experts": 128, "d_ff": 64, "d_model": 256, "num_heads": 8, "num_kv_heads": 8}
+    mine = _held({"world_size": 512, "ep_size": 8, "shard_size": 64}, model)
+    assert mine["experts"] == 2 * 128 * 3 * 256 * 64 // 64
+
+
+def test_weights_are_never_whole_while_a_rank_starts() -> None:
+    """At the peak there are its shards and one tensor: here 36 MB and 33 MB, where the whole weights are 573 MB."""
+    model = {"num_layers": 16, "num_experts": 16, "d_ff": 768, "d_model": 256, "num_heads": 8, "num_kv_heads": 8}
+    mine = _held({"world_size": 16}, model, "cpu")
+    whole = 4 * (2 * 32000 * 256 + 16 * (4 * 256 * 256 + 16 * 3 * 256 * 768 + 16 * 256))
+    assert whole > 570e6 and mine["peak_bytes"] < whole / 3
