@@ -1,0 +1,87 @@
+"""Count what a rank sends: messages and bytes of every collective, forward and backward."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@dataclass(slots=True)
+class Sent:
+    """What one rank has sent to others."""
+
+    row_bytes: int = 0
+    """By all-to-alls and all-gathers of floating-point numbers."""
+    other_bytes: int = 0
+    """By all other collectives."""
+    messages: int = 0
+    """To one other rank each."""
+    collectives: dict[str, int] = field(default_factory=dict)
+    """Number of each."""
+
+    def add(self, size: int, *, are_rows: bool) -> None:
+        """Add bytes."""
+        if are_rows:
+            self.row_bytes += size
+        else:
+            self.other_bytes += size
+
+
+class MessageCounter(TorchDispatchMode):
+    """Counts the collectives of this thread inside its context, as torch.distributed hands them to its backend.
+
+    A rank sends nothing to itself. An all-gather sends a rank's tensor to each other member, an all-reduce of n ranks
+    2 (n - 1) / n of its tensor and a reduce-scatter half of that, as a ring does.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = Sent()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count the operation if it communicates, and run it."""
+        name = func.name() if hasattr(func, "name") else ""
+        if name.startswith("c10d::"):
+            self._count(name.removeprefix("c10d::").strip("_"), args)
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, name: str, args: Sequence[Any]) -> None:
+        handle = next((arg for arg in args if isinstance(arg, torch.ScriptObject)), None)
+        group = None if handle is None else dist.ProcessGroup.unbox(handle)
+        if group is None or group.size() == 1 or name.startswith("barrier"):
+            return
+        sent, others = self.sent, group.size() - 1
+        sent.collectives[name] = sent.collectives.get(name, 0) + 1
+        if name.startswith("alltoall_base"):
+            x = args[1]
+            there = [rows * _row_bytes(x) for rows in args[4] or [len(x) // group.size()] * group.size()]
+            there[group.rank()] = 0
+            sent.messages += sum(size > 0 for size in there)
+            sent.add(sum(there), are_rows=x.is_floating_point())
+            return
+        tensors = _flat(args[1] if name.startswith(("allgather", "reduce_scatter")) else args[0])
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        if name.startswith("allreduce"):
+            size = 2 * size * others // group.size()
+        elif name.startswith("reduce_scatter"):
+            size = size * others // group.size()
+        else:
+            size *= others
+        sent.messages += others
+        sent.add(size, are_rows=name.startswith("allgather") and tensors[0].is_floating_point())
+
+
+def _row_bytes(x: Tensor) -> int:
+    return x.element_size() * math.prod(x.shape[1:])
+
+
+def _flat(value: Any) -> list[Tensor]:
+    """Return the tensors of nested lists."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for part in value for tensor in _flat(part)] if isinstance(value, (list, tuple)) else []
