@@ -1,4 +1,4 @@
-"""The command `bench`: compare the routers that a config can choose."""
+"""The command `bench`, and `bench routers`: compare the routers that a config can choose."""
 
 import argparse
 from collections.abc import Mapping
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.run_folder import RunFolder
+from trainer.commands import bench_costs
 from trainer.commands.arguments import Subparsers, add_command, add_overrides, as_path, seed, whole
 from trainer.commands.resolve import existing_run, suggest_prepare
 from trainer.errors import ConfigError
@@ -23,8 +24,9 @@ _TRAINING_DEFAULTS = {"budget": None, "seeds": 1, "out": Path("runs/bench_router
 
 def add(subparsers: Subparsers) -> None:
     """Add the subcommands with their arguments."""
-    bench = subparsers.add_parser("bench", help="Compare routers.")
+    bench = subparsers.add_parser("bench", help="Compare routers, kernels, dispatchers and other libraries.")
     subcommands = bench.add_subparsers(required=True, metavar="COMMAND")
+    bench_costs.add(subcommands)
 
     example = "--train configs/smoke.yaml --budget 65536 --only top_k,hash"
     sub = add_command(subcommands, "routers", bench_routers_command, example=example)

@@ -51,11 +51,11 @@ _OUTCOME_KEYS += ("width_per_token", "step_s", "looks_ahead")
 
 def show_choices(choices: Sequence[Choice], titles: Mapping[LogitsKind, str], *, notes: Sequence[str]) -> None:
     """Print a table with its title for each kind of logits, then footnotes."""
-    screen = _screen()
+    screen = result_screen()
     columns = ("k", "asked", "kept 1.0", "kept 1.25", "gap", "busiest", "drop 1.0", "drop 1.25", "ms", "x top_k")
     for kind, title in titles.items():
         of_kind = [choice for choice in choices if choice.logits == kind]
-        table = _table(title, *columns)
+        table = result_table(title, "router", *columns)
         for choice in of_kind:
             fair, more = (choice.at[factor] for factor in FACTORS)
             table.add_row(
@@ -75,8 +75,10 @@ def show_choices(choices: Sequence[Choice], titles: Mapping[LogitsKind, str], *,
 
 def show_outcomes(outcomes: Sequence[TrainingOutcome], title: str, *, notes: Sequence[str]) -> None:
     """Print a table of training outcomes, a line for each router."""
-    screen = _screen()
-    table = _table(title, "held out", "+-", "busiest", "drop", "asked", "width", "step ms", "x top_k", "ahead")
+    screen = result_screen()
+    table = result_table(
+        title, "router", "held out", "+-", "busiest", "drop", "asked", "width", "step ms", "x top_k", "ahead"
+    )
     step_s = {one.router: one.step_s for one in outcomes}
     for one in outcomes:
         spread = statistics.stdev(one.held_out_losses) if len(one.held_out_losses) > 1 else None
@@ -130,13 +132,15 @@ def write_result(path: Path, content: str | Mapping[str, Any]) -> None:
         raise ResourceError(f"{path}: cannot be written: {error.strerror}; name another file") from None
 
 
-def _screen() -> Console:
+def result_screen() -> Console:
+    """Return the screen, or the pipe, that results are printed on."""
     return Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False, markup=False)
 
 
-def _table(title: str, *columns: str) -> Table:
+def result_table(title: str, first: str, *columns: str) -> Table:
+    """Return an empty table of results, whose first column names them."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("router", no_wrap=True)
+    table.add_column(first, no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table

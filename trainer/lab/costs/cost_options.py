@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
+from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.nodes import shown
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
@@ -33,11 +34,13 @@ class LayerShape:
 
     @property
     def title(self) -> str:
-        """One line about the shape."""
-        return (
-            f"{self.tokens} tokens, {self.num_experts} experts of {self.d_ff}, {self.top_k} for each token, width "
-            f"{self.d_model}, {self.dtype}"
-        )
+        """One line about the shape, without the number of experts: lines of several are compared."""
+        return f"{self.tokens} tokens x {self.d_model}, {self.top_k} experts of {self.d_ff} for each, {self.dtype}"
+
+    def record(self) -> dict[str, Any]:
+        """Return JSON values: what shapes that are compared share."""
+        names = ("top_k", "d_model", "d_ff", "tokens", "dtype")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def itemsize(self) -> int:
@@ -81,16 +84,38 @@ class Routing:
         return self.kind if self.run is None else f"traced from {self.run}"
 
 
+@dataclass(frozen=True, slots=True)
+class TracedRun:
+    """A run whose routing is repeated."""
+
+    routing: Routing
+    config: ExperimentConfig
+    folder: RunFolder
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostOptions:
     """Options that all benchmarks of costs share."""
 
     rounds: int
-    device: Literal["cpu", "cuda"]
-    seed: int
-    peers: tuple[str, ...]
-    routings: tuple[Routing, ...]
-    json_path: Path | None
+    device: str = "cpu"
+    """As `parallel.device` names it."""
+    seed: int = 0
+    peers: tuple[str, ...] = ()
+    routings: tuple[Routing, ...] = ()
+    traced: tuple[TracedRun, ...] = ()
+    json_path: Path | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Return JSON values."""
+        routings = [str(routing) for routing in self.routings]
+        return {"rounds": self.rounds, "device": self.device, "seed": self.seed, "routings": routings}
+
+
+def by_dtype(shapes: Sequence[LayerShape]) -> list[list[LayerShape]]:
+    """Return the shapes of each dtype."""
+    dtypes = dict.fromkeys(shape.dtype for shape in shapes)
+    return [[shape for shape in shapes if shape.dtype == dtype] for dtype in dtypes]
 
 
 def kernels_named(text: str) -> tuple[str, ...]:

@@ -80,11 +80,20 @@ class Measured:
         """Median time."""
         return statistics.median(self.seconds)
 
+    @property
+    def middle_half(self) -> tuple[float, float]:
+        """First and third quartile of the times."""
+        return _quartiles(self.seconds)
+
     def over(self, other: "Measured") -> tuple[float, float, float]:
         """Return the time over that of another entry in the same round: median, first and third quartile."""
-        ratios = sorted(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
-        quarter = len(ratios) // 4
-        return statistics.median(ratios), ratios[quarter], ratios[-1 - quarter]
+        ratios = [a / b for a, b in zip(self.seconds, other.seconds, strict=True)]
+        return statistics.median(ratios), *_quartiles(ratios)
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float]:
+    ordered, quarter = sorted(values), len(values) // 4
+    return ordered[quarter], ordered[-1 - quarter]
 
 
 def interleave(
@@ -92,7 +101,8 @@ def interleave(
 ) -> Iterator[tuple[str, Measured | None, str | None]]:
     """Run every entry once a round, each round from another one on; yield its name and its measurement or its error.
 
-    The rounds of the warm-up, in which kernels are built, do not count. Facts are measured after the last round.
+    The rounds of the warm-up, in which kernels are built, do not count. Facts are measured after the last round. An
+    entry that fails is left out from then on; the command line's own errors are not caught.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     errors: dict[str, str] = {}

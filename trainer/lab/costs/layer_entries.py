@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trainer.config.build_plugin import build_plugin
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.rank_layout import even_slice
+from trainer.distributed.runtime import cpu_vendor
 from trainer.lab.costs.cost_options import LayerShape
 from trainer.lab.costs.given_routing import GivenLogits, GivenRouter, choices
 from trainer.lab.costs.message_counter import MessageCounter
@@ -24,7 +25,7 @@ from trainer.moe.dispatch.registry import DispatcherOptions
 from trainer.moe.layer import MoE
 from trainer.moe.layer_options import CapacityConfig
 from trainer.moe.routing import RoutingContext
-from trainer.ops.kernels import ExpertsKernel
+from trainer.ops.kernels import ExpertsKernel, choose_experts_kernel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ROW = 256  # tokens of a sequence, if they can be split so
@@ -49,6 +50,7 @@ class LayerInput:
             position=column.to(device),
             sequence_index=row.to(device),
             num_sequences=T // width,
+            num_valid=T,
         )
 
     def given(self, turn: int) -> Tensor:
@@ -109,17 +111,17 @@ class LayerEntry:
         sent = counter.sent
         facts = {
             "saved_bytes_per_token": sum(saved.values()) / tokens,
+            "least_saved_bytes_per_token": self.input.shape.least_saved,
             "peak_bytes": peak_bytes(self.run, self.input.device),
         }
         if sent.collectives:
-            facts |= {"row_bytes_per_token": sent.row_bytes / tokens, "other_bytes_per_token": sent.other_bytes / tokens}
-            facts |= {"messages": sent.messages, "collectives": sum(sent.collectives.values())}
+            facts |= sent.facts(tokens)
         return facts
 
 
 def moe_entry(
     given: LayerInput,
-    kernel: ExpertsKernel,
+    kernel: str,
     *,
     is_compiled: bool = False,
     mesh: Mesh | None = None,
@@ -130,7 +132,7 @@ def moe_entry(
     shape = given.shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(given.logits.seed)
-        layer = build_moe(ModelConfig.model_validate(shape.sections()), 0, kernel)
+        layer = build_moe(ModelConfig.model_validate(shape.sections()), 0, cast(ExpertsKernel, kernel))
         router = GivenRouter(d_model=shape.d_model, num_experts=shape.num_experts, top_k=shape.top_k)
     layer.router, layer.capacity = router, CapacityConfig(factor=capacity_factor)
     if mesh is not None and dispatcher is not None:
@@ -144,6 +146,18 @@ def moe_entry(
 def _output(layer: MoE, x: Tensor, context: RoutingContext) -> Tensor:
     y, _ = layer(x, context)
     return y
+
+
+def default_kernel(shape: LayerShape, device: torch.device) -> ExpertsKernel:
+    """Return the kernel that training would choose."""
+    return choose_experts_kernel(
+        device.type,
+        DTYPES[shape.dtype],
+        cpu_vendor=cpu_vendor(),
+        rows_per_expert=shape.tokens * shape.top_k // shape.num_experts,
+        d_model=shape.d_model,
+        d_ff=shape.d_ff,
+    )
 
 
 def dense_entry(given: LayerInput) -> LayerEntry:

@@ -24,6 +24,15 @@ class Sent:
     collectives: dict[str, int] = field(default_factory=dict)
     """Number of each."""
 
+    def facts(self, tokens: int) -> dict[str, float]:
+        """Return the bytes by token, and the numbers of messages and collectives."""
+        return {
+            "row_bytes_per_token": self.row_bytes / tokens,
+            "other_bytes_per_token": self.other_bytes / tokens,
+            "messages": self.messages,
+            "collectives": sum(self.collectives.values()),
+        }
+
     def add(self, size: int, *, are_rows: bool) -> None:
         """Add bytes."""
         if are_rows:

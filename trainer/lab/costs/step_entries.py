@@ -92,25 +92,20 @@ class OurStep:
         self.engine.train_step(self.batches, lr=_LR)
 
     def facts(self) -> dict[str, Any]:
-        """Return sizes, the bytes saved and the peak of a step, and what was sent."""
-        tokens = sum(batch.tokens.numel() for batch in self.batches)
-        self.prepare(_FACT_TURN)
-        with counting_saved_bytes(self.model.parameters()) as saved, MessageCounter() as counter:
-            self.run()
+        """Return sizes, the bytes saved by a micro-batch, the peak of a step, and what it sent."""
         size = model_size(self.model)
-        facts = {
+        facts: dict[str, Any] = {
             "parameters": size.total_parameters,
             "active_parameters": size.active_parameters,
             "kernel": self.config.parallel.experts_kernel,
-            "tokens": tokens,
-            "saved_bytes_per_token": sum(saved.values()) / tokens,
-            "peak_bytes": peak_bytes(self.run, self.device),
+            "saved_bytes_per_token": _saved_per_token(self),
         }
+        self.prepare(_FACT_TURN)
+        with MessageCounter() as counter:
+            self.run()
+        facts["peak_bytes"] = peak_bytes(self.run, self.device)
         if self.mesh.world.size > 1:
-            sent = counter.sent
-            facts["row_bytes_per_token"] = sent.row_bytes / tokens
-            facts["other_bytes_per_token"] = sent.other_bytes / tokens
-            facts |= {"messages": sent.messages, "collectives": sum(sent.collectives.values())}
+            facts |= counter.sent.facts(sum(batch.tokens.numel() for batch in self.batches))
         return facts
 
 
@@ -158,7 +153,8 @@ class MixtralStep:
             router_aux_loss_coef=moe.balance.coef,
         )
         self.config, self.mesh, self.device, self.given = config, mesh, device, given
-        self.model = MixtralForCausalLM(theirs).to(device).train()
+        model_here: Any = MixtralForCausalLM(theirs)
+        self.model = model_here.to(device).train()
         self.model.set_experts_implementation(implementation)
         self.gates = [] if given is None else give_logits(self.model)
         optim = config.optim
@@ -188,17 +184,23 @@ class MixtralStep:
         self.optimizer.zero_grad(set_to_none=True)
 
     def facts(self) -> dict[str, Any]:
-        """Return sizes, the bytes saved and the peak of a step."""
+        """Return sizes, the bytes saved by a micro-batch and the peak of a step."""
+        saved = _saved_per_token(self)
         self.prepare(_FACT_TURN)
-        tokens = sum(batch.tokens.numel() for batch in self.batches)
-        with counting_saved_bytes(self.model.parameters()) as saved:
-            self.run()
         return {
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "tokens": tokens,
-            "saved_bytes_per_token": sum(saved.values()) / tokens,
+            "saved_bytes_per_token": saved,
             "peak_bytes": peak_bytes(self.run, self.device),
         }
+
+
+def _saved_per_token(step: OurStep | MixtralStep) -> float:
+    """Return the bytes a token that a step of a single micro-batch saves: with several, they are saved in turn."""
+    step.prepare(_FACT_TURN)
+    step.batches = step.batches[:1]
+    with counting_saved_bytes(step.model.parameters()) as saved:
+        step.run()
+    return sum(saved.values()) / step.batches[0].tokens.numel()
 
 
 def build_our_step(

@@ -88,7 +88,7 @@ class TeamRunner:
 
 @contextmanager
 def started(plans: Mapping[str, TeamPlan]) -> Iterator[dict[str, Team | str]]:
-    """Start the teams of all plans, one after the other, and yield them; the first line of its error for one that fails.
+    """Start the teams of all plans, one after the other, and yield them; for one that fails, the line of its error.
 
     All processes end with the context.
     """
@@ -197,7 +197,5 @@ def _join(plan: TeamPlan, rank: int, store: str) -> Mesh:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(plan.num_ranks)}
     use_loopback()
     dist.init_process_group("gloo", store=dist.FileStore(store, plan.num_ranks), rank=rank, world_size=plan.num_ranks)
-    layout = Layout(
-        world_size=plan.num_ranks, rank=rank, ep_size=plan.ep_size, ranks_per_node=plan.ranks_per_node
-    )
+    layout = Layout(world_size=plan.num_ranks, rank=rank, ep_size=plan.ep_size, ranks_per_node=plan.ranks_per_node)
     return build_mesh(layout, FlightRecorder())

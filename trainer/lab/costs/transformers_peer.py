@@ -21,17 +21,25 @@ MOST_COPIED = 2 << 30
 
 def why_not_mixtral(config: ExperimentConfig) -> str | None:
     """Return why a config's model is not a Mixtral of some size; None if it is one."""
+    model = config.model
+    if differs := [key for key in ("qk_norm", "tie_embeddings", "document_mask") if getattr(model, key)]:
+        return f"Mixtral has no {', '.join(differs)}"
+    return why_not_plain(config)
+
+
+def why_not_plain(config: ExperimentConfig) -> str | None:
+    """Return why a config's feed-forward blocks are not those that every library has; None if they are."""
     model, moe = config.model, config.model.moe
     if moe is None or len(model.moe_layers) < model.num_layers or moe.num_shared_experts:
         return "not every block has routed experts and nothing else"
-    if model.activation != "swiglu" or model.qk_norm or model.tie_embeddings or model.document_mask:
-        return "activation, qk_norm, tie_embeddings or document_mask differ"
+    if model.activation != "swiglu":
+        return f"its experts have {model.activation}"
     if moe.router.kind != "top_k" or moe.capacity.factor is not None:
         return "its router is not top_k, or drops tokens"
     return None
 
 
-def why_not(name: str, shape: LayerShape, *, device: str) -> str | None:
+def why_not(name: str, shape: LayerShape) -> str | None:
     """Return why an implementation cannot run; None if it can."""
     if not is_installed("transformers"):
         return "needs transformers, which is not installed; pip install transformers"
@@ -45,12 +53,13 @@ def mixtral_config(shape: LayerShape, implementation: str, **more: Any) -> Any:
     """Return transformers' config of a shape, whose experts run by the named implementation."""
     from transformers.models.mixtral.configuration_mixtral import MixtralConfig
 
+    options: dict[str, Any] = {"num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 1, **more}
     config = MixtralConfig(
         hidden_size=shape.d_model,
         intermediate_size=shape.d_ff,
         num_local_experts=shape.num_experts,
         num_experts_per_tok=shape.top_k,
-        **{"num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 1, **more},
+        **options,
     )
     config._experts_implementation = implementation
     return config
@@ -64,6 +73,7 @@ def give_logits(model: nn.Module) -> list[Any]:
         given: Tensor | None = None
 
         def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            assert self.given is not None, "the benchmark gives logits before it runs"
             logits = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight) + self.given  # (T, E)
             weight, index = torch.topk(logits.float().softmax(-1), self.top_k, dim=-1)
             return logits, weight / weight.sum(-1, keepdim=True), index
