@@ -53,14 +53,16 @@ def layer_case(
                 num_experts=shape.num_experts,
                 runner=entry if isinstance(entry, str) else LocalRunner(entry, device),
             )
-            for name, entry in _entries(given, options, kernels, is_compiled)
+            for name, entry in _entries(
+                given, options, kernels, is_compiled=is_compiled, is_first=routing == options.routings[0]
+            )
         ]
     entries = measure(contenders, rounds=options.rounds)
     return CostCase(title=shapes[0].title, settings=shapes[0].record(), entries=entries)
 
 
 def _entries(
-    given: LayerInput, options: CostOptions, kernels: Sequence[str], is_compiled: bool
+    given: LayerInput, options: CostOptions, kernels: Sequence[str], *, is_compiled: bool, is_first: bool
 ) -> Iterator[tuple[str, Entry | str]]:
     """Yield each entry, or the reason that there is none, with its name."""
     shape = given.shape
@@ -68,7 +70,8 @@ def _entries(
         kernel = default_kernel(shape, given.device) if name == "auto" else name
         label = f"turnout, {kernel}{', compiled' if is_compiled else ''}"
         yield label, missing_kernel(kernel) or moe_entry(given, kernel, is_compiled=is_compiled)
-    yield "dense twin", dense_entry(given)
+    if is_first:
+        yield "dense twin", dense_entry(given)
     if options.rounds:
         yield "products alone", ProductsEntry(given)
     for name in options.peers:

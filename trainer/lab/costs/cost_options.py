@@ -54,7 +54,7 @@ class LayerShape:
 
     def sections(self) -> dict[str, Any]:
         """Return the `model` section of a config of one such layer."""
-        router = {"kind": "top_k", "top_k": self.top_k}
+        router = {"kind": "top_k", "top_k": self.top_k, "normalize": self.top_k > 1}
         moe = {"num_experts": self.num_experts, "d_ff": self.d_ff, "router": router}
         return {"num_layers": 1, "num_heads": 1, "d_model": self.d_model, "seq_len": self.tokens, "moe": moe}
 

@@ -23,7 +23,7 @@ _LEGEND: Final = {
     "saved B/token": "bytes that stay until the backward pass, parameters left out, by token",
     "x least": "these over X (the layer's input) and H (what enters the activation)",
     "peak MB": "most memory at a time in forward and backward (a step: and the update), beyond what was there before",
-    "waits": "places where the host waits for the device, counted on any machine",
+    "waits": "times that the host would wait for a GPU, counted on any machine; kernels for the CPU count too",
     "rows B/token": "bytes of rows that a rank sends, forward and backward, by token",
     "x fewest rows": "these over the least: a token travels once to each rank with any of its experts, four times",
     "other B/token": "bytes of everything else that a rank sends",

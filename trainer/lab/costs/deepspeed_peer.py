@@ -21,7 +21,8 @@ from trainer.lab.costs.message_counter import MessageCounter
 from trainer.lab.costs.saved_bytes import peak_bytes
 from trainer.lab.costs.step_entries import batches_of
 from trainer.lab.costs.transformers_peer import why_not_plain
-from trainer.models.gpt import GPT, Block
+from trainer.models.block import Block
+from trainer.models.gpt import GPT
 from trainer.ops.rotary import rotary_table
 from trainer.packages import is_installed
 from trainer.training.model import build_parallel_model, resolve_kernel

@@ -61,6 +61,11 @@ class GivenRouter(TopKRouter):
         return super().logits(x) + self.given
 
 
+def given_router(d_model: int, *, num_experts: int, top_k: int) -> GivenRouter:
+    """Return a router; a single weight is not normalized, which would make it the constant 1."""
+    return GivenRouter(d_model=d_model, num_experts=num_experts, top_k=top_k, normalize=top_k > 1)
+
+
 def choices(logits: Tensor, top_k: int) -> Tensor:
     """Return (T, k) int64 experts of each token."""
     return logits.topk(top_k, dim=-1).indices

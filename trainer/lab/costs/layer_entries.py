@@ -15,11 +15,12 @@ from trainer.distributed.mesh import Mesh
 from trainer.distributed.rank_layout import even_slice
 from trainer.distributed.runtime import cpu_vendor
 from trainer.lab.costs.cost_options import LayerShape
-from trainer.lab.costs.given_routing import GivenLogits, GivenRouter, choices
+from trainer.lab.costs.given_routing import GivenLogits, GivenRouter, choices, given_router
 from trainer.lab.costs.message_counter import MessageCounter
 from trainer.lab.costs.saved_bytes import counting_saved_bytes, peak_bytes
+from trainer.metrics.device_waits import DeviceWaits
+from trainer.models.block import FeedForward, build_moe
 from trainer.models.config import ModelConfig
-from trainer.models.gpt import FeedForward, build_moe
 from trainer.moe.dispatch.base import Dispatcher
 from trainer.moe.dispatch.registry import DispatcherOptions
 from trainer.moe.layer import MoE
@@ -99,7 +100,7 @@ class LayerEntry:
         out.backward(self.input.grad.to(out.dtype))
 
     def facts(self) -> dict[str, Any]:
-        """Return the bytes saved for backward, the peak of both passes, and what was sent."""
+        """Return the bytes saved for backward, the peak of both passes, what was sent, and the waits for the device."""
         tokens = self.input.shape.tokens
         self.prepare(_FACT_TURN)
         with counting_saved_bytes(self.module.parameters()) as saved, MessageCounter() as counter:
@@ -116,6 +117,10 @@ class LayerEntry:
         }
         if sent.collectives:
             facts |= sent.facts(tokens)
+        self.prepare(_FACT_TURN)
+        with DeviceWaits() as counted:
+            self.run()
+        facts["waits"] = len(counted.waits)
         return facts
 
 
@@ -133,7 +138,7 @@ def moe_entry(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(given.logits.seed)
         layer = build_moe(ModelConfig.model_validate(shape.sections()), 0, cast(ExpertsKernel, kernel))
-        router = GivenRouter(d_model=shape.d_model, num_experts=shape.num_experts, top_k=shape.top_k)
+        router = given_router(shape.d_model, num_experts=shape.num_experts, top_k=shape.top_k)
     layer.router, layer.capacity = router, CapacityConfig(factor=capacity_factor)
     if mesh is not None and dispatcher is not None:
         layer.dispatcher = build_plugin(dispatcher, Dispatcher, "--dispatcher", mesh, shape.num_experts)

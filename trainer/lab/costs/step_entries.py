@@ -15,12 +15,13 @@ from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.distributed.mesh import Mesh
 from trainer.experiment import ExperimentConfig
 from trainer.lab.costs.cost_options import LayerShape, moe_of
-from trainer.lab.costs.given_routing import GivenLogits, GivenRouter
+from trainer.lab.costs.given_routing import GivenLogits, GivenRouter, given_router
 from trainer.lab.costs.interleaved import Entry
 from trainer.lab.costs.layer_entries import DTYPES
 from trainer.lab.costs.message_counter import MessageCounter
 from trainer.lab.costs.saved_bytes import counting_saved_bytes, peak_bytes
 from trainer.lab.costs.transformers_peer import give_logits, mixtral_config
+from trainer.metrics.device_waits import DeviceWaits
 from trainer.models.flops import model_size
 from trainer.models.gpt import GPT
 from trainer.training.model import build_parallel_model, numerics, resolve_kernel
@@ -92,12 +93,13 @@ class OurStep:
         self.engine.train_step(self.batches, lr=_LR)
 
     def facts(self) -> dict[str, Any]:
-        """Return sizes, the bytes saved by a micro-batch, the peak of a step, and what it sent."""
+        """Return sizes, the bytes saved by a micro-batch, the peak of a step, what it sent, and its waits."""
         size = model_size(self.model)
         facts: dict[str, Any] = {
             "parameters": size.total_parameters,
             "active_parameters": size.active_parameters,
             "kernel": self.config.parallel.experts_kernel,
+            "threads": torch.get_num_threads(),
             "saved_bytes_per_token": _saved_per_token(self),
         }
         self.prepare(_FACT_TURN)
@@ -106,14 +108,17 @@ class OurStep:
         facts["peak_bytes"] = peak_bytes(self.run, self.device)
         if self.mesh.world.size > 1:
             facts |= counter.sent.facts(sum(batch.tokens.numel() for batch in self.batches))
-        return facts
+        self.prepare(_FACT_TURN)
+        with DeviceWaits() as counted:
+            self.run()
+        return {**facts, "waits": len(counted.waits)}
 
 
 def _give_routers(model: GPT, config: ExperimentConfig, device: torch.device) -> list[GivenRouter]:
     moe, routers = moe_of(config), []
     for layer in model.moe_layers():
         top_k = max(1, round(moe.experts_per_token))
-        layer.router = GivenRouter(d_model=config.model.d_model, num_experts=moe.num_experts, top_k=top_k).to(device)
+        layer.router = given_router(config.model.d_model, num_experts=moe.num_experts, top_k=top_k).to(device)
         routers.append(layer.router)
     return routers
 

@@ -25,8 +25,9 @@ from trainer.lab.costs.interleaved import Entry, LocalRunner
 
 Builder = Callable[..., Mapping[str, Entry]]
 """A module-level function: mesh and device, then its own arguments, to the entries of one rank by name."""
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-_CONTEXT = multiprocessing.get_context("spawn")
+_CONTEXT = multiprocessing.get_context("forkserver")
+_PRELOAD = ("trainer.lab.costs.bench_scaling", "torch._dynamo", "transformers.models.mixtral.modeling_mixtral")
+"""Imported once, by the server process that all ranks are forked from, if they are installed. It computes nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +93,7 @@ def started(plans: Mapping[str, TeamPlan]) -> Iterator[dict[str, Team | str]]:
 
     All processes end with the context.
     """
+    _CONTEXT.set_forkserver_preload([*_PRELOAD])
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
         teams: dict[str, Team | str] = {}
@@ -102,8 +104,7 @@ def started(plans: Mapping[str, TeamPlan]) -> Iterator[dict[str, Team | str]]:
                 process = _CONTEXT.Process(
                     target=_work, args=(there, plan, rank, str(folder / str(number))), daemon=True
                 )
-                with _threads_for(plan.threads):
-                    process.start()
+                process.start()
                 there.close()
                 stack.callback(_end, process, here)
                 pipes.append(here)
@@ -112,20 +113,6 @@ def started(plans: Mapping[str, TeamPlan]) -> Iterator[dict[str, Team | str]]:
             except RuntimeError as error:
                 teams[name] = first_line(error)
         yield teams
-
-
-@contextmanager
-def _threads_for(threads: int) -> Iterator[None]:
-    """Let processes that are started in the context use this many threads: OpenMP reads it before torch can say."""
-    before = {name: os.environ.get(name) for name in _THREADS}
-    os.environ.update(dict.fromkeys(_THREADS, str(threads)))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
 
 
 def _end(process: Any, pipe: Connection) -> None:
@@ -152,6 +139,7 @@ def _answers(pipes: list[Connection]) -> list[Any]:
 
 def _work(pipe: Connection, plan: TeamPlan, rank: int, store: str) -> None:
     """Run one rank: build the entries, then answer requests."""
+    os.environ["OMP_NUM_THREADS"] = str(plan.threads)  # for libraries that are loaded later
     torch.set_num_threads(plan.threads)
     keep_freed_memory()
     try:
