@@ -144,7 +144,7 @@ def moe_entry(
         layer.dispatcher = build_plugin(dispatcher, Dispatcher, "--dispatcher", mesh, shape.num_experts)
         if mesh.ep.size > 1:
             layer.experts.keep(*even_slice(shape.num_experts, mesh.ep.size, mesh.ep.index))
-    layer.dispatcher.is_compiled = layer.experts.is_compiled = is_compiled
+    layer.experts.is_compiled = is_compiled
     return LayerEntry(layer, lambda x: _output(layer, x, given.context), given, [router])
 
 
