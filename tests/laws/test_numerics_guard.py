@@ -265,7 +265,7 @@ def _flip(tensor: Tensor, element: int, bit: int) -> None:
 
 def _verdict(engine: NativeEngine, mesh: Mesh) -> str | None:
     try:
-        check_copies(engine.state(), mesh, step=20, equal_at=10)
+        check_copies(engine.held(), mesh, step=20, equal_at=10)
     except DivergedError as error:
         assert error.exit_code == 5
         return str(error)
@@ -370,9 +370,8 @@ def _one_flip(
     for step in range(2):
         engine.train_step(_share(step, mesh.layout), lr=3e-3)
     assert _verdict(engine, mesh) is None, "nothing was flipped"
-    state = engine.state()
     if mesh.layout.rank == victim:
-        _flip(state.slices[name].tensor, element, bit)
+        _flip(engine.held().slices[name].tensor, element, bit)
     return _verdict(engine, mesh)
 
 
@@ -405,8 +404,10 @@ def test_weights_cut_over_the_ranks_raise_no_alarm_and_their_buffers_do(ranks: R
 
 
 def test_copies_of_a_shard_are_compared(ranks: Ranks) -> None:
-    for said in ranks.run(4, _one_flip, "model.embedding.weight", 1, 2, 30, 1, "shard", 2):
-        assert said is not None and "ranks 1 and 3 hold different copies of embedding.weight" in said
+    """Of whole rows, and of parts of each of three experts."""
+    for name in ("embedding.weight", "blocks.0.ffn.experts.w_in"):
+        for said in ranks.run(4, _one_flip, f"model.{name}", 1, 2, 30, 1, "shard", 2):
+            assert said is not None and f"ranks 1 and 3 hold different copies of {name}" in said
 
 
 def _starts_apart() -> str | None:

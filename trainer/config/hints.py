@@ -36,7 +36,7 @@ def how_to_write(node: Node, annotation: Any) -> str | None:
             return f"write {_BOOL_WORDS[value.lower()]}"
         if bool in types and value.lower() in ("true", "false"):
             return "remove the quotes" if node.written is None else f"write {value.lower()}"
-    if isinstance(value, float) and int in types and value.is_integer() and abs(value) < 2**53:
+    if isinstance(value, float) and int in types and value.is_integer() and accepts(annotation, int(value)):
         return f"write {int(value)}"
     if str in types and isinstance(value, bool | int | float):
         in_quotes = f'"{node.written}"'

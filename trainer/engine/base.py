@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from trainer.models.gpt import GPT
 from trainer.models.initialize import expert_parameters
 from trainer.moe.stats import MoEStats
 from trainer.ops.tensor_sums import TensorSums
-from trainer.parallel.shards import copy_from_rows, first_row, local, rows, shard_dimension
+from trainer.parallel.shards import copy_from_rows, first_row, local, rows, shard_dimension, shard_start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +137,13 @@ class Engine(ABC):
             copy_from_rows(tensor, state.slices[name].tensor)
         self._load_moments(state)
 
+    def held(self) -> TrainState:
+        """Return the state as this rank holds it, to compare copies: `state` may have to move tensors first.
+
+        Copies have the same `start`, but it is not a row of every tensor.
+        """
+        return self.state()
+
     def wanted(self) -> TrainState:
         """Return the slices of tensors that `load_state` expects; only their positions and shapes matter."""
         return self.state()
@@ -165,21 +173,21 @@ class Engine(ABC):
         tensors["engine.previous_counts"] = self.previous_counts
         return tensors
 
-    def _slice(self, name: str, tensor: Tensor, *, is_wanted: bool = False) -> Slice:
+    def _slice(self, name: str, tensor: Tensor, *, purpose: Literal["state", "held", "wanted"] = "state") -> Slice:
         """Return this rank's slice of a global tensor: its own experts, and its shard of a sharded tensor.
 
-        Collective, if the tensor is sharded along another dimension than 0; not if `is_wanted`: then the slice is what
-        `copy_from_rows` needs, and without values.
+        If the tensor is sharded along another dimension than 0, a slice of the state is collective; the others are not:
+        what is wanted are all rows, without values, and what is held has another start on each rank.
         """
         parameter = name.partition(".")[2] if name.startswith("model.") else name.split(".", 2)[-1]
         first, shape = self.first_expert.get(parameter), tuple(tensor.shape)
         if first is not None and self.moe_config is not None:
             shape = (self.moe_config.num_experts, *shape[1:])
-        start = first or 0
-        if is_wanted and shard_dimension(tensor) != 0:
+        dim, start = shard_dimension(tensor), first or 0
+        if dim != 0 and purpose == "wanted":
             mine = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-        elif is_wanted:
-            start, mine = start + first_row(tensor), local(tensor)
-        else:
+        elif purpose == "state":
             start, mine = start + first_row(tensor), rows(tensor)
+        else:
+            start, mine = start + shard_start(tensor), local(tensor)
         return Slice(tensor=mine, global_shape=shape, start=start, is_of_experts=first is not None)

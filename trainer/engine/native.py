@@ -1,6 +1,7 @@
 """Native engine: gradients in `.grad`, all-reduced during the backward pass, and a torch optimizer on each rank."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -110,8 +111,15 @@ class NativeEngine(StepEngine):
 
     def wanted(self) -> TrainState:
         """Return the slices to load; of a tensor sharded inside its experts, all of these. Not collective."""
+        return self._slices("wanted")
+
+    def held(self) -> TrainState:
+        """Return the state as this rank holds it, to compare copies. Not collective."""
+        return self._slices("held")
+
+    def _slices(self, purpose: Literal["held", "wanted"]) -> TrainState:
         tensors = {**self._tensors(), **self._moment_tensors()}
-        return TrainState(slices={name: self._slice(name, tensor, is_wanted=True) for name, tensor in tensors.items()})
+        return TrainState(slices={name: self._slice(name, tensor, purpose=purpose) for name, tensor in tensors.items()})
 
     def _moments(self) -> dict[str, Slice]:
         return {name: self._slice(name, tensor) for name, tensor in self._moment_tensors().items()}

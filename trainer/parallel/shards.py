@@ -29,10 +29,17 @@ def shard_dimension(tensor: Tensor) -> int:
     return tensor.placements[-1].dim if isinstance(tensor, DTensor) else 0  # pyrefly: ignore[missing-attribute]
 
 
+def shard_start(tensor: Tensor) -> int:
+    """Return the first index of this rank's shard along the dimension of the shards; 0 if it is not sharded."""
+    dim = shard_dimension(tensor)
+    if dim == 0 or not isinstance(tensor, DTensor):
+        return first_row(tensor)
+    return local(tensor).shape[dim] * tensor.device_mesh.get_local_rank(-1)
+
+
 def shard_index(tensor: DTensor) -> tuple[slice, ...]:
     """Return where this rank's shard is in the tensor: a range of every dimension, with beginning and end."""
-    dim, mine = shard_dimension(tensor), local(tensor)
-    start = first_row(tensor) if dim == 0 else mine.shape[dim] * tensor.device_mesh.get_local_rank(-1)
+    dim, mine, start = shard_dimension(tensor), local(tensor), shard_start(tensor)
     return tuple(
         slice(start, start + mine.shape[d]) if d == dim else slice(0, size) for d, size in enumerate(tensor.shape)
     )

@@ -55,5 +55,5 @@ def check_patience(run: RunState, done: int, result: StepResult) -> None:
 def check_replicas(run: RunState, done: int) -> None:
     """Raise `DivergedError` if replicated tensors are not bitwise equal; checked once per step. Collective."""
     if run.copies_equal_at != done:
-        check_copies(run.engine.state(), run.mesh, step=done, equal_at=run.copies_equal_at)
+        check_copies(run.engine.held(), run.mesh, step=done, equal_at=run.copies_equal_at)
         run.copies_equal_at = done
