@@ -40,12 +40,14 @@ class Layout:
 
     dispatcher: str = "local"
     chunks: int = 1
+    row_budget: float | None = None
     ranks: int = 1
     ranks_per_node: int = 1
 
     def parallel(self) -> dict[str, Any]:
         """Return the section `parallel`."""
-        options = {} if self.chunks == 1 else {"chunks": self.chunks}
+        options: dict[str, Any] = {} if self.chunks == 1 else {"chunks": self.chunks}
+        options |= {} if self.row_budget is None else {"row_budget": self.row_budget}
         return {"ep_size": self.ranks, "dispatcher": {"kind": self.dispatcher, **options}}
 
 
@@ -53,6 +55,7 @@ DISPATCHERS = {
     "`local`": Layout(),
     "`all_to_all`": Layout(dispatcher="all_to_all", ranks=2),
     "`all_to_all`, 2 chunks": Layout(dispatcher="all_to_all", chunks=2, ranks=2),
+    "`all_to_all`, row budget": Layout(dispatcher="all_to_all", row_budget=2.0, ranks=2),
     "`padded_all_to_all`": Layout(dispatcher="padded_all_to_all", ranks=2),
     "`deduplicated_all_to_all`": Layout(dispatcher="deduplicated_all_to_all", ranks=2),
     "`hierarchical`": Layout(dispatcher="hierarchical", ranks=4, ranks_per_node=2),

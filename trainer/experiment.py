@@ -15,7 +15,7 @@ from trainer.engine.registry import EngineConfig, NativeEngineConfig
 from trainer.evaluation.tasks.registry import AnyTaskConfig
 from trainer.metrics.config import MetricsConfig, ProfileConfig
 from trainer.models.config import ModelConfig
-from trainer.moe.dispatch.registry import ExchangeOptions
+from trainer.moe.dispatch.registry import AllToAllDispatcherConfig, ExchangeOptions
 from trainer.optim.registry import AdamWConfig, OptimConfig, ScheduleConfig, WarmupCosineConfig
 from trainer.parallel.config import ParallelConfig
 
@@ -176,6 +176,8 @@ class ExperimentConfig(Config):
             experts = f"only {least} experts ({moe.num_experts} over ep_size {ep_size})"
             problem = f"{dispatcher.chunks} chunks, and a rank may have {experts}; use at most {least}"
             yield Problem("parallel.dispatcher.chunks", problem)
+        if isinstance(dispatcher, AllToAllDispatcherConfig) and dispatcher.row_budget is not None:
+            yield from self._row_budget_problems(dispatcher.chunks, has_fixed_k=moe.router.has_fixed_k)
         if dispatcher.kind == "local" and ep_size > 1:
             problem = f"local does not communicate; with ep_size {ep_size} use all_to_all"
             yield Problem("parallel.dispatcher.kind", problem)
@@ -185,6 +187,17 @@ class ExperimentConfig(Config):
                 "padded_all_to_all sends capacity-sized buffers, and model.moe.capacity.factor is null (dropless); "
                 "use all_to_all, or set a factor",
             )
+
+    def _row_budget_problems(self, chunks: int, *, has_fixed_k: bool) -> Iterator[Problem]:
+        """Check what receive buffers of static size go with."""
+        key, without = "parallel.dispatcher.row_budget", "leave row_budget out"
+        if chunks > 1:
+            yield Problem(key, f"it needs one chunk, and chunks is {chunks}; use one of the two")
+        if not has_fixed_k:
+            kind = self.model.moe.router.kind if self.model.moe else ""
+            yield Problem(key, f"{kind} has no fixed number of experts per token to take a share of; {without}")
+        if isinstance(self.engine, DeepSpeedEngineConfig):
+            yield Problem(key, f"the DeepSpeed engine cannot take a step again; {without}, or use engine.kind native")
 
     def _kernel_problems(self) -> Iterator[Problem]:
         """Check that the experts kernel supports the dtype and shapes."""

@@ -172,6 +172,20 @@ CASES = [
          "name: x\nparallel: {ep_size: 3, dispatcher: {kind: all_to_all, chunks: 3}}\n",
          ["x.yaml:2:55: parallel.dispatcher.chunks: 3 chunks, and a rank may have only 2 experts (8 over ep_size 3); "
           "use at most 2"]),
+    Case("a row budget with chunks",
+         "name: x\nparallel: {dispatcher: {kind: all_to_all, row_budget: 1.5, chunks: 2}}\n",
+         ["x.yaml:2:43: parallel.dispatcher.row_budget: it needs one chunk, and chunks is 2; use one of the two"]),
+    Case("a row budget for a varying number of experts",
+         "name: x\nmodel: {moe: {router: {kind: top_p}}}\nparallel: {dispatcher: {kind: all_to_all, row_budget: 2}}\n",
+         ["x.yaml:3:43: parallel.dispatcher.row_budget: top_p has no fixed number of experts per token to take a share "
+          "of; leave row_budget out"]),
+    Case("a row budget under DeepSpeed",
+         "name: x\nengine: {kind: deepspeed}\nparallel: {dispatcher: {kind: all_to_all, row_budget: 2}}\n",
+         ["x.yaml:3:43: parallel.dispatcher.row_budget: the DeepSpeed engine cannot take a step again; leave "
+          "row_budget out, or use engine.kind native"]),
+    Case("a row budget below an even share",
+         "name: x\nparallel: {dispatcher: {kind: all_to_all, row_budget: 0.5}}\n",
+         ["x.yaml:2:55: parallel.dispatcher.row_budget: must be at least 1, got 0.5"]),
     Case("unknown data parallelism",
          "name: x\nparallel: {data: zero}\n",
          ["x.yaml:2:18: parallel.data: 'zero' is not one of replicate, shard"]),

@@ -103,7 +103,8 @@ def train(layout: Layout, moe: dict, parallel: dict, num_pieces: int, is_packed:
         curve.append([result.loss, result.balance_loss or 0.0, result.z_loss or 0.0, result.grad_norm, entropy])
         curve[-1].append(sum(result.extra_losses.values()))
         curve[-1] += [float(result.num_tokens), *routing.dropped.tolist(), *routing.counts.flatten().tolist()]
-    return {"curve": torch.tensor(curve, dtype=torch.float64), "state": engine.state()}
+    curve = torch.tensor(curve, dtype=torch.float64)
+    return {"curve": curve, "state": engine.state(), "repeated": engine.repeated_steps}
 
 
 def on_a_rank(ep_size: int, *args: Any) -> dict[str, Any]:
@@ -135,7 +136,8 @@ def _compare(
     *,
     num_pieces: int = 1,
     is_packed: bool = False,
-) -> None:
+) -> list[dict[str, Any]]:
+    """Compare a layout with one process; return what `train` returned on each rank."""
     world_size, ep_size = layout
     alone = train(Layout(), moe, {}, 1, is_packed)
     assert alone["curve"][-3:, 0].mean() < alone["curve"][:3, 0].mean()
@@ -149,6 +151,7 @@ def _compare(
         torch.testing.assert_close(
             whole[name], oracle[name], rtol=0, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}"
         )
+    return together
 
 
 @pytest.mark.parametrize("moe", MODELS.values(), ids=MODELS.keys())
@@ -184,6 +187,26 @@ def test_every_dispatcher_learns_the_same(ranks: Ranks, kind: str) -> None:
 @pytest.mark.parametrize("data", ["replicate", "shard"])
 def test_experts_in_chunks_learn_the_same(ranks: Ranks, data: str) -> None:
     _compare(ranks, (4, 2), MODELS["dropless"], {"dispatcher": {"kind": "all_to_all", "chunks": 3}, "data": data})
+
+
+BUDGETS: dict[str, tuple[float, dict[str, Any], dict[str, Any], int]] = {
+    "each step again": (1.0, MODELS["dropless"], {}, 2),
+    "never again": (2.0, MODELS["dropless"], {}, 1),
+    "sharded": (1.0, MODELS["dropless"], {"data": "shard", "shard_keeps": "weights"}, 2),
+    "never again, with drops and a selection bias": (1.0, MODELS["bias_balanced, jitter, capacity"], {}, 1),
+    "null experts": (1.0, OTHER_ROUTERS["a bias over null experts"], {}, 1),
+    "previous_step": (1.3, MODELS["previous_step"], {}, 2),
+}
+"""Row budget, model, other options and micro-batches."""
+
+
+@pytest.mark.parametrize("case", BUDGETS)
+def test_a_row_budget_changes_nothing(ranks: Ranks, case: str) -> None:
+    budget, moe, others, num_pieces = BUDGETS[case]
+    parallel = {"dispatcher": {"kind": "all_to_all", "row_budget": budget}, **others}
+    together = _compare(ranks, (4, 2), moe, parallel, num_pieces=num_pieces)
+    (repeated,) = {mine["repeated"] for mine in together}
+    assert (repeated == STEPS) if case == "each step again" else (repeated == 0) == case.startswith("never again")
 
 
 @pytest.mark.parametrize("moe", [MODELS["dropless"], MODELS["previous_step"]], ids=["exact", "previous_step"])

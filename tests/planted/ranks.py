@@ -32,6 +32,27 @@ FAULTS = [
         "moe/test_chunks.py",
     ),
     in_package(
+        "rows beyond the budget are lost",
+        "engine/step.py",
+        "if not overflows or int(",
+        "if not overflows or 0 * int(",
+        "tests/laws/test_expert_parallel.py::test_a_row_budget_changes_nothing",
+    ),
+    in_package(
+        "a repeated step keeps the gradient of the first try",
+        "engine/step.py",
+        "        self._drop_gradients()\n        self.repeated_steps",
+        "        self.repeated_steps",
+        "tests/laws/test_expert_parallel.py::test_a_row_budget_changes_nothing",
+    ),
+    in_package(
+        "a repeated step has a budget again",
+        "moe/dispatch/budgeted_all_to_all.py",
+        "            self.has_static_sizes = False\n",
+        "            pass\n",
+        "tests/laws/test_expert_parallel.py::test_a_row_budget_changes_nothing",
+    ),
+    in_package(
         "a group's first member is taken for rank 0",
         "distributed/collectives.py",
         "dist.broadcast(x, self.ranks[source]",

@@ -101,6 +101,8 @@ class Engine(ABC):
         self.parameters = dict(model.named_parameters())
         self.first_expert = expert_parameters(model)
         self.optimizer_steps = 0
+        self.repeated_steps = 0
+        """Steps, in this process, that were taken again since their rows exceeded `row_budget`."""
         moe = self.moe_config
         columns = 0 if moe is None else moe.num_experts + (moe.router.num_null_experts > 0)
         shape = (len(model.moe_layers()), columns)

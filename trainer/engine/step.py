@@ -24,6 +24,7 @@ from trainer.engine.nonfinite import Findings, describe_findings
 from trainer.engine.reduce import StepTotals, all_reduce_packed, read_numbers
 from trainer.models.gpt import GPT, GPTOutput
 from trainer.moe.balance import global_balance_loss
+from trainer.moe.dispatch.budgeted_all_to_all import BudgetedAllToAllDispatcher
 from trainer.moe.losses import Denominators, objective
 from trainer.moe.routing import RoutingOptions
 from trainer.ops.noise import stable_hash
@@ -96,7 +97,24 @@ class StepEngine(Engine):
         return self.apply(self.accumulate(micro_batches), lr=lr, skip_above=skip_above)
 
     def accumulate(self, micro_batches: Sequence[Batch]) -> Accumulated:
-        """Run the micro-batches forward and backward, and reduce the gradient over ranks; it is not clipped yet."""
+        """Run the micro-batches forward and backward, and reduce the gradient over ranks; it is not clipped yet.
+
+        If rows exceed the budget of a dispatcher, the gradient is dropped and computed again with exact sizes.
+        """
+        layers = [moe.dispatcher for moe in self.model.moe_layers()]
+        budgeted = [dispatcher for dispatcher in layers if isinstance(dispatcher, BudgetedAllToAllDispatcher)]
+        with contextlib.ExitStack() as stack:
+            for dispatcher in budgeted:
+                stack.enter_context(dispatcher.static_sizes())
+            step = self._accumulate(micro_batches)
+        overflows = [dispatcher.overflow for dispatcher in budgeted if dispatcher.overflow is not None]
+        if not overflows or int(self.mesh.world.all_reduce_(torch.stack(overflows).sum())) == 0:  # waits for the device
+            return step
+        self._drop_gradients()
+        self.repeated_steps += 1
+        return self._accumulate(micro_batches)
+
+    def _accumulate(self, micro_batches: Sequence[Batch]) -> Accumulated:
         recorder = self.mesh.world.recorder
         recorder.enter("counting")
         batches = [batch.to(self.device) for batch in micro_batches]

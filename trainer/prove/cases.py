@@ -24,6 +24,8 @@ class Case:
     ep_size: int = 1
     dispatcher: str = "all_to_all"
     chunks: int = 1
+    row_budget: float | None = None
+    """Size of receive buffers, as a multiple of an even share of the rows; None: by the rows of each step."""
     data: Literal["replicate", "shard"] = "replicate"
     shard_size: int | None = None
     shard_keeps: ShardKeeps = "gradients"
@@ -43,6 +45,7 @@ class Case:
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks, ep {self.ep_size}"
         how = "" if self.ep_size == 1 else f", {self.dispatcher}"
         how += f" in {self.chunks} chunks" if self.chunks > 1 else ""
+        how += f" of {self.row_budget:g} shares" if self.row_budget is not None else ""
         sharding = ", shard" if self.data == "shard" else ""
         sharding += f" by {self.shard_size}" if self.shard_size is not None else ""
         sharding += f" keeping {self.shard_keeps}" if self.shard_keeps != "gradients" else ""
@@ -76,7 +79,8 @@ def all_cases(config: ExperimentConfig, engines: Sequence[str] | None = None) ->
     found = cases if "native" in engines else []
     if "deepspeed" in engines:
         # Dispatchers and engines are independent: one dispatcher is enough.
-        plain = [case for case in cases if (case.dispatcher, case.chunks, case.data) == ("all_to_all", 1, "replicate")]
+        usual = ("all_to_all", 1, None, "replicate")
+        plain = [case for case in cases if (case.dispatcher, case.chunks, case.row_budget, case.data) == usual]
         plain.insert(0, reference(config))
         found = found + [replace(case, zero_stage=stage) for stage in stages for case in plain]
     return found
@@ -115,6 +119,10 @@ def _native_cases(config: ExperimentConfig) -> list[Case]:
             cases += [Case(**degrees, dispatcher=kind, micro_batch_size=share) for kind in kinds]
             if num_experts // ep_size > 1:
                 cases.append(Case(**degrees, chunks=2, micro_batch_size=share, recompute="block"))
+            if moe is not None and moe.router.has_fixed_k and ep_size == world_size:
+                # Steps taken again, or buffers that always suffice.
+                budget = float(ep_size) if ep_size == MAX_RANKS else 1.0
+                cases.append(Case(**degrees, row_budget=budget, micro_batch_size=share))
             if ep_size == 4:
                 cases.append(Case(**degrees, dispatcher="hierarchical", ranks_per_node=2, micro_batch_size=share))
     return cases
@@ -137,6 +145,8 @@ def apply_case(config: ExperimentConfig, case: Case) -> ExperimentConfig:
     dispatcher = current.model_dump() if current.kind == case.dispatcher else {"kind": case.dispatcher}
     if case.chunks > 1 or "chunks" in dispatcher:
         dispatcher["chunks"] = case.chunks
+    if case.row_budget is not None or "row_budget" in dispatcher:
+        dispatcher["row_budget"] = case.row_budget
     parallel = {
         **config.parallel.model_dump(),
         "ep_size": case.ep_size,

@@ -33,6 +33,8 @@ def log_step(
         "skipped_steps": run.skipped_steps,
         "loss_spikes": run.spikes.count,
     }
+    if getattr(run.config.parallel.dispatcher, "row_budget", None) is not None:
+        record["repeated_steps"] = run.engine.repeated_steps
     if routing is not None:
         routing = routing.on_host()
         record |= routing_metrics(routing.counts, routing.dropped, routing.tokens, routing.entropy_sum)

@@ -56,11 +56,19 @@ class AllToAllDispatcherConfig(ExchangeOptions):
     """Every row is sent to the rank of its expert; sizes are dynamic."""
 
     kind: Literal["all_to_all"] = "all_to_all"
+    row_budget: Annotated[float, Field(ge=1, le=1e4)] | None = None
+    """Receive buffers of static size in training: this many times an even share of the rows, so that nothing waits for
+    sizes. If more rows go from one rank to another, the step is taken again without a budget: the result is the same.
+    Null: sizes are exchanged. For a fixed number of experts per token, one chunk and the native engine."""
 
     def build(self, mesh: Mesh, num_experts: int) -> Dispatcher:
         """Create the dispatcher: `local` if all experts are on one rank."""
         if mesh.ep.size == 1:
             return LocalDispatcherConfig().build(mesh, num_experts)
+        if self.row_budget is not None:
+            from trainer.moe.dispatch.budgeted_all_to_all import BudgetedAllToAllDispatcher
+
+            return BudgetedAllToAllDispatcher(mesh.ep, num_experts, self.wire, self.row_budget)
         from trainer.moe.dispatch.all_to_all import AllToAllDispatcher
 
         return AllToAllDispatcher(mesh.ep, num_experts, self.wire, self.chunks)

@@ -49,21 +49,32 @@ class TokenSlots:
 
         #  capacity 2   t0e0 . | t0e1 t1e1 | t1e2 .
         """
-        num_rows, num_slots = self.num_experts * capacity, self.expert_index.numel()
+        key, num_experts = self.expert_index.reshape(-1), self.num_experts
+        return self.pad_queues(key, num_experts, capacity, key.new_full((num_experts,), capacity))[0]
+
+    def pad_queues(
+        self, queue: Tensor, num_queues: int, length: int, rows_per_expert: Tensor
+    ) -> tuple[ExpertOrder, Tensor]:
+        """Return rows that are padded to `length` for each queue of consecutive experts, and the slots of each queue.
+
+        A slot that finds its queue full has no row. `queue` (T * k,) is that of each slot; `num_queues` for none.
+        """
         key = self.expert_index.reshape(-1)
+        num_rows, num_slots = num_queues * length, key.numel()
         by_expert = key.argsort(stable=True)  # slots
-        counts, expert = self.counts(), key[by_expert]
-        start = F.pad(counts.cumsum(0), (1, 0))  # (E + 1,)
-        index = torch.arange(num_slots, device=key.device) - start[expert]  # within the expert
-        row = torch.where(expert < self.num_experts, expert * capacity + index, num_rows)
+        counts, queue = count_slots(queue, num_queues), queue[by_expert]
+        start = F.pad(counts.cumsum(0), (1, 0))  # (queues + 1,)
+        index = torch.arange(num_slots, device=key.device) - start[queue]  # within the queue
+        row = torch.where((queue < num_queues) & (index < length), queue * length + index, num_rows)
         slot_of_row = key.new_full((num_rows + 1,), num_slots).index_copy_(0, row, by_expert)
-        return ExpertOrder(
+        order = ExpertOrder(
             slot_of_row=slot_of_row[:-1],
             row_of_slot=torch.empty_like(row).index_copy_(0, by_expert, row).view_as(self.expert_index),
-            rows_per_expert=torch.full_like(counts, capacity),
+            rows_per_expert=rows_per_expert,
             is_full=False,
             has_empty_rows=True,
         )
+        return order, counts
 
 
 def assignment_of_slot(decision: RoutingDecision) -> Tensor:

@@ -1,0 +1,73 @@
+"""All-to-all with receive buffers of a fixed share of all rows, so that nothing waits for sizes in training."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from trainer.distributed.collectives import Group
+from trainer.moe.dispatch.all_to_all import AllToAllDispatcher, Bounds, Outgoing, Wire
+from trainer.moe.dispatch.exchange_plan import ExchangePlan
+from trainer.moe.dispatch.token_slots import TokenSlots
+from trainer.moe.routing import RoutingDecision
+from trainer.ops.compute_dtype import compute_dtype
+from trainer.ops.expert_order import ExpertOrder
+from trainer.ops.permute import gather_rows
+
+# T tokens, k slots, E experts, G ranks of the expert-parallel group, P rows from each rank to each rank.
+
+
+class BudgetedAllToAllDispatcher(AllToAllDispatcher):
+    """Sends P rows from every rank to every rank: `row_budget` times an even share of a rank's T * k assignments.
+
+    Empty rows have weight 0. Rows beyond P do not travel but are counted in `overflow`: whoever reads it takes the
+    step again without a budget, so that the result is that of `all_to_all` in any case. Only passes inside of
+    `static_sizes`, with a fixed k, have a budget; all ranks have equally many tokens there.
+    """
+
+    def __init__(self, group: Group, num_experts: int, wire: Wire, row_budget: float) -> None:
+        super().__init__(group, num_experts, wire)
+        self.row_budget, self.has_static_sizes = row_budget, False
+        self.overflow: Tensor | None = None
+        """Rows of this rank that found no place since the sizes became static."""
+        owners = [rank for rank, (first, end) in enumerate(self.bounds) for _ in range(first, end)]
+        self._owner = torch.tensor([*owners, group.size])
+        """(E + 1,) rank of each expert; G for no expert."""
+
+    @contextmanager
+    def static_sizes(self) -> Iterator[None]:
+        """Use static sizes inside of a block, and count the overflow anew."""
+        self.has_static_sizes, self.overflow = True, None
+        try:
+            yield
+        finally:
+            self.has_static_sizes = False
+
+    def prepare(self, x: Tensor, decision: RoutingDecision, chunks: Sequence[Bounds]) -> Outgoing:
+        """Order the rows of x (T, D) by expert, padded to P for each rank, and plan their exchange."""
+        if not self.has_static_sizes or decision.top_k is None:
+            return super().prepare(x, decision, chunks)
+        slots, x = TokenSlots.of(decision), x.to(compute_dtype(x))
+        num_slots, size = slots.expert_index.numel(), self.group.size
+        budget = min(num_slots, -int(-self.row_budget * num_slots // size))
+        order, counts = self._order(slots, budget)
+        table = self.group.all_gather(counts)  # (G, E), read by nobody here
+        first, end = self.bounds[self.group.index]
+        ends = table[:, first:end].cumsum(1)  # (G, E_local)
+        place = torch.arange(budget, device=x.device).expand(size, budget).contiguous()
+        expert = torch.searchsorted(ends, place, right=True).clamp(max=end - first - 1)  # empty rows join the last one
+        plan = ExchangePlan(sizes=[[budget] * size] * size, expert_index=expert.view(-1, 1))
+        return Outgoing(
+            order=order, rows=gather_rows(x, order), weight=order.of_rows(slots.weight)[:, None], plans=[plan]
+        )
+
+    def _order(self, slots: TokenSlots, budget: int) -> tuple[ExpertOrder, Tensor]:
+        """Return the rows by receiver, then expert, with P for each receiver, and the (E,) assignments of experts."""
+        key = slots.expert_index.reshape(-1)
+        self._owner = self._owner.to(key.device, non_blocking=True)  # it moves once
+        counts = slots.counts()
+        order, sent = slots.pad_queues(self._owner[key], self.group.size, budget, counts)
+        overflow = (sent - budget).clamp(min=0).sum()
+        self.overflow = overflow if self.overflow is None else self.overflow + overflow
+        return order, counts
