@@ -192,6 +192,7 @@ def test_experts_in_chunks_learn_the_same(ranks: Ranks, data: str) -> None:
 BUDGETS: dict[str, tuple[float, dict[str, Any], dict[str, Any], int]] = {
     "each step again": (1.0, MODELS["dropless"], {}, 2),
     "never again": (2.0, MODELS["dropless"], {}, 1),
+    "recomputed": (1.0, MODELS["dropless"], {"recompute": "block"}, 2),
     "sharded": (1.0, MODELS["dropless"], {"data": "shard", "shard_keeps": "weights"}, 2),
     "never again, with drops and a selection bias": (1.0, MODELS["bias_balanced, jitter, capacity"], {}, 1),
     "null experts": (1.0, OTHER_ROUTERS["a bias over null experts"], {}, 1),
