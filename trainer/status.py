@@ -46,6 +46,8 @@ class Status:
     rows: Sequence[int] | None = None
     """First and last row (sample id) of the step, over all ranks."""
     phase: Phase = "start-up"
+    experts_kernel: str = ""
+    """Kernel of the experts; empty before it is chosen."""
     state: Literal["running", "ended"] = "running"
     exit_code: int | None = None
     error: str | None = None

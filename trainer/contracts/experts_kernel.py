@@ -1,51 +1,54 @@
-"""Contract of an experts kernel: the numbers and gradients of `trainer.ops.expert_ffn.loop_ffn`."""
+"""Contract of an experts kernel: the numbers and gradients of the oracle, on the cases of the kernel canary."""
 
-from collections.abc import Callable
+from functools import partial
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from trainer.contracts.ensure import ensure
-from trainer.ops.expert_ffn import Activation, loop_ffn
+from trainer.ops.expert_ffn import Activation
+from trainer.ops.expert_order import order_by_expert
+from trainer.ops.kernel_canary import GROUPS, NO_ROWS, ONE_TAKES_ALL, LayerWidths, RowGroups, groups_fault
+from trainer.ops.kernels import RowsKernel, run_rows_kernel
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Activation], Tensor]
 _D, _F = 8, 16
 
 
-def rows_equal_the_loop(kernel: Kernel) -> None:
-    """Outputs and gradients are those of a loop over the experts."""
-    _compare(kernel, [3, 5, 1, 7])
+def rows_equal_the_loop(kernel: RowsKernel) -> None:
+    """Outputs and gradients are those of a loop over the experts, for groups of any size."""
+    _check(kernel, GROUPS)
 
 
-def idle_experts_equal_the_loop(kernel: Kernel) -> None:
-    """Experts without rows change nothing."""
-    _compare(kernel, [0, 4, 0, 0])
+def idle_experts_equal_the_loop(kernel: RowsKernel) -> None:
+    """Experts without rows change nothing, also if one takes all."""
+    _check(kernel, ONE_TAKES_ALL)
 
 
-def no_rows_equal_the_loop(kernel: Kernel) -> None:
+def no_rows_equal_the_loop(kernel: RowsKernel) -> None:
     """A rank without rows gets an empty output."""
-    _compare(kernel, [0, 0, 0, 0])
+    _check(kernel, NO_ROWS)
 
 
 CHECKS = [rows_equal_the_loop, idle_experts_equal_the_loop, no_rows_equal_the_loop]
 
 
-def _compare(kernel: Kernel, rows: list[int]) -> None:
-    for activation in ("swiglu", "gelu"):
-        found, expected = (_run(each, rows, activation) for each in (kernel, loop_ffn))
-        for name, one, other in zip(("output", "x's gradient", "w_in's gradient"), found, expected, strict=True):
-            where = f"{activation}, rows_per_expert {rows}: {name}"
-            ensure(one.shape == other.shape, f"{where} has shape {tuple(one.shape)}, not {tuple(other.shape)}")
-            atol = 1e-5 * float(other.abs().max()) if other.numel() else 0.0
-            ensure(torch.allclose(one, other, rtol=0, atol=atol), f"{where} differs from that of the loop")
+def _check(kernel: RowsKernel, groups: RowGroups) -> None:
+    for activation in get_args(Activation):
+        widths = LayerWidths(d_model=_D, d_ff=_F, activation=activation, dtype=torch.float32)
+        for seed in range(2):  # the second time with other values: no buffer may keep the first
+            fault = groups_fault(partial(_run, kernel), groups, widths, torch.device("cpu"), seed=seed)
+            ensure(fault is None, f"{activation}: {fault}")
 
 
-def _run(kernel: Kernel, rows: list[int], activation: Activation) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    width = 2 * _F if activation == "swiglu" else _F
-    x = torch.randn(sum(rows), _D, generator=generator).requires_grad_()
-    w_in = torch.randn(len(rows), width, _D, generator=generator).requires_grad_()
-    w_out = torch.randn(len(rows), _D, _F, generator=generator)
-    y = kernel(x, torch.tensor(rows), w_in, w_out, activation)
-    grads = torch.autograd.grad(y.square().sum(), (x, w_in), allow_unused=True)
-    return [y.detach(), *(torch.zeros_like(p) if g is None else g for p, g in zip((x, w_in), grads, strict=True))]
+def _run(
+    kernel: RowsKernel,
+    x: Tensor,
+    expert_index: Tensor,
+    weight: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    activation: Activation,
+) -> Tensor:
+    order = order_by_expert(expert_index, len(w_in))
+    return run_rows_kernel(kernel, x, weight, order, w_in, w_out, activation)

@@ -28,6 +28,8 @@ _ALIGNMENT_BYTES = 16
 """The grouped product reads weight gradients along the rows, in units of this."""
 
 ExpertsKernel = Literal["loop", "padded", "grouped", "fused", "fused_onednn"]
+RowsKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Activation], Tensor]
+"""Kernel that is a plug-in, with the arguments of `trainer.ops.expert_ffn.loop_ffn`."""
 
 _PRODUCTS = {"loop": LoopProducts, "padded": PaddedProducts, "grouped": GroupedMM}
 
@@ -64,7 +66,7 @@ def run_experts(
     """
     if kernel not in _PRODUCTS and kernel not in ("fused", "fused_onednn"):
         order = order_by_expert(expert_index, len(w_in), num_rows=num_rows)
-        return _run_plugin(kernel, x.to(compute_dtype(x)), weight, order, w_in, w_out, activation)
+        return run_rows_kernel(_plugin_kernel(kernel), x.to(compute_dtype(x)), weight, order, w_in, w_out, activation)
     dtype = compute_dtype(x)
     multiple = _ALIGNMENT_BYTES // dtype.itemsize if kernel == "grouped" and dtype is torch.bfloat16 else 1
     order = order_by_expert(expert_index, len(w_in), num_rows=num_rows, multiple=multiple)
@@ -72,20 +74,24 @@ def run_experts(
     return routed_ffn(x, weight, order, w_in, w_out, run, dtype=dtype, recompute=recompute)
 
 
-def _run_plugin(
-    name: str, x: Tensor, weight: Tensor, order: ExpertOrder, w_in: Tensor, w_out: Tensor, activation: Activation
+def run_rows_kernel(
+    kernel: RowsKernel,
+    x: Tensor,
+    weight: Tensor,
+    order: ExpertOrder,
+    w_in: Tensor,
+    w_out: Tensor,
+    activation: Activation,
 ) -> Tensor:
     """Run a kernel that is a plug-in, in plain autograd: it computes rows, and saves what it likes."""
-    y = _plugin_kernel(name)(
-        gather_rows(x, order), order.rows_per_expert, w_in.to(x.dtype), w_out.to(x.dtype), activation
-    )
+    y = kernel(gather_rows(x, order), order.rows_per_expert, w_in.to(x.dtype), w_out.to(x.dtype), activation)
     scale = order.of_rows(weight)
     wide = torch.promote_types(x.dtype, weight.dtype) if weight.shape[1] > 1 else x.dtype
     return sum_rows((y * scale[:, None]).to(x.dtype), order, dtype=wide)
 
 
 @cache
-def _plugin_kernel(name: str) -> Callable[..., Tensor]:
+def _plugin_kernel(name: str) -> RowsKernel:
     """Return a kernel that is a plug-in: module:function, or the name of an entry point."""
     return PluggableFunction("experts_kernels").function(name)
 
@@ -100,6 +106,12 @@ def _built(kernel: str, activation: Activation, is_compiled: bool, device: str, 
     is_padded = device == "cpu" and (by_onednn or dtype is torch.bfloat16)
     product = fused_ffn.onednn_product if by_onednn else fused_ffn.product
     return FusedKernel(between, product, fused_ffn.ROWS_MULTIPLE if is_padded else 1)
+
+
+def fallback_kernels(kernel: str, device: str) -> list[str]:
+    """Return the kernels that take the place of one that is wrong on a device, the fastest first."""
+    order = ["fused", "loop"] if device == "cpu" else ["loop"]
+    return order[order.index(kernel) + 1 :] if kernel in order else order
 
 
 def missing_kernel(kernel: str) -> str | None:

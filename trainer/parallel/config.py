@@ -52,6 +52,10 @@ class ParallelConfig(Config):
     ] = "auto"
     """Kernel of the experts. `auto` is resolved from a table of measurements and recorded in the run folder.
     `my_package.module:function` is a custom kernel, with the signature of those in trainer/ops/expert_ffn.py."""
+    kernel_canary: Literal["auto", "fall_back", "refuse", "off"] = "auto"
+    """At the start, kernel and dispatcher are compared with a plain loop on this device. If the kernel is wrong,
+    `fall_back` warns and trains with the next one, `refuse` ends the run; `auto` falls back from a kernel that
+    `experts_kernel: auto` chose and refuses one that you named. A wrong dispatcher is always refused."""
     loss_chunk: Count | None = 1024
     """Tokens whose logits exist at once, in the loss and its gradient. Lower saves memory if the vocabulary is large.
     Null: those of the whole micro-batch, by torch's cross-entropy."""

@@ -54,6 +54,7 @@ def train_run(
                 remove_others(folder.status, world_size=layout.world_size)
         status.enter("start-up")
         run = build_run(config, folder, console, mesh, device)
+        status.status.experts_kernel = run.config.parallel.experts_kernel
         mesh.world.recorder.enter("opening the trackers")
         outermost.enter_context(start_trackers(run))  # closed after the mesh, so that no rank waits for an upload
         console.header(header(run))

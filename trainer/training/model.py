@@ -14,7 +14,9 @@ from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.models.gpt import GPT
 from trainer.moe.dispatch.registry import LocalDispatcherConfig
+from trainer.ops.kernel_canary import LayerWidths
 from trainer.ops.kernels import choose_experts_kernel, missing_kernel
+from trainer.parallel.canary import CanaryReport, run_canary
 from trainer.parallel.parallelize import parallelize
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -79,7 +81,37 @@ def resolve_kernel(config: ExperimentConfig, device: torch.device) -> Experiment
             d_model=config.model.d_model,
             d_ff=moe.d_ff,
         )
-    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"experts_kernel": kernel})})
+    update = {"experts_kernel": kernel}
+    if config.parallel.kernel_canary == "auto":  # recorded with the kernel, which a resumed run finds named
+        update["kernel_canary"] = "fall_back"
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update=update)})
+
+
+def check_kernel(
+    config: ExperimentConfig, mesh: Mesh, device: torch.device, *, warn: Callable[[str], None]
+) -> tuple[ExperimentConfig, CanaryReport | None]:
+    """Compare kernel and dispatcher with the oracle; return the config with the kernel to train with. Collective.
+
+    Raises:
+        ConfigError: if one of them is wrong and may not be replaced.
+    """
+    moe = config.model.moe
+    if moe is None:
+        return config, None
+    widths = LayerWidths(
+        d_model=config.model.d_model,
+        d_ff=moe.d_ff,
+        activation=config.model.activation,
+        dtype=_DTYPES[config.train.dtype],
+    )
+    report = run_canary(config.parallel, widths, moe.num_experts, mesh, device)
+    for name, fault in report.refused.items():
+        warn(
+            f"parallel.experts_kernel: {name} is wrong on this device: {fault}; training with {report.experts_kernel} "
+            "instead"
+        )
+    parallel = config.parallel.model_copy(update={"experts_kernel": report.experts_kernel})
+    return config.model_copy(update={"parallel": parallel}), report
 
 
 def numerics(config: ExperimentConfig) -> NumericsConfig:

@@ -21,6 +21,7 @@ from trainer.experiment import ExperimentConfig
 from trainer.metrics.profiler import Profiler
 from trainer.metrics.system_stats import SystemStats
 from trainer.models.flops import ModelSize
+from trainer.parallel.canary import CanaryReport
 from trainer.trackers.base import JsonlTracker, Trackers
 from trainer.training.spikes import SpikeWindow
 
@@ -46,6 +47,8 @@ class RunState:
     profiler: Profiler
     size: ModelSize
     spikes: SpikeWindow
+    canary: CanaryReport | None = None
+    """What was found about the experts kernel; None for a dense model."""
     id: str = ""
     """Run id for trackers; on rank 0 only."""
     parent: Parent | None = None

@@ -1,6 +1,7 @@
 """The composition root: build everything that a run needs from its config. The only module with all implementations."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from trainer.models.flops import model_size
 from trainer.moe.causality import evaluation_warning, training_warning
 from trainer.trackers.base import JsonlTracker, Trackers
 from trainer.training import memory
-from trainer.training.model import build_parallel_model, meta_model, numerics, resolve_kernel
+from trainer.training.model import build_parallel_model, check_kernel, meta_model, numerics, resolve_kernel
 from trainer.training.resume import resume
 from trainer.training.run import RunState
 from trainer.training.spikes import SpikeWindow
@@ -65,11 +66,13 @@ def build_run(
     recorder = mesh.world.recorder
     recorder.enter("comparing ranks")
     check_ranks(config, folder, mesh, device)
-    config = resolve_kernel(config, device)
+    recorder.enter("checking the experts kernel")
+    config, canary = check_kernel(resolve_kernel(config, device), mesh, device, warn=console.warning)
     recorder.enter("reading text")
     corpus, tasks = open_data(config, folder, console, mesh)
     recorder.enter("building the model")
     run = build_model_and_engine(config, folder, console, mesh, device, corpus=corpus, tasks=tasks)
+    run.canary = canary
     recorder.enter("finding a checkpoint")
     checkpoint = resume_newest(run)
     recorder.enter("writing the run folder")
@@ -207,6 +210,7 @@ def write_run_folder(run: RunState, checkpoint: CheckpointHandle | None, device:
                 {
                     **runtime.environment_info(),
                     "device": str(device),
+                    "experts": None if run.canary is None else asdict(run.canary),
                     "world_size": run.mesh.layout.world_size,
                     "data_fingerprint": corpus.fingerprint,
                     "tokenizer_fingerprint": corpus.tokenizer.fingerprint,
