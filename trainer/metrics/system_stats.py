@@ -57,12 +57,14 @@ def reduce_over_ranks(
 ) -> dict[str, float | None]:
     """Return the `time/` and `system/` keys of metrics.jsonl, in one all-gather that every rank must join.
 
+    `group` is one of hosts, so that nothing waits for a GPU.
+
     Times, the seconds of each part of a rank's mean step, are averaged over ranks, with the maximum as `time_max/` if
     there are several ranks; of the statistics the worst value over ranks is taken.
     """
     mine = [*parts.values(), *(float("nan") if value is None else value for value in stats.values())]
-    table = group.all_gather(torch.tensor(mine, dtype=torch.float64, device=group.device))  # (ranks, values)
-    times, rest = table.cpu().split([len(PARTS), len(stats)], dim=1)
+    table = group.all_gather(torch.tensor(mine, dtype=torch.float64))  # (ranks, values)
+    times, rest = table.split([len(PARTS), len(stats)], dim=1)
     record: dict[str, float | None] = _named("time", times.mean(0))
     if group.size > 1:
         record |= _named("time_max", times.amax(0))

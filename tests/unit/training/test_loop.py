@@ -2,6 +2,7 @@
 
 import io
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from trainer.console.console import Console
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.signals import StopRequest
 from trainer.experiment import ExperimentConfig
+from trainer.metrics.device_waits import DeviceWaits
 from trainer.status import StatusFile
 from trainer.trackers.jsonl import read_jsonl
 from trainer.training.loop import fit
@@ -51,3 +53,27 @@ def test_every_step_uses_and_logs_its_learning_rate(tmp_path: Path, monkeypatch:
     assert [record["lr"] for record in records] == given
     assert rows == [list(range(7 * step, 7 * (step + 1))) for step in range(STEPS)]
     assert [record["tokens"] for record in records] == [7 * 32 * (step + 1) for step in range(STEPS)]
+
+
+def test_a_step_of_a_run_waits_once_for_the_device_and_once_more_if_it_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that the loop does around a step is included, such as the agreement on a stop."""
+    make_workplace(tmp_path, dtype="bfloat16")
+    monkeypatch.chdir(tmp_path)
+    off = ["eval.every=null", "checkpoint.every=null", "metrics.routing_gap_every=null"]
+    changes = [*off, "metrics.log_every=3", "parallel.experts_kernel=grouped", "model.moe.capacity.factor=null"]
+    config = load(Path("tiny.yaml"), changes, ExperimentConfig)
+    folder = RunFolder(tmp_path / "runs/tiny")
+    run = build_run(config, folder, Console(STEPS, file=io.StringIO()), Mesh.of_one(), torch.device("cpu"))
+    tick, so_far = run.console.tick, []
+    with DeviceWaits() as counted:
+
+        def count(step: int) -> None:
+            so_far.append(len(counted.waits))
+            tick(step)
+
+        run.console.tick = count  # type: ignore[method-assign]
+        fit(run, StopRequest(), StatusFile(folder.status, rank=0))
+    waits = [after - before for before, after in pairwise(so_far)]  # of steps 2 to 8; the last one is logged
+    assert waits == [1, 2, 1, 1, 2, 1, 2], counted.by_place()
