@@ -88,6 +88,7 @@ def test_they_are_in_bfloat16_with_every_kernel(kernel: str, recompute: Any) -> 
 LAYOUTS: dict[str, tuple[int, int, torch.dtype, dict[str, Any]]] = {
     "all_to_all in chunks": (2, 2, torch.float64, {"dispatcher": {"kind": "all_to_all", "chunks": 2}}),
     "all_gather": (2, 2, torch.bfloat16, {"dispatcher": {"kind": "all_gather"}}),
+    "each token once": (2, 2, torch.float64, {"dispatcher": {"kind": "deduplicated_all_to_all"}}),
     "shard": (2, 1, torch.float64, {"data": "shard"}),
     "shard in bfloat16, the experts too": (4, 2, torch.bfloat16, {"data": "shard"}),
     "shard and keep the weights": (2, 1, torch.bfloat16, {"data": "shard", "shard_keeps": "weights"}),

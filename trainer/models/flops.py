@@ -24,7 +24,7 @@ class ModelSize:
 
     @property
     def training_flops_per_token(self) -> int:
-        """FLOPs of forward and backward; the backward has two products per product of the forward."""
+        """FLOPs of forward and backward, without what is recomputed; the backward has two products for each of one."""
         return 3 * self.forward_flops_per_token
 
 

@@ -85,7 +85,9 @@ def hint(config: ExperimentConfig, phase: Phase, *, note: str = "") -> AbstractC
         case "making the optimizer state, two numbers per weight":
             sharding = "" if config.parallel.data == "shard" else "shard it over more ranks (parallel.data: shard), or "
             advice = sharding + _smaller_model(config)
-        case "taking a step" | "evaluating the model":  # whose batches are micro-batches
+        case "taking a step":
+            advice = _smaller_batch(config, can_recompute=config.parallel.recompute != "block")
+        case "evaluating the model":  # in micro-batches too
             advice = _smaller_batch(config)
         case "copying the state to save it":
             no_copy = "set checkpoint.asynchronous: false, which makes no copy of it"
@@ -96,11 +98,12 @@ def hint(config: ExperimentConfig, phase: Phase, *, note: str = "") -> AbstractC
     return explain_out_of_memory(f"{phase}{note}", advice)
 
 
-def _smaller_batch(config: ExperimentConfig) -> str:
-    rows = config.parallel.micro_batch_size
+def _smaller_batch(config: ExperimentConfig, *, can_recompute: bool = False) -> str:
+    rows, again = config.parallel.micro_batch_size, "set parallel.recompute: block"
     if rows > 1:
-        return f"lower parallel.micro_batch_size, which is {rows}"
-    return f"parallel.micro_batch_size is 1 already: lower model.seq_len, or {_smaller_model(config)}"
+        return f"lower parallel.micro_batch_size, which is {rows}" + (f", or {again}" if can_recompute else "")
+    first = f"{again}, " if can_recompute else ""
+    return f"parallel.micro_batch_size is 1 already: {first}lower model.seq_len, or {_smaller_model(config)}"
 
 
 def _smaller_model(config: ExperimentConfig) -> str:

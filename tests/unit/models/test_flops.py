@@ -1,11 +1,16 @@
 """Parameter and FLOP counts against torch's own counters."""
 
+from collections.abc import Iterable
+from typing import cast, get_args
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.builders import make_batch, make_model, tiny_model_config
+from trainer.models.block import Block
+from trainer.models.config import Recompute
 from trainer.models.flops import model_size
 from trainer.models.gpt import GPT
 from trainer.models.parameter_roles import parameter_role
@@ -39,6 +44,31 @@ def test_a_loss_in_chunks_has_no_more_flops(fields: dict) -> None:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         (model(batch).loss_sum / 16).backward()
     assert counter.get_total_flops() == model_size(model).training_flops_per_token * 16
+
+
+@pytest.mark.parametrize("kernel", ["loop", "fused"])
+@pytest.mark.parametrize("fields", [{"qk_norm": True}, {"activation": "gelu"}])
+def test_recomputation_costs_the_products_that_it_says(fields: dict, kernel: str) -> None:
+    """None for norms and activations; of every feed-forward the first: no gradient needs the result of the last."""
+    config = tiny_model_config({"num_shared_experts": 1, "first_dense_layers": 1}, **fields)
+    batch, totals = make_batch(2, 8), {}
+    for recompute in get_args(Recompute):
+        model = make_model(config, kernel=kernel)
+        for block in cast(Iterable[Block], model.blocks):
+            block.set_recompute(recompute)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(batch).loss_sum.backward()
+        totals[recompute] = counter.get_total_flops() - model_size(model).training_flops_per_token * 16
+    width = 24 if config.activation == "swiglu" else 12  # of an expert, before its activation
+    first = 2 * 16 * 2 * 16 * width  # T tokens, 2 experts each, D
+    attention = 2 * 16 * 16 * (32 + 16) + 4 * 8 * 16 * 16  # projections; S x S scores and weighted values of each head
+    dense, shared = 2 * 16 * 16 * 2 * width, 2 * 16 * 16 * width  # first products
+    assert totals == {
+        "none": 0,
+        "norms_and_activations": 0,
+        "experts": first,
+        "block": first + 2 * attention + dense + shared,
+    }
 
 
 def test_active_parameters_leave_idle_experts_out() -> None:

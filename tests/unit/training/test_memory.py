@@ -127,6 +127,7 @@ SMALLER = (
     "experts among more ranks (parallel.ep_size)"
 )
 BATCH = "lower parallel.micro_batch_size, which is 4"
+AGAIN = "set parallel.recompute: block"
 PLACES: dict[str, tuple[str, list[str], str]] = {
     "text": (
         "trainer.training.setup.build_corpus",
@@ -155,11 +156,16 @@ PLACES: dict[str, tuple[str, list[str], str]] = {
         ["parallel.data=shard"],
         "making the optimizer state, two numbers per weight: {}; " + SMALLER,
     ),
-    "step": ("trainer.engine.step.StepEngine.accumulate", [], "taking a step: {}; " + BATCH),
+    "step": ("trainer.engine.step.StepEngine.accumulate", [], f"taking a step: {{}}; {BATCH}, or {AGAIN}"),
     "step of a row": (
         "trainer.engine.step.StepEngine.accumulate",
         ["parallel.micro_batch_size=1"],
-        "taking a step: {}; parallel.micro_batch_size is 1 already: lower model.seq_len, or " + SMALLER,
+        f"taking a step: {{}}; parallel.micro_batch_size is 1 already: {AGAIN}, lower model.seq_len, or {SMALLER}",
+    ),
+    "step that recomputes": (
+        "trainer.engine.step.StepEngine.accumulate",
+        ["parallel.recompute=block"],
+        "taking a step: {}; " + BATCH,
     ),
     "evaluation": ("trainer.training.evaluate_run.evaluate_held_out", [], "evaluating the model: {}; " + BATCH),
     "save": (
