@@ -5,7 +5,7 @@
 On the path of a GPU: bfloat16, and the kernel that is chosen there.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,12 +43,14 @@ class Layout:
     row_budget: float | None = None
     ranks: int = 1
     ranks_per_node: int = 1
+    others: dict[str, Any] = field(default_factory=dict)
+    """Other options of `parallel`."""
 
     def parallel(self) -> dict[str, Any]:
         """Return the section `parallel`."""
         options: dict[str, Any] = {} if self.chunks == 1 else {"chunks": self.chunks}
         options |= {} if self.row_budget is None else {"row_budget": self.row_budget}
-        return {"ep_size": self.ranks, "dispatcher": {"kind": self.dispatcher, **options}}
+        return {"ep_size": self.ranks, "dispatcher": {"kind": self.dispatcher, **options}, **self.others}
 
 
 DISPATCHERS = {

@@ -2,13 +2,14 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.ranks import Ranks
 from tests.registries import DISPATCHERS as REGISTERED
 from tests.registries import ROUTERS
-from tests.step_waits import DISPATCHERS, LOSSES, cell_of_router, cells_of_dispatcher, count
+from tests.step_waits import DISPATCHERS, LOSSES, Layout, cell_of_router, cells_of_dispatcher, count, count_on_ranks
 from trainer.moe.config import MoEConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
@@ -42,6 +43,14 @@ def test_a_router_waits_as_the_page_says(kind: str) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_loss_waits(name: str) -> None:
     plain, found = count({}), count(LOSSES[name])
+    assert (found.per_layer, found.step, found.copies) == (plain.per_layer, plain.step, 0)
+
+
+@pytest.mark.parametrize("others", [{"data": "shard"}, {"recompute": "block"}, {"recompute": "experts"}], ids=str)
+def test_neither_sharding_nor_recomputation_waits(others: dict[str, Any], ranks: Ranks) -> None:
+    plain, found = (
+        count_on_ranks(ranks, {}, Layout(dispatcher="all_to_all", ranks=2, others=it)) for it in ({}, others)
+    )
     assert (found.per_layer, found.step, found.copies) == (plain.per_layer, plain.step, 0)
 
 
