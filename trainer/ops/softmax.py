@@ -18,14 +18,28 @@ def softmax_and_log_norm(logits: Tensor) -> tuple[Tensor, Tensor]:
 class _SoftmaxAndLogNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
-        probs = logits.softmax(-1)
+        if logits.device.type == "cpu":
+            probs, log_norm = _in_few_passes(logits)
+        else:
+            probs, log_norm = logits.softmax(-1), logits.logsumexp(-1)
         ctx.save_for_backward(probs)
-        return probs, logits.logsumexp(-1)
+        return probs, log_norm
 
     @staticmethod
     @once_differentiable
     # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad_probs: Tensor, grad_log_norm: Tensor) -> Tensor:
         (probs,) = ctx.saved_tensors
+        if probs.device.type == "cpu":
+            weighted = grad_probs * probs
+            return weighted.addcmul_(probs, grad_log_norm[:, None] - weighted.sum(-1, keepdim=True))
         through_probs = torch.ops.aten._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
         return through_probs.addcmul_(grad_log_norm[:, None], probs)
+
+
+def _in_few_passes(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both from one exponential: on the CPU torch's softmax takes five times as long over 8 columns."""
+    largest = logits.amax(-1, keepdim=True)
+    probs = (logits - largest).exp_()
+    norm = probs.sum(-1, keepdim=True)
+    return probs.div_(norm), norm.log_().add_(largest).squeeze(-1)

@@ -10,22 +10,33 @@ from hypothesis import strategies as st
 from trainer.ops.select import best_of_rows, round_logits, round_mantissa, stable_top_k
 
 
-def _by_passes(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """Select k times the first largest of the remaining scores."""
-    left, chosen = scores.clone(), []
-    for _ in range(k):
-        best = left.argmax(dim=-1)
-        chosen.append(best)
-        left.scatter_(1, best[:, None], float("-inf"))
-    return torch.stack(chosen, dim=1)
+def _one_by_one(scores: torch.Tensor, k: int) -> list[list[int]]:
+    """Sort the columns of each row by score and then by number."""
+    return [sorted(range(len(row)), key=lambda e, row=row: (-row[e], e))[:k] for row in scores.tolist()]
 
 
 @settings(max_examples=200)
 @given(st.integers(1, 6), st.integers(1, 40), st.integers(0, 10_000), st.sampled_from([1, 2, 5, 1000]), st.data())
-def test_equals_masked_passes_of_argmax(tokens: int, experts: int, seed: int, levels: int, data: st.DataObject) -> None:
+def test_equals_a_sort_by_score_and_number(
+    tokens: int, experts: int, seed: int, levels: int, data: st.DataObject
+) -> None:
     scores = torch.randint(0, levels, (tokens, experts), generator=torch.Generator().manual_seed(seed)).float() / levels
     k = data.draw(st.integers(1, experts))
-    assert torch.equal(stable_top_k(scores, k), _by_passes(scores, k))
+    assert stable_top_k(scores, k).tolist() == _one_by_one(scores, k)
+
+
+@pytest.mark.parametrize("experts", [1, 2, 8, 33, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_excluded_scores_come_last_in_order_and_none_is_taken_twice(experts: int, dtype: torch.dtype) -> None:
+    scores = torch.randn(50, experts, dtype=dtype, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+    scores[torch.rand(50, experts, generator=torch.Generator().manual_seed(1)) < 0.8] = -math.inf
+    scores[7] = -math.inf
+    scores[8] = -0.0
+    scores[8, ::2] = 0.0
+    scores[9, experts // 2] = math.nan
+    for k in range(1, experts + 1):
+        expected = scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        assert torch.equal(stable_top_k(scores, k), expected), "both ways agree"
 
 
 def test_equal_scores_go_to_the_lower_expert() -> None:
