@@ -12,11 +12,12 @@ from trainer.distributed.mesh import Mesh
 from trainer.engine.nonfinite import Findings, is_finite
 from trainer.engine.reduce import square_norm
 from trainer.engine.step import Accumulated, NumericsConfig, StepEngine
-from trainer.models.gpt import GPT
+from trainer.models.gpt import GPT, GPTOutput
 from trainer.models.parameter_roles import is_decayed
+from trainer.moe.routing import RoutingOptions
 from trainer.optim.create import MOMENTS, create_optimizer
 from trainer.optim.registry import OptimConfig
-from trainer.parallel.accumulate import before_backward, step_of
+from trainer.parallel.accumulate import before_backward, before_forward, step_of
 from trainer.parallel.config import ShardKeeps
 from trainer.parallel.replicate import GradientReducer
 from trainer.parallel.shards import copy_from_rows, is_first_copy, is_sharded, local
@@ -62,6 +63,11 @@ class NativeEngine(StepEngine):
         """Run the micro-batches forward and backward, and reduce the gradient over ranks; it is not clipped yet."""
         with step_of(self.model, self.shard_keeps):
             return super().accumulate(micro_batches)
+
+    def _forward(self, batch: Batch, options: RoutingOptions) -> GPTOutput:
+        if torch.is_grad_enabled():
+            before_forward(self.model, self.shard_keeps)
+        return super()._forward(batch, options)
 
     def _backward(self, objective: Tensor, *, is_last: bool) -> None:
         before_backward(self.model, self.shard_keeps, is_last=is_last)

@@ -6,7 +6,8 @@
                                                                      activations, from a backward to the next forward
     weights    once                          after the last          float32 gradients, and weights all the time
 
-A counting pass (`balance.counts: exact`) gathers once more for each micro-batch, unless weights are kept.
+A counting pass (`balance.counts: exact`) gathers twice more for each micro-batch if nothing is kept; otherwise not at
+all: it saves no activations, so weights stay from its first micro-batch to the forward pass of the first.
 """
 
 from collections.abc import Iterator
@@ -20,13 +21,21 @@ from trainer.parallel.config import ShardKeeps
 
 @contextmanager
 def step_of(model: nn.Module, keeps: ShardKeeps) -> Iterator[None]:
-    """Keep gathered weights until the last backward pass of the step, if configured."""
-    inner = [module for module in model.modules() if isinstance(module, FSDPModule) and module is not model]
-    for module in inner:
-        module.set_reshard_after_forward(keeps != "weights", recurse=False)
+    """Keep gathered weights during the counting pass of a step, unless nothing is kept; see `before_forward`."""
+    _free_after_forward(model, keeps == "nothing")
     yield
-    for module in inner:
-        module.set_reshard_after_forward(True, recurse=False)  # an evaluation must not leave weights that grow stale
+    _free_after_forward(model, True)  # an evaluation must not leave weights that grow stale
+
+
+def before_forward(model: nn.Module, keeps: ShardKeeps) -> None:
+    """Choose whether the next forward pass that saves activations frees the weights, or its backward pass does."""
+    _free_after_forward(model, keeps != "weights")
+
+
+def _free_after_forward(model: nn.Module, frees: bool) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and module is not model:  # the model's own group stays in any case
+            module.set_reshard_after_forward(frees, recurse=False)
 
 
 def before_backward(model: nn.Module, keeps: ShardKeeps, *, is_last: bool) -> None:

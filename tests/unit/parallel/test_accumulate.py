@@ -30,8 +30,10 @@ class _Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _engine(keeps: ShardKeeps, dtype: torch.dtype, *, shard_size: int | None = None) -> NativeEngine:
-    moe = {"num_experts": 4, "num_shared_experts": 1, "balance": {"counts": "previous_step"}}
+def _engine(
+    keeps: ShardKeeps, dtype: torch.dtype, *, shard_size: int | None = None, counts: str = "previous_step"
+) -> NativeEngine:
+    moe = {"num_experts": 4, "num_shared_experts": 1, "balance": {"coef": 0.1, "counts": counts}}
     return make_engine(
         tiny_model_config(moe, num_layers=_LAYERS),
         dtype=dtype,
@@ -41,10 +43,15 @@ def _engine(keeps: ShardKeeps, dtype: torch.dtype, *, shard_size: int | None = N
 
 
 def _collectives(
-    keeps: ShardKeeps, num_micro_batches: int, dtype: torch.dtype, *, is_ahead: bool = False
+    keeps: ShardKeeps,
+    num_micro_batches: int,
+    dtype: torch.dtype,
+    counts: str = "previous_step",
+    *,
+    is_ahead: bool = False,
 ) -> tuple[int, int]:
     """Gathers and reductions of weights in the second step."""
-    engine = _engine(keeps, dtype)
+    engine = _engine(keeps, dtype, counts=counts)
     if is_ahead:
         gather_ahead(engine.model)
     batches = [make_batch(2, 8, seed=i) for i in range(num_micro_batches)]
@@ -76,6 +83,14 @@ def test_gradients_are_reduced_once_a_step(
     assert ranks.run(2, _collectives, keeps, num_micro_batches, dtype) == [expected] * 2
 
 
+@pytest.mark.parametrize(("keeps", "passes"), [("nothing", 12), ("gradients", 5), ("weights", 1)])
+def test_a_counting_pass_gathers_nothing_again_if_anything_is_kept(
+    ranks: Ranks, keeps: ShardKeeps, passes: int
+) -> None:
+    gathers, _ = ranks.run(2, _collectives, keeps, 4, torch.float32, "exact")[0]
+    assert gathers == passes * 2 * _LAYERS + (4 if keeps == "nothing" else 1)
+
+
 def _collectives_ahead() -> tuple[int, int]:
     return _collectives("gradients", 4, torch.float32, is_ahead=True)
 
@@ -87,7 +102,7 @@ def test_gathering_ahead_gathers_as_often(ranks: Ranks) -> None:
 def _gradient(
     keeps: ShardKeeps, dtype: torch.dtype, shard_size: int | None, is_ahead: bool = False
 ) -> dict[str, torch.Tensor]:
-    engine = _engine(keeps, dtype, shard_size=shard_size)
+    engine = _engine(keeps, dtype, shard_size=shard_size, counts="exact")
     if is_ahead:
         gather_ahead(engine.model)
     rank = engine.mesh.layout.rank
