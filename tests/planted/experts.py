@@ -30,8 +30,8 @@ FAULTS = [
     _fault(
         "a fused kernel does not write an idle expert's gradient",
         "trainer/ops/fused_ffn.py",
-        "        grad[e] = 0\n",
-        "        pass\n",
+        "                grad_w_in[e] = grad_w_out[e] = 0\n",
+        "                pass\n",
         KERNELS,
     ),
     _fault(

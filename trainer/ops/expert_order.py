@@ -25,6 +25,12 @@ class ExpertOrder:
     """Some rows can be empty."""
 
     @property
+    def saved(self) -> Tensor:
+        """`slot_of_row` in half the bytes, if it fits: what a backward pass needs of the order."""
+        is_small = self.row_of_slot.numel() < torch.iinfo(torch.int32).max
+        return self.slot_of_row.to(torch.int32) if is_small else self.slot_of_row
+
+    @property
     def token_of_row(self) -> Tensor:
         """(R,) int64; an empty row has some token's number, if there is a token."""
         num_tokens, num_slots = self.row_of_slot.shape
@@ -83,6 +89,7 @@ def count_slots(expert_index: Tensor, num_experts: int) -> Tensor:
 
 def rows_of_slots(slot_of_row: Tensor, shape: torch.Size) -> Tensor:
     """Return (N, k) the row of each slot, R for one without: the inverse of slot_of_row (R,)."""
+    slot_of_row = slot_of_row.long()
     rows = slot_of_row.new_full((shape.numel() + 1,), len(slot_of_row))
     rows.index_copy_(0, slot_of_row, torch.arange(len(slot_of_row), device=slot_of_row.device))
     return rows[:-1].view(shape)

@@ -2,13 +2,15 @@
 
 Intermediate results stay in the cache, and gradients of weights are written in place. On the CPU every new size of a
 bfloat16 product builds a kernel first (2 to 4 ms, more than the product), while routing yields new sizes in every step:
-group sizes are rounded up.
+group sizes are rounded up. What a product writes beyond its group is overwritten by the next group, so nothing is
+copied:
 
-# R rows, n rows of one expert, np >= n with padding, E experts, D d_model, F d_ff, H width before the activation.
+#  rows_per_expert 3 2, multiple 4     expert 0 writes   a a a . | . . . .      expert 1   a a a b | b . . .
+
+# R rows, n rows of one expert, np >= n rounded up, E experts, D d_model, F d_ff, H width before the activation.
 """
 
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +23,14 @@ ROWS_MULTIPLE = 64
 """Group sizes are rounded up to a multiple of this if the library (oneDNN) builds a kernel for every size."""
 
 
-def product(x: Tensor, w: Tensor) -> Tensor:
-    """Multiply x (n, K) by w (N, K) by torch's default library: MKL for float32 on the CPU."""
-    return x @ w.T
+def product(x: Tensor, w: Tensor, out: Tensor) -> None:
+    """Write x (n, K) times w (K, N) by torch's default library: MKL for float32 on the CPU."""
+    torch.mm(x, w, out=out)
 
 
-def onednn_product(x: Tensor, w: Tensor) -> Tensor:
-    """Multiply float32 by oneDNN on the CPU; on AMD processors MKL takes 1.2 to 1.4 times as long."""
-    return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+def onednn_product(x: Tensor, w: Tensor, out: Tensor) -> None:
+    """Write the product of float32 by oneDNN on the CPU; on AMD processors MKL takes 1.2 to 1.4 times as long."""
+    out.copy_(torch.ops.mkldnn._linear_pointwise(x, w.T, None, "none", [], ""))
 
 
 def has_onednn_product() -> bool:
@@ -40,13 +42,13 @@ class FusedKernel(FFNKernel):
     """Both layers of one expert after the other."""
 
     def __init__(
-        self, activation: WeightedActivation, product: Callable[[Tensor, Tensor], Tensor], rows_multiple: int
+        self, activation: WeightedActivation, product: Callable[[Tensor, Tensor, Tensor], None], rows_multiple: int
     ) -> None:
         """Create the kernel.
 
         Args:
             activation: between the two products.
-            product: x (n, K), w (N, K) with any strides -> x @ w.T (n, N).
+            product: writes x (n, K) times w (K, N), of any strides, to a contiguous (n, N).
             rows_multiple: that group sizes are rounded up to.
         """
         super().__init__(activation)
@@ -54,68 +56,61 @@ class FusedKernel(FFNKernel):
 
     def forward(self, rows: ExpertRows, w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weighted outputs and the hidden values."""
-        hidden = rows.x.new_empty(len(rows.scale), w_in.shape[1])
-        y = rows.x.new_empty(len(rows.scale), rows.x.shape[1])
-        for e, group in _groups(rows):
-            h = self.product(self._gather(rows.x, rows.token_of_row[group]), w_in[e])  # (np, H)
-            a = self.activation.apply(h, self._pad(rows.scale[group]), self.activation.activation)  # (np, F)
-            n = group.stop - group.start
-            y[group] = self.product(a, w_out[e])[:n]
-            hidden[group] = h[:n]
-        return y, hidden
+        h, y = self._buffer(rows, w_in.shape[1]), self._buffer(rows, w_out.shape[1])
+        scale = self._extended(rows.scale)
+        for e, group, x in self._groups(rows, rows.x):
+            self.product(x, w_in[e].to(x.dtype).T, h[group])
+            a = self.activation.apply(h[group], scale[group], self.activation.activation)  # (np, F)
+            self.product(a, w_out[e].to(x.dtype).T, y[group])
+        return y[: len(rows.scale)], h
 
     def hidden(self, rows: ExpertRows, w_in: Tensor) -> Tensor:
         """Return the hidden values."""
-        hidden = rows.x.new_empty(len(rows.scale), w_in.shape[1])
-        for e, group in _groups(rows):
-            h = self.product(self._gather(rows.x, rows.token_of_row[group]), w_in[e])
-            hidden[group] = h[: group.stop - group.start]
-        return hidden
+        h = self._buffer(rows, w_in.shape[1])
+        for e, group, x in self._groups(rows, rows.x):
+            self.product(x, w_in[e].to(x.dtype).T, h[group])
+        return h
 
     def backward(self, grad: Tensor, rows: ExpertRows, h: Tensor, w_in: Tensor, w_out: Tensor) -> RowGradients:
-        """Return the gradients. Padding is zeros, which add nothing."""
-        groups = _groups(rows)
-        dx = grad.new_empty(len(rows.scale), grad.shape[1])
-        d_scale = torch.empty_like(rows.scale)
-        grad_w_in, grad_w_out = _gradient_like(w_in, groups), _gradient_like(w_out, groups)
-        for e, group in groups:
-            n, tokens = group.stop - group.start, rows.token_of_row[group]
-            dy = self._gather(grad, tokens)  # (np, D)
-            da = self.product(dy, w_out[e].T)  # (np, F)
-            a, dh, ds = self.activation.gradients(
-                da, self._pad(h[group]), self._pad(rows.scale[group]), self.activation.activation
-            )
-            torch.mm(dy.T, a, out=grad_w_out[e])
-            torch.mm(dh.T, self._gather(rows.x, tokens), out=grad_w_in[e])
-            dx[group] = self.product(dh, w_in[e].T)[:n]
-            d_scale[group] = ds[:n]
-        return RowGradients(x=dx, scale=d_scale, w_in=grad_w_in, w_out=grad_w_out)
+        """Return the gradients. Rows beyond a group have an output gradient of zeros, which adds nothing."""
+        dx, scale = self._buffer(rows, rows.x.shape[1]), self._extended(rows.scale)
+        d_scale = torch.empty_like(scale)
+        grad_w_in, grad_w_out = torch.empty_like(w_in), torch.empty_like(w_out)
+        sizes = rows.rows_per_expert.tolist()
+        for (e, group, x), (_, _, dy) in zip(self._groups(rows, rows.x), self._groups(rows, grad), strict=True):
+            dy[sizes[e] :] = 0
+            da = dy.new_empty(len(dy), w_out.shape[2])
+            self.product(dy, w_out[e].to(x.dtype), da)
+            a, dh, d_scale[group] = self.activation.gradients(da, h[group], scale[group], self.activation.activation)
+            _product_over_rows(dy, a, grad_w_out[e])
+            _product_over_rows(dh, x, grad_w_in[e])
+            self.product(dh, w_in[e].to(x.dtype), dx[group])
+        for e, size in enumerate(sizes):
+            if size == 0:
+                grad_w_in[e] = grad_w_out[e] = 0
+        num_rows = len(rows.scale)
+        return RowGradients(x=dx[:num_rows], scale=d_scale[:num_rows], w_in=grad_w_in, w_out=grad_w_out)
 
-    def _gather(self, x: Tensor, index: Tensor) -> Tensor:
-        """Return rows of x by index (n,), padded with zeros to the multiple."""
-        padding = -len(index) % self.rows_multiple
-        if padding == 0:
-            return x.index_select(0, index)
-        out = x.new_empty(len(index) + padding, x.shape[1])
-        torch.index_select(x, 0, index, out=out[: len(index)])
-        out[len(index) :] = 0
-        return out
+    def _groups(self, rows: ExpertRows, x: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
+        """Yield each expert that has rows, with their range, rounded up, and its rows of tokens x (N, ...)."""
+        tokens, start = self._extended(rows.token_of_row), 0
+        for e, size in enumerate(rows.rows_per_expert.tolist()):  # waits for the device
+            if size:
+                group = slice(start, start + size + -size % self.rows_multiple)
+                yield e, group, x.index_select(0, tokens[group])
+            start += size
 
-    def _pad(self, x: Tensor) -> Tensor:
-        padding = -len(x) % self.rows_multiple
-        return F.pad(x, (0, 0) * (x.ndim - 1) + (0, padding)) if padding else x
+    def _buffer(self, rows: ExpertRows, width: int) -> Tensor:
+        """Return memory for the rows and what is written beyond the last group."""
+        return rows.x.new_empty(len(rows.scale) + self.rows_multiple - 1, width)
 
-
-def _groups(rows: ExpertRows) -> list[tuple[int, slice]]:
-    """Return each expert that has rows, with their range."""
-    sizes = rows.rows_per_expert.tolist()  # waits for the device
-    ends = itertools.accumulate(sizes)
-    return [(e, slice(end - n, end)) for e, (n, end) in enumerate(zip(sizes, ends, strict=True)) if n]
+    def _extended(self, values: Tensor) -> Tensor:
+        return F.pad(values, (0, self.rows_multiple - 1)) if self.rows_multiple > 1 else values
 
 
-def _gradient_like(weight: Tensor, groups: list[tuple[int, slice]]) -> Tensor:
-    """Return a buffer for a weight gradient, with zeros for the experts that no product writes to."""
-    grad = torch.empty_like(weight)
-    for e in set(range(len(weight))) - {e for e, _ in groups}:
-        grad[e] = 0
-    return grad
+def _product_over_rows(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Write left.T @ right, in the dtype of the weights."""
+    if out.dtype is left.dtype:
+        torch.mm(left.T, right, out=out)
+    else:
+        out.copy_(left.T @ right)

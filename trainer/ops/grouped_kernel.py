@@ -105,23 +105,24 @@ class GroupedKernel(FFNKernel):
     def forward(self, rows: ExpertRows, w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weighted outputs and the hidden values."""
         products = self.products(rows.rows_per_expert, len(rows.scale))
-        h = products.rows(rows.x.index_select(0, rows.token_of_row), w_in.mT)
+        dtype = rows.x.dtype
+        h = products.rows(rows.x.index_select(0, rows.token_of_row), w_in.to(dtype).mT)
         a = self.activation.apply(h, rows.scale, self.activation.activation)
-        return products.rows(a, w_out.mT), h
+        return products.rows(a, w_out.to(dtype).mT), h
 
     def hidden(self, rows: ExpertRows, w_in: Tensor) -> Tensor:
         """Return the hidden values."""
         products = self.products(rows.rows_per_expert, len(rows.scale))
-        return products.rows(rows.x.index_select(0, rows.token_of_row), w_in.mT)
+        return products.rows(rows.x.index_select(0, rows.token_of_row), w_in.to(rows.x.dtype).mT)
 
     def backward(self, grad: Tensor, rows: ExpertRows, h: Tensor, w_in: Tensor, w_out: Tensor) -> RowGradients:
         """Return the gradients."""
         products = self.products(rows.rows_per_expert, len(rows.scale))
         dy = grad.index_select(0, rows.token_of_row)  # (R, D)
-        da = products.rows(dy, w_out)  # (R, F)
+        da = products.rows(dy, w_out.to(dy.dtype))  # (R, F)
         a, dh, d_scale = self.activation.gradients(da, h, rows.scale, self.activation.activation)
         del da
-        grad_w_out = products.weights(dy, a)
+        grad_w_out = products.weights(dy, a).to(w_out.dtype)
         del dy, a
-        grad_w_in = products.weights(dh, rows.x.index_select(0, rows.token_of_row))
-        return RowGradients(x=products.rows(dh, w_in), scale=d_scale, w_in=grad_w_in, w_out=grad_w_out)
+        grad_w_in = products.weights(dh, rows.x.index_select(0, rows.token_of_row)).to(w_in.dtype)
+        return RowGradients(x=products.rows(dh, w_in.to(dh.dtype)), scale=d_scale, w_in=grad_w_in, w_out=grad_w_out)

@@ -58,6 +58,6 @@ class _SumRows(torch.autograd.Function):
 
 
 def _save(ctx: Any, order: ExpertOrder) -> None:
-    ctx.save_for_backward(order.slot_of_row)
+    ctx.save_for_backward(order.saved)
     ctx.shape, ctx.is_full = order.row_of_slot.shape, order.is_full
     ctx.has_empty_rows = order.has_empty_rows

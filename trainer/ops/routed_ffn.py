@@ -59,15 +59,18 @@ class FFNKernel(ABC):
 
     @abstractmethod
     def forward(self, rows: ExpertRows, w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weighted outputs (R, D) and the hidden values (R, H), from w_in (E, H, D) and w_out (E, D, F)."""
+        """Return the weighted outputs (R, D) and the hidden values (R or more, H).
+
+        The weights w_in (E, H, D) and w_out (E, D, F) may be wider than the rows, whose dtype is that of the products.
+        """
 
     @abstractmethod
     def hidden(self, rows: ExpertRows, w_in: Tensor) -> Tensor:
-        """Return the hidden values (R, H) again."""
+        """Return the hidden values again."""
 
     @abstractmethod
     def backward(self, grad: Tensor, rows: ExpertRows, h: Tensor, w_in: Tensor, w_out: Tensor) -> RowGradients:
-        """Return the gradients, given that of the tokens' sums (N, D) and the hidden values (R, H)."""
+        """Return the gradients, given that of the tokens' sums (N, D) and the hidden values."""
 
 
 def routed_ffn(
@@ -118,11 +121,9 @@ class _RoutedFFN(torch.autograd.Function):
             h, y = x.new_empty(0, w_in.shape[1], dtype=dtype), torch.zeros_like(x, dtype=dtype_of_sum)
         else:
             rows = _rows(x.to(dtype), weight, order.slot_of_row, order.rows_per_expert)
-            y, h = kernel.forward(rows, w_in.to(dtype), w_out.to(dtype))
+            y, h = kernel.forward(rows, w_in, w_out)
             y = sum_slots(y, order.row_of_slot, is_full=order.is_full, dtype=dtype_of_sum)
-        ctx.save_for_backward(
-            x, weight, order.slot_of_row, order.rows_per_expert, w_in, w_out, None if recompute else h
-        )
+        ctx.save_for_backward(x, weight, order.saved, order.rows_per_expert, w_in, w_out, None if recompute else h)
         ctx.shape, ctx.is_full, ctx.kernel, ctx.dtype = order.row_of_slot.shape, order.is_full, kernel, dtype
         return y
 
@@ -136,16 +137,14 @@ class _RoutedFFN(torch.autograd.Function):
             dx, dweight, dw_in, dw_out = zeros
             return dx, dweight, None, dw_in, dw_out, None, None, None
         rows = _rows(x.to(ctx.dtype), weight, slot_of_row, rows_per_expert)
-        narrow_in, narrow_out = w_in.to(ctx.dtype), w_out.to(ctx.dtype)
         if h is None:
-            h = ctx.kernel.hidden(rows, narrow_in)
-        grads = ctx.kernel.backward(grad.to(ctx.dtype).contiguous(), rows, h, narrow_in, narrow_out)
+            h = ctx.kernel.hidden(rows, w_in)
+        grads = ctx.kernel.backward(grad.to(ctx.dtype).contiguous(), rows, h, w_in, w_out)
         dx = sum_slots(grads.x, rows_of_slots(slot_of_row, ctx.shape), is_full=ctx.is_full)
         dweight = weight.new_zeros(ctx.shape.numel() + 1)
-        dweight.index_copy_(0, slot_of_row, grads.scale.to(weight.dtype))
+        dweight.index_copy_(0, slot_of_row.long(), grads.scale.to(weight.dtype))
         dweight = dweight[:-1].view(ctx.shape)
-        dw_in, dw_out = grads.w_in.to(w_in.dtype), grads.w_out.to(w_out.dtype)
-        return dx.to(x.dtype), dweight, None, dw_in, dw_out, None, None, None
+        return dx.to(x.dtype), dweight, None, grads.w_in, grads.w_out, None, None, None
 
 
 def _rows(x: Tensor, weight: Tensor, slot_of_row: Tensor, rows_per_expert: Tensor) -> ExpertRows:

@@ -97,9 +97,10 @@ def test_only_tokens_and_hidden_values_are_saved(kernel: ExpertsKernel, recomput
     given = {tensor.untyped_storage().data_ptr() for tensor in inputs}
     floats = [t for pointer, t in saved.items() if pointer not in given and t.is_floating_point()]
     num_rows = int((index < E).sum())
+    num_rows += 63 if kernel == "fused_onednn" else 0  # beyond the last group
     assert [tuple(t.shape) for t in floats] == ([] if recompute else [(num_rows, 2 * F)])
     numbers = [t for pointer, t in saved.items() if pointer not in given and not t.is_floating_point()]
-    assert sum(t.untyped_storage().nbytes() for t in numbers) <= 8 * (N * K + E + 1)
+    assert sum(t.untyped_storage().nbytes() for t in numbers) <= 4 * N * K + 8 * (E + 1)
 
 
 def test_one_expert_for_each_token_keeps_the_dtype_of_tokens() -> None:
