@@ -20,7 +20,7 @@ from trainer.moe.dispatch.base import Dispatcher
 from trainer.moe.dispatch.registry import ExchangeOptions
 from trainer.ops.kernel_canary import LayerWidths, kernel_fault
 from trainer.ops.kernels import ExpertsKernel, fallback_kernels, run_experts
-from trainer.parallel.config import ParallelConfig
+from trainer.parallel.config import ParallelConfig, RecomputeEveryConfig
 from trainer.parallel.dispatcher_canary import RowDtypes, dispatcher_fault
 
 _FALL_BACK = "take another, such as loop; or set parallel.kernel_canary=fall_back to train with the next that is right"
@@ -57,12 +57,19 @@ def run_canary(
         candidates, remedy = [name, *fallback_kernels(name, device.type)], _NONE_LEFT
 
     def fault_of(kernel: str) -> str | None:
-        run = partial(run_experts, cast(ExpertsKernel, kernel))
-        return kernel_fault(run, widths, device)
+        runs = (partial(run_experts, cast(ExpertsKernel, kernel), recompute=again) for again in _recomputes(config))
+        return next(filter(None, (kernel_fault(run, widths, device) for run in runs)), None)
 
     report = first_sound(candidates, fault_of, mesh.host, remedy=remedy)
     check_dispatcher(config, widths.dtype, num_experts, mesh, device)
     return replace(report, seconds=time.perf_counter() - start)
+
+
+def _recomputes(config: ParallelConfig) -> Sequence[bool]:
+    """Return whether experts compute their hidden values again: True, False, or both if some blocks do."""
+    if isinstance(config.recompute, RecomputeEveryConfig):
+        return False, True
+    return (config.recompute in ("experts", "block"),)
 
 
 def first_sound(

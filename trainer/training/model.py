@@ -98,6 +98,8 @@ def check_kernel(
     moe = config.model.moe
     if moe is None:
         return config, None
+    if config.parallel.deterministic:  # cuBLAS reads its setting when the first product runs, which is here
+        runtime.use_deterministic_kernels()
     widths = LayerWidths(
         d_model=config.model.d_model,
         d_ff=moe.d_ff,

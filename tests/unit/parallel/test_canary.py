@@ -16,7 +16,7 @@ from trainer.ops.expert_ffn import loop_ffn
 from trainer.ops.kernel_canary import LayerWidths
 from trainer.ops.kernels import fallback_kernels
 from trainer.parallel.canary import CanaryReport, first_sound, run_canary
-from trainer.parallel.config import ParallelConfig
+from trainer.parallel.config import ParallelConfig, RecomputeEveryConfig
 
 CPU = torch.device("cpu")
 WIDTHS = LayerWidths(d_model=16, d_ff=16, activation="swiglu", dtype=torch.float32)
@@ -109,6 +109,14 @@ def test_a_wrong_kernel_is_refused_even_if_no_other_is_right(monkeypatch: pytest
     monkeypatch.setattr("trainer.parallel.canary.kernel_fault", lambda *args: "odd")
     with pytest.raises(ConfigError, match="loop is wrong on this device: odd; no kernel is right here: suspect"):
         canary(experts_kernel="grouped", kernel_canary="fall_back")
+
+
+@pytest.mark.parametrize("recompute", ["experts", "block", RecomputeEveryConfig(every=2)])
+def test_what_is_computed_again_is_checked_if_the_run_does_so(monkeypatch: pytest.MonkeyPatch, recompute: Any) -> None:
+    monkeypatch.setattr("trainer.ops.fused_ffn.FusedKernel.hidden", lambda self, rows, w_in: w_in.new_ones(136, 32))
+    assert canary(experts_kernel="fused").experts_kernel == "fused"
+    with pytest.raises(ConfigError, match=r"fused is wrong on this device: groups of .* the gradient of x of token"):
+        canary(experts_kernel="fused", recompute=recompute)
 
 
 BENT = f"{__name__}:BentConfig"

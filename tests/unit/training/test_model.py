@@ -53,6 +53,14 @@ def test_a_wrong_kernel_is_replaced_in_the_config_with_a_warning(monkeypatch: py
     ]
 
 
+def test_the_kernels_that_are_checked_are_those_of_a_deterministic_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr("trainer.distributed.runtime.use_deterministic_kernels", lambda: calls.append("set"))
+    monkeypatch.setattr("trainer.parallel.canary.kernel_fault", lambda *args: calls.append("check"))
+    _checked(_config("parallel.deterministic=true"))
+    assert calls == ["set", "check"]
+
+
 def test_a_dense_model_has_nothing_to_check() -> None:
     config, report, warnings = _checked(_config("model.moe=null"))
     assert report is None and not warnings and config.model.moe is None
