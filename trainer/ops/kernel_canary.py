@@ -27,7 +27,7 @@ _ALIGNMENT = 64
 """A narrowed width keeps its remainder modulo this, and with it the alignment that kernels depend on."""
 _FAR_WIDTH, _END = 512, 65
 """Width of the rows, and rows compared at each end, of a case with very many elements."""
-_FAR_BUFFERS = 12
+_FAR_BUFFERS = 16
 """Buffers of a case with very many elements that exist at once."""
 
 
