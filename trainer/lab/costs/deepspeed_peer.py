@@ -128,7 +128,7 @@ class DeepSpeedStep:
         """Return the peak of a step, and what was sent."""
         tokens = sum(batch.tokens.numel() for batch in self.batches)
         self.prepare(_FACT_TURN)
-        with MessageCounter() as counter:
+        with MessageCounter(self.config.model.d_model) as counter:
             self.run()
         peak = peak_bytes(self.run, self.device)
         return {"tokens": tokens, "peak_bytes": peak, **counter.sent.facts(tokens)}

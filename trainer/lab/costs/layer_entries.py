@@ -103,7 +103,10 @@ class LayerEntry:
         """Return the bytes saved for backward, the peak of both passes, what was sent, and the waits for the device."""
         tokens = self.input.shape.tokens
         self.prepare(_FACT_TURN)
-        with counting_saved_bytes(self.module.parameters()) as saved, MessageCounter() as counter:
+        with (
+            counting_saved_bytes(self.module.parameters()) as saved,
+            MessageCounter(self.input.shape.d_model) as counter,
+        ):
             with self.input.autocast():
                 out = self.forward(self.input.x)
             out.backward(self.input.grad.to(out.dtype))

@@ -16,7 +16,7 @@ class Sent:
     """What one rank has sent to others."""
 
     row_bytes: int = 0
-    """By all-to-alls and all-gathers of floating-point numbers."""
+    """By all-to-alls and all-gathers of floating-point rows of the width of a token."""
     other_bytes: int = 0
     """By all other collectives."""
     messages: int = 0
@@ -48,9 +48,10 @@ class MessageCounter(TorchDispatchMode):
     2 (n - 1) / n of its tensor and a reduce-scatter half of that, as a ring does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
+        """Start to count; `width` is that of a token: D."""
         super().__init__()
-        self.sent = Sent()
+        self.sent, self.width = Sent(), width
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count the operation if it communicates, and run it."""
@@ -71,7 +72,7 @@ class MessageCounter(TorchDispatchMode):
             there = [rows * _row_bytes(x) for rows in args[4] or [len(x) // group.size()] * group.size()]
             there[group.rank()] = 0
             sent.messages += sum(size > 0 for size in there)
-            sent.add(sum(there), are_rows=x.is_floating_point())
+            sent.add(sum(there), are_rows=self._are_rows(x))
             return
         tensors = _flat(args[1] if name.startswith(("allgather", "reduce_scatter")) else args[0])
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -82,7 +83,10 @@ class MessageCounter(TorchDispatchMode):
         else:
             size *= others
         sent.messages += others
-        sent.add(size, are_rows=name.startswith("allgather") and tensors[0].is_floating_point())
+        sent.add(size, are_rows=name.startswith("allgather") and self._are_rows(tensors[0]))
+
+    def _are_rows(self, x: Tensor) -> bool:
+        return x.is_floating_point() and x.dim() > 1 and x.shape[-1] == self.width
 
 
 def _row_bytes(x: Tensor) -> int:

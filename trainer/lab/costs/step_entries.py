@@ -103,7 +103,7 @@ class OurStep:
             "saved_bytes_per_token": _saved_per_token(self),
         }
         self.prepare(_FACT_TURN)
-        with MessageCounter() as counter:
+        with MessageCounter(self.config.model.d_model) as counter:
             self.run()
         facts["peak_bytes"] = peak_bytes(self.run, self.device)
         if self.mesh.world.size > 1:
