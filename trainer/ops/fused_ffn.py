@@ -10,7 +10,7 @@ copied:
 # R rows, n rows of one expert, np >= n rounded up, E experts, D d_model, F d_ff, H width before the activation.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -23,52 +23,61 @@ ROWS_MULTIPLE = 64
 """Group sizes are rounded up to a multiple of this if the library (oneDNN) builds a kernel for every size."""
 
 
-def product(x: Tensor, w: Tensor, out: Tensor) -> None:
-    """Write x (n, K) times w (K, N) by torch's default library: MKL for float32 on the CPU."""
-    torch.mm(x, w, out=out)
+class Products:
+    """Products by torch's default library: MKL for float32 on the CPU."""
+
+    def rows(self, x: Tensor, w: Tensor, out: Tensor) -> None:
+        """Write x (n, K) times w (K, N), of any strides, to a contiguous (n, N)."""
+        torch.mm(x, w, out=out)
+
+    def over_rows(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        """Write left.T (K, n) times right (n, N), in the dtype of the weights, which may be wider."""
+        if out.dtype is left.dtype:
+            torch.mm(left.T, right, out=out)
+        else:
+            out.copy_(left.T @ right)
 
 
-def onednn_product(x: Tensor, w: Tensor, out: Tensor) -> None:
-    """Write the product of float32 by oneDNN on the CPU; on AMD processors MKL takes 1.2 to 1.4 times as long."""
-    out.copy_(torch.ops.mkldnn._linear_pointwise(x, w.T, None, "none", [], ""))
+class OneDNNProducts(Products):
+    """Products of float32 by oneDNN on the CPU; on AMD processors MKL takes 1.2 to 2.2 times as long."""
+
+    def rows(self, x: Tensor, w: Tensor, out: Tensor) -> None:
+        """Write a product."""
+        out.copy_(torch.ops.mkldnn._linear_pointwise(x, w.T, None, "none", [], ""))
+
+    def over_rows(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        """Write a product over rows."""
+        out.copy_(torch.ops.mkldnn._linear_pointwise(left.T, right.T, None, "none", [], ""))
 
 
 def has_onednn_product() -> bool:
-    """Return whether this build of torch has `onednn_product`, a non-public operator that torch.compile uses."""
+    """Return whether this build of torch has the product of oneDNN, a non-public operator that torch.compile uses."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class FusedKernel(FFNKernel):
     """Both layers of one expert after the other."""
 
-    def __init__(
-        self, activation: WeightedActivation, product: Callable[[Tensor, Tensor, Tensor], None], rows_multiple: int
-    ) -> None:
-        """Create the kernel.
-
-        Args:
-            activation: between the two products.
-            product: writes x (n, K) times w (K, N), of any strides, to a contiguous (n, N).
-            rows_multiple: that group sizes are rounded up to.
-        """
+    def __init__(self, activation: WeightedActivation, products: Products, rows_multiple: int) -> None:
+        """Create the kernel; group sizes are rounded up to `rows_multiple`."""
         super().__init__(activation)
-        self.product, self.rows_multiple = product, rows_multiple
+        self.products, self.rows_multiple = products, rows_multiple
 
     def forward(self, rows: ExpertRows, w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weighted outputs and the hidden values."""
         h, y = self._buffer(rows, w_in.shape[1]), self._buffer(rows, w_out.shape[1])
         scale = self._extended(rows.scale)
         for e, group, x in self._groups(rows, rows.x):
-            self.product(x, w_in[e].to(x.dtype).T, h[group])
+            self.products.rows(x, w_in[e].to(x.dtype).T, h[group])
             a = self.activation.apply(h[group], scale[group], self.activation.activation)  # (np, F)
-            self.product(a, w_out[e].to(x.dtype).T, y[group])
+            self.products.rows(a, w_out[e].to(x.dtype).T, y[group])
         return y[: len(rows.scale)], h
 
     def hidden(self, rows: ExpertRows, w_in: Tensor) -> Tensor:
         """Return the hidden values."""
         h = self._buffer(rows, w_in.shape[1])
         for e, group, x in self._groups(rows, rows.x):
-            self.product(x, w_in[e].to(x.dtype).T, h[group])
+            self.products.rows(x, w_in[e].to(x.dtype).T, h[group])
         return h
 
     def backward(self, grad: Tensor, rows: ExpertRows, h: Tensor, w_in: Tensor, w_out: Tensor) -> RowGradients:
@@ -80,11 +89,11 @@ class FusedKernel(FFNKernel):
         for (e, group, x), (_, _, dy) in zip(self._groups(rows, rows.x), self._groups(rows, grad), strict=True):
             dy[sizes[e] :] = 0
             da = dy.new_empty(len(dy), w_out.shape[2])
-            self.product(dy, w_out[e].to(x.dtype), da)
+            self.products.rows(dy, w_out[e].to(x.dtype), da)
             a, dh, d_scale[group] = self.activation.gradients(da, h[group], scale[group], self.activation.activation)
-            _product_over_rows(dy, a, grad_w_out[e])
-            _product_over_rows(dh, x, grad_w_in[e])
-            self.product(dh, w_in[e].to(x.dtype), dx[group])
+            self.products.over_rows(dy, a, grad_w_out[e])
+            self.products.over_rows(dh, x, grad_w_in[e])
+            self.products.rows(dh, w_in[e].to(x.dtype), dx[group])
         for e, size in enumerate(sizes):
             if size == 0:
                 grad_w_in[e] = grad_w_out[e] = 0
@@ -106,11 +115,3 @@ class FusedKernel(FFNKernel):
 
     def _extended(self, values: Tensor) -> Tensor:
         return F.pad(values, (0, self.rows_multiple - 1)) if self.rows_multiple > 1 else values
-
-
-def _product_over_rows(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """Write left.T @ right, in the dtype of the weights."""
-    if out.dtype is left.dtype:
-        torch.mm(left.T, right, out=out)
-    else:
-        out.copy_(left.T @ right)

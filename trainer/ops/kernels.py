@@ -104,8 +104,8 @@ def _built(kernel: str, activation: Activation, is_compiled: bool, device: str, 
     by_onednn = kernel == "fused_onednn" and device == "cpu" and dtype is torch.float32
     # torch uses oneDNN for bfloat16 too.
     is_padded = device == "cpu" and (by_onednn or dtype is torch.bfloat16)
-    product = fused_ffn.onednn_product if by_onednn else fused_ffn.product
-    return FusedKernel(between, product, fused_ffn.ROWS_MULTIPLE if is_padded else 1)
+    products = fused_ffn.OneDNNProducts() if by_onednn else fused_ffn.Products()
+    return FusedKernel(between, products, fused_ffn.ROWS_MULTIPLE if is_padded else 1)
 
 
 def fallback_kernels(kernel: str, device: str) -> list[str]:
