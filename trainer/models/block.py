@@ -23,7 +23,7 @@ from trainer.moe.layer import MoE
 from trainer.moe.routing import RoutingContext
 from trainer.moe.stats import MoEStats
 from trainer.ops.attention import CausalAttention, torch_attention
-from trainer.ops.expert_ffn import activate
+from trainer.ops.expert_ffn import Activation, activate
 from trainer.ops.kernels import ExpertsKernel
 from trainer.ops.rms_norm import rms_norm
 from trainer.ops.rotary import rotate
@@ -92,6 +92,7 @@ class FeedForward(nn.Module):
         self.activation = config.activation
         self.w_in = nn.Linear(config.d_model, 2 * d_ff if config.activation == "swiglu" else d_ff, bias=False)
         self.w_out = nn.Linear(d_ff, config.d_model, bias=False)
+        self.activate: Callable[[Tensor, Activation], Tensor] = activate
         self.recompute: Recompute = "none"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ class FeedForward(nn.Module):
         return checkpointed(self._second, self.w_in(x), recompute=self.recompute == "norms_and_activations")
 
     def _second(self, h: Tensor) -> Tensor:
-        return self.w_out(activate(h, self.activation))
+        return self.w_out(self.activate(h, self.activation))
 
 
 class Block(nn.Module):

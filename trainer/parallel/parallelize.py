@@ -9,11 +9,12 @@ from torch.distributed.tensor import DTensor
 from trainer.config.build_plugin import build_plugin
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.rank_layout import even_slice
-from trainer.models.block import Block
+from trainer.models.block import Block, FeedForward
 from trainer.models.gpt import GPT
 from trainer.models.initialize import WeightShard, initialize
 from trainer.moe.dispatch.base import Dispatcher
 from trainer.ops.attention import blocked_attention
+from trainer.ops.expert_ffn import activate
 from trainer.parallel.config import ParallelConfig
 from trainer.parallel.shard import shard
 from trainer.parallel.shards import local, shard_index
@@ -60,9 +61,12 @@ def parallelize(
 def compile_glue(model: GPT, device: torch.device) -> None:
     """Compile the operations around matrix products.
 
-    Norms, attention and losses are compiled for static shapes; the experts' activation and the combine for any number
-    of rows.
+    Norms, attention and losses are compiled for static shapes; activations for any number of rows.
     """
+    activation = torch.compile(activate, dynamic=True)
+    for module in model.modules():
+        if isinstance(module, FeedForward):
+            module.activate = activation
     for block in cast(Iterable[Block], model.blocks):
         if device.type == "cpu":
             block.attention.core_attention = blocked_attention
