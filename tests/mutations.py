@@ -13,7 +13,7 @@ from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.engine.native import NativeEngine
 from trainer.models import initialize
 from trainer.models.gpt import GPT
-from trainer.moe.dispatch.all_to_all import AllToAllDispatcher
+from trainer.moe.dispatch.exchanging import ExchangingDispatcher
 from trainer.moe.dispatch.token_slots import TokenSlots
 from trainer.moe.experts import Experts
 from trainer.moe.routing import RoutingDecision
@@ -121,14 +121,21 @@ def skipped_collective() -> None:
     """Skip the collective on a rank that has nothing to send (Automodel #935)."""
     import torch.distributed as dist
 
-    whole = AllToAllDispatcher.send
+    whole = ExchangingDispatcher.depart
 
-    def wrong(self: AllToAllDispatcher, rows: torch.Tensor, sizes: Any) -> torch.Tensor:
+    class Nothing:
+        def __init__(self, rows: torch.Tensor) -> None:
+            self.rows = rows
+
+        def wait(self) -> torch.Tensor:
+            return self.rows
+
+    def wrong(self: ExchangingDispatcher, rows: torch.Tensor, sizes: Any) -> Any:
         if dist.get_rank() == 1:
-            return rows.new_zeros(sum(row[1] for row in sizes), rows.shape[1])
+            return Nothing(rows.new_zeros(sum(row[1] for row in sizes), rows.shape[1]))
         return whole(self, rows, sizes)
 
-    AllToAllDispatcher.send = wrong  # type: ignore[method-assign]
+    ExchangingDispatcher.depart = wrong  # type: ignore[method-assign]
 
 
 def bias_by_rank() -> None:

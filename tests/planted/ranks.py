@@ -117,7 +117,7 @@ FAULTS = [
     ),
     in_package(
         "the wire is always bfloat16",
-        "moe/dispatch/all_to_all.py",
+        "moe/dispatch/exchanging.py",
         'rows.bfloat16() if self.wire == "bfloat16" else rows',
         "rows.bfloat16()",
         "tests/contracts/test_dispatchers.py",

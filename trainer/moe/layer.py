@@ -1,5 +1,6 @@
 """The MoE layer: route, limit to capacity, dispatch, apply the experts, combine."""
 
+import torch
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError
@@ -8,7 +9,7 @@ from trainer.moe.dispatch.base import Dispatcher
 from trainer.moe.expert_similarity import ExpertOutputs
 from trainer.moe.experts import Experts
 from trainer.moe.layer_options import CapacityConfig
-from trainer.moe.routing import Router, RouterOutput, RoutingContext, RoutingDecision
+from trainer.moe.routing import Router, RouterOutput, RoutingContext
 from trainer.moe.stats import MoEStats, collect_stats
 
 # B sequences, S tokens each, T = B * S, R rows, D d_model.
@@ -57,17 +58,22 @@ class MoE(nn.Module):
                 f"{type(routed).__qualname__}, not a {RouterOutput.__module__}.RouterOutput"
             )
         decision = limit_to_capacity(routed.decision, self.capacity, context, salt=self.layer)
-        out, expert_similarity = self._apply_experts(tokens, decision)
-        out = out.view(x.shape)
-        if self.shared is not None:
-            out = out + self.shared(x) * context.valid.view(*x.shape[:2], 1)
+        if self.needs_expert_similarity:
+            outputs = ExpertOutputs.of(self.dispatcher, tokens, decision, self.experts)
+            shared, out, expert_similarity = self._apply_shared(x, context), outputs.sums(), outputs.similarity()
+        else:
+            begun = self.dispatcher.begin(tokens, decision)
+            shared = self._apply_shared(x, context)  # while tokens travel
+            out, expert_similarity = self.dispatcher.finish(begun, self.experts), None
+        out = out.to(torch.promote_types(x.dtype, decision.combine_weight.dtype)).view(x.shape)
+        if shared is not None:
+            out = out + shared
         return out, collect_stats(
             routed, decision, context, needs_importance=self.needs_importance, expert_similarity=expert_similarity
         )
 
-    def _apply_experts(self, tokens: Tensor, decision: RoutingDecision) -> tuple[Tensor, Tensor | None]:
-        """Return the weighted sums (T, D) of the experts' outputs, and their similarity (T,) if a loss needs it."""
-        if not self.needs_expert_similarity:
-            return self.dispatcher.forward(tokens, decision, self.experts), None
-        outputs = ExpertOutputs.of(self.dispatcher, tokens, decision, self.experts)
-        return outputs.sums(), outputs.similarity()
+    def _apply_shared(self, x: Tensor, context: RoutingContext) -> Tensor | None:
+        """Return the outputs of the shared experts (B, S, D), 0 for padding; None without them."""
+        if self.shared is None:
+            return None
+        return self.shared(x) * context.valid.view(*x.shape[:2], 1)

@@ -1,6 +1,7 @@
 """The dispatcher canary: all dispatchers of this project pass on their ranks, and broken ones are caught on each."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from tests.ranks import Ranks, mesh_here
 from tests.registries import DISPATCHERS
 from trainer.distributed.mesh import Mesh
-from trainer.moe.dispatch.all_to_all import AllToAllDispatcher
+from trainer.moe.dispatch.all_to_all import AllToAllDispatcher, RowExchange
 from trainer.moe.dispatch.base import Dispatched
 from trainer.moe.dispatch.local import LocalDispatcher
 from trainer.moe.dispatch.registry import AllToAllDispatcherConfig, DispatcherOptions
@@ -45,8 +46,8 @@ class MutedAllToAll(AllToAllDispatcher):
 class ForgetfulLocal(LocalDispatcher):
     """The last token is not dispatched."""
 
-    def dispatch(self, x: Tensor, decision: RoutingDecision) -> Dispatched:
-        return super().dispatch(torch.cat([x[:6], x[:2]]), decision)
+    def begin(self, x: Tensor, decision: RoutingDecision) -> Dispatched:
+        return super().begin(torch.cat([x[:6], x[:2]]), decision)
 
 
 def _build(build: Callable[..., Any] | DispatcherOptions, mesh: Mesh, num_experts: int) -> Any:
@@ -100,6 +101,6 @@ def test_a_payload_that_is_not_moved_is_not_finite(ranks: Ranks) -> None:
 class _Unmoved(AllToAllDispatcher):
     """The receive buffer is never written."""
 
-    def send(self, rows: Tensor, sizes: Any) -> Tensor:
-        received = super().send(rows, sizes)
-        return torch.empty_like(received) + 0 * received
+    def arrived(self, exchange: RowExchange, dtype: torch.dtype) -> Dispatched:
+        here = super().arrived(exchange, dtype)
+        return replace(here, x=torch.empty_like(here.x) + 0 * here.x)

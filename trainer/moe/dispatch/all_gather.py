@@ -1,15 +1,16 @@
 """All-gather dispatcher: every rank gets every token. Reference for the dispatchers that send only what is needed."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from trainer.distributed.collectives import AllToAll
-from trainer.moe.dispatch.all_to_all import AllToAllDispatcher, Bounds
+from trainer.distributed.collectives import AllToAll, Group
 from trainer.moe.dispatch.base import Dispatched, RunExperts
+from trainer.moe.dispatch.chunks import Chunks
 from trainer.moe.dispatch.exchange_plan import ExchangePlan, plan_exchange
+from trainer.moe.dispatch.exchanging import Bounds, ExchangingDispatcher, Wire
 from trainer.moe.dispatch.token_slots import TokenSlots
 from trainer.moe.routing import RoutingDecision
 from trainer.ops.compute_dtype import compute_dtype
@@ -31,43 +32,35 @@ class _Gathered:
     """The same on the host."""
     tokens: Tensor
     """(all T, D)."""
+    dtype_of_sum: torch.dtype
     rows: Sequence[tuple[Tensor, Tensor]]
     """For each rank, the index in `tokens` of each of its rows (R, 1), and their combine weights, in expert order."""
 
 
-class AllGatherDispatcher(AllToAllDispatcher):
+class AllGatherDispatcher(ExchangingDispatcher):
     """Sends every token to every rank, which selects the rows of its experts. Simplest to verify; for few ranks."""
 
-    def dispatch(self, x: Tensor, decision: RoutingDecision) -> Dispatched:
-        """Gather all ranks' tokens and select the rows of the local experts."""
-        gathered = self._gather(x, decision)
-        plan, sent = self._pick(gathered, self.bounds)
-        return replace(sent, handle=(gathered.order, plan))
+    def __init__(self, group: Group, num_experts: int, wire: Wire = "compute", num_chunks: int = 1) -> None:
+        super().__init__(group, num_experts, wire)
+        self.chunks = Chunks.of(self.bounds, num_chunks)
 
-    def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
-        """Gather all experts' rows, select those of this rank's tokens and sum them."""
-        order, plan = dispatched.handle
-        rows = self._mine(self._start_back(y, plan).wait().to(y.dtype), plan)
-        return sum_rows(rows, order, dtype=torch.promote_types(y.dtype, dispatched.weight.dtype))
+    def begin(self, x: Tensor, decision: RoutingDecision) -> _Gathered:
+        """Gather all ranks' tokens."""
+        with self.step_timer.within("dispatch"):
+            return self._gather(x, self.chunks.renumbered(decision) if len(self.chunks.bounds) > 1 else decision)
 
-    def forward(self, x: Tensor, decision: RoutingDecision, experts: RunExperts) -> Tensor:
-        """Dispatch, compute and combine chunk by chunk; outputs of one chunk are sent while another is computed."""
-        if len(self.chunks.bounds) == 1:
-            return super().forward(x, decision, experts)
-        within = self.step_timer.within
-        with within("dispatch"):
-            gathered = self._gather(x, self.chunks.renumbered(decision))
-        back = []
+    def finish(self, begun: _Gathered, experts: RunExperts) -> Tensor:
+        """Select, compute and send to all chunk by chunk; select the rows of this rank's tokens and sum them."""
+        within, back = self.step_timer.within, []
         for bounds, part in zip(self.chunks.bounds, self.chunks.of_rank[self.group.index], strict=True):
             with within("dispatch"):
-                plan, here = self._pick(gathered, bounds)
-            with within("experts"):
-                y = experts(here.x, here.expert_index, here.weight, num_rows=here.num_rows, part=part)
+                plan, here = self._pick(begun, bounds)
+            y = self.apply(here, experts, part if len(self.chunks.bounds) > 1 else None)
             with within("combine"):
-                back.append((self._start_back(y, plan), plan))
+                back.append((self._start_to_all(self.start, y, self._rows_at(plan)), plan))
         with within("combine"):
-            rows = torch.cat([self._mine(exchange.wait(), plan) for exchange, plan in back])
-            return sum_rows(rows, gathered.order, dtype=torch.promote_types(x.dtype, decision.combine_weight.dtype))
+            rows = torch.cat([self._mine(exchange.wait().to(begun.tokens.dtype), plan) for exchange, plan in back])
+            return sum_rows(rows, begun.order, dtype=begun.dtype_of_sum)
 
     def _gather(self, x: Tensor, decision: RoutingDecision) -> _Gathered:
         slots, x = TokenSlots.of(decision), x.to(compute_dtype(x))
@@ -82,7 +75,12 @@ class AllGatherDispatcher(AllToAllDispatcher):
         token_of_row = self._to_all(self.depart, order.token_of_row[:, None] + first, rows_of).split(rows_of)
         weight = self._to_all(self.depart, order.of_rows(slots.weight)[:, None], rows_of).split(rows_of)
         return _Gathered(
-            order=order, table=table, counts=counts, tokens=tokens, rows=list(zip(token_of_row, weight, strict=True))
+            order=order,
+            table=table,
+            counts=counts,
+            tokens=tokens,
+            dtype_of_sum=torch.promote_types(x.dtype, slots.weight.dtype),
+            rows=list(zip(token_of_row, weight, strict=True)),
         )
 
     def _pick(self, gathered: _Gathered, bounds: Bounds) -> tuple[ExchangePlan, Dispatched]:
@@ -95,13 +93,7 @@ class AllGatherDispatcher(AllToAllDispatcher):
             picked.append(token_of_row[mine, 0])
             weight.append(weight_of_row[mine])
         x = gathered.tokens.index_select(0, torch.cat(picked))
-        return plan, Dispatched(
-            x=x, expert_index=plan.expert_index, weight=torch.cat(weight), num_rows=len(x), handle=None
-        )
-
-    def _start_back(self, y: Tensor, plan: ExchangePlan) -> AllToAll:
-        """Start sending this rank's rows to all ranks; they arrive ordered by rank, then by the rank of their token."""
-        return self._start_to_all(self.start, y, self._rows_at(plan))
+        return plan, Dispatched(x=x, expert_index=plan.expert_index, weight=torch.cat(weight), num_rows=len(x))
 
     def _mine(self, rows: Tensor, plan: ExchangePlan) -> Tensor:
         """Return the rows of this rank's tokens, given those of all ranks."""

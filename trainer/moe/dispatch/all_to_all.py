@@ -2,17 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from trainer.distributed.collectives import AllToAll, Group
-from trainer.distributed.rank_layout import even_slices
-from trainer.errors import CommError
-from trainer.moe.dispatch.base import Dispatched, Dispatcher, RunExperts
+from trainer.moe.dispatch.base import Dispatched, RunExperts
 from trainer.moe.dispatch.chunks import Chunks
 from trainer.moe.dispatch.exchange_plan import ExchangePlan, plan_exchange
+from trainer.moe.dispatch.exchanging import Bounds, ExchangingDispatcher, Wire
 from trainer.moe.dispatch.token_slots import TokenSlots
 from trainer.moe.routing import RoutingDecision
 from trainer.ops.compute_dtype import compute_dtype
@@ -20,11 +18,6 @@ from trainer.ops.expert_order import ExpertOrder, order_by_expert
 from trainer.ops.permute import gather_rows, sum_rows
 
 # T tokens, k slots, R rows here, E experts, G ranks of the expert-parallel group, D d_model.
-
-
-Wire = Literal["compute", "bfloat16"]
-Bounds = Sequence[tuple[int, int]]
-"""(G,) first and last + 1 expert of each rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +33,7 @@ class Outgoing:
     """Of each chunk."""
 
 
-class AllToAllDispatcher(Dispatcher):
+class AllToAllDispatcher(ExchangingDispatcher):
     """Sends every row to the rank of its expert, dropless.
 
     The ranks all-gather their row counts per expert, and each derives all sizes from the same (G, E) table. Rows arrive
@@ -52,44 +45,40 @@ class AllToAllDispatcher(Dispatcher):
     """
 
     def __init__(self, group: Group, num_experts: int, wire: Wire = "compute", num_chunks: int = 1) -> None:
-        self.group, self.wire = group, wire
-        self.bounds = even_slices(num_experts, group.size)
+        super().__init__(group, num_experts, wire)
         self.chunks = Chunks.of(self.bounds, num_chunks)
 
-    def dispatch(self, x: Tensor, decision: RoutingDecision) -> Dispatched:
-        """Send a row for each kept assignment, with its combine weight, to its expert."""
-        outgoing = self.prepare(x, decision, [self.bounds])
-        (plan,) = outgoing.plans
-        exchange = self.start_rows(outgoing.rows, outgoing.weight, plan)
-        return exchange.dispatched(handle=(outgoing.order, plan), dtype=compute_dtype(x))
-
-    def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
-        """Send every row back and sum the rows of each token."""
-        order, plan = dispatched.handle
-        rows = self.send(y, plan.sizes_back)
-        return sum_rows(rows, order, dtype=torch.promote_types(y.dtype, dispatched.weight.dtype))
-
-    def forward(self, x: Tensor, decision: RoutingDecision, experts: RunExperts) -> Tensor:
-        """Dispatch, compute and combine chunk by chunk, overlapping communication and computation."""
-        if len(self.chunks.bounds) == 1:
-            return super().forward(x, decision, experts)
-        within = self.step_timer.within
-        with within("dispatch"):
-            outgoing = self.prepare(x, self.chunks.renumbered(decision), self.chunks.bounds)
+    def begin(self, x: Tensor, decision: RoutingDecision) -> "Begun":
+        """Start to send a row for each kept assignment, with its combine weight, to its expert."""
+        chunks = self.chunks.bounds
+        with self.step_timer.within("dispatch"):
+            # Experts of one chunk keep their numbers.
+            outgoing = self.prepare(x, self.chunks.renumbered(decision) if len(chunks) > 1 else decision, chunks)
             sent = [sum(plan.sizes[self.group.index]) for plan in outgoing.plans]
             parts = zip(outgoing.rows.split(sent), outgoing.weight.split(sent), outgoing.plans, strict=True)
             there = [self.start_rows(rows, weight, plan) for rows, weight, plan in parts]
-        back = []
-        for exchange, part in zip(there, self.chunks.of_rank[self.group.index], strict=True):
+            dtype = compute_dtype(x)
+            wide = torch.promote_types(dtype, decision.combine_weight.dtype)
+            return Begun(order=outgoing.order, exchanges=there, dtype=dtype, dtype_of_sum=wide)
+
+    def finish(self, begun: "Begun", experts: RunExperts) -> Tensor:
+        """Compute and send back chunk by chunk, and sum the rows of each token."""
+        within, back = self.step_timer.within, []
+        for exchange, part in zip(begun.exchanges, self.chunks.of_rank[self.group.index], strict=True):
             with within("dispatch"):
-                here = exchange.dispatched(handle=None, dtype=compute_dtype(x))
-            with within("experts"):
-                y = experts(here.x, here.expert_index, here.weight, num_rows=here.num_rows, part=part)
+                here = self.arrived(exchange, begun.dtype)
+            y = self.apply(here, experts, part if len(begun.exchanges) > 1 else None)
             with within("combine"):
                 back.append(self.start(y, exchange.plan.sizes_back))
         with within("combine"):
-            rows = torch.cat([exchange.wait() for exchange in back])
-            return sum_rows(rows, outgoing.order, dtype=torch.promote_types(x.dtype, decision.combine_weight.dtype))
+            rows = [exchange.wait().to(begun.dtype) for exchange in back]
+            whole = rows[0] if len(rows) == 1 else torch.cat(rows)
+            return sum_rows(whole, begun.order, dtype=begun.dtype_of_sum)
+
+    def arrived(self, exchange: "RowExchange", dtype: torch.dtype) -> Dispatched:
+        """Wait for rows, and return them in `dtype` with their experts."""
+        x, weight = exchange.rows.wait().to(dtype), exchange.weight.wait()
+        return Dispatched(x=x, expert_index=exchange.plan.expert_index, weight=weight, num_rows=len(x))
 
     def prepare(self, x: Tensor, decision: RoutingDecision, chunks: Sequence[Bounds]) -> Outgoing:
         """Order the rows of x (T, D) by expert, and plan the exchange of each of these consecutive chunks."""
@@ -101,37 +90,9 @@ class AllToAllDispatcher(Dispatcher):
             order=order, rows=gather_rows(x, order), weight=order.of_rows(slots.weight)[:, None], plans=plans
         )
 
-    def gather_counts(self, counts: Tensor) -> tuple[Tensor, list[list[int]]]:
-        """Return the counts (n,) of all ranks (G, n), on the device and on the host: the one wait for the device.
-
-        Raises:
-            CommError: if the table does not contain this rank's own counts: collectives were mismatched.
-        """
-        table = self.group.all_gather(counts)  # (G, n)
-        *rows, own = torch.cat([table, counts[None]]).tolist()  # waits: sizes become shapes
-        if rows[self.group.index] != own or any(count < 0 for row in rows for count in row):
-            raise CommError(
-                f"rank {self.group.ranks[self.group.index]}: the table of rows for each expert came back changed; "
-                "ranks are not in the same collective"
-            )
-        return table, rows
-
     def start_rows(self, rows: Tensor, weight: Tensor, plan: ExchangePlan) -> "RowExchange":
         """Start to send rows (R, D) and their combine weights (R, 1)."""
         return RowExchange(rows=self.start(rows, plan.sizes), weight=self.depart(weight, plan.sizes), plan=plan)
-
-    def send(self, rows: Tensor, sizes: Sequence[Sequence[int]]) -> Tensor:
-        """Exchange rows in the wire dtype; sizes (G, G) are the rows from each rank to each rank."""
-        return self.start(rows, sizes).wait().to(rows.dtype)
-
-    def start(self, rows: Tensor, sizes: Sequence[Sequence[int]]) -> AllToAll:
-        """Start the exchange of rows ordered by receiver; they arrive in the wire dtype, ordered by sender."""
-        return self.depart(rows.bfloat16() if self.wire == "bfloat16" else rows, sizes)
-
-    def depart(self, rows: Tensor, sizes: Sequence[Sequence[int]]) -> AllToAll:
-        """Start the exchange of rows in their own dtype."""
-        me = self.group.index
-        return self.group.start_all_to_all(rows, sizes[me], [row[me] for row in sizes])
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +103,13 @@ class RowExchange:
     weight: AllToAll
     plan: ExchangePlan
 
-    def dispatched(self, *, handle: Any, dtype: torch.dtype) -> Dispatched:
-        """Wait for the rows, and return them in `dtype` with their experts."""
-        x, weight = self.rows.wait().to(dtype), self.weight.wait()
-        return Dispatched(x=x, expert_index=self.plan.expert_index, weight=weight, num_rows=len(x), handle=handle)
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """Rows under way to their experts, chunk by chunk."""
+
+    order: ExpertOrder
+    exchanges: Sequence[RowExchange]
+    dtype: torch.dtype
+    """Of the rows."""
+    dtype_of_sum: torch.dtype

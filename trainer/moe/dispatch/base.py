@@ -26,8 +26,6 @@ class Dispatched:
     """(N, k) combine weights."""
     num_rows: int | None
     """Number of entries of `expert_index` that are experts; None if only the device knows it."""
-    handle: Any
-    """Opaque state that the same dispatcher needs in `combine`."""
 
 
 RunExperts = Callable[..., Tensor]
@@ -45,18 +43,21 @@ class Dispatcher(ABC):
 
         It is in the wider dtype of x (T, D) and the combine weights; 0 for a token without experts.
         """
-        with self.step_timer.within("dispatch"):
-            sent = self.dispatch(x, decision)
+        y = self.finish(self.begin(x, decision), experts)
+        return y.to(torch.promote_types(x.dtype, decision.combine_weight.dtype))
+
+    @abstractmethod
+    def begin(self, x: Tensor, decision: RoutingDecision) -> Any:
+        """Start to send each kept assignment of x (T, D) to its expert; the result is for `finish`.
+
+        What is computed before `finish`, such as shared experts, overlaps with the communication, also backward.
+        """
+
+    @abstractmethod
+    def finish(self, begun: Any, experts: RunExperts) -> Tensor:
+        """Apply the experts to what has arrived, send their outputs back and return the sum of each token's (T, D)."""
+
+    def apply(self, sent: Dispatched, experts: RunExperts, part: tuple[int, int] | None = None) -> Tensor:
+        """Apply the experts here, or those in `part`, to tokens: (N, D)."""
         with self.step_timer.within("experts"):
-            y = experts(sent.x, sent.expert_index, sent.weight, num_rows=sent.num_rows)
-        with self.step_timer.within("combine"):
-            y = self.combine(y, sent)
-            return y.to(torch.promote_types(x.dtype, decision.combine_weight.dtype))
-
-    @abstractmethod
-    def dispatch(self, x: Tensor, decision: RoutingDecision) -> Dispatched:
-        """Send each kept assignment of x (T, D) to its expert."""
-
-    @abstractmethod
-    def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
-        """Send the outputs y (N, D) back to the ranks of their tokens; return the sum of each token's."""
+            return experts(sent.x, sent.expert_index, sent.weight, num_rows=sent.num_rows, part=part)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from trainer.distributed.collectives import Group
-from trainer.moe.dispatch.all_to_all import AllToAllDispatcher, Bounds, Outgoing, Wire
+from trainer.moe.dispatch.all_to_all import AllToAllDispatcher, Outgoing
 from trainer.moe.dispatch.exchange_plan import ExchangePlan
+from trainer.moe.dispatch.exchanging import Bounds, Wire
 from trainer.moe.dispatch.token_slots import TokenSlots
 from trainer.moe.routing import RoutingDecision
 from trainer.ops.compute_dtype import compute_dtype

@@ -1,21 +1,23 @@
 """All-to-all that sends a token once to each rank that has any of its experts."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from trainer.distributed.collectives import Group
-from trainer.moe.dispatch.all_to_all import AllToAllDispatcher, Wire
-from trainer.moe.dispatch.base import Dispatched
+from trainer.distributed.collectives import AllToAll, Group
+from trainer.moe.dispatch.base import Dispatched, RunExperts
+from trainer.moe.dispatch.exchanging import ExchangingDispatcher, Wire
 from trainer.moe.dispatch.token_slots import TokenSlots
 from trainer.moe.routing import RoutingDecision
 from trainer.ops.compute_dtype import compute_dtype
-from trainer.ops.expert_order import count_slots, order_by_expert
+from trainer.ops.expert_order import ExpertOrder, count_slots, order_by_expert
 from trainer.ops.permute import gather_rows, sum_rows
 
 # T tokens, k slots, N copies of tokens that arrive, E experts, G ranks of the expert-parallel group, D d_model.
 
 
-class DeduplicatedDispatcher(AllToAllDispatcher):
+class DeduplicatedDispatcher(ExchangingDispatcher):
     """Sends tokens instead of assignments: with the expert and the combine weight of each slot beside them.
 
     #  2 ranks of 2 experts    token 0: experts 0 1 3     all_to_all sends 3 rows, this one to rank 0 and to rank 1
@@ -29,33 +31,38 @@ class DeduplicatedDispatcher(AllToAllDispatcher):
         super().__init__(group, num_experts, wire)
         self._ends = torch.tensor([end for _, end in self.bounds])
 
-    def dispatch(self, x: Tensor, decision: RoutingDecision) -> Dispatched:
-        """Send tokens of x (T, D) to the ranks of their experts."""
-        slots, dtype = TokenSlots.of(decision), compute_dtype(x)
-        rank = self._first_slots(slots)  # (T, k)
-        counts = self._gather_sizes(slots, rank)
-        sizes = [row[: self.group.size] for row in counts]
-        order = order_by_expert(rank, self.group.size, num_rows=sum(sizes[self.group.index]))
-        tokens = order.token_of_row
-        rows = self.start(gather_rows(x.to(dtype), order), sizes)
-        weight = self.depart(slots.weight.index_select(0, tokens), sizes)
-        expert = self.depart(slots.expert_index.index_select(0, tokens).to(torch.int32), sizes)
-        first, end = self.bounds[self.group.index]
-        expert_index = expert.wait().long()
-        is_here = (expert_index >= first) & (expert_index < end)
-        return Dispatched(
-            x=rows.wait().to(dtype),
-            expert_index=torch.where(is_here, expert_index - first, end - first),
-            weight=weight.wait(),
-            num_rows=sum(row[self.group.size + self.group.index] for row in counts),
-            handle=(order, sizes, dtype),
-        )
+    def begin(self, x: Tensor, decision: RoutingDecision) -> "_TokenExchange":
+        """Start to send tokens of x (T, D) to the ranks of their experts."""
+        with self.step_timer.within("dispatch"):
+            slots, dtype = TokenSlots.of(decision), compute_dtype(x)
+            rank = self._first_slots(slots)  # (T, k)
+            counts = self._gather_sizes(slots, rank)
+            sizes = [row[: self.group.size] for row in counts]
+            order = order_by_expert(rank, self.group.size, num_rows=sum(sizes[self.group.index]))
+            tokens = order.token_of_row
+            return _TokenExchange(
+                order=order,
+                sizes=sizes,
+                num_rows=sum(row[self.group.size + self.group.index] for row in counts),
+                rows=self.start(gather_rows(x.to(dtype), order), sizes),
+                weight=self.depart(slots.weight.index_select(0, tokens), sizes),
+                expert=self.depart(slots.expert_index.index_select(0, tokens).to(torch.int32), sizes),
+                dtype=dtype,
+            )
 
-    def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
-        """Send each token's sum back, and sum over ranks."""
-        order, sizes, dtype = dispatched.handle
-        back = [list(column) for column in zip(*sizes, strict=True)]
-        return sum_rows(self.send(y.to(dtype), back), order, dtype=torch.promote_types(dtype, dispatched.weight.dtype))
+    def finish(self, begun: "_TokenExchange", experts: RunExperts) -> Tensor:
+        """Apply the experts, send each token's sum back, and sum over ranks."""
+        within = self.step_timer.within
+        with within("dispatch"):
+            first, end = self.bounds[self.group.index]
+            x, weight, expert = begun.rows.wait().to(begun.dtype), begun.weight.wait(), begun.expert.wait().long()
+            is_here = (expert >= first) & (expert < end)
+            expert_index = torch.where(is_here, expert - first, end - first)
+        y = self.apply(Dispatched(x=x, expert_index=expert_index, weight=weight, num_rows=begun.num_rows), experts)
+        with within("combine"):
+            back = [list(column) for column in zip(*begun.sizes, strict=True)]
+            rows = self.start(y.to(begun.dtype), back).wait().to(begun.dtype)
+            return sum_rows(rows, begun.order, dtype=torch.promote_types(begun.dtype, weight.dtype))
 
     def _rank_of(self, expert: Tensor) -> Tensor:
         """Return the rank that has each expert; G for E, which is none."""
@@ -77,3 +84,20 @@ class DeduplicatedDispatcher(AllToAllDispatcher):
         size = self.group.size
         counts = [count_slots(of_slots, size) for of_slots in (rank, self._rank_of(slots.expert_index))]
         return self.gather_counts(torch.cat(counts))[1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TokenExchange:
+    """Tokens under way to the ranks of their experts, with the expert and the combine weight of each slot."""
+
+    order: ExpertOrder
+    """Of the copies, by rank."""
+    sizes: list[list[int]]
+    """(G, G) tokens from each rank to each rank."""
+    num_rows: int
+    """Assignments of the tokens that arrive here."""
+    rows: AllToAll
+    weight: AllToAll
+    expert: AllToAll
+    dtype: torch.dtype
+    """Of the rows."""

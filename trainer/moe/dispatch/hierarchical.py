@@ -8,7 +8,8 @@ from torch import Tensor
 
 from trainer.distributed.collectives import AllToAll
 from trainer.distributed.mesh import Mesh
-from trainer.moe.dispatch.all_to_all import AllToAllDispatcher, Wire
+from trainer.moe.dispatch.all_to_all import AllToAllDispatcher
+from trainer.moe.dispatch.exchanging import Wire
 
 # G ranks of the expert-parallel group, on N nodes of L ranks; rank = node * L + local_rank.
 

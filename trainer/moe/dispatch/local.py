@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from trainer.moe.dispatch.base import Dispatched, Dispatcher
+from trainer.moe.dispatch.base import Dispatched, Dispatcher, RunExperts
 from trainer.moe.dispatch.token_slots import TokenSlots
 from trainer.moe.routing import RoutingDecision
 
@@ -10,13 +10,12 @@ from trainer.moe.routing import RoutingDecision
 class LocalDispatcher(Dispatcher):
     """All experts are local: they get the tokens as they are."""
 
-    def dispatch(self, x: Tensor, decision: RoutingDecision) -> Dispatched:
+    def begin(self, x: Tensor, decision: RoutingDecision) -> Dispatched:
         """Return the tokens."""
-        slots = TokenSlots.of(decision)
-        return Dispatched(
-            x=x, expert_index=slots.expert_index, weight=slots.weight, num_rows=slots.num_rows, handle=None
-        )
+        with self.step_timer.within("dispatch"):
+            slots = TokenSlots.of(decision)
+            return Dispatched(x=x, expert_index=slots.expert_index, weight=slots.weight, num_rows=slots.num_rows)
 
-    def combine(self, y: Tensor, dispatched: Dispatched) -> Tensor:
+    def finish(self, begun: Dispatched, experts: RunExperts) -> Tensor:
         """Return the sums."""
-        return y
+        return self.apply(begun, experts)

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trainer.moe.dispatch.all_to_all import AllToAllDispatcher, Bounds, Outgoing
+from trainer.moe.dispatch.all_to_all import AllToAllDispatcher, Outgoing
 from trainer.moe.dispatch.exchange_plan import ExchangePlan
+from trainer.moe.dispatch.exchanging import Bounds
 from trainer.moe.dispatch.token_slots import TokenSlots
 from trainer.moe.routing import RoutingDecision
 from trainer.ops.compute_dtype import compute_dtype
