@@ -43,7 +43,9 @@ def on_a_rank(kind: str, factor: float | None) -> dict[str, Any]:
             sent.append(sum(send) - send[me])
         return whole(self, x, send, receive)
 
-    def experts(x: Tensor, expert_index: Tensor, weight: Tensor, *, num_rows: int | None = None) -> Tensor:
+    def experts(
+        x: Tensor, expert_index: Tensor, weight: Tensor, *, num_rows: int | None = None, part: None = None
+    ) -> Tensor:
         return run_experts("loop", x, expert_index, weight, w_in, w_out, "swiglu", num_rows=num_rows)
 
     Group.issue_all_to_all = counted  # type: ignore[method-assign]

@@ -16,9 +16,9 @@ _LAYER = "trainer/moe/layer.py"
 _LOOP = "trainer/training/loop.py"
 
 _PASSES_ON = """\
-full = (out == 0).all(1) & context.valid
-        out = torch.where(full[:, None], tokens, out).view(x.shape)
-"""
+            full = (out.flatten(0, 1) == 0).all(1) & context.valid
+            out = torch.where(full[:, None], tokens, out.flatten(0, 1)).view(x.shape)
+            out = out if shared"""
 
 
 def _fault(name: str, file: str, old: str, new: str, *tests: str) -> Fault:
@@ -187,7 +187,7 @@ FAULTS = [
     _fault(
         "a token whose experts are all full passes its input on",
         _LAYER,
-        "out = out.view(x.shape)\n",
+        "            out = out if shared",
         _PASSES_ON,
         ORACLE,
     ),
@@ -201,15 +201,15 @@ FAULTS = [
     _fault(
         "the shared experts are left out",
         _LAYER,
-        "out = out + self.shared(x) *",
-        "out = out + 0 * self.shared(x) *",
+        "else out + shared",
+        "else out + 0 * shared",
         PARITY,
     ),
     _fault(
         "the shared experts are averaged with the others",
         _LAYER,
-        "out = out + self.shared(x) *",
-        "out = out + 0.5 * self.shared(x) *",
+        "else out + shared",
+        "else out + 0.5 * shared",
         PARITY,
     ),
     _fault(

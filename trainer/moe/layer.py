@@ -65,9 +65,9 @@ class MoE(nn.Module):
             begun = self.dispatcher.begin(tokens, decision)
             shared = self._apply_shared(x, context)  # while tokens travel
             out, expert_similarity = self.dispatcher.finish(begun, self.experts), None
-        out = out.to(torch.promote_types(x.dtype, decision.combine_weight.dtype)).view(x.shape)
-        if shared is not None:
-            out = out + shared
+        with self.dispatcher.step_timer.within("combine"):
+            out = out.to(torch.promote_types(x.dtype, decision.combine_weight.dtype)).view(x.shape)
+            out = out if shared is None else out + shared
         return out, collect_stats(
             routed, decision, context, needs_importance=self.needs_importance, expert_similarity=expert_similarity
         )

@@ -50,8 +50,8 @@ def test_output_and_gradients_equal_a_dense_matrix_product(decision: RoutingDeci
     """With experts that multiply by (e + 1), gather and sum together are a diagonal (T, T) matrix."""
     x = torch.randn(decision.num_tokens, 3, dtype=torch.float64, requires_grad=True)
 
-    def experts(x: torch.Tensor, expert_index: torch.Tensor, weight: torch.Tensor, *, num_rows: None) -> torch.Tensor:
-        order = order_by_expert(expert_index, decision.num_experts, num_rows=num_rows)
+    def experts(x: torch.Tensor, expert_index: torch.Tensor, weight: torch.Tensor, **sizes: None) -> torch.Tensor:
+        order = order_by_expert(expert_index, decision.num_experts)
         factor = torch.arange(1.0, decision.num_experts + 1).double().repeat_interleave(order.rows_per_expert)
         return sum_rows(gather_rows(x, order) * (factor * order.of_rows(weight))[:, None], order)
 

@@ -17,5 +17,5 @@ class LocalDispatcher(Dispatcher):
             return Dispatched(x=x, expert_index=slots.expert_index, weight=slots.weight, num_rows=slots.num_rows)
 
     def finish(self, begun: Dispatched, experts: RunExperts) -> Tensor:
-        """Return the sums."""
+        """Return the sums, which the experts have made."""
         return self.apply(begun, experts)
