@@ -9,7 +9,7 @@ Runs on any Python that pyproject.toml allows, with nothing installed: uv, which
     pip.txt           the installer and the build backend, installed first
     torch-cpu.txt     the CPU build of the same torch, used where pip finds it, as in CI
     base.txt          the base dependencies, with torch as the registry has it
-    cuda.txt          additional dependencies of that torch where it is built for CUDA
+    cuda.txt          additional dependencies of that torch where it is built for CUDA, with triton
     recipes.txt       the extra `recipes`: whatever the project's own configs use
     dev.txt           the extra `dev`: tests and checks, with lm-eval and TensorBoard
     docs.txt          the extra `docs`

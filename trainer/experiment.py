@@ -202,11 +202,14 @@ class ExperimentConfig(Config):
     def _kernel_problems(self) -> Iterator[Problem]:
         """Check that the experts kernel supports the dtype and shapes."""
         moe, dtype = self.model.moe, self.train.dtype
-        if moe is None or self.parallel.experts_kernel != "grouped":
+        kernel = self.parallel.experts_kernel
+        if moe is None or kernel not in ("grouped", "triton"):
             return
         if dtype == "float64":
-            yield Problem("parallel.experts_kernel", "grouped does not support float64; use auto")
+            yield Problem("parallel.experts_kernel", f"{kernel} does not support float64; use auto")
             return
+        if kernel == "triton":
+            return  # any width
         multiple = 8 if dtype == "bfloat16" else 4
         for key, width in (("model.d_model", self.model.d_model), ("model.moe.d_ff", moe.d_ff)):
             if width % multiple:

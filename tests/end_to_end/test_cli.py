@@ -270,6 +270,10 @@ BAD_CONFIGS = {
         ["parallel.experts_kernel=grouped", "train.dtype=float64"],
         r"parallel\.experts_kernel: grouped does not support float64; use auto",
     ),
+    "a kernel of float32 and bfloat16": (
+        ["parallel.experts_kernel=triton", "train.dtype=float64"],
+        r"parallel\.experts_kernel: triton does not support float64; use auto",
+    ),
     "negative capacity": (["model.moe.capacity.factor=-1"], r"capacity\.factor: must be more than 0, got -1"),
 }
 

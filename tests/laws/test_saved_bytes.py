@@ -1,7 +1,7 @@
 """Law: a MoE layer saves its input X and the hidden values H for the backward pass, and hardly anything else."""
 
 import contextlib
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from tests.builders import make_context, tiny_model_config
 from tests.ranks import Ranks, mesh_here
-from tests.registries import DISPATCHERS
+from tests.registries import DISPATCHERS, KERNELS
 from trainer.distributed.rank_layout import even_slice
 from trainer.models.block import build_moe
 from trainer.moe.layer import MoE
@@ -47,7 +47,7 @@ def saved_bytes(layer: MoE, *, dtype: torch.dtype = torch.float32) -> int:
     return sum(t.untyped_storage().nbytes() for pointer, t in found.items() if pointer not in parameters)
 
 
-@pytest.mark.parametrize("kernel", get_args(ExpertsKernel))
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_one_rank_saves_tokens_and_hidden_values(kernel: ExpertsKernel) -> None:
     minimum = 4 * TOKENS * (D_MODEL + TOP_K * 2 * D_FF)
     found = saved_bytes(make_layer(kernel))
@@ -55,7 +55,7 @@ def test_one_rank_saves_tokens_and_hidden_values(kernel: ExpertsKernel) -> None:
     assert minimum <= found <= LIMIT * minimum
 
 
-@pytest.mark.parametrize("kernel", get_args(ExpertsKernel))
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_in_bfloat16_no_rounded_copy_of_tokens_or_weights_is_kept(kernel: ExpertsKernel) -> None:
     """Experts share the float32 input of the router. The overhead is the same number of bytes as in float32."""
     overhead = saved_bytes(make_layer("fused")) - 4 * TOKENS * (D_MODEL + TOP_K * 2 * D_FF)
@@ -66,7 +66,7 @@ def test_in_bfloat16_no_rounded_copy_of_tokens_or_weights_is_kept(kernel: Expert
     assert minimum <= found <= minimum + overhead + 8 * NUM_EXPERTS * 7
 
 
-@pytest.mark.parametrize("kernel", get_args(ExpertsKernel))
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_recomputed_experts_save_no_hidden_values(kernel: ExpertsKernel) -> None:
     layer = make_layer(kernel)
     whole = saved_bytes(layer)

@@ -6,11 +6,12 @@ would no longer be bit-identical.
 
 from collections.abc import Callable
 from functools import cache
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from trainer import packages
 from trainer.config.plugins import PluggableFunction
 from trainer.ops import fused_ffn
 from trainer.ops.compute_dtype import compute_dtype
@@ -27,7 +28,7 @@ _MANY_ROWS = 512
 _ALIGNMENT_BYTES = 16
 """The grouped product reads weight gradients along the rows, in units of this."""
 
-ExpertsKernel = Literal["loop", "padded", "grouped", "fused", "fused_onednn"]
+ExpertsKernel = Literal["loop", "padded", "grouped", "fused", "fused_onednn", "triton"]
 RowsKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Activation], Tensor]
 """Kernel that is a plug-in, with the arguments of `trainer.ops.expert_ffn.loop_ffn`."""
 
@@ -64,7 +65,7 @@ def run_experts(
     Returns:
         In the wider dtype of the products and of weight; in that of the products if k is 1, where nothing is summed.
     """
-    if kernel not in _PRODUCTS and kernel not in ("fused", "fused_onednn"):
+    if kernel not in get_args(ExpertsKernel):
         order = order_by_expert(expert_index, len(w_in), num_rows=num_rows)
         return run_rows_kernel(_plugin_kernel(kernel), x.to(compute_dtype(x)), weight, order, w_in, w_out, activation)
     dtype = compute_dtype(x)
@@ -101,6 +102,10 @@ def _built(kernel: str, activation: Activation, is_compiled: bool, device: str, 
     between = weighted_activation(activation, is_compiled=is_compiled)
     if kernel in _PRODUCTS:
         return GroupedKernel(between, _PRODUCTS[kernel])
+    if kernel == "triton":
+        from trainer.ops.triton_ffn import TritonKernel  # an optional package
+
+        return TritonKernel(between)
     by_onednn = kernel == "fused_onednn" and device == "cpu" and dtype is torch.float32
     # torch uses oneDNN for bfloat16 too.
     is_padded = device == "cpu" and (by_onednn or dtype is torch.bfloat16)
@@ -114,11 +119,19 @@ def fallback_kernels(kernel: str, device: str) -> list[str]:
     return order[order.index(kernel) + 1 :] if kernel in order else order
 
 
-def missing_kernel(kernel: str) -> str | None:
-    """Return the message about a kernel that this build of torch does not have; None if it has it."""
-    if kernel != "fused_onednn" or fused_ffn.has_onednn_product():
+def missing_kernel(kernel: str, device: str = "cuda") -> str | None:
+    """Return the message about a kernel that is not installed or does not run on a device; None if it does."""
+    if kernel == "fused_onednn" and not fused_ffn.has_onednn_product():
+        return "fused_onednn is not in this build of torch; use fused"
+    if kernel != "triton":
         return None
-    return "fused_onednn is not in this build of torch; use fused"
+    if not packages.is_installed("triton"):
+        return packages.missing("triton", user="triton") + ", or use auto"
+    from trainer.ops.triton_ffn import IS_INTERPRETED  # an optional package
+
+    if device == "cuda" or IS_INTERPRETED:
+        return None
+    return f"triton needs a GPU, and the device is {device}; use auto, or TRITON_INTERPRET=1 to test it, very slowly"
 
 
 def choose_experts_kernel(

@@ -66,7 +66,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def resolve_kernel(config: ExperimentConfig, device: torch.device) -> ExperimentConfig:
     """Replace `experts_kernel: auto` by the kernel for this device, so that the run folder records it."""
-    if (message := missing_kernel(config.parallel.experts_kernel)) is not None:
+    if (message := missing_kernel(config.parallel.experts_kernel, device.type)) is not None:
         raise ConfigError(f"parallel.experts_kernel: {message}")
     if config.parallel.experts_kernel != "auto":
         return config

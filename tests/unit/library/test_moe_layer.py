@@ -212,7 +212,7 @@ def test_a_plugin_is_a_router() -> None:
         ({"capacity_factor": math.nan}, "capacity_factor: must be a finite number, got nan"),
         ({"capacity_factor": "1.0"}, "capacity_factor: expected a number or null, got '1.0'"),
         ({"activation": "relu"}, "activation: 'relu' is not one of swiglu, gelu"),
-        ({"kernel": "fast"}, "kernel: 'fast' is not one of loop, padded, grouped, fused, fused_onednn"),
+        ({"kernel": "fast"}, "kernel: 'fast' is not one of loop, padded, grouped, fused, fused_onednn, triton"),
         ({"kernel": "auto"}, "kernel: 'auto' is not one of loop"),
         ({"seed": "a"}, "seed: expected a whole number, got 'a'"),
         ({"d_ff": 0}, "d_ff: must be more than 0, got 0"),

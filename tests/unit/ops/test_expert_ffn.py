@@ -1,6 +1,6 @@
 """Every experts kernel equals the reference loop, on awkward group sizes."""
 
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.registries import KERNELS
 from trainer.ops.expert_ffn import Activation
 from trainer.ops.kernels import ExpertsKernel, choose_experts_kernel, run_experts
 
@@ -83,7 +84,7 @@ def _weights(num_experts: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.usefixtures("unwritten_memory_is_nan")
 @pytest.mark.parametrize("poison", [torch.inf, torch.nan])
 @pytest.mark.parametrize("rows", [[5, 0, 3], [0, 0, 4], [0, 0, 0]], ids=str)
-@pytest.mark.parametrize("kernel", get_args(ExpertsKernel))
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_an_idle_expert_s_weights_have_no_part_in_anything(
     kernel: ExpertsKernel, rows: list[int], poison: float
 ) -> None:
@@ -136,7 +137,7 @@ class _NoNaN(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("kernel", get_args(ExpertsKernel))
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_without_a_row_infinite_weights_make_no_nan(kernel: ExpertsKernel) -> None:
     w_in, w_out = (torch.full_like(w, torch.inf).requires_grad_() for w in _weights(3))
     with _NoNaN():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.registries import KERNELS
 from trainer.ops.expert_ffn import Activation, reference_ffn
 from trainer.ops.kernel_canary import GROUPS, NO_ROWS, ONE_TAKES_ALL, LayerWidths, far_rows_fault, kernel_fault
 from trainer.ops.kernels import ExpertsKernel, run_experts
@@ -190,7 +191,7 @@ def test_a_kernel_that_raises_is_refused_with_its_message() -> None:
 @pytest.mark.parametrize("d_model", [16, 64, 1040])
 @pytest.mark.parametrize("activation", get_args(Activation))
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernel", [*get_args(ExpertsKernel), PLUGIN])
+@pytest.mark.parametrize("kernel", [*KERNELS, PLUGIN])
 def test_kernels_of_this_project_pass(kernel: Any, dtype: torch.dtype, activation: Activation, d_model: int) -> None:
     if kernel == "grouped" and dtype is torch.float64:
         pytest.skip("grouped does not support float64")

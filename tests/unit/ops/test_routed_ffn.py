@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.registries import KERNELS
 from trainer.ops.expert_ffn import Activation, reference_ffn
 from trainer.ops.kernels import ExpertsKernel, run_experts
 
@@ -62,7 +63,7 @@ def test_values_and_gradients_are_those_of_plain_autograd(
     assert not mine[3][2].any() and not mine[4][2].any(), "an idle expert has zero gradients"
 
 
-@pytest.mark.parametrize("kernel", get_args(ExpertsKernel))
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_in_bfloat16_the_masters_get_float32_gradients(kernel: ExpertsKernel) -> None:
     index, inputs = _inputs("swiglu", torch.bfloat16)
     y = _run(kernel, index, inputs)
@@ -73,7 +74,7 @@ def test_in_bfloat16_the_masters_get_float32_gradients(kernel: ExpertsKernel) ->
         torch.testing.assert_close(one, other, rtol=0, atol=0.02 * float(other.abs().max()))
 
 
-@pytest.mark.parametrize("kernel", get_args(ExpertsKernel))
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hidden_values_that_are_computed_again_have_the_same_bits(kernel: ExpertsKernel, dtype: torch.dtype) -> None:
     index, inputs = _inputs("swiglu", dtype)
@@ -83,7 +84,7 @@ def test_hidden_values_that_are_computed_again_have_the_same_bits(kernel: Expert
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("kernel", get_args(ExpertsKernel))
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_only_tokens_and_hidden_values_are_saved(kernel: ExpertsKernel, recompute: bool) -> None:
     index, inputs = _inputs("swiglu", torch.float32)
     saved: dict[int, Tensor] = {}

@@ -69,7 +69,7 @@ def _entries(
     for name in kernels:
         kernel = default_kernel(shape, given.device) if name == "auto" else name
         label = f"turnout, {kernel}{', compiled' if is_compiled else ''}"
-        yield label, missing_kernel(kernel) or moe_entry(given, kernel, is_compiled=is_compiled)
+        yield label, missing_kernel(kernel, given.device.type) or moe_entry(given, kernel, is_compiled=is_compiled)
     if is_first:
         yield "dense twin", dense_entry(given)
     if options.rounds:
