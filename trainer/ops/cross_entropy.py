@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainer.ops.first_derivative import only_first_derivative
+
 
 @dataclass(frozen=True, slots=True)
 class HeadChunks:
@@ -94,6 +96,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (nats * mask).sum(1), (logsumexp.square() * mask).sum(1)
 
     @staticmethod
+    @only_first_derivative
     # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad_loss: Tensor | None, grad_z: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, target_mask = ctx.saved_tensors
@@ -120,8 +123,8 @@ def _with_gradients(
     losses_and_gradient = _parts(chunks.is_compiled)
     for chunk in chunks.of(len(tokens)):
         x = tokens[chunk].to(chunks.dtype)  # (n, D)
-        z = None if on_z is None else on_z.view(-1)[chunk]
-        found = losses_and_gradient(F.linear(x, cast), token_ids[chunk], on_loss.view(-1)[chunk], z)
+        z = None if on_z is None else on_z.reshape(-1)[chunk]
+        found = losses_and_gradient(F.linear(x, cast), token_ids[chunk], on_loss.reshape(-1)[chunk], z)
         nats.view(-1)[chunk], logsumexp.view(-1)[chunk], grad_logits = found
         grad_hidden.view(tokens.shape)[chunk] = grad_logits @ cast
         _add_product(grad_weight, grad_logits.T, x)

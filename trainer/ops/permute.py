@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from trainer.ops.expert_order import ExpertOrder, rows_of_slots, sum_slots
+from trainer.ops.first_derivative import only_first_derivative
 
 
 def gather_rows(x: Tensor, order: ExpertOrder) -> Tensor:
@@ -31,7 +31,7 @@ class _GatherRows(torch.autograd.Function):
         return x.index_select(0, order.token_of_row)
 
     @staticmethod
-    @once_differentiable
+    @only_first_derivative
     # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None]:
         (slot_of_row,) = ctx.saved_tensors
@@ -46,7 +46,7 @@ class _SumRows(torch.autograd.Function):
         return sum_slots(rows, order.row_of_slot, is_full=order.is_full, dtype=dtype)
 
     @staticmethod
-    @once_differentiable
+    @only_first_derivative
     # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (slot_of_row,) = ctx.saved_tensors

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.ops.first_derivative import only_first_derivative
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Divide x (..., width) by its root mean square and multiply by weight (width,); in the weight's dtype."""
@@ -23,6 +25,7 @@ class _RMSNorm(torch.autograd.Function):
         return (wide * scale).mul_(weight)
 
     @staticmethod
+    @only_first_derivative
     # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from trainer.ops.expert_order import ExpertOrder, rows_of_slots, sum_slots
+from trainer.ops.first_derivative import only_first_derivative
 from trainer.ops.weighted_activation import WeightedActivation
 
 
@@ -128,7 +128,7 @@ class _RoutedFFN(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @only_first_derivative
     # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, slot_of_row, rows_per_expert, w_in, w_out, h = ctx.saved_tensors

@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from trainer.ops.first_derivative import only_first_derivative
 
 
 def softmax_and_log_norm(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,7 +27,7 @@ class _SoftmaxAndLogNorm(torch.autograd.Function):
         return probs, log_norm
 
     @staticmethod
-    @once_differentiable
+    @only_first_derivative
     # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad_probs: Tensor, grad_log_norm: Tensor) -> Tensor:
         (probs,) = ctx.saved_tensors

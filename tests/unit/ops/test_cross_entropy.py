@@ -190,3 +190,13 @@ def test_nothing_of_the_logits_is_saved_for_the_backward_pass() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         _whole(*inputs)[0].sum()
     assert max(tensor.numel() for tensor in saved) == T * V, "the count sees what torch saves"
+
+
+def test_inputs_need_not_be_contiguous() -> None:
+    hidden, weight, targets, mask = _inputs()
+    strided = [t.detach().mT.contiguous().mT.requires_grad_() for t in (hidden, weight)]
+    found, _ = chunked_cross_entropy(
+        *strided, targets.T.contiguous().T, mask.T.contiguous().T, HeadChunks(5, torch.float64)
+    )
+    theirs, _ = _whole(hidden, weight, targets, mask)
+    _close(_gradients(found.sum(), *strided), _gradients(theirs.sum(), hidden, weight))
