@@ -194,9 +194,8 @@ def test_nothing_of_the_logits_is_saved_for_the_backward_pass() -> None:
 
 def test_inputs_need_not_be_contiguous() -> None:
     hidden, weight, targets, mask = _inputs()
-    strided = [t.detach().mT.contiguous().mT.requires_grad_() for t in (hidden, weight)]
-    found, _ = chunked_cross_entropy(
-        *strided, targets.T.contiguous().T, mask.T.contiguous().T, HeadChunks(5, torch.float64)
-    )
+    columns, rows = (t.detach().mT.contiguous().mT.requires_grad_() for t in (hidden, weight))
+    their_targets, their_mask = (t.T.contiguous().T for t in (targets, mask))
+    found, _ = chunked_cross_entropy(columns, rows, their_targets, their_mask, HeadChunks(5, torch.float64))
     theirs, _ = _whole(hidden, weight, targets, mask)
-    _close(_gradients(found.sum(), *strided), _gradients(theirs.sum(), hidden, weight))
+    _close(_gradients(found.sum(), columns, rows), _gradients(theirs.sum(), hidden, weight))
