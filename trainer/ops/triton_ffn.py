@@ -55,7 +55,7 @@ class TileShape:
             "BLOCK_ROWS": self.rows,
             "BLOCK_COLUMNS": self.columns,
             "BLOCK_DEPTH": self.depth,
-            "WIDEN": IS_INTERPRETED,
+            "INTERPRETED": IS_INTERPRETED,
             "num_warps": self.warps,
             "num_stages": self.stages,
         }
@@ -158,7 +158,7 @@ def _weights_product(
             *(left, right, rows.token_of_row, rows.rows_per_expert.cumsum(0), rows.rows_per_expert, out),
             *(left.shape[1], right.shape[1]),
             GATHER_LEFT=gathers_left,
-            WIDEN=IS_INTERPRETED,
+            INTERPRETED=IS_INTERPRETED,
             BLOCK_LEFT=shape.rows,
             BLOCK_RIGHT=shape.columns,
             BLOCK_ROWS=shape.depth,

@@ -12,11 +12,21 @@ import triton.language as tl
 
 
 @triton.jit
-def _dot(left, right, total, WIDEN: tl.constexpr):
-    """Add a product of tiles. Triton's interpreter multiplies the bits of bfloat16 as integers: it must WIDEN."""
-    if WIDEN:
+def _dot(left, right, total, INTERPRETED: tl.constexpr):
+    """Add a product of tiles. Triton's interpreter multiplies the bits of bfloat16 as integers, so there it widens."""
+    if INTERPRETED:
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, total, input_precision="ieee")  # never TensorFloat-32
+
+
+@triton.jit
+def _rounded(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Round float32 to the nearest, ties to even, as GPUs do. Triton's interpreter cuts bits off."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += ((bits >> 16) & 1) + 0x7FFF
+        x = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit
@@ -41,7 +51,7 @@ def _rows_times_matrix(
     stride_n,
     total,
     BLOCK_DEPTH: tl.constexpr,
-    WIDEN: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """Add the product of rows of x (..., K) and columns of w (K, N), which has these strides."""
     for start in range(0, depth, BLOCK_DEPTH):
@@ -50,7 +60,7 @@ def _rows_times_matrix(
         left = tl.load(x + rows[:, None] * depth + k[None, :], mask=is_row[:, None] & is_k[None, :], other=0.0)
         at = k.to(tl.int64)[:, None] * stride_k + columns.to(tl.int64)[None, :] * stride_n
         right = tl.load(w + at, mask=is_k[:, None] & is_column[None, :], other=0.0)
-        total = _dot(left, right, total, WIDEN)
+        total = _dot(left, right, total, INTERPRETED)
     return total
 
 
@@ -68,7 +78,7 @@ def first_product(
     d_ff,
     GATED: tl.constexpr,
     WRITE_A: tl.constexpr,
-    WIDEN: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
@@ -92,23 +102,24 @@ def first_product(
             is_k = k < d_model
             left = tl.load(x + tokens[:, None] * d_model + k[None, :], mask=is_row[:, None] & is_k[None, :], other=0.0)
             at_w, is_w = columns.to(tl.int64)[None, :] * d_model + k[:, None], is_k[:, None] & is_column[None, :]
-            gate = _dot(left, tl.load(w + at_w, mask=is_w, other=0.0), gate, WIDEN)
-            up = _dot(left, tl.load(w_up + at_w, mask=is_w, other=0.0), up, WIDEN)
-        gate, up = gate.to(h.dtype.element_ty), up.to(h.dtype.element_ty)
+            gate = _dot(left, tl.load(w + at_w, mask=is_w, other=0.0), gate, INTERPRETED)
+            up = _dot(left, tl.load(w_up + at_w, mask=is_w, other=0.0), up, INTERPRETED)
+        gate, up = _rounded(gate, h.dtype.element_ty, INTERPRETED), _rounded(up, h.dtype.element_ty, INTERPRETED)
         tl.store(h + at, gate, mask=mask)
         tl.store(h + at + d_ff, up, mask=mask)
         gate = gate.to(tl.float32)
         act = gate * tl.sigmoid(gate) * up.to(tl.float32)
     else:
         hidden = _rows_times_matrix(
-            x, tokens, is_row, w, columns, is_column, d_model, 1, d_model, zeros, BLOCK_DEPTH, WIDEN
-        ).to(h.dtype.element_ty)
+            x, tokens, is_row, w, columns, is_column, d_model, 1, d_model, zeros, BLOCK_DEPTH, INTERPRETED
+        )
+        hidden = _rounded(hidden, h.dtype.element_ty, INTERPRETED)
         tl.store(h + at, hidden, mask=mask)
         hidden = hidden.to(tl.float32)
         act = hidden * 0.5 * (1.0 + tl.erf(hidden * 0.7071067811865476))
     if WRITE_A:
         act *= tl.load(scale + rows, mask=is_row, other=0.0).to(tl.float32)[:, None]
-        tl.store(a + rows[:, None] * d_ff + columns[None, :], act.to(a.dtype.element_ty), mask=mask)
+        tl.store(a + rows[:, None] * d_ff + columns[None, :], _rounded(act, a.dtype.element_ty, INTERPRETED), mask=mask)
 
 
 @triton.jit
@@ -123,7 +134,7 @@ def rows_product(
     stride_e,
     stride_k,
     stride_n,
-    WIDEN: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
@@ -137,10 +148,10 @@ def rows_product(
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     w += expert * stride_e
     total = _rows_times_matrix(
-        x, rows, is_row, w, columns, is_column, depth, stride_k, stride_n, total, BLOCK_DEPTH, WIDEN
+        x, rows, is_row, w, columns, is_column, depth, stride_k, stride_n, total, BLOCK_DEPTH, INTERPRETED
     )
     at = rows[:, None] * num_columns + columns[None, :]
-    tl.store(y + at, total.to(y.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
+    tl.store(y + at, _rounded(total, y.dtype.element_ty, INTERPRETED), mask=is_row[:, None] & is_column[None, :])
 
 
 @triton.jit
@@ -159,7 +170,7 @@ def hidden_gradient(
     d_model,
     d_ff,
     GATED: tl.constexpr,
-    WIDEN: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
@@ -173,7 +184,7 @@ def hidden_gradient(
     tokens = tl.load(token_of_row + rows, mask=is_row, other=0).to(tl.int64)
     da = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     w = w_out + expert * d_model * d_ff
-    da = _rows_times_matrix(grad, tokens, is_row, w, columns, is_column, d_model, d_ff, 1, da, BLOCK_DEPTH, WIDEN)
+    da = _rows_times_matrix(grad, tokens, is_row, w, columns, is_column, d_model, d_ff, 1, da, BLOCK_DEPTH, INTERPRETED)
     factor = tl.load(scale + rows, mask=is_row, other=0.0).to(tl.float32)[:, None]
     mask = is_row[:, None] & is_column[None, :]
     width = d_ff * 2 if GATED else d_ff
@@ -185,16 +196,16 @@ def hidden_gradient(
         act = gate * sigmoid * up
         slope = da * factor * sigmoid
         d_gate, d_up = slope * up * (1.0 + gate * (1.0 - sigmoid)), slope * gate
-        tl.store(dh + at, d_gate.to(dh.dtype.element_ty), mask=mask)
-        tl.store(dh + at + d_ff, d_up.to(dh.dtype.element_ty), mask=mask)
+        tl.store(dh + at, _rounded(d_gate, dh.dtype.element_ty, INTERPRETED), mask=mask)
+        tl.store(dh + at + d_ff, _rounded(d_up, dh.dtype.element_ty, INTERPRETED), mask=mask)
     else:
         hidden = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
         below = 0.5 * (1.0 + tl.erf(hidden * 0.7071067811865476))
         act = hidden * below
         slope = below + hidden * tl.exp(-0.5 * hidden * hidden) * 0.3989422804014327
-        tl.store(dh + at, (da * factor * slope).to(dh.dtype.element_ty), mask=mask)
+        tl.store(dh + at, _rounded(da * factor * slope, dh.dtype.element_ty, INTERPRETED), mask=mask)
     at = rows[:, None] * d_ff + columns[None, :]
-    tl.store(a + at, (act * factor).to(a.dtype.element_ty), mask=mask)
+    tl.store(a + at, _rounded(act * factor, a.dtype.element_ty, INTERPRETED), mask=mask)
     block = tl.program_id(0) % tl.cdiv(d_ff, BLOCK_COLUMNS)
     tl.store(d_scale + block.to(tl.int64) * num_rows + rows, tl.sum(da * act, 1), mask=is_row)
 
@@ -210,7 +221,7 @@ def weights_product(
     num_left,
     num_right,
     GATHER_LEFT: tl.constexpr,
-    WIDEN: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     BLOCK_LEFT: tl.constexpr,
     BLOCK_RIGHT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -233,6 +244,6 @@ def weights_product(
         one = tl.load(left + at, mask=is_i[:, None] & is_row[None, :], other=0.0)
         at = of_right[:, None] * num_right + j[None, :]
         other = tl.load(right + at, mask=is_row[:, None] & is_j[None, :], other=0.0)
-        total = _dot(one, other, total, WIDEN)
+        total = _dot(one, other, total, INTERPRETED)
     at = expert.to(tl.int64) * num_left * num_right + i.to(tl.int64)[:, None] * num_right + j[None, :]
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=is_i[:, None] & is_j[None, :])
+    tl.store(out + at, _rounded(total, out.dtype.element_ty, INTERPRETED), mask=is_i[:, None] & is_j[None, :])

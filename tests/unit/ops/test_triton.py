@@ -18,6 +18,8 @@ from trainer import packages
 from trainer.ops.expert_ffn import Activation, reference_ffn
 from trainer.ops.kernel_canary import GROUPS, LayerWidths, RowGroups, groups_fault, kernel_fault
 from trainer.ops.kernels import choose_experts_kernel, missing_kernel, run_experts
+from trainer.ops.routed_ffn import ExpertRows
+from trainer.ops.weighted_activation import weighted_activation
 
 NEEDS_TRITON = pytest.mark.skipif(
     not packages.is_installed("triton"), reason="triton is not installed: pip install 'turnout[triton]'"
@@ -71,9 +73,7 @@ def _inputs(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     return index, [value.requires_grad_() for value in values]
 
 
-def _results(
-    dtype: torch.dtype, *, recompute: bool = False, num_rows: int | None = None
-) -> tuple[list[Tensor], list[tuple[int, ...]]]:
+def _results(dtype: torch.dtype, *, recompute: bool = False) -> tuple[list[Tensor], list[tuple[int, ...]]]:
     """Return the output and the gradients, and the shapes of the floats that are saved."""
     index, inputs = _inputs(dtype)
     saved: list[Tensor] = []
@@ -84,7 +84,7 @@ def _results(
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         x, weight, w_in, w_out = inputs
-        y = run_experts("triton", x, index, weight, w_in, w_out, "swiglu", num_rows=num_rows, recompute=recompute)
+        y = run_experts("triton", x, index, weight, w_in, w_out, "swiglu", recompute=recompute)
     given = {tensor.data_ptr() for tensor in inputs}
     kept = [tuple(t.shape) for t in saved if t.is_floating_point() and t.data_ptr() not in given]
     return [y.detach(), *torch.autograd.grad(y.float().square().sum(), inputs)], kept
@@ -110,6 +110,27 @@ def test_hidden_values_that_are_computed_again_have_the_same_bits(interpreter: E
     assert kept == [] and [t.dtype for t in again] == [torch.float32, dtype, *[torch.float32] * 3]
     for one, other in zip(saved, again, strict=True):
         assert torch.equal(one, other)
+
+
+def _hidden(x: Tensor, w_in: Tensor, activation: Activation) -> Tensor:
+    """Return the hidden values of rows of one expert."""
+    from trainer.ops.triton_ffn import TritonKernel
+
+    token_of_row, rows_per_expert = torch.arange(len(x)), torch.tensor([len(x)])
+    rows = ExpertRows(x=x, token_of_row=token_of_row, scale=torch.ones(len(x)), rows_per_expert=rows_per_expert)
+    return TritonKernel(weighted_activation(activation, is_compiled=False)).hidden(rows, w_in)
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("activation", get_args(Activation))
+def test_bfloat16_is_rounded_to_the_nearest_with_ties_to_even(interpreter: Executor, activation: Activation) -> None:
+    """Sums of whole numbers are exact in float32, so the bits are certain; some end in a tie."""
+    draw = torch.Generator().manual_seed(1)
+    x, w_in = (torch.randint(-15, 16, shape, generator=draw).bfloat16() for shape in ((9, 6), (1, 10, 6)))
+    exact = x.float() @ w_in[0].float().T
+    rounded = exact.bfloat16()
+    assert (rounded.float().abs() > exact.abs()).any() and (rounded.float().abs() < exact.abs()).any()
+    assert torch.equal(interpreter.submit(_hidden, x, w_in, activation).result(), rounded)
 
 
 @NEEDS_TRITON
