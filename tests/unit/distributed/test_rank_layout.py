@@ -84,7 +84,12 @@ def test_neighbours_share_a_copy(
 
 @pytest.mark.parametrize(
     ("world_size", "ep_size", "shard_size", "fitting"),
-    [(8, 1, 3, "2, 4, 8"), (12, 4, 6, "2, 4, 12"), (6, 1, 12, "2, 3, 6")],
+    [
+        (8, 1, 3, "2, 4, 8, or null for all ranks"),
+        (12, 4, 6, "2, 4, 12, or null for all ranks"),
+        (6, 1, 12, "2, 3, 6, or null for all ranks"),
+        (1, 1, 2, "null"),
+    ],
 )
 def test_a_shard_size_that_does_not_fit_is_refused(
     world_size: int, ep_size: int, shard_size: int, fitting: str
@@ -93,5 +98,5 @@ def test_a_shard_size_that_does_not_fit_is_refused(
         check_layout(world_size=world_size, ep_size=ep_size, shard_size=shard_size)
     assert str(refused.value) == (
         f"parallel.shard_size: {shard_size} must divide the {world_size} ranks that were started, and divide or be a "
-        f"multiple of ep_size {ep_size}; use {fitting}, or null for all ranks"
+        f"multiple of ep_size {ep_size}; use {fitting}"
     )
