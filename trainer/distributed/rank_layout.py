@@ -156,7 +156,8 @@ def check_layout(*, world_size: int, ep_size: int, shard_size: int | None = None
         return
     if world_size % shard_size or (shard_size % ep_size and ep_size % shard_size):
         fitting = [n for n in divisors if n > 1 and (n % ep_size == 0 or ep_size % n == 0)]
+        advice = f"{', '.join(map(str, fitting))}, or null for all ranks" if fitting else "null"
         raise ConfigError(
             f"parallel.shard_size: {shard_size} must divide the {world_size} ranks that were started, and divide or be "
-            f"a multiple of ep_size {ep_size}; use {'null' if not fitting else ', '.join(map(str, fitting)) + ', or null for all ranks'}"
+            f"a multiple of ep_size {ep_size}; use {advice}"
         )
