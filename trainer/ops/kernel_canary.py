@@ -23,6 +23,8 @@ LayerFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Activation], T
 """(x, expert_index, weight, w_in, w_out, activation) -> (N, D): `run_experts` of one kernel."""
 _WIDEST = 256
 """Wider layers are narrowed to about this, so that the oracle takes less than a second on one core."""
+_FEWEST = 16
+"""Fewer numbers of a token can nearly cancel, so that a sound kernel is far off in proportion."""
 _ALIGNMENT = 64
 """A narrowed width keeps its remainder modulo this, and with it the alignment that kernels depend on."""
 _FAR_WIDTH, _END = 512, 65
@@ -46,12 +48,15 @@ class LayerWidths:
         return 2 * self.d_ff if self.activation == "swiglu" else self.d_ff
 
     def narrowed(self) -> "LayerWidths":
-        """Return widths that are as aligned as these, and not much more than 256."""
-        d_model, d_ff = (
-            width if width < _WIDEST + _ALIGNMENT else _WIDEST + width % _ALIGNMENT
-            for width in (self.d_model, self.d_ff)
-        )
+        """Return widths that are as aligned as these, neither much more than 256 nor so few that a norm can cancel."""
+        d_model, d_ff = (_canary_width(width) for width in (self.d_model, self.d_ff))
         return LayerWidths(d_model=d_model, d_ff=d_ff, activation=self.activation, dtype=self.dtype)
+
+
+def _canary_width(width: int) -> int:
+    if width < _FEWEST:
+        return width + _ALIGNMENT
+    return width if width < _WIDEST + _ALIGNMENT else _WIDEST + width % _ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True)
