@@ -221,6 +221,9 @@ class ExperimentConfig(Config):
         if self.parallel.shard_size is not None and self.parallel.data != "shard":
             problem = f"{self.parallel.shard_size}, but parallel.data is replicate; use shard, or leave it out"
             yield Problem("parallel.shard_size", problem)
+        if self.parallel.shard_keeps != "gradients" and self.parallel.data != "shard":
+            problem = f"{self.parallel.shard_keeps}, but parallel.data is replicate; use shard, or leave it out"
+            yield Problem("parallel.shard_keeps", problem)
 
     def _deepspeed_problems(self) -> Iterator[Problem]:
         """Check DeepSpeed's options against the sections that they repeat."""
