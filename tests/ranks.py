@@ -1,5 +1,6 @@
 """Gloo processes for tests: started once, run functions together, killed if they hang."""
 
+import faulthandler
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from trainer.distributed.rank_layout import Layout
 from trainer.prove.pool import Failure, LocalRanks
 
 TIMEOUT_S = 120.0
+_STACKS_AFTER_S = 200.0
+"""Seconds after which a rank writes where it is, before the time of its test is over."""
 
 
 class Ranks(LocalRanks):
@@ -22,7 +25,7 @@ class Ranks(LocalRanks):
         Raises:
             AssertionError: with the traceback of each failed rank, or on a timeout.
         """
-        answers = super().run(world_size, function, *args, timeout_s=timeout_s)
+        answers = super().run(world_size, _with_stacks, function, *args, timeout_s=timeout_s)
         errors = [
             f"rank {rank}:\n{answer.text or 'died or hangs'}"
             for rank, answer in enumerate(answers)
@@ -31,6 +34,15 @@ class Ranks(LocalRanks):
         if errors:
             raise AssertionError("\n".join(errors))
         return answers
+
+
+def _with_stacks(function: Callable[..., Any], *args: Any) -> Any:
+    """Run a function; if it hangs, write the stacks of this rank's threads to stderr."""
+    faulthandler.dump_traceback_later(_STACKS_AFTER_S)
+    try:
+        return function(*args)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def mesh_here(

@@ -67,6 +67,11 @@ CASES = ["random", "all to one expert", "rank 0 has no token", "one token in all
 def _decision(rank: int, case: str, num_experts: int, top_k: int, factor: float | None) -> RoutingDecision:
     chosen, valid = _choices(case, rank, num_experts, top_k)
     generator = torch.Generator().manual_seed(rank)
+    if case == "a varying number of experts":  # at most one on rank 0, and at most all of them on the others
+        mask = torch.rand(TOKENS, num_experts, generator=generator) < 0.5
+        mask &= (torch.arange(num_experts) == 1) | torch.tensor(rank > 0)
+        every = torch.rand(TOKENS, num_experts, generator=generator, dtype=torch.float64).requires_grad_()
+        return RoutingDecision.from_mask(mask, every, valid=valid)
     weight = torch.rand(TOKENS, top_k, generator=generator, dtype=torch.float64).requires_grad_()
     decision = RoutingDecision.from_top_k(chosen, weight, num_experts=num_experts, valid=valid)
     context = make_context(SEQUENCES, SEQ_LEN, valid)
@@ -140,7 +145,7 @@ def _compare(ranks: Ranks, config: Any, case: str, shape: tuple[int, int, int], 
         torch.testing.assert_close(whole, torch.stack([o[name] for o in alone]).sum(0), rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, "a varying number of experts"])
 @pytest.mark.parametrize("config", DROPLESS.values(), ids=DROPLESS.keys())
 def test_dropless_equals_a_single_process(ranks: Ranks, config: Any, case: str) -> None:
     for shape in SHAPES.values():

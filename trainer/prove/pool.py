@@ -52,6 +52,9 @@ class LocalRanks:
 
     def __init__(self) -> None:
         self._workers: list[_Worker] = []
+        # Files of the groups' stores. They stay as long as the processes: one that frees a group without its file dies.
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._num_runs = 0
 
     def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float) -> list[Any]:
         """Run `function(*args)` on each rank; return each rank's result or `Failure`.
@@ -66,11 +69,13 @@ class LocalRanks:
             child_end.close()
             self._workers.append(_Worker(process, parent_end))
         workers = self._workers[:world_size]
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            for rank, worker in enumerate(workers):
-                with suppress(OSError):  # it died: _receive reports it
-                    worker.pipe.send((function, args, rank, world_size, str(Path(folder) / "store"), timeout_s))
-            answers = _receive([worker.pipe for worker in workers], timeout_s)
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        store, self._num_runs = str(Path(self._folder.name) / f"store_{self._num_runs}"), self._num_runs + 1
+        for rank, worker in enumerate(workers):
+            with suppress(OSError):  # it died: _receive reports it
+                worker.pipe.send((function, args, rank, world_size, store, timeout_s))
+        answers = _receive([worker.pipe for worker in workers], timeout_s)
         if any(isinstance(answer, Failure) for answer in answers):
             self.close()
         return answers
@@ -81,6 +86,9 @@ class LocalRanks:
             worker.process.kill()
             worker.process.join()
         self._workers = []
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
 
 def _receive(pipes: list[Connection], timeout_s: float) -> list[Any]:

@@ -1,5 +1,6 @@
 """Tests for local ranks: results, failures and dead processes."""
 
+import gc
 import os
 import signal
 from contextlib import closing
@@ -55,3 +56,27 @@ def test_a_process_that_died_between_two_functions_is_a_failure() -> None:
         ranks._workers[0].process.join()
         lost, _ = ranks.run(2, pid, timeout_s=5)
         assert isinstance(lost, Failure) and lost.is_lost
+
+
+_KEPT: list[object] = []
+
+
+def _keep_group() -> int:
+    _KEPT.append(dist.distributed_c10d._get_default_group())
+    return os.getpid()
+
+
+def _free_group() -> int:
+    _KEPT.clear()
+    gc.collect()
+    return os.getpid()
+
+
+def test_a_group_can_be_freed_in_a_later_run() -> None:
+    """Torch ends a process that frees the store of a group whose file is gone."""
+    ranks = LocalRanks()
+    try:
+        (first,) = ranks.run(1, _keep_group, timeout_s=30)
+        assert ranks.run(1, _free_group, timeout_s=30) == [first] == ranks.run(1, _free_group, timeout_s=30)
+    finally:
+        ranks.close()

@@ -37,6 +37,7 @@ class DeduplicatedDispatcher(ExchangingDispatcher):
             slots, dtype = TokenSlots.of(decision), compute_dtype(x)
             rank = self._first_slots(slots)  # (T, k)
             counts = self._gather_sizes(slots, rank)
+            slots = slots.widened(max(row[-1] for row in counts))
             sizes = [row[: self.group.size] for row in counts]
             order = order_by_expert(rank, self.group.size, num_rows=sum(sizes[self.group.index]))
             tokens = order.token_of_row
@@ -80,10 +81,11 @@ class DeduplicatedDispatcher(ExchangingDispatcher):
         return torch.where(is_repeated, size, rank)
 
     def _gather_sizes(self, slots: TokenSlots, rank: Tensor) -> list[list[int]]:
-        """Return (G, 2 G): for each rank its tokens to each rank, then its assignments to each. The one wait."""
+        """Return (G, 2 G + 1): for each rank its tokens to each rank, its assignments to each, and its k. One wait."""
         size = self.group.size
         counts = [count_slots(of_slots, size) for of_slots in (rank, self._rank_of(slots.expert_index))]
-        return self.gather_counts(torch.cat(counts))[1]
+        num_slots = rank.new_full((1,), rank.shape[1])  # differs between ranks if the number of experts varies by token
+        return self.gather_counts(torch.cat([*counts, num_slots]))[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 # T tokens, k slots per token, A assignments, R rows, E experts, C capacity.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,12 @@ class TokenSlots:
             expert = torch.cat([expert, expert.new_full((1,), num_experts)])[slots]
             weight = torch.cat([weight, weight.new_zeros(1)])[slots]
         return cls(expert_index=expert, weight=weight, num_experts=num_experts, num_rows=decision.num_rows)
+
+    def widened(self, num_slots: int) -> "TokenSlots":
+        """Append empty slots until a token has this many."""
+        missing = (0, num_slots - self.expert_index.shape[1])
+        expert_index = F.pad(self.expert_index, missing, value=self.num_experts)
+        return replace(self, expert_index=expert_index, weight=F.pad(self.weight, missing))
 
     def counts(self) -> Tensor:
         """Return (E,) int64: the number of slots with each expert."""
