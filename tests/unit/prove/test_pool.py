@@ -1,9 +1,9 @@
 """Tests for local ranks: results, failures and dead processes."""
 
-import gc
 import os
 import signal
 from contextlib import closing
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -58,25 +58,17 @@ def test_a_process_that_died_between_two_functions_is_a_failure() -> None:
         assert isinstance(lost, Failure) and lost.is_lost
 
 
-_KEPT: list[object] = []
+def store_path() -> str:
+    store = dist.distributed_c10d._get_default_store()
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return store.path
 
 
-def _keep_group() -> int:
-    _KEPT.append(dist.distributed_c10d._get_default_group())
-    return os.getpid()
-
-
-def _free_group() -> int:
-    _KEPT.clear()
-    gc.collect()
-    return os.getpid()
-
-
-def test_a_group_can_be_freed_in_a_later_run() -> None:
-    """Torch ends a process that frees the store of a group whose file is gone."""
-    ranks = LocalRanks()
-    try:
-        (first,) = ranks.run(1, _keep_group, timeout_s=30)
-        assert ranks.run(1, _free_group, timeout_s=30) == [first] == ranks.run(1, _free_group, timeout_s=30)
-    finally:
-        ranks.close()
+def test_the_file_of_a_group_is_there_as_long_as_the_processes() -> None:
+    """Torch ends a process that frees the store of a group while its file is being removed."""
+    with closing(LocalRanks()) as ranks:
+        (path,) = ranks.run(1, store_path, timeout_s=30)
+        assert Path(path).parent.is_dir()
+        assert ranks.run(1, store_path, timeout_s=30) != [path]
+    assert not Path(path).parent.exists()
