@@ -52,8 +52,8 @@ class LocalRanks:
 
     def __init__(self) -> None:
         self._workers: list[_Worker] = []
-        # Files of the groups' stores. They stay as long as the processes: one dies if it frees a group while its file is
-        # being removed.
+        # Files of the groups' stores. They stay as long as the processes: one dies if it frees a group while the file
+        # is being removed.
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._num_runs = 0
 
