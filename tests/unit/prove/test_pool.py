@@ -62,6 +62,7 @@ def store_path() -> str:
     store = dist.distributed_c10d._get_default_store()
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
+    assert isinstance(store, dist.FileStore)
     return store.path
 
 
