@@ -63,6 +63,7 @@ def store_path() -> str:
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     assert isinstance(store, dist.FileStore)
+    # pyrefly: ignore[missing-attribute]
     return store.path
 
 
