@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.ops.expert_order import ExpertOrder, rows_of_slots, sum_slots
+from trainer.ops.expert_order import ExpertOrder, rows_of_slots, sum_slots, tokens_of_rows, values_of_rows
 from trainer.ops.first_derivative import only_first_derivative
 from trainer.ops.weighted_activation import WeightedActivation
 
@@ -148,6 +148,9 @@ class _RoutedFFN(torch.autograd.Function):
 
 
 def _rows(x: Tensor, weight: Tensor, slot_of_row: Tensor, rows_per_expert: Tensor) -> ExpertRows:
-    scale = torch.cat([weight.reshape(-1), weight.new_zeros(1)]).index_select(0, slot_of_row)
-    token_of_row = (slot_of_row // weight.shape[1]).clamp_(max=len(x) - 1)
-    return ExpertRows(x=x, token_of_row=token_of_row, scale=scale, rows_per_expert=rows_per_expert)
+    return ExpertRows(
+        x=x,
+        token_of_row=tokens_of_rows(slot_of_row, weight.shape),
+        scale=values_of_rows(weight, slot_of_row),
+        rows_per_expert=rows_per_expert,
+    )

@@ -30,7 +30,12 @@ class Outgoing:
     weight: Tensor
     """(R, 1) combine weights."""
     plans: Sequence[ExchangePlan]
-    """Of each chunk."""
+    """Plan of each chunk."""
+
+    @classmethod
+    def of(cls, x: Tensor, slots: TokenSlots, order: ExpertOrder, plans: Sequence[ExchangePlan]) -> "Outgoing":
+        """Copy the tokens x (T, D) and their combine weights into the order."""
+        return cls(order=order, rows=gather_rows(x, order), weight=order.of_rows(slots.weight)[:, None], plans=plans)
 
 
 class AllToAllDispatcher(ExchangingDispatcher):
@@ -86,9 +91,7 @@ class AllToAllDispatcher(ExchangingDispatcher):
         table, counts = self.gather_counts(slots.counts())
         order = order_by_expert(slots.expert_index, slots.num_experts, num_rows=sum(counts[self.group.index]))
         plans = [plan_exchange(table, counts, bounds, self.group.index) for bounds in chunks]
-        return Outgoing(
-            order=order, rows=gather_rows(x, order), weight=order.of_rows(slots.weight)[:, None], plans=plans
-        )
+        return Outgoing.of(x, slots, order, plans)
 
     def start_rows(self, rows: Tensor, weight: Tensor, plan: ExchangePlan) -> "RowExchange":
         """Start to send rows (R, D) and their combine weights (R, 1)."""

@@ -14,7 +14,6 @@ from trainer.moe.dispatch.token_slots import TokenSlots
 from trainer.moe.routing import RoutingDecision
 from trainer.ops.compute_dtype import compute_dtype
 from trainer.ops.expert_order import ExpertOrder
-from trainer.ops.permute import gather_rows
 
 # T tokens, k slots, E experts, G ranks of the expert-parallel group, P rows from each rank to each rank.
 
@@ -32,9 +31,6 @@ class BudgetedAllToAllDispatcher(AllToAllDispatcher):
         self.row_budget, self.has_static_sizes = row_budget, False
         self.overflow: Tensor | None = None
         """Rows of this rank that found no place since the sizes became static."""
-        owners = [rank for rank, (first, end) in enumerate(self.bounds) for _ in range(first, end)]
-        self._owner = torch.tensor([*owners, group.size])
-        """(E + 1,) rank of each expert; G for no expert."""
 
     @contextmanager
     def static_sizes(self) -> Iterator[None]:
@@ -59,16 +55,12 @@ class BudgetedAllToAllDispatcher(AllToAllDispatcher):
         place = torch.arange(budget, device=x.device).expand(size, budget).contiguous()
         expert = torch.searchsorted(ends, place, right=True).clamp(max=end - first - 1)  # empty rows join the last one
         plan = ExchangePlan(sizes=[[budget] * size] * size, expert_index=expert.view(-1, 1))
-        return Outgoing(
-            order=order, rows=gather_rows(x, order), weight=order.of_rows(slots.weight)[:, None], plans=[plan]
-        )
+        return Outgoing.of(x, slots, order, [plan])
 
     def _order(self, slots: TokenSlots, budget: int) -> tuple[ExpertOrder, Tensor]:
         """Return the rows by receiver, then expert, with P for each receiver, and the (E,) assignments of experts."""
-        key = slots.expert_index.reshape(-1)
-        self._owner = self._owner.to(key.device, non_blocking=True)  # it moves once
-        counts = slots.counts()
-        order, sent = slots.pad_queues(self._owner[key], self.group.size, budget, counts)
+        counts, rank = slots.counts(), self.rank_of(slots.expert_index.reshape(-1))
+        order, sent = slots.pad_queues(rank, self.group.size, budget, counts)
         overflow = (sent - budget).clamp(min=0).sum()
         self.overflow = overflow if self.overflow is None else self.overflow + overflow
         return order, counts

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.distributed.collectives import AllToAll, Group
+from trainer.distributed.collectives import AllToAll
 from trainer.moe.dispatch.base import Dispatched, RunExperts
-from trainer.moe.dispatch.exchanging import ExchangingDispatcher, Wire
+from trainer.moe.dispatch.exchanging import ExchangingDispatcher
 from trainer.moe.dispatch.token_slots import TokenSlots
 from trainer.moe.routing import RoutingDecision
 from trainer.ops.compute_dtype import compute_dtype
@@ -27,19 +27,16 @@ class DeduplicatedDispatcher(ExchangingDispatcher):
     in the order of the ranks' first slots, then by slot; so it differs from that of `all_to_all` in its last bits.
     """
 
-    def __init__(self, group: Group, num_experts: int, wire: Wire = "compute") -> None:
-        super().__init__(group, num_experts, wire)
-        self._ends = torch.tensor([end for _, end in self.bounds])
-
     def begin(self, x: Tensor, decision: RoutingDecision) -> "_TokenExchange":
         """Start to send tokens of x (T, D) to the ranks of their experts."""
         with self.step_timer.within("dispatch"):
             slots, dtype = TokenSlots.of(decision), compute_dtype(x)
-            rank = self._first_slots(slots)  # (T, k)
-            counts = self._gather_sizes(slots, rank)
+            rank = self.rank_of(slots.expert_index)  # (T, k)
+            first_of_rank = self._first_slots(rank)
+            counts = self._gather_sizes(first_of_rank, rank)
             slots = slots.widened(max(row[-1] for row in counts))
             sizes = [row[: self.group.size] for row in counts]
-            order = order_by_expert(rank, self.group.size, num_rows=sum(sizes[self.group.index]))
+            order = order_by_expert(first_of_rank, self.group.size, num_rows=sum(sizes[self.group.index]))
             tokens = order.token_of_row
             return _TokenExchange(
                 order=order,
@@ -65,25 +62,17 @@ class DeduplicatedDispatcher(ExchangingDispatcher):
             rows = self.start(y.to(begun.dtype), back).wait().to(begun.dtype)
             return sum_rows(rows, begun.order, dtype=torch.promote_types(begun.dtype, weight.dtype))
 
-    def _rank_of(self, expert: Tensor) -> Tensor:
-        """Return the rank that has each expert; G for E, which is none."""
-        if self._ends.device != expert.device:
-            self._ends = self._ends.to(expert.device)
-        return torch.bucketize(expert, self._ends, right=True)
-
-    def _first_slots(self, slots: TokenSlots) -> Tensor:
-        """Return (T, k): the rank of each slot's expert; G for none, and if an earlier slot of the token has it too."""
-        size, expert = self.group.size, slots.expert_index
-        rank = self._rank_of(expert)
-        number = torch.arange(expert.shape[1], device=expert.device)
+    def _first_slots(self, rank: Tensor) -> Tensor:
+        """Return the ranks (T, k) of slots, with G for none also where an earlier slot of the token has the same."""
+        number = torch.arange(rank.shape[1], device=rank.device)
         is_earlier = number[None, :] < number[:, None]  # (k, k)
         is_repeated = ((rank[:, :, None] == rank[:, None, :]) & is_earlier).any(-1)
-        return torch.where(is_repeated, size, rank)
+        return torch.where(is_repeated, self.group.size, rank)
 
-    def _gather_sizes(self, slots: TokenSlots, rank: Tensor) -> list[list[int]]:
+    def _gather_sizes(self, first_of_rank: Tensor, rank: Tensor) -> list[list[int]]:
         """Return (G, 2 G + 1): for each rank its tokens to each rank, its assignments to each, and its k. One wait."""
         size = self.group.size
-        counts = [count_slots(of_slots, size) for of_slots in (rank, self._rank_of(slots.expert_index))]
+        counts = [count_slots(of_slots, size) for of_slots in (first_of_rank, rank)]
         num_slots = rank.new_full((1,), rank.shape[1])  # differs between ranks if the number of experts varies by token
         return self.gather_counts(torch.cat([*counts, num_slots]))[1]
 

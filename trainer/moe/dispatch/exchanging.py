@@ -24,6 +24,13 @@ class ExchangingDispatcher(Dispatcher):
     def __init__(self, group: Group, num_experts: int, wire: Wire = "compute") -> None:
         self.group, self.wire = group, wire
         self.bounds: Bounds = even_slices(num_experts, group.size)
+        owners = [rank for rank, (first, end) in enumerate(self.bounds) for _ in range(first, end)]
+        self._owner = torch.tensor([*owners, group.size])  # (E + 1,)
+
+    def rank_of(self, expert_index: Tensor) -> Tensor:
+        """Return the rank of each expert; G for E, which is none."""
+        self._owner = self._owner.to(expert_index.device, non_blocking=True)  # it moves once
+        return self._owner[expert_index]
 
     def gather_counts(self, counts: Tensor) -> tuple[Tensor, list[list[int]]]:
         """Return the counts (n,) of all ranks (G, n), on the device and on the host: the one wait for the device.

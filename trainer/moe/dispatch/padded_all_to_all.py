@@ -11,7 +11,6 @@ from trainer.moe.dispatch.exchanging import Bounds
 from trainer.moe.dispatch.token_slots import TokenSlots
 from trainer.moe.routing import RoutingDecision
 from trainer.ops.compute_dtype import compute_dtype
-from trainer.ops.permute import gather_rows
 
 
 class PaddedAllToAllDispatcher(AllToAllDispatcher):
@@ -27,9 +26,7 @@ class PaddedAllToAllDispatcher(AllToAllDispatcher):
         slots, x = TokenSlots.of(decision), x.to(compute_dtype(x))
         order = slots.pad_to_capacity(decision.capacity)
         plans = [self._plan(bounds, decision.capacity, x.device) for bounds in chunks]
-        return Outgoing(
-            order=order, rows=gather_rows(x, order), weight=order.of_rows(slots.weight)[:, None], plans=plans
-        )
+        return Outgoing.of(x, slots, order, plans)
 
     def _plan(self, bounds: Bounds, capacity: int, device: torch.device) -> ExchangePlan:
         size = self.group.size

@@ -88,7 +88,7 @@ def assignment_of_slot(decision: RoutingDecision) -> Tensor:
     token, num_assignments = decision.token_index, decision.token_index.numel()
     if decision.top_k is not None:
         return torch.arange(num_assignments, device=token.device).view(decision.num_tokens, decision.top_k)
-    per_token = token.new_zeros(decision.num_tokens).scatter_add_(0, token, torch.ones_like(token))
+    per_token = count_slots(token, decision.num_tokens)
     start = per_token.cumsum(0) - per_token
     number = torch.arange(num_assignments, device=token.device)
     slot = number - start[token]  # assignments are token-major: the distance from the token's first
