@@ -10,7 +10,7 @@ from trainer.config.numbers import Coefficient, Epsilon, Layers, Length, Width
 from trainer.moe.config import MoEConfig
 
 Recompute = Literal["none", "experts", "norms_and_activations", "block"]
-"""What is computed again in the backward pass instead of being saved."""
+"""Activations that are computed again in the backward pass instead of being saved."""
 MAX_WEIGHTS: Final = 2**50
 """Maximum parameters of a model, about 10^15: more than any machine can hold."""
 

@@ -27,7 +27,7 @@ class HeadChunks:
     size: int
     """Maximum tokens of a chunk, n."""
     dtype: torch.dtype
-    """Of the products; losses are at least float32."""
+    """Dtype of the products; losses are at least float32."""
     is_compiled: bool = False
     """Compile the operations between the products."""
 

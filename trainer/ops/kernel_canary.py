@@ -35,7 +35,7 @@ _FAR_BUFFERS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWidths:
-    """What a kernel may depend on: widths, activation and dtype of the products of an experts' layer."""
+    """Properties of an experts' layer that a kernel may depend on: widths, activation and dtype of the products."""
 
     d_model: int
     d_ff: int

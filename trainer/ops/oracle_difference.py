@@ -23,7 +23,7 @@ class LayerResult(NamedTuple):
     x_grad: Tensor
     """(N, D)."""
     weight_grad: Tensor
-    """Of the combine weights, in any shape of A entries."""
+    """Gradient of the combine weights, in any shape of A entries."""
     w_in_grad: Tensor
     """(E, H, D)."""
     w_out_grad: Tensor

@@ -34,7 +34,7 @@ class TileShape:
     rows: int
     columns: int
     depth: int
-    """Of one step of the sum."""
+    """Depth of one step of the sum."""
     warps: int
     stages: int = 3
     """Steps of the sum in flight; with these sizes 96 KiB of a Hopper's 227 KiB at most."""

@@ -30,12 +30,12 @@ _OFF = "set parallel.kernel_canary=off to train with it all the same"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CanaryReport:
-    """What the canary found."""
+    """Findings of the canary."""
 
     experts_kernel: str
     """Kernel to train with."""
     refused: Mapping[str, str] = field(default_factory=dict)
-    """What was wrong with each kernel that was refused."""
+    """Fault of each kernel that was refused."""
     seconds: float = 0.0
 
 

@@ -31,9 +31,9 @@ class RowDtypes:
     """Dtypes of a layer's rows."""
 
     compute: torch.dtype
-    """Of the experts' products."""
+    """Dtype of the experts' products."""
     wire: torch.dtype
-    """Of the rows that are sent."""
+    """Dtype of the rows that are sent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,7 +48,7 @@ class RunState:
     size: ModelSize
     spikes: SpikeWindow
     canary: CanaryReport | None = None
-    """What was found about the experts kernel; None for a dense model."""
+    """Findings about the experts kernel; None for a dense model."""
     id: str = ""
     """Run id for trackers; on rank 0 only."""
     parent: Parent | None = None

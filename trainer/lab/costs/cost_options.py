@@ -1,4 +1,4 @@
-"""What the benchmarks of costs compare: shapes, routings, kernels and peers, as a command line names them. No torch."""
+"""Entries that the benchmarks of costs compare: shapes, routings, kernels and peers, as options name them. No torch."""
 
 import itertools
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class LayerShape:
     d_ff: int
     tokens: int
     dtype: str
-    """Of the matrix products; the layer's input is float32."""
+    """Dtype of the matrix products; the layer's input is float32."""
 
     @property
     def title(self) -> str:

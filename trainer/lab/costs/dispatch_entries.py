@@ -1,4 +1,4 @@
-"""What `bench dispatch` times: one MoE layer over several ranks, by each dispatcher."""
+"""Entries that `bench dispatch` times: one MoE layer over several ranks, by each dispatcher."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

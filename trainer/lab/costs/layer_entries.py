@@ -1,4 +1,4 @@
-"""What `bench layer` times: our MoE layer by each kernel, a dense twin, and the products alone.
+"""Entries that `bench layer` times: our MoE layer by each kernel, a dense twin, and the products alone.
 
 # T tokens, k experts per token, R = T * k rows, E experts, D d_model, F d_ff.
 """

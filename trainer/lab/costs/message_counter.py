@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 @dataclass(slots=True)
 class Sent:
-    """What one rank has sent to others."""
+    """Messages and bytes that one rank has sent to others."""
 
     row_bytes: int = 0
     """By all-to-alls and all-gathers of floating-point rows of the width of a token."""

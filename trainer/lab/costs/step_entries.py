@@ -1,4 +1,4 @@
-"""What `bench step` and `bench scaling` time: whole optimizer steps, built as the trainer builds them.
+"""Entries that `bench step` and `bench scaling` time: whole optimizer steps, built as the trainer builds them.
 
 # S tokens in a row, V vocabulary.
 """

@@ -114,5 +114,5 @@ class Begun:
     order: ExpertOrder
     exchanges: Sequence[RowExchange]
     dtype: torch.dtype
-    """Of the rows."""
+    """Dtype of the rows."""
     dtype_of_sum: torch.dtype

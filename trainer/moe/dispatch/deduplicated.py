@@ -82,7 +82,7 @@ class _TokenExchange:
     """Tokens under way to the ranks of their experts, with the expert and the combine weight of each slot."""
 
     order: ExpertOrder
-    """Of the copies, by rank."""
+    """Order of the copies, by rank."""
     sizes: list[list[int]]
     """(G, G) tokens from each rank to each rank."""
     num_rows: int
@@ -91,4 +91,4 @@ class _TokenExchange:
     weight: AllToAll
     expert: AllToAll
     dtype: torch.dtype
-    """Of the rows."""
+    """Dtype of the rows."""
