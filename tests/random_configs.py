@@ -103,6 +103,7 @@ def _model(drawn: random.Random, kind: str) -> dict[str, Any]:
         "document_mask": drawn.choice([False, True]),
         "activation": drawn.choice(["swiglu", "gelu"]),
         "qk_norm": drawn.random() < 0.3,
+        "attention": {"head_dim": drawn.choice([None, None, 6])},
         "tie_embeddings": drawn.random() < 0.3,
         "init_std": drawn.choice([0.02, 0.1, 0.3, 0.6]),
         "moe": _moe(drawn, kind, layers),

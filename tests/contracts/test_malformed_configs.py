@@ -410,7 +410,7 @@ CASES = [
     Case("a width with many divisors",
          "name: x\nmodel: {d_model: 720720, num_heads: 50}\n",
          ["x.yaml:2:26: model.num_heads: 50 does not divide d_model 720720; use one of 39, 40, 42, 44, 45, 48, 52, "
-          "55, 56, 60, ..."]),
+          "55, 56, 60, ..., or set attention.head_dim"]),
     Case("a pattern that Python cannot compile",
          f"name: x\ndata: {{sources: [{{kind: jsonl, path: a, filters: [{{column: c, matches: '{'(' * 5000}'}}]}}]}}\n",
          [f"x.yaml:2:72: data.sources.0.filters.0.matches: '{'(' * 55}...' is not a regular expression that Python can "
@@ -674,7 +674,8 @@ CASES = [
            "or 2 for that many steps")]),
     Case("heads that do not divide",
          "name: x\nmodel: {d_model: 100, num_heads: 3}\n",
-         ["x.yaml:2:23: model.num_heads: 3 does not divide d_model 100; use one of 1, 2, 4, 5, 10, 20, 25, 50, 100"]),
+         ["x.yaml:2:23: model.num_heads: 3 does not divide d_model 100; use one of 1, 2, 4, 5, 10, 20, 25, 50, 100, "
+          "or set attention.head_dim"]),
     Case("odd heads",
          "name: x\nmodel: {d_model: 9, num_heads: 3}\n",
          ["x.yaml:2:21: model.num_heads: 3 gives heads of width 3, and rotary positions need an even one; choose "

@@ -43,6 +43,7 @@ def _cases() -> dict[str, Case]:
                 found[f"{family} k {top_k}, {4 // kv_heads} heads a key{', tied' if tied else ''}"] = Case(
                     family, {"num_kv_heads": kv_heads, "tie_embeddings": tied}, {"num_experts": 5, "router": router}
                 )
+    found["heads wider than d_model"] = Case("qwen3_moe", {"attention": {"head_dim": 10}}, {})
     found["first layers dense"] = Case("qwen3_moe", {"num_layers": 3}, {"first_dense_layers": 2})
     found["every second layer"] = Case("qwen3_moe", {"num_layers": 4}, {"every": 2})
     found["every third layer"] = Case("qwen3_moe", {"num_layers": 3}, {"every": 3})

@@ -86,7 +86,7 @@ FAULTS = [
     ),
     _fault(
         "norms start as memory is",
-        "trainer/models/block.py",
+        "trainer/models/norm.py",
         "nn.Parameter(torch.ones(width))",
         "nn.Parameter(torch.empty(width))",
         BY_HAND,

@@ -4,6 +4,7 @@ from tests.planted.fault import Fault
 
 PARITY = "tests/laws/test_transformers_parity.py"
 GPT = "trainer/models/gpt.py"
+ATTENTION = "trainer/models/self_attention.py"
 BLOCK = "trainer/models/block.py"
 LOSS = "tests/unit/ops/test_cross_entropy.py"
 ROTARY = "trainer/ops/rotary.py"
@@ -35,6 +36,10 @@ def _in_gpt(name: str, old: str, new: str, *tests: str) -> Fault:
     return Fault(name=name, file=GPT, old=old, new=new, tests=tests or (PARITY,))
 
 
+def _in_attention(name: str, old: str, new: str) -> Fault:
+    return Fault(name=name, file=ATTENTION, old=old, new=new, tests=(PARITY,))
+
+
 def _in_block(name: str, old: str, new: str) -> Fault:
     return Fault(name=name, file=BLOCK, old=old, new=new, tests=(PARITY,))
 
@@ -52,7 +57,7 @@ def _in_rotary(name: str, old: str, new: str) -> Fault:
 
 
 FAULTS = [
-    _in_block(
+    _in_attention(
         "queries and keys are normalised after the rotation",
         """\
         if self.q_norm is not None and self.k_norm is not None:
@@ -66,12 +71,12 @@ FAULTS = [
         return q, k, v
 """,
     ),
-    _in_block(
+    _in_attention(
         "the norms of queries and keys are exchanged",
         "self.q_norm(q), self.k_norm(k)",
         "self.k_norm(q), self.q_norm(k)",
     ),
-    _in_block("keys are not normalised", "self.q_norm(q), self.k_norm(k)", "self.q_norm(q), k"),
+    _in_attention("keys are not normalised", "self.q_norm(q), self.k_norm(k)", "self.q_norm(q), k"),
     _in_gpt("rope_theta is ignored", "self.config.rope_theta, x.dtype", "10000.0, x.dtype"),
     _in_rotary(
         "rotation frequencies are off",
@@ -85,7 +90,7 @@ FAULTS = [
         "the rotation turns the other way", "torch.cat([-right, left], dim=-1)", "torch.cat([right, -left], dim=-1)"
     ),
     _in_rotary("the rotation pairs neighbours instead of halves", _ROTATION, _ROTATION_OF_NEIGHBOURS),
-    _in_block("keys are not rotated", "rotate(q, rotary), rotate(k, rotary)", "rotate(q, rotary), k"),
+    _in_attention("keys are not rotated", "rotate(q, rotary), rotate(k, rotary)", "rotate(q, rotary), k"),
     _in_norm(
         "the eps of a norm is outside the root",
         "torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)",
@@ -101,7 +106,7 @@ FAULTS = [
         "F.linear(self.norm(hidden), self._head_weight())",
         "F.linear(hidden, self._head_weight())",
     ),
-    _in_block("attention is without its norm", "self.qkv(norm(x))", "self.qkv(x)"),
+    _in_attention("attention is without its norm", "self.qkv(norm(x))", "self.qkv(x)"),
     _in_block("the feed-forward is without its norm", "return x, self.ffn_norm(x)", "return x, x"),
     _in_block(
         "attention has the norm of the feed-forward",
@@ -112,7 +117,7 @@ FAULTS = [
     _in_block("the residual stream ends at experts", "return x + y, stats", "return y, stats"),
     _in_block("the residual stream goes through the norm", "return x + y, stats", "return normed + y, stats"),
     _in_block("the residual stream ends at a dense block", "return x + self.ffn(normed)", "return self.ffn(normed)"),
-    _in_block("keys and values are exchanged", "q, k, v = heads.split", "q, v, k = heads.split"),
+    _in_attention("keys and values are exchanged", "q, k, v = heads.split", "q, v, k = heads.split"),
     _in_gpt(
         "the embedding is scaled by the root of its width",
         "x = self.embedding(tokens)",

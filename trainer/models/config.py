@@ -7,6 +7,7 @@ from pydantic import Field
 
 from trainer.config.base import Config, Problem, Renamed, divisors
 from trainer.config.numbers import Coefficient, Epsilon, Layers, Length, Width
+from trainer.models.attention_config import AttentionConfig
 from trainer.moe.config import MoEConfig
 
 Recompute = Literal["none", "experts", "norms_and_activations", "block"]
@@ -49,6 +50,8 @@ class ModelConfig(Config):
     """RMSNorm on every query and key head (Qwen3)."""
     rope_theta: Annotated[float, Field(ge=1, le=1e15)] = 10000.0
     """Base of the rotary frequencies."""
+    attention: AttentionConfig = AttentionConfig()
+    """Attention beyond the numbers of heads."""
     norm_eps: Epsilon = 1e-6
     """Added to the mean square in RMSNorm."""
     tie_embeddings: bool = False
@@ -64,7 +67,7 @@ class ModelConfig(Config):
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.d_model // self.num_heads
+        return self.attention.head_dim or self.d_model // self.num_heads
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -80,7 +83,7 @@ class ModelConfig(Config):
     def weights(self, *, vocab_size: int) -> Weights:
         """Count the parameters without building the model; V is the vocabulary size of the tokenizer."""
         D, L, num_moe = self.d_model, self.num_layers, len(self.moe_layers)
-        attention = D * (self.num_heads + 2 * (self.num_kv_heads or self.num_heads)) * self.head_dim + D * D
+        attention = 2 * D * (self.num_heads + (self.num_kv_heads or self.num_heads)) * self.head_dim
         norms = 2 * D + (2 * self.head_dim if self.qk_norm else 0)
         dense = L * (attention + norms) + D + (1 if self.tie_embeddings else 2) * vocab_size * D
         dense += (L - num_moe) * self._feed_forward(self.d_ff)
@@ -108,9 +111,16 @@ class ModelConfig(Config):
                 f"{total:.1e} parameters are more than a machine can count; use at most {MAX_WEIGHTS:.1e}: lower "
                 "num_layers, d_model, d_ff or moe.num_experts",
             )
-        if self.d_model % self.num_heads:
+        if self.attention.head_dim is not None:
+            if self.head_dim % 2:
+                yield Problem(
+                    "attention.head_dim",
+                    f"{self.head_dim} is odd, and rotary positions need an even width; use {self.head_dim + 1}",
+                )
+        elif self.d_model % self.num_heads:
             allowed = divisors(self.d_model, near=self.num_heads)
-            yield Problem("num_heads", f"{self.num_heads} does not divide d_model {self.d_model}; use one of {allowed}")
+            what = f"{self.num_heads} does not divide d_model {self.d_model}"
+            yield Problem("num_heads", f"{what}; use one of {allowed}, or set attention.head_dim")
         elif self.head_dim % 2:
             yield Problem(
                 "num_heads",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from trainer.models.block import Attention
+from trainer.models.self_attention import Attention
 from trainer.models.gpt import GPT
 from trainer.moe.experts import Experts
 

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.data.batches.batch import Batch
-from trainer.models.block import Block, RMSNorm
+from trainer.models.block import Block
 from trainer.models.config import ModelConfig
 from trainer.models.kv_cache import Extension, KVCache
+from trainer.models.norm import RMSNorm
 from trainer.moe.layer import MoE
 from trainer.moe.routing import RoutingContext, RoutingOptions
 from trainer.moe.stats import MoEStats

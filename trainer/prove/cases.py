@@ -201,6 +201,10 @@ def labels(config: ExperimentConfig) -> list[str]:
     return found
 
 
+def _small_head(head_dim: int | None) -> dict[str, int | None]:
+    return {"head_dim": None if head_dim is None else min(head_dim, 16)}
+
+
 def shrink(config: ExperimentConfig) -> ExperimentConfig:
     """Return the config with a small model and batch, and unchanged routing."""
     values = config.model_dump()
@@ -211,6 +215,7 @@ def shrink(config: ExperimentConfig) -> ExperimentConfig:
         "num_layers": min(model["num_layers"], 2 if moe is None else moe["first_dense_layers"] + 2 * moe["every"]),
         "d_model": min(model["d_model"], 64),
         "num_heads": heads,
+        "attention": model["attention"] | _small_head(model["attention"]["head_dim"]),
         "num_kv_heads": None if kv_heads is None else max(1, heads * kv_heads // model["num_heads"]),
         "d_ff": min(model["d_ff"], 64),
         "seq_len": min(model["seq_len"], 32),

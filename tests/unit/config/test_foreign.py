@@ -18,7 +18,9 @@ from trainer.models.config import ModelConfig
 
 SMOKE = Path(__file__).parents[3] / "configs" / "smoke.yaml"
 TYPICAL: dict[str, str] = {
-    **dict.fromkeys(("model.d_model", "model.d_ff", "model.moe.d_ff", "model.seq_len"), "128"),
+    **dict.fromkeys(
+        ("model.d_model", "model.d_ff", "model.moe.d_ff", "model.seq_len", "model.attention.head_dim"), "128"
+    ),
     **dict.fromkeys(("model.num_layers", "model.num_heads", "model.moe.num_experts", "train.global_batch_size"), "16"),
     **dict.fromkeys(("model.num_kv_heads", "model.moe.router.top_k", "model.moe.every"), "2"),
     **dict.fromkeys(("model.moe.num_shared_experts", "model.moe.first_dense_layers", "parallel.ep_size"), "1"),
@@ -118,7 +120,6 @@ def test_names_are_in_one_table_each_and_are_not_our_keys() -> None:
             "logging_dir",
             "eval_strategy",
             "save_strategy",
-            "head_dim",
             "aux_loss_alpha",
         ),
         *("sliding_window", "rope_scaling", "n_experts", "num_moe_experts", "gradient_clipping", "mixed_precision"),

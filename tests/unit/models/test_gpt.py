@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from tests.builders import make_batch, make_model, rows_of, tiny_model_config
 from trainer.data.batches.batch import Batch
-from trainer.models.block import RMSNorm
 from trainer.models.gpt import GPT
+from trainer.models.norm import RMSNorm
 from trainer.models.parameter_roles import parameter_role
 from trainer.moe.routing import RoutingOptions
 from trainer.ops.rotary import rotary_table, rotate

@@ -9,8 +9,8 @@ import torch
 from tests.builders import make_batch, make_context, moe_config, tiny_model_config
 from tests.laws.test_router_oracles import VARIANTS
 from tests.registries import num_experts_of
-from trainer.models.block import RMSNorm
 from trainer.models.gpt import GPT
+from trainer.models.norm import RMSNorm
 from trainer.moe.dispatch.local import LocalDispatcher
 from trainer.moe.experts import Experts
 from trainer.moe.layer import MoE

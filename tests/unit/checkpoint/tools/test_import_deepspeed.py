@@ -24,8 +24,8 @@ from trainer.config.loader import load as load_config
 from trainer.engine.deepspeed.start import join, load_deepspeed
 from trainer.errors import CheckpointError, ConfigError
 from trainer.experiment import ExperimentConfig
-from trainer.models.block import RMSNorm
 from trainer.models.gpt import GPT
+from trainer.models.norm import RMSNorm
 from trainer.ops.rotary import rotary_table, rotate
 
 pytestmark = pytest.mark.slow
