@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trainer.models.self_attention import Attention
 from trainer.models.config import ModelConfig, Recompute
 from trainer.models.kv_cache import CachedAttention
 from trainer.models.norm import RMSNorm
 from trainer.models.recompute import checkpointed
+from trainer.models.self_attention import Attention
 from trainer.moe.build_router import build_router
 from trainer.moe.dispatch.local import LocalDispatcher
 from trainer.moe.experts import Experts

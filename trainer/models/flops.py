@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from trainer.models.self_attention import Attention
 from trainer.models.gpt import GPT
+from trainer.models.self_attention import Attention
 from trainer.moe.experts import Experts
 
 
