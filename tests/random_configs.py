@@ -105,6 +105,7 @@ def _model(drawn: random.Random, kind: str) -> dict[str, Any]:
         "qk_norm": drawn.random() < 0.3,
         "attention": {"head_dim": drawn.choice([None, None, 6])},
         "tie_embeddings": drawn.random() < 0.3,
+        "vocab_size": drawn.choice([None, None, 261]),
         "init_std": drawn.choice([0.02, 0.1, 0.3, 0.6]),
         "moe": _moe(drawn, kind, layers),
         "vocab_z_loss_coef": 0.01 if drawn.random() < 0.3 else 0.0,

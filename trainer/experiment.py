@@ -136,6 +136,7 @@ class ExperimentConfig(Config):
         ]
         for domain in repeated(domains):
             yield Problem("data.sources", f"two sources have domain {domain}; give each its own `domain`")
+        yield from self._vocabulary_problems()
         yield from self._task_problems(domains)
         yield from self._routing_gap_problems()
         if self.profile is not None and self.profile.last > steps:
@@ -145,6 +146,15 @@ class ExperimentConfig(Config):
         yield from self._dispatcher_problems()
         yield from self._shard_problems()
         yield from self._deepspeed_problems()
+
+    def _vocabulary_problems(self) -> Iterator[Problem]:
+        """Check that the embedding has a row for each id, where these are known without reading a file."""
+        rows, tokenizer = self.model.vocab_size, self.data.tokenizer
+        ids = getattr(tokenizer, "vocab_size", 256 if tokenizer.kind == "byte" else 0)
+        if rows is not None and rows < ids:
+            yield Problem(
+                "model.vocab_size", f"{rows} rows for the {ids} ids of data.tokenizer; use at least {ids}, or null"
+            )
 
     def _routing_gap_problems(self) -> Iterator[Problem]:
         moe = self.model.moe

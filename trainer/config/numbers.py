@@ -24,6 +24,8 @@ Width = Annotated[int, Field(gt=0, le=2**24)]
 """Width of the residual stream or a hidden layer; hundreds of times the widest known."""
 Length = Annotated[int, Field(gt=0, le=2**27)]
 """Tokens of a row; longer than the longest known contexts (10^8)."""
+VocabSize = Annotated[int, Field(gt=0, le=2**24)]
+"""Rows of an embedding; about 60 times the largest known."""
 Experts = Annotated[int, Field(gt=0, le=2**20)]
 """Experts or groups of experts; PEER (arXiv 2407.04153) has a million."""
 Ranks = Annotated[int, Field(gt=1, le=2**20)]

@@ -6,7 +6,7 @@ from typing import Annotated, Final, Literal, NamedTuple
 from pydantic import Field
 
 from trainer.config.base import Config, Problem, Renamed, divisors
-from trainer.config.numbers import Coefficient, Epsilon, Layers, Length, Width
+from trainer.config.numbers import Coefficient, Epsilon, Layers, Length, VocabSize, Width
 from trainer.models.attention_config import AttentionConfig
 from trainer.moe.config import MoEConfig
 
@@ -56,6 +56,9 @@ class ModelConfig(Config):
     """Added to the mean square in RMSNorm."""
     tie_embeddings: bool = False
     """Use the token embedding as output head."""
+    vocab_size: VocabSize | None = None
+    """Rows of the embedding and the output head: more than the tokenizer's ids, which no text uses and which are never
+    generated. Null: one per id."""
     init_std: Annotated[float, Field(gt=0, le=1e3)] = 0.02
     """Standard deviation of initial weights; for layers that write to the residual stream, divided by sqrt(2 L)."""
     vocab_z_loss_coef: Coefficient = 0.0
@@ -81,7 +84,8 @@ class ModelConfig(Config):
         return (layer - self.moe.first_dense_layers + 1) % self.moe.every == 0
 
     def weights(self, *, vocab_size: int) -> Weights:
-        """Count the parameters without building the model; V is the vocabulary size of the tokenizer."""
+        """Count the parameters without building the model; `vocab_size` is that of the tokenizer."""
+        vocab_size = self.vocab_size or vocab_size
         D, L, num_moe = self.d_model, self.num_layers, len(self.moe_layers)
         attention = 2 * D * (self.num_heads + (self.num_kv_heads or self.num_heads)) * self.head_dim
         norms = 2 * D + (2 * self.head_dim if self.qk_norm else 0)
@@ -94,7 +98,7 @@ class ModelConfig(Config):
 
     def activations(self, *, vocab_size: int, num_rows: int, loss_chunk: int | None) -> int:
         """Return a lower bound of the values in memory at once: residual streams, and the logits of a chunk."""
-        tokens = num_rows * self.seq_len
+        tokens, vocab_size = num_rows * self.seq_len, self.vocab_size or vocab_size
         with_logits = tokens if loss_chunk is None else min(tokens, loss_chunk)
         return tokens * self.num_layers * self.d_model + with_logits * vocab_size
 

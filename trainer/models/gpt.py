@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.data.batches.batch import Batch
+from trainer.errors import ConfigError
 from trainer.models.block import Block
 from trainer.models.config import ModelConfig
 from trainer.models.kv_cache import Extension, KVCache
@@ -53,11 +54,17 @@ class GPT(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int, *, experts_kernel: ExpertsKernel = "loop") -> None:
         super().__init__()
-        self.config, self.vocab_size = config, vocab_size
-        self.embedding = nn.Embedding(vocab_size, config.d_model)
+        self.config, self.num_tokens, self.vocab_size = config, vocab_size, config.vocab_size or vocab_size
+        """Ids of the tokenizer, and rows of the embedding, which may be more."""
+        if self.vocab_size < self.num_tokens:
+            raise ConfigError(
+                f"model.vocab_size: {self.vocab_size} rows, and the tokenizer has {self.num_tokens} ids; use at least "
+                "as many, or leave it out"
+            )
+        self.embedding = nn.Embedding(self.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer, experts_kernel) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, vocab_size, bias=False)
+        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, self.vocab_size, bias=False)
         self.loss_chunk: int | None = None
         """Maximum tokens whose logits exist at once; None: all."""
         self.compiled_norm: Callable[[Tensor], Tensor] | None = None
@@ -96,7 +103,7 @@ class GPT(nn.Module):
         return row_loss, row_z, logits if want_logits else None
 
     def next_logits(self, tokens: Tensor, cache: KVCache, num_new: Tensor | None = None) -> Tensor:
-        """Append new tokens to the cache and return the logits (B, V) of each row's next token.
+        """Append new tokens to the cache and return the logits of each row's next token: one per id of the tokenizer.
 
         Dropless and without noise; a row is one document.
 
@@ -109,7 +116,8 @@ class GPT(nn.Module):
             num_new = torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
         hidden = self._append(tokens, cache, num_new)
         last = (num_new - 1).clamp(min=0)
-        return self._logits(hidden[torch.arange(len(hidden), device=hidden.device), last])
+        logits = self._logits(hidden[torch.arange(len(hidden), device=hidden.device), last])
+        return logits[:, : self.num_tokens]
 
     def target_log_probs(
         self, tokens: Tensor, targets: Tensor, cache: KVCache, num_new: Tensor

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from tests.builders import make_batch, make_model, rows_of, tiny_model_config
 from trainer.data.batches.batch import Batch
+from trainer.errors import ConfigError
 from trainer.models.gpt import GPT
 from trainer.models.norm import RMSNorm
 from trainer.models.parameter_roles import parameter_role
@@ -207,3 +208,22 @@ def test_every_parameter_has_a_role() -> None:
     assert {n for n, r in roles.items() if r == "router"} == {"blocks.1.ffn.router.gate.weight"}
     assert all(r == "norm" for n, r in roles.items() if n.endswith("norm.weight"))
     assert roles["blocks.1.ffn.shared.w_in.weight"] == "matrix" == roles["blocks.0.ffn.w_out.weight"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_beyond_the_ids_are_scored_and_never_generated(tied: bool) -> None:
+    """As in a published model whose embedding is padded: in the softmax, but no text has them."""
+    config = tiny_model_config(vocab_size=40, tie_embeddings=tied)
+    model, batch = make_model(config, vocab_size=32, dtype=torch.float64), make_batch(2, 8)
+    logits = _logits(model, batch)
+    assert logits.shape == (2, 8, 40) and model.embedding.weight.shape == (40, 16)
+    expected = F.cross_entropy(logits[batch.target_mask], batch.targets[batch.target_mask], reduction="sum")
+    torch.testing.assert_close(model(batch).loss_sum, expected)
+    following = model.next_logits(batch.tokens, model.new_cache(2, 8))
+    torch.testing.assert_close(following, logits[:, -1, :32])
+    assert config.weights(vocab_size=32) == tiny_model_config(tie_embeddings=tied).weights(vocab_size=40)
+
+
+def test_fewer_rows_than_ids_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.vocab_size: 31 rows, and the tokenizer has 32 ids; use at least"):
+        make_model(tiny_model_config(vocab_size=31), vocab_size=32)
