@@ -14,7 +14,7 @@ from tests.builders import make_batch, make_engine, make_model, make_packed_batc
 from trainer.data.batches.batch import Batch
 from trainer.models.config import ModelConfig
 from trainer.models.gpt import GPT
-from trainer.ops.attention import document_mask
+from trainer.ops.attention_mask import AttentionMask
 
 NUM_ROWS, SEQ_LEN = 4, 8
 
@@ -74,7 +74,7 @@ def _rows(kind: str) -> tuple[Batch, dict[str, Any], Tensor | None]:
             return batch, {}, batch.valid
         case _:
             batch = make_packed_batch(NUM_ROWS, SEQ_LEN, seed=5)
-            return batch, {"document_mask": True}, document_mask(batch.document_id)
+            return batch, {"document_mask": True}, AttentionMask(document=batch.document_id).dense()
 
 
 ROWS = ["whole rows", "ragged", "documents"]

@@ -141,8 +141,8 @@ FAULTS = [
     ),
     _in_gpt(
         "documents of a row see each other",
-        "if self.config.document_mask else None",
-        "if False else None",
+        "batch.document_id if self.config.document_mask else None",
+        "None",
         PARITY,
         "tests/laws/test_documents.py",
     ),

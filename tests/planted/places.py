@@ -5,10 +5,15 @@ from tests.planted.model import GPT, PARITY
 
 CACHE = "tests/unit/models/test_kv_cache.py"
 ATTENTION = "tests/unit/ops/test_attention.py"
+MASK = "tests/unit/ops/test_attention_mask.py"
 
 
 def _in_attention(name: str, old: str, new: str, *tests: str) -> Fault:
     return Fault(name=name, file="trainer/ops/attention.py", old=old, new=new, tests=tests)
+
+
+def _in_mask(name: str, old: str, new: str, *tests: str) -> Fault:
+    return Fault(name=name, file="trainer/ops/attention_mask.py", old=old, new=new, tests=(MASK, *tests))
 
 
 def _in_cache(name: str, old: str, new: str) -> Fault:
@@ -59,13 +64,14 @@ FAULTS = [
         PARITY,
     ),
     _in_attention("attention looks ahead", "is_causal=mask is None and q.shape[2] > 1,", "is_causal=False,", PARITY),
-    _in_attention(
-        "a document's tokens see the next one",
-        "return same.tril()[:, None]",
-        "return same.tril(1)[:, None]",
-        PARITY,
-        ATTENTION,
+    _in_mask("a document's tokens see the next one", "[:, None, :]).tril()", "[:, None, :]).tril(1)", PARITY),
+    _in_mask("a window is one key wider", "seen.triu(1 - self.window)", "seen.triu(-self.window)"),
+    _in_mask(
+        "blocks of two documents are met without a mask",
+        "(low[:, :, None] == high[:, None]) & (low[:, None] == high[:, :, None])",
+        "(low[:, :, None] == low[:, None])",
     ),
+    _in_mask("the last block is without its own keys", "some = (ahead >= 0)", "some = (ahead > 0)"),
     _in_attention(
         "attention in blocks looks one token ahead",
         "position > position[start:, None]",

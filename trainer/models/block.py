@@ -21,6 +21,7 @@ from trainer.moe.experts import Experts
 from trainer.moe.layer import MoE
 from trainer.moe.routing import RoutingContext
 from trainer.moe.stats import MoEStats
+from trainer.ops.attention_mask import PreparedMask
 from trainer.ops.expert_ffn import Activation, activate
 from trainer.ops.kernels import ExpertsKernel
 
@@ -74,7 +75,7 @@ class Block(nn.Module):
         x: Tensor,
         rotary: Tensor,
         context: RoutingContext,
-        mask: Tensor | None = None,
+        mask: PreparedMask | None = None,
         extend: CachedAttention | None = None,
     ) -> tuple[Tensor, MoEStats | None]:
         """Return the residual stream (B, S, D) after this block, and its MoE layer's statistics."""
@@ -92,7 +93,7 @@ class Block(nn.Module):
         return x + self.ffn(normed)
 
     def attend(
-        self, x: Tensor, rotary: Tensor, mask: Tensor | None, extend: CachedAttention | None
+        self, x: Tensor, rotary: Tensor, mask: PreparedMask | None, extend: CachedAttention | None
     ) -> tuple[Tensor, Tensor]:
         """Return the residual stream after attention, and its normalized copy for the feed-forward."""
         x = x + self.attention(x, self.attention_norm, rotary, mask, extend)

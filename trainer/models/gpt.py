@@ -20,7 +20,7 @@ from trainer.models.norm import RMSNorm
 from trainer.moe.layer import MoE
 from trainer.moe.routing import RoutingContext, RoutingOptions
 from trainer.moe.stats import MoEStats
-from trainer.ops.attention import document_mask
+from trainer.ops.attention_mask import AttentionMask, MaskForm, PreparedMask
 from trainer.ops.compute_dtype import compute_dtype
 from trainer.ops.cross_entropy import HeadChunks, chunked_cross_entropy, chunked_log_probs
 from trainer.ops.kernels import ExpertsKernel
@@ -69,6 +69,8 @@ class GPT(nn.Module):
         """Maximum tokens whose logits exist at once; None: all."""
         self.compiled_norm: Callable[[Tensor], Tensor] | None = None
         """If set, losses in chunks are compiled too."""
+        self.mask_form: MaskForm = "dense"
+        """Form in which the blocks' kernel of attention takes a mask."""
 
     def forward(self, batch: Batch, options: RoutingOptions = _DEFAULTS, *, want_logits: bool = False) -> GPTOutput:
         """Return the losses of a micro-batch, its logits if `want_logits`, and its MoE statistics."""
@@ -76,7 +78,8 @@ class GPT(nn.Module):
             self.config.moe.check_top_k(options.top_k)
         context = routing_context(batch, options)
         positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-        mask = document_mask(batch.document_id) if self.config.document_mask else None
+        document = batch.document_id if self.config.document_mask else None
+        mask = None if document is None else AttentionMask(document=document).prepared(self.mask_form)
         hidden, moe = self._hidden(batch.tokens, positions, context, mask=mask)
         row_loss, row_z, logits = self.losses(hidden, batch.targets, batch.target_mask, want_logits)
         vocab_z = None if row_z is None else (self.config.vocab_z_loss_coef, row_z.sum())
@@ -167,7 +170,7 @@ class GPT(nn.Module):
         positions: Tensor,
         context: RoutingContext,
         *,
-        mask: Tensor | None = None,
+        mask: PreparedMask | None = None,
         extension: Extension | None = None,
     ) -> tuple[Tensor, tuple[MoEStats, ...]]:
         """Return the residual stream (B, S, D) after the last block, and the MoE layers' statistics."""

@@ -13,6 +13,7 @@ from trainer.models.kv_cache import CachedAttention
 from trainer.models.norm import RMSNorm
 from trainer.models.recompute import checkpointed
 from trainer.ops.attention import CausalAttention, torch_attention
+from trainer.ops.attention_mask import PreparedMask
 from trainer.ops.rotary import rotate
 
 
@@ -31,7 +32,7 @@ class Attention(nn.Module):
         self.recompute: Recompute = "none"
 
     def forward(
-        self, x: Tensor, norm: RMSNorm, rotary: Tensor, mask: Tensor | None, extend: CachedAttention | None
+        self, x: Tensor, norm: RMSNorm, rotary: Tensor, mask: PreparedMask | None, extend: CachedAttention | None
     ) -> Tensor:
         """Attend over norm(x) (B, S, D), and over the cache if there is one.
 
@@ -39,7 +40,7 @@ class Attention(nn.Module):
             x: the residual stream.
             norm: applied to it first.
             rotary: (2, ..., S, d) cosines and sines.
-            mask: (B, 1, S, S) bool, the keys visible to each query; None: causal.
+            mask: the keys visible to each query; None: all that are not later.
             extend: attention over this layer's cache, to which the new keys and values are appended.
         """
         B, S, _ = x.shape

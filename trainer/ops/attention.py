@@ -1,8 +1,8 @@
 """Causal attention: torch's fused kernel, and a blocked implementation that is faster on the CPU.
 
 Both take queries (B, H, S, d) and keys and values (B, Hkv, S, d), where H / Hkv query heads share a key head, and
-return (B, H, S, d) in the dtype of the values. Both disable autocast and choose their dtypes themselves. A mask
-(B, 1, S, S), which must be causal, marks the keys visible to each query; None: all that are not later.
+return (B, H, S, d) in the dtype of the values. Both disable autocast and choose their dtypes themselves. They take
+dense masks (ops/attention_mask.py); None: all keys that are not later. flex_attention is in ops/block_attention.py.
 
 # B rows, H query heads, Hkv key and value heads, G = H / Hkv, N = B * Hkv, S tokens, d head width, n queries per block.
 """
@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CausalAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+from trainer.ops.attention_mask import PreparedMask
+
+CausalAttention = Callable[[Tensor, Tensor, Tensor, PreparedMask | None], Tensor]
 
 _BLOCK = 64
 """Queries per block; a block skips the keys after its own end."""
@@ -22,22 +24,12 @@ _LONGEST = 512
 """Maximum tokens: beyond it the stored weights, S^2 / 2 per head, cost more memory than the speed is worth."""
 
 
-def document_mask(document: Tensor) -> Tensor:
-    """Return (B, 1, S, S) bool: a causal mask within documents, given the document of each token (B, S).
-
-    #  document  0 0 1      visible  x . .
-    #                                x x .
-    #                                . . x
-    """
-    same = document[:, :, None] == document[:, None, :]
-    return same.tril()[:, None]
-
-
-def torch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, mask: PreparedMask | None = None) -> Tensor:
     """Run torch's fused kernel, causal or with a mask (B, 1, S, keys).
 
     On the CPU bfloat16 is computed in float32, since the bfloat16 kernel takes 1.3 times as long, casts included.
     """
+    assert mask is None or isinstance(mask, Tensor), "a dense mask"
     is_on_cpu, num_heads = v.device.type == "cpu", q.shape[1]
     dtype = torch.float32 if is_on_cpu and v.dtype is torch.bfloat16 else v.dtype
     if mask is not None and not is_on_cpu:
@@ -60,11 +52,12 @@ def repeat_kv(x: Tensor, num_heads: int) -> Tensor:
     return x.repeat_interleave(num_heads // x.shape[1], dim=1)
 
 
-def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: PreparedMask | None = None) -> Tensor:
     """Compute attention block by block, for the CPU and torch.compile, which fuses the operations between products.
 
     Scores and softmax are at least float32; all other products are in the dtype of the values.
     """
+    assert mask is None or isinstance(mask, Tensor), "a dense mask"
     (B, H, S, d), Hkv = q.shape, k.shape[1]
     if S > _LONGEST:
         return torch_attention(q, k, v, mask)

@@ -13,7 +13,8 @@ from trainer.models.block import Block, FeedForward
 from trainer.models.gpt import GPT
 from trainer.models.initialize import WeightShard, initialize
 from trainer.moe.dispatch.base import Dispatcher
-from trainer.ops.attention import blocked_attention
+from trainer.ops.attention import blocked_attention, torch_attention
+from trainer.ops.block_attention import flex, suits_blocks
 from trainer.ops.expert_ffn import activate
 from trainer.parallel.config import ParallelConfig
 from trainer.parallel.shard import shard
@@ -48,8 +49,9 @@ def parallelize(
     model.loss_chunk = config.loss_chunk
     for layer, block in enumerate(cast(Iterable[Block], model.blocks)):
         block.set_recompute(config.recompute_of(layer))
+    choose_attention(model, device, dtype, is_compiled=config.compile and can_compile)
     if config.compile and can_compile:
-        compile_glue(model, device)
+        compile_glue(model)
     if config.data == "shard":
         shard(model, mesh, dtype=dtype)
     model.to_empty(device=device)
@@ -58,7 +60,20 @@ def parallelize(
     return model
 
 
-def compile_glue(model: GPT, device: torch.device) -> None:
+def choose_attention(model: GPT, device: torch.device, dtype: torch.dtype, *, is_compiled: bool) -> None:
+    """Choose the kernel of attention, and the form of masks that it takes.
+
+    Torch's fused kernels; with documents to keep apart, flex_attention, for which torch has no fused kernel else. On
+    the CPU the blocked implementation is faster once it is compiled.
+    """
+    attention = blocked_attention if is_compiled and device.type == "cpu" else torch_attention
+    if model.config.document_mask and suits_blocks(device, dtype, model.config.head_dim):
+        attention, model.mask_form = flex, "blocks"
+    for block in cast(Iterable[Block], model.blocks):
+        block.attention.core_attention = attention
+
+
+def compile_glue(model: GPT) -> None:
     """Compile the operations around matrix products.
 
     Norms, attention and losses are compiled for static shapes; activations for any number of rows.
@@ -68,8 +83,6 @@ def compile_glue(model: GPT, device: torch.device) -> None:
         if isinstance(module, FeedForward):
             module.activate = activation
     for block in cast(Iterable[Block], model.blocks):
-        if device.type == "cpu":
-            block.attention.core_attention = blocked_attention
         block.compiled_attend = torch.compile(block.attend, dynamic=False)
     model.compiled_norm = torch.compile(model.norm, dynamic=False)
     for moe in model.moe_layers():

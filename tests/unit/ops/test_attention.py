@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.ops.attention import blocked_attention, document_mask, repeat_kv, torch_attention
+from trainer.ops.attention import blocked_attention, repeat_kv, torch_attention
+from trainer.ops.attention_mask import AttentionMask
 
 B, H, d = 2, 4, 8
 
@@ -60,7 +61,7 @@ def test_no_query_sees_another_document(attention: Callable, S: int, kv_heads: i
     generator = torch.Generator().manual_seed(S)
     document = (torch.rand(B, S, generator=generator) < 0.1).cumsum(1)
     document[1, S // 2 :] = -1  # padding
-    mask = document_mask(document)
+    mask = AttentionMask(document=document).dense()
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         for mine, oracle in zip(
             _run(attention, S, kv_heads, dtype, dtype, mask),
@@ -74,16 +75,10 @@ def test_keys_repeat_kv_are_those_that_heads_share() -> None:
     def copied(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return torch_attention(q, repeat_kv(k, H), repeat_kv(v, H), mask)
 
-    mask = document_mask(torch.tensor([[0, 0, 1, 1, 1], [2, 3, 3, -1, -1]]))
+    mask = AttentionMask(document=torch.tensor([[0, 0, 1, 1, 1], [2, 3, 3, -1, -1]])).dense()
     shared, apart = (_run(attend, 5, 2, torch.float64, torch.float64, mask) for attend in (torch_attention, copied))
     for one, other in zip(shared, apart, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
-
-
-def test_a_mask_allows_the_same_document_and_nothing_later() -> None:
-    mask = document_mask(torch.tensor([[0, 0, 3, 3, -1, -1]]))
-    rows = ["".join("x" if cell else "." for cell in row) for row in mask[0, 0].tolist()]
-    assert rows == ["x.....", "xx....", "..x...", "..xx..", "....x.", "....xx"]
 
 
 @pytest.mark.parametrize("attention", [torch_attention, blocked_attention])

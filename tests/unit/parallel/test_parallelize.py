@@ -6,6 +6,14 @@ import sys
 from typing import Any
 
 import pytest
+import torch
+
+from tests.builders import make_model, tiny_model_config
+from trainer.models.block import Block
+from trainer.ops import block_attention
+from trainer.ops.attention import blocked_attention, torch_attention
+from trainer.ops.block_attention import flex
+from trainer.parallel.parallelize import choose_attention
 
 
 def _held(layout: dict[str, Any], model: dict[str, Any], *device: str) -> dict[str, int]:
@@ -36,3 +44,22 @@ def test_weights_are_never_whole_while_a_rank_starts() -> None:
     mine = _held({"world_size": 16}, model, "cpu")
     whole = 4 * (2 * 32000 * 256 + 16 * (4 * 256 * 256 + 16 * 3 * 256 * 768 + 16 * 256))
     assert whole > 570e6 and mine["peak_bytes"] < whole / 3
+
+
+@pytest.mark.parametrize(
+    ("device", "document_mask", "is_compiled", "expected"),
+    [
+        ("cuda", True, False, (flex, "blocks")),
+        ("cuda", False, True, (torch_attention, "dense")),
+        ("cpu", True, False, (torch_attention, "dense")),
+        ("cpu", True, True, (blocked_attention, "dense")),
+    ],
+)
+def test_documents_are_kept_apart_by_a_kernel_that_stores_no_scores(
+    device: str, document_mask: bool, is_compiled: bool, expected: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_attention, "find_spec", lambda _: "installed")
+    model = make_model(tiny_model_config(document_mask=document_mask, d_model=64, num_heads=4))
+    choose_attention(model, torch.device(device), torch.bfloat16, is_compiled=is_compiled)
+    kernels = {block.attention.core_attention for block in model.blocks if isinstance(block, Block)}
+    assert (kernels, model.mask_form) == ({expected[0]}, expected[1])
