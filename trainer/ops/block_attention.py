@@ -18,6 +18,7 @@ from trainer.ops.attention_mask import PreparedMask
 _NARROWEST = 16
 """Minimum width of a head in flex_attention's kernels."""
 
+
 def suits_blocks(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Say whether flex_attention has a fused kernel with a backward pass: on CUDA, up to float32."""
     is_narrow = dtype.itemsize <= torch.float32.itemsize and head_dim >= _NARROWEST
