@@ -9,7 +9,8 @@ Runs on any Python that pyproject.toml allows, with nothing installed: uv, which
     pip.txt           the installer and the build backend, installed first
     torch-cpu.txt     the CPU build of the same torch, used where pip finds it, as in CI
     base.txt          the base dependencies, with torch as the registry has it
-    cuda.txt          additional dependencies of that torch where it is built for CUDA, with triton
+    triton.txt        the extra `triton`, which that torch needs where it is built for CUDA, and the extra `dev` always
+    cuda.txt          additional dependencies of that torch where it is built for CUDA
     recipes.txt       the extra `recipes`: whatever the project's own configs use
     dev.txt           the extra `dev`: tests and checks, with lm-eval and TensorBoard
     docs.txt          the extra `docs`
@@ -37,14 +38,15 @@ PURPOSE = {
     "pip": "The installer and the build backend.",
     "torch-cpu": "Torch's CPU build.",
     "base": "The base dependencies.",
+    "triton": "Packages that the extra triton adds.",
     "cuda": "Additional dependencies of torch's CUDA build.",
     "recipes": "Packages that the extra recipes adds.",
     "dev": "Packages that the extra dev adds.",
     "docs": "Packages that the extra docs adds.",
     "uv": "The tool that renews the lock.",
 }
-INCLUDES = {"base": ["pip"], "recipes": ["base"], "dev": ["recipes"], "docs": ["dev"]}
-OF_CUDA = re.compile(r"(nvidia|cuda)-.*|triton")
+INCLUDES = {"base": ["pip"], "cuda": ["triton"], "recipes": ["base"], "dev": ["recipes", "triton"], "docs": ["dev"]}
+OF_CUDA = re.compile(r"(nvidia|cuda)-.*")
 
 
 def main() -> None:
@@ -63,7 +65,8 @@ def main() -> None:
         in_other_files = set().union(*files.values())
         files[name] = set(_resolve(uv, options, packages, solution)) - in_other_files
     files["cuda"] = {package for package in files["base"] if OF_CUDA.fullmatch(package)}
-    files["base"] -= files["cuda"]
+    files["triton"] = files["base"] & {"triton"}
+    files["base"] -= files["cuda"] | files["triton"]
     assert set().union(*files.values()) == set(solution), "every package of the solution is in a file"
     for name, members in files.items():
         _write(name, [solution[package] for package in sorted(members)])

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "requirements"
 
-PINS = ("pip", "torch-cpu", "base", "cuda", "recipes", "dev", "docs", "uv")
+PINS = ("pip", "torch-cpu", "base", "triton", "cuda", "recipes", "dev", "docs", "uv")
 """Files of the lock, described in scripts/lock.py."""
 
 
