@@ -122,9 +122,8 @@ def _moe(drawn: random.Random, kind: str, layers: int) -> dict[str, Any]:
     return {
         "num_experts": num_experts,
         "d_ff": drawn.choice([4, 12]),
-        "first_dense_layers": sometimes(1, 0) if layers > 1 else 0,
-        "every": sometimes(2, 1),
-        "num_shared_experts": sometimes(drawn.randint(1, 2), 0),
+        **_places(drawn, layers),
+        **_shared(drawn),
         "router": _router(drawn, kind, num_experts),
         "capacity": _capacity(drawn) if ROUTERS[kind].has_fixed_k and drawn.random() < 0.5 else {},
         "balance": {
@@ -141,6 +140,25 @@ def _moe(drawn: random.Random, kind: str, layers: int) -> dict[str, Any]:
         "device_balance": {"coef": sometimes(0.1, 0.0), "groups": drawn.choice([2, 3])},
         "diversity_coef": sometimes(0.1, 0.0),
         "z_loss_coef": drawn.choice([0.0, 0.001, 0.1]),
+    }
+
+
+def _places(drawn: random.Random, layers: int) -> dict[str, Any]:
+    """Draw which layers are MoE."""
+    if drawn.random() < 0.2:
+        return {"layers": sorted(drawn.sample(range(layers), drawn.randint(1, layers)))}
+    first = 1 if layers > 1 and drawn.random() < 0.3 else 0
+    return {"first_dense_layers": first, "every": 2 if drawn.random() < 0.3 else 1}
+
+
+def _shared(drawn: random.Random) -> dict[str, Any]:
+    """Draw the shared experts."""
+    if drawn.random() < 0.6:
+        return {}
+    return {
+        "num_shared_experts": drawn.randint(1, 2),
+        "shared_d_ff": drawn.choice([None, 5]),
+        "shared_gate": drawn.random() < 0.5,
     }
 
 

@@ -14,6 +14,8 @@ from transformers.models.dots1.configuration_dots1 import Dots1Config
 from transformers.models.dots1.modeling_dots1 import Dots1ForCausalLM
 from transformers.models.mixtral.configuration_mixtral import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
+from transformers.models.qwen2_moe.configuration_qwen2_moe import Qwen2MoeConfig
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeForCausalLM
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM
 
@@ -44,6 +46,12 @@ _IN_A_LAYER = {
     "ffn.shared.w_out.weight": ["mlp.shared_experts.down_proj.weight"],
 }
 """Name of a tensor here, and in transformers the names of its parts, stacked in this order."""
+_GATED_SHARED = {
+    "ffn.shared.gate.weight": ["mlp.shared_expert_gate.weight"],
+    "ffn.shared.w_in.weight": ["mlp.shared_expert.gate_proj.weight", "mlp.shared_expert.up_proj.weight"],
+    "ffn.shared.w_out.weight": ["mlp.shared_expert.down_proj.weight"],
+}
+"""Qwen2-MoE's, whose shared expert alone has a gate."""
 
 
 class WithoutFloat32(TorchFunctionMode):
@@ -95,19 +103,11 @@ def _of(family: str, config: ModelConfig, vocab_size: int) -> nn.Module:
             return MixtralForCausalLM(
                 MixtralConfig(**common, num_local_experts=moe.num_experts, intermediate_size=moe.d_ff)
             )
+        case "qwen2_moe":
+            shared = {"shared_expert_intermediate_size": moe.shared_width, "qkv_bias": False}
+            return Qwen2MoeForCausalLM(Qwen2MoeConfig(**common, **_qwen(config), **shared))
         case "qwen3_moe":
-            dense = [layer for layer in range(config.num_layers) if layer < moe.first_dense_layers]
-            return Qwen3MoeForCausalLM(
-                Qwen3MoeConfig(
-                    **common,
-                    num_experts=moe.num_experts,
-                    intermediate_size=config.d_ff,
-                    moe_intermediate_size=moe.d_ff,
-                    norm_topk_prob=router.normalize,
-                    mlp_only_layers=dense,
-                    decoder_sparse_step=moe.every,
-                )
-            )
+            return Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **_qwen(config)))
         case "dots1":
             return Dots1ForCausalLM(
                 Dots1Config(
@@ -127,16 +127,33 @@ def _of(family: str, config: ModelConfig, vocab_size: int) -> nn.Module:
             raise AssertionError(family)
 
 
+def _qwen(config: ModelConfig) -> dict[str, Any]:
+    moe = config.moe
+    assert moe is not None
+    dense = [layer for layer in range(config.num_layers) if layer not in config.moe_layers]
+    if moe.every > 1:  # by their own rule, after the first dense layers
+        dense = list(range(moe.first_dense_layers))
+    return {
+        "num_experts": moe.num_experts,
+        "intermediate_size": config.d_ff,
+        "moe_intermediate_size": moe.d_ff,
+        "norm_topk_prob": getattr(moe.router, "normalize"),  # noqa: B009 - of top_k
+        "mlp_only_layers": dense,
+        "decoder_sparse_step": moe.every,
+    }
+
+
 def in_their_names(ours: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Return tensors of our model (weights, buffers or gradients) under transformers' names, fused ones split."""
     heads, kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
+    in_a_layer = _IN_A_LAYER | (_GATED_SHARED if config.moe is not None and config.moe.shared_gate else {})
     found: dict[str, Tensor] = {}
     for name, tensor in ours.items():
         if name in _WHOLE:
             found[_WHOLE[name]] = tensor
             continue
         _, layer, part = name.split(".", 2)
-        names = _IN_A_LAYER[part]
+        names = in_a_layer[part]
         rows = [n * config.head_dim for n in (heads, kv_heads, kv_heads)]
         pieces = tensor.split(rows) if len(names) == 3 else tensor.chunk(len(names))
         found |= {f"model.layers.{layer}.{theirs}": piece for theirs, piece in zip(names, pieces, strict=True)}

@@ -687,6 +687,22 @@ CASES = [
          "name: x\nmodel: {num_layers: 2, moe: {first_dense_layers: 2}}\n",
          [("x.yaml:2:24: model.moe: first_dense_layers 2 and every 1 leave no MoE layer among "
            "num_layers 2; lower them, or set moe: null for a dense model")]),
+    Case("MoE layers named twice over",
+         "name: x\nmodel: {moe: {layers: [1, 3], every: 2}}\n",
+         [("x.yaml:2:15: model.moe.layers: names the MoE layers, and so do first_dense_layers 0 and every 2; "
+           "remove either")]),
+    Case("MoE layers out of order",
+         "name: x\nmodel: {moe: {layers: [3, 1, 1]}}\n",
+         ["x.yaml:2:15: model.moe.layers: [3, 1, 1] does not ascend; use [1, 3]"]),
+    Case("a MoE layer that is not there",
+         "name: x\nmodel: {num_layers: 2, moe: {layers: [1, 2]}}\n",
+         ["x.yaml:2:30: model.moe.layers: 2 is beyond the last of num_layers 2; use 0 to 1"]),
+    Case("the width of no shared expert",
+         "name: x\nmodel: {moe: {shared_d_ff: 64, shared_gate: true}}\n",
+         [("x.yaml:2:15: model.moe.shared_d_ff: 64 has no effect without shared experts; use "
+           "num_shared_experts: 1, or null"),
+          ("x.yaml:2:32: model.moe.shared_gate: true has no effect without shared experts; use "
+           "num_shared_experts: 1, or false")]),
     Case("capacity of the dense router",
          "name: x\nmodel: {moe: {router: {kind: dense}, capacity: {factor: 1.25}}}\n",
          [("x.yaml:2:49: model.moe.capacity.factor: the dense router sends every token to every "

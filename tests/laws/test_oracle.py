@@ -8,7 +8,7 @@ import torch
 
 from tests import reference
 from tests.builders import make_context, moe_config, tiny_model_config
-from trainer.models.block import FeedForward
+from trainer.models.feed_forward import FeedForward
 from trainer.moe.balance import balance_loss
 from trainer.moe.dispatch.local import LocalDispatcher
 from trainer.moe.experts import Experts

@@ -1,4 +1,4 @@
-"""Law: logits and every gradient of the whole model are those of transformers' Mixtral, Qwen3-MoE and dots.llm1."""
+"""Law: logits and every gradient of the whole model are those of transformers' models."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from trainer.models.gpt import GPT
 from trainer.ops.attention_mask import AttentionMask
 
 NUM_ROWS, SEQ_LEN = 4, 8
+QK_NORM = ("qwen3_moe", "dots1")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Case:
 
     def config(self, **fields: Any) -> ModelConfig:
         # Far from the defaults: a base, an epsilon or a layout of heads that nobody looks at shows.
-        unusual = {"d_model": 32, "d_ff": 20, "rope_theta": 50.0, "norm_eps": 0.01, "qk_norm": self.family != "mixtral"}
+        unusual = {"d_model": 32, "d_ff": 20, "rope_theta": 50.0, "norm_eps": 0.01, "qk_norm": self.family in QK_NORM}
         return tiny_model_config(self.moe, **{**unusual, **self.model, **fields})
 
 
@@ -47,6 +48,15 @@ def _cases() -> dict[str, Case]:
     found["first layers dense"] = Case("qwen3_moe", {"num_layers": 3}, {"first_dense_layers": 2})
     found["every second layer"] = Case("qwen3_moe", {"num_layers": 4}, {"every": 2})
     found["every third layer"] = Case("qwen3_moe", {"num_layers": 3}, {"every": 3})
+    found["layers by index"] = Case("qwen3_moe", {"num_layers": 4}, {"layers": [0, 3]})
+    found["shared expert with a gate"] = Case("qwen2_moe", {}, {"num_shared_experts": 1, "shared_gate": True})
+    shared = {
+        "num_shared_experts": 2,
+        "shared_d_ff": 10,
+        "shared_gate": True,
+        "router": {"kind": "top_k", "normalize": False},
+    }
+    found["shared experts of their own width"] = Case("qwen2_moe", {"num_layers": 3}, {"every": 2, **shared})
     groups = {"kind": "group_limited", "groups": 4, "groups_kept": 2, "top_k": 3, "scale": 2.5, "bias_update_rate": 0.1}
     found["shared experts, groups, bias"] = Case(
         "dots1",
@@ -131,7 +141,7 @@ def test_logits_and_every_gradient_are_theirs_in_float32(case: Case) -> None:
 
 def test_the_cases_are_what_they_say() -> None:
     """The law's own control."""
-    assert {case.family for case in CASES.values()} == {"mixtral", "qwen3_moe", "dots1"}
+    assert {case.family for case in CASES.values()} == {"mixtral", "qwen2_moe", "qwen3_moe", "dots1"}
     assert {case.model.get("num_kv_heads", 2) for case in CASES.values()} == {1, 2, 4}
     ragged, packed = _rows("ragged")[0], _rows("documents")[0]
     assert not ragged.valid.all() and not ragged.loss_mask[ragged.valid].all()
@@ -139,6 +149,7 @@ def test_the_cases_are_what_they_say() -> None:
     assert packed.document_id.max() > NUM_ROWS, "several documents in a row"
     assert CASES["first layers dense"].config().moe_layers == (2,)
     assert CASES["every second layer"].config().moe_layers == (1, 3)
+    assert CASES["layers by index"].config().moe_layers == (0, 3)
 
 
 @pytest.mark.parametrize("name", ["mixtral k 2, 2 heads a key", "qwen3_moe k 3, 4 heads a key"])

@@ -44,6 +44,10 @@ def _in_block(name: str, old: str, new: str) -> Fault:
     return Fault(name=name, file=BLOCK, old=old, new=new, tests=(PARITY,))
 
 
+def _in_shared(name: str, old: str, new: str) -> Fault:
+    return Fault(name=name, file="trainer/models/feed_forward.py", old=old, new=new, tests=(PARITY,))
+
+
 def _in_norm(name: str, old: str, new: str) -> Fault:
     return Fault(name=name, file="trainer/ops/rms_norm.py", old=old, new=new, tests=(PARITY,))
 
@@ -209,4 +213,6 @@ FAULTS = [
         new="return F.gelu(gate) * up",
         tests=(PARITY,),
     ),
+    _in_shared("the gate of the shared experts has no sigmoid", "self.gate(x).sigmoid() * y", "self.gate(x) * y"),
+    _in_shared("the gate of the shared experts takes their output", "self.gate(x).sigmoid()", "self.gate(y).sigmoid()"),
 ]

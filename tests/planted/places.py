@@ -103,4 +103,7 @@ FAULTS = [
         "or layer < self.moe.first_dense_layers:",
         "or layer < self.moe.first_dense_layers + 1:",
     ),
+    _in_config(
+        "layers names the dense layers", "return layer in self.moe.layers", "return layer not in self.moe.layers"
+    ),
 ]

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trainer.models.config import ModelConfig, Recompute
+from trainer.models.feed_forward import FeedForward, SharedExperts
 from trainer.models.kv_cache import CachedAttention
 from trainer.models.norm import RMSNorm
 from trainer.models.recompute import checkpointed
@@ -22,30 +23,7 @@ from trainer.moe.layer import MoE
 from trainer.moe.routing import RoutingContext
 from trainer.moe.stats import MoEStats
 from trainer.ops.attention_mask import PreparedMask
-from trainer.ops.expert_ffn import Activation, activate
 from trainer.ops.kernels import ExpertsKernel
-
-
-class FeedForward(nn.Module):
-    """Dense feed-forward network: SwiGLU or GELU, without biases."""
-
-    def __init__(self, config: ModelConfig, d_ff: int) -> None:
-        super().__init__()
-        self.activation = config.activation
-        self.w_in = nn.Linear(config.d_model, 2 * d_ff if config.activation == "swiglu" else d_ff, bias=False)
-        self.w_out = nn.Linear(d_ff, config.d_model, bias=False)
-        self.activate: Callable[[Tensor, Activation], Tensor] = activate
-        self.recompute: Recompute = "none"
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply to x (..., D)."""
-        return checkpointed(self._both, x, recompute=self.recompute == "block")
-
-    def _both(self, x: Tensor) -> Tensor:
-        return checkpointed(self._second, self.w_in(x), recompute=self.recompute == "norms_and_activations")
-
-    def _second(self, h: Tensor) -> Tensor:
-        return self.w_out(self.activate(h, self.activation))
 
 
 class Block(nn.Module):
@@ -109,7 +87,7 @@ def build_moe(config: ModelConfig, layer: int, kernel: ExpertsKernel) -> MoE:
         experts=Experts(moe.num_experts, config.d_model, moe.d_ff, activation=config.activation, kernel=kernel),
         dispatcher=LocalDispatcher(),
         capacity=moe.capacity,
-        shared=FeedForward(config, moe.num_shared_experts * moe.d_ff) if moe.num_shared_experts else None,
+        shared=SharedExperts(config, moe.shared_width, has_gate=moe.shared_gate) if moe.num_shared_experts else None,
         layer=layer,
         needs_importance=moe.cv_squared.importance_coef > 0,
         needs_expert_similarity=moe.diversity_coef > 0,

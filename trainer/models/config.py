@@ -79,6 +79,8 @@ class ModelConfig(Config):
 
     def has_experts(self, layer: int) -> bool:
         """Return whether the feed-forward of block `layer` is MoE."""
+        if self.moe is not None and self.moe.layers is not None:
+            return layer in self.moe.layers
         if self.moe is None or layer < self.moe.first_dense_layers:
             return False
         return (layer - self.moe.first_dense_layers + 1) % self.moe.every == 0
@@ -93,7 +95,7 @@ class ModelConfig(Config):
         dense += (L - num_moe) * self._feed_forward(self.d_ff)
         if self.moe is None:
             return Weights(dense, 0)
-        dense += num_moe * self._feed_forward(self.moe.num_shared_experts * self.moe.d_ff)
+        dense += num_moe * (self._feed_forward(self.moe.shared_width) + (D if self.moe.shared_gate else 0))
         return Weights(dense, num_moe * self._feed_forward(self.moe.d_ff))
 
     def activations(self, *, vocab_size: int, num_rows: int, loss_chunk: int | None) -> int:
@@ -134,7 +136,10 @@ class ModelConfig(Config):
         if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
             what = f"{self.num_kv_heads} does not divide num_heads {self.num_heads}"
             yield Problem("num_kv_heads", f"{what}; use one of {divisors(self.num_heads, near=self.num_kv_heads)}")
-        if self.moe is not None and not self.moe_layers:
+        if self.moe is not None and self.moe.layers is not None and self.moe.layers[-1] >= self.num_layers:
+            what = f"{self.moe.layers[-1]} is beyond the last of num_layers {self.num_layers}"
+            yield Problem("moe.layers", f"{what}; use 0 to {self.num_layers - 1}")
+        elif self.moe is not None and not self.moe_layers:
             yield Problem(
                 "moe",
                 f"first_dense_layers {self.moe.first_dense_layers} and every {self.moe.every} leave no MoE layer among "

@@ -1,6 +1,9 @@
 """The `model.moe` section: router, experts, capacity and auxiliary losses. Imports no torch."""
 
 from collections.abc import Iterator
+from typing import Annotated
+
+from pydantic import Field
 
 from trainer.config.base import Config, Problem, divisors
 from trainer.config.numbers import Coefficient, Count, Experts, ExtraExperts, Whole, Width
@@ -17,12 +20,18 @@ class MoEConfig(Config):
     """Number of leading layers that stay dense."""
     every: Count = 1
     """Interval of MoE layers among the remaining ones: with 2, the second, fourth and so on are MoE."""
+    layers: Annotated[list[Whole], Field(min_length=1)] | None = None
+    """Indices of the MoE layers, from 0, for patterns that the two keys above cannot express. Null: by those keys."""
     num_experts: Experts = 8
     """Routed experts, E."""
     d_ff: Width = 512
     """Hidden width of one expert, F."""
     num_shared_experts: ExtraExperts = 0
-    """Experts that process every token, each of width d_ff, with weight 1."""
+    """Experts that process every token, with weight 1."""
+    shared_d_ff: Width | None = None
+    """Hidden width of all shared experts together. Null: num_shared_experts * d_ff."""
+    shared_gate: bool = False
+    """Multiply the output of the shared experts by the sigmoid of a learned linear function of the token (Qwen)."""
     router: RouterConfig = TopKRouterConfig()
     """Router, which selects each token's experts."""
     capacity: CapacityConfig = CapacityConfig()
@@ -37,6 +46,11 @@ class MoEConfig(Config):
     """Weight of the mean squared cosine between the outputs of a token's experts, which is 0 if they are orthogonal."""
     z_loss_coef: Coefficient = 0.001
     """Weight of the mean squared logsumexp of the router logits (ST-MoE, arXiv 2202.08906). 0 turns it off."""
+
+    @property
+    def shared_width(self) -> int:
+        """Hidden width of all shared experts together; 0 without any."""
+        return (self.shared_d_ff or self.d_ff * self.num_shared_experts) if self.num_shared_experts else 0
 
     @property
     def experts_per_token(self) -> float:
@@ -85,6 +99,7 @@ class MoEConfig(Config):
 
     def problems(self) -> Iterator[Problem]:
         """Check the router, capacity and losses against each other."""
+        yield from self._layer_problems()
         for problem in self.router.problems_among(self.num_experts):
             yield Problem(f"router.{problem.key}", problem.message)
         if self.capacity.factor is not None and not self.router.has_fixed_k:
@@ -104,6 +119,20 @@ class MoEConfig(Config):
         yield from self._device_balance_problems()
         if self.diversity_coef and self.router.most_experts(self.num_experts) < 2:
             yield Problem("diversity_coef", "needs at least two experts per token, whose outputs are compared; use 0")
+
+    def _layer_problems(self) -> Iterator[Problem]:
+        if self.layers is not None and (self.first_dense_layers, self.every) != (0, 1):
+            given = f"first_dense_layers {self.first_dense_layers} and every {self.every}"
+            yield Problem("layers", f"names the MoE layers, and so do {given}; remove either")
+        if self.layers is not None and self.layers != sorted(set(self.layers)):
+            yield Problem("layers", f"{self.layers} does not ascend; use {sorted(set(self.layers))}")
+        if self.shared_d_ff is not None and not self.num_shared_experts:
+            text = f"{self.shared_d_ff} has no effect without shared experts; use num_shared_experts: 1, or null"
+            yield Problem("shared_d_ff", text)
+        if self.shared_gate and not self.num_shared_experts:
+            yield Problem(
+                "shared_gate", "true has no effect without shared experts; use num_shared_experts: 1, or false"
+            )
 
     def _cv_squared_problems(self) -> Iterator[Problem]:
         kind, choices = self.router.kind, self.num_experts + self.router.num_null_experts

@@ -9,7 +9,8 @@ from torch.distributed.tensor import DTensor
 from trainer.config.build_plugin import build_plugin
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.rank_layout import even_slice
-from trainer.models.block import Block, FeedForward
+from trainer.models.block import Block
+from trainer.models.feed_forward import FeedForward
 from trainer.models.gpt import GPT
 from trainer.models.initialize import WeightShard, initialize
 from trainer.moe.dispatch.base import Dispatcher

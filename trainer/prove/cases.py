@@ -205,6 +205,12 @@ def _small_head(head_dim: int | None) -> dict[str, int | None]:
     return {"head_dim": None if head_dim is None else min(head_dim, 16)}
 
 
+def _few_layers(moe_layers: Sequence[int]) -> tuple[int, list[int]]:
+    """Return how many layers remain, and which are MoE: the first two that are, and the one before each."""
+    kept = sorted({layer for moe in moe_layers[:2] for layer in (moe - 1, moe) if layer >= 0})
+    return len(kept), [number for number, layer in enumerate(kept) if layer in moe_layers]
+
+
 def shrink(config: ExperimentConfig) -> ExperimentConfig:
     """Return the config with a small model and batch, and unchanged routing."""
     values = config.model_dump()
@@ -223,6 +229,9 @@ def shrink(config: ExperimentConfig) -> ExperimentConfig:
     }
     if moe is not None:
         moe["d_ff"] = min(moe["d_ff"], 32)
+        moe["shared_d_ff"] = None if moe["shared_d_ff"] is None else min(moe["shared_d_ff"], 48)
+        if moe["layers"] is not None:
+            model["num_layers"], moe["layers"] = _few_layers(moe["layers"])
     rows = values["train"]["global_batch_size"]
     values["train"]["global_batch_size"] = min(rows, 7)  # not divisible by any number of ranks
     return ExperimentConfig.model_validate(values)

@@ -4,9 +4,17 @@ import pytest
 import torch
 
 from tests.builders import tiny_model_config
-from trainer.models.block import FeedForward
+from trainer.models.feed_forward import FeedForward
 from trainer.models.gpt import GPT
 from trainer.moe.layer import MoE
+
+
+def test_moe_layers_are_those_named() -> None:
+    config = tiny_model_config({"layers": [0, 3]}, num_layers=5)
+    assert config.moe_layers == (0, 3)
+    with torch.device("meta"):
+        blocks = GPT(config, 32).blocks
+    assert [isinstance(block.get_submodule("ffn"), MoE) for block in blocks] == [True, False, False, True, False]
 
 
 @pytest.mark.parametrize(

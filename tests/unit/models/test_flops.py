@@ -19,6 +19,7 @@ SHAPES = {
     "moe": ({}, {}),
     "all experts": ({"router": {"kind": "dense"}}, {}),
     "shared, first dense, tied": ({"num_shared_experts": 1, "first_dense_layers": 1}, {"tie_embeddings": True}),
+    "shared, gated": ({"num_shared_experts": 2, "shared_d_ff": 7, "shared_gate": True, "layers": [1]}, {}),
     "gelu, top 1": ({"router": {"kind": "top_k", "top_k": 1, "normalize": False}}, {"activation": "gelu"}),
 }
 

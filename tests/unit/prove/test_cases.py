@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from trainer.experiment import ExperimentConfig
-from trainer.prove.cases import ENGINES, all_cases, apply_case, reference
+from trainer.prove.cases import ENGINES, all_cases, apply_case, reference, shrink
 
 
 def config_of(moe: dict[str, Any] | None, *, rows: int) -> ExperimentConfig:
@@ -33,3 +33,14 @@ def test_no_layout_is_run_twice_however_many_rows_a_step_has(moe: dict[str, Any]
             assert reference(config) not in cases, (rows, engines)
             layouts = [(case.world_size, apply_case(config, case).model_dump_json()) for case in cases]
             assert len({*layouts}) == len(cases), (rows, engines)
+
+
+@pytest.mark.parametrize(
+    ("layers", "num_layers", "expected"),
+    [([10, 20], 4, [1, 3]), ([3, 4, 9], 3, [1, 2]), ([0, 5], 3, [0, 2]), ([0, 1, 2, 3], 2, [0, 1]), ([7], 2, [1])],
+)
+def test_a_small_model_keeps_the_pattern_of_layers(layers: list[int], num_layers: int, expected: list[int]) -> None:
+    values = {"num_layers": 24, "moe": {"layers": layers, "num_shared_experts": 1, "shared_d_ff": 999}}
+    small = shrink(ExperimentConfig.model_validate({"name": "x", "model": values})).model
+    assert small.moe_layers == tuple(expected) and small.num_layers == num_layers
+    assert small.moe is not None and small.moe.shared_width == 48

@@ -19,8 +19,9 @@ from trainer.lab.costs.given_routing import GivenLogits, GivenRouter, choices, g
 from trainer.lab.costs.message_counter import MessageCounter
 from trainer.lab.costs.saved_bytes import counting_saved_bytes, peak_bytes
 from trainer.metrics.device_waits import DeviceWaits
-from trainer.models.block import FeedForward, build_moe
+from trainer.models.block import build_moe
 from trainer.models.config import ModelConfig
+from trainer.models.feed_forward import FeedForward
 from trainer.moe.dispatch.base import Dispatcher
 from trainer.moe.dispatch.registry import DispatcherOptions
 from trainer.moe.layer import MoE

@@ -34,7 +34,7 @@ _FACT_TURN = 1000
 def dense_twin(config: ExperimentConfig) -> ExperimentConfig:
     """Return the dense model of the same active size: each block as wide as the experts of a token together."""
     moe = moe_of(config)
-    width = round(moe.d_ff * (moe.experts_per_token + moe.num_shared_experts))
+    width = round(moe.d_ff * moe.experts_per_token) + moe.shared_width
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"moe": None, "d_ff": width}),
