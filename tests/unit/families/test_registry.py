@@ -1,0 +1,141 @@
+"""Every family is transformers': their names on disk, their configs, and what they cannot express."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.builders import tiny_model_config
+from trainer.families.expressible import inexpressible, inference_values
+from trainer.families.hf_config import ForeignConfigError
+from trainer.families.link import coverage_problems
+from trainer.families.registry import FAMILIES, choose_family, family_of
+from trainer.models.config import ModelConfig
+from trainer.models.gpt import GPT
+
+V = 32
+GROUPS = {"kind": "group_limited", "groups": 4, "groups_kept": 2, "top_k": 3, "scale": 2.5}
+BIAS = {"kind": "bias_balanced", "top_k": 3, "normalize": False}
+SHARED = {"num_experts": 8, "num_shared_experts": 2}
+
+
+def _case(moe: dict[str, Any], **fields: Any) -> ModelConfig:
+    # Far from the defaults, so that a key that is not written or not read shows.
+    unusual = {"rope_theta": 50.0, "norm_eps": 0.01, "num_layers": 3, "seq_len": 24}
+    return tiny_model_config(moe, **{**unusual, **fields})
+
+
+CASES: dict[str, tuple[str, ModelConfig]] = {
+    "mixtral": ("mixtral", _case({"router": {"kind": "top_k", "top_k": 3}})),
+    "tied, one key head": ("mixtral", _case({}, tie_embeddings=True, num_kv_heads=1)),
+    "switch with jitter": ("qwen3_moe", _case({"router": {"kind": "switch"}}, qk_norm=True)),
+    "wide heads": ("qwen3_moe", _case({}, qk_norm=True, attention={"head_dim": 10})),
+    "a dense layer": ("qwen3_moe", _case({"first_dense_layers": 1}, qk_norm=True, num_kv_heads=None)),
+    "every second": ("qwen3_moe", _case({"every": 2}, qk_norm=True, num_layers=4)),
+    "raw scores": ("qwen3_moe", _case({"router": {"kind": "top_k", "top_k": 2, "normalize": False}}, qk_norm=True)),
+    "groups": ("dots1", _case({**SHARED, "router": GROUPS, "first_dense_layers": 1}, qk_norm=True)),
+    "no groups": ("dots1", _case({**SHARED, "router": BIAS}, qk_norm=True)),
+    "all groups": ("dots1", _case({**SHARED, "router": {**GROUPS, "groups_kept": 4}}, qk_norm=True)),
+    "no norms of heads": ("glm4_moe", _case({**SHARED, "router": GROUPS, "first_dense_layers": 1})),
+}
+parametrized = pytest.mark.parametrize(("name", "model"), CASES.values(), ids=CASES.keys())
+
+
+@parametrized
+def test_auto_chooses_the_family_whose_config_says_the_same(name: str, model: ModelConfig) -> None:
+    family = choose_family(model, V)
+    assert not isinstance(family, list) and family.name == name
+    returned = ModelConfig.model_validate(family.from_hf(json.loads(json.dumps(family.to_hf(model, V)))))
+    assert inference_values(returned) == inference_values(model)
+
+
+@parametrized
+def test_links_cover_our_model_once(name: str, model: ModelConfig) -> None:
+    with torch.device("meta"):
+        ours = GPT(model, V)
+    shapes = {key: tuple(tensor.shape) for key, tensor in [*ours.named_parameters(), *ours.named_buffers()]}
+    assert list(coverage_problems(FAMILIES[name].links(model, V), shapes)) == []
+
+
+@parametrized
+def test_names_and_shapes_are_those_that_transformers_writes(name: str, model: ModelConfig, tmp_path: Path) -> None:
+    """And the config that it writes reads as the same model."""
+    family = FAMILIES[name]
+    (tmp_path / "config.json").write_text(json.dumps(family.to_hf(model, V)))
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    assert type(theirs).__name__ == family.architecture
+    theirs.save_pretrained(tmp_path / "saved")
+    with safe_open(tmp_path / "saved" / "model.safetensors", "pt") as file:
+        written = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
+    assert written == {link.theirs: link.shape for link in family.links(model, V)}
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert family_of(config) is family
+    assert inference_values(ModelConfig.model_validate(family.from_hf(config))) == inference_values(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "moe", "fields", "keys"),
+    [
+        ("mixtral", {}, {"qk_norm": True}, {"qk_norm"}),
+        ("mixtral", {"num_shared_experts": 1}, {}, {"moe.num_shared_experts"}),
+        ("mixtral", {"first_dense_layers": 1}, {}, {"moe.every", "d_ff"}),
+        ("mixtral", {"router": {"kind": "top_k", "normalize": False}}, {}, {"moe.router.normalize"}),
+        ("mixtral", {"router": {"kind": "top_k", "null_experts": 2}}, {}, {"moe.router.null_experts"}),
+        ("mixtral", {}, {"activation": "gelu"}, {"activation"}),
+        ("qwen3_moe", {"router": {"kind": "top_k", "scale": 2.0}}, {"qk_norm": True}, {"moe.router.scale"}),
+        ("qwen3_moe", {"router": {"kind": "top_k", "score": "sigmoid"}}, {"qk_norm": True}, {"moe.router.score"}),
+        ("qwen3_moe", {"router": {"kind": "top_p"}}, {"qk_norm": True}, {"moe.router.kind"}),
+        ("qwen3_moe", {"router": {"kind": "bias_balanced"}}, {"qk_norm": True}, {"moe.router.kind"}),
+        ("dots1", {"router": BIAS}, {"qk_norm": True}, {"moe.num_shared_experts"}),
+        ("dots1", {**SHARED, "router": {**GROUPS, "group_score": "best"}}, {"qk_norm": True}, {"moe.router.group_score"}),
+        ("dots1", {**SHARED, "router": BIAS, "every": 2}, {"qk_norm": True}, {"moe.every"}),
+        ("dots1", {**SHARED, "router": BIAS}, {}, {"qk_norm"}),
+    ],
+)
+def test_what_a_family_cannot_express_is_named(
+    name: str, moe: dict[str, Any], fields: dict[str, Any], keys: set[str]
+) -> None:
+    problems = inexpressible(FAMILIES[name], _case(moe, **fields), V)
+    assert {problem.key for problem in problems} == keys, problems
+
+
+def test_a_dense_model_has_no_family() -> None:
+    model = ModelConfig.model_validate({"moe": None})
+    problems = choose_family(model, V)
+    assert isinstance(problems, list) and problems[0].key == "moe"
+
+
+def test_settings_of_training_alone_are_expressible_everywhere() -> None:
+    moe = {"balance": {"coef": 0.3}, "capacity": {"factor": 1.0}, "z_loss_coef": 0.2, "diversity_coef": 0.1}
+    router = {"kind": "gshard", "random_second": True, "top_k_choices": [1, 2], "jitter": 0.1}
+    model = _case({**moe, "router": router}, init_std=0.5, document_mask=True, vocab_z_loss_coef=0.1)
+    assert inexpressible(FAMILIES["mixtral"], model, V) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "model_type: 'llama' is not among mixtral"),
+        ({"model_type": ["mixtral"]}, "model_type: ['mixtral'] is not among"),
+        ({"hidden_act": "gelu"}, "hidden_act: 'gelu' cannot be expressed here; only 'silu'"),
+        ({"sliding_window": 4096}, "sliding_window: 4096 cannot be expressed here; only null"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling: "),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope_type: 'yarn'"),
+        ({"rope_parameters": 3}, "rope_parameters: 3 is not a section"),
+        ({"hidden_size": "16"}, "hidden_size: '16' is not a number"),
+        ({"hidden_size": None}, "hidden_size: is missing"),
+        ({"num_hidden_layers": True}, "num_hidden_layers: True is not a number"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings: 1 is neither true nor false"),
+        ({"clip_everything": 8.0}, "clip_everything: 8.0 is unknown for mixtral"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config: "),
+    ],
+)
+def test_a_config_that_would_be_another_model_is_refused(changes: dict[str, Any], message: str) -> None:
+    config = FAMILIES["mixtral"].to_hf(_case({}), V)
+    with pytest.raises(ForeignConfigError) as error:
+        family_of(config | changes).from_hf(config | changes)
+    assert message in str(error.value)

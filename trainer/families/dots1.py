@@ -1,0 +1,49 @@
+"""dots.llm1 (arXiv 2506.05767): sigmoid routing with a bias, shared experts, norms of heads. Imports no torch."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from trainer.config.base import Problem
+from trainer.families.base import Family
+from trainer.families.decoder_keys import shared_from_hf, shared_to_hf
+from trainer.families.decoder_links import decoder_links
+from trainer.families.hf_config import HFConfig
+from trainer.families.link import Link
+from trainer.families.sigmoid_moe import needs_shared_experts, sigmoid_moe_keys, sigmoid_moe_values
+from trainer.models.config import ModelConfig
+
+
+class Dots1(Family):
+    """dots.llm1."""
+
+    name = "dots1"
+    architecture = "Dots1ForCausalLM"
+
+    def config_values(self, model: ModelConfig) -> dict[str, Any]:
+        """Return their config without its head."""
+        return {
+            **shared_to_hf(model),
+            **sigmoid_moe_keys(model),
+            "attention_bias": False,
+            "sliding_window": None,
+            "max_window_layers": model.num_layers,
+        }
+
+    def model_values(self, hf: HFConfig) -> dict[str, Any]:
+        """Read their config."""
+        hf.expect("attention_bias", False)
+        shared = shared_from_hf(hf)
+        layer_types = hf.optional("layer_types") or []
+        if "sliding_attention" in layer_types or hf.integer("max_window_layers", default=62) < shared["num_layers"]:
+            hf.expect("sliding_window")
+        hf.optional("sliding_window")
+        dense, moe = sigmoid_moe_values(hf, shared["num_layers"])
+        return {**shared, **dense, "qk_norm": True, "moe": moe}
+
+    def links(self, model: ModelConfig, vocab_size: int) -> Iterator[Link]:
+        """Yield a link for every tensor of theirs."""
+        return decoder_links(model, vocab_size, has_bias=True, shared="shared_experts")
+
+    def limits(self, model: ModelConfig) -> Iterator[Problem]:
+        """Yield what their config cannot say."""
+        yield from needs_shared_experts(model, self.name)

@@ -1,0 +1,44 @@
+"""The families that models are exported to and imported from. Imports no torch.
+
+To add a family: one file beside this one, and a line in `FAMILIES`.
+"""
+
+from typing import Any, Final
+
+from trainer.families.base import Family
+from trainer.families.dots1 import Dots1
+from trainer.families.expressible import Inexpressible, inexpressible
+from trainer.families.glm4_moe import Glm4MoE
+from trainer.families.hf_config import ForeignConfigError
+from trainer.families.mixtral import Mixtral
+from trainer.families.qwen3_moe import Qwen3MoE
+from trainer.models.config import ModelConfig
+
+FAMILIES: Final[dict[str, Family]] = {
+    family.name: family for family in (Mixtral(), Qwen3MoE(), Dots1(), Glm4MoE())
+}
+"""Families by transformers' model_type; `auto` takes the first that can express a model."""
+
+
+def family_of(config: dict[str, Any]) -> Family:
+    """Return the family of a published config.json.
+
+    Raises:
+        ForeignConfigError: if it is none of ours.
+    """
+    name = config.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ForeignConfigError(f"model_type: {name!r} is not among {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def choose_family(model: ModelConfig, vocab_size: int) -> Family | list[Inexpressible]:
+    """Return the first family that can express a model, or what the nearest one cannot."""
+    nearest: list[Inexpressible] = []
+    for family in FAMILIES.values():
+        problems = inexpressible(family, model, vocab_size)
+        if not problems:
+            return family
+        if not nearest or len(problems) < len(nearest):
+            nearest = problems
+    return nearest
