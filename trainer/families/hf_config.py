@@ -6,12 +6,35 @@ from typing import Any, Final
 from trainer.errors import DataError
 
 _WITHOUT_EFFECT: Final = frozenset(
-    """
-    _name_or_path architectures auto_map model_type torch_dtype dtype transformers_version use_cache
-    bos_token_id eos_token_id pad_token_id vocab_size initializer_range attention_dropout output_router_logits
-    router_jitter_noise max_window_layers pretraining_tp ep_size seq_aux aux_loss_alpha initializer_factor
-    output_attentions output_hidden_states return_dict num_nextn_predict_layers tokenizer_class
-    """.split()
+    [
+        "_name_or_path",
+        "architectures",
+        "auto_map",
+        "model_type",
+        "torch_dtype",
+        "dtype",
+        "transformers_version",
+        "use_cache",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "vocab_size",
+        "initializer_range",
+        "attention_dropout",
+        "output_router_logits",
+        "router_jitter_noise",
+        "max_window_layers",
+        "pretraining_tp",
+        "ep_size",
+        "seq_aux",
+        "aux_loss_alpha",
+        "initializer_factor",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "num_nextn_predict_layers",
+        "tokenizer_class",
+    ]
 )
 """Keys that change nothing in what the model computes at inference, or are read elsewhere."""
 

@@ -14,9 +14,7 @@ from trainer.families.mixtral import Mixtral
 from trainer.families.qwen3_moe import Qwen3MoE
 from trainer.models.config import ModelConfig
 
-FAMILIES: Final[dict[str, Family]] = {
-    family.name: family for family in (Mixtral(), Qwen3MoE(), Dots1(), Glm4MoE())
-}
+FAMILIES: Final[dict[str, Family]] = {family.name: family for family in (Mixtral(), Qwen3MoE(), Dots1(), Glm4MoE())}
 """Families by transformers' model_type; `auto` takes the first that can express a model."""
 
 

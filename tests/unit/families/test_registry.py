@@ -19,6 +19,7 @@ from trainer.models.gpt import GPT
 
 V = 32
 GROUPS = {"kind": "group_limited", "groups": 4, "groups_kept": 2, "top_k": 3, "scale": 2.5}
+BEST = {**GROUPS, "group_score": "best"}
 BIAS = {"kind": "bias_balanced", "top_k": 3, "normalize": False}
 SHARED = {"num_experts": 8, "num_shared_experts": 2}
 
@@ -91,7 +92,7 @@ def test_names_and_shapes_are_those_that_transformers_writes(name: str, model: M
         ("qwen3_moe", {"router": {"kind": "top_p"}}, {"qk_norm": True}, {"moe.router.kind"}),
         ("qwen3_moe", {"router": {"kind": "bias_balanced"}}, {"qk_norm": True}, {"moe.router.kind"}),
         ("dots1", {"router": BIAS}, {"qk_norm": True}, {"moe.num_shared_experts"}),
-        ("dots1", {**SHARED, "router": {**GROUPS, "group_score": "best"}}, {"qk_norm": True}, {"moe.router.group_score"}),
+        ("dots1", {**SHARED, "router": BEST}, {"qk_norm": True}, {"moe.router.group_score"}),
         ("dots1", {**SHARED, "router": BIAS, "every": 2}, {"qk_norm": True}, {"moe.every"}),
         ("dots1", {**SHARED, "router": BIAS}, {}, {"qk_norm"}),
     ],
