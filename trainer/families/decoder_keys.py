@@ -33,7 +33,7 @@ def shared_from_hf(hf: HFConfig, *, default_theta: float = 10000.0) -> dict[str,
     head_dim = hf.integer("head_dim", default=d_model // max(num_heads, 1))
     hf.expect("hidden_act", "silu")
     hf.expect("quantization_config")
-    values = {
+    values: dict[str, Any] = {
         "num_layers": hf.integer("num_hidden_layers"),
         "d_model": d_model,
         "num_heads": num_heads,
