@@ -196,7 +196,7 @@ CORRUPTIONS: dict[str, Corruption] = {
 
 def _train_and_save(folder: Path) -> None:
     """On each of two ranks, which share the experts."""
-    tensor_files._FILE_SIZE_BYTES = _FILE_SIZE_BYTES
+    tensor_files.FILE_SIZE_BYTES = _FILE_SIZE_BYTES
     mesh = mesh_here(ep_size=2)
     engine = make_engine(tiny_model_config({"num_experts": 8}), seed=1, mesh=mesh)
     saver = Saver(CheckpointFolder(folder, keep=len(STEPS)), mesh)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.checkpoint.coverage import is_moment
 from trainer.checkpoint.find_checkpoint import CheckpointHandle
 from trainer.checkpoint.manifest import StoredTensor, run_record_problems
 from trainer.checkpoint.state import TrainState
@@ -19,7 +20,8 @@ def check_fits(found: CheckpointHandle, mine: TrainState) -> None:
         CheckpointError: with the first difference and the number of differences.
     """
     saved = found.manifest.tensors
-    names = sorted(saved.keys() | mine.slices.keys())
+    moments = set() if found.manifest.has_moments else {name for name in mine.slices if is_moment(name)}
+    names = sorted((saved.keys() | mine.slices.keys()) - moments)
     differences = [text for name in names if (text := _difference(name, saved.get(name), mine)) is not None]
     _refuse(found.path, differences)
 

@@ -24,6 +24,11 @@ def partition_error(spans: Iterable[tuple[int, int]], total: int) -> str | None:
     return f"it reaches to {end} of {total}" if end > total else None
 
 
+def is_moment(name: str) -> bool:
+    """Return whether a tensor of a state is a moment of the optimizer."""
+    return name.startswith(MOMENTS)
+
+
 def missing_moments(shapes: Mapping[str, Sequence[int]], of_experts: Iterable[str]) -> Iterator[str]:
     """Yield a line for each expert weight whose two moments are missing or differ from it in shape.
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import ConfigDict, Field, JsonValue
 
-from trainer.checkpoint.coverage import missing_moments, partition_error
+from trainer.checkpoint.coverage import is_moment, missing_moments, partition_error
 from trainer.config.base import Config, Problem
 from trainer.config.nodes import shown
 from trainer.errors import CheckpointError
@@ -116,8 +116,15 @@ class Manifest(_Entry):
                 yield Problem("files", f"{file} has {self.files[file].size_bytes} bytes for {size_bytes} of tensors")
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         experts = [name for name, tensor in self.tensors.items() if tensor.is_of_experts]
+        if not self.has_moments:
+            return
         for missing in missing_moments(shapes, experts):
             yield Problem("tensors", missing)
+
+    @property
+    def has_moments(self) -> bool:
+        """False at step 0 of weights that come from elsewhere: all moments are zero, and none is stored."""
+        return self.step > 0 or any(map(is_moment, self.tensors))
 
     @property
     def sha256(self) -> str:
@@ -146,7 +153,8 @@ def run_record_problems(manifest: Manifest) -> Iterator[str]:
         if not _is_count(run.get(key)):
             yield f"run.{key} is {shown(run.get(key))}; it is a number of at least 0"
     for key in ("data_fingerprint", "tokenizer_fingerprint"):
-        if not isinstance(run.get(key), str):
+        has_read_nothing = key == "data_fingerprint" and manifest.step == 0 and run.get(key, "") is None
+        if not isinstance(run.get(key), str) and not has_read_nothing:
             yield f"run.{key} is {shown(run.get(key))}; it is text"
     if not _is_spike_window(run.get("spikes", {})):
         yield f"run.spikes is {shown(run['spikes'])}; it has a list of losses and two counts"

@@ -9,20 +9,23 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from trainer import fault_injection
-from trainer.checkpoint.manifest import DTYPES, Manifest, StoredFile, StoredSlice
+from trainer.checkpoint.coverage import is_moment
+from trainer.checkpoint.manifest import DTYPES, DType, Manifest, StoredFile, StoredSlice
 from trainer.checkpoint.safetensors_file import open_tensors
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.errors import CheckpointError, first_line
 
-_FILE_SIZE_BYTES = 512 << 20  # a larger tensor gets a file of its own
+FILE_SIZE_BYTES: Final = 512 << 20
+"""Size of a file; a larger tensor gets one of its own."""
 _MAX_NAMES = 10_000  # a header entry has less than 1 kB, and headers of up to 16 MiB are read
 
 
@@ -61,23 +64,32 @@ def write_durably(path: Path, pieces: Sequence[bytes | memoryview]) -> StoredFil
 
 
 def _as_safetensors(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
-    """Return the pieces of a safetensors file: its header, then a view of each tensor's memory.
-
-        8 bytes: N | N bytes: JSON {name: {dtype, shape, data_offsets}}, padded | tensors, widest dtypes first
+    """Return the pieces of a safetensors file: its header, then a view of each tensor's memory, widest dtypes first.
 
     The safetensors library would copy all tensors while holding the GIL, which would stall the training loop.
     """
-    header, pieces, end = {}, [], 0
-    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
-        tensor = tensors[name].contiguous()
-        data = tensor.reshape(-1).view(torch.uint8).numpy().data
-        dtype = DTYPES[str(tensor.dtype).removeprefix("torch.")][1]  # type: ignore[index]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [end, end + data.nbytes]}
-        end += data.nbytes
-        pieces.append(data)
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    entries: dict[str, Any] = {
+        name: (str(tensors[name].dtype).removeprefix("torch."), tensors[name].shape) for name in names
+    }
+    data = [tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data for name in names]
+    return [safetensors_header(entries), *data]
+
+
+def safetensors_header(entries: Mapping[str, tuple[DType, Sequence[int]]]) -> bytes:
+    """Return the beginning of a safetensors file of tensors, name -> dtype and shape, in this order.
+
+        8 bytes: N | N bytes: JSON {name: {dtype, shape, data_offsets}}, padded | tensors
+    """
+    header, end = {}, 0
+    for name, (dtype, shape) in entries.items():
+        element_bytes, kind = DTYPES[dtype]
+        size_bytes = prod(shape) * element_bytes
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [end, end + size_bytes]}
+        end += size_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that every tensor is aligned
-    return [len(text).to_bytes(8, "little") + text, *pieces]
+    return len(text).to_bytes(8, "little") + text
 
 
 class StoredTensors:
@@ -112,7 +124,8 @@ class StoredTensors:
 
     def like(self, state: TrainState) -> TrainState:
         """Return the parts of the tensors that `state` has, read when they are looked up."""
-        return TrainState(slices=_Slices(self, state.slices), values=self._manifest.values)
+        slices = _Slices(self, state.slices, has_moments=self._manifest.has_moments)
+        return TrainState(slices=slices, values=self._manifest.values)
 
     def _read_part(self, name: str, part: StoredSlice, first: int, end: int) -> Tensor:
         """Return indices first .. end - 1 of the slice that a file holds."""
@@ -132,13 +145,19 @@ class StoredTensors:
 
 
 class _Slices(Mapping[str, Slice]):
-    """Slices read when they are looked up, so that a state is never in memory twice."""
+    """Slices read when they are looked up, so that a state is never in memory twice.
 
-    def __init__(self, tensors: StoredTensors, like: Mapping[str, Slice]) -> None:
-        self._tensors, self._like = tensors, like
+    Moments that the checkpoint does not have are zero.
+    """
+
+    def __init__(self, tensors: StoredTensors, like: Mapping[str, Slice], *, has_moments: bool) -> None:
+        self._tensors, self._like, self._has_moments = tensors, like, has_moments
 
     def __getitem__(self, name: str) -> Slice:
         like = self._like[name]
+        if not self._has_moments and is_moment(name):
+            shape = (like.length, *like.global_shape[1:]) if like.global_shape else ()
+            return replace(like, tensor=torch.zeros(shape, dtype=like.tensor.dtype))
         return replace(like, tensor=self._tensors.read(name, like.start, like.length))
 
     def __iter__(self) -> Iterator[str]:
@@ -153,7 +172,7 @@ def _split_by_size(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
     size = 0
     for name, tensor in tensors.items():
         size_bytes = tensor.numel() * tensor.element_size()
-        if names and (size + size_bytes > _FILE_SIZE_BYTES or len(names) == _MAX_NAMES):
+        if names and (size + size_bytes > FILE_SIZE_BYTES or len(names) == _MAX_NAMES):
             yield names
             names, size = [], 0
         names.append(name)

@@ -62,7 +62,8 @@ def check_run_folder(folder: RunFolder, config: ExperimentConfig) -> list[str]:
         except ConfigError as error:
             advice = "is the run's own record; remove it if it is damaged: checkpoints also record their model"
             raise ConfigError(f"{error}\n{folder.config}: {advice}") from None
-    return check_belongs(folder, changes, goes_on=any(folder.checkpoints.glob("step_*")))
+    steps = {path.name for path in folder.checkpoints.glob("step_*")}
+    return check_belongs(folder, changes, goes_on=bool(steps - {"step_00000000"}))  # at step 0 nothing was read
 
 
 def named_run_folder(options: argparse.Namespace) -> RunFolder:

@@ -35,7 +35,7 @@ def resume(run: RunState, checkpoint: CheckpointHandle) -> None:
         for warning in _changes_since(checkpoint, stored, run.config):
             run.console.warning(warning)
     saved, now = checkpoint.run["data_fingerprint"], run.corpus.fingerprint
-    if saved != now:
+    if saved not in (None, now):  # None: no text has been read yet
         raise DataError(
             f"{checkpoint.path}: was trained on other text than data.sources and data.split give now (fingerprint "
             f"{abridged(saved)}, now {abridged(now)}); restore the files, or start a new run with name=..."

@@ -159,7 +159,7 @@ def test_other_names_are_not_checkpoints(folder: CheckpointFolder, name: str) ->
 
 
 def test_large_states_are_split_over_files(folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.checkpoint.tensor_files._FILE_SIZE_BYTES", 30)
+    monkeypatch.setattr("trainer.checkpoint.tensor_files.FILE_SIZE_BYTES", 30)
     path = save(folder, 1, _state()).path
     assert len(list(path.glob("*.safetensors"))) == 3
     assert torch.equal(load(folder, 1)["model.a"], torch.ones(3, 2))

@@ -150,7 +150,7 @@ def test_a_tensor_that_its_file_lacks_is_named(tmp_path: Path) -> None:
 
 
 def test_damaged_files_are_named_and_their_tensors_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.checkpoint.tensor_files._FILE_SIZE_BYTES", 100)
+    monkeypatch.setattr("trainer.checkpoint.tensor_files.FILE_SIZE_BYTES", 100)
     tensors = _tensors()
     _nan(tensors)
     folder = _save(tmp_path, tensors)
