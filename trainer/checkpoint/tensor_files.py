@@ -79,7 +79,7 @@ def _as_safetensors(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
 def safetensors_header(entries: Mapping[str, tuple[DType, Sequence[int]]]) -> bytes:
     """Return the beginning of a safetensors file of tensors, name -> dtype and shape, in this order.
 
-        8 bytes: N | N bytes: JSON {name: {dtype, shape, data_offsets}}, padded | tensors
+    8 bytes: N | N bytes: JSON {name: {dtype, shape, data_offsets}}, padded | tensors
     """
     header, end = {}, 0
     for name, (dtype, shape) in entries.items():
