@@ -32,6 +32,7 @@ from tests.planted import (
     checkpoints,
     data_order,
     experts,
+    latents,
     measures,
     model,
     noise,
@@ -44,7 +45,21 @@ from tests.planted import (
 from tests.planted.fault import Fault
 
 ROOT = Path(__file__).parents[1]
-_TOPICS = (model, places, noise, accounting, experts, data_order, steps, ranks, routing, checkpoints, measures, runs)
+_TOPICS = (
+    model,
+    latents,
+    places,
+    noise,
+    accounting,
+    experts,
+    data_order,
+    steps,
+    ranks,
+    routing,
+    checkpoints,
+    measures,
+    runs,
+)
 FAULTS: list[Fault] = [fault for topic in _TOPICS for fault in topic.FAULTS]
 
 Verdict = Literal["caught", "survived", "no longer applies", "broken", "timed out"]

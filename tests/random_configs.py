@@ -93,7 +93,7 @@ def draw(number: int, folder: Path) -> Trial:
 
 def _model(drawn: random.Random, kind: str) -> dict[str, Any]:
     layers, heads = drawn.randint(1, 3), drawn.choice([1, 2, 4])
-    return {
+    fields = {
         "num_layers": layers,
         "d_model": heads * drawn.choice([4, 8]),
         "num_heads": heads,
@@ -109,6 +109,19 @@ def _model(drawn: random.Random, kind: str) -> dict[str, Any]:
         "init_std": drawn.choice([0.02, 0.1, 0.3, 0.6]),
         "moe": _moe(drawn, kind, layers),
         "vocab_z_loss_coef": 0.01 if drawn.random() < 0.3 else 0.0,
+    }
+    if drawn.random() < 0.2:
+        fields |= {"num_kv_heads": None, "qk_norm": False, "attention": {"latent": _latent(drawn)}}
+    return fields
+
+
+def _latent(drawn: random.Random) -> dict[str, Any]:
+    return {
+        "q_lora_rank": drawn.choice([None, 6]),
+        "kv_lora_rank": drawn.choice([4, 10]),
+        "qk_nope_head_dim": drawn.choice([4, 7]),
+        "qk_rope_head_dim": drawn.choice([2, 4]),
+        "v_head_dim": drawn.choice([4, 9]),
     }
 
 

@@ -19,6 +19,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeForCausalLM
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM
 
+from tests.latent_transformers import deepseek, latent_in_their_names
 from trainer.models.config import ModelConfig
 from trainer.models.gpt import GPT
 
@@ -124,7 +125,7 @@ def _of(family: str, config: ModelConfig, vocab_size: int) -> nn.Module:
                 )
             )
         case _:
-            raise AssertionError(family)
+            return deepseek(family, common, config)
 
 
 def _qwen(config: ModelConfig) -> dict[str, Any]:
@@ -153,6 +154,10 @@ def in_their_names(ours: dict[str, Tensor], config: ModelConfig) -> dict[str, Te
             found[_WHOLE[name]] = tensor
             continue
         _, layer, part = name.split(".", 2)
+        if config.attention.latent is not None and part.startswith("attention."):
+            pieces = latent_in_their_names(part.removeprefix("attention."), tensor, config)
+            found |= {f"model.layers.{layer}.self_attn.{theirs}": piece for theirs, piece in pieces.items()}
+            continue
         names = in_a_layer[part]
         rows = [n * config.head_dim for n in (heads, kv_heads, kv_heads)]
         pieces = tensor.split(rows) if len(names) == 3 else tensor.chunk(len(names))

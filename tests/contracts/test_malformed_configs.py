@@ -683,6 +683,15 @@ CASES = [
     Case("key heads that do not divide",
          "name: x\nmodel: {num_kv_heads: 3}\n",
          ["x.yaml:2:9: model.num_kv_heads: 3 does not divide num_heads 8; use one of 1, 2, 4, 8"]),
+    Case("latent attention beside grouped queries",
+         "name: x\nmodel: {num_kv_heads: 4, qk_norm: true, attention: {head_dim: 64, latent: {}}}\n",
+         [f"x.yaml:2:{column}: model.{key}: {value} has no meaning with latent attention, whose heads have the widths "
+          "of attention.latent; leave it out, or set attention.latent: null"
+          for column, key, value in ((9, "num_kv_heads", 4), (26, "qk_norm", True), (53, "attention.head_dim", 64))]),
+    Case("odd rotated parts",
+         "name: x\nmodel: {attention: {latent: {qk_rope_head_dim: 63}}}\n",
+         ["x.yaml:2:30: model.attention.latent.qk_rope_head_dim: 63 is odd, and rotary positions need an even width; "
+          "use 64"]),
     Case("no MoE layer left",
          "name: x\nmodel: {num_layers: 2, moe: {first_dense_layers: 2}}\n",
          [("x.yaml:2:24: model.moe: first_dense_layers 2 and every 1 leave no MoE layer among "

@@ -1,11 +1,11 @@
 """Law: `parallel.compile` changes how fast a model learns, not what."""
 
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 
-from tests.builders import make_batch, make_engine, make_packed_batch, tiny_model_config
+from tests.builders import latent_attention, make_batch, make_engine, make_packed_batch, tiny_model_config
 from trainer.distributed.runtime import has_cpp_compiler
 from trainer.engine.native import NativeEngine
 from trainer.models.block import Block
@@ -20,8 +20,10 @@ STEPS, ROWS, SEQ_LEN = 6, 6, 70  # 70: a whole block of attention and a part of 
 MOE = {"capacity": {"factor": 0.6, "min": 1}, "num_shared_experts": 1}
 
 
-def _engine(document_mask: bool, *, is_compiled: bool, recompute: Recompute = "none") -> NativeEngine:
-    config = tiny_model_config(MOE, seq_len=SEQ_LEN, document_mask=document_mask)
+def _engine(
+    document_mask: bool, *, is_compiled: bool, recompute: Recompute = "none", fields: dict[str, Any] | None = None
+) -> NativeEngine:
+    config = tiny_model_config(MOE, seq_len=SEQ_LEN, document_mask=document_mask, **(fields or {}))
     engine = make_engine(
         config, kernel="fused", dtype=torch.float64, parallel=ParallelConfig(compile=is_compiled, recompute=recompute)
     )
@@ -47,6 +49,12 @@ def _curve(engine: NativeEngine) -> torch.Tensor:
 def test_a_compiled_model_learns_the_same(document_mask: bool) -> None:
     eager, compiled = (_curve(_engine(document_mask, is_compiled=is_compiled)) for is_compiled in (False, True))
     assert eager[-1, 0] < eager[0, 0]
+    torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-10)
+
+
+def test_so_does_one_with_latent_attention() -> None:
+    engines = (_engine(True, is_compiled=is_compiled, fields=latent_attention()) for is_compiled in (False, True))
+    eager, compiled = map(_curve, engines)
     torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-10)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.builders import make_batch, make_engine, rows_of, tiny_model_config
+from tests.builders import latent_attention, make_batch, make_engine, rows_of, tiny_model_config
 from tests.ranks import Ranks, mesh_here
 from trainer.distributed.mesh import Mesh
 from trainer.engine.native import NativeEngine
@@ -22,6 +22,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
     "dense and shared, gelu": ({"num_shared_experts": 1, "first_dense_layers": 1}, {"activation": "gelu"}),
     "norms of heads, documents, tied": ({}, {"qk_norm": True, "document_mask": True, "tie_embeddings": True}),
+    "latent attention": ({}, latent_attention()),
     "noise, drops, a bias and a global balance": (
         {
             "router": {"kind": "bias_balanced", "jitter": 0.3, "bias_update_rate": 0.05},
@@ -160,6 +161,7 @@ SIZES = {"num_layers": 4, "d_model": 64, "num_heads": 4, "num_kv_heads": 2, "d_f
         (torch.float32, "plain", {"none": 14160, "norms_and_activations": 13120, "experts": 10060, "block": 3310}),
         (torch.float32, "qk_norm", {"none": 14250, "norms_and_activations": 13120, "experts": 10160, "block": 3310}),
         (torch.bfloat16, "qk_norm", {"none": 12970, "norms_and_activations": 11840, "experts": 10930, "block": 3820}),
+        (torch.float32, "latents", {"none": 15030, "norms_and_activations": 13610, "experts": 10930, "block": 2930}),
         (torch.float32, "dense", {"none": 17560, "experts": 17560, "norms_and_activations": 12430, "block": 1590}),
     ],
     ids=str,
@@ -168,7 +170,8 @@ def test_each_setting_saves_less_than_the_one_before(dtype: torch.dtype, kind: s
     found = {}
     for recompute in most:
         section = ParallelConfig.model_validate({"recompute": recompute})
-        config = tiny_model_config(MOE, **SIZES, qk_norm=kind == "qk_norm")
+        fields = SIZES | (latent_attention() if kind == "latents" else {"qk_norm": kind == "qk_norm"})
+        config = tiny_model_config(MOE, **fields)
         if kind == "dense":
             config = config.model_copy(update={"moe": None})
         engine = make_engine(config, dtype=dtype, kernel="fused", parallel=section)

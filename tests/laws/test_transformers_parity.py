@@ -68,7 +68,24 @@ def _cases() -> dict[str, Case]:
         {"num_kv_heads": 1, "tie_embeddings": True},
         {"num_experts": 8, "num_shared_experts": 1, "router": {**groups, "groups_kept": 4, "normalize": False}},
     )
-    return found
+    return found | _latent_cases(groups)
+
+
+def _latent_cases(groups: dict[str, Any]) -> dict[str, Case]:
+    """All widths differ: none stands in for another."""
+    latent = {"kv_lora_rank": 12, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 14}
+    compressed = {**latent, "q_lora_rank": 20}
+    v2 = {"num_shared_experts": 2, "router": {"kind": "top_k", "top_k": 3, "normalize": False, "scale": 1.5}}
+    v3 = {"num_experts": 8, "num_shared_experts": 1, "router": groups}
+    return {
+        name: Case(family, {"num_kv_heads": None, "qk_norm": False, "attention": {"latent": widths}, **model}, moe)
+        for name, family, widths, model, moe in (
+            ("latents", "deepseek_v2", latent, {"num_layers": 3}, {**v2, "first_dense_layers": 1}),
+            ("latents, compressed queries", "deepseek_v2", compressed, {"tie_embeddings": True}, v2),
+            ("latents, groups, bias", "deepseek_v3", compressed, {"num_layers": 3}, {**v3, "first_dense_layers": 1}),
+            ("latents, plain queries, groups", "deepseek_v3", {**latent, "v_head_dim": 20}, {}, v3),
+        )
+    }
 
 
 CASES = _cases()
@@ -141,8 +158,9 @@ def test_logits_and_every_gradient_are_theirs_in_float32(case: Case) -> None:
 
 def test_the_cases_are_what_they_say() -> None:
     """The law's own control."""
-    assert {case.family for case in CASES.values()} == {"mixtral", "qwen2_moe", "qwen3_moe", "dots1"}
-    assert {case.model.get("num_kv_heads", 2) for case in CASES.values()} == {1, 2, 4}
+    families = {"mixtral", "qwen2_moe", "qwen3_moe", "dots1", "deepseek_v2", "deepseek_v3"}
+    assert {case.family for case in CASES.values()} == families
+    assert {case.model.get("num_kv_heads", 2) for case in CASES.values()} == {None, 1, 2, 4}
     ragged, packed = _rows("ragged")[0], _rows("documents")[0]
     assert not ragged.valid.all() and not ragged.loss_mask[ragged.valid].all()
     assert not packed.valid.all() and not packed.loss_mask[packed.valid].all()
@@ -152,7 +170,9 @@ def test_the_cases_are_what_they_say() -> None:
     assert CASES["layers by index"].config().moe_layers == (0, 3)
 
 
-@pytest.mark.parametrize("name", ["mixtral k 2, 2 heads a key", "qwen3_moe k 3, 4 heads a key"])
+@pytest.mark.parametrize(
+    "name", ["mixtral k 2, 2 heads a key", "qwen3_moe k 3, 4 heads a key", "latents, groups, bias"]
+)
 def test_logits_by_way_of_the_cache_are_theirs(name: str) -> None:
     case, (batch, _, _) = CASES[name], _rows("whole rows")
     ours = _ours(case.config(), torch.float64)

@@ -1,7 +1,57 @@
 """The `model.attention` section. Imports no torch."""
 
-from trainer.config.base import Config
-from trainer.config.numbers import Width
+from collections.abc import Iterator
+
+from trainer.config.base import Config, Problem
+from trainer.config.numbers import Epsilon, Width
+
+
+class LatentAttentionConfig(Config):
+    """Multi-head latent attention of DeepSeek-V2 and V3 (arXiv 2405.04434), with the names of its widths there.
+
+    Keys and values of all heads are made from one latent per token, so that the cache holds `kv_lora_rank` +
+    `qk_rope_head_dim` values per token and layer.
+    """
+
+    q_lora_rank: Width | None = None
+    """Width of the compressed queries (V3: 1536). Null: queries are not compressed (V2-Lite)."""
+    kv_lora_rank: Width = 512
+    """Width of the latent from which the keys and values of all heads are made."""
+    qk_nope_head_dim: Width = 128
+    """Width of a query or key head's part without positions."""
+    qk_rope_head_dim: Width = 64
+    """Width of its part with rotary positions, which is even; keys have one for all heads."""
+    v_head_dim: Width = 128
+    """Width of a value head."""
+    norm_eps: Epsilon = 1e-6
+    """Added to the mean square in the RMSNorm of the latent and of the compressed queries; published models have 1e-6,
+    whatever model.norm_eps is."""
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a query or key head."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def cached_values(self) -> int:
+        """Values in the cache per token and layer."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    def weights(self, *, d_model: int, num_heads: int) -> int:
+        """Count the parameters of one layer's attention, its inner norms included."""
+        q, heads = self.q_lora_rank, num_heads * self.qk_head_dim
+        queries = d_model * heads if q is None else q * (d_model + 1 + heads)
+        of_latent = 1 + num_heads * (self.qk_nope_head_dim + self.v_head_dim)
+        outputs = num_heads * self.v_head_dim * d_model
+        return queries + d_model * self.cached_values + self.kv_lora_rank * of_latent + outputs
+
+    def problems(self) -> Iterator[Problem]:
+        """Check that positions can be rotated."""
+        width = self.qk_rope_head_dim
+        if width % 2:
+            yield Problem(
+                "qk_rope_head_dim", f"{width} is odd, and rotary positions need an even width; use {width + 1}"
+            )
 
 
 class AttentionConfig(Config):
@@ -9,3 +59,5 @@ class AttentionConfig(Config):
 
     head_dim: Width | None = None
     """Width of one head, d, which is even. Null: d_model / num_heads."""
+    latent: LatentAttentionConfig | None = None
+    """Multi-head latent attention (DeepSeek-V2, V3). Null: grouped-query attention."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from trainer.models.config import ModelConfig, Recompute
 from trainer.models.feed_forward import FeedForward, SharedExperts
-from trainer.models.kv_cache import CachedAttention
+from trainer.models.kv_cache import LayerCache
+from trainer.models.latent_attention import LatentAttention
 from trainer.models.norm import RMSNorm
 from trainer.models.recompute import checkpointed
 from trainer.models.self_attention import Attention
@@ -32,7 +33,8 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, kernel: ExpertsKernel) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = Attention(config)
+        latent = config.attention.latent
+        self.attention = Attention(config) if latent is None else LatentAttention(config, latent)
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.ffn = build_moe(config, layer, kernel) if config.has_experts(layer) else FeedForward(config, config.d_ff)
         self.compiled_attend: Callable[..., tuple[Tensor, Tensor]] | None = None
@@ -54,7 +56,7 @@ class Block(nn.Module):
         rotary: Tensor,
         context: RoutingContext,
         mask: PreparedMask | None = None,
-        extend: CachedAttention | None = None,
+        extend: LayerCache | None = None,
     ) -> tuple[Tensor, MoEStats | None]:
         """Return the residual stream (B, S, D) after this block, and its MoE layer's statistics."""
         # The compiled function is for whole rows: with a cache, each call has another length and would recompile it.
@@ -71,7 +73,7 @@ class Block(nn.Module):
         return x + self.ffn(normed)
 
     def attend(
-        self, x: Tensor, rotary: Tensor, mask: PreparedMask | None, extend: CachedAttention | None
+        self, x: Tensor, rotary: Tensor, mask: PreparedMask | None, extend: LayerCache | None
     ) -> tuple[Tensor, Tensor]:
         """Return the residual stream after attention, and its normalized copy for the feed-forward."""
         x = x + self.attention(x, self.attention_norm, rotary, mask, extend)

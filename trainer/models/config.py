@@ -73,6 +73,25 @@ class ModelConfig(Config):
         return self.attention.head_dim or self.d_model // self.num_heads
 
     @property
+    def head_widths(self) -> tuple[int, int]:
+        """Widths of a head's keys and values in attention."""
+        latent = self.attention.latent
+        return (self.head_dim, self.head_dim) if latent is None else (latent.qk_head_dim, latent.v_head_dim)
+
+    @property
+    def rotary_width(self) -> int:
+        """Width of the part of a head that has rotary positions."""
+        return self.head_dim if self.attention.latent is None else self.attention.latent.qk_rope_head_dim
+
+    @property
+    def cache_shape(self) -> tuple[int, tuple[int, int]]:
+        """Number of heads in the cache, and the widths of their keys and values."""
+        latent = self.attention.latent
+        if latent is not None:
+            return 1, (latent.cached_values, 0)  # values are part of the keys
+        return self.num_kv_heads or self.num_heads, self.head_widths
+
+    @property
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the blocks whose feed-forward is MoE."""
         return tuple(layer for layer in range(self.num_layers) if self.has_experts(layer))
@@ -89,9 +108,7 @@ class ModelConfig(Config):
         """Count the parameters without building the model; `vocab_size` is that of the tokenizer."""
         vocab_size = self.vocab_size or vocab_size
         D, L, num_moe = self.d_model, self.num_layers, len(self.moe_layers)
-        attention = 2 * D * (self.num_heads + (self.num_kv_heads or self.num_heads)) * self.head_dim
-        norms = 2 * D + (2 * self.head_dim if self.qk_norm else 0)
-        dense = L * (attention + norms) + D + (1 if self.tie_embeddings else 2) * vocab_size * D
+        dense = L * (self._attention_weights() + 2 * D) + D + (1 if self.tie_embeddings else 2) * vocab_size * D
         dense += (L - num_moe) * self._feed_forward(self.d_ff)
         if self.moe is None:
             return Weights(dense, 0)
@@ -103,6 +120,13 @@ class ModelConfig(Config):
         tokens, vocab_size = num_rows * self.seq_len, self.vocab_size or vocab_size
         with_logits = tokens if loss_chunk is None else min(tokens, loss_chunk)
         return tokens * self.num_layers * self.d_model + with_logits * vocab_size
+
+    def _attention_weights(self) -> int:
+        """Count the parameters of one layer's attention, its norms included."""
+        if self.attention.latent is not None:
+            return self.attention.latent.weights(d_model=self.d_model, num_heads=self.num_heads)
+        heads = 2 * (self.num_heads + (self.num_kv_heads or self.num_heads))  # queries and outputs, keys and values
+        return heads * self.head_dim * self.d_model + (2 * self.head_dim if self.qk_norm else 0)
 
     def _feed_forward(self, d_ff: int) -> int:
         return (3 if self.activation == "swiglu" else 2) * self.d_model * d_ff
@@ -117,6 +141,25 @@ class ModelConfig(Config):
                 f"{total:.1e} parameters are more than a machine can count; use at most {MAX_WEIGHTS:.1e}: lower "
                 "num_layers, d_model, d_ff or moe.num_experts",
             )
+        yield from self._attention_problems()
+        if self.moe is not None and not self.moe_layers:
+            yield Problem(
+                "moe",
+                f"first_dense_layers {self.moe.first_dense_layers} and every {self.moe.every} leave no MoE layer among "
+                f"num_layers {self.num_layers}; lower them, or set moe: null for a dense model",
+            )
+
+    def _attention_problems(self) -> Iterator[Problem]:
+        if self.attention.latent is not None:
+            given = {"num_kv_heads": self.num_kv_heads, "attention.head_dim": self.attention.head_dim}
+            for key, value in (given | {"qk_norm": self.qk_norm or None}).items():
+                if value is not None:
+                    yield Problem(
+                        key,
+                        f"{value} has no meaning with latent attention, whose heads have the widths of "
+                        "attention.latent; leave it out, or set attention.latent: null",
+                    )
+            return
         if self.attention.head_dim is not None:
             if self.head_dim % 2:
                 yield Problem(

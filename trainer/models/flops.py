@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from trainer.models.gpt import GPT
+from trainer.models.latent_attention import LatentAttention
 from trainer.models.self_attention import Attention
 from trainer.moe.experts import Experts
 
@@ -41,8 +42,8 @@ def model_size(model: GPT, *, top_k: int | None = None) -> ModelSize:
     for module in model.modules():
         if isinstance(module, nn.Linear):
             flops += 2 * module.weight.numel()
-        elif isinstance(module, Attention):
-            flops += 4 * model.config.seq_len * module.num_heads * module.head_dim  # scores and weighted values
+        elif isinstance(module, Attention | LatentAttention):  # scores and weighted values
+            flops += 2 * model.config.seq_len * module.num_heads * sum(model.config.head_widths)
         elif isinstance(module, Experts):
             assert moe is not None, "a model with experts has a moe section"
             weights = module.w_in.numel() + module.w_out.numel()

@@ -5,7 +5,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -134,12 +133,15 @@ class GPT(nn.Module):
 
     def new_cache(self, num_rows: int, capacity: int) -> KVCache:
         """Return an empty cache for `capacity` tokens per row."""
-        c, weight = self.config, self.embedding.weight
-        shape = (c.num_layers, num_rows, capacity, c.num_kv_heads or c.num_heads, c.head_dim)
+        num_heads, widths = self.config.cache_shape
+        keys, values = (
+            self.embedding.weight.new_zeros(self.config.num_layers, num_rows, capacity, num_heads, width)
+            for width in widths
+        )
         return KVCache(
-            keys=torch.zeros(shape, dtype=weight.dtype, device=weight.device),
-            values=torch.zeros(shape, dtype=weight.dtype, device=weight.device),
-            lengths=torch.zeros(num_rows, dtype=torch.int64, device=weight.device),
+            keys=keys,
+            values=values,
+            lengths=torch.zeros(num_rows, dtype=torch.int64, device=keys.device),
         )
 
     def moe_layers(self) -> list[MoE]:
@@ -175,10 +177,10 @@ class GPT(nn.Module):
     ) -> tuple[Tensor, tuple[MoEStats, ...]]:
         """Return the residual stream (B, S, D) after the last block, and the MoE layers' statistics."""
         x = self.embedding(tokens)  # (B, S, D)
-        rotary = rotary_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+        rotary = rotary_table(positions, self.config.rotary_width, self.config.rope_theta, x.dtype)
         moe = []
         for layer, block in enumerate(self.blocks):
-            extend = None if extension is None else partial(extension.attend, layer)
+            extend = None if extension is None else extension.layer(layer)
             x, stats = block(x, rotary, context, mask, extend)
             if stats is not None:
                 moe.append(stats)

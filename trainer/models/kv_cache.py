@@ -7,10 +7,9 @@ overwritten before any query of that row sees them.
 # row 0    a  b  c  d  .      4
 # row 1    a  b  .  .  .      2
 
-# L layers, B rows, S new tokens, H query heads, Hkv key and value heads, d head width.
+# L layers, B rows, S new tokens, T slots that they may see, H query heads, Hkv key and value heads, d head width.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +17,13 @@ from torch import Tensor
 
 from trainer.ops.attention import torch_attention
 
-CachedAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""`Extension.attend` of one layer: queries, keys and values of the new tokens -> attention output (B, H, S, d)."""
-
 
 @dataclass(slots=True, kw_only=True)
 class KVCache:
-    """Keys and values of the tokens so far."""
+    """Keys and values of the tokens so far.
+
+    With latent attention a token's latent and rotated key are one entry in `keys`, and `values` have width 0.
+    """
 
     keys: Tensor
     """(L, B, capacity, Hkv, d)."""
@@ -84,13 +83,33 @@ class Extension:
     visible: Tensor | None
     """(B, 1, S, end) slots visible to each new token. None: the cache was empty, so attention is causal."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store keys and values (B, Hkv, S, d) of new tokens; return the output of queries (B, H, S, d)."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]  # (B, capacity, Hkv, d)
+    def layer(self, layer: int) -> "LayerCache":
+        """Return the slots of one layer."""
+        return LayerCache(extension=self, layer=layer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCache:
+    """Slots of one layer's tokens that are being appended to a cache."""
+
+    extension: Extension
+    layer: int
+
+    @property
+    def visible(self) -> Tensor | None:
+        """Slots visible to each new token (B, 1, S, T), as in `Extension`."""
+        return self.extension.visible
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values (B, Hkv, S, d) of new tokens; return those of all slots (B, Hkv, T, d) they may see."""
+        positions, cache = self.extension.positions, self.extension.cache
+        keys, values = cache.keys[self.layer], cache.values[self.layer]  # (B, capacity, Hkv, d)
         rows = torch.arange(len(keys), device=keys.device)[:, None]
-        keys[rows, self.positions] = k.transpose(1, 2).to(keys.dtype)
-        values[rows, self.positions] = v.transpose(1, 2).to(values.dtype)
-        if self.visible is None:
-            return torch_attention(q, k, v)
-        seen, read = (x[:, : self.end].transpose(1, 2) for x in (keys, values))
-        return torch_attention(q, seen, read, self.visible)
+        keys[rows, positions] = k.transpose(1, 2).to(keys.dtype)
+        values[rows, positions] = v.transpose(1, 2).to(values.dtype)
+        return keys[:, : self.extension.end].transpose(1, 2), values[:, : self.extension.end].transpose(1, 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store keys and values (B, Hkv, S, d) of new tokens; return the output of queries (B, H, S, d)."""
+        seen, read = self.append(k, v)
+        return torch_attention(q, k, v) if self.visible is None else torch_attention(q, seen, read, self.visible)

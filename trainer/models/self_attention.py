@@ -9,7 +9,7 @@ function).
 from torch import Tensor, nn
 
 from trainer.models.config import ModelConfig, Recompute
-from trainer.models.kv_cache import CachedAttention
+from trainer.models.kv_cache import LayerCache
 from trainer.models.norm import RMSNorm
 from trainer.models.recompute import checkpointed
 from trainer.ops.attention import CausalAttention, torch_attention
@@ -32,7 +32,7 @@ class Attention(nn.Module):
         self.recompute: Recompute = "none"
 
     def forward(
-        self, x: Tensor, norm: RMSNorm, rotary: Tensor, mask: PreparedMask | None, extend: CachedAttention | None
+        self, x: Tensor, norm: RMSNorm, rotary: Tensor, mask: PreparedMask | None, extend: LayerCache | None
     ) -> Tensor:
         """Attend over norm(x) (B, S, D), and over the cache if there is one.
 
@@ -41,14 +41,14 @@ class Attention(nn.Module):
             norm: applied to it first.
             rotary: (2, ..., S, d) cosines and sines.
             mask: the keys visible to each query; None: all that are not later.
-            extend: attention over this layer's cache, to which the new keys and values are appended.
+            extend: this layer's cache, to which the new keys and values are appended.
         """
         B, S, _ = x.shape
         again = self.recompute == "norms_and_activations" and extend is None
         heads = checkpointed(lambda x: self.qkv(norm(x)), x, recompute=again)
         # Without their norms, nothing of heads is saved anyway.
         q, k, v = checkpointed(self._rotated, heads, rotary, recompute=again and self.q_norm is not None)
-        y = self.core_attention(q, k, v, mask) if extend is None else extend(q, k, v)
+        y = self.core_attention(q, k, v, mask) if extend is None else extend.attend(q, k, v)
         return self.out(y.transpose(1, 2).reshape(B, S, -1))
 
     def _rotated(self, heads: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:

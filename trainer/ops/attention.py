@@ -1,10 +1,12 @@
 """Causal attention: torch's fused kernel, and a blocked implementation that is faster on the CPU.
 
-Both take queries (B, H, S, d) and keys and values (B, Hkv, S, d), where H / Hkv query heads share a key head, and
-return (B, H, S, d) in the dtype of the values. Both disable autocast and choose their dtypes themselves. They take
-dense masks (ops/attention_mask.py); None: all keys that are not later. flex_attention is in ops/block_attention.py.
+Both take queries (B, H, S, d), keys (B, Hkv, S, d) and values (B, Hkv, S, v), where H / Hkv query heads share a key
+head, and return (B, H, S, v) in the dtype of the values. Both disable autocast and choose their dtypes themselves. They
+take dense masks (ops/attention_mask.py); None: all keys that are not later. flex_attention is in
+ops/block_attention.py.
 
-# B rows, H query heads, Hkv key and value heads, G = H / Hkv, N = B * Hkv, S tokens, d head width, n queries per block.
+# B rows, H query heads, Hkv key and value heads, G = H / Hkv, N = B * Hkv, S tokens, d width of queries and keys,
+# v of values, n queries per block.
 """
 
 from collections.abc import Callable
@@ -58,16 +60,16 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: PreparedMask | None
     Scores and softmax are at least float32; all other products are in the dtype of the values.
     """
     assert mask is None or isinstance(mask, Tensor), "a dense mask"
-    (B, H, S, d), Hkv = q.shape, k.shape[1]
+    (B, H, S, d), (_, Hkv, _, width) = q.shape, v.shape
     if S > _LONGEST:
         return torch_attention(q, k, v, mask)
-    grouped = q.reshape(B * Hkv, H // Hkv, S, d), k.reshape(B * Hkv, S, d), v.reshape(B * Hkv, S, d)
+    grouped = q.reshape(B * Hkv, H // Hkv, S, d), k.reshape(B * Hkv, S, d), v.reshape(B * Hkv, S, width)
     with torch.autocast(q.device.type, enabled=False):
-        return _BlockedAttention.apply(*grouped, mask).view(B, H, S, d)
+        return _BlockedAttention.apply(*grouped, mask).view(B, H, S, width)
 
 
 class _BlockedAttention(torch.autograd.Function):
-    """q (N, G, S, d), k and v (N, S, d), mask (B, 1, S, S) or None -> (N, G, S, d).
+    """q (N, G, S, d), k (N, S, d), v (N, S, v), mask (B, 1, S, S) or None -> (N, G, S, v).
 
     #  keys      0 .. 63   64 .. 127   128 .. 191
     #  block 0   causal
@@ -88,7 +90,7 @@ class _BlockedAttention(torch.autograd.Function):
             hidden = position > position[start:, None] if mask is None else ~mask[:, :, start:stop, :stop]
             scores = scores.view(B, -1, stop - start, stop).masked_fill(hidden, float("-inf"))
             weights.append(torch.softmax(scores, dim=-1).to(v.dtype).view(N, -1, stop))
-            outs.append(torch.bmm(weights[-1], v[:, :stop]).view(N, G, -1, d))
+            outs.append(torch.bmm(weights[-1], v[:, :stop]).view(N, G, stop - start, -1))
         out = torch.cat(outs, dim=2)
         ctx.save_for_backward(q.to(v.dtype), k.to(v.dtype), v, out, *weights)
         ctx.dtypes = q.dtype, k.dtype
@@ -107,7 +109,7 @@ class _BlockedAttention(torch.autograd.Function):
         grad_k, grad_v = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
         with torch.autocast(q.device.type, enabled=False):
             for (start, stop), w in zip(_blocks(q), weights, strict=True):
-                grad = _rows(grad_out, start, stop)  # (N, G n, d)
+                grad = _rows(grad_out, start, stop)  # (N, G n, v)
                 grad_w = torch.bmm(grad, v[:, :stop].transpose(1, 2))
                 grad_scores = w.to(wide) * (grad_w.to(wide) - _rows(inner, start, stop)) * d**-0.5
                 grad_scores = grad_scores.to(v.dtype)

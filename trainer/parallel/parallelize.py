@@ -68,7 +68,7 @@ def choose_attention(model: GPT, device: torch.device, dtype: torch.dtype, *, is
     the CPU the blocked implementation is faster once it is compiled.
     """
     attention = blocked_attention if is_compiled and device.type == "cpu" else torch_attention
-    if model.config.document_mask and suits_blocks(device, dtype, model.config.head_dim):
+    if model.config.document_mask and suits_blocks(device, dtype, min(model.config.head_widths)):
         attention, model.mask_form = flex, "blocks"
     for block in cast(Iterable[Block], model.blocks):
         block.attention.core_attention = attention

@@ -201,8 +201,13 @@ def labels(config: ExperimentConfig) -> list[str]:
     return found
 
 
-def _small_head(head_dim: int | None) -> dict[str, int | None]:
-    return {"head_dim": None if head_dim is None else min(head_dim, 16)}
+def _small_heads(attention: dict[str, Any]) -> dict[str, Any]:
+    """Return a dumped attention section with narrow heads."""
+    head_dim, latent = attention["head_dim"], attention["latent"]
+    if latent is not None:  # widths that differ
+        most = dict(q_lora_rank=12, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10)
+        latent = latent | {key: min(latent[key], width) for key, width in most.items() if latent[key] is not None}
+    return attention | {"head_dim": None if head_dim is None else min(head_dim, 16), "latent": latent}
 
 
 def _few_layers(moe_layers: Sequence[int]) -> tuple[int, list[int]]:
@@ -221,7 +226,7 @@ def shrink(config: ExperimentConfig) -> ExperimentConfig:
         "num_layers": min(model["num_layers"], 2 if moe is None else moe["first_dense_layers"] + 2 * moe["every"]),
         "d_model": min(model["d_model"], 64),
         "num_heads": heads,
-        "attention": model["attention"] | _small_head(model["attention"]["head_dim"]),
+        "attention": _small_heads(model["attention"]),
         "num_kv_heads": None if kv_heads is None else max(1, heads * kv_heads // model["num_heads"]),
         "d_ff": min(model["d_ff"], 64),
         "seq_len": min(model["seq_len"], 32),

@@ -21,6 +21,7 @@ TYPICAL: dict[str, str] = {
     **dict.fromkeys(
         ("model.d_model", "model.d_ff", "model.moe.d_ff", "model.seq_len", "model.attention.head_dim"), "128"
     ),
+    "model.attention.latent.qk_rope_head_dim": "64",
     **dict.fromkeys(("model.num_layers", "model.num_heads", "model.moe.num_experts", "train.global_batch_size"), "16"),
     **dict.fromkeys(("model.num_kv_heads", "model.moe.router.top_k", "model.moe.every"), "2"),
     **dict.fromkeys(("model.moe.num_shared_experts", "model.moe.first_dense_layers", "parallel.ep_size"), "1"),

@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.builders import make_batch, make_model, tiny_model_config
+from tests.builders import latent_attention, make_batch, make_model, tiny_model_config
 from trainer.models.block import Block
 from trainer.models.config import Recompute
 from trainer.models.flops import model_size
@@ -20,6 +20,8 @@ SHAPES = {
     "all experts": ({"router": {"kind": "dense"}}, {}),
     "shared, first dense, tied": ({"num_shared_experts": 1, "first_dense_layers": 1}, {"tie_embeddings": True}),
     "shared, gated": ({"num_shared_experts": 2, "shared_d_ff": 7, "shared_gate": True, "layers": [1]}, {}),
+    "latents": ({}, latent_attention()),
+    "latents, plain queries": ({}, latent_attention(q_lora_rank=None)),
     "gelu, top 1": ({"router": {"kind": "top_k", "top_k": 1, "normalize": False}}, {"activation": "gelu"}),
 }
 
@@ -48,7 +50,7 @@ def test_a_loss_in_chunks_has_no_more_flops(fields: dict) -> None:
 
 
 @pytest.mark.parametrize("kernel", ["loop", "fused"])
-@pytest.mark.parametrize("fields", [{"qk_norm": True}, {"activation": "gelu"}])
+@pytest.mark.parametrize("fields", [{"qk_norm": True}, {"activation": "gelu"}, latent_attention()], ids=str)
 def test_recomputation_costs_the_products_that_it_says(fields: dict, kernel: str) -> None:
     """None for norms and activations; of every feed-forward the first: no gradient needs the result of the last."""
     config = tiny_model_config({"num_shared_experts": 1, "first_dense_layers": 1}, **fields)
@@ -62,7 +64,10 @@ def test_recomputation_costs_the_products_that_it_says(fields: dict, kernel: str
         totals[recompute] = counter.get_total_flops() - model_size(model).training_flops_per_token * 16
     width = 24 if config.activation == "swiglu" else 12  # of an expert, before its activation
     first = 2 * 16 * 2 * 16 * width  # T tokens, 2 experts each, D
-    attention = 2 * 16 * 16 * (32 + 16) + 4 * 8 * 16 * 16  # projections; S x S scores and weighted values of each head
+    # Projections; S x S scores and weighted values of each head.
+    attention = 2 * 16 * 16 * (32 + 16) + 4 * 8 * 16 * 16
+    if "attention" in fields:
+        attention = 2 * 16 * (16 * (10 + 12 + 4) + 10 * 4 * 10 + 12 * 4 * 20 + 4 * 14 * 16) + 2 * 8 * 16 * 4 * (10 + 14)
     dense, shared = 2 * 16 * 16 * 2 * width, 2 * 16 * 16 * width  # first products
     assert totals == {
         "none": 0,

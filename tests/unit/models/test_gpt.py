@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.builders import make_batch, make_model, rows_of, tiny_model_config
+from tests.builders import latent_attention, make_batch, make_model, rows_of, tiny_model_config
 from trainer.data.batches.batch import Batch
 from trainer.errors import ConfigError
 from trainer.models.gpt import GPT
@@ -22,6 +22,7 @@ SHAPES = {
     "qk_norm, tied, gelu": {"qk_norm": True, "tie_embeddings": True, "activation": "gelu"},
     "one kv head each": {"num_kv_heads": None},
     "shared expert, first layer dense": {"moe": {"num_shared_experts": 2, "first_dense_layers": 1}},
+    "latent attention": latent_attention(),
     "sigmoid with bias": {"moe": {"router": {"kind": "bias_balanced"}}},
 }
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.builders import make_batch, make_model, tiny_model_config
+from tests.builders import latent_attention, make_batch, make_model, tiny_model_config
 from tests.registries import router_sections
 from trainer.models.gpt import GPT
 
@@ -14,6 +14,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "moe": {},
     "positions route": {"moe": {"router": {"kind": "round_robin"}}},
     "qk_norm, as many key heads as heads": {"qk_norm": True, "num_kv_heads": None},
+    "latents": latent_attention(),
+    "latents, plain queries": latent_attention(q_lora_rank=None),
     **{kind: {"moe": section} for kind, section in router_sections(without=[{}]).items()},
 }
 
@@ -74,6 +76,11 @@ def test_pieces_of_a_row_are_never_routed_together(kind: str) -> None:
         cache = model.new_cache(2, 8)
         logits.append(model.next_logits(text, cache))
     assert torch.equal(*logits)
+
+
+def test_latent_attention_caches_a_latent_and_one_rotated_key_per_token() -> None:
+    cache = _model(latent_attention()).new_cache(3, 5)
+    assert cache.keys.numel() + cache.values.numel() == 2 * 3 * 5 * (12 + 4), "layers, rows, slots"
 
 
 @pytest.mark.parametrize("loss_chunk", [None, 1, 3])

@@ -20,13 +20,14 @@ def _run(
     dtype: torch.dtype,
     value_dtype: torch.dtype,
     mask: Tensor | None = None,
+    width: int = d,
 ) -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
     q = torch.randn(B, H, S, d, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
     k = torch.randn(B, kv_heads, S, d, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    v = torch.randn(B, kv_heads, S, d, generator=generator, dtype=torch.float64).to(value_dtype).requires_grad_()
+    v = torch.randn(B, kv_heads, S, width, generator=generator, dtype=torch.float64).to(value_dtype).requires_grad_()
     y = attention(q, k, v, mask)
-    assert y.shape == q.shape and y.dtype == value_dtype
+    assert y.shape == (B, H, S, width) and y.dtype == value_dtype
     weight = torch.randn(y.shape, generator=generator, dtype=torch.float64)
     gradients = torch.autograd.grad((y * weight).sum(), (q, k, v))
     assert [g.dtype for g in gradients] == [dtype, dtype, value_dtype]
@@ -69,6 +70,19 @@ def test_no_query_sees_another_document(attention: Callable, S: int, kv_heads: i
             strict=True,
         ):
             torch.testing.assert_close(mine, oracle, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("attention", [torch_attention, blocked_attention])
+@pytest.mark.parametrize("width", [3, 11])
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_values_may_be_narrower_or_wider_than_keys(attention: Callable, kv_heads: int, width: int) -> None:
+    document = torch.arange(130).div(50, rounding_mode="floor")[None]
+    for mask in (None, AttentionMask(document=document).dense()):
+        for mine, oracle in zip(
+            *(_run(way, 130, kv_heads, torch.float64, torch.float64, mask, width) for way in (attention, _oracle)),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine, oracle, rtol=0, atol=1e-12)
 
 
 def test_keys_repeat_kv_are_those_that_heads_share() -> None:

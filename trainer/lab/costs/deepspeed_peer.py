@@ -74,7 +74,7 @@ class _TheirModel(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         model, c = self.model, self.config.model
         x = model.embedding(tokens)
-        rotary = rotary_table(torch.arange(tokens.shape[1]), c.head_dim, c.rope_theta, x.dtype)
+        rotary = rotary_table(torch.arange(tokens.shape[1]), c.rotary_width, c.rope_theta, x.dtype)
         balance = torch.zeros(())
         for block in cast(Iterable[Block], model.blocks):
             x, normed = block.attend(x, rotary, None, None)
