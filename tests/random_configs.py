@@ -203,6 +203,7 @@ def router_options(drawn: random.Random, num_experts: int) -> dict[str, Any]:
         "d_proj": drawn.choice([3, 8]),
         "p": drawn.choice([0.3, 0.5, 0.9, 1.0]),
         "max_experts": drawn.randint(1, most),
+        "gate_bias": drawn.random() < 0.7,
         "sparsity_coef": drawn.choice([0.0, 0.1]),
         "capacity_factor": drawn.choice([0.6, 1.0, 1.5]),
         "iterations": drawn.choice([1, 5, 30]),

@@ -42,7 +42,10 @@ class Case:
 
     def logits(self, weight: Tensor | None = None) -> Tensor:
         weight = self.parameters["gate.weight"] if weight is None else weight
-        return torch.stack([torch.stack([(token * row).sum() for row in weight]) for token in self.x])
+        bias = self.parameters.get("gate.bias", torch.zeros(len(weight)))
+        return torch.stack(
+            [torch.stack([(token * row).sum() + b for row, b in zip(weight, bias, strict=True)]) for token in self.x]
+        )
 
 
 def softmax(row: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.models.dots1.configuration_dots1 import Dots1Config
 from transformers.models.dots1.modeling_dots1 import Dots1ForCausalLM
+from transformers.models.glm4_moe.configuration_glm4_moe import Glm4MoeConfig
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeForCausalLM
 from transformers.models.mixtral.configuration_mixtral import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
 from transformers.models.qwen2_moe.configuration_qwen2_moe import Qwen2MoeConfig
@@ -110,20 +112,11 @@ def _of(family: str, config: ModelConfig, vocab_size: int) -> nn.Module:
         case "qwen3_moe":
             return Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **_qwen(config)))
         case "dots1":
-            return Dots1ForCausalLM(
-                Dots1Config(
-                    **common,
-                    n_routed_experts=moe.num_experts,
-                    n_shared_experts=moe.num_shared_experts,
-                    intermediate_size=config.d_ff,
-                    moe_intermediate_size=moe.d_ff,
-                    first_k_dense_replace=moe.first_dense_layers,
-                    n_group=router.groups,
-                    topk_group=router.groups_kept,
-                    norm_topk_prob=router.normalize,
-                    routed_scaling_factor=router.scale,
-                )
-            )
+            return Dots1ForCausalLM(Dots1Config(**common, **_biased(config)))
+        case "glm4_moe":
+            rotary = {"rope_type": "default", "rope_theta": config.rope_theta, "partial_rotary_factor": 1.0}
+            more = {"use_qk_norm": config.qk_norm, "rope_parameters": rotary, "num_mtp_layers": 0}
+            return Glm4MoeForCausalLM(Glm4MoeConfig(**{**common, **_biased(config), **more}))
         case _:
             return deepseek(family, common, config)
 
@@ -141,6 +134,24 @@ def _qwen(config: ModelConfig) -> dict[str, Any]:
         "norm_topk_prob": getattr(moe.router, "normalize"),  # noqa: B009 - of top_k
         "mlp_only_layers": dense,
         "decoder_sparse_step": moe.every,
+    }
+
+
+def _biased(config: ModelConfig) -> dict[str, Any]:
+    """Return options of the models with sigmoid scores and a selection bias; without groups there is one."""
+    moe = config.moe
+    assert moe is not None
+    router: Any = moe.router
+    return {
+        "n_routed_experts": moe.num_experts,
+        "n_shared_experts": moe.num_shared_experts,
+        "intermediate_size": config.d_ff,
+        "moe_intermediate_size": moe.d_ff,
+        "first_k_dense_replace": moe.first_dense_layers,
+        "n_group": getattr(router, "groups", 1),
+        "topk_group": getattr(router, "groups_kept", 1),
+        "norm_topk_prob": router.normalize,
+        "routed_scaling_factor": router.scale,
     }
 
 

@@ -27,6 +27,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"kind": "top_k", "null_experts": 3, "top_k": 3},
     {"kind": "bias_balanced", "null_experts": 2, "score": "softmax"},
     {"kind": "top_k", "jitter": 0.3},
+    {"kind": "top_k", "gate_bias": True, "null_experts": 1, "score": "sigmoid"},
     {"kind": "top_p", "jitter": 0.2},
     {"kind": "group_limited", "groups": 2, "groups_kept": 1, "null_experts": 1, "bias_update_rate": 0.1},
     {"kind": "group_limited", "groups": 4, "groups_kept": 2, "group_score": "best", "score": "softmax"},

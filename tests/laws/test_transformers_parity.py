@@ -17,7 +17,7 @@ from trainer.models.gpt import GPT
 from trainer.ops.attention_mask import AttentionMask
 
 NUM_ROWS, SEQ_LEN = 4, 8
-QK_NORM = ("qwen3_moe", "dots1")
+QK_NORM = ("qwen3_moe", "dots1", "glm4_moe")
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,12 @@ def _cases() -> dict[str, Case]:
         "dots1",
         {"num_kv_heads": 1, "tie_embeddings": True},
         {"num_experts": 8, "num_shared_experts": 1, "router": {**groups, "groups_kept": 4, "normalize": False}},
+    )
+    one_group = {"kind": "bias_balanced", "top_k": 3, "scale": 2.5, "bias_update_rate": 0.1}
+    found["bias without groups"] = Case(
+        "glm4_moe",
+        {"num_kv_heads": 1},
+        {"num_experts": 6, "first_dense_layers": 1, "num_shared_experts": 1, "router": one_group},
     )
     return found | _latent_cases(groups)
 
@@ -158,7 +164,7 @@ def test_logits_and_every_gradient_are_theirs_in_float32(case: Case) -> None:
 
 def test_the_cases_are_what_they_say() -> None:
     """The law's own control."""
-    families = {"mixtral", "qwen2_moe", "qwen3_moe", "dots1", "deepseek_v2", "deepseek_v3"}
+    families = {"mixtral", "qwen2_moe", "qwen3_moe", "dots1", "glm4_moe", "deepseek_v2", "deepseek_v3"}
     assert {case.family for case in CASES.values()} == families
     assert {case.model.get("num_kv_heads", 2) for case in CASES.values()} == {None, 1, 2, 4}
     ragged, packed = _rows("ragged")[0], _rows("documents")[0]

@@ -4,6 +4,20 @@ from tests.planted.fault import in_package
 
 FAULTS = [
     in_package(
+        "the gate's bias is left out",
+        "moe/routers/top_k.py",
+        "bias=self.gate_bias",
+        "bias=False",
+        "tests/laws/test_transformers_routers.py",
+    ),
+    in_package(
+        "groups are scored without the selection bias",
+        "moe/routers/group_limited.py",
+        "grouped = biased[:, : self.num_experts]",
+        "grouped = scores[:, : self.num_experts]",
+        "tests/laws/test_transformers_routers.py",
+    ),
+    in_package(
         "the gradient of a token is of its first row",
         "ops/expert_order.py",
         "out += rows.index_select(0, row_of_slot[:, slot])",

@@ -20,6 +20,8 @@ class TopKRouter(Router):
     """Scores experts by softmax or sigmoid, selects the top k and weights them by their (normalized) scores.
 
     Sigmoid scores below a logit of about -88 are 0 in float32; if all k are 0, so are the normalized weights.
+    DeepSeek-V3 adds 1e-20 to the sum that it divides by, so there they fade from logits of about -46 on. Softmax with
+    normalized weights is the softmax over the k selected logits, as GPT-OSS has it.
 
     Source: Shazeer et al. 2017 (arXiv 1701.06538); sigmoid scores as in DeepSeek-V3 (arXiv 2412.19437); null experts
         are the zero experts of MoE++ (arXiv 2410.07348).
@@ -37,16 +39,18 @@ class TopKRouter(Router):
         scale: float = 1.0,
         jitter: float = 0.0,
         null_experts: int = 0,
+        gate_bias: bool = False,
     ) -> None:
         """Create the gate; options as in `TopKOptions`, and `layer` separates the noise of different layers."""
         super().__init__()
         self.layer, self.num_experts, self.null_experts = layer, num_experts, null_experts
         self.top_k, self.score, self.normalize, self.scale, self.jitter = top_k, score, normalize, scale, jitter
+        self.gate_bias = gate_bias
         self.make_gate(d_model, num_experts + null_experts)
 
     def make_gate(self, d_model: int, num_columns: int) -> None:
         """Create the parameters that `logits` uses."""
-        self.gate = nn.Linear(d_model, num_columns, bias=False)
+        self.gate = nn.Linear(d_model, num_columns, bias=self.gate_bias)
 
     def forward(self, x: Tensor, context: RoutingContext) -> RouterOutput:
         """Route tokens x (T, D)."""

@@ -21,6 +21,8 @@ class TopKRouterConfig(TopKOptions):
     kind: Literal["top_k"] = "top_k"
     score: Score = "softmax"
     """Function from logits to scores: over all experts (softmax), or per expert (sigmoid)."""
+    gate_bias: bool = False
+    """Add a learned bias to the logits (GPT-OSS); it is in the scores, unlike the selection bias of other routers."""
 
 
 class SwitchRouterConfig(TopKOptions):
