@@ -115,7 +115,7 @@ def _of(family: str, config: ModelConfig, vocab_size: int) -> nn.Module:
             return Dots1ForCausalLM(Dots1Config(**common, **_biased(config)))
         case "glm4_moe":
             rotary = {"rope_type": "default", "rope_theta": config.rope_theta, "partial_rotary_factor": 1.0}
-            more = {"use_qk_norm": config.qk_norm, "rope_parameters": rotary, "num_mtp_layers": 0}
+            more: dict[str, Any] = {"use_qk_norm": config.qk_norm, "rope_parameters": rotary, "num_mtp_layers": 0}
             return Glm4MoeForCausalLM(Glm4MoeConfig(**{**common, **_biased(config), **more}))
         case _:
             return deepseek(family, common, config)
