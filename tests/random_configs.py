@@ -103,7 +103,8 @@ def _model(drawn: random.Random, kind: str) -> dict[str, Any]:
         "document_mask": drawn.choice([False, True]),
         "activation": drawn.choice(["swiglu", "gelu"]),
         "qk_norm": drawn.random() < 0.3,
-        "attention": {"head_dim": drawn.choice([None, None, 6])},
+        "attention": _attention(drawn),
+        "rope_scaling": drawn.choice([None, None, *_SCALINGS]),
         "tie_embeddings": drawn.random() < 0.3,
         "vocab_size": drawn.choice([None, None, 261]),
         "init_std": drawn.choice([0.02, 0.1, 0.3, 0.6]),
@@ -122,6 +123,25 @@ def _latent(drawn: random.Random) -> dict[str, Any]:
         "qk_nope_head_dim": drawn.choice([4, 7]),
         "qk_rope_head_dim": drawn.choice([2, 4]),
         "v_head_dim": drawn.choice([4, 9]),
+    }
+
+
+_SCALINGS = [
+    {"kind": "linear", "factor": 2.0},
+    {"kind": "dynamic", "factor": 2.0, "original_length": 6},
+    {"kind": "yarn", "factor": 4.0, "original_length": 6, "beta_fast": 1.0, "beta_slow": 0.1},
+    {"kind": "llama3", "factor": 4.0, "original_length": 6, "low_freq_factor": 0.1, "high_freq_factor": 1.0},
+]
+
+
+def _attention(drawn: random.Random) -> dict[str, Any]:
+    return {
+        "head_dim": drawn.choice([None, None, 6]),
+        "qkv_bias": drawn.random() < 0.3,
+        "out_bias": drawn.random() < 0.3,
+        "qk_norm_over": drawn.choice(["head", "all_heads"]),
+        "clip_qkv": drawn.choice([None, None, 0.5]),
+        "rotary_fraction": drawn.choice([1.0, 1.0, 0.5, 0.67]),
     }
 
 

@@ -4,7 +4,8 @@ Their code runs as it is installed. It casts to float32 in its norms, rotary tab
 float64 it agrees with anything to 1e-7 at best; in float64 every such cast is answered with float64 here.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from transformers.models.glm4_moe.configuration_glm4_moe import Glm4MoeConfig
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeForCausalLM
 from transformers.models.mixtral.configuration_mixtral import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
+from transformers.models.olmoe.configuration_olmoe import OlmoeConfig
+from transformers.models.olmoe.modeling_olmoe import OlmoeForCausalLM
 from transformers.models.qwen2_moe.configuration_qwen2_moe import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeForCausalLM
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
@@ -35,6 +38,8 @@ _WHOLE = {
 _IN_A_LAYER = {
     "attention_norm.weight": ["input_layernorm.weight"],
     "attention.qkv.weight": ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
+    "attention.qkv.bias": ["self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"],
+    "attention.out.bias": ["self_attn.o_proj.bias"],
     "attention.q_norm.weight": ["self_attn.q_norm.weight"],
     "attention.k_norm.weight": ["self_attn.k_norm.weight"],
     "attention.out.weight": ["self_attn.o_proj.weight"],
@@ -68,8 +73,16 @@ class WithoutFloat32(TorchFunctionMode):
         return func(*map(wide, args), **{name: wide(value) for name, value in (kwargs or {}).items()})
 
 
-def _in(dtype: torch.dtype) -> AbstractContextManager[object]:
-    return WithoutFloat32() if dtype is torch.float64 else nullcontext()
+@contextmanager
+def _in(dtype: torch.dtype) -> Iterator[None]:
+    """Compute in this dtype, quotients of whole numbers included."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with WithoutFloat32() if dtype is torch.float64 else nullcontext():
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def build(family: str, ours: GPT) -> nn.Module:
@@ -93,10 +106,11 @@ def _of(family: str, config: ModelConfig, vocab_size: int) -> nn.Module:
         "num_key_value_heads": config.num_kv_heads or config.num_heads,
         "head_dim": config.head_dim,
         "rms_norm_eps": config.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": _rope_parameters(config),
         "tie_word_embeddings": config.tie_embeddings,
         "num_experts_per_tok": router.top_k,
-        "max_position_embeddings": config.seq_len,
+        "max_position_embeddings": getattr(config.rope_scaling, "original_length", config.seq_len),
+        "attention_bias": config.attention.qkv_bias,
         "sliding_window": None,
         "attn_implementation": "eager",  # written out there; the others are torch's kernel, which is ours too
         "experts_implementation": "eager",
@@ -107,16 +121,27 @@ def _of(family: str, config: ModelConfig, vocab_size: int) -> nn.Module:
                 MixtralConfig(**common, num_local_experts=moe.num_experts, intermediate_size=moe.d_ff)
             )
         case "qwen2_moe":
-            shared = {"shared_expert_intermediate_size": moe.shared_width, "qkv_bias": False}
+            shared = {"shared_expert_intermediate_size": moe.shared_width, "qkv_bias": config.attention.qkv_bias}
             return Qwen2MoeForCausalLM(Qwen2MoeConfig(**common, **_qwen(config), **shared))
         case "qwen3_moe":
             return Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **_qwen(config)))
+        case "olmoe":
+            return OlmoeForCausalLM(
+                OlmoeConfig(
+                    **common,
+                    num_experts=moe.num_experts,
+                    intermediate_size=moe.d_ff,
+                    norm_topk_prob=router.normalize,
+                    clip_qkv=config.attention.clip_qkv,
+                    pad_token_id=None,  # else one token's embedding does not learn
+                    eos_token_id=None,
+                )
+            )
         case "dots1":
             return Dots1ForCausalLM(Dots1Config(**common, **_biased(config)))
         case "glm4_moe":
-            rotary = {"rope_type": "default", "rope_theta": config.rope_theta, "partial_rotary_factor": 1.0}
-            more: dict[str, Any] = {"use_qk_norm": config.qk_norm, "rope_parameters": rotary, "num_mtp_layers": 0}
-            return Glm4MoeForCausalLM(Glm4MoeConfig(**{**common, **_biased(config), **more}))
+            more: dict[str, Any] = {"use_qk_norm": config.qk_norm, "num_mtp_layers": 0}
+            return Glm4MoeForCausalLM(Glm4MoeConfig(**common, **_biased(config), **more))
         case _:
             return deepseek(family, common, config)
 
@@ -135,6 +160,16 @@ def _qwen(config: ModelConfig) -> dict[str, Any]:
         "mlp_only_layers": dense,
         "decoder_sparse_step": moe.every,
     }
+
+
+def _rope_parameters(config: ModelConfig) -> dict[str, Any]:
+    """Return their description of rotary positions."""
+    scaling = {} if config.rope_scaling is None else config.rope_scaling.model_dump(exclude_none=True)
+    names = {"kind": "rope_type", "original_length": "original_max_position_embeddings"}
+    theirs = {"rope_type": "default"} | {names.get(key, key): value for key, value in scaling.items()}
+    if theirs["rope_type"] == "dynamic":
+        del theirs["original_max_position_embeddings"]
+    return {**theirs, "rope_theta": config.rope_theta, "partial_rotary_factor": config.attention.rotary_fraction}
 
 
 def _biased(config: ModelConfig) -> dict[str, Any]:

@@ -692,6 +692,24 @@ CASES = [
          "name: x\nmodel: {attention: {latent: {qk_rope_head_dim: 63}}}\n",
          ["x.yaml:2:30: model.attention.latent.qk_rope_head_dim: 63 is odd, and rotary positions need an even width; "
           "use 64"]),
+    Case("an odd part of a head is rotated",
+         "name: x\nmodel: {attention: {rotary_fraction: 0.16}}\n",
+         ["x.yaml:2:21: model.attention.rotary_fraction: 0.16 of a head of width 32 is 5, and rotary positions need an "
+          "even width; use 6 / 32"]),
+    Case("dynamic scaling of one pair",
+         "name: x\nmodel: {attention: {head_dim: 2}, rope_scaling: {kind: dynamic, factor: 2, original_length: 9}}\n",
+         ["x.yaml:2:50: model.rope_scaling.kind: dynamic scales all pairs of a head but its first, and here it has "
+          "one; use another kind, or wider heads"]),
+    Case("a kind of scaling without its numbers",
+         "name: x\nmodel: {rope_scaling: dynamic}\n",
+         ["x.yaml:2:23: model.rope_scaling: expected a mapping or null, got 'dynamic'; write its keys: kind, factor, "
+          "original_length"]),
+    Case("an empty range of frequencies",
+         "name: x\nmodel: {rope_scaling: {kind: yarn, factor: 2, original_length: 9, beta_fast: 1}}\n",
+         ["x.yaml:2:67: model.rope_scaling.beta_fast: 1.0 must be greater than beta_slow 1.0"]),
+    Case("frequencies that are all the same",
+         "name: x\nmodel: {rope_theta: 1, rope_scaling: {kind: yarn, factor: 2, original_length: 9}}\n",
+         ["x.yaml:2:39: model.rope_scaling.kind: yarn needs pairs of different frequencies; use a rope_theta above 1"]),
     Case("no MoE layer left",
          "name: x\nmodel: {num_layers: 2, moe: {first_dense_layers: 2}}\n",
          [("x.yaml:2:24: model.moe: first_dense_layers 2 and every 1 leave no MoE layer among "

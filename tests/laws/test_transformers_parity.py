@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from tests import transformers_models
+from tests.attention_cases import attention_cases
 from tests.builders import make_batch, make_engine, make_model, make_packed_batch, rows_of, tiny_model_config
 from trainer.data.batches.batch import Batch
 from trainer.models.config import ModelConfig
@@ -74,6 +75,7 @@ def _cases() -> dict[str, Case]:
         {"num_kv_heads": 1},
         {"num_experts": 6, "first_dense_layers": 1, "num_shared_experts": 1, "router": one_group},
     )
+    found |= {name: Case(*parts) for name, parts in attention_cases(SEQ_LEN).items()}
     return found | _latent_cases(groups)
 
 
@@ -164,7 +166,7 @@ def test_logits_and_every_gradient_are_theirs_in_float32(case: Case) -> None:
 
 def test_the_cases_are_what_they_say() -> None:
     """The law's own control."""
-    families = {"mixtral", "qwen2_moe", "qwen3_moe", "dots1", "glm4_moe", "deepseek_v2", "deepseek_v3"}
+    families = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "dots1", "glm4_moe", "deepseek_v2", "deepseek_v3"}
     assert {case.family for case in CASES.values()} == families
     assert {case.model.get("num_kv_heads", 2) for case in CASES.values()} == {None, 1, 2, 4}
     ragged, packed = _rows("ragged")[0], _rows("documents")[0]

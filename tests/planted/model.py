@@ -11,24 +11,32 @@ ROTARY = "trainer/ops/rotary.py"
 
 _ROTATION = """\
     angle = torch.cat([angle, angle], dim=-1)
-    return torch.stack([angle.cos(), angle.sin()]).to(dtype)
+    table = torch.stack([angle.cos(), angle.sin()])
+    return (table if scale == 1 else table * scale).to(dtype)
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    \"\"\"Rotate each pair (i, i + d/2) of x (..., S, d) by its position's angle; in the wider dtype.\"\"\"
+    \"\"\"Rotate each pair (i, i + r/2) of x (..., S, d) by its position's angle; in the wider dtype.
+
+    Values of a head beyond the width r of the table are left as they are.
+    \"\"\"
     cos, sin = rotary
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-right, left], dim=-1) * sin
+    width = cos.shape[-1]
+    first, rest = x[..., :width], x[..., width:]
+    left, right = first.chunk(2, dim=-1)
+    turned = first * cos + torch.cat([-right, left], dim=-1) * sin
 """
 _ROTATION_OF_NEIGHBOURS = """\
     angle = angle.repeat_interleave(2, dim=-1)
-    return torch.stack([angle.cos(), angle.sin()]).to(dtype)
+    return torch.stack([angle.cos(), angle.sin()]).to(dtype) * scale
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     cos, sin = rotary
-    left, right = x[..., ::2], x[..., 1::2]
-    return x * cos + torch.stack([-right, left], dim=-1).flatten(-2) * sin
+    width = cos.shape[-1]
+    first, rest = x[..., :width], x[..., width:]
+    left, right = first[..., ::2], first[..., 1::2]
+    turned = first * cos + torch.stack([-right, left], dim=-1).flatten(-2) * sin
 """
 
 
@@ -60,20 +68,28 @@ def _in_rotary(name: str, old: str, new: str) -> Fault:
     return Fault(name=name, file=ROTARY, old=old, new=new, tests=(PARITY,))
 
 
+def _in_positions(name: str, old: str, new: str) -> Fault:
+    return Fault(name=name, file="trainer/models/rotary_embedding.py", old=old, new=new, tests=(PARITY,))
+
+
 FAULTS = [
     _in_attention(
         "queries and keys are normalised after the rotation",
         """\
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self._normed(q, k)
+        if self.clip is not None:
+            q, k, v = (x.clamp(-self.clip, self.clip) for x in (q, k, v))
         return rotate(q, rotary), rotate(k, rotary), v
 """,
         """\
-        q, k = rotate(q, rotary), rotate(k, rotary)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self._normed(rotate(q, rotary), rotate(k, rotary))
         return q, k, v
 """,
+    ),
+    _in_attention(
+        "values are not clipped",
+        "q, k, v = (x.clamp(-self.clip, self.clip) for x in (q, k, v))",
+        "q, k = (x.clamp(-self.clip, self.clip) for x in (q, k))",
     ),
     _in_attention(
         "the norms of queries and keys are exchanged",
@@ -81,17 +97,26 @@ FAULTS = [
         "self.k_norm(q), self.q_norm(k)",
     ),
     _in_attention("keys are not normalised", "self.q_norm(q), self.k_norm(k)", "self.q_norm(q), k"),
-    _in_gpt("rope_theta is ignored", "self.config.rope_theta, x.dtype", "10000.0, x.dtype"),
+    _in_positions(
+        "rope_theta is ignored", "theta, width, scaling = config.rope_theta,", "theta, width, scaling = 10000.0,"
+    ),
+    _in_positions("yarn does not sharpen attention", "return yarn_mscale(scaling.factor)", "return 1.0"),
+    _in_positions("the whole head is rotated", "config.rotary_width", "config.head_dim"),
     _in_rotary(
         "rotation frequencies are off",
-        "dtype=torch.float64) / head_dim)",
-        "dtype=torch.float64) / (head_dim - 2))",
+        "dtype=torch.float64) / width)",
+        "dtype=torch.float64) / (width - 2))",
     ),
-    _in_rotary(
-        "rotation frequencies are float32", "device=positions.device, dtype=torch.float64", "device=positions.device"
-    ),
+    _in_rotary("rotation frequencies are float32", "device=device, dtype=torch.float64", "device=device"),
     _in_rotary(
         "the rotation turns the other way", "torch.cat([-right, left], dim=-1)", "torch.cat([right, -left], dim=-1)"
+    ),
+    Fault(
+        name="yarn interpolates the fast pairs",
+        file="trainer/ops/rope_scaling.py",
+        old="return rates / factor * divided + rates * (1 - divided)",
+        new="return rates / factor * (1 - divided) + rates * divided",
+        tests=(PARITY, "tests/unit/ops/test_rope_scaling.py"),
     ),
     _in_rotary("the rotation pairs neighbours instead of halves", _ROTATION, _ROTATION_OF_NEIGHBOURS),
     _in_attention("keys are not rotated", "rotate(q, rotary), rotate(k, rotary)", "rotate(q, rotary), k"),
@@ -121,7 +146,7 @@ FAULTS = [
     _in_block("the residual stream ends at experts", "return x + y, stats", "return y, stats"),
     _in_block("the residual stream goes through the norm", "return x + y, stats", "return normed + y, stats"),
     _in_block("the residual stream ends at a dense block", "return x + self.ffn(normed)", "return self.ffn(normed)"),
-    _in_attention("keys and values are exchanged", "q, k, v = heads.split", "q, v, k = heads.split"),
+    _in_attention("keys and values are exchanged", "q, k, v = projected.split", "q, v, k = projected.split"),
     _in_gpt(
         "the embedding is scaled by the root of its width",
         "x = self.embedding(tokens)",

@@ -102,9 +102,12 @@ def _as_section(value: object, annotation: Any) -> str | None:
         return None
     if (kind := meant_value(text, slots.all_kinds(annotation))) is not None:
         section = next(one for one in sections if kind in slots.kinds(one))
-        besides = [": ".join(foreign.ALSO_NEEDED[text.lower()])] if text.lower() in foreign.ALSO_NEEDED else []
-        required = [f"{name}: ..." for name in _required(section)]
-        return f"{{{', '.join([f'kind: {kind}', *besides, *required])}}}"
+        also = foreign.ALSO_NEEDED.get(text.lower())
+        besides = [": ".join(also)] if also is not None and also[0] in section.model_fields else []
+        required = _required(section)
+        if required and not accepts(section, {"kind": kind, **dict.fromkeys(required, "...")}):  # not only texts
+            return f"its keys: {', '.join(['kind', *required])}"
+        return f"{{{', '.join([f'kind: {kind}', *besides, *(f'{name}: ...' for name in required)])}}}"
     if slots.plugin(annotation, text) is not None:
         return f"{{kind: {_flow(text)}}}"
     if len(sections) == 1 and (option := _option_of_one_key(text, sections[0])) is not None:

@@ -1,9 +1,12 @@
 """The `model.attention` section. Imports no torch."""
 
 from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from trainer.config.base import Config, Problem
-from trainer.config.numbers import Epsilon, Width
+from trainer.config.numbers import Epsilon, Factor, Width
 
 
 class LatentAttentionConfig(Config):
@@ -59,5 +62,15 @@ class AttentionConfig(Config):
 
     head_dim: Width | None = None
     """Width of one head, d, which is even. Null: d_model / num_heads."""
+    qkv_bias: bool = False
+    """Biases of queries, keys and values (Qwen2-MoE, GLM-4-MoE)."""
+    out_bias: bool = False
+    """Bias of the output projection (GPT-OSS has both)."""
+    qk_norm_over: Literal["head", "all_heads"] = "head"
+    """What model.qk_norm normalizes: each head (Qwen3), or all heads of a token together (OLMoE, MiniMax-M2)."""
+    clip_qkv: Factor | None = None
+    """Maximum size of the elements of queries, keys and values before the rotation (OLMoE). Null: none."""
+    rotary_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of each head that is rotated: its first values, an even number (GLM-4-MoE: 0.5)."""
     latent: LatentAttentionConfig | None = None
     """Multi-head latent attention (DeepSeek-V2, V3). Null: grouped-query attention."""

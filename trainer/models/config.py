@@ -8,6 +8,7 @@ from pydantic import Field
 from trainer.config.base import Config, Problem, Renamed, divisors
 from trainer.config.numbers import Coefficient, Epsilon, Layers, Length, VocabSize, Width
 from trainer.models.attention_config import AttentionConfig
+from trainer.models.rope_scaling_config import DynamicRopeScaling, RopeScaling, YarnRopeScaling
 from trainer.moe.config import MoEConfig
 
 Recompute = Literal["none", "experts", "norms_and_activations", "block"]
@@ -47,9 +48,11 @@ class ModelConfig(Config):
     activation: Literal["swiglu", "gelu"] = "swiglu"
     """Feed-forward kind of dense blocks and experts."""
     qk_norm: bool = False
-    """RMSNorm on every query and key head (Qwen3)."""
+    """RMSNorm on queries and keys: on every head (Qwen3), or as attention.qk_norm_over says."""
     rope_theta: Annotated[float, Field(ge=1, le=1e15)] = 10000.0
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """Scaling of the rotary frequencies for longer texts. Null: none."""
     attention: AttentionConfig = AttentionConfig()
     """Attention beyond the numbers of heads."""
     norm_eps: Epsilon = 1e-6
@@ -81,7 +84,8 @@ class ModelConfig(Config):
     @property
     def rotary_width(self) -> int:
         """Width of the part of a head that has rotary positions."""
-        return self.head_dim if self.attention.latent is None else self.attention.latent.qk_rope_head_dim
+        latent = self.attention.latent
+        return int(self.head_dim * self.attention.rotary_fraction) if latent is None else latent.qk_rope_head_dim
 
     @property
     def cache_shape(self) -> tuple[int, tuple[int, int]]:
@@ -122,11 +126,14 @@ class ModelConfig(Config):
         return tokens * self.num_layers * self.d_model + with_logits * vocab_size
 
     def _attention_weights(self) -> int:
-        """Count the parameters of one layer's attention, its norms included."""
         if self.attention.latent is not None:
             return self.attention.latent.weights(d_model=self.d_model, num_heads=self.num_heads)
-        heads = 2 * (self.num_heads + (self.num_kv_heads or self.num_heads))  # queries and outputs, keys and values
-        return heads * self.head_dim * self.d_model + (2 * self.head_dim if self.qk_norm else 0)
+        D, kv_heads = self.d_model, self.num_kv_heads or self.num_heads
+        q, kv = self.num_heads * self.head_dim, kv_heads * self.head_dim
+        weights = 2 * D * (q + kv)
+        if self.qk_norm:
+            weights += 2 * self.head_dim if self.attention.qk_norm_over == "head" else q + kv
+        return weights + (q + 2 * kv if self.attention.qkv_bias else 0) + (D if self.attention.out_bias else 0)
 
     def _feed_forward(self, d_ff: int) -> int:
         return (3 if self.activation == "swiglu" else 2) * self.d_model * d_ff
@@ -142,43 +149,6 @@ class ModelConfig(Config):
                 "num_layers, d_model, d_ff or moe.num_experts",
             )
         yield from self._attention_problems()
-        if self.moe is not None and not self.moe_layers:
-            yield Problem(
-                "moe",
-                f"first_dense_layers {self.moe.first_dense_layers} and every {self.moe.every} leave no MoE layer among "
-                f"num_layers {self.num_layers}; lower them, or set moe: null for a dense model",
-            )
-
-    def _attention_problems(self) -> Iterator[Problem]:
-        if self.attention.latent is not None:
-            given = {"num_kv_heads": self.num_kv_heads, "attention.head_dim": self.attention.head_dim}
-            for key, value in (given | {"qk_norm": self.qk_norm or None}).items():
-                if value is not None:
-                    yield Problem(
-                        key,
-                        f"{value} has no meaning with latent attention, whose heads have the widths of "
-                        "attention.latent; leave it out, or set attention.latent: null",
-                    )
-            return
-        if self.attention.head_dim is not None:
-            if self.head_dim % 2:
-                yield Problem(
-                    "attention.head_dim",
-                    f"{self.head_dim} is odd, and rotary positions need an even width; use {self.head_dim + 1}",
-                )
-        elif self.d_model % self.num_heads:
-            allowed = divisors(self.d_model, near=self.num_heads)
-            what = f"{self.num_heads} does not divide d_model {self.d_model}"
-            yield Problem("num_heads", f"{what}; use one of {allowed}, or set attention.head_dim")
-        elif self.head_dim % 2:
-            yield Problem(
-                "num_heads",
-                f"{self.num_heads} gives heads of width {self.head_dim}, and rotary positions need an even one; choose "
-                "num_heads so that d_model / num_heads is even",
-            )
-        if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
-            what = f"{self.num_kv_heads} does not divide num_heads {self.num_heads}"
-            yield Problem("num_kv_heads", f"{what}; use one of {divisors(self.num_heads, near=self.num_kv_heads)}")
         if self.moe is not None and self.moe.layers is not None and self.moe.layers[-1] >= self.num_layers:
             what = f"{self.moe.layers[-1]} is beyond the last of num_layers {self.num_layers}"
             yield Problem("moe.layers", f"{what}; use 0 to {self.num_layers - 1}")
@@ -188,3 +158,53 @@ class ModelConfig(Config):
                 f"first_dense_layers {self.moe.first_dense_layers} and every {self.moe.every} leave no MoE layer among "
                 f"num_layers {self.num_layers}; lower them, or set moe: null for a dense model",
             )
+
+    def _attention_problems(self) -> Iterator[Problem]:
+        if self.attention.latent is not None:
+            yield from self._latent_problems()
+        else:
+            yield from self._head_problems()
+            if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
+                what = f"{self.num_kv_heads} does not divide num_heads {self.num_heads}"
+                yield Problem("num_kv_heads", f"{what}; use one of {divisors(self.num_heads, near=self.num_kv_heads)}")
+        if isinstance(self.rope_scaling, DynamicRopeScaling) and self.rotary_width == 2:
+            why = "dynamic scales all pairs of a head but its first, and here it has one"
+            yield Problem("rope_scaling.kind", f"{why}; use another kind, or wider heads")
+        if isinstance(self.rope_scaling, YarnRopeScaling) and self.rope_theta == 1:
+            yield Problem("rope_scaling.kind", "yarn needs pairs of different frequencies; use a rope_theta above 1")
+
+    def _latent_problems(self) -> Iterator[Problem]:
+        given = {"num_kv_heads": self.num_kv_heads, "qk_norm": self.qk_norm or None}
+        own = self.attention.model_dump(exclude_defaults=True, exclude={"latent"})
+        for key, value in (given | {f"attention.{key}": value for key, value in own.items()}).items():
+            if value is not None:
+                yield Problem(
+                    key,
+                    f"{value} has no meaning with latent attention, whose heads have the widths of "
+                    "attention.latent; leave it out, or set attention.latent: null",
+                )
+
+    def _head_problems(self) -> Iterator[Problem]:
+        if self.attention.head_dim is None and self.d_model % self.num_heads:
+            allowed = divisors(self.d_model, near=self.num_heads)
+            what = f"{self.num_heads} does not divide d_model {self.d_model}"
+            yield Problem("num_heads", f"{what}; use one of {allowed}, or set attention.head_dim")
+        elif self.attention.head_dim is None and self.head_dim % 2:
+            yield Problem(
+                "num_heads",
+                f"{self.num_heads} gives heads of width {self.head_dim}, and rotary positions need an even one; choose "
+                "num_heads so that d_model / num_heads is even",
+            )
+        elif self.head_dim % 2:
+            yield Problem(
+                "attention.head_dim",
+                f"{self.head_dim} is odd, and rotary positions need an even width; use {self.head_dim + 1}",
+            )
+        else:
+            width = self.rotary_width
+            if width % 2 or width == 0:
+                yield Problem(
+                    "attention.rotary_fraction",
+                    f"{self.attention.rotary_fraction} of a head of width {self.head_dim} is {width}, and rotary "
+                    f"positions need an even width; use {(width + 1) // 2 * 2 or 2} / {self.head_dim}",
+                )

@@ -16,6 +16,7 @@ from trainer.models.block import Block
 from trainer.models.config import ModelConfig
 from trainer.models.kv_cache import Extension, KVCache
 from trainer.models.norm import RMSNorm
+from trainer.models.rotary_embedding import rotary_embedding
 from trainer.moe.layer import MoE
 from trainer.moe.routing import RoutingContext, RoutingOptions
 from trainer.moe.stats import MoEStats
@@ -24,7 +25,6 @@ from trainer.ops.compute_dtype import compute_dtype
 from trainer.ops.cross_entropy import HeadChunks, chunked_cross_entropy, chunked_log_probs
 from trainer.ops.kernels import ExpertsKernel
 from trainer.ops.noise import token_keys
-from trainer.ops.rotary import rotary_table
 
 _DEFAULTS = RoutingOptions()
 
@@ -177,7 +177,7 @@ class GPT(nn.Module):
     ) -> tuple[Tensor, tuple[MoEStats, ...]]:
         """Return the residual stream (B, S, D) after the last block, and the MoE layers' statistics."""
         x = self.embedding(tokens)  # (B, S, D)
-        rotary = rotary_table(positions, self.config.rotary_width, self.config.rope_theta, x.dtype)
+        rotary = rotary_embedding(self.config, positions, x.dtype)
         moe = []
         for layer, block in enumerate(self.blocks):
             extend = None if extension is None else extension.layer(layer)

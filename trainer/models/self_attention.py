@@ -1,9 +1,9 @@
 """Causal grouped-query self-attention with rotary positions (arXiv 2305.13245, 2104.09864).
 
-`qk_norm` normalizes each head separately, as in Qwen3-MoE (OLMoE normalizes over the whole width, which is a different
-function).
+Queries and keys can be normalized, each head by itself or all heads of a token together, and only the first part of
+each head rotated.
 
-# B rows, S tokens in a row, D d_model, H query heads, Hkv key and value heads, d head width.
+# B rows, S tokens in a row, D d_model, H query heads, Hkv key and value heads, d head width, r its rotated part.
 """
 
 from torch import Tensor, nn
@@ -22,12 +22,16 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        own, kv_heads = config.attention, config.num_kv_heads or config.num_heads
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
-        self.num_kv_heads = config.num_kv_heads or config.num_heads
-        self.qkv = nn.Linear(config.d_model, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=False)
-        self.out = nn.Linear(self.num_heads * self.head_dim, config.d_model, bias=False)
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.widths = [heads * config.head_dim for heads in (config.num_heads, kv_heads, kv_heads)]  # of q, k and v
+        self.qkv = nn.Linear(config.d_model, sum(self.widths), bias=own.qkv_bias)
+        self.out = nn.Linear(self.widths[0], config.d_model, bias=own.out_bias)
+        q_width, k_width = self.widths[:2] if own.qk_norm_over == "all_heads" else (config.head_dim, config.head_dim)
+        self.norms_each_head = own.qk_norm_over == "head"
+        self.q_norm = RMSNorm(q_width, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(k_width, config.norm_eps) if config.qk_norm else None
+        self.clip = own.clip_qkv
         self.core_attention: CausalAttention = torch_attention
         self.recompute: Recompute = "none"
 
@@ -39,22 +43,30 @@ class Attention(nn.Module):
         Args:
             x: the residual stream.
             norm: applied to it first.
-            rotary: (2, ..., S, d) cosines and sines.
+            rotary: (2, ..., S, r) cosines and sines.
             mask: the keys visible to each query; None: all that are not later.
             extend: this layer's cache, to which the new keys and values are appended.
         """
         B, S, _ = x.shape
         again = self.recompute == "norms_and_activations" and extend is None
-        heads = checkpointed(lambda x: self.qkv(norm(x)), x, recompute=again)
-        # Without their norms, nothing of heads is saved anyway.
-        q, k, v = checkpointed(self._rotated, heads, rotary, recompute=again and self.q_norm is not None)
+        projected = checkpointed(lambda x: self.qkv(norm(x)), x, recompute=again)
+        # Without a norm or a limit, nothing of them is saved anyway.
+        again = again and (self.q_norm is not None or self.clip is not None)
+        q, k, v = checkpointed(self._rotated, projected, rotary, recompute=again)
         y = self.core_attention(q, k, v, mask) if extend is None else extend.attend(q, k, v)
         return self.out(y.transpose(1, 2).reshape(B, S, -1))
 
-    def _rotated(self, heads: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _rotated(self, projected: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (B, H, S, d), and keys and values (B, Hkv, S, d), from their projection (B, S, .)."""
-        heads = heads.view(*heads.shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, H + 2 Hkv, S, d)
-        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = projected.split(self.widths, dim=-1)
+        if not self.norms_each_head:
+            q, k = self._normed(q, k)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (q, k, v))
+        if self.norms_each_head:
+            q, k = self._normed(q, k)
+        if self.clip is not None:
+            q, k, v = (x.clamp(-self.clip, self.clip) for x in (q, k, v))
         return rotate(q, rotary), rotate(k, rotary), v
+
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return (q, k) if self.q_norm is None or self.k_norm is None else (self.q_norm(q), self.k_norm(k))

@@ -201,13 +201,19 @@ def labels(config: ExperimentConfig) -> list[str]:
     return found
 
 
-def _small_heads(attention: dict[str, Any]) -> dict[str, Any]:
-    """Return a dumped attention section with narrow heads."""
+def _small_heads(attention: dict[str, Any], default: int) -> dict[str, Any]:
+    """Return a dumped attention section with narrow heads, of which about the same share is rotated."""
     head_dim, latent = attention["head_dim"], attention["latent"]
     if latent is not None:  # widths that differ
         most = dict(q_lora_rank=12, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10)
         latent = latent | {key: min(latent[key], width) for key, width in most.items() if latent[key] is not None}
-    return attention | {"head_dim": None if head_dim is None else min(head_dim, 16), "latent": latent}
+    small = default if head_dim is None else min(head_dim, 16)
+    rotated = max(2, int(small * attention["rotary_fraction"]) // 2 * 2)
+    return attention | {
+        "head_dim": None if head_dim is None else small,
+        "latent": latent,
+        "rotary_fraction": min(1.0, (rotated + 0.5) / small),  # of which `int` takes the whole pairs
+    }
 
 
 def _few_layers(moe_layers: Sequence[int]) -> tuple[int, list[int]]:
@@ -220,13 +226,13 @@ def shrink(config: ExperimentConfig) -> ExperimentConfig:
     """Return the config with a small model and batch, and unchanged routing."""
     values = config.model_dump()
     model, moe = values["model"], values["model"]["moe"]
-    heads = min(model["num_heads"], 4)
+    d_model, heads = min(model["d_model"], 64), min(model["num_heads"], 4)
     kv_heads = model["num_kv_heads"]
     model |= {
         "num_layers": min(model["num_layers"], 2 if moe is None else moe["first_dense_layers"] + 2 * moe["every"]),
-        "d_model": min(model["d_model"], 64),
+        "d_model": d_model,
         "num_heads": heads,
-        "attention": _small_heads(model["attention"]),
+        "attention": _small_heads(model["attention"], d_model // heads),
         "num_kv_heads": None if kv_heads is None else max(1, heads * kv_heads // model["num_heads"]),
         "d_ff": min(model["d_ff"], 64),
         "seq_len": min(model["seq_len"], 32),

@@ -38,6 +38,7 @@ TYPICAL: dict[str, str] = {
     "model.moe.capacity.factor": "1.25",
     "model.moe.capacity.min": "4",
     "model.rope_theta": "10000",
+    "model.attention.rotary_fraction": "0.5",
     "parallel.micro_batch_size": "8",
     "parallel.dispatcher.kind": "alltoall",
     "schedule.peak_lr": "3e-4",
@@ -123,7 +124,7 @@ def test_names_are_in_one_table_each_and_are_not_our_keys() -> None:
             "save_strategy",
             "aux_loss_alpha",
         ),
-        *("sliding_window", "rope_scaling", "n_experts", "num_moe_experts", "gradient_clipping", "mixed_precision"),
+        *("sliding_window", "rope_type", "n_experts", "num_moe_experts", "gradient_clipping", "mixed_precision"),
         *("flash_attn", "use_flash_attn", "recompute_activations", "moe_router_dtype", "normalization", "tf32"),
         *("lora_alpha", "lora_target_modules", "log_every_n_steps", "val_check_interval", "accelerator", "strategy"),
         *("resume", "streaming", "devices", "do_train", "do_eval", "do_predict", "iterations", "mtp_num_layers"),
@@ -156,7 +157,8 @@ def test_hugging_face_names_are_spelled_as_in_transformers() -> None:
     older = {
         *("warmup_ratio", "torch_dtype", "train_batch_size", "use_qk_norm", "scoring_func", "attn_implementation"),
         *("router_z_loss_coef", "shared_expert_intermediate_size", "n_group", "topk_group", "aux_loss_alpha"),
-        *("rope_scaling", "max_length", "max_seq_length", "logging_dir", "evaluation_strategy"),
+        *("rope_type", "partial_rotary_factor", "max_length", "max_seq_length", "logging_dir"),
+        "evaluation_strategy",
     }
     assert set(tables()["hugging_face"]) - known <= older
 
@@ -311,7 +313,7 @@ def test_a_key_without_its_unit_gets_the_full_key(key: str, section: str, alike:
         load(SMOKE, [f"{section}.{key}=1"], ExperimentConfig)
 
 
-@pytest.mark.parametrize("key", ["num_blocks", "d_emb", "interval", "grad_norm", "rope_scaling", "norm_type", "d_kv"])
+@pytest.mark.parametrize("key", ["num_blocks", "d_emb", "interval", "grad_norm", "rope_shift", "norm_type", "d_kv"])
 def test_other_words_are_not_taken_for_misspellings(key: str) -> None:
     for section in (ExperimentConfig, ModelConfig, type(ExperimentConfig(name="x").train)):
         message = unknown_key(key, section, [], ExperimentConfig)

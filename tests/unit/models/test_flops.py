@@ -90,6 +90,8 @@ COUNTED = {
     **SHAPES,
     "every second, grouped queries": ({"every": 2}, {"num_kv_heads": 1, "qk_norm": True, "num_layers": 5}),
     "dense": (None, {}),
+    "biases": ({}, {"attention": {"qkv_bias": True, "out_bias": True}}),
+    "norms over all heads": ({}, {"qk_norm": True, "attention": {"qk_norm_over": "all_heads", "head_dim": 6}}),
 }
 
 

@@ -14,7 +14,7 @@ from trainer.models.gpt import GPT
 from trainer.models.norm import RMSNorm
 from trainer.models.parameter_roles import parameter_role
 from trainer.moe.routing import RoutingOptions
-from trainer.ops.rotary import rotary_table, rotate
+from trainer.ops.rotary import rotary_rates, rotary_table, rotate
 
 SHAPES = {
     "moe": {},
@@ -186,7 +186,7 @@ def test_rotary_scores_depend_on_the_distance_alone() -> None:
     x, y = torch.randn(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
 
     def score(p: int, q: int) -> torch.Tensor:
-        table = rotary_table(torch.tensor([p, q]), 8, 10000.0, torch.float64)
+        table = rotary_table(torch.tensor([p, q]), rotary_rates(8, 10000.0), torch.float64)
         return rotate(x[None], table[:, :1])[0] @ rotate(y[None], table[:, 1:])[0]
 
     torch.testing.assert_close(score(3, 1), score(12, 10))

@@ -16,6 +16,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "qk_norm, as many key heads as heads": {"qk_norm": True, "num_kv_heads": None},
     "latents": latent_attention(),
     "latents, plain queries": latent_attention(q_lora_rank=None),
+    "dynamic rotary positions": {"rope_scaling": {"kind": "dynamic", "factor": 4.0, "original_length": 3}},
+    "partly rotated, biases": {"attention": {"rotary_fraction": 0.5, "qkv_bias": True, "qk_norm_over": "all_heads"}},
     **{kind: {"moe": section} for kind, section in router_sections(without=[{}]).items()},
 }
 

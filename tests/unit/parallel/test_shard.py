@@ -210,7 +210,8 @@ def test_a_loss_in_chunks_uses_the_gathered_head(ranks: Ranks, is_tied: bool) ->
 
 def _starts_as_unsharded(num_experts: int, ep_size: int, shard_size: int | None) -> bool:
     """Whether each shard has, from the first moment, the values that the whole weight has in one process."""
-    config = tiny_model_config({"num_experts": num_experts, "num_shared_experts": 1}, qk_norm=True)
+    biases = {"qkv_bias": True, "out_bias": True}
+    config = tiny_model_config({"num_experts": num_experts, "num_shared_experts": 1}, qk_norm=True, attention=biases)
     whole = make_engine(config, seed=3).parameters
     mesh = mesh_here(ep_size=ep_size, shard_size=shard_size)
     mine = make_engine(config, seed=3, mesh=mesh, parallel=ParallelConfig(data="shard"))

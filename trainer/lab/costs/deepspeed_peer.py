@@ -23,7 +23,7 @@ from trainer.lab.costs.step_entries import batches_of
 from trainer.lab.costs.transformers_peer import why_not_plain
 from trainer.models.block import Block
 from trainer.models.gpt import GPT
-from trainer.ops.rotary import rotary_table
+from trainer.models.rotary_embedding import rotary_embedding
 from trainer.packages import is_installed
 from trainer.training.model import build_parallel_model, resolve_kernel
 
@@ -74,7 +74,7 @@ class _TheirModel(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         model, c = self.model, self.config.model
         x = model.embedding(tokens)
-        rotary = rotary_table(torch.arange(tokens.shape[1]), c.rotary_width, c.rope_theta, x.dtype)
+        rotary = rotary_embedding(c, torch.arange(tokens.shape[1]), x.dtype)
         balance = torch.zeros(())
         for block in cast(Iterable[Block], model.blocks):
             x, normed = block.attend(x, rotary, None, None)

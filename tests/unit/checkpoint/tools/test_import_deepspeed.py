@@ -26,7 +26,7 @@ from trainer.errors import CheckpointError, ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.models.gpt import GPT
 from trainer.models.norm import RMSNorm
-from trainer.ops.rotary import rotary_table, rotate
+from trainer.ops.rotary import rotary_rates, rotary_table, rotate
 
 pytestmark = pytest.mark.slow
 
@@ -110,7 +110,7 @@ class TheirModel(nn.Module):
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         x, balance = self.wte(tokens), torch.zeros(())
-        rotary = rotary_table(torch.arange(tokens.shape[1]), 8, 10000.0, x.dtype)
+        rotary = rotary_table(torch.arange(tokens.shape[1]), rotary_rates(8, 10000.0), x.dtype)
         for layer in self.layers:
             x, mine = layer(x, rotary)
             balance = balance + mine
