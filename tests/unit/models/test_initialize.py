@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.builders import make_engine, make_model, tiny_model_config
+from tests.builders import latent_attention, make_engine, make_model, tiny_model_config
 from tests.registries import ROUTERS, num_experts_of
 from trainer.models.gpt import GPT
 from trainer.models.initialize import initialize
@@ -59,12 +59,28 @@ def test_spreads_are_those_of_the_config_and_smaller_into_the_residual_stream() 
     assert torch.equal(p["norm.weight"], torch.ones(64))
 
 
+def test_latent_attention_starts_like_other_attention() -> None:
+    """Its norms at 1; what it writes to the residual stream, and nothing else, with a smaller spread."""
+    fields = latent_attention(q_lora_rank=48, kv_lora_rank=40, v_head_dim=32)
+    config = tiny_model_config(num_layers=8, d_model=64, init_std=0.02, **fields)
+    found = {
+        name.removeprefix("blocks.7.attention."): p
+        for name, p in _parameters(make_model(config)).items()
+        if name.startswith("blocks.7.attention.")
+    }
+    for norm, width in (("q_norm.weight", 48), ("kv_norm.weight", 40)):
+        assert torch.equal(found.pop(norm), torch.ones(width))
+    spreads = {name: round(float(p.detach().std()), 3) for name, p in found.items()}
+    assert spreads == {"qkv_a.weight": 0.02, "q_b.weight": 0.02, "kv_b.weight": 0.02, "out.weight": 0.005}
+
+
+@pytest.mark.parametrize("attention", [{"qk_norm": True}, latent_attention()], ids=["plain", "latents"])
 @pytest.mark.parametrize("kind", ROUTERS)
-def test_only_matrices_are_drawn_and_decayed_whatever_the_router(kind: str) -> None:
+def test_only_matrices_are_drawn_and_decayed_whatever_the_router(kind: str, attention: dict) -> None:
     """A scale, temperature or bias initialized like a matrix would start anywhere and decay to 0."""
     experts = num_experts_of(kind)
     model = {"num_experts": experts, "num_shared_experts": 1, "router": {"kind": kind}}
-    engine = make_engine(tiny_model_config(model, qk_norm=True, init_std=0.3), weight_decay=0.1)
+    engine = make_engine(tiny_model_config(model, init_std=0.3, **attention), weight_decay=0.1)
     decayed = {id(p): group["weight_decay"] > 0 for group in engine.optimizer.param_groups for p in group["params"]}
     stated = {
         f"{prefix}.{name}": value

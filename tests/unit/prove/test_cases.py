@@ -35,6 +35,17 @@ def test_no_layout_is_run_twice_however_many_rows_a_step_has(moe: dict[str, Any]
             assert len({*layouts}) == len(cases), (rows, engines)
 
 
+def test_a_small_model_keeps_latent_attention_with_widths_that_differ() -> None:
+    widths: dict[str, Any] = {"q_lora_rank": 1536}
+    values = {"attention": {"latent": widths}, "moe": None}
+    latent = shrink(ExperimentConfig.model_validate({"name": "x", "model": values})).model.attention.latent
+    assert latent is not None and latent.q_lora_rank == 12
+    assert (latent.kv_lora_rank, latent.qk_nope_head_dim, latent.qk_rope_head_dim, latent.v_head_dim) == (8, 6, 4, 10)
+    widths |= {"q_lora_rank": None, "v_head_dim": 3}
+    latent = shrink(ExperimentConfig.model_validate({"name": "x", "model": values})).model.attention.latent
+    assert latent is not None and (latent.q_lora_rank, latent.v_head_dim) == (None, 3)
+
+
 @pytest.mark.parametrize(
     ("layers", "num_layers", "expected"),
     [([10, 20], 4, [1, 3]), ([3, 4, 9], 3, [1, 2]), ([0, 5], 3, [0, 2]), ([0, 1, 2, 3], 2, [0, 1]), ([7], 2, [1])],

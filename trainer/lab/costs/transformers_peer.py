@@ -22,7 +22,8 @@ MOST_COPIED = 2 << 30
 def why_not_mixtral(config: ExperimentConfig) -> str | None:
     """Return why a config's model is not a Mixtral of some size; None if it is one."""
     model = config.model
-    if differs := [key for key in ("qk_norm", "tie_embeddings", "document_mask") if getattr(model, key)]:
+    differs = [key for key in ("qk_norm", "tie_embeddings", "document_mask") if getattr(model, key)]
+    if differs := differs + [f"attention.{key}" for key in model.attention.model_dump(exclude_defaults=True)]:
         return f"Mixtral has no {', '.join(differs)}"
     return why_not_plain(config)
 

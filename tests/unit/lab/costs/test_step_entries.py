@@ -88,4 +88,6 @@ def test_models_that_another_library_lacks_are_named() -> None:
         {"name": "x", "model": {"qk_norm": True, "tie_embeddings": True}, "train": {"dtype": "bfloat16"}}
     )
     assert why_not_mixtral(normed) == "Mixtral has no qk_norm, tie_embeddings"
+    latents = ExperimentConfig.model_validate({"name": "x", "model": {"attention": {"latent": {}}}})
+    assert why_not_mixtral(latents) == "Mixtral has no attention.latent"
     assert why_not_deepspeed(normed) == "its loop trains in float32 here, not bfloat16"
