@@ -30,6 +30,7 @@ import pytest
 from tests.planted import (
     accounting,
     checkpoints,
+    conversions,
     data_order,
     experts,
     latents,
@@ -59,6 +60,7 @@ _TOPICS = (
     checkpoints,
     measures,
     runs,
+    conversions,
 )
 FAULTS: list[Fault] = [fault for topic in _TOPICS for fault in topic.FAULTS]
 

@@ -8,7 +8,19 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from trainer.commands import bench, check_plugin, checkpoint, config, evaluate, generate, init, prove, sync, train
+from trainer.commands import (
+    bench,
+    check_plugin,
+    checkpoint,
+    config,
+    evaluate,
+    generate,
+    init,
+    prove,
+    sync,
+    train,
+    upcycle,
+)
 from trainer.commands.arguments import Parser, versions
 from trainer.config.nodes import shown_path
 from trainer.config.old_names import OldNameWarning
@@ -146,6 +158,6 @@ def command_line() -> Parser:
     # DeepSpeed's launcher passes this option to every rank, in addition to LOCAL_RANK.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (init, train, evaluate, generate, prove, bench, checkpoint, config, check_plugin, sync):
+    for group in (init, train, evaluate, generate, prove, bench, upcycle, checkpoint, config, check_plugin, sync):
         group.add(subparsers)
     return parser

@@ -1,7 +1,7 @@
 """Run folder: its paths, the lock of the process that trains into it, and atomic writes of its small files.
 
     runs/NAME/
-      config.yaml  environment.json  run_id  origin.json  tokenizer.json
+      config.yaml  environment.json  run_id  origin.json  tokenizer.json  made_from.json if it was made from another run
       metrics.jsonl  routing.jsonl  checkpoints/  status/
       predictions/  skipped_rows.jsonl  experts.svg  wandb/  tensorboard/  profile/  deepspeed/    if enabled
 
@@ -37,6 +37,7 @@ class RunFolder:
         self.tokenizer = path / "tokenizer.json"
         self.run_id = path / "run_id"
         self.origin = path / "origin.json"
+        self.made_from = path / "made_from.json"
         self.metrics = path / "metrics.jsonl"
         self.routing = path / "routing.jsonl"
         self.checkpoints = path / "checkpoints"

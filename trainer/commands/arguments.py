@@ -1,6 +1,7 @@
 """Arguments shared by several commands."""
 
 import argparse
+import math
 import platform
 from collections.abc import Callable
 from importlib import metadata
@@ -51,6 +52,17 @@ def whole(text: str, least: int = 1) -> int:
 def seed(text: str) -> int:
     """Parse a seed."""
     return whole(text, least=0)
+
+
+def fraction(text: str) -> float:
+    """Parse a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {shown(text)}")
+    return value
 
 
 def names(text: str) -> list[str]:

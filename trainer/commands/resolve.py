@@ -38,6 +38,17 @@ def load_config_of(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfi
     return load(path, overrides, ExperimentConfig)
 
 
+def run_to_read(path: Path) -> tuple[ExperimentConfig, RunFolder]:
+    """Return config and folder of an existing run whose weights are read, named by its folder or its config file.
+
+    Nothing but the run folder is read, so the working directory stays.
+    """
+    if path.is_dir() and not (path / "config.yaml").is_file():
+        raise CheckpointError(f"{path}: has no config.yaml, so it is not a run folder; train first")
+    config = load_config_of(path)
+    return config, RunFolder(path) if path.is_dir() else run_folder_of(config)
+
+
 def recorded_config(folder: RunFolder, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Load the config kept in a run folder, without warnings about old names: the user did not write it.
 

@@ -163,10 +163,11 @@ class Engine(ABC):
 
     def _with_moments(self, moments: Mapping[str, Slice]) -> TrainState:
         values = {"optimizer_steps": self.optimizer_steps}
-        return TrainState(slices={**self._without_moments(), **moments}, values=values)
+        return TrainState(slices={**self.state_without_moments().slices, **moments}, values=values)
 
-    def _without_moments(self) -> dict[str, Slice]:
-        return {name: self._slice(name, tensor) for name, tensor in self._tensors().items()}
+    def state_without_moments(self) -> TrainState:
+        """Return weights, buffers and counters only, by name: all that a run at step 0 needs. Collective."""
+        return TrainState(slices={name: self._slice(name, tensor) for name, tensor in self._tensors().items()})
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return weights, buffers and counters, which every engine lays out alike."""

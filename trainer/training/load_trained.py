@@ -28,7 +28,7 @@ def load_trained(
     read, the next one is loaded. Raises `CheckpointError` if there is none, or it is damaged or of another model.
     """
     candidates, mesh = CheckpointFolder(folder.checkpoints), Mesh.of_one()
-    checkpoint = _newest(candidates, warn) if step is None else _find_intact(candidates, step)
+    checkpoint = intact_checkpoint(candidates, step, warn)
     check_record(checkpoint)
     tokenizer = tokenizer_of(folder, config.data, fingerprint=checkpoint.run["tokenizer_fingerprint"])
     device = runtime.start(config.parallel.device)
@@ -47,6 +47,15 @@ def load_trained(
             warn(f"{removed}; using step {checkpoint.step} instead")
         else:
             return engine, tokenizer, checkpoint
+
+
+def intact_checkpoint(checkpoints: CheckpointFolder, step: int | None, warn: Callable[[str], None]) -> CheckpointHandle:
+    """Return the verified checkpoint of a step, or the newest one that is intact, for a reader in one process.
+
+    Raises:
+        CheckpointError: if there is none, or that of the step is damaged.
+    """
+    return _newest(checkpoints, warn) if step is None else _find_intact(checkpoints, step)
 
 
 def _newest(checkpoints: CheckpointFolder, warn: Callable[[str], None]) -> CheckpointHandle:
