@@ -70,7 +70,7 @@ class HiddenUnits:
         other.w_out.copy_(self.w_out)
 
 
-def joined(networks: list[HiddenUnits]) -> HiddenUnits:
+def sum_of_networks(networks: list[HiddenUnits]) -> HiddenUnits:
     """Return the sum of networks as one network, with the units of the first one first."""
     parts = [network.w_in.unflatten(0, (network.parts, -1)) for network in networks]
     return HiddenUnits(torch.cat(parts, dim=1).flatten(0, 1), torch.cat([n.w_out for n in networks], dim=1))

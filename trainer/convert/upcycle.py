@@ -37,7 +37,7 @@ def upcycle(
     check_is_new(config)
     with closing(Console(file=sys.stderr)) as console:
         dense = load_weights(dense_config, dense_folder, step=step, warn=console.warning, seq_len=config.model.seq_len)
-        check_tokenizer(dense, config, warn=console.warning)
+        check_same_tokenizer(dense, config, warn=console.warning)
         corpus = open_text(config, dense.tokenizer, console)
         engine = new_engine(config, dense.tokenizer, console.warning)
         upcycle_weights(dense.model, engine.model, plan, seed=config.seed)
@@ -60,7 +60,7 @@ def upcycle(
         return write_changed(config, engine, corpus, parents=[dense], made_from=made_from, notes=[said])
 
 
-def check_tokenizer(run: LoadedRun, config: ExperimentConfig, *, warn: Callable[[str], None]) -> None:
+def check_same_tokenizer(run: LoadedRun, config: ExperimentConfig, *, warn: Callable[[str], None]) -> None:
     """Refuse a config with another tokenizer than a run's. The same BPE section stands for the BPE of the run."""
     theirs, ours = run.config.data.tokenizer, config.data.tokenizer
     if theirs == ours:
