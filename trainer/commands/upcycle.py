@@ -43,7 +43,7 @@ def upcycle_command(options: argparse.Namespace) -> int:
     )
     plan_upcycle(dense.model, config.model, how)  # wrong configs are refused before torch is imported
 
-    from trainer.convert.upcycle import upcycle
+    from trainer.convert.upcycle_run import upcycle
 
     with suggest_prepare(config):
         made = upcycle(dense, folder, config, how, step=options.step, allow_change=options.allow_change)
