@@ -34,6 +34,7 @@ def shared_from_hf(hf: HFConfig, *, default_theta: float = 10000.0) -> dict[str,
     hf.expect("hidden_act", "silu")
     hf.expect("quantization_config")
     values: dict[str, Any] = {
+        "vocab_size": hf.integer("vocab_size"),
         "num_layers": hf.integer("num_hidden_layers"),
         "d_model": d_model,
         "num_heads": num_heads,
@@ -75,12 +76,14 @@ def balance_from_hf(hf: HFConfig) -> dict[str, Any]:
     return {"coef": hf.number("router_aux_loss_coef", default=0.001), "convention": "hf"}
 
 
-def moe_layer_values(layers: Sequence[int], num_layers: int) -> dict[str, int]:
-    """Return `first_dense_layers` and `every` of a pattern of MoE layers."""
-    if layers and list(layers) == list(range(layers[0], num_layers)):
-        return {"first_dense_layers": layers[0], "every": 1}
+def moe_layer_values(layers: Sequence[int], num_layers: int) -> dict[str, Any]:
+    """Return the keys of `model.moe` for a pattern of MoE layers."""
+    layers = list(layers)
+    if not layers:
+        raise ForeignConfigError("no layer has experts; a dense model is not supported")
+    if layers == list(range(layers[0], num_layers)):
+        return {"first_dense_layers": layers[0]}
     for every in range(2, num_layers):
-        for first in range(num_layers):
-            if list(layers) == [i for i in range(first, num_layers) if (i - first + 1) % every == 0]:
-                return {"first_dense_layers": first, "every": every}
-    raise ForeignConfigError(f"MoE layers {list(layers)} of {num_layers} have no first_dense_layers and interval")
+        if layers == [i for i in range(num_layers) if (i + 1) % every == 0]:
+            return {"every": every}
+    return {"layers": layers}

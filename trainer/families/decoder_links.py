@@ -104,6 +104,8 @@ def decoder_links(
             continue
         yield from gate_links(theirs, layer, model, bias=has_bias)
         if shared is not None and model.moe.num_shared_experts:
-            width = model.moe.num_shared_experts * model.moe.d_ff
-            yield from feed_forward_links(f"{theirs}.{shared}", f"{ours}.shared", model.d_model, width)
+            yield from feed_forward_links(f"{theirs}.{shared}", f"{ours}.shared", model.d_model, model.moe.shared_width)
+        if shared is not None and model.moe.shared_gate:
+            name = f"{theirs}.{shared}_gate.weight"
+            yield Link(theirs=name, shape=(1, model.d_model), ours=f"{ours}.shared.gate.weight")
         yield from expert_links(theirs, layer, model)

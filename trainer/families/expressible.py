@@ -48,35 +48,43 @@ def inexpressible(family: Family, model: ModelConfig, vocab_size: int) -> list[I
     except (ForeignConfigError, ValidationError) as error:
         reason = str(error).splitlines()[0] if isinstance(error, ForeignConfigError) else _first_problem(error)
         return limits or [Inexpressible("", f"its config cannot be read again as {family.name}: {reason}")]
-    return limits + list(_differences(inference_values(model), inference_values(returned), family.name))
+    return limits + list(_differences(model, returned, family.name))
 
 
 def inference_values(model: ModelConfig) -> dict[str, Any]:
-    """Return every key of `model` that changes what the trained model computes, with nulls and routers spelled out."""
-    values = dict(_leaves(model.model_dump(), ""))
+    """Return every key of `model` that changes what the trained model computes, in one form for equal models.
+
+    Nulls are replaced by what they stand for, and routers by what they do without training. `vocab_size` is not among
+    them: every family has it.
+    """
+    values = dict(_leaves(model.model_dump(exclude={"vocab_size"}), ""))
     values |= {"num_kv_heads": model.num_kv_heads or model.num_heads, "attention.head_dim": model.head_dim}
-    if model.moe is not None:
-        values.pop("moe.first_dense_layers")
-        values["moe.every"] = model.moe_layers
+    moe = model.moe
+    if moe is not None:
+        values = {key: value for key, value in values.items() if key not in ("moe.first_dense_layers", "moe.every")}
+        values |= {"moe.layers": list(model.moe_layers), "moe.shared_d_ff": moe.shared_width}
+        values["moe.num_shared_experts"] = min(1, moe.num_shared_experts)  # one of their common width is the same
         if len(model.moe_layers) == model.num_layers:
             values.pop("d_ff")  # no block is dense
-        form = routing_form(model.moe)
+        form = routing_form(moe)
         if form is not None:
             values = {key: value for key, value in values.items() if not key.startswith("moe.router.")}
             values |= {f"moe.router.{key}": value for key, value in asdict(form).items()}
     return {key: value for key, value in values.items() if not _is_training_only(key)}
 
 
-def _differences(ours: dict[str, Any], theirs: dict[str, Any], name: str) -> Iterator[Inexpressible]:
-    has_other_router = ours.get("moe.router.kind") != theirs.get("moe.router.kind")
+def _differences(model: ModelConfig, returned: ModelConfig, name: str) -> Iterator[Inexpressible]:
+    ours, theirs = inference_values(model), inference_values(returned)
+    different = {key for key in ours if ours[key] != theirs.get(key)}
+    if "moe.router.kind" in different:  # says it all
+        different -= {key for key in different if key.startswith("moe.router.")} - {"moe.router.kind"}
+    if "moe.num_shared_experts" in different:
+        different -= {"moe.shared_d_ff"}
+    raw = dict(_leaves(model.model_dump(), ""))
     for key in ours:
-        mine, other = ours[key], theirs.get(key)
-        if mine == other or (has_other_router and key.startswith("moe.router.") and key != "moe.router.kind"):
-            continue
-        if key == "moe.every":
-            yield Inexpressible(key, f"MoE layers {inline(list(mine))}: {name} would have {inline(list(other or ()))}")
-        else:
-            yield Inexpressible(key, f"{inline(mine)}: {name} would have {inline(other)}")
+        if key in different:
+            value = ours[key] if raw.get(key) is None else raw[key]
+            yield Inexpressible(key, f"{inline(value)}: {name} would have {inline(theirs.get(key))}")
 
 
 def _leaves(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

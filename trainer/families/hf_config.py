@@ -18,7 +18,6 @@ _WITHOUT_EFFECT: Final = frozenset(
         "bos_token_id",
         "eos_token_id",
         "pad_token_id",
-        "vocab_size",
         "initializer_range",
         "attention_dropout",
         "output_router_logits",

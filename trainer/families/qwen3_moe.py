@@ -4,17 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from trainer.families.base import Family
-from trainer.families.decoder_keys import (
-    balance_from_hf,
-    balance_to_hf,
-    moe_layer_values,
-    shared_from_hf,
-    shared_to_hf,
-)
+from trainer.families.decoder_keys import shared_from_hf, shared_to_hf
 from trainer.families.decoder_links import decoder_links
 from trainer.families.hf_config import HFConfig
 from trainer.families.link import Link
-from trainer.families.routing_form import required_form
+from trainer.families.qwen_moe_keys import qwen_moe_to_hf, qwen_moe_values
 from trainer.models.config import ModelConfig
 
 
@@ -26,59 +20,19 @@ class Qwen3MoE(Family):
 
     def config_values(self, model: ModelConfig) -> dict[str, Any]:
         """Return their config without its head."""
-        assert model.moe is not None, "refused before its config is written"
         return {
             **shared_to_hf(model),
-            **balance_to_hf(model),
-            **qwen_moe_keys(model),
+            **qwen_moe_to_hf(model),
             "attention_bias": False,
-            "use_sliding_window": False,
-            "sliding_window": None,
         }
 
     def model_values(self, hf: HFConfig) -> dict[str, Any]:
         """Read their config."""
         hf.expect("attention_bias", False)
-        if hf.boolean("use_sliding_window", default=False):
-            hf.expect("sliding_window")
-        hf.optional("sliding_window")
         shared = shared_from_hf(hf)
         dense, moe = qwen_moe_values(hf, shared["num_layers"])
-        return {**shared, **dense, "qk_norm": True, "moe": {**moe, "balance": balance_from_hf(hf)}}
+        return {**shared, **dense, "qk_norm": True, "moe": moe}
 
     def links(self, model: ModelConfig, vocab_size: int) -> Iterator[Link]:
         """Yield a link for every tensor of theirs."""
         return decoder_links(model, vocab_size)
-
-
-def qwen_moe_keys(model: ModelConfig) -> dict[str, Any]:
-    """Return the MoE keys of Qwen's configs."""
-    assert model.moe is not None, "refused before its config is written"
-    form = required_form(model.moe)
-    return {
-        "intermediate_size": model.d_ff,
-        "moe_intermediate_size": model.moe.d_ff,
-        "num_experts": model.moe.num_experts,
-        "num_experts_per_tok": form.top_k,
-        "norm_topk_prob": form.normalize,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [layer for layer in range(model.num_layers) if not model.has_experts(layer)],
-    }
-
-
-def qwen_moe_values(hf: HFConfig, num_layers: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read the MoE keys of Qwen's configs: values of `model`, and of `model.moe`."""
-    step, dense = hf.integer("decoder_sparse_step", default=1), hf.optional("mlp_only_layers") or []
-    layers = [layer for layer in range(num_layers) if layer not in dense and (layer + 1) % max(step, 1) == 0]
-    router = {
-        "kind": "top_k",
-        "top_k": hf.integer("num_experts_per_tok"),
-        "normalize": hf.boolean("norm_topk_prob", default=False),
-    }
-    moe = {
-        **moe_layer_values(layers, num_layers),
-        "num_experts": hf.integer("num_experts", "num_local_experts"),
-        "d_ff": hf.integer("moe_intermediate_size"),
-        "router": router,
-    }
-    return {"d_ff": hf.integer("intermediate_size")}, moe

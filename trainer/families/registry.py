@@ -11,10 +11,12 @@ from trainer.families.expressible import Inexpressible, inexpressible
 from trainer.families.glm4_moe import Glm4MoE
 from trainer.families.hf_config import ForeignConfigError
 from trainer.families.mixtral import Mixtral
+from trainer.families.qwen2_moe import Qwen2MoE
 from trainer.families.qwen3_moe import Qwen3MoE
 from trainer.models.config import ModelConfig
 
-FAMILIES: Final[dict[str, Family]] = {family.name: family for family in (Mixtral(), Qwen3MoE(), Dots1(), Glm4MoE())}
+_ALL: Final = (Mixtral(), Qwen2MoE(), Qwen3MoE(), Dots1(), Glm4MoE())
+FAMILIES: Final[dict[str, Family]] = {family.name: family for family in _ALL}
 """Families by transformers' model_type; `auto` takes the first that can express a model."""
 
 

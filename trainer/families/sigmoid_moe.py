@@ -19,7 +19,7 @@ def sigmoid_moe_keys(model: ModelConfig) -> dict[str, Any]:
         "intermediate_size": model.d_ff,
         "moe_intermediate_size": moe.d_ff,
         "n_routed_experts": moe.num_experts,
-        "n_shared_experts": moe.num_shared_experts,
+        "n_shared_experts": moe.shared_width // moe.d_ff,
         "num_experts_per_tok": form.top_k,
         "n_group": form.groups,
         "topk_group": form.groups_kept,

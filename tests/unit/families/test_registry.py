@@ -38,6 +38,8 @@ CASES: dict[str, tuple[str, ModelConfig]] = {
     "a dense layer": ("qwen3_moe", _case({"first_dense_layers": 1}, qk_norm=True, num_kv_heads=None)),
     "every second": ("qwen3_moe", _case({"every": 2}, qk_norm=True, num_layers=4)),
     "raw scores": ("qwen3_moe", _case({"router": {"kind": "top_k", "top_k": 2, "normalize": False}}, qk_norm=True)),
+    "any layers": ("qwen3_moe", _case({"layers": [0, 2]}, qk_norm=True)),
+    "gated shared expert": ("qwen2_moe", _case({"num_shared_experts": 2, "shared_d_ff": 10, "shared_gate": True})),
     "groups": ("dots1", _case({**SHARED, "router": GROUPS, "first_dense_layers": 1}, qk_norm=True)),
     "no groups": ("dots1", _case({**SHARED, "router": BIAS}, qk_norm=True)),
     "all groups": ("dots1", _case({**SHARED, "router": {**GROUPS, "groups_kept": 4}}, qk_norm=True)),
@@ -83,7 +85,7 @@ def test_names_and_shapes_are_those_that_transformers_writes(name: str, model: M
     [
         ("mixtral", {}, {"qk_norm": True}, {"qk_norm"}),
         ("mixtral", {"num_shared_experts": 1}, {}, {"moe.num_shared_experts"}),
-        ("mixtral", {"first_dense_layers": 1}, {}, {"moe.every", "d_ff"}),
+        ("mixtral", {"first_dense_layers": 1}, {}, {"moe.layers", "d_ff"}),
         ("mixtral", {"router": {"kind": "top_k", "normalize": False}}, {}, {"moe.router.normalize"}),
         ("mixtral", {"router": {"kind": "top_k", "null_experts": 2}}, {}, {"moe.router.null_experts"}),
         ("mixtral", {}, {"activation": "gelu"}, {"activation"}),
@@ -93,8 +95,12 @@ def test_names_and_shapes_are_those_that_transformers_writes(name: str, model: M
         ("qwen3_moe", {"router": {"kind": "bias_balanced"}}, {"qk_norm": True}, {"moe.router.kind"}),
         ("dots1", {"router": BIAS}, {"qk_norm": True}, {"moe.num_shared_experts"}),
         ("dots1", {**SHARED, "router": BEST}, {"qk_norm": True}, {"moe.router.group_score"}),
-        ("dots1", {**SHARED, "router": BIAS, "every": 2}, {"qk_norm": True}, {"moe.every"}),
+        ("dots1", {**SHARED, "router": BIAS, "every": 2}, {"qk_norm": True}, {"moe.layers"}),
         ("dots1", {**SHARED, "router": BIAS}, {}, {"qk_norm"}),
+        ("dots1", {**SHARED, "router": BIAS, "shared_gate": True}, {"qk_norm": True}, {"moe.shared_gate"}),
+        ("dots1", {**SHARED, "router": BIAS, "shared_d_ff": 20}, {"qk_norm": True}, {"moe.shared_d_ff"}),
+        ("qwen2_moe", {}, {}, {"moe.num_shared_experts"}),
+        ("qwen2_moe", {"num_shared_experts": 1}, {}, {"moe.shared_gate"}),
     ],
 )
 def test_what_a_family_cannot_express_is_named(

@@ -1,0 +1,53 @@
+"""Qwen2-MoE (arXiv 2407.10671, Qwen1.5-MoE): a gated shared expert of its own width. Imports no torch."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from trainer.config.base import Problem
+from trainer.families.base import Family
+from trainer.families.decoder_keys import shared_from_hf, shared_to_hf
+from trainer.families.decoder_links import decoder_links
+from trainer.families.hf_config import HFConfig
+from trainer.families.link import Link
+from trainer.families.qwen_moe_keys import qwen_moe_to_hf, qwen_moe_values
+from trainer.models.config import ModelConfig
+
+
+class Qwen2MoE(Family):
+    """Qwen2-MoE."""
+
+    name = "qwen2_moe"
+    architecture = "Qwen2MoeForCausalLM"
+
+    def config_values(self, model: ModelConfig) -> dict[str, Any]:
+        """Return their config without its head."""
+        assert model.moe is not None, "refused before its config is written"
+        return {
+            **shared_to_hf(model),
+            **qwen_moe_to_hf(model),
+            "shared_expert_intermediate_size": model.moe.shared_width,
+            "qkv_bias": False,
+            "max_window_layers": model.num_layers,
+        }
+
+    def model_values(self, hf: HFConfig) -> dict[str, Any]:
+        """Read their config."""
+        hf.boolean("qkv_bias", default=True)
+        hf.expect("qkv_bias", False)
+        layer_types = hf.optional("layer_types") or []
+        if "sliding_attention" in layer_types:
+            hf.expect("layer_types")
+        shared = shared_from_hf(hf)
+        dense, moe = qwen_moe_values(hf, shared["num_layers"])
+        width = hf.integer("shared_expert_intermediate_size")
+        moe |= {"num_shared_experts": 1, "shared_d_ff": width, "shared_gate": True}
+        return {**shared, **dense, "moe": moe}
+
+    def links(self, model: ModelConfig, vocab_size: int) -> Iterator[Link]:
+        """Yield a link for every tensor of theirs."""
+        return decoder_links(model, vocab_size, shared="shared_expert")
+
+    def limits(self, model: ModelConfig) -> Iterator[Problem]:
+        """Yield what their config cannot say."""
+        if model.moe is not None and model.moe.num_shared_experts == 0:
+            yield Problem("moe.num_shared_experts", f"0: {self.name} has 1")
