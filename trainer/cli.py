@@ -14,6 +14,7 @@ from trainer.commands import (
     checkpoint,
     config,
     evaluate,
+    export,
     generate,
     init,
     prove,
@@ -158,6 +159,7 @@ def command_line() -> Parser:
     # DeepSpeed's launcher passes this option to every rank, in addition to LOCAL_RANK.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (init, train, evaluate, generate, prove, bench, upcycle, checkpoint, config, check_plugin, sync):
+    groups = (init, train, evaluate, generate, export, prove, bench, upcycle, checkpoint, config, check_plugin, sync)
+    for group in groups:
         group.add(subparsers)
     return parser

@@ -13,6 +13,7 @@ from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.engine.deepspeed.passthrough import RunOptions
 from trainer.engine.registry import EngineConfig, NativeEngineConfig
 from trainer.evaluation.tasks.registry import AnyTaskConfig
+from trainer.families.config import ExportConfig
 from trainer.metrics.config import MetricsConfig, ProfileConfig
 from trainer.models.config import ModelConfig
 from trainer.moe.dispatch.registry import AllToAllDispatcherConfig, ExchangeOptions
@@ -120,6 +121,8 @@ class ExperimentConfig(Config):
     """When to save."""
     metrics: MetricsConfig = MetricsConfig()
     """Metrics and trackers."""
+    export: ExportConfig = ExportConfig()
+    """Families of models that this one must fit into."""
     profile: ProfileConfig | None = None
     """Steps to record with torch's profiler. Null: none."""
 
@@ -137,6 +140,8 @@ class ExperimentConfig(Config):
         for domain in repeated(domains):
             yield Problem("data.sources", f"two sources have domain {domain}; give each its own `domain`")
         yield from self._vocabulary_problems()
+        for problem in self.export.problems_of(self.model):
+            yield Problem(f"export.{problem.key}", problem.message)
         yield from self._task_problems(domains)
         yield from self._routing_gap_problems()
         if self.profile is not None and self.profile.last > steps:

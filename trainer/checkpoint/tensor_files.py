@@ -76,12 +76,15 @@ def _as_safetensors(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
     return [safetensors_header(entries), *data]
 
 
-def safetensors_header(entries: Mapping[str, tuple[DType, Sequence[int]]]) -> bytes:
+def safetensors_header(
+    entries: Mapping[str, tuple[DType, Sequence[int]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
     """Return the beginning of a safetensors file of tensors, name -> dtype and shape, in this order.
 
     8 bytes: N | N bytes: JSON {name: {dtype, shape, data_offsets}}, padded | tensors
     """
-    header, end = {}, 0
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
     for name, (dtype, shape) in entries.items():
         element_bytes, kind = DTYPES[dtype]
         size_bytes = prod(shape) * element_bytes

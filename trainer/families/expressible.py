@@ -26,6 +26,10 @@ _TRAINING_ONLY: Final = (
 """Keys, or sections, of `model` that change nothing in what a trained model computes for one dropless document."""
 
 
+_ANY_VOCAB: Final = 256
+"""Rows of the embedding, which every family has."""
+
+
 class Inexpressible(NamedTuple):
     """A key of `model` that a family cannot express."""
 
@@ -35,7 +39,7 @@ class Inexpressible(NamedTuple):
     """What the value is, and what the family has instead."""
 
 
-def inexpressible(family: Family, model: ModelConfig, vocab_size: int) -> list[Inexpressible]:
+def inexpressible(family: Family, model: ModelConfig) -> list[Inexpressible]:
     """Return the keys of a model that a family cannot express; none if it can be exported to it."""
     if model.moe is None:
         return [Inexpressible("moe", f"null: a dense model is no {family.name}")]
@@ -44,7 +48,7 @@ def inexpressible(family: Family, model: ModelConfig, vocab_size: int) -> list[I
         return [Inexpressible("moe.router.kind", f"{kind}: {family.name} selects the k best experts by one gate")]
     limits = [Inexpressible(*limit) for limit in family.limits(model)]
     try:
-        returned = ModelConfig.model_validate(family.from_hf(family.to_hf(model, vocab_size)))
+        returned = ModelConfig.model_validate(family.from_hf(family.to_hf(model, _ANY_VOCAB)))
     except (ForeignConfigError, ValidationError) as error:
         reason = str(error).splitlines()[0] if isinstance(error, ForeignConfigError) else _first_problem(error)
         return limits or [Inexpressible("", f"its config cannot be read again as {family.name}: {reason}")]

@@ -32,13 +32,20 @@ def family_of(config: dict[str, Any]) -> Family:
     return FAMILIES[name]
 
 
-def choose_family(model: ModelConfig, vocab_size: int) -> Family | list[Inexpressible]:
-    """Return the first family that can express a model, or what the nearest one cannot."""
-    nearest: list[Inexpressible] = []
-    for family in FAMILIES.values():
-        problems = inexpressible(family, model, vocab_size)
+def choose_family(model: ModelConfig, target: str = "auto") -> Family | str:
+    """Return the family that a model is exported to: `target`, or under `auto` the first that can express it.
+
+    If there is none, return the keys that the target, or the nearest family, cannot express, as a message.
+    """
+    candidates = [*FAMILIES.values()] if target == "auto" else [FAMILIES[target]]
+    refused: list[tuple[Family, list[Inexpressible]]] = []
+    for family in candidates:
+        problems = inexpressible(family, model)
         if not problems:
             return family
-        if not nearest or len(problems) < len(nearest):
-            nearest = problems
-    return nearest
+        refused.append((family, problems))
+    nearest, problems = min(refused, key=lambda one: len(one[1]))
+    keys = "; ".join(f"model.{problem.key}: {problem.message}" for problem in problems)
+    if target == "auto":
+        return f"auto: no family can express this model; the nearest is {nearest.name}: {keys}"
+    return f"{nearest.name} cannot express this model: {keys}; change it, or use another target, or auto"

@@ -3,8 +3,6 @@
 Turnout never loads DCP files: they have no hashes, and are pickles, which can execute code when they are loaded.
 """
 
-import shutil
-import uuid
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +11,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from trainer.atomic_io import sync_folder
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.compatible import check_record
 from trainer.checkpoint.find_checkpoint import CheckpointHandle, find
 from trainer.checkpoint.tensor_files import StoredTensors
-from trainer.config.nodes import shown_path
-from trainer.errors import CheckpointError, ConfigError
+from trainer.checkpoint.tools.new_folder import check_new_folder, new_folder
+from trainer.errors import CheckpointError
 
 
 def export_dcp(folder: CheckpointFolder, step: int | None, out: Path) -> CheckpointHandle:
@@ -33,34 +30,25 @@ def export_dcp(folder: CheckpointFolder, step: int | None, out: Path) -> Checkpo
         ConfigError: if `out` exists or its parent does not.
         CheckpointError: if there is no such checkpoint, it is damaged or its record of the run is incomplete, or the
             export differs from it.
-        OSError: if the disk refuses.
+        ResourceError: if the disk refuses.
     """
-    if "\0" in str(out):
-        raise ConfigError(f"{shown_path(out)}: is not a path; name a folder")
-    if out.is_symlink() or out.exists():
-        raise ConfigError(f"{out}: exists; name a folder that does not")
-    if not out.parent.is_dir():
-        raise ConfigError(f"{out.parent}: is not a folder; create it first")
+    check_new_folder(out)
     found = find(folder, folder.resolve_step(step))
     check_record(found)
-    temporary = out.with_name(f".export-{uuid.uuid4().hex}")
-    temporary.mkdir()
-    try:
-        with StoredTensors(found.path, found.manifest) as tensors, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # intended
-            done = found.manifest.values["optimizer_steps"]
-            counters = {"step": found.step, "position": found.run["position"], "optimizer_steps": done}
-            state = {name: torch.tensor(value, dtype=torch.int64) for name, value in counters.items()}
-            state |= {name: tensors.read(name) for name in found.manifest.tensors}
-            # With several threads DCP loses errors, and reports a failed save as done (pytorch#191391).
-            writer = dcp.FileSystemWriter(temporary, thread_count=1, sync_files=True)
-            dcp.save(state, storage_writer=writer, no_dist=True)
-            _compare(state, temporary, out)
-        sync_folder(temporary)
-        temporary.rename(out)
-        sync_folder(out.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with (
+        new_folder(out) as temporary,
+        StoredTensors(found.path, found.manifest) as tensors,
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # intended
+        done = found.manifest.values["optimizer_steps"]
+        counters = {"step": found.step, "position": found.run["position"], "optimizer_steps": done}
+        state = {name: torch.tensor(value, dtype=torch.int64) for name, value in counters.items()}
+        state |= {name: tensors.read(name) for name in found.manifest.tensors}
+        # With several threads DCP loses errors, and reports a failed save as done (pytorch#191391).
+        writer = dcp.FileSystemWriter(temporary, thread_count=1, sync_files=True)
+        dcp.save(state, storage_writer=writer, no_dist=True)
+        _compare(state, temporary, out)
     return found
 
 

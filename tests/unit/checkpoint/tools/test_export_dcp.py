@@ -12,7 +12,7 @@ from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.checkpoint.tools import export_dcp as module
 from trainer.checkpoint.tools.export_dcp import export_dcp
-from trainer.errors import CheckpointError, ConfigError
+from trainer.errors import CheckpointError, ConfigError, ResourceError
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_after_a_disk_error_nothing_is_left(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module.dcp, "save", refuse)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ResourceError, match="out: not written: No space left on device; free space"):
         export_dcp(folder, 3, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 

@@ -1,0 +1,80 @@
+"""What is exported: a checkpoint's weights, as a model of a family."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from trainer.convert.checkpoint_weights import CheckpointWeights
+from trainer.convert.link_tensors import to_theirs
+from trainer.data.tokenizers.base import Tokenizer
+from trainer.errors import CheckpointError
+from trainer.families.base import Family
+from trainer.families.link import Link, coverage_problems
+from trainer.models.config import ModelConfig
+from trainer.models.gpt import GPT
+
+ExportDType = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)  # no slots: the links are cached
+class ExportedModel:
+    """A model of one of our checkpoints, as their family has it."""
+
+    family: Family
+    config: ModelConfig
+    weights: CheckpointWeights
+    tokenizer: Tokenizer
+    dtype: ExportDType
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return self.weights.shapes["embedding.weight"][0]
+
+    @cached_property
+    def links(self) -> tuple[Link, ...]:
+        """A link for every tensor of theirs."""
+        return tuple(self.family.links(self.config, self.vocab_size))
+
+    def link(self, theirs: str) -> Link:
+        """Return the link of one of their tensors."""
+        return self._by_name[theirs]
+
+    @cached_property
+    def _by_name(self) -> dict[str, Link]:
+        return {link.theirs: link for link in self.links}
+
+    def check_coverage(self) -> None:
+        """Raise a CheckpointError unless the links cover every element of the checkpoint's model once."""
+        for problem in coverage_problems(self.links, self.weights.shapes):
+            raise CheckpointError(f"{self.weights.folder}: cannot be exported to {self.family.name}: {problem}")
+
+    def dtype_of(self, link: Link) -> torch.dtype:
+        """Return the dtype of their tensor."""
+        return torch.float32 if link.is_float32 else getattr(torch, self.dtype)
+
+    def tensor(self, link: Link) -> Tensor:
+        """Return their tensor, read from the checkpoint."""
+        return to_theirs(self.weights.region(link), link).to(self.dtype_of(link)).contiguous()
+
+    def reference(self) -> GPT:
+        """Return our model in float32, with the weights rounded as in the export, read without any link."""
+        with torch.device("meta"):
+            model = GPT(self.config, self.tokenizer.vocab_size, experts_kernel="loop")
+        model.to_empty(device="cpu")
+        exact = {link.ours for link in self.links if link.is_float32}
+        with torch.no_grad():
+            for name, mine in _tensors(model):
+                dtype = torch.float32 if name in exact else getattr(torch, self.dtype)
+                for start, block in self.weights.blocks(name):
+                    mine[start : start + len(block)] = block.to(dtype)
+        return model.float().eval()
+
+
+def _tensors(model: GPT) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()

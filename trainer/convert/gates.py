@@ -1,0 +1,154 @@
+"""Gates: whatever is exported is compared with the checkpoint before it gets its name.
+
+`logits` loads it in transformers and compares every tensor, the logits and the tokenizer. `tensors` compares every
+tensor on disk, names, shapes, config and tokenizer, for models that do not fit into memory twice.
+
+# B rows, S tokens in a row, V vocabulary.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from trainer.convert.exported_model import ExportedModel
+from trainer.convert.gate_report import LIMIT, GateError, GateReport
+from trainer.convert.shard_writer import Shard
+from trainer.convert.their_model import empty_model, load_model, load_tokenizer, tensors_on_disk
+from trainer.data.batches.batch import Batch
+from trainer.errors import DataError, first_line
+from trainer.families.expressible import inference_values
+from trainer.models.config import ModelConfig
+from trainer.models.gpt import GPT
+from trainer.moe.routing import RoutingOptions
+
+
+@torch.no_grad()
+def logits_gate(folder: Path, model: ExportedModel, batches: Sequence[Tensor], *, tokens: str) -> GateReport:
+    """Compare what transformers loads with ours: every tensor, and the logits of batches (B, S) of token ids.
+
+    `tokens` says where the ids come from.
+
+    Raises:
+        GateError: naming the first difference.
+    """
+    theirs = load_model(folder)
+    num_tensors = _compare_tensors(tensors_on_disk(theirs), model)
+    ours, worst = model.reference(), 0.0
+    for ids in batches:
+        expected, found = our_logits(ours, ids), theirs(input_ids=ids, use_cache=False).logits
+        difference = float((expected - found).abs().max())
+        limit = LIMIT * max(1.0, float(expected.abs().max()))
+        if not difference <= limit:
+            raise GateError(f"logits differ by {difference:.2g} from ours; at most {limit:.1g} is rounding")
+        worst = max(worst, difference)
+    num_tokens = sum(ids.numel() for ids in batches)
+    return GateReport(gate="logits", num_tensors=num_tensors, num_tokens=num_tokens, worst=worst, tokens=tokens)
+
+
+def tensors_gate(folder: Path, model: ExportedModel, shards: Sequence[Shard]) -> GateReport:
+    """Compare every tensor on disk with the checkpoint, and names, shapes and config with transformers'.
+
+    Raises:
+        GateError: naming the first difference.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in tensors_on_disk(empty_model(folder))}
+    linked = {link.theirs: link.shape for link in model.links}
+    for name in sorted(wanted.keys() | linked.keys()):
+        if wanted.get(name) != linked.get(name):
+            raise GateError(f"{name} is {linked.get(name)}, and transformers wants {wanted.get(name)}")
+    _compare_config(folder, model)
+    with_files = {link.theirs: link for link in model.links}
+    for shard in shards:
+        try:
+            with safe_open(folder / shard.file, framework="pt") as file:
+                found = set(file.keys())
+                if found != {link.theirs for link in shard.links}:
+                    raise GateError(f"{shard.file} has other tensors than {len(shard.links)} that belong there")
+        except (OSError, SafetensorError) as error:
+            raise GateError(f"{shard.file} cannot be read: {first_line(error):.200}") from None
+        for link in shard.links:
+            with safe_open(folder / shard.file, framework="pt") as file:  # anew: what is read stays mapped
+                _compare_tensor(link.theirs, file.get_tensor(link.theirs), model, is_on_disk=True)
+            with_files.pop(link.theirs)
+    if with_files:
+        raise GateError(f"{sorted(with_files)[0]} is in no file ({len(with_files)} such)")
+    return GateReport(gate="tensors", num_tensors=len(model.links))
+
+
+def tokenizer_gate(folder: Path, model: ExportedModel, texts: Iterable[str]) -> None:
+    """Compare the ids that AutoTokenizer gives with ours, and the end of a document.
+
+    Texts with a special token in them, or with U+2581 where that stands for a space, are left out: the ids of those
+    differ by design.
+
+    Raises:
+        GateError: naming the first difference.
+    """
+    theirs, ours = load_tokenizer(folder), model.tokenizer
+    if theirs.eos_token_id != ours.end_of_document:
+        raise GateError(f"the tokenizer ends a document with {theirs.eos_token_id}, ours with {ours.end_of_document}")
+    if max(theirs.get_vocab().values()) >= model.vocab_size:
+        raise GateError(f"the tokenizer has more ids than the {model.vocab_size} rows of the embedding")
+    left_out = [*theirs.all_special_tokens, "\u2581"]
+    for text in texts:
+        if any(token in text for token in left_out):
+            continue
+        found, expected = theirs(text, add_special_tokens=False)["input_ids"], ours.encode(text).tolist()
+        if found != expected:
+            raise GateError(f"the tokenizer gives {found[:8]} for {text[:20]!r}, ours {expected[:8]}")
+
+
+def our_logits(model: GPT, ids: Tensor) -> Tensor:
+    """Return the logits (B, S, V) of rows of ids (B, S), each one document, dropless and without noise."""
+    zero, column = torch.zeros_like(ids), torch.arange(ids.shape[1]).expand(ids.shape)
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    batch = Batch(
+        tokens=ids,
+        targets=zero,
+        loss_mask=valid,
+        valid=valid,
+        document_id=zero,
+        position=column.contiguous(),
+        domain=zero,
+        sample_id=zero,
+    )
+    logits = model(batch, RoutingOptions(dropless=True), want_logits=True).logits
+    assert isinstance(logits, Tensor), "they were wanted"
+    return logits
+
+
+def _compare_tensors(found: Iterable[tuple[str, Tensor]], model: ExportedModel) -> int:
+    """Compare every tensor of theirs with ours; return their number."""
+    missing = {link.theirs for link in model.links}
+    for name, tensor in found:
+        if name not in missing:
+            raise GateError(f"transformers has {name}, and ours has no such tensor")
+        missing.remove(name)
+        _compare_tensor(name, tensor, model)
+    if missing:
+        raise GateError(f"transformers has no {sorted(missing)[0]} ({len(missing)} such)")
+    return len(model.links)
+
+
+def _compare_tensor(name: str, found: Tensor, model: ExportedModel, *, is_on_disk: bool = False) -> None:
+    expected = model.tensor(model.link(name))
+    if is_on_disk and found.dtype is not expected.dtype:
+        raise GateError(f"{name} is {found.dtype}, and {expected.dtype} was to be written")
+    if found.shape != expected.shape or not torch.equal(found.float(), expected.float()):
+        raise GateError(f"{name} is not the tensor of the checkpoint")
+
+
+def _compare_config(folder: Path, model: ExportedModel) -> None:
+    """Check that config.json, read again, is our model."""
+    try:
+        values = model.family.from_hf(json.loads((folder / "config.json").read_text()))
+    except (ValueError, DataError) as error:
+        raise GateError(f"config.json: {first_line(error)}") from None
+    returned = inference_values(ModelConfig.model_validate(values))
+    for key, value in inference_values(model.config).items():
+        if returned.get(key) != value:
+            raise GateError(f"config.json says {key} {returned.get(key)}, and the model has {value}")

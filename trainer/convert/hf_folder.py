@@ -1,0 +1,53 @@
+"""The small files of a folder for transformers: configs and tokenizer. Tensors and card are written elsewhere."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.convert.chat_template import TEMPLATE
+from trainer.convert.exported_model import ExportedModel
+from trainer.data.tokenizers.hf_files import OPTIONS, TOKENIZER, parse_json_object
+from trainer.errors import ConfigError
+
+
+def config_json(model: ExportedModel) -> dict[str, Any]:
+    """Return config.json: the family's keys, dtype and token ids.
+
+    All ids are given, also as null: transformers has defaults of its own, which are those of other tokenizers.
+    """
+    values = model.family.to_hf(model.config, model.vocab_size)
+    return values | {"torch_dtype": model.dtype} | _token_ids(model)
+
+
+def write_small_files(folder: Path, model: ExportedModel, *, chat_template: str | None) -> None:
+    """Write config.json, generation_config.json and the tokenizer.
+
+    Raises:
+        ConfigError: if the tokenizer has no tokenizer.json.
+    """
+    _write_json(folder / "config.json", config_json(model))
+    _write_json(folder / "generation_config.json", _token_ids(model))
+    files = dict(model.tokenizer.files())
+    if TOKENIZER not in files or OPTIONS not in files:
+        kind = type(model.tokenizer).__name__
+        raise ConfigError(f"data.tokenizer: {kind} has no {TOKENIZER}, which transformers reads; use byte, bpe or file")
+    options = parse_json_object(files.pop(OPTIONS))
+    end = options["eos_token"]
+    options |= {"bos_token": end, "pad_token": end, "model_max_length": model.config.seq_len}
+    _write_json(folder / OPTIONS, options)
+    _write_json(folder / "special_tokens_map.json", {name: end for name in ("bos_token", "eos_token", "pad_token")})
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    if chat_template is not None:
+        (folder / TEMPLATE).write_text(chat_template, encoding="utf-8")
+
+
+def _token_ids(model: ExportedModel) -> dict[str, Any]:
+    """Return the ids of special tokens: documents begin after the end of another."""
+    end = int(model.tokenizer.end_of_document)
+    return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

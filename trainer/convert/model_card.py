@@ -1,0 +1,105 @@
+"""The card of an exported model: README.md with figures of its run."""
+
+import math
+from contextlib import suppress
+from textwrap import indent
+from typing import Any, Final
+
+from trainer.checkpoint.find_checkpoint import CheckpointHandle
+from trainer.checkpoint.run_folder import RunFolder
+from trainer.config.dump import dump
+from trainer.console import formatting
+from trainer.convert.exported_model import ExportedModel
+from trainer.convert.gate_report import GateReport
+from trainer.experiment import ExperimentConfig
+from trainer.metrics.records import parse_record, read_lines
+from trainer.models.flops import ModelSize
+
+_SECTIONS: Final = ("model", "optim", "schedule", "train")
+"""What a reader needs to judge the model; `data` and `metrics` have paths of the machine that trained it."""
+
+
+def model_card(
+    config: ExperimentConfig,
+    folder: RunFolder,
+    checkpoint: CheckpointHandle,
+    model: ExportedModel,
+    size: ModelSize,
+    *,
+    has_picture: bool,
+) -> str:
+    """Return the text of README.md; `has_picture` if the folder has experts.svg. The gate's line is added later."""
+    moe = config.model.moe
+    assert moe is not None, "a dense model has no family"
+    losses = _figures(folder, checkpoint.step)
+    rows = [
+        (
+            "architecture",
+            f"{model.family.architecture}, {config.model.num_layers} layers, width {config.model.d_model}",
+        ),
+        ("experts", f"{moe.num_experts}, {moe.experts_per_token:g} for each token; shared: {moe.num_shared_experts}"),
+        ("parameters", f"{size.total_parameters / 1e6:.2f}M, {size.active_parameters / 1e6:.2f}M active"),
+        ("dtype", model.dtype),
+        ("trained", f"{checkpoint.step} steps, {formatting.rate(int(checkpoint.run['tokens']))} tokens"),
+        *((key, formatting.number(value)) for key, value in losses.items()),
+    ]
+    table = "\n".join(f"| {label} | {value} |" for label, value in rows)
+    picture = "\n![Experts by domain](experts.svg)\n" if has_picture else ""
+    sections = "".join(f"{name}:\n{indent(dump(getattr(config, name)), '  ')}" for name in _SECTIONS)
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [mixture-of-experts, turnout]
+---
+
+# {config.name}
+
+A mixture-of-experts language model, trained by Turnout.
+
+| | |
+|---|---|
+{table}
+{picture}
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+model = AutoModelForCausalLM.from_pretrained("PATH")
+ids = tokenizer("It was", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
+```
+
+The text that it was trained on, its licence and its limits are not known to the program that wrote this card.
+
+## Config
+
+```yaml
+seed: {config.seed}
+{sections.rstrip()}
+```
+"""
+
+
+def with_gate(card: str, report: GateReport) -> str:
+    """Return a card with what the gate compared."""
+    head, config = card.rsplit("\n## Config\n", 1)
+    return f"{head}\nChecked when it was exported; {report.line()}.\n\n## Config\n{config}"
+
+
+def _figures(folder: RunFolder, step: int) -> dict[str, float]:
+    """Return losses of the newest records of metrics.jsonl up to a step."""
+    found: dict[str, float] = {}
+    with suppress(OSError):
+        for line in read_lines(folder.metrics):
+            record: dict[str, Any] = parse_record(line) or {}
+            if not isinstance(record.get("step"), int) or record["step"] > step:
+                continue
+            for key, label in (
+                ("loss", "training loss (nats per token)"),
+                ("eval/loss", "held-out loss (nats per token)"),
+                ("eval/bits_per_byte", "held-out bits per byte"),
+            ):
+                value = record.get(key)
+                if isinstance(value, int | float) and math.isfinite(value):
+                    found[label] = float(value)
+    return found
