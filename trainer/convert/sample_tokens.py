@@ -50,7 +50,7 @@ def sample_tokens(config: ExperimentConfig, tokenizer: Tokenizer) -> SampleToken
     real = _held_out(corpus, length)
     texts = [tokenizer.decode(row.tolist()).decode("utf-8", "replace") for batch in real for row in batch]
     return SampleTokens(
-        batches=[*real, *random[: _BATCHES - len(real)] or random[:1]],
+        batches=[*real, *random[: _BATCHES - len(real)]],
         texts=[*_TEXTS, *texts],
         origin="held-out and random text",
     )
