@@ -13,7 +13,7 @@ from trainer.checkpoint.compatible import check_model, check_record, check_token
 from trainer.checkpoint.find_checkpoint import CheckpointHandle
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.run_tokenizer import tokenizer_of
-from trainer.checkpoint.tools.new_folder import check_new_folder, new_folder
+from trainer.checkpoint.tools.output_folder import check_output_folder, output_folder
 from trainer.console import formatting
 from trainer.convert.chat_template import chat_template_of
 from trainer.convert.checkpoint_weights import CheckpointWeights
@@ -69,7 +69,7 @@ def export(
             difference; nothing is left then.
         ResourceError: if disk or memory do not suffice.
     """
-    check_new_folder(out)
+    check_output_folder(out)
     checkpoint = intact_checkpoint(CheckpointFolder(folder.checkpoints), options.step, warn)
     model = _model_of(config, folder, checkpoint, options)
     with torch.device("meta"):
@@ -77,7 +77,7 @@ def export(
     size_bytes = num_bytes(model, model.links)
     _check_resources(out, size_bytes, size, options.gate)
     shards = plan_shards(model, options.shard_bytes)
-    with new_folder(out) as temporary:
+    with output_folder(out) as temporary:
         write_shards(temporary, model, shards)
         write_small_files(temporary, model, chat_template=chat_template_of(config, folder))
         report = _gate(config, temporary, model, options, out)

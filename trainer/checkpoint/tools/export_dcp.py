@@ -15,7 +15,7 @@ from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.compatible import check_record
 from trainer.checkpoint.find_checkpoint import CheckpointHandle, find
 from trainer.checkpoint.tensor_files import StoredTensors
-from trainer.checkpoint.tools.new_folder import check_new_folder, new_folder
+from trainer.checkpoint.tools.output_folder import check_output_folder, output_folder
 from trainer.errors import CheckpointError
 
 
@@ -32,11 +32,11 @@ def export_dcp(folder: CheckpointFolder, step: int | None, out: Path) -> Checkpo
             export differs from it.
         ResourceError: if the disk refuses.
     """
-    check_new_folder(out)
+    check_output_folder(out)
     found = find(folder, folder.resolve_step(step))
     check_record(found)
     with (
-        new_folder(out) as temporary,
+        output_folder(out) as temporary,
         StoredTensors(found.path, found.manifest) as tensors,
         warnings.catch_warnings(),
     ):

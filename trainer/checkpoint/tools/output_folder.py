@@ -12,7 +12,7 @@ from trainer.errors import ConfigError, ResourceError
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def output_folder(out: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `out` that gets its name at the end, unless there was an error.
 
     A killed process leaves a folder `.export-*`.
@@ -21,7 +21,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         ConfigError: if `out` exists or its parent does not.
         ResourceError: if the disk refuses.
     """
-    check_new_folder(out)
+    check_output_folder(out)
     temporary = out.with_name(f".export-{uuid.uuid4().hex}")
     try:
         temporary.mkdir()
@@ -40,7 +40,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_new_folder(out: Path) -> None:
+def check_output_folder(out: Path) -> None:
     """Raise a ConfigError unless a folder can be created at `out`."""
     if "\0" in str(out):
         raise ConfigError(f"{shown_path(out)}: is not a path; name a folder")

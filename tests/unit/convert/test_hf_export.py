@@ -1,0 +1,125 @@
+"""An exported folder is our model in transformers, or it is not there."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.exported_runs import make_run
+from trainer.checkpoint.run_folder import RunFolder
+from trainer.convert.gates import our_logits
+from trainer.convert.hf_export import Exported, ExportOptions, export
+from trainer.experiment import ExperimentConfig
+from trainer.families.registry import choose_family
+from trainer.models.generation import generate
+from trainer.models.sampling import SamplingOptions
+
+SIZES = {"num_layers": 2, "d_model": 16, "num_heads": 4, "num_kv_heads": 2, "d_ff": 24, "seq_len": 32, "init_std": 0.3}
+MOE = {"num_experts": 5, "d_ff": 12}
+SHARED = {**MOE, "num_experts": 8, "num_shared_experts": 2}
+GROUPS = {"kind": "group_limited", "groups": 4, "groups_kept": 2, "top_k": 3, "scale": 2.5, "bias_update_rate": 0.1}
+MODELS: dict[str, dict[str, Any]] = {
+    "mixtral": {"moe": MOE, "tie_embeddings": True},
+    "qwen2_moe": {"moe": {**MOE, "num_shared_experts": 1, "shared_d_ff": 10, "shared_gate": True}},
+    "qwen3_moe": {"moe": {**MOE, "first_dense_layers": 1}, "qk_norm": True, "attention": {"head_dim": 6}},
+    "dots1": {"moe": {**SHARED, "router": GROUPS}, "qk_norm": True},
+    "glm4_moe": {"moe": {**SHARED, "router": GROUPS}},
+}
+
+
+def exported(config: ExperimentConfig, run: RunFolder, out: Path, **options: Any) -> Exported:
+    """Export a run to the first family that can express it."""
+    family = choose_family(config.model)
+    assert not isinstance(family, str), family
+    return export(config, run, out, ExportOptions(family=family, **options), warn=pytest.fail)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_has_our_logits_and_our_texts(name: str, tmp_path: Path) -> None:
+    """Greedy texts of 20 prompts, token by token."""
+    config, run, ours = make_run(tmp_path, {**SIZES, **MODELS[name]})
+    result = exported(config, run, tmp_path / "out")
+    assert result.model.family.name == name and result.report.worst < 1e-5 and result.report.num_tokens == 256
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(0, 255, (20, 5), generator=generator)
+    torch.testing.assert_close(theirs(prompts).logits, our_logits(ours, prompts), rtol=0, atol=1e-5)
+    texts = theirs.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=12, do_sample=False)
+    for prompt, text in zip(prompts.tolist(), texts.tolist(), strict=True):
+        options = SamplingOptions(temperature=0.0)
+        mine = [*generate(ours, prompt, max_new_tokens=12, options=options, generator=generator, stop_token=255)]
+        assert text[5 : 5 + len(mine)] == mine and len(mine) == 12
+
+
+def test_shards_have_the_names_and_sizes_of_transformers(tmp_path: Path) -> None:
+    """Also from a checkpoint whose tensors are in slices, as several ranks write them."""
+    config, run, _ = make_run(tmp_path, {**SIZES, **MODELS["qwen3_moe"]}, file_bytes=3000)
+    assert len(list((run.checkpoints / "step_00000000").glob("*.safetensors"))) > 10
+    one, several = (
+        exported(config, run, tmp_path / out, shard_bytes=size) for out, size in (("a", 10**9), ("b", 9000))
+    )
+    assert one.num_files == 1 and several.num_files > 3
+    index = json.loads((tmp_path / "b" / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in (tmp_path / "b").glob("*.safetensors"))
+    assert files == [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
+    assert sorted(set(index["weight_map"].values())) == files
+    assert index["metadata"]["total_size"] == several.size_bytes
+    whole, parts = load_file(tmp_path / "a" / "model.safetensors"), {}
+    for file in files:
+        found = load_file(tmp_path / "b" / file)
+        assert sum(tensor.nbytes for tensor in found.values()) <= 9000 or len(found) == 1
+        assert {name for name, where in index["weight_map"].items() if where == file} == found.keys()
+        parts |= found
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.parametrize("gate", ["logits", "tensors"])
+def test_bfloat16_is_rounded_once_and_a_selection_bias_not_at_all(gate: Any, tmp_path: Path) -> None:
+    config, run, ours = make_run(tmp_path, {**SIZES, **MODELS["dots1"]})
+    exported(config, run, tmp_path / "out", dtype="bfloat16", gate=gate)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    weights = dict(ours.named_buffers()) | dict(ours.named_parameters())
+    bias = found["model.layers.1.mlp.gate.e_score_correction_bias"]
+    assert bias.dtype is torch.float32 and torch.equal(bias, weights["blocks.1.ffn.router.bias"])
+    down = found["model.layers.1.mlp.experts.7.down_proj.weight"]
+    assert torch.equal(down, weights["blocks.1.ffn.experts.w_out"][7].bfloat16())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+TOKENIZERS: dict[str, dict[str, Any]] = {"byte": {"kind": "byte"}, "bpe": {"kind": "bpe", "vocab_size": 300}}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_the_tokenizer_gives_the_same_ids_and_template(kind: str, tmp_path: Path) -> None:
+    config, run, _ = make_run(tmp_path, {**SIZES, **MODELS["mixtral"]}, tokenizer=TOKENIZERS[kind])
+    (run.path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    model = exported(config, run, tmp_path / "out").model
+    theirs: Any = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in ("It was a bright cold day", "\u4e2d\u6587 \n\t x", ""):
+        assert theirs(text)["input_ids"] == model.tokenizer.encode(text).tolist()
+    assert theirs.eos_token_id == theirs.pad_token_id == model.tokenizer.end_of_document
+    chat = theirs.apply_chat_template([{"role": "user", "content": "cold"}], tokenize=False)
+    assert chat == "cold"
+    assert not model.config.tie_embeddings or model.vocab_size == model.tokenizer.vocab_size
+
+
+def test_more_rows_than_ids_are_exported(tmp_path: Path) -> None:
+    config, run, _ = make_run(tmp_path, {**SIZES, **MODELS["qwen2_moe"], "vocab_size": 260})
+    assert exported(config, run, tmp_path / "out").model.vocab_size == 260
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 260
+
+
+def test_the_card_has_figures_config_gate_and_picture(tmp_path: Path) -> None:
+    config, run, _ = make_run(tmp_path, {**SIZES, **MODELS["mixtral"]})
+    run.metrics.write_text('{"step": 0, "loss": 3.25}\n{"step": 0, "eval/loss": 3.5}\n{"step": 9, "loss": 1.0}\nbad\n')
+    run.experts_picture.write_text("<svg/>")
+    exported(config, run, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| training loss (nats per token) | 3.250 |" in card and "| held-out loss (nats per token) | 3.500 |" in card
+    assert "gate logits: loaded by transformers, 46 tensors equal ours" in card
+    assert "![Experts by domain](experts.svg)" in card and (tmp_path / "out" / "experts.svg").read_text() == "<svg/>"
+    assert "  d_model: 16\n" in card and str(tmp_path) not in card
