@@ -22,6 +22,7 @@ _NAMES = {
     "kv_norm.weight": "kv_a_layernorm.weight",
     "kv_b.weight": "kv_b_proj.weight",
     "out.weight": "o_proj.weight",
+    "out.bias": "o_proj.bias",
 }
 
 
@@ -44,6 +45,7 @@ def deepseek(family: str, common: dict[str, Any], config: ModelConfig) -> nn.Mod
         "qk_rope_head_dim": latent.qk_rope_head_dim,
         "v_head_dim": latent.v_head_dim,
     }
+    assert config.attention.qkv_bias == config.attention.out_bias, "they have both or neither"
     del values["head_dim"]
     if family == "deepseek_v2":
         assert not router.normalize
@@ -61,11 +63,12 @@ def latent_in_their_names(part: str, tensor: Tensor, config: ModelConfig) -> dic
     def of_heads(queries: Tensor) -> Tensor:
         return _neighbours(queries.unflatten(0, (config.num_heads, n + r)), width=r, dim=1).flatten(0, 1)
 
-    if part == "qkv_a.weight":
+    kind = part.rpartition(".")[2]
+    if part.startswith("qkv_a."):
         queries, keys = tensor.tensor_split([len(tensor) - latent.cached_values])
-        keys = {"kv_a_proj_with_mqa.weight": _neighbours(keys, width=r, dim=0)}
+        keys = {f"kv_a_proj_with_mqa.{kind}": _neighbours(keys, width=r, dim=0)}
         is_whole = latent.q_lora_rank is None
-        return keys | ({"q_proj.weight": of_heads(queries)} if is_whole else {"q_a_proj.weight": queries})
+        return keys | ({"q_proj.weight": of_heads(queries)} if is_whole else {f"q_a_proj.{kind}": queries})
     return {_NAMES[part]: of_heads(tensor) if part == "q_b.weight" else tensor}
 
 

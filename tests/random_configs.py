@@ -112,7 +112,8 @@ def _model(drawn: random.Random, kind: str) -> dict[str, Any]:
         "vocab_z_loss_coef": 0.01 if drawn.random() < 0.3 else 0.0,
     }
     if drawn.random() < 0.2:
-        fields |= {"num_kv_heads": None, "qk_norm": False, "attention": {"latent": _latent(drawn)}}
+        biases = {key: fields["attention"][key] for key in ("qkv_bias", "out_bias")}
+        fields |= {"num_kv_heads": None, "qk_norm": False, "attention": {"latent": _latent(drawn), **biases}}
     return fields
 
 

@@ -688,6 +688,10 @@ CASES = [
          [f"x.yaml:2:{column}: model.{key}: {value} has no meaning with latent attention, whose heads have the widths "
           "of attention.latent; leave it out, or set attention.latent: null"
           for column, key, value in ((9, "num_kv_heads", 4), (26, "qk_norm", True), (53, "attention.head_dim", 64))]),
+    Case("biases of queries that are not compressed",
+         "name: x\nmodel: {attention: {qkv_bias: true, latent: {}}}\n",
+         ["x.yaml:2:21: model.attention.qkv_bias: latent attention has biases of compressed queries only; set "
+          "attention.latent.q_lora_rank"]),
     Case("odd rotated parts",
          "name: x\nmodel: {attention: {latent: {qk_rope_head_dim: 63}}}\n",
          ["x.yaml:2:30: model.attention.latent.qk_rope_head_dim: 63 is odd, and rotary positions need an even width; "

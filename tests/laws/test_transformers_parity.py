@@ -83,6 +83,9 @@ def _latent_cases(groups: dict[str, Any]) -> dict[str, Case]:
     """All widths differ: none stands in for another."""
     latent = {"kv_lora_rank": 12, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 14}
     compressed = {**latent, "q_lora_rank": 20}
+    biased = {"latent": compressed, "qkv_bias": True, "out_bias": True}
+    yarn = {"kind": "yarn", "factor": 4.0, "original_length": SEQ_LEN // 2, "mscale": 0.7, "mscale_all_dim": 0.7}
+    own = {"mscale": 2.0, "mscale_all_dim": 0.5, "beta_fast": 1.0, "beta_slow": 0.1}
     v2 = {"num_shared_experts": 2, "router": {"kind": "top_k", "top_k": 3, "normalize": False, "scale": 1.5}}
     v3 = {"num_experts": 8, "num_shared_experts": 1, "router": groups}
     return {
@@ -92,6 +95,8 @@ def _latent_cases(groups: dict[str, Any]) -> dict[str, Case]:
             ("latents, compressed queries", "deepseek_v2", compressed, {"tie_embeddings": True}, v2),
             ("latents, groups, bias", "deepseek_v3", compressed, {"num_layers": 3}, {**v3, "first_dense_layers": 1}),
             ("latents, plain queries, groups", "deepseek_v3", {**latent, "v_head_dim": 20}, {}, v3),
+            ("latents, yarn", "deepseek_v2", latent, {"rope_scaling": yarn}, v2),
+            ("latents, biases, yarn", "deepseek_v3", {}, {"attention": biased, "rope_scaling": {**yarn, **own}}, v3),
         )
     }
 
@@ -179,7 +184,8 @@ def test_the_cases_are_what_they_say() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["mixtral k 2, 2 heads a key", "qwen3_moe k 3, 4 heads a key", "latents, groups, bias"]
+    "name",
+    ["mixtral k 2, 2 heads a key", "qwen3_moe k 3, 4 heads a key", "latents, groups, bias", "latents, biases, yarn"],
 )
 def test_logits_by_way_of_the_cache_are_theirs(name: str) -> None:
     case, (batch, _, _) = CASES[name], _rows("whole rows")

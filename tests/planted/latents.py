@@ -26,6 +26,7 @@ FAULTS = [
         PARITY,
     ),
     _fault("a query sees what another head's may see", "repeat(1, 1, H, 1)", "repeat_interleave(H, 2)", CACHE),
+    _fault("scores of latents forget YaRN's scale", "q * self.score_scale", "q", PARITY),
     _fault(
         "compressed queries are saved after their norm",
         "checkpointed(self._queries, q, recompute=again)",

@@ -41,7 +41,7 @@ class LatentAttentionConfig(Config):
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     def weights(self, *, d_model: int, num_heads: int) -> int:
-        """Count the parameters of one layer's attention, its inner norms included."""
+        """Count the parameters of one layer's attention, its inner norms included, biases not."""
         q, heads = self.q_lora_rank, num_heads * self.qk_head_dim
         queries = d_model * heads if q is None else q * (d_model + 1 + heads)
         of_latent = 1 + num_heads * (self.qk_nope_head_dim + self.v_head_dim)
@@ -63,7 +63,7 @@ class AttentionConfig(Config):
     head_dim: Width | None = None
     """Width of one head, d, which is even. Null: d_model / num_heads."""
     qkv_bias: bool = False
-    """Biases of queries, keys and values (Qwen2-MoE, GLM-4-MoE)."""
+    """Biases of queries, keys and values (Qwen2-MoE, GLM-4-MoE); with latents, of what these are made from."""
     out_bias: bool = False
     """Bias of the output projection (GPT-OSS has both)."""
     qk_norm_over: Literal["head", "all_heads"] = "head"

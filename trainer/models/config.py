@@ -7,7 +7,7 @@ from pydantic import Field
 
 from trainer.config.base import Config, Problem, Renamed, divisors
 from trainer.config.numbers import Coefficient, Epsilon, Layers, Length, VocabSize, Width
-from trainer.models.attention_config import AttentionConfig
+from trainer.models.attention_config import AttentionConfig, LatentAttentionConfig
 from trainer.models.rope_scaling_config import DynamicRopeScaling, RopeScaling, YarnRopeScaling
 from trainer.moe.config import MoEConfig
 
@@ -126,14 +126,16 @@ class ModelConfig(Config):
         return tokens * self.num_layers * self.d_model + with_logits * vocab_size
 
     def _attention_weights(self) -> int:
-        if self.attention.latent is not None:
-            return self.attention.latent.weights(d_model=self.d_model, num_heads=self.num_heads)
-        D, kv_heads = self.d_model, self.num_kv_heads or self.num_heads
-        q, kv = self.num_heads * self.head_dim, kv_heads * self.head_dim
-        weights = 2 * D * (q + kv)
-        if self.qk_norm:
-            weights += 2 * self.head_dim if self.attention.qk_norm_over == "head" else q + kv
-        return weights + (q + 2 * kv if self.attention.qkv_bias else 0) + (D if self.attention.out_bias else 0)
+        D, own, latent = self.d_model, self.attention, self.attention.latent
+        if latent is not None:
+            weights = latent.weights(d_model=D, num_heads=self.num_heads)
+            qkv = (latent.q_lora_rank or self.num_heads * latent.qk_head_dim) + latent.cached_values
+        else:
+            q, kv = self.num_heads * self.head_dim, (self.num_kv_heads or self.num_heads) * self.head_dim
+            weights, qkv = 2 * D * (q + kv), q + 2 * kv
+            if self.qk_norm:
+                weights += 2 * self.head_dim if own.qk_norm_over == "head" else q + kv
+        return weights + (qkv if own.qkv_bias else 0) + (D if own.out_bias else 0)
 
     def _feed_forward(self, d_ff: int) -> int:
         return (3 if self.activation == "swiglu" else 2) * self.d_model * d_ff
@@ -161,7 +163,7 @@ class ModelConfig(Config):
 
     def _attention_problems(self) -> Iterator[Problem]:
         if self.attention.latent is not None:
-            yield from self._latent_problems()
+            yield from self._latent_problems(self.attention.latent)
         else:
             yield from self._head_problems()
             if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
@@ -173,9 +175,9 @@ class ModelConfig(Config):
         if isinstance(self.rope_scaling, YarnRopeScaling) and self.rope_theta == 1:
             yield Problem("rope_scaling.kind", "yarn needs pairs of different frequencies; use a rope_theta above 1")
 
-    def _latent_problems(self) -> Iterator[Problem]:
+    def _latent_problems(self, latent: LatentAttentionConfig) -> Iterator[Problem]:
         given = {"num_kv_heads": self.num_kv_heads, "qk_norm": self.qk_norm or None}
-        own = self.attention.model_dump(exclude_defaults=True, exclude={"latent"})
+        own = self.attention.model_dump(exclude_defaults=True, exclude={"latent", "qkv_bias", "out_bias"})
         for key, value in (given | {f"attention.{key}": value for key, value in own.items()}).items():
             if value is not None:
                 yield Problem(
@@ -183,6 +185,11 @@ class ModelConfig(Config):
                     f"{value} has no meaning with latent attention, whose heads have the widths of "
                     "attention.latent; leave it out, or set attention.latent: null",
                 )
+        if self.attention.qkv_bias and latent.q_lora_rank is None:
+            yield Problem(
+                "attention.qkv_bias",
+                "latent attention has biases of compressed queries only; set attention.latent.q_lora_rank",
+            )
 
     def _head_problems(self) -> Iterator[Problem]:
         if self.attention.head_dim is None and self.d_model % self.num_heads:

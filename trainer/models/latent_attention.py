@@ -16,6 +16,7 @@ from trainer.models.config import ModelConfig, Recompute
 from trainer.models.kv_cache import LayerCache
 from trainer.models.norm import RMSNorm
 from trainer.models.recompute import checkpointed
+from trainer.models.rotary_embedding import latent_score_scale
 from trainer.ops.attention import CausalAttention, torch_attention
 from trainer.ops.attention_mask import PreparedMask
 from trainer.ops.rotary import rotate
@@ -29,12 +30,13 @@ class LatentAttention(nn.Module):
         D, self.num_heads, self.latent = config.d_model, config.num_heads, latent
         c, r, queries = latent.kv_lora_rank, latent.qk_rope_head_dim, self.num_heads * latent.qk_head_dim
         self.widths = [latent.q_lora_rank or queries, c, r]
-        self.qkv_a = nn.Linear(D, sum(self.widths), bias=False)
+        self.qkv_a = nn.Linear(D, sum(self.widths), bias=config.attention.qkv_bias)
         self.q_norm = None if latent.q_lora_rank is None else RMSNorm(latent.q_lora_rank, latent.norm_eps)
         self.q_b = None if latent.q_lora_rank is None else nn.Linear(latent.q_lora_rank, queries, bias=False)
         self.kv_norm = RMSNorm(c, latent.norm_eps)
         self.kv_b = nn.Linear(c, self.num_heads * (latent.qk_nope_head_dim + latent.v_head_dim), bias=False)
-        self.out = nn.Linear(self.num_heads * latent.v_head_dim, D, bias=False)
+        self.out = nn.Linear(self.num_heads * latent.v_head_dim, D, bias=config.attention.out_bias)
+        self.score_scale = latent_score_scale(config)
         self.core_attention: CausalAttention = torch_attention
         self.recompute: Recompute = "none"
 
@@ -50,6 +52,7 @@ class LatentAttention(nn.Module):
             [self.latent.qk_nope_head_dim, self.latent.qk_rope_head_dim], dim=-1
         )
         q = torch.cat([q_nope, rotate(q_rope, rotary).to(q.dtype)], dim=-1)  # (B, H, S, n + r)
+        q = q if self.score_scale == 1 else q * self.score_scale
         k_rope = rotate(k_rope[:, None], rotary).to(k_rope.dtype)  # (B, 1, S, r)
         if extend is None:
             k, v = self._keys_and_values(checkpointed(self._expanded, latent, recompute=again), k_rope)

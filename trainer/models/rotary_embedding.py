@@ -51,3 +51,11 @@ def rotary_scale(config: ModelConfig) -> float:
     if scaling.mscale is None or scaling.mscale_all_dim is None:
         return yarn_mscale(scaling.factor)
     return yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
+
+
+def latent_score_scale(config: ModelConfig) -> float:
+    """Return the factor of the scores of latent attention: with YaRN, the square of what it scales all widths by."""
+    scaling = config.rope_scaling
+    if not isinstance(scaling, YarnRopeScaling) or scaling.mscale_all_dim is None:
+        return 1.0
+    return yarn_mscale(scaling.factor, scaling.mscale_all_dim) ** 2

@@ -89,6 +89,7 @@ def test_active_parameters_leave_idle_experts_out() -> None:
 COUNTED = {
     **SHAPES,
     "every second, grouped queries": ({"every": 2}, {"num_kv_heads": 1, "qk_norm": True, "num_layers": 5}),
+    "latents, biases": ({}, latent_attention(biases=True)),
     "dense": (None, {}),
     "biases": ({}, {"attention": {"qkv_bias": True, "out_bias": True}}),
     "norms over all heads": ({}, {"qk_norm": True, "attention": {"qk_norm_over": "all_heads", "head_dim": 6}}),
