@@ -37,6 +37,15 @@ def attention_cases(S: int) -> dict[str, tuple[str, dict[str, Any], dict[str, An
     }
     for name, scaling in scalings.items():
         found[name] = ("qwen3_moe", {"attention": {"head_dim": 16}, "rope_scaling": scaling}, {})
+    for family, window, pattern, moe in (
+        ("mixtral", 3, ["sliding"], {}),
+        ("dots1", 3, ["sliding", "full"], _GROUPS),
+        ("dots1", 2, ["full", "full", "sliding"], _GROUPS),
+        ("qwen2_moe", 2, ["full", "sliding", "full", "sliding"], _GATED),
+    ):
+        name = f"windows of {window}: {', '.join(pattern)}"
+        slides = {"window": window, "window_pattern": pattern}
+        found[name] = (family, {"num_layers": max(2, len(pattern)), "attention": slides}, moe)
     both = {"attention": {**_PARTLY, "head_dim": 16}, "rope_scaling": {**yarn, "attention_factor": 0.6}}
     found["yarn by a factor, partly rotated"] = ("glm4_moe", both, _GROUPS)
     return found

@@ -136,6 +136,7 @@ _SCALINGS = [
 
 
 def _attention(drawn: random.Random) -> dict[str, Any]:
+    window = drawn.choice([None, None, 1, 5])
     return {
         "head_dim": drawn.choice([None, None, 6]),
         "qkv_bias": drawn.random() < 0.3,
@@ -143,6 +144,8 @@ def _attention(drawn: random.Random) -> dict[str, Any]:
         "qk_norm_over": drawn.choice(["head", "all_heads"]),
         "clip_qkv": drawn.choice([None, None, 0.5]),
         "rotary_fraction": drawn.choice([1.0, 1.0, 0.5, 0.67]),
+        "window": window,
+        "window_pattern": drawn.choice([["sliding"], ["sliding", "full"]]) if window else ["sliding"],
     }
 
 

@@ -111,7 +111,7 @@ def _of(family: str, config: ModelConfig, vocab_size: int) -> nn.Module:
         "num_experts_per_tok": router.top_k,
         "max_position_embeddings": getattr(config.rope_scaling, "original_length", config.seq_len),
         "attention_bias": config.attention.qkv_bias,
-        "sliding_window": None,
+        "sliding_window": config.attention.window,
         "attn_implementation": "eager",  # written out there; the others are torch's kernel, which is ours too
         "experts_implementation": "eager",
     }
@@ -122,7 +122,8 @@ def _of(family: str, config: ModelConfig, vocab_size: int) -> nn.Module:
             )
         case "qwen2_moe":
             shared = {"shared_expert_intermediate_size": moe.shared_width, "qkv_bias": config.attention.qkv_bias}
-            return Qwen2MoeForCausalLM(Qwen2MoeConfig(**common, **_qwen(config), **shared))
+            slides = {"use_sliding_window": any(config.windows), "layer_types": layer_types(config)}
+            return Qwen2MoeForCausalLM(Qwen2MoeConfig(**common, **_qwen(config), **shared, **slides))
         case "qwen3_moe":
             return Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **_qwen(config)))
         case "olmoe":
@@ -138,12 +139,17 @@ def _of(family: str, config: ModelConfig, vocab_size: int) -> nn.Module:
                 )
             )
         case "dots1":
-            return Dots1ForCausalLM(Dots1Config(**common, **_biased(config)))
+            return Dots1ForCausalLM(Dots1Config(**common, **_biased(config), layer_types=layer_types(config)))
         case "glm4_moe":
             more: dict[str, Any] = {"use_qk_norm": config.qk_norm, "num_mtp_layers": 0}
             return Glm4MoeForCausalLM(Glm4MoeConfig(**common, **_biased(config), **more))
         case _:
             return deepseek(family, common, config)
+
+
+def layer_types(config: ModelConfig) -> list[str]:
+    """Return their name for the attention of each layer."""
+    return ["full_attention" if window is None else "sliding_attention" for window in config.windows]
 
 
 def _qwen(config: ModelConfig) -> dict[str, Any]:
@@ -238,9 +244,26 @@ def their_logits(theirs: nn.Module, tokens: Tensor, mask: Tensor | None) -> Tens
         mask: (B, S) which tokens are valid, or (B, 1, S, S) which keys each query sees; None: causal.
     """
     dtype = next(theirs.parameters()).dtype
-    if mask is not None and mask.dim() == 4:  # they add it to the scores
-        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    given: Any = None
+    if mask is not None and mask.dim() == 2:
+        given = mask.long()
     elif mask is not None:
-        mask = mask.long()
+        given = _added_masks(theirs, mask, dtype)
     with _in(dtype):
-        return theirs(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+        return theirs(input_ids=tokens, attention_mask=given, use_cache=False).logits
+
+
+def _added_masks(theirs: nn.Module, mask: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    """Return what they add to the scores so that a query sees the keys of a mask (B, 1, S, S), and of its window.
+
+    They take a mask of four dimensions as it is, for all layers or for each kind of layer.
+    """
+    config: Any = theirs.config
+    window = getattr(config, "sliding_window", None)
+    within = mask if not window else mask.triu(1 - window)
+    full, sliding = (
+        torch.zeros(mask.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min) for seen in (mask, within)
+    )
+    if getattr(config, "layer_types", None) is None:
+        return sliding
+    return {"full_attention": full, "sliding_attention": sliding}

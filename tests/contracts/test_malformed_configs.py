@@ -700,6 +700,16 @@ CASES = [
          "name: x\nmodel: {attention: {rotary_fraction: 0.16}}\n",
          ["x.yaml:2:21: model.attention.rotary_fraction: 0.16 of a head of width 32 is 5, and rotary positions need an "
           "even width; use 6 / 32"]),
+    Case("a pattern longer than the model",
+         "name: x\nmodel: {num_layers: 1, attention: {window: 9, window_pattern: [sliding, full]}}\n",
+         ["x.yaml:2:47: model.attention.window_pattern: 2 kinds for num_layers 1; use at most one for each layer"]),
+    Case("a pattern without a window",
+         "name: x\nmodel: {attention: {window_pattern: [sliding, full]}}\n",
+         ["x.yaml:2:21: model.attention.window_pattern: has no effect without a window; set attention.window or remove "
+          "it"]),
+    Case("a window without a layer",
+         "name: x\nmodel: {attention: {window: 9, window_pattern: [full]}}\n",
+         ["x.yaml:2:21: model.attention.window: no layer has it by window_pattern; remove both"]),
     Case("dynamic scaling of one pair",
          "name: x\nmodel: {attention: {head_dim: 2}, rope_scaling: {kind: dynamic, factor: 2, original_length: 9}}\n",
          ["x.yaml:2:50: model.rope_scaling.kind: dynamic scales all pairs of a head but its first, and here it has "

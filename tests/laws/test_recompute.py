@@ -23,9 +23,9 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dense and shared, gelu": ({"num_shared_experts": 1, "first_dense_layers": 1}, {"activation": "gelu"}),
     "norms of heads, documents, tied": ({}, {"qk_norm": True, "document_mask": True, "tie_embeddings": True}),
     "latent attention": ({}, latent_attention()),
-    "biases, norms over all heads, clipped": (
+    "biases, norms over all heads, clipped, windows": (
         {},
-        {"qk_norm": True, "attention": {"qkv_bias": True, "qk_norm_over": "all_heads", "clip_qkv": 0.1}},
+        {"qk_norm": True, "attention": {"qkv_bias": True, "qk_norm_over": "all_heads", "clip_qkv": 0.1, "window": 3}},
     ),
     "noise, drops, a bias and a global balance": (
         {

@@ -182,6 +182,14 @@ FAULTS = [
         PARITY,
         "tests/unit/models/test_gpt.py",
     ),
+    _in_gpt("every layer has the first layer's window", "masks[window]", "masks[self.config.windows[0]]"),
+    Fault(
+        name="the cache forgets windows",
+        file="trainer/models/kv_cache.py",
+        old="(before >= 0) & (before < window)",
+        new="before >= 0",
+        tests=("tests/unit/models/test_kv_cache.py",),
+    ),
     Fault(
         name="a block that should be recomputed is saved",
         file=BLOCK,

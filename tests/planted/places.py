@@ -52,8 +52,8 @@ FAULTS = [
         "positions = self.lengths[:, None] + columns",
         "positions = 0 * self.lengths[:, None] + columns",
     ),
-    _in_cache("new tokens do not see themselves", "visible=slots <= positions", "visible=slots < positions"),
-    _in_cache("new tokens see the one after them", "visible=slots <= positions", "visible=slots <= 1 + positions"),
+    _in_cache("new tokens do not see themselves", "before >= 0 if window is None", "before > 0 if window is None"),
+    _in_cache("new tokens see the one after them", "before >= 0 if window is None", "before >= -1 if window is None"),
     _in_cache(
         "a copied row has the length of the first", "lengths=self.lengths[rows]", "lengths=self.lengths[0 * rows]"
     ),

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from trainer.config.base import Config, Problem
-from trainer.config.numbers import Epsilon, Factor, Width
+from trainer.config.numbers import Epsilon, Factor, Length, Width
 
 
 class LatentAttentionConfig(Config):
@@ -72,5 +72,17 @@ class AttentionConfig(Config):
     """Maximum size of the elements of queries, keys and values before the rotation (OLMoE). Null: none."""
     rotary_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of each head that is rotated: its first values, an even number (GLM-4-MoE: 0.5)."""
+    window: Length | None = None
+    """Keys that a query of a sliding layer sees: its own and those just before it. Null: all."""
+    window_pattern: Annotated[tuple[Literal["sliding", "full"], ...], Field(strict=False, min_length=1)] = ("sliding",)
+    """Which layers have the window, repeated from the first on: [sliding, full] for GPT-OSS, five times sliding and
+    once full for Gemma 3. With an entry for each layer it is written out."""
     latent: LatentAttentionConfig | None = None
     """Multi-head latent attention (DeepSeek-V2, V3). Null: grouped-query attention."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Check that a window has layers and a pattern of layers a window."""
+        if self.window is None and self.window_pattern != ("sliding",):
+            yield Problem("window_pattern", "has no effect without a window; set attention.window or remove it")
+        if self.window is not None and "sliding" not in self.window_pattern:
+            yield Problem("window", "no layer has it by window_pattern; remove both")

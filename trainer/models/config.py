@@ -96,6 +96,13 @@ class ModelConfig(Config):
         return self.num_kv_heads or self.num_heads, self.head_widths
 
     @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Keys that a query sees in each layer; None: all."""
+        own = self.attention
+        kinds = [own.window_pattern[layer % len(own.window_pattern)] for layer in range(self.num_layers)]
+        return tuple(own.window if kind == "sliding" else None for kind in kinds)
+
+    @property
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the blocks whose feed-forward is MoE."""
         return tuple(layer for layer in range(self.num_layers) if self.has_experts(layer))
@@ -169,6 +176,9 @@ class ModelConfig(Config):
             if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
                 what = f"{self.num_kv_heads} does not divide num_heads {self.num_heads}"
                 yield Problem("num_kv_heads", f"{what}; use one of {divisors(self.num_heads, near=self.num_kv_heads)}")
+        if (kinds := len(self.attention.window_pattern)) > self.num_layers:
+            what = f"{kinds} kinds for num_layers {self.num_layers}"
+            yield Problem("attention.window_pattern", f"{what}; use at most one for each layer")
         if isinstance(self.rope_scaling, DynamicRopeScaling) and self.rotary_width == 2:
             why = "dynamic scales all pairs of a head but its first, and here it has one"
             yield Problem("rope_scaling.kind", f"{why}; use another kind, or wider heads")
@@ -177,7 +187,8 @@ class ModelConfig(Config):
 
     def _latent_problems(self, latent: LatentAttentionConfig) -> Iterator[Problem]:
         given = {"num_kv_heads": self.num_kv_heads, "qk_norm": self.qk_norm or None}
-        own = self.attention.model_dump(exclude_defaults=True, exclude={"latent", "qkv_bias", "out_bias"})
+        meaningful = {"latent", "qkv_bias", "out_bias", "window", "window_pattern"}
+        own = self.attention.model_dump(exclude_defaults=True, exclude=meaningful)
         for key, value in (given | {f"attention.{key}": value for key, value in own.items()}).items():
             if value is not None:
                 yield Problem(

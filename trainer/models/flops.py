@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from trainer.models.gpt import GPT
-from trainer.models.latent_attention import LatentAttention
-from trainer.models.self_attention import Attention
 from trainer.moe.experts import Experts
 
 
@@ -21,7 +19,8 @@ class ModelSize:
     active_parameters: int
     """Parameters used by one token: those of its experts, and all others (the embedding included)."""
     forward_flops_per_token: int
-    """Multiplications and additions of matrix products; attention counts all S x S pairs, like torch's counter."""
+    """Multiplications and additions of matrix products; attention counts S keys for each query, like torch's counter,
+    or those of a layer's window."""
 
     @property
     def training_flops_per_token(self) -> int:
@@ -38,12 +37,13 @@ def model_size(model: GPT, *, top_k: int | None = None) -> ModelSize:
     if moe is not None and top_k is not None:
         moe = moe.model_copy(update={"router": moe.router.model_copy(update={"top_k": top_k})})
     total = sum(p.numel() for p in model.parameters())
-    idle = flops = 0
+    idle = 0
+    pairs = sum(min(window or model.config.seq_len, model.config.seq_len) for window in model.config.windows)
+    # Scores and weighted values.
+    flops = 2 * pairs * model.config.num_heads * sum(model.config.head_widths)
     for module in model.modules():
         if isinstance(module, nn.Linear):
             flops += 2 * module.weight.numel()
-        elif isinstance(module, Attention | LatentAttention):  # scores and weighted values
-            flops += 2 * model.config.seq_len * module.num_heads * sum(model.config.head_widths)
         elif isinstance(module, Experts):
             assert moe is not None, "a model with experts has a moe section"
             weights = module.w_in.numel() + module.w_out.numel()

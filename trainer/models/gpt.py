@@ -3,7 +3,7 @@
 # B rows, S tokens in a row, T = B * S, D d_model, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -77,9 +77,7 @@ class GPT(nn.Module):
             self.config.moe.check_top_k(options.top_k)
         context = routing_context(batch, options)
         positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-        document = batch.document_id if self.config.document_mask else None
-        mask = None if document is None else AttentionMask(document=document).prepared(self.mask_form)
-        hidden, moe = self._hidden(batch.tokens, positions, context, mask=mask)
+        hidden, moe = self._hidden(batch.tokens, positions, context, masks=self._masks(batch))
         row_loss, row_z, logits = self.losses(hidden, batch.targets, batch.target_mask, want_logits)
         vocab_z = None if row_z is None else (self.config.vocab_z_loss_coef, row_z.sum())
         return GPTOutput(logits=logits, row_loss=row_loss, moe=moe, vocab_z=vocab_z)
@@ -151,7 +149,7 @@ class GPT(nn.Module):
     def _append(self, tokens: Tensor, cache: KVCache, num_new: Tensor) -> Tensor:
         """Append new tokens to the cache and return their residual stream (B, S, D)."""
         B, S = tokens.shape
-        extension = cache.extension(S)
+        extension = cache.extension(S, set(self.config.windows))
         context = RoutingContext(
             token_ids=tokens.flatten(),
             valid=(torch.arange(S, device=tokens.device) < num_new[:, None]).flatten(),
@@ -172,19 +170,33 @@ class GPT(nn.Module):
         positions: Tensor,
         context: RoutingContext,
         *,
-        mask: PreparedMask | None = None,
+        masks: Mapping[int | None, PreparedMask | None] | None = None,
         extension: Extension | None = None,
     ) -> tuple[Tensor, tuple[MoEStats, ...]]:
         """Return the residual stream (B, S, D) after the last block, and the MoE layers' statistics."""
         x = self.embedding(tokens)  # (B, S, D)
         rotary = rotary_embedding(self.config, positions, x.dtype)
         moe = []
-        for layer, block in enumerate(self.blocks):
-            extend = None if extension is None else extension.layer(layer)
+        for layer, (block, window) in enumerate(zip(self.blocks, self.config.windows, strict=True)):
+            extend = None if extension is None else extension.layer(layer, window)
+            mask = None if masks is None else masks[window]
             x, stats = block(x, rotary, context, mask, extend)
             if stats is not None:
                 moe.append(stats)
         return x, tuple(moe)
+
+    def _masks(self, batch: Batch) -> dict[int | None, PreparedMask | None]:
+        """Return the keys visible to each query, by the layers' windows; None: all that are not later."""
+        document = batch.document_id if self.config.document_mask else None
+        found: dict[int | None, PreparedMask | None] = {}
+        for window in dict.fromkeys(self.config.windows):
+            narrow = window if window is not None and window < batch.tokens.shape[1] else None
+            if document is None and narrow is None:
+                found[window] = None
+                continue
+            same = torch.zeros_like(batch.tokens[:1]) if document is None else document
+            found[window] = AttentionMask(document=same, window=narrow).prepared(self.mask_form)
+        return found
 
     def _head_weight(self) -> Tensor:
         return self.embedding.weight if self.head is None else self.head.weight  # (V, D)

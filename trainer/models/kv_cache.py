@@ -1,6 +1,7 @@
 """KV cache whose rows have independent lengths.
 
-A token's slot is its position, so a query at position p sees slots 0 .. p. Slots beyond the end of a row are
+A token's slot is its position, so a query at position p sees slots 0 .. p, or the last few of them in a layer with a
+window. Slots beyond the end of a row are
 overwritten before any query of that row sees them.
 
 # slot     0  1  2  3  4      lengths
@@ -10,6 +11,7 @@ overwritten before any query of that row sees them.
 # L layers, B rows, S new tokens, T slots that they may see, H query heads, Hkv key and value heads, d head width.
 """
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,16 +40,24 @@ class KVCache:
         """Maximum tokens per row."""
         return self.keys.shape[2]
 
-    def extension(self, num_tokens: int) -> "Extension":
-        """Return the slots of `num_tokens` more tokens per row; afterwards `grow` counts those that are real."""
+    def extension(self, num_tokens: int, windows: Collection[int | None]) -> "Extension":
+        """Return the slots of `num_tokens` more tokens per row; afterwards `grow` counts those that are real.
+
+        `windows` are those of the layers: keys that a query sees, itself included; None: all.
+        """
         end = self.longest + num_tokens
         assert end <= self.capacity, f"{end} tokens in a cache for {self.capacity}"
         columns = torch.arange(num_tokens, device=self.lengths.device)
         positions = self.lengths[:, None] + columns  # (B, S)
-        if self.longest == 0:
-            return Extension(cache=self, positions=positions, end=end, visible=None)
         slots = torch.arange(end, device=positions.device)
-        return Extension(cache=self, positions=positions, end=end, visible=slots <= positions[:, None, :, None])
+        before = positions[:, None, :, None] - slots  # (B, 1, S, T), from a slot to a query
+        visible: dict[int | None, Tensor | None] = {}
+        for window in windows:
+            if self.longest == 0 and (window is None or window >= num_tokens):
+                visible[window] = None
+            else:
+                visible[window] = before >= 0 if window is None else (before >= 0) & (before < window)
+        return Extension(cache=self, positions=positions, end=end, visible=visible)
 
     def grow(self, num_new: Tensor, at_most: int) -> None:
         """Extend the rows by num_new (B,) tokens, each at most `at_most`."""
@@ -80,12 +90,12 @@ class Extension:
     """(B, S) int64."""
     end: int
     """Number of leading slots visible to any of the new tokens."""
-    visible: Tensor | None
-    """(B, 1, S, end) slots visible to each new token. None: the cache was empty, so attention is causal."""
+    visible: Mapping[int | None, Tensor | None]
+    """(B, 1, S, T) slots visible to each new token, by window. None: the cache was empty, so attention is causal."""
 
-    def layer(self, layer: int) -> "LayerCache":
-        """Return the slots of one layer."""
-        return LayerCache(extension=self, layer=layer)
+    def layer(self, layer: int, window: int | None) -> "LayerCache":
+        """Return the slots of one layer, which has this window."""
+        return LayerCache(extension=self, layer=layer, visible=self.visible[window])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,11 +104,8 @@ class LayerCache:
 
     extension: Extension
     layer: int
-
-    @property
-    def visible(self) -> Tensor | None:
-        """Slots visible to each new token (B, 1, S, T), as in `Extension`."""
-        return self.extension.visible
+    visible: Tensor | None
+    """(B, 1, S, T) slots visible to each new token; None: attention is causal among them."""
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values (B, Hkv, S, d) of new tokens; return those of all slots (B, Hkv, T, d) they may see."""

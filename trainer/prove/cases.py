@@ -208,12 +208,19 @@ def _small_heads(attention: dict[str, Any], default: int) -> dict[str, Any]:
         most = dict(q_lora_rank=12, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10)
         latent = latent | {key: min(latent[key], width) for key, width in most.items() if latent[key] is not None}
     small = default if head_dim is None else min(head_dim, 16)
-    rotated = max(2, int(small * attention["rotary_fraction"]) // 2 * 2)
+    fraction, rotated = attention["rotary_fraction"], max(2, int(small * attention["rotary_fraction"]) // 2 * 2)
     return attention | {
         "head_dim": None if head_dim is None else small,
         "latent": latent,
-        "rotary_fraction": min(1.0, (rotated + 0.5) / small),  # of which `int` takes the whole pairs
+        "rotary_fraction": fraction if fraction == 1 else min(1.0, (rotated + 0.5) / small),  # the half is not counted
     }
+
+
+def _small_window(attention: dict[str, Any], num_layers: int) -> dict[str, Any]:
+    """Return a dumped attention section whose window is narrower than a small row, in a layer of each kind."""
+    kinds = [kind for kind in ("sliding", "full") if kind in attention["window_pattern"]]
+    window = attention["window"] and min(attention["window"], 8)
+    return attention | {"window": window, "window_pattern": kinds[:num_layers]}
 
 
 def _few_layers(moe_layers: Sequence[int]) -> tuple[int, list[int]]:
@@ -243,6 +250,7 @@ def shrink(config: ExperimentConfig) -> ExperimentConfig:
         moe["shared_d_ff"] = None if moe["shared_d_ff"] is None else min(moe["shared_d_ff"], 48)
         if moe["layers"] is not None:
             model["num_layers"], moe["layers"] = _few_layers(moe["layers"])
+    model["attention"] = _small_window(model["attention"], model["num_layers"])
     rows = values["train"]["global_batch_size"]
     values["train"]["global_batch_size"] = min(rows, 7)  # not divisible by any number of ranks
     return ExperimentConfig.model_validate(values)

@@ -38,6 +38,7 @@ TYPICAL: dict[str, str] = {
     "model.moe.capacity.factor": "1.25",
     "model.moe.capacity.min": "4",
     "model.rope_theta": "10000",
+    "model.attention.window": "128",
     "model.attention.rotary_fraction": "0.5",
     "parallel.micro_batch_size": "8",
     "parallel.dispatcher.kind": "alltoall",
@@ -150,7 +151,8 @@ def test_hugging_face_names_are_spelled_as_in_transformers() -> None:
     """Names are those of its dataclass and configs, or older ones that many scripts still use."""
     transformers = pytest.importorskip("transformers")
     known = set(transformers.TrainingArguments.__dataclass_fields__)
-    for name in ("MixtralConfig", "Qwen3MoeConfig", "DeepseekV3Config", "OlmoeConfig", "SwitchTransformersConfig"):
+    models = ("Mixtral", "Qwen2Moe", "Qwen3Moe", "DeepseekV3", "Olmoe", "SwitchTransformers")
+    for name in (f"{model}Config" for model in models):
         config = getattr(transformers, name)
         known |= config().to_dict().keys() | config.attribute_map.keys()
     known |= transformers.GPT2Config().to_dict().keys() | transformers.BertConfig().to_dict().keys()

@@ -39,6 +39,15 @@ def test_flops_equal_torch_s_counter_forward_and_backward(moe: dict, fields: dic
     assert forward.get_total_flops() + backward.get_total_flops() == size.training_flops_per_token * 16
 
 
+def test_a_window_leaves_out_the_keys_beyond_it() -> None:
+    window = {"window": 3, "window_pattern": ["full", "sliding"]}
+    all_keys, few = (make_model(tiny_model_config(attention=fields)) for fields in ({}, window))
+    saved = model_size(all_keys).forward_flops_per_token - model_size(few).forward_flops_per_token
+    assert saved == 2 * (8 - 3) * 4 * (4 + 4), "one layer of two; H heads; scores and values of width d"
+    long = make_model(tiny_model_config(attention={"window": 100}))
+    assert model_size(long) == model_size(all_keys)
+
+
 @pytest.mark.parametrize("fields", [{}, {"tie_embeddings": True}])
 def test_a_loss_in_chunks_has_no_more_flops(fields: dict) -> None:
     """The products of the head's gradient are in the forward pass."""

@@ -17,6 +17,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "latents": latent_attention(),
     "latents, plain queries": latent_attention(q_lora_rank=None),
     "dynamic rotary positions": {"rope_scaling": {"kind": "dynamic", "factor": 4.0, "original_length": 3}},
+    "windows": {"attention": {"window": 3, "window_pattern": ["sliding", "full"]}},
+    "windows of one": {"attention": {"window": 1, "window_pattern": ["full", "sliding"]}},
     "partly rotated, biases": {"attention": {"rotary_fraction": 0.5, "qkv_bias": True, "qk_norm_over": "all_heads"}},
     **{kind: {"moe": section} for kind, section in router_sections(without=[{}]).items()},
 }

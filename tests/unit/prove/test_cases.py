@@ -55,3 +55,25 @@ def test_a_small_model_keeps_the_pattern_of_layers(layers: list[int], num_layers
     small = shrink(ExperimentConfig.model_validate({"name": "x", "model": values})).model
     assert small.moe_layers == tuple(expected) and small.num_layers == num_layers
     assert small.moe is not None and small.moe.shared_width == 48
+
+
+@pytest.mark.parametrize(
+    ("attention", "expected"),
+    [
+        ({"window": 4096, "window_pattern": ["full"] * 23 + ["sliding"]}, (8, None)),
+        ({"window": 4096}, (8, 8)),
+        ({"window": 3, "window_pattern": ["full", "sliding"]}, (3, None)),
+        ({"head_dim": 44, "rotary_fraction": 0.7}, (None, None)),
+        ({"head_dim": 128, "rotary_fraction": 0.5}, (None, None)),
+        ({"head_dim": 64, "rotary_fraction": 0.04}, (None, None)),
+    ],
+)
+def test_a_small_model_keeps_windows_and_rotated_parts(
+    attention: dict[str, Any], expected: tuple[int | None, int | None]
+) -> None:
+    values = {"num_layers": 24, "d_model": 512, "moe": None, "attention": attention}
+    small = shrink(ExperimentConfig.model_validate({"name": "x", "model": values})).model
+    assert small.windows == expected and small.seq_len == 32
+    share = small.rotary_width / small.head_dim
+    assert share == pytest.approx(attention.get("rotary_fraction", 1.0), abs=2 / small.head_dim)
+    assert (share == 1) == ("rotary_fraction" not in attention)

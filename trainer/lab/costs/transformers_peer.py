@@ -22,7 +22,7 @@ MOST_COPIED = 2 << 30
 def why_not_mixtral(config: ExperimentConfig) -> str | None:
     """Return why a config's model is not a Mixtral of some size; None if it is one."""
     model = config.model
-    differs = [key for key in ("qk_norm", "tie_embeddings", "document_mask") if getattr(model, key)]
+    differs = [key for key in ("qk_norm", "tie_embeddings", "document_mask", "rope_scaling") if getattr(model, key)]
     if differs := differs + [f"attention.{key}" for key in model.attention.model_dump(exclude_defaults=True)]:
         return f"Mixtral has no {', '.join(differs)}"
     return why_not_plain(config)
@@ -31,6 +31,8 @@ def why_not_mixtral(config: ExperimentConfig) -> str | None:
 def why_not_plain(config: ExperimentConfig) -> str | None:
     """Return why a config's feed-forward blocks are not those that every library has; None if they are."""
     model, moe = config.model, config.model.moe
+    if any(model.windows):
+        return "not every layer sees all keys"
     if moe is None or len(model.moe_layers) < model.num_layers or moe.num_shared_experts:
         return "not every block has routed experts and nothing else"
     if model.activation != "swiglu":
