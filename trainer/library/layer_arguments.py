@@ -42,7 +42,7 @@ class LayerArguments(Config):
         if self.capacity_factor is not None and not self.router.has_fixed_k:
             text = f"{self.router.kind} has no fixed number of experts per token; use None"
             yield Problem("capacity_factor", text)
-        if (message := missing_kernel(self.kernel)) is not None:
+        if (message := missing_kernel(self.kernel, instead="loop")) is not None:
             yield Problem("kernel", message)
 
 

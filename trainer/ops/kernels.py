@@ -119,19 +119,22 @@ def fallback_kernels(kernel: str, device: str) -> list[str]:
     return order[order.index(kernel) + 1 :] if kernel in order else order
 
 
-def missing_kernel(kernel: str, device: str = "cuda") -> str | None:
-    """Return the message about a kernel that is not installed or does not run on a device; None if it does."""
+def missing_kernel(kernel: str, device: str = "cuda", *, instead: str = "auto") -> str | None:
+    """Return the message about a kernel that is not installed or does not run on a device; None if it does.
+
+    It advises the kernel `instead`.
+    """
     if kernel == "fused_onednn" and not fused_ffn.has_onednn_product():
         return "fused_onednn is not in this build of torch; use fused"
     if kernel != "triton":
         return None
     if not packages.is_installed("triton"):
-        return packages.missing("triton", user="triton") + ", or use auto"
+        return packages.missing("triton", user="triton") + f", or use {instead}"
     from trainer.ops.triton_ffn import IS_INTERPRETED  # an optional package
 
     if device == "cuda" or IS_INTERPRETED:
         return None
-    return f"triton needs a GPU, and the device is {device}; use auto, or TRITON_INTERPRET=1 to test it, very slowly"
+    return f"triton needs a GPU, and the device is {device}; use {instead}, or TRITON_INTERPRET=1 to test it, very slowly"
 
 
 def choose_experts_kernel(

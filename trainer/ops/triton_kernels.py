@@ -30,12 +30,17 @@ def _rounded(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _tile(tiles, num_tiles, num_columns, BLOCK_COLUMNS: tl.constexpr):
-    """Return this program's expert, first row, end of rows, and columns; neighbours share rows, for the cache."""
+def _tile(tiles, num_tiles, num_columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Return whether this program has a row, its expert, rows and columns, and which of them exist.
+
+    Neighbours share rows, for the cache.
+    """
     per_tile = tl.cdiv(num_columns, BLOCK_COLUMNS)
     tile = tl.program_id(0) // per_tile
+    first, stop = tl.load(tiles + num_tiles + tile), tl.load(tiles + 2 * num_tiles + tile)
+    rows = first + tl.arange(0, BLOCK_ROWS)
     columns = (tl.program_id(0) % per_tile) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    return tl.load(tiles + tile), tl.load(tiles + num_tiles + tile), tl.load(tiles + 2 * num_tiles + tile), columns
+    return first < stop, tl.load(tiles + tile), rows, rows < stop, columns, columns < num_columns
 
 
 @triton.jit
@@ -84,11 +89,9 @@ def first_product(
     BLOCK_DEPTH: tl.constexpr,
 ):
     """Gather tokens, multiply them by W_in^T, and apply activation and combine weight."""
-    expert, first, stop, columns = _tile(tiles, num_tiles, d_ff, BLOCK_COLUMNS)
-    if first >= stop:
+    is_used, expert, rows, is_row, columns, is_column = _tile(tiles, num_tiles, d_ff, BLOCK_ROWS, BLOCK_COLUMNS)
+    if not is_used:
         return
-    rows = first + tl.arange(0, BLOCK_ROWS)
-    is_row, is_column = rows < stop, columns < d_ff
     tokens = tl.load(token_of_row + rows, mask=is_row, other=0).to(tl.int64)
     width = d_ff * 2 if GATED else d_ff
     w = w_in + expert * width * d_model
@@ -140,11 +143,9 @@ def rows_product(
     BLOCK_DEPTH: tl.constexpr,
 ):
     """Multiply each row by its expert's matrix."""
-    expert, first, stop, columns = _tile(tiles, num_tiles, num_columns, BLOCK_COLUMNS)
-    if first >= stop:
+    is_used, expert, rows, is_row, columns, is_column = _tile(tiles, num_tiles, num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
+    if not is_used:
         return
-    rows = first + tl.arange(0, BLOCK_ROWS)
-    is_row, is_column = rows < stop, columns < num_columns
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     w += expert * stride_e
     total = _rows_times_matrix(
@@ -176,11 +177,9 @@ def hidden_gradient(
     BLOCK_DEPTH: tl.constexpr,
 ):
     """Gather output gradients, multiply them by W_out to dA', and derive a, dH and the gradient of the scale."""
-    expert, first, stop, columns = _tile(tiles, num_tiles, d_ff, BLOCK_COLUMNS)
-    if first >= stop:
+    is_used, expert, rows, is_row, columns, is_column = _tile(tiles, num_tiles, d_ff, BLOCK_ROWS, BLOCK_COLUMNS)
+    if not is_used:
         return
-    rows = first + tl.arange(0, BLOCK_ROWS)
-    is_row, is_column = rows < stop, columns < d_ff
     tokens = tl.load(token_of_row + rows, mask=is_row, other=0).to(tl.int64)
     da = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     w = w_out + expert * d_model * d_ff

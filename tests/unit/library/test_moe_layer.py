@@ -15,7 +15,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, 
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from trainer import MoELayer
+from trainer import MoELayer, packages
 from trainer.errors import ConfigError
 from trainer.moe.routers.config.token_choice import TopKRouterConfig
 
@@ -221,6 +221,14 @@ def test_a_plugin_is_a_router() -> None:
 def test_options_that_are_wrong_are_refused(options: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         MoELayer(D, E, **options)
+
+
+def test_a_kernel_that_is_not_installed_is_refused_with_one_that_this_interface_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(packages, "is_installed", lambda package: False)
+    with pytest.raises(ConfigError, match=r"^MoELayer: kernel: triton: .*'turnout\[triton\]', or use loop$"):
+        MoELayer(D, E, kernel="triton")
 
 
 def test_sizes_that_are_wrong_are_refused_together() -> None:
