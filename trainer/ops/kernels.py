@@ -134,7 +134,8 @@ def missing_kernel(kernel: str, device: str = "cuda", *, instead: str = "auto") 
 
     if device == "cuda" or IS_INTERPRETED:
         return None
-    return f"triton needs a GPU, and the device is {device}; use {instead}, or TRITON_INTERPRET=1 to test it, very slowly"
+    test = "TRITON_INTERPRET=1 to test it, very slowly"
+    return f"triton needs a GPU, and the device is {device}; use {instead}, or {test}"
 
 
 def choose_experts_kernel(
