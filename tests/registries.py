@@ -9,7 +9,7 @@ from trainer.data.tokenizers.registry import TokenizerConfig
 from trainer.evaluation.tasks.registry import AnyTaskConfig
 from trainer.moe.dispatch.registry import DispatcherConfig
 from trainer.moe.routers.registry import RouterConfig
-from trainer.ops.kernels import ExpertsKernel, missing_kernel
+from trainer.ops.kernels import ExpertsKernel, emulation_of, missing_kernel
 
 
 def by_kind(union: Any) -> dict[str, Any]:
@@ -33,8 +33,11 @@ LEARNED_ROUTERS = {
 SOURCES = by_kind(SourceConfig)
 TOKENIZERS = by_kind(TokenizerConfig)
 TASKS = by_kind(AnyTaskConfig)
-KERNELS: list[ExpertsKernel] = [name for name in get_args(ExpertsKernel) if missing_kernel(name, "cpu") is None]
-"""Kernels of the experts that run here. The interpreter of `triton` has a file of its own: unit/ops/test_triton.py."""
+KERNELS: list[ExpertsKernel] = [
+    name for name in get_args(ExpertsKernel) if missing_kernel(name, "cpu") is None and emulation_of(name) is None
+]
+"""Kernels of the experts that run here and equal the oracle up to rounding: not those in a coarser format. `triton` in
+its interpreter has a file of its own: unit/ops/test_triton.py."""
 
 
 def num_experts_of(kind: str, default: int = 4) -> int:

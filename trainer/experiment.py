@@ -218,17 +218,21 @@ class ExperimentConfig(Config):
         """Check that the experts kernel supports the dtype and shapes."""
         moe, dtype = self.model.moe, self.train.dtype
         kernel = self.parallel.experts_kernel
-        if moe is None or kernel not in ("grouped", "triton"):
+        if moe is None or kernel not in ("grouped", "triton", "mxfp8"):
             return
-        if dtype == "float64":
+        if dtype == "float64" and kernel != "mxfp8":
             yield Problem("parallel.experts_kernel", f"{kernel} does not support float64; use auto")
             return
+        if dtype != "bfloat16" and kernel == "mxfp8" and self.parallel.device != "cpu":
+            problem = f"mxfp8 has products in bfloat16, and train.dtype is {dtype}"
+            remedy = "use train.dtype=bfloat16, or parallel.device=cpu, where it is emulated in any dtype"
+            yield Problem("parallel.experts_kernel", f"{problem}; {remedy}")
         if kernel == "triton":
             return  # any width
-        multiple = 8 if dtype == "bfloat16" else 4
+        multiple = 32 if kernel == "mxfp8" else 8 if dtype == "bfloat16" else 4
         for key, width in (("model.d_model", self.model.d_model), ("model.moe.d_ff", moe.d_ff)):
             if width % multiple:
-                problem = f"grouped needs {key} to be a multiple of {multiple} in {dtype}, not {width}; use auto"
+                problem = f"{kernel} needs {key} to be a multiple of {multiple} in {dtype}, not {width}; use auto"
                 yield Problem("parallel.experts_kernel", problem)
 
     def _shard_problems(self) -> Iterator[Problem]:

@@ -274,6 +274,14 @@ BAD_CONFIGS = {
         ["parallel.experts_kernel=triton", "train.dtype=float64"],
         r"parallel\.experts_kernel: triton does not support float64; use auto",
     ),
+    "a kernel in blocks of 32": (
+        ["parallel.experts_kernel=mxfp8", "parallel.device=cpu", "model.d_model=48", "model.num_heads=4"],
+        r"parallel\.experts_kernel: mxfp8 needs model\.d_model to be a multiple of 32 in \w+, not 48; use auto",
+    ),
+    "a kernel with products in bfloat16": (
+        ["parallel.experts_kernel=mxfp8", "train.dtype=float32"],
+        r"mxfp8 has products in bfloat16, and train\.dtype is float32; use train\.dtype=bfloat16, or ",
+    ),
     "negative capacity": (["model.moe.capacity.factor=-1"], r"capacity\.factor: must be more than 0, got -1"),
 }
 

@@ -11,7 +11,7 @@ from tests.ranks import Ranks, mesh_here
 from trainer.experiment import ExperimentConfig
 from trainer.moe.config import MoEConfig
 from trainer.parallel.config import ParallelConfig
-from trainer.prove.cases import labels
+from trainer.prove.cases import apply_case, labels, reference
 
 ROWS, SEQ_LEN = 4, 8
 
@@ -84,7 +84,8 @@ def config_of(moe: dict[str, Any]) -> ExperimentConfig:
 
 def learned(config: ExperimentConfig, num_pieces: int) -> torch.Tensor:
     """Train two steps with this many micro-batches each; return losses, norms and final weights."""
-    engine = make_engine(config.model, dtype=torch.float64)
+    kernel = config.parallel.experts_kernel
+    engine = make_engine(config.model, dtype=torch.float64, kernel="loop" if kernel == "auto" else kernel)
     rows, values = ROWS // num_pieces, []
     for step in range(2):
         batch = make_batch(ROWS, SEQ_LEN, seed=step, first_sample=ROWS * step)
@@ -131,3 +132,17 @@ def test_rows_rounded_by_the_dispatcher_are_labelled_unless_already_rounded(rank
     sections = {"parallel": {"dispatcher": {"kind": "all_to_all", "wire": "bfloat16"}}, "train": {"dtype": dtype}}
     config = ExperimentConfig.model_validate({"name": "x", **sections})
     assert bool(labels(config)) == (plain != rounded) == (dtype == "float32")
+
+
+def test_a_kernel_that_rounds_rows_together_is_labelled() -> None:
+    """Numbers far below the largest of the 32 rows that share a scale lose bits; a proof runs this kernel itself."""
+    sizes = {"num_layers": 1, "d_model": 32, "num_heads": 2, "seq_len": SEQ_LEN, "init_std": 0.5}
+    model = {**sizes, "moe": {"num_experts": 4, "d_ff": 32, "balance": {"coef": 0.0}}}
+    for kernel in ("loop", "mxfp8"):
+        parallel = {"experts_kernel": kernel, "device": "cpu"}
+        train = {"dtype": "float64"}
+        config = ExperimentConfig.model_validate({"name": "x", "model": model, "parallel": parallel, "train": train})
+        difference = float((learned(config, 1) - learned(config, 2)).abs().max())
+        assert bool(labels(config)) == (difference > 1e-9) == (kernel == "mxfp8"), difference
+        proved = apply_case(config, reference(config)).parallel.experts_kernel
+        assert proved == ("mxfp8" if kernel == "mxfp8" else "auto")

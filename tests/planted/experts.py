@@ -4,6 +4,7 @@ from tests.planted.fault import Fault
 
 KERNELS = "tests/unit/ops/test_expert_ffn.py"
 NODE = "tests/unit/ops/test_routed_ffn.py"
+FORMAT, PRODUCTS = "tests/unit/ops/test_mx_format.py", "tests/unit/ops/test_mxfp8_products.py"
 BY_HAND = "tests/unit/moe/test_by_hand.py"
 _EXPERTS = "trainer/moe/experts.py"
 
@@ -54,6 +55,41 @@ FAULTS = [
         "None if recompute else h",
         "h",
         NODE,
+    ),
+    _fault(
+        "the scale of a block is rounded down, so that its largest numbers saturate",
+        "trainer/ops/mx_format.py",
+        "exponent - (mantissa == 0.5).to(exponent.dtype)",
+        "exponent - 1",
+        FORMAT,
+    ),
+    _fault(
+        "an infinite number is hidden by its block",
+        "trainer/ops/mx_format.py",
+        ".masked_fill(~largest.isfinite(), _NAN - _BIAS)",
+        "",
+        FORMAT,
+    ),
+    _fault(
+        "weights are rounded along the dimension that is not summed",
+        "trainer/ops/mxfp8_products.py",
+        "_rounded(x), _rounded(w.mT)",
+        "_rounded(x), _rounded(w).mT",
+        PRODUCTS,
+    ),
+    _fault(
+        "the scales of all groups of rows lie together",
+        "trainer/ops/mxfp8_products.py",
+        "by_group[place.flatten()] = ",
+        "by_group[:] = ",
+        PRODUCTS,
+    ),
+    _fault(
+        "a proof runs an exact kernel in place of the coarse one that is named",
+        "trainer/prove/cases.py",
+        'kernel if ":" in kernel or kernel in _COARSE_KERNELS else "auto"',
+        'kernel if ":" in kernel else "auto"',
+        "tests/laws/test_labels.py::test_a_kernel_that_rounds_rows_together_is_labelled",
     ),
     _fault(
         "groups are not padded to a multiple",

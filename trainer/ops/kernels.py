@@ -5,7 +5,7 @@ would no longer be bit-identical.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Literal, get_args
 
 import torch
@@ -19,16 +19,20 @@ from trainer.ops.expert_ffn import Activation
 from trainer.ops.expert_order import ExpertOrder, order_by_expert
 from trainer.ops.fused_ffn import FusedKernel
 from trainer.ops.grouped_kernel import GroupedKernel, GroupedMM, LoopProducts, PaddedProducts
+from trainer.ops.mx_format import BLOCK
+from trainer.ops.mxfp8_products import GROUP_ROWS, EmulatedMXFP8Products, MXFP8Products
 from trainer.ops.permute import gather_rows, sum_rows
 from trainer.ops.routed_ffn import FFNKernel, routed_ffn
 from trainer.ops.weighted_activation import weighted_activation
 
 _MANY_ROWS = 512
 """Rows per expert from which its matrix products dominate the runtime."""
+_MXFP8_CAPABILITY = (10, 0)
+"""Compute capability for which torch has a grouped product of MXFP8."""
 _ALIGNMENT_BYTES = 16
 """The grouped product reads weight gradients along the rows, in units of this."""
 
-ExpertsKernel = Literal["loop", "padded", "grouped", "fused", "fused_onednn", "triton"]
+ExpertsKernel = Literal["loop", "padded", "grouped", "fused", "fused_onednn", "triton", "mxfp8"]
 RowsKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Activation], Tensor]
 """Kernel that is a plug-in, with the arguments of `trainer.ops.expert_ffn.loop_ffn`."""
 
@@ -69,7 +73,7 @@ def run_experts(
         order = order_by_expert(expert_index, len(w_in), num_rows=num_rows)
         return run_rows_kernel(_plugin_kernel(kernel), x.to(compute_dtype(x)), weight, order, w_in, w_out, activation)
     dtype = compute_dtype(x)
-    multiple = _ALIGNMENT_BYTES // dtype.itemsize if kernel == "grouped" and dtype is torch.bfloat16 else 1
+    multiple = _rows_multiple(kernel, x.device.type, dtype)
     order = order_by_expert(expert_index, len(w_in), num_rows=num_rows, multiple=multiple)
     run = _built(kernel, activation, is_compiled, x.device.type, dtype)
     return routed_ffn(x, weight, order, w_in, w_out, run, dtype=dtype, recompute=recompute)
@@ -102,6 +106,8 @@ def _built(kernel: str, activation: Activation, is_compiled: bool, device: str, 
     between = weighted_activation(activation, is_compiled=is_compiled)
     if kernel in _PRODUCTS:
         return GroupedKernel(between, _PRODUCTS[kernel])
+    if kernel == "mxfp8":
+        return GroupedKernel(between, MXFP8Products if device == "cuda" else EmulatedMXFP8Products)
     if kernel == "triton":
         from trainer.ops.triton_ffn import TritonKernel  # an optional package
 
@@ -111,6 +117,18 @@ def _built(kernel: str, activation: Activation, is_compiled: bool, device: str, 
     is_padded = device == "cpu" and (by_onednn or dtype is torch.bfloat16)
     products = fused_ffn.OneDNNProducts() if by_onednn else fused_ffn.Products()
     return FusedKernel(between, products, fused_ffn.ROWS_MULTIPLE if is_padded else 1)
+
+
+def _rows_multiple(kernel: str, device: str, dtype: torch.dtype) -> int:
+    """Return what the rows of each expert are padded to a multiple of."""
+    if kernel == "mxfp8":
+        return GROUP_ROWS if device == "cuda" else BLOCK
+    return _ALIGNMENT_BYTES // dtype.itemsize if kernel == "grouped" and dtype is torch.bfloat16 else 1
+
+
+def emulation_of(kernel: str) -> Callable[..., Tensor] | None:
+    """Return what a kernel in a coarser format is compared with: itself, emulated on the host; None for all others."""
+    return partial(run_experts, "mxfp8") if kernel == "mxfp8" else None
 
 
 def fallback_kernels(kernel: str, device: str) -> list[str]:
@@ -126,6 +144,12 @@ def missing_kernel(kernel: str, device: str = "cuda", *, instead: str = "auto") 
     """
     if kernel == "fused_onednn" and not fused_ffn.has_onednn_product():
         return "fused_onednn is not in this build of torch; use fused"
+    if kernel == "mxfp8" and device == "cuda" and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        if (major, minor) == _MXFP8_CAPABILITY:
+            return None
+        needed = ".".join(map(str, _MXFP8_CAPABILITY))
+        return f"mxfp8 needs a GPU of compute capability {needed}, and this one has {major}.{minor}; use {instead}"
     if kernel != "triton":
         return None
     if not packages.is_installed("triton"):

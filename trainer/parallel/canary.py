@@ -19,7 +19,7 @@ from trainer.errors import ConfigError
 from trainer.moe.dispatch.base import Dispatcher
 from trainer.moe.dispatch.registry import ExchangeOptions
 from trainer.ops.kernel_canary import LayerWidths, kernel_fault
-from trainer.ops.kernels import ExpertsKernel, fallback_kernels, run_experts
+from trainer.ops.kernels import ExpertsKernel, emulation_of, fallback_kernels, run_experts
 from trainer.parallel.config import ParallelConfig, RecomputeEveryConfig
 from trainer.parallel.dispatcher_canary import RowDtypes, dispatcher_fault
 
@@ -58,7 +58,8 @@ def run_canary(
 
     def fault_of(kernel: str) -> str | None:
         runs = (partial(run_experts, cast(ExpertsKernel, kernel), recompute=again) for again in _recomputes(config))
-        return next(filter(None, (kernel_fault(run, widths, device) for run in runs)), None)
+        found = (kernel_fault(run, widths, device, emulation=emulation_of(kernel)) for run in runs)
+        return next(filter(None, found), None)
 
     report = first_sound(candidates, fault_of, mesh.host, remedy=remedy)
     check_dispatcher(config, widths.dtype, num_experts, mesh, device)

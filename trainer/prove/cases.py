@@ -14,6 +14,8 @@ from trainer.parallel.config import ShardKeeps
 
 MAX_RANKS = 4
 ENGINES = ("native", "deepspeed")
+_COARSE_KERNELS = ("mxfp8",)
+"""Kernels that round rows together, so that what is learned depends on which rows are in a micro-batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +160,7 @@ def apply_case(config: ExperimentConfig, case: Case) -> ExperimentConfig:
         "shard_size": case.shard_size,
         "shard_keeps": case.shard_keeps,
         "deterministic": case.deterministic,
-        "experts_kernel": kernel if ":" in kernel else "auto",
+        "experts_kernel": _proved_kernel(kernel),
         "device": "cpu",
         "compile": False,
     }
@@ -167,6 +169,19 @@ def apply_case(config: ExperimentConfig, case: Case) -> ExperimentConfig:
         options = config.engine if isinstance(config.engine, DeepSpeedEngineConfig) else DeepSpeedEngineConfig()
         engine = options.model_dump() | {"zero_stage": case.zero_stage}
     return ExperimentConfig.model_validate({**config.model_dump(), "parallel": parallel, "engine": engine})
+
+
+def in_dtype(config: ExperimentConfig, dtype: str) -> ExperimentConfig:
+    """Return the config with a proof's dtype, device and kernel; the config's own may not have the dtype."""
+    values = config.model_dump()
+    values["train"]["dtype"] = dtype
+    values["parallel"] |= {"device": "cpu", "experts_kernel": _proved_kernel(config.parallel.experts_kernel)}
+    return ExperimentConfig.model_validate(values)
+
+
+def _proved_kernel(kernel: str) -> str:
+    """Return the experts kernel of a proof: `auto` for the project's own, which are equal up to rounding."""
+    return kernel if ":" in kernel or kernel in _COARSE_KERNELS else "auto"
 
 
 def without_repeated_options(config: ExperimentConfig) -> ExperimentConfig:
@@ -191,6 +206,8 @@ def labels(config: ExperimentConfig) -> list[str]:
     rounds_rows = isinstance(dispatcher, WireOptions) and dispatcher.wire == "bfloat16"
     if rounds_rows and config.train.dtype != "bfloat16":  # under bfloat16 the rows are bfloat16 anyway
         found.append("parallel.dispatcher.wire: bfloat16")
+    if config.parallel.experts_kernel in _COARSE_KERNELS:
+        found.append(f"parallel.experts_kernel: {config.parallel.experts_kernel}")
     if moe.capacity.scope == "rank" and moe.can_drop:
         found.append("model.moe.capacity.scope: rank")
     variant = [term for term in moe.aux_losses.terms() if not term.is_layout_invariant]

@@ -13,7 +13,7 @@ from trainer.distributed.rank_layout import Layout
 from trainer.engine.registry import NativeEngineConfig
 from trainer.errors import ConfigError, TurnoutError
 from trainer.experiment import ExperimentConfig
-from trainer.prove.cases import all_cases, labels, reference, shrink, without_repeated_options
+from trainer.prove.cases import all_cases, in_dtype, labels, reference, shrink, without_repeated_options
 from trainer.prove.compare import compare
 from trainer.prove.pool import LocalRanks
 from trainer.prove.progress import LayoutProgress
@@ -50,8 +50,7 @@ def prove(
     dtype = dtype or ("float32" if has_deepspeed else "float64")
     if not has_deepspeed:  # the config's engine may not support this dtype
         config = config.model_copy(update={"engine": NativeEngineConfig()})
-    train = {**config.train.model_dump(), "dtype": dtype}
-    config = ExperimentConfig.model_validate({**config.model_dump(), "train": train})
+    config = in_dtype(config, dtype)
     check_memory(config, Layout(), torch.device("cpu"))
     with Console().progress_bar("reading text") as bar:
         build_corpus(config.data, progress=bar)

@@ -5,13 +5,20 @@ from typing import Any
 import pytest
 
 from trainer.experiment import ExperimentConfig
-from trainer.prove.cases import ENGINES, all_cases, apply_case, reference, shrink
+from trainer.prove.cases import ENGINES, all_cases, apply_case, in_dtype, reference, shrink
 
 
 def config_of(moe: dict[str, Any] | None, *, rows: int) -> ExperimentConfig:
     """Return a config with this many rows per step."""
     values = {"name": "x", "model": {"moe": moe}, "train": {"global_batch_size": rows}}
     return ExperimentConfig.model_validate(values)
+
+
+@pytest.mark.parametrize("kernel", ["grouped", "triton", "mxfp8", "loop"])
+def test_a_proof_in_float64_takes_a_config_whose_kernel_has_no_float64(kernel: str) -> None:
+    values = {"name": "x", "parallel": {"experts_kernel": kernel}, "train": {"dtype": "bfloat16"}}
+    config = in_dtype(ExperimentConfig.model_validate(values), "float64")
+    assert (config.train.dtype, config.parallel.experts_kernel) == ("float64", "mxfp8" if kernel == "mxfp8" else "auto")
 
 
 @pytest.mark.parametrize(
