@@ -51,7 +51,7 @@ class MXFP8Products(GroupedProducts):
 
     def _product(self, left: MXBlocks, right: MXBlocks, left_scale: Tensor, right_scale: Tensor) -> Tensor:
         """Return the products of left (M, K) and right (N, K) or (E, N, K), summed over K."""
-        return F.scaled_grouped_mm(
+        return F.scaled_grouped_mm(  # pyrefly: ignore[missing-attribute]
             left.values,
             right.values.mT,
             left_scale,
