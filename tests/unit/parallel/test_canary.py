@@ -106,7 +106,7 @@ def test_hosts_with_other_kernels_agree_on_what_is_wrong(ranks: Ranks) -> None:
 
 
 def test_a_wrong_kernel_is_refused_even_if_no_other_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.parallel.canary.kernel_fault", lambda *args: "odd")
+    monkeypatch.setattr("trainer.parallel.canary.kernel_fault", lambda *args, **options: "odd")
     with pytest.raises(ConfigError, match="loop is wrong on this device: odd; no kernel is right here: suspect"):
         canary(experts_kernel="grouped", kernel_canary="fall_back")
 

@@ -43,7 +43,7 @@ def test_a_sound_kernel_says_nothing() -> None:
 
 def test_a_wrong_kernel_is_replaced_in_the_config_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter(["groups: the output of token 3 is off by 0.5 of its size", None])
-    monkeypatch.setattr("trainer.parallel.canary.kernel_fault", lambda *args: next(answers))
+    monkeypatch.setattr("trainer.parallel.canary.kernel_fault", lambda *args, **options: next(answers))
     chosen = resolve_kernel(_config(), CPU).parallel.experts_kernel
     config, report, warnings = _checked(_config())
     assert report is not None and config.parallel.experts_kernel == report.experts_kernel != chosen
@@ -56,7 +56,7 @@ def test_a_wrong_kernel_is_replaced_in_the_config_with_a_warning(monkeypatch: py
 def test_the_kernels_that_are_checked_are_those_of_a_deterministic_run(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     monkeypatch.setattr("trainer.distributed.runtime.use_deterministic_kernels", lambda: calls.append("set"))
-    monkeypatch.setattr("trainer.parallel.canary.kernel_fault", lambda *args: calls.append("check"))
+    monkeypatch.setattr("trainer.parallel.canary.kernel_fault", lambda *args, **options: calls.append("check"))
     _checked(_config("parallel.deterministic=true"))
     assert calls == ["set", "check"]
 
