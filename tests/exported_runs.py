@@ -61,9 +61,11 @@ def make_run(
 
 
 def unlike(model: GPT) -> GPT:
-    """Add noise to norms and biases, which start alike."""
+    """Add noise to norms and biases, which start alike; not to a selection bias that never changes."""
     generator = torch.Generator().manual_seed(1)
+    router = model.config.moe.router if model.config.moe is not None else None
+    fixed = "router.bias" if getattr(router, "bias_update_rate", 1.0) == 0 else "-"
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if "norm" in name or "bias" in name or "sink" in name:
+        if ("norm" in name or "bias" in name or "sink" in name) and fixed not in name:
             tensor.data.add_(0.3 * torch.randn(tensor.shape, generator=generator))
     return model

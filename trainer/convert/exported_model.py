@@ -49,9 +49,15 @@ class ExportedModel:
         return {link.theirs: link for link in self.links}
 
     def check_coverage(self) -> None:
-        """Raise a CheckpointError unless the links cover every element of the checkpoint's model once."""
-        for problem in coverage_problems(self.links, self.weights.shapes):
-            raise CheckpointError(f"{self.weights.folder}: cannot be exported to {self.family.name}: {problem}")
+        """Raise a CheckpointError unless theirs has every element of the checkpoint's model once, but zeros."""
+        zero = set(self.family.zero_tensors(self.config))
+        linked = {name: shape for name, shape in self.weights.shapes.items() if name not in zero}
+        where = f"{self.weights.folder}: cannot be exported to {self.family.name}"
+        for problem in coverage_problems(self.links, linked):
+            raise CheckpointError(f"{where}: {problem}")
+        for name in sorted(zero):
+            if bool(self.weights.read(name).any()):
+                raise CheckpointError(f"{where}: {name} is not zero, and {self.family.name} has no such tensor")
 
     def dtype_of(self, link: Link) -> torch.dtype:
         """Return the dtype of their tensor."""

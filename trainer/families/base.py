@@ -53,6 +53,10 @@ class Family(ABC):
     def links(self, model: ModelConfig, vocab_size: int) -> Iterator[Link]:
         """Yield a link for every tensor of theirs, layer by layer."""
 
+    def zero_tensors(self, model: ModelConfig) -> Iterator[str]:
+        """Yield our tensors that theirs have no counterpart of: a model with others than zeros is another model."""
+        yield from ()
+
     def limits(self, model: ModelConfig) -> Iterator[Problem]:
         """Yield what the family cannot express although its config can be written."""
         yield from ()

@@ -1,26 +1,24 @@
-"""Keys that the configs of all families share: widths, heads, positions, norm. Imports no torch."""
+"""Keys that the configs of all families share: widths, heads, norm. Imports no torch."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from trainer.families.hf_config import ForeignConfigError, HFConfig
+from trainer.families.rope_keys import rope_from_hf, rope_to_hf
 from trainer.models.config import ModelConfig
 
 
 def shared_to_hf(model: ModelConfig) -> dict[str, Any]:
-    """Return the keys of a decoder. `rope_theta` is the older name, which newer readers know too."""
+    """Return the keys of every decoder."""
     return {
         "hidden_size": model.d_model,
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_heads,
         "num_key_value_heads": model.num_kv_heads or model.num_heads,
-        "head_dim": model.head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": model.seq_len,
         "initializer_range": model.init_std,
         "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_theta,
-        "rope_scaling": None,
+        **rope_to_hf(model),
         "tie_word_embeddings": model.tie_embeddings,
         "attention_dropout": 0.0,
         "use_cache": True,
@@ -28,39 +26,48 @@ def shared_to_hf(model: ModelConfig) -> dict[str, Any]:
 
 
 def shared_from_hf(hf: HFConfig, *, default_theta: float = 10000.0) -> dict[str, Any]:
-    """Read the keys of a decoder."""
-    d_model, num_heads = hf.integer("hidden_size"), hf.integer("num_attention_heads")
-    head_dim = hf.integer("head_dim", default=d_model // max(num_heads, 1))
+    """Read the keys of every decoder but those of its heads."""
     hf.expect("hidden_act", "silu")
     hf.expect("quantization_config")
-    values: dict[str, Any] = {
+    return {
         "vocab_size": hf.integer("vocab_size"),
         "num_layers": hf.integer("num_hidden_layers"),
-        "d_model": d_model,
-        "num_heads": num_heads,
-        "num_kv_heads": hf.integer("num_key_value_heads", default=num_heads),
+        "d_model": hf.integer("hidden_size"),
+        "num_heads": hf.integer("num_attention_heads"),
         "seq_len": hf.integer("max_position_embeddings"),
-        "rope_theta": _rope_theta(hf, default_theta),
         "norm_eps": hf.number("rms_norm_eps"),
         "tie_embeddings": hf.boolean("tie_word_embeddings", default=False),
+        **rope_from_hf(hf, default_theta=default_theta),
     }
-    if head_dim * num_heads != d_model:
-        values["attention"] = {"head_dim": head_dim}
+
+
+def grouped_to_hf(model: ModelConfig) -> dict[str, Any]:
+    """Return the keys of a decoder with grouped-query attention."""
+    return shared_to_hf(model) | {"head_dim": model.head_dim}
+
+
+def grouped_from_hf(hf: HFConfig, *, default_theta: float = 10000.0, has_fraction: bool = False) -> dict[str, Any]:
+    """Read the keys of a decoder with grouped-query attention; `attention` is among them.
+
+    `has_fraction`: only a part of each head may be rotated.
+    """
+    values = shared_from_hf(hf, default_theta=default_theta)
+    d_model, num_heads = values["d_model"], values["num_heads"]
+    head_dim = hf.integer("head_dim", default=d_model // max(num_heads, 1))
+    attention: dict[str, Any] = {} if head_dim * num_heads == d_model else {"head_dim": head_dim}
+    fraction = values.pop("rotary_fraction", None)
+    if fraction is not None and not has_fraction:
+        raise ForeignConfigError(f"partial_rotary_factor: {fraction} is not supported by {hf.values.get('model_type')}")
+    if fraction is not None:
+        attention["rotary_fraction"] = fraction
+    return values | {"num_kv_heads": hf.integer("num_key_value_heads", default=num_heads), "attention": attention}
+
+
+def with_biases(hf: HFConfig, values: dict[str, Any]) -> dict[str, Any]:
+    """Add `attention_bias` where that means all four projections."""
+    if hf.boolean("attention_bias", default=False):
+        values["attention"] |= {"qkv_bias": True, "out_bias": True}
     return values
-
-
-def _rope_theta(hf: HFConfig, default: float) -> float:
-    """Return the base of the rotary frequencies, of either generation of names."""
-    newer = hf.optional("rope_parameters") or {}
-    if not isinstance(newer, dict):
-        raise ForeignConfigError(f"rope_parameters: {newer!r} is not a section")
-    rope = HFConfig({**newer, "rope_theta": newer.get("rope_theta", hf.optional("rope_theta"))})
-    rope.expect("rope_type", "default")
-    theta = rope.number("rope_theta", default=default)
-    rope.expect("partial_rotary_factor", 1.0)
-    rope.finish()
-    hf.expect("rope_scaling")
-    return theta
 
 
 def balance_to_hf(model: ModelConfig) -> dict[str, Any]:

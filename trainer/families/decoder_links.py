@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from trainer.families.latent_links import latent_links
 from trainer.families.link import Link
 from trainer.models.config import ModelConfig
 
@@ -40,18 +41,24 @@ def norm_links(model: ModelConfig, layer: int) -> Iterator[Link]:
 
 
 def attention_links(model: ModelConfig, layer: int) -> Iterator[Link]:
-    """Link the projections of grouped-query attention, and the norms of its heads."""
+    """Link the projections of grouped-query attention, their biases, and the norms of queries and keys."""
     theirs, ours = f"model.layers.{layer}.self_attn", f"blocks.{layer}.attention"
     D, d, heads, kv_heads = model.d_model, model.head_dim, model.num_heads, model.num_kv_heads or model.num_heads
     start = 0
     for name, rows in (("q_proj", heads * d), ("k_proj", kv_heads * d), ("v_proj", kv_heads * d)):
         at = ((start, start + rows),)
         yield Link(theirs=f"{theirs}.{name}.weight", shape=(rows, D), ours=f"{ours}.qkv.weight", at=at)
+        if model.attention.qkv_bias:
+            yield Link(theirs=f"{theirs}.{name}.bias", shape=(rows,), ours=f"{ours}.qkv.bias", at=at)
         start += rows
     yield Link(theirs=f"{theirs}.o_proj.weight", shape=(D, heads * d), ours=f"{ours}.out.weight")
+    if model.attention.out_bias:
+        yield Link(theirs=f"{theirs}.o_proj.bias", shape=(D,), ours=f"{ours}.out.bias")
     if model.qk_norm:
-        for name in ("q_norm", "k_norm"):
-            yield Link(theirs=f"{theirs}.{name}.weight", shape=(d,), ours=f"{ours}.{name}.weight")
+        of_all = model.attention.qk_norm_over == "all_heads"
+        for name, num_heads in (("q_norm", heads), ("k_norm", kv_heads)):
+            width = num_heads * d if of_all else d
+            yield Link(theirs=f"{theirs}.{name}.weight", shape=(width,), ours=f"{ours}.{name}.weight")
 
 
 def feed_forward_links(theirs: str, ours: str, d_model: int, d_ff: int) -> Iterator[Link]:
@@ -98,7 +105,7 @@ def decoder_links(
     for layer in range(model.num_layers):
         theirs, ours = f"model.layers.{layer}.mlp", f"blocks.{layer}.ffn"
         yield from norm_links(model, layer)
-        yield from attention_links(model, layer)
+        yield from (attention_links if model.attention.latent is None else latent_links)(model, layer)
         if model.moe is None or not model.has_experts(layer):
             yield from feed_forward_links(theirs, ours, model.d_model, model.d_ff)
             continue

@@ -5,7 +5,7 @@ from typing import Any
 
 from trainer.config.base import Problem
 from trainer.families.base import Family
-from trainer.families.decoder_keys import shared_from_hf, shared_to_hf
+from trainer.families.decoder_keys import grouped_from_hf, grouped_to_hf, with_biases
 from trainer.families.decoder_links import decoder_links
 from trainer.families.hf_config import HFConfig
 from trainer.families.link import Link
@@ -22,17 +22,16 @@ class Dots1(Family):
     def config_values(self, model: ModelConfig) -> dict[str, Any]:
         """Return their config without its head."""
         return {
-            **shared_to_hf(model),
+            **grouped_to_hf(model),
             **sigmoid_moe_keys(model),
-            "attention_bias": False,
+            "attention_bias": model.attention.qkv_bias,
             "sliding_window": None,
             "max_window_layers": model.num_layers,
         }
 
     def model_values(self, hf: HFConfig) -> dict[str, Any]:
         """Read their config."""
-        hf.expect("attention_bias", False)
-        shared = shared_from_hf(hf)
+        shared = with_biases(hf, grouped_from_hf(hf))
         layer_types = hf.optional("layer_types") or []
         if "sliding_attention" in layer_types or hf.integer("max_window_layers", default=62) < shared["num_layers"]:
             hf.expect("sliding_window")

@@ -6,11 +6,13 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import ValidationError
 
+from trainer.config.base import Problem
 from trainer.config.dump import inline
 from trainer.families.base import Family
 from trainer.families.hf_config import ForeignConfigError
 from trainer.families.routing_form import routing_form
 from trainer.models.config import ModelConfig
+from trainer.models.rope_scaling_config import DynamicRopeScaling
 
 _TRAINING_ONLY: Final = (
     "document_mask",
@@ -26,6 +28,8 @@ _TRAINING_ONLY: Final = (
 """Keys, or sections, of `model` that change nothing in what a trained model computes for one dropless document."""
 
 
+_SECTIONS: Final = ("attention.latent", "rope_scaling")
+"""Sections that may be null."""
 _ANY_VOCAB: Final = 256
 """Rows of the embedding, which every family has."""
 
@@ -46,7 +50,7 @@ def inexpressible(family: Family, model: ModelConfig) -> list[Inexpressible]:
     if routing_form(model.moe) is None:
         kind = model.moe.router.kind
         return [Inexpressible("moe.router.kind", f"{kind}: {family.name} selects the k best experts by one gate")]
-    limits = [Inexpressible(*limit) for limit in family.limits(model)]
+    limits = [Inexpressible(*limit) for limit in (*family.limits(model), *_length_limits(model))]
     try:
         returned = ModelConfig.model_validate(family.from_hf(family.to_hf(model, _ANY_VOCAB)))
     except (ForeignConfigError, ValidationError) as error:
@@ -58,11 +62,13 @@ def inexpressible(family: Family, model: ModelConfig) -> list[Inexpressible]:
 def inference_values(model: ModelConfig) -> dict[str, Any]:
     """Return every key of `model` that changes what the trained model computes, in one form for equal models.
 
-    Nulls are replaced by what they stand for, and routers by what they do without training. `vocab_size` is not among
-    them: every family has it.
+    Nulls are replaced by what they stand for, and routers by what they do without training. `vocab_size` and `seq_len`
+    are not among them: every family has them.
     """
-    values = dict(_leaves(model.model_dump(exclude={"vocab_size"}), ""))
+    values = dict(_leaves(model.model_dump(exclude={"vocab_size", "seq_len"}), ""))
     values |= {"num_kv_heads": model.num_kv_heads or model.num_heads, "attention.head_dim": model.head_dim}
+    if not model.qk_norm:
+        values["attention.qk_norm_over"] = "head"  # of nothing
     moe = model.moe
     if moe is not None:
         values = {key: value for key, value in values.items() if key not in ("moe.first_dense_layers", "moe.every")}
@@ -77,6 +83,14 @@ def inference_values(model: ModelConfig) -> dict[str, Any]:
     return {key: value for key, value in values.items() if not _is_training_only(key)}
 
 
+def _length_limits(model: ModelConfig) -> Iterator[Problem]:
+    """Yield a scaling that no family has: transformers' depends on the length of each text."""
+    scaling = model.rope_scaling
+    if isinstance(scaling, DynamicRopeScaling) and model.seq_len > scaling.original_length:
+        what = f"dynamic for seq_len {model.seq_len} beyond original_length {scaling.original_length}"
+        yield Problem("rope_scaling.kind", f"{what}: transformers scales by the length of each text")
+
+
 def _differences(model: ModelConfig, returned: ModelConfig, name: str) -> Iterator[Inexpressible]:
     ours, theirs = inference_values(model), inference_values(returned)
     different = {key for key in ours if ours[key] != theirs.get(key)}
@@ -84,6 +98,11 @@ def _differences(model: ModelConfig, returned: ModelConfig, name: str) -> Iterat
         different -= {key for key in different if key.startswith("moe.router.")} - {"moe.router.kind"}
     if "moe.num_shared_experts" in different:
         different -= {"moe.shared_d_ff"}
+    for section in _SECTIONS:
+        below = {key for key in different if key.startswith(f"{section}.")}
+        if below and theirs.get(section, "") is None:
+            different -= below
+            yield Inexpressible(section, f"{name} has none")
     raw = dict(_leaves(model.model_dump(), ""))
     for key in ours:
         if key in different:

@@ -5,7 +5,7 @@ from typing import Any
 
 from trainer.config.base import Problem
 from trainer.families.base import Family
-from trainer.families.decoder_keys import shared_from_hf, shared_to_hf
+from trainer.families.decoder_keys import grouped_from_hf, grouped_to_hf
 from trainer.families.decoder_links import decoder_links
 from trainer.families.hf_config import HFConfig
 from trainer.families.link import Link
@@ -22,21 +22,21 @@ class Glm4MoE(Family):
     def config_values(self, model: ModelConfig) -> dict[str, Any]:
         """Return their config without its head."""
         return {
-            **shared_to_hf(model),
+            **grouped_to_hf(model),
             **sigmoid_moe_keys(model),
-            "attention_bias": False,
+            "attention_bias": model.attention.qkv_bias,
             "use_qk_norm": model.qk_norm,
-            "partial_rotary_factor": 1.0,
+            "partial_rotary_factor": model.attention.rotary_fraction,
             "num_nextn_predict_layers": 0,
         }
 
     def model_values(self, hf: HFConfig) -> dict[str, Any]:
         """Read their config."""
-        hf.expect("attention_bias", False)
-        if hf.optional("rope_parameters") is None:  # whose own key is read with the rest
-            hf.number("partial_rotary_factor", default=0.5)
-            hf.expect("partial_rotary_factor", 1.0)
-        shared = shared_from_hf(hf)
+        if hf.optional("rope_parameters") is None and hf.optional("partial_rotary_factor") is None:
+            hf.values = {**hf.values, "partial_rotary_factor": 0.5}  # their default
+        shared = grouped_from_hf(hf, has_fraction=True)
+        if hf.boolean("attention_bias", default=False):
+            shared["attention"]["qkv_bias"] = True
         dense, moe = sigmoid_moe_values(hf, shared["num_layers"])
         return {**shared, **dense, "qk_norm": hf.boolean("use_qk_norm", default=False), "moe": moe}
 

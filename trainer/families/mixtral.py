@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from trainer.families.base import Family
-from trainer.families.decoder_keys import balance_from_hf, balance_to_hf, shared_from_hf, shared_to_hf
+from trainer.families.decoder_keys import balance_from_hf, balance_to_hf, grouped_from_hf, grouped_to_hf
 from trainer.families.decoder_links import (
     ExpertNames,
     attention_links,
@@ -31,7 +31,7 @@ class Mixtral(Family):
         """Return their config without its head."""
         assert model.moe is not None, "refused before its config is written"
         return {
-            **shared_to_hf(model),
+            **grouped_to_hf(model),
             **balance_to_hf(model),
             "intermediate_size": model.moe.d_ff,
             "num_local_experts": model.moe.num_experts,
@@ -48,7 +48,7 @@ class Mixtral(Family):
             "router": {"kind": "top_k", "top_k": hf.integer("num_experts_per_tok"), "normalize": True},
             "balance": balance_from_hf(hf),
         }
-        return {**shared_from_hf(hf, default_theta=1e6), "moe": moe}
+        return {**grouped_from_hf(hf, default_theta=1e6), "moe": moe}
 
     def links(self, model: ModelConfig, vocab_size: int) -> Iterator[Link]:
         """Yield a link for every tensor of theirs."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from trainer.config.base import Problem
 from trainer.families.base import Family
-from trainer.families.decoder_keys import shared_from_hf, shared_to_hf
+from trainer.families.decoder_keys import grouped_from_hf, grouped_to_hf
 from trainer.families.decoder_links import decoder_links
 from trainer.families.hf_config import HFConfig
 from trainer.families.link import Link
@@ -23,21 +23,21 @@ class Qwen2MoE(Family):
         """Return their config without its head."""
         assert model.moe is not None, "refused before its config is written"
         return {
-            **shared_to_hf(model),
+            **grouped_to_hf(model),
             **qwen_moe_to_hf(model),
             "shared_expert_intermediate_size": model.moe.shared_width,
-            "qkv_bias": False,
+            "qkv_bias": model.attention.qkv_bias,
             "max_window_layers": model.num_layers,
         }
 
     def model_values(self, hf: HFConfig) -> dict[str, Any]:
         """Read their config."""
-        hf.boolean("qkv_bias", default=True)
-        hf.expect("qkv_bias", False)
         layer_types = hf.optional("layer_types") or []
         if "sliding_attention" in layer_types:
             hf.expect("layer_types")
-        shared = shared_from_hf(hf)
+        shared = grouped_from_hf(hf)
+        if hf.boolean("qkv_bias", default=True):
+            shared["attention"]["qkv_bias"] = True
         dense, moe = qwen_moe_values(hf, shared["num_layers"])
         width = hf.integer("shared_expert_intermediate_size")
         moe |= {"num_shared_experts": 1, "shared_d_ff": width, "shared_gate": True}

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from trainer.families.base import Family
-from trainer.families.decoder_keys import shared_from_hf, shared_to_hf
+from trainer.families.decoder_keys import grouped_from_hf, grouped_to_hf, with_biases
 from trainer.families.decoder_links import decoder_links
 from trainer.families.hf_config import HFConfig
 from trainer.families.link import Link
@@ -21,15 +21,14 @@ class Qwen3MoE(Family):
     def config_values(self, model: ModelConfig) -> dict[str, Any]:
         """Return their config without its head."""
         return {
-            **shared_to_hf(model),
+            **grouped_to_hf(model),
             **qwen_moe_to_hf(model),
-            "attention_bias": False,
+            "attention_bias": model.attention.qkv_bias,
         }
 
     def model_values(self, hf: HFConfig) -> dict[str, Any]:
         """Read their config."""
-        hf.expect("attention_bias", False)
-        shared = shared_from_hf(hf)
+        shared = with_biases(hf, grouped_from_hf(hf))
         dense, moe = qwen_moe_values(hf, shared["num_layers"])
         return {**shared, **dense, "qk_norm": True, "moe": moe}
 

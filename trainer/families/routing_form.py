@@ -19,6 +19,7 @@ class RoutingForm:
     score: str = "softmax"
     normalize: bool
     scale: float
+    gate_bias: bool = False
     null_experts: int = 0
     groups: int = 1
     groups_kept: int = 1
@@ -36,6 +37,7 @@ def routing_form(moe: MoEConfig) -> RoutingForm | None:
     if router.kind not in _KINDS:
         return None
     common = {"top_k": router.top_k, "normalize": router.normalize, "scale": router.scale}
+    common |= {"gate_bias": getattr(router, "gate_bias", False)}
     common |= {"score": getattr(router, "score", "softmax"), "null_experts": router.null_experts}
     if router.kind == "group_limited" and router.groups_kept < router.groups:
         groups = {key: getattr(router, key) for key in ("groups", "groups_kept", "group_score")}

@@ -13,8 +13,9 @@ from tests.exported_runs import make_run
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.convert.gates import our_logits
 from trainer.convert.hf_export import Exported, ExportOptions, export
+from trainer.errors import CheckpointError
 from trainer.experiment import ExperimentConfig
-from trainer.families.registry import choose_family
+from trainer.families.registry import FAMILIES, choose_family
 from trainer.models.generation import generate
 from trainer.models.sampling import SamplingOptions
 
@@ -22,12 +23,19 @@ SIZES = {"num_layers": 2, "d_model": 16, "num_heads": 4, "num_kv_heads": 2, "d_f
 MOE = {"num_experts": 5, "d_ff": 12}
 SHARED = {**MOE, "num_experts": 8, "num_shared_experts": 2}
 GROUPS = {"kind": "group_limited", "groups": 4, "groups_kept": 2, "top_k": 3, "scale": 2.5, "bias_update_rate": 0.1}
+RAW_GROUPS = {**GROUPS, "score": "softmax", "group_score": "best", "normalize": False, "bias_update_rate": 0.0}
+YARN = {"kind": "yarn", "factor": 4.0, "original_length": 8, "mscale": 0.8, "mscale_all_dim": 0.7}
+WIDTHS = {"kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8, "q_lora_rank": 10}
+LATENT = {"attention": {"latent": WIDTHS}, "num_kv_heads": None}
 MODELS: dict[str, dict[str, Any]] = {
     "mixtral": {"moe": MOE, "tie_embeddings": True},
     "qwen2_moe": {"moe": {**MOE, "num_shared_experts": 1, "shared_d_ff": 10, "shared_gate": True}},
     "qwen3_moe": {"moe": {**MOE, "first_dense_layers": 1}, "qk_norm": True, "attention": {"head_dim": 6}},
     "dots1": {"moe": {**SHARED, "router": GROUPS}, "qk_norm": True},
-    "glm4_moe": {"moe": {**SHARED, "router": GROUPS}},
+    "glm4_moe": {"moe": {**SHARED, "router": GROUPS}, "attention": {"qkv_bias": True, "rotary_fraction": 0.5}},
+    "olmoe": {"moe": MOE, "qk_norm": True, "attention": {"qk_norm_over": "all_heads", "clip_qkv": 2.0}},
+    "deepseek_v2": {"moe": {**SHARED, "router": RAW_GROUPS}, **LATENT, "rope_scaling": YARN},
+    "deepseek_v3": {"moe": {**SHARED, "router": GROUPS}, **LATENT},
 }
 
 
@@ -88,6 +96,15 @@ def test_bfloat16_is_rounded_once_and_a_selection_bias_not_at_all(gate: Any, tmp
     down = found["model.layers.1.mlp.experts.7.down_proj.weight"]
     assert torch.equal(down, weights["blocks.1.ffn.experts.w_out"][7].bfloat16())
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_a_tensor_that_they_do_not_have_must_be_zero(tmp_path: Path) -> None:
+    rate = {**RAW_GROUPS, "bias_update_rate": 0.1}
+    config, run, _ = make_run(tmp_path, {**SIZES, **MODELS["deepseek_v2"], "moe": {**SHARED, "router": rate}})
+    options = ExportOptions(family=FAMILIES["deepseek_v2"])
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.ffn\.router\.bias is not zero, and deepseek_v2 has no such"):
+        export(config, run, tmp_path / "out", options, warn=pytest.fail)
+    assert not (tmp_path / "out").exists()
 
 
 TOKENIZERS: dict[str, dict[str, Any]] = {"byte": {"kind": "byte"}, "bpe": {"kind": "bpe", "vocab_size": 300}}
