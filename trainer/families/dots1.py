@@ -10,6 +10,7 @@ from trainer.families.decoder_links import decoder_links
 from trainer.families.hf_config import HFConfig
 from trainer.families.link import Link
 from trainer.families.sigmoid_moe import needs_shared_experts, sigmoid_moe_keys, sigmoid_moe_values
+from trainer.families.window_keys import window_of_layers, window_to_hf
 from trainer.models.config import ModelConfig
 
 
@@ -25,17 +26,20 @@ class Dots1(Family):
             **grouped_to_hf(model),
             **sigmoid_moe_keys(model),
             "attention_bias": model.attention.qkv_bias,
-            "sliding_window": None,
+            **window_to_hf(model),
             "max_window_layers": model.num_layers,
         }
 
     def model_values(self, hf: HFConfig) -> dict[str, Any]:
         """Read their config."""
         shared = with_biases(hf, grouped_from_hf(hf))
-        layer_types = hf.optional("layer_types") or []
-        if "sliding_attention" in layer_types or hf.integer("max_window_layers", default=62) < shared["num_layers"]:
-            hf.expect("sliding_window")
-        hf.optional("sliding_window")
+        kinds, last, layers = (
+            hf.optional("layer_types"),
+            hf.integer("max_window_layers", default=62),
+            shared["num_layers"],
+        )
+        default = ["sliding_attention" if i >= last else "full_attention" for i in range(layers)]
+        shared["attention"] |= window_of_layers(hf, default if kinds is None else kinds)
         dense, moe = sigmoid_moe_values(hf, shared["num_layers"])
         return {**shared, **dense, "qk_norm": True, "moe": moe}
 

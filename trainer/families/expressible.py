@@ -67,6 +67,8 @@ def inference_values(model: ModelConfig) -> dict[str, Any]:
     """
     values = dict(_leaves(model.model_dump(exclude={"vocab_size", "seq_len"}), ""))
     values |= {"num_kv_heads": model.num_kv_heads or model.num_heads, "attention.head_dim": model.head_dim}
+    values |= {"attention.window": list(model.windows)}
+    values.pop("attention.window_pattern")
     if not model.qk_norm:
         values["attention.qk_norm_over"] = "head"  # of nothing
     moe = model.moe

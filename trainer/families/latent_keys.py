@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from trainer.config.base import Problem
-from trainer.families.decoder_keys import shared_from_hf, shared_to_hf
+from trainer.families.decoder_keys import shared_from_hf, shared_to_hf, with_biases
 from trainer.families.hf_config import HFConfig
 from trainer.models.config import ModelConfig
 
@@ -16,7 +16,7 @@ _NORM_EPS: Final = 1e-6
 def latent_to_hf(model: ModelConfig) -> dict[str, Any]:
     """Return the keys of a decoder with latent attention; without, none of its widths."""
     latent = model.attention.latent
-    values = shared_to_hf(model) | {"attention_bias": False}
+    values = shared_to_hf(model) | {"attention_bias": model.attention.qkv_bias}
     if latent is None:  # refused by what is read back
         return values
     return values | {"q_lora_rank": latent.q_lora_rank} | {key: getattr(latent, key) for key in _WIDTHS}
@@ -30,7 +30,6 @@ def needs_latent(model: ModelConfig, name: str) -> Iterator[Problem]:
 
 def latent_from_hf(hf: HFConfig) -> dict[str, Any]:
     """Read the keys of a decoder with latent attention."""
-    hf.expect("attention_bias", False)
     values = shared_from_hf(hf)
     latent: dict[str, Any] = {key: hf.integer(key) for key in _WIDTHS}
     latent |= {"q_lora_rank": hf.optional("q_lora_rank"), "norm_eps": _NORM_EPS}
@@ -38,4 +37,4 @@ def latent_from_hf(hf: HFConfig) -> dict[str, Any]:
     hf.expect("head_dim", latent["qk_rope_head_dim"])
     hf.expect("qk_head_dim", latent["qk_nope_head_dim"] + latent["qk_rope_head_dim"])
     hf.expect("mlp_bias", False)
-    return values | {"attention": {"latent": latent}}
+    return with_biases(hf, values | {"attention": {"latent": latent}})

@@ -22,22 +22,25 @@ def latent_links(model: ModelConfig, layer: int) -> Iterator[Link]:
     of_heads = Interleaved(dim=0, block=n + r, within=(n, n + r))
 
     def whole(name: str, shape: tuple[int, ...], mine: str, order: Interleaved | None = None) -> Link:
-        return Link(theirs=f"{theirs}.{name}.weight", shape=shape, ours=f"{ours}.{mine}.weight", interleaved=order)
+        return Link(theirs=f"{theirs}.{name}", shape=shape, ours=f"{ours}.{mine}", interleaved=order)
 
-    def part_of_a(name: str, rows: tuple[int, int], order: Interleaved | None) -> Link:
-        shape = (rows[1] - rows[0], D)
-        mine = f"{ours}.qkv_a.weight"
-        return Link(theirs=f"{theirs}.{name}.weight", shape=shape, ours=mine, at=(rows,), interleaved=order)
+    def part_of_a(name: str, rows: tuple[int, int], order: Interleaved | None) -> Iterator[Link]:
+        size = rows[1] - rows[0]
+        for kind, shape in (("weight", (size, D)), *([("bias", (size,))] if model.attention.qkv_bias else [])):
+            mine = f"{ours}.qkv_a.{kind}"
+            yield Link(theirs=f"{theirs}.{name}.{kind}", shape=shape, ours=mine, at=(rows,), interleaved=order)
 
     if q is None:
-        yield part_of_a("q_proj", (0, queries), of_heads)
+        yield from part_of_a("q_proj", (0, queries), of_heads)
     else:
-        yield part_of_a("q_a_proj", (0, q), None)
-        yield whole("q_a_layernorm", (q,), "q_norm")
-        yield whole("q_b_proj", (queries, q), "q_b", of_heads)
+        yield from part_of_a("q_a_proj", (0, q), None)
+        yield whole("q_a_layernorm.weight", (q,), "q_norm.weight")
+        yield whole("q_b_proj.weight", (queries, q), "q_b.weight", of_heads)
     start = queries if q is None else q
     key = Interleaved(dim=0, block=c + r, within=(c, c + r))
-    yield part_of_a("kv_a_proj_with_mqa", (start, start + c + r), key)
-    yield whole("kv_a_layernorm", (c,), "kv_norm")
-    yield whole("kv_b_proj", (heads * (n + latent.v_head_dim), c), "kv_b")
-    yield whole("o_proj", (D, heads * latent.v_head_dim), "out")
+    yield from part_of_a("kv_a_proj_with_mqa", (start, start + c + r), key)
+    yield whole("kv_a_layernorm.weight", (c,), "kv_norm.weight")
+    yield whole("kv_b_proj.weight", (heads * (n + latent.v_head_dim), c), "kv_b.weight")
+    yield whole("o_proj.weight", (D, heads * latent.v_head_dim), "out.weight")
+    if model.attention.out_bias:
+        yield whole("o_proj.bias", (D,), "out.bias")

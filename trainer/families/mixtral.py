@@ -16,6 +16,7 @@ from trainer.families.decoder_links import (
 from trainer.families.hf_config import HFConfig
 from trainer.families.link import Link
 from trainer.families.routing_form import required_form
+from trainer.families.window_keys import window_of_all, window_values
 from trainer.models.config import ModelConfig
 
 _NAMES = ExpertNames("w1", "w3", "w2")
@@ -36,19 +37,20 @@ class Mixtral(Family):
             "intermediate_size": model.moe.d_ff,
             "num_local_experts": model.moe.num_experts,
             "num_experts_per_tok": required_form(model.moe).top_k,
-            "sliding_window": None,
+            "sliding_window": window_of_all(model),
         }
 
     def model_values(self, hf: HFConfig) -> dict[str, Any]:
         """Read their config."""
-        hf.expect("sliding_window")
+        values = grouped_from_hf(hf, default_theta=1e6)
+        values["attention"] |= window_values(hf.optional("sliding_window"))
         moe = {
             "num_experts": hf.integer("num_local_experts"),
             "d_ff": hf.integer("intermediate_size"),
             "router": {"kind": "top_k", "top_k": hf.integer("num_experts_per_tok"), "normalize": True},
             "balance": balance_from_hf(hf),
         }
-        return {**grouped_from_hf(hf, default_theta=1e6), "moe": moe}
+        return {**values, "moe": moe}
 
     def links(self, model: ModelConfig, vocab_size: int) -> Iterator[Link]:
         """Yield a link for every tensor of theirs."""

@@ -10,6 +10,7 @@ from trainer.families.decoder_links import decoder_links
 from trainer.families.hf_config import HFConfig
 from trainer.families.link import Link
 from trainer.families.qwen_moe_keys import qwen_moe_to_hf, qwen_moe_values
+from trainer.families.window_keys import window_of_layers, window_to_hf
 from trainer.models.config import ModelConfig
 
 
@@ -27,21 +28,30 @@ class Qwen2MoE(Family):
             **qwen_moe_to_hf(model),
             "shared_expert_intermediate_size": model.moe.shared_width,
             "qkv_bias": model.attention.qkv_bias,
+            **window_to_hf(model),
+            "use_sliding_window": model.attention.window is not None,
             "max_window_layers": model.num_layers,
         }
 
     def model_values(self, hf: HFConfig) -> dict[str, Any]:
         """Read their config."""
-        layer_types = hf.optional("layer_types") or []
-        if "sliding_attention" in layer_types:
-            hf.expect("layer_types")
         shared = grouped_from_hf(hf)
         if hf.boolean("qkv_bias", default=True):
             shared["attention"]["qkv_bias"] = True
+        shared["attention"] |= self._windows(hf, shared["num_layers"])
         dense, moe = qwen_moe_values(hf, shared["num_layers"])
         width = hf.integer("shared_expert_intermediate_size")
         moe |= {"num_shared_experts": 1, "shared_d_ff": width, "shared_gate": True}
         return {**shared, **dense, "moe": moe}
+
+    def _windows(self, hf: HFConfig, num_layers: int) -> dict[str, Any]:
+        """Read their windows; without `layer_types` every second layer has one, of those below `max_window_layers`."""
+        kinds, last = hf.optional("layer_types"), hf.integer("max_window_layers", default=28)
+        if not hf.boolean("use_sliding_window", default=False):
+            hf.optional("sliding_window")
+            return {}
+        default = ["sliding_attention" if i % 2 == 0 and i < last else "full_attention" for i in range(num_layers)]
+        return window_of_layers(hf, default if kinds is None else kinds)
 
     def links(self, model: ModelConfig, vocab_size: int) -> Iterator[Link]:
         """Yield a link for every tensor of theirs."""

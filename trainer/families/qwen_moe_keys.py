@@ -21,16 +21,11 @@ def qwen_moe_to_hf(model: ModelConfig) -> dict[str, Any]:
         "norm_topk_prob": form.normalize,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [layer for layer in range(model.num_layers) if not model.has_experts(layer)],
-        "use_sliding_window": False,
-        "sliding_window": None,
     }
 
 
 def qwen_moe_values(hf: HFConfig, num_layers: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read the MoE keys of Qwen's configs: values of `model`, and of `model.moe`."""
-    if hf.boolean("use_sliding_window", default=False):
-        hf.expect("sliding_window")
-    hf.optional("sliding_window")
     step, dense = hf.integer("decoder_sparse_step", default=1), hf.optional("mlp_only_layers") or []
     layers = [layer for layer in range(num_layers) if layer not in dense and (layer + 1) % max(step, 1) == 0]
     router = {

@@ -27,7 +27,9 @@ YARN = {"kind": "yarn", "factor": 4.0, "original_length": 8, "beta_fast": 4.0, "
 LATENT = {"kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
 GATED = {"num_shared_experts": 2, "shared_d_ff": 10, "shared_gate": True}
 HALF = {"rotary_fraction": 0.5, "qkv_bias": True}
+LATE = {"window": 5, "window_pattern": ["full", "full", "sliding"]}
 ONLY_LATENT = {"attention": {"latent": LATENT}, "num_kv_heads": None}
+ALL_HEADS = {"qk_norm_over": "all_heads"}
 DYNAMIC = {"kind": "dynamic", "factor": 2.0, "original_length": 8}
 SHARED = {"num_experts": 8, "num_shared_experts": 2}
 
@@ -39,7 +41,8 @@ def _case(moe: dict[str, Any], **fields: Any) -> ModelConfig:
 
 
 def _latent(moe: dict[str, Any], *, q_lora_rank: int | None = None, **fields: Any) -> ModelConfig:
-    attention = {"latent": {**LATENT, "q_lora_rank": q_lora_rank}}
+    has_biases = q_lora_rank is not None
+    attention = {"latent": {**LATENT, "q_lora_rank": q_lora_rank}, "qkv_bias": has_biases, "out_bias": has_biases}
     return _case(moe, num_kv_heads=None, attention=attention, **fields)
 
 
@@ -58,12 +61,16 @@ CASES: dict[str, tuple[str, ModelConfig]] = {
     "all groups": ("dots1", _case({**SHARED, "router": {**GROUPS, "groups_kept": 4}}, qk_norm=True)),
     "biases of queries": ("qwen2_moe", _case({**GATED}, attention={"qkv_bias": True})),
     "all biases": ("qwen3_moe", _case({}, qk_norm=True, attention={"qkv_bias": True, "out_bias": True})),
-    "norms over all heads": ("olmoe", _case({}, qk_norm=True, attention={"qk_norm_over": "all_heads"})),
-    "clipped": ("olmoe", _case({}, qk_norm=True, attention={"qk_norm_over": "all_heads", "clip_qkv": 2.0})),
+    "norms over all heads": ("olmoe", _case({}, qk_norm=True, attention=ALL_HEADS)),
+    "clipped": ("olmoe", _case({}, qk_norm=True, attention={**ALL_HEADS, "clip_qkv": 2.0})),
     "half rotated": (
         "glm4_moe",
         _case({**SHARED, "router": BIAS}, attention=HALF),
     ),
+    "window": ("mixtral", _case({}, attention={"window": 5})),
+    "window and norms": ("qwen3_moe", _case({}, qk_norm=True, attention={"window": 5})),
+    "some windows": ("qwen2_moe", _case({**GATED}, attention={"window": 5, "window_pattern": ["full", "sliding"]})),
+    "windows at the end": ("dots1", _case({**SHARED, "router": BIAS}, qk_norm=True, attention=LATE)),
     "yarn": ("mixtral", _case({}, rope_scaling=YARN)),
     "llama3": ("mixtral", _case({}, rope_scaling={"kind": "llama3", "factor": 8.0, "original_length": 8})),
     "linear": ("qwen3_moe", _case({}, qk_norm=True, rope_scaling={"kind": "linear", "factor": 2.0})),
@@ -137,6 +144,8 @@ def test_names_and_shapes_are_those_that_transformers_writes(name: str, model: M
         ("mixtral", {}, {"attention": {"latent": LATENT}, "num_kv_heads": None}, {"attention.latent"}),
         ("mixtral", {}, {"attention": {"rotary_fraction": 0.5}}, {"attention.rotary_fraction"}),
         ("mixtral", {"router": {"kind": "top_k", "gate_bias": True}}, {}, {"moe.router.gate_bias"}),
+        ("mixtral", {}, {"attention": LATE}, {"attention.window"}),
+        ("olmoe", {}, {"qk_norm": True, "attention": {**ALL_HEADS, "window": 5}}, {"attention.window"}),
         ("mixtral", {}, {"rope_scaling": DYNAMIC}, {"rope_scaling.kind"}),
         ("qwen3_moe", {}, {"qk_norm": True, "attention": {"clip_qkv": 1.0}}, {"attention.clip_qkv"}),
         ("deepseek_v3", {**SHARED, "router": BIAS}, {}, {"attention.latent"}),
@@ -187,7 +196,7 @@ def test_settings_of_training_alone_are_expressible_everywhere() -> None:
         ({"model_type": "llama"}, "model_type: 'llama' is not among mixtral"),
         ({"model_type": ["mixtral"]}, "model_type: ['mixtral'] is not among"),
         ({"hidden_act": "gelu"}, "hidden_act: 'gelu' cannot be expressed here; only 'silu'"),
-        ({"sliding_window": 4096}, "sliding_window: 4096 cannot be expressed here; only null"),
+        ({"sliding_window": "wide"}, "sliding_window: 'wide' is not a number of the right type"),
         ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_type: 'longrope' cannot be expressed here"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "steep": 1}}, "steep: 1 is unknown"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not supported by mixtral"),

@@ -1,0 +1,48 @@
+"""Keys of sliding-window layers. Imports no torch."""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from trainer.families.hf_config import ForeignConfigError, HFConfig
+from trainer.models.config import ModelConfig
+
+_THEIRS: Final = {"sliding": "sliding_attention", "full": "full_attention"}
+_OURS: Final = {theirs: ours for ours, theirs in _THEIRS.items()}
+
+
+def window_of_all(model: ModelConfig) -> int | None:
+    """Return the window for a family in which all layers have it or none."""
+    return model.windows[0]
+
+
+def layer_types(model: ModelConfig) -> list[str]:
+    """Return the kind of every layer."""
+    return [_THEIRS["full" if window is None else "sliding"] for window in model.windows]
+
+
+def window_to_hf(model: ModelConfig) -> dict[str, Any]:
+    """Return the keys of a family whose layers may differ."""
+    return {"sliding_window": model.attention.window, "layer_types": layer_types(model)}
+
+
+def window_values(window: Any) -> dict[str, Any]:
+    """Return values of `model.attention` for a window of all layers; null: no window."""
+    if window is None:
+        return {}
+    if isinstance(window, bool) or not isinstance(window, int):
+        raise ForeignConfigError(f"sliding_window: {window!r} is not a number of the right type")
+    return {"window": window}
+
+
+def window_of_layers(hf: HFConfig, kinds: Sequence[Any]) -> dict[str, Any]:
+    """Return values of `model.attention` for the kind of every layer."""
+    window = hf.optional("sliding_window")
+    for kind in kinds:
+        if kind not in _OURS:
+            raise ForeignConfigError(f"layer_types: {kind!r} cannot be expressed here; only {', '.join(_OURS)}")
+    pattern = [_OURS[kind] for kind in kinds]
+    if "sliding" not in pattern or window is None:
+        return {}
+    values = window_values(window)
+    period = next(n for n in range(1, len(pattern) + 1) if pattern == [pattern[i % n] for i in range(len(pattern))])
+    return values if period == 1 else values | {"window_pattern": pattern[:period]}
