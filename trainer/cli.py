@@ -16,6 +16,7 @@ from trainer.commands import (
     evaluate,
     export,
     generate,
+    import_hf,
     init,
     prove,
     sync,
@@ -159,7 +160,21 @@ def command_line() -> Parser:
     # DeepSpeed's launcher passes this option to every rank, in addition to LOCAL_RANK.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    groups = (init, train, evaluate, generate, export, prove, bench, upcycle, checkpoint, config, check_plugin, sync)
+    groups = (
+        init,
+        import_hf,
+        train,
+        evaluate,
+        generate,
+        export,
+        prove,
+        bench,
+        upcycle,
+        checkpoint,
+        config,
+        check_plugin,
+        sync,
+    )
     for group in groups:
         group.add(subparsers)
     return parser

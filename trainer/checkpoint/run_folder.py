@@ -2,6 +2,7 @@
 
     runs/NAME/
       config.yaml  environment.json  run_id  origin.json  tokenizer.json  made_from.json if it was made from another run
+      source/    as published, if imported
       metrics.jsonl  routing.jsonl  checkpoints/  status/
       predictions/  skipped_rows.jsonl  experts.svg  wandb/  tensorboard/  profile/  deepspeed/    if enabled
 
@@ -35,6 +36,7 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.environment = path / "environment.json"
         self.tokenizer = path / "tokenizer.json"
+        self.source = path / "source"
         self.run_id = path / "run_id"
         self.origin = path / "origin.json"
         self.made_from = path / "made_from.json"

@@ -1,0 +1,129 @@
+"""Models that transformers made and saved become runs that compute the same."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.checkpoint_helpers import load
+from tests.foreign_models import FAMILIES, make_foreign, save_foreign
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
+from trainer.checkpoint.tools.verify import verify_checkpoint
+from trainer.config.loader import load as load_config
+from trainer.convert.hf_import import Imported, import_model
+from trainer.convert.link_tensors import region_of, to_theirs
+from trainer.errors import ConfigError
+from trainer.experiment import ExperimentConfig
+from trainer.families.registry import FAMILIES as IMPORTED
+
+KNOWN = [family for family in FAMILIES if family in IMPORTED]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def _import(family: str, *overrides: str, config: str | None = None, options: Any = None, **values: Any) -> Imported:
+    save_foreign(Path("theirs"), make_foreign(family, **values), **(options or {}))
+    path = None
+    if config is not None:
+        path = Path("mine.yaml")
+        path.write_text(config)
+    return import_model(Path("theirs"), path, list(overrides), gate="logits")
+
+
+def _recorded(imported: Imported) -> ExperimentConfig:
+    return load_config(imported.run / "config.yaml", [], ExperimentConfig)
+
+
+def _round_trip(imported: Imported, vocab_size: int = 256) -> None:
+    """HF -> native -> HF: every tensor made from ours is the one on disk, bit for bit, and none is left."""
+    config, ours = _recorded(imported), load(CheckpointFolder(imported.run / "checkpoints"), 0)
+    files = [load_file(file) for file in sorted(Path("theirs").glob("*.safetensors"))]
+    theirs = {name: tensor for tensors in files for name, tensor in tensors.items()}
+    for link in IMPORTED[imported.family].links(config.model, vocab_size):
+        found = to_theirs(region_of(ours[f"model.{link.ours}"], link), link)
+        expected = theirs.pop(link.theirs)
+        assert torch.equal(found.to(expected.dtype), expected), link.theirs
+    assert theirs == {}
+
+
+@pytest.mark.parametrize("family", KNOWN)
+def test_a_model_of_each_family_computes_what_it_computed_there(family: str) -> None:
+    """The gate compares logits with transformers; here with weights far from their initial values."""
+    imported = _import(family, "name=mine")
+    assert imported.run == Path("runs/mine") and imported.family == family
+    assert "bit for bit, logits within" in imported.checked
+    config = _recorded(imported)
+    assert config.data.tokenizer.model_dump()["path"] == "runs/mine/source" and config.model.vocab_size is None
+    report = verify_checkpoint(CheckpointFolder(imported.run / "checkpoints"), 0)
+    assert report.findings == [] and report.num_layers == len(config.model.moe_layers)
+    _round_trip(imported)
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["mine"], "nothing is left beside it"
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "one key head, tied": ("mixtral", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "a key head each": ("mixtral", {"num_key_value_heads": 4}),
+    "two heads a key, tied": ("qwen3_moe", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "bfloat16": ("qwen3_moe", {"dtype": torch.bfloat16}),
+    "float16": ("mixtral", {"dtype": torch.float16}),
+    "several files": ("dots1", {"options": {"max_shard_size": "9KB"}}),
+}
+
+
+@pytest.mark.parametrize(("family", "values"), CASES.values(), ids=CASES.keys())
+def test_shapes_and_dtypes(family: str, values: dict[str, Any]) -> None:
+    imported = _import(family, **values)
+    _round_trip(imported)
+    manifest = CheckpointFolder(imported.run / "checkpoints").manifest(0)
+    record: Any = manifest.run["imported"]
+    assert record["dtype"] == str(values.get("dtype", "float32")).removeprefix("torch.")
+    assert {tensor.dtype for name, tensor in manifest.tensors.items() if "model." in name} == {"float32"}
+    assert _recorded(imported).train.dtype == ("bfloat16" if record["dtype"] == "bfloat16" else "float32")
+
+
+def test_an_embedding_may_be_padded() -> None:
+    imported = _import("mixtral", vocab_size=300)
+    assert _recorded(imported).model.vocab_size == 300
+    _round_trip(imported, 300)
+
+
+def test_a_config_of_the_users_own_decides_how_it_is_trained() -> None:
+    mine = "name: own\nmodel: {num_layers: 2, d_model: 16, num_heads: 4, num_kv_heads: 2, seq_len: 16, d_ff: 7, "
+    mine += "attention: {head_dim: 4}, rope_theta: 1e6, norm_eps: 1e-5, moe: {num_experts: 6, d_ff: 12, "
+    mine += "balance: {coef: 0.5}, router: {kind: top_k, top_k: 2}}}\ndata: {tokenizer: {kind: byte}}\nseed: 5\n"
+    config = _recorded(_import("mixtral", "train.steps=7", config=mine))
+    assert (config.name, config.seed, config.train.steps, config.model.seq_len) == ("own", 5, 7, 16)
+    assert config.model.moe is not None and config.model.moe.balance.coef == 0.5
+    wrong = mine.replace("num_kv_heads: 2", "num_kv_heads: 1").replace("top_k: 2", "top_k: 3").replace("own", "b")
+    Path("mine.yaml").write_text(wrong)
+    with pytest.raises(ConfigError) as caught:
+        import_model(Path("theirs"), Path("mine.yaml"), [], gate="tensors")
+    assert str(caught.value).splitlines() == [
+        "mine.yaml: model.num_kv_heads is 1, and theirs has 2; use that",
+        "mine.yaml: model.moe.router.top_k is 3, and theirs has 2; use that",
+    ]
+    assert not Path("runs/b").exists()
+
+
+def test_rows_of_a_written_config_are_no_longer_than_a_machine_can_train() -> None:
+    config = _recorded(_import("mixtral", max_position_embeddings=100_000))
+    assert config.model.seq_len == 4096
+    assert config.model.moe is not None and config.model.moe.z_loss_coef == 0
+
+
+def test_the_small_files_are_kept_as_they_were() -> None:
+    save_foreign(Path("theirs"), make_foreign("mixtral"))
+    Path("theirs/chat_template.jinja").write_text("{{ messages }}")
+    Path("theirs/unknown.py").write_text("raise SystemExit")
+    imported = import_model(Path("theirs"), None, ["name=kept"], gate="tensors")
+    kept = {path.name: path.read_bytes() for path in (imported.run / "source").iterdir()}
+    assert kept.keys() == {
+        *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    }
+    assert all(content == (Path("theirs") / name).read_bytes() for name, content in kept.items())
+    assert imported.checked == "53 tensors equal bit for bit"

@@ -1,0 +1,172 @@
+"""Import a published model: its weights, streamed into the first checkpoint of a new run, its config and tokenizer."""
+
+import json
+import secrets
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from trainer.checkpoint.checkpoint_folder import CheckpointFolder
+from trainer.checkpoint.coverage import WEIGHT
+from trainer.checkpoint.run_folder import RunFolder
+from trainer.checkpoint.run_tokenizer import save_tokenizer
+from trainer.checkpoint.streamed import save_streamed
+from trainer.config.dump import dump
+from trainer.config.nodes import shown_path
+from trainer.console import formatting
+from trainer.convert.compare_tensors import CheckpointRows, check_equal_tensors
+from trainer.convert.foreign_folder import ForeignFolder
+from trainer.convert.foreign_model import read_foreign_model
+from trainer.convert.gate_report import LIMIT, Gate, GateError
+from trainer.convert.gates import our_logits
+from trainer.convert.import_config import TO_SET
+from trainer.convert.import_plan import ImportPlan, plan_import
+from trainer.convert.import_tokenizer import source_files
+from trainer.convert.linked_weights import LinkedWeights
+from trainer.convert.new_folder import check_is_new, first_record, new_folder
+from trainer.convert.safetensors_folder import SafetensorsFolder
+from trainer.convert.their_model import load_model
+from trainer.distributed import runtime
+from trainer.errors import CheckpointError, ResourceError
+from trainer.metrics.system_stats import total_memory
+from trainer.models.gpt import GPT
+
+_SEEDS: Final = (0, 1)
+"""Of tokens to compare logits on: where two experts score alike, rounding alone may choose the other one."""
+_SHAPES: Final = ((2, 64), (3, 33), (1, 7))
+"""Rows and tokens of each batch of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Imported:
+    """What an import has written."""
+
+    run: Path
+    family: str
+    num_parameters: int
+    checked: str
+    """What the gate has found, in words."""
+
+
+def import_model(path: Path, config_path: Path | None, overrides: Sequence[str], *, gate: Gate) -> Imported:
+    """Import a published folder into a new run folder, which is complete or not there.
+
+    Args:
+        path: the folder.
+        config_path: experiment file; None: a complete one is written.
+        overrides: changes of it.
+        gate: `logits` also compares with transformers, which needs memory for both models; `tensors` only bit for bit.
+
+    Raises:
+        DataError: if config.json or the tokenizer is unusable.
+        CheckpointError: if the weights are, or a gate does not hold.
+        ConfigError: if the experiment is of another model, or its run folder exists.
+        ResourceError: if disk or memory are too small.
+    """
+    folder = ForeignFolder(path)
+    foreign = read_foreign_model(folder)
+    with SafetensorsFolder(folder) as source:
+        plan = plan_import(folder, foreign, source, config_path, overrides)
+        final = check_is_new(plan.config)
+        _check_room(plan, gate, final)
+        with new_folder(final) as run:
+            _write_small_files(plan, run, final)
+            rows = _write_weights(plan, run)
+            check_equal_tensors(rows, source, plan.links)
+            checked = f"{len(plan.links)} tensors equal bit for bit"
+            if gate == "logits":
+                checked += f", logits within {_check_logits(plan, rows):.0e} of transformers'"
+    return Imported(run=final, family=foreign.family.name, num_parameters=plan.num_parameters, checked=checked)
+
+
+def _write_small_files(plan: ImportPlan, run: RunFolder, final: Path) -> None:
+    """Write config, tokenizer, the published folder's own small files, and where paths are relative to."""
+    run.source.mkdir()
+    for name, content in source_files(plan.source.folder):
+        (run.source / name).write_bytes(content)
+    save_tokenizer(run, plan.tokenizer)
+    from_where = shown_path(plan.source.folder.path)
+    note = f"# Imported from {from_where} ({plan.foreign.family.name}); before training set {TO_SET}.\n"
+    run.write(run.config, note + dump(plan.config))
+    places = {"working_directory": str(Path.cwd()), "run_folder": str(final.absolute())}
+    run.write(run.environment, json.dumps({**runtime.environment_info(), **places}, indent=1) + "\n")
+
+
+def _write_weights(plan: ImportPlan, run: RunFolder) -> CheckpointRows:
+    """Write the checkpoint of step 0, and return it to be read."""
+    dtypes = {plan.source.entries[link.theirs].dtype for link in plan.links}
+    widest = max(dtypes, key=lambda dtype: dtype.itemsize)
+    record = first_record(
+        plan.config,
+        run_id=secrets.token_hex(8),
+        data_fingerprint=None,  # it may read any text
+        tokenizer_fingerprint=plan.tokenizer.fingerprint,
+    )
+    record["imported"] = {
+        "family": plan.foreign.family.name,
+        "dtype": str(widest).removeprefix("torch."),
+        "folder": plan.source.folder.path.name,
+    }
+    checkpoints, tensors = CheckpointFolder(run.checkpoints), plan.tensors
+    weights = LinkedWeights(plan.source, plan.links, tensors, plan.initial)
+    manifest = save_streamed(checkpoints, tensors, weights, record)
+    return CheckpointRows(checkpoints.of_step(0), manifest)
+
+
+def _check_room(plan: ImportPlan, gate: Gate, final: Path) -> None:
+    """Refuse what cannot fit on the disk, or in memory, before anything is written."""
+    existing = next(folder for folder in (final, *final.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if plan.size_bytes > free:
+        needed, available = formatting.size(plan.size_bytes), formatting.size(free)
+        raise ResourceError(f"{final}: the weights need {needed} of disk, and {available} are free; set runs_dir")
+    needed, available = 2 * 4 * plan.num_parameters, total_memory(torch.device("cpu"))
+    if gate == "logits" and needed > available:
+        raise ResourceError(
+            f"comparing logits needs both models in memory, {formatting.size(needed)}, and this machine has "
+            f"{formatting.size(available)}; --gate tensors compares every tensor bit for bit instead"
+        )
+
+
+def _check_logits(plan: ImportPlan, rows: CheckpointRows) -> float:
+    """Return the largest difference of logits from transformers'; raise a CheckpointError if it is not rounding."""
+    where = shown_path(plan.source.folder.path)
+    try:
+        theirs: Any = load_model(plan.source.folder.path)
+    except GateError as error:
+        raise CheckpointError(f"{where}: {error}; nothing was imported") from None
+    ours = _load(plan, rows)
+    found = [_difference(ours, theirs, seed=seed) for seed in _SEEDS]
+    worst, limit = min(found, key=lambda one: one[0] / one[1])
+    if not worst <= limit:
+        raise CheckpointError(
+            f"{where}: its logits here differ from transformers' by {worst:.2g}, and at most {limit:.1g} is rounding; "
+            "nothing was imported"
+        )
+    return worst
+
+
+@torch.no_grad()
+def _difference(ours: GPT, theirs: Any, *, seed: int) -> tuple[float, float]:
+    """Return the largest difference of logits on random tokens, and the largest that is rounding."""
+    generator, worst, limit = torch.Generator().manual_seed(seed), 0.0, LIMIT
+    for num_rows, length in _SHAPES:
+        size = (num_rows, min(length, ours.config.seq_len))
+        ids = torch.randint(0, ours.num_tokens, size, generator=generator)
+        expected, found = theirs(input_ids=ids, use_cache=False).logits, our_logits(ours, ids)
+        difference = float((expected - found).abs().max().nan_to_num(nan=float("inf")))
+        worst, limit = max(worst, difference), max(limit, LIMIT * float(expected.abs().max()))
+    return worst, limit
+
+
+def _load(plan: ImportPlan, rows: CheckpointRows) -> GPT:
+    """Return the model with the weights of the checkpoint, in float32."""
+    model = plan.model.to_empty(device="cpu").float().eval()
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            tensor.copy_(rows.read(WEIGHT + name, 0, len(tensor)))
+    return model
