@@ -27,7 +27,7 @@ class Weights(NamedTuple):
 
 
 class ModelConfig(Config):
-    """A GPT-style decoder: RMSNorm, rotary positions, grouped-query attention, dense and MoE feed-forward blocks."""
+    """A GPT-style decoder: RMSNorm, rotary positions, grouped-query or latent attention, dense and MoE blocks."""
 
     old_names = {"attention_within": Renamed("document_mask", {"row": False, "document": True})}  # noqa: RUF012
 

@@ -35,11 +35,13 @@ def _mask(S: int, window: int | None) -> AttentionMask:
     return AttentionMask(document=document, window=window)
 
 
-def _run(attention: Callable, S: int, kv_heads: int, dtype: torch.dtype, mask: object) -> list[Tensor]:
+def _run(
+    attention: Callable, S: int, kv_heads: int, dtype: torch.dtype, mask: object, value_width: int = d
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
     q, k, v = (
-        torch.randn(B, heads, S, d, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-        for heads in (H, kv_heads, kv_heads)
+        torch.randn(B, heads, S, width, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for heads, width in ((H, d), (kv_heads, d), (kv_heads, value_width))
     )
     y = attention(q, k, v, mask)
     weight = torch.randn(y.shape, generator=generator, dtype=torch.float64)
@@ -55,6 +57,15 @@ def test_it_equals_the_other_kernels(S: int, kv_heads: int, window: int | None) 
     for other in (torch_attention, blocked_attention):
         for mine, its in zip(found, _run(other, S, kv_heads, dtype, mask.dense()), strict=True):
             torch.testing.assert_close(mine, its, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_values_may_be_narrower_than_keys() -> None:
+    """As in latent attention."""
+    mask = _mask(150, None)
+    found = _run(flex, 150, H, torch.float64, mask.blocks(), 8)
+    for mine, its in zip(found, _run(torch_attention, 150, H, torch.float64, mask.dense(), 8), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.slow
