@@ -110,9 +110,10 @@ def tiny_model_config(moe: dict[str, Any] | None = None, **fields: Any) -> Model
     return ModelConfig.model_validate({**sizes, "init_std": 0.3, **fields, "moe": moe})
 
 
-def latent_attention(*, biases: bool = False, **fields: Any) -> dict[str, Any]:
+def latent_attention(*, biases: bool = False, window: int | None = None, **fields: Any) -> dict[str, Any]:
     """Return keys of `model` for latent attention with widths that all differ, as fields of `tiny_model_config`."""
-    own = {"qkv_bias": biases, "out_bias": biases}
+    own: dict[str, Any] = {"qkv_bias": biases, "out_bias": biases, "window": window}
+    own |= {} if window is None else {"window_pattern": ["sliding", "full"]}
     widths = {"q_lora_rank": 10, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 14}
     return {"num_kv_heads": None, "attention": {"latent": {**widths, **fields}, **own}}
 

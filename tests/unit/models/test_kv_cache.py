@@ -16,6 +16,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qk_norm, as many key heads as heads": {"qk_norm": True, "num_kv_heads": None},
     "latents": latent_attention(),
     "latents, plain queries": latent_attention(q_lora_rank=None),
+    "latents, biases, windows": latent_attention(biases=True, window=3),
     "dynamic rotary positions": {"rope_scaling": {"kind": "dynamic", "factor": 4.0, "original_length": 3}},
     "windows": {"attention": {"window": 3, "window_pattern": ["sliding", "full"]}},
     "windows of one": {"attention": {"window": 1, "window_pattern": ["full", "sliding"]}},
