@@ -12,6 +12,7 @@ _GROUPS = {
 }
 _ALL_HEADS = {"qk_norm": True, "attention": {"qk_norm_over": "all_heads"}}
 _CLIPPED = {"qk_norm": True, "num_kv_heads": 1, "attention": {"qk_norm_over": "all_heads", "clip_qkv": 0.7}}
+_LIKE_GEMMA = {"qk_norm": True, "norm": "rms_plus_one", "logit_softcap": 1.5}
 _PARTLY = {"rotary_fraction": 0.5, "qkv_bias": True}
 
 
@@ -22,6 +23,11 @@ def attention_cases(S: int) -> dict[str, tuple[str, dict[str, Any], dict[str, An
         "biases of queries, keys and values": ("qwen2_moe", {"attention": {"qkv_bias": True}}, _GATED),
         "norm over all heads": ("olmoe", _ALL_HEADS, {}),
         "norm over all heads, clipped": ("olmoe", _CLIPPED, {}),
+        "norms of 1 + w, capped logits": (
+            "qwen3_moe",
+            {"qk_norm": True, "norm": "rms_plus_one", "logit_softcap": 1.5},
+            {},
+        ),
         "partly rotated": ("glm4_moe", {"qk_norm": True, "attention": _PARTLY}, _GROUPS),
         "partly rotated, without norms": ("glm4_moe", {"qk_norm": False, "attention": _PARTLY}, _GROUPS),
     }

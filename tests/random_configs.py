@@ -105,6 +105,8 @@ def _model(drawn: random.Random, kind: str) -> dict[str, Any]:
         "qk_norm": drawn.random() < 0.3,
         "attention": _attention(drawn),
         "rope_scaling": drawn.choice([None, None, *_SCALINGS]),
+        "norm": drawn.choice(["rms", "rms_plus_one"]),
+        "logit_softcap": drawn.choice([None, None, 3.0]),
         "tie_embeddings": drawn.random() < 0.3,
         "vocab_size": drawn.choice([None, None, 261]),
         "init_std": drawn.choice([0.02, 0.1, 0.3, 0.6]),
@@ -144,6 +146,9 @@ def _attention(drawn: random.Random) -> dict[str, Any]:
         "qk_norm_over": drawn.choice(["head", "all_heads"]),
         "clip_qkv": drawn.choice([None, None, 0.5]),
         "rotary_fraction": drawn.choice([1.0, 1.0, 0.5, 0.67]),
+        "scale": drawn.choice([None, None, 0.3]),
+        "softcap": drawn.choice([None, None, 0.5]),
+        "sinks": drawn.random() < 0.3,
         "window": window,
         "window_pattern": drawn.choice([["sliding"], ["sliding", "full"]]) if window else ["sliding"],
     }

@@ -232,7 +232,8 @@ def _copy_weights(ours: GPT, theirs: nn.Module) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             assert wanted[name].shape == tensor.shape, name
-            wanted[name].copy_(tensor)
+            is_centered = ours.config.norm == "rms_plus_one" and name.endswith("norm.weight")
+            wanted[name].copy_(tensor + 1 if is_centered else tensor)
 
 
 def their_logits(theirs: nn.Module, tokens: Tensor, mask: Tensor | None) -> Tensor:

@@ -62,3 +62,12 @@ def test_so_does_one_with_latent_attention() -> None:
 def test_so_does_one_that_recomputes(recompute: Recompute) -> None:
     eager, compiled = (_engine(False, is_compiled=is_compiled, recompute=recompute) for is_compiled in (False, True))
     torch.testing.assert_close(_curve(compiled), _curve(eager), rtol=0, atol=1e-10)
+
+
+def test_so_does_one_with_windows_sinks_and_capped_scores() -> None:
+    """Which are not torch's fused kernel."""
+    own = {"sinks": True, "softcap": 1.0, "scale": 0.4, "qkv_bias": True, "rotary_fraction": 0.5}
+    fields = {"num_layers": 1, "attention": {**own, "window": 5}, "logit_softcap": 3.0, "norm": "rms_plus_one"}
+    engines = (_engine(True, is_compiled=is_compiled, fields=fields) for is_compiled in (False, True))
+    eager, compiled = map(_curve, engines)
+    torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-10)

@@ -25,7 +25,10 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "latent attention": ({}, latent_attention()),
     "biases, norms over all heads, clipped, windows": (
         {},
-        {"qk_norm": True, "attention": {"qkv_bias": True, "qk_norm_over": "all_heads", "clip_qkv": 0.1, "window": 3}},
+        {
+            "qk_norm": True,
+            "attention": {"qkv_bias": True, "qk_norm_over": "all_heads", "clip_qkv": 0.1, "window": 3, "sinks": True},
+        },
     ),
     "noise, drops, a bias and a global balance": (
         {

@@ -148,6 +148,8 @@ def _compare(case: Case, rows: str, dtype: torch.dtype, tolerance: float) -> Non
     theirs = transformers_models.build(case.family, ours)
     output = ours(batch, want_logits=True)
     logits = transformers_models.their_logits(theirs, batch.tokens, mask)
+    if (cap := config.logit_softcap) is not None:  # as their Gemma 2 does
+        logits = (logits / cap).tanh() * cap
     assert output.logits is not None and output.logits.dtype is dtype is logits.dtype
     torch.testing.assert_close(output.logits[batch.valid], logits[batch.valid], rtol=0, atol=tolerance)
     learned = batch.loss_mask & batch.valid

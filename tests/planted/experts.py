@@ -123,7 +123,7 @@ FAULTS = [
     _fault(
         "norms start as memory is",
         "trainer/models/norm.py",
-        "nn.Parameter(torch.ones(width))",
+        "nn.Parameter(torch.full((width,), NORM_START[kind]))",
         "nn.Parameter(torch.empty(width))",
         BY_HAND,
     ),

@@ -79,11 +79,10 @@ FAULTS = [
             q, k = self._normed(q, k)
         if self.clip is not None:
             q, k, v = (x.clamp(-self.clip, self.clip) for x in (q, k, v))
-        return rotate(q, rotary), rotate(k, rotary), v
+        q, k = rotate(q, rotary), rotate(k, rotary)
 """,
         """\
             q, k = self._normed(rotate(q, rotary), rotate(k, rotary))
-        return q, k, v
 """,
     ),
     _in_attention(
@@ -164,8 +163,8 @@ FAULTS = [
     ),
     _in_gpt(
         "logits are as narrow as the products",
-        "return logits.to(torch.promote_types(logits.dtype, torch.float32))",
-        "return logits",
+        "wide = logits.to(torch.promote_types(logits.dtype, torch.float32))",
+        "wide = logits",
         "tests/unit/models/test_gpt.py",
     ),
     _in_gpt(
@@ -204,6 +203,28 @@ FAULTS = [
         new="grad_normed",
         tests=("tests/unit/ops/test_rms_norm.py",),
     ),
+    Fault(
+        name="a sink of every head is the first head's",
+        file="trainer/ops/scored_attention.py",
+        old="rule.sinks.to(wide).view(",
+        new="rule.sinks[:1].expand(H).to(wide).view(",
+        tests=("tests/unit/models/test_self_attention.py", "tests/unit/ops/test_scored_attention.py"),
+    ),
+    Fault(
+        name="hidden keys are capped and seen",
+        file="trainer/ops/scored_attention.py",
+        old='softcapped(scores, rule.softcap).masked_fill(~seen, float("-inf"))',
+        new='softcapped(scores.masked_fill(~seen, float("-inf")), rule.softcap)',
+        tests=("tests/unit/ops/test_scored_attention.py",),
+    ),
+    Fault(
+        name="flex_attention adds a sink to scores without their normalizer",
+        file="trainer/ops/block_attention.py",
+        old="torch.sigmoid(found.lse - sinks[:, None])",
+        new="torch.sigmoid(-sinks[:, None])",
+        tests=("tests/unit/ops/test_scored_attention.py",),
+    ),
+    _in_loss("the gradient of capped logits is that of plain ones", "(1 - (logits / softcap).square())", "(1)"),
     _in_loss("chunks count masked targets", "return (nats * mask).sum(1)", "return nats.sum(1)"),
     _in_loss(
         "a chunk's gradient of the weight replaces the others'",

@@ -72,6 +72,13 @@ class AttentionConfig(Config):
     """Maximum size of the elements of queries, keys and values before the rotation (OLMoE). Null: none."""
     rotary_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of each head that is rotated: its first values, an even number (GLM-4-MoE: 0.5)."""
+    scale: Factor | None = None
+    """Multiplies the products of queries and keys (Gemma: query_pre_attn_scalar ** -0.5). Null: head_dim ** -0.5."""
+    softcap: Factor | None = None
+    """Limit c of the scores: s becomes c tanh(s / c) before the softmax (Gemma 2: 50). Null: none."""
+    sinks: bool = False
+    """A learned score of each head in the denominator of its softmax, so that a query may attend to nothing
+    (GPT-OSS)."""
     window: Length | None = None
     """Keys that a query of a sliding layer sees: its own and those just before it. Null: all."""
     window_pattern: Annotated[tuple[Literal["sliding", "full"], ...], Field(strict=False, min_length=1)] = ("sliding",)
@@ -79,6 +86,11 @@ class AttentionConfig(Config):
     once full for Gemma 3. With an entry for each layer it is written out."""
     latent: LatentAttentionConfig | None = None
     """Multi-head latent attention (DeepSeek-V2, V3). Null: grouped-query attention."""
+
+    @property
+    def changes_scores(self) -> bool:
+        """Whether torch's fused kernels cannot compute it."""
+        return self.sinks or self.softcap is not None
 
     def problems(self) -> Iterator[Problem]:
         """Check that a window has layers and a pattern of layers a window."""

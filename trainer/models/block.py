@@ -32,10 +32,10 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, kernel: ExpertsKernel) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps, config.norm)
         latent = config.attention.latent
         self.attention = Attention(config) if latent is None else LatentAttention(config, latent)
-        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps, config.norm)
         self.ffn = build_moe(config, layer, kernel) if config.has_experts(layer) else FeedForward(config, config.d_ff)
         self.compiled_attend: Callable[..., tuple[Tensor, Tensor]] | None = None
         self.recompute: Recompute = "none"

@@ -6,13 +6,17 @@ from typing import Annotated, Final, Literal, NamedTuple
 from pydantic import Field
 
 from trainer.config.base import Config, Problem, Renamed, divisors
-from trainer.config.numbers import Coefficient, Epsilon, Layers, Length, VocabSize, Width
+from trainer.config.numbers import Coefficient, Epsilon, Factor, Layers, Length, VocabSize, Width
 from trainer.models.attention_config import AttentionConfig, LatentAttentionConfig
 from trainer.models.rope_scaling_config import DynamicRopeScaling, RopeScaling, YarnRopeScaling
 from trainer.moe.config import MoEConfig
 
 Recompute = Literal["none", "experts", "norms_and_activations", "block"]
 """Activations that are computed again in the backward pass instead of being saved."""
+Norm = Literal["rms", "rms_plus_one"]
+"""How a norm's weight is used: x / rms(x) times it, or times 1 + it."""
+NORM_START: Final[dict[Norm, float]] = {"rms": 1.0, "rms_plus_one": 0.0}
+"""Initial weights of norms, with which they multiply by 1."""
 MAX_WEIGHTS: Final = 2**50
 """Maximum parameters of a model, about 10^15: more than any machine can hold."""
 
@@ -55,6 +59,8 @@ class ModelConfig(Config):
     """Scaling of the rotary frequencies for longer texts. Null: none."""
     attention: AttentionConfig = AttentionConfig()
     """Attention beyond the numbers of heads."""
+    norm: Norm = "rms"
+    """RMSNorm times its weight, or times 1 + its weight (Gemma)."""
     norm_eps: Epsilon = 1e-6
     """Added to the mean square in RMSNorm."""
     tie_embeddings: bool = False
@@ -62,6 +68,8 @@ class ModelConfig(Config):
     vocab_size: VocabSize | None = None
     """Rows of the embedding and the output head: more than the tokenizer's ids, which no text uses and which are never
     generated. Null: one per id."""
+    logit_softcap: Factor | None = None
+    """Limit c of the output head's logits: x becomes c tanh(x / c) (Gemma 2: 30). Null: none."""
     init_std: Annotated[float, Field(gt=0, le=1e3)] = 0.02
     """Standard deviation of initial weights; for layers that write to the residual stream, divided by sqrt(2 L)."""
     vocab_z_loss_coef: Coefficient = 0.0
@@ -142,7 +150,7 @@ class ModelConfig(Config):
             weights, qkv = 2 * D * (q + kv), q + 2 * kv
             if self.qk_norm:
                 weights += 2 * self.head_dim if own.qk_norm_over == "head" else q + kv
-        return weights + (qkv if own.qkv_bias else 0) + (D if own.out_bias else 0)
+        return weights + own.qkv_bias * qkv + own.out_bias * D + own.sinks * self.num_heads
 
     def _feed_forward(self, d_ff: int) -> int:
         return (3 if self.activation == "swiglu" else 2) * self.d_model * d_ff

@@ -25,6 +25,7 @@ from trainer.ops.compute_dtype import compute_dtype
 from trainer.ops.cross_entropy import HeadChunks, chunked_cross_entropy, chunked_log_probs
 from trainer.ops.kernels import ExpertsKernel
 from trainer.ops.noise import token_keys
+from trainer.ops.softcap import softcapped
 
 _DEFAULTS = RoutingOptions()
 
@@ -62,7 +63,7 @@ class GPT(nn.Module):
             )
         self.embedding = nn.Embedding(self.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer, experts_kernel) for layer in range(config.num_layers))
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.norm = RMSNorm(config.d_model, config.norm_eps, config.norm)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, self.vocab_size, bias=False)
         self.loss_chunk: int | None = None
         """Maximum tokens whose logits exist at once; None: all."""
@@ -188,14 +189,14 @@ class GPT(nn.Module):
     def _masks(self, batch: Batch) -> dict[int | None, PreparedMask | None]:
         """Return the keys visible to each query, by the layers' windows; None: all that are not later."""
         document = batch.document_id if self.config.document_mask else None
+        # flex_attention, which changes scores, has no causal kernel of its own.
+        needs_one = document is not None or (self.mask_form == "blocks" and self.config.attention.changes_scores)
+        document = torch.zeros_like(batch.tokens[:1]) if document is None else document
         found: dict[int | None, PreparedMask | None] = {}
         for window in dict.fromkeys(self.config.windows):
             narrow = window if window is not None and window < batch.tokens.shape[1] else None
-            if document is None and narrow is None:
-                found[window] = None
-                continue
-            same = torch.zeros_like(batch.tokens[:1]) if document is None else document
-            found[window] = AttentionMask(document=same, window=narrow).prepared(self.mask_form)
+            mask = AttentionMask(document=document, window=narrow)
+            found[window] = mask.prepared(self.mask_form) if needs_one or narrow is not None else None
         return found
 
     def _head_weight(self) -> Tensor:
@@ -203,11 +204,13 @@ class GPT(nn.Module):
 
     def _head_chunks(self, normed: Tensor) -> HeadChunks:
         num_tokens = normed.shape[:-1].numel() if self.loss_chunk is None else self.loss_chunk
-        return HeadChunks(num_tokens, compute_dtype(normed), is_compiled=self.compiled_norm is not None)
+        is_compiled, softcap = self.compiled_norm is not None, self.config.logit_softcap
+        return HeadChunks(num_tokens, compute_dtype(normed), is_compiled=is_compiled, softcap=softcap)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits = F.linear(self.norm(hidden), self._head_weight())
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))  # (..., V)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return softcapped(wide, self.config.logit_softcap)  # (..., V)
 
 
 def routing_context(batch: Batch, options: RoutingOptions) -> RoutingContext:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trainer.models.config import NORM_START
 from trainer.models.gpt import GPT
 from trainer.models.parameter_roles import initial_std, is_matrix, parameter_role
 from trainer.moe.experts import Experts
@@ -33,7 +34,8 @@ def initialize(model: GPT, seed: int, shards: Mapping[str, WeightShard] | None =
     """Initialize every parameter and buffer of a model, on its device; of parameters in `shards` only that part.
 
     Each expert of a stacked (E, ...) weight has its own random stream, so that it starts from the same weights on any
-    rank. Parameters that are not matrices are constant: norms 1, those of a router its `initial_values`, biases 0.
+    rank. Parameters that are not matrices are constant: norms multiply by 1, those of a router are its
+    `initial_values`, biases and sinks 0.
     """
     first_expert, router_values = expert_parameters(model), _router_values(model)
     for name, parameter in model.named_parameters():
@@ -41,7 +43,7 @@ def initialize(model: GPT, seed: int, shards: Mapping[str, WeightShard] | None =
         part = (shards or {}).get(name) or WeightShard(parameter, tuple(slice(0, size) for size in parameter.shape))
         match parameter_role(name):
             case "norm":
-                part.local.fill_(1.0)
+                part.local.fill_(NORM_START[model.config.norm])
             case _ if not is_matrix(name, parameter):
                 part.local.fill_(router_values.get(name, 0.0))
             case "expert":

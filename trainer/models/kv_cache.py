@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from trainer.ops.attention import torch_attention
+from trainer.ops.scored_attention import ScoreRule
 
 
 @dataclass(slots=True, kw_only=True)
@@ -116,7 +117,9 @@ class LayerCache:
         values[rows, positions] = v.transpose(1, 2).to(values.dtype)
         return keys[:, : self.extension.end].transpose(1, 2), values[:, : self.extension.end].transpose(1, 2)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rule: ScoreRule | None = None) -> Tensor:
         """Store keys and values (B, Hkv, S, d) of new tokens; return the output of queries (B, H, S, d)."""
         seen, read = self.append(k, v)
-        return torch_attention(q, k, v) if self.visible is None else torch_attention(q, seen, read, self.visible)
+        if self.visible is None:
+            return torch_attention(q, k, v, None, rule)
+        return torch_attention(q, seen, read, self.visible, rule)

@@ -31,9 +31,9 @@ class LatentAttention(nn.Module):
         c, r, queries = latent.kv_lora_rank, latent.qk_rope_head_dim, self.num_heads * latent.qk_head_dim
         self.widths = [latent.q_lora_rank or queries, c, r]
         self.qkv_a = nn.Linear(D, sum(self.widths), bias=config.attention.qkv_bias)
-        self.q_norm = None if latent.q_lora_rank is None else RMSNorm(latent.q_lora_rank, latent.norm_eps)
+        self.q_norm = None if latent.q_lora_rank is None else RMSNorm(latent.q_lora_rank, latent.norm_eps, config.norm)
         self.q_b = None if latent.q_lora_rank is None else nn.Linear(latent.q_lora_rank, queries, bias=False)
-        self.kv_norm = RMSNorm(c, latent.norm_eps)
+        self.kv_norm = RMSNorm(c, latent.norm_eps, config.norm)
         self.kv_b = nn.Linear(c, self.num_heads * (latent.qk_nope_head_dim + latent.v_head_dim), bias=False)
         self.out = nn.Linear(self.num_heads * latent.v_head_dim, D, bias=config.attention.out_bias)
         self.score_scale = latent_score_scale(config)
@@ -56,7 +56,7 @@ class LatentAttention(nn.Module):
         k_rope = rotate(k_rope[:, None], rotary).to(k_rope.dtype)  # (B, 1, S, r)
         if extend is None:
             k, v = self._keys_and_values(checkpointed(self._expanded, latent, recompute=again), k_rope)
-            y = self.core_attention(q, k, v, mask)
+            y = self.core_attention(q, k, v, mask, None)
         else:
             y = self._attend_over_cache(q, self.kv_norm(latent), k_rope, extend)
         return self.out(y.transpose(1, 2).reshape(B, S, -1))

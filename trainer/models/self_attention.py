@@ -6,6 +6,7 @@ each head rotated.
 # B rows, S tokens in a row, D d_model, H query heads, Hkv key and value heads, d head width, r its rotated part.
 """
 
+import torch
 from torch import Tensor, nn
 
 from trainer.models.config import ModelConfig, Recompute
@@ -15,6 +16,7 @@ from trainer.models.recompute import checkpointed
 from trainer.ops.attention import CausalAttention, torch_attention
 from trainer.ops.attention_mask import PreparedMask
 from trainer.ops.rotary import rotate
+from trainer.ops.scored_attention import ScoreRule
 
 
 class Attention(nn.Module):
@@ -29,9 +31,12 @@ class Attention(nn.Module):
         self.out = nn.Linear(self.widths[0], config.d_model, bias=own.out_bias)
         q_width, k_width = self.widths[:2] if own.qk_norm_over == "all_heads" else (config.head_dim, config.head_dim)
         self.norms_each_head = own.qk_norm_over == "head"
-        self.q_norm = RMSNorm(q_width, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(k_width, config.norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(q_width, config.norm_eps, config.norm) if config.qk_norm else None
+        self.k_norm = RMSNorm(k_width, config.norm_eps, config.norm) if config.qk_norm else None
         self.clip = own.clip_qkv
+        self.sinks = nn.Parameter(torch.zeros(config.num_heads)) if own.sinks else None
+        self.softcap = own.softcap
+        self.score_scale = 1.0 if own.scale is None else own.scale * config.head_dim**0.5
         self.core_attention: CausalAttention = torch_attention
         self.recompute: Recompute = "none"
 
@@ -53,7 +58,9 @@ class Attention(nn.Module):
         # Without a norm or a limit, nothing of them is saved anyway.
         again = again and (self.q_norm is not None or self.clip is not None)
         q, k, v = checkpointed(self._rotated, projected, rotary, recompute=again)
-        y = self.core_attention(q, k, v, mask) if extend is None else extend.attend(q, k, v)
+        changes_scores = self.softcap is not None or self.sinks is not None
+        rule = ScoreRule(softcap=self.softcap, sinks=self.sinks) if changes_scores else None
+        y = self.core_attention(q, k, v, mask, rule) if extend is None else extend.attend(q, k, v, rule)
         return self.out(y.transpose(1, 2).reshape(B, S, -1))
 
     def _rotated(self, projected: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,7 +73,8 @@ class Attention(nn.Module):
             q, k = self._normed(q, k)
         if self.clip is not None:
             q, k, v = (x.clamp(-self.clip, self.clip) for x in (q, k, v))
-        return rotate(q, rotary), rotate(k, rotary), v
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        return (q if self.score_scale == 1 else q * self.score_scale), k, v  # kernels divide scores by the root of d
 
     def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return (q, k) if self.q_norm is None or self.k_norm is None else (self.q_norm(q), self.k_norm(k))

@@ -2,8 +2,8 @@
 
 Both take queries (B, H, S, d), keys (B, Hkv, S, d) and values (B, Hkv, S, v), where H / Hkv query heads share a key
 head, and return (B, H, S, v) in the dtype of the values. Both disable autocast and choose their dtypes themselves. They
-take dense masks (ops/attention_mask.py); None: all keys that are not later. flex_attention is in
-ops/block_attention.py.
+take dense masks (ops/attention_mask.py); None: all keys that are not later. Where scores are changed before the
+softmax, both are ops/scored_attention.py. flex_attention is in ops/block_attention.py.
 
 # B rows, H query heads, Hkv key and value heads, G = H / Hkv, N = B * Hkv, S tokens, d width of queries and keys,
 # v of values, n queries per block.
@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.ops.attention_mask import PreparedMask
+from trainer.ops.scored_attention import ScoreRule, scored_attention
 
-CausalAttention = Callable[[Tensor, Tensor, Tensor, PreparedMask | None], Tensor]
+CausalAttention = Callable[[Tensor, Tensor, Tensor, PreparedMask | None, ScoreRule | None], Tensor]
 
 _BLOCK = 64
 """Queries per block; a block skips the keys after its own end."""
@@ -26,12 +27,16 @@ _LONGEST = 512
 """Maximum tokens: beyond it the stored weights, S^2 / 2 per head, cost more memory than the speed is worth."""
 
 
-def torch_attention(q: Tensor, k: Tensor, v: Tensor, mask: PreparedMask | None = None) -> Tensor:
+def torch_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: PreparedMask | None = None, rule: ScoreRule | None = None
+) -> Tensor:
     """Run torch's fused kernel, causal or with a mask (B, 1, S, keys).
 
     On the CPU bfloat16 is computed in float32, since the bfloat16 kernel takes 1.3 times as long, casts included.
     """
     assert mask is None or isinstance(mask, Tensor), "a dense mask"
+    if rule is not None:
+        return scored_attention(q, k, v, mask, rule)
     is_on_cpu, num_heads = v.device.type == "cpu", q.shape[1]
     dtype = torch.float32 if is_on_cpu and v.dtype is torch.bfloat16 else v.dtype
     if mask is not None and not is_on_cpu:
@@ -54,15 +59,17 @@ def repeat_kv(x: Tensor, num_heads: int) -> Tensor:
     return x.repeat_interleave(num_heads // x.shape[1], dim=1)
 
 
-def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: PreparedMask | None = None) -> Tensor:
+def blocked_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: PreparedMask | None = None, rule: ScoreRule | None = None
+) -> Tensor:
     """Compute attention block by block, for the CPU and torch.compile, which fuses the operations between products.
 
     Scores and softmax are at least float32; all other products are in the dtype of the values.
     """
     assert mask is None or isinstance(mask, Tensor), "a dense mask"
     (B, H, S, d), (_, Hkv, _, width) = q.shape, v.shape
-    if S > _LONGEST:
-        return torch_attention(q, k, v, mask)
+    if S > _LONGEST or rule is not None:
+        return torch_attention(q, k, v, mask, rule)
     grouped = q.reshape(B * Hkv, H // Hkv, S, d), k.reshape(B * Hkv, S, d), v.reshape(B * Hkv, S, width)
     with torch.autocast(q.device.type, enabled=False):
         return _BlockedAttention.apply(*grouped, mask).view(B, H, S, width)

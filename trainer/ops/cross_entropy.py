@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.ops.first_derivative import only_first_derivative
+from trainer.ops.softcap import softcapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,8 @@ class HeadChunks:
     """Dtype of the products; losses are at least float32."""
     is_compiled: bool = False
     """Compile the operations between the products."""
+    softcap: float | None = None
+    """Soft limit of the logits; None: none."""
 
     def of(self, num_tokens: int) -> Iterator[slice]:
         """Yield chunks of equal length, the last of which may be shorter."""
@@ -63,7 +66,7 @@ def chunked_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, chunks: H
     tokens, token_ids = hidden.flatten(0, 1), targets.flatten()
     with torch.autocast(hidden.device.type, enabled=False):
         for chunk in chunks.of(len(tokens)):
-            logits = F.linear(tokens[chunk].to(chunks.dtype), weight)  # (n, V)
+            logits = _capped(F.linear(tokens[chunk].to(chunks.dtype), weight), chunks.softcap)  # (n, V)
             nats.append(_losses(logits, token_ids[chunk])[0])
             is_greedy.append(logits.argmax(-1) == token_ids[chunk])
     return -torch.cat(nats).view(targets.shape), torch.cat(is_greedy).view(targets.shape)
@@ -89,7 +92,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         else:
             tokens, token_ids, cast = hidden.flatten(0, 1), targets.flatten(), weight.to(chunks.dtype)
             parts = [
-                _losses(F.linear(tokens[chunk].to(chunks.dtype), cast), token_ids[chunk])
+                _losses(_capped(F.linear(tokens[chunk].to(chunks.dtype), cast), chunks.softcap), token_ids[chunk])
                 for chunk in chunks.of(len(tokens))
             ]
             nats, logsumexp = (torch.cat(part).view(targets.shape) for part in zip(*parts, strict=True))
@@ -124,7 +127,8 @@ def _with_gradients(
     for chunk in chunks.of(len(tokens)):
         x = tokens[chunk].to(chunks.dtype)  # (n, D)
         z = None if on_z is None else on_z.reshape(-1)[chunk]
-        found = losses_and_gradient(F.linear(x, cast), token_ids[chunk], on_loss.reshape(-1)[chunk], z)
+        gradients = on_loss.reshape(-1)[chunk], z
+        found = losses_and_gradient(F.linear(x, cast), token_ids[chunk], *gradients, chunks.softcap)
         nats.view(-1)[chunk], logsumexp.view(-1)[chunk], grad_logits = found
         grad_hidden.view(tokens.shape)[chunk] = grad_logits @ cast
         _add_product(grad_weight, grad_logits.T, x)
@@ -136,15 +140,22 @@ def _losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return _at_targets(torch.log_softmax(logits, dim=-1, dtype=_wide(logits.dtype)), logits, targets)
 
 
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcapped(logits.to(_wide(logits.dtype)), softcap)
+
+
 def _losses_and_gradient(
-    logits: Tensor, targets: Tensor, on_loss: Tensor, on_z: Tensor | None
+    products: Tensor, targets: Tensor, on_loss: Tensor, on_z: Tensor | None, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return also the gradient (n, V) of the logits, given those of nats and logsumexp^2 (n,); None: 0."""
+    """Return also the gradient (n, V) of the uncapped logits, given those of nats and logsumexp^2 (n,); None: 0."""
+    logits = _capped(products, softcap)
     log_probs = torch.log_softmax(logits, dim=-1, dtype=_wide(logits.dtype))
     nats, logsumexp = _at_targets(log_probs, logits, targets)
     on_probs = on_loss if on_z is None else on_loss + 2 * on_z * logsumexp
     gradient = log_probs.exp_().mul_(on_probs[:, None]).scatter_add_(1, targets[:, None], -on_loss[:, None])
-    return nats, logsumexp, gradient.to(logits.dtype)
+    if softcap is not None:
+        gradient.mul_(1 - (logits / softcap).square())
+    return nats, logsumexp, gradient.to(products.dtype)
 
 
 @cache

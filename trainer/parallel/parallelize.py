@@ -64,12 +64,13 @@ def parallelize(
 def choose_attention(model: GPT, device: torch.device, dtype: torch.dtype, *, is_compiled: bool) -> None:
     """Choose the kernel of attention, and the form of masks that it takes.
 
-    Torch's fused kernels; with windows, or documents to keep apart, flex_attention, for which torch has no fused kernel
-    else. On the CPU the blocked implementation is faster once it is compiled.
+    Torch's fused kernels; flex_attention for what they have no kernel for: documents to keep apart, windows, sinks and
+    capped scores. On the CPU the blocked implementation is faster once it is compiled.
     """
     attention = blocked_attention if is_compiled and device.type == "cpu" else torch_attention
-    needs_mask = model.config.document_mask or any(model.config.windows)
-    if needs_mask and suits_blocks(device, dtype, min(model.config.head_widths)):
+    own = model.config.attention
+    is_beyond_torch = model.config.document_mask or own.window is not None or own.changes_scores
+    if is_beyond_torch and suits_blocks(device, dtype, min(model.config.head_widths)):
         attention, model.mask_form = flex, "blocks"
     for block in cast(Iterable[Block], model.blocks):
         block.attention.core_attention = attention

@@ -28,6 +28,7 @@ TYPICAL: dict[str, str] = {
     **dict.fromkeys(("model.moe.router.normalize", "model.tie_embeddings", "model.qk_norm"), "true"),
     **dict.fromkeys(("parallel.compile", "metrics.tensorboard"), "true"),
     **dict.fromkeys(("model.moe.router.scale", "train.grad_clip"), "1.0"),
+    **dict.fromkeys(("model.attention.softcap", "model.logit_softcap"), "30.0"),
     **dict.fromkeys(("model.moe.router.jitter", "model.moe.z_loss_coef", "model.init_std"), "0.02"),
     **dict.fromkeys(("schedule.final_fraction", "data.split.fraction"), "0.1"),
     **dict.fromkeys(("model.norm_eps", "optim.eps"), "1e-5"),
@@ -151,7 +152,7 @@ def test_hugging_face_names_are_spelled_as_in_transformers() -> None:
     """Names are those of its dataclass and configs, or older ones that many scripts still use."""
     transformers = pytest.importorskip("transformers")
     known = set(transformers.TrainingArguments.__dataclass_fields__)
-    models = ("Mixtral", "Qwen2Moe", "Qwen3Moe", "DeepseekV3", "Olmoe", "SwitchTransformers")
+    models = ("Mixtral", "Qwen2Moe", "Qwen3Moe", "DeepseekV3", "Olmoe", "Gemma2", "SwitchTransformers")
     for name in (f"{model}Config" for model in models):
         config = getattr(transformers, name)
         known |= config().to_dict().keys() | config.attribute_map.keys()

@@ -22,6 +22,7 @@ SHAPES = {
     "shared, gated": ({"num_shared_experts": 2, "shared_d_ff": 7, "shared_gate": True, "layers": [1]}, {}),
     "latents": ({}, latent_attention()),
     "latents, plain queries": ({}, latent_attention(q_lora_rank=None)),
+    "sinks, capped scores": ({}, {"attention": {"sinks": True, "softcap": 1.0}}),
     "gelu, top 1": ({"router": {"kind": "top_k", "top_k": 1, "normalize": False}}, {"activation": "gelu"}),
 }
 
@@ -100,6 +101,7 @@ COUNTED = {
     "every second, grouped queries": ({"every": 2}, {"num_kv_heads": 1, "qk_norm": True, "num_layers": 5}),
     "latents, biases": ({}, latent_attention(biases=True)),
     "dense": (None, {}),
+    "sinks": ({}, {"attention": {"sinks": True}}),
     "biases": ({}, {"attention": {"qkv_bias": True, "out_bias": True}}),
     "norms over all heads": ({}, {"qk_norm": True, "attention": {"qk_norm_over": "all_heads", "head_dim": 6}}),
 }

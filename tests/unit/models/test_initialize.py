@@ -59,6 +59,17 @@ def test_spreads_are_those_of_the_config_and_smaller_into_the_residual_stream() 
     assert torch.equal(p["norm.weight"], torch.ones(64))
 
 
+def test_norms_multiply_by_one_and_sinks_weigh_as_much_as_a_score_of_zero() -> None:
+    config = tiny_model_config(norm="rms_plus_one", qk_norm=True, attention={"sinks": True, "qkv_bias": True})
+    model = make_model(config)
+    for name, p in _parameters(model).items():
+        if "norm" in name or name.endswith(("sinks", "bias")):
+            assert torch.equal(p, torch.zeros_like(p)), name
+    x = torch.randn(3, 16)
+    plain = make_model(tiny_model_config()).norm
+    assert torch.equal(model.norm(x), plain(x))
+
+
 def test_latent_attention_starts_like_other_attention() -> None:
     """Its norms at 1; what it writes to the residual stream, and nothing else, with a smaller spread."""
     fields = latent_attention(q_lora_rank=48, kv_lora_rank=40, v_head_dim=32)

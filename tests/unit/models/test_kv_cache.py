@@ -19,6 +19,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "latents, biases, windows": latent_attention(biases=True, window=3),
     "dynamic rotary positions": {"rope_scaling": {"kind": "dynamic", "factor": 4.0, "original_length": 3}},
     "windows": {"attention": {"window": 3, "window_pattern": ["sliding", "full"]}},
+    "sinks, capped scores of another scale": {
+        "logit_softcap": 2.0,
+        "norm": "rms_plus_one",
+        "attention": {"sinks": True, "softcap": 0.5, "scale": 0.7, "window": 3, "window_pattern": ["sliding", "full"]},
+    },
     "windows of one": {"attention": {"window": 1, "window_pattern": ["full", "sliding"]}},
     "partly rotated, biases": {"attention": {"rotary_fraction": 0.5, "qkv_bias": True, "qk_norm_over": "all_heads"}},
     **{kind: {"moe": section} for kind, section in router_sections(without=[{}]).items()},

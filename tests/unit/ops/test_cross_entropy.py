@@ -28,10 +28,13 @@ def _inputs(dtype: torch.dtype = torch.float64, *, num_rows: int = B) -> tuple[T
     return hidden, weight, targets, mask
 
 
-def _whole(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _whole(
+    hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor, *, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Return what `chunked_cross_entropy` does, by torch."""
     logits = F.linear(hidden, weight)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
     return (nats * mask).sum(1), (logits.logsumexp(-1).square() * mask).sum(1)
 
@@ -53,6 +56,20 @@ def test_the_sum_of_rows_has_the_loss_and_gradients_of_torch(size: int, num_rows
     theirs, their_z = _whole(*inputs)
     _close((mine, z), (theirs, their_z))
     _close(_gradients(mine.sum() / 7, hidden, weight), _gradients(theirs.sum() / 7, hidden, weight))
+
+
+@pytest.mark.parametrize("softcap", [0.5, 2.0, 30.0])
+@pytest.mark.parametrize("needs_z", [False, True])
+def test_so_have_capped_logits(softcap: float, needs_z: bool) -> None:
+    hidden, weight, targets, mask = _inputs()
+    chunks = HeadChunks(5, torch.float64, softcap=softcap)
+    mine = chunked_cross_entropy(hidden, weight, targets, mask, chunks, needs_z=needs_z)
+    theirs = _whole(hidden, weight, targets, mask, softcap=softcap)
+    _close(mine, theirs)
+    ours, its = (loss.sum() / 7 + (z.sum() / 3 if needs_z else 0) for loss, z in (mine, theirs))
+    _close(_gradients(ours, hidden, weight), _gradients(its, hidden, weight))
+    log_probs, _ = chunked_log_probs(hidden, weight, targets, chunks)
+    _close((-(log_probs * mask).sum(1),), theirs[:1])
 
 
 @pytest.mark.parametrize("needs_z", [False, True])
