@@ -21,6 +21,7 @@ from trainer.convert.their_model import empty_model, load_model, load_tokenizer,
 from trainer.data.batches.batch import Batch
 from trainer.errors import DataError, first_line
 from trainer.families.expressible import inference_values
+from trainer.families.registry import family_of
 from trainer.models.config import ModelConfig
 from trainer.models.gpt import GPT
 from trainer.moe.routing import RoutingOptions
@@ -35,6 +36,7 @@ def logits_gate(folder: Path, model: ExportedModel, batches: Sequence[Tensor], *
     Raises:
         GateError: naming the first difference.
     """
+    _compare_config(folder, model)
     theirs = load_model(folder)
     num_tensors = _compare_tensors(tensors_on_disk(theirs), model)
     ours, worst = model.reference(), 0.0
@@ -55,12 +57,12 @@ def tensors_gate(folder: Path, model: ExportedModel, shards: Sequence[Shard]) ->
     Raises:
         GateError: naming the first difference.
     """
+    _compare_config(folder, model)
     wanted = {name: tuple(tensor.shape) for name, tensor in tensors_on_disk(empty_model(folder))}
     linked = {link.theirs: link.shape for link in model.links}
     for name in sorted(wanted.keys() | linked.keys()):
         if wanted.get(name) != linked.get(name):
             raise GateError(f"{name} is {linked.get(name)}, and transformers wants {wanted.get(name)}")
-    _compare_config(folder, model)
     with_files = {link.theirs: link for link in model.links}
     for shard in shards:
         try:
@@ -145,10 +147,10 @@ def _compare_tensor(name: str, found: Tensor, model: ExportedModel, *, is_on_dis
 def _compare_config(folder: Path, model: ExportedModel) -> None:
     """Check that config.json, read again, is our model."""
     try:
-        values = model.family.from_hf(json.loads((folder / "config.json").read_text()))
-    except (ValueError, DataError) as error:
-        raise GateError(f"config.json: {first_line(error)}") from None
-    returned = inference_values(ModelConfig.model_validate(values))
+        values = json.loads((folder / "config.json").read_text())
+        returned = inference_values(ModelConfig.model_validate(family_of(values).from_hf(values)))
+    except (OSError, ValueError, DataError) as error:
+        raise GateError(f"config.json: {first_line(error):.300}") from None
     for key, value in inference_values(model.config).items():
         if returned.get(key) != value:
             raise GateError(f"config.json says {key} {returned.get(key)}, and the model has {value}")

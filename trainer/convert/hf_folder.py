@@ -36,7 +36,6 @@ def write_small_files(folder: Path, model: ExportedModel, *, chat_template: str 
     end = options["eos_token"]
     options |= {"bos_token": end, "pad_token": end, "model_max_length": model.config.seq_len}
     _write_json(folder / OPTIONS, options)
-    _write_json(folder / "special_tokens_map.json", {name: end for name in ("bos_token", "eos_token", "pad_token")})
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     if chat_template is not None:
