@@ -114,6 +114,7 @@ def _work(arguments: list[str], cwd: str, outputs: list[str], variables: dict[st
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(variables)
+    multiprocessing.current_process().daemon = False  # it may start ranks, by the same server
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     shorten_sample()

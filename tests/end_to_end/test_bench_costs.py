@@ -1,9 +1,7 @@
 """`bench layer`, `step`, `dispatch`, `memory` and `scaling` as a user runs them, on tiny shapes."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +35,6 @@ def workplace(tmp_path: Path) -> Path:
 
 
 def turnout(workplace: Path, arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a command; in a process of its own if it starts ranks, which a fork of the tests' server may not."""
-    if arguments.startswith(("bench memory", "bench dispatch", "bench step", "bench scaling")):
-        command = [sys.executable, "-m", "trainer", *arguments.split()]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-        return subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, check=False)
     return imported_once.run(["-m", "trainer", *arguments.split()], cwd=workplace)
 
 

@@ -1,35 +1,38 @@
 """The README and the library page work as printed, in a fresh folder."""
 
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import imported_once
 from tests.launched_ranks import ROOT
 from tests.unit.test_docs import blocks_of, commands_in
 
 SMALL = ["train.steps=20", "eval.every=10", "checkpoint.every=10", "metrics.log_every=5"]
 
 
-@pytest.fixture
-def clone(tmp_path: Path) -> Path:
-    """The files that the pages use."""
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("*.svg"))
-    return tmp_path
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that the pages use; its runs share one token cache."""
+    folder = tmp_path_factory.mktemp("clone")
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    shutil.copytree(ROOT / "docs", folder / "docs", ignore=shutil.ignore_patterns("*.svg"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def smoke(clone: Path) -> str:
+    """What the first command of the README prints."""
+    first, *_ = commands_below("Sixty seconds")
+    return run(clone, *first, *SMALL)
 
 
 def run(folder: Path, *arguments: str) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=280
-    )
+    done = imported_once.run(arguments, cwd=folder, environment={"HF_HUB_OFFLINE": "1"}, timeout=280)
     assert done.returncode == 0, f"{shlex.join(arguments)}:\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -50,8 +53,9 @@ def commands_below(title: str) -> list[list[str]]:
     ]
 
 
-def test_sixty_seconds_and_your_own_text_run_as_printed(clone):
-    for arguments in [*commands_below("Sixty seconds"), *commands_below("Your own text")]:
+def test_sixty_seconds_and_your_own_text_run_as_printed(clone, smoke):
+    check_shape(smoke)
+    for arguments in [*commands_below("Sixty seconds")[1:], *commands_below("Your own text")]:
         is_training = arguments[2:4] == ["train", "smoke"]
         output = run(clone, *arguments, *(SMALL if is_training else []))
         if is_training:
@@ -90,11 +94,13 @@ def test_the_router_of_the_readme_trains_resumes_and_evaluates(clone):
     assert "held out" in run(clone, "-m", "trainer", "eval", "runs/threshold")
 
 
+@pytest.mark.usefixtures("smoke")
 def test_a_checkpoint_is_read_without_us_as_its_page_says(clone):
-    run(clone, "-m", "trainer", "train", "configs/smoke.yaml", *SMALL)
     (block,) = [block.text for block in blocks_of(ROOT / "docs/checkpoint.md") if block.language == "python"]
+    assert "trainer" not in block
     script = f"{block}\nprint(len(read('runs/smoke/checkpoints/step_00000020')))"
-    assert int(run(clone, "-c", script)) > 10
+    (clone / "read.py").write_text(script)
+    assert int(run(clone, "read.py")) > 10
 
 
 PARTS = {

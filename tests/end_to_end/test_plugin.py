@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import imported_once
 from tests.end_to_end.tiny import CONFIG
 from tests.launched_ranks import ROOT
 
@@ -19,11 +20,17 @@ pytestmark = pytest.mark.slow
 
 def turnout(folder: Path, *arguments: str) -> str:
     """Run a command in a folder that is not on the import path; return what it printed."""
-    command = [sys.executable, "-c", "from trainer.cli import main; main()", *arguments]
+    result = imported_once.run(["-m", "trainer", *arguments], cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def launch(folder: Path, *arguments: str) -> None:
+    """Start ranks as a user does."""
+    command = [sys.executable, "-c", "from trainer.cli import main; main()", "launch", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=170)
     assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
 
 
 def test_a_plugin_trains_resumes_evaluates_and_is_proved(tmp_path: Path) -> None:
@@ -40,7 +47,7 @@ def test_a_plugin_trains_resumes_evaluates_and_is_proved(tmp_path: Path) -> None
     turnout(elsewhere, "train", str(folder / "runs/tiny"), "train.steps=6", "checkpoint.every=2")
     assert (folder / "runs/tiny/checkpoints/step_00000006").is_dir()
     assert "tiny at step 6" in turnout(elsewhere, "eval", str(folder / "runs/tiny"))
-    turnout(folder, "launch", "mine.yaml", "--nproc", "2", "parallel.ep_size=2", "name=two", "train.steps=3")
+    launch(folder, "mine.yaml", "--nproc", "2", "parallel.ep_size=2", "name=two", "train.steps=3")
     proof = turnout(folder, "prove", "mine.yaml", "--scale", "small", "--steps", "2", "--layouts", "2 ranks, ep 2")
     assert proof.count("equal") >= 3 and "DIFFERS" not in proof
     assert "all checks passed" in turnout(folder, "check-plugin", "my_router.threshold:ThresholdRouterConfig")
