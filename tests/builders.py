@@ -161,7 +161,7 @@ def make_engine_of(
         )
     model = parallelize(whole, parallel, mesh, torch.device("cpu"), seed=seed, dtype=dtype, can_compile=True)
     numerics = NumericsConfig(seed=seed, dtype=dtype, grad_clip=grad_clip)
-    engine = section.build(model, AdamWConfig(**optim), numerics, mesh, folder=folder, shard_keeps=parallel.shard_keeps)
+    engine = section.build(model, AdamWConfig(**optim), numerics, mesh, folder=folder)
     assert isinstance(engine, StepEngine)
     return engine
 

@@ -18,7 +18,7 @@ from trainer.metrics.config import MetricsConfig, ProfileConfig
 from trainer.models.config import ModelConfig
 from trainer.moe.dispatch.registry import AllToAllDispatcherConfig, ExchangeOptions
 from trainer.optim.registry import AdamWConfig, OptimConfig, ScheduleConfig, WarmupCosineConfig
-from trainer.parallel.config import ParallelConfig
+from trainer.parallel.config import ParallelConfig, RecomputeEveryConfig
 
 
 class SpikesConfig(Config):
@@ -151,6 +151,10 @@ class ExperimentConfig(Config):
         yield from self._dispatcher_problems()
         yield from self._shard_problems()
         yield from self._deepspeed_problems()
+        recompute, layers = self.parallel.recompute, self.model.num_layers
+        if isinstance(recompute, RecomputeEveryConfig) and recompute.every > layers:
+            given = f"{recompute.every} is more than the {layers} layers, so nothing is computed again"
+            yield Problem("parallel.recompute.every", f"{given}; use at most {layers}, or recompute: none")
 
     def _vocabulary_problems(self) -> Iterator[Problem]:
         """Check that the embedding has a row for each id, where these are known without reading a file."""

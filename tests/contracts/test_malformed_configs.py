@@ -1090,6 +1090,10 @@ CASES = [
     Case("shard_keeps without shard",
          NAMED + "parallel: {shard_keeps: nothing}\n",
          ["x.yaml:2:12: parallel.shard_keeps: nothing, but parallel.data is replicate; use shard, or leave it out"]),
+    Case("recompute a block that there is not",
+         NAMED + "model: {num_layers: 2}\nparallel: {recompute: {every: 3}}\n",
+         ["x.yaml:3:24: parallel.recompute.every: 3 is more than the 2 layers, so nothing is computed again; use at "
+          "most 2, or recompute: none"]),
     Case("override: unknown kind",
          NAMED,
          [f"<override 1>: model.moe.router.kind: 'magic' is not one of {ROUTERS}"],

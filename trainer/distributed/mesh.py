@@ -150,9 +150,12 @@ def _meet(layout: Layout, recorder: FlightRecorder, *, timeout_s: float, on_gpu:
 def start_groups(layout: Layout, store: dist.Store, device: torch.device, timeout: timedelta) -> None:
     """Create torch's default group: over gloo on CPUs, over NCCL on GPUs.
 
-    NCCL is told the device, so that it connects at once, and splits the groups of a mesh from one communicator.
+    NCCL is told the device, so that it connects at once, and splits the groups of a mesh from one communicator. Its
+    kernels go before those that compute, unless the user has said otherwise: other ranks wait for them.
     """
     is_cpu = device.type == "cpu"
+    if not is_cpu:
+        os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     dist.init_process_group(
         "gloo" if is_cpu else "nccl",
         store=store,

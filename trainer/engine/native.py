@@ -18,7 +18,6 @@ from trainer.moe.routing import RoutingOptions
 from trainer.optim.create import MOMENTS, create_optimizer
 from trainer.optim.registry import OptimConfig
 from trainer.parallel.accumulate import before_backward, before_forward, step_of
-from trainer.parallel.config import ShardKeeps
 from trainer.parallel.replicate import GradientReducer
 from trainer.parallel.shards import copy_from_rows, is_first_copy, is_sharded, local
 
@@ -32,12 +31,9 @@ class NativeEngine(StepEngine):
         optim: OptimConfig,
         numerics: NumericsConfig,
         mesh: Mesh | None = None,
-        *,
-        shard_keeps: ShardKeeps = "gradients",
     ) -> None:
-        """Create the optimizer; `shard_keeps` is what stays whole between micro-batches if weights are sharded."""
+        """Create the optimizer."""
         super().__init__(model, numerics, Mesh.of_one() if mesh is None else mesh)
-        self.shard_keeps: ShardKeeps = shard_keeps
         self.optimizer = create_optimizer(
             optim,
             decayed=[p for name, p in self.parameters.items() if is_decayed(name, p)],
@@ -61,16 +57,16 @@ class NativeEngine(StepEngine):
 
     def accumulate(self, micro_batches: Sequence[Batch]) -> Accumulated:
         """Run the micro-batches forward and backward, and reduce the gradient over ranks; it is not clipped yet."""
-        with step_of(self.model, self.shard_keeps):
+        with step_of(self.model):
             return super().accumulate(micro_batches)
 
     def _forward(self, batch: Batch, options: RoutingOptions) -> GPTOutput:
         if torch.is_grad_enabled():
-            before_forward(self.model, self.shard_keeps)
+            before_forward(self.model)
         return super()._forward(batch, options)
 
     def _backward(self, objective: Tensor, *, is_last: bool) -> None:
-        before_backward(self.model, self.shard_keeps, is_last=is_last)
+        before_backward(self.model, is_last=is_last)
         if is_last:
             for gradient_reducer in self.gradient_reducers:
                 gradient_reducer.expect()

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from trainer.engine.step import NumericsConfig
     from trainer.models.gpt import GPT
     from trainer.optim.registry import OptimConfig
-    from trainer.parallel.config import ShardKeeps
 
 
 class NativeEngineConfig(Config):
@@ -32,12 +31,11 @@ class NativeEngineConfig(Config):
         mesh: Mesh,
         *,
         folder: Path | None = None,
-        shard_keeps: ShardKeeps = "gradients",
     ) -> Engine:
         """Create the engine for an initialized model; `folder` is not used."""
         from trainer.engine.native import NativeEngine
 
-        return NativeEngine(model, optim, numerics, mesh, shard_keeps=shard_keeps)
+        return NativeEngine(model, optim, numerics, mesh)
 
 
 EngineConfig = Annotated[NativeEngineConfig | DeepSpeedEngineConfig, Field(discriminator="kind")]

@@ -11,6 +11,8 @@ from trainer.models.attention_config import AttentionConfig, LatentAttentionConf
 from trainer.models.rope_scaling_config import DynamicRopeScaling, RopeScaling, YarnRopeScaling
 from trainer.moe.config import MoEConfig
 
+ShardKeeps = Literal["nothing", "gradients", "weights"]
+"""What stays whole between the micro-batches of a step, if weights are sharded; `parallel.shard_keeps`."""
 Recompute = Literal["none", "experts", "norms_and_activations", "block"]
 """Activations that are computed again in the backward pass instead of being saved."""
 Norm = Literal["rms", "rms_plus_one"]

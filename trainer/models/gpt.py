@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trainer.data.batches.batch import Batch
 from trainer.errors import ConfigError
 from trainer.models.block import Block
-from trainer.models.config import ModelConfig
+from trainer.models.config import ModelConfig, ShardKeeps
 from trainer.models.kv_cache import Extension, KVCache
 from trainer.models.norm import RMSNorm
 from trainer.models.rotary_embedding import rotary_embedding
@@ -69,6 +69,8 @@ class GPT(nn.Module):
         """Maximum tokens whose logits exist at once; None: all."""
         self.compiled_norm: Callable[[Tensor], Tensor] | None = None
         """If set, losses in chunks are compiled too."""
+        self.shard_keeps: ShardKeeps = "gradients"
+        """What stays whole between the micro-batches of a step, if weights are sharded."""
         self.mask_form: MaskForm = "dense"
         """Form in which the blocks' kernel of attention takes a mask."""
 

@@ -16,20 +16,20 @@ from contextlib import contextmanager
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from trainer.parallel.config import ShardKeeps
+from trainer.models.gpt import GPT
 
 
 @contextmanager
-def step_of(model: nn.Module, keeps: ShardKeeps) -> Iterator[None]:
+def step_of(model: GPT) -> Iterator[None]:
     """Keep gathered weights during the counting pass of a step, unless nothing is kept; see `before_forward`."""
-    _free_after_forward(model, keeps == "nothing")
+    _free_after_forward(model, model.shard_keeps == "nothing")
     yield
     _free_after_forward(model, True)  # an evaluation must not leave weights that grow stale
 
 
-def before_forward(model: nn.Module, keeps: ShardKeeps) -> None:
+def before_forward(model: GPT) -> None:
     """Choose whether the next forward pass that saves activations frees the weights, or its backward pass does."""
-    _free_after_forward(model, keeps != "weights")
+    _free_after_forward(model, model.shard_keeps != "weights")
 
 
 def _free_after_forward(model: nn.Module, frees: bool) -> None:
@@ -38,11 +38,11 @@ def _free_after_forward(model: nn.Module, frees: bool) -> None:
             module.set_reshard_after_forward(frees, recurse=False)
 
 
-def before_backward(model: nn.Module, keeps: ShardKeeps, *, is_last: bool) -> None:
+def before_backward(model: GPT, *, is_last: bool) -> None:
     """Choose what the next backward pass reduces and frees; the last one of a step reduces and frees everything."""
     if not isinstance(model, FSDPModule):
         return
-    reduces = is_last or keeps == "nothing"
+    reduces = is_last or model.shard_keeps == "nothing"
     model.set_requires_gradient_sync(reduces)
     model.set_requires_all_reduce(is_last)  # between copies: sums of shards wait for the last
     model.set_reshard_after_backward(reduces)

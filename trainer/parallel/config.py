@@ -7,10 +7,8 @@ from pydantic import Field
 from trainer.config.base import Config
 from trainer.config.numbers import Count, Experts, Layers, Ranks, Rows
 from trainer.config.plugins import PluggableFunction
-from trainer.models.config import Recompute
+from trainer.models.config import Recompute, ShardKeeps
 from trainer.moe.dispatch.registry import AllToAllDispatcherConfig, DispatcherConfig
-
-ShardKeeps = Literal["nothing", "gradients", "weights"]
 
 
 class RecomputeEveryConfig(Config):

@@ -47,7 +47,7 @@ def parallelize(
         moe.dispatcher.step_timer = mesh.world.recorder.step_timer
         if mesh.ep.size > 1:
             moe.experts.keep(*even_slice(moe.experts.num_experts, mesh.ep.size, mesh.ep.index))
-    model.loss_chunk = config.loss_chunk
+    model.loss_chunk, model.shard_keeps = config.loss_chunk, config.shard_keeps
     for layer, block in enumerate(cast(Iterable[Block], model.blocks)):
         block.set_recompute(config.recompute_of(layer))
     choose_attention(model, device, dtype, is_compiled=config.compile and can_compile)

@@ -8,9 +8,8 @@ from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.engine.deepspeed.passthrough import free_options
 from trainer.engine.registry import NativeEngineConfig
 from trainer.experiment import ExperimentConfig
-from trainer.models.config import Recompute
+from trainer.models.config import Recompute, ShardKeeps
 from trainer.moe.dispatch.registry import LocalDispatcherConfig, WireOptions
-from trainer.parallel.config import ShardKeeps
 
 MAX_RANKS = 4
 ENGINES = ("native", "deepspeed")
@@ -268,6 +267,8 @@ def shrink(config: ExperimentConfig) -> ExperimentConfig:
         if moe["layers"] is not None:
             model["num_layers"], moe["layers"] = _few_layers(moe["layers"])
     model["attention"] = _small_window(model["attention"], model["num_layers"])
+    if isinstance(again := values["parallel"]["recompute"], dict):
+        again["every"] = min(again["every"], model["num_layers"])
     rows = values["train"]["global_batch_size"]
     values["train"]["global_batch_size"] = min(rows, 7)  # not divisible by any number of ranks
     return ExperimentConfig.model_validate(values)

@@ -2,6 +2,7 @@
 
 import torch
 
+from trainer.data.batches.batch import Batch
 from trainer.distributed.collective_errors import raise_together
 from trainer.distributed.rank_layout import is_first_on_node
 from trainer.distributed.signals import StopRequest
@@ -91,13 +92,11 @@ def _take_step(run: RunState, step: int, pace: ThroughputMeter, status: StatusFi
             run.stream.load_blocks(run.position, batch_size, prefetch=is_first_on_node())
         if run.mesh.layout.rank == 0:
             run.write_skipped_rows()
-    batches = run.stream.micro_batches(
-        run.position,
-        global_batch_size=batch_size,
-        micro_batch_size=config.parallel.micro_batch_size,
-        rank=run.mesh.layout.rank,
-        world_size=run.mesh.layout.world_size,
-    )
+    batches = run.ahead.take(run.position) or _micro_batches(run, run.position)
+    next_row, is_last = run.position + batch_size, step + 1 == config.train.steps
+    # A new block is read by all ranks together, at the beginning of its step.
+    if run.ahead.is_on and not is_last and not run.stream.needs_new_block(next_row, batch_size):
+        run.ahead.start(next_row, _micro_batches(run, next_row))
     lr, limit = run.schedule(step), run.spikes.limit()
     with memory.hint(config, "taking a step"):
         result = run.engine.train_step(batches, lr=lr, skip_above=limit if config.train.spikes.skip else None)
@@ -107,6 +106,17 @@ def _take_step(run: RunState, step: int, pace: ThroughputMeter, status: StatusFi
     recorder.enter("checking the step")
     anomalies.record_step_health(run, step + 1, result, limit=limit)
     return result, lr
+
+
+def _micro_batches(run: RunState, first_row: int) -> list[Batch]:
+    """Return this rank's micro-batches of the step that begins with a row."""
+    return run.stream.micro_batches(
+        first_row,
+        global_batch_size=run.config.train.global_batch_size,
+        micro_batch_size=run.config.parallel.micro_batch_size,
+        rank=run.mesh.layout.rank,
+        world_size=run.mesh.layout.world_size,
+    )
 
 
 def _evaluate_if_due(run: RunState, done: int, status: StatusFile) -> EvalReport | None:

@@ -10,6 +10,7 @@ from trainer.checkpoint.identity import Parent
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.saver import Saver
 from trainer.console.console import Console
+from trainer.data.batches.copy_ahead import CopyAhead
 from trainer.data.batches.stream import TrainStream
 from trainer.data.corpus import Corpus
 from trainer.data.token_cache.skipped import write_skipped
@@ -47,6 +48,7 @@ class RunState:
     profiler: Profiler
     size: ModelSize
     spikes: SpikeWindow
+    ahead: CopyAhead
     canary: CanaryReport | None = None
     """Findings about the experts kernel; None for a dense model."""
     id: str = ""

@@ -17,6 +17,7 @@ from trainer.checkpoint.shared_fs import check_shared
 from trainer.config.build_plugin import build_plugin
 from trainer.config.dump import dump
 from trainer.console.console import Console
+from trainer.data.batches.copy_ahead import CopyAhead
 from trainer.data.batches.stream import TrainStream
 from trainer.data.broadcast_tokenizer import tokenizer_from_plain, tokenizer_to_plain
 from trainer.data.corpus import Corpus, build_corpus
@@ -145,7 +146,6 @@ def build_model_and_engine(
             numerics(config),
             mesh,
             folder=folder.deepspeed,
-            shard_keeps=config.parallel.shard_keeps,
         )
     checkpoints = CheckpointFolder(
         folder.checkpoints, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
@@ -169,6 +169,7 @@ def build_model_and_engine(
         profiler=Profiler(config.profile, folder.profile, mesh, device, say=console.message, warn=console.warning),
         size=size,
         spikes=SpikeWindow(sigmas=spikes.sigmas, size=spikes.window, patience=config.train.max_consecutive_skips),
+        ahead=CopyAhead.to_device(device),
     )
 
 

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.builders import make_batch, make_engine, tiny_model_config
 from tests.ranks import Ranks, mesh_here
 from trainer.engine.native import NativeEngine
-from trainer.parallel.config import ParallelConfig, ShardKeeps
+from trainer.models.config import ShardKeeps
+from trainer.parallel.config import ParallelConfig
 from trainer.parallel.shard import gather_ahead
 from trainer.prove.gather import gather_state
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from trainer.experiment import ExperimentConfig
+from trainer.parallel.config import RecomputeEveryConfig
 from trainer.prove.cases import ENGINES, all_cases, apply_case, in_dtype, reference, shrink
 
 
@@ -84,3 +85,11 @@ def test_a_small_model_keeps_windows_and_rotated_parts(
     share = small.rotary_width / small.head_dim
     assert share == pytest.approx(attention.get("rotary_fraction", 1.0), abs=2 / small.head_dim)
     assert (share == 1) == ("rotary_fraction" not in attention)
+
+
+@pytest.mark.parametrize(("every", "of_small"), [(1, 1), (6, 2)])
+def test_a_small_model_recomputes_a_block_if_the_large_one_does(every: int, of_small: int) -> None:
+    values = {"name": "x", "model": {"num_layers": 6}, "parallel": {"recompute": {"every": every}}}
+    small = shrink(ExperimentConfig.model_validate(values))
+    assert small.model.num_layers == 2
+    assert small.parallel.recompute == RecomputeEveryConfig(every=of_small)

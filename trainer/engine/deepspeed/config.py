@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from trainer.engine.step import NumericsConfig
     from trainer.models.gpt import GPT
     from trainer.optim.registry import OptimConfig
-    from trainer.parallel.config import ShardKeeps
 
 _STAGES = {
     0: "DeepSpeed clips by the mean of the ranks' norms there, wrong for experts; use 1, or engine.kind native",
@@ -111,12 +110,8 @@ class DeepSpeedEngineConfig(Config):
         mesh: Mesh,
         *,
         folder: Path | None = None,
-        shard_keeps: ShardKeeps = "gradients",
     ) -> Engine:
-        """Start DeepSpeed for an initialized model; it writes its files into `folder`. Collective.
-
-        `shard_keeps` is not used.
-        """
+        """Start DeepSpeed for an initialized model; it writes its files into `folder`. Collective."""
         from trainer.engine.deepspeed.engine import DeepSpeedEngine
 
         config = self.resolved(grad_clip=numerics.grad_clip, folder=folder)
