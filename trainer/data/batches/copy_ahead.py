@@ -1,8 +1,8 @@
 """Rows of the next step, on their way to the device while the present step is computed.
 
-    host       read step 2 | start step 1      | read step 3 | start step 2
-    copies                 | rows of step 2    |             | rows of step 3
-    computed               | step 1 ...........|             | step 2 ...........
+host       read step 2 | start step 1      | read step 3 | start step 2
+copies                 | rows of step 2    |             | rows of step 3
+computed               | step 1 ...........|             | step 2 ...........
 """
 
 from collections.abc import Sequence
