@@ -33,10 +33,12 @@ class CudaSideStream:
         self._device, self._stream = device, torch.cuda.Stream(device)
 
     def copied(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Start to copy on the stream."""
         with torch.cuda.stream(self._stream):
             return [batch.to(self._device) for batch in batches]
 
     def join(self, copies: Sequence[Batch]) -> None:
+        """Let the present stream wait for this one, and keep the copies' memory until it is done with them."""
         computing = torch.cuda.current_stream(self._device)
         computing.wait_stream(self._stream)
         for batch in copies:
