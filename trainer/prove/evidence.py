@@ -70,7 +70,7 @@ def collect(config: ExperimentConfig, mesh: Mesh, *, steps: int) -> Evidence:
     corpus = build_corpus(config.data)
     stream = TrainStream(corpus, packing=config.data.packing, seq_len=config.model.seq_len, seed=config.seed)
     model = build_parallel_model(config, corpus.tokenizer, mesh, device, warn=lambda _: None)  # training shows it
-    engine = config.engine.build(model, config.optim, numerics(config), mesh, shard_keeps=config.parallel.shard_keeps)
+    engine = config.engine.build(model, config.optim, numerics(config), mesh)
     assert isinstance(engine, StepEngine)
     with closing(engine):
         return _train(config, engine, stream, mesh, steps=steps)
