@@ -20,6 +20,14 @@ from trainer.moe.dispatch.registry import AllToAllDispatcherConfig, ExchangeOpti
 from trainer.optim.registry import AdamWConfig, OptimConfig, ScheduleConfig, WarmupCosineConfig
 from trainer.parallel.config import ParallelConfig, RecomputeEveryConfig
 
+_KERNEL_DTYPES = {
+    "grouped": ("float32", "bfloat16"),
+    "triton": ("float32", "bfloat16"),
+    "sonicmoe": ("bfloat16",),
+    "scattermoe": ("bfloat16",),
+}
+"""Values of `train.dtype` of the experts kernels that have not all."""
+
 
 class SpikesConfig(Config):
     """Losses far above those of recent steps: reported, counted in `loss_spikes` and, optionally, skipped."""
@@ -222,16 +230,19 @@ class ExperimentConfig(Config):
         """Check that the experts kernel supports the dtype and shapes."""
         moe, dtype = self.model.moe, self.train.dtype
         kernel = self.parallel.experts_kernel
-        if moe is None or kernel not in ("grouped", "triton", "mxfp8"):
+        if moe is None:
             return
-        if dtype == "float64" and kernel != "mxfp8":
-            yield Problem("parallel.experts_kernel", f"{kernel} does not support float64; use auto")
+        if dtype not in _KERNEL_DTYPES.get(kernel, (dtype,)):
+            yield Problem("parallel.experts_kernel", f"{kernel} does not support {dtype}; use auto")
             return
+        if kernel == "sonicmoe" and self.model.activation != "swiglu":
+            problem = f"sonicmoe has swiglu, and model.activation is {self.model.activation}; use auto"
+            yield Problem("parallel.experts_kernel", problem)
         if dtype != "bfloat16" and kernel == "mxfp8" and self.parallel.device != "cpu":
             problem = f"mxfp8 has products in bfloat16, and train.dtype is {dtype}"
             remedy = "use train.dtype=bfloat16, or parallel.device=cpu, where it is emulated in any dtype"
             yield Problem("parallel.experts_kernel", f"{problem}; {remedy}")
-        if kernel == "triton":
+        if kernel not in ("grouped", "mxfp8"):
             return  # any width
         multiple = 32 if kernel == "mxfp8" else 8 if dtype == "bfloat16" else 4
         for key, width in (("model.d_model", self.model.d_model), ("model.moe.d_ff", moe.d_ff)):

@@ -18,6 +18,14 @@ _EXTRAS: Final = {
 """Extra of pyproject.toml that installs a package; all others are installed with the project itself."""
 
 
+_ARGUMENTS: Final = {
+    "scattermoe": "git+https://github.com/shawntan/scattermoe",
+    # Its metadata asks for torch 2.9.1 or older, which pip would install.
+    "sonicmoe": "quack-kernels && pip install --no-deps sonic-moe",
+}
+"""What `pip install` needs for a package that no extra has, if that is not its name."""
+
+
 def is_installed(package: str) -> bool:
     """Return whether a top-level package can be found."""
     return find_spec(package) is not None
@@ -41,5 +49,5 @@ def importing(package: str, *, user: str) -> Iterator[None]:
 def missing(module: str, *, user: str, package: str = "") -> str:
     """Return the message about a missing module of a package, with the command that installs a fitting version."""
     package = package or module
-    wanted = f"'turnout[{_EXTRAS[package]}]'" if package in _EXTRAS else package
+    wanted = f"'turnout[{_EXTRAS[package]}]'" if package in _EXTRAS else _ARGUMENTS.get(package, package)
     return f"{user}: needs {module}, which is not installed; pip install {wanted}"

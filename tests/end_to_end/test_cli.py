@@ -274,6 +274,14 @@ BAD_CONFIGS = {
         ["parallel.experts_kernel=triton", "train.dtype=float64"],
         r"parallel\.experts_kernel: triton does not support float64; use auto",
     ),
+    "a kernel of bfloat16": (
+        ["parallel.experts_kernel=scattermoe"],
+        r"parallel\.experts_kernel: scattermoe does not support float32; use auto",
+    ),
+    "a kernel without that activation": (
+        ["parallel.experts_kernel=sonicmoe", "train.dtype=bfloat16", "model.activation=gelu"],
+        r"parallel\.experts_kernel: sonicmoe has swiglu, and model\.activation is gelu; use auto",
+    ),
     "a kernel in blocks of 32": (
         ["parallel.experts_kernel=mxfp8", "parallel.device=cpu", "model.d_model=48", "model.num_heads=4"],
         r"parallel\.experts_kernel: mxfp8 needs model\.d_model to be a multiple of 32 in \w+, not 48; use auto",

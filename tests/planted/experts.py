@@ -85,6 +85,20 @@ FAULTS = [
         PRODUCTS,
     ),
     _fault(
+        "sonicmoe gets gates and ups one after the other",
+        "trainer/ops/package_experts.py",
+        "w_in.unflatten(1, (2, -1)).transpose(1, 2)",
+        "w_in.unflatten(1, (-1, 2))",
+        "tests/unit/ops/test_package_experts.py",
+    ),
+    _fault(
+        "scattermoe gets sizes of groups in place of their ends",
+        "trainer/ops/package_experts.py",
+        "ends = order.rows_per_expert.cumsum(0)",
+        "ends = order.rows_per_expert",
+        "tests/unit/ops/test_package_experts.py",
+    ),
+    _fault(
         "a proof runs an exact kernel in place of the coarse one that is named",
         "trainer/prove/cases.py",
         'kernel if ":" in kernel or kernel in _COARSE_KERNELS else "auto"',

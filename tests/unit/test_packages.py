@@ -36,6 +36,12 @@ def test_the_message_has_the_extra(package: str, extra: str) -> None:
     )
 
 
+@pytest.mark.parametrize(("package", "arguments"), packages._ARGUMENTS.items())
+def test_a_package_of_no_extra_has_a_command_of_its_own(package: str, arguments: str) -> None:
+    assert package not in packages._EXTRAS
+    assert packages.missing(package, user="x") == f"x: needs {package}, which is not installed; pip install {arguments}"
+
+
 def test_a_missing_module_of_a_package_names_the_module_and_the_package_s_command() -> None:
     expected = r"^x: needs no_such_module, which is not installed; pip install 'turnout\[lm-eval\]'$"
     with pytest.raises(ConfigError, match=expected), packages.importing("lm_eval", user="x"):

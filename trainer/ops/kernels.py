@@ -21,6 +21,7 @@ from trainer.ops.fused_ffn import FusedKernel
 from trainer.ops.grouped_kernel import GroupedKernel, GroupedMM, LoopProducts, PaddedProducts
 from trainer.ops.mx_format import BLOCK
 from trainer.ops.mxfp8_products import GROUP_ROWS, EmulatedMXFP8Products, MXFP8Products
+from trainer.ops.package_experts import PACKAGE_EXPERTS
 from trainer.ops.permute import gather_rows, sum_rows
 from trainer.ops.routed_ffn import FFNKernel, routed_ffn
 from trainer.ops.weighted_activation import weighted_activation
@@ -32,7 +33,9 @@ _MXFP8_CAPABILITY = (10, 0)
 _ALIGNMENT_BYTES = 16
 """The grouped product reads weight gradients along the rows, in units of this."""
 
-ExpertsKernel = Literal["loop", "padded", "grouped", "fused", "fused_onednn", "triton", "mxfp8"]
+ExpertsKernel = Literal[
+    "loop", "padded", "grouped", "fused", "fused_onednn", "triton", "mxfp8", "sonicmoe", "scattermoe"
+]
 RowsKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Activation], Tensor]
 """Kernel that is a plug-in, with the arguments of `trainer.ops.expert_ffn.loop_ffn`."""
 
@@ -64,7 +67,8 @@ def run_experts(
         activation: between the two products.
         num_rows: number of (token, expert) pairs; None: it is counted, which waits for the device.
         is_compiled: compile the activation, once for all layers and sizes.
-        recompute: save only x, and compute the hidden values again in the backward pass.
+        recompute: save only x, and compute the hidden values again in the backward pass. Kernels of other packages, and
+            plug-ins, save what they like.
 
     Returns:
         In the wider dtype of the products and of weight; in that of the products if k is 1, where nothing is summed.
@@ -75,6 +79,9 @@ def run_experts(
     dtype = compute_dtype(x)
     multiple = _rows_multiple(kernel, x.device.type, dtype)
     order = order_by_expert(expert_index, len(w_in), num_rows=num_rows, multiple=multiple)
+    if kernel in PACKAGE_EXPERTS and len(order.slot_of_row):
+        y = PACKAGE_EXPERTS[kernel](x.to(dtype), expert_index, weight, order, w_in, w_out, activation)
+        return y.to(torch.promote_types(dtype, weight.dtype) if weight.shape[1] > 1 else dtype)
     run = _built(kernel, activation, is_compiled, x.device.type, dtype)
     return routed_ffn(x, weight, order, w_in, w_out, run, dtype=dtype, recompute=recompute)
 
@@ -150,16 +157,18 @@ def missing_kernel(kernel: str, device: str = "cuda", *, instead: str = "auto") 
             return None
         needed = ".".join(map(str, _MXFP8_CAPABILITY))
         return f"mxfp8 needs a GPU of compute capability {needed}, and this one has {major}.{minor}; use {instead}"
-    if kernel != "triton":
+    if kernel not in ("triton", *PACKAGE_EXPERTS):
         return None
-    if not packages.is_installed("triton"):
-        return packages.missing("triton", user="triton") + f", or use {instead}"
+    if not packages.is_installed(kernel):
+        return packages.missing(kernel, user=kernel) + f", or use {instead}"
+    if device == "cuda":
+        return None
+    if kernel != "triton":
+        return f"{kernel} needs a GPU, and the device is {device}; use {instead}"
     from trainer.ops.triton_ffn import IS_INTERPRETED  # an optional package
 
-    if device == "cuda" or IS_INTERPRETED:
-        return None
     test = "TRITON_INTERPRET=1 to test it, very slowly"
-    return f"triton needs a GPU, and the device is {device}; use {instead}, or {test}"
+    return None if IS_INTERPRETED else f"triton needs a GPU, and the device is {device}; use {instead}, or {test}"
 
 
 def choose_experts_kernel(

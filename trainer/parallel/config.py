@@ -46,13 +46,16 @@ class ParallelConfig(Config):
     """Check every N steps, and before each save, that replicated tensors are bitwise equal across ranks. Null: only
     before saves."""
     experts_kernel: Annotated[
-        Literal["auto", "loop", "padded", "grouped", "fused", "fused_onednn", "triton", "mxfp8"],
+        Literal[
+            "auto", "loop", "padded", "grouped", "fused", "fused_onednn", "triton", "mxfp8", "sonicmoe", "scattermoe"
+        ],
         PluggableFunction("experts_kernels"),
     ] = "auto"
     """Kernel of the experts. `auto` is resolved from a table of measurements and recorded in the run folder. It never
     chooses `triton`, for GPUs, float32 and bfloat16, which needs the extra `triton`; nor `mxfp8`, an experiment that
     changes what is learned: products of float8 numbers in blocks of 32, on a GPU of compute capability 10.0 in
-    bfloat16, emulated on a CPU.
+    bfloat16, emulated on a CPU; nor `sonicmoe` (swiglu) and `scattermoe`, in bfloat16 on GPUs, which are packages that
+    you install.
     `my_package.module:function` is a custom kernel, with the signature of those in trainer/ops/expert_ffn.py."""
     kernel_canary: Literal["auto", "fall_back", "refuse", "off"] = "auto"
     """At the start, kernel and dispatcher are compared with a plain loop on this device. If the kernel is wrong,
