@@ -6,7 +6,7 @@ from typing import Any
 
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.loader import load
-from trainer.convert.loaded_run import LoadedRun, load_weights, new_engine
+from trainer.convert.loaded_run import LoadedRun, WeightSource, load_weights, new_engine
 from trainer.convert.new_run import NewRun
 from trainer.data.corpus import build_corpus
 from trainer.experiment import ExperimentConfig
@@ -45,4 +45,5 @@ def make_run(folder: Path, name: str, moe: dict[str, Any] | None, *, seed: int =
 
 def loaded(run: Path, step: int | None = None) -> LoadedRun:
     """Return a run's weights, as conversions read them."""
-    return load_weights(load(run / "config.yaml", [], ExperimentConfig), RunFolder(run), step=step, warn=print)
+    config = load(run / "config.yaml", [], ExperimentConfig)
+    return load_weights(WeightSource.find(config, RunFolder(run), step=step, warn=print), warn=print)

@@ -2,9 +2,40 @@
 
 from tests.planted.fault import in_package as _fault
 
+SURGERY = "convert/test_change_experts.py"
 UPCYCLE = "convert/test_upcycle_weights.py"
 
 FAULTS = [
+    _fault(
+        "router rows stay with experts that are gone",
+        "convert/take_experts.py",
+        "torch.tensor(experts),",
+        "torch.arange(len(experts)),",
+        SURGERY,
+    ),
+    _fault(
+        "the selection bias of null experts is lost",
+        "convert/router_columns.py",
+        "torch.arange(num_old, value.shape[dim])",
+        "torch.arange(0)",
+        SURGERY,
+    ),
+    _fault(
+        "hidden units are averaged as they come",
+        "convert/merge_experts.py",
+        "network.take(torch.from_numpy(units))",
+        "network",
+        SURGERY,
+    ),
+    _fault("halves are not doubled", "convert/surgery_plan.py", "2.0 if self.halves", "1.0 if self.halves", SURGERY),
+    _fault(
+        "the experts that are used most are pruned",
+        "convert/change_experts.py",
+        "(counts[e], -e))[:each]",
+        "(-counts[e], -e))[:each]",
+        SURGERY,
+    ),
+    _fault("a dense network sums experts as they are", "convert/dense_from_experts.py", ".scaled(factor)", "", SURGERY),
     _fault(
         "a virtual group's slices are all the first",
         "convert/upcycle_weights.py",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.console.console import Console
-from trainer.convert.loaded_run import LoadedRun
+from trainer.convert.loaded_run import WeightSource
 from trainer.convert.new_run import NewRun
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.data.tokenizers.base import Tokenizer
@@ -47,19 +47,20 @@ def write_changed(
     engine: Engine,
     corpus: Corpus,
     *,
-    parents: Sequence[LoadedRun],
+    before: Engine,
+    parents: Sequence[WeightSource],
     made_from: dict[str, Any],
     notes: Sequence[str],
 ) -> ChangedRun:
-    """Measure the loss before, of the first parent, and after; write the run with both in its record."""
-    before, after = (held_out_loss(config, e, corpus) for e in (parents[0].engine, engine))
-    of = [parent for run in parents if (parent := run.as_parent()) is not None]
+    """Measure the loss `before`, of the first parent, and after; write the run with both in its record."""
+    loss_before, loss_after = (held_out_loss(config, e, corpus) for e in (before, engine))
+    of = [parent for source in parents if (parent := source.as_parent()) is not None]
     record = {
         **made_from,
         "parents": [asdict(parent) for parent in of],
-        "loss_before": before,
-        "loss_after": after,
+        "loss_before": loss_before,
+        "loss_after": loss_after,
         "notes": list(notes),
     }
     new = NewRun(config=config, engine=engine, corpus=corpus, parent=of[0] if of else None, made_from=record)
-    return ChangedRun(path=new.write(), loss_before=before, loss_after=after, notes=notes)
+    return ChangedRun(path=new.write(), loss_before=loss_before, loss_after=loss_after, notes=notes)

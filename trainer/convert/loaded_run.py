@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 
@@ -14,6 +15,7 @@ from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.run_tokenizer import tokenizer_of
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.checkpoint.tensor_files import StoredTensors
+from trainer.convert.router_columns import tensors_of
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.distributed import runtime
 from trainer.distributed.mesh import Mesh
@@ -26,19 +28,26 @@ from trainer.training.model import build_parallel_model, numerics, resolve_kerne
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedRun:
-    """Weights of a run's checkpoint, its config and tokenizer."""
+class WeightSource:
+    """A verified checkpoint of a run."""
 
     config: ExperimentConfig
     folder: RunFolder
-    engine: Engine
-    tokenizer: Tokenizer
     checkpoint: CheckpointHandle
 
-    @property
-    def model(self) -> GPT:
-        """The model with the checkpoint's weights."""
-        return self.engine.model
+    @classmethod
+    def find(
+        cls, config: ExperimentConfig, folder: RunFolder, *, step: int | None, warn: Callable[[str], None]
+    ) -> Self:
+        """Find a checkpoint of a model, of `step` or the newest one, and read all of its bytes.
+
+        Raises:
+            CheckpointError: if there is none, or it is damaged or of another model than `config`'s.
+        """
+        checkpoint = intact_checkpoint(CheckpointFolder(folder.checkpoints), step, warn)
+        check_record(checkpoint)
+        check_model(checkpoint, config.model.model_dump(mode="json"))
+        return cls(config=config, folder=folder, checkpoint=checkpoint)
 
     def as_parent(self) -> Parent | None:
         """Return the entry of this run in the record of one that is made from it; None if it never had an id."""
@@ -48,42 +57,41 @@ class LoadedRun:
         folder = str(self.folder.path.absolute())
         return Parent(id=run_id, name=self.config.name, step=self.checkpoint.step, folder=folder)
 
+    def weights(self, model: GPT) -> StoredTensors:
+        """Return the stored parameters and buffers of a whole model, after comparing all names and shapes."""
+        handle = self.checkpoint
+        stored = {name: tensor for name, tensor in handle.manifest.tensors.items() if name.startswith(WEIGHT)}
+        weights_only = handle.manifest.model_copy(update={"tensors": stored})
+        wanted = {f"{WEIGHT}{name}": Slice.whole(tensor) for name, tensor in tensors_of(model).items()}
+        check_fits(replace(handle, manifest=weights_only), TrainState(slices=wanted))
+        return StoredTensors(handle.path, weights_only)
 
-def load_weights(
-    config: ExperimentConfig,
-    folder: RunFolder,
-    *,
-    step: int | None,
-    warn: Callable[[str], None],
-    seq_len: int | None = None,
-) -> LoadedRun:
-    """Load the weights of a checkpoint, of `step` or the newest one; `seq_len` is of the rows to evaluate.
 
-    Raises:
-        CheckpointError: if there is none, or it is damaged or of another model.
-    """
-    checkpoint = intact_checkpoint(CheckpointFolder(folder.checkpoints), step, warn)
-    check_record(checkpoint)
-    tokenizer = tokenizer_of(folder, config.data, fingerprint=checkpoint.run["tokenizer_fingerprint"])
-    check_model(checkpoint, config.model.model_dump(mode="json"))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedRun:
+    """Weights of a run's checkpoint in memory, and its tokenizer."""
+
+    source: WeightSource
+    engine: Engine
+    tokenizer: Tokenizer
+
+    @property
+    def model(self) -> GPT:
+        """The model with the checkpoint's weights."""
+        return self.engine.model
+
+
+def load_weights(source: WeightSource, *, warn: Callable[[str], None], seq_len: int | None = None) -> LoadedRun:
+    """Load the weights of a checkpoint; `seq_len` is of the rows to evaluate, None: as in training."""
+    config, checkpoint = source.config, source.checkpoint
+    tokenizer = tokenizer_of(source.folder, config.data, fingerprint=checkpoint.run["tokenizer_fingerprint"])
     update = {} if seq_len is None else {"seq_len": seq_len}
     rows = config.model_copy(update={"model": config.model.model_copy(update=update)})
     engine = new_engine(rows, tokenizer, warn)
-    read_weights(checkpoint, engine.model)
-    return LoadedRun(config=config, folder=folder, engine=engine, tokenizer=tokenizer, checkpoint=checkpoint)
-
-
-@torch.no_grad()
-def read_weights(checkpoint: CheckpointHandle, model: GPT) -> None:
-    """Copy a verified checkpoint's parameters and buffers into a whole model, after comparing all names and shapes."""
-    mine = {f"{WEIGHT}{name}": tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-    stored = {name: tensor for name, tensor in checkpoint.manifest.tensors.items() if name.startswith(WEIGHT)}
-    weights_only = checkpoint.manifest.model_copy(update={"tensors": stored})
-    wanted = TrainState(slices={name: Slice.whole(tensor) for name, tensor in mine.items()})
-    check_fits(replace(checkpoint, manifest=weights_only), wanted)
-    with StoredTensors(checkpoint.path, weights_only) as tensors:
-        for name, tensor in mine.items():
-            tensor.copy_(tensors.read(name))
+    with torch.no_grad(), source.weights(engine.model) as stored:
+        for name, tensor in tensors_of(engine.model).items():
+            tensor.copy_(stored.read(f"{WEIGHT}{name}"))
+    return LoadedRun(source=source, engine=engine, tokenizer=tokenizer)
 
 
 def new_engine(config: ExperimentConfig, tokenizer: Tokenizer, warn: Callable[[str], None]) -> Engine:

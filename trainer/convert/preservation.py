@@ -9,6 +9,7 @@ import torch
 from trainer.data.batches.batch import Batch
 from trainer.data.batches.evaluation import evaluation_batches
 from trainer.data.corpus import Corpus
+from trainer.errors import CheckpointError
 from trainer.experiment import ExperimentConfig
 from trainer.models.gpt import GPT
 from trainer.moe.routing import RoutingOptions
@@ -26,6 +27,17 @@ class LogitDifference:
     scale: float
     """The largest logit, at least 1."""
     num_tokens: int
+
+    def check(self, name: str, why: str, *, is_allowed: bool) -> str:
+        """Return what was measured, for the user, if it is preserved or may change.
+
+        Raises:
+            CheckpointError: otherwise, with the reasons why it may differ.
+        """
+        said = f"logits differ by up to {self.largest:.1e} from those before over {self.num_tokens} tokens"
+        if self.is_preserved or is_allowed:
+            return said
+        raise CheckpointError(f"{name}: not written: its {said}: {why}; --allow-change writes it")
 
     @property
     def is_preserved(self) -> bool:

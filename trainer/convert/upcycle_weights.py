@@ -36,18 +36,18 @@ def _fill_layer(dense: HiddenUnits, moe: MoE, plan: UpcyclePlan, *, seed: int, l
     size, options = (end - first) // plan.granularity, plan.options
     for e in range(moe.experts.num_experts):
         start = first + e % plan.granularity * size  # the experts of a copy are neighbours
-        units = dense.take(torch.arange(start, start + size, device=dense.w_in.device))
+        units = dense.take(torch.arange(start, start + size))
         units = units.scaled(plan.factor) if options.scale == "output" else units.spread(plan.factor)
         if options.drop_fraction:
             units = _with_new_units(units, options.drop_fraction, _generator("drop", seed, layer, e))
         if options.noise:
-            units = _with_noise(units, options.noise, _generator("noise", seed, layer, e))
+            units = units.noisy(options.noise, _generator("noise", seed, layer, e))
         units.copy_to(HiddenUnits.of_expert(moe.experts, e))
     if moe.shared is not None:
         shared = cast(SharedExperts, moe.shared)
         if shared.gate is not None:
             shared.gate.weight.zero_()
-        units = dense.take(torch.arange(plan.shared_units, device=dense.w_in.device) % len(dense))
+        units = dense.take(torch.arange(plan.shared_units) % len(dense))
         units.scaled(plan.shared_factor).copy_to(HiddenUnits.of_layer(shared))
 
 
@@ -73,7 +73,7 @@ def _with_new_units(units: HiddenUnits, fraction: float, generator: torch.Genera
     chosen = torch.randperm(len(units), generator=generator)[: int(fraction * len(units))]
     if not len(chosen):
         return units
-    old = units.take(chosen.to(units.w_in.device))
+    old = units.take(chosen)
     w_in, w_out = units.w_in.clone(), units.w_out.clone()
     for part, weight in enumerate(old.w_in.unflatten(0, (units.parts, -1)).unbind(0)):
         w_in[chosen + part * len(units)] = _alike(weight, generator)
@@ -85,14 +85,6 @@ def _alike(weight: Tensor, generator: torch.Generator) -> Tensor:
     """Draw a matrix with the mean and standard deviation of another one, on the CPU, as initial weights are."""
     drawn = torch.randn(weight.shape, generator=generator)
     return (drawn * weight.std(correction=0).cpu() + weight.mean().cpu()).to(weight)
-
-
-def _with_noise(units: HiddenUnits, noise: float, generator: torch.Generator) -> HiddenUnits:
-    def noisy(weight: Tensor) -> Tensor:
-        drawn = torch.randn(weight.shape, generator=generator)
-        return weight + (noise * weight.std(correction=0).cpu() * drawn).to(weight)
-
-    return HiddenUnits(noisy(units.w_in), noisy(units.w_out))
 
 
 def _generator(what: str, seed: int, layer: int, expert: int) -> torch.Generator:
