@@ -41,14 +41,14 @@ def add(subparsers: Subparsers) -> None:
     surgery = subparsers.add_parser("surgery", help="Change a trained run's experts, or average checkpoints.")
     subcommands = surgery.add_subparsers(required=True, metavar="COMMAND")
 
-    sub = _add_verb(subcommands, "prune", prune_command, "--keep 6")
+    sub = _add_verb(subcommands, "prune", prune_experts_command, "--keep 6")
     sub.add_argument("--keep", type=whole, metavar="N", help="experts to keep: those that the text uses most")
     sub.add_argument("--experts", type=_named, metavar="LIST", help=f"experts to remove instead: {_EXPERTS}")
 
-    sub = _add_verb(subcommands, "merge", merge_command, "--keep 6")
+    sub = _add_verb(subcommands, "merge", merge_experts_command, "--keep 6")
     sub.add_argument("--keep", type=whole, metavar="N", required=True, help="experts to be left")
 
-    sub = _add_verb(subcommands, "split", split_command, "--halves")
+    sub = _add_verb(subcommands, "split", split_experts_command, "--halves")
     sub.add_argument("--halves", action="store_true", help="halves of the hidden units instead of copies")
     sub.add_argument("--experts", type=_named, metavar="LIST", help=f"copy only these: {_EXPERTS}")
     what = "write the run although it computes something else than before"
@@ -65,7 +65,7 @@ def add(subparsers: Subparsers) -> None:
     what = "numbers that experts are multiplied by (least_squares)"
     sub.add_argument("--fit", choices=["least_squares", "mean_weight"], default="least_squares", help=what)
 
-    sub = _add_verb(subcommands, "average", average_command, "--steps 100,200", has_text=False)
+    sub = _add_verb(subcommands, "average", average_runs_command, "--steps 100,200", has_text=False)
     sub.add_argument("--steps", type=_steps, metavar="A,B", help="steps of RUN (the newest)")
     sub.add_argument("--last", type=whole, metavar="N", help="the last N checkpoints of RUN")
     what = "further runs of the same model, each with its newest checkpoint"
@@ -75,18 +75,18 @@ def add(subparsers: Subparsers) -> None:
     sub.add_argument("--ema", type=fraction, metavar="D", help=what)
 
 
-def prune_command(options: argparse.Namespace) -> int:
+def prune_experts_command(options: argparse.Namespace) -> int:
     """Start a run from another one without the experts that its text uses least, or without named ones."""
     _check_one_of(options, "keep", "experts")
     return _operate(options, PruneExperts(keep=options.keep, named=options.experts or {}))
 
 
-def merge_command(options: argparse.Namespace) -> int:
+def merge_experts_command(options: argparse.Namespace) -> int:
     """Start a run from another one with experts averaged whose outputs on its text are alike."""
     return _operate(options, MergeExperts(keep=options.keep))
 
 
-def split_command(options: argparse.Namespace) -> int:
+def split_experts_command(options: argparse.Namespace) -> int:
     """Start a run from another one with every expert as two that are chosen together: it computes the same."""
     surgery = SplitExperts(halves=options.halves, named=options.experts or {})
     return _operate(options, surgery, allow_change=options.allow_change)
@@ -103,7 +103,7 @@ def to_dense_command(options: argparse.Namespace) -> int:
     return _operate(options, ToDense(d_ff=options.d_ff, fit=options.fit))
 
 
-def average_command(options: argparse.Namespace) -> int:
+def average_runs_command(options: argparse.Namespace) -> int:
     """Start a run from the average of several checkpoints of one model, of one run or of several."""
     _check_at_most_one(options, "steps", "last")
     _check_at_most_one(options, "weights", "ema")
