@@ -1,6 +1,5 @@
 """Tests for the lm-eval adapter: local tasks give the metrics that we compute ourselves, without a network."""
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -13,37 +12,13 @@ pytest.importorskip("lm_eval")
 
 from lm_eval.tasks import TaskManager
 
+from tests.unit.evaluation.lm_eval_tasks import ROWS, write_tasks
 from tests.unit.evaluation.task_helpers import SEQ_LEN, build, subject
 from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation import lm_eval
 from trainer.evaluation.lm_eval import LmEvalModel, run_lm_eval
 from trainer.evaluation.scoring import Question, score
-
-ROWS = [
-    {"q": f"Is {n} even?", "label": n % 2, "text": f"{n} is {'odd' if n % 2 else 'even'}. " * (1 + n)}
-    for n in range(12)
-]
-CHOICE = """task: local_choice
-output_type: multiple_choice
-doc_to_text: "{{q}}"
-doc_to_choice: ["yes", "no, it is odd", "no"]
-doc_to_target: label
-metric_list: [{metric: acc}, {metric: acc_norm}]
-"""
-ROLLING = """task: local_rolling
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{text}}"
-metric_list: [{metric: bits_per_byte}]
-"""
-WRITING = """task: local_writing
-output_type: generate_until
-doc_to_text: "{{q}} "
-doc_to_target: "{{text}}"
-generation_kwargs: {until: ["\\n"], max_gen_toks: 8}
-metric_list: [{metric: exact_match}]
-"""
 
 
 @pytest.fixture
@@ -55,15 +30,7 @@ def model() -> LmEvalModel:
 def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with tasks over a local file."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
-    where = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {rows}}}}}\ntest_split: test\n"
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    for text in (CHOICE, ROLLING, WRITING):
-        name = text.splitlines()[0].removeprefix("task: ")
-        (folder / f"{name}.yaml").write_text(text + where)
-    return folder
+    return write_tasks(tmp_path)
 
 
 def _ask(*arguments: Any) -> Any:
