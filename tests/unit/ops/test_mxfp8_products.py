@@ -102,6 +102,20 @@ def test_a_gpu_finds_the_scale_of_each_block(monkeypatch: pytest.MonkeyPatch) ->
         torch.testing.assert_close(found.float(), expected, rtol=2.0**-8, atol=1e-3)
 
 
+def test_a_gpu_need_not_wait_for_the_sizes_of_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without values have no sizes to wait for."""
+
+    def shapes_only(*args: Any, **given: Any) -> Tensor:
+        left, right, left_scale, _, right_scale, _ = args
+        operands, offs = (left, right, left_scale, right_scale), given["offs"]
+        return torch.ops.aten._scaled_grouped_mm(*operands, offs=offs, out_dtype=given["output_dtype"])
+
+    monkeypatch.setattr(F, "scaled_grouped_mm", shapes_only)
+    x, w, other = (torch.empty(shape, device="meta") for shape in ((1000, K), (4, K, N), (1000, N)))
+    products = MXFP8Products(torch.empty(4, device="meta", dtype=torch.int64), 1000)
+    assert products.rows(x, w).shape == (1000, N) and products.weights(x, other).shape == (4, K, N)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(missing_kernel("mxfp8") is not None or not torch.cuda.is_available(), reason="needs compute 10.0")
 def test_the_canary_passes_on_a_gpu() -> None:
