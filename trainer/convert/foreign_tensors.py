@@ -1,7 +1,7 @@
 """Check that a published folder has every tensor that its config.json promises, of the right shape, and no other."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Final
 
 import torch
@@ -20,23 +20,28 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ROWS: Final = 4096  # of the embedding in memory at a time
 
 
-def check_foreign_tensors(source: SafetensorsFolder, links: Sequence[Link], foreign: ForeignModel) -> None:
-    """Compare names, shapes and dtypes of a folder with what the family has.
+def check_foreign_tensors(source: SafetensorsFolder, links: Iterable[Link], foreign: ForeignModel) -> list[Link]:
+    """Compare names, shapes and dtypes of a folder with what the family has; return the links.
+
+    They are taken one by one, since a hostile config.json can promise any number of them.
 
     Raises:
-        CheckpointError: with the first difference, and the number of such ones.
+        CheckpointError: with the first difference.
     """
-    where = shown_path(source.folder.path)
-    linked = {link.theirs for link in links}
-    missing = [link.theirs for link in links if link.theirs not in source.entries]
-    if missing:
-        raise CheckpointError(f"{where}: lacks {_listed(missing)}, which its config.json promises; download it again")
+    where, found = shown_path(source.folder.path), list[Link]()
+    for link in links:
+        if link.theirs not in source.entries:
+            raise CheckpointError(
+                f"{where}: lacks {shown(link.theirs)}, which its config.json promises; download it again"
+            )
+        found.append(link)
+    linked = {link.theirs for link in found}
     extra = [name for name in source.entries if name not in linked and not _is_needless(name, foreign)]
     if extra:
         raise CheckpointError(
             f"{where}: has {_listed(extra)}, for which {foreign.family.name} with its config.json has no place"
         )
-    for link in links:
+    for link in found:
         entry = source.entries[link.theirs]
         if entry.shape != link.shape:
             found, expected = list(entry.shape), list(link.shape)
@@ -52,6 +57,7 @@ def check_foreign_tensors(source: SafetensorsFolder, links: Sequence[Link], fore
         raise CheckpointError(
             f"{where}: {_HEAD} differs from {_EMBEDDING}, and config.json ties them (tie_word_embeddings); one is wrong"
         )
+    return found
 
 
 def _is_needless(name: str, foreign: ForeignModel) -> bool:

@@ -109,9 +109,8 @@ def plan_import(
     check_is_theirs(config, where, folder, foreign)
     tokenizer = tokenizer_for(config, folder)
     config = with_own_tokenizer(with_their_rows(config, tokenizer.vocab_size, folder, foreign))
-    model = meta_model(resolve_kernel(single_process(config), _CPU), tokenizer)
-    links = list(foreign.family.links(config.model, foreign.vocab_size))
-    check_foreign_tensors(source, links, foreign)
+    links = check_foreign_tensors(source, foreign.family.links(config.model, foreign.vocab_size), foreign)
+    model = meta_model(resolve_kernel(single_process(config), _CPU), tokenizer)  # so many layers as there are tensors
     linked = {link.ours for link in links}
     ours = {name: tuple(p.shape) for name, p in model.named_parameters()}
     ours |= {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name in linked}
