@@ -36,7 +36,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4_moe": {
         **{"n_routed_experts": 8, "n_shared_experts": 1, "intermediate_size": 20, "moe_intermediate_size": 12},
         **{"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "head_dim": 8, "use_qk_norm": True},
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
     },
     "dots1": {
         **{"n_routed_experts": 8, "n_shared_experts": 2, "intermediate_size": 20, "moe_intermediate_size": 12},

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
 
 import torch
 
@@ -18,11 +17,11 @@ from trainer.checkpoint.streamed import save_streamed
 from trainer.config.dump import dump
 from trainer.config.nodes import shown_path
 from trainer.console import formatting
+from trainer.convert.compare_logits import compare_logits
 from trainer.convert.compare_tensors import CheckpointRows, check_equal_tensors
 from trainer.convert.foreign_folder import ForeignFolder
 from trainer.convert.foreign_model import read_foreign_model
-from trainer.convert.gate_report import LIMIT, Gate, GateError
-from trainer.convert.gates import our_logits
+from trainer.convert.gate_report import Gate, GateError
 from trainer.convert.import_config import TO_SET
 from trainer.convert.import_plan import ImportPlan, plan_import
 from trainer.convert.import_tokenizer import source_files
@@ -34,11 +33,6 @@ from trainer.distributed import runtime
 from trainer.errors import CheckpointError, ResourceError
 from trainer.metrics.system_stats import total_memory
 from trainer.models.gpt import GPT
-
-_SEEDS: Final = (0, 1)
-"""Of tokens to compare logits on: where two experts score alike, rounding alone may choose the other one."""
-_SHAPES: Final = ((2, 64), (3, 33), (1, 7))
-"""Rows and tokens of each batch of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +73,7 @@ def import_model(path: Path, config_path: Path | None, overrides: Sequence[str],
             check_equal_tensors(rows, source, plan.links)
             checked = f"{len(plan.links)} tensors equal bit for bit"
             if gate == "logits":
-                checked += f", logits within {_check_logits(plan, rows):.0e} of transformers'"
+                checked += f", {_check_logits(plan, rows)}"
     return Imported(run=final, family=foreign.family.name, num_parameters=plan.num_parameters, checked=checked)
 
 
@@ -132,35 +126,13 @@ def _check_room(plan: ImportPlan, gate: Gate, final: Path) -> None:
         )
 
 
-def _check_logits(plan: ImportPlan, rows: CheckpointRows) -> float:
-    """Return the largest difference of logits from transformers'; raise a CheckpointError if it is not rounding."""
+def _check_logits(plan: ImportPlan, rows: CheckpointRows) -> str:
+    """Compare logits with transformers'; return the result in words."""
     where = shown_path(plan.source.folder.path)
     try:
-        theirs: Any = load_model(plan.source.folder.path)
+        return compare_logits(_load(plan, rows), load_model(plan.source.folder.path))
     except GateError as error:
         raise CheckpointError(f"{where}: {error}; nothing was imported") from None
-    ours = _load(plan, rows)
-    found = [_difference(ours, theirs, seed=seed) for seed in _SEEDS]
-    worst, limit = min(found, key=lambda one: one[0] / one[1])
-    if not worst <= limit:
-        raise CheckpointError(
-            f"{where}: its logits here differ from transformers' by {worst:.2g}, and at most {limit:.1g} is rounding; "
-            "nothing was imported"
-        )
-    return worst
-
-
-@torch.no_grad()
-def _difference(ours: GPT, theirs: Any, *, seed: int) -> tuple[float, float]:
-    """Return the largest difference of logits on random tokens, and the largest that is rounding."""
-    generator, worst, limit = torch.Generator().manual_seed(seed), 0.0, LIMIT
-    for num_rows, length in _SHAPES:
-        size = (num_rows, min(length, ours.config.seq_len))
-        ids = torch.randint(0, ours.num_tokens, size, generator=generator)
-        expected, found = theirs(input_ids=ids, use_cache=False).logits, our_logits(ours, ids)
-        difference = float((expected - found).abs().max().nan_to_num(nan=float("inf")))
-        worst, limit = max(worst, difference), max(limit, LIMIT * float(expected.abs().max()))
-    return worst, limit
 
 
 def _load(plan: ImportPlan, rows: CheckpointRows) -> GPT:

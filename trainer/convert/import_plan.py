@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -30,9 +29,7 @@ from trainer.experiment import ExperimentConfig
 from trainer.families.link import Link, coverage_problems
 from trainer.models.gpt import GPT
 from trainer.models.initialize import expert_parameters
-from trainer.training.model import meta_model, resolve_kernel, single_process
-
-_CPU: Final = torch.device("cpu")
+from trainer.training.model import meta_model, single_process
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,13 +107,20 @@ def plan_import(
     tokenizer = tokenizer_for(config, folder)
     config = with_own_tokenizer(with_their_rows(config, tokenizer.vocab_size, folder, foreign))
     links = check_foreign_tensors(source, foreign.family.links(config.model, foreign.vocab_size), foreign)
-    model = meta_model(resolve_kernel(single_process(config), _CPU), tokenizer)  # so many layers as there are tensors
+    model = _plain_model(config, tokenizer)  # of no more layers than there are tensors
     linked = {link.ours for link in links}
     ours = {name: tuple(p.shape) for name, p in model.named_parameters()}
     ours |= {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name in linked}
     problems = list(coverage_problems(links, ours))
     assert not problems, problems[0]
     return ImportPlan(foreign=foreign, config=config, tokenizer=tokenizer, source=source, model=model, links=links)
+
+
+def _plain_model(config: ExperimentConfig, tokenizer: Tokenizer) -> GPT:
+    """Return the whole model on the meta device, with the kernel that computes in every dtype."""
+    alone = single_process(config)
+    parallel = alone.parallel.model_copy(update={"experts_kernel": "loop"})
+    return meta_model(alone.model_copy(update={"parallel": parallel}), tokenizer)
 
 
 def _dtype(tensor: Tensor) -> DType:

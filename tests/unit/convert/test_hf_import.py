@@ -11,10 +11,12 @@ from tests.checkpoint_helpers import load
 from tests.foreign_models import FAMILIES, make_foreign, save_foreign
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.tools.verify import verify_checkpoint
+from trainer.cli import main
 from trainer.config.loader import load as load_config
 from trainer.convert.hf_import import Imported, import_model
 from trainer.convert.link_tensors import region_of, to_theirs
-from trainer.errors import ConfigError
+from trainer.convert.linked_weights import LinkedWeights
+from trainer.errors import CheckpointError, ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.families.registry import FAMILIES as IMPORTED
 
@@ -127,3 +129,77 @@ def test_the_small_files_are_kept_as_they_were() -> None:
     }
     assert all(content == (Path("theirs") / name).read_bytes() for name, content in kept.items())
     assert imported.checked == "53 tensors equal bit for bit"
+
+
+def test_a_model_that_computes_something_else_is_refused_and_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong key of the config, under which all tensors fit."""
+    save_foreign(Path("theirs"), make_foreign("mixtral"))
+    right = IMPORTED["mixtral"].from_hf
+    monkeypatch.setattr(IMPORTED["mixtral"], "from_hf", lambda config: {**right(config), "norm_eps": 1e-2})
+    with pytest.raises(CheckpointError, match=r"logits here differ from transformers' by .*; nothing was imported"):
+        import_model(Path("theirs"), None, ["name=a"], gate="logits")
+    assert not Path("runs").exists()
+
+
+def test_rounding_that_has_grown_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With weights so large that float32 loses digits, and near ties between experts; a fault is still one."""
+    save_foreign(Path("theirs"), make_foreign("mixtral", initializer_range=1.0, num_hidden_layers=8))
+    imported = import_model(Path("theirs"), None, ["name=a"], gate="logits")
+    assert "logits of most tokens within" in imported.checked
+    right = IMPORTED["mixtral"].from_hf
+    monkeypatch.setattr(IMPORTED["mixtral"], "from_hf", lambda config: {**right(config), "norm_eps": 2e-3})
+    with pytest.raises(CheckpointError, match=r"logits here differ from transformers' by .*; nothing was imported"):
+        import_model(Path("theirs"), None, ["name=b"], gate="logits")
+
+
+def test_two_tensors_exchanged_on_the_way_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate `tensors` makes theirs from what was written, and does not read it as it was written."""
+    save_foreign(Path("theirs"), make_foreign("mixtral"))
+    right = LinkedWeights.read
+
+    def exchanged(self: LinkedWeights, name: str, start: int, length: int) -> torch.Tensor:
+        return right(self, name.replace("attention_norm", "ffn_norm"), start, length)
+
+    monkeypatch.setattr(LinkedWeights, "read", exchanged)
+    with pytest.raises(CheckpointError, match="is not what was written of it"):
+        import_model(Path("theirs"), None, ["name=a"], gate="tensors")
+    assert not Path("runs").exists()
+
+
+def test_a_run_of_that_name_is_left_alone() -> None:
+    Path("runs/a").mkdir(parents=True)
+    Path("runs/a/note").write_text("mine")
+    save_foreign(Path("theirs"), make_foreign("mixtral"))
+    with pytest.raises(ConfigError, match=r"runs/a: exists; choose another name=\.\.\. for the new run, or remove it"):
+        import_model(Path("theirs"), None, ["name=a"], gate="tensors")
+    assert [path.name for path in Path("runs").rglob("*")] == ["a", "note"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("nowhere", "nowhere: no such folder"),
+        ("../nowhere/at all", "no such folder"),
+        ("someone/some-model", "someone/some-model: is no folder here, and cannot be fetched from the hub"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_one_line(
+    given: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit) as exit_:
+        main(["import", given, "name=a"])
+    lines = capsys.readouterr().err.splitlines()
+    assert exit_.value.code == 3 and len(lines) == 1 and message in lines[0]
+
+
+def test_a_folder_in_the_hubs_cache_is_links_to_its_blobs() -> None:
+    save_foreign(Path("theirs"), make_foreign("mixtral"))
+    cache = Path("models--someone--some-model")
+    snapshot = cache / "snapshots" / "0123456789abcdef"
+    snapshot.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    for number, path in enumerate(sorted(Path("theirs").iterdir())):
+        path.rename(cache / "blobs" / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    assert import_model(snapshot, None, [], gate="logits").run == Path("runs/some-model")
