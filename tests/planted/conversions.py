@@ -3,6 +3,7 @@
 from tests.planted.fault import in_package as _fault
 
 SURGERY = "convert/test_change_experts.py"
+EXPORT = "convert/test_hf_export.py"
 UPCYCLE = "convert/test_upcycle_weights.py"
 
 FAULTS = [
@@ -61,4 +62,42 @@ FAULTS = [
         "shared copies are not counted", "convert/upcycle_plan.py", "weight_sum + G * copies)", "weight_sum)", UPCYCLE
     ),
     _fault("a gate on shared experts is not undone", "convert/upcycle_plan.py", "2.0 if moe", "1.0 if moe", UPCYCLE),
+    _fault(
+        "an exported expert has the rows of its neighbour",
+        "convert/checkpoint_weights.py",
+        "first[0], first[1] - first[0])",
+        "max(0, first[0] - 1), first[1] - first[0])",
+        EXPORT,
+    ),
+    _fault(
+        "gate and up are linked the wrong way round",
+        "families/decoder_links.py",
+        "((names.gate, (0, F)), (names.up, (F, 2 * F)))",
+        "((names.up, (0, F)), (names.gate, (F, 2 * F)))",
+        EXPORT,
+    ),
+    _fault(
+        "rotated rows keep our order",
+        "convert/link_tensors.py",
+        "unflatten(-1, (2, half) if to_theirs else (half, 2))",
+        "unflatten(-1, (half, 2))",
+        "convert/test_link_tensors.py",
+    ),
+    _fault(
+        "the gate compares the first batch with itself",
+        "convert/gates.py",
+        "our_logits(ours, row), theirs(input_ids=row, use_cache=False).logits",
+        "our_logits(ours, row), our_logits(ours, row)",
+        "tests/unit/convert/test_gates.py::test_the_logits_are_those_of_transformers",
+    ),
+    _fault(
+        "a key that changes the model is not compared",
+        "families/expressible.py",
+        """    "moe.z_loss_coef",
+""",
+        """    "moe.z_loss_coef",
+    "moe.router",
+""",
+        "families/test_registry.py",
+    ),
 ]

@@ -12,11 +12,11 @@ TEMPLATE = "chat_template.jinja"
 
 
 def chat_template_of(config: ExperimentConfig, folder: RunFolder) -> str | None:
-    """Return the template in the run folder, else beside the tokenizer that the config names; None if there is none.
+    """Return the template in the run folder, of its published model, or beside the tokenizer that the config names.
 
-    It is text here: nothing is rendered.
+    None if there is none. It is text here: nothing is rendered.
     """
-    places = [folder.path]
+    places = [folder.path, folder.source]
     if isinstance(config.data.tokenizer, FileTokenizerConfig):
         named = Path(config.data.tokenizer.path)
         places.append(named if named.is_dir() else named.parent)

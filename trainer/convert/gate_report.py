@@ -26,6 +26,10 @@ class GateReport:
     """Largest difference of logits."""
     tokens: str = ""
     """Where the tokens come from."""
+    num_rows: int = 0
+    """Rows whose logits were compared."""
+    rows_left_out: int = 0
+    """Rows in which rounding alone chooses between two experts, so that no two programs have the same logits."""
 
     def line(self) -> str:
         """Describe it in one line."""
@@ -34,7 +38,8 @@ class GateReport:
                 f"gate tensors: {self.num_tensors} tensors on disk equal the checkpoint bit for bit; names, shapes and "
                 "config are transformers'; logits were not compared"
             )
+        ties = f"; in {self.rows_left_out} of {self.num_rows} rows two experts score alike, and those were left out"
         return (
             f"gate logits: loaded by transformers, {self.num_tensors} tensors equal ours, logits of {self.num_tokens} "
-            f"tokens of {self.tokens} within {self.worst:.1g}"
+            f"tokens of {self.tokens} within {self.worst:.1g}{ties if self.rows_left_out else ''}"
         )

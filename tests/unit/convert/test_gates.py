@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.builders import make_model, tiny_model_config
 from tests.exported_runs import make_run
+from trainer.convert import gates
 from trainer.convert.exported_model import ExportedModel
 from trainer.convert.gate_report import Gate, GateError
-from trainer.convert.gates import logits_gate, tensors_gate, tokenizer_gate
+from trainer.convert.gates import is_tied, logits_gate, our_logits, tensors_gate, tokenizer_gate
 from trainer.convert.hf_export import ExportOptions, export
 from trainer.convert.sample_tokens import sample_tokens
 from trainer.convert.shard_writer import plan_shards
@@ -136,6 +138,34 @@ def _end_is_a(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("gate", ["logits", "tensors"])
 def test_an_export_without_a_fault_passes(exported: Export, gate: Gate) -> None:
     exported.check(exported.folder, gate)
+
+
+def test_the_logits_are_those_of_transformers(exported: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A difference that is in no tensor and no key of the config."""
+    load = gates.load_model
+
+    def louder(folder: Path) -> Any:
+        model: Any = load(folder)
+        model.lm_head.register_forward_hook(lambda _, inputs, output: output * 1.001)
+        return model
+
+    monkeypatch.setattr(gates, "load_model", louder)
+    with pytest.raises(GateError, match="logits differ by"):
+        exported.check(exported.folder, "logits")
+
+
+def test_only_a_row_in_which_experts_score_alike_is_left_out() -> None:
+    """Two columns of the gate that differ by less than rounding, and experts that do not."""
+    config = tiny_model_config({"num_experts": 4, "router": {"kind": "top_k", "top_k": 2}})
+    model = make_model(config)
+    row = torch.arange(8)[None]
+    assert not is_tied(model, row, 1e-5)
+    for block in model.blocks:
+        gate = block.ffn.router.gate.weight.data  # pyrefly: ignore
+        gate[1:] = gate[1] * (1 + 1e-7 * torch.arange(3)[:, None])
+    before = our_logits(model, row)
+    assert is_tied(model, row, 1e-5)
+    assert torch.equal(our_logits(model, row), before), "the weights are as they were"
 
 
 @pytest.mark.parametrize("gate", ["logits", "tensors"])
