@@ -7,11 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from trainer.atomic_io import replace_file
 from trainer.checkpoint.find_checkpoint import CheckpointHandle
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.console.console import Console
-from trainer.console.expert_map_svg import expert_map_svg
 from trainer.console.summary import RunSummary
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.distributed.mesh import Mesh
@@ -30,6 +28,7 @@ from trainer.moe.causality import evaluation_warning
 from trainer.packages import importing
 from trainer.terminal import print_safe
 from trainer.training import memory
+from trainer.training.experts_picture import write_experts_picture
 from trainer.training.load_trained import load_trained
 
 
@@ -163,11 +162,7 @@ def _write_files(
             path = write_predictions(folder.predictions, result, step=step)
             if path is not None:
                 written.append((result.name, str(path)))
-        if summary.experts is not None:
-            experts, title = summary.experts, f"{summary.title}: experts by domain"
-            picture = expert_map_svg(experts.counts, experts.domains, experts.layer_names, title=title)
-            replace_file(folder.experts_picture, picture)
-            written.append(("experts", str(folder.experts_picture)))
+        written += write_experts_picture(folder, summary)
     except OSError as error:  # the metrics are still shown
         warn(f"{folder.path}: predictions and pictures are not written: {error.strerror or error}")
     return written

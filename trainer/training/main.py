@@ -4,6 +4,7 @@ import io
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.console.console import Console
@@ -16,6 +17,7 @@ from trainer.errors import PREEMPTED, CommError, MemoryExhausted, NumericsError,
 from trainer.evaluation.eval_report import EvalReport
 from trainer.experiment import ExperimentConfig
 from trainer.status import StatusFile, remove_others
+from trainer.training.experts_picture import write_experts_picture
 from trainer.training.generate_text import sample_held_out
 from trainer.training.loop import fit
 from trainer.training.run import RunState
@@ -90,7 +92,13 @@ def _finish(run: RunState, evaluation: EvalReport, *, started_s: float) -> None:
     sample = sample_held_out(run)
     if run.mesh.layout.rank == 0:
         recorder.enter("summary")
-        run.console.summary(final_summary(run, evaluation, sample, elapsed_s=time.monotonic() - started_s))
+        summary = final_summary(run, evaluation, sample, elapsed_s=time.monotonic() - started_s)
+        try:
+            picture = write_experts_picture(run.folder, summary)
+        except OSError as error:  # the screen is still shown
+            run.console.warning(f"{run.folder.experts_picture}: is not written: {error.strerror or error}")
+            picture = []
+        run.console.summary(replace(summary, written=[*summary.written, *picture]))
     run.engine.close()
     if sample.error is not None:
         step = max(run.start_step, run.config.train.steps)
