@@ -190,15 +190,18 @@ class GPT(nn.Module):
 
     def _masks(self, batch: Batch) -> dict[int | None, PreparedMask | None]:
         """Return the keys visible to each query, by the layers' windows; None: all that are not later."""
-        document = batch.document_id if self.config.document_mask else None
         # flex_attention, which changes scores, has no causal kernel of its own.
-        needs_one = document is not None or (self.mask_form == "blocks" and self.config.attention.changes_scores)
-        document = torch.zeros_like(batch.tokens[:1]) if document is None else document
+        is_causal = not self.config.document_mask and not (
+            self.mask_form == "blocks" and self.config.attention.changes_scores
+        )
         found: dict[int | None, PreparedMask | None] = {}
         for window in dict.fromkeys(self.config.windows):
             narrow = window if window is not None and window < batch.tokens.shape[1] else None
-            mask = AttentionMask(document=document, window=narrow)
-            found[window] = mask.prepared(self.mask_form) if needs_one or narrow is not None else None
+            if is_causal and narrow is None:
+                found[window] = None
+            else:
+                document = batch.document_id if self.config.document_mask else torch.zeros_like(batch.tokens[:1])
+                found[window] = AttentionMask(document=document, window=narrow).prepared(self.mask_form)
         return found
 
     def _head_weight(self) -> Tensor:

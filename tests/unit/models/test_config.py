@@ -1,9 +1,14 @@
-"""The MoE blocks by the config are those of the model built from it."""
+"""The MoE blocks by the config are those of the model built from it, and the page's attention is valid."""
+
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from tests.builders import tiny_model_config
+from trainer.models.config import ModelConfig
 from trainer.models.feed_forward import FeedForward
 from trainer.models.gpt import GPT
 from trainer.moe.layer import MoE
@@ -47,3 +52,14 @@ def test_moe_layers_are_every_nth_after_the_dense_ones(
             assert isinstance(ffn.shared, FeedForward) and ffn.shared.w_out.weight.shape == (16, 2 * 12)
         else:
             assert number not in expected and ffn.get_parameter("w_out.weight").shape == (16, 24)
+
+
+def test_attention_of_published_models_on_the_config_page_is_valid() -> None:
+    page = (Path(__file__).parents[3] / "docs/config.md").read_text()
+    section = page.partition("## Attention of published models")[2].partition("<!--")[0]
+    rows = re.findall(r"^\| (.+?) \| `(\{.*\})` \|$", section, re.MULTILINE)
+    assert len(rows) >= 9
+    for name, keys in rows:
+        values = yaml.load(keys, yaml.CSafeLoader)
+        model = ModelConfig.model_validate({"d_model": 256, "num_heads": 8, **values})
+        assert model.model_dump(exclude_defaults=True).keys() == values.keys(), f"{name} says a default"

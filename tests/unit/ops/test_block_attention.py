@@ -1,12 +1,13 @@
 """flex_attention equals the other kernels; on the CPU its backward pass is torch's uncompiled definition of it."""
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as module
+from torch.nn.attention.flex_attention import BlockMask
 
 from tests.builders import make_engine, make_packed_batch, tiny_model_config
 from trainer.distributed.runtime import has_cpp_compiler
@@ -77,17 +78,25 @@ def test_its_fused_kernel_equals_torchs() -> None:
         torch.testing.assert_close(flex(q, k, v, mask.blocks()), torch_attention(q, k, v, mask.dense()))
 
 
-def _engine(parallel: ParallelConfig) -> NativeEngine:
-    config = tiny_model_config(seq_len=150, document_mask=True, num_heads=4, num_kv_heads=2, d_model=32)
+def _engine(parallel: ParallelConfig, fields: dict[str, Any]) -> NativeEngine:
+    config = tiny_model_config(seq_len=150, num_heads=4, num_kv_heads=2, d_model=32, **fields)
     return make_engine(config, dtype=torch.float64, parallel=parallel)
 
 
+CHANGED_SCORES = {"sinks": True, "softcap": 1.0, "window": 40, "window_pattern": ["sliding", "full"]}
+
+
 @pytest.mark.usefixtures("uncompiled")
-def test_a_model_learns_the_same() -> None:
-    dense, blocks = _engine(ParallelConfig()), _engine(ParallelConfig(recompute="block"))
+@pytest.mark.parametrize(
+    "fields", [{"document_mask": True}, {"attention": CHANGED_SCORES}], ids=["documents", "scores"]
+)
+def test_a_model_learns_the_same(fields: dict[str, Any]) -> None:
+    dense, blocks = _engine(ParallelConfig(), fields), _engine(ParallelConfig(recompute="block"), fields)
     blocks.model.mask_form = "blocks"
     for block in blocks.model.blocks:
         cast(Block, block).attention.core_attention = flex
+    masks = blocks.model._masks(make_packed_batch(1, 150))
+    assert all(isinstance(mask, BlockMask) for mask in masks.values()), "the law compares two ways"
     for step in range(2):
         batch = make_packed_batch(3, 150, seed=step, first_sample=3 * step, longest=60)
         mine, its = (engine.train_step([batch], lr=3e-3) for engine in (blocks, dense))
@@ -95,6 +104,7 @@ def test_a_model_learns_the_same() -> None:
 
 
 def test_another_micro_batch_compiles_nothing_new() -> None:
+    torch._dynamo.reset()  # what other tests compiled counts towards its limit
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
