@@ -169,8 +169,8 @@ FAULTS = [
     ),
     _in_gpt(
         "documents of a row see each other",
-        "batch.document_id if self.config.document_mask else None",
-        "None",
+        "document = batch.document_id if self.config.document_mask else",
+        "document =",
         PARITY,
         "tests/laws/test_documents.py",
     ),
