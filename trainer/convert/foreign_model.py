@@ -6,6 +6,7 @@ from pydantic import ValidationError
 
 from trainer.config.nodes import shown, shown_path
 from trainer.convert.foreign_folder import CONFIG, ForeignFolder
+from trainer.convert.quantization import quantization_problem
 from trainer.errors import DataError
 from trainer.families.base import Family
 from trainer.families.hf_config import ForeignConfigError
@@ -21,6 +22,8 @@ class ForeignModel(NamedTuple):
     """Its config.json."""
     model: ModelConfig
     """Our section for it, with its own number of positions."""
+    quantization: dict[str, Any] | None
+    """How its weights are quantized; None: they are not."""
 
     @property
     def vocab_size(self) -> int:
@@ -35,6 +38,9 @@ def read_foreign_model(folder: ForeignFolder) -> ForeignModel:
         DataError: if it is unusable, needs code of its own, or is of a model that cannot be expressed here.
     """
     config, where = folder.json(CONFIG), shown_path(folder.path / CONFIG)
+    quantization = config.pop("quantization_config", None)
+    if quantization is not None and (problem := quantization_problem(quantization)) is not None:
+        raise DataError(f"{where}: quantization_config: {problem}")
     kind = config.get("model_type")
     if config.get("auto_map") and not (isinstance(kind, str) and kind in FAMILIES):
         raise DataError(
@@ -51,7 +57,7 @@ def read_foreign_model(folder: ForeignFolder) -> ForeignModel:
         vocab_size = config.get("vocab_size")
         if type(vocab_size) is not int or not 0 < vocab_size <= 1 << 24:
             raise DataError(f"{where}: vocab_size: {shown(vocab_size)} is no number of ids")
-        return ForeignModel(family, config, ModelConfig.model_validate(values))
+        return ForeignModel(family, config, ModelConfig.model_validate(values), quantization)
     except ForeignConfigError as error:
         raise DataError(f"{where}: {error}") from None
     except ValidationError as error:

@@ -19,6 +19,7 @@ from trainer.config.nodes import shown_path
 from trainer.console import formatting
 from trainer.convert.compare_logits import compare_logits
 from trainer.convert.compare_tensors import CheckpointRows, check_equal_tensors
+from trainer.convert.dequantized import DequantizedFolder
 from trainer.convert.foreign_folder import ForeignFolder
 from trainer.convert.foreign_model import read_foreign_model
 from trainer.convert.gate_report import Gate, GateError
@@ -30,7 +31,7 @@ from trainer.convert.new_folder import check_is_new, first_record, new_folder
 from trainer.convert.safetensors_folder import SafetensorsFolder
 from trainer.convert.their_model import load_model
 from trainer.distributed import runtime
-from trainer.errors import CheckpointError, ResourceError
+from trainer.errors import CheckpointError, ConfigError, ResourceError
 from trainer.metrics.system_stats import total_memory
 from trainer.models.gpt import GPT
 
@@ -63,7 +64,13 @@ def import_model(path: Path, config_path: Path | None, overrides: Sequence[str],
     """
     folder = ForeignFolder(path)
     foreign = read_foreign_model(folder)
-    with SafetensorsFolder(folder) as source:
+    if foreign.quantization is not None and gate == "logits":
+        raise ConfigError(
+            f"{shown_path(path)}: its weights are quantized, and transformers would compute with them as they are; "
+            "--gate tensors compares what they stand for"
+        )
+    quantized = foreign.quantization
+    with SafetensorsFolder(folder) if quantized is None else DequantizedFolder(folder, quantized) as source:
         plan = plan_import(folder, foreign, source, config_path, overrides)
         final = check_is_new(plan.config)
         _check_room(plan, gate, final)

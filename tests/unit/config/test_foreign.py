@@ -161,7 +161,7 @@ def test_hugging_face_names_are_spelled_as_in_transformers() -> None:
         *("warmup_ratio", "torch_dtype", "train_batch_size", "use_qk_norm", "scoring_func", "attn_implementation"),
         *("router_z_loss_coef", "shared_expert_intermediate_size", "n_group", "topk_group", "aux_loss_alpha"),
         *("rope_type", "partial_rotary_factor", "max_length", "max_seq_length", "logging_dir"),
-        "evaluation_strategy",
+        *("evaluation_strategy", "model_name_or_path"),
     }
     assert set(tables()["hugging_face"]) - known <= older
 
