@@ -77,9 +77,16 @@ def _gradient_cause(actual: Evidence, ruler: Ruler) -> str | None:
     factors = [
         f"{kind} gradients are {ratio:.4g} times those of one process"
         for kind, ratio in ratios.items()
-        if ratio is not None and abs(ratio - 1) > ruler.tolerance
+        if ratio is not None and abs(ratio - 1) > _SAME_RATIO
     ]
-    return f"{', '.join(factors)}: gradients are summed with a wrong factor of the number of ranks" if factors else None
+    if factors:
+        return f"{', '.join(factors)}: gradients are summed with a wrong factor of the number of ranks"
+    if not kinds:
+        return None
+    return (
+        f"gradients of {' and '.join(kinds)} weights differ by less than a thousandth: something is rounded that is "
+        "not in one process, or depends on the rows of a micro-batch"
+    )
 
 
 def _later_cause(actual: Evidence, ruler: Ruler, step: int) -> str:

@@ -132,6 +132,18 @@ def test_more_than_rounding_is_a_difference(mine: dict[str, Any], first: str) ->
     assert compared({}).is_equal
 
 
+@pytest.mark.parametrize(
+    ("scale", "cause"),
+    [
+        (2.0, "expert gradients are 2 times those of one process: gradients are summed with a wrong factor"),
+        (1.0 + 1e-6, "gradients of expert weights differ by less than a thousandth: something is rounded"),
+    ],
+)
+def test_a_factor_of_ranks_and_a_rounding_are_told_apart(scale: float, cause: str) -> None:
+    changed = gradients() | {EXPERTS: gradients(scale)[EXPERTS]}
+    assert cause in str(compared({"gradients": changed}).cause)
+
+
 def test_only_flips_counted_before_the_difference_are_named() -> None:
     later = {"losses": [2.0, 1.9, 1.7]}
     cause = compared(later).cause
