@@ -29,6 +29,7 @@ from trainer.prove.pool import LocalRanks
 from trainer.prove.rounding import FLOORS
 from trainer.prove.run_case import run_case
 
+CLAMPED = {"activation": "clamped_swiglu", "swiglu_alpha": 1.5, "swiglu_limit": 0.2}  # which values exceed
 STEPS, TOLERANCE, TIMEOUT_S = 10, 1e-9, 300.0
 
 
@@ -101,7 +102,7 @@ def _model(drawn: random.Random, kind: str) -> dict[str, Any]:
         "d_ff": 16,
         "seq_len": drawn.choice([8, 12, 24, 32]),
         "document_mask": drawn.choice([False, True]),
-        "activation": drawn.choice(["swiglu", "gelu"]),
+        **drawn.choice([{"activation": "swiglu"}, {"activation": "gelu"}, CLAMPED]),
         "qk_norm": drawn.random() < 0.3,
         "attention": _attention(drawn),
         "rope_scaling": drawn.choice([None, None, *_SCALINGS]),
@@ -166,6 +167,7 @@ def _moe(drawn: random.Random, kind: str, layers: int) -> dict[str, Any]:
         "d_ff": drawn.choice([4, 12]),
         **_places(drawn, layers),
         **_shared(drawn),
+        "expert_bias": drawn.random() < 0.4,
         "router": _router(drawn, kind, num_experts),
         "capacity": _capacity(drawn) if ROUTERS[kind].has_fixed_k and drawn.random() < 0.5 else {},
         "balance": {

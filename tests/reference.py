@@ -45,7 +45,7 @@ def route(x: Tensor, gate: Tensor, valid: Tensor, *, top_k: int, score: str, nor
     return Routed(experts=experts, weights=weights, probs=torch.stack(probs), logits=logits)
 
 
-def moe_output(x: Tensor, routed: Routed, w_in: Tensor, w_out: Tensor, activation: str) -> Tensor:
+def moe_output(x: Tensor, routed: Routed, w_in: Tensor, w_out: Tensor, activation: object) -> Tensor:
     """Return y_t = sum over its experts of weight * expert(x_t)."""
     rows = []
     for t, token in enumerate(x):
@@ -56,7 +56,7 @@ def moe_output(x: Tensor, routed: Routed, w_in: Tensor, w_out: Tensor, activatio
     return torch.stack(rows)
 
 
-def expert_output(token: Tensor, w_in: Tensor, w_out: Tensor, activation: str) -> Tensor:
+def expert_output(token: Tensor, w_in: Tensor, w_out: Tensor, activation: object) -> Tensor:
     """Apply one expert to one token."""
     h = w_in @ token
     if activation == "gelu":

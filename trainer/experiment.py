@@ -232,6 +232,10 @@ class ExperimentConfig(Config):
         kernel = self.parallel.experts_kernel
         if moe is None:
             return
+        if moe.expert_bias and (":" in kernel or kernel in ("sonicmoe", "scattermoe")):
+            what = "a kernel of your own" if ":" in kernel else kernel
+            text = f"true, and {what} has no biases; use false, or parallel.experts_kernel: auto"
+            yield Problem("model.moe.expert_bias", text)
         if dtype not in _KERNEL_DTYPES.get(kernel, (dtype,)):
             yield Problem("parallel.experts_kernel", f"{kernel} does not support {dtype}; use auto")
             return

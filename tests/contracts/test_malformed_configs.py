@@ -744,6 +744,15 @@ CASES = [
            "num_shared_experts: 1, or null"),
           ("x.yaml:2:32: model.moe.shared_gate: true has no effect without shared experts; use "
            "num_shared_experts: 1, or false")]),
+    Case("the limit of another activation",
+         "name: x\nmodel: {swiglu_limit: 5.0}\n",
+         [("x.yaml:2:9: model.swiglu_limit: 5 has no effect with activation: swiglu; use clamped_swiglu, "
+           "or leave it out")]),
+    Case("biases for a kernel that has none",
+         ("name: x\nmodel: {moe: {expert_bias: true}}\n"
+          "parallel: {experts_kernel: 'trainer.ops.expert_ffn:loop_ffn'}\n"),
+         [("x.yaml:2:15: model.moe.expert_bias: true, and a kernel of your own has no biases; use false, or "
+           "parallel.experts_kernel: auto")]),
     Case("capacity of the dense router",
          "name: x\nmodel: {moe: {router: {kind: dense}, capacity: {factor: 1.25}}}\n",
          [("x.yaml:2:49: model.moe.capacity.factor: the dense router sends every token to every "

@@ -21,9 +21,14 @@ MOE = {"capacity": {"factor": 0.6, "min": 1}, "num_shared_experts": 1}
 
 
 def _engine(
-    document_mask: bool, *, is_compiled: bool, recompute: Recompute = "none", fields: dict[str, Any] | None = None
+    document_mask: bool,
+    *,
+    is_compiled: bool,
+    recompute: Recompute = "none",
+    fields: dict[str, Any] | None = None,
+    moe: dict[str, Any] | None = None,
 ) -> NativeEngine:
-    config = tiny_model_config(MOE, seq_len=SEQ_LEN, document_mask=document_mask, **(fields or {}))
+    config = tiny_model_config({**MOE, **(moe or {})}, seq_len=SEQ_LEN, document_mask=document_mask, **(fields or {}))
     engine = make_engine(
         config, kernel="fused", dtype=torch.float64, parallel=ParallelConfig(compile=is_compiled, recompute=recompute)
     )
@@ -54,6 +59,14 @@ def test_a_compiled_model_learns_the_same(document_mask: bool) -> None:
 
 def test_so_does_one_with_latent_attention() -> None:
     engines = (_engine(True, is_compiled=is_compiled, fields=latent_attention()) for is_compiled in (False, True))
+    eager, compiled = map(_curve, engines)
+    torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-10)
+
+
+def test_so_does_one_with_biases_and_clamped_activations() -> None:
+    fields = {"activation": "clamped_swiglu", "swiglu_limit": 0.3}
+    moe = {"expert_bias": True, "first_dense_layers": 1}
+    engines = (_engine(False, is_compiled=is_compiled, fields=fields, moe=moe) for is_compiled in (False, True))
     eager, compiled = map(_curve, engines)
     torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-10)
 

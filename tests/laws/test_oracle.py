@@ -15,7 +15,7 @@ from trainer.moe.experts import Experts
 from trainer.moe.layer import MoE
 from trainer.moe.loss_stats import LossStats
 from trainer.moe.losses import Denominators, objective, z_loss
-from trainer.ops.expert_ffn import Activation
+from trainer.ops.activations import Activation
 from trainer.ops.kernels import ExpertsKernel
 
 NUM_ROWS, SEQ_LEN, D_MODEL, NUM_EXPERTS, D_FF = 3, 5, 6, 4, 7

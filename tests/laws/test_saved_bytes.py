@@ -21,8 +21,8 @@ LIMIT = 1.15
 """Of X + H: the rest is probabilities, combine weights and the order of rows, which do not grow with the widths."""
 
 
-def make_layer(kernel: ExpertsKernel) -> MoE:
-    moe = {"num_experts": NUM_EXPERTS, "d_ff": D_FF, "router": {"kind": "top_k", "top_k": TOP_K}}
+def make_layer(kernel: ExpertsKernel, **fields: Any) -> MoE:
+    moe = {"num_experts": NUM_EXPERTS, "d_ff": D_FF, "router": {"kind": "top_k", "top_k": TOP_K}, **fields}
     layer = build_moe(tiny_model_config(moe, d_model=D_MODEL), 0, kernel)
     generator = torch.Generator().manual_seed(3)
     for parameter in layer.parameters():
@@ -53,6 +53,11 @@ def test_one_rank_saves_tokens_and_hidden_values(kernel: ExpertsKernel) -> None:
     found = saved_bytes(make_layer(kernel))
     print(f"{kernel}: {found / TOKENS:.0f} bytes a token, {found / minimum:.3f} times X + H")
     assert minimum <= found <= LIMIT * minimum
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_biases_save_nothing_more(kernel: ExpertsKernel) -> None:
+    assert saved_bytes(make_layer(kernel, expert_bias=True)) == saved_bytes(make_layer(kernel))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -106,6 +106,27 @@ FAULTS = [
         "tests/laws/test_labels.py::test_a_kernel_that_rounds_rows_together_is_labelled",
     ),
     _fault(
+        "biases are added without the combine weight",
+        "trainer/ops/routed_ffn.py",
+        ".scatter_add_(0, _cells(rows), rows.scale)",
+        ".scatter_add_(0, _cells(rows), (rows.scale != 0).to(rows.scale))",
+        NODE,
+    ),
+    _fault(
+        "combine weights get no gradient from biases",
+        "trainer/ops/routed_ffn.py",
+        "d_scale = d_scale + (dy @ b_out.to(dy.dtype).T).view(-1)[_cells(rows)]",
+        "pass",
+        NODE,
+    ),
+    _fault(
+        "what is clamped gets a gradient",
+        "trainer/ops/weighted_activation.py",
+        "slope * glu * up_gets_gradient",
+        "slope * glu",
+        NODE,
+    ),
+    _fault(
         "groups are not padded to a multiple",
         "trainer/ops/expert_order.py",
         "(counts + multiple - 1) // multiple * multiple",
@@ -116,7 +137,7 @@ FAULTS = [
     _fault(
         "experts start wider than linear layers",
         _EXPERTS,
-        "bound = weight.shape[-1] ** -0.5",
+        'bound = (d_model if name.startswith("w_in") else d_ff) ** -0.5',
         "bound = weight.shape[1] ** -0.5",
         BY_HAND,
     ),

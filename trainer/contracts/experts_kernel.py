@@ -1,13 +1,12 @@
 """Contract of an experts kernel: the numbers and gradients of the oracle, on the cases of the kernel canary."""
 
 from functools import partial
-from typing import get_args
 
 import torch
 from torch import Tensor
 
 from trainer.contracts.ensure import ensure
-from trainer.ops.expert_ffn import Activation
+from trainer.ops.activations import ACTIVATIONS, Activation
 from trainer.ops.expert_order import order_by_expert
 from trainer.ops.kernel_canary import GROUPS, NO_ROWS, ONE_TAKES_ALL, LayerWidths, RowGroups, groups_fault
 from trainer.ops.kernels import RowsKernel, run_rows_kernel
@@ -34,7 +33,7 @@ CHECKS = [rows_equal_the_loop, idle_experts_equal_the_loop, no_rows_equal_the_lo
 
 
 def _check(kernel: RowsKernel, groups: RowGroups) -> None:
-    for activation in get_args(Activation):
+    for activation in ACTIVATIONS:
         widths = LayerWidths(d_model=_D, d_ff=_F, activation=activation, dtype=torch.float32)
         for seed in range(2):  # the second time with other values: no buffer may keep the first
             fault = groups_fault(partial(_run, kernel), groups, widths, torch.device("cpu"), seed=seed)

@@ -1,7 +1,7 @@
 """Checks of the arguments of `MoELayer`, with the messages of an experiment file."""
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import torch
 from pydantic import ValidationError
@@ -17,7 +17,6 @@ from trainer.config.plugins import PluggableFunction
 from trainer.errors import ConfigError
 from trainer.moe.routers.config.options import RouterOptions
 from trainer.moe.routers.registry import RouterConfig
-from trainer.ops.expert_ffn import Activation
 from trainer.ops.kernels import ExpertsKernel, missing_kernel
 
 _CALL: Final = SourceLocation(0, 0, 0, "MoELayer")
@@ -31,7 +30,8 @@ class LayerArguments(Config):
     d_ff: Width | None
     router: RouterConfig
     capacity_factor: Factor | None
-    activation: Activation
+    activation: Literal["swiglu", "gelu", "clamped_swiglu"]
+    expert_bias: bool
     kernel: Annotated[ExpertsKernel, PluggableFunction("experts_kernels")]
     seed: Whole
 
@@ -42,6 +42,8 @@ class LayerArguments(Config):
         if self.capacity_factor is not None and not self.router.has_fixed_k:
             text = f"{self.router.kind} has no fixed number of experts per token; use None"
             yield Problem("capacity_factor", text)
+        if self.expert_bias and ":" in self.kernel:
+            yield Problem("expert_bias", "a kernel of your own has no biases; use False, or a built-in kernel")
         if (message := missing_kernel(self.kernel, instead="loop")) is not None:
             yield Problem("kernel", message)
 

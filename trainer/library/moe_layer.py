@@ -5,7 +5,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from trainer.moe.routers.config.options import RouterOptions
 from trainer.moe.routing import RoutingContext
 from trainer.moe.stats import MoEStats
 from trainer.moe.terms import AuxLosses
-from trainer.ops.expert_ffn import Activation
+from trainer.ops.activations import ClampedSwiGLU
 from trainer.ops.kernels import ExpertsKernel
 from trainer.ops.noise import token_keys
 
@@ -94,7 +94,8 @@ class MoELayer(nn.Module):
         d_ff: int | None = None,
         router: str | Mapping[str, Any] | RouterOptions = "top_k",
         capacity_factor: float | None = None,
-        activation: Activation = "swiglu",
+        activation: Literal["swiglu", "gelu", "clamped_swiglu"] = "swiglu",
+        expert_bias: bool = False,
         kernel: ExpertsKernel = "loop",
         seed: int = 0,
     ) -> None:
@@ -108,7 +109,8 @@ class MoELayer(nn.Module):
             router: a kind, such as "switch" or "my_package.module:ClassConfig"; its options, such as
                 {"kind": "top_k", "score": "sigmoid"}; or a config object.
             capacity_factor: rows of a sequence that an expert accepts, in units of its fair share; None: dropless.
-            activation: "swiglu" or "gelu".
+            activation: "swiglu", "gelu", or "clamped_swiglu" as in GPT-OSS.
+            expert_bias: add learned biases to both products of every expert.
             kernel: kernel of the experts, as `parallel.experts_kernel`, without "auto".
             seed: of the routing noise, mixed with a number from torch's generator that each call in training draws.
 
@@ -122,6 +124,7 @@ class MoELayer(nn.Module):
             "d_ff": d_ff,
             "capacity_factor": capacity_factor,
             "activation": activation,
+            "expert_bias": expert_bias,
             "kernel": kernel,
             "seed": seed,
         }
@@ -129,7 +132,14 @@ class MoELayer(nn.Module):
         d_ff = 4 * d_model if d_ff is None else d_ff
         self.moe = MoE(
             router=build_router(config, d_model=d_model, num_experts=num_experts, layer=0, key="router"),
-            experts=Experts(num_experts, d_model, d_ff, activation=activation, kernel=kernel),
+            experts=Experts(
+                num_experts,
+                d_model,
+                d_ff,
+                activation=ClampedSwiGLU() if activation == "clamped_swiglu" else activation,
+                kernel=kernel,
+                has_bias=expert_bias,
+            ),
             dispatcher=LocalDispatcher(),
             capacity=CapacityConfig(factor=capacity_factor),
         )

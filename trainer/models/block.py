@@ -86,7 +86,14 @@ def build_moe(config: ModelConfig, layer: int, kernel: ExpertsKernel) -> MoE:
     assert moe is not None, "a block is MoE only if the config has a moe section"
     return MoE(
         router=build_router(moe.router, d_model=config.d_model, num_experts=moe.num_experts, layer=layer),
-        experts=Experts(moe.num_experts, config.d_model, moe.d_ff, activation=config.activation, kernel=kernel),
+        experts=Experts(
+            moe.num_experts,
+            config.d_model,
+            moe.d_ff,
+            activation=config.activation_function,
+            kernel=kernel,
+            has_bias=moe.expert_bias,
+        ),
         dispatcher=LocalDispatcher(),
         capacity=moe.capacity,
         shared=SharedExperts(config, moe.shared_width, has_gate=moe.shared_gate) if moe.num_shared_experts else None,

@@ -10,6 +10,7 @@ from trainer.config.numbers import Coefficient, Epsilon, Factor, Layers, Length,
 from trainer.models.attention_config import AttentionConfig, LatentAttentionConfig
 from trainer.models.rope_scaling_config import DynamicRopeScaling, RopeScaling, YarnRopeScaling
 from trainer.moe.config import MoEConfig
+from trainer.ops.activations import Activation, ClampedSwiGLU, hidden_width
 
 ShardKeeps = Literal["nothing", "gradients", "weights"]
 """What stays whole between the micro-batches of a step, if weights are sharded; `parallel.shard_keeps`."""
@@ -51,8 +52,13 @@ class ModelConfig(Config):
     """Tokens in a training row, S."""
     document_mask: bool = False
     """Attend only within a token's own document; false: back to the beginning of the row."""
-    activation: Literal["swiglu", "gelu"] = "swiglu"
-    """Feed-forward kind of dense blocks and experts."""
+    activation: Literal["swiglu", "gelu", "clamped_swiglu"] = "swiglu"
+    """Feed-forward kind of dense blocks and experts. `clamped_swiglu`: (up + 1) * gate * sigmoid(alpha * gate) of
+    values within a limit (GPT-OSS)."""
+    swiglu_alpha: Factor = 1.702
+    """Alpha of `clamped_swiglu`."""
+    swiglu_limit: Factor = 7.0
+    """Limit of `clamped_swiglu`: of the gate from above, and of up on both sides."""
     qk_norm: bool = False
     """RMSNorm on queries and keys: on every head (Qwen3), or as attention.qk_norm_over says."""
     rope_theta: Annotated[float, Field(ge=1, le=1e15)] = 10000.0
@@ -113,6 +119,13 @@ class ModelConfig(Config):
         return tuple(own.window if kind == "sliding" else None for kind in kinds)
 
     @property
+    def activation_function(self) -> Activation:
+        """The activation with its numbers."""
+        if self.activation == "clamped_swiglu":
+            return ClampedSwiGLU(self.swiglu_alpha, self.swiglu_limit)
+        return self.activation
+
+    @property
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the blocks whose feed-forward is MoE."""
         return tuple(layer for layer in range(self.num_layers) if self.has_experts(layer))
@@ -134,7 +147,8 @@ class ModelConfig(Config):
         if self.moe is None:
             return Weights(dense, 0)
         dense += num_moe * (self._feed_forward(self.moe.shared_width) + (D if self.moe.shared_gate else 0))
-        return Weights(dense, num_moe * self._feed_forward(self.moe.d_ff))
+        biases = hidden_width(self.moe.d_ff, self.activation_function) + D if self.moe.expert_bias else 0
+        return Weights(dense, num_moe * (self._feed_forward(self.moe.d_ff) + biases))
 
     def activations(self, *, vocab_size: int, num_rows: int, loss_chunk: int | None) -> int:
         """Return a lower bound of the values in memory at once: residual streams, and the logits of a chunk."""
@@ -155,7 +169,7 @@ class ModelConfig(Config):
         return weights + own.qkv_bias * qkv + own.out_bias * D + own.sinks * self.num_heads
 
     def _feed_forward(self, d_ff: int) -> int:
-        return (3 if self.activation == "swiglu" else 2) * self.d_model * d_ff
+        return self.d_model * (hidden_width(d_ff, self.activation_function) + d_ff)
 
     def problems(self) -> Iterator[Problem]:
         """Check widths against heads, that an MoE model has MoE layers, and the total size."""
@@ -168,6 +182,11 @@ class ModelConfig(Config):
                 "num_layers, d_model, d_ff or moe.num_experts",
             )
         yield from self._attention_problems()
+        given, plain = (self.swiglu_alpha, self.swiglu_limit), ClampedSwiGLU()
+        if self.activation != "clamped_swiglu" and given != (plain.alpha, plain.limit):
+            key = "swiglu_alpha" if self.swiglu_alpha != plain.alpha else "swiglu_limit"
+            what = f"{getattr(self, key):g} has no effect with activation: {self.activation}"
+            yield Problem(key, f"{what}; use clamped_swiglu, or leave it out")
         if self.moe is not None and self.moe.layers is not None and self.moe.layers[-1] >= self.num_layers:
             what = f"{self.moe.layers[-1]} is beyond the last of num_layers {self.num_layers}"
             yield Problem("moe.layers", f"{what}; use 0 to {self.num_layers - 1}")

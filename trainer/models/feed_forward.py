@@ -9,16 +9,17 @@ from torch import Tensor, nn
 
 from trainer.models.config import ModelConfig, Recompute
 from trainer.models.recompute import checkpointed
-from trainer.ops.expert_ffn import Activation, activate
+from trainer.ops.activations import Activation, hidden_width
+from trainer.ops.expert_ffn import activate
 
 
 class FeedForward(nn.Module):
-    """Dense feed-forward network: SwiGLU or GELU, without biases."""
+    """Dense feed-forward network without biases."""
 
     def __init__(self, config: ModelConfig, d_ff: int) -> None:
         super().__init__()
-        self.activation = config.activation
-        self.w_in = nn.Linear(config.d_model, 2 * d_ff if config.activation == "swiglu" else d_ff, bias=False)
+        self.activation = config.activation_function
+        self.w_in = nn.Linear(config.d_model, hidden_width(d_ff, self.activation), bias=False)
         self.w_out = nn.Linear(d_ff, config.d_model, bias=False)
         self.activate: Callable[[Tensor, Activation], Tensor] = activate
         self.recompute: Recompute = "none"

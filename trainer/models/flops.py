@@ -46,10 +46,10 @@ def model_size(model: GPT, *, top_k: int | None = None) -> ModelSize:
             flops += 2 * module.weight.numel()
         elif isinstance(module, Experts):
             assert moe is not None, "a model with experts has a moe section"
-            weights = module.w_in.numel() + module.w_out.numel()
-            active = round(weights * moe.experts_per_token / moe.num_experts)
-            idle += weights - active
-            flops += 2 * active
+            share = moe.experts_per_token / moe.num_experts
+            weights = sum(p.numel() for p in module.parameters())
+            idle += weights - round(weights * share)
+            flops += 2 * round((module.w_in.numel() + module.w_out.numel()) * share)  # additions of biases are few
     if model.head is None:
         flops += 2 * model.embedding.weight.numel()
     return ModelSize(total_parameters=total, active_parameters=total - idle, forward_flops_per_token=flops)

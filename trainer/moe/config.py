@@ -26,6 +26,8 @@ class MoEConfig(Config):
     """Routed experts, E."""
     d_ff: Width = 512
     """Hidden width of one expert, F."""
+    expert_bias: bool = False
+    """Add learned biases to both products of every routed expert (GPT-OSS)."""
     num_shared_experts: ExtraExperts = 0
     """Experts that process every token, with weight 1."""
     shared_d_ff: Width | None = None

@@ -3,26 +3,36 @@
 import torch
 from torch import Tensor, nn
 
-from trainer.ops.expert_ffn import Activation
+from trainer.ops.activations import Activation, hidden_width
+from trainer.ops.expert_ffn import ExpertBiases
 from trainer.ops.kernels import ExpertsKernel, run_experts
 
-# N tokens, k slots per token, D d_model, F d_ff, H width before the activation (2 F for swiglu).
+# N tokens, k slots per token, D d_model, F d_ff, H width before the activation (2 F with a gate).
 
 
 class Experts(nn.Module):
-    """E feed-forward networks without biases; dimension 0 of every parameter is the expert."""
+    """E feed-forward networks, with or without biases; dimension 0 of every parameter is the expert."""
 
     def __init__(
-        self, num_experts: int, d_model: int, d_ff: int, *, activation: Activation, kernel: ExpertsKernel
+        self,
+        num_experts: int,
+        d_model: int,
+        d_ff: int,
+        *,
+        activation: Activation,
+        kernel: ExpertsKernel,
+        has_bias: bool = False,
     ) -> None:
         super().__init__()
         self.num_experts, self.first = num_experts, 0
         """Experts of the whole layer, and the global index of the first local one."""
-        width = 2 * d_ff if activation == "swiglu" else d_ff
+        width = hidden_width(d_ff, activation)
         self.w_in = nn.Parameter(torch.empty(num_experts, width, d_model))  # (E, H, D)
         self.w_out = nn.Parameter(torch.empty(num_experts, d_model, d_ff))  # (E, D, F)
-        for weight in self.parameters():  # as nn.Linear initializes each expert; free on the meta device
-            bound = weight.shape[-1] ** -0.5
+        self.w_in_bias = nn.Parameter(torch.empty(num_experts, width)) if has_bias else None  # (E, H)
+        self.w_out_bias = nn.Parameter(torch.empty(num_experts, d_model)) if has_bias else None  # (E, D)
+        for name, weight in self.named_parameters():  # as nn.Linear initializes each expert; free on the meta device
+            bound = (d_model if name.startswith("w_in") else d_ff) ** -0.5
             nn.init.uniform_(weight, -bound, bound)
         self.activation, self.kernel = activation, kernel
         self.is_compiled = False
@@ -58,9 +68,10 @@ class Experts(nn.Module):
             (N, D) in the wider dtype of the products and of weight; in that of the products if k is 1, where nothing is
             summed.
         """
-        w_in, w_out = self.w_in, self.w_out
+        w_in, w_out, b_in, b_out = self.w_in, self.w_out, self.w_in_bias, self.w_out_bias
         if part is not None:
             w_in, w_out = w_in[slice(*part)], w_out[slice(*part)]
+            b_in, b_out = (None if bias is None else bias[slice(*part)] for bias in (b_in, b_out))
         return run_experts(
             self.kernel,
             x,
@@ -69,6 +80,7 @@ class Experts(nn.Module):
             w_in,
             w_out,
             self.activation,
+            biases=None if b_in is None or b_out is None else ExpertBiases(b_in, b_out),
             num_rows=num_rows,
             is_compiled=self.is_compiled,
             recompute=self.recompute,

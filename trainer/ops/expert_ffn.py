@@ -3,13 +3,22 @@
 # N tokens, k slots per token, R rows, E experts, D d_model, F d_ff, H width before the activation.
 """
 
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Activation = Literal["swiglu", "gelu"]
+from trainer.ops.activations import Activation, ClampedSwiGLU
+
+
+class ExpertBiases(NamedTuple):
+    """Biases of the experts' two products."""
+
+    w_in: Tensor
+    """(E, H), added to the hidden values."""
+    w_out: Tensor
+    """(E, D), added to the outputs, before the combine weight."""
 
 
 def activate(h: Tensor, activation: Activation) -> Tensor:
@@ -17,6 +26,11 @@ def activate(h: Tensor, activation: Activation) -> Tensor:
     if activation == "gelu":
         return F.gelu(h)
     gate, up = h.chunk(2, dim=-1)
+    if isinstance(activation, ClampedSwiGLU):
+        wide = torch.promote_types(h.dtype, torch.float32)  # rounded once, as the others are
+        gate = gate.to(wide).clamp(max=activation.limit)
+        up = up.to(wide).clamp(-activation.limit, activation.limit)
+        return ((up + 1) * gate * torch.sigmoid(activation.alpha * gate)).to(h.dtype)
     return F.silu(gate) * up
 
 
@@ -28,7 +42,7 @@ def loop_ffn(x: Tensor, rows_per_expert: Tensor, w_in: Tensor, w_out: Tensor, ac
     Args:
         x: (R, D) rows grouped by expert, ascending.
         rows_per_expert: (E,) int64, sums to R.
-        w_in: (E, H, D); H = 2 F for swiglu (gate first, then up), F for gelu; cast to the dtype of x.
+        w_in: (E, H, D); H = 2 F (gate first, then up), or F for gelu; cast to the dtype of x.
         w_out: (E, D, F).
         activation: between the two products.
 
@@ -41,7 +55,13 @@ def loop_ffn(x: Tensor, rows_per_expert: Tensor, w_in: Tensor, w_out: Tensor, ac
 
 
 def reference_ffn(
-    x: Tensor, expert_index: Tensor, weight: Tensor, w_in: Tensor, w_out: Tensor, activation: Activation
+    x: Tensor,
+    expert_index: Tensor,
+    weight: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    activation: Activation,
+    biases: ExpertBiases | None = None,
 ) -> Tensor:
     """Return for each token of x (N, D) the weighted sum of its experts' outputs, by loops over slots and experts.
 
@@ -52,6 +72,9 @@ def reference_ffn(
     for slot in range(weight.shape[1]):
         for e in range(len(w_in)):
             mine = (expert_index[:, slot] == e).nonzero()[:, 0]
-            y = activate(x[mine] @ w_in[e].to(x.dtype).T, activation) @ w_out[e].to(x.dtype).T
+            h = x[mine] @ w_in[e].to(x.dtype).T
+            h = h if biases is None else h + biases.w_in[e].to(x.dtype)
+            y = activate(h, activation) @ w_out[e].to(x.dtype).T
+            y = y if biases is None else y + biases.w_out[e].to(x.dtype)
             out = out.index_add(0, mine, y * weight[mine, slot, None])
     return out

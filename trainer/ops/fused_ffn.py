@@ -63,28 +63,37 @@ class FusedKernel(FFNKernel):
         super().__init__(activation)
         self.products, self.rows_multiple = products, rows_multiple
 
-    def forward(self, rows: ExpertRows, w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, rows: ExpertRows, w_in: Tensor, w_out: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the weighted outputs and the hidden values."""
         h, y = self._buffer(rows, w_in.shape[1]), self._buffer(rows, w_out.shape[1])
         scale = self._extended(rows.scale)
         for e, group, x in self._groups(rows, rows.x):
-            self.products.rows(x, w_in[e].to(x.dtype).T, h[group])
+            self._first(x, w_in[e], None if bias is None else bias[e], h[group])
             a = self.activation.apply(h[group], scale[group], self.activation.activation)  # (np, F)
             self.products.rows(a, w_out[e].to(x.dtype).T, y[group])
         return y[: len(rows.scale)], h
 
-    def hidden(self, rows: ExpertRows, w_in: Tensor) -> Tensor:
+    def hidden(self, rows: ExpertRows, w_in: Tensor, bias: Tensor | None) -> Tensor:
         """Return the hidden values."""
         h = self._buffer(rows, w_in.shape[1])
         for e, group, x in self._groups(rows, rows.x):
-            self.products.rows(x, w_in[e].to(x.dtype).T, h[group])
+            self._first(x, w_in[e], None if bias is None else bias[e], h[group])
         return h
 
-    def backward(self, grad: Tensor, rows: ExpertRows, h: Tensor, w_in: Tensor, w_out: Tensor) -> RowGradients:
+    def _first(self, x: Tensor, w_in: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """Write the hidden values of one expert."""
+        self.products.rows(x, w_in.to(x.dtype).T, out)
+        if bias is not None:
+            out += bias.to(x.dtype)
+
+    def backward(
+        self, grad: Tensor, rows: ExpertRows, h: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor | None
+    ) -> RowGradients:
         """Return the gradients. Rows beyond a group have an output gradient of zeros, which adds nothing."""
         dx, scale = self._buffer(rows, rows.x.shape[1]), self._extended(rows.scale)
         d_scale = torch.empty_like(scale)
         grad_w_in, grad_w_out = torch.empty_like(w_in), torch.empty_like(w_out)
+        grad_bias = None if bias is None else torch.zeros_like(bias)
         sizes = rows.rows_per_expert.tolist()
         for (e, group, x), (_, _, dy) in zip(self._groups(rows, rows.x), self._groups(rows, grad), strict=True):
             dy[sizes[e] :] = 0
@@ -93,12 +102,14 @@ class FusedKernel(FFNKernel):
             a, dh, d_scale[group] = self.activation.gradients(da, h[group], scale[group], self.activation.activation)
             self.products.over_rows(dy, a, grad_w_out[e])
             self.products.over_rows(dh, x, grad_w_in[e])
+            if grad_bias is not None:
+                torch.sum(dh, 0, dtype=grad_bias.dtype, out=grad_bias[e])
             self.products.rows(dh, w_in[e].to(x.dtype), dx[group])
         for e, size in enumerate(sizes):
             if size == 0:
                 grad_w_in[e] = grad_w_out[e] = 0
         num_rows = len(rows.scale)
-        return RowGradients(x=dx[:num_rows], scale=d_scale[:num_rows], w_in=grad_w_in, w_out=grad_w_out)
+        return RowGradients(x=dx[:num_rows], scale=d_scale[:num_rows], w_in=grad_w_in, w_out=grad_w_out, bias=grad_bias)
 
     def _groups(self, rows: ExpertRows, x: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
         """Yield each expert that has rows, with their range, rounded up, and its rows of tokens x (N, ...)."""

@@ -13,6 +13,9 @@ from torch import Tensor
 from trainer.ops.routed_ffn import ExpertRows, FFNKernel, RowGradients
 from trainer.ops.weighted_activation import WeightedActivation
 
+_FEWEST_COLUMNS = 8
+"""Columns of a product that every kernel takes: 16 bytes in bfloat16."""
+
 
 class GroupedProducts(ABC):
     """Products of each expert's rows with its own matrix."""
@@ -28,6 +31,13 @@ class GroupedProducts(ABC):
     @abstractmethod
     def weights(self, left: Tensor, right: Tensor) -> Tensor:
         """Return left_e^T right_e (E, K, N) of left (R, K) and right (R, N); zeros for an expert without rows."""
+
+    def sums(self, x: Tensor) -> Tensor:
+        """Sum each expert's rows of x (R, N): (E, N).
+
+        As a product with ones: added in float32 or wider, and in the same order in every run.
+        """
+        return self.weights(x, x.new_ones(len(x), _FEWEST_COLUMNS))[..., 0]
 
 
 class GroupedMM(GroupedProducts):
@@ -102,20 +112,20 @@ class GroupedKernel(FFNKernel):
         super().__init__(activation)
         self.products = products
 
-    def forward(self, rows: ExpertRows, w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, rows: ExpertRows, w_in: Tensor, w_out: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the weighted outputs and the hidden values."""
         products = self.products(rows.rows_per_expert, len(rows.scale))
-        dtype = rows.x.dtype
-        h = products.rows(rows.x.index_select(0, rows.token_of_row), w_in.to(dtype).mT)
+        h = _hidden(products, rows, w_in, bias)
         a = self.activation.apply(h, rows.scale, self.activation.activation)
-        return products.rows(a, w_out.to(dtype).mT), h
+        return products.rows(a, w_out.to(h.dtype).mT), h
 
-    def hidden(self, rows: ExpertRows, w_in: Tensor) -> Tensor:
+    def hidden(self, rows: ExpertRows, w_in: Tensor, bias: Tensor | None) -> Tensor:
         """Return the hidden values."""
-        products = self.products(rows.rows_per_expert, len(rows.scale))
-        return products.rows(rows.x.index_select(0, rows.token_of_row), w_in.to(rows.x.dtype).mT)
+        return _hidden(self.products(rows.rows_per_expert, len(rows.scale)), rows, w_in, bias)
 
-    def backward(self, grad: Tensor, rows: ExpertRows, h: Tensor, w_in: Tensor, w_out: Tensor) -> RowGradients:
+    def backward(
+        self, grad: Tensor, rows: ExpertRows, h: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor | None
+    ) -> RowGradients:
         """Return the gradients."""
         products = self.products(rows.rows_per_expert, len(rows.scale))
         dy = grad.index_select(0, rows.token_of_row)  # (R, D)
@@ -125,4 +135,12 @@ class GroupedKernel(FFNKernel):
         grad_w_out = products.weights(dy, a).to(w_out.dtype)
         del dy, a
         grad_w_in = products.weights(dh, rows.x.index_select(0, rows.token_of_row)).to(w_in.dtype)
-        return RowGradients(x=products.rows(dh, w_in.to(dh.dtype)), scale=d_scale, w_in=grad_w_in, w_out=grad_w_out)
+        grad_bias = None if bias is None else products.sums(dh).to(bias.dtype)
+        dx = products.rows(dh, w_in.to(dh.dtype))
+        return RowGradients(x=dx, scale=d_scale, w_in=grad_w_in, w_out=grad_w_out, bias=grad_bias)
+
+
+def _hidden(products: GroupedProducts, rows: ExpertRows, w_in: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the hidden values (R, H)."""
+    h = products.rows(rows.x.index_select(0, rows.token_of_row), w_in.to(rows.x.dtype).mT)
+    return h if bias is None else h.add_(bias.to(h.dtype).index_select(0, rows.expert_of_row))

@@ -9,23 +9,26 @@ of its own, and the first runs twice.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from trainer.errors import first_line, is_out_of_memory
-from trainer.ops.expert_ffn import Activation, reference_ffn
+from trainer.ops.activations import Activation, ClampedSwiGLU, hidden_width
+from trainer.ops.expert_ffn import ExpertBiases, reference_ffn
 from trainer.ops.oracle_difference import LayerResult, first_difference, layer_result, rounding_tolerance
 from trainer.ops.poisoned_memory import poisoned_memory
 
-LayerFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Activation], Tensor]
-"""(x, expert_index, weight, w_in, w_out, activation) -> (N, D): `run_experts` of one kernel."""
+LayerFunction = Callable[..., Tensor]
+"""(x, expert_index, weight, w_in, w_out, activation) -> (N, D): `run_experts` of one kernel; `biases`, if it has."""
 _HOST = torch.device("cpu")
 _WIDEST = 256
 """Wider layers are narrowed to about this, so that the oracle takes less than a second on one core."""
 _FEWEST = 16
 """Fewer numbers of a token can nearly cancel, so that a sound kernel is far off in proportion."""
+_FAR_LIMIT = 64.0
+"""Values have a spread of about 1."""
 _ALIGNMENT = 64
 """A narrowed width keeps its remainder modulo this, and with it the alignment that kernels depend on."""
 _FAR_WIDTH, _END = 512, 65
@@ -36,22 +39,30 @@ _FAR_BUFFERS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWidths:
-    """Properties of an experts' layer that a kernel may depend on: widths, activation and dtype of the products."""
+    """Properties of an experts' layer that a kernel may depend on: widths, activation, biases and dtype."""
 
     d_model: int
     d_ff: int
     activation: Activation
     dtype: torch.dtype
+    has_bias: bool = False
 
     @property
     def hidden(self) -> int:
         """Width before the activation, H."""
-        return 2 * self.d_ff if self.activation == "swiglu" else self.d_ff
+        return hidden_width(self.d_ff, self.activation)
 
     def narrowed(self) -> "LayerWidths":
-        """Return widths that are as aligned as these, neither much more than 256 nor so few that a norm can cancel."""
+        """Return widths that are as aligned as these, neither much more than 256 nor so few that a norm can cancel.
+
+        A limit of the activation becomes one that no value comes near: rounding may take a value across, where the
+        gradient is another.
+        """
         d_model, d_ff = (_canary_width(width) for width in (self.d_model, self.d_ff))
-        return LayerWidths(d_model=d_model, d_ff=d_ff, activation=self.activation, dtype=self.dtype)
+        activation = self.activation
+        if isinstance(activation, ClampedSwiGLU):
+            activation = replace(activation, limit=_FAR_LIMIT)
+        return replace(self, d_model=d_model, d_ff=d_ff, activation=activation)
 
 
 def _canary_width(width: int) -> int:
@@ -91,7 +102,7 @@ class _Sample:
     expert_index: Tensor
     """(N, k)."""
     inputs: Sequence[Tensor]
-    """x (N, D), combine weights (N, k), w_in (E, H, D), w_out (E, D, F)."""
+    """x (N, D), combine weights (N, k), w_in (E, H, D), w_out (E, D, F), and biases (E, H) and (E, D), if any."""
     grad: Tensor
     """(N, D) gradient of the outputs."""
 
@@ -146,8 +157,8 @@ def far_rows_fault(
 
     One expert takes all rows. Only those at both ends have a gradient, so the oracle needs no others.
     """
-    d_ff = _FAR_WIDTH // 2 if widths.activation == "swiglu" else _FAR_WIDTH
-    far = LayerWidths(d_model=_FAR_WIDTH, d_ff=d_ff, activation=widths.activation, dtype=widths.dtype)
+    d_ff = _FAR_WIDTH // hidden_width(1, widths.activation)
+    far = replace(widths, d_model=_FAR_WIDTH, d_ff=d_ff)
     needed = _FAR_BUFFERS * num_elements * widths.dtype.itemsize
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < needed:
         return None
@@ -173,13 +184,13 @@ def _far_rows_fault(run: LayerFunction, widths: LayerWidths, device: torch.devic
         whole[:_END], whole[-_END:] = x[:_END].to(whole), x[_END:].to(whole)
         return whole
 
-    x, weight, w_in, w_out = ends.inputs
+    x, weight, *parameters = ends.inputs
     weights = torch.cat([weight[:_END].to(device), middle, weight[_END:].to(device)])
     index = torch.ones(num_rows, 1, dtype=torch.int64, device=device)
-    sample = _Sample(expert_index=index, inputs=(spread(x, 1.0), weights, w_in, w_out), grad=spread(ends.grad, 0.0))
+    sample = _Sample(expert_index=index, inputs=(spread(x, 1.0), weights, *parameters), grad=spread(ends.grad, 0.0))
     whole = _run(run, sample, widths, device)
     y, x_grad, weight_grad = (torch.cat([each[:_END], each[-_END:]]) for each in whole[:3])
-    found = LayerResult(y, x_grad, weight_grad, whole.w_in_grad, whole.w_out_grad)
+    found = LayerResult(y, x_grad, weight_grad, *whole[3:])
     fault = first_difference(found, _oracle(ends, widths), rounding_tolerance(widths.dtype, 2 * _FAR_WIDTH))
     return None if fault is None else f"one expert takes {num_rows} rows of {_FAR_WIDTH} (its ends): {fault}"
 
@@ -194,8 +205,11 @@ def _sample(index: Tensor, num_experts: int, widths: LayerWidths, generator: tor
     weight = torch.rand(num_tokens, num_slots, generator=generator, dtype=wide) + 0.25
     w_in = values(num_experts, widths.hidden, widths.d_model, scale=widths.d_model**-0.5)
     w_out = values(num_experts, widths.d_model, widths.d_ff, scale=widths.d_ff**-0.5)
-    inputs = (values(num_tokens, widths.d_model), weight, w_in, w_out)
-    return _Sample(expert_index=index, inputs=inputs, grad=values(num_tokens, widths.d_model))
+    inputs = [values(num_tokens, widths.d_model), weight, w_in, w_out]
+    grad = values(num_tokens, widths.d_model)
+    if widths.has_bias:
+        inputs += [values(num_experts, widths.hidden), values(num_experts, widths.d_model)]
+    return _Sample(expert_index=index, inputs=inputs, grad=grad)
 
 
 def _run(run: LayerFunction, sample: _Sample, widths: LayerWidths, device: torch.device) -> LayerResult:
@@ -203,8 +217,7 @@ def _run(run: LayerFunction, sample: _Sample, widths: LayerWidths, device: torch
     inputs = [tensor.to(device).detach().requires_grad_() for tensor in sample.inputs]
     is_narrow = widths.dtype is torch.bfloat16
     with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, enabled=is_narrow):
-        x, weight, w_in, w_out = inputs
-        y = run(x, sample.expert_index.to(device), weight, w_in, w_out, widths.activation)
+        y = _apply(run, inputs, sample.expert_index.to(device), widths)
     return layer_result(y, sample.grad.to(device), inputs)
 
 
@@ -212,7 +225,12 @@ def _oracle(sample: _Sample, widths: LayerWidths) -> LayerResult:
     """Compute the oracle on the host: in float64, or in float32 for bfloat16."""
     dtype = torch.float32 if widths.dtype is torch.bfloat16 else torch.float64
     inputs = [tensor.to("cpu", dtype).detach().requires_grad_() for tensor in sample.inputs]
-    x, weight, w_in, w_out = inputs
     with torch.enable_grad():
-        y = reference_ffn(x, sample.expert_index.cpu(), weight, w_in, w_out, widths.activation)
+        y = _apply(reference_ffn, inputs, sample.expert_index.cpu(), widths)
     return layer_result(y, sample.grad.to("cpu", dtype), inputs)
+
+
+def _apply(run: LayerFunction, inputs: Sequence[Tensor], index: Tensor, widths: LayerWidths) -> Tensor:
+    x, weight, w_in, w_out, *biases = inputs
+    named = {"biases": ExpertBiases(*biases)} if biases else {}
+    return run(x, index, weight, w_in, w_out, widths.activation, **named)

@@ -14,8 +14,9 @@ from torch import Tensor
 from trainer import packages
 from trainer.config.plugins import PluggableFunction
 from trainer.ops import fused_ffn
+from trainer.ops.activations import Activation
 from trainer.ops.compute_dtype import compute_dtype
-from trainer.ops.expert_ffn import Activation
+from trainer.ops.expert_ffn import ExpertBiases
 from trainer.ops.expert_order import ExpertOrder, order_by_expert
 from trainer.ops.fused_ffn import FusedKernel
 from trainer.ops.grouped_kernel import GroupedKernel, GroupedMM, LoopProducts, PaddedProducts
@@ -51,6 +52,7 @@ def run_experts(
     w_out: Tensor,
     activation: Activation,
     *,
+    biases: ExpertBiases | None = None,
     num_rows: int | None = None,
     is_compiled: bool = False,
     recompute: bool = False,
@@ -65,6 +67,7 @@ def run_experts(
         w_in: (E, H, D).
         w_out: (E, D, F).
         activation: between the two products.
+        biases: of the two products; not for a plug-in.
         num_rows: number of (token, expert) pairs; None: it is counted, which waits for the device.
         is_compiled: compile the activation, once for all layers and sizes.
         recompute: save only x, and compute the hidden values again in the backward pass. Kernels of other packages, and
@@ -74,6 +77,8 @@ def run_experts(
         In the wider dtype of the products and of weight; in that of the products if k is 1, where nothing is summed.
     """
     if kernel not in get_args(ExpertsKernel):
+        if biases is not None:
+            raise TypeError(f"the experts' kernel {kernel} is a plug-in, which has no biases; use a built-in one")
         order = order_by_expert(expert_index, len(w_in), num_rows=num_rows)
         return run_rows_kernel(_plugin_kernel(kernel), x.to(compute_dtype(x)), weight, order, w_in, w_out, activation)
     dtype = compute_dtype(x)
@@ -83,7 +88,7 @@ def run_experts(
         y = PACKAGE_EXPERTS[kernel](x.to(dtype), expert_index, weight, order, w_in, w_out, activation)
         return y.to(torch.promote_types(dtype, weight.dtype) if weight.shape[1] > 1 else dtype)
     run = _built(kernel, activation, is_compiled, x.device.type, dtype)
-    return routed_ffn(x, weight, order, w_in, w_out, run, dtype=dtype, recompute=recompute)
+    return routed_ffn(x, weight, order, w_in, w_out, run, dtype=dtype, biases=biases, recompute=recompute)
 
 
 def run_rows_kernel(

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.ops.grouped_kernel import GroupedProducts
+from trainer.ops.grouped_kernel import GroupedMM, GroupedProducts
 from trainer.ops.mx_format import BLOCK, MXBlocks, quantize, scale_tiles
 
 GROUP_ROWS = 128
@@ -48,6 +48,10 @@ class MXFP8Products(GroupedProducts):
         one, other = (quantize(F.pad(x.T, padding).contiguous()) for x in (left, right))  # (K, R), (N, R)
         out = self._product(one, other, self._scale_by_group(one.scale), self._scale_by_group(other.scale))
         return out.masked_fill_((self.rows_per_expert == 0)[:, None, None], 0)  # may not be written: pytorch#172439
+
+    def sums(self, x: Tensor) -> Tensor:
+        """Sum each expert's rows, which is no product and not quantized."""
+        return GroupedMM(self.rows_per_expert, self.num_rows).sums(x)
 
     def _product(self, left: MXBlocks, right: MXBlocks, left_scale: Tensor, right_scale: Tensor) -> Tensor:
         """Return the products of left (M, K) and right (N, K) or (E, N, K), summed over K."""
@@ -108,6 +112,12 @@ class EmulatedMXFP8Products(GroupedProducts):
         padding = (0, -len(left) % BLOCK)
         one, other = (_rounded(F.pad(x.T, padding)) for x in (left, right))  # (K, R), (N, R)
         return torch.stack([one[:, group] @ other[:, group].T for group in self.groups])
+
+    def sums(self, x: Tensor) -> Tensor:
+        """Sum each expert's rows, not quantized."""
+        return torch.stack(
+            [x[group].sum(0, dtype=torch.promote_types(x.dtype, torch.float32)) for group in self.groups]
+        )
 
 
 def _rounded(x: Tensor) -> Tensor:

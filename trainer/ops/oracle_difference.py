@@ -28,20 +28,27 @@ class LayerResult(NamedTuple):
     """(E, H, D)."""
     w_out_grad: Tensor
     """(E, D, F)."""
+    w_in_bias_grad: Tensor | None = None
+    """(E, H); None without biases."""
+    w_out_bias_grad: Tensor | None = None
+    """(E, D)."""
 
 
-_PIECES = {"y": "token", "x_grad": "token", "weight_grad": "", "w_in_grad": "expert", "w_out_grad": "expert"}
+_PIECES = {"y": "token", "x_grad": "token", "weight_grad": ""}
+"""What a result is of; the others are of experts."""
 _SHOWN = {
     "y": "the output",
     "x_grad": "the gradient of x",
     "weight_grad": "the gradient of the combine weights",
     "w_in_grad": "the gradient of w_in",
     "w_out_grad": "the gradient of w_out",
+    "w_in_bias_grad": "the gradient of the bias of w_in",
+    "w_out_bias_grad": "the gradient of the bias of w_out",
 }
 
 
 def layer_result(y: Tensor, grad: Tensor, inputs: Sequence[Tensor]) -> LayerResult:
-    """Return outputs y (N, D) and the gradients of x, combine weights, w_in and w_out, given that of y.
+    """Return outputs y (N, D) and the gradients of x, combine weights, w_in, w_out and any biases, given that of y.
 
     An input that y does not depend on has a gradient of zeros.
     """
@@ -75,14 +82,16 @@ def first_difference(found: LayerResult, expected: LayerResult, tolerance: float
     such as the gradient of an expert without rows, must be exactly 0.
     """
     for name in LayerResult._fields:
-        one, other = getattr(found, name), getattr(expected, name)
+        one, other, piece = getattr(found, name), getattr(expected, name), _PIECES.get(name, "expert")
+        if other is None:
+            continue
         if one.shape != other.shape:
             return f"{_SHOWN[name]} has shape {tuple(one.shape)}, not {tuple(other.shape)}"
         one, other = one.to(other), other
-        if not _PIECES[name]:  # used weights are one piece: a single one can be near 0 by chance
+        if not piece:  # used weights are one piece: a single one can be near 0 by chance
             is_used = other != 0
             one, other = (torch.stack([x * is_used, x * ~is_used]) for x in (one, other))
-        if (fault := _worst_piece(one.flatten(1), other.flatten(1), tolerance, _PIECES[name])) is not None:
+        if (fault := _worst_piece(one.flatten(1), other.flatten(1), tolerance, piece)) is not None:
             return f"{_SHOWN[name]}{fault}"
     return None
 

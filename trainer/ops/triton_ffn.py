@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 
 from trainer.ops import triton_kernels
+from trainer.ops.activations import ClampedSwiGLU
 from trainer.ops.routed_ffn import ExpertRows, FFNKernel, RowGradients
 from trainer.ops.row_tiles import RowTiles
 
@@ -64,35 +65,49 @@ class TileShape:
 class TritonKernel(FFNKernel):
     """Both layers of all experts, each product one kernel with all that comes before and after it."""
 
-    def forward(self, rows: ExpertRows, w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, rows: ExpertRows, w_in: Tensor, w_out: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the weighted outputs and the hidden values."""
         tiles = _row_tiles(rows)
-        h, a = self._first_product(rows, w_in, tiles, is_forward=True)
+        h, a = self._first_product(rows, w_in, bias, tiles, is_forward=True)
         return _rows_product(a, w_out.to(a.dtype).mT, tiles), h
 
-    def hidden(self, rows: ExpertRows, w_in: Tensor) -> Tensor:
+    def hidden(self, rows: ExpertRows, w_in: Tensor, bias: Tensor | None) -> Tensor:
         """Return the hidden values."""
-        return self._first_product(rows, w_in, _row_tiles(rows), is_forward=False)[0]
+        return self._first_product(rows, w_in, bias, _row_tiles(rows), is_forward=False)[0]
 
-    def backward(self, grad: Tensor, rows: ExpertRows, h: Tensor, w_in: Tensor, w_out: Tensor) -> RowGradients:
+    def backward(
+        self, grad: Tensor, rows: ExpertRows, h: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor | None
+    ) -> RowGradients:
         """Return the gradients."""
         tiles = _row_tiles(rows)
         a, dh, d_scale = self._hidden_gradient(grad, rows, h, w_out, tiles)
         grad_w_out = _weights_product(grad, a, rows, w_out.dtype, gathers_left=True)
         del a
+        grad_bias = None
+        if bias is not None:  # sums over rows, as a product with a column of ones
+            ones = rows.x.new_ones(len(rows.x), 1)
+            grad_bias = _weights_product(dh, ones, rows, bias.dtype, gathers_left=False)[..., 0]
         return RowGradients(
             x=_rows_product(dh, w_in.to(dh.dtype), tiles),
             scale=d_scale,
             w_in=_weights_product(dh, rows.x.contiguous(), rows, w_in.dtype, gathers_left=False),
             w_out=grad_w_out,
+            bias=grad_bias,
         )
 
     @property
     def _is_gated(self) -> bool:
-        return self.activation.activation == "swiglu"
+        return self.activation.activation != "gelu"
+
+    @property
+    def _flags(self) -> dict[str, Any]:
+        """Constants of the kernels that apply the activation; a limit of 0 is none."""
+        activation = self.activation.activation
+        clamped = activation if isinstance(activation, ClampedSwiGLU) else ClampedSwiGLU(1.0, 0.0)
+        return {"GATED": self._is_gated, "ALPHA": clamped.alpha, "LIMIT": clamped.limit}
 
     def _first_product(
-        self, rows: ExpertRows, w_in: Tensor, tiles: RowTiles, *, is_forward: bool
+        self, rows: ExpertRows, w_in: Tensor, bias: Tensor | None, tiles: RowTiles, *, is_forward: bool
     ) -> tuple[Tensor, Tensor]:
         """Return the hidden values and, if `is_forward`, their weighted activation."""
         x, num_rows, width = rows.x.contiguous(), len(rows.scale), w_in.shape[1]
@@ -104,10 +119,12 @@ class TritonKernel(FFNKernel):
         a = x.new_empty(num_rows, d_ff) if is_forward else h
         with torch.cuda.device_of(x):
             triton_kernels.first_product[tiles.programs(d_ff, shape.columns)](
-                *(x, rows.token_of_row, rows.scale, w_in.to(x.dtype).contiguous(), h, a),
+                *(x, rows.token_of_row, rows.scale, w_in.to(x.dtype).contiguous()),
+                *(x if bias is None else bias.to(x.dtype).contiguous(), h, a),
                 *(tiles.map, tiles.map.shape[1], x.shape[1], d_ff),
-                GATED=self._is_gated,
+                HAS_BIAS=bias is not None,
                 WRITE_A=is_forward,
+                **self._flags,
                 **shape.options(),
             )
         return h, a
@@ -124,7 +141,7 @@ class TritonKernel(FFNKernel):
             triton_kernels.hidden_gradient[tiles.programs(d_ff, shape.columns)](
                 *(grad, rows.token_of_row, rows.scale, w_out.to(h.dtype).contiguous(), h, a, dh, d_scale),
                 *(tiles.map, tiles.map.shape[1], num_rows, grad.shape[1], d_ff),
-                GATED=self._is_gated,
+                **self._flags,
                 **shape.options(),
             )
         return a, dh, d_scale.sum(0).to(rows.scale.dtype)

@@ -5,6 +5,7 @@ row and end of rows, the last two equal for one without rows. Sums are float32, 
 else runs: no atomic additions, so results are the same bits in every run. Offsets are int64.
 
 # N tokens, R rows, E experts, D d_model, F d_ff, H width before the activation (2 F if GATED: gate first, then up).
+# ALPHA and LIMIT are of clamped SwiGLU; LIMIT 0: plain.
 """
 
 import triton
@@ -70,11 +71,25 @@ def _rows_times_matrix(
 
 
 @triton.jit
+def _with_bias(total, bias, columns, is_column):
+    """Add a bias (N,) to all rows of a sum."""
+    return total + tl.load(bias + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _clamped(gate, up, LIMIT: tl.constexpr):
+    """Clamp the gate from above and up on both sides; what is not a number stays so."""
+    gate = tl.where(gate > LIMIT, LIMIT, gate)
+    return gate, tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+
+
+@triton.jit
 def first_product(
     x,  # (N, D)
     token_of_row,  # (R,)
     scale,  # (R,)
     w_in,  # (E, H, D)
+    bias,  # (E, H), if HAS_BIAS
     h,  # (R, H), written
     a,  # (R, F), written: scale * act(h)
     tiles,
@@ -82,6 +97,9 @@ def first_product(
     d_model,
     d_ff,
     GATED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     WRITE_A: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -107,15 +125,24 @@ def first_product(
             at_w, is_w = columns.to(tl.int64)[None, :] * d_model + k[:, None], is_k[:, None] & is_column[None, :]
             gate = _dot(left, tl.load(w + at_w, mask=is_w, other=0.0), gate, INTERPRETED)
             up = _dot(left, tl.load(w_up + at_w, mask=is_w, other=0.0), up, INTERPRETED)
+        if HAS_BIAS:
+            gate = _with_bias(gate, bias + expert * width, columns, is_column)
+            up = _with_bias(up, bias + expert * width + d_ff, columns, is_column)
         gate, up = _rounded(gate, h.dtype.element_ty, INTERPRETED), _rounded(up, h.dtype.element_ty, INTERPRETED)
         tl.store(h + at, gate, mask=mask)
         tl.store(h + at + d_ff, up, mask=mask)
-        gate = gate.to(tl.float32)
-        act = gate * tl.sigmoid(gate) * up.to(tl.float32)
+        gate, up = gate.to(tl.float32), up.to(tl.float32)
+        if LIMIT > 0:
+            gate, up = _clamped(gate, up, LIMIT)
+            act = gate * tl.sigmoid(ALPHA * gate) * (up + 1.0)
+        else:
+            act = gate * tl.sigmoid(gate) * up
     else:
         hidden = _rows_times_matrix(
             x, tokens, is_row, w, columns, is_column, d_model, 1, d_model, zeros, BLOCK_DEPTH, INTERPRETED
         )
+        if HAS_BIAS:
+            hidden = _with_bias(hidden, bias + expert * width, columns, is_column)
         hidden = _rounded(hidden, h.dtype.element_ty, INTERPRETED)
         tl.store(h + at, hidden, mask=mask)
         hidden = hidden.to(tl.float32)
@@ -171,6 +198,8 @@ def hidden_gradient(
     d_model,
     d_ff,
     GATED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -191,10 +220,19 @@ def hidden_gradient(
     if GATED:
         gate = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(h + at + d_ff, mask=mask, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(gate)
+        if LIMIT > 0:
+            is_gate, is_up = gate <= LIMIT, tl.abs(up) <= LIMIT  # of what is clamped the gradient is 0
+            gate, up = _clamped(gate, up, LIMIT)
+            up += 1.0
+            sigmoid = tl.sigmoid(ALPHA * gate)
+            slope = da * factor * sigmoid
+            d_gate = tl.where(is_gate, slope * up * (1.0 + ALPHA * gate * (1.0 - sigmoid)), 0.0)
+            d_up = tl.where(is_up, slope * gate, 0.0)
+        else:
+            sigmoid = tl.sigmoid(gate)
+            slope = da * factor * sigmoid
+            d_gate, d_up = slope * up * (1.0 + gate * (1.0 - sigmoid)), slope * gate
         act = gate * sigmoid * up
-        slope = da * factor * sigmoid
-        d_gate, d_up = slope * up * (1.0 + gate * (1.0 - sigmoid)), slope * gate
         tl.store(dh + at, _rounded(d_gate, dh.dtype.element_ty, INTERPRETED), mask=mask)
         tl.store(dh + at + d_ff, _rounded(d_up, dh.dtype.element_ty, INTERPRETED), mask=mask)
     else:

@@ -1,6 +1,6 @@
 """The activation between an expert's two products, times the combine weight of each row, forward and backward.
 
-# n rows, F d_ff, H width before the activation (2 F for swiglu: gate first, then up).
+# n rows, F d_ff, H width before the activation (2 F with a gate, which comes first).
 """
 
 from collections.abc import Callable
@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.ops.expert_ffn import Activation, activate
+from trainer.ops.activations import Activation, ClampedSwiGLU
+from trainer.ops.expert_ffn import activate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,8 @@ def _apply(h: Tensor, scale: Tensor, activation: Activation) -> Tensor:
 
 
 def _gradients(da: Tensor, h: Tensor, scale: Tensor, activation: Activation) -> tuple[Tensor, Tensor, Tensor]:
+    if isinstance(activation, ClampedSwiGLU):
+        return _clamped_gradients(da, h, scale, activation)
     factor = scale[:, None]
     if activation == "gelu":
         a = F.gelu(h)
@@ -64,6 +67,8 @@ def _gradients_to_compile(
     da: Tensor, h: Tensor, scale: Tensor, activation: Activation
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the same, sharing one exponential: slower in eager mode, twice as fast compiled."""
+    if isinstance(activation, ClampedSwiGLU):
+        return _clamped_gradients(da, h, scale, activation)
     wide = torch.promote_types(h.dtype, torch.float32)
     da, wide_h, factor = da.to(wide), h.to(wide), scale.to(wide)[:, None]
     if activation == "gelu":
@@ -77,3 +82,21 @@ def _gradients_to_compile(
         dh = torch.cat([slope * up * (1 + gate * (1 - sigmoid)), slope * gate], dim=-1)
     d_scale = (da * unweighted).sum(-1)
     return (unweighted * factor).to(h.dtype), dh.to(h.dtype), d_scale.to(scale.dtype)
+
+
+def _clamped_gradients(
+    da: Tensor, h: Tensor, scale: Tensor, activation: ClampedSwiGLU
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the same for a clamped gate; where a value is clamped it has no gradient, as `torch.clamp` has it."""
+    wide, alpha, limit = torch.promote_types(h.dtype, torch.float32), activation.alpha, activation.limit
+    gate, up = h.to(wide).chunk(2, dim=-1)
+    gate_gets_gradient, up_gets_gradient = gate <= limit, up.abs() <= limit
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit) + 1
+    sigmoid = torch.sigmoid(alpha * gate)
+    glu = gate * sigmoid
+    a, da = up * glu, da.to(wide)
+    d_scale = (da * a).sum(-1)
+    slope = da * scale.to(wide)[:, None]
+    d_gate = slope * up * (sigmoid + alpha * glu * (1 - sigmoid)) * gate_gets_gradient
+    dh = torch.cat([d_gate, slope * glu * up_gets_gradient], dim=-1)
+    return (a * scale.to(wide)[:, None]).to(h.dtype), dh.to(h.dtype), d_scale.to(scale.dtype)

@@ -103,7 +103,8 @@ def check_kernel(
     widths = LayerWidths(
         d_model=config.model.d_model,
         d_ff=moe.d_ff,
-        activation=config.model.activation,
+        activation=config.model.activation_function,
+        has_bias=moe.expert_bias,
         dtype=_DTYPES[config.train.dtype],
     )
     report = run_canary(config.parallel, widths, moe.num_experts, mesh, device)

@@ -98,6 +98,7 @@ def test_active_parameters_leave_idle_experts_out() -> None:
 
 COUNTED = {
     **SHAPES,
+    "biases, clamped": ({"expert_bias": True, "num_shared_experts": 1}, {"activation": "clamped_swiglu"}),
     "every second, grouped queries": ({"every": 2}, {"num_kv_heads": 1, "qk_norm": True, "num_layers": 5}),
     "latents, biases": ({}, latent_attention(biases=True)),
     "dense": (None, {}),

@@ -8,7 +8,7 @@ from tests.builders import latent_attention, make_engine, make_model, tiny_model
 from tests.registries import ROUTERS, num_experts_of
 from trainer.models.gpt import GPT
 from trainer.models.initialize import initialize
-from trainer.models.parameter_roles import is_matrix, parameter_role
+from trainer.models.parameter_roles import is_decayed, is_matrix, parameter_role
 from trainer.moe.routers.top_k import TopKRouter
 
 
@@ -36,6 +36,16 @@ def test_an_expert_does_not_depend_on_the_rank_that_holds_it() -> None:
         moe.experts.keep(1, 3)
     initialize(model, 0)
     assert torch.equal(_parameters(model)[name], _parameters(make_model(config))[name][1:3])
+
+
+def test_biases_of_experts_start_at_0_and_do_not_decay() -> None:
+    parameters = _parameters(
+        make_model(tiny_model_config({"expert_bias": True, "router": {"kind": "top_k", "gate_bias": True}}))
+    )
+    biases = {name: p for name, p in parameters.items() if name.endswith("bias")}
+    assert {name.split(".", 3)[3] for name in biases} == {"experts.w_in_bias", "experts.w_out_bias", "router.gate.bias"}
+    assert not any(p.any() or is_decayed(name, p) for name, p in biases.items())
+    assert {parameter_role(name) for name in biases} == {"expert", "router"}
 
 
 def test_experts_are_distinct() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.registries import KERNELS
-from trainer.ops.expert_ffn import Activation
+from trainer.ops.activations import Activation
 from trainer.ops.kernels import ExpertsKernel, choose_experts_kernel, run_experts
 
 GROUPS = {

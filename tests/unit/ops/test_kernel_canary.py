@@ -1,15 +1,17 @@
 """The kernel canary: the project's kernels pass, and each fault that kernels of others had is caught and named."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.registries import KERNELS
-from trainer.ops.expert_ffn import Activation, reference_ffn
+from trainer.ops.activations import ACTIVATIONS, Activation, ClampedSwiGLU
+from trainer.ops.expert_ffn import ExpertBiases, reference_ffn
 from trainer.ops.kernel_canary import GROUPS, NO_ROWS, ONE_TAKES_ALL, LayerWidths, far_rows_fault, kernel_fault
 from trainer.ops.kernels import ExpertsKernel, run_experts
 
@@ -189,13 +191,33 @@ def test_a_kernel_that_raises_is_refused_with_its_message() -> None:
 
 
 @pytest.mark.parametrize("d_model", [16, 64, 1040])
-@pytest.mark.parametrize("activation", get_args(Activation))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel", [*KERNELS, PLUGIN])
 def test_kernels_of_this_project_pass(kernel: Any, dtype: torch.dtype, activation: Activation, d_model: int) -> None:
     if kernel in ("grouped", "triton") and dtype is torch.float64:
         pytest.skip(f"{kernel} does not support float64")
     assert kernel_fault(partial(run_experts, kernel), widths(dtype, activation, d_model), CPU) is None
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("activation", ["gelu", ClampedSwiGLU()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_so_do_they_with_biases(kernel: Any, dtype: torch.dtype, activation: Activation, recompute: bool) -> None:
+    given = replace(widths(dtype, activation), has_bias=True)
+    assert kernel_fault(partial(run_experts, kernel, recompute=recompute), given, CPU) is None
+
+
+@pytest.mark.parametrize(("place", "name"), [(0, "w_in"), (1, "w_out")])
+def test_a_bias_without_its_gradient_is_caught(place: int, name: str) -> None:
+    def run(*args: Any, biases: ExpertBiases) -> Tensor:
+        pair = [biases.w_in, biases.w_out]
+        pair[place] = pair[place].detach()
+        return reference_ffn(*args, biases=ExpertBiases(*pair))
+
+    found = kernel_fault(run, replace(widths(), has_bias=True), CPU)
+    assert f"the gradient of the bias of {name} of expert" in (found or "")
 
 
 @pytest.mark.parametrize("kernel", ["loop", "grouped", "fused"])

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
-from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from trainer import packages
-from trainer.ops.expert_ffn import Activation, reference_ffn
+from trainer.ops.activations import ACTIVATIONS, Activation, ClampedSwiGLU
+from trainer.ops.expert_ffn import reference_ffn
 from trainer.ops.kernel_canary import GROUPS, LayerWidths, RowGroups, groups_fault, kernel_fault
 from trainer.ops.kernels import choose_experts_kernel, missing_kernel, run_experts
 from trainer.ops.routed_ffn import ExpertRows
@@ -38,19 +38,28 @@ def interpreter() -> Iterator[Executor]:
         yield pool
 
 
-def _fault(groups: RowGroups, dtype: torch.dtype, activation: Activation, widths: tuple[int, int]) -> str | None:
-    given = LayerWidths(d_model=widths[0], d_ff=widths[1], activation=activation, dtype=dtype)
+def _fault(
+    groups: RowGroups, dtype: torch.dtype, activation: Activation, widths: tuple[int, int], has_bias: bool = False
+) -> str | None:
+    given = LayerWidths(d_model=widths[0], d_ff=widths[1], activation=activation, dtype=dtype, has_bias=has_bias)
     return groups_fault(partial(run_experts, "triton"), groups, given, CPU)
 
 
 @NEEDS_TRITON
-@pytest.mark.parametrize("activation", get_args(Activation))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_awkward_groups_are_right_forward_and_backward(
     interpreter: Executor, dtype: torch.dtype, activation: Activation
 ) -> None:
     """Groups of 0, 1, 7, 63 and 65 rows, in memory full of NaN; widths that are no multiple of a tile."""
     assert interpreter.submit(_fault, GROUPS, dtype, activation, (40, 72)).result() is None
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("activation", ["gelu", ClampedSwiGLU(limit=1.0)])
+def test_so_are_biases_and_values_beyond_a_limit(interpreter: Executor, activation: Activation) -> None:
+    groups = RowGroups("groups of 0, 5 and 70 rows", (0, 5, 70), 1)
+    assert interpreter.submit(_fault, groups, torch.float32, activation, (24, 40), has_bias=True).result() is None
 
 
 @NEEDS_TRITON
@@ -118,11 +127,11 @@ def _hidden(x: Tensor, w_in: Tensor, activation: Activation) -> Tensor:
 
     token_of_row, rows_per_expert = torch.arange(len(x)), torch.tensor([len(x)])
     rows = ExpertRows(x=x, token_of_row=token_of_row, scale=torch.ones(len(x)), rows_per_expert=rows_per_expert)
-    return TritonKernel(weighted_activation(activation, is_compiled=False)).hidden(rows, w_in)
+    return TritonKernel(weighted_activation(activation, is_compiled=False)).hidden(rows, w_in, None)
 
 
 @NEEDS_TRITON
-@pytest.mark.parametrize("activation", get_args(Activation))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_bfloat16_is_rounded_to_the_nearest_with_ties_to_even(interpreter: Executor, activation: Activation) -> None:
     """Sums of whole numbers are exact in float32, so the bits are certain; some end in a tie."""
     draw = torch.Generator().manual_seed(1)
@@ -142,7 +151,7 @@ def test_float64_is_refused(interpreter: Executor) -> None:
 @pytest.mark.gpu
 @NEEDS_TRITON
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("activation", get_args(Activation))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_canary_passes_on_a_gpu(dtype: torch.dtype, activation: Activation) -> None:
     widths = LayerWidths(d_model=1040, d_ff=200, activation=activation, dtype=dtype)

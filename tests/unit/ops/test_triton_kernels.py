@@ -18,17 +18,22 @@ SHARED_BYTES = 227 * 1024
 POINTERS = {
     **dict.fromkeys(("token_of_row", "tiles", "ends", "rows_per_expert"), "*i64"),
     **dict.fromkeys(("scale", "d_scale", "out"), "*fp32"),
-    **dict.fromkeys(("x", "w_in", "w_out", "w", "h", "a", "dh", "y", "grad", "left", "right"), "*bf16"),
+    **dict.fromkeys(("x", "w_in", "bias", "w_out", "w", "h", "a", "dh", "y", "grad", "left", "right"), "*bf16"),
 }
+PLAIN, CLAMPED = {"ALPHA": 1.0, "LIMIT": 0.0}, {"ALPHA": 1.702, "LIMIT": 7.0}
 KERNELS: list[tuple[str, bool, dict[str, Any]]] = [
-    ("first_product", False, {"GATED": True, "WRITE_A": True}),
-    ("hidden_gradient", False, {"GATED": True}),
+    ("first_product", False, {"GATED": True, "WRITE_A": True, "HAS_BIAS": False, **PLAIN}),
+    ("first_product", False, {"GATED": True, "WRITE_A": True, "HAS_BIAS": True, **CLAMPED}),
+    ("hidden_gradient", False, {"GATED": True, **PLAIN}),
+    ("hidden_gradient", False, {"GATED": True, **CLAMPED}),
     ("rows_product", True, {}),
     ("weights_product", True, {"GATHER_LEFT": True}),
 ]
 
 
-@pytest.mark.parametrize(("name", "is_wide", "flags"), KERNELS, ids=[name for name, *_ in KERNELS])
+@pytest.mark.parametrize(
+    ("name", "is_wide", "flags"), KERNELS, ids=[f"{name} {flags.get('LIMIT', '')}" for name, _, flags in KERNELS]
+)
 def test_a_kernel_compiles_for_hopper(
     name: str, is_wide: bool, flags: dict[str, Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

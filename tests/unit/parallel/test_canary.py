@@ -113,7 +113,9 @@ def test_a_wrong_kernel_is_refused_even_if_no_other_is_right(monkeypatch: pytest
 
 @pytest.mark.parametrize("recompute", ["experts", "block", RecomputeEveryConfig(every=2)])
 def test_what_is_computed_again_is_checked_if_the_run_does_so(monkeypatch: pytest.MonkeyPatch, recompute: Any) -> None:
-    monkeypatch.setattr("trainer.ops.fused_ffn.FusedKernel.hidden", lambda self, rows, w_in: w_in.new_ones(136, 32))
+    monkeypatch.setattr(
+        "trainer.ops.fused_ffn.FusedKernel.hidden", lambda self, rows, w_in, bias: w_in.new_ones(136, 32)
+    )
     assert canary(experts_kernel="fused").experts_kernel == "fused"
     with pytest.raises(ConfigError, match=r"fused is wrong on this device: groups of .* the gradient of x of token"):
         canary(experts_kernel="fused", recompute=recompute)

@@ -37,6 +37,8 @@ def why_not_plain(config: ExperimentConfig) -> str | None:
         return "not every block has routed experts and nothing else"
     if model.activation != "swiglu":
         return f"its experts have {model.activation}"
+    if moe.expert_bias:
+        return "its experts have biases"
     if moe.router.kind != "top_k" or moe.capacity.factor is not None:
         return "its router is not top_k, or drops tokens"
     return None
