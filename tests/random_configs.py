@@ -94,7 +94,7 @@ def draw(number: int, folder: Path) -> Trial:
 
 def _model(drawn: random.Random, kind: str) -> dict[str, Any]:
     layers, heads = drawn.randint(1, 3), drawn.choice([1, 2, 4])
-    fields = {
+    fields: dict[str, Any] = {
         "num_layers": layers,
         "d_model": heads * drawn.choice([4, 8]),
         "num_heads": heads,
