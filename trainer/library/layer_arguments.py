@@ -18,6 +18,7 @@ from trainer.errors import ConfigError
 from trainer.moe.routers.config.options import RouterOptions
 from trainer.moe.routers.registry import RouterConfig
 from trainer.ops.kernels import ExpertsKernel, missing_kernel
+from trainer.ops.package_experts import PACKAGE_EXPERTS
 
 _CALL: Final = SourceLocation(0, 0, 0, "MoELayer")
 
@@ -42,8 +43,9 @@ class LayerArguments(Config):
         if self.capacity_factor is not None and not self.router.has_fixed_k:
             text = f"{self.router.kind} has no fixed number of experts per token; use None"
             yield Problem("capacity_factor", text)
-        if self.expert_bias and ":" in self.kernel:
-            yield Problem("expert_bias", "a kernel of your own has no biases; use False, or a built-in kernel")
+        if self.expert_bias and (":" in self.kernel or self.kernel in PACKAGE_EXPERTS):
+            what = "a kernel of your own" if ":" in self.kernel else self.kernel
+            yield Problem("expert_bias", f"{what} has no biases; use False, or a built-in kernel such as loop")
         if (message := missing_kernel(self.kernel, instead="loop")) is not None:
             yield Problem("kernel", message)
 

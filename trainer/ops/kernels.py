@@ -67,7 +67,7 @@ def run_experts(
         w_in: (E, H, D).
         w_out: (E, D, F).
         activation: between the two products.
-        biases: of the two products; not for a plug-in.
+        biases: of the two products; not for kernels of other packages and plug-ins.
         num_rows: number of (token, expert) pairs; None: it is counted, which waits for the device.
         is_compiled: compile the activation, once for all layers and sizes.
         recompute: save only x, and compute the hidden values again in the backward pass. Kernels of other packages, and
@@ -76,9 +76,9 @@ def run_experts(
     Returns:
         In the wider dtype of the products and of weight; in that of the products if k is 1, where nothing is summed.
     """
+    if biases is not None and (kernel not in get_args(ExpertsKernel) or kernel in PACKAGE_EXPERTS):
+        raise TypeError(f"the experts' kernel {kernel} has no biases; use a built-in one, such as loop")
     if kernel not in get_args(ExpertsKernel):
-        if biases is not None:
-            raise TypeError(f"the experts' kernel {kernel} is a plug-in, which has no biases; use a built-in one")
         order = order_by_expert(expert_index, len(w_in), num_rows=num_rows)
         return run_rows_kernel(_plugin_kernel(kernel), x.to(compute_dtype(x)), weight, order, w_in, w_out, activation)
     dtype = compute_dtype(x)

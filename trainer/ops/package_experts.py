@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from trainer import packages
-from trainer.ops.expert_ffn import Activation, activate
+from trainer.ops.activations import Activation
+from trainer.ops.expert_ffn import activate
 from trainer.ops.expert_order import ExpertOrder
 
 PackageExperts = Callable[[Tensor, Tensor, Tensor, ExpertOrder, Tensor, Tensor, Activation], Tensor]

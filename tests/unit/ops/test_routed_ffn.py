@@ -101,10 +101,11 @@ def test_biases_are_counted_once_for_each_expert_that_is_chosen_twice() -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12 * max(1.0, float(other.abs().max())))
 
 
-def test_a_kernel_of_ones_own_refuses_biases() -> None:
+@pytest.mark.parametrize("kernel", [PLUGIN, "sonicmoe", "scattermoe"])
+def test_kernels_that_have_no_biases_refuse_them(kernel: ExpertsKernel) -> None:
     index, inputs = _inputs("swiglu", has_bias=True)
-    with pytest.raises(TypeError, match="is a plug-in, which has no biases; use a built-in one"):
-        _run(PLUGIN, index, inputs)
+    with pytest.raises(TypeError, match=f"kernel {kernel} has no biases; use a built-in one, such as loop"):
+        _run(kernel, index, inputs)
 
 
 @pytest.mark.parametrize("activation", ["swiglu", CLAMPED])
