@@ -5,7 +5,7 @@ from collections.abc import Callable
 from enum import Enum
 from functools import partial
 from types import ModuleType
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from trainer import packages
 from trainer.errors import ConfigError
-from trainer.ops.expert_ffn import Activation, reference_ffn
+from trainer.ops.activations import ACTIVATIONS, Activation
+from trainer.ops.expert_ffn import reference_ffn
 from trainer.ops.kernel_canary import LayerWidths, kernel_fault
 from trainer.ops.kernels import choose_experts_kernel, missing_kernel, run_experts
 from trainer.ops.package_experts import PACKAGE_EXPERTS
@@ -100,7 +101,7 @@ def doubles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _cases() -> list[tuple[Any, Activation]]:
-    return [("sonicmoe", "swiglu"), *(("scattermoe", activation) for activation in get_args(Activation))]
+    return [("sonicmoe", "swiglu"), *(("scattermoe", activation) for activation in ACTIVATIONS)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
