@@ -88,6 +88,8 @@ def draw(number: int, folder: Path) -> Trial:
             apply_case(config, case)
         except ValidationError:
             continue
+        if text == "one byte" and config.model.qk_norm and config.model.norm == "rms_plus_one":
+            continue  # where keys are equal these weights get no gradient, so what started at 0 is rounding alone
         if not labels(config):
             return Trial(number, config, case, text)
 
