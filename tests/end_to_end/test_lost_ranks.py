@@ -7,15 +7,13 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests import imported_once
-from tests.launched_ranks import ROOT, Started, launched, store_apart
+from tests.launched_ranks import Started, launched, store_apart
 from trainer.distributed.interface import LOOPBACK
 
 CONFIG = """\
@@ -221,14 +219,7 @@ def test_a_rank_that_freezes_while_others_wait_for_its_work_is_named(tmp_path: P
 
 def test_ranks_that_cannot_meet_say_where_they_tried(workplace: Path) -> None:
     alone = {"MASTER_ADDR": "no-such-host.invalid", "MASTER_PORT": "29500", "RANK": "0", "WORLD_SIZE": "2"}
-    result = subprocess.run(
-        [sys.executable, "-m", "trainer", "train", "tiny.yaml"],
-        cwd=workplace,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **alone},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    result = imported_once.run(["-m", "trainer", "train", "tiny.yaml"], cwd=workplace, environment=alone)
     assert result.returncode == 5, result.stderr
     expected = "rank 0: cannot join the other 1 ranks through no-such-host.invalid:29500: MASTER_ADDR: "
     assert result.stderr.startswith(expected) and len(result.stderr.splitlines()) == 1

@@ -10,6 +10,7 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests import imported_once
 from tests.wandb_server import WandbServer
 
 CONFIG = """\
@@ -28,16 +29,8 @@ SECRETS = {"WANDB_API_KEY": "5ec7e7" * 6 + "5ec7", "HF_TOKEN": "hf_5ec7e7", "OPE
 
 
 def train(workplace: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    root = str(Path(__file__).parents[2])
-    return subprocess.run(
-        [sys.executable, "-m", "trainer", "train", "tiny.yaml"],
-        cwd=workplace,
-        env={**kept, **SECRETS, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "HOME": str(workplace), **environment},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    own = {**SECRETS, "HOME": str(workplace), **environment}
+    return imported_once.run(["-m", "trainer", "train", "tiny.yaml"], cwd=workplace, environment=own, timeout=200)
 
 
 def numbers(path: Path) -> list[dict[str, Any]]:

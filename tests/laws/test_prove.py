@@ -224,18 +224,27 @@ def test_every_layout_is_equal_under_deepspeed(
     assert {(layout["engine"], layout["zero_stage"]) for layout in layouts} == {("deepspeed", 1), ("deepspeed", 2)}
 
 
+@pytest.fixture(scope="module")
+def single(config: ExperimentConfig) -> ExperimentConfig:
+    """The config in single precision, as DeepSpeed sums gradients."""
+    train = {**config.train.model_dump(), "dtype": "float32"}
+    return ExperimentConfig.model_validate({**config.model_dump(), "train": train})
+
+
+@pytest.fixture(scope="module")
+def single_oracle(single: ExperimentConfig) -> Evidence:
+    return run_case(single, reference(single), LocalRanks(), steps=STEPS, timeout_s=TIMEOUT_S)
+
+
 @pytest.mark.parametrize(
     ("fault", "said"), list(IN_DEEPSPEED.items()), ids=lambda value: getattr(value, "__name__", "")
 )
 def test_deepspeed_s_own_mistakes_are_caught_and_named(
-    config: ExperimentConfig, fault: Callable[[], None], said: str
+    single: ExperimentConfig, single_oracle: Evidence, fault: Callable[[], None], said: str
 ) -> None:
-    train = {**config.train.model_dump(), "dtype": "float32"}
-    single = ExperimentConfig.model_validate({**config.model_dump(), "train": train})
-    oracle = run_case(single, reference(single), LocalRanks(), steps=STEPS, timeout_s=TIMEOUT_S)
     case = Case(world_size=2, ep_size=2, micro_batch_size=2, zero_stage=1)
     with closing(LocalRanks()) as ranks:
         mine = run_case(single, case, ranks, steps=STEPS, timeout_s=TIMEOUT_S, prepare=fault)
-    comparison = compare(mine, oracle, tolerance=1e-5, floor=FLOORS["float32"])
+    comparison = compare(mine, single_oracle, tolerance=1e-5, floor=FLOORS["float32"])
     assert not comparison.is_equal
     assert comparison.cause is not None and said in comparison.cause, comparison

@@ -6,8 +6,11 @@
     all the rest of the model    once a step: it is used everywhere     float32
 
 Gradients are reduce-scattered as a sum in float32 (float64 if the weights are): FSDP's division by the number of ranks
-is disabled. A group has one dtype, since a reduction has: norms and routers, which stay in float32, would need a third
-group in every block, and are small enough to stay whole during a step.
+is disabled. Embedding and head are gathered in float32, although a product rounds them: nothing rounds an embedding
+that is looked up, and the head's gradient is summed over chunks of tokens in float32, which the gradient of a bfloat16
+weight could not hold, so sharding would change what is learned. A group has one dtype, since a reduction has: norms and
+routers, which stay in float32, would need a third group in every block, and are small enough to stay whole during a
+step.
 
 # D d_model, H width of the experts before their activation.
 """

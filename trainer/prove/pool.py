@@ -109,6 +109,13 @@ def _receive(pipes: list[Connection], timeout_s: float) -> list[Any]:
     return answers
 
 
+def _join(path: str, rank: int, world_size: int, timeout: timedelta) -> None:
+    """Create torch's default group through a store in a file."""
+    store = dist.FileStore(path, world_size)
+    store.set_timeout(timeout)  # its own are 5 minutes, in which it looks for a file or a key that never comes
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
 def _work(pipe: Connection) -> None:
     torch.set_num_threads(1)
     use_loopback()
@@ -116,13 +123,7 @@ def _work(pipe: Connection) -> None:
         while True:
             function, args, rank, world_size, store, timeout_s = pipe.recv()
             try:
-                dist.init_process_group(
-                    "gloo",
-                    store=dist.FileStore(store, world_size),
-                    rank=rank,
-                    world_size=world_size,
-                    timeout=timedelta(seconds=timeout_s),
-                )
+                _join(store, rank, world_size, timedelta(seconds=timeout_s))
                 answer = function(*args)
                 dist.barrier()  # no rank leaves while others are still connecting
             except TurnoutError as error:

@@ -74,3 +74,14 @@ def test_the_file_of_a_group_is_there_as_long_as_the_processes() -> None:
         assert Path(path).parent.is_dir()
         assert ranks.run(1, store_path, timeout_s=30) != [path]
     assert not Path(path).parent.exists()
+
+
+def store_timeout() -> float:
+    """Return the seconds after which this rank gives up a key that no rank sets."""
+    store = dist.distributed_c10d._get_default_store()
+    return store.timeout.total_seconds()
+
+
+def test_a_rank_waits_for_the_store_as_long_as_for_a_message() -> None:
+    with closing(LocalRanks()) as ranks:
+        assert ranks.run(2, store_timeout, timeout_s=60) == [60, 60]
