@@ -79,7 +79,7 @@ def test_the_file_of_a_group_is_there_as_long_as_the_processes() -> None:
 def store_timeout() -> float:
     """Return the seconds after which this rank gives up a key that no rank sets."""
     store = dist.distributed_c10d._get_default_store()
-    return store.timeout.total_seconds()
+    return store.timeout.total_seconds()  # pyrefly: ignore[missing-attribute]
 
 
 def test_a_rank_waits_for_the_store_as_long_as_for_a_message() -> None:
