@@ -134,9 +134,12 @@ class GPT(nn.Module):
 
     def new_cache(self, num_rows: int, capacity: int) -> KVCache:
         """Return an empty cache for `capacity` tokens per row."""
-        num_heads, widths = self.config.cache_shape
+        (num_heads, widths), weight = self.config.cache_shape, self.embedding.weight
+        # Not by `new_zeros`: of a sharded weight it makes a sharded tensor.
         keys, values = (
-            self.embedding.weight.new_zeros(self.config.num_layers, num_rows, capacity, num_heads, width)
+            torch.zeros(
+                (self.config.num_layers, num_rows, capacity, num_heads, width), dtype=weight.dtype, device=weight.device
+            )
             for width in widths
         )
         return KVCache(
