@@ -65,8 +65,8 @@ FAULTS = [
     _fault(
         "an exported expert has the rows of its neighbour",
         "convert/checkpoint_weights.py",
-        "first[0], first[1] - first[0])",
-        "max(0, first[0] - 1), first[1] - first[0])",
+        "begin + first, begin + last)",
+        "max(begin - 1, 0) + first, max(begin - 1, 0) + last)",
         EXPORT,
     ),
     _fault(

@@ -1,6 +1,7 @@
-"""Weights of a verified checkpoint, read a region at a time, with the memory of what is read."""
+"""Weights of a verified checkpoint, read a region at a time."""
 
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Final
 
@@ -8,12 +9,12 @@ from torch import Tensor
 
 from trainer.checkpoint.coverage import WEIGHT
 from trainer.checkpoint.find_checkpoint import CheckpointHandle
-from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.tensor_files import StoredTensors
+from trainer.convert.compare_tensors import CheckpointRows
+from trainer.convert.link_tensors import to_theirs
+from trainer.convert.linked_weights import parts_of, region
 from trainer.families.link import Link
 
-_MAPPED_BYTES: Final = 64 << 20
-"""Files are mapped into memory; what was read of them stays there until they are closed."""
+_BLOCK_BYTES: Final = 32 << 20
 
 
 class CheckpointWeights:
@@ -21,33 +22,25 @@ class CheckpointWeights:
 
     def __init__(self, checkpoint: CheckpointHandle) -> None:
         self.folder: Path = checkpoint.path
-        self._manifest: Manifest = checkpoint.manifest
-        self._tensors = StoredTensors(self.folder, self._manifest)
-        self._mapped_bytes = 0
+        self._rows = CheckpointRows(checkpoint.path, checkpoint.manifest)
         self.shapes = {
             name.removeprefix(WEIGHT): tuple(stored.shape)
-            for name, stored in self._manifest.tensors.items()
+            for name, stored in checkpoint.manifest.tensors.items()
             if name.startswith(WEIGHT)
         }
         """Shape of each tensor."""
 
-    def region(self, link: Link) -> Tensor:
-        """Return a copy of the region `link.at` of a tensor."""
-        first, *inside = link.at or ((0, self.shapes[link.ours][0]),)
-        rows = self.read(link.ours, first[0], first[1] - first[0])
-        return rows[(slice(None), *(slice(*r) for r in inside))].clone()
-
-    def read(self, name: str, start: int = 0, length: int | None = None) -> Tensor:
-        """Return indices start .. start + length - 1 of dimension 0 of a tensor; valid until the next call."""
-        if self._mapped_bytes > _MAPPED_BYTES:
-            self._tensors, self._mapped_bytes = StoredTensors(self.folder, self._manifest), 0
-        found = self._tensors.read(WEIGHT + name, start, length)
-        self._mapped_bytes += found.nbytes
-        return found
+    def parts(self, link: Link) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        """Yield a link's tensor of theirs in parts that fit into memory, each with its range of dimension 0."""
+        shape = self.shapes[link.ours]
+        (begin, _), *inside = region(link, shape)
+        for (first, last), part in parts_of(link, shape, index_bytes=4 * prod(shape[1:])):
+            rows = self._rows.read(WEIGHT + link.ours, begin + first, begin + last)
+            yield (first, last), to_theirs(rows[(slice(None), *(slice(*span) for span in inside))], part)
 
     def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """Yield (first index, block) of a tensor, in blocks of bounded size along dimension 0."""
-        stored = self._manifest.tensors[WEIGHT + name]
-        length = max(1, _MAPPED_BYTES // max(1, stored.index_bytes))
-        for start in range(0, stored.length, length):
-            yield start, self.read(name, start, min(length, stored.length - start))
+        shape = self.shapes[name]
+        most = max(1, _BLOCK_BYTES // max(1, 4 * prod(shape[1:])))
+        for start in range(0, shape[0], most):
+            yield start, self._rows.read(WEIGHT + name, start, min(start + most, shape[0]))

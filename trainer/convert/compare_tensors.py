@@ -1,25 +1,21 @@
 """Compare a written checkpoint with the published tensors that it was made from, bit for bit, a few rows at a time."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from trainer.checkpoint.coverage import WEIGHT
-from trainer.checkpoint.manifest import Manifest, StoredTensor
+from trainer.checkpoint.manifest import Manifest
 from trainer.config.nodes import shown_path
 from trainer.convert.foreign_folder import ForeignFolder
 from trainer.convert.link_tensors import to_theirs
-from trainer.convert.linked_weights import independent_rows, region
+from trainer.convert.linked_weights import parts_of, region
 from trainer.convert.safetensors_folder import SafetensorsFolder
 from trainer.convert.shard_file import ShardFile
 from trainer.errors import CheckpointError
 from trainer.families.link import Link
-
-_BLOCK_BYTES: Final = 32 << 20
 
 
 class CheckpointRows:
@@ -50,7 +46,7 @@ def check_equal_tensors(rows: CheckpointRows, source: SafetensorsFolder, links: 
     """
     for link in links:
         stored = rows.manifest.tensors[WEIGHT + link.ours]
-        for (first, last), part in _parts(link, stored):
+        for (first, last), part in parts_of(link, tuple(stored.shape), index_bytes=stored.index_bytes):
             (begin, _), *inner = region(link, tuple(stored.shape))
             ours = rows.read(WEIGHT + link.ours, begin + first, begin + last)
             ours = ours[(slice(None), *(slice(*span) for span in inner))]
@@ -61,16 +57,3 @@ def check_equal_tensors(rows: CheckpointRows, source: SafetensorsFolder, links: 
                     f"{shown_path(source.folder.path)}: {link.theirs} is not what was written of it; a disk or memory "
                     "fails, or this is a bug"
                 )
-
-
-def _parts(link: Link, stored: StoredTensor) -> Iterator[tuple[tuple[int, int], Link]]:
-    """Yield ranges of dimension 0 of a link's region, and the link of each alone."""
-    lengths = [end - begin for begin, end in region(link, tuple(stored.shape))]
-    step = independent_rows(link, lengths)
-    if step is None:
-        yield (0, lengths[0]), link
-        return
-    most = max(1, _BLOCK_BYTES // (stored.index_bytes * step)) * step
-    for first in range(0, lengths[0], most):
-        last = min(first + most, lengths[0])
-        yield (first, last), replace(link, shape=(last - first, *link.shape[1:]))

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from trainer.convert.checkpoint_weights import CheckpointWeights
-from trainer.convert.link_tensors import to_theirs
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.errors import CheckpointError
 from trainer.families.base import Family
@@ -56,16 +55,17 @@ class ExportedModel:
         for problem in coverage_problems(self.links, linked):
             raise CheckpointError(f"{where}: {problem}")
         for name in sorted(zero):
-            if bool(self.weights.read(name).any()):
+            if any(bool(block.any()) for _, block in self.weights.blocks(name)):
                 raise CheckpointError(f"{where}: {name} is not zero, and {self.family.name} has no such tensor")
 
     def dtype_of(self, link: Link) -> torch.dtype:
         """Return the dtype of their tensor."""
         return torch.float32 if link.is_float32 else getattr(torch, self.dtype)
 
-    def tensor(self, link: Link) -> Tensor:
-        """Return their tensor, read from the checkpoint."""
-        return to_theirs(self.weights.region(link), link).to(self.dtype_of(link)).contiguous()
+    def parts(self, link: Link) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        """Yield their tensor from the checkpoint: whole, or in parts with their ranges of dimension 0."""
+        for rows, part in self.weights.parts(link):
+            yield rows, part.to(self.dtype_of(link)).contiguous()
 
     def reference(self) -> GPT:
         """Return our model in float32, with the weights rounded as in the export, read without any link."""

@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainer.convert.exported_model import ExportedModel
+from trainer.convert.foreign_folder import ForeignFolder
 from trainer.convert.gate_report import LIMIT, GateError, GateReport
+from trainer.convert.shard_file import ShardFile
 from trainer.convert.shard_writer import Shard
 from trainer.convert.their_model import empty_model, load_model, load_tokenizer, tensors_on_disk
 from trainer.data.batches.batch import Batch
-from trainer.errors import DataError, first_line
+from trainer.errors import CheckpointError, DataError, first_line
 from trainer.families.expressible import inference_values
+from trainer.families.link import Link
 from trainer.families.registry import family_of
 from trainer.models.config import ModelConfig
 from trainer.models.gpt import GPT
@@ -79,21 +81,18 @@ def tensors_gate(folder: Path, model: ExportedModel, shards: Sequence[Shard]) ->
     for name in sorted(wanted.keys() | linked.keys()):
         if wanted.get(name) != linked.get(name):
             raise GateError(f"{name} is {linked.get(name)}, and transformers wants {wanted.get(name)}")
-    with_files = {link.theirs: link for link in model.links}
     for shard in shards:
         try:
-            with safe_open(folder / shard.file, framework="pt") as file:
-                found = set(file.keys())
-                if found != {link.theirs for link in shard.links}:
-                    raise GateError(f"{shard.file} has other tensors than {len(shard.links)} that belong there")
-        except (OSError, SafetensorError) as error:
+            file = ShardFile(ForeignFolder(folder), shard.file)
+        except (CheckpointError, DataError) as error:
             raise GateError(f"{shard.file} cannot be read: {first_line(error):.200}") from None
-        for link in shard.links:
-            with safe_open(folder / shard.file, framework="pt") as file:  # anew: what is read stays mapped
-                _compare_tensor(link.theirs, file.get_tensor(link.theirs), model, is_on_disk=True)
-            with_files.pop(link.theirs)
-    if with_files:
-        raise GateError(f"{sorted(with_files)[0]} is in no file ({len(with_files)} such)")
+        try:
+            if file.entries.keys() != {link.theirs for link in shard.links}:
+                raise GateError(f"{shard.file} has other tensors than the {len(shard.links)} that belong there")
+            for link in shard.links:
+                _compare_on_disk(file, link, model)
+        finally:
+            file.close()
     return GateReport(gate="tensors", num_tensors=len(model.links))
 
 
@@ -174,12 +173,25 @@ def _compare_tensors(found: Iterable[tuple[str, Tensor]], model: ExportedModel) 
     return len(model.links)
 
 
-def _compare_tensor(name: str, found: Tensor, model: ExportedModel, *, is_on_disk: bool = False) -> None:
-    expected = model.tensor(model.link(name))
-    if is_on_disk and found.dtype is not expected.dtype:
-        raise GateError(f"{name} is {found.dtype}, and {expected.dtype} was to be written")
-    if found.shape != expected.shape or not torch.equal(found.float(), expected.float()):
-        raise GateError(f"{name} is not the tensor of the checkpoint")
+def _compare_tensor(name: str, found: Tensor, model: ExportedModel) -> None:
+    link = model.link(name)
+    if tuple(found.shape) != link.shape:
+        raise GateError(f"{name} is {list(found.shape)}, and ours {list(link.shape)}")
+    for (first, last), part in model.parts(link):
+        theirs = found if part.shape == link.shape else found[first:last]
+        if not torch.equal(theirs.float(), part.float()):
+            raise GateError(f"{name} is not the tensor of the checkpoint")
+
+
+def _compare_on_disk(file: ShardFile, link: Link, model: ExportedModel) -> None:
+    entry = file.entries[link.theirs]
+    if (entry.dtype, entry.shape) != (model.dtype_of(link), link.shape):
+        what = f"{entry.dtype} {list(entry.shape)}, and {model.dtype_of(link)} {list(link.shape)} was to be written"
+        raise GateError(f"{link.theirs} is {what}")
+    for (first, last), part in model.parts(link):
+        theirs = file.read(link.theirs) if part.shape == link.shape else file.read(link.theirs, first, last)
+        if not torch.equal(theirs, part):
+            raise GateError(f"{link.theirs} is not the tensor of the checkpoint")
 
 
 def _compare_config(folder: Path, model: ExportedModel) -> None:

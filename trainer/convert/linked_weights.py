@@ -1,6 +1,8 @@
 """Our tensors, read from a published model by the links of its family, a few rows at a time."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -10,6 +12,8 @@ from trainer.checkpoint.streamed import GlobalTensor
 from trainer.convert.link_tensors import to_ours
 from trainer.convert.safetensors_folder import SafetensorsFolder
 from trainer.families.link import Link
+
+_BLOCK_BYTES: Final = 32 << 20
 
 
 class LinkedWeights:
@@ -70,3 +74,20 @@ def independent_rows(link: Link, lengths: list[int]) -> int | None:
         return None
     order = link.interleaved
     return order.block if order is not None and order.dim % len(lengths) == 0 else 1
+
+
+def parts_of(link: Link, shape: tuple[int, ...], *, index_bytes: int) -> Iterator[tuple[tuple[int, int], Link]]:
+    """Yield ranges of dimension 0 of a link's region that fit into memory, and the link of each alone.
+
+    `shape` is that of our tensor, of which an index of dimension 0 has `index_bytes`. Theirs is made from all of the
+    region at once, in one part, where one of its rows needs several of ours that are far apart.
+    """
+    lengths = [end - begin for begin, end in region(link, shape)]
+    step = independent_rows(link, lengths)
+    if step is None:
+        yield (0, lengths[0]), link
+        return
+    most = max(1, _BLOCK_BYTES // (index_bytes * step)) * step
+    for first in range(0, lengths[0], most):
+        last = min(first + most, lengths[0])
+        yield (first, last), replace(link, shape=(last - first, *link.shape[1:]))

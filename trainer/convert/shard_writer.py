@@ -1,4 +1,4 @@
-"""Write safetensors shards and their index as transformers names them, a tensor at a time."""
+"""Write safetensors shards and their index as transformers names them, a part at a time."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -40,7 +40,7 @@ def num_bytes(model: ExportedModel, links: Sequence[Link]) -> int:
 
 
 def write_shards(folder: Path, model: ExportedModel, shards: Sequence[Shard]) -> None:
-    """Write every shard, and the index if there are several. In memory is one tensor."""
+    """Write every shard, and the index if there are several. In memory is a part of one tensor."""
     for shard in shards:
         _write_shard(folder / shard.file, model, shard.links)
     if len(shards) > 1:
@@ -69,7 +69,8 @@ def _write_shard(path: Path, model: ExportedModel, links: Sequence[Link]) -> Non
     with path.open("xb") as file:
         file.write(safetensors_header(entries, {"format": "pt"}))  # type: ignore[arg-type]
         for link in links:
-            file.write(model.tensor(link).reshape(-1).view(torch.uint8).numpy().data)
+            for _, part in model.parts(link):
+                file.write(part.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _name(dtype: torch.dtype) -> str:
