@@ -35,7 +35,7 @@ def import_command(options: argparse.Namespace) -> int:
     from trainer.convert.hub import local_folder
 
     imported = import_model(local_folder(options.folder), config, overrides, gate=options.gate)
-    parameters = f"{imported.num_parameters / 1e6:,.1f}M parameters"
+    parameters = f"{imported.num_parameters / 1e6:,.2f}M parameters"
     print_safe(f"{imported.run}: {imported.family}, {parameters}; {imported.checked}")
     if config is None:
         print_safe(f"set {TO_SET} in {imported.run / 'config.yaml'}, or as overrides")

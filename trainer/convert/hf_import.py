@@ -34,6 +34,7 @@ from trainer.distributed import runtime
 from trainer.errors import CheckpointError, ConfigError, ResourceError
 from trainer.metrics.system_stats import total_memory
 from trainer.models.gpt import GPT
+from trainer.packages import is_installed, missing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +70,8 @@ def import_model(path: Path, config_path: Path | None, overrides: Sequence[str],
             f"{shown_path(path)}: its weights are quantized, and transformers would compute with them as they are; "
             "--gate tensors compares what they stand for"
         )
+    if gate == "logits" and not is_installed("transformers"):
+        raise ConfigError(missing("transformers", user="--gate logits") + ", or use --gate tensors")
     quantized = foreign.quantization
     with SafetensorsFolder(folder) if quantized is None else DequantizedFolder(folder, quantized) as source:
         plan = plan_import(folder, foreign, source, config_path, overrides)

@@ -1,6 +1,7 @@
 """Models that transformers made and saved become runs that compute the same."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -203,3 +204,47 @@ def test_a_folder_in_the_hubs_cache_is_links_to_its_blobs() -> None:
         path.rename(cache / "blobs" / str(number))
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
     assert import_model(snapshot, None, [], gate="logits").run == Path("runs/some-model")
+
+
+def _fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, str]:
+    with pytest.raises(SystemExit) as exit_:
+        main(["import", "theirs", "name=a", *arguments])
+    [line] = capsys.readouterr().err.splitlines()
+    assert not Path("runs").exists()
+    return exit_.value.code, line
+
+
+def test_a_machine_that_is_too_small_is_told_before_anything_is_written(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_foreign(Path("theirs"), make_foreign("mixtral"))
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.convert.hf_import.total_memory", lambda _: 1000)
+        code, line = _fails(capsys)
+        assert code == 7 and "--gate tensors compares every tensor bit for bit instead" in line
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.convert.hf_import.is_installed", lambda _: False)
+        code, line = _fails(capsys)
+        assert code == 2 and line.startswith("--gate logits: needs transformers, which is not installed")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+        code, line = _fails(capsys, "--gate", "tensors")
+        assert code == 7 and "of disk, and 1.00 kB are free" in line
+
+
+def test_a_name_on_the_hub_is_its_folder_in_the_cache(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_foreign(Path("theirs"), make_foreign("mixtral"))
+    asked = {}
+
+    def download(name: str, **options: Any) -> str:
+        asked[name] = options
+        return "theirs"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(SystemExit) as exit_:
+        main(["import", "someone/some-model", "name=a", "--gate", "tensors"])
+    assert exit_.value.code == 0 and "runs/a: mixtral, 0.02M parameters" in capsys.readouterr().out
+    assert "*.safetensors" in asked["someone/some-model"]["allow_patterns"]
+    assert not any(".bin" in pattern or ".py" in pattern for pattern in asked["someone/some-model"]["allow_patterns"])
