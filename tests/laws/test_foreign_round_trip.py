@@ -12,6 +12,7 @@ from tests.builders import make_engine
 from tests.checkpoint_helpers import digest, load, resume
 from tests.exported_runs import TEXT, make_run
 from tests.foreign_models import FAMILIES, make_foreign, save_foreign
+from tests.launched_ranks import ROOT
 from tests.ranks import Ranks, mesh_here
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.run_folder import RunFolder
@@ -85,8 +86,16 @@ SIZES = {"num_layers": 2, "d_model": 16, "num_heads": 4, "seq_len": 16, "init_st
 
 @pytest.mark.parametrize(("family", "model"), OURS.values(), ids=OURS.keys())
 def test_ours_comes_back(family: str, model: dict[str, Any], tmp_path: Path) -> None:
-    model = {**SIZES, **model, "moe": {"num_experts": 6, "d_ff": 12}}
-    config, run, _ = make_run(tmp_path, model, file_bytes=3000)
+    _comes_back(family, {**SIZES, **model, "moe": {"num_experts": 6, "d_ff": 12}}, tmp_path)
+
+
+def test_the_quickstart_comes_back(tmp_path: Path) -> None:
+    _comes_back("qwen3_moe", load_config(ROOT / "configs/quickstart.yaml", [], ExperimentConfig).model, tmp_path)
+
+
+def _comes_back(family: str, model: dict[str, Any] | ModelConfig, tmp_path: Path) -> None:
+    values = model.model_dump() if isinstance(model, ModelConfig) else model
+    config, run, _ = make_run(tmp_path, values, file_bytes=3000)
     export(config, run, Path("out"), ExportOptions(family=KNOWN[family]), warn=pytest.fail)
     returned, again = _import("out", "a")
     _assert_equal(_weights(again), _weights(run))

@@ -83,30 +83,38 @@ def check_is_theirs(config: ExperimentConfig, where: str, folder: ForeignFolder,
         raise ConfigError("\n".join(lines))
 
 
-def with_their_rows(
-    config: ExperimentConfig, num_ids: int, folder: ForeignFolder, foreign: ForeignModel
-) -> ExperimentConfig:
-    """Return the config with the rows of their embedding, where the user has not set `model.vocab_size`.
+def with_their_rows(config: ExperimentConfig, num_ids: int, folder: ForeignFolder, rows: int) -> ExperimentConfig:
+    """Return a written config with the rows of their embedding, unless the user has set `model.vocab_size`.
 
     Raises:
-        ConfigError: if there are more ids than rows, or so few that it must be another model's tokenizer.
+        ConfigError: as `check_rows`, and if the ids are so few that they must be another model's.
     """
-    rows, name, stated = foreign.vocab_size, shown_path(folder.path), config.model.vocab_size
-    if stated not in (None, rows):
-        raise ConfigError(f"model.vocab_size: {stated}, and the embedding of {name} has {rows} rows; use that")
+    if config.model.vocab_size is None and 2 * num_ids < rows:
+        raise ConfigError(
+            f"{shown_path(folder.path)}: its embedding has {rows} rows for {num_ids} ids of the tokenizer, which looks "
+            f"like another model's; if it is this one's, say so: model.vocab_size={rows}"
+        )
+    if config.model.vocab_size is None and num_ids < rows:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": rows})})
+    check_rows(config, num_ids, folder, rows)
+    return config
+
+
+def check_rows(config: ExperimentConfig, num_ids: int, folder: ForeignFolder, rows: int) -> None:
+    """Compare the rows of the embedding with those of theirs, and with the ids of the tokenizer.
+
+    Raises:
+        ConfigError: if they differ, or there are more ids.
+    """
+    name, stated = shown_path(folder.path), config.model.vocab_size
     if num_ids > rows:
         raise ConfigError(
             f"{name}: its embedding has {rows} rows, and the tokenizer {num_ids} ids: it is another model's; set "
             "data.tokenizer to the one that the model was trained with"
         )
-    if 2 * num_ids < rows and stated is None:
-        raise ConfigError(
-            f"{name}: its embedding has {rows} rows for {num_ids} ids of the tokenizer, which looks like another "
-            f"model's; if it is this one's, say so: model.vocab_size={rows}"
-        )
-    if num_ids == rows:
-        return config
-    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": rows})})
+    if (stated or num_ids) != rows:
+        now = f"is null, so {num_ids}, one for each id" if stated is None else f"is {stated}"
+        raise ConfigError(f"model.vocab_size {now}, and the embedding of {name} has {rows} rows; set it to {rows}")
 
 
 def _text(value: Any) -> str:

@@ -17,6 +17,7 @@ from trainer.convert.foreign_model import ForeignModel
 from trainer.convert.foreign_tensors import check_foreign_tensors
 from trainer.convert.import_config import (
     check_is_theirs,
+    check_rows,
     default_name,
     with_own_tokenizer,
     with_their_rows,
@@ -97,15 +98,18 @@ def plan_import(
         DataError: if the tokenizer is unusable.
         CheckpointError: if the weights are not those of config.json.
     """
-    if config_path is None:
+    is_written = config_path is None
+    if is_written:
         name, is_bfloat16 = default_name(folder.path), torch.bfloat16 in source.dtypes
         config = written_config(folder, foreign, overrides, name=name, is_bfloat16=is_bfloat16)
     else:
         config = load(config_path, overrides, ExperimentConfig)
-    where = "the overrides" if config_path is None else shown_path(config_path)
-    check_is_theirs(config, where, folder, foreign)
+    check_is_theirs(config, "the overrides" if is_written else shown_path(config_path), folder, foreign)
     tokenizer = tokenizer_for(config, folder)
-    config = with_own_tokenizer(with_their_rows(config, tokenizer.vocab_size, folder, foreign))
+    if is_written:
+        config = with_own_tokenizer(with_their_rows(config, tokenizer.vocab_size, folder, foreign.vocab_size))
+    else:  # as it is: the run goes on under this file
+        check_rows(config, tokenizer.vocab_size, folder, foreign.vocab_size)
     links = check_foreign_tensors(source, foreign.family.links(config.model, foreign.vocab_size), foreign)
     model = _plain_model(config, tokenizer)  # of no more layers than there are tensors
     linked = {link.ours for link in links}

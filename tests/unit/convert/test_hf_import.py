@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from tests.checkpoint_helpers import load
 from tests.foreign_models import FAMILIES, make_foreign, save_foreign
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
+from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.tools.verify import verify_checkpoint
 from trainer.cli import main
+from trainer.commands.resolve import check_run_folder
 from trainer.config.loader import load as load_config
 from trainer.convert.hf_import import Imported, import_model
 from trainer.convert.link_tensors import region_of, to_theirs
@@ -102,6 +104,8 @@ def test_a_config_of_the_users_own_decides_how_it_is_trained() -> None:
     config = _recorded(_import("mixtral", "train.steps=7", config=mine))
     assert (config.name, config.seed, config.train.steps, config.model.seq_len) == ("own", 5, 7, 16)
     assert config.model.moe is not None and config.model.moe.balance.coef == 0.5
+    same = load_config(Path("mine.yaml"), ["train.steps=7"], ExperimentConfig)
+    assert check_run_folder(RunFolder(Path("runs/own")), same) == [], "`train mine.yaml` goes on from it"
     wrong = mine.replace("num_kv_heads: 2", "num_kv_heads: 1").replace("top_k: 2", "top_k: 3").replace("own", "b")
     Path("mine.yaml").write_text(wrong)
     with pytest.raises(ConfigError) as caught:
@@ -111,6 +115,19 @@ def test_a_config_of_the_users_own_decides_how_it_is_trained() -> None:
         "mine.yaml: model.moe.router.top_k is 3, and theirs has 2; use that",
     ]
     assert not Path("runs/b").exists()
+
+
+def test_a_config_of_the_users_own_states_a_padded_embedding() -> None:
+    mine = "name: own\nmodel: {num_layers: 2, d_model: 16, num_heads: 4, num_kv_heads: 2, "
+    mine += "attention: {head_dim: 4}, rope_theta: 1e6, norm_eps: 1e-5, moe: {num_experts: 6, d_ff: 12}}\n"
+    with pytest.raises(ConfigError) as caught:
+        _import("mixtral", config=mine, vocab_size=300)
+    is_null = "model.vocab_size is null, so 256, one for each id, and the embedding of theirs has 300 rows"
+    assert str(caught.value) == f"{is_null}; set it to 300"
+    with pytest.raises(ConfigError, match="vocab_size is 299, and the embedding of theirs has 300 rows"):
+        import_model(Path("theirs"), Path("mine.yaml"), ["model.vocab_size=299"], gate="tensors")
+    imported = import_model(Path("theirs"), Path("mine.yaml"), ["model.vocab_size=300"], gate="logits")
+    assert _recorded(imported).model.vocab_size == 300
 
 
 def test_rows_of_a_written_config_are_no_longer_than_a_machine_can_train() -> None:
