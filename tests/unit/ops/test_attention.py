@@ -85,6 +85,16 @@ def test_values_may_be_narrower_or_wider_than_keys(attention: Callable, kv_heads
             torch.testing.assert_close(mine, oracle, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("attention", [torch_attention, blocked_attention])
+@pytest.mark.parametrize("S", [5, 130])
+def test_one_window_for_all_rows(attention: Callable, S: int) -> None:
+    mask = AttentionMask(document=torch.zeros(1, S), window=3).dense()
+    assert mask.shape == (1, 1, S, S)
+    runs = (_run(one, S, 2, torch.float64, torch.float64, mask) for one in (attention, _oracle))
+    for mine, oracle in zip(*runs, strict=True):
+        torch.testing.assert_close(mine, oracle, rtol=1e-12, atol=1e-12)
+
+
 def test_keys_repeat_kv_are_those_that_heads_share() -> None:
     def copied(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return torch_attention(q, repeat_kv(k, H), repeat_kv(v, H), mask)
