@@ -66,13 +66,22 @@ class Ruler:
     def weight(self, name: str, value: Tensor, expected: Tensor, *, steps: int) -> float:
         """Return the largest error of a weight or buffer after some steps, relative to its largest element.
 
-        AdamW divides a gradient by its own size plus `eps`, which can turn rounding into a far larger step.
+        AdamW divides a gradient by its own size plus `eps`, which can turn rounding into a far larger step. A weight
+        that started at 0 is the sum of such steps, all of one size, so that the few elements whose gradients nearly
+        cancel would decide: there the mean error is taken, in which an element counts as much as its gradient.
         """
         size = _max_abs(expected)
+        if self.floor and self._started_at_zero(name) and not self.is_rounding(name) and value.shape == expected.shape:
+            share = self.reference.gradients[name].double().abs()
+            wrong, right = (share * (value.double() - expected.double()).abs(), share * expected.double().abs())
+            return _ratio(float(wrong.sum()), float(right.sum()))
         if self.floor and self.is_rounding(name):
             distance = sum(self.reference.learning_rates[:steps])
             size = max(size, distance * min(_MAX_STEP, self.noise / self.reference.adam_eps) / self.tolerance)
         return _ratio(_max_difference(value, expected), size)
+
+    def _started_at_zero(self, name: str) -> bool:
+        return name in self.reference.gradients and _max_abs(self.reference.start[name]) == 0
 
 
 def _max_difference(a: Tensor, b: Tensor) -> float:

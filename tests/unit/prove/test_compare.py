@@ -189,3 +189,25 @@ def test_a_label_excuses_losses_but_not_differing_replicas_or_initial_values() -
 def test_a_weight_of_another_shape_is_a_difference() -> None:
     other = weights(0.001) | {HEAD: weights(0.001)[HEAD].T[:1].contiguous()}
     assert not compared({"first_update": other}).is_equal
+
+
+def test_a_weight_that_started_at_zero_is_measured_by_what_its_gradients_say() -> None:
+    """Rounding can turn steps of small gradients around, but not those of large ones, and not a layout's share."""
+    start = {"start": weights() | {HEAD: torch.zeros(2, 2, dtype=torch.float64)}}
+    steps, gradient = torch.full((100,), 1e-3, dtype=torch.float64), torch.ones(100, dtype=torch.float64)
+    gradient[:10] = 1e-3
+    turned, wrong, lost = steps.clone(), steps.clone(), steps.clone()
+    turned[:10] = -1e-3
+    wrong[20:23] = -1e-3
+    lost[50:] = 0
+
+    def stepped(values: Tensor, **more: Any) -> dict[str, Any]:
+        found = {name: weights() | {HEAD: values} for name in ("first_update", "last_update")}
+        return {**found, "gradients": gradients() | {HEAD: gradient}, **more}
+
+    reference = stepped(steps, **start)
+    assert compared(stepped(turned, **start), reference, dtype="bfloat16").is_equal
+    assert not compared(stepped(turned, **start), reference).is_equal, "not in float64"
+    assert not compared(stepped(wrong, **start), reference, dtype="bfloat16").is_equal
+    assert not compared(stepped(lost, **start), reference, dtype="bfloat16").is_equal
+    assert not compared(stepped(turned), stepped(steps), dtype="bfloat16").is_equal, "which started elsewhere"
