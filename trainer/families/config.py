@@ -8,7 +8,7 @@ from trainer.families.registry import choose_family
 from trainer.models.config import ModelConfig
 
 Target = Literal[
-    "auto", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "dots1", "glm4_moe", "deepseek_v2", "deepseek_v3"
+    "auto", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "dots1", "glm4_moe", "deepseek_v2", "deepseek_v3", "gpt_oss"
 ]
 """A family of transformers by its model_type, or the first one that can express the model."""
 

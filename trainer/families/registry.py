@@ -11,6 +11,7 @@ from trainer.families.deepseek_v3 import DeepseekV3
 from trainer.families.dots1 import Dots1
 from trainer.families.expressible import Inexpressible, inexpressible
 from trainer.families.glm4_moe import Glm4MoE
+from trainer.families.gpt_oss import GptOss
 from trainer.families.hf_config import ForeignConfigError
 from trainer.families.mixtral import Mixtral
 from trainer.families.olmoe import Olmoe
@@ -18,7 +19,17 @@ from trainer.families.qwen2_moe import Qwen2MoE
 from trainer.families.qwen3_moe import Qwen3MoE
 from trainer.models.config import ModelConfig
 
-_ALL: Final = (Mixtral(), Qwen2MoE(), Qwen3MoE(), Olmoe(), Dots1(), Glm4MoE(), DeepseekV2(), DeepseekV3())
+_ALL: Final = (
+    Mixtral(),
+    Qwen2MoE(),
+    Qwen3MoE(),
+    Olmoe(),
+    Dots1(),
+    Glm4MoE(),
+    DeepseekV2(),
+    DeepseekV3(),
+    GptOss(),
+)
 FAMILIES: Final[dict[str, Family]] = {family.name: family for family in _ALL}
 """Families by transformers' model_type; `auto` takes the first that can express a model."""
 

@@ -28,6 +28,8 @@ YARN = {"kind": "yarn", "factor": 4.0, "original_length": 8, "mscale": 0.8, "msc
 WIDTHS = {"kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8, "q_lora_rank": 10}
 WINDOWS = {"window": 4, "window_pattern": ["full", "sliding"]}
 LATENT = {"attention": {"latent": WIDTHS}, "num_kv_heads": None}
+SINKS = {"sinks": True, "qkv_bias": True, "out_bias": True}
+CLAMPED = {**MOE, "expert_bias": True, "router": {"kind": "top_k", "top_k": 3, "gate_bias": True}}
 MODELS: dict[str, dict[str, Any]] = {
     "mixtral": {"moe": MOE, "tie_embeddings": True, "attention": {"window": 4}},
     "qwen2_moe": {"moe": {**MOE, "num_shared_experts": 1, "shared_d_ff": 10, "shared_gate": True}},
@@ -37,6 +39,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "olmoe": {"moe": MOE, "qk_norm": True, "attention": {"qk_norm_over": "all_heads", "clip_qkv": 2.0}},
     "deepseek_v2": {"moe": {**SHARED, "router": RAW_GROUPS}, **LATENT, "rope_scaling": YARN},
     "deepseek_v3": {"moe": {**SHARED, "router": GROUPS}, **LATENT},
+    "gpt_oss": {"moe": CLAMPED, "attention": {**WINDOWS, **SINKS}, "activation": "clamped_swiglu"},
 }
 
 

@@ -31,6 +31,8 @@ LATE = {"window": 5, "window_pattern": ["full", "full", "sliding"]}
 ONLY_LATENT = {"attention": {"latent": LATENT}, "num_kv_heads": None}
 ALL_HEADS = {"qk_norm_over": "all_heads"}
 DYNAMIC = {"kind": "dynamic", "factor": 2.0, "original_length": 8}
+CLAMPED = {"expert_bias": True, "router": {"kind": "top_k", "top_k": 3, "gate_bias": True}}
+SINKS = {"sinks": True, "qkv_bias": True, "out_bias": True, "head_dim": 6}
 SHARED = {"num_experts": 8, "num_shared_experts": 2}
 
 
@@ -79,6 +81,18 @@ CASES: dict[str, tuple[str, ModelConfig]] = {
     "latent, yarn": ("deepseek_v3", _latent({**SHARED, "router": BIAS}, rope_scaling={**YARN, "mscale_all_dim": 0.7})),
     "latent, softmax": ("deepseek_v2", _latent({**SHARED, "router": RAW})),
     "latent, softmax in groups": ("deepseek_v2", _latent({**SHARED, "router": RAW_GROUPS}, q_lora_rank=10)),
+    "sinks, biases, clamped": ("gpt_oss", _case(CLAMPED, activation="clamped_swiglu", attention=SINKS)),
+    "sinks, windows, yarn": (
+        "gpt_oss",
+        _case(
+            CLAMPED,
+            activation="clamped_swiglu",
+            swiglu_limit=5.0,
+            swiglu_alpha=1.5,
+            attention={**SINKS, "window": 5, "window_pattern": ["sliding", "full"]},
+            rope_scaling=YARN,
+        ),
+    ),
     "no norms of heads": ("glm4_moe", _case({**SHARED, "router": GROUPS, "first_dense_layers": 1})),
 }
 parametrized = pytest.mark.parametrize(("name", "model"), CASES.values(), ids=CASES.keys())
@@ -149,6 +163,21 @@ def test_names_and_shapes_are_those_that_transformers_writes(name: str, model: M
         ("mixtral", {}, {"rope_scaling": DYNAMIC}, {"rope_scaling.kind"}),
         ("qwen3_moe", {}, {"qk_norm": True, "attention": {"clip_qkv": 1.0}}, {"attention.clip_qkv"}),
         ("deepseek_v3", {**SHARED, "router": BIAS}, {}, {"attention.latent"}),
+        ("mixtral", {"expert_bias": True}, {}, {"moe.expert_bias"}),
+        ("mixtral", {}, {"activation": "clamped_swiglu"}, {"activation"}),
+        ("mixtral", {}, {"attention": {"sinks": True}}, {"attention.sinks"}),
+        (
+            "gpt_oss",
+            {},
+            {"activation": "clamped_swiglu", "attention": SINKS},
+            {"moe.expert_bias", "moe.router.gate_bias"},
+        ),
+        (
+            "gpt_oss",
+            {**CLAMPED, "num_shared_experts": 1},
+            {"activation": "clamped_swiglu", "attention": SINKS},
+            {"moe.num_shared_experts"},
+        ),
         ("deepseek_v2", {"router": RAW}, {**ONLY_LATENT}, {"moe.num_shared_experts"}),
         (
             "deepseek_v2",
