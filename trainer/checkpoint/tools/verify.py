@@ -107,8 +107,9 @@ def _check_values(
             if block.is_floating_point():
                 not_finite[start] = int((~block.isfinite()).sum())
                 negative[start] = int((block < 0).sum()) if name.startswith("optim.exp_avg_sq.") else 0
-            # Moments that are all zero may be equal: experts without tokens, or a checkpoint of step 0.
-            if stored.is_of_experts and block.dim() > 1 and (name.startswith(WEIGHT) or bool(block.any())):
+            # Moments and biases that are all zero may be equal: experts without tokens, or a checkpoint of step 0.
+            is_matrix = name.startswith(WEIGHT) and block.dim() > 2
+            if stored.is_of_experts and block.dim() > 1 and (is_matrix or bool(block.any())):
                 starts_by_hash[_hash(block)].append(start)
     except CheckpointError as error:
         yield str(error)

@@ -37,6 +37,7 @@ def _tensors() -> dict[str, Tensor]:
     return {
         "model.embed.weight": torch.randn(5, 3, generator=generator),
         f"model.{W_IN}": torch.randn(4, 3, 2, generator=generator),
+        **{f"{kind}.{W_IN}_bias": torch.zeros(4, 3) for kind in ("model", "optim.exp_avg", "optim.exp_avg_sq")},
         f"optim.exp_avg.{W_IN}": torch.zeros(4, 3, 2),
         f"optim.exp_avg_sq.{W_IN}": torch.zeros(4, 3, 2),
         "engine.previous_counts": torch.ones(1, 4, dtype=torch.int64),
@@ -57,7 +58,7 @@ def _save(path: Path, tensors: dict[str, Tensor], step: int = 3, updates: int = 
 def test_an_intact_checkpoint_has_counts_and_no_findings(tmp_path: Path) -> None:
     found = verify_checkpoint(_save(tmp_path, _tensors()), 3)
     assert found.findings == []
-    assert (found.num_tensors, found.num_experts, found.num_layers) == (6, 4, 1)
+    assert (found.num_tensors, found.num_experts, found.num_layers) == (9, 4, 1)
     assert found.size_bytes == (tmp_path / "step_00000003" / FILE).stat().st_size
 
 
@@ -67,6 +68,10 @@ def _equal_weights(tensors: dict[str, Tensor]) -> None:
 
 def _zero_weights(tensors: dict[str, Tensor]) -> None:
     tensors[f"model.{W_IN}"][2:] = 0
+
+
+def _equal_biases(tensors: dict[str, Tensor]) -> None:
+    tensors[f"model.{W_IN}_bias"][1:3] = 0.5
 
 
 def _equal_moments(tensors: dict[str, Tensor]) -> None:
@@ -89,6 +94,7 @@ def _negative(tensors: dict[str, Tensor]) -> None:
 CONTENTS = {
     "equal weights": (_equal_weights, f"model.{W_IN}: experts 1 and 3 of 4 are equal to the last bit"),
     "zero weights": (_zero_weights, f"model.{W_IN}: experts 2 and 3 of 4 are equal to the last bit"),
+    "equal biases": (_equal_biases, f"model.{W_IN}_bias: experts 1 and 2 of 4 are equal to the last bit"),
     "equal moments": (_equal_moments, f"optim.exp_avg.{W_IN}: experts 0 and 1 of 4 are equal to the last bit"),
     "not finite": (_nan, f"model.{W_IN}: 4 values are not finite, in experts 0 and 2 of 4"),
     "not finite, dense": (_dense_nan, "model.embed.weight: 1 values are not finite"),
