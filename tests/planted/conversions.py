@@ -77,6 +77,20 @@ FAULTS = [
         EXPORT,
     ),
     _fault(
+        "gate and up of GPT-OSS do not alternate",
+        "families/gpt_oss.py",
+        'ours=f"{ours}.w_in", interleaved=both, transposed=True',
+        'ours=f"{ours}.w_in", transposed=True',
+        "tests/unit/convert/test_hf_export.py::test_transformers_has_our_logits_and_our_texts",
+    ),
+    _fault(
+        "a GPT-OSS without scaling gets that of its config's default",
+        "families/gpt_oss.py",
+        'values["rope_scaling"] = values["rope_scaling"] or {"rope_type": "default", "type": "default"}',
+        "pass",
+        "families/test_registry.py",
+    ),
+    _fault(
         "rotated rows keep our order",
         "convert/link_tensors.py",
         "unflatten(-1, (2, half) if to_theirs else (half, 2))",
