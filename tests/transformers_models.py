@@ -25,6 +25,7 @@ from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM
 
 from tests.latent_transformers import deepseek, latent_in_their_names
+from tests.more_transformers import GPT_OSS, MINIMAX_M2, gpt_oss, in_layout_of_gpt_oss, minimax_m2
 from trainer.models.config import ModelConfig
 from trainer.models.gpt import GPT
 
@@ -96,7 +97,7 @@ def build(family: str, ours: GPT) -> nn.Module:
 
 def _of(family: str, config: ModelConfig, vocab_size: int) -> nn.Module:
     moe = config.moe
-    assert moe is not None and config.activation == "swiglu", "they have nothing else"
+    assert moe is not None and config.activation == ("clamped_swiglu" if family == "gpt_oss" else "swiglu")
     router: Any = moe.router
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -143,6 +144,10 @@ def _of(family: str, config: ModelConfig, vocab_size: int) -> nn.Module:
         case "glm4_moe":
             more: dict[str, Any] = {"use_qk_norm": config.qk_norm, "num_mtp_layers": 0}
             return Glm4MoeForCausalLM(Glm4MoeConfig(**common, **_biased(config), **more))
+        case "gpt_oss":
+            return gpt_oss(common, config, layer_types(config))
+        case "minimax_m2":
+            return minimax_m2(common, config)
         case _:
             return deepseek(family, common, config)
 
@@ -196,10 +201,22 @@ def _biased(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _names(config: ModelConfig) -> dict[str, list[str]]:
+    """Return the names in a layer; the family is that which alone has what the config has."""
+    moe = config.moe
+    assert moe is not None
+    if moe.shared_gate:
+        return _IN_A_LAYER | _GATED_SHARED
+    if config.activation == "clamped_swiglu":
+        return _IN_A_LAYER | GPT_OSS
+    is_minimax = config.attention.qk_norm_over == "all_heads" and moe.router.kind == "bias_balanced"
+    return _IN_A_LAYER | (MINIMAX_M2 if is_minimax else {})
+
+
 def in_their_names(ours: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Return tensors of our model (weights, buffers or gradients) under transformers' names, fused ones split."""
     heads, kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
-    in_a_layer = _IN_A_LAYER | (_GATED_SHARED if config.moe is not None and config.moe.shared_gate else {})
+    in_a_layer = _names(config)
     found: dict[str, Tensor] = {}
     for name, tensor in ours.items():
         if name in _WHOLE:
@@ -211,6 +228,8 @@ def in_their_names(ours: dict[str, Tensor], config: ModelConfig) -> dict[str, Te
             found |= {f"model.layers.{layer}.self_attn.{theirs}": piece for theirs, piece in pieces.items()}
             continue
         names = in_a_layer[part]
+        if config.activation == "clamped_swiglu" and part.startswith("ffn.experts."):
+            tensor = in_layout_of_gpt_oss(part.removeprefix("ffn.experts."), tensor)
         rows = [n * config.head_dim for n in (heads, kv_heads, kv_heads)]
         pieces = tensor.split(rows) if len(names) == 3 else tensor.chunk(len(names))
         found |= {f"model.layers.{layer}.{theirs}": piece for theirs, piece in zip(names, pieces, strict=True)}

@@ -75,8 +75,27 @@ def _cases() -> dict[str, Case]:
         {"num_kv_heads": 1},
         {"num_experts": 6, "first_dense_layers": 1, "num_shared_experts": 1, "router": one_group},
     )
+    found |= _cases_of_routers()
     found |= {name: Case(*parts) for name, parts in attention_cases(SEQ_LEN).items()}
     return found | _latent_cases(groups)
+
+
+def _cases_of_routers() -> dict[str, Case]:
+    """GPT-OSS with all that it has, its clamp where values are and where they are not; and MiniMax-M2."""
+    own = {"head_dim": 10, "qkv_bias": True, "out_bias": True, "sinks": True}
+    yarn = {"kind": "yarn", "factor": 4.0, "original_length": SEQ_LEN // 2, "beta_fast": 2.0, "truncate": False}
+    slides = {**own, "window": 3, "window_pattern": ["sliding", "full"]}
+    clamped = {"activation": "clamped_swiglu"}
+    biased = {"num_experts": 6, "expert_bias": True, "router": {"kind": "top_k", "top_k": 4, "gate_bias": True}}
+    one_group = {"kind": "bias_balanced", "top_k": 3, "bias_update_rate": 0.1}
+    normed = {"qk_norm": True, "attention": {"head_dim": 10, "qk_norm_over": "all_heads", "rotary_fraction": 0.6}}
+    return {
+        "gpt-oss": Case("gpt_oss", {**clamped, "attention": slides, "rope_scaling": yarn, "num_layers": 3}, biased),
+        "gpt-oss, close limit": Case(
+            "gpt_oss", {**clamped, "attention": {**own, "window": 4}, "swiglu_limit": 0.4, "swiglu_alpha": 1.4}, biased
+        ),
+        "minimax-m2": Case("minimax_m2", normed, {"num_experts": 6, "router": one_group}),
+    }
 
 
 def _latent_cases(groups: dict[str, Any]) -> dict[str, Case]:
@@ -125,7 +144,7 @@ def _ours(config: ModelConfig, dtype: torch.dtype) -> GPT:
     model = make_model(config, dtype=dtype)
     generator = torch.Generator().manual_seed(1)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if "norm" in name or "bias" in name:
+        if "norm" in name or "bias" in name or "sinks" in name:
             noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
             tensor.data.add_(0.3 * noise.to(dtype))
     return model
@@ -174,6 +193,7 @@ def test_logits_and_every_gradient_are_theirs_in_float32(case: Case) -> None:
 def test_the_cases_are_what_they_say() -> None:
     """The law's own control."""
     families = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "dots1", "glm4_moe", "deepseek_v2", "deepseek_v3"}
+    families |= {"gpt_oss", "minimax_m2"}
     assert {case.family for case in CASES.values()} == families
     assert {case.model.get("num_kv_heads", 2) for case in CASES.values()} == {None, 1, 2, 4}
     ragged, packed = _rows("ragged")[0], _rows("documents")[0]

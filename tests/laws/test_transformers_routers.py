@@ -1,7 +1,4 @@
-"""Law: routers choose the experts of transformers' routers, with their weights and gradients, in float64 to 1e-12.
-
-And GPT-OSS's layer, whose experts have biases and a clamped activation, is ours.
-"""
+"""Law: routers choose the experts of transformers' routers, with their weights and gradients, in float64 to 1e-12."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,15 +11,14 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkR
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.dots1.modeling_dots1 import Dots1TopkRouter
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP, GptOssTopKRouter
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2TopKRouter
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 
-from tests.builders import make_context, moe_config, tiny_model_config
+from tests.builders import make_context, moe_config
 from tests.transformers_models import WithoutFloat32
-from trainer.models.block import build_moe
 from trainer.moe.routers.top_k import TopKRouter
 
 NUM_TOKENS, NUM_EXPERTS, D_MODEL = 96, 8, 6
@@ -131,48 +127,3 @@ def test_choices_weights_and_gradients_are_theirs(pair: Pair, seed: int) -> None
     )
     for one, another in pairs:
         torch.testing.assert_close(one, another, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("limit", [7.0, 0.5])
-@pytest.mark.parametrize("kernel", ["loop", "padded", "fused"])
-def test_the_layer_of_gpt_oss_is_theirs(kernel: Any, limit: float) -> None:
-    """Theirs has the transposed weights, and the gate and up of each hidden value side by side."""
-    width = 10
-    moe = {"num_experts": NUM_EXPERTS, "d_ff": width, "expert_bias": True, "router": PAIRS["GPT-OSS"].router}
-    fields = {"activation": "clamped_swiglu", "swiglu_limit": limit}
-    config = tiny_model_config(moe, d_model=D_MODEL, num_heads=1, num_kv_heads=1, **fields)
-    ours = build_moe(config, 0, kernel).double()
-    options = {"num_local_experts": NUM_EXPERTS, "num_experts_per_tok": 4, "swiglu_limit": limit}
-    sizes = {"hidden_size": D_MODEL, "intermediate_size": width, "num_attention_heads": 1}
-    theirs = GptOssMLP(AutoConfig.for_model("gpt_oss", **sizes, **options, experts_implementation="eager")).double()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in ours.parameters():
-        parameter.data.normal_(0, 0.7, generator=generator)
-
-    def in_their_layout(ours: dict[str, Tensor]) -> dict[str, Tensor]:
-        def side_by_side(x: Tensor) -> Tensor:
-            return torch.stack(x.chunk(2, dim=1), dim=2).flatten(1, 2)  # gate 0, up 0, gate 1, ...
-
-        return {
-            "router.weight": ours["router.gate.weight"],
-            "router.bias": ours["router.gate.bias"],
-            "experts.gate_up_proj": side_by_side(ours["experts.w_in"]).mT,
-            "experts.gate_up_proj_bias": side_by_side(ours["experts.w_in_bias"]),
-            "experts.down_proj": ours["experts.w_out"].mT,
-            "experts.down_proj_bias": ours["experts.w_out_bias"],
-        }
-
-    for name, tensor in in_their_layout(dict(ours.named_parameters())).items():
-        theirs.get_parameter(name).data.copy_(tensor)
-    x = torch.randn(2, 20, D_MODEL, generator=generator, dtype=torch.float64).requires_grad_()
-    probe = torch.randn(2, 20, D_MODEL, generator=generator, dtype=torch.float64)
-    mine, other = ours(x, make_context(2, 20))[0], theirs(x)[0]
-    torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
-    names = [name for name, _ in ours.named_parameters()]
-    x_grad, *found = torch.autograd.grad((mine * probe).sum(), [x, *ours.parameters()])
-    expected = torch.autograd.grad((other * probe).sum(), [x, *theirs.parameters()])
-    torch.testing.assert_close(x_grad, expected[0], rtol=0, atol=1e-12)
-    in_theirs = in_their_layout(dict(zip(names, found, strict=True)))
-    for (name, _), gradient in zip(theirs.named_parameters(), expected[1:], strict=True):
-        assert gradient.abs().max() > 1e-3
-        torch.testing.assert_close(in_theirs[name], gradient, rtol=0, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
