@@ -35,11 +35,12 @@ def write_small_files(folder: Path, model: ExportedModel, *, chat_template: str 
     options = parse_json_object(files.pop(OPTIONS))
     end = options["eos_token"]
     options |= {"bos_token": end, "pad_token": end, "model_max_length": model.config.seq_len}
+    if chat_template is not None:  # older readers want it here, newer ones in a file
+        options["chat_template"] = chat_template
+        (folder / TEMPLATE).write_text(chat_template, encoding="utf-8")
     _write_json(folder / OPTIONS, options)
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-    if chat_template is not None:
-        (folder / TEMPLATE).write_text(chat_template, encoding="utf-8")
 
 
 def _token_ids(model: ExportedModel) -> dict[str, Any]:

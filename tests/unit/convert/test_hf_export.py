@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests import foreign_tokenizers
 from tests.exported_runs import make_run
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.convert.gates import our_logits
@@ -114,18 +115,29 @@ def test_a_tensor_that_they_do_not_have_must_be_zero(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-TOKENIZERS: dict[str, dict[str, Any]] = {"byte": {"kind": "byte"}, "bpe": {"kind": "bpe", "vocab_size": 300}}
+def _tokenizer(kind: str, folder: Path) -> dict[str, Any]:
+    match kind:
+        case "byte":
+            return {"kind": "byte"}
+        case "bpe":
+            return {"kind": "bpe", "vocab_size": 300}
+        case _:
+            path = folder / "tokenizer.json"
+            path.write_text(json.dumps(getattr(foreign_tokenizers, kind)()))
+            return {"kind": "file", "path": str(path)}
 
 
-@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("kind", ["byte", "bpe", "byte_level", "byte_fallback", "metaspace"])
 def test_the_tokenizer_gives_the_same_ids_and_template(kind: str, tmp_path: Path) -> None:
-    config, run, _ = make_run(tmp_path, {**SIZES, **MODELS["mixtral"]}, tokenizer=TOKENIZERS[kind])
+    config, run, _ = make_run(tmp_path, {**SIZES, **MODELS["mixtral"]}, tokenizer=_tokenizer(kind, tmp_path))
     (run.path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     model = exported(config, run, tmp_path / "out").model
     theirs: Any = AutoTokenizer.from_pretrained(tmp_path / "out")
-    for text in ("It was a bright cold day", "\u4e2d\u6587 \n\t x", ""):
+    for text in ("It was a bright cold day", " the  day", "\u4e2d\u6587 \n\t x", ""):
         assert theirs(text)["input_ids"] == model.tokenizer.encode(text).tolist()
     assert theirs.eos_token_id == theirs.pad_token_id == model.tokenizer.end_of_document
+    options = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert options["chat_template"] == (tmp_path / "out" / "chat_template.jinja").read_text()
     chat = theirs.apply_chat_template([{"role": "user", "content": "cold"}], tokenize=False)
     assert chat == "cold"
     assert not model.config.tie_embeddings or model.vocab_size == model.tokenizer.vocab_size
