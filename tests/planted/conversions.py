@@ -28,6 +28,13 @@ FAULTS = [
         "network",
         SURGERY,
     ),
+    _fault(
+        "a merged expert is fitted to the first of its group",
+        "convert/refit_output.py",
+        "experts(x, index, weight).double()",
+        "experts(x, index[:, :1].contiguous(), weight[:, :1]).double()",
+        SURGERY,
+    ),
     _fault("halves are not doubled", "convert/surgery_plan.py", "2.0 if self.halves", "1.0 if self.halves", SURGERY),
     _fault(
         "the experts that are used most are pruned",

@@ -41,31 +41,33 @@ def add(subparsers: Subparsers) -> None:
     surgery = subparsers.add_parser("surgery", help="Change a trained run's experts, or average checkpoints.")
     subcommands = surgery.add_subparsers(required=True, metavar="COMMAND")
 
-    sub = _add_verb(subcommands, "prune", prune_experts_command, "--keep 6")
+    sub = _add_verb(subcommands, "prune", prune_experts_command, "pruned --keep 6")
     sub.add_argument("--keep", type=whole, metavar="N", help="experts to keep: those that the text uses most")
     sub.add_argument("--experts", type=_named, metavar="LIST", help=f"experts to remove instead: {_EXPERTS}")
 
-    sub = _add_verb(subcommands, "merge", merge_experts_command, "--keep 6")
+    sub = _add_verb(subcommands, "merge", merge_experts_command, "merged --keep 6")
     sub.add_argument("--keep", type=whole, metavar="N", required=True, help="experts to be left")
+    what = "leave the mean as it is, instead of fitting its last matrix to the outputs of its group"
+    sub.add_argument("--no-refit", action="store_true", help=what)
 
-    sub = _add_verb(subcommands, "split", split_experts_command, "--halves")
+    sub = _add_verb(subcommands, "split", split_experts_command, "finer --halves")
     sub.add_argument("--halves", action="store_true", help="halves of the hidden units instead of copies")
     sub.add_argument("--experts", type=_named, metavar="LIST", help=f"copy only these: {_EXPERTS}")
     what = "write the run although it computes something else than before"
     sub.add_argument("--allow-change", action="store_true", help=what)
 
-    sub = _add_verb(subcommands, "add", add_experts_command, "--count 2 --noise 0.2")
+    sub = _add_verb(subcommands, "add", add_experts_command, "larger --count 2 --noise 0.2")
     sub.add_argument("--count", type=whole, metavar="N", help="copy the N experts that the text uses most")
     sub.add_argument("--experts", type=_named, metavar="LIST", help=f"experts to copy instead: {_EXPERTS}")
     what = "Gaussian noise on each copy, in standard deviations of each matrix (0.1)"
     sub.add_argument("--noise", type=fraction, default=0.1, metavar="X", help=what)
 
-    sub = _add_verb(subcommands, "to-dense", to_dense_command, "--d-ff 192")
+    sub = _add_verb(subcommands, "to-dense", to_dense_command, "flat --d-ff 192")
     sub.add_argument("--d-ff", type=whole, metavar="F", help="width (that of the experts that a token visits)")
     what = "numbers that experts are multiplied by (least_squares)"
     sub.add_argument("--fit", choices=["least_squares", "mean_weight"], default="least_squares", help=what)
 
-    sub = _add_verb(subcommands, "average", average_runs_command, "--steps 100,200", has_text=False)
+    sub = _add_verb(subcommands, "average", average_runs_command, "soup --steps 100,200", has_text=False)
     sub.add_argument("--steps", type=_steps, metavar="A,B", help="steps of RUN (the newest)")
     sub.add_argument("--last", type=whole, metavar="N", help="the last N checkpoints of RUN")
     what = "further runs of the same model, each with its newest checkpoint"
@@ -83,7 +85,7 @@ def prune_experts_command(options: argparse.Namespace) -> int:
 
 def merge_experts_command(options: argparse.Namespace) -> int:
     """Start a run from another one with experts averaged whose outputs on its text are alike."""
-    return _operate(options, MergeExperts(keep=options.keep))
+    return _operate(options, MergeExperts(keep=options.keep, refit=not options.no_refit))
 
 
 def split_experts_command(options: argparse.Namespace) -> int:
@@ -156,7 +158,7 @@ def _write(
 def _add_verb(
     subcommands: Subparsers, verb: str, command: Any, example: str, *, has_text: bool = True
 ) -> argparse.ArgumentParser:
-    sub = add_command(subcommands, verb, command, example=f"runs/smoke {verb}ed {example}")
+    sub = add_command(subcommands, verb, command, example=f"runs/smoke {example}")
     sub.add_argument("config", type=as_config, metavar="RUN", help="run folder, or experiment file of a run")
     sub.add_argument("name", metavar="NAME", help="name of the new run, in the same runs_dir")
     add_overrides(sub, "train.steps=100")

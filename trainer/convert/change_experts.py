@@ -9,6 +9,7 @@ from trainer.convert.dense_from_experts import dense_network
 from trainer.convert.hidden_units import HiddenUnits, noise_like
 from trainer.convert.layer_traces import LayerTrace
 from trainer.convert.merge_experts import merged_expert, output_similarity, similar_groups
+from trainer.convert.refit_output import refit_output
 from trainer.convert.router_columns import expert_dimensions, tensors_of
 from trainer.convert.surgery_plan import (
     AddExperts,
@@ -74,7 +75,10 @@ def _merge(old: GPT, new: GPT, merge: MergeExperts, traces: Traces) -> list[str]
     take_experts(old, new, {layer: [group.experts[0] for group in found] for layer, found in groups.items()})
     for layer, moe in moe_layers_of(new).items():
         for i, group in enumerate(groups[layer]):
-            merged_expert(layers[layer].experts, group).copy_to(HiddenUnits.of_expert(moe.experts, i))
+            units = merged_expert(layers[layer].experts, group)
+            if merge.refit and len(group.experts) > 1:
+                units = refit_output(units, group.experts, traces[layer], layers[layer].experts)
+            units.copy_to(HiddenUnits.of_expert(moe.experts, i))
     return notes
 
 

@@ -26,6 +26,7 @@ class MergedGroup:
     """Share of each in the mean: that of its assignments."""
 
 
+@torch.no_grad()
 def output_similarity(trace: LayerTrace, experts: Experts) -> Tensor:
     """Return (E, E): the mean cosine between the outputs of two experts on the same tokens."""
     total = torch.zeros(experts.num_experts, experts.num_experts, dtype=torch.float64, device=trace.x.device)

@@ -38,6 +38,8 @@ class MergeExperts:
 
     verb: ClassVar[str] = "merge"
     keep: int
+    refit: bool = True
+    """Fit the last matrix of a merged expert to what its group computed on the text."""
 
     def overrides(self, model: ModelConfig) -> list[str]:
         """Return the keys that change, as overrides."""

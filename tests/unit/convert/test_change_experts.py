@@ -9,8 +9,9 @@ from tests.builders import make_batch, make_model, tiny_model_config
 from trainer.convert.change_experts import change_experts
 from trainer.convert.hidden_units import HiddenUnits
 from trainer.convert.layer_traces import LayerTrace, trace_layers
-from trainer.convert.merge_experts import aligned, output_similarity, similar_groups
+from trainer.convert.merge_experts import aligned, merged_expert, output_similarity, similar_groups
 from trainer.convert.preservation import logit_difference
+from trainer.convert.refit_output import refit_output
 from trainer.convert.router_columns import tensors_of
 from trainer.convert.surgery_plan import AddExperts, MergeExperts, PruneExperts, SplitExperts, Surgery, ToDense
 from trainer.convert.take_experts import moe_layers_of
@@ -147,6 +148,29 @@ def test_a_merged_expert_is_the_mean_by_assignments_after_alignment() -> None:
     assert list(unused[0].weights) == [0.5, 0.5]
     in_groups = similar_groups(similarity, shares, keep=2, num_groups=2)
     assert [sorted(group.experts) for group in in_groups] == [[0, 1], [2, 3]]
+
+
+def test_a_refitted_expert_is_nearer_to_what_its_group_computes() -> None:
+    old = _model({"num_experts": 6})
+    traces = trace_layers(old, [make_batch(16, 8, seed=seed) for seed in range(3)])
+    experts, trace = old.moe_layers()[0].experts, traces[0]
+    group = similar_groups(output_similarity(trace, experts), trace.share, keep=5, num_groups=1)
+    group = next(found for found in group if len(found.experts) > 1)
+    merged = merged_expert(experts, group)
+    refitted = refit_output(merged, group.experts, trace, experts)
+    weight = trace.weight[:, list(group.experts)]
+    outputs = torch.cat([outputs for _, outputs in trace.outputs(experts)], dim=1)[list(group.experts)]
+    target = torch.einsum("tm,mtd->td", weight, outputs)
+
+    def error(units: HiddenUnits) -> float:
+        gate, up = (trace.x @ units.w_in.T).chunk(2, -1)
+        y = (torch.nn.functional.silu(gate) * up) @ units.w_out.T
+        return float((y * weight.sum(1, keepdim=True) - target).square().sum().detach())
+
+    assert error(refitted) < 0.7 * error(merged)
+    assert torch.equal(refitted.w_in, merged.w_in)
+    unused = LayerTrace(x=trace.x, weight=torch.zeros_like(trace.weight), counts=torch.zeros_like(trace.counts))
+    assert refit_output(merged, group.experts, unused, experts) is merged
 
 
 def test_alignment_finds_the_permutation_under_noise() -> None:
