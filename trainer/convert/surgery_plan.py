@@ -129,7 +129,7 @@ class ToDense:
                 f"{'model.d_ff' if has_dense_layers else '--d-ff'}: {width} is not {shared} of the shared experts plus "
                 f"1 to {moe.num_experts} times {moe.d_ff} of an expert; {usual} is"
             )
-        if getattr(moe, "expert_bias", False):
+        if moe.expert_bias:
             raise ConfigError(
                 "surgery to-dense: experts with biases (moe.expert_bias) cannot be expressed as dense layers"
             )

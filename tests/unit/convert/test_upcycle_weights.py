@@ -33,6 +33,7 @@ EXACT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"shared": "slices"},
     ),
     "layers by index": ({"d_ff": 24, "layers": [1]}, {}),
+    "biases of experts": ({"d_ff": 12, "expert_bias": True}, {}),
     "dense layers": ({"d_ff": 24, "first_dense_layers": 1}, {}),
     "equal weights by hash": ({"d_ff": 24, "router": {"kind": "hash", "top_k": 2}}, {}),
 }
