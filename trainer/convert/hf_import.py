@@ -3,20 +3,24 @@
 import json
 import secrets
 import shutil
+import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.coverage import WEIGHT
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.run_tokenizer import save_tokenizer
-from trainer.checkpoint.streamed import save_streamed
+from trainer.checkpoint.streamed import TensorReader, save_streamed
 from trainer.config.dump import dump
 from trainer.config.nodes import shown_path
 from trainer.console import formatting
+from trainer.console.console import Console, ProgressBar
 from trainer.convert.compare_logits import compare_logits
 from trainer.convert.compare_tensors import CheckpointRows, check_equal_tensors
 from trainer.convert.dequantized import DequantizedFolder
@@ -117,8 +121,25 @@ def _write_weights(plan: ImportPlan, run: RunFolder) -> CheckpointRows:
     }
     checkpoints, tensors = CheckpointFolder(run.checkpoints), plan.tensors
     weights = LinkedWeights(plan.source, plan.links, tensors, plan.initial)
-    manifest = save_streamed(checkpoints, tensors, weights, record)
+    with (
+        closing(Console(file=sys.stderr)) as console,
+        console.progress_bar("writing weights", plan.size_bytes) as bar,
+    ):
+        manifest = save_streamed(checkpoints, tensors, _Watched(weights, bar), record)
     return CheckpointRows(checkpoints.of_step(0), manifest)
+
+
+class _Watched:
+    """A reader that shows how much of it has been read."""
+
+    def __init__(self, reader: TensorReader, bar: ProgressBar) -> None:
+        self._reader, self._bar = reader, bar
+
+    def read(self, name: str, start: int, length: int) -> Tensor:
+        """Return some indices of dimension 0 of a tensor."""
+        rows = self._reader.read(name, start, length)
+        self._bar.update(self._bar.done_bytes + rows.nbytes)
+        return rows
 
 
 def _check_room(plan: ImportPlan, gate: Gate, final: Path) -> None:
