@@ -19,6 +19,7 @@ from trainer.convert.foreign_folder import ForeignFolder
 from trainer.convert.hf_import import import_model
 from trainer.convert.quantization import quantization_problem
 from trainer.errors import CheckpointError, ConfigError
+from trainer.families.registry import FAMILIES
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [4, 6], "fmt": "e4m3", "activation_scheme": "dynamic"}
 MXFP4 = {"quant_method": "mxfp4"}
@@ -123,3 +124,26 @@ def test_other_ways_are_refused_by_name(section: object, word: str) -> None:
     problem = quantization_problem(section)
     assert problem is not None and word in problem
     assert quantization_problem(FP8) is None and quantization_problem(MXFP4) is None
+
+
+@pytest.mark.skipif("gpt_oss" not in FAMILIES, reason="GPT-OSS is not a family yet")
+def test_gpt_oss_in_mxfp4_is_imported_as_what_it_stands_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_foreign(Path("theirs"), make_foreign("gpt_oss", hidden_size=32, intermediate_size=32))
+    tensors, whole = load_file("theirs/model.safetensors"), {}
+    generator = torch.Generator().manual_seed(0)
+    for layer in range(2):
+        for name, rows in (("gate_up_proj", 64), ("down_proj", 32)):
+            key = f"model.layers.{layer}.mlp.experts.{name}"
+            blocks = torch.randint(0, 256, (6, rows, 1, 16), generator=generator, dtype=torch.uint8)
+            scales = torch.randint(118, 126, (6, rows, 1), generator=generator, dtype=torch.uint8)
+            whole[f"{layer} {name}"] = convert_moe_packed_tensors(blocks, scales).float()
+            assert whole[f"{layer} {name}"].shape == tensors.pop(key).shape
+            tensors |= {f"{key}_blocks": blocks, f"{key}_scales": scales}
+    save_file(tensors, "theirs/model.safetensors")
+    change_json(Path("theirs/config.json"), quantization_config=MXFP4)
+    imported = import_model(Path("theirs"), None, ["name=a"], gate="tensors")
+    ours = load(CheckpointFolder(imported.run / "checkpoints"), 0)
+    both = whole["1 gate_up_proj"]
+    assert torch.equal(ours["model.blocks.1.ffn.experts.w_in"], torch.cat([both[..., ::2].mT, both[..., 1::2].mT], 1))
+    assert torch.equal(ours["model.blocks.0.ffn.experts.w_out"], whole["0 down_proj"].mT)
