@@ -1,5 +1,6 @@
 """Law: what is imported and exported again, or exported and imported again, is the same bit for bit."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,14 @@ def test_theirs_comes_back(family: str, values: dict[str, Any]) -> None:
     dtype: Any = str(values.get("dtype", torch.float32)).removeprefix("torch.")
     export(config, run, Path("again"), ExportOptions(family=KNOWN[family], dtype=dtype), warn=pytest.fail)
     _assert_equal(_on_disk("again"), _on_disk("theirs"))
+
+
+def test_shorter_rows_do_not_shorten_a_published_model() -> None:
+    save_foreign(Path("theirs"), make_foreign("mixtral", max_position_embeddings=9000))
+    config, run = _import("theirs", "a")
+    assert config.model.seq_len == 4096
+    export(config, run, Path("again"), ExportOptions(family=KNOWN["mixtral"], gate="tensors"), warn=pytest.fail)
+    assert json.loads(Path("again/config.json").read_text())["max_position_embeddings"] == 9000
 
 
 OURS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -28,6 +28,8 @@ class ExportedModel:
     weights: CheckpointWeights
     tokenizer: Tokenizer
     dtype: ExportDType
+    published_positions: int = 0
+    """Positions of the published model that the run was imported from; 0 if it was not."""
 
     @property
     def vocab_size(self) -> int:

@@ -1,9 +1,11 @@
 """What a published config.json says: its family, our `model` section, and what must not be run. Imports no torch."""
 
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.nodes import shown, shown_path
 from trainer.convert.foreign_folder import CONFIG, ForeignFolder
 from trainer.convert.quantization import quantization_problem
@@ -64,6 +66,14 @@ def read_foreign_model(folder: ForeignFolder) -> ForeignModel:
         raise DataError(f"{where}: cannot be a model here: {_first_problem(error)}") from None
     except (TypeError, ZeroDivisionError, OverflowError, RecursionError, AttributeError) as error:
         raise DataError(f"{where}: has a value of the wrong type ({error})") from None
+
+
+def published_positions(run: RunFolder) -> int:
+    """Return the number of positions of the model that a run was imported from; 0 if it was not, or it is unknown."""
+    with suppress(DataError):
+        positions = ForeignFolder(run.source).json(CONFIG).get("max_position_embeddings")
+        return positions if type(positions) is int and 0 < positions <= 1 << 27 else 0
+    return 0
 
 
 def _first_problem(error: ValidationError) -> str:

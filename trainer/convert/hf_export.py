@@ -18,6 +18,7 @@ from trainer.console import formatting
 from trainer.convert.chat_template import chat_template_of
 from trainer.convert.checkpoint_weights import CheckpointWeights
 from trainer.convert.exported_model import ExportDType, ExportedModel
+from trainer.convert.foreign_model import published_positions
 from trainer.convert.gate_report import Gate, GateError, GateReport
 from trainer.convert.gates import logits_gate, tensors_gate, tokenizer_gate
 from trainer.convert.hf_folder import write_small_files
@@ -105,6 +106,7 @@ def _model_of(
         weights=CheckpointWeights(checkpoint),
         tokenizer=tokenizer,
         dtype=options.dtype,
+        published_positions=published_positions(folder),
     )
     model.check_coverage()
     return model

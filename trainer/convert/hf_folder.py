@@ -17,6 +17,8 @@ def config_json(model: ExportedModel) -> dict[str, Any]:
     All ids are given, also as null: transformers has defaults of its own, which are those of other tokenizers.
     """
     values = model.family.to_hf(model.config, model.vocab_size)
+    # Rows of a shorter run do not shorten what the published model was made for.
+    values["max_position_embeddings"] = max(values["max_position_embeddings"], model.published_positions)
     return values | {"torch_dtype": model.dtype} | _token_ids(model)
 
 
