@@ -57,7 +57,7 @@ def _assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None
         assert found[name].dtype is tensor.dtype and torch.equal(found[name], tensor), name
 
 
-THEIRS = {family: (family, {}) for family in FAMILIES if family in KNOWN} | {
+THEIRS: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in FAMILIES} | {
     "mixtral in bfloat16, tied": ("mixtral", {"dtype": torch.bfloat16, "tie_word_embeddings": True}),
     "qwen3_moe, a key head each, padded": ("qwen3_moe", {"num_key_value_heads": 4, "vocab_size": 270}),
 }

@@ -23,7 +23,7 @@ from trainer.errors import CheckpointError, ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.families.registry import FAMILIES as IMPORTED
 
-KNOWN = [family for family in FAMILIES if family in IMPORTED]
+KNOWN = [*FAMILIES]
 
 
 @pytest.fixture(autouse=True)
