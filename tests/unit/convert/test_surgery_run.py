@@ -9,7 +9,9 @@ import torch
 
 from tests.converted_runs import MOE, loaded, make_run
 from tests.folders import content_of
+from tests.foreign_models import make_foreign, save_foreign
 from trainer.cli import main
+from trainer.convert.hf_import import import_model
 from trainer.convert.surgery_plan import AverageRuns
 from trainer.library.runs import load_run, train
 from trainer.prove.proof import prove
@@ -149,3 +151,35 @@ def test_runs_without_experts_or_of_other_models_are_refused(
     assert "model.moe.d_ff is 16 in it and 12 in the config" in capsys.readouterr().err
     assert _surgery("average", experts, "soup", "--runs", f"{other},{other}", "--weights", "2,1,1") == 0
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["dense", "experts", "other", "soup", "wide"]
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
+def test_a_model_that_transformers_made_is_operated_on(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a gate on shared experts, and with biases: what dense layers cannot express is refused."""
+    monkeypatch.chdir(tmp_path)
+    save_foreign(Path("theirs"), make_foreign(family))
+    Path("text.txt").write_text("It was a bright cold day in April, and the clocks were striking. " * 100)
+    text = ["data.sources=[{kind: text, path: text.txt}]", f"data.cache_dir={tmp_path}/cache", "train.steps=2"]
+    imported = import_model(Path("theirs"), None, ["name=theirs", "parallel.device=cpu", *text], gate="logits").run
+    for verb, arguments in (("split", ["--halves"]), ("prune", ["--keep", "3"]), ("merge", ["--keep", "3"])):
+        assert _surgery(verb, imported, verb, *arguments, "--tokens", "64") == 0, capsys.readouterr().err
+    assert loaded(Path("runs/split")).model.config.moe_layers == loaded(imported).model.config.moe_layers
+    assert _surgery("to-dense", imported, "flat") == 2
+    assert "cannot be expressed as dense" in capsys.readouterr().err
+
+
+def test_a_dense_model_of_foreign_weights_is_upcycled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_foreign(Path("theirs"), make_foreign("mixtral"))
+    Path("text.txt").write_text("It was a bright cold day in April, and the clocks were striking. " * 100)
+    text = ["data.sources=[{kind: text, path: text.txt}]", f"data.cache_dir={tmp_path}/cache"]
+    imported = import_model(Path("theirs"), None, ["name=theirs", "parallel.device=cpu", *text], gate="logits").run
+    assert _surgery("to-dense", imported, "flat", "--tokens", "64") == 0
+    width = load_run("runs/flat").config.model.d_ff
+    arguments = ["upcycle", "runs/flat", "runs/flat/config.yaml", "name=experts", f"model.moe.d_ff={width}"]
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 0
+    assert json.loads(Path("runs/experts/made_from.json").read_text())["largest_logit_difference"] < 1e-5
