@@ -10,6 +10,7 @@ from trainer.commands.resolve import existing_run
 from trainer.config.nodes import shown
 from trainer.errors import ConfigError
 from trainer.families.registry import FAMILIES, choose_family
+from trainer.packages import is_installed, missing
 from trainer.terminal import print_safe
 
 _SIZE: Final = re.compile(r"([0-9]{1,6}(?:\.[0-9]{1,3})?) ?([kMG])B", re.ASCII)
@@ -39,6 +40,8 @@ def export_command(options: argparse.Namespace) -> int:
     family = choose_family(config.model, target)
     if isinstance(family, str):
         raise ConfigError(f"--target: {family}")
+    if not is_installed("transformers"):
+        raise ConfigError(missing("transformers", user="export (which compares what it writes with transformers)"))
 
     from trainer.convert.hf_export import ExportOptions, export
 

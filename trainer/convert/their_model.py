@@ -19,7 +19,7 @@ def load_model(folder: Path) -> nn.Module:
     Raises:
         GateError: if transformers cannot load it, or has or lacks any tensor.
     """
-    with _quiet(), importing("transformers", user="comparing with transformers"):
+    with importing("transformers", user="comparing with transformers"), _quiet():
         from transformers import AutoModelForCausalLM
 
         with _explained("its model"):
@@ -41,7 +41,7 @@ def load_model(folder: Path) -> nn.Module:
 
 def empty_model(folder: Path) -> nn.Module:
     """Build the model of the config on the meta device, without values."""
-    with _quiet(), importing("transformers", user="comparing with transformers"):
+    with importing("transformers", user="comparing with transformers"), _quiet():
         from transformers import AutoConfig, AutoModelForCausalLM
 
         with _explained("its config"), torch.device("meta"):
@@ -51,7 +51,7 @@ def empty_model(folder: Path) -> nn.Module:
 
 def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer."""
-    with _quiet(), importing("transformers", user="comparing with transformers"):
+    with importing("transformers", user="comparing with transformers"), _quiet():
         from transformers import AutoTokenizer
 
         with _explained("its tokenizer"):

@@ -94,7 +94,8 @@ def test_a_folder_without_parent_is_refused(workplace: Path) -> None:
 
 
 def test_what_is_no_run_or_has_no_checkpoint_is_refused(workplace: Path) -> None:
-    refused(workplace, 4, "has no config.yaml, so it is not a run folder; train first", run="cache")
+    (workplace / "other").mkdir()
+    refused(workplace, 4, "has no config.yaml, so it is not a run folder; train first", run="other")
     shutil.rmtree(workplace / "runs/x/checkpoints")
     refused(workplace, 4, "has no checkpoint; train first")
 
@@ -125,6 +126,11 @@ def test_too_little_disk_or_memory_is_said_before_anything_is_written(
     refused(workplace, 7, "--gate logits: the model is loaded twice, in")
     monkeypatch.setattr(hf_export.shutil, "disk_usage", lambda _: Usage(free=10))
     refused(workplace, 7, "out: needs 58.2 kB, and 10 B is free", "--gate", "tensors")
+
+
+def test_without_transformers_nothing_is_exported(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.commands.export.is_installed", lambda _: False)
+    refused(workplace, 2, "needs transformers, which is not installed; pip install transformers")
 
 
 def _full_disk(*_: Any) -> None:
