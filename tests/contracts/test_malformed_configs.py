@@ -734,7 +734,7 @@ CASES = [
            "remove either")]),
     Case("MoE layers out of order",
          "name: x\nmodel: {moe: {layers: [3, 1, 1]}}\n",
-         ["x.yaml:2:15: model.moe.layers: [3, 1, 1] does not ascend; use [1, 3]"]),
+         ["x.yaml:2:15: model.moe.layers: 1 after 3: list each layer once, in ascending order"]),
     Case("a MoE layer that is not there",
          "name: x\nmodel: {num_layers: 2, moe: {layers: [1, 2]}}\n",
          ["x.yaml:2:30: model.moe.layers: 2 is beyond the last of num_layers 2; use 0 to 1"]),

@@ -1,6 +1,7 @@
 """The `model.moe` section: router, experts, capacity and auxiliary losses. Imports no torch."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Annotated
 
 from pydantic import Field
@@ -126,8 +127,10 @@ class MoEConfig(Config):
         if self.layers is not None and (self.first_dense_layers, self.every) != (0, 1):
             given = f"first_dense_layers {self.first_dense_layers} and every {self.every}"
             yield Problem("layers", f"names the MoE layers, and so do {given}; remove either")
-        if self.layers is not None and self.layers != sorted(set(self.layers)):
-            yield Problem("layers", f"{self.layers} does not ascend; use {sorted(set(self.layers))}")
+        for before, layer in pairwise(self.layers or ()):
+            if layer <= before:
+                yield Problem("layers", f"{layer} after {before}: list each layer once, in ascending order")
+                break
         if self.shared_d_ff is not None and not self.num_shared_experts:
             text = f"{self.shared_d_ff} has no effect without shared experts; use num_shared_experts: 1, or null"
             yield Problem("shared_d_ff", text)

@@ -26,6 +26,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run flex_attention as torch defines it, with gradients, which torch refuses on the CPU since it lacks kernels."""
+    torch._dynamo.reset()  # what other tests compiled counts towards its limit, beyond which nothing is compiled
     monkeypatch.setattr(module, "_validate_device", lambda *_: None)
     monkeypatch.setattr(block_attention, "_fused", lambda: torch.compile(module.flex_attention, backend="aot_eager"))
 
