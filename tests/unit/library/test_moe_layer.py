@@ -18,6 +18,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 from trainer import MoELayer, packages
 from trainer.errors import ConfigError
 from trainer.moe.routers.config.token_choice import TopKRouterConfig
+from trainer.ops.activations import ClampedSwiGLU
 
 D, FF, E, B, S = 16, 24, 8, 2, 12
 
@@ -78,6 +79,18 @@ def test_it_equals_the_sparse_blocks_of_transformers(theirs: Any, top_k: int, no
     logits = F.linear(x.flatten(0, 1), theirs.gate.weight)
     hugging_face = load_balancing_loss_func((logits,), E, top_k)
     torch.testing.assert_close(top_k * stats.balance_loss(), torch.as_tensor(hugging_face), rtol=1e-4, atol=1e-5)
+
+
+def test_experts_may_have_biases_and_a_clamped_activation() -> None:
+    layer = MoELayer(D, E, 2, d_ff=FF, activation="clamped_swiglu", expert_bias=True)
+    assert layer.moe.experts.activation == ClampedSwiGLU()
+    biases = [p for name, p in layer.named_parameters() if name.endswith("_bias")]
+    assert [tuple(p.shape) for p in biases] == [(E, 2 * FF), (E, D)] and all(p.any() for p in biases)
+    for gradient in torch.autograd.grad(layer(tokens())[0].square().sum(), biases):
+        assert (gradient != 0).any()
+    kernel: Any = "trainer.ops.expert_ffn:loop_ffn"
+    with pytest.raises(ConfigError, match=r"^MoELayer: expert_bias: a kernel of your own has no biases; use False, or"):
+        MoELayer(D, E, 2, expert_bias=True, kernel=kernel)
 
 
 def test_the_gate_learns_from_the_output_and_from_the_balance_loss() -> None:
