@@ -13,6 +13,7 @@ _EXTRAS: Final = {
     "sacrebleu": "text-metrics",
     "scipy": "lab",
     "tensorboard": "tensorboard",
+    "transformers": "hf",
     "triton": "triton",
 }
 """Extra of pyproject.toml that installs a package; all others are installed with the project itself."""

@@ -17,7 +17,7 @@ from scripts.locked import FOLDER, PINS, ROOT, closure, digest, normalised, pars
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
-FILES = {"lab": "recipes", "text-metrics": "recipes", "lm-eval": "dev", "tensorboard": "dev"}
+FILES = {"hf": "dev", "lab": "recipes", "text-metrics": "recipes", "lm-eval": "dev", "tensorboard": "dev"}
 """File of the lock that has an extra; the other extras have a file of their own."""
 ASKED = [
     ("pip", PROJECT["build-system"]["requires"]),

@@ -130,7 +130,7 @@ def test_too_little_disk_or_memory_is_said_before_anything_is_written(
 
 def test_without_transformers_nothing_is_exported(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.commands.export.is_installed", lambda _: False)
-    refused(workplace, 2, "needs transformers, which is not installed; pip install transformers")
+    refused(workplace, 2, "needs transformers, which is not installed; pip install 'turnout[hf]'")
 
 
 def _full_disk(*_: Any) -> None:

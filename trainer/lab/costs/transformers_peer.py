@@ -47,7 +47,7 @@ def why_not_plain(config: ExperimentConfig) -> str | None:
 def why_not(name: str, shape: LayerShape) -> str | None:
     """Return why an implementation cannot run; None if it can."""
     if not is_installed("transformers"):
-        return "needs transformers, which is not installed; pip install transformers"
+        return "needs transformers, which is not installed; pip install 'turnout[hf]'"
     copied = 3 * shape.tokens * shape.top_k * shape.d_model * shape.d_ff * shape.itemsize
     if name == "batched_mm" and copied > MOST_COPIED:
         return f"would copy {copied / 1e9:.0f} GB of weights, one set for each row"

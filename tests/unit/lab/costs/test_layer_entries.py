@@ -84,4 +84,4 @@ def test_the_copies_of_batched_mm_are_bounded() -> None:
 def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.packages.find_spec", lambda name: None)
     reason = why_not("eager", SHAPE)
-    assert reason == "needs transformers, which is not installed; pip install transformers"
+    assert reason == "needs transformers, which is not installed; pip install 'turnout[hf]'"
