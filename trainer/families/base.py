@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.config.base import Problem
@@ -24,6 +25,8 @@ class Family(ABC):
     """transformers' model_type."""
     architecture: ClassVar[str]
     """Class that loads it."""
+    defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """transformers' values of keys that a config.json may leave out; without one the key must be there or is nought."""
 
     def to_hf(self, model: ModelConfig, vocab_size: int) -> dict[str, Any]:
         """Return config.json, under the names that older readers know too; without token ids and dtype."""
@@ -36,7 +39,7 @@ class Family(ABC):
         Raises:
             ForeignConfigError: if a key of theirs cannot be expressed or is unknown.
         """
-        hf = HFConfig(config)
+        hf = HFConfig({**self.defaults, **config})
         values = self.model_values(hf)
         hf.finish()
         return values

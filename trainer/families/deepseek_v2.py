@@ -1,6 +1,7 @@
 """DeepSeek-V2 (arXiv 2405.04434): latent attention, softmax routing, with groups or without. Imports no torch."""
 
 from collections.abc import Iterator
+from types import MappingProxyType
 from typing import Any
 
 from trainer.config.base import Problem
@@ -20,6 +21,7 @@ class DeepseekV2(Family):
 
     name = "deepseek_v2"
     architecture = "DeepseekV2ForCausalLM"
+    defaults = MappingProxyType({"q_lora_rank": 1536, "n_shared_experts": 2})
 
     def config_values(self, model: ModelConfig) -> dict[str, Any]:
         """Return their config without its head."""

@@ -1,6 +1,7 @@
 """DeepSeek-V3 (arXiv 2412.19437): latent attention, sigmoid routing with a bias and groups. Imports no torch."""
 
 from collections.abc import Iterator
+from types import MappingProxyType
 from typing import Any
 
 from trainer.config.base import Problem
@@ -18,6 +19,12 @@ class DeepseekV3(Family):
 
     name = "deepseek_v3"
     architecture = "DeepseekV3ForCausalLM"
+    defaults = MappingProxyType(
+        {
+            **{"q_lora_rank": 1536, "n_shared_experts": 1, "first_k_dense_replace": 3},
+            **{"n_group": 8, "topk_group": 4, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
+        }
+    )
 
     def config_values(self, model: ModelConfig) -> dict[str, Any]:
         """Return their config without its head."""

@@ -1,6 +1,7 @@
 """dots.llm1 (arXiv 2506.05767): sigmoid routing with a bias, shared experts, norms of heads. Imports no torch."""
 
 from collections.abc import Iterator
+from types import MappingProxyType
 from typing import Any
 
 from trainer.config.base import Problem
@@ -19,6 +20,7 @@ class Dots1(Family):
 
     name = "dots1"
     architecture = "Dots1ForCausalLM"
+    defaults = MappingProxyType({"num_key_value_heads": 32, "sliding_window": 4096})
 
     def config_values(self, model: ModelConfig) -> dict[str, Any]:
         """Return their config without its head."""

@@ -1,6 +1,7 @@
 """GLM-4-MoE (GLM-4.5, arXiv 2508.06471): dots.llm1's layers, with norms of heads or without. Imports no torch."""
 
 from collections.abc import Iterator
+from types import MappingProxyType
 from typing import Any
 
 from trainer.config.base import Problem
@@ -18,6 +19,9 @@ class Glm4MoE(Family):
 
     name = "glm4_moe"
     architecture = "Glm4MoeForCausalLM"
+    defaults = MappingProxyType(
+        {"num_key_value_heads": 8, "first_k_dense_replace": 1, "n_shared_experts": 1, "norm_topk_prob": True}
+    )
 
     def config_values(self, model: ModelConfig) -> dict[str, Any]:
         """Return their config without its head."""
@@ -32,8 +36,8 @@ class Glm4MoE(Family):
 
     def model_values(self, hf: HFConfig) -> dict[str, Any]:
         """Read their config."""
-        if hf.optional("rope_parameters") is None and hf.optional("partial_rotary_factor") is None:
-            hf.values = {**hf.values, "partial_rotary_factor": 0.5}  # their default
+        if hf.optional("partial_rotary_factor") is None:
+            hf.values = {**hf.values, "partial_rotary_factor": 0.5}  # their default, unless rope_parameters has one
         shared = grouped_from_hf(hf, has_fraction=True)
         if hf.boolean("attention_bias", default=False):
             shared["attention"]["qkv_bias"] = True

@@ -7,7 +7,9 @@ from trainer.errors import DataError
 
 _WITHOUT_EFFECT: Final = frozenset(
     [
+        "_attn_implementation_autoset",
         "_name_or_path",
+        "attn_implementation",
         "architectures",
         "auto_map",
         "model_type",

@@ -1,6 +1,7 @@
 """Mixtral (arXiv 2401.04088): MoE in every layer, softmax over the selected experts. Imports no torch."""
 
 from collections.abc import Iterator
+from types import MappingProxyType
 from typing import Any
 
 from trainer.families.base import Family
@@ -27,6 +28,7 @@ class Mixtral(Family):
 
     name = "mixtral"
     architecture = "MixtralForCausalLM"
+    defaults = MappingProxyType({"num_key_value_heads": 8})
 
     def config_values(self, model: ModelConfig) -> dict[str, Any]:
         """Return their config without its head."""

@@ -1,6 +1,7 @@
 """OLMoE (arXiv 2409.02060): MoE in every layer, norms over all heads of queries and keys. Imports no torch."""
 
 from collections.abc import Iterator
+from types import MappingProxyType
 from typing import Any
 
 from trainer.families.base import Family
@@ -17,6 +18,7 @@ class Olmoe(Family):
 
     name = "olmoe"
     architecture = "OlmoeForCausalLM"
+    defaults = MappingProxyType({"router_aux_loss_coef": 0.01})
 
     def config_values(self, model: ModelConfig) -> dict[str, Any]:
         """Return their config without its head."""

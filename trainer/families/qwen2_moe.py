@@ -1,6 +1,7 @@
 """Qwen2-MoE (arXiv 2407.10671, Qwen1.5-MoE): a gated shared expert of its own width. Imports no torch."""
 
 from collections.abc import Iterator
+from types import MappingProxyType
 from typing import Any
 
 from trainer.config.base import Problem
@@ -19,6 +20,7 @@ class Qwen2MoE(Family):
 
     name = "qwen2_moe"
     architecture = "Qwen2MoeForCausalLM"
+    defaults = MappingProxyType({"num_key_value_heads": 16, "sliding_window": 4096})
 
     def config_values(self, model: ModelConfig) -> dict[str, Any]:
         """Return their config without its head."""

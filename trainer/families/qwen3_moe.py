@@ -1,6 +1,7 @@
 """Qwen3-MoE (arXiv 2505.09388): norms of query and key heads, no shared experts. Imports no torch."""
 
 from collections.abc import Iterator
+from types import MappingProxyType
 from typing import Any
 
 from trainer.families.base import Family
@@ -18,6 +19,7 @@ class Qwen3MoE(Family):
 
     name = "qwen3_moe"
     architecture = "Qwen3MoeForCausalLM"
+    defaults = MappingProxyType({"num_key_value_heads": 4, "sliding_window": 4096})
 
     def config_values(self, model: ModelConfig) -> dict[str, Any]:
         """Return their config without its head."""

@@ -36,9 +36,13 @@ def rope_to_hf(model: ModelConfig) -> dict[str, Any]:
 
 def rope_from_hf(hf: HFConfig, *, default_theta: float) -> dict[str, Any]:
     """Read base and scaling; of partial rotation only that there is none, unless it was read before."""
-    section = hf.optional("rope_parameters") or hf.optional("rope_scaling") or {}
-    for key in ("rope_parameters", "rope_scaling"):
-        hf.optional(key)
+    newer, scaling = hf.optional("rope_parameters"), hf.optional("rope_scaling")
+    if newer and scaling and newer != scaling:
+        raise ForeignConfigError(
+            f"rope_scaling: {scaling!r} stands beside another rope_parameters, and transformers reads one of them; "
+            "keep one"
+        )
+    section = newer or scaling or {}
     if not isinstance(section, dict):
         raise ForeignConfigError(f"rope_parameters: {section!r} is not a section")
     older = {key: hf.optional(key) for key in ("rope_theta", "partial_rotary_factor")}

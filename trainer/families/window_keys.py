@@ -36,7 +36,9 @@ def window_values(window: Any) -> dict[str, Any]:
 
 def window_of_layers(hf: HFConfig, kinds: Sequence[Any]) -> dict[str, Any]:
     """Return values of `model.attention` for the kind of every layer."""
-    window = hf.optional("sliding_window")
+    window, num_layers = hf.optional("sliding_window"), hf.integer("num_hidden_layers")
+    if len(kinds) != num_layers:
+        raise ForeignConfigError(f"layer_types: names {len(kinds)} layers, and num_hidden_layers is {num_layers}")
     for kind in kinds:
         if kind not in _OURS:
             raise ForeignConfigError(f"layer_types: {kind!r} cannot be expressed here; only {', '.join(_OURS)}")
