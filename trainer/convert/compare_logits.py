@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trainer.convert.gate_report import LIMIT, GateError
 from trainer.convert.gates import our_logits
+from trainer.convert.their_model import their_logits
 from trainer.models.gpt import GPT
 
 _SEEDS: Final = (0, 1)
@@ -46,7 +47,7 @@ def _differences(ours: GPT, theirs: Any, seed: int) -> tuple[Tensor, float]:
     """Return the largest difference for each token (T,), and the largest that is rounding."""
     found, limit = [], LIMIT
     for ids in _batches(ours, seed):
-        expected = _logits(theirs, ids)
+        expected = their_logits(theirs, ids)
         found.append(_by_token(expected - our_logits(ours, ids)))
         limit = max(limit, LIMIT * float(expected.abs().max()))
     return torch.cat(found), limit
@@ -55,21 +56,17 @@ def _differences(ours: GPT, theirs: Any, seed: int) -> tuple[Tensor, float]:
 def _moved(ours: GPT, theirs: Any, seed: int) -> Tensor:
     """Return by how much each token's logits (T,) change in transformers with the last place of the embedding."""
     weight, generator = theirs.get_input_embeddings().weight, torch.Generator().manual_seed(seed)
-    before = [_logits(theirs, ids) for ids in _batches(ours, seed)]
+    before = [their_logits(theirs, ids) for ids in _batches(ours, seed)]
     kept = weight.clone()
     signs = torch.randint(0, 2, weight.shape, generator=generator).mul_(2).sub_(1)
     weight.mul_(1 + _ONE_UNIT * signs)
-    after = [_logits(theirs, ids) for ids in _batches(ours, seed)]
+    after = [their_logits(theirs, ids) for ids in _batches(ours, seed)]
     weight.copy_(kept)
     return torch.cat([_by_token(new - old) for new, old in zip(after, before, strict=True)])
 
 
 def _by_token(difference: Tensor) -> Tensor:
     return difference.abs().amax(-1).flatten().nan_to_num(nan=float("inf"))
-
-
-def _logits(theirs: Any, ids: Tensor) -> Tensor:
-    return theirs(input_ids=ids, use_cache=False).logits
 
 
 def _batches(model: GPT, seed: int) -> Iterator[Tensor]:

@@ -19,7 +19,7 @@ from trainer.convert.foreign_folder import ForeignFolder
 from trainer.convert.gate_report import LIMIT, GateError, GateReport
 from trainer.convert.shard_file import ShardFile
 from trainer.convert.shard_writer import Shard
-from trainer.convert.their_model import empty_model, load_model, load_tokenizer, tensors_on_disk
+from trainer.convert.their_model import empty_model, load_model, load_tokenizer, tensors_on_disk, their_logits
 from trainer.data.batches.batch import Batch
 from trainer.errors import CheckpointError, DataError, first_line
 from trainer.families.expressible import inference_values
@@ -49,7 +49,7 @@ def logits_gate(folder: Path, model: ExportedModel, batches: Sequence[Tensor], *
     ours, worst, left_out = model.reference(), 0.0, 0
     rows = [row[None] for ids in batches for row in ids]
     for row in rows:
-        expected, found = our_logits(ours, row), theirs(input_ids=row, use_cache=False).logits
+        expected, found = our_logits(ours, row), their_logits(theirs, row)
         difference = float((expected - found).abs().max())
         limit = LIMIT * max(1.0, float(expected.abs().max()))
         if difference <= limit:

@@ -22,7 +22,7 @@ def load_model(folder: Path) -> nn.Module:
     with importing("transformers", user="comparing with transformers"), _quiet():
         from transformers import AutoModelForCausalLM
 
-        with _explained("its model"):
+        with _explained("load its model"):
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=torch.float32,
@@ -39,12 +39,22 @@ def load_model(folder: Path) -> nn.Module:
     return model.eval()
 
 
+def their_logits(model: Any, ids: Tensor) -> Tensor:
+    """Return the logits (B, S, V) of rows of ids (B, S).
+
+    Raises:
+        GateError: if transformers cannot compute them.
+    """
+    with _explained("compute with its model"):
+        return model(input_ids=ids, use_cache=False).logits
+
+
 def empty_model(folder: Path) -> nn.Module:
     """Build the model of the config on the meta device, without values."""
     with importing("transformers", user="comparing with transformers"), _quiet():
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        with _explained("its config"), torch.device("meta"):
+        with _explained("load its config"), torch.device("meta"):
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
@@ -54,7 +64,7 @@ def load_tokenizer(folder: Path) -> Any:
     with importing("transformers", user="comparing with transformers"), _quiet():
         from transformers import AutoTokenizer
 
-        with _explained("its tokenizer"):
+        with _explained("load its tokenizer"):
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
@@ -79,7 +89,7 @@ def _explained(what: str) -> Iterator[None]:
     except (MemoryError, ModuleNotFoundError):
         raise
     except Exception as error:
-        raise GateError(f"transformers cannot load {what}: {first_line(error):.300}") from None
+        raise GateError(f"transformers cannot {what}: {first_line(error):.300}") from None
 
 
 @contextmanager

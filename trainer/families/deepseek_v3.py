@@ -10,7 +10,12 @@ from trainer.families.decoder_links import decoder_links
 from trainer.families.hf_config import HFConfig
 from trainer.families.latent_keys import latent_from_hf, latent_to_hf, needs_latent
 from trainer.families.link import Link
-from trainer.families.sigmoid_moe import needs_shared_experts, sigmoid_moe_keys, sigmoid_moe_values
+from trainer.families.sigmoid_moe import (
+    needs_shared_experts,
+    needs_two_experts_a_group,
+    sigmoid_moe_keys,
+    sigmoid_moe_values,
+)
 from trainer.models.config import ModelConfig
 
 
@@ -46,3 +51,4 @@ class DeepseekV3(Family):
         """Yield what their config cannot say."""
         yield from needs_latent(model, self.name)
         yield from needs_shared_experts(model, self.name)
+        yield from needs_two_experts_a_group(model, self.name)

@@ -10,7 +10,12 @@ from trainer.families.decoder_keys import grouped_from_hf, grouped_to_hf, with_b
 from trainer.families.decoder_links import decoder_links
 from trainer.families.hf_config import HFConfig
 from trainer.families.link import Link
-from trainer.families.sigmoid_moe import needs_shared_experts, sigmoid_moe_keys, sigmoid_moe_values
+from trainer.families.sigmoid_moe import (
+    needs_shared_experts,
+    needs_two_experts_a_group,
+    sigmoid_moe_keys,
+    sigmoid_moe_values,
+)
 from trainer.families.window_keys import window_of_layers, window_to_hf
 from trainer.models.config import ModelConfig
 
@@ -52,3 +57,4 @@ class Dots1(Family):
     def limits(self, model: ModelConfig) -> Iterator[Problem]:
         """Yield what their config cannot say."""
         yield from needs_shared_experts(model, self.name)
+        yield from needs_two_experts_a_group(model, self.name)

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Iterator
+from types import MappingProxyType
 from typing import Any, Final
 
 from trainer.families.base import Family
@@ -31,6 +32,7 @@ class GptOss(Family):
 
     name = "gpt_oss"
     architecture = "GptOssForCausalLM"
+    defaults = MappingProxyType({"head_dim": 64, "num_key_value_heads": 8, "sliding_window": 128})
 
     def config_values(self, model: ModelConfig) -> dict[str, Any]:
         """Return their config without its head."""

@@ -6,7 +6,7 @@ from typing import Any
 from trainer.config.base import Problem
 from trainer.families.decoder_keys import moe_layer_values
 from trainer.families.hf_config import ForeignConfigError, HFConfig
-from trainer.families.routing_form import required_form
+from trainer.families.routing_form import required_form, routing_form
 from trainer.models.config import ModelConfig
 
 
@@ -56,6 +56,13 @@ def sigmoid_moe_values(hf: HFConfig, num_layers: int) -> tuple[dict[str, Any], d
         "balance": {"coef": 0.0},
     }
     return {"d_ff": hf.integer("intermediate_size")}, moe
+
+
+def needs_two_experts_a_group(model: ModelConfig, name: str) -> Iterator[Problem]:
+    """Refuse groups of one expert, whose best two transformers looks for in vain."""
+    form = None if model.moe is None else routing_form(model.moe)
+    if form is not None and model.moe is not None and form.groups == model.moe.num_experts > 1:
+        yield Problem("moe.router.groups", f"{form.groups}: {name} scores a group by two experts, and these have one")
 
 
 def needs_shared_experts(model: ModelConfig, name: str) -> Iterator[Problem]:

@@ -159,6 +159,14 @@ def test_a_model_that_computes_something_else_is_refused_and_nothing_is_left(mon
     assert not Path("runs").exists()
 
 
+def test_a_model_that_fails_in_transformers_is_one_line() -> None:
+    values = {"n_group": 8, "topk_group": 3}  # groups of one expert, whose best two are looked for
+    folder = save_foreign(Path("theirs"), make_foreign("glm4_moe", **values))
+    with pytest.raises(CheckpointError, match="theirs: transformers cannot compute with its model: selected index"):
+        import_model(folder, None, ["name=mine"], gate="logits")
+    assert not Path("runs/mine").exists()
+
+
 def test_rounding_that_has_grown_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     """With weights so large that float32 loses digits, and near ties between experts; a fault is still one."""
     save_foreign(Path("theirs"), make_foreign("mixtral", initializer_range=1.0, num_hidden_layers=8))

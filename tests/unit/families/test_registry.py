@@ -192,6 +192,7 @@ def test_names_and_shapes_are_those_that_transformers_writes(name: str, model: M
             {"attention.latent.norm_eps"},
         ),
         ("qwen2_moe", {"num_shared_experts": 1}, {}, {"moe.shared_gate"}),
+        ("glm4_moe", {**SHARED, "router": {**GROUPS, "groups": 8, "groups_kept": 4}}, {}, {"moe.router.groups"}),
     ],
 )
 def test_what_a_family_cannot_express_is_named(
