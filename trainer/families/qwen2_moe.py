@@ -43,7 +43,8 @@ class Qwen2MoE(Family):
         shared["attention"] |= self._windows(hf, shared["num_layers"])
         dense, moe = qwen_moe_values(hf, shared["num_layers"])
         width = hf.integer("shared_expert_intermediate_size")
-        moe |= {"num_shared_experts": 1, "shared_d_ff": width, "shared_gate": True}
+        if width:  # 0 is refused, by its tensors; read, so that all keys that are in an export's way are named
+            moe |= {"num_shared_experts": 1, "shared_d_ff": width, "shared_gate": True}
         return {**shared, **dense, "moe": moe}
 
     def _windows(self, hf: HFConfig, num_layers: int) -> dict[str, Any]:

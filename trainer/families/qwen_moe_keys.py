@@ -3,7 +3,7 @@
 from typing import Any
 
 from trainer.families.decoder_keys import balance_from_hf, balance_to_hf, moe_layer_values
-from trainer.families.hf_config import HFConfig
+from trainer.families.hf_config import ForeignConfigError, HFConfig
 from trainer.families.routing_form import required_form
 from trainer.models.config import ModelConfig
 
@@ -27,6 +27,8 @@ def qwen_moe_to_hf(model: ModelConfig) -> dict[str, Any]:
 def qwen_moe_values(hf: HFConfig, num_layers: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read the MoE keys of Qwen's configs: values of `model`, and of `model.moe`."""
     step, dense = hf.integer("decoder_sparse_step", default=1), hf.optional("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        raise ForeignConfigError(f"mlp_only_layers: {dense!r} is no list of layers")
     layers = [layer for layer in range(num_layers) if layer not in dense and (layer + 1) % max(step, 1) == 0]
     router = {
         "kind": "top_k",

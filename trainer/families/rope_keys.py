@@ -60,7 +60,7 @@ def rope_from_hf(hf: HFConfig, *, default_theta: float) -> dict[str, Any]:
 
 
 def _scaling(kind: Any, rope: HFConfig, hf: HFConfig) -> dict[str, Any]:
-    if kind not in _NUMBERS:
+    if not isinstance(kind, str) or kind not in _NUMBERS:
         raise ForeignConfigError(f"rope_type: {kind!r} cannot be expressed here; only {', '.join(_NUMBERS)}")
     given = {key: rope.number(key) for key in _NUMBERS[kind] if rope.optional(key) is not None}
     values = {"kind": kind, **given}

@@ -40,7 +40,7 @@ def window_of_layers(hf: HFConfig, kinds: Sequence[Any]) -> dict[str, Any]:
     if len(kinds) != num_layers:
         raise ForeignConfigError(f"layer_types: names {len(kinds)} layers, and num_hidden_layers is {num_layers}")
     for kind in kinds:
-        if kind not in _OURS:
+        if not isinstance(kind, str) or kind not in _OURS:
             raise ForeignConfigError(f"layer_types: {kind!r} cannot be expressed here; only {', '.join(_OURS)}")
     pattern = [_OURS[kind] for kind in kinds]
     if "sliding" not in pattern or window is None:

@@ -62,6 +62,21 @@ def test_a_key_that_is_missing_has_the_value_of_transformers_or_is_refused(famil
     assert accepted > 5
 
 
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("qwen3_moe", "mlp_only_layers", "0"),
+        ("qwen3_moe", "mlp_only_layers", ["0"]),
+        ("dots1", "layer_types", [{}, [], {}, []]),
+        ("mixtral", "rope_scaling", {"rope_type": ["yarn"]}),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_its_key(family: str, key: str, value: Any) -> None:
+    values = {name: value for name, value in _complete(family).items() if name != "rope_parameters"}
+    found = _read(family, {**values, key: value})
+    assert isinstance(found, str) and found.startswith(("rope_type" if key == "rope_scaling" else key) + ": ")
+
+
 @pytest.mark.parametrize("change", CHANGES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_unusual_keys_are_read_as_transformers_reads_them_or_refused(family: str, change: dict[str, Any]) -> None:

@@ -154,6 +154,7 @@ def test_names_and_shapes_are_those_that_transformers_writes(name: str, model: M
         ("dots1", {**SHARED, "router": BIAS, "shared_gate": True}, {"qk_norm": True}, {"moe.shared_gate"}),
         ("dots1", {**SHARED, "router": BIAS, "shared_d_ff": 20}, {"qk_norm": True}, {"moe.shared_d_ff"}),
         ("qwen2_moe", {}, {}, {"moe.num_shared_experts"}),
+        ("qwen2_moe", {}, {"qk_norm": True}, {"moe.num_shared_experts", "qk_norm"}),
         ("qwen3_moe", {}, {"qk_norm": True, "attention": {"qkv_bias": True}}, {"attention.out_bias"}),
         ("mixtral", {}, {"attention": {"latent": LATENT}, "num_kv_heads": None}, {"attention.latent"}),
         ("mixtral", {}, {"attention": {"rotary_fraction": 0.5}}, {"attention.rotary_fraction"}),
