@@ -107,7 +107,7 @@ FAULTS = [
     _fault(
         "the gate compares the first batch with itself",
         "convert/gates.py",
-        "our_logits(ours, row), theirs(input_ids=row, use_cache=False).logits",
+        "our_logits(ours, row), their_logits(theirs, row)",
         "our_logits(ours, row), our_logits(ours, row)",
         "tests/unit/convert/test_gates.py::test_the_logits_are_those_of_transformers",
     ),

@@ -5,7 +5,23 @@ from tests.planted.fault import in_package as _fault
 IMPORT = "convert/test_hf_import.py"
 REFUSALS = "convert/test_import_refusals.py::"
 
+CONFIGS = "families/test_hf_config.py"
+
 FAULTS = [
+    _fault(
+        "keys that a config.json leaves out are nought",
+        "families/base.py",
+        "{**self.defaults, **config}",
+        "{**config}",
+        CONFIGS,
+    ),
+    _fault(
+        "rope_scaling beside rope_parameters is not read",
+        "families/rope_keys.py",
+        "if newer and scaling and newer != scaling:",
+        "if newer and scaling and newer == scaling:",
+        CONFIGS,
+    ),
     _fault(
         "rows of an imported tensor begin at the first of theirs",
         "convert/linked_weights.py",
