@@ -51,12 +51,17 @@ def inexpressible(family: Family, model: ModelConfig) -> list[Inexpressible]:
         kind = model.moe.router.kind
         return [Inexpressible("moe.router.kind", f"{kind}: {family.name} selects the k best experts by one gate")]
     limits = [Inexpressible(*limit) for limit in (*family.limits(model), *_length_limits(model))]
-    try:
-        returned = ModelConfig.model_validate(family.from_hf(family.to_hf(model, _ANY_VOCAB)))
-    except (ForeignConfigError, ValidationError) as error:
-        reason = str(error).splitlines()[0] if isinstance(error, ForeignConfigError) else _first_problem(error)
-        return limits or [Inexpressible("", f"its config cannot be read again as {family.name}: {reason}")]
+    returned = _returned(family, model)
+    if isinstance(returned, str):
+        return limits or [Inexpressible("", f"its config cannot be read again as {family.name}: {returned}")]
     return limits + list(_differences(model, returned, family.name))
+
+
+def is_comparable(family: Family, model: ModelConfig) -> bool:
+    """Return whether `inexpressible` names every key that is in the way, not only those that keep it from a config."""
+    if model.moe is None or routing_form(model.moe) is None:
+        return True
+    return isinstance(_returned(family, model), ModelConfig)
 
 
 def inference_values(model: ModelConfig) -> dict[str, Any]:
@@ -83,6 +88,16 @@ def inference_values(model: ModelConfig) -> dict[str, Any]:
             values = {key: value for key, value in values.items() if not key.startswith("moe.router.")}
             values |= {f"moe.router.{key}": value for key, value in asdict(form).items()}
     return {key: value for key, value in values.items() if not _is_training_only(key)}
+
+
+def _returned(family: Family, model: ModelConfig) -> ModelConfig | str:
+    """Return the model that is read from its own config; if none, why."""
+    try:
+        return ModelConfig.model_validate(family.from_hf(family.to_hf(model, _ANY_VOCAB)))
+    except ForeignConfigError as error:
+        return str(error).splitlines()[0]
+    except ValidationError as error:
+        return _first_problem(error)
 
 
 def _length_limits(model: ModelConfig) -> Iterator[Problem]:

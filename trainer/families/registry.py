@@ -9,7 +9,7 @@ from trainer.families.base import Family
 from trainer.families.deepseek_v2 import DeepseekV2
 from trainer.families.deepseek_v3 import DeepseekV3
 from trainer.families.dots1 import Dots1
-from trainer.families.expressible import Inexpressible, inexpressible
+from trainer.families.expressible import Inexpressible, inexpressible, is_comparable
 from trainer.families.glm4_moe import Glm4MoE
 from trainer.families.gpt_oss import GptOss
 from trainer.families.hf_config import ForeignConfigError
@@ -58,7 +58,7 @@ def choose_family(model: ModelConfig, target: str = "auto") -> Family | str:
         if not problems:
             return family
         refused.append((family, problems))
-    nearest, problems = min(refused, key=lambda one: len(one[1]))
+    nearest, problems = min(refused, key=lambda one: (not is_comparable(one[0], model), len(one[1])))
     keys = "; ".join(f"model.{problem.key}: {problem.message}" for problem in problems)
     if target == "auto":
         return f"auto: no family can express this model; the nearest is {nearest.name}: {keys}"

@@ -214,6 +214,14 @@ def test_a_dense_model_has_no_family() -> None:
     )
 
 
+def test_the_nearest_family_is_one_whose_every_difference_is_known() -> None:
+    """Not DeepSeek's, of which a model without latents can be told two differences only, since it has no config."""
+    attention = {"qkv_bias": True, "clip_qkv": 1.0, "softcap": 2.0}
+    refused = choose_family(_case({"router": {"kind": "top_k", "normalize": False}}, attention=attention))
+    assert isinstance(refused, str) and "nearest is deepseek" not in refused
+    assert "model.attention.softcap: 2.0" in refused and "model.attention.clip_qkv: 1.0" in refused
+
+
 def test_settings_of_training_alone_are_expressible_everywhere() -> None:
     moe = {"balance": {"coef": 0.3}, "capacity": {"factor": 1.0}, "z_loss_coef": 0.2, "diversity_coef": 0.1}
     router = {"kind": "gshard", "random_second": True, "top_k_choices": [1, 2], "jitter": 0.1}
