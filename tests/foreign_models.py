@@ -21,6 +21,11 @@ _DEEPSEEK: dict[str, Any] = {
     **{"n_routed_experts": 8, "n_shared_experts": 1, "intermediate_size": 20, "moe_intermediate_size": 12},
     **{"first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "num_key_value_heads": 4},
 }
+_DENSE: dict[str, Any] = {"intermediate_size": 20, "num_experts_per_tok": None}
+_LLAMA3: dict[str, Any] = {
+    **{"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16},
+    **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 6, "intermediate_size": 12, "head_dim": 4},
     "qwen2_moe": {
@@ -42,6 +47,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **{"n_routed_experts": 8, "n_shared_experts": 2, "intermediate_size": 20, "moe_intermediate_size": 12},
         **{"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "head_dim": 6},
     },
+    "llama": {"attention_bias": True, "rope_parameters": _LLAMA3, **_DENSE},
+    "mistral": {"head_dim": 6, "sliding_window": 8, **_DENSE},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, **_DENSE},
+    "qwen3": {"head_dim": 6, "tie_word_embeddings": True, **_DENSE},
     "gpt_oss": {"num_local_experts": 6, "intermediate_size": 12, "head_dim": 8, "sliding_window": 8},
 }
 """Sizes of each family, by transformers' model_type."""

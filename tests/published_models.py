@@ -5,6 +5,7 @@ that predict later tokens (multi-token prediction), which are not part of the mo
 """
 
 from dataclasses import dataclass
+from decimal import ROUND_DOWN
 from typing import Any
 
 _YARN: dict[str, Any] = {
@@ -26,9 +27,11 @@ class PublishedModel:
     parameters: int
     """Parameters, the selection biases of routers not among them."""
     stated: str
-    """Billions of parameters that its authors state, rounded down."""
+    """Billions of parameters that its authors state."""
     source: str
     """Where they do."""
+    rounding: str = ROUND_DOWN
+    """How they round."""
 
 
 QWEN3_30B_A3B = PublishedModel(

@@ -121,4 +121,25 @@ FAULTS = [
 """,
         "families/test_registry.py",
     ),
+    _fault(
+        "auto may call a mixture dense",
+        "families/registry.py",
+        "if family.is_dense == (model.moe is None)",
+        "",
+        "families/test_expressible.py",
+    ),
+    _fault(
+        "a null window is that of Mistral's default",
+        "families/base.py",
+        "HFConfig({**self.defaults, **config})",
+        "HFConfig({**self.defaults, **{key: value for key, value in config.items() if value is not None}})",
+        "families/test_registry.py",
+    ),
+    _fault(
+        "the late windows of Qwen2 are the early ones",
+        "families/window_keys.py",
+        'if i >= first else "full_attention"',
+        'if i < first else "full_attention"',
+        "families/test_hf_config.py",
+    ),
 ]

@@ -14,6 +14,10 @@ class GateError(CheckpointError):
     """The exported model is not ours."""
 
 
+class SplittingError(GateError):
+    """transformers splits texts for this family by its own rule, which is not the tokenizer's."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateReport:
     """What a gate compared."""

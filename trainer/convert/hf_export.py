@@ -19,7 +19,7 @@ from trainer.convert.chat_template import chat_template_of
 from trainer.convert.checkpoint_weights import CheckpointWeights
 from trainer.convert.exported_model import ExportDType, ExportedModel
 from trainer.convert.foreign_model import published_positions
-from trainer.convert.gate_report import Gate, GateError, GateReport
+from trainer.convert.gate_report import Gate, GateError, GateReport, SplittingError
 from trainer.convert.gates import logits_gate, tensors_gate, tokenizer_gate
 from trainer.convert.hf_folder import write_small_files
 from trainer.convert.model_card import model_card, with_gate
@@ -124,6 +124,9 @@ def _gate(
         samples = sample_tokens(config, model.tokenizer)
         tokenizer_gate(temporary, model, samples.texts)
         return logits_gate(temporary, model, samples.batches, tokens=samples.origin)
+    except SplittingError as error:
+        what = "use a tokenizer of Qwen2's, or another target"
+        raise CheckpointError(f"{out}: not written: {error}, whatever the tokenizer's files say; {what}") from None
     except GateError as error:
         raise CheckpointError(f"{out}: not written: {error}; this is a fault of the export: please report it") from None
 

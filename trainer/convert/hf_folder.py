@@ -37,6 +37,8 @@ def write_small_files(folder: Path, model: ExportedModel, *, chat_template: str 
     options = parse_json_object(files.pop(OPTIONS))
     end = options["eos_token"]
     options |= {"bos_token": end, "pad_token": end, "model_max_length": model.config.seq_len}
+    if model.family.has_own_splitting:  # else transformers adds one that is not in the vocabulary
+        options["unk_token"] = end
     if chat_template is not None:  # older readers want it here, newer ones in a file
         options["chat_template"] = chat_template
         (folder / TEMPLATE).write_text(chat_template, encoding="utf-8")

@@ -13,6 +13,7 @@ from trainer.convert.exported_model import ExportedModel
 from trainer.convert.gate_report import GateReport
 from trainer.experiment import ExperimentConfig
 from trainer.metrics.records import parse_record, read_lines
+from trainer.models.config import ModelConfig
 from trainer.models.flops import ModelSize
 
 _SECTIONS: Final = ("model", "optim", "schedule", "train")
@@ -29,15 +30,14 @@ def model_card(
     has_picture: bool,
 ) -> str:
     """Return the text of README.md; `has_picture` if the folder has experts.svg. The gate's line is added later."""
-    moe = config.model.moe
-    assert moe is not None, "a dense model has no family"
+    kind = "dense" if config.model.moe is None else "mixture-of-experts"
     losses = _figures(folder, checkpoint.step)
     rows = [
         (
             "architecture",
             f"{model.family.architecture}, {config.model.num_layers} layers, width {config.model.d_model}",
         ),
-        ("experts", f"{moe.num_experts}, {moe.experts_per_token:g} for each token; shared: {moe.num_shared_experts}"),
+        *_experts(config.model),
         ("parameters", f"{size.total_parameters / 1e6:.2f}M, {size.active_parameters / 1e6:.2f}M active"),
         ("dtype", model.dtype),
         ("trained", f"{checkpoint.step} steps, {formatting.rate(int(checkpoint.run['tokens']))} tokens"),
@@ -49,12 +49,12 @@ def model_card(
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [mixture-of-experts, turnout]
+tags: [{kind}, turnout]
 ---
 
 # {config.name}
 
-A mixture-of-experts language model, trained by Turnout.
+A {kind} language model, trained by Turnout.
 
 | | |
 |---|---|
@@ -84,6 +84,15 @@ def with_gate(card: str, report: GateReport) -> str:
     """Return a card with what the gate compared."""
     head, config = card.rsplit("\n## Config\n", 1)
     return f"{head}\nChecked when it was exported; {report.line()}.\n\n## Config\n{config}"
+
+
+def _experts(model: ModelConfig) -> list[tuple[str, str]]:
+    """Return the row of experts, if there are any."""
+    if (moe := model.moe) is None:
+        return []
+    return [
+        ("experts", f"{moe.num_experts}, {moe.experts_per_token:g} for each token; shared: {moe.num_shared_experts}")
+    ]
 
 
 def _figures(folder: RunFolder, step: int) -> dict[str, float]:

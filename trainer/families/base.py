@@ -27,6 +27,10 @@ class Family(ABC):
     """Class that loads it."""
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """transformers' values of keys that a config.json may leave out; without one the key must be there or is nought."""
+    has_own_splitting: ClassVar[bool] = False
+    """transformers gives its tokenizers Qwen2's normalization (NFC) and splitting of words, against their files."""
+    is_dense: ClassVar[bool] = False
+    """Its models have no experts; those of the others have some."""
 
     def to_hf(self, model: ModelConfig, vocab_size: int) -> dict[str, Any]:
         """Return config.json, under the names that older readers know too; without token ids and dtype."""

@@ -8,9 +8,22 @@ from trainer.families.registry import choose_family
 from trainer.models.config import ModelConfig
 
 Target = Literal[
-    "auto", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "dots1", "glm4_moe", "deepseek_v2", "deepseek_v3", "gpt_oss"
+    "auto",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "dots1",
+    "glm4_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "gpt_oss",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
 ]
-"""A family of transformers by its model_type, or the first one that can express the model."""
+"""A family of transformers by its model_type, the last four for dense models, or the first that can express it."""
 
 
 class ExportConfig(Config):

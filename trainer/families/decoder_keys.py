@@ -63,6 +63,16 @@ def grouped_from_hf(hf: HFConfig, *, default_theta: float = 10000.0, has_fractio
     return values | {"num_kv_heads": hf.integer("num_key_value_heads", default=num_heads), "attention": attention}
 
 
+def dense_to_hf(model: ModelConfig) -> dict[str, Any]:
+    """Return the keys of a decoder without experts."""
+    return grouped_to_hf(model) | {"intermediate_size": model.d_ff}
+
+
+def dense_from_hf(hf: HFConfig) -> dict[str, Any]:
+    """Read the keys of a decoder without experts."""
+    return grouped_from_hf(hf) | {"d_ff": hf.integer("intermediate_size"), "moe": None}
+
+
 def with_biases(hf: HFConfig, values: dict[str, Any]) -> dict[str, Any]:
     """Add `attention_bias` where that means all four projections."""
     if hf.boolean("attention_bias", default=False):
@@ -87,7 +97,7 @@ def moe_layer_values(layers: Sequence[int], num_layers: int) -> dict[str, Any]:
     """Return the keys of `model.moe` for a pattern of MoE layers."""
     layers = list(layers)
     if not layers:
-        raise ForeignConfigError("no layer has experts; a dense model is not supported")
+        raise ForeignConfigError("no layer has experts, and those of this family have some")
     if layers == list(range(layers[0], num_layers)):
         return {"first_dense_layers": layers[0]}
     for every in range(2, num_layers):

@@ -16,7 +16,7 @@ from trainer.families.sigmoid_moe import (
     sigmoid_moe_keys,
     sigmoid_moe_values,
 )
-from trainer.families.window_keys import window_of_layers, window_to_hf
+from trainer.families.window_keys import late_windows, window_to_hf
 from trainer.models.config import ModelConfig
 
 
@@ -40,13 +40,7 @@ class Dots1(Family):
     def model_values(self, hf: HFConfig) -> dict[str, Any]:
         """Read their config."""
         shared = with_biases(hf, grouped_from_hf(hf))
-        kinds, last, layers = (
-            hf.optional("layer_types"),
-            hf.integer("max_window_layers", default=62),
-            shared["num_layers"],
-        )
-        default = ["sliding_attention" if i >= last else "full_attention" for i in range(layers)]
-        shared["attention"] |= window_of_layers(hf, default if kinds is None else kinds)
+        shared["attention"] |= late_windows(hf, shared["num_layers"], default_first=62)
         dense, moe = sigmoid_moe_values(hf, shared["num_layers"])
         return {**shared, **dense, "qk_norm": True, "moe": moe}
 

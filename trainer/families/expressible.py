@@ -45,9 +45,11 @@ class Inexpressible(NamedTuple):
 
 def inexpressible(family: Family, model: ModelConfig) -> list[Inexpressible]:
     """Return the keys of a model that a family cannot express; none if it can be exported to it."""
-    if model.moe is None:
+    if model.moe is None and not family.is_dense:
         return [Inexpressible("moe", f"null: a dense model is no {family.name}")]
-    if routing_form(model.moe) is None:
+    if model.moe is not None and family.is_dense:
+        return [Inexpressible("moe", f"{model.moe.num_experts} experts: {family.name} is dense")]
+    if model.moe is not None and routing_form(model.moe) is None:
         kind = model.moe.router.kind
         return [Inexpressible("moe.router.kind", f"{kind}: {family.name} selects the k best experts by one gate")]
     limits = [Inexpressible(*limit) for limit in (*family.limits(model), *_length_limits(model))]

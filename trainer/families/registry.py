@@ -13,9 +13,13 @@ from trainer.families.expressible import Inexpressible, inexpressible, is_compar
 from trainer.families.glm4_moe import Glm4MoE
 from trainer.families.gpt_oss import GptOss
 from trainer.families.hf_config import ForeignConfigError
+from trainer.families.llama import Llama
+from trainer.families.mistral import Mistral
 from trainer.families.mixtral import Mixtral
 from trainer.families.olmoe import Olmoe
+from trainer.families.qwen2 import Qwen2
 from trainer.families.qwen2_moe import Qwen2MoE
+from trainer.families.qwen3 import Qwen3
 from trainer.families.qwen3_moe import Qwen3MoE
 from trainer.models.config import ModelConfig
 
@@ -29,6 +33,10 @@ _ALL: Final = (
     DeepseekV2(),
     DeepseekV3(),
     GptOss(),
+    Llama(),
+    Mistral(),
+    Qwen2(),
+    Qwen3(),
 )
 FAMILIES: Final[dict[str, Family]] = {family.name: family for family in _ALL}
 """Families by transformers' model_type; `auto` takes the first that can express a model."""
@@ -51,7 +59,8 @@ def choose_family(model: ModelConfig, target: str = "auto") -> Family | str:
 
     If there is none, return the keys that the target, or the nearest family, cannot express, as a message.
     """
-    candidates = [*FAMILIES.values()] if target == "auto" else [FAMILIES[target]]
+    same_kind = [family for family in FAMILIES.values() if family.is_dense == (model.moe is None)]
+    candidates = same_kind if target == "auto" else [FAMILIES[target]]
     refused: list[tuple[Family, list[Inexpressible]]] = []
     for family in candidates:
         problems = inexpressible(family, model)

@@ -25,6 +25,29 @@ def window_to_hf(model: ModelConfig) -> dict[str, Any]:
     return {"sliding_window": model.attention.window, "layer_types": layer_types(model)}
 
 
+def late_windows(hf: HFConfig, num_layers: int, *, default_first: int) -> dict[str, Any]:
+    """Read windows by `layer_types`, without which the layers from `max_window_layers` on have one."""
+    kinds, first = hf.optional("layer_types"), hf.integer("max_window_layers", default=default_first)
+    default = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
+    return window_of_layers(hf, default if kinds is None else kinds)
+
+
+def qwen_windows_to_hf(model: ModelConfig) -> dict[str, Any]:
+    """Return the keys of dense Qwen models; readers without `layer_types` know late windows only."""
+    first = next((layer for layer, window in enumerate(model.windows) if window is not None), model.num_layers)
+    return {
+        **window_to_hf(model),
+        "use_sliding_window": model.attention.window is not None,
+        "max_window_layers": first,
+    }
+
+
+def qwen_windows(hf: HFConfig, num_layers: int) -> dict[str, Any]:
+    """Read the windows of dense Qwen models, which may be turned off."""
+    values = late_windows(hf, num_layers, default_first=28)
+    return values if hf.boolean("use_sliding_window", default=False) else {}
+
+
 def window_values(window: Any) -> dict[str, Any]:
     """Return values of `model.attention` for a window of all layers; null: no window."""
     if window is None:

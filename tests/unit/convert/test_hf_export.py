@@ -27,6 +27,7 @@ GROUPS = {"kind": "group_limited", "groups": 4, "groups_kept": 2, "top_k": 3, "s
 RAW_GROUPS = {**GROUPS, "score": "softmax", "group_score": "best", "normalize": False, "bias_update_rate": 0.0}
 YARN = {"kind": "yarn", "factor": 4.0, "original_length": 8, "mscale": 0.8, "mscale_all_dim": 0.7}
 WIDTHS = {"kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8, "q_lora_rank": 10}
+LLAMA3 = {"kind": "llama3", "factor": 4.0, "original_length": 8}
 WINDOWS = {"window": 4, "window_pattern": ["full", "sliding"]}
 LATENT = {"attention": {"latent": WIDTHS}, "num_kv_heads": None}
 SINKS = {"sinks": True, "qkv_bias": True, "out_bias": True}
@@ -41,6 +42,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"moe": {**SHARED, "router": RAW_GROUPS}, **LATENT, "rope_scaling": YARN},
     "deepseek_v3": {"moe": {**SHARED, "router": GROUPS}, **LATENT},
     "gpt_oss": {"moe": CLAMPED, "attention": {**WINDOWS, **SINKS}, "activation": "clamped_swiglu"},
+    "llama": {"moe": None, "attention": {"qkv_bias": True, "out_bias": True}, "rope_scaling": LLAMA3},
+    "mistral": {"moe": None, "attention": {"window": 4, "head_dim": 6}},
+    "qwen2": {"moe": None, "tie_embeddings": True, "attention": {**WINDOWS, "qkv_bias": True}},
+    "qwen3": {"moe": None, "qk_norm": True, "init_std": 0.2, "attention": {"head_dim": 6}},
 }
 
 
@@ -159,3 +164,19 @@ def test_the_card_has_figures_config_gate_and_picture(tmp_path: Path) -> None:
     assert "gate logits: loaded by transformers, 46 tensors equal ours" in card
     assert "![Experts by domain](experts.svg)" in card and (tmp_path / "out" / "experts.svg").read_text() == "<svg/>"
     assert "  d_model: 16\n" in card and str(tmp_path) not in card
+
+
+def test_the_card_of_a_dense_model_says_so(tmp_path: Path) -> None:
+    config, run, _ = make_run(tmp_path, {**SIZES, **MODELS["qwen3"]})
+    exported(config, run, tmp_path / "out", gate="tensors")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "tags: [dense, turnout]" in card and "A dense language model" in card and "| experts |" not in card
+
+
+def test_a_tokenizer_that_transformers_would_split_otherwise_is_refused(tmp_path: Path) -> None:
+    """Transformers knows one way to split words for qwen2."""
+    tokenizer = _tokenizer("metaspace", tmp_path)
+    config, run, _ = make_run(tmp_path, {**SIZES, **MODELS["qwen2"]}, tokenizer=tokenizer)
+    with pytest.raises(CheckpointError, match=r"for qwen2 transformers splits words as Qwen2 does, .* another target$"):
+        exported(config, run, tmp_path / "out", gate="tensors")
+    assert not (tmp_path / "out").exists()

@@ -118,7 +118,7 @@ SINGLE: dict[str, tuple[Spoil, int, str]] = {
         lambda folder: ((folder / CONFIG).unlink(), os.mkfifo(folder / CONFIG)),
         *(3, r"config\.json: is not a regular file"),
     ),
-    "unknown family": (_set(model_type="llama"), 3, r"config\.json: model_type: 'llama' is not among mixtral"),
+    "unknown family": (_set(model_type="gpt2"), 3, r"config\.json: model_type: 'gpt2' is not among mixtral"),
     "no family": (_set(model_type=None), 3, "model_type: None is not among"),
     "remote code": (
         _set(model_type="mine", auto_map={"AutoModelForCausalLM": "modeling.Mine"}),

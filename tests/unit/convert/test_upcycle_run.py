@@ -9,6 +9,7 @@ import torch
 
 from tests.converted_runs import MOE, loaded, make_run, write_config
 from tests.folders import content_of
+from tests.foreign_models import make_foreign, save_foreign
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.cli import main
@@ -121,3 +122,22 @@ def test_another_tokenizer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     assert _run("upcycle", dense, config, "data.tokenizer.kind=bpe", "data.tokenizer.vocab_size=300") == 2
     assert "data.tokenizer: kind bpe of moe gives other tokens than that of dense" in capsys.readouterr().err
     assert not (tmp_path / "runs" / "moe").exists()
+
+
+def test_a_published_dense_model_becomes_a_mixture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A Llama that transformers made is imported, upcycled and exported as a mixture; two experts are its network."""
+    monkeypatch.chdir(tmp_path)
+    save_foreign(tmp_path / "theirs", make_foreign("llama", attention_bias=False, tie_word_embeddings=True))
+    (tmp_path / "text.txt").write_text("It was a bright cold day in April, and the clocks were striking. " * 40)
+    text = "data.sources=[{kind: text, path: text.txt}]"
+    assert _run("import", "theirs", "name=dense", text, "data.cache_dir=cache", "parallel.device=cpu") == 0
+    moe = "model.moe={num_experts: 8, d_ff: 10, router: {kind: top_k, top_k: 4}}"
+    capsys.readouterr()
+    assert _run("upcycle", "runs/dense", "runs/dense/config.yaml", "name=moe", moe) == 0
+    assert capsys.readouterr().out.startswith("logits differ by up to ")
+    record = json.loads((tmp_path / "runs/moe/made_from.json").read_text())
+    assert record["granularity"] == 2 and record["largest_logit_difference"] < 1e-5
+    assert _run("export", "runs/moe", "exported") == 0
+    assert json.loads((tmp_path / "exported/config.json").read_text())["model_type"] == "mixtral"

@@ -28,6 +28,9 @@ LATENT = {"kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_h
 GATED = {"num_shared_experts": 2, "shared_d_ff": 10, "shared_gate": True}
 HALF = {"rotary_fraction": 0.5, "qkv_bias": True}
 LATE = {"window": 5, "window_pattern": ["full", "full", "sliding"]}
+EARLY = {"window": 5, "window_pattern": ["sliding", "full", "full"]}
+BIASES = {"qkv_bias": True, "out_bias": True}
+LLAMA3 = {"kind": "llama3", "factor": 8.0, "original_length": 8}
 ONLY_LATENT = {"attention": {"latent": LATENT}, "num_kv_heads": None}
 ALL_HEADS = {"qk_norm_over": "all_heads"}
 DYNAMIC = {"kind": "dynamic", "factor": 2.0, "original_length": 8}
@@ -40,6 +43,10 @@ def _case(moe: dict[str, Any], **fields: Any) -> ModelConfig:
     # Far from the defaults, so that a key that is not written or not read shows.
     unusual = {"rope_theta": 50.0, "norm_eps": 0.01, "num_layers": 3, "seq_len": 24}
     return tiny_model_config(moe, **{**unusual, **fields})
+
+
+def _dense(**fields: Any) -> ModelConfig:
+    return ModelConfig.model_validate({**_case({}, **fields).model_dump(), "moe": None})
 
 
 def _latent(moe: dict[str, Any], *, q_lora_rank: int | None = None, **fields: Any) -> ModelConfig:
@@ -74,7 +81,7 @@ CASES: dict[str, tuple[str, ModelConfig]] = {
     "some windows": ("qwen2_moe", _case({**GATED}, attention={"window": 5, "window_pattern": ["full", "sliding"]})),
     "windows at the end": ("dots1", _case({**SHARED, "router": BIAS}, qk_norm=True, attention=LATE)),
     "yarn": ("mixtral", _case({}, rope_scaling=YARN)),
-    "llama3": ("mixtral", _case({}, rope_scaling={"kind": "llama3", "factor": 8.0, "original_length": 8})),
+    "llama3": ("mixtral", _case({}, rope_scaling=LLAMA3)),
     "linear": ("qwen3_moe", _case({}, qk_norm=True, rope_scaling={"kind": "linear", "factor": 2.0})),
     "dynamic": ("mixtral", _case({}, rope_scaling={"kind": "dynamic", "factor": 2.0, "original_length": 32})),
     "latent": ("deepseek_v3", _latent({**SHARED, "router": GROUPS, "first_dense_layers": 1}, q_lora_rank=10)),
@@ -93,6 +100,14 @@ CASES: dict[str, tuple[str, ModelConfig]] = {
             rope_scaling=YARN,
         ),
     ),
+    "dense": ("llama", _dense(num_kv_heads=1, tie_embeddings=True)),
+    "dense, all biases, llama3": ("llama", _dense(attention=BIASES, rope_scaling=LLAMA3)),
+    "dense, wide heads": ("llama", _dense(num_kv_heads=None, attention={"head_dim": 10})),
+    "dense, window": ("mistral", _dense(attention={"window": 5, "head_dim": 6}, rope_scaling=YARN)),
+    "dense, biases of queries": ("qwen2", _dense(attention={"qkv_bias": True})),
+    "dense, biases and late windows": ("qwen2", _dense(attention={**LATE, "qkv_bias": True, "head_dim": 6})),
+    "dense, norms": ("qwen3", _dense(qk_norm=True, attention={**BIASES, "head_dim": 6})),
+    "dense, norms and early windows": ("qwen3", _dense(qk_norm=True, attention=EARLY)),
     "no norms of heads": ("glm4_moe", _case({**SHARED, "router": GROUPS, "first_dense_layers": 1})),
 }
 parametrized = pytest.mark.parametrize(("name", "model"), CASES.values(), ids=CASES.keys())
@@ -203,17 +218,6 @@ def test_what_a_family_cannot_express_is_named(
     assert {problem.key for problem in problems} == keys, problems
 
 
-def test_a_dense_model_has_no_family() -> None:
-    model = ModelConfig.model_validate({"moe": None})
-    assert choose_family(model) == (
-        "auto: no family can express this model; the nearest is mixtral: model.moe: null: a dense model is no mixtral"
-    )
-    assert choose_family(model, "dots1") == (
-        "dots1 cannot express this model: model.moe: null: a dense model is no dots1; change it, or use another "
-        "target, or auto"
-    )
-
-
 def test_the_nearest_family_is_one_whose_every_difference_is_known() -> None:
     """Not DeepSeek's, of which a model without latents can be told two differences only, since it has no config."""
     attention = {"qkv_bias": True, "clip_qkv": 1.0, "softcap": 2.0}
@@ -232,7 +236,7 @@ def test_settings_of_training_alone_are_expressible_everywhere() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "model_type: 'llama' is not among mixtral"),
+        ({"model_type": "gpt2"}, "model_type: 'gpt2' is not among mixtral"),
         ({"model_type": ["mixtral"]}, "model_type: ['mixtral'] is not among"),
         ({"hidden_act": "gelu"}, "hidden_act: 'gelu' cannot be expressed here; only 'silu'"),
         ({"sliding_window": "wide"}, "sliding_window: 'wide' is not a number of the right type"),
@@ -247,6 +251,7 @@ def test_settings_of_training_alone_are_expressible_everywhere() -> None:
         ({"tie_word_embeddings": 1}, "tie_word_embeddings: 1 is neither true nor false"),
         ({"clip_everything": 8.0}, "clip_everything: 8.0 is unknown for mixtral"),
         ({"quantization_config": {"bits": 4}}, "quantization_config: "),
+        ({"model_type": "llama"}, "router_aux_loss_coef: 0.005 is unknown for llama"),
     ],
 )
 def test_a_config_that_would_be_another_model_is_refused(changes: dict[str, Any], message: str) -> None:
