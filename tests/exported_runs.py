@@ -20,10 +20,12 @@ TEXT = "It was a bright cold day in April, and the clocks were striking thirteen
 
 
 class _Rows:
-    """Tensors of a model."""
+    """Tensors of a model, and the load that its engine starts from."""
 
     def __init__(self, model: GPT) -> None:
         self.tensors = {f"model.{name}": t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
+        counts = (len(model.moe_layers()), model.config.moe.num_experts) if model.config.moe is not None else (0, 0)
+        self.tensors["engine.previous_counts"] = torch.ones(counts, dtype=torch.int64)
 
     def read(self, name: str, start: int, length: int) -> torch.Tensor:
         return self.tensors[name][start : start + length]
@@ -47,8 +49,12 @@ def make_run(
     gpt = unlike(make_model(config.model, vocab_size=ours.vocab_size))
     rows = _Rows(gpt)
     tensors = {
-        name: GlobalTensor(shape=tuple(tensor.shape), is_of_experts=".experts." in name)
-        for name, tensor in rows.tensors.items()
+        name: GlobalTensor(
+            shape=tuple(t.shape),
+            dtype="float32" if t.is_floating_point() else "int64",
+            is_of_experts=".experts." in name,
+        )
+        for name, t in rows.tensors.items()
     }
     record = {
         **dict.fromkeys(("position", "tokens", "skipped_steps", "skipped_in_a_row"), 0),

@@ -142,4 +142,25 @@ FAULTS = [
         'if i < first else "full_attention"',
         "families/test_hf_config.py",
     ),
+    _fault(
+        "a row of a slice is looked for as if its tensor began there",
+        "convert/compare_tensors.py",
+        "start - part.start, end - part.start",
+        "0, end - start",
+        "tests/laws/test_native_round_trip.py",
+    ),
+    _fault(
+        "files that are too many stay open",
+        "convert/open_shards.py",
+        "self._open.popitem(last=False)[1].close()",
+        "self._open.popitem(last=False)",
+        "convert/test_open_shards.py",
+    ),
+    _fault(
+        "a tied model has a head",
+        "families/decoder_links.py",
+        "if not model.tie_embeddings:",
+        "if True:",
+        "tests/laws/test_native_round_trip.py",
+    ),
 ]

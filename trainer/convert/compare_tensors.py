@@ -12,17 +12,17 @@ from trainer.config.nodes import shown_path
 from trainer.convert.foreign_folder import ForeignFolder
 from trainer.convert.link_tensors import to_theirs
 from trainer.convert.linked_weights import parts_of, region
+from trainer.convert.open_shards import OpenShards
 from trainer.convert.safetensors_folder import SafetensorsFolder
-from trainer.convert.shard_file import ShardFile
 from trainer.errors import CheckpointError
 from trainer.families.link import Link
 
 
 class CheckpointRows:
-    """Rows of the tensors of a checkpoint, by plain reads: nothing of it stays in memory."""
+    """Rows of the tensors of a checkpoint, by plain reads: nothing of it stays in memory but headers."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.manifest, self._folder = manifest, ForeignFolder(path)
+        self.manifest, self._shards = manifest, OpenShards(ForeignFolder(path))
 
     def read(self, name: str, first: int, last: int) -> Tensor:
         """Return indices first .. last - 1 of dimension 0."""
@@ -30,12 +30,12 @@ class CheckpointRows:
         for part in sorted(stored.slices, key=lambda part: part.start):
             start, end = max(first, part.start), min(last, part.start + part.length)
             if start < end:
-                file = ShardFile(self._folder, part.file)
-                try:
-                    pieces.append(file.read(name, start - part.start, end - part.start))
-                finally:
-                    file.close()
+                pieces.append(self._shards.shard(part.file).read(name, start - part.start, end - part.start))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def close(self) -> None:
+        """Close its files; after that nothing more is read."""
+        self._shards.close()
 
 
 def check_equal_tensors(rows: CheckpointRows, source: SafetensorsFolder, links: Iterable[Link]) -> None:

@@ -83,11 +83,11 @@ def import_model(path: Path, config_path: Path | None, overrides: Sequence[str],
         _check_room(plan, gate, final)
         with new_folder(final) as run:
             _write_small_files(plan, run, final)
-            rows = _write_weights(plan, run)
-            check_equal_tensors(rows, source, plan.links)
-            checked = f"{len(plan.links)} tensors equal bit for bit"
-            if gate == "logits":
-                checked += f", {_check_logits(plan, rows)}"
+            with closing(_write_weights(plan, run)) as rows:
+                check_equal_tensors(rows, source, plan.links)
+                checked = f"{len(plan.links)} tensors equal bit for bit"
+                if gate == "logits":
+                    checked += f", {_check_logits(plan, rows)}"
     return Imported(run=final, family=foreign.family.name, num_parameters=plan.num_parameters, checked=checked)
 
 

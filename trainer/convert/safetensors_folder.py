@@ -1,6 +1,5 @@
 """The weights of a published model: one safetensors file, or several and their index. No pickle is ever read."""
 
-from collections import OrderedDict
 from typing import Final, Self
 
 import torch
@@ -8,13 +7,13 @@ from torch import Tensor
 
 from trainer.config.nodes import shown, shown_path
 from trainer.convert.foreign_folder import ForeignFolder, is_file_name
+from trainer.convert.open_shards import OpenShards
 from trainer.convert.shard_file import ShardEntry, ShardFile
 from trainer.errors import CheckpointError, DataError
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 _MAX_INDEX_BYTES: Final = 64 << 20
-_MAX_OPEN: Final = 16
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -28,7 +27,7 @@ class SafetensorsFolder:
             CheckpointError: if a file is missing or damaged, or the index and the files disagree.
         """
         self.folder = folder
-        self._open: OrderedDict[str, ShardFile] = OrderedDict()
+        self._shards = OpenShards(folder)
         self.entries: dict[str, ShardEntry] = {}
         self._file_of: dict[str, str] = {}
         where = _indexed(folder)
@@ -49,9 +48,7 @@ class SafetensorsFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for shard in self._open.values():
-            shard.close()
-        self._open.clear()
+        self._shards.close()
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
         """Return rows first .. last - 1 of dimension 0 of a tensor, by default all, in the dtype on disk."""
@@ -76,16 +73,10 @@ class SafetensorsFolder:
         return {entry.dtype for entry in self.entries.values()}
 
     def _shard(self, file: str) -> ShardFile:
-        """Return an open file; the one that was used longest ago is closed if there are many."""
-        if file not in self._open:
-            if len(self._open) == _MAX_OPEN:
-                self._open.popitem(last=False)[1].close()
-            try:
-                self._open[file] = ShardFile(self.folder, file)
-            except DataError as error:
-                raise CheckpointError(str(error)) from None
-        self._open.move_to_end(file)
-        return self._open[file]
+        try:
+            return self._shards.shard(file)
+        except DataError as error:
+            raise CheckpointError(str(error)) from None
 
     def _error(self, message: str) -> CheckpointError:
         return CheckpointError(f"{shown_path(self.folder.path)}: {message}; download it again")
