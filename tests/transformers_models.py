@@ -24,6 +24,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeForCausalLM
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM
 
+from tests.dense_transformers import dense
 from tests.latent_transformers import deepseek, latent_in_their_names
 from tests.more_transformers import GPT_OSS, MINIMAX_M2, gpt_oss, in_layout_of_gpt_oss, minimax_m2
 from trainer.models.config import ModelConfig
@@ -97,8 +98,7 @@ def build(family: str, ours: GPT) -> nn.Module:
 
 def _of(family: str, config: ModelConfig, vocab_size: int) -> nn.Module:
     moe = config.moe
-    assert moe is not None and config.activation == ("clamped_swiglu" if family == "gpt_oss" else "swiglu")
-    router: Any = moe.router
+    assert config.activation == ("clamped_swiglu" if family == "gpt_oss" else "swiglu")
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": config.d_model,
@@ -109,13 +109,15 @@ def _of(family: str, config: ModelConfig, vocab_size: int) -> nn.Module:
         "rms_norm_eps": config.norm_eps,
         "rope_parameters": _rope_parameters(config),
         "tie_word_embeddings": config.tie_embeddings,
-        "num_experts_per_tok": router.top_k,
         "max_position_embeddings": getattr(config.rope_scaling, "original_length", config.seq_len),
         "attention_bias": config.attention.qkv_bias,
         "sliding_window": config.attention.window,
         "attn_implementation": "eager",  # written out there; the others are torch's kernel, which is ours too
-        "experts_implementation": "eager",
     }
+    if moe is None:
+        return dense(family, common, config, layer_types(config))
+    router: Any = moe.router
+    common |= {"num_experts_per_tok": router.top_k, "experts_implementation": "eager"}
     match family:
         case "mixtral":
             return MixtralForCausalLM(
@@ -204,7 +206,8 @@ def _biased(config: ModelConfig) -> dict[str, Any]:
 def _names(config: ModelConfig) -> dict[str, list[str]]:
     """Return the names in a layer; the family is that which alone has what the config has."""
     moe = config.moe
-    assert moe is not None
+    if moe is None:
+        return _IN_A_LAYER
     if moe.shared_gate:
         return _IN_A_LAYER | _GATED_SHARED
     if config.activation == "clamped_swiglu":

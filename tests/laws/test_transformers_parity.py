@@ -18,7 +18,8 @@ from trainer.models.gpt import GPT
 from trainer.ops.attention_mask import AttentionMask
 
 NUM_ROWS, SEQ_LEN = 4, 8
-QK_NORM = ("qwen3_moe", "dots1", "glm4_moe")
+QK_NORM = ("qwen3_moe", "dots1", "glm4_moe", "qwen3")
+DENSE = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Case:
     def config(self, **fields: Any) -> ModelConfig:
         # Far from the defaults: a base, an epsilon or a layout of heads that nobody looks at shows.
         unusual = {"d_model": 32, "d_ff": 20, "rope_theta": 50.0, "norm_eps": 0.01, "qk_norm": self.family in QK_NORM}
-        return tiny_model_config(self.moe, **{**unusual, **self.model, **fields})
+        config = tiny_model_config(self.moe, **{**unusual, **self.model, **fields})
+        return config.model_copy(update={"moe": None}) if self.family in DENSE else config
 
 
 def _cases() -> dict[str, Case]:
@@ -75,7 +77,7 @@ def _cases() -> dict[str, Case]:
         {"num_kv_heads": 1},
         {"num_experts": 6, "first_dense_layers": 1, "num_shared_experts": 1, "router": one_group},
     )
-    found |= _cases_of_routers()
+    found |= _cases_of_routers() | _dense_cases()
     found |= {name: Case(*parts) for name, parts in attention_cases(SEQ_LEN).items()}
     return found | _latent_cases(groups)
 
@@ -95,6 +97,22 @@ def _cases_of_routers() -> dict[str, Case]:
             "gpt_oss", {**clamped, "attention": {**own, "window": 4}, "swiglu_limit": 0.4, "swiglu_alpha": 1.4}, biased
         ),
         "minimax-m2": Case("minimax_m2", normed, {"num_experts": 6, "router": one_group}),
+    }
+
+
+def _dense_cases() -> dict[str, Case]:
+    """Without experts."""
+    llama3 = {"kind": "llama3", "factor": 4.0, "original_length": SEQ_LEN // 2, "high_freq_factor": 2.0}
+    biased = {"qkv_bias": True, "out_bias": True}
+    some = {"window": 3, "window_pattern": ["full", "sliding"]}
+    return {
+        f"dense: {family}": Case(family, model, {})
+        for family, model in {
+            "llama": {"attention": biased, "rope_scaling": llama3},
+            "mistral": {"attention": {"head_dim": 10, "window": 3}, "num_kv_heads": 1},
+            "qwen2": {"attention": {"qkv_bias": True, **some}, "tie_embeddings": True},
+            "qwen3": {"attention": {"head_dim": 10, **some}, "num_layers": 3},
+        }.items()
     }
 
 
@@ -193,7 +211,7 @@ def test_logits_and_every_gradient_are_theirs_in_float32(case: Case) -> None:
 def test_the_cases_are_what_they_say() -> None:
     """The law's own control."""
     families = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "dots1", "glm4_moe", "deepseek_v2", "deepseek_v3"}
-    families |= {"gpt_oss", "minimax_m2"}
+    families |= {"gpt_oss", "minimax_m2", *DENSE}
     assert {case.family for case in CASES.values()} == families
     assert {case.model.get("num_kv_heads", 2) for case in CASES.values()} == {None, 1, 2, 4}
     ragged, packed = _rows("ragged")[0], _rows("documents")[0]

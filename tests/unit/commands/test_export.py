@@ -109,8 +109,9 @@ def test_a_damaged_checkpoint_is_refused(workplace: Path) -> None:
 
 
 def test_a_run_that_cannot_be_exported_says_why(tmp_path: Path) -> None:
-    config, run, _ = make_run(tmp_path, {**SIZES, "moe": None})
-    refused(tmp_path, 2, "--target: auto: no family can express this model; the nearest is mixtral: model.moe: null")
+    config, run, _ = make_run(tmp_path, {**SIZES, "moe": None, "activation": "gelu"})
+    refused(tmp_path, 2, "--target: auto: no family can express this model; the nearest is llama: model.activation")
+    refused(tmp_path, 2, "--target: mixtral cannot express this model: model.moe: null", "--target", "mixtral")
     assert dump(config) == run.config.read_text()
 
 
