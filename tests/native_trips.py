@@ -54,10 +54,17 @@ class Case(NamedTuple):
         return f"{self.family}, {heads}, {'tied' if self.tied else 'untied'}, ep {self.ep_size}"
 
     def model(self, sizes: Mapping[str, Any] | None = None, moe: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return values of `model`; these replace the tiny ones."""
+        """Return values of `model`; these replace the tiny ones, and widths of heads and latents grow with d_model."""
         own: dict[str, Any] = {**SIZES, **MODELS[self.family], **(sizes or {})}
+        times = own["d_model"] // SIZES["d_model"]
         if own["moe"] is not None:
             own["moe"] = {**own["moe"], **(moe or {})}
+        attention = dict(own.get("attention", {}))
+        if "head_dim" in attention:
+            attention["head_dim"] *= times
+        if "latent" in attention:
+            attention["latent"] = {key: width * times for key, width in attention["latent"].items()}
+        own["attention"] = attention
         return {**own, "num_kv_heads": self.kv_heads, "tie_embeddings": self.tied}
 
 
@@ -162,7 +169,7 @@ def main() -> int:
     path = Path(sys.argv[1]) if sys.argv[1:] else ROOT / "configs/quickstart.yaml"
     model = load_config(path, [], ExperimentConfig).model
     assert model.moe is not None, f"{path}: has no experts"
-    sizes = {key: getattr(model, key) for key in ("num_layers", "d_model", "num_heads", "seq_len", "init_std")}
+    sizes = {key: getattr(model, key) for key in ("num_layers", "d_model", "num_heads", "d_ff", "seq_len", "init_std")}
     moe = {"num_experts": model.moe.num_experts, "d_ff": model.moe.d_ff}
     ranks = Ranks()
     try:
