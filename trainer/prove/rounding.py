@@ -27,6 +27,8 @@ _NORM_UNITS = 10.0
 _MAX_STEP = 2.0
 """AdamW moves a weight by about the learning rate at most, so two copies differ by at most twice that."""
 
+_TINY = 1e-30
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ruler:
@@ -66,19 +68,22 @@ class Ruler:
     def weight(self, name: str, value: Tensor, expected: Tensor, *, steps: int) -> float:
         """Return the largest error of a weight or buffer after some steps, relative to its largest element.
 
-        AdamW divides a gradient by its own size plus `eps`, which can turn rounding into a far larger step. A weight
-        that started at 0 is the sum of such steps, all of one size, so that the few elements whose gradients nearly
-        cancel would decide: there the mean error is taken, in which an element counts as much as its gradient.
+        AdamW divides a gradient by its own size plus `eps`, which turns the rounding error of an element whose gradient
+        nearly cancels into a far larger step: by up to `noise` over its gradient, of the learning rate. A weight that
+        started at 0 is the sum of such steps, all of one size: there the mean error is taken, in which an element
+        counts as much as its gradient.
         """
         size = _max_abs(expected)
-        if self.floor and self._started_at_zero(name) and not self.is_rounding(name) and value.shape == expected.shape:
-            share = self.reference.gradients[name].double().abs()
-            wrong, right = (share * (value.double() - expected.double()).abs(), share * expected.double().abs())
-            return _ratio(float(wrong.sum()), float(right.sum()))
-        if self.floor and self.is_rounding(name):
-            distance = sum(self.reference.learning_rates[:steps])
-            size = max(size, distance * min(_MAX_STEP, self.noise / self.reference.adam_eps) / self.tolerance)
-        return _ratio(_max_difference(value, expected), size)
+        gradient = self.reference.gradients.get(name) if self.floor else None
+        if gradient is None or value.shape != expected.shape:
+            return _ratio(_max_difference(value, expected), size)
+        share, difference = gradient.double().abs(), (value.double() - expected.double()).abs()
+        if self._started_at_zero(name) and not self.is_rounding(name):
+            return _ratio(float((share * difference).sum()), float((share * expected.double().abs()).sum()))
+        distance = sum(self.reference.learning_rates[:steps])
+        moved = distance * (self.noise / (share + self.reference.adam_eps)).clamp(max=_MAX_STEP)
+        sizes = (moved / self.tolerance).clamp(min=max(size, _TINY))
+        return float((difference / sizes).max()) if difference.numel() else 0.0
 
     def _started_at_zero(self, name: str) -> bool:
         return name in self.reference.gradients and _max_abs(self.reference.start[name]) == 0
@@ -95,4 +100,4 @@ def _max_abs(tensor: Tensor) -> float:
 
 
 def _ratio(difference: float, size: float) -> float:
-    return difference / max(size, 1e-30) if difference != 0 else 0.0
+    return difference / max(size, _TINY) if difference != 0 else 0.0

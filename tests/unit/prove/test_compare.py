@@ -210,4 +210,20 @@ def test_a_weight_that_started_at_zero_is_measured_by_what_its_gradients_say() -
     assert not compared(stepped(turned, **start), reference).is_equal, "not in float64"
     assert not compared(stepped(wrong, **start), reference, dtype="bfloat16").is_equal
     assert not compared(stepped(lost, **start), reference, dtype="bfloat16").is_equal
-    assert not compared(stepped(turned), stepped(steps), dtype="bfloat16").is_equal, "which started elsewhere"
+    assert not compared(stepped(wrong), stepped(steps), dtype="bfloat16").is_equal, "nor in one that started elsewhere"
+
+
+def test_an_element_may_differ_as_far_as_rounding_of_its_gradient_moves_it() -> None:
+    """Float32's noise is 4e-7 here: a gradient of that size may be 0, and its step of 1e-3 may be none."""
+    gradient = torch.tensor([[0.3, 0.3], [0.3, 4e-7]], dtype=torch.float64)
+
+    def stepped(row: int, shift: float) -> dict[str, Any]:
+        moved = weights(0.001)[HEAD]
+        moved[row, row] += shift
+        return {"gradients": gradients() | {HEAD: gradient}, "first_update": weights(0.001) | {HEAD: moved}}
+
+    reference = stepped(1, 0.0)
+    assert compared(stepped(1, 9e-4), reference, dtype="float32").is_equal
+    assert not compared(stepped(1, 2.1e-3), reference, dtype="float32").is_equal, "more than twice its step"
+    assert not compared(stepped(0, 1e-5), reference, dtype="float32").is_equal, "which has a gradient"
+    assert not compared(stepped(1, 9e-4), reference).is_equal, "not in float64"
