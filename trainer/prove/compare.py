@@ -51,7 +51,7 @@ def compare(
     def weights(step: int, values: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         for name, tensor in expected.items():
             group = "bias" if name not in reference.gradients else "weights"
-            error = ruler.weight(name, values[name], tensor, steps=step + 1)
+            error = ruler.weight(name, values[name], tensor, actual.gradients.get(name), steps=step + 1)
             errors.append((group, f"{name} after step {step + 1}", step, error))
 
     scalars(0, *_SCALARS[:-1])

@@ -45,7 +45,8 @@ def diagnose(actual: Evidence, ruler: Ruler, *, step: int) -> str:
     if differs("norm"):
         return "gradients are equal and their norm is not: the norm omits weights, or counts some more than once"
     for name, tensor in reference.first_update.items():
-        if not ruler.weight(name, actual.first_update[name], tensor, steps=1) <= ruler.tolerance:
+        gradient = actual.gradients.get(name)
+        if not ruler.weight(name, actual.first_update[name], tensor, gradient, steps=1) <= ruler.tolerance:
             if name not in reference.gradients:
                 return "the selection bias was not updated from the counts of all ranks"
             return "equal gradients gave other weights: clipping, learning rate or update differs between ranks"

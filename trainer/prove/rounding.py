@@ -65,25 +65,31 @@ class Ruler:
         expected = self.reference.gradients.get(name)
         return expected is not None and 0 < _max_abs(expected) <= self.noise
 
-    def weight(self, name: str, value: Tensor, expected: Tensor, *, steps: int) -> float:
+    def weight(self, name: str, value: Tensor, expected: Tensor, gradient: Tensor | None, *, steps: int) -> float:
         """Return the largest error of a weight or buffer after some steps, relative to its largest element.
 
-        AdamW divides a gradient by its own size plus `eps`, which turns the rounding error of an element whose gradient
-        nearly cancels into a far larger step: by up to `noise` over its gradient, of the learning rate. A weight that
-        started at 0 is the sum of such steps, all of one size: there the mean error is taken, in which an element
-        counts as much as its gradient.
+        AdamW divides a gradient by its own size plus `eps`, which turns rounding of an element whose gradient nearly
+        cancels into a far larger step. So an element may also differ by the learning rate times the rounding seen in
+        the layout's first `gradient`, over its size. A weight that started at 0 is the sum of such steps, all of one
+        size: there the mean error is taken, in which an element counts as much as its gradient.
         """
-        size = _max_abs(expected)
-        gradient = self.reference.gradients.get(name) if self.floor else None
-        if gradient is None or value.shape != expected.shape:
+        size, own = _max_abs(expected), self.reference.gradients.get(name)
+        if not self.floor or own is None or gradient is None or value.shape != expected.shape:
             return _ratio(_max_difference(value, expected), size)
-        share, difference = gradient.double().abs(), (value.double() - expected.double()).abs()
+        share, difference = own.double().abs(), (value.double() - expected.double()).abs()
         if self._started_at_zero(name) and not self.is_rounding(name):
             return _ratio(float((share * difference).sum()), float((share * expected.double().abs()).sum()))
-        distance = sum(self.reference.learning_rates[:steps])
-        moved = distance * (self.noise / (share + self.reference.adam_eps)).clamp(max=_MAX_STEP)
+        moved = sum(self.reference.learning_rates[:steps]) * self._step_errors(name, share, gradient)
         sizes = (moved / self.tolerance).clamp(min=max(size, _TINY))
         return float((difference / sizes).max()) if difference.numel() else 0.0
+
+    def _step_errors(self, name: str, share: Tensor, gradient: Tensor) -> Tensor:
+        """Return how far rounding moves each element in a step, in learning rates, given the gradient's size."""
+        if self.is_rounding(name):
+            return torch.full_like(share, min(_MAX_STEP, self.noise / self.reference.adam_eps))
+        seen = (gradient.double() - self.reference.gradients[name].double()).abs()
+        noise = (seen + seen.square().mean().sqrt()).clamp(max=self.noise)  # by chance an element may show none
+        return (noise / (share + self.reference.adam_eps)).clamp(max=_MAX_STEP)
 
     def _started_at_zero(self, name: str) -> bool:
         return name in self.reference.gradients and _max_abs(self.reference.start[name]) == 0

@@ -214,16 +214,17 @@ def test_a_weight_that_started_at_zero_is_measured_by_what_its_gradients_say() -
 
 
 def test_an_element_may_differ_as_far_as_rounding_of_its_gradient_moves_it() -> None:
-    """Float32's noise is 4e-7 here: a gradient of that size may be 0, and its step of 1e-3 may be none."""
-    gradient = torch.tensor([[0.3, 0.3], [0.3, 4e-7]], dtype=torch.float64)
+    """Where the gradients of both show it: a gradient of 4e-7 that is 1e-7 less makes a quarter of the step uncertain."""
 
-    def stepped(row: int, shift: float) -> dict[str, Any]:
+    def stepped(row: int, shift: float, rounding: float = 1e-7) -> dict[str, Any]:
+        gradient = torch.tensor([[0.3, 0.3], [0.3, 4e-7 - rounding]], dtype=torch.float64)
         moved = weights(0.001)[HEAD]
         moved[row, row] += shift
         return {"gradients": gradients() | {HEAD: gradient}, "first_update": weights(0.001) | {HEAD: moved}}
 
-    reference = stepped(1, 0.0)
-    assert compared(stepped(1, 9e-4), reference, dtype="float32").is_equal
-    assert not compared(stepped(1, 2.1e-3), reference, dtype="float32").is_equal, "more than twice its step"
-    assert not compared(stepped(0, 1e-5), reference, dtype="float32").is_equal, "which has a gradient"
-    assert not compared(stepped(1, 9e-4), reference).is_equal, "not in float64"
+    reference = stepped(1, 0.0, rounding=0.0)
+    assert compared(stepped(1, 3e-4), reference, dtype="float32").is_equal
+    assert not compared(stepped(1, 5e-4), reference, dtype="float32").is_equal, "further than that"
+    assert not compared(stepped(0, 1e-5), reference, dtype="float32").is_equal, "its gradient is large"
+    assert not compared(stepped(1, 3e-4, rounding=0.0), reference, dtype="float32").is_equal, "equal gradients"
+    assert not compared(stepped(1, 3e-4), reference).is_equal, "not in float64"
