@@ -214,7 +214,7 @@ def test_a_weight_that_started_at_zero_is_measured_by_what_its_gradients_say() -
 
 
 def test_an_element_may_differ_as_far_as_rounding_of_its_gradient_moves_it() -> None:
-    """Where the gradients of both show it: a gradient of 4e-7 that is 1e-7 less makes a quarter of the step uncertain."""
+    """Its gradient of 4e-7 is 1e-7 less in the other, which makes a quarter of its step uncertain."""
 
     def stepped(row: int, shift: float, rounding: float = 1e-7) -> dict[str, Any]:
         gradient = torch.tensor([[0.3, 0.3], [0.3, 4e-7 - rounding]], dtype=torch.float64)
