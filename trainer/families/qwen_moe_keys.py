@@ -29,7 +29,9 @@ def qwen_moe_values(hf: HFConfig, num_layers: int) -> tuple[dict[str, Any], dict
     step, dense = hf.integer("decoder_sparse_step", default=1), hf.optional("mlp_only_layers") or []
     if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
         raise ForeignConfigError(f"mlp_only_layers: {dense!r} is no list of layers")
-    layers = [layer for layer in range(num_layers) if layer not in dense and (layer + 1) % max(step, 1) == 0]
+    if step < 1:
+        raise ForeignConfigError(f"decoder_sparse_step: {step} is less than 1")
+    layers = [layer for layer in range(num_layers) if layer not in dense and (layer + 1) % step == 0]
     router = {
         "kind": "top_k",
         "top_k": hf.integer("num_experts_per_tok"),

@@ -67,11 +67,12 @@ def test_a_key_that_is_missing_has_the_value_of_transformers_or_is_refused(famil
     [
         ("qwen3_moe", "mlp_only_layers", "0"),
         ("qwen3_moe", "mlp_only_layers", ["0"]),
+        ("qwen2_moe", "decoder_sparse_step", 0),
         ("dots1", "layer_types", [{}, [], {}, []]),
         ("mixtral", "rope_scaling", {"rope_type": ["yarn"]}),
     ],
 )
-def test_a_value_of_another_type_is_refused_by_its_key(family: str, key: str, value: Any) -> None:
+def test_an_impossible_value_is_refused_by_its_key(family: str, key: str, value: Any) -> None:
     values = {name: value for name, value in _complete(family).items() if name != "rope_parameters"}
     found = _read(family, {**values, key: value})
     assert isinstance(found, str) and found.startswith(("rope_type" if key == "rope_scaling" else key) + ": ")
