@@ -1,5 +1,6 @@
 """Fixtures and settings of all tests. One thread: test tensors are tiny, and tests share the cores."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,8 @@ torch.set_num_threads(1)
 settings.register_profile("turnout", deadline=None)  # times mean nothing on shared cores
 settings.load_profile("turnout")
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # runs that the tests start inherit it
 
 _SLOW_FOLDERS = {"end_to_end", "chaos"}
 
