@@ -93,6 +93,15 @@ def balance_from_hf(hf: HFConfig) -> dict[str, Any]:
     return {"coef": hf.number("router_aux_loss_coef", default=0.001), "convention": "hf"}
 
 
+def softmax_router_from_hf(hf: HFConfig) -> dict[str, Any]:
+    """Read the router of Qwen's mixtures and OLMoE."""
+    return {
+        "kind": "top_k",
+        "top_k": hf.integer("num_experts_per_tok"),
+        "normalize": hf.boolean("norm_topk_prob", default=False),
+    }
+
+
 def moe_layer_values(layers: Sequence[int], num_layers: int) -> dict[str, Any]:
     """Return the keys of `model.moe` for a pattern of MoE layers."""
     layers = list(layers)

@@ -5,7 +5,14 @@ from types import MappingProxyType
 from typing import Any
 
 from trainer.families.base import Family
-from trainer.families.decoder_keys import balance_from_hf, balance_to_hf, grouped_from_hf, grouped_to_hf, with_biases
+from trainer.families.decoder_keys import (
+    balance_from_hf,
+    balance_to_hf,
+    grouped_from_hf,
+    grouped_to_hf,
+    softmax_router_from_hf,
+    with_biases,
+)
 from trainer.families.decoder_links import decoder_links
 from trainer.families.hf_config import HFConfig
 from trainer.families.link import Link
@@ -44,15 +51,10 @@ class Olmoe(Family):
         values["attention"]["qk_norm_over"] = "all_heads"
         if hf.optional("clip_qkv") is not None:
             values["attention"]["clip_qkv"] = hf.number("clip_qkv")
-        router = {
-            "kind": "top_k",
-            "top_k": hf.integer("num_experts_per_tok"),
-            "normalize": hf.boolean("norm_topk_prob", default=False),
-        }
         moe = {
             "num_experts": hf.integer("num_experts", "num_local_experts"),
             "d_ff": hf.integer("intermediate_size"),
-            "router": router,
+            "router": softmax_router_from_hf(hf),
             "balance": balance_from_hf(hf),
         }
         return {**values, "qk_norm": True, "moe": moe}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from trainer.families.decoder_keys import balance_from_hf, balance_to_hf, moe_layer_values
+from trainer.families.decoder_keys import balance_from_hf, balance_to_hf, moe_layer_values, softmax_router_from_hf
 from trainer.families.hf_config import ForeignConfigError, HFConfig
 from trainer.families.routing_form import required_form
 from trainer.models.config import ModelConfig
@@ -32,16 +32,11 @@ def qwen_moe_values(hf: HFConfig, num_layers: int) -> tuple[dict[str, Any], dict
     if step < 1:
         raise ForeignConfigError(f"decoder_sparse_step: {step} is less than 1")
     layers = [layer for layer in range(num_layers) if layer not in dense and (layer + 1) % step == 0]
-    router = {
-        "kind": "top_k",
-        "top_k": hf.integer("num_experts_per_tok"),
-        "normalize": hf.boolean("norm_topk_prob", default=False),
-    }
     moe = {
         **moe_layer_values(layers, num_layers),
         "num_experts": hf.integer("num_experts", "num_local_experts"),
         "d_ff": hf.integer("moe_intermediate_size"),
-        "router": router,
+        "router": softmax_router_from_hf(hf),
         "balance": balance_from_hf(hf),
     }
     return {"d_ff": hf.integer("intermediate_size")}, moe
