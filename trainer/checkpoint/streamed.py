@@ -30,7 +30,7 @@ _BLOCK_BYTES = 32 << 20  # in memory at a time, unless a single index of dimensi
 
 
 class TensorReader(Protocol):
-    """What tensors are read from, by global name, some indices of dimension 0 at a time."""
+    """Source of tensors, read by global name, some indices of dimension 0 at a time."""
 
     def read(self, name: str, start: int, length: int) -> Tensor:
         """Return indices start .. start + length - 1 of dimension 0, on the CPU, in the dtype to be stored."""

@@ -24,10 +24,10 @@ class ChangedRun:
     path: Path
     """Its first checkpoint."""
     loss_before: float
-    """Of the first parent, on the new run's held-out text, in nats per target token."""
+    """Loss of the first parent, on the new run's held-out text, in nats per target token."""
     loss_after: float
     notes: Sequence[str]
-    """What was done and measured, a line each."""
+    """Lines about the change and its measurements."""
 
 
 def open_text(config: ExperimentConfig, tokenizer: Tokenizer, console: Console) -> Corpus:

@@ -15,7 +15,7 @@ from trainer.convert.their_model import their_logits
 from trainer.models.gpt import GPT
 
 _SEEDS: Final = (0, 1)
-"""Of tokens: where two experts score alike, rounding alone may choose the other one."""
+"""Seeds of tokens: where two experts score alike, rounding alone may choose the other one."""
 _SHAPES: Final = ((2, 64), (3, 33), (1, 7))
 """B and S of each batch."""
 _ONE_UNIT: Final = 2.0**-23  # in the last place of float32

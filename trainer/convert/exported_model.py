@@ -1,4 +1,4 @@
-"""What is exported: a checkpoint's weights, as a model of a family."""
+"""Exported model: a checkpoint's weights, as a model of a family."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a published config.json says: its family, our `model` section, and what must not be run. Imports no torch."""
+"""Reading of a published config.json: its family, our `model` section, and what must not be run. Imports no torch."""
 
 from contextlib import suppress
 from typing import Any, NamedTuple

@@ -20,7 +20,7 @@ class SplittingError(GateError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateReport:
-    """What a gate compared."""
+    """Report of a gate: the tensors and logits that it compared."""
 
     gate: Gate
     num_tensors: int

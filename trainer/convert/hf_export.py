@@ -49,7 +49,7 @@ class ExportOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """What was written."""
+    """Summary of a written export."""
 
     model: ExportedModel
     step: int

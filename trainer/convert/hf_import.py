@@ -43,13 +43,13 @@ from trainer.packages import is_installed, missing
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Imported:
-    """What an import has written."""
+    """Summary of a written import."""
 
     run: Path
     family: str
     num_parameters: int
     checked: str
-    """What the gate has found, in words."""
+    """Finding of the gate, in words."""
 
 
 def import_model(path: Path, config_path: Path | None, overrides: Sequence[str], *, gate: Gate) -> Imported:

@@ -19,7 +19,7 @@ from trainer.families.expressible import inference_values
 LONGEST_ROW: Final = 4096
 """Longest training row of a written config: published models state up to 10^6 positions."""
 TO_SET: Final = "data.sources, train.steps and schedule.peak_lr"
-"""What a user must think about in a written config."""
+"""Keys that a user must set in a written config."""
 OWN_TOKENIZER: Final = "(the tokenizer that comes with the model)"
 """Path of a tokenizer in a config whose run folder is not yet known."""
 _ANY_LENGTH: Final = ("seq_len",)

@@ -1,4 +1,4 @@
-"""What an import will do, decided and checked before anything is written."""
+"""Plan of an import, decided and checked before anything is written."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What the MoE layers of a model do on a text: their inputs, and the weights of each token's experts.
+"""Traces of the MoE layers of a model on a text: their inputs, and the weights of each token's experts.
 
 # T tokens, E experts, D d_model.
 """

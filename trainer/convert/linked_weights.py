@@ -17,7 +17,7 @@ _BLOCK_BYTES: Final = 32 << 20
 
 
 class LinkedWeights:
-    """What `save_streamed` reads: weights by their links, everything else as it is before the first step."""
+    """Tensors that `save_streamed` reads: weights by their links, everything else as it is before the first step."""
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from trainer.models.config import ModelConfig
 from trainer.models.flops import ModelSize
 
 _SECTIONS: Final = ("model", "optim", "schedule", "train")
-"""What a reader needs to judge the model; `data` and `metrics` have paths of the machine that trained it."""
+"""Sections of the config that a reader needs; `data` and `metrics` have paths of the machine that trained the model."""
 
 
 def model_card(

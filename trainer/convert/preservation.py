@@ -15,7 +15,7 @@ from trainer.models.gpt import GPT
 from trainer.moe.routing import RoutingOptions
 
 TOLERANCE = 1e-5
-"""Of the largest logit, if that is above 1: float32 rounds in units of what it rounds."""
+"""Largest difference, as a share of the largest logit if that is above 1: float32 rounds in units of what it rounds."""
 _BATCHES, _ROWS = 4, 4
 
 

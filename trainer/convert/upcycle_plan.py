@@ -1,4 +1,4 @@
-"""What `upcycle` does with a dense model, decided from the two configs. Imports no torch.
+"""Plan of `upcycle` for a dense model, decided from the two configs. Imports no torch.
 
 A dense feed-forward network is a sum over its hidden units, so slices of it add up to it. With granularity G an expert
 is one of G slices, and the router's rows are the same for the G experts of a copy (a virtual group), which are then

@@ -1,4 +1,4 @@
-"""What a family cannot express of a model, found by the round trip through its config. Imports no torch."""
+"""Keys of a model that a family cannot express, found by the round trip through its config. Imports no torch."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -40,7 +40,7 @@ class Inexpressible(NamedTuple):
     key: str
     """Dotted key below `model`."""
     message: str
-    """What the value is, and what the family has instead."""
+    """The value, and the one that the family has instead."""
 
 
 def inexpressible(family: Family, model: ModelConfig) -> list[Inexpressible]:

@@ -10,7 +10,7 @@ from trainer.models.config import ModelConfig
 
 _WIDTHS: Final = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _NORM_EPS: Final = 1e-6
-"""Of the norms within attention, whatever rms_norm_eps is."""
+"""Epsilon of the norms within attention, whatever rms_norm_eps is."""
 
 
 def latent_to_hf(model: ModelConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a router computes once training is over, whatever it is called here. Imports no torch."""
+"""Function of a router once training is over, whatever its kind is called here. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import Any, Final

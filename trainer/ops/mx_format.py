@@ -19,7 +19,7 @@ BLOCK = 32
 """Numbers that share a scale."""
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 _BIAS = 127
-"""Of the scale's exponent; a scale is between 2^-127 and 2^127."""
+"""Bias of the scale's exponent; a scale is between 2^-127 and 2^127."""
 _NAN = 255
 """The scale that is not a number."""
 _TILE_ROWS, _TILE_COLUMNS, _TILE_STRIDE = 128, 4, 32

@@ -17,7 +17,7 @@ from trainer.ops.softcap import softcapped
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreRule:
-    """What happens to scores before they are weights, besides their scale and the mask."""
+    """Changes of the scores before they are weights, besides their scale and the mask."""
 
     softcap: float | None = None
     """Scores s become softcap * tanh(s / softcap), before the mask (Gemma 2)."""
