@@ -1,18 +1,20 @@
 """Root of an experiment file, and the rules between its sections. Imports no torch."""
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
+from trainer.checkpoint.config import CheckpointConfig
 from trainer.config.base import LINE_PATTERN, Config, PathText, Problem, repeated
-from trainer.config.numbers import MAX_INT, Count, Factor, Rows, Seconds, Steps, Whole
+from trainer.config.numbers import Whole
 from trainer.data.config import DataConfig
 from trainer.data.sources.registry import InstalledSourceConfig
+from trainer.engine.config import TrainConfig
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.engine.deepspeed.passthrough import RunOptions
 from trainer.engine.registry import EngineConfig, NativeEngineConfig
-from trainer.evaluation.tasks.registry import AnyTaskConfig
+from trainer.evaluation.config import EvalConfig
 from trainer.families.config import ExportConfig
 from trainer.metrics.config import MetricsConfig, ProfileConfig
 from trainer.models.config import ModelConfig
@@ -27,75 +29,6 @@ _KERNEL_DTYPES = {
     "scattermoe": ("bfloat16",),
 }
 """Values of `train.dtype` of the experts kernels that have not all."""
-
-
-class SpikesConfig(Config):
-    """Losses far above those of recent steps: reported, counted in `loss_spikes` and, optionally, skipped."""
-
-    sigmas: Factor | None = 6.0
-    """A spike is a loss above mean + sigmas * standard deviation of the window. Null: no detection."""
-    window: Annotated[int, Field(gt=0, le=2**20)] = 128
-    """Number of recent losses of steps that were taken; no spike is detected before there are 32."""
-    skip: bool = False
-    """Skip the step of a spike on all ranks. After `max_consecutive_skips` in a row the window restarts, so that a loss
-    that stays high is accepted."""
-
-    def problems(self) -> Iterator[Problem]:
-        """Check that the window can detect spikes, and that skipping has something to skip."""
-        if self.window < 32:
-            yield Problem("window", f"{self.window} losses are too few to detect spikes; use at least 32")
-        if self.skip and self.sigmas is None:
-            yield Problem("skip", "true, but sigmas is null, so no loss is a spike; set sigmas, or skip: false")
-
-
-class TrainConfig(Config):
-    """Length and precision of training."""
-
-    steps: Steps = 2000
-    """Optimizer steps."""
-    global_batch_size: Rows = 64
-    """Sequences in one optimizer step, over all ranks and micro-batches."""
-    grad_clip: Annotated[float, Field(gt=0, le=1e30)] | None = 1.0
-    """Largest 2-norm of the whole gradient. Null: measured but not clipped."""
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Precision of matrix products. Parameters and optimizer state are float32 (float64 with float64)."""
-    max_consecutive_skips: Count = 5
-    """Stop after this many non-finite steps since the last step that was taken."""
-    spikes: SpikesConfig = SpikesConfig()
-    """Detection of loss spikes."""
-
-
-class EvalConfig(Config):
-    """When and what to evaluate: held-out text and tasks."""
-
-    every: Count | None = 200
-    """Steps between evaluations; the last step is always evaluated. Null: only the last step."""
-    max_tokens_per_domain: Count | None = 65536
-    """Token budget of each domain, spent on evenly spaced rows. Null: the whole held-out text."""
-    at_capacity: bool = True
-    """If the model has a capacity, also evaluate with it (`eval/loss_capacity`)."""
-    tasks: list[AnyTaskConfig] = Field(default=[])
-    """Tasks: questions with known answers, from separate rows."""
-
-    def problems(self) -> Iterator[Problem]:
-        """Require distinct names of tasks."""
-        for twice in repeated(task.name for task in self.tasks):
-            yield Problem("tasks", f"two tasks have the name {twice}; give each its own `name`")
-
-
-class CheckpointConfig(Config):
-    """When to save, and which checkpoints to keep."""
-
-    every: Count | None = 500
-    """Steps between checkpoints; the last step is always saved. Null: only the last step."""
-    keep: Annotated[int, Field(ge=2, le=MAX_INT)] = 3
-    """Number of newest intact checkpoints to keep: at least two, in case one is damaged."""
-    keep_every: Count | None = None
-    """Keep checkpoints of steps that are a multiple of this forever. Null: none."""
-    retry_s: Seconds = 600.0
-    """How long to retry the final save after a disk error, in seconds."""
-    asynchronous: bool = True
-    """Write in the background, from a copy of the state in memory. False: training waits, and no copy is made."""
 
 
 class ExperimentConfig(Config):

@@ -5,7 +5,8 @@ import pytest
 from trainer.config.check_packages import check_packages
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.errors import ConfigError
-from trainer.experiment import EvalConfig, ExperimentConfig
+from trainer.evaluation.config import EvalConfig
+from trainer.experiment import ExperimentConfig
 from trainer.metrics.config import MetricsConfig, WandbConfig
 from trainer.models.config import ModelConfig
 

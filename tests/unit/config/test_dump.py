@@ -14,7 +14,8 @@ from trainer.config.loader import load
 from trainer.data.config import DataConfig
 from trainer.data.records.filters import FilterConfig
 from trainer.data.sources.registry import InstalledSourceConfig, JsonlSourceConfig, TextSourceConfig
-from trainer.experiment import ExperimentConfig, TrainConfig
+from trainer.engine.config import TrainConfig
+from trainer.experiment import ExperimentConfig
 from trainer.models.config import ModelConfig
 from trainer.moe.config import MoEConfig
 from trainer.moe.layer_options import BalanceConfig, CapacityConfig

@@ -1,0 +1,45 @@
+"""The `train` section: length and precision of training. Imports no torch."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from trainer.config.base import Config, Problem
+from trainer.config.numbers import Count, Factor, Rows, Steps
+
+
+class SpikesConfig(Config):
+    """Losses far above those of recent steps: reported, counted in `loss_spikes` and, optionally, skipped."""
+
+    sigmas: Factor | None = 6.0
+    """A spike is a loss above mean + sigmas * standard deviation of the window. Null: no detection."""
+    window: Annotated[int, Field(gt=0, le=2**20)] = 128
+    """Number of recent losses of steps that were taken; no spike is detected before there are 32."""
+    skip: bool = False
+    """Skip the step of a spike on all ranks. After `max_consecutive_skips` in a row the window restarts, so that a loss
+    that stays high is accepted."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Check that the window can detect spikes, and that skipping has something to skip."""
+        if self.window < 32:
+            yield Problem("window", f"{self.window} losses are too few to detect spikes; use at least 32")
+        if self.skip and self.sigmas is None:
+            yield Problem("skip", "true, but sigmas is null, so no loss is a spike; set sigmas, or skip: false")
+
+
+class TrainConfig(Config):
+    """Length and precision of training."""
+
+    steps: Steps = 2000
+    """Optimizer steps."""
+    global_batch_size: Rows = 64
+    """Sequences in one optimizer step, over all ranks and micro-batches."""
+    grad_clip: Annotated[float, Field(gt=0, le=1e30)] | None = 1.0
+    """Largest 2-norm of the whole gradient. Null: measured but not clipped."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Precision of matrix products. Parameters and optimizer state are float32 (float64 with float64)."""
+    max_consecutive_skips: Count = 5
+    """Stop after this many non-finite steps since the last step that was taken."""
+    spikes: SpikesConfig = SpikesConfig()
+    """Detection of loss spikes."""
