@@ -4,6 +4,7 @@ from tests.planted.fault import Fault
 
 KERNELS = "tests/unit/ops/test_expert_ffn.py"
 NODE = "tests/unit/ops/test_routed_ffn.py"
+LOW_RANK = "tests/unit/ops/test_low_rank.py"
 FORMAT, PRODUCTS = "tests/unit/ops/test_mx_format.py", "tests/unit/ops/test_mxfp8_products.py"
 BY_HAND = "tests/unit/moe/test_by_hand.py"
 _EXPERTS = "trainer/moe/experts.py"
@@ -31,8 +32,8 @@ FAULTS = [
     _fault(
         "a fused kernel does not write an idle expert's gradient",
         "trainer/ops/fused_ffn.py",
-        "                grad_w_in[e] = grad_w_out[e] = 0\n",
-        "                pass\n",
+        "                    gradient[e] = 0\n",
+        "                    pass\n",
         KERNELS,
     ),
     _fault(
@@ -52,8 +53,8 @@ FAULTS = [
     _fault(
         "hidden values are saved although they are computed again",
         "trainer/ops/routed_ffn.py",
-        "None if recompute else h",
-        "h",
+        "h = None if how.recompute else h",
+        "h = h",
         NODE,
     ),
     _fault(
@@ -175,5 +176,26 @@ FAULTS = [
         "torch.zeros(1)",
         "torch.empty(1)",
         BY_HAND,
+    ),
+    _fault(
+        "the factor A of a low-rank addition gets a gradient without its scale",
+        "trainer/ops/grouped_kernel.py",
+        "products.rows(dz, b).mul_(scale)  # (R, r)",
+        "products.rows(dz, b)  # (R, r)",
+        LOW_RANK,
+    ),
+    _fault(
+        "rows get no gradient through a low-rank addition of the fused kernel",
+        "trainer/ops/fused_ffn.py",
+        "out += self._product(self._product(dz, low.b[e]) * low.scale, low.a[e])",
+        "pass",
+        LOW_RANK,
+    ),
+    _fault(
+        "gradients of frozen weights are computed and thrown away",
+        "trainer/ops/routed_ffn.py",
+        "learns=ctx.needs_input_grad[4:7]",
+        "learns=(True, True, True)",
+        LOW_RANK,
     ),
 ]

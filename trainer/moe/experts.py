@@ -44,7 +44,7 @@ class Experts(nn.Module):
         """Keep only experts first .. end - 1."""
         self.first = first
         for name, weight in list(self.named_parameters()):
-            setattr(self, name, nn.Parameter(weight.detach()[first:end].clone()))
+            setattr(self, name, nn.Parameter(weight.detach()[first:end].clone(), weight.requires_grad))
 
     def forward(
         self,

@@ -11,12 +11,14 @@ copied:
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.ops.routed_ffn import ExpertRows, FFNKernel, RowGradients
+from trainer.ops.ffn_kernel import ExpertRows, FFNKernel, LayerWeights, RowGradients
+from trainer.ops.low_rank import ExpertAdapters, LowRank, LowRankGradients
 from trainer.ops.weighted_activation import WeightedActivation
 
 ROWS_MULTIPLE = 64
@@ -63,53 +65,78 @@ class FusedKernel(FFNKernel):
         super().__init__(activation)
         self.products, self.rows_multiple = products, rows_multiple
 
-    def forward(self, rows: ExpertRows, w_in: Tensor, w_out: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, rows: ExpertRows, weights: LayerWeights) -> tuple[Tensor, Tensor]:
         """Return the weighted outputs and the hidden values."""
-        h, y = self._buffer(rows, w_in.shape[1]), self._buffer(rows, w_out.shape[1])
-        scale = self._extended(rows.scale)
+        h, y = self._buffer(rows, weights.w_in.shape[1]), self._buffer(rows, weights.w_out.shape[1])
+        scale, low = self._extended(rows.scale), _adapters(rows, weights)
         for e, group, x in self._groups(rows, rows.x):
-            self._first(x, w_in[e], None if bias is None else bias[e], h[group])
+            self._first(x, weights, low, e, h[group])
             a = self.activation.apply(h[group], scale[group], self.activation.activation)  # (np, F)
-            self.products.rows(a, w_out[e].to(x.dtype).T, y[group])
+            self.products.rows(a, weights.w_out[e].to(x.dtype).T, y[group])
+            self._add_low_rank(a, low.w_out, e, y[group])
         return y[: len(rows.scale)], h
 
-    def hidden(self, rows: ExpertRows, w_in: Tensor, bias: Tensor | None) -> Tensor:
+    def hidden(self, rows: ExpertRows, weights: LayerWeights) -> Tensor:
         """Return the hidden values."""
-        h = self._buffer(rows, w_in.shape[1])
+        h, low = self._buffer(rows, weights.w_in.shape[1]), _adapters(rows, weights)
         for e, group, x in self._groups(rows, rows.x):
-            self._first(x, w_in[e], None if bias is None else bias[e], h[group])
+            self._first(x, weights, low, e, h[group])
         return h
 
-    def _first(self, x: Tensor, w_in: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    def _first(self, x: Tensor, weights: LayerWeights, low: ExpertAdapters, e: int, out: Tensor) -> None:
         """Write the hidden values of one expert."""
-        self.products.rows(x, w_in.to(x.dtype).T, out)
-        if bias is not None:
-            out += bias.to(x.dtype)
+        self.products.rows(x, weights.w_in[e].to(x.dtype).T, out)
+        self._add_low_rank(x, low.w_in, e, out)
+        if weights.bias is not None:
+            out += weights.bias[e].to(x.dtype)
 
-    def backward(
-        self, grad: Tensor, rows: ExpertRows, h: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor | None
-    ) -> RowGradients:
+    def _add_low_rank(self, x: Tensor, low: LowRank | None, e: int, out: Tensor) -> None:
+        """Add s (x A^T) B^T of one expert."""
+        if low is not None:
+            out += self._product(self._product(x, low.a[e].T) * low.scale, low.b[e].T)
+
+    def _product(self, x: Tensor, w: Tensor) -> Tensor:
+        out = x.new_empty(len(x), w.shape[1])
+        self.products.rows(x, w, out)
+        return out
+
+    def backward(self, grad: Tensor, rows: ExpertRows, h: Tensor, weights: LayerWeights) -> RowGradients:
         """Return the gradients. Rows beyond a group have an output gradient of zeros, which adds nothing."""
-        dx, scale = self._buffer(rows, rows.x.shape[1]), self._extended(rows.scale)
-        d_scale = torch.empty_like(scale)
-        grad_w_in, grad_w_out = torch.empty_like(w_in), torch.empty_like(w_out)
-        grad_bias = None if bias is None else torch.zeros_like(bias)
+        scale, num_rows, low = self._extended(rows.scale), len(rows.scale), _adapters(rows, weights)
+        grads = _empty_gradients(weights, dx=self._buffer(rows, rows.x.shape[1]), d_scale=torch.empty_like(scale))
         sizes = rows.rows_per_expert.tolist()
         for (e, group, x), (_, _, dy) in zip(self._groups(rows, rows.x), self._groups(rows, grad), strict=True):
             dy[sizes[e] :] = 0
-            da = dy.new_empty(len(dy), w_out.shape[2])
-            self.products.rows(dy, w_out[e].to(x.dtype), da)
-            a, dh, d_scale[group] = self.activation.gradients(da, h[group], scale[group], self.activation.activation)
-            self.products.over_rows(dy, a, grad_w_out[e])
-            self.products.over_rows(dh, x, grad_w_in[e])
-            if grad_bias is not None:
-                torch.sum(dh, 0, dtype=grad_bias.dtype, out=grad_bias[e])
-            self.products.rows(dh, w_in[e].to(x.dtype), dx[group])
+            da = dy.new_empty(len(dy), weights.w_out.shape[2])
+            self._input_gradient(dy, weights.w_out, low.w_out, e, da)
+            a, dh, d_scale = self.activation.gradients(da, h[group], scale[group], self.activation.activation)
+            grads.scale[group] = d_scale
+            self._weight_gradients(dy, a, e, grads.w_out, low.w_out, grads.adapter_out)
+            self._weight_gradients(dh, x, e, grads.w_in, low.w_in, grads.adapter_in)
+            if grads.bias is not None:
+                torch.sum(dh, 0, dtype=grads.bias.dtype, out=grads.bias[e])
+            self._input_gradient(dh, weights.w_in, low.w_in, e, grads.x[group])
         for e, size in enumerate(sizes):
             if size == 0:
-                grad_w_in[e] = grad_w_out[e] = 0
-        num_rows = len(rows.scale)
-        return RowGradients(x=dx[:num_rows], scale=d_scale[:num_rows], w_in=grad_w_in, w_out=grad_w_out, bias=grad_bias)
+                for gradient in grads.of_weights():
+                    gradient[e] = 0
+        return replace(grads, x=grads.x[:num_rows], scale=grads.scale[:num_rows])
+
+    def _input_gradient(self, dz: Tensor, w: Tensor, low: LowRank | None, e: int, out: Tensor) -> None:
+        """Write the gradient of one expert's rows x (n, K), given that of their products z (n, N)."""
+        self.products.rows(dz, w[e].to(dz.dtype), out)
+        if low is not None:
+            out += self._product(self._product(dz, low.b[e]) * low.scale, low.a[e])
+
+    def _weight_gradients(
+        self, dz: Tensor, x: Tensor, e: int, out: Tensor | None, low: LowRank | None, factors: LowRankGradients | None
+    ) -> None:
+        """Write the gradients of one expert's matrix and of the factors of its addition."""
+        if out is not None:
+            self.products.over_rows(dz, x, out[e])
+        if low is not None and factors is not None:
+            self.products.over_rows(self._product(dz, low.b[e]) * low.scale, x, factors.a[e])
+            self.products.over_rows(dz, self._product(x, low.a[e].T) * low.scale, factors.b[e])
 
     def _groups(self, rows: ExpertRows, x: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
         """Yield each expert that has rows, with their range, rounded up, and its rows of tokens x (N, ...)."""
@@ -126,3 +153,27 @@ class FusedKernel(FFNKernel):
 
     def _extended(self, values: Tensor) -> Tensor:
         return F.pad(values, (0, self.rows_multiple - 1)) if self.rows_multiple > 1 else values
+
+
+def _adapters(rows: ExpertRows, weights: LayerWeights) -> ExpertAdapters:
+    """Return the additions to both matrices in the dtype of the rows."""
+    given = weights.adapter_in, weights.adapter_out
+    return ExpertAdapters(*(None if low is None else low.of_rows(rows.x) for low in given))
+
+
+def _empty_gradients(weights: LayerWeights, *, dx: Tensor, d_scale: Tensor) -> RowGradients:
+    """Return memory for the gradients of what learns."""
+
+    def of_factors(low: LowRank | None) -> LowRankGradients | None:
+        return None if low is None else LowRankGradients(torch.empty_like(low.a), torch.empty_like(low.b))
+
+    bias = weights.bias if weights.learns_bias else None
+    return RowGradients(
+        x=dx,
+        scale=d_scale,
+        w_in=torch.empty_like(weights.w_in) if weights.learns_in else None,
+        w_out=torch.empty_like(weights.w_out) if weights.learns_out else None,
+        bias=None if bias is None else torch.zeros_like(bias),
+        adapter_in=of_factors(weights.adapter_in),
+        adapter_out=of_factors(weights.adapter_out),
+    )

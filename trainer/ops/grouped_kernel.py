@@ -1,16 +1,18 @@
 """The experts' feed-forward by products over all groups of rows at once: grouped, batched, or one after the other.
 
-# R rows, E experts, K and N widths, M rows of the busiest expert.
+# R rows, E experts, K and N widths, M rows of the busiest expert, r rank of a low-rank addition.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.ops.routed_ffn import ExpertRows, FFNKernel, RowGradients
+from trainer.ops.ffn_kernel import ExpertRows, FFNKernel, LayerWeights, RowGradients
+from trainer.ops.low_rank import LowRank, LowRankGradients
 from trainer.ops.weighted_activation import WeightedActivation
 
 _FEWEST_COLUMNS = 8
@@ -19,6 +21,9 @@ _FEWEST_COLUMNS = 8
 
 class GroupedProducts(ABC):
     """Products of each expert's rows with its own matrix."""
+
+    rank_multiple: ClassVar[int] = 1
+    """Ranks that its products take are multiples of this."""
 
     def __init__(self, rows_per_expert: Tensor, num_rows: int) -> None:
         """Prepare for groups of these sizes (E,), the first ones of R rows."""
@@ -42,6 +47,9 @@ class GroupedProducts(ABC):
 
 class GroupedMM(GroupedProducts):
     """Products by torch's grouped matrix product, which waits for no sizes. Not for float64."""
+
+    rank_multiple = 8
+    """It takes rows of a multiple of 16 bytes."""
 
     def __init__(self, rows_per_expert: Tensor, num_rows: int) -> None:
         """Prepare the ends of the groups."""
@@ -112,35 +120,74 @@ class GroupedKernel(FFNKernel):
         super().__init__(activation)
         self.products = products
 
-    def forward(self, rows: ExpertRows, w_in: Tensor, w_out: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, rows: ExpertRows, weights: LayerWeights) -> tuple[Tensor, Tensor]:
         """Return the weighted outputs and the hidden values."""
         products = self.products(rows.rows_per_expert, len(rows.scale))
-        h = _hidden(products, rows, w_in, bias)
+        h = _hidden(products, rows, weights)
         a = self.activation.apply(h, rows.scale, self.activation.activation)
-        return products.rows(a, w_out.to(h.dtype).mT), h
+        y = products.rows(a, weights.w_out.to(h.dtype).mT)
+        return _with_low_rank(products, y, a, weights.adapter_out), h
 
-    def hidden(self, rows: ExpertRows, w_in: Tensor, bias: Tensor | None) -> Tensor:
+    def hidden(self, rows: ExpertRows, weights: LayerWeights) -> Tensor:
         """Return the hidden values."""
-        return _hidden(self.products(rows.rows_per_expert, len(rows.scale)), rows, w_in, bias)
+        return _hidden(self.products(rows.rows_per_expert, len(rows.scale)), rows, weights)
 
-    def backward(
-        self, grad: Tensor, rows: ExpertRows, h: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor | None
-    ) -> RowGradients:
+    def backward(self, grad: Tensor, rows: ExpertRows, h: Tensor, weights: LayerWeights) -> RowGradients:
         """Return the gradients."""
         products = self.products(rows.rows_per_expert, len(rows.scale))
+        w_in, w_out, low_in, low_out = weights.w_in, weights.w_out, weights.adapter_in, weights.adapter_out
         dy = grad.index_select(0, rows.token_of_row)  # (R, D)
-        da = products.rows(dy, w_out.to(dy.dtype))  # (R, F)
+        da = _input_gradient(products, dy, w_out, low_out)  # (R, F)
         a, dh, d_scale = self.activation.gradients(da, h, rows.scale, self.activation.activation)
         del da
-        grad_w_out = products.weights(dy, a).to(w_out.dtype)
+        grad_w_out = products.weights(dy, a).to(w_out.dtype) if weights.learns_out else None
+        grad_low_out = None if low_out is None else _factor_gradients(products, dy, a, low_out)
         del dy, a
-        grad_w_in = products.weights(dh, rows.x.index_select(0, rows.token_of_row)).to(w_in.dtype)
-        grad_bias = None if bias is None else products.sums(dh).to(bias.dtype)
-        dx = products.rows(dh, w_in.to(dh.dtype))
-        return RowGradients(x=dx, scale=d_scale, w_in=grad_w_in, w_out=grad_w_out, bias=grad_bias)
+        grad_w_in = grad_low_in = None
+        if weights.learns_in or low_in is not None:
+            x = rows.x.index_select(0, rows.token_of_row)
+            grad_w_in = products.weights(dh, x).to(w_in.dtype) if weights.learns_in else None
+            grad_low_in = None if low_in is None else _factor_gradients(products, dh, x, low_in)
+            del x
+        bias = weights.bias if weights.learns_bias else None
+        return RowGradients(
+            x=_input_gradient(products, dh, w_in, low_in),
+            scale=d_scale,
+            w_in=grad_w_in,
+            w_out=grad_w_out,
+            bias=None if bias is None else products.sums(dh).to(bias.dtype),
+            adapter_in=grad_low_in,
+            adapter_out=grad_low_out,
+        )
 
 
-def _hidden(products: GroupedProducts, rows: ExpertRows, w_in: Tensor, bias: Tensor | None) -> Tensor:
+def _hidden(products: GroupedProducts, rows: ExpertRows, weights: LayerWeights) -> Tensor:
     """Return the hidden values (R, H)."""
-    h = products.rows(rows.x.index_select(0, rows.token_of_row), w_in.to(rows.x.dtype).mT)
-    return h if bias is None else h.add_(bias.to(h.dtype).index_select(0, rows.expert_of_row))
+    x = rows.x.index_select(0, rows.token_of_row)
+    h = _with_low_rank(products, products.rows(x, weights.w_in.to(x.dtype).mT), x, weights.adapter_in)
+    return h if weights.bias is None else h.add_(weights.bias.to(h.dtype).index_select(0, rows.expert_of_row))
+
+
+def _with_low_rank(products: GroupedProducts, z: Tensor, x: Tensor, low: LowRank | None) -> Tensor:
+    """Add s (x A^T) B^T to the products z (R, N) of rows x (R, K), in place."""
+    if low is None:
+        return z
+    a, b, scale = low.of_rows(x, multiple=products.rank_multiple)
+    return z.add_(products.rows(products.rows(x, a.mT).mul_(scale), b.mT))
+
+
+def _input_gradient(products: GroupedProducts, dz: Tensor, w: Tensor, low: LowRank | None) -> Tensor:
+    """Return the gradient of the rows x (R, K) from that of their products z (R, N)."""
+    dx = products.rows(dz, w.to(dz.dtype))
+    if low is None:
+        return dx
+    a, b, scale = low.of_rows(dz, multiple=products.rank_multiple)
+    return dx.add_(products.rows(products.rows(dz, b).mul_(scale), a))
+
+
+def _factor_gradients(products: GroupedProducts, dz: Tensor, x: Tensor, low: LowRank) -> LowRankGradients:
+    a, b, scale = low.of_rows(x, multiple=products.rank_multiple)
+    rank = low.a.shape[1]
+    u, v = products.rows(x, a.mT).mul_(scale), products.rows(dz, b).mul_(scale)  # (R, r)
+    da, db = products.weights(v, x)[:, :rank], products.weights(dz, u)[:, :, :rank]
+    return LowRankGradients(da.to(low.a.dtype).contiguous(), db.to(low.b.dtype).contiguous())

@@ -6,7 +6,7 @@ would no longer be bit-identical.
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,13 +18,15 @@ from trainer.ops.activations import Activation
 from trainer.ops.compute_dtype import compute_dtype
 from trainer.ops.expert_ffn import ExpertBiases
 from trainer.ops.expert_order import ExpertOrder, order_by_expert
+from trainer.ops.ffn_kernel import FFNKernel
 from trainer.ops.fused_ffn import FusedKernel
 from trainer.ops.grouped_kernel import GroupedKernel, GroupedMM, LoopProducts, PaddedProducts
+from trainer.ops.low_rank import ExpertAdapters
 from trainer.ops.mx_format import BLOCK
 from trainer.ops.mxfp8_products import GROUP_ROWS, EmulatedMXFP8Products, MXFP8Products
 from trainer.ops.package_experts import PACKAGE_EXPERTS
 from trainer.ops.permute import gather_rows, sum_rows
-from trainer.ops.routed_ffn import FFNKernel, routed_ffn
+from trainer.ops.routed_ffn import routed_ffn
 from trainer.ops.weighted_activation import weighted_activation
 
 _MANY_ROWS = 512
@@ -40,6 +42,8 @@ ExpertsKernel = Literal[
 RowsKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Activation], Tensor]
 """Kernel that is a plug-in, with the arguments of `trainer.ops.expert_ffn.loop_ffn`."""
 
+LORA_KERNELS: Final = ("loop", "padded", "grouped", "fused", "fused_onednn")
+"""Kernels that compute low-rank additions to the experts' weights."""
 _PRODUCTS = {"loop": LoopProducts, "padded": PaddedProducts, "grouped": GroupedMM}
 
 
@@ -53,6 +57,7 @@ def run_experts(
     activation: Activation,
     *,
     biases: ExpertBiases | None = None,
+    adapters: ExpertAdapters | None = None,
     num_rows: int | None = None,
     is_compiled: bool = False,
     recompute: bool = False,
@@ -68,6 +73,7 @@ def run_experts(
         w_out: (E, D, F).
         activation: between the two products.
         biases: of the two products; not for kernels of other packages and plug-ins.
+        adapters: low-rank additions to w_in and w_out; for the kernels in `LORA_KERNELS`.
         num_rows: number of (token, expert) pairs; None: it is counted, which waits for the device.
         is_compiled: compile the activation, once for all layers and sizes.
         recompute: save only x, and compute the hidden values again in the backward pass. Kernels of other packages, and
@@ -78,6 +84,8 @@ def run_experts(
     """
     if biases is not None and (kernel not in get_args(ExpertsKernel) or kernel in PACKAGE_EXPERTS):
         raise TypeError(f"the experts' kernel {kernel} has no biases; use a built-in one, such as loop")
+    if adapters is not None and kernel not in LORA_KERNELS:
+        raise TypeError(f"the experts' kernel {kernel} has no LoRA; use one of {', '.join(LORA_KERNELS)}")
     if kernel not in get_args(ExpertsKernel):
         order = order_by_expert(expert_index, len(w_in), num_rows=num_rows)
         return run_rows_kernel(_plugin_kernel(kernel), x.to(compute_dtype(x)), weight, order, w_in, w_out, activation)
@@ -88,7 +96,9 @@ def run_experts(
         y = PACKAGE_EXPERTS[kernel](x.to(dtype), expert_index, weight, order, w_in, w_out, activation)
         return y.to(torch.promote_types(dtype, weight.dtype) if weight.shape[1] > 1 else dtype)
     run = _built(kernel, activation, is_compiled, x.device.type, dtype)
-    return routed_ffn(x, weight, order, w_in, w_out, run, dtype=dtype, biases=biases, recompute=recompute)
+    return routed_ffn(
+        x, weight, order, w_in, w_out, run, dtype=dtype, biases=biases, adapters=adapters, recompute=recompute
+    )
 
 
 def run_rows_kernel(

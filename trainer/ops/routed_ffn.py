@@ -15,79 +15,17 @@ Source: SonicMoE (arXiv 2512.14080), for the gradient of s and for what is saved
 # N tokens, k slots per token, R rows, E experts, D d_model, F d_ff, H width before the activation (2 F with a gate).
 """
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from trainer.ops.expert_ffn import ExpertBiases
 from trainer.ops.expert_order import ExpertOrder, rows_of_slots, sum_slots, tokens_of_rows, values_of_rows
+from trainer.ops.ffn_kernel import ExpertRows, FFNKernel, LayerWeights
 from trainer.ops.first_derivative import only_first_derivative
-from trainer.ops.weighted_activation import WeightedActivation
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertRows:
-    """Rows of an experts' computation, in expert order."""
-
-    x: Tensor
-    """(N, D) tokens."""
-    token_of_row: Tensor
-    """(R,)."""
-    scale: Tensor
-    """(R,) combine weights, 0 for empty rows."""
-    rows_per_expert: Tensor
-    """(E,)."""
-
-    @property
-    def expert_of_row(self) -> Tensor:
-        """(R,) int64; some expert for rows after the last group."""
-        place = torch.arange(len(self.scale), device=self.scale.device)
-        found = torch.searchsorted(self.rows_per_expert.cumsum(0), place, right=True)
-        return found.clamp_(max=len(self.rows_per_expert) - 1)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowGradients:
-    """Gradients of an experts' computation."""
-
-    x: Tensor
-    """(R, D)."""
-    scale: Tensor
-    """(R,)."""
-    w_in: Tensor
-    """(E, H, D), in the dtype of the weights; zeros for experts without rows."""
-    w_out: Tensor
-    """(E, D, F)."""
-    bias: Tensor | None
-    """(E, H), in the dtype of the bias; None without one."""
-
-
-class FFNKernel(ABC):
-    """Computes the rows of all experts, forward and backward; all kernels are equal up to rounding."""
-
-    def __init__(self, activation: WeightedActivation) -> None:
-        self.activation = activation
-
-    @abstractmethod
-    def forward(self, rows: ExpertRows, w_in: Tensor, w_out: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the weighted outputs (R, D) and the hidden values (R or more, H), to which the bias (E, H) is added.
-
-        The weights w_in (E, H, D) and w_out (E, D, F) and the bias may be wider than the rows, whose dtype is that of
-        the products.
-        """
-
-    @abstractmethod
-    def hidden(self, rows: ExpertRows, w_in: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the hidden values again."""
-
-    @abstractmethod
-    def backward(
-        self, grad: Tensor, rows: ExpertRows, h: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor | None
-    ) -> RowGradients:
-        """Return the gradients, given that of the tokens' sums (N, D) and the hidden values."""
+from trainer.ops.low_rank import ExpertAdapters, LowRank
 
 
 def routed_ffn(
@@ -100,6 +38,7 @@ def routed_ffn(
     *,
     dtype: torch.dtype,
     biases: ExpertBiases | None = None,
+    adapters: ExpertAdapters | None = None,
     recompute: bool = False,
 ) -> Tensor:
     """Return for each token the weighted sum of its experts' outputs, in slot order.
@@ -113,6 +52,7 @@ def routed_ffn(
         kernel: computes the rows.
         dtype: of the products.
         biases: of the two products.
+        adapters: added to w_in and w_out, whatever of these learns.
         recompute: compute the hidden values again in the backward pass instead of saving them.
 
     Returns:
@@ -120,51 +60,60 @@ def routed_ffn(
         summed.
     """
     b_in, b_out = biases or (None, None)
-    return _RoutedFFN.apply(x, weight, order, w_in, w_out, b_in, b_out, kernel, dtype, recompute)
+    low_in, low_out = adapters or (None, None)
+    scales = tuple(None if low is None else low.scale for low in (low_in, low_out))
+    how = _How(kernel, dtype, recompute, scales)
+    factors = [factor for low in (low_in, low_out) for factor in ((None, None) if low is None else low[:2])]
+    return _RoutedFFN.apply(x, weight, order, how, w_in, w_out, b_in, b_out, *factors)
+
+
+class _How(NamedTuple):
+    """How a layer is computed."""
+
+    kernel: FFNKernel
+    dtype: torch.dtype
+    recompute: bool
+    scales: tuple[float | None, ...]
+    """Scales of the additions to w_in and w_out; None without one."""
 
 
 class _RoutedFFN(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        order: ExpertOrder,
-        w_in: Tensor,
-        w_out: Tensor,
-        b_in: Tensor | None,
-        b_out: Tensor | None,
-        kernel: FFNKernel,
-        dtype: torch.dtype,
-        recompute: bool,
+        ctx: Any, x: Tensor, weight: Tensor, order: ExpertOrder, how: _How, *parameters: Tensor | None
     ) -> Tensor:
-        dtype_of_sum = torch.promote_types(dtype, weight.dtype) if weight.shape[1] > 1 else dtype
+        """Compute with the parameters w_in, w_out, their biases, and the factors A and B of both additions."""
+        weights, b_out = _layer_weights(parameters, how), parameters[3]
+        dtype_of_sum = torch.promote_types(how.dtype, weight.dtype) if weight.shape[1] > 1 else how.dtype
         if len(order.slot_of_row) == 0:  # kernels refuse empty operands
-            h, y = x.new_empty(0, w_in.shape[1], dtype=dtype), torch.zeros_like(x, dtype=dtype_of_sum)
+            h = x.new_empty(0, weights.w_in.shape[1], dtype=how.dtype)
+            y = torch.zeros_like(x, dtype=dtype_of_sum)
         else:
-            rows = _rows(x.to(dtype), weight, order.slot_of_row, order.rows_per_expert)
-            y, h = kernel.forward(rows, w_in, w_out, b_in)
+            rows = _rows(x.to(how.dtype), weight, order.slot_of_row, order.rows_per_expert)
+            y, h = how.kernel.forward(rows, weights)
             y = sum_slots(y, order.row_of_slot, is_full=order.is_full, dtype=dtype_of_sum)
             if b_out is not None:
-                y += _weight_matrix(rows) @ b_out.to(dtype)
-        saved = (order.saved, order.rows_per_expert, w_in, w_out, b_in, b_out, None if recompute else h)
-        ctx.save_for_backward(x, weight, *saved)
-        ctx.shape, ctx.is_full, ctx.kernel, ctx.dtype = order.row_of_slot.shape, order.is_full, kernel, dtype
+                y += _weight_matrix(rows) @ b_out.to(how.dtype)
+        h = None if how.recompute else h
+        ctx.save_for_backward(x, weight, order.saved, order.rows_per_expert, h, *parameters)
+        ctx.shape, ctx.is_full, ctx.how = order.row_of_slot.shape, order.is_full, how
         return y
 
     @staticmethod
     @only_first_derivative
     # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, slot_of_row, rows_per_expert, w_in, w_out, b_in, b_out, h = ctx.saved_tensors
+        x, weight, slot_of_row, rows_per_expert, h, *parameters = ctx.saved_tensors
         if len(slot_of_row) == 0:
-            given = (x, weight, None, w_in, w_out, b_in, b_out, None, None, None)
+            given = (x, weight, None, None, *parameters)
             return tuple(None if tensor is None else torch.zeros_like(tensor) for tensor in given)
-        rows = _rows(x.to(ctx.dtype), weight, slot_of_row, rows_per_expert)
+        kernel, dtype, b_out = ctx.how.kernel, ctx.how.dtype, parameters[3]
+        weights = _layer_weights(parameters, ctx.how, learns=ctx.needs_input_grad[4:7])
+        rows = _rows(x.to(dtype), weight, slot_of_row, rows_per_expert)
         if h is None:
-            h = ctx.kernel.hidden(rows, w_in, b_in)
-        dy = grad.to(ctx.dtype).contiguous()
-        grads = ctx.kernel.backward(dy, rows, h, w_in, w_out, b_in)
+            h = kernel.hidden(rows, weights)
+        dy = grad.to(dtype).contiguous()
+        grads = kernel.backward(dy, rows, h, weights)
         d_scale, db_out = grads.scale, None
         if b_out is not None:
             d_scale = d_scale + (dy @ b_out.to(dy.dtype).T).view(-1)[_cells(rows)]
@@ -173,7 +122,30 @@ class _RoutedFFN(torch.autograd.Function):
         dweight = weight.new_zeros(ctx.shape.numel() + 1)
         dweight.index_copy_(0, slot_of_row.long(), d_scale.to(weight.dtype))
         dweight = dweight[:-1].view(ctx.shape)
-        return dx.to(x.dtype), dweight, None, grads.w_in, grads.w_out, grads.bias, db_out, None, None, None
+        factors = [*(grads.adapter_in or (None, None)), *(grads.adapter_out or (None, None))]
+        return dx.to(x.dtype), dweight, None, None, grads.w_in, grads.w_out, grads.bias, db_out, *factors
+
+
+def _layer_weights(
+    parameters: Sequence[Tensor | None], how: _How, *, learns: tuple[bool, bool, bool] = (True, True, True)
+) -> LayerWeights:
+    """Return the weights that a kernel takes; `learns` is of w_in, w_out and the first bias."""
+    w_in, w_out, bias, _, *factors = parameters
+    assert w_in is not None and w_out is not None, "a layer has both"
+    adapters = [
+        None if a is None or b is None or scale is None else LowRank(a, b, scale)
+        for a, b, scale in zip(factors[::2], factors[1::2], how.scales, strict=True)
+    ]
+    return LayerWeights(
+        w_in=w_in,
+        w_out=w_out,
+        bias=bias,
+        adapter_in=adapters[0],
+        adapter_out=adapters[1],
+        learns_in=learns[0],
+        learns_out=learns[1],
+        learns_bias=learns[2],
+    )
 
 
 def _rows(x: Tensor, weight: Tensor, slot_of_row: Tensor, rows_per_expert: Tensor) -> ExpertRows:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trainer.ops import triton_kernels
 from trainer.ops.activations import ClampedSwiGLU
-from trainer.ops.routed_ffn import ExpertRows, FFNKernel, RowGradients
+from trainer.ops.ffn_kernel import ExpertRows, FFNKernel, LayerWeights, RowGradients
 from trainer.ops.row_tiles import RowTiles
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -65,35 +65,31 @@ class TileShape:
 class TritonKernel(FFNKernel):
     """Both layers of all experts, each product one kernel with all that comes before and after it."""
 
-    def forward(self, rows: ExpertRows, w_in: Tensor, w_out: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, rows: ExpertRows, weights: LayerWeights) -> tuple[Tensor, Tensor]:
         """Return the weighted outputs and the hidden values."""
         tiles = _row_tiles(rows)
-        h, a = self._first_product(rows, w_in, bias, tiles, is_forward=True)
-        return _rows_product(a, w_out.to(a.dtype).mT, tiles), h
+        h, a = self._first_product(rows, weights, tiles, is_forward=True)
+        return _rows_product(a, weights.w_out.to(a.dtype).mT, tiles), h
 
-    def hidden(self, rows: ExpertRows, w_in: Tensor, bias: Tensor | None) -> Tensor:
+    def hidden(self, rows: ExpertRows, weights: LayerWeights) -> Tensor:
         """Return the hidden values."""
-        return self._first_product(rows, w_in, bias, _row_tiles(rows), is_forward=False)[0]
+        return self._first_product(rows, weights, _row_tiles(rows), is_forward=False)[0]
 
-    def backward(
-        self, grad: Tensor, rows: ExpertRows, h: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor | None
-    ) -> RowGradients:
+    def backward(self, grad: Tensor, rows: ExpertRows, h: Tensor, weights: LayerWeights) -> RowGradients:
         """Return the gradients."""
-        tiles = _row_tiles(rows)
+        tiles, w_in, w_out = _row_tiles(rows), weights.w_in, weights.w_out
         a, dh, d_scale = self._hidden_gradient(grad, rows, h, w_out, tiles)
-        grad_w_out = _weights_product(grad, a, rows, w_out.dtype, gathers_left=True)
+        grad_w_in = grad_w_out = grad_bias = None
+        if weights.learns_out:
+            grad_w_out = _weights_product(grad, a, rows, w_out.dtype, gathers_left=True)
         del a
-        grad_bias = None
-        if bias is not None:  # sums over rows, as a product with a column of ones
+        if weights.bias is not None and weights.learns_bias:  # sums over rows, as a product with a column of ones
             ones = rows.x.new_ones(len(rows.x), 1)
-            grad_bias = _weights_product(dh, ones, rows, bias.dtype, gathers_left=False)[..., 0]
-        return RowGradients(
-            x=_rows_product(dh, w_in.to(dh.dtype), tiles),
-            scale=d_scale,
-            w_in=_weights_product(dh, rows.x.contiguous(), rows, w_in.dtype, gathers_left=False),
-            w_out=grad_w_out,
-            bias=grad_bias,
-        )
+            grad_bias = _weights_product(dh, ones, rows, weights.bias.dtype, gathers_left=False)[..., 0]
+        if weights.learns_in:
+            grad_w_in = _weights_product(dh, rows.x.contiguous(), rows, w_in.dtype, gathers_left=False)
+        dx = _rows_product(dh, w_in.to(dh.dtype), tiles)
+        return RowGradients(x=dx, scale=d_scale, w_in=grad_w_in, w_out=grad_w_out, bias=grad_bias)
 
     @property
     def _is_gated(self) -> bool:
@@ -107,9 +103,10 @@ class TritonKernel(FFNKernel):
         return {"GATED": self._is_gated, "ALPHA": clamped.alpha, "LIMIT": clamped.limit}
 
     def _first_product(
-        self, rows: ExpertRows, w_in: Tensor, bias: Tensor | None, tiles: RowTiles, *, is_forward: bool
+        self, rows: ExpertRows, weights: LayerWeights, tiles: RowTiles, *, is_forward: bool
     ) -> tuple[Tensor, Tensor]:
         """Return the hidden values and, if `is_forward`, their weighted activation."""
+        w_in, bias = weights.w_in, weights.bias
         x, num_rows, width = rows.x.contiguous(), len(rows.scale), w_in.shape[1]
         if x.dtype not in DTYPES:
             raise TypeError(f"the experts' kernel triton computes in float32 or bfloat16, not {x.dtype}; use loop")

@@ -16,9 +16,9 @@ from torch import Tensor
 from trainer import packages
 from trainer.ops.activations import ACTIVATIONS, Activation, ClampedSwiGLU
 from trainer.ops.expert_ffn import reference_ffn
+from trainer.ops.ffn_kernel import ExpertRows, LayerWeights
 from trainer.ops.kernel_canary import GROUPS, LayerWidths, RowGroups, groups_fault, kernel_fault
 from trainer.ops.kernels import choose_experts_kernel, missing_kernel, run_experts
-from trainer.ops.routed_ffn import ExpertRows
 from trainer.ops.weighted_activation import weighted_activation
 
 NEEDS_TRITON = pytest.mark.skipif(
@@ -127,7 +127,9 @@ def _hidden(x: Tensor, w_in: Tensor, activation: Activation) -> Tensor:
 
     token_of_row, rows_per_expert = torch.arange(len(x)), torch.tensor([len(x)])
     rows = ExpertRows(x=x, token_of_row=token_of_row, scale=torch.ones(len(x)), rows_per_expert=rows_per_expert)
-    return TritonKernel(weighted_activation(activation, is_compiled=False)).hidden(rows, w_in, None)
+    return TritonKernel(weighted_activation(activation, is_compiled=False)).hidden(
+        rows, LayerWeights(w_in=w_in, w_out=w_in)
+    )
 
 
 @NEEDS_TRITON
