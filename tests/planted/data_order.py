@@ -4,6 +4,20 @@ from tests.planted.fault import in_package
 
 FAULTS = [
     in_package(
+        "questions between two answers are learned",
+        "data/token_cache/token_files.py",
+        'np.searchsorted(self.gaps, index, side="right") % 2 == 0',
+        'np.searchsorted(self.gaps, index, side="right") >= 0',
+        "tests/property/test_learned_spans.py",
+    ),
+    in_package(
+        "questions of the second part of a source keep the positions of that part",
+        "data/token_cache/token_writer.py",
+        "self._write_gaps(file.gaps + start)",
+        "self._write_gaps(file.gaps)",
+        "tests/property/test_learned_spans.py",
+    ),
+    in_package(
         "a source with many domains is drawn more often",
         "data/mixture.py",
         "weights[source] / int(in_source[source]) / total",

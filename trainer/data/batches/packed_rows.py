@@ -70,8 +70,12 @@ class PackedDocuments:
 
     def with_targets(self) -> NDArray[np.int64]:
         """Return the numbers of the rows that have a target, ascending."""
-        is_learned = self._file.is_learned(self._first + self._length, self._document)  # the last target of each piece
-        return np.flatnonzero(np.logical_or.reduceat(is_learned, self._row_starts))
+        # A piece has the targets first + 1 to first + length: does the stretch that ends after the first begin by then?
+        begin, end = self._file.learned_spans()
+        stretch = np.searchsorted(end, self._first + 1, side="right")
+        begin = np.append(begin, self._file.num_tokens + 1)  # behind every target, for pieces after the last stretch
+        has_target = begin[stretch] <= self._first + self._length
+        return np.flatnonzero(np.logical_or.reduceat(has_target, self._row_starts))
 
     def _tokens(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the tokens at positions of the text; ends of documents before and after it."""

@@ -72,11 +72,11 @@ class Windows:
         file, last = self._file, self._file.num_tokens - 1
         if last < 1:
             return np.zeros(0, dtype=np.int64)
-        # A window from p has the targets p + 1 to p + S; those of a document go from its answer to its end.
-        ends = np.append(file.document_starts[1:] - 1, last)
-        answers = np.maximum(file.answer_starts, 1)
-        has_target = answers <= ends
-        first, stop = (answers[has_target] - 1) // self._seq_len, (ends[has_target] - 1) // self._seq_len + 1
+        # A window from p has the targets p + 1 to p + S.
+        begin, end = file.learned_spans()
+        begin, end = np.maximum(begin, 1), np.minimum(end, last + 1)
+        has_target = begin < end
+        first, stop = (begin[has_target] - 1) // self._seq_len, (end[has_target] - 2) // self._seq_len + 1
         num_windows = -(-last // self._seq_len)
         begun, ended = (np.bincount(where, minlength=num_windows + 1) for where in (first, stop))
         return np.flatnonzero(np.cumsum(begun - ended)[:num_windows] > 0)

@@ -72,10 +72,7 @@ def write_document(writer: TokenWriter, tokenizer: Tokenizer, text: str, prompt:
     return num_bytes
 
 
-def read_documents(file: TokenFile, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
-    """Yield prompt and text of each document."""
-    # An end of document follows each document but the last.
-    ends = [*(file.document_starts[1:] - 1).tolist(), file.num_tokens]
-    for start, answer, end in zip(file.document_starts.tolist(), file.answer_starts.tolist(), ends, strict=True):
-        prompt, text = file.tokens[start:answer], file.tokens[answer:end]
-        yield tokenizer.decode(prompt.tolist()).decode(), tokenizer.decode(text.tolist()).decode()
+def copy_document(writer: TokenWriter, tokenizer: Tokenizer, file: TokenFile, index: int) -> None:
+    """Append a document of another token file of the same tokenizer."""
+    tokens, is_learned = file.document(index)
+    writer.write(tokens, num_bytes=int(tokenizer.token_bytes()[tokens].sum()), is_learned=is_learned)

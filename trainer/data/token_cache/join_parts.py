@@ -9,9 +9,8 @@ from trainer.data.sources.base import Document
 from trainer.data.token_cache.domain_files import (
     SIDES,
     DomainInfo,
+    copy_document,
     open_side,
-    read_documents,
-    write_document,
     write_sides,
 )
 from trainer.data.token_cache.ingest import check_sides, ingest
@@ -62,7 +61,8 @@ def _split_only_document(
     """Split the only document of a domain by its tail; the reader of its part could not know it was the only one."""
     side = next(side for side in SIDES if domain.side(side).num_documents)
     file = open_side(part, domain, side, vocab_size=tokenizer.vocab_size)
-    ((prompt, text),) = read_documents(file, tokenizer)
+    tokens, answer = file.document(0)[0], int(file.answer_starts[0])
+    prompt, text = (tokenizer.decode(part.tolist()).decode() for part in (tokens[:answer], tokens[answer:]))
     (result,) = ingest(
         [Document(name=domain.name, domain=domain.name, text=text, prompt=prompt)],
         folder,
@@ -82,19 +82,19 @@ def _fill_empty_side(domain: DomainInfo, folder: Path, *, tokenizer: Tokenizer) 
     full, empty = SIDES if domain.train.num_documents else reversed(SIDES)
     file = open_side(folder, domain, full, vocab_size=tokenizer.vocab_size)
     # The first bytes of the hash decide the side (splits.is_held_out): the lowest are held out.
-    digests = [
-        hashlib.sha256((prompt + text).encode()).digest()[:8] for prompt, text in read_documents(file, tokenizer)
-    ]
+    texts = (tokenizer.decode(file.document(index)[0].tolist()) for index in range(file.num_documents))
+    digests = [hashlib.sha256(text).digest()[:8] for text in texts]
     if len(set(digests)) < 2:
         return domain
     moved = min(digests) if empty == "validation" else max(digests)
     temporary = folder / f".{domain.name}.resplit"
     temporary.mkdir()
     with write_sides(temporary, f"{domain.name}.", tokenizer) as writers:
-        for digest, (prompt, text) in zip(digests, read_documents(file, tokenizer), strict=True):
-            write_document(writers[empty if digest == moved else full], tokenizer, text, prompt)
+        for index, digest in enumerate(digests):
+            copy_document(writers[empty if digest == moved else full], tokenizer, file, index)
         sides = {side: writer.info() for side, writer in writers.items()}
-    (folder / f"{domain.name}.{full}.checksums").unlink(missing_ok=True)  # the others are replaced
+    for optional in ("checksums", "gaps"):  # the others are replaced
+        (folder / f"{domain.name}.{full}.{optional}").unlink(missing_ok=True)
     for path in list(temporary.iterdir()):
         path.rename(folder / path.name)
     shutil.rmtree(temporary)

@@ -3,15 +3,18 @@
 DOMAIN.train.tokens      ids, little-endian, in the smallest unsigned type that holds the vocabulary
 DOMAIN.train.documents   int64 position of each document's first token
 DOMAIN.train.answers     int64 position of each document's first learned token; those before it are its prompt
+DOMAIN.train.gaps        int64 begin and end of each stretch after an answer's start that is not learned: the questions
+                         between the answers of a conversation; only where a document has one
 DOMAIN.train.checksums   of the blocks of a large tokens file (checksums.py); other files are verified when opened
 
 tokens      p0 d0 d0 EOD d1 d1 EOD d2      the end of document belongs to the document before it
 documents   0            4         7
 answers        1         4         7
+gaps                              (7 8 if d2 is a question; an end of document is learned or in a gap, like any token)
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +41,14 @@ class TokenFileInfo(Config):
     answers_sha256: str
     checksums_sha256: str | None = None
     """Hash of the checksums file; None for a small tokens file, or one from an older version."""
+    num_gaps: int = 0
+    gaps_sha256: str | None = None
+    """Hash of the gaps file; None if there is none."""
 
     def content(self) -> list[str]:
         """Return the hashes of the content: equal exactly if the content is."""
-        return [self.sha256, self.documents_sha256, self.answers_sha256]
+        gaps = [] if self.gaps_sha256 is None else [self.gaps_sha256]
+        return [self.sha256, self.documents_sha256, self.answers_sha256, *gaps]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -53,6 +60,11 @@ class TokenFile:
     answer_starts: NDArray[np.int64]
     """(num_documents,) position of each document's first learned token; its end if none is learned."""
     num_bytes: int  # UTF-8 bytes of text; an end of document has none
+    gaps: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """(2 * num_gaps,) ascending: begin and end of each stretch after an answer's start that is not learned.
+
+    A gap is inside a document, whose end may be in it; that of the last document is at num_tokens.
+    """
 
     @property
     def num_tokens(self) -> int:
@@ -66,8 +78,8 @@ class TokenFile:
 
     @property
     def has_prompts(self) -> bool:
-        """Whether any document has a prompt; compares all starts."""
-        return not np.array_equal(self.document_starts, self.answer_starts)
+        """Whether any token is not learned; compares all starts."""
+        return len(self.gaps) > 0 or not np.array_equal(self.document_starts, self.answer_starts)
 
     def document_of(self, index: ArrayLike) -> NDArray[np.int64]:
         """Return the number of each token's document; same shape as `index`."""
@@ -75,7 +87,29 @@ class TokenFile:
 
     def is_learned(self, index: NDArray[np.int64], document: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Return whether each token is a target: part of an answer or the end of its document, but not of a prompt."""
-        return index >= self.answer_starts[document]
+        is_answer = index >= self.answer_starts[document]
+        if not len(self.gaps):
+            return is_answer
+        return is_answer & (np.searchsorted(self.gaps, index, side="right") % 2 == 0)
+
+    def learned_spans(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return begin and end of each learned stretch, ascending; the end of the last document is at num_tokens.
+
+        Every document ends a stretch, even if the next one goes on learning.
+        """
+        ends = np.append(self.document_starts[1:], self.num_tokens + 1)
+        # Stretches and gaps of a document alternate, so that sorting pairs every begin with its end.
+        begin = np.sort(np.concatenate([self.answer_starts, self.gaps[1::2]]))
+        end = np.sort(np.concatenate([self.gaps[::2], ends]))
+        return begin[begin < end], end[begin < end]
+
+    def document(self, index: int) -> tuple[NDArray[np.unsignedinteger], NDArray[np.bool_]]:
+        """Return the tokens of a document (n,), and whether each of them and its end is learned (n + 1,)."""
+        start, end = int(self.document_starts[index]), self.num_tokens
+        if index + 1 < self.num_documents:
+            end = int(self.document_starts[index + 1]) - 1
+        positions = np.arange(start, end + 1)
+        return self.tokens[start:end], self.is_learned(positions, np.full_like(positions, index))
 
 
 def is_intact(folder: Path, name: str, info: TokenFileInfo, *, vocab_size: int, verify: bool = False) -> bool:
@@ -109,6 +143,7 @@ def open_token_file(folder: Path, name: str, info: TokenFileInfo, *, vocab_size:
         document_starts=_verified(folder / f"{name}.documents", POSITION, info.documents_sha256),
         answer_starts=_verified(folder / f"{name}.answers", POSITION, info.answers_sha256),
         num_bytes=info.num_bytes,
+        **({"gaps": _verified(folder / f"{name}.gaps", POSITION, info.gaps_sha256)} if info.gaps_sha256 else {}),
     )
 
 
@@ -126,6 +161,8 @@ def _expected(folder: Path, name: str, info: TokenFileInfo, *, vocab_size: int) 
         (folder / f"{name}.documents", num_positions_bytes, info.documents_sha256),
         (folder / f"{name}.answers", num_positions_bytes, info.answers_sha256),
     ]
+    if info.gaps_sha256 is not None:
+        expected.append((folder / f"{name}.gaps", 2 * info.num_gaps * POSITION.itemsize, info.gaps_sha256))
     if info.checksums_sha256 is not None:
         size_bytes = num_blocks(num_tokens_bytes) * CHECKSUM_BYTES
         expected.append((folder / f"{name}.checksums", size_bytes, info.checksums_sha256))

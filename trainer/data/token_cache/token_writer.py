@@ -1,6 +1,7 @@
 """Writer of token files."""
 
 import hashlib
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -25,18 +26,35 @@ class TokenWriter(AbstractContextManager["TokenWriter"]):
         """Number of tokens so far, including ends of documents."""
         self._num_bytes = self._num_documents = 0
         self._checksums_path = folder / f"{name}.checksums"
+        self._gaps_path = folder / f"{name}.gaps"
+        self._gaps: HashedFile | None = None  # created by the first gap: most texts have none
+        self._num_gaps = 0
         self._tokens, self._starts, self._answers = (
             HashedFile(folder / f"{name}.{content}") for content in ("tokens", "documents", "answers")
         )
 
-    def write(self, tokens: NDArray[np.integer], *, num_bytes: int, num_prompt_tokens: int = 0) -> None:
-        """Append a document of `num_bytes` bytes of text; its first `num_prompt_tokens` are not learned."""
+    def write(
+        self,
+        tokens: NDArray[np.integer],
+        *,
+        num_bytes: int,
+        num_prompt_tokens: int = 0,
+        is_learned: NDArray[np.bool_] | None = None,
+    ) -> None:
+        """Append a document of `num_bytes` bytes of text; its first `num_prompt_tokens` are not learned.
+
+        Instead of those, `is_learned` (n + 1,) can say so of each token and of the end of the document.
+        """
         fits_by_type = tokens.dtype == self._dtype and self._vocab_size > np.iinfo(self._dtype).max
         if not fits_by_type and tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab_size:
             raise ValueError(f"tokens in [{tokens.min()}, {tokens.max()}] do not fit the vocabulary {self._vocab_size}")
+        gaps: Sequence[int] = ()
+        if is_learned is not None:
+            num_prompt_tokens, gaps = _prompt_and_gaps(is_learned)
         start = self._next_start()
         self._starts.write(start.to_bytes(POSITION.itemsize, "little"))
         self._answers.write((start + num_prompt_tokens).to_bytes(POSITION.itemsize, "little"))
+        self._write_gaps(start + np.asarray(gaps, dtype=POSITION))
         self._append(tokens.astype(self._dtype, copy=False))
         self._num_documents += 1
         self._num_bytes += num_bytes
@@ -48,6 +66,7 @@ class TokenWriter(AbstractContextManager["TokenWriter"]):
         start = self._next_start()
         self._starts.write((file.document_starts + start).astype(POSITION).tobytes())
         self._answers.write((file.answer_starts + start).astype(POSITION).tobytes())
+        self._write_gaps(file.gaps + start)
         for first in range(0, file.num_tokens, _CHUNK_TOKENS):
             self._append(file.tokens[first : first + _CHUNK_TOKENS])
         self._num_documents += file.num_documents
@@ -63,11 +82,14 @@ class TokenWriter(AbstractContextManager["TokenWriter"]):
             documents_sha256=self._starts.sha256(),
             answers_sha256=self._answers.sha256(),
             checksums_sha256=hashlib.sha256(self._tokens.checksums()).hexdigest() if self._has_checksums() else None,
+            num_gaps=self._num_gaps,
+            gaps_sha256=self._gaps.sha256() if self._gaps is not None else None,
         )
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for file in (self._tokens, self._starts, self._answers):
-            file.close()
+        for file in (self._tokens, self._starts, self._answers, self._gaps):
+            if file is not None:
+                file.close()
         if kind is None and self._has_checksums():
             self._checksums_path.write_bytes(self._tokens.checksums())
 
@@ -80,6 +102,23 @@ class TokenWriter(AbstractContextManager["TokenWriter"]):
             self._append(self._end_of_document)
         return self.num_tokens
 
+    def _write_gaps(self, gaps: NDArray[np.int64]) -> None:
+        if len(gaps):
+            self._gaps = self._gaps or HashedFile(self._gaps_path)
+            self._gaps.write(gaps.astype(POSITION).tobytes())
+            self._num_gaps += len(gaps) // 2
+
     def _append(self, tokens: NDArray[np.unsignedinteger]) -> None:
         self._tokens.write(tokens.tobytes())
         self.num_tokens += len(tokens)
+
+
+def _prompt_and_gaps(is_learned: NDArray[np.bool_]) -> tuple[int, list[int]]:
+    """Return the tokens before the first learned one, and begin and end of each later stretch that is not learned.
+
+    The last entry of `is_learned` (n + 1,) is the end of the document. If nothing is learned, that end is a gap.
+    """
+    num_tokens = len(is_learned) - 1
+    first = int(is_learned.argmax()) if is_learned.any() else num_tokens
+    bounds = np.concatenate([[True], is_learned[first:], [True]])  # what is before and after does not begin a gap
+    return first, (first + np.flatnonzero(bounds[1:] != bounds[:-1])).tolist()
