@@ -30,6 +30,7 @@ from trainer.prove.rounding import FLOORS
 from trainer.prove.run_case import run_case
 
 CLAMPED = {"activation": "clamped_swiglu", "swiglu_alpha": 1.5, "swiglu_limit": 0.2}  # which values exceed
+_OF_RECORDS = ("documents", "answers", "weighted answers")
 STEPS, TOLERANCE, TIMEOUT_S = 10, 1e-9, 300.0
 
 
@@ -64,7 +65,7 @@ def draw(number: int, folder: Path) -> Trial:
             "model": _model(drawn, list(ROUTERS)[number % len(ROUTERS)]),
             "data": {
                 "sources": repeated_texts(folder)[text],
-                "packing": drawn.choice(["wrapped", "bfd"]) if text in ("documents", "answers") else "wrapped",
+                "packing": drawn.choice(["wrapped", "bfd"]) if text in _OF_RECORDS else "wrapped",
                 "cache_dir": str(folder / "cache"),
             },
             "optim": {"weight_decay": drawn.choice([0.0, 0.1]), "betas": drawn.choice([(0.9, 0.95), (0.8, 0.999)])},

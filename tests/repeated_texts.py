@@ -40,12 +40,17 @@ def repeated_texts(folder: Path) -> dict[str, list[dict[str, Any]]]:
         sources[kind] = [{"kind": "text", "path": str(folder / f"{name}.txt"), "domain": name}]
     documents = [line for kind in ("rulers", "indentation", "padding bytes", "one block") for line in lines[kind]]
     rows = [
-        {"text": line[: drawn.randint(1, 40)].strip(" ") or "-", "prompt": "-" * drawn.randint(0, 6)}
-        for line in documents
+        {
+            "text": line[: drawn.randint(1, 40)].strip(" ") or "-",
+            "prompt": "-" * drawn.randint(0, 6),
+            "gain": (n % 4) / 3,
+        }
+        for n, line in enumerate(documents)
     ]
     (folder / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     documents_source = {"kind": "jsonl", "path": str(folder / "documents.jsonl")}
     sources["documents"] = [documents_source]
     sources["answers"] = [{**documents_source, "prompt": "{prompt}"}]
+    sources["weighted answers"] = [{**sources["answers"][0], "weight_key": "gain"}]
     sources["rulers and words"] = [{**sources["rulers"][0], "weight": 2.0}, sources["words"][0]]
     return sources

@@ -27,10 +27,10 @@ def _fault(name: str, file: str, old: str, new: str, *tests: str) -> Fault:
 
 FAULTS = [
     # Of a step
-    _fault("N_g counts targets", _STEP, "b.num_valid for b", "b.num_targets for b", NATIVE),
-    _fault("N_g counts targets, against transformers", _STEP, "b.num_valid for b", "b.num_targets for b", PARITY),
+    _fault("N_g counts targets", _STEP, "b.num_valid for b", "b.target_weight for b", NATIVE),
+    _fault("N_g counts targets, against transformers", _STEP, "b.num_valid for b", "b.target_weight for b", PARITY),
     _fault("N_g counts padding", _STEP, "b.num_valid for b", "b.valid.numel() for b", NATIVE),
-    _fault("T_g counts what is not learned", _STEP, "b.num_targets for b", "b.num_valid for b", PARITY),
+    _fault("T_g counts what is not learned", _STEP, "b.target_weight for b", "b.num_valid for b", PARITY),
     _fault(
         "auxiliary losses are per target",
         "trainer/moe/losses.py",

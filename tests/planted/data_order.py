@@ -129,4 +129,32 @@ FAULTS = [
         "is_held_out(document.text,",
         "data/token_cache/test_block_stream.py::test_the_split_of_a_stream_depends_on_the_prompt_too",
     ),
+    in_package(
+        "documents before the first weight have none",
+        "data/token_cache/token_writer.py",
+        "_ones(min(_CHUNK_DOCUMENTS, self._num_documents - first))",
+        "_ones(0)",
+        "data/sources/test_loss_weight.py",
+    ),
+    in_package(
+        "a target has the weight of the document before it",
+        "data/token_cache/token_files.py",
+        "is_learned * self.weights[document]",
+        "is_learned * self.weights[document - 1]",
+        "data/sources/test_loss_weight.py",
+    ),
+    in_package(
+        "a sum of weights below 1 is 1",
+        "engine/step.py",
+        "target_weight or 1.0, routed",
+        "max(1.0, target_weight), routed",
+        "tests/laws/test_document_weights.py",
+    ),
+    in_package(
+        "weights of documents are rounded to 0 or 1",
+        "data/batches/batch.py",
+        "else self.loss_mask * self.valid",
+        "else (self.loss_mask > 0) & self.valid",
+        "tests/laws/test_document_weights.py",
+    ),
 ]

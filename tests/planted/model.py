@@ -242,15 +242,15 @@ FAULTS = [
     Fault(
         name="targets that are masked count",
         file="trainer/data/batches/batch.py",
-        old="return self.loss_mask & self.valid",
-        new="return self.valid",
+        old="return self.loss_mask & self.valid if",
+        new="return self.valid if",
         tests=(PARITY,),
     ),
     Fault(
         name="targets of padding count",
         file="trainer/data/batches/batch.py",
-        old="return self.loss_mask & self.valid",
-        new="return self.loss_mask",
+        old="return self.loss_mask & self.valid if",
+        new="return self.loss_mask if",
         tests=(PARITY,),
     ),
     Fault(

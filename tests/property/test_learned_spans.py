@@ -60,7 +60,7 @@ def test_rows_have_the_targets_of_the_mask(masks, seq_len, data):
         texts = {"windows": (Windows(file, seq_len=seq_len), num_windows), "packed": (packed, packed.num_rows)}
         for name, (text, num_rows) in texts.items():
             rows: SequenceRows = text.read(np.arange(num_rows))
-            counted = rows.is_learned & rows.is_real
+            counted = rows.loss_mask.astype(np.bool_) & rows.is_real
             assert text.with_targets().tolist() == np.flatnonzero(counted.any(axis=1)).tolist()
             targets = zip([*tokens, EOD][predicted[name]], learned[predicted[name]], strict=True)
             assert sorted(rows.targets[counted].tolist()) == sorted(token for token, flag in targets if flag)

@@ -222,9 +222,10 @@ class StepEngine(Engine):
 
     def _denominators(self, batches: Sequence[Batch]) -> Denominators:
         """Count the target and routed tokens of the whole step, over all ranks."""
-        counts = torch.tensor([sum(b.num_targets for b in batches), sum(b.num_valid for b in batches)])  # on the host
-        target_tokens, routed_tokens = self.mesh.host.all_reduce_(counts).tolist()
-        return Denominators(target_tokens=max(1, target_tokens), routed_tokens=max(1, routed_tokens))
+        parts = [sum(b.target_weight for b in batches), sum(b.num_valid for b in batches)]
+        counts = torch.tensor(parts, dtype=torch.float64)  # on the host; exact for numbers of tokens
+        target_weight, routed_tokens = self.mesh.host.all_reduce_(counts).tolist()
+        return Denominators(target_tokens=target_weight or 1.0, routed_tokens=max(1, int(routed_tokens)))
 
     def _reduce_sums(
         self, total: StepTotals, choices: Tensor, routing: RoutingSums | None, square: Tensor

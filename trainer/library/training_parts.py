@@ -83,7 +83,7 @@ def training_loss(model: GPT, batch: Batch, *, seed: int = 0) -> tuple[Tensor, t
         output.row_loss.sum(),
         output.moe,
         global_stats=None,
-        denominators=Denominators(target_tokens=batch.num_targets, routed_tokens=batch.num_valid),
+        denominators=Denominators(target_tokens=batch.target_weight or 1.0, routed_tokens=batch.num_valid),
         losses=None if moe is None else moe.aux_losses,
         vocab_z=output.vocab_z,
     )

@@ -101,6 +101,7 @@ class GPT(nn.Module):
             return row_loss, row_z if needs_z else None, None
         logits = self._logits(hidden)
         nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")  # (T,)
+        target_mask = target_mask.to(nats.dtype)
         row_loss = (nats.view(targets.shape) * target_mask).sum(1)
         row_z = (logits.logsumexp(-1).square() * target_mask).sum(1) if needs_z else None
         return row_loss, row_z, logits if want_logits else None

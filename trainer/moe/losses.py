@@ -4,7 +4,8 @@
 
 V is the squared logsumexp of the vocabulary's logits, summed over target tokens. T_g is the number of target tokens
 and N_g that of valid routed tokens of the whole optimizer step, over all ranks and micro-batches. The objective of a
-step is therefore the plain sum of its micro-batches' shares, however it is split.
+step is therefore the plain sum of its micro-batches' shares, however it is split. If documents have weights, CE_sum
+and V are weighted sums, and T_g is the sum of the weights.
 
 # B sequences, E experts, L MoE layers.
 """
@@ -25,8 +26,8 @@ from trainer.moe.terms import AuxLosses
 class Denominators:
     """Divisors of the sums of one optimizer step, counted before its first forward pass."""
 
-    target_tokens: int
-    """T_g."""
+    target_tokens: float
+    """T_g: the number of target tokens, or the sum of their weights."""
     routed_tokens: int
     """N_g."""
 

@@ -50,7 +50,7 @@ def chunked_cross_entropy(
         hidden: (B, S, D) normalized residual stream.
         weight: (V, D), whole.
         targets: (B, S) token ids.
-        target_mask: (B, S) bool; the other tokens have no loss.
+        target_mask: (B, S) bool; the other tokens have no loss. Or weights, which multiply the losses.
         chunks: tokens at a time, and dtype.
         needs_z: the second result will have a gradient, so no gradient is computed in the forward pass.
     """

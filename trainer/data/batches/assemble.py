@@ -28,12 +28,14 @@ def assemble(
     """
     shape = len(domain), seq_len
     tokens, targets = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
-    valid, loss_mask = (torch.zeros(shape, dtype=torch.bool) for _ in range(2))
+    has_weights = any(rows.loss_mask.dtype != np.bool_ for _, rows in parts)
+    loss_mask = torch.zeros(shape, dtype=torch.float64 if has_weights else torch.bool)
+    valid = torch.zeros(shape, dtype=torch.bool)
     document = torch.full(shape, PADDING, dtype=torch.int64)
     for numbers, rows in parts:
         here, is_real = torch.from_numpy(numbers), torch.from_numpy(rows.is_real)
         valid[here] = is_real
-        loss_mask[here] = torch.from_numpy(rows.is_learned) & is_real
+        loss_mask[here] = torch.from_numpy(rows.loss_mask).where(is_real, False).to(loss_mask.dtype)
         tokens[here] = torch.from_numpy(rows.tokens).where(is_real, 0)
         targets[here] = torch.from_numpy(rows.targets).where(is_real, 0)
         document[here] = torch.from_numpy(rows.document).where(is_real, PADDING)

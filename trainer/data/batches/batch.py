@@ -20,7 +20,7 @@ class Batch:
     targets: Tensor
     """int64 id of the next token."""
     loss_mask: Tensor
-    """bool: the target of this position counts in the loss."""
+    """bool: the target of this position counts in the loss; or float64: its weight there, 0 or more."""
     valid: Tensor
     """bool: a real token. False is padding, which is neither routed nor counted."""
     document_id: Tensor
@@ -34,8 +34,8 @@ class Batch:
 
     @property
     def target_mask(self) -> Tensor:
-        """(B, S) bool: positions that count in the loss."""
-        return self.loss_mask & self.valid
+        """(B, S) of `loss_mask`'s dtype: positions that count in the loss, or their weights."""
+        return self.loss_mask & self.valid if self.loss_mask.dtype == torch.bool else self.loss_mask * self.valid
 
     @cached_property
     def num_valid(self) -> int:
@@ -43,9 +43,9 @@ class Batch:
         return int(self.valid.sum())
 
     @cached_property
-    def num_targets(self) -> int:
-        """Number of positions that count in the loss; waits as `num_valid` does."""
-        return int(self.target_mask.sum())
+    def target_weight(self) -> float:
+        """Sum of the weights in the loss: without weights, the number of targets. Waits as `num_valid` does."""
+        return float(self.target_mask.sum(dtype=torch.float64))
 
     def to(self, device: torch.device) -> Self:
         """Return a copy of the batch on `device`, with its tokens counted where they are now: on the host.
@@ -57,5 +57,5 @@ class Batch:
         if device.type == "cuda":
             tensors = {name: t.pin_memory() if t.device.type == "cpu" else t for name, t in tensors.items()}
         copy = type(self)(**{name: t.to(device, non_blocking=True) for name, t in tensors.items()})
-        copy.__dict__.update(num_valid=self.num_valid, num_targets=self.num_targets)
+        copy.__dict__.update(num_valid=self.num_valid, target_weight=self.target_weight)
         return copy

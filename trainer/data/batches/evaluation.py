@@ -1,6 +1,7 @@
 """Validation text in batches."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -19,12 +20,12 @@ def evaluation_batches(
     """Yield the validation text of a domain in batches of `batch_size` rows; sample_id is the number of the row.
 
     Padding rows fill up the last batch. `max_tokens` limits the positions, but not below one row: rows are then evenly
-    spaced among those with a target. See `Windows` and `PackedDocuments` for the packing. Raises DataError if there is
-    no token to predict, or an id outside the vocabulary.
+    spaced among those with a target. All documents weigh 1. See `Windows` and `PackedDocuments` for the packing. Raises
+    DataError if there is no token to predict, or an id outside the vocabulary.
     """
     if seq_len < 1 or batch_size < 1:
         raise ValueError(f"seq_len is {seq_len} and batch_size {batch_size}; both must be at least 1")
-    file = corpus.validation[domain_index]
+    file = replace(corpus.validation[domain_index], weights=None)
     if packing == "bfd":
         text = PackedDocuments(file, seq_len=seq_len, end_of_document=corpus.tokenizer.end_of_document)
     else:

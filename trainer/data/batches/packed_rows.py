@@ -63,7 +63,7 @@ class PackedDocuments:
         return SequenceRows(
             tokens=to_rows(self._tokens(position)),
             targets=to_rows(self._tokens(position + 1)),
-            is_learned=to_rows(self._file.is_learned(position + 1, document)),
+            loss_mask=to_rows(self._file.loss_mask(position + 1, document)),
             is_real=is_real,
             document=to_rows(document),
         )

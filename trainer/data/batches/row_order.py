@@ -21,8 +21,8 @@ class SequenceRows:
 
     tokens: NDArray[np.int64]
     targets: NDArray[np.int64]
-    is_learned: NDArray[np.bool_]
-    """The target is not part of a prompt."""
+    loss_mask: NDArray[np.bool_] | NDArray[np.float64]
+    """The target is not part of a prompt; or its weight in the loss."""
     is_real: NDArray[np.bool_]
     """False is padding, where the other fields are undefined."""
     document: NDArray[np.int64]

@@ -91,7 +91,7 @@ def read_windows(file: TokenFile, starts: NDArray[np.int64], seq_len: int) -> Se
     return SequenceRows(
         tokens=tokens[:, :-1],
         targets=tokens[:, 1:],
-        is_learned=file.is_learned(positions[:, 1:], document[:, 1:]),
+        loss_mask=file.loss_mask(positions[:, 1:], document[:, 1:]),
         is_real=is_inside[:, 1:],
         document=document[:, :-1],
     )

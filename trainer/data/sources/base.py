@@ -24,6 +24,8 @@ class Document:
     text: str
     prompt: str = ""
     """Prompt, read before the text and not learned: none of its tokens is a target."""
+    weight: float = 1.0
+    """Weight of its targets in the training loss, 0 or more."""
 
 
 class Source(ABC):

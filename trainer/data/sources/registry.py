@@ -102,6 +102,10 @@ class TableConfig(RecordsOptions):
     """Column with the document's domain. Null: all documents belong to `domain`."""
     domain: Domain
     """Name of the domain in per-domain losses."""
+    weight_key: Name | None = None
+    """Column with the document's weight in the training loss, a number of at least 0: the loss is the sum of weight
+    times nats over all targets of the global batch, divided by the sum of their weights. A document of weight 0 is read
+    and not learned. Evaluation does not use weights. Null: all weigh 1."""
     weight: Weight = 1.0
     """Share of the mixture, split evenly over the domains found."""
 
@@ -114,7 +118,7 @@ class TableConfig(RecordsOptions):
     def columns(self) -> set[str]:
         """Return the columns to read."""
         named = [*Template(self.text).columns, *Template(self.prompt).columns, *(f.column for f in self.filters)]
-        return {*named, self.domain_key} if self.domain_key is not None else set(named)
+        return {*named, *(key for key in (self.domain_key, self.weight_key) if key is not None)}
 
     def skips_bad_records(self) -> bool:
         """Return whether unusable records are skipped."""
@@ -131,6 +135,7 @@ class TableConfig(RecordsOptions):
             prompt=self.prompt,
             filters=self.filters,
             domain_key=self.domain_key,
+            weight_key=self.weight_key,
             weight=self.weight,
             skips_bad_records=self.skips_bad_records(),
         )

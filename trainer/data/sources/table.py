@@ -9,6 +9,7 @@ from trainer.data.records.filters import FilterConfig
 from trainer.data.records.template import Template
 from trainer.data.records.text_files import NO_TEXT
 from trainer.data.sources.base import DOMAIN_NAME, Document, Source
+from trainer.data.sources.loss_weight import loss_weight
 
 
 class TableSource(Source):
@@ -26,6 +27,7 @@ class TableSource(Source):
         prompt: str = "",
         filters: Sequence[FilterConfig] = (),
         domain_key: str | None = None,
+        weight_key: str | None = None,
         weight: float = 1.0,
         skips_bad_records: bool = False,
     ) -> None:
@@ -33,7 +35,7 @@ class TableSource(Source):
         self.weight, self.skips_bad_records = weight, skips_bad_records
         self._reader, self._filters = reader, filters
         self._text_template, self._text, self._prompt = text, Template(text), Template(prompt)
-        self._domain, self._domain_key = domain, domain_key
+        self._domain, self._domain_key, self._weight_key = domain, domain_key, weight_key
 
     def files(self) -> list[Path]:
         """Return the local files of the reader."""
@@ -82,4 +84,5 @@ class TableSource(Source):
                 "dashes and underscores; correct the record or set another domain_key",
                 reason="of a domain that is no name",
             )
-        return Document(name=record.where, domain=domain, text=text, prompt=self._prompt.render(record))
+        weight = 1.0 if self._weight_key is None else loss_weight(record, self._weight_key)
+        return Document(name=record.where, domain=domain, text=text, prompt=self._prompt.render(record), weight=weight)

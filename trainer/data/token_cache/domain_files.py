@@ -58,7 +58,7 @@ def is_domain_intact(folder: Path, domain: DomainInfo, *, vocab_size: int, verif
     )
 
 
-def write_document(writer: TokenWriter, tokenizer: Tokenizer, text: str, prompt: str = "") -> int:
+def write_document(writer: TokenWriter, tokenizer: Tokenizer, text: str, prompt: str = "", weight: float = 1.0) -> int:
     """Append a document; return its bytes of text."""
     tokens = tokenizer.encode(text)
     num_prompt_tokens, num_bytes = 0, len(text.encode())
@@ -68,11 +68,12 @@ def write_document(writer: TokenWriter, tokenizer: Tokenizer, text: str, prompt:
         tokens = np.concatenate([prompt_tokens, tokens])
         num_prompt_tokens = len(prompt_tokens)
         num_bytes += len(prompt.encode())
-    writer.write(tokens, num_bytes=num_bytes, num_prompt_tokens=num_prompt_tokens)
+    writer.write(tokens, num_bytes=num_bytes, num_prompt_tokens=num_prompt_tokens, weight=weight)
     return num_bytes
 
 
 def copy_document(writer: TokenWriter, tokenizer: Tokenizer, file: TokenFile, index: int) -> None:
     """Append a document of another token file of the same tokenizer."""
     tokens, is_learned = file.document(index)
-    writer.write(tokens, num_bytes=int(tokenizer.token_bytes()[tokens].sum()), is_learned=is_learned)
+    num_bytes = int(tokenizer.token_bytes()[tokens].sum())
+    writer.write(tokens, num_bytes=num_bytes, is_learned=is_learned, weight=file.weight(index))

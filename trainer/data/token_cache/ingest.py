@@ -13,7 +13,7 @@ from trainer.data.token_cache.token_writer import TokenWriter
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.errors import DataError
 
-MAX_DOMAINS = 128  # most domains of a source; each needs six open files during ingestion
+MAX_DOMAINS = 128  # most domains of a source; each needs six open files, or eight during ingestion
 
 
 class _DomainWriter:
@@ -28,7 +28,7 @@ class _DomainWriter:
     def add(self, document: Document) -> int:
         """Write the pieces whose side is known after this document; return their bytes."""
         self._num_documents += 1
-        return self._write(self._split.add(document.text, prompt=document.prompt))
+        return self._write(self._split.add(document.text, prompt=document.prompt, weight=document.weight))
 
     def finish(self) -> DomainInfo:
         self._write(self._split.finish())
@@ -41,7 +41,10 @@ class _DomainWriter:
         )
 
     def _write(self, pieces: Sequence[Piece]) -> int:
-        return sum(write_document(self._writers[side], self._tokenizer, text, prompt) for side, text, prompt in pieces)
+        return sum(
+            write_document(self._writers[piece.side], self._tokenizer, piece.text, piece.prompt, piece.weight)
+            for piece in pieces
+        )
 
 
 def ingest(

@@ -64,7 +64,7 @@ def _split_only_document(
     tokens, answer = file.document(0)[0], int(file.answer_starts[0])
     prompt, text = (tokenizer.decode(part.tolist()).decode() for part in (tokens[:answer], tokens[answer:]))
     (result,) = ingest(
-        [Document(name=domain.name, domain=domain.name, text=text, prompt=prompt)],
+        [Document(name=domain.name, domain=domain.name, text=text, prompt=prompt, weight=file.weight(0))],
         folder,
         tokenizer=tokenizer,
         split=split.model_copy(update={"kind": "tail"}),
@@ -93,7 +93,7 @@ def _fill_empty_side(domain: DomainInfo, folder: Path, *, tokenizer: Tokenizer) 
         for index, digest in enumerate(digests):
             copy_document(writers[empty if digest == moved else full], tokenizer, file, index)
         sides = {side: writer.info() for side, writer in writers.items()}
-    for optional in ("checksums", "gaps"):  # the others are replaced
+    for optional in ("checksums", "gaps", "weights"):  # the others are replaced
         (folder / f"{domain.name}.{full}.{optional}").unlink(missing_ok=True)
     for path in list(temporary.iterdir()):
         path.rename(folder / path.name)

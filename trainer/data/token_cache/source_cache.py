@@ -190,6 +190,8 @@ def _identity(config: SourceConfig) -> dict[str, Any]:
     options = config.model_dump(mode="json", exclude={"weight"})  # the mixture is drawn from the same tokens
     if options.get("on_bad_row") == "error":  # keeps the name of caches from before this option
         del options["on_bad_row"]
+    if "weight_key" in options and options["weight_key"] is None:
+        del options["weight_key"]
     if not isinstance(config, InstalledSourceConfig):
         return options | {"relative_to": str(Path.cwd())}
     versions = {"python": platform.python_version()}

@@ -41,6 +41,8 @@ class Piece(NamedTuple):
     side: Side
     text: str
     prompt: str = ""
+    weight: float = 1.0
+    """Of the whole document."""
 
 
 def is_held_out(text: str, fraction: float) -> bool:
@@ -67,36 +69,39 @@ class DomainSplit:
         self.kind = config.kind
         """`auto` becomes `hash` at the second document or `tail` at the end of the domain."""
         self._fraction = config.fraction
-        self._buffered: tuple[str, str] | None = None
+        self._buffered: tuple[str, str, float] | None = None
         self._tail_start = tail_start(num_characters, config.fraction) if num_characters is not None else 0
         self._num_seen = 0
 
-    def add(self, text: str, *, prompt: str = "") -> list[Piece]:
+    def add(self, text: str, *, prompt: str = "", weight: float = 1.0) -> list[Piece]:
         """Add a document; return the pieces whose side is known now."""
         if self.kind == "tail":
-            return self._split_at_tail(prompt, text)
+            return self._split_at_tail(prompt, text, weight)
         if self.kind == "hash":
-            return [self._by_hash(prompt, text)]
+            return [self._by_hash(prompt, text, weight)]
         if self._buffered is None:
-            self._buffered = prompt, text
+            self._buffered = prompt, text, weight
             return []
         first, self._buffered, self.kind = self._buffered, None, "hash"
-        return [self._by_hash(*first), self._by_hash(prompt, text)]
+        return [self._by_hash(*first), self._by_hash(prompt, text, weight)]
 
     def finish(self) -> list[Piece]:
         """End the domain; return the remaining pieces."""
         if self._buffered is None:
             return []
-        (prompt, text), self._buffered, self.kind = self._buffered, None, "tail"
+        (prompt, text, weight), self._buffered, self.kind = self._buffered, None, "tail"
         self._tail_start = tail_start(len(prompt) + len(text), self._fraction)
-        return self._split_at_tail(prompt, text)
+        return self._split_at_tail(prompt, text, weight)
 
-    def _by_hash(self, prompt: str, text: str) -> Piece:
-        return Piece("validation" if is_held_out(prompt + text, self._fraction) else "train", text, prompt)
+    def _by_hash(self, prompt: str, text: str, weight: float) -> Piece:
+        return Piece("validation" if is_held_out(prompt + text, self._fraction) else "train", text, prompt, weight)
 
-    def _split_at_tail(self, prompt: str, text: str) -> list[Piece]:
+    def _split_at_tail(self, prompt: str, text: str, weight: float) -> list[Piece]:
         before = max(self._tail_start - self._num_seen, 0)
         self._num_seen += len(prompt) + len(text)
         in_text = max(before - len(prompt), 0)
-        pieces = [Piece("train", text[:in_text], prompt[:before]), Piece("validation", text[in_text:], prompt[before:])]
+        pieces = [
+            Piece("train", text[:in_text], prompt[:before], weight),
+            Piece("validation", text[in_text:], prompt[before:], weight),
+        ]
         return [piece for piece in pieces if piece.prompt or piece.text]

@@ -69,7 +69,7 @@ class StreamedSource:
             for mark, document in self._documents(begin, skipped):
                 is_validation = is_held_out(document.prompt + document.text, self.held_out)
                 writer = writers["validation" if is_validation else "train"]
-                write_document(writer, self.tokenizer, document.text, document.prompt)
+                write_document(writer, self.tokenizer, document.text, document.prompt, document.weight)
                 end = mark.model_copy(update={"document": mark.document + 1})
                 if writers["train"].num_tokens >= self.config.block_tokens:
                     break

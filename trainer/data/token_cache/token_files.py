@@ -5,6 +5,7 @@ DOMAIN.train.documents   int64 position of each document's first token
 DOMAIN.train.answers     int64 position of each document's first learned token; those before it are its prompt
 DOMAIN.train.gaps        int64 begin and end of each stretch after an answer's start that is not learned: the questions
                          between the answers of a conversation; only where a document has one
+DOMAIN.train.weights     float64 weight of each document in the training loss; absent if all are 1
 DOMAIN.train.checksums   of the blocks of a large tokens file (checksums.py); other files are verified when opened
 
 tokens      p0 d0 d0 EOD d1 d1 EOD d2      the end of document belongs to the document before it
@@ -25,6 +26,7 @@ from trainer.data.token_cache.checksums import CHECKSUM_BYTES, CheckedArray, dam
 from trainer.data.tokenizers.base import token_dtype
 
 POSITION = np.dtype("<i8")  # type of positions on disk
+WEIGHT = np.dtype("<f8")  # type of weights on disk
 _SMALL_BYTES = 128 << 10
 """Files up to this size are read into memory: a mapping keeps a file open, and a run may have thousands."""
 
@@ -44,11 +46,13 @@ class TokenFileInfo(Config):
     num_gaps: int = 0
     gaps_sha256: str | None = None
     """Hash of the gaps file; None if there is none."""
+    weights_sha256: str | None = None
+    """Hash of the weights file; None if there is none."""
 
     def content(self) -> list[str]:
         """Return the hashes of the content: equal exactly if the content is."""
-        gaps = [] if self.gaps_sha256 is None else [self.gaps_sha256]
-        return [self.sha256, self.documents_sha256, self.answers_sha256, *gaps]
+        optional = [one for one in (self.gaps_sha256, self.weights_sha256) if one is not None]
+        return [self.sha256, self.documents_sha256, self.answers_sha256, *optional]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -65,6 +69,8 @@ class TokenFile:
 
     A gap is inside a document, whose end may be in it; that of the last document is at num_tokens.
     """
+    weights: NDArray[np.float64] | None = None
+    """(num_documents,) weight of each document in the training loss; None: all are 1."""
 
     @property
     def num_tokens(self) -> int:
@@ -111,6 +117,17 @@ class TokenFile:
         positions = np.arange(start, end + 1)
         return self.tokens[start:end], self.is_learned(positions, np.full_like(positions, index))
 
+    def weight(self, index: int) -> float:
+        """Return the weight of a document in the training loss."""
+        return 1.0 if self.weights is None else float(self.weights[index])
+
+    def loss_mask(
+        self, index: NDArray[np.int64], document: NDArray[np.int64]
+    ) -> NDArray[np.bool_] | NDArray[np.float64]:
+        """Return whether each token is a target, or its weight in the loss if the documents have weights."""
+        is_learned = self.is_learned(index, document)
+        return is_learned if self.weights is None else is_learned * self.weights[document]
+
 
 def is_intact(folder: Path, name: str, info: TokenFileInfo, *, vocab_size: int, verify: bool = False) -> bool:
     """Return whether a token file exists in the size of the manifest; `verify` compares its hashes too."""
@@ -138,12 +155,16 @@ def open_token_file(folder: Path, name: str, info: TokenFileInfo, *, vocab_size:
         if hashlib.sha256(checksums).hexdigest() != info.checksums_sha256:
             raise damaged(path)
         verified = CheckedArray(tokens, dtype, checksums)
+    weights, sha256 = None, info.weights_sha256
+    if sha256 is not None:
+        weights = _verified(folder / f"{name}.weights", WEIGHT, sha256)
     return TokenFile(
         tokens=verified,
         document_starts=_verified(folder / f"{name}.documents", POSITION, info.documents_sha256),
         answer_starts=_verified(folder / f"{name}.answers", POSITION, info.answers_sha256),
         num_bytes=info.num_bytes,
         **({"gaps": _verified(folder / f"{name}.gaps", POSITION, info.gaps_sha256)} if info.gaps_sha256 else {}),
+        weights=weights,
     )
 
 
@@ -163,6 +184,8 @@ def _expected(folder: Path, name: str, info: TokenFileInfo, *, vocab_size: int) 
     ]
     if info.gaps_sha256 is not None:
         expected.append((folder / f"{name}.gaps", 2 * info.num_gaps * POSITION.itemsize, info.gaps_sha256))
+    if info.weights_sha256 is not None:
+        expected.append((folder / f"{name}.weights", info.num_documents * WEIGHT.itemsize, info.weights_sha256))
     if info.checksums_sha256 is not None:
         size_bytes = num_blocks(num_tokens_bytes) * CHECKSUM_BYTES
         expected.append((folder / f"{name}.checksums", size_bytes, info.checksums_sha256))

@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.token_cache.checksums import HashedFile
-from trainer.data.token_cache.token_files import POSITION, TokenFile, TokenFileInfo, has_checksums
+from trainer.data.token_cache.token_files import POSITION, WEIGHT, TokenFile, TokenFileInfo, has_checksums
 from trainer.data.tokenizers.base import token_dtype
 
 _CHUNK_TOKENS = 1 << 22
+_CHUNK_DOCUMENTS = 1 << 20
 
 
 class TokenWriter(AbstractContextManager["TokenWriter"]):
@@ -29,6 +30,8 @@ class TokenWriter(AbstractContextManager["TokenWriter"]):
         self._gaps_path = folder / f"{name}.gaps"
         self._gaps: HashedFile | None = None  # created by the first gap: most texts have none
         self._num_gaps = 0
+        self._weights_path = folder / f"{name}.weights"
+        self._weights: HashedFile | None = None  # until a document has another weight than 1
         self._tokens, self._starts, self._answers = (
             HashedFile(folder / f"{name}.{content}") for content in ("tokens", "documents", "answers")
         )
@@ -40,10 +43,12 @@ class TokenWriter(AbstractContextManager["TokenWriter"]):
         num_bytes: int,
         num_prompt_tokens: int = 0,
         is_learned: NDArray[np.bool_] | None = None,
+        weight: float = 1.0,
     ) -> None:
         """Append a document of `num_bytes` bytes of text; its first `num_prompt_tokens` are not learned.
 
-        Instead of those, `is_learned` (n + 1,) can say so of each token and of the end of the document.
+        Instead of those, `is_learned` (n + 1,) can say so of each token and of the end of the document. `weight` is
+        that of its targets in the training loss.
         """
         fits_by_type = tokens.dtype == self._dtype and self._vocab_size > np.iinfo(self._dtype).max
         if not fits_by_type and tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab_size:
@@ -56,6 +61,7 @@ class TokenWriter(AbstractContextManager["TokenWriter"]):
         self._answers.write((start + num_prompt_tokens).to_bytes(POSITION.itemsize, "little"))
         self._write_gaps(start + np.asarray(gaps, dtype=POSITION))
         self._append(tokens.astype(self._dtype, copy=False))
+        self._write_weights(None if weight == 1 else np.array([weight]), count=1)
         self._num_documents += 1
         self._num_bytes += num_bytes
 
@@ -67,6 +73,7 @@ class TokenWriter(AbstractContextManager["TokenWriter"]):
         self._starts.write((file.document_starts + start).astype(POSITION).tobytes())
         self._answers.write((file.answer_starts + start).astype(POSITION).tobytes())
         self._write_gaps(file.gaps + start)
+        self._write_weights(file.weights, count=file.num_documents)
         for first in range(0, file.num_tokens, _CHUNK_TOKENS):
             self._append(file.tokens[first : first + _CHUNK_TOKENS])
         self._num_documents += file.num_documents
@@ -84,10 +91,11 @@ class TokenWriter(AbstractContextManager["TokenWriter"]):
             checksums_sha256=hashlib.sha256(self._tokens.checksums()).hexdigest() if self._has_checksums() else None,
             num_gaps=self._num_gaps,
             gaps_sha256=self._gaps.sha256() if self._gaps is not None else None,
+            weights_sha256=self._weights.sha256() if self._weights is not None else None,
         )
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for file in (self._tokens, self._starts, self._answers, self._gaps):
+        for file in (self._tokens, self._starts, self._answers, self._gaps, self._weights):
             if file is not None:
                 file.close()
         if kind is None and self._has_checksums():
@@ -95,6 +103,16 @@ class TokenWriter(AbstractContextManager["TokenWriter"]):
 
     def _has_checksums(self) -> bool:
         return has_checksums(self.num_tokens * self._dtype.itemsize)
+
+    def _write_weights(self, weights: NDArray[np.float64] | None, *, count: int) -> None:
+        """Append the weights of the next `count` documents, before they are counted; None: all are 1."""
+        if weights is None and self._weights is None:
+            return
+        if self._weights is None:
+            self._weights = HashedFile(self._weights_path)
+            for first in range(0, self._num_documents, _CHUNK_DOCUMENTS):
+                self._weights.write(_ones(min(_CHUNK_DOCUMENTS, self._num_documents - first)))
+        self._weights.write(_ones(count) if weights is None else weights.astype(WEIGHT).tobytes())
 
     def _next_start(self) -> int:
         """End the previous document; return the start of the next one."""
@@ -122,3 +140,7 @@ def _prompt_and_gaps(is_learned: NDArray[np.bool_]) -> tuple[int, list[int]]:
     first = int(is_learned.argmax()) if is_learned.any() else num_tokens
     bounds = np.concatenate([[True], is_learned[first:], [True]])  # what is before and after does not begin a gap
     return first, (first + np.flatnonzero(bounds[1:] != bounds[:-1])).tolist()
+
+
+def _ones(count: int) -> bytes:
+    return np.ones(count, dtype=WEIGHT).tobytes()

@@ -11,14 +11,14 @@ def test_a_batch_on_a_device_keeps_the_counts_of_the_host() -> None:
     batch = make_batch(3, 8, ragged=True)
     expected = int(batch.valid.sum()), int(batch.target_mask.sum())
     there = batch.to(torch.device("meta"))  # which cannot be counted
-    assert (there.num_valid, there.num_targets) == expected and expected[1] < expected[0] < 24
+    assert (there.num_valid, there.target_weight) == expected and expected[1] < expected[0] < 24
 
 
 def test_a_changed_copy_is_counted_anew() -> None:
     batch = make_batch(2, 8).to(torch.device("cpu"))
-    assert (batch.num_valid, batch.num_targets) == (16, 16)
+    assert (batch.num_valid, batch.target_weight) == (16, 16)
     changed = replace(batch, valid=batch.position < 3)
-    assert (changed.num_valid, changed.num_targets) == (6, 6)
+    assert (changed.num_valid, changed.target_weight) == (6, 6)
 
 
 class _Tensor(torch.Tensor):
