@@ -100,7 +100,7 @@ def make_packed_batch(
 
 def rows_of(batch: Batch, start: int, stop: int) -> Batch:
     """Return a range of sequences of a batch."""
-    return Batch(**{name: getattr(batch, name)[start:stop] for name in Batch.__dataclass_fields__})
+    return Batch(**{name: tensor[start:stop] for name, tensor in batch.tensors().items()})
 
 
 def tiny_model_config(moe: dict[str, Any] | None = None, **fields: Any) -> ModelConfig:

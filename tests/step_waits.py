@@ -91,7 +91,7 @@ def count(moe: dict[str, Any], layout: Layout | None = None, *, rows: int = 2, n
     batches = [make_batch(rows, SEQ_LEN, first_sample=first + i * rows, ragged=True) for i in range(num_batches)]
     engine.train_step(batches, lr=1e-3)
     with DeviceWaits() as counted:
-        counted.on_host(getattr(batch, name) for batch in batches for name in batch.__dataclass_fields__)
+        counted.on_host(tensor for batch in batches for tensor in batch.tensors().values())
         engine.train_step(batches, lr=1e-3)
     of_layers = counted.within("moe/", "ops/")
     passes = NUM_LAYERS * num_batches

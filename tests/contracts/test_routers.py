@@ -25,7 +25,8 @@ ADAPTER: TypeAdapter[Any] = TypeAdapter(RouterConfig)
 @pytest.mark.parametrize("router", VARIANTS, ids=str)
 def test_a_router_meets_the_contract(router: dict[str, Any], check: Any) -> None:
     config = ADAPTER.validate_python(router)
-    with suppress(DoesNotApply) if "top_k" not in type(config).model_fields else nullcontext():
+    has_all = "top_k" in type(config).model_fields and config.replays_experts
+    with nullcontext() if has_all else suppress(DoesNotApply):
         check(config, num_experts_of(router["kind"]))
 
 
@@ -69,6 +70,9 @@ class WrongRouter(ThresholdRouter):
         asked = None if wrong == "ignores top_k" else context.top_k
         top_k = asked or self.top_k
         expert_index = stable_top_k(scores.detach(), top_k)
+        live = expert_index
+        if wrong != "ignores given experts":
+            expert_index = context.chosen(live)
         if wrong == "repeats an expert":
             expert_index = expert_index[:, :1].expand(-1, top_k)
         weight = scores.gather(-1, expert_index)
@@ -81,7 +85,9 @@ class WrongRouter(ThresholdRouter):
         if wrong == "keeps fewer rows than it says":
             valid = valid & (context.position > 0)
         decision = RoutingDecision.from_top_k(expert_index, weight, num_experts=4, valid=valid, num_valid=num_valid)
-        return RouterOutput(decision=decision, logits=logits, probs=scores)
+        if wrong == "chooses what is given":
+            live = expert_index
+        return RouterOutput(decision=decision, logits=logits, probs=scores, live_choice=live)
 
 
 WRONG = {
@@ -96,6 +102,8 @@ WRONG = {
     "bfloat16 scores": "scores_are_wide",
     "ignores top_k": "k_of_one_call_is_k_of_the_config",
     "decides by rounding": "rounding_chooses_no_expert",
+    "ignores given experts": "given_experts_are_used",
+    "chooses what is given": "given_experts_are_used",
 }
 
 

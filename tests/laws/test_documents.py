@@ -51,8 +51,8 @@ def _wider(batch: Batch, seq_len: int) -> Batch:
     padding = make_batch(rows, seq_len, seed=77)
     padding = replace(padding, valid=torch.zeros_like(padding.valid), document_id=torch.full_like(padding.tokens, -1))
     parts = {
-        name: torch.cat([getattr(batch, name), getattr(padding, name)[:, present:]], dim=1)
-        for name in Batch.__dataclass_fields__
+        name: torch.cat([tensor, getattr(padding, name)[:, present:]], dim=1)
+        for name, tensor in batch.tensors().items()
     }
     return Batch(**parts | {"sample_id": batch.sample_id[:, :1].expand(rows, seq_len).contiguous()})
 

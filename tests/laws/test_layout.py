@@ -140,8 +140,8 @@ def test_uneven_pieces_and_padding_rows_change_nothing() -> None:
         filled = make_batch(6, SEQ_LEN, seed=99)
         last = Batch(
             **{
-                name: torch.cat([getattr(batch, name)[3:], torch.zeros_like(getattr(filled, name)[5:])])
-                for name in Batch.__dataclass_fields__
+                name: torch.cat([tensor[3:], torch.zeros_like(getattr(filled, name)[5:])])
+                for name, tensor in batch.tensors().items()
             }
         )
         mine = whole.train_step([batch], lr=1e-2)

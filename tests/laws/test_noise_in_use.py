@@ -104,7 +104,7 @@ def test_equal_rows_draw_different_noise_wherever_they_stand(name: str) -> None:
         assert _differ(logits[row], logits[0])
         assert not _differ(*_logits(model, batch, seed=None)[[row, 0]])
     order = torch.tensor([2, 0, 3, 1])
-    moved = Batch(**{field: getattr(batch, field)[order] for field in Batch.__dataclass_fields__})
+    moved = Batch(**{field: tensor[order] for field, tensor in batch.tensors().items()})
     torch.testing.assert_close(_logits(model, moved, seed=3), logits[order], rtol=0, atol=1e-12)
 
 

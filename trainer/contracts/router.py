@@ -230,6 +230,28 @@ def rounding_chooses_no_expert(config: RouterOptions, num_experts: int) -> None:
                 ensure(is_same, f"the last bits of an input choose the experts: {name}, {dtype}, spread {spread}")
 
 
+def given_experts_are_used(config: RouterOptions, num_experts: int) -> None:
+    """Experts that are given replace the choice and nothing else: given its own, a router computes the same bits."""
+    if not config.replays_experts:
+        raise DoesNotApply
+    router, x = make_router(config, num_experts), make_x()
+    for is_training in (True, False):
+        context = context_of(is_training=is_training)
+        own = router(x, context)
+        chosen = own.decision.expert_index.view(B * S, -1)
+        again = router(x, replace(context, given=chosen))
+        ensure(torch.equal(again.decision.combine_weight, own.decision.combine_weight), "its own choice, other weights")
+        ensure(torch.equal(again.decision.kept, own.decision.kept), "its own choice, other assignments are kept")
+        others = (chosen + 1) % (num_experts + config.num_null_experts)  # still distinct
+        output = router(x, replace(context, given=others))
+        decision, live = output.decision, output.live_choice
+        ensure(torch.equal(decision.expert_index, others.flatten()), "given experts are not used in their order")
+        ensure(live is not None and torch.equal(live, chosen), "live_choice is not the router's own")
+        if config.learns_weights and config.weight_sum is None:
+            (gradient,) = torch.autograd.grad(decision.combine_weight.sum(), [next(router.parameters())])
+            ensure((gradient != 0).any(), "given experts leave the router without a gradient")
+
+
 CHECKS = [
     is_well_formed,
     padding_changes_nothing,
@@ -244,4 +266,5 @@ CHECKS = [
     extreme_scores_have_gradients,
     k_of_one_call_is_k_of_the_config,
     rounding_chooses_no_expert,
+    given_experts_are_used,
 ]

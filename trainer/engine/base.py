@@ -33,6 +33,14 @@ class RoutingSums(TensorSums):
     """(L,) int64 valid tokens."""
     entropy_sum: Tensor | None
     """(L,) entropy of the router probabilities, in nats; None if the router has none."""
+    replaced: Tensor | None = None
+    """(L,) int64 given experts that the router would not have chosen; None, like those below: none were given."""
+    replaced_tokens: Tensor | None = None
+    """(L,) int64 tokens with such an expert."""
+    replaced_somewhere: Tensor | None = None
+    """(1,) int64 tokens with such an expert in any layer."""
+    missed_mass: Tensor | None = None
+    """(L,) share of the scores that the router's choice has and the given experts have not."""
 
     @classmethod
     def of(cls, moe: Sequence[MoEStats]) -> "RoutingSums | None":
@@ -40,11 +48,18 @@ class RoutingSums(TensorSums):
         if not moe:
             return None
         entropies = [stats.entropy_sum.sum() for stats in moe if stats.entropy_sum is not None]
+        missed = [stats.missed_mass.sum() for stats in moe if stats.missed_mass is not None]
+        replaced = [stats.replaced for stats in moe if stats.replaced is not None]
+        by_token = torch.stack(replaced) if replaced else None  # (L, T)
         return cls(
             counts=torch.stack([stats.counts.sum(0) for stats in moe]),
             dropped=torch.stack([stats.dropped.sum() for stats in moe]),
             tokens=torch.stack([stats.tokens.sum() for stats in moe]),
             entropy_sum=torch.stack(entropies) if entropies else None,
+            replaced=None if by_token is None else by_token.sum(1),
+            replaced_tokens=None if by_token is None else (by_token > 0).sum(1),
+            replaced_somewhere=None if by_token is None else (by_token > 0).any(0).sum()[None],
+            missed_mass=torch.stack(missed) if missed else None,
         )
 
 
@@ -69,6 +84,8 @@ class StepResult:
     """None for a dense model."""
     extra_losses: dict[str, float] = field(default_factory=dict)
     """The other losses that are on, by name, in the same units: without coefficient, except `router`."""
+    experts: Sequence[Tensor] = ()
+    """(B, S, L, k) int32 experts of this rank's tokens before drops, of each micro-batch, if requested."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,10 +127,18 @@ class Engine(ABC):
         self.previous_counts = torch.ones(shape, dtype=torch.int64, device=self.device)
 
     @abstractmethod
-    def train_step(self, micro_batches: Sequence[Batch], *, lr: float, skip_above: float | None = None) -> StepResult:
+    def train_step(
+        self,
+        micro_batches: Sequence[Batch],
+        *,
+        lr: float,
+        skip_above: float | None = None,
+        return_experts: bool = False,
+    ) -> StepResult:
         """Take one optimizer step over the global batch that the micro-batches form.
 
-        All ranks skip the update if loss or gradient is not finite, or if the loss exceeds `skip_above`.
+        All ranks skip the update if loss or gradient is not finite, or if the loss exceeds `skip_above`. With
+        `return_experts`, the router has a fixed k.
         """
 
     @abstractmethod

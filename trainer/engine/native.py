@@ -55,10 +55,10 @@ class NativeEngine(StepEngine):
             }
         )
 
-    def accumulate(self, micro_batches: Sequence[Batch]) -> Accumulated:
+    def accumulate(self, micro_batches: Sequence[Batch], *, return_experts: bool = False) -> Accumulated:
         """Run the micro-batches forward and backward, and reduce the gradient over ranks; it is not clipped yet."""
         with step_of(self.model):
-            return super().accumulate(micro_batches)
+            return super().accumulate(micro_batches, return_experts=return_experts)
 
     def _forward(self, batch: Batch, options: RoutingOptions) -> GPTOutput:
         if torch.is_grad_enabled():

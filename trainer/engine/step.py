@@ -10,7 +10,7 @@ import contextlib
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from trainer.moe.balance import global_balance_loss
 from trainer.moe.dispatch.budgeted_all_to_all import BudgetedAllToAllDispatcher
 from trainer.moe.losses import Denominators, objective
 from trainer.moe.routing import RoutingOptions
+from trainer.moe.stats import experts_of
 from trainer.ops.noise import stable_hash
 
 
@@ -53,6 +54,8 @@ class Accumulated:
     grad_norm: Tensor
     """2-norm of the whole gradient in float64; every weight is counted once, however many ranks hold it."""
     num_tokens: int
+    experts: Sequence[Tensor] = ()
+    """(B, S, L, k) experts of each micro-batch, if requested."""
 
 
 class StepEngine(Engine):
@@ -92,11 +95,19 @@ class StepEngine(Engine):
 
     # The step
 
-    def train_step(self, micro_batches: Sequence[Batch], *, lr: float, skip_above: float | None = None) -> StepResult:
+    def train_step(
+        self,
+        micro_batches: Sequence[Batch],
+        *,
+        lr: float,
+        skip_above: float | None = None,
+        return_experts: bool = False,
+    ) -> StepResult:
         """Take one optimizer step over the micro-batches."""
-        return self.apply(self.accumulate(micro_batches), lr=lr, skip_above=skip_above)
+        step = self.accumulate(micro_batches, return_experts=return_experts)
+        return self.apply(step, lr=lr, skip_above=skip_above)
 
-    def accumulate(self, micro_batches: Sequence[Batch]) -> Accumulated:
+    def accumulate(self, micro_batches: Sequence[Batch], *, return_experts: bool = False) -> Accumulated:
         """Run the micro-batches forward and backward, and reduce the gradient over ranks; it is not clipped yet.
 
         If rows exceed the budget of a dispatcher, the gradient is dropped and computed again with exact sizes.
@@ -106,15 +117,15 @@ class StepEngine(Engine):
         with contextlib.ExitStack() as stack:
             for dispatcher in budgeted:
                 stack.enter_context(dispatcher.static_sizes())
-            step = self._accumulate(micro_batches)
+            step = self._accumulate(micro_batches, return_experts)
         overflows = [dispatcher.overflow for dispatcher in budgeted if dispatcher.overflow is not None]
         if not overflows or int(self.mesh.world.all_reduce_(torch.stack(overflows).sum())) == 0:  # waits for the device
             return step
         self._drop_gradients()
         self.repeated_steps += 1
-        return self._accumulate(micro_batches)
+        return self._accumulate(micro_batches, return_experts)
 
-    def _accumulate(self, micro_batches: Sequence[Batch]) -> Accumulated:
+    def _accumulate(self, micro_batches: Sequence[Batch], return_experts: bool) -> Accumulated:
         recorder = self.mesh.world.recorder
         recorder.enter("counting")
         batches = [batch.to(self.device) for batch in micro_batches]
@@ -122,9 +133,12 @@ class StepEngine(Engine):
         options = RoutingOptions(noise_seed=self.numerics.seed, top_k=self._drawn_top_k())
         prepass = self.global_stats.prepass(batches, lambda batch: self._forward(batch, options))
         total, routing, choices = StepTotals(), None, torch.zeros_like(self.previous_counts)
+        options, experts = replace(options, return_experts=return_experts), []
         for batch in batches:
             recorder.enter("forward")
             output = self._forward(batch, options)
+            if return_experts:
+                experts.append(experts_of(output.moe, batch.tokens.shape))
             local = self.global_stats.local(output)
             if local is not None:
                 choices = choices + local.counts
@@ -157,6 +171,7 @@ class StepEngine(Engine):
             routing=routing,
             grad_norm=square.sqrt(),
             num_tokens=denominators.routed_tokens,
+            experts=experts,
         )
 
     def apply(self, step: Accumulated, *, lr: float, skip_above: float | None = None) -> StepResult:
@@ -193,6 +208,7 @@ class StepEngine(Engine):
             not_finite=not_finite,
             num_tokens=step.num_tokens,
             routing=routing,
+            experts=step.experts,
         )
 
     def eval_loss(self, batch: Batch, *, dropless: bool, top_k: int | None = None) -> EvalSums:

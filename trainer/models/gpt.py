@@ -187,7 +187,7 @@ class GPT(nn.Module):
         for layer, (block, window) in enumerate(zip(self.blocks, self.config.windows, strict=True)):
             extend = None if extension is None else extension.layer(layer, window)
             mask = None if masks is None else masks[window]
-            x, stats = block(x, rotary, context, mask, extend)
+            x, stats = block(x, rotary, context.of_layer(len(moe)), mask, extend)
             if stats is not None:
                 moe.append(stats)
         return x, tuple(moe)
@@ -239,4 +239,6 @@ def routing_context(batch: Batch, options: RoutingOptions) -> RoutingContext:
         dropless=options.dropless,
         counted=batch.target_mask.flatten() if options.counts_targets_only else None,
         return_router_outputs=options.return_router_outputs,
+        return_experts=options.return_experts,
+        replayed=None if batch.experts is None else batch.experts.flatten(0, 1),
     )

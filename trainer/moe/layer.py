@@ -57,6 +57,12 @@ class MoE(nn.Module):
                 f"model.moe.router: {cls.__module__}:{cls.__qualname__}.forward returned a "
                 f"{type(routed).__qualname__}, not a {RouterOutput.__module__}.RouterOutput"
             )
+        if context.given is not None and routed.live_choice is None:
+            cls = type(self.router)
+            raise ConfigError(
+                f"model.moe.router: {cls.__module__}:{cls.__qualname__} was given experts and returned no live_choice, "
+                "so it has not used them; pass its choice through context.chosen, or do without train.routing_replay"
+            )
         decision = limit_to_capacity(routed.decision, self.capacity, context, salt=self.layer)
         if self.needs_expert_similarity:
             outputs = ExpertOutputs.of(self.dispatcher, tokens, decision, self.experts)

@@ -5,7 +5,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -34,6 +34,8 @@ class RoutingOptions:
     """Collect statistics only of tokens whose target counts in the loss (evaluation), not of the context."""
     return_router_outputs: bool = False
     """Return each router's output with the statistics."""
+    return_experts: bool = False
+    """Return each token's experts with the statistics, from routers with a fixed k."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,11 @@ class RoutingContext:
     counted: Tensor | None = None
     """bool; the valid tokens that are in the statistics. None: all of them."""
     return_router_outputs: bool = False
+    return_experts: bool = False
+    replayed: Tensor | None = None
+    """(T, L, k) expert ids to use in place of the routers' own choices, in the L MoE layers. None: nothing is given."""
+    given: Tensor | None = None
+    """(T, k) int64: those of the layer that this context is for."""
     is_incremental: bool = False
     """The rows are appended to a KV cache, so the rest of each sequence does not exist yet."""
 
@@ -71,6 +78,20 @@ class RoutingContext:
     def valid_rows(self) -> Tensor:
         """(B, S) bool."""
         return self.valid.view(self.num_sequences, -1)
+
+    def of_layer(self, index: int) -> Self:
+        """Return the context of a MoE layer, counted from 0 among them: with the experts that are given for it."""
+        return self if self.replayed is None else replace(self, given=self.replayed[:, index].long())
+
+    def chosen(self, live: Tensor) -> Tensor:
+        """Return the experts (T, k) to use: those given, else the router's own choice `live` (T, k).
+
+        The one place where a choice is replaced: whatever follows from it, the router computes as for its own.
+        """
+        if self.given is None:
+            return live
+        assert self.given.shape == live.shape, f"experts {tuple(self.given.shape)} for a choice {tuple(live.shape)}"
+        return self.given
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +197,8 @@ class RouterOutput:
     """(T,) logsumexp of the logits, if the router has it; None: it is computed where the z-loss needs it."""
     loss: Tensor | None = None
     """(T,) the router's own loss, including its coefficient; None: it has none."""
+    live_choice: Tensor | None = None
+    """(T, k) what the router chose before `RoutingContext.chosen`; None: its experts cannot be given."""
 
 
 class Router(nn.Module, ABC):

@@ -3,6 +3,7 @@
 # B sequences, T = B * S tokens, A assignments, E experts.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,13 @@ class MoEStats:
     """(B,) the router's own loss, including its coefficient."""
     routed: RouterOutput | None = None
     """Output of the router, if requested."""
+    experts: Tensor | None = None
+    """(T, k) int64 each token's experts before drops, if requested."""
+    replaced: Tensor | None = None
+    """(T,) int64 of a token's given experts, those that the router would not have chosen; 0 for tokens that are not
+    counted. None: no experts were given."""
+    missed_mass: Tensor | None = None
+    """(B,) share of the scores of all experts that the router's choice has and the given experts have not."""
 
     def choices(self) -> Tensor:
         """Return (E,) int64 assignments before drops over all rows, followed by those to null experts if there are any.
@@ -95,7 +103,41 @@ def collect_stats(
         similarity_sum=per_row(expert_similarity),
         router_loss=per_row(routed.loss),
         routed=routed if context.return_router_outputs else None,
+        experts=_experts(decision) if context.return_experts else None,
+        replaced=_replaced(routed, context, tokens.flatten()) if context.given is not None else None,
+        missed_mass=per_row(_missed_mass(routed, context)) if context.given is not None else None,
     )
+
+
+def experts_of(moe: Sequence[MoEStats], shape: torch.Size) -> Tensor:
+    """Return (B, S, L, k) int32 the experts of all layers, given the shape (B, S)."""
+    layers = [stats.experts for stats in moe if stats.experts is not None]
+    assert len(layers) == len(moe) and layers, "they were requested"
+    joined = torch.stack(layers, dim=1)  # (T, L, k)
+    return joined.to(torch.int32).view(*shape, *joined.shape[1:])
+
+
+def _experts(decision: RoutingDecision) -> Tensor:
+    """Return (T, k) each token's experts."""
+    assert decision.top_k is not None, "experts are returned from routers with a fixed k"
+    return decision.expert_index.view(-1, decision.top_k)
+
+
+def _replaced(routed: RouterOutput, context: RoutingContext, counted: Tensor) -> Tensor:
+    """Return (T,) the number of given experts that are not in the router's own choice; 0 where not counted (T,)."""
+    assert context.given is not None and routed.live_choice is not None, "the layer has checked that it replays"
+    is_live = (context.given[:, :, None] == routed.live_choice[:, None, :]).any(-1)  # (T, k)
+    return (~is_live).sum(-1) * counted
+
+
+def _missed_mass(routed: RouterOutput, context: RoutingContext) -> Tensor:
+    """Return (T,) the scores of the router's choice minus those of the given experts, as a share of all scores."""
+    assert context.given is not None and routed.live_choice is not None, "the layer has checked that it replays"
+    scores = routed.scores if routed.scores is not None else routed.probs
+    assert scores is not None, "routers that replay have scores"
+    scores = scores.detach()
+    share = scores / scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+    return share.gather(-1, routed.live_choice).sum(-1) - share.gather(-1, context.given).sum(-1)
 
 
 def _sum_cells(decision: RoutingDecision, values: Tensor, context: RoutingContext) -> Tensor:

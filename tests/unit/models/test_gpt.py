@@ -59,7 +59,7 @@ def test_no_later_token_changes_an_earlier_logit(router: str, capacity: float | 
         return  # refused by the config
     moe = {"router": {"kind": router}, "capacity": {"factor": capacity, "min": 1}}
     model, batch = make_model(tiny_model_config(moe), dtype=torch.float64), make_batch(2, 8)
-    changed = Batch(**{n: getattr(batch, n).clone() for n in Batch.__dataclass_fields__})
+    changed = Batch(**{n: tensor.clone() for n, tensor in batch.tensors().items()})
     changed.tokens[:, 5:] = (changed.tokens[:, 5:] + 7) % 32
     before, after = _logits(model, batch), _logits(model, changed)
     # Not bit for bit: an expert's product over another number of rows may sum in another order.
@@ -69,7 +69,7 @@ def test_no_later_token_changes_an_earlier_logit(router: str, capacity: float | 
 
 def test_padding_changes_nothing_and_is_never_routed() -> None:
     model, batch = make_model(tiny_model_config(), dtype=torch.float64), make_batch(3, 8, ragged=True)
-    other = Batch(**{n: getattr(batch, n).clone() for n in Batch.__dataclass_fields__})
+    other = Batch(**{n: tensor.clone() for n, tensor in batch.tensors().items()})
     other.tokens[~batch.valid] = 1
     other.targets[~batch.valid] = 2
     a, b = model(batch), model(other)

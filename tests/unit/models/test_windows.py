@@ -19,7 +19,7 @@ def _config(window: int | None, pattern: list[str], num_layers: int, **fields: A
 def _reach(config: Any) -> list[int]:
     """Positions whose logits change with token 2."""
     model, batch = make_model(config, dtype=torch.float64), make_batch(1, S)
-    changed = Batch(**{name: getattr(batch, name).clone() for name in Batch.__dataclass_fields__})
+    changed = Batch(**{name: tensor.clone() for name, tensor in batch.tensors().items()})
     changed.tokens[0, 2] = (changed.tokens[0, 2] + 7) % 32
     before, after = (model(one, want_logits=True).logits for one in (batch, changed))
     return ((before - after)[0].abs().amax(-1) > 1e-12).nonzero()[:, 0].tolist()

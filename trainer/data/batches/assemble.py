@@ -3,7 +3,7 @@
 # B rows, S tokens in a row.
 """
 
-from dataclasses import fields
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -64,12 +64,20 @@ def pad_rows(batch: Batch, num_rows: int) -> Batch:
         return batch
     domain = np.zeros(num_rows - present, dtype=np.int64)
     padding = assemble([], domain=domain, sample_id=np.full_like(domain, PADDING), seq_len=seq_len)
-    return Batch(**{f.name: torch.cat([getattr(batch, f.name), getattr(padding, f.name)]) for f in fields(Batch)})
+    if batch.experts is not None:
+        padding = replace(padding, experts=any_experts(batch.experts, num_rows - present))
+    further = padding.tensors()
+    return Batch(**{name: torch.cat([tensor, further[name]]) for name, tensor in batch.tensors().items()})
 
 
 def row_slice(batch: Batch, first: int, end: int) -> Batch:
     """Return rows first .. end - 1 of a batch, or fewer if it ends before."""
-    return Batch(**{f.name: getattr(batch, f.name)[first:end] for f in fields(Batch)})
+    return Batch(**{name: tensor[first:end] for name, tensor in batch.tensors().items()})
+
+
+def any_experts(like: Tensor, num_rows: int) -> Tensor:
+    """Return experts (num_rows, S, L, k) of padding, given those of a batch: the first k, which nobody uses."""
+    return torch.arange(like.shape[-1]).to(like).expand(num_rows, *like.shape[1:]).clone()
 
 
 def check_vocabulary(rows: SequenceRows, corpus: Corpus, side: Side, domain: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)  # no slots: the counts are cached
 class Batch:
-    """B rows of S tokens; every field is (B, S)."""
+    """B rows of S tokens; every field is (B, S), but the experts."""
 
     tokens: Tensor
     """int64 token ids."""
@@ -31,11 +31,21 @@ class Batch:
     """int64 index into the corpus's domains."""
     sample_id: Tensor
     """int64 number of the row in the run, unique among training rows; -1 for padding rows."""
+    experts: Tensor | None = None
+    """(B, S, L, k) uint8 or int32 ids of the experts to replay in each of the L MoE layers; None: the routers choose.
+
+    Padding has any k experts.
+    """
 
     @property
     def target_mask(self) -> Tensor:
         """(B, S) of `loss_mask`'s dtype: positions that count in the loss, or their weights."""
         return self.loss_mask & self.valid if self.loss_mask.dtype == torch.bool else self.loss_mask * self.valid
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the fields that are there, by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
 
     @cached_property
     def num_valid(self) -> int:
@@ -53,7 +63,7 @@ class Batch:
         A GPU copies from pinned memory while the host goes on: all micro-batches of a step are under way, or there,
         before the first one is computed.
         """
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = self.tensors()
         if device.type == "cuda":
             tensors = {name: t.pin_memory() if t.device.type == "cpu" else t for name, t in tensors.items()}
         copy = type(self)(**{name: t.to(device, non_blocking=True) for name, t in tensors.items()})

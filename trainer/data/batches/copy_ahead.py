@@ -6,7 +6,6 @@ computed               | step 1 ...........|             | step 2 ...........
 """
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Protocol
 
 import torch
@@ -42,8 +41,8 @@ class CudaSideStream:
         computing = torch.cuda.current_stream(self._device)
         computing.wait_stream(self._stream)
         for batch in copies:
-            for field in fields(batch):  # their memory was allocated for the other stream
-                getattr(batch, field.name).record_stream(computing)
+            for tensor in batch.tensors().values():  # their memory was allocated for the other stream
+                tensor.record_stream(computing)
 
 
 class CopyAhead:

@@ -62,7 +62,7 @@ def batches_of(config: ExperimentConfig, mesh: Mesh, turn: int) -> list[Batch]:
     )
     size = min(config.parallel.micro_batch_size, rows)
     return [
-        Batch(**{name: getattr(whole, name)[start : start + size] for name in Batch.__dataclass_fields__})
+        Batch(**{name: tensor[start : start + size] for name, tensor in whole.tensors().items()})
         for start in range(0, rows, size)
     ]
 

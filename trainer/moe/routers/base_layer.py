@@ -38,6 +38,7 @@ class BASELayerRouter(NonCausalRouter):
             for row, valid in enumerate(is_valid):
                 assigned[row, valid] = balanced_assignment(rows[row, valid])
             expert = assigned.view(-1, 1).to(x.device, non_blocking=True)
+        expert, live = context.chosen(expert), expert
         scores = logits.sigmoid()  # logits can be negative, which scores must not be
         decision = RoutingDecision.from_top_k(
             expert,
@@ -46,4 +47,6 @@ class BASELayerRouter(NonCausalRouter):
             valid=context.valid,
             num_valid=context.num_valid,
         )
-        return RouterOutput(decision=decision, logits=logits, probs=logits.softmax(-1), scores=scores.detach())
+        return RouterOutput(
+            decision=decision, logits=logits, probs=logits.softmax(-1), scores=scores.detach(), live_choice=live
+        )

@@ -42,12 +42,14 @@ class NoisyTopKRouter(TopKRouter):
         noisy = clean + normal.to(clean.dtype) * scale
         probs = noisy.softmax(-1)
         top_k = context.top_k or self.top_k
+        live = stable_top_k(noisy.detach(), top_k)
         return RouterOutput(
-            decision=self.decide(probs, stable_top_k(noisy.detach(), top_k), context),
+            decision=self.decide(probs, context.chosen(live), context),
             logits=clean,
             probs=self.merge_null_columns(probs),
             scores=probs.detach(),
             load=_selection_probability(clean, noisy, scale, top_k)[:, : self.num_experts],
+            live_choice=live,
         )
 
 

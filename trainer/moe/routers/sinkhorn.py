@@ -38,7 +38,8 @@ class SinkhornRouter(NonCausalRouter):
             # The plan of a row of equal tokens is uniform up to rounding error.
             selected_by = round_logits(plan, dim=-1).view(logits.shape)
         scores, _ = score_logits(logits, self.score)
-        expert_index = stable_top_k(selected_by, context.top_k or self.top_k)
+        live = stable_top_k(selected_by, context.top_k or self.top_k)
+        expert_index = context.chosen(live)
         decision = RoutingDecision.from_top_k(
             expert_index,
             scores.gather(-1, expert_index),
@@ -46,4 +47,6 @@ class SinkhornRouter(NonCausalRouter):
             valid=context.valid,
             num_valid=context.num_valid,
         )
-        return RouterOutput(decision=decision, logits=logits, probs=logits.softmax(-1), scores=scores.detach())
+        return RouterOutput(
+            decision=decision, logits=logits, probs=logits.softmax(-1), scores=scores.detach(), live_choice=live
+        )

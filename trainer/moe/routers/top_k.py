@@ -60,13 +60,14 @@ class TopKRouter(Router):
             scores = probs
         else:
             (scores, probs), log_norm = score_logits(logits, self.score), None
-        expert_index = stable_top_k(self.selection_scores(scores.detach()), context.top_k or self.top_k)
+        live = stable_top_k(self.selection_scores(scores.detach()), context.top_k or self.top_k)
         return RouterOutput(
-            decision=self.decide(scores, expert_index, context),
+            decision=self.decide(scores, context.chosen(live), context),
             logits=logits,
             probs=self.merge_null_columns(probs),
             scores=scores.detach(),
             log_norm=log_norm,
+            live_choice=live,
         )
 
     def logits(self, x: Tensor) -> Tensor:

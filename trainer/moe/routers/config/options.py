@@ -36,6 +36,9 @@ class RouterOptions(KindConfig):
     """The router returns a differentiable load."""
     needs_token_ids: ClassVar[bool] = False
     """The router chooses experts by the ids of the tokens."""
+    replays_experts: ClassVar[bool] = False
+    """A token's experts can be given (`train.routing_replay`): the router passes its choice through
+    `RoutingContext.chosen`, and weights what it gets back by its own rule."""
     required_experts: ClassVar[int | None] = None
     """The only possible number of experts; None: any number."""
     why_no_capacity: ClassVar[str] = "this router decides by itself how many tokens an expert gets"
@@ -45,6 +48,11 @@ class RouterOptions(KindConfig):
     def has_static_flops(self) -> bool:
         """True if the number of experts per token is known in advance."""
         return True
+
+    @property
+    def recorded_k(self) -> int | None:
+        """Number of experts of every token in a routing record; None if it differs between tokens or steps."""
+        return getattr(self, "top_k", None) if self.has_fixed_k and self.has_static_flops else None
 
     @property
     def is_self_balancing(self) -> bool:
@@ -101,6 +109,7 @@ class TopKOptions(JitterOptions):
     old_names = {"draw_top_k": Renamed("top_k_choices")}  # noqa: RUF012
     ranks_choices: ClassVar[bool] = True
     has_fixed_k: ClassVar[bool] = True
+    replays_experts: ClassVar[bool] = True
 
     top_k: Experts = 2
     """Experts per token, k."""

@@ -70,6 +70,7 @@ class GreedyRouterConfig(AssignmentOptions):
 class BASELayerRouterConfig(NonCausalOptions):
     """One expert per token, all equally loaded, at the maximum sum of logits (BASE layers, arXiv 2103.16716)."""
 
+    replays_experts: ClassVar[bool] = True
     kind: Literal["base"] = "base"
 
     def packages(self) -> Iterator[tuple[str, str]]:
@@ -84,6 +85,11 @@ class BASELayerRouterConfig(NonCausalOptions):
         """Return 1."""
         return 1
 
+    @property
+    def recorded_k(self) -> int | None:
+        """1."""
+        return 1
+
     def build(self, *, d_model: int, num_experts: int, layer: int) -> Router:
         """Create the router of block `layer`."""
         from trainer.moe.routers.base_layer import BASELayerRouter
@@ -95,6 +101,7 @@ class SinkhornRouterConfig(NonCausalOptions):
     """Top-k of a balanced transport plan of the logits (S-BASE, Clark et al. 2022, arXiv 2202.01169)."""
 
     has_fixed_k: ClassVar[bool] = True
+    replays_experts: ClassVar[bool] = True
     kind: Literal["sinkhorn"] = "sinkhorn"
     top_k: Experts = 1
     """Experts per token, k."""
