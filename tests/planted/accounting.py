@@ -236,8 +236,8 @@ FAULTS = [
     _fault(
         "a bias that selects weighs too",
         "trainer/moe/routers/top_k.py",
-        "decision=self.decide(scores, expert_index, context),\n            logits=logits",
-        "decision=self.decide(self.selection_scores(scores), expert_index, context),\n            logits=logits",
+        "            decision=self.decide(scores,",
+        "            decision=self.decide(self.selection_scores(scores),",
         PARITY,
     ),
     _fault("gate weights are not scaled", "trainer/moe/routers/top_k.py", "weight * self.scale,", "weight,", PARITY),
