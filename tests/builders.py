@@ -1,5 +1,6 @@
 """Small real objects for tests: batches, contexts, models, configs."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from trainer.engine.native import NativeEngine
 from trainer.engine.registry import EngineConfig, NativeEngineConfig
 from trainer.engine.step import NumericsConfig, StepEngine
 from trainer.models.config import ModelConfig
+from trainer.models.freeze import freeze_parameters, frozen_names
 from trainer.models.gpt import GPT
 from trainer.models.initialize import initialize
 from trainer.moe.config import MoEConfig
@@ -151,6 +153,7 @@ def make_engine_of(
     parallel: ParallelConfig | None = None,
     vocab_size: int = 32,
     folder: Path | None = None,
+    freeze: Sequence[str] = (),
     **optim: Any,
 ) -> StepEngine:
     """Return the engine of one process or of a rank of a mesh; in bfloat16 the parameters are float32."""
@@ -160,6 +163,7 @@ def make_engine_of(
             torch.float64 if dtype is torch.float64 else torch.float32
         )
     model = parallelize(whole, parallel, mesh, torch.device("cpu"), seed=seed, dtype=dtype, can_compile=True)
+    freeze_parameters(model, frozen_names(model, freeze))
     numerics = NumericsConfig(seed=seed, dtype=dtype, grad_clip=grad_clip)
     engine = section.build(model, AdamWConfig(**optim), numerics, mesh, folder=folder)
     assert isinstance(engine, StepEngine)

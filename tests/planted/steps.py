@@ -4,6 +4,27 @@ from tests.planted.fault import in_package
 
 FAULTS = [
     in_package(
+        "weights that learn again go on with the steps of the run",
+        "engine/native.py",
+        "self.optimizer_steps - self.moments_since.get(name, 0)",
+        "self.optimizer_steps",
+        "tests/laws/test_freeze.py::test_a_resumed_run_with_another_list_begins_moments_anew",
+    ),
+    in_package(
+        "the selection bias of a frozen router moves on",
+        "engine/step.py",
+        "if not is_frozen(moe.router):",
+        "if moe.router:",
+        "tests/laws/test_freeze.py::test_a_selection_bias_stops_with_its_router",
+    ),
+    in_package(
+        "an exception is ignored",
+        "models/parameter_patterns.py",
+        "return not excepted and any(",
+        "return any(",
+        "models/test_parameter_patterns.py",
+    ),
+    in_package(
         "norms, biases and embeddings are decayed",
         "optim/adamw.py",
         "(list(not_decayed), 0.0)",

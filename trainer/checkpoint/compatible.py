@@ -1,10 +1,10 @@
 """Check that a run can resume from a checkpoint, before any tensor is copied."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.coverage import is_moment
+from trainer.checkpoint.coverage import is_moment, weight_of
 from trainer.checkpoint.find_checkpoint import CheckpointHandle
 from trainer.checkpoint.manifest import StoredTensor, run_record_problems
 from trainer.checkpoint.state import TrainState
@@ -20,8 +20,10 @@ def check_fits(found: CheckpointHandle, mine: TrainState) -> None:
         CheckpointError: with the first difference and the number of differences.
     """
     saved = found.manifest.tensors
-    moments = set() if found.manifest.has_moments else {name for name in mine.slices if is_moment(name)}
-    names = sorted((saved.keys() | mine.slices.keys()) - moments)
+    optional = set() if found.manifest.has_moments else {name for name in mine.slices if is_moment(name)}
+    optional |= _moments_of_one({name for name, stored in saved.items() if stored.is_frozen}, mine.slices, saved)
+    optional |= _moments_of_one({name for name, part in mine.slices.items() if part.is_frozen}, saved, mine.slices)
+    names = sorted((saved.keys() | mine.slices.keys()) - optional)
     differences = [text for name in names if (text := _difference(name, saved.get(name), mine)) is not None]
     _refuse(found.path, differences)
 
@@ -65,6 +67,11 @@ def check_record(found: CheckpointHandle) -> None:
 def abridged(fingerprint: object) -> str:
     """Return the first characters of a fingerprint from an untrusted file, safe to print."""
     return "".join(c if c.isalnum() else "?" for c in str(fingerprint)[:12])
+
+
+def _moments_of_one(frozen: Set[str], has: Iterable[str], lacks: Container[str]) -> set[str]:
+    """Return the moments that only one side has, of weights that are frozen on the other."""
+    return {name for name in has if is_moment(name) and name not in lacks and weight_of(name) in frozen}
 
 
 def _difference(name: str, saved: StoredTensor | None, mine: TrainState) -> str | None:

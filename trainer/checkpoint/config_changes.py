@@ -13,7 +13,7 @@ _LEARNING_KEYS = ("seed", "data.", "optim.", "schedule.", "train.")
 _HARMLESS_KEYS = ("train.steps", "train.max_consecutive_skips", "data.cache_dir", "data.workers")
 _ORDER_KEYS = re.compile(r"seed|data\.(mixture\..*|packing|sources\.\d+\.weight)")
 """Keys that determine the order of the rows, besides the text."""
-_BATCH_KEY = "train.global_batch_size"
+_BATCH_KEY, _FREEZE_KEY = "train.global_batch_size", "train.freeze"
 
 
 def check_belongs(folder: RunFolder, changes: Iterable[Change], *, goes_on: bool = True) -> list[str]:
@@ -40,11 +40,20 @@ def check_belongs(folder: RunFolder, changes: Iterable[Change], *, goes_on: bool
                 f"set '{key}={inline(old)}', or use a new name=..."
             )
         elif key.startswith(_LEARNING_KEYS) and not key.startswith(_HARMLESS_KEYS):
-            meaning = f"; the rows keep their order, {inline(new)} a step" if key == _BATCH_KEY and goes_on else ""
+            meaning = _meaning(key, new) if goes_on else ""
             warnings.append(f"{key} was {inline(old)} in {folder.path} and is now {inline(new)}{meaning}")
     if refused:
         raise ConfigError("\n".join(refused))
     return [*warnings, *(order_warnings(change.key for change in changes) if goes_on else [])]
+
+
+def _meaning(key: str, new: object) -> str:
+    """Return what a change means for a run that goes on, as the end of its warning."""
+    if key == _BATCH_KEY:
+        return f"; the rows keep their order, {inline(new)} a step"
+    if key == _FREEZE_KEY:
+        return "; weights that learn from here on start without moments, and those that no longer do lose theirs"
+    return ""
 
 
 def order_warnings(changed: Iterable[str]) -> list[str]:

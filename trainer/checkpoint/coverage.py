@@ -29,8 +29,14 @@ def is_moment(name: str) -> bool:
     return name.startswith(MOMENTS)
 
 
+def weight_of(moment: str) -> str:
+    """Return the weight that a moment belongs to, both by their names in a state."""
+    prefix = next(prefix for prefix in MOMENTS if moment.startswith(prefix))
+    return WEIGHT + moment.removeprefix(prefix)
+
+
 def missing_moments(shapes: Mapping[str, Sequence[int]], of_experts: Iterable[str]) -> Iterator[str]:
-    """Yield a line for each expert weight whose two moments are missing or differ from it in shape.
+    """Yield a line for each learning expert weight whose two moments are missing or differ from it in shape.
 
     `of_experts` names the tensors whose dimension 0 counts experts.
     """

@@ -62,6 +62,8 @@ class StoredTensor(_Entry):
     shape: Annotated[list[Count], Field(max_length=16)]
     is_of_experts: bool = False
     """Dimension 0 counts experts."""
+    is_frozen: bool = False
+    """A weight that did not learn, so that it has no moments."""
     slices: list[StoredSlice]
 
     @property
@@ -115,7 +117,7 @@ class Manifest(_Entry):
             if file in self.files and size_bytes > self.files[file].size_bytes:
                 yield Problem("files", f"{file} has {self.files[file].size_bytes} bytes for {size_bytes} of tensors")
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
-        experts = [name for name, tensor in self.tensors.items() if tensor.is_of_experts]
+        experts = [name for name, tensor in self.tensors.items() if tensor.is_of_experts and not tensor.is_frozen]
         if not self.has_moments:
             return
         for missing in missing_moments(shapes, experts):

@@ -19,6 +19,7 @@ class Placement(NamedTuple):
     shape: Sequence[int]
     dtype: DType
     is_of_experts: bool
+    is_frozen: bool = False
 
     @property
     def index_bytes(self) -> int:
@@ -58,7 +59,8 @@ def local_placements(state: TrainState) -> dict[str, Placement]:
     placements = {}
     for name, part in state.slices.items():
         dtype: Any = str(part.tensor.dtype).removeprefix("torch.")
-        placements[name] = Placement(part.start, part.length, part.global_shape, dtype, part.is_of_experts)
+        marks = part.is_of_experts, part.is_frozen
+        placements[name] = Placement(part.start, part.length, part.global_shape, dtype, *marks)
     return placements
 
 
@@ -96,7 +98,7 @@ def plan_save(held: Sequence[Mapping[str, Placement]]) -> SavePlan:
             writer = min(ranks, key=lambda rank: (load[rank], rank))
             load[writer] += length * places[name].index_bytes
             parts[name].append(StatePart(writer, start, length))
-    experts = [name for name, place in places.items() if place.is_of_experts]
+    experts = [name for name, place in places.items() if place.is_of_experts and not place.is_frozen]
     for missing in missing_moments({name: place.shape for name, place in places.items()}, experts):
         raise CheckpointError(f"not saved: {missing}; this is a bug in the engine")
     return SavePlan(places=places, parts=parts)

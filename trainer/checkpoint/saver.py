@@ -192,12 +192,18 @@ class Saver:
     def _commit(self, job: _Job, reports: Sequence[tuple[None, dict[str, Any], dict[str, str]]]) -> None:
         assert self._plan is not None
         temporary, tensors = self.folder.temporary(job.step), {}
-        for name, (_, _, shape, dtype, is_of_experts) in self._plan.places.items():
+        for name, place in self._plan.places.items():
             slices = [
                 StoredSlice(file=reports[part.rank][2][name], start=part.start, length=part.length)
                 for part in self._plan.parts[name]
             ]
-            tensors[name] = StoredTensor(dtype=dtype, shape=list(shape), is_of_experts=is_of_experts, slices=slices)
+            tensors[name] = StoredTensor(
+                dtype=place.dtype,
+                shape=list(place.shape),
+                is_of_experts=place.is_of_experts,
+                is_frozen=place.is_frozen,
+                slices=slices,
+            )
         files = {name: StoredFile(**stored) for report in reports for name, stored in report[1].items()}
         for name, stored in files.items():
             size_bytes = (temporary / name).stat().st_size  # FileNotFoundError: not a shared file system

@@ -16,6 +16,8 @@ class Slice:
     start: int = 0
     """First local index of dimension 0."""
     is_of_experts: bool = False
+    is_frozen: bool = False
+    """A weight that does not learn, so that it has no moments."""
 
     @property
     def length(self) -> int:

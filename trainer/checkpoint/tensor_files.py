@@ -7,7 +7,7 @@ verified before it is used.
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -127,7 +127,8 @@ class StoredTensors:
 
     def like(self, state: TrainState) -> TrainState:
         """Return the parts of the tensors that `state` has, read when they are looked up."""
-        slices = _Slices(self, state.slices, has_moments=self._manifest.has_moments)
+        frozen = {name for name, stored in self._manifest.tensors.items() if stored.is_frozen}
+        slices = _Slices(self, state.slices, has_moments=self._manifest.has_moments, frozen=frozen)
         return TrainState(slices=slices, values=self._manifest.values)
 
     def _read_part(self, name: str, part: StoredSlice, first: int, end: int) -> Tensor:
@@ -153,15 +154,18 @@ class _Slices(Mapping[str, Slice]):
     Moments that the checkpoint does not have are zero.
     """
 
-    def __init__(self, tensors: StoredTensors, like: Mapping[str, Slice], *, has_moments: bool) -> None:
-        self._tensors, self._like, self._has_moments = tensors, like, has_moments
+    def __init__(
+        self, tensors: StoredTensors, like: Mapping[str, Slice], *, has_moments: bool, frozen: Set[str]
+    ) -> None:
+        self._tensors, self._like, self._has_moments, self._frozen = tensors, like, has_moments, frozen
 
     def __getitem__(self, name: str) -> Slice:
         like = self._like[name]
         if not self._has_moments and is_moment(name):
             shape = (like.length, *like.global_shape[1:]) if like.global_shape else ()
             return replace(like, tensor=torch.zeros(shape, dtype=like.tensor.dtype))
-        return replace(like, tensor=self._tensors.read(name, like.start, like.length))
+        tensor = self._tensors.read(name, like.start, like.length)
+        return replace(like, tensor=tensor, is_frozen=name in self._frozen)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._like)

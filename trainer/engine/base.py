@@ -4,7 +4,7 @@
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from trainer.checkpoint.coverage import WEIGHT
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.data.batches.batch import Batch
 from trainer.models.gpt import GPT
@@ -19,6 +20,9 @@ from trainer.models.initialize import expert_parameters
 from trainer.moe.stats import MoEStats
 from trainer.ops.tensor_sums import TensorSums
 from trainer.parallel.shards import copy_from_rows, first_row, local, rows, shard_dimension, shard_start
+
+SINCE = "moments_since."
+"""Prefix of a parameter, among the values of a state: optimizer steps before the first one of its moments."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,8 +120,12 @@ class Engine(ABC):
         self.model, self.moe_config = model, model.config.moe
         self.device = model.embedding.weight.device
         self.parameters = dict(model.named_parameters())
+        self.learning = {name: p for name, p in self.parameters.items() if p.requires_grad}
+        """Parameters that are not frozen."""
         self.first_expert = expert_parameters(model)
         self.optimizer_steps = 0
+        self.moments_since: dict[str, int] = {}
+        """Optimizer steps before the first one of a parameter's moments, where there were some: it was frozen then."""
         self.repeated_steps = 0
         """Steps, in this process, that were taken again since their rows exceeded `row_budget`."""
         moe = self.moe_config
@@ -158,11 +166,21 @@ class Engine(ABC):
 
     @torch.no_grad()
     def load_state(self, state: TrainState) -> None:
-        """Load the slices that `wanted` names. Not collective, so that a read may fail on one rank alone."""
+        """Load the slices that `wanted` names. Not collective, so that a read may fail on one rank alone.
+
+        A parameter that learns now and was frozen in the state starts with moments of zero and no steps.
+        """
         self.optimizer_steps = int(state.values["optimizer_steps"])
+        since = {name: int(state.values.get(f"{SINCE}{name}", 0)) for name in self.learning}
+        fresh = set()
         for name, tensor in self._tensors().items():
-            copy_from_rows(tensor, state.slices[name].tensor)
-        self._load_moments(state)
+            part = state.slices[name]
+            copy_from_rows(tensor, part.tensor)
+            if part.is_frozen and (parameter := name.removeprefix(WEIGHT)) in self.learning:
+                fresh.add(parameter)
+                since[parameter] = self.optimizer_steps
+        self.moments_since = {name: steps for name, steps in since.items() if steps}
+        self._load_moments(state, fresh)
 
     def held(self) -> TrainState:
         """Return the state as this rank holds it, to compare copies: `state` may have to move tensors first.
@@ -183,11 +201,12 @@ class Engine(ABC):
         """Return the optimizer's moments, by name. Collective."""
 
     @abstractmethod
-    def _load_moments(self, state: TrainState) -> None:
-        """Load the moments, after the weights and the step count."""
+    def _load_moments(self, state: TrainState, fresh: Set[str]) -> None:
+        """Load the moments, after the weights and the step counts; those of `fresh` parameters are zero."""
 
     def _with_moments(self, moments: Mapping[str, Slice]) -> TrainState:
-        values = {"optimizer_steps": self.optimizer_steps}
+        since = {f"{SINCE}{name}": steps for name, steps in self.moments_since.items()}
+        values = {"optimizer_steps": self.optimizer_steps, **since}
         return TrainState(slices={**self.state_without_moments().slices, **moments}, values=values)
 
     def state_without_moments(self) -> TrainState:
@@ -218,4 +237,5 @@ class Engine(ABC):
             start, mine = start + first_row(tensor), rows(tensor)
         else:
             start, mine = start + shard_start(tensor), local(tensor)
-        return Slice(tensor=mine, global_shape=shape, start=start, is_of_experts=first is not None)
+        is_frozen = name.startswith(WEIGHT) and parameter in self.parameters and parameter not in self.learning
+        return Slice(tensor=mine, global_shape=shape, start=start, is_of_experts=first is not None, is_frozen=is_frozen)

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from trainer.config.base import Config, Problem
 from trainer.config.numbers import Count, Factor, Rows, Steps
+from trainer.models.parameter_patterns import PatternText, unknown_role
 
 
 class SpikesConfig(Config):
@@ -43,3 +44,14 @@ class TrainConfig(Config):
     """Stop after this many non-finite steps since the last step that was taken."""
     spikes: SpikesConfig = SpikesConfig()
     """Detection of loss spikes."""
+    freeze: list[PatternText] = Field(default_factory=list)
+    """Weights that do not learn: roles (embedding, head, norms, attention, router, experts, shared, dense) and patterns
+    of names (blocks.0.*, *.attention.qkv). An entry with an exclamation mark is an exception: ["*", "!router"]."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the roles, and that exceptions have something to be excepted from."""
+        for index, entry in enumerate(self.freeze):
+            if (wrong := unknown_role(entry)) is not None:
+                yield Problem(f"freeze.{index}", wrong)
+        if self.freeze and all(entry.startswith("!") for entry in self.freeze):
+            yield Problem("freeze", 'there are exceptions only, so nothing is frozen; begin with what is, such as "*"')

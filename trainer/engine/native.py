@@ -1,6 +1,6 @@
 """Native engine: gradients in `.grad`, all-reduced during the backward pass, and a torch optimizer on each rank."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Literal
 
 import torch
@@ -36,22 +36,22 @@ class NativeEngine(StepEngine):
         super().__init__(model, numerics, Mesh.of_one() if mesh is None else mesh)
         self.optimizer = create_optimizer(
             optim,
-            decayed=[p for name, p in self.parameters.items() if is_decayed(name, p)],
-            not_decayed=[p for name, p in self.parameters.items() if not is_decayed(name, p)],
+            decayed=[p for name, p in self.learning.items() if is_decayed(name, p)],
+            not_decayed=[p for name, p in self.learning.items() if not is_decayed(name, p)],
         )
-        self._dense = [p for name, p in self.parameters.items() if name not in self.first_expert]
-        self._experts = [self.parameters[name] for name in self.first_expert]
+        self._dense = [p for name, p in self.learning.items() if name not in self.first_expert]
+        self._experts = [p for name, p in self.learning.items() if name in self.first_expert]
         self.gradient_reducers = [
             GradientReducer([p for p in parameters if not is_sharded(p)], group)
             for parameters, group in ((self._dense, self.mesh.world), (self._experts, self.mesh.edp))
         ]
 
     def gradients(self) -> TrainState:
-        """Return the gradients by parameter name; zeros for parameters without one."""
+        """Return the gradients by name of a parameter that learns; zeros for parameters without one."""
         return TrainState(
             slices={
                 name: self._slice(f"model.{name}", torch.zeros_like(p) if p.grad is None else p.grad)
-                for name, p in self.parameters.items()
+                for name, p in self.learning.items()
             }
         )
 
@@ -92,7 +92,7 @@ class NativeEngine(StepEngine):
         """Clip, update and discard the gradient."""
         clip = self.numerics.grad_clip
         if clip is not None and grad_norm > clip:
-            gradients = [local(p.grad) for p in self.parameters.values() if p.grad is not None]
+            gradients = [local(p.grad) for p in self.learning.values() if p.grad is not None]
             torch._foreach_mul_(gradients, clip / (grad_norm + 1e-6))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -105,7 +105,7 @@ class NativeEngine(StepEngine):
     def _findings(self, local_objective: Tensor) -> Findings:
         dense, experts = (gradient_reducer.local_is_finite for gradient_reducer in self.gradient_reducers)
         return Findings(
-            gradients=[n for n, p in self.parameters.items() if p.grad is not None and not is_finite(local(p.grad))],
+            gradients=[n for n, p in self.learning.items() if p.grad is not None and not is_finite(local(p.grad))],
             loss_is_finite=is_finite(local_objective),
             dense_share_is_finite=dense,
             expert_share_is_finite=experts,
@@ -127,13 +127,17 @@ class NativeEngine(StepEngine):
         return {name: self._slice(name, tensor) for name, tensor in self._moment_tensors().items()}
 
     def _moment_tensors(self) -> dict[str, Tensor]:
-        return {f"optim.{key}.{name}": self._state_of(p)[key] for name, p in self.parameters.items() for key in MOMENTS}
+        return {f"optim.{key}.{name}": self._state_of(p)[key] for name, p in self.learning.items() for key in MOMENTS}
 
-    def _load_moments(self, state: TrainState) -> None:
-        for name, tensor in self._moment_tensors().items():
-            copy_from_rows(tensor, state.slices[name].tensor)
-        for p in self.parameters.values():
-            self._state_of(p)["step"].fill_(self.optimizer_steps)
+    def _load_moments(self, state: TrainState, fresh: Set[str]) -> None:
+        for name, p in self.learning.items():
+            mine = self._state_of(p)
+            mine["step"].fill_(self.optimizer_steps - self.moments_since.get(name, 0))
+            for key in MOMENTS:
+                if name in fresh:
+                    local(mine[key]).zero_()
+                else:
+                    copy_from_rows(mine[key], state.slices[f"optim.{key}.{name}"].tensor)
 
     def _state_of(self, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
         """Return the optimizer state of a parameter, created as torch does if there was no step yet."""

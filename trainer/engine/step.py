@@ -22,6 +22,7 @@ from trainer.engine.base import Engine, EvalSums, RoutingSums, StepResult
 from trainer.engine.global_stats import GlobalStats
 from trainer.engine.nonfinite import Findings, describe_findings
 from trainer.engine.reduce import StepTotals, all_reduce_packed, read_numbers
+from trainer.models.freeze import is_frozen
 from trainer.models.gpt import GPT, GPTOutput
 from trainer.moe.balance import global_balance_loss
 from trainer.moe.dispatch.budgeted_all_to_all import BudgetedAllToAllDispatcher
@@ -197,7 +198,8 @@ class StepEngine(Engine):
                 has_nulls = step.choices.shape != routing.counts.shape
                 counts = step.choices if has_nulls else routing.counts
                 for layer, moe in enumerate(self.model.moe_layers()):
-                    moe.router.update(counts[layer])
+                    if not is_frozen(moe.router):
+                        moe.router.update(counts[layer])
         return StepResult(
             loss=loss,
             balance_loss=read.get("balance_loss"),

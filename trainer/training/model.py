@@ -12,6 +12,7 @@ from trainer.engine.registry import NativeEngineConfig
 from trainer.engine.step import NumericsConfig
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
+from trainer.models.freeze import freeze_parameters, frozen_names
 from trainer.models.gpt import GPT
 from trainer.moe.dispatch.registry import LocalDispatcherConfig
 from trainer.ops.kernel_canary import LayerWidths
@@ -33,7 +34,11 @@ def meta_model(config: ExperimentConfig, tokenizer: Tokenizer) -> GPT:
 def build_parallel_model(
     config: ExperimentConfig, tokenizer: Tokenizer, mesh: Mesh, device: torch.device, *, warn: Callable[[str], None]
 ) -> GPT:
-    """Build the model with initial values, on its device and in its layout."""
+    """Build the model with initial values, on its device and in its layout, with the weights of `train.freeze` frozen.
+
+    Raises:
+        ConfigError: if `train.freeze` does not fit the model.
+    """
     if config.parallel.deterministic:
         runtime.use_deterministic_kernels()
     can_compile = device.type != "cpu" or runtime.has_cpp_compiler()
@@ -42,8 +47,10 @@ def build_parallel_model(
             "parallel.compile: true needs a C++ compiler (g++ or clang++), and none is installed: training without it, "
             "more slowly"
         )
-    return parallelize(
-        meta_model(config, tokenizer),
+    model = meta_model(config, tokenizer)
+    frozen = frozen_names(model, config.train.freeze)
+    parallelize(
+        model,
         config.parallel,
         mesh,
         device,
@@ -51,6 +58,8 @@ def build_parallel_model(
         dtype=_DTYPES[config.train.dtype],
         can_compile=can_compile,
     )
+    freeze_parameters(model, frozen)
+    return model
 
 
 @contextmanager

@@ -7,7 +7,7 @@ whether to update. bfloat16 is torch's autocast over float32 weights, as in the 
 section would round the router, and its `torch_autocast` section would also accumulate gradients in bfloat16.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -24,6 +24,7 @@ from trainer.engine.deepspeed.start import expert_markers, load_deepspeed, relea
 from trainer.engine.nonfinite import Findings, is_finite
 from trainer.engine.reduce import square_norm
 from trainer.engine.step import NumericsConfig, StepEngine
+from trainer.errors import CheckpointError
 from trainer.models.gpt import GPT
 from trainer.optim.create import MOMENTS
 from trainer.optim.registry import OptimConfig
@@ -51,7 +52,7 @@ class DeepSpeedEngine(StepEngine):
             stack.enter_context(single_process_group(mesh, self.device))
             with raise_together(mesh.world):  # DeepSpeed or a compiler may be missing on one host alone
                 deepspeed = load_deepspeed(self.device)
-                groups = parameter_groups(optim, self.parameters, self.first_expert, mesh)
+                groups = parameter_groups(optim, self.learning, self.first_expert, mesh)
                 optimizer = build_optimizer(deepspeed, groups, optim, adam=adam, config=config, device=self.device)
             experts = [self.parameters[name] for name in self.first_expert]
             stack.enter_context(expert_markers(model, experts, mesh))
@@ -75,7 +76,7 @@ class DeepSpeedEngine(StepEngine):
         for i, partition in enumerate(self._partitions):
             for name, (first, rows) in partition.rows(self._flat_gradient(i)).items():
                 slices[name] = self._rows_of(name, first, rows)
-        return TrainState(slices={name: slices[name] for name in self.parameters})
+        return TrainState(slices={name: slices[name] for name in self.learning})
 
     def _moments(self) -> dict[str, Slice]:
         cut: dict[str, Slice] = {}
@@ -83,7 +84,7 @@ class DeepSpeedEngine(StepEngine):
             for key, moment in moments_of(self._zero.optimizer, flat).items():
                 for name, (first, rows) in partition.rows(moment).items():
                     cut[f"optim.{key}.{name}"] = self._rows_of(name, first, rows)
-        names = [f"optim.{key}.{name}" for name in self.parameters for key in MOMENTS]  # in the order of the model
+        names = [f"optim.{key}.{name}" for name in self.learning for key in MOMENTS]  # in the order of the model
         return {name: cut[name] for name in names}
 
     def wanted(self) -> TrainState:
@@ -96,13 +97,28 @@ class DeepSpeedEngine(StepEngine):
                 moments |= {f"optim.{key}.{name}": self._rows_of(name, first, rows) for key in MOMENTS}
         return self._with_moments(moments)
 
-    def _load_moments(self, state: TrainState) -> None:
+    def _load_moments(self, state: TrainState, fresh: Set[str]) -> None:
         self._zero.refresh_fp32_params()  # from the weights
         for partition, flat in zip(self._partitions, self._zero.single_partition_of_fp32_groups, strict=True):
+            since = self._first_steps(partition)
             for key, moment in moments_of(self._zero.optimizer, flat).items():
+                if fresh:
+                    moment.zero_()
                 for name in partition.wanted():
-                    partition.fill(moment, name, state.slices[f"optim.{key}.{name}"].tensor)
-        set_steps(self._zero.optimizer, self.optimizer_steps)
+                    if name not in fresh:
+                        partition.fill(moment, name, state.slices[f"optim.{key}.{name}"].tensor)
+            set_steps(self._zero.optimizer, flat, self.optimizer_steps - since)
+
+    def _first_steps(self, partition: Partition) -> int:
+        """Return the optimizer steps before the first one of a partition's moments, which have one count together."""
+        since = {span.name: self.moments_since.get(span.name, 0) for span in partition.parameters}
+        if len(set(since.values())) == 1:
+            return next(iter(since.values()))
+        late = max(since, key=lambda name: since[name])
+        raise CheckpointError(
+            f"{late} began to learn at step {since[late]} and other weights earlier (train.freeze): DeepSpeed has one "
+            "step count for all weights of a group; use engine.kind native, or go on with the same train.freeze"
+        )
 
     def close(self) -> None:
         """Remove DeepSpeed's hooks and markers from the model, which is otherwise unchanged."""
@@ -163,7 +179,7 @@ class DeepSpeedEngine(StepEngine):
         DeepSpeed reduces a bucket when the next gradient does not fit. Ranks with different numbers of experts would do
         so at different points and deadlock, so there a bucket holds the whole model.
         """
-        bucket_size, moe = sum(p.numel() for p in self.parameters.values()), self.moe_config
+        bucket_size, moe = sum(p.numel() for p in self.learning.values()), self.moe_config
         if moe is None or moe.num_experts % self.mesh.layout.ep_size == 0:
             bucket_size = min(bucket_size, _MAX_BUCKET_SIZE)
         return {**config, "zero_optimization": {"reduce_bucket_size": bucket_size, **config["zero_optimization"]}}

@@ -76,7 +76,7 @@ def moments_of(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tens
     return {key: state[key] for key in MOMENTS}
 
 
-def set_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
-    """Set the step count of the moments."""
-    for state in optimizer.state.values():
-        state["step"] = state["step"].fill_(steps) if isinstance(state["step"], Tensor) else steps
+def set_steps(optimizer: torch.optim.Optimizer, flat: Tensor, steps: int) -> None:
+    """Set the step count of the moments of a partition."""
+    state = optimizer.state[flat]
+    state["step"] = state["step"].fill_(steps) if isinstance(state["step"], Tensor) else steps

@@ -126,10 +126,36 @@ def expert_group_name(mesh: Mesh) -> str:
 
 @contextmanager
 def expert_markers(model: nn.Module, experts: Sequence[nn.Parameter], mesh: Mesh) -> Iterator[None]:
-    """Mark the parameters that are replicated over `mesh.edp` only, even if that is all ranks."""
-    if not experts:
+    """Mark the parameters that are replicated over `mesh.edp` only, even if that is all ranks.
+
+    Frozen ones belong to no group, and DeepSpeed refuses a model with expert layers and no group of experts. They get
+    the mark of weights that are another rank's own: it would copy rank 0's to all ranks.
+    """
+    with _marked([p for p in experts if not p.requires_grad], ds_optim_param=True):
+        learning = [p for p in experts if p.requires_grad]
+        if not learning:
+            yield
+            return
+        with _expert_layer(model, learning, mesh):
+            yield
+
+
+@contextmanager
+def _marked(parameters: Sequence[nn.Parameter], **attributes: Any) -> Iterator[None]:
+    """Set attributes of parameters."""
+    for parameter in parameters:
+        vars(parameter).update(attributes)
+    try:
         yield
-        return
+    finally:
+        for parameter in parameters:
+            for name in attributes:
+                delattr(parameter, name)
+
+
+@contextmanager
+def _expert_layer(model: nn.Module, experts: Sequence[nn.Parameter], mesh: Mesh) -> Iterator[None]:
+    """Add an empty MoE layer of DeepSpeed to the model, and mark the experts as its own."""
     from deepspeed.moe.layer import MoE
     from deepspeed.utils import groups
 
@@ -149,16 +175,12 @@ def expert_markers(model: nn.Module, experts: Sequence[nn.Parameter], mesh: Mesh
             groups._EXPERT_DATA_PARALLEL_GROUP[name] = _handle(mesh.edp)
             groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = list(mesh.edp.ranks)
 
-    for parameter in experts:
-        parameter.allreduce = False  # type: ignore[attr-defined]
-        parameter.group_name = name  # type: ignore[attr-defined]
     model.add_module(_MARKER, ExpertMarker())
     try:
-        yield
+        with _marked(experts, allreduce=False, group_name=name):
+            yield
     finally:
         delattr(model, _MARKER)
-        for parameter in experts:
-            del parameter.allreduce, parameter.group_name  # type: ignore[attr-defined]
 
 
 def _launched(mesh: Mesh, device: torch.device) -> dict[str, str]:

@@ -262,6 +262,6 @@ def test_moments_and_counter_of_an_optimizer_that_counts_in_numbers() -> None:
     found = moments_of(optimizer, flat)
     assert {key: tensor.tolist() for key, tensor in found.items()} == {"exp_avg": [0.0] * 3, "exp_avg_sq": [0.0] * 3}
     found["exp_avg"].fill_(2.0)
-    set_steps(optimizer, 7)
+    set_steps(optimizer, flat, 7)
     assert optimizer.state[flat]["step"] == 7 and isinstance(optimizer.state[flat]["step"], int)
     assert moments_of(optimizer, flat)["exp_avg"].tolist() == [2.0] * 3
