@@ -7,6 +7,7 @@ from pydantic import Field
 
 from trainer.config.base import Config, PathText, Problem, Renamed
 from trainer.config.numbers import Factor
+from trainer.data.chat.config import ChatTemplateConfig
 from trainer.data.sources.registry import HfStreamSourceConfig, InstalledSourceConfig, SourceConfig
 from trainer.data.token_cache.splits import SplitConfig
 from trainer.data.tokenizers.registry import ByteTokenizerConfig, TokenizerConfig
@@ -52,6 +53,8 @@ class DataConfig(Config):
     """
     tokenizer: TokenizerConfig = ByteTokenizerConfig()
     """Tokenizer."""
+    chat_template: ChatTemplateConfig = ChatTemplateConfig()
+    """Template that writes conversations as text, for sources of chats."""
     split: SplitConfig = SplitConfig()
     """Validation split."""
     cache_dir: PathText = ".cache/tokens"

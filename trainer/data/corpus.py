@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer.config.build_plugin import build_plugin
+from trainer.data.chat.config import ChatTemplateConfig
 from trainer.data.config import DataConfig
 from trainer.data.mixture import domain_shares
 from trainer.data.records.bad_records import SkippedRecords
@@ -60,7 +61,8 @@ def build_tokenizer(config: DataConfig, *, progress: IngestProgress | None = Non
         return build_plugin(config.tokenizer, Tokenizer, "data.tokenizer")
     from trainer.data.train_bpe import train_bpe  # needs `tokenizers`
 
-    text = build_corpus(config.model_copy(update={"tokenizer": ByteTokenizerConfig()}), progress=progress)
+    as_bytes = {"tokenizer": ByteTokenizerConfig(), "chat_template": ChatTemplateConfig()}
+    text = build_corpus(config.model_copy(update=as_bytes), progress=progress)
     return train_bpe(
         text.train,
         text_fingerprint=text.fingerprint,
@@ -68,6 +70,7 @@ def build_tokenizer(config: DataConfig, *, progress: IngestProgress | None = Non
         min_frequency=config.tokenizer.min_frequency,
         max_train_bytes=config.tokenizer.max_train_bytes,
         cache_dir=config.cache_dir,
+        chat=config.tokenizer.chat,
         progress=progress,
     )
 

@@ -20,7 +20,7 @@ from trainer.data.token_cache.cache_folder import build_lock, cache_error, publi
 from trainer.data.token_cache.signed_json import hash_of
 from trainer.data.token_cache.token_files import TokenFile
 from trainer.data.tokenizers.byte import ByteTokenizer
-from trainer.data.tokenizers.hf_files import END_OF_DOCUMENT, TOKENIZER, read_tokenizer_file
+from trainer.data.tokenizers.hf_files import CHAT_MARKERS, END_OF_DOCUMENT, TOKENIZER, read_tokenizer_file
 from trainer.data.tokenizers.lossless import make_lossless
 from trainer.data.tokenizers.subword import SubwordTokenizer, tokenizer_fingerprint
 
@@ -48,6 +48,7 @@ def train_bpe(
     min_frequency: int,
     max_train_bytes: int,
     cache_dir: str,
+    chat: bool = False,
     progress: IngestProgress | None = None,
 ) -> SubwordTokenizer:
     """Train a tokenizer, or return it from the cache if text and options are the same.
@@ -59,7 +60,16 @@ def train_bpe(
     """
     options = {"vocab_size": vocab_size, "min_frequency": min_frequency, "max_train_bytes": max_train_bytes}
     version = metadata.version("tokenizers")
-    inputs = {"format": _FORMAT, "text": text_fingerprint, "options": options | {"kind": "bpe"}, "tokenizers": version}
+    inputs: dict[str, object] = {
+        "format": _FORMAT,
+        "text": text_fingerprint,
+        "options": options | {"kind": "bpe"},
+        "tokenizers": version,
+    }
+    special_tokens = [END_OF_DOCUMENT]
+    if chat:
+        special_tokens += CHAT_MARKERS
+        inputs["special_tokens"] = special_tokens
     folder = Path(cache_dir) / f"bpe-{hash_of(inputs)[:16]}"
 
     def waiting() -> None:
@@ -76,7 +86,7 @@ def train_bpe(
                 if tokenizer is None:
                     if folder.exists():
                         _log.warning("%s: the token cache is damaged; training the tokenizer again", folder)
-                    text = _train(files, **options, progress=progress)
+                    text = _train(files, **options, special_tokens=special_tokens, progress=progress)
                     tokenizer = _publish(text, folder)
         except OSError as error:
             raise cache_error(cache_dir, error) from error
@@ -145,6 +155,7 @@ def _train(
     vocab_size: int,
     min_frequency: int,
     max_train_bytes: int,
+    special_tokens: list[str],
     progress: IngestProgress | None,
 ) -> str:
     total_bytes = min(max_train_bytes, sum(file.num_bytes for file in files))
@@ -164,7 +175,7 @@ def _train(
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
-        special_tokens=[END_OF_DOCUMENT],
+        special_tokens=special_tokens,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -328,3 +328,16 @@ def test_the_cached_tokenizer_is_a_hugging_face_file(section, folder):
     (file,) = (folder / "cache").glob("bpe-*/tokenizer.json")
     assert file.read_text() == tokenizer.files()["tokenizer.json"]
     assert json.loads(file.read_text())["model"]["type"] == "BPE"
+
+
+def test_markers_of_chats_are_reserved(folder, section, trainings):
+    """They are special, cost merges, and make another tokenizer; without them nothing changes."""
+    plain, with_chat = (build_tokenizer(section(chat=chat)) for chat in (False, True))
+    special = with_chat.special_tokens()
+    assert set(special) - set(plain.special_tokens()) == {"<|im_start|>", "<|im_end|>"}
+    assert plain.vocab_size == with_chat.vocab_size == 270
+    assert not set(with_chat.encode("<|im_start|>").tolist()) & set(special.values())
+    assert build_tokenizer(section(chat=True)).fingerprint == with_chat.fingerprint
+    assert trainings == ["trained"] * 2
+    with pytest.raises(ValueError, match="258 has no room for the markers of chat: true; use at least 259"):
+        section(chat=True, vocab_size=258)

@@ -42,6 +42,10 @@ class Tokenizer(ABC):
     def token_bytes(self) -> NDArray[np.int64]:
         """Return (vocab_size,): number of bytes of text of each id, 0 for an end of document. Read-only."""
 
+    def special_tokens(self) -> Mapping[str, int]:
+        """Return the ids of tokens that no text encodes to, by the name that stands for each in a rendered chat."""
+        return {}
+
     @abstractmethod
     def files(self) -> Mapping[str, str]:
         """Return text by file name: a folder from which Hugging Face libraries read a tokenizer with the same ids.

@@ -10,6 +10,7 @@ from trainer.atomic_io import open_regular
 
 TOKENIZER, OPTIONS = "tokenizer.json", "tokenizer_config.json"
 END_OF_DOCUMENT = "<|endoftext|>"  # end-of-document token of byte tokenizers and trained tokenizers
+CHAT_MARKERS = ("<|im_start|>", "<|im_end|>")  # around a message, in ChatML
 
 _MAX_BYTES = 256 << 20
 
@@ -46,7 +47,12 @@ def parse_json_object(text: str) -> dict[str, Any]:
 
 def stated_end_of_document(options: Mapping[str, Any]) -> str | None:
     """Return the eos_token of a parsed tokenizer_config.json or special_tokens_map.json; None if it has none."""
-    token = options.get("eos_token")
+    return stated_token(options, "eos_token")
+
+
+def stated_token(options: Mapping[str, Any], name: str) -> str | None:
+    """Return a token that a parsed file names; None if it names none."""
+    token = options.get(name)
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from trainer.config.base import PathText
+from trainer.config.base import PathText, Problem
 from trainer.config.numbers import Count
 from trainer.config.plugins import KindConfig, Pluggable
 
 if TYPE_CHECKING:
     from trainer.data.tokenizers.base import Tokenizer
+
+_LEAST_WITH_CHAT = 259  # 256 bytes, the end of document, two markers
 
 
 class TokenizerOptions(KindConfig):
@@ -42,11 +44,19 @@ class BPETokenizerConfig(TokenizerOptions):
     # It has no build(): training needs a corpus (trainer/data/corpus.py: build_tokenizer).
     kind: Literal["bpe"] = "bpe"
     vocab_size: Annotated[int, Field(ge=257, le=1 << 20)] = 8192
-    """Tokens: 256 bytes, the end of document, and merges."""
+    """Tokens: 256 bytes, the end of document, those of `chat`, and merges."""
     min_frequency: Count = 2
     """Least occurrences of a pair that is merged."""
     max_train_bytes: Count = 1 << 28
     """Size of the text to train on: equal parts of all domains where they are large enough, spread evenly over each."""
+    chat: bool = False
+    """Also reserve <|im_start|> and <|im_end|>, which mark the turns of chats (ChatML)."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Refuse a vocabulary without room for the markers."""
+        if self.chat and self.vocab_size < _LEAST_WITH_CHAT:
+            message = f"{self.vocab_size} has no room for the markers of chat: true; use at least {_LEAST_WITH_CHAT}"
+            yield Problem("vocab_size", message)
 
     def packages(self) -> Iterator[tuple[str, str]]:
         """Yield the library that encodes text."""

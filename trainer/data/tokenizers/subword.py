@@ -83,6 +83,11 @@ class SubwordTokenizer(Tokenizer):
         """Return (vocab_size,): bytes of text of each id; 0 for special tokens and unused ids."""
         return self._num_bytes
 
+    def special_tokens(self) -> Mapping[str, int]:
+        """Return the ids of the special tokens by name."""
+        added = self._library.get_added_tokens_decoder()
+        return {token.content: index for index, token in added.items() if token.special}
+
     def files(self) -> Mapping[str, str]:
         """Return `tokenizer.json` and `tokenizer_config.json`."""
         return hf_files(self._text, self._end_of_document)

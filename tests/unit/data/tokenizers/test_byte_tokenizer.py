@@ -30,7 +30,14 @@ def test_an_id_outside_the_vocabulary_is_refused():
         ByteTokenizer().decode([256])
 
 
-def test_every_token_but_the_end_of_document_is_one_byte():
+def test_every_token_but_special_ones_is_one_byte():
     num_bytes = ByteTokenizer().token_bytes()
-    assert num_bytes.sum() == 255
-    assert num_bytes[0xFF] == 0
+    assert num_bytes.tolist() == [1] * 0xF8 + [0] * 8
+
+
+def test_special_tokens_are_bytes_that_utf8_never_uses():
+    special = ByteTokenizer().special_tokens()
+    assert sorted(special.values()) == list(range(0xF8, 0x100))
+    every_byte = {byte for character in map(chr, range(0x110000)) for byte in character.encode(errors="ignore")}
+    assert not every_byte & set(special.values())
+    assert ByteTokenizer().decode([0x61, *special.values(), 0x62]) == b"ab"
