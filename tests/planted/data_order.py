@@ -104,8 +104,8 @@ FAULTS = [
     in_package(
         "the end of a document counts as a byte",
         "data/tokenizers/byte.py",
-        "num_bytes[self.end_of_document] = 0",
-        "num_bytes[self.end_of_document] = 1",
+        "num_bytes[_FIRST_SPECIAL:] = 0",
+        "num_bytes[_FIRST_SPECIAL:-1] = 0",
         "data/tokenizers/test_byte_tokenizer.py",
     ),
     in_package(
