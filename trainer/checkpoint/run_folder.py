@@ -2,6 +2,7 @@
 
     runs/NAME/
       config.yaml  environment.json  run_id  origin.json  tokenizer.json  made_from.json if it was made from another run
+      chat_template.jinja  special_tokens_map.json    if it trains on chats
       source/    as published, if imported
       metrics.jsonl  routing.jsonl  checkpoints/  status/
       predictions/  skipped_rows.jsonl  experts.svg  wandb/  tensorboard/  profile/  deepspeed/    if enabled

@@ -15,7 +15,6 @@ from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.run_tokenizer import tokenizer_of
 from trainer.checkpoint.tools.output_folder import check_output_folder, output_folder
 from trainer.console import formatting
-from trainer.convert.chat_template import chat_template_of
 from trainer.convert.checkpoint_weights import CheckpointWeights
 from trainer.convert.exported_model import ExportDType, ExportedModel
 from trainer.convert.foreign_model import published_positions
@@ -31,6 +30,7 @@ from trainer.families.base import Family
 from trainer.models.flops import ModelSize, model_size
 from trainer.models.gpt import GPT
 from trainer.training.load_trained import intact_checkpoint
+from trainer.training.run_template import chat_encoder, kept_template
 
 _COPIES = 2.5  # of a model in float32 under the gate `logits`: theirs, ours, and a layer of each in two forms
 
@@ -73,6 +73,8 @@ def export(
     check_output_folder(out)
     checkpoint = intact_checkpoint(CheckpointFolder(folder.checkpoints), options.step, warn)
     model = _model_of(config, folder, checkpoint, options)
+    template = kept_template(config, folder)
+    chat = None if template is None else chat_encoder(config, template, model.tokenizer)
     with torch.device("meta"):
         size = model_size(GPT(config.model, model.tokenizer.vocab_size))
     size_bytes = num_bytes(model, model.links)
@@ -80,7 +82,7 @@ def export(
     shards = plan_shards(model, options.shard_bytes)
     with output_folder(out) as temporary:
         write_shards(temporary, model, shards)
-        write_small_files(temporary, model, chat_template=chat_template_of(config, folder))
+        write_small_files(temporary, model, chat)
         report = _gate(config, temporary, model, options, out)
         has_picture = folder.experts_picture.is_file()
         if has_picture:

@@ -40,6 +40,7 @@ from trainer.training import memory
 from trainer.training.model import build_parallel_model, check_kernel, meta_model, numerics, resolve_kernel
 from trainer.training.resume import resume
 from trainer.training.run import RunState
+from trainer.training.run_template import save_template
 from trainer.training.spikes import SpikeWindow
 
 _PATHS: Any = {"path": True, "data_files": True}
@@ -193,6 +194,7 @@ def write_run_folder(run: RunState, checkpoint: CheckpointHandle | None, device:
     with raise_together(run.mesh.world):
         if run.mesh.layout.rank == 0:
             save_tokenizer(folder, corpus.tokenizer)
+            save_template(run.config, folder, corpus.tokenizer)
             metadata = None if checkpoint is None else checkpoint.run
             identity = identify(folder, name=run.config.name, found=metadata, step=run.start_step)
             run.id, run.parent = identity.id, identity.parent
