@@ -6,6 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from trainer.checkpoint.config import CheckpointConfig
+from trainer.checkpoint.init_from import InitFromConfig
 from trainer.config.base import LINE_PATTERN, Config, PathText, Problem, repeated
 from trainer.config.numbers import Whole
 from trainer.data.config import DataConfig
@@ -42,6 +43,8 @@ class ExperimentConfig(Config):
     """Command that creates the files this config reads; errors about missing files name it."""
     seed: Whole = 1337
     """Seed of initial weights, data order and all noise."""
+    init_from: InitFromConfig | None = None
+    """Another model whose weights a new run starts from. Null: initial values of the seed."""
     model: ModelConfig = ModelConfig()
     """Model architecture."""
     data: DataConfig = DataConfig()

@@ -60,8 +60,10 @@ RESUMED_EVERY_RANK = (
     "resume.candidate", "resume.checked", "phase.loading_the_checkpoint", "phase.writing_the_run_folder",
 )  # fmt: skip
 RESUMED_FIRST_RANK = ("phase.resuming_the_logs",)
-NEVER_THERE = {"phase.finding_what_is_not_finite"}
-"""Only where a loss or gradient is not finite, which none is in this run."""
+NEVER_THERE = {
+    "phase.finding_what_is_not_finite", "phase.verifying_the_weights_to_start_from", "phase.writing_the_first_weights",
+}  # fmt: skip
+"""Only where a loss or gradient is not finite, or with `init_from`: tests/unit/convert/test_init_weights.py."""
 POINTS = {*EVERY_RANK, *FIRST_RANK, *RESUMED_EVERY_RANK, *RESUMED_FIRST_RANK}
 
 

@@ -161,8 +161,13 @@ def run_record_problems(manifest: Manifest) -> Iterator[str]:
     if not _is_spike_window(run.get("spikes", {})):
         yield f"run.spikes is {shown(run['spikes'])}; it has a list of losses and two counts"
     done = manifest.values.get("optimizer_steps")
-    if type(done) is not int or not 0 <= done <= manifest.step:
-        yield f"values.optimizer_steps is {shown(done)}; of {manifest.step} steps it is 0 to {manifest.step}"
+    taken_over = manifest.run.get("optimizer_steps_taken_over", 0)  # by `init_from`, with moments
+    if type(taken_over) is not int or not _is_count(taken_over):
+        yield f"run.optimizer_steps_taken_over is {shown(taken_over)}; it is a number of at least 0"
+        return
+    most = manifest.step + taken_over
+    if type(done) is not int or not 0 <= done <= most:
+        yield f"values.optimizer_steps is {shown(done)}; of {most} steps it is 0 to {most}"
 
 
 def recorded_layout(manifest: Manifest) -> dict[str, int | str]:

@@ -1,6 +1,6 @@
 """Write a checkpoint of weights that come from elsewhere, a block at a time, so that no whole tensor is in memory.
 
-It has no moments of the optimizer, which are zero before the first step: `manifest.py` allows that at step 0 only.
+Moments of the optimizer, which are zero before the first step, may be left out: `manifest.py` allows that at step 0.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -103,11 +103,13 @@ def save_streamed(
     source: TensorReader,
     run: Mapping[str, Any],
     *,
+    optimizer_steps: int = 0,
     file_size_bytes: int = FILE_SIZE_BYTES,
 ) -> Manifest:
     """Save the checkpoint of step 0 from `source`, whose tensors `tensors` lists; nothing is left if that fails.
 
-    A tensor larger than a file is cut along dimension 0. `run` is the JSON record of the run.
+    A tensor larger than a file is cut along dimension 0. `run` is the JSON record of the run. With `optimizer_steps`
+    there are also moments, after so many steps.
 
     Raises:
         CheckpointError: if a value is not finite.
@@ -122,7 +124,7 @@ def save_streamed(
             )
             for name, tensor in tensors.items()
         }
-        values: dict[str, int | float | str] = {"optimizer_steps": 0}
+        values: dict[str, int | float | str] = {"optimizer_steps": optimizer_steps}
         manifest = Manifest(format=FORMAT, step=0, run=dict(run), values=values, tensors=stored, files=files)
         text = manifest_text(manifest)
         write_durably(folder.temporary(0) / MANIFEST, [text])

@@ -4,6 +4,7 @@ import argparse
 import os
 
 from trainer.commands.arguments import RUN, Subparsers, add_command, add_config
+from trainer.commands.init_from_parent import check_first_weights, find_first_weights
 from trainer.commands.resolve import check_run_folder, run_to_train, suggest_prepare
 from trainer.distributed.liveness_pipe import start_liveness_thread
 from trainer.distributed.mpi_environment import check_tasks, task_warning
@@ -41,6 +42,7 @@ def train_command(options: argparse.Namespace) -> int:
         config, folder = run_to_train(options)
         layout = layout_from_environment(ep_size=config.parallel.ep_size, shard_size=config.parallel.shard_size)
         warnings = check_run_folder(folder, config)
+        check_first_weights(config, folder)
         if is_alone and (warning := task_warning(os.environ)) is not None:
             warnings.append(warning)
         status = StatusFile(folder.status, rank=layout.rank)
@@ -48,8 +50,11 @@ def train_command(options: argparse.Namespace) -> int:
         with status.end_on_error():
             from trainer.training.main import train_run
 
+            first = find_first_weights(config, folder)
             with suggest_prepare(config):
-                code = train_run(config, folder, layout, warnings=warnings, stop=stop, status=status)
+                code = train_run(
+                    config, folder, layout, warnings=warnings, stop=stop, status=status, first_weights=first
+                )
         status.end(code)
         return code
 
@@ -62,6 +67,7 @@ def launch_command(options: argparse.Namespace) -> int:
     parallel = config.parallel
     check_layout(world_size=ranks.world_size, ep_size=parallel.ep_size, shard_size=parallel.shard_size)
     check_run_folder(folder, config)
+    check_first_weights(config, folder)
     ranks.check_port(os.environ)
     if ranks.node_rank == 0:  # the other machines' ranks start after this one's
         folder.check_free()

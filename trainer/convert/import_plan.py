@@ -111,7 +111,7 @@ def plan_import(
     else:  # as it is: the run goes on under this file
         check_rows(config, tokenizer.vocab_size, folder, foreign.vocab_size)
     links = check_foreign_tensors(source, foreign.family.links(config.model, foreign.vocab_size), foreign)
-    model = _plain_model(config, tokenizer)  # of no more layers than there are tensors
+    model = plain_model(config, tokenizer.vocab_size)  # of no more layers than there are tensors
     linked = {link.ours for link in links}
     ours = {name: tuple(p.shape) for name, p in model.named_parameters()}
     ours |= {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name in linked}
@@ -120,11 +120,11 @@ def plan_import(
     return ImportPlan(foreign=foreign, config=config, tokenizer=tokenizer, source=source, model=model, links=links)
 
 
-def _plain_model(config: ExperimentConfig, tokenizer: Tokenizer) -> GPT:
+def plain_model(config: ExperimentConfig, num_ids: int) -> GPT:
     """Return the whole model on the meta device, with the kernel that computes in every dtype."""
     alone = single_process(config)
     parallel = alone.parallel.model_copy(update={"experts_kernel": "loop"})
-    return meta_model(alone.model_copy(update={"parallel": parallel}), tokenizer)
+    return meta_model(alone.model_copy(update={"parallel": parallel}), num_ids)
 
 
 def _dtype(tensor: Tensor) -> DType:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.run_folder import RunFolder
+from trainer.commands.init_from_parent import find_first_weights
 from trainer.commands.resolve import check_run_folder, recorded_config, run_folder_of
 from trainer.distributed.rank_layout import layout_from_environment
 from trainer.distributed.signals import StopRequest
@@ -110,8 +111,9 @@ def train(config: ExperimentConfig) -> Run:
         layout = layout_from_environment(ep_size=config.parallel.ep_size, shard_size=config.parallel.shard_size)
         warnings = check_run_folder(folder, config)
         status = StatusFile(folder.status, rank=layout.rank)
+        first = find_first_weights(config, folder)
         with status.end_on_error():
-            code = train_run(config, folder, layout, warnings=warnings, stop=stop, status=status)
+            code = train_run(config, folder, layout, warnings=warnings, stop=stop, status=status, first_weights=first)
         status.end(code)
     if code != 0:
         raise KeyboardInterrupt(f"{folder.path}: stopped; call train again to resume")

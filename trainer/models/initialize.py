@@ -4,7 +4,7 @@ A generator's values cannot be drawn from the middle, so a rank that holds a sha
 expert of which it has a part, and keeps its own: one tensor, or expert, is in memory at a time beside the shards.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +30,16 @@ class WeightShard:
 
 
 @torch.no_grad()
-def initialize(model: GPT, seed: int, shards: Mapping[str, WeightShard] | None = None) -> None:
+def initialize(
+    model: GPT,
+    seed: int,
+    shards: Mapping[str, WeightShard] | None = None,
+    *,
+    only: Collection[str] | None = None,
+) -> None:
     """Initialize every parameter and buffer of a model, on its device; of parameters in `shards` only that part.
+
+    Of parameters, `only` these are initialized if they are given.
 
     Each expert of a stacked (E, ...) weight has its own random stream, so that it starts from the same weights on any
     rank. Parameters that are not matrices are constant: norms multiply by 1, those of a router are its
@@ -39,6 +47,8 @@ def initialize(model: GPT, seed: int, shards: Mapping[str, WeightShard] | None =
     """
     first_expert, router_values = expert_parameters(model), _router_values(model)
     for name, parameter in model.named_parameters():
+        if only is not None and name not in only:
+            continue
         std = initial_std(name, init_std=model.config.init_std, num_layers=model.config.num_layers)
         part = (shards or {}).get(name) or WeightShard(parameter, tuple(slice(0, size) for size in parameter.shape))
         match parameter_role(name):

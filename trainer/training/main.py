@@ -18,6 +18,7 @@ from trainer.evaluation.eval_report import EvalReport
 from trainer.experiment import ExperimentConfig
 from trainer.status import StatusFile, remove_others
 from trainer.training.experts_picture import write_experts_picture
+from trainer.training.first_weights import FirstWeights
 from trainer.training.generate_text import sample_held_out
 from trainer.training.loop import fit
 from trainer.training.run import RunState
@@ -35,8 +36,12 @@ def train_run(
     warnings: Sequence[str],
     stop: StopRequest,
     status: StatusFile,
+    first_weights: FirstWeights | None = None,
 ) -> int:
-    """Train as one rank of a layout, after showing the warnings; return the exit code. Rank 0 locks the folder."""
+    """Train as one rank of a layout, after showing the warnings; return the exit code. Rank 0 locks the folder.
+
+    `first_weights` are those that the config's `init_from` names, for a run without a checkpoint.
+    """
     stop.check()
     started_s = time.monotonic()
     device = runtime.start(config.parallel.device)
@@ -48,14 +53,17 @@ def train_run(
     ):
         for warning in warnings:
             console.warning(warning)
-        mesh.world.recorder.enter("locking the run folder")
         with raise_together(mesh.world):
             if layout.rank == 0:
+                if first_weights is not None:
+                    mesh.world.recorder.enter("verifying the weights to start from")
+                    first_weights.verify(warn=console.warning)
+                mesh.world.recorder.enter("locking the run folder")
                 folder.lock()
                 mesh.world.recorder.enter("removing old status files")
                 remove_others(folder.status, world_size=layout.world_size)
         status.enter("start-up")
-        run = build_run(config, folder, console, mesh, device)
+        run = build_run(config, folder, console, mesh, device, first_weights=first_weights)
         status.status.experts_kernel = run.config.parallel.experts_kernel
         mesh.world.recorder.enter("opening the trackers")
         outermost.enter_context(start_trackers(run))  # closed after the mesh, so that no rank waits for an upload

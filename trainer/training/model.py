@@ -23,12 +23,12 @@ from trainer.parallel.parallelize import parallelize
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-def meta_model(config: ExperimentConfig, tokenizer: Tokenizer) -> GPT:
-    """Build the whole model on the meta device, without values."""
+def meta_model(config: ExperimentConfig, num_ids: int) -> GPT:
+    """Build the whole model, for a tokenizer of so many ids, on the meta device, without values."""
     kernel = config.parallel.experts_kernel
     assert kernel != "auto", "resolve_kernel comes first"
     with torch.device("meta"), _default_dtype(torch.float64 if config.train.dtype == "float64" else torch.float32):
-        return GPT(config.model, tokenizer.vocab_size, experts_kernel=kernel)
+        return GPT(config.model, num_ids, experts_kernel=kernel)
 
 
 def build_parallel_model(
@@ -47,7 +47,7 @@ def build_parallel_model(
             "parallel.compile: true needs a C++ compiler (g++ or clang++), and none is installed: training without it, "
             "more slowly"
         )
-    model = meta_model(config, tokenizer)
+    model = meta_model(config, tokenizer.vocab_size)
     frozen = frozen_names(model, config.train.freeze)
     parallelize(
         model,

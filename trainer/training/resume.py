@@ -43,6 +43,7 @@ def resume(run: RunState, checkpoint: CheckpointHandle) -> None:
     run.start_step, run.position = checkpoint.step, int(checkpoint.run["position"])
     run.tokens = int(checkpoint.run["tokens"])
     run.stream.resume_at(checkpoint.run.get("streams", {}))
+    run.optimizer_steps_taken_over = int(checkpoint.run.get("optimizer_steps_taken_over", 0))
     run.skipped_steps = int(checkpoint.run["skipped_steps"])
     run.skipped_in_a_row = int(checkpoint.run["skipped_in_a_row"])
     run.spikes.restore(checkpoint.run.get("spikes", {}))

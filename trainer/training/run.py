@@ -61,6 +61,8 @@ class RunState:
     """Number of the next training row: with the seed, the whole state of the data order."""
     tokens: int = 0
     """Tokens trained on so far, without padding."""
+    optimizer_steps_taken_over: int = 0
+    """Steps of another run whose optimizer state this one began with."""
     skipped_steps: int = 0
     """Steps that were not taken so far: non-finite ones and skipped spikes."""
     skipped_in_a_row: int = 0
@@ -74,6 +76,7 @@ class RunState:
             "id": self.id,
             "parent": self.parent_record(),
             "position": self.position,
+            "optimizer_steps_taken_over": self.optimizer_steps_taken_over,
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
             "spikes": self.spikes.record(),

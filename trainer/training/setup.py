@@ -37,6 +37,7 @@ from trainer.models.flops import model_size
 from trainer.moe.causality import evaluation_warning, training_warning
 from trainer.trackers.base import JsonlTracker, Trackers
 from trainer.training import memory
+from trainer.training.first_weights import FirstWeights, save_first_weights
 from trainer.training.model import build_parallel_model, check_kernel, meta_model, numerics, resolve_kernel
 from trainer.training.resume import resume
 from trainer.training.run import RunState
@@ -46,6 +47,7 @@ from trainer.training.spikes import SpikeWindow
 _PATHS: Any = {"path": True, "data_files": True}
 _HOST_SPECIFIC: Any = {
     "runs_dir": True,
+    "init_from": {"run": True, "checkpoint": True, "hf": True},
     "data": {"cache_dir": True, "sources": {"__all__": _PATHS}, "tokenizer": {"path": True}},
     "eval": {"tasks": {"__all__": {"rows": _PATHS, "candidates_file": True}}},
 }
@@ -53,11 +55,18 @@ _HOST_SPECIFIC: Any = {
 
 
 def build_run(
-    config: ExperimentConfig, folder: RunFolder, console: Console, mesh: Mesh, device: torch.device
+    config: ExperimentConfig,
+    folder: RunFolder,
+    console: Console,
+    mesh: Mesh,
+    device: torch.device,
+    *,
+    first_weights: FirstWeights | None = None,
 ) -> RunState:
     """Build a run, resumed from the newest intact checkpoint of its folder if there is one. Collective.
 
-    The folder is locked. Rank 0 reads the text first, and only rank 0 writes files.
+    The folder is locked. Rank 0 reads the text first, and only rank 0 writes files. `first_weights` are what the
+    config's `init_from` names, on rank 0.
 
     Raises:
         ConfigError: if ranks have different configs, versions or run folders.
@@ -76,7 +85,7 @@ def build_run(
     run = build_model_and_engine(config, folder, console, mesh, device, corpus=corpus, tasks=tasks)
     run.canary = canary
     recorder.enter("finding a checkpoint")
-    checkpoint = resume_newest(run)
+    checkpoint = resume_newest(run, first_weights)
     recorder.enter("writing the run folder")
     write_run_folder(run, checkpoint, device)
     return run
@@ -129,7 +138,7 @@ def build_model_and_engine(
     tasks: Sequence[Task],
 ) -> RunState:
     """Stage 3: build the model with initial values, its engine, and the run around them."""
-    size = model_size(meta_model(config, corpus.tokenizer))
+    size = model_size(meta_model(config, corpus.tokenizer.vocab_size))
     logs = None
     with raise_together(mesh.world):
         if mesh.layout.rank == 0:
@@ -174,13 +183,18 @@ def build_model_and_engine(
     )
 
 
-def resume_newest(run: RunState) -> CheckpointHandle | None:
-    """Stage 4: load the newest intact checkpoint of the run folder, if there is one, and return it."""
+def resume_newest(run: RunState, first_weights: FirstWeights | None = None) -> CheckpointHandle | None:
+    """Stage 4: load the newest intact checkpoint of the run folder, if there is one, and return it.
+
+    A run with `init_from` has one from its beginning: that of step 0, which is written here.
+    """
     world = run.mesh.world
     with raise_together(world):
         if run.mesh.layout.rank == 0:
             run.saver.folder.clean()
     checkpoint = find_newest(run.saver.folder, world, warn=run.console.warning)
+    if checkpoint is None and run.config.init_from is not None:
+        checkpoint = save_first_weights(run, first_weights)
     if checkpoint is not None:
         with raise_together(world), memory.hint(run.config, "reading a checkpoint"):
             resume(run, checkpoint)

@@ -29,9 +29,11 @@ def start_from_deepspeed(
     """Save the weights of a DeepSpeed checkpoint, which must have all of the model's, as step 0 of a new run."""
     if CheckpointFolder(folder.checkpoints).steps():
         raise ConfigError(f"{folder.checkpoints}: has checkpoints; start a new run with name=...")
+    if config.init_from is not None:
+        raise ConfigError("init_from: the first weights are those of the DeepSpeed checkpoint; set it to null")
     tensors = read_deepspeed(source, is_trusted=is_trusted)
     cpu, alone = torch.device("cpu"), single_process(config)
-    model = meta_model(resolve_kernel(alone, cpu), build_tokenizer(config.data))
+    model = meta_model(resolve_kernel(alone, cpu), build_tokenizer(config.data).vocab_size)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     num_experts = {name: shapes[name][0] for name in expert_parameters(model)}
     weights = translate(tensors, weight_map, shapes, num_experts)  # before anything is written
