@@ -141,8 +141,6 @@ def run_scenario(name: str, trials: list[Trial], pool: Executor, known: Known) -
 
 def _workers(options: argparse.Namespace, folder: Path) -> Executor:
     """Fork processes that run trials, before this one computes anything (see RankForker)."""
-    import torch._dynamo  # noqa: F401 - torch does so for the first optimizer, in every rank again
-
     context = multiprocessing.get_context("fork")
     return ProcessPoolExecutor(
         options.workers, mp_context=context, initializer=_open_worker, initargs=(folder, options.engine)

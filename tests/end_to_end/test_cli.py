@@ -180,6 +180,8 @@ def test_a_run_imports_no_large_package_that_it_does_not_use(
     lines = [line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if line.startswith("import time:")]
     imported = {name.partition(".")[0] for name in lines}
     assert {"torch", "numpy", "rich", "safetensors"} < imported, "what it does use"
+    parts = {"sympy", "torch._dynamo", "torch._inductor", "torch.distributed.tensor"}
+    assert sorted(parts & set(lines)) == [], "a third of the time until the first step"
     assert [name for name in CHOSEN if importlib.util.find_spec(name) is None] == [], (
         "a name of nothing is not imported"
     )

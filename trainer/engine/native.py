@@ -9,6 +9,7 @@ from torch import Tensor
 from trainer.checkpoint.state import Slice, TrainState
 from trainer.data.batches.batch import Batch
 from trainer.distributed.mesh import Mesh
+from trainer.distributed.sharded_tensor import is_sharded
 from trainer.engine.nonfinite import Findings, is_finite
 from trainer.engine.reduce import square_norm
 from trainer.engine.step import Accumulated, NumericsConfig, StepEngine
@@ -19,7 +20,7 @@ from trainer.optim.create import MOMENTS, create_optimizer
 from trainer.optim.registry import OptimConfig
 from trainer.parallel.accumulate import before_backward, before_forward, step_of
 from trainer.parallel.replicate import GradientReducer
-from trainer.parallel.shards import copy_from_rows, is_first_copy, is_sharded, local
+from trainer.parallel.shards import copy_from_rows, is_first_copy, local
 
 
 class NativeEngine(StepEngine):

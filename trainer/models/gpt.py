@@ -61,7 +61,10 @@ class GPT(nn.Module):
                 f"model.vocab_size: {self.vocab_size} rows, and the tokenizer has {self.num_tokens} ids; use at least "
                 "as many, or leave it out"
             )
-        self.embedding = nn.Embedding(self.vocab_size, config.d_model)
+        rows = torch.empty(self.vocab_size, config.d_model)
+        if not rows.is_meta:  # there, torch would import its compiler to draw nothing
+            nn.init.normal_(rows)
+        self.embedding = nn.Embedding.from_pretrained(rows, freeze=False)
         self.blocks = nn.ModuleList(Block(config, layer, experts_kernel) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps, config.norm)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, self.vocab_size, bias=False)

@@ -1,13 +1,25 @@
 """AdamW with weight decay by parameter group."""
 
 from collections.abc import Iterable
+from inspect import unwrap
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from trainer.distributed.sharded_tensor import is_sharded
+
 Parameters = Iterable[nn.Parameter]
+
+
+class _AdamW(torch.optim.AdamW):
+    """Torch's AdamW without the hooks for torch.compile, which import the compiler: a second of the start of a run."""
+
+    step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
+    add_param_group = unwrap(Optimizer.add_param_group)
+    state_dict = unwrap(Optimizer.state_dict)
+    load_state_dict = unwrap(Optimizer.load_state_dict)
+    zero_grad = unwrap(Optimizer.zero_grad)
 
 
 def build_adamw(
@@ -18,8 +30,8 @@ def build_adamw(
     Sharded weights are in separate groups: torch's fused update does not mix kinds of tensors.
     """
     groups = [
-        {"params": [p for p in parameters if isinstance(p, DTensor) == is_sharded], "weight_decay": decay}
+        {"params": [p for p in parameters if is_sharded(p) == in_shards], "weight_decay": decay}
         for parameters, decay in ((list(decayed), weight_decay), (list(not_decayed), 0.0))
-        for is_sharded in (False, True)
+        for in_shards in (False, True)
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
+    return _AdamW([group for group in groups if group["params"]], lr=0.0, betas=betas, eps=eps, fused=True)

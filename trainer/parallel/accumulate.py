@@ -10,13 +10,17 @@ A counting pass (`balance.counts: exact`) gathers twice more for each micro-batc
 all: it saves no activations, so weights stay from its first micro-batch to the forward pass of the first.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeGuard
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from trainer.models.gpt import GPT
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 @contextmanager
@@ -34,16 +38,21 @@ def before_forward(model: GPT) -> None:
 
 def _free_after_forward(model: nn.Module, frees: bool) -> None:
     for module in model.modules():
-        if isinstance(module, FSDPModule) and module is not model:  # the model's own group stays in any case
+        if _is_group(module) and module is not model:  # the model's own group stays in any case
             module.set_reshard_after_forward(frees, recurse=False)
 
 
 def before_backward(model: GPT, *, is_last: bool) -> None:
     """Choose what the next backward pass reduces and frees; the last one of a step reduces and frees everything."""
-    if not isinstance(model, FSDPModule):
-        return
     reduces = is_last or model.shard_keeps == "nothing"
+    if not _is_group(model):
+        return
     model.set_requires_gradient_sync(reduces)
     model.set_requires_all_reduce(is_last)  # between copies: sums of shards wait for the last
     model.set_reshard_after_backward(reduces)
     model.set_is_last_backward(is_last)
+
+
+def _is_group(module: object) -> "TypeGuard[FSDPModule]":
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # unless it is imported, nothing is sharded
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)

@@ -4,11 +4,12 @@ from collections.abc import Iterable
 from typing import cast
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from trainer.config.build_plugin import build_plugin
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.rank_layout import even_slice
+from trainer.distributed.sharded_tensor import is_sharded
 from trainer.models.block import Block
 from trainer.models.feed_forward import FeedForward
 from trainer.models.gpt import GPT
@@ -18,7 +19,6 @@ from trainer.ops.attention import blocked_attention, torch_attention
 from trainer.ops.block_attention import flex, suits_blocks
 from trainer.ops.expert_ffn import activate
 from trainer.parallel.config import ParallelConfig
-from trainer.parallel.shard import shard
 from trainer.parallel.shards import local, shard_index
 
 
@@ -54,11 +54,25 @@ def parallelize(
     if config.compile and can_compile:
         compile_glue(model)
     if config.data == "shard":
+        from trainer.parallel.shard import shard  # which imports what takes half a second
+
         shard(model, mesh, dtype=dtype)
-    model.to_empty(device=device)
-    sharded = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor)}
+        model.to_empty(device=device)
+    else:
+        _allocate(model, device)
+    sharded = {name: p for name, p in model.named_parameters() if is_sharded(p)}
     initialize(model, seed, {name: WeightShard(local(p), shard_index(p)) for name, p in sharded.items()})
     return model
+
+
+def _allocate(model: nn.Module, device: torch.device) -> None:
+    """Allocate weights and buffers like `to_empty`, for which torch imports a library of algebra."""
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            values = torch.empty(p.shape, dtype=p.dtype, device=device)
+            setattr(module, name, nn.Parameter(values, requires_grad=p.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
 
 
 def choose_attention(model: GPT, device: torch.device, dtype: torch.dtype, *, is_compiled: bool) -> None:
