@@ -77,6 +77,7 @@ def measure_domains(num_domains: int) -> None:
             train=texts,
             validation=texts,
             tokenizer=ByteTokenizer(),
+            contents=("",) * num_domains,
             fingerprint="",
             streams=(None,) * num_domains,
             folders=(Path(),) * num_domains,

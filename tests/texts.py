@@ -47,6 +47,7 @@ def make_corpus_of(*files: TokenFile, shares: Sequence[float] = (), vocab_size: 
         train=files,
         validation=files,
         tokenizer=tokenizer,
+        contents=("",) * len(files),
         fingerprint="",
         streams=(None,) * len(files),
         folders=(Path("cache"),) * len(files),

@@ -10,16 +10,22 @@ from trainer.errors import ConfigError
 _MODEL_KEYS = ("model.", "data.tokenizer")
 _COMPARED_BY_CONTENT = "data.tokenizer.path"
 _LEARNING_KEYS = ("seed", "data.", "optim.", "schedule.", "train.")
-_HARMLESS_KEYS = ("train.steps", "train.max_consecutive_skips", "data.cache_dir", "data.workers")
+_HARMLESS_KEYS = ("train.steps", "train.max_consecutive_skips", "data.cache_dir", "data.workers", "data.changed")
 _ORDER_KEYS = re.compile(r"seed|data\.(mixture\..*|packing|sources\.\d+\.weight)")
 """Keys that determine the order of the rows, besides the text."""
+_SHARE_KEYS = re.compile(r"data\.(mixture\..*|sources\.\d+\.weight)")
+"""Those of them that only change which domain comes next."""
+_TEXT_KEYS = re.compile(r"data\.(split\..*|sources\.(?!\d+\.weight$).*)")
 _BATCH_KEY, _FREEZE_KEY = "train.global_batch_size", "train.freeze"
 
 
-def check_belongs(folder: RunFolder, changes: Iterable[Change], *, goes_on: bool = True) -> list[str]:
+def check_belongs(
+    folder: RunFolder, changes: Iterable[Change], *, goes_on: bool = True, may_read_other_text: bool = False
+) -> list[str]:
     """Check the changes between the config that a run folder was started with and the current one.
 
-    With `goes_on` the run resumes from a checkpoint, so some text has been read under the old config.
+    With `goes_on` the run resumes from a checkpoint, so some text has been read under the old config. With
+    `may_read_other_text` (`data.changed`) each domain goes on where it was, once the text is another.
 
     Returns:
         A warning for each change of what is learned, and one about the order of the rows if that changes.
@@ -44,7 +50,10 @@ def check_belongs(folder: RunFolder, changes: Iterable[Change], *, goes_on: bool
             warnings.append(f"{key} was {inline(old)} in {folder.path} and is now {inline(new)}{meaning}")
     if refused:
         raise ConfigError("\n".join(refused))
-    return [*warnings, *(order_warnings(change.key for change in changes) if goes_on else [])]
+    keys = [change.key for change in changes]
+    if may_read_other_text and any(map(_TEXT_KEYS.fullmatch, keys)):  # the run says so when it has read the text
+        keys = [key for key in keys if not _SHARE_KEYS.fullmatch(key)]
+    return [*warnings, *(order_warnings(keys) if goes_on else [])]
 
 
 def _meaning(key: str, new: object) -> str:

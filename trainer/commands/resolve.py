@@ -74,7 +74,8 @@ def check_run_folder(folder: RunFolder, config: ExperimentConfig) -> list[str]:
             advice = "is the run's own record; remove it if it is damaged: checkpoints also record their model"
             raise ConfigError(f"{error}\n{folder.config}: {advice}") from None
     steps = {path.name for path in folder.checkpoints.glob("step_*")}
-    return check_belongs(folder, changes, goes_on=bool(steps - {"step_00000000"}))  # at step 0 nothing was read
+    goes_on = bool(steps - {"step_00000000"})  # at step 0 nothing was read
+    return check_belongs(folder, changes, goes_on=goes_on, may_read_other_text=config.data.changed is not None)
 
 
 def named_run_folder(options: argparse.Namespace) -> RunFolder:

@@ -13,6 +13,7 @@ from trainer.data.token_cache.splits import SplitConfig
 from trainer.data.tokenizers.registry import ByteTokenizerConfig, TokenizerConfig
 
 Packing = Literal["wrapped", "bfd"]
+OnTextChange = Literal["continue", "restart"]
 
 
 class MixtureConfig(Config):
@@ -57,6 +58,16 @@ class DataConfig(Config):
     """Template that writes conversations as text, for sources of chats."""
     split: SplitConfig = SplitConfig()
     """Validation split."""
+    changed: OnTextChange | None = None
+    """Resuming a run whose text has changed since its checkpoint. Null: it is refused.
+
+    `continue`: each domain goes on after the rows that were read of it. One whose text is the same goes on in its
+    order, and each of its rows is still read once in an epoch; one whose text is another goes on in the order of the
+    new text, so that in the present epoch some rows are read again and others are left out; a new one, and a stream
+    that changed, begins. `restart`: the new text is read from its beginning, as by a new run. Steps, learning rate,
+    counts of tokens and noise go on in both. The text only counts as changed once: a later resume goes on in the new
+    one.
+    """
     cache_dir: PathText = ".cache/tokens"
     """Folder of the tokenised text, built once and reused."""
     workers: Annotated[int, Field(gt=0, le=4096)] | None = None

@@ -35,6 +35,8 @@ class Corpus:
 
     domains: tuple[str, ...]
     """Names, ordered by source and then alphabetically."""
+    contents: tuple[str, ...]
+    """Hash of the text of each domain."""
     weights: tuple[float, ...]
     """Share of the training rows of each domain; they sum to 1."""
     train: tuple[TokenFile, ...]
@@ -150,6 +152,7 @@ def _open(config: DataConfig, ingested: Sequence[_Ingested], tokenizer: Tokenize
     skipped += [SourceSkips(domain.source, 0, domain.skipped) for domain in streams]
     return Corpus(
         domains=tuple(domain.name for domain in domains),
+        contents=tuple(hash_of(domain.hashes) for domain in domains),
         weights=domain_shares(
             by=config.mixture.by,
             temperature=config.mixture.temperature,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from pydantic import ValidationError
 
-from trainer.checkpoint.compatible import abridged, check_fits, check_model, check_record, check_tokenizer
+from trainer.checkpoint.compatible import check_fits, check_model, check_record, check_tokenizer
 from trainer.checkpoint.config_changes import check_belongs, order_warnings
 from trainer.checkpoint.find_checkpoint import CheckpointHandle
 from trainer.checkpoint.manifest import recorded_layout
@@ -13,8 +13,8 @@ from trainer.checkpoint.tensor_files import StoredTensors
 from trainer.config.dump import ABSENT, changed_keys, short
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.engine.base import Engine
-from trainer.errors import DataError
 from trainer.experiment import ExperimentConfig
+from trainer.training.resume_text import resume_text
 from trainer.training.run import RunState
 
 _RATE_TOLERANCE = 0.01
@@ -27,26 +27,20 @@ def resume(run: RunState, checkpoint: CheckpointHandle) -> None:
 
     Raises:
         CheckpointError: if the checkpoint is damaged or of another model or tokenizer.
-        DataError: if the run was trained on other text.
+        DataError: if the run was trained on other text, unless `data.changed` says how to go on.
     """
     run.mesh.world.recorder.enter("loading the checkpoint")
     stored = load_state(checkpoint, run.engine, run.config, run.corpus.tokenizer)
     if not run.folder.config.is_file():  # otherwise compared before torch was imported
         for warning in _changes_since(checkpoint, stored, run.config):
             run.console.warning(warning)
-    saved, now = checkpoint.run["data_fingerprint"], run.corpus.fingerprint
-    if saved not in (None, now):  # None: no text has been read yet
-        raise DataError(
-            f"{checkpoint.path}: was trained on other text than data.sources and data.split give now (fingerprint "
-            f"{abridged(saved)}, now {abridged(now)}); restore the files, or start a new run with name=..."
-        )
     run.start_step, run.position = checkpoint.step, int(checkpoint.run["position"])
     run.tokens = int(checkpoint.run["tokens"])
-    run.stream.resume_at(checkpoint.run.get("streams", {}))
     run.optimizer_steps_taken_over = int(checkpoint.run.get("optimizer_steps_taken_over", 0))
+    is_other_text = resume_text(run, checkpoint)
     run.skipped_steps = int(checkpoint.run["skipped_steps"])
     run.skipped_in_a_row = int(checkpoint.run["skipped_in_a_row"])
-    run.spikes.restore(checkpoint.run.get("spikes", {}))
+    run.spikes.restore({} if is_other_text else checkpoint.run.get("spikes", {}))  # losses of the old text
     if (jump := _rate_jump(stored, run)) is not None:
         run.console.warning(jump)
     before, layout = recorded_layout(checkpoint.manifest), run.layout_record()
@@ -87,7 +81,8 @@ def _changes_since(
 ) -> list[str]:
     """Return a warning for each change since a checkpoint that affects what is learned; refuse another model."""
     if stored is not None:
-        return check_belongs(RunFolder(checkpoint.path), changed_keys(stored, config))
+        folder, changes = RunFolder(checkpoint.path), changed_keys(stored, config)
+        return check_belongs(folder, changes, may_read_other_text=config.data.changed is not None)
     counters = checkpoint.run.get("random")
     seed = counters.get("seed") if isinstance(counters, Mapping) else None
     warnings = [f"{checkpoint.path}: this version cannot read its config; only model and seed are compared"]

@@ -83,6 +83,7 @@ class RunState:
             "tokens": self.tokens,
             "logs": {} if self.logs is None else self.logs.record(),
             "streams": self.stream.stream_positions(self.position),
+            "text": self.stream.text_order(self.position).model_dump(),
             "rows_of_a_step": self.config.train.global_batch_size,
             "data_fingerprint": self.corpus.fingerprint,
             "tokenizer_fingerprint": self.corpus.tokenizer.fingerprint,
@@ -101,7 +102,7 @@ class RunState:
         """List the rows skipped so far in the run folder; a disk error is a warning."""
         try:
             skipped = self.stream.skipped(self.config.data.sources)
-            write_skipped(self.folder.skipped_rows, skipped, keeps_blocks=self.position > 0)
+            write_skipped(self.folder.skipped_rows, skipped, keeps_blocks=self.position > self.stream.first_slot)
         except OSError as error:
             self.console.warning(f"{self.folder.skipped_rows}: cannot be written: {error.strerror or error}")
 

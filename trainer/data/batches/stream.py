@@ -4,12 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trainer.data.batches.assemble import assemble, check_vocabulary, pad_rows, row_slice
 from trainer.data.batches.batch import Batch
 from trainer.data.batches.packed_rows import PackedRows
 from trainer.data.batches.row_order import DomainRows
 from trainer.data.batches.streamed_rows import StreamedRows, StreamPosition
+from trainer.data.batches.text_order import TextOrder
 from trainer.data.batches.wrapped_rows import WrappedRows
 from trainer.data.config import Packing
 from trainer.data.corpus import Corpus
@@ -21,21 +23,22 @@ from trainer.distributed.rank_layout import even_slice
 
 
 class TrainStream:
-    """Rows of a training run by number. It has no position of its own: a run resumes from a slot number."""
+    """Rows of a training run by number. It has no position of its own: a run resumes from a slot number.
+
+    Only a run whose text has changed on the way needs more: where the present text began, a `TextOrder`.
+    """
 
     def __init__(self, corpus: Corpus, *, packing: Packing, seq_len: int, seed: int) -> None:
         """Raise DataError if a domain is too short for a row or its share too small to be drawn."""
-        self._corpus, self._seq_len = corpus, seq_len
+        self._corpus, self._seq_len, self._packing, self._seed = corpus, seq_len, packing, seed
+        self._order, self._first_visit = TextOrder(), np.zeros(len(corpus.domains), dtype=np.int64)
         self.mixture = Mixture(domains=corpus.domains, shares=corpus.weights, seed=seed)
-        self.domain_rows = [
-            _domain_rows(corpus, domain, packing=packing, seq_len=seq_len, seed=seed)
-            for domain in range(len(corpus.domains))
-        ]
+        self.domain_rows = [self._domain_rows(domain, key=domain) for domain in range(len(corpus.domains))]
 
     def rows(self, first_slot: int, count: int) -> Batch:
         """Return rows first_slot .. first_slot + count - 1 as one batch of `count` rows; sample_id is the slot."""
         slots = np.arange(first_slot, first_slot + count, dtype=np.int64)
-        domain, visit = self.mixture.locate(slots)
+        domain, visit = self._locate(slots)
         parts = []
         for d in np.unique(domain).tolist():
             here = np.flatnonzero(domain == d)
@@ -58,15 +61,34 @@ class TrainStream:
 
     def stream_positions(self, num_slots: int) -> dict[str, Any]:
         """Return the position of each stream after the first `num_slots` rows of the run, as JSON values by domain."""
-        visits = self.mixture.num_visits(num_slots).tolist()
+        visits = self._num_visits(num_slots)
         return {
             self._corpus.domains[domain]: rows.position(visits[domain]).model_dump()
             for domain, rows in enumerate(self.domain_rows)
             if isinstance(rows, StreamedRows)
         }
 
-    def resume_at(self, positions: Mapping[str, Any]) -> None:
-        """Continue from the result of `stream_positions`, without reading the text before."""
+    @property
+    def first_slot(self) -> int:
+        """Number of the first row of this text; 0 unless the run has read another one before."""
+        return self._order.start
+
+    def text_order(self, num_slots: int) -> TextOrder:
+        """Return the order of the text after the first `num_slots` rows of the run, for a checkpoint."""
+        domains = {}
+        for index, name in enumerate(self._corpus.domains):
+            values = {"content": self._corpus.contents[index], "visits": self._num_visits(num_slots)[index]}
+            domains[name] = self._order.of(name, index).model_copy(update=values)
+        return TextOrder(start=self._order.start, domains=domains)
+
+    def resume_at(self, positions: Mapping[str, Any], order: TextOrder | None = None) -> None:
+        """Continue from the results of `stream_positions` and `text_order`, without reading the text before."""
+        self._order = order or TextOrder()
+        for index, name in enumerate(self._corpus.domains):
+            domain = self._order.of(name, index)
+            self._first_visit[index] = domain.first_visit
+            if domain.key != index:
+                self.domain_rows[index] = self._domain_rows(index, key=domain.key)
         for name, rows in zip(self._corpus.domains, self.domain_rows, strict=True):
             if isinstance(rows, StreamedRows) and name in positions:
                 rows.resume_at(StreamPosition.model_validate(positions[name]))
@@ -84,7 +106,7 @@ class TrainStream:
         """Return the streams with any of those rows, each with its last visit."""
         if not any(isinstance(rows, StreamedRows) for rows in self.domain_rows):
             return []
-        domain, visit = self.mixture.locate(np.arange(first_slot, first_slot + count, dtype=np.int64))
+        domain, visit = self._locate(np.arange(first_slot, first_slot + count, dtype=np.int64))
         return [
             (rows, int(visit[domain == index].max()))
             for index, rows in enumerate(self.domain_rows)
@@ -93,7 +115,7 @@ class TrainStream:
 
     def epochs(self, num_slots: int) -> dict[str, float]:
         """Return the epochs of each domain in the first `num_slots` rows of the run."""
-        visits = self.mixture.num_visits(num_slots).tolist()
+        visits = self._num_visits(num_slots)
         counted = zip(self._corpus.domains, self.domain_rows, visits, strict=True)
         return {name: rows.epochs(num_visits) for name, rows, num_visits in counted}
 
@@ -118,16 +140,26 @@ class TrainStream:
         size = -(-largest // num_batches)
         return [pad_rows(row_slice(rows, size * i, size * (i + 1)), size) for i in range(num_batches)]
 
+    def _locate(self, slots: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return domain and visit of each slot, both (n,)."""
+        domain, visit = self.mixture.locate(slots - self._order.start)
+        return domain, visit + self._first_visit[domain]
 
-def _domain_rows(corpus: Corpus, domain: int, *, packing: Packing, seq_len: int, seed: int) -> DomainRows:
-    name, end_of_document = corpus.domains[domain], corpus.tokenizer.end_of_document
+    def _num_visits(self, num_slots: int) -> list[int]:
+        """Return the visits of each domain in the first slots of the run."""
+        return (self.mixture.num_visits(num_slots - self._order.start) + self._first_visit).tolist()
 
-    def rows_of(file: TokenFile, seed: int) -> DomainRows:
-        if packing == "wrapped":
-            return WrappedRows(file, seq_len=seq_len, seed=seed, domain=domain, name=name)
-        return PackedRows(file, seq_len=seq_len, end_of_document=end_of_document, seed=seed, domain=domain)
+    def _domain_rows(self, domain: int, *, key: int) -> DomainRows:
+        """Return the rows of a domain; `key` is its number in the keys of its permutations."""
+        corpus, packing, seq_len, seed = self._corpus, self._packing, self._seq_len, self._seed
+        name, end_of_document = corpus.domains[domain], corpus.tokenizer.end_of_document
 
-    stream = corpus.streams[domain]
-    if stream is None:
-        return rows_of(corpus.train[domain], seed)
-    return StreamedRows(stream, min_tokens=seq_len + 1 if packing == "wrapped" else 1, seed=seed, rows_of=rows_of)
+        def rows_of(file: TokenFile, seed: int) -> DomainRows:
+            if packing == "wrapped":
+                return WrappedRows(file, seq_len=seq_len, seed=seed, domain=key, name=name)
+            return PackedRows(file, seq_len=seq_len, end_of_document=end_of_document, seed=seed, domain=key)
+
+        stream = corpus.streams[domain]
+        if stream is None:
+            return rows_of(corpus.train[domain], seed)
+        return StreamedRows(stream, min_tokens=seq_len + 1 if packing == "wrapped" else 1, seed=seed, rows_of=rows_of)
