@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import IO
 
 _COPY_BLOCK_BYTES = 1 << 20
+_CANNOT_SHARE = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
+"""errno values of `copy_file_range` between file systems that cannot do it."""
 _SYNC_ALL_ABOVE = 200  # above this many files, one os.sync() is faster than an fsync per file
 
 
@@ -69,6 +71,24 @@ def replace_file(path: Path, content: str) -> None:
     """
     with _replacing(path) as file:
         file.write(content.encode())
+
+
+def copy_file(source: Path, target: Path, *, size_bytes: int | None = None) -> None:
+    """Copy a regular file, or its beginning, to a new one and flush it; blocks are shared if the file system can."""
+    with os.fdopen(open_regular(source, os.O_RDONLY), "rb") as old, target.open("xb") as new:
+        left = os.fstat(old.fileno()).st_size
+        left = left if size_bytes is None else min(left, size_bytes)
+        try:
+            while left > 0 and (copied := os.copy_file_range(old.fileno(), new.fileno(), left)):
+                left -= copied
+        except OSError as error:
+            if error.errno not in _CANNOT_SHARE:
+                raise
+        while left > 0 and (block := os.read(old.fileno(), min(left, _COPY_BLOCK_BYTES))):
+            new.write(block)
+            left -= len(block)
+        new.flush()
+        os.fsync(new.fileno())
 
 
 @contextmanager

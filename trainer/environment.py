@@ -112,6 +112,12 @@ def is_first(name: str) -> bool:
     return not (text.isascii() and text.isdigit() and text.strip("0"))
 
 
+def is_restarted() -> bool:
+    """Return whether torchrun has started this rank before."""
+    text = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+    return text.isascii() and text.isdigit() and int(text) > 0
+
+
 def check_process_variables() -> None:
     """Check the variables of any process; a ConfigError names each invalid one."""
     variables = Variables(os.environ)

@@ -47,6 +47,14 @@ def test_a_run_of_two_ranks_goes_on_in_one_process_and_back(workplace: Path) -> 
         assert_same(workplace, name)
 
 
+def test_a_branch_goes_on_as_its_parent_did(workplace: Path) -> None:
+    said = run_ranks(workplace, 2, "train", "runs/together", "--branch", "forked", "--step", "4")
+    assert "branched off from" in said and "made from  together at step 4 (branch)" in said
+    assert_same(workplace, "forked")
+    run(workplace, "launch", "runs/alone", "--branch", "launched", "--step", "4", "parallel.ep_size=1")
+    assert_same(workplace, "launched")
+
+
 def test_a_run_of_two_ranks_is_evaluated_by_one_process(workplace: Path) -> None:
     record = json.loads(run(workplace, "eval", "runs/together", "--json"))
     last = [value for key, value in numbers(workplace, "alone") if key == "eval/loss"][-1]

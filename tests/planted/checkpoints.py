@@ -85,4 +85,25 @@ FAULTS = [
         "checkpoint/tools/test_pruning.py",
         "checkpoint/test_save_and_load.py",
     ),
+    in_package(
+        "the copy of a branch is not verified",
+        "checkpoint/branch.py",
+        "defect = copies.defect(step)",
+        "defect = None",
+        "checkpoint/test_branch.py",
+    ),
+    in_package(
+        "a branch gets all of its parent's log",
+        "checkpoint/branch.py",
+        "size_bytes=content.size_bytes",
+        "size_bytes=None",
+        "checkpoint/test_branch.py",
+    ),
+    in_package(
+        "a folder that is another run's by now is an ancestor",
+        "checkpoint/ancestors.py",
+        "if recorded_id(found := RunFolder(place)) == parent.id",
+        "if recorded_id(found := RunFolder(place)) is not None",
+        "checkpoint/test_ancestors.py",
+    ),
 ]

@@ -156,6 +156,8 @@ FAULTS = [
         "else self.loss_mask * self.valid",
         "else (self.loss_mask > 0) & self.valid",
         "tests/laws/test_document_weights.py",
+    ),
+    in_package(
         "a domain that did not change gets the key of its new place",
         "data/batches/text_order.py",
         "DomainOrder(key=before.key, first_visit=0",

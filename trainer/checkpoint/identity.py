@@ -22,7 +22,7 @@ from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.nodes import shown
 
 _ID = re.compile(r"[0-9a-z]{8,64}")
-_MAX_BYTES = 1 << 16
+_MAX_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,17 +53,17 @@ def identify(folder: RunFolder, *, name: str, found: Mapping[str, Any] | None = 
     Raises:
         ResourceError: if the disk refuses.
     """
-    origin, kept = _read_origin(folder), _read_id(folder)
+    origin, kept = read_record(folder.origin), recorded_id(folder)
     found = {} if found is None else found
     saved_id, saved_name = _id(found.get("id")), _saved_name(found)
-    parent = _parent(origin.get("parent")) if origin.get("id") == kept else None
+    parent = recorded_parent(folder)
     copied_from = None if kept is None else _copied_from(folder, kept, origin, saved_name)
     # Until a branch has saved, its newest checkpoint is its parent's.
     is_foreign = saved_id not in (None, kept, None if parent is None else parent.id)
     has_copied_checkpoints = is_foreign and (kept is not None or saved_name not in (None, name))
     if copied_from is None and not has_copied_checkpoints:
         if kept is None:  # new, or its run_id was removed
-            parent = _parent(found.get("parent"))
+            parent = parent_from_record(found.get("parent"))
         identity = Identity(id=kept or saved_id or secrets.token_hex(8), parent=parent, said=None)
     else:
         parent_id = (saved_id if has_copied_checkpoints else kept) or ""
@@ -80,6 +80,17 @@ def identify(folder: RunFolder, *, name: str, found: Mapping[str, Any] | None = 
     return identity
 
 
+def recorded_id(folder: RunFolder) -> str | None:
+    """Return the id in a run folder; None if it has none."""
+    return _id(_read(folder.run_id, 100).strip())
+
+
+def recorded_parent(folder: RunFolder) -> Parent | None:
+    """Return the run that the one in a folder was made from; None if there is none, or its record is of another run."""
+    origin = read_record(folder.origin)
+    return parent_from_record(origin.get("parent")) if origin.get("id") == recorded_id(folder) else None
+
+
 def _copied_from(folder: RunFolder, kept: str, origin: Mapping[str, Any], saved_name: str | None) -> Path | None:
     """Return the folder that this one is a copy of, which still exists with the same id; None if it is not a copy."""
     former = origin.get("folder")
@@ -90,19 +101,16 @@ def _copied_from(folder: RunFolder, kept: str, origin: Mapping[str, Any], saved_
     path = Path(former)
     with suppress(OSError, ValueError):
         # The same folder: the run was started in it before, even if its run_id was edited since.
-        if not path.samefile(folder.path) and _read_id(RunFolder(path)) == kept:
+        if not path.samefile(folder.path) and recorded_id(RunFolder(path)) == kept:
             return path
     return None
 
 
-def _read_id(folder: RunFolder) -> str | None:
-    return _id(_read(folder.run_id, 100).strip())
-
-
-def _read_origin(folder: RunFolder) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
+    """Return the JSON values of a small file of a run folder; none if it is missing or damaged."""
     with suppress(ValueError, RecursionError):
-        origin = json.loads(_read(folder.origin, _MAX_BYTES))
-        return origin if isinstance(origin, dict) else {}
+        values = json.loads(_read(path, _MAX_BYTES))
+        return values if isinstance(values, dict) else {}
     return {}
 
 
@@ -118,7 +126,8 @@ def _saved_name(found: Mapping[str, Any]) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _parent(value: object) -> Parent | None:
+def parent_from_record(value: object) -> Parent | None:
+    """Return the parent that JSON values describe; None if they are not valid."""
     if not isinstance(value, Mapping):
         return None
     of, step = _id(value.get("id")), value.get("step")

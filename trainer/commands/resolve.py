@@ -150,7 +150,7 @@ def _refuse_inside_run(options: argparse.Namespace) -> None:
     run = checkpoints.parent if len(named.parts) < depth else named.parents[depth - 1]
     if step is None:
         raise CheckpointError(f"{named}: is the checkpoints folder of a run; name the folder of the run: {run}")
-    has_step = hasattr(options, "step")
+    has_step = hasattr(options, "step") and getattr(options, "branch", "") is not None  # `train` has it for a branch
     advice = f"the run and its step: {run} --step {int(step[1])}" if has_step else f"the folder of the run: {run}"
     raise CheckpointError(f"{named}: is a checkpoint of a run; name {advice}")
 

@@ -3,7 +3,10 @@
 import argparse
 import os
 
+from trainer.checkpoint.branch import Branch
+from trainer.checkpoint.run_folder import RunFolder
 from trainer.commands.arguments import RUN, Subparsers, add_command, add_config
+from trainer.commands.branch_run import add_branch, branch_to_train, check_branch, wait_until_made
 from trainer.commands.init_from_parent import check_first_weights, find_first_weights
 from trainer.commands.resolve import check_run_folder, run_to_train, suggest_prepare
 from trainer.distributed.liveness_pipe import start_liveness_thread
@@ -11,19 +14,22 @@ from trainer.distributed.mpi_environment import check_tasks, task_warning
 from trainer.distributed.rank_layout import check_layout, layout_from_environment
 from trainer.distributed.signals import StopRequest
 from trainer.environment import SUPERVISOR, check_rank_variables
+from trainer.experiment import ExperimentConfig
 from trainer.status import StatusFile
 from trainer.supervise.die_with_parent import end_with_launcher
 from trainer.supervise.launch import Launch
 from trainer.supervise.supervisor import Supervisor
+from trainer.terminal import print_safe
 
 
 def add(subparsers: Subparsers) -> None:
     """Add the commands with their arguments."""
     example = "configs/smoke.yaml train.steps=100 name=longer"
-    add_config(add_command(subparsers, "train", train_command, example=example), RUN)
+    add_branch(add_config(add_command(subparsers, "train", train_command, example=example), RUN))
 
     example = "configs/smoke.yaml --nproc 2 parallel.ep_size=2"
     sub = add_config(add_command(subparsers, "launch", launch_command, example=example), RUN)
+    add_branch(sub)
     sub.add_argument("--nproc", metavar="N", help="ranks on this machine (NPROC, else 1)")
     sub.add_argument("--nnodes", metavar="N", help="machines; run the same command on each (NNODES, else 1)")
     sub.add_argument("--node-rank", metavar="N", help="number of this machine, from 0 (NODE_RANK)")
@@ -39,9 +45,10 @@ def train_command(options: argparse.Namespace) -> int:
         check_tasks(os.environ, expected=1)
     end_with_launcher()
     with StopRequest() as stop:
-        config, folder = run_to_train(options)
+        config, folder, branch, warnings = _named_run(options)
         layout = layout_from_environment(ep_size=config.parallel.ep_size, shard_size=config.parallel.shard_size)
-        warnings = check_run_folder(folder, config)
+        if branch is not None and layout.world_size == 1:
+            branch.check(folder.path)
         check_first_weights(config, folder)
         if is_alone and (warning := task_warning(os.environ)) is not None:
             warnings.append(warning)
@@ -53,7 +60,14 @@ def train_command(options: argparse.Namespace) -> int:
             first = find_first_weights(config, folder)
             with suggest_prepare(config):
                 code = train_run(
-                    config, folder, layout, warnings=warnings, stop=stop, status=status, first_weights=first
+                    config,
+                    folder,
+                    layout,
+                    warnings=warnings,
+                    stop=stop,
+                    status=status,
+                    first_weights=first,
+                    branch=branch,
                 )
         status.end(code)
         return code
@@ -61,15 +75,31 @@ def train_command(options: argparse.Namespace) -> int:
 
 def launch_command(options: argparse.Namespace) -> int:
     """Train a config on one or more ranks of this machine, and restart them after a transient failure."""
-    config, folder = run_to_train(options)
+    config, folder, branch, warnings = _named_run(options)
     ranks = Launch.of(vars(options), os.environ)
     check_tasks(os.environ, expected=ranks.nnodes)
     parallel = config.parallel
     check_layout(world_size=ranks.world_size, ep_size=parallel.ep_size, shard_size=parallel.shard_size)
-    check_run_folder(folder, config)
     check_first_weights(config, folder)
     ranks.check_port(os.environ)
     if ranks.node_rank == 0:  # the other machines' ranks start after this one's
         folder.check_free()
     arguments, timeout_s = ["train", str(options.config), *options.overrides], config.parallel.timeout_s
+    if branch is not None:  # made before any rank starts, which may be started again
+        if ranks.node_rank == 0:
+            branch.make(folder.path)
+            for warning in warnings:  # the ranks find the new run's own config
+                print_safe(f"warning: {warning}")
+        else:
+            wait_until_made(branch, folder.path)
+        arguments = ["train", str(folder.path)]
     return Supervisor(ranks, arguments, folder, patience_s=timeout_s + 30, silence_s=timeout_s).run()
+
+
+def _named_run(options: argparse.Namespace) -> tuple[ExperimentConfig, RunFolder, Branch | None, list[str]]:
+    """Return config and folder of the run to train, how to make it if it is a branch, and warnings."""
+    check_branch(options)
+    if options.branch is not None:
+        return branch_to_train(options)
+    config, folder = run_to_train(options)
+    return config, folder, None, check_run_folder(folder, config)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.coverage import WEIGHT
+from trainer.checkpoint.new_folder import new_folder
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.run_tokenizer import save_tokenizer
 from trainer.checkpoint.streamed import TensorReader, save_streamed
@@ -24,6 +25,7 @@ from trainer.console.console import Console, ProgressBar
 from trainer.convert.compare_logits import compare_logits
 from trainer.convert.compare_tensors import CheckpointRows, check_equal_tensors
 from trainer.convert.dequantized import DequantizedFolder
+from trainer.convert.first_record import check_is_new, first_record
 from trainer.convert.foreign_folder import ForeignFolder
 from trainer.convert.foreign_model import read_foreign_model
 from trainer.convert.gate_report import Gate, GateError
@@ -31,7 +33,6 @@ from trainer.convert.import_config import TO_SET
 from trainer.convert.import_plan import ImportPlan, plan_import
 from trainer.convert.import_tokenizer import source_files
 from trainer.convert.linked_weights import LinkedWeights
-from trainer.convert.new_folder import check_is_new, first_record, new_folder
 from trainer.convert.safetensors_folder import SafetensorsFolder
 from trainer.convert.their_model import load_model
 from trainer.distributed import runtime
@@ -100,6 +101,8 @@ def _write_small_files(plan: ImportPlan, run: RunFolder, final: Path) -> None:
     from_where = shown_path(plan.source.folder.path)
     note = f"# Imported from {from_where} ({plan.foreign.family.name}); before training set {TO_SET}.\n"
     run.write(run.config, note + dump(plan.config))
+    source = {"family": plan.foreign.family.name, "folder": from_where}
+    run.write(run.made_from, json.dumps({"command": "import", "from": source, "parents": []}) + "\n")
     places = {"working_directory": str(Path.cwd()), "run_folder": str(final.absolute())}
     run.write(run.environment, json.dumps({**runtime.environment_info(), **places}, indent=1) + "\n")
 

@@ -5,6 +5,7 @@ from contextlib import suppress
 from textwrap import indent
 from typing import Any, Final
 
+from trainer.checkpoint.ancestors import ancestors
 from trainer.checkpoint.find_checkpoint import CheckpointHandle
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.dump import dump
@@ -42,6 +43,7 @@ def model_card(
         ("dtype", model.dtype),
         ("trained", f"{checkpoint.step} steps, {formatting.rate(int(checkpoint.run['tokens']))} tokens"),
         *((key, formatting.number(value)) for key, value in losses.items()),
+        *(("made from", ancestor.text.replace("|", "\\|")) for ancestor in ancestors(folder)),
     ]
     table = "\n".join(f"| {label} | {value} |" for label, value in rows)
     picture = "\n![Experts by domain](experts.svg)\n" if has_picture else ""

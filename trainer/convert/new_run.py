@@ -10,12 +10,13 @@ from torch import Tensor
 
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.identity import Parent
+from trainer.checkpoint.new_folder import new_folder
 from trainer.checkpoint.plan import local_placements
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.run_tokenizer import save_tokenizer
 from trainer.checkpoint.streamed import GlobalTensor, save_streamed
 from trainer.config.dump import dump
-from trainer.convert.new_folder import check_is_new, first_record, new_folder
+from trainer.convert.first_record import check_is_new, first_record
 from trainer.data.corpus import Corpus
 from trainer.distributed import runtime
 from trainer.engine.base import Engine

@@ -10,9 +10,9 @@ from trainer.console.console import Console
 from trainer.convert.average_weights import average_weights
 from trainer.convert.change_experts import change_experts
 from trainer.convert.changed_run import ChangedRun, open_text, write_changed
+from trainer.convert.first_record import check_is_new
 from trainer.convert.layer_traces import trace_layers, training_text
 from trainer.convert.loaded_run import WeightSource, load_weights, new_engine
-from trainer.convert.new_folder import check_is_new
 from trainer.convert.preservation import held_out_batches, logit_difference
 from trainer.convert.surgery_plan import AverageRuns, SplitExperts, Surgery
 from trainer.experiment import ExperimentConfig

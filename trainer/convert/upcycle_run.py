@@ -7,8 +7,8 @@ from dataclasses import asdict
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.console.console import Console
 from trainer.convert.changed_run import ChangedRun, open_text, write_changed
+from trainer.convert.first_record import check_is_new
 from trainer.convert.loaded_run import LoadedRun, WeightSource, load_weights, new_engine
-from trainer.convert.new_folder import check_is_new
 from trainer.convert.preservation import held_out_batches, logit_difference
 from trainer.convert.upcycle_plan import UpcycleOptions, plan_upcycle
 from trainer.convert.upcycle_weights import upcycle_weights

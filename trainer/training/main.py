@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 
+from trainer.checkpoint.branch import Branch
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.console.console import Console
 from trainer.distributed import runtime
@@ -13,6 +14,7 @@ from trainer.distributed.collective_errors import raise_together
 from trainer.distributed.mesh import joined
 from trainer.distributed.rank_layout import Layout
 from trainer.distributed.signals import StopRequest
+from trainer.environment import is_restarted
 from trainer.errors import PREEMPTED, CommError, MemoryExhausted, NumericsError, TurnoutError
 from trainer.evaluation.eval_report import EvalReport
 from trainer.experiment import ExperimentConfig
@@ -37,10 +39,12 @@ def train_run(
     stop: StopRequest,
     status: StatusFile,
     first_weights: FirstWeights | None = None,
+    branch: Branch | None = None,
 ) -> int:
     """Train as one rank of a layout, after showing the warnings; return the exit code. Rank 0 locks the folder.
 
-    `first_weights` are those that the config's `init_from` names, for a run without a checkpoint.
+    `first_weights` are those that the config's `init_from` names, for a run without a checkpoint. A run that is a new
+    `branch` of another one is made first, by rank 0.
     """
     stop.check()
     started_s = time.monotonic()
@@ -53,6 +57,12 @@ def train_run(
     ):
         for warning in warnings:
             console.warning(warning)
+        if branch is not None:
+            mesh.world.recorder.enter("copying a checkpoint")
+            with raise_together(mesh.world):
+                if layout.rank == 0 and not (is_restarted() and branch.is_made(folder.path)):
+                    parent = branch.make(folder.path)
+                    console.message(f"branched off from {parent.folder} at step {parent.step}: {folder.path}")
         with raise_together(mesh.world):
             if layout.rank == 0:
                 if first_weights is not None:

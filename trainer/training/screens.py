@@ -3,6 +3,7 @@
 from contextlib import suppress
 from dataclasses import replace
 
+from trainer.checkpoint.ancestors import ancestors, describe
 from trainer.console import formatting
 from trainer.console.summary import RunSummary
 from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
@@ -40,6 +41,8 @@ def header(run: RunState) -> list[Line]:
         lines.append(("ranks", f"{layout.world_size}, experts over {layout.ep_size}"))
     if isinstance(config.engine, DeepSpeedEngineConfig):
         lines.append(("engine", f"DeepSpeed, ZeRO {config.engine.zero_stage}"))
+    if chain := ancestors(run.folder, run.parent):
+        lines.append(("made from", describe(chain)))
     return [*lines, ("folder", str(run.folder.path))]
 
 

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+from trainer.checkpoint.ancestors import ancestors
 from trainer.config.dump import dump
 from trainer.trackers.base import PluginTracker, Tracker, Trackers
 from trainer.trackers.tensorboard import TensorBoardTracker
@@ -30,6 +31,8 @@ def start_trackers(run: RunState) -> Trackers:
         recorded = {**run.config.model_dump(mode="json"), "layout": run.layout_record(), "parameters": size}
         if run.parent is not None:
             recorded["parent"] = run.parent_record()
+        if chain := ancestors(run.folder, run.parent):
+            recorded["ancestors"] = [ancestor.record() for ancestor in chain]
         labels = config.wandb.model_dump(mode="json", exclude={"mode"}) | {"name": config.wandb.name or run.config.name}
         started.append(
             WandbTracker(

@@ -2,6 +2,8 @@
 
 RUNS_DIR/.NAME.partial/     everything is written here, under a lock; removed after an error
 RUNS_DIR/NAME/              its name at the end: a killed command leaves no run that would start from random weights
+
+Imports no torch.
 """
 
 import os
@@ -9,21 +11,15 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from trainer.atomic_io import sync_folder
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.nodes import shown_path
-from trainer.distributed.version import turnout_version
 from trainer.errors import ConfigError, ResourceError
-from trainer.experiment import ExperimentConfig
 
 
-def check_is_new(config: ExperimentConfig) -> Path:
-    """Return the run folder of a config; raise a ConfigError if there is anything of its name."""
-    path = Path(config.runs_dir) / config.name
+def check_nothing_is_at(path: Path) -> Path:
+    """Return the path of a new run; raise a ConfigError if there is anything of its name."""
     if os.path.lexists(path):
         raise ConfigError(f"{shown_path(path)}: exists; choose another name=... for the new run, or remove it")
     return path
@@ -47,30 +43,6 @@ def new_folder(final: Path) -> Iterator[RunFolder]:
         if not had_parent:
             with suppress(OSError):  # not empty: it is used by now
                 final.parent.rmdir()
-
-
-def first_record(
-    config: ExperimentConfig, *, run_id: str, data_fingerprint: str | None, tokenizer_fingerprint: str
-) -> dict[str, Any]:
-    """Return the record of a run at its beginning, as a run that trains writes it.
-
-    `data_fingerprint` is None if the run may read any text.
-    """
-    return {
-        **dict.fromkeys(("position", "tokens", "skipped_steps", "skipped_in_a_row"), 0),
-        "id": run_id,
-        "parent": None,
-        "spikes": {},
-        "logs": {},
-        "streams": {},
-        "rows_of_a_step": config.train.global_batch_size,
-        "data_fingerprint": data_fingerprint,
-        "tokenizer_fingerprint": tokenizer_fingerprint,
-        "random": {"kind": "counter_based", "seed": config.seed},
-        "layout": {"world_size": 1, "ep_size": 1, "data": "replicate", "engine": "native"},
-        "versions": {"turnout": turnout_version(), "torch": torch.__version__},
-        "config": config.model_dump(mode="json"),
-    }
 
 
 def _empty(path: Path) -> None:
