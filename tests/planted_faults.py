@@ -29,6 +29,7 @@ import pytest
 
 from tests.planted import (
     accounting,
+    chats,
     checkpoints,
     conversions,
     data_order,
@@ -55,6 +56,7 @@ _TOPICS = (
     noise,
     accounting,
     experts,
+    chats,
     data_order,
     steps,
     ranks,

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from trainer.commands import (
     bench,
+    chat,
     check_plugin,
     checkpoint,
     config,
@@ -167,6 +168,7 @@ def command_line() -> Parser:
         train,
         evaluate,
         generate,
+        chat,
         export,
         prove,
         bench,

@@ -30,7 +30,7 @@ from trainer.families.base import Family
 from trainer.models.flops import ModelSize, model_size
 from trainer.models.gpt import GPT
 from trainer.training.load_trained import intact_checkpoint
-from trainer.training.run_template import chat_encoder, kept_template
+from trainer.training.run_template import chat_encoder, kept_template, served_template
 
 _COPIES = 2.5  # of a model in float32 under the gate `logits`: theirs, ours, and a layer of each in two forms
 
@@ -74,6 +74,8 @@ def export(
     checkpoint = intact_checkpoint(CheckpointFolder(folder.checkpoints), options.step, warn)
     model = _model_of(config, folder, checkpoint, options)
     template = kept_template(config, folder)
+    if template is not None:
+        template = served_template(config, template, model.tokenizer)
     chat = None if template is None else chat_encoder(config, template, model.tokenizer)
     with torch.device("meta"):
         size = model_size(GPT(config.model, model.tokenizer.vocab_size))

@@ -65,6 +65,11 @@ class KVCache:
         self.lengths = self.lengths + num_new
         self.longest += at_most
 
+    def shorten(self, num_tokens: int) -> None:
+        """Keep only the first `num_tokens` of each row, which has at least as many."""
+        self.lengths = torch.full_like(self.lengths, num_tokens)
+        self.longest = num_tokens
+
     @torch.no_grad()
     def select(self, rows: Tensor, *, capacity: int | None = None) -> "KVCache":
         """Return a cache of these rows, which may repeat, with the given capacity."""

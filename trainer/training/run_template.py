@@ -50,6 +50,17 @@ def kept_template(config: ExperimentConfig, folder: RunFolder) -> ChatTemplate |
     return None
 
 
+def served_template(config: ExperimentConfig, template: ChatTemplate, tokenizer: Tokenizer) -> ChatTemplate:
+    """Return a run's template for a server that gives the model nothing before a conversation.
+
+    Training rows have an end of document there, so the template writes it.
+    """
+    if not trains_on_chats(config):
+        return template
+    names = {index: name for name, index in tokenizer.special_tokens().items()}
+    return template.after(names[tokenizer.end_of_document])
+
+
 def chat_encoder(config: ExperimentConfig, template: ChatTemplate, tokenizer: Tokenizer) -> ChatEncoder:
     """Return what writes conversations as the run was trained on them."""
     return ChatEncoder(template=template, tokenizer=tokenizer, variables=config.data.chat_template.variables)

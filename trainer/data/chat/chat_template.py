@@ -7,6 +7,7 @@ read files or draw random text; and a generation block that transformers would m
 
 import hashlib
 import json
+import re
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ _REASONING: Final = (
     "thinking",
     "reasoning",
 )  # names of a message's thoughts; the first is standard
+_INDENTED: Final = re.compile(r"[ \t]+\{[%#]")
 _TEMPLATE_FILE: Final = "<template>"  # jinja's name for the code of a template
 
 
@@ -85,6 +87,13 @@ class ChatTemplate:
     def marks_generation(self) -> bool:
         """Whether it marks what the assistant wrote."""
         return self._compile()[0].marks_generation
+
+    def after(self, beginning: str) -> "ChatTemplate":
+        """Return the template that writes `beginning` before what this one writes."""
+        # White space before a block is not written at the beginning of a line, which is elsewhere then.
+        text = self.text.lstrip(" \t") if _INDENTED.match(self.text) else self.text
+        text = f"{{{{- {json.dumps(beginning, ensure_ascii=False)} }}}}{text}"
+        return _restored(text, self.special_tokens, self.name, self.today)
 
     def render(
         self,

@@ -202,3 +202,15 @@ def test_encoders_can_be_sent_to_workers(written: Path):
     copy = pickle.loads(pickle.dumps(encoder))
     assert copy.encode(messages, tools).ids.tolist() == wanted.ids.tolist()
     assert copy.template.fingerprint == encoder.template.fingerprint
+
+
+@pytest.mark.parametrize("style", STYLES, ids=lambda style: style.name)
+def test_a_template_for_servers_writes_a_beginning_first(style: Style, written: Path):
+    encoder = encoder_of(written / style.name)
+    indented = replace(encoder, template=ChatTemplate("  {% if true %}a{% endif %}\n b\n", name="t"))
+    for one in (encoder, indented):
+        served = replace(one, template=one.template.after("'\"<|endoftext|>\\"))
+        for messages, tools in conversations()[:6]:
+            plain, longer = (each.template.render(messages, tools) for each in (one, served))
+            assert longer.text == "'\"<|endoftext|>\\" + plain.text
+            assert [end - start for start, end in longer.generated] == [end - start for start, end in plain.generated]
