@@ -22,6 +22,7 @@ from trainer.models.config import ModelConfig
 from trainer.moe.dispatch.registry import AllToAllDispatcherConfig, ExchangeOptions
 from trainer.optim.registry import AdamWConfig, OptimConfig, ScheduleConfig, WarmupCosineConfig
 from trainer.parallel.config import ParallelConfig, RecomputeEveryConfig
+from trainer.routing_record.replay_rules import record_problem, replay_problems
 
 _KERNEL_DTYPES = {
     "grouped": ("float32", "bfloat16"),
@@ -88,6 +89,7 @@ class ExperimentConfig(Config):
             yield Problem(f"export.{problem.key}", problem.message)
         yield from self._task_problems(domains)
         yield from self._routing_gap_problems()
+        yield from self._replay_problems()
         if self.profile is not None and self.profile.last > steps:
             given = f"steps {self.profile.start} to {self.profile.last}, and train.steps is {steps}"
             yield Problem("profile", f"{given}; lower profile.start or profile.steps")
@@ -108,6 +110,14 @@ class ExperimentConfig(Config):
             yield Problem(
                 "model.vocab_size", f"{rows} rows for the {ids} ids of data.tokenizer; use at least {ids}, or null"
             )
+
+    def _replay_problems(self) -> Iterator[Problem]:
+        if self.metrics.routing_record is not None and (problem := record_problem(self.model.moe)) is not None:
+            yield Problem("metrics.routing_record", f"{problem}; use null")
+        if (replay := self.train.routing_replay) is not None:
+            for problem in replay_problems(self.model, replay.rows):
+                key = f"train.routing_replay.{problem.key}".removesuffix(".")
+                yield Problem(key, problem.message)
 
     def _routing_gap_problems(self) -> Iterator[Problem]:
         moe = self.model.moe

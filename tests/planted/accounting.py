@@ -62,8 +62,8 @@ FAULTS = [
     _fault(
         "a step learns at another rate than it says",
         _LOOP,
-        "train_step(batches, lr=lr,",
-        "train_step(batches, lr=run.schedule(step + 1),",
+        "batches,\n            lr=lr,\n",
+        "batches,\n            lr=run.schedule(step + 1),\n",
         LOOP,
     ),
     _fault(

@@ -5,7 +5,8 @@
       chat_template.jinja  special_tokens_map.json    if it trains on chats
       source/    as published, if imported
       metrics.jsonl  routing.jsonl  checkpoints/  status/
-      predictions/  skipped_rows.jsonl  experts.svg  wandb/  tensorboard/  profile/  deepspeed/    if enabled
+      predictions/  skipped_rows.jsonl  experts.svg  routing_record/
+      wandb/  tensorboard/  profile/  deepspeed/    if enabled
 
 Imports no torch.
 """
@@ -43,6 +44,7 @@ class RunFolder:
         self.made_from = path / "made_from.json"
         self.metrics = path / "metrics.jsonl"
         self.routing = path / "routing.jsonl"
+        self.routing_record = path / "routing_record"
         self.checkpoints = path / "checkpoints"
         self.skipped_rows = path / "skipped_rows.jsonl"
         self.status = path / "status"

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trainer.config.base import Config, Problem
+from trainer.config.base import Config, PathText, Problem
 from trainer.config.numbers import Count, Factor, Rows, Steps
 from trainer.models.parameter_patterns import PatternText, unknown_role
 
@@ -29,6 +29,17 @@ class SpikesConfig(Config):
             yield Problem("skip", "true, but sigmas is null, so no loss is a spike; set sigmas, or skip: false")
 
 
+class RoutingReplayConfig(Config):
+    """Replay of recorded experts: each token gets those of the record, weighted by the live router (R3, 2510.11370)."""
+
+    path: PathText
+    """Folder of a routing record (docs/routing_replay.md)."""
+    rows: Literal["recorded", "sequences"] = "recorded"
+    """Training rows. `recorded`: the rows of `data`, which must be those of the recorded training run. `sequences`: the
+    sequences of the record, as an inference engine or `generate --record` has them; `data` is then read for the
+    tokenizer and held-out text only."""
+
+
 class TrainConfig(Config):
     """Length and precision of training."""
 
@@ -47,6 +58,8 @@ class TrainConfig(Config):
     freeze: list[PatternText] = Field(default_factory=list)
     """Weights that do not learn: roles (embedding, head, norms, attention, router, experts, shared, dense) and patterns
     of names (blocks.0.*, *.attention.qkv). An entry with an exclamation mark is an exception: ["*", "!router"]."""
+    routing_replay: RoutingReplayConfig | None = None
+    """Recorded experts to use instead of the routers' choices. Null: the routers choose."""
 
     def problems(self) -> Iterator[Problem]:
         """Check the roles, and that exceptions have something to be excepted from."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from trainer.config.base import LINE_PATTERN, Config, Problem, repeated
+from trainer.config.base import LINE_PATTERN, Config, PathText, Problem, repeated
 from trainer.config.nodes import shown
 from trainer.config.numbers import Count, Rows, Steps, Whole
 from trainer.config.plugins import KindConfig, Pluggable
@@ -77,6 +77,15 @@ class TrackerOptions(KindConfig):
 TrackerConfig = Annotated[TrackerOptions, Pluggable("trackers", TrackerOptions)]
 
 
+class RoutingRecordConfig(Config):
+    """A record of every token's experts in training, which `train.routing_replay` replays."""
+
+    every: Count = 1
+    """Steps between recorded steps. A replay needs every step."""
+    path: PathText | None = None
+    """Folder of the record. Null: routing_record in the run's folder."""
+
+
 class MetricsConfig(Config):
     """Metrics logged during training, always to metrics.jsonl and routing.jsonl."""
 
@@ -94,6 +103,8 @@ class MetricsConfig(Config):
     """Steps between comparisons of the routers' choices with the optimum (`routing_gap`). Null: never."""
     routing_gap_rows: Rows = 2
     """Rows of each domain's held-out text to compare, always the same; each takes a linear programme."""
+    routing_record: RoutingRecordConfig | None = None
+    """Record each token's experts, before drops (docs/routing_replay.md). Null: no record."""
     heatmap_every: Count | None = 10
     """Logged steps between expert loads in wandb and TensorBoard (1 is an even share), a heat map over steps for each
     MoE layer. Null: never."""

@@ -34,3 +34,31 @@ def routing_metrics(
         "router_entropy": entropy,
         "experts_per_token": float(load.sum()) / max(1.0, float(tokens.sum())),
     }
+
+
+def replay_metrics(
+    *,
+    replaced: Tensor,
+    replaced_tokens: Tensor,
+    replaced_somewhere: Tensor,
+    missed_mass: Tensor,
+    tokens: Tensor,
+    top_k: int,
+) -> tuple[dict[str, float], dict[str, dict[str, list[float]]]]:
+    """Return how far the live routers disagree with the experts that were given: a record, and the values by layer.
+
+    replay_other_experts: fraction of given experts that the router would not have chosen, mean over layers.
+    replay_other_tokens: fraction of tokens with such an expert, mean over layers.
+    replay_other_somewhere: fraction of tokens with such an expert in any layer.
+    replay_missed_mass: share of the scores that the router's choice has and the given experts have not; negative where
+        a selection bias prefers lower scores.
+    """
+    routed = tokens.double().clamp(min=1)  # (L,)
+    by_layer = {
+        "other_experts": replaced / (routed * top_k),
+        "other_tokens": replaced_tokens / routed,
+        "missed_mass": missed_mass / routed,
+    }
+    record = {f"replay_{name}": float(values.mean()) for name, values in by_layer.items()}
+    record["replay_other_somewhere"] = float(replaced_somewhere / routed[0])
+    return record, {"replay": {name: values.tolist() for name, values in by_layer.items()}}

@@ -1,9 +1,11 @@
 """Log steps and evaluations: to metrics.jsonl, routing.jsonl and the other trackers, and to the console."""
 
-from trainer.engine.base import StepResult
+from typing import Any
+
+from trainer.engine.base import RoutingSums, StepResult
 from trainer.evaluation.eval_report import EvalReport, write_predictions
 from trainer.evaluation.routing_gap import RoutingGap
-from trainer.metrics.routing_metrics import routing_metrics
+from trainer.metrics.routing_metrics import replay_metrics, routing_metrics
 from trainer.metrics.system_stats import reduce_over_ranks
 from trainer.metrics.throughput import ThroughputMeter
 from trainer.training.run import RunState
@@ -39,6 +41,9 @@ def log_step(
         routing = routing.on_host()
         record |= routing_metrics(routing.counts, routing.dropped, routing.tokens, routing.entropy_sum)
         experts = {"step": done, "counts": routing.counts.tolist(), "dropped": routing.dropped.tolist()}
+        if (replayed := _replay_metrics(run, routing)) is not None:
+            record |= replayed[0]
+            experts |= replayed[1]
         if gap is not None:
             record |= gap.record()
             experts |= gap.experts()
@@ -46,6 +51,22 @@ def log_step(
     recorder.enter("writing metrics")
     run.trackers.log(record, experts)
     run.console.step(record)
+
+
+def _replay_metrics(run: RunState, routing: RoutingSums) -> tuple[dict[str, float], dict[str, Any]] | None:
+    """Return how far the live routers disagree with given experts, over all layers and by layer; None: none given."""
+    moe, somewhere = run.config.model.moe, routing.replaced_somewhere
+    if somewhere is None or moe is None or moe.router.recorded_k is None:
+        return None
+    assert routing.replaced is not None and routing.replaced_tokens is not None and routing.missed_mass is not None
+    return replay_metrics(
+        replaced=routing.replaced,
+        replaced_tokens=routing.replaced_tokens,
+        replaced_somewhere=somewhere,
+        missed_mass=routing.missed_mass,
+        tokens=routing.tokens,
+        top_k=moe.router.recorded_k,
+    )
 
 
 def _mfu(run: RunState, tokens_per_s: float) -> float | None:

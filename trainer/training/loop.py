@@ -60,6 +60,9 @@ def fit(run: RunState, stop: StopRequest, status: StatusFile) -> EvalReport | No
         # Before saving: a run that resumes from the checkpoint finds its evaluation in metrics.jsonl.
         evaluation = _evaluate_if_due(run, done, status) or evaluation
         if is_saved or stopped_by or is_folder_lost:
+            if run.recorder is not None:  # a run that resumes here goes on after what is recorded
+                recorder.enter("writing the routing record")
+                run.recorder.flush()
             recorder.enter("saving")
             status.enter("saving")
             with memory.hint(config, "copying the state to save it"):
@@ -71,6 +74,9 @@ def fit(run: RunState, stop: StopRequest, status: StatusFile) -> EvalReport | No
             stop.obey()
             run.console.message(f"stopped by {stopped_by} after step {done}: saved; start again to resume")
             return None
+    if run.recorder is not None:
+        recorder.enter("finishing the routing record")
+        run.recorder.finish()
     return evaluation or evaluate_run(config, run.engine, run.corpus, run.tasks, run.mesh)
 
 
@@ -99,7 +105,15 @@ def _take_step(run: RunState, step: int, pace: ThroughputMeter, status: StatusFi
         run.ahead.start(next_row, _micro_batches(run, next_row))
     lr, limit = run.schedule(step), run.spikes.limit()
     with memory.hint(config, "taking a step"):
-        result = run.engine.train_step(batches, lr=lr, skip_above=limit if config.train.spikes.skip else None)
+        result = run.engine.train_step(
+            batches,
+            lr=lr,
+            skip_above=limit if config.train.spikes.skip else None,
+            return_experts=run.recorder is not None and run.recorder.is_due(step + 1),
+        )
+    if result.experts and run.recorder is not None:
+        recorder.enter("recording experts")
+        run.recorder.add(step + 1, batches, result.experts)
     run.position += batch_size
     run.tokens += result.num_tokens
     pace.end(result.num_tokens)
@@ -110,13 +124,18 @@ def _take_step(run: RunState, step: int, pace: ThroughputMeter, status: StatusFi
 
 def _micro_batches(run: RunState, first_row: int) -> list[Batch]:
     """Return this rank's micro-batches of the step that begins with a row."""
-    return run.stream.micro_batches(
+    batches = run.stream.micro_batches(
         first_row,
         global_batch_size=run.config.train.global_batch_size,
         micro_batch_size=run.config.parallel.micro_batch_size,
         rank=run.mesh.layout.rank,
         world_size=run.mesh.layout.world_size,
     )
+    if run.replayed is None:
+        return batches
+    with raise_together(run.mesh.world):
+        return [run.replayed.with_experts(batch) for batch in batches]
+    raise AssertionError("unreachable: an error is raised on all ranks")
 
 
 def _evaluate_if_due(run: RunState, done: int, status: StatusFile) -> EvalReport | None:

@@ -23,7 +23,9 @@ from trainer.metrics.profiler import Profiler
 from trainer.metrics.system_stats import SystemStats
 from trainer.models.flops import ModelSize
 from trainer.parallel.canary import CanaryReport
+from trainer.routing_record.replayed_rows import ReplayedRows
 from trainer.trackers.base import JsonlTracker, Trackers
+from trainer.training.routing_recorder import RoutingRecorder
 from trainer.training.spikes import SpikeWindow
 
 
@@ -49,6 +51,10 @@ class RunState:
     size: ModelSize
     spikes: SpikeWindow
     ahead: CopyAhead
+    recorder: RoutingRecorder | None = None
+    """Records the experts of this run's steps; None: no record."""
+    replayed: ReplayedRows | None = None
+    """Experts recorded for this run's rows; None: none are given, or they come with the rows."""
     canary: CanaryReport | None = None
     """Findings about the experts kernel; None for a dense model."""
     id: str = ""

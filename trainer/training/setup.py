@@ -35,11 +35,14 @@ from trainer.metrics.profiler import Profiler
 from trainer.metrics.system_stats import SystemStats
 from trainer.models.flops import model_size
 from trainer.moe.causality import evaluation_warning, training_warning
+from trainer.routing_record.replayed_rows import ReplayedRows
+from trainer.routing_record.sequence_rows import RecordedSequences
 from trainer.trackers.base import JsonlTracker, Trackers
 from trainer.training import memory
 from trainer.training.first_weights import FirstWeights, save_first_weights
 from trainer.training.model import build_parallel_model, check_kernel, meta_model, numerics, resolve_kernel
 from trainer.training.resume import resume
+from trainer.training.routing_recorder import RoutingRecorder, open_replay
 from trainer.training.run import RunState
 from trainer.training.run_template import save_template
 from trainer.training.spikes import SpikeWindow
@@ -160,14 +163,20 @@ def build_model_and_engine(
     checkpoints = CheckpointFolder(
         folder.checkpoints, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
     )
-    spikes = config.train.spikes
+    spikes, replay = config.train.spikes, open_replay(config, corpus, mesh.world)
     schedule = build_plugin(config.schedule, Callable, "schedule", total_steps=config.train.steps)  # type: ignore[arg-type]
     return RunState(
         mesh=mesh,
         config=config,
         folder=folder,
         corpus=corpus,
-        stream=TrainStream(corpus, packing=config.data.packing, seq_len=config.model.seq_len, seed=config.seed),
+        stream=TrainStream(
+            corpus,
+            packing=config.data.packing,
+            seq_len=config.model.seq_len,
+            seed=config.seed,
+            instead=replay if isinstance(replay, RecordedSequences) else None,
+        ),
         tasks=tasks,
         engine=engine,
         schedule=schedule,
@@ -180,6 +189,8 @@ def build_model_and_engine(
         size=size,
         spikes=SpikeWindow(sigmas=spikes.sigmas, size=spikes.window, patience=config.train.max_consecutive_skips),
         ahead=CopyAhead.to_device(device),
+        recorder=RoutingRecorder.of(config, folder, corpus, mesh),
+        replayed=replay if isinstance(replay, ReplayedRows) else None,
     )
 
 
@@ -234,6 +245,9 @@ def write_run_folder(run: RunState, checkpoint: CheckpointHandle | None, device:
                     "tasks": {task.name: {"fingerprint": task.fingerprint, **task.signatures} for task in run.tasks},
                 }
             )
+    recorder.enter("resuming the routing record")
+    if run.recorder is not None:
+        run.recorder.begin(run.start_step)
     recorder.enter("resuming the logs")
     if run.logs is not None:
         positions = None if checkpoint is None or has_no_logs else checkpoint.run.get("logs")

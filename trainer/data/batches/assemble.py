@@ -32,6 +32,7 @@ def assemble(
     loss_mask = torch.zeros(shape, dtype=torch.float64 if has_weights else torch.bool)
     valid = torch.zeros(shape, dtype=torch.bool)
     document = torch.full(shape, PADDING, dtype=torch.int64)
+    experts = None
     for numbers, rows in parts:
         here, is_real = torch.from_numpy(numbers), torch.from_numpy(rows.is_real)
         valid[here] = is_real
@@ -39,6 +40,10 @@ def assemble(
         tokens[here] = torch.from_numpy(rows.tokens).where(is_real, 0)
         targets[here] = torch.from_numpy(rows.targets).where(is_real, 0)
         document[here] = torch.from_numpy(rows.document).where(is_real, PADDING)
+        if rows.experts is not None:
+            assert len(numbers) == shape[0], "rows with experts are not mixed with others"
+            experts = torch.empty(*shape, *rows.experts.shape[2:], dtype=torch.int32)
+            experts[here] = torch.from_numpy(rows.experts).to(torch.int32)
 
     def expand_rows(values: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(values)[:, None].expand(shape).contiguous()  # (B,) -> (B, S)
@@ -52,6 +57,7 @@ def assemble(
         position=torch.arange(seq_len).expand(shape).contiguous(),
         domain=expand_rows(domain),
         sample_id=expand_rows(sample_id),
+        experts=experts,
     )
 
 

@@ -17,7 +17,7 @@ from trainer.data.permutation import FOR_ORDER, hash64, permute_index
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SequenceRows:
-    """Rows of one domain; every field is (n, S)."""
+    """Rows of one domain; every field is (n, S), but the experts."""
 
     tokens: NDArray[np.int64]
     targets: NDArray[np.int64]
@@ -27,6 +27,8 @@ class SequenceRows:
     """False is padding, where the other fields are undefined."""
     document: NDArray[np.int64]
     """Number of the document in the domain."""
+    experts: NDArray[np.int64] | None = None
+    """(n, S, L, k) experts to replay; None: the routers choose."""
 
 
 class DomainRows(ABC):

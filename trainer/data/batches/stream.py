@@ -1,6 +1,7 @@
 """Rows of a training run by number, and their division into micro-batches."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,18 @@ class TrainStream:
     Only a run whose text has changed on the way needs more: where the present text began, a `TextOrder`.
     """
 
-    def __init__(self, corpus: Corpus, *, packing: Packing, seq_len: int, seed: int) -> None:
-        """Raise DataError if a domain is too short for a row or its share too small to be drawn."""
+    def __init__(
+        self, corpus: Corpus, *, packing: Packing, seq_len: int, seed: int, instead: DomainRows | None = None
+    ) -> None:
+        """Raise DataError if a domain is too short for a row or its share too small to be drawn.
+
+        `instead` are rows to train on instead of the corpus; who made them has checked their ids.
+        """
+        self._instead = instead
+        if instead is not None:  # one domain, of which the rest is not read
+            corpus = replace(
+                corpus, domains=("sequences",), weights=(1.0,), contents=corpus.contents[:1], streams=(None,)
+            )
         self._corpus, self._seq_len, self._packing, self._seed = corpus, seq_len, packing, seed
         self._order, self._first_visit = TextOrder(), np.zeros(len(corpus.domains), dtype=np.int64)
         self.mixture = Mixture(domains=corpus.domains, shares=corpus.weights, seed=seed)
@@ -43,7 +54,8 @@ class TrainStream:
         for d in np.unique(domain).tolist():
             here = np.flatnonzero(domain == d)
             rows = self.domain_rows[d].read(visit[here])
-            check_vocabulary(rows, self._corpus, "train", d)
+            if self._instead is None:
+                check_vocabulary(rows, self._corpus, "train", d)
             parts.append((here, rows))
         return assemble(parts, domain=domain, sample_id=slots, seq_len=self._seq_len)
 
@@ -151,6 +163,8 @@ class TrainStream:
 
     def _domain_rows(self, domain: int, *, key: int) -> DomainRows:
         """Return the rows of a domain; `key` is its number in the keys of its permutations."""
+        if self._instead is not None:
+            return self._instead
         corpus, packing, seq_len, seed = self._corpus, self._packing, self._seq_len, self._seed
         name, end_of_document = corpus.domains[domain], corpus.tokenizer.end_of_document
 

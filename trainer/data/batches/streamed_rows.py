@@ -100,7 +100,7 @@ class StreamedRows(DomainRows):
         if len(order) < len(visits):
             raise ValueError(f"visits before {self._located[0].start.first_visit}, where the run resumed, are gone")
         inverse = np.argsort(order)
-        names = [field.name for field in fields(SequenceRows)]
+        names = [field.name for field in fields(SequenceRows) if field.name != "experts"]  # a text has none
         joined = {name: np.concatenate([getattr(rows, name) for _, rows in parts])[inverse] for name in names}
         return SequenceRows(**joined)
 
