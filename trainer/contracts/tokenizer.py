@@ -37,6 +37,17 @@ def ids_are_narrow_and_end_no_document(config: TokenizerOptions) -> None:
     ensure(int(ids.max()) < tokenizer.vocab_size, f"id {ids.max()} is not in a vocabulary of {tokenizer.vocab_size}")
 
 
+def special_tokens_are_of_no_text(config: TokenizerOptions) -> None:
+    """No text gives a special token, and none has bytes."""
+    tokenizer = config.build()
+    special = tokenizer.special_tokens()
+    ensure(len(set(special.values())) == len(special), "two special tokens have the same id")
+    for name, index in special.items():
+        ensure(0 <= index < tokenizer.vocab_size, f"{name} has the id {index}, outside of the vocabulary")
+        ensure(tokenizer.token_bytes()[index] == 0, f"{name} has bytes")
+        ensure(index not in tokenizer.encode(f"a{name} {name}{name}"), f"a text with {name} in it gives that token")
+
+
 def bytes_are_those_of_the_tokens(config: TokenizerOptions) -> None:
     """`token_bytes` counts the bytes of every id, none for an end of document."""
     tokenizer = config.build()
@@ -71,6 +82,7 @@ def copies_are_the_same(config: TokenizerOptions) -> None:
 CHECKS = [
     texts_come_back,
     ids_are_narrow_and_end_no_document,
+    special_tokens_are_of_no_text,
     bytes_are_those_of_the_tokens,
     batches_equal_single_texts,
     copies_are_the_same,

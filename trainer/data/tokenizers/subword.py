@@ -58,6 +58,8 @@ class SubwordTokenizer(Tokenizer):
         self.end_of_document = end
         self._num_bytes = np.fromiter(map(len, self._bytes), dtype=np.int64, count=self.vocab_size)
         self._num_bytes.flags.writeable = False
+        added = self._library.get_added_tokens_decoder()
+        self._special = {token.content: index for index, token in added.items() if token.special}
 
     def __reduce__(self) -> tuple[type["SubwordTokenizer"], tuple[str, str]]:
         return SubwordTokenizer, (self._text, self._end_of_document)
@@ -85,8 +87,7 @@ class SubwordTokenizer(Tokenizer):
 
     def special_tokens(self) -> Mapping[str, int]:
         """Return the ids of the special tokens by name."""
-        added = self._library.get_added_tokens_decoder()
-        return {token.content: index for index, token in added.items() if token.special}
+        return self._special
 
     def files(self) -> Mapping[str, str]:
         """Return `tokenizer.json` and `tokenizer_config.json`."""
