@@ -62,8 +62,10 @@ RESUMED_EVERY_RANK = (
 RESUMED_FIRST_RANK = ("phase.resuming_the_logs",)
 NEVER_THERE = {
     "phase.finding_what_is_not_finite", "phase.verifying_the_weights_to_start_from", "phase.writing_the_first_weights",
+    "phase.copying_a_checkpoint", "branch.checkpoint_copied", "branch.written",
 }  # fmt: skip
-"""Only where a loss or gradient is not finite, or with `init_from`: tests/unit/convert/test_init_weights.py."""
+"""Only where a loss or gradient is not finite, with `init_from` (tests/unit/convert/test_init_weights.py), or with
+`--branch` (tests/unit/checkpoint/test_branch.py)."""
 POINTS = {*EVERY_RANK, *FIRST_RANK, *RESUMED_EVERY_RANK, *RESUMED_FIRST_RANK}
 
 

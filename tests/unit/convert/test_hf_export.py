@@ -131,11 +131,16 @@ def test_the_card_has_figures_config_gate_and_picture(tmp_path: Path) -> None:
     config, run, _ = make_run(tmp_path, {**SIZES, **MODELS["mixtral"]})
     run.metrics.write_text('{"step": 0, "loss": 3.25}\n{"step": 0, "eval/loss": 3.5}\n{"step": 9, "loss": 1.0}\nbad\n')
     run.experts_picture.write_text("<svg/>")
+    parent = {"id": "0123456789abcdef", "name": "a|b", "step": 7, "folder": "/elsewhere"}
+    run.run_id.write_text("fedcba9876543210\n")
+    run.origin.write_text(json.dumps({"id": "fedcba9876543210", "parent": parent}))
+    run.made_from.write_text(json.dumps({"command": "init_from", "parents": [parent]}))
     exported(config, run, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| training loss (nats per token) | 3.250 |" in card and "| held-out loss (nats per token) | 3.500 |" in card
     assert "gate logits: loaded by transformers, 46 tensors equal ours" in card
     assert "![Experts by domain](experts.svg)" in card and (tmp_path / "out" / "experts.svg").read_text() == "<svg/>"
+    assert "| made from | a\\|b at step 7 (init_from) |" in card and "elsewhere" not in card
     assert "  d_model: 16\n" in card and str(tmp_path) not in card
 
 

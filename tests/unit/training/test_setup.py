@@ -22,6 +22,7 @@ from trainer.errors import CheckpointError, ConfigError, TurnoutError
 from trainer.experiment import ExperimentConfig
 from trainer.trackers.base import Trackers
 from trainer.training.run import RunState
+from trainer.training.screens import header
 from trainer.training.setup import build_run
 from trainer.training.start_trackers import start_trackers
 
@@ -282,5 +283,8 @@ def test_a_copy_is_a_run_of_its_own_in_wandb_too_and_a_moved_folder_is_not(
     parent = {"id": first.id, "name": "a", "step": 3, "folder": str(here) if what == "folder" else None}
     if what != "moved folder":
         assert orders[0]["config"]["parent"] == second.checkpoint_info()["parent"] == parent
+        (ancestor,) = orders[0]["config"]["ancestors"]
+        assert (ancestor["how"], ancestor["name"], ancestor["step"], ancestor["id"]) == ("copy", "a", 3, first.id)
+        assert ("made from", "a at step 3 (copy)") in header(second)
         assert f"branches off from run {first.id} ('a', step 3): a run of its own from here, {second.id}" in said[-1]
     assert not any("damaged or lost" in line for line in said), "a branch by a checkpoint alone begins a log"
