@@ -7,9 +7,8 @@ from pydantic import Field
 
 from trainer.config.base import Config, PathText, Problem, repeated
 from trainer.config.numbers import Whole
+from trainer.models.parameter_patterns import PatternText, unknown_role
 
-TensorPattern = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.*?-]{1,300}$")]
-"""Name of a tensor; * and ? are wildcards."""
 Renaming = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.*-]{1,300}$")]
 """Name of a tensor; * is a wildcard."""
 
@@ -27,9 +26,8 @@ class InitFromConfig(Config):
     """Step of the checkpoint of `run`. Null: the newest."""
     parts: Literal["weights", "weights+optimizer"] = "weights"
     """What is taken: weights, or also the optimizer's moments and step count, of tensors that are taken whole."""
-    exclude: list[TensorPattern] = Field(default_factory=list)
-    """Tensors that start from initial values, or are not read, by name in this model or the other; * and ? are
-    wildcards."""
+    exclude: list[PatternText] = Field(default_factory=list)
+    """Tensors that are not taken: roles or names, as in train.freeze. Those of this model start from initial values."""
     rename: dict[Renaming, Renaming] = Field(default_factory=dict)
     """Name there: name here. A * stands for any text, which each * of the name here repeats in turn."""
 
@@ -50,6 +48,8 @@ class InitFromConfig(Config):
             yield Problem("parts", f"{self.parts}, and a published model has no optimizer state; use weights")
         for pattern in repeated(self.exclude):
             yield Problem("exclude", f"{pattern} is named twice; name it once")
+        for problem in filter(None, map(unknown_role, self.exclude)):
+            yield Problem("exclude", problem)
         for old, new in self.rename.items():
             if new.count("*") > old.count("*"):
                 yield Problem("rename", f"{old}: {new} has more * than it; each * repeats one of the name there")

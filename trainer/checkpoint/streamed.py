@@ -45,6 +45,8 @@ class GlobalTensor:
     dtype: DType = "float32"
     is_of_experts: bool = False
     """Dimension 0 counts experts."""
+    is_frozen: bool = False
+    """A weight that does not learn, so that it has no moments."""
 
     @property
     def index_bytes(self) -> int:
@@ -103,13 +105,13 @@ def save_streamed(
     source: TensorReader,
     run: Mapping[str, Any],
     *,
-    optimizer_steps: int = 0,
+    values: Mapping[str, int] | None = None,
     file_size_bytes: int = FILE_SIZE_BYTES,
 ) -> Manifest:
     """Save the checkpoint of step 0 from `source`, whose tensors `tensors` lists; nothing is left if that fails.
 
-    A tensor larger than a file is cut along dimension 0. `run` is the JSON record of the run. With `optimizer_steps`
-    there are also moments, after so many steps.
+    A tensor larger than a file is cut along dimension 0. `run` is the JSON record of the run. `values` are
+    scalars of the engine's state; null: those before the first step.
 
     Raises:
         CheckpointError: if a value is not finite.
@@ -120,12 +122,16 @@ def save_streamed(
         slices, files = _write_tensors(folder.temporary(0), tensors, source, file_size_bytes)
         stored = {
             name: StoredTensor(
-                dtype=tensor.dtype, shape=list(tensor.shape), is_of_experts=tensor.is_of_experts, slices=slices[name]
+                dtype=tensor.dtype,
+                shape=list(tensor.shape),
+                is_of_experts=tensor.is_of_experts,
+                is_frozen=tensor.is_frozen,
+                slices=slices[name],
             )
             for name, tensor in tensors.items()
         }
-        values: dict[str, int | float | str] = {"optimizer_steps": optimizer_steps}
-        manifest = Manifest(format=FORMAT, step=0, run=dict(run), values=values, tensors=stored, files=files)
+        counts: dict[str, int | float | str] = {"optimizer_steps": 0} | dict(values or {})
+        manifest = Manifest(format=FORMAT, step=0, run=dict(run), values=counts, tensors=stored, files=files)
         text = manifest_text(manifest)
         write_durably(folder.temporary(0) / MANIFEST, [text])
         folder.commit(0)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from trainer.checkpoint.coverage import MOMENTS, WEIGHT, is_moment
+from trainer.checkpoint.coverage import WEIGHT, is_moment, weight_of
 from trainer.checkpoint.init_from import InitFromConfig
 from trainer.checkpoint.streamed import GlobalTensor
 from trainer.convert.first_tensors import Constant, Initial, Taken, TensorSource
@@ -14,6 +14,7 @@ from trainer.convert.router_columns import expert_dimensions, tensors_of
 from trainer.convert.surgery_plan import num_groups
 from trainer.convert.vocabulary_rows import VocabularyMap, VocabularyRows, map_vocabulary
 from trainer.data.tokenizers.base import Tokenizer
+from trainer.engine.base import SINCE
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.models.gpt import GPT
@@ -38,6 +39,7 @@ class InitPlan:
         self._model = plain_model(config, num_ids)
         self._axes = _expert_axes(self._model)
         self._choices: dict[str, ExpertChoice] = {}
+        self._since: dict[str, int] = {}
         ours = tensors_of(self._model)
         born_here = {name for name, _ in self._model.named_buffers()} | {name for name in ours if ".lora_" in name}
         self._matched = match_tensors(init, parent.names, ours, born_here=born_here, where=parent.where)
@@ -46,7 +48,12 @@ class InitPlan:
     @property
     def optimizer_steps(self) -> int:
         """Steps of the optimizer state that is taken over."""
-        return self.parent.optimizer_steps if self.has_moments else 0
+        return int(self.parent.values["optimizer_steps"]) if self.has_moments else 0
+
+    @property
+    def values(self) -> dict[str, int]:
+        """Scalars of the engine's state: the steps, and those before the first of a parameter's moments."""
+        return {"optimizer_steps": self.optimizer_steps} | {SINCE + name: n for name, n in self._since.items() if n}
 
     def sources(self, wanted: Mapping[str, GlobalTensor], tokenizer: Tokenizer) -> dict[str, TensorSource]:
         """Return the source of each tensor of the checkpoint, by its name there."""
@@ -138,12 +145,13 @@ class InitPlan:
 
     def _moment(self, name: str, tensor: GlobalTensor, weights: Mapping[str, TensorSource]) -> TensorSource:
         """Return the moment of a parameter that is taken as it is, or zeros."""
-        prefix = next(prefix for prefix in MOMENTS if name.startswith(prefix))
-        parameter = name.removeprefix(prefix)
-        source = self._matched[parameter]
+        parameter = weight_of(name).removeprefix(WEIGHT)
+        source, prefix = self._matched[parameter] or "", name.removesuffix(parameter)
         is_whole = isinstance(weights[parameter], Taken) and (source == parameter or source not in _VOCABULARY)
-        if is_whole and prefix + (source or "") in self.parent.tensors:
-            return Taken(self.parent, prefix + (source or ""))
+        if is_whole and prefix + source in self.parent.tensors:
+            self._since[parameter] = int(self.parent.values.get(SINCE + source, 0))
+            return Taken(self.parent, prefix + source)
+        self._since[parameter] = self.optimizer_steps
         return Constant(0, tensor)
 
     def _counts(self, tensor: GlobalTensor, weights: Iterable[TensorSource]) -> TensorSource:

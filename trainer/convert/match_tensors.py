@@ -2,11 +2,10 @@
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from fnmatch import fnmatchcase
 
 from trainer.checkpoint.init_from import InitFromConfig
-from trainer.config.nodes import shown
 from trainer.errors import ConfigError
+from trainer.models.parameter_patterns import kinds_of, matches, selected
 
 _HEAD, _EMBEDDING = "head.weight", "embedding.weight"
 
@@ -39,7 +38,7 @@ def match_tensors(
             raise ConfigError(_missing(name, theirs, where))
         found[name] = source
     for name, source in places.items():
-        if name not in found:
+        if name not in found and not _is_excluded(init, name):
             raise ConfigError(
                 f"init_from: {where} has {source}"
                 + ("" if name == source else f", here {name},")
@@ -49,12 +48,16 @@ def match_tensors(
 
 
 def _places(init: InitFromConfig, theirs: Iterable[str], where: str) -> dict[str, str]:
-    """Return the name there of each tensor that is taken, by its name here."""
+    """Return the name there of each tensor that is taken, by its name here.
+
+    A renamed one is left out if both names are excluded: so a block that is dropped, or new, may have the number of one
+    that moves.
+    """
     places: dict[str, str] = {}
     for name in theirs:
-        if _is_excluded(init, name):
-            continue
         here = renamed(init.rename, name)
+        if _is_excluded(init, name) and _is_excluded(init, here):
+            continue
         if here in places:
             raise ConfigError(
                 f"init_from.rename: {name} and {places[here]} of {where} would both be {here}; exclude one, or rename "
@@ -79,17 +82,23 @@ def _pattern(text: str) -> re.Pattern[str]:
 
 
 def _is_excluded(init: InitFromConfig, name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in init.exclude)
+    return selected(init.exclude, name)
 
 
 def _check_patterns(init: InitFromConfig, theirs: Iterable[str], ours: Iterable[str], where: str) -> None:
-    theirs, either = list(theirs), [*theirs, *ours]
+    theirs, ours = list(theirs), list(ours)
     for pattern in init.exclude:
-        if not any(fnmatchcase(name, pattern) for name in either):
-            raise ConfigError(f"init_from.exclude: {shown(pattern)[1:-1]} is no tensor of this model or of {where}")
+        if not any(matches(pattern.removeprefix("!"), name) for name in [*theirs, *ours]):
+            raise ConfigError(
+                f"init_from.exclude: {pattern} matches no tensor of this model or of {where}; {_examples(ours)}"
+            )
     for old in init.rename:
         if not any(_pattern(old).fullmatch(name) for name in theirs):
-            raise ConfigError(f"init_from.rename: {shown(old)[1:-1]} is no tensor of {where}")
+            raise ConfigError(f"init_from.rename: {old} matches no tensor of {where}; {_examples(theirs)}")
+
+
+def _examples(names: Iterable[str]) -> str:
+    return f"its tensors are {', '.join(kinds_of(names))}"
 
 
 def _missing(name: str, theirs: Collection[str], where: str) -> str:

@@ -43,6 +43,7 @@ class NewRun:
             ResourceError: if the disk refuses; nothing is left.
         """
         final = check_is_new(self.config)
+        config = self.config.model_copy(update={"init_from": None})  # of the run that it was made from
         with new_folder(final) as folder:
             run_id, parent = token_hex(8), None if self.parent is None else asdict(self.parent)
             place = str(final.absolute())
@@ -51,11 +52,11 @@ class NewRun:
             folder.write(folder.run_id, f"{run_id}\n")
             folder.write(folder.origin, json.dumps(origin, indent=1) + "\n")
             folder.write(folder.made_from, json.dumps(self.made_from) + "\n")
-            folder.write(folder.config, dump(self.config))
+            folder.write(folder.config, dump(config))
             places = {"working_directory": str(Path.cwd()), "run_folder": place}
             folder.write(folder.environment, json.dumps({**runtime.environment_info(), **places}, indent=1) + "\n")
             record = first_record(
-                self.config,
+                config,
                 run_id=run_id,
                 data_fingerprint=self.corpus.fingerprint,
                 tokenizer_fingerprint=self.corpus.tokenizer.fingerprint,

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from types import MappingProxyType
 from typing import Any, Self
 
 import torch
@@ -39,7 +40,8 @@ class ParentTensors(ABC):
     """Its path, for messages."""
     model: ModelConfig
     tensors: Mapping[str, GlobalTensor]
-    optimizer_steps: int = 0
+    values: Mapping[str, int | float | str] = MappingProxyType({"optimizer_steps": 0})
+    """Scalars of its engine's state."""
 
     @abstractmethod
     def read(self, name: str, start: int, length: int) -> Tensor:
@@ -90,7 +92,7 @@ class RunTensors(ParentTensors):
         self._of, self.where, self.model = parent, parent.where, parent.model
         self.handle: CheckpointHandle = intact_checkpoint(parent.checkpoints, parent.step, warn)
         manifest = self.handle.manifest
-        self.optimizer_steps = int(manifest.values["optimizer_steps"])
+        self.values = manifest.values
         self.tensors = {
             name: GlobalTensor(shape=tuple(stored.shape), dtype=stored.dtype, is_of_experts=stored.is_of_experts)
             for name, stored in manifest.tensors.items()

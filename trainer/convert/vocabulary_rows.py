@@ -9,7 +9,6 @@
 # V rows here, D d_model.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from trainer.convert.parent_tensors import ParentTensors
 from trainer.data.tokenizers.base import Tokenizer
-from trainer.data.tokenizers.hf_files import TOKENIZER
 
 _BLOCK_ROWS: Final = 1024
 _GAP: Final = 16  # rows that are read needlessly rather than by another read
@@ -43,7 +41,7 @@ def map_vocabulary(old: Tokenizer, new: Tokenizer, *, old_rows: int, new_rows: i
     for i in range(old.vocab_size):
         if content := old.decode([i]):
             pieces.setdefault(content, i)
-    old_special, new_special = _special_tokens(old), {i: name for name, i in _special_tokens(new).items()}
+    old_special, new_special = old.special_tokens(), {i: name for name, i in new.special_tokens().items()}
     sources: list[Sequence[int]] = []
     found = dict.fromkeys(("pieces", "means", "special", "unknown"), 0)
     for i in range(new.vocab_size):
@@ -53,8 +51,8 @@ def map_vocabulary(old: Tokenizer, new: Tokenizer, *, old_rows: int, new_rows: i
             continue
         if content in pieces:
             kind, row = "pieces", [i if _has_bytes(old, i, content) else pieces[content]]
-        elif content:
-            kind, row = "means", _encoded(old, pieces, content)
+        elif content and (encoded := _encoded(old, pieces, content)):
+            kind, row = "means", encoded
         elif (name := new_special.get(i)) in old_special:
             kind, row = "special", [old_special[name or ""]]
         else:
@@ -125,9 +123,3 @@ def _encoded(old: Tokenizer, pieces: dict[bytes, int], content: bytes) -> list[i
         return old.encode(content.decode()).tolist()
     except UnicodeDecodeError:
         return [pieces[bytes([byte])] for byte in content if bytes([byte]) in pieces]
-
-
-def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """Return the ids of special tokens by name."""
-    added = json.loads(tokenizer.files()[TOKENIZER]).get("added_tokens") or []
-    return {token["content"]: token["id"] for token in added if token.get("special")}

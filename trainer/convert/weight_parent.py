@@ -33,6 +33,11 @@ _NOTED: Final = (
 """Keys that change what the same weights compute, which a longer context or other routing may want."""
 _MEANING: Final = ("num_heads", "num_kv_heads", "attention.head_dim", "attention.rotary_fraction", "norm", "activation")
 """Keys under which weights of the same shapes mean something else."""
+_FOLLOWING: Final = {
+    "num_layers": ("moe.layers", "attention.window"),
+    "num_heads": ("num_kv_heads", "attention.head_dim"),
+}
+"""Keys whose values follow from another one, which is enough to name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,9 +188,11 @@ def check_models(init: InitFromConfig, parent: RunParent | PublishedParent, mode
             f"width cannot be taken; use model.d_model: {parent.model.d_model}"
         )
     lines, notes = [], []
-    for key in {**theirs, **ours}:
+    different = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]
+    followed = {key for cause, keys in _FOLLOWING.items() if cause in different for key in keys}
+    for key in different:
         mine, other = ours.get(key), theirs.get(key)
-        if mine == other or _is_in(key, _FREE):
+        if key in followed or _is_in(key, _FREE):
             continue
         if _is_in(key, _NOTED):
             notes.append(f"model.{key} is {_text(mine)}, and {where} was trained with {_text(other)}")

@@ -77,7 +77,12 @@ def check_selection(key: str, entries: Sequence[str], names: Sequence[str], *, i
 
 def _examples(names: Iterable[str]) -> str:
     """Return the kinds of names, one for all layers, for a message."""
-    return ", ".join(dict.fromkeys(_without_numbers(name) for name in names))
+    return ", ".join(kinds_of(names))
+
+
+def kinds_of(names: Iterable[str]) -> list[str]:
+    """Return names with * in place of numbers, each once."""
+    return list(dict.fromkeys(_without_numbers(name) for name in names))
 
 
 def _without_numbers(name: str) -> str:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from tests.builders import make_batch
 from tests.converted_runs import MOE, loaded, make_run, write_config
+from tests.foreign_models import make_foreign, save_foreign
 from tests.imported_once import shorten_sample
 from tests.ranks import Ranks, mesh_here
+from trainer import fault_injection
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.checkpoint.tensor_files import StoredTensors
@@ -22,6 +24,9 @@ from trainer.checkpoint.tools.verify import verify_checkpoint
 from trainer.commands.init_from_parent import find_first_weights
 from trainer.config.loader import load
 from trainer.console.console import Console
+from trainer.convert.hf_import import import_model
+from trainer.convert.loaded_run import new_engine
+from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.distributed.mesh import Mesh
 from trainer.experiment import ExperimentConfig
 from trainer.library.runs import load_run, train
@@ -144,3 +149,78 @@ def test_every_layout_and_engine_begins_with_the_parents_logits_and_moments(pare
     }
     for answer in ranks.run(2, _on_two_ranks, str(parent.parents[1]), layouts):
         assert answer == dict.fromkeys(layouts, (True, True))
+
+
+def test_excluded_tensors_have_the_initial_values_of_the_seed_and_renamed_ones_other_places(parent: Path) -> None:
+    """Three layers from two: the first two change places, the last is new, and so are the head and all routers."""
+    options = [
+        *(f"init_from.run={parent}", "init_from.exclude=[head, router, blocks.2]", "model.num_layers=3"),
+        "init_from.rename={'blocks.0.*': 'blocks.1.*', 'blocks.1.*': 'blocks.0.*'}",
+    ]
+    config = _config(parent.parents[1], "layers", [*options, "init_from.parts=weights+optimizer"])
+    run, said = _start(config)
+    theirs, mine = _stored(parent, 4), _stored(run.folder.path)
+    fresh = dict(new_engine(config, ByteTokenizer(), print).model.named_parameters())
+    assert said.startswith("first weights from") and "14 tensors as they are, 10 with initial values" in said
+    since = CheckpointFolder(run.saver.folder.path).manifest(0).values
+    for name, weight in fresh.items():
+        block = name.split(".")[1]
+        is_fresh = block == "2" or "router" in name or name == "head.weight"
+        there = name.replace(f"blocks.{block}.", f"blocks.{1 - int(block)}.") if block in "01" else name
+        expected = weight.detach() if is_fresh else theirs[f"model.{there}"]
+        assert torch.equal(mine[f"model.{name}"], expected), name
+        moment = torch.zeros_like(expected) if is_fresh else theirs[f"optim.exp_avg.{there}"]
+        assert torch.equal(mine[f"optim.exp_avg.{name}"], moment), name
+        assert since.get(f"moments_since.{name}", 0) == (4 if is_fresh else 0), "its own first step comes next"
+
+
+def test_a_published_folder_gives_what_an_import_of_it_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = save_foreign(tmp_path / "theirs", make_foreign("deepseek_v3"))
+    imported = import_model(folder, None, ["name=imported"], gate="tensors").run
+    text = tmp_path / "text.txt"
+    text.write_text("It was a bright cold day in April. " * 40)
+    overrides = ["name=started", f"init_from.hf={folder}", "parallel.device=cpu", "train.global_batch_size=2"]
+    overrides += [f"data.sources=[{{kind: text, path: {text}}}]", "data.cache_dir=cache"]
+    run, said = _start(load(imported / "config.yaml", overrides, ExperimentConfig))
+    _assert_equal(_stored(run.folder.path), _stored(imported))
+    assert "tensors as they are" in said and run.parent is None
+    assert json.loads(run.folder.made_from.read_text())["from"]["family"] == "deepseek_v3"
+
+
+@pytest.mark.parametrize("number", [2, 3, 7])
+def test_other_numbers_of_experts_keep_the_most_used_ones_or_copy_them(parent: Path, number: int) -> None:
+    name = f"experts{number}"
+    config = _config(parent.parents[1], name, [f"init_from.run={parent}"], {"num_experts": number})
+    _, said = _start(config)
+    theirs, mine = _stored(parent, 4), _stored(Path(config.runs_dir) / name)
+    for layer, counts in enumerate(theirs["engine.previous_counts"].tolist()):
+        by_use = sorted(range(4), key=lambda e: (-counts[e], e))
+        sources = sorted(by_use[:number]) if number < 4 else [0, 1, 2, 3, *by_use[: number - 4]]
+        for part in ("experts.w_in", "experts.w_out", "router.gate.weight"):
+            here, there = (tensors[f"model.blocks.{layer}.ffn.{part}"] for tensors in (mine, theirs))
+            assert torch.equal(here[:4], there[sources[:4]]), "kept as they are"
+            for i, e in enumerate(sources[4:], 4):
+                noise = (here[i] - there[e]) / there[e].std(correction=0)
+                assert 0 < float(noise.square().mean().sqrt()) < 0.2, "a copy differs by a tenth of a deviation"
+    outside = [n for n in mine if "model." in n and "experts" not in n and "router" not in n]
+    _assert_equal({n: mine[n] for n in outside}, {n: theirs[n] for n in outside})
+    assert f"{number} experts from 4: {'all and noisy copies of the 3' if number > 4 else f'the {number}'} most used" in said
+
+
+@pytest.mark.parametrize("point", ["save.mid_file", "save.before_rename", "save.committed"])
+def test_a_start_that_fails_on_its_way_leaves_no_checkpoint_and_the_next_one_is_whole(
+    parent: Path, point: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(parent.parents[1], point, [f"init_from.run={parent}"])
+    monkeypatch.setattr(fault_injection, "_PLANNED", fault_injection.parse_faults(f"{point}=raise", "0"))
+    with pytest.raises(RuntimeError, match="planted"):
+        _start(config)
+    folder = RunFolder(Path(config.runs_dir) / config.name)
+    is_committed = point == "save.committed"
+    assert CheckpointFolder(folder.checkpoints).steps() == ([0] if is_committed else [])
+    assert folder.made_from.exists() == is_committed and not CheckpointFolder(folder.checkpoints).leftovers()
+    run, _ = _start(config)
+    assert run.parent is not None and folder.made_from.exists()
+    mine, theirs = _stored(folder.path), _stored(parent, 4)
+    _assert_equal({n: t for n, t in mine.items() if "model." in n}, {n: t for n, t in theirs.items() if "model." in n})
