@@ -44,6 +44,7 @@ from tests.planted import (
     replays,
     routing,
     runs,
+    stages,
     steps,
 )
 from tests.planted.fault import Fault
@@ -67,6 +68,7 @@ _TOPICS = (
     measures,
     runs,
     conversions,
+    stages,
 )
 FAULTS: list[Fault] = [fault for topic in _TOPICS for fault in topic.FAULTS]
 
