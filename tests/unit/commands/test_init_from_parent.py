@@ -136,7 +136,7 @@ CASES: dict[str, tuple[str, list[str], Callable[[Path], Any], int, str]] = {
         "this model has no place for it; leave it out by init_from.exclude: [blocks.1.",
     ),
     "exclude matches nothing": (f"{RUN}, exclude: [blocks.9]", [], _nothing, 2, "blocks.9 matches no tensor"),
-    "rename matches nothing": (f"{RUN}, rename: {{a.*: b.*}}", [], _nothing, 2, "a.* matches no tensor of runs/experts"),
+    "rename matches nothing": (f"{RUN}, rename: {{a.*: b.*}}", [], _nothing, 2, "a.* matches no tensor of runs"),
     "rename onto another": (
         *(f"{RUN}, rename: {{blocks.0.*: blocks.1.*}}", [], _nothing, 2),
         "would both be blocks.1.attention_norm.weight; exclude one, or rename both",
@@ -175,7 +175,7 @@ def test_a_run_that_is_being_trained_is_refused_unless_its_step_is_named(home: P
     parent.lock()
     try:
         config = load(path, [f"init_from.run={parent.path}"], ExperimentConfig)
-        with pytest.raises(TurnoutError, match="is training into it, so its newest checkpoint is not its last") as error:
+        with pytest.raises(TurnoutError, match="its newest checkpoint is not its last") as error:
             find_first_weights(config, run_folder_of(config))
         assert error.value.exit_code == 2
         named = load(path, [f"init_from={{run: {parent.path}, step: 0}}"], ExperimentConfig)

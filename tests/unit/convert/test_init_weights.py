@@ -205,7 +205,8 @@ def test_other_numbers_of_experts_keep_the_most_used_ones_or_copy_them(parent: P
                 assert 0 < float(noise.square().mean().sqrt()) < 0.2, "a copy differs by a tenth of a deviation"
     outside = [n for n in mine if "model." in n and "experts" not in n and "router" not in n]
     _assert_equal({n: mine[n] for n in outside}, {n: theirs[n] for n in outside})
-    assert f"{number} experts from 4: {'all and noisy copies of the 3' if number > 4 else f'the {number}'} most used" in said
+    what = "all and noisy copies of the 3" if number > 4 else f"the {number}"
+    assert f"{number} experts from 4: {what} most used" in said
 
 
 @pytest.mark.parametrize("point", ["save.mid_file", "save.before_rename", "save.committed"])

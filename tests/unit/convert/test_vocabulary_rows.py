@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -12,8 +11,6 @@ from tests.converted_runs import write_config
 from tests.foreign_tokenizers import TEXT, byte_level
 from tests.imported_once import shorten_sample
 from trainer.checkpoint.checkpoint_folder import CheckpointFolder
-from trainer.checkpoint.run_folder import RunFolder
-from trainer.checkpoint.run_tokenizer import tokenizer_of
 from trainer.checkpoint.streamed import GlobalTensor
 from trainer.checkpoint.tensor_files import StoredTensors
 from trainer.config.loader import load
@@ -23,7 +20,7 @@ from trainer.data.tokenizers.base import Tokenizer
 from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.data.tokenizers.file import read_tokenizer
 from trainer.experiment import ExperimentConfig
-from trainer.library.runs import load_run, train
+from trainer.library.runs import train
 
 NAME = "model.embedding.weight"
 
@@ -35,7 +32,7 @@ class _Parent(ParentTensors):
         self._rows, self.tensors, self.where = rows, {NAME: GlobalTensor(shape=tuple(rows.shape))}, "there"
 
     def read(self, name: str, start: int, length: int) -> Tensor:
-        assert name == NAME and 0 <= start and 0 < length and start + length <= len(self._rows)
+        assert name == NAME and start >= 0 and length > 0 and start + length <= len(self._rows)
         return self._rows[start : start + length]
 
     def tokenizer(self) -> None: ...
