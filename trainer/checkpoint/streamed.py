@@ -130,7 +130,7 @@ def save_streamed(
             )
             for name, tensor in tensors.items()
         }
-        counts: dict[str, int | float | str] = {"optimizer_steps": 0} | dict(values or {})
+        counts: dict[str, int | float | str] = {"optimizer_steps": 0, **(values or {})}
         manifest = Manifest(format=FORMAT, step=0, run=dict(run), values=counts, tensors=stored, files=files)
         text = manifest_text(manifest)
         write_durably(folder.temporary(0) / MANIFEST, [text])

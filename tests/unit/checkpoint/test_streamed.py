@@ -35,7 +35,7 @@ class Reader:
         return block
 
 
-def _stream(folder: CheckpointFolder, tensors: Mapping[str, Tensor], of_experts: str = "", **options: int) -> Reader:
+def _stream(folder: CheckpointFolder, tensors: Mapping[str, Tensor], of_experts: str = "", **options: Any) -> Reader:
     reader = Reader(tensors)
     shapes = {
         name: GlobalTensor(
