@@ -15,6 +15,7 @@ from trainer.config.dump import dump
 from trainer.data.corpus import build_tokenizer
 from trainer.experiment import ExperimentConfig
 from trainer.models.gpt import GPT
+from trainer.models.parameter_roles import FACTOR_B
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 40
 
@@ -67,11 +68,14 @@ def make_run(
 
 
 def unlike(model: GPT) -> GPT:
-    """Add noise to norms and biases, which start alike; not to a selection bias that never changes."""
+    """Add noise to norms, biases and adapters, which start alike; not to a selection bias that never changes."""
     generator = torch.Generator().manual_seed(1)
     router = model.config.moe.router if model.config.moe is not None else None
     fixed = "router.bias" if getattr(router, "bias_update_rate", 1.0) == 0 else "-"
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if ("norm" in name or "bias" in name or "sink" in name) and fixed not in name:
+            tensor.data.add_(0.3 * torch.randn(tensor.shape, generator=generator))
+    for name, tensor in model.named_parameters():
+        if name.endswith(FACTOR_B):
             tensor.data.add_(0.3 * torch.randn(tensor.shape, generator=generator))
     return model

@@ -62,7 +62,7 @@ def draw(number: int, folder: Path) -> Trial:
         values = {
             "name": f"config{number}",
             "seed": drawn.randrange(1000),
-            "model": _model(drawn, list(ROUTERS)[number % len(ROUTERS)]),
+            "model": _model(drawn, list(ROUTERS)[number % len(ROUTERS)]) | _adapters(number),
             "data": {
                 "sources": repeated_texts(folder)[text],
                 "packing": drawn.choice(["wrapped", "bfd"]) if text in _OF_RECORDS else "wrapped",
@@ -121,6 +121,21 @@ def _model(drawn: random.Random, kind: str) -> dict[str, Any]:
         biases = {key: fields["attention"][key] for key in ("qkv_bias", "out_bias")}
         fields |= {"num_kv_heads": None, "qk_norm": False, "attention": {"latent": _latent(drawn), **biases}}
     return fields
+
+
+def _adapters(number: int) -> dict[str, Any]:
+    """Return adapters for some of the configs, drawn by themselves."""
+    drawn = random.Random(f"adapters {number}")
+    if drawn.random() < 0.75:
+        return {}
+    lora = {
+        "rank": drawn.choice([1, 2, 3]),
+        "alpha": drawn.choice([1.0, 6.0]),
+        "use_rslora": drawn.random() < 0.5,
+        "targets": drawn.choice([None, ["experts"], ["attention", "experts.w_out"]]),
+        "trains": drawn.choice([(), ("router",), ("norms", "router")]),
+    }
+    return {"lora": lora}
 
 
 def _latent(drawn: random.Random) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from trainer.families.config import ExportConfig
 from trainer.metrics.config import MetricsConfig, ProfileConfig
 from trainer.models.config import ModelConfig
 from trainer.moe.dispatch.registry import AllToAllDispatcherConfig, ExchangeOptions
+from trainer.ops.lora_kernels import LORA_KERNELS
 from trainer.optim.registry import AdamWConfig, OptimConfig, ScheduleConfig, WarmupCosineConfig
 from trainer.parallel.config import ParallelConfig, RecomputeEveryConfig
 from trainer.routing_record.replay_rules import record_problem, replay_problems
@@ -182,6 +183,12 @@ class ExperimentConfig(Config):
             what = "a kernel of your own" if ":" in kernel else kernel
             text = f"true, and {what} has no biases; use false, or parallel.experts_kernel: auto"
             yield Problem("model.moe.expert_bias", text)
+        lora = self.model.lora
+        adapted = set() if lora is None else {each.group for each in lora.chosen(self.model.projections())}
+        if "experts" in adapted and kernel not in ("auto", *LORA_KERNELS):
+            problem = f"{kernel} computes no adapters (model.lora) of experts"
+            others = ", ".join(sorted(adapted - {"experts"})) or "attention"
+            yield Problem("parallel.experts_kernel", f"{problem}; use auto, or model.lora.targets: [{others}]")
         if dtype not in _KERNEL_DTYPES.get(kernel, (dtype,)):
             yield Problem("parallel.experts_kernel", f"{kernel} does not support {dtype}; use auto")
             return

@@ -61,6 +61,17 @@ def test_biases_save_nothing_more(kernel: ExpertsKernel) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+def test_adapters_save_nothing_more_and_frozen_weights_nothing_less_than_tokens(kernel: ExpertsKernel) -> None:
+    layer = make_layer(kernel)
+    whole = saved_bytes(layer)
+    for name in ("w_in", "w_out"):
+        layer.experts.add_adapter(name, 8, 2.0)
+    for parameter in (layer.experts.w_in, layer.experts.w_out):
+        parameter.requires_grad_(False)
+    assert saved_bytes(layer) == whole
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_in_bfloat16_no_rounded_copy_of_tokens_or_weights_is_kept(kernel: ExpertsKernel) -> None:
     """Experts share the float32 input of the router. The overhead is the same number of bytes as in float32."""
     overhead = saved_bytes(make_layer("fused")) - 4 * TOKENS * (D_MODEL + TOP_K * 2 * D_FF)

@@ -180,15 +180,15 @@ FAULTS = [
     _fault(
         "the factor A of a low-rank addition gets a gradient without its scale",
         "trainer/ops/grouped_kernel.py",
-        "products.rows(dz, b).mul_(scale)  # (R, r)",
-        "products.rows(dz, b)  # (R, r)",
+        "    return products.rows(dz, b).mul_(scale)",
+        "    return products.rows(dz, b)",
         LOW_RANK,
     ),
     _fault(
         "rows get no gradient through a low-rank addition of the fused kernel",
         "trainer/ops/fused_ffn.py",
-        "out += self._product(self._product(dz, low.b[e]) * low.scale, low.a[e])",
-        "pass",
+        "        out += self._product(v, low.a[e])\n",
+        "",
         LOW_RANK,
     ),
     _fault(

@@ -5,10 +5,13 @@ import re
 import sys
 from typing import Final
 
+from trainer.checkpoint.run_folder import RunFolder
 from trainer.commands.arguments import Subparsers, add_command, add_overrides, add_run, add_step, as_path
 from trainer.commands.resolve import existing_run
 from trainer.config.nodes import shown
 from trainer.errors import ConfigError
+from trainer.experiment import ExperimentConfig
+from trainer.families.base import Family
 from trainer.families.registry import FAMILIES, choose_family
 from trainer.packages import is_installed, missing
 from trainer.terminal import print_safe
@@ -27,6 +30,10 @@ def add(subparsers: Subparsers) -> None:
     what = "family of transformers, by its model_type (export.target of the config, or the first that fits)"
     sub.add_argument("--target", choices=["auto", *FAMILIES], help=what)
     sub.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the tensors (float32)")
+    what = "write the adapters (model.lora) alone, as peft reads them, in place of a model with them merged in"
+    sub.add_argument("--adapter", action="store_true", help=what)
+    what = "with --adapter: name or folder of the model that it adapts, for readers of adapter_config.json"
+    sub.add_argument("--base", metavar="NAME", help=what)
     what = "largest size of a file; a larger tensor gets its own (5GB)"
     sub.add_argument("--shard-size", type=_size, default=5 * 10**9, metavar="SIZE", help=what)
     what = "what is compared before the folder gets its name: logits in transformers (default), or all tensors on disk"
@@ -34,12 +41,19 @@ def add(subparsers: Subparsers) -> None:
 
 
 def export_command(options: argparse.Namespace) -> int:
-    """Write a run's newest checkpoint as a model that transformers, vLLM and llama.cpp read, and compare the two."""
+    """Write a run's newest checkpoint as a model that transformers, vLLM and llama.cpp read, and compare the two.
+
+    Adapters are merged into the weights, or written alone.
+    """
     config, folder = existing_run(options)
     target = options.target or config.export.target or "auto"
     family = choose_family(config.model, target)
     if isinstance(family, str):
         raise ConfigError(f"--target: {family}")
+    if options.base is not None and not options.adapter:
+        raise ConfigError("--base: names the model that adapters are of; use it with --adapter, or leave it out")
+    if options.adapter:
+        return _export_adapter(options, config, folder, family)
     if not is_installed("transformers"):
         raise ConfigError(missing("transformers", user="export (which compares what it writes with transformers)"))
 
@@ -53,6 +67,18 @@ def export_command(options: argparse.Namespace) -> int:
     parameters = f"{exported.size.total_parameters / 1e6:.2f}M parameters in {options.dtype}"
     print_safe(f"{options.out}: step {exported.step} as {family.name}, {parameters}, {files}")
     print_safe(exported.report.line())
+    return 0
+
+
+def _export_adapter(options: argparse.Namespace, config: ExperimentConfig, folder: RunFolder, family: Family) -> int:
+    from trainer.convert.peft_adapter import AdapterOptions, export_adapter
+
+    chosen = AdapterOptions(family=family, dtype=options.dtype, step=options.step, base=options.base)
+    written = export_adapter(config, folder, options.out, chosen, warn=_warn)
+    print_safe(
+        f"{options.out}: step {written.step} as adapters of {family.name} for peft, {written.parameters / 1e6:.2f}M "
+        f"parameters in {options.dtype}; load them on the model that the run began with"
+    )
     return 0
 
 

@@ -8,8 +8,9 @@ from torch import Tensor
 from trainer.contracts.ensure import ensure
 from trainer.ops.activations import ACTIVATIONS, Activation
 from trainer.ops.expert_order import order_by_expert
-from trainer.ops.kernel_canary import GROUPS, NO_ROWS, ONE_TAKES_ALL, LayerWidths, RowGroups, groups_fault
+from trainer.ops.kernel_canary import GROUPS, NO_ROWS, ONE_TAKES_ALL, RowGroups, groups_fault
 from trainer.ops.kernels import RowsKernel, run_rows_kernel
+from trainer.ops.layer_widths import LayerWidths
 
 _D, _F = 8, 16
 

@@ -72,13 +72,13 @@ def export(
     """
     check_output_folder(out)
     checkpoint = intact_checkpoint(CheckpointFolder(folder.checkpoints), options.step, warn)
-    model = _model_of(config, folder, checkpoint, options)
+    model = model_of(config, folder, checkpoint, family=options.family, dtype=options.dtype)
     template = kept_template(config, folder)
     if template is not None:
         template = served_template(config, template, model.tokenizer)
     chat = None if template is None else chat_encoder(config, template, model.tokenizer)
     with torch.device("meta"):
-        size = model_size(GPT(config.model, model.tokenizer.vocab_size))
+        size = model_size(GPT(model.config, model.tokenizer.vocab_size))
     size_bytes = num_bytes(model, model.links)
     _check_resources(out, size_bytes, size, options.gate)
     shards = plan_shards(model, options.shard_bytes)
@@ -96,8 +96,8 @@ def export(
     )
 
 
-def _model_of(
-    config: ExperimentConfig, folder: RunFolder, checkpoint: CheckpointHandle, options: ExportOptions
+def model_of(
+    config: ExperimentConfig, folder: RunFolder, checkpoint: CheckpointHandle, *, family: Family, dtype: ExportDType
 ) -> ExportedModel:
     """Return what is exported, after checking that the checkpoint is of this config and tokenizer."""
     check_record(checkpoint)
@@ -105,11 +105,13 @@ def _model_of(
     check_model(checkpoint, config.model.model_dump(mode="json"))
     check_tokenizer(checkpoint, fingerprint=tokenizer.fingerprint)
     model = ExportedModel(
-        family=options.family,
-        config=config.model,
-        weights=CheckpointWeights(checkpoint),
+        family=family,
+        config=config.model.merged,
+        weights=CheckpointWeights(
+            checkpoint, lora_scale=None if config.model.lora is None else config.model.lora.scale
+        ),
         tokenizer=tokenizer,
-        dtype=options.dtype,
+        dtype=dtype,
         published_positions=published_positions(folder),
     )
     model.check_coverage()

@@ -19,6 +19,7 @@ from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.models.gpt import GPT
 from trainer.models.initialize import expert_parameters
+from trainer.models.parameter_roles import is_adapter
 
 _VOCABULARY = ("embedding.weight", "head.weight")
 
@@ -41,7 +42,7 @@ class InitPlan:
         self._choices: dict[str, ExpertChoice] = {}
         self._since: dict[str, int] = {}
         ours = tensors_of(self._model)
-        born_here = {name for name, _ in self._model.named_buffers()} | {name for name in ours if ".lora_" in name}
+        born_here = {name for name, _ in self._model.named_buffers()} | set(filter(is_adapter, ours))
         self._matched = match_tensors(init, parent.names, ours, born_here=born_here, where=parent.where)
         self._check_shapes()
 

@@ -17,6 +17,7 @@ from trainer.models.rope_scaling_config import DynamicRopeScaling
 _TRAINING_ONLY: Final = (
     "document_mask",
     "init_std",
+    "lora",
     "vocab_z_loss_coef",
     "moe.balance",
     "moe.capacity",
@@ -25,7 +26,10 @@ _TRAINING_ONLY: Final = (
     "moe.diversity_coef",
     "moe.z_loss_coef",
 )
-"""Keys, or sections, of `model` that change nothing in what a trained model computes for one dropless document."""
+"""Keys, or sections, of `model` that change nothing in what a trained model computes for one dropless document.
+
+Adapters are among them, since an export merges them into the weights.
+"""
 
 
 _SECTIONS: Final = ("attention.latent", "rope_scaling")

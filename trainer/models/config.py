@@ -8,6 +8,13 @@ from pydantic import Field
 from trainer.config.base import Config, Problem, Renamed, divisors
 from trainer.config.numbers import Coefficient, Epsilon, Factor, Layers, Length, VocabSize, Width
 from trainer.models.attention_config import AttentionConfig, LatentAttentionConfig
+from trainer.models.lora_config import LoRAConfig
+from trainer.models.projections import (
+    Projection,
+    grouped_query_projections,
+    latent_projections,
+    network_projections,
+)
 from trainer.models.rope_scaling_config import DynamicRopeScaling, RopeScaling, YarnRopeScaling
 from trainer.moe.config import MoEConfig
 from trainer.ops.activations import Activation, ClampedSwiGLU, hidden_width
@@ -85,6 +92,13 @@ class ModelConfig(Config):
     off."""
     moe: MoEConfig | None = MoEConfig()
     """Mixture-of-experts blocks. Null: a dense model."""
+    lora: LoRAConfig | None = None
+    """Low-rank adapters, which learn in place of the weights. Null: none."""
+
+    @property
+    def merged(self) -> "ModelConfig":
+        """The model whose weights are those of this one with its adapters."""
+        return self.model_copy(update={"lora": None})
 
     @property
     def head_dim(self) -> int:
@@ -138,17 +152,36 @@ class ModelConfig(Config):
             return False
         return (layer - self.moe.first_dense_layers + 1) % self.moe.every == 0
 
+    def projections(self) -> list[Projection]:
+        """Return the matrices of the blocks that can have adapters."""
+        D, heads, latent, num_moe = self.d_model, self.num_heads, self.attention.latent, len(self.moe_layers)
+        if latent is None:
+            widths = {"queries": heads * self.head_dim, "keys": (self.num_kv_heads or heads) * self.head_dim}
+            found = list(grouped_query_projections(d_model=D, **widths, count=self.num_layers))
+        else:
+            found = list(latent_projections(latent, d_model=D, num_heads=heads, count=self.num_layers))
+        networks = [("dense", self.d_ff, self.num_layers - num_moe)]
+        if self.moe is not None:
+            shared = num_moe if self.moe.num_shared_experts else 0
+            networks += [("shared", self.moe.shared_width, shared), ("experts", self.moe.d_ff, num_moe)]
+        for group, width, count in networks:
+            hidden = hidden_width(width, self.activation_function)
+            found += network_projections(group, d_model=D, width=width, hidden=hidden, count=count)
+        return found
+
     def weights(self, *, vocab_size: int) -> Weights:
         """Count the parameters without building the model; `vocab_size` is that of the tokenizer."""
         vocab_size = self.vocab_size or vocab_size
         D, L, num_moe = self.d_model, self.num_layers, len(self.moe_layers)
         dense = L * (self._attention_weights() + 2 * D) + D + (1 if self.tie_embeddings else 2) * vocab_size * D
         dense += (L - num_moe) * self._feed_forward(self.d_ff)
+        of_adapters = Weights(0, 0) if self.lora is None else Weights(*self.lora.weights(self.projections()))
+        dense += of_adapters.dense
         if self.moe is None:
             return Weights(dense, 0)
         dense += num_moe * (self._feed_forward(self.moe.shared_width) + (D if self.moe.shared_gate else 0))
         biases = hidden_width(self.moe.d_ff, self.activation_function) + D if self.moe.expert_bias else 0
-        return Weights(dense, num_moe * (self._feed_forward(self.moe.d_ff) + biases))
+        return Weights(dense, num_moe * (self._feed_forward(self.moe.d_ff) + biases) + of_adapters.expert)
 
     def activations(self, *, vocab_size: int, num_rows: int, loss_chunk: int | None) -> int:
         """Return a lower bound of the values in memory at once: residual streams, and the logits of a chunk."""
@@ -182,6 +215,9 @@ class ModelConfig(Config):
                 "num_layers, d_model, d_ff or moe.num_experts",
             )
         yield from self._attention_problems()
+        if self.lora is not None:
+            for problem in self.lora.problems_in(self.projections()):
+                yield Problem(f"lora.{problem.key}", problem.message)
         given, plain = (self.swiglu_alpha, self.swiglu_limit), ClampedSwiGLU()
         if self.activation != "clamped_swiglu" and given != (plain.alpha, plain.limit):
             key = "swiglu_alpha" if self.swiglu_alpha != plain.alpha else "swiglu_limit"

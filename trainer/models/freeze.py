@@ -15,12 +15,14 @@ def frozen_names(model: GPT, entries: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: if an entry selects nothing, or nothing is left that learns.
     """
-    names = [name for name, _ in model.named_parameters()]
-    check_selection("train.freeze", entries, names, is_tied=model.head is None)
-    frozen = [name for name in names if selected(entries, name)]
-    if len(frozen) == len(names):
+    parameters = dict(model.named_parameters())
+    check_selection("train.freeze", entries, list(parameters), is_tied=model.head is None)
+    frozen = [name for name in parameters if selected(entries, name)]
+    if not any(p.requires_grad for name, p in parameters.items() if name not in frozen):
+        what = "weight of the model" if model.config.lora is None else "adapter (model.lora)"
+        exception = "!head" if model.config.lora is None else "!*.lora_*"
         raise ConfigError(
-            'train.freeze: every weight of the model is frozen, so nothing learns; add an exception, such as "!head"'
+            f'train.freeze: every {what} is frozen, so nothing learns; add an exception, such as "{exception}"'
         )
     return frozen
 

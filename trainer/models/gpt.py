@@ -15,6 +15,7 @@ from trainer.errors import ConfigError
 from trainer.models.block import Block
 from trainer.models.config import ModelConfig, ShardKeeps
 from trainer.models.kv_cache import Extension, KVCache
+from trainer.models.lora import add_adapters
 from trainer.models.norm import RMSNorm
 from trainer.models.rotary_embedding import rotary_embedding
 from trainer.moe.layer import MoE
@@ -68,6 +69,8 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer, experts_kernel) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps, config.norm)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, self.vocab_size, bias=False)
+        if config.lora is not None:
+            add_adapters(self, config.lora, config.lora.chosen(config.projections()))
         self.loss_chunk: int | None = None
         """Maximum tokens whose logits exist at once; None: all."""
         self.compiled_norm: Callable[[Tensor], Tensor] | None = None

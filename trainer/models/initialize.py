@@ -6,13 +6,14 @@ expert of which it has a part, and keeps its own: one tensor, or expert, is in m
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from trainer.models.config import NORM_START
 from trainer.models.gpt import GPT
-from trainer.models.parameter_roles import initial_std, is_matrix, parameter_role
+from trainer.models.parameter_roles import FACTOR_A, FACTOR_B, initial_std, is_matrix, parameter_role
 from trainer.moe.experts import Experts
 from trainer.moe.routing import Router
 from trainer.ops.noise import stable_hash
@@ -43,26 +44,31 @@ def initialize(
 
     Each expert of a stacked (E, ...) weight has its own random stream, so that it starts from the same weights on any
     rank. Parameters that are not matrices are constant: norms multiply by 1, those of a router are its
-    `initial_values`, biases and sinks 0.
+    `initial_values`, biases and sinks 0. So is the second factor of an adapter.
     """
     first_expert, router_values = expert_parameters(model), _router_values(model)
     for name, parameter in model.named_parameters():
         if only is not None and name not in only:
             continue
-        std = initial_std(name, init_std=model.config.init_std, num_layers=model.config.num_layers)
+        config = model.config
+        draw = partial(_normal, std=initial_std(name, init_std=config.init_std, num_layers=config.num_layers))
+        if name.endswith(FACTOR_A):
+            draw = _uniform
         part = (shards or {}).get(name) or WeightShard(parameter, tuple(slice(0, size) for size in parameter.shape))
         match parameter_role(name):
             case "norm":
                 part.local.fill_(NORM_START[model.config.norm])
+            case _ if name.endswith(FACTOR_B):
+                part.local.zero_()
             case _ if not is_matrix(name, parameter):
                 part.local.fill_(router_values.get(name, 0.0))
             case "expert":
                 experts, *inside = part.index
                 for weight, e in zip(part.local, range(experts.start, experts.stop), strict=True):
                     seed_of_e = stable_hash("init", seed, name, first_expert[name] + e)
-                    weight.copy_(_normal(parameter.shape[1:], std, seed_of_e)[tuple(inside)])
+                    weight.copy_(draw(parameter.shape[1:], seed=seed_of_e)[tuple(inside)])
             case _:
-                part.local.copy_(_normal(parameter.shape, std, stable_hash("init", seed, name))[part.index])
+                part.local.copy_(draw(parameter.shape, seed=stable_hash("init", seed, name))[part.index])
     for buffer in model.buffers():
         buffer.zero_()
 
@@ -87,7 +93,13 @@ def _router_values(model: GPT) -> dict[str, float]:
     }
 
 
-def _normal(shape: torch.Size, std: float, seed: int) -> Tensor:
+def _normal(shape: torch.Size, *, std: float, seed: int) -> Tensor:
     """Sample on the CPU in float32, so that every device and dtype starts from the same values."""
     generator = torch.Generator().manual_seed(seed)
     return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+
+
+def _uniform(shape: torch.Size, *, seed: int) -> Tensor:
+    """Sample uniformly below 1 / sqrt(columns), as nn.Linear and peft begin."""
+    generator, bound = torch.Generator().manual_seed(seed), shape[-1] ** -0.5
+    return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from trainer.models.attention_config import LatentAttentionConfig
 from trainer.models.config import ModelConfig, Recompute
 from trainer.models.kv_cache import LayerCache
+from trainer.models.lora import whole_weight
 from trainer.models.norm import RMSNorm
 from trainer.models.recompute import checkpointed
 from trainer.models.rotary_embedding import latent_score_scale
@@ -87,7 +88,7 @@ class LatentAttention(nn.Module):
         if extend.visible is None:
             return torch_attention(q, *self._keys_and_values(self.kv_b(latent), k_rope))
         n = self.latent.qk_nope_head_dim
-        to_keys, to_values = self.kv_b.weight.view(H, -1, c).split([n, self.latent.v_head_dim], dim=1)
+        to_keys, to_values = whole_weight(self.kv_b).view(H, -1, c).split([n, self.latent.v_head_dim], dim=1)
         q = torch.cat([q[..., :n] @ to_keys, q[..., n:]], dim=-1)  # (B, H, S, c + r)
         q = q * (q.shape[-1] / width) ** 0.5  # scores are divided by the root of the width of q
         # All heads have the same keys, so that their queries are more queries of one head.

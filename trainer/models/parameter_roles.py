@@ -1,9 +1,14 @@
 """Roles of a GPT's parameters, derived from their names; weight decay and initialization depend on them."""
 
 import math
-from typing import Literal
+from typing import Final, Literal
 
 from torch import Tensor
+
+FACTOR_A: Final = "lora_a"
+"""End of the names of an adapter's first factors, of r rows."""
+FACTOR_B: Final = "lora_b"
+"""End of the names of its second ones, which are 0 at first."""
 
 Role = Literal["embedding", "head", "norm", "router", "expert", "matrix"]
 
@@ -17,6 +22,17 @@ def parameter_role(name: str) -> Role:
         if part in parts:
             return role  # type: ignore[return-value]
     return "matrix"
+
+
+def is_adapter(name: str) -> bool:
+    """Return whether a parameter is a factor of a low-rank adapter (`model.lora`)."""
+    return name.endswith((FACTOR_A, FACTOR_B))
+
+
+def factor_names(weight: str) -> tuple[str, str]:
+    """Return the names of both factors of the adapter of a weight, if it has one."""
+    prefix = weight.removesuffix("weight") if weight.endswith(".weight") else f"{weight}_"
+    return prefix + FACTOR_A, prefix + FACTOR_B
 
 
 def is_matrix(name: str, parameter: Tensor) -> bool:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from trainer.ops.activations import Activation, hidden_width
 from trainer.ops.expert_ffn import ExpertBiases
 from trainer.ops.kernels import ExpertsKernel, run_experts
+from trainer.ops.low_rank import ExpertAdapters, LowRank
 
 # N tokens, k slots per token, D d_model, F d_ff, H width before the activation (2 F with a gate).
 
@@ -34,11 +35,27 @@ class Experts(nn.Module):
         for name, weight in self.named_parameters():  # as nn.Linear initializes each expert; free on the meta device
             bound = (d_model if name.startswith("w_in") else d_ff) ** -0.5
             nn.init.uniform_(weight, -bound, bound)
+        self.lora_scales: dict[str, float] = {}
+        """Scale s of each adapted weight, w_in or w_out, which becomes W + s B A."""
         self.activation, self.kernel = activation, kernel
         self.is_compiled = False
         """Compile the operations between the matrix products, if the kernel supports it."""
         self.recompute = False
         """Compute the hidden values again in the backward pass instead of saving them."""
+
+    def add_adapter(self, name: str, rank: int, scale: float) -> None:
+        """Give every expert's `name`, w_in or w_out, a low-rank addition: factors (E, r, K) and (E, N, r)."""
+        weight, self.lora_scales[name] = getattr(self, name), scale
+        num_experts, rows, columns = weight.shape
+        a, b = weight.new_empty(num_experts, rank, columns), weight.new_zeros(num_experts, rows, rank)
+        nn.init.uniform_(a, -(columns**-0.5), columns**-0.5)
+        self.register_parameter(f"{name}_lora_a", nn.Parameter(a))
+        self.register_parameter(f"{name}_lora_b", nn.Parameter(b))
+
+    def matrices(self) -> list[tuple[Tensor, tuple[Tensor, Tensor] | None]]:
+        """Return both weights, with the factors of their additions; None without one."""
+        found = ((weight, self._adapter(name)) for name, weight in (("w_in", self.w_in), ("w_out", self.w_out)))
+        return [(weight, None if low is None else (low.a, low.b)) for weight, low in found]
 
     def keep(self, first: int, end: int) -> None:
         """Keep only experts first .. end - 1."""
@@ -69,9 +86,11 @@ class Experts(nn.Module):
             summed.
         """
         w_in, w_out, b_in, b_out = self.w_in, self.w_out, self.w_in_bias, self.w_out_bias
+        adapters = ExpertAdapters(self._adapter("w_in"), self._adapter("w_out")) if self.lora_scales else None
         if part is not None:
             w_in, w_out = w_in[slice(*part)], w_out[slice(*part)]
             b_in, b_out = (None if bias is None else bias[slice(*part)] for bias in (b_in, b_out))
+            adapters = None if adapters is None else adapters.part(*part)
         return run_experts(
             self.kernel,
             x,
@@ -81,7 +100,13 @@ class Experts(nn.Module):
             w_out,
             self.activation,
             biases=None if b_in is None or b_out is None else ExpertBiases(b_in, b_out),
+            adapters=adapters,
             num_rows=num_rows,
             is_compiled=self.is_compiled,
             recompute=self.recompute,
         )
+
+    def _adapter(self, name: str) -> LowRank | None:
+        if name not in self.lora_scales:
+            return None
+        return LowRank(getattr(self, f"{name}_lora_a"), getattr(self, f"{name}_lora_b"), self.lora_scales[name])

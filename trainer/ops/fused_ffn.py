@@ -108,35 +108,41 @@ class FusedKernel(FFNKernel):
         for (e, group, x), (_, _, dy) in zip(self._groups(rows, rows.x), self._groups(rows, grad), strict=True):
             dy[sizes[e] :] = 0
             da = dy.new_empty(len(dy), weights.w_out.shape[2])
-            self._input_gradient(dy, weights.w_out, low.w_out, e, da)
+            v = self._input_gradient(dy, weights.w_out, low.w_out, e, da)
             a, dh, d_scale = self.activation.gradients(da, h[group], scale[group], self.activation.activation)
             grads.scale[group] = d_scale
-            self._weight_gradients(dy, a, e, grads.w_out, low.w_out, grads.adapter_out)
-            self._weight_gradients(dh, x, e, grads.w_in, low.w_in, grads.adapter_in)
+            self._weight_gradients(dy, a, e, grads.w_out)
+            self._factor_gradients(dy, a, v, e, low.w_out, grads.adapter_out)
+            self._weight_gradients(dh, x, e, grads.w_in)
             if grads.bias is not None:
                 torch.sum(dh, 0, dtype=grads.bias.dtype, out=grads.bias[e])
-            self._input_gradient(dh, weights.w_in, low.w_in, e, grads.x[group])
+            v = self._input_gradient(dh, weights.w_in, low.w_in, e, grads.x[group])
+            self._factor_gradients(dh, x, v, e, low.w_in, grads.adapter_in)
         for e, size in enumerate(sizes):
             if size == 0:
                 for gradient in grads.of_weights():
                     gradient[e] = 0
         return replace(grads, x=grads.x[:num_rows], scale=grads.scale[:num_rows])
 
-    def _input_gradient(self, dz: Tensor, w: Tensor, low: LowRank | None, e: int, out: Tensor) -> None:
-        """Write the gradient of one expert's rows x (n, K), given that of their products z (n, N)."""
+    def _input_gradient(self, dz: Tensor, w: Tensor, low: LowRank | None, e: int, out: Tensor) -> Tensor | None:
+        """Write the gradient of one expert's rows x (n, K), given that of its products z (n, N); return v = s dz B."""
         self.products.rows(dz, w[e].to(dz.dtype), out)
-        if low is not None:
-            out += self._product(self._product(dz, low.b[e]) * low.scale, low.a[e])
+        if low is None:
+            return None
+        v = self._product(dz, low.b[e]) * low.scale
+        out += self._product(v, low.a[e])
+        return v
 
-    def _weight_gradients(
-        self, dz: Tensor, x: Tensor, e: int, out: Tensor | None, low: LowRank | None, factors: LowRankGradients | None
-    ) -> None:
-        """Write the gradients of one expert's matrix and of the factors of its addition."""
+    def _weight_gradients(self, dz: Tensor, x: Tensor, e: int, out: Tensor | None) -> None:
         if out is not None:
             self.products.over_rows(dz, x, out[e])
-        if low is not None and factors is not None:
-            self.products.over_rows(self._product(dz, low.b[e]) * low.scale, x, factors.a[e])
-            self.products.over_rows(dz, self._product(x, low.a[e].T) * low.scale, factors.b[e])
+
+    def _factor_gradients(
+        self, dz: Tensor, x: Tensor, v: Tensor | None, e: int, low: LowRank | None, out: LowRankGradients | None
+    ) -> None:
+        if v is not None and low is not None and out is not None:
+            self.products.over_rows(v, x, out.a[e])
+            self.products.over_rows(dz, self._product(x, low.a[e].T) * low.scale, out.b[e])
 
     def _groups(self, rows: ExpertRows, x: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
         """Yield each expert that has rows, with their range, rounded up, and its rows of tokens x (N, ...)."""

@@ -137,21 +137,23 @@ class GroupedKernel(FFNKernel):
         products = self.products(rows.rows_per_expert, len(rows.scale))
         w_in, w_out, low_in, low_out = weights.w_in, weights.w_out, weights.adapter_in, weights.adapter_out
         dy = grad.index_select(0, rows.token_of_row)  # (R, D)
-        da = _input_gradient(products, dy, w_out, low_out)  # (R, F)
+        v_out = _narrow_gradient(products, dy, low_out)  # (R, r)
+        da = _input_gradient(products, dy, w_out, low_out, v_out)  # (R, F)
         a, dh, d_scale = self.activation.gradients(da, h, rows.scale, self.activation.activation)
         del da
         grad_w_out = products.weights(dy, a).to(w_out.dtype) if weights.learns_out else None
-        grad_low_out = None if low_out is None else _factor_gradients(products, dy, a, low_out)
+        grad_low_out = _factor_gradients(products, dy, a, low_out, v_out)
         del dy, a
         grad_w_in = grad_low_in = None
+        v_in = _narrow_gradient(products, dh, low_in)
         if weights.learns_in or low_in is not None:
             x = rows.x.index_select(0, rows.token_of_row)
             grad_w_in = products.weights(dh, x).to(w_in.dtype) if weights.learns_in else None
-            grad_low_in = None if low_in is None else _factor_gradients(products, dh, x, low_in)
+            grad_low_in = _factor_gradients(products, dh, x, low_in, v_in)
             del x
         bias = weights.bias if weights.learns_bias else None
         return RowGradients(
-            x=_input_gradient(products, dh, w_in, low_in),
+            x=_input_gradient(products, dh, w_in, low_in, v_in),
             scale=d_scale,
             w_in=grad_w_in,
             w_out=grad_w_out,
@@ -176,18 +178,28 @@ def _with_low_rank(products: GroupedProducts, z: Tensor, x: Tensor, low: LowRank
     return z.add_(products.rows(products.rows(x, a.mT).mul_(scale), b.mT))
 
 
-def _input_gradient(products: GroupedProducts, dz: Tensor, w: Tensor, low: LowRank | None) -> Tensor:
+def _narrow_gradient(products: GroupedProducts, dz: Tensor, low: LowRank | None) -> Tensor | None:
+    """Return v = s dz B (R, r), the gradient of x A^T."""
+    if low is None:
+        return None
+    _, b, scale = low.of_rows(dz, multiple=products.rank_multiple)
+    return products.rows(dz, b).mul_(scale)
+
+
+def _input_gradient(products: GroupedProducts, dz: Tensor, w: Tensor, low: LowRank | None, v: Tensor | None) -> Tensor:
     """Return the gradient of the rows x (R, K) from that of their products z (R, N)."""
     dx = products.rows(dz, w.to(dz.dtype))
-    if low is None:
+    if low is None or v is None:
         return dx
-    a, b, scale = low.of_rows(dz, multiple=products.rank_multiple)
-    return dx.add_(products.rows(products.rows(dz, b).mul_(scale), a))
+    return dx.add_(products.rows(v, low.of_rows(dz, multiple=products.rank_multiple).a))
 
 
-def _factor_gradients(products: GroupedProducts, dz: Tensor, x: Tensor, low: LowRank) -> LowRankGradients:
-    a, b, scale = low.of_rows(x, multiple=products.rank_multiple)
-    rank = low.a.shape[1]
-    u, v = products.rows(x, a.mT).mul_(scale), products.rows(dz, b).mul_(scale)  # (R, r)
+def _factor_gradients(
+    products: GroupedProducts, dz: Tensor, x: Tensor, low: LowRank | None, v: Tensor | None
+) -> LowRankGradients | None:
+    if low is None or v is None:
+        return None
+    a, _, scale = low.of_rows(x, multiple=products.rank_multiple)
+    rank, u = low.a.shape[1], products.rows(x, a.mT).mul_(scale)  # (R, r)
     da, db = products.weights(v, x)[:, :rank], products.weights(dz, u)[:, :, :rank]
     return LowRankGradients(da.to(low.a.dtype).contiguous(), db.to(low.b.dtype).contiguous())

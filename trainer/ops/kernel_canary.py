@@ -5,70 +5,32 @@ transformers#48205); sizes that are no multiple of 64 (marin#8339); one expert t
 elements, where indices overflow (flashinfer#3792); buffers that are not filled again (mori#675): every case has values
 of its own, and the first runs twice.
 
-# N tokens, k slots per token, R rows, E experts, D d_model, F d_ff, H width before the activation.
+# N tokens, k slots per token, R rows, E experts, D d_model, F d_ff, H width before the activation, r rank.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainer.errors import first_line, is_out_of_memory
-from trainer.ops.activations import Activation, ClampedSwiGLU, hidden_width
+from trainer.ops.activations import hidden_width
 from trainer.ops.expert_ffn import ExpertBiases, reference_ffn
+from trainer.ops.layer_widths import LayerWidths
+from trainer.ops.low_rank import ExpertAdapters, LowRank
 from trainer.ops.oracle_difference import LayerResult, first_difference, layer_result, rounding_tolerance
 from trainer.ops.poisoned_memory import poisoned_memory
 
 LayerFunction = Callable[..., Tensor]
-"""(x, expert_index, weight, w_in, w_out, activation) -> (N, D): `run_experts` of one kernel; `biases`, if it has."""
+"""(x, expert_index, weight, w_in, w_out, activation) -> (N, D): `run_experts` of one kernel; `biases` and `adapters`,
+if it has."""
 _HOST = torch.device("cpu")
-_WIDEST = 256
-"""Wider layers are narrowed to about this, so that the oracle takes less than a second on one core."""
-_FEWEST = 16
-"""Fewer numbers of a token can nearly cancel, so that a sound kernel is far off in proportion."""
-_FAR_LIMIT = 64.0
-"""Values have a spread of about 1."""
-_ALIGNMENT = 64
-"""A narrowed width keeps its remainder modulo this, and with it the alignment that kernels depend on."""
 _FAR_WIDTH, _END = 512, 65
 """Width of the rows, and rows compared at each end, of a case with very many elements."""
 _FAR_BUFFERS = 16
 """Buffers of a case with very many elements that exist at once."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerWidths:
-    """Properties of an experts' layer that a kernel may depend on: widths, activation, biases and dtype."""
-
-    d_model: int
-    d_ff: int
-    activation: Activation
-    dtype: torch.dtype
-    has_bias: bool = False
-
-    @property
-    def hidden(self) -> int:
-        """Width before the activation, H."""
-        return hidden_width(self.d_ff, self.activation)
-
-    def narrowed(self) -> "LayerWidths":
-        """Return widths that are as aligned as these, neither much more than 256 nor so few that a norm can cancel.
-
-        A limit of the activation becomes one that no value comes near: rounding may take a value across, where the
-        gradient is another.
-        """
-        d_model, d_ff = (_canary_width(width) for width in (self.d_model, self.d_ff))
-        activation = self.activation
-        if isinstance(activation, ClampedSwiGLU):
-            activation = replace(activation, limit=_FAR_LIMIT)
-        return replace(self, d_model=d_model, d_ff=d_ff, activation=activation)
-
-
-def _canary_width(width: int) -> int:
-    if width < _FEWEST:
-        return width + _ALIGNMENT
-    return width if width < _WIDEST + _ALIGNMENT else _WIDEST + width % _ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +63,9 @@ class _Sample:
 
     expert_index: Tensor
     """(N, k)."""
-    inputs: Sequence[Tensor]
-    """x (N, D), combine weights (N, k), w_in (E, H, D), w_out (E, D, F), and biases (E, H) and (E, D), if any."""
+    inputs: Sequence[Tensor | None]
+    """x (N, D), combine weights (N, k), w_in (E, H, D), w_out (E, D, F), biases (E, H) and (E, D), and the factors A
+    (E, r, K) and B (E, N, r) of the additions to w_in and to w_out; None for what a layer does not have."""
     grad: Tensor
     """(N, D) gradient of the outputs."""
 
@@ -137,7 +100,7 @@ def groups_fault(
     sample = _sample(index, len(groups.rows), widths, generator)
     longest = max(widths.d_model, widths.hidden, sum(groups.rows))
     sizes = [sum(groups.rows) * width for width in (1, widths.d_model, widths.d_ff, widths.hidden)]
-    sizes += [tensor.numel() for tensor in sample.inputs]
+    sizes += [tensor.numel() for tensor in sample.inputs if tensor is not None]
     try:
         with poisoned_memory(sizes, [widths.dtype, sample.grad.dtype], device):
             found = _run(run, sample, widths, device)
@@ -185,6 +148,7 @@ def _far_rows_fault(run: LayerFunction, widths: LayerWidths, device: torch.devic
         return whole
 
     x, weight, *parameters = ends.inputs
+    assert x is not None and weight is not None, "every sample has both"
     weights = torch.cat([weight[:_END].to(device), middle, weight[_END:].to(device)])
     index = torch.ones(num_rows, 1, dtype=torch.int64, device=device)
     sample = _Sample(expert_index=index, inputs=(spread(x, 1.0), weights, *parameters), grad=spread(ends.grad, 0.0))
@@ -205,16 +169,24 @@ def _sample(index: Tensor, num_experts: int, widths: LayerWidths, generator: tor
     weight = torch.rand(num_tokens, num_slots, generator=generator, dtype=wide) + 0.25
     w_in = values(num_experts, widths.hidden, widths.d_model, scale=widths.d_model**-0.5)
     w_out = values(num_experts, widths.d_model, widths.d_ff, scale=widths.d_ff**-0.5)
-    inputs = [values(num_tokens, widths.d_model), weight, w_in, w_out]
-    grad = values(num_tokens, widths.d_model)
+    tokens, grad = values(num_tokens, widths.d_model), values(num_tokens, widths.d_model)
+    biases: list[Tensor | None] = [None, None]
     if widths.has_bias:
-        inputs += [values(num_experts, widths.hidden), values(num_experts, widths.d_model)]
-    return _Sample(expert_index=index, inputs=inputs, grad=grad)
+        biases = [values(num_experts, widths.hidden), values(num_experts, widths.d_model)]
+    factors: list[Tensor | None] = []
+    for i, weights in enumerate((w_in, w_out)):
+        (_, rows, columns), low = weights.shape, widths.adapters
+        if low is None or not low.is_of[i]:
+            factors += [None, None]
+        else:
+            factors.append(values(num_experts, low.rank, columns, scale=columns**-0.5))
+            factors.append(values(num_experts, rows, low.rank, scale=low.rank**-0.5))
+    return _Sample(expert_index=index, inputs=[tokens, weight, w_in, w_out, *biases, *factors], grad=grad)
 
 
 def _run(run: LayerFunction, sample: _Sample, widths: LayerWidths, device: torch.device) -> LayerResult:
     """Run a kernel as training does: under autocast in bfloat16."""
-    inputs = [tensor.to(device).detach().requires_grad_() for tensor in sample.inputs]
+    inputs = _inputs(sample, widths, device)
     is_narrow = widths.dtype is torch.bfloat16
     with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, enabled=is_narrow):
         y = _apply(run, inputs, sample.expert_index.to(device), widths)
@@ -222,15 +194,41 @@ def _run(run: LayerFunction, sample: _Sample, widths: LayerWidths, device: torch
 
 
 def _oracle(sample: _Sample, widths: LayerWidths) -> LayerResult:
-    """Compute the oracle on the host: in float64, or in float32 for bfloat16."""
+    """Compute the oracle on the host: in float64, or in float32 for bfloat16; additions are added to the weights."""
     dtype = torch.float32 if widths.dtype is torch.bfloat16 else torch.float64
-    inputs = [tensor.to("cpu", dtype).detach().requires_grad_() for tensor in sample.inputs]
+    inputs = _inputs(sample, widths, _HOST, dtype)
     with torch.enable_grad():
-        y = _apply(reference_ffn, inputs, sample.expert_index.cpu(), widths)
+        x, weight, w_in, w_out, *biases = inputs[:6]
+        scale = 0.0 if widths.adapters is None else widths.adapters.scale
+        w_in, w_out = (
+            w if a is None or b is None or w is None else w + scale * b @ a
+            for w, a, b in ((w_in, *inputs[6:8]), (w_out, *inputs[8:10]))
+        )
+        plain = replace(widths, adapters=None)
+        y = _apply(reference_ffn, [x, weight, w_in, w_out, *biases, *[None] * 4], sample.expert_index.cpu(), plain)
     return layer_result(y, sample.grad.to("cpu", dtype), inputs)
 
 
-def _apply(run: LayerFunction, inputs: Sequence[Tensor], index: Tensor, widths: LayerWidths) -> Tensor:
-    x, weight, w_in, w_out, *biases = inputs
-    named = {"biases": ExpertBiases(*biases)} if biases else {}
+def _inputs(
+    sample: _Sample, widths: LayerWidths, device: torch.device, dtype: torch.dtype | None = None
+) -> list[Tensor | None]:
+    """Return copies of a sample's tensors, which record gradients unless the weights are frozen."""
+    copies = [None if tensor is None else tensor.to(device, dtype).detach() for tensor in sample.inputs]
+    for i, copy in enumerate(copies):
+        if copy is not None:
+            copy.requires_grad_(not (widths.is_frozen and 2 <= i < 6))
+    return copies
+
+
+def _apply(run: LayerFunction, inputs: Sequence[Tensor | None], index: Tensor, widths: LayerWidths) -> Tensor:
+    x, weight, w_in, w_out, b_in, b_out, *factors = inputs
+    named: dict[str, Any] = {}
+    if b_in is not None and b_out is not None:
+        named["biases"] = ExpertBiases(b_in, b_out)
+    if widths.adapters is not None:
+        pairs = zip(factors[::2], factors[1::2], strict=True)
+        scale = widths.adapters.scale
+        named["adapters"] = ExpertAdapters(
+            *(None if a is None or b is None else LowRank(a, b, scale) for a, b in pairs)
+        )
     return run(x, index, weight, w_in, w_out, widths.activation, **named)

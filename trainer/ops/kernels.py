@@ -6,7 +6,7 @@ would no longer be bit-identical.
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Final, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from trainer.ops.expert_order import ExpertOrder, order_by_expert
 from trainer.ops.ffn_kernel import FFNKernel
 from trainer.ops.fused_ffn import FusedKernel
 from trainer.ops.grouped_kernel import GroupedKernel, GroupedMM, LoopProducts, PaddedProducts
+from trainer.ops.lora_kernels import LORA_KERNELS
 from trainer.ops.low_rank import ExpertAdapters
 from trainer.ops.mx_format import BLOCK
 from trainer.ops.mxfp8_products import GROUP_ROWS, EmulatedMXFP8Products, MXFP8Products
@@ -42,8 +43,6 @@ ExpertsKernel = Literal[
 RowsKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Activation], Tensor]
 """Kernel that is a plug-in, with the arguments of `trainer.ops.expert_ffn.loop_ffn`."""
 
-LORA_KERNELS: Final = ("loop", "padded", "grouped", "fused", "fused_onednn")
-"""Kernels that compute low-rank additions to the experts' weights."""
 _PRODUCTS = {"loop": LoopProducts, "padded": PaddedProducts, "grouped": GroupedMM}
 
 

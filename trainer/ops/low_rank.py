@@ -49,3 +49,7 @@ class ExpertAdapters(NamedTuple):
 
     w_in: LowRank | None
     w_out: LowRank | None
+
+    def part(self, first: int, end: int) -> "ExpertAdapters":
+        """Return those of some of the experts."""
+        return ExpertAdapters(*(None if low is None else low.part(first, end) for low in self))

@@ -1,6 +1,6 @@
 """Outputs and gradients of an experts' layer, and where they differ from those of the oracle by more than rounding.
 
-# N tokens, A combine weights, E experts, D d_model, F d_ff, H width before the activation.
+# N tokens, A combine weights, E experts, D d_model, F d_ff, H width before the activation, r rank.
 """
 
 import math
@@ -32,6 +32,14 @@ class LayerResult(NamedTuple):
     """(E, H); None without biases."""
     w_out_bias_grad: Tensor | None = None
     """(E, D)."""
+    w_in_a_grad: Tensor | None = None
+    """(E, r, D); None without a low-rank addition to w_in."""
+    w_in_b_grad: Tensor | None = None
+    """(E, H, r)."""
+    w_out_a_grad: Tensor | None = None
+    """(E, r, F); None without a low-rank addition to w_out."""
+    w_out_b_grad: Tensor | None = None
+    """(E, D, r)."""
 
 
 _PIECES = {"y": "token", "x_grad": "token", "weight_grad": ""}
@@ -44,20 +52,31 @@ _SHOWN = {
     "w_out_grad": "the gradient of w_out",
     "w_in_bias_grad": "the gradient of the bias of w_in",
     "w_out_bias_grad": "the gradient of the bias of w_out",
+    "w_in_a_grad": "the gradient of the LoRA factor A of w_in",
+    "w_in_b_grad": "the gradient of the LoRA factor B of w_in",
+    "w_out_a_grad": "the gradient of the LoRA factor A of w_out",
+    "w_out_b_grad": "the gradient of the LoRA factor B of w_out",
 }
 
 
-def layer_result(y: Tensor, grad: Tensor, inputs: Sequence[Tensor]) -> LayerResult:
-    """Return outputs y (N, D) and the gradients of x, combine weights, w_in, w_out and any biases, given that of y.
+def layer_result(y: Tensor, grad: Tensor, inputs: Sequence[Tensor | None]) -> LayerResult:
+    """Return outputs y (N, D), and the gradients of the inputs given that of y.
 
-    An input that y does not depend on has a gradient of zeros.
+    The inputs are x, combine weights, w_in, w_out, and None or a tensor for each of the others. One that y does not
+    depend on, or that is frozen, has a gradient of zeros.
     """
-    grads: Sequence[Tensor | None] = [None] * len(inputs)
+    learning = [x for x in inputs if x is not None and x.requires_grad]
+    grads: Sequence[Tensor | None] = [None] * len(learning)
     if y.requires_grad:
         product = (y * grad.to(y.dtype)).sum()  # given as grad_outputs, it would import SymPy, which takes a second
-        grads = torch.autograd.grad(product, inputs, allow_unused=True)
-    filled = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True)]
-    return LayerResult(y.detach(), *filled)
+        grads = torch.autograd.grad(product, learning, allow_unused=True)
+    found = {id(x): g for x, g in zip(learning, grads, strict=True)}
+
+    def gradient(x: Tensor | None) -> Tensor | None:
+        known = found.get(id(x))
+        return torch.zeros_like(x) if known is None and x is not None else known
+
+    return LayerResult(y.detach(), *(gradient(x) for x in inputs))  # pyrefly: ignore[bad-argument-type]
 
 
 def rounding_tolerance(dtype: torch.dtype, longest_sum: int) -> float:

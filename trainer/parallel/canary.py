@@ -18,8 +18,9 @@ from trainer.distributed.mesh import Mesh
 from trainer.errors import ConfigError
 from trainer.moe.dispatch.base import Dispatcher
 from trainer.moe.dispatch.registry import ExchangeOptions
-from trainer.ops.kernel_canary import LayerWidths, kernel_fault
+from trainer.ops.kernel_canary import kernel_fault
 from trainer.ops.kernels import ExpertsKernel, emulation_of, fallback_kernels, run_experts
+from trainer.ops.layer_widths import LayerWidths
 from trainer.parallel.config import ParallelConfig, RecomputeEveryConfig
 from trainer.parallel.dispatcher_canary import RowDtypes, dispatcher_fault
 

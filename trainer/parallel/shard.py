@@ -30,7 +30,6 @@ from trainer.distributed.mesh import Mesh
 from trainer.models.block import Block
 from trainer.models.gpt import GPT
 from trainer.models.parameter_roles import parameter_role
-from trainer.moe.experts import Experts
 
 
 def shard(model: GPT, mesh: Mesh, *, dtype: torch.dtype) -> GPT:
@@ -57,8 +56,7 @@ def shard(model: GPT, mesh: Mesh, *, dtype: torch.dtype) -> GPT:
         expert_mesh = mesh.edp_shard.device_mesh(mesh.edp_shard_copies)
         for moe in model.moe_layers():
             # Around the whole layer: experts that run in several chunks are gathered once, while tokens are routed.
-            dim = _dimension(moe.experts, mesh.edp_shard.size)
-            _shard_parameters(moe, set(moe.experts.parameters()), expert_mesh, gathered_in=low, dim=dim)
+            _shard_parameters(moe, set(moe.experts.parameters()), expert_mesh, gathered_in=low, inside=True)
     if dense_mesh.device_type != "cpu":  # where a gather takes no time from what is computed meanwhile
         gather_ahead(model)
     # It warns of what nothing here does: to change in place what a layer returns.
@@ -78,14 +76,13 @@ def gather_ahead(model: GPT) -> None:
         group.set_modules_to_forward_prefetch([following])
 
 
-def _dimension(experts: Experts, num_ranks: int) -> int:
-    """Return the dimension along which experts are sharded: their number, or one inside them if they are too few.
+def _dimension(weight: nn.Parameter, num_ranks: int) -> int:
+    """Return the dimension along which a weight of experts is sharded: their number, or one inside if they are too few.
 
-    16 experts over 64 ranks would leave 48 ranks empty, and every gather would send four times as many bytes.
+    16 experts over 64 ranks would leave 48 ranks empty, and every gather would send four times as many bytes. Inside,
+    a dimension has to be divided evenly.
     """
-    if len(experts.w_in) % num_ranks == 0:
-        return 0
-    return 1 if all(weight.shape[1] % num_ranks == 0 for weight in experts.parameters()) else 0
+    return next((dim for dim, size in enumerate(weight.shape) if size % num_ranks == 0), 0)
 
 
 def _shard_parameters(
@@ -94,9 +91,12 @@ def _shard_parameters(
     mesh: DeviceMesh,
     *,
     gathered_in: torch.dtype | None = None,
-    dim: int = 0,
+    inside: bool = False,
 ) -> None:
-    """Shard some parameters of a module along a dimension, as one group; the others stay as they are."""
+    """Shard some parameters of a module as one group; the others stay as they are.
+
+    Along dimension 0; if `inside` is true, along another one where that is not divided evenly.
+    """
     policy = MixedPrecisionPolicy(
         param_dtype=gathered_in,
         reduce_dtype=None if gathered_in is None else torch.float32,
@@ -107,7 +107,7 @@ def _shard_parameters(
         mesh=mesh,
         ignored_params=set(module.parameters()) - parameters,
         mp_policy=policy,
-        shard_placement_fn=lambda _: Shard(dim),
+        shard_placement_fn=lambda weight: Shard(_dimension(weight, mesh.size(-1)) if inside else 0),
     )
     sharded = cast(FSDPModule, module)
     sharded.set_gradient_divide_factor(1.0)

@@ -12,11 +12,13 @@ from trainer.engine.registry import NativeEngineConfig
 from trainer.engine.step import NumericsConfig
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
+from trainer.models.config import ModelConfig
 from trainer.models.freeze import freeze_parameters, frozen_names
 from trainer.models.gpt import GPT
+from trainer.models.parameter_patterns import selected
 from trainer.moe.dispatch.registry import LocalDispatcherConfig
-from trainer.ops.kernel_canary import LayerWidths
 from trainer.ops.kernels import choose_experts_kernel, missing_kernel
+from trainer.ops.layer_widths import AdapterWidths, LayerWidths
 from trainer.parallel.canary import CanaryReport, run_canary
 from trainer.parallel.parallelize import parallelize
 
@@ -24,17 +26,23 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torc
 
 
 def meta_model(config: ExperimentConfig, num_ids: int) -> GPT:
-    """Build the whole model, for a tokenizer of so many ids, on the meta device, without values."""
+    """Build the whole model, for a tokenizer of so many ids, on the meta device, with what is frozen.
+
+    Raises:
+        ConfigError: if `train.freeze` does not fit the model.
+    """
     kernel = config.parallel.experts_kernel
     assert kernel != "auto", "resolve_kernel comes first"
     with torch.device("meta"), _default_dtype(torch.float64 if config.train.dtype == "float64" else torch.float32):
-        return GPT(config.model, num_ids, experts_kernel=kernel)
+        model = GPT(config.model, num_ids, experts_kernel=kernel)
+    freeze_parameters(model, frozen_names(model, config.train.freeze))
+    return model
 
 
 def build_parallel_model(
     config: ExperimentConfig, tokenizer: Tokenizer, mesh: Mesh, device: torch.device, *, warn: Callable[[str], None]
 ) -> GPT:
-    """Build the model with initial values, on its device and in its layout, with the weights of `train.freeze` frozen.
+    """Build the model with initial values, on its device and in its layout.
 
     Raises:
         ConfigError: if `train.freeze` does not fit the model.
@@ -47,10 +55,8 @@ def build_parallel_model(
             "parallel.compile: true needs a C++ compiler (g++ or clang++), and none is installed: training without it, "
             "more slowly"
         )
-    model = meta_model(config, tokenizer.vocab_size)
-    frozen = frozen_names(model, config.train.freeze)
-    parallelize(
-        model,
+    return parallelize(
+        meta_model(config, tokenizer.vocab_size),
         config.parallel,
         mesh,
         device,
@@ -58,8 +64,6 @@ def build_parallel_model(
         dtype=_DTYPES[config.train.dtype],
         can_compile=can_compile,
     )
-    freeze_parameters(model, frozen)
-    return model
 
 
 @contextmanager
@@ -114,6 +118,8 @@ def check_kernel(
         d_ff=moe.d_ff,
         activation=config.model.activation_function,
         has_bias=moe.expert_bias,
+        adapters=_adapter_widths(config.model),
+        is_frozen=not _experts_learn(config),
         dtype=_DTYPES[config.train.dtype],
     )
     report = run_canary(config.parallel, widths, moe.num_experts, mesh, device)
@@ -124,6 +130,26 @@ def check_kernel(
         )
     parallel = config.parallel.model_copy(update={"experts_kernel": report.experts_kernel})
     return config.model_copy(update={"parallel": parallel}), report
+
+
+def _adapter_widths(model: ModelConfig) -> AdapterWidths | None:
+    """Return what the adapters of experts are; None without any."""
+    lora = model.lora
+    names = (
+        set() if lora is None else {each.name for each in lora.chosen(model.projections()) if each.group == "experts"}
+    )
+    if lora is None or not names:
+        return None
+    return AdapterWidths(rank=lora.rank, scale=lora.scale, of_w_in="w_in" in names, of_w_out="w_out" in names)
+
+
+def _experts_learn(config: ExperimentConfig) -> bool:
+    """Return whether any weight of the experts has a gradient, apart from adapters."""
+    lora, freeze = config.model.lora, config.train.freeze
+    names = [
+        f"blocks.{layer}.ffn.experts.{weight}" for layer in config.model.moe_layers for weight in ("w_in", "w_out")
+    ]
+    return any((lora is None or selected(lora.trains, name)) and not selected(freeze, name) for name in names)
 
 
 def numerics(config: ExperimentConfig) -> NumericsConfig:

@@ -27,6 +27,9 @@ def header(run: RunState) -> list[Line]:
         per_token = f"{moe.experts_per_token:.3g}" if moe.has_static_flops else most
         experts = f"{moe.num_experts} experts, {per_token} for each token, router {moe.router.kind}"
     parameters = f"{size.total_parameters / 1e6:.2f}M parameters, {size.active_parameters / 1e6:.2f}M active"
+    if size.learning_parameters < size.total_parameters:
+        share = size.learning_parameters / size.total_parameters
+        parameters += f", {size.learning_parameters / 1e6:.3g}M ({share:.2%}) learn"
     tokens = config.train.global_batch_size * config.model.seq_len
     at_most = "at most " if config.data.packing == "bfd" else ""  # some of it is padding
     steps = f"{config.train.steps} of {at_most}{tokens} tokens, {config.train.dtype}"

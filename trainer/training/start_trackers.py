@@ -28,6 +28,7 @@ def start_trackers(run: RunState) -> Trackers:
         )
     if config.wandb.mode != "disabled":
         size = {"total": run.size.total_parameters, "active": run.size.active_parameters}
+        size["learning"] = run.size.learning_parameters
         recorded = {**run.config.model_dump(mode="json"), "layout": run.layout_record(), "parameters": size}
         if run.parent is not None:
             recorded["parent"] = run.parent_record()

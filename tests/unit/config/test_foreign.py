@@ -22,6 +22,7 @@ TYPICAL: dict[str, str] = {
         ("model.d_model", "model.d_ff", "model.moe.d_ff", "model.seq_len", "model.attention.head_dim"), "128"
     ),
     "model.attention.latent.qk_rope_head_dim": "64",
+    **{"model.lora.rank": "8", "model.lora.alpha": "16.0", "model.lora.use_rslora": "true"},
     **dict.fromkeys(("model.num_layers", "model.num_heads", "model.moe.num_experts", "train.global_batch_size"), "16"),
     **dict.fromkeys(("model.num_kv_heads", "model.moe.router.top_k", "model.moe.every"), "2"),
     **dict.fromkeys(("model.moe.num_shared_experts", "model.moe.first_dense_layers", "parallel.ep_size"), "1"),
@@ -128,7 +129,7 @@ def test_names_are_in_one_table_each_and_are_not_our_keys() -> None:
         ),
         *("sliding_window", "rope_type", "n_experts", "num_moe_experts", "gradient_clipping", "mixed_precision"),
         *("flash_attn", "use_flash_attn", "recompute_activations", "moe_router_dtype", "normalization", "tf32"),
-        *("lora_alpha", "lora_target_modules", "log_every_n_steps", "val_check_interval", "accelerator", "strategy"),
+        *("lora_dropout", "lora_target_modules", "log_every_n_steps", "val_check_interval", "accelerator", "strategy"),
         *("resume", "streaming", "devices", "do_train", "do_eval", "do_predict", "iterations", "mtp_num_layers"),
     ],
 )

@@ -13,7 +13,7 @@ from trainer.models.block import Block
 from trainer.models.config import Recompute
 from trainer.models.flops import model_size
 from trainer.models.gpt import GPT
-from trainer.models.parameter_roles import parameter_role
+from trainer.models.parameter_roles import is_adapter, parameter_role
 
 SHAPES = {
     "moe": ({}, {}),
@@ -23,6 +23,15 @@ SHAPES = {
     "latents": ({}, latent_attention()),
     "latents, plain queries": ({}, latent_attention(q_lora_rank=None)),
     "sinks, capped scores": ({}, {"attention": {"sinks": True, "softcap": 1.0}}),
+    "adapters of shared experts": (
+        {"num_shared_experts": 1, "shared_gate": True, "first_dense_layers": 1},
+        {"lora": {"rank": 2, "targets": ["dense", "shared", "attention.out"]}},
+    ),
+    "adapters, and routers that learn": ({}, {"lora": {"rank": 2, "targets": ["attention"], "trains": ["router"]}}),
+    "adapters, latents, and an embedding that learns": (
+        {},
+        {**latent_attention(), "lora": {"rank": 2, "targets": ["attention.q_b"], "trains": ["embedding"]}},
+    ),
     "gelu, top 1": ({"router": {"kind": "top_k", "top_k": 1, "normalize": False}}, {"activation": "gelu"}),
 }
 
@@ -38,6 +47,17 @@ def test_flops_equal_torch_s_counter_forward_and_backward(moe: dict, fields: dic
             loss.backward()
     assert forward.get_total_flops() == size.forward_flops_per_token * 16
     assert forward.get_total_flops() + backward.get_total_flops() == size.training_flops_per_token * 16
+
+
+def test_adapters_of_experts_compute_their_narrow_products_once_more_in_the_backward_pass() -> None:
+    model, batch = make_model(tiny_model_config(lora={"rank": 2})), make_batch(2, 8)
+    size = model_size(model)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(batch).loss_sum.backward()
+    again = 2 * 16 * 2 * 2 * (16 + 12) * 2  # layers, T tokens, k experts, rank, D and F
+    assert counter.get_total_flops() - again == size.training_flops_per_token * 16
+    adapters = sum(p.numel() for name, p in model.named_parameters() if is_adapter(name))
+    assert size.learning_parameters == adapters < size.total_parameters
 
 
 def test_a_window_leaves_out_the_keys_beyond_it() -> None:
@@ -100,6 +120,8 @@ COUNTED = {
     **SHAPES,
     "biases, clamped": ({"expert_bias": True, "num_shared_experts": 1}, {"activation": "clamped_swiglu"}),
     "every second, grouped queries": ({"every": 2}, {"num_kv_heads": 1, "qk_norm": True, "num_layers": 5}),
+    "adapters": ({"num_shared_experts": 1, "every": 2}, {"num_layers": 5, "num_kv_heads": 1, "lora": {"rank": 3}}),
+    "adapters of latents": ({}, {**latent_attention(), "lora": {"rank": 3}}),
     "latents, biases": ({}, latent_attention(biases=True)),
     "dense": (None, {}),
     "sinks": ({}, {"attention": {"sinks": True}}),

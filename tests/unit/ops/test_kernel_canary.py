@@ -12,8 +12,10 @@ from torch import Tensor
 from tests.registries import KERNELS
 from trainer.ops.activations import ACTIVATIONS, Activation, ClampedSwiGLU
 from trainer.ops.expert_ffn import ExpertBiases, reference_ffn
-from trainer.ops.kernel_canary import GROUPS, NO_ROWS, ONE_TAKES_ALL, LayerWidths, far_rows_fault, kernel_fault
+from trainer.ops.kernel_canary import GROUPS, NO_ROWS, ONE_TAKES_ALL, far_rows_fault, kernel_fault
 from trainer.ops.kernels import ExpertsKernel, run_experts
+from trainer.ops.layer_widths import AdapterWidths, LayerWidths
+from trainer.ops.low_rank import ExpertAdapters, LowRank
 
 CPU = torch.device("cpu")
 PLUGIN = "trainer.ops.expert_ffn:loop_ffn"
@@ -218,6 +220,36 @@ def test_a_bias_without_its_gradient_is_caught(place: int, name: str) -> None:
 
     found = kernel_fault(run, replace(widths(), has_bias=True), CPU)
     assert f"the gradient of the bias of {name} of expert" in (found or "")
+
+
+LOW = AdapterWidths(rank=3, scale=2.0, of_w_in=True, of_w_out=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_so_do_they_with_adapters_of_frozen_weights(kernel: Any, dtype: torch.dtype) -> None:
+    for adapters in (LOW, replace(LOW, of_w_in=False), replace(LOW, of_w_out=False, rank=330, scale=100.0)):
+        given = replace(widths(dtype), has_bias=True, adapters=adapters, is_frozen=True)
+        assert kernel_fault(partial(run_experts, kernel), given, CPU) is None
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_an_adapter_without_a_gradient_is_caught(place: int) -> None:
+    def run(*args: Any, adapters: ExpertAdapters) -> Tensor:
+        assert adapters.w_in is not None and adapters.w_out is not None
+        factors = [*adapters.w_in[:2], *adapters.w_out[:2]]
+        factors[place] = factors[place].detach()
+        pairs = (LowRank(factors[0], factors[1], LOW.scale), LowRank(factors[2], factors[3], LOW.scale))
+        return run_experts("loop", *args, adapters=ExpertAdapters(*pairs))
+
+    found = kernel_fault(run, replace(widths(), adapters=LOW), CPU)
+    name = f"{'AB'[place % 2]} of {('w_in', 'w_out')[place // 2]}"
+    assert f"the gradient of the LoRA factor {name} of expert" in (found or "")
+
+
+def test_a_gradient_of_frozen_weights_is_not_expected() -> None:
+    found = kernel_fault(planted(lambda index, inputs, results: results), replace(widths(), is_frozen=True), CPU)
+    assert found is None
 
 
 @pytest.mark.parametrize("kernel", ["loop", "grouped", "fused"])

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.registries import KERNELS
 from trainer.ops.expert_ffn import ExpertBiases, reference_ffn
-from trainer.ops.kernels import LORA_KERNELS, ExpertsKernel, run_experts
+from trainer.ops.kernels import ExpertsKernel, run_experts
+from trainer.ops.lora_kernels import LORA_KERNELS
 from trainer.ops.low_rank import ExpertAdapters, LowRank
 
 N, K, E, D, F, RANK, SCALE = 40, 3, 5, 16, 24, 3, 0.7

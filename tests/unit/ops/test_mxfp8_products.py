@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.ops.expert_ffn import reference_ffn
-from trainer.ops.kernel_canary import GROUPS, LayerWidths, groups_fault, kernel_fault
+from trainer.ops.kernel_canary import GROUPS, groups_fault, kernel_fault
 from trainer.ops.kernels import choose_experts_kernel, emulation_of, missing_kernel, run_experts
+from trainer.ops.layer_widths import LayerWidths
 from trainer.ops.mx_format import BLOCK, quantize
 from trainer.ops.mxfp8_products import EmulatedMXFP8Products, MXFP8Products
 from trainer.ops.oracle_difference import layer_result

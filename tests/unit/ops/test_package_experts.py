@@ -16,8 +16,9 @@ from trainer import packages
 from trainer.errors import ConfigError
 from trainer.ops.activations import ACTIVATIONS, Activation
 from trainer.ops.expert_ffn import reference_ffn
-from trainer.ops.kernel_canary import LayerWidths, kernel_fault
+from trainer.ops.kernel_canary import kernel_fault
 from trainer.ops.kernels import choose_experts_kernel, missing_kernel, run_experts
+from trainer.ops.layer_widths import LayerWidths
 from trainer.ops.package_experts import PACKAGE_EXPERTS
 
 CPU = torch.device("cpu")

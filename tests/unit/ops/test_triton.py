@@ -17,8 +17,9 @@ from trainer import packages
 from trainer.ops.activations import ACTIVATIONS, Activation, ClampedSwiGLU
 from trainer.ops.expert_ffn import reference_ffn
 from trainer.ops.ffn_kernel import ExpertRows, LayerWeights
-from trainer.ops.kernel_canary import GROUPS, LayerWidths, RowGroups, groups_fault, kernel_fault
+from trainer.ops.kernel_canary import GROUPS, RowGroups, groups_fault, kernel_fault
 from trainer.ops.kernels import choose_experts_kernel, missing_kernel, run_experts
+from trainer.ops.layer_widths import LayerWidths
 from trainer.ops.weighted_activation import weighted_activation
 
 NEEDS_TRITON = pytest.mark.skipif(

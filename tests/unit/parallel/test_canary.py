@@ -13,8 +13,8 @@ from trainer.distributed.mesh import Mesh
 from trainer.errors import ConfigError
 from trainer.moe.dispatch.registry import AllToAllDispatcherConfig
 from trainer.ops.expert_ffn import loop_ffn
-from trainer.ops.kernel_canary import LayerWidths
 from trainer.ops.kernels import fallback_kernels
+from trainer.ops.layer_widths import LayerWidths
 from trainer.parallel.canary import CanaryReport, first_sound, run_canary
 from trainer.parallel.config import ParallelConfig, RecomputeEveryConfig
 
@@ -114,7 +114,7 @@ def test_a_wrong_kernel_is_refused_even_if_no_other_is_right(monkeypatch: pytest
 @pytest.mark.parametrize("recompute", ["experts", "block", RecomputeEveryConfig(every=2)])
 def test_what_is_computed_again_is_checked_if_the_run_does_so(monkeypatch: pytest.MonkeyPatch, recompute: Any) -> None:
     monkeypatch.setattr(
-        "trainer.ops.fused_ffn.FusedKernel.hidden", lambda self, rows, w_in, bias: w_in.new_ones(136, 32)
+        "trainer.ops.fused_ffn.FusedKernel.hidden", lambda self, rows, weights: weights.w_in.new_ones(136, 32)
     )
     assert canary(experts_kernel="fused").experts_kernel == "fused"
     with pytest.raises(ConfigError, match=r"fused is wrong on this device: groups of .* the gradient of x of token"):
