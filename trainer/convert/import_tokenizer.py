@@ -1,7 +1,7 @@
 """The tokenizer of an imported model: that of its folder, or one that gives the same ids."""
 
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 from trainer.config.build_plugin import build_plugin
 from trainer.config.nodes import shown_path
@@ -78,4 +78,16 @@ def _give_equal_ids(mine: Tokenizer, theirs: Tokenizer) -> bool:
     files = mine.files()
     end = stated_end_of_document(parse_json_object(files[OPTIONS])) or ""
     lossless = make_lossless(parse_json_object(files[TOKENIZER]), end_of_document=end)
-    return lossless == parse_json_object(theirs.files()[TOKENIZER])
+    other = parse_json_object(theirs.files()[TOKENIZER])
+    special = {*mine.special_tokens().values(), *theirs.special_tokens().values()}
+    same_end = mine.end_of_document == theirs.end_of_document
+    return same_end and _of_text(lossless, special) == _of_text(other, special)
+
+
+def _of_text(content: dict[str, Any], special: set[int]) -> dict[str, Any]:
+    """Return a tokenizer.json without special tokens, which are not ids of any text: earlier versions had fewer."""
+    added = [token for token in content["added_tokens"] if token["id"] not in special]
+    model, vocab = content["model"], content["model"]["vocab"]
+    if isinstance(vocab, dict):
+        model = model | {"vocab": {token: index for token, index in vocab.items() if index not in special}}
+    return content | {"added_tokens": added, "model": model}
