@@ -8,7 +8,7 @@ from pydantic import Field
 from trainer.config.base import Config, PathText, Problem, Renamed
 from trainer.config.numbers import Factor
 from trainer.data.chat.config import ChatTemplateConfig
-from trainer.data.sources.registry import HfStreamSourceConfig, InstalledSourceConfig, SourceConfig
+from trainer.data.sources.registry import InstalledSourceConfig, SourceConfig, StreamOptions
 from trainer.data.token_cache.splits import SplitConfig
 from trainer.data.tokenizers.registry import ByteTokenizerConfig, TokenizerConfig
 
@@ -75,7 +75,7 @@ class DataConfig(Config):
 
     def problems(self) -> Iterator[Problem]:
         """Refuse options that need the end of a stream."""
-        if not any(isinstance(source, HfStreamSourceConfig) for source in self.sources):
+        if not any(isinstance(source, StreamOptions) for source in self.sources):
             return
         if self.split.kind == "tail":
             yield Problem("split.kind", "tail, but a source is a stream (hf_stream), whose end is never seen; use hash")

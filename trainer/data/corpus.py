@@ -10,7 +10,7 @@ from trainer.data.chat.config import ChatTemplateConfig
 from trainer.data.config import DataConfig
 from trainer.data.mixture import domain_shares
 from trainer.data.records.bad_records import SkippedRecords
-from trainer.data.sources.registry import HfStreamSourceConfig
+from trainer.data.sources.registry import StreamOptions
 from trainer.data.token_cache.block_stream import BlockStream
 from trainer.data.token_cache.build_cache import IngestProgress, build_sources
 from trainer.data.token_cache.cache_folder import cache_error
@@ -97,7 +97,7 @@ def build_corpus(
             sources = [
                 CachedSource.locate(source, index, split=config.split, cache_dir=config.cache_dir, tokenizer=tokenizer)
                 for index, source in enumerate(config.sources)
-                if not isinstance(source, HfStreamSourceConfig)
+                if not isinstance(source, StreamOptions)
             ]
             manifests = build_sources(sources, max_workers=config.workers, progress=progress)
             ingested = list(zip(sources, manifests, strict=True))
@@ -139,7 +139,7 @@ def _open(config: DataConfig, ingested: Sequence[_Ingested], tokenizer: Tokenize
     streams = [
         _open_stream(config, index, source, tokenizer)
         for index, source in enumerate(config.sources)
-        if isinstance(source, HfStreamSourceConfig)
+        if isinstance(source, StreamOptions)
     ]
     opened = [domain for source, manifest in ingested for domain in _open_domains(source, manifest)]
     domains = sorted([*opened, *streams], key=lambda domain: domain.source)
@@ -193,7 +193,7 @@ def _open_domains(source: CachedSource, manifest: SourceManifest) -> Iterator[_D
         yield _Domain(source.index, domain.name, source.folder, train, validation, domain.content())
 
 
-def _open_stream(config: DataConfig, index: int, source: HfStreamSourceConfig, tokenizer: Tokenizer) -> _Domain:
+def _open_stream(config: DataConfig, index: int, source: StreamOptions, tokenizer: Tokenizer) -> _Domain:
     """Open a streamed domain, represented by its first block."""
     cached = CachedSource.locate(source, index, split=config.split, cache_dir=config.cache_dir, tokenizer=tokenizer)
     folder = cached.folder.with_name(f"{cached.folder.name}-{cached.content.quick_hash()}.stream")

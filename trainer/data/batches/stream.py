@@ -17,7 +17,7 @@ from trainer.data.batches.wrapped_rows import WrappedRows
 from trainer.data.config import Packing
 from trainer.data.corpus import Corpus
 from trainer.data.mixture import Mixture
-from trainer.data.sources.registry import HfStreamSourceConfig, SourceConfig
+from trainer.data.sources.registry import StreamOptions, SourceConfig
 from trainer.data.token_cache.skipped import SourceSkips
 from trainer.data.token_cache.token_files import TokenFile
 from trainer.distributed.rank_layout import even_slice
@@ -107,7 +107,7 @@ class TrainStream:
 
     def skipped(self, sources: Sequence[SourceConfig]) -> list[SourceSkips]:
         """Return the records skipped so far: in ingested sources and in the blocks read."""
-        streams = {s.domain: index for index, s in enumerate(sources) if isinstance(s, HfStreamSourceConfig)}
+        streams = {s.domain: index for index, s in enumerate(sources) if isinstance(s, StreamOptions)}
         skipped = list(self._corpus.skipped)
         for name, rows in zip(self._corpus.domains, self.domain_rows, strict=True):
             if isinstance(rows, StreamedRows):

@@ -84,14 +84,25 @@ class TextSourceConfig(Config):
         )
 
 
-class TableConfig(RecordsOptions):
-    """Options for turning records into documents."""
+class DocumentTemplates(RecordsOptions):
+    """Templates that make a document of a record."""
 
     text: TemplateText = "{text}"
     """Text to learn, with columns in braces: "{en} = {de}"; {a.b} is key b of a, {stars:d} and {price:g} are numbers,
     {label:bad|good} names the numbers 0 and 1."""
     prompt: TemplateText = ""
     """Prompt, read before `text` and not learned: none of its tokens is a target."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Refuse a template without columns."""
+        yield from super().problems()
+        if not Template(self.text).columns:
+            yield Problem("text", f"{shown(self.text)} has no column; write {{column}} where its text belongs")
+
+
+class DocumentsOptions(RecordsOptions):
+    """Options of every source whose records become documents."""
+
     filters: list[FilterConfig] = Field(default=[])
     """Only records that pass all of these are read."""
     on_bad_row: OnBadRecord = "error"
@@ -109,20 +120,22 @@ class TableConfig(RecordsOptions):
     weight: Weight = 1.0
     """Share of the mixture, split evenly over the domains found."""
 
-    def problems(self) -> Iterator[Problem]:
-        """Refuse a template without columns."""
-        yield from super().problems()
-        if not Template(self.text).columns:
-            yield Problem("text", f"{shown(self.text)} has no column; write {{column}} where its text belongs")
+    def skips_bad_records(self) -> bool:
+        """Return whether unusable records are skipped."""
+        return self.on_bad_row == "skip"
+
+    def build(self) -> Source:
+        """Create the source."""
+        raise NotImplementedError
+
+
+class TableConfig(DocumentsOptions, DocumentTemplates):
+    """Options for turning records into documents."""
 
     def columns(self) -> set[str]:
         """Return the columns to read."""
         named = [*Template(self.text).columns, *Template(self.prompt).columns, *(f.column for f in self.filters)]
         return {*named, *(key for key in (self.domain_key, self.weight_key) if key is not None)}
-
-    def skips_bad_records(self) -> bool:
-        """Return whether unusable records are skipped."""
-        return self.on_bad_row == "skip"
 
     def build(self) -> Source:
         """Create the source."""
@@ -157,15 +170,12 @@ class HfSourceConfig(TableConfig, DatasetConfig):
     """Name of the domain in per-domain losses."""
 
 
-class HfStreamSourceConfig(TableConfig, DatasetConfig):
-    """Streamed `hf` source for a corpus too large to ingest: read again in every epoch, a block ahead of training.
+class StreamOptions(DocumentsOptions, DatasetConfig):
+    """Options of streamed sources: read again in every epoch, a block ahead of training.
 
     Training rows are shuffled within a block of `block_tokens`; blocks keep the order of the data set.
     """
 
-    kind: Literal["hf_stream"] = "hf_stream"
-    domain: Domain = "hf_stream"
-    """Name of the domain in per-domain losses."""
     block_tokens: Annotated[int, Field(gt=0, le=1 << 40)] = 1 << 24
     """Tokens of a block: read ahead, shuffled among themselves and kept on the disk (three blocks at a time).
     Evaluation uses the held-out text of the first block; that of later blocks is never used."""
@@ -175,6 +185,17 @@ class HfStreamSourceConfig(TableConfig, DatasetConfig):
         yield from super().problems()
         if self.domain_key is not None:
             yield Problem("domain_key", "a stream has one domain; give each domain a source of its own, with filters")
+
+
+class HfStreamSourceConfig(TableConfig, StreamOptions):
+    """Streamed `hf` source for a corpus too large to ingest: read again in every epoch, a block ahead of training.
+
+    Training rows are shuffled within a block of `block_tokens`; blocks keep the order of the data set.
+    """
+
+    kind: Literal["hf_stream"] = "hf_stream"
+    domain: Domain = "hf_stream"
+    """Name of the domain in per-domain losses."""
 
 
 SourceConfig = Annotated[

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from trainer.config.base import Config
 from trainer.data.records.bad_records import SkippedCounter, SkippedRecords
 from trainer.data.sources.base import Document
-from trainer.data.sources.registry import HfStreamSourceConfig
+from trainer.data.sources.registry import StreamOptions
 from trainer.data.token_cache.domain_files import write_document, write_sides
 from trainer.data.token_cache.ingest import no_documents
 from trainer.data.token_cache.input_files import FileState
@@ -53,7 +53,7 @@ class StreamBlock(NamedTuple):
 class StreamedSource:
     """Inputs that determine the blocks, and the folder that holds them."""
 
-    config: HfStreamSourceConfig  # the source's options: the process that builds ahead opens the source itself
+    config: StreamOptions  # the source's options: the process that builds ahead opens the source itself
     files: tuple[FileState, ...]  # local files, as they were when the run started
     folder: Path
     tokenizer: Tokenizer
