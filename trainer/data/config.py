@@ -8,7 +8,8 @@ from pydantic import Field
 from trainer.config.base import Config, PathText, Problem, Renamed
 from trainer.config.numbers import Factor
 from trainer.data.chat.config import ChatTemplateConfig
-from trainer.data.sources.registry import InstalledSourceConfig, SourceConfig, StreamOptions
+from trainer.data.sources.document_options import StreamOptions
+from trainer.data.sources.registry import InstalledSourceConfig, SourceConfig
 from trainer.data.token_cache.splits import SplitConfig
 from trainer.data.tokenizers.registry import ByteTokenizerConfig, TokenizerConfig
 

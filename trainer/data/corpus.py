@@ -7,10 +7,13 @@ from typing import NamedTuple
 
 from trainer.config.build_plugin import build_plugin
 from trainer.data.chat.config import ChatTemplateConfig
+from trainer.data.chat.encode_rows import ANY_LENGTH, ChatSetting
+from trainer.data.chat.find_template import find_template
 from trainer.data.config import DataConfig
 from trainer.data.mixture import domain_shares
 from trainer.data.records.bad_records import SkippedRecords
-from trainer.data.sources.registry import StreamOptions
+from trainer.data.sources.chat_options import ChatOptions
+from trainer.data.sources.document_options import StreamOptions
 from trainer.data.token_cache.block_stream import BlockStream
 from trainer.data.token_cache.build_cache import IngestProgress, build_sources
 from trainer.data.token_cache.cache_folder import cache_error
@@ -64,7 +67,7 @@ def build_tokenizer(config: DataConfig, *, progress: IngestProgress | None = Non
     from trainer.data.train_bpe import train_bpe  # needs `tokenizers`
 
     as_bytes = {"tokenizer": ByteTokenizerConfig(), "chat_template": ChatTemplateConfig()}
-    text = build_corpus(config.model_copy(update=as_bytes), progress=progress)
+    text = build_corpus(config.model_copy(update=as_bytes), seq_len=ANY_LENGTH, progress=progress)
     return train_bpe(
         text.train,
         text_fingerprint=text.fingerprint,
@@ -78,30 +81,36 @@ def build_tokenizer(config: DataConfig, *, progress: IngestProgress | None = Non
 
 
 def build_corpus(
-    config: DataConfig, *, tokenizer: Tokenizer | None = None, progress: IngestProgress | None = None
+    config: DataConfig,
+    *,
+    tokenizer: Tokenizer | None = None,
+    seq_len: int | None = None,
+    progress: IngestProgress | None = None,
 ) -> Corpus:
     """Return the corpus of a `data` section, from the cache for sources whose files have not changed.
 
     Files of the same size and modification time count as unchanged; otherwise their content is compared. Several
     processes may call this at once: one builds, the others wait. A killed build loses at most the parts in progress.
     The content of the cache is verified when it is opened or first read. `tokenizer` is that of an existing run.
+    Sources of conversations need `model.seq_len`.
 
     Raises:
         DataError: if a source is unusable, a side of the split is empty, or the cache is damaged or not writable.
         ResourceError: if the disk is full, or a process that read text was killed.
     """
     tokenizer = tokenizer or build_tokenizer(config, progress=progress)
+    chat = _chat_setting(config, tokenizer, seq_len)
     for _ in range(_MAX_ATTEMPTS):
         ingested: list[_Ingested] = []
         try:
             sources = [
-                CachedSource.locate(source, index, split=config.split, cache_dir=config.cache_dir, tokenizer=tokenizer)
+                _locate(config, index, tokenizer, chat)
                 for index, source in enumerate(config.sources)
                 if not isinstance(source, StreamOptions)
             ]
             manifests = build_sources(sources, max_workers=config.workers, progress=progress)
             ingested = list(zip(sources, manifests, strict=True))
-            corpus = _open(config, ingested, tokenizer)
+            corpus = _open(config, ingested, tokenizer, chat)
         except FileNotFoundError:
             continue
         except DamagedCache:
@@ -135,9 +144,26 @@ class _Domain(NamedTuple):
     """Records skipped in the first block of a stream."""
 
 
-def _open(config: DataConfig, ingested: Sequence[_Ingested], tokenizer: Tokenizer) -> Corpus:
+def _chat_setting(config: DataConfig, tokenizer: Tokenizer, seq_len: int | None) -> ChatSetting | None:
+    """Return how conversations are encoded; None if there are none."""
+    if not any(isinstance(source, ChatOptions) for source in config.sources):
+        return None
+    if seq_len is None:
+        raise ValueError("seq_len is None; sources of conversations need that of the model")
+    template = find_template(config.chat_template, config.tokenizer, tokenizer)
+    return ChatSetting(template=template, variables=config.chat_template.variables, seq_len=seq_len)
+
+
+def _locate(config: DataConfig, index: int, tokenizer: Tokenizer, chat: ChatSetting | None) -> CachedSource:
+    options = {"split": config.split, "cache_dir": config.cache_dir, "tokenizer": tokenizer, "chat": chat}
+    return CachedSource.locate(config.sources[index], index, **options)
+
+
+def _open(
+    config: DataConfig, ingested: Sequence[_Ingested], tokenizer: Tokenizer, chat: ChatSetting | None
+) -> Corpus:
     streams = [
-        _open_stream(config, index, source, tokenizer)
+        _open_stream(config, source, _locate(config, index, tokenizer, chat))
         for index, source in enumerate(config.sources)
         if isinstance(source, StreamOptions)
     ]
@@ -193,13 +219,19 @@ def _open_domains(source: CachedSource, manifest: SourceManifest) -> Iterator[_D
         yield _Domain(source.index, domain.name, source.folder, train, validation, domain.content())
 
 
-def _open_stream(config: DataConfig, index: int, source: StreamOptions, tokenizer: Tokenizer) -> _Domain:
+def _open_stream(config: DataConfig, source: StreamOptions, cached: CachedSource) -> _Domain:
     """Open a streamed domain, represented by its first block."""
-    cached = CachedSource.locate(source, index, split=config.split, cache_dir=config.cache_dir, tokenizer=tokenizer)
     folder = cached.folder.with_name(f"{cached.folder.name}-{cached.content.quick_hash()}.stream")
     files, held_out = tuple(cached.content.files), config.split.fraction
     stream = BlockStream(
-        StreamedSource(config=source, files=files, folder=folder, tokenizer=tokenizer, held_out=held_out)
+        StreamedSource(
+            config=source,
+            files=files,
+            folder=folder,
+            tokenizer=cached.tokenizer,
+            held_out=held_out,
+            chat=cached.chat,
+        )
     )
     block = stream.block(0)
     for side in (block.info.train, block.info.validation):
@@ -214,5 +246,5 @@ def _open_stream(config: DataConfig, index: int, source: StreamOptions, tokenize
     content = [cached.content.origin, *(str(file.size_bytes) for file in cached.content.files)]
     content += [*block.info.train.content(), *block.info.validation.content()]
     return _Domain(
-        index, source.domain, cached.folder, block.train, block.validation, content, stream, block.info.skipped
+        cached.index, source.domain, cached.folder, block.train, block.validation, content, stream, block.info.skipped
     )

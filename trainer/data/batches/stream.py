@@ -17,7 +17,8 @@ from trainer.data.batches.wrapped_rows import WrappedRows
 from trainer.data.config import Packing
 from trainer.data.corpus import Corpus
 from trainer.data.mixture import Mixture
-from trainer.data.sources.registry import StreamOptions, SourceConfig
+from trainer.data.sources.document_options import StreamOptions
+from trainer.data.sources.registry import SourceConfig
 from trainer.data.token_cache.skipped import SourceSkips
 from trainer.data.token_cache.token_files import TokenFile
 from trainer.distributed.rank_layout import even_slice

@@ -1,4 +1,6 @@
-"""Rows of published data sets as conversations. The format of a row is told by its columns:
+"""Rows of published data sets as conversations.
+
+The columns of a row tell its format:
 
 {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}], "tools": [...]}
 {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}], "system": "Be brief."}

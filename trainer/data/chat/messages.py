@@ -1,13 +1,16 @@
 """Turns of a conversation as messages of one shape: OpenAI's, which templates of chats read.
 
-{"role": "user", "content": "Is it raining?"}                OpenAI's turn; {"from": "human", "value": ...} is ShareGPT's
-{"role": "assistant", "tool_calls": [...]}                   tool_calls.py
-{"role": "assistant", "content": "No.", "weight": 0}         read, and not learned (also `train`)
+{"role": "user", "content": "Is it raining?"}           OpenAI's turn
+{"from": "human", "value": "Is it raining?"}            ShareGPT's
+{"role": "assistant", "tool_calls": [...]}              tool_calls.py
+{"role": "assistant", "content": "No.", "weight": 0}    read, and not learned (also `train`)
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
+
+from pydantic import Field
 
 from trainer.config.nodes import shown
 from trainer.data.chat.tool_calls import parse_calls
@@ -15,7 +18,10 @@ from trainer.data.records.bad_records import BadRecord
 from trainer.data.records.base import WRONG_TYPE, type_name
 from trainer.data.records.template import check_unicode
 
-ROLES: Final = ("system", "developer", "user", "assistant", "tool")
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+Learn = Literal["assistant", "last_turn", "all"] | Annotated[list[Role], Field(min_length=1)]
+Truncate = Literal["error", "left", "right", "drop"]
+ROLES: Final[tuple[str, ...]] = get_args(Role)
 _SHAREGPT: Final = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
 """ShareGPT's own names of roles; it also uses those of OpenAI."""
 _FLAGS: Final = ("weight", "train")

@@ -1,11 +1,13 @@
 """Strict reader of JSON Lines files; errors name file and line."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.config.nodes import shown
 from trainer.data.records import text_files
 from trainer.data.records.bad_records import BadRecord
 from trainer.data.records.base import WRONG_TYPE, Record, RecordReader, SourcePart, type_name
@@ -15,6 +17,7 @@ MAX_RECORD_BYTES = 128 << 20  # largest record: a file without line ends must no
 
 _PART_BYTES = 16 << 20
 _CHUNK_BYTES = 1 << 20
+_MakeObject = Callable[[list[tuple[str, Any]]], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +32,10 @@ class LineRange(SourcePart):
 class JsonlReader(RecordReader):
     """Reads files with one JSON object a line, plain, .gz or .zst; blank lines are ignored."""
 
-    def __init__(self, path: str | Sequence[str]) -> None:
+    def __init__(self, path: str | Sequence[str], *, unique_keys: bool = False) -> None:
+        """Create the reader; `unique_keys` makes an object with a key twice a bad record."""
         self._path = path
+        self._make_object = _unique_keys if unique_keys else None
 
     def files(self) -> list[Path]:
         """Return the files: paths in order, the matches of a glob sorted, each file once."""
@@ -49,7 +54,7 @@ class JsonlReader(RecordReader):
         assert isinstance(part, LineRange), "parts() gave it"
         has_records = False
         for line, content, first_byte in _lines(part):
-            record = _record(content, part.path, line=line, first_byte=first_byte)
+            record = _record(content, part.path, self._make_object, line=line, first_byte=first_byte)
             if record is not None:
                 has_records = True
                 yield record
@@ -106,14 +111,16 @@ def _lines(part: LineRange) -> Iterator[tuple[int, bytes, int]]:
                     break
 
 
-def _record(content: bytes, path: Path, *, line: int, first_byte: int) -> Record | BadRecord | None:
+def _record(
+    content: bytes, path: Path, make_object: _MakeObject | None, *, line: int, first_byte: int
+) -> Record | BadRecord | None:
     """Return the record of a line, or its error; None for a blank line."""
     where = f"{path}:{line}"
     try:
         if len(content) > MAX_RECORD_BYTES:
             raise too_large(where)
         text = text_files.decode(content, path, first_byte=first_byte, first_line=line)
-        return Record(where, _parse(text, where=where)) if text.strip() else None
+        return Record(where, _parse(text, make_object, where=where)) if text.strip() else None
     except BadRecord as bad:
         return bad
 
@@ -130,9 +137,17 @@ def no_records(path: Path | str) -> BadRecord:
     return BadRecord(message, reason="a file without records", file=path)
 
 
-def _parse(text: str, *, where: str) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"an object has the key {shown(twice)} twice")
+    return values
+
+
+def _parse(text: str, make_object: _MakeObject | None, *, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(text)
+        record = json.loads(text, object_pairs_hook=make_object)
     except json.JSONDecodeError as error:
         reason = f"{error.msg} at column {error.colno}"
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets

@@ -1,14 +1,21 @@
 """Data source interface: named documents, and the files they come from."""
 
+from __future__ import annotations
+
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.data.records.bad_records import BadRecord, SkippedCounter
 from trainer.data.records.base import SourcePart
 from trainer.errors import DataError
+
+if TYPE_CHECKING:
+    from trainer.data.chat.chat_rows import ChatRow
+    from trainer.data.chat.encode_rows import EncodedRow
 
 DOMAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Full match of a domain's name, which is part of file names and metrics."""
@@ -26,6 +33,20 @@ class Document:
     """Prompt, read before the text and not learned: none of its tokens is a target."""
     weight: float = 1.0
     """Weight of its targets in the training loss, 0 or more."""
+    chat: ChatRow | None = None
+    """A conversation, whose `text` is JSON then; token_cache/encode_documents.py encodes it."""
+    encoded: EncodedRow | None = None
+    """Tokens of the conversation."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no split divides it."""
+        return self.encoded is not None
+
+    @property
+    def num_characters(self) -> int:
+        """Characters of prompt and text."""
+        return len(self.prompt) + len(self.text)
 
 
 class Source(ABC):
@@ -80,11 +101,15 @@ class Source(ABC):
                     number += 1
                     if is_wanted:
                         yield entry
-                elif not self.skips_bad_records:
-                    remedy = ", or skip it: on_bad_row: skip" if self.has_on_bad_row else ""
-                    raise DataError(f"{entry}{remedy}") from entry
-                elif is_wanted:
-                    skipped.add(entry)
+                elif is_wanted or not self.skips_bad_records:
+                    self.skip(entry, skipped)
+
+    def skip(self, bad: BadRecord, skipped: SkippedCounter) -> None:
+        """Count an unusable record; raise DataError unless those are skipped."""
+        if not self.skips_bad_records:
+            remedy = ", or skip it: on_bad_row: skip" if self.has_on_bad_row else ""
+            raise DataError(f"{bad}{remedy}") from bad
+        skipped.add(bad)
 
     def documents(self) -> Iterator[Document]:
         """Yield all usable documents, part by part."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from trainer.config.base import Config
+from trainer.data.sources.base import Document
 from trainer.data.token_cache.splits import Side
 from trainer.data.token_cache.token_files import TokenFile, TokenFileInfo, is_intact, open_token_file
 from trainer.data.token_cache.token_writer import TokenWriter
@@ -25,6 +26,8 @@ class DomainInfo(Config):
     """Number of documents read; one that the tail split divided counts once."""
     is_resplit: bool = False
     """The hash left one side empty, so the documents of one text have changed sides (join_parts.py)."""
+    is_chat: bool = False
+    """Its documents are conversations, which no split divides."""
     train: TokenFileInfo
     validation: TokenFileInfo
 
@@ -58,17 +61,22 @@ def is_domain_intact(folder: Path, domain: DomainInfo, *, vocab_size: int, verif
     )
 
 
-def write_document(writer: TokenWriter, tokenizer: Tokenizer, text: str, prompt: str = "", weight: float = 1.0) -> int:
+def write_document(writer: TokenWriter, tokenizer: Tokenizer, document: Document) -> int:
     """Append a document; return its bytes of text."""
-    tokens = tokenizer.encode(text)
-    num_prompt_tokens, num_bytes = 0, len(text.encode())
-    if prompt:
+    if document.encoded is not None:
+        tokens, is_learned = document.encoded
+        num_bytes = int(tokenizer.token_bytes()[tokens].sum())
+        writer.write(tokens, num_bytes=num_bytes, is_learned=is_learned, weight=document.weight)
+        return num_bytes
+    tokens = tokenizer.encode(document.text)
+    num_prompt_tokens, num_bytes = 0, len(document.text.encode())
+    if document.prompt:
         # Tokenised separately, so that no token spans its end: at generation time, the prompt is all there is.
-        prompt_tokens = tokenizer.encode(prompt)
+        prompt_tokens = tokenizer.encode(document.prompt)
         tokens = np.concatenate([prompt_tokens, tokens])
         num_prompt_tokens = len(prompt_tokens)
-        num_bytes += len(prompt.encode())
-    writer.write(tokens, num_bytes=num_bytes, num_prompt_tokens=num_prompt_tokens, weight=weight)
+        num_bytes += len(document.prompt.encode())
+    writer.write(tokens, num_bytes=num_bytes, num_prompt_tokens=num_prompt_tokens, weight=document.weight)
     return num_bytes
 
 

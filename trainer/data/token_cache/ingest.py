@@ -23,12 +23,13 @@ class _DomainWriter:
         self, name: str, split: DomainSplit, writers: Mapping[Side, TokenWriter], tokenizer: Tokenizer
     ) -> None:
         self._name, self._split, self._writers, self._tokenizer = name, split, writers, tokenizer
-        self._num_documents = 0
+        self._num_documents, self._is_chat = 0, False
 
     def add(self, document: Document) -> int:
         """Write the pieces whose side is known after this document; return their bytes."""
         self._num_documents += 1
-        return self._write(self._split.add(document.text, prompt=document.prompt, weight=document.weight))
+        self._is_chat |= document.encoded is not None
+        return self._write(self._split.add(document))
 
     def finish(self) -> DomainInfo:
         self._write(self._split.finish())
@@ -36,15 +37,13 @@ class _DomainWriter:
             name=self._name,
             is_cut=self._split.kind == "tail",
             num_documents=self._num_documents,
+            is_chat=self._is_chat,
             train=self._writers["train"].info(),
             validation=self._writers["validation"].info(),
         )
 
     def _write(self, pieces: Sequence[Piece]) -> int:
-        return sum(
-            write_document(self._writers[piece.side], self._tokenizer, piece.text, piece.prompt, piece.weight)
-            for piece in pieces
-        )
+        return sum(write_document(self._writers[side], self._tokenizer, document) for side, document in pieces)
 
 
 def ingest(
@@ -82,7 +81,7 @@ def count_characters(documents: Iterable[Document]) -> Counter[str]:
     """Return the characters of each domain's text, prompts included."""
     counts: Counter[str] = Counter()
     for document in documents:
-        counts[document.domain] += len(document.prompt) + len(document.text)
+        counts[document.domain] += document.num_characters
     return counts
 
 
@@ -91,6 +90,11 @@ def check_sides(domain: DomainInfo, split: SplitConfig) -> None:
     for side in SIDES:
         if domain.side(side).num_documents > 0:
             continue
+        if domain.is_chat and domain.num_documents == 1:
+            raise DataError(
+                f"data.split: domain {domain.name} has one conversation, which is not divided; one is learned and "
+                "another one held out; give it more conversations"
+            )
         if domain.is_cut:
             raise DataError(
                 f"data.split: domain {domain.name} has too little text to hold out {split.fraction} of it; both sides "

@@ -33,7 +33,7 @@ def join_parts(
     for _, pieces in sorted(by_name.items()):
         if len(parts) == 1:
             domain = pieces[0][1]
-        elif split.kind == "auto" and sum(piece.num_documents for _, piece in pieces) == 1:
+        elif split.kind == "auto" and sum(piece.num_documents for _, piece in pieces) == 1 and not pieces[0][1].is_chat:
             domain = _split_only_document(*pieces[0], folder, tokenizer=tokenizer, split=split)
         else:
             domain = _concatenate(pieces, folder, tokenizer=tokenizer)
@@ -52,7 +52,9 @@ def _concatenate(pieces: Sequence[tuple[Path, DomainInfo]], folder: Path, *, tok
                 writers[side].extend(open_side(part, domain, side, vocab_size=tokenizer.vocab_size))
         sides = {side: writer.info() for side, writer in writers.items()}
     num_documents = sum(domain.num_documents for _, domain in pieces)
-    return DomainInfo.model_validate({"name": name, "is_cut": False, "num_documents": num_documents, **sides})
+    is_chat = any(domain.is_chat for _, domain in pieces)
+    values = {"name": name, "is_cut": False, "num_documents": num_documents, "is_chat": is_chat, **sides}
+    return DomainInfo.model_validate(values)
 
 
 def _split_only_document(

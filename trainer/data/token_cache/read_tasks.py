@@ -10,10 +10,12 @@ from pathlib import Path
 
 from trainer.config.base import Config
 from trainer.config.build_plugin import plugin_errors
+from trainer.data.chat.encode_rows import ChatSetting
 from trainer.data.records.bad_records import SkippedCounter, SkippedRecords
 from trainer.data.records.base import SourcePart
 from trainer.data.sources.registry import SourceConfig
 from trainer.data.token_cache.domain_files import DomainInfo, is_domain_intact
+from trainer.data.token_cache.encode_documents import DocumentEncoder
 from trainer.data.token_cache.ingest import count_characters, ingest
 from trainer.data.token_cache.signed_json import read_signed, signed_json
 from trainer.data.token_cache.splits import SplitConfig
@@ -37,6 +39,7 @@ class ReadTask:
     source: SourceConfig  # the source's options: each process opens the source itself
     part: SourcePart | None  # None for the whole source, which a tail split across documents needs
     split: SplitConfig
+    chat: ChatSetting | None  # for a source of conversations
     folder: Path
 
     @property
@@ -64,14 +67,18 @@ class ReadTask:
             shutil.rmtree(self.folder)
         self.folder.mkdir()
         source, skipped = self.source.build(), SkippedCounter()
+        encoder = DocumentEncoder(self.source, source, tokenizer=tokenizer, chat=self.chat)
         with plugin_errors(self.source, f"data.sources: {self.source.kind}: reading it"):
+            lengths = None
+            if self.split.kind == "tail":
+                lengths = count_characters(encoder.all_usable(source.documents(), SkippedCounter()))
             domains = ingest(
-                source.usable_documents(self.part, skipped),
+                encoder.all_usable(source.usable_documents(self.part, skipped), skipped),
                 self.folder,
                 tokenizer=tokenizer,
                 split=self.split,
                 advance=advance,
-                lengths=count_characters(source.documents()) if self.split.kind == "tail" else None,
+                lengths=lengths,
             )
         result = ReadResult(domains=domains, skipped=skipped.total())
         (self.folder / RESULT).write_text(signed_json(result, of=self.folder.name))

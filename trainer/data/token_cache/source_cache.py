@@ -16,8 +16,11 @@ from typing import Any, Literal, Self
 from trainer.atomic_io import replace_file
 from trainer.config.base import Config
 from trainer.config.build_plugin import build_plugin, plugin_errors
+from trainer.data.chat.encode_rows import ChatSetting
 from trainer.data.records.bad_records import SkippedRecords, merge_skipped
+from trainer.data.records.base import SourcePart
 from trainer.data.sources.base import Source
+from trainer.data.sources.chat_options import ChatOptions
 from trainer.data.sources.registry import InstalledSourceConfig, SourceConfig
 from trainer.data.token_cache.cache_folder import publish, temporary_path
 from trainer.data.token_cache.domain_files import DomainInfo, is_domain_intact
@@ -56,16 +59,27 @@ class CachedSource:
     folder: Path
     tokenizer: Tokenizer
     split: SplitConfig
+    chat: ChatSetting | None
+    """How conversations are encoded; None if no source of the run has any."""
 
     @classmethod
     def locate(
-        cls, config: SourceConfig, index: int, *, split: SplitConfig, cache_dir: str, tokenizer: Tokenizer
+        cls,
+        config: SourceConfig,
+        index: int,
+        *,
+        split: SplitConfig,
+        cache_dir: str,
+        tokenizer: Tokenizer,
+        chat: ChatSetting | None,
     ) -> Self:
         """Look up the files of a source and its folder; raise DataError if a file is missing."""
         source = build_plugin(config, Source, f"data.sources.{index}")
         with plugin_errors(config, f"data.sources.{index}: {config.kind}: listing its files"):
             content = Content(origin=source.origin(), files=[FileState.of(path) for path in source.files()])
-        options = {"source": _identity(config), "split": split.model_dump(mode="json")}
+        options: dict[str, Any] = {"source": _identity(config), "split": split.model_dump(mode="json")}
+        if isinstance(config, ChatOptions) and chat is not None:
+            options["chat"] = chat.fingerprint()
         identity = {"format": _FORMAT, "tokenizer": tokenizer.fingerprint, **options}
         return cls(
             index=index,
@@ -75,6 +89,7 @@ class CachedSource:
             folder=Path(cache_dir) / hash_of(identity)[:16],
             tokenizer=tokenizer,
             split=split,
+            chat=chat,
         )
 
     def manifest(self) -> SourceManifest | None:
@@ -119,14 +134,11 @@ class CachedSource:
         """
         parts = [None] if self.split.kind == "tail" else list(self.source.parts())
         if len(parts) == 1:  # nothing to resume from
-            return [ReadTask(source=self.config, part=parts[0], split=self.split, folder=temporary_path(self.folder))]
+            return [self._task(parts[0], self.split, temporary_path(self.folder))]
         folder = self._parts_folder(is_alone=is_alone)
         # The reader of one of several parts cannot know whether a document is the only one of its domain.
         split = self.split.model_copy(update={"kind": "hash"})
-        return [
-            ReadTask(source=self.config, part=part, split=split, folder=folder / f"part-{index:05d}")
-            for index, part in enumerate(parts)
-        ]
+        return [self._task(part, split, folder / f"part-{index:05d}") for index, part in enumerate(parts)]
 
     def join(self, tasks: Sequence[ReadTask]) -> tuple[Path, SourceManifest]:
         """Join the finished tasks in a temporary folder, ready for `publish`.
@@ -166,6 +178,9 @@ class CachedSource:
         (folder / RESULT).unlink(missing_ok=True)  # of a single part; the manifest replaces it
         (folder / _MANIFEST).write_text(signed_json(manifest, of=self.folder.name))
         publish(folder, self.folder, unless=is_published)
+
+    def _task(self, part: SourcePart | None, split: SplitConfig, folder: Path) -> ReadTask:
+        return ReadTask(source=self.config, part=part, split=split, chat=self.chat, folder=folder)
 
     def _parts_folder(self, *, is_alone: bool) -> Path:
         """Return the folder of the parts; parts of other files are removed from it."""

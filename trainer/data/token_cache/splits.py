@@ -8,16 +8,18 @@ keeps its side when others are added or removed. `tail` concatenates the texts o
     train       a EOD b                      validation   b EOD c
 
 An end of document (EOD) follows each document of a side but the last: splitting a document adds none, and a domain of
-one document has none at all.
+one document has none at all. A conversation is never divided: `tail` holds out the one that the boundary is in.
 """
 
 import hashlib
+from dataclasses import replace
 from fractions import Fraction
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
 from trainer.config.base import Config
+from trainer.data.sources.base import Document
 
 Side = Literal["train", "validation"]
 
@@ -39,16 +41,18 @@ class Piece(NamedTuple):
     """A document or a part of one, and its side of the split."""
 
     side: Side
-    text: str
-    prompt: str = ""
-    weight: float = 1.0
-    """Of the whole document."""
+    document: Document
 
 
 def is_held_out(text: str, fraction: float) -> bool:
     """Return whether `hash` holds a document out, as it does a `fraction` of all texts."""
     digest = hashlib.sha256(text.encode("utf-8")).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64  # exact: Python compares int and float by value
+
+
+def side_by_hash(document: Document, fraction: float) -> Side:
+    """Return the side of a document by the hash of its whole text."""
+    return "validation" if is_held_out(document.prompt + document.text, fraction) else "train"
 
 
 def tail_start(num_characters: int, fraction: float) -> int:
@@ -69,39 +73,45 @@ class DomainSplit:
         self.kind = config.kind
         """`auto` becomes `hash` at the second document or `tail` at the end of the domain."""
         self._fraction = config.fraction
-        self._buffered: tuple[str, str, float] | None = None
+        self._buffered: Document | None = None
         self._tail_start = tail_start(num_characters, config.fraction) if num_characters is not None else 0
         self._num_seen = 0
 
-    def add(self, text: str, *, prompt: str = "", weight: float = 1.0) -> list[Piece]:
+    def add(self, document: Document) -> list[Piece]:
         """Add a document; return the pieces whose side is known now."""
         if self.kind == "tail":
-            return self._split_at_tail(prompt, text, weight)
+            return self._split_at_tail(document)
         if self.kind == "hash":
-            return [self._by_hash(prompt, text, weight)]
+            return [self._by_hash(document)]
         if self._buffered is None:
-            self._buffered = prompt, text, weight
+            self._buffered = document
             return []
         first, self._buffered, self.kind = self._buffered, None, "hash"
-        return [self._by_hash(*first), self._by_hash(prompt, text, weight)]
+        return [self._by_hash(first), self._by_hash(document)]
 
     def finish(self) -> list[Piece]:
         """End the domain; return the remaining pieces."""
         if self._buffered is None:
             return []
-        (prompt, text, weight), self._buffered, self.kind = self._buffered, None, "tail"
-        self._tail_start = tail_start(len(prompt) + len(text), self._fraction)
-        return self._split_at_tail(prompt, text, weight)
+        document, self._buffered = self._buffered, None
+        if document.is_whole:
+            self.kind = "hash"
+            return [self._by_hash(document)]
+        self.kind, self._tail_start = "tail", tail_start(document.num_characters, self._fraction)
+        return self._split_at_tail(document)
 
-    def _by_hash(self, prompt: str, text: str, weight: float) -> Piece:
-        return Piece("validation" if is_held_out(prompt + text, self._fraction) else "train", text, prompt, weight)
+    def _by_hash(self, document: Document) -> Piece:
+        return Piece(side_by_hash(document, self._fraction), document)
 
-    def _split_at_tail(self, prompt: str, text: str, weight: float) -> list[Piece]:
+    def _split_at_tail(self, document: Document) -> list[Piece]:
         before = max(self._tail_start - self._num_seen, 0)
-        self._num_seen += len(prompt) + len(text)
+        self._num_seen += document.num_characters
+        if document.is_whole:
+            return [Piece("train" if document.num_characters <= before else "validation", document)]
+        prompt, text = document.prompt, document.text
         in_text = max(before - len(prompt), 0)
         pieces = [
-            Piece("train", text[:in_text], prompt[:before], weight),
-            Piece("validation", text[in_text:], prompt[before:], weight),
+            Piece("train", replace(document, text=text[:in_text], prompt=prompt[:before])),
+            Piece("validation", replace(document, text=text[in_text:], prompt=prompt[before:])),
         ]
-        return [piece for piece in pieces if piece.prompt or piece.text]
+        return [piece for piece in pieces if piece.document.num_characters]

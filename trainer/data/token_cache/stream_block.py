@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer.config.base import Config
+from trainer.data.chat.encode_rows import ChatSetting
 from trainer.data.records.bad_records import SkippedCounter, SkippedRecords
 from trainer.data.sources.base import Document
-from trainer.data.sources.registry import StreamOptions
+from trainer.data.sources.document_options import StreamOptions
 from trainer.data.token_cache.domain_files import write_document, write_sides
+from trainer.data.token_cache.encode_documents import DocumentEncoder
 from trainer.data.token_cache.ingest import no_documents
 from trainer.data.token_cache.input_files import FileState
-from trainer.data.token_cache.splits import is_held_out
+from trainer.data.token_cache.splits import side_by_hash
 from trainer.data.token_cache.token_files import TokenFile, TokenFileInfo
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.errors import DataError
@@ -58,6 +60,7 @@ class StreamedSource:
     folder: Path
     tokenizer: Tokenizer
     held_out: float
+    chat: ChatSetting | None = None  # for a source of conversations
 
     def build(self, begin: Mark, folder: Path) -> BlockInfo:
         """Build a block in a folder; raise DataError if the text is unusable, has changed or has no documents."""
@@ -67,9 +70,7 @@ class StreamedSource:
         end, skipped = begin, SkippedCounter()
         with write_sides(folder, "", self.tokenizer) as writers:
             for mark, document in self._documents(begin, skipped):
-                is_validation = is_held_out(document.prompt + document.text, self.held_out)
-                writer = writers["validation" if is_validation else "train"]
-                write_document(writer, self.tokenizer, document.text, document.prompt, document.weight)
+                write_document(writers[side_by_hash(document, self.held_out)], self.tokenizer, document)
                 end = mark.model_copy(update={"document": mark.document + 1})
                 if writers["train"].num_tokens >= self.config.block_tokens:
                     break
@@ -83,8 +84,10 @@ class StreamedSource:
     def _documents(self, begin: Mark, skipped: SkippedCounter) -> Iterator[tuple[Mark, Document]]:
         """Yield the documents from `begin` to the end of its epoch; count skipped records."""
         source = self.config.build()
+        encoder = DocumentEncoder(self.config, source, tokenizer=self.tokenizer, chat=self.chat)
         parts = source.parts()
         for part in range(begin.part, len(parts)):
             first = begin.document if part == begin.part else 0
             for number, document in enumerate(source.usable_documents(parts[part], skipped, first=first), first):
-                yield Mark(epoch=begin.epoch, part=part, document=number), document
+                if (usable := encoder.usable(document, skipped)) is not None:
+                    yield Mark(epoch=begin.epoch, part=part, document=number), usable

@@ -9,16 +9,21 @@ import pytest
 from trainer.data.config import DataConfig, SplitConfig
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.data.records import json_lines
+from trainer.data.sources.base import Document
 from trainer.data.sources.registry import JsonlSourceConfig
 from trainer.data.token_cache.splits import DomainSplit, is_held_out, tail_start
 from trainer.data.token_cache.token_files import TokenFile
 
 
+def document(text: str, prompt: str = "") -> Document:
+    return Document(name="a", domain="d", text=text, prompt=prompt)
+
+
 def split(texts: list[str], **options: Any) -> list[tuple[str, str]]:
     config = SplitConfig(**options)
     domain = DomainSplit(config, num_characters=sum(map(len, texts)) if config.kind == "tail" else None)
-    pieces = [piece for text in texts for piece in domain.add(text)] + domain.finish()
-    return [(piece.side, piece.text) for piece in pieces]
+    pieces = [piece for text in texts for piece in domain.add(document(text))] + domain.finish()
+    return [(piece.side, piece.document.text) for piece in pieces]
 
 
 def test_the_tail_of_shakespeare_begins_where_nanogpt_splits_it():
@@ -52,14 +57,14 @@ def test_a_tail_goes_through_several_documents():
 )
 def test_a_tail_goes_through_a_prompt_and_its_answer(fraction, pieces):
     domain = DomainSplit(SplitConfig(kind="tail", fraction=fraction), num_characters=9)
-    found = domain.add("answer", prompt="pro") + domain.finish()
-    assert [(piece.side, piece.prompt, piece.text) for piece in found] == pieces
+    found = domain.add(document("answer", "pro")) + domain.finish()
+    assert [(piece.side, piece.document.prompt, piece.document.text) for piece in found] == pieces
 
 
 def test_the_hash_covers_the_prompt():
     config = SplitConfig(kind="hash", fraction=0.5)
     for text in ("one", "two", "three", "four"):
-        (whole,), (cut,) = DomainSplit(config).add(text), DomainSplit(config).add(text[2:], prompt=text[:2])
+        (whole,), (cut,) = (DomainSplit(config).add(document(*parts)) for parts in ((text,), (text[2:], text[:2])))
         assert whole.side == cut.side
 
 

@@ -1,0 +1,75 @@
+"""Records as documents: what all sources of records have in common."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from trainer.data.records.bad_records import BadRecord, raise_on_bad
+from trainer.data.records.base import Record, RecordReader, SourcePart
+from trainer.data.sources.base import DOMAIN_NAME, Document, Source
+from trainer.data.sources.document_options import DocumentsOptions
+from trainer.data.sources.loss_weight import loss_weight
+
+
+class RecordSource(Source):
+    """Makes one document from each record that passes the filters."""
+
+    rejects_copies = True
+    has_on_bad_row = True
+
+    def __init__(self, reader: RecordReader, options: DocumentsOptions) -> None:
+        self.weight, self.skips_bad_records = options.weight, options.skips_bad_records()
+        self._reader, self._options = reader, options
+
+    @abstractmethod
+    def document(self, record: Record, *, domain: str, weight: float) -> Document:
+        """Return the document of a record; raise BadRecord if it has none."""
+
+    def files(self) -> list[Path]:
+        """Return the local files of the reader."""
+        return self._reader.files()
+
+    def folder_notes(self) -> list[str]:
+        """Return a line for each folder: which of its files are read and which are not."""
+        return self._reader.folder_notes()
+
+    def origin(self) -> str:
+        """Return the addresses and versions of remote files."""
+        return self._reader.origin()
+
+    def parts(self) -> Sequence[SourcePart]:
+        """Return the parts of the reader."""
+        return self._reader.parts()
+
+    def read(self, part: SourcePart) -> Iterator[Document]:
+        """Yield a document for each record of a part that passes the filters."""
+        return raise_on_bad(self.entries(part))
+
+    def entries(self, part: SourcePart) -> Iterator[Document | BadRecord]:
+        """Yield a document for each record of a part that passes the filters, or the record's error."""
+        for record in self._reader.entries(part):
+            entry = record if isinstance(record, BadRecord) else self._entry(record)
+            if entry is not None:
+                yield entry
+
+    def _entry(self, record: Record) -> Document | BadRecord | None:
+        """Return the document of a record; None if it does not pass the filters."""
+        try:
+            if not all(condition.keeps(record) for condition in self._options.filters):
+                return None
+            weight_key = self._options.weight_key
+            weight = 1.0 if weight_key is None else loss_weight(record, weight_key)
+            return self.document(record, domain=self._domain(record), weight=weight)
+        except BadRecord as bad:
+            return bad
+
+    def _domain(self, record: Record) -> str:
+        domain_key = self._options.domain_key
+        domain = self._options.domain if domain_key is None else record.text(domain_key)
+        if not DOMAIN_NAME.fullmatch(domain):
+            raise BadRecord(
+                f"{record.where}: domain {domain!r} is not a valid name; names are 1 to 64 letters, digits, dots, "
+                "dashes and underscores; correct the record or set another domain_key",
+                reason="of a domain that is no name",
+            )
+        return domain
