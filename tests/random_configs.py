@@ -65,7 +65,7 @@ def draw(number: int, folder: Path) -> Trial:
             "model": _model(drawn, list(ROUTERS)[number % len(ROUTERS)]) | _adapters(number),
             "data": {
                 "sources": repeated_texts(folder)[text],
-                "packing": drawn.choice(["wrapped", "bfd"]) if text in _OF_RECORDS else "wrapped",
+                "packing": _packing(drawn, text),
                 "cache_dir": str(folder / "cache"),
             },
             "optim": {"weight_decay": drawn.choice([0.0, 0.1]), "betas": drawn.choice([(0.9, 0.95), (0.8, 0.999)])},
@@ -93,6 +93,12 @@ def draw(number: int, folder: Path) -> Trial:
             continue  # where keys are equal these weights get no gradient, so what started at 0 is rounding alone
         if not labels(config):
             return Trial(number, config, case, text)
+
+
+def _packing(drawn: random.Random, text: str) -> str:
+    if text == "chats":
+        return "bfd"
+    return drawn.choice(["wrapped", "bfd"]) if text in _OF_RECORDS else "wrapped"
 
 
 def _model(drawn: random.Random, kind: str) -> dict[str, Any]:

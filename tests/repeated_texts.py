@@ -52,5 +52,13 @@ def repeated_texts(folder: Path) -> dict[str, list[dict[str, Any]]]:
     sources["documents"] = [documents_source]
     sources["answers"] = [{**documents_source, "prompt": "{prompt}"}]
     sources["weighted answers"] = [{**sources["answers"][0], "weight_key": "gain"}]
+    chats = [
+        [{"role": role, "content": "-" * drawn.randint(1, 3), "weight": n % 3 > 0} for role in ("user", "assistant")]
+        + [{"role": "user", "content": "-"}, {"role": "assistant", "content": "=" * (n % 2 + 1)}]
+        for n in range(60)
+    ]
+    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    # Rows of 8 hold the last exchange alone.
+    sources["chats"] = [{"kind": "chat", "path": str(folder / "chats.jsonl"), "truncate": "left"}]
     sources["rulers and words"] = [{**sources["rulers"][0], "weight": 2.0}, sources["words"][0]]
     return sources

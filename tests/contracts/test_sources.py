@@ -28,15 +28,34 @@ def _hf(folder: Path) -> dict[str, Any]:
     return {"path": "csv", "data_files": str(folder / "*.csv"), "text": "{source} = {target}", "domain_key": "of"}
 
 
+def _chat(folder: Path) -> dict[str, Any]:
+    turns = [[{"role": "user", "content": name}, {"role": "assistant", "content": "yes"}] for name in ("one", "two")]
+    records = [{"messages": turns[0], "of": "d"}, {"messages": turns[1], "of": "e"}]
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return {"path": str(folder / "chats.jsonl"), "domain_key": "of"}
+
+
+def _hf_chat(folder: Path) -> dict[str, Any]:
+    return _chat(folder) | {"path": "json", "data_files": str(folder / "chats.jsonl")}
+
+
+def _one_domain(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key != "domain_key"}
+
+
 # The smallest working options of each kind. A new source needs a line here.
 OPTIONS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "installed": lambda folder: {"domains": ["cpp"]},  # the other domains take seconds to parse
     "text": _text,
     "jsonl": _jsonl,
     "hf": _hf,
-    "hf_stream": lambda folder: {key: value for key, value in _hf(folder).items() if key != "domain_key"},
+    "hf_stream": lambda folder: _one_domain(_hf(folder)),
+    "chat": _chat,
+    "hf_chat": _hf_chat,
+    "hf_chat_stream": lambda folder: _one_domain(_hf_chat(folder)),
 }
-DOMAINS = {"installed": {"cpp"}, "text": {"d"}, "jsonl": {"d", "e"}, "hf": {"d", "e"}, "hf_stream": {"hf_stream"}}
+DOMAINS = {"installed": {"cpp"}, "text": {"d"}, **{kind: {"d", "e"} for kind in ("jsonl", "hf", "chat", "hf_chat")}}
+DOMAINS |= {kind: {kind} for kind in ("hf_stream", "hf_chat_stream")}
 
 
 @pytest.fixture(params=sorted(CONFIGS))

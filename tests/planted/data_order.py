@@ -4,6 +4,41 @@ from tests.planted.fault import in_package
 
 FAULTS = [
     in_package(
+        "a message with weight 0 is learned",
+        "data/chat/encode_chat.py",
+        "for i in chosen if i not in without)",
+        "for i in chosen)",
+        "data/chat/test_encode_rows.py",
+    ),
+    in_package(
+        "the end of a conversation that ends with a question is learned",
+        "data/chat/encode_rows.py",
+        'row.messages[last]["role"] in self._roles and last',
+        "last",
+        "data/chat/test_encode_rows.py",
+    ),
+    in_package(
+        "a prompt of a pair is learned",
+        "data/chat/chat_rows.py",
+        "Turn(turn.message, may_be_learned=False)",
+        "Turn(turn.message)",
+        "data/chat/test_chat_rows.py",
+    ),
+    in_package(
+        "conversations of another length of rows are found in the cache",
+        "data/chat/encode_rows.py",
+        "[self.template.fingerprint, self.variables, self.seq_len]",
+        "[self.template.fingerprint, self.variables]",
+        "data/sources/test_chat.py",
+    ),
+    in_package(
+        "the tail of a domain divides a conversation's characters",
+        "data/token_cache/splits.py",
+        '"train" if document.num_characters <= before else "validation"',
+        '"train" if before else "validation"',
+        "tests/property/test_conversations.py",
+    ),
+    in_package(
         "questions between two answers are learned",
         "data/token_cache/token_files.py",
         'np.searchsorted(self.gaps, index, side="right") % 2 == 0',

@@ -33,7 +33,7 @@ class ChangedRun:
 def open_text(config: ExperimentConfig, tokenizer: Tokenizer, console: Console) -> Corpus:
     """Return the text of a config as tokens of a given tokenizer."""
     with console.progress_bar("reading text") as bar, memory.hint(config, "reading text"):
-        return build_corpus(config.data, tokenizer=tokenizer, progress=bar)
+        return build_corpus(config.data, tokenizer=tokenizer, seq_len=config.model.seq_len, progress=bar)
 
 
 def held_out_loss(config: ExperimentConfig, engine: Engine, corpus: Corpus) -> float:

@@ -44,7 +44,7 @@ def sample_tokens(config: ExperimentConfig, tokenizer: Tokenizer) -> SampleToken
     shape = (_ROWS, length)
     random = [torch.randint(0, tokenizer.vocab_size, shape, generator=generator) for _ in range(_BATCHES)]
     try:
-        corpus = build_corpus(config.data, tokenizer=tokenizer)
+        corpus = build_corpus(config.data, tokenizer=tokenizer, seq_len=config.model.seq_len)
     except TurnoutError:  # moved, or never there: the weights come from elsewhere
         return SampleTokens(batches=random, texts=[*_TEXTS], origin="random text")
     real = _held_out(corpus, length)

@@ -8,6 +8,7 @@ from pydantic import Field
 from trainer.config.base import Config, PathText, Problem, Renamed
 from trainer.config.numbers import Factor
 from trainer.data.chat.config import ChatTemplateConfig
+from trainer.data.sources.chat_options import ChatOptions
 from trainer.data.sources.document_options import StreamOptions
 from trainer.data.sources.registry import InstalledSourceConfig, SourceConfig
 from trainer.data.token_cache.splits import SplitConfig
@@ -75,12 +76,18 @@ class DataConfig(Config):
     """Number of processes that tokenise text in parallel; does not affect the result. Null: one for each core."""
 
     def problems(self) -> Iterator[Problem]:
-        """Refuse options that need the end of a stream."""
+        """Refuse options that need the end of a stream, and windows that cut conversations."""
+        for index, source in enumerate(self.sources):
+            if isinstance(source, ChatOptions) and self.packing == "wrapped":
+                yield Problem(
+                    "packing",
+                    f"wrapped, whose windows part questions from answers, but sources.{index} holds conversations; "
+                    "use packing: bfd",
+                )
+                break
         if not any(isinstance(source, StreamOptions) for source in self.sources):
             return
         if self.split.kind == "tail":
-            yield Problem("split.kind", "tail, but a source is a stream (hf_stream), whose end is never seen; use hash")
+            yield Problem("split.kind", "tail, but a source is a stream, whose end is never seen; use hash")
         if self.mixture.by == "tokens":
-            yield Problem(
-                "mixture.by", "tokens, but a source is a stream (hf_stream), whose tokens are not known; use weight"
-            )
+            yield Problem("mixture.by", "tokens, but a source is a stream, whose tokens are not known; use weight")

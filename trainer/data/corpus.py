@@ -159,9 +159,7 @@ def _locate(config: DataConfig, index: int, tokenizer: Tokenizer, chat: ChatSett
     return CachedSource.locate(config.sources[index], index, **options)
 
 
-def _open(
-    config: DataConfig, ingested: Sequence[_Ingested], tokenizer: Tokenizer, chat: ChatSetting | None
-) -> Corpus:
+def _open(config: DataConfig, ingested: Sequence[_Ingested], tokenizer: Tokenizer, chat: ChatSetting | None) -> Corpus:
     streams = [
         _open_stream(config, source, _locate(config, index, tokenizer, chat))
         for index, source in enumerate(config.sources)

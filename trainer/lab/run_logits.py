@@ -35,7 +35,7 @@ def logits_of_run(config: ExperimentConfig, folder: RunFolder, *, sequences: int
     console = Console(file=sys.stderr)
     engine, tokenizer, _ = load_trained(config, folder, step=None, warn=console.warning)
     with console.progress_bar("reading text") as bar:
-        corpus = build_corpus(config.data, tokenizer=tokenizer, progress=bar)
+        corpus = build_corpus(config.data, tokenizer=tokenizer, seq_len=config.model.seq_len, progress=bar)
     rows_per_domain = 2 * -(-sequences // len(corpus.domains))
     batches = held_out_rows(
         corpus,

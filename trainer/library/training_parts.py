@@ -59,7 +59,8 @@ def load_batches(config: ExperimentConfig, *, batch_size: int | None = None, fir
 
 
 def _batches(config: ExperimentConfig, count: int, first_row: int) -> Iterator[Batch]:
-    corpus, seq_len = build_corpus(config.data), config.model.seq_len
+    seq_len = config.model.seq_len
+    corpus = build_corpus(config.data, seq_len=seq_len)
     stream = TrainStream(corpus, packing=config.data.packing, seq_len=seq_len, seed=config.seed)
     while True:
         stream.load_blocks(first_row, count, prefetch=True)

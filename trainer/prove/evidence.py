@@ -67,7 +67,7 @@ def collect(config: ExperimentConfig, mesh: Mesh, *, steps: int) -> Evidence:
     """Train some steps under a layout and collect the evidence. Collective."""
     device = torch.device("cpu")
     config = resolve_kernel(config, device)
-    corpus = build_corpus(config.data)
+    corpus = build_corpus(config.data, seq_len=config.model.seq_len)
     stream = TrainStream(corpus, packing=config.data.packing, seq_len=config.model.seq_len, seed=config.seed)
     model = build_parallel_model(config, corpus.tokenizer, mesh, device, warn=lambda _: None)  # training shows it
     engine = config.engine.build(model, config.optim, numerics(config), mesh)

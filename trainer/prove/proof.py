@@ -53,7 +53,7 @@ def prove(
     config = in_dtype(config, dtype)
     check_memory(config, Layout(), torch.device("cpu"))
     with Console().progress_bar("reading text") as bar:
-        build_corpus(config.data, progress=bar)
+        build_corpus(config.data, seq_len=config.model.seq_len, progress=bar)
     tolerance, floor = TOLERANCES[dtype], FLOORS[dtype]
     first_steps = None if dtype == "float64" else min(steps, _COMPARED_STEPS)
     possible = all_cases(config, engines)

@@ -122,7 +122,7 @@ def _with_text(
     """Load a checkpoint and its text; warn about reasons not to trust a held-out loss."""
     engine, tokenizer, checkpoint = load_trained(config, folder, step=step, warn=console.warning)
     with console.progress_bar("reading text") as bar:
-        corpus = build_corpus(config.data, tokenizer=tokenizer, progress=bar)
+        corpus = build_corpus(config.data, tokenizer=tokenizer, seq_len=config.model.seq_len, progress=bar)
     if checkpoint.run["data_fingerprint"] != corpus.fingerprint:
         console.warning("the run was trained on other text, which may contain some of what is held out now")
     if warning := evaluation_warning(engine.model.moe_layers()):

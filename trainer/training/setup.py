@@ -120,10 +120,11 @@ def open_data(config: ExperimentConfig, folder: RunFolder, console: Console, mes
                 tokenizer = tokenizer_of(folder, config.data, fingerprint=in_use, progress=bar)
                 check_given(folder, config.data, tokenizer)
                 with memory.hint(config, "reading text"):
-                    corpus = build_corpus(config.data, tokenizer=tokenizer, progress=bar)
+                    corpus = build_corpus(config.data, tokenizer=tokenizer, seq_len=config.model.seq_len, progress=bar)
     sent = mesh.world.broadcast_object(None if tokenizer is None else tokenizer_to_plain(tokenizer))
     if corpus is None:  # rank 0 has filled the token cache
-        corpus = build_corpus(config.data, tokenizer=tokenizer_from_plain(sent, config.data))
+        tokenizer = tokenizer_from_plain(sent, config.data)
+        corpus = build_corpus(config.data, tokenizer=tokenizer, seq_len=config.model.seq_len)
     if different := differences_across_ranks(mesh.world, {"data": {"fingerprint": abridged(corpus.fingerprint)}}):
         raise DataError(f"{different[0]}; all ranks must read the same text (data.sources)")
     tasks = load_tasks(config.eval.tasks, corpus, seq_len=config.model.seq_len, world=mesh.world, warn=console.warning)

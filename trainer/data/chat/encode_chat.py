@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.chat.chat_template import ChatRefused, ChatTemplate, Message
+from trainer.data.chat.chat_template import ChatRefused, ChatTemplate, Message, RenderedChat
 from trainer.data.chat.special_text import broken, has_match, unused_character
 from trainer.data.chat.turn_spans import ASSISTANT, Conversation
 from trainer.data.tokenizers.base import Tokenizer
@@ -18,6 +18,7 @@ from trainer.data.tokenizers.rendered_tokens import RenderedTokens, encode_rende
 _USERS: Final = frozenset({"user", "system", "developer"})
 """Roles whose messages end a turn of the assistant; its tools' do not."""
 _PROBE: Final = "probe"
+Span = tuple[int, int]  # start and end
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +43,14 @@ class ChatEncoder:
     variables: Mapping[str, Any] | None = None
     """Given to the template in addition."""
 
-    def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> EncodedChat:
-        """Return the tokens of a whole conversation.
+    def encode(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        without: AbstractSet[int] = frozenset(),
+    ) -> EncodedChat:
+        """Return the tokens of a whole conversation; messages with an index in `without` are not learned.
 
         Raises:
             ChatRefused: if the template cannot render it, or what is to be learned cannot be found in its text.
@@ -51,7 +58,7 @@ class ChatEncoder:
         """
         chat = self._conversation(messages, tools)
         rendered = chat.render()
-        spans = self._spans(chat, rendered.text, rendered.generated)
+        spans = self._spans(chat, rendered, without)
         tokens = self._tokens(chat, rendered.text, add_generation_prompt=False)
         return EncodedChat(tokens.ids, tokens.overlapping(spans))
 
@@ -97,15 +104,17 @@ class ChatEncoder:
             raise ChatRefused(f"{self.template.name}: the conversation {message}", reason="special token in text")
         return encode_rendered(self.tokenizer, marked_text, break_mark=mark)
 
-    def _spans(
-        self, chat: Conversation, text: str, generated: tuple[tuple[int, int], ...]
-    ) -> tuple[tuple[int, int], ...]:
+    def _spans(self, chat: Conversation, rendered: RenderedChat, without: AbstractSet[int]) -> tuple[Span, ...]:
         """Return the characters to learn, in order."""
         roles = [message.get("role") for message in chat.messages]
         first = 0
         if self.last_turn:
             first = 1 + max((i for i, role in enumerate(roles) if role in _USERS), default=-1)
-        if self.roles == {ASSISTANT} and self.template.marks_generation:
-            return generated[len(chat.render(first).generated) if first else 0 :]
         chosen = [i for i, role in enumerate(roles) if role in self.roles and i >= first]
-        return tuple(chat.span_of(index, text, self._names) for index in chosen)
+        if self.roles == {ASSISTANT} and self.template.marks_generation:
+            generated = rendered.generated[len(chat.render(first).generated) if first else 0 :]
+            if without.isdisjoint(chosen):
+                return generated
+            if len(generated) == len(chosen):
+                return tuple(span for i, span in zip(chosen, generated, strict=True) if i not in without)
+        return tuple(chat.span_of(i, rendered.text, self._names) for i in chosen if i not in without)

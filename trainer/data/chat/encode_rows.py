@@ -64,7 +64,7 @@ class RowEncoder:
         self._encoder = ChatEncoder(
             template=setting.template,
             tokenizer=tokenizer,
-            roles=self._roles,
+            roles=frozenset() if self._learns_all else self._roles,
             last_turn=learn == "last_turn",
             variables=setting.variables,
         )
@@ -139,8 +139,8 @@ class RowEncoder:
 
     def _too_long(self, num_tokens: int, limit: int, where: str, what: str = "the conversation") -> TooLong:
         return TooLong(
-            f"{where}: {what} has {num_tokens} tokens, and a row of model.seq_len {limit + 1} takes {limit}; set "
-            "truncate: left, right or drop, or a larger seq_len",
+            f"{where}: {what} has {num_tokens} tokens, and a row of model.seq_len {limit + 1} takes {limit}; set a "
+            f"larger seq_len, or truncate: {'' if self._truncate == 'left' else 'left, '}right or drop",
             reason=TOO_LONG,
         )
 

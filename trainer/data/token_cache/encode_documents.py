@@ -3,20 +3,18 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from trainer.config.base import Config
 from trainer.data.chat.encode_rows import ChatSetting, RowEncoder, TooLong
 from trainer.data.records.bad_records import BadRecord, SkippedCounter
 from trainer.data.sources.base import Document, Source
 from trainer.data.sources.chat_options import ChatOptions
-from trainer.data.sources.registry import SourceConfig
 from trainer.data.tokenizers.base import Tokenizer
 
 
 class DocumentEncoder:
     """Encodes the conversations among the documents of a source."""
 
-    def __init__(
-        self, config: SourceConfig, source: Source, *, tokenizer: Tokenizer, chat: ChatSetting | None
-    ) -> None:
+    def __init__(self, config: Config, source: Source, *, tokenizer: Tokenizer, chat: ChatSetting | None) -> None:
         """Create the encoder; a source of conversations needs `chat`."""
         self._source, self._encoder, self._drops_long = source, None, False
         if isinstance(config, ChatOptions):
