@@ -1,11 +1,14 @@
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 
+from trainer.data.chat.encode_rows import EncodedRow
 from trainer.data.config import DataConfig, SplitConfig
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.data.records import json_lines
@@ -59,6 +62,15 @@ def test_a_tail_goes_through_a_prompt_and_its_answer(fraction, pieces):
     domain = DomainSplit(SplitConfig(kind="tail", fraction=fraction), num_characters=9)
     found = domain.add(document("answer", "pro")) + domain.finish()
     assert [(piece.side, piece.document.prompt, piece.document.text) for piece in found] == pieces
+
+
+@pytest.mark.parametrize(("fraction", "held_out"), [(0.1, "hi"), (0.2, "hi"), (0.3, "defghi"), (0.7, "abcdefghi")])
+def test_a_tail_holds_out_the_conversation_that_the_boundary_is_in(fraction, held_out):
+    encoded = EncodedRow(np.zeros(1, dtype=np.uint8), np.ones(2, dtype=np.bool_))
+    domain = DomainSplit(SplitConfig(kind="tail", fraction=fraction), num_characters=9)
+    found = [piece for text in ("abc", "defg", "hi") for piece in domain.add(replace(document(text), encoded=encoded))]
+    assert [piece.document.text for piece in found] == ["abc", "defg", "hi"]
+    assert "".join(piece.document.text for piece in found if piece.side == "validation") == held_out
 
 
 def test_the_hash_covers_the_prompt():
