@@ -31,7 +31,7 @@ Documents = list[tuple[list[int], list[bool]]]
 
 def rendered(messages: list[dict[str, Any]]) -> tuple[list[int], list[bool]]:
     """The definition: tokens of a conversation, and whether each of them and the end of the document is learned."""
-    tokens, learned = [], []
+    tokens, learned, is_learned = [], [], False
     for message in messages:
         is_learned = message["role"] == "assistant" and message.get("weight", 1) == 1
         content = [*message["content"].encode(), END]

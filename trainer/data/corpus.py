@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer.config.build_plugin import build_plugin
+from trainer.data.chat.chat_template import ChatTemplate
 from trainer.data.chat.config import ChatTemplateConfig
 from trainer.data.chat.encode_rows import ANY_LENGTH, ChatSetting
 from trainer.data.chat.find_template import find_template
@@ -85,6 +86,7 @@ def build_corpus(
     *,
     tokenizer: Tokenizer | None = None,
     seq_len: int | None = None,
+    template: ChatTemplate | None = None,
     progress: IngestProgress | None = None,
 ) -> Corpus:
     """Return the corpus of a `data` section, from the cache for sources whose files have not changed.
@@ -92,14 +94,14 @@ def build_corpus(
     Files of the same size and modification time count as unchanged; otherwise their content is compared. Several
     processes may call this at once: one builds, the others wait. A killed build loses at most the parts in progress.
     The content of the cache is verified when it is opened or first read. `tokenizer` is that of an existing run.
-    Sources of conversations need `model.seq_len`.
+    Sources of conversations need `model.seq_len`; `template` is that of an existing run.
 
     Raises:
         DataError: if a source is unusable, a side of the split is empty, or the cache is damaged or not writable.
         ResourceError: if the disk is full, or a process that read text was killed.
     """
     tokenizer = tokenizer or build_tokenizer(config, progress=progress)
-    chat = _chat_setting(config, tokenizer, seq_len)
+    chat = _chat_setting(config, tokenizer, seq_len, template)
     for _ in range(_MAX_ATTEMPTS):
         ingested: list[_Ingested] = []
         try:
@@ -144,13 +146,15 @@ class _Domain(NamedTuple):
     """Records skipped in the first block of a stream."""
 
 
-def _chat_setting(config: DataConfig, tokenizer: Tokenizer, seq_len: int | None) -> ChatSetting | None:
+def _chat_setting(
+    config: DataConfig, tokenizer: Tokenizer, seq_len: int | None, template: ChatTemplate | None
+) -> ChatSetting | None:
     """Return how conversations are encoded; None if there are none."""
     if not any(isinstance(source, ChatOptions) for source in config.sources):
         return None
     if seq_len is None:
         raise ValueError("seq_len is None; sources of conversations need that of the model")
-    template = find_template(config.chat_template, config.tokenizer, tokenizer)
+    template = template or find_template(config.chat_template, config.tokenizer, tokenizer)
     return ChatSetting(template=template, variables=config.chat_template.variables, seq_len=seq_len)
 
 

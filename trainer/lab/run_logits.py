@@ -11,7 +11,6 @@ from torch import Tensor
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.console.console import Console
 from trainer.data.batches.batch import Batch
-from trainer.data.corpus import build_corpus
 from trainer.engine.base import Engine
 from trainer.errors import ConfigError
 from trainer.evaluation.routing_gap import held_out_rows
@@ -19,6 +18,7 @@ from trainer.experiment import ExperimentConfig
 from trainer.lab.logits import LayerLogits, Logits, training_context
 from trainer.moe.routing import RoutingOptions
 from trainer.training.load_trained import load_trained
+from trainer.training.run_text import corpus_of_run
 
 
 def logits_of_run(config: ExperimentConfig, folder: RunFolder, *, sequences: int, seed: int) -> Logits:
@@ -35,7 +35,7 @@ def logits_of_run(config: ExperimentConfig, folder: RunFolder, *, sequences: int
     console = Console(file=sys.stderr)
     engine, tokenizer, _ = load_trained(config, folder, step=None, warn=console.warning)
     with console.progress_bar("reading text") as bar:
-        corpus = build_corpus(config.data, tokenizer=tokenizer, seq_len=config.model.seq_len, progress=bar)
+        corpus = corpus_of_run(config, folder, tokenizer, progress=bar)
     rows_per_domain = 2 * -(-sequences // len(corpus.domains))
     batches = held_out_rows(
         corpus,

@@ -11,7 +11,7 @@ from trainer.checkpoint.find_checkpoint import CheckpointHandle
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.console.console import Console
 from trainer.console.summary import RunSummary
-from trainer.data.corpus import Corpus, build_corpus
+from trainer.data.corpus import Corpus
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.rank_layout import Layout
 from trainer.engine.base import Engine
@@ -30,6 +30,7 @@ from trainer.terminal import print_safe
 from trainer.training import memory
 from trainer.training.experts_picture import write_experts_picture
 from trainer.training.load_trained import load_trained
+from trainer.training.run_text import corpus_of_run
 
 
 def evaluate_run(
@@ -122,7 +123,7 @@ def _with_text(
     """Load a checkpoint and its text; warn about reasons not to trust a held-out loss."""
     engine, tokenizer, checkpoint = load_trained(config, folder, step=step, warn=console.warning)
     with console.progress_bar("reading text") as bar:
-        corpus = build_corpus(config.data, tokenizer=tokenizer, seq_len=config.model.seq_len, progress=bar)
+        corpus = corpus_of_run(config, folder, tokenizer, progress=bar)
     if checkpoint.run["data_fingerprint"] != corpus.fingerprint:
         console.warning("the run was trained on other text, which may contain some of what is held out now")
     if warning := evaluation_warning(engine.model.moe_layers()):

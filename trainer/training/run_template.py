@@ -1,9 +1,9 @@
 """The chat template of a run: kept in its folder, so that whoever talks to its model writes as it was trained."""
 
 from pathlib import Path
-from typing import Final
 
 from trainer.checkpoint.run_folder import RunFolder
+from trainer.checkpoint.run_tokenizer import fingerprint_in_use
 from trainer.config.nodes import shown_path
 from trainer.data.chat.chat_template import ChatTemplate
 from trainer.data.chat.encode_chat import ChatEncoder
@@ -15,21 +15,45 @@ from trainer.data.chat.find_template import (
     template_files,
     template_in,
 )
+from trainer.data.sources.chat_options import ChatOptions
 from trainer.data.tokenizers.base import Tokenizer
+from trainer.errors import CheckpointError
 from trainer.experiment import ExperimentConfig
-
-_CHAT: Final = "chat"
 
 
 def trains_on_chats(config: ExperimentConfig) -> bool:
     """Return whether a source of the config holds conversations."""
-    return any(source.kind == _CHAT for source in config.data.sources)
+    return any(isinstance(source, ChatOptions) for source in config.data.sources)
+
+
+def training_template(config: ExperimentConfig, folder: RunFolder, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """Return the template of a run's conversations; None if it has none.
+
+    Once there is a checkpoint it is the one in the run folder, whatever becomes of the file that it came from.
+
+    Raises:
+        CheckpointError: if that file has another template now.
+        ChatTemplateError: if the template cannot be read.
+    """
+    if not trains_on_chats(config):
+        return None
+    kept = None if fingerprint_in_use(folder) is None else template_in(folder.path)
+    if kept is None:
+        return find_template(config.data.chat_template, config.data.tokenizer, tokenizer)
+    template = _template(config, folder.path, kept)
+    given = _given(config, tokenizer)
+    if given is not None and given.text != template.text:
+        raise CheckpointError(
+            f"{template.name}: is the chat template of this run, and {given.name} is another one; restore that, or use "
+            "a new name=..."
+        )
+    return template
 
 
 def save_template(config: ExperimentConfig, folder: RunFolder, tokenizer: Tokenizer) -> None:
     """Write the template of a run that trains on conversations into its folder."""
-    if trains_on_chats(config):
-        template = find_template(config.data.chat_template, config.data.tokenizer, tokenizer)
+    template = training_template(config, folder, tokenizer)
+    if template is not None:
         for name, text in template_files(template).items():
             folder.write(folder.path / name, text)
 
@@ -64,6 +88,16 @@ def served_template(config: ExperimentConfig, template: ChatTemplate, tokenizer:
 def chat_encoder(config: ExperimentConfig, template: ChatTemplate, tokenizer: Tokenizer) -> ChatEncoder:
     """Return what writes conversations as the run was trained on them."""
     return ChatEncoder(template=template, tokenizer=tokenizer, variables=config.data.chat_template.variables)
+
+
+def _given(config: ExperimentConfig, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """Return the template that the config names; None if its file is gone."""
+    section, beside = config.data.chat_template, folder_of(config.data.tokenizer)
+    if section.path is not None and not Path(section.path).exists():
+        return None
+    if section.path is None and section.builtin is None and beside is not None and template_in(beside) is None:
+        return None
+    return find_template(section, config.data.tokenizer, tokenizer)
 
 
 def _template(config: ExperimentConfig, place: Path, text: str) -> ChatTemplate:

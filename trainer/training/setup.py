@@ -20,7 +20,7 @@ from trainer.console.console import Console
 from trainer.data.batches.copy_ahead import CopyAhead
 from trainer.data.batches.stream import TrainStream
 from trainer.data.broadcast_tokenizer import tokenizer_from_plain, tokenizer_to_plain
-from trainer.data.corpus import Corpus, build_corpus
+from trainer.data.corpus import Corpus
 from trainer.data.token_cache.skipped import summarize_skipped
 from trainer.distributed import runtime
 from trainer.distributed.collective_errors import raise_together
@@ -45,6 +45,7 @@ from trainer.training.resume import resume
 from trainer.training.routing_recorder import RoutingRecorder, open_replay
 from trainer.training.run import RunState
 from trainer.training.run_template import save_template
+from trainer.training.run_text import corpus_of_run
 from trainer.training.spikes import SpikeWindow
 
 _PATHS: Any = {"path": True, "data_files": True}
@@ -120,11 +121,10 @@ def open_data(config: ExperimentConfig, folder: RunFolder, console: Console, mes
                 tokenizer = tokenizer_of(folder, config.data, fingerprint=in_use, progress=bar)
                 check_given(folder, config.data, tokenizer)
                 with memory.hint(config, "reading text"):
-                    corpus = build_corpus(config.data, tokenizer=tokenizer, seq_len=config.model.seq_len, progress=bar)
+                    corpus = corpus_of_run(config, folder, tokenizer, progress=bar)
     sent = mesh.world.broadcast_object(None if tokenizer is None else tokenizer_to_plain(tokenizer))
     if corpus is None:  # rank 0 has filled the token cache
-        tokenizer = tokenizer_from_plain(sent, config.data)
-        corpus = build_corpus(config.data, tokenizer=tokenizer, seq_len=config.model.seq_len)
+        corpus = corpus_of_run(config, folder, tokenizer_from_plain(sent, config.data))
     if different := differences_across_ranks(mesh.world, {"data": {"fingerprint": abridged(corpus.fingerprint)}}):
         raise DataError(f"{different[0]}; all ranks must read the same text (data.sources)")
     tasks = load_tasks(config.eval.tasks, corpus, seq_len=config.model.seq_len, world=mesh.world, warn=console.warning)

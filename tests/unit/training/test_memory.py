@@ -130,7 +130,7 @@ BATCH = "lower parallel.micro_batch_size, which is 4"
 AGAIN = "set parallel.recompute: block"
 PLACES: dict[str, tuple[str, list[str], str]] = {
     "text": (
-        "trainer.training.setup.build_corpus",
+        "trainer.training.setup.corpus_of_run",
         [],
         "reading text: {}; lower data.workers, each of which holds a part of it",
     ),

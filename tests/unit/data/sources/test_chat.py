@@ -37,7 +37,7 @@ def write(rows: list[dict[str, Any]], name: str = "a.jsonl") -> None:
 
 
 def corpus_of(*sources: SourceConfig, seq_len: int | None = 64, **options: Any) -> Corpus:
-    given = {"packing": "bfd", "split": SplitConfig(fraction=0.3), "cache_dir": "cache"} | options
+    given: dict[str, Any] = {"packing": "bfd", "split": SplitConfig(fraction=0.3), "cache_dir": "cache"} | options
     return build_corpus(DataConfig(sources=list(sources), **given), seq_len=seq_len)
 
 
