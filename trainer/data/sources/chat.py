@@ -1,18 +1,25 @@
 """Records as conversations."""
 
-from trainer.data.chat.chat_rows import parse_chat
+from trainer.data.chat.chat_rows import ChatFormat, parse_chat
 from trainer.data.records.base import Record, RecordReader
 from trainer.data.sources.base import Document
-from trainer.data.sources.chat_options import ChatOptions
-from trainer.data.sources.record_source import RecordSource
+from trainer.data.sources.record_source import RecordRules, RecordSource
 
 
 class ChatSource(RecordSource):
     """Makes one conversation from each record."""
 
-    def __init__(self, reader: RecordReader, options: ChatOptions) -> None:
-        super().__init__(reader, options)
-        self._format, self._turns_key = options.format, options.turns_key
+    def __init__(
+        self,
+        reader: RecordReader,
+        rules: RecordRules,
+        *,
+        format: ChatFormat | None = None,
+        turns_key: str | None = None,
+    ) -> None:
+        super().__init__(reader, rules)
+        self._format: ChatFormat | None = format
+        self._turns_key = turns_key
 
     def document(self, record: Record, *, domain: str, weight: float) -> Document:
         """Return the conversation of a record."""

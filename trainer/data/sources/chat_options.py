@@ -50,7 +50,7 @@ class ChatOptions(DocumentsOptions, ConversationOptions):
         """Create the source."""
         from trainer.data.sources.chat import ChatSource
 
-        return ChatSource(self.reader(), self)
+        return ChatSource(self.reader(), self.rules(), format=self.format, turns_key=self.turns_key)
 
 
 class ChatSourceConfig(ChatOptions, JsonlRecordsConfig):

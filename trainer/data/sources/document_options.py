@@ -17,6 +17,7 @@ from trainer.data.sources.base import DOMAIN_NAME
 
 if TYPE_CHECKING:
     from trainer.data.sources.base import Source
+    from trainer.data.sources.record_source import RecordRules
 
 Domain = Annotated[str, Field(pattern=f"^{DOMAIN_NAME.pattern}$")]
 Weight = Annotated[float, Field(ge=1e-18, le=1e18)]
@@ -63,6 +64,19 @@ class DocumentsOptions(RecordsOptions):
         """Return whether unusable records are skipped."""
         return self.on_bad_row == "skip"
 
+    def rules(self) -> RecordRules:
+        """Return what all sources of records are built from."""
+        from trainer.data.sources.record_source import RecordRules
+
+        return RecordRules(
+            domain=self.domain,
+            filters=self.filters,
+            domain_key=self.domain_key,
+            weight_key=self.weight_key,
+            weight=self.weight,
+            skips_bad_records=self.skips_bad_records(),
+        )
+
     def build(self) -> Source:
         """Create the source."""
         raise NotImplementedError
@@ -80,7 +94,7 @@ class TableConfig(DocumentsOptions, DocumentTemplates):
         """Create the source."""
         from trainer.data.sources.table import TableSource
 
-        return TableSource(self.reader(), self)
+        return TableSource(self.reader(), self.rules(), text=self.text, prompt=self.prompt)
 
 
 class StreamOptions(DocumentsOptions, DatasetConfig):

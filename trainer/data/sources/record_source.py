@@ -2,13 +2,26 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.data.records.bad_records import BadRecord, raise_on_bad
 from trainer.data.records.base import Record, RecordReader, SourcePart
+from trainer.data.records.filters import FilterConfig
 from trainer.data.sources.base import DOMAIN_NAME, Document, Source
-from trainer.data.sources.document_options import DocumentsOptions
 from trainer.data.sources.loss_weight import loss_weight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordRules:
+    """Which records are documents, and of which domain and weight: the options of `DocumentsOptions`."""
+
+    domain: str
+    filters: Sequence[FilterConfig] = ()
+    domain_key: str | None = None
+    weight_key: str | None = None
+    weight: float = 1.0
+    skips_bad_records: bool = False
 
 
 class RecordSource(Source):
@@ -17,9 +30,9 @@ class RecordSource(Source):
     rejects_copies = True
     has_on_bad_row = True
 
-    def __init__(self, reader: RecordReader, options: DocumentsOptions) -> None:
-        self.weight, self.skips_bad_records = options.weight, options.skips_bad_records()
-        self._reader, self._options = reader, options
+    def __init__(self, reader: RecordReader, rules: RecordRules) -> None:
+        self.weight, self.skips_bad_records = rules.weight, rules.skips_bad_records
+        self._reader, self._rules = reader, rules
 
     @abstractmethod
     def document(self, record: Record, *, domain: str, weight: float) -> Document:
@@ -55,17 +68,17 @@ class RecordSource(Source):
     def _entry(self, record: Record) -> Document | BadRecord | None:
         """Return the document of a record; None if it does not pass the filters."""
         try:
-            if not all(condition.keeps(record) for condition in self._options.filters):
+            if not all(condition.keeps(record) for condition in self._rules.filters):
                 return None
-            weight_key = self._options.weight_key
+            weight_key = self._rules.weight_key
             weight = 1.0 if weight_key is None else loss_weight(record, weight_key)
             return self.document(record, domain=self._domain(record), weight=weight)
         except BadRecord as bad:
             return bad
 
     def _domain(self, record: Record) -> str:
-        domain_key = self._options.domain_key
-        domain = self._options.domain if domain_key is None else record.text(domain_key)
+        domain_key = self._rules.domain_key
+        domain = self._rules.domain if domain_key is None else record.text(domain_key)
         if not DOMAIN_NAME.fullmatch(domain):
             raise BadRecord(
                 f"{record.where}: domain {domain!r} is not a valid name; names are 1 to 64 letters, digits, dots, "

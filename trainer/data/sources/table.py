@@ -5,16 +5,15 @@ from trainer.data.records.base import Record, RecordReader
 from trainer.data.records.template import Template
 from trainer.data.records.text_files import NO_TEXT
 from trainer.data.sources.base import Document
-from trainer.data.sources.document_options import TableConfig
-from trainer.data.sources.record_source import RecordSource
+from trainer.data.sources.record_source import RecordRules, RecordSource
 
 
 class TableSource(RecordSource):
     """Makes one document of text from each record."""
 
-    def __init__(self, reader: RecordReader, options: TableConfig) -> None:
-        super().__init__(reader, options)
-        self._text_template, self._text, self._prompt = options.text, Template(options.text), Template(options.prompt)
+    def __init__(self, reader: RecordReader, rules: RecordRules, *, text: str = "{text}", prompt: str = "") -> None:
+        super().__init__(reader, rules)
+        self._text_template, self._text, self._prompt = text, Template(text), Template(prompt)
 
     def document(self, record: Record, *, domain: str, weight: float) -> Document:
         """Return the text of a record."""

@@ -19,6 +19,9 @@ from trainer.data.records import json_lines
 from trainer.data.sources import installed
 from trainer.data.sources.base import Document
 from trainer.data.sources.registry import (
+    ChatSourceConfig,
+    HfChatSourceConfig,
+    HfChatStreamSourceConfig,
     HfSourceConfig,
     HfStreamSourceConfig,
     InstalledSourceConfig,
@@ -31,8 +34,7 @@ from trainer.data.token_cache.splits import is_held_out
 from trainer.data.token_cache.token_writer import TokenWriter
 
 ALL = [f"text {i:03d}" + "!" * (i % 7) for i in range(90)]
-LEARNED = [text for text in ALL if not is_held_out(text, 0.2)]
-EPOCHS = 3
+EPOCHS, SEQ_LEN = 3, 32
 
 
 def text(folder: Path) -> SourceConfig:
@@ -59,6 +61,24 @@ def stream(folder: Path) -> SourceConfig:
     return HfStreamSourceConfig(path="parquet", data_files="*.parquet", domain="d", block_tokens=200)
 
 
+def chats(folder: Path) -> SourceConfig:
+    turns = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": document}] for document in ALL]
+    records = [json.dumps({"messages": messages}) + "\n" for messages in turns]
+    for file in range(3):
+        (folder / f"{file}.jsonl").write_text("".join(records[file * 30 : file * 30 + 30]))
+    return ChatSourceConfig(path="*.jsonl", domain="d")
+
+
+def hf_chats(folder: Path) -> SourceConfig:
+    chats(folder)
+    return HfChatSourceConfig(path="json", data_files="*.jsonl", domain="d")
+
+
+def chat_stream(folder: Path) -> SourceConfig:
+    chats(folder)
+    return HfChatStreamSourceConfig(path="json", data_files="*.jsonl", domain="d", block_tokens=300)
+
+
 def of_machine(folder: Path) -> SourceConfig:
     return InstalledSourceConfig(domains=["english"])
 
@@ -68,6 +88,9 @@ SOURCES: dict[str, Callable[[Path], SourceConfig]] = {
     "jsonl": lines,
     "hf": parquet,
     "hf_stream": stream,
+    "chat": chats,
+    "hf_chat": hf_chats,
+    "hf_chat_stream": chat_stream,
     "installed": of_machine,
 }
 
@@ -103,14 +126,19 @@ def broken_off(config: DataConfig, monkeypatch: pytest.MonkeyPatch, *, after: in
     with monkeypatch.context() as context:
         context.setattr(TokenWriter, "write", until)
         with pytest.raises(Killed):
-            build_corpus(config)
+            build_corpus(config, seq_len=SEQ_LEN)
+
+
+def said(document: Document) -> str:
+    return document.text if document.chat is None else document.chat.messages[-1]["content"]
 
 
 def documents_in(batches: list[Batch]) -> list[str]:
-    """Return the documents of batches, rebuilt from their targets."""
+    """Return the documents of batches, rebuilt from their targets; of a chat, the answer between its markers."""
     records = [(batch, record) for batch in batches for record in range(len(batch.tokens))]
     targets = [bytes(batch.targets[record][batch.valid[record]].tolist()) for batch, record in records]
-    return [document.decode() for of_row in targets for document in of_row.split(b"\xff")[:-1]]
+    documents = [document for of_row in targets for document in of_row.split(b"\xff")[:-1]]
+    return [document.rpartition(b"\xfa")[2].removesuffix(b"\xfe").decode() for document in documents]
 
 
 @pytest.mark.parametrize("kind", SOURCES)
@@ -119,13 +147,13 @@ def test_each_document_is_learned_once_in_an_epoch_wherever_a_run_is_broken_off(
     config = DataConfig(
         sources=[source], split=SplitConfig(kind="hash", fraction=0.2), cache_dir="cache", packing="bfd", workers=1
     )
-    for after in (5, 12 if kind == "hf_stream" else 40):  # only the first block of a stream is read beforehand
+    for after in (5, 12 if kind.endswith("stream") else 40):  # only the first block of a stream is read beforehand
         broken_off(config, monkeypatch, after=after)
     size, position, places = 5, 0, None
     batches: list[Batch] = []
     attempts = [(3, 1), (2, 3), (0, 2), (4, 2), (1, 1)]
     for number in range(1000):
-        again = TrainStream(build_corpus(config), packing="bfd", seq_len=16, seed=3)
+        again = TrainStream(build_corpus(config, seq_len=SEQ_LEN), packing="bfd", seq_len=SEQ_LEN, seed=3)
         if places is not None:
             again.resume_at(json.loads(json.dumps(places)))
         steps, ranks = attempts[number % len(attempts)]
@@ -144,7 +172,8 @@ def test_each_document_is_learned_once_in_an_epoch_wherever_a_run_is_broken_off(
         if (again.epochs(position)[config_domain(source)] or 0) >= EPOCHS:
             break
     read = Counter(documents_in(batches))
-    assert set(read) == set(LEARNED)
+    documents = source.build().documents()
+    assert set(read) == {said(document) for document in documents if not is_held_out(document.text, 0.2)}
     # The last step may have begun another epoch, whose rows are whole documents: each at most once more.
     assert min(read.values()) == EPOCHS
     assert max(read.values()) <= EPOCHS + 1
