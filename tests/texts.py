@@ -10,6 +10,7 @@ from trainer.data.token_cache.token_files import TokenFile
 from trainer.data.tokenizers.byte import ByteTokenizer
 
 EOD = ByteTokenizer().end_of_document
+FIRST_MARKER = min(ByteTokenizer().special_tokens().values())  # ids below are bytes of text
 
 
 def make_file(*documents: Sequence[int], prompts: Sequence[int] = ()) -> TokenFile:
@@ -33,7 +34,7 @@ def make_text(num_documents: int, *, longest: int, seed: int = 0, prompts: bool 
     """Return documents of random lengths and tokens; `prompts` gives each a prompt of random length."""
     generator = np.random.default_rng(seed)
     lengths = generator.integers(1, longest + 1, num_documents)
-    documents = [generator.integers(0, EOD, length).tolist() for length in lengths]
+    documents = [generator.integers(0, FIRST_MARKER, length).tolist() for length in lengths]
     return make_file(*documents, prompts=generator.integers(0, lengths).tolist() if prompts else ())
 
 

@@ -85,9 +85,10 @@ class DataConfig(Config):
                     "use packing: bfd",
                 )
                 break
-        if not any(isinstance(source, StreamOptions) for source in self.sources):
+        streams = [source.kind for source in self.sources if isinstance(source, StreamOptions)]
+        if not streams:
             return
         if self.split.kind == "tail":
-            yield Problem("split.kind", "tail, but a source is a stream, whose end is never seen; use hash")
+            yield Problem("split.kind", f"tail, but a source is a stream ({streams[0]}), whose end is never seen; use hash")
         if self.mixture.by == "tokens":
-            yield Problem("mixture.by", "tokens, but a source is a stream, whose tokens are not known; use weight")
+            yield Problem("mixture.by", f"tokens, but a source is a stream ({streams[0]}), whose tokens are not known; use weight")
