@@ -88,7 +88,8 @@ class DataConfig(Config):
         streams = [source.kind for source in self.sources if isinstance(source, StreamOptions)]
         if not streams:
             return
+        stream = f"but a source is a stream ({streams[0]}), whose"
         if self.split.kind == "tail":
-            yield Problem("split.kind", f"tail, but a source is a stream ({streams[0]}), whose end is never seen; use hash")
+            yield Problem("split.kind", f"tail, {stream} end is never seen; use hash")
         if self.mixture.by == "tokens":
-            yield Problem("mixture.by", f"tokens, but a source is a stream ({streams[0]}), whose tokens are not known; use weight")
+            yield Problem("mixture.by", f"tokens, {stream} tokens are not known; use weight")
