@@ -34,7 +34,7 @@ class EncodedRow(NamedTuple):
     """(n + 1,): of each token and of the end of the document."""
 
 
-class TooLong(BadRecord):
+class LongerThanRow(BadRecord):
     """A conversation that does not fit into a row."""
 
 
@@ -73,7 +73,7 @@ class RowEncoder:
         """Return the tokens of a conversation.
 
         Raises:
-            TooLong: if it does not fit into a row, unless it is to be truncated.
+            LongerThanRow: if it does not fit into a row, unless it is to be truncated.
             BadRecord: if the template refuses it, or nothing of it is learned.
             ChatTemplateError: if the template cannot be used at all.
         """
@@ -137,8 +137,8 @@ class RowEncoder:
         message = f"{where}: {found}; nothing is learned (learn: {self._shown}); correct or remove the record"
         raise BadRecord(message, reason=NOTHING_LEARNED)
 
-    def _too_long(self, num_tokens: int, limit: int, where: str, what: str = "the conversation") -> TooLong:
-        return TooLong(
+    def _too_long(self, num_tokens: int, limit: int, where: str, what: str = "the conversation") -> LongerThanRow:
+        return LongerThanRow(
             f"{where}: {what} has {num_tokens} tokens, and a row of model.seq_len {limit + 1} takes {limit}; set a "
             f"larger seq_len, or truncate: {'' if self._truncate == 'left' else 'left, '}right or drop",
             reason=TOO_LONG,

@@ -48,7 +48,7 @@ class ChatOptions(DocumentsOptions, ConversationOptions):
 
     def build(self) -> Source:
         """Create the source."""
-        from trainer.data.sources.chat import ChatSource
+        from trainer.data.sources.chat_source import ChatSource
 
         return ChatSource(self.reader(), self.rules(), format=self.format, turns_key=self.turns_key)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from trainer.config.base import Config
-from trainer.data.chat.encode_rows import ChatSetting, RowEncoder, TooLong
+from trainer.data.chat.encode_rows import ChatSetting, LongerThanRow, RowEncoder
 from trainer.data.records.bad_records import BadRecord, SkippedCounter
 from trainer.data.sources.base import Document, Source
 from trainer.data.sources.chat_options import ChatOptions
@@ -33,7 +33,7 @@ class DocumentEncoder:
         try:
             encoded = self._encoder.encode(document.chat, where=document.name)
         except BadRecord as bad:
-            if isinstance(bad, TooLong) and self._drops_long:
+            if isinstance(bad, LongerThanRow) and self._drops_long:
                 skipped.add(bad)
             else:
                 self._source.skip(bad, skipped)

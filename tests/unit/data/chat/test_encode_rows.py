@@ -7,7 +7,7 @@ import pytest
 
 from trainer.data.chat.chat_rows import ChatRow
 from trainer.data.chat.config import ChatTemplateConfig
-from trainer.data.chat.encode_rows import ANY_LENGTH, ChatSetting, RowEncoder, TooLong
+from trainer.data.chat.encode_rows import ANY_LENGTH, ChatSetting, LongerThanRow, RowEncoder
 from trainer.data.chat.find_template import find_template
 from trainer.data.records.bad_records import BadRecord
 from trainer.data.tokenizers.byte import ByteTokenizer
@@ -73,7 +73,9 @@ def test_a_conversation_fits_with_the_end_before_it(truncate):
 
 @pytest.mark.parametrize("truncate", ["error", "drop"])
 def test_a_longer_one_is_refused(truncate):
-    with pytest.raises(TooLong, match=rf"a:1: the conversation has {WHOLE} tokens, and a row of model.seq_len {WHOLE}"):
+    with pytest.raises(
+        LongerThanRow, match=rf"a:1: the conversation has {WHOLE} tokens, and a row of model.seq_len {WHOLE}"
+    ):
         learned(row_of(*CHAT), seq_len=WHOLE, truncate=truncate)
 
 
