@@ -15,6 +15,7 @@ from trainer.convert.surgery_plan import num_groups
 from trainer.convert.vocabulary_rows import VocabularyMap, VocabularyRows, map_vocabulary
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.engine.base import SINCE
+from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
 from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.models.gpt import GPT
@@ -69,6 +70,19 @@ class InitPlan:
         self.notes = [self._summary(weights, found), *([] if vocabulary is None else [vocabulary.note])]
         self.notes += list(dict.fromkeys(map(self._about, self._choices.values())))
         return found
+
+    def check_engine(self) -> None:
+        """Refuse moments that begin at different steps, where the engine has one count for many of them.
+
+        Raises:
+            ConfigError: with the first weight whose moments begin later.
+        """
+        late = next((name for name, steps in self._since.items() if steps), None)
+        if late is not None and isinstance(self._config.engine, DeepSpeedEngineConfig):
+            raise ConfigError(
+                f"init_from.parts: {late} begins without moments, and others with those of {self.parent.where}: "
+                "DeepSpeed has one step count for all weights of a group; use weights, or engine.kind native"
+            )
 
     def _check_shapes(self) -> None:
         for name, source in self._matched.items():

@@ -16,9 +16,7 @@ from trainer.convert.first_tensors import FirstTensors
 from trainer.convert.init_plan import InitPlan
 from trainer.convert.parent_tensors import ParentTensors, open_parent
 from trainer.convert.weight_parent import PublishedParent, RunParent
-from trainer.engine.base import SINCE
-from trainer.engine.deepspeed.config import DeepSpeedEngineConfig
-from trainer.errors import ConfigError, ResourceError
+from trainer.errors import ResourceError
 from trainer.experiment import ExperimentConfig
 from trainer.training.run import RunState
 
@@ -54,7 +52,7 @@ class InitWeights:
             wanted = {name: tensor for name, tensor in tensors.items() if plan.has_moments or not is_moment(name)}
             _check_room(folder, wanted)
             reader = FirstTensors(wanted, plan.sources(wanted, tokenizer))
-            self._check_engine(plan)
+            plan.check_engine()
             record, details = self._record(run, plan), self._details(plan)
             for path in (folder.run_id, folder.origin):
                 path.unlink(missing_ok=True)  # of a run that never had a checkpoint
@@ -66,15 +64,6 @@ class InitWeights:
                     folder.made_from.unlink(missing_ok=True)
                 raise
         return plan.notes
-
-    def _check_engine(self, plan: InitPlan) -> None:
-        """Refuse moments that begin at different steps, where the engine has one count for many of them."""
-        if isinstance(self._config.engine, DeepSpeedEngineConfig) and len(plan.values) > 1:
-            name = next(key for key in plan.values if key.startswith(SINCE)).removeprefix(SINCE)
-            raise ConfigError(
-                f"init_from.parts: {name} begins without moments, and others with those of {plan.parent.where}: "
-                "DeepSpeed has one step count for all weights of a group; use weights, or engine.kind native"
-            )
 
     def _record(self, run: RunState, plan: InitPlan) -> dict[str, Any]:
         """Return the checkpoint's record of the run."""

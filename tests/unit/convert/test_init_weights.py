@@ -25,9 +25,13 @@ from trainer.commands.init_from_parent import find_first_weights
 from trainer.config.loader import load
 from trainer.console.console import Console
 from trainer.convert.hf_import import import_model
+from trainer.convert.init_plan import InitPlan
 from trainer.convert.loaded_run import new_engine
+from trainer.convert.parent_tensors import open_parent
+from trainer.convert.weight_parent import find_parent
 from trainer.data.tokenizers.byte import ByteTokenizer
 from trainer.distributed.mesh import Mesh
+from trainer.errors import ConfigError
 from trainer.experiment import ExperimentConfig
 from trainer.library.runs import load_run, train
 from trainer.training.run import RunState
@@ -172,6 +176,21 @@ def test_excluded_tensors_have_the_initial_values_of_the_seed_and_renamed_ones_o
         moment = torch.zeros_like(expected) if is_fresh else theirs[f"optim.exp_avg.{there}"]
         assert torch.equal(mine[f"optim.exp_avg.{name}"], moment), name
         assert since.get(f"moments_since.{name}", 0) == (4 if is_fresh else 0), "its own first step comes next"
+
+
+def test_deepspeed_which_counts_steps_once_for_all_refuses_moments_of_some_weights(parent: Path) -> None:
+    options = [f"init_from.run={parent}", "init_from.parts=weights+optimizer", "engine.kind=deepspeed"]
+    for name, more in {"all": [], "some": ["init_from.exclude=[head]"]}.items():
+        config = _config(parent.parents[1], name, [*options, *more])
+        assert config.init_from is not None
+        with open_parent(find_parent(config.init_from, RunFolder(Path("none"))), warn=print) as tensors:
+            plan = InitPlan(config, config.init_from, tensors, num_ids=256)
+            plan.sources(tensors.tensors, ByteTokenizer())
+            if not more:
+                plan.check_engine()
+                continue
+            with pytest.raises(ConfigError, match="parts: head.weight begins without moments, and others with those of"):
+                plan.check_engine()
 
 
 def test_a_published_folder_gives_what_an_import_of_it_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
