@@ -9,6 +9,8 @@ import torch
 
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.console.console import Console
+from trainer.data.config import Packing
+from trainer.data.corpus import Corpus
 from trainer.data.tokenizers.base import Tokenizer
 from trainer.errors import NumericsError
 from trainer.experiment import ExperimentConfig
@@ -20,6 +22,7 @@ from trainer.training.load_trained import load_trained
 from trainer.training.run import RunState
 
 _SAMPLE_PROMPT_TOKENS, _SAMPLE_TOKENS = 48, 320
+_MAX_QUESTION_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +81,7 @@ def generate_text(
 def sample_held_out(run: RunState) -> Sample:
     """Continue the beginning of the first domain's held-out text. Collective: experts are on all ranks."""
     corpus, world = run.corpus, run.mesh.world
-    prompt = corpus.validation[0].tokens[:_SAMPLE_PROMPT_TOKENS].tolist()
-    prompt = _document_prompt(prompt, run.config, corpus.tokenizer)
+    prompt = _document_prompt(held_out_prompt(corpus, run.config.data.packing), run.config, corpus.tokenizer)
     tokens = generate(
         run.engine.model,
         prompt,
@@ -97,6 +99,14 @@ def sample_held_out(run: RunState) -> Sample:
         failure = error
     prompt_text, text = (corpus.tokenizer.decode(part).decode("utf-8", "replace") for part in (prompt, generated))
     return Sample(prompt=prompt_text, text=text, error=failure)
+
+
+def held_out_prompt(corpus: Corpus, packing: Packing) -> list[int]:
+    """Return the question before the first held-out answer; the beginning of the text, where there is no question."""
+    file = corpus.validation[0]
+    answer = int(file.answer_starts[0])
+    is_question = packing == "bfd" and 0 < answer < min(file.num_tokens, _MAX_QUESTION_TOKENS)
+    return file.tokens[: answer if is_question else _SAMPLE_PROMPT_TOKENS].tolist()
 
 
 def _document_prompt(prompt: list[int], config: ExperimentConfig, tokenizer: Tokenizer) -> list[int]:
