@@ -52,7 +52,7 @@ class DataConfig(Config):
 
     `wrapped`: windows of a domain's text that ignore document boundaries. `bfd`: whole documents, packed by best-fit
     decreasing, with an end of document before and after each and padding in the rest of a row; only documents longer
-    than a row are split.
+    than a row are split. Conversations need `bfd`.
     """
     tokenizer: TokenizerConfig = ByteTokenizerConfig()
     """Tokenizer."""

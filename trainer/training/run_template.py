@@ -20,6 +20,11 @@ from trainer.data.tokenizers.base import Tokenizer
 from trainer.errors import CheckpointError
 from trainer.experiment import ExperimentConfig
 
+MIXED_CONVERSATIONS = (
+    "model.document_mask is false: a conversation sees those before it in its row, as it never will when the model is "
+    "used; set model.document_mask: true"
+)
+
 
 def trains_on_chats(config: ExperimentConfig) -> bool:
     """Return whether a source of the config holds conversations."""
